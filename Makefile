@@ -1,0 +1,149 @@
+# The commands of this project. Each sets up what it needs and says what it does while it does it.
+#
+#   make demo            a fine-tuning job loses its node and finishes on another one; DEMO_ARGS="..." is passed on
+#   make test            everything that must hold (what .ci/run runs)
+#   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
+#   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
+#   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
+#   make torture         a thousand kill -9 of the coordinator, a thousand faults of agents
+#   make protos          generate the Python code of protos/ again
+#   make clean           remove the virtual environment, caches and builds
+#
+# Variables
+#   PYTHON=python3.12    the interpreter to build .venv with (default: the first of 3.11, 3.12, 3.13, python3)
+#   TORCH_INDEX_URL=...  where torch comes from instead of the default index. torch's ordinary wheel for Linux brings
+#                        some gigabytes of CUDA libraries; a machine without a GPU can do with the CPU build, for example
+#                        make demo TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#
+# GNU make and bash; nothing here needs root.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?=
+TORCH_INDEX_URL ?=
+SEEDS ?= 5000
+DEMO_ARGS ?=
+BENCH_ARGS ?= --quick
+BUF_VERSION := 1.75.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUF := build/buf/node_modules/.bin/buf
+# A new pyproject.toml or constraints.txt is a new name, and so a new installation.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+
+# One thread per trainer and per test process: on two cores, more of them only fight.
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test check gates fast-tests bench sim torture protos clean
+
+help:
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@packages=""
+	command -v gcc >/dev/null || packages="$$packages gcc"
+	[ -e /usr/include/stdlib.h ] || packages="$$packages libc6-dev"
+	if [ -n "$$packages" ]; then
+	  echo "A C compiler is missing (the stand-in for NVML is built with it). Run: sudo apt-get install$$packages" >&2
+	  exit 1
+	fi
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then
+	  chosen="" without_venv=""
+	  for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do
+	    "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
+	    if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then chosen="$$candidate"; break; fi
+	    [ -n "$$without_venv" ] || without_venv="$$candidate"
+	  done
+	  if [ -z "$$chosen" ] && [ -n "$$without_venv" ]; then
+	    version="$$("$$without_venv" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+	    echo "$$without_venv has no venv module. Run: sudo apt-get install python$$version-venv" >&2
+	    exit 1
+	  fi
+	  if [ -z "$$chosen" ]; then
+	    echo "No Python of 3.11 or later found. Debian 12, Ubuntu 24.04 or later: sudo apt-get install python3 python3-venv." >&2
+	    echo "Elsewhere install one and name it: make PYTHON=/path/to/python3.12" >&2
+	    exit 1
+	  fi
+	  echo "setup: creating $(VENV) with $$("$$chosen" --version)"
+	  "$$chosen" -m venv --clear $(VENV)
+	fi
+	if [ -n "$(TORCH_INDEX_URL)" ]; then
+	  torch="$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
+	  echo "setup: installing $$torch from $(TORCH_INDEX_URL)"
+	  $(BIN)/python -m pip install --quiet --index-url "$(TORCH_INDEX_URL)" "$$torch"
+	elif ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c 'import torch' 2>/dev/null; then
+	  echo "setup: there is no NVIDIA driver here. If torch is about to bring its CUDA libraries (gigabytes), stop"
+	  echo "       with Ctrl-C and name an index with CPU builds: see TORCH_INDEX_URL in the Makefile"
+	fi
+	echo "setup: installing Baton with its trainers and tools into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trainers]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+	echo "setup: done"
+
+# Development only, and never part of the product: the linter for the contract is an npm package with a binary in it.
+$(BUF): Makefile
+	@if command -v npm >/dev/null && command -v node >/dev/null; then
+	  echo "setup: installing buf $(BUF_VERSION) into build/buf"
+	  mkdir -p build/buf
+	  npm install --no-save --no-package-lock --no-audit --no-fund --silent --prefix build/buf @bufbuild/buf@$(BUF_VERSION)
+	  touch $@
+	fi
+
+# exec: Ctrl-C reaches the program itself, which ends what it started, and make has nothing left to kill.
+demo: $(STAMP)
+	@exec $(BIN)/python -m tests.e2e.demo $(DEMO_ARGS)
+
+gates: $(STAMP) $(BUF)
+	@run() { echo "check: $$1"; shift; "$$@"; }
+	run "format" $(BIN)/ruff format --check --quiet .
+	run "lint" $(BIN)/ruff check --quiet .
+	run "import rules" $(BIN)/lint-imports --no-logo
+	run "generated code" $(BIN)/python -m protos.generate --check
+	if [ -x $(BUF) ]; then
+	  run "contract (buf lint)" $(BUF) lint protos
+	else
+	  echo "check: contract (buf lint) SKIPPED: npm and node are not installed here (sudo apt-get install npm)"
+	fi
+	run "types" $(BIN)/mypy --no-error-summary
+
+fast-tests: $(STAMP)
+	@echo "check: fast tests"
+	exec $(BIN)/python -m pytest tests/core tests/tidy tests/wire tests/store -x -q
+
+check: gates
+	@$(MAKE) fast-tests
+
+test: gates
+	@echo "test: everything, two at a time"
+	exec $(BIN)/python -m pytest tests -n 2 --dist loadgroup
+
+bench: $(STAMP)
+	@for path in bench/[a-z]*.py; do
+	  name="$$(basename "$$path" .py)"
+	  grep -q '__main__' "$$path" || continue
+	  echo "bench: $$name"
+	  $(BIN)/python -m "bench.$$name" $(BENCH_ARGS)
+	done
+
+sim: $(STAMP)
+	@exec $(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+torture: $(STAMP)
+	@exec $(BIN)/python -m tests.e2e.torture
+
+protos: $(STAMP)
+	@exec $(BIN)/python -m protos.generate
+
+clean:
+	@echo "clean: removing $(VENV), build/, caches and what the demo left"
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .demo .bench
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

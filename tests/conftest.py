@@ -1,0 +1,39 @@
+"""What every test shares: one event loop library, and one way to draw random examples.
+
+Two choices stand here so that no test makes them again. Async tests run on asyncio alone, because
+the shells do; anyio's plugin runs them (`anyio_mode` in pyproject.toml). Hypothesis draws the same
+examples in every run, because a commit that changed nothing must not turn red, and it knows no
+deadline, because the speed of a shared machine is not a property of the code. To search for new
+examples, say so: `HYPOTHESIS_PROFILE=explore pytest tests/core`; what it finds becomes an
+`@example` or a golden file.
+"""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy two-core machine draws slowly; that says nothing about the strategy.
+_UNHURRIED = [HealthCheck.too_slow]
+
+settings.register_profile(
+    "steady", derandomize=True, deadline=None, suppress_health_check=_UNHURRIED, print_blob=True
+)
+settings.register_profile(
+    "explore", deadline=None, max_examples=2_000, suppress_health_check=_UNHURRIED, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The shells run on asyncio, so their tests do."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
+    """One event loop for the whole run, as in production: gRPC delivers what is left of a closed
+    channel to whichever loop is running, and fails when the channel's own is closed by then."""
+    yield  # noqa: PT022 - while this generator is open, so is the loop
