@@ -1,0 +1,1 @@
+"""The protobuf package `baton`; its versions live below."""
