@@ -1,0 +1,1 @@
+"""Pure decisions of the fleet: no clock, no I/O, no threads, no protobuf."""

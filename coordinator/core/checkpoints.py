@@ -1,0 +1,294 @@
+"""Which checkpoints count, where their copies lie, and what a new attempt may resume from.
+
+Problem: after a partition two attempts of one job may both believe that they make its history. So a
+commit is a compare-and-swap on (epoch, parent): only the attempt of the job's highest epoch may
+commit, and only on top of the head. A stale attempt is refused whatever its node believes, which is
+what a fencing token is for (Kleppmann, "How to do distributed locking", 2016).
+
+Where a copy goes is decided here too: on a node that could run the job next, so that a handoff
+finds it in place.
+"""
+
+from dataclasses import replace
+
+from coordinator.core.messages import (
+    AttemptStarted,
+    CheckpointProposed,
+    CommitResult,
+    KeepCheckpoints,
+    PeerAddress,
+    RestoreCandidate,
+    SetReplicaTarget,
+    StartAttempt,
+)
+from coordinator.core.model import (
+    SHARED,
+    Attempt,
+    Checkpoint,
+    Job,
+    Replication,
+)
+from coordinator.core.phases import (
+    ATTEMPT_ENDED,
+    JOB_ENDED,
+    AttemptPhase,
+    NodeIntent,
+    NodePhase,
+)
+from coordinator.core.state import CHECKPOINTS_KEPT, Instant, LiveNode, State, cut
+from coordinator.core.validate import suits
+
+# In one message, either way: a list that long may be cut off, so what it does not name is neither
+# dropped by the node nor believed to be gone.
+DIGESTS_MAX = 4_096
+
+# In which order holders of a copy are asked, after the node itself (0) and the shared directory.
+NEARNESS = {NodePhase.UP: 2, NodePhase.SUSPECT: 3, NodePhase.LOST: 4}
+
+
+def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointProposed) -> None:
+    """Compare and swap, and tell the agent either way. Saying it twice gives the same answer
+    twice."""
+    job = state.jobs[attempt.job_id]
+    refusal = _refuse_commit(job, attempt, body)
+    if not refusal and body.digest != job.head:
+        _commit(state, now, job, attempt, body)
+    elif refusal:
+        state.log(
+            "warning", "checkpoint.refused", job=job.id, attempt=attempt.id,
+            digest=body.digest, reason=refusal,
+        )  # fmt: skip
+    head = state.jobs[job.id].head
+    result = CommitResult(attempt.id, body.digest, not refusal, refusal, head)
+    state.send(attempt.node, result)
+
+
+def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+    if attempt.epoch != job.epoch:
+        return f"epoch {attempt.epoch} is stale; epoch {job.epoch} holds job {job.id}"
+    if attempt.phase in ATTEMPT_ENDED:
+        return f"attempt {attempt.id} has ended"
+    if body.digest == job.head:
+        return ""
+    if body.parent != job.head:
+        head = job.head[:12] or "nothing"
+        return f"it follows {body.parent[:12] or 'nothing'}, but the last commit is {head}"
+    if body.step < job.head_step:
+        return f"its step {body.step} lies before step {job.head_step} of the last commit"
+    if job.spec.replication is Replication.REQUIRED and len(body.replicas) < 2:
+        return "the job asks for a copy off the node and there is none"
+    return ""
+
+
+def _commit(
+    state: State, now: Instant, job: Job, attempt: Attempt, body: CheckpointProposed
+) -> None:
+    checkpoint = Checkpoint(
+        job.id, body.digest, body.parent, attempt.epoch, body.step, body.size_bytes,
+        body.replicas, now.unix_ms,
+    )  # fmt: skip
+    state.put_checkpoint(checkpoint)
+    state.put_job(replace(job, head=body.digest, head_step=body.step, failures=0, yields=0))
+    state.put_attempt(replace(attempt, commits=attempt.commits + 1))
+    state.log(
+        "info", "checkpoint.committed", job=job.id, attempt=attempt.id, step=body.step,
+        digest=body.digest, size_bytes=body.size_bytes, replicas=list(body.replicas),
+    )  # fmt: skip
+    retain(state, state.jobs[job.id])
+
+
+def retain(state: State, job: Job) -> None:
+    """Keep the head and its last predecessors; of an ended job the head alone."""
+    keep = 1 if job.phase in JOB_ENDED else CHECKPOINTS_KEPT
+    good = state.good_checkpoints(job)[:keep]
+    kept = [checkpoint.digest for checkpoint in good]
+    for checkpoint in list(state.checkpoints.get(job.id, [])):
+        if checkpoint.digest not in kept:
+            state.drop_checkpoint(checkpoint)
+
+
+def fall_back(state: State, job: Job, body: AttemptStarted) -> bool:
+    """The head did not verify anywhere and an older checkpoint, or none, was used: what is newer
+    than that one is never offered again. False when the attempt resumed from elsewhere though the
+    head was not found bad."""
+    if body.restored_digest == job.head:
+        return True
+    reasons = dict(body.skipped)
+    good = {checkpoint.digest: checkpoint for checkpoint in state.good_checkpoints(job)}
+    if job.head not in reasons or body.restored_digest not in ("", *good):
+        return False
+    step = 0
+    for digest, checkpoint in good.items():
+        if digest == body.restored_digest:
+            step = checkpoint.step
+            break
+        bad = cut(reasons.get(digest, "")) or "an older one was used"
+        state.put_checkpoint(replace(checkpoint, bad=bad))
+    state.put_job(replace(job, head=body.restored_digest, head_step=step))
+    return True
+
+
+def note_copy(state: State, job_id: int, digest: str, node_id: str) -> None:
+    """Whoever resumed from a checkpoint holds all of it: one copy more, should another rot."""
+    for checkpoint in list(state.checkpoints.get(job_id, [])):
+        if checkpoint.digest == digest and node_id not in checkpoint.replicas:
+            state.put_checkpoint(replace(checkpoint, replicas=(*checkpoint.replicas, node_id)))
+
+
+def head_within_reach(state: State, job: Job) -> str:
+    """Empty when the job may start; otherwise the sentence that says which node its last checkpoint
+    waits for."""
+    good = state.good_checkpoints(job)
+    if not good or state.reachable(good[0]):
+        return ""
+    what, holders = f"its last checkpoint (step {good[0].step})", good[0].replicas
+    without = f"`baton requeue --abandon {job.id}` goes on without it"
+    if not holders:
+        return f"{what} lies on no node any more; {without}"
+    lost = "which is lost" if len(holders) == 1 else "which are lost"
+    return (
+        f"{what} lies only on {' and '.join(holders)}, {lost}: it goes on when"
+        f" {'that node' if len(holders) == 1 else 'one of them'} is back; {without}"
+    )
+
+
+def may_abandon(state: State, job: Job) -> bool:
+    """Whether the last checkpoint is out of reach: all who hold it are lost, or some are and those
+    who are not could not give it to the last attempt."""
+    good = state.good_checkpoints(job)
+    return bool(good) and _out_of_reach(state, job, good[0])
+
+
+def _out_of_reach(state: State, job: Job, checkpoint: Checkpoint) -> bool:
+    if not state.reachable(checkpoint):
+        return True
+    attempt = state.current(job)
+    refused = attempt is not None and attempt.phase is AttemptPhase.REFUSED
+    holders = [state.nodes[name] for name in checkpoint.replicas if name in state.nodes]
+    return refused and any(live.phase is NodePhase.LOST for live in holders)
+
+
+def abandon_unreachable(state: State, job: Job) -> int:
+    """The owner gives up what nobody can reach; returns how many checkpoints that were."""
+    count = 0
+    for checkpoint in list(state.good_checkpoints(job)):
+        if not _out_of_reach(state, job, checkpoint):
+            break
+        state.put_checkpoint(replace(checkpoint, bad="given up by its owner"))
+        count += 1
+    good = state.good_checkpoints(job)
+    head, step = (good[0].digest, good[0].step) if good else ("", 0)
+    state.put_job(replace(job, head=head, head_step=step))
+    return count
+
+
+def candidates(state: State, job: Job, node_id: str) -> tuple[RestoreCandidate, ...]:
+    """What an attempt on `node_id` may resume from, newest first, with the nearest copy first.
+
+    A lost node is named too, last: its peers may reach it where we do not, and as long as it has
+    not answered nobody may say that the checkpoint is gone."""
+    found = []
+    for checkpoint in state.good_checkpoints(job):
+        sources = []
+        for holder in checkpoint.replicas:
+            live = state.nodes.get(holder)
+            if holder == SHARED:
+                sources.append(((1, holder), PeerAddress(SHARED, "")))
+            elif live is not None:
+                near = 0 if holder == node_id else NEARNESS[live.phase]
+                sources.append(((near, holder), PeerAddress(holder, live.node.peer_address)))
+        if sources:
+            ordered = tuple(address for _, address in sorted(sources, key=lambda pair: pair[0]))
+            found.append(RestoreCandidate(checkpoint.digest, checkpoint.step, ordered))
+    return tuple(found)
+
+
+def choose_replica_node(state: State, job: Job, node_id: str) -> str:
+    """The node that gets this attempt's checkpoints: one that has some already, then one that could
+    run the job next.
+
+    Empty when the job wants none or no other node is up.
+    """
+    if job.spec.replication is Replication.NONE:
+        return ""
+    good = state.good_checkpoints(job)
+    holders = good[0].replicas if good else ()
+    best: tuple[tuple[bool, bool, bool, int, str], str] | None = None
+    for live in state.nodes.values():
+        if live.phase is not NodePhase.UP or live.node.id == node_id:
+            continue
+        fitting = sum(1 for gpu in live.node.gpus if suits(job.spec, gpu))
+        rank = (
+            live.node.intent is not NodeIntent.OPEN,
+            live.node.id not in holders,
+            fitting < job.spec.gpus,
+            len(live.attempts),
+            live.node.id,
+        )
+        if best is None or rank < best[0]:
+            best = (rank, live.node.id)
+    return best[1] if best is not None else ""
+
+
+def replica_target(state: State, attempt: Attempt) -> PeerAddress | None:
+    live = state.nodes.get(attempt.replica_node)
+    return None if live is None else PeerAddress(live.node.id, live.node.peer_address)
+
+
+def retarget(state: State) -> None:
+    """After a node came or went: every attempt whose copies have nowhere to go gets another node
+    for them."""
+    for live in list(state.nodes.values()):
+        for attempt_id in list(live.attempts):
+            attempt = state.attempts[attempt_id]
+            target = state.nodes.get(attempt.replica_node)
+            if target is not None and target.phase is not NodePhase.LOST:
+                continue
+            job = state.jobs[attempt.job_id]
+            chosen = choose_replica_node(state, job, attempt.node)
+            if chosen == attempt.replica_node:
+                continue
+            attempt = state.put_attempt(replace(attempt, replica_node=chosen))
+            state.send(attempt.node, target_order(state, job, attempt))
+
+
+def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
+    required = job.spec.replication is Replication.REQUIRED
+    return SetReplicaTarget(attempt.id, replica_target(state, attempt), required)
+
+
+def start_order(state: State, attempt: Attempt) -> StartAttempt:
+    job = state.jobs[attempt.job_id]
+    return StartAttempt(
+        attempt.id,
+        job.spec,
+        attempt.gpu_uuids,
+        candidates(state, job, attempt.node),
+        replica_target(state, attempt),
+        restart_count=attempt.epoch - 1,
+    )
+
+
+def reconcile_copies(state: State, live: LiveNode, present: tuple[str, ...]) -> None:
+    """A hello says which checkpoints lie on the node's disk: believe it, in both directions."""
+    node_id = live.node.id
+    there = dict.fromkeys(present)
+    whole = len(present) < DIGESTS_MAX
+    for kept in list(state.checkpoints.values()):
+        for checkpoint in list(kept):
+            listed = checkpoint.digest in there
+            if (node_id in checkpoint.replicas) == listed or not (listed or whole):
+                continue
+            if listed:
+                replicas = (*checkpoint.replicas, node_id)
+            else:
+                replicas = tuple(holder for holder in checkpoint.replicas if holder != node_id)
+            state.put_checkpoint(replace(checkpoint, replicas=replicas))
+
+
+def keep_order(live: LiveNode) -> KeepCheckpoints | None:
+    """What the node must keep; `None` where the list would not fit one message."""
+    live.keep_changed = False
+    if len(live.digests) > DIGESTS_MAX:
+        return None
+    return KeepCheckpoints(tuple(sorted(live.digests)))

@@ -1,0 +1,288 @@
+"""The coordinator's core: `handle(now, event) -> effects`, and nothing else.
+
+The shell hands over everything that happened, one event at a time, then says `Decide` once for the
+batch. What comes back is records, which must be durable before any command of the batch leaves the
+process, and commands. The core asks no clock, opens no socket and throws no dice, so a journal of
+events replayed gives the same effects, byte for byte.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from coordinator.core import attempts, checkpoints, jobs, nodes
+from coordinator.core.messages import (
+    AgentEvent,
+    AgentMessage,
+    Answer,
+    AttemptExited,
+    AttemptMilestone,
+    AttemptRefused,
+    AttemptStarted,
+    CancelJob,
+    CheckpointProposed,
+    CommitResult,
+    CordonNode,
+    DrainNode,
+    Effect,
+    Event,
+    EventAck,
+    ExplainJob,
+    FromAgent,
+    GetJob,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HoldJob,
+    ListJobs,
+    ListNodes,
+    NodePage,
+    Refusal,
+    RefusalKind,
+    ReleaseJob,
+    Reply,
+    Request,
+    RequestBody,
+    RequeueJob,
+    SessionClosed,
+    Submit,
+    Tick,
+    UncordonNode,
+)
+from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
+from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.placement import (
+    SLOTS_PER_CPU,
+    STARTS_PER_PASS_MAX,
+    Need,
+    Offer,
+    Tenant,
+    place,
+)
+from coordinator.core.state import Instant, LiveNode, Options, State, cut
+
+# Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
+WAITS_LOGGED_MAX = 20
+
+
+class Coordinator:
+    """The fleet's decisions. Made from what the store held; driven by `handle`."""
+
+    def __init__(self, options: Options) -> None:
+        self.state = State(options)
+
+    def load(self, snapshot: Snapshot, now_ms: int) -> None:
+        """Take over what is durable; call once, before the first event."""
+        self.state.load(snapshot, now_ms)
+
+    def handle(self, now: Instant, event: Event) -> list[Effect]:
+        """What follows from one event. Raises only for bugs of our own."""
+        state = self.state
+        if isinstance(event, Request):
+            answer = _answer(state, now, event.body)
+            state.commands.append(Reply(event.reply_to, answer))
+        elif isinstance(event, FromAgent):
+            _from_agent(state, now, event.session, event.message)
+        elif isinstance(event, Tick):
+            nodes.tick(state, now)
+        elif state.undecided:  # Decide
+            _decide(state, now)
+        return state.take()
+
+
+def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
+    match body:
+        case Submit():
+            return jobs.submit(state, now, body)
+        case GetJob():
+            return jobs.get(state, body)
+        case ListJobs():
+            return jobs.list_jobs(state, body)
+        case CancelJob():
+            return jobs.cancel(state, now, body)
+        case HoldJob():
+            return jobs.hold(state, now, body)
+        case ReleaseJob():
+            return jobs.release(state, now, body)
+        case RequeueJob():
+            return jobs.requeue(state, now, body)
+        case ExplainJob():
+            return jobs.explain_job(state, now, body)
+        case ListNodes():
+            views = [_node_view(live) for _, live in sorted(state.nodes.items())]
+            return NodePage(tuple(views))
+        case CordonNode():
+            return _intend(state, now, body.node, NodeIntent.CORDONED)
+        case DrainNode():
+            return _intend(state, now, body.node, NodeIntent.DRAINING)
+        case UncordonNode():
+            return _intend(state, now, body.node, NodeIntent.OPEN)
+
+
+def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Answer:
+    live = state.nodes.get(node_id)
+    if live is None:
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no node {node_id!r}")
+    if intent is NodeIntent.DRAINING and live.node.intent is NodeIntent.DRAINED:
+        return _node_view(live)
+    nodes.set_intent(state, now, live, intent)
+    return _node_view(live)
+
+
+def _node_view(live: LiveNode) -> NodeView:
+    gpus = tuple(
+        GpuView(gpu.facts, gpu.phase, gpu.attempt, gpu.telemetry)
+        for _, gpu in sorted(live.gpus.items())
+    )
+    held = tuple(sorted({*live.attempts, *live.strays}))
+    return NodeView(live.node, live.phase, gpus, held, nodes.why_closed(live), live.telemetry)
+
+
+def _from_agent(state: State, now: Instant, session: int, message: AgentMessage) -> None:
+    if isinstance(message, Hello):
+        nodes.hello(state, now, session, message)
+        return
+    if isinstance(message, SessionClosed):
+        nodes.closed(state, now, session)
+        return
+    live = state.nodes.get(state.sessions.get(session, ""))
+    if live is None or live.session != session:
+        return  # what a replaced session still had to say; its node says it again in the new one
+    if isinstance(message, Heartbeat):
+        nodes.heartbeat(state, now, live, message)
+    elif isinstance(message, Goodbye):
+        nodes.goodbye(state, now, live, message)
+    else:
+        _agent_event(state, now, live, message)
+
+
+def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> None:
+    """Each event counts once: its sequence is acknowledged in the same commit as what follows from
+    it."""
+    expected = live.node.acknowledged + 1
+    if event.sequence > expected:
+        return  # one before it was dropped; the agent sends them again in order
+    if event.sequence == expected:
+        state.put_node(replace(live.node, acknowledged=event.sequence))
+        _apply(state, now, live, event)
+        nodes.settle_drain(state, live)
+    state.send(live.node.id, EventAck(live.node.acknowledged))
+
+
+def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> None:
+    attempt = state.attempts.get(event.attempt)
+    body = event.body
+    if isinstance(body, AttemptExited) and event.attempt in live.strays:
+        live.strays.pop(event.attempt)
+        state.release_gpus(live, event.attempt)
+    known = attempt is not None and attempt.node == live.node.id
+    if attempt is None or not known:
+        if isinstance(body, CheckpointProposed):
+            reason = f"attempt {event.attempt} is not known"
+            state.send(live.node.id, CommitResult(event.attempt, body.digest, False, reason))
+        return
+    if isinstance(body, CheckpointProposed):
+        checkpoints.propose(state, now, attempt, body)
+        return
+    if attempt.phase in ATTEMPT_ENDED:
+        return  # its end was decided without it
+    match body:
+        case AttemptStarted():
+            attempts.started(state, now, event.unix_ms, attempt, body)
+        case AttemptExited():
+            attempts.exited(state, now, event.unix_ms, attempt, body)
+        case AttemptRefused():
+            attempts.refused(state, now, attempt, body)
+        case AttemptMilestone():
+            state.tell(
+                event.unix_ms, attempt.job_id, "attempt.milestone", cut(body.name),
+                attempt=attempt.id, node=live.node.id,
+            )  # fmt: skip
+
+
+def _decide(state: State, now: Instant) -> None:
+    """One placement pass: over everything that waits when capacity may have come free; over the new
+    jobs alone when nothing else has happened, since those that waited before still do not fit.
+
+    While somebody is leaving for somebody else, what is free may be kept for that job, and only a
+    whole pass knows.
+    """
+    offers = _offers(state)
+    leaving = any(tenant.stopping for offer in offers for tenant in offer.tenants)
+    whole = state.dirty or leaving
+    considered = state.queued if whole else state.fresh
+    queue = _in_turn(state, considered)
+    state.dirty, state.fresh = False, {}
+    needs: list[Need] = []
+    waits: dict[int, str] = {}
+    for job in queue:
+        blocked = _blocked(state, now, job)
+        if blocked:
+            waits[job.id] = blocked
+        else:
+            good = state.good_checkpoints(job)
+            replicas = good[0].replicas if good else ()
+            needs.append(Need(job.id, job.spec, replicas, state.avoid.get(job.id, "")))
+    plan = place(needs, offers) if needs else None
+    if plan is not None:
+        for start in plan.starts:
+            attempts.assign(state, now, start)
+        for displace in plan.displacements:
+            attempts.stop(state, now, state.attempts[displace.attempt], displace.why)
+        waits.update(plan.waits)
+        # More may fit than one pass starts, and what others wait for has changed with every start:
+        # look again in the next batch.
+        state.dirty = len(plan.starts) >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
+    _note_waits(state, waits)
+
+
+def _in_turn(state: State, job_ids: Iterable[int]) -> list[Job]:
+    waiting = [state.jobs[job_id] for job_id in job_ids if job_id in state.queued]
+    return sorted(waiting, key=lambda job: (CLASS_RANK[job.spec.job_class], job.id))
+
+
+def _blocked(state: State, now: Instant, job: Job) -> str:
+    eligible_ms = state.eligible_ms.get(job.id, 0)
+    if eligible_ms > now.now_ms:
+        return job.reason
+    return checkpoints.head_within_reach(state, job)
+
+
+def _offers(state: State) -> list[Offer]:
+    offers = []
+    for live in state.nodes.values():
+        if live.phase is not NodePhase.UP or live.node.intent is not NodeIntent.OPEN:
+            continue
+        free = [uuid for uuid, gpu in live.gpus.items() if gpu.phase is GpuPhase.FREE]
+        present = [gpu.facts for gpu in live.gpus.values() if gpu.phase is not GpuPhase.ABSENT]
+        host = live.node.host
+        slots = max(1, host.cpu_count) * SLOTS_PER_CPU
+        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
+        offers.append(
+            Offer(
+                live.node.id, tuple(present), tuple(free), host.memory_bytes, slots, tuple(tenants)
+            )
+        )
+    return offers
+
+
+def _tenant(state: State, attempt_id: str) -> Tenant:
+    attempt = state.attempts[attempt_id]
+    spec = state.jobs[attempt.job_id].spec
+    return Tenant(
+        attempt_id,
+        CLASS_RANK[spec.job_class],
+        attempt.assigned_unix_ms,
+        attempt.gpu_uuids,
+        spec.memory_bytes,
+        attempt.phase is AttemptPhase.STOPPING,
+    )
+
+
+def _note_waits(state: State, waits: dict[int, str]) -> None:
+    logged = 0
+    for job_id, sentence in waits.items():
+        if state.waits.get(job_id) != sentence:
+            state.waits[job_id] = sentence
+            if logged < WAITS_LOGGED_MAX:
+                state.log("info", "job.waiting", job=job_id, reason=sentence)
+                logged += 1

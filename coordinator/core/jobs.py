@@ -1,0 +1,228 @@
+"""What people ask of jobs: submit, cancel, hold, release, requeue, and look.
+
+Every answer is a value: a refusal is an answer too, with a sentence that says what to change.
+Submission is idempotent by the caller's request id, so a client that lost the answer may ask again
+and gets the same job.
+"""
+
+from dataclasses import replace
+
+from coordinator.core import attempts, checkpoints
+from coordinator.core.explain import explain
+from coordinator.core.messages import (
+    Answer,
+    CancelJob,
+    ExplainJob,
+    Explanation,
+    GetJob,
+    HoldJob,
+    JobPage,
+    ListJobs,
+    Refusal,
+    RefusalKind,
+    ReleaseJob,
+    RequeueJob,
+    Submit,
+    Submitted,
+)
+from coordinator.core.model import Job, JobIntent, JobSpec, JobView
+from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, AttemptPhase, JobPhase
+from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
+from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
+
+PAGE_DEFAULT = 100
+PAGE_MAX = 1_000
+
+
+def submit(state: State, now: Instant, body: Submit) -> Answer:
+    if len(body.request_id) > REQUEST_ID_CHARACTERS_MAX:
+        return _invalid(f"request_id is longer than {REQUEST_ID_CHARACTERS_MAX} characters")
+    known = state.requests.get(body.request_id) if body.request_id else None
+    if known is not None:
+        return Submitted(known, state.wait_reason(state.jobs[known]))
+    spec = _named(body.spec)
+    fleet = [(live.node.host, live.node.gpus) for live in state.nodes.values()]
+    sentence = refuse_spec(spec) or refuse_fleet(spec, fleet)
+    if sentence:
+        return _invalid(sentence)
+    open_count = len(state.jobs) - len(state.ended)
+    if open_count >= JOBS_OPEN_MAX:
+        limit = f"{open_count} jobs are open and {JOBS_OPEN_MAX} is the limit"
+        return Refusal(
+            RefusalKind.EXHAUSTED, f"{limit}; cancel some, or wait until some have ended"
+        )
+    _forget_oldest(state)
+    state.last_job_id += 1
+    phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
+    reason = "submitted on hold; `baton release` lets it start" if spec.hold else ""
+    intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
+    job = Job(state.last_job_id, spec, phase, now.unix_ms, body.request_id, intent, reason)
+    state.put_job(job)
+    state.tell(now.unix_ms, job.id, "job.submitted", reason or f"{spec.job_class.value} job")
+    if not fleet:
+        reason = reason or "no node has joined the fleet yet"
+    return Submitted(job.id, reason)
+
+
+def _named(spec: JobSpec) -> JobSpec:
+    if spec.name:
+        return spec
+    name = spec.trainer or (spec.command[0].rsplit("/", 1)[-1] if spec.command else "")
+    return replace(spec, name=name[:128])
+
+
+def _forget_oldest(state: State) -> None:
+    """History is bounded: the ended job that ended first makes room."""
+    while len(state.ended) >= JOBS_ENDED_MAX:
+        state.drop_job(next(iter(state.ended)))
+
+
+def cancel(state: State, now: Instant, body: CancelJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    if job is None:
+        return _not_found(body.job_id)
+    if job.phase in JOB_ENDED:
+        return _wrong(job, "it has ended already")
+    attempt = state.current(job)
+    if job.phase is JobPhase.ACTIVE and attempt is not None:
+        state.put_job(replace(job, phase=JobPhase.CANCELLING, intent=JobIntent.CANCEL))
+        attempts.stop(state, now, attempt, "cancelled by its owner")
+    elif job.phase in (JobPhase.QUEUED, JobPhase.HELD):
+        _let_go(state, now, job, "cancelled while its node was out of reach")
+        job = state.jobs[job.id]
+        attempts.end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
+    return view(state, state.jobs[job.id])
+
+
+def hold(state: State, now: Instant, body: HoldJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    if job is None:
+        return _not_found(body.job_id)
+    if job.phase in (*JOB_ENDED, JobPhase.CANCELLING):
+        return _wrong(job, "only a queued or an active job can be held")
+    attempt = state.current(job)
+    if job.phase is JobPhase.ACTIVE and attempt is not None:
+        job = state.put_job(replace(job, intent=JobIntent.HOLD))
+        attempts.stop(state, now, attempt, "held by its owner")
+    elif job.phase is JobPhase.QUEUED:
+        _let_go(state, now, job, "held while its node was out of reach")
+        job = replace(state.jobs[job.id], intent=JobIntent.HOLD)
+        attempts.requeue(state, now, job, "held by its owner")
+    return view(state, state.jobs[job.id])
+
+
+def _let_go(state: State, now: Instant, job: Job, reason: str) -> None:
+    """A queued job whose last attempt is out of reach gives it up."""
+    attempt = state.current(job)
+    if attempt is not None and attempt.phase is AttemptPhase.UNREACHABLE:
+        attempts.lost(state, now, attempt, reason)
+
+
+def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    if job is None:
+        return _not_found(body.job_id)
+    if job.intent is not JobIntent.HOLD:
+        return _wrong(job, "it is not held")
+    job = replace(job, intent=JobIntent.RUN)
+    if job.phase is JobPhase.HELD:
+        state.eligible_ms.pop(job.id, None)
+        state.put_job(replace(job, phase=JobPhase.QUEUED, reason=""))
+        state.tell(now.unix_ms, job.id, "job.released", "released by its owner")
+    else:
+        # Still saving for the hold: it goes back to the queue when it has left.
+        state.put_job(job)
+    return view(state, state.jobs[job.id])
+
+
+def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    if job is None:
+        return _not_found(body.job_id)
+    if body.abandon_unreachable_checkpoints:
+        return _abandon(state, now, job)
+    attempt = state.current(job)
+    if job.phase is JobPhase.ACTIVE and attempt is not None:
+        attempts.stop(state, now, attempt, "requeued by its owner")
+    elif job.phase in JOB_ENDED:
+        fresh = replace(
+            job, phase=JobPhase.QUEUED, intent=JobIntent.RUN, failures=0, yields=0,
+            ended_unix_ms=None, reason="",
+        )  # fmt: skip
+        state.put_job(fresh)
+        state.tell(now.unix_ms, job.id, "job.queued", "requeued by its owner")
+    else:
+        return _wrong(job, "only an active or an ended job can be requeued")
+    return view(state, state.jobs[job.id])
+
+
+def _abandon(state: State, now: Instant, job: Job) -> Answer:
+    if job.phase is not JobPhase.QUEUED or not checkpoints.may_abandon(state, job):
+        return _wrong(job, "it does not wait for a checkpoint out of reach")
+    _let_go(state, now, job, "its checkpoints were given up by its owner")
+    count = checkpoints.abandon_unreachable(state, state.jobs[job.id])
+    state.waits.pop(job.id, None)
+    job = state.jobs[job.id]
+    what = f"{count} checkpoint{'s' if count > 1 else ''} out of reach"
+    where = f"goes on from step {job.head_step}" if job.head else "begins again"
+    state.tell(
+        now.unix_ms, job.id, "checkpoint.abandoned",
+        f"{what} given up by its owner; it {where}",
+    )  # fmt: skip
+    return view(state, state.jobs[job.id])
+
+
+def get(state: State, body: GetJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    return _not_found(body.job_id) if job is None else view(state, job)
+
+
+def explain_job(state: State, now: Instant, body: ExplainJob) -> Answer:
+    job = state.jobs.get(body.job_id)
+    if job is None:
+        return _not_found(body.job_id)
+    return Explanation(explain(state, now, job))
+
+
+def list_jobs(state: State, body: ListJobs) -> Answer:
+    size = body.page_size or PAGE_DEFAULT
+    if not 1 <= size <= PAGE_MAX:
+        return _invalid(f"page_size is {size}; it must be between 1 and {PAGE_MAX}, or 0")
+    before = body.before_job_id or state.last_job_id + 1
+    page: list[JobView] = []
+    for job_id in sorted((known for known in state.jobs if known < before), reverse=True):
+        job = state.jobs[job_id]
+        if body.phases and job.phase not in body.phases:
+            continue
+        if body.project and job.spec.project != body.project:
+            continue
+        if len(page) == size:
+            return JobPage(tuple(page), page[-1].job.id)
+        page.append(view(state, job, newest_only=True))
+    return JobPage(tuple(page), 0)
+
+
+def view(state: State, job: Job, newest_only: bool = False) -> JobView:
+    """A job as a reply shows it, with the reason that holds at present."""
+    tries = state.attempts_of(job.id)
+    shown = tries[-1:] if newest_only else tries
+    good = state.good_checkpoints(job)
+    progress = None
+    for attempt in reversed(tries):
+        progress = state.progress.get(attempt.id)
+        if progress is not None or attempt.phase not in ATTEMPT_ENDED:
+            break
+    job = replace(job, reason=state.wait_reason(job))
+    return JobView(job, tuple(shown), good[0] if good else None, progress)
+
+
+def _invalid(sentence: str) -> Refusal:
+    return Refusal(RefusalKind.INVALID, sentence)
+
+
+def _not_found(job_id: int) -> Refusal:
+    return Refusal(RefusalKind.NOT_FOUND, f"there is no job {job_id}")
+
+
+def _wrong(job: Job, why: str) -> Refusal:
+    return Refusal(RefusalKind.WRONG_PHASE, f"job {job.id} is {job.phase.value}: {why}")

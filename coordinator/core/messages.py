@@ -1,0 +1,442 @@
+"""What goes into the coordinator's core and what comes out.
+
+In: *requests* of people (each with the address of its reply), *messages* of agents (each with the
+session it came on), and the passing of time. Out: *records*, which must be durable, and *commands*,
+which may leave the process only after the records of their batch are. The core never waits for
+either.
+"""
+
+from dataclasses import dataclass
+
+from coordinator.core.model import (
+    Attempt,
+    Checkpoint,
+    GpuFacts,
+    GpuTelemetry,
+    HostFacts,
+    HostTelemetry,
+    Job,
+    JobEvent,
+    JobSpec,
+    JobView,
+    Node,
+    NodeView,
+    Progress,
+)
+from coordinator.core.phases import JobPhase
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    spec: JobSpec
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListJobs:
+    phases: tuple[JobPhase, ...] = ()
+    project: str = ""
+    page_size: int = 0
+    before_job_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueJob:
+    job_id: int
+    abandon_unreachable_checkpoints: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListNodes:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class CordonNode:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainNode:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class UncordonNode:
+    node: str
+
+
+RequestBody = (
+    Submit
+    | GetJob
+    | ListJobs
+    | CancelJob
+    | HoldJob
+    | ReleaseJob
+    | RequeueJob
+    | ExplainJob
+    | ListNodes
+    | CordonNode
+    | DrainNode
+    | UncordonNode
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`reply_to` is the shell's; the reply carries it back."""
+
+    reply_to: int
+    body: RequestBody
+
+
+# --- from agents ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    """An attempt that a node answers for; `live` until its process has ended."""
+
+    attempt: str
+    gpu_uuids: tuple[str, ...]
+    live: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """`acknowledged`: events up to this sequence are not on the agent's disk any more, since some
+    coordinator had them."""
+
+    node: str
+    journal_id: str
+    peer_address: str
+    host: HostFacts
+    gpus: tuple[GpuFacts, ...]
+    attempts: tuple[HeldAttempt, ...] = ()
+    checkpoints: tuple[str, ...] = ()
+    acknowledged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    sequence: int
+    host: HostTelemetry | None = None
+    gpus: tuple[GpuTelemetry, ...] = ()
+    attempts: tuple[HeldAttempt, ...] = ()
+    progress: tuple[tuple[str, Progress], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStarted:
+    pid: int
+    restored_digest: str = ""
+    restored_step: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptExited:
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRefused:
+    reason: str
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptMilestone:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointProposed:
+    digest: str
+    parent: str
+    step: int
+    size_bytes: int
+    replicas: tuple[str, ...]
+
+
+AgentEventBody = (
+    AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEvent:
+    """`unix_ms` is the agent's wall clock when it happened."""
+
+    sequence: int
+    unix_ms: int
+    attempt: str
+    body: AgentEventBody
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """`absence_ms` is how long the agent expects to be away; `None`: for good."""
+
+    absence_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """The stream ended, however it did."""
+
+
+AgentMessage = Hello | Heartbeat | AgentEvent | Goodbye | SessionClosed
+
+
+@dataclass(frozen=True, slots=True)
+class FromAgent:
+    """`session` numbers the streams in the order in which the shell accepted them."""
+
+    session: int
+    message: AgentMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; sent every `TICK_MS` by the shell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """The inbox is drained: place what can be placed, once for the whole batch."""
+
+
+Event = Request | FromAgent | Tick | Decide
+
+# --- to agents ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    leader_epoch: int
+    heartbeat_interval_ms: int
+    lease_ms: int
+    acknowledged_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewal:
+    heartbeat_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventAck:
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreCandidate:
+    digest: str
+    step: int
+    sources: tuple[PeerAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartAttempt:
+    attempt: str
+    spec: JobSpec
+    gpu_uuids: tuple[str, ...]
+    candidates: tuple[RestoreCandidate, ...]
+    replica_target: PeerAddress | None
+    restart_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopAttempt:
+    """`grace_ms` of `None` kills at once."""
+
+    attempt: str
+    grace_ms: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetReplicaTarget:
+    attempt: str
+    target: PeerAddress | None
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CommitResult:
+    """`head` is the job's last committed checkpoint after the decision."""
+
+    attempt: str
+    digest: str
+    accepted: bool
+    reason: str = ""
+    head: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepCheckpoints:
+    digests: tuple[str, ...]
+
+
+AgentOrder = (
+    Welcome
+    | LeaseRenewal
+    | EventAck
+    | StartAttempt
+    | StopAttempt
+    | SetReplicaTarget
+    | CommitResult
+    | KeepCheckpoints
+)
+
+# --- effects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PutJob:
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class DropJob:
+    """The job, its attempts, checkpoints and history leave the store."""
+
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutAttempt:
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class PutCheckpoint:
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class DropCheckpoint:
+    job_id: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutNode:
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class AppendEvent:
+    event: JobEvent
+
+
+Record = PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutNode | AppendEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    session: int
+    order: AgentOrder
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    session: int
+    reason: str
+
+
+class RefusalKind:
+    """Why a request is refused; `rpc.py` maps each to one gRPC status."""
+
+    INVALID = "invalid"
+    NOT_FOUND = "not_found"
+    WRONG_PHASE = "wrong_phase"
+    EXHAUSTED = "exhausted"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that says no; `sentence` says what to change."""
+
+    kind: str
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    job_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    jobs: tuple[JobView, ...]
+    next_before_job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodePage:
+    nodes: tuple[NodeView, ...]
+
+
+Answer = Refusal | Submitted | JobView | JobPage | Explanation | NodePage | NodeView
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    reply_to: int
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One line of the coordinator's log; `event` is a stable name, `fields` are bound to it."""
+
+    level: str
+    event: str
+    fields: tuple[tuple[str, object], ...] = ()
+
+
+Command = Send | CloseSession | Reply | Log
+Effect = Record | Command

@@ -1,0 +1,265 @@
+"""The nouns of the coordinator's core: immutable values, replaced as a whole when something
+changes.
+
+Problem: a mutable record that is handed to a writer thread changes while it is being written. Every
+value here is frozen, so the value in the core's dictionaries *is* the record that goes to the
+store, and a reply that carries it stays true.
+
+Two times appear. `*_unix_ms` is wall time, kept for people. Everything that is compared lives in
+`state.py` as monotonic milliseconds and is not durable: after a restart it starts anew.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+
+SHARED = "shared"  # stands for the shared directory wherever a replica's node is named
+
+
+class JobClass(Enum):
+    GUARANTEED = "guaranteed"
+    STANDARD = "standard"
+    SPARE = "spare"
+
+
+CLASS_ORDER = (JobClass.GUARANTEED, JobClass.STANDARD, JobClass.SPARE)
+CLASS_RANK = {job_class: rank for rank, job_class in enumerate(CLASS_ORDER)}
+
+
+class Replication(Enum):
+    AUTOMATIC = "automatic"
+    REQUIRED = "required"
+    NONE = "none"
+
+
+class StopSignal(Enum):
+    TERM = "TERM"
+    USR1 = "USR1"
+    USR2 = "USR2"
+
+
+class JobIntent(Enum):
+    """What the owner wants of the job; it decides what becomes of it when its attempt ends."""
+
+    RUN = "run"
+    HOLD = "hold"
+    CANCEL = "cancel"
+
+
+GRACE_MS_DEFAULT = 120_000
+MAX_RESTARTS_DEFAULT = 3
+# 75 is EX_TEMPFAIL of sysexits.h; 85 is HTCondor's usual checkpoint exit code.
+RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
+    `trainer` is set."""
+
+    name: str = ""
+    project: str = "default"
+    job_class: JobClass = JobClass.STANDARD
+    command: tuple[str, ...] = ()
+    trainer: str = ""
+    trainer_config_json: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+    working_directory: str = ""
+    gpus: int = 0
+    gpu_types: tuple[str, ...] = ()
+    gpu_memory_bytes_min: int = 0
+    memory_bytes: int = 0
+    grace_ms: int = GRACE_MS_DEFAULT
+    stop_signal: StopSignal = StopSignal.TERM
+    max_restarts: int = MAX_RESTARTS_DEFAULT
+    run_again_exit_codes: tuple[int, ...] = RUN_AGAIN_EXIT_CODES_DEFAULT
+    replication: Replication = Replication.AUTOMATIC
+    slurm_environment: bool = False
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`epoch` is the highest given out; `head` the digest of the last committed checkpoint, empty
+    before the first.
+
+    `failures` counts failures in a row without a newly committed checkpoint, `yields` likewise for
+    "run me again". `event_count` is the sequence of the job's newest history line.
+    """
+
+    id: int
+    spec: JobSpec
+    phase: JobPhase
+    submitted_unix_ms: int
+    request_id: str = ""
+    intent: JobIntent = JobIntent.RUN
+    reason: str = ""
+    epoch: int = 0
+    head: str = ""
+    head_step: int = 0
+    failures: int = 0
+    yields: int = 0
+    ended_unix_ms: int | None = None
+    event_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One execution of a job. `stop_reason` is empty until it is told to stop."""
+
+    job_id: int
+    epoch: int
+    node: str
+    gpu_uuids: tuple[str, ...]
+    phase: AttemptPhase
+    assigned_unix_ms: int
+    started_unix_ms: int | None = None
+    ended_unix_ms: int | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str = ""
+    stop_reason: str = ""
+    restored_digest: str = ""
+    restored_step: int = 0
+    commits: int = 0
+    replica_node: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.job_id}.{self.epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint. `replicas` are the nodes that hold all of it, the writer first. `bad`
+    says why it is no longer used; empty while it is good."""
+
+    job_id: int
+    digest: str
+    parent: str
+    epoch: int
+    step: int
+    size_bytes: int
+    replicas: tuple[str, ...]
+    committed_unix_ms: int
+    bad: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    hostname: str = ""
+    boot_id: str = ""
+    cpu_count: int = 0
+    memory_bytes: int = 0
+    driver_version: str = ""
+    agent_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    uuid: str
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What is durable of a node. `acknowledged` is the sequence of its last event whose effects are
+    durable."""
+
+    id: str
+    journal_id: str
+    peer_address: str
+    host: HostFacts
+    gpus: tuple[GpuFacts, ...]
+    intent: NodeIntent = NodeIntent.OPEN
+    acknowledged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """One line of a job's history; `name` is stable, `message` one sentence."""
+
+    job_id: int
+    sequence: int
+    unix_ms: int
+    name: str
+    attempt: str = ""
+    node: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTelemetry:
+    """`None` means that the driver does not say, never zero."""
+
+    uuid: str
+    utilization_ratio: float | None = None
+    memory_used_bytes: int | None = None
+    temperature_celsius: int | None = None
+    power_mw: int | None = None
+    energy_mj: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostTelemetry:
+    cpu_utilization_ratio: float
+    memory_used_bytes: int
+    disk_free_bytes: int
+    load_1min: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    step: int
+    total_steps: int = 0
+    metrics: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuView:
+    """A GPU as a reply shows it."""
+
+    facts: GpuFacts
+    phase: GpuPhase
+    attempt: str = ""
+    telemetry: GpuTelemetry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as a reply shows it."""
+
+    node: Node
+    phase: NodePhase
+    gpus: tuple[GpuView, ...]
+    attempts: tuple[str, ...]
+    reason: str
+    telemetry: HostTelemetry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as a reply shows it."""
+
+    job: Job
+    attempts: tuple[Attempt, ...] = ()
+    checkpoint: Checkpoint | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything durable, as the store hands it over at start. `leader_epoch` is ours;
+    `last_job_id` was given out."""
+
+    leader_epoch: int = 0
+    last_job_id: int = 0
+    jobs: tuple[Job, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    nodes: tuple[Node, ...] = field(default=())

@@ -1,0 +1,349 @@
+"""Nodes: who is there, until when we believe it, and what the operator wants of them.
+
+Problem: a silent node is either dead or cut off, and nobody can tell which (the "two generals" of
+every cluster). So silence only ever starts a clock. A node is *suspect* when its connection closes
+or its heartbeats are late, and *lost* when its lease ends; then its jobs may go elsewhere, and
+whoever comes first, the node with its attempt or a new attempt with a higher epoch, has the job.
+What a returning node still runs that is not its own any more, it is told to kill.
+
+Everything here is level-triggered: a hello or a heartbeat lists what the node has, the difference
+to what it should have is ordered again. Lost, repeated and reordered messages therefore cost time
+and nothing else.
+"""
+
+from dataclasses import replace
+
+from coordinator.core import attempts, checkpoints
+from coordinator.core.messages import (
+    CloseSession,
+    Goodbye,
+    Heartbeat,
+    HeldAttempt,
+    Hello,
+    LeaseRenewal,
+    StopAttempt,
+    Welcome,
+)
+from coordinator.core.model import Attempt, Node
+from coordinator.core.phases import (
+    INTENT_TRANSITIONS,
+    AttemptPhase,
+    GpuPhase,
+    NodeIntent,
+    NodePhase,
+    advance,
+)
+from coordinator.core.state import Instant, LiveGpu, LiveNode, State
+
+# Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
+NODES_MAX = 20_000
+ABSENCE_MS_MAX = 600_000  # a polite agent may announce ten minutes of absence; longer is a drain
+# A tick that comes this late means that we were away (suspended, swapped out), not that every node
+# was.
+TICK_GAP_MS = 2_000
+
+
+def hello(state: State, now: Instant, session: int, body: Hello) -> None:
+    """A session begins. Believe what the node says of itself, then order what differs from what it
+    should have."""
+    refusal = _refuse_hello(state, now, session, body)
+    if refusal:
+        state.log("warning", "node.refused", node=body.node, reason=refusal)
+        state.commands.append(CloseSession(session, refusal))
+        return
+    live = _join(state, now, session, body)
+    state.send(
+        live.node.id,
+        Welcome(
+            state.leader_epoch,
+            state.options.heartbeat_interval_ms,
+            state.options.lease_ms,
+            live.node.acknowledged,
+        ),
+    )
+    checkpoints.reconcile_copies(state, live, body.checkpoints)
+    _reconcile(state, now, live, body.attempts, whole=True)
+    _settle_gpus(state, live, body.attempts)
+    checkpoints.retarget(state)
+    for attempt_id in list(live.attempts):
+        attempt = state.attempts[attempt_id]
+        job = state.jobs[attempt.job_id]
+        state.send(live.node.id, checkpoints.target_order(state, job, attempt))
+    live.keep_changed = True
+    state.log("info", "node.up", node=live.node.id, gpus=len(live.gpus))
+
+
+def _refuse_hello(state: State, now: Instant, session: int, body: Hello) -> str:
+    live = state.nodes.get(body.node)
+    if live is None:
+        full = len(state.nodes) >= NODES_MAX
+        return f"{len(state.nodes)} nodes have joined and {NODES_MAX} is the limit" if full else ""
+    if session <= live.newest_session and session != live.session:
+        return "a newer session took its place"  # what it says has been overtaken
+    other = live.session is not None and live.session != session
+    fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
+    if other and fresh and live.node.journal_id != body.journal_id:
+        return (
+            f"another agent is connected as {body.node} (host {live.node.host.hostname});"
+            " give this one a node name of its own"
+        )
+    return ""
+
+
+def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
+    live = state.nodes.get(body.node)
+    node = Node(
+        body.node, body.journal_id, body.peer_address, body.host, body.gpus,
+        acknowledged=body.acknowledged,
+    )  # fmt: skip
+    if live is None:
+        live = LiveNode(node, NodePhase.SUSPECT, 0)
+        state.nodes[body.node] = live
+        state.put_node(node)
+    else:
+        if live.session is not None and live.session != session:
+            state.sessions.pop(live.session, None)
+            state.commands.append(CloseSession(live.session, "a newer session took its place"))
+        same_journal = live.node.journal_id == body.journal_id
+        # A coordinator whose store is older than the agent's journal waits for no event that the
+        # agent has dropped.
+        known = live.node.acknowledged if same_journal else 0
+        acknowledged = max(known, body.acknowledged)
+        node = replace(node, intent=live.node.intent, acknowledged=acknowledged)
+        if node != live.node:
+            state.put_node(node)
+        if not same_journal:
+            _forgotten(state, now, live, body)
+    state.sessions[session] = body.node
+    live.session = live.newest_session = session
+    live.heard_ms = now.now_ms
+    live.heartbeat_sequence = 0
+    live.deadline_ms = now.now_ms + state.options.lease_ms
+    if live.phase is not NodePhase.UP:
+        state.set_node_phase(live, NodePhase.UP, "")
+    return live
+
+
+def _forgotten(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
+    """A new journal: the node remembers nothing, so what it ran for us is over."""
+    listed = {held.attempt: True for held in body.attempts}
+    for attempt_id in list(live.attempts):
+        if attempt_id not in listed:
+            reason = f"{body.node} came back without its memory"
+            attempts.lost(state, now, state.attempts[attempt_id], reason)
+
+
+def _reconcile(
+    state: State, now: Instant, live: LiveNode, held: tuple[HeldAttempt, ...], whole: bool
+) -> None:
+    """Compare what the node has with what it should have. `whole`: a hello, whose list is complete
+    and final."""
+    listed = {item.attempt: item for item in held}
+    strays: dict[str, int] = {}
+    for attempt_id, item in listed.items():
+        attempt = state.attempts.get(attempt_id)
+        if attempt is not None and attempt_id in live.attempts:
+            attempts.returned(state, now, attempt)
+        elif item.live:
+            strays[attempt_id] = _stop_stray(state, now, live, attempt_id)
+    for attempt_id in live.strays:
+        if attempt_id not in strays:
+            state.release_gpus(live, attempt_id)
+    live.strays = strays
+    for attempt_id in list(live.attempts):
+        attempt = state.attempts[attempt_id]
+        if attempt_id not in listed:
+            _missing(state, now, attempt, whole)
+        elif attempt.phase is AttemptPhase.STOPPING and _due(state, now, attempt_id, whole):
+            attempts.order_stop(state, now, attempt)
+
+
+def _missing(state: State, now: Instant, attempt: Attempt, whole: bool) -> None:
+    """The node does not list an attempt that it should have."""
+    if attempt.phase is AttemptPhase.ASSIGNED:
+        if _due(state, now, attempt.id, whole):
+            attempts.order_start(state, now, attempt)
+    elif attempt.phase is AttemptPhase.STOPPING and attempt.started_unix_ms is None:
+        # The node may never have heard of it; the order makes it answer either way.
+        if _due(state, now, attempt.id, whole):
+            attempts.order_stop(state, now, attempt)
+    elif whole:
+        reason = f"{attempt.node} does not know it any more"
+        attempts.lost(state, now, attempt, reason)
+
+
+def _due(state: State, now: Instant, attempt_id: str, whole: bool) -> bool:
+    """Orders are repeated once a heartbeat, and at once in a new session."""
+    ordered_ms = state.ordered_ms.get(attempt_id)
+    if whole or ordered_ms is None:
+        return True
+    return now.now_ms - ordered_ms >= state.options.heartbeat_interval_ms
+
+
+def _stop_stray(state: State, now: Instant, live: LiveNode, attempt_id: str) -> int:
+    ordered_ms = live.strays.get(attempt_id)
+    interval_ms = state.options.heartbeat_interval_ms
+    if ordered_ms is not None and now.now_ms - ordered_ms < interval_ms:
+        return ordered_ms
+    reason = "it is not this node's to run any more"
+    state.log("warning", "attempt.stray", node=live.node.id, attempt=attempt_id, reason=reason)
+    state.send(live.node.id, StopAttempt(attempt_id, None, reason))
+    return now.now_ms
+
+
+def _settle_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:
+    """Who holds which GPU, from the node's own list and from what is assigned to it."""
+    facts = {gpu.uuid: gpu for gpu in live.node.gpus}
+    holders: dict[str, str] = {}
+    for item in held:
+        if item.live:
+            holders.update(dict.fromkeys(item.gpu_uuids, item.attempt))
+    for attempt_id in live.attempts:
+        holders.update(dict.fromkeys(state.attempts[attempt_id].gpu_uuids, attempt_id))
+    for uuid in list(live.gpus):
+        if uuid not in facts:
+            # A GPU that the node no longer lists; its attempt finds out by itself.
+            state.set_gpu(live, uuid, GpuPhase.ABSENT, holders.get(uuid, ""))
+    for uuid, fact in facts.items():
+        gpu = live.gpus.setdefault(uuid, LiveGpu(fact, GpuPhase.ABSENT))
+        gpu.facts = fact
+        holder = holders.get(uuid, "")
+        state.set_gpu(live, uuid, GpuPhase.HELD if holder else GpuPhase.FREE, holder)
+
+
+def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> None:
+    if body.sequence <= live.heartbeat_sequence:
+        return
+    live.heartbeat_sequence = body.sequence
+    live.heard_ms = now.now_ms
+    live.deadline_ms = now.now_ms + state.options.lease_ms
+    if live.phase is NodePhase.SUSPECT:
+        state.set_node_phase(live, NodePhase.UP, "")
+    live.telemetry = body.host or live.telemetry
+    for telemetry in body.gpus:
+        if telemetry.uuid in live.gpus:
+            live.gpus[telemetry.uuid].telemetry = telemetry
+    for attempt_id, progress in body.progress:
+        if attempt_id in live.attempts:
+            state.progress[attempt_id] = progress
+    _reconcile(state, now, live, body.attempts, whole=False)
+    _hold_stray_gpus(state, live, body.attempts)
+    if live.session is not None:
+        state.send(live.node.id, LeaseRenewal(body.sequence))
+
+
+def _hold_stray_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:
+    for item in held:
+        if item.attempt not in live.strays:
+            continue
+        for uuid in item.gpu_uuids:
+            gpu = live.gpus.get(uuid)
+            if gpu is not None and gpu.phase is GpuPhase.FREE:
+                state.set_gpu(live, uuid, GpuPhase.HELD, item.attempt)
+
+
+def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
+    """A polite close: the agent restarts (its trainers go on), or it leaves for good (its jobs go
+    elsewhere at once)."""
+    if body.absence_ms is None:
+        live.deadline_ms = now.now_ms
+        _close(state, live, "its agent has left")
+        expire(state, now, live, "its agent has left for good")
+        return
+    absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
+    live.deadline_ms = now.now_ms + absence_ms
+    _close(state, live, f"its agent restarts and asked for {absence_ms / 1000:g} s")
+
+
+def closed(state: State, now: Instant, session: int) -> None:
+    """The stream broke. A dying process closes its connections, so this counts sooner than
+    silence."""
+    node_id = state.sessions.pop(session, None)
+    live = state.nodes.get(node_id) if node_id is not None else None
+    if live is None or live.session != session:
+        return
+    live.deadline_ms = min(live.deadline_ms, now.now_ms + state.options.closed_grace_ms)
+    _close(state, live, "its connection has closed")
+
+
+def _close(state: State, live: LiveNode, note: str) -> None:
+    if live.session is not None:
+        state.sessions.pop(live.session, None)
+    live.session = None
+    if live.phase is NodePhase.UP:
+        state.set_node_phase(live, NodePhase.SUSPECT, note)
+        state.log("warning", "node.suspect", node=live.node.id, reason=note)
+
+
+def tick(state: State, now: Instant) -> None:
+    """Leases end, retries come due. If we were away ourselves, nobody is blamed for that time."""
+    last_ms = state.last_tick_ms
+    state.last_tick_ms = now.now_ms
+    gap_ms = 0 if last_ms is None else now.now_ms - last_ms
+    if gap_ms > TICK_GAP_MS:
+        state.log("warning", "coordinator.away", gap_ms=gap_ms)
+        for live in state.nodes.values():
+            live.deadline_ms += gap_ms
+    for live in list(state.nodes.values()):
+        if live.phase is not NodePhase.LOST and live.deadline_ms <= now.now_ms:
+            silent_ms = now.now_ms - live.heard_ms
+            expire(state, now, live, live.note or f"it has not been heard for {silent_ms} ms")
+        settle_drain(state, live)
+        if live.keep_changed and live.session is not None:
+            order = checkpoints.keep_order(live)
+            if order is not None:
+                state.send(live.node.id, order)
+    for job_id, eligible_ms in list(state.eligible_ms.items()):
+        if eligible_ms <= now.now_ms:
+            state.eligible_ms.pop(job_id)
+            state.dirty = True
+
+
+def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """The lease has ended: the node is lost and its jobs return to the queue at their old place."""
+    reason = f"{live.node.id} is lost: {why}"
+    if live.session is not None:
+        state.commands.append(CloseSession(live.session, "the lease has ended"))
+        state.sessions.pop(live.session, None)
+        live.session = None
+    state.set_node_phase(live, NodePhase.LOST, why)
+    state.log("error", "node.lost", node=live.node.id, reason=reason)
+    for attempt_id in list(live.attempts):
+        attempts.unreachable(state, now, state.attempts[attempt_id], reason)
+    live.strays = {}  # if it ever comes back, its hello lists them again
+    for uuid, gpu in live.gpus.items():
+        state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.attempt)
+    checkpoints.retarget(state)
+
+
+def set_intent(state: State, now: Instant, live: LiveNode, intent: NodeIntent) -> None:
+    present = advance(INTENT_TRANSITIONS, live.node.intent, intent, f"node {live.node.id}")
+    if present is not live.node.intent:
+        state.put_node(replace(live.node, intent=intent))
+        state.log("info", f"node.{intent.value}", node=live.node.id)
+    state.dirty = True
+    if intent is NodeIntent.DRAINING:
+        for attempt_id in list(live.attempts):
+            reason = f"{live.node.id} is being drained"
+            attempts.stop(state, now, state.attempts[attempt_id], reason)
+        settle_drain(state, live)
+
+
+def settle_drain(state: State, live: LiveNode) -> None:
+    """A draining node is drained when nothing is left on it."""
+    left = live.attempts or live.strays
+    if live.node.intent is NodeIntent.DRAINING and not left:
+        state.put_node(replace(live.node, intent=NodeIntent.DRAINED))
+        state.log("info", "node.drained", node=live.node.id)
+
+
+def why_closed(live: LiveNode) -> str:
+    """Why the node takes no work, in one sentence; empty when it does."""
+    if live.phase is not NodePhase.UP:
+        return live.note
+    if live.node.intent is NodeIntent.DRAINING:
+        count = len(live.attempts) + len(live.strays)
+        return f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"
+    if live.node.intent is not NodeIntent.OPEN:
+        return f"closed by an operator; `baton uncordon {live.node.id}` opens it"
+    return ""

@@ -1,0 +1,382 @@
+"""What the coordinator knows, and the only functions that change it.
+
+Problem: when every handler edits dictionaries and remembers to persist what it edited, one forgets.
+Here a change *is* a record: `put_job` and its like replace the value, keep the indices true and
+append the record in one step. Handlers read freely and change only through these.
+
+Durable values are frozen (`model.py`). What is compared with the monotonic clock, or said anew by
+every hello, is volatile and lives in `LiveNode` and the plain dictionaries below; a restarted
+coordinator begins without it.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from coordinator.core.messages import (
+    AgentOrder,
+    AppendEvent,
+    Command,
+    DropCheckpoint,
+    DropJob,
+    Effect,
+    Log,
+    PutAttempt,
+    PutCheckpoint,
+    PutJob,
+    PutNode,
+    Record,
+    Send,
+)
+from coordinator.core.model import (
+    SHARED,
+    Attempt,
+    Checkpoint,
+    GpuFacts,
+    GpuTelemetry,
+    HostTelemetry,
+    Job,
+    JobEvent,
+    Node,
+    Progress,
+    Snapshot,
+)
+from coordinator.core.phases import (
+    ATTEMPT_ENDED,
+    GPU_TRANSITIONS,
+    JOB_ENDED,
+    JOB_TRANSITIONS,
+    NODE_TRANSITIONS,
+    GpuPhase,
+    JobPhase,
+    NodePhase,
+    advance,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """`now_ms` is monotonic and is what decisions compare; `unix_ms` is wall time and is only
+    written down."""
+
+    now_ms: int
+    unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an operator may set. Milliseconds throughout."""
+
+    heartbeat_interval_ms: int = 1_000
+    # Eight missed heartbeats: short enough for a handoff within ten seconds, long enough for a
+    # switch that reboots a line card or a box that swaps.
+    lease_ms: int = 8_000
+    # A process that dies closes its connections. Three seconds let systemd restart an agent before
+    # its jobs move.
+    closed_grace_ms: int = 3_000
+    # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
+    restart_grace_ms: int = 13_000
+
+
+JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
+JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
+ATTEMPTS_SHOWN_MAX = 100  # per job; more are dropped from memory, the store keeps them
+CHECKPOINTS_KEPT = 3  # per open job: the head, and two to fall back on when it does not verify
+REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here
+
+
+@dataclass(slots=True)
+class LiveGpu:
+    facts: GpuFacts
+    phase: GpuPhase
+    attempt: str = ""
+    telemetry: GpuTelemetry | None = None
+
+
+@dataclass(slots=True)
+class LiveNode:
+    """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
+    those that it runs but should not, with the time of the last stop order."""
+
+    node: Node
+    phase: NodePhase
+    deadline_ms: int
+    session: int | None = None
+    newest_session: int = -1
+    heard_ms: int = 0
+    heartbeat_sequence: int = 0
+    note: str = ""
+    gpus: dict[str, LiveGpu] = field(default_factory=dict)
+    attempts: dict[str, None] = field(default_factory=dict)
+    strays: dict[str, int] = field(default_factory=dict)
+    telemetry: HostTelemetry | None = None
+    digests: dict[str, int] = field(default_factory=dict)
+    keep_changed: bool = False
+
+
+class State:
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.leader_epoch = 0
+        self.last_job_id = 0
+        self.jobs: dict[int, Job] = {}
+        self.attempts: dict[str, Attempt] = {}
+        self.job_attempts: dict[int, list[str]] = {}
+        self.checkpoints: dict[int, list[Checkpoint]] = {}
+        self.nodes: dict[str, LiveNode] = {}
+        self.sessions: dict[int, str] = {}
+        self.requests: dict[str, int] = {}
+        self.queued: dict[int, None] = {}
+        self.ended: dict[int, None] = {}
+        self.eligible_ms: dict[int, int] = {}
+        self.avoid: dict[int, str] = {}
+        self.waits: dict[int, str] = {}
+        self.progress: dict[str, Progress] = {}
+        self.ordered_ms: dict[str, int] = {}
+        self.last_tick_ms: int | None = None
+        # What the next placement has to look at: everything, or else these new jobs alone.
+        self.dirty = True
+        self.fresh: dict[int, None] = {}
+        self.changed_jobs: dict[int, None] = {}
+        self.changed_attempts: dict[str, None] = {}
+        self.changed_nodes: dict[str, None] = {}
+        self.records: list[Record] = []
+        self.commands: list[Command] = []
+
+    # --- loading ----------------------------------------------------------------------------------
+
+    def load(self, snapshot: Snapshot, now_ms: int) -> None:
+        """Take over what the store holds. Nodes are suspect until they say hello, and lost if they
+        do not in time."""
+        self.leader_epoch = snapshot.leader_epoch
+        self.last_job_id = snapshot.last_job_id
+        for node in snapshot.nodes:
+            live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
+            live.note = "the coordinator has restarted and the node has not said hello yet"
+            live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
+            self.nodes[node.id] = live
+        # In the order in which they ended, since the first to end is the first to be forgotten.
+        for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
+            self.jobs[job.id] = job
+            self._index_job(job)
+        for attempt in sorted(snapshot.attempts, key=lambda a: (a.job_id, a.epoch)):
+            self._remember(attempt)
+            live_node = self.nodes.get(attempt.node)
+            if attempt.phase not in ATTEMPT_ENDED and live_node is not None:
+                live_node.attempts[attempt.id] = None
+        for checkpoint in snapshot.checkpoints:
+            self.checkpoints.setdefault(checkpoint.job_id, []).append(checkpoint)
+            self._index_replicas(checkpoint, 1)
+        for job_id, kept in self.checkpoints.items():
+            self.checkpoints[job_id] = _in_order(kept, self.jobs[job_id].head)
+
+    # --- records ----------------------------------------------------------------------------------
+
+    def put_job(self, job: Job) -> Job:
+        old = self.jobs.get(job.id)
+        if old is not None:
+            advance(JOB_TRANSITIONS, old.phase, job.phase, f"job {job.id}")
+            job = replace(job, event_count=max(job.event_count, old.event_count))
+        if old is None:
+            self.fresh[job.id] = None
+        elif old.phase is not job.phase or job.phase is JobPhase.QUEUED:
+            self.dirty = True  # a commit alone lets nobody start
+        self.jobs[job.id] = job
+        self._index_job(job)
+        self.changed_jobs[job.id] = None
+        return job
+
+    def _index_job(self, job: Job) -> None:
+        if job.request_id:
+            self.requests[job.request_id] = job.id
+        if job.phase is JobPhase.QUEUED:
+            self.queued[job.id] = None
+        else:
+            self.queued.pop(job.id, None)
+            self.waits.pop(job.id, None)
+        if job.phase in JOB_ENDED:
+            self.ended[job.id] = None
+        else:
+            self.ended.pop(job.id, None)
+
+    def drop_job(self, job_id: int) -> None:
+        """An ended job leaves memory and store; its id is never given out again."""
+        job = self.jobs.pop(job_id)
+        self.ended.pop(job_id, None)
+        self.requests.pop(job.request_id, None)
+        self.eligible_ms.pop(job_id, None)
+        self.avoid.pop(job_id, None)
+        for attempt_id in self.job_attempts.pop(job_id, []):
+            self.attempts.pop(attempt_id, None)
+            self.progress.pop(attempt_id, None)
+            self.ordered_ms.pop(attempt_id, None)
+        for checkpoint in self.checkpoints.pop(job_id, []):
+            self._index_replicas(checkpoint, -1)
+        self.records.append(DropJob(job_id))
+
+    def put_attempt(self, attempt: Attempt) -> Attempt:
+        """The phase has been checked by the caller through `advance`, since only it knows the old
+        one's meaning."""
+        old = self.attempts.get(attempt.id)
+        if old is None or old.phase is not attempt.phase:
+            self.dirty = True
+        self._remember(attempt)
+        live = self.nodes.get(attempt.node)
+        if live is not None:
+            if attempt.phase in ATTEMPT_ENDED:
+                live.attempts.pop(attempt.id, None)
+                self.ordered_ms.pop(attempt.id, None)
+            else:
+                live.attempts[attempt.id] = None
+        self.changed_attempts[attempt.id] = None
+        return attempt
+
+    def _remember(self, attempt: Attempt) -> None:
+        if attempt.id not in self.attempts:
+            ids = self.job_attempts.setdefault(attempt.job_id, [])
+            ids.append(attempt.id)
+            for gone in ids[:-ATTEMPTS_SHOWN_MAX]:
+                self.attempts.pop(gone, None)
+                self.progress.pop(gone, None)
+            del ids[:-ATTEMPTS_SHOWN_MAX]
+        self.attempts[attempt.id] = attempt
+
+    def put_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Insert, or replace the one with the same digest."""
+        kept = self.checkpoints.setdefault(checkpoint.job_id, [])
+        for index, old in enumerate(kept):
+            if old.digest == checkpoint.digest:
+                self._index_replicas(old, -1)
+                kept[index] = checkpoint
+                self.dirty = True  # it may be in reach now, or no longer used
+                break
+        else:
+            kept.append(checkpoint)
+        self._index_replicas(checkpoint, 1)
+        self.records.append(PutCheckpoint(checkpoint))
+
+    def drop_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints[checkpoint.job_id].remove(checkpoint)
+        self._index_replicas(checkpoint, -1)
+        self.records.append(DropCheckpoint(checkpoint.job_id, checkpoint.digest))
+
+    def _index_replicas(self, checkpoint: Checkpoint, change: int) -> None:
+        for node_id in checkpoint.replicas:
+            live = self.nodes.get(node_id)
+            if live is None:
+                continue
+            count = live.digests.get(checkpoint.digest, 0) + change
+            if count > 0:
+                live.digests[checkpoint.digest] = count
+            else:
+                live.digests.pop(checkpoint.digest, None)
+                live.keep_changed = True
+
+    def put_node(self, node: Node) -> None:
+        self.nodes[node.id].node = node
+        self.changed_nodes[node.id] = None
+
+    def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
+        """Append a line to the job's history, and to the log. `where` is attempt and node."""
+        job = self.jobs[job_id]
+        job = replace(job, event_count=job.event_count + 1)
+        self.jobs[job_id] = job
+        self.changed_jobs[job_id] = None
+        event = JobEvent(job_id, job.event_count, unix_ms, name, message=message, **where)
+        self.records.append(AppendEvent(event))
+        fields: dict[str, object] = {"job": job_id, **where, "reason": message}
+        self.log("info", name, **fields)
+
+    def take(self) -> list[Effect]:
+        """Everything that has come up since the last call: records first, each changed value once,
+        then commands."""
+        effects: list[Effect] = [PutJob(self.jobs[i]) for i in self.changed_jobs if i in self.jobs]
+        effects += [
+            PutAttempt(self.attempts[i]) for i in self.changed_attempts if i in self.attempts
+        ]
+        effects += [PutNode(self.nodes[i].node) for i in self.changed_nodes]
+        effects += self.records
+        effects += self.commands
+        self.changed_jobs, self.changed_attempts, self.changed_nodes = {}, {}, {}
+        self.records, self.commands = [], []
+        return effects
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def log(self, level: str, event: str, **fields: object) -> None:
+        self.commands.append(Log(level, event, tuple(fields.items())))
+
+    def send(self, node_id: str, order: AgentOrder) -> None:
+        """To the node's present session; with none, the order is made again from the state when it
+        says hello."""
+        session = self.nodes[node_id].session
+        if session is not None:
+            self.commands.append(Send(session, order))
+
+    # --- phases of nodes and GPUs -----------------------------------------------------------------
+
+    def set_node_phase(self, live: LiveNode, phase: NodePhase, note: str) -> None:
+        live.phase = advance(NODE_TRANSITIONS, live.phase, phase, f"node {live.node.id}")
+        live.note = note
+        self.dirty = True
+
+    def set_gpu(self, live: LiveNode, uuid: str, phase: GpuPhase, attempt: str = "") -> None:
+        gpu = live.gpus[uuid]
+        gpu.phase = advance(GPU_TRANSITIONS, gpu.phase, phase, f"gpu {uuid}")
+        gpu.attempt = attempt
+        self.dirty = True
+
+    def release_gpus(self, live: LiveNode, attempt_id: str) -> None:
+        for uuid, gpu in live.gpus.items():
+            if gpu.attempt == attempt_id:
+                present = gpu.phase is not GpuPhase.ABSENT
+                self.set_gpu(live, uuid, GpuPhase.FREE if present else GpuPhase.ABSENT)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a placement pass may find something to do."""
+        return self.dirty or bool(self.fresh)
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def current(self, job: Job) -> Attempt | None:
+        """The attempt of the job's highest epoch, ended or not."""
+        return self.attempts.get(f"{job.id}.{job.epoch}")
+
+    def attempts_of(self, job_id: int) -> list[Attempt]:
+        ids = self.job_attempts.get(job_id, [])
+        return [self.attempts[attempt_id] for attempt_id in ids if attempt_id in self.attempts]
+
+    def good_checkpoints(self, job: Job) -> list[Checkpoint]:
+        """Newest first, from the head back; what does not verify is left out."""
+        kept = [c for c in self.checkpoints.get(job.id, []) if not c.bad]
+        return kept[::-1]
+
+    def reachable(self, checkpoint: Checkpoint) -> bool:
+        """Some node within its lease, or the shared directory, holds all of it."""
+        return any(
+            node_id == SHARED
+            or (node_id in self.nodes and self.nodes[node_id].phase is not NodePhase.LOST)
+            for node_id in checkpoint.replicas
+        )
+
+    def wait_reason(self, job: Job) -> str:
+        if job.phase is not JobPhase.QUEUED:
+            return job.reason
+        return self.waits.get(job.id) or job.reason or "it is looked at in the next round"
+
+
+def _in_order(kept: list[Checkpoint], head: str) -> list[Checkpoint]:
+    """Oldest first, the head last: the chain of parents tells, since steps and clocks may tie. What
+    is no part of the chain is not used any more and goes first."""
+    rest = {checkpoint.digest: checkpoint for checkpoint in kept}
+    chain: list[Checkpoint] = []
+    while head in rest:
+        chain.append(rest.pop(head))
+        head = chain[-1].parent
+    return [*rest.values(), *reversed(chain)]
+
+
+def cut(sentence: str) -> str:
+    """A peer's sentence at a bounded length."""
+    if len(sentence) <= REASON_CHARACTERS_MAX:
+        return sentence
+    return sentence[: REASON_CHARACTERS_MAX - 1] + "…"

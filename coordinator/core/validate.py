@@ -1,0 +1,169 @@
+"""Which jobs can be accepted at all.
+
+Problem: a job that can never run, accepted politely, waits for ever and nobody knows why. So a
+request is judged when it is made, and a refusal says what to change. "Not now" is not judged here;
+that is a wait reason of `placement.py`.
+"""
+
+import re
+from collections.abc import Iterable
+
+from coordinator.core.model import GpuFacts, HostFacts, JobSpec
+
+TRAINERS = ("transfer", "finetune")
+
+# Bounds. Each is far above real use and far below what would hurt.
+NAME_CHARACTERS_MAX = 128
+REQUEST_ID_CHARACTERS_MAX = 64
+COMMAND_BYTES_MAX = 64 * 1024  # half of Linux's limit for one argument (MAX_ARG_STRLEN, execve(2))
+ENVIRONMENT_ENTRIES_MAX = 256
+ENVIRONMENT_BYTES_MAX = 64 * 1024
+CONFIG_BYTES_MAX = 64 * 1024
+GPUS_MAX = 64
+GPU_TYPES_MAX = 16
+GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_NAME_V2_BUFFER_SIZE)
+PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
+GRACE_MS_MAX = 7 * 24 * 3_600_000
+MAX_RESTARTS_MAX = 1_000
+
+_PROJECT = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def refuse_spec(spec: JobSpec) -> str:
+    """A sentence that says what to change; empty when the job is well formed."""
+    for check in (_labels, _program, _environment, _request, _ending):
+        sentence = check(spec)
+        if sentence:
+            return sentence
+    return ""
+
+
+def _labels(spec: JobSpec) -> str:
+    if len(spec.name) > NAME_CHARACTERS_MAX or not spec.name.isprintable():
+        return f"name must be at most {NAME_CHARACTERS_MAX} printable characters"
+    if not _PROJECT.fullmatch(spec.project):
+        return f"project {spec.project!r} must be 1 to 64 of a-z, 0-9 and '-'"
+    return ""
+
+
+def _program(spec: JobSpec) -> str:
+    if bool(spec.command) == bool(spec.trainer):
+        return "give either a command or a built-in trainer, and not both"
+    if spec.trainer and spec.trainer not in TRAINERS:
+        return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(TRAINERS)}"
+    if spec.command and not spec.command[0]:
+        return "the command's first word is empty"
+    if any("\0" in word for word in (*spec.command, spec.working_directory)):
+        return "command and working directory must not contain NUL characters"
+    if sum(len(word.encode()) + 1 for word in spec.command) > COMMAND_BYTES_MAX:
+        return f"the command is longer than {COMMAND_BYTES_MAX} bytes; put it into a script"
+    if len(spec.trainer_config_json.encode()) > CONFIG_BYTES_MAX:
+        return f"the trainer's configuration is longer than {CONFIG_BYTES_MAX} bytes"
+    if spec.working_directory and not spec.working_directory.startswith("/"):
+        return f"working directory {spec.working_directory!r} must be an absolute path"
+    if len(spec.working_directory.encode()) > PATH_BYTES_MAX:
+        return f"the working directory is longer than {PATH_BYTES_MAX} bytes"
+    return ""
+
+
+def _environment(spec: JobSpec) -> str:
+    if len(spec.environment) > ENVIRONMENT_ENTRIES_MAX:
+        return f"more than {ENVIRONMENT_ENTRIES_MAX} environment variables"
+    size_bytes = 0
+    for name, value in spec.environment:
+        if not _VARIABLE.fullmatch(name):
+            return f"environment variable {name!r} must match [A-Za-z_][A-Za-z0-9_]*"
+        if name.startswith("BATON_"):
+            return f"environment variable {name} is Baton's own; choose another name"
+        if "\0" in value:
+            return f"environment variable {name} contains a NUL character"
+        size_bytes += len(name) + len(value.encode()) + 2
+    if size_bytes > ENVIRONMENT_BYTES_MAX:
+        return f"the environment is larger than {ENVIRONMENT_BYTES_MAX} bytes"
+    return ""
+
+
+def _request(spec: JobSpec) -> str:
+    if not 0 <= spec.gpus <= GPUS_MAX:
+        return f"gpus is {spec.gpus}; it must be between 0 and {GPUS_MAX}"
+    if spec.memory_bytes < 0:
+        return f"memory is {spec.memory_bytes} bytes; it must not be negative"
+    if spec.gpu_memory_bytes_min < 0:
+        return f"GPU memory is {spec.gpu_memory_bytes_min} bytes; it must not be negative"
+    if spec.gpus == 0 and (spec.gpu_types or spec.gpu_memory_bytes_min):
+        return "a GPU type or GPU memory is given for a job of 0 GPUs; set gpus to 1 or more"
+    if len(spec.gpu_types) > GPU_TYPES_MAX or not all(spec.gpu_types):
+        return f"gpu types must be at most {GPU_TYPES_MAX} and none of them empty"
+    if any(len(kind) > GPU_TYPE_CHARACTERS_MAX for kind in spec.gpu_types):
+        return f"a GPU type is longer than {GPU_TYPE_CHARACTERS_MAX} characters"
+    return ""
+
+
+def _ending(spec: JobSpec) -> str:
+    if not 0 <= spec.grace_ms <= GRACE_MS_MAX:
+        return f"grace is {spec.grace_ms} ms; it must be between 0 and {GRACE_MS_MAX} ms (7 days)"
+    if not 0 <= spec.max_restarts <= MAX_RESTARTS_MAX:
+        return f"max restarts is {spec.max_restarts}; it must be between 0 and {MAX_RESTARTS_MAX}"
+    if len(spec.run_again_exit_codes) > 255:
+        return "there are only 255 exit statuses that can mean 'run me again'"
+    for code in spec.run_again_exit_codes:
+        if not 1 <= code <= 255:
+            return f"exit status {code} cannot mean 'run me again'; it must be between 1 and 255"
+    return ""
+
+
+def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
+    """Whether this GPU, free, could serve the job."""
+    if gpu.memory_bytes < spec.gpu_memory_bytes_min:
+        return False
+    name = gpu.name.lower()
+    return not spec.gpu_types or any(kind.lower() in name for kind in spec.gpu_types)
+
+
+def describe_need(spec: JobSpec) -> str:
+    """What the job asks of one node, for a sentence: "2 GPUs of type H100 with 80.0 GB each"."""
+    if spec.gpus == 0:
+        need = "a place for a job without GPUs"
+    else:
+        need = f"{spec.gpus} GPU{'s' if spec.gpus > 1 else ''}"
+        if spec.gpu_types:
+            need += f" of type {' or '.join(spec.gpu_types)}"
+        if spec.gpu_memory_bytes_min:
+            each = " each" if spec.gpus > 1 else ""
+            need += f" with at least {gigabytes(spec.gpu_memory_bytes_min)}{each}"
+    if spec.memory_bytes:
+        need += f" and {gigabytes(spec.memory_bytes)} of host memory"
+    return need
+
+
+def gigabytes(count_bytes: int) -> str:
+    return f"{count_bytes / 1e9:.1f} GB"
+
+
+def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts, ...]]]) -> str:
+    """Whether any node that was ever seen, wholly free, could run the job. A fleet that nobody has
+    joined refuses nothing.
+
+    Lost and drained nodes count: they may come back.
+    """
+    nodes = list(fleet)
+    if not nodes:
+        return ""
+    fitting = [sum(1 for gpu in gpus if suits(spec, gpu)) for _, gpus in nodes]
+    if max(fitting) < spec.gpus:
+        return (
+            f"needs {describe_need(spec)} on one node; the most that any node has is"
+            f" {max(fitting)}: ask for fewer, or for other GPUs"
+        )
+    able = [
+        host.memory_bytes
+        for (host, _), count in zip(nodes, fitting, strict=True)
+        if count >= spec.gpus
+    ]
+    if max(able) < spec.memory_bytes:
+        return (
+            f"needs {gigabytes(spec.memory_bytes)} of host memory; the most that a node with"
+            f" enough GPUs has is {gigabytes(max(able))}: ask for less memory"
+        )
+    return ""

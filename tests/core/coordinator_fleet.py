@@ -1,0 +1,227 @@
+"""Model nodes: agents and their trainers, as simple as honest ones can be.
+
+Problem: a fake that answers what the test wants to hear proves nothing. These keep the promises of
+`agent/core` and no others: attempts and the spool of events outlive a restart, every event has its
+sequence until it is acknowledged, what was stopped never starts, a GPU in use is refused, a stop
+for something never seen is answered. Messages lie in two queues between node and coordinator, where
+a test may lose, repeat and reorder them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from coordinator.core.messages import (
+    AgentEvent,
+    AgentEventBody,
+    AgentMessage,
+    AgentOrder,
+    AttemptExited,
+    AttemptRefused,
+    AttemptStarted,
+    CheckpointProposed,
+    CommitResult,
+    EventAck,
+    Heartbeat,
+    HeldAttempt,
+    Hello,
+    KeepCheckpoints,
+    RestoreCandidate,
+    SetReplicaTarget,
+    StartAttempt,
+    StopAttempt,
+    Welcome,
+)
+from coordinator.core.model import GpuFacts, HostFacts, JobSpec
+from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
+
+HOST = HostFacts("box", "", 1, 64 * GIGABYTE)
+QUEUED_MAX = 40  # messages under way on one link; more are as good as a cut
+
+
+@dataclass
+class Run:
+    """A process on a model node, or what is left to report of it."""
+
+    attempt: str
+    spec: JobSpec
+    gpu_uuids: tuple[str, ...]
+    head: str
+    committed: str
+    step: int
+    target: str
+    live: bool = True
+    stopping: bool = False
+    last_sequence: int = 0
+    saves: int = 0
+
+
+@dataclass
+class FakeNode:
+    """An agent and its trainers, as simple as an honest one can be."""
+
+    name: str
+    gpus: tuple[GpuFacts, ...]
+    generation: int = 1
+    session: int | None = None
+    welcomed: bool = False
+    runs: dict[str, Run] = field(default_factory=dict)
+    fences: dict[int, int] = field(default_factory=dict)
+    disk: dict[str, bool] = field(default_factory=dict)  # digest -> arrived since the last sweep
+    spool: list[AgentEvent] = field(default_factory=list)
+    sequence: int = 0
+    beats: int = 0
+    upward: list[AgentMessage] = field(default_factory=list)
+    downward: list[AgentOrder] = field(default_factory=list)
+
+    def held(self) -> tuple[HeldAttempt, ...]:
+        return tuple(
+            HeldAttempt(run.attempt, run.gpu_uuids, run.live) for run in self.runs.values()
+        )
+
+    def living(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.live]
+
+    def say(self, message: AgentMessage) -> None:
+        if self.session is not None and len(self.upward) < QUEUED_MAX:
+            self.upward.append(message)
+
+    def report(self, run: str, body: AgentEventBody) -> int:
+        self.sequence += 1
+        event = AgentEvent(self.sequence, UNIX_MS_AT_START, run, body)
+        self.spool.append(event)
+        if self.welcomed:
+            self.say(event)
+        return self.sequence
+
+    def dial(self, session: int) -> None:
+        self.cut()
+        self.session = session
+        gone = self.spool[0].sequence - 1 if self.spool else self.sequence
+        journal_id, address = f"{self.name}-{self.generation}", f"{self.name}:1"
+        hello = Hello(
+            self.name, journal_id, address, HOST, self.gpus, self.held(), tuple(self.disk)
+        )
+        self.say(replace(hello, acknowledged=gone))
+
+    def cut(self) -> None:
+        self.session, self.welcomed, self.beats = None, False, 0
+        self.upward.clear()
+        self.downward.clear()
+
+    def die(self) -> None:
+        """The box loses power and comes back: its journal is there, its processes are not."""
+        self.cut()
+        for run in self.living():
+            self.end(run, AttemptExited(reason="its process was gone"))
+
+    def wipe(self) -> None:
+        self.cut()
+        self.runs, self.fences, self.disk, self.spool, self.sequence = {}, {}, {}, [], 0
+        self.generation += 1
+
+    def end(self, run: Run, body: AgentEventBody) -> None:
+        run.live = False
+        run.last_sequence = self.report(run.attempt, body)
+
+    def beat(self) -> None:
+        if self.welcomed:
+            self.beats += 1
+            self.say(Heartbeat(self.beats, attempts=self.held()))
+            for event in self.spool[:4]:
+                self.say(event)
+
+    def save(self, run: Run, copied_to: "FakeNode | None") -> None:
+        run.saves += 1
+        run.step += 10
+        digest = f"{run.attempt}-{self.generation}-{run.saves}"
+        parent, run.head = run.head, digest
+        self.disk[digest] = True
+        replicas: tuple[str, ...] = (self.name,)
+        if copied_to is not None:
+            copied_to.disk[digest] = True
+            replicas = (self.name, copied_to.name)
+        body = CheckpointProposed(digest, parent, run.step, GIGABYTE, replicas)
+        self.report(run.attempt, body)
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    def obey(self, order: AgentOrder, holds: Callable[[str, str], bool]) -> None:
+        match order:
+            case Welcome():
+                self.welcomed = True
+                self._acknowledged(order.acknowledged_sequence)
+                for event in self.spool:
+                    self.say(event)
+            case EventAck():
+                self._acknowledged(order.sequence)
+            case StartAttempt():
+                self._start(order, holds)
+            case StopAttempt():
+                self._stop(order)
+            case SetReplicaTarget() if order.attempt in self.runs:
+                self.runs[order.attempt].target = order.target.node if order.target else ""
+            case CommitResult() if order.attempt in self.runs:
+                run = self.runs[order.attempt]
+                if order.accepted:
+                    run.committed = order.digest
+                else:
+                    run.head = run.committed
+            case KeepCheckpoints():
+                self._keep(order)
+
+    def _acknowledged(self, sequence: int) -> None:
+        self.spool = [event for event in self.spool if event.sequence > sequence]
+        for run in list(self.runs.values()):
+            if not run.live and run.last_sequence <= sequence:
+                del self.runs[run.attempt]
+
+    def _start(self, order: StartAttempt, holds: Callable[[str, str], bool]) -> None:
+        job_id, epoch = (int(part) for part in order.attempt.split("."))
+        if order.attempt in self.runs or self.fences.get(job_id, 0) >= epoch:
+            return
+        self.fences[job_id] = epoch
+        target = order.replica_target.node if order.replica_target else ""
+        run = Run(order.attempt, order.spec, order.gpu_uuids, "", "", 0, target)
+        busy = {uuid: True for other in self.living() for uuid in other.gpu_uuids}
+        twin = any(other.attempt.split(".")[0] == str(job_id) for other in self.living())
+        self.runs[order.attempt] = run
+        if twin or any(uuid in busy for uuid in order.gpu_uuids):
+            self.end(run, AttemptRefused("still in use"))
+            return
+        self._restore(run, order.candidates, holds)
+
+    def _restore(
+        self, run: Run, candidates: tuple[RestoreCandidate, ...], holds: Callable[[str, str], bool]
+    ) -> None:
+        skipped: list[tuple[str, str]] = []
+        for candidate in candidates:
+            if any(holds(source.node, candidate.digest) for source in candidate.sources):
+                self.disk[candidate.digest] = True
+                run.head = run.committed = candidate.digest
+                run.step = candidate.step
+                break
+            skipped.append((candidate.digest, "it does not verify"))
+        self.report(run.attempt, AttemptStarted(1, run.head, run.step, tuple(skipped)))
+
+    def _stop(self, order: StopAttempt) -> None:
+        job_id, epoch = (int(part) for part in order.attempt.split("."))
+        run = self.runs.get(order.attempt)
+        if run is None:
+            if self.fences.get(job_id, 0) < epoch:
+                self.fences[job_id] = epoch
+                self.report(order.attempt, AttemptExited(reason="it never started here"))
+        elif run.live and order.grace_ms is None:
+            self.end(run, AttemptExited(signal=9))
+        else:
+            run.stopping = True
+
+    def _keep(self, order: KeepCheckpoints) -> None:
+        kept = dict.fromkeys(order.digests)
+        for run in self.runs.values():
+            kept.update(dict.fromkeys((run.head, run.committed)))
+        for event in self.spool:
+            if isinstance(event.body, CheckpointProposed):
+                kept[event.body.digest] = None
+        # What a peer has just copied here is spared once: the real store leaves it a grace.
+        staying = [digest for digest, young in self.disk.items() if young or digest in kept]
+        self.disk = dict.fromkeys(staying, False)

@@ -1,0 +1,303 @@
+"""A coordinator's core with a disk and a clock, for tests that drive it by hand.
+
+Problem: every test of the core needs the same three things around it: a clock that only the test
+moves, a store that keeps exactly what was recorded, and a restart that begins from that store. They
+stand here once. `Rig.handle` does what the shell must do (records first, then commands, then a
+decision) and checks on the way that the core kept its side: no record after a command.
+
+`trace` turns effects into the compact lines of the golden files. What the history says is not said
+again by the log line of the same event.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from coordinator.core.coordinator import Coordinator
+from coordinator.core.messages import (
+    Answer,
+    AppendEvent,
+    CloseSession,
+    CommitResult,
+    Decide,
+    DropCheckpoint,
+    DropJob,
+    Effect,
+    Event,
+    EventAck,
+    Explanation,
+    JobPage,
+    KeepCheckpoints,
+    LeaseRenewal,
+    Log,
+    NodePage,
+    PutAttempt,
+    PutCheckpoint,
+    PutJob,
+    PutNode,
+    Record,
+    Refusal,
+    Reply,
+    Send,
+    SetReplicaTarget,
+    StartAttempt,
+    StopAttempt,
+    Submitted,
+    Welcome,
+)
+from coordinator.core.model import (
+    Attempt,
+    Checkpoint,
+    GpuFacts,
+    Job,
+    JobEvent,
+    JobView,
+    Node,
+    NodeView,
+    Snapshot,
+)
+from coordinator.core.state import Instant, Options
+
+UNIX_MS_AT_START = 1_790_000_000_000
+GIGABYTE = 10**9
+
+_RECORDS = (PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutNode, AppendEvent)
+
+
+@dataclass
+class Disk:
+    """What a store would hold: the records, folded."""
+
+    leader_epoch: int = 0
+    last_job_id: int = 0
+    jobs: dict[int, Job] = field(default_factory=dict)
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+    checkpoints: dict[tuple[int, str], Checkpoint] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    events: list[JobEvent] = field(default_factory=list)
+
+    def write(self, record: Record) -> None:
+        match record:
+            case PutJob(job):
+                self.jobs[job.id] = job
+                self.last_job_id = max(self.last_job_id, job.id)
+            case PutAttempt(attempt):
+                self.attempts[attempt.id] = attempt
+            case PutCheckpoint(checkpoint):
+                self.checkpoints[checkpoint.job_id, checkpoint.digest] = checkpoint
+            case DropCheckpoint(job_id, digest):
+                self.checkpoints.pop((job_id, digest))
+            case PutNode(node):
+                self.nodes[node.id] = node
+            case AppendEvent(event):
+                self.events.append(event)
+            case DropJob(job_id):
+                self._drop(job_id)
+
+    def _drop(self, job_id: int) -> None:
+        self.jobs.pop(job_id)
+        self.attempts = {k: v for k, v in self.attempts.items() if v.job_id != job_id}
+        self.checkpoints = {k: v for k, v in self.checkpoints.items() if v.job_id != job_id}
+        self.events = [event for event in self.events if event.job_id != job_id]
+
+    def snapshot(self) -> Snapshot:
+        """Sorted by keys, as a database gives it back: the order of writing is lost."""
+        return Snapshot(
+            self.leader_epoch,
+            self.last_job_id,
+            tuple(self.jobs[key] for key in sorted(self.jobs)),
+            tuple(self.attempts[key] for key in sorted(self.attempts)),
+            tuple(self.checkpoints[key] for key in sorted(self.checkpoints)),
+            tuple(self.nodes[key] for key in sorted(self.nodes)),
+        )
+
+
+class Rig:
+    """One coordinator after another on one disk, under a clock that the test moves."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self.disk = Disk()
+        self.now_ms = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """A new coordinator, from what is durable."""
+        self.disk.leader_epoch += 1
+        self.began = self.disk.snapshot(), self.now_ms
+        self.handled: list[tuple[Instant, Event, list[Effect]]] = []
+        self.core = Coordinator(self.options)
+        self.core.load(*self.began)
+
+    @property
+    def now(self) -> Instant:
+        return Instant(self.now_ms, UNIX_MS_AT_START + self.now_ms)
+
+    def handle(self, event: Event, decide: bool = True) -> list[Effect]:
+        """One batch of one event: make durable what must be, and return all of it."""
+        effects = self._one(event)
+        rounds = 0
+        while decide and self.core.state.undecided:
+            effects += self._one(Decide())
+            rounds += 1
+            assert rounds < 100, "the decision does not come to rest"
+        return effects
+
+    def crash_on(self, event: Event) -> None:
+        """The coordinator dies after it has decided and before anything was written or sent."""
+        self.core.handle(self.now, event)
+        self.restart()
+
+    def _one(self, event: Event) -> list[Effect]:
+        effects = self.core.handle(self.now, event)
+        self.handled.append((self.now, event, list(effects)))
+        commanded = False
+        for effect in effects:
+            if isinstance(effect, _RECORDS):
+                assert not commanded, f"{effect} comes after a command"
+                self.disk.write(effect)
+            else:
+                commanded = True
+        return effects
+
+    def replayed(self) -> Iterator[tuple[list[Effect], list[Effect]]]:
+        """Every batch since the last restart: what it gave then, and what it gives a fresh core."""
+        fresh = Coordinator(self.options)
+        fresh.load(*self.began)
+        for now, event, effects in self.handled:
+            yield effects, fresh.handle(now, event)
+
+
+def gpus_of(node: str, text: str) -> tuple[GpuFacts, ...]:
+    """`2xH100:80,1xA100:40`: count, name and gigabytes (80 where none are given)."""
+    facts: list[GpuFacts] = []
+    for part in [part for part in text.split(",") if part]:
+        count, _, name = part.partition("x")
+        name, _, gigabytes = name.partition(":")
+        for _ in range(int(count)):
+            uuid = f"{node}-g{len(facts)}"
+            facts.append(GpuFacts(uuid, name, int(gigabytes or 80) * GIGABYTE))
+    return tuple(facts)
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def trace(effects: Iterable[Effect]) -> list[str]:
+    """One line an effect; acknowledgements and renewals, which follow from their cause, are left
+    out."""
+    effects = list(effects)
+    # A node's record after each of its events says only that the event has been counted.
+    counted = any(isinstance(e, Send) and isinstance(e.order, EventAck) for e in effects)
+    told = {
+        (effect.event.name, effect.event.message): True
+        for effect in effects
+        if isinstance(effect, AppendEvent)
+    }
+    lines = []
+    for effect in effects:
+        line = _line(effect, told)
+        if line and not (counted and isinstance(effect, PutNode)):
+            lines.append(line)
+    return lines
+
+
+def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
+    match effect:
+        case PutJob() | PutAttempt() | PutCheckpoint() | DropCheckpoint() | PutNode() | DropJob():
+            return f"put  {_record(effect)}"
+        case AppendEvent(event):
+            where = f" {event.attempt}@{event.node}" if event.attempt else ""
+            return f"tell {event.job_id} {event.name}{where}: {event.message}"
+        case Send(_, order):
+            text = _order(order)
+            return f"send {effect.session} {text}" if text else ""
+        case CloseSession(session, reason):
+            return f"close {session}: {reason}"
+        case Reply(_, answer):
+            return f"reply {_answer(answer)}"
+        case Log(level, name, fields):
+            values = dict(fields)
+            if (name, values.get("reason")) in told:
+                return ""
+            return f"log  {level} {name} " + " ".join(f"{k}={v}" for k, v in values.items())
+
+
+def _record(record: Record) -> str:
+    match record:
+        case PutJob(job):
+            head = f" head={job.head}@{job.head_step}" if job.head else ""
+            intent = f" intent={job.intent.value}" if job.intent.value != "run" else ""
+            counts = f" failures={job.failures}" if job.failures else ""
+            counts += f" yields={job.yields}" if job.yields else ""
+            return f"job {job.id} {job.phase.value} epoch={job.epoch}{head}{intent}{counts}"
+        case PutAttempt(attempt):
+            replica = f" copies to {attempt.replica_node}" if attempt.replica_node else ""
+            return f"attempt {attempt.id} {attempt.phase.value} on {attempt.node}{replica}"
+        case PutCheckpoint(kept):
+            bad = f" bad: {kept.bad}" if kept.bad else ""
+            holders = ",".join(kept.replicas) or "nowhere"
+            return f"checkpoint {kept.job_id} {kept.digest}@{kept.step} on {holders}{bad}"
+        case DropCheckpoint(job_id, digest):
+            return f"drop checkpoint {job_id} {digest}"
+        case PutNode(node):
+            return f"node {node.id} {node.intent.value} acknowledged={node.acknowledged}"
+        case DropJob(job_id):
+            return f"drop job {job_id}"
+        case AppendEvent():
+            raise AssertionError("told elsewhere")
+
+
+def _order(order: object) -> str:
+    match order:
+        case Welcome():
+            return f"welcome leader={order.leader_epoch} acknowledged={order.acknowledged_sequence}"
+        case StartAttempt():
+            sources = [
+                f"{c.digest}@{c.step} from {','.join(s.node for s in c.sources)}"
+                for c in order.candidates
+            ]
+            target = f" copies to {order.replica_target.node}" if order.replica_target else ""
+            gpus = f" on {','.join(order.gpu_uuids)}" if order.gpu_uuids else ""
+            return f"start {order.attempt}{gpus}; {' or '.join(sources) or 'no checkpoint'}{target}"
+        case StopAttempt():
+            grace = "at once" if order.grace_ms is None else f"within {order.grace_ms} ms"
+            return f"stop {order.attempt} {grace}: {order.reason}"
+        case SetReplicaTarget():
+            target = order.target.node if order.target else "nowhere"
+            return f"copies of {order.attempt} go to {target}"
+        case CommitResult():
+            answer = "committed" if order.accepted else f"refused: {order.reason}"
+            return f"commit {order.attempt} {order.digest} {answer}"
+        case KeepCheckpoints():
+            return f"keep {','.join(order.digests) or 'nothing'}"
+        case LeaseRenewal() | EventAck():
+            return ""
+    raise AssertionError(f"an order without a line: {order}")
+
+
+def _answer(answer: Answer) -> str:
+    match answer:
+        case Refusal():
+            return f"{answer.kind}: {answer.sentence}"
+        case Submitted():
+            return f"submitted {answer.job_id}" + (f": {answer.reason}" if answer.reason else "")
+        case Explanation():
+            return answer.sentence
+        case JobView():
+            return f"job {answer.job.id} {answer.job.phase.value}: {answer.job.reason}"
+        case JobPage():
+            shown = ", ".join(f"{view.job.id} {view.job.phase.value}" for view in answer.jobs)
+            return f"jobs {shown or 'none'}; next {answer.next_before_job_id}"
+        case NodeView():
+            return f"node {_node(answer)}"
+        case NodePage():
+            return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+
+
+def _node(view: NodeView) -> str:
+    gpus = [
+        f"{gpu.facts.uuid}={gpu.phase.value}" + (f":{gpu.attempt}" if gpu.attempt else "")
+        for gpu in view.gpus
+    ]
+    reason = f" ({view.reason})" if view.reason else ""
+    return f"{view.node.id} {view.phase.value} {view.node.intent.value} {' '.join(gpus)}{reason}"

@@ -1,0 +1,475 @@
+"""The coordinator's core against random histories of a small fleet that fails in every way we know.
+
+Problem: scenarios test the orders of events that somebody thought of. Here hypothesis chooses:
+submissions and owners' wishes, operators' wishes, trainers that save, finish and crash, nodes that
+die, lose their disk, are cut off and come back, messages lost, repeated and out of turn, and a
+coordinator that is killed with and without its last batch. After every step the invariants are
+looked at from outside: from the records that were written, from what the nodes physically run, and
+from a model of each job's history.
+
+The nodes are those of `coordinator_fleet.py`. At the end of each history all faults stop; then
+every job must end. Safety and liveness are named so in the checks. To search further:
+`HYPOTHESIS_PROFILE=explore pytest tests/core/test_coordinator_machine.py`.
+"""
+
+from dataclasses import dataclass, replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from coordinator.core.coordinator import Coordinator
+from coordinator.core.messages import (
+    AgentMessage,
+    AppendEvent,
+    AttemptExited,
+    AttemptMilestone,
+    CancelJob,
+    CloseSession,
+    CordonNode,
+    DrainNode,
+    Effect,
+    Event,
+    FromAgent,
+    Goodbye,
+    HoldJob,
+    PutCheckpoint,
+    ReleaseJob,
+    Request,
+    RequestBody,
+    RequeueJob,
+    Send,
+    SessionClosed,
+    Submit,
+    Tick,
+    UncordonNode,
+)
+from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobClass, JobSpec, Replication
+from coordinator.core.phases import (
+    ATTEMPT_ENDED,
+    JOB_ENDED,
+    AttemptPhase,
+    GpuPhase,
+    JobPhase,
+    NodeIntent,
+    NodePhase,
+)
+from coordinator.core.state import LiveNode, State
+from coordinator.core.validate import suits
+from tests.core.coordinator_fleet import HOST, FakeNode, Run
+from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
+
+FLEET = {"n1": "2xH100:80", "n2": "2xA100:40", "n3": "1xH100:80", "n4": ""}
+TICK_MS = 500
+# Back-off reaches a minute, a grace of the model none; an hour of virtual time is patience enough.
+HEALED_TICKS_MAX = 7_200
+
+NODES = st.sampled_from(sorted(FLEET))
+JOBS_MAX = 10
+JOBS = st.integers(1, JOBS_MAX)
+SPECS = st.builds(
+    JobSpec,
+    command=st.just(("train",)),
+    job_class=st.sampled_from(JobClass),
+    gpus=st.integers(0, 2),
+    memory_bytes=st.sampled_from([0, 0, 20 * GIGABYTE]),
+    max_restarts=st.integers(0, 2),
+    replication=st.sampled_from(Replication),
+    hold=st.sampled_from([False, False, False, True]),
+)
+
+
+@dataclass
+class History:
+    """What a job's commits must look like from outside."""
+
+    epoch: int = 0
+    head: str = ""
+    head_step: int = 0
+
+
+class Fleet(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rig = Rig()
+        self.nodes = {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
+        self.sessions = 0
+        self.histories: dict[int, History] = {}
+        self.counted: dict[str, int] = {}
+        self.committed: dict[str, None] = {}
+        self.corrupt: dict[str, None] = {}
+        for node in self.nodes.values():
+            self.dial(node)
+            self.settle(node)
+
+    # --- the world's mechanics --------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self.rig.core.state
+
+    def apply(self, event: Event) -> None:
+        effects = self.rig.handle(event)
+        self.judge(effects)
+        for effect in effects:
+            if isinstance(effect, Send | CloseSession):
+                for node in self.nodes.values():
+                    if node.session == effect.session:
+                        if isinstance(effect, Send):
+                            node.downward.append(effect.order)
+                        else:
+                            node.cut()
+
+    def ask(self, body: RequestBody) -> None:
+        self.apply(Request(1, body))
+
+    def dial(self, node: FakeNode) -> None:
+        self.sessions += 1
+        node.dial(self.sessions)
+
+    def deliver_up(self, node: FakeNode, index: int = 0, keep: bool = False) -> None:
+        if node.session is not None and index < len(node.upward):
+            message: AgentMessage = node.upward[index]
+            if not keep:
+                del node.upward[index]
+            self.apply(FromAgent(node.session, message))
+
+    def deliver_down(self, node: FakeNode, index: int = 0, keep: bool = False) -> None:
+        if node.session is not None and index < len(node.downward):
+            order = node.downward[index]
+            if not keep:
+                del node.downward[index]
+            node.obey(order, self.holds)
+
+    def holds(self, name: str, digest: str) -> bool:
+        return digest in self.nodes[name].disk and digest not in self.corrupt
+
+    def settle(self, node: FakeNode) -> None:
+        while node.upward or node.downward:
+            self.deliver_up(node)
+            self.deliver_down(node)
+
+    def run_of(self, index: int) -> tuple[FakeNode, Run] | None:
+        living = [(node, run) for node in self.nodes.values() for run in node.living()]
+        return living[index % len(living)] if living else None
+
+    def close(self, session: int | None, message: AgentMessage) -> None:
+        if session is not None:
+            self.apply(FromAgent(session, message))
+
+    # --- what may happen --------------------------------------------------------------------------
+
+    @initialize(specs=st.lists(SPECS, min_size=1, max_size=5))
+    def begin(self, specs: list[JobSpec]) -> None:
+        for spec in specs:
+            self.submit(spec, "", prompt=True)
+
+    @rule(spec=SPECS, kind=st.sampled_from(["", "H100", "A100"]), prompt=st.booleans())
+    def submit(self, spec: JobSpec, kind: str, prompt: bool) -> None:
+        """Each job twice, since the client asks again; `prompt`: the orders arrive at once."""
+        last = self.state.last_job_id
+        if last == JOBS_MAX:
+            return
+        spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else ())
+        for _ in range(2):
+            self.ask(Submit(spec, request_id=f"r{last}"))
+            assert self.state.last_job_id == last + 1, "an id was used twice, or a job made twice"
+        if prompt:
+            self.flow()
+
+    @rule(job=JOBS, wish=st.sampled_from([CancelJob, HoldJob, ReleaseJob, RequeueJob]))
+    def wish(self, job: int, wish: type[CancelJob | HoldJob | ReleaseJob | RequeueJob]) -> None:
+        self.ask(wish(job))
+        self.ask(RequeueJob(job, abandon_unreachable_checkpoints=True))
+
+    @rule(name=NODES, wish=st.sampled_from([CordonNode, DrainNode, UncordonNode, UncordonNode]))
+    def operate(self, name: str, wish: type[CordonNode | DrainNode | UncordonNode]) -> None:
+        self.ask(wish(name))
+
+    @rule(seconds=st.sampled_from([1, 1, 2, 4, 9]), flowing=st.sampled_from([True, True, False]))
+    def pass_time(self, seconds: int, flowing: bool) -> None:
+        for tick in range(seconds * 1_000 // TICK_MS):
+            self.rig.now_ms += TICK_MS
+            if flowing and tick % 2 == 0:
+                self.flow()
+            self.apply(Tick())
+
+    @rule()
+    def flow(self) -> None:
+        for node in self.nodes.values():
+            node.beat()
+            self.settle(node)
+
+    @rule(
+        name=NODES,
+        index=st.integers(0, 2),
+        up=st.booleans(),
+        fate=st.sampled_from(["take", "take", "repeat", "lose"]),
+    )
+    def deliver_one(self, name: str, index: int, up: bool, fate: str) -> None:
+        """In turn or out of turn, once or again later, or never."""
+        node = self.nodes[name]
+        if fate != "lose":
+            (self.deliver_up if up else self.deliver_down)(node, index, fate == "repeat")
+        elif up:
+            del node.upward[index : index + 1]
+        else:
+            del node.downward[index : index + 1]
+
+    @rule(
+        index=st.integers(0, 7), count=st.integers(1, 4), copied=st.booleans(), told=st.booleans()
+    )
+    def save(self, index: int, count: int, copied: bool, told: bool) -> None:
+        found = self.run_of(index)
+        if found is not None:
+            node, run = found
+            for _ in range(count):
+                node.save(run, self.nodes.get(run.target) if copied else None)
+            if told:
+                self.settle(node)
+
+    @rule(index=st.integers(0, 7), code=st.sampled_from([0, 1, 75, None]), told=st.booleans())
+    def exit(self, index: int, code: int | None, told: bool) -> None:
+        found = self.run_of(index)
+        if found is not None:
+            node, run = found
+            node.report(run.attempt, AttemptMilestone("leaving"))
+            node.end(run, AttemptExited(code, 9 if code is None else None))
+            if told:
+                self.settle(node)
+
+    @rule(
+        name=NODES,
+        fate=st.sampled_from(["agent", "agent", "power", "wipe"]),
+        seen=st.booleans(),
+        seconds=st.sampled_from([0, 0, 4, 9]),
+    )
+    def fail(self, name: str, fate: str, seen: bool, seconds: int) -> None:
+        """`seen`: the connection closes; otherwise there is only silence, and perhaps time."""
+        node, session = self.nodes[name], self.nodes[name].session
+        {"agent": node.cut, "power": node.die, "wipe": node.wipe}[fate]()
+        if seen:
+            self.close(session, SessionClosed())
+        self.pass_time(seconds, flowing=True)
+
+    @rule(name=NODES, prompt=st.booleans())
+    def come_back(self, name: str, prompt: bool) -> None:
+        self.dial(self.nodes[name])
+        if prompt:
+            self.settle(self.nodes[name])
+
+    @rule(name=NODES, kind=st.sampled_from(["rot", "sleep", "leave", "away", "restart", "crash"]))
+    def calamity(self, name: str, kind: str) -> None:
+        node, session = self.nodes[name], self.nodes[name].session
+        if kind == "rot":  # the newest checkpoint on this disk verifies nowhere any more
+            self.corrupt.update(dict.fromkeys(list(node.disk)[-1:]))
+        elif kind == "sleep":  # the coordinator's machine is suspended
+            self.rig.now_ms += 20_000
+            self.apply(Tick())
+        elif kind in ("leave", "away"):
+            node.cut()
+            self.close(session, Goodbye(30_000 if kind == "away" else None))
+        else:
+            self.check_determinism()
+            if kind == "crash" and session is not None and node.upward:
+                self.rig.crash_on(FromAgent(session, node.upward[0]))
+            else:
+                self.rig.restart()
+            for other in self.nodes.values():
+                other.cut()
+            self.apply(Tick())
+
+    # --- safety -----------------------------------------------------------------------------------
+
+    def judge(self, effects: list[Effect]) -> None:
+        """Of what was just written: one history per job, made by the highest epoch alone."""
+        told = {(e.event.job_id, e.event.name): True for e in effects if isinstance(e, AppendEvent)}
+        for effect in effects:
+            if isinstance(effect, PutCheckpoint) and effect.checkpoint.digest not in self.committed:
+                new = effect.checkpoint
+                self.committed[new.digest] = None
+                history = self.histories[new.job_id]
+                assert new.epoch == self.rig.disk.jobs[new.job_id].epoch, "a stale epoch committed"
+                assert new.parent == history.head, "two histories"
+                assert new.step >= history.head_step, "progress went back"
+                history.head, history.head_step = new.digest, new.step
+        for node in self.rig.disk.nodes.values():
+            counted = self.counted.get(node.journal_id, 0)
+            assert node.acknowledged >= counted, "an event was counted twice"
+            self.counted[node.journal_id] = node.acknowledged
+        for job in self.rig.disk.jobs.values():
+            history = self.histories.setdefault(job.id, History())
+            assert job.epoch >= history.epoch, "an epoch went back"
+            history.epoch = job.epoch
+            if job.head != history.head:
+                said = [(job.id, f"checkpoint.{what}") in told for what in ("skipped", "abandoned")]
+                assert any(said), f"job {job.id} lost its head and nobody was told"
+                assert job.head == "" or job.head in self.committed
+                history.head, history.head_step = job.head, job.head_step
+
+    @invariant()
+    def phases_agree(self) -> None:
+        state = self.state
+        for job in state.jobs.values():
+            attempt = state.current(job)
+            phase = attempt.phase if attempt is not None else AttemptPhase.LOST
+            alive = phase not in (*ATTEMPT_ENDED, AttemptPhase.UNREACHABLE)
+            assert alive == (job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING)), job
+            if job.phase is not JobPhase.QUEUED:
+                assert phase is not AttemptPhase.UNREACHABLE, job
+            for old in state.attempts_of(job.id)[:-1]:
+                assert old.phase in ATTEMPT_ENDED, "two attempts of one job"
+            good = state.good_checkpoints(job)
+            assert (good[0].digest if good else "") == job.head
+
+    @invariant()
+    def no_gpu_is_promised_twice(self) -> None:
+        for live in self.state.nodes.values():
+            promised: dict[str, str] = {}
+            for attempt_id in live.attempts:
+                attempt = self.state.attempts[attempt_id]
+                assert attempt.phase not in ATTEMPT_ENDED, "an ended attempt holds something"
+                if live.phase is NodePhase.LOST:
+                    assert attempt.phase is AttemptPhase.UNREACHABLE, "its job waits for nobody"
+                for uuid in attempt.gpu_uuids:
+                    assert uuid not in promised, f"{uuid}: {promised[uuid]} and {attempt_id}"
+                    promised[uuid] = attempt_id
+            for uuid, gpu in live.gpus.items():
+                if uuid in promised:
+                    assert gpu.phase is not GpuPhase.FREE
+                elif gpu.phase is not GpuPhase.ABSENT:
+                    assert gpu.attempt == "" or gpu.attempt in live.strays, "held by nobody"
+                assert (gpu.phase is GpuPhase.HELD) <= (gpu.attempt != "")
+
+    @invariant()
+    def what_runs_is_not_free(self) -> None:
+        for name, node in self.nodes.items():
+            live = self.state.nodes.get(name)
+            if live is None or live.session is None or live.session != node.session:
+                continue
+            for run in node.living():
+                if run.attempt in live.attempts or run.attempt in live.strays:
+                    for uuid in run.gpu_uuids:
+                        assert live.gpus[uuid].phase is GpuPhase.HELD, f"{uuid} runs {run.attempt}"
+
+    @invariant()
+    def every_wait_has_a_reason(self) -> None:
+        for job_id in self.state.queued:
+            job = self.state.jobs[job_id]
+            assert self.state.waits.get(job_id), "queued, and nobody says why"
+            assert self.state.wait_reason(job) == self.state.waits[job_id]
+
+    @invariant()
+    def no_guaranteed_job_waits_for_a_lower_one(self) -> None:
+        """The first guaranteed job in line either has who must leave for it leaving already, or
+        nobody's leaving would help."""
+        state = self.state
+        for job_id in sorted(state.queued):
+            job = state.jobs[job_id]
+            good = state.good_checkpoints(job)
+            blocked = state.eligible_ms.get(job_id, 0) > self.rig.now_ms or (
+                good and not state.reachable(good[0])
+            )
+            if job.spec.job_class is not JobClass.GUARANTEED or blocked:
+                continue
+            nodes = [live for live in state.nodes.values() if _takes_work(live)]
+            could = any(_fits(state, live, job, disturbing=True) for live in nodes)
+            will = any(_fits(state, live, job, disturbing=False) for live in nodes)
+            assert will or not could, f"job {job_id} waits: {state.wait_reason(job)}"
+            return
+
+    @invariant()
+    def the_store_tells_the_same(self) -> None:
+        fresh = Coordinator(self.rig.options)
+        fresh.load(self.rig.disk.snapshot(), self.rig.now_ms)
+        ours, theirs = self.state, fresh.state
+        assert theirs.jobs == ours.jobs
+        assert theirs.attempts == ours.attempts
+        assert theirs.job_attempts == ours.job_attempts
+        assert theirs.last_job_id == ours.last_job_id
+        assert (theirs.queued, theirs.ended) == (ours.queued, ours.ended)
+        assert theirs.requests == ours.requests
+        assert sorted(theirs.nodes) == sorted(ours.nodes)
+        for name, live in ours.nodes.items():
+            assert theirs.nodes[name].node == live.node
+            assert sorted(theirs.nodes[name].attempts) == sorted(live.attempts)
+            assert theirs.nodes[name].digests == live.digests
+        for job in ours.jobs.values():
+            assert theirs.good_checkpoints(job) == ours.good_checkpoints(job)
+            kept = sorted(ours.checkpoints.get(job.id, []), key=lambda c: c.digest)
+            assert sorted(theirs.checkpoints.get(job.id, []), key=lambda c: c.digest) == kept
+
+    def check_determinism(self) -> None:
+        for then, again in self.rig.replayed():
+            assert then == again
+
+    # --- liveness ---------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        """All faults stop, everybody is back and nobody is held: in the end every job has ended."""
+        self.check_determinism()
+        for node in self.nodes.values():
+            self.dial(node)
+            self.settle(node)
+            self.ask(UncordonNode(node.name))
+        for _ in range(HEALED_TICKS_MAX):
+            if all(job.phase in JOB_ENDED for job in self.state.jobs.values()) and not any(
+                node.living() for node in self.nodes.values()
+            ):
+                break
+            self.rig.now_ms += TICK_MS
+            for job in list(self.state.jobs.values()):
+                self._let_go_on(job)
+            for node in self.nodes.values():
+                if node.session is None:
+                    self.dial(node)
+                for run in node.living():
+                    node.end(run, AttemptExited(75 if run.stopping else 0))
+                node.beat()
+                self.settle(node)
+            self.apply(Tick())
+        left = [job for job in self.state.jobs.values() if job.phase not in JOB_ENDED]
+        assert not left, [(job, self.state.wait_reason(job)) for job in left]
+        for live in self.state.nodes.values():
+            assert not live.attempts
+            assert not live.strays
+            assert all(gpu.phase is GpuPhase.FREE for gpu in live.gpus.values())
+
+    def _let_go_on(self, job: Job) -> None:
+        if job.intent.value == "hold":
+            self.ask(ReleaseJob(job.id))
+        good = self.state.good_checkpoints(job)
+        if job.phase is JobPhase.QUEUED and good and not good[0].replicas:
+            self.ask(RequeueJob(job.id, abandon_unreachable_checkpoints=True))
+
+
+def _takes_work(live: LiveNode) -> bool:
+    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
+
+
+def _fits(state: State, live: LiveNode, job: Job, disturbing: bool) -> bool:
+    """Would the job fit if all that is stopping, and with `disturbing` all that is of a lower
+    class, were gone?"""
+    facts: list[GpuFacts] = [g.facts for g in live.gpus.values() if g.phase is GpuPhase.FREE]
+    memory_bytes, slots = live.node.host.memory_bytes, HOST.cpu_count * 4
+    for attempt_id in live.attempts:
+        attempt = state.attempts[attempt_id]
+        spec = state.jobs[attempt.job_id].spec
+        lower = CLASS_RANK[spec.job_class] > CLASS_RANK[job.spec.job_class]
+        if attempt.phase is AttemptPhase.STOPPING or (disturbing and lower):
+            facts += [live.gpus[uuid].facts for uuid in attempt.gpu_uuids]
+        else:
+            memory_bytes -= spec.memory_bytes
+            slots -= 0 if attempt.gpu_uuids else 1
+    enough = sum(1 for gpu in facts if suits(job.spec, gpu)) >= job.spec.gpus
+    return enough and memory_bytes >= job.spec.memory_bytes and (job.spec.gpus > 0 or slots > 0)
+
+
+def test_every_invariant_holds_in_every_history() -> None:
+    run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=50))

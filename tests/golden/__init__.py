@@ -1,0 +1,1 @@
+"""Scenarios as text, with the traces that reviewers read."""
