@@ -1,0 +1,43 @@
+"""What the coordinator's shell needs from the world, as Protocols."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from coordinator.core.messages import Record
+from coordinator.core.model import JobEvent, Snapshot
+
+
+class Clock(Protocol):
+    """`now_ms` is monotonic and only ever compared; `unix_ms` is wall time, for people."""
+
+    def now_ms(self) -> int: ...
+    def unix_ms(self) -> int: ...
+    async def sleep_ms(self, duration_ms: int) -> None: ...
+
+
+class StoreUnavailable(Exception):
+    """The batch is not durable and nothing of it is; the same batch may be tried again (disk full,
+    busy)."""
+
+
+class LeaderLost(Exception):
+    """Another coordinator has taken over: stop, do not retry."""
+
+
+class Store(Protocol):
+    """Durable state. One conformance suite (`tests/store`) holds for every implementation."""
+
+    async def open(self) -> Snapshot:
+        """Migrate, become leader with the next epoch, and read everything. Raises
+        `StoreUnavailable` with a sentence."""
+        ...
+
+    async def commit(self, records: Sequence[Record]) -> None:
+        """All of it durable, or none. Raises `StoreUnavailable` or `LeaderLost`."""
+        ...
+
+    async def events(self, job_id: int, after_sequence: int, limit: int) -> list[JobEvent]:
+        """A job's history, oldest first."""
+        ...
+
+    async def close(self) -> None: ...

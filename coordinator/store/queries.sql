@@ -1,0 +1,136 @@
+-- Every statement of every SQL store, one text for SQLite and PostgreSQL. `queries.py` reads this
+-- file; the names are the fields of its class `Queries`. Each entry is a name, one sentence, and
+-- one statement with `:name` parameters.
+
+-- name: create_schema_migrations
+-- Make the table that remembers which migrations were applied.
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    name TEXT PRIMARY KEY,
+    checksum TEXT NOT NULL,
+    since TEXT NOT NULL
+);
+
+-- name: list_schema_migrations
+-- Name, checksum and first version of every applied migration, oldest first.
+SELECT name, checksum, since FROM schema_migrations ORDER BY name;
+
+-- name: add_schema_migration
+-- Remember that a migration was applied, in the transaction that applies it.
+INSERT INTO schema_migrations (name, checksum, since) VALUES (:name, :checksum, :since);
+
+-- name: advance_leader
+-- Become leader; every commit under an older epoch now finds no row to lock.
+UPDATE leader SET epoch = epoch + 1;
+
+-- name: read_leader
+-- The epoch of the present leader.
+SELECT epoch FROM leader;
+
+-- name: lock_leader
+-- First statement of every commit: hold the leader's row until the transaction ends, or change no
+-- row and stop.
+UPDATE leader SET epoch = epoch WHERE epoch = :epoch;
+
+-- name: read_last_job_id
+-- The highest job id that was ever given out, also when its job has left the store.
+SELECT value FROM counters WHERE name = 'last_job_id';
+
+-- name: raise_last_job_id
+-- Remember a job id as given out; the counter never goes back.
+UPDATE counters SET value = :job_id WHERE name = 'last_job_id' AND value < :job_id;
+
+-- name: list_jobs
+-- Every job, in the order of submission.
+SELECT document FROM jobs ORDER BY id;
+
+-- name: put_job
+-- Write a job, whether it is new or not.
+INSERT INTO jobs (id, request_id, phase, job_class, project, document)
+VALUES (:id, :request_id, :phase, :job_class, :project, :document)
+ON CONFLICT (id) DO UPDATE SET
+    request_id = excluded.request_id,
+    phase = excluded.phase,
+    job_class = excluded.job_class,
+    project = excluded.project,
+    document = excluded.document;
+
+-- name: drop_job
+-- Forget a job's own row.
+DELETE FROM jobs WHERE id = :job_id;
+
+-- name: list_attempts
+-- Every attempt, by job, oldest first.
+SELECT document FROM attempts ORDER BY job_id, epoch;
+
+-- name: put_attempt
+-- Write an attempt, whether it is new or not.
+INSERT INTO attempts (job_id, epoch, node, phase, document)
+VALUES (:job_id, :epoch, :node, :phase, :document)
+ON CONFLICT (job_id, epoch) DO UPDATE SET
+    node = excluded.node,
+    phase = excluded.phase,
+    document = excluded.document;
+
+-- name: drop_attempts
+-- Forget all attempts of a job.
+DELETE FROM attempts WHERE job_id = :job_id;
+
+-- name: list_checkpoints
+-- Every checkpoint, by job, earliest step first; the digest decides between equal steps.
+SELECT document FROM checkpoints ORDER BY job_id, step, digest;
+
+-- name: put_checkpoint
+-- Write a checkpoint, whether it is new or not.
+INSERT INTO checkpoints (job_id, digest, step, document)
+VALUES (:job_id, :digest, :step, :document)
+ON CONFLICT (job_id, digest) DO UPDATE SET
+    step = excluded.step,
+    document = excluded.document;
+
+-- name: drop_checkpoint
+-- Forget one checkpoint of a job.
+DELETE FROM checkpoints WHERE job_id = :job_id AND digest = :digest;
+
+-- name: drop_checkpoints
+-- Forget all checkpoints of a job.
+DELETE FROM checkpoints WHERE job_id = :job_id;
+
+-- name: list_nodes
+-- Every node, by its id.
+SELECT document FROM nodes ORDER BY id;
+
+-- name: put_node
+-- Write a node, whether it is new or not.
+INSERT INTO nodes (id, document) VALUES (:id, :document)
+ON CONFLICT (id) DO UPDATE SET document = excluded.document;
+
+-- name: list_events
+-- A page of a job's history, oldest first.
+SELECT job_id, sequence, unix_ms, name, attempt, node, message FROM events
+WHERE job_id = :job_id AND sequence > :after_sequence
+ORDER BY sequence
+LIMIT :events_max;
+
+-- name: put_event
+-- Write a line of a job's history; a repeated batch writes the same line again.
+INSERT INTO events (job_id, sequence, unix_ms, name, attempt, node, message)
+VALUES (:job_id, :sequence, :unix_ms, :name, :attempt, :node, :message)
+ON CONFLICT (job_id, sequence) DO UPDATE SET
+    unix_ms = excluded.unix_ms,
+    name = excluded.name,
+    attempt = excluded.attempt,
+    node = excluded.node,
+    message = excluded.message;
+
+-- name: trim_events
+-- Keep a job's newest lines; with fewer lines than that the inner SELECT is NULL and nothing goes.
+DELETE FROM events WHERE job_id = :job_id AND sequence <= (
+    SELECT kept.sequence FROM events AS kept
+    WHERE kept.job_id = :job_id
+    ORDER BY kept.sequence DESC
+    LIMIT 1 OFFSET :events_max
+);
+
+-- name: drop_events
+-- Forget the history of a job.
+DELETE FROM events WHERE job_id = :job_id;

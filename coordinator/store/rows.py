@@ -1,0 +1,163 @@
+"""Records to rows and rows to values, the same for every SQL database.
+
+Problem: a table with a column per field needs a migration per field. Here a value is one JSON
+document in a `document` column, written and read straight from the frozen dataclasses of the core;
+besides it stand only the columns that keys, orders and people need. A document of an older version
+lacks newer fields and gets their defaults; one of a newer version has fields unknown to us, which
+are ignored. So a field may come with a default, and may go, without touching the database.
+
+Order of statements: records take effect in their order, but a batch of five hundred jobs with their
+history arrives interleaved, and one `executemany` of five hundred rows costs less than five hundred
+statements. Puts of different kinds write different tables, so they commute; of two puts with one
+key only the last counts; drops commute with drops. Hence a batch is cut where puts and drops
+alternate, and inside a piece there is one statement per kind.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import assert_never
+
+import msgspec
+
+from coordinator.core.messages import (
+    AppendEvent,
+    DropCheckpoint,
+    DropJob,
+    PutAttempt,
+    PutCheckpoint,
+    PutJob,
+    PutNode,
+    Record,
+)
+from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node
+from coordinator.store.queries import Queries
+
+# A job that is moved about for weeks writes some ten lines a move; 500 lines are fifty moves, and
+# about 100 kB a job. The newest are kept. Kubernetes keeps events for an hour whatever their
+# number, which loses the quiet job's story.
+EVENTS_PER_JOB_MAX = 500
+
+Row = dict[str, int | str]
+Statement = tuple[str, list[Row]]
+
+job_decoder = msgspec.json.Decoder(Job)
+attempt_decoder = msgspec.json.Decoder(Attempt)
+checkpoint_decoder = msgspec.json.Decoder(Checkpoint)
+node_decoder = msgspec.json.Decoder(Node)
+event_decoder = msgspec.json.Decoder(JobEvent)
+_encoder = msgspec.json.Encoder()
+
+
+def document(value: Job | Attempt | Checkpoint | Node | JobEvent) -> str:
+    """The JSON text of a value. Raises `UnicodeEncodeError` for lone surrogates: a bug of whoever
+    let them in."""
+    return _encoder.encode(value).decode()
+
+
+def statements(queries: Queries, records: Sequence[Record]) -> Iterator[Statement]:
+    """A batch as statements with their rows, each for one `executemany`, to be run in this
+    order."""
+    for drops, run in groupby(records, key=lambda record: isinstance(record, _Drop)):
+        yield from (_drop_statements if drops else _put_statements)(queries, run)
+
+
+_Drop = DropJob | DropCheckpoint
+
+
+def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
+    jobs: dict[int, Job] = {}
+    attempts: dict[tuple[int, int], Attempt] = {}
+    checkpoints: dict[tuple[int, str], Checkpoint] = {}
+    nodes: dict[str, Node] = {}
+    events: dict[tuple[int, int], JobEvent] = {}
+    for record in records:
+        match record:
+            case PutJob(job):
+                jobs[job.id] = job
+            case PutAttempt(attempt):
+                attempts[attempt.job_id, attempt.epoch] = attempt
+            case PutCheckpoint(checkpoint):
+                checkpoints[checkpoint.job_id, checkpoint.digest] = checkpoint
+            case PutNode(node):
+                nodes[node.id] = node
+            case AppendEvent(event):
+                events[event.job_id, event.sequence] = event
+            case DropJob() | DropCheckpoint():
+                raise AssertionError(f"{record} among puts")
+            case _:
+                assert_never(record)
+    if jobs:
+        yield queries.put_job, [_job_row(job) for job in jobs.values()]
+        yield queries.raise_last_job_id, [{"job_id": max(jobs)}]
+    if attempts:
+        yield queries.put_attempt, [_attempt_row(attempt) for attempt in attempts.values()]
+    if checkpoints:
+        yield queries.put_checkpoint, [_checkpoint_row(value) for value in checkpoints.values()]
+    if nodes:
+        yield queries.put_node, [{"id": n.id, "document": document(n)} for n in nodes.values()]
+    if events:
+        yield queries.put_event, [_event_row(event) for event in events.values()]
+        job_ids = dict.fromkeys(job_id for job_id, _ in events)
+        yield (
+            queries.trim_events,
+            [{"job_id": job_id, "events_max": EVENTS_PER_JOB_MAX} for job_id in job_ids],
+        )
+
+
+def _drop_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
+    job_rows: list[Row] = []
+    checkpoint_rows: list[Row] = []
+    for record in records:
+        if isinstance(record, DropJob):
+            job_rows.append({"job_id": record.job_id})
+        elif isinstance(record, DropCheckpoint):
+            checkpoint_rows.append({"job_id": record.job_id, "digest": record.digest})
+    if job_rows:
+        yield queries.drop_events, job_rows
+        yield queries.drop_checkpoints, job_rows
+        yield queries.drop_attempts, job_rows
+        yield queries.drop_job, job_rows
+    if checkpoint_rows:
+        yield queries.drop_checkpoint, checkpoint_rows
+
+
+def _job_row(job: Job) -> Row:
+    return {
+        "id": job.id,
+        "request_id": job.request_id,
+        "phase": job.phase.value,
+        "job_class": job.spec.job_class.value,
+        "project": job.spec.project,
+        "document": document(job),
+    }
+
+
+def _attempt_row(attempt: Attempt) -> Row:
+    return {
+        "job_id": attempt.job_id,
+        "epoch": attempt.epoch,
+        "node": attempt.node,
+        "phase": attempt.phase.value,
+        "document": document(attempt),
+    }
+
+
+def _checkpoint_row(checkpoint: Checkpoint) -> Row:
+    return {
+        "job_id": checkpoint.job_id,
+        "digest": checkpoint.digest,
+        "step": checkpoint.step,
+        "document": document(checkpoint),
+    }
+
+
+def _event_row(event: JobEvent) -> Row:
+    return {
+        "job_id": event.job_id,
+        "sequence": event.sequence,
+        "unix_ms": event.unix_ms,
+        "name": event.name,
+        "attempt": event.attempt,
+        "node": event.node,
+        "message": event.message,
+    }

@@ -1,0 +1,346 @@
+"""The store of a single coordinator: one SQLite file, one writer thread, one fsync per batch.
+
+Problem: an acknowledged submission must survive `kill -9` and a power cut, while the event loop
+must not wait for a disk. A pool of connections would let two commits race for SQLite's one write
+lock; a commit on the loop would stop every session for the length of an fsync. So each of two
+threads owns one connection: the writer, on which commits queue in order, and the reader, which
+serves history from its own WAL snapshot and never waits for the writer.
+
+- WAL with `synchronous=FULL`: a commit is one append to the log and one fsync
+  (https://www.sqlite.org/wal.html; with NORMAL, SQLite's usual advice for WAL, a power cut loses
+  the last commits, which were acknowledged).
+- One transaction per batch. Its first statement locks the leader's row under our epoch, or changes
+  no row: then another coordinator has taken over, and nothing of the batch is written.
+- A full disk, an I/O error or a busy file rolls back and is `StoreUnavailable`; the same batch may
+  be tried again. Every statement may be repeated, so this also holds when an error hid a commit
+  that took effect.
+- `<file>.lock` is held with flock(2) while the store is open. It refuses a second coordinator
+  before it could do harm; the epoch is what makes it harmless if the lock fails (a network file
+  system that only pretends to lock).
+- When the last coordinator closed the file, SQLite removed its log; a log that is still there means
+  a kill or a power cut. SQLite recovers from both, but only if the disk kept its word, so then, and
+  only then, `PRAGMA quick_check` reads the file (about 1 ms per MB). A planned restart pays
+  nothing.
+
+Careful with the file itself: closing any descriptor of it, ours included, would drop every POSIX
+lock that SQLite holds in this process (https://www.sqlite.org/howtocorrupt.html, 2.2). Hence it is
+opened here only to create it.
+"""
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from coordinator.core.messages import Record
+from coordinator.core.model import JobEvent, Snapshot
+from coordinator.ports import LeaderLost, StoreUnavailable
+from coordinator.store import rows
+from coordinator.store.queries import Queries, load_queries
+from coordinator.store.schema import (
+    AppliedMigration,
+    Migration,
+    load_migrations,
+    pending_migrations,
+)
+
+# Nobody else writes while the lock is held; a backup tool may for a moment. Longer than this, the
+# shell should know.
+BUSY_TIMEOUT_MS = 2_000
+# A burst may let the log grow; after a checkpoint it shrinks to this. Sixteen times SQLite's
+# checkpoint threshold of 4 MB.
+LOG_BYTES_MAX = 64 * 1024 * 1024
+
+_FILE_MODE = 0o600
+_DIRECTORY_MODE = 0o700
+
+# What the machine does to us, as primary result codes; any other error is a bug and propagates.
+_MACHINE_CODES = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+)
+# When opening, the file may also turn out not to be ours or not to be whole.
+_OPENING_CODES = (*_MACHINE_CODES, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+Result = TypeVar("Result")
+
+
+class SqliteStore:
+    """`coordinator.ports.Store` on the file at `path`; the directory is made (0700) if it is
+    missing.
+
+    `exclusive=False` leaves out the lock, so that a test can let two leaders race on one file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        exclusive: bool = True,
+        busy_timeout_ms: int = BUSY_TIMEOUT_MS,
+        migrations: Sequence[Migration] | None = None,
+    ) -> None:
+        self._path = path
+        self._exclusive = exclusive
+        self._busy_timeout_ms = busy_timeout_ms
+        self._migrations = migrations
+        self._opened: _Opened | None = None
+
+    async def open(self) -> Snapshot:
+        assert self._opened is None, "this store is open already"
+        opened = _Opened(self._path, self._busy_timeout_ms)
+        migrations = load_migrations() if self._migrations is None else self._migrations
+        try:
+            snapshot = await opened.on_writer(
+                lambda: opened.open_writer(migrations, exclusive=self._exclusive)
+            )
+            await opened.on_reader(opened.open_reader)
+        except BaseException:
+            await opened.close()
+            raise
+        self._opened = opened
+        return snapshot
+
+    async def commit(self, records: Sequence[Record]) -> None:
+        opened = self._require_open()
+        await opened.on_writer(lambda: opened.write(records))
+
+    async def events(self, job_id: int, after_sequence: int, limit: int) -> list[JobEvent]:
+        """At most `EVENTS_PER_JOB_MAX`. Raises `StoreUnavailable` when the file cannot be read."""
+        opened = self._require_open()
+        return await opened.on_reader(lambda: opened.read_events(job_id, after_sequence, limit))
+
+    async def close(self) -> None:
+        """Waits for the commit in progress. Closing twice is closing once."""
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            await opened.close()
+
+    def _require_open(self) -> "_Opened":
+        assert self._opened is not None, "this store is not open"
+        return self._opened
+
+
+class _Opened:
+    """Two threads, each with the one connection that only it touches, and what is to be undone at
+    the end."""
+
+    def __init__(self, path: Path, busy_timeout_ms: int) -> None:
+        self._path = path
+        self._busy_timeout_ms = busy_timeout_ms
+        self._queries = load_queries()
+        self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._reader_thread = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
+        self._writer_undo = ExitStack()
+        self._reader_undo = ExitStack()
+        self._leader_epoch = 0
+
+    async def on_writer(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._writer_thread, function)
+
+    async def on_reader(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._reader_thread, function)
+
+    async def close(self) -> None:
+        # The writer last: the last connection to leave copies the log into the file and removes it.
+        await self.on_reader(self._reader_undo.close)
+        await self.on_writer(self._writer_undo.close)
+        self._reader_thread.shutdown(wait=False)
+        self._writer_thread.shutdown(wait=False)
+
+    def open_writer(self, migrations: Sequence[Migration], *, exclusive: bool) -> Snapshot:
+        with _machine_errors(self._path, "opened", _OPENING_CODES):
+            _make_file(self._path)
+            if exclusive:
+                self._writer_undo.callback(os.close, _take_lock(self._path))
+            unclean = _log_is_left(self._path)
+            self._writer = self._connect()
+            self._writer_undo.enter_context(closing(self._writer))
+            if unclean:
+                _check_integrity(self._path, self._writer)
+            with _transaction(self._writer):
+                _migrate(self._writer, self._queries, migrations)
+                self._writer.execute(self._queries.advance_leader)
+                snapshot = _read_snapshot(self._writer, self._queries)
+            self._leader_epoch = snapshot.leader_epoch
+            return snapshot
+
+    def open_reader(self) -> None:
+        with _machine_errors(self._path, "opened", _OPENING_CODES):
+            self._reader = self._connect()
+            self._reader_undo.enter_context(closing(self._reader))
+            self._reader.execute("PRAGMA query_only = ON")
+
+    def write(self, records: Sequence[Record]) -> None:
+        epoch = self._leader_epoch
+        with (
+            _machine_errors(self._path, "written", _MACHINE_CODES),
+            _transaction(self._writer) as connection,
+        ):
+            if connection.execute(self._queries.lock_leader, {"epoch": epoch}).rowcount != 1:
+                raise LeaderLost(
+                    f"another coordinator has taken over {self._path}: its leader epoch is no"
+                    f" longer {epoch}, and nothing of this batch was written"
+                )
+            for statement, parameters in rows.statements(self._queries, records):
+                connection.executemany(statement, parameters)
+
+    def read_events(self, job_id: int, after_sequence: int, limit: int) -> list[JobEvent]:
+        page = {
+            "job_id": job_id,
+            "after_sequence": after_sequence,
+            "events_max": max(0, min(limit, rows.EVENTS_PER_JOB_MAX)),
+        }
+        with _machine_errors(self._path, "read", _MACHINE_CODES):
+            return [JobEvent(*row) for row in self._reader.execute(self._queries.list_events, page)]
+
+    def _connect(self) -> sqlite3.Connection:
+        # `isolation_level=None`: transactions begin where this module says so, not where the driver
+        # guesses.
+        connection = sqlite3.connect(
+            self._path, timeout=self._busy_timeout_ms / 1000, isolation_level=None
+        )
+        with ExitStack() as undo:
+            undo.enter_context(closing(connection))
+            journal_mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if journal_mode != "wal":
+                raise StoreUnavailable(
+                    f"{self._path} lies on a file system without shared memory for SQLite's log"
+                    f" (journal mode {journal_mode}): put it on a local disk"
+                )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES_MAX}")
+            undo.pop_all()
+        return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All or nothing. IMMEDIATE takes the write lock at once: a later upgrade could fail with half
+    the batch done."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.commit()
+    except BaseException:
+        connection.rollback()  # does nothing where SQLite has rolled back by itself
+        raise
+
+
+@contextmanager
+def _machine_errors(path: Path, verb: str, codes: Sequence[int]) -> Iterator[None]:
+    """Says in a sentence what the machine refused; other errors pass through as what they are."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        # The low byte of an extended result code is the primary one; the driver's own errors have
+        # none.
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF not in codes:
+            raise
+        reason = f"{error} ({error.sqlite_errorname})"
+        raise StoreUnavailable(_sentence(path, verb, reason)) from error
+    except OSError as error:
+        raise StoreUnavailable(_sentence(path, verb, str(error))) from error
+
+
+def _sentence(path: Path, verb: str, reason: str) -> str:
+    try:
+        status = os.statvfs(path.parent)
+    except OSError as error:
+        return f"the database {path} cannot be {verb}: {reason}; its directory: {error.strerror}"
+    free_bytes = status.f_bavail * status.f_frsize
+    return (
+        f"the database {path} cannot be {verb}: {reason};"
+        f" its file system has {free_bytes} bytes free"
+    )
+
+
+def _make_file(path: Path) -> None:
+    """Creates directory and file for the owner alone; SQLite gives its log the file's mode."""
+    path.parent.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE))
+    except FileExistsError:
+        path.chmod(_FILE_MODE)
+        return
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)  # a synced file without its name in the directory is lost all the same
+    finally:
+        os.close(directory)
+
+
+def _take_lock(path: Path) -> int:
+    """The descriptor that holds the lock. The lock file stays: removing it would let two processes
+    lock two files."""
+    lock_path = path.with_name(path.name + ".lock")
+    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+    with ExitStack() as undo:
+        undo.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreUnavailable(
+                f"the database {path} is in use by another coordinator, pid {holder}:"
+                " stop that one, or give this one a database of its own"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        undo.pop_all()
+    return descriptor
+
+
+def _log_is_left(path: Path) -> bool:
+    log_path = path.with_name(path.name + "-wal")
+    return log_path.exists() and log_path.stat().st_size > 0
+
+
+def _check_integrity(path: Path, connection: sqlite3.Connection) -> None:
+    findings = [row[0] for row in connection.execute("PRAGMA quick_check")]
+    if findings != ["ok"]:
+        raise StoreUnavailable(
+            f"the database {path} is damaged ({len(findings)} findings, first: {findings[0]}):"
+            " restore a backup, or move the file away to start with an empty one"
+        )
+
+
+def _migrate(
+    connection: sqlite3.Connection, queries: Queries, migrations: Sequence[Migration]
+) -> None:
+    connection.execute(queries.create_schema_migrations)
+    applied = [AppliedMigration(*row) for row in connection.execute(queries.list_schema_migrations)]
+    for migration in pending_migrations(migrations, applied):
+        for statement in migration.statements():
+            connection.execute(statement)
+        connection.execute(
+            queries.add_schema_migration,
+            {
+                "name": migration.name,
+                "checksum": migration.checksum,
+                "since": migration.since,
+            },
+        )
+
+
+def _read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
+    def documents(query: str) -> Iterator[str]:
+        return (row[0] for row in connection.execute(query))
+
+    return Snapshot(
+        leader_epoch=connection.execute(queries.read_leader).fetchone()[0],
+        last_job_id=connection.execute(queries.read_last_job_id).fetchone()[0],
+        jobs=tuple(map(rows.job_decoder.decode, documents(queries.list_jobs))),
+        attempts=tuple(map(rows.attempt_decoder.decode, documents(queries.list_attempts))),
+        checkpoints=tuple(map(rows.checkpoint_decoder.decode, documents(queries.list_checkpoints))),
+        nodes=tuple(map(rows.node_decoder.decode, documents(queries.list_nodes))),
+    )
