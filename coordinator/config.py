@@ -1,0 +1,208 @@
+"""The coordinator's configuration: every field with its unit, default and reason.
+
+Problem: times that belong together drift apart when each is set alone: a lease shorter than two
+heartbeats loses healthy nodes, a grace longer than the lease never comes to bear. So the fields
+stand here once, each with what it means, and `validate` answers in sentences, also about fields
+that must fit one another. `sources.py` reads them from file, environment and flags; `--help` and
+`systemd/coordinator.toml` say the same words.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+
+from coordinator.sources import (
+    LOG_FORMATS,
+    LOG_LEVELS,
+    ConfigError,
+    Loaded,
+    Program,
+    address_problem,
+    choice_problem,
+    load_or_exit,
+    own_directory,
+    path_problem,
+    print_config,
+    range_problem,
+    says,
+    tls_problem,
+)
+from coordinator.sources import load as load_program
+
+if TYPE_CHECKING:
+    from coordinator.transport import Tls
+
+__all__ = [
+    "RELOADABLE",
+    "Config",
+    "ConfigError",
+    "Loaded",
+    "from_command_line",
+    "load",
+    "prepare_directories",
+    "print_config",
+]
+
+# What SIGHUP takes over. Agents learn heartbeat and lease in their welcome, so a change there needs
+# a restart, which costs no training.
+RELOADABLE: Final = frozenset({"log_level"})
+
+STORE_NAME: Final = "baton.sqlite3"
+HEARTBEAT_INTERVAL_MS_MIN: Final = 100  # ten thousand agents at more would keep a core busy
+HEARTBEAT_INTERVAL_MS_MAX: Final = 60_000  # slower, and the figures that people see are history
+HEARTBEATS_PER_LEASE_MIN: Final = 2  # one lost or late heartbeat must not cost a node its jobs
+LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybody's measure
+RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator may set. The text beside a field is its help, and its comment in
+    `systemd/coordinator.toml`."""
+
+    # fmt: off
+    listen: Annotated[str, says(
+        "HOST:PORT where agents and clients call. Port 0 takes a free one; anything but loopback "
+        "needs TLS."
+    )] = "127.0.0.1:7070"
+    state_directory: Annotated[str, says(
+        "Where the state lives; made with mode 0700, because submissions hold secrets."
+    )] = "/var/lib/baton/coordinator"
+    store_path: Annotated[str, says(
+        "The SQLite file; on a local disk, whose fsync can be trusted. Default (empty): "
+        "baton.sqlite3 in the state directory."
+    )] = ""
+    heartbeat_interval_ms: Annotated[int, says(
+        "Milliseconds between heartbeats of an agent, 100 to 60000. Once a second makes death "
+        "visible within the lease at a cost that ten thousand agents may have."
+    )] = 1_000
+    lease_ms: Annotated[int, says(
+        "Milliseconds without a heartbeat after which a node is lost and its jobs move; at least "
+        "two heartbeats. Eight seconds outlast a box that swaps or a switch that hiccups, and "
+        "leave two of ten for the handoff."
+    )] = 8_000
+    closed_grace_ms: Annotated[int, says(
+        "The same when the agent's connection was closed, which a dying process does; at most the "
+        "lease. Three seconds let systemd restart an agent before its jobs move."
+    )] = 3_000
+    restart_grace_ms: Annotated[int, says(
+        "Milliseconds after the coordinator's own start in which no node is lost. Agents need up "
+        "to five seconds of back-off to find it again, and then a lease."
+    )] = 13_000
+    tls_cert: Annotated[str, says(
+        "PEM file with the coordinator's certificate chain. Default (empty): no TLS, loopback only."
+    )] = ""
+    tls_key: Annotated[str, says("PEM file with its private key.")] = ""
+    tls_ca: Annotated[str, says(
+        "PEM file with the authority whose certificates the fleet trusts."
+    )] = ""
+    log_level: Annotated[str, says(
+        "debug, info, warning or error: the least that is logged. SIGHUP takes it over."
+    )] = "info"
+    log_format: Annotated[str, says(
+        "json (one object a line, for machines), console (for people), or auto: console when "
+        "stderr is a terminal."
+    )] = "auto"
+    port_file: Annotated[str, says(
+        "File that gets the bound HOST:PORT once the coordinator serves, for tools that let it "
+        "choose its port. Default (empty): none."
+    )] = ""
+    # fmt: on
+
+    def validate(self) -> list[str]:
+        """What is wrong, as sentences that say what to change; empty when all is well."""
+        found = [
+            address_problem("listen", self.listen, port_min=0),
+            tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
+            or _listen_problem(self.listen, self.tls()),
+            path_problem("state_directory", self.state_directory),
+            path_problem("store_path", self.store_path),
+            range_problem(
+                "heartbeat_interval_ms",
+                self.heartbeat_interval_ms,
+                HEARTBEAT_INTERVAL_MS_MIN,
+                HEARTBEAT_INTERVAL_MS_MAX,
+            ),
+            self._lease_problem(),
+            self._closed_grace_problem(),
+            range_problem("restart_grace_ms", self.restart_grace_ms, 0, RESTART_GRACE_MS_MAX),
+            choice_problem("log_level", self.log_level, LOG_LEVELS),
+            choice_problem("log_format", self.log_format, LOG_FORMATS),
+            self.port_file and path_problem("port_file", self.port_file),
+        ]
+        return [sentence for sentence in found if sentence]
+
+    def tls(self) -> "Tls | None":
+        """The three PEM files, or `None` without TLS."""
+        from coordinator.transport import Tls  # brings grpc, which --help need not wait for
+
+        return Tls(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert else None
+
+    def _lease_problem(self) -> str | None:
+        shortest_ms = HEARTBEATS_PER_LEASE_MIN * self.heartbeat_interval_ms
+        if self.lease_ms < shortest_ms:
+            return (
+                f"'lease_ms' is {self.lease_ms}, less than {HEARTBEATS_PER_LEASE_MIN} heartbeats "
+                f"of {self.heartbeat_interval_ms} ms: one late heartbeat would cost a node its "
+                f"jobs; make it at least {shortest_ms}"
+            )
+        return range_problem("lease_ms", self.lease_ms, 1, LEASE_MS_MAX)
+
+    def _closed_grace_problem(self) -> str | None:
+        if 0 <= self.closed_grace_ms <= self.lease_ms:
+            return None
+        return (
+            f"'closed_grace_ms' must be 0 to the lease ({self.lease_ms} ms), after which the node "
+            f"is lost anyway, not {self.closed_grace_ms}"
+        )
+
+
+def load(arguments: Sequence[str], environment: Mapping[str, str]) -> Loaded[Config]:
+    """File, then environment, then flags. Raises `ConfigError` with all that is wrong, and
+    `SystemExit` 0 after printing the help."""
+    return load_program(PROGRAM, arguments, environment)
+
+
+def from_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> Loaded[Config]:
+    """The same for a program's start: prints what `--print-config` asks for, or what is wrong, and
+    raises `SystemExit`."""
+    return load_or_exit(PROGRAM, arguments, environment)
+
+
+def prepare_directories(config: Config) -> None:
+    """Make the state directory 0700, and tighten one of ours that others could enter; the store's
+    directory is made when it is missing and left alone otherwise. Raises `ConfigError`."""
+    found = [own_directory(config.state_directory)]
+    store_directory = os.path.dirname(config.store_path)
+    if not os.path.isdir(store_directory):
+        found.append(own_directory(store_directory))
+    problems = [sentence for sentence in found if sentence]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """`values` with the store's place, which follows the state directory."""
+    directory = values.get("state_directory", Config().state_directory)
+    return {**values, "store_path": values.get("store_path") or f"{directory}/{STORE_NAME}"}
+
+
+def _listen_problem(address: str, tls: "Tls | None") -> str | None:
+    from coordinator.transport import TransportError, check_listen  # see `Config.tls`
+
+    try:
+        check_listen(address, tls)
+    except TransportError as error:
+        return str(error)
+    return None
+
+
+PROGRAM: Final = Program(
+    name="baton-coordinator",
+    prefix="BATON_COORDINATOR_",
+    path=Path("/etc/baton/coordinator.toml"),
+    fields=Config,
+    complete=_complete,
+)

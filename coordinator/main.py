@@ -1,0 +1,179 @@
+"""The coordinator's composition root: configuration -> adapters -> shell.
+
+Signals: SIGTERM and SIGINT finish the present batch and leave, training goes on; SIGHUP reads the
+configuration again and applies what can change while it runs.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+
+from coordinator import logs as logging_setup
+from coordinator.config import (
+    RELOADABLE,
+    Config,
+    ConfigError,
+    from_command_line,
+    load,
+    prepare_directories,
+)
+from coordinator.core.coordinator import Coordinator
+from coordinator.core.state import Options
+from coordinator.notify import Notifier, write_port_file
+from coordinator.peers import LogReader
+from coordinator.ports import LeaderLost, StoreUnavailable
+from coordinator.rpc import add_services
+from coordinator.shell import TICK_MS, CoordinatorShell
+from coordinator.store.sqlite import SqliteStore
+from coordinator.transport import TransportError, listen, open_channel
+
+# Rounds of the loop without which systemd may restart us; a commit that waits for a slow disk still
+# counts as one.
+WATCHDOG_ROUNDS = 40
+SERVER_OPTIONS = (
+    # A hello of a node with thousands of checkpoints is some hundred kilobytes.
+    ("grpc.max_receive_message_length", 16 << 20),
+    # Two coordinators on one port would share its connections between them, silently.
+    ("grpc.so_reuseport", 0),
+    # Agents probe an idle connection every 20 s; gRPC's default calls that an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+CLOSE_GRACE_S = 1.0
+
+
+class SystemClock:
+    def now_ms(self) -> int:
+        return time.monotonic_ns() // 1_000_000
+
+    def unix_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    async def sleep_ms(self, duration_ms: int) -> None:
+        await asyncio.sleep(duration_ms / 1000)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 1 when it could not start or another one leads; `SystemExit` 2
+    for a wrong configuration, 0 after printing it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = from_command_line(given, os.environ).config
+    logging_setup.configure(config.log_level, config.log_format)
+    try:
+        asyncio.run(_serve(config, given))
+    except LeaderLost as error:
+        logging_setup.emit("critical", "leader.lost", (("reason", str(error)),))
+        return 1
+    except (ConfigError, TransportError, StoreUnavailable, OSError) as error:
+        logging_setup.emit("critical", "coordinator.not_started", (("reason", str(error)),))
+        return 1
+    return 0
+
+
+async def _serve(config: Config, arguments: Sequence[str]) -> None:
+    prepare_directories(config)
+    tls = config.tls()
+    clock = SystemClock()
+    async with AsyncExitStack() as stack:
+        store = SqliteStore(Path(config.store_path))
+        stack.push_async_callback(store.close)
+        snapshot = await store.open()
+        core = Coordinator(
+            Options(
+                config.heartbeat_interval_ms,
+                config.lease_ms,
+                config.closed_grace_ms,
+                config.restart_grace_ms,
+            )
+        )
+        core.load(snapshot, clock.now_ms())
+        shell = CoordinatorShell(core, store, clock, logging_setup.emit)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        logs = LogReader(lambda address: open_channel(address, tls))
+        await add_services(server, shell, store, logs)
+        port = listen(server, config.listen, tls)
+        await server.start()
+        stack.push_async_callback(server.stop, CLOSE_GRACE_S)
+        address = f"{config.listen.rpartition(':')[0]}:{port}"
+        logging_setup.emit(
+            "info",
+            "coordinator.started",
+            (
+                ("address", address),
+                ("leader_epoch", snapshot.leader_epoch),
+                ("jobs", len(snapshot.jobs)),
+            ),
+        )
+        if config.port_file:
+            write_port_file(config.port_file, address)
+        await _run(shell, config, arguments)
+
+
+async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]) -> None:
+    notifier = Notifier(os.environ)
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        notifier.stopping()
+        shell.leave()
+
+    def reload() -> None:
+        nonlocal config
+        config = _reload(config, arguments, notifier)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    watching = asyncio.create_task(_watch(shell, notifier))
+    notifier.ready()
+    try:
+        await shell.run()
+    finally:
+        watching.cancel()
+    logging_setup.emit("info", "coordinator.stopped", ())
+
+
+async def _watch(shell: CoordinatorShell, notifier: Notifier) -> None:
+    """Tell systemd that we live, as long as the loop really goes round."""
+    interval_ms = notifier.watchdog_interval_ms()
+    if interval_ms is None:
+        return
+    clock = SystemClock()
+    while True:
+        if clock.now_ms() - shell.progress_ms < WATCHDOG_ROUNDS * TICK_MS:
+            notifier.watchdog()
+        await clock.sleep_ms(interval_ms // 3)
+
+
+def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Config:
+    """Read the configuration again; returns what is in force now. What a restart alone can change
+    (it costs no training) is named in the log."""
+    notifier.reloading()
+    try:
+        fresh = load(arguments, os.environ).config
+    except ConfigError as error:
+        for sentence in error.sentences:
+            logging_setup.emit("error", "config.refused", (("reason", sentence),))
+        fresh = current
+    else:
+        logging_setup.configure(fresh.log_level, fresh.log_format)
+        changed = [
+            field
+            for field in fresh.__struct_fields__
+            if field not in RELOADABLE and getattr(fresh, field) != getattr(current, field)
+        ]
+        if changed:
+            fields = (("fields", changed), ("reason", "they take effect at the next start"))
+            logging_setup.emit("warning", "config.needs_restart", fields)
+        logging_setup.emit("info", "config.reloaded", (("log_level", fresh.log_level),))
+    notifier.ready()
+    return fresh

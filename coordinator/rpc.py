@@ -1,0 +1,313 @@
+"""The gRPC services: people's requests and the agents' streams, translated and passed on.
+
+Nothing is decided here. A request becomes a value, waits for the shell's answer, and an answer that
+says no becomes the one status code that fits it, with the core's sentence unchanged.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from coordinator import wire
+from coordinator.core import messages as m
+from coordinator.core.model import JobView, NodeView
+from coordinator.peers import Fleet, LogReader
+from coordinator.ports import Store
+from coordinator.shell import CoordinatorShell, Unavailable
+from protos.baton.v1 import (
+    agent_pb2,
+    agent_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    nodes_pb2,
+    nodes_pb2_grpc,
+)
+
+EVENTS_MAX = 1_000  # lines of history per answer, as jobs.proto says
+# Orders for an agent that does not read them; it is cut off and told again when it returns.
+ORDERS_MAX = 8_192
+# How long a session that has been closed may take to hear why before it is cut.
+CLOSE_GRACE_S = 2.0
+
+Context = grpc.aio.ServicerContext[object, object]
+
+_STATUS = {
+    m.RefusalKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    m.RefusalKind.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    m.RefusalKind.WRONG_PHASE: grpc.StatusCode.FAILED_PRECONDITION,
+    m.RefusalKind.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+async def _abort(context: Context, code: grpc.StatusCode, sentence: str) -> NoReturn:
+    await context.abort(code, sentence)
+    raise AssertionError("abort returned")
+
+
+async def _ask(shell: CoordinatorShell, context: Context, body: m.RequestBody) -> m.Answer:
+    """The shell's answer; a refusal or an outage ends the call."""
+    try:
+        answer = await shell.request(body)
+    except Unavailable as error:
+        await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+    if isinstance(answer, m.Refusal):
+        await _abort(context, _STATUS[answer.kind], answer.sentence)
+    return answer
+
+
+def _view(answer: m.Answer) -> JobView:
+    if not isinstance(answer, JobView):
+        raise TypeError(f"expected a job, got {type(answer).__name__}")
+    return answer
+
+
+class JobService(jobs_pb2_grpc.JobServiceServicer):
+    def __init__(self, shell: CoordinatorShell, store: Store, logs: LogReader) -> None:
+        self._shell = shell
+        self._store = store
+        self._logs = logs
+
+    async def Submit(
+        self, request: jobs_pb2.SubmitRequest, context: Context
+    ) -> jobs_pb2.SubmitResponse:
+        try:
+            spec = wire.decode_spec(request.spec)
+        except wire.WireError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        answer = await _ask(self._shell, context, m.Submit(spec, request.request_id))
+        if not isinstance(answer, m.Submitted):
+            raise TypeError(f"expected a submission, got {type(answer).__name__}")
+        return jobs_pb2.SubmitResponse(job_id=answer.job_id, reason=answer.reason)
+
+    async def _job(self, context: Context, body: m.RequestBody) -> JobView:
+        return _view(await _ask(self._shell, context, body))
+
+    async def GetJob(
+        self, request: jobs_pb2.GetJobRequest, context: Context
+    ) -> jobs_pb2.GetJobResponse:
+        view = await self._job(context, m.GetJob(request.job_id))
+        return jobs_pb2.GetJobResponse(job=wire.encode_job(view))
+
+    async def ListJobs(
+        self, request: jobs_pb2.ListJobsRequest, context: Context
+    ) -> jobs_pb2.ListJobsResponse:
+        try:
+            phases = wire.decode_phases(list(request.phases))
+        except wire.WireError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        body = m.ListJobs(phases, request.project, request.page_size, request.before_job_id)
+        answer = await _ask(self._shell, context, body)
+        if not isinstance(answer, m.JobPage):
+            raise TypeError(f"expected jobs, got {type(answer).__name__}")
+        return jobs_pb2.ListJobsResponse(
+            jobs=[wire.encode_job(view) for view in answer.jobs],
+            next_before_job_id=answer.next_before_job_id,
+        )
+
+    async def CancelJob(
+        self, request: jobs_pb2.CancelJobRequest, context: Context
+    ) -> jobs_pb2.CancelJobResponse:
+        view = await self._job(context, m.CancelJob(request.job_id))
+        return jobs_pb2.CancelJobResponse(job=wire.encode_job(view))
+
+    async def HoldJob(
+        self, request: jobs_pb2.HoldJobRequest, context: Context
+    ) -> jobs_pb2.HoldJobResponse:
+        view = await self._job(context, m.HoldJob(request.job_id))
+        return jobs_pb2.HoldJobResponse(job=wire.encode_job(view))
+
+    async def ReleaseJob(
+        self, request: jobs_pb2.ReleaseJobRequest, context: Context
+    ) -> jobs_pb2.ReleaseJobResponse:
+        view = await self._job(context, m.ReleaseJob(request.job_id))
+        return jobs_pb2.ReleaseJobResponse(job=wire.encode_job(view))
+
+    async def RequeueJob(
+        self, request: jobs_pb2.RequeueJobRequest, context: Context
+    ) -> jobs_pb2.RequeueJobResponse:
+        body = m.RequeueJob(request.job_id, request.abandon_unreachable_checkpoints)
+        view = await self._job(context, body)
+        return jobs_pb2.RequeueJobResponse(job=wire.encode_job(view))
+
+    async def ExplainJob(
+        self, request: jobs_pb2.ExplainJobRequest, context: Context
+    ) -> jobs_pb2.ExplainJobResponse:
+        answer = await _ask(self._shell, context, m.ExplainJob(request.job_id))
+        if not isinstance(answer, m.Explanation):
+            raise TypeError(f"expected a sentence, got {type(answer).__name__}")
+        return jobs_pb2.ExplainJobResponse(sentence=answer.sentence)
+
+    async def ListJobEvents(
+        self, request: jobs_pb2.ListJobEventsRequest, context: Context
+    ) -> jobs_pb2.ListJobEventsResponse:
+        await self._job(context, m.GetJob(request.job_id))
+        events = await self._store.events(request.job_id, request.after_sequence, EVENTS_MAX)
+        return jobs_pb2.ListJobEventsResponse(events=[wire.encode_event(e) for e in events])
+
+    async def StreamLogs(
+        self, request: jobs_pb2.StreamLogsRequest, context: Context
+    ) -> AsyncIterator[jobs_pb2.StreamLogsResponse]:
+        await self._job(context, m.GetJob(request.job_id))
+
+        async def look() -> JobView:
+            return await self._job(context, m.GetJob(request.job_id))
+
+        async def node(node_id: str) -> NodeView | None:
+            answer = await _ask(self._shell, context, m.ListNodes())
+            nodes = answer.nodes if isinstance(answer, m.NodePage) else ()
+            return next((view for view in nodes if view.node.id == node_id), None)
+
+        pieces = self._logs.stream(
+            Fleet(look, node), follow=request.follow, tail_bytes=request.tail_bytes
+        )
+        async for piece in pieces:
+            yield jobs_pb2.StreamLogsResponse(
+                attempt=piece.attempt, node=piece.node, data=piece.data, notice=piece.notice
+            )
+
+
+class NodeService(nodes_pb2_grpc.NodeServiceServicer):
+    def __init__(self, shell: CoordinatorShell) -> None:
+        self._shell = shell
+
+    async def ListNodes(
+        self, request: nodes_pb2.ListNodesRequest, context: Context
+    ) -> nodes_pb2.ListNodesResponse:
+        answer = await _ask(self._shell, context, m.ListNodes())
+        if not isinstance(answer, m.NodePage):
+            raise TypeError(f"expected nodes, got {type(answer).__name__}")
+        return nodes_pb2.ListNodesResponse(nodes=[wire.encode_node(v) for v in answer.nodes])
+
+    async def _node(self, context: Context, body: m.RequestBody) -> NodeView:
+        answer = await _ask(self._shell, context, body)
+        if not isinstance(answer, NodeView):
+            raise TypeError(f"expected a node, got {type(answer).__name__}")
+        return answer
+
+    async def CordonNode(
+        self, request: nodes_pb2.CordonNodeRequest, context: Context
+    ) -> nodes_pb2.CordonNodeResponse:
+        view = await self._node(context, m.CordonNode(request.node))
+        return nodes_pb2.CordonNodeResponse(node=wire.encode_node(view))
+
+    async def DrainNode(
+        self, request: nodes_pb2.DrainNodeRequest, context: Context
+    ) -> nodes_pb2.DrainNodeResponse:
+        view = await self._node(context, m.DrainNode(request.node))
+        return nodes_pb2.DrainNodeResponse(node=wire.encode_node(view))
+
+    async def UncordonNode(
+        self, request: nodes_pb2.UncordonNodeRequest, context: Context
+    ) -> nodes_pb2.UncordonNodeResponse:
+        view = await self._node(context, m.UncordonNode(request.node))
+        return nodes_pb2.UncordonNodeResponse(node=wire.encode_node(view))
+
+
+class AgentService(agent_pb2_grpc.AgentServiceServicer):
+    """One call is one session: the reader posts what the agent says, the writer sends orders."""
+
+    def __init__(self, shell: CoordinatorShell) -> None:
+        self._shell = shell
+
+    async def Session(
+        self, request_iterator: AsyncIterator[agent_pb2.SessionRequest], context: Context
+    ) -> AsyncIterator[agent_pb2.SessionResponse]:
+        orders: asyncio.Queue[m.AgentOrder | None] = asyncio.Queue(ORDERS_MAX + 1)
+        ending: list[tuple[grpc.StatusCode, str]] = []
+
+        handler = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+
+        def close(reason: str) -> None:
+            if ending:
+                return
+            ending.append((grpc.StatusCode.ABORTED, reason))
+            reader.cancel()
+            self._shell.close_session(session)
+            if orders.full():
+                orders.get_nowait()
+            orders.put_nowait(None)
+            # An agent that does not read holds this handler in `yield`, where no order reaches it.
+            if handler is not None:
+                loop.call_later(CLOSE_GRACE_S, handler.cancel)
+
+        def send(order: m.AgentOrder) -> None:
+            if orders.qsize() >= ORDERS_MAX:
+                close(f"{ORDERS_MAX} orders were not read")
+            else:
+                orders.put_nowait(order)
+
+        async def read() -> None:
+            try:
+                async for request in request_iterator:
+                    message = wire.decode(request)
+                    stranger = _stranger(context, message)
+                    if stranger:
+                        ending.append((grpc.StatusCode.PERMISSION_DENIED, stranger))
+                        return
+                    self._shell.from_agent(session, message)
+                ending.append((grpc.StatusCode.OK, ""))
+            except wire.WireError as error:
+                ending.append((grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+            finally:
+                if not orders.full():
+                    orders.put_nowait(None)
+
+        session = self._shell.open_session(send, close)
+        reader = asyncio.create_task(read())
+        try:
+            while (order := await orders.get()) is not None:
+                yield wire.encode(order)
+        finally:
+            reader.cancel()
+            self._shell.close_session(session)
+        code, reason = ending[0] if ending else (grpc.StatusCode.OK, "")
+        if code is not grpc.StatusCode.OK:
+            await _abort(context, code, reason)
+
+
+def _stranger(context: Context, message: m.AgentMessage) -> str:
+    """Under TLS a node's certificate must name it, or any user's could pose as a node and be sent
+    other people's jobs. Empty when it does, or when there is no TLS."""
+    if not isinstance(message, m.Hello):
+        return ""
+    facts = context.auth_context()
+    if b"ssl" not in facts.get("transport_security_type", []):
+        return ""
+    names = [*facts.get("x509_common_name", []), *facts.get("x509_subject_alternative_name", [])]
+    known = [name.decode("utf-8", "replace") for name in names]
+    if message.node in known:
+        return ""
+    return (
+        f"the certificate names {', '.join(known) or 'nobody'}, not node {message.node}: give the"
+        " agent one with the node's name as common name or DNS name"
+    )
+
+
+async def add_services(
+    server: grpc.aio.Server, shell: CoordinatorShell, store: Store, logs: LogReader
+) -> None:
+    """Everything that the coordinator serves, with health and reflection, so that stock gRPC tools
+    can list and call it."""
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobService(shell, store, logs), server)
+    nodes_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(shell), server)
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(shell), server)
+    names = [
+        module.DESCRIPTOR.services_by_name[name].full_name
+        for module, name in (
+            (jobs_pb2, "JobService"),
+            (nodes_pb2, "NodeService"),
+            (agent_pb2, "AgentService"),
+        )
+    ]
+    checker = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    for name in ("", *names):
+        await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection(
+        (*names, reflection.SERVICE_NAME, health.SERVICE_NAME), server
+    )

@@ -1,0 +1,211 @@
+"""The coordinator's only loop: receive, handle, persist, send.
+
+Everything (a request, an agent's message, a tick) is an event in one inbox. The loop drains the
+inbox, asks the core about each event, lets it decide placement once for the batch, makes all the
+records durable with one commit, and only then sends commands and replies. While a commit waits for
+the disk the inbox fills, so load makes batches larger and not replies slower: group commit without
+a timer (as in the duties of etcd-io/raft's `doc.go`).
+
+When the store is unavailable (disk full) the batch waits and is tried again: nothing of it has left
+the process, so nothing is promised. Requests that come meanwhile are refused at once, with the
+reason. When another coordinator has taken over, this one stops.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.core import messages as m
+from coordinator.core.coordinator import Coordinator
+from coordinator.core.state import Instant
+from coordinator.ports import Clock, Store, StoreUnavailable
+
+TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
+BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
+# Waiting requests. Beyond it, the fleet asks faster than the disk can promise, and a refusal now is
+# better than an answer after the client has given up.
+REQUESTS_MAX = 20_000
+STORE_RETRY_MS = 500
+SLOW_COMMIT_MS = 5  # below it, waiting for company costs more than it saves
+GATHER_STEP_MS = 1  # how often to look whether those who were answered have asked again
+# Waiting messages of agents: ten of each node while the disk is full. Beyond it they are lost as on
+# a bad link, which is harmless: whatever an agent says, it says again until it is answered.
+MESSAGES_MAX = 200_000
+
+
+class Unavailable(Exception):
+    """The coordinator cannot promise anything now; ask again. The text is a sentence."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One agent's stream, as the shell sees it."""
+
+    send: Callable[[m.AgentOrder], None]
+    close: Callable[[str], None]
+
+
+class CoordinatorShell:
+    def __init__(
+        self,
+        core: Coordinator,
+        store: Store,
+        clock: Clock,
+        log: Callable[[str, str, tuple[tuple[str, object], ...]], None],
+    ) -> None:
+        self._core = core
+        self._store = store
+        self._clock = clock
+        self._log = log
+        self._inbox: deque[m.Event] = deque()
+        self._wake = asyncio.Event()
+        self._peers: dict[int, _Peer] = {}
+        self._replies: dict[int, asyncio.Future[m.Answer]] = {}
+        self._last_session = 0
+        self._last_reply = 0
+        self._unavailable = ""
+        self._tick_due = False
+        self._leaving = False
+        self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
+
+    # --- what others call -------------------------------------------------------------------------
+
+    async def request(self, body: m.RequestBody) -> m.Answer:
+        """A person's request; answered after what it changed is durable. Raises `Unavailable`."""
+        if self._unavailable:
+            raise Unavailable(self._unavailable)
+        if len(self._replies) >= REQUESTS_MAX:
+            raise Unavailable(f"{len(self._replies)} requests are waiting; try again later")
+        self._last_reply += 1
+        number = self._last_reply
+        reply: asyncio.Future[m.Answer] = asyncio.get_running_loop().create_future()
+        self._replies[number] = reply
+        self._post(m.Request(number, body))
+        try:
+            return await reply
+        finally:
+            self._replies.pop(number, None)
+
+    def open_session(
+        self, send: Callable[[m.AgentOrder], None], close: Callable[[str], None]
+    ) -> int:
+        """An agent's stream begins; both callbacks must return at once. Returns its number."""
+        self._last_session += 1
+        self._peers[self._last_session] = _Peer(send, close)
+        return self._last_session
+
+    def from_agent(self, session: int, message: m.AgentMessage) -> None:
+        if len(self._inbox) < MESSAGES_MAX:
+            self._post(m.FromAgent(session, message))
+
+    def close_session(self, session: int) -> None:
+        """The stream has ended, however it did."""
+        if self._peers.pop(session, None) is not None:
+            self._post(m.FromAgent(session, m.SessionClosed()))
+
+    def leave(self) -> None:
+        """End after the present batch."""
+        self._leaving = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
+        ticking = asyncio.create_task(self._tick())
+        try:
+            while not self._leaving:
+                if ticking.done():
+                    ticking.result()  # its exception is a bug of ours and ends the coordinator
+                if not self._inbox and not self._tick_due:
+                    self._wake.clear()
+                    await self._wake.wait()
+                await self._round()
+        finally:
+            ticking.cancel()
+            await asyncio.gather(ticking, return_exceptions=True)
+            self._unavailable = "the coordinator is stopping"
+            for reply in self._replies.values():
+                if not reply.done():
+                    reply.set_exception(Unavailable(self._unavailable))
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def _post(self, event: m.Event) -> None:
+        self._inbox.append(event)
+        self._wake.set()
+
+    async def _tick(self) -> None:
+        """One tick waits at a time, however long a commit takes."""
+        while True:
+            self._tick_due = True
+            self._wake.set()
+            await self._clock.sleep_ms(TICK_MS)
+
+    async def _round(self) -> None:
+        count = min(len(self._inbox), BATCH_MAX)
+        now = Instant(self._clock.now_ms(), self._clock.unix_ms())
+        effects: list[m.Effect] = []
+        for _ in range(count):
+            effects += self._core.handle(now, self._inbox.popleft())
+        if self._tick_due:
+            # After what agents have said: a lease that was renewed in time has not ended.
+            self._tick_due = False
+            effects += self._core.handle(now, m.Tick())
+        effects += self._core.handle(now, m.Decide())
+        begun_ms = self._clock.now_ms()
+        if not await self._commit([effect for effect in effects if isinstance(effect, m.Record)]):
+            return
+        commit_ms = self._clock.now_ms() - begun_ms
+        for effect in effects:
+            if not isinstance(effect, m.Record):
+                self._act(effect)
+        self.progress_ms = now.now_ms
+        answered = sum(1 for effect in effects if isinstance(effect, m.Reply))
+        if answered > 1 and commit_ms >= SLOW_COMMIT_MS:
+            await self._gather(answered, commit_ms)
+
+    async def _gather(self, answered: int, commit_ms: int) -> None:
+        """Whoever was just answered is about to ask again. On a slow disk the next commit is worth
+        that moment: otherwise clients split into two halves that take turns, and every batch is
+        half as large. At most one more commit's time."""
+        for _ in range(commit_ms // GATHER_STEP_MS):
+            if len(self._inbox) >= answered or self._leaving:
+                return
+            await self._clock.sleep_ms(GATHER_STEP_MS)
+
+    async def _commit(self, records: list[m.Record]) -> bool:
+        """Until it is durable, or until we leave: then nothing of it was promised to anybody."""
+        while records:
+            try:
+                await self._store.commit(records)
+            except StoreUnavailable as error:
+                if not self._unavailable:
+                    self._log("error", "store.unavailable", (("reason", str(error)),))
+                self._unavailable = str(error)
+                self.progress_ms = self._clock.now_ms()
+                if self._leaving:
+                    return False
+                await self._clock.sleep_ms(STORE_RETRY_MS)
+            else:
+                break
+        if self._unavailable:
+            self._log("info", "store.available", ())
+            self._unavailable = ""
+        return True
+
+    def _act(self, command: m.Command) -> None:
+        match command:
+            case m.Send():
+                peer = self._peers.get(command.session)
+                if peer is not None:
+                    peer.send(command.order)
+            case m.CloseSession():
+                peer = self._peers.get(command.session)
+                if peer is not None:
+                    peer.close(command.reason)
+            case m.Reply():
+                reply = self._replies.get(command.reply_to)
+                if reply is not None and not reply.done():
+                    reply.set_result(command.answer)
+            case m.Log():
+                self._log(command.level, command.event, command.fields)

@@ -1,0 +1,495 @@
+"""Protobuf to the coordinator's values and back, for the agents' stream and for people's requests.
+
+A message that makes no sense raises `WireError` with a sentence for its sender: the peer is wrong,
+and neither the core nor its state ever sees it.
+"""
+
+import re
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from coordinator.core import messages as m
+from coordinator.core import model
+from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from protos.baton.v1 import agent_pb2 as pb
+from protos.baton.v1 import types_pb2 as types
+
+_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# Job id and epoch; 18 digits fit an int64, and so every store.
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}")
+
+# Enum values carry their enum's name as prefix (protobuf style guide), then ours.
+_CLASSES = {
+    types.JOB_CLASS_UNSPECIFIED: model.JobClass.STANDARD,
+    types.JOB_CLASS_GUARANTEED: model.JobClass.GUARANTEED,
+    types.JOB_CLASS_STANDARD: model.JobClass.STANDARD,
+    types.JOB_CLASS_SPARE: model.JobClass.SPARE,
+}
+_REPLICATIONS = {
+    types.REPLICATION_UNSPECIFIED: model.Replication.AUTOMATIC,
+    types.REPLICATION_AUTOMATIC: model.Replication.AUTOMATIC,
+    types.REPLICATION_REQUIRED: model.Replication.REQUIRED,
+    types.REPLICATION_NONE: model.Replication.NONE,
+}
+_SIGNALS = {
+    types.STOP_SIGNAL_UNSPECIFIED: model.StopSignal.TERM,
+    types.STOP_SIGNAL_TERM: model.StopSignal.TERM,
+    types.STOP_SIGNAL_USR1: model.StopSignal.USR1,
+    types.STOP_SIGNAL_USR2: model.StopSignal.USR2,
+}
+
+
+class WireError(Exception):
+    """The sender said something that cannot be understood; the text says what."""
+
+
+# --- what people ask for --------------------------------------------------------------------------
+
+
+def decode_spec(spec: types.JobSpec) -> model.JobSpec:
+    """Defaults filled in; whether it may run is for the core. Raises `WireError`."""
+    for name, known, value in (
+        ("job_class", _CLASSES, spec.job_class),
+        ("replication", _REPLICATIONS, spec.replication),
+        ("stop_signal", _SIGNALS, spec.stop_signal),
+    ):
+        if value not in known:
+            names = ", ".join(item.value for item in known.values() if item is not None)
+            raise WireError(f"unknown {name} {value}; known are {names}")
+    grace_ms = _milliseconds(spec.grace) if spec.HasField("grace") else model.GRACE_MS_DEFAULT
+    restarts = spec.max_restarts if spec.HasField("max_restarts") else model.MAX_RESTARTS_DEFAULT
+    return model.JobSpec(
+        name=spec.name,
+        project=spec.project or "default",
+        job_class=_CLASSES[spec.job_class],
+        command=tuple(spec.command),
+        trainer=spec.trainer,
+        trainer_config_json=spec.trainer_config_json,
+        environment=tuple(sorted(spec.environment.items())),
+        working_directory=spec.working_directory,
+        gpus=spec.gpus,
+        gpu_types=tuple(spec.gpu_types),
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        memory_bytes=spec.memory_bytes,
+        grace_ms=grace_ms,
+        stop_signal=_SIGNALS[spec.stop_signal],
+        max_restarts=restarts,
+        run_again_exit_codes=tuple(spec.run_again_exit_codes) or model.RUN_AGAIN_EXIT_CODES_DEFAULT,
+        replication=_REPLICATIONS[spec.replication],
+        slurm_environment=spec.slurm_environment,
+        hold=spec.hold,
+    )
+
+
+def encode_spec(spec: model.JobSpec) -> types.JobSpec:
+    return types.JobSpec(
+        name=spec.name,
+        project=spec.project,
+        job_class=types.JobClass.Value(f"JOB_CLASS_{spec.job_class.name}"),
+        command=spec.command,
+        trainer=spec.trainer,
+        trainer_config_json=spec.trainer_config_json,
+        environment=dict(spec.environment),
+        working_directory=spec.working_directory,
+        gpus=spec.gpus,
+        gpu_types=spec.gpu_types,
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        memory_bytes=spec.memory_bytes,
+        grace=_duration(spec.grace_ms),
+        stop_signal=types.StopSignal.Value(f"STOP_SIGNAL_{spec.stop_signal.name}"),
+        max_restarts=spec.max_restarts,
+        run_again_exit_codes=spec.run_again_exit_codes,
+        replication=types.Replication.Value(f"REPLICATION_{spec.replication.name}"),
+        slurm_environment=spec.slurm_environment,
+        hold=spec.hold,
+    )
+
+
+def decode_phases(phases: list[types.JobPhase.ValueType]) -> tuple[JobPhase, ...]:
+    """Raises `WireError`."""
+    known = {types.JobPhase.Value(f"JOB_PHASE_{phase.name}"): phase for phase in JobPhase}
+    for phase in phases:
+        if phase not in known:
+            raise WireError(f"unknown job phase {phase}")
+    return tuple(known[phase] for phase in phases)
+
+
+def encode_job(view: model.JobView) -> types.Job:
+    job = view.job
+    message = types.Job(
+        id=job.id,
+        spec=encode_spec(job.spec),
+        phase=types.JobPhase.Value(f"JOB_PHASE_{job.phase.name}"),
+        reason=job.reason,
+        epoch=job.epoch,
+        attempts=[encode_attempt(attempt) for attempt in view.attempts],
+        failures=job.failures,
+        submit_time=_timestamp(job.submitted_unix_ms),
+    )
+    if job.ended_unix_ms is not None:
+        message.end_time.CopyFrom(_timestamp(job.ended_unix_ms))
+    if view.checkpoint is not None:
+        message.checkpoint.CopyFrom(_checkpoint(view.checkpoint))
+    if view.progress is not None:
+        progress = view.progress
+        message.progress.CopyFrom(
+            types.Progress(
+                step=progress.step,
+                total_steps=progress.total_steps,
+                metrics=dict(progress.metrics),
+            )
+        )
+    return message
+
+
+def encode_attempt(attempt: model.Attempt) -> types.Attempt:
+    message = types.Attempt(
+        id=attempt.id,
+        epoch=attempt.epoch,
+        node=attempt.node,
+        gpu_uuids=attempt.gpu_uuids,
+        phase=_attempt_phase(attempt.phase),
+        assign_time=_timestamp(attempt.assigned_unix_ms),
+        exit_code=attempt.exit_code,
+        signal=attempt.signal,
+        reason=attempt.reason,
+        restored_step=attempt.restored_step if attempt.restored_digest else None,
+        replica_node=attempt.replica_node,
+    )
+    if attempt.started_unix_ms is not None:
+        message.start_time.CopyFrom(_timestamp(attempt.started_unix_ms))
+    if attempt.ended_unix_ms is not None:
+        message.end_time.CopyFrom(_timestamp(attempt.ended_unix_ms))
+    return message
+
+
+def _attempt_phase(phase: AttemptPhase) -> types.AttemptPhase.ValueType:
+    return types.AttemptPhase.Value(f"ATTEMPT_PHASE_{phase.name}")
+
+
+def _checkpoint(checkpoint: model.Checkpoint) -> types.Checkpoint:
+    return types.Checkpoint(
+        digest=checkpoint.digest,
+        parent=checkpoint.parent,
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        size_bytes=checkpoint.size_bytes,
+        replicas=checkpoint.replicas,
+        commit_time=_timestamp(checkpoint.committed_unix_ms),
+    )
+
+
+def encode_node(view: model.NodeView) -> types.Node:
+    node = view.node
+    message = types.Node(
+        id=node.id,
+        phase=_node_phase(view.phase),
+        intent=_node_intent(node.intent),
+        peer_address=node.peer_address,
+        host=types.HostFacts(
+            hostname=node.host.hostname,
+            boot_id=node.host.boot_id,
+            cpu_count=node.host.cpu_count,
+            memory_bytes=node.host.memory_bytes,
+            driver_version=node.host.driver_version,
+            agent_version=node.host.agent_version,
+        ),
+        gpus=[_gpu(gpu) for gpu in view.gpus],
+        attempts=view.attempts,
+        reason=view.reason,
+    )
+    if view.telemetry is not None:
+        host = view.telemetry
+        message.telemetry.CopyFrom(
+            types.HostTelemetry(
+                cpu_utilization_ratio=host.cpu_utilization_ratio,
+                memory_used_bytes=host.memory_used_bytes,
+                disk_free_bytes=host.disk_free_bytes,
+                load_1min=host.load_1min,
+            )
+        )
+    return message
+
+
+def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:
+    return types.NodePhase.Value(f"NODE_PHASE_{phase.name}")
+
+
+def _node_intent(intent: NodeIntent) -> types.NodeIntent.ValueType:
+    return types.NodeIntent.Value(f"NODE_INTENT_{intent.name}")
+
+
+def _gpu_phase(phase: GpuPhase) -> types.GpuPhase.ValueType:
+    return types.GpuPhase.Value(f"GPU_PHASE_{phase.name}")
+
+
+def _gpu(gpu: model.GpuView) -> types.Gpu:
+    message = types.Gpu(
+        uuid=gpu.facts.uuid,
+        name=gpu.facts.name,
+        memory_bytes=gpu.facts.memory_bytes,
+        phase=_gpu_phase(gpu.phase),
+        attempt=gpu.attempt,
+    )
+    read = gpu.telemetry
+    if read is not None:
+        message.telemetry.CopyFrom(
+            types.GpuTelemetry(
+                uuid=read.uuid,
+                utilization_ratio=read.utilization_ratio,
+                memory_used_bytes=read.memory_used_bytes,
+                temperature_celsius=read.temperature_celsius,
+                power_mw=read.power_mw,
+                energy_mj=read.energy_mj,
+                sm_clock_mhz=read.sm_clock_mhz,
+                memory_clock_mhz=read.memory_clock_mhz,
+                error=read.error,
+            )
+        )
+    return message
+
+
+def encode_event(event: model.JobEvent) -> types.JobEvent:
+    return types.JobEvent(
+        job_id=event.job_id,
+        sequence=event.sequence,
+        time=_timestamp(event.unix_ms),
+        name=event.name,
+        attempt=event.attempt,
+        node=event.node,
+        message=event.message,
+    )
+
+
+# --- what agents say ------------------------------------------------------------------------------
+
+
+def decode(message: pb.SessionRequest) -> m.AgentMessage:
+    """Raises `WireError`."""
+    kind = message.WhichOneof("message")
+    match kind:
+        case "hello":
+            return _hello(message.hello)
+        case "heartbeat":
+            return _heartbeat(message.heartbeat)
+        case "event":
+            return _event(message.event)
+        case "goodbye":
+            goodbye = message.goodbye
+            away = _milliseconds(goodbye.absence) if goodbye.HasField("absence") else None
+            return m.Goodbye(away)
+    raise WireError("a message of a kind that this coordinator does not know; is it older?")
+
+
+def _hello(hello: pb.Hello) -> m.Hello:
+    if not _NODE.fullmatch(hello.node) or hello.node == model.SHARED:
+        raise WireError(f"{hello.node!r} is no node name: 1 to 64 of a-z, 0-9, '.' and '-'")
+    if not hello.journal_id:
+        raise WireError("the hello has no journal id")
+    if hello.acknowledged_sequence < 0:
+        raise WireError(f"{hello.acknowledged_sequence} is no sequence")
+    host = hello.host
+    return m.Hello(
+        hello.node,
+        hello.journal_id,
+        hello.peer_address,
+        model.HostFacts(
+            host.hostname,
+            host.boot_id,
+            host.cpu_count,
+            host.memory_bytes,
+            host.driver_version,
+            host.agent_version,
+        ),
+        tuple(model.GpuFacts(gpu.uuid, gpu.name, gpu.memory_bytes) for gpu in hello.gpus),
+        tuple(_held(held) for held in hello.attempts),
+        tuple(_digest(digest) for digest in hello.checkpoints),
+        hello.acknowledged_sequence,
+    )
+
+
+def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
+    return m.HeldAttempt(_attempt_id(held.attempt), tuple(held.gpu_uuids), held.live)
+
+
+def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:
+    host = None
+    if beat.HasField("host"):
+        host = model.HostTelemetry(
+            beat.host.cpu_utilization_ratio,
+            beat.host.memory_used_bytes,
+            beat.host.disk_free_bytes,
+            beat.host.load_1min,
+        )
+    return m.Heartbeat(
+        beat.sequence,
+        host,
+        tuple(_telemetry(gpu) for gpu in beat.gpus),
+        tuple(_held(held) for held in beat.attempts),
+        tuple((_attempt_id(item.attempt), _progress(item.progress)) for item in beat.progress),
+    )
+
+
+def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
+    def said(name: str) -> bool:
+        return gpu.HasField(name)  # type: ignore[arg-type]
+
+    return model.GpuTelemetry(
+        gpu.uuid,
+        gpu.utilization_ratio if said("utilization_ratio") else None,
+        gpu.memory_used_bytes if said("memory_used_bytes") else None,
+        gpu.temperature_celsius if said("temperature_celsius") else None,
+        gpu.power_mw if said("power_mw") else None,
+        gpu.energy_mj if said("energy_mj") else None,
+        gpu.sm_clock_mhz if said("sm_clock_mhz") else None,
+        gpu.memory_clock_mhz if said("memory_clock_mhz") else None,
+        gpu.error,
+    )
+
+
+def _progress(progress: types.Progress) -> model.Progress:
+    return model.Progress(
+        progress.step, progress.total_steps, tuple(sorted(progress.metrics.items()))
+    )
+
+
+def _event(event: pb.AgentEvent) -> m.AgentEvent:
+    kind = event.WhichOneof("event")
+    body: m.AgentEventBody
+    match kind:
+        case "started":
+            started = event.started
+            skipped = tuple((item.digest, item.reason) for item in started.skipped)
+            body = m.AttemptStarted(
+                started.pid, started.restored_digest, started.restored_step, skipped
+            )
+        case "exited":
+            ended = event.exited
+            body = m.AttemptExited(
+                ended.exit_code if ended.HasField("exit_code") else None,
+                ended.signal if ended.HasField("signal") else None,
+                ended.reason,
+            )
+        case "refused":
+            body = m.AttemptRefused(event.refused.reason, event.refused.permanent)
+        case "milestone":
+            body = m.AttemptMilestone(event.milestone.name)
+        case "checkpoint_proposed":
+            body = _proposed(event.checkpoint_proposed)
+        case _:
+            raise WireError("an event of a kind that this coordinator does not know; is it older?")
+    return m.AgentEvent(event.sequence, _milliseconds(event.time), _attempt_id(event.attempt), body)
+
+
+def _proposed(proposed: pb.CheckpointProposed) -> m.CheckpointProposed:
+    return m.CheckpointProposed(
+        _digest(proposed.digest),
+        proposed.parent and _digest(proposed.parent),
+        proposed.step,
+        proposed.size_bytes,
+        tuple(proposed.replicas),
+    )
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise WireError(f"{text[:80]!r} is no digest")
+    return text
+
+
+def _attempt_id(text: str) -> str:
+    if not _ATTEMPT.fullmatch(text):
+        raise WireError(f"{text[:80]!r} is no attempt id")
+    return text
+
+
+def _milliseconds(value: Duration | Timestamp) -> int:
+    try:
+        span_ms = value.ToMilliseconds()
+    except ValueError as error:
+        raise WireError(str(error)) from None
+    if span_ms < 0:
+        raise WireError(f"{span_ms} ms is no time; it must not be negative")
+    return span_ms
+
+
+# --- what agents are told -------------------------------------------------------------------------
+
+
+def encode(order: m.AgentOrder) -> pb.SessionResponse:
+    match order:
+        case m.Welcome():
+            welcome = pb.Welcome(
+                leader_epoch=order.leader_epoch,
+                heartbeat_interval=_duration(order.heartbeat_interval_ms),
+                lease=_duration(order.lease_ms),
+                acknowledged_sequence=order.acknowledged_sequence,
+            )
+            return pb.SessionResponse(welcome=welcome)
+        case m.LeaseRenewal():
+            renewal = pb.LeaseRenewal(heartbeat_sequence=order.heartbeat_sequence)
+            return pb.SessionResponse(lease_renewal=renewal)
+        case m.EventAck():
+            return pb.SessionResponse(event_ack=pb.EventAck(sequence=order.sequence))
+        case m.StartAttempt():
+            return pb.SessionResponse(start_attempt=_start(order))
+        case m.StopAttempt():
+            grace = None if order.grace_ms is None else _duration(order.grace_ms)
+            stop = pb.StopAttempt(attempt=order.attempt, grace=grace, reason=order.reason)
+            return pb.SessionResponse(stop_attempt=stop)
+        case m.SetReplicaTarget():
+            target = None if order.target is None else _address(order.target)
+            return pb.SessionResponse(
+                set_replica_target=pb.SetReplicaTarget(
+                    attempt=order.attempt, target=target, required=order.required
+                )
+            )
+        case m.CommitResult():
+            return pb.SessionResponse(
+                commit_result=pb.CommitResult(
+                    attempt=order.attempt,
+                    digest=order.digest,
+                    accepted=order.accepted,
+                    reason=order.reason,
+                    head=order.head,
+                )
+            )
+        case m.KeepCheckpoints():
+            keep = pb.KeepCheckpoints(digests=order.digests)
+            return pb.SessionResponse(keep_checkpoints=keep)
+
+
+def _start(order: m.StartAttempt) -> pb.StartAttempt:
+    return pb.StartAttempt(
+        attempt=order.attempt,
+        spec=encode_spec(order.spec),
+        gpu_uuids=order.gpu_uuids,
+        candidates=[
+            pb.RestoreCandidate(
+                digest=candidate.digest,
+                step=candidate.step,
+                sources=[_address(source) for source in candidate.sources],
+            )
+            for candidate in order.candidates
+        ],
+        replica_target=None if order.replica_target is None else _address(order.replica_target),
+        restart_count=order.restart_count,
+    )
+
+
+def _address(address: m.PeerAddress) -> pb.PeerAddress:
+    return pb.PeerAddress(node=address.node, address=address.address)
+
+
+def _duration(duration_ms: int) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(duration_ms)
+    return duration
+
+
+def _timestamp(unix_ms: int) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMilliseconds(unix_ms)
+    return timestamp
