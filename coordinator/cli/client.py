@@ -1,0 +1,499 @@
+"""The one file of the CLI that knows gRPC and the generated code: calls in, plain values out.
+
+Problem: what goes wrong on a wire has a dozen names, and a person at a terminal has three
+questions: was I refused and why, did nobody answer, and did my submission happen? So every failure
+leaves here as `CommandFailed` with one sentence and an exit code. A refusal's sentence is the
+coordinator's own, unchanged.
+
+UNAVAILABLE is used by two speakers: by gRPC for "no connection", and by the coordinator for "not
+durable now". Nothing in the status tells them apart, so the channel is asked: if it is still
+connected, the coordinator said it.
+
+A submission whose answer is lost may have happened. Each one carries a request id, the same in
+every try, and the coordinator answers a known id with the job that it made then. The tries are
+bounded; the last sentence says how to go on.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+# gRPC's C core writes its own lines to stderr (a failed handshake, a fork), beside the one sentence
+# that we owe.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from coordinator.cli import values
+from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
+from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+# Pauses between tries of a submission: a coordinator that is being restarted is back within a few
+# seconds.
+RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+
+# The contract's largest page.
+JOBS_PAGE_SIZE_MAX = 1000
+
+# A history is bounded by the coordinator; this bounds one that would page for ever (1000 pages of
+# 1000 events).
+EVENT_PAGES_MAX = 1000
+
+# A fleet of 20,000 nodes with 8 GPUs each is about 50 MiB.
+MESSAGE_BYTES_MAX = 256 * 1024 * 1024
+
+# How long to wait for the channel to say in which state it is; it answers at once from a thread of
+# its own.
+STATE_WAIT_S = 2.0
+
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    # A coordinator is a machine of ours; http_proxy is for the world outside.
+    ("grpc.enable_http_proxy", 0),
+    # Without these a try within a second of a refused connection is refused from memory.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # `logs -f` of a silent job notices a dead machine. gRPC servers count pings under 5 minutes as
+    # abuse.
+    ("grpc.keepalive_time_ms", 330_000),
+)
+
+_KNOWN_TROUBLE = (
+    (re.compile(r"connection refused", re.IGNORECASE), "connection refused; is it running? see"),
+    (
+        re.compile(r"errors resolving|name not found", re.IGNORECASE),
+        "the name does not resolve; see",
+    ),
+    (
+        re.compile(r"handshake|certificate|ssl|tls", re.IGNORECASE),
+        "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca and",
+    ),
+    (re.compile(r"no route|unreachable", re.IGNORECASE), "no route to it; see"),
+    (re.compile(r"closed|reset|goaway", re.IGNORECASE), "the connection broke; see --tls-cert and"),
+)
+
+
+class Client:
+    """Speaks to one coordinator. A context manager; the constructor only stores."""
+
+    def __init__(self, settings: Settings, pause: Callable[[float], None] = time.sleep) -> None:
+        self._settings = settings
+        self._pause = pause
+        self._channel: grpc.Channel | None = None
+
+    def __enter__(self) -> Self:
+        """Opens the channel; nothing is sent yet. Raises `BadInput` for an unreadable
+        certificate."""
+        self._channel = _open_channel(self._settings)
+        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._nodes = nodes_pb2_grpc.NodeServiceStub(self._channel)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+    def submit(self, spec: values.JobSpec, request_id: str) -> values.Submission:
+        """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable."""
+        request = jobs_pb2.SubmitRequest(request_id=request_id, spec=_spec_to_wire(spec))
+        pauses_s = list(RETRY_PAUSES_S)
+        while True:
+            try:
+                answer = self._jobs.Submit(request, timeout=self._settings.timeout_s)
+            except grpc.RpcError as error:
+                unsettled = error.code() in _UNSETTLED
+                if error.code() is grpc.StatusCode.UNAVAILABLE and pauses_s:
+                    self._pause(pauses_s.pop(0))
+                    continue
+                failed = self._failed(error)
+                if unsettled:
+                    raise CommandFailed(
+                        f"{failed}; to try again without submitting twice, add "
+                        f"--request-id {request_id}",
+                        failed.exit_code,
+                    ) from error
+                raise failed from error
+            return values.Submission(
+                job_id=answer.job_id, request_id=request_id, reason=answer.reason
+            )
+
+    def job(self, job_id: int) -> values.Job:
+        """Everything about one job."""
+        request = jobs_pb2.GetJobRequest(job_id=job_id)
+        return _job(self._call(self._jobs.GetJob, request).job)
+
+    def jobs(self, phases: list[str], project: str, limit: int) -> tuple[list[values.Job], bool]:
+        """The newest `limit` jobs in one of `phases` (empty: any), newest first, and whether there
+        are more."""
+        found: list[values.Job] = []
+        before_job_id = 0
+        while len(found) < limit:
+            answer = self._call(
+                self._jobs.ListJobs,
+                jobs_pb2.ListJobsRequest(
+                    phases=[
+                        types_pb2.JobPhase.Value(f"JOB_PHASE_{word.upper()}") for word in phases
+                    ],
+                    project=project,
+                    page_size=min(limit - len(found), JOBS_PAGE_SIZE_MAX),
+                    before_job_id=before_job_id,
+                ),
+            )
+            found.extend(_job(job) for job in answer.jobs)
+            before_job_id = answer.next_before_job_id
+            if before_job_id == 0:
+                return found[:limit], len(found) > limit
+        return found[:limit], True
+
+    def cancel(self, job_id: int) -> values.Job:
+        """End a job for good."""
+        request = jobs_pb2.CancelJobRequest(job_id=job_id)
+        return _job(self._call(self._jobs.CancelJob, request).job)
+
+    def hold(self, job_id: int) -> values.Job:
+        """Keep a job from running."""
+        request = jobs_pb2.HoldJobRequest(job_id=job_id)
+        return _job(self._call(self._jobs.HoldJob, request).job)
+
+    def release(self, job_id: int) -> values.Job:
+        """Put a held job back to its old place in the queue."""
+        request = jobs_pb2.ReleaseJobRequest(job_id=job_id)
+        return _job(self._call(self._jobs.ReleaseJob, request).job)
+
+    def requeue(self, job_id: int, abandon: bool) -> values.Job:
+        """Stop a job with its work saved and queue it again."""
+        request = jobs_pb2.RequeueJobRequest(job_id=job_id, abandon_unreachable_checkpoints=abandon)
+        return _job(self._call(self._jobs.RequeueJob, request).job)
+
+    def explain(self, job_id: int) -> values.Explanation:
+        """One sentence with numbers."""
+        answer = self._call(self._jobs.ExplainJob, jobs_pb2.ExplainJobRequest(job_id=job_id))
+        return values.Explanation(job_id=job_id, sentence=answer.sentence)
+
+    def events(self, job_id: int) -> Iterator[values.JobEvent]:
+        """A job's history, oldest first."""
+        after_sequence = 0
+        for _ in range(EVENT_PAGES_MAX):
+            request = jobs_pb2.ListJobEventsRequest(job_id=job_id, after_sequence=after_sequence)
+            page = self._call(self._jobs.ListJobEvents, request).events
+            if not page:
+                return
+            yield from map(_event, page)
+            after_sequence = page[-1].sequence
+
+    def logs(self, job_id: int, *, follow: bool, tail_bytes: int) -> Iterator[values.LogPart]:
+        """What a job wrote, in order. No deadline: a followed job may be silent for days."""
+        request = jobs_pb2.StreamLogsRequest(job_id=job_id, follow=follow, tail_bytes=tail_bytes)
+        try:
+            for part in self._jobs.StreamLogs(request):
+                yield values.LogPart(
+                    attempt=part.attempt, node=part.node, data=part.data, notice=part.notice
+                )
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def nodes(self) -> list[values.Node]:
+        """All nodes, by id."""
+        found = self._call(self._nodes.ListNodes, nodes_pb2.ListNodesRequest()).nodes
+        return [_node(node) for node in found]
+
+    def cordon(self, node: str) -> values.Node:
+        """Take no new work; what runs goes on."""
+        request = nodes_pb2.CordonNodeRequest(node=node)
+        return _node(self._call(self._nodes.CordonNode, request).node)
+
+    def drain(self, node: str) -> values.Node:
+        """Take no new work, and hand off what runs."""
+        request = nodes_pb2.DrainNodeRequest(node=node)
+        return _node(self._call(self._nodes.DrainNode, request).node)
+
+    def uncordon(self, node: str) -> values.Node:
+        """Take work again."""
+        request = nodes_pb2.UncordonNodeRequest(node=node)
+        return _node(self._call(self._nodes.UncordonNode, request).node)
+
+    def _call(
+        self, method: "grpc.UnaryUnaryMultiCallable[Any, _Answer]", request: Message
+    ) -> _Answer:
+        try:
+            return method(request, timeout=self._settings.timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: grpc.RpcError) -> CommandFailed:
+        """The sentence and the exit code for what gRPC reports."""
+        address = self._settings.coordinator
+        details = " ".join((error.details() or "").split())
+        code = error.code()
+        if code is grpc.StatusCode.UNAVAILABLE and not self._is_connected():
+            trouble = next((said for known, said in _KNOWN_TROUBLE if known.search(details)), None)
+            return CommandFailed(
+                f"cannot reach the coordinator at {address}: "
+                f"{trouble or details + '; see'} --coordinator",
+                EXIT_UNREACHABLE,
+            )
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return CommandFailed(
+                f"the coordinator at {address} has not answered within "
+                f"{self._settings.timeout_s:g} s; see --timeout-s",
+                EXIT_UNREACHABLE,
+            )
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return CommandFailed(
+                f"the coordinator at {address} does not know this call; is it an older version?"
+            )
+        return CommandFailed(details or f"the coordinator answered {code.name}")
+
+    def _is_connected(self) -> bool:
+        assert self._channel is not None
+        answered = threading.Event()
+        states: list[grpc.ChannelConnectivity] = []
+
+        def note(state: grpc.ChannelConnectivity) -> None:
+            states.append(state)
+            answered.set()
+
+        self._channel.subscribe(note)
+        answered.wait(STATE_WAIT_S)
+        self._channel.unsubscribe(note)
+        return states[:1] == [grpc.ChannelConnectivity.READY]
+
+
+_UNSETTLED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+
+
+def _open_channel(settings: Settings) -> grpc.Channel:
+    if not (settings.tls_cert and settings.tls_key and settings.tls_ca):
+        return grpc.insecure_channel(settings.coordinator, options=_CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=_read(settings.tls_ca),
+        private_key=_read(settings.tls_key),
+        certificate_chain=_read(settings.tls_cert),
+    )
+    return grpc.secure_channel(settings.coordinator, credentials, options=_CHANNEL_OPTIONS)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+
+
+def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
+    return types_pb2.JobSpec(
+        name=spec.name,
+        project=spec.project,
+        job_class=types_pb2.JobClass.Value(f"JOB_CLASS_{_constant(spec.job_class)}"),
+        command=spec.command,
+        trainer=spec.trainer,
+        trainer_config_json=spec.trainer_config_json,
+        environment=spec.environment,
+        working_directory=spec.working_directory,
+        gpus=spec.gpus,
+        gpu_types=spec.gpu_types,
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        memory_bytes=spec.memory_bytes,
+        grace=None if spec.grace_ms is None else _duration(spec.grace_ms),
+        stop_signal=types_pb2.StopSignal.Value(f"STOP_SIGNAL_{_constant(spec.stop_signal)}"),
+        max_restarts=spec.max_restarts,
+        run_again_exit_codes=spec.run_again_exit_codes,
+        replication=types_pb2.Replication.Value(f"REPLICATION_{_constant(spec.replication)}"),
+        slurm_environment=spec.slurm_environment,
+        hold=spec.hold,
+    )
+
+
+def _constant(word: str | None) -> str:
+    return "UNSPECIFIED" if word is None else word.upper()
+
+
+def _duration(duration_ms: int) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(duration_ms)
+    return duration
+
+
+@lru_cache(maxsize=64)
+def _word(enum: EnumTypeWrapper, prefix: str, number: int) -> str | None:
+    """An enum's value as people say it; a value that a newer coordinator has and we have not is
+    "unknown_<n>"."""
+    if number not in enum.values():
+        return f"unknown_{number}"
+    word = enum.Name(number).removeprefix(prefix).lower()
+    return None if word == "unspecified" else word
+
+
+def _time(message: Message, field: str) -> datetime | None:
+    if not message.HasField(field):
+        return None
+    timestamp: Timestamp = getattr(message, field)
+    return timestamp.ToDatetime(tzinfo=UTC)
+
+
+def _optional(message: Message, field: str) -> Any:
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
+    return values.JobSpec(
+        name=spec.name,
+        project=spec.project,
+        job_class=_word(types_pb2.JobClass, "JOB_CLASS_", spec.job_class),
+        command=list(spec.command),
+        trainer=spec.trainer,
+        trainer_config_json=spec.trainer_config_json,
+        environment=dict(sorted(spec.environment.items())),
+        working_directory=spec.working_directory,
+        gpus=spec.gpus,
+        gpu_types=list(spec.gpu_types),
+        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
+        memory_bytes=spec.memory_bytes,
+        grace_ms=spec.grace.ToMilliseconds() if spec.HasField("grace") else None,
+        stop_signal=_word(types_pb2.StopSignal, "STOP_SIGNAL_", spec.stop_signal),
+        max_restarts=_optional(spec, "max_restarts"),
+        run_again_exit_codes=list(spec.run_again_exit_codes),
+        replication=_word(types_pb2.Replication, "REPLICATION_", spec.replication),
+        slurm_environment=spec.slurm_environment,
+        hold=spec.hold,
+    )
+
+
+def _job(job: types_pb2.Job) -> values.Job:
+    return values.Job(
+        id=job.id,
+        spec=_spec(job.spec),
+        phase=_word(types_pb2.JobPhase, "JOB_PHASE_", job.phase),
+        reason=job.reason,
+        epoch=job.epoch,
+        attempts=[_attempt(attempt) for attempt in job.attempts],
+        checkpoint=_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
+        failures=job.failures,
+        submit_time=_time(job, "submit_time"),
+        end_time=_time(job, "end_time"),
+        progress=_progress(job.progress) if job.HasField("progress") else None,
+    )
+
+
+def _progress(progress: types_pb2.Progress) -> values.Progress:
+    return values.Progress(
+        step=progress.step,
+        total_steps=progress.total_steps or None,
+        metrics=dict(sorted(progress.metrics.items())),
+    )
+
+
+def _checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
+    return values.Checkpoint(
+        digest=checkpoint.digest,
+        parent=checkpoint.parent,
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        size_bytes=checkpoint.size_bytes,
+        replicas=list(checkpoint.replicas),
+        commit_time=_time(checkpoint, "commit_time"),
+    )
+
+
+def _attempt(attempt: types_pb2.Attempt) -> values.Attempt:
+    return values.Attempt(
+        id=attempt.id,
+        epoch=attempt.epoch,
+        node=attempt.node,
+        gpu_uuids=list(attempt.gpu_uuids),
+        phase=_word(types_pb2.AttemptPhase, "ATTEMPT_PHASE_", attempt.phase),
+        assign_time=_time(attempt, "assign_time"),
+        start_time=_time(attempt, "start_time"),
+        end_time=_time(attempt, "end_time"),
+        exit_code=_optional(attempt, "exit_code"),
+        signal=_optional(attempt, "signal"),
+        reason=attempt.reason,
+        restored_step=_optional(attempt, "restored_step"),
+        replica_node=attempt.replica_node,
+    )
+
+
+def _event(event: types_pb2.JobEvent) -> values.JobEvent:
+    return values.JobEvent(
+        job_id=event.job_id,
+        sequence=event.sequence,
+        time=_time(event, "time"),
+        name=event.name,
+        attempt=event.attempt,
+        node=event.node,
+        message=event.message,
+    )
+
+
+def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
+    telemetry = None
+    if gpu.HasField("telemetry"):
+        said = gpu.telemetry
+        telemetry = values.GpuTelemetry(
+            utilization_ratio=_optional(said, "utilization_ratio"),
+            memory_used_bytes=_optional(said, "memory_used_bytes"),
+            temperature_celsius=_optional(said, "temperature_celsius"),
+            power_mw=_optional(said, "power_mw"),
+            energy_mj=_optional(said, "energy_mj"),
+            sm_clock_mhz=_optional(said, "sm_clock_mhz"),
+            memory_clock_mhz=_optional(said, "memory_clock_mhz"),
+            error=said.error,
+        )
+    return values.Gpu(
+        uuid=gpu.uuid,
+        name=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        phase=_word(types_pb2.GpuPhase, "GPU_PHASE_", gpu.phase),
+        attempt=gpu.attempt,
+        telemetry=telemetry,
+    )
+
+
+def _node(node: types_pb2.Node) -> values.Node:
+    host = telemetry = None
+    if node.HasField("host"):
+        host = values.Host(
+            hostname=node.host.hostname,
+            boot_id=node.host.boot_id,
+            cpu_count=node.host.cpu_count,
+            memory_bytes=node.host.memory_bytes,
+            driver_version=node.host.driver_version,
+            agent_version=node.host.agent_version,
+        )
+    if node.HasField("telemetry"):
+        telemetry = values.HostTelemetry(
+            cpu_utilization_ratio=node.telemetry.cpu_utilization_ratio,
+            memory_used_bytes=node.telemetry.memory_used_bytes,
+            disk_free_bytes=node.telemetry.disk_free_bytes,
+            load_1min=node.telemetry.load_1min,
+        )
+    return values.Node(
+        id=node.id,
+        phase=_word(types_pb2.NodePhase, "NODE_PHASE_", node.phase),
+        intent=_word(types_pb2.NodeIntent, "NODE_INTENT_", node.intent),
+        peer_address=node.peer_address,
+        host=host,
+        gpus=[_gpu(gpu) for gpu in node.gpus],
+        telemetry=telemetry,
+        attempts=list(node.attempts),
+        reason=node.reason,
+    )

@@ -1,0 +1,417 @@
+"""`baton jobs`, `job`, `cancel`, `hold`, `release`, `requeue`, `events`, `explain`: jobs after
+their submission.
+
+Problem: a list of all jobs ever is useless, and a list of open jobs alone hides the one that failed
+a minute ago. So `baton jobs` shows every open job and the newest few that have ended, newest first,
+in one list. Every bound says so on stderr when it cuts something off.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli import units
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    text,
+    write_fields,
+    write_json,
+    write_notice,
+    write_table,
+)
+from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+
+if TYPE_CHECKING:
+    from coordinator.cli.client import Client
+    from coordinator.cli.values import Attempt, Job
+
+OPEN_PHASES = ("queued", "held", "active", "cancelling")
+ENDED_PHASES = ("succeeded", "failed", "cancelled")
+
+# Enough to find what just ended, without pushing the open jobs off a screen.
+ENDED_SHOWN = 20
+
+# A thousand lines are more than anybody reads, and 100,000 are a few seconds of the coordinator's
+# time.
+LIMIT_DEFAULT = 1000
+LIMIT_MAX = 100_000
+
+_LIST_COLUMNS = (
+    Column("JOB", right=True),
+    Column("NAME", shorten=True, width_max=24),
+    Column("CLASS"),
+    Column("PHASE"),
+    Column("GPUS", right=True),
+    Column("NODE"),
+    Column("STEP", right=True),
+    Column("AGE", right=True),
+    Column("REASON", shorten=True),
+)
+_ATTEMPT_COLUMNS = (
+    Column("ATTEMPT", right=True),
+    Column("NODE"),
+    Column("PHASE"),
+    Column("STARTED", right=True),
+    Column("RAN", right=True),
+    Column("FROM STEP", right=True),
+    Column("EXIT", right=True),
+    Column("REPLICA"),
+    Column("REASON", shorten=True),
+)
+_EVENT_COLUMNS = (
+    Column("TIME"),
+    Column("AGE", right=True),
+    Column("EVENT"),
+    Column("ATTEMPT"),
+    Column("NODE"),
+    Column("MESSAGE", shorten=True),
+)
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, help="Also every job that has ended.")
+@click.option("--project", default="", help="Only this project.")
+@click.option(
+    "--phase",
+    "phases",
+    multiple=True,
+    type=click.Choice([*OPEN_PHASES, *ENDED_PHASES]),
+    help="Only this phase; may be given more than once.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, LIMIT_MAX),
+    default=LIMIT_DEFAULT,
+    show_default=True,
+    help="At most this many.",
+)
+@common_options
+@click.pass_context
+def jobs(
+    context: click.Context, everything: bool, project: str, phases: tuple[str, ...], limit: int
+) -> None:
+    """List jobs, newest first. `baton ps` is the same.
+
+    Shows all open jobs and the 20 newest that have ended. STEP is the step reached of all steps,
+    where the trainer says so. AGE is the time since submission. With --json: one list.
+
+    \b
+    Example:
+      baton jobs
+      baton jobs --phase queued --project vision
+      baton jobs --json | jq -r '.[] | select(.phase == "failed") | .id'
+    """
+    if everything and phases:
+        raise click.UsageError("--all and --phase contradict each other: give one of them")
+    with connect(context) as client:
+        if everything or phases:
+            found, more = client.jobs(list(phases), project, limit)
+        else:
+            found, more = client.jobs(list(OPEN_PHASES), project, limit)
+            room = min(ENDED_SHOWN, limit - len(found))
+            if room:
+                found += client.jobs(list(ENDED_PHASES), project, room)[0]
+                found.sort(key=lambda job: job.id, reverse=True)
+    if settings_of(context).as_json:
+        write_json(found)
+    else:
+        now = datetime.now(UTC)
+        write_table(_LIST_COLUMNS, [_row(job, now) for job in found])
+    if more:
+        write_notice(f"there are more than {limit} such jobs; see --limit")
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@common_options
+@click.pass_context
+def job(context: click.Context, job_id: int) -> None:
+    """Show everything about one JOB.
+
+    Its request, progress, checkpoint and attempts, and why it is where it is.
+
+    \b
+    Example:
+      baton job 12
+      baton job 12 --json | jq .progress.metrics.loss
+    """
+    with connect(context) as client:
+        found = client.job(job_id)
+    if settings_of(context).as_json:
+        write_json(found)
+    else:
+        write_job(found, datetime.now(UTC))
+
+
+def _verb(name: str, call: "Callable[[Client, int], Job]", help_text: str) -> click.Command:
+    """One command that takes a job and shows what became of it."""
+
+    @click.command(name, help=help_text)
+    @click.argument("job_id", metavar="JOB", type=JOB_ID)
+    @common_options
+    @click.pass_context
+    def command(context: click.Context, job_id: int) -> None:
+        _show_change(context, lambda client: call(client, job_id))
+
+    return command
+
+
+def _show_change(context: click.Context, call: "Callable[[Client], Job]") -> None:
+    with connect(context) as client:
+        changed = call(client)
+    if settings_of(context).as_json:
+        write_json(changed)
+        return
+    tail = f"; {changed.reason}" if changed.reason else ""
+    click.echo(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
+
+
+cancel = _verb(
+    "cancel",
+    lambda client, job_id: client.cancel(job_id),
+    """End JOB for good.
+
+    A queued job ends at once. An active one gets its stop signal and its grace to save and leave.
+
+    \b
+    Example:
+      baton cancel 12
+    """,
+)
+hold = _verb(
+    "hold",
+    lambda client, job_id: client.hold(job_id),
+    """Keep JOB from running until `baton release`.
+
+    An active job is checkpointed and stopped first.
+
+    \b
+    Example:
+      baton hold 12
+    """,
+)
+release = _verb(
+    "release",
+    lambda client, job_id: client.release(job_id),
+    """Put a held JOB back to its old place in the queue.
+
+    \b
+    Example:
+      baton release 12
+    """,
+)
+
+
+@click.command("requeue")
+@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@click.option(
+    "--abandon",
+    is_flag=True,
+    help="Give up checkpoints that lie only on lost nodes, and go on from the newest within reach.",
+)
+@common_options
+@click.pass_context
+def requeue(context: click.Context, job_id: int, abandon: bool) -> None:
+    """Run JOB again from its last checkpoint.
+
+    An active job is checkpointed, stopped and queued again; one that has ended is queued again.
+
+    \b
+    Examples:
+      baton requeue 12
+      baton requeue --abandon 12
+    """
+    _show_change(context, lambda client: client.requeue(job_id, abandon))
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@common_options
+@click.pass_context
+def events(context: click.Context, job_id: int) -> None:
+    """Show the history of JOB, oldest first.
+
+    Times are this machine's local time. With --json, each line is one event, with its time in UTC.
+
+    \b
+    Example:
+      baton events 12
+    """
+    with connect(context) as client:
+        history = client.events(job_id)
+        if settings_of(context).as_json:
+            for event in history:
+                write_json(event)
+            return
+        now = datetime.now(UTC)
+        rows = [
+            (
+                local_time(event.time),
+                units.format_span(event.time, now),
+                event.name,
+                event.attempt,
+                event.node,
+                event.message,
+            )
+            for event in history
+        ]
+    write_table(_EVENT_COLUMNS, rows)
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@common_options
+@click.pass_context
+def explain(context: click.Context, job_id: int) -> None:
+    """Say why JOB waits, or why it runs where it runs.
+
+    One sentence, with numbers.
+
+    \b
+    Example:
+      baton explain 12
+    """
+    with connect(context) as client:
+        explanation = client.explain(job_id)
+    if settings_of(context).as_json:
+        write_json(explanation)
+    else:
+        click.echo(text(explanation.sentence))
+
+
+def local_time(time: datetime | None) -> str:
+    """A wall time for people, to the millisecond, in this machine's time zone."""
+    return time.astimezone().isoformat(" ", "milliseconds")[:23] if time else UNKNOWN
+
+
+def write_job(job: "Job", now: datetime) -> None:
+    """Everything about a job, for people."""
+    spec = job.spec
+    click.echo(f"Job {job.id}  {text(spec.name)}")
+    write_fields(
+        [
+            ("phase", _phase(job, now)),
+            ("reason", job.reason),
+            ("class", spec.job_class),
+            ("project", spec.project),
+            ("request", _request(job)),
+            ("command", _command(job)),
+            ("trainer", spec.trainer),
+            ("config", spec.trainer_config_json),
+            ("directory", spec.working_directory or "one of the attempt's own"),
+            ("environment", " ".join(spec.environment)),
+            ("progress", _progress(job)),
+            ("checkpoint", _checkpoint(job, now)),
+            ("digest", job.checkpoint.digest if job.checkpoint else ""),
+            ("replication", spec.replication),
+            ("failures", _failures(job)),
+            ("stop", _stop(job)),
+            ("submitted", _moment(job.submit_time, now)),
+            ("ended", _moment(job.end_time, now)),
+        ]
+    )
+    if job.attempts:
+        click.echo("\nAttempts, oldest first")
+        write_table(_ATTEMPT_COLUMNS, [_attempt_row(attempt, now) for attempt in job.attempts])
+
+
+def _row(job: "Job", now: datetime) -> tuple[object, ...]:
+    here = job.attempts[-1].node if job.attempts and job.phase not in ("queued", "held") else None
+    step = None
+    if job.progress is not None:
+        total = job.progress.total_steps
+        step = f"{job.progress.step}/{total}" if total else job.progress.step
+    return (
+        job.id,
+        job.spec.name,
+        job.spec.job_class,
+        job.phase,
+        job.spec.gpus,
+        here,
+        step,
+        units.format_span(job.submit_time, now),
+        job.reason,
+    )
+
+
+def _attempt_row(attempt: "Attempt", now: datetime) -> tuple[object, ...]:
+    ended = attempt.exit_code
+    return (
+        attempt.id,
+        attempt.node,
+        attempt.phase,
+        units.format_span(attempt.start_time, now),
+        units.format_span(attempt.start_time, attempt.end_time or now),
+        attempt.restored_step,
+        f"signal {attempt.signal}" if attempt.signal is not None else ended,
+        attempt.replica_node,
+        attempt.reason,
+    )
+
+
+def _phase(job: "Job", now: datetime) -> str:
+    if job.phase in ENDED_PHASES:
+        return f"{job.phase}, after {units.format_span(job.submit_time, job.end_time)}"
+    if job.phase == "active" and job.attempts:
+        newest = job.attempts[-1]
+        since = newest.start_time or newest.assign_time
+        return f"active, on {newest.node} for {units.format_span(since, now)}"
+    return f"{job.phase or UNKNOWN}, {units.format_span(job.submit_time, now)} after submission"
+
+
+def _request(job: "Job") -> str:
+    spec = job.spec
+    wishes = [f"{spec.gpus} GPU{'' if spec.gpus == 1 else 's'}"]
+    if spec.gpu_types:
+        wishes.append(" or ".join(spec.gpu_types))
+    if spec.gpu_memory_bytes_min:
+        wishes.append(f"at least {units.format_size(spec.gpu_memory_bytes_min)} each")
+    if spec.memory_bytes:
+        wishes.append(f"{units.format_size(spec.memory_bytes)} of host memory")
+    return ", ".join(wishes)
+
+
+def _command(job: "Job") -> str:
+    import shlex
+
+    return shlex.join(job.spec.command)
+
+
+def _progress(job: "Job") -> str:
+    if job.progress is None:
+        return ""
+    step, total = job.progress.step, job.progress.total_steps
+    said = f"step {step} of {total} ({step / total:.0%})" if total else f"step {step}"
+    return ", ".join(
+        [said, *(f"{name} {value:.5g}" for name, value in job.progress.metrics.items())]
+    )
+
+
+def _checkpoint(job: "Job", now: datetime) -> str:
+    kept = job.checkpoint
+    if kept is None:
+        return ""
+    where = f" on {', '.join(kept.replicas)}" if kept.replicas else ""
+    age = units.format_span(kept.commit_time, now)
+    return f"step {kept.step}, {units.format_size(kept.size_bytes)}{where}, committed {age} ago"
+
+
+def _failures(job: "Job") -> str:
+    if not job.failures:
+        return ""
+    limit = job.spec.max_restarts
+    return f"{job.failures} in a row" + ("" if limit is None else f", of at most {limit}")
+
+
+def _stop(job: "Job") -> str:
+    signal = f"SIG{(job.spec.stop_signal or 'term').upper()}"
+    if job.spec.grace_ms is None:
+        return signal
+    return f"{signal}, then {units.format_duration(job.spec.grace_ms)} of grace"
+
+
+def _moment(time: datetime | None, now: datetime) -> str:
+    return f"{local_time(time)} ({units.format_span(time, now)} ago)" if time else ""

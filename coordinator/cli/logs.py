@@ -1,0 +1,86 @@
+"""`baton logs`: what a job wrote, byte for byte, from wherever it ran.
+
+The job's bytes go to stdout untouched, so that a pipe gets what the job wrote; what Baton has to
+say (a new attempt, a log that a lost node took with it) goes to stderr. JSON has no bytes: there
+each attempt has a decoder of its own, which keeps a character together that two parts cut in half.
+"""
+
+import codecs
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli.render import write_json, write_notice
+from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+
+if TYPE_CHECKING:
+    from coordinator.cli.values import LogPart
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, across its attempts.")
+@click.option(
+    "--tail-bytes",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="N",
+    default=0,
+    help="Only the last N bytes so far of the newest attempt.  [default: everything that is kept]",
+)
+@common_options
+@click.pass_context
+def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int) -> None:
+    """Print what JOB wrote.
+
+    Its standard output and standard error, across its attempts, from wherever it ran.
+
+    Baton's own remarks go to stderr. With --json, each line is an object with the keys attempt,
+    node, text and notice.
+
+    \b
+    Example:
+      baton logs -f 12
+      baton logs --tail-bytes 2000 12
+    """
+    with connect(context) as client:
+        write_parts(
+            client.logs(job_id, follow=follow, tail_bytes=tail_bytes),
+            as_json=settings_of(context).as_json,
+        )
+
+
+def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> None:
+    """Write parts as they come: bytes to stdout and notices to stderr, or all as JSON lines."""
+    if as_json:
+        _write_json_lines(parts)
+        return
+    stdout = sys.stdout.buffer
+    for part in parts:
+        if part.notice:
+            stdout.flush()
+            write_notice(part.notice)
+        stdout.write(part.data)
+        # Somebody is watching, and parts are up to 64 KiB already: nothing is won by holding one
+        # back.
+        stdout.flush()
+
+
+def _write_json_lines(parts: "Iterable[LogPart]") -> None:
+    from coordinator.cli.values import LogLine
+
+    decoders: dict[str, codecs.IncrementalDecoder] = {}
+    nodes: dict[str, str] = {}
+    for part in parts:
+        if part.attempt not in decoders:
+            decoders[part.attempt] = codecs.getincrementaldecoder("utf-8")("replace")
+        nodes[part.attempt] = part.node
+        text = decoders[part.attempt].decode(part.data)
+        if text or part.notice:
+            write_json(LogLine(attempt=part.attempt, node=part.node, text=text, notice=part.notice))
+            sys.stdout.flush()
+    for attempt, decoder in decoders.items():
+        rest = decoder.decode(b"", final=True)
+        if rest:
+            write_json(LogLine(attempt=attempt, node=nodes[attempt], text=rest, notice=""))

@@ -1,0 +1,172 @@
+"""`baton nodes`, `cordon`, `drain`, `uncordon`: what the operator of a fleet does.
+
+A node's figures are sums or extremes over its GPUs. A sum is shown only if every GPU answers: "310
+W" for a node of which one GPU is silent would be a wrong number, and "-" is a true one. `--json`
+has each GPU's own figures.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli import units
+from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.settings import common_options, connect, settings_of
+
+if TYPE_CHECKING:
+    from coordinator.cli.client import Client
+    from coordinator.cli.values import Gpu, GpuTelemetry, Node
+
+# More would push the reason off a terminal; --json has all.
+ATTEMPTS_SHOWN = 2
+
+_COLUMNS = (
+    Column("NODE"),
+    Column("PHASE"),
+    Column("INTENT"),
+    Column("GPUS FREE"),
+    Column("UTIL", right=True),
+    Column("MEMORY", right=True),
+    Column("TEMP", right=True),
+    Column("POWER", right=True),
+    Column("ATTEMPTS"),
+    Column("REASON", shorten=True),
+)
+
+
+@click.command()
+@common_options
+@click.pass_context
+def nodes(context: click.Context) -> None:
+    """List the nodes of the fleet.
+
+    GPUS FREE is free/all for each type of GPU, UTIL the mean over a node's GPUs, MEMORY their
+    used/all, TEMP the hottest, POWER the sum; "-" where the driver does not say.
+
+    \b
+    Example:
+      baton nodes
+      baton nodes --json | jq -r '.[] | select(.phase == "lost") | .id'
+    """
+    with connect(context) as client:
+        found = client.nodes()
+    if settings_of(context).as_json:
+        write_json(found)
+        return
+    write_table(_COLUMNS, map(_row, found))
+    if not found:
+        write_notice("no node has joined yet; start baton-agent on a machine")
+
+
+def _verb(name: str, call: "Callable[[Client, str], Node]", help_text: str) -> click.Command:
+    """One command that takes a node and shows what became of it."""
+
+    @click.command(name, help=help_text)
+    @click.argument("node")
+    @common_options
+    @click.pass_context
+    def command(context: click.Context, node: str) -> None:
+        with connect(context) as client:
+            changed = call(client, node)
+        if settings_of(context).as_json:
+            write_json(changed)
+            return
+        tail = f"; {changed.reason}" if changed.reason else ""
+        click.echo(f"node {changed.id}: {changed.intent or UNKNOWN}{tail}")
+
+    return command
+
+
+cordon = _verb(
+    "cordon",
+    lambda client, node: client.cordon(node),
+    """Take no new work on NODE; what runs there goes on.
+
+    \b
+    Example:
+      baton cordon n3
+      baton uncordon n3
+    """,
+)
+drain = _verb(
+    "drain",
+    lambda client, node: client.drain(node),
+    """Empty NODE: take no new work, and hand off what runs there.
+
+    Each job is asked to checkpoint, and goes on where there is room. `baton nodes` shows the intent
+    `drained` when the node is empty.
+
+    \b
+    Example:
+      baton drain n3
+    """,
+)
+uncordon = _verb(
+    "uncordon",
+    lambda client, node: client.uncordon(node),
+    """Take work on NODE again, after cordon or drain.
+
+    \b
+    Example:
+      baton uncordon n3
+    """,
+)
+
+
+def _row(node: "Node") -> tuple[object, ...]:
+    telemetries = [gpu.telemetry for gpu in node.gpus if gpu.phase != "absent"]
+    utilizations = _known(telemetries, lambda said: said.utilization_ratio)
+    temperatures = _known(telemetries, lambda said: said.temperature_celsius)
+    powers_mw = _known(telemetries, lambda said: said.power_mw)
+    return (
+        node.id,
+        node.phase,
+        node.intent,
+        _free(node.gpus),
+        f"{sum(utilizations) / len(utilizations):.0%}" if utilizations else None,
+        _memory(node.gpus),
+        f"{max(temperatures):.0f} °C" if temperatures else None,
+        f"{sum(powers_mw) / 1000:.0f} W"
+        if powers_mw and len(powers_mw) == len(telemetries)
+        else None,
+        _attempts(node.attempts),
+        node.reason,
+    )
+
+
+def _attempts(ids: list[str]) -> str:
+    """The first of them, and how many more there are: a list may be cut, an id may not."""
+    more = len(ids) - ATTEMPTS_SHOWN
+    return " ".join([*ids[:ATTEMPTS_SHOWN], *([f"+{more}"] if more > 0 else [])])
+
+
+def _known(
+    telemetries: Iterable["GpuTelemetry | None"],
+    figure: "Callable[[GpuTelemetry], float | None]",
+) -> list[float]:
+    """The figure of each GPU that says it."""
+    said = (figure(telemetry) for telemetry in telemetries if telemetry is not None)
+    return [value for value in said if value is not None]
+
+
+def _free(gpus: "list[Gpu]") -> str:
+    """ "3/4 H100 80GB HBM3, 0/1 RTX 4090", types by name; absent GPUs are counted apart."""
+    texts = []
+    for name in sorted({gpu.name for gpu in gpus}):
+        phases = [gpu.phase for gpu in gpus if gpu.name == name]
+        absent = phases.count("absent")
+        # Everything here is NVIDIA's; what tells two types apart comes after.
+        short_name = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+        text = f"{phases.count('free')}/{len(phases) - absent} {short_name}"
+        texts.append(f"{text} ({absent} absent)" if absent else text)
+    return ", ".join(texts)
+
+
+def _memory(gpus: "list[Gpu]") -> str | None:
+    present = [gpu for gpu in gpus if gpu.phase != "absent"]
+    used = _known([gpu.telemetry for gpu in present], lambda said: said.memory_used_bytes)
+    if not present or len(used) < len(present):
+        return None
+    all_bytes = sum(gpu.memory_bytes for gpu in present)
+    return f"{sum(used) / 1024**3:.0f}/{units.format_size(all_bytes)}"

@@ -1,0 +1,201 @@
+"""What the commands show: plain values, and at the same time the shape of every `--json` document.
+
+Problem: a script that reads `--json` depends on every key. Protobuf's own JSON form would make keys
+camelCase, 64-bit numbers strings, and enums `JOB_PHASE_QUEUED`, and would leave out a value that
+happens to be its default. So the documents are these structs: snake_case keys that end in their
+unit, ids as numbers, enums as lowercase words without a prefix, times as RFC 3339 in UTC, and
+`null` for what is not known, never 0.
+
+Adding a field is compatible. Renaming or removing one breaks scripts, and so does changing its
+unit.
+"""
+
+from datetime import datetime
+
+import msgspec
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job asks for. `None` leaves the choice to the coordinator, whose defaults the contract
+    states."""
+
+    name: str = ""
+    project: str = ""
+    job_class: str | None = None
+    command: list[str] = []
+    trainer: str = ""
+    trainer_config_json: str = ""
+    environment: dict[str, str] = {}
+    working_directory: str = ""
+    gpus: int = 0
+    gpu_types: list[str] = []
+    gpu_memory_bytes_min: int = 0
+    memory_bytes: int = 0
+    grace_ms: int | None = None
+    stop_signal: str | None = None
+    max_restarts: int | None = None
+    run_again_exit_codes: list[int] = []
+    replication: str | None = None
+    slurm_environment: bool = False
+    hold: bool = False
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trainer last said. `total_steps` is `None` when it did not say how many there
+    are."""
+
+    step: int
+    total_steps: int | None
+    metrics: dict[str, float]
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A committed checkpoint and the nodes that hold all of it, the writer first."""
+
+    digest: str
+    parent: str
+    epoch: int
+    step: int
+    size_bytes: int
+    replicas: list[str]
+    commit_time: datetime | None
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One execution of a job."""
+
+    id: str
+    epoch: int
+    node: str
+    gpu_uuids: list[str]
+    phase: str | None
+    assign_time: datetime | None
+    start_time: datetime | None
+    end_time: datetime | None
+    exit_code: int | None
+    signal: int | None
+    reason: str
+    restored_step: int | None
+    replica_node: str
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job; in lists with its newest attempt only."""
+
+    id: int
+    spec: JobSpec
+    phase: str | None
+    reason: str
+    epoch: int
+    attempts: list[Attempt]
+    checkpoint: Checkpoint | None
+    failures: int
+    submit_time: datetime | None
+    end_time: datetime | None
+    progress: Progress | None
+
+
+class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the driver says of a GPU; `None` where it does not say."""
+
+    utilization_ratio: float | None
+    memory_used_bytes: int | None
+    temperature_celsius: int | None
+    power_mw: int | None
+    energy_mj: int | None
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    error: str
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """One device of a node. `attempt` is empty when none holds it."""
+
+    uuid: str
+    name: str
+    memory_bytes: int
+    phase: str | None
+    attempt: str
+    telemetry: GpuTelemetry | None
+
+
+class Host(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node said of itself when it joined. `driver_version` is empty where there is no
+    driver."""
+
+    hostname: str
+    boot_id: str
+    cpu_count: int
+    memory_bytes: int
+    driver_version: str
+    agent_version: str
+
+
+class HostTelemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's host last said."""
+
+    cpu_utilization_ratio: float
+    memory_used_bytes: int
+    disk_free_bytes: int
+    load_1min: float
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """A box with an agent."""
+
+    id: str
+    phase: str | None
+    intent: str | None
+    peer_address: str
+    host: Host | None
+    gpus: list[Gpu]
+    telemetry: HostTelemetry | None
+    attempts: list[str]
+    reason: str
+
+
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of a job's history."""
+
+    job_id: int
+    sequence: int
+    time: datetime | None
+    name: str
+    attempt: str
+    node: str
+    message: str
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that is durable. `reason` says why it does not start at once; empty when nothing is
+    known against it."""
+
+    job_id: int
+    request_id: str
+    reason: str
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job waits, or why it runs where it runs."""
+
+    job_id: int
+    sentence: str
+
+
+class LogPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a job's log: bytes that an attempt wrote, or a sentence of Baton's own."""
+
+    attempt: str
+    node: str
+    data: bytes
+    notice: str
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One JSON line of `logs --json`: a `LogPart` whose bytes are text, undecodable ones replaced
+    by U+FFFD."""
+
+    attempt: str
+    node: str
+    text: str
+    notice: str

@@ -1,0 +1,35 @@
+"""Fixtures: an open fake coordinator, and `baton` run against it inside this process."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coordinator.cli.main import cli
+from tests.cli.fake_coordinator import FakeCoordinator
+
+Baton = Callable[..., Result]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeCoordinator]:
+    """A coordinator that answers as each test scripts it."""
+    with FakeCoordinator() as coordinator:
+        yield coordinator
+
+
+@pytest.fixture
+def baton(fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> Baton:
+    """Runs one command line; an exception that is not an exit fails the test with its traceback."""
+    monkeypatch.setattr("coordinator.cli.client.RETRY_PAUSES_S", (0.0, 0.0, 0.0))
+
+    def run(*arguments: str, address: str | None = None) -> Result:
+        return CliRunner().invoke(
+            cli,
+            list(arguments),
+            prog_name="baton",
+            env={"BATON_COORDINATOR": address or fake.address, "TERM": "xterm-256color"},
+            catch_exceptions=False,
+        )
+
+    return run

@@ -1,0 +1,328 @@
+"""How commands end: four exit classes, Ctrl-C, a reader that goes away, TLS, and a real
+terminal."""
+
+import ipaddress
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from protos.baton.v1 import jobs_pb2, nodes_pb2
+from tests.cli import samples
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator, Refusal
+
+# For a real process on a busy machine; a test that needs it has failed.
+DEADLINE_S = 60
+
+BATON = [sys.executable, "-m", "coordinator.cli"]
+
+
+def closed_port() -> str:
+    """An address at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["jobs"], ["job", "1"], ["logs", "1"], ["nodes"], ["submit", "--", "true"]]
+)
+def test_nobody_there_is_3(baton: Baton, arguments: list[str]) -> None:
+    address = closed_port()
+    result = baton(*arguments, address=address)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"baton: cannot reach the coordinator at {address}: connection refused; "
+        "is it running? see --coordinator"
+    )
+
+
+def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None:
+    authority = Authority("fleet")
+    flags = authority.client_flags(tmp_path)
+    result = baton("--coordinator", "no-such-host.invalid:1", *flags, "jobs")
+    assert result.exit_code == 3
+    assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
+
+
+def test_unavailable_said_by_the_coordinator_is_1(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListNodes"] = [Refusal(grpc.StatusCode.UNAVAILABLE, "not durable\nnow")]
+    result = baton("nodes")
+    assert (result.exit_code, result.stderr) == (1, "baton: not durable now\n")
+
+
+def test_a_coordinator_without_the_call_is_1(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListNodes"] = [Refusal(grpc.StatusCode.UNIMPLEMENTED, "")]
+    result = baton("nodes")
+    assert result.exit_code == 1
+    assert "does not know this call; is it an older version?" in result.stderr
+
+
+def test_no_answer_in_time_is_3(baton: Baton, fake: FakeCoordinator) -> None:
+    gone = threading.Event()
+
+    def never(request: object) -> Refusal:
+        gone.wait(DEADLINE_S)
+        return Refusal(grpc.StatusCode.CANCELLED, "")
+
+    fake.answers["ListNodes"] = [never]
+    try:
+        result = baton("--timeout-s", "0.2", "nodes")
+    finally:
+        gone.set()
+    assert result.exit_code == 3
+    assert result.stderr == (
+        f"baton: the coordinator at {fake.address} has not answered within 0.2 s; see --timeout-s\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--coordinator example.org:7070 jobs", "example.org:7070 is not on this machine"),
+        ("jobs --coordinator 10.0.0.1:7070", "only with TLS: give --tls-cert, --tls-key and"),
+        ("--coordinator 0.0.0.0:7070 jobs", "0.0.0.0:7070 is not on this machine"),
+        ("--coordinator 127.0.0.1 jobs", "--coordinator must be HOST:PORT"),
+        ("--coordinator localhost:0 jobs", "--coordinator must be HOST:PORT"),
+        ("--timeout-s 0 jobs", "--timeout-s must be more than 0"),
+        ("--timeout-s nan jobs", "--timeout-s must be more than 0"),
+        (f"--tls-cert {__file__} jobs", "belong together: give all three or none"),
+        ("--tls-cert /no/such/file jobs", "does not exist"),
+        ("job 0", "0 is not in the range"),
+        ("job 9223372036854775808", "is not in the range"),
+        ("job twelve", "'twelve' is not a valid integer"),
+        ("job", "Missing argument 'JOB'"),
+        ("jobs --phase lost", "'lost' is not one of"),
+        ("jobs --all --phase held", "--all and --phase contradict each other"),
+        ("logs --tail-bytes -1 1", "-1 is not in the range"),
+        ("jbos", "No such command 'jbos'"),
+        ("completion tcsh", "'tcsh' is not one of"),
+    ],
+)
+def test_wrong_usage_is_2(baton: Baton, fake: FakeCoordinator, arguments: str, said: str) -> None:
+    result = baton(*arguments.split())
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize("host", ["localhost", "[::1]", "127.8.9.1"])
+def test_loopback_needs_no_tls(baton: Baton, host: str) -> None:
+    port = closed_port().rpartition(":")[2]
+    assert baton("jobs", "--coordinator", f"{host}:{port}").exit_code == 3
+
+
+def test_the_later_option_wins(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
+    nowhere = closed_port()
+    assert baton("--coordinator", nowhere, "nodes", "--coordinator", fake.address).exit_code == 0
+    assert baton("--coordinator", fake.address, "nodes", address=nowhere).exit_code == 0
+    assert baton("--coordinator", nowhere, "nodes").exit_code == 3
+
+
+def start(fake: FakeCoordinator, *arguments: str) -> "subprocess.Popen[bytes]":
+    """A real process, as a shell would start it."""
+    return subprocess.Popen(
+        [*BATON, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "BATON_COORDINATOR": fake.address},
+    )
+
+
+def test_ctrl_c_is_130_and_quiet(fake: FakeCoordinator) -> None:
+    gone = threading.Event()
+
+    def wait() -> jobs_pb2.StreamLogsResponse:
+        gone.wait(DEADLINE_S)
+        return jobs_pb2.StreamLogsResponse()
+
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"step 1\n"), wait]]
+    with start(fake, "logs", "-f", "12") as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"step 1\n"
+            process.send_signal(signal.SIGINT)
+            rest, said = process.communicate(timeout=DEADLINE_S)
+        finally:
+            gone.set()
+            process.kill()
+    assert (process.returncode, rest, said) == (130, b"", b"")
+
+
+def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None:
+    # Much more than a pipe holds, so the writer must meet the closed end.
+    part = jobs_pb2.StreamLogsResponse(data=b"x" * 65_536)
+    fake.answers["StreamLogs"] = [[part] * 64]
+    with start(fake, "logs", "12") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        said = process.stderr.read()
+        assert (process.wait(DEADLINE_S), said) == (141, b"")
+
+
+def on_terminal(fake: FakeCoordinator, columns: int, *arguments: str, **environment: str) -> str:
+    """What a terminal of that width is sent."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*BATON, *arguments],
+        stdout=theirs,
+        stderr=theirs,
+        env={
+            **os.environ,
+            "BATON_COORDINATOR": fake.address,
+            "COLUMNS": str(columns),
+            "TERM": "xterm",
+            **environment,
+        },
+    )
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    os.close(ours)
+    assert process.wait(DEADLINE_S) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:
+        return b""  # how Linux says that the last writer has closed a pseudo-terminal
+
+
+def test_a_terminal_gets_colour_and_its_width(fake: FakeCoordinator) -> None:
+    jobs = [samples.queued_job(), samples.active_job()]
+    answer = jobs_pb2.ListJobsResponse(jobs=jobs)
+    fake.answers["ListJobs"] = [answer, jobs_pb2.ListJobsResponse()]
+    shown = on_terminal(fake, 110, "jobs")
+    assert "\x1b[33mqueued" in shown
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert max(map(len, plain.splitlines())) == 110
+    assert "[red]a name that is lon…" in plain
+    assert plain.splitlines()[1].endswith("…")
+
+
+def test_a_terminal_without_colour_gets_none(fake: FakeCoordinator) -> None:
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
+    assert "\x1b[32mactive\x1b[0m, on n2" in on_terminal(fake, 110, "job", "12")
+    assert "\x1b" not in on_terminal(fake, 110, "job", "12", TERM="dumb")
+    assert "\x1b[32m" not in on_terminal(fake, 110, "job", "12", NO_COLOR="1")
+
+
+def test_no_terminal_is_too_narrow_for_an_id(fake: FakeCoordinator) -> None:
+    answer = jobs_pb2.ListJobsResponse(jobs=[samples.queued_job()])
+    fake.answers["ListJobs"] = [answer, jobs_pb2.ListJobsResponse()]
+    assert "1234567890123" in on_terminal(fake, 20, "jobs")
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
+    assert samples.DIGEST in on_terminal(fake, 20, "job", "12")
+
+
+class Authority:
+    """A certificate authority of a test's own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.certificate = self._sign(self.name, self.key, authority=True)
+
+    def issue(self) -> tuple[bytes, bytes]:
+        """A private key and a certificate for 127.0.0.1, PEM."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "member")])
+        pem = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        return pem, self._sign(name, key, authority=False)
+
+    def client_flags(self, folder: Path) -> list[str]:
+        """Write a client's three files and name them."""
+        key, certificate = self.issue()
+        for name, content in (("key", key), ("cert", certificate), ("ca", self.certificate)):
+            (folder / f"{name}.pem").write_bytes(content)
+        return [
+            part
+            for name in ("key", "cert", "ca")
+            for part in (f"--tls-{name}", str(folder / f"{name}.pem"))
+        ]
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Asks every client for a certificate of this authority."""
+        return grpc.ssl_server_credentials(
+            [self.issue()], root_certificates=self.certificate, require_client_auth=True
+        )
+
+    def _sign(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, authority: bool
+    ) -> bytes:
+        now = datetime.now(UTC)
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def test_mutual_tls(baton: Baton, tmp_path: Path) -> None:
+    fleet, stranger = Authority("fleet"), Authority("stranger")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "theirs").mkdir()
+    ours = fleet.client_flags(tmp_path / "ours")
+    theirs = stranger.client_flags(tmp_path / "theirs")
+    answers = {"ListNodes": [nodes_pb2.ListNodesResponse()]}
+    with FakeCoordinator(answers=answers, credentials=fleet.server_credentials()) as secured:
+        assert baton(*ours, "nodes", address=secured.address).exit_code == 0
+        assert baton("nodes", *ours, address=secured.address).exit_code == 0
+        # A stranger knows the fleet's authority, but has a certificate of another one.
+        theirs[-1] = ours[-1]
+        assert len(secured.requests) == 2
+        for flags in ([], theirs):
+            result = baton(*flags, "nodes", address=secured.address)
+            assert result.exit_code == 3
+            assert result.stderr.startswith("baton: cannot reach the coordinator at ")
+        assert len(secured.requests) == 2
+
+
+def test_a_broken_certificate_is_3_and_names_the_options(baton: Baton, tmp_path: Path) -> None:
+    fleet = Authority("fleet")
+    flags = fleet.client_flags(tmp_path)
+    (tmp_path / "ca.pem").write_text("not a certificate")
+    with FakeCoordinator(credentials=fleet.server_credentials()) as secured:
+        result = baton(*flags, "nodes", address=secured.address)
+        assert (result.exit_code, secured.requests) == (3, [])
+        assert "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca" in result.stderr
+
+
+def test_an_argument_that_is_not_text_is_2(baton: Baton, fake: FakeCoordinator) -> None:
+    result = baton("submit", "--", "cat", "\udcff.txt")
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert "is not UTF-8 text" in result.stderr
