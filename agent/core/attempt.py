@@ -1,0 +1,134 @@
+"""One attempt on this node: its phases as a table, and what of it must survive the agent.
+
+The agent may be killed between any two lines. What it needs to go on is in `AttemptRecord`, which
+is journalled before anything is done about it; what it can ask again (the trainer resends, the
+coordinator repeats) stays in `LiveAttempt` and is lost with the process.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from agent.core.messages import JobSpec, Progress
+from agent.core.values import ReplicaSource, RestoreCandidate
+
+
+class Phase(Enum):
+    # Journalled; its checkpoint is being fetched and verified.
+    ACCEPTED = "accepted"
+    # The process has been ordered; after an agent restart it is ordered again, which is harmless.
+    STARTING = "starting"
+    RUNNING = "running"
+    # The process is gone, its last checkpoint is still on its way.
+    SETTLING = "settling"
+    # Its last event is spooled; forgotten when that is acknowledged.
+    ENDED = "ended"
+
+
+TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
+    Phase.ACCEPTED: (Phase.STARTING, Phase.ENDED),
+    Phase.STARTING: (Phase.RUNNING, Phase.SETTLING, Phase.ENDED),
+    Phase.RUNNING: (Phase.SETTLING,),
+    Phase.SETTLING: (Phase.ENDED,),
+    Phase.ENDED: (),
+}
+
+
+class IllegalTransition(AssertionError):
+    """The core tried a step that the table does not have."""
+
+
+def advance(present: Phase, following: Phase, attempt_id: str) -> Phase:
+    """The next phase, if the table has that step. Raises `IllegalTransition`."""
+    if following is not present and following not in TRANSITIONS[present]:
+        raise IllegalTransition(f"{attempt_id}: {present.value} to {following.value}")
+    return following
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A checkpoint that is durable here and not yet proposed. `trainer_id` is the trainer's number
+    for it."""
+
+    digest: str
+    step: int
+    size_bytes: int
+    parent: str
+    trainer_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """What the journal keeps. `head` is the checkpoint proposed last, or the one resumed from;
+    `committed` the last one that the coordinator accepted. `last_sequence` is the spooled end.
+    `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
+    `stored_digest` what was made of it, for a trainer that did not hear the answer."""
+
+    id: str
+    job_id: int
+    epoch: int
+    spec: JobSpec
+    gpu_uuids: tuple[str, ...]
+    candidates: tuple[RestoreCandidate, ...]
+    replica_target: ReplicaSource | None
+    replica_required: bool
+    restart_count: int
+    token: str
+    phase: Phase = Phase.ACCEPTED
+    restored_digest: str = ""
+    restored_step: int = 0
+    restored_directory: str = ""
+    skipped: tuple[tuple[str, str], ...] = ()
+    head: str = ""
+    committed: str = ""
+    pending: Pending | None = None
+    stored_id: int = 0
+    stored_path: str = ""
+    stored_digest: str = ""
+    stop_reason: str = ""
+    stop_grace_ms: int | None = None
+    exit_code: int | None = None
+    exit_signal: int | None = None
+    exit_reason: str = ""
+    milestones: int = 0
+    last_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A checkpoint directory that the trainer has handed over and nobody has read yet."""
+
+    trainer_id: int
+    path: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A checkpoint that the coordinator has not answered for. `trainer_id` of `None`: nobody waits
+    for the answer."""
+
+    trainer_id: int | None
+    parent: str
+
+
+@dataclass(slots=True)
+class LiveAttempt:
+    """The record, and what is lost with the process. `storing` is being hashed now; `offered` waits
+    for its turn, and a newer one takes its place. `replicating` is where a copy is going.
+    `unanswered` is by digest. `again`: its process was ordered before the agent came back."""
+
+    record: AttemptRecord
+    storing: Offered | None = None
+    offered: Offered | None = None
+    replicating: ReplicaSource | None = None
+    replica_retry_ms: int | None = None
+    kill_ms: int | None = None
+    settle_ms: int | None = None
+    again: bool = False
+    unanswered: dict[str, Proposal] = field(default_factory=dict)
+    progress: Progress | None = None
+
+    @property
+    def live(self) -> bool:
+        """Its process may be running or is about to."""
+        return self.record.phase in (Phase.ACCEPTED, Phase.STARTING, Phase.RUNNING)

@@ -1,0 +1,452 @@
+"""What goes into the agent's core and what comes out.
+
+In: orders of the coordinator, words of trainers, ends of processes, outcomes of copying, readings,
+and the passing of time. Out: *records* for the journal, and *commands* that may be carried out only
+after the records of their batch are durable. A command may be carried out twice without harm.
+"""
+
+from dataclasses import dataclass
+
+from agent.core.trainer_messages import TrainerMessage
+from agent.core.values import (
+    GpuFacts,
+    GpuSample,
+    HostFacts,
+    HostSample,
+    Launch,
+    ProcessExit,
+    ReplicaSource,
+    RestoreCandidate,
+    Restored,
+    Sample,
+    StoredCheckpoint,
+)
+
+# --- from the coordinator -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """The part of a job's request that a node needs. `stop_signal` is TERM, USR1 or USR2;
+    `replication` is automatic, required or none."""
+
+    name: str = ""
+    command: tuple[str, ...] = ()
+    trainer: str = ""
+    trainer_config_json: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+    working_directory: str = ""
+    grace_ms: int = 120_000
+    stop_signal: str = "TERM"
+    replication: str = "automatic"
+    slurm_environment: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    leader_epoch: int
+    heartbeat_interval_ms: int
+    lease_ms: int
+    acknowledged_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewal:
+    heartbeat_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventAck:
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartAttempt:
+    attempt: str
+    spec: JobSpec
+    gpu_uuids: tuple[str, ...]
+    candidates: tuple[RestoreCandidate, ...] = ()
+    replica_target: ReplicaSource | None = None
+    restart_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StopAttempt:
+    """`grace_ms` of `None` kills at once."""
+
+    attempt: str
+    grace_ms: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetReplicaTarget:
+    attempt: str
+    target: ReplicaSource | None
+    required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CommitResult:
+    """`head` is the job's last committed checkpoint, which the next proposal has to follow."""
+
+    attempt: str
+    digest: str
+    accepted: bool
+    reason: str = ""
+    head: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepCheckpoints:
+    digests: tuple[str, ...]
+
+
+Order = (
+    Welcome
+    | LeaseRenewal
+    | EventAck
+    | StartAttempt
+    | StopAttempt
+    | SetReplicaTarget
+    | CommitResult
+    | KeepCheckpoints
+)
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The agent has started: these attempts' processes were found alive, these GPUs are here."""
+
+    adopted: tuple[str, ...]
+    host: HostFacts
+    gpus: tuple[GpuFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A session began; `checkpoints` are the digests on this disk, newest first."""
+
+    checkpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromCoordinator:
+    """`chance` is fresh randomness (32 hexadecimal digits), from which a start takes its token."""
+
+    order: Order
+    chance: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromTrainer:
+    attempt: str
+    message: TrainerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStarted:
+    attempt: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """`permanent`: another node would fail just so."""
+
+    attempt: str
+    reason: str
+    permanent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    exit: ProcessExit
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDone:
+    attempt: str
+    restored: Restored
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFailed:
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDone:
+    attempt: str
+    stored: StoredCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed:
+    attempt: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationDone:
+    attempt: str
+    digest: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationFailed:
+    attempt: str
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; sent when `next_wake_ms` says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The agent is about to end; its trainers go on. `absence_ms` of `None`: it does not return."""
+
+    absence_ms: int | None
+
+
+Event = (
+    Opened
+    | Connected
+    | Disconnected
+    | FromCoordinator
+    | FromTrainer
+    | ProcessStarted
+    | StartFailed
+    | ProcessEnded
+    | RestoreDone
+    | RestoreFailed
+    | StoreDone
+    | StoreFailed
+    | ReplicationDone
+    | ReplicationFailed
+    | Sampled
+    | Tick
+    | Leaving
+)
+
+# --- to the coordinator ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    attempt: str
+    gpu_uuids: tuple[str, ...]
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    step: int
+    total_steps: int = 0
+    metrics: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """`acknowledged_sequence`: events up to this one are not on this disk any more."""
+
+    node: str
+    journal_id: str
+    peer_address: str
+    host: HostFacts
+    gpus: tuple[GpuFacts, ...]
+    attempts: tuple[HeldAttempt, ...]
+    checkpoints: tuple[str, ...]
+    acknowledged_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    sequence: int
+    host: HostSample | None
+    gpus: tuple[GpuSample, ...]
+    attempts: tuple[HeldAttempt, ...]
+    progress: tuple[tuple[str, Progress], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStarted:
+    pid: int
+    restored_digest: str = ""
+    restored_step: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptExited:
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRefused:
+    reason: str
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptMilestone:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointProposed:
+    digest: str
+    parent: str
+    step: int
+    size_bytes: int
+    replicas: tuple[str, ...]
+
+
+SpooledBody = (
+    AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEvent:
+    """A fact that waits in the spool until the coordinator has it durably."""
+
+    sequence: int
+    unix_ms: int
+    attempt: str
+    body: SpooledBody
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    absence_ms: int | None
+
+
+Upward = Hello | Heartbeat | AgentEvent | Goodbye
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: Upward
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterTrainer:
+    """Let the trainer with this token speak for the attempt."""
+
+    attempt: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreCheckpoint:
+    attempt: str
+    candidates: tuple[RestoreCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartProcess:
+    launch: Launch
+    trainer_config_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class SignalProcess:
+    attempt: str
+    signal: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillProcess:
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAttempt:
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellTrainer:
+    """`message` as the trainer contract has it, as pairs."""
+
+    attempt: str
+    message: tuple[tuple[str, str | int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCheckpoint:
+    attempt: str
+    path: str
+    step: int
+    parent: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardSource:
+    """The trainer's directory is stored, or superseded."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicateCheckpoint:
+    attempt: str
+    digest: str
+    target: ReplicaSource
+
+
+@dataclass(frozen=True, slots=True)
+class CollectCheckpoints:
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    level: str
+    event: str
+    fields: tuple[tuple[str, object], ...] = ()
+
+
+Command = (
+    Send
+    | CloseLink
+    | RegisterTrainer
+    | RestoreCheckpoint
+    | StartProcess
+    | SignalProcess
+    | KillProcess
+    | ForgetAttempt
+    | TellTrainer
+    | StoreCheckpoint
+    | DiscardSource
+    | ReplicateCheckpoint
+    | CollectCheckpoints
+    | Log
+)

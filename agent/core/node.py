@@ -1,0 +1,479 @@
+"""The agent's core: `handle(now, event) -> effects`, and nothing else.
+
+What a node must get right: never run an attempt twice, never let a stopped one start, never forget
+an ending, go on training when the coordinator is away, and keep the trainers when it is itself
+restarted. All of that is decided here, from values; the shell journals the records and then does
+the commands. `next_wake_ms` says when time alone will matter next.
+"""
+
+from dataclasses import replace
+
+from agent.core import pipeline
+from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
+from agent.core.launch import compose
+from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
+from agent.core.messages import (
+    AttemptExited,
+    AttemptMilestone,
+    AttemptRefused,
+    AttemptStarted,
+    CheckpointProposed,
+    CollectCheckpoints,
+    CommitResult,
+    Connected,
+    Disconnected,
+    Event,
+    EventAck,
+    ForgetAttempt,
+    FromCoordinator,
+    FromTrainer,
+    KeepCheckpoints,
+    KillProcess,
+    LeaseRenewal,
+    Leaving,
+    Opened,
+    Order,
+    ProcessEnded,
+    ProcessStarted,
+    Progress,
+    RegisterTrainer,
+    ReplicationDone,
+    ReplicationFailed,
+    RestoreCheckpoint,
+    RestoreDone,
+    RestoreFailed,
+    Sampled,
+    SetReplicaTarget,
+    SignalProcess,
+    StartAttempt,
+    StartFailed,
+    StartProcess,
+    StopAttempt,
+    StoreDone,
+    StoreFailed,
+    Tick,
+    Welcome,
+)
+from agent.core.state import (
+    MILESTONES_MAX,
+    SPOOL_MAX,
+    Effect,
+    Instant,
+    Memory,
+    Options,
+    State,
+    sentence,
+)
+from agent.core.trainer_messages import (
+    TrainerCheckpoint,
+    TrainerHello,
+    TrainerMilestone,
+    TrainerProgress,
+)
+from agent.core.values import ProcessExit, RestoreCandidate, Restored
+
+# The last millisecond of a protobuf Timestamp (timestamp.proto); a trainer may say anything.
+UNIX_MS_MAX = 253_402_300_799_999
+
+
+class NodeCore:
+    """One node's decisions. Made from what the journal held; driven by `handle`."""
+
+    def __init__(self, options: Options, memory: Memory) -> None:
+        self.state = State(options, memory)
+
+    def handle(self, now: Instant, event: Event) -> list[Effect]:
+        """What follows from one event. Raises only for bugs of our own."""
+        _dispatch(self.state, now, event)
+        return self.state.take()
+
+    def next_wake_ms(self) -> int | None:
+        """When a `Tick` is due, if nothing else happens; `None`: not until something does."""
+        state = self.state
+        times = [state.heartbeat_due_ms, state.resend_due_ms]
+        if state.connected:
+            times.append(state.heard_ms + state.lease_ms)
+        for live in state.attempts.values():
+            times += [live.kill_ms, live.settle_ms, live.replica_retry_ms]
+        return min((time for time in times if time is not None), default=None)
+
+
+def _dispatch(state: State, now: Instant, event: Event) -> None:
+    match event:
+        case Opened():
+            _opened(state, now, event)
+        case Connected():
+            connected(state, now, event)
+        case Disconnected():
+            disconnected(state, event)
+        case FromCoordinator():
+            state.heard_ms = now.now_ms
+            _order(state, now, event.order, event.chance)
+        case Sampled():
+            state.sample, state.sample_ms = event.sample, now.now_ms
+            heartbeat(state, now)
+        case Leaving():
+            leaving(state, event)
+        case Tick():
+            _tick(state, now)
+        case ProcessEnded():
+            _ended(state, now, event.exit)
+        case _:
+            live = state.attempts.get(event.attempt)
+            if live is not None:
+                _of_attempt(state, now, live, event)
+
+
+def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> None:
+    match event:
+        case FromTrainer():
+            _from_trainer(state, now, live, event)
+        case RestoreDone():
+            _restored(state, now, live, event.restored)
+        case RestoreFailed():
+            _refuse(state, now, live, event.reason, permanent=False)
+        case ProcessStarted():
+            _started(state, now, live, event.pid)
+        case StartFailed():
+            # After an agent restart the failure may be the restart's, and not the program's.
+            permanent = event.permanent and not live.again
+            _refuse(state, now, live, event.reason, permanent=permanent)
+        case StoreDone():
+            pipeline.stored(state, now, live, event)
+        case StoreFailed():
+            pipeline.store_failed(state, now, live, event)
+        case ReplicationDone():
+            pipeline.replicated(state, now, live, event)
+        case ReplicationFailed():
+            pipeline.replication_failed(state, now, live, event)
+
+
+# --- orders ---------------------------------------------------------------------------------------
+
+
+def _order(state: State, now: Instant, order: Order, chance: str) -> None:
+    if not state.welcomed and not isinstance(order, Welcome):
+        return  # from nobody whose leader epoch is known to be good
+    match order:
+        case Welcome():
+            welcome(state, now, order)
+            _forget_settled(state)
+        case EventAck():
+            state.acknowledge(now, order.sequence)
+            _forget_settled(state)
+        case StartAttempt():
+            _start(state, now, order, chance)
+        case StopAttempt():
+            _stop(state, now, order)
+        case KeepCheckpoints():
+            _keep(state, order)
+        case SetReplicaTarget():
+            live = state.attempts.get(order.attempt)
+            if live is not None:
+                state.put(live, replica_target=order.target, replica_required=order.required)
+                pipeline.replicate(state, now, live)
+        case CommitResult():
+            live = state.attempts.get(order.attempt)
+            if live is not None:
+                pipeline.answered(state, live, order)
+        case LeaseRenewal():
+            pass  # being heard from is all that it says
+
+
+def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None:
+    """Accept, or refuse with a sentence. Twice is once, and what was stopped never starts."""
+    job_text, _, epoch_text = order.attempt.partition(".")
+    job_id, epoch = int(job_text), int(epoch_text)
+    known = [live.record.epoch for live in state.attempts.values() if live.record.job_id == job_id]
+    if max(known, default=0) >= epoch or state.fences.get(job_id, 0) >= epoch:
+        return
+    record = AttemptRecord(
+        order.attempt,
+        job_id,
+        epoch,
+        order.spec,
+        order.gpu_uuids,
+        _reachable(state, order.candidates),
+        order.replica_target,
+        order.spec.replication == "required",
+        order.restart_count,
+        token=chance,
+    )
+    live = state.add(record)
+    refusal = _why_not(state, record)
+    if refusal:
+        _refuse(state, now, live, refusal, permanent=False)
+        return
+    state.log("info", "attempt.accepted", attempt=record.id, gpus=list(record.gpu_uuids))
+    state.commands.append(RestoreCheckpoint(record.id, record.candidates))
+
+
+def _reachable(
+    state: State, candidates: tuple[RestoreCandidate, ...]
+) -> tuple[RestoreCandidate, ...]:
+    """The coordinator knows that a copy is shared; where that directory is, each node knows."""
+    here = state.options.shared_directory
+    return tuple(
+        replace(
+            candidate,
+            sources=tuple(
+                replace(source, address=here) if source.node == pipeline.SHARED else source
+                for source in candidate.sources
+                if source.node != pipeline.SHARED or here
+            ),
+        )
+        for candidate in candidates
+    )
+
+
+def _why_not(state: State, record: AttemptRecord) -> str:
+    if len(state.spool) >= SPOOL_MAX:
+        return f"{len(state.spool)} events wait for the coordinator; this node takes no more work"
+    here = {gpu.uuid: True for gpu in state.gpus}
+    for uuid in record.gpu_uuids:
+        if uuid not in here:
+            return f"{state.options.node} has no GPU {uuid}"
+    for other in state.attempts.values():
+        if other.record.id == record.id or not other.live:
+            continue
+        if other.record.job_id == record.job_id:
+            return f"attempt {other.record.id} of the same job has not left yet"
+        for uuid in other.record.gpu_uuids:
+            if uuid in record.gpu_uuids:
+                return f"GPU {uuid} is still held by attempt {other.record.id}"
+    return ""
+
+
+def _refuse(state: State, now: Instant, live: LiveAttempt, reason: str, permanent: bool) -> None:
+    """It never ran here. Say why, once."""
+    if live.record.phase not in (Phase.ACCEPTED, Phase.STARTING):
+        return
+    if live.record.stop_reason:
+        body: AttemptExited | AttemptRefused = AttemptExited(reason="stopped before it started")
+    else:
+        body = AttemptRefused(sentence(reason), permanent)
+    sequence = state.spool_event(now, live.record.id, body)
+    state.put(live, Phase.ENDED, last_sequence=sequence)
+    state.log("warning", "attempt.refused", attempt=live.record.id, reason=reason)
+
+
+def _stop(state: State, now: Instant, order: StopAttempt) -> None:
+    """Ask for a checkpoint and a leave, or kill at once. Asking again does not restart the
+    grace."""
+    live = state.attempts.get(order.attempt)
+    if live is None:
+        job_text, _, epoch_text = order.attempt.partition(".")
+        job_id, epoch = int(job_text), int(epoch_text)
+        if state.fences.get(job_id, 0) < epoch:
+            state.fence(job_id, epoch)
+            state.spool_event(now, order.attempt, AttemptExited(reason="it never started here"))
+        return
+    if not live.live:
+        return
+    kill_now = order.grace_ms is None
+    known = live.record.stop_reason
+    if known and not (kill_now and live.record.stop_grace_ms is not None):
+        return
+    reason = order.reason or "the coordinator gave no reason"
+    state.put(live, stop_reason=reason, stop_grace_ms=order.grace_ms)
+    state.log("info", "attempt.stopping", attempt=live.record.id, reason=reason)
+    _carry_out_stop(state, now, live)
+    pipeline.advance_pipeline(state, live)
+
+
+def _carry_out_stop(state: State, now: Instant, live: LiveAttempt) -> None:
+    """The ladder: the SDK's word and the signal at once, SIGKILL after the grace."""
+    record = live.record
+    if record.phase is not Phase.RUNNING or not record.stop_reason:
+        return  # nothing to signal yet; `_started` and `_restored` look again
+    if record.stop_grace_ms is None:
+        live.kill_ms = None
+        state.commands.append(KillProcess(record.id))
+        return
+    state.tell(record.id, type="stop", reason=record.stop_reason, grace_ms=record.stop_grace_ms)
+    state.commands.append(SignalProcess(record.id, record.spec.stop_signal))
+    live.kill_ms = now.now_ms + record.stop_grace_ms
+
+
+def _keep(state: State, order: KeepCheckpoints) -> None:
+    """The coordinator's list, and what it cannot know of yet."""
+    keep = dict.fromkeys(order.digests)
+    for live in state.attempts.values():
+        record = live.record
+        keep.update(dict.fromkeys((record.head, record.committed, *live.unanswered)))
+        if record.pending is not None:
+            keep[record.pending.digest] = None
+        if record.phase is Phase.ACCEPTED:
+            keep.update(dict.fromkeys(candidate.digest for candidate in record.candidates))
+    for event in state.spool.values():
+        if isinstance(event.body, CheckpointProposed):
+            keep[event.body.digest] = None
+    keep.pop("", None)
+    state.commands.append(CollectCheckpoints(tuple(keep)))
+
+
+# --- what happens on the node ---------------------------------------------------------------------
+
+
+def _opened(state: State, now: Instant, event: Opened) -> None:
+    """After a restart: go on from the journal, with the trainers that are still there."""
+    state.host, state.gpus = event.host, event.gpus
+    alive = dict.fromkeys(event.adopted, True)
+    for live in list(state.attempts.values()):
+        record = live.record
+        if record.phase is not Phase.ENDED:
+            state.commands.append(RegisterTrainer(record.id, record.token))
+        if record.phase is Phase.ACCEPTED:
+            state.commands.append(RestoreCheckpoint(record.id, record.candidates))
+        elif record.phase is Phase.STARTING:
+            _order_again(state, now, live, record.id in alive)
+        elif record.phase is Phase.RUNNING:
+            if record.id in alive:
+                state.log("info", "attempt.adopted", attempt=record.id)
+                _carry_out_stop(state, now, live)
+            else:
+                reason = "its process was gone when the agent came back"
+                _ended(state, now, ProcessExit(record.id, None, None, reason))
+        elif record.phase is Phase.SETTLING:
+            live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
+            pipeline.settle(state, now, live)
+        if live.record.pending is not None:
+            pipeline.replicate(state, now, live)
+    for attempt_id in alive:
+        if attempt_id not in state.attempts:
+            # The journal was lost: nobody answers for it any more, and its GPUs are needed.
+            state.log("error", "attempt.unknown", attempt=attempt_id)
+            state.commands.append(KillProcess(attempt_id))
+
+
+def _order_again(state: State, now: Instant, live: LiveAttempt, alive: bool) -> None:
+    """It was ordered before the agent went; whether it began, only the supervisor knows."""
+    if live.record.stop_reason and not alive:
+        _refuse(state, now, live, "stopped before it started", permanent=False)
+        return
+    live.again = True
+    _order_process(state, live)
+
+
+def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored) -> None:
+    if live.record.phase is not Phase.ACCEPTED:
+        return
+    if live.record.stop_reason:
+        _refuse(state, now, live, "stopped before it started", permanent=False)
+        return
+    skipped = tuple((digest, sentence(reason)) for digest, reason in restored.skipped)
+    for digest, reason in skipped:
+        state.log(
+            "error", "checkpoint.skipped", attempt=live.record.id, digest=digest, reason=reason
+        )
+    state.put(
+        live,
+        Phase.STARTING,
+        restored_digest=restored.digest,
+        restored_step=restored.step,
+        restored_directory=restored.directory,
+        skipped=skipped,
+        head=restored.digest,
+        committed=restored.digest,
+    )
+    state.commands.append(RegisterTrainer(live.record.id, live.record.token))
+    _order_process(state, live)
+
+
+def _order_process(state: State, live: LiveAttempt) -> None:
+    launch = compose(live.record, state.options.launch)
+    config = live.record.spec.trainer_config_json if live.record.spec.trainer else ""
+    state.commands.append(StartProcess(launch, config))
+
+
+def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
+    record = live.record
+    if record.phase is not Phase.STARTING:
+        return
+    state.put(live, Phase.RUNNING)
+    state.spool_event(
+        now,
+        record.id,
+        AttemptStarted(pid, record.restored_digest, record.restored_step, record.skipped),
+    )
+    state.log("info", "attempt.started", attempt=record.id, pid=pid, step=record.restored_step)
+    _carry_out_stop(state, now, live)
+    pipeline.advance_pipeline(state, live)
+
+
+def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrainer) -> None:
+    match event.message:
+        case TrainerHello():
+            if live.record.stop_reason:
+                _carry_out_stop_again(state, live)
+        case TrainerProgress(step=step, total_steps=total, metrics=metrics):
+            live.progress = Progress(step, total or 0, metrics)
+        case TrainerMilestone(name=name, unix_ms=unix_ms):
+            if live.record.milestones < MILESTONES_MAX and len(state.spool) < SPOOL_MAX:
+                state.put(live, milestones=live.record.milestones + 1)
+                at = Instant(now.now_ms, min(unix_ms, UNIX_MS_MAX))
+                state.spool_event(at, live.record.id, AttemptMilestone(name))
+        case TrainerCheckpoint():
+            pipeline.offer(state, live, event.message)
+
+
+def _carry_out_stop_again(state: State, live: LiveAttempt) -> None:
+    """A trainer that connects late hears what it missed; the grace goes on as it began."""
+    record = live.record
+    grace_ms = record.stop_grace_ms or 0
+    state.tell(record.id, type="stop", reason=record.stop_reason, grace_ms=grace_ms)
+
+
+def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
+    live = state.attempts.get(ended.attempt_id)
+    if live is None:
+        state.commands.append(ForgetAttempt(ended.attempt_id))
+        return
+    if live.record.phase in (Phase.ACCEPTED, Phase.SETTLING, Phase.ENDED):
+        return
+    if live.progress is not None:
+        heartbeat(state, now)  # its last progress, before its end is told
+    live.kill_ms = None
+    live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
+    state.put(
+        live,
+        Phase.SETTLING,
+        exit_code=ended.exit_code,
+        exit_signal=ended.signal,
+        exit_reason=sentence(ended.reason),
+    )
+    state.log(
+        "info",
+        "attempt.exited",
+        attempt=ended.attempt_id,
+        exit_code=ended.exit_code,
+        signal=ended.signal,
+        reason=ended.reason,
+    )
+    pipeline.advance_pipeline(state, live)
+    pipeline.settle(state, now, live)
+
+
+def _forget_settled(state: State) -> None:
+    """What ended and has been acknowledged needs no memory; its epoch stays fenced."""
+    for live in list(state.attempts.values()):
+        record = live.record
+        if record.phase is Phase.ENDED and record.last_sequence not in state.spool:
+            state.drop(live)
+            state.commands.append(ForgetAttempt(record.id))
+
+
+def _tick(state: State, now: Instant) -> None:
+    for live in list(state.attempts.values()):
+        if live.kill_ms is not None and live.kill_ms <= now.now_ms:
+            live.kill_ms = None
+            state.log("warning", "attempt.killed", attempt=live.record.id, reason="grace is over")
+            state.commands.append(KillProcess(live.record.id))
+        if live.replica_retry_ms is not None and live.replica_retry_ms <= now.now_ms:
+            live.replica_retry_ms = None
+            pipeline.replicate(state, now, live)
+        if live.settle_ms is not None and live.settle_ms <= now.now_ms:
+            live.settle_ms = None
+            if live.record.phase is Phase.SETTLING:
+                pipeline.give_up(state, now, live)
+    order_tick(state, now)

@@ -1,0 +1,273 @@
+"""A checkpoint's way from the trainer's directory to the coordinator's word.
+
+Problem: a checkpoint counts only when it would survive this node, yet training must not wait for
+that. So the way has stations, one checkpoint at a time per attempt, and the trainer is told at two:
+
+1. *offered*: the trainer hands over a directory. While another is on its way it waits here, and a
+   newer one takes its place ("refused: superseded").
+2. *storing*: hashed and durable in this node's chunk store -> the trainer hears `stored`. From here
+   on it is journalled (`pending`) and survives the agent.
+3. *replicating*: copied to the peer that the coordinator named, or to the shared directory.
+4. *proposed*: spooled, and so delivered once, in order, however long the coordinator is away. Its
+   parent is the one proposed before it.
+5. *answered*: `committed` or `refused`.
+
+When the process has ended its last checkpoint still goes this way; the end is reported after it.
+"""
+
+from agent.core.attempt import LiveAttempt, Offered, Pending, Phase, Proposal
+from agent.core.messages import (
+    AttemptExited,
+    CheckpointProposed,
+    CommitResult,
+    DiscardSource,
+    ReplicateCheckpoint,
+    ReplicationDone,
+    ReplicationFailed,
+    StoreCheckpoint,
+    StoreDone,
+    StoreFailed,
+)
+from agent.core.state import Instant, State, sentence
+from agent.core.trainer_messages import TrainerCheckpoint
+from agent.core.values import ReplicaSource
+
+# Proposals that the coordinator has not answered. While it is away newer checkpoints wait at the
+# first station, so that an outage of days holds this many on disk and not thousands.
+UNANSWERED_MAX = 8
+REPLICA_RETRY_MS = 5_000
+# After its process has ended an attempt waits this long for a required copy, then reports its end
+# without that checkpoint: the GPUs are needed.
+SETTLE_MS_MAX = 120_000
+
+SHARED = "shared"
+
+
+def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
+    """The trainer hands over a directory. The same number again is the same offer, sent twice."""
+    record = live.record
+    offered = Offered(message.id, message.path, message.step)
+    # By its path too: a second program of the same attempt counts its checkpoints from 1 again.
+    stored = (record.stored_id, record.stored_path) == (offered.trainer_id, _plain(offered.path))
+    if stored and record.stored_digest:
+        state.tell(record.id, type="stored", id=message.id, digest=record.stored_digest)
+        return
+    if offered in (live.storing, live.offered):
+        return
+    superseded, live.offered = live.offered, offered
+    if superseded is not None:
+        _refuse(state, live, superseded, "superseded")
+    if record.phase is Phase.ENDED:
+        live.offered = None
+        _refuse(state, live, offered, "the attempt has ended")
+    advance_pipeline(state, live)
+
+
+def _plain(path: str) -> str:
+    """A path as the journal can carry it (PEP 383)."""
+    return path.encode("utf-8", "replace").decode()
+
+
+def _refuse(state: State, live: LiveAttempt, refused: Offered, reason: str) -> None:
+    state.tell(live.record.id, type="refused", id=refused.trainer_id, reason=reason)
+    _discard(state, live, refused.path)
+
+
+def _discard(state: State, live: LiveAttempt, path: str) -> None:
+    """Unless the trainer has since built another checkpoint in the same place."""
+    if all(known is None or known.path != path for known in (live.storing, live.offered)):
+        state.commands.append(DiscardSource(path))
+
+
+def advance_pipeline(state: State, live: LiveAttempt) -> None:
+    """Take the next station, if the one ahead is free."""
+    record = live.record
+    busy = live.storing is not None or record.pending is not None or live.offered is None
+    # Not before it is known to run: the coordinator hears of the start first.
+    if busy or record.phase not in (Phase.RUNNING, Phase.SETTLING):
+        return
+    leaving = record.stop_reason or record.phase is Phase.SETTLING
+    if len(live.unanswered) >= UNANSWERED_MAX and not leaving:
+        return
+    live.storing, live.offered = live.offered, None
+    if live.storing is not None:
+        state.commands.append(
+            StoreCheckpoint(record.id, live.storing.path, live.storing.step, record.head)
+        )
+
+
+def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> None:
+    offered = live.storing
+    if offered is None or live.record.phase is Phase.ENDED:
+        return
+    live.storing = None
+    kept = done.stored
+    pending = Pending(kept.digest, kept.step, kept.size_bytes, live.record.head, offered.trainer_id)
+    state.put(
+        live,
+        pending=pending,
+        stored_id=offered.trainer_id,
+        stored_path=_plain(offered.path),
+        stored_digest=kept.digest,
+    )
+    _discard(state, live, offered.path)
+    state.tell(live.record.id, type="stored", id=offered.trainer_id, digest=kept.digest)
+    state.log(
+        "info",
+        "checkpoint.stored",
+        attempt=live.record.id,
+        digest=kept.digest,
+        step=kept.step,
+        size_bytes=kept.size_bytes,
+        new_bytes=kept.new_bytes,
+    )
+    replicate(state, now, live)
+
+
+def store_failed(state: State, now: Instant, live: LiveAttempt, failed: StoreFailed) -> None:
+    """The trainer goes on; its next checkpoint is another try."""
+    offered = live.storing
+    if offered is None:
+        return
+    live.storing = None
+    _refuse(state, live, offered, sentence(failed.reason))
+    state.log("error", "checkpoint.failed", attempt=live.record.id, reason=failed.reason)
+    advance_pipeline(state, live)
+    settle(state, now, live)
+
+
+def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
+    """Copy the pending checkpoint off the node, if the job wants that and there is somewhere."""
+    record = live.record
+    if record.pending is None or live.replicating is not None:
+        return
+    target = _target(state, live)
+    live.replica_retry_ms = None
+    if target is not None:
+        live.replicating = target
+        state.commands.append(ReplicateCheckpoint(record.id, record.pending.digest, target))
+    elif record.replica_required:
+        live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
+    else:
+        propose(state, now, live, ())
+
+
+def _target(state: State, live: LiveAttempt) -> ReplicaSource | None:
+    if live.record.spec.replication == "none":
+        return None
+    if state.options.shared_directory:
+        return ReplicaSource(SHARED, state.options.shared_directory)
+    return live.record.replica_target
+
+
+def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
+    live.replicating = None
+    if live.record.pending is not None and live.record.pending.digest == done.digest:
+        propose(state, now, live, (done.node,))
+
+
+def replication_failed(
+    state: State, now: Instant, live: LiveAttempt, failed: ReplicationFailed
+) -> None:
+    """A job that requires a copy waits for one; for any other the local checkpoint counts, unless
+    there is another node to try by now."""
+    tried, live.replicating = live.replicating, None
+    record = live.record
+    if record.pending is None or record.pending.digest != failed.digest:
+        return
+    state.log(
+        "warning",
+        "checkpoint.not_replicated",
+        attempt=record.id,
+        digest=failed.digest,
+        reason=failed.reason,
+    )
+    if _target(state, live) not in (None, tried):
+        replicate(state, now, live)
+    elif record.replica_required:
+        live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
+    else:
+        propose(state, now, live, ())
+
+
+def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ...]) -> None:
+    pending = live.record.pending
+    if pending is None:
+        return
+    parent = live.record.head
+    live.unanswered[pending.digest] = Proposal(pending.trainer_id, parent)
+    replicas = (state.options.node, *copies)
+    state.put(live, pending=None, head=pending.digest)
+    state.spool_event(
+        now,
+        live.record.id,
+        CheckpointProposed(pending.digest, parent, pending.step, pending.size_bytes, replicas),
+    )
+    advance_pipeline(state, live)
+    settle(state, now, live)
+
+
+def answered(state: State, live: LiveAttempt, result: CommitResult) -> None:
+    """The coordinator's word. After a refusal the next proposal follows the last accepted one."""
+    follows = _follows(live, result.digest)
+    proposal = live.unanswered.pop(result.digest, None)
+    trainer_id = None if proposal is None else proposal.trainer_id
+    if result.accepted:
+        state.put(live, committed=result.digest)
+        if trainer_id is not None:
+            state.tell(live.record.id, type="committed", id=trainer_id, digest=result.digest)
+    else:
+        if follows:
+            state.put(live, head=result.head, committed=result.head)
+        state.log(
+            "warning",
+            "checkpoint.refused",
+            attempt=live.record.id,
+            digest=result.digest,
+            reason=result.reason,
+        )
+        if trainer_id is not None:
+            state.tell(live.record.id, type="refused", id=trainer_id, reason=result.reason)
+    advance_pipeline(state, live)
+
+
+def _follows(live: LiveAttempt, digest: str) -> bool:
+    """Whether what was proposed last rests on this checkpoint. It does not when an earlier refusal
+    has made a new beginning since, and then a late refusal must not undo that."""
+    head = live.record.head
+    while head != digest:
+        proposal = live.unanswered.get(head)
+        if proposal is None:
+            return False
+        head = proposal.parent
+    return True
+
+
+def settle(state: State, now: Instant, live: LiveAttempt) -> None:
+    """Once the process is gone and its last checkpoint proposed, say how it ended."""
+    record = live.record
+    waiting = live.storing is not None or live.offered is not None or record.pending is not None
+    if record.phase is not Phase.SETTLING or waiting:
+        return
+    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason)
+    sequence = state.spool_event(now, record.id, body)
+    state.put(live, Phase.ENDED, last_sequence=sequence)
+    live.settle_ms = None
+
+
+def give_up(state: State, now: Instant, live: LiveAttempt) -> None:
+    """What is still on its way takes too long; the end is reported without it. A copy that is only
+    wished for is given up alone: the checkpoint counts where it lies."""
+    reason = f"it was not done within {SETTLE_MS_MAX} ms of the attempt's end"
+    left = [offered for offered in (live.storing, live.offered) if offered is not None]
+    live.storing = live.offered = None
+    for offered in left:
+        _refuse(state, live, offered, reason)
+    pending = live.record.pending
+    if pending is not None and not live.record.replica_required:
+        propose(state, now, live, ())
+        return
+    digest = pending.digest if pending is not None else ""
+    state.log("error", "checkpoint.abandoned", attempt=live.record.id, digest=digest, reason=reason)
+    state.put(live, pending=None)
+    settle(state, now, live)

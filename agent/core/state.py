@@ -1,0 +1,250 @@
+"""What this node knows, and the only functions that change it.
+
+As on the coordinator, a change *is* a record: nothing durable is edited without being journalled in
+the same step, and nothing is commanded that the journal does not know of yet.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.launch import LaunchOptions
+from agent.core.messages import (
+    AgentEvent,
+    CheckpointProposed,
+    Command,
+    Goodbye,
+    HeldAttempt,
+    Log,
+    Send,
+    SpooledBody,
+    TellTrainer,
+    Upward,
+)
+from agent.core.values import GpuFacts, HostFacts, Sample
+
+# Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
+# thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
+SPOOL_MAX = 20_000
+# A stop may come for an attempt that never arrived; the epoch is remembered so that it never
+# starts.
+FENCES_MAX = 10_000
+SPOOL_SENT_MAX = 256  # events on their way; the next follow as these are acknowledged
+RESEND_MS = 2_000  # an event not acknowledged for this long is sent again
+MILESTONES_MAX = 32  # per attempt; a trainer that reports more has mistaken them for progress
+# Reasons come from the system, from libraries and from file names; a person reads one sentence.
+REASON_CHARACTERS_MAX = 1_024
+
+
+def sentence(reason: str) -> str:
+    """A reason as the journal and the wire can carry it: bounded, and Unicode, which a file name
+    that is not UTF-8 is not (PEP 383)."""
+    return reason[:REASON_CHARACTERS_MAX].encode("utf-8", "replace").decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """`now_ms` is monotonic and is what decisions compare; `unix_ms` is only written down."""
+
+    now_ms: int
+    unix_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What stands in the configuration and matters to decisions."""
+
+    peer_address: str
+    launch: LaunchOptions
+    shared_directory: str = ""
+
+    @property
+    def node(self) -> str:
+        return self.launch.node
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Everything that the journal holds, as it hands it over at start."""
+
+    journal_id: str
+    attempts: tuple[AttemptRecord, ...] = ()
+    spool: tuple[AgentEvent, ...] = ()
+    next_sequence: int = 1
+    fences: tuple[tuple[int, int], ...] = ()
+    leader_epoch: int = 0
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PutAttempt:
+    record: AttemptRecord
+
+
+@dataclass(frozen=True, slots=True)
+class DropAttempt:
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolEvent:
+    event: AgentEvent
+
+
+@dataclass(frozen=True, slots=True)
+class DropSpooled:
+    """Events up to this sequence are acknowledged."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutFence:
+    job_id: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropFence:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutLeaderEpoch:
+    epoch: int
+
+
+Record = PutAttempt | DropAttempt | SpoolEvent | DropSpooled | PutFence | DropFence | PutLeaderEpoch
+Effect = Record | Command
+
+
+class State:
+    def __init__(self, options: Options, memory: Memory) -> None:
+        self.options = options
+        self.journal_id = memory.journal_id
+        self.attempts = {record.id: LiveAttempt(record) for record in memory.attempts}
+        self.spool: dict[int, AgentEvent] = {event.sequence: event for event in memory.spool}
+        self.next_sequence = memory.next_sequence
+        self.fences = dict(memory.fences)
+        self.leader_epoch = memory.leader_epoch
+        self.host: HostFacts | None = None
+        self.gpus: tuple[GpuFacts, ...] = ()
+        self.sample: Sample | None = None
+        self.sample_ms = 0
+        self.connected = False
+        self.welcomed = False
+        self.heard_ms = 0
+        self.heartbeat_interval_ms = 1_000
+        self.lease_ms = 8_000
+        self.heartbeat_sequence = 0
+        self.heartbeat_due_ms: int | None = None
+        self.resend_due_ms: int | None = None
+        self.sent_sequence = 0  # the newest event that was sent in this session
+        self.records: list[Record] = []
+        self.commands: list[Command] = []
+        for event in self.spool.values():
+            self._await_answer(event)
+
+    def _await_answer(self, event: AgentEvent) -> None:
+        """A proposal that was spooled before the agent came back is answered after it."""
+        live = self.attempts.get(event.attempt)
+        if live is None or not isinstance(event.body, CheckpointProposed):
+            return
+        digest = event.body.digest
+        trainer_id = live.record.stored_id if digest == live.record.stored_digest else None
+        live.unanswered[digest] = Proposal(trainer_id, event.body.parent)
+
+    def take(self) -> list[Effect]:
+        """Everything that has come up since the last call, records first."""
+        effects: list[Effect] = [*self.records, *self.commands]
+        self.records, self.commands = [], []
+        return effects
+
+    # --- records ----------------------------------------------------------------------------------
+
+    def put(self, live: LiveAttempt, phase: Phase | None = None, **fields: object) -> None:
+        """Change an attempt's record; the only way from one phase to the next."""
+        present = live.record.phase
+        fields["phase"] = advance(present, phase or present, live.record.id)
+        live.record = replace(live.record, **fields)  # type: ignore[arg-type]
+        self.records.append(PutAttempt(live.record))
+
+    def add(self, record: AttemptRecord) -> LiveAttempt:
+        live = LiveAttempt(record)
+        self.attempts[record.id] = live
+        self.records.append(PutAttempt(record))
+        return live
+
+    def drop(self, live: LiveAttempt) -> None:
+        """The attempt is settled everywhere; its epoch is fenced, so that it cannot begin again."""
+        del self.attempts[live.record.id]
+        self.records.append(DropAttempt(live.record.id))
+        self.fence(live.record.job_id, live.record.epoch)
+
+    def fence(self, job_id: int, epoch: int) -> None:
+        if self.fences.get(job_id, 0) >= epoch:
+            return
+        self.fences.pop(job_id, None)
+        self.fences[job_id] = epoch
+        self.records.append(PutFence(job_id, epoch))
+        while len(self.fences) > FENCES_MAX:
+            oldest = next(iter(self.fences))
+            del self.fences[oldest]
+            self.records.append(DropFence(oldest))
+
+    def spool_event(self, now: Instant, attempt_id: str, body: SpooledBody) -> int:
+        """Keep a fact until the coordinator has it; send it at once if it can be heard."""
+        event = AgentEvent(self.next_sequence, now.unix_ms, attempt_id, body)
+        self.next_sequence += 1
+        self.spool[event.sequence] = event
+        self.records.append(SpoolEvent(event))
+        self.flow(now)
+        return event.sequence
+
+    @property
+    def acknowledged_sequence(self) -> int:
+        """Events up to this one are not here any more: some coordinator had them."""
+        return next(iter(self.spool), self.next_sequence) - 1
+
+    def acknowledge(self, now: Instant, sequence: int) -> None:
+        sequence = min(sequence, self.next_sequence - 1)
+        if sequence <= self.acknowledged_sequence:
+            return
+        for known in [known for known in self.spool if known <= sequence]:
+            del self.spool[known]
+        self.records.append(DropSpooled(sequence))
+        self.resend_due_ms = None
+        self.flow(now)
+
+    def flow(self, now: Instant) -> None:
+        """Send, oldest first, what was not sent yet, as far as the window reaches."""
+        if not self.welcomed or not self.spool:
+            return
+        for event in islice(self.spool.values(), SPOOL_SENT_MAX):
+            if event.sequence > self.sent_sequence:
+                self.send(event)
+                self.sent_sequence = event.sequence
+        if self.resend_due_ms is None:
+            self.resend_due_ms = now.now_ms + RESEND_MS
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def send(self, message: Upward) -> None:
+        if self.connected or isinstance(message, Goodbye):
+            self.commands.append(Send(message))
+
+    def tell(self, attempt_id: str, **message: str | int) -> None:
+        self.commands.append(TellTrainer(attempt_id, tuple(message.items())))
+
+    def log(self, level: str, event: str, **fields: object) -> None:
+        self.commands.append(Log(level, event, tuple(fields.items())))
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def held(self) -> tuple[HeldAttempt, ...]:
+        return tuple(
+            HeldAttempt(live.record.id, live.record.gpu_uuids, live.live)
+            for live in self.attempts.values()
+        )

@@ -1,0 +1,138 @@
+"""The plain values that the agent's core and its adapters exchange.
+
+Problem: an adapter that hands library objects inward (an NVML struct, a protobuf message) ties
+every decision to that library. So everything that crosses a port is one of these frozen
+dataclasses, with the unit in the field's name. Absent is `None`, never zero: "the driver does not
+say" and "zero watts" are different facts.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """What does not change while the driver is loaded. `uuid` is NVML's, e.g. `GPU-6f1c...`; it is
+    the only address used."""
+
+    uuid: str
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One reading of one GPU. Ratios are 0 to 1. `None` means not supported or not answered, never
+    zero."""
+
+    uuid: str
+    utilization_ratio: float | None = None
+    memory_used_bytes: int | None = None
+    temperature_celsius: int | None = None
+    power_mw: int | None = None
+    energy_mj: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the agent says of its box in its hello. `boot_id` is the kernel's."""
+
+    hostname: str
+    boot_id: str
+    cpu_count: int
+    memory_bytes: int
+    driver_version: str
+    agent_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostSample:
+    """One reading of the host. Ratios are 0 to 1."""
+
+    cpu_utilization_ratio: float
+    memory_used_bytes: int
+    disk_free_bytes: int
+    load_1min: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Host and GPUs, read together."""
+
+    host: HostSample
+    gpus: tuple[GpuSample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything needed to start a trainer, decided before anything is touched.
+
+    `environment` is complete: the process inherits nothing. `stop_signal` is TERM, USR1 or USR2.
+    """
+
+    attempt_id: str
+    arguments: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+    working_directory: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExit:
+    """How a trainer ended: an exit code, or the signal that ended it, or neither when nobody saw it
+    end.
+
+    `reason` is a sentence for the last case and for failures to start ("no such file: train.py").
+    """
+
+    attempt_id: str
+    exit_code: int | None
+    signal: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCheckpoint:
+    """A checkpoint that is hashed and durable in the local chunk store.
+
+    `digest` is the BLAKE3 of the manifest's canonical bytes; `new_bytes` is what the store did not
+    have before.
+    """
+
+    digest: str
+    step: int
+    size_bytes: int
+    new_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSource:
+    """Where a checkpoint may be had: a node and its peer address (`host:port`), or the shared
+    directory (node `shared`)."""
+
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreCandidate:
+    """A committed checkpoint that an attempt may resume from, newest first in a start order."""
+
+    digest: str
+    step: int
+    sources: tuple[ReplicaSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The outcome of a restore: the first candidate that verified, and why each one before it did
+    not.
+
+    `digest` is empty when the job starts from nothing. `skipped` holds (digest, reason) pairs.
+    """
+
+    digest: str
+    step: int
+    directory: str
+    skipped: tuple[tuple[str, str], ...] = ()

@@ -1,0 +1,189 @@
+"""What the agent's shell needs from the world, as Protocols.
+
+Problem: a shell that names concrete classes can only run on a real box. Every adapter stands behind
+one of these, `main.py` alone picks which, and `tests/sim` picks others. A port speaks in
+`agent.core.values`; no library type crosses it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from agent.core.messages import Order, Upward
+from agent.core.state import Record
+from agent.core.values import (
+    GpuFacts,
+    HostFacts,
+    Launch,
+    ProcessExit,
+    ReplicaSource,
+    RestoreCandidate,
+    Restored,
+    Sample,
+    StoredCheckpoint,
+)
+
+
+class Clock(Protocol):
+    """`now_ms` is monotonic and only ever compared; `unix_ms` is wall time, for people."""
+
+    def now_ms(self) -> int: ...
+    def unix_ms(self) -> int: ...
+    async def sleep_ms(self, duration_ms: int) -> None: ...
+
+
+class GpuProbe(Protocol):
+    """Reads GPUs and host. Methods run in a worker thread: they may block, they never raise for a
+    sick GPU."""
+
+    def host_facts(self) -> HostFacts: ...
+    def gpu_facts(self) -> tuple[GpuFacts, ...]: ...
+    def sample(self) -> Sample: ...
+
+
+class Processes(Protocol):
+    """Starts, signals, adopts and reaps trainers; exits are told to `on_exit`, once each, also
+    those that happened while the agent was away."""
+
+    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+        """Adopt what still runs (or ended unseen) here; returns those attempt ids."""
+        ...
+
+    async def start(self, launch: Launch) -> int:
+        """Start a trainer; returns its pid. Starting an attempt twice is starting it once. Raises
+        `StartError`."""
+        ...
+
+    def signal(self, attempt_id: str, signal_name: str) -> None:
+        """Send TERM, USR1 or USR2 to the trainer's whole process group; a process that has gone is
+        no error."""
+        ...
+
+    def kill(self, attempt_id: str) -> None:
+        """SIGKILL everything that the attempt ever started; its exit is told as any other."""
+        ...
+
+    def forget(self, attempt_id: str) -> None:
+        """The exit is settled: bookkeeping may go (the log stays until the cap pushes it out)."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of every trainer without touching it."""
+        ...
+
+
+class StartError(Exception):
+    """A trainer could not be started; the text is a sentence that says what to change.
+
+    `permanent`: another node would fail as well. A full disk here is not full everywhere.
+    """
+
+    def __init__(self, sentence: str, *, permanent: bool = True) -> None:
+        super().__init__(sentence)
+        self.permanent = permanent
+
+
+class ChunkError(Exception):
+    """A checkpoint could not be stored, copied or read; the text is a sentence naming the file,
+    digest or peer."""
+
+
+class Chunks(Protocol):
+    """The content-addressed checkpoint store of this node, and its traffic with peers and the
+    shared directory."""
+
+    async def store(
+        self, directory: str, *, job_id: int, epoch: int, step: int, parent: str
+    ) -> StoredCheckpoint:
+        """Hash and keep every file under `directory`, durably; the directory stays as it is. Doing
+        it again with the same arguments gives the same digest and writes nothing new. Raises
+        `ChunkError`, e.g. when the disk is full."""
+        ...
+
+    async def discard(self, directory: str) -> None:
+        """Remove a directory that a trainer built a checkpoint in. One that has gone is no error.
+        Never raises: what lies elsewhere is not touched, and that, as any failure to remove, is
+        logged."""
+        ...
+
+    async def replicate(self, digest: str, target: ReplicaSource) -> None:
+        """Send what the target lacks, and its manifest last. Raises `ChunkError`."""
+        ...
+
+    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
+        """Fetch what is missing, verify everything, lay the files out under `directory`. A
+        candidate is skipped only when this node and each of its sources answered that they have no
+        good copy. Raises `ChunkError` when a source did not answer, or when this node could not do
+        it (the disk is full): progress does not go back for that; try again later or elsewhere."""
+        ...
+
+    async def checkpoints(self) -> tuple[str, ...]:
+        """Digests of the whole checkpoints on this disk, newest first, at most 4096."""
+        ...
+
+    async def collect(self, keep: frozenset[str]) -> int:
+        """Drop manifests that are not in `keep`, and chunks that no manifest names; returns the
+        bytes freed. A manifest goes at once when one in `keep` lies here that is newer and of the
+        same job (by epoch, then step). Any other is spared for days after it was written or last
+        published: it may be the newest progress of a job whose writer waits for the coordinator.
+        Chunks are spared for a minute after they were written or asked about. Raises
+        `ChunkError`."""
+        ...
+
+
+class JournalUnavailable(Exception):
+    """Nothing of the batch is durable; the same batch may be tried again (the disk is full)."""
+
+
+class Journal(Protocol):
+    """What this node runs, crash-safe."""
+
+    async def commit(self, records: Sequence[Record]) -> None:
+        """All of it durable, or none. Raises `JournalUnavailable`."""
+        ...
+
+
+class Workspace(Protocol):
+    """The directories of attempts. Methods run in a worker thread."""
+
+    def prepare(self, attempt_id: str) -> None:
+        """Make staging and work directories. Raises `StartError`, e.g. when the disk is full."""
+        ...
+
+    def restore_directory(self, attempt_id: str) -> str: ...
+    def staging_directory(self, attempt_id: str) -> str: ...
+
+    def write_trainer_config(self, attempt_id: str, config_json: str) -> None:
+        """Raises `StartError`."""
+        ...
+
+    def clear(self, attempt_id: str) -> None:
+        """Everything but the log may go."""
+        ...
+
+
+class Trainers(Protocol):
+    """The socket to trainers; what they say is told to a callback given at construction."""
+
+    def register(self, attempt_id: str, token: str, staging_directory: str) -> None: ...
+    def unregister(self, attempt_id: str) -> None: ...
+    def tell(self, attempt_id: str, message: Mapping[str, object]) -> None: ...
+
+
+class Session(Protocol):
+    """One connection to the coordinator. `receive` raises `LinkClosed` when it is over."""
+
+    async def send(self, message: Upward) -> None: ...
+    async def receive(self) -> Order: ...
+    async def close(self) -> None: ...
+
+
+class LinkClosed(Exception):
+    """The connection to the coordinator ended; the text says how."""
+
+
+class Uplink(Protocol):
+    """Dials the coordinator."""
+
+    async def dial(self) -> Session:
+        """Raises `LinkClosed` when the coordinator cannot be reached."""
+        ...

@@ -1,0 +1,69 @@
+"""The agent's journal as a fold: what a fresh core is made of after its predecessor was killed.
+
+Problem: whether an agent that comes back does the right thing depends on what its journal holds at
+that very moment. This is the smallest thing that a journal can be, a function from records to what
+they leave behind. `SqliteJournal` has to agree with it (`tests/agent/test_journal.py`), so whatever
+holds for a core made from this fold holds for one made from the file.
+"""
+
+from collections.abc import Iterable
+
+from agent.core.attempt import AttemptRecord
+from agent.core.messages import AgentEvent
+from agent.core.state import (
+    DropAttempt,
+    DropFence,
+    DropSpooled,
+    Memory,
+    PutAttempt,
+    PutFence,
+    PutLeaderEpoch,
+    Record,
+    SpoolEvent,
+)
+
+
+class MemoryJournal:
+    """`commit` records, read them back as `memory()`."""
+
+    def __init__(self, journal_id: str = "j1") -> None:
+        self.journal_id = journal_id
+        self.attempts: dict[str, AttemptRecord] = {}
+        self.spool: dict[int, AgentEvent] = {}
+        self.next_sequence = 1
+        self.fences: dict[int, int] = {}
+        self.leader_epoch = 0
+
+    def commit(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._write(record)
+
+    def memory(self) -> Memory:
+        return Memory(
+            self.journal_id,
+            tuple(self.attempts.values()),
+            tuple(self.spool.values()),
+            self.next_sequence,
+            tuple(self.fences.items()),
+            self.leader_epoch,
+        )
+
+    def _write(self, record: Record) -> None:
+        match record:
+            case PutAttempt():
+                self.attempts[record.record.id] = record.record
+            case DropAttempt():
+                self.attempts.pop(record.attempt, None)
+            case SpoolEvent():
+                self.spool[record.event.sequence] = record.event
+                self.next_sequence = record.event.sequence + 1
+            case DropSpooled():
+                for sequence in [known for known in self.spool if known <= record.sequence]:
+                    del self.spool[sequence]
+            case PutFence():
+                self.fences.pop(record.job_id, None)  # the one raised last stands last
+                self.fences[record.job_id] = record.epoch
+            case DropFence():
+                self.fences.pop(record.job_id, None)
+            case PutLeaderEpoch():
+                self.leader_epoch = record.epoch

@@ -1,0 +1,413 @@
+"""The agent's core against a world that drops, repeats, kills and fails, at every turn.
+
+Problem: the dangerous moments of a node lie between two lines: the agent is killed after its
+journal has the decision and before anybody carried it out; a stop crosses a start on the wire; a
+commit is answered into a link that has just been cut. Nobody thinks of all of them, so hypothesis
+draws the history, and what must hold is stated once:
+
+Safety. No process starts after its stop was taken or after it ended. No GPU and no job has two.
+Sequences have no gaps and are never used again; an event leaves the spool only when acknowledged.
+An attempt ends once, after all that it proposes. A checkpoint follows the one before it, or the
+last accepted. A tick is never asked for twice at the same instant. The same events give the same
+effects.
+Liveness. Once nothing fails any more everything ends, is answered, acknowledged and forgotten.
+"""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from agent.core import messages as m
+from agent.core import state as s
+from agent.core import trainer_messages as t
+from agent.core import values as v
+from agent.core.launch import LaunchOptions
+from agent.core.node import NodeCore
+from tests.core.agent_memory import MemoryJournal
+
+OPTIONS = s.Options("n1:1", LaunchOptions("n1", "/sock", "/attempts", "/python", ()))
+HOST = v.HostFacts("box", "boot", 8, 1, "", "")
+GPUS = ("A", "B")
+PEER = v.ReplicaSource("n2", "n2:1")
+ENDS = m.AttemptExited | m.AttemptRefused
+ROUNDS_MAX = 400  # of the last, friendly stretch; far more than anything needs
+
+
+class AgentMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_ms = 0
+        self.journal = MemoryJournal()
+        self.doomed_after: int | None = (
+            None  # carry out so many commands of the next batch, then die
+        )
+        # what outlives the agent
+        self.gpus: dict[str, tuple[str, ...]] = {}  # of every attempt that was ever ordered
+        self.processes: dict[str, bool] = {}  # by attempt: whether it still runs
+        self.forgotten: set[str] = set()
+        self.directories: set[str] = set()
+        self.offered: dict[str, dict[int, t.TrainerCheckpoint]] = {}  # not answered yet
+        self.offers = 0
+        # the coordinator
+        self.epochs: dict[int, int] = {}
+        self.starts: list[m.StartAttempt] = []
+        self.heard = 0
+        self.heads: dict[str, str] = {}
+        self.ended: dict[str, int] = {}
+        # what has been seen in the journal
+        self.last_sequence = 0
+        self.acknowledged = 0
+        self.stopped: set[str] = set()
+        self.accepted: set[str] = set()
+        self.ends: set[str] = set()
+        self.proposals: dict[str, list[str]] = {}
+        self.stored: set[str] = set()
+        self.abandoned: set[str] = set()
+        self.boot()
+
+    # --- the agent --------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        self.core = NodeCore(OPTIONS, self.journal.memory())
+        self.twin = NodeCore(OPTIONS, self.journal.memory())
+        self.tasks: list[m.Event] = []  # outcomes on their way to the inbox
+        self.up: list[m.Upward] = []
+        self.down: list[m.Order] = []
+        self.connected = False
+        for attempt, running in self.processes.items():
+            if not running:
+                self.tasks.append(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
+        facts = tuple(v.GpuFacts(uuid, "H100", 1) for uuid in GPUS)
+        self.handle(m.Opened(tuple(self.processes), HOST, facts))
+
+    def handle(self, event: m.Event) -> None:
+        self.now_ms += 1
+        now = s.Instant(self.now_ms, self.now_ms)
+        effects = self.core.handle(now, event)
+        assert self.twin.handle(now, event) == effects
+        assert self.twin.next_wake_ms() == self.core.next_wake_ms()
+        records = [effect for effect in effects if isinstance(effect, s.Record)]
+        for record in records:
+            self.check(record)
+        self.journal.commit(records)
+        for effect in effects[len(records) :]:
+            if self.doomed_after == 0:
+                self.doomed_after = None
+                self.boot()
+                return
+            if self.doomed_after is not None:
+                self.doomed_after -= 1
+            assert not isinstance(effect, s.Record)
+            self.act(effect)
+
+    def check(self, record: s.Record) -> None:
+        match record:
+            case s.PutAttempt():
+                self.accepted.add(record.record.id)
+                if record.record.stop_reason:
+                    self.stopped.add(record.record.id)
+                if record.record.pending is not None:
+                    self.stored.add(record.record.pending.digest)
+            case s.PutFence():
+                self.stopped.add(f"{record.job_id}.{record.epoch}")
+            case s.DropSpooled():
+                assert record.sequence <= self.acknowledged
+            case s.SpoolEvent():
+                event = record.event
+                assert event.sequence == self.last_sequence + 1
+                self.last_sequence = event.sequence
+                assert event.attempt not in self.ends, "something after the end"
+                if isinstance(event.body, ENDS):
+                    self.ends.add(event.attempt)
+                if isinstance(event.body, m.CheckpointProposed):
+                    self.check_proposal(event.attempt, event.body)
+
+    def check_proposal(self, attempt: str, body: m.CheckpointProposed) -> None:
+        live = self.journal.attempts[attempt]
+        before = self.proposals.setdefault(attempt, [])
+        assert body.parent in (before[-1] if before else "", live.committed)
+        assert body.digest not in before
+        before.append(body.digest)
+        if live.spec.replication == "required":
+            assert len(body.replicas) == 2
+
+    def act(self, command: m.Command) -> None:
+        match command:
+            case m.Send() if self.connected:
+                self.up.append(command.message)
+            case m.CloseLink():
+                self.cut()
+            case m.RestoreCheckpoint():
+                self.tasks.append(m.RestoreDone(command.attempt, v.Restored("", 0, "")))
+            case m.StartProcess():
+                self.start_process(command.launch.attempt_id)
+            case m.KillProcess() if self.processes.get(command.attempt):
+                self.end_process(command.attempt)
+            case m.ForgetAttempt():
+                assert not self.processes.pop(command.attempt, False), "it still runs"
+                self.forgotten.add(command.attempt)
+                self.offered.pop(command.attempt, None)
+            case m.StoreCheckpoint():
+                self.tasks.append(self.store(command))
+            case m.DiscardSource():
+                self.directories.discard(command.path)
+            case m.ReplicateCheckpoint():
+                self.tasks.append(m.ReplicationDone(command.attempt, command.digest, "n2"))
+            case m.TellTrainer():
+                self.tell(command.attempt, dict(command.message))
+            case m.Log(event="checkpoint.abandoned"):
+                self.abandoned.add(str(dict(command.fields)["digest"]))
+
+    def start_process(self, attempt: str) -> None:
+        if attempt not in self.processes:
+            assert attempt not in self.forgotten | self.stopped | self.ends
+            for other in [other for other, running in self.processes.items() if running]:
+                assert other.split(".")[0] != attempt.split(".")[0], "two of one job"
+                assert not set(self.gpus[other]) & set(self.gpus[attempt]), "two on one GPU"
+            self.processes[attempt] = True
+        self.tasks.append(m.ProcessStarted(attempt, 100))
+
+    def end_process(self, attempt: str) -> None:
+        self.processes[attempt] = False
+        self.tasks.append(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
+
+    def store(self, command: m.StoreCheckpoint) -> m.Event:
+        if command.path not in self.directories:
+            return m.StoreFailed(command.attempt, "no such directory")
+        digest = f"{command.path}<{command.parent}"
+        return m.StoreDone(command.attempt, v.StoredCheckpoint(digest, command.step, 1, 1))
+
+    def tell(self, attempt: str, message: dict[str, str | int]) -> None:
+        if message["type"] in ("stored", "refused") and self.processes.get(attempt):
+            self.offered.get(attempt, {}).pop(int(message["id"]), None)
+
+    # --- what may happen --------------------------------------------------------------------------
+
+    @rule(
+        job_id=st.integers(1, 3),
+        uuids=st.sampled_from([("A",), ("B",), ("A", "B"), ()]),
+        replication=st.sampled_from(["automatic", "required", "none"]),
+        near=st.booleans(),
+    )
+    def place(self, job_id: int, uuids: tuple[str, ...], replication: str, near: bool) -> None:
+        epoch = self.epochs[job_id] = self.epochs.get(job_id, 0) + 1
+        spec = m.JobSpec(command=("x",), replication=replication)
+        target = PEER if near else None
+        order = m.StartAttempt(f"{job_id}.{epoch}", spec, uuids, (), target)
+        self.gpus[order.attempt] = uuids
+        self.starts.append(order)
+        self.order(order)
+
+    @precondition(lambda self: self.starts)
+    @rule(data=st.data())
+    def place_again(self, data: st.DataObject) -> None:
+        self.order(data.draw(st.sampled_from(self.starts)))
+
+    @precondition(lambda self: self.starts)
+    @rule(data=st.data(), grace_ms=st.sampled_from([None, 0, 1_000]), lost=st.booleans())
+    def stop(self, data: st.DataObject, grace_ms: int | None, lost: bool) -> None:
+        """Also for one whose start never arrived, or arrives later."""
+        order = data.draw(st.sampled_from(self.starts))
+        if lost:
+            self.down = [other for other in self.down if other != order]
+        self.order(m.StopAttempt(order.attempt, grace_ms, "why not"))
+
+    @precondition(lambda self: self.starts)
+    @rule(data=st.data(), near=st.booleans())
+    def retarget(self, data: st.DataObject, near: bool) -> None:
+        order = data.draw(st.sampled_from(self.starts))
+        required = order.spec.replication == "required"
+        self.order(m.SetReplicaTarget(order.attempt, PEER if near else None, required))
+
+    def order(self, order: m.Order) -> None:
+        if self.connected:
+            self.down.append(order)
+
+    @rule()
+    def connect(self) -> None:
+        if not self.connected:
+            self.connected = True
+            self.handle(m.Connected(()))
+
+    @rule(accept=st.booleans(), tasks=st.integers(0, 3))
+    def all_flows(self, accept: bool, tasks: int) -> None:
+        """Many small steps at once, or few histories would come far."""
+        self.connect()
+        while self.up or self.down:
+            if self.up:
+                self.coordinator_hears(accept)
+            if self.down:
+                self.agent_hears()
+            if self.tasks and tasks:
+                tasks -= 1
+                self.handle(self.tasks.pop(0))
+
+    @rule()
+    def cut(self) -> None:
+        if self.connected:
+            self.connected = False
+            self.up, self.down = [], []
+            now, lost = s.Instant(self.now_ms, self.now_ms), m.Disconnected("cut")
+            assert self.core.handle(now, lost) == self.twin.handle(now, lost)
+
+    @precondition(lambda self: self.up)
+    @rule(accept=st.booleans())
+    def coordinator_hears(self, accept: bool) -> None:
+        message = self.up.pop(0)
+        match message:
+            case m.Hello():
+                assert message.acknowledged_sequence <= self.heard
+                self.down.append(m.Welcome(1, 1_000, 8_000, self.heard))
+            case m.Heartbeat():
+                self.down.append(m.LeaseRenewal(message.sequence))
+            case m.AgentEvent() if message.sequence <= self.heard + 1:
+                if message.sequence == self.heard + 1:
+                    self.heard += 1
+                    self.apply(message, accept)
+                self.down.append(m.EventAck(self.heard))
+
+    def apply(self, event: m.AgentEvent, accept: bool) -> None:
+        if isinstance(event.body, ENDS):
+            self.ended[event.attempt] = self.ended.get(event.attempt, 0) + 1
+        if isinstance(event.body, m.CheckpointProposed):
+            head = self.heads.get(event.attempt, "")
+            accept = accept and event.body.parent == head
+            if accept:
+                self.heads[event.attempt] = event.body.digest
+            self.down.append(m.CommitResult(event.attempt, event.body.digest, accept, "no"))
+
+    @precondition(lambda self: self.down)
+    @rule()
+    def agent_hears(self) -> None:
+        order = self.down.pop(0)
+        if isinstance(order, m.EventAck):
+            self.acknowledged = max(self.acknowledged, order.sequence)
+        if isinstance(order, m.Welcome):
+            self.acknowledged = max(self.acknowledged, order.acknowledged_sequence)
+        self.handle(m.FromCoordinator(order, "token"))
+
+    @precondition(lambda self: self.tasks)
+    @rule(fails=st.booleans(), data=st.data())
+    def task_ends(self, fails: bool, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.tasks) - 1))
+        event = self.tasks[index]
+        kinds = [(type(e), getattr(e, "attempt", "")) for e in self.tasks[:index]]
+        if isinstance(event, m.ProcessEnded):
+            # The supervisor tells an exit after the start.
+            if (m.ProcessStarted, event.exit.attempt_id) in kinds:
+                return
+        del self.tasks[index]
+        self.handle(self.failed(event) if fails else event)
+
+    def failed(self, event: m.Event) -> m.Event:
+        match event:
+            case m.RestoreDone():
+                return m.RestoreFailed(event.attempt, "unlucky")
+            case m.StoreDone():
+                return m.StoreFailed(event.attempt, "unlucky")
+            case m.ReplicationDone():
+                return m.ReplicationFailed(event.attempt, event.digest, "unlucky")
+        return event
+
+    def running(self) -> list[str]:
+        return [attempt for attempt, running in self.processes.items() if running]
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def trainer_offers(self, data: st.DataObject) -> None:
+        attempt = data.draw(st.sampled_from(self.running()))
+        self.offers += 1
+        path = f"{attempt}/c{self.offers}"
+        self.directories.add(path)
+        message = t.TrainerCheckpoint(self.offers, path, self.offers)
+        self.offered.setdefault(attempt, {})[self.offers] = message
+        self.handle(m.FromTrainer(attempt, message))
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def trainer_reconnects(self, data: st.DataObject) -> None:
+        attempt = data.draw(st.sampled_from(self.running()))
+        self.handle(m.FromTrainer(attempt, t.TrainerHello(100)))
+        for message in list(self.offered.get(attempt, {}).values()):
+            self.handle(m.FromTrainer(attempt, message))
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def process_ends(self, data: st.DataObject) -> None:
+        self.end_process(data.draw(st.sampled_from(self.running())))
+
+    @rule(count=st.integers(0, 4))
+    def agent_is_killed_soon(self, count: int) -> None:
+        self.doomed_after = count
+
+    @rule()
+    def agent_is_killed(self) -> None:
+        self.doomed_after = None
+        self.boot()
+
+    @rule(forward_ms=st.sampled_from([10, 1_000, 9_000, 130_000]))
+    def time_passes(self, forward_ms: int) -> None:
+        self.now_ms += forward_ms
+        before = self.core
+        self.handle(m.Tick())
+        wake_ms = self.core.next_wake_ms()
+        assert wake_ms is None or wake_ms > self.now_ms or self.core is not before, "it spins"
+
+    # --- in the end -------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        self.doomed_after = None
+        for _ in range(ROUNDS_MAX):
+            self.connect()
+            while self.up or self.down or self.tasks:
+                if self.up:
+                    self.coordinator_hears(True)
+                if self.down:
+                    self.agent_hears()
+                if self.tasks:
+                    self.handle(self.tasks.pop(0))
+            waiting = self.offered and any(self.offered.get(a) for a in self.running())
+            if waiting:
+                self.check_offers()
+            for attempt in self.running():
+                self.end_process(attempt)
+            if not self.core.state.attempts and not self.core.state.spool and not self.tasks:
+                break
+            self.time_passes(1_000)
+            for order in self.starts:
+                if order.attempt in self.core.state.attempts:
+                    required = order.spec.replication == "required"
+                    self.order(m.SetReplicaTarget(order.attempt, PEER, required))
+        self.check_all_settled()
+
+    def check_offers(self) -> None:
+        """Whoever asks again is answered, once everything that runs has run its way."""
+        for attempt in self.running():
+            for message in list(self.offered.get(attempt, {}).values()):
+                self.handle(m.FromTrainer(attempt, message))
+                while self.tasks or self.up or self.down:
+                    if self.tasks:
+                        self.handle(self.tasks.pop(0))
+                    if self.up:
+                        self.coordinator_hears(True)
+                    if self.down:
+                        self.agent_hears()
+            live = self.core.state.attempts.get(attempt)
+            blocked = live is not None and live.record.pending is not None
+            assert blocked or not self.offered.get(attempt), "an offer without an answer"
+
+    def check_all_settled(self) -> None:
+        assert not self.core.state.attempts
+        assert not self.core.state.spool
+        assert not self.processes
+        assert self.heard == self.last_sequence
+        assert set(self.ended) == self.ends >= self.accepted
+        assert all(count == 1 for count in self.ended.values())
+        proposed = {digest for digests in self.proposals.values() for digest in digests}
+        assert self.stored <= proposed | self.abandoned
+
+
+def test_every_invariant_holds_in_every_history() -> None:
+    run_state_machine_as_test(
+        AgentMachine, settings=settings(max_examples=400, stateful_step_count=60)
+    )
