@@ -1,0 +1,120 @@
+"""What lies in an attempt's directory, read back as values.
+
+Problem: the records are written by another process, which may have been cut off by a power failure
+or a full disk. A file that is absent, empty or not what it should be must read as "nobody recorded
+this", never as a crash of the agent.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.core.values import Launch, ProcessExit
+from agent.processes.shim import (
+    EXIT_NAME,
+    LAUNCH_NAME,
+    LOG_DIRECTORY_NAME,
+    STARTED_NAME,
+    private_opener,
+)
+
+# also a file name, so nothing else is let through
+ATTEMPT_ID = re.compile(r"[0-9]{1,19}\.[0-9]{1,19}")
+SEGMENT_NAME = re.compile(r"([0-9]{20})\.log")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """`started.json`: who runs, named so that neither a reused pid nor a reboot fools anybody."""
+
+    pid: int
+    start_ticks: int
+    shim_pid: int
+    shim_start_ticks: int
+    boot_id: str
+
+
+def read_started(directory: Path) -> Started | None:
+    """None when there is no such record, or not a whole one."""
+    record = _read_json(directory / STARTED_NAME)
+    try:
+        return Started(
+            int(record["pid"]),
+            int(record["start_ticks"]),
+            int(record["shim_pid"]),
+            int(record["shim_start_ticks"]),
+            str(record["boot_id"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def read_exit(directory: Path) -> tuple[ProcessExit, int] | None:
+    """How the attempt ended, and the trainer's pid (0 when it never ran); None when that is not
+    recorded.
+    """
+    record = _read_json(directory / EXIT_NAME)
+    try:
+        exit_code, number = record["exit_code"], record["signal"]
+        ended = ProcessExit(
+            attempt_id=directory.name,
+            exit_code=None if exit_code is None else int(exit_code),
+            signal=None if number is None else int(number),
+            reason=str(record["reason"]),
+        )
+        return ended, int(record["pid"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def refuse_launch(launch: Launch) -> str:
+    """Why this cannot be given to execve(2), as a sentence; empty when it can."""
+    if not ATTEMPT_ID.fullmatch(launch.attempt_id):
+        return f"attempt id {launch.attempt_id!r} is not of the form <job id>.<epoch>"
+    if not launch.arguments or not launch.arguments[0]:
+        return "the command is empty"
+    if not os.path.isabs(launch.working_directory):
+        return f"the working directory must be an absolute path, not {launch.working_directory!r}"
+    for name, value in launch.environment:
+        if not name or "=" in name:
+            return f"environment variable {name!r} has an impossible name"
+        if "\0" in name + value:
+            return f"environment variable {name!r} contains a NUL byte"
+    if "\0" in "".join(launch.arguments) + launch.working_directory:
+        return "the command or its working directory contains a NUL byte"
+    return ""
+
+
+def write_launch(directory: Path, launch: Launch) -> None:
+    """Make the attempt's directory and its `launch` file, as `shim.py` describes it. Raises
+    OSError.
+    """
+    directory.mkdir(mode=0o700)
+    (directory / LOG_DIRECTORY_NAME).mkdir(mode=0o700)
+    fields = [launch.working_directory, str(len(launch.arguments)), *launch.arguments]
+    fields += [f"{name}={value}" for name, value in launch.environment]
+    temporary = directory / (LAUNCH_NAME + ".tmp")
+    with open(temporary, "wb", opener=private_opener) as file:
+        file.write(b"\0".join(os.fsencode(field) for field in fields))
+    temporary.rename(directory / LAUNCH_NAME)
+
+
+def segments(directory: Path) -> list[tuple[int, Path]]:
+    """The log segments of an attempt with the offset of their first byte, oldest first."""
+    try:
+        entries = list((directory / LOG_DIRECTORY_NAME).iterdir())
+    except FileNotFoundError:
+        return []
+    matches = ((SEGMENT_NAME.fullmatch(path.name), path) for path in entries)
+    return sorted((int(match[1]), path) for match, path in matches if match)

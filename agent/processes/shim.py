@@ -1,0 +1,498 @@
+"""The supervisor of one trainer: a single file, standard library only, that outlives the agent.
+
+Problem: who holds the output pipe, and who learns the exit status, while the agent is being
+restarted or upgraded? As a child of the agent the trainer would lose both. Output straight into a
+file cannot rotate under a process that knows nothing of it, and a bare process group misses the
+daemons that a script leaves behind (double fork, `setsid`).
+
+How: the agent starts `python -I -S shim.py <attempt directory>` in a session of its own.
+1. The shim makes itself a child subreaper (prctl(2)): every orphan below it becomes its child,
+   whatever its session.
+2. It starts the trainer from `launch` in a session of its own, with PR_SET_PDEATHSIG so that it
+   cannot outlive the shim, tells the agent over the status pipe, then writes `started.json`.
+3. It copies the one output pipe into segments `log/<offset of the first byte>.log`, dropping bytes
+   rather than ever stopping to read: a trainer must not hang on a full disk.
+4. When the trainer ends it kills what is left until wait(2) says that there are no children, then
+   writes `exit.json`. One ending is different: a stop signal goes to the whole process group, and
+   of `bash -c 'python train.py; exit $?'` the shell dies at once while Python is still saving its
+   checkpoint. After such an end (see `stop_was_heeded`) what is left has the job's grace to end by
+   itself. Nothing is polled for that: a subreaper that has no children has no descendants either,
+   and the end of each child is a SIGCHLD.
+
+`launch` is NUL-separated, because that is the only byte that execve(2) cannot carry: working
+directory, number of arguments, arguments, then `NAME=value` entries. It also keeps `json` (7 ms of
+start-up, for `re` and `enum`) out of the way of the first instruction; for the same reason the
+signal calls come from the C module below `signal`. Everything is imported at the start: the
+standard library on disk may be another one when the trainer ends, days later.
+"""
+
+import ctypes
+import os
+import select
+import sys
+import time
+
+try:
+    # the C half of it, without 4 ms of enums
+    import _signal as signal  # type: ignore[import-not-found]
+except ImportError:  # an interpreter that keeps it elsewhere
+    import signal
+
+LAUNCH_NAME = "launch"
+STARTED_NAME = "started.json"
+EXIT_NAME = "exit.json"
+LOG_DIRECTORY_NAME = "log"
+
+STATUS_FD = 3  # the agent's end of the handshake, right after the standard three
+# small enough that dropping the oldest loses little of what people look at
+SEGMENT_BYTES = 8 * 1024 * 1024
+# 64 MiB an attempt: a day of a chatty progress bar; 8 such jobs on a node stay below 1 GiB
+SEGMENTS_KEPT = 8
+READ_BYTES = 64 * 1024  # one full pipe, Linux's default capacity
+# after the last child is gone only a stranger with our pipe can still write: 16 pipes full
+DRAIN_BYTES_MAX = 1024 * 1024
+# a leftover in the middle of its last system call is looked for again this often
+LEFTOVER_RESCAN_MS = 50
+# for a launch whose environment names no grace: what a job gets that asks for none
+GRACE_DEFAULT_MS = 120_000
+GRACE_MAX_MS = 2**31 - 1  # 24 days, the longest that poll(2) can wait
+RECORD_RETRY_FIRST_MS = 100
+# a full disk is looked at again at least this often: the node's GPUs wait for the record
+RECORD_RETRY_MAX_MS = 5_000
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+# how a job may ask to be stopped
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+START_FAILED_STATUS = 127  # what shells use; the sentence in the error pipe is what counts
+
+LOST_MARKER = b"\n[baton] %d bytes of output were lost here: the log could not be written\n"
+
+
+class StartFailure(Exception):
+    """The trainer could not be started; the text is the sentence for the user."""
+
+
+class Launch:
+    """The parsed `launch` file; everything is bytes, as the kernel has it."""
+
+    def __init__(self, data: bytes) -> None:
+        directory, count, *rest = data.split(b"\0")
+        self.working_directory = directory
+        self.arguments = rest[: int(count)]
+        self.environment: dict[bytes, bytes] = {}
+        for entry in rest[int(count) :]:
+            name, _, value = entry.partition(b"=")
+            self.environment[name] = value
+
+    def grace_ms(self) -> int:
+        """How long what a stopped trainer leaves behind may take to end, 0 to `GRACE_MAX_MS`."""
+        text = self.environment.get(b"BATON_GRACE_MS", b"")
+        # `isdigit` of bytes knows ASCII only; more digits than the bound has are not looked at
+        if not text.isdigit() or len(text) > len(str(GRACE_MAX_MS)):
+            return GRACE_DEFAULT_MS
+        return min(int(text), GRACE_MAX_MS)
+
+
+class OutputLog:
+    """Output in segments named by the offset of their first byte; writing never blocks on, nor
+    fails for, a full disk.
+
+    Offsets count the bytes that were kept, so they are contiguous; what was lost is counted in
+    `lost_bytes_total` and a marker line stands in its place as soon as there is room again.
+    """
+
+    def __init__(self, directory: bytes) -> None:
+        self.directory = directory
+        self.offset = 0
+        self.lost_bytes_total = 0
+        self._segment_fd = -1
+        self._segment_bytes = 0
+        self._segments: list[bytes] = []
+        self._lost_bytes = 0  # since the last marker
+        self._owed = b""  # the rest of a marker that found no room for all of itself
+
+    def write(self, data: bytes) -> None:
+        """Append `data`, or as much of it as the disk takes."""
+        self._settle()
+        taken = 0 if self._owed or self._lost_bytes else self._append(data)
+        self._lost_bytes += len(data) - taken
+        self.lost_bytes_total += len(data) - taken
+
+    def _settle(self) -> None:
+        if not self._owed and not self._lost_bytes:
+            return
+        marker = LOST_MARKER % self._lost_bytes if self._lost_bytes else b""
+        taken = self._append(self._owed + marker)
+        if taken > len(self._owed):
+            self._lost_bytes = 0
+            self._owed = (self._owed + marker)[taken:]
+        else:
+            self._owed = self._owed[taken:]
+
+    def _append(self, data: bytes) -> int:
+        view = memoryview(data)
+        taken = 0
+        while taken < len(data):
+            try:
+                if self._segment_fd < 0 or self._segment_bytes >= SEGMENT_BYTES:
+                    self._rotate()
+                room = SEGMENT_BYTES - self._segment_bytes
+                count = os.write(self._segment_fd, view[taken : taken + room])
+            # no space, quota, or the directory was taken away: the caller counts what is lost
+            except OSError:
+                break
+            taken += count
+            self._segment_bytes += count
+            self.offset += count
+        return taken
+
+    def _rotate(self) -> None:
+        path = self.directory + b"/%020d.log" % self.offset
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if self._segment_fd >= 0:
+            os.close(self._segment_fd)
+        self._segment_fd = fd
+        self._segment_bytes = 0
+        self._segments.append(path)
+        while len(self._segments) > SEGMENTS_KEPT:
+            os.unlink(self._segments.pop(0))
+
+
+class Watch:
+    """The shim between start and exit record: copy output, pass SIGTERM on, reap, clear up."""
+
+    def __init__(
+        self, trainer_pid: int, output_fd: int, wake_fd: int, log: OutputLog, *, grace_ms: int
+    ) -> None:
+        self.trainer_pid = trainer_pid
+        self.output_fd = output_fd
+        self.wake_fd = wake_fd
+        self.log = log
+        self.grace_ms = grace_ms
+        self.status: int | None = None
+        self.childless = False
+        # both by the monotonic clock, both of use only once there is a status
+        self._grace_ends_s = 0.0
+        self._next_look_s = 0.0
+
+    def run(self, directory: bytes, started_record: str) -> int:
+        """Until the trainer and all it left behind are gone and the pipe is drained; returns the
+        wait(2) status.
+        """
+        poller = select.poll()
+        poller.register(self.output_fd, select.POLLIN)
+        poller.register(self.wake_fd, select.POLLIN)
+        recorded = False
+        retry_at_s = 0.0
+        while not self.childless or self.status is None:
+            if not recorded and time.monotonic() >= retry_at_s:
+                recorded = try_record(directory, STARTED_NAME, started_record)
+                retry_at_s = time.monotonic() + RECORD_RETRY_MAX_MS / 1000
+            for fd, _ in poller.poll(self._wait_ms(None if recorded else RECORD_RETRY_MAX_MS)):
+                if fd == self.wake_fd:
+                    self._wake()
+                elif self._copy() == 0:
+                    poller.unregister(self.output_fd)
+            # by the clock and not when all is quiet: what is left may never stop writing
+            if self.status is not None and time.monotonic() >= self._next_look_s:
+                self._reap()
+        drained_bytes = 0
+        while drained_bytes < DRAIN_BYTES_MAX and (count := self._copy()) > 0:
+            drained_bytes += count
+        self.log.write(b"")  # a last chance for the marker
+        return self.status
+
+    def _wait_ms(self, bound_ms: int | None) -> float | None:
+        """How long nothing needs doing unless the kernel says so; None for ever."""
+        if self.status is None:
+            return bound_ms
+        wait_ms = max(0.0, (self._next_look_s - time.monotonic()) * 1000)
+        return wait_ms if bound_ms is None else min(wait_ms, bound_ms)
+
+    def _copy(self) -> int:
+        """Move one read from the pipe to the log: its size, 0 at the end, -1 for nothing yet."""
+        try:
+            data = os.read(self.output_fd, READ_BYTES)
+        except BlockingIOError:
+            return -1
+        if data:
+            self.log.write(data)
+        return len(data)
+
+    def _wake(self) -> None:
+        numbers = os.read(self.wake_fd, 512)
+        if signal.SIGTERM in numbers and self.status is None:
+            # not reaped yet, so the number is still its own
+            os.killpg(self.trainer_pid, signal.SIGTERM)
+        self._reap()
+
+    def _reap(self) -> None:
+        while not self.childless:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.childless = True
+                return
+            if pid == 0:
+                break
+            if pid == self.trainer_pid:
+                self.status = status
+                left_ms = self.grace_ms if stop_was_heeded(status) else 0
+                self._grace_ends_s = self._next_look_s = time.monotonic() + left_ms / 1000
+        if self.status is not None and time.monotonic() >= self._grace_ends_s:
+            self._kill_children()
+            self._next_look_s = time.monotonic() + LEFTOVER_RESCAN_MS / 1000
+
+    def _kill_children(self) -> None:
+        """One level at a time: the children of what dies here become ours, and their parent's death
+        wakes us again.
+        """
+        for name in os.listdir("/proc"):
+            if name.isdigit() and stat_fields(int(name))[1:2] == [b"%d" % os.getpid()]:
+                try:
+                    # our child, not reaped: it cannot be anybody else
+                    os.kill(int(name), signal.SIGKILL)
+                except PermissionError:
+                    continue  # it became another user (sudo); its end is waited for instead
+
+
+def stop_was_heeded(status: int) -> bool:
+    """Whether a wait(2) status says "ended by a stop signal", in the kernel's words or a shell's
+    (128 + its number): then others in the group may still be heeding theirs.
+    """
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) in STOP_SIGNALS
+    return os.WEXITSTATUS(status) - 128 in STOP_SIGNALS
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """The fields of /proc/<pid>/stat after the command name (which may hold anything): state, ppid,
+    pgrp, session...
+
+    Index 19 is the start time in clock ticks since boot (proc(5), field 22). Empty when there is no
+    such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def read_boot_id() -> str:
+    """The kernel's id of this boot: a pid and a start time mean nothing after another one."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def write_record(directory: bytes, name: str, text: str) -> None:
+    """Write a file that is there whole or not at all, also after a power cut. Raises OSError."""
+    path = directory + b"/" + name.encode()
+    with open(path + b".tmp", "wb", opener=private_opener) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(path + b".tmp", path)
+    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)
+
+
+def try_record(directory: bytes, name: str, text: str) -> bool:
+    """Like `write_record`; False when the disk did not take it."""
+    try:
+        write_record(directory, name, text)
+    except OSError:
+        return False
+    return True
+
+
+def private_opener(path: str | bytes, flags: int) -> int:
+    """For `open`: only the agent's user may read what lies in an attempt's directory."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def unix_ms() -> int:
+    """Wall time, for people."""
+    return time.time_ns() // 1_000_000
+
+
+def exit_record(
+    status: int | None,
+    trainer_pid: int,
+    reason: str = "",
+    *,
+    log_bytes: int = 0,
+    lost_bytes: int = 0,
+) -> str:
+    """The text of `exit.json`; code and signal are null when nobody saw the trainer end."""
+    exit_code = signal_number = "null"
+    if status is not None and os.WIFSIGNALED(status):
+        signal_number = str(os.WTERMSIG(status))
+    elif status is not None:
+        exit_code = str(os.WEXITSTATUS(status))
+    quoted = '""'
+    if reason:
+        import json  # only for failures to start, which are told at once
+
+        quoted = json.dumps(reason)
+    return (
+        f'{{"exit_code":{exit_code},"signal":{signal_number},"reason":{quoted},"pid":{trainer_pid},'
+        f'"unix_ms":{unix_ms()},"log_bytes":{log_bytes},"log_bytes_lost":{lost_bytes}}}\n'
+    )
+
+
+def start_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL) -> int:
+    """Fork and exec; returns the pid once the new program runs. Raises `StartFailure`."""
+    error_read, error_write = os.pipe2(os.O_CLOEXEC)
+    shim_pid = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_trainer(launch, output_fd, libc, shim_pid)
+        except OSError as error:
+            os.write(error_write, explain(error, launch).encode(errors="surrogateescape"))
+        finally:
+            os._exit(START_FAILED_STATUS)
+    os.close(error_write)
+    report = b""
+    while chunk := os.read(error_read, READ_BYTES):  # ends when exec closes the other end
+        report += chunk
+    os.close(error_read)
+    if report:
+        os.waitpid(pid, 0)
+        raise StartFailure(report.decode(errors="replace"))
+    return pid
+
+
+def become_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL, shim_pid: int) -> None:
+    """In the child: everything between fork and exec. Returns never; raises OSError with the file
+    in `filename`.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+        # the last two are ignored by Python, and exec keeps what is ignored
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != shim_pid:
+        os._exit(START_FAILED_STATUS)  # the shim went between fork and prctl
+    os.dup2(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), 0)
+    os.dup2(output_fd, 1)
+    os.dup2(output_fd, 2)
+    os.chdir(launch.working_directory)
+    program = launch.arguments[0]
+    if b"/" in program:
+        # no shell is the point
+        os.execve(program, launch.arguments, launch.environment)  # noqa: S606
+    denied: OSError | None = None
+    for directory in search_path(launch).split(b":"):
+        try:
+            path = (directory or b".") + b"/" + program
+            os.execve(path, launch.arguments, launch.environment)  # noqa: S606 - as above
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:  # as execvp(3): a later directory may have a usable one
+            denied = error
+    raise denied or FileNotFoundError(2, "not on the path", program)
+
+
+def search_path(launch: Launch) -> bytes:
+    """Where a command without a slash is looked for: the trainer's own PATH."""
+    return launch.environment.get(b"PATH", os.fsencode(os.defpath))
+
+
+def explain(error: OSError, launch: Launch) -> str:
+    """The sentence for a failure to start."""
+    subject = os.fsdecode(error.filename or b"")
+    if error.filename == launch.working_directory:
+        if isinstance(error, FileNotFoundError):
+            return f"no such directory: {subject}"
+        if isinstance(error, NotADirectoryError):
+            return f"not a directory: {subject}"
+        return f"cannot enter directory {subject}: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and os.path.exists(error.filename):
+        return (
+            f"not executable: {subject} (the interpreter that its first line names does not exist)"
+        )
+    if isinstance(error, FileNotFoundError) and b"/" not in launch.arguments[0]:
+        return f"no such file: {subject} (looked in PATH={os.fsdecode(search_path(launch))})"
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {subject}"
+    if isinstance(error, PermissionError):
+        return f"not executable: {subject}"
+    if error.strerror == os.strerror(8):  # ENOEXEC
+        return f"not executable: {subject} (neither a program nor a script that begins with #!)"
+    return f"cannot start {os.fsdecode(launch.arguments[0])}: {error.strerror}"
+
+
+def tell_agent(line: str) -> None:
+    """One line on the status pipe. An agent that has gone reads the records instead."""
+    try:
+        os.write(STATUS_FD, line.encode(errors="replace"))
+        os.close(STATUS_FD)
+    except OSError:
+        return
+
+
+def record_exit(directory: bytes, text: str) -> None:
+    """Write `exit.json`, waiting for room on the disk if need be; gives up when the directory
+    itself has gone.
+    """
+    retry_ms = RECORD_RETRY_FIRST_MS
+    while os.path.isdir(directory) and not try_record(directory, EXIT_NAME, text):
+        time.sleep(retry_ms / 1000)
+        retry_ms = min(2 * retry_ms, RECORD_RETRY_MAX_MS)
+
+
+def main() -> None:
+    """Hold one trainer from start to exit record."""
+    directory = os.fsencode(sys.argv[1])
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    # whatever a library in the agent let through
+    os.closerange(STATUS_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+    libc.prctl(PR_SET_NAME, b"baton-shim")
+    # Should the status pipe be missing, its number must not go to a file of ours.
+    if not os.path.exists(f"/proc/self/fd/{STATUS_FD}"):
+        os.dup2(2, STATUS_FD)
+    os.set_inheritable(STATUS_FD, False)
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: None)  # the wake-up pipe carries the number
+    with open(directory + b"/" + LAUNCH_NAME.encode(), "rb") as file:
+        launch = Launch(file.read())
+    output_read, output_write = os.pipe2(os.O_CLOEXEC)
+    try:
+        trainer_pid = start_trainer(launch, output_write, libc)
+    except StartFailure as failure:
+        reason = str(failure)
+        tell_agent(f"failed {reason}\n")
+        record_exit(directory, exit_record(None, 0, reason))
+        return
+    trainer_ticks = stat_fields(trainer_pid)[19].decode()
+    tell_agent(f"started {trainer_pid} {trainer_ticks}\n")
+    os.close(output_write)
+    os.set_blocking(output_read, False)
+    shim_ticks = stat_fields(os.getpid())[19].decode()
+    started_record = (
+        f'{{"pid":{trainer_pid},"start_ticks":{trainer_ticks},"shim_pid":{os.getpid()},'
+        f'"shim_start_ticks":{shim_ticks},"boot_id":"{read_boot_id()}","unix_ms":{unix_ms()}}}\n'
+    )
+    log = OutputLog(directory + b"/" + LOG_DIRECTORY_NAME.encode())
+    watch = Watch(trainer_pid, output_read, wake_read, log, grace_ms=launch.grace_ms())
+    status = watch.run(directory, started_record)
+    text = exit_record(status, trainer_pid, log_bytes=log.offset, lost_bytes=log.lost_bytes_total)
+    record_exit(directory, text)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # all is on disk: taking the interpreter apart would be a sixth of a start's work

@@ -1,0 +1,496 @@
+"""The agent's side of its trainers: start, adopt, signal, kill, and tell each exit once.
+
+Problem: an agent that is restarted finds processes that are no children of its own, so wait(2)
+tells it nothing, and a pid from a file may belong to a stranger by now. A trainer may also have
+ended, or the box rebooted, in the meantime.
+
+How: every trainer has a shim (see `shim.py`), and the attempt's directory says who that is: pid,
+start time, boot. A pidfd of the shim, checked against those, becomes readable when it ends, child
+or not (pidfd_open(2)); then `exit.json` says how. A shim that left no record was killed, or the box
+went down: the agent writes that record itself, after killing what remains of the attempt. A
+directory with `launch` is an attempt whose exit is not settled; `forget` takes that file away and
+leaves the log, until newer logs push it out.
+
+Starting is one posix_spawn(3) (no fork of a large agent) and one line over a close-on-exec pipe;
+nothing is polled.
+"""
+
+import asyncio
+import contextlib
+import os
+import py_compile
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from agent.core.values import Launch, ProcessExit
+from agent.ports import StartError
+from agent.processes import proc, records, shim
+
+# 32 attempts that filled their log; a small share of any GPU box's disk
+FINISHED_LOG_BYTES_MAX = 2 * 1024**3
+# a directory costs inodes even when its log is empty; hours of trivial jobs
+FINISHED_ATTEMPTS_MAX = 4096
+# a network file system may be slow to hand out a program; a start order is not kept for longer
+START_TIMEOUT_S = 60.0
+# only after an agent died between a start and its record: a few milliseconds' window
+STARTED_RECORD_POLL_S = 0.05
+# each pass kills what the one before saw being forked; a fork bomb is left to the cgroup's limit
+KILL_PASSES_MAX = 10
+STATUS_LINE_BYTES_MAX = 64 * 1024  # a sentence with a path and a PATH in it: far below
+
+SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
+
+REBOOTED = "ended unseen: the box rebooted"
+SUPERVISOR_GONE = "ended unseen: its supervisor was killed"
+NEVER_STARTED = "ended unseen: the agent stopped before the trainer was started"
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """An attempt whose exit is not settled. `starting` resolves to the trainer's pid, or to a
+    `StartError`.
+    """
+
+    directory: Path
+    starting: asyncio.Future[int]
+    shim_pid: int = 0
+    shim_fd: int = -1  # pidfd
+    status_fd: int = -1
+    status_line: bytes = b""
+    start_ticks: int = 0
+    start_timer: asyncio.TimerHandle | None = None
+    starters: int = 0  # calls of `start` that have not returned yet; an exit is told after them
+    ended: ProcessExit | None = None
+    told: bool = False
+
+
+class Supervisor:
+    """Implements the `Processes` port over the directories `<state>/attempts/<attempt id>/`."""
+
+    def __init__(
+        self,
+        state_directory: Path,
+        *,
+        # the one below a virtual environment, which the shim has no use for and would look through
+        interpreter: str = os.path.realpath(sys.executable),
+        finished_log_bytes_max: int = FINISHED_LOG_BYTES_MAX,
+    ) -> None:
+        self._state = state_directory
+        self._interpreter = interpreter
+        self._finished_log_bytes_max = finished_log_bytes_max
+        self._attempts: dict[str, _Attempt] = {}
+        # settled attempts with the bytes of their logs, oldest first
+        self._finished: dict[str, int] = {}
+        self._leaving: set[_Attempt] = set()  # forgotten, but the shim is yet to be reaped
+        self._on_exit: Callable[[ProcessExit], None] = lambda _: None
+
+    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+        """Adopt every unsettled attempt; returns their ids. Exits that happened meanwhile are told
+        after this returns.
+
+        Raises OSError when the state directory cannot be used.
+        """
+        self._on_exit = on_exit
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (self._state, self._root):
+            directory.chmod(0o700)
+        # Once here, or every start would compile it again, for half as long as the rest takes.
+        py_compile.compile(shim.__file__, cfile=str(self._program), doraise=True)
+        self._program.chmod(0o600)
+        settled: list[tuple[float, Path]] = []
+        for directory in sorted(self._root.iterdir()):
+            if (directory / shim.LAUNCH_NAME).exists():
+                self._adopt(directory)
+            elif (directory / shim.EXIT_NAME).exists():
+                settled.append(((directory / shim.EXIT_NAME).stat().st_mtime, directory))
+            else:
+                shutil.rmtree(directory)  # the agent died before it had written the order to start
+        self._finished = {path.name: _log_bytes(path) for _, path in sorted(settled)}
+        self._prune()
+        return tuple(self._attempts)
+
+    async def start(self, launch: Launch) -> int:
+        """Start a trainer and return its pid as soon as its program runs; a second call returns the
+        same pid.
+
+        Raises `StartError`, also for an attempt that has run here before and is settled. A failure
+        to start is told by that error only, not by `on_exit`, unless the agent went away before it
+        could be.
+        """
+        attempt = self._attempts.get(launch.attempt_id) or self._spawn(launch)
+        attempt.starters += 1
+        try:
+            pid = await asyncio.shield(attempt.starting)
+            if (
+                pid == 0 and attempt.ended is not None
+            ):  # it never ran; the agent before this one saw
+                raise StartError(attempt.ended.reason)
+            return pid
+        finally:
+            attempt.starters -= 1
+            if attempt.ended is not None:
+                asyncio.get_running_loop().call_soon(self._tell, attempt)
+
+    def signal(self, attempt_id: str, signal_name: str) -> None:
+        """Send TERM, USR1 or USR2 to the trainer's whole process group; one that has gone is no
+        error.
+        """
+        number = SIGNALS[signal_name]
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or attempt.ended is not None:
+            return
+        if not attempt.starting.done():
+            attempt.starting.add_done_callback(lambda _: self.signal(attempt_id, signal_name))
+        elif (pid := self._running_pid(attempt)) != 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    def kill(self, attempt_id: str) -> None:
+        """SIGKILL everything that the attempt ever started, daemons included; its exit is told as
+        any other.
+        """
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None or attempt.ended is not None:
+            return
+        if not attempt.starting.done():
+            attempt.starting.add_done_callback(lambda _: self.kill(attempt_id))
+            return
+        if (pid := self._running_pid(attempt)) != 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        _kill_all(lambda: proc.descendants(attempt.shim_pid))
+
+    def forget(self, attempt_id: str) -> None:
+        """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
+        out.
+
+        Raises ValueError for an attempt that still runs: that is the caller's bug.
+        """
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None:
+            return
+        if attempt.ended is None and not _start_failed(attempt):
+            raise ValueError(f"attempt {attempt_id} still runs")
+        del self._attempts[attempt_id]
+        if attempt.shim_fd >= 0:  # it failed to start, and its shim is still writing that down
+            self._leaving.add(attempt)
+        # `launch` last: without it the attempt is settled
+        for name in (shim.STARTED_NAME, shim.LAUNCH_NAME):
+            (attempt.directory / name).unlink(missing_ok=True)
+        self._finished[attempt_id] = _log_bytes(attempt.directory)
+        self._prune()
+
+    async def close(self) -> None:
+        """Let go of every trainer without touching it; a supervisor opened later adopts them."""
+        for attempt in (*self._attempts.values(), *self._leaving):
+            self._let_go(attempt)
+            attempt.starting.cancel()
+        self._attempts.clear()
+        self._leaving.clear()
+
+    def attempt_directory(self, attempt_id: str) -> Path:
+        """Where an attempt's log and records lie, for `logs.py`. Raises ValueError for what is no
+        attempt id.
+        """
+        if not records.ATTEMPT_ID.fullmatch(attempt_id):
+            raise ValueError(f"attempt id {attempt_id!r} is not of the form <job id>.<epoch>")
+        return self._root / attempt_id
+
+    @property
+    def _root(self) -> Path:
+        return self._state / "attempts"
+
+    @property
+    def _program(self) -> Path:
+        return self._state / f"shim.{sys.implementation.cache_tag}.pyc"
+
+    def _spawn(self, launch: Launch) -> _Attempt:
+        """Start a shim for a new attempt. Raises `StartError`."""
+        if refusal := records.refuse_launch(launch):
+            raise StartError(refusal)
+        directory = self._root / launch.attempt_id
+        if directory.exists():
+            raise StartError(f"attempt {launch.attempt_id} has already run on this node")
+        loop = asyncio.get_running_loop()
+        attempt = _Attempt(directory, loop.create_future())
+        status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            records.write_launch(directory, launch)
+            attempt.shim_pid = self._spawn_shim(directory, status_write)
+            attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
+        except OSError as error:
+            os.close(status_read)
+            shutil.rmtree(directory, ignore_errors=True)
+            sentence = f"cannot start attempt {launch.attempt_id}: {error}"
+            raise StartError(sentence, permanent=False) from error
+        finally:
+            os.close(status_write)
+        attempt.status_fd = status_read
+        self._attempts[launch.attempt_id] = attempt
+        attempt.start_timer = loop.call_later(START_TIMEOUT_S, self._give_up, attempt)
+        loop.add_reader(status_read, self._read_status, attempt)
+        self._watch(attempt)
+        return attempt
+
+    def _spawn_shim(self, directory: Path, status_fd: int) -> int:
+        read_null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+        write_null = (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)
+        errors = (
+            os.POSIX_SPAWN_OPEN,
+            2,
+            str(directory / "shim.err"),
+            os.O_WRONLY | os.O_CREAT,
+            0o600,
+        )
+        status = (os.POSIX_SPAWN_DUP2, status_fd, shim.STATUS_FD)
+        # A Python that is built shared may need this one to start; nothing else is handed on.
+        kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+        return os.posix_spawn(
+            self._interpreter,
+            [self._interpreter, "-I", "-S", str(self._program), str(directory)],
+            kept,
+            file_actions=[status, read_null, write_null, errors],
+            setsid=True,
+            setsigmask=[],
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+
+    def _read_status(self, attempt: _Attempt) -> None:
+        """What the shim says of the start: one line, then the end of the pipe; the end alone when
+        it was killed.
+        """
+        try:
+            data = os.read(attempt.status_fd, STATUS_LINE_BYTES_MAX)
+        except BlockingIOError:
+            return
+        attempt.status_line += data
+        if data and b"\n" not in attempt.status_line:
+            return
+        self._stop_reading_status(attempt)
+        verb, _, rest = attempt.status_line.decode(errors="replace").strip().partition(" ")
+        if attempt.starting.done():
+            return
+        if verb == "started":
+            pid, ticks = rest.split()
+            attempt.start_ticks = int(ticks)
+            attempt.starting.set_result(int(pid))
+            log.debug("process.started", attempt=attempt.directory.name, pid=int(pid))
+        else:
+            reason = rest if verb == "failed" else _shim_failure(attempt.directory)
+            attempt.starting.set_exception(StartError(reason))
+            # a caller that was cancelled leaves it unread, which is no fault
+            attempt.starting.exception()
+
+    def _give_up(self, attempt: _Attempt) -> None:
+        attempt.status_line = (
+            f"failed the program did not start within {START_TIMEOUT_S:.0f} s\n".encode()
+        )
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(attempt.shim_fd, signal.SIGKILL)
+
+    def _adopt(self, directory: Path) -> None:
+        loop = asyncio.get_running_loop()
+        attempt = _Attempt(directory, loop.create_future())
+        self._attempts[directory.name] = attempt
+        started = records.read_started(directory)
+        if started is not None and started.boot_id != shim.read_boot_id():
+            self._end(attempt, REBOOTED)
+            return
+        if started is not None:
+            attempt.shim_pid, ticks = started.shim_pid, started.shim_start_ticks
+        else:
+            attempt.shim_pid, ticks = _find_shim(directory)
+        shim_fd = proc.open_pidfd(attempt.shim_pid, ticks) if attempt.shim_pid else None
+        if shim_fd is None:
+            self._end(attempt, SUPERVISOR_GONE if started else NEVER_STARTED)
+            return
+        attempt.shim_fd = shim_fd
+        self._await_record(attempt)
+        self._watch(attempt)
+        log.debug("process.adopted", attempt=directory.name, shim_pid=attempt.shim_pid)
+
+    def _await_record(self, attempt: _Attempt) -> None:
+        """Adopted in the moment between start and `started.json`: look again until it is there or
+        the shim has gone.
+        """
+        started = records.read_started(attempt.directory)
+        if attempt.ended is not None:
+            return
+        if started is None:
+            loop = asyncio.get_running_loop()
+            attempt.start_timer = loop.call_later(
+                STARTED_RECORD_POLL_S, self._await_record, attempt
+            )
+            return
+        attempt.start_ticks = started.start_ticks
+        attempt.starting.set_result(started.pid)
+
+    def _watch(self, attempt: _Attempt) -> None:
+        asyncio.get_running_loop().add_reader(attempt.shim_fd, self._shim_ended, attempt)
+
+    def _shim_ended(self, attempt: _Attempt) -> None:
+        if attempt.status_fd >= 0:
+            self._read_status(attempt)  # the pipe has been closed, so this settles the start
+        self._leaving.discard(attempt)
+        with contextlib.suppress(ChildProcessError):  # adopted: not a child of ours
+            os.waitpid(attempt.shim_pid, os.WNOHANG)
+        if _start_failed(attempt):
+            self._let_go(attempt)
+            if records.read_exit(attempt.directory) is None:  # killed before it could write its own
+                self._record_unseen(attempt, str(attempt.starting.exception()))
+            return
+        self._end(attempt, SUPERVISOR_GONE)
+
+    def _end(self, attempt: _Attempt, unseen_reason: str) -> None:
+        """The attempt is over: read how, or record that nobody saw it, and tell it."""
+        self._let_go(attempt)
+        recorded = records.read_exit(attempt.directory)
+        if recorded is None:
+            if unseen_reason != REBOOTED:
+                self._kill_remains(attempt)
+            self._record_unseen(attempt, unseen_reason)
+            recorded = (ProcessExit(attempt.directory.name, None, None, unseen_reason), 0)
+        attempt.ended, pid = recorded
+        if not attempt.starting.done():
+            attempt.starting.set_result(pid)
+        log.debug(
+            "process.ended",
+            attempt=attempt.directory.name,
+            exit_code=attempt.ended.exit_code,
+            signal=attempt.ended.signal,
+            reason=attempt.ended.reason,
+        )
+        if attempt.starters == 0:
+            asyncio.get_running_loop().call_soon(self._tell, attempt)
+
+    def _record_unseen(self, attempt: _Attempt, reason: str) -> None:
+        """Write the record that the shim could not, so that readers of the log see its end."""
+        kept = records.segments(attempt.directory)
+        end_offset = kept[-1][0] + kept[-1][1].stat().st_size if kept else 0
+        text = shim.exit_record(None, 0, reason, log_bytes=end_offset)
+        if not shim.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
+            log.warning("process.exit_not_recorded", attempt=attempt.directory.name, reason=reason)
+
+    def _kill_remains(self, attempt: _Attempt) -> None:
+        """Without its shim the trainer is dead, but not what it had started: that is known by
+        session and token.
+        """
+        started = records.read_started(attempt.directory)
+        session = started.pid if started else 0
+        leader = proc.read_process(session) if started else None
+        if started and leader and leader.start_ticks != started.start_ticks:
+            session = 0  # the number is another's by now
+        token = _token_entry(attempt.directory)
+
+        def remains() -> list[proc.Process]:
+            return [
+                process
+                for process in proc.all_processes()
+                if (session and process.session == session)
+                or (token and token in proc.read_bytes(process.pid, "environ").split(b"\0"))
+            ]
+
+        _kill_all(remains)
+
+    def _tell(self, attempt: _Attempt) -> None:
+        current = self._attempts.get(attempt.directory.name)
+        if current is attempt and attempt.ended is not None and not attempt.told:
+            attempt.told = True
+            self._on_exit(attempt.ended)
+
+    def _running_pid(self, attempt: _Attempt) -> int:
+        """The trainer's pid, or 0 when it could not be started, has ended, or its number is
+        another's by now.
+        """
+        if attempt.starting.cancelled() or attempt.starting.exception() is not None:
+            return 0
+        process = proc.read_process(attempt.starting.result())
+        same = process is not None and process.start_ticks == attempt.start_ticks
+        return attempt.starting.result() if same else 0
+
+    def _stop_reading_status(self, attempt: _Attempt) -> None:
+        if attempt.start_timer is not None:
+            attempt.start_timer.cancel()
+            attempt.start_timer = None
+        if attempt.status_fd >= 0:
+            asyncio.get_running_loop().remove_reader(attempt.status_fd)
+            os.close(attempt.status_fd)
+            attempt.status_fd = -1
+
+    def _let_go(self, attempt: _Attempt) -> None:
+        self._stop_reading_status(attempt)
+        if attempt.shim_fd >= 0:
+            asyncio.get_running_loop().remove_reader(attempt.shim_fd)
+            os.close(attempt.shim_fd)
+            attempt.shim_fd = -1
+
+    def _prune(self) -> None:
+        """Drop the oldest settled attempts until their logs are within the cap."""
+        total_bytes = sum(self._finished.values())
+        while self._finished and (
+            total_bytes > self._finished_log_bytes_max
+            or len(self._finished) > FINISHED_ATTEMPTS_MAX
+        ):
+            oldest = next(iter(self._finished))
+            total_bytes -= self._finished.pop(oldest)
+            shutil.rmtree(self._root / oldest, ignore_errors=True)
+
+
+def _start_failed(attempt: _Attempt) -> bool:
+    starting = attempt.starting
+    return starting.done() and not starting.cancelled() and starting.exception() is not None
+
+
+def _shim_failure(directory: Path) -> str:
+    """Why a shim ended without a word: the last line that it left on its standard error, if any."""
+    try:
+        lines = (directory / "shim.err").read_text(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        lines = []
+    detail = f": {lines[-1]}" if lines else ""
+    return f"the trainer's supervisor ended before it could start it{detail}"
+
+
+def _find_shim(directory: Path) -> tuple[int, int]:
+    """The shim that serves this directory, by its command line: (pid, start ticks), or zeros."""
+    for process in proc.all_processes():
+        words = proc.read_bytes(process.pid, "cmdline").split(b"\0")
+        if len(words) >= 5 and words[4] == os.fsencode(directory) and words[1:3] == [b"-I", b"-S"]:
+            return process.pid, process.start_ticks
+    return 0, 0
+
+
+def _token_entry(directory: Path) -> bytes:
+    """The environment entry that no other attempt has; empty when the order to start had none."""
+    launch = shim.Launch((directory / shim.LAUNCH_NAME).read_bytes())
+    token = launch.environment.get(b"BATON_TOKEN", b"")
+    return b"BATON_TOKEN=" + token if token else b""
+
+
+def _kill_all(find: Callable[[], list[proc.Process]]) -> None:
+    """SIGKILL what `find` finds until it twice finds nothing new that can be killed: one look may
+    miss a process whose parent ends, and whose place in the tree changes, while /proc is read.
+    """
+    seen: set[proc.Process] = set()
+    looks_in_vain = 0
+    for _ in range(KILL_PASSES_MAX):
+        fresh = [process for process in find() if process not in seen]
+        looks_in_vain = 0 if fresh else looks_in_vain + 1
+        if looks_in_vain == 2:
+            return
+        for process in fresh:
+            seen.add(process)
+            with contextlib.suppress(PermissionError):  # it became another user: not ours to kill
+                proc.kill_exactly(process)
+
+
+def _log_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for _, path in records.segments(directory))

@@ -1,0 +1,330 @@
+"""The agent's side of the trainer contract: one Unix socket, JSON lines, version 1.
+
+Problem: any command may be a job, so whatever arrives here may be wrong, hostile or endless, and it
+arrives in the process that looks after every other job on the node. A line must never crash the
+agent, fill its memory, speak for another attempt, or make it hand over a file that is not the
+attempt's own.
+
+How: the first line must be a hello with the token of a registered attempt; it fixes for whom the
+connection speaks. Each line is bounded before it is parsed, each field checked for type and range,
+and a checkpoint's path is resolved (symbolic links included) and must lie inside the attempt's
+staging directory. Whatever fails is answered with one line `{"type":"error","reason":...}` and the
+connection is closed. Answers go to the newest connection; while there is none they wait in a
+bounded queue, because a trainer reconnects after an agent's restart.
+"""
+
+import asyncio
+import contextlib
+import errno
+import hmac
+import json
+import math
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from agent.core.trainer_messages import (
+    TrainerCheckpoint,
+    TrainerHello,
+    TrainerMessage,
+    TrainerMilestone,
+    TrainerProgress,
+)
+
+PROTOCOL_VERSION = 1
+LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
+METRICS_MAX = 64  # what a person can look at; each becomes a series of its own
+NAME_CHARACTERS_MAX = 128  # a metric or milestone name is a label, not a text
+CONNECTIONS_PER_ATTEMPT_MAX = 16  # the ranks of one box's trainer, each with a reconnect on its way
+CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
+QUEUED_MESSAGES_MAX = 64  # answers to as many checkpoints as anybody has in flight; the newest stay
+HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
+SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
+LISTEN_BACKLOG = 128  # all trainers of a node reconnect at once after the agent's restart
+INTEGER_MAX = 2**63 - 1  # what every store and wire format holds
+WRITE_BUFFER_BYTES_MAX = 1024 * 1024  # a trainer that does not read its answers is cut off here
+
+log = structlog.get_logger()
+
+
+class LineRefused(Exception):
+    """A line that breaks the contract; the text is the sentence sent back."""
+
+
+@dataclass(slots=True, eq=False)
+class _Registration:
+    token: str
+    staging_directory: str  # real path
+    connections: list[asyncio.StreamWriter] = field(default_factory=list)  # newest last
+    queued: deque[bytes] = field(default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX))
+
+
+class SdkServer:
+    """Serves `<runtime directory>/trainers.sock`; use as `await open()` ... `await close()`."""
+
+    def __init__(
+        self, runtime_directory: Path, on_message: Callable[[str, TrainerMessage], None]
+    ) -> None:
+        self._runtime_directory = runtime_directory
+        self._on_message = on_message
+        self._registrations: dict[str, _Registration] = {}
+        self._server: asyncio.Server | None = None
+        self._unknown: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def socket_path(self) -> str:
+        """For `BATON_SOCKET`."""
+        return str(self._runtime_directory / "trainers.sock")
+
+    async def open(self) -> None:
+        """Listen. Raises OSError: path too long, directory not usable, another agent listening."""
+        path = self.socket_path
+        if len(os.fsencode(path)) >= SOCKET_PATH_BYTES_MAX:
+            raise OSError(errno.ENAMETOOLONG, "runtime directory too long for a socket", path)
+        self._runtime_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.setblocking(False)
+            os.fchmod(listener.fileno(), 0o600)  # bind(2) takes the file's mode from the socket's
+            listener.bind(path)
+            os.chmod(path, 0o600)
+        except OSError:
+            listener.close()
+            raise
+        self._server = await asyncio.start_unix_server(
+            self._serve, sock=listener, limit=LINE_BYTES_MAX, backlog=LISTEN_BACKLOG
+        )
+
+    async def close(self) -> None:
+        """Stop listening and drop every connection; trainers reconnect to the next agent."""
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._server = None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket_path)
+
+    def register(self, attempt_id: str, token: str, staging_directory: str) -> None:
+        """From now on `token` speaks for the attempt. Once more with the same values changes
+        nothing.
+
+        Raises ValueError for an empty token or one that another attempt has.
+        """
+        if not token:
+            raise ValueError(f"attempt {attempt_id} has an empty token")
+        real = os.path.realpath(staging_directory)
+        known = self._registrations.get(attempt_id)
+        if known is not None and (known.token, known.staging_directory) == (token, real):
+            return
+        if self._find(token) not in (None, attempt_id):
+            raise ValueError(f"the token of attempt {attempt_id} belongs to another attempt")
+        self.unregister(attempt_id)
+        self._registrations[attempt_id] = _Registration(token, real)
+
+    def unregister(self, attempt_id: str) -> None:
+        """The attempt is over: its connections are closed and its token is unknown from here on."""
+        registration = self._registrations.pop(attempt_id, None)
+        if registration is not None:
+            for writer in registration.connections:
+                writer.close()
+
+    def tell(self, attempt_id: str, message: Mapping[str, object]) -> None:
+        """Send to the newest connection of the attempt, or keep it until there is one.
+
+        An attempt that is not registered (any more) is no error: there is nobody to tell.
+        """
+        registration = self._registrations.get(attempt_id)
+        if registration is None:
+            return
+        registration.queued.append(_encode(message))
+        self._flush(registration)
+
+    def _flush(self, registration: _Registration) -> None:
+        live = [writer for writer in registration.connections if not writer.is_closing()]
+        if not live:
+            return
+        writer = live[-1]
+        while registration.queued and not writer.is_closing():
+            if writer.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES_MAX:
+                writer.transport.abort()  # it does not read; what is queued waits for the next one
+                return
+            writer.write(registration.queued.popleft())
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        attempt_id = ""
+        try:
+            attempt_id = await self._greet(reader, writer)
+            while (line := await _read_line(reader)) is not None:
+                registration = self._registrations.get(attempt_id)
+                if registration is None or writer not in registration.connections:
+                    return  # unregistered meanwhile
+                message = parse(line, registration.staging_directory)
+                self._on_message(attempt_id, message)
+        except LineRefused as refusal:
+            log.warning("trainer.line_refused", attempt=attempt_id, reason=str(refusal))
+            writer.write(_encode({"type": "error", "reason": str(refusal)}))
+        except ConnectionError as error:
+            log.info("trainer.connection_lost", attempt=attempt_id, reason=str(error))
+        except asyncio.CancelledError:
+            log.debug("trainer.connection_closed", attempt=attempt_id)  # by `close`
+        finally:
+            self._tasks.discard(task)
+            self._unknown.discard(writer)
+            current = self._registrations.get(attempt_id)
+            if current is not None and writer in current.connections:
+                current.connections.remove(writer)
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        """The hello: who is it? Raises `LineRefused`."""
+        if len(self._unknown) >= CONNECTIONS_UNKNOWN_MAX:
+            raise LineRefused("too many connections that have not said hello")
+        self._unknown.add(writer)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                line = await _read_line(reader)
+        except TimeoutError:
+            raise LineRefused(f"no hello within {HELLO_TIMEOUT_S:.0f} s") from None
+        if line is None:
+            raise ConnectionResetError("closed before its hello")
+        fields = _parse_object(line)
+        if fields.get("type") != "hello":
+            raise LineRefused("the first line must be a hello")
+        if _integer(fields, "version") != PROTOCOL_VERSION:
+            raise LineRefused(f"this agent speaks version {PROTOCOL_VERSION}")
+        pid = _integer(fields, "pid")
+        token = fields.get("token")
+        attempt_id = self._find(token) if isinstance(token, str) else None
+        if attempt_id is None:
+            raise LineRefused("unknown token")
+        registration = self._registrations[attempt_id]
+        if len(registration.connections) >= CONNECTIONS_PER_ATTEMPT_MAX:
+            raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
+        self._unknown.discard(writer)
+        registration.connections.append(writer)
+        writer.write(_encode({"type": "welcome", "version": PROTOCOL_VERSION}))
+        self._flush(registration)
+        self._on_message(attempt_id, TrainerHello(pid))
+        return attempt_id
+
+    def _find(self, token: str) -> str | None:
+        """Whose token is it? Compared in constant time, each: it is all that keeps jobs apart."""
+        wanted = token.encode(errors="replace")
+        for attempt_id, registration in self._registrations.items():
+            if hmac.compare_digest(registration.token.encode(), wanted):
+                return attempt_id
+        return None
+
+
+def parse(line: bytes, staging_directory: str) -> TrainerMessage:
+    """One line after the hello, as a value. Raises `LineRefused`."""
+    fields = _parse_object(line)
+    match fields.get("type"):
+        case "progress":
+            known = fields.get("total_steps") is not None
+            total_steps = _integer(fields, "total_steps") if known else None
+            return TrainerProgress(_integer(fields, "step"), total_steps, _metrics(fields))
+        case "milestone":
+            return TrainerMilestone(_name(fields.get("name")), _integer(fields, "unix_ms"))
+        case "checkpoint":
+            path = _staged_path(fields.get("path"), staging_directory)
+            return TrainerCheckpoint(_integer(fields, "id"), path, _integer(fields, "step"))
+        case "hello":
+            raise LineRefused("a second hello on one connection")
+        case other:
+            raise LineRefused(f"unknown type {str(other)[:NAME_CHARACTERS_MAX]!r}")
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes | None:
+    """The next whole line; None at the end (an unfinished one is dropped). Raises `LineRefused`."""
+    try:
+        return await reader.readuntil(b"\n")
+    except asyncio.IncompleteReadError:
+        return None
+    except asyncio.LimitOverrunError:
+        raise LineRefused(f"a line of more than {LINE_BYTES_MAX} bytes") from None
+
+
+def _parse_object(line: bytes) -> dict[str, object]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8 is a ValueError, too
+        raise LineRefused("not a JSON object in UTF-8") from None
+    if not isinstance(fields, dict):
+        raise LineRefused("not a JSON object")
+    return fields
+
+
+def _integer(fields: dict[str, object], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= INTEGER_MAX:
+        raise LineRefused(f"{name} must be an integer from 0 to {INTEGER_MAX}")
+    return value
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= NAME_CHARACTERS_MAX:
+        raise LineRefused(f"a name must be text of 1 to {NAME_CHARACTERS_MAX} characters")
+    if not value.isprintable():
+        raise LineRefused("a name must be printable")
+    return value
+
+
+def _metrics(fields: dict[str, object]) -> tuple[tuple[str, float], ...]:
+    metrics = fields.get("metrics") or {}
+    if not isinstance(metrics, dict) or len(metrics) > METRICS_MAX:
+        raise LineRefused(f"metrics must be an object of at most {METRICS_MAX} names")
+    return tuple((_name(name), _number(value)) for name, value in metrics.items())
+
+
+def _number(value: object) -> float:
+    """Also NaN and infinities: a loss that diverged is a fact, and Python's JSON writes it so."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise LineRefused("a metric must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _staged_path(value: object, staging_directory: str) -> str:
+    if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
+        raise LineRefused("path must be an absolute path")
+    try:
+        # One that is gone passes, if its place is right: a trainer that did not hear the answer
+        # offers again what has been stored and cleared away, and is told so by the core.
+        real = os.path.realpath(value)
+        gone = not os.path.lexists(real)
+    except (OSError, ValueError):  # ValueError: text that is no file name (a lone surrogate)
+        raise LineRefused("path is no file name") from None
+    if not real.startswith(staging_directory + os.sep) or not (gone or os.path.isdir(real)):
+        raise LineRefused("path is not a directory inside the attempt's staging directory")
+    return real
+
+
+def _encode(message: Mapping[str, object]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def _remove_stale(path: str) -> None:
+    """A socket file that nobody listens on any more stands in the way of bind(2)."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "another agent listens on this socket", path)

@@ -1,0 +1,289 @@
+"""A trainer's output: captured, rotated, read at any offset, followed to its end, and a full disk.
+
+Problem: writer and reader are two processes without a lock. Real shims write here; what a reader
+gets is compared, byte for byte, with what the trainer wrote.
+"""
+
+import asyncio
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.core.values import Launch, ProcessExit
+from agent.processes import logs, records, shim
+from agent.processes.supervisor import Supervisor
+
+PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
+DEADLINE_S = 30.0  # for a condition on a busy machine; reached only when the test fails
+POLL_S = 0.005
+TINY_DISK_BYTES = 1024 * 1024
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(POLL_S)
+
+
+async def run_trainer(state: Path, script: str, *arguments: str) -> Path:
+    """Runs a Python script as attempt 1.1 to its end; returns its directory."""
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(state)
+    await supervisor.open(exits.append)
+    await supervisor.start(Launch("1.1", ("python3", "-c", script, *arguments), (PATH,), "/"))
+    await until(lambda: exits)
+    assert exits == [ProcessExit("1.1", 0, None)]
+    await supervisor.close()
+    return supervisor.attempt_directory("1.1")
+
+
+def make_log(directory: Path, pieces: dict[int, bytes], *, finished: bool) -> Path:
+    (directory / shim.LOG_DIRECTORY_NAME).mkdir(parents=True)
+    for offset, data in pieces.items():
+        (directory / shim.LOG_DIRECTORY_NAME / f"{offset:020d}.log").write_bytes(data)
+    if finished:
+        (directory / shim.EXIT_NAME).write_text("{}")
+    return directory
+
+
+async def test_both_streams_in_order(tmp_path: Path) -> None:
+    script = (
+        "import os\n"
+        "for i in range(100):\n"
+        "    os.write(1 + i % 2, b'%d\\n' % i)\n"
+    )  # fmt: skip
+    directory = await run_trainer(tmp_path, script)
+    expected = b"".join(b"%d\n" % i for i in range(100))
+    assert logs.read(directory, 0) == (expected, len(expected), True, 0)
+
+
+async def test_rotation_keeps_the_newest_and_counts_what_is_gone(tmp_path: Path) -> None:
+    """Each line is its own offset, so any byte that is read back proves its place."""
+    lines = 5_000_000  # 80 MB of 16 bytes each: more than what is kept
+    script = (
+        "import sys\n"
+        "for block in range(0, 5_000_000, 50_000):\n"
+        "    lines = ('%015d\\n' % (16 * i) for i in range(block, block + 50_000))\n"
+        "    sys.stdout.write(''.join(lines))\n"
+    )
+    directory = await run_trainer(tmp_path, script)
+    total_bytes = 16 * lines
+    kept = records.segments(directory)
+    assert len(kept) == shim.SEGMENTS_KEPT
+    for (first, path), (following, _) in itertools.pairwise(kept):
+        assert path.stat().st_size == shim.SEGMENT_BYTES == following - first
+    oldest = kept[0][0]
+    assert oldest == total_bytes // shim.SEGMENT_BYTES * shim.SEGMENT_BYTES - 7 * shim.SEGMENT_BYTES
+
+    piece = logs.read(directory, 160, 32)
+    assert piece.gone_bytes == oldest - 160
+    assert piece.data == b"%015d\n%015d\n" % (oldest, oldest + 16)
+    assert piece.next_offset == oldest + 32
+    across = logs.read(directory, kept[1][0] - 16, 32)
+    assert across.data == b"%015d\n%015d\n" % (kept[1][0] - 16, kept[1][0])
+    end = logs.read(directory, total_bytes - 16)
+    assert end == (b"%015d\n" % (total_bytes - 16), total_bytes, True, 0)
+
+
+def test_reading_in_small_steps_gives_every_byte_once(tmp_path: Path) -> None:
+    pieces = {100: b"abcdefghij", 110: b"klm", 113: b"", }  # fmt: skip
+    directory = make_log(tmp_path / "1.1", pieces, finished=True)
+    for step in range(1, 15):
+        offset, data, gone = 0, b"", 0
+        for _ in range(20):
+            piece = logs.read(directory, offset, step)
+            offset, data, gone = piece.next_offset, data + piece.data, gone + piece.gone_bytes
+            if piece.ended:
+                break
+        assert (data, gone, offset) == (b"abcdefghijklm", 100, 113)
+
+
+def test_nothing_yet_is_not_the_end(tmp_path: Path) -> None:
+    running = make_log(tmp_path / "1.1", {0: b"abc"}, finished=False)
+    assert logs.read(running, 3) == (b"", 3, False, 0)
+    assert logs.read(running, 7) == (b"", 7, False, 0)
+    empty = make_log(tmp_path / "1.2", {}, finished=False)
+    assert logs.read(empty, 0) == (b"", 0, False, 0)
+    with pytest.raises(FileNotFoundError, match=r"no log is kept for attempt 1\.3"):
+        logs.read(tmp_path / "1.3", 0)
+    with pytest.raises(ValueError, match="cannot read 0 bytes"):
+        logs.read(running, 0, 0)
+
+
+async def test_follow_ends_with_the_attempt(tmp_path: Path) -> None:
+    """The sleep is the test's: what happens while the reader waits is decided here."""
+    directory = make_log(tmp_path / "1.1", {0: b"one\n"}, finished=False)
+    segment = directory / shim.LOG_DIRECTORY_NAME / f"{0:020d}.log"
+    steps: Iterator[Callable[[], object]] = iter(
+        [
+            lambda: segment.write_bytes(b"one\ntwo\n"),
+            lambda: None,
+            lambda: (directory / shim.EXIT_NAME).write_text("{}"),
+        ]
+    )
+    slept: list[float] = []
+
+    async def sleep(duration_s: float) -> None:
+        slept.append(duration_s)
+        next(steps)()
+
+    pieces = [piece async for piece in logs.follow(directory, sleep=sleep)]
+    assert [piece.data for piece in pieces] == [b"one\n", b"two\n", b""]
+    assert [piece.ended for piece in pieces] == [False, False, True]
+    assert slept == [logs.FOLLOW_POLL_S] * 3
+
+
+async def test_follow_a_running_trainer_across_agents(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "print('first', flush=True)\n"
+        "sys.stdin = open(sys.argv[1])\n"
+        "print('then ' + sys.stdin.read(), flush=True)\n"
+    )
+
+    os.mkfifo(tmp_path / "gate")
+    exits: list[ProcessExit] = []
+    first = Supervisor(tmp_path / "state")
+    await first.open(exits.append)
+    arguments = ("python3", "-c", script, str(tmp_path / "gate"))
+    await first.start(Launch("1.1", arguments, (PATH,), "/"))
+    pieces = logs.follow(first.attempt_directory("1.1"))
+    data = (await anext(pieces)).data
+    assert data == b"first\n"
+    await first.close()
+    second = Supervisor(tmp_path / "state")
+    await second.open(exits.append)
+    (tmp_path / "gate").write_text("done")
+    async with asyncio.timeout(DEADLINE_S):
+        async for piece in pieces:
+            data += piece.data
+    assert data == b"first\nthen done\n"
+    await until(lambda: exits)
+    await second.close()
+
+
+async def test_follow_ends_when_the_log_makes_room_for_others(tmp_path: Path) -> None:
+    directory = make_log(tmp_path / "1.1", {0: b"one\n"}, finished=False)
+
+    async def sleep(_: float) -> None:
+        directory.rename(tmp_path / "gone")
+
+    pieces = [piece.data async for piece in logs.follow(directory, sleep=sleep)]
+    assert pieces == [b"one\n"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; skipped where mounting is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = f"size={TINY_DISK_BYTES}"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "baton-test", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount program")
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+async def test_full_disk_loses_output_but_never_stops_the_trainer(
+    tmp_path: Path, tiny_disk: Path
+) -> None:
+    """It writes four times what fits and gets through; then there is room, and a marker."""
+    script = (
+        "import os, sys\n"
+        "for i in range(4 * 1024 * 1024 // 16):\n"
+        "    os.write(1, b'%015d\\n' % i)\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "open(sys.argv[2]).read()\n"
+        "print('after', flush=True)\n"
+    )
+
+    full, gate = tmp_path / "full", tmp_path / "gate"
+    os.mkfifo(gate)
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(tiny_disk / "state")
+    await supervisor.open(exits.append)
+    ballast = tiny_disk / "ballast"
+    ballast.write_bytes(bytes(TINY_DISK_BYTES // 2))
+    arguments = ("python3", "-c", script, str(full), str(gate))
+    await supervisor.start(Launch("1.1", arguments, (PATH,), "/"))
+    await until(full.exists)  # the trainer got through although the disk is full
+    ballast.unlink()
+    gate.write_text("go")
+    await until(lambda: exits)
+    assert exits == [ProcessExit("1.1", 0, None)]
+    directory = supervisor.attempt_directory("1.1")
+    data = logs.read(directory, 0, 8 * 1024 * 1024).data
+    head, _, tail = data.partition(b"\n[baton] ")
+    marker, _, rest = tail.partition(b"\n")
+    assert marker.endswith(b"could not be written")
+    lost_bytes = int(marker.split()[0])
+    written = b"".join(b"%015d\n" % i for i in range(4 * 1024 * 1024 // 16)) + b"after\n"
+    assert len(head) > TINY_DISK_BYTES // 4
+    assert lost_bytes > 0
+    # what was still in the pipe when there was room again comes after the marker
+    assert written == head + written[len(head) : len(head) + lost_bytes] + rest
+    assert rest.endswith(b"after\n")
+    await supervisor.close()
+
+
+async def test_exit_record_waits_for_room_on_a_full_disk(tmp_path: Path, tiny_disk: Path) -> None:
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(tiny_disk / "state")
+    await supervisor.open(exits.append)
+    script = (
+        "import os, sys\n"
+        "try:\n"
+        "    open(sys.argv[1], 'wb', buffering=0).write(bytes(1 << 20))\n"
+        "    os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND), bytes(1 << 20))\n"
+        "except OSError:\n"
+        "    open(sys.argv[2], 'w').close()\n"
+    )
+    full = tmp_path / "full"
+    arguments = ("python3", "-c", script, str(tiny_disk / "ballast"), str(full))
+    trainer_pid = await supervisor.start(Launch("1.1", arguments, (PATH,), "/"))
+    await until(full.exists)
+    await until(lambda: not shim.stat_fields(trainer_pid))
+    directory = supervisor.attempt_directory("1.1")
+    await until((directory / (shim.EXIT_NAME + ".tmp")).exists)  # it tried
+    assert records.read_exit(directory) is None
+    assert exits == []
+    (tiny_disk / "ballast").unlink()
+    await until(lambda: exits)
+    assert exits == [ProcessExit("1.1", 0, None)]
+    await supervisor.close()
+
+
+def test_marker_that_found_half_its_room_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_bytes = 4
+    log = shim.OutputLog(bytes(tmp_path))
+    write = os.write
+
+    def limited(fd: int, data: memoryview) -> int:
+        nonlocal room_bytes
+        if room_bytes == 0:
+            raise OSError(28, "No space left on device")
+        count = write(fd, data[:room_bytes])
+        room_bytes -= count
+        return count
+
+    monkeypatch.setattr(os, "write", limited)
+    log.write(b"abcdef")  # 2 lost
+    room_bytes = 10
+    log.write(b"ghi")  # 10 bytes of the marker, 3 more lost
+    room_bytes = 10_000
+    log.write(b"jkl")
+    expected = b"abcd" + shim.LOST_MARKER % 2 + shim.LOST_MARKER % 3 + b"jkl"
+    (segment,) = tmp_path.iterdir()
+    assert segment.read_bytes() == expected
+    assert (log.lost_bytes_total, log.offset) == (5, len(expected))

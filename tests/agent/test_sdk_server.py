@@ -1,0 +1,341 @@
+"""The trainer socket, spoken to by well-behaved, broken and hostile trainers over a real socket."""
+
+import asyncio
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from agent import sdk_server
+from agent.core.trainer_messages import (
+    TrainerCheckpoint,
+    TrainerHello,
+    TrainerMessage,
+    TrainerMilestone,
+    TrainerProgress,
+)
+from agent.sdk_server import SdkServer
+
+SECRET = "secret"
+DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
+
+
+class Trainer:
+    """The other end of the socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, line: object) -> None:
+        data = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+        self.writer.write(data)
+
+    async def receive(self) -> dict[str, object] | None:
+        """The next line; None at the end."""
+        async with asyncio.timeout(DEADLINE_S):
+            line = await self.reader.readline()
+        return json.loads(line) if line else None
+
+    async def refusal(self) -> object:
+        """The reason of the one error line before the connection is closed."""
+        answer = await self.receive()
+        assert answer is not None
+        assert answer["type"] == "error"
+        assert await self.receive() is None
+        return answer["reason"]
+
+
+class House:
+    """A server, what it handed inward, and its trainers."""
+
+    def __init__(self, runtime_directory: Path, staging: Path) -> None:
+        self.messages: list[tuple[str, TrainerMessage]] = []
+        self.received = asyncio.Event()
+        self.server = SdkServer(runtime_directory, self.note)
+        self.staging = staging
+        self.trainers: list[Trainer] = []
+
+    def note(self, attempt_id: str, message: TrainerMessage) -> None:
+        self.messages.append((attempt_id, message))
+        self.received.set()
+
+    async def message(self) -> tuple[str, TrainerMessage]:
+        """The next one that reached the core."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not self.messages:
+                self.received.clear()
+                await self.received.wait()
+        return self.messages.pop(0)
+
+    async def connect(self) -> Trainer:
+        trainer = Trainer(*await asyncio.open_unix_connection(self.server.socket_path))
+        self.trainers.append(trainer)
+        return trainer
+
+    async def greeted(self, token: str = SECRET, pid: int = 42) -> Trainer:
+        trainer = await self.connect()
+        trainer.send({"type": "hello", "version": 1, "token": token, "pid": pid})
+        assert await trainer.receive() == {"type": "welcome", "version": 1}
+        assert (await self.message())[1] == TrainerHello(pid)
+        return trainer
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    house = House(tmp_path / "run", staging)
+    await house.server.open()
+    house.server.register("1.1", "secret", str(staging))
+    yield house
+    await house.server.close()
+    for trainer in house.trainers:
+        trainer.writer.close()
+
+
+async def test_the_conversation(house: House) -> None:
+    (house.staging / "ckpt-120").mkdir()
+    trainer = await house.greeted()
+    path = str(house.staging / "ckpt-120")
+    real = house.staging.resolve() / "ckpt-120"
+    trainer.send({"type": "progress", "step": 1})
+    trainer.send(
+        {"type": "progress", "step": 2, "total_steps": 9, "metrics": {"loss": 1, "a": 0.5}}
+    )
+    trainer.send({"type": "milestone", "name": "imports", "unix_ms": 1790000000000})
+    trainer.send({"type": "checkpoint", "id": 7, "path": path, "step": 120})
+    assert [await house.message() for _ in range(4)] == [
+        ("1.1", TrainerProgress(1, None, ())),
+        ("1.1", TrainerProgress(2, 9, (("loss", 1.0), ("a", 0.5)))),
+        ("1.1", TrainerMilestone("imports", 1790000000000)),
+        ("1.1", TrainerCheckpoint(7, str(real), 120)),
+    ]
+    house.server.tell("1.1", {"type": "stored", "id": 7, "digest": "ab"})
+    assert await trainer.receive() == {"type": "stored", "id": 7, "digest": "ab"}
+
+
+async def test_tell_goes_to_the_newest_connection_and_waits_for_one(house: House) -> None:
+    for number in range(sdk_server.QUEUED_MESSAGES_MAX + 3):
+        house.server.tell("1.1", {"type": "stored", "id": number})
+    first = await house.greeted()
+    for number in range(3, sdk_server.QUEUED_MESSAGES_MAX + 3):  # the newest were kept, in order
+        assert await first.receive() == {"type": "stored", "id": number}
+    second = await house.greeted()
+    house.server.tell("1.1", {"type": "stop", "reason": "drain", "grace_ms": 1})
+    assert await second.receive() == {"type": "stop", "reason": "drain", "grace_ms": 1}
+    house.server.tell("9.9", {"type": "stop"})  # nobody to tell
+    house.server.unregister("1.1")
+    assert await first.receive() is None
+    assert await second.receive() is None
+    late = await house.connect()
+    late.send({"type": "hello", "version": 1, "token": "secret", "pid": 1})
+    assert await late.refusal() == "unknown token"
+
+
+async def test_what_was_told_just_before_the_end_still_arrives(house: House) -> None:
+    trainer = await house.greeted()
+    house.server.tell("1.1", {"type": "committed", "id": 1, "digest": "ab"})
+    house.server.unregister("1.1")
+    assert await trainer.receive() == {"type": "committed", "id": 1, "digest": "ab"}
+    assert await trainer.receive() is None
+
+
+async def test_an_attempt_speaks_only_for_itself(house: House, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "c").mkdir(parents=True)
+    house.server.register("2.1", "another", str(other))
+    trainer = await house.greeted("another")
+    trainer.send({"type": "checkpoint", "id": 1, "path": str(other / "c"), "step": 1})
+    assert (await house.message())[0] == "2.1"
+    with pytest.raises(ValueError, match="belongs to another"):
+        house.server.register("3.1", "another", str(other))
+    with pytest.raises(ValueError, match="empty token"):
+        house.server.register("3.1", "", str(other))
+    house.server.register("2.1", "another", str(other))  # once more: nothing changes
+    trainer.send({"type": "progress", "step": 2})
+    assert await house.message() == ("2.1", TrainerProgress(2, None, ()))
+
+
+HELLO = {"type": "hello", "version": 1, "token": "secret", "pid": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({**HELLO, "token": "wrong"}, "unknown token"),
+        ({**HELLO, "token": None}, "unknown token"),
+        ({**HELLO, "token": "\ud800"}, "unknown token"),
+        ({**HELLO, "version": 2}, "this agent speaks version 1"),
+        ({**HELLO, "pid": True}, "pid must be an integer from 0 to 9223372036854775807"),
+        ({"type": "progress", "step": 1}, "the first line must be a hello"),
+        (b"\xff\xfe\n", "not a JSON object in UTF-8"),
+        (b"[]\n", "not a JSON object"),
+        (b"[" * 60_000 + b"\n", "not a JSON object in UTF-8"),
+    ],
+)
+async def test_a_bad_hello_is_refused(house: House, line: object, reason: str) -> None:
+    trainer = await house.connect()
+    trainer.send(line)
+    assert await trainer.refusal() == reason
+    assert house.messages == []
+
+
+INTEGER = "must be an integer from 0 to 9223372036854775807"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{}\n", "unknown type 'None'"),
+        (HELLO, "a second hello on one connection"),
+        ({"type": ["progress"]}, "unknown type \"['progress']\""),
+        (b'{"type": "progress"\n', "not a JSON object in UTF-8"),
+        (b'"' + b"x" * 70_000, "a line of more than 65536 bytes"),
+        (b'{"x": "' + b"x" * 65_600 + b'"}\n', "a line of more than 65536 bytes"),
+        (b'{"type":"progress","step":' + b"9" * 5000 + b"}\n", "not a JSON object in UTF-8"),
+        ({"type": "progress"}, f"step {INTEGER}"),
+        ({"type": "progress", "step": -1}, f"step {INTEGER}"),
+        ({"type": "progress", "step": 1.5}, f"step {INTEGER}"),
+        ({"type": "progress", "step": 2**63}, f"step {INTEGER}"),
+        ({"type": "progress", "step": 1, "total_steps": ""}, f"total_steps {INTEGER}"),
+        (
+            {"type": "progress", "step": 1, "metrics": {str(i): i for i in range(65)}},
+            "metrics must be an object of at most 64 names",
+        ),
+        (
+            {"type": "progress", "step": 1, "metrics": [1]},
+            "metrics must be an object of at most 64 names",
+        ),
+        ({"type": "progress", "step": 1, "metrics": {"a": "1"}}, "a metric must be a number"),
+        (
+            {"type": "progress", "step": 1, "metrics": {"": 1}},
+            "a name must be text of 1 to 128 characters",
+        ),
+        ({"type": "progress", "step": 1, "metrics": {"a\nb": 1}}, "a name must be printable"),
+        (
+            {"type": "milestone", "name": "x" * 129, "unix_ms": 1},
+            "a name must be text of 1 to 128 characters",
+        ),
+        ({"type": "milestone", "name": "load", "unix_ms": None}, f"unix_ms {INTEGER}"),
+    ],
+)
+async def test_a_bad_line_is_refused_and_reaches_nobody(
+    house: House, line: object, reason: str
+) -> None:
+    trainer = await house.greeted()
+    trainer.send(line)
+    assert await trainer.refusal() == reason
+    assert house.messages == []
+    await house.greeted()  # the next one is served as before
+
+
+async def test_only_directories_inside_the_staging_directory(house: House, tmp_path: Path) -> None:
+    staging = house.staging
+    outside, beside = tmp_path / "outside", tmp_path / "staging-2"
+    for directory in (outside, beside, staging / "real"):
+        directory.mkdir()
+    (staging / "link").symlink_to(outside)
+    (staging / "loop").symlink_to(staging / "loop")
+    (staging / "inner").symlink_to(staging / "real")
+    (staging / "file").write_text("")
+    inside = "path is not a directory inside the attempt's staging directory"
+    for path, reason in [
+        (str(outside), inside),
+        (str(beside), inside),
+        (str(staging), inside),
+        (str(staging / ".." / "outside"), inside),
+        (str(staging / "link"), inside),
+        (str(staging / "file"), inside),
+        (str(staging / "loop"), inside),
+        (str(staging / "missing" / ".." / ".." / "outside"), inside),
+        (str(staging) + "/\ud800", "path is no file name"),
+        ("real", "path must be an absolute path"),
+        (str(staging / "real") + "\0", "path must be an absolute path"),
+        (7, "path must be an absolute path"),
+    ]:
+        trainer = await house.greeted()
+        trainer.send({"type": "checkpoint", "id": 1, "path": path, "step": 1})
+        assert await trainer.refusal() == reason, path
+        assert house.messages == []
+    trainer = await house.greeted()
+    trainer.send({"type": "checkpoint", "id": 1, "path": str(staging / "inner"), "step": 1})
+    real = str(staging.resolve() / "real")
+    assert await house.message() == ("1.1", TrainerCheckpoint(1, real, 1))
+    # what has been stored and cleared away may be offered again; the core knows the answer
+    trainer.send({"type": "checkpoint", "id": 2, "path": str(staging / "gone"), "step": 2})
+    gone = str(staging.resolve() / "gone")
+    assert await house.message() == ("1.1", TrainerCheckpoint(2, gone, 2))
+
+
+async def test_odd_numbers_are_facts(house: House) -> None:
+    trainer = await house.greeted()
+    trainer.send(
+        b'{"type":"progress","step":1,"metrics":{"a":Infinity,"b":1' + b"0" * 400 + b"}}\n"
+    )
+    infinite = float("inf")
+    metrics = (("a", infinite), ("b", infinite))
+    assert await house.message() == ("1.1", TrainerProgress(1, None, metrics))
+    trainer.send(b'{"type":"progress","step":0,"total_steps":0,"metrics":null}')
+    trainer.writer.write_eof()  # an unfinished line is no line
+    assert await trainer.receive() is None
+    assert house.messages == []
+
+
+async def test_connections_of_one_attempt_are_limited(house: House) -> None:
+    trainers = [await house.greeted() for _ in range(sdk_server.CONNECTIONS_PER_ATTEMPT_MAX)]
+    over = await house.connect()
+    over.send(HELLO)
+    assert await over.refusal() == "more than 16 connections of one attempt"
+    trainers[0].writer.write_eof()
+    assert await trainers[0].receive() is None
+    await house.greeted()
+
+
+async def test_silent_connections_are_limited(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = [await house.connect() for _ in range(sdk_server.CONNECTIONS_UNKNOWN_MAX)]
+    over = await house.connect()
+    assert await over.refusal() == "too many connections that have not said hello"
+    for trainer in silent:
+        trainer.writer.write_eof()
+        assert await trainer.receive() is None
+    monkeypatch.setattr(sdk_server, "HELLO_TIMEOUT_S", 0.0)
+    late = await house.connect()
+    assert await late.refusal() == "no hello within 0 s"
+
+
+async def test_a_trainer_that_does_not_read_is_cut_off(house: House) -> None:
+    deaf = await house.greeted()
+    deaf.reader._transport.pause_reading()  # type: ignore[attr-defined]
+    large = {"type": "refused", "reason": "x" * 60_000}
+    for _ in range(100):
+        house.server.tell("1.1", large)
+    deaf.reader._transport.resume_reading()  # type: ignore[attr-defined]
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await deaf.reader.readexactly(100 * 60_000)
+    again = await house.greeted()
+    assert await again.receive() == large  # what had not been sent was kept
+
+
+async def test_socket_file(tmp_path: Path, house: House) -> None:
+    path = house.server.socket_path
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
+    with pytest.raises(OSError, match="another agent listens"):
+        await SdkServer(tmp_path / "run", house.note).open()
+    await house.greeted()  # which has done no harm
+    await house.server.close()
+    assert list((tmp_path / "run").iterdir()) == []
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)  # what an agent that was killed leaves behind
+    await house.server.open()
+    await house.greeted()
+    with pytest.raises(OSError, match="too long for a socket"):
+        await SdkServer(tmp_path / ("x" * 100), house.note).open()
