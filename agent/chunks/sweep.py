@@ -1,0 +1,53 @@
+"""Which checkpoints a node may forget, when the coordinator's list of what to keep is not all.
+
+Problem: the coordinator lists what it knows. The newest progress of a job may be what it does not
+know yet: a replica on this node whose writer trains on while the coordinator is away, and proposes
+it hours later. Dropping what is not listed after some minutes loses the only other copy; sparing
+everything for that long piles up, with a checkpoint every few seconds, hundreds of those that were
+replaced.
+
+Age does not tell the two apart; their place in the job's history does. A checkpoint that is not
+listed is
+
+1. *superseded* when a listed one of the same job lies on this node too and is newer: of a greater
+   epoch, or of the same epoch and a greater step. It goes at once: nobody falls back to it, as the
+   coordinator lists what jobs may fall back to;
+2. otherwise it may be the newest of its job: newer than every listed one here, or of a job of which
+   none is listed here, or one that cannot be read. It stays until it was written, or last
+   published, more than `ORPHAN_S` ago.
+
+Two checkpoints of one epoch and step (a last one, right after a regular one) are told apart by when
+they were written here. The later one may be waiting for its commit while the earlier one is listed,
+so it is not superseded, and the earlier one is, as soon as the later one is listed.
+
+The sweep itself is the store's; here is only what it decides by.
+"""
+
+from agent.chunks.manifest import Manifest
+
+# How long a coordinator may be gone, or a writer cut off, and still find its unlisted replica: a
+# week covers a long weekend with nobody on call. What waits so long is little: one or a few
+# checkpoints of each job that ended, moved away or lost its writer while it was not listed.
+ORPHAN_S = 7 * 86_400.0
+# Chunks are on a node without a manifest between a peer's question which are missing and the upload
+# that follows within seconds, and between two tries of an upload that broke. What is gone then is
+# sent again, so this need not be long; the upload itself does not count against it.
+CHUNK_GRACE_S = 60.0
+
+
+class Listed:
+    """The newest listed checkpoint of each job on this node."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, tuple[int, int, int]] = {}
+
+    def add(self, manifest: Manifest, written_ns: int) -> None:
+        """A checkpoint that is listed, lies here and can be read; `written_ns` is the time stamp of
+        its manifest."""
+        place = (manifest.epoch, manifest.step, written_ns)
+        self._newest[manifest.job_id] = max(place, self._newest.get(manifest.job_id, place))
+
+    def supersede(self, manifest: Manifest, written_ns: int) -> bool:
+        """Whether this checkpoint, which is not listed, may go at once. Ask after every `add`."""
+        newest = self._newest.get(manifest.job_id)
+        return newest is not None and (manifest.epoch, manifest.step, written_ns) < newest

@@ -1,0 +1,90 @@
+"""How this program listens and dials: in the clear on loopback, under mutual TLS everywhere else.
+
+Problem: a port that accepts checkpoints and hands out logs must not face a network without knowing
+who calls. Making TLS optional and documenting it fails: the quick test on 0.0.0.0 is the
+installation a year later. So listening anywhere but on loopback is refused unless certificate, key
+and authority are given, and then callers need a certificate from that authority as well. The files
+are plain PEM, so any certificate authority serves.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+# A server that was restarted listens again within seconds, and callers pace their own tries. gRPC
+# by itself refuses calls from memory for a second after the first failure, and for up to two
+# minutes after more.
+_RECONNECT_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+class TransportError(Exception):
+    """An address or a PEM file will not do; the text is a sentence that says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files: this program's certificate chain and key, and the authority that peers need."""
+
+    cert_path: str
+    key_path: str
+    ca_path: str
+
+
+def check_listen(address: str, tls: Tls | None) -> None:
+    """Raises `TransportError` when `address`, host:port or unix:path, is open without TLS."""
+    if tls is None and not _is_loopback(address):
+        raise TransportError(
+            f"listening on {address} needs mutual TLS: "
+            "give --tls-cert, --tls-key and --tls-ca, or listen on 127.0.0.1"
+        )
+
+
+def listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    """Bind `server` to `address`; returns the port. Raises `TransportError`."""
+    check_listen(address, tls)
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        pair = (_read(tls.key_path), _read(tls.cert_path))
+        credentials = grpc.ssl_server_credentials([pair], _read(tls.ca_path), True)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise TransportError(f"cannot listen on {address}: {error}") from error
+
+
+def open_channel(
+    address: str, tls: Tls | None, options: Sequence[tuple[str, int | str]] = ()
+) -> grpc.aio.Channel:
+    """Connects on first use, and again 0.1 to 5 s after a failure unless `options` say otherwise.
+    Raises `TransportError` for a file that cannot be read."""
+    merged = tuple({**dict(_RECONNECT_OPTIONS), **dict(options)}.items())
+    if tls is None:
+        return grpc.aio.insecure_channel(address, merged)
+    credentials = grpc.ssl_channel_credentials(
+        _read(tls.ca_path), _read(tls.key_path), _read(tls.cert_path)
+    )
+    return grpc.aio.secure_channel(address, credentials, merged)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost" or address.startswith(("unix:", "unix-abstract:")):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TransportError(f"cannot read {path}: {error.strerror}") from error

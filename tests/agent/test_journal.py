@@ -1,0 +1,217 @@
+"""The journal holds what the fold of its records says, whatever happens to agent or disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.core import messages as m
+from agent.core import state as s
+from agent.core.attempt import AttemptRecord, Pending, Phase
+from agent.core.values import ReplicaSource, RestoreCandidate
+from agent.journal import SqliteJournal, decode_event, encode_event
+from agent.ports import JournalUnavailable
+from tests.agent.journal_writer import batch
+from tests.core.agent_memory import MemoryJournal
+
+KILLS = 6
+CHILD_DEADLINE_S = 60
+
+TEXT = st.text(max_size=8)  # no lone surrogates: the core lets none in
+INT = st.integers(0, 2**62)
+SOURCES = st.builds(ReplicaSource, TEXT, TEXT)
+CANDIDATES = st.builds(RestoreCandidate, TEXT, INT, st.tuples(SOURCES))
+SPECS = st.builds(
+    m.JobSpec, TEXT, st.tuples(TEXT), environment=st.tuples(st.tuples(TEXT, TEXT)), grace_ms=INT
+)
+PENDING = st.none() | st.builds(Pending, TEXT, INT, INT, TEXT, INT)
+RECORDS = st.builds(
+    AttemptRecord,
+    id=st.sampled_from(["1.1", "2.1", "3.7"]),
+    job_id=INT,
+    epoch=INT,
+    spec=SPECS,
+    gpu_uuids=st.tuples(TEXT, TEXT),
+    candidates=st.tuples(CANDIDATES),
+    replica_target=st.none() | SOURCES,
+    replica_required=st.booleans(),
+    restart_count=INT,
+    token=TEXT,
+    phase=st.sampled_from(Phase),
+    skipped=st.tuples(st.tuples(TEXT, TEXT)),
+    pending=PENDING,
+    stop_grace_ms=st.none() | INT,
+    exit_code=st.none() | INT,
+    exit_signal=st.none() | INT,
+)
+BODIES = st.one_of(
+    st.builds(m.AttemptStarted, INT, TEXT, INT, st.tuples(st.tuples(TEXT, TEXT))),
+    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT),
+    st.builds(m.AttemptRefused, TEXT, st.booleans()),
+    st.builds(m.AttemptMilestone, TEXT),
+    st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT)),
+)
+CHANGES = st.one_of(
+    st.builds(s.PutAttempt, RECORDS),
+    st.builds(s.DropAttempt, st.sampled_from(["1.1", "2.1", "9.9"])),
+    st.builds(s.DropSpooled, st.integers(0, 12)),
+    st.builds(s.PutFence, st.integers(1, 4), st.integers(1, 9)),
+    st.builds(s.DropFence, st.integers(1, 4)),
+    st.builds(s.PutLeaderEpoch, INT),
+    BODIES,  # becomes an event with the next sequence
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.db"
+
+
+def numbered(changes: list[object], first: int) -> Iterator[s.Record]:
+    for change in changes:
+        if isinstance(change, m.SpooledBody):
+            yield s.SpoolEvent(m.AgentEvent(first, 1, "1.1", change))
+            first += 1
+        else:
+            assert isinstance(change, s.Record)
+            yield change
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(CHANGES, max_size=6), max_size=4))
+async def test_file_and_fold_agree(batches: list[list[object]]) -> None:
+    fold = MemoryJournal("fresh")
+    with tempfile.TemporaryDirectory() as directory:
+        for changes in batches:
+            journal = SqliteJournal(Path(directory) / "journal.db")
+            assert await journal.open("fresh") == fold.memory()
+            records = list(numbered(changes, fold.next_sequence))
+            await journal.commit(records)
+            fold.commit(records)
+            await journal.close()
+        journal = SqliteJournal(Path(directory) / "journal.db")
+        assert await journal.open("another") == fold.memory() or not batches
+        await journal.close()
+
+
+@given(st.builds(m.AgentEvent, INT, INT, TEXT, BODIES))
+def test_events_survive_their_json(event: m.AgentEvent) -> None:
+    assert decode_event(encode_event(event)) == event
+
+
+@given(RECORDS)
+def test_what_an_older_agent_wrote_loads(record: AttemptRecord) -> None:
+    """A field that came later has a default, and one that has gone is passed over."""
+    document = json.loads(msgspec.json.encode(record))
+    for field in ("stored_id", "stored_path", "stored_digest", "milestones"):
+        del document[field]
+    document["of_yore"] = 1
+    loaded = msgspec.json.decode(json.dumps(document), type=AttemptRecord)
+    assert (loaded.id, loaded.spec, loaded.pending) == (record.id, record.spec, record.pending)
+    assert loaded.stored_digest == ""
+
+
+async def test_sequences_go_on_after_the_spool_is_empty(path: Path) -> None:
+    journal = SqliteJournal(path)
+    await journal.open("j1")
+    await journal.commit([*batch(1), *batch(2), s.DropSpooled(2)])
+    await journal.close()
+    memory = await SqliteJournal(path).open("j2")
+    assert (memory.journal_id, memory.spool, memory.next_sequence) == ("j1", (), 3)
+
+
+async def test_nobody_else_can_read_it(path: Path) -> None:
+    journal = SqliteJournal(path)
+    await journal.open("j1")
+    await journal.commit(batch(1))
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()}
+    await journal.close()
+    assert set(modes.values()) == {"0o600"}
+    assert len(modes) == 3, "the file, its log and its index"
+
+
+@pytest.fixture
+def damaged(path: Path) -> Path:
+    path.write_bytes(b"not a database, and long enough to be sure of that" * 20)
+    return path
+
+
+async def test_a_file_that_is_no_journal_is_named(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(JournalUnavailable, match=r"journal\.db"):
+        await SqliteJournal(damaged).open("j1")
+    with pytest.raises(JournalUnavailable, match="missing"):
+        await SqliteJournal(tmp_path / "missing" / "journal.db").open("j1")
+
+
+def write_and_die(path: Path, answers: int) -> int:
+    """Killed right after so many answers, which is amid a later commit; returns the last answer."""
+    command = [sys.executable, "-m", "tests.agent.journal_writer", str(path), "100000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stdout is not None
+        said = [child.stdout.readline() for _ in range(answers)]
+        child.send_signal(signal.SIGKILL)
+        said += child.stdout.read().splitlines(keepends=True)
+        child.wait(CHILD_DEADLINE_S)
+    return max(int(line) for line in said if line.endswith("\n"))
+
+
+@pytest.mark.parametrize("answers", range(1, 1 + 7 * KILLS, 7))
+async def test_a_kill_loses_nothing_that_was_said(path: Path, answers: int) -> None:
+    said = write_and_die(path, answers)
+    memory = await SqliteJournal(path).open("j2")
+    last = memory.next_sequence - 1
+    assert last in (said, said + 1), "everything that was said, and at most one more"
+    expected = list(range(1, last + 1))
+    assert [record.job_id for record in memory.attempts] == expected
+    assert [event.sequence for event in memory.spool] == expected
+    assert [job_id for job_id, _ in memory.fences] == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a MiB."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(directory)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a file system needs privileges")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+async def test_a_full_disk_is_waited_out(small_disk: Path) -> None:
+    """Nothing of the batch is kept, and once there is room the very same batch is."""
+    journal = SqliteJournal(small_disk / "journal.db")
+    await journal.open("j1")
+    await journal.commit(batch(1))
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4_096))
+        except OSError:
+            pass
+    big = [record for number in range(2, 60) for record in batch(number)]
+    for _ in range(2):
+        with pytest.raises(JournalUnavailable, match="full"):
+            await journal.commit(big)
+    ballast.unlink()
+    await journal.commit(big)
+    await journal.close()
+    memory = await SqliteJournal(small_disk / "journal.db").open("j1")
+    assert [record.job_id for record in memory.attempts] == list(range(1, 60))
+    assert memory.next_sequence == 60

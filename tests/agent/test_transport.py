@@ -1,0 +1,207 @@
+"""Loopback in the clear, everything else under mutual TLS: refused without, and real handshakes
+with.
+
+Safety: a caller without a certificate, or with one from another authority, reaches nothing; and a
+client does not talk to a server from another authority either.
+"""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from agent.chunks.peers import PeerClient
+from agent.chunks.store import ChunkStore
+from agent.core.values import ReplicaSource
+from agent.peer import PeerServer
+from agent.ports import ChunkError
+from agent.transport import Tls, TransportError, check_listen, listen, open_channel
+from protos.baton.v1 import peer_pb2
+from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
+
+DIGEST = "ab" * 32
+
+
+class Authority:
+    """A certificate authority made up for one test."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory = directory
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        builder = self._builder(self.name, self.key).add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        )
+        self.ca_path = directory / f"{name}-ca.pem"
+        certificate = builder.sign(self.key, hashes.SHA256())
+        self.ca_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    def issue(self, name: str, trusting: "Authority | None" = None) -> Tls:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = x509.SubjectAlternativeName(
+            [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        )
+        builder = self._builder(subject, key).add_extension(names, critical=False)
+        certificate = builder.sign(self.key, hashes.SHA256())
+        cert_path = self.directory / f"{name}.pem"
+        key_path = self.directory / f"{name}.key"
+        cert_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        key_path.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return Tls(str(cert_path), str(key_path), str((trusting or self).ca_path))
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey
+    ) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+        )
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "ours")
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Authority:
+    return Authority(tmp_path, "theirs")
+
+
+async def no_log(
+    attempt: str, offset: int, follow: bool, tail_bytes: int
+) -> AsyncIterator[tuple[int, bytes]]:
+    raise FileNotFoundError(attempt)
+    yield offset, b""
+
+
+@pytest.fixture
+async def peer(tmp_path: Path, ours: Authority) -> AsyncIterator[ReplicaSource]:
+    """A peer that listens beyond loopback, under mutual TLS."""
+    store = ChunkStore(tmp_path / "chunks")
+    store.open()
+    server = PeerServer(store, no_log, address="0.0.0.0:0", tls=ours.issue("server"))
+    port = await server.open()
+    yield ReplicaSource("n2", f"127.0.0.1:{port}")
+    await server.close()
+
+
+async def ask(peer: ReplicaSource, tls: Tls | None) -> list[str]:
+    client = PeerClient(tls)
+    try:
+        return await client.find_missing(peer, [DIGEST])
+    finally:
+        await client.close()
+
+
+async def test_the_right_certificate_is_accepted(peer: ReplicaSource, ours: Authority) -> None:
+    assert await ask(peer, ours.issue("client")) == [DIGEST]
+
+
+async def test_no_tls_at_all_is_refused(peer: ReplicaSource) -> None:
+    with pytest.raises(ChunkError, match="n2"):
+        await ask(peer, None)
+
+
+async def test_a_client_without_a_certificate_is_refused(
+    peer: ReplicaSource, ours: Authority
+) -> None:
+    credentials = grpc.ssl_channel_credentials(ours.ca_path.read_bytes())
+    async with grpc.aio.secure_channel(peer.address, credentials) as channel:
+        stub = PeerServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.FindMissing(peer_pb2.FindMissingRequest(), timeout=30)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_of_another_authority_is_refused(
+    peer: ReplicaSource, ours: Authority, theirs: Authority
+) -> None:
+    stranger = theirs.issue("stranger", trusting=ours)
+    with pytest.raises(ChunkError, match="n2"):
+        await ask(peer, stranger)
+
+
+async def test_a_server_of_another_authority_is_not_talked_to(
+    peer: ReplicaSource, ours: Authority, theirs: Authority
+) -> None:
+    distrusting = ours.issue("client", trusting=theirs)
+    with pytest.raises(ChunkError, match="n2"):
+        await ask(peer, distrusting)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:7070", "127.9.9.9:0", "[::1]:7070", "localhost:7070", "unix:/run/baton/x.sock"],
+)
+def test_loopback_needs_no_tls(address: str) -> None:
+    check_listen(address, None)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "0.0.0.0:7070",
+        "[::]:7070",
+        "10.0.0.1:7070",
+        ":7070",
+        "7070",
+        "*:7070",
+        "",
+        "localhost.example.org:7070",
+        "127.0.0.1.example.org:7070",
+        "127.0.0.1:1,0.0.0.0:7070",
+        "dns:///0.0.0.0:7070",
+    ],
+)
+def test_anything_else_is_refused_without_tls_and_accepted_with(address: str) -> None:
+    with pytest.raises(TransportError) as caught:
+        check_listen(address, None)
+    assert str(caught.value) == (
+        f"listening on {address} needs mutual TLS: "
+        "give --tls-cert, --tls-key and --tls-ca, or listen on 127.0.0.1"
+    )
+    check_listen(address, Tls("cert", "key", "ca"))
+
+
+async def test_listen_itself_refuses(tmp_path: Path) -> None:
+    server = PeerServer(ChunkStore(tmp_path), no_log, address="0.0.0.0:0", tls=None)
+    with pytest.raises(TransportError, match="needs mutual TLS"):
+        await server.open()
+
+
+async def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    tls = Tls(str(tmp_path / "no.pem"), str(tmp_path / "no.key"), str(tmp_path / "no-ca.pem"))
+    with pytest.raises(TransportError, match=r"cannot read .*no-ca\.pem: No such file"):
+        open_channel("127.0.0.1:1", tls)
+    with pytest.raises(TransportError, match=r"cannot read .*no\.key: No such file"):
+        listen(grpc.aio.server(), "0.0.0.0:0", tls)
+
+
+async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
+    store = ChunkStore(tmp_path)
+    first = PeerServer(store, no_log, address="127.0.0.1:0", tls=None)
+    address = f"127.0.0.1:{await first.open()}"
+    with pytest.raises(TransportError, match=f"cannot listen on {address}"):
+        await PeerServer(store, no_log, address=address, tls=None).open()
+    await first.close()
