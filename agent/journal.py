@@ -1,0 +1,191 @@
+"""What this node runs and still has to tell, crash-safe, in one SQLite file.
+
+Problem: an agent that is killed must come back knowing every trainer it answers for and every event
+that the coordinator has not acknowledged. A file of our own with checksums and compaction would be
+a database written again; SQLite in WAL mode with `synchronous=FULL` is one that others have broken
+and mended for twenty years. One batch is one transaction, and so one fsync.
+
+Documents are JSON made by msgspec from the core's dataclasses. Its SQL lives in `queries.sql`.
+"""
+
+import asyncio
+import contextlib
+import re
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from agent.core.attempt import AttemptRecord
+from agent.core.messages import (
+    AgentEvent,
+    AttemptExited,
+    AttemptMilestone,
+    AttemptRefused,
+    AttemptStarted,
+    CheckpointProposed,
+    SpooledBody,
+)
+from agent.core.state import (
+    DropAttempt,
+    DropFence,
+    DropSpooled,
+    Memory,
+    PutAttempt,
+    PutFence,
+    PutLeaderEpoch,
+    Record,
+    SpoolEvent,
+)
+from agent.ports import JournalUnavailable
+
+_BODIES: dict[str, type[SpooledBody]] = {
+    "started": AttemptStarted,
+    "exited": AttemptExited,
+    "refused": AttemptRefused,
+    "milestone": AttemptMilestone,
+    "proposed": CheckpointProposed,
+}
+_KINDS = {body: kind for kind, body in _BODIES.items()}
+
+Result = TypeVar("Result")
+
+
+def load_queries() -> dict[str, str]:
+    """The statements of `queries.sql` by name."""
+    text = files("agent").joinpath("queries.sql").read_text("utf-8")
+    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+class SqliteJournal:
+    """`await open(fresh_id)` once, then `commit`. All of SQLite runs in one thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._queries = load_queries()
+        self._connection: sqlite3.Connection | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def open(self, fresh_id: str) -> Memory:
+        """Everything that is kept; `fresh_id` becomes the journal's id if there is none yet.
+
+        Raises `JournalUnavailable` with a sentence when the file cannot be opened.
+        """
+        self._thread = ThreadPoolExecutor(1, "journal")
+        return await self._run(lambda: self._open(fresh_id))
+
+    async def commit(self, records: Sequence[Record]) -> None:
+        """All of it durable, or none. Raises `JournalUnavailable`."""
+        await self._run(lambda: self._commit(records))
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._run(self._connection.close)
+            self._connection = None
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    async def _run(self, function: Callable[[], Result]) -> Result:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, function)
+        except (sqlite3.OperationalError, OSError) as error:
+            raise JournalUnavailable(f"{self._path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise  # a constraint, a misuse: a bug of ours
+            raise JournalUnavailable(f"{self._path} is damaged: {error}") from error
+
+    def _open(self, fresh_id: str) -> Memory:
+        self._path.touch(mode=0o600)  # before there is anything in it to read
+        connection = sqlite3.connect(
+            self._path, isolation_level=None, check_same_thread=False, timeout=5.0
+        )
+        self._path.chmod(0o600)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        for name, statement in self._queries.items():
+            if name.startswith("create_"):
+                connection.execute(statement)
+        self._connection = connection
+        meta = dict(connection.execute(self._queries["read_meta"]))
+        if "journal_id" not in meta:
+            meta["journal_id"] = fresh_id
+            self._put_meta("journal_id", fresh_id)
+        rows = connection.execute(self._queries["read_attempts"])
+        attempts = tuple(msgspec.json.decode(text, type=AttemptRecord) for (text,) in rows)
+        rows = connection.execute(self._queries["read_spool"])
+        spool = tuple(decode_event(text) for (text,) in rows)
+        fences = tuple(connection.execute(self._queries["read_fences"]))
+        return Memory(
+            meta["journal_id"],
+            attempts,
+            spool,
+            int(meta.get("next_sequence", "1")),
+            fences,
+            int(meta.get("leader_epoch", "0")),
+        )
+
+    def _put_meta(self, key: str, value: str) -> None:
+        self._execute("put_meta", {"key": key, "value": value})
+
+    def _execute(self, name: str, parameters: dict[str, object]) -> None:
+        if self._connection is None:
+            raise RuntimeError("the journal is not open")
+        self._connection.execute(self._queries[name], parameters)
+
+    def _commit(self, records: Sequence[Record]) -> None:
+        if self._connection is None:
+            raise RuntimeError("the journal is not open")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for record in records:
+                self._write(record)
+            self._connection.execute("COMMIT")
+        except sqlite3.OperationalError:
+            # SQLite may have rolled back already, as it does when the disk is full.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _write(self, record: Record) -> None:
+        match record:
+            case PutAttempt():
+                document = msgspec.json.encode(record.record).decode()
+                self._execute("put_attempt", {"id": record.record.id, "document": document})
+            case DropAttempt():
+                self._execute("drop_attempt", {"id": record.attempt})
+            case SpoolEvent():
+                event = record.event
+                values = {"sequence": event.sequence, "document": encode_event(event)}
+                self._execute("put_spooled", values)
+                # Written with the event, so that a sequence is never given out twice.
+                self._put_meta("next_sequence", str(event.sequence + 1))
+            case DropSpooled():
+                self._execute("drop_spooled", {"sequence": record.sequence})
+            case PutFence():
+                self._execute("put_fence", {"job_id": record.job_id, "epoch": record.epoch})
+            case DropFence():
+                self._execute("drop_fence", {"job_id": record.job_id})
+            case PutLeaderEpoch():
+                self._put_meta("leader_epoch", str(record.epoch))
+
+
+def encode_event(event: AgentEvent) -> str:
+    """A spooled event as JSON, with the kind of its body beside it."""
+    kind = _KINDS[type(event.body)]
+    return msgspec.json.encode(
+        [event.sequence, event.unix_ms, event.attempt, kind, event.body]
+    ).decode()
+
+
+def decode_event(text: str) -> AgentEvent:
+    """The reverse of `encode_event`."""
+    sequence, unix_ms, attempt, kind, body = msgspec.json.decode(text)
+    return AgentEvent(sequence, unix_ms, attempt, msgspec.convert(body, _BODIES[kind]))

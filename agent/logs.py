@@ -1,0 +1,273 @@
+"""Structured logs: one JSON object a line on stderr, or a console's lines when people look on.
+
+Problem: a log is written by the loop that keeps jobs alive and read by somebody who may stop
+reading. Printing blocks that loop as soon as the reader's pipe is full; dropping lines in silence
+makes the log a liar; and one value that JSON does not know, or a field of ten megabytes, ends or
+drowns everything.
+
+So: every line carries `seq`, which counts this process's lines, so that a gap is a loss and says
+how large. A line goes to a pipe or socket without blocking: a full one is waited for once, a few
+milliseconds, which is enough for a reader that lives; until it reads again lines are dropped at
+once. (Files are written directly, and so are terminals: Ctrl-S there does stop the loop, as
+it does for any program.) A value that JSON does not know is written as its `repr`, a line that is
+too long is cut and says so, and an unwritable stderr never stops the program. What libraries say
+through `logging` becomes lines of the same kind, under the event `library`.
+
+A line: ts (RFC 3339, UTC, ms), level, event (a stable name), seq, the fields bound at `configure`,
+then its own. journald cuts lines at 48 KiB (journald.conf(5), LineMax=), so we do before.
+
+Coordinator and agent each have this file, word for word (a test compares them), because neither may
+import the other.
+"""
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import select
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger
+
+LINE_BYTES_MAX: Final = 48 * 1024  # journald's LineMax
+CUT_CHARACTERS: Final = 4 * 1024  # of a line that was too long: enough to recognise it
+STALL_MS_MAX: Final = (
+    20  # a reader that lives empties a pipe in less; heartbeats notice no such wait
+)
+
+_LEVELS: Final[Mapping[str, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+_METHODS: Final[Mapping[str, str]] = {"warn": "warning", "exception": "error", "fatal": "critical"}
+# These four belong to the line; a field of such a name gets an underscore.
+_RESERVED: Final = ("ts", "level", "event", "seq")
+
+_Render = Callable[[dict[str, Any]], bytes]
+
+
+def configure(
+    level: str, format: str, *, descriptor: int | None = None, **bound: object
+) -> FilteringBoundLogger:
+    """Send all logs of this process to stderr, or `descriptor`. May be called again (SIGHUP).
+
+    `level` is debug, info, warning, error or critical; `format` json, console or auto (console when
+    stderr is a terminal). `bound` are fields of every line. Raises `KeyError` for another level.
+    """
+    descriptor = sys.stderr.fileno() if descriptor is None else descriptor
+    terminal = os.isatty(descriptor)
+    console = format == "console" or (format == "auto" and terminal)
+    render = _console(colors=terminal) if console else _json_line
+    writer = Writer(open_stream(descriptor), render, bound)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        processors=[_as_arguments],
+        logger_factory=lambda *_: writer,
+        cache_logger_on_first_use=False,  # module-level loggers follow a later `configure`
+    )
+    # grpc and asyncio speak through `logging`; below a warning they talk about themselves.
+    logging.basicConfig(
+        level=max(_LEVELS[level], logging.WARNING), handlers=[_Library()], force=True
+    )
+    logger: FilteringBoundLogger = structlog.get_logger()
+    return logger
+
+
+def emit(level: str, event: str, fields: Iterable[tuple[str, object]] = ()) -> None:
+    """Log one line: what a core's `Log` says. Raises `AttributeError` for an unknown level."""
+    values = dict(fields)
+    if "event" in values:
+        values["event_"] = values.pop("event")
+    getattr(structlog.get_logger(), level)(event, **values)
+
+
+class Writer:
+    """Numbers, renders and writes lines; structlog's innermost logger. Thread-safe."""
+
+    def __init__(
+        self,
+        write: Callable[[bytes], bool],
+        render: _Render,
+        bound: Mapping[str, object],
+        unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._write = write
+        self._render = render
+        self._bound = dict(bound)
+        self._unix_ms = unix_ms
+        self._lock = threading.Lock()
+        self._stamp_s = -1
+        self._stamp = ""
+
+    def _line(self, method: str, fields: EventDict) -> None:
+        event = fields.pop("event", None)
+        if fields.keys() & {"exc_info", "stack_info"}:
+            _spell_exception(fields)
+        for name in _RESERVED:
+            if name in fields:
+                fields[name + "_"] = fields.pop(name)
+        with self._lock:  # the order of `seq` is the order of lines
+            head = {
+                "ts": self._timestamp(),
+                "level": _METHODS.get(method, method),
+                "event": event,
+                "seq": next(_numbers),
+            }
+            line = self._render({**head, **self._bound, **fields})
+            if len(line) > LINE_BYTES_MAX:
+                text = line[:CUT_CHARACTERS].decode("utf-8", "ignore")
+                line = self._render({**head, "event": str(event)[:200], "cut_bytes": len(line)}
+                                    | {"cut": text})  # fmt: skip
+            self._write(line)
+
+    debug = info = warning = warn = error = exception = critical = fatal = msg = _line
+
+    def _timestamp(self) -> str:
+        seconds, rest_ms = divmod(self._unix_ms(), 1_000)
+        if seconds != self._stamp_s:
+            self._stamp_s = seconds
+            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        return f"{self._stamp}.{rest_ms:03}Z"
+
+
+class Stream:
+    """A pipe or socket that may be full. `write` answers whether the line was taken whole."""
+
+    def __init__(self, descriptor: int, send: Callable[[bytes], int]) -> None:
+        self._descriptor = descriptor
+        self._send = send
+        self._rest = b""  # of a line of which a part went out: it must be ended before another
+        self._stalled = False
+
+    def write(self, line: bytes) -> bool:
+        """Never waits longer than `STALL_MS_MAX`, and only once until something is read again."""
+        before = self._rest
+        pending = before + line
+        sent = self._push(pending)
+        if sent < len(pending) and not self._stalled:
+            self._wait()
+            sent += self._push(pending[sent:])
+        self._stalled = sent < len(pending)
+        if sent <= len(before):
+            self._rest = pending[sent : len(before)]
+            return False
+        self._rest = pending[sent:]
+        return True
+
+    def _push(self, data: bytes) -> int:
+        sent = 0
+        with contextlib.suppress(OSError):  # full, or nobody reads any more: the line is lost
+            while sent < len(data):
+                sent += self._send(data[sent:])
+        return sent
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        poll.poll(STALL_MS_MAX)
+
+
+def open_stream(descriptor: int) -> Callable[[bytes], bool]:
+    """A function that writes a line to `descriptor`, without blocking where the kernel offers that
+    without changing the descriptor for those that share it. The same one for the same file: a
+    second `configure` must not forget a line of which a part went out."""
+    status = os.fstat(descriptor)
+    return _opened(descriptor, status.st_mode, (status.st_dev, status.st_ino))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(descriptor: int, mode: int, _identity: tuple[int, int]) -> Callable[[bytes], bool]:
+    if stat.S_ISFIFO(mode):
+        # A pipe opened anew has flags of its own; O_NONBLOCK on a shared one would hit everybody.
+        with contextlib.suppress(OSError):
+            own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return Stream(own, lambda data: os.write(own, data)).write
+    if stat.S_ISSOCK(mode):
+        link = socket.socket(fileno=os.dup(descriptor))
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        return Stream(link.fileno(), lambda data: link.send(data, flags)).write
+    return Stream(descriptor, lambda data: os.write(descriptor, data)).write
+
+
+class _Library(logging.Handler):
+    """What libraries say through `logging`, as lines of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = logging.getLevelName(record.levelno).lower()
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit their format
+            message = str(record.msg)
+        fields: dict[str, object] = {"logger": record.name, "msg": message}
+        if record.exc_info:
+            fields["exc_info"] = record.exc_info
+        emit(level if level in _LEVELS else "warning", "library", fields.items())
+
+
+# One count for the process: a second `configure` goes on where the first one was.
+_numbers = itertools.count(1)
+
+
+def _as_arguments(
+    logger: object, method: str, fields: EventDict
+) -> tuple[tuple[str, EventDict], dict[str, Any]]:
+    """The whole of structlog's chain: hand everything to `Writer._line`."""
+    return (method, fields), {}
+
+
+def _json_line(values: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(values, default=repr, option=_JSON_OPTIONS)
+    except TypeError:  # a number of more than 64 bits, half a surrogate pair, a circle
+        values = {name: _encodable(value) for name, value in values.items()}
+        return orjson.dumps(values, default=repr, option=_JSON_OPTIONS)
+
+
+_JSON_OPTIONS: Final = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+
+
+def _encodable(value: object) -> object:
+    try:
+        orjson.dumps(value, default=repr, option=_JSON_OPTIONS)
+    except TypeError:
+        return ascii(value)
+    return value
+
+
+def _console(*, colors: bool) -> _Render:
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=colors,
+        timestamp_key="ts",
+        # The plain one: rich's would print local variables, and those hold tokens.
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+
+    def render(values: dict[str, Any]) -> bytes:
+        values.pop("seq", None)
+        return f"{renderer(None, '', values)}\n".encode("utf-8", "backslashreplace")
+
+    return render
+
+
+def _spell_exception(fields: EventDict) -> None:
+    """`exc_info`, in any of the forms that `logging` knows, becomes the text `exception`."""
+    fields.pop("stack_info", None)
+    given = fields.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()
+    error = given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        fields["exception"] = "".join(traceback.format_exception(error))

@@ -1,0 +1,254 @@
+"""The agent's composition root: configuration -> adapters -> shell. Only this file names them all.
+
+Signals: SIGTERM and SIGINT say goodbye and leave the trainers running; SIGHUP reads the
+configuration again and applies what can change while it runs.
+"""
+
+import asyncio
+import os
+import random
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from agent import logs as logging_setup
+from agent.chunks.peers import PeerClient
+from agent.chunks.service import ChunkService
+from agent.chunks.store import ChunkStore
+from agent.config import (
+    RELOADABLE,
+    Config,
+    ConfigError,
+    from_command_line,
+    load,
+    prepare_directories,
+)
+from agent.core.launch import LaunchOptions
+from agent.core.node import NodeCore
+from agent.core.state import Options
+from agent.core.trainer_messages import TrainerMessage
+from agent.journal import SqliteJournal
+from agent.notify import Notifier, write_port_file
+from agent.peer import PeerServer
+from agent.ports import ChunkError, JournalUnavailable
+from agent.processes import logs
+from agent.processes.supervisor import Supervisor
+from agent.sdk_server import SdkServer
+from agent.shell import AgentShell, Ports
+from agent.telemetry.probe import NvmlProbe
+from agent.transport import TransportError
+from agent.uplink import GrpcUplink
+from agent.workspace import AttemptDirectories
+
+# The loop goes round at least once a heartbeat; this many missed rounds are a hang.
+WATCHDOG_ROUNDS = 10
+
+
+class SystemClock:
+    def now_ms(self) -> int:
+        return time.monotonic_ns() // 1_000_000
+
+    def unix_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    async def sleep_ms(self, duration_ms: int) -> None:
+        await asyncio.sleep(duration_ms / 1000)
+
+
+class SystemChance:
+    def token(self) -> str:
+        return secrets.token_hex(16)
+
+    def draw(self) -> float:
+        return random.random()
+
+
+class _Ears:
+    """Passes trainers' words on to the shell, which is made after the socket server."""
+
+    def __init__(self) -> None:
+        self.shell: AgentShell | None = None
+
+    def __call__(self, attempt_id: str, message: TrainerMessage) -> None:
+        if self.shell is not None:
+            self.shell.on_trainer_message(attempt_id, message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM, 1 when it could not start; `SystemExit` 2 for a wrong
+    configuration, 0 after printing it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = from_command_line(given, os.environ).config
+    logging_setup.configure(config.log_level, config.log_format, node=config.node)
+    try:
+        asyncio.run(_serve(config, given))
+    except (ConfigError, TransportError, ChunkError, JournalUnavailable, OSError) as error:
+        logging_setup.emit("critical", "agent.not_started", (("reason", str(error)),))
+        return 1
+    return 0
+
+
+async def _serve(config: Config, arguments: Sequence[str]) -> None:
+    prepare_directories(config)
+    state_directory = Path(config.state_directory)
+    tls = config.tls()
+    async with AsyncExitStack() as stack:
+        journal = SqliteJournal(state_directory / "journal.sqlite3")
+        stack.push_async_callback(journal.close)
+        memory = await journal.open(secrets.token_hex(16))
+        supervisor = Supervisor(state_directory)
+        store = ChunkStore(state_directory / "chunks")
+        # The supervisor's records and logs, and apart from them what trainers write into.
+        attempts_directory = state_directory / "attempts"
+        workspaces = state_directory / "workspaces"
+        directories = AttemptDirectories(workspaces)
+        await asyncio.to_thread(directories.sweep, {record.id for record in memory.attempts})
+        chunks = ChunkService(store, PeerClient(tls), staging_root=workspaces)
+        stack.push_async_callback(chunks.close)
+        await chunks.open()
+        peer_server = PeerServer(
+            store, _LogSource(attempts_directory), address=config.listen, tls=tls
+        )
+        stack.push_async_callback(peer_server.close)
+        port = await peer_server.open()
+        ears = _Ears()
+        trainers = SdkServer(Path(config.runtime_directory), ears)
+        stack.push_async_callback(trainers.close)
+        await trainers.open()
+        probe = NvmlProbe(state_directory, allowed_uuids=config.allowed_gpus())
+        stack.callback(probe.close)
+        await asyncio.to_thread(probe.open)
+        if probe.absence:
+            logging_setup.emit("warning", "gpu.absent", (("reason", probe.absence),))
+        options = Options(
+            config.advertised(port),
+            _launch_options(config, trainers, workspaces),
+            config.shared_directory,
+        )
+        ports = Ports(
+            SystemClock(),
+            SystemChance(),
+            probe,
+            supervisor,
+            directories,
+            trainers,
+            chunks,
+            journal,
+            GrpcUplink(config.coordinator, tls),
+            logging_setup.emit,
+            asyncio.to_thread,
+            config.sample_interval_ms,
+        )
+        shell = AgentShell(NodeCore(options, memory), ports)
+        ears.shell = shell
+        await _run(shell, config, arguments, options.peer_address)
+
+
+async def _run(
+    shell: AgentShell, config: Config, arguments: Sequence[str], peer_address: str
+) -> None:
+    notifier = Notifier(os.environ)
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        notifier.stopping()
+        shell.leave(config.restart_absence_ms)
+
+    def reload() -> None:
+        nonlocal config
+        config = _reload(config, arguments, notifier)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    watching = asyncio.create_task(_watch(shell, notifier, config))
+    logging_setup.emit(
+        "info",
+        "agent.started",
+        (("peer_address", peer_address), ("coordinator", config.coordinator)),
+    )
+    if config.port_file:
+        write_port_file(config.port_file, peer_address)
+    notifier.ready()
+    try:
+        await shell.run()
+    finally:
+        watching.cancel()
+    logging_setup.emit("info", "agent.stopped", ())
+
+
+async def _watch(shell: AgentShell, notifier: Notifier, config: Config) -> None:
+    """Tell systemd that we live, as long as the loop really goes round."""
+    interval_ms = notifier.watchdog_interval_ms()
+    if interval_ms is None:
+        return
+    clock = SystemClock()
+    patience_ms = WATCHDOG_ROUNDS * config.sample_interval_ms
+    while True:
+        if clock.now_ms() - shell.progress_ms < patience_ms:
+            notifier.watchdog()
+        await clock.sleep_ms(interval_ms // 3)
+
+
+def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Config:
+    """Read the configuration again; returns what is in force now. What a restart alone can change
+    (it costs no training) is named in the log."""
+    notifier.reloading()
+    try:
+        fresh = load(arguments, os.environ).config
+    except ConfigError as error:
+        for sentence in error.sentences:
+            logging_setup.emit("error", "config.refused", (("reason", sentence),))
+        fresh = current
+    else:
+        logging_setup.configure(fresh.log_level, fresh.log_format, node=fresh.node)
+        changed = [
+            field
+            for field in fresh.__struct_fields__
+            if field not in RELOADABLE and getattr(fresh, field) != getattr(current, field)
+        ]
+        if changed:
+            fields = (("fields", changed), ("reason", "they take effect at the next start"))
+            logging_setup.emit("warning", "config.needs_restart", fields)
+        logging_setup.emit("info", "config.reloaded", (("log_level", fresh.log_level),))
+    notifier.ready()
+    return fresh
+
+
+def _launch_options(config: Config, trainers: SdkServer, workspaces: Path) -> LaunchOptions:
+    return LaunchOptions(
+        config.node,
+        trainers.socket_path,
+        str(workspaces),
+        config.trainer_python,
+        tuple(sorted(config.trainer_environment.items())),
+    )
+
+
+class _LogSource:
+    """What peers and the coordinator may read of an attempt's output."""
+
+    def __init__(self, attempts_directory: Path) -> None:
+        self._root = attempts_directory
+
+    async def __call__(
+        self, attempt_id: str, offset: int, follow: bool, tail_bytes: int
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        directory = self._root / attempt_id
+        if tail_bytes:
+            end = await asyncio.to_thread(logs.end_offset, directory)
+            offset = max(0, end - tail_bytes)
+        if follow:
+            async for piece in logs.follow(directory, offset):
+                yield piece.next_offset - len(piece.data), piece.data
+            return
+        while True:
+            piece = await asyncio.to_thread(logs.read, directory, offset)
+            if not piece.data:
+                return
+            yield piece.next_offset - len(piece.data), piece.data
+            offset = piece.next_offset

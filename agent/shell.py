@@ -1,0 +1,387 @@
+"""The agent's only loop: receive, handle, journal, act.
+
+Everything that happens (an order, a trainer's word, an exit, a finished copy, a reading, time) is
+an event in one inbox. The loop drains the inbox, asks the core about each event, makes the records
+of the whole batch durable with one commit, and only then carries out the commands, in their order.
+What takes long (a restore, a copy, a start) becomes a task whose outcome is again an event.
+
+The loop knows ports only. Production and simulation differ in what `main.py` and `tests/sim` plug
+in, and in nothing else.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.core import messages as m
+from agent.core.backoff import backoff_ms
+from agent.core.node import NodeCore
+from agent.core.state import Effect, Instant, Record
+from agent.core.trainer_messages import TrainerCheckpoint, TrainerMessage
+from agent.core.values import ProcessExit, ReplicaSource
+from agent.ports import (
+    ChunkError,
+    Chunks,
+    Clock,
+    GpuProbe,
+    Journal,
+    JournalUnavailable,
+    LinkClosed,
+    Processes,
+    Session,
+    StartError,
+    Trainers,
+    Uplink,
+    Workspace,
+)
+
+BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
+OUTBOX_MAX = 4_096  # messages to a coordinator that does not read; beyond that the link is dead
+JOURNAL_RETRY_MS = 500
+# Events that wait while the journal takes none, half an hour of readings. Beyond it readings and
+# progress are not taken in: the next ones say more.
+INBOX_MAX = 2_000
+
+
+class Chance(Protocol):
+    """Randomness, so that a simulation can seed it."""
+
+    def token(self) -> str: ...
+    def draw(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The world, as the shell is given it."""
+
+    clock: Clock
+    chance: Chance
+    probe: GpuProbe
+    processes: Processes
+    workspace: Workspace
+    trainers: Trainers
+    chunks: Chunks
+    journal: Journal
+    uplink: Uplink
+    log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
+    in_thread: Callable[..., Awaitable[object]]
+    sample_interval_ms: int = 1_000
+
+
+class AgentShell:
+    def __init__(self, core: NodeCore, ports: Ports) -> None:
+        self._core = core
+        self._ports = ports
+        self._inbox: deque[m.Event] = deque()
+        self._wake = asyncio.Event()
+        self._session: Session | None = None
+        self._outbox: deque[m.Upward] = deque()
+        self._outbox_filled = asyncio.Event()
+        # In the order of their making, so that a simulation ends them in the same order again.
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._bug: BaseException | None = None
+        self._stuck = False  # the journal takes nothing: we can promise nothing
+        self._leaving = asyncio.Event()
+        self._gone = asyncio.Event()
+        self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
+
+    # --- what others call -------------------------------------------------------------------------
+
+    def post(self, event: m.Event) -> None:
+        self._inbox.append(event)
+        self._wake.set()
+
+    def on_trainer_message(self, attempt_id: str, message: TrainerMessage) -> None:
+        """A word of a trainer. While the journal takes nothing, what can be said again is not taken
+        in, and a checkpoint is refused, so that no job can fill this process."""
+        if len(self._inbox) < INBOX_MAX:
+            self.post(m.FromTrainer(attempt_id, message))
+        elif isinstance(message, TrainerCheckpoint):
+            reason = f"{len(self._inbox)} events wait for the agent's journal"
+            answer = {"type": "refused", "id": message.id, "reason": reason}
+            self._ports.trainers.tell(attempt_id, answer)
+
+    def on_exit(self, ended: ProcessExit) -> None:
+        self.post(m.ProcessEnded(ended))
+
+    def leave(self, absence_ms: int | None) -> None:
+        """Say goodbye and end; trainers go on."""
+        self.post(m.Leaving(absence_ms))
+        self._leaving.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
+        adopted = await self._ports.processes.open(self.on_exit)
+        host = await self._ports.in_thread(self._ports.probe.host_facts)
+        gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
+        self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
+        self._spawn(self._keep_link())
+        self._spawn(self._keep_sampling())
+        try:
+            await self._loop()
+        finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._ports.processes.close()
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        while True:
+            await self._wait()
+            if self._bug is not None:
+                raise self._bug
+            batch = self._drain()
+            effects: list[Effect] = []
+            for event in batch:
+                effects += self._core.handle(self._now(), event)
+            if not await self._commit([e for e in effects if isinstance(e, Record)]):
+                return
+            for effect in effects:
+                if not isinstance(effect, Record):
+                    self._act(effect)
+            self.progress_ms = self._ports.clock.now_ms()
+            if self._leaving.is_set() and not self._inbox:
+                await self._say_goodbye()
+                return
+
+    async def _wait(self) -> None:
+        if self._inbox or self._bug is not None:
+            return
+        self._wake.clear()
+        wake_ms = self._core.next_wake_ms()
+        timeout_s = None
+        if wake_ms is not None:
+            timeout_s = max(0, wake_ms - self._ports.clock.now_ms()) / 1000
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            self._inbox.append(m.Tick())
+
+    def _drain(self) -> list[m.Event]:
+        count = min(len(self._inbox), BATCH_MAX)
+        return [self._inbox.popleft() for _ in range(count)]
+
+    def _now(self) -> Instant:
+        return Instant(self._ports.clock.now_ms(), self._ports.clock.unix_ms())
+
+    async def _commit(self, records: list[Record]) -> bool:
+        """Until it is durable, since nothing may be done that the journal does not know of; or
+        until we leave, and then none of it has happened."""
+        while records:
+            try:
+                await self._ports.journal.commit(records)
+                break
+            except JournalUnavailable as error:
+                if not self._stuck:
+                    self._ports.log("error", "journal.unavailable", (("reason", str(error)),))
+                self._stuck = True
+                self.progress_ms = self._ports.clock.now_ms()
+                if self._leaving.is_set():
+                    return False
+                await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
+        self._stuck = False
+        return True
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _act(self, command: m.Command) -> None:
+        ports = self._ports
+        match command:
+            case m.Send():
+                self._queue(command.message)
+            case m.CloseLink():
+                self._spawn(self._close_link())
+            case m.RegisterTrainer():
+                directory = ports.workspace.staging_directory(command.attempt)
+                ports.trainers.register(command.attempt, command.token, directory)
+            case m.RestoreCheckpoint():
+                self._spawn(self._restore(command))
+            case m.StartProcess():
+                self._spawn(self._start(command))
+            case m.SignalProcess():
+                ports.processes.signal(command.attempt, command.signal)
+            case m.KillProcess():
+                ports.processes.kill(command.attempt)
+            case m.ForgetAttempt():
+                ports.trainers.unregister(command.attempt)
+                ports.processes.forget(command.attempt)
+                self._spawn(self._clear(command.attempt))
+            case m.TellTrainer():
+                ports.trainers.tell(command.attempt, dict(command.message))
+            case m.StoreCheckpoint():
+                self._spawn(self._store(command))
+            case m.DiscardSource():
+                self._spawn(ports.chunks.discard(command.path))
+            case m.ReplicateCheckpoint():
+                self._spawn(self._replicate(command))
+            case m.CollectCheckpoints():
+                self._spawn(self._collect(command))
+            case m.Log():
+                ports.log(command.level, command.event, command.fields)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks[task] = None
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        """A bug in an adapter must end the agent, not vanish with its task."""
+        self._tasks.pop(task, None)
+        if not task.cancelled() and task.exception() is not None:
+            self._bug = self._bug or task.exception()
+            self._wake.set()
+
+    async def _restore(self, command: m.RestoreCheckpoint) -> None:
+        ports = self._ports
+        try:
+            await ports.in_thread(ports.workspace.prepare, command.attempt)
+            directory = ports.workspace.restore_directory(command.attempt)
+            restored = await ports.chunks.restore(command.candidates, directory)
+        except (ChunkError, StartError) as error:
+            self.post(m.RestoreFailed(command.attempt, str(error)))
+        else:
+            self.post(m.RestoreDone(command.attempt, restored))
+
+    async def _start(self, command: m.StartProcess) -> None:
+        attempt_id = command.launch.attempt_id
+        ports = self._ports
+        try:
+            if command.trainer_config_json:
+                config = command.trainer_config_json
+                await ports.in_thread(ports.workspace.write_trainer_config, attempt_id, config)
+            pid = await ports.processes.start(command.launch)
+        except StartError as error:
+            self.post(m.StartFailed(attempt_id, str(error), error.permanent))
+        else:
+            self.post(m.ProcessStarted(attempt_id, pid))
+
+    async def _clear(self, attempt_id: str) -> None:
+        await self._ports.in_thread(self._ports.workspace.clear, attempt_id)
+
+    async def _store(self, command: m.StoreCheckpoint) -> None:
+        job_text, _, epoch_text = command.attempt.partition(".")
+        try:
+            stored = await self._ports.chunks.store(
+                command.path,
+                job_id=int(job_text),
+                epoch=int(epoch_text),
+                step=command.step,
+                parent=command.parent,
+            )
+        except ChunkError as error:
+            self.post(m.StoreFailed(command.attempt, str(error)))
+        else:
+            self.post(m.StoreDone(command.attempt, stored))
+
+    async def _replicate(self, command: m.ReplicateCheckpoint) -> None:
+        target: ReplicaSource = command.target
+        try:
+            await self._ports.chunks.replicate(command.digest, target)
+        except ChunkError as error:
+            self.post(m.ReplicationFailed(command.attempt, command.digest, str(error)))
+        else:
+            self.post(m.ReplicationDone(command.attempt, command.digest, target.node))
+
+    async def _collect(self, command: m.CollectCheckpoints) -> None:
+        try:
+            freed_bytes = await self._ports.chunks.collect(frozenset(command.keep))
+        except ChunkError as error:
+            self._ports.log("error", "chunks.not_collected", (("reason", str(error)),))
+        else:
+            if freed_bytes:
+                self._ports.log("info", "chunks.collected", (("freed_bytes", freed_bytes),))
+
+    # --- the link ---------------------------------------------------------------------------------
+
+    def _queue(self, message: m.Upward) -> None:
+        if self._session is None:
+            return
+        if len(self._outbox) >= OUTBOX_MAX:
+            self._spawn(self._close_link())
+            return
+        self._outbox.append(message)
+        self._outbox_filled.set()
+
+    async def _close_link(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _keep_link(self) -> None:
+        """Dial, talk until it breaks, wait a little longer each time, dial again."""
+        failures = 0
+        said = ""
+        while not self._leaving.is_set():
+            if self._stuck:  # a hello would wait for the journal, and pile up behind it
+                await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
+                continue
+            try:
+                session = await self._ports.uplink.dial()
+                reason, talked = await self._talk(session)
+                failures = 0 if talked else failures + 1
+            except LinkClosed as error:
+                reason, failures = str(error), failures + 1
+            if reason != said:
+                self._ports.log("warning", "link.closed", (("reason", reason),))
+                said = reason
+            wait_ms = backoff_ms(failures, self._ports.chance.draw())
+            await self._ports.clock.sleep_ms(wait_ms)
+
+    async def _talk(self, session: Session) -> tuple[str, bool]:
+        """One session, from hello to its end; returns how it ended, and whether it was answered."""
+        self._outbox.clear()
+        self._session = session
+        talked = False
+        sender = asyncio.create_task(self._send_all(session))
+        try:
+            self.post(m.Connected(await self._ports.chunks.checkpoints()))
+            while True:
+                order = await session.receive()
+                talked = True
+                self.post(m.FromCoordinator(order, self._ports.chance.token()))
+        except (LinkClosed, ChunkError) as error:
+            return str(error), talked
+        finally:
+            self._session = None
+            sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sender
+            await session.close()
+            self.post(m.Disconnected("the session ended"))
+
+    async def _send_all(self, session: Session) -> None:
+        try:
+            while True:
+                while self._outbox:
+                    await session.send(self._outbox.popleft())
+                self._outbox_filled.clear()
+                if self._leaving.is_set():
+                    self._gone.set()
+                await self._outbox_filled.wait()
+        except LinkClosed:
+            await session.close()  # `receive` ends the session
+
+    async def _say_goodbye(self) -> None:
+        """The goodbye is in the outbox; give it a moment to leave."""
+        if self._session is None:
+            return
+        self._outbox_filled.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._gone.wait()
+        await self._close_link()
+
+    async def _keep_sampling(self) -> None:
+        """Readings at their own pace. One that blocks delays the next one, and nothing else."""
+        while True:
+            sample = await self._ports.in_thread(self._ports.probe.sample)
+            if len(self._inbox) < INBOX_MAX:
+                self.post(m.Sampled(sample))  # type: ignore[arg-type]
+            await self._ports.clock.sleep_ms(self._ports.sample_interval_ms)

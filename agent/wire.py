@@ -1,0 +1,271 @@
+"""Protobuf to the agent's values and back; nothing else in the agent sees a protobuf message.
+
+A message that makes no sense (an attempt id that is not one, a missing part) raises `WireError`:
+the peer is wrong, and the session ends with that sentence and not with a stack trace in the core.
+"""
+
+import re
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.core import messages as m
+from agent.core.values import (
+    GpuSample,
+    HostFacts,
+    HostSample,
+    ReplicaSource,
+    RestoreCandidate,
+)
+from protos.baton.v1 import agent_pb2 as pb
+from protos.baton.v1 import types_pb2 as types
+
+# Job id and epoch; 18 digits fit an int64, and so every store.
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}")
+_SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
+_REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
+
+
+class WireError(Exception):
+    """The coordinator said something that this agent cannot understand."""
+
+
+# --- upward ---------------------------------------------------------------------------------------
+
+
+def encode(message: m.Upward) -> pb.SessionRequest:
+    match message:
+        case m.Hello():
+            return pb.SessionRequest(hello=_hello(message))
+        case m.Heartbeat():
+            return pb.SessionRequest(heartbeat=_heartbeat(message))
+        case m.AgentEvent():
+            return pb.SessionRequest(event=_event(message))
+        case m.Goodbye():
+            absence = None if message.absence_ms is None else _duration(message.absence_ms)
+            return pb.SessionRequest(goodbye=pb.Goodbye(absence=absence))
+
+
+def _hello(hello: m.Hello) -> pb.Hello:
+    return pb.Hello(
+        node=hello.node,
+        journal_id=hello.journal_id,
+        peer_address=hello.peer_address,
+        host=_host(hello.host),
+        gpus=[
+            pb.GpuFacts(uuid=gpu.uuid, name=gpu.name, memory_bytes=gpu.memory_bytes)
+            for gpu in hello.gpus
+        ],
+        attempts=[_held(held) for held in hello.attempts],
+        checkpoints=hello.checkpoints,
+        acknowledged_sequence=hello.acknowledged_sequence,
+    )
+
+
+def _host(host: HostFacts) -> types.HostFacts:
+    return types.HostFacts(
+        hostname=host.hostname,
+        boot_id=host.boot_id,
+        cpu_count=host.cpu_count,
+        memory_bytes=host.memory_bytes,
+        driver_version=host.driver_version,
+        agent_version=host.agent_version,
+    )
+
+
+def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
+    return pb.HeldAttempt(attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live)
+
+
+def _heartbeat(beat: m.Heartbeat) -> pb.Heartbeat:
+    return pb.Heartbeat(
+        sequence=beat.sequence,
+        host=None if beat.host is None else _host_sample(beat.host),
+        gpus=[_gpu_sample(gpu) for gpu in beat.gpus],
+        attempts=[_held(held) for held in beat.attempts],
+        progress=[
+            pb.AttemptProgress(attempt=attempt_id, progress=_progress(progress))
+            for attempt_id, progress in beat.progress
+        ],
+    )
+
+
+def _host_sample(host: HostSample) -> types.HostTelemetry:
+    return types.HostTelemetry(
+        cpu_utilization_ratio=host.cpu_utilization_ratio,
+        memory_used_bytes=host.memory_used_bytes,
+        disk_free_bytes=host.disk_free_bytes,
+        load_1min=host.load_1min,
+    )
+
+
+def _gpu_sample(gpu: GpuSample) -> types.GpuTelemetry:
+    return types.GpuTelemetry(
+        uuid=gpu.uuid,
+        utilization_ratio=gpu.utilization_ratio,
+        memory_used_bytes=gpu.memory_used_bytes,
+        temperature_celsius=gpu.temperature_celsius,
+        power_mw=gpu.power_mw,
+        energy_mj=gpu.energy_mj,
+        sm_clock_mhz=gpu.sm_clock_mhz,
+        memory_clock_mhz=gpu.memory_clock_mhz,
+        error=gpu.error,
+    )
+
+
+def _progress(progress: m.Progress) -> types.Progress:
+    return types.Progress(
+        step=progress.step, total_steps=progress.total_steps, metrics=dict(progress.metrics)
+    )
+
+
+def _event(event: m.AgentEvent) -> pb.AgentEvent:
+    message = pb.AgentEvent(
+        sequence=event.sequence, time=_timestamp(event.unix_ms), attempt=event.attempt
+    )
+    body = event.body
+    match body:
+        case m.AttemptStarted():
+            message.started.CopyFrom(
+                pb.AttemptStarted(
+                    pid=body.pid,
+                    restored_digest=body.restored_digest,
+                    restored_step=body.restored_step,
+                    skipped=[
+                        pb.SkippedCheckpoint(digest=digest, reason=reason)
+                        for digest, reason in body.skipped
+                    ],
+                )
+            )
+        case m.AttemptExited():
+            message.exited.CopyFrom(
+                pb.AttemptExited(exit_code=body.exit_code, signal=body.signal, reason=body.reason)
+            )
+        case m.AttemptRefused():
+            message.refused.CopyFrom(
+                pb.AttemptRefused(reason=body.reason, permanent=body.permanent)
+            )
+        case m.AttemptMilestone():
+            message.milestone.CopyFrom(pb.AttemptMilestone(name=body.name))
+        case m.CheckpointProposed():
+            message.checkpoint_proposed.CopyFrom(
+                pb.CheckpointProposed(
+                    digest=body.digest,
+                    parent=body.parent,
+                    step=body.step,
+                    size_bytes=body.size_bytes,
+                    replicas=body.replicas,
+                )
+            )
+    return message
+
+
+# --- downward -------------------------------------------------------------------------------------
+
+
+def decode(message: pb.SessionResponse) -> m.Order:
+    """Raises `WireError`."""
+    kind = message.WhichOneof("message")
+    match kind:
+        case "welcome":
+            welcome = message.welcome
+            return m.Welcome(
+                welcome.leader_epoch,
+                _milliseconds(welcome.heartbeat_interval, minimum_ms=1),
+                _milliseconds(welcome.lease, minimum_ms=1),
+                welcome.acknowledged_sequence,
+            )
+        case "lease_renewal":
+            return m.LeaseRenewal(message.lease_renewal.heartbeat_sequence)
+        case "event_ack":
+            return m.EventAck(message.event_ack.sequence)
+        case "start_attempt":
+            return _start(message.start_attempt)
+        case "stop_attempt":
+            return _stop(message.stop_attempt)
+        case "set_replica_target":
+            order = message.set_replica_target
+            target = _source(order.target) if order.HasField("target") else None
+            return m.SetReplicaTarget(_attempt_id(order.attempt), target, order.required)
+        case "commit_result":
+            result = message.commit_result
+            return m.CommitResult(
+                _attempt_id(result.attempt),
+                result.digest,
+                result.accepted,
+                result.reason,
+                result.head,
+            )
+        case "keep_checkpoints":
+            return m.KeepCheckpoints(tuple(message.keep_checkpoints.digests))
+    raise WireError("an order of a kind that this agent does not know; is it older?")
+
+
+def _start(order: pb.StartAttempt) -> m.StartAttempt:
+    return m.StartAttempt(
+        _attempt_id(order.attempt),
+        _spec(order.spec),
+        tuple(order.gpu_uuids),
+        tuple(
+            RestoreCandidate(
+                candidate.digest,
+                candidate.step,
+                tuple(_source(source) for source in candidate.sources),
+            )
+            for candidate in order.candidates
+        ),
+        _source(order.replica_target) if order.HasField("replica_target") else None,
+        order.restart_count,
+    )
+
+
+def _spec(spec: types.JobSpec) -> m.JobSpec:
+    return m.JobSpec(
+        spec.name,
+        tuple(spec.command),
+        spec.trainer,
+        spec.trainer_config_json,
+        tuple(sorted(spec.environment.items())),
+        spec.working_directory,
+        _milliseconds(spec.grace),
+        _SIGNALS.get(spec.stop_signal, "TERM"),
+        _REPLICATIONS.get(spec.replication, "automatic"),
+        spec.slurm_environment,
+    )
+
+
+def _stop(order: pb.StopAttempt) -> m.StopAttempt:
+    grace_ms = _milliseconds(order.grace) if order.HasField("grace") else None
+    return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason)
+
+
+def _source(address: pb.PeerAddress) -> ReplicaSource:
+    return ReplicaSource(address.node, address.address)
+
+
+def _attempt_id(text: str) -> str:
+    if not _ATTEMPT.fullmatch(text):
+        raise WireError(f"{text[:80]!r} is no attempt id")
+    return text
+
+
+def _milliseconds(duration: Duration, minimum_ms: int = 0) -> int:
+    try:
+        duration_ms = duration.ToMilliseconds()
+    except ValueError as error:
+        raise WireError(str(error)) from None
+    if duration_ms < minimum_ms:
+        raise WireError(f"a duration of {duration_ms} ms; at least {minimum_ms} ms was expected")
+    return duration_ms
+
+
+def _duration(duration_ms: int) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(duration_ms)
+    return duration
+
+
+def _timestamp(unix_ms: int) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMilliseconds(unix_ms)
+    return timestamp
