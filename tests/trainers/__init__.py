@@ -1,0 +1,1 @@
+"""What the trainers promise: exact resumption, honest configuration, and a polite SDK."""

@@ -1,0 +1,117 @@
+"""An agent as far as a trainer can see: a Unix socket that speaks version 1 of the contract.
+
+It does nothing by itself except greet; a test reads what came, and says what goes back. Waiting
+is on queues, with one bound for a machine that has come to a halt.
+"""
+
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 20.0
+POLL_S = 0.005
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Look again and again, up to the bound: a thread of the SDK is on its way to the condition,
+    and the SDK has no hook for those who wait."""
+    nothing = threading.Event()
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, what
+        nothing.wait(POLL_S)
+
+
+class FakeAgent:
+    """Listens on ``path`` until ``stop``; any number of connections, one after another."""
+
+    def __init__(self, path: Path, *, stores: bool = False) -> None:
+        self.path = path
+        self.stores = stores
+        self.token = "secret"
+        self.received: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._listener: socket.socket
+        self._thread: threading.Thread
+        self._connection: socket.socket | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        self._stopping = False
+        self.path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Like a killed agent: the listener and the connection are gone at once."""
+        self._stopping = True
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.drop()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+        self.path.unlink()
+
+    def drop(self) -> None:
+        """Cut the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.fileno() != -1:
+            connection.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def send(self, **message: Any) -> None:
+        self.send_bytes(json.dumps(message).encode() + b"\n")
+
+    def send_bytes(self, data: bytes) -> None:
+        assert self._connection is not None
+        self._connection.sendall(data)
+
+    def expect(self, kind: str) -> dict[str, Any]:
+        """The next message of this type; the others before it are passed over."""
+        while True:
+            message = self.received.get(timeout=DEADLINE_S)
+            if message["type"] == kind:
+                return message
+
+    def rest(self) -> list[dict[str, Any]]:
+        """All that has come and was not looked at."""
+        messages = []
+        while not self.received.empty():
+            messages.append(self.received.get())
+        return messages
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as lines:
+                self._connection = connection
+                try:
+                    self._read(connection, lines)
+                except OSError:
+                    continue  # cut by the test
+                finally:
+                    self._connection = None
+
+    def _read(self, connection: socket.socket, lines: Any) -> None:
+        for line in lines:
+            message = json.loads(line)
+            if message["type"] == "hello":
+                assert message["version"] == 1
+                assert message["token"] == self.token
+                connection.sendall(b'{"type":"welcome","version":1}\n')
+            if message["type"] == "checkpoint" and self.stores:
+                self.send(type="stored", id=message["id"], digest="ab")
+            self.received.put(message)

@@ -1,0 +1,49 @@
+"""What the demonstration is made of, without the making, which takes a minute."""
+
+from pathlib import Path
+
+import pytest
+
+from trainers import configuration, prepare
+from trainers.finetune import FinetuneOptions
+from trainers.transfer import TransferOptions
+
+
+def test_what_is_made_appears_whole_and_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        (folder / "file").write_text("content")
+        made.append(folder)
+        if len(made) == 1:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        prepare.make_once(tmp_path / "thing", make)
+    assert not (tmp_path / "thing").exists()
+    prepare.make_once(tmp_path / "thing", make)
+    prepare.make_once(tmp_path / "thing", make)
+    assert len(made) == 2
+    assert (tmp_path / "thing" / "file").read_text() == "content"
+
+
+def test_the_configurations_are_right() -> None:
+    jobs = prepare.configurations()
+    for name, values in jobs.items():
+        kind = FinetuneOptions if name.startswith("finetune") else TransferOptions
+        configuration.build(kind, values, source=name)
+    assert jobs["transfer-scratch.json"]["freeze"] is False
+
+
+def test_texts_are_at_hand_with_and_without_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(prepare.standard_library()) == prepare.CORPUS_BYTES
+    monkeypatch.setattr(prepare, "LICENCES", tmp_path / "absent")
+    corpus = prepare.licences()
+    assert sum(len(text) for text in corpus.values()) > 50_000
+    assert len(set(corpus.values())) == len(corpus)
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "GPL").write_text("text")
+    (tmp_path / "absent" / "GPL-3").symlink_to("GPL")
+    assert prepare.licences() == {"GPL": "text"}

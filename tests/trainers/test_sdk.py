@@ -1,0 +1,267 @@
+"""The trainer's side of the contract, against a small agent and against none.
+
+Safety: a checkpoint is never forgotten before it is answered, and never sent as another. Liveness:
+whatever happens to the agent, training goes on, and what counts arrives in the end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+import baton_sdk
+from baton_sdk.mailbox import UNANSWERED_MAX, Mailbox
+from tests.trainers.fake_agent import DEADLINE_S, FakeAgent, until
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[FakeAgent]:
+    fake = FakeAgent(tmp_path / "agent.sock")
+    fake.start()
+    yield fake
+    if fake.path.exists():
+        fake.stop()
+
+
+def environment(agent: FakeAgent, **more: str) -> dict[str, str]:
+    return {"BATON_SOCKET": str(agent.path), "BATON_TOKEN": agent.token, **more}
+
+
+@pytest.fixture
+def session(agent: FakeAgent) -> Iterator[baton_sdk.Session]:
+    with baton_sdk.connect(environment(agent)) as opened:
+        yield opened
+
+
+def test_hello_comes_first_and_names_the_process(
+    agent: FakeAgent, session: baton_sdk.Session
+) -> None:
+    session.milestone("imports")
+    hello = agent.received.get(timeout=DEADLINE_S)
+    assert hello == {"type": "hello", "version": 1, "token": "secret", "pid": os.getpid()}
+    milestone = agent.received.get(timeout=DEADLINE_S)
+    assert milestone["type"] == "milestone"
+    assert milestone["name"] == "imports"
+    assert abs(milestone["unix_ms"] - time.time() * 1000) < 3_600_000
+
+
+def test_a_milestone_is_sent_once(agent: FakeAgent, session: baton_sdk.Session) -> None:
+    for _ in range(3):
+        session.milestone("load")
+    session.milestone("first_step")
+    session.close()
+    names = [message["name"] for message in _all(agent) if message["type"] == "milestone"]
+    assert names == ["load", "first_step"]
+
+
+def _all(agent: FakeAgent) -> list[dict[str, Any]]:
+    """Everything up to the end of the session's connection."""
+    until(lambda: not agent.connected, "still open")
+    return agent.rest()
+
+
+def test_of_progress_the_latest_wins_and_none_blocks(
+    agent: FakeAgent, session: baton_sdk.Session
+) -> None:
+    agent.expect("hello")
+    for step in range(1, 5001):
+        session.progress(step, 5000, {"loss": 1 / step, "broken": float("nan")})
+    session.close()
+    sent = [message for message in _all(agent) if message["type"] == "progress"]
+    assert len(sent) < 2500, "the rate is limited"
+    assert [message["step"] for message in sent] == sorted(message["step"] for message in sent)
+    assert sent[-1] == {
+        "type": "progress",
+        "step": 5000,
+        "total_steps": 5000,
+        "metrics": {"loss": 1 / 5000},
+    }
+
+
+def test_a_checkpoint_is_stored_then_committed(
+    agent: FakeAgent, session: baton_sdk.Session, tmp_path: Path
+) -> None:
+    ticket = session.checkpoint(tmp_path / "checkpoint-7", 7)
+    assert not ticket.wait_stored(0.0)
+    sent = agent.expect("checkpoint")
+    assert sent == {
+        "type": "checkpoint",
+        "id": ticket.id,
+        "path": str(tmp_path / "checkpoint-7"),
+        "step": 7,
+    }
+    agent.send(type="stored", id=ticket.id, digest="ab")
+    assert ticket.wait_stored(DEADLINE_S)
+    assert (ticket.state, ticket.digest) == (baton_sdk.TicketState.STORED, "ab")
+    agent.send(type="committed", id=ticket.id, digest="ab")
+    until(lambda: ticket.state is baton_sdk.TicketState.COMMITTED, "not committed")
+
+
+def test_a_refused_checkpoint_ends_the_wait_with_the_reason(
+    agent: FakeAgent, session: baton_sdk.Session, tmp_path: Path
+) -> None:
+    ticket = session.checkpoint(tmp_path / "checkpoint-1", 1)
+    agent.expect("checkpoint")
+    agent.send(type="something of a later version")
+    agent.send(type="refused", id=ticket.id, reason="epoch 3 is over; the job is at 4")
+    assert not ticket.wait_stored(DEADLINE_S)
+    assert ticket.state is baton_sdk.TicketState.REFUSED
+    assert ticket.reason == "epoch 3 is over; the job is at 4"
+
+
+def test_after_an_agent_restart_unanswered_checkpoints_are_sent_again(
+    agent: FakeAgent, session: baton_sdk.Session, tmp_path: Path
+) -> None:
+    first = session.checkpoint(tmp_path / "checkpoint-1", 1)
+    second = session.checkpoint(tmp_path / "checkpoint-2", 2)
+    agent.expect("checkpoint")
+    agent.expect("checkpoint")
+    agent.send(type="stored", id=first.id, digest="aa")
+    assert first.wait_stored(DEADLINE_S)
+    agent.stop()
+    third = session.checkpoint(tmp_path / "checkpoint-3", 3)
+    agent.start()
+    agent.expect("hello")
+    assert [agent.expect("checkpoint")["id"] for _ in range(2)] == [second.id, third.id]
+    agent.send(type="stored", id=third.id, digest="cc")
+    agent.send(type="committed", id=first.id, digest="aa")
+    assert third.wait_stored(DEADLINE_S)
+    assert not second.wait_stored(0.0)
+    until(lambda: first.state is baton_sdk.TicketState.COMMITTED, "not committed")
+
+
+def test_a_line_that_is_no_json_costs_only_the_connection(
+    agent: FakeAgent, session: baton_sdk.Session, tmp_path: Path
+) -> None:
+    agent.expect("hello")
+    agent.send_bytes(b"what?\n")
+    agent.expect("hello")
+    ticket = session.checkpoint(tmp_path / "checkpoint-1", 1)
+    agent.expect("checkpoint")
+    agent.send(type="stored", id=ticket.id, digest="aa")
+    assert ticket.wait_stored(DEADLINE_S)
+
+
+def test_the_agent_can_ask_for_a_stop(agent: FakeAgent, session: baton_sdk.Session) -> None:
+    agent.expect("hello")
+    assert session.stop_requested is None
+    agent.send(type="stop", reason="drain of n1", grace_ms=60_000)
+    until(lambda: session.stop_requested is not None, "no stop")
+    stop = session.stop_requested
+    assert stop is not None
+    assert (stop.reason, stop.grace_ms) == ("drain of n1", 60_000)
+    assert 0 < stop.remaining_s <= 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_is_a_stop_also_without_an_agent(number: signal.Signals) -> None:
+    with baton_sdk.connect({"BATON_GRACE_MS": "5000"}) as session:
+        os.kill(os.getpid(), number)
+        until(lambda: session.stop_requested is not None, "no stop")
+        stop = session.stop_requested
+        assert stop is not None
+        assert (stop.reason, stop.grace_ms) == (number.name, 5000)
+
+
+def test_a_child_process_still_dies_of_sigterm() -> None:
+    """A data loader's worker inherits the handler; its parent must be able to end it."""
+    program = (
+        "import baton_sdk, os, signal\n"
+        "session = baton_sdk.connect({})\n"
+        "reader, writer = os.pipe()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    os.write(writer, b'up')\n    signal.pause()\n    os._exit(3)\n"
+        "os.read(reader, 2)\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "print(os.WTERMSIG(status), session.stop_requested)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.stdout.strip() == f"{signal.SIGTERM.value} None", done.stderr
+
+
+def test_outside_baton_every_call_works_and_does_nothing(tmp_path: Path) -> None:
+    with baton_sdk.Session({}) as session:
+        session.progress(1, 2, {"loss": 3.0})
+        session.milestone("imports")
+        assert session.checkpoint(tmp_path, 1).wait_stored(0.0)
+        assert tmp_path.is_dir(), "nobody took it"
+        assert session.restore_directory is None
+        assert session.restore_step == 0
+        assert session.staging_directory is None
+        assert not session.under_baton
+
+
+def test_the_environment_says_what_to_restore(tmp_path: Path) -> None:
+    session = baton_sdk.Session(
+        {
+            "BATON_RESTORE_DIR": str(tmp_path),
+            "BATON_RESTORE_STEP": "120",
+            "BATON_STAGING_DIR": str(tmp_path / "staging"),
+        }
+    )
+    assert session.restore_directory == tmp_path
+    assert session.restore_step == 120
+    assert session.staging_directory == tmp_path / "staging"
+
+
+def test_an_agent_that_never_comes_delays_nothing(tmp_path: Path) -> None:
+    nowhere = {"BATON_SOCKET": str(tmp_path / "nobody.sock"), "BATON_TOKEN": "x"}
+    session = baton_sdk.Session(nowhere)
+    session.open()
+    session.progress(1)
+    ticket = session.checkpoint(tmp_path, 1)
+    assert not ticket.wait_stored(0.01)
+    session.close(flush_timeout_s=0.1)
+    assert ticket.state is baton_sdk.TicketState.PENDING
+
+
+def test_an_absent_agent_costs_a_bounded_number_of_directories(tmp_path: Path) -> None:
+    mailbox = Mailbox()
+    tickets = []
+    for step in range(UNANSWERED_MAX + 3):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        tickets.append(mailbox.put_checkpoint(directory, step))
+    states = [ticket.state.value for ticket in tickets]
+    assert states == ["refused"] * 3 + ["pending"] * UNANSWERED_MAX
+    assert "superseded" in tickets[0].reason
+    assert [ticket.path.exists() for ticket in tickets] == [False] * 3 + [True] * UNANSWERED_MAX
+    assert len(mailbox.take(0.0)) == UNANSWERED_MAX
+
+
+def test_a_checkpoint_that_the_agent_may_own_is_never_removed(tmp_path: Path) -> None:
+    mailbox = Mailbox()
+    for step in range(UNANSWERED_MAX):
+        (tmp_path / str(step)).mkdir()
+        mailbox.put_checkpoint(tmp_path / str(step), step)
+    mailbox.take(0.0)
+    (tmp_path / "new").mkdir()
+    newest = mailbox.put_checkpoint(tmp_path / "new", 99)
+    assert newest.state is baton_sdk.TicketState.REFUSED
+    assert all((tmp_path / str(step)).exists() for step in range(UNANSWERED_MAX))
+
+
+def test_numbers_of_numpy_arrive_and_odd_names_harm_nothing(
+    agent: FakeAgent, session: baton_sdk.Session, tmp_path: Path
+) -> None:
+    """A number that JSON does not know must not end the thread that carries everything else."""
+    agent.expect("hello")
+    session.progress(numpy.int64(5), numpy.int32(9), {"a\n": numpy.float32(0.5), "": 1})
+    progress = agent.expect("progress")
+    assert (progress["step"], progress["total_steps"]) == (5, 9)
+    assert progress["metrics"] == {"a": 0.5, "unnamed": 1.0}
+    (tmp_path / "c").mkdir()
+    session.checkpoint(tmp_path / "c", numpy.int64(5))
+    assert agent.expect("checkpoint")["step"] == 5
+    with pytest.raises(TypeError):
+        session.progress(1.5)  # type: ignore[arg-type]

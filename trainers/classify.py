@@ -1,0 +1,169 @@
+"""A head on a backbone, and the images or texts that it learns to classify.
+
+A backbone gives one vector per patch or token; the head sees their mean (of real tokens only, when
+texts are padded). The class token that some backbones train for this purpose is not there in
+all of them; the mean is, and does about as well.
+
+A frozen backbone stays in evaluation mode while the head trains: its dropout would be noise, and
+its running statistics would move, frozen or not.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainers import data, models
+from trainers.configuration import ConfigurationError, resolve
+
+if TYPE_CHECKING:
+    from trainers.transfer import TransferOptions
+
+EVALUATION_BATCH = 64
+"""Samples evaluated at once; nothing is kept for gradients."""
+
+Inputs = dict[str, torch.Tensor]
+
+
+class Classifier(torch.nn.Module):
+    """A backbone and a head. Takes what the backbone takes, gives logits [batch, classes]."""
+
+    def __init__(self, backbone: Any, head: torch.nn.Module, *, frozen: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.frozen = frozen
+        if frozen:
+            for parameter in backbone.parameters():
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As usual, except that a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of shape [batch, classes]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            hidden = self.backbone(**inputs).last_hidden_state
+            hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+            mask = inputs.get("attention_mask")
+            if mask is None:
+                features = hidden.mean(dim=1)
+            else:
+                weights = mask.unsqueeze(-1).to(hidden.dtype)
+                features = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        logits = self.head(features)
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+
+class ClassifyTask:
+    """A classifier and its samples: inputs of the backbone by name, samples first."""
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        model: Classifier,
+        train: tuple[Inputs, torch.Tensor],
+        held_out: tuple[Inputs, torch.Tensor],
+        *,
+        identity: str,
+    ) -> None:
+        self.model: torch.nn.Module = model
+        self.train = train
+        self.held_out = held_out
+        self.identity = identity
+        self.sample_count = len(train[1])
+
+    def loss(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Mean cross-entropy, in nats."""
+        inputs, labels = _pick(self.train, list(samples), device)
+        return torch.nn.functional.cross_entropy(self.model(**inputs).float(), labels)
+
+    def evaluate(self, device: torch.device) -> dict[str, float]:
+        """Accuracy (0 to 1) and mean loss over all held-out samples."""
+        right, nats, count = 0, 0.0, len(self.held_out[1])
+        for chosen in torch.arange(count).split(EVALUATION_BATCH):
+            inputs, labels = _pick(self.held_out, chosen.tolist(), device)
+            logits = self.model(**inputs).float()
+            right += int((logits.argmax(dim=1) == labels).sum())
+            nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        return {"accuracy": right / count, "evaluation_loss": nats / count}
+
+
+def build(options: "TransferOptions", base: Path) -> ClassifyTask:
+    """The task of a configuration. Raises ConfigurationError."""
+    columns = (options.sample_column, options.label_column)
+    train = data.read_labelled(Path(resolve(options.train_data, base)), columns)
+    held_out = data.read_labelled(
+        Path(resolve(options.evaluation_data, base)), columns, classes=train.classes
+    )
+    name = resolve(options.model, base)
+    backbone = models.open_backbone(name, random=options.backbone == "random")
+    head = make_head(_width(backbone, name), options.head_hidden, len(train.classes))
+    inputs = [_inputs(part, backbone, name, options) for part in (train, held_out)]
+    return ClassifyTask(
+        Classifier(backbone, head, frozen=options.freeze),
+        (inputs[0], torch.from_numpy(train.y)),
+        (inputs[1], torch.from_numpy(held_out.y)),
+        identity=f"transfer {train.digest} {len(train.classes)} classes",
+    )
+
+
+def make_head(features: int, hidden: int, classes: int) -> torch.nn.Module:
+    """Linear, or with one hidden layer. Normalised first: backbones differ in scale."""
+    if not hidden:
+        return torch.nn.Sequential(torch.nn.LayerNorm(features), torch.nn.Linear(features, classes))
+    return torch.nn.Sequential(
+        torch.nn.LayerNorm(features),
+        torch.nn.Linear(features, hidden),
+        torch.nn.GELU(),
+        torch.nn.Linear(hidden, classes),
+    )
+
+
+def _width(backbone: Any, name: str) -> int:
+    """Features per patch or token; convolutional backbones list them stage by stage."""
+    stages = getattr(backbone.config, "hidden_sizes", None)
+    width = getattr(backbone.config, "hidden_size", None) or (stages[-1] if stages else None)
+    if not isinstance(width, int):
+        raise ConfigurationError(f"model '{name}' does not say how wide its features are")
+    return width
+
+
+def _inputs(part: data.Labelled, backbone: Any, name: str, options: "TransferOptions") -> Inputs:
+    if isinstance(part.x, list):
+        tokenizer = models.open_tokenizer(name)
+        encoded = tokenizer(
+            part.x, truncation=True, max_length=options.text_tokens_max, padding=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    pixels = torch.from_numpy(part.x.astype("float32"))
+    if part.x.dtype.kind in "iu":
+        pixels = pixels / options.pixel_scale
+    if pixels.dim() == 3:
+        pixels = pixels.unsqueeze(1)
+    if pixels.dim() != 4:
+        raise ConfigurationError(
+            f"images must be of shape [n,h,w] or [n,channels,h,w], not {list(part.x.shape)}"
+        )
+    channels = getattr(backbone.config, "num_channels", pixels.shape[1])
+    if pixels.shape[1] == 1 and channels > 1:
+        pixels = pixels.expand(-1, channels, -1, -1)
+    size = getattr(backbone.config, "image_size", None)
+    if isinstance(size, int) and tuple(pixels.shape[2:]) != (size, size):
+        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
+    return {"pixel_values": (pixels - options.pixel_mean) / options.pixel_deviation}
+
+
+def _pick(
+    part: tuple[Inputs, torch.Tensor], chosen: list[int], device: torch.device
+) -> tuple[Inputs, torch.Tensor]:
+    inputs = {name: tensor[chosen].to(device) for name, tensor in part[0].items()}
+    return inputs, part[1][chosen].to(device)

@@ -1,0 +1,223 @@
+"""The pigeonholes between a training loop and the thread that talks to the agent.
+
+Problem: the loop produces news at any rate, and the agent may be away for minutes. A queue of
+everything grows without bound, and a full queue that blocks stops the training. So each kind of
+news has the memory that it deserves: of progress only the latest counts; milestones are few and
+each is kept until it was sent; checkpoints are kept until the agent answers, because it owns
+their directories only from then on, and are sent again on each new connection until then.
+
+Every method is short, takes the one lock, and does no input or output except ``discard``, which
+removes the directory of a checkpoint that was superseded before any agent heard of it: nobody
+else would, and a disk that fills up while the agent is away would end the training.
+"""
+
+import json
+import math
+import operator
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import SupportsFloat, SupportsIndex
+
+LINE_BYTES_MAX = 64 * 1024
+"""The contract's limit on one line, either way."""
+
+METRICS_MAX = 64
+"""Metrics in one progress line: far above what a page can show, far below the line limit."""
+
+METRIC_NAME_CHARACTERS_MAX = 100
+"""64 names of 100 characters and their numbers stay under a fifth of the line limit."""
+
+MILESTONES_MAX = 64
+"""The contract names four; more than 64 is a loop that mistakes milestones for progress."""
+
+UNANSWERED_MAX = 8
+"""Checkpoints that no agent has answered. Each holds a directory on disk, so this bounds the
+disk space that an absent agent can cost."""
+
+SETTLED_MAX = 64
+"""Stored checkpoints whose commit is still awaited; older tickets just stay `stored`."""
+
+PROGRESS_INTERVAL_S = 0.2
+"""Five progress lines a second are more than a person or a scheduler can use."""
+
+
+class TicketState(Enum):
+    """How far a checkpoint has come."""
+
+    PENDING = "pending"
+    STORED = "stored"
+    COMMITTED = "committed"
+    REFUSED = "refused"
+
+
+class Ticket:
+    """A checkpoint on its way. Made by ``Session.checkpoint``; readable from any thread."""
+
+    def __init__(self, ticket_id: int, path: Path, step: int) -> None:
+        self.id = ticket_id
+        self.path = path
+        self.step = step
+        self.state = TicketState.PENDING
+        self.digest = ""
+        self.reason = ""
+        self._answered = threading.Event()
+
+    def wait_stored(self, timeout_s: float) -> bool:
+        """Wait until the agent has hashed the checkpoint and made it durable on this node.
+
+        True if it is stored or committed; False after ``timeout_s`` seconds, or as soon as it is
+        refused (then ``reason`` says why). Never raises because the agent is away.
+        """
+        self._answered.wait(max(0.0, timeout_s))
+        return self.state in (TicketState.STORED, TicketState.COMMITTED)
+
+    def settle(self, state: TicketState, *, digest: str = "", reason: str = "") -> None:
+        """Move forward; a late `stored` does not undo a `committed`."""
+        if self.state in (TicketState.COMMITTED, TicketState.REFUSED):
+            return
+        self.digest = digest or self.digest
+        self.reason = reason
+        self.state = state
+        self._answered.set()
+
+
+class Mailbox:
+    """All that waits to be sent, and the tickets that wait for an answer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._progress: dict[str, object] | None = None
+        self._progress_sent_at_s = -math.inf
+        self._milestones: OrderedDict[str, dict[str, object]] = OrderedDict()
+        self._milestones_sent: set[str] = set()
+        self._unanswered: OrderedDict[int, Ticket] = OrderedDict()
+        self._unsent: set[int] = set()
+        self._heard_of: set[int] = set()
+        self._settled: OrderedDict[int, Ticket] = OrderedDict()
+        self._last_id = 0
+
+    def put_progress(
+        self,
+        step: SupportsIndex,
+        total_steps: SupportsIndex | None,
+        metrics: Mapping[str, SupportsFloat] | None,
+    ) -> bool:
+        """Replace whatever progress was waiting; True if none was, so that the link must be woken.
+        Metrics that are no finite number are left out: JSON has no word for them. Numbers of numpy
+        and torch are made Python's here, in the caller's thread, where a mistake can be raised:
+        `TypeError` for a step that is no whole number."""
+        message: dict[str, object] = {"type": "progress", "step": operator.index(step)}
+        if total_steps is not None:
+            message["total_steps"] = operator.index(total_steps)
+        if metrics:
+            numbers = [(_label(name), float(value)) for name, value in metrics.items()]
+            finite = [(name, value) for name, value in numbers if math.isfinite(value)]
+            message["metrics"] = dict(finite[:METRICS_MAX])
+        with self._lock:
+            was_empty = self._progress is None
+            self._progress = message
+        return was_empty
+
+    def put_milestone(self, name: str, unix_ms: int) -> None:
+        """Keep a milestone until it was sent; the second of a name is ignored."""
+        name = _label(name)
+        with self._lock:
+            if name in self._milestones or name in self._milestones_sent:
+                return
+            if len(self._milestones) + len(self._milestones_sent) >= MILESTONES_MAX:
+                return
+            self._milestones[name] = {"type": "milestone", "name": name, "unix_ms": unix_ms}
+
+    def put_checkpoint(self, path: Path, step: SupportsIndex) -> Ticket:
+        """Keep a checkpoint until it is answered. When too many wait, the oldest that no agent
+        has heard of is refused and its directory removed; failing that, the new one is."""
+        whole_step = operator.index(step)
+        with self._lock:
+            self._last_id += 1
+            ticket = Ticket(self._last_id, path, whole_step)
+            self._unanswered[ticket.id] = ticket
+            self._unsent.add(ticket.id)
+            victim = None
+            if len(self._unanswered) > UNANSWERED_MAX:
+                victim_id = next(i for i in self._unanswered if i not in self._heard_of)
+                victim = self._unanswered.pop(victim_id)
+                self._unsent.discard(victim_id)
+        if victim is not None:
+            self._discard(victim)
+        return ticket
+
+    def new_connection(self) -> None:
+        """Whatever was not answered is to be sent once more."""
+        with self._lock:
+            self._unsent = set(self._unanswered)
+
+    def take(self, now_s: float, *, everything: bool = False) -> list[bytes]:
+        """The lines to send now. ``everything`` ignores the rate limit of progress."""
+        with self._lock:
+            messages = list(self._milestones.values())
+            self._milestones_sent.update(self._milestones)
+            self._milestones.clear()
+            for ticket_id in sorted(self._unsent):
+                ticket = self._unanswered[ticket_id]
+                messages.append(
+                    {"type": "checkpoint", "id": ticket.id, "path": str(ticket.path),
+                     "step": ticket.step}
+                )  # fmt: skip
+            self._heard_of |= self._unsent
+            self._unsent.clear()
+            due = everything or now_s - self._progress_sent_at_s >= PROGRESS_INTERVAL_S
+            if self._progress is not None and due:
+                messages.append(self._progress)
+                self._progress = None
+                self._progress_sent_at_s = now_s
+        return [encode(message) for message in messages]
+
+    def seconds_until_due(self, now_s: float) -> float | None:
+        """How long until something may be sent; None while there is nothing."""
+        with self._lock:
+            if self._milestones or self._unsent:
+                return 0.0
+            if self._progress is None:
+                return None
+            return max(0.0, self._progress_sent_at_s + PROGRESS_INTERVAL_S - now_s)
+
+    def answer(self, message: Mapping[str, object]) -> None:
+        """Apply `stored`, `committed` or `refused`. Unknown ids are old news and are ignored."""
+        ticket_id = message.get("id")
+        if not isinstance(ticket_id, int):
+            return
+        state = TicketState(message["type"])
+        with self._lock:
+            ticket = self._unanswered.pop(ticket_id, None) or self._settled.pop(ticket_id, None)
+            self._unsent.discard(ticket_id)
+            self._heard_of.discard(ticket_id)
+            if ticket is not None and state is TicketState.STORED:
+                self._settled[ticket_id] = ticket
+                if len(self._settled) > SETTLED_MAX:
+                    self._settled.popitem(last=False)
+        if ticket is not None:
+            digest, reason = message.get("digest", ""), message.get("reason", "")
+            ticket.settle(state, digest=str(digest), reason=str(reason))
+
+    @staticmethod
+    def _discard(ticket: Ticket) -> None:
+        ticket.settle(
+            TicketState.REFUSED,
+            reason=f"superseded: {UNANSWERED_MAX} newer checkpoints wait for an absent agent",
+        )
+        shutil.rmtree(ticket.path, ignore_errors=True)
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """One line of the contract."""
+    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _label(name: str) -> str:
+    """A name as the agent takes it: printable, not empty, not endless."""
+    printable = "".join(character for character in name if character.isprintable())
+    return printable[:METRIC_NAME_CHARACTERS_MAX] or "unnamed"
