@@ -1,0 +1,216 @@
+"""What must never happen, watched from outside both shells.
+
+Problem: a test that asks the code under test whether all is well learns what the code believes. So
+the checkers see only what really happened: what became durable, which process ran where on which
+GPU, which signal it got, what each checkpoint contains, which answer a user got. From that they
+keep their own small picture and compare. Each `_fail` names one safety rule of DESIGN's invariants.
+
+Safety is checked as things happen; what takes time (a stale copy that goes on, a job that waits
+without a reason, a guaranteed job behind a spare one) is looked at once a second by `sweep`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.core.messages import AgentEvent, AttemptExited
+from coordinator.core.messages import (
+    DropCheckpoint,
+    DropJob,
+    PutAttempt,
+    PutCheckpoint,
+    PutJob,
+    Record,
+)
+from coordinator.core.model import Attempt, Checkpoint, Job, Snapshot
+from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
+
+if TYPE_CHECKING:
+    from tests.sim.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a checkpoint holds: pieces of work as (attempt, first step, last step), oldest first."""
+
+    job_id: int
+    step: int
+    history: tuple[tuple[str, int, int], ...]
+
+    def continues(self, earlier: "Content") -> bool:
+        """Whether no work of `earlier` is missing here."""
+        old, new = earlier.history, self.history
+        if self.job_id != earlier.job_id or len(new) < len(old):
+            return False
+        if not old:
+            return True
+        last, same = old[-1], new[len(old) - 1]
+        grown = last[:2] == same[:2] and same[2] >= last[2]
+        return new[: len(old) - 1] == old[:-1] and grown
+
+
+class Checkers:
+    """`fail` ends the run with a sentence. `intact` says whether any disk holds a good copy."""
+
+    def __init__(self, fail: Callable[[str], None], intact: Callable[[str], bool]) -> None:
+        self._fail = fail
+        self._intact = intact
+        self.contents: dict[str, Content] = {}
+        self.jobs: dict[int, Job] = {}
+        self.attempts: dict[str, Attempt] = {}
+        self.checkpoints: dict[str, Checkpoint] = {}
+        self.kept: dict[tuple[int, str], Checkpoint] = {}
+        self.heads: dict[int, str] = {}
+        self.submitted_ids: dict[str, int] = {}
+        self.started: dict[str, str] = {}
+        self.exits: dict[str, str] = {}
+        self.abandoned: dict[int, None] = {}
+        self.requeued: dict[int, None] = {}
+        self.doomed: dict[str, None] = {}
+
+    # --- answers to users -------------------------------------------------------------------------
+
+    def submitted(self, request_id: str, job_id: int) -> None:
+        """The coordinator has promised this job to a user."""
+        known = self.submitted_ids.setdefault(request_id, job_id)
+        if known != job_id:
+            self._fail(f"request {request_id} was given job {known} and then job {job_id}")
+        if list(self.submitted_ids.values()).count(job_id) > 1:
+            self._fail(f"job id {job_id} was given out twice")
+        job = self.jobs.get(job_id)
+        if job is None or job.request_id != request_id:
+            self._fail(f"job {job_id} was acknowledged before it was durable")
+
+    # --- what became durable ----------------------------------------------------------------------
+
+    def committed(self, records: Sequence[Record]) -> None:
+        """A batch of the coordinator has reached its disk."""
+        jobs: dict[int, None] = {}
+        for record in records:
+            match record:
+                case PutJob(job=job):
+                    self._job(job)
+                    jobs[job.id] = None
+                case PutAttempt(attempt=attempt):
+                    self.attempts[attempt.id] = attempt
+                    jobs[attempt.job_id] = None
+                case PutCheckpoint(checkpoint=checkpoint):
+                    self._checkpoint(checkpoint)
+                case DropCheckpoint():
+                    self.kept.pop((record.job_id, record.digest), None)
+                case DropJob():
+                    self._fail(f"job {record.job_id} was dropped in a small fleet")
+        for job_id in jobs:
+            self._settled(job_id)
+
+    def _job(self, job: Job) -> None:
+        old = self.jobs.get(job.id)
+        self.jobs[job.id] = job
+        if old is None:
+            return
+        again = job.phase is JobPhase.QUEUED and job.id in self.requeued
+        if old.phase in JOB_ENDED and job.phase is not old.phase and not again:
+            self._fail(f"job {job.id} had {old.phase.value} and is {job.phase.value}")
+        if job.epoch < old.epoch:
+            self._fail(f"job {job.id} went from epoch {old.epoch} back to {job.epoch}")
+        if job.phase is JobPhase.SUCCEEDED and old.phase is not job.phase:
+            how = self.exits.get(f"{job.id}.{job.epoch}", "nothing")
+            if how != "exit 0 signal None":
+                self._fail(f"job {job.id} succeeded though its last attempt ended with {how}")
+        if job.phase is JobPhase.FAILED and job.request_id not in self.doomed:
+            self._fail(f"job {job.id} has failed and could have run: {job.reason}")
+
+    def _checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.kept[checkpoint.job_id, checkpoint.digest] = checkpoint
+        known = self.checkpoints.get(checkpoint.digest)
+        self.checkpoints[checkpoint.digest] = checkpoint
+        name = f"checkpoint {checkpoint.digest[:12]} of job {checkpoint.job_id}"
+        head = self.heads.get(checkpoint.job_id, "")
+        if known is None:
+            self._new_head(checkpoint, name, head)
+        elif checkpoint.bad and not known.bad:
+            given_up = checkpoint.job_id in self.abandoned
+            if self._intact(checkpoint.digest) and not given_up:
+                self._fail(f"{name} was given up and is whole on some disk: {checkpoint.bad}")
+            while head and self.checkpoints[head].bad:
+                head = self.checkpoints[head].parent
+            self.heads[checkpoint.job_id] = head
+
+    def _new_head(self, checkpoint: Checkpoint, name: str, head: str) -> None:
+        job = self.jobs[checkpoint.job_id]
+        if checkpoint.epoch != job.epoch:
+            self._fail(f"{name} was committed by epoch {checkpoint.epoch}, not by {job.epoch}")
+        if checkpoint.parent != head:
+            self._fail(f"{name} follows {checkpoint.parent[:12]}, but the head is {head[:12]}")
+        content = self.contents[checkpoint.digest]
+        if head and not content.continues(self.contents[head]):
+            self._fail(f"{name} {content} does not continue {self.contents[head]}")
+        if content.step != checkpoint.step:
+            self._fail(f"{name} says step {checkpoint.step} and holds step {content.step}")
+        self.heads[checkpoint.job_id] = checkpoint.digest
+
+    def _settled(self, job_id: int) -> None:
+        """After a batch: one live attempt, the head where the chain ends, GPUs held once."""
+        job = self.jobs[job_id]
+        head = self.heads.get(job_id, "")
+        forgotten = not job.head and all(
+            kept.bad for (owner, _), kept in self.kept.items() if owner == job_id
+        )
+        if job.head != head and not forgotten:
+            self._fail(f"job {job_id}'s head is {job.head[:12]}; its commits end at {head[:12]}")
+        self.heads[job_id] = job.head
+        live = [a for a in self.attempts.values() if a.phase not in ATTEMPT_ENDED]
+        mine = [attempt for attempt in live if attempt.job_id == job_id]
+        if len(mine) > 1:
+            self._fail(f"job {job_id} has attempts {[attempt.id for attempt in mine]} at once")
+        for attempt in mine:
+            for other in live:
+                shared = set(attempt.gpu_uuids) & set(other.gpu_uuids)
+                if other.id != attempt.id and shared:
+                    self._fail(f"{sorted(shared)} promised to {attempt.id} and {other.id}")
+
+    def loaded(self, snapshot: Snapshot) -> None:
+        """A coordinator reads its disk: it must be what was written."""
+        for job in snapshot.jobs:
+            if self.jobs.get(job.id) != job:
+                self._fail(f"job {job.id} came back as {job}, and was {self.jobs.get(job.id)}")
+        read = {attempt.id: attempt for attempt in snapshot.attempts}
+        if read != self.attempts:
+            self._fail("the attempts that came back are not those that were written")
+        for request_id, job_id in self.submitted_ids.items():
+            found = [job for job in snapshot.jobs if job.id == job_id]
+            if not found or found[0].request_id != request_id:
+                self._fail(f"job {job_id} was acknowledged and is not on the disk")
+
+    # --- what happens on boxes --------------------------------------------------------------------
+
+    def process_started(
+        self, node: str, trainer: "Trainer", trainers: Mapping[str, "Trainer"]
+    ) -> None:
+        attempt_id = trainer.attempt_id
+        if attempt_id in self.started:
+            self._fail(f"{attempt_id} ran on {self.started[attempt_id]} and runs on {node} again")
+        self.started[attempt_id] = node
+        attempt = self.attempts.get(attempt_id)
+        if attempt is None or attempt.node != node:
+            self._fail(f"{attempt_id} runs on {node}, where nobody durably put it")
+        for other in trainers.values():
+            if other is trainer:
+                continue
+            if other.job_id == trainer.job_id:
+                self._fail(f"{attempt_id} starts on {node} beside {other.attempt_id}")
+            if set(other.gpu_uuids) & set(trainer.gpu_uuids):
+                self._fail(f"{attempt_id} starts on a GPU that {other.attempt_id} uses")
+
+    def process_ended(self, trainer: "Trainer", why: str) -> None:
+        self.exits[trainer.attempt_id] = why
+
+    def signalled(self, node: str, attempt_id: str, signal_name: str) -> None:
+        """An agent signals a trainer; somebody must have wanted that, durably."""
+        attempt = self.attempts.get(attempt_id)
+        if attempt is not None and not attempt.stop_reason and attempt.phase not in ATTEMPT_ENDED:
+            self._fail(f"{attempt_id} got {signal_name} on {node} though nobody asked for it")
+
+    def spooled(self, node: str, event: AgentEvent, trainers: Mapping[str, "Trainer"]) -> None:
+        if isinstance(event.body, AttemptExited) and event.attempt in trainers:
+            self._fail(f"{node} reports the end of {event.attempt}, which runs")

@@ -1,0 +1,298 @@
+"""Seeds in every build, what seeds have found as scenarios, and proof that the checkers can fail.
+
+A seed that found something is written out as a scenario below: the next change of the planner would
+make another story of it.
+
+Safety: `checkers.py` and `sweep.py` name the rules. Liveness: after the last fault every job ends
+within `world.HEALED_MS_MAX`. A seed that breaks a rule is replayed by the command that its failure
+prints.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from agent.core import node as agent_node
+from agent.core.messages import KillProcess, Opened
+from agent.core.node import NodeCore
+from agent.core.state import State as AgentState
+from coordinator import shell as coordinator_shell
+from coordinator.core import attempts, checkpoints, nodes
+from coordinator.core import messages as cm
+from coordinator.core.messages import CheckpointProposed, PutJob, Record
+from coordinator.core.model import Attempt, Checkpoint, Job
+from coordinator.core.state import LiveNode
+from coordinator.core.state import State as CoordinatorState
+from coordinator.store.memory import MemoryDisk
+from tests.sim.faults import KINDS, Fault, Plan, Program, plan
+from tests.sim.injector import run_plan
+from tests.sim.world import World, simulate
+
+SEEDS = 200
+CHUNK = 10  # seeds per test: small enough to spread over workers, large enough to cost no overhead
+
+
+def run(the_plan: Plan) -> str:
+    """The sentence of the rule that it broke, or nothing."""
+    return run_plan(the_plan).failure
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_safety_and_liveness_hold_for_every_seed(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        outcome = run_plan(plan(seed))
+        replay = f"python -m tests.sim --seed {seed} --trace"
+        assert not outcome.failure, f"seed {seed}: {outcome.failure}; {replay}"
+        missed = {fault.kind for fault in plan(seed).faults if not outcome.fired[fault.kind]}
+        assert not missed, f"seed {seed}: {missed} never fired; {replay}"
+
+
+def test_the_seeds_cover_every_kind_of_fault() -> None:
+    """A planned fault has fired, or the seeds' own test fails; so planning covers firing."""
+    planned = {fault.kind for seed in range(SEEDS) for fault in plan(seed).faults}
+    assert planned == set(KINDS)
+
+
+def test_the_same_seed_is_the_same_run_whatever_the_hash_seed() -> None:
+    printed = []
+    for hash_seed in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.sim", "--seed", "7"],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        printed.append(done.stdout.splitlines()[0])
+    assert printed[0].startswith("fingerprint ")
+    assert printed[0] == printed[1]
+
+
+# --- directed scenarios ---------------------------------------------------------------------------
+
+
+async def _first_replicated(world: World) -> tuple[int, str, str, str]:
+    """Wait for a commit with a copy: job, digest, and the two nodes, the writer first."""
+    while True:
+        for job_id, head in world.checkers.heads.items():
+            replicas = world.checkers.checkpoints[head].replicas if head else ()
+            if len(replicas) == 2 and world.agents[replicas[0]].box.trainers:
+                return job_id, head, replicas[0], replicas[1]
+        await asyncio.sleep(0.1)
+
+
+def test_a_rotten_copy_waits_for_the_good_one_on_a_lost_node() -> None:
+    """Its writer is without power and the replica has rotted: nobody within reach has the last
+    checkpoint, and going on from an older one would undo work that is safe."""
+
+    async def strike(world: World) -> None:
+        job_id, head, writer, replica = await _first_replicated(world)
+        world.agents[writer].power_off()
+        world.agents[replica].box.disk.copies[head].intact = False
+        await asyncio.sleep(40)
+        job = world.checkers.jobs[job_id]
+        assert job.head == head, f"{job} went back"
+        async with asyncio.timeout(30):
+            told = ""
+            while "--abandon" not in told:
+                await asyncio.sleep(0.2)
+                told = await world.explain(job_id)
+        world.agents[writer].power_on()
+        world.fired("scenario")
+
+    outcome = simulate(workload("cut", 0), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+
+
+def test_an_owner_may_give_up_a_copy_on_a_node_that_never_returns() -> None:
+    """As above, but the writer is gone for good: the sentence says what to do, and it works."""
+
+    async def strike(world: World) -> None:
+        _, head, writer, replica = await _first_replicated(world)
+        world.agents[writer].gone = True
+        world.agents[writer].power_off()
+        world.agents[replica].box.disk.copies[head].intact = False
+        world.fired("scenario")
+
+    outcome = simulate(workload("cut", 0), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+    assert any("user gives up" in line and "JobView" in line for line in outcome.lines)
+
+
+def test_who_resumed_from_a_checkpoint_counts_as_a_holder_of_it() -> None:
+    async def strike(world: World) -> None:
+        job_id, _, writer, replica = await _first_replicated(world)
+        third = next(name for name in world.agents if name not in (writer, replica))
+        await world.insist(cm.CordonNode(replica))
+        world.agents[writer].power_off()
+        held: list[Checkpoint] = []
+        async with asyncio.timeout(30):
+            while not held:
+                await asyncio.sleep(0.1)
+                mine = [c for (owner, _), c in world.checkers.kept.items() if owner == job_id]
+                held = [c for c in mine if third in c.replicas and c.epoch == 1]
+        world.agents[writer].power_on()
+        world.fired("scenario")
+
+    lone = workload("cut", 0)
+    outcome = simulate(replace(lone, programs=lone.programs[:1]), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+
+
+def test_a_program_that_is_told_to_leave_does_so_with_a_full_disk() -> None:
+    async def strike(world: World) -> None:
+        _, _, writer, _ = await _first_replicated(world)
+        agent, coordinator = world.agents[writer], world.coordinator
+        agent.box.disk.full = coordinator.full = True
+        await asyncio.sleep(12)
+        assert agent.shell is not None
+        assert coordinator.shell is not None
+        agent.shell.leave(1_000)
+        coordinator.shell.leave()
+        assert agent.task is not None
+        assert coordinator.task is not None
+        done, _ = await asyncio.wait((agent.task, coordinator.task), timeout=5)
+        assert len(done) == 2
+        world.fired("scenario")
+        coordinator.kill()
+
+    outcome = simulate(workload("cut", 0), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+
+
+def test_what_agents_say_beyond_the_bound_is_lost_without_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full disk for half a minute, and room for ten messages."""
+    monkeypatch.setattr(coordinator_shell, "MESSAGES_MAX", 10)
+
+    async def strike(world: World) -> None:
+        await _first_replicated(world)
+        world.coordinator.full = True
+        for _ in range(300):
+            await asyncio.sleep(0.1)
+            assert world.coordinator.shell is not None
+            # Ends of sessions are never lost, and there is one tick.
+            assert len(world.coordinator.shell._inbox) <= 10 + 30
+        world.coordinator.full = False
+        world.fired("scenario")
+
+    outcome = simulate(workload("cut", 0), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+
+
+# --- the checkers can fail ------------------------------------------------------------------------
+
+
+def workload(kind: str, count: int = 3) -> Plan:
+    """A plan that is about one thing."""
+    program = Program(
+        at_ms=0, job_class="standard", gpus=2, replication="automatic", grace_ms=3_000, steps=30,
+        step_ms=1_000, every=4, deaf=False, doomed=False, crash_at=0,
+    )  # fmt: skip
+    faults = tuple(Fault(8_000 + 9_000 * index, kind, 15_000) for index in range(count))
+    return Plan(11, 3, (program,) * 3, faults)
+
+
+def found(the_plan: Plan, sentence: str) -> None:
+    """Some seed of this plan's fate breaks the rule in these words."""
+    told = []
+    for seed in range(11, 31):
+        told.append(run(replace(the_plan, seed=seed)))
+        if sentence in told[-1]:
+            return
+    raise AssertionError(f"no checker said {sentence!r}; they said {told}")
+
+
+def test_unbroken_rules_pass_the_plans_of_the_broken_ones() -> None:
+    for kind in ("cut", "agent_kill", "drain", "coordinator_kill"):
+        assert not run(workload(kind))
+
+
+def test_a_stale_commit_that_is_accepted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+        return ""
+
+    monkeypatch.setattr(checkpoints, "_refuse_commit", accept)
+    found(workload("cut"), "was committed by epoch")
+
+
+def test_a_store_that_forgets_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = MemoryDisk.commit
+
+    def forget(disk: MemoryDisk, records: list[Record]) -> None:
+        commit(disk, [r for r in records if not (isinstance(r, PutJob) and r.job.id == 2)])
+
+    monkeypatch.setattr(MemoryDisk, "commit", forget)
+    found(workload("coordinator_kill"), "was acknowledged and is not on the disk")
+
+
+def test_a_reply_before_its_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = coordinator_shell.CoordinatorShell._commit
+
+    async def hasty(shell: coordinator_shell.CoordinatorShell, records: list[Record]) -> None:
+        for number in [*shell._replies]:
+            shell._act(cm.Reply(number, cm.Submitted(number, "")))
+        await commit(shell, records)
+
+    monkeypatch.setattr(coordinator_shell.CoordinatorShell, "_commit", hasty)
+    found(workload("store_full"), "was acknowledged before it was durable")
+
+
+def test_an_agent_that_restarts_its_trainers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = agent_node._opened
+
+    def sweep_clean(state: AgentState, now: object, event: object) -> None:
+        opened(state, now, event)  # type: ignore[arg-type]
+        state.commands += [KillProcess(attempt_id) for attempt_id in state.attempts]
+
+    monkeypatch.setattr(agent_node, "_opened", sweep_clean)
+    found(workload("agent_kill"), "though nobody asked for it")
+
+
+def test_an_agent_that_forgets_what_runs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = NodeCore.handle
+
+    def amnesia(core: NodeCore, now: object, event: object) -> object:
+        if isinstance(event, Opened):
+            event = replace(event, adopted=())
+        return handle(core, now, event)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(NodeCore, "handle", amnesia)
+    found(workload("agent_kill"), "which runs")
+
+
+def test_a_gpu_freed_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = attempts.order_stop
+
+    def release(state: CoordinatorState, now: object, attempt: Attempt) -> None:
+        stop(state, now, attempt)  # type: ignore[arg-type]
+        state.release_gpus(state.nodes[attempt.node], attempt.id)
+
+    monkeypatch.setattr(attempts, "order_stop", release)
+    found(workload("requeue"), "promised to")
+
+
+def test_a_stale_copy_that_runs_on_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spare(state: object, now: object, live: LiveNode, attempt_id: str) -> int:
+        return 0
+
+    monkeypatch.setattr(nodes, "_stop_stray", spare)
+    found(workload("cut"), "is stale and has run on")
+
+
+def test_a_job_that_nobody_tries_again_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgotten(state: CoordinatorState, now: object, job: Job, reason: str) -> None:
+        """It stays as it is."""
+
+    monkeypatch.setattr(attempts, "requeue", forgotten)
+    found(workload("drain", 1), "after the last fault")
