@@ -1,0 +1,94 @@
+"""Certificates for the tests of mutual TLS: an authority of a minute's life, and what it signs.
+
+Real X.509 from the `cryptography` library, because what is tested is the handshake of the programs
+as they are; nothing here is used outside tests.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+LIFE = timedelta(hours=1)
+PEM = serialization.Encoding.PEM
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The three PEM files that a program is given."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    def config(self) -> dict[str, str]:
+        """As fields of either program's configuration."""
+        return {"tls_cert": str(self.cert), "tls_key": str(self.key), "tls_ca": str(self.ca)}
+
+    def flags(self) -> list[str]:
+        """As flags of the command line."""
+        return [f"--{name.replace('_', '-')}={path}" for name, path in self.config().items()]
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For a channel of our own."""
+        return grpc.ssl_channel_credentials(
+            self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes()
+        )
+
+
+class Authority:
+    """Signs certificates for programs on this machine, and for their users."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700)
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _named(f"authority {directory.name}")
+        certificate = (
+            self._builder(self._name, self._key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        self.path = directory / "ca.pem"
+        self.path.write_bytes(certificate.public_bytes(PEM))
+
+    def issue(self, name: str) -> Files:
+        """A certificate with this common name, good for 127.0.0.1 on either side of a call."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        certificate = (
+            self._builder(_named(name), key.public_key())
+            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        cert, secret = self._directory / f"{name}.pem", self._directory / f"{name}.key"
+        cert.write_bytes(certificate.public_bytes(PEM))
+        secret.touch(mode=0o600)
+        secret.write_bytes(
+            key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+        return Files(cert, secret, self.path)
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey
+    ) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - LIFE)
+            .not_valid_after(now + LIFE)
+        )
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

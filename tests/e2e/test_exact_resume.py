@@ -1,0 +1,125 @@
+"""A built-in trainer that loses its node in the middle ends where it would have ended anyway.
+
+Two jobs of the same configuration train side by side, and one loses its node with its disk. Its
+loss curve, put together from both attempts, its evaluations and its last metric must be those of
+the undisturbed one, to the last bit (one thread, on the CPU).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protos.baton.v1 import types_pb2
+from tests.e2e import work
+from tests.e2e.cluster import Cluster
+from tests.fakenvml.build import h100
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-exact-resume")]
+
+NODES = ("n1", "n2", "n3")
+STEPS, EVERY = 400, 40
+LOOP = {
+    "steps": STEPS,
+    "log_every": 1,
+    "evaluate_every": 100,
+    "checkpoint_every_steps": EVERY,
+    "checkpoint_every_s": 0,
+    "warmup_steps": 20,
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "finetune": {
+        "model": "language",
+        "train_data": "text.txt",
+        "tokenizer": "bytes",
+        "window_tokens": 32,
+        "batch_size": 4,
+    },
+    "transfer": {
+        "model": "vision",
+        "train_data": "images.npz",
+        "evaluation_data": "images.npz",
+        "head_hidden": 16,
+        "freeze": False,
+        "batch_size": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models and data."""
+    directory = tmp_path_factory.mktemp("models")
+    subprocess.run(
+        [sys.executable, work.TRAINERS / "tiny.py", directory],
+        check=True,
+        timeout=work.DEADLINE_S,
+        capture_output=True,
+    )
+    return directory
+
+
+def submit(cluster: Cluster, trainer: str, models: Path) -> int:
+    """With one GPU each, no two of them are on one node."""
+    return work.submit(
+        cluster,
+        (),
+        trainer=trainer,
+        trainer_config_json=json.dumps({**LOOP, **JOBS[trainer]}),
+        working_directory=str(models),
+        gpus=1,
+    )
+
+
+def curve(lines: list[dict[str, Any]], event: str) -> dict[int, dict[str, Any]]:
+    """By step what was said; what was said twice must be the same, bit for bit."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in work.events_named(lines, event):
+        assert found.setdefault(line["step"], line) == line
+    return found
+
+
+@pytest.mark.parametrize("trainer", list(JOBS))
+def test_lost_node_changes_nothing_in_the_result(
+    cluster: Cluster, models: Path, tmp_path: Path, trainer: str
+) -> None:
+    cluster.start_coordinator(closed_grace_ms=500, lease_ms=20_000)
+    for name in NODES:
+        cluster.start_agent(name, h100(1, node=name))
+    cluster.wait_for_nodes(*NODES)
+    whole_id, moved_id = (submit(cluster, trainer, models) for _ in range(2))
+    said = tmp_path / "followed"
+    with work.following(cluster, moved_id, said):
+        half_way = STEPS // 2
+
+        def under_way(job: types_pb2.Job) -> bool:
+            kept = job.checkpoint.step if job.HasField("checkpoint") else 0
+            return EVERY <= kept < job.progress.step and job.progress.step > half_way
+
+        job = work.wait_job(cluster, moved_id, under_way, "half way")
+        assert job.progress.step < STEPS
+        cluster.kill_node(job.attempts[0].node)
+        moved = work.wait_succeeded(cluster, moved_id)
+        whole = work.wait_succeeded(cluster, whole_id)
+        cluster.wait_until(
+            lambda: '"event": "finished"' in said.read_text("utf-8"),
+            work.DEADLINE_S,
+            "the follower has read all of it",
+        )
+    assert (whole.epoch, moved.epoch) == (1, 2)
+    restored_step = moved.attempts[1].restored_step
+    assert EVERY <= restored_step < STEPS
+    undisturbed = work.lines(cluster, whole_id)
+    handed_over = work.parsed(said.read_text("utf-8"))
+    begins = work.events_named(handed_over, "started")
+    assert [line["step"] for line in begins] == [0, restored_step]
+    losses = curve(undisturbed, "step")
+    assert list(losses) == [*range(1, STEPS + 1)]
+    assert curve(handed_over, "step") == losses
+    assert curve(handed_over, "evaluated") == curve(undisturbed, "evaluated")
+    assert handed_over[-1] == undisturbed[-1]
+    assert handed_over[-1]["event"] == "finished"
+    assert losses[STEPS]["loss"] != losses[1]["loss"]

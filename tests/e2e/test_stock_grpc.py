@@ -1,0 +1,100 @@
+"""A stock gRPC client, which has none of our generated code, finds out what there is and calls it:
+health checking, server reflection, and dynamic calls from nothing but reflection.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from tests.e2e import work
+from tests.e2e.cluster import Cluster
+from tests.fakenvml.build import h100
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
+
+SERVICES = {"baton.v1.JobService", "baton.v1.NodeService", "baton.v1.AgentService"}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A coordinator and one agent."""
+    with Cluster(tmp_path_factory.mktemp("stock") / "cluster") as made:
+        made.start_coordinator()
+        made.start_agent("n1", h100(1))
+        made.wait_for_nodes("n1")
+        yield made
+
+
+class StockClient:
+    """Knows a channel, and what reflection tells over it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+        self._database = ProtoReflectionDescriptorDatabase(channel)
+        self._pool = descriptor_pool.DescriptorPool(self._database)
+
+    def services(self) -> set[str]:
+        return set(self._database.get_services())
+
+    def call(self, service: str, method: str, **fields: Any) -> Any:
+        """One unary call with these fields."""
+        described = self._pool.FindServiceByName(service).FindMethodByName(method)
+        request = message_factory.GetMessageClass(described.input_type)(**fields)
+        invoke: Any = self._channel.unary_unary(
+            f"/{service}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
+        )
+        return invoke(request)
+
+
+def is_serving(channel: grpc.Channel, service: str) -> bool:
+    """What `grpc_health_probe` asks."""
+    check: Any = health_pb2_grpc.HealthStub(channel)
+    answer = check.Check(health_pb2.HealthCheckRequest(service=service))
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@pytest.mark.parametrize("service", ["", *sorted(SERVICES)])
+def test_health_check_says_serving(fleet: Cluster, service: str) -> None:
+    assert is_serving(fleet.channel, service)
+
+
+def test_reflection_lists_every_service(fleet: Cluster) -> None:
+    assert StockClient(fleet.channel).services() >= SERVICES
+
+
+def test_reflection_alone_is_enough_to_list_and_submit(fleet: Cluster) -> None:
+    client = StockClient(fleet.channel)
+    nodes = client.call("baton.v1.NodeService", "ListNodes").nodes
+    assert [node.id for node in nodes] == ["n1"]
+    spec = {"command": ["echo", "from afar"], "gpus": 1}
+    request = {"request_id": "stock", "spec": spec}
+    job_id = client.call("baton.v1.JobService", "Submit", **request).job_id
+    assert client.call("baton.v1.JobService", "Submit", **request).job_id == job_id
+    work.wait_succeeded(fleet, job_id)
+    job = client.call("baton.v1.JobService", "GetJob", job_id=job_id).job
+    assert job.attempts[0].exit_code == 0
+    assert work.output(fleet, job_id) == "from afar\n"
+
+
+def test_agent_is_checked_and_listed_too(fleet: Cluster) -> None:
+    with grpc.insecure_channel(work.node(fleet, "n1").peer_address) as channel:
+        assert is_serving(channel, "baton.v1.PeerService")
+        assert "baton.v1.PeerService" in StockClient(channel).services()
+
+
+def test_refusal_has_the_status_and_the_sentence(fleet: Cluster) -> None:
+    client = StockClient(fleet.channel)
+    spec = {"command": ["true"], "memory_bytes": -1}
+    with pytest.raises(grpc.RpcError) as raised:
+        client.call("baton.v1.JobService", "Submit", request_id="bad", spec=spec)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "must not be negative" in str(raised.value.details())

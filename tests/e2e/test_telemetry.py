@@ -1,0 +1,94 @@
+"""What the driver says of a GPU reaches `baton nodes --json`, changes when it changes, and is
+absent where the driver does not say: the production path, from NVML's stand-in to the command line.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.e2e import work
+from tests.e2e.cluster import Cluster
+from tests.fakenvml.build import FakeGpu, describe, h100
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-telemetry")]
+
+FIRST, SECOND = h100(2)
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One agent that reads its two GPUs ten times a second."""
+    with Cluster(tmp_path_factory.mktemp("telemetry") / "cluster") as made:
+        made.start_coordinator(heartbeat_interval_ms=100, lease_ms=20_000)
+        made.start_agent("n1", (FIRST, SECOND), sample_interval_ms=100)
+        made.wait_for_nodes("n1")
+        yield made
+
+
+def show(fleet: Cluster, *gpus: FakeGpu) -> None:
+    """From now on the driver tells this."""
+    describe(gpus, fleet.node_directory("n1").with_suffix(".gpus"))
+
+
+def wait_shown(
+    fleet: Cluster, wanted: Callable[[list[dict[str, Any]]], bool], what: str
+) -> list[dict[str, Any]]:
+    """What the command line shows of both GPUs, once it is as wanted."""
+    order = [FIRST.uuid, SECOND.uuid]
+
+    def look() -> list[dict[str, Any]]:
+        (node,) = [fleet.baton_json("nodes")[0]]
+        gpus = sorted(node["gpus"], key=lambda gpu: order.index(gpu["uuid"]))
+        said = [gpu["telemetry"] for gpu in gpus]
+        return said if all(said) and wanted(said) else []
+
+    return fleet.wait_until(look, work.DEADLINE_S, what)
+
+
+def test_readings_follow_the_driver(fleet: Cluster) -> None:
+    busy = replace(
+        FIRST,
+        utilization_percent=87,
+        temperature_celsius=71,
+        power_mw=512_000,
+        memory_used_bytes=40 * GIB,
+    )
+    show(fleet, busy, SECOND)
+    said = wait_shown(fleet, lambda it: it[0]["utilization_ratio"] == 0.87, "87 %")
+    assert said[0]["temperature_celsius"] == 71
+    assert said[0]["power_mw"] == 512_000
+    assert said[0]["memory_used_bytes"] == 40 * GIB
+    assert said[1]["utilization_ratio"] == 0
+    show(fleet, replace(busy, utilization_percent=3, temperature_celsius=44), SECOND)
+    said = wait_shown(fleet, lambda it: it[0]["utilization_ratio"] == 0.03, "3 %")
+    assert said[0]["temperature_celsius"] == 44
+    table = fleet.baton("nodes").stdout
+    assert "44 °C" in table
+
+
+def test_what_the_driver_does_not_say_is_null(fleet: Cluster) -> None:
+    show(fleet, FIRST, replace(SECOND, unsupported=("power", "energy", "utilization")))
+    said = wait_shown(fleet, lambda it: it[1]["power_mw"] is None, "no power")
+    assert said[1]["energy_mj"] is None
+    assert said[1]["utilization_ratio"] is None
+    assert said[1]["temperature_celsius"] == SECOND.temperature_celsius
+    assert not said[1]["error"]
+    assert said[0]["power_mw"] == FIRST.power_mw
+
+
+def test_lost_gpu_says_so_and_the_other_goes_on(fleet: Cluster) -> None:
+    show(fleet, replace(FIRST, temperature_celsius=50), replace(SECOND, state="lost"))
+    said = wait_shown(fleet, lambda it: bool(it[1]["error"]), "an error")
+    assert "lost" in said[1]["error"].lower()
+    assert said[1]["temperature_celsius"] is None
+    wait_shown(fleet, lambda it: it[0]["temperature_celsius"] == 50, "50 degrees")
+
+
+def test_host_figures_are_real(fleet: Cluster) -> None:
+    (node,) = [fleet.baton_json("nodes")[0]]
+    assert node["host"]["cpu_count"] > 0
+    assert 0 < node["telemetry"]["memory_used_bytes"] < node["host"]["memory_bytes"]
+    assert node["telemetry"]["disk_free_bytes"] > 0
