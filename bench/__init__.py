@@ -1,0 +1,1 @@
+"""Comparisons that print a table and a ratio, measured side by side in one run."""
