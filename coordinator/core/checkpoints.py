@@ -252,6 +252,17 @@ def retarget(state: State) -> None:
             state.send(attempt.node, target_order(state, job, attempt))
 
 
+def tell_new_address(state: State, node_id: str) -> None:
+    """A node has come back at another address: whoever sends it copies must know, or a job that
+    requires one would wait for ever at the old door."""
+    for live in list(state.nodes.values()):
+        for attempt_id in live.attempts:
+            attempt = state.attempts[attempt_id]
+            if attempt.replica_node == node_id:
+                job = state.jobs[attempt.job_id]
+                state.send(attempt.node, target_order(state, job, attempt))
+
+
 def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
     required = job.spec.replication is Replication.REQUIRED
     return SetReplicaTarget(attempt.id, replica_target(state, attempt), required)

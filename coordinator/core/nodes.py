@@ -51,6 +51,8 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
         state.log("warning", "node.refused", node=body.node, reason=refusal)
         state.commands.append(CloseSession(session, refusal))
         return
+    known = state.nodes.get(body.node)
+    moved = known is not None and known.node.peer_address != body.peer_address
     live = _join(state, now, session, body)
     state.send(
         live.node.id,
@@ -65,6 +67,8 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     _reconcile(state, now, live, body.attempts, whole=True)
     _settle_gpus(state, live, body.attempts)
     checkpoints.retarget(state)
+    if moved:
+        checkpoints.tell_new_address(state, live.node.id)
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
         job = state.jobs[attempt.job_id]
