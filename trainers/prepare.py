@@ -201,7 +201,12 @@ def make_once(directory: Path, make: Callable[[Path], None]) -> None:
     say(f"making {directory}")
     began_s = time.monotonic()
     make(partial)
-    partial.rename(directory)
+    try:
+        partial.rename(directory)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not directory.is_dir():  # else another process was first, with the same content
+            raise
     say(f"  done in {time.monotonic() - began_s:.1f} s")
 
 

@@ -109,8 +109,13 @@ def test_interrupted_in_the_middle_of_training_leaves_no_process(
     demo = start_demo()
     demos.append(demo)
     assert demo.stdout is not None
-    told = next((line for line in demo.stdout if "from the beginning" in line), "")
-    assert told, "the demo ended before a job ran"
+    told = []
+    for line in demo.stdout:
+        told.append(line)
+        if "from the beginning" in line:
+            break
+    else:
+        pytest.fail("the demo ended before a job ran:\n" + "".join(told) + demo.communicate()[1])
     assert left_by(demo.pid), "a demo that trains has processes"
 
     demo.send_signal(number)

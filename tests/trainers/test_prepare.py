@@ -27,6 +27,18 @@ def test_what_is_made_appears_whole_and_is_made_once(tmp_path: Path) -> None:
     assert (tmp_path / "thing" / "file").read_text() == "content"
 
 
+def test_another_process_that_was_first_is_no_error(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "file").write_text("ours")
+        (tmp_path / "thing").mkdir()
+        (tmp_path / "thing" / "file").write_text("theirs")
+
+    prepare.make_once(tmp_path / "thing", make)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+    assert (tmp_path / "thing" / "file").read_text() == "theirs"
+
+
 def test_the_configurations_are_right() -> None:
     jobs = prepare.configurations()
     for name, values in jobs.items():
