@@ -36,6 +36,7 @@ from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
 from agent.ports import ChunkError, JournalUnavailable
 from agent.processes import logs
+from agent.processes.forks import ForkServers, Warmth
 from agent.processes.supervisor import Supervisor
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
@@ -100,7 +101,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
         memory = await journal.open(secrets.token_hex(16))
-        supervisor = Supervisor(state_directory)
+        forks = ForkServers(os.path.realpath(sys.executable), _warmth(config))
+        stack.push_async_callback(forks.close)
+        forks.open()
+        supervisor = Supervisor(state_directory, forks=forks)
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"
@@ -227,6 +231,13 @@ def _launch_options(config: Config, trainers: SdkServer, workspaces: Path) -> La
         config.trainer_python,
         tuple(sorted(config.trainer_environment.items())),
     )
+
+
+def _warmth(config: Config) -> Warmth | None:
+    """What built-in trainers begin with, if they are to be forked."""
+    if not config.warm_start:
+        return None
+    return Warmth(config.trainer_python, ("trainers.warm",), config.trainer_environment)
 
 
 class _LogSource:

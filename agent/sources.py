@@ -33,15 +33,19 @@ LOG_FORMATS: Final = ("auto", "json", "console")
 # Below this likeness a suggestion would be a guess; "lissten" and "listen" are at 0.92.
 LIKENESS_MIN: Final = 0.5
 
+BOOLEANS: Final = {"true": True, "false": False}
+
 _METAVARS: Final[Mapping[object, str]] = {
     str: "TEXT",
     int: "NUMBER",
+    bool: "true|false",
     list: "ITEM,ITEM",
     dict: "NAME=VALUE",
 }
 _KINDS: Final[Mapping[object, str]] = {
     str: "text",
     int: "a whole number",
+    bool: "true or false",
     list: "a list of texts",
     dict: "a table of texts, NAME=VALUE for each entry",
 }
@@ -281,6 +285,8 @@ def _from_text(value: Any, kind: Any) -> Any:
         raise ValueError("not one line of UTF-8")
     if kind is list:
         return value.replace(",", " ").split()
+    if kind is bool and value in BOOLEANS:
+        return BOOLEANS[value]
     return int(value) if kind is int else value
 
 

@@ -5,7 +5,8 @@ restarted or upgraded? As a child of the agent the trainer would lose both. Outp
 file cannot rotate under a process that knows nothing of it, and a bare process group misses the
 daemons that a script leaves behind (double fork, `setsid`).
 
-How: the agent starts `python -I -S shim.py <attempt directory>` in a session of its own.
+How: the agent starts `python -I -S shim.py <attempt directory>` in a session of its own, or has it
+forked by a process that has all this loaded (see `forkserver.py`).
 1. The shim makes itself a child subreaper (prctl(2)): every orphan below it becomes its child,
    whatever its session.
 2. It starts the trainer from `launch` in a session of its own, with PR_SET_PDEATHSIG so that it
@@ -32,6 +33,10 @@ import select
 import sys
 import time
 
+TYPE_CHECKING = False  # `typing` itself would cost 5 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 try:
     # the C half of it, without 4 ms of enums
     import _signal as signal  # type: ignore[import-not-found]
@@ -44,27 +49,22 @@ EXIT_NAME = "exit.json"
 LOG_DIRECTORY_NAME = "log"
 
 STATUS_FD = 3  # the agent's end of the handshake, right after the standard three
-# small enough that dropping the oldest loses little of what people look at
-SEGMENT_BYTES = 8 * 1024 * 1024
+SEGMENT_BYTES = 8 * 1024 * 1024  # dropping the oldest loses little of what people look at
 # 64 MiB an attempt: a day of a chatty progress bar; 8 such jobs on a node stay below 1 GiB
 SEGMENTS_KEPT = 8
 READ_BYTES = 64 * 1024  # one full pipe, Linux's default capacity
 # after the last child is gone only a stranger with our pipe can still write: 16 pipes full
 DRAIN_BYTES_MAX = 1024 * 1024
-# a leftover in the middle of its last system call is looked for again this often
-LEFTOVER_RESCAN_MS = 50
-# for a launch whose environment names no grace: what a job gets that asks for none
-GRACE_DEFAULT_MS = 120_000
+LEFTOVER_RESCAN_MS = 50  # one in the middle of its last system call is looked for again
+GRACE_DEFAULT_MS = 120_000  # what a job gets that asks for none
 GRACE_MAX_MS = 2**31 - 1  # 24 days, the longest that poll(2) can wait
 RECORD_RETRY_FIRST_MS = 100
-# a full disk is looked at again at least this often: the node's GPUs wait for the record
-RECORD_RETRY_MAX_MS = 5_000
+RECORD_RETRY_MAX_MS = 5_000  # the node's GPUs wait for a record that finds no room
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
-# how a job may ask to be stopped
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # how jobs may be stopped
 START_FAILED_STATUS = 127  # what shells use; the sentence in the error pipe is what counts
 
 LOST_MARKER = b"\n[baton] %d bytes of output were lost here: the log could not be written\n"
@@ -140,8 +140,7 @@ class OutputLog:
                     self._rotate()
                 room = SEGMENT_BYTES - self._segment_bytes
                 count = os.write(self._segment_fd, view[taken : taken + room])
-            # no space, quota, or the directory was taken away: the caller counts what is lost
-            except OSError:
+            except OSError:  # no space, quota, no directory: the caller counts what is lost
                 break
             taken += count
             self._segment_bytes += count
@@ -178,9 +177,7 @@ class Watch:
         self._next_look_s = 0.0
 
     def run(self, directory: bytes, started_record: str) -> int:
-        """Until the trainer and all it left behind are gone and the pipe is drained; returns the
-        wait(2) status.
-        """
+        """Until the trainer and all it left are gone and the pipe is empty; returns its status."""
         poller = select.poll()
         poller.register(self.output_fd, select.POLLIN)
         poller.register(self.wake_fd, select.POLLIN)
@@ -246,9 +243,7 @@ class Watch:
             self._next_look_s = time.monotonic() + LEFTOVER_RESCAN_MS / 1000
 
     def _kill_children(self) -> None:
-        """One level at a time: the children of what dies here become ours, and their parent's death
-        wakes us again.
-        """
+        """One level at a time: the children of what dies become ours, and its death wakes us."""
         for name in os.listdir("/proc"):
             if name.isdigit() and stat_fields(int(name))[1:2] == [b"%d" % os.getpid()]:
                 try:
@@ -346,14 +341,17 @@ def exit_record(
     )
 
 
-def start_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL) -> int:
-    """Fork and exec; returns the pid once the new program runs. Raises `StartFailure`."""
+def start_trainer(
+    launch: Launch, output_fd: int, libc: ctypes.CDLL, enter: "Callable[[Launch], None]"
+) -> int:
+    """Fork and `enter`; returns the pid once the program runs. Raises `StartFailure`."""
     error_read, error_write = os.pipe2(os.O_CLOEXEC)
     shim_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             become_trainer(launch, output_fd, libc, shim_pid)
+            enter(launch)
         except OSError as error:
             os.write(error_write, explain(error, launch).encode(errors="surrogateescape"))
         finally:
@@ -370,9 +368,7 @@ def start_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL) -> int:
 
 
 def become_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL, shim_pid: int) -> None:
-    """In the child: everything between fork and exec. Returns never; raises OSError with the file
-    in `filename`.
-    """
+    """In the child: all between fork and exec. Raises OSError with the file in `filename`."""
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
         # the last two are ignored by Python, and exec keeps what is ignored
@@ -385,6 +381,10 @@ def become_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL, shim_pid: 
     os.dup2(output_fd, 1)
     os.dup2(output_fd, 2)
     os.chdir(launch.working_directory)
+
+
+def execute(launch: Launch) -> None:
+    """Become the program, found as a shell finds it; returns never. Raises OSError likewise."""
     program = launch.arguments[0]
     if b"/" in program:
         # no shell is the point
@@ -416,9 +416,7 @@ def explain(error: OSError, launch: Launch) -> str:
             return f"not a directory: {subject}"
         return f"cannot enter directory {subject}: {error.strerror}"
     if isinstance(error, FileNotFoundError) and os.path.exists(error.filename):
-        return (
-            f"not executable: {subject} (the interpreter that its first line names does not exist)"
-        )
+        return f"not executable: {subject} (the interpreter of its first line does not exist)"
     if isinstance(error, FileNotFoundError) and b"/" not in launch.arguments[0]:
         return f"no such file: {subject} (looked in PATH={os.fsdecode(search_path(launch))})"
     if isinstance(error, FileNotFoundError):
@@ -434,24 +432,20 @@ def tell_agent(line: str) -> None:
     """One line on the status pipe. An agent that has gone reads the records instead."""
     try:
         os.write(STATUS_FD, line.encode(errors="replace"))
-        os.close(STATUS_FD)
     except OSError:
         return
 
 
 def record_exit(directory: bytes, text: str) -> None:
-    """Write `exit.json`, waiting for room on the disk if need be; gives up when the directory
-    itself has gone.
-    """
+    """Write `exit.json`, waiting for room on the disk; gives up when the directory has gone."""
     retry_ms = RECORD_RETRY_FIRST_MS
     while os.path.isdir(directory) and not try_record(directory, EXIT_NAME, text):
         time.sleep(retry_ms / 1000)
         retry_ms = min(2 * retry_ms, RECORD_RETRY_MAX_MS)
 
 
-def main() -> None:
-    """Hold one trainer from start to exit record."""
-    directory = os.fsencode(sys.argv[1])
+def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
+    """Hold one trainer from start to exit record. `enter` makes a forked child the trainer."""
     if os.getsid(0) != os.getpid():
         os.setsid()
     # whatever a library in the agent let through
@@ -463,6 +457,12 @@ def main() -> None:
     if not os.path.exists(f"/proc/self/fd/{STATUS_FD}"):
         os.dup2(2, STATUS_FD)
     os.set_inheritable(STATUS_FD, False)
+    shim_ticks = stat_fields(os.getpid())[19].decode()
+    tell_agent(f"shim {os.getpid()} {shim_ticks}\n")
+    # Who gives an unheard shim up takes `launch` away, or writes the end, and then reads the pipe:
+    # so it either knows of us, or there is nothing here for us to start.
+    if os.path.exists(directory + b"/" + EXIT_NAME.encode()):
+        return
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -471,17 +471,18 @@ def main() -> None:
         launch = Launch(file.read())
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
     try:
-        trainer_pid = start_trainer(launch, output_write, libc)
+        trainer_pid = start_trainer(launch, output_write, libc, enter)
     except StartFailure as failure:
         reason = str(failure)
         tell_agent(f"failed {reason}\n")
+        os.close(STATUS_FD)
         record_exit(directory, exit_record(None, 0, reason))
         return
     trainer_ticks = stat_fields(trainer_pid)[19].decode()
     tell_agent(f"started {trainer_pid} {trainer_ticks}\n")
+    os.close(STATUS_FD)
     os.close(output_write)
     os.set_blocking(output_read, False)
-    shim_ticks = stat_fields(os.getpid())[19].decode()
     started_record = (
         f'{{"pid":{trainer_pid},"start_ticks":{trainer_ticks},"shim_pid":{os.getpid()},'
         f'"shim_start_ticks":{shim_ticks},"boot_id":"{read_boot_id()}","unix_ms":{unix_ms()}}}\n'
@@ -494,5 +495,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    hold(os.fsencode(sys.argv[1]))
     os._exit(0)  # all is on disk: taking the interpreter apart would be a sixth of a start's work

@@ -11,8 +11,8 @@ went down: the agent writes that record itself, after killing what remains of th
 directory with `launch` is an attempt whose exit is not settled; `forget` takes that file away and
 leaves the log, until newer logs push it out.
 
-Starting is one posix_spawn(3) (no fork of a large agent) and one line over a close-on-exec pipe;
-nothing is polled.
+Starting is one datagram to a process that forks the shim (`forks.py`), or, where none is ready, one
+posix_spawn(3); what comes of it is told in lines over a pipe. Nothing is polled.
 """
 
 import asyncio
@@ -30,7 +30,8 @@ import structlog
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, shim
+from agent.processes import proc, records, remains, shim
+from agent.processes.forks import ForkServers
 
 # 32 attempts that filled their log; a small share of any GPU box's disk
 FINISHED_LOG_BYTES_MAX = 2 * 1024**3
@@ -40,9 +41,7 @@ FINISHED_ATTEMPTS_MAX = 4096
 START_TIMEOUT_S = 60.0
 # only after an agent died between a start and its record: a few milliseconds' window
 STARTED_RECORD_POLL_S = 0.05
-# each pass kills what the one before saw being forked; a fork bomb is left to the cgroup's limit
-KILL_PASSES_MAX = 10
-STATUS_LINE_BYTES_MAX = 64 * 1024  # a sentence with a path and a PATH in it: far below
+STATUS_BYTES_MAX = 64 * 1024  # a sentence with a path and a PATH in it: far below
 
 SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
 
@@ -64,10 +63,11 @@ class _Attempt:
     shim_pid: int = 0
     shim_fd: int = -1  # pidfd
     status_fd: int = -1
-    status_line: bytes = b""
+    said: bytes = b""  # what the shim has written to the status pipe
+    launch: Launch | None = None  # while it may have to be started once more
     start_ticks: int = 0
-    start_timer: asyncio.TimerHandle | None = None
-    starters: int = 0  # calls of `start` that have not returned yet; an exit is told after them
+    timer: asyncio.TimerHandle | None = None
+    starters: int = 0  # calls of `start` that have not returned; an exit is told after them
     ended: ProcessExit | None = None
     told: bool = False
 
@@ -82,8 +82,10 @@ class Supervisor:
         # the one below a virtual environment, which the shim has no use for and would look through
         interpreter: str = os.path.realpath(sys.executable),
         finished_log_bytes_max: int = FINISHED_LOG_BYTES_MAX,
+        forks: ForkServers | None = None,
     ) -> None:
         self._state = state_directory
+        self._forks = forks
         self._interpreter = interpreter
         self._finished_log_bytes_max = finished_log_bytes_max
         self._attempts: dict[str, _Attempt] = {}
@@ -129,9 +131,8 @@ class Supervisor:
         attempt.starters += 1
         try:
             pid = await asyncio.shield(attempt.starting)
-            if (
-                pid == 0 and attempt.ended is not None
-            ):  # it never ran; the agent before this one saw
+            # it never ran; the agent before this one saw
+            if pid == 0 and attempt.ended is not None:
                 raise StartError(attempt.ended.reason)
             return pid
         finally:
@@ -166,7 +167,7 @@ class Supervisor:
         if (pid := self._running_pid(attempt)) != 0:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        _kill_all(lambda: proc.descendants(attempt.shim_pid))
+        remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
 
     def forget(self, attempt_id: str) -> None:
         """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
@@ -220,25 +221,39 @@ class Supervisor:
         if directory.exists():
             raise StartError(f"attempt {launch.attempt_id} has already run on this node")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(directory, loop.create_future())
-        status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        attempt = _Attempt(directory, loop.create_future(), launch=launch)
         try:
             records.write_launch(directory, launch)
-            attempt.shim_pid = self._spawn_shim(directory, status_write)
-            attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
+            self._start_shim(attempt, launch)
         except OSError as error:
-            os.close(status_read)
             shutil.rmtree(directory, ignore_errors=True)
             sentence = f"cannot start attempt {launch.attempt_id}: {error}"
             raise StartError(sentence, permanent=False) from error
+        self._attempts[launch.attempt_id] = attempt
+        attempt.timer = loop.call_later(START_TIMEOUT_S, self._give_up, attempt)
+        return attempt
+
+    def _start_shim(self, attempt: _Attempt, launch: Launch | None = None) -> None:
+        """By a fork server, if there is a launch to show it; else, and where none is ready, as a
+        program of its own. Raises OSError.
+        """
+        status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            forked = (
+                launch and self._forks and self._forks.ask(launch, attempt.directory, status_write)
+            )
+            if not forked:
+                attempt.launch = None
+                attempt.shim_pid = self._spawn_shim(attempt.directory, status_write)
+                attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
+                self._watch(attempt)
+        except OSError:
+            os.close(status_read)
+            raise
         finally:
             os.close(status_write)
         attempt.status_fd = status_read
-        self._attempts[launch.attempt_id] = attempt
-        attempt.start_timer = loop.call_later(START_TIMEOUT_S, self._give_up, attempt)
-        loop.add_reader(status_read, self._read_status, attempt)
-        self._watch(attempt)
-        return attempt
+        asyncio.get_running_loop().add_reader(status_read, self._read_status, attempt)
 
     def _spawn_shim(self, directory: Path, status_fd: int) -> int:
         read_null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
@@ -264,37 +279,80 @@ class Supervisor:
         )
 
     def _read_status(self, attempt: _Attempt) -> None:
-        """What the shim says of the start: one line, then the end of the pipe; the end alone when
-        it was killed.
+        """What the shim says: who it is, then how the start went; then the pipe ends. It ends early
+        when the shim was killed, and without a word when a fork server did not come to it.
         """
         try:
-            data = os.read(attempt.status_fd, STATUS_LINE_BYTES_MAX)
+            data = os.read(attempt.status_fd, STATUS_BYTES_MAX)
         except BlockingIOError:
             return
-        attempt.status_line += data
-        if data and b"\n" not in attempt.status_line:
+        attempt.said += data
+        lines = attempt.said.decode(errors="replace").split("\n")
+        if attempt.shim_fd < 0 and len(lines) > 1:
+            self._meet(attempt, lines[0])
+        if data and len(lines) < 3:
+            return
+        if attempt.launch is not None and len(lines) < 2:
+            self._start_again(attempt)
             return
         self._stop_reading_status(attempt)
-        verb, _, rest = attempt.status_line.decode(errors="replace").strip().partition(" ")
         if attempt.starting.done():
             return
+        verb, _, rest = (lines[1] if len(lines) > 1 else "").partition(" ")
         if verb == "started":
             pid, ticks = rest.split()
             attempt.start_ticks = int(ticks)
             attempt.starting.set_result(int(pid))
             log.debug("process.started", attempt=attempt.directory.name, pid=int(pid))
+            if attempt.shim_fd < 0:
+                self._shim_ended(attempt)  # the whole job was over before we read of its start
         else:
-            reason = rest if verb == "failed" else _shim_failure(attempt.directory)
-            attempt.starting.set_exception(StartError(reason))
-            # a caller that was cancelled leaves it unread, which is no fault
-            attempt.starting.exception()
+            self._fail_start(
+                attempt, rest if verb == "failed" else _shim_failure(attempt.directory)
+            )
+
+    def _meet(self, attempt: _Attempt, line: str) -> None:
+        """A forked shim is no child of ours: it is known by what it says of itself."""
+        _, pid, ticks = line.split()
+        attempt.shim_pid = int(pid)
+        shim_fd = proc.open_pidfd(attempt.shim_pid, int(ticks))
+        if shim_fd is not None:  # else it has ended already, and the pipe says how
+            attempt.shim_fd = shim_fd
+            self._watch(attempt)
+
+    def _start_again(self, attempt: _Attempt) -> None:
+        """The fork server ended with our request unheard; nothing was started."""
+        asyncio.get_running_loop().remove_reader(attempt.status_fd)
+        os.close(attempt.status_fd)
+        attempt.status_fd = -1
+        try:
+            self._start_shim(attempt)
+        except OSError as error:
+            self._stop_reading_status(attempt)
+            self._fail_start(attempt, f"cannot start its supervisor: {error}")
+
+    def _fail_start(self, attempt: _Attempt, reason: str) -> None:
+        attempt.starting.set_exception(StartError(reason))
+        # a caller that was cancelled leaves it unread, which is no fault
+        attempt.starting.exception()
+        if attempt.shim_fd < 0:
+            self._shim_ended(attempt)  # nobody is left whose end would settle it
 
     def _give_up(self, attempt: _Attempt) -> None:
-        attempt.status_line = (
-            f"failed the program did not start within {START_TIMEOUT_S:.0f} s\n".encode()
-        )
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(attempt.shim_fd, signal.SIGKILL)
+        """Too late: whatever is still on its way must start nothing."""
+        if attempt.shim_fd < 0:
+            # A shim names itself before it reads `launch`: so it finds none, or we hear of it here.
+            (attempt.directory / shim.LAUNCH_NAME).unlink(missing_ok=True)
+            attempt.launch = None
+            self._read_status(attempt)
+        reason = f"the program did not start within {START_TIMEOUT_S:.0f} s"
+        if attempt.shim_fd >= 0:
+            attempt.said = f"shim\nfailed {reason}\n".encode()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(attempt.shim_fd, signal.SIGKILL)
+        elif not attempt.starting.done():
+            self._stop_reading_status(attempt)
+            self._fail_start(attempt, reason)
 
     def _adopt(self, directory: Path) -> None:
         loop = asyncio.get_running_loop()
@@ -307,7 +365,7 @@ class Supervisor:
         if started is not None:
             attempt.shim_pid, ticks = started.shim_pid, started.shim_start_ticks
         else:
-            attempt.shim_pid, ticks = _find_shim(directory)
+            attempt.shim_pid, ticks = remains.find_shim(directory)
         shim_fd = proc.open_pidfd(attempt.shim_pid, ticks) if attempt.shim_pid else None
         if shim_fd is None:
             self._end(attempt, SUPERVISOR_GONE if started else NEVER_STARTED)
@@ -326,9 +384,7 @@ class Supervisor:
             return
         if started is None:
             loop = asyncio.get_running_loop()
-            attempt.start_timer = loop.call_later(
-                STARTED_RECORD_POLL_S, self._await_record, attempt
-            )
+            attempt.timer = loop.call_later(STARTED_RECORD_POLL_S, self._await_record, attempt)
             return
         attempt.start_ticks = started.start_ticks
         attempt.starting.set_result(started.pid)
@@ -340,8 +396,9 @@ class Supervisor:
         if attempt.status_fd >= 0:
             self._read_status(attempt)  # the pipe has been closed, so this settles the start
         self._leaving.discard(attempt)
-        with contextlib.suppress(ChildProcessError):  # adopted: not a child of ours
-            os.waitpid(attempt.shim_pid, os.WNOHANG)
+        if attempt.shim_pid:
+            with contextlib.suppress(ChildProcessError):  # forked or adopted: not a child of ours
+                os.waitpid(attempt.shim_pid, os.WNOHANG)
         if _start_failed(attempt):
             self._let_go(attempt)
             if records.read_exit(attempt.directory) is None:  # killed before it could write its own
@@ -355,7 +412,7 @@ class Supervisor:
         recorded = records.read_exit(attempt.directory)
         if recorded is None:
             if unseen_reason != REBOOTED:
-                self._kill_remains(attempt)
+                remains.kill(attempt.directory)
             self._record_unseen(attempt, unseen_reason)
             recorded = (ProcessExit(attempt.directory.name, None, None, unseen_reason), 0)
         attempt.ended, pid = recorded
@@ -379,27 +436,6 @@ class Supervisor:
         if not shim.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
             log.warning("process.exit_not_recorded", attempt=attempt.directory.name, reason=reason)
 
-    def _kill_remains(self, attempt: _Attempt) -> None:
-        """Without its shim the trainer is dead, but not what it had started: that is known by
-        session and token.
-        """
-        started = records.read_started(attempt.directory)
-        session = started.pid if started else 0
-        leader = proc.read_process(session) if started else None
-        if started and leader and leader.start_ticks != started.start_ticks:
-            session = 0  # the number is another's by now
-        token = _token_entry(attempt.directory)
-
-        def remains() -> list[proc.Process]:
-            return [
-                process
-                for process in proc.all_processes()
-                if (session and process.session == session)
-                or (token and token in proc.read_bytes(process.pid, "environ").split(b"\0"))
-            ]
-
-        _kill_all(remains)
-
     def _tell(self, attempt: _Attempt) -> None:
         current = self._attempts.get(attempt.directory.name)
         if current is attempt and attempt.ended is not None and not attempt.told:
@@ -417,9 +453,9 @@ class Supervisor:
         return attempt.starting.result() if same else 0
 
     def _stop_reading_status(self, attempt: _Attempt) -> None:
-        if attempt.start_timer is not None:
-            attempt.start_timer.cancel()
-            attempt.start_timer = None
+        if attempt.timer is not None:
+            attempt.timer.cancel()
+            attempt.timer = None
         if attempt.status_fd >= 0:
             asyncio.get_running_loop().remove_reader(attempt.status_fd)
             os.close(attempt.status_fd)
@@ -457,39 +493,6 @@ def _shim_failure(directory: Path) -> str:
         lines = []
     detail = f": {lines[-1]}" if lines else ""
     return f"the trainer's supervisor ended before it could start it{detail}"
-
-
-def _find_shim(directory: Path) -> tuple[int, int]:
-    """The shim that serves this directory, by its command line: (pid, start ticks), or zeros."""
-    for process in proc.all_processes():
-        words = proc.read_bytes(process.pid, "cmdline").split(b"\0")
-        if len(words) >= 5 and words[4] == os.fsencode(directory) and words[1:3] == [b"-I", b"-S"]:
-            return process.pid, process.start_ticks
-    return 0, 0
-
-
-def _token_entry(directory: Path) -> bytes:
-    """The environment entry that no other attempt has; empty when the order to start had none."""
-    launch = shim.Launch((directory / shim.LAUNCH_NAME).read_bytes())
-    token = launch.environment.get(b"BATON_TOKEN", b"")
-    return b"BATON_TOKEN=" + token if token else b""
-
-
-def _kill_all(find: Callable[[], list[proc.Process]]) -> None:
-    """SIGKILL what `find` finds until it twice finds nothing new that can be killed: one look may
-    miss a process whose parent ends, and whose place in the tree changes, while /proc is read.
-    """
-    seen: set[proc.Process] = set()
-    looks_in_vain = 0
-    for _ in range(KILL_PASSES_MAX):
-        fresh = [process for process in find() if process not in seen]
-        looks_in_vain = 0 if fresh else looks_in_vain + 1
-        if looks_in_vain == 2:
-            return
-        for process in fresh:
-            seen.add(process)
-            with contextlib.suppress(PermissionError):  # it became another user: not ours to kill
-                proc.kill_exactly(process)
 
 
 def _log_bytes(directory: Path) -> int:

@@ -126,6 +126,18 @@ def test_wrong_types_name_their_source(side: Side, write: Callable[[str], str]) 
     )
 
 
+def test_yes_and_no_are_true_and_false(write: Callable[[str], str]) -> None:
+    side = SIDES["agent"]
+    assert side.refusals(["--config", write("warm_start = 1\n")], {})[0].endswith(
+        "'warm_start' must be true or false, not 1"
+    )
+    assert side.refusals(["--config", ""], {"BATON_AGENT_WARM_START": "yes"}) == [
+        "env BATON_AGENT_WARM_START: 'warm_start' must be true or false, not 'yes'"
+    ]
+    loaded = agent.config.load(["--config", "", "--warm-start", "false"], {})
+    assert loaded.config.warm_start is False
+
+
 def test_lists_and_tables_name_their_source(write: Callable[[str], str]) -> None:
     side = SIDES["agent"]
     path = write("gpus = [0]\n[trainer_environment]\nA = 1\n")

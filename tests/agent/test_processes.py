@@ -5,12 +5,13 @@ would prove nothing. Every test runs real programs and waits for a condition, ne
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import proc, records, shim
+from agent.processes.forks import ForkServers
 from agent.processes.supervisor import (
     NEVER_STARTED,
     REBOOTED,
@@ -76,9 +78,29 @@ def has_length(exits: list[ProcessExit], number: int) -> bool:
     return len(exits) == number
 
 
+forks: list[ForkServers] = []
+"""The fork servers of the running test, if its shims are forked."""
+
+
+@pytest.fixture(autouse=True, params=["executed", "forked"])
+async def shims(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Everything here must hold however the shim came to be."""
+    if request.param == "executed":
+        yield
+        return
+    servers = ForkServers(sys.executable)
+    servers.open()
+    async with asyncio.timeout(DEADLINE_S):
+        await servers.plain.ready.wait()
+    forks.append(servers)
+    yield
+    forks.clear()
+    await servers.close()
+
+
 async def opened(state: Path) -> tuple[Supervisor, list[ProcessExit], tuple[str, ...]]:
     exits: list[ProcessExit] = []
-    supervisor = Supervisor(state)
+    supervisor = Supervisor(state, forks=forks[0] if forks else None)
     adopted = await supervisor.open(exits.append)
     return supervisor, exits, adopted
 
@@ -404,7 +426,9 @@ async def test_reboot_and_reused_pid_are_seen(tmp_path: Path) -> None:
     await first.close()
     for directory in directories:  # real ones go first: from here on the records are a lie
         os.kill(shim_pid_of(directory), signal.SIGKILL)
-        os.waitpid(shim_pid_of(directory), 0)  # noqa: ASYNC222 - it has just been killed
+        with contextlib.suppress(ChildProcessError):  # a forked one is the kernel's to reap
+            os.waitpid(shim_pid_of(directory), 0)  # noqa: ASYNC222 - it has just been killed
+        await until(partial(lambda pid: not alive(pid), shim_pid_of(directory)))
     for directory, field, value in [
         (directories[0], "boot_id", "another boot"),
         (directories[1], "shim_pid", os.getpid()),  # alive, with another start time

@@ -151,6 +151,7 @@ class Cluster:
             "state_directory": str(self.node_directory(node)),
             "runtime_directory": str(self.runtime_directory / node),
             "trainer_environment": {**kept, **TRAINER_VARIABLES},
+            "warm_start": False,  # seconds of a core for each agent; who wants it says so
         }
         self._start(node, "agent", {**values, **config}, variables)
 

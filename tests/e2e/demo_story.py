@@ -130,11 +130,11 @@ def _start_fleet(
     for index, node in enumerate(NODES):
         if gpus:
             dealt = gpus[index :: len(NODES)] or gpus[index % len(gpus) :][:1]
-            cluster.start_agent(node, None, gpus=[gpu.uuid for gpu in dealt])
+            cluster.start_agent(node, None, gpus=[gpu.uuid for gpu in dealt], warm_start=True)
             names = ", ".join(gpu.name for gpu in dealt)
         else:
             fake: tuple[FakeGpu, ...] = FAKE_GPUS[node](1, node=node)
-            cluster.start_agent(node, fake)
+            cluster.start_agent(node, fake, warm_start=True)
             names = f"{fake[0].name} (stand-in)"
         view.text(f"  agent {node}: {names}")
     cluster.wait_for_nodes(*NODES)

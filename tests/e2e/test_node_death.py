@@ -211,6 +211,7 @@ def test_a_name_comes_back_with_an_empty_disk(cluster: Cluster, gate: Gate) -> N
     cluster.start_agent(first, h100(1, node=first))
     again = work.wait_running(cluster, job_id, 2)
     assert again.restored_step == 2
+    cluster.wait_for_nodes("n1", "n2")  # or the last checkpoint may find nobody to be copied to
     gate.open_to(4)
     job = work.wait_succeeded(cluster, job_id)
     assert work.lines(cluster, job_id)[-1]["value"] == chain(4)

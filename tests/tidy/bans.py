@@ -25,6 +25,7 @@ MAY_PRINT: Mapping[str, str] = {
 
 # Outermost loops. Everywhere else an unknown error is a bug, and a bug ends the program.
 MAY_CATCH_ALL: Mapping[str, str] = {
+    "agent/processes/forkserver.py": "the outermost frame of a forked trainer, as an interpreter's",
     "agent/shell.py": "the agent's only loop",
     "coordinator/shell.py": "the coordinator's only loop",
 }

@@ -1,0 +1,155 @@
+"""A process that has imported what others wait for, and forks them: standard library only.
+
+Problem: most of what lies between a start order and a job's first instruction is imports. A Python
+interpreter of its own for each supervisor costs 15 ms of a core, and torch with transformers costs
+seconds, while a GPU stands idle after every handoff.
+
+How: the agent keeps one such process for supervisors, and one that has imported the built-in
+trainers' libraries as well, in the trainers' own interpreter. A request is one datagram, the
+attempt's directory with the status pipe beside it (SCM_RIGHTS, unix(7)). The server forks, and the
+child *is* the shim (see `shim.py`); the trainer is forked once more, from the shim, and goes on in
+the same interpreter where the job is a module that may, or is executed as ever. So a warm trainer
+has the same supervisor, signals, output and exit record as any other.
+
+A fork carries one thread over, and locks that other threads held stay locked for ever: a process
+whose OpenMP or CUDA runtime has worked cannot be forked from. So nothing may be computed here, and
+before each fork the kernel is asked whether there is one thread; if not, this server ends, and the
+agent starts shims the slow way.
+
+    python [-I -S] forkserver.py SOCKET_DESCRIPTOR MODULES PADDING
+
+`MODULES` is a comma-separated list, empty for supervisors alone. `PADDING` makes room in the
+argument area, so that a forked child can say in `ps` what it is: what is looked for in
+`/proc/<pid>/cmdline` must be true of it (proc(5), fields 48 and 49 of `stat`).
+"""
+
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+
+if __name__ == "__main__":
+    # executed by path, in an interpreter that knows no package of ours
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import shim  # type: ignore[import-not-found]
+
+    del sys.path[0]
+else:
+    from agent.processes import shim
+
+READY = b"ready"
+REQUEST_BYTES_MAX = 8192  # a path, PATH_MAX is 4096
+EXIT_NO_MODULE = 3
+EXIT_THREADS = 4
+
+MODULES: list[str] = []  # what this server has imported; none for supervisors alone
+
+
+def serve(channel: socket.socket) -> int:
+    """Fork a shim for each request until the agent's end is closed. Returns the exit status."""
+    channel.send(READY)
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, 1)
+        if not data:
+            return 0
+        if thread_count() != 1:
+            return EXIT_THREADS
+        pid = os.fork()
+        if pid == 0:
+            become_shim(data, descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def thread_count() -> int:
+    """Of this process, as the kernel counts them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def become_shim(directory: bytes, status_fd: int) -> None:
+    """In the child: from here on the same as a shim that was executed. Returns never."""
+    try:
+        os.setsid()
+        os.dup2(status_fd, shim.STATUS_FD)
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        errors = os.open(directory + b"/shim.err", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for source, target in ((null, 0), (null, 1), (errors, 2)):
+            os.dup2(source, target)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        set_title([os.fsencode(sys.executable), b"-I", b"-S", b"shim.py", directory])
+        shim.hold(directory, enter)
+    finally:
+        os._exit(0)
+
+
+def enter(launch: shim.Launch) -> None:
+    """In the trainer's process: run its module here, if this server was made for it; else execute
+    its program. Returns never; raises OSError as `shim.execute` does."""
+    if not MODULES or launch.arguments[1:3] != [b"-P", b"-m"]:
+        shim.execute(launch)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what exec would have closed
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)  # as a starting interpreter does
+    set_title(launch.arguments)
+    os.environ.clear()
+    for name, value in launch.environment.items():
+        os.environ[os.fsdecode(name)] = os.fsdecode(value)
+    sys.argv = [os.fsdecode(argument) for argument in launch.arguments[3:]]
+    os._exit(run_module(sys.argv[0]))
+
+
+def run_module(name: str) -> int:
+    """What `python -m` does with it; returns the exit status."""
+    import runpy
+    import traceback
+
+    status = 0
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            sys.stderr.write(f"{error.code}\n")
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # the outermost frame of this program
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+def set_title(words: list[bytes]) -> None:
+    """Put these where `/proc/self/cmdline` is read from, as far as there is room."""
+    fields = shim.stat_fields(os.getpid())
+    begin, end = int(fields[45]), int(fields[46])
+    text = b"\0".join(words)[: end - begin - 1]
+    ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
+
+
+def main() -> int:
+    """Exit status: 0 when the agent has gone, 3 when a module cannot be imported, 4 when importing
+    or forking would leave threads behind."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_IGN
+    )  # the kernel reaps; shims are watched by the agent
+    try:
+        for module in MODULES:
+            __import__(module)
+    except ImportError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_NO_MODULE
+    if thread_count() != 1:
+        sys.stderr.write(f"importing {', '.join(MODULES)} leaves {thread_count()} threads\n")
+        return EXIT_THREADS
+    gc.collect()
+    gc.freeze()  # what is never looked at is never copied
+    return serve(channel)
+
+
+if __name__ == "__main__":
+    MODULES = [name for name in sys.argv[2].split(",") if name]
+    os._exit(main())
