@@ -1,0 +1,305 @@
+"""The manifest says what a checkpoint is; any number of ranks load what any number wrote."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from tests.trainers.fsdp_ranks import ANSWERS, described
+from trainers import manifest
+from trainers.manifest import LogicalTensor, ManifestError, Shard
+
+RANKS_S_MAX = 250
+"""Three processes that import torch, on a busy machine."""
+
+STATE = {"format": 1, "progress": {"step": 4, "rate": 0.1}, "optimizer": {"groups": []}}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Of several types; one with fewer rows than some worlds have ranks, one scalar, one empty."""
+    torch.manual_seed(0)
+    return {
+        "model/weight": torch.rand(7, 3),
+        "model/bias": torch.rand(5).to(torch.bfloat16),
+        "model/counts": torch.arange(2),
+        "model/empty": torch.empty(0, 4),
+        "optimizer/weight|step": torch.tensor(9.0),
+    }
+
+
+def written(directory: Path, world_size: int) -> Path:
+    """As that many ranks write it, each its rows; the scalar by rank 0."""
+    held = []
+    for rank in range(world_size):
+        parts = {}
+        for name, tensor in tensors().items():
+            shape = tuple(tensor.shape)
+            start, stop = manifest.split_rows(manifest.rows_of(shape), rank, world_size)
+            if shape:
+                parts[name] = (tensor[start:stop], start, shape)
+            elif rank == 0:
+                parts[name] = (tensor, 0, shape)
+        held.append(manifest.write_shard(directory, rank, parts))
+    document = manifest.seal(described(manifest.merge(held), world_size), STATE)
+    (directory / manifest.FILE).write_text(json.dumps(document))
+    return directory
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+
+
+# --- the document ---------------------------------------------------------------------------------
+
+
+def test_the_document_survives_json_and_keeps_the_state_beside_it() -> None:
+    whole = manifest.whole({"part": tensors()})
+    before = described(whole)
+    document = json.loads(json.dumps(manifest.seal(before, STATE)))
+    manifest.check_hash(document)
+    assert manifest.parse(document) == before
+    assert {key: document[key] for key in STATE} == STATE
+    assert document["manifest"]["version"] == manifest.VERSION
+
+
+def test_the_hash_depends_on_the_content_and_on_nothing_else() -> None:
+    document = manifest.seal(described({}), STATE)
+    backwards = dict(reversed(document.items()))
+    assert manifest.hash_of(backwards) == document["hash"]
+    assert manifest.seal(described({}), document)["hash"] == document["hash"], "sealed again"
+    assert manifest.seal(replace(described({}), step=5), STATE)["hash"] != document["hash"]
+
+
+def test_what_json_changes_is_changed_before_it_is_hashed() -> None:
+    """Keys that are numbers sort as numbers, and as text when they were read."""
+    state = {"counts": {9: (1, 2), 10: float("nan")}}
+    document = manifest.seal(described({}), state)
+    manifest.check_hash(json.loads(json.dumps(document)))
+    assert document["counts"]["9"] == [1, 2]
+    assert state["counts"][9] == (1, 2)
+
+
+def changed(value: Any) -> Any:
+    """Another value, of the same JSON type where that is easy."""
+    if isinstance(value, str):
+        return f"{value}x"
+    if isinstance(value, bool | int | float):
+        return value + 1
+    return [*value, 0]
+
+
+def test_every_altered_value_is_recognised() -> None:
+    document = manifest.seal(described(manifest.whole({"p": tensors()})), STATE)
+    places = 0
+    stack: list[tuple[Any, ...]] = [(key,) for key in document]
+    while stack:
+        path = stack.pop()
+        altered = copy.deepcopy(document)
+        holder: Any = altered
+        for key in path[:-1]:
+            holder = holder[key]
+        value = holder[path[-1]]
+        if isinstance(value, dict | list):
+            keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+            stack += [(*path, key) for key in keys]
+        holder[path[-1]] = changed(value)
+        with pytest.raises(ManifestError, match="altered"):
+            manifest.check_hash(altered)
+        places += 1
+    assert places > 50
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        (("version",), 2, "version 2; this one reads 1"),
+        (("step",), -1, "'step' is -1"),
+        (("job",), "12", "'job' is '12'"),
+        (("world_size",), 0, "'world_size' is 0"),
+        (("level",), "E9", "E9"),
+        (("parent",), "xyz", "not 64 hexadecimal digits"),
+        (("fingerprint", "device"), 4, "'device' of the fingerprint"),
+        (("tensors", "p/w", "dtype"), "load", "unknown type 'load'"),
+        (("tensors", "p/w", "shards", 0, "file"), "../w.safetensors", "not the name of a tensor"),
+        (("tensors", "p/w", "shards", 0, "stop"), 1, "has 2 rows, its shards hold 1"),
+        (("tensors", "p/w", "shards", 0, "start"), 1, "missing or twice at row 0"),
+    ],
+    ids=lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_document_that_means_nothing_is_refused(path: Any, value: Any, why: str) -> None:
+    whole = manifest.whole({"p": {"w": torch.ones(2)}})
+    document = manifest.seal(described(whole), STATE)
+    document = copy.deepcopy(document)  # the tensors in it are those of every such layout
+    holder = document["manifest"]
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    with pytest.raises(ManifestError, match=why):
+        manifest.parse(document)
+
+
+def test_who_writes_comes_from_the_environment() -> None:
+    told = {"BATON_JOB_ID": "12", "BATON_EPOCH": "3", "WORLD_SIZE": "4"}
+    assert manifest.attempt_of(told) == manifest.Attempt(12, 3, 4)
+    assert manifest.attempt_of({}) == manifest.Attempt(0, 0, 1)
+
+
+# --- reading by range -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (2, 3), (1, 4), (3, 2), (4, 4), (8, 3)])
+def test_any_number_of_ranks_loads_what_any_number_wrote(
+    writers: int, readers: int, tmp_path: Path
+) -> None:
+    directory = written(tmp_path, writers)
+    manifest.verify(directory)
+    for name, tensor in tensors().items():
+        rows = manifest.rows_of(tensor.shape)
+        if not tensor.shape:
+            assert same(manifest.read_range(directory, name, 0, 1), tensor)
+            continue
+        parts = [
+            manifest.read_range(directory, name, *manifest.split_rows(rows, rank, readers))
+            for rank in range(readers)
+        ]
+        assert same(torch.cat(parts), tensor), name
+
+
+def test_every_range_is_the_rows_it_names(tmp_path: Path) -> None:
+    directory = written(tmp_path, 3)
+    weight = tensors()["model/weight"]
+    for start in range(8):
+        for stop in range(start, 8):
+            rows = manifest.read_range(directory, "model/weight", start, stop)
+            assert same(rows, weight[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "stop", "why"),
+    [
+        ("model/other", 0, 1, "no tensor 'model/other'"),
+        ("model/weight", 0, 8, "has 7 rows"),
+        ("model/weight", -1, 2, "has 7 rows"),
+        ("model/weight", 3, 2, "there is no 3 to 2"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(
+    name: str, start: int, stop: int, why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match=why):
+        manifest.read_range(written(tmp_path, 2), name, start, stop)
+
+
+@given(rows=st.integers(0, 500), world_size=st.integers(1, 40))
+def test_ranks_split_rows_without_gap_or_overlap(rows: int, world_size: int) -> None:
+    ranges = [manifest.split_rows(rows, rank, world_size) for rank in range(world_size)]
+    assert [r for start, stop in ranges for r in range(start, stop)] == list(range(rows))
+    chunks = torch.arange(rows).chunk(world_size) if rows else ()
+    assert [len(chunk) for chunk in chunks] == [b - a for a, b in ranges if b > a]
+
+
+def test_ranks_that_disagree_or_leave_rows_out_are_refused() -> None:
+    one = {"w": LogicalTensor("float32", (4,), (Shard("a.safetensors", "w", 0, 2),))}
+    gap = {"w": LogicalTensor("float32", (4,), (Shard("b.safetensors", "w", 3, 4),))}
+    other = {"w": LogicalTensor("float16", (4,), (Shard("b.safetensors", "w", 2, 4),))}
+    with pytest.raises(ManifestError, match="missing or twice at row 2"):
+        manifest.merge([one, gap])
+    with pytest.raises(ManifestError, match="missing or twice at row 2"):
+        manifest.merge([one, one])
+    with pytest.raises(ManifestError, match="disagree"):
+        manifest.merge([one, other])
+
+
+# --- files that are not what the manifest says ----------------------------------------------------
+
+
+def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
+    directory = written(tmp_path, 2)
+    first, second = directory / "rank-00000.safetensors", directory / "rank-00001.safetensors"
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ManifestError, match=r"'model/weight' in rank-00000.* is \[3, 3\]"):
+        manifest.verify(directory)
+    first.write_bytes(kept[:-1])
+    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors does not hold"):
+        manifest.verify(directory)
+    first.unlink()
+    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors does not hold"):
+        manifest.verify(directory)
+
+
+def test_a_hashed_file_with_another_bit_is_refused(tmp_path: Path) -> None:
+    directory = written(tmp_path, 1)
+    file = directory / "rank-00000.safetensors"
+    before, document = manifest.load(directory)
+    hashed = replace(before, files={file.name: manifest.file_hash(file)})
+    (directory / manifest.FILE).write_text(json.dumps(manifest.seal(hashed, document)))
+    manifest.verify(directory)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors is altered"):
+        manifest.verify(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "not JSON"), ("[]", "does not hold an object"), ('{"format": 1}', "is altered")],
+)
+def test_a_file_that_is_no_manifest_is_refused(text: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="cannot read"):
+        manifest.load(tmp_path)
+    (tmp_path / manifest.FILE).write_text(text)
+    with pytest.raises(ManifestError, match=why):
+        manifest.load(tmp_path)
+
+
+# --- FSDP2 ----------------------------------------------------------------------------------------
+
+
+def run_ranks(directory: Path, world_size: int, does: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainers.fsdp_ranks", str(directory), does],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        ends = [(rank.communicate(timeout=RANKS_S_MAX)[1], rank.returncode) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [status for _, status in ends] == [0] * world_size, "\n".join(text for text, _ in ends)
+
+
+@pytest.mark.timeout(2 * RANKS_S_MAX)
+def test_fsdp2_on_two_ranks_loads_on_one_and_on_three(tmp_path: Path) -> None:
+    """Slow: five processes that import torch, twenty seconds where nobody else computes."""
+    run_ranks(tmp_path, 2, "write")
+    found = manifest.verify(tmp_path)
+    assert found.world_size == 2
+    assert {len(tensor.shards) for tensor in found.tensors.values()} == {1, 2}
+    assert any("|exp_avg_sq" in name for name in found.tensors)
+    answers = load_file(tmp_path / ANSWERS)
+    for name, answer in answers.items():
+        assert same(manifest.read_range(tmp_path, name, 0, answer.shape[0]), answer)
+    run_ranks(tmp_path, 3, "read")
