@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 
 from coordinator import logs as logging_setup
+from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
     RELOADABLE,
     Config,
@@ -99,7 +100,13 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         shell = CoordinatorShell(core, store, clock, logging_setup.emit)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         logs = LogReader(lambda address: open_channel(address, tls))
-        await add_services(server, shell, store, logs)
+        await add_services(
+            server,
+            shell,
+            store,
+            logs=logs,
+            open_channel=lambda address: open_channel(address, tls, CHANNEL_OPTIONS),
+        )
         port = listen(server, config.listen, tls)
         await server.start()
         stack.push_async_callback(server.stop, CLOSE_GRACE_S)

@@ -6,6 +6,7 @@ says no becomes the one status code that fits it, with the core's sentence uncha
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -13,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import wire
+from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core.model import JobView, NodeView
 from coordinator.peers import Fleet, LogReader
@@ -289,7 +291,12 @@ def _stranger(context: Context, message: m.AgentMessage) -> str:
 
 
 async def add_services(
-    server: grpc.aio.Server, shell: CoordinatorShell, store: Store, logs: LogReader
+    server: grpc.aio.Server,
+    shell: CoordinatorShell,
+    store: Store,
+    *,
+    logs: LogReader,
+    open_channel: OpenChannel,
 ) -> None:
     """Everything that the coordinator serves, with health and reflection, so that stock gRPC tools
     can list and call it."""
@@ -304,6 +311,7 @@ async def add_services(
             (agent_pb2, "AgentService"),
         )
     ]
+    names.append(add_checkpoint_service(server, partial(_ask, shell), open_channel))
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     for name in ("", *names):

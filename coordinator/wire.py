@@ -9,6 +9,7 @@ import re
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from coordinator import wire_time
 from coordinator.core import messages as m
 from coordinator.core import model
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
@@ -60,6 +61,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
             raise WireError(f"unknown {name} {value}; known are {names}")
     grace_ms = _milliseconds(spec.grace) if spec.HasField("grace") else model.GRACE_MS_DEFAULT
     restarts = spec.max_restarts if spec.HasField("max_restarts") else model.MAX_RESTARTS_DEFAULT
+    said = spec.HasField("keep_checkpoints")
     return model.JobSpec(
         name=spec.name,
         project=spec.project or "default",
@@ -80,6 +82,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         replication=_REPLICATIONS[spec.replication],
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
+        keep_checkpoints=spec.keep_checkpoints if said else model.KEEP_CHECKPOINTS_DEFAULT,
     )
 
 
@@ -104,6 +107,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         replication=types.Replication.Value(f"REPLICATION_{spec.replication.name}"),
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
+        keep_checkpoints=spec.keep_checkpoints,
     )
 
 
@@ -131,16 +135,10 @@ def encode_job(view: model.JobView) -> types.Job:
     if job.ended_unix_ms is not None:
         message.end_time.CopyFrom(_timestamp(job.ended_unix_ms))
     if view.checkpoint is not None:
-        message.checkpoint.CopyFrom(_checkpoint(view.checkpoint))
+        message.checkpoint.CopyFrom(encode_checkpoint(view.checkpoint))
     if view.progress is not None:
-        progress = view.progress
-        message.progress.CopyFrom(
-            types.Progress(
-                step=progress.step,
-                total_steps=progress.total_steps,
-                metrics=dict(progress.metrics),
-            )
-        )
+        message.progress.CopyFrom(wire_time.encode_progress(view.progress))
+    wire_time.add_accounts(message, view)
     return message
 
 
@@ -169,7 +167,7 @@ def _attempt_phase(phase: AttemptPhase) -> types.AttemptPhase.ValueType:
     return types.AttemptPhase.Value(f"ATTEMPT_PHASE_{phase.name}")
 
 
-def _checkpoint(checkpoint: model.Checkpoint) -> types.Checkpoint:
+def encode_checkpoint(checkpoint: model.Checkpoint) -> types.Checkpoint:
     return types.Checkpoint(
         digest=checkpoint.digest,
         parent=checkpoint.parent,
@@ -350,9 +348,10 @@ def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
 
 
 def _progress(progress: types.Progress) -> model.Progress:
-    return model.Progress(
-        progress.step, progress.total_steps, tuple(sorted(progress.metrics.items()))
-    )
+    try:
+        return wire_time.decode_progress(progress)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
 def _event(event: pb.AgentEvent) -> m.AgentEvent:
@@ -363,8 +362,10 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
             started = event.started
             skipped = tuple((item.digest, item.reason) for item in started.skipped)
             body = m.AttemptStarted(
-                started.pid, started.restored_digest, started.restored_step, skipped
-            )
+                started.pid, started.restored_digest, started.restored_step, skipped,
+                _milliseconds(started.restore) if started.HasField("restore") else None,
+                _milliseconds(started.start) if started.HasField("start") else None,
+            )  # fmt: skip
         case "exited":
             ended = event.exited
             body = m.AttemptExited(

@@ -41,8 +41,7 @@ from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, 
 
 _Answer = TypeVar("_Answer", bound=Message)
 
-# Pauses between tries of a submission: a coordinator that is being restarted is back within a few
-# seconds.
+# Between tries of a submission: a coordinator that is restarted is back within a few seconds.
 RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
 
 # The contract's largest page.
@@ -55,8 +54,7 @@ EVENT_PAGES_MAX = 1000
 # A fleet of 20,000 nodes with 8 GPUs each is about 50 MiB.
 MESSAGE_BYTES_MAX = 256 * 1024 * 1024
 
-# How long to wait for the channel to say in which state it is; it answers at once from a thread of
-# its own.
+# Until the channel says in which state it is; it answers at once, from a thread of its own.
 STATE_WAIT_S = 2.0
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -320,6 +318,7 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         replication=types_pb2.Replication.Value(f"REPLICATION_{_constant(spec.replication)}"),
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
+        keep_checkpoints=spec.keep_checkpoints,
     )
 
 
@@ -335,8 +334,7 @@ def _duration(duration_ms: int) -> Duration:
 
 @lru_cache(maxsize=64)
 def _word(enum: EnumTypeWrapper, prefix: str, number: int) -> str | None:
-    """An enum's value as people say it; a value that a newer coordinator has and we have not is
-    "unknown_<n>"."""
+    """An enum's value as people say it; one that a newer coordinator has is "unknown_<n>"."""
     if number not in enum.values():
         return f"unknown_{number}"
     word = enum.Name(number).removeprefix(prefix).lower()
@@ -375,6 +373,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         replication=_word(types_pb2.Replication, "REPLICATION_", spec.replication),
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
+        keep_checkpoints=_optional(spec, "keep_checkpoints"),
     )
 
 
@@ -386,11 +385,12 @@ def _job(job: types_pb2.Job) -> values.Job:
         reason=job.reason,
         epoch=job.epoch,
         attempts=[_attempt(attempt) for attempt in job.attempts],
-        checkpoint=_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
+        checkpoint=decode_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
         failures=job.failures,
         submit_time=_time(job, "submit_time"),
         end_time=_time(job, "end_time"),
         progress=_progress(job.progress) if job.HasField("progress") else None,
+        accounting=values.Accounting.of(_optional(job, "accounting")),
     )
 
 
@@ -402,7 +402,7 @@ def _progress(progress: types_pb2.Progress) -> values.Progress:
     )
 
 
-def _checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
+def decode_checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
     return values.Checkpoint(
         digest=checkpoint.digest,
         parent=checkpoint.parent,
@@ -429,6 +429,7 @@ def _attempt(attempt: types_pb2.Attempt) -> values.Attempt:
         reason=attempt.reason,
         restored_step=_optional(attempt, "restored_step"),
         replica_node=attempt.replica_node,
+        accounting=values.Accounting.of(_optional(attempt, "accounting")),
     )
 
 

@@ -57,6 +57,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     replication: Literal["automatic", "required", "none"] | UnsetType = UNSET
     slurm_env: bool | UnsetType = UNSET
     hold: bool | UnsetType = UNSET
+    keep_checkpoints: Int32 | UnsetType = UNSET
 
 
 def read(path: Path) -> JobFile:
@@ -140,6 +141,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         replication=_or(job.replication, None),
         slurm_environment=_or(job.slurm_env, False),
         hold=_or(job.hold, False),
+        keep_checkpoints=_or(job.keep_checkpoints, None),
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coordinator.cli import units
+from coordinator.cli import goodput, units
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
@@ -56,6 +56,7 @@ _ATTEMPT_COLUMNS = (
     Column("PHASE"),
     Column("STARTED", right=True),
     Column("RAN", right=True),
+    Column("GOODPUT", right=True),
     Column("FROM STEP", right=True),
     Column("EXIT", right=True),
     Column("REPLICA"),
@@ -131,7 +132,8 @@ def jobs(
 def job(context: click.Context, job_id: int) -> None:
     """Show everything about one JOB.
 
-    Its request, progress, checkpoint and attempts, and why it is where it is.
+    Its request, progress, checkpoint and attempts, why it is where it is, and where its time went:
+    goodput is the share of it in which it trained, without what had to be done twice.
 
     \b
     Example:
@@ -217,7 +219,8 @@ release = _verb(
 def requeue(context: click.Context, job_id: int, abandon: bool) -> None:
     """Run JOB again from its last checkpoint.
 
-    An active job is checkpointed, stopped and queued again; one that has ended is queued again.
+    An active job is checkpointed, stopped and queued again; one that has ended, or is quarantined,
+    is queued again.
 
     \b
     Examples:
@@ -313,6 +316,9 @@ def write_job(job: "Job", now: datetime) -> None:
             ("ended", _moment(job.end_time, now)),
         ]
     )
+    if job.accounting is not None and job.accounting.wall_seconds > 0:
+        click.echo()
+        goodput.write_goodput(job.accounting)
     if job.attempts:
         click.echo("\nAttempts, oldest first")
         write_table(_ATTEMPT_COLUMNS, [_attempt_row(attempt, now) for attempt in job.attempts])
@@ -345,6 +351,7 @@ def _attempt_row(attempt: "Attempt", now: datetime) -> tuple[object, ...]:
         attempt.phase,
         units.format_span(attempt.start_time, now),
         units.format_span(attempt.start_time, attempt.end_time or now),
+        goodput.percent(attempt.accounting.goodput_ratio) if attempt.accounting else None,
         attempt.restored_step,
         f"signal {attempt.signal}" if attempt.signal is not None else ended,
         attempt.replica_node,

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from coordinator.cli import completion, jobs, logs, nodes, submit
+from coordinator.cli import checkpoints, completion, jobs, logs, nodes, submit
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
@@ -98,6 +98,7 @@ for _command in (
     jobs.requeue,
     jobs.events,
     jobs.explain,
+    checkpoints.checkpoint,
     nodes.nodes,
     nodes.cordon,
     nodes.drain,

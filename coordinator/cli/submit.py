@@ -118,7 +118,7 @@ A job file has the keys of the options, with underscores, and flags override it:
   env = { WANDB_MODE = "offline" }
 
 The others are project, trainer, config (a path or a table), workdir, memory, signal,
-max_restarts, run_again_exit_codes, replication, slurm_env and hold.
+max_restarts, run_again_exit_codes, replication, slurm_env, hold and keep_checkpoints.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
 status is 0 only if the job succeeds. With --json and --follow: one line for the submission,
@@ -161,7 +161,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     help="Where the command runs, on the node; '' is a directory of the attempt's own, "
     "empty at its start.  [default: the current directory, or that of the --config file]",
 )
-@click.option("--trainer", metavar="NAME", help="A built-in trainer: transfer or finetune.")
+@click.option("--trainer", metavar="NAME", help="A built-in trainer: transfer, finetune or lora.")
 @click.option("--config", metavar="FILE", help="Its configuration: .json or .toml.")
 @click.option(
     "--grace",
@@ -177,7 +177,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     "--max-restarts",
     type=int,
     metavar="N",
-    help="Failures in a row without a new checkpoint until the job has failed.  [default: 3]",
+    help="Failures in a row without a further checkpoint until the job has failed.  [default: 3]",
 )
 @click.option(
     "--run-again-exit-code",
@@ -192,6 +192,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     "--replication",
     type=click.Choice(["automatic", "required", "none"]),
     help="Whether a checkpoint counts only with a copy off its node.  [default: automatic]",
+)
+@click.option(
+    "--keep-checkpoints",
+    type=int,
+    metavar="N",
+    help="How many of the newest checkpoints are kept, beside pinned ones.  [default: 3]",
 )
 @click.option(
     "--slurm-env/--no-slurm-env", default=None, help="Also set SLURM_JOB_ID and its like."

@@ -38,6 +38,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     replication: str | None = None
     slurm_environment: bool = False
     hold: bool = False
+    keep_checkpoints: int | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +62,63 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     commit_time: datetime | None
 
 
+class Accounting(msgspec.Struct, frozen=True, kw_only=True):
+    """Where wall time went. The parts add up to `wall_seconds`; the contract says what each is.
+
+    `overstated_ratio` is 1, or by how much the trainer's own times were too long; `measured` is
+    false where the trainer does not say its times.
+    """
+
+    wall_seconds: float
+    productive_seconds: float
+    input_wait_seconds: float
+    capture_seconds: float
+    recompute_seconds: float
+    detect_seconds: float
+    schedule_seconds: float
+    start_seconds: float
+    restore_seconds: float
+    idle_seconds: float
+    overstated_ratio: float
+    measured: bool
+
+    @classmethod
+    def of(cls, said: object) -> "Accounting | None":
+        """From an answer's message, whose fields have the same names."""
+        return None if said is None else msgspec.convert(said, cls, from_attributes=True)
+
+    @property
+    def goodput_ratio(self) -> float | None:
+        """Productive time of wall time; `None` before any has passed."""
+        return self.productive_seconds / self.wall_seconds if self.wall_seconds > 0 else None
+
+
+class KeptCheckpoint(Checkpoint, frozen=True, kw_only=True):
+    """A checkpoint as `baton checkpoint list` shows it. `bad` says why nobody resumes from it any
+    more; `used_by` is "head" and the attempts that run from it."""
+
+    pinned: bool
+    bad: str
+    used_by: list[str]
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint whose files were fetched, verified and written in a format."""
+
+    job_id: int
+    digest: str
+    step: int
+    format: str
+    directory: str
+
+
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights of other origin, as a checkpoint directory to start from."""
+
+    format: str
+    directory: str
+
+
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """One execution of a job."""
 
@@ -77,10 +135,11 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     restored_step: int | None
     replica_node: str
+    accounting: Accounting | None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job; in lists with its newest attempt only."""
+    """A job; in lists with its newest attempt only, and without accounts."""
 
     id: int
     spec: JobSpec
@@ -93,6 +152,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     submit_time: datetime | None
     end_time: datetime | None
     progress: Progress | None
+    accounting: Accounting | None
 
 
 class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,21 +5,23 @@ of the blue is a failure; 75 says "run me again"; a process that dies at its fir
 again. So an ending is judged from the attempt's whole story, in one place (`settle_exit`), and
 every verdict is a sentence in the job's history.
 
-Failures in a row without a newly committed checkpoint are bounded by the job's `max_restarts`. A
-job that has neither committed nor resumed anything and leaves with an ordinary failure status is
-not tried again: a missing module stays missing.
+Failures in a row without a commit further on are bounded by the job's `max_restarts`; within that
+limit `poison.py` looks whether they repeat at one step. After one without any progress the next
+attempt goes to another node where one fits, since a broken node fails everything. A job that has
+neither committed nor resumed anything and leaves with an ordinary failure status is not tried
+again: a missing module stays missing.
 """
 
 from dataclasses import replace
 
-from coordinator.core import checkpoints
+from coordinator.core import accounting, checkpoints, poison
 from coordinator.core.messages import (
     AttemptExited,
     AttemptRefused,
     AttemptStarted,
     StopAttempt,
 )
-from coordinator.core.model import Attempt, Job, JobIntent
+from coordinator.core.model import Attempt, AttemptTimes, Job, JobIntent, Progress
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_TRANSITIONS,
@@ -35,8 +37,8 @@ from coordinator.core.state import Instant, State, cut
 # and a passing fault (a full disk, a restarting file server) has minutes to pass.
 RETRY_MS_FIRST = 1_000
 RETRY_MS_MAX = 60_000
-# "Run me again" without ever committing anything is a loop; this many rounds of it are patience
-# enough.
+# "Run me again" without ever committing a further step is a loop; this many rounds of it are
+# patience enough.
 YIELDS_MAX = 20
 # A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
 SIGNAL_STATUS_BASE = 128
@@ -47,6 +49,9 @@ def change(
 ) -> Attempt:
     """The only way from one attempt phase to the next. An ended attempt gives back its GPUs."""
     advance(ATTEMPT_TRANSITIONS, attempt.phase, phase, f"attempt {attempt.id}")
+    times = fields.pop("times", attempt.times)
+    assert isinstance(times, AttemptTimes)
+    fields["times"] = accounting.noted(times, state.progress.get(attempt.id))
     if phase in ATTEMPT_ENDED:
         fields["ended_unix_ms"] = now.unix_ms
         live = state.nodes.get(attempt.node)
@@ -65,6 +70,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
         change(state, now, old, AttemptPhase.LOST, reason=reason)
         state.tell(now.unix_ms, job.id, "attempt.lost", reason, attempt=old.id, node=old.node)
         job = state.jobs[job.id]
+    said = None if old is None else state.progress.get(old.id)
     live = state.nodes[start.node]
     attempt = Attempt(
         job.id,
@@ -74,6 +80,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
         AttemptPhase.ASSIGNED,
         now.unix_ms,
         replica_node=checkpoints.choose_replica_node(state, job, start.node),
+        times=accounting.following(job, old, said),
     )
     state.put_job(replace(job, phase=JobPhase.ACTIVE, epoch=attempt.epoch, reason=start.why))
     state.put_attempt(attempt)
@@ -137,6 +144,7 @@ def started(
     change(
         state, now, attempt, phase, started_unix_ms=unix_ms,
         restored_digest=body.restored_digest, restored_step=body.restored_step,
+        times=replace(attempt.times, restore_ms=body.restore_ms, start_ms=body.start_ms),
     )  # fmt: skip
     where = f"from step {body.restored_step}" if body.restored_digest else "from the beginning"
     state.tell(
@@ -152,6 +160,26 @@ def started(
             state.attempts[attempt.id],
             f"it started {where} and not from the last commit",
         )
+
+
+def progressed(state: State, now: Instant, attempt: Attempt, progress: Progress) -> None:
+    """What its trainer last said. Only the first word is written down at once."""
+    state.progress[attempt.id] = progress
+    if attempt.started_unix_ms is not None and attempt.times.ready_ms is None:
+        times = accounting.first_word(attempt, progress, now.unix_ms)
+        state.put_attempt(replace(attempt, times=times))
+
+
+def milestone(state: State, unix_ms: int, attempt: Attempt, name: str) -> None:
+    """A moment that its trainer finds worth timing, by its node's clock."""
+    state.tell(
+        unix_ms, attempt.job_id, "attempt.milestone", cut(name),
+        attempt=attempt.id, node=attempt.node,
+    )  # fmt: skip
+    if attempt.started_unix_ms is not None:
+        times = accounting.ready(attempt.times, name, unix_ms - attempt.started_unix_ms)
+        if times != attempt.times:
+            state.put_attempt(replace(attempt, times=times))
 
 
 def refused(state: State, now: Instant, attempt: Attempt, body: AttemptRefused) -> None:
@@ -183,6 +211,7 @@ def exited(state: State, now: Instant, unix_ms: int, attempt: Attempt, body: Att
     change(
         state, now, attempt, phase,
         exit_code=body.exit_code, signal=body.signal, reason=cut(reason),
+        times=replace(attempt.times, silent_unix_ms=unix_ms),
     )  # fmt: skip
     state.tell(
         unix_ms, job.id, "attempt.exited", cut(reason), attempt=attempt.id, node=attempt.node
@@ -213,16 +242,22 @@ def judge(job: Job, attempt: Attempt, body: AttemptExited) -> AttemptPhase:
 
 
 def _yielded(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
-    if attempt.commits:
+    if _came_further(job, attempt):
         requeue(state, now, job, "asked to be run again")
         return
     yields = job.yields + 1
     if yields > YIELDS_MAX:
-        reason = f"asked to be run again {yields} times in a row without a checkpoint"
+        reason = f"asked to be run again {yields} times in a row without a further checkpoint"
         end_job(state, now, job, JobPhase.FAILED, reason)
         return
     job = state.put_job(replace(job, yields=yields))
-    retry(state, now, job, "asked to be run again without having saved anything")
+    retry(state, now, job, "asked to be run again without having saved anything further")
+
+
+def _came_further(job: Job, attempt: Attempt) -> bool:
+    """Whether it has committed anything beyond where it began."""
+    beyond = not attempt.restored_digest or job.head_step > attempt.restored_step
+    return attempt.commits > 0 and beyond
 
 
 def _failed(state: State, now: Instant, attempt: Attempt, body: AttemptExited, how: str) -> None:
@@ -234,13 +269,26 @@ def _failed(state: State, now: Instant, attempt: Attempt, body: AttemptExited, h
         end_job(state, now, job, JobPhase.FAILED, reason)
         return
     failures = job.failures + 1
+    unseen = body.exit_code is None and body.signal is None
+    # The box went down, or somebody killed the supervisor: that says nothing of a checkpoint.
+    verdict = poison.Verdict.RETRY if unseen else poison.note(state, attempt)
+    job = state.jobs[job.id]
+    if verdict is poison.Verdict.QUARANTINE:
+        poison.quarantine(state, now, replace(job, failures=failures), how)
+        return
     if failures > job.spec.max_restarts:
         times = f"{failures} failure{'s' if failures > 1 else ''} in a row"
-        reason = f"{how}; {times} without a new checkpoint, and {job.spec.max_restarts} allowed"
+        reason = f"{how}; {times} without a further checkpoint, and {job.spec.max_restarts} allowed"
         end_job(state, now, job, JobPhase.FAILED, reason)
         return
     job = state.put_job(replace(job, failures=failures))
-    retry(state, now, job, f"{how}; failure {failures} of {job.spec.max_restarts} allowed")
+    told = f"{how}; failure {failures} of {job.spec.max_restarts} allowed"
+    if verdict is poison.Verdict.STEP_BACK:
+        told += f"; {poison.step_back(state, now, job)}"
+    if not _came_further(job, attempt):
+        # A preference among the nodes that fit, so that no job waits for it.
+        state.avoid[job.id] = attempt.node
+    retry(state, now, state.jobs[job.id], told)
 
 
 def describe_exit(body: AttemptExited) -> str:
@@ -256,14 +304,20 @@ def describe_exit(body: AttemptExited) -> str:
 
 
 def retry(state: State, now: Instant, job: Job, reason: str) -> None:
-    """Back to the queue after a wait that doubles with every failure or refusal in a row."""
+    """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
+    wait; after that the wait doubles with every failure or refusal in a row.
+    """
     refusals = 0
     for attempt in reversed(state.attempts_of(job.id)):
         if attempt.phase is not AttemptPhase.REFUSED:
             break
         refusals += 1
-    rounds = min(10, max(0, job.failures + job.yields + refusals - 1))
-    wait_ms = min(RETRY_MS_MAX, RETRY_MS_FIRST << rounds)
+    troubles = job.failures + job.yields + refusals
+    if job.failures == troubles == 1:
+        state.eligible_ms.pop(job.id, None)
+        requeue(state, now, job, f"{reason}; tried again at once")
+        return
+    wait_ms = min(RETRY_MS_MAX, RETRY_MS_FIRST << min(10, max(0, troubles - 1)))
     state.eligible_ms[job.id] = now.now_ms + wait_ms
     requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s")
 
@@ -277,14 +331,19 @@ def requeue(state: State, now: Instant, job: Job, reason: str) -> None:
         state.put_job(replace(job, phase=JobPhase.HELD, reason="held by its owner"))
         state.tell(now.unix_ms, job.id, "job.held", "held by its owner")
         return
-    state.put_job(replace(job, phase=JobPhase.QUEUED, reason=reason))
+    state.put_job(replace(job, phase=JobPhase.QUEUED, reason=reason, queued_unix_ms=now.unix_ms))
     state.tell(now.unix_ms, job.id, "job.queued", reason)
 
 
 def end_job(state: State, now: Instant, job: Job, phase: JobPhase, reason: str) -> None:
+    if phase is not JobPhase.SUCCEEDED:
+        job = poison.put_back(state, job)
     state.put_job(
-        replace(job, phase=phase, intent=JobIntent.RUN, reason=reason, ended_unix_ms=now.unix_ms)
-    )
+        replace(
+            job, phase=phase, intent=JobIntent.RUN, reason=reason, ended_unix_ms=now.unix_ms,
+            trouble=None,
+        )
+    )  # fmt: skip
     state.tell(now.unix_ms, job.id, f"job.{phase.value}", reason)
     state.eligible_ms.pop(job.id, None)
     state.avoid.pop(job.id, None)
@@ -294,7 +353,9 @@ def end_job(state: State, now: Instant, job: Job, phase: JobPhase, reason: str) 
 def unreachable(state: State, now: Instant, attempt: Attempt, reason: str) -> None:
     """Its node is out of reach: the job waits for another node, or for this one, whichever is
     first."""
-    attempt = change(state, now, attempt, AttemptPhase.UNREACHABLE, reason=reason)
+    silent_unix_ms = _last_heard_unix_ms(state, now, attempt)
+    times = replace(attempt.times, silent_unix_ms=silent_unix_ms, over_unix_ms=now.unix_ms)
+    attempt = change(state, now, attempt, AttemptPhase.UNREACHABLE, reason=reason, times=times)
     state.tell(
         now.unix_ms, attempt.job_id, "attempt.unreachable", reason,
         attempt=attempt.id, node=attempt.node,
@@ -304,6 +365,19 @@ def unreachable(state: State, now: Instant, attempt: Attempt, reason: str) -> No
         lost(state, now, attempt, reason)
     else:
         requeue(state, now, job, reason)
+
+
+def _last_heard_unix_ms(state: State, now: Instant, attempt: Attempt) -> int:
+    """When its node last gave a sign of life; for one that a restarted coordinator has not heard
+    yet, what is written down of it."""
+    live = state.nodes.get(attempt.node)
+    if live is None or live.newest_session < 0:
+        written = [attempt.assigned_unix_ms, attempt.started_unix_ms or 0]
+        for checkpoint in state.checkpoints.get(attempt.job_id, []):
+            if checkpoint.epoch == attempt.epoch:
+                written.append(checkpoint.committed_unix_ms)
+        return max(written)
+    return now.unix_ms - (now.now_ms - live.heard_ms)
 
 
 def returned(state: State, now: Instant, attempt: Attempt) -> None:
@@ -316,7 +390,8 @@ def returned(state: State, now: Instant, attempt: Attempt) -> None:
     elif attempt.started_unix_ms is not None:
         phase = AttemptPhase.RUNNING
     reason = f"{attempt.node} is back, and it still runs there"
-    change(state, now, attempt, phase, reason="")
+    times = replace(attempt.times, silent_unix_ms=None, over_unix_ms=None)
+    change(state, now, attempt, phase, reason="", times=times)
     state.put_job(replace(state.jobs[attempt.job_id], phase=JobPhase.ACTIVE, reason=reason))
     state.eligible_ms.pop(attempt.job_id, None)
     state.tell(
@@ -327,7 +402,10 @@ def returned(state: State, now: Instant, attempt: Attempt) -> None:
 
 def lost(state: State, now: Instant, attempt: Attempt, reason: str) -> None:
     """The attempt is over though nobody saw it end."""
-    change(state, now, attempt, AttemptPhase.LOST, reason=reason)
+    times = attempt.times
+    if times.silent_unix_ms is None:
+        times = replace(times, silent_unix_ms=_last_heard_unix_ms(state, now, attempt))
+    change(state, now, attempt, AttemptPhase.LOST, reason=reason, times=times)
     state.tell(
         now.unix_ms, attempt.job_id, "attempt.lost", reason,
         attempt=attempt.id, node=attempt.node,

@@ -11,6 +11,7 @@ finds it in place.
 
 from dataclasses import replace
 
+from coordinator.core import accounting, poison
 from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
@@ -35,7 +36,7 @@ from coordinator.core.phases import (
     NodeIntent,
     NodePhase,
 )
-from coordinator.core.state import CHECKPOINTS_KEPT, Instant, LiveNode, State, cut
+from coordinator.core.state import Instant, LiveNode, State, cut
 from coordinator.core.validate import suits
 
 # In one message, either way: a list that long may be cut off, so what it does not name is neither
@@ -88,8 +89,13 @@ def _commit(
         body.replicas, now.unix_ms,
     )  # fmt: skip
     state.put_checkpoint(checkpoint)
-    state.put_job(replace(job, head=body.digest, head_step=body.step, failures=0, yields=0))
-    state.put_attempt(replace(attempt, commits=attempt.commits + 1))
+    if not job.head or body.step > job.head_step:
+        # The same step once more is no progress: whoever saves on the way out gets no further.
+        job = replace(job, failures=0, yields=0)
+    trouble = poison.progressed(job.trouble, body.step)
+    state.put_job(replace(job, head=body.digest, head_step=body.step, trouble=trouble))
+    times = accounting.noted(attempt.times, state.progress.get(attempt.id))
+    state.put_attempt(replace(attempt, commits=attempt.commits + 1, times=times))
     state.log(
         "info", "checkpoint.committed", job=job.id, attempt=attempt.id, step=body.step,
         digest=body.digest, size_bytes=body.size_bytes, replicas=list(body.replicas),
@@ -98,19 +104,23 @@ def _commit(
 
 
 def retain(state: State, job: Job) -> None:
-    """Keep the head and its last predecessors; of an ended job the head alone."""
-    keep = 1 if job.phase in JOB_ENDED else CHECKPOINTS_KEPT
+    """Keep the head and its last predecessors, of an ended job the head alone; beside them what is
+    pinned, and what is set aside and may turn out not to be to blame."""
+    keep = 1 if job.phase in JOB_ENDED else job.spec.keep_checkpoints
     good = state.good_checkpoints(job)[:keep]
     kept = [checkpoint.digest for checkpoint in good]
+    if job.trouble is not None:
+        kept.append(job.trouble.set_aside)
     for checkpoint in list(state.checkpoints.get(job.id, [])):
-        if checkpoint.digest not in kept:
+        if checkpoint.digest not in kept and not checkpoint.pinned:
             state.drop_checkpoint(checkpoint)
 
 
 def fall_back(state: State, job: Job, body: AttemptStarted) -> bool:
     """The head did not verify anywhere and an older checkpoint, or none, was used: what is newer
     than that one is never offered again. False when the attempt resumed from elsewhere though the
-    head was not found bad."""
+    head was not found bad, or from nothing though a checkpoint is set aside: that one is the head
+    then."""
     if body.restored_digest == job.head:
         return True
     reasons = dict(body.skipped)
@@ -124,8 +134,8 @@ def fall_back(state: State, job: Job, body: AttemptStarted) -> bool:
             break
         bad = cut(reasons.get(digest, "")) or "an older one was used"
         state.put_checkpoint(replace(checkpoint, bad=bad))
-    state.put_job(replace(job, head=body.restored_digest, head_step=step))
-    return True
+    job = state.put_job(replace(job, head=body.restored_digest, head_step=step))
+    return bool(body.restored_digest) or not poison.put_back(state, job).head
 
 
 def note_copy(state: State, job_id: int, digest: str, node_id: str) -> None:
@@ -169,7 +179,8 @@ def _out_of_reach(state: State, job: Job, checkpoint: Checkpoint) -> bool:
 
 
 def abandon_unreachable(state: State, job: Job) -> int:
-    """The owner gives up what nobody can reach; returns how many checkpoints that were."""
+    """The owner gives up what nobody can reach; returns how many checkpoints that were. One that is
+    set aside is still better than none."""
     count = 0
     for checkpoint in list(state.good_checkpoints(job)):
         if not _out_of_reach(state, job, checkpoint):
@@ -178,7 +189,9 @@ def abandon_unreachable(state: State, job: Job) -> int:
         count += 1
     good = state.good_checkpoints(job)
     head, step = (good[0].digest, good[0].step) if good else ("", 0)
-    state.put_job(replace(job, head=head, head_step=step))
+    job = state.put_job(replace(job, head=head, head_step=step))
+    if not good:
+        poison.put_back(state, job)
     return count
 
 

@@ -9,7 +9,7 @@ events replayed gives the same effects, byte for byte.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, jobs, nodes
+from coordinator.core import attempts, checkpoints, jobs, nodes, retention
 from coordinator.core.messages import (
     AgentEvent,
     AgentMessage,
@@ -27,15 +27,18 @@ from coordinator.core.messages import (
     Event,
     EventAck,
     ExplainJob,
+    FindCheckpoint,
     FromAgent,
     GetJob,
     Goodbye,
     Heartbeat,
     Hello,
     HoldJob,
+    ListCheckpoints,
     ListJobs,
     ListNodes,
     NodePage,
+    PinCheckpoint,
     Refusal,
     RefusalKind,
     ReleaseJob,
@@ -47,6 +50,7 @@ from coordinator.core.messages import (
     Submit,
     Tick,
     UncordonNode,
+    UnpinCheckpoint,
 )
 from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
@@ -58,7 +62,7 @@ from coordinator.core.placement import (
     Tenant,
     place,
 )
-from coordinator.core.state import Instant, LiveNode, Options, State, cut
+from coordinator.core.state import Instant, LiveNode, Options, State
 
 # Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
 WAITS_LOGGED_MAX = 20
@@ -78,7 +82,7 @@ class Coordinator:
         """What follows from one event. Raises only for bugs of our own."""
         state = self.state
         if isinstance(event, Request):
-            answer = _answer(state, now, event.body)
+            answer = jobs.accounted(state, now, _answer(state, now, event.body))
             state.commands.append(Reply(event.reply_to, answer))
         elif isinstance(event, FromAgent):
             _from_agent(state, now, event.session, event.message)
@@ -107,6 +111,14 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.requeue(state, now, body)
         case ExplainJob():
             return jobs.explain_job(state, now, body)
+        case ListCheckpoints():
+            return retention.list_checkpoints(state, body)
+        case PinCheckpoint():
+            return retention.pin(state, now, body)
+        case UnpinCheckpoint():
+            return retention.unpin(state, now, body)
+        case FindCheckpoint():
+            return retention.find(state, body)
         case ListNodes():
             views = [_node_view(live) for _, live in sorted(state.nodes.items())]
             return NodePage(tuple(views))
@@ -193,10 +205,7 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
         case AttemptRefused():
             attempts.refused(state, now, attempt, body)
         case AttemptMilestone():
-            state.tell(
-                event.unix_ms, attempt.job_id, "attempt.milestone", cut(body.name),
-                attempt=attempt.id, node=live.node.id,
-            )  # fmt: skip
+            attempts.milestone(state, event.unix_ms, attempt, body.name)
 
 
 def _decide(state: State, now: Instant) -> None:

@@ -7,7 +7,7 @@ and gets the same job.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints
+from coordinator.core import accounting, attempts, checkpoints, retention
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
     Answer,
@@ -72,9 +72,10 @@ def _named(spec: JobSpec) -> JobSpec:
 
 
 def _forget_oldest(state: State) -> None:
-    """History is bounded: the ended job that ended first makes room."""
+    """History is bounded: of the ended jobs without a pin the one that ended first makes room."""
     while len(state.ended) >= JOBS_ENDED_MAX:
-        state.drop_job(next(iter(state.ended)))
+        # There is one: PINS_MAX is below JOBS_ENDED_MAX.
+        state.drop_job(next(known for known in state.ended if not retention.pins(state, known)))
 
 
 def cancel(state: State, now: Instant, body: CancelJob) -> Answer:
@@ -124,10 +125,14 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
         return _not_found(body.job_id)
     if job.intent is not JobIntent.HOLD:
         return _wrong(job, "it is not held")
+    if job.trouble is not None and job.trouble.quarantined:
+        job = replace(job, trouble=None, failures=0)
     job = replace(job, intent=JobIntent.RUN)
     if job.phase is JobPhase.HELD:
         state.eligible_ms.pop(job.id, None)
-        state.put_job(replace(job, phase=JobPhase.QUEUED, reason=""))
+        state.put_job(
+            replace(job, phase=JobPhase.QUEUED, reason="", queued_unix_ms=_since(now, job))
+        )
         state.tell(now.unix_ms, job.id, "job.released", "released by its owner")
     else:
         # Still saving for the hold: it goes back to the queue when it has left.
@@ -147,13 +152,20 @@ def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
     elif job.phase in JOB_ENDED:
         fresh = replace(
             job, phase=JobPhase.QUEUED, intent=JobIntent.RUN, failures=0, yields=0,
-            ended_unix_ms=None, reason="",
+            ended_unix_ms=None, reason="", queued_unix_ms=_since(now, job),
         )  # fmt: skip
         state.put_job(fresh)
         state.tell(now.unix_ms, job.id, "job.queued", "requeued by its owner")
+    elif job.trouble is not None and job.trouble.quarantined:
+        return release(state, now, ReleaseJob(job.id))
     else:
-        return _wrong(job, "only an active or an ended job can be requeued")
+        return _wrong(job, "only an active, an ended or a quarantined job can be requeued")
     return view(state, state.jobs[job.id])
+
+
+def _since(now: Instant, job: Job) -> int | None:
+    """A wait counts from now, if it is one between two attempts."""
+    return now.unix_ms if job.epoch else None
 
 
 def _abandon(state: State, now: Instant, job: Job) -> Answer:
@@ -214,6 +226,19 @@ def view(state: State, job: Job, newest_only: bool = False) -> JobView:
             break
     job = replace(job, reason=state.wait_reason(job))
     return JobView(job, tuple(shown), good[0] if good else None, progress)
+
+
+def accounted(state: State, now: Instant, answer: Answer) -> Answer:
+    """A reply about one job also says where its time went; nothing is said before its first
+    attempt."""
+    if not isinstance(answer, JobView) or not answer.attempts:
+        return answer
+    accounts = tuple(
+        accounting.account(attempt, state.progress.get(attempt.id), now.unix_ms)
+        for attempt in answer.attempts
+    )
+    waited = accounting.waiting(answer.job, now.unix_ms)
+    return replace(answer, accounts=accounts, accounting=accounting.total((*accounts, waited)))
 
 
 def _invalid(sentence: str) -> Refusal:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
+    CheckpointView,
     GpuFacts,
     GpuTelemetry,
     HostFacts,
@@ -74,6 +75,41 @@ class ExplainJob:
 
 
 @dataclass(frozen=True, slots=True)
+class ListCheckpoints:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointChoice:
+    """A digest or its first digits, or else a step, or else the job's last checkpoint."""
+
+    digest: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PinCheckpoint:
+    job_id: int
+    choice: CheckpointChoice
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinCheckpoint:
+    """`choice` of `None`: every pin of the job."""
+
+    job_id: int
+    choice: CheckpointChoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class FindCheckpoint:
+    """One of a job's checkpoints, for reading it."""
+
+    job_id: int
+    choice: CheckpointChoice
+
+
+@dataclass(frozen=True, slots=True)
 class ListNodes:
     pass
 
@@ -102,6 +138,10 @@ RequestBody = (
     | ReleaseJob
     | RequeueJob
     | ExplainJob
+    | ListCheckpoints
+    | PinCheckpoint
+    | UnpinCheckpoint
+    | FindCheckpoint
     | ListNodes
     | CordonNode
     | DrainNode
@@ -159,6 +199,8 @@ class AttemptStarted:
     restored_digest: str = ""
     restored_step: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    restore_ms: int | None = None
+    start_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,11 +458,20 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointPage:
+    """Newest first."""
+
+    checkpoints: tuple[CheckpointView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-Answer = Refusal | Submitted | JobView | JobPage | Explanation | NodePage | NodeView
+Answer = (
+    Refusal | Submitted | JobView | JobPage | Explanation | CheckpointPage | NodePage | NodeView
+)
 
 
 @dataclass(frozen=True, slots=True)

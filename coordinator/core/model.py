@@ -49,6 +49,8 @@ class JobIntent(Enum):
 
 GRACE_MS_DEFAULT = 120_000
 MAX_RESTARTS_DEFAULT = 3
+# The last checkpoint, and two to fall back on when it does not verify.
+KEEP_CHECKPOINTS_DEFAULT = 3
 # 75 is EX_TEMPFAIL of sysexits.h; 85 is HTCondor's usual checkpoint exit code.
 RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 
@@ -77,6 +79,20 @@ class JobSpec:
     replication: Replication = Replication.AUTOMATIC
     slurm_environment: bool = False
     hold: bool = False
+    keep_checkpoints: int = KEEP_CHECKPOINTS_DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Failures at `step` without progress beyond it (`poison.py`). `tried` are the checkpoints that
+    the attempts were restored from, as digest and step, oldest first. `set_aside` is the digest of
+    the one that nobody resumes from meanwhile. `quarantined`: it is held until its owner says
+    `requeue`."""
+
+    step: int
+    tried: tuple[tuple[str, int], ...] = ()
+    set_aside: str = ""
+    quarantined: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +100,9 @@ class Job:
     """`epoch` is the highest given out; `head` the digest of the last committed checkpoint, empty
     before the first.
 
-    `failures` counts failures in a row without a newly committed checkpoint, `yields` likewise for
-    "run me again". `event_count` is the sequence of the job's newest history line.
+    `failures` counts failures in a row without a commit further on, `yields` likewise for "run me
+    again". `event_count` is the sequence of the job's newest history line.
+    `queued_unix_ms` is since when it waits for its next attempt; `None` before the first one.
     """
 
     id: int
@@ -102,6 +119,51 @@ class Job:
     yields: int = 0
     ended_unix_ms: int | None = None
     event_count: int = 0
+    trouble: Trouble | None = None
+    queued_unix_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerTime:
+    """How a trainer's process has spent its time so far: finite seconds, none counted twice."""
+
+    step_s: float = 0.0
+    evaluate_s: float = 0.0
+    input_wait_s: float = 0.0
+    capture_s: float = 0.0
+    restore_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    step: int
+    total_steps: int = 0
+    metrics: tuple[tuple[str, float], ...] = ()
+    time: TrainerTime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptTimes:
+    """What accounting needs beside the attempt's own times; `None` is not known.
+
+    `queued_unix_ms`: since when its job waited for it. `silent_unix_ms`: the last sign of life,
+    `over_unix_ms`: when its silence was noticed; both before it is lost, if it ever is.
+    `restore_ms` and `start_ms` are the agent's; `ready_ms` is from the program's start until it
+    trains. `speaks`: it has told milestones or progress, or the attempt before it had.
+    `reached_step` is how far the attempts before it came, `step` and `trainer` what it last said
+    itself.
+    """
+
+    queued_unix_ms: int | None = None
+    silent_unix_ms: int | None = None
+    over_unix_ms: int | None = None
+    restore_ms: int | None = None
+    start_ms: int | None = None
+    ready_ms: int | None = None
+    speaks: bool = False
+    reached_step: int = 0
+    step: int | None = None
+    trainer: TrainerTime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +186,7 @@ class Attempt:
     restored_step: int = 0
     commits: int = 0
     replica_node: str = ""
+    times: AttemptTimes = AttemptTimes()
 
     @property
     def id(self) -> str:
@@ -133,7 +196,8 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A committed checkpoint. `replicas` are the nodes that hold all of it, the writer first. `bad`
-    says why it is no longer used; empty while it is good."""
+    says why it is no longer used; empty while it is good. `pinned`: kept until its user says
+    otherwise."""
 
     job_id: int
     digest: str
@@ -144,6 +208,7 @@ class Checkpoint:
     replicas: tuple[str, ...]
     committed_unix_ms: int
     bad: str = ""
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +279,26 @@ class HostTelemetry:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    step: int
-    total_steps: int = 0
-    metrics: tuple[tuple[str, float], ...] = ()
+class Accounting:
+    """Where wall time went, in seconds. The parts (`PARTS` of `accounting.py`) add up to `wall_s`,
+    and none is negative.
+
+    `overstated_ratio` is by how much the trainer's own times exceeded the time that there was (1:
+    not at all). `measured` is false where a trainer does not say its times.
+    """
+
+    wall_s: float = 0.0
+    productive_s: float = 0.0
+    input_wait_s: float = 0.0
+    capture_s: float = 0.0
+    recompute_s: float = 0.0
+    detect_s: float = 0.0
+    schedule_s: float = 0.0
+    start_s: float = 0.0
+    restore_s: float = 0.0
+    idle_s: float = 0.0
+    overstated_ratio: float = 1.0
+    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +325,23 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as a reply shows it."""
+    """A job as a reply shows it. `accounts` are its attempts' and `accounting` is their sum; a list
+    of jobs is shown without either."""
 
     job: Job
     attempts: tuple[Attempt, ...] = ()
     checkpoint: Checkpoint | None = None
     progress: Progress | None = None
+    accounts: tuple[Accounting, ...] = ()
+    accounting: Accounting | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointView:
+    """A checkpoint as a reply shows it. `used_by`: "head", and the attempts that run from it."""
+
+    checkpoint: Checkpoint
+    used_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
             live.gpus[telemetry.uuid].telemetry = telemetry
     for attempt_id, progress in body.progress:
         if attempt_id in live.attempts:
-            state.progress[attempt_id] = progress
+            attempts.progressed(state, now, state.attempts[attempt_id], progress)
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
     if live.session is not None:

@@ -37,7 +37,7 @@ STARTS_PER_PASS_MAX = 512
 @dataclass(frozen=True, slots=True)
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
-    refused it just now."""
+    refused it just now, or where it got no further."""
 
     job_id: int
     spec: JobSpec

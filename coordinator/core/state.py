@@ -79,7 +79,6 @@ class Options:
 JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
 JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
 ATTEMPTS_SHOWN_MAX = 100  # per job; more are dropped from memory, the store keeps them
-CHECKPOINTS_KEPT = 3  # per open job: the head, and two to fall back on when it does not verify
 REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here
 
 

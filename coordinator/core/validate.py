@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 
-TRAINERS = ("transfer", "finetune")
+TRAINERS = ("transfer", "finetune", "lora")
 
 # Bounds. Each is far above real use and far below what would hurt.
 NAME_CHARACTERS_MAX = 128
@@ -25,8 +25,13 @@ GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_
 PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
 GRACE_MS_MAX = 7 * 24 * 3_600_000
 MAX_RESTARTS_MAX = 1_000
+# A node's list of what it keeps has 4,096 places; a job that takes more than these crowds others
+# out.
+KEEP_CHECKPOINTS_MAX = 64
 
 _PROJECT = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+# The variables of Baton's that are the user's: 0 leaves an unmodified script alone, and a hung one.
+_USERS_VARIABLES = ("BATON_HOOK", "BATON_HANG_LIMIT")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -74,7 +79,7 @@ def _environment(spec: JobSpec) -> str:
     for name, value in spec.environment:
         if not _VARIABLE.fullmatch(name):
             return f"environment variable {name!r} must match [A-Za-z_][A-Za-z0-9_]*"
-        if name.startswith("BATON_"):
+        if name.startswith("BATON_") and name not in _USERS_VARIABLES:
             return f"environment variable {name} is Baton's own; choose another name"
         if "\0" in value:
             return f"environment variable {name} contains a NUL character"
@@ -105,6 +110,11 @@ def _ending(spec: JobSpec) -> str:
         return f"grace is {spec.grace_ms} ms; it must be between 0 and {GRACE_MS_MAX} ms (7 days)"
     if not 0 <= spec.max_restarts <= MAX_RESTARTS_MAX:
         return f"max restarts is {spec.max_restarts}; it must be between 0 and {MAX_RESTARTS_MAX}"
+    if not 1 <= spec.keep_checkpoints <= KEEP_CHECKPOINTS_MAX:
+        return (
+            f"keep checkpoints is {spec.keep_checkpoints}; it must be between 1 and"
+            f" {KEEP_CHECKPOINTS_MAX}"
+        )
     if len(spec.run_again_exit_codes) > 255:
         return "there are only 255 exit statuses that can mean 'run me again'"
     for code in spec.run_again_exit_codes:

@@ -16,12 +16,13 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.protobuf.message import Message
 
-from protos.baton.v1 import jobs_pb2_grpc, nodes_pb2_grpc
+from protos.baton.v1 import checkpoints_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
 
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
     *("ExplainJob", "ListJobEvents", "ListNodes", "CordonNode", "DrainNode", "UncordonNode"),
 )
+CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class FakeCoordinator:
             servicer = nodes if "Node" in method else jobs
             setattr(servicer, method, self._unary(method))
         jobs.StreamLogs = self._stream("StreamLogs")
+        checkpoints: Any = type(
+            "Checkpoints", (checkpoints_pb2_grpc.CheckpointServiceServicer,), {}
+        )()
+        for method in CHECKPOINT_METHODS:
+            setattr(checkpoints, method, self._unary(method))
+        checkpoints.ReadCheckpoint = self._stream("ReadCheckpoint")
+        checkpoints_pb2_grpc.add_CheckpointServiceServicer_to_server(checkpoints, server)
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         nodes_pb2_grpc.add_NodeServiceServicer_to_server(nodes, server)
         if self.credentials is None:

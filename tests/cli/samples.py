@@ -53,6 +53,14 @@ def active_job() -> t.Job:
                 end_time=ago(200),
                 reason="n1 has not been heard for 10 s",
                 replica_node="n2",
+                accounting=t.Accounting(
+                    wall_seconds=406,
+                    productive_seconds=304.5,
+                    start_seconds=91.5,
+                    detect_seconds=10,
+                    overstated_ratio=1,
+                    measured=True,
+                ),
             ),
             t.Attempt(
                 id="12.2",
@@ -77,6 +85,24 @@ def active_job() -> t.Job:
         failures=1,
         submit_time=ago(3723.5),
         progress=t.Progress(step=120, total_steps=500, metrics={"loss": 1.25, "accuracy": 0.5}),
+        accounting=account(),
+    )
+
+
+def account() -> t.Accounting:
+    """A job that has known everything but input that was late."""
+    return t.Accounting(
+        wall_seconds=3600,
+        productive_seconds=2800,
+        capture_seconds=0.3,
+        recompute_seconds=340,
+        detect_seconds=10,
+        schedule_seconds=100.7,
+        start_seconds=75,
+        restore_seconds=34,
+        idle_seconds=240,
+        overstated_ratio=1.25,
+        measured=True,
     )
 
 

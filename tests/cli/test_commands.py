@@ -177,9 +177,9 @@ def test_job_shows_everything(baton: Baton, fake: FakeCoordinator) -> None:
     ):
         assert part in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()[-2:]]
-    assert rows[0][:7] == ["12.1", "n1", "lost", "10m05s", "6m45s", "-", "-"]
+    assert rows[0][:8] == ["12.1", "n1", "lost", "10m05s", "6m45s", "75.0%", "-", "-"]
     assert rows[1][:3] == ["12.2", "n2", "running"]
-    assert rows[1][5:] == ["100", "-", "n3", "-"]
+    assert rows[1][5:] == ["-", "100", "-", "n3", "-"]
     assert fake.requests == [jobs_pb2.GetJobRequest(job_id=12)]
     document = json.loads(baton("job", "12", "--json").stdout)
     assert document["id"] == 12

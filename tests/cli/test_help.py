@@ -16,8 +16,8 @@ COMMANDS = sorted(cli.commands)
 
 def test_the_commands() -> None:
     expected = (
-        "submit jobs job logs cancel hold release requeue events explain nodes cordon drain "
-        "uncordon completion"
+        "submit jobs job logs cancel hold release requeue events explain checkpoint nodes cordon "
+        "drain uncordon completion"
     )
     assert list(cli.commands) == expected.split()
 

@@ -16,6 +16,7 @@ from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import (
     Answer,
     AppendEvent,
+    CheckpointPage,
     CloseSession,
     CommitResult,
     Decide,
@@ -47,6 +48,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
+    CheckpointView,
     GpuFacts,
     Job,
     JobEvent,
@@ -234,7 +236,8 @@ def _record(record: Record) -> str:
             replica = f" copies to {attempt.replica_node}" if attempt.replica_node else ""
             return f"attempt {attempt.id} {attempt.phase.value} on {attempt.node}{replica}"
         case PutCheckpoint(kept):
-            bad = f" bad: {kept.bad}" if kept.bad else ""
+            bad = " pinned" if kept.pinned else ""
+            bad += f" bad: {kept.bad}" if kept.bad else ""
             holders = ",".join(kept.replicas) or "nowhere"
             return f"checkpoint {kept.job_id} {kept.digest}@{kept.step} on {holders}{bad}"
         case DropCheckpoint(job_id, digest):
@@ -288,10 +291,19 @@ def _answer(answer: Answer) -> str:
         case JobPage():
             shown = ", ".join(f"{view.job.id} {view.job.phase.value}" for view in answer.jobs)
             return f"jobs {shown or 'none'}; next {answer.next_before_job_id}"
+        case CheckpointPage():
+            shown = "; ".join(_kept(view) for view in answer.checkpoints)
+            return f"checkpoints {shown or 'none'}"
         case NodeView():
             return f"node {_node(answer)}"
         case NodePage():
             return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+
+
+def _kept(view: CheckpointView) -> str:
+    kept = view.checkpoint
+    words = [f"{kept.digest}@{kept.step}", *(["pinned"] if kept.pinned else []), *view.used_by]
+    return " ".join([*words, *([kept.bad] if kept.bad else [])])
 
 
 def _node(view: NodeView) -> str:

@@ -10,13 +10,15 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
 
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
-    beat n1 [runs=1.1]   closed n1   goodbye n1 [for=30000]
+    beat n1 [runs=1.1] [at=1.1@20]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
     milestone 1.1 name=load             (all of these: node=n2 seq=7 to speak out of turn)
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
+           keep=2
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
+    checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
 
 `wait` lets time pass in ticks of half a second while every connected node, or those named, sends
@@ -41,6 +43,7 @@ from coordinator.core.messages import (
     AttemptRefused,
     AttemptStarted,
     CancelJob,
+    CheckpointChoice,
     CheckpointProposed,
     CordonNode,
     DrainNode,
@@ -54,8 +57,10 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     HoldJob,
+    ListCheckpoints,
     ListJobs,
     ListNodes,
+    PinCheckpoint,
     ReleaseJob,
     Request,
     RequestBody,
@@ -64,8 +69,16 @@ from coordinator.core.messages import (
     Submit,
     Tick,
     UncordonNode,
+    UnpinCheckpoint,
 )
-from coordinator.core.model import GpuFacts, HostFacts, JobClass, JobSpec, Replication
+from coordinator.core.model import (
+    GpuFacts,
+    HostFacts,
+    JobClass,
+    JobSpec,
+    Progress,
+    Replication,
+)
 from tests.core.coordinator_harness import (
     GIGABYTE,
     UNIX_MS_AT_START,
@@ -154,7 +167,9 @@ class Scenario:
             message = self._hello(names[0], speaker, words)
         elif verb == "beat":
             speaker.heartbeats += 1
-            message = Heartbeat(speaker.heartbeats, attempts=self._held(speaker, words))
+            message = Heartbeat(
+                speaker.heartbeats, attempts=self._held(speaker, words), progress=_said(words)
+            )
         elif verb == "goodbye":
             speaker.connected = False
             message = Goodbye(int(words["for"]) if "for" in words else None)
@@ -235,7 +250,19 @@ def _spec(words: Words) -> JobSpec:
         max_restarts=int(words.get("restarts", 3)),
         replication=Replication(words.get("replication", "automatic")),
         hold="hold" in words,
+        keep_checkpoints=int(words.get("keep", 3)),
     )
+
+
+def _choice(words: Words) -> CheckpointChoice:
+    return CheckpointChoice(
+        words.get("digest", ""), int(words["step"]) if "step" in words else None
+    )
+
+
+def _said(words: Words) -> tuple[tuple[str, Progress], ...]:
+    attempt, _, step = words.get("at", "").partition("@")
+    return ((attempt, Progress(int(step))),) if attempt else ()
 
 
 def _started(words: Words) -> AttemptStarted:
@@ -268,6 +295,9 @@ _REQUESTS: dict[str, Callable[[str, Words], RequestBody]] = {
     "jobs": lambda _, words: ListJobs(
         page_size=int(words.get("size", 0)), before_job_id=int(words.get("before", 0))
     ),
+    "checkpoints": lambda name, _: ListCheckpoints(int(name)),
+    "pin": lambda name, words: PinCheckpoint(int(name), _choice(words)),
+    "unpin": lambda name, words: UnpinCheckpoint(int(name), _choice(words) if words else None),
     "nodes": lambda _, __: ListNodes(),
     "cordon": lambda name, _: CordonNode(name),
     "drain": lambda name, _: DrainNode(name),

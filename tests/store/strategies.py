@@ -32,6 +32,9 @@ Value = TypeVar("Value")
 _INTEGERS = st.integers(-(2**63), 2**63 - 1)
 _TEXTS = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=20)
 
+# JSON has no word for the others; wire and agent let none in.
+_FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
 _JOB_IDS = st.integers(1, 3)
 _EPOCHS = st.integers(1, 3)
 _SEQUENCES = st.integers(1, 5)
@@ -44,6 +47,8 @@ def of_type(hint: Any) -> st.SearchStrategy[Any]:
         return st.booleans()
     if hint is int:
         return _INTEGERS
+    if hint is float:
+        return _FLOATS
     if hint is str:
         return _TEXTS
     if isinstance(hint, EnumType):

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from agent import wire as agent_wire
 from agent.core import messages as am
+from agent.core import trainer_messages as at
 from agent.core import values as av
 from coordinator import wire as coordinator_wire
+from coordinator.core import accounting, model
 from coordinator.core import messages as cm
-from coordinator.core import model
+from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Instant
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
@@ -49,14 +51,24 @@ def maybe(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 METRICS = st.dictionaries(TEXT, RATIO, max_size=3).map(lambda d: tuple(sorted(d.items())))
 HELD = st.builds(am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans())
-PROGRESS = st.builds(am.Progress, COUNT, COUNT, METRICS)
+SECONDS = st.floats(0, 1e9)
+TRAINER_TIME = st.builds(at.TrainerTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
+PROGRESS = st.builds(am.Progress, COUNT, COUNT, METRICS, maybe(TRAINER_TIME))
 HOST_SAMPLE = st.builds(av.HostSample, RATIO, COUNT, COUNT, RATIO)
 GPU_SAMPLE = st.builds(
     av.GpuSample, TEXT, maybe(RATIO), maybe(COUNT), maybe(SMALL), maybe(COUNT), maybe(COUNT),
     maybe(SMALL), maybe(SMALL), TEXT,
 )  # fmt: skip
 BODY = st.one_of(
-    st.builds(am.AttemptStarted, SMALL, DIGEST, COUNT, many(st.tuples(DIGEST, TEXT))),
+    st.builds(
+        am.AttemptStarted,
+        SMALL,
+        DIGEST,
+        COUNT,
+        many(st.tuples(DIGEST, TEXT)),
+        maybe(DURATION_MS),
+        maybe(DURATION_MS),
+    ),
     st.builds(am.AttemptExited, maybe(SMALL), maybe(SMALL), TEXT),
     st.builds(am.AttemptRefused, TEXT, st.booleans()),
     st.builds(am.AttemptMilestone, TEXT),
@@ -98,6 +110,7 @@ SPEC = st.builds(
     replication=st.sampled_from(model.Replication),
     slurm_environment=st.booleans(),
     hold=st.booleans(),
+    keep_checkpoints=SMALL,
 )
 ORDER = st.one_of(
     st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
@@ -165,6 +178,34 @@ def check_spec(said: model.JobSpec, heard: am.JobSpec) -> None:
 def test_a_specification_survives_its_submission(spec: model.JobSpec) -> None:
     sent = types.JobSpec.FromString(coordinator_wire.encode_spec(spec).SerializeToString())
     assert coordinator_wire.decode_spec(sent) == spec
+
+
+ACCOUNT_FIELDS = types.Accounting.DESCRIPTOR.fields
+ACCOUNT = st.builds(
+    model.Accounting,
+    **dict.fromkeys(("wall_s", *accounting.PARTS), SECONDS),
+    overstated_ratio=st.floats(1, 1e9),
+    measured=st.booleans(),
+)
+VIEW = st.builds(
+    model.JobView,
+    st.just(model.Job(1, model.JobSpec(), JobPhase.ACTIVE, 0, epoch=1)),
+    st.just((model.Attempt(1, 1, "n1", (), AttemptPhase.RUNNING, 0),)),
+    accounts=ACCOUNT.map(lambda account: (account,)) | st.just(()),
+    accounting=maybe(ACCOUNT),
+)
+
+
+@settings(max_examples=60)
+@given(VIEW)
+def test_an_account_is_shown_as_it_is(view: model.JobView) -> None:
+    heard = types.Job.FromString(coordinator_wire.encode_job(view).SerializeToString())
+    attempt_account = view.accounts[0] if view.accounts else None
+    for message, account in ((heard, view.accounting), (heard.attempts[0], attempt_account)):
+        assert message.HasField("accounting") == (account is not None)
+        if account is not None:
+            shown = [getattr(message.accounting, field.name) for field in ACCOUNT_FIELDS]
+            assert shown == list(dataclasses.astuple(account))
 
 
 # --- nonsense -----------------------------------------------------------------------------------
@@ -274,6 +315,12 @@ def hello(**fields: object) -> pb.SessionRequest:
     return pb.SessionRequest(hello=pb.Hello(**said))  # type: ignore[arg-type]
 
 
+def told_time(**seconds: float) -> pb.SessionRequest:
+    progress = types.Progress(step=1, time=types.TrainerTime(**seconds))
+    told = pb.AttemptProgress(attempt="1.1", progress=progress)
+    return pb.SessionRequest(heartbeat=pb.Heartbeat(sequence=1, progress=[told]))
+
+
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
@@ -298,6 +345,9 @@ def hello(**fields: object) -> pb.SessionRequest:
             ),
             "is no digest",
         ),
+        (told_time(step_seconds=-1), "step_s is -1.0; it must be between 0 and"),
+        (told_time(capture_seconds=float("nan")), "capture_s is nan"),
+        (told_time(restore_seconds=float("inf")), "restore_s is inf"),
     ],
 )  # fmt: skip
 def test_the_coordinator_says_what_is_wrong(message: pb.SessionRequest, sentence: str) -> None:

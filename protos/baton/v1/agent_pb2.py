@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/agent.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12%\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x14.baton.v1.AgentEventH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.baton.v1.GoodbyeH\x00\x42\t\n\x07message\"\x9e\x03\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12/\n\rlease_renewal\x18\x02 \x01(\x0b\x32\x16.baton.v1.LeaseRenewalH\x00\x12\'\n\tevent_ack\x18\x03 \x01(\x0b\x32\x12.baton.v1.EventAckH\x00\x12/\n\rstart_attempt\x18\x04 \x01(\x0b\x32\x16.baton.v1.StartAttemptH\x00\x12-\n\x0cstop_attempt\x18\x05 \x01(\x0b\x32\x15.baton.v1.StopAttemptH\x00\x12\x38\n\x12set_replica_target\x18\x06 \x01(\x0b\x32\x1a.baton.v1.SetReplicaTargetH\x00\x12/\n\rcommit_result\x18\x07 \x01(\x0b\x32\x16.baton.v1.CommitResultH\x00\x12\x35\n\x10keep_checkpoints\x18\x08 \x01(\x0b\x32\x19.baton.v1.KeepCheckpointsH\x00\x42\t\n\x07message\"\xe1\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x14\n\x0cpeer_address\x18\x03 \x01(\t\x12!\n\x04host\x18\x04 \x01(\x0b\x32\x13.baton.v1.HostFacts\x12 \n\x04gpus\x18\x05 \x03(\x0b\x32\x12.baton.v1.GpuFacts\x12\'\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12\x13\n\x0b\x63heckpoints\x18\x07 \x03(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x08 \x01(\x03\"<\n\x08GpuFacts\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"?\n\x0bHeldAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04live\x18\x03 \x01(\x08\"\xc0\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12%\n\x04host\x18\x02 \x01(\x0b\x32\x17.baton.v1.HostTelemetry\x12$\n\x04gpus\x18\x03 \x03(\x0b\x32\x16.baton.v1.GpuTelemetry\x12\'\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12+\n\x08progress\x18\x05 \x03(\x0b\x32\x19.baton.v1.AttemptProgress\"H\n\x0f\x41ttemptProgress\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12$\n\x08progress\x18\x02 \x01(\x0b\x32\x12.baton.v1.Progress\"\xd5\x02\n\nAgentEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\t\x12+\n\x07started\x18\x04 \x01(\x0b\x32\x18.baton.v1.AttemptStartedH\x00\x12)\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x17.baton.v1.AttemptExitedH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.AttemptRefusedH\x00\x12/\n\tmilestone\x18\x07 \x01(\x0b\x32\x1a.baton.v1.AttemptMilestoneH\x00\x12;\n\x13\x63heckpoint_proposed\x18\x08 \x01(\x0b\x32\x1c.baton.v1.CheckpointProposedH\x00\x42\x07\n\x05\x65vent\"{\n\x0e\x41ttemptStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x17\n\x0frestored_digest\x18\x02 \x01(\t\x12\x15\n\rrestored_step\x18\x03 \x01(\x03\x12,\n\x07skipped\x18\x04 \x03(\x0b\x32\x1b.baton.v1.SkippedCheckpoint\"3\n\x11SkippedCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"e\n\rAttemptExited\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x0c\n\n_exit_codeB\t\n\x07_signal\"3\n\x0e\x41ttemptRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tpermanent\x18\x02 \x01(\x08\" \n\x10\x41ttemptMilestone\x12\x0c\n\x04name\x18\x01 \x01(\t\"h\n\x12\x43heckpointProposed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08replicas\x18\x05 \x03(\t\"F\n\x07Goodbye\x12/\n\x07\x61\x62sence\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\n\n\x08_absence\"\x9f\x01\n\x07Welcome\x12\x14\n\x0cleader_epoch\x18\x01 \x01(\x03\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x03\"*\n\x0cLeaseRenewal\x12\x1a\n\x12heartbeat_sequence\x18\x01 \x01(\x03\"\x1c\n\x08\x45ventAck\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xe1\x01\n\x0cStartAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12.\n\ncandidates\x18\x04 \x03(\x0b\x32\x1a.baton.v1.RestoreCandidate\x12\x32\n\x0ereplica_target\x18\x05 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x15\n\rrestart_count\x18\x06 \x01(\x05\x42\x11\n\x0f_replica_target\"X\n\x10RestoreCandidate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12&\n\x07sources\x18\x03 \x03(\x0b\x32\x15.baton.v1.PeerAddress\",\n\x0bPeerAddress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"g\n\x0bStopAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12-\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x08\n\x06_grace\"l\n\x10SetReplicaTarget\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x10\n\x08required\x18\x03 \x01(\x08\x42\t\n\x07_target\"_\n\x0c\x43ommitResult\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04head\x18\x05 \x01(\t\"\"\n\x0fKeepCheckpoints\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t2R\n\x0c\x41gentService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/agent.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12%\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x14.baton.v1.AgentEventH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.baton.v1.GoodbyeH\x00\x42\t\n\x07message\"\x9e\x03\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12/\n\rlease_renewal\x18\x02 \x01(\x0b\x32\x16.baton.v1.LeaseRenewalH\x00\x12\'\n\tevent_ack\x18\x03 \x01(\x0b\x32\x12.baton.v1.EventAckH\x00\x12/\n\rstart_attempt\x18\x04 \x01(\x0b\x32\x16.baton.v1.StartAttemptH\x00\x12-\n\x0cstop_attempt\x18\x05 \x01(\x0b\x32\x15.baton.v1.StopAttemptH\x00\x12\x38\n\x12set_replica_target\x18\x06 \x01(\x0b\x32\x1a.baton.v1.SetReplicaTargetH\x00\x12/\n\rcommit_result\x18\x07 \x01(\x0b\x32\x16.baton.v1.CommitResultH\x00\x12\x35\n\x10keep_checkpoints\x18\x08 \x01(\x0b\x32\x19.baton.v1.KeepCheckpointsH\x00\x42\t\n\x07message\"\xe1\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x14\n\x0cpeer_address\x18\x03 \x01(\t\x12!\n\x04host\x18\x04 \x01(\x0b\x32\x13.baton.v1.HostFacts\x12 \n\x04gpus\x18\x05 \x03(\x0b\x32\x12.baton.v1.GpuFacts\x12\'\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12\x13\n\x0b\x63heckpoints\x18\x07 \x03(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x08 \x01(\x03\"<\n\x08GpuFacts\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"?\n\x0bHeldAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04live\x18\x03 \x01(\x08\"\xc0\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12%\n\x04host\x18\x02 \x01(\x0b\x32\x17.baton.v1.HostTelemetry\x12$\n\x04gpus\x18\x03 \x03(\x0b\x32\x16.baton.v1.GpuTelemetry\x12\'\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12+\n\x08progress\x18\x05 \x03(\x0b\x32\x19.baton.v1.AttemptProgress\"H\n\x0f\x41ttemptProgress\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12$\n\x08progress\x18\x02 \x01(\x0b\x32\x12.baton.v1.Progress\"\xd5\x02\n\nAgentEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\t\x12+\n\x07started\x18\x04 \x01(\x0b\x32\x18.baton.v1.AttemptStartedH\x00\x12)\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x17.baton.v1.AttemptExitedH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.AttemptRefusedH\x00\x12/\n\tmilestone\x18\x07 \x01(\x0b\x32\x1a.baton.v1.AttemptMilestoneH\x00\x12;\n\x13\x63heckpoint_proposed\x18\x08 \x01(\x0b\x32\x1c.baton.v1.CheckpointProposedH\x00\x42\x07\n\x05\x65vent\"\xf1\x01\n\x0e\x41ttemptStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x17\n\x0frestored_digest\x18\x02 \x01(\t\x12\x15\n\rrestored_step\x18\x03 \x01(\x03\x12,\n\x07skipped\x18\x04 \x03(\x0b\x32\x1b.baton.v1.SkippedCheckpoint\x12/\n\x07restore\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12-\n\x05start\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x42\n\n\x08_restoreB\x08\n\x06_start\"3\n\x11SkippedCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"e\n\rAttemptExited\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x0c\n\n_exit_codeB\t\n\x07_signal\"3\n\x0e\x41ttemptRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tpermanent\x18\x02 \x01(\x08\" \n\x10\x41ttemptMilestone\x12\x0c\n\x04name\x18\x01 \x01(\t\"h\n\x12\x43heckpointProposed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08replicas\x18\x05 \x03(\t\"F\n\x07Goodbye\x12/\n\x07\x61\x62sence\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\n\n\x08_absence\"\x9f\x01\n\x07Welcome\x12\x14\n\x0cleader_epoch\x18\x01 \x01(\x03\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x03\"*\n\x0cLeaseRenewal\x12\x1a\n\x12heartbeat_sequence\x18\x01 \x01(\x03\"\x1c\n\x08\x45ventAck\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xe1\x01\n\x0cStartAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12.\n\ncandidates\x18\x04 \x03(\x0b\x32\x1a.baton.v1.RestoreCandidate\x12\x32\n\x0ereplica_target\x18\x05 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x15\n\rrestart_count\x18\x06 \x01(\x05\x42\x11\n\x0f_replica_target\"X\n\x10RestoreCandidate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12&\n\x07sources\x18\x03 \x03(\x0b\x32\x15.baton.v1.PeerAddress\",\n\x0bPeerAddress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"g\n\x0bStopAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12-\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\tB\x08\n\x06_grace\"l\n\x10SetReplicaTarget\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x10\n\x08required\x18\x03 \x01(\x08\x42\t\n\x07_target\"_\n\x0c\x43ommitResult\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04head\x18\x05 \x01(\t\"\"\n\x0fKeepCheckpoints\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t2R\n\x0c\x41gentService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,40 +50,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTEMPTPROGRESS']._serialized_end=1343
   _globals['_AGENTEVENT']._serialized_start=1346
   _globals['_AGENTEVENT']._serialized_end=1687
-  _globals['_ATTEMPTSTARTED']._serialized_start=1689
-  _globals['_ATTEMPTSTARTED']._serialized_end=1812
-  _globals['_SKIPPEDCHECKPOINT']._serialized_start=1814
-  _globals['_SKIPPEDCHECKPOINT']._serialized_end=1865
-  _globals['_ATTEMPTEXITED']._serialized_start=1867
-  _globals['_ATTEMPTEXITED']._serialized_end=1968
-  _globals['_ATTEMPTREFUSED']._serialized_start=1970
-  _globals['_ATTEMPTREFUSED']._serialized_end=2021
-  _globals['_ATTEMPTMILESTONE']._serialized_start=2023
-  _globals['_ATTEMPTMILESTONE']._serialized_end=2055
-  _globals['_CHECKPOINTPROPOSED']._serialized_start=2057
-  _globals['_CHECKPOINTPROPOSED']._serialized_end=2161
-  _globals['_GOODBYE']._serialized_start=2163
-  _globals['_GOODBYE']._serialized_end=2233
-  _globals['_WELCOME']._serialized_start=2236
-  _globals['_WELCOME']._serialized_end=2395
-  _globals['_LEASERENEWAL']._serialized_start=2397
-  _globals['_LEASERENEWAL']._serialized_end=2439
-  _globals['_EVENTACK']._serialized_start=2441
-  _globals['_EVENTACK']._serialized_end=2469
-  _globals['_STARTATTEMPT']._serialized_start=2472
-  _globals['_STARTATTEMPT']._serialized_end=2697
-  _globals['_RESTORECANDIDATE']._serialized_start=2699
-  _globals['_RESTORECANDIDATE']._serialized_end=2787
-  _globals['_PEERADDRESS']._serialized_start=2789
-  _globals['_PEERADDRESS']._serialized_end=2833
-  _globals['_STOPATTEMPT']._serialized_start=2835
-  _globals['_STOPATTEMPT']._serialized_end=2938
-  _globals['_SETREPLICATARGET']._serialized_start=2940
-  _globals['_SETREPLICATARGET']._serialized_end=3048
-  _globals['_COMMITRESULT']._serialized_start=3050
-  _globals['_COMMITRESULT']._serialized_end=3145
-  _globals['_KEEPCHECKPOINTS']._serialized_start=3147
-  _globals['_KEEPCHECKPOINTS']._serialized_end=3181
-  _globals['_AGENTSERVICE']._serialized_start=3183
-  _globals['_AGENTSERVICE']._serialized_end=3265
+  _globals['_ATTEMPTSTARTED']._serialized_start=1690
+  _globals['_ATTEMPTSTARTED']._serialized_end=1931
+  _globals['_SKIPPEDCHECKPOINT']._serialized_start=1933
+  _globals['_SKIPPEDCHECKPOINT']._serialized_end=1984
+  _globals['_ATTEMPTEXITED']._serialized_start=1986
+  _globals['_ATTEMPTEXITED']._serialized_end=2087
+  _globals['_ATTEMPTREFUSED']._serialized_start=2089
+  _globals['_ATTEMPTREFUSED']._serialized_end=2140
+  _globals['_ATTEMPTMILESTONE']._serialized_start=2142
+  _globals['_ATTEMPTMILESTONE']._serialized_end=2174
+  _globals['_CHECKPOINTPROPOSED']._serialized_start=2176
+  _globals['_CHECKPOINTPROPOSED']._serialized_end=2280
+  _globals['_GOODBYE']._serialized_start=2282
+  _globals['_GOODBYE']._serialized_end=2352
+  _globals['_WELCOME']._serialized_start=2355
+  _globals['_WELCOME']._serialized_end=2514
+  _globals['_LEASERENEWAL']._serialized_start=2516
+  _globals['_LEASERENEWAL']._serialized_end=2558
+  _globals['_EVENTACK']._serialized_start=2560
+  _globals['_EVENTACK']._serialized_end=2588
+  _globals['_STARTATTEMPT']._serialized_start=2591
+  _globals['_STARTATTEMPT']._serialized_end=2816
+  _globals['_RESTORECANDIDATE']._serialized_start=2818
+  _globals['_RESTORECANDIDATE']._serialized_end=2906
+  _globals['_PEERADDRESS']._serialized_start=2908
+  _globals['_PEERADDRESS']._serialized_end=2952
+  _globals['_STOPATTEMPT']._serialized_start=2954
+  _globals['_STOPATTEMPT']._serialized_end=3057
+  _globals['_SETREPLICATARGET']._serialized_start=3059
+  _globals['_SETREPLICATARGET']._serialized_end=3167
+  _globals['_COMMITRESULT']._serialized_start=3169
+  _globals['_COMMITRESULT']._serialized_end=3264
+  _globals['_KEEPCHECKPOINTS']._serialized_start=3266
+  _globals['_KEEPCHECKPOINTS']._serialized_end=3300
+  _globals['_AGENTSERVICE']._serialized_start=3302
+  _globals['_AGENTSERVICE']._serialized_end=3384
 # @@protoc_insertion_point(module_scope)

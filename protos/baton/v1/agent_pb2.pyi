@@ -338,6 +338,8 @@ class AttemptStarted(_message.Message):
     RESTORED_DIGEST_FIELD_NUMBER: _builtins.int
     RESTORED_STEP_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    RESTORE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     restored_digest: _builtins.str
     """The checkpoint it resumes from; empty: from nothing."""
@@ -346,6 +348,14 @@ class AttemptStarted(_message.Message):
     def skipped(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkippedCheckpoint]:
         """Newer checkpoints that did not verify anywhere, newest first."""
 
+    @_builtins.property
+    def restore(self) -> _duration_pb2.Duration:
+        """How long fetching and laying out its checkpoint took. Absent: from nothing, or not known."""
+
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """From the order to the running program, without `restore`. Absent: not known."""
+
     def __init__(
         self,
         *,
@@ -353,12 +363,21 @@ class AttemptStarted(_message.Message):
         restored_digest: _builtins.str = ...,
         restored_step: _builtins.int = ...,
         skipped: _abc.Iterable[Global___SkippedCheckpoint] | None = ...,
+        restore: _duration_pb2.Duration | None = ...,
+        start: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_restore", b"_restore", "_start", b"_start", "restore", b"restore", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid", "restored_digest", b"restored_digest", "restored_step", b"restored_step", "skipped", b"skipped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restore", b"_restore", "_start", b"_start", "pid", b"pid", "restore", b"restore", "restored_digest", b"restored_digest", "restored_step", b"restored_step", "skipped", b"skipped", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__restore: _TypeAlias = _typing.Literal["restore"]  # noqa: Y015
+    _WhichOneofArgType__restore: _TypeAlias = _typing.Literal["_restore", b"_restore"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__restore) -> _WhichOneofReturnType__restore | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
 
 Global___AttemptStarted: _TypeAlias = AttemptStarted  # noqa: Y015
 

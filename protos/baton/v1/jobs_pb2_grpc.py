@@ -130,9 +130,9 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RequeueJob(self, request, context):
-        """Checkpoints and stops an active job and queues it again; runs an ended job again from its last
-        checkpoint. A queued job is refused, unless it waits for a checkpoint out of reach and the
-        request abandons it.
+        """Checkpoints and stops an active job and queues it again; runs an ended job, or one that is held
+        because it failed at one step again and again, from its last checkpoint. A queued job is
+        refused, unless it waits for a checkpoint out of reach and the request abandons it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,9 +47,9 @@ class JobServiceStub:
     ReleaseJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ReleaseJobRequest, _jobs_pb2.ReleaseJobResponse]
     """Puts a held job back to its old place in the queue."""
     RequeueJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RequeueJobRequest, _jobs_pb2.RequeueJobResponse]
-    """Checkpoints and stops an active job and queues it again; runs an ended job again from its last
-    checkpoint. A queued job is refused, unless it waits for a checkpoint out of reach and the
-    request abandons it.
+    """Checkpoints and stops an active job and queues it again; runs an ended job, or one that is held
+    because it failed at one step again and again, from its last checkpoint. A queued job is
+    refused, unless it waits for a checkpoint out of reach and the request abandons it.
     """
     ExplainJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ExplainJobRequest, _jobs_pb2.ExplainJobResponse]
     """Why it waits or why it runs there, in one sentence with numbers."""
@@ -72,9 +72,9 @@ class JobServiceAsyncStub(JobServiceStub):
     ReleaseJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ReleaseJobRequest, _jobs_pb2.ReleaseJobResponse]  # type: ignore[assignment]
     """Puts a held job back to its old place in the queue."""
     RequeueJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RequeueJobRequest, _jobs_pb2.RequeueJobResponse]  # type: ignore[assignment]
-    """Checkpoints and stops an active job and queues it again; runs an ended job again from its last
-    checkpoint. A queued job is refused, unless it waits for a checkpoint out of reach and the
-    request abandons it.
+    """Checkpoints and stops an active job and queues it again; runs an ended job, or one that is held
+    because it failed at one step again and again, from its last checkpoint. A queued job is
+    refused, unless it waits for a checkpoint out of reach and the request abandons it.
     """
     ExplainJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ExplainJobRequest, _jobs_pb2.ExplainJobResponse]  # type: ignore[assignment]
     """Why it waits or why it runs there, in one sentence with numbers."""
@@ -136,9 +136,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.RequeueJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.RequeueJobResponse, _abc.Awaitable[_jobs_pb2.RequeueJobResponse]]:
-        """Checkpoints and stops an active job and queues it again; runs an ended job again from its last
-        checkpoint. A queued job is refused, unless it waits for a checkpoint out of reach and the
-        request abandons it.
+        """Checkpoints and stops an active job and queues it again; runs an ended job, or one that is held
+        because it failed at one step again and again, from its last checkpoint. A queued job is
+        refused, unless it waits for a checkpoint out of reach and the request abandons it.
         """
 
     @_abc_1.abstractmethod

@@ -22,39 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/peer.proto\x12\x08\x62\x61ton.v1\"%\n\x12\x46indMissingRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"&\n\x13\x46indMissingResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"h\n\x14PutCheckpointRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x12.baton.v1.ManifestH\x00\x42\x06\n\x04part\"9\n\x05\x43hunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"(\n\x08Manifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"/\n\x15PutCheckpointResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"#\n\x13GetManifestResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"#\n\x10GetChunksRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"3\n\x11GetChunksResponse\x12\x1e\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Chunk\"U\n\x0eReadLogRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x12\n\ntail_bytes\x18\x04 \x01(\x03\"/\n\x0fReadLogResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\x83\x03\n\x0bPeerService\x12J\n\x0b\x46indMissing\x12\x1c.baton.v1.FindMissingRequest\x1a\x1d.baton.v1.FindMissingResponse\x12R\n\rPutCheckpoint\x12\x1e.baton.v1.PutCheckpointRequest\x1a\x1f.baton.v1.PutCheckpointResponse(\x01\x12J\n\x0bGetManifest\x12\x1c.baton.v1.GetManifestRequest\x1a\x1d.baton.v1.GetManifestResponse\x12\x46\n\tGetChunks\x12\x1a.baton.v1.GetChunksRequest\x1a\x1b.baton.v1.GetChunksResponse0\x01\x12@\n\x07ReadLog\x12\x18.baton.v1.ReadLogRequest\x1a\x19.baton.v1.ReadLogResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/peer.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\"%\n\x12\x46indMissingRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"&\n\x13\x46indMissingResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"h\n\x14PutCheckpointRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x0f.baton.v1.ChunkH\x00\x12&\n\x08manifest\x18\x02 \x01(\x0b\x32\x12.baton.v1.ManifestH\x00\x42\x06\n\x04part\"9\n\x05\x43hunk\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"(\n\x08Manifest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"/\n\x15PutCheckpointResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"#\n\x13GetManifestResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"#\n\x10GetChunksRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"3\n\x11GetChunksResponse\x12\x1e\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Chunk\"U\n\x0eReadLogRequest\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x12\n\ntail_bytes\x18\x04 \x01(\x03\"/\n\x0fReadLogResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x83\x01\n\x13OpenTransferRequest\x12\x0b\n\x03job\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12.\n\tdirection\x18\x04 \x01(\x0e\x32\x1b.baton.v1.TransferDirection\x12\x10\n\x08manifest\x18\x05 \x01(\x0c\"]\n\x14OpenTransferResponse\x12\x0c\n\x04port\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12(\n\x05valid\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*r\n\x11TransferDirection\x12\"\n\x1eTRANSFER_DIRECTION_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRANSFER_DIRECTION_FETCH\x10\x01\x12\x1b\n\x17TRANSFER_DIRECTION_PUSH\x10\x02\x32\xd2\x03\n\x0bPeerService\x12J\n\x0b\x46indMissing\x12\x1c.baton.v1.FindMissingRequest\x1a\x1d.baton.v1.FindMissingResponse\x12R\n\rPutCheckpoint\x12\x1e.baton.v1.PutCheckpointRequest\x1a\x1f.baton.v1.PutCheckpointResponse(\x01\x12J\n\x0bGetManifest\x12\x1c.baton.v1.GetManifestRequest\x1a\x1d.baton.v1.GetManifestResponse\x12\x46\n\tGetChunks\x12\x1a.baton.v1.GetChunksRequest\x1a\x1b.baton.v1.GetChunksResponse0\x01\x12@\n\x07ReadLog\x12\x18.baton.v1.ReadLogRequest\x1a\x19.baton.v1.ReadLogResponse0\x01\x12M\n\x0cOpenTransfer\x12\x1d.baton.v1.OpenTransferRequest\x1a\x1e.baton.v1.OpenTransferResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINDMISSINGREQUEST']._serialized_start=33
-  _globals['_FINDMISSINGREQUEST']._serialized_end=70
-  _globals['_FINDMISSINGRESPONSE']._serialized_start=72
-  _globals['_FINDMISSINGRESPONSE']._serialized_end=110
-  _globals['_PUTCHECKPOINTREQUEST']._serialized_start=112
-  _globals['_PUTCHECKPOINTREQUEST']._serialized_end=216
-  _globals['_CHUNK']._serialized_start=218
-  _globals['_CHUNK']._serialized_end=275
-  _globals['_MANIFEST']._serialized_start=277
-  _globals['_MANIFEST']._serialized_end=317
-  _globals['_PUTCHECKPOINTRESPONSE']._serialized_start=319
-  _globals['_PUTCHECKPOINTRESPONSE']._serialized_end=366
-  _globals['_GETMANIFESTREQUEST']._serialized_start=368
-  _globals['_GETMANIFESTREQUEST']._serialized_end=404
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=406
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=441
-  _globals['_GETCHUNKSREQUEST']._serialized_start=443
-  _globals['_GETCHUNKSREQUEST']._serialized_end=478
-  _globals['_GETCHUNKSRESPONSE']._serialized_start=480
-  _globals['_GETCHUNKSRESPONSE']._serialized_end=531
-  _globals['_READLOGREQUEST']._serialized_start=533
-  _globals['_READLOGREQUEST']._serialized_end=618
-  _globals['_READLOGRESPONSE']._serialized_start=620
-  _globals['_READLOGRESPONSE']._serialized_end=667
-  _globals['_PEERSERVICE']._serialized_start=670
-  _globals['_PEERSERVICE']._serialized_end=1057
+  _globals['_TRANSFERDIRECTION']._serialized_start=930
+  _globals['_TRANSFERDIRECTION']._serialized_end=1044
+  _globals['_FINDMISSINGREQUEST']._serialized_start=65
+  _globals['_FINDMISSINGREQUEST']._serialized_end=102
+  _globals['_FINDMISSINGRESPONSE']._serialized_start=104
+  _globals['_FINDMISSINGRESPONSE']._serialized_end=142
+  _globals['_PUTCHECKPOINTREQUEST']._serialized_start=144
+  _globals['_PUTCHECKPOINTREQUEST']._serialized_end=248
+  _globals['_CHUNK']._serialized_start=250
+  _globals['_CHUNK']._serialized_end=307
+  _globals['_MANIFEST']._serialized_start=309
+  _globals['_MANIFEST']._serialized_end=349
+  _globals['_PUTCHECKPOINTRESPONSE']._serialized_start=351
+  _globals['_PUTCHECKPOINTRESPONSE']._serialized_end=398
+  _globals['_GETMANIFESTREQUEST']._serialized_start=400
+  _globals['_GETMANIFESTREQUEST']._serialized_end=436
+  _globals['_GETMANIFESTRESPONSE']._serialized_start=438
+  _globals['_GETMANIFESTRESPONSE']._serialized_end=473
+  _globals['_GETCHUNKSREQUEST']._serialized_start=475
+  _globals['_GETCHUNKSREQUEST']._serialized_end=510
+  _globals['_GETCHUNKSRESPONSE']._serialized_start=512
+  _globals['_GETCHUNKSRESPONSE']._serialized_end=563
+  _globals['_READLOGREQUEST']._serialized_start=565
+  _globals['_READLOGREQUEST']._serialized_end=650
+  _globals['_READLOGRESPONSE']._serialized_start=652
+  _globals['_READLOGRESPONSE']._serialized_end=699
+  _globals['_OPENTRANSFERREQUEST']._serialized_start=702
+  _globals['_OPENTRANSFERREQUEST']._serialized_end=833
+  _globals['_OPENTRANSFERRESPONSE']._serialized_start=835
+  _globals['_OPENTRANSFERRESPONSE']._serialized_end=928
+  _globals['_PEERSERVICE']._serialized_start=1047
+  _globals['_PEERSERVICE']._serialized_end=1513
 # @@protoc_insertion_point(module_scope)

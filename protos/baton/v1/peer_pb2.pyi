@@ -7,8 +7,10 @@ runs anything.
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +21,27 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _TransferDirection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransferDirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransferDirection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFER_DIRECTION_UNSPECIFIED: _TransferDirection.ValueType  # 0
+    TRANSFER_DIRECTION_FETCH: _TransferDirection.ValueType  # 1
+    """The caller reads chunks that are here."""
+    TRANSFER_DIRECTION_PUSH: _TransferDirection.ValueType  # 2
+    """The caller brings chunks."""
+
+class TransferDirection(_TransferDirection, metaclass=_TransferDirectionEnumTypeWrapper): ...
+
+TRANSFER_DIRECTION_UNSPECIFIED: TransferDirection.ValueType  # 0
+TRANSFER_DIRECTION_FETCH: TransferDirection.ValueType  # 1
+"""The caller reads chunks that are here."""
+TRANSFER_DIRECTION_PUSH: TransferDirection.ValueType  # 2
+"""The caller brings chunks."""
+Global___TransferDirection: _TypeAlias = TransferDirection  # noqa: Y015
 
 @_typing.final
 class FindMissingRequest(_message.Message):
@@ -292,3 +315,68 @@ class ReadLogResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadLogResponse: _TypeAlias = ReadLogResponse  # noqa: Y015
+
+@_typing.final
+class OpenTransferRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    job: _builtins.int
+    """Job and epoch that the manifest was written under."""
+    epoch: _builtins.int
+    digest: _builtins.str
+    """Of the manifest; only chunks that it names may be moved."""
+    direction: Global___TransferDirection.ValueType
+    """Unspecified is refused."""
+    manifest: _builtins.bytes
+    """The manifest's canonical bytes, for a push; empty for a fetch: this node has it."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        direction: Global___TransferDirection.ValueType = ...,
+        manifest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "direction", b"direction", "epoch", b"epoch", "job", b"job", "manifest", b"manifest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenTransferRequest: _TypeAlias = OpenTransferRequest  # noqa: Y015
+
+@_typing.final
+class OpenTransferResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    VALID_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """1 to 65535."""
+    token: _builtins.str
+    """Bound to this job, epoch, manifest and direction; ASCII, at most 256 characters."""
+    @_builtins.property
+    def valid(self) -> _duration_pb2.Duration:
+        """From now; after that the token is refused."""
+
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        token: _builtins.str = ...,
+        valid: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["valid", b"valid"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port", "token", b"token", "valid", b"valid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenTransferResponse: _TypeAlias = OpenTransferResponse  # noqa: Y015

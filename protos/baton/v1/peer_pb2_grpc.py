@@ -59,6 +59,11 @@ class PeerServiceStub:
                 request_serializer=baton_dot_v1_dot_peer__pb2.ReadLogRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_peer__pb2.ReadLogResponse.FromString,
                 _registered_method=True)
+        self.OpenTransfer = channel.unary_unary(
+                '/baton.v1.PeerService/OpenTransfer',
+                request_serializer=baton_dot_v1_dot_peer__pb2.OpenTransferRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_peer__pb2.OpenTransferResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer:
@@ -101,6 +106,18 @@ class PeerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenTransfer(self, request, context):
+        """Leave to move the chunks of one checkpoint over HTTP, on the host of this service: GET, HEAD
+        and PUT /chunks/<digest>, with "Authorization: Bearer <token>". It is HTTPS where this service
+        has TLS, with the same certificates. A push ends with PutCheckpoint of the manifest alone.
+        Whatever this answers, UNIMPLEMENTED by older agents too, GetChunks and PutCheckpoint remain.
+        NOT_FOUND: no such manifest here. FAILED_PRECONDITION: it is of another job or epoch.
+        RESOURCE_EXHAUSTED: too many transfers are open. UNAVAILABLE: HTTP is not served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +145,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.ReadLog,
                     request_deserializer=baton_dot_v1_dot_peer__pb2.ReadLogRequest.FromString,
                     response_serializer=baton_dot_v1_dot_peer__pb2.ReadLogResponse.SerializeToString,
+            ),
+            'OpenTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenTransfer,
+                    request_deserializer=baton_dot_v1_dot_peer__pb2.OpenTransferRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_peer__pb2.OpenTransferResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -265,6 +287,33 @@ class PeerService:
             '/baton.v1.PeerService/ReadLog',
             baton_dot_v1_dot_peer__pb2.ReadLogRequest.SerializeToString,
             baton_dot_v1_dot_peer__pb2.ReadLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.PeerService/OpenTransfer',
+            baton_dot_v1_dot_peer__pb2.OpenTransferRequest.SerializeToString,
+            baton_dot_v1_dot_peer__pb2.OpenTransferResponse.FromString,
             options,
             channel_credentials,
             insecure,

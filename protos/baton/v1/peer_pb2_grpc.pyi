@@ -46,6 +46,14 @@ class PeerServiceStub:
     """NOT_FOUND: not here. The receiver verifies the digest."""
     ReadLog: _grpc.UnaryStreamMultiCallable[_peer_pb2.ReadLogRequest, _peer_pb2.ReadLogResponse]
     """An attempt's captured output. NOT_FOUND: this node never ran it, or its log is gone."""
+    OpenTransfer: _grpc.UnaryUnaryMultiCallable[_peer_pb2.OpenTransferRequest, _peer_pb2.OpenTransferResponse]
+    """Leave to move the chunks of one checkpoint over HTTP, on the host of this service: GET, HEAD
+    and PUT /chunks/<digest>, with "Authorization: Bearer <token>". It is HTTPS where this service
+    has TLS, with the same certificates. A push ends with PutCheckpoint of the manifest alone.
+    Whatever this answers, UNIMPLEMENTED by older agents too, GetChunks and PutCheckpoint remain.
+    NOT_FOUND: no such manifest here. FAILED_PRECONDITION: it is of another job or epoch.
+    RESOURCE_EXHAUSTED: too many transfers are open. UNAVAILABLE: HTTP is not served.
+    """
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -63,6 +71,14 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """NOT_FOUND: not here. The receiver verifies the digest."""
     ReadLog: _aio.UnaryStreamMultiCallable[_peer_pb2.ReadLogRequest, _peer_pb2.ReadLogResponse]  # type: ignore[assignment]
     """An attempt's captured output. NOT_FOUND: this node never ran it, or its log is gone."""
+    OpenTransfer: _aio.UnaryUnaryMultiCallable[_peer_pb2.OpenTransferRequest, _peer_pb2.OpenTransferResponse]  # type: ignore[assignment]
+    """Leave to move the chunks of one checkpoint over HTTP, on the host of this service: GET, HEAD
+    and PUT /chunks/<digest>, with "Authorization: Bearer <token>". It is HTTPS where this service
+    has TLS, with the same certificates. A push ends with PutCheckpoint of the manifest alone.
+    Whatever this answers, UNIMPLEMENTED by older agents too, GetChunks and PutCheckpoint remain.
+    NOT_FOUND: no such manifest here. FAILED_PRECONDITION: it is of another job or epoch.
+    RESOURCE_EXHAUSTED: too many transfers are open. UNAVAILABLE: HTTP is not served.
+    """
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -107,5 +123,19 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_peer_pb2.ReadLogResponse], _abc.AsyncIterator[_peer_pb2.ReadLogResponse]]:
         """An attempt's captured output. NOT_FOUND: this node never ran it, or its log is gone."""
+
+    @_abc_1.abstractmethod
+    def OpenTransfer(
+        self,
+        request: _peer_pb2.OpenTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.OpenTransferResponse, _abc.Awaitable[_peer_pb2.OpenTransferResponse]]:
+        """Leave to move the chunks of one checkpoint over HTTP, on the host of this service: GET, HEAD
+        and PUT /chunks/<digest>, with "Authorization: Bearer <token>". It is HTTPS where this service
+        has TLS, with the same certificates. A push ends with PutCheckpoint of the manifest alone.
+        Whatever this answers, UNIMPLEMENTED by older agents too, GetChunks and PutCheckpoint remain.
+        NOT_FOUND: no such manifest here. FAILED_PRECONDITION: it is of another job or epoch.
+        RESOURCE_EXHAUSTED: too many transfers are open. UNAVAILABLE: HTTP is not served.
+        """
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

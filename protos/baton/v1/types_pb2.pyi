@@ -123,7 +123,9 @@ class _JobPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobPhase.Val
     JOB_PHASE_QUEUED: _JobPhase.ValueType  # 1
     """Waits for capacity; `Job.reason` says for what."""
     JOB_PHASE_HELD: _JobPhase.ValueType  # 2
-    """Waits for its owner's release."""
+    """Waits for its owner's release, or is quarantined: it fails at one step from any checkpoint, and
+    `Job.reason` says so. Then its owner may requeue it as well.
+    """
     JOB_PHASE_ACTIVE: _JobPhase.ValueType  # 3
     """Has an attempt on a node."""
     JOB_PHASE_CANCELLING: _JobPhase.ValueType  # 4
@@ -138,7 +140,9 @@ JOB_PHASE_UNSPECIFIED: JobPhase.ValueType  # 0
 JOB_PHASE_QUEUED: JobPhase.ValueType  # 1
 """Waits for capacity; `Job.reason` says for what."""
 JOB_PHASE_HELD: JobPhase.ValueType  # 2
-"""Waits for its owner's release."""
+"""Waits for its owner's release, or is quarantined: it fails at one step from any checkpoint, and
+`Job.reason` says so. Then its owner may requeue it as well.
+"""
 JOB_PHASE_ACTIVE: JobPhase.ValueType  # 3
 """Has an attempt on a node."""
 JOB_PHASE_CANCELLING: JobPhase.ValueType  # 4
@@ -322,6 +326,7 @@ class JobSpec(_message.Message):
     REPLICATION_FIELD_NUMBER: _builtins.int
     SLURM_ENVIRONMENT_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
+    KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -330,7 +335,7 @@ class JobSpec(_message.Message):
     """Accounting label, 1 to 64 characters of [a-z0-9-]. Empty: "default"."""
     job_class: Global___JobClass.ValueType
     trainer: _builtins.str
-    """A built-in trainer: "transfer" or "finetune"."""
+    """A built-in trainer: "transfer", "finetune" or "lora"."""
     trainer_config_json: _builtins.str
     """The built-in trainer's configuration, a JSON object of at most 64 KiB. Relative paths are taken
     from `working_directory`.
@@ -353,6 +358,11 @@ class JobSpec(_message.Message):
     """Also set SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_NODELIST, SLURM_PROCID and their like."""
     hold: _builtins.bool
     """Submit in phase HELD."""
+    keep_checkpoints: _builtins.int
+    """How many of its newest committed checkpoints are kept while it is open, beside those that are
+    pinned; absent: 3. 1 to 64. With 1 there is none to fall back on when the last does not verify.
+    Of a job that has ended the last one is kept.
+    """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The command and its arguments, run as given, without a shell. Exactly one of `command` and
@@ -404,13 +414,19 @@ class JobSpec(_message.Message):
         replication: Global___Replication.ValueType = ...,
         slurm_environment: _builtins.bool = ...,
         hold: _builtins.bool = ...,
+        keep_checkpoints: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_restarts", b"_max_restarts", "grace", b"grace", "max_restarts", b"max_restarts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
+    _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
     _WhichOneofReturnType__max_restarts: _TypeAlias = _typing.Literal["max_restarts"]  # noqa: Y015
     _WhichOneofArgType__max_restarts: _TypeAlias = _typing.Literal["_max_restarts", b"_max_restarts"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_checkpoints) -> _WhichOneofReturnType__keep_checkpoints | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_restarts) -> _WhichOneofReturnType__max_restarts | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
@@ -430,6 +446,7 @@ class Job(_message.Message):
     SUBMIT_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    ACCOUNTING_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     phase: Global___JobPhase.ValueType
     reason: _builtins.str
@@ -458,6 +475,12 @@ class Job(_message.Message):
     def progress(self) -> Global___Progress:
         """What the trainer last said; absent before it said anything."""
 
+    @_builtins.property
+    def accounting(self) -> Global___Accounting:
+        """Where the time went, over the newest 100 attempts and the present wait for the next one; absent
+        before the first attempt and in lists.
+        """
+
     def __init__(
         self,
         *,
@@ -472,15 +495,20 @@ class Job(_message.Message):
         submit_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         progress: Global___Progress | None = ...,
+        accounting: Global___Accounting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint", "_progress", b"_progress", "checkpoint", b"checkpoint", "end_time", b"end_time", "progress", b"progress", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "accounting", b"accounting", "checkpoint", b"checkpoint", "end_time", b"end_time", "progress", b"progress", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint", "_progress", b"_progress", "attempts", b"attempts", "checkpoint", b"checkpoint", "end_time", b"end_time", "epoch", b"epoch", "failures", b"failures", "id", b"id", "phase", b"phase", "progress", b"progress", "reason", b"reason", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "accounting", b"accounting", "attempts", b"attempts", "checkpoint", b"checkpoint", "end_time", b"end_time", "epoch", b"epoch", "failures", b"failures", "id", b"id", "phase", b"phase", "progress", b"progress", "reason", b"reason", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
+    _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint: _TypeAlias = _typing.Literal["checkpoint"]  # noqa: Y015
     _WhichOneofArgType__checkpoint: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint"]  # noqa: Y015
     _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
     _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accounting) -> _WhichOneofReturnType__accounting | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint) -> _WhichOneofReturnType__checkpoint | None: ...
     @_typing.overload
@@ -505,6 +533,7 @@ class Attempt(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     RESTORED_STEP_FIELD_NUMBER: _builtins.int
     REPLICA_NODE_FIELD_NUMBER: _builtins.int
+    ACCOUNTING_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     epoch: _builtins.int
     node: _builtins.str
@@ -527,6 +556,10 @@ class Attempt(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def accounting(self) -> Global___Accounting:
+        """Where its time went, up to now if it runs; absent in lists."""
+
     def __init__(
         self,
         *,
@@ -543,17 +576,22 @@ class Attempt(_message.Message):
         reason: _builtins.str = ...,
         restored_step: _builtins.int | None = ...,
         replica_node: _builtins.str = ...,
+        accounting: Global___Accounting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "assign_time", b"assign_time", "end_time", b"end_time", "exit_code", b"exit_code", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "exit_code", b"exit_code", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
+    _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     _WhichOneofReturnType__restored_step: _TypeAlias = _typing.Literal["restored_step"]  # noqa: Y015
     _WhichOneofArgType__restored_step: _TypeAlias = _typing.Literal["_restored_step", b"_restored_step"]  # noqa: Y015
     _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
     _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accounting) -> _WhichOneofReturnType__accounting | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
     @_typing.overload
@@ -590,6 +628,7 @@ class Progress(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps done so far, counted from the job's beginning and not from the attempt's."""
     total_steps: _builtins.int
@@ -598,20 +637,133 @@ class Progress(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Names of at most 64 characters; at most 64 of them."""
 
+    @_builtins.property
+    def time(self) -> Global___TrainerTime:
+        """Absent where the trainer does not say."""
+
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         total_steps: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        time: Global___TrainerTime | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_time", b"_time", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_time", b"_time", "metrics", b"metrics", "step", b"step", "time", b"time", "total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__time: _TypeAlias = _typing.Literal["time"]  # noqa: Y015
+    _WhichOneofArgType__time: _TypeAlias = _typing.Literal["_time", b"_time"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__time) -> _WhichOneofReturnType__time | None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class TrainerTime(_message.Message):
+    """How a trainer's process has spent its time so far. Seconds, 0 to 1e9, none counted twice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATE_SECONDS_FIELD_NUMBER: _builtins.int
+    INPUT_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    CAPTURE_SECONDS_FIELD_NUMBER: _builtins.int
+    RESTORE_SECONDS_FIELD_NUMBER: _builtins.int
+    step_seconds: _builtins.float
+    """In steps, without waiting for input."""
+    evaluate_seconds: _builtins.float
+    """In evaluations."""
+    input_wait_seconds: _builtins.float
+    """In waiting for input."""
+    capture_seconds: _builtins.float
+    """In which a checkpoint kept the training waiting."""
+    restore_seconds: _builtins.float
+    """In loading the checkpoint that it resumed from."""
+    def __init__(
+        self,
+        *,
+        step_seconds: _builtins.float = ...,
+        evaluate_seconds: _builtins.float = ...,
+        input_wait_seconds: _builtins.float = ...,
+        capture_seconds: _builtins.float = ...,
+        restore_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_seconds", b"capture_seconds", "evaluate_seconds", b"evaluate_seconds", "input_wait_seconds", b"input_wait_seconds", "restore_seconds", b"restore_seconds", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Progress: _TypeAlias = Progress  # noqa: Y015
+Global___TrainerTime: _TypeAlias = TrainerTime  # noqa: Y015
+
+@_typing.final
+class Accounting(_message.Message):
+    """Where wall time went. The parts add up to `wall_seconds`, and none is negative. An attempt's wall
+    time begins when its job came back to the queue (for a job's first attempt: when it was assigned)
+    and ends when the attempt is known to be over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WALL_SECONDS_FIELD_NUMBER: _builtins.int
+    PRODUCTIVE_SECONDS_FIELD_NUMBER: _builtins.int
+    INPUT_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    CAPTURE_SECONDS_FIELD_NUMBER: _builtins.int
+    RECOMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    DETECT_SECONDS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_SECONDS_FIELD_NUMBER: _builtins.int
+    START_SECONDS_FIELD_NUMBER: _builtins.int
+    RESTORE_SECONDS_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    OVERSTATED_RATIO_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    wall_seconds: _builtins.float
+    productive_seconds: _builtins.float
+    """Steps that nobody had done before, and evaluations."""
+    input_wait_seconds: _builtins.float
+    capture_seconds: _builtins.float
+    recompute_seconds: _builtins.float
+    """Steps that an attempt before it had done already, and that were lost with it."""
+    detect_seconds: _builtins.float
+    """From the last sign of life to the knowledge that it is over."""
+    schedule_seconds: _builtins.float
+    """In the queue, between two attempts."""
+    start_seconds: _builtins.float
+    """From the assignment to the first step, without restoring."""
+    restore_seconds: _builtins.float
+    """Fetching the checkpoint, laying it out, and loading it."""
+    idle_seconds: _builtins.float
+    """All the rest."""
+    overstated_ratio: _builtins.float
+    """What the trainer said that it spent, divided by the time that there was, where that is more
+    than 1: its parts have been divided by this. 1: nothing had to be.
+    """
+    measured: _builtins.bool
+    """False: the trainer does not say its times, and all its time after its start counts as steps."""
+    def __init__(
+        self,
+        *,
+        wall_seconds: _builtins.float = ...,
+        productive_seconds: _builtins.float = ...,
+        input_wait_seconds: _builtins.float = ...,
+        capture_seconds: _builtins.float = ...,
+        recompute_seconds: _builtins.float = ...,
+        detect_seconds: _builtins.float = ...,
+        schedule_seconds: _builtins.float = ...,
+        start_seconds: _builtins.float = ...,
+        restore_seconds: _builtins.float = ...,
+        idle_seconds: _builtins.float = ...,
+        overstated_ratio: _builtins.float = ...,
+        measured: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_seconds", b"capture_seconds", "detect_seconds", b"detect_seconds", "idle_seconds", b"idle_seconds", "input_wait_seconds", b"input_wait_seconds", "measured", b"measured", "overstated_ratio", b"overstated_ratio", "productive_seconds", b"productive_seconds", "recompute_seconds", b"recompute_seconds", "restore_seconds", b"restore_seconds", "schedule_seconds", b"schedule_seconds", "start_seconds", b"start_seconds", "wall_seconds", b"wall_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Accounting: _TypeAlias = Accounting  # noqa: Y015
 
 @_typing.final
 class Checkpoint(_message.Message):

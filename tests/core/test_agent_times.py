@@ -1,0 +1,79 @@
+"""What a node alone knows of an attempt's beginning: how long restoring took, and the rest of it;
+and that a trainer's own times pass through it unchanged."""
+
+from agent.core import messages as m
+from agent.core.launch import LaunchOptions
+from agent.core.node import NodeCore
+from agent.core.state import Effect, Instant, Options, SpoolEvent
+from agent.core.trainer_messages import TrainerProgress, TrainerTime
+from agent.core.values import HostFacts, Restored
+from tests.core.agent_memory import MemoryJournal
+
+LAUNCH = LaunchOptions("n1", "/run/agent.sock", "/state/attempts", "/venv/bin/python", ())
+ORDER = m.StartAttempt("1.1", m.JobSpec(command=("train",)), ())
+RESTORED = m.RestoreDone("1.1", Restored("a" * 64, 5, "/state/restored"))
+
+
+class Node:
+    """A core and its journal."""
+
+    def __init__(self) -> None:
+        self.journal = MemoryJournal()
+        self.begin()
+
+    def begin(self) -> None:
+        """From the journal, and welcomed by the coordinator."""
+        self.core = NodeCore(Options("", LAUNCH), self.journal.memory())
+        self.at(0, m.Opened((), HostFacts("box", "", 1, 1, "", ""), ()))
+        self.at(0, m.Connected(()))
+        self.at(0, m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
+
+    def at(self, now_ms: int, event: m.Event) -> list[Effect]:
+        effects = self.core.handle(Instant(now_ms, now_ms), event)
+        records = len(effects) - sum(isinstance(one, m.Command) for one in effects)
+        self.journal.commit(effects[:records])  # type: ignore[arg-type]
+        return effects
+
+    def started(self, now_ms: int) -> m.AttemptStarted:
+        for effect in self.at(now_ms, m.ProcessStarted("1.1", 7)):
+            if isinstance(effect, SpoolEvent):
+                assert isinstance(effect.event.body, m.AttemptStarted)
+                return effect.event.body
+        raise AssertionError("no start was told")
+
+
+def test_restoring_and_starting_are_told_apart() -> None:
+    node = Node()
+    node.at(1_000, m.FromCoordinator(ORDER, "1" * 32))
+    node.at(3_500, RESTORED)
+    told = node.started(4_000)
+    assert (told.restore_ms, told.start_ms) == (2_500, 500)
+
+
+def test_from_nothing_is_no_restoring() -> None:
+    node = Node()
+    node.at(1_000, m.FromCoordinator(ORDER, "1" * 32))
+    node.at(1_200, m.RestoreDone("1.1", Restored("", 0, "")))
+    told = node.started(4_000)
+    assert (told.restore_ms, told.start_ms) == (None, 3_000)
+
+
+def test_what_a_restart_made_unknown_is_not_made_up() -> None:
+    node = Node()
+    node.at(1_000, m.FromCoordinator(ORDER, "1" * 32))
+    node.at(3_500, RESTORED)
+    node.begin()
+    told = node.started(4_000)
+    assert (told.restore_ms, told.start_ms) == (None, None)
+
+
+def test_times_go_with_the_next_heartbeat() -> None:
+    node = Node()
+    node.at(1_000, m.FromCoordinator(ORDER, "1" * 32))
+    node.at(3_500, RESTORED)
+    node.started(4_000)
+    time = TrainerTime(step_s=2.5, capture_s=0.5)
+    node.at(6_000, m.FromTrainer("1.1", TrainerProgress(6, None, (), time)))
+    sent = [one.message for one in node.at(9_000, m.Tick()) if isinstance(one, m.Send)]
+    beats = [message for message in sent if isinstance(message, m.Heartbeat)]
+    assert [beat.progress for beat in beats] == [(("1.1", m.Progress(6, 0, (), time)),)]
