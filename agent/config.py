@@ -6,6 +6,7 @@ reason is never dared to be changed. So the fields stand here once, each with wh
 same words, and `validate` answers in sentences, also about fields that must fit one another.
 """
 
+import importlib.util
 import os
 import re
 import socket
@@ -55,8 +56,10 @@ RELOADABLE: Final = frozenset({"log_level", "restart_absence_ms"})
 NODE_CHARACTERS_MAX: Final = 64  # the wire's limit, and Linux's for a host name
 SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
 SOCKET_NAME: Final = "trainers.sock"  # of the names in the runtime directory, the longest
+SLAB_MEMORY_PERCENT_MAX: Final = 90  # the trainers themselves, and the agent, live in the rest
 SAMPLE_INTERVAL_MS_MIN: Final = 100  # NVML's own counters change no faster
 SAMPLE_INTERVAL_MS_MAX: Final = 60_000  # older figures tell nothing of a running step
+HANG_FLOOR_MS_MAX: Final = 86_400_000  # a day; who wants no limits says so in the job
 ABSENCE_MS_MAX: Final = 600_000  # the coordinator believes no longer absence; that is a drain
 
 # What trainers get of the agent's own environment; nothing else leaks into a job. A job's own
@@ -73,9 +76,13 @@ INHERITED_VARIABLES: Final = (
 # For an agent that was started without them: a script finds its tools, and text is UTF-8.
 FALLBACK_VARIABLES: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}
 
+# The one variable of Baton's that people set: 0 leaves unmodified scripts alone.
+HOOK_VARIABLE: Final = "BATON_HOOK"
+
 _NODE: Final = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _RESERVED_NODE: Final = "shared"  # stands for the shared directory where a replica's node is named
 _GPU: Final = re.compile(r"(GPU|MIG)-[0-9A-Za-z/-]+")
+_SHARED_URL: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]+)?|file:///[^?#]+")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -101,6 +108,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "HOST:PORT where other agents fetch checkpoints and the coordinator fetches logs. Port 0 "
         "takes a free one; anything but loopback needs TLS."
     )] = "127.0.0.1:0"
+    chunk_port: Annotated[int, says(
+        "Port on the host of listen where other agents move checkpoints over HTTP, or HTTPS with "
+        "TLS, 0 to 65535. Default (0): a free one; a firewall wants one that it knows. Without a "
+        "way to it transfers go over listen, slower."
+    )] = 0
     advertise: Annotated[str, says(
         "HOST:PORT under which others reach that service; port 0 stands for the bound one. "
         "Default (empty): as listen, which others can dial unless it says 'every address'."
@@ -115,6 +127,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shared_directory: Annotated[str, says(
         "A directory that all nodes mount, for replicas; it must exist. Default (empty): none, "
         "replicas go to peers."
+    )] = ""
+    shared_url: Annotated[str, says(
+        "Instead of shared_directory an object store, s3://BUCKET/PREFIX, which needs the extra "
+        "'objects' and takes credentials and endpoint from where AWS's tools do; or file:///PATH, "
+        "the same as shared_directory. The bucket must not expire objects by age: new checkpoints "
+        "share old chunks. Default (empty): none."
     )] = ""
     gpus: Annotated[list[str], says(
         "UUIDs of the GPUs that jobs may use, as `nvidia-smi -L` prints them; an index would name "
@@ -134,10 +152,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "forked: seconds less after each handoff, for some 400 MB of memory of which trainers "
         "share most. Without those libraries it is not there."
     )] = True
+    slab_memory_percent: Annotated[int, says(
+        "Share of the memory that the host has available, 0 to 90, from which a trainer that asks "
+        "gets room for captures of its state: checkpoints then hardly stop it, and survive it. "
+        "Half leaves the rest for page cache; 0: every checkpoint goes through files."
+    )] = 50
     sample_interval_ms: Annotated[int, says(
         "Milliseconds between readings of the GPUs, 100 to 60000. Once a second shows a stalled "
         "input pipeline and costs next to nothing."
     )] = 1_000
+    hang_floor_ms: Annotated[int, says(
+        "Milliseconds that a section of a training (a step, an evaluation) may take in any case, "
+        "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "
+        "pass over a file server's pause, and cost less than most restarts."
+    )] = 120_000
     tls_cert: Annotated[str, says(
         "PEM file with this agent's certificate chain. Default (empty): no TLS, loopback only."
     )] = ""
@@ -172,7 +200,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             address_problem("listen", self.listen, port_min=0),
             tls or _listen_problem(self.listen, self.tls()),
             tls or self._dial_problem(),
+            range_problem("chunk_port", self.chunk_port, 0, 65_535),
             self._advertise_problem(),
+            self._shared_problem(),
             path_problem("state_directory", self.state_directory),
             path_problem("runtime_directory", self.runtime_directory),
             self._socket_problem(),
@@ -180,11 +210,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             *self._gpu_problems(),
             *self._environment_problems(),
             range_problem(
+                "slab_memory_percent", self.slab_memory_percent, 0, SLAB_MEMORY_PERCENT_MAX
+            ),
+            range_problem(
                 "sample_interval_ms",
                 self.sample_interval_ms,
                 SAMPLE_INTERVAL_MS_MIN,
                 SAMPLE_INTERVAL_MS_MAX,
             ),
+            range_problem("hang_floor_ms", self.hang_floor_ms, 1_000, HANG_FLOOR_MS_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             range_problem("restart_absence_ms", self.restart_absence_ms, 0, ABSENCE_MS_MAX),
@@ -198,6 +232,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         from agent.transport import Tls  # brings grpc, which --help need not wait for
 
         return Tls(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert else None
+
+    def shared_place(self) -> str:
+        """Where shared replicas go: a directory, an `s3://` URL, or nowhere (empty)."""
+        return self.shared_directory or self.shared_url.removeprefix("file://")
 
     def allowed_gpus(self) -> tuple[str, ...] | None:
         """UUIDs that jobs may use; `None` means all."""
@@ -232,6 +270,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return f"nobody can dial {self.listen}: say in 'advertise' how others reach this node"
         return None
 
+    def _shared_problem(self) -> str | None:
+        if self.shared_directory and self.shared_url:
+            return "'shared_directory' and 'shared_url' say the same thing: give one of them"
+        if not self.shared_url or _SHARED_URL.fullmatch(self.shared_url):
+            return None
+        return (
+            "'shared_url' must be s3://BUCKET, s3://BUCKET/PREFIX or file:///PATH, not "
+            f"'{self.shared_url}'"
+        )
+
     def _socket_problem(self) -> str | None:
         path = os.path.join(self.runtime_directory, SOCKET_NAME)
         size = len(os.fsencode(path))
@@ -257,7 +305,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name, value in self.trainer_environment.items():
             if not _VARIABLE.fullmatch(name) or "\0" in value:
                 found.append(f"'trainer_environment' has '{name}', which no environment can hold")
-            elif name.startswith("BATON_"):
+            elif name.startswith("BATON_") and name != HOOK_VARIABLE:
                 found.append(f"'trainer_environment' has '{name}': the agent sets BATON_* itself")
         return found
 
@@ -267,8 +315,11 @@ def prepare_directories(config: Config) -> None:
     tightened. A shared directory must exist already: one that is made because its mount is missing
     would fill the local disk. Raises `ConfigError`."""
     found = [own_directory(config.state_directory), own_directory(config.runtime_directory)]
-    if config.shared_directory and not os.path.isdir(config.shared_directory):
-        found.append(f"the shared directory {config.shared_directory} is missing: mount or make it")
+    place = config.shared_place()
+    if place.startswith("/") and not os.path.isdir(place):
+        found.append(f"the shared directory {place} is missing: mount or make it")
+    if place.startswith("s3://") and importlib.util.find_spec("s3fs") is None:
+        found.append(f"{place} needs the extra 'objects': pip install 'gpu-baton[objects]'")
     problems = [sentence for sentence in found if sentence]
     if problems:
         raise ConfigError(problems)

@@ -5,6 +5,7 @@ configuration again and applies what can change while it runs.
 """
 
 import asyncio
+import importlib.util
 import os
 import random
 import secrets
@@ -40,6 +41,7 @@ from agent.processes.forks import ForkServers, Warmth
 from agent.processes.supervisor import Supervisor
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
+from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
@@ -101,7 +103,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
         memory = await journal.open(secrets.token_hex(16))
-        forks = ForkServers(os.path.realpath(sys.executable), _warmth(config))
+        forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()
         supervisor = Supervisor(state_directory, forks=forks)
@@ -115,12 +117,18 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         stack.push_async_callback(chunks.close)
         await chunks.open()
         peer_server = PeerServer(
-            store, _LogSource(attempts_directory), address=config.listen, tls=tls
+            store,
+            _LogSource(attempts_directory),
+            address=config.listen,
+            tls=tls,
+            chunk_port=config.chunk_port,
         )
         stack.push_async_callback(peer_server.close)
         port = await peer_server.open()
         ears = _Ears()
-        trainers = SdkServer(Path(config.runtime_directory), ears)
+        slabs = Slabs(config.slab_memory_percent / 100)
+        stack.callback(slabs.close)
+        trainers = SdkServer(Path(config.runtime_directory), ears, slabs)
         stack.push_async_callback(trainers.close)
         await trainers.open()
         probe = NvmlProbe(state_directory, allowed_uuids=config.allowed_gpus())
@@ -131,7 +139,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         options = Options(
             config.advertised(port),
             _launch_options(config, trainers, workspaces),
-            config.shared_directory,
+            config.shared_place(),
+            config.hang_floor_ms,
         )
         ports = Ports(
             SystemClock(),
@@ -140,6 +149,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             supervisor,
             directories,
             trainers,
+            slabs,
             chunks,
             journal,
             GrpcUplink(config.coordinator, tls),
@@ -230,7 +240,17 @@ def _launch_options(config: Config, trainers: SdkServer, workspaces: Path) -> La
         str(workspaces),
         config.trainer_python,
         tuple(sorted(config.trainer_environment.items())),
+        _hook_directory(),
     )
+
+
+def _hook_directory() -> str:
+    """The directory for the PYTHONPATH of unmodified scripts; empty when it is not installed. It
+    is found and not imported: what trainers import is no business of the agent."""
+    spec = importlib.util.find_spec("baton_hook")
+    if spec is None or spec.origin is None:
+        return ""
+    return str(Path(spec.origin).parent / "path")
 
 
 def _warmth(config: Config) -> Warmth | None:

@@ -8,8 +8,9 @@ not that the caller is healthy.
 So: every digest and attempt id is matched against its pattern before it becomes a path; a chunk is
 held in memory once, up to 4 MiB, and verified before it gets its name; a manifest is accepted only
 when all its chunks are here; calls, log readers and messages are bounded. Every refusal is a status
-code, as peer.proto says, with a sentence. Disk work runs in two threads of its own, so that a
-checkpoint being hashed here does not make a peer's deadline pass.
+code, as peer.proto says, with a sentence. Large transfers move their chunks over HTTP beside this
+service, with the leave that `OpenTransfer` gives (see `chunks.http_server`). Disk work runs in two
+threads of its own, so that a checkpoint being hashed here does not make a peer's deadline pass.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agent.chunks.http_server import FETCH, PUSH, Busy, ChunkHttpServer, Transfers
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
     CHUNKS_MAX,
@@ -34,8 +36,12 @@ from agent.chunks.manifest import (
     DiskFull,
     Incomplete,
     Invalid,
+    Manifest,
+    decode,
+    digest_of,
     short,
 )
+from agent.chunks.peers import deadline_s
 from agent.chunks.store import ChunkStore, Writing
 from agent.ports import ChunkError
 from agent.transport import Tls, listen
@@ -65,9 +71,15 @@ ReadLog = Callable[[str, int, bool, int], AsyncIterator[tuple[int, bytes]]]
 
 _ATTEMPT = re.compile(r"[0-9]{1,19}\.[0-9]{1,19}")
 
+_DIRECTIONS = {
+    peer_pb2.TRANSFER_DIRECTION_FETCH: FETCH,
+    peer_pb2.TRANSFER_DIRECTION_PUSH: PUSH,
+}
+
 _STATUS: tuple[tuple[type[ChunkError], grpc.StatusCode], ...] = (
     (Altered, grpc.StatusCode.DATA_LOSS),
     (DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Busy, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Incomplete, grpc.StatusCode.FAILED_PRECONDITION),
     (Absent, grpc.StatusCode.NOT_FOUND),
     (Invalid, grpc.StatusCode.INVALID_ARGUMENT),
@@ -79,12 +91,24 @@ _Context = grpc.aio.ServicerContext[object, object]
 
 
 class PeerService(PeerServiceServicer):
-    """Serves `store`, and the logs that `read_log` gives. `executor` does the disk work."""
+    """Serves `store`, and the logs that `read_log` gives; lets callers into `http`, which asks
+    `transfers`. `executor` does the disk work."""
 
-    def __init__(self, store: ChunkStore, read_log: ReadLog, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        read_log: ReadLog,
+        executor: ThreadPoolExecutor,
+        *,
+        transfers: Transfers,
+        http: ChunkHttpServer,
+    ) -> None:
         self._store = store
         self._read_log = read_log
         self._executor = executor
+        self._transfers = transfers
+        self._http = http
+        self._starting = asyncio.Lock()
         self._log_readers_count = 0
 
     async def FindMissing(
@@ -140,6 +164,41 @@ class PeerService(PeerServiceServicer):
         except ChunkError as error:
             await _abort(context, _as_absent(error))
 
+    async def OpenTransfer(
+        self, request: peer_pb2.OpenTransferRequest, context: _Context
+    ) -> peer_pb2.OpenTransferResponse:
+        direction = _DIRECTIONS.get(request.direction)
+        if direction is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "neither a fetch nor a push")
+        try:
+            manifest = await self._run(self._manifest, request, direction)
+        except ChunkError as error:
+            await _abort(context, _as_absent(error) if direction == FETCH else error)
+        if (manifest.job_id, manifest.epoch) != (request.job, request.epoch):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"manifest {short(request.digest)} is of job {manifest.job_id}, epoch "
+                f"{manifest.epoch}, not of job {request.job}, epoch {request.epoch}",
+            )
+        try:
+            async with self._starting:
+                port = await asyncio.to_thread(self._http.start)
+        except ChunkError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        valid_s = deadline_s(manifest.size_bytes)
+        valid_ms = round(valid_s * 1000)
+        try:
+            token = await self._run(
+                self._transfers.grant, direction, request.digest, manifest, valid_ms
+            )
+        except ChunkError as error:
+            await _abort(context, error)
+        # What a caller that died has left open must not hold sweeps up until the next one calls.
+        asyncio.get_running_loop().call_later(valid_s, self._transfers.drop_expired)
+        response = peer_pb2.OpenTransferResponse(port=port, token=token)
+        response.valid.FromMilliseconds(valid_ms)
+        return response
+
     async def ReadLog(
         self, request: peer_pb2.ReadLogRequest, context: _Context
     ) -> AsyncIterator[peer_pb2.ReadLogResponse]:
@@ -194,7 +253,16 @@ class PeerService(PeerServiceServicer):
         if manifest is None:
             raise Invalid("the upload ended without a manifest")
         await self._run(writing.publish, manifest.digest, manifest.data)
+        self._transfers.finish(PUSH, manifest.digest)
         return received_bytes
+
+    def _manifest(self, request: peer_pb2.OpenTransferRequest, direction: str) -> Manifest:
+        """The caller's for a push, this node's own for a fetch; verified. Raises `ChunkError`."""
+        if direction == FETCH:
+            return decode(self._store.read_manifest(request.digest))
+        if digest_of(request.manifest) != request.digest:
+            raise Altered(f"manifest {request.digest[:8]!r}...: bytes do not match their digest")
+        return decode(request.manifest)
 
     async def _run(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
@@ -236,15 +304,26 @@ class _Assembly:
 
 
 class PeerServer:
-    """`PeerService`, health and reflection on one address. `open` before use, `close` after."""
+    """`PeerService`, health and reflection on one address; chunks over HTTP on `chunk_port` of its
+    host, 0 for a free one. `open` before use, `close` after."""
 
     def __init__(
-        self, store: ChunkStore, read_log: ReadLog, *, address: str, tls: Tls | None
+        self,
+        store: ChunkStore,
+        read_log: ReadLog,
+        *,
+        address: str,
+        tls: Tls | None,
+        chunk_port: int = 0,
     ) -> None:
         self._store = store
         self._read_log = read_log
         self._address = address
         self._tls = tls
+        self._transfers = Transfers(store)
+        self._http = ChunkHttpServer(
+            store, self._transfers, address=address, port=chunk_port, tls=tls
+        )
         self._server: grpc.aio.Server | None = None
         self._executor: ThreadPoolExecutor | None = None
 
@@ -261,8 +340,15 @@ class PeerServer:
         ]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CALLS_MAX)
         port = listen(server, self._address, self._tls)
+        self._http.bind()
         self._executor = ThreadPoolExecutor(THREADS_MAX, "peer")
-        service = PeerService(self._store, self._read_log, self._executor)
+        service = PeerService(
+            self._store,
+            self._read_log,
+            self._executor,
+            transfers=self._transfers,
+            http=self._http,
+        )
         add_PeerServiceServicer_to_server(service, server)
         serving = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(serving, server)
@@ -281,6 +367,8 @@ class PeerServer:
         executor, self._executor = self._executor, None
         if server is not None:
             await server.stop(CLOSE_GRACE_S)
+        await asyncio.to_thread(self._http.close)
+        self._transfers.close()
         if executor is not None:
             await asyncio.to_thread(executor.shutdown)
 

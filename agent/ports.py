@@ -6,6 +6,8 @@ one of these, `main.py` alone picks which, and `tests/sim` picks others. A port 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from agent.core.messages import Order, Upward
@@ -58,6 +60,12 @@ class Processes(Protocol):
         no error."""
         ...
 
+    def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None:
+        """Have those of its processes that can write the stacks of their threads into the attempt's
+        log, and torch's flight recorder its collectives, where pipes with names that begin with
+        `nccl_pipes` wait for that (empty: there are none). No other process notices."""
+        ...
+
     def kill(self, attempt_id: str) -> None:
         """SIGKILL everything that the attempt ever started; its exit is told as any other."""
         ...
@@ -87,6 +95,50 @@ class ChunkError(Exception):
     digest or peer."""
 
 
+@dataclass(frozen=True, slots=True)
+class CapturedFile:
+    """The image of one file of a checkpoint, within the slot of a capture."""
+
+    path: str
+    offset_bytes: int
+    size_bytes: int
+
+
+class CaptureSource(Protocol):
+    """A capture that is being read. Methods run in a worker thread."""
+
+    @property
+    def files(self) -> tuple[CapturedFile, ...]: ...
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Bytes of the slot. Raises `ChunkError`."""
+        ...
+
+    def check(self) -> None:
+        """After all was read: raises `ChunkError` when the slot was overwritten meanwhile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCapture:
+    """A whole capture in a slab, by its `capture_name`."""
+
+    name: str
+    step: int
+
+
+class Slabs(Protocol):
+    """Memory that trainers write captures into, and that outlives them."""
+
+    def newest(self, attempt_id: str) -> FoundCapture | None: ...
+
+    def reading(self, attempt_id: str, name: str) -> AbstractContextManager[CaptureSource]:
+        """Raises `ChunkError` on entry, when it is not there any more."""
+        ...
+
+    def release(self, attempt_id: str) -> None: ...
+
+
 class Chunks(Protocol):
     """The content-addressed checkpoint store of this node, and its traffic with peers and the
     shared directory."""
@@ -97,6 +149,12 @@ class Chunks(Protocol):
         """Hash and keep every file under `directory`, durably; the directory stays as it is. Doing
         it again with the same arguments gives the same digest and writes nothing new. Raises
         `ChunkError`, e.g. when the disk is full."""
+        ...
+
+    async def store_capture(
+        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+    ) -> StoredCheckpoint:
+        """The same for the files of a capture, from memory. Raises `ChunkError`."""
         ...
 
     async def discard(self, directory: str) -> None:

@@ -11,6 +11,23 @@ and a checkpoint's path is resolved (symbolic links included) and must lie insid
 staging directory. Whatever fails is answered with one line `{"type":"error","reason":...}` and the
 connection is closed. Answers go to the newest connection; while there is none they wait in a
 bounded queue, because a trainer reconnects after an agent's restart.
+
+Memory for captures is asked for and given here, a descriptor beside a line:
+
+    -> {"type":"slab","bytes":N}               slots of at least N bytes, please
+    <- {"type":"slab","bytes":N,"slots":1|2}   with the descriptor; or
+    <- {"type":"slab_refused","reason":"..."}
+    -> {"type":"slab","bytes":N,"slots":2,"offered":true}  with the descriptor: what was given by an
+                                               agent that is gone; refused, or taken without a word
+    -> {"type":"checkpoint","id":7,"slab":12,"step":120}   the capture with this sequence
+
+Where a trainer is (`core/sections.py`), at most some times a second; `count` sections have ended
+since it last said so, and the empty name says that it is in none:
+
+    -> {"type":"section","name":"step","count":12,"unix_ms":1790000000000}
+
+The welcome says `"slabs":true` and `"sections":true`, so that a trainer says none of this to an
+agent that is older.
 """
 
 import asyncio
@@ -24,7 +41,9 @@ import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -34,7 +53,11 @@ from agent.core.trainer_messages import (
     TrainerMessage,
     TrainerMilestone,
     TrainerProgress,
+    TrainerSection,
+    TrainerSlab,
+    TrainerTime,
 )
+from agent.sdk_connection import Connection, LineTooLong
 
 PROTOCOL_VERSION = 1
 LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
@@ -45,11 +68,33 @@ CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
 QUEUED_MESSAGES_MAX = 64  # answers to as many checkpoints as anybody has in flight; the newest stay
 HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
 SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
+ACCEPT_PAUSE_S = 1.0  # when the process is out of descriptors, as asyncio's own servers do
 LISTEN_BACKLOG = 128  # all trainers of a node reconnect at once after the agent's restart
 INTEGER_MAX = 2**63 - 1  # what every store and wire format holds
+SECONDS_MAX = 10**9  # thirty years; no process lives longer
+TIME_NAMES = tuple(field.name for field in fields_of(TrainerTime))
 WRITE_BUFFER_BYTES_MAX = 1024 * 1024  # a trainer that does not read its answers is cut off here
 
 log = structlog.get_logger()
+
+
+class Granted(Protocol):
+    """A slab as `Slabs.grant` gives it."""
+
+    @property
+    def descriptor(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+
+
+class SlabDesk(Protocol):
+    """Who makes and keeps slabs; `slabs.Slabs` says what the methods do."""
+
+    def grant(self, attempt_id: str, slot_bytes: int) -> Granted | str: ...
+    def adopt(self, attempt_id: str, descriptor: int, slot_bytes: int, slots: int) -> str: ...
+    def name(self, attempt_id: str, sequence: int) -> str: ...
 
 
 class LineRefused(Exception):
@@ -60,7 +105,7 @@ class LineRefused(Exception):
 class _Registration:
     token: str
     staging_directory: str  # real path
-    connections: list[asyncio.StreamWriter] = field(default_factory=list)  # newest last
+    connections: list[Connection] = field(default_factory=list)  # newest last
     queued: deque[bytes] = field(default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX))
 
 
@@ -68,14 +113,19 @@ class SdkServer:
     """Serves `<runtime directory>/trainers.sock`; use as `await open()` ... `await close()`."""
 
     def __init__(
-        self, runtime_directory: Path, on_message: Callable[[str, TrainerMessage], None]
+        self,
+        runtime_directory: Path,
+        on_message: Callable[[str, TrainerMessage], None],
+        slabs: SlabDesk | None = None,
     ) -> None:
         self._runtime_directory = runtime_directory
         self._on_message = on_message
+        self._slabs = slabs
         self._registrations: dict[str, _Registration] = {}
-        self._server: asyncio.Server | None = None
-        self._unknown: set[asyncio.StreamWriter] = set()
+        self._listener: socket.socket | None = None
+        self._unknown: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connected = 0  # connections so far
 
     @property
     def socket_path(self) -> str:
@@ -95,22 +145,23 @@ class SdkServer:
             os.fchmod(listener.fileno(), 0o600)  # bind(2) takes the file's mode from the socket's
             listener.bind(path)
             os.chmod(path, 0o600)
+            listener.listen(LISTEN_BACKLOG)
         except OSError:
             listener.close()
             raise
-        self._server = await asyncio.start_unix_server(
-            self._serve, sock=listener, limit=LINE_BYTES_MAX, backlog=LISTEN_BACKLOG
-        )
+        self._listener = listener
+        self._listen(listener)
 
     async def close(self) -> None:
         """Stop listening and drop every connection; trainers reconnect to the next agent."""
-        if self._server is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
-        self._server.close()
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._server = None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.socket_path)
 
@@ -135,8 +186,8 @@ class SdkServer:
         """The attempt is over: its connections are closed and its token is unknown from here on."""
         registration = self._registrations.pop(attempt_id, None)
         if registration is not None:
-            for writer in registration.connections:
-                writer.close()
+            for connection in registration.connections:
+                connection.close()
 
     def tell(self, attempt_id: str, message: Mapping[str, object]) -> None:
         """Send to the newest connection of the attempt, or keep it until there is one.
@@ -149,53 +200,120 @@ class SdkServer:
         registration.queued.append(_encode(message))
         self._flush(registration)
 
+    def _listen(self, listener: socket.socket) -> None:
+        if listener is self._listener:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            connected, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.error("trainer.not_accepted", reason=error.strerror)
+            loop.remove_reader(listener)
+            loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
+            return
+        connected.setblocking(False)
+        self._connected += 1
+        connection = Connection(connected, LINE_BYTES_MAX, self._connected)
+        task = loop.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _flush(self, registration: _Registration) -> None:
-        live = [writer for writer in registration.connections if not writer.is_closing()]
+        live = [connection for connection in registration.connections if not connection.is_closing]
         if not live:
             return
-        writer = live[-1]
-        while registration.queued and not writer.is_closing():
-            if writer.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES_MAX:
-                writer.transport.abort()  # it does not read; what is queued waits for the next one
+        connection = live[-1]
+        while registration.queued and not connection.is_closing:
+            if connection.pending_bytes > WRITE_BUFFER_BYTES_MAX:
+                connection.close()  # it does not read; what is queued waits for the next one
                 return
-            writer.write(registration.queued.popleft())
+            connection.send(registration.queued.popleft())
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def _serve(self, connection: Connection) -> None:
         attempt_id = ""
         try:
-            attempt_id = await self._greet(reader, writer)
-            while (line := await _read_line(reader)) is not None:
+            attempt_id = await self._greet(connection)
+            while (line := await _read_line(connection)) is not None:
                 registration = self._registrations.get(attempt_id)
-                if registration is None or writer not in registration.connections:
+                if registration is None or connection not in registration.connections:
                     return  # unregistered meanwhile
-                message = parse(line, registration.staging_directory)
-                self._on_message(attempt_id, message)
+                self._take(attempt_id, registration, connection, _parse_object(line))
         except LineRefused as refusal:
             log.warning("trainer.line_refused", attempt=attempt_id, reason=str(refusal))
-            writer.write(_encode({"type": "error", "reason": str(refusal)}))
+            connection.send(_encode({"type": "error", "reason": str(refusal)}))
         except ConnectionError as error:
             log.info("trainer.connection_lost", attempt=attempt_id, reason=str(error))
         except asyncio.CancelledError:
             log.debug("trainer.connection_closed", attempt=attempt_id)  # by `close`
         finally:
-            self._tasks.discard(task)
-            self._unknown.discard(writer)
+            self._unknown.discard(connection)
+            if connection.in_sections:
+                self._on_message(attempt_id, TrainerSection(connection.number, ended=True))
             current = self._registrations.get(attempt_id)
-            if current is not None and writer in current.connections:
-                current.connections.remove(writer)
-            writer.close()
+            if current is not None and connection in current.connections:
+                current.connections.remove(connection)
+            connection.close()
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+    def _take(
+        self,
+        attempt_id: str,
+        registration: _Registration,
+        connection: Connection,
+        fields: dict[str, object],
+    ) -> None:
+        """One line after the hello. Raises `LineRefused`."""
+        if self._slabs is not None and fields.get("type") == "slab":
+            self._slab(self._slabs, attempt_id, connection, fields)
+        elif self._slabs is not None and "slab" in fields and fields.get("type") == "checkpoint":
+            name = self._slabs.name(attempt_id, _integer(fields, "slab"))
+            message = TrainerCheckpoint(_integer(fields, "id"), name, _integer(fields, "step"))
+            self._on_message(attempt_id, message)
+        elif fields.get("type") == "section":
+            section = _name(fields["name"]) if fields.get("name") else ""
+            source, count = connection.number, _integer(fields, "count")
+            self._on_message(attempt_id, TrainerSection(source, section, count))
+            connection.in_sections = True
+        else:
+            self._on_message(attempt_id, parse(fields, registration.staging_directory))
+
+    def _slab(
+        self, slabs: SlabDesk, attempt_id: str, connection: Connection, fields: dict[str, object]
+    ) -> None:
+        slot_bytes = _integer(fields, "bytes")
+        if fields.get("offered") is True:
+            slots, descriptor = _integer(fields, "slots"), connection.take_descriptor()
+            if descriptor is None:
+                raise LineRefused("a slab is offered without its descriptor")
+            refusal = slabs.adopt(attempt_id, descriptor, slot_bytes, slots)
+            if not refusal:
+                self._on_message(attempt_id, TrainerSlab(slot_bytes, slots))
+                return
+            answer = {"type": "slab_refused", "reason": refusal, "offered": True}
+        else:
+            granted = slabs.grant(attempt_id, slot_bytes)
+            if not isinstance(granted, str):
+                size, slots = granted.slot_bytes, granted.slots
+                line = _encode({"type": "slab", "bytes": size, "slots": slots})
+                connection.send(line, [granted.descriptor])
+                self._on_message(attempt_id, TrainerSlab(size, slots))
+                return
+            refusal = granted
+            answer = {"type": "slab_refused", "reason": refusal}
+        log.warning("trainer.slab_refused", attempt=attempt_id, reason=refusal)
+        connection.send(_encode(answer))
+
+    async def _greet(self, connection: Connection) -> str:
         """The hello: who is it? Raises `LineRefused`."""
         if len(self._unknown) >= CONNECTIONS_UNKNOWN_MAX:
             raise LineRefused("too many connections that have not said hello")
-        self._unknown.add(writer)
+        self._unknown.add(connection)
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                line = await _read_line(reader)
+                line = await _read_line(connection)
         except TimeoutError:
             raise LineRefused(f"no hello within {HELLO_TIMEOUT_S:.0f} s") from None
         if line is None:
@@ -213,9 +331,11 @@ class SdkServer:
         registration = self._registrations[attempt_id]
         if len(registration.connections) >= CONNECTIONS_PER_ATTEMPT_MAX:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
-        self._unknown.discard(writer)
-        registration.connections.append(writer)
-        writer.write(_encode({"type": "welcome", "version": PROTOCOL_VERSION}))
+        self._unknown.discard(connection)
+        registration.connections.append(connection)
+        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True}
+        slabs = {} if self._slabs is None else {"slabs": True}
+        connection.send(_encode({"type": "welcome", **welcome, **slabs}))
         self._flush(registration)
         self._on_message(attempt_id, TrainerHello(pid))
         return attempt_id
@@ -229,14 +349,14 @@ class SdkServer:
         return None
 
 
-def parse(line: bytes, staging_directory: str) -> TrainerMessage:
-    """One line after the hello, as a value. Raises `LineRefused`."""
-    fields = _parse_object(line)
+def parse(fields: dict[str, object], staging_directory: str) -> TrainerMessage:
+    """The object of one line after the hello, as a value. Raises `LineRefused`."""
     match fields.get("type"):
         case "progress":
             known = fields.get("total_steps") is not None
             total_steps = _integer(fields, "total_steps") if known else None
-            return TrainerProgress(_integer(fields, "step"), total_steps, _metrics(fields))
+            metrics, time = _metrics(fields), _time(fields)
+            return TrainerProgress(_integer(fields, "step"), total_steps, metrics, time)
         case "milestone":
             return TrainerMilestone(_name(fields.get("name")), _integer(fields, "unix_ms"))
         case "checkpoint":
@@ -248,13 +368,11 @@ def parse(line: bytes, staging_directory: str) -> TrainerMessage:
             raise LineRefused(f"unknown type {str(other)[:NAME_CHARACTERS_MAX]!r}")
 
 
-async def _read_line(reader: asyncio.StreamReader) -> bytes | None:
-    """The next whole line; None at the end (an unfinished one is dropped). Raises `LineRefused`."""
+async def _read_line(connection: Connection) -> bytes | None:
+    """The next whole line; None at the end. Raises `LineRefused`."""
     try:
-        return await reader.readuntil(b"\n")
-    except asyncio.IncompleteReadError:
-        return None
-    except asyncio.LimitOverrunError:
+        return await connection.read_line()
+    except LineTooLong:
         raise LineRefused(f"a line of more than {LINE_BYTES_MAX} bytes") from None
 
 
@@ -288,6 +406,22 @@ def _metrics(fields: dict[str, object]) -> tuple[tuple[str, float], ...]:
     if not isinstance(metrics, dict) or len(metrics) > METRICS_MAX:
         raise LineRefused(f"metrics must be an object of at most {METRICS_MAX} names")
     return tuple((_name(name), _number(value)) for name, value in metrics.items())
+
+
+def _time(fields: dict[str, object]) -> TrainerTime | None:
+    """Names that we do not know are a newer trainer's, and are passed over."""
+    told = fields.get("time")
+    if told is None:
+        return None
+    if not isinstance(told, dict) or len(told) > METRICS_MAX:
+        raise LineRefused(f"time must be an object of at most {METRICS_MAX} names")
+    return TrainerTime(**{name: _seconds(told[name]) for name in TIME_NAMES if name in told})
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= SECONDS_MAX:
+        return float(value)
+    raise LineRefused(f"a time must be a number of seconds from 0 to {SECONDS_MAX}")
 
 
 def _number(value: object) -> float:

@@ -13,15 +13,21 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
-from agent.core.trainer_messages import TrainerCheckpoint, TrainerMessage
-from agent.core.values import ProcessExit, ReplicaSource
+from agent.core.trainer_messages import (
+    TrainerCheckpoint,
+    TrainerMessage,
+    TrainerSection,
+    TrainerSlab,
+    is_capture,
+)
+from agent.core.values import ProcessExit, ReplicaSource, StoredCheckpoint
 from agent.ports import (
     ChunkError,
     Chunks,
@@ -32,6 +38,7 @@ from agent.ports import (
     LinkClosed,
     Processes,
     Session,
+    Slabs,
     StartError,
     Trainers,
     Uplink,
@@ -63,6 +70,7 @@ class Ports:
     processes: Processes
     workspace: Workspace
     trainers: Trainers
+    slabs: Slabs
     chunks: Chunks
     journal: Journal
     uplink: Uplink
@@ -76,6 +84,8 @@ class AgentShell:
         self._core = core
         self._ports = ports
         self._inbox: deque[m.Event] = deque()
+        # Where trainers are, by attempt and connection, for which the inbox had no room.
+        self._unheard: dict[tuple[str, int], TrainerSection] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._outbox: deque[m.Upward] = deque()
@@ -97,8 +107,12 @@ class AgentShell:
     def on_trainer_message(self, attempt_id: str, message: TrainerMessage) -> None:
         """A word of a trainer. While the journal takes nothing, what can be said again is not taken
         in, and a checkpoint is refused, so that no job can fill this process."""
-        if len(self._inbox) < INBOX_MAX:
+        # That memory was given must not be missed: it says that there is something to rescue.
+        if len(self._inbox) < INBOX_MAX or isinstance(message, TrainerSlab):
             self.post(m.FromTrainer(attempt_id, message))
+        elif isinstance(message, TrainerSection):
+            # One that it has left must not be taken for one that it hangs in: the latest is kept.
+            self._unheard[attempt_id, message.source] = replace(message, count=0)
         elif isinstance(message, TrainerCheckpoint):
             reason = f"{len(self._inbox)} events wait for the agent's journal"
             answer = {"type": "refused", "id": message.id, "reason": reason}
@@ -167,7 +181,11 @@ class AgentShell:
 
     def _drain(self) -> list[m.Event]:
         count = min(len(self._inbox), BATCH_MAX)
-        return [self._inbox.popleft() for _ in range(count)]
+        batch = [self._inbox.popleft() for _ in range(count)]
+        while self._unheard and len(self._inbox) < INBOX_MAX:
+            (attempt_id, _), section = self._unheard.popitem()
+            self._inbox.append(m.FromTrainer(attempt_id, section))
+        return batch
 
     def _now(self) -> Instant:
         return Instant(self._ports.clock.now_ms(), self._ports.clock.unix_ms())
@@ -208,14 +226,23 @@ class AgentShell:
                 self._spawn(self._start(command))
             case m.SignalProcess():
                 ports.processes.signal(command.attempt, command.signal)
+            case m.DumpStacks():
+                ports.processes.dump_stacks(command.attempt, command.nccl_pipes)
             case m.KillProcess():
                 ports.processes.kill(command.attempt)
             case m.ForgetAttempt():
                 ports.trainers.unregister(command.attempt)
+                ports.slabs.release(command.attempt)
                 ports.processes.forget(command.attempt)
                 self._spawn(self._clear(command.attempt))
             case m.TellTrainer():
                 ports.trainers.tell(command.attempt, dict(command.message))
+            case m.FindCapture():
+                found = ports.slabs.newest(command.attempt)
+                name, step = (found.name, found.step) if found is not None else ("", 0)
+                self.post(m.CaptureFound(command.attempt, name, step))
+            case m.ReleaseSlab():
+                ports.slabs.release(command.attempt)
             case m.StoreCheckpoint():
                 self._spawn(self._store(command))
             case m.DiscardSource():
@@ -267,19 +294,26 @@ class AgentShell:
         await self._ports.in_thread(self._ports.workspace.clear, attempt_id)
 
     async def _store(self, command: m.StoreCheckpoint) -> None:
-        job_text, _, epoch_text = command.attempt.partition(".")
         try:
-            stored = await self._ports.chunks.store(
-                command.path,
-                job_id=int(job_text),
-                epoch=int(epoch_text),
-                step=command.step,
-                parent=command.parent,
-            )
+            stored = await self._stored(command)
         except ChunkError as error:
             self.post(m.StoreFailed(command.attempt, str(error)))
         else:
             self.post(m.StoreDone(command.attempt, stored))
+
+    async def _stored(self, command: m.StoreCheckpoint) -> StoredCheckpoint:
+        """Raises `ChunkError`."""
+        job_text, _, epoch_text = command.attempt.partition(".")
+        job_id, epoch, step, parent = int(job_text), int(epoch_text), command.step, command.parent
+        chunks = self._ports.chunks
+        if not is_capture(command.path):
+            return await chunks.store(
+                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent
+            )
+        with self._ports.slabs.reading(command.attempt, command.path) as source:
+            return await chunks.store_capture(
+                source, job_id=job_id, epoch=epoch, step=step, parent=parent
+            )
 
     async def _replicate(self, command: m.ReplicateCheckpoint) -> None:
         target: ReplicaSource = command.target

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.trainer_messages import TrainerTime
 from agent.core.values import (
     GpuSample,
     HostFacts,
@@ -114,8 +115,22 @@ def _gpu_sample(gpu: GpuSample) -> types.GpuTelemetry:
 
 
 def _progress(progress: m.Progress) -> types.Progress:
+    time = None if progress.time is None else _trainer_time(progress.time)
     return types.Progress(
-        step=progress.step, total_steps=progress.total_steps, metrics=dict(progress.metrics)
+        step=progress.step,
+        total_steps=progress.total_steps,
+        metrics=dict(progress.metrics),
+        time=time,
+    )
+
+
+def _trainer_time(time: TrainerTime) -> types.TrainerTime:
+    return types.TrainerTime(
+        step_seconds=time.step_s,
+        evaluate_seconds=time.evaluate_s,
+        input_wait_seconds=time.input_wait_s,
+        capture_seconds=time.capture_s,
+        restore_seconds=time.restore_s,
     )
 
 
@@ -135,6 +150,8 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                         pb.SkippedCheckpoint(digest=digest, reason=reason)
                         for digest, reason in body.skipped
                     ],
+                    restore=None if body.restore_ms is None else _duration(body.restore_ms),
+                    start=None if body.start_ms is None else _duration(body.start_ms),
                 )
             )
         case m.AttemptExited():

@@ -7,6 +7,7 @@ agent from recording what it decides, so every write here leaves `RESERVED_FREE_
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,29 @@ def disk_errors(doing: str) -> Iterator[None]:
             raise DiskFull(f"disk full: {doing}: {what}") from error
         where = f" ({error.filename})" if error.filename else ""
         raise ChunkError(f"{doing}: {what}{where}") from error
+
+
+class Room:
+    """The free bytes of one file system, for several writers at once: what each has promised itself
+    and not written yet is nobody else's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._promised_bytes = 0
+
+    @contextmanager
+    def of(self, size_bytes: int, doing: str) -> Iterator[None]:
+        """Room for so many bytes, to be written inside. Raises `DiskFull` when that would leave
+        less free than is reserved."""
+        with self._lock:
+            check_room(self._directory, self._promised_bytes + size_bytes, doing)
+            self._promised_bytes += size_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._promised_bytes -= size_bytes
 
 
 def check_room(directory: Path, size_bytes: int, doing: str) -> None:

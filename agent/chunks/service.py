@@ -20,13 +20,16 @@ What lies in the store is taken as written while it is shared (see `store`); res
 is found, and repaired from another copy.
 
 All disk work runs in threads: two for this node's store, and two more for the shared directory, as
-a network file system that hangs must not hang the store with it. A thread cannot be interrupted, so
-long copies go through it chunk by chunk.
+a network file system that hangs must not hang the store with it. Draining (hashing and keeping a
+new checkpoint, reading it again to send it) has two of its own at a low priority: it must not take
+a core from the training that goes on meanwhile, and a restore must not wait behind it. A thread
+cannot be interrupted, so long copies go through it chunk by chunk.
 """
 
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -51,24 +54,28 @@ from agent.chunks.manifest import (
     digest_of,
     short,
 )
-from agent.chunks.peers import PeerClient, deadline_s
+from agent.chunks.objects import SCHEME, ObjectStore
+from agent.chunks.peers import Errand, PeerClient, Route, deadline_s
 from agent.chunks.store import ChunkStore, Writing
-from agent.chunks.tree import ingest, lay_out
+from agent.chunks.tree import ingest, ingest_capture, lay_out
 from agent.core.values import ReplicaSource, RestoreCandidate, Restored, StoredCheckpoint
-from agent.ports import ChunkError
+from agent.ports import CaptureSource, ChunkError
 
 # The node name under which a start order or replica target means a directory instead of a peer.
 SHARED_NODE = "shared"
 # One that hashes and one that waits for the disk keep a box's disk busy without taking cores from
 # trainers.
 THREADS_MAX = 2
+# Of the threads that drain, between a trainer's 0 and the 19 that never runs on a full machine: a
+# checkpoint is wanted soon.
+DRAIN_NICE = 10
 # The second try covers a chunk swept or damaged between question and upload, and a connection that
 # had gone stale.
 TRIES_MAX = 2
 # Long enough for a restarted peer to listen again, short beside a checkpoint interval.
 RETRY_PAUSE_S = 0.5
-# 256 MiB in one call: a deadline stays meaningful, and a broken call repeats little.
-FETCH_CHUNKS_MAX = 64
+# An object store answers each of these by itself, in a second together: far from the deadline.
+SHARED_QUESTION_DIGESTS_MAX = 256
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -96,12 +103,15 @@ class ChunkService:
         self._staging_root = staging_root
         self._retry_pause_s = retry_pause_s
         self._local: ThreadPoolExecutor | None = None
+        self._drains: ThreadPoolExecutor | None = None
         self._remote: ThreadPoolExecutor | None = None
         self._listing: ThreadPoolExecutor | None = None
+        self._objects: dict[str, ObjectStore] = {}
 
     async def open(self) -> None:
         """Open the store. Raises `ChunkError`."""
         self._local = ThreadPoolExecutor(THREADS_MAX, "chunks")
+        self._drains = ThreadPoolExecutor(THREADS_MAX, "chunks-drain", _lower_priority)
         self._remote = ThreadPoolExecutor(THREADS_MAX, "chunks-shared")
         self._listing = ThreadPoolExecutor(1, "chunks-listing")
         await self._run(self._store.open)
@@ -110,12 +120,13 @@ class ChunkService:
         """Wait for local disk work in progress, and close every connection. A shared directory that
         hangs is left."""
         await self._peers.close()
-        local, remote, listing = self._local, self._remote, self._listing
-        self._local = self._remote = self._listing = None
-        if local is not None and remote is not None and listing is not None:
+        remote, own = self._remote, (self._local, self._drains, self._listing)
+        self._local = self._remote = self._drains = self._listing = None
+        if remote is not None:
             remote.shutdown(wait=False, cancel_futures=True)
-            await asyncio.to_thread(local.shutdown)
-            await asyncio.to_thread(listing.shutdown)
+        for executor in own:
+            if executor is not None:
+                await asyncio.to_thread(executor.shutdown)
 
     async def checkpoints(self) -> tuple[str, ...]:
         """Digests of the checkpoints on this node, newest first, bounded for the hello.
@@ -136,7 +147,14 @@ class ChunkService:
             source = self._checked_source(directory)
             return ingest(self._store, source, job_id=job_id, epoch=epoch, step=step, parent=parent)
 
-        return await self._run(take)
+        return await self._drain(take)
+
+    async def store_capture(
+        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+    ) -> StoredCheckpoint:
+        """See `Chunks.store_capture`."""
+        take = partial(ingest_capture, self._store, source, job_id=job_id, epoch=epoch)
+        return await self._drain(take, step=step, parent=parent)
 
     async def discard(self, directory: str) -> None:
         """See `Chunks.discard`."""
@@ -212,13 +230,12 @@ class ChunkService:
             for chunk in missing:
                 yield chunk, await self._read(chunk, sizes_bytes[chunk])
 
-        await self._peers.put(
-            target,
-            digest,
-            data,
-            chunks=chunks(),
-            chunks_bytes=sum(sizes_bytes[chunk] for chunk in missing),
-        )
+        missing_bytes = sum(sizes_bytes[chunk] for chunk in missing)
+        errand = Errand(manifest.job_id, manifest.epoch, digest, data)
+        async with self._peers.routed(target, errand, missing_bytes) as route:
+            await self._peers.put(
+                target, digest, data, chunks=chunks(), chunks_bytes=missing_bytes, route=route
+            )
 
     async def _push_shared(
         self, digest: str, data: bytes, manifest: Manifest, target: ReplicaSource
@@ -229,12 +246,15 @@ class ChunkService:
             async with asyncio.timeout(deadline_s(manifest.size_bytes)):
                 await self._run_shared(shared.open)
                 with shared.writing() as writing:
-                    for chunk in await self._run_shared(shared.missing, sizes_bytes):
-                        chunk_data = await self._read(chunk, sizes_bytes[chunk])
-                        await self._run_shared(writing.put_chunk, chunk, chunk_data)
+                    digests = list(sizes_bytes)
+                    for start in range(0, len(digests), SHARED_QUESTION_DIGESTS_MAX):
+                        asked = digests[start : start + SHARED_QUESTION_DIGESTS_MAX]
+                        for chunk in await self._run_shared(shared.missing, asked):
+                            chunk_data = await self._read(chunk, sizes_bytes[chunk])
+                            await self._run_shared(writing.put_chunk, chunk, chunk_data)
                     await self._run_shared(writing.publish, digest, data)
         except TimeoutError:
-            raise ChunkError(f"shared directory {target.address} does not answer") from None
+            raise ChunkError(f"shared storage {target.address} does not answer") from None
 
     async def _restore_one(self, candidate: RestoreCandidate, directory: Path) -> None:
         fresh = directory.with_name(directory.name + ".partial")
@@ -304,9 +324,13 @@ class ChunkService:
         failures: dict[str, list[ChunkError]] = {
             chunk: [Altered(reason)] for chunk, reason in wrong.items()
         }
+        errand = Errand(manifest.job_id, manifest.epoch, candidate.digest)
         for source in candidate.sources:
-            fetch = self._fetch_shared if source.node == SHARED_NODE else self._fetch
-            refused = await fetch(source, wanted, writing)
+            if source.node == SHARED_NODE:
+                refused = await self._fetch_shared(source, wanted, writing)
+            else:
+                async with self._peers.routed(source, errand, sum(wanted.values())) as route:
+                    refused = await self._fetch(source, wanted, writing, route)
             for chunk, error in refused.items():
                 failures[chunk].append(error)
             wanted = {chunk: wanted[chunk] for chunk in refused}
@@ -316,7 +340,7 @@ class ChunkService:
         raise _not_had(candidate, [failures[chunk] for chunk in wanted])
 
     async def _fetch(
-        self, source: ReplicaSource, wanted: dict[str, int], writing: Writing
+        self, source: ReplicaSource, wanted: dict[str, int], writing: Writing, route: Route
     ) -> dict[str, ChunkError]:
         """Fetch from a peer what it has; returns the rest, each with its failure. A chunk that it
         lacks or falsifies costs only itself; a peer that fails without giving anything is given up
@@ -327,9 +351,7 @@ class ChunkService:
         while left:
             done = 0
             try:
-                async with aclosing(
-                    self._peers.get_chunks(source, left[:FETCH_CHUNKS_MAX])
-                ) as stream:
+                async with aclosing(self._peers.get_chunks(source, left, route)) as stream:
                     async for chunk, data in stream:
                         altered = await self._keep(source, chunk, data, writing)
                         if altered:
@@ -349,7 +371,7 @@ class ChunkService:
         return refused
 
     async def _keep(
-        self, source: ReplicaSource, chunk: str, data: bytes, writing: Writing
+        self, source: ReplicaSource, chunk: str, data: bytes | bytearray, writing: Writing
     ) -> Altered | None:
         """Returns why not, or nothing."""
         try:
@@ -378,9 +400,12 @@ class ChunkService:
         return refused
 
     async def _read(self, chunk: str, size_bytes: int) -> bytes:
-        return await self._run(self._store.read_chunk, chunk, size_bytes)
+        return await self._drain(self._store.read_chunk, chunk, size_bytes)
 
-    def _shared(self, source: ReplicaSource) -> ChunkStore:
+    def _shared(self, source: ReplicaSource) -> ChunkStore | ObjectStore:
+        if source.address.startswith(SCHEME):
+            # Kept, as a connection is; there is one address in the configuration.
+            return self._objects.setdefault(source.address, ObjectStore(source.address))
         if not source.address.startswith("/"):
             raise Denied(f"shared directory {source.address!r} is not an absolute path")
         return ChunkStore(Path(source.address), shared=True)
@@ -406,6 +431,14 @@ class ChunkService:
         call = partial(work, *args, **kw)
         return await asyncio.get_running_loop().run_in_executor(self._local, call)
 
+    async def _drain(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
+    ) -> _Result:
+        """As `_run`, at the low priority."""
+        assert self._drains is not None, "not opened"
+        call = partial(work, *args, **kw)
+        return await asyncio.get_running_loop().run_in_executor(self._drains, call)
+
     async def _run_shared(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
     ) -> _Result:
@@ -417,6 +450,13 @@ class ChunkService:
             return await asyncio.wait_for(future, deadline_s(0))
         except TimeoutError:
             raise ChunkError("the shared directory does not answer") from None
+
+
+def _lower_priority() -> None:
+    """Of this thread alone: on Linux a thread has a nice value of its own (setpriority(2))."""
+    thread = threading.get_native_id()
+    nice = max(DRAIN_NICE, os.getpriority(os.PRIO_PROCESS, thread))  # nobody may raise it again
+    os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _not_had(candidate: RestoreCandidate, failures: Collection[Sequence[ChunkError]]) -> ChunkError:

@@ -48,13 +48,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
 import structlog
 
-from agent.chunks.disk import check_room, disk_errors, sync_directory
+from agent.chunks.disk import Room, disk_errors, sync_directory
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
     MANIFEST_BYTES_MAX,
@@ -107,6 +107,7 @@ class ChunkStore:
         self._manifests = root / "manifests"
         self._temporary = root / "temporary"
         self._lock = threading.Lock()
+        self._room = Room(self._temporary)
         self._pins: Counter[str] = Counter()
         self._sweeps_count = 0
         self._late_releases: list[set[str]] = []
@@ -146,6 +147,10 @@ class ChunkStore:
         """Which of these chunks are not here, by name. Those that are will survive sweeps for
         `grace_s`. Raises `Invalid`."""
         return [digest for digest in digests if not self._touch(self._object_path(digest))]
+
+    def chunk_path(self, digest: str) -> Path:
+        """Where that chunk is, or would be. Raises `Invalid`."""
+        return self._object_path(digest)
 
     def read_chunk(self, digest: str, size_bytes: int | None = None, *, of: str = "") -> bytes:
         """The verified bytes. Raises `Absent` or `Altered`, or a plain `ChunkError` when the disk
@@ -321,12 +326,11 @@ class ChunkStore:
             return False
         return self._touch(self._manifest_path(digest))
 
-    def _write(self, path: Path, data: bytes, doing: str) -> None:
+    def _write(self, path: Path, data: bytes | bytearray, doing: str) -> None:
         """All of it under its name, or nothing."""
-        if not self._shared:
-            check_room(self._temporary, len(data), doing)
         temporary = self._temporary / secrets.token_hex(16)
-        with disk_errors(doing):
+        room = nullcontext() if self._shared else self._room.of(len(data), doing)
+        with room, disk_errors(doing):
             try:
                 with open(temporary, "xb") as handle:
                     handle.write(data)
@@ -370,10 +374,12 @@ class ChunkStore:
 
 
 class Writing:
-    """One checkpoint on its way into a store. Used by one thread at a time."""
+    """One checkpoint on its way into a store. Chunks may be put by several threads; the block is
+    left when they are done."""
 
     def __init__(self, store: ChunkStore) -> None:
         self._store = store
+        self._lock = threading.Lock()
         self._pinned: set[str] = set()
 
     def __enter__(self) -> "Writing":
@@ -394,23 +400,34 @@ class Writing:
 
     def pin(self, digest: str) -> None:
         """From here to the end of the block no sweep removes this chunk or manifest."""
-        if digest not in self._pinned:
-            self._store._pin(digest)
-            self._pinned.add(digest)
+        with self._lock:
+            if digest not in self._pinned:
+                self._store._pin(digest)
+                self._pinned.add(digest)
 
-    def put_chunk(self, digest: str, data: bytes, *, replace: bool = False) -> int:
+    def put_chunk(self, digest: str, data: bytes | bytearray, *, replace: bool = False) -> int:
         """Keep a chunk; returns the bytes written, 0 when it was here with that size (unless
         `replace`).
 
         Raises `Altered` when the bytes do not match, `DiskFull`, `Invalid`.
         """
-        path = self._store._object_path(digest)
+        check_digest(digest)
         if not 1 <= len(data) <= CHUNK_BYTES_MAX:
             raise Invalid(
                 f"chunk {short(digest)} of {len(data)} bytes; 1 to {CHUNK_BYTES_MAX} are allowed"
             )
         if digest_of(data) != digest:
             raise Altered(f"chunk {short(digest)}: bytes do not match their digest")
+        return self._put(digest, data, replace)
+
+    def keep(self, data: bytes) -> tuple[str, int]:
+        """Keep 1 to `CHUNK_BYTES_MAX` bytes of this node's own; returns their digest, and the bytes
+        written. Raises `DiskFull`."""
+        digest = digest_of(data)
+        return digest, self._put(digest, data, False)
+
+    def _put(self, digest: str, data: bytes | bytearray, replace: bool) -> int:
+        path = self._store._object_path(digest)
         self.pin(digest)
         doing = f"writing chunk {short(digest)} of {len(data)} bytes to {path.parent}"
         with disk_errors(doing):

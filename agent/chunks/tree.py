@@ -7,14 +7,20 @@ the reader; a million files would fill the manifest. And what lies in the store 
 since it was written, so laying it out has to verify again.
 
 `ingest` looks at the whole tree first and refuses before it copies anything; then it reads each
-file once, hashing and keeping it in chunks. `lay_out` verifies each chunk as it writes it, carries
-on past those that are missing or altered and returns them: the caller repairs the chunks from a
-peer and calls again for just those, so that intact ones are read once.
+file once, hashing and keeping it in chunks. `ingest_capture` does the same for the images of files
+in a trainer's slab: the same chunks, and a checkpoint that is restored the same way. `lay_out`
+verifies each chunk as it writes it, carries on past those that are missing or altered and returns
+them: the caller repairs the chunks from a peer and calls again for just those, so that intact ones
+are read once.
 """
 
 import os
 import stat
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from agent.chunks.disk import check_room, disk_errors
@@ -34,6 +40,18 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.store import ChunkStore, Writing
 from agent.core.values import StoredCheckpoint
+from agent.ports import CapturedFile, CaptureSource
+
+# Of the files of a capture, which no umask has had a say in: a job's data is nobody else's
+# business.
+CAPTURED_MODE = 0o600
+
+# Chunks that are hashed, written and synced at a time: a disk takes several syncs together in
+# hardly more than the time of one. More threads only hold more memory.
+WRITERS = 4
+
+# A file's path, its permission bits, and its bytes in pieces of `CHUNK_BYTES_MAX`.
+_File = tuple[str, int, Iterator[bytes]]
 
 
 def ingest(
@@ -45,23 +63,20 @@ def ingest(
     Raises `Invalid` with the path for what is no plain file, `DiskFull` after giving back what was
     written, `ChunkError`.
     """
-    paths = scan(directory)
-    new_bytes = 0
-    entries = []
-    try:
-        with store.writing() as writing:
-            for path in paths:
-                entry, written_bytes = _ingest_file(writing, directory, path)
-                entries.append(entry)
-                new_bytes += written_bytes
-            manifest = Manifest(job_id, epoch, step, parent, tuple(entries))
-            data = encode(manifest)
-            digest = digest_of(data)
-            writing.publish(digest, data)
-    except DiskFull:
-        store.give_back()
-        raise
-    return StoredCheckpoint(digest, step, manifest.size_bytes, new_bytes)
+    files = _files_of(directory, scan(directory))
+    return _ingest(store, files, _nothing, Manifest(job_id, epoch, step, parent, ()))
+
+
+def ingest_capture(
+    store: ChunkStore, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+) -> StoredCheckpoint:
+    """Keep the files of a capture, durably. Raises `Invalid` for a name that could land outside a
+    directory, `DiskFull` after giving back what was written, and `ChunkError`, also when the
+    capture was overwritten while it was read: then no checkpoint names what was kept of it."""
+    files = (
+        (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry)) for entry in source.files
+    )
+    return _ingest(store, files, source.check, Manifest(job_id, epoch, step, parent, ()))
 
 
 def scan(directory: Path) -> list[str]:
@@ -118,26 +133,80 @@ def lay_out(
     return wrong
 
 
-def _ingest_file(writing: Writing, directory: Path, path: str) -> tuple[FileEntry, int]:
-    chunks = []
+def _ingest(
+    store: ChunkStore, files: Iterable[_File], check: Callable[[], None], empty: Manifest
+) -> StoredCheckpoint:
+    """Keep the files and publish them as `empty` with these files; `check` is asked in between."""
     new_bytes = 0
+    entries = []
+    try:
+        # The inner threads take this one's priority over; all of them have ended before a failure
+        # gives back what they wrote.
+        with store.writing() as writing, ThreadPoolExecutor(WRITERS, "chunks-writer") as writers:
+            for path, mode, pieces in files:
+                chunks = []
+                for chunk, written_bytes in _kept(writing, writers, pieces):
+                    new_bytes += written_bytes
+                    chunks.append(chunk)
+                entries.append(FileEntry(path, mode, tuple(chunks)))
+            check()
+            # Sorted, whoever lists them: the same files are the same manifest.
+            entries.sort(key=lambda entry: entry.path)
+            manifest = replace(empty, files=tuple(entries))
+            data = encode(manifest)
+            digest = digest_of(data)
+            writing.publish(digest, data)
+    except DiskFull:
+        store.give_back()
+        raise
+    return StoredCheckpoint(digest, manifest.step, manifest.size_bytes, new_bytes)
+
+
+def _kept(
+    writing: Writing, writers: ThreadPoolExecutor, pieces: Iterable[bytes]
+) -> Iterator[tuple[ChunkRef, int]]:
+    """Each piece as a chunk, in order, with the bytes written for it; `WRITERS` at a time."""
+    waiting: deque[tuple[int, Future[tuple[str, int]]]] = deque()
+
+    def oldest() -> tuple[ChunkRef, int]:
+        size_bytes, future = waiting.popleft()
+        digest, written_bytes = future.result()
+        return ChunkRef(digest, size_bytes), written_bytes
+
+    for data in pieces:
+        waiting.append((len(data), writers.submit(writing.keep, data)))
+        if len(waiting) >= WRITERS:
+            yield oldest()
+    while waiting:
+        yield oldest()
+
+
+def _nothing() -> None:
+    """A directory is the agent's own: nobody writes into it any more."""
+
+
+def _files_of(directory: Path, paths: Iterable[str]) -> Iterator[_File]:
     # Not following and not blocking: it may have been exchanged for a link or a pipe since it was
     # looked at.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with (
-        disk_errors(f"reading {directory / path}"),
-        open(
-            directory / path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)
-        ) as handle,
-    ):
-        mode = os.fstat(handle.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise _not_plain(directory / path, mode)
-        while data := _read_full(handle.fileno(), CHUNK_BYTES_MAX):
-            digest = digest_of(data)
-            new_bytes += writing.put_chunk(digest, data)
-            chunks.append(ChunkRef(digest, len(data)))
-    return FileEntry(path, stat.S_IMODE(mode) & 0o777, tuple(chunks)), new_bytes
+    for path in paths:
+        with (
+            disk_errors(f"reading {directory / path}"),
+            open(
+                directory / path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)
+            ) as handle,
+        ):
+            mode = os.fstat(handle.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise _not_plain(directory / path, mode)
+            pieces = iter(partial(_read_full, handle.fileno(), CHUNK_BYTES_MAX), b"")
+            yield path, stat.S_IMODE(mode) & 0o777, pieces
+
+
+def _pieces(source: CaptureSource, entry: CapturedFile) -> Iterator[bytes]:
+    for offset_bytes in range(0, entry.size_bytes, CHUNK_BYTES_MAX):
+        size_bytes = min(CHUNK_BYTES_MAX, entry.size_bytes - offset_bytes)
+        yield source.read(entry.offset_bytes + offset_bytes, size_bytes)
 
 
 def _read_full(descriptor: int, bytes_max: int) -> bytes:

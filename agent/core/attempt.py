@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from agent.core.messages import JobSpec, Progress
+from agent.core.sections import Sections
 from agent.core.values import ReplicaSource, RestoreCandidate
 
 
@@ -61,7 +62,8 @@ class AttemptRecord:
     """What the journal keeps. `head` is the checkpoint proposed last, or the one resumed from;
     `committed` the last one that the coordinator accepted. `last_sequence` is the spooled end.
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
-    `stored_digest` what was made of it, for a trainer that did not hear the answer."""
+    `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
+    is the newest capture that is stored, or was handed over before what is."""
 
     id: str
     job_id: int
@@ -84,6 +86,7 @@ class AttemptRecord:
     stored_id: int = 0
     stored_path: str = ""
     stored_digest: str = ""
+    past_capture: str = ""
     stop_reason: str = ""
     stop_grace_ms: int | None = None
     exit_code: int | None = None
@@ -95,11 +98,14 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """A checkpoint directory that the trainer has handed over and nobody has read yet."""
+    """A checkpoint that the trainer has handed over and nobody has read yet: a directory, or a
+    capture by its name. `trainer_id` of 0: the trainer died before it said so. `capture` is the
+    newest capture handed over by then, itself included; "" for none."""
 
     trainer_id: int
     path: str
     step: int
+    capture: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,11 @@ class Proposal:
 class LiveAttempt:
     """The record, and what is lost with the process. `storing` is being hashed now; `offered` waits
     for its turn, and a newer one takes its place. `replicating` is where a copy is going.
-    `unanswered` is by digest. `again`: its process was ordered before the agent came back."""
+    `unanswered` is by digest. `again`: its process was ordered before the agent came back.
+    `slab`: it has memory that it writes captures into; `searching`: its process is gone, and we
+    look there for one that nobody handed over. `handed_capture` is the newest that somebody did.
+    `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
+    its trainers are, and how long that takes."""
 
     record: AttemptRecord
     storing: Offered | None = None
@@ -125,8 +135,14 @@ class LiveAttempt:
     kill_ms: int | None = None
     settle_ms: int | None = None
     again: bool = False
+    slab: bool = False
+    searching: bool = False
+    handed_capture: str = ""
+    accepted_ms: int | None = None
+    restore_ms: int | None = None
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
+    sections: Sections = field(default_factory=Sections)
 
     @property
     def live(self) -> bool:

@@ -24,6 +24,8 @@ class LaunchOptions:
     attempts_directory: str
     trainer_python: str
     base_environment: tuple[tuple[str, str], ...]
+    hook_directory: str = ""
+    """What unmodified scripts get in front of PYTHONPATH; empty for nothing."""
 
 
 def attempt_directory(options: LaunchOptions, attempt_id: str) -> str:
@@ -37,6 +39,10 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
     environment.update(record.spec.environment)
     environment.update(_rendezvous(record))
     environment.update(_baton(record, options, directory))
+    if options.hook_directory and record.spec.command:
+        # Built-in trainers have the SDK in their own environment, and talk to us themselves.
+        paths = (options.hook_directory, environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = ":".join(path for path in paths if path)
     if record.spec.slurm_environment:
         environment.update(_slurm(record, options, directory))
     # GPU UUIDs, not indices: an index names another card after a reboot or inside a container.

@@ -7,7 +7,7 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
-from agent.core.trainer_messages import TrainerMessage
+from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
     GpuFacts,
     GpuSample,
@@ -196,6 +196,16 @@ class StoreFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureFound:
+    """The newest whole capture in the attempt's slab, by its `capture_name`; empty: there is
+    none."""
+
+    attempt: str
+    name: str = ""
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicationDone:
     attempt: str
     digest: str
@@ -239,6 +249,7 @@ Event = (
     | RestoreFailed
     | StoreDone
     | StoreFailed
+    | CaptureFound
     | ReplicationDone
     | ReplicationFailed
     | Sampled
@@ -261,6 +272,7 @@ class Progress:
     step: int
     total_steps: int = 0
     metrics: tuple[tuple[str, float], ...] = ()
+    time: TrainerTime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,10 +300,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
+    """`restore_ms` is what fetching and laying out its checkpoint took, `start_ms` the rest from
+    the order to the running program; `None` after an agent's restart in between."""
+
     pid: int
     restored_digest: str = ""
     restored_step: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
+    restore_ms: int | None = None
+    start_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +400,16 @@ class SignalProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class DumpStacks:
+    """Have every process of the attempt that can write the stacks of its threads into its log.
+    `nccl_pipes` is how the names of the pipes begin that torch's flight recorder listens on; empty:
+    there are none."""
+
+    attempt: str
+    nccl_pipes: str
+
+
+@dataclass(frozen=True, slots=True)
 class KillProcess:
     attempt: str
 
@@ -401,7 +428,23 @@ class TellTrainer:
 
 
 @dataclass(frozen=True, slots=True)
+class FindCapture:
+    """Look for the newest whole capture in the attempt's slab."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSlab:
+    """The attempt's memory for captures is not needed any more."""
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCheckpoint:
+    """`path` is a directory, or the `capture_name` of a capture in the attempt's slab."""
+
     attempt: str
     path: str
     step: int
@@ -441,9 +484,12 @@ Command = (
     | RestoreCheckpoint
     | StartProcess
     | SignalProcess
+    | DumpStacks
     | KillProcess
     | ForgetAttempt
     | TellTrainer
+    | FindCapture
+    | ReleaseSlab
     | StoreCheckpoint
     | DiscardSource
     | ReplicateCheckpoint

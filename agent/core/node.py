@@ -6,9 +6,7 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from dataclasses import replace
-
-from agent.core import pipeline
+from agent.core import hangs, pipeline
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
@@ -17,6 +15,7 @@ from agent.core.messages import (
     AttemptMilestone,
     AttemptRefused,
     AttemptStarted,
+    CaptureFound,
     CheckpointProposed,
     CollectCheckpoints,
     CommitResult,
@@ -69,8 +68,10 @@ from agent.core.trainer_messages import (
     TrainerHello,
     TrainerMilestone,
     TrainerProgress,
+    TrainerSection,
+    TrainerSlab,
 )
-from agent.core.values import ProcessExit, RestoreCandidate, Restored
+from agent.core.values import ProcessExit, Restored
 
 # The last millisecond of a protobuf Timestamp (timestamp.proto); a trainer may say anything.
 UNIX_MS_MAX = 253_402_300_799_999
@@ -84,13 +85,14 @@ class NodeCore:
 
     def handle(self, now: Instant, event: Event) -> list[Effect]:
         """What follows from one event. Raises only for bugs of our own."""
+        hangs.check_own_lateness(self.state, now)
         _dispatch(self.state, now, event)
         return self.state.take()
 
     def next_wake_ms(self) -> int | None:
         """When a `Tick` is due, if nothing else happens; `None`: not until something does."""
         state = self.state
-        times = [state.heartbeat_due_ms, state.resend_due_ms]
+        times = [state.heartbeat_due_ms, state.resend_due_ms, state.section_check_ms]
         if state.connected:
             times.append(state.heard_ms + state.lease_ms)
         for live in state.attempts.values():
@@ -142,6 +144,8 @@ def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> 
             pipeline.stored(state, now, live, event)
         case StoreFailed():
             pipeline.store_failed(state, now, live, event)
+        case CaptureFound():
+            pipeline.capture_found(state, now, live, event)
         case ReplicationDone():
             pipeline.replicated(state, now, live, event)
         case ReplicationFailed():
@@ -193,37 +197,20 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         epoch,
         order.spec,
         order.gpu_uuids,
-        _reachable(state, order.candidates),
+        pipeline.reachable(state, order.candidates),
         order.replica_target,
         order.spec.replication == "required",
         order.restart_count,
         token=chance,
     )
     live = state.add(record)
+    live.accepted_ms = now.now_ms
     refusal = _why_not(state, record)
     if refusal:
         _refuse(state, now, live, refusal, permanent=False)
         return
     state.log("info", "attempt.accepted", attempt=record.id, gpus=list(record.gpu_uuids))
     state.commands.append(RestoreCheckpoint(record.id, record.candidates))
-
-
-def _reachable(
-    state: State, candidates: tuple[RestoreCandidate, ...]
-) -> tuple[RestoreCandidate, ...]:
-    """The coordinator knows that a copy is shared; where that directory is, each node knows."""
-    here = state.options.shared_directory
-    return tuple(
-        replace(
-            candidate,
-            sources=tuple(
-                replace(source, address=here) if source.node == pipeline.SHARED else source
-                for source in candidate.sources
-                if source.node != pipeline.SHARED or here
-            ),
-        )
-        for candidate in candidates
-    )
 
 
 def _why_not(state: State, record: AttemptRecord) -> str:
@@ -366,6 +353,8 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
         state.log(
             "error", "checkpoint.skipped", attempt=live.record.id, digest=digest, reason=reason
         )
+    if live.accepted_ms is not None and restored.digest:
+        live.restore_ms = now.now_ms - live.accepted_ms
     state.put(
         live,
         Phase.STARTING,
@@ -391,10 +380,15 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
     if record.phase is not Phase.STARTING:
         return
     state.put(live, Phase.RUNNING)
+    restore_ms, start_ms = live.restore_ms, None
+    if live.accepted_ms is not None:
+        start_ms = now.now_ms - live.accepted_ms - (restore_ms or 0)
     state.spool_event(
         now,
         record.id,
-        AttemptStarted(pid, record.restored_digest, record.restored_step, record.skipped),
+        AttemptStarted(
+            pid, record.restored_digest, record.restored_step, record.skipped, restore_ms, start_ms
+        ),
     )
     state.log("info", "attempt.started", attempt=record.id, pid=pid, step=record.restored_step)
     _carry_out_stop(state, now, live)
@@ -406,8 +400,9 @@ def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrai
         case TrainerHello():
             if live.record.stop_reason:
                 _carry_out_stop_again(state, live)
-        case TrainerProgress(step=step, total_steps=total, metrics=metrics):
-            live.progress = Progress(step, total or 0, metrics)
+        case TrainerProgress(step=step, total_steps=total, metrics=metrics, time=time):
+            hangs.advanced(state, now, live, step)
+            live.progress = Progress(step, total or 0, metrics, time)
         case TrainerMilestone(name=name, unix_ms=unix_ms):
             if live.record.milestones < MILESTONES_MAX and len(state.spool) < SPOOL_MAX:
                 state.put(live, milestones=live.record.milestones + 1)
@@ -415,6 +410,10 @@ def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrai
                 state.spool_event(at, live.record.id, AttemptMilestone(name))
         case TrainerCheckpoint():
             pipeline.offer(state, live, event.message)
+        case TrainerSlab():
+            pipeline.take_slab(state, live)
+        case TrainerSection():
+            hangs.entered(state, now, live, event.message)
 
 
 def _carry_out_stop_again(state: State, live: LiveAttempt) -> None:
@@ -433,6 +432,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         return
     if live.progress is not None:
         heartbeat(state, now)  # its last progress, before its end is told
+    ended = hangs.exit_of(live, ended)
     live.kill_ms = None
     live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
     state.put(
@@ -450,6 +450,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         signal=ended.signal,
         reason=ended.reason,
     )
+    pipeline.search_slab(state, live)
     pipeline.advance_pipeline(state, live)
     pipeline.settle(state, now, live)
 
@@ -467,7 +468,8 @@ def _tick(state: State, now: Instant) -> None:
     for live in list(state.attempts.values()):
         if live.kill_ms is not None and live.kill_ms <= now.now_ms:
             live.kill_ms = None
-            state.log("warning", "attempt.killed", attempt=live.record.id, reason="grace is over")
+            reason = live.record.exit_reason or "grace is over"
+            state.log("warning", "attempt.killed", attempt=live.record.id, reason=reason)
             state.commands.append(KillProcess(live.record.id))
         if live.replica_retry_ms is not None and live.replica_retry_ms <= now.now_ms:
             live.replica_retry_ms = None
@@ -476,4 +478,5 @@ def _tick(state: State, now: Instant) -> None:
             live.settle_ms = None
             if live.record.phase is Phase.SETTLING:
                 pipeline.give_up(state, now, live)
+    hangs.check(state, now)
     order_tick(state, now)

@@ -3,8 +3,8 @@
 Problem: a checkpoint counts only when it would survive this node, yet training must not wait for
 that. So the way has stations, one checkpoint at a time per attempt, and the trainer is told at two:
 
-1. *offered*: the trainer hands over a directory. While another is on its way it waits here, and a
-   newer one takes its place ("refused: superseded").
+1. *offered*: the trainer hands over a directory, or names a capture in its slab. While another is
+   on its way it waits here, and a newer one takes its place ("refused: superseded").
 2. *storing*: hashed and durable in this node's chunk store -> the trainer hears `stored`. From here
    on it is journalled (`pending`) and survives the agent.
 3. *replicating*: copied to the peer that the coordinator named, or to the shared directory.
@@ -13,14 +13,22 @@ that. So the way has stations, one checkpoint at a time per attempt, and the tra
 5. *answered*: `committed` or `refused`.
 
 When the process has ended its last checkpoint still goes this way; the end is reported after it.
+A process that was killed may have finished a capture and not have said so. So, where it had a slab,
+the newest capture in there is looked for first, and goes the same way if it has not gone it yet:
+a kill at any instant loses what was done since the last capture, and nothing before it.
 """
+
+from dataclasses import replace
 
 from agent.core.attempt import LiveAttempt, Offered, Pending, Phase, Proposal
 from agent.core.messages import (
     AttemptExited,
+    CaptureFound,
     CheckpointProposed,
     CommitResult,
     DiscardSource,
+    FindCapture,
+    ReleaseSlab,
     ReplicateCheckpoint,
     ReplicationDone,
     ReplicationFailed,
@@ -29,8 +37,8 @@ from agent.core.messages import (
     StoreFailed,
 )
 from agent.core.state import Instant, State, sentence
-from agent.core.trainer_messages import TrainerCheckpoint
-from agent.core.values import ReplicaSource
+from agent.core.trainer_messages import TrainerCheckpoint, capture_place, is_capture
+from agent.core.values import ReplicaSource, RestoreCandidate
 
 # Proposals that the coordinator has not answered. While it is away newer checkpoints wait at the
 # first station, so that an outage of days holds this many on disk and not thousands.
@@ -43,17 +51,43 @@ SETTLE_MS_MAX = 120_000
 SHARED = "shared"
 
 
+def reachable(
+    state: State, candidates: tuple[RestoreCandidate, ...]
+) -> tuple[RestoreCandidate, ...]:
+    """The coordinator knows that a copy is shared; where that directory is, each node knows."""
+    here = state.options.shared_directory
+    return tuple(
+        replace(
+            candidate,
+            sources=tuple(
+                replace(source, address=here) if source.node == SHARED else source
+                for source in candidate.sources
+                if source.node != SHARED or here
+            ),
+        )
+        for candidate in candidates
+    )
+
+
 def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
-    """The trainer hands over a directory. The same number again is the same offer, sent twice."""
+    """The trainer hands over a directory or a capture. The same number again is the same offer,
+    sent twice; a capture's name is its own, whoever says it."""
     record = live.record
-    offered = Offered(message.id, message.path, message.step)
+    capture = message.path if is_capture(message.path) else live.handed_capture
+    offered = Offered(message.id, message.path, message.step, capture)
     # By its path too: a second program of the same attempt counts its checkpoints from 1 again.
-    stored = (record.stored_id, record.stored_path) == (offered.trainer_id, _plain(offered.path))
+    stored = record.stored_path == _plain(offered.path) and (
+        record.stored_id == offered.trainer_id or is_capture(offered.path)
+    )
     if stored and record.stored_digest:
         state.tell(record.id, type="stored", id=message.id, digest=record.stored_digest)
         return
-    if offered in (live.storing, live.offered):
+    if offered in (live.storing, live.offered) or _on_its_way(live, offered.path):
         return
+    if _is_past(live, offered.path):
+        _refuse(state, live, offered, "superseded")
+        return
+    live.handed_capture = capture
     superseded, live.offered = live.offered, offered
     if superseded is not None:
         _refuse(state, live, superseded, "superseded")
@@ -61,6 +95,57 @@ def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
         live.offered = None
         _refuse(state, live, offered, "the attempt has ended")
     advance_pipeline(state, live)
+
+
+def _on_its_way(live: LiveAttempt, path: str) -> bool:
+    """Whether this capture is being stored or waits for it; of a directory the path alone does not
+    say so."""
+    known = [offered.path for offered in (live.storing, live.offered) if offered is not None]
+    return is_capture(path) and path in known
+
+
+def _is_past(live: LiveAttempt, path: str) -> bool:
+    """Whether this capture, or what was handed over after it, is stored or on its way: a newer one
+    of the same slab, or a directory. Its slot still holds it then, and it comes up again when a
+    trainer that did not hear an answer hands over again, or when its process is gone; progress must
+    not go back to it."""
+    if not is_capture(path):
+        return False
+    slab, sequence = capture_place(path)
+    names = [offered.capture for offered in (live.storing, live.offered) if offered is not None]
+    places = [capture_place(name) for name in (*names, live.record.past_capture) if name]
+    return any(known == slab and newest >= sequence for known, newest in places)
+
+
+def take_slab(state: State, live: LiveAttempt) -> None:
+    """The trainer has memory for captures. One that comes too late has it for nothing."""
+    if live.record.phase is Phase.ENDED:
+        state.commands.append(ReleaseSlab(live.record.id))
+    live.slab = live.record.phase is not Phase.ENDED
+
+
+def search_slab(state: State, live: LiveAttempt) -> None:
+    """The process is gone: look for a capture that it did not live to hand over."""
+    if live.slab and not live.searching:
+        live.searching = True
+        state.commands.append(FindCapture(live.record.id))
+
+
+def capture_found(state: State, now: Instant, live: LiveAttempt, found: CaptureFound) -> None:
+    """Store it, unless it or what came after it is stored or on its way. One that still waits then
+    is older, and is superseded."""
+    if not live.searching:
+        return
+    live.searching = False
+    known = not found.name or _is_past(live, found.name)
+    if not known and live.record.phase is Phase.SETTLING:
+        state.log("info", "checkpoint.rescued", attempt=live.record.id, step=found.step)
+        rescued = Offered(0, found.name, found.step, found.name)
+        superseded, live.offered = live.offered, rescued
+        if superseded is not None:
+            _refuse(state, live, superseded, "superseded")
+    advance_pipeline(state, live)
+    settle(state, now, live)
 
 
 def _plain(path: str) -> str:
@@ -74,7 +159,10 @@ def _refuse(state: State, live: LiveAttempt, refused: Offered, reason: str) -> N
 
 
 def _discard(state: State, live: LiveAttempt, path: str) -> None:
-    """Unless the trainer has since built another checkpoint in the same place."""
+    """Unless the trainer has since built another checkpoint in the same place. A capture's slot is
+    the trainer's again as soon as it hears the answer."""
+    if is_capture(path):
+        return
     if all(known is None or known.path != path for known in (live.storing, live.offered)):
         state.commands.append(DiscardSource(path))
 
@@ -109,6 +197,7 @@ def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> No
         stored_id=offered.trainer_id,
         stored_path=_plain(offered.path),
         stored_digest=kept.digest,
+        past_capture=offered.capture or live.record.past_capture,
     )
     _discard(state, live, offered.path)
     state.tell(live.record.id, type="stored", id=offered.trainer_id, digest=kept.digest)
@@ -132,6 +221,8 @@ def store_failed(state: State, now: Instant, live: LiveAttempt, failed: StoreFai
     live.storing = None
     _refuse(state, live, offered, sentence(failed.reason))
     state.log("error", "checkpoint.failed", attempt=live.record.id, reason=failed.reason)
+    if live.record.phase is Phase.SETTLING and not is_capture(offered.path):
+        search_slab(state, live)  # the capture before it may still be there
     advance_pipeline(state, live)
     settle(state, now, live)
 
@@ -247,12 +338,16 @@ def settle(state: State, now: Instant, live: LiveAttempt) -> None:
     """Once the process is gone and its last checkpoint proposed, say how it ended."""
     record = live.record
     waiting = live.storing is not None or live.offered is not None or record.pending is not None
+    waiting = waiting or live.searching
     if record.phase is not Phase.SETTLING or waiting:
         return
     body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason)
     sequence = state.spool_event(now, record.id, body)
     state.put(live, Phase.ENDED, last_sequence=sequence)
     live.settle_ms = None
+    if live.slab:
+        live.slab = False
+        state.commands.append(ReleaseSlab(record.id))
 
 
 def give_up(state: State, now: Instant, live: LiveAttempt) -> None:
@@ -261,6 +356,7 @@ def give_up(state: State, now: Instant, live: LiveAttempt) -> None:
     reason = f"it was not done within {SETTLE_MS_MAX} ms of the attempt's end"
     left = [offered for offered in (live.storing, live.offered) if offered is not None]
     live.storing = live.offered = None
+    live.searching = False
     for offered in left:
         _refuse(state, live, offered, reason)
     pending = live.record.pending

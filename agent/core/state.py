@@ -57,6 +57,8 @@ class Options:
     peer_address: str
     launch: LaunchOptions
     shared_directory: str = ""
+    hang_floor_ms: int = 120_000
+    """No section is called hung before it has taken this long."""
 
     @property
     def node(self) -> str:
@@ -141,6 +143,7 @@ class State:
         self.heartbeat_sequence = 0
         self.heartbeat_due_ms: int | None = None
         self.resend_due_ms: int | None = None
+        self.section_check_ms: int | None = None  # while some trainer is in a section
         self.sent_sequence = 0  # the newest event that was sent in this session
         self.records: list[Record] = []
         self.commands: list[Command] = []

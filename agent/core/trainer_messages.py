@@ -16,12 +16,26 @@ class TrainerHello:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainerTime:
+    """How the trainer's process has spent its time so far: finite seconds, 0 or more, none counted
+    twice."""
+
+    step_s: float = 0.0
+    evaluate_s: float = 0.0
+    input_wait_s: float = 0.0
+    capture_s: float = 0.0
+    restore_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TrainerProgress:
-    """The latest wins. `total_steps` is None when the trainer does not know."""
+    """The latest wins. `total_steps` is None when the trainer does not know, `time` when it does
+    not say."""
 
     step: int
     total_steps: int | None
     metrics: tuple[tuple[str, float], ...]
+    time: TrainerTime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +48,11 @@ class TrainerMilestone:
 
 @dataclass(frozen=True, slots=True)
 class TrainerCheckpoint:
-    """A directory handed over for keeping; `id` is the trainer's own number, for the answers.
+    """A directory or a capture handed over for keeping; `id` is the trainer's own number, for the
+    answers.
 
-    `path` is absolute, free of symbolic links, and strictly inside the attempt's staging directory.
+    `path` is absolute, free of symbolic links, and strictly inside the attempt's staging directory;
+    for a capture it is the `capture_name`, which is no path.
     """
 
     id: int
@@ -44,4 +60,51 @@ class TrainerCheckpoint:
     step: int
 
 
-TrainerMessage = TrainerHello | TrainerProgress | TrainerMilestone | TrainerCheckpoint
+@dataclass(frozen=True, slots=True)
+class TrainerSlab:
+    """The trainer has a slab, memory of the agent's that it writes captures into: given just now,
+    or held by the trainer over an agent's restart."""
+
+    slot_bytes: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerSection:
+    """The trainer behind connection `source` is in this section now; empty: in none. `count` are
+    those that have ended since it last said so. `ended`: so has the connection."""
+
+    source: int
+    name: str = ""
+    count: int = 0
+    ended: bool = False
+
+
+TrainerMessage = (
+    TrainerHello
+    | TrainerProgress
+    | TrainerMilestone
+    | TrainerCheckpoint
+    | TrainerSlab
+    | TrainerSection
+)
+
+_CAPTURE = "slab:"
+
+
+def capture_name(slab: int, sequence: int) -> str:
+    """What a capture goes by where a checkpoint's directory would be named: `slab` is a number that
+    no other slab of this boot has, `sequence` only grows. Directories are absolute paths, so no
+    name is both."""
+    return f"{_CAPTURE}{slab}:{sequence}"
+
+
+def capture_place(name: str) -> tuple[int, int]:
+    """The slab and the sequence of a capture's name."""
+    _, slab, sequence = name.split(":")
+    return int(slab), int(sequence)
+
+
+def is_capture(path: str) -> bool:
+    """Whether a checkpoint lies in a slab, and not in a directory."""
+    return path.startswith(_CAPTURE)

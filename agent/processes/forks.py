@@ -17,6 +17,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ RESTART_MAX_S = 60.0
 # the longest title that a forked shim or trainer may need: two paths and some words
 PADDING = "-" * 1024
 # numpy's BLAS starts its threads when it is loaded, and only a process of one thread can be forked
-SERVER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+SERVER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PADDING": "-" * 4096}
 
 READ_WHILE_LOADING = (
-    "LD_", "LC_", "LANG", "PYTHON", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_", "MKL_",
-    "OPENBLAS_", "NPY_", "TORCH", "PYTORCH_", "ATEN_", "CUDA_", "CUBLAS_", "NVIDIA_", "HF_",
-    "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "BATON_HOOK",
+    "HOME", "XDG_", "LD_", "LC_", "LANG", "PYTHON", "MALLOC_", "GLIBC_", "OMP_", "GOMP_", "KMP_",
+    "MKL_", "OPENBLAS_", "NPY_", "TORCH", "PYTORCH_", "ATEN_", "CUDA_", "CUBLAS_", "NVIDIA_", "HF_",
+    "HUGGINGFACE_", "USE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "BATON_HOOK",
 )  # fmt: skip
 """Beginnings of names that are read once, when an interpreter or a library starts."""
 
@@ -85,7 +86,11 @@ class ForkServer:
     def open(self) -> None:
         """Start it; ready when `ready` is set. Never raises: without it all goes on, slower."""
         self._restart = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._later(str(error))
+            return
         ours.setblocking(False)
         descriptor = theirs.fileno()
         try:
@@ -101,7 +106,7 @@ class ForkServer:
             )
         except OSError as error:
             ours.close()
-            log.warning("fork_server.not_started", server=self.name, reason=str(error))
+            self._later(str(error))
             return
         finally:
             theirs.close()
@@ -117,6 +122,11 @@ class ForkServer:
         except OSError:  # it has just ended, or its queue is full because it hangs
             return False
         return True
+
+    def end(self) -> None:
+        """It does not answer: it is killed, which answers all that it was asked, and replaced."""
+        if self._process is not None:
+            self._process.kill()
 
     async def close(self) -> None:
         """End it. What it has forked goes on."""
@@ -158,6 +168,9 @@ class ForkServer:
         if status == forkserver.EXIT_NO_MODULE:
             log.info("fork_server.unavailable", server=self.name, reason=reason)
             return
+        self._later(reason)
+
+    def _later(self, reason: str) -> None:
         log.warning("fork_server.ended", server=self.name, reason=reason, again_s=self._pause_s)
         self._restart = asyncio.get_running_loop().call_later(self._pause_s, self.open)
         self._pause_s = min(2 * self._pause_s, RESTART_MAX_S)
@@ -178,7 +191,12 @@ class ForkServer:
 class ForkServers:
     """The one for supervisors, and the warm one, if there is to be one."""
 
-    def __init__(self, interpreter: str, warmth: Warmth | None = None) -> None:
+    def __init__(
+        self,
+        warmth: Warmth | None = None,
+        *,
+        interpreter: str = os.path.realpath(sys.executable),
+    ) -> None:
         kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         self.plain = ForkServer("plain", (interpreter, "-I", "-S"), (), kept)
         self._warmth = warmth
@@ -197,12 +215,20 @@ class ForkServers:
         for server in self._servers():
             await server.close()
 
-    def ask(self, launch: Launch, directory: Path, status_fd: int) -> bool:
-        """Have the shim of a launch forked by who fits best; False when nobody can now."""
+    def ask(self, launch: Launch, directory: Path, status_fd: int) -> int:
+        """Have the shim of a launch forked by who fits best; returns that server's pid, 0 when
+        nobody can now."""
         warm = self.warm
         if warm is not None and self._fits(launch) and warm.ask(directory, status_fd):
-            return True
-        return self.plain.ask(directory, status_fd)
+            return warm.pid()
+        return self.plain.pid() if self.plain.ask(directory, status_fd) else 0
+
+    def end(self, pid: int) -> None:
+        """The server of that pid, if it still serves, has not done what it was asked."""
+        for server in self._servers():
+            if server.pid() == pid:
+                log.warning("fork_server.hung", server=server.name, pid=pid)
+                server.end()
 
     def _fits(self, launch: Launch) -> bool:
         """Whether the warm server's interpreter, and what it has loaded, are what this launch would

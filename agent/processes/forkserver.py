@@ -18,9 +18,10 @@ agent starts shims the slow way.
 
     python [-I -S] forkserver.py SOCKET_DESCRIPTOR MODULES PADDING
 
-`MODULES` is a comma-separated list, empty for supervisors alone. `PADDING` makes room in the
-argument area, so that a forked child can say in `ps` what it is: what is looked for in
-`/proc/<pid>/cmdline` must be true of it (proc(5), fields 48 and 49 of `stat`).
+`MODULES` is a comma-separated list, empty for supervisors alone. `PADDING`, and a variable of that
+name, make room where the kernel reads arguments and environment from, so that a forked child can
+say what it is: what `ps` shows, and what is looked for in `/proc/<pid>/cmdline` and `environ`, must
+be true of it (proc(5), fields 48 to 51 of `stat`).
 """
 
 import ctypes
@@ -43,6 +44,7 @@ READY = b"ready"
 REQUEST_BYTES_MAX = 8192  # a path, PATH_MAX is 4096
 EXIT_NO_MODULE = 3
 EXIT_THREADS = 4
+TITLE, ENVIRONMENT = 45, 47  # where an area begins, among the fields after the command's name
 
 MODULES: list[str] = []  # what this server has imported; none for supervisors alone
 
@@ -78,8 +80,12 @@ def become_shim(directory: bytes, status_fd: int) -> None:
         for source, target in ((null, 0), (null, 1), (errors, 2)):
             os.dup2(source, target)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        set_title([os.fsencode(sys.executable), b"-I", b"-S", b"shim.py", directory])
+        show(TITLE, [os.fsencode(sys.executable), b"-I", b"-S", b"shim.py", directory])
         shim.hold(directory, enter)
+    except BaseException:  # the outermost frame of this program
+        import traceback
+
+        traceback.print_exc()  # the agent reads the last line
     finally:
         os._exit(0)
 
@@ -92,38 +98,46 @@ def enter(launch: shim.Launch) -> None:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what exec would have closed
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)  # as a starting interpreter does
-    set_title(launch.arguments)
+    show(TITLE, launch.arguments)
     os.environ.clear()
     for name, value in launch.environment.items():
         os.environ[os.fsdecode(name)] = os.fsdecode(value)
+    # Ours first, should there not be room for all: by its token a job's leftover is known.
+    entries = sorted(launch.environment.items(), key=lambda item: not item[0].startswith(b"BATON_"))
+    show(ENVIRONMENT, [name + b"=" + value for name, value in entries])
     sys.argv = [os.fsdecode(argument) for argument in launch.arguments[3:]]
     os._exit(run_module(sys.argv[0]))
 
 
 def run_module(name: str) -> int:
     """What `python -m` does with it; returns the exit status."""
+    import atexit
     import runpy
+    import threading
     import traceback
 
     status = 0
     try:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as error:
-        if isinstance(error.code, str):
-            sys.stderr.write(f"{error.code}\n")
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if status and not isinstance(error.code, int):
+            sys.stderr.write(f"{error.code}\n")
     except BaseException:  # the outermost frame of this program
         traceback.print_exc()
         status = 1
+    # What an interpreter does at its end, but for taking itself apart.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     return status
 
 
-def set_title(words: list[bytes]) -> None:
-    """Put these where `/proc/self/cmdline` is read from, as far as there is room."""
+def show(area: int, words: list[bytes]) -> None:
+    """Put these where `/proc/self/cmdline` or `environ` is read from, as far as there is room."""
     fields = shim.stat_fields(os.getpid())
-    begin, end = int(fields[45]), int(fields[46])
+    begin, end = int(fields[area]), int(fields[area + 1])
     text = b"\0".join(words)[: end - begin - 1]
     ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 

@@ -118,3 +118,18 @@ def segments(directory: Path) -> list[tuple[int, Path]]:
         return []
     matches = ((SEGMENT_NAME.fullmatch(path.name), path) for path in entries)
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def shim_failure(directory: Path) -> str:
+    """Why a shim ended without a word: the last line that it left on its standard error, if any."""
+    try:
+        lines = (directory / "shim.err").read_text(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        lines = []
+    detail = f": {lines[-1]}" if lines else ""
+    return f"the trainer's supervisor ended before it could start it{detail}"
+
+
+def log_bytes(directory: Path) -> int:
+    """What the kept output of an attempt takes on disk."""
+    return sum(path.stat().st_size for _, path in segments(directory))

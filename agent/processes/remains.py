@@ -7,6 +7,7 @@ token in their environment, the directory on a shim's command line.
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def kill(directory: Path) -> None:
         ]
 
     kill_all(remains)
+
+
+def kill_late(directory: Path) -> None:
+    """After the end of an attempt without a shim was written down: one that was still being forked,
+    and read the directory before that, is seen now, and must not hold what counts as ended."""
+    late_pid, start_ticks = find_shim(directory)
+    descriptor = proc.open_pidfd(late_pid, start_ticks) if late_pid else None
+    if descriptor is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        os.close(descriptor)
+        kill(directory)
 
 
 def find_shim(directory: Path) -> tuple[int, int]:

@@ -30,7 +30,7 @@ import structlog
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim
+from agent.processes import proc, records, remains, shim, stacks
 from agent.processes.forks import ForkServers
 
 # 32 attempts that filled their log; a small share of any GPU box's disk
@@ -39,6 +39,8 @@ FINISHED_LOG_BYTES_MAX = 2 * 1024**3
 FINISHED_ATTEMPTS_MAX = 4096
 # a network file system may be slow to hand out a program; a start order is not kept for longer
 START_TIMEOUT_S = 60.0
+# a fork and a line; a server that takes longer is replaced, and the start goes the slow way
+FORK_TIMEOUT_S = 5.0
 # only after an agent died between a start and its record: a few milliseconds' window
 STARTED_RECORD_POLL_S = 0.05
 STATUS_BYTES_MAX = 64 * 1024  # a sentence with a path and a PATH in it: far below
@@ -64,7 +66,7 @@ class _Attempt:
     shim_fd: int = -1  # pidfd
     status_fd: int = -1
     said: bytes = b""  # what the shim has written to the status pipe
-    launch: Launch | None = None  # while it may have to be started once more
+    server: int = 0  # pid of the fork server that was asked for the shim
     start_ticks: int = 0
     timer: asyncio.TimerHandle | None = None
     starters: int = 0  # calls of `start` that have not returned; an exit is told after them
@@ -115,7 +117,7 @@ class Supervisor:
                 settled.append(((directory / shim.EXIT_NAME).stat().st_mtime, directory))
             else:
                 shutil.rmtree(directory)  # the agent died before it had written the order to start
-        self._finished = {path.name: _log_bytes(path) for _, path in sorted(settled)}
+        self._finished = {path.name: records.log_bytes(path) for _, path in sorted(settled)}
         self._prune()
         return tuple(self._attempts)
 
@@ -154,6 +156,14 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, number)
 
+    def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None:
+        """Ask for stacks, and the flight recorder's dump; a process that has gone is no error."""
+        attempt = self._attempts.get(attempt_id)
+        if attempt is not None and attempt.ended is None and attempt.shim_pid:
+            asked = stacks.ask(proc.descendants(attempt.shim_pid))
+            pipes = stacks.trigger(nccl_pipes) if nccl_pipes else 0
+            log.info("process.stacks_asked", attempt=attempt_id, processes=asked, nccl_pipes=pipes)
+
     def kill(self, attempt_id: str) -> None:
         """SIGKILL everything that the attempt ever started, daemons included; its exit is told as
         any other.
@@ -186,7 +196,7 @@ class Supervisor:
         # `launch` last: without it the attempt is settled
         for name in (shim.STARTED_NAME, shim.LAUNCH_NAME):
             (attempt.directory / name).unlink(missing_ok=True)
-        self._finished[attempt_id] = _log_bytes(attempt.directory)
+        self._finished[attempt_id] = records.log_bytes(attempt.directory)
         self._prune()
 
     async def close(self) -> None:
@@ -221,29 +231,27 @@ class Supervisor:
         if directory.exists():
             raise StartError(f"attempt {launch.attempt_id} has already run on this node")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(directory, loop.create_future(), launch=launch)
+        attempt = _Attempt(directory, loop.create_future())
         try:
             records.write_launch(directory, launch)
             self._start_shim(attempt, launch)
         except OSError as error:
             shutil.rmtree(directory, ignore_errors=True)
-            sentence = f"cannot start attempt {launch.attempt_id}: {error}"
-            raise StartError(sentence, permanent=False) from error
+            raise StartError(f"cannot start {directory.name}: {error}", permanent=False) from error
         self._attempts[launch.attempt_id] = attempt
         attempt.timer = loop.call_later(START_TIMEOUT_S, self._give_up, attempt)
         return attempt
 
     def _start_shim(self, attempt: _Attempt, launch: Launch | None = None) -> None:
-        """By a fork server, if there is a launch to show it; else, and where none is ready, as a
-        program of its own. Raises OSError.
-        """
+        """By a fork server, given a launch to show it, or as a program. Raises OSError."""
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            forked = (
-                launch and self._forks and self._forks.ask(launch, attempt.directory, status_write)
-            )
-            if not forked:
-                attempt.launch = None
+            attempt.server = 0
+            if launch and self._forks:
+                attempt.server = self._forks.ask(launch, attempt.directory, status_write)
+            if attempt.server:
+                asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._hurry, attempt)
+            else:
                 attempt.shim_pid = self._spawn_shim(attempt.directory, status_write)
                 attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
                 self._watch(attempt)
@@ -292,7 +300,7 @@ class Supervisor:
             self._meet(attempt, lines[0])
         if data and len(lines) < 3:
             return
-        if attempt.launch is not None and len(lines) < 2:
+        if attempt.server and len(lines) < 2:
             self._start_again(attempt)
             return
         self._stop_reading_status(attempt)
@@ -307,9 +315,8 @@ class Supervisor:
             if attempt.shim_fd < 0:
                 self._shim_ended(attempt)  # the whole job was over before we read of its start
         else:
-            self._fail_start(
-                attempt, rest if verb == "failed" else _shim_failure(attempt.directory)
-            )
+            reason = rest if verb in ("failed", "late") else records.shim_failure(attempt.directory)
+            self._fail_start(attempt, reason, permanent=verb == "failed")
 
     def _meet(self, attempt: _Attempt, line: str) -> None:
         """A forked shim is no child of ours: it is known by what it says of itself."""
@@ -319,6 +326,11 @@ class Supervisor:
         if shim_fd is not None:  # else it has ended already, and the pipe says how
             attempt.shim_fd = shim_fd
             self._watch(attempt)
+
+    def _hurry(self, attempt: _Attempt) -> None:
+        """Nobody has answered yet: the end of the server that was asked is an answer too."""
+        if self._forks and attempt.server and attempt.status_fd >= 0 and not attempt.said:
+            self._forks.end(attempt.server)
 
     def _start_again(self, attempt: _Attempt) -> None:
         """The fork server ended with our request unheard; nothing was started."""
@@ -331,8 +343,9 @@ class Supervisor:
             self._stop_reading_status(attempt)
             self._fail_start(attempt, f"cannot start its supervisor: {error}")
 
-    def _fail_start(self, attempt: _Attempt, reason: str) -> None:
-        attempt.starting.set_exception(StartError(reason))
+    def _fail_start(self, attempt: _Attempt, reason: str, *, permanent: bool = False) -> None:
+        """`permanent`: the program itself cannot be started, on whatever node."""
+        attempt.starting.set_exception(StartError(reason, permanent=permanent))
         # a caller that was cancelled leaves it unread, which is no fault
         attempt.starting.exception()
         if attempt.shim_fd < 0:
@@ -343,11 +356,11 @@ class Supervisor:
         if attempt.shim_fd < 0:
             # A shim names itself before it reads `launch`: so it finds none, or we hear of it here.
             (attempt.directory / shim.LAUNCH_NAME).unlink(missing_ok=True)
-            attempt.launch = None
+            attempt.server = 0
             self._read_status(attempt)
         reason = f"the program did not start within {START_TIMEOUT_S:.0f} s"
         if attempt.shim_fd >= 0:
-            attempt.said = f"shim\nfailed {reason}\n".encode()
+            attempt.said = f"shim\nlate {reason}\n".encode()
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(attempt.shim_fd, signal.SIGKILL)
         elif not attempt.starting.done():
@@ -369,6 +382,7 @@ class Supervisor:
         shim_fd = proc.open_pidfd(attempt.shim_pid, ticks) if attempt.shim_pid else None
         if shim_fd is None:
             self._end(attempt, SUPERVISOR_GONE if started else NEVER_STARTED)
+            remains.kill_late(directory)
             return
         attempt.shim_fd = shim_fd
         self._await_record(attempt)
@@ -483,17 +497,3 @@ class Supervisor:
 def _start_failed(attempt: _Attempt) -> bool:
     starting = attempt.starting
     return starting.done() and not starting.cancelled() and starting.exception() is not None
-
-
-def _shim_failure(directory: Path) -> str:
-    """Why a shim ended without a word: the last line that it left on its standard error, if any."""
-    try:
-        lines = (directory / "shim.err").read_text(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        lines = []
-    detail = f": {lines[-1]}" if lines else ""
-    return f"the trainer's supervisor ended before it could start it{detail}"
-
-
-def _log_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for _, path in records.segments(directory))

@@ -16,7 +16,7 @@ from agent.chunks.manifest import (
     decode,
     digest_of,
 )
-from agent.chunks.peers import PeerClient
+from agent.chunks.peers import PeerClient, Route
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
 from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S
@@ -86,8 +86,8 @@ NOBODY = ReplicaSource("n9", "127.0.0.1:1")
 class CountingClient(PeerClient):
     """Remembers what was sent and fetched."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, http_from_bytes: int | None) -> None:
+        super().__init__(None, http_from_bytes=http_from_bytes)
         self.received_bytes: list[int] = []
         self.fetched: list[str] = []
 
@@ -99,17 +99,21 @@ class CountingClient(PeerClient):
         *,
         chunks: AsyncIterator[tuple[str, bytes]],
         chunks_bytes: int,
+        route: Route | None = None,
     ) -> int:
         received = await super().put(
-            peer, digest, manifest, chunks=chunks, chunks_bytes=chunks_bytes
+            peer, digest, manifest, chunks=chunks, chunks_bytes=chunks_bytes, route=route
         )
         self.received_bytes.append(received)
         return received
 
     async def get_chunks(
-        self, peer: ReplicaSource, wanted: Sequence[tuple[str, int]]
-    ) -> AsyncGenerator[tuple[str, bytes], None]:
-        async for digest, data in super().get_chunks(peer, wanted):
+        self,
+        peer: ReplicaSource,
+        wanted: Sequence[tuple[str, int]],
+        route: Route | None = None,
+    ) -> AsyncGenerator[tuple[str, bytes | bytearray], None]:
+        async for digest, data in super().get_chunks(peer, wanted, route):
             self.fetched.append(digest)
             yield digest, data
 
@@ -121,6 +125,12 @@ class LyingStore(ChunkStore):
 
     def read_chunk(self, digest: str, size_bytes: int | None = None, *, of: str = "") -> bytes:
         return bytes(byte ^ 1 for byte in super().read_chunk(digest, size_bytes, of=of))
+
+    def chunk_path(self, digest: str) -> Path:
+        """What is sent over HTTP is not read before; so the lie lies beside the truth."""
+        lie = self.root / f"lie-{digest}"
+        lie.write_bytes(self.read_chunk(digest))
+        return lie
 
     def read_manifest(self, digest: str) -> bytes:
         data = super().read_manifest(digest)
@@ -134,6 +144,7 @@ class Node:
     client: CountingClient
     chunks: ChunkService
     source: ReplicaSource
+    server: PeerServer
 
     async def checkpoint(self, files: dict[str, bytes], step: int) -> StoredCheckpoint:
         directory = self.root / "staging" / f"ckpt-{step}"
@@ -161,20 +172,28 @@ async def no_log(
     yield offset, b""
 
 
+# Tests of a node's traffic run over both of its ways: with HTTP from the first byte on, and never.
+WAYS = {"http": 0, "grpc": None}
+
+
 @asynccontextmanager
 async def running(
-    root: Path, name: str, make: Callable[[Path], ChunkStore] = ChunkStore
+    root: Path,
+    name: str,
+    make: Callable[[Path], ChunkStore] = ChunkStore,
+    *,
+    way: str = "http",
 ) -> AsyncIterator[Node]:
     (root / name / "staging").mkdir(parents=True)
     store = make(root / name / "chunks")
-    client = CountingClient()
+    client = CountingClient(WAYS[way])
     chunks = ChunkService(store, client, staging_root=root / name / "staging", retry_pause_s=0)
     await chunks.open()
     server = PeerServer(store, no_log, address="127.0.0.1:0", tls=None)
     port = await server.open()
     try:
         source = ReplicaSource(name, f"127.0.0.1:{port}")
-        yield Node(root / name, store, client, chunks, source)
+        yield Node(root / name, store, client, chunks, source, server)
     finally:
         await chunks.close()
         await server.close()

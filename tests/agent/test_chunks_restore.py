@@ -20,7 +20,7 @@ from agent.chunks.manifest import (
     Unreachable,
     digest_of,
 )
-from agent.chunks.peers import PeerClient
+from agent.chunks.peers import PeerClient, Route
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
 from agent.core.values import ReplicaSource
@@ -29,6 +29,7 @@ from agent.transport import Tls
 from tests.agent.chunk_worlds import (
     FILES,
     NOBODY,
+    WAYS,
     LyingStore,
     Node,
     candidate,
@@ -43,15 +44,21 @@ from tests.agent.chunk_worlds import (
 FREE_TOTAL_BYTES = 1 << 30
 
 
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each test runs over both ways of moving chunks."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1") as node:
+async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
+    async with running(tmp_path, "n1", way=way) as node:
         yield node
 
 
 @pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2") as node:
+async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
+    async with running(tmp_path, "n2", way=way) as node:
         yield node
 
 
@@ -139,13 +146,13 @@ async def test_a_damaged_manifest_is_repaired_from_the_peer(
     assert digest_of(one.manifest_path(stored.digest).read_bytes()) == stored.digest
 
 
-async def test_chunks_lost_here_and_there_come_together(one: Node, two: Node) -> None:
+async def test_chunks_lost_here_and_there_come_together(one: Node, two: Node, way: str) -> None:
     files = {name: name.encode() * 100 for name in "abcd"}
     stored = await one.checkpoint(files, 1)
     await one.chunks.replicate(stored.digest, two.source)
     one.chunk_path(files["a"]).unlink()
     flip(two.chunk_path(files["b"]))
-    async with running(one.root, "n3") as three:
+    async with running(one.root, "n3", way=way) as three:
         restored = await three.chunks.restore(
             [candidate(stored, one.source, two.source)], str(three.root / "out")
         )
@@ -190,9 +197,10 @@ async def test_what_every_source_denies_is_lost_whoever_keeps_silent_on_the_rest
     real = one.client.get_chunks
 
     async def then_gone(
-        peer: ReplicaSource, wanted: Sequence[tuple[str, int]]
-    ) -> AsyncGenerator[tuple[str, bytes], None]:
-        async for item in real(two.source if len(wanted) == 2 else NOBODY, wanted):
+        peer: ReplicaSource, wanted: Sequence[tuple[str, int]], route: Route
+    ) -> AsyncGenerator[tuple[str, bytes | bytearray], None]:
+        asked = (two.source, route) if len(wanted) == 2 else (NOBODY, Route())
+        async for item in real(asked[0], wanted, asked[1]):
             yield item
 
     monkeypatch.setattr(one.client, "get_chunks", then_gone)
@@ -293,8 +301,13 @@ async def test_a_restore_leaves_room_for_the_agents_own_records(
     assert restored.digest == new.digest
 
 
-async def test_a_lying_peer_is_refused_and_the_next_one_asked(tmp_path: Path, one: Node) -> None:
-    async with running(tmp_path, "n2", LyingStore) as liar, running(tmp_path, "n3") as three:
+async def test_a_lying_peer_is_refused_and_the_next_one_asked(
+    tmp_path: Path, one: Node, way: str
+) -> None:
+    async with (
+        running(tmp_path, "n2", LyingStore, way=way) as liar,
+        running(tmp_path, "n3", way=way) as three,
+    ):
         stored = await one.checkpoint(FILES, 1)
         await one.chunks.replicate(stored.digest, liar.source)
         alone = await three.chunks.restore(
@@ -311,8 +324,10 @@ async def test_a_lying_peer_is_refused_and_the_next_one_asked(tmp_path: Path, on
         assert files_under(both.directory) == FILES
 
 
-async def test_a_lie_about_a_manifest_is_refused(tmp_path: Path, one: Node, two: Node) -> None:
-    async with running(tmp_path, "n3", LyingStore) as liar:
+async def test_a_lie_about_a_manifest_is_refused(
+    tmp_path: Path, one: Node, two: Node, way: str
+) -> None:
+    async with running(tmp_path, "n3", LyingStore, way=way) as liar:
         stored = await one.checkpoint(FILES, 1)
         await one.chunks.replicate(stored.digest, liar.source)
         assert isinstance(liar.store, LyingStore)

@@ -29,6 +29,7 @@ from agent.ports import ChunkError, Chunks
 from tests.agent.chunk_worlds import (
     FILES,
     NOBODY,
+    WAYS,
     Node,
     candidate,
     files_under,
@@ -38,15 +39,21 @@ from tests.agent.chunk_worlds import (
 )
 
 
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each test runs over both ways of moving chunks."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1") as node:
+async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
+    async with running(tmp_path, "n1", way=way) as node:
         yield node
 
 
 @pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2") as node:
+async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
+    async with running(tmp_path, "n2", way=way) as node:
         yield node
 
 

@@ -4,6 +4,7 @@ Real processes; each test waits for a condition, never for a time.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ async def running(
 ) -> AsyncIterator[tuple[Supervisor, ForkServers, list[ProcessExit]]]:
     """A supervisor whose fork servers are ready."""
     warmth = Warmth(sys.executable, imports, environment(modules))
-    servers = ForkServers(sys.executable, warmth)
+    servers = ForkServers(warmth)
     servers.open()
     assert servers.warm is not None
     exits: list[ProcessExit] = []
@@ -134,6 +135,8 @@ async def test_other_programs_are_executed_as_they_are(tmp_path: Path, modules: 
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         ("", 0, ""),
         ("import sys; sys.exit()", 0, ""),
+        ("import atexit; atexit.register(print, 'the last word')", 0, "the last word\n"),
+        ("import sys; sys.exit([1])", 1, "[1]\n"),
     ],
 )
 async def test_a_module_ends_as_it_would_on_its_own(
@@ -193,6 +196,70 @@ async def test_a_request_that_dies_with_its_server_is_done_without_it(
         assert exits == [ProcessExit("1.1", 0, None)]
 
 
+async def test_a_hung_server_is_replaced_and_the_start_goes_the_slow_way(
+    tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FORK_TIMEOUT_S", 0.0)
+    async with running(tmp_path, modules, "slow") as (keeper, servers, exits):
+        hung = servers.plain.pid()
+        os.kill(hung, signal.SIGSTOP)
+        assert await keeper.start(Launch("1.1", ("true",), (), "/")) > 0
+        await until(lambda: exits)
+        assert exits == [ProcessExit("1.1", 0, None)]
+        await until(lambda: servers.plain.pid() not in (0, hung))
+
+
+async def test_a_late_shim_is_not_left_to_what_counts_as_ended(
+    tmp_path: Path, modules: Path
+) -> None:
+    async with running(tmp_path, modules, "slow") as (keeper, servers, _):
+        os.kill(servers.plain.pid(), signal.SIGSTOP)
+        launch = Launch("1.1", ("sleep", "600"), (("BATON_TOKEN", "late"),), "/")
+        starting = asyncio.create_task(keeper.start(launch))
+        await until(lambda: (keeper.attempt_directory("1.1") / shim.LAUNCH_NAME).exists())
+        await asyncio.sleep(0)
+        await keeper.close()  # as an agent that ends between the request and the fork
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        # The next one finds no shim, says so, and then the fork goes through after all.
+        after = Supervisor(tmp_path / "state")
+        exits: list[ProcessExit] = []
+        assert await after.open(exits.append) == ("1.1",)
+        os.kill(servers.plain.pid(), signal.SIGCONT)
+        await until(lambda: exits)
+        assert exits == [ProcessExit("1.1", None, None, supervisor.NEVER_STARTED)]
+        # It takes requests in their order: once this one has run, the one before is through.
+        second = Supervisor(tmp_path / "second", forks=servers)
+        ended: list[ProcessExit] = []
+        await second.open(ended.append)
+        await second.start(Launch("2.1", ("true",), (), "/"))
+        await until(lambda: ended)
+        assert [process for process in proc.all_processes() if has_token(process.pid)] == []
+        await after.close()
+        await second.close()
+
+
+def has_token(pid: int) -> bool:
+    return b"BATON_TOKEN=late" in proc.read_bytes(pid, "environ").split(b"\0")
+
+
+async def test_what_a_forked_trainer_leaves_behind_is_known_by_its_token(
+    tmp_path: Path, modules: Path
+) -> None:
+    (modules / "daemon.py").write_text(
+        "import os, signal\nif os.fork() == 0:\n    os.setsid()\nsignal.pause()"
+    )
+    async with running(tmp_path, modules, "slow") as (keeper, _, exits):
+        await keeper.start(module_launch(modules, "daemon", BATON_TOKEN="late"))
+        await until(lambda: len([p for p in proc.all_processes() if has_token(p.pid)]) == 2)
+        await until(lambda: records.read_started(keeper.attempt_directory("1.1")))
+        started = records.read_started(keeper.attempt_directory("1.1"))
+        assert started is not None
+        os.kill(started.shim_pid, signal.SIGKILL)
+        await until(lambda: exits)
+        await until(lambda: not [p for p in proc.all_processes() if has_token(p.pid)])
+
+
 async def test_what_is_given_up_is_not_started_later(
     tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,8 +267,9 @@ async def test_what_is_given_up_is_not_started_later(
     async with running(tmp_path, modules, "slow") as (keeper, servers, exits):
         pid = servers.plain.pid()
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(StartError, match="did not start within"):
+        with pytest.raises(StartError, match="did not start within") as refused:
             await keeper.start(Launch("1.1", ("touch", str(tmp_path / "ran")), (), "/"))
+        assert not refused.value.permanent  # another node may do better
         keeper.forget("1.1")
         monkeypatch.setattr(supervisor, "START_TIMEOUT_S", DEADLINE_S)
         os.kill(pid, signal.SIGCONT)
@@ -232,6 +300,6 @@ async def test_what_cannot_be_forked_from_is_not_used(
 
 
 def test_settings_are_what_is_read_while_loading() -> None:
-    late = {"BATON_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "GPU-1", "RANK": "0", "HOME": "/root"}
+    late = {"BATON_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "GPU-1", "RANK": "0", "USER": "me"}
     early = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "/p", "HF_HUB_OFFLINE": "1", "LD_PRELOAD": "x"}
     assert settings({**late, **early}) == early

@@ -88,7 +88,7 @@ async def shims(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     if request.param == "executed":
         yield
         return
-    servers = ForkServers(sys.executable)
+    servers = ForkServers()
     servers.open()
     async with asyncio.timeout(DEADLINE_S):
         await servers.plain.ready.wait()

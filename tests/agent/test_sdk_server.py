@@ -17,8 +17,14 @@ from agent.core.trainer_messages import (
     TrainerMessage,
     TrainerMilestone,
     TrainerProgress,
+    TrainerSection,
+    TrainerSlab,
+    TrainerTime,
+    capture_name,
 )
+from agent.sdk_connection import DESCRIPTORS_MAX
 from agent.sdk_server import SdkServer
+from agent.slabs import Slabs
 
 SECRET = "secret"
 DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
@@ -80,7 +86,7 @@ class House:
     async def greeted(self, token: str = SECRET, pid: int = 42) -> Trainer:
         trainer = await self.connect()
         trainer.send({"type": "hello", "version": 1, "token": token, "pid": pid})
-        assert await trainer.receive() == {"type": "welcome", "version": 1}
+        assert await trainer.receive() == {"type": "welcome", "version": 1, "sections": True}
         assert (await self.message())[1] == TrainerHello(pid)
         return trainer
 
@@ -186,6 +192,7 @@ async def test_a_bad_hello_is_refused(house: House, line: object, reason: str) -
 
 
 INTEGER = "must be an integer from 0 to 9223372036854775807"
+SECONDS = "a time must be a number of seconds from 0 to 1000000000"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,17 @@ INTEGER = "must be an integer from 0 to 9223372036854775807"
         ({"type": "progress"}, f"step {INTEGER}"),
         ({"type": "progress", "step": -1}, f"step {INTEGER}"),
         ({"type": "progress", "step": 1.5}, f"step {INTEGER}"),
+        ({"type": "progress", "step": 1, "time": []}, "time must be an object of at most 64 names"),
+        (
+            {"type": "progress", "step": 1, "time": dict.fromkeys(map(str, range(65)), 1)},
+            "time must be an object of at most 64 names",
+        ),
+        ({"type": "progress", "step": 1, "time": {"step_s": -1}}, SECONDS),
+        ({"type": "progress", "step": 1, "time": {"step_s": "1"}}, SECONDS),
+        ({"type": "progress", "step": 1, "time": {"step_s": True}}, SECONDS),
+        ({"type": "progress", "step": 1, "time": {"capture_s": 10**9 + 1}}, SECONDS),
+        (b'{"type":"progress","step":1,"time":{"step_s":NaN}}\n', SECONDS),
+        (b'{"type":"progress","step":1,"time":{"restore_s":Infinity}}\n', SECONDS),
         ({"type": "progress", "step": 2**63}, f"step {INTEGER}"),
         ({"type": "progress", "step": 1, "total_steps": ""}, f"total_steps {INTEGER}"),
         (
@@ -232,6 +250,16 @@ async def test_a_bad_line_is_refused_and_reaches_nobody(
     assert await trainer.refusal() == reason
     assert house.messages == []
     await house.greeted()  # the next one is served as before
+
+
+async def test_times_of_a_newer_trainer_are_passed_over(house: House) -> None:
+    trainer = await house.greeted()
+    seconds = {"step_s": 3, "input_wait_s": 0.25, "dreaming_s": "long"}
+    trainer.send({"type": "progress", "step": 1, "time": seconds})
+    time = TrainerTime(step_s=3.0, input_wait_s=0.25)
+    assert await house.message() == ("1.1", TrainerProgress(1, None, (), time))
+    trainer.send({"type": "progress", "step": 1, "time": {}})
+    assert await house.message() == ("1.1", TrainerProgress(1, None, (), TrainerTime()))
 
 
 async def test_only_directories_inside_the_staging_directory(house: House, tmp_path: Path) -> None:
@@ -339,3 +367,114 @@ async def test_socket_file(tmp_path: Path, house: House) -> None:
     await house.greeted()
     with pytest.raises(OSError, match="too long for a socket"):
         await SdkServer(tmp_path / ("x" * 100), house.note).open()
+
+
+class SlabTrainer:
+    """A trainer on a plain socket, which can pass descriptors."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(path)
+        self.buffer = b""
+        self.descriptors: list[int] = []
+
+    def send(self, line: dict[str, object], *descriptors: int) -> None:
+        socket.send_fds(self.socket, [json.dumps(line).encode() + b"\n"], descriptors)
+
+    def receive(self) -> dict[str, object]:
+        while b"\n" not in self.buffer:
+            data, found, _, _ = socket.recv_fds(self.socket, 4096, 4)
+            assert data, "closed"
+            self.buffer += data
+            self.descriptors += found
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def greet(self) -> dict[str, object]:
+        self.send(HELLO)
+        return self.receive()
+
+
+async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    house = House(tmp_path / "run", staging)
+    desk = Slabs(0.5, lambda: 1_000_000)
+    house.server = SdkServer(tmp_path / "run", house.note, desk)
+    await house.server.open()
+    house.server.register("1.1", SECRET, str(staging))
+    trainer = SlabTrainer(house.server.socket_path)
+    welcome = {"type": "welcome", "version": 1, "sections": True, "slabs": True}
+    assert await asyncio.to_thread(trainer.greet) == welcome
+    assert (await house.message())[1] == TrainerHello(1)
+    trainer.send({"type": "slab", "bytes": 10_000})
+    answer = await asyncio.to_thread(trainer.receive)
+    assert answer == {"type": "slab", "bytes": 12_288, "slots": 2}
+    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    (held,) = trainer.descriptors
+    inode = os.fstat(held).st_ino
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
+    named = TrainerCheckpoint(3, capture_name(inode, 8), 120)
+    assert await house.message() == ("1.1", named)
+    trainer.send({"type": "slab", "bytes": 10**9})
+    refusal = await asyncio.to_thread(trainer.receive)
+    assert refusal["type"] == "slab_refused"
+    assert "may be given away" in str(refusal["reason"])
+    # The next agent has none of it, until the trainer offers what it holds.
+    desk.close()
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
+    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
+    assert await house.message() == ("1.1", named)
+    reader, writer = os.pipe()
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)
+    refusal = await asyncio.to_thread(trainer.receive)
+    assert (refusal["type"], refusal["offered"]) == ("slab_refused", True)
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True})
+    assert await asyncio.to_thread(trainer.receive) == {
+        "type": "error",
+        "reason": "a slab is offered without its descriptor",
+    }
+    for descriptor in (reader, writer, held):
+        os.close(descriptor)
+    trainer.socket.close()
+    await house.server.close()
+    desk.close()
+
+
+async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:
+    trainer = SlabTrainer(house.server.socket_path)
+    welcome = {"type": "welcome", "version": 1, "sections": True}
+    assert await asyncio.to_thread(trainer.greet) == welcome
+    await house.message()
+    before = len(os.listdir("/proc/self/fd"))
+    nothing = trainer.socket.fileno()
+    for step in range(20):
+        trainer.send({"type": "progress", "step": step}, *[nothing] * 4)
+        await house.message()
+    assert len(os.listdir("/proc/self/fd")) <= before + DESCRIPTORS_MAX
+    trainer.socket.close()
+
+
+async def test_sections_are_of_one_connection_and_end_with_it(house: House) -> None:
+    first, second = await house.greeted(), await house.greeted()
+    said = {"type": "section", "name": "step", "count": 3, "unix_ms": 1790000000000}
+    first.send(said)
+    _, one = await house.message()
+    second.send({**said, "name": "", "count": 0})
+    _, other = await house.message()
+    assert isinstance(one, TrainerSection)
+    assert isinstance(other, TrainerSection)
+    assert (one.name, one.count, other.name, other.count) == ("step", 3, "", 0)
+    assert one.source != other.source
+    first.writer.close()
+    assert await house.message() == ("1.1", TrainerSection(one.source, ended=True))
+    third = await house.greeted()
+    third.writer.close()  # it said nothing of sections, and ends without a word
+    second.send({**said, "name": "eval", "count": 1})
+    assert await house.message() == ("1.1", TrainerSection(other.source, "eval", 1))
+    second.send({**said, "name": "x" * 1000})
+    assert "name" in str(await second.refusal())

@@ -5,12 +5,14 @@ journal has the decision and before anybody carried it out; a stop crosses a sta
 commit is answered into a link that has just been cut. Nobody thinks of all of them, so hypothesis
 draws the history, and what must hold is stated once:
 
-Safety. No process starts after its stop was taken or after it ended. No GPU and no job has two.
-Sequences have no gaps and are never used again; an event leaves the spool only when acknowledged.
-An attempt ends once, after all that it proposes. A checkpoint follows the one before it, or the
-last accepted. A tick is never asked for twice at the same instant. The same events give the same
-effects.
-Liveness. Once nothing fails any more everything ends, is answered, acknowledged and forgotten.
+Safety. No process starts after its stop or end. No GPU and no job has two. Sequences have no gaps
+and are never used again; an event leaves the spool only when acknowledged. An attempt ends once,
+after all that it proposes. A checkpoint follows the one before it, or the last accepted. No capture
+is stored twice, or after a newer directory. Who never named a section is not asked for stacks. A
+tick is never asked for twice at the same instant. The same events have the same effects.
+Liveness. Once nothing fails any more everything ends, is answered, acknowledged and forgotten. The
+newest capture of a process that dies under an agent that knows of its slab, or what is newer, is
+stored or told to have failed before its end is.
 """
 
 from hypothesis import settings
@@ -23,9 +25,12 @@ from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
+from agent.core.pipeline import SETTLE_MS_MAX
 from tests.core.agent_memory import MemoryJournal
 
-OPTIONS = s.Options("n1:1", LaunchOptions("n1", "/sock", "/attempts", "/python", ()))
+LAUNCH = LaunchOptions("n1", "/sock", "/attempts", "/python", ())
+# With a floor that the time between two events can pass.
+OPTIONS = s.Options("n1:1", LAUNCH, hang_floor_ms=50)
 HOST = v.HostFacts("box", "boot", 8, 1, "", "")
 GPUS = ("A", "B")
 PEER = v.ReplicaSource("n2", "n2:1")
@@ -38,14 +43,20 @@ class AgentMachine(RuleBasedStateMachine):
         super().__init__()
         self.now_ms = 0
         self.journal = MemoryJournal()
-        self.doomed_after: int | None = (
-            None  # carry out so many commands of the next batch, then die
-        )
+        # carry out so many commands of the next batch, then die
+        self.doomed_after: int | None = None
         # what outlives the agent
         self.gpus: dict[str, tuple[str, ...]] = {}  # of every attempt that was ever ordered
         self.processes: dict[str, bool] = {}  # by attempt: whether it still runs
         self.forgotten: set[str] = set()
+        self.in_sections: set[str] = set()  # who has ever said so
         self.directories: set[str] = set()
+        self.captures: dict[str, tuple[str, int]] = {}  # of each slab: the newest, and its step
+        self.captures_stored: set[str] = set()
+        self.captures_failed: set[str] = set()
+        self.captures_past: set[str] = set()  # a directory that came after it is stored
+        self.ended_ms: dict[str, int] = {}  # when the agent heard of an end
+        self.due: dict[str, str] = {}  # by attempt that ended: the capture to be stored before
         self.offered: dict[str, dict[int, t.TrainerCheckpoint]] = {}  # not answered yet
         self.offers = 0
         # the coordinator
@@ -74,6 +85,10 @@ class AgentMachine(RuleBasedStateMachine):
         self.up: list[m.Upward] = []
         self.down: list[m.Order] = []
         self.connected = False
+        self.slabs: set[str] = set()  # that this agent holds
+        self.said: dict[str, str] = {}  # by attempt: the newest capture that this agent heard of
+        self.since: dict[str, str] = {}  # by directory: the one it came after
+        self.due.clear()
         for attempt, running in self.processes.items():
             if not running:
                 self.tasks.append(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
@@ -82,6 +97,7 @@ class AgentMachine(RuleBasedStateMachine):
 
     def handle(self, event: m.Event) -> None:
         self.now_ms += 1
+        self.note(event)
         now = s.Instant(self.now_ms, self.now_ms)
         effects = self.core.handle(now, event)
         assert self.twin.handle(now, event) == effects
@@ -99,6 +115,22 @@ class AgentMachine(RuleBasedStateMachine):
                 self.doomed_after -= 1
             assert not isinstance(effect, s.Record)
             self.act(effect)
+
+    def note(self, event: m.Event) -> None:
+        """What an event says of captures and ends."""
+        if isinstance(event, m.ProcessEnded):
+            attempt = event.exit.attempt_id
+            self.ended_ms[attempt] = self.now_ms
+            if attempt in self.slabs and attempt in self.captures:
+                self.due.setdefault(attempt, self.captures[attempt][0])
+        if isinstance(event, m.StoreDone | m.StoreFailed):
+            live = self.core.state.attempts.get(event.attempt)
+            if live is not None and live.storing is not None:
+                path, done = live.storing.path, isinstance(event, m.StoreDone)
+                if t.is_capture(path):
+                    (self.captures_stored if done else self.captures_failed).add(path)
+                elif done:
+                    self.captures_past.add(self.since.get(path, ""))
 
     def check(self, record: s.Record) -> None:
         match record:
@@ -119,6 +151,11 @@ class AgentMachine(RuleBasedStateMachine):
                 assert event.attempt not in self.ends, "something after the end"
                 if isinstance(event.body, ENDS):
                     self.ends.add(event.attempt)
+                    due = self.due.pop(event.attempt, "")
+                    told = self.captures_stored | self.captures_failed | self.captures_past
+                    waited_ms = self.now_ms - self.ended_ms.get(event.attempt, 0)
+                    left = due and due not in told and waited_ms < SETTLE_MS_MAX
+                    assert not left, "a capture was left behind"
                 if isinstance(event.body, m.CheckpointProposed):
                     self.check_proposal(event.attempt, event.body)
 
@@ -141,12 +178,21 @@ class AgentMachine(RuleBasedStateMachine):
                 self.tasks.append(m.RestoreDone(command.attempt, v.Restored("", 0, "")))
             case m.StartProcess():
                 self.start_process(command.launch.attempt_id)
+            case m.DumpStacks():
+                assert command.attempt in self.in_sections, "it never said where it is"
             case m.KillProcess() if self.processes.get(command.attempt):
                 self.end_process(command.attempt)
             case m.ForgetAttempt():
                 assert not self.processes.pop(command.attempt, False), "it still runs"
                 self.forgotten.add(command.attempt)
                 self.offered.pop(command.attempt, None)
+            case m.FindCapture():
+                name, step = "", 0
+                if command.attempt in self.slabs:
+                    name, step = self.captures.get(command.attempt, (name, step))
+                self.tasks.append(m.CaptureFound(command.attempt, name, step))
+            case m.ReleaseSlab():
+                self.slabs.discard(command.attempt)
             case m.StoreCheckpoint():
                 self.tasks.append(self.store(command))
             case m.DiscardSource():
@@ -172,7 +218,13 @@ class AgentMachine(RuleBasedStateMachine):
         self.tasks.append(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
 
     def store(self, command: m.StoreCheckpoint) -> m.Event:
-        if command.path not in self.directories:
+        if t.is_capture(command.path):
+            assert command.path not in self.captures_stored, "stored twice"
+            assert command.path not in self.captures_past, "progress goes back"
+            held = command.attempt in self.slabs
+            if not held or self.captures[command.attempt][0] != command.path:
+                return m.StoreFailed(command.attempt, "overwritten")
+        elif command.path not in self.directories:
             return m.StoreFailed(command.attempt, "no such directory")
         digest = f"{command.path}<{command.parent}"
         return m.StoreDone(command.attempt, v.StoredCheckpoint(digest, command.step, 1, 1))
@@ -293,9 +345,8 @@ class AgentMachine(RuleBasedStateMachine):
         event = self.tasks[index]
         kinds = [(type(e), getattr(e, "attempt", "")) for e in self.tasks[:index]]
         if isinstance(event, m.ProcessEnded):
-            # The supervisor tells an exit after the start.
             if (m.ProcessStarted, event.exit.attempt_id) in kinds:
-                return
+                return  # the supervisor tells an exit after the start
         del self.tasks[index]
         self.handle(self.failed(event) if fails else event)
 
@@ -319,17 +370,53 @@ class AgentMachine(RuleBasedStateMachine):
         self.offers += 1
         path = f"{attempt}/c{self.offers}"
         self.directories.add(path)
+        self.since[path] = self.said.get(attempt, "")
         message = t.TrainerCheckpoint(self.offers, path, self.offers)
         self.offered.setdefault(attempt, {})[self.offers] = message
         self.handle(m.FromTrainer(attempt, message))
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), said=st.booleans())
+    def trainer_captures(self, data: st.DataObject, said: bool) -> None:
+        """Into its slab; whether it lives to say so is another matter."""
+        attempt = data.draw(st.sampled_from(self.running()))
+        if attempt not in self.slabs:
+            self.slabs.add(attempt)
+            self.handle(m.FromTrainer(attempt, t.TrainerSlab(1_000, 2)))
+        if attempt not in self.slabs or not self.processes.get(attempt):
+            return  # the agent was killed meanwhile
+        self.offers += 1
+        slab = int(attempt.replace(".", ""))
+        name = t.capture_name(slab, self.offers)
+        self.captures[attempt] = (name, self.offers)
+        if said:
+            message = t.TrainerCheckpoint(self.offers, name, self.offers)
+            self.offered.setdefault(attempt, {})[self.offers] = message
+            self.said[attempt] = name
+            self.handle(m.FromTrainer(attempt, message))
 
     @precondition(lambda self: self.running())
     @rule(data=st.data())
     def trainer_reconnects(self, data: st.DataObject) -> None:
         attempt = data.draw(st.sampled_from(self.running()))
         self.handle(m.FromTrainer(attempt, t.TrainerHello(100)))
+        if attempt in self.captures:
+            self.slabs.add(attempt)
+            self.handle(m.FromTrainer(attempt, t.TrainerSlab(1_000, 2)))
         for message in list(self.offered.get(attempt, {}).values()):
             self.handle(m.FromTrainer(attempt, message))
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data(), name=st.sampled_from(["step", ""]), silent_ms=st.integers(0, 8_000))
+    def trainer_enters(self, data: st.DataObject, name: str, silent_ms: int) -> None:
+        """After steps that were short; then it says nothing for a while."""
+        attempt = data.draw(st.sampled_from(self.running()))
+        self.in_sections.add(attempt)
+        for said in ("step", name):
+            ended = not name and silent_ms == 0
+            self.handle(m.FromTrainer(attempt, t.TrainerSection(1, said, 9, ended)))
+        for passed_ms in (silent_ms, silent_ms // 2):
+            self.time_passes(passed_ms)
 
     @precondition(lambda self: self.running())
     @rule(data=st.data())

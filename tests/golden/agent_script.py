@@ -241,6 +241,21 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
             path = f"/staging/{named['path']}"
             said_ = t.TrainerCheckpoint(int(named["id"]), path, int(named["step"]))
             return m.FromTrainer(attempt, said_)
+        case "section":
+            count, number = int(named.get("count", 1)), int(named.get("source", 1))
+            return m.FromTrainer(attempt, t.TrainerSection(number, rest, count))
+        case "slab":
+            return m.FromTrainer(attempt, t.TrainerSlab(1_000, 2))
+        case "capture":
+            name = t.capture_name(1, int(named["sequence"]))
+            return m.FromTrainer(
+                attempt, t.TrainerCheckpoint(int(named["id"]), name, int(named["step"]))
+            )
+        case "found":
+            if "sequence" not in named:
+                return m.CaptureFound(attempt)
+            name = t.capture_name(1, int(named["sequence"]))
+            return m.CaptureFound(attempt, name, int(named["step"]))
         case "restored":
             skipped = tuple(
                 (digest, "is damaged") for digest in filter(None, [named.get("skipped")])

@@ -11,9 +11,10 @@ checkpoint.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,9 +47,16 @@ from agent.core.values import (
     StoredCheckpoint,
 )
 from agent.journal import decode_event, encode_event
-from agent.ports import ChunkError, JournalUnavailable, StartError
+from agent.ports import (
+    CapturedFile,
+    CaptureSource,
+    ChunkError,
+    FoundCapture,
+    JournalUnavailable,
+    StartError,
+)
 from tests.sim.checkers import Checkers, Content
-from tests.sim.trainer import Trainer
+from tests.sim.trainer import Slab, Trainer
 
 COLLECT_GRACE_MS = 60_000  # as in the real store, younger checkpoints are never collected
 
@@ -281,6 +289,9 @@ class SimProcesses:
             self._box.around.checkers.signalled(self._box.name, attempt_id, signal_name)
             trainer.ask_to_stop()
 
+    def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None:
+        raise AssertionError("no trainer here speaks of sections, so none is ever called hung")
+
     def kill(self, attempt_id: str) -> None:
         trainer = self._box.trainers.get(attempt_id)
         if trainer is not None:
@@ -303,8 +314,9 @@ class SimProcesses:
 class SimTrainers:
     """The socket. Trainers reconnect to whichever agent listens."""
 
-    def __init__(self, box: Box, said: Callable[[str, object], None]) -> None:
+    def __init__(self, box: Box, slabs: "SimSlabs", said: Callable[[str, object], None]) -> None:
         self._box = box
+        self.slabs = slabs
         self.said = said
         self.tokens: dict[str, str] = {}
 
@@ -323,6 +335,52 @@ class SimTrainers:
             trainer.hear(message)
 
 
+class SimSlabs:
+    """Memory that trainers capture into. It lives as long as its trainer or this incarnation of the
+    agent: whoever is left holds it."""
+
+    def __init__(self) -> None:
+        self._slabs: dict[str, Slab] = {}
+
+    def adopt(self, attempt_id: str, slab: Slab) -> None:
+        self._slabs[attempt_id] = slab
+
+    def newest(self, attempt_id: str) -> FoundCapture | None:
+        slab = self._slabs.get(attempt_id)
+        if slab is None or not slab.captures:
+            return None
+        name, content = list(slab.captures.items())[-1]
+        return FoundCapture(name, content.step)
+
+    @contextlib.contextmanager
+    def reading(self, attempt_id: str, name: str) -> Iterator["SimSource"]:
+        slab = self._slabs.get(attempt_id)
+        if slab is None or name not in slab.captures:
+            raise ChunkError(f"capture {name} is not there")
+        yield SimSource(slab, name)
+
+    def release(self, attempt_id: str) -> None:
+        self._slabs.pop(attempt_id, None)
+
+
+class SimSource:
+    """A capture that is being stored."""
+
+    files: tuple[CapturedFile, ...] = ()
+
+    def __init__(self, slab: Slab, name: str) -> None:
+        self._slab = slab
+        self._name = name
+        self.content = slab.captures[name]
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        raise AssertionError("the simulation's captures have no bytes")
+
+    def check(self) -> None:
+        if self._name not in self._slab.captures:
+            raise ChunkError(f"capture {self._name} was overwritten")
+
+
 class SimChunks:
     """The checkpoint store: a dictionary of contents, some of them scratched."""
 
@@ -334,18 +392,29 @@ class SimChunks:
     ) -> StoredCheckpoint:
         around = self._box.around
         await around.pause_ms(10, 400)
-        disk = self._box.disk
-        if disk.full:
-            raise ChunkError("no space left on device")
-        content = disk.staging.get(directory)
+        content = self._box.disk.staging.get(directory)
         if content is None:
             raise ChunkError(f"{directory} is not there")
-        text = f"{job_id} {epoch} {step} {parent} {content}"
+        return await self._keep(content, f"{job_id} {epoch} {step} {parent} {content}")
+
+    async def store_capture(
+        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+    ) -> StoredCheckpoint:
+        assert isinstance(source, SimSource)
+        await self._box.around.pause_ms(10, 400)
+        source.check()
+        text = f"{job_id} {epoch} {step} {parent} {source.content}"
+        return await self._keep(source.content, text)
+
+    async def _keep(self, content: Content, text: str) -> StoredCheckpoint:
+        around, disk = self._box.around, self._box.disk
+        if disk.full:
+            raise ChunkError("no space left on device")
         digest = hashlib.sha256(text.encode()).hexdigest()
         around.checkers.contents[digest] = content
         disk.copies.setdefault(digest, Copy(content, 1_000_000, around.now_ms()))
         await around.pause_ms(0, 20)
-        return StoredCheckpoint(digest, step, 1_000_000, 1_000_000)
+        return StoredCheckpoint(digest, content.step, 1_000_000, 1_000_000)
 
     async def discard(self, directory: str) -> None:
         self._box.disk.staging.pop(directory, None)

@@ -28,6 +28,7 @@ from tests.sim.box import (
     SimJournal,
     SimProbe,
     SimProcesses,
+    SimSlabs,
     SimTrainers,
     SimWorkspace,
     Surroundings,
@@ -111,11 +112,11 @@ class AgentHost:
         launch = LaunchOptions(name, "/run/sim", "/attempts", "python", ())
         self.journal = journal = SimJournal(self.box)
         self.core = NodeCore(AgentOptions(f"{name}:7000", launch), journal.open())
-        trainers = SimTrainers(self.box, self._said)
+        trainers = SimTrainers(self.box, SimSlabs(), self._said)
         self.box.socket = trainers
         ports = Ports(
             self.clock, self, SimProbe(self.box), SimProcesses(self.box), SimWorkspace(self.box),
-            trainers, SimChunks(self.box), journal, self, self._log, _at_once,
+            trainers, trainers.slabs, SimChunks(self.box), journal, self, self._log, _at_once,
         )  # fmt: skip
         self.shell = AgentShell(self.core, ports)
         self.task = asyncio.get_running_loop().create_task(self.shell.run())

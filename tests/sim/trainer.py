@@ -2,8 +2,9 @@
 
 It takes steps, hands over a checkpoint every few of them, saves and leaves with status 75 when it
 is asked to (or does not, if it is that kind), crashes where its program says so, and leaves with 0
-after its last step. It belongs to its box: the agent may come and go. What the SDK promises it
-keeps: it says hello on every connection and hands over again what nobody answered.
+after its last step. Every other job has a slab, captures into it, and crashes after a capture that
+it did not live to hand over. It belongs to its box: the agent may come and go. What the SDK
+promises it keeps: it says hello on every connection and hands over again what nobody answered.
 """
 
 import asyncio
@@ -17,15 +18,36 @@ from agent.core.trainer_messages import (
     TrainerMessage,
     TrainerMilestone,
     TrainerProgress,
+    TrainerSlab,
+    capture_name,
 )
 from agent.core.values import Launch, ProcessExit
 from tests.sim.checkers import Content
 
 if TYPE_CHECKING:
-    from tests.sim.box import Box
+    from tests.sim.box import Box, SimTrainers
 
 CONNECT_MS = 300  # how long a trainer's back-off lets a new agent wait for it, at most
+SLOTS = 2  # of a slab
 LAST_WORD_MS = 20_000  # how long it waits for its last checkpoint to be stored
+
+
+class Slab:
+    """Two slots of memory, the older capture first. A capture whose checkpoint nobody has answered
+    for is not overwritten."""
+
+    def __init__(self) -> None:
+        self.captures: dict[str, Content] = {}
+
+    def put(self, name: str, content: Content, waiting: set[str]) -> bool:
+        """Whether there was a slot for it."""
+        free = next((known for known in self.captures if known not in waiting), None)
+        if len(self.captures) >= SLOTS and free is None:
+            return False
+        if len(self.captures) >= SLOTS and free is not None:
+            del self.captures[free]
+        self.captures[name] = content
+        return True
 
 
 class Trainer:
@@ -46,6 +68,7 @@ class Trainer:
         self._history = self.restored.history if self.restored is not None else ()
         self._asked = asyncio.Event()
         self._answered = asyncio.Event()
+        self.slab = Slab() if self.job_id % 2 else None
         self._last_id = 0
         self._waiting: dict[int, TrainerCheckpoint] = {}
         self._task: asyncio.Task[None] | None = None
@@ -88,13 +111,20 @@ class Trainer:
     def _connected(self) -> None:
         if self.alive:
             self._say(TrainerHello(1))
+            socket = self.box.socket
+            if self.slab is not None and socket is not None and self._known(socket):
+                socket.slabs.adopt(self.attempt_id, self.slab)
+                self._say(TrainerSlab(1_000_000, SLOTS))
             for message in self._waiting.values():
                 self._say(message)
 
     def _say(self, message: TrainerMessage) -> None:
         socket = self.box.socket
-        if socket is not None and socket.tokens.get(self.attempt_id) == self.token:
+        if socket is not None and self._known(socket):
             socket.said(self.attempt_id, message)
+
+    def _known(self, socket: "SimTrainers") -> bool:
+        return socket.tokens.get(self.attempt_id) == self.token
 
     async def _run(self) -> None:
         self.reconnect()
@@ -111,6 +141,8 @@ class Trainer:
             self.step += 1
             self._say(TrainerProgress(self.step, self.program["steps"], (("loss", 1 / self.step),)))
             if self.step == self.program.get("crash_at") and self.attempt_id.endswith(".1"):
+                if self.slab is not None:
+                    self._capture(self.slab)
                 self.end(None, 11)
                 return
             if self.step % self.program["every"] == 0:
@@ -126,20 +158,39 @@ class Trainer:
 
     async def _leave(self, status: int) -> None:
         if self.step > self.first_step:
-            self._save()
+            self._save(last=True)
         deadline_s = asyncio.get_running_loop().time() + LAST_WORD_MS / 1000
         while self._waiting and asyncio.get_running_loop().time() < deadline_s:
             self._answered.clear()
             await self._wait(self._answered, 1_000)
         self.end(status, None)
 
-    def _save(self) -> None:
-        """Build a checkpoint directory and hand it over."""
-        piece = (self.attempt_id, self.first_step, self.step)
-        content = Content(self.job_id, self.step, (*self._history, piece))
-        self._last_id += 1
-        path = f"/attempts/{self.attempt_id}/staging/{self.step}-{self._last_id}"
-        self.box.disk.staging[path] = content
+    def _save(self, *, last: bool = False) -> None:
+        """Capture, or build a checkpoint directory, and hand it over. Without a free slot it is
+        put off, unless it is the last one."""
+        if self.slab is not None:
+            path = self._capture(self.slab)
+            if not path and not last:
+                return
+        else:
+            path = ""
+        if not path:
+            self._last_id += 1
+            path = f"/attempts/{self.attempt_id}/staging/{self.step}-{self._last_id}"
+            self.box.disk.staging[path] = self._content()
         message = TrainerCheckpoint(self._last_id, path, self.step)
         self._waiting[self._last_id] = message
         self._say(message)
+
+    def _capture(self, slab: Slab) -> str:
+        """Its name, or nothing where no slot is free."""
+        name = capture_name(self.job_id, self._last_id + 1)
+        waiting = {message.path for message in self._waiting.values()}
+        if not slab.put(name, self._content(), waiting):
+            return ""
+        self._last_id += 1
+        return name
+
+    def _content(self) -> Content:
+        piece = (self.attempt_id, self.first_step, self.step)
+        return Content(self.job_id, self.step, (*self._history, piece))

@@ -69,6 +69,8 @@ CAUGHT: list[tuple[Rule, str, str]] = [
     (layout.generated_elsewhere, AGENT, "from protos.baton.v1 import jobs_pb2"),
     (layout.generated_elsewhere, AGENT, "import protos.baton.v1.jobs_pb2_grpc"),
     (layout.foreign_sdk_import, "trainers/sdk/baton_sdk/link.py", "import torch"),
+    (layout.foreign_sdk_import, "trainers/sdk/baton_sdk/link.py", "import baton_hook"),
+    (layout.foreign_sdk_import, "trainers/sdk/baton_hook/trainer.py", "import transformers"),
     (layout.foreign_sdk_import, "trainers/sdk/baton_sdk/link.py", "from agent import ports"),
 ]
 
@@ -101,6 +103,7 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (layout.generated_elsewhere, "agent/wire.py", "from protos.baton.v1 import jobs_pb2"),
     (layout.generated_elsewhere, "tests/wire/t.py", "from protos.baton.v1 import jobs_pb2"),
     (layout.foreign_sdk_import, "trainers/sdk/baton_sdk/link.py", "import json, baton_sdk.link"),
+    (layout.foreign_sdk_import, "trainers/sdk/baton_hook/trainer.py", "import json, baton_sdk"),
     (layout.foreign_sdk_import, "trainers/loop.py", "import torch"),
 ]
 
