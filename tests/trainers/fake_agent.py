@@ -4,6 +4,7 @@ It does nothing by itself except greet; a test reads what came, and says what go
 is on queues, with one bound for a machine that has come to a halt.
 """
 
+import contextlib
 import json
 import queue
 import socket
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from agent import slabs as agent_slabs
 
 DEADLINE_S = 20.0
 POLL_S = 0.005
@@ -30,7 +33,12 @@ def until(condition: Callable[[], bool], what: str) -> None:
 class FakeAgent:
     """Listens on ``path`` until ``stop``; any number of connections, one after another."""
 
-    def __init__(self, path: Path, *, stores: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, stores: bool = False, slabs: agent_slabs.Slabs | None = None
+    ) -> None:
+        self.slabs = slabs
+        self.sections = True
+        """Whether it knows of sections; a test that wants an older agent says no."""
         self.path = path
         self.stores = stores
         self.token = "secret"
@@ -83,6 +91,13 @@ class FakeAgent:
             if message["type"] == kind:
                 return message
 
+    def checkpoints(self, last_step: int) -> list[dict[str, Any]]:
+        """Those that come up to the one of this step."""
+        found = [self.expect("checkpoint")]
+        while found[-1]["step"] != last_step:
+            found.append(self.expect("checkpoint"))
+        return found
+
     def rest(self) -> list[dict[str, Any]]:
         """All that has come and was not looked at."""
         messages = []
@@ -111,7 +126,22 @@ class FakeAgent:
             if message["type"] == "hello":
                 assert message["version"] == 1
                 assert message["token"] == self.token
-                connection.sendall(b'{"type":"welcome","version":1}\n')
+                known = b"" if self.slabs is None else b',"slabs":true'
+                known += b',"sections":true' if self.sections else b""
+                connection.sendall(b'{"type":"welcome","version":1%b}\n' % known)
+            if message["type"] == "slab" and not message.get("offered") and self.slabs is not None:
+                self._grant(connection, self.slabs, message["bytes"])
             if message["type"] == "checkpoint" and self.stores:
-                self.send(type="stored", id=message["id"], digest="ab")
+                # A program that ends does not wait for answers; what it said before is still read.
+                with contextlib.suppress(OSError):
+                    self.send(type="stored", id=message["id"], digest="ab")
             self.received.put(message)
+
+    def _grant(self, connection: socket.socket, slabs: agent_slabs.Slabs, size: int) -> None:
+        granted = slabs.grant("1.1", size)
+        if isinstance(granted, str):
+            self.send(type="slab_refused", reason=granted)
+            return
+        line = {"type": "slab", "bytes": granted.slot_bytes, "slots": granted.slots}
+        data = json.dumps(line).encode() + b"\n"
+        socket.send_fds(connection, [data], [granted.descriptor])

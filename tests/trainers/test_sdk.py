@@ -4,6 +4,8 @@ Safety: a checkpoint is never forgotten before it is answered, and never sent as
 whatever happens to the agent, training goes on, and what counts arrives in the end.
 """
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy
 import pytest
 
 import baton_sdk
+from agent.slabs import Slabs
 from baton_sdk.mailbox import UNANSWERED_MAX, Mailbox
 from tests.trainers.fake_agent import DEADLINE_S, FakeAgent, until
 
@@ -235,7 +238,9 @@ def test_an_absent_agent_costs_a_bounded_number_of_directories(tmp_path: Path) -
     states = [ticket.state.value for ticket in tickets]
     assert states == ["refused"] * 3 + ["pending"] * UNANSWERED_MAX
     assert "superseded" in tickets[0].reason
-    assert [ticket.path.exists() for ticket in tickets] == [False] * 3 + [True] * UNANSWERED_MAX
+    assert [ticket.path is not None and ticket.path.exists() for ticket in tickets] == [
+        False
+    ] * 3 + [True] * UNANSWERED_MAX
     assert len(mailbox.take(0.0)) == UNANSWERED_MAX
 
 
@@ -249,6 +254,17 @@ def test_a_checkpoint_that_the_agent_may_own_is_never_removed(tmp_path: Path) ->
     newest = mailbox.put_checkpoint(tmp_path / "new", 99)
     assert newest.state is baton_sdk.TicketState.REFUSED
     assert all((tmp_path / str(step)).exists() for step in range(UNANSWERED_MAX))
+
+
+def test_times_arrive_without_what_is_no_time(agent: FakeAgent, session: baton_sdk.Session) -> None:
+    agent.expect("hello")
+    seconds: dict[str, SupportsFloat] = {
+        "step_s": numpy.float32(1.5), "capture_s": 0, "a": -1.0, "b": float("nan"),
+    }  # fmt: skip
+    session.progress(5, seconds=seconds)
+    assert agent.expect("progress") == {
+        "type": "progress", "step": 5, "time": {"step_s": 1.5, "capture_s": 0.0},
+    }  # fmt: skip
 
 
 def test_numbers_of_numpy_arrive_and_odd_names_harm_nothing(
@@ -265,3 +281,193 @@ def test_numbers_of_numpy_arrive_and_odd_names_harm_nothing(
     assert agent.expect("checkpoint")["step"] == 5
     with pytest.raises(TypeError):
         session.progress(1.5)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def generous(tmp_path: Path) -> Iterator[FakeAgent]:
+    """An agent that gives slabs."""
+    desk = Slabs(0.5, lambda: 1_000_000_000)
+    fake = FakeAgent(tmp_path / "generous.sock", slabs=desk)
+    fake.start()
+    yield fake
+    if fake.path.exists():
+        fake.stop()
+    desk.close()
+
+
+def put(session: baton_sdk.Session, slab: baton_sdk.Slab, step: int) -> baton_sdk.Ticket:
+    """Capture a few bytes."""
+    slot = slab.free_slot()
+    assert slot is not None
+    slab.begin(slot)
+    begin = slab.offset_bytes(slot)
+    slab.mapping[begin : begin + 4] = b"data"
+    return session.capture(slab, slot, [("data", 0, 4)], step)
+
+
+def test_a_slab_is_asked_for_mapped_and_used(generous: FakeAgent) -> None:
+    with baton_sdk.connect(environment(generous)) as session:
+        slab = session.slab(100_000, DEADLINE_S)
+        assert slab is not None
+        assert (slab.slots, slab.slot_bytes >= 100_000) == (2, True)
+        assert session.slab(100_000) is slab, "asked for once"
+        tickets = [put(session, slab, step) for step in (1, 2)]
+        assert slab.free_slot() is None
+        assert slab.wait_free_slot(0.0) is None
+        sent = [generous.expect("checkpoint") for _ in range(2)]
+        assert [(line["id"], line["slab"], line["step"]) for line in sent] == [
+            (ticket.id, ticket.sequence, ticket.step) for ticket in tickets
+        ]
+        generous.send(type="stored", id=tickets[0].id, digest="aa")
+        assert slab.wait_free_slot(DEADLINE_S) == 0
+        generous.send(type="refused", id=tickets[1].id, reason="superseded")
+        until(lambda: tickets[1].state is baton_sdk.TicketState.REFUSED, "not refused")
+        assert slab.free_slot() == 0
+        larger = session.slab(10_000_000, DEADLINE_S)
+        assert larger is not None
+        assert larger is not slab
+        assert session.slab(10**9, DEADLINE_S) is None, "the agent refused it"
+
+
+def test_after_an_agent_restart_the_slab_is_offered_before_what_lies_in_it(
+    generous: FakeAgent,
+) -> None:
+    with baton_sdk.connect(environment(generous)) as session:
+        slab = session.slab(1000, DEADLINE_S)
+        assert slab is not None
+        ticket = put(session, slab, 5)
+        generous.expect("checkpoint")
+        generous.stop()
+        generous.start()
+        generous.expect("hello")
+        offer = generous.received.get(timeout=DEADLINE_S)
+        assert (offer["type"], offer["offered"], offer["slots"]) == ("slab", True, 2)
+        assert generous.expect("checkpoint")["slab"] == ticket.sequence
+
+
+def test_an_older_agent_is_told_nothing_of_slabs(
+    agent: FakeAgent, session: baton_sdk.Session
+) -> None:
+    agent.expect("hello")
+    assert session.slab(1000, DEADLINE_S) is None
+    session.close()
+    assert "slab" not in [message["type"] for message in _all(agent)]
+
+
+def test_captures_for_an_agent_that_was_replaced_by_an_older_one_are_refused(
+    generous: FakeAgent,
+) -> None:
+    with baton_sdk.connect(environment(generous)) as session:
+        slab = session.slab(1000, DEADLINE_S)
+        assert slab is not None
+        ticket = put(session, slab, 5)
+        generous.expect("checkpoint")
+        generous.stop()
+        generous.slabs = None
+        generous.start()
+        until(lambda: ticket.state is baton_sdk.TicketState.REFUSED, "not refused")
+        assert slab.free_slot() == 0
+        assert session.slab(1000) is None
+
+
+def _sections(messages: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    told = [message for message in messages if message["type"] == "section"]
+    return [(message["name"], message["count"]) for message in told]
+
+
+def test_a_loop_of_short_steps_does_not_flood_the_socket(
+    agent: FakeAgent, session: baton_sdk.Session
+) -> None:
+    session.enter("init")
+    assert agent.expect("section")["name"] == "init"
+    for _ in range(5000):
+        session.enter("step")
+    session.close()
+    told = _sections(_all(agent))
+    assert len(told) < 2500, "the rate is limited"
+    assert sum(count for _, count in told) == 5001, "init, and every step"
+    assert {name for name, _ in told[:-1]} <= {"step"}
+    assert told[-1][0] == "", "after the session there is no section"
+
+
+def test_a_section_within_another_is_told_and_so_is_its_end() -> None:
+    box = Mailbox()
+    box.welcomed({"sections": True})
+    session = baton_sdk.Session({})
+    session._mailbox, session._link = box, Waker()  # type: ignore[assignment]
+    lines: list[tuple[str, int]] = []
+
+    def told(now_s: float) -> None:
+        lines.extend(_sections([json.loads(line) for line in box.take(now_s)]))
+
+    session.enter("step")
+    told(0)
+    with session.section("eval"):
+        told(1)
+        with contextlib.suppress(KeyError), session.section("save"):
+            told(2)
+            raise KeyError
+        told(3)
+    told(4)
+    told(5)
+    session.enter("")
+    told(6)
+    names = ["step", "eval", "save", "eval", "step", ""]
+    assert lines == [(name, int(place > 0)) for place, name in enumerate(names)]
+
+
+class Waker:
+    """A link as far as sections know it."""
+
+    def wake(self) -> None:
+        return
+
+
+def test_a_new_connection_hears_the_section_again_and_no_count(
+    agent: FakeAgent, session: baton_sdk.Session
+) -> None:
+    session.enter("init")
+    session.enter("step")
+    while agent.expect("section")["name"] != "step":
+        pass
+    agent.stop()
+    for _ in range(3):
+        session.enter("step")
+    agent.start()
+    agent.expect("hello")
+    assert _sections([agent.expect("section")]) == [("step", 0)]
+
+
+def test_an_older_agent_hears_nothing_of_sections(agent: FakeAgent) -> None:
+    agent.sections = False
+    with baton_sdk.connect(environment(agent)) as session:
+        session.enter("step")
+        session.progress(1)
+        agent.expect("progress")
+        session.enter("eval")
+    assert _sections(_all(agent)) == []
+
+
+def test_no_agent_no_sections_and_no_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[int] = []
+    monkeypatch.setattr("faulthandler.register", lambda number, **_: registered.append(number))
+    with baton_sdk.connect({}) as session, session.section("step"):
+        assert registered == []
+
+
+def test_stacks_are_written_when_asked_for(agent: FakeAgent) -> None:
+    """By a process whose main thread is in C code, to its standard error."""
+    script = (
+        "import baton_sdk, os, signal, sys\n"
+        "session = baton_sdk.connect()\n"
+        "def here():\n"
+        "    os.kill(os.getpid(), baton_sdk.DUMP_SIGNAL)\n"
+        "here()\n"
+        "session.close()\n"
+    )
+    variables = {**os.environ, **environment(agent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True
+    )
+    assert "in here" in ended.stderr
+    assert "in _run" in ended.stderr, "the link's thread, too"

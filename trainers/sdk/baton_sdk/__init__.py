@@ -20,6 +20,16 @@ into any training environment.
 """
 
 from baton_sdk.mailbox import Ticket, TicketState
-from baton_sdk.session import EXIT_RUN_AGAIN, Session, StopRequest, connect
+from baton_sdk.session import DUMP_SIGNAL, EXIT_RUN_AGAIN, Session, StopRequest, connect
+from baton_sdk.slab import Slab
 
-__all__ = ["EXIT_RUN_AGAIN", "Session", "StopRequest", "Ticket", "TicketState", "connect"]
+__all__ = [
+    "DUMP_SIGNAL",
+    "EXIT_RUN_AGAIN",
+    "Session",
+    "Slab",
+    "StopRequest",
+    "Ticket",
+    "TicketState",
+    "connect",
+]

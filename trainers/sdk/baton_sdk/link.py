@@ -7,6 +7,9 @@ drops it, waits a little longer than the last time (with jitter, so that eight t
 return to a fresh agent in the same millisecond), and starts again from hello. What the agent had
 not answered is sent again; the agent recognises a checkpoint by its id.
 
+Memory for captures (``slab.py``) comes and goes as a descriptor beside a line. Whatever we hold is
+offered first on every connection, before the checkpoints that lie in it are offered again.
+
 A pair of sockets wakes the thread when the loop has left something in the mailbox, so nothing is
 polled.
 """
@@ -21,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from baton_sdk.mailbox import LINE_BYTES_MAX, Mailbox, TicketState, encode
+from baton_sdk.slab import SlabDesk
 
 VERSION = 1
 BACKOFF_FIRST_S = 0.1
@@ -42,11 +46,17 @@ class Link:
     """Connection, reconnection and the contract's lines. One thread, started by ``open``."""
 
     def __init__(
-        self, path: str, token: str, mailbox: Mailbox, on_stop: Callable[[str, int | None], None]
+        self,
+        path: str,
+        token: str,
+        mailbox: Mailbox,
+        slabs: SlabDesk,
+        on_stop: Callable[[str, int | None], None],
     ) -> None:
         self._path = path
         self._token = token
         self._mailbox = mailbox
+        self._slabs = slabs
         self._on_stop = on_stop
         self._closing = threading.Event()
         self._close_by_s = 0.0
@@ -62,6 +72,7 @@ class Link:
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
+        self._mailbox.nudge = self.wake
         self._thread = threading.Thread(target=self._run, name="baton-link", daemon=True)
         self._thread.start()
 
@@ -96,7 +107,10 @@ class Link:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 lines = self._greet(connection)
                 self._backoff_s = BACKOFF_FIRST_S
-                self._talk(connection, lines)
+                try:
+                    self._talk(connection, lines)
+                finally:
+                    lines.close()
         except (OSError, ValueError):
             return False  # an absent, restarting or confused agent: all the same to training
         return True
@@ -114,28 +128,35 @@ class Link:
             for message in lines:
                 if message.get("type") == "welcome":
                     connection.settimeout(SEND_TIMEOUT_S)
+                    self._mailbox.welcomed(message)
+                    for offer, descriptor in self._slabs.welcomed(message):
+                        _send(connection, encode(offer), descriptor)
                     return lines
-                self._handle(message)
+                self._handle(message, lines)
         raise TimeoutError("the agent did not answer hello")
 
     def _talk(self, connection: socket.socket, lines: "_Lines") -> None:
         """Until closed. Raises OSError or ValueError when the connection is of no more use."""
         while True:
             for message in lines:
-                self._handle(message)
+                self._handle(message, lines)
             closing = self._closing.is_set()
+            for request in self._slabs.take():
+                connection.sendall(encode(request))
             for line in self._mailbox.take(time.monotonic(), everything=closing):
                 connection.sendall(line)
             if closing:
                 return
             wait_s = self._mailbox.seconds_until_due(time.monotonic())
+            if self._slabs.waiting:
+                continue
             readable, _, _ = select.select([connection, self._wake_reader], [], [], wait_s)
             if self._wake_reader in readable:
                 self._wake_reader.recv(RECEIVE_BYTES)
             if connection in readable:
                 lines.receive()
 
-    def _handle(self, message: Mapping[str, object]) -> None:
+    def _handle(self, message: Mapping[str, object], lines: "_Lines") -> None:
         kind = message.get("type")
         if kind in ANSWERS:
             self._mailbox.answer(message)
@@ -144,6 +165,12 @@ class Link:
             self._on_stop(
                 str(message.get("reason", "")), grace_ms if isinstance(grace_ms, int) else None
             )
+        elif kind == "slab":
+            descriptor = lines.take_descriptor()
+            if descriptor is not None:
+                self._slabs.granted(message, descriptor)
+        elif kind == "slab_refused":
+            self._slabs.refused(message)
         # Any other type comes from a newer agent: the contract lets us ignore it.
 
     def _pause(self, wait_s: float) -> bool:
@@ -162,18 +189,39 @@ class Link:
         return True
 
 
+def _send(connection: socket.socket, line: bytes, descriptor: int | None) -> None:
+    """A line with a descriptor beside it. Raises OSError."""
+    descriptors = [] if descriptor is None else [descriptor]
+    sent = socket.send_fds(connection, [line], descriptors)
+    connection.sendall(line[sent:])
+
+
 class _Lines:
-    """Cuts a byte stream into JSON objects."""
+    """Cuts a byte stream into JSON objects, and keeps the descriptors that came beside them."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = b""
         self._parsed: list[dict[str, object]] = []
+        self._descriptors: list[int] = []
+
+    def take_descriptor(self) -> int | None:
+        """The oldest one that nobody has taken; it comes with its line or before it."""
+        return self._descriptors.pop(0) if self._descriptors else None
+
+    def close(self) -> None:
+        """Descriptors that nobody took are given back."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
 
     def receive(self) -> None:
         """Read once. Raises OSError at the end of the stream, ValueError for a line that is no
         JSON object or too long."""
-        data = self._connection.recv(RECEIVE_BYTES)
+        data, descriptors, _, _ = socket.recv_fds(
+            self._connection, RECEIVE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+        )
+        self._descriptors += descriptors
         if not data:
             raise ConnectionError("the agent closed the connection")
         *whole, self._buffer = (self._buffer + data).split(b"\n")

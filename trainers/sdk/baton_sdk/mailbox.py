@@ -3,8 +3,9 @@
 Problem: the loop produces news at any rate, and the agent may be away for minutes. A queue of
 everything grows without bound, and a full queue that blocks stops the training. So each kind of
 news has the memory that it deserves: of progress only the latest counts; milestones are few and
-each is kept until it was sent; checkpoints are kept until the agent answers, because it owns
-their directories only from then on, and are sent again on each new connection until then.
+each is kept until it was sent; of sections the present one counts, and how many have ended since
+one was told; checkpoints are kept until the agent answers, because it owns their directories only
+from then on, and are sent again on each new connection until then.
 
 Every method is short, takes the one lock, and does no input or output except ``discard``, which
 removes the directory of a checkpoint that was superseded before any agent heard of it: nobody
@@ -17,7 +18,7 @@ import operator
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
@@ -27,6 +28,12 @@ LINE_BYTES_MAX = 64 * 1024
 
 METRICS_MAX = 64
 """Metrics in one progress line: far above what a page can show, far below the line limit."""
+
+TIMES_MAX = 16
+"""Names of times in one progress line; the contract knows five."""
+
+SECONDS_MAX = 1e9
+"""What the agent takes: thirty years; no process lives longer."""
 
 METRIC_NAME_CHARACTERS_MAX = 100
 """64 names of 100 characters and their numbers stay under a fifth of the line limit."""
@@ -57,10 +64,14 @@ class TicketState(Enum):
 class Ticket:
     """A checkpoint on its way. Made by ``Session.checkpoint``; readable from any thread."""
 
-    def __init__(self, ticket_id: int, path: Path, step: int) -> None:
+    def __init__(
+        self, ticket_id: int, path: Path | None, step: int, *, sequence: int | None = None
+    ) -> None:
         self.id = ticket_id
         self.path = path
+        """The directory; None for a capture in the slab, which has a ``sequence`` instead."""
         self.step = step
+        self.sequence = sequence
         self.state = TicketState.PENDING
         self.digest = ""
         self.reason = ""
@@ -90,8 +101,16 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.nudge: Callable[[], None] = _nobody
+        """Wakes whoever sends; the link puts itself here."""
         self._progress: dict[str, object] | None = None
         self._progress_sent_at_s = -math.inf
+        self._section = ""
+        self._section_unix_ms = 0
+        self._sections_ended = 0
+        self._section_unsent = False
+        self._sections_wanted = False
+        self._section_sent_at_s = -math.inf
         self._milestones: OrderedDict[str, dict[str, object]] = OrderedDict()
         self._milestones_sent: set[str] = set()
         self._unanswered: OrderedDict[int, Ticket] = OrderedDict()
@@ -105,11 +124,13 @@ class Mailbox:
         step: SupportsIndex,
         total_steps: SupportsIndex | None,
         metrics: Mapping[str, SupportsFloat] | None,
+        seconds: Mapping[str, SupportsFloat] | None = None,
     ) -> bool:
         """Replace whatever progress was waiting; True if none was, so that the link must be woken.
-        Metrics that are no finite number are left out: JSON has no word for them. Numbers of numpy
-        and torch are made Python's here, in the caller's thread, where a mistake can be raised:
-        `TypeError` for a step that is no whole number."""
+        Metrics that are no finite number are left out: JSON has no word for them. So are times that
+        are no seconds: they would spoil every sum. Numbers of numpy and torch are made Python's
+        here, in the caller's thread, where a mistake can be raised: `TypeError` for a step that is
+        no whole number."""
         message: dict[str, object] = {"type": "progress", "step": operator.index(step)}
         if total_steps is not None:
             message["total_steps"] = operator.index(total_steps)
@@ -117,10 +138,25 @@ class Mailbox:
             numbers = [(_label(name), float(value)) for name, value in metrics.items()]
             finite = [(name, value) for name, value in numbers if math.isfinite(value)]
             message["metrics"] = dict(finite[:METRICS_MAX])
+        if seconds is not None:
+            times = {_label(name): float(value) for name, value in seconds.items()}
+            known = [pair for pair in times.items() if 0 <= pair[1] <= SECONDS_MAX]
+            message["time"] = dict(known[:TIMES_MAX])
         with self._lock:
             was_empty = self._progress is None
             self._progress = message
         return was_empty
+
+    def put_section(self, name: str, unix_ms: int) -> bool:
+        """The training is in this section from now on, in none if it is empty. True if the link
+        must be woken: a loop of short steps wakes it as rarely as it may send."""
+        name = _label(name) if name else ""
+        with self._lock:
+            self._sections_ended += 1 if self._section else 0
+            self._section, self._section_unix_ms = name, unix_ms
+            was_sent = not self._section_unsent
+            self._section_unsent = True
+        return was_sent
 
     def put_milestone(self, name: str, unix_ms: int) -> None:
         """Keep a milestone until it was sent; the second of a name is ignored."""
@@ -132,13 +168,17 @@ class Mailbox:
                 return
             self._milestones[name] = {"type": "milestone", "name": name, "unix_ms": unix_ms}
 
-    def put_checkpoint(self, path: Path, step: SupportsIndex) -> Ticket:
+    def put_checkpoint(
+        self, path: Path | None, step: SupportsIndex, *, sequence: int | None = None
+    ) -> Ticket:
         """Keep a checkpoint until it is answered. When too many wait, the oldest that no agent
-        has heard of is refused and its directory removed; failing that, the new one is."""
+        has heard of is refused and its directory removed; failing that, the new one is.
+
+        A capture has no directory but a ``sequence``; the slots of its slab bound how many wait."""
         whole_step = operator.index(step)
         with self._lock:
             self._last_id += 1
-            ticket = Ticket(self._last_id, path, whole_step)
+            ticket = Ticket(self._last_id, path, whole_step, sequence=sequence)
             self._unanswered[ticket.id] = ticket
             self._unsent.add(ticket.id)
             victim = None
@@ -154,6 +194,26 @@ class Mailbox:
         """Whatever was not answered is to be sent once more."""
         with self._lock:
             self._unsent = set(self._unanswered)
+            # For whoever has just come the section begins now, and nothing of before counts.
+            self._section_unsent, self._sections_ended = bool(self._section), 0
+            self._section_sent_at_s, self._sections_wanted = -math.inf, False
+
+    def refuse_captures(self, reason: str) -> None:
+        """The agent that is there now cannot read them: their slots are free again, and the next
+        checkpoint is a directory."""
+        with self._lock:
+            tickets = [t for t in self._unanswered.values() if t.path is None]
+            for ticket in tickets:
+                del self._unanswered[ticket.id]
+                self._unsent.discard(ticket.id)
+                self._heard_of.discard(ticket.id)
+        for ticket in tickets:
+            ticket.settle(TicketState.REFUSED, reason=reason)
+
+    def welcomed(self, message: Mapping[str, object]) -> None:
+        """An agent that knows nothing of sections says nothing of them, and is told none."""
+        with self._lock:
+            self._sections_wanted = message.get("sections") is True
 
     def take(self, now_s: float, *, everything: bool = False) -> list[bytes]:
         """The lines to send now. ``everything`` ignores the rate limit of progress."""
@@ -163,12 +223,13 @@ class Mailbox:
             self._milestones.clear()
             for ticket_id in sorted(self._unsent):
                 ticket = self._unanswered[ticket_id]
-                messages.append(
-                    {"type": "checkpoint", "id": ticket.id, "path": str(ticket.path),
-                     "step": ticket.step}
-                )  # fmt: skip
+                messages.append(_offer(ticket))
             self._heard_of |= self._unsent
             self._unsent.clear()
+            wanted = self._section_unsent and self._sections_wanted
+            if wanted and (everything or now_s >= self._section_due_s):
+                messages.append(self._told_section())
+                self._section_sent_at_s = now_s
             due = everything or now_s - self._progress_sent_at_s >= PROGRESS_INTERVAL_S
             if self._progress is not None and due:
                 messages.append(self._progress)
@@ -181,9 +242,25 @@ class Mailbox:
         with self._lock:
             if self._milestones or self._unsent:
                 return 0.0
-            if self._progress is None:
-                return None
-            return max(0.0, self._progress_sent_at_s + PROGRESS_INTERVAL_S - now_s)
+            due_s = []
+            if self._progress is not None:
+                due_s.append(self._progress_sent_at_s + PROGRESS_INTERVAL_S)
+            if self._section_unsent and self._sections_wanted:
+                due_s.append(self._section_due_s)
+            return max(0.0, min(due_s) - now_s) if due_s else None
+
+    @property
+    def _section_due_s(self) -> float:
+        return self._section_sent_at_s + PROGRESS_INTERVAL_S
+
+    def _told_section(self) -> dict[str, object]:
+        count, self._sections_ended, self._section_unsent = self._sections_ended, 0, False
+        return {
+            "type": "section",
+            "name": self._section,
+            "count": count,
+            "unix_ms": self._section_unix_ms,
+        }
 
     def answer(self, message: Mapping[str, object]) -> None:
         """Apply `stored`, `committed` or `refused`. Unknown ids are old news and are ignored."""
@@ -209,7 +286,20 @@ class Mailbox:
             TicketState.REFUSED,
             reason=f"superseded: {UNANSWERED_MAX} newer checkpoints wait for an absent agent",
         )
-        shutil.rmtree(ticket.path, ignore_errors=True)
+        if ticket.path is not None:
+            shutil.rmtree(ticket.path, ignore_errors=True)
+
+
+def _offer(ticket: Ticket) -> dict[str, object]:
+    if ticket.path is None:
+        offered: dict[str, object] = {"slab": ticket.sequence}
+    else:
+        offered = {"path": str(ticket.path)}
+    return {"type": "checkpoint", "id": ticket.id, **offered, "step": ticket.step}
+
+
+def _nobody() -> None:
+    """Wakes nobody: there is no link."""
 
 
 def encode(message: Mapping[str, object]) -> bytes:

@@ -5,16 +5,25 @@ or SIGUSR2 for jobs that asked for it). Both mean the same, and the first one co
 handler runs in the main thread between two byte codes, possibly while that thread holds a lock,
 so ours only stores one value.
 
-Child processes (data loader workers) inherit the handler. In them a SIGTERM must kill as usual,
-or their parent could not end them; so the handler first looks whose process it is in.
+Where the training is (`enter`, `section`) is told as well, and the agent learns how long that
+takes. When it takes far too long, the agent sends one more signal, ``DUMP_SIGNAL``, for which
+faulthandler writes the stacks of all threads to standard error: in the signal handler itself, and
+so also when the interpreter hangs in C code and runs no Python handler any more. Forked children
+have it too.
+
+Child processes (data loader workers) inherit the stop handler. In them a SIGTERM must kill as
+usual, or their parent could not end them; so the handler first looks whose process it is in.
 """
 
+import contextlib
+import faulthandler
 import operator
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +31,7 @@ from typing import SupportsFloat, SupportsIndex
 
 from baton_sdk.link import Link
 from baton_sdk.mailbox import Mailbox, Ticket, TicketState
+from baton_sdk.slab import Slab, SlabDesk
 
 EXIT_RUN_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: "checkpointed, run me again"."""
@@ -33,6 +43,12 @@ FLUSH_TIMEOUT_S = 5.0
 """How long the end of a job may wait for an absent agent to hear the last progress."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+DUMP_SIGNAL = signal.SIGRTMIN + 5
+"""The agent's request for stacks: none that stops a job, none that the C library uses itself."""
+
+STDERR = 2
+"""By number: what the agent keeps as the job's log, whatever ``sys.stderr`` is by then."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,10 @@ class Session:
         self._restore_step = int(environment.get("BATON_RESTORE_STEP") or 0)
         self._owner_pid = os.getpid()
         self._mailbox = Mailbox()
+        self._slabs = SlabDesk(self._mailbox)
         self._link: Link | None = None
         self._stop: StopRequest | None = None
+        self._section = ""
 
     def open(self) -> None:
         """Install the signal handlers (main thread only: Python allows no other) and start the
@@ -72,7 +90,10 @@ class Session:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
         if self._socket_path:
-            self._link = Link(self._socket_path, self._token, self._mailbox, self._on_stop)
+            faulthandler.register(DUMP_SIGNAL, file=STDERR, all_threads=True, chain=False)
+            self._link = Link(
+                self._socket_path, self._token, self._mailbox, self._slabs, self._on_stop
+            )
             self._link.open()
 
     @property
@@ -105,11 +126,17 @@ class Session:
         step: SupportsIndex,
         total_steps: SupportsIndex | None = None,
         metrics: Mapping[str, SupportsFloat] | None = None,
+        seconds: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
-        """Say how far the training is. Cheap enough for every step: the latest wins."""
+        """Say how far the training is. Cheap enough for every step: the latest wins.
+
+        ``seconds`` is how this process has spent its time so far, none counted twice: step_s (steps
+        without waiting for input), evaluate_s, input_wait_s, capture_s (in which a checkpoint kept
+        the training waiting) and restore_s. `baton job` makes the job's goodput of it.
+        """
         if self._link is None:
             return
-        if self._mailbox.put_progress(step, total_steps, metrics):
+        if self._mailbox.put_progress(step, total_steps, metrics, seconds):
             self._link.wake()
 
     def milestone(self, name: str) -> None:
@@ -117,6 +144,30 @@ class Session:
         if self._link is not None:
             self._mailbox.put_milestone(name, time.time_ns() // 1_000_000)
             self._link.wake()
+
+    def enter(self, name: str) -> None:
+        """Say what the training does from here on: init, compile, step, eval or save, or a name of
+        its own; empty for nothing that takes a known time. Cheap enough for every step.
+
+        The agent learns how long each section takes, from one call to the next. One that takes far
+        longer is called hung: the stacks of all threads go to the job's log, and the job goes on
+        from its last checkpoint. A training that never calls this has no limits, nor does one with
+        BATON_HANG_LIMIT=0 in its environment. For one thread, the training's.
+        """
+        self._section = name
+        if self._link is not None:
+            if self._mailbox.put_section(name, time.time_ns() // 1_000_000):
+                self._link.wake()
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """The block is this section; after it the one from before goes on, as a new one."""
+        before = self._section
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def checkpoint(self, path: Path, step: SupportsIndex) -> Ticket:
         """Hand over a finished directory; the agent owns it from here. Returns at once.
@@ -131,9 +182,65 @@ class Session:
         self._link.wake()
         return ticket
 
+    def slab(self, slot_bytes: int, wait_s: float = 0.0) -> Slab | None:
+        """Memory of the agent's for captures of up to ``slot_bytes`` each, mapped and ready; asks
+        for it where that has not been done, and waits at most ``wait_s`` seconds for it.
+
+        None until it is there, and where there is no agent, an older one, or one that refused: then
+        a checkpoint goes through a directory.
+        """
+        if self._link is None:
+            return None
+        return self._slabs.slab(slot_bytes, wait_s)
+
+    def capture(
+        self, slab: Slab, slot: int, files: Sequence[tuple[str, int, int]], step: SupportsIndex
+    ) -> Ticket:
+        """Hand over what was written into a slot since ``slab.begin(slot)``: ``files`` are (name,
+        offset in the slot, bytes), and become the files of a checkpoint. Returns at once; the slot
+        is the agent's until the ticket is answered. Raises ValueError for what fits no header."""
+        whole_step, sequence = operator.index(step), self._slabs.next_sequence()
+        slab.publish(slot, files, sequence=sequence, step=whole_step)
+        ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence)
+        slab.take(slot, ticket)
+        if self._link is not None:
+            self._link.wake()
+        return ticket
+
+    def after_step(
+        self,
+        step: int,
+        save: Callable[[Path], object],
+        *,
+        every_steps: int,
+        total_steps: int | None = None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+    ) -> None:
+        """All that a plain loop needs, after each of its steps: progress, a checkpoint when one is
+        due or a stop is wanted, and the end of the process after a stop (SystemExit 75).
+
+        ``save`` writes the state of the training into the directory that it gets, before it
+        returns. Outside Baton this does nothing. For one process; ranks that train together must
+        agree on a stop, which ``stop_requested`` leaves to them.
+        """
+        self.progress(step, total_steps, metrics)
+        stop, staging = self._stop, self.staging_directory
+        if staging is None or (stop is None and step % every_steps != 0):
+            return
+        directory = staging / f"after-step-{os.getpid()}-{step}"
+        directory.mkdir()
+        save(directory)
+        ticket = self.checkpoint(directory, step)
+        if stop is not None and step != total_steps:
+            ticket.wait_stored(stop.remaining_s)
+            self.close()
+            sys.exit(EXIT_RUN_AGAIN)
+
     def close(self, flush_timeout_s: float = FLUSH_TIMEOUT_S) -> None:
         """Send what waits, for at most ``flush_timeout_s`` seconds, and end the link."""
         if self._link is not None:
+            if self._section:
+                self.enter("")  # what comes after this is no business of the agent's
             self._link.close(flush_timeout_s)
             self._link = None
 

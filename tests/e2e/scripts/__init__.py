@@ -1,0 +1,1 @@
+"""Training scripts as people bring them, with nothing of Baton in them."""

@@ -1,0 +1,108 @@
+"""A training script as people bring it: Hugging Face's Trainer, and not a word about Baton.
+
+It trains a tiny GPT-2 with dropout on tokens from a seed, and prints the loss of every step and, in
+the end, a digest of the weights. `--gate FILE` holds it at the step that the file names, so that a
+test decides how far it gets before something happens; a real script has no such thing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+VOCABULARY, WINDOW, SAMPLES = 64, 16, 48
+POLL_S = 0.02
+
+
+def say(**line: Any) -> None:
+    """One JSON object, for whoever reads along."""
+    print(json.dumps(line), flush=True)
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Random tokens; the labels are the inputs, as for any language model."""
+
+    def __init__(self, samples: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self._tokens = torch.randint(0, VOCABULARY, (samples, WINDOW), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
+
+
+class Log(TrainerCallback):
+    """Prints the steps, and waits at the gate."""
+
+    def __init__(self, gate: Path | None) -> None:
+        self._gate = gate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        say(event="begin", step=state.global_step, pid=os.getpid())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        nothing = threading.Event()
+        while self._gate is not None and state.global_step >= int(self._gate.read_text("ascii")):
+            nothing.wait(POLL_S)
+
+    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:
+        logs = values["logs"]
+        if "loss" in logs:
+            say(event="step", step=state.global_step, loss=logs["loss"])
+
+
+def main() -> None:
+    """Train."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save-steps", type=int, default=4)
+    parser.add_argument("--output", default="output")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--gate", type=Path)
+    given = parser.parse_args()
+    set_seed(3)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=WINDOW, n_embd=16, n_layer=2, n_head=2,
+            bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=given.output,
+        max_steps=given.steps,
+        per_device_train_batch_size=4,
+        save_steps=given.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Tokens(SAMPLES), callbacks=[Log(given.gate)])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=True if given.resume else None)
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.numpy().tobytes())
+    say(event="end", step=trainer.state.global_step, digest=digest.hexdigest())
+
+
+if __name__ == "__main__":
+    main()

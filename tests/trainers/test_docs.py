@@ -1,0 +1,126 @@
+"""What docs/trainers.md shows is what works: its programs are run, its files are read.
+
+A document rots unseen. So the blocks are taken out of it and used: the plain PyTorch program
+trains, is stopped, and goes on exactly; the configurations are built with the trainers' own
+classes; and the promise of how few lines it takes is counted.
+"""
+
+import os
+import re
+import runpy
+import signal
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import baton_sdk
+from tests.trainers.fake_agent import FakeAgent
+from trainers import configuration
+from trainers.finetune import FinetuneOptions
+from trainers.lora import LoraOptions
+from trainers.transfer import TransferOptions
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "trainers.md"
+BLOCK = re.compile(r"^```(python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {name: text for _, name, text in BLOCK.findall(DOCUMENT.read_text("utf-8"))}
+LINES_MAX = 5
+STEPS = 300
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAgent]:
+    made = FakeAgent(tmp_path / "socket", stores=True)
+    monkeypatch.setenv("BATON_SOCKET", str(made.path))
+    monkeypatch.setenv("BATON_TOKEN", made.token)
+    made.start()
+    yield made
+    made.stop()
+
+
+def run_plain(directory: Path) -> dict[str, Any]:
+    """The plain program, in this process, with this directory to stage in; what it leaves in its
+    namespace."""
+    directory.mkdir()
+    program = directory / "plain.py"
+    program.write_text(BLOCKS[program.name], "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_STAGING_DIR", str(directory))
+        namespace = runpy.run_path(str(program))
+    namespace["session"].close()
+    return namespace
+
+
+def weights(namespace: dict[str, Any]) -> object:
+    return namespace["model"].weight.tolist()
+
+
+def steps(found: list[dict[str, Any]]) -> list[int]:
+    return [message["step"] for message in found]
+
+
+@pytest.mark.parametrize("name", ["plain.py", "with_lightning.py"])
+def test_it_takes_no_more_lines_than_promised(name: str) -> None:
+    text = BLOCKS[name]
+    numbers = re.findall(r"  # (\d)$", text, re.MULTILINE)
+    assert numbers == [str(number + 1) for number in range(len(numbers))]
+    assert len(numbers) <= LINES_MAX
+    # What bears no number is the script as it was: nothing of Baton's is left without the others.
+    statements = re.split(r"\n(?=\S)", text)
+    plain = [part for part in statements if "  # " not in part]
+    assert not [part for part in plain if "baton" in part or "session" in part]
+
+
+def test_the_plain_program_goes_on_exactly_after_a_stop(
+    agent: FakeAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = weights(run_plain(tmp_path / "undisturbed"))
+    assert steps(agent.checkpoints(300)) == [100, 200, 300]
+    after_step = baton_sdk.Session.after_step
+
+    def stopped(session: baton_sdk.Session, step: int, *arguments: Any, **keywords: Any) -> None:
+        if step == 150:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(session, step, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baton_sdk.Session, "after_step", stopped)
+        with pytest.raises(SystemExit) as left:
+            run_plain(tmp_path / "first")
+    assert left.value.code == baton_sdk.EXIT_RUN_AGAIN
+    saved = agent.checkpoints(150)
+    assert steps(saved) == [100, 150]
+    monkeypatch.setenv("BATON_RESTORE_DIR", saved[-1]["path"])
+    monkeypatch.setenv("BATON_RESTORE_STEP", "150")
+    again = run_plain(tmp_path / "second")
+    assert steps(agent.checkpoints(300)) == [200, 300]
+    assert weights(again) == undisturbed
+
+
+def test_the_plain_program_runs_outside_baton(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(BLOCKS["plain.py"], "utf-8")
+    assert runpy.run_path(str(tmp_path / "plain.py"))["step"] == STEPS
+
+
+def test_the_lightning_program_is_python() -> None:
+    compile(BLOCKS["with_lightning.py"], "with_lightning.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("transfer.toml", TransferOptions),
+        ("finetune.toml", FinetuneOptions),
+        ("lora.toml", LoraOptions),
+    ],
+)
+def test_the_configurations_are_right(name: str, kind: type[configuration.LoopOptions]) -> None:
+    options = configuration.build(kind, tomllib.loads(BLOCKS[name]), source=name)
+    assert options.problems() == []
+
+
+def test_every_block_is_looked_at() -> None:
+    used = {"plain.py", "with_lightning.py", "transfer.toml", "finetune.toml", "lora.toml"}
+    assert set(BLOCKS) == used

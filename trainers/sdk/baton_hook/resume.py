@@ -1,0 +1,169 @@
+"""Which checkpoint a `Trainer` continues from: the script's own, or the last committed one.
+
+Problem: a script says where to resume in one of three ways: not at all, `True` (the newest in its
+output directory), or by a path that it found itself. On a new node its output directory is empty,
+and `True` raises; on an old one it may hold checkpoints from before the job moved away, and
+resuming from those would repeat work, or leave the history that was committed.
+
+The rule: the higher step wins, and on a tie the committed one, whose bytes were verified. What the
+script asks for counts if it exists and is whole; a torn one is set aside, and the one before it
+counts in its place. If all that there was is torn, training starts from the beginning, which is
+what was true before the first save.
+
+A program may call `train` several times. Which call a checkpoint belongs to stands in a file beside
+Hugging Face's (`MARK_NAME`); a restored checkpoint is for that call alone.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton_hook import torn
+from baton_hook.guard import say
+
+MARK_NAME = "baton_hook.json"
+BEST_NAME = "baton_best"
+"""Folder with the best checkpoint so far, for those who load it at the end. It has a level of its
+own below, because Trainer takes a direct folder with adapter weights for an adapter."""
+
+_PARTIAL = ".baton-"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that can be resumed from."""
+
+    path: Path
+    step: int
+
+
+def committed(directory: Path | None, call: int) -> Found | None:
+    """What the agent has laid out, if it is a Trainer's and of this call of `train`."""
+    if directory is None or not (directory / torn.STATE_NAME).is_file():
+        return None
+    if marked_call(directory) != call:
+        return None
+    return Found(directory, torn.step_of(directory))
+
+
+def marked_call(directory: Path | None) -> int:
+    """The number of the call of `train` that wrote a checkpoint; 0, the first, without a mark."""
+    if directory is None or not (directory / MARK_NAME).is_file():
+        return 0
+    return int(json.loads((directory / MARK_NAME).read_text("utf-8"))["call"])
+
+
+def choose(
+    asked: object, output_directory: Path, restored: Found | None, *, may_move: bool
+) -> object:
+    """What to give `Trainer.train` as `resume_from_checkpoint`, whatever the script gave.
+
+    `may_move` is for one process of several on a machine; the others see what it left.
+    """
+    if asked is None or asked is False:
+        return str(restored.path) if restored else asked
+    local, torn_count = _asked_for(asked, output_directory, may_move)
+    if restored is not None and (local is None or local.step <= restored.step):
+        if local is not None or torn_count:
+            say(f"resuming from step {restored.step}, which is committed, not from {asked}")
+        return str(restored.path)
+    if local is not None:
+        return str(local.path)
+    if torn_count:
+        say("no whole checkpoint is left: training starts from the beginning")
+        return None
+    return asked  # there is nothing; what Trainer says to that is right
+
+
+def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[Found | None, int]:
+    """The newest whole checkpoint that answers the script's wish, and how many were torn."""
+    if asked is True:
+        return _newest_whole(list(torn.numbered(output_directory)), may_move)
+    if not isinstance(asked, str | os.PathLike):
+        return None, 0
+    path = Path(os.fspath(asked))
+    if not path.is_dir():
+        return None, 0
+    match = torn.NAME.fullmatch(path.name)
+    if match is None:
+        # Not Trainer's naming, so not for us to rename or to look for an older one.
+        return Found(path, torn.step_of(path)), 0
+    older = [
+        other
+        for other in torn.numbered(path.parent)
+        if int(other.name.rpartition("-")[2]) < int(match.group(1))
+    ]
+    return _newest_whole([path, *older], may_move)
+
+
+def _newest_whole(candidates: list[Path], may_move: bool) -> tuple[Found | None, int]:
+    torn_count = 0
+    for path in candidates:
+        wrong = torn.problem(path)
+        if not wrong:
+            return Found(path, torn.step_of(path)), torn_count
+        torn_count += 1
+        if may_move:
+            _move_aside(path, wrong)
+    return None, torn_count
+
+
+def _move_aside(path: Path, wrong: str) -> None:
+    try:
+        target = torn.set_aside(path)
+    except OSError as error:
+        say(f"{path} is torn ({wrong}) and is passed over; cannot rename it: {error.strerror}")
+    else:
+        say(f"{path} is torn ({wrong}); it is now {target.name}, and the one before it is used")
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """The same files under another directory: by hard links, which cost nothing, or by copies
+    where the two lie on different file systems. `target` appears whole or not at all. Raises
+    OSError."""
+    partial = target.with_name(_PARTIAL + target.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for path in _files(source):
+            copy = partial / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _link(path, copy)
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def lay_out(restored: Found, output_directory: Path) -> None:
+    """Put a restored checkpoint, and the best one that came with it, where `Trainer` looks for
+    them in the end, unless something lies there. Raises OSError."""
+    best = restored.path / BEST_NAME
+    sources = {output_directory / f"checkpoint-{restored.step}": restored.path}
+    sources |= {output_directory / path.name: path for path in torn.numbered(best)}
+    output_directory.mkdir(parents=True, exist_ok=True)
+    for target, source in sources.items():
+        if not target.exists():
+            link_tree(source, target)
+
+
+def _files(source: Path) -> Iterator[Path]:
+    """Regular files, without what is ours."""
+    for folder, folders, names in os.walk(source):
+        if Path(folder) == source:
+            folders[:] = [name for name in folders if name != BEST_NAME]
+            names = [name for name in names if name != MARK_NAME]
+        yield from (Path(folder, name) for name in names)
+
+
+def _link(source: Path, target: Path) -> None:
+    # A symbolic link may point anywhere, and an agent takes none: what it points to is copied.
+    if not source.is_symlink():
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)  # another file system, or one without hard links
+        return
+    shutil.copyfile(source, target)

@@ -1,0 +1,290 @@
+"""The bridge between one `Trainer` and the agent, hung on by wrapping `Trainer.train`.
+
+Problem: Trainer has callbacks, which is where progress, saves and stops belong, but a callback is
+asked for nothing before the checkpoint to resume from has been chosen, and can end a training only
+by letting it return, after which the script would go on as if it were complete. So `train` is
+wrapped as well: to choose before it, and to leave with status 75 after a stop.
+
+The session is opened by the first call of `train` and not before: it takes over SIGTERM, and a
+program that only imports Trainer must die of one as it always did. After each call the handlers
+that were there are back.
+
+Several calls of `train` in one program are told apart by their number; what each reports begins
+where the one before it ended, because a job's steps only grow. A call before the one that a
+restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
+over, as that would be a step back.
+
+With several ranks (torchrun), a stop is decided by all of them at the same step, rank 0 hands over
+when all have written, and all leave together; each rank of a job runs on the same machine.
+
+Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
+`add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
+"""
+
+import atexit
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import baton_sdk
+from baton_hook import resume
+from baton_hook.guard import guarded, say
+from baton_sdk.session import STOP_SIGNALS
+
+
+class Program:
+    """What this process knows over all its calls of `train`."""
+
+    def __init__(self) -> None:
+        self.session: baton_sdk.Session | None = None
+        self.calls_count = 0
+        self.steps_before = 0
+        """Steps of the calls that are over."""
+        self.saves_count = 0
+        self._pid = 0
+        self._ours: dict[signal.Signals, Any] = {}
+        self._theirs: dict[signal.Signals, Any] = {}
+
+    def begin(self) -> bool:
+        """Open the session, or take the signals over again. False when it is not ours to do."""
+        if self.session is None:
+            handler = signal.getsignal(signal.SIGTERM)
+            if isinstance(getattr(handler, "__self__", None), baton_sdk.Session):
+                say("the script talks to Baton itself, so its Trainer is left alone")
+                return False
+            self._theirs = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            self._pid = os.getpid()
+            self.session = baton_sdk.connect()
+            self._ours = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            atexit.register(self.session.close)
+            return True
+        if self._pid != os.getpid():
+            return False  # a fork; the thread that talks to the agent is the parent's
+        self._theirs = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        _set_handlers(self._ours)
+        return True
+
+    def end(self, steps: int) -> None:
+        """A call is over: give the signals back, and count its steps."""
+        guarded("giving signals back", lambda: _set_handlers(self._theirs), None)
+        self.calls_count += 1
+        self.steps_before += steps
+
+
+_program = Program()
+
+
+def install(module: ModuleType) -> None:
+    """Wrap `Trainer.train` of the module `transformers.trainer`."""
+    original = module.Trainer.train
+
+    @functools.wraps(original)
+    def train(
+        self: Any, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any
+    ) -> Any:
+        go_on = functools.partial(original, self)
+        # A trial of a hyper-parameter search is one of many, each with a directory of its own.
+        in_search = keywords.get("trial", arguments[0] if arguments else None) is not None
+        if in_search or not guarded("connecting to the agent", _program.begin, False):
+            return go_on(resume_from_checkpoint, *arguments, **keywords)
+        return _train(module, self, resume_from_checkpoint, go_on, (arguments, keywords))
+
+    module.Trainer.train = train
+
+
+def _train(
+    module: ModuleType, trainer: Any, asked: Any, go_on: Callable[..., Any], rest: Any
+) -> Any:
+    """One call of `train`, followed. Raises SystemExit after a stop."""
+    assert _program.session is not None
+    bridge = Bridge(_program, _program.session)
+    arguments, keywords = rest
+    chosen = guarded("choosing a checkpoint", lambda: bridge.choose(trainer.args, asked), asked)
+    callback = guarded("following Trainer", lambda: _follow(module, trainer, bridge), None)
+    try:
+        result = go_on(chosen, *arguments, **keywords)
+        if bridge.stopping:
+            bridge.leave(trainer.args)
+    finally:
+        # A program that leaves stays deaf to a second SIGTERM: its status must say 75.
+        if not bridge.left:
+            if callback is not None:
+                guarded("letting go of Trainer", lambda: trainer.remove_callback(callback), None)
+            _program.end(guarded("counting steps", lambda: trainer.state.global_step, 0))
+    return result
+
+
+def _follow(module: ModuleType, trainer: Any, bridge: "Bridge") -> Any:
+    """Add the callback; its class takes what it does not answer from Trainer's own base."""
+    callback = type("BatonCallback", (_Callback, module.TrainerCallback), {})(bridge)
+    trainer.add_callback(callback)
+    return callback
+
+
+class _Callback:
+    """Trainer's events, each guarded. What `state`, `args` and `control` hold is in Trainer's own
+    documentation."""
+
+    def __init__(self, bridge: "Bridge") -> None:
+        self._bridge = bridge
+
+    def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        guarded("reporting a milestone", lambda: self._bridge.session.milestone("load"), None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        guarded("reporting progress", lambda: self._bridge.report(state), None)
+        # Every rank asks at every step, whatever else went wrong: the answer is found together.
+        if guarded("asking for a stop", lambda: self._bridge.must_stop(args, state), False):
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_log(
+        self, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        guarded("reporting metrics", lambda: self._bridge.keep_metrics(state, logs or {}), None)
+
+    def on_evaluate(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        guarded("reporting a milestone", lambda: self._bridge.session.milestone("evaluated"), None)
+
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        guarded("waiting for the other ranks", lambda: _barrier(args), None)  # all have written
+        guarded("handing over a checkpoint", lambda: self._bridge.hand_over(args, state), None)
+
+
+class Bridge:
+    """One call of `train`."""
+
+    def __init__(self, program: Program, session: baton_sdk.Session) -> None:
+        self.session = session
+        self.stopping = False
+        self.left = False
+        self._program = program
+        self._call = program.calls_count
+        self._steps_before = program.steps_before
+        self._metrics: dict[str, float] = {}
+        self._ticket: baton_sdk.Ticket | None = None
+        self._hands_over = True
+
+    def choose(self, args: Any, asked: object) -> object:
+        """See `resume.choose`. One rank sets aside what is torn, then the others look."""
+        chosen = asked
+        first = args.local_process_index == 0
+        for turn in (True, False):
+            if first is turn:
+                chosen = guarded(
+                    "choosing a checkpoint", lambda: self._choose(args, asked, first), asked
+                )
+            guarded("waiting for the other ranks", lambda: _barrier(args), None)
+        return chosen
+
+    def _choose(self, args: Any, asked: object, first: bool) -> object:
+        directory = self.session.restore_directory
+        self._hands_over = resume.marked_call(directory) <= self._call
+        restored = resume.committed(directory, self._call)
+        output_directory = Path(args.output_dir)
+        chosen = resume.choose(asked, output_directory, restored, may_move=first)
+        if restored is not None and chosen == str(restored.path):
+            say(f"resuming from step {restored.step}, the last committed checkpoint")
+            if first and getattr(args, "load_best_model_at_end", False):
+                resume.lay_out(restored, output_directory)
+        return chosen
+
+    def report(self, state: Any) -> None:
+        """After every step."""
+        if not state.is_world_process_zero:
+            return
+        self.session.milestone("first_step")
+        total_steps = self._steps_before + state.max_steps if state.max_steps > 0 else None
+        self.session.progress(self._steps_before + state.global_step, total_steps, self._metrics)
+
+    def keep_metrics(self, state: Any, logs: Mapping[str, Any]) -> None:
+        """What Trainer logs, for as long as it logs nothing newer of that name."""
+        self._metrics |= {
+            name: float(value) for name, value in logs.items() if isinstance(value, int | float)
+        }
+        if state.global_step > 0:
+            self.report(state)
+
+    def must_stop(self, args: Any, state: Any) -> bool:
+        """Whether this step is the last of this attempt; the same on every rank. A training that
+        is complete is not stopped: what is left is the script's own end."""
+        wanted = _on_any_rank(args, self.session.stop_requested is not None)
+        self.stopping = wanted and state.global_step < state.max_steps
+        return self.stopping
+
+    def hand_over(self, args: Any, state: Any) -> None:
+        """Give the agent what Trainer has just saved. Raises OSError."""
+        self._ticket = None
+        staging = self.session.staging_directory
+        if not state.is_world_process_zero or not self._hands_over or staging is None:
+            return
+        output_directory = Path(args.output_dir)
+        saved = output_directory / f"checkpoint-{state.global_step}"
+        # A launcher may start several processes in one attempt, one after another.
+        self._program.saves_count += 1
+        staged = staging / f"huggingface-{os.getpid()}-{self._program.saves_count}"
+        resume.link_tree(saved, staged)
+        mark = {"version": 1, "call": self._call}
+        (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
+        best = Path(state.best_model_checkpoint or saved)
+        if getattr(args, "load_best_model_at_end", False) and best.is_dir() and best != saved:
+            (staged / resume.BEST_NAME).mkdir()
+            resume.link_tree(best, staged / resume.BEST_NAME / best.name)
+        step = self._steps_before + state.global_step
+        self._ticket = self.session.checkpoint(staged, step)
+
+    def leave(self, args: Any) -> NoReturn:
+        """End the program once the agent has the last checkpoint, or the grace is over."""
+        stop, ticket = self.session.stop_requested, self._ticket
+        if args.process_index != 0:
+            say("stopped, as rank 0 was, which has the checkpoint")
+        elif ticket is None or stop is None:
+            say("stopped, without a checkpoint of the last steps")
+        elif ticket.wait_stored(stop.remaining_s):
+            say(f"stopped after step {ticket.step}, with its checkpoint: run me again")
+        else:
+            reason = ticket.reason or "the grace is over"
+            say(f"stopped after step {ticket.step}, whose checkpoint is lost: {reason}")
+        # A launcher ends the other ranks as soon as one has left.
+        guarded("waiting for the other ranks", lambda: _barrier(args), None)
+        self.session.close()
+        self.left = True
+        sys.exit(baton_sdk.EXIT_RUN_AGAIN)
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Python allows it in the main thread only; elsewhere the session took none over either."""
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+def _on_any_rank(args: Any, wanted: bool) -> bool:
+    distributed = _distributed(args)
+    if distributed is None:
+        return wanted
+    flag = sys.modules["torch"].tensor(int(wanted), device=args.device)
+    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _barrier(args: Any) -> None:
+    distributed = _distributed(args)
+    if distributed is not None:
+        distributed.barrier()
+
+
+def _distributed(args: Any) -> Any:
+    """torch.distributed where there are several ranks, else None."""
+    if args.world_size < 2:
+        return None
+    distributed = sys.modules["torch"].distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed if ready else None
