@@ -5,7 +5,7 @@
 #   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
-#   make torture         a thousand kill -9 of the coordinator, a thousand faults of agents
+#   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
 #   make protos          generate the Python code of protos/ again
 #   make clean           remove the virtual environment, caches and builds
 #
@@ -138,7 +138,8 @@ sim: $(STAMP)
 	@exec $(BIN)/python -m tests.sim --seeds $(SEEDS)
 
 torture: $(STAMP)
-	@exec $(BIN)/python -m tests.e2e.torture
+	@$(BIN)/python -m tests.trainers.torture
+	exec $(BIN)/python -m tests.e2e.torture
 
 protos: $(STAMP)
 	@exec $(BIN)/python -m protos.generate

@@ -9,13 +9,14 @@ epoch. A window of n tokens has n - 1 predictions, in training and in evaluation
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainers import data, models
+from trainers import data, models, weights
 from trainers.configuration import ConfigurationError, resolve
 
 if TYPE_CHECKING:
@@ -27,10 +28,25 @@ EVALUATION_BATCH = 16
 BYTE_VALUES = 256
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Which part of a model is trained."""
+
+    name: str
+    """Part of the identity of its checkpoints."""
+
+    prepare: Callable[[Any], Any]
+    """From the model as it was opened to the one that is trained."""
+
+    result: Callable[[Any], Any]
+    """From that, after the last step, to what is written to ``output_directory``."""
+
+
 class CausalTextTask:
     """A causal language model and its windows of tokens, of shape [windows, tokens]."""
 
     metric = "bits_per_byte"
+    higher_is_better = False
 
     def __init__(
         self,
@@ -40,45 +56,64 @@ class CausalTextTask:
         *,
         bytes_per_token: float,
         identity: str,
+        deliver: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
+        self.evaluation_batch = EVALUATION_BATCH
+        self._deliver = deliver
         self.train = train
         self.held_out = held_out
         self.bytes_per_token = bytes_per_token
         self.identity = identity
         self.sample_count = len(train)
 
-    def loss(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
+    def batch(self, samples: Sequence[int]) -> torch.Tensor:
+        """Windows, [samples, tokens]."""
+        return self.train[list(samples)]
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
         """Mean loss per predicted token, in nats."""
-        return self._loss(self.train[list(samples)], device)
+        return self._loss(batch)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Bits per byte over all held-out windows."""
         nats, predictions = 0.0, 0
-        for windows in self.held_out.split(EVALUATION_BATCH):
+        for windows in self.held_out.split(self.evaluation_batch):
             count = windows.numel() - len(windows)
-            nats += float(self._loss(windows, device)) * count
+            nats += float(self._loss(windows.to(device))) * count
             predictions += count
         bits_per_token = nats / predictions / math.log(2)
         return {"bits_per_byte": bits_per_token / self.bytes_per_token}
 
-    def _loss(self, windows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        tokens = windows.to(device=device, dtype=torch.long)
+    def deliver(self) -> None:
+        """The trained model, as a folder, where one was asked for."""
+        if self._deliver is not None:
+            self._deliver()
+
+    def _loss(self, windows: torch.Tensor) -> torch.Tensor:
+        tokens = windows.long()
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         return torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
         )
 
 
-def build(options: "FinetuneOptions", base: Path) -> CausalTextTask:
-    """The task of a configuration. Raises ConfigurationError."""
+def build(
+    options: "FinetuneOptions", base: Path, *, trained: "Trained | None" = None
+) -> CausalTextTask:
+    """The task of a configuration; ``trained`` says what is trained, else all layers are. Raises
+    ConfigurationError."""
     texts = data.read_texts(resolve(options.train_data, base))
     if options.evaluation_data:
         held_out = data.read_texts(resolve(options.evaluation_data, base))
     else:
         texts, held_out = data.split_ends(texts, options.held_out_ratio)
     model_name = resolve(options.model, base)
-    model = models.open_causal(model_name, random=options.from_scratch)
+    model = models.open_causal(
+        model_name, random=options.from_scratch, dtype=getattr(torch, options.model_precision)
+    )
+    if options.start_from:
+        _give_weights(model, resolve(options.start_from, base))
     positions = getattr(model.config, "max_position_embeddings", options.window_tokens)
     if options.window_tokens > positions:
         raise ConfigurationError(
@@ -93,6 +128,9 @@ def build(options: "FinetuneOptions", base: Path) -> CausalTextTask:
             f"at {model.config.vocab_size - 1}: 'tokenizer' does not belong to 'model'"
         )
     held_out_bytes = len("\n".join(held_out).encode())
+    trained = trained or Trained("finetune", lambda whole: whole, lambda whole: whole)
+    model = trained.prepare(model)
+    target = base / options.output_directory if options.output_directory else None
     return CausalTextTask(
         model,
         _windows(train_tokens, options.window_tokens, "train_data"),
@@ -100,8 +138,16 @@ def build(options: "FinetuneOptions", base: Path) -> CausalTextTask:
             : options.evaluation_windows_max
         ],
         bytes_per_token=held_out_bytes / len(held_out_tokens),
-        identity=f"finetune {data.digest_of(repr(texts).encode())} {options.window_tokens}",
+        identity=f"{trained.name} {data.digest_of(repr(texts).encode())} {options.window_tokens}",
+        deliver=(lambda: models.save(trained.result(model), target)) if target else None,
     )
+
+
+def _give_weights(model: torch.nn.Module, name: str) -> None:
+    try:
+        weights.load_into(model, Path(name))
+    except weights.WeightsError as error:
+        raise ConfigurationError(f"cannot start from '{name}': {error}") from error
 
 
 def _encoder(name: str) -> Any:

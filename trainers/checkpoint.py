@@ -9,7 +9,7 @@ Here a checkpoint is five files. Four hold tensors in the safetensors format (pl
 JSON header), one is JSON:
 
     frozen.safetensors      parameters that are not trained: the same bytes every time
-    model.safetensors       trained parameters, and all buffers
+    model.safetensors       trained parameters, all buffers, and "extra/...": what else a user keeps
     optimizer.safetensors   "<parameter name>|<key>": the tensors of the optimizer's state
     random.safetensors      torch (CPU, CUDA), numpy and Python generators
     state.json              step, samples, schedule, hyper-parameters of the optimizer
@@ -26,7 +26,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ import numpy
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+
+from trainers import extra, manifest
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -51,41 +53,87 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole training state on the CPU, sharing no memory with the live one."""
+    """A whole training state: on the CPU, sharing no memory with the live one, unless it is made
+    by ``live``."""
 
     frozen: Tensors
     model: Tensors
     optimizer: Tensors
     random: Tensors
     state: dict[str, Any]
-    """JSON values: ``format``, ``optimizer`` (groups and scalars), ``progress`` (the loop's)."""
+    """JSON values: ``format``, ``optimizer`` (groups and scalars), ``progress`` (the loop's),
+    ``extra`` (what belongs to the objects of ``extra.py``)."""
 
 
 def capture(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    objects: Mapping[str, extra.Object] | None = None,
 ) -> Snapshot:
-    """Copy everything that decides how the training goes on. ``progress`` is JSON of the loop."""
+    """Copy everything that decides how the training goes on. ``progress`` is JSON of the loop;
+    ``objects`` are schedulers, scalers, generators and the like, by names of the caller's."""
+    return copied(live(model, optimizer, progress, objects))
+
+
+def live(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    objects: Mapping[str, extra.Object] | None = None,
+) -> Snapshot:
+    """The same without a copy: the tensors are those of the model and the optimizer, and change
+    with the next step. For whoever copies them elsewhere at once."""
     frozen, trained = _model_tensors(model)
     tensors, described = _capture_optimizer(model, optimizer)
-    state = {"format": FORMAT_VERSION, "optimizer": described, "progress": dict(progress)}
+    extra_tensors, extra_described = extra.describe(objects or {})
+    trained.update(extra_tensors)
+    state = {
+        "format": FORMAT_VERSION,
+        "optimizer": described,
+        "progress": dict(progress),
+        "extra": extra_described,
+    }
     return Snapshot(
-        frozen=_copies(frozen),
-        model=_copies(trained),
-        optimizer=_copies(tensors),
-        random=_capture_random(),
-        # Through JSON and back: a copy, and the same value as the one that is read from a file.
-        state=json.loads(json.dumps(state)),
+        frozen=frozen, model=trained, optimizer=tensors, random=_capture_random(), state=state
     )
 
 
+def copied(snapshot: Snapshot) -> Snapshot:
+    """With tensors of its own, on the CPU."""
+    return Snapshot(
+        frozen=_copies(snapshot.frozen),
+        model=_copies(snapshot.model),
+        optimizer=_copies(snapshot.optimizer),
+        random=snapshot.random,
+        # Through JSON and back: a copy, and the same value as the one that is read from a file.
+        state=json.loads(json.dumps(snapshot.state)),
+    )
+
+
+def encode_state(state: Mapping[str, Any]) -> bytes:
+    """The bytes of ``state.json``. On one line: the library's indenting encoder is a slow one."""
+    return json.dumps(state, sort_keys=True).encode() + b"\n"
+
+
 def restore(
-    snapshot: Snapshot, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    snapshot: Snapshot,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objects: Mapping[str, extra.Object] | None = None,
 ) -> dict[str, Any]:
-    """Put a snapshot into a model and optimizer that were built the same way; returns the
-    loop's ``progress``. Raises CheckpointError, with nothing assigned, if anything does not fit."""
+    """Put a snapshot into a model and optimizer (and ``objects``) that were built the same way;
+    returns the loop's ``progress``. Raises CheckpointError, with nothing assigned, if anything does
+    not fit."""
     frozen, trained = _model_tensors(model)
     _check("frozen", snapshot.frozen, frozen)
-    _check("model", snapshot.model, trained)
+    of_model = {k: v for k, v in snapshot.model.items() if not k.startswith(extra.PREFIX)}
+    _check("model", of_model, trained)
+    extra_described = snapshot.state.get("extra", {})
+    try:
+        extra.check(objects or {}, snapshot.model, extra_described)
+    except extra.ExtraError as error:
+        raise CheckpointError(str(error)) from error
     _check_optimizer(snapshot, model, optimizer)
     for name in RANDOM_TENSORS:
         if name not in snapshot.random:
@@ -94,6 +142,7 @@ def restore(
         for name, live in (frozen | trained).items():
             live.copy_(snapshot.frozen[name] if name in frozen else snapshot.model[name])
     _restore_optimizer(snapshot, model, optimizer)
+    extra.apply(objects or {}, snapshot.model, extra_described)
     _restore_random(snapshot.random)
     progress = snapshot.state["progress"]
     assert isinstance(progress, dict)
@@ -112,14 +161,17 @@ def write(snapshot: Snapshot, directory: Path) -> None:
     try:
         for part in TENSOR_FILES:
             save_file(getattr(snapshot, part), partial / f"{part}.safetensors")
-        text = json.dumps(snapshot.state, sort_keys=True, indent=1) + "\n"
-        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        (partial / STATE_FILE).write_bytes(encode_state(snapshot.state))
         for file in (*partial.iterdir(), partial):
             _sync(file)
+        # Set aside whole: half removed under its name it would be taken for the newest.
+        replaced = directory.with_name(f".{directory.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.rename(replaced)
         partial.rename(directory)
         _sync(directory.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except safetensors.SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"cannot write checkpoint {directory.name}: {error}") from error
@@ -150,7 +202,25 @@ def read(directory: Path) -> Snapshot:
         raise CheckpointError(
             f"{STATE_FILE} has format {found}; this trainer reads format {FORMAT_VERSION}"
         )
+    if manifest.HASH_KEY in state:
+        try:
+            manifest.check_hash(state)
+        except manifest.ManifestError as error:
+            raise CheckpointError(f"{STATE_FILE} in {directory} is damaged: {error}") from error
     return Snapshot(state=state, **tensors)
+
+
+def read_newest(
+    directories: Sequence[Path], skipped: Callable[[CheckpointError], None]
+) -> Snapshot | None:
+    """The last of these that is whole (they come oldest first); None when none is. Each that is
+    torn or altered is told to ``skipped``."""
+    for directory in reversed(directories):
+        try:
+            return read(directory)
+        except CheckpointError as error:
+            skipped(error)
+    return None
 
 
 def _model_tensors(model: torch.nn.Module) -> tuple[Tensors, Tensors]:

@@ -5,10 +5,11 @@ texts are padded). The class token that some backbones train for this purpose is
 all of them; the mean is, and does about as well.
 
 A frozen backbone stays in evaluation mode while the head trains: its dropout would be noise, and
-its running statistics would move, frozen or not.
+its running statistics would move, frozen or not. What it makes of a sample is then always the
+same, and is computed once (``features``) if there is room for it and samples are seen again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,16 @@ import torch
 
 from trainers import data, models
 from trainers.configuration import ConfigurationError, resolve
+from trainers.features import FeatureTable
 
 if TYPE_CHECKING:
     from trainers.transfer import TransferOptions
 
 EVALUATION_BATCH = 64
 """Samples evaluated at once; nothing is kept for gradients."""
+
+FEATURE_BYTES = 4
+"""Of one number in a table of features: float32, or less where the arithmetic is in 16 bits."""
 
 Inputs = dict[str, torch.Tensor]
 
@@ -47,6 +52,10 @@ class Classifier(torch.nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits of shape [batch, classes]."""
+        return self.classify(self.features(inputs))
+
+    def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the backbone makes of its inputs: [batch, width]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             hidden = self.backbone(**inputs).last_hidden_state
             hidden = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
@@ -56,15 +65,23 @@ class Classifier(torch.nn.Module):
             else:
                 weights = mask.unsqueeze(-1).to(hidden.dtype)
                 features = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        assert isinstance(features, torch.Tensor)
+        return features
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """What the head makes of features: logits of shape [batch, classes]."""
         logits = self.head(features)
         assert isinstance(logits, torch.Tensor)
         return logits
 
 
 class ClassifyTask:
-    """A classifier and its samples: inputs of the backbone by name, samples first."""
+    """A classifier and its samples: inputs of the backbone by name, samples first.
+
+    ``keep_features``: of (training, held-out) samples; only for a frozen backbone."""
 
     metric = "accuracy"
+    higher_is_better = True
 
     def __init__(
         self,
@@ -73,27 +90,57 @@ class ClassifyTask:
         held_out: tuple[Inputs, torch.Tensor],
         *,
         identity: str,
+        keep_features: tuple[bool, bool] = (False, False),
     ) -> None:
         self.model: torch.nn.Module = model
+        self.evaluation_batch = EVALUATION_BATCH
         self.train = train
         self.held_out = held_out
         self.identity = identity
         self.sample_count = len(train[1])
+        self._classifier = model
+        self._tables = [
+            FeatureTable(model.backbone, part[0], model.features) if kept else None
+            for part, kept in zip((train, held_out), keep_features, strict=True)
+        ]
 
-    def loss(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
+    def batch(self, samples: Sequence[int]) -> dict[str, Any]:
+        """Labels, and what the model needs to look at: the numbers of the samples, or them."""
+        chosen = list(samples)
+        labels = self.train[1][chosen]
+        if self._tables[0] is not None:
+            return {"labels": labels, "samples": chosen}
+        return {"labels": labels, "inputs": {k: v[chosen] for k, v in self.train[0].items()}}
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy, in nats."""
-        inputs, labels = _pick(self.train, list(samples), device)
-        return torch.nn.functional.cross_entropy(self.model(**inputs).float(), labels)
+        labels, table = batch["labels"], self._tables[0]
+        if table is not None:
+            logits = self._classifier.classify(table.take(batch["samples"], labels.device))
+        else:
+            logits = self.model(**batch["inputs"])
+        return torch.nn.functional.cross_entropy(logits.float(), labels)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Accuracy (0 to 1) and mean loss over all held-out samples."""
         right, nats, count = 0, 0.0, len(self.held_out[1])
-        for chosen in torch.arange(count).split(EVALUATION_BATCH):
-            inputs, labels = _pick(self.held_out, chosen.tolist(), device)
-            logits = self.model(**inputs).float()
+        for chosen in torch.arange(count).split(self.evaluation_batch):
+            labels = self.held_out[1][chosen].to(device)
+            logits = self._held_out_logits(chosen, device).float()
             right += int((logits.argmax(dim=1) == labels).sum())
             nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         return {"accuracy": right / count, "evaluation_loss": nats / count}
+
+    def deliver(self) -> None:
+        """The last checkpoint holds the head; there is no folder format for one."""
+
+    def _held_out_logits(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
+        table = self._tables[1]
+        if table is not None:
+            return self._classifier.classify(table.take(chosen.tolist(), device))
+        logits = self.model(**{k: v[chosen].to(device) for k, v in self.held_out[0].items()})
+        assert isinstance(logits, torch.Tensor)
+        return logits
 
 
 def build(options: "TransferOptions", base: Path) -> ClassifyTask:
@@ -105,14 +152,29 @@ def build(options: "TransferOptions", base: Path) -> ClassifyTask:
     )
     name = resolve(options.model, base)
     backbone = models.open_backbone(name, random=options.backbone == "random")
-    head = make_head(_width(backbone, name), options.head_hidden, len(train.classes))
+    width = _width(backbone, name)
+    head = make_head(width, options.head_hidden, len(train.classes))
     inputs = [_inputs(part, backbone, name, options) for part in (train, held_out)]
     return ClassifyTask(
         Classifier(backbone, head, frozen=options.freeze),
         (inputs[0], torch.from_numpy(train.y)),
         (inputs[1], torch.from_numpy(held_out.y)),
         identity=f"transfer {train.digest} {len(train.classes)} classes",
+        keep_features=kept_features(options, width, (len(train.y), len(held_out.y))),
     )
+
+
+def kept_features(
+    options: "TransferOptions", width: int, counts: tuple[int, int]
+) -> tuple[bool, bool]:
+    """Whether to keep the features of the ``counts`` samples to train on and to evaluate: where
+    they are frozen, are seen more than once, and have room; all of them or none."""
+    room_bytes = options.feature_cache_bytes if options.freeze else 0
+    seen = options.steps * options.batch_size * options.accumulate
+    train_bytes, held_out_bytes = (count * width * FEATURE_BYTES for count in counts)
+    keep_train = seen > counts[0] and train_bytes <= room_bytes
+    room_bytes -= train_bytes if keep_train else 0
+    return keep_train, held_out_bytes <= room_bytes
 
 
 def make_head(features: int, hidden: int, classes: int) -> torch.nn.Module:
@@ -160,10 +222,3 @@ def _inputs(part: data.Labelled, backbone: Any, name: str, options: "TransferOpt
     if isinstance(size, int) and tuple(pixels.shape[2:]) != (size, size):
         pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear")
     return {"pixel_values": (pixels - options.pixel_mean) / options.pixel_deviation}
-
-
-def _pick(
-    part: tuple[Inputs, torch.Tensor], chosen: list[int], device: torch.device
-) -> tuple[Inputs, torch.Tensor]:
-    inputs = {name: tensor[chosen].to(device) for name, tensor in part[0].items()}
-    return inputs, part[1][chosen].to(device)

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 SCHEDULES = ("cosine", "linear", "constant")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+PREFETCH_DEPTH_MAX = 8
+"""Each batch of the depth takes memory on the host and on the GPU; more than 3 helps nobody."""
+
+
+AUTOMATIC_S = -1.0
+"""Of an interval: nobody has chosen it."""
 
 
 class ConfigurationError(ValueError):
@@ -30,7 +37,8 @@ class LoopOptions:
     """Optimizer steps in all; a resumed job counts on from its checkpoint."""
 
     batch_size: int = 16
-    """Samples whose gradients are computed at once; as many as the memory holds."""
+    """Samples whose gradients are computed at once; as many as the memory holds. Where they do not
+    fit, they are halved, and the step keeps its samples."""
 
     accumulate: int = 1
     """Batches in one step, for larger steps than the memory holds."""
@@ -59,8 +67,15 @@ class LoopOptions:
     checkpoint_every_steps: int = 0
     """Steps between checkpoints; 0 for none by count."""
 
-    checkpoint_every_s: float = 60.0
-    """Seconds between checkpoints; 0 for none by time. At most this much work is repeated."""
+    checkpoint_every_s: float = AUTOMATIC_S
+    """Seconds between checkpoints; 0 for none by time. At most this much work is repeated. Left
+    out: by Young's rule, from what a checkpoint costs and how often things fail; once a minute at
+    least for states under 1 GB."""
+
+    mean_time_between_failures_s: float = 86_400.0
+    """For that rule: seconds between failures of what this job runs on. A day is cautious for a box
+    of one's own and hopeful for one that others may reclaim; a fleet of 16,384 GPUs had one every
+    three hours, which is 9 months for each of its boxes (Llama 3, arXiv 2407.21783, 3.3.4)."""
 
     checkpoint_directory: str = ""
     """Outside Baton only: where checkpoints are kept, and resumed from. Empty for none."""
@@ -69,7 +84,14 @@ class LoopOptions:
     """Of the initial values, the data order and all random generators."""
 
     precision: str = "float32"
-    """float32, or bfloat16 for matrix products in 16 bits (parameters stay float32)."""
+    """float32; bfloat16 or float16 for matrix products in 16 bits (parameters stay float32).
+    bfloat16 where the GPU has it; float16, with a scaled loss, for those before Ampere."""
+
+    early_stop_patience: int = 0
+    """Evaluations in a row without a better figure after which training ends; 0 for never."""
+
+    prefetch_depth: int = 2
+    """Batches that are made ahead: 2, or 3 where making one takes very different times."""
 
     def problems(self) -> list[str]:
         """What is wrong, as sentences that say what to change."""
@@ -79,14 +101,20 @@ class LoopOptions:
                 found.append(f"'{name}' must be at least 1, not {getattr(self, name)}")
         for name in (
             "warmup_steps", "weight_decay", "clip_norm", "seed", "learning_rate",
-            "checkpoint_every_steps", "checkpoint_every_s",
+            "checkpoint_every_steps", "checkpoint_every_s", "early_stop_patience",
+            "mean_time_between_failures_s",
         ):  # fmt: skip
-            if not getattr(self, name) >= 0:
+            chosen = name != "checkpoint_every_s" or self.checkpoint_every_s != AUTOMATIC_S
+            if chosen and not getattr(self, name) >= 0:
                 found.append(f"'{name}' must not be negative, and is {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             found.append(f"'schedule' must be one of {SCHEDULES}, not '{self.schedule}'")
         if self.precision not in PRECISIONS:
             found.append(f"'precision' must be one of {PRECISIONS}, not '{self.precision}'")
+        if not 1 <= self.prefetch_depth <= PREFETCH_DEPTH_MAX:
+            found.append(
+                f"'prefetch_depth' must be 1 to {PREFETCH_DEPTH_MAX}, not {self.prefetch_depth}"
+            )
         return found
 
 
@@ -120,26 +148,32 @@ def build(kind: type[Options], values: dict[str, Any], *, source: str) -> Option
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
             found.append(f"unknown key '{key}'; {hint}")
         elif not _has_type(value, types[key]):
-            found.append(
-                f"'{key}' must be of type {types[key].__name__}, "
-                f"not {type(value).__name__} ({value!r})"
-            )
+            words = types[key] == tuple[str, ...]
+            wanted = "a list of words" if words else f"of type {types[key].__name__}"
+            found.append(f"'{key}' must be {wanted}, not {type(value).__name__} ({value!r})")
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
             found.append(f"'{name}' is missing")
     if not found:
-        configuration = kind(**values)
+        # A frozen dataclass holds what cannot be changed.
+        fixed: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        configuration = kind(**fixed)
         found = configuration.problems()
         if not found:
             return configuration
     raise ConfigurationError(f"{source}: " + "; ".join(found))
 
 
-def _has_type(value: object, wanted: type) -> bool:
+def _has_type(value: object, wanted: Any) -> bool:
+    if wanted == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if wanted is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    assert isinstance(wanted, type)
     return isinstance(value, wanted)
 
 

@@ -45,6 +45,20 @@ class FinetuneOptions(LoopOptions):
     from_scratch: bool = False
     """Take only the architecture from ``model`` and start from random values."""
 
+    start_from: str = ""
+    """Folder of weights to begin with, as `baton checkpoint import` makes it: values for ``model``,
+    relative to the configuration file. Step, optimizer and data begin anew. Empty: the values of
+    ``model``."""
+
+    output_directory: str = ""
+    """Where the trained model is written after the last step, as a folder that transformers opens;
+    relative to the configuration file. Empty: checkpoints only."""
+
+    @property
+    def model_precision(self) -> str:
+        """What the model is opened in: what is trained, is trained in float32."""
+        return "float32"
+
     def problems(self) -> list[str]:
         """What is wrong, as sentences that say what to change."""
         found = super().problems()

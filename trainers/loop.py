@@ -2,14 +2,12 @@
 
 Problem: after a handoff a training must do what it would have done. A data loader that shuffles
 with a generator and hands work to processes has a position nobody can write down. Here the order
-of the data is a function: position ``i`` is in epoch ``i // n``, and a permutation keyed by seed
-and epoch says which sample stands there. So the place in the data is one integer, whatever the
-size of the data. The learning rate is a function of the step. What is left, parameters, optimizer
-and random generators, ``checkpoint`` captures; checkpoints and evaluations draw nothing from the
+of the data is a function (``order``), and the place in the data one integer, whatever the size of
+the data. The learning rate is a function of the step. What is left, parameters, optimizer and
+random generators, ``checkpoint`` captures; checkpoints and evaluations draw nothing from the
 generators, so when they happen changes nothing either.
 
-The permutation is a Feistel network over the next even power of two, walked until it lands within
-range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): no table, O(1) memory.
+Samples come prefetched, in pieces that fit into memory (``microbatch``).
 
 Between two steps the loop looks whether it should stop: then it checkpoints, waits until the agent
 has the checkpoint on disk, as long as the grace allows, and leaves with status 75.
@@ -19,12 +17,12 @@ Each line on standard output is a JSON object with an ``event``.
 
 import json
 import math
+import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from hashlib import blake2b
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,20 +30,24 @@ import numpy
 import torch
 
 import baton_sdk
-from trainers import checkpoint
+from trainers import (
+    checkpoint,
+    exactness,
+    extra,
+    manifest,
+    microbatch,
+    optimization,
+    saving,
+    timing,
+)
+from trainers.best import Best
 from trainers.configuration import LoopOptions
-
-FEISTEL_ROUNDS = 4
-"""Four rounds of a good function are a strong permutation (Luby and Rackoff, 1988)."""
 
 GRACE_MARGIN_S = 2.0
 """Kept of the grace for leaving: the interpreter with torch takes about a second to go."""
 
 STORE_TIMEOUT_S = 60.0
 """At the end of a job: how long to wait for the last checkpoint to be stored."""
-
-STANDALONE_CHECKPOINTS_MAX = 2
-"""Kept outside Baton: the last one, and one more in case a disk error spoils it."""
 
 
 class Task(Protocol):
@@ -56,44 +58,32 @@ class Task(Protocol):
     metric: str
     """The name, in what ``evaluate`` returns, of the figure that counts."""
 
+    higher_is_better: bool
+    """Of that figure."""
+
+    evaluation_batch: int
+    """Samples evaluated at once; the loop lowers it when they do not fit into memory."""
+
     identity: str
     """Describes data and model; a checkpoint of another identity is refused."""
 
-    def loss(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
-        """The mean loss over these samples, ready for ``backward``."""
+    def batch(self, samples: Sequence[int]) -> Any:
+        """These samples as tensors on the CPU, in any nesting. Called from another thread than the
+        rest, ahead of time: it depends on nothing that changes, and on no random generator."""
+        ...
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The mean loss over the samples of a ``batch`` that lies on the model's device."""
         ...
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         """Figures on held-out data. Draws nothing from any random generator."""
         ...
 
-
-def sample_at(position: int, count: int, seed: int) -> int:
-    """Which of ``count`` samples stands at ``position`` (0 or more) of the endless data order."""
-    epoch, place = divmod(position, count)
-    half_bits = max(1, (max(1, (count - 1).bit_length()) + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = place >> half_bits, place & mask
-        for round_number in range(FEISTEL_ROUNDS):
-            text = b"%d/%d/%d/%d" % (seed, epoch, round_number, right)
-            digest = blake2b(text, digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
-        place = left << half_bits | right
-        if place < count:
-            return place
-
-
-def learning_rate_at(step: int, options: LoopOptions) -> float:
-    """The rate for the step that makes ``step`` steps complete (1 to ``options.steps``)."""
-    if step <= options.warmup_steps:
-        return options.learning_rate * step / options.warmup_steps
-    if options.schedule == "constant":
-        return options.learning_rate
-    done_ratio = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    if options.schedule == "linear":
-        return options.learning_rate * (1 - done_ratio)
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done_ratio))
+    def deliver(self) -> None:
+        """After the last step and its checkpoint: write the result where the configuration wants
+        it, if anywhere. The model is not used any more. Raises OSError."""
+        ...
 
 
 def seed_everything(seed: int) -> None:
@@ -101,17 +91,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def make_optimizer(model: torch.nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
-    """AdamW; weights decay, biases and norms (fewer than two dimensions) do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=options.learning_rate)
 
 
 def emit(event: str, **values: Any) -> None:
@@ -134,37 +113,67 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.metrics: dict[str, float] = {}
+        self.micro_batch = options.batch_size
+        self.best = Best(
+            higher_is_better=task.higher_is_better, patience=options.early_stop_patience
+        )
+        self.objects: dict[str, extra.Object] = {}
+        """What else the training depends on; whoever adds to it does so before ``run``."""
+        self.resumed: exactness.Verdict | None = None
         self.optimizer: torch.optim.Optimizer
+        self.scaler: torch.amp.GradScaler
+        self.input_wait_ms = 0.0
+        self.timing = timing.Timing()
+        self._undo = microbatch.Undo(task.model)
+        self._feed: microbatch.Feed | None = None
+        self._saver = saving.Saver(session, options)
+        self._parent = ""
         self._ticket: baton_sdk.Ticket | None = None
         self._saved_step = 0
         self._saved_at_s = 0.0
         self._evaluated_step = -1
 
     def run(self) -> int:
-        """Train until done or asked to stop. Returns the exit status: 0 or 75."""
-        self.prepare()
-        while self.step < self.options.steps:
-            if self.session.stop_requested is not None:
-                return self.leave(self.session.stop_requested)
-            loss = self.advance()
-            if self.step % self.options.log_every == 0:
-                rate = learning_rate_at(self.step, self.options)
-                emit("step", step=self.step, loss=loss, learning_rate=rate)
-            if self.step % self.options.evaluate_every == 0:
-                self.evaluate()
-            if self.checkpoint_due():
-                self._try_save()
-        return self.finish()
+        """Train until done or asked to stop. Returns the exit status: 0 or 75. Raises
+        TooLargeError when not even one sample fits into memory."""
+        try:
+            self.prepare()
+            while self.step < self.options.steps and not self.best.exhausted:
+                if self.session.stop_requested is not None:
+                    return self.leave(self.session.stop_requested)
+                self.log(self.advance())
+                if not self._saver.prepared:
+                    self._saver.prepare(self._live())
+                if self.step % self.options.evaluate_every == 0:
+                    self.evaluate()
+                if self.checkpoint_due():
+                    self._try_save()
+        finally:
+            self.close()
+        status = self.finish()
+        self.session.enter("finish")
+        self.task.deliver()
+        return status
+
+    def close(self) -> None:
+        """End the prefetching. Whoever calls ``advance`` again begins it again."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
 
     def prepare(self) -> None:
         """Move to the device and resume, if there is something to resume from; else evaluate
         what there is, for a figure to compare the result with."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.task.model.to(self.device)
-        self.optimizer = make_optimizer(self.task.model, self.options)
-        source = self.session.restore_directory or self._newest_standalone()
-        if source is not None:
-            self.resume(checkpoint.read(source))
+        self.optimizer = optimization.make_optimizer(self.task.model, self.options)
+        self.scaler = optimization.make_scaler(self.device, self.options)
+        if self.scaler.is_enabled():
+            self.objects["scaler"] = self.scaler
+        with self.timing.measure(timing.RESTORE_S):
+            source = self._stored()
+            if source is not None:
+                self.resume(source)
         self._saved_at_s = time.monotonic()
         parameters = list(self.task.model.parameters())
         emit(
@@ -175,9 +184,13 @@ class Trainer:
             device=str(self.device),
             threads=torch.get_num_threads(),
             samples=self.task.sample_count,
+            micro_batch=self.micro_batch,
             trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
             frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad),
         )
+        if self.resumed is not None:
+            level, why = self.resumed.level, self.resumed.why
+            emit("resumed", level=level.name, meaning=level.value, why=why, step=self.step)
         self.session.milestone("load")
         if source is None:
             self.evaluate()
@@ -192,14 +205,28 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"the checkpoint belongs to '{found}', this job is '{self.task.identity}'"
             )
-        progress = checkpoint.restore(snapshot, self.task.model, self.optimizer)
+        try:
+            described = manifest.parse(snapshot.state)
+        except manifest.ManifestError as error:
+            raise checkpoint.CheckpointError(str(error)) from error
+        progress = checkpoint.restore(snapshot, self.task.model, self.optimizer, self.objects)
         self.step = progress["step"]
         self.samples = progress["samples"]
         self.metrics = progress["metrics"]
+        self.best.restore(progress["best"])
+        # Never more than is configured, but less where less fitted.
+        self.micro_batch = min(progress["micro_batch"], self.options.batch_size)
+        self.close()  # what was prefetched belongs to another place in the data
         self._saved_step = self.step
+        self._parent = snapshot.state[manifest.HASH_KEY]
+        self.resumed = exactness.level(described.fingerprint, self._fingerprint())
 
     def snapshot(self) -> checkpoint.Snapshot:
-        """The whole state, now."""
+        """A copy of the whole state."""
+        return checkpoint.copied(self._live())
+
+    def _live(self) -> checkpoint.Snapshot:
+        """The whole state, now; its tensors change with the next step."""
         count = self.task.sample_count
         epoch, position = divmod(self.samples, count)
         progress = {
@@ -209,85 +236,206 @@ class Trainer:
             "epoch": epoch,
             "position": position,
             "data_seed": self.options.seed,
+            "micro_batch": self.micro_batch,
+            "best": self.best.state(),
             "schedule": {
                 "name": self.options.schedule,
-                "learning_rate": learning_rate_at(max(1, self.step), self.options),
+                "learning_rate": optimization.learning_rate_at(max(1, self.step), self.options),
             },
             "metrics": self.metrics,
         }
-        return checkpoint.capture(self.task.model, self.optimizer, progress)
+        captured = checkpoint.live(self.task.model, self.optimizer, progress, self.objects)
+        return replace(captured, state=manifest.seal(self._manifest(captured), captured.state))
+
+    def _manifest(self, captured: checkpoint.Snapshot) -> manifest.Manifest:
+        attempt = manifest.attempt_of(os.environ)
+        return manifest.Manifest(
+            job=attempt.job,
+            epoch=attempt.epoch,
+            step=self.step,
+            samples=self.samples,
+            parent=self._parent,
+            world_size=attempt.world_size,
+            fingerprint=self._fingerprint(),
+            level=self.resumed.level if self.resumed else None,
+            tensors=manifest.whole(
+                {part: getattr(captured, part) for part in checkpoint.TENSOR_FILES}
+            ),
+            files={},
+        )
+
+    def _fingerprint(self) -> exactness.Fingerprint:
+        return exactness.current(
+            self.device,
+            world_size=manifest.attempt_of(os.environ).world_size,
+            precision=self.options.precision,
+            global_batch=self.options.batch_size * self.options.accumulate,
+            micro_batch=self.micro_batch,
+            data_seed=self.options.seed,
+        )
 
     def advance(self) -> float:
         """One optimizer step over ``batch_size * accumulate`` samples. Returns the mean loss."""
-        options, count = self.options, self.task.sample_count
-        rate = learning_rate_at(self.step + 1, options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.task.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        half = options.precision == "bfloat16"
-        for _ in range(options.accumulate):
-            positions = range(self.samples, self.samples + options.batch_size)
-            chosen = [sample_at(position, count, options.seed) for position in positions]
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-                loss = self.task.loss(chosen, self.device) / options.accumulate
-            loss.backward()
-            total += loss.detach()
-            self.samples += options.batch_size
-        if options.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), options.clip_norm)
-        self.optimizer.step()
-        self.step += 1
-        mean_loss = float(total)
+        self.session.enter("step")
+        with self.timing.measure(timing.STEP_S):
+            mean_loss = self._take_step()
         self.session.milestone("first_step")
         self.metrics = {**self.metrics, "loss": mean_loss}
         self._report_progress()
         return mean_loss
 
+    def _take_step(self) -> float:
+        rate = optimization.learning_rate_at(self.step + 1, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.task.model.train()
+        self.input_wait_ms = 0.0
+        self._undo.remember()
+        loss = self._gradients()
+        while loss is None:
+            self._take_smaller_pieces()
+            loss = self._gradients()
+        optimization.update(self.task.model, self.optimizer, self.scaler, self.options)
+        self.samples += self.options.batch_size * self.options.accumulate
+        self.step += 1
+        return float(loss)
+
+    def _gradients(self) -> torch.Tensor | None:
+        """Add up the gradients of one step. Returns the mean loss, or None for out of memory."""
+        options = self.options
+        whole = options.batch_size * options.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        try:
+            feed = self._opened_feed()
+            for count in feed.sizes:
+                fetched = feed.next()
+                self.input_wait_ms += fetched.input_wait_s * 1000
+                self.timing.add(timing.INPUT_WAIT_S, fetched.input_wait_s)
+                with optimization.autocast(self.device, options):
+                    loss = self.task.loss(fetched.batch) / (whole / count)
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
+        except RuntimeError as error:
+            # Nothing is done about it here: while the error lives, so do the frames that it went
+            # through, and with them the memory of their tensors.
+            if not microbatch.is_out_of_memory(error):
+                raise
+            return None
+        return total
+
+    def _opened_feed(self) -> microbatch.Feed:
+        if self._feed is None:
+            feed = microbatch.Feed(
+                self.task,
+                self.options,
+                size=self.micro_batch,
+                samples=self.samples,
+                steps=self.options.steps - self.step,
+            )
+            feed.open(self.device, on_grow=lambda text: emit("warning", message=text))
+            self._feed = feed
+        return self._feed
+
+    def _take_smaller_pieces(self) -> None:
+        """Out of memory: back to the beginning of the step, with half as many samples at once."""
+        self.close()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._undo.undo()
+        microbatch.free_memory(self.device)
+        before, whole = self.micro_batch, self.options.batch_size * self.options.accumulate
+        self.micro_batch = microbatch.halved(before, f"in step {self.step + 1}")
+        emit(
+            "warning",
+            message=f"out of memory in step {self.step + 1} with {before} samples at once: going on"
+            f" with {self.micro_batch} at once, and {whole} samples a step as before",
+            micro_batch=self.micro_batch,
+        )
+
+    def log(self, loss: float) -> None:
+        """A line, every so many steps."""
+        if self.step % self.options.log_every == 0:
+            scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+            emit(
+                "step",
+                step=self.step,
+                loss=loss,
+                learning_rate=optimization.learning_rate_at(self.step, self.options),
+                input_wait_ms=round(self.input_wait_ms, 3),
+                **scale,
+            )
+
     def evaluate(self) -> None:
         """Figures on held-out data, to the log and to the agent."""
+        self.session.enter("eval")
         self.task.model.eval()
-        with torch.no_grad():
-            figures = self.task.evaluate(self.device)
+        figures = self._figures()
+        while figures is None:
+            microbatch.free_memory(self.device)
+            before = self.task.evaluation_batch
+            self.task.evaluation_batch = microbatch.halved(before, "in an evaluation")
+            emit(
+                "warning",
+                message=f"out of memory in an evaluation with {before} samples at once: going on"
+                f" with {self.task.evaluation_batch}",
+            )
+            figures = self._figures()
         self._evaluated_step = self.step
+        best = self.best.take(self.step, figures[self.task.metric])
         self.metrics = {**self.metrics, **figures}
-        emit("evaluated", step=self.step, **figures)
+        if self.best.step >= 0:
+            name = f"{self.task.metric}_best"
+            self.metrics |= {name: self.best.value, f"{name}_step": self.best.step}
+        emit("evaluated", step=self.step, **figures, best=best)
+        if self.best.exhausted:
+            emit("early_stop", step=self.step, best_step=self.best.step, best=self.best.value)
         self.session.milestone("evaluated")
         self._report_progress()
 
-    def checkpoint_due(self) -> bool:
-        """Every so many steps, and every so many seconds; 0 switches either off."""
-        options = self.options
-        if options.checkpoint_every_steps and self.step % options.checkpoint_every_steps == 0:
-            return True
-        waited_s = time.monotonic() - self._saved_at_s
-        return options.checkpoint_every_s > 0 and waited_s >= options.checkpoint_every_s
+    def _figures(self) -> dict[str, float] | None:
+        """What the task says of itself, or None for out of memory."""
+        measured = self.timing.measure(timing.EVALUATE_S)
+        try:
+            with measured, torch.no_grad(), optimization.autocast(self.device, self.options):
+                return self.task.evaluate(self.device)
+        except RuntimeError as error:
+            if not microbatch.is_out_of_memory(error):
+                raise
+            return None
 
-    def save(self) -> None:
-        """Write a checkpoint and hand it over, if there is somewhere to write it. Raises OSError
-        when it cannot be written; the training is unharmed."""
-        parent = self._checkpoint_parent()
-        if parent is None:
-            return
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is to be taken after this step."""
+        return self._saver.due(self.step, time.monotonic() - self._saved_at_s)
+
+    def save(self, *, wait_s: float = 0.0, last: bool = False) -> None:
+        """Keep a checkpoint, if there is somewhere to; `saving` says how. Raises OSError when it
+        cannot be written; the training is unharmed."""
         began_s = time.monotonic()
-        directory = parent / f"checkpoint-{self.step:09d}"
-        checkpoint.write(self.snapshot(), directory)
-        self._ticket = self.session.checkpoint(directory, self.step)
+        if self._saver.parent is None:
+            return
+        self.session.enter("finish" if last else "save")  # the last may go a slower way
+        live = self._live()
+        ticket = self._saver.save(live, self.step, wait_s=wait_s, last=last)
+        seconds = time.monotonic() - began_s
+        self.timing.add(timing.CAPTURE_S, seconds)
+        if ticket is None:
+            return  # put off: the agent is busy with those before it
+        self._ticket = ticket
+        self._parent = live.state[manifest.HASH_KEY]
         self._saved_step, self._saved_at_s = self.step, time.monotonic()
-        emit("checkpoint", step=self.step, seconds=round(self._saved_at_s - began_s, 3))
-        if not self.session.under_baton:
-            for old in _standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
-                shutil.rmtree(old)
+        captured = self._saver.captured
+        emit("checkpoint", step=self.step, seconds=round(seconds, 4), captured=captured)
 
     def leave(self, stop: baton_sdk.StopRequest) -> int:
         """Checkpoint, unless this step already is one, and go."""
         emit("stopping", step=self.step, reason=stop.reason, grace_ms=stop.grace_ms)
         if self._saved_step != self.step:
-            self._try_save()
-        stored = self._ticket is not None and self._ticket.wait_stored(
-            stop.remaining_s - GRACE_MARGIN_S
-        )
+            self._try_save(wait_s=(stop.remaining_s - GRACE_MARGIN_S) / 2, last=True)
+        with self.timing.measure(timing.CAPTURE_S):
+            stored = self._ticket is not None and self._ticket.wait_stored(
+                stop.remaining_s - GRACE_MARGIN_S
+            )
+        self._report_progress()
         emit("stopped", step=self.step, checkpoint_step=self._saved_step, stored=stored)
         return baton_sdk.EXIT_RUN_AGAIN
 
@@ -297,38 +445,37 @@ class Trainer:
         if self._evaluated_step != self.step:
             self.evaluate()
         if self._saved_step != self.step:
-            self.save()
-        if self._ticket is not None and not self._ticket.wait_stored(STORE_TIMEOUT_S):
+            self.save(wait_s=STORE_TIMEOUT_S, last=True)
+        with self.timing.measure(timing.CAPTURE_S):
+            stored = self._ticket is None or self._ticket.wait_stored(STORE_TIMEOUT_S)
+        self._report_progress()
+        if not stored and self._ticket is not None:
             reason = self._ticket.reason or f"no answer in {STORE_TIMEOUT_S:.0f} s"
             emit("warning", message=f"the last checkpoint is not stored: {reason}")
         value = self.metrics[self.task.metric]
         emit("finished", step=self.step, metric=self.task.metric, value=value, **self.metrics)
         return 0
 
-    def _try_save(self) -> None:
+    def _try_save(self, *, wait_s: float = 0.0, last: bool = False) -> None:
         try:
-            self.save()
+            self.save(wait_s=wait_s, last=last)
         except OSError as error:
             # A later checkpoint may find room again; until then the last one still counts.
             self._saved_at_s = time.monotonic()
             emit("warning", message=f"no checkpoint at step {self.step}: {error}")
 
     def _report_progress(self) -> None:
-        self.session.progress(self.step, self.options.steps, self.metrics)
+        # A time is no part of the state, which is the same in every run: so it is not in metrics.
+        figures = {**self.metrics, "input_wait_ms": round(self.input_wait_ms, 3)}
+        self.session.progress(self.step, self.options.steps, figures, self.timing.totals())
 
-    def _checkpoint_parent(self) -> Path | None:
-        if self.session.staging_directory is not None:
-            return self.session.staging_directory
-        chosen = self.options.checkpoint_directory
-        return Path(chosen) if chosen else None
-
-    def _newest_standalone(self) -> Path | None:
+    def _stored(self) -> checkpoint.Snapshot | None:
+        """What there is to resume from. Baton has verified it; outside, what is torn is named."""
+        if self.session.restore_directory is not None:
+            return checkpoint.read(self.session.restore_directory)
         if self.session.under_baton or not self.options.checkpoint_directory:
             return None
-        kept = _standalone_checkpoints(Path(self.options.checkpoint_directory))
-        return kept[-1] if kept else None
-
-
-def _standalone_checkpoints(parent: Path) -> list[Path]:
-    """Oldest first: the names hold the step in nine digits."""
-    return sorted(parent.glob("checkpoint-?????????"))
+        return checkpoint.read_newest(
+            saving.standalone_checkpoints(Path(self.options.checkpoint_directory)),
+            lambda error: emit("warning", message=f"{error}; taking the one before it"),
+        )

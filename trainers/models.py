@@ -1,11 +1,14 @@
 """Opening models and tokenizers: the one place that knows how transformers does it.
 
-A folder or a hub id, always in float32 (a checkpoint in half precision would be trained in it, and
-badly), always without running code that comes with a model. What cannot be opened is the user's
-mistake and answered with a sentence. transformers' own progress bars and reports are switched off:
-a job's log is made of one JSON object a line.
+A folder or a hub id, in float32 unless it is not trained (a checkpoint in half precision would be
+trained in it, and badly), always without running code that comes with a model. What cannot be
+opened is the user's mistake and answered with a sentence. transformers' own progress bars and
+reports are switched off: a job's log is made of one JSON object a line.
 """
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +21,9 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 
-def open_causal(name: str, *, random: bool) -> Any:
+def open_causal(name: str, *, random: bool, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model; ``random``: its architecture with random values."""
-    return _open(transformers.AutoModelForCausalLM, name, random=random)
+    return _open(transformers.AutoModelForCausalLM, name, random=random, dtype=dtype)
 
 
 def open_backbone(name: str, *, random: bool) -> Any:
@@ -36,10 +39,24 @@ def open_tokenizer(name: str) -> Any:
         raise ConfigurationError(f"cannot open tokenizer '{name}': {error}") from error
 
 
-def _open(automatic: Any, name: str, *, random: bool) -> Any:
+def save(model: Any, directory: Path) -> None:
+    """Write a folder that ``open_causal`` (or peft, for an adapter) opens; older files of the same
+    names are replaced, each when its successor is whole. Raises OSError."""
+    partial = directory / f".partial-{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        model.save_pretrained(partial)
+        for file in sorted(partial.iterdir()):
+            file.replace(directory / file.name)
+    finally:
+        shutil.rmtree(partial)
+
+
+def _open(automatic: Any, name: str, *, random: bool, dtype: torch.dtype = torch.float32) -> Any:
     try:
         if random:
-            return automatic.from_config(transformers.AutoConfig.from_pretrained(name))
-        return automatic.from_pretrained(name, dtype=torch.float32)
+            described = transformers.AutoConfig.from_pretrained(name)
+            return automatic.from_config(described, dtype=dtype)
+        return automatic.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot open model '{name}': {error}") from error

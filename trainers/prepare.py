@@ -11,7 +11,8 @@ nothing. So both models are pre-trained here, in seconds, on data that ordinary 
 
 Each part is made in a folder of a temporary name, which gets its own name last; what exists is not
 made again. The configurations are written as ``transfer.json`` and ``finetune.json``, with the two
-baselines of the transfer job (``transfer-untrained.json``, ``transfer-scratch.json``) beside it.
+baselines of the transfer job (``transfer-untrained.json``, ``transfer-scratch.json``) beside it,
+and ``lora.json`` for the same texts with adapters.
 """
 
 import argparse
@@ -181,6 +182,7 @@ def configurations() -> dict[str, dict[str, Any]]:
         "seed": 1,
     }
     return {
+        "lora.json": {**finetune, "learning_rate": 5e-3, "rank": 8, "alpha": 16},
         "transfer.json": transfer,
         "transfer-untrained.json": {**transfer, "backbone": "random"},
         "transfer-scratch.json": {

@@ -2,7 +2,8 @@
 
 Problem: torch and transformers take seconds to import. A stop that arrives meanwhile must not be
 lost, and a misspelt key should be answered at once and not after those seconds. So the modules that
-are run (``transfer``, ``finetune``) import nothing slow; they hand over a function that does.
+are run (``transfer``, ``finetune``, ``lora``) import nothing slow; they hand over a function that
+does.
 
 Exit statuses: 0 done, 2 wrong configuration, 1 anything else, 75 "checkpointed, run me again".
 """
@@ -68,8 +69,9 @@ def _train(
     # The imports make some hundred thousand objects that stay; looking through them for garbage,
     # again and again as they grow in number, was a quarter of the start (2.9 s, without it 2.2 s).
     gc.disable()
+    session.enter("init")
     build = import_builder()
-    from trainers import checkpoint, loop
+    from trainers import checkpoint, loop, microbatch
 
     session.milestone("imports")
     if session.stop_requested is not None:
@@ -82,4 +84,7 @@ def _train(
         return loop.Trainer(task, options, session).run()
     except checkpoint.CheckpointError as error:
         sys.stderr.write(f"cannot resume: {error}\n")
+        return EXIT_FAILURE
+    except microbatch.TooLargeError as error:
+        sys.stderr.write(f"{error}\n")
         return EXIT_FAILURE

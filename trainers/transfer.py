@@ -58,6 +58,11 @@ class TransferOptions(LoopOptions):
     pixel_scale: float = 255.0
     """What integer pixels are divided by: their largest value. Other pixels are left alone."""
 
+    feature_cache_bytes: int = 1 << 30
+    """Memory, on the GPU where there is one, for what a frozen backbone makes of the samples, so
+    that each is looked at once: 350,000 samples of 768 numbers in the default of 1 GiB. 0 for
+    none."""
+
     text_tokens_max: int = 256
     """Longer texts are cut, as the model's positions demand."""
 
@@ -66,8 +71,9 @@ class TransferOptions(LoopOptions):
         found = super().problems()
         if self.backbone not in BACKBONES:
             found.append(f"'backbone' must be one of {BACKBONES}, not '{self.backbone}'")
-        if self.head_hidden < 0:
-            found.append(f"'head_hidden' must not be negative, and is {self.head_hidden}")
+        for name in ("head_hidden", "feature_cache_bytes"):
+            if getattr(self, name) < 0:
+                found.append(f"'{name}' must not be negative, and is {getattr(self, name)}")
         for name in ("pixel_deviation", "pixel_scale", "text_tokens_max"):
             if not getattr(self, name) > 0:
                 found.append(f"'{name}' must be above 0, not {getattr(self, name)}")

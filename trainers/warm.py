@@ -9,10 +9,10 @@ worked hangs. So this module imports, and that is all; whoever forks makes sure 
 import transformers
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, ViTModel
 
-from trainers import causal, checkpoint, classify, loop, models
+from trainers import adapters, causal, checkpoint, classify, loop, models
 
-MODULES = (causal, checkpoint, classify, loop, models)
-"""Those of ours that import slowly; the ones that are run (``finetune``...) do not."""
+MODULES = (adapters, causal, checkpoint, classify, loop, models)
+"""Those of ours that import slowly; the ones that are run (``finetune``, ``lora``...) do not."""
 
 CLASSES = (AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, ViTModel)
 """transformers imports a model's code at its first mention. Others are imported when needed."""

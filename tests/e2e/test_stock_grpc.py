@@ -19,7 +19,7 @@ from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
-SERVICES = {"baton.v1.JobService", "baton.v1.NodeService", "baton.v1.AgentService"}
+SERVICES = {f"baton.v1.{noun}Service" for noun in ("Job", "Node", "Agent", "Checkpoint")}
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,18 @@ Each draws from all three generators: torch through dropout, numpy and Python th
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 import transformers
 
 import baton_sdk
-from trainers import checkpoint, loop
+from trainers import adapters, checkpoint, loop
 from trainers.causal import CausalTextTask
 from trainers.classify import Classifier, ClassifyTask, make_head
 from trainers.configuration import LoopOptions
+from trainers.lora import LoraOptions
 
 OPTIONS = LoopOptions(
     steps=12,
@@ -31,22 +33,37 @@ OPTIONS = LoopOptions(
 )
 
 
-class Noisy:
-    """A task whose loss also depends on numpy's and Python's generators."""
+class Around:
+    """A task that is like another; tests change one thing of it."""
 
     def __init__(self, inner: loop.Task) -> None:
         self.inner = inner
         self.model = inner.model
         self.sample_count = inner.sample_count
         self.metric = inner.metric
+        self.higher_is_better = inner.higher_is_better
+        self.evaluation_batch = inner.evaluation_batch
         self.identity = inner.identity
 
-    def loss(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
-        noise = numpy.random.standard_normal() + random.gauss(0.0, 1.0)
-        return self.inner.loss(samples, device) * (1.0 + 0.01 * noise)
+    def batch(self, samples: Sequence[int]) -> Any:
+        return self.inner.batch(samples)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.inner.loss(batch)
 
     def evaluate(self, device: torch.device) -> dict[str, float]:
         return self.inner.evaluate(device)
+
+    def deliver(self) -> None:
+        self.inner.deliver()
+
+
+class Noisy(Around):
+    """A task whose loss also depends on numpy's and Python's generators."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        noise = numpy.random.standard_normal() + random.gauss(0.0, 1.0)
+        return self.inner.loss(batch) * (1.0 + 0.01 * noise)
 
 
 def tiny_gpt2() -> transformers.GPT2LMHeadModel:
@@ -83,6 +100,21 @@ def finetune_task() -> loop.Task:
     return Noisy(
         CausalTextTask(
             tiny_gpt2(), tokens[:23], tokens[23:], bytes_per_token=1.0, identity="tiny text"
+        )
+    )
+
+
+def lora_task() -> loop.Task:
+    loop.seed_everything(5)
+    tokens = torch.randint(0, 256, (30, 16), dtype=torch.uint8)
+    options = LoraOptions(model="", train_data="", steps=1, rank=2, alpha=4, dropout=0.2)
+    return Noisy(
+        CausalTextTask(
+            adapters.with_adapters(tiny_gpt2(), options),
+            tokens[:23],
+            tokens[23:],
+            bytes_per_token=1.0,
+            identity="tiny adapters",
         )
     )
 
@@ -125,8 +157,9 @@ def differences(left: checkpoint.Snapshot, right: checkpoint.Snapshot) -> list[s
             )
             if not same:
                 found.append(f"{part}/{name}")
-    if left.state["optimizer"] != right.state["optimizer"]:
-        found.append("state/optimizer")
+    for part in ("optimizer", "extra"):
+        if left.state[part] != right.state[part]:
+            found.append(f"state/{part}")
     for key in sorted(left.state["progress"].keys() | right.state["progress"].keys()):
         if left.state["progress"].get(key) != right.state["progress"].get(key):
             found.append(f"state/{key}")

@@ -38,7 +38,9 @@ def test_an_unknown_key_names_the_nearest_right_one() -> None:
         ({"schedule": "cosin"}, "'schedule' must be one of ('cosine', 'linear', 'constant')"),
         ({"held_out_ratio": 1.0}, "'held_out_ratio' must lie between 0 and 1, not 1.0"),
         ({"clip_norm": float("nan")}, "'clip_norm' must not be negative, and is nan"),
-        ({"precision": "float8"}, "'precision' must be one of ('float32', 'bfloat16')"),
+        ({"precision": "float8"}, "'precision' must be one of ('float32', 'bfloat16', 'float16')"),
+        ({"early_stop_patience": -1}, "'early_stop_patience' must not be negative, and is -1"),
+        ({"prefetch_depth": 0}, "'prefetch_depth' must be 1 to 8, not 0"),
         ({"window_tokens": 1}, "'window_tokens' must be at least 2, not 1"),
     ],
 )

@@ -146,6 +146,39 @@ def test_the_command_says_why_it_cannot_resume(
     assert "cannot resume: frozen.safetensors is missing" in capsys.readouterr().err
 
 
+def test_the_command_says_when_nothing_fits(
+    text_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.delenv("BATON_SOCKET", raising=False)
+    monkeypatch.setattr(causal.CausalTextTask, "loss", full)
+    job = {"model": "model", "tokenizer": "bytes", "train_data": "text", "window_tokens": 16}
+    (text_folder / "job.json").write_text(json.dumps({**job, "steps": 2}))
+    arguments = ["--config", str(text_folder / "job.json")]
+    assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_FAILURE
+    assert "out of memory in step 1 with a single sample: shorten" in capsys.readouterr().err
+
+
+def test_the_trained_model_is_a_folder_that_opens(text_folder: Path) -> None:
+    task = finetune(text_folder, tokenizer="bytes", output_directory="made/result")
+    options = dataclasses.replace(tasks.OPTIONS, steps=2)
+    assert loop.Trainer(task, options, baton_sdk.Session({})).run() == 0
+    again = finetune(text_folder, tokenizer="bytes", model="made/result")
+    ours, theirs = dict(task.model.named_parameters()), dict(again.model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_trained_is_float32_whatever_the_folder_says(text_folder: Path) -> None:
+    half: Any = tasks.tiny_gpt2()
+    half.to(torch.bfloat16).save_pretrained(text_folder / "half")
+    for from_scratch in (False, True):
+        task = finetune(text_folder, tokenizer="bytes", model="half", from_scratch=from_scratch)
+        assert all(p.dtype == torch.float32 for p in task.model.parameters())
+
+
 def test_a_convolutional_backbone_has_the_width_of_its_last_stage(image_folder: Path) -> None:
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic"

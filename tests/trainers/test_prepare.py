@@ -6,6 +6,7 @@ import pytest
 
 from trainers import configuration, prepare
 from trainers.finetune import FinetuneOptions
+from trainers.lora import LoraOptions
 from trainers.transfer import TransferOptions
 
 
@@ -41,9 +42,9 @@ def test_another_process_that_was_first_is_no_error(tmp_path: Path) -> None:
 
 def test_the_configurations_are_right() -> None:
     jobs = prepare.configurations()
+    kinds = {"finetune": FinetuneOptions, "lora": LoraOptions, "transfer": TransferOptions}
     for name, values in jobs.items():
-        kind = FinetuneOptions if name.startswith("finetune") else TransferOptions
-        configuration.build(kind, values, source=name)
+        configuration.build(kinds[name[:-5].partition("-")[0]], values, source=name)
     assert jobs["transfer-scratch.json"]["freeze"] is False
 
 

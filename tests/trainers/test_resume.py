@@ -21,7 +21,7 @@ import torch
 import baton_sdk
 from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent, until
-from trainers import checkpoint, loop
+from trainers import checkpoint, exactness, loop, manifest, optimization
 
 TASKS = pytest.mark.parametrize("make_task", [tasks.finetune_task, tasks.transfer_task])
 STOP_AT = 5
@@ -109,28 +109,15 @@ def test_no_component_can_be_left_out(part: str, name: str) -> None:
     assert tasks.differences(straight.snapshot(), second.snapshot()) != []
 
 
-def test_the_data_order_is_a_permutation_in_every_epoch() -> None:
-    for count in (1, 2, 7, 64, 100):
-        epochs = [
-            [loop.sample_at(epoch * count + place, count, seed=3) for place in range(count)]
-            for epoch in range(3)
-        ]
-        assert all(sorted(order) == list(range(count)) for order in epochs)
-        assert count < 7 or epochs[0] != epochs[1] != list(range(count))
-    assert [loop.sample_at(i, 100, 1) for i in range(9)] != [
-        loop.sample_at(i, 100, 2) for i in range(9)
-    ]
-
-
 def test_the_schedule_rises_then_falls_to_nothing() -> None:
     options = replace(tasks.OPTIONS, steps=10, warmup_steps=2, learning_rate=1.0)
-    rates = [loop.learning_rate_at(step, options) for step in range(1, 11)]
+    rates = [optimization.learning_rate_at(step, options) for step in range(1, 11)]
     assert rates[:2] == [0.5, 1.0]
     assert rates[-1] == pytest.approx(0.0)
     assert rates[2:] == sorted(rates[2:], reverse=True)
     linear = replace(options, schedule="linear")
-    assert loop.learning_rate_at(6, linear) == pytest.approx(0.5)
-    assert loop.learning_rate_at(9, replace(options, schedule="constant")) == 1.0
+    assert optimization.learning_rate_at(6, linear) == pytest.approx(0.5)
+    assert optimization.learning_rate_at(9, replace(options, schedule="constant")) == 1.0
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -162,8 +149,9 @@ def test_a_stop_is_obeyed_with_a_checkpoint_and_the_next_attempt_finishes(
     lines = events(capsys.readouterr().out)
     assert lines[0]["resumed"] is True
     assert lines[0]["step"] == 3
-    assert lines[1]["event"] == "step"
-    assert lines[1]["step"] == 4
+    assert (lines[1]["event"], lines[1]["level"]) == ("resumed", "E0")
+    assert lines[2]["event"] == "step"
+    assert lines[2]["step"] == 4
     assert lines[-1]["event"] == "finished"
     assert lines[-1]["step"] == tasks.OPTIONS.steps
     straight = started(tasks.finetune_task)
@@ -209,6 +197,93 @@ def test_outside_baton_a_run_resumes_from_its_own_folder(
     lines = events(capsys.readouterr().out)
     assert lines[0]["resumed"] is True
     assert lines[0]["step"] == 6
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = replace(tasks.OPTIONS, checkpoint_directory=str(tmp_path))
+    first = loop.Trainer(tasks.transfer_task(), options, baton_sdk.Session({}))
+    first.session.open()
+    assert stopping_after(6, first).run() == baton_sdk.EXIT_RUN_AGAIN
+    torn = tmp_path / "checkpoint-000000006" / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-3])
+    capsys.readouterr()
+    second = loop.Trainer(tasks.transfer_task(), options, baton_sdk.Session({}))
+    assert second.run() == 0
+    lines = events(capsys.readouterr().out)
+    assert lines[0]["event"] == "warning"
+    assert "model.safetensors in" in lines[0]["message"]
+    assert "checkpoint-000000006 is damaged" in lines[0]["message"]
+    assert (lines[1]["event"], lines[1]["step"]) == ("started", 4)
+
+
+def test_checkpoints_name_their_writer_and_their_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_JOB_ID", "12")
+    monkeypatch.setenv("BATON_EPOCH", "3")
+    options = replace(tasks.OPTIONS, checkpoint_directory=str(tmp_path))
+    assert loop.Trainer(tasks.transfer_task(), options, baton_sdk.Session({})).run() == 0
+    older, newest = (manifest.verify(path) for path in sorted(tmp_path.iterdir()))
+    _, document = manifest.load(sorted(tmp_path.iterdir())[0])
+    assert newest.parent == document["hash"] != older.parent
+    assert (newest.job, newest.epoch, newest.step) == (12, 3, tasks.OPTIONS.steps)
+    assert newest.samples == newest.step * 8
+    assert newest.level is None, "it began at the beginning"
+    parameters = dict(tasks.transfer_task().model.named_parameters())
+    stored = {name.partition("/")[2]: t for name, t in newest.tensors.items()}
+    assert parameters.keys() <= stored.keys()
+    name = "head.2.3.weight"
+    rows = manifest.read_range(tmp_path / "checkpoint-000000012", f"model/{name}", 1, 2)
+    assert rows.shape == (1, *parameters[name].shape[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "why"),
+    [
+        ({}, "E0", "the same software on the same"),
+        ({"accumulate": 4, "batch_size": 2}, "E1", "the number of samples at once was 4 and is 2"),
+        ({"accumulate": 3}, "E2", "the global batch was 8 and is 12"),
+        ({"precision": "bfloat16"}, "E2", "the precision was float32 and is bfloat16"),
+    ],
+)
+def test_a_restart_reports_how_exact_it_is(
+    change: dict[str, Any], level: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = started(tasks.transfer_task)
+    first.advance()
+    checkpoint.write(first.snapshot(), tmp_path / "one")
+    first.close()
+    capsys.readouterr()
+    session = baton_sdk.Session({"BATON_RESTORE_DIR": str(tmp_path / "one")})
+    second = loop.Trainer(tasks.transfer_task(), replace(tasks.OPTIONS, **change), session)
+    second.prepare()
+    (line,) = [line for line in events(capsys.readouterr().out) if line["event"] == "resumed"]
+    assert (line["level"], line["step"]) == (level, 1)
+    assert why in line["why"]
+    described = manifest.parse(second.snapshot().state)
+    assert described.level is exactness.Level[level]
+
+
+def test_what_a_user_adds_is_kept(tmp_path: Path) -> None:
+    noise, restored = torch.Generator().manual_seed(8), torch.Generator()
+    first = tasks.trainer(tasks.finetune_task())
+    first.objects["noise"] = noise
+    first.prepare()
+    first.advance()
+    torch.rand(3, generator=noise)
+    saved = tasks.as_read(tmp_path / "one", first.snapshot())
+    expected = torch.rand(3, generator=noise)
+    first.close()
+    second = tasks.trainer(tasks.finetune_task())
+    second.objects["noise"] = restored
+    second.prepare()
+    second.resume(saved)
+    assert torch.equal(torch.rand(3, generator=restored), expected)
+    third = started(tasks.finetune_task)
+    with pytest.raises(checkpoint.CheckpointError, match="'noise' is stored but not given"):
+        third.resume(saved)
 
 
 def test_a_full_disk_costs_a_warning_and_no_training(

@@ -1,0 +1,154 @@
+"""The samples of one step in pieces that fit into memory, and a smaller piece when they do not.
+
+Problem: how many samples fit depends on the GPU, and a handoff may end on a smaller one. A job that
+dies there of "out of memory", with its checkpoint intact, has lost everything but its work. The
+obvious way out, a smaller batch, changes what is trained.
+
+Here a step always takes ``batch_size * accumulate`` samples. They go through the model in pieces of
+``size`` samples, ``batch_size`` at first, and the gradients add up; every piece counts by its share
+of the samples. When memory runs out, ``size`` is halved and the *same* step is taken again, with
+the same samples and the same random numbers: ``Undo`` puts the generators and the buffers (running
+statistics) back to where the step began. So the run goes on as one that was configured with the
+smaller batch from its start. An odd size is rounded up, 7 to 4 to 2 to 1, and the last piece of a
+step then has what is left; the step has the same samples as before, whatever the sizes. A model
+that looks at its batch as a whole (batch normalisation in training) does see smaller batches.
+
+``size`` is in every checkpoint, so that a resumed run does not look for it again. Only the forward
+and backward passes are tried again: the optimizer's update needs no memory that a smaller piece
+would free.
+"""
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from trainers.configuration import LoopOptions
+from trainers.order import sample_at
+from trainers.prefetch import Fetched, Prefetcher
+
+if TYPE_CHECKING:
+    from trainers.loop import Task
+
+CPU_WORDS = ("DefaultCPUAllocator", "not enough memory")
+"""How torch's allocator of host memory says it: a RuntimeError without a type of its own."""
+
+
+class TooLargeError(RuntimeError):
+    """Not even one sample fits; the sentence says what to change."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller piece may help."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS)
+
+
+def pieces(global_batch: int, size: int) -> list[int]:
+    """How many samples go through the model at once, one number for each time."""
+    whole, rest = divmod(global_batch, size)
+    return [size] * whole + ([rest] if rest else [])
+
+
+def halved(size: int, place: str) -> int:
+    """Half of ``size``, rounded up. Raises TooLargeError for one sample."""
+    if size == 1:
+        raise TooLargeError(
+            f"out of memory {place} with a single sample: shorten the samples, lower 'precision' to"
+            " 16 bits, take a smaller model or ask for a GPU with more memory"
+        )
+    return (size + 1) // 2
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps for later: in other sizes it may be enough."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Feed:
+    """The pieces of a task's steps, prefetched, from ``samples`` (a position in the data order, the
+    first of a step) on."""
+
+    def __init__(
+        self, task: "Task", options: LoopOptions, *, size: int, samples: int, steps: int
+    ) -> None:
+        self.task = task
+        self.options = options
+        self.samples = samples
+        self.steps = steps
+        self.sizes = pieces(options.batch_size * options.accumulate, size)
+        self._prefetcher: Prefetcher
+
+    def open(self, device: torch.device, on_grow: Callable[[str], None]) -> None:
+        """Begin to make the first piece."""
+        self._prefetcher = Prefetcher(
+            self._make,
+            device=device,
+            depth=self.options.prefetch_depth,
+            stop=self.steps * len(self.sizes),
+            on_grow=on_grow,
+        )
+        self._prefetcher.open()
+
+    def next(self) -> Fetched:
+        """The next piece, on the device."""
+        return self._prefetcher.next()
+
+    def close(self) -> None:
+        """End what is under way."""
+        self._prefetcher.close()
+
+    def _make(self, index: int) -> Any:
+        """Called away from the training thread: it reads what does not change, and no generator."""
+        step, piece = divmod(index, len(self.sizes))
+        begin = self.samples + step * sum(self.sizes) + sum(self.sizes[:piece])
+        positions = range(begin, begin + self.sizes[piece])
+        count, seed = self.task.sample_count, self.options.seed
+        return self.task.batch([sample_at(position, count, seed) for position in positions])
+
+
+class Undo:
+    """Puts back what a forward pass changes: random generators, and buffers of the model.
+
+    Made at the beginning of every step, so it must cost little: after the first step it is known
+    which buffers a pass changes (by their values: torch's counter of writes misses those of batch
+    normalisation), and only those are copied. Masks and tables of positions never are.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self._changing: list[str] | None = None
+        self._buffers: dict[str, torch.Tensor] | None = None
+        self._generators: tuple[Any, ...] = ()
+
+    def remember(self) -> None:
+        """A step begins here."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self._generators = (
+            torch.get_rng_state(), cuda, numpy.random.get_state(legacy=True), random.getstate()
+        )  # fmt: skip
+        names = self._changing
+        if names is None:
+            live = dict(self.model.named_buffers())
+            names = list(live)
+            kept = self._buffers
+            if kept is not None:
+                names = [name for name in names if not torch.equal(kept[name], live[name])]
+                self._changing = names
+        self._buffers = {name: self.model.get_buffer(name).detach().clone() for name in names}
+
+    def undo(self) -> None:
+        """Back to where ``remember`` was called."""
+        torch_cpu, cuda, numpy_state, python_state = self._generators
+        torch.set_rng_state(torch_cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        numpy.random.set_state(numpy_state)
+        random.setstate(python_state)
+        with torch.no_grad():
+            for name, kept in (self._buffers or {}).items():
+                self.model.get_buffer(name).copy_(kept)

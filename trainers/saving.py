@@ -1,0 +1,102 @@
+"""Where a checkpoint goes: into the agent's slab, into a directory for the agent, or onto our disk.
+
+Problem: the loop wants one sentence, "keep this state", and there are three ways with different
+costs. A capture stops the training for a copy; a directory for as long as the disk takes. So the
+slab is asked for early, after the first step, when the optimizer has all of its state; where there
+is none (an older agent, a host without the memory, no Baton) a directory is written as ever.
+
+While the agent still reads both slots a capture is put off to the next step, and the step after
+that: a training never waits for a disk. Only the last one of a process waits, within the time that
+it is given, and becomes a directory then.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import baton_sdk
+from trainers import capture, checkpoint
+from trainers.configuration import AUTOMATIC_S, LoopOptions
+
+STANDALONE_CHECKPOINTS_MAX = 2
+"""Kept outside Baton: the last one, and one more in case a disk error spoils it."""
+
+
+class Saver:
+    """Of one training, in its one thread."""
+
+    def __init__(self, session: baton_sdk.Session, options: LoopOptions) -> None:
+        self._session = session
+        self._options = options
+        self._capturer = capture.Capturer(session)
+        self._stall_s: float | None = None
+        self._prepared = False
+        self._postponed = False
+        self.captured = False
+        """Whether the last checkpoint went into the slab."""
+
+    @property
+    def parent(self) -> Path | None:
+        """Where directories are made; None: nowhere is anything kept."""
+        if self._session.staging_directory is not None:
+            return self._session.staging_directory
+        chosen = self._options.checkpoint_directory
+        return Path(chosen) if chosen else None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether the memory was asked for, or there is no use in asking."""
+        return self._prepared or not self._session.under_baton
+
+    def prepare(self, live: checkpoint.Snapshot) -> None:
+        """Ask for the memory that a state like this needs. Returns at once."""
+        self._prepared = True
+        self._capturer.prepare(live)
+
+    def due(self, step: int, waited_s: float) -> bool:
+        """Whether it is time, so many seconds after the last one: every so many steps, every so
+        many seconds, and when one was put off; 0 switches steps or seconds off. Not while the
+        agent still reads every slot: then it is put off."""
+        options = self._options
+        every_s = options.checkpoint_every_s
+        if every_s == AUTOMATIC_S:
+            every_s = capture.interval_s(
+                self._stall_s, self._capturer.state_bytes, options.mean_time_between_failures_s
+            )
+        by_steps = options.checkpoint_every_steps
+        self._postponed = (
+            self._postponed
+            or (by_steps > 0 and step % by_steps == 0)
+            or (every_s > 0 and waited_s >= every_s)
+        )
+        return self._postponed and not self._capturer.blocked
+
+    def save(
+        self, live: checkpoint.Snapshot, step: int, *, wait_s: float = 0.0, last: bool = False
+    ) -> baton_sdk.Ticket | None:
+        """Keep a state, whose tensors are the live ones. None: it is put off, or there is nowhere.
+        The `last` one is not put off; it waits at most `wait_s` seconds for a slot. Raises OSError
+        when it cannot be written; the training is unharmed."""
+        parent = self.parent
+        if parent is None:
+            return None
+        began_s = time.perf_counter()
+        ticket = self._capturer.take(live, step, wait_s=wait_s, whole=last)
+        self.captured = ticket is not None
+        self._postponed = ticket is None and self._capturer.busy and not last
+        if self._postponed:
+            return None
+        if ticket is None:
+            directory = parent / f"checkpoint-{step:09d}"
+            checkpoint.write(checkpoint.copied(live), directory)
+            ticket = self._session.checkpoint(directory, step)
+        self._stall_s = time.perf_counter() - began_s
+        if not self._session.under_baton:
+            for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
+                shutil.rmtree(old)
+        return ticket
+
+
+def standalone_checkpoints(parent: Path) -> list[Path]:
+    """Oldest first: the names hold the step in nine digits."""
+    return sorted(parent.glob("checkpoint-?????????"))
