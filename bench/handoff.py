@@ -1,12 +1,21 @@
 """From the death of a node to the first training step on another one, phase by phase.
 
 A real job (the built-in fine-tuning of a small language model, with a checkpoint replicated every
-second) runs on one of three agents. Then its node dies, in one of two ways:
+second) runs on one of three agents. Then something dies, in one of three ways:
 
 - *killed*: SIGKILL to the agent and everything it started, its disk gone. The kernel closes the
   connection, as it does when a process or a box with a living switch port dies.
 - *silent*: agent and trainers stopped (SIGSTOP). Connections stay open and nobody answers, as with
   a cut cable or a hung box: only the lease can tell.
+
+- *trainer*: SIGKILL to the trainer alone, as the kernel does when memory runs out. The agent sees
+  it at once, and the job starts again on the same node.
+
+*Warm* is the agents' default, trainers forked from a process that has imported their libraries;
+*cold* is without. Beside them, in the same run and on the same model and data: a plain PyTorch
+script that saves every second, under `torchrun --max-restarts`, and a Hugging Face Trainer script
+in a shell loop that resumes from its newest checkpoint; their worker gets the same SIGKILL. Neither
+can survive its node.
 
 After each handoff the dead node comes back empty, and the node that runs the job by then is next.
 Phases: the coordinator's history and log, the agent's log and the trainer's milestones, all on one
@@ -27,7 +36,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-from bench import report
+from agent.processes import proc
+from bench import handoff_others, report
 from protos.baton.v1 import jobs_pb2, types_pb2
 from tests.e2e import guardian
 from tests.e2e.cluster import ROOT, Cluster
@@ -35,10 +45,15 @@ from tests.fakenvml.build import h100
 
 PREPARED = ROOT / ".bench"
 NODES = ("n1", "n2", "n3")
-KILLED, SILENT = "killed", "silent"
+KILLED, SILENT, TRAINER = "killed", "silent", "trainer"
 REPETITIONS, REPETITIONS_QUICK = 5, 1
 WAIT_S_MAX = 120.0
-GOAL_S = 10.0
+COLD_GOAL_S = 10.0  # and for what is silent under the default lease
+# After the coordinator has found out, with a replica and warm trainers.
+AFTER_DETECTION_GOAL_S = 2.0
+SHORT_LEASE_GOAL_S = 5.0
+TRAINER_GOAL_S = 1.0
+SHORT_LEASE_MS = 3_000
 DECISION_GOAL_S = 0.050
 # Slurm's default notices a dead node after SlurmdTimeout, 300 s, and more.
 SLURM_S = 557.0
@@ -59,10 +74,19 @@ RUNNING_PHASES = 4  # the rest is the trainer's own: Python, torch, model and da
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A way to configure the coordinator; `lease_ms` of None is the default (8 s)."""
+    """A way to configure the fleet; `lease_ms` of None is the default (8 s)."""
 
     name: str
     lease_ms: int | None
+    warm: bool = True
+
+    def goal_s(self, death: str) -> float:
+        """For the whole way, from the death to the first new step."""
+        if death == TRAINER and self.warm:
+            return TRAINER_GOAL_S
+        if death == SILENT and self.warm and self.lease_ms == SHORT_LEASE_MS:
+            return SHORT_LEASE_GOAL_S
+        return COLD_GOAL_S
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -71,9 +95,13 @@ def main(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(arguments)
     asked = report.options(parsed)
     prepare()
-    settings = [Setting("default lease", None), Setting("3 s lease", 3_000)]
+    settings = [
+        Setting("default lease, warm", None),
+        Setting("3 s lease, warm", SHORT_LEASE_MS),
+        Setting("default lease, cold", None, warm=False),
+    ]
     if parsed.lease_ms is not None:
-        settings = [Setting(f"{parsed.lease_ms / 1000:g} s lease", parsed.lease_ms)]
+        settings = [Setting(f"{parsed.lease_ms / 1000:g} s lease, warm", parsed.lease_ms)]
     elif asked.quick:
         settings = settings[:1]
     repetitions = REPETITIONS_QUICK if asked.quick else REPETITIONS
@@ -82,13 +110,16 @@ def main(arguments: Sequence[str]) -> int:
     for setting in settings:
         for death, found in measure(setting, repetitions).items():
             title = f"{setting.name}, {death}"
-            rows += rows_of(title, found)
+            rows += rows_of(title, found, setting.goal_s(death), setting.warm)
             notes.append(dominant(title, found))
+    report.say("handoff: torchrun and a Hugging Face Trainer, their worker killed")
+    others = handoff_others.measure(PREPARED, repetitions)
+    rows += [report.row_of(f"{name}, trainer", samples, "s") for name, samples in others.items()]
     report.show("Death of a node to the first new training step", rows, asked, notes)
     return 0
 
 
-def rows_of(title: str, found: list[list[float]]) -> list[report.Row]:
+def rows_of(title: str, found: list[list[float]], goal_s: float, warm: bool) -> list[report.Row]:
     """The whole, with reference and goal, then each phase."""
     whole = report.row_of(title, [sum(phases) for phases in found], "s")
     rows = [
@@ -98,7 +129,7 @@ def rows_of(title: str, found: list[list[float]]) -> list[report.Row]:
             unit=whole.unit,
             low=whole.low,
             high=whole.high,
-            goal=GOAL_S,
+            goal=goal_s,
             reference=SLURM_S,
             reference_source=SLURM,
         )
@@ -111,7 +142,18 @@ def rows_of(title: str, found: list[list[float]]) -> list[report.Row]:
             unit="s",
             low=running.low,
             high=running.high,
-            goal=GOAL_S,
+            goal=COLD_GOAL_S,
+        )
+    )
+    after = report.row_of("", [sum(phases[1:]) for phases in found], "s")
+    rows.append(
+        report.Row(
+            name="- of it after the detection",
+            value=after.value,
+            unit="s",
+            low=after.low,
+            high=after.high,
+            goal=AFTER_DETECTION_GOAL_S if warm else None,
         )
     )
     for name, samples in zip(PHASES, zip(*found, strict=True), strict=True):
@@ -155,7 +197,7 @@ def job_spec() -> types_pb2.JobSpec:
 
 def measure(setting: Setting, repetitions: int) -> dict[str, list[list[float]]]:
     """Seconds of each phase, by death and repetition, of one job that moves and moves again."""
-    found: dict[str, list[list[float]]] = {KILLED: [], SILENT: []}
+    found: dict[str, list[list[float]]] = {KILLED: [], SILENT: [], TRAINER: []}
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
         Cluster(Path(scratch)) as cluster,
@@ -163,17 +205,31 @@ def measure(setting: Setting, repetitions: int) -> dict[str, list[list[float]]]:
         lease = {} if setting.lease_ms is None else {"lease_ms": setting.lease_ms}
         cluster.start_coordinator(**lease)
         for node in NODES:
-            cluster.start_agent(node, h100(1, node=node))
-        cluster.wait_for_nodes(*NODES)
+            cluster.start_agent(node, h100(1, node=node), warm_start=setting.warm)
+        wait_until_warm(cluster, setting, *NODES)
         job_id = cluster.jobs.Submit(jobs_pb2.SubmitRequest(spec=job_spec())).job_id
         for number in range(repetitions):
             for death, samples in found.items():
                 report.say(f"handoff: {setting.name}, {death}, {number + 1} of {repetitions}")
-                samples.append(one_handoff(cluster, job_id, death))
+                samples.append(one_handoff(cluster, job_id, death, setting))
     return found
 
 
-def one_handoff(cluster: Cluster, job_id: int, death: str) -> list[float]:
+def wait_until_warm(cluster: Cluster, setting: Setting, *nodes: str) -> None:
+    """Until the nodes are up and what their trainers are forked from is ready: a fleet at rest."""
+    cluster.wait_for_nodes(*nodes)
+
+    def ready(node: str) -> bool:
+        lines = cluster.log_lines(node)  # of all its lives
+        servers = [line for line in lines if line.get("server") == "warm"]
+        lives = [line for line in lines if line["event"] == "agent.started"]
+        return len(servers) >= len(lives)
+
+    if setting.warm:
+        cluster.wait_until(lambda: all(ready(node) for node in nodes), WAIT_S_MAX, "warm trainers")
+
+
+def one_handoff(cluster: Cluster, job_id: int, death: str, setting: Setting) -> list[float]:
     """Let the job's node die; returns the phases in seconds. Afterwards the node is back, empty."""
 
     def safe_attempt() -> types_pb2.Attempt | None:
@@ -189,6 +245,8 @@ def one_handoff(cluster: Cluster, job_id: int, death: str) -> list[float]:
     died_s = time.time()
     if death == KILLED:
         cluster.kill_node(old.node)
+    elif death == TRAINER:
+        os.kill(trainer_pid(cluster, old), signal.SIGKILL)
     else:
         runtime, disk = cluster.runtime_directory / old.node, cluster.node_directory(old.node)
         for process in guardian.owned(runtime, disk):
@@ -201,16 +259,30 @@ def one_handoff(cluster: Cluster, job_id: int, death: str) -> list[float]:
         )
 
     cluster.wait_until(stepped, WAIT_S_MAX, f"the first step of {new_attempt}")
-    stamps = [died_s, *stamps_of(cluster, job_id, old.id, new_attempt)]
+    seen = "attempt.exited" if death == TRAINER else "attempt.unreachable"
+    stamps = [died_s, *stamps_of(cluster, job_id, (old.id, seen), new_attempt)]
     if death == SILENT:
         cluster.kill_node(old.node)
-    cluster.start_agent(old.node, h100(1, node=old.node))
-    cluster.wait_for_nodes(*NODES)
+    if death != TRAINER:
+        cluster.start_agent(old.node, h100(1, node=old.node), warm_start=setting.warm)
+    wait_until_warm(cluster, setting, *NODES)
     return [after - before for before, after in pairwise(stamps)]
 
 
-def stamps_of(cluster: Cluster, job_id: int, old: str, new: str) -> list[float]:
-    """When each phase ended, seconds since 1970, in the order of `PHASES`."""
+def trainer_pid(cluster: Cluster, attempt: types_pb2.Attempt) -> int:
+    """The trainer of an attempt, by the configuration that its command line names."""
+    mark = os.fsencode(f"{cluster.node_directory(attempt.node)}/workspaces/{attempt.id}/")
+    (pid,) = [
+        process.pid
+        for process in proc.all_processes()
+        if mark in (words := proc.read_bytes(process.pid, "cmdline")) and b"trainers." in words
+    ]
+    return pid
+
+
+def stamps_of(cluster: Cluster, job_id: int, seen: tuple[str, str], new: str) -> list[float]:
+    """When each phase ended, seconds since 1970, in the order of `PHASES`. `seen` is the old
+    attempt and the event that says that its end was found out."""
     at: dict[tuple[str, str], float] = {}
     node = ""
     for event in cluster.events(job_id):
@@ -218,7 +290,7 @@ def stamps_of(cluster: Cluster, job_id: int, old: str, new: str) -> list[float]:
         at[event.attempt, name] = event.time.ToNanoseconds() / 1e9
         node = event.node if event.attempt == new else node
     return [
-        at[old, "attempt.unreachable"],
+        at[seen],
         logged_s(cluster, "coordinator", "attempt.assigned", new),
         logged_s(cluster, node, "attempt.accepted", new),
         at[new, "attempt.started"],
