@@ -4,13 +4,15 @@ A test that kills a node or changes a program's configuration takes `cluster`, w
 it starts something. Files whose tests leave the cluster as they found it make one for the file.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.cluster import Cluster
-from tests.e2e.work import Gate
+from tests.e2e.work import DEADLINE_S, TRAINERS, Gate
 
 
 @pytest.fixture
@@ -18,6 +20,15 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     """Of this test alone; nothing runs in it yet."""
     with Cluster(tmp_path / "cluster") as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models and data, only to be read."""
+    directory = tmp_path_factory.mktemp("models")
+    command = [sys.executable, str(TRAINERS / "tiny.py"), str(directory)]
+    subprocess.run(command, check=True, timeout=DEADLINE_S, capture_output=True)
+    return directory
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -87,14 +86,8 @@ def test_the_slab_outlives_its_agent(cluster: Cluster, gate: Gate) -> None:
     assert work.lines(cluster, job_id)[-1]["value"] == chain(6)
 
 
-def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, models: Path) -> None:
     """Its process is killed; the next attempt reads what the agent made of the slab."""
-    subprocess.run(
-        [sys.executable, work.TRAINERS / "tiny.py", tmp_path],
-        check=True,
-        timeout=work.DEADLINE_S,
-        capture_output=True,
-    )
     started(cluster)
     options = {
         "model": "vision",
@@ -110,7 +103,7 @@ def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, tmp_p
         (),
         trainer="transfer",
         trainer_config_json=json.dumps(options),
-        working_directory=str(tmp_path),
+        working_directory=str(models),
         gpus=1,
     )
     work.wait_committed(cluster, job_id, 60)

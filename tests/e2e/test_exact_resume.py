@@ -7,8 +7,6 @@ trainers from a warm process, which must not show in a single bit either.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +47,6 @@ JOBS: dict[str, dict[str, Any]] = {
         "batch_size": 4,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models and data."""
-    directory = tmp_path_factory.mktemp("models")
-    subprocess.run(
-        [sys.executable, work.TRAINERS / "tiny.py", directory],
-        check=True,
-        timeout=work.DEADLINE_S,
-        capture_output=True,
-    )
-    return directory
 
 
 def submit(cluster: Cluster, trainer: str, models: Path) -> int:

@@ -7,8 +7,6 @@ starts from that measures at its first step what the first one measured at its l
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +32,6 @@ CONFIG: dict[str, Any] = {
     "checkpoint_every_s": 0,
     "learning_rate": 0.01,
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models and data."""
-    directory = tmp_path_factory.mktemp("models")
-    command = [sys.executable, str(work.TRAINERS / "tiny.py"), str(directory)]
-    subprocess.run(command, check=True, timeout=work.DEADLINE_S, capture_output=True)
-    return directory
 
 
 @pytest.fixture(scope="module")

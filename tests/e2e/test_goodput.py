@@ -7,8 +7,6 @@ business here: this is no benchmark.
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,19 +38,6 @@ CONFIG = {
     "checkpoint_every_s": 0,
     "warmup_steps": 20,
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models and data."""
-    directory = tmp_path_factory.mktemp("models")
-    subprocess.run(
-        [sys.executable, work.TRAINERS / "tiny.py", directory],
-        check=True,
-        timeout=work.DEADLINE_S,
-        capture_output=True,
-    )
-    return directory
 
 
 def kill_trainer(cluster: Cluster, job: types_pb2.Job) -> None:
