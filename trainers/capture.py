@@ -17,8 +17,8 @@ low priority; restoring and exporting know no difference, and unchanged chunks a
    ``.data``, is not seen until the last capture of the process, which copies everything).
 4. The slot's header, last of all.
 
-On a GPU the slab is registered as page-locked memory, and the copies run one after the other on
-the device's own stream; the training waits for the last one.
+On a GPU the slab is registered as page-locked memory and ``drain`` copies into it, in pieces; the
+training waits for the last one.
 
 How often: with a stall of C for each checkpoint and a mean time M between failures, the time lost
 to both is least at sqrt(2 C M) between checkpoints (J. W. Young, "A first order approximation to
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 import baton_sdk
-from trainers import checkpoint
+from trainers import checkpoint, drain
 
 ALIGNMENT_BYTES = 4096
 """Of each file in a slot: tensors of any type can be viewed there, and pages are not shared."""
@@ -249,7 +249,7 @@ class _Memory:
         self._bytes: torch.Tensor
         self._views: dict[tuple[int, int], tuple[Layout, list[torch.Tensor]]] = {}
         self._frozen: dict[int, tuple[int, list[_Seen]]] = {}
-        self._devices: set[torch.device] = set()
+        self._drains: list[drain.Drain] = []
 
     def open(self) -> None:
         """Page-lock it, where there is a GPU that copies into it. One that does not is slower."""
@@ -268,18 +268,22 @@ class _Memory:
             self.write(slot, offset, layout.header)
             known = (layout, self._viewed(slot, offset, layout, tensors))
             self._views[slot, offset] = known
+        distant: list[tuple[torch.Tensor, drain.HostMemory]] = []
         with torch.no_grad():
             for view, name in zip(known[1], layout.names, strict=True):
                 live = tensors[name]
-                view.copy_(live, non_blocking=True)
                 if live.is_cuda:
-                    self._devices.add(live.device)
+                    distant.append((live, view))
+                else:
+                    view.copy_(live)
+        if distant:
+            self._drains.append(drain.copy_out(distant))
 
     def finish(self) -> None:
         """Until every copy is there."""
-        for device in self._devices:
-            torch.cuda.current_stream(device).synchronize()
-        self._devices.clear()
+        for copies in self._drains:
+            copies.wait()
+        self._drains.clear()
 
     def holds(self, slot: int, offset: int, frozen: checkpoint.Tensors) -> bool:
         """Whether the slot has these tensors, as they are now, in this place."""

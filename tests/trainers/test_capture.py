@@ -339,3 +339,32 @@ def test_the_operators_interval_counts(session: DeskSession) -> None:
     assert by_rule.problems() == []
     wrong = configuration.LoopOptions(steps=9, checkpoint_every_s=-3.0)
     assert wrong.problems() == ["'checkpoint_every_s' must not be negative, and is -3.0"]
+
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_capture_sees_what_was_queued_before_it(
+    device: str, desk: agent_slabs.Slabs, session: DeskSession
+) -> None:
+    live = checkpoint.Snapshot(
+        model={"weight": torch.zeros(1_000_003, device=device), "count": torch.tensor(3)},
+        frozen={"base": torch.arange(100_000, device=device)},
+        optimizer={},
+        random={},
+        state={},
+    )
+    if device == "cuda":
+        torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
+    live.model["weight"].fill_(7)
+    assert capture.Capturer(session).take(live, 1, wait_s=10) is not None
+    for part in ("model", "frozen"):
+        on_host = {name: tensor.cpu() for name, tensor in getattr(live, part).items()}
+        assert files_of(desk)[f"{part}.safetensors"] == save(on_host)
