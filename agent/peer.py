@@ -193,8 +193,6 @@ class PeerService(PeerServiceServicer):
             )
         except ChunkError as error:
             await _abort(context, error)
-        # What a caller that died has left open must not hold sweeps up until the next one calls.
-        asyncio.get_running_loop().call_later(valid_s, self._transfers.drop_expired)
         response = peer_pb2.OpenTransferResponse(port=port, token=token)
         response.valid.FromMilliseconds(valid_ms)
         return response

@@ -195,6 +195,7 @@ class Transfers:
         self.finish(PUSH, self._checked(authorization, PUSH))
 
     def drop_expired(self) -> None:
+        """What a caller that died has left open must not hold sweeps up until the next one."""
         with self._lock:
             self._drop_expired()
 
@@ -217,7 +218,7 @@ class Transfers:
 
     def _hold(self, grant: _Grant) -> None:
         grant.writing = grant.held.enter_context(self._store.writing())
-        # Now, from one thread: a `Writing` is not made to pin from several.
+        # Now: what is sent first must not be swept before what is sent last.
         for chunk in grant.sizes_bytes:
             grant.writing.pin(chunk)
 
