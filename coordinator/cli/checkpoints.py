@@ -150,7 +150,7 @@ _PYTHON = click.option(
 )
 
 
-@checkpoint.command()
+@checkpoint.command(short_help="Write a checkpoint of JOB as files, in a chosen format.")
 @click.argument("job_id", metavar="JOB", type=JOB_ID)
 @click.option("--format", "kind", required=True, type=click.Choice([*FORMATS, "raw"]))
 @click.option(
@@ -223,7 +223,7 @@ def export(
         click.echo(f"{named} is in {target}")
 
 
-@checkpoint.command("import")
+@checkpoint.command("import", short_help="Make of weights what a new job can begin with.")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--format", "kind", required=True, type=click.Choice(FORMATS))
 @click.option(
