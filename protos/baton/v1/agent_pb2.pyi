@@ -494,11 +494,16 @@ class CheckpointProposed(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     parent: _builtins.str
     """The checkpoint that it follows; empty: the job's first."""
     step: _builtins.int
     size_bytes: _builtins.int
+    parts: _builtins.int
+    """Ranks 0 to before this one hand over a part of this step each, and it is committed when all
+    have; `parent` counts for rank 0 alone. 0 or 1: it is whole.
+    """
     @_builtins.property
     def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where all of it lies, this node first."""
@@ -511,10 +516,11 @@ class CheckpointProposed(_message.Message):
         step: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         replicas: _abc.Iterable[_builtins.str] | None = ...,
+        parts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parent", b"parent", "replicas", b"replicas", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parent", b"parent", "parts", b"parts", "replicas", b"replicas", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,6 +642,7 @@ class StartAttempt(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     REPLICA_TARGET_FIELD_NUMBER: _builtins.int
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    GANG_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     restart_count: _builtins.int
     """How often the job was started before."""
@@ -653,6 +660,10 @@ class StartAttempt(_message.Message):
     def replica_target(self) -> Global___PeerAddress:
         """Where its checkpoints go; absent: nowhere."""
 
+    @_builtins.property
+    def gang(self) -> Global___Gang:
+        """Its place among the ranks; absent: it is the only one."""
+
     def __init__(
         self,
         *,
@@ -662,16 +673,78 @@ class StartAttempt(_message.Message):
         candidates: _abc.Iterable[Global___RestoreCandidate] | None = ...,
         replica_target: Global___PeerAddress | None = ...,
         restart_count: _builtins.int = ...,
+        gang: Global___Gang | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_replica_target", b"_replica_target", "replica_target", b"replica_target", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "gang", b"gang", "replica_target", b"replica_target", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gang", b"gang", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gang: _TypeAlias = _typing.Literal["gang"]  # noqa: Y015
+    _WhichOneofArgType__gang: _TypeAlias = _typing.Literal["_gang", b"_gang"]  # noqa: Y015
     _WhichOneofReturnType__replica_target: _TypeAlias = _typing.Literal["replica_target"]  # noqa: Y015
     _WhichOneofArgType__replica_target: _TypeAlias = _typing.Literal["_replica_target", b"_replica_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gang) -> _WhichOneofReturnType__gang | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replica_target) -> _WhichOneofReturnType__replica_target | None: ...
 
 Global___StartAttempt: _TypeAlias = StartAttempt  # noqa: Y015
+
+@_typing.final
+class Gang(_message.Message):
+    """The place of one rank in a gang. Ranks count through the nodes in order: those of one node follow
+    one another.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    LOCAL_RANK_FIELD_NUMBER: _builtins.int
+    LOCAL_WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    NODE_RANK_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    MASTER_HOST_FIELD_NUMBER: _builtins.int
+    MASTER_PORT_FIELD_NUMBER: _builtins.int
+    NODE_GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    world_size: _builtins.int
+    local_rank: _builtins.int
+    """Among the ranks of this gang on this node."""
+    local_world_size: _builtins.int
+    node_rank: _builtins.int
+    """This node's place in `nodes`."""
+    master_host: _builtins.str
+    """Where rank 0 listens for the others."""
+    master_port: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By node rank."""
+
+    @_builtins.property
+    def node_gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The GPUs of all ranks of this gang on this node, in order of local rank."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        local_rank: _builtins.int = ...,
+        local_world_size: _builtins.int = ...,
+        node_rank: _builtins.int = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        master_host: _builtins.str = ...,
+        master_port: _builtins.int = ...,
+        node_gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_rank", b"local_rank", "local_world_size", b"local_world_size", "master_host", b"master_host", "master_port", b"master_port", "node_gpu_uuids", b"node_gpu_uuids", "node_rank", b"node_rank", "nodes", b"nodes", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gang: _TypeAlias = Gang  # noqa: Y015
 
 @_typing.final
 class RestoreCandidate(_message.Message):
@@ -680,8 +753,42 @@ class RestoreCandidate(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     step: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]:
+        """Where it may be had, best first; of a checkpoint in parts: rank 0's."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RestorePart]:
+        """What ranks 1, 2, ... wrote, in this order: laid out beside it, in directories "rank-00000" and
+        so on. Empty: it is whole, and laid out as it is.
+        """
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        step: _builtins.int = ...,
+        sources: _abc.Iterable[Global___PeerAddress] | None = ...,
+        parts: _abc.Iterable[Global___RestorePart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parts", b"parts", "sources", b"sources", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreCandidate: _TypeAlias = RestoreCandidate  # noqa: Y015
+
+@_typing.final
+class RestorePart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerAddress]:
         """Where it may be had, best first."""
@@ -690,16 +797,15 @@ class RestoreCandidate(_message.Message):
         self,
         *,
         digest: _builtins.str = ...,
-        step: _builtins.int = ...,
         sources: _abc.Iterable[Global___PeerAddress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "sources", b"sources", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RestoreCandidate: _TypeAlias = RestoreCandidate  # noqa: Y015
+Global___RestorePart: _TypeAlias = RestorePart  # noqa: Y015
 
 @_typing.final
 class PeerAddress(_message.Message):

@@ -252,7 +252,9 @@ class ReadCheckpointResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def manifest(self) -> _peer_pb2.Manifest:
-        """First: the manifest's canonical bytes."""
+        """First: the manifest's canonical bytes. Of a checkpoint in parts another manifest follows
+        after the chunks of the one before, rank by rank.
+        """
 
     @_builtins.property
     def chunk(self) -> _peer_pb2.Chunk:

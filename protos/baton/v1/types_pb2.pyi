@@ -6,7 +6,8 @@ The nouns of Baton: what a job asks for, what a node has, and the phases that bo
 Conventions. A field without `optional` has no meaning of absence: its default is the value that
 proto3 gives it, unless the comment says otherwise. Units stand last in a name. Wall times are
 google.protobuf.Timestamp and are for people; nothing is decided by them. Ids: a job's is a
-positive integer that is never given out twice; an attempt's is "<job>.<epoch>".
+positive integer that is never given out twice; an attempt's is "<job>.<epoch>", and
+"<job>.<epoch>.<rank>" for one rank of a gang.
 """
 
 from collections import abc as _abc
@@ -327,6 +328,7 @@ class JobSpec(_message.Message):
     SLURM_ENVIRONMENT_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -343,11 +345,11 @@ class JobSpec(_message.Message):
     working_directory: _builtins.str
     """An absolute path on the node. Empty: a directory of the attempt's own."""
     gpus: _builtins.int
-    """GPUs, all on one node; 0 to 64. A job of 0 GPUs gets none to see."""
+    """GPUs of each rank, all on one node; 0 to 64. A job of 0 GPUs gets none to see."""
     gpu_memory_bytes_min: _builtins.int
     """Least memory of each GPU; 0: any."""
     memory_bytes: _builtins.int
-    """Host memory set aside for the job; 0: none set aside."""
+    """Host memory set aside for each rank; 0: none set aside."""
     stop_signal: Global___StopSignal.ValueType
     max_restarts: _builtins.int
     """Failures in a row without a newly committed checkpoint after which the job has failed; absent:
@@ -362,6 +364,10 @@ class JobSpec(_message.Message):
     """How many of its newest committed checkpoints are kept while it is open, beside those that are
     pinned; absent: 3. 1 to 64. With 1 there is none to fall back on when the last does not verify.
     Of a job that has ended the last one is kept.
+    """
+    ranks: _builtins.int
+    """Processes that start together or not at all (a gang), on as few nodes as will do, each with
+    GPUs and memory as given above. The end of one ends all. 0: 1. At most 1024.
     """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -415,10 +421,11 @@ class JobSpec(_message.Message):
         slurm_environment: _builtins.bool = ...,
         hold: _builtins.bool = ...,
         keep_checkpoints: _builtins.int | None = ...,
+        ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
@@ -534,6 +541,7 @@ class Attempt(_message.Message):
     RESTORED_STEP_FIELD_NUMBER: _builtins.int
     REPLICA_NODE_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     epoch: _builtins.int
     node: _builtins.str
@@ -548,6 +556,8 @@ class Attempt(_message.Message):
     """The step it resumed from; absent when it began from nothing."""
     replica_node: _builtins.str
     """The node that gets its checkpoints; empty when none does."""
+    rank: _builtins.int
+    """Which rank of a gang this is; 0 for a job of one."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -577,10 +587,11 @@ class Attempt(_message.Message):
         restored_step: _builtins.int | None = ...,
         replica_node: _builtins.str = ...,
         accounting: Global___Accounting | None = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "exit_code", b"exit_code", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "rank", b"rank", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
     _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
@@ -776,6 +787,7 @@ class Checkpoint(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     COMMIT_TIME_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """BLAKE3 of the manifest, 64 lowercase hexadecimal digits."""
     parent: _builtins.str
@@ -783,12 +795,19 @@ class Checkpoint(_message.Message):
     epoch: _builtins.int
     step: _builtins.int
     size_bytes: _builtins.int
+    """Of all parts."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Nodes that hold all of it, the writer first; "shared" is the shared directory."""
+        """Nodes that hold all of it, the writer first; "shared" is the shared directory. Of a checkpoint
+        in parts: all of rank 0's part, which `digest` names.
+        """
 
     @_builtins.property
     def commit_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointPart]:
+        """What ranks 1, 2, ... wrote of it, in this order; empty where rank 0 wrote it alone."""
+
     def __init__(
         self,
         *,
@@ -799,14 +818,46 @@ class Checkpoint(_message.Message):
         size_bytes: _builtins.int = ...,
         replicas: _abc.Iterable[_builtins.str] | None = ...,
         commit_time: _timestamp_pb2.Timestamp | None = ...,
+        parts: _abc.Iterable[Global___CheckpointPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "digest", b"digest", "epoch", b"epoch", "parent", b"parent", "replicas", b"replicas", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "digest", b"digest", "epoch", b"epoch", "parent", b"parent", "parts", b"parts", "replicas", b"replicas", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointPart(_message.Message):
+    """What one rank of a gang wrote of a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """BLAKE3 of its manifest."""
+    size_bytes: _builtins.int
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that hold all of it, the writer first."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        replicas: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "replicas", b"replicas", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointPart: _TypeAlias = CheckpointPart  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):

@@ -6,7 +6,8 @@ The nouns of Baton: what a job asks for, what a node has, and the phases that bo
 Conventions. A field without `optional` has no meaning of absence: its default is the value that
 proto3 gives it, unless the comment says otherwise. Units stand last in a name. Wall times are
 google.protobuf.Timestamp and are for people; nothing is decided by them. Ids: a job's is a
-positive integer that is never given out twice; an attempt's is "<job>.<epoch>".
+positive integer that is never given out twice; an attempt's is "<job>.<epoch>", and
+"<job>.<epoch>.<rank>" for one rank of a gang.
 """
 
 from collections import abc as _abc
