@@ -19,6 +19,7 @@ import grpc
 from blake3 import blake3
 
 from coordinator import wire
+from coordinator.core import checkpoint_requests as requests
 from coordinator.core import messages as m
 from coordinator.core.model import SHARED, Checkpoint, CheckpointView, NodeView
 from coordinator.core.phases import NodePhase
@@ -166,13 +167,13 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     async def ListCheckpoints(
         self, request: checkpoints_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoints_pb2.ListCheckpointsResponse:
-        kept = await self._kept(context, m.ListCheckpoints(request.job_id))
+        kept = await self._kept(context, requests.ListCheckpoints(request.job_id))
         return checkpoints_pb2.ListCheckpointsResponse(checkpoints=map(_encode, kept))
 
     async def PinCheckpoint(
         self, request: checkpoints_pb2.PinCheckpointRequest, context: Context
     ) -> checkpoints_pb2.PinCheckpointResponse:
-        body = m.PinCheckpoint(request.job_id, _choice(request.choice))
+        body = requests.PinCheckpoint(request.job_id, _choice(request.choice))
         kept = await self._kept(context, body)
         return checkpoints_pb2.PinCheckpointResponse(checkpoints=map(_encode, kept))
 
@@ -180,13 +181,13 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoints_pb2.UnpinCheckpointRequest, context: Context
     ) -> checkpoints_pb2.UnpinCheckpointResponse:
         choice = _choice(request.choice) if request.HasField("choice") else None
-        kept = await self._kept(context, m.UnpinCheckpoint(request.job_id, choice))
+        kept = await self._kept(context, requests.UnpinCheckpoint(request.job_id, choice))
         return checkpoints_pb2.UnpinCheckpointResponse(checkpoints=map(_encode, kept))
 
     async def ReadCheckpoint(
         self, request: checkpoints_pb2.ReadCheckpointRequest, context: Context
     ) -> AsyncIterator[Response]:
-        body = m.FindCheckpoint(request.job_id, _choice(request.choice))
+        body = requests.FindCheckpoint(request.job_id, _choice(request.choice))
         checkpoint = (await self._kept(context, body))[0].checkpoint
         holders = await self._holders(context, checkpoint)
         if self._reader.readers_count >= READERS_MAX:
@@ -224,8 +225,10 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
         return answer.checkpoints
 
 
-def _choice(choice: checkpoints_pb2.CheckpointChoice) -> m.CheckpointChoice:
-    return m.CheckpointChoice(choice.digest, choice.step if choice.HasField("step") else None)
+def _choice(choice: checkpoints_pb2.CheckpointChoice) -> requests.CheckpointChoice:
+    return requests.CheckpointChoice(
+        choice.digest, choice.step if choice.HasField("step") else None
+    )
 
 
 def _encode(view: CheckpointView) -> checkpoints_pb2.KeptCheckpoint:

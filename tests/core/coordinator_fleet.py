@@ -10,6 +10,7 @@ a test may lose, repeat and reorder them.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from coordinator.core.launch import RestoreCandidate
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -25,7 +26,6 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     KeepCheckpoints,
-    RestoreCandidate,
     SetReplicaTarget,
     StartAttempt,
     StopAttempt,

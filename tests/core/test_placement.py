@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
-from coordinator.core.placement import Need, Offer, Plan, Tenant, place
+from coordinator.core.placement import Need, Offer, Place, Plan, Tenant, place
 from coordinator.core.validate import suits
 from tests.core.coordinator_harness import GIGABYTE
 
@@ -59,23 +59,27 @@ def _spec_of(needs: list[Need], job_id: int) -> JobSpec:
     return next(need.spec for need in needs if need.job_id == job_id)
 
 
+def _places(plan: Plan) -> list[tuple[int, Place]]:
+    return [(start.job_id, share) for start in plan.starts for share in start.places]
+
+
 @given(queues(), offers())
 def test_nothing_is_placed_over_capacity(needs: list[Need], fleet: list[Offer]) -> None:
     plan = place(needs, fleet)
-    given_out = Counter(uuid for start in plan.starts for uuid in start.gpu_uuids)
+    given_out = Counter(uuid for _, share in _places(plan) for uuid in share.gpu_uuids)
     assert all(count == 1 for count in given_out.values())
     for offer in fleet:
-        here = [start for start in plan.starts if start.node == offer.node]
-        specs = [_spec_of(needs, start.job_id) for start in here]
+        here = [(job_id, share) for job_id, share in _places(plan) if share.node == offer.node]
+        specs = [_spec_of(needs, job_id) for job_id, _ in here]
         memory_bytes = sum(t.memory_bytes for t in offer.tenants)
         slots = sum(1 for t in offer.tenants if not t.gpu_uuids)
         assert not here or memory_bytes + sum(s.memory_bytes for s in specs) <= offer.memory_bytes
         started = sum(1 for spec in specs if spec.gpus == 0)
         assert not started or slots + started <= offer.slots
         facts = {gpu.uuid: gpu for gpu in offer.gpus}
-        for start, spec in zip(here, specs, strict=True):
-            assert len(start.gpu_uuids) == spec.gpus
-            for uuid in start.gpu_uuids:
+        for (_, share), spec in zip(here, specs, strict=True):
+            assert len(share.gpu_uuids) == spec.gpus
+            for uuid in share.gpu_uuids:
                 assert uuid in offer.free
                 assert suits(spec, facts[uuid])
 
@@ -149,8 +153,8 @@ def _job(gpus: int, job_class: JobClass = JobClass.STANDARD) -> JobSpec:
 
 def test_a_node_with_a_copy_comes_before_the_tightest_fit() -> None:
     fleet = [_node("n1", ["H100"]), _node("n2", ["H100"] * 4)]
-    assert place([Need(1, _job(1), ("n2",))], fleet).starts[0].node == "n2"
-    assert place([Need(1, _job(1))], fleet).starts[0].node == "n1"
+    assert place([Need(1, _job(1), ("n2",))], fleet).starts[0].places[0].node == "n2"
+    assert place([Need(1, _job(1))], fleet).starts[0].places[0].node == "n1"
 
 
 def test_two_spare_victims_are_better_than_one_standard() -> None:

@@ -34,6 +34,12 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.core.checkpoint_requests import (
+    CheckpointChoice,
+    ListCheckpoints,
+    PinCheckpoint,
+    UnpinCheckpoint,
+)
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -43,7 +49,6 @@ from coordinator.core.messages import (
     AttemptRefused,
     AttemptStarted,
     CancelJob,
-    CheckpointChoice,
     CheckpointProposed,
     CordonNode,
     DrainNode,
@@ -57,10 +62,8 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     HoldJob,
-    ListCheckpoints,
     ListJobs,
     ListNodes,
-    PinCheckpoint,
     ReleaseJob,
     Request,
     RequestBody,
@@ -69,7 +72,6 @@ from coordinator.core.messages import (
     Submit,
     Tick,
     UncordonNode,
-    UnpinCheckpoint,
 )
 from coordinator.core.model import (
     GpuFacts,

@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from coordinator import checkpoint_rpc
 from coordinator.core import messages as m
+from coordinator.core.checkpoint_requests import FindCheckpoint
 from coordinator.core.model import (
     SHARED,
     Checkpoint,
@@ -86,7 +87,7 @@ class World:
     async def ask(self, context: object, body: m.RequestBody) -> m.Answer:
         if isinstance(body, m.ListNodes):
             return m.NodePage(tuple(self.nodes))
-        assert isinstance(body, m.FindCheckpoint)
+        assert isinstance(body, FindCheckpoint)
         kept = Checkpoint(body.job_id, DIGEST, "", 1, 10, 1, self.holders, 0)
         return m.CheckpointPage((CheckpointView(kept),))
 

@@ -20,7 +20,7 @@ from agent.core import messages as am
 from agent.core import trainer_messages as at
 from agent.core import values as av
 from coordinator import wire as coordinator_wire
-from coordinator.core import accounting, model
+from coordinator.core import accounting, launch, model
 from coordinator.core import messages as cm
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Instant
@@ -88,7 +88,7 @@ UPWARD = st.one_of(
     st.builds(am.Goodbye, maybe(DURATION_MS)),
 )  # fmt: skip
 
-ADDRESS = st.builds(cm.PeerAddress, TEXT, TEXT)
+ADDRESS = st.builds(launch.PeerAddress, TEXT, TEXT)
 SPEC = st.builds(
     model.JobSpec,
     name=TEXT,
@@ -111,6 +111,7 @@ SPEC = st.builds(
     slurm_environment=st.booleans(),
     hold=st.booleans(),
     keep_checkpoints=SMALL,
+    ranks=st.integers(1, 2**31 - 1),
 )
 ORDER = st.one_of(
     st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
@@ -118,7 +119,8 @@ ORDER = st.one_of(
     st.builds(cm.EventAck, COUNT),
     st.builds(
         cm.StartAttempt, ATTEMPT, SPEC, many(TEXT),
-        many(st.builds(cm.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))), maybe(ADDRESS), SMALL,
+        many(st.builds(launch.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))),
+        maybe(ADDRESS), SMALL,
     ),
     st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT),
     st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),
@@ -127,11 +129,20 @@ ORDER = st.one_of(
 )  # fmt: skip
 
 
+# Empty for a job of one rank, and then nothing that a side without gangs would miss.
+GANG_FIELDS = ("parts", "gang")
+
+
+def telling(value: object) -> list[str]:
+    names = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type]
+    return [name for name in names if name not in GANG_FIELDS or getattr(value, name)]
+
+
 def plain(value: object) -> object:
     """A value without its classes: the two sides have one each for every message. Names may differ
     from one side to the other, order and meaning may not."""
     if dataclasses.is_dataclass(value):
-        return [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return [plain(getattr(value, name)) for name in telling(value)]
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
@@ -160,9 +171,7 @@ def test_all_that_an_agent_is_told_arrives(order: cm.AgentOrder) -> None:
 
 
 def without_spec(order: cm.StartAttempt | am.StartAttempt) -> tuple[object, ...]:
-    return tuple(
-        getattr(order, field.name) for field in dataclasses.fields(order) if field.name != "spec"
-    )
+    return tuple(getattr(order, name) for name in telling(order) if name != "spec")
 
 
 def check_spec(said: model.JobSpec, heard: am.JobSpec) -> None:
