@@ -89,6 +89,7 @@ def stop(state: State, now: Instant, job: Job, reason: str) -> None:
 
 def _stop(state: State, now: Instant, job: Job, gang: Sequence[Attempt], reason: str) -> None:
     patience_ms = grace_ms(state, job)
+    state.finish_ms.pop(job.id, None)
     told = False
     for rank in gang:
         first = ranks.stop(state, now, rank, reason, patience_ms)
