@@ -153,7 +153,11 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     async def StreamLogs(
         self, request: jobs_pb2.StreamLogsRequest, context: Context
     ) -> AsyncIterator[jobs_pb2.StreamLogsResponse]:
-        await self._job(context, m.GetJob(request.job_id))
+        ranks = (await self._job(context, m.GetJob(request.job_id))).job.spec.ranks
+        if not 0 <= request.rank < ranks:
+            has = "one rank, 0" if ranks == 1 else f"ranks 0 to {ranks - 1}"
+            sentence = f"job {request.job_id} has {has}; there is no rank {request.rank}"
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
 
         async def look() -> JobView:
             return await self._job(context, m.GetJob(request.job_id))
@@ -164,7 +168,10 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             return next((view for view in nodes if view.node.id == node_id), None)
 
         pieces = self._logs.stream(
-            Fleet(look, node), follow=request.follow, tail_bytes=request.tail_bytes
+            Fleet(look, node),
+            follow=request.follow,
+            tail_bytes=request.tail_bytes,
+            rank=request.rank,
         )
         async for piece in pieces:
             yield jobs_pb2.StreamLogsResponse(

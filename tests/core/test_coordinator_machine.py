@@ -50,7 +50,7 @@ from coordinator.core.messages import (
     Tick,
     UncordonNode,
 )
-from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobClass, JobSpec, Replication
+from coordinator.core.model import Job, JobClass, JobSpec, Replication
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
@@ -58,11 +58,11 @@ from coordinator.core.phases import (
     AttemptPhase,
     GpuPhase,
     JobPhase,
-    NodeIntent,
     NodePhase,
 )
-from coordinator.core.state import LiveNode, State
-from coordinator.core.validate import refuse_fleet, suits
+from coordinator.core.state import State
+from coordinator.core.validate import refuse_fleet
+from tests.core.coordinator_checks import check_gang, places_for, takes_work
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
@@ -72,8 +72,6 @@ TICK_MS = 500
 HEALED_TICKS_MAX = 7_200
 
 NODES = st.sampled_from(sorted(FLEET))
-# Whoever is left of a gang after one of these hangs in a collective operation.
-SPOILING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
 JOBS_MAX = 10
 JOBS = st.integers(1, JOBS_MAX)
 SPECS = st.builds(
@@ -365,19 +363,7 @@ class Fleet(RuleBasedStateMachine):
     def a_gang_runs_whole_or_is_being_ended(self) -> None:
         state = self.state
         for job in state.jobs.values():
-            gang = state.gang(job)
-            assert len(gang) == (job.spec.ranks if job.epoch else 0), "started in part"
-            left = [rank for rank in gang if rank.phase in ATTEMPT_LIVE]
-            over = [rank for rank in gang if rank.phase in ATTEMPT_ENDED]
-            digests = dict.fromkeys(r.restored_digest for r in gang if r.started_unix_ms)
-            spoilt = [rank for rank in over if rank.phase in SPOILING] or len(digests) > 1
-            for rank in left:
-                stopped = rank.stop_reason and rank.phase is AttemptPhase.STOPPING
-                assert stopped or not spoilt, f"{rank.id} hangs"
-                assert stopped or not over or job.id in state.finish_ms, f"{rank.id} is left alone"
-            here = state.parts.get(job.id, [])
-            assert not here or left or any(r not in over for r in gang), "parts of nobody"
-            assert all(part.epoch == job.epoch for part in here)
+            check_gang(state, job)
 
     @invariant()
     def no_gpu_is_promised_twice(self) -> None:
@@ -429,9 +415,9 @@ class Fleet(RuleBasedStateMachine):
             )
             if job.spec.job_class is not JobClass.GUARANTEED or blocked:
                 continue
-            nodes = [live for live in state.nodes.values() if _takes_work(live)]
+            nodes = [live for live in state.nodes.values() if takes_work(live)]
             places = [
-                sum(_places(state, live, job, disturbing) for live in nodes)
+                sum(places_for(state, live, job, disturbing) for live in nodes)
                 for disturbing in (True, False)
             ]
             could, will = (count >= job.spec.ranks for count in places)
@@ -504,34 +490,6 @@ class Fleet(RuleBasedStateMachine):
         gone = good and not all(piece.replicas for piece in good[0].pieces)
         if job.phase is JobPhase.QUEUED and gone:
             self.ask(RequeueJob(job.id, abandon_unreachable_checkpoints=True))
-
-
-def _takes_work(live: LiveNode) -> bool:
-    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
-
-
-def _places(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
-    """How many ranks of the job would fit if all that is stopping, and with `disturbing` all that
-    is of a lower class, were gone?"""
-    facts: list[GpuFacts] = [g.facts for g in live.gpus.values() if g.phase is GpuPhase.FREE]
-    memory_bytes, slots = live.node.host.memory_bytes, HOST.cpu_count * 4
-    for attempt_id in live.attempts:
-        attempt = state.attempts[attempt_id]
-        spec = state.jobs[attempt.job_id].spec
-        lower = CLASS_RANK[spec.job_class] > CLASS_RANK[job.spec.job_class]
-        if attempt.phase is AttemptPhase.STOPPING or (disturbing and lower):
-            facts += [live.gpus[uuid].facts for uuid in attempt.gpu_uuids]
-        else:
-            memory_bytes -= spec.memory_bytes
-            slots -= 0 if attempt.gpu_uuids else 1
-    count = slots
-    if job.spec.gpus:
-        count = sum(1 for gpu in facts if suits(job.spec, gpu)) // job.spec.gpus
-    if memory_bytes < job.spec.memory_bytes:
-        return 0
-    if job.spec.memory_bytes:
-        count = min(count, memory_bytes // job.spec.memory_bytes)
-    return max(0, count)
 
 
 def test_every_invariant_holds_in_every_history() -> None:
