@@ -219,4 +219,3 @@ def let_go(state: State, now: Instant, job: Job, reason: str) -> None:
     for attempt in state.gang(job):
         if attempt.phase is AttemptPhase.UNREACHABLE:
             lost(state, now, attempt, reason)
-    parts.forget(state, job, reason)

@@ -44,6 +44,8 @@ _BREAKING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
 # (ip_local_port_range). One that is taken is another one on the next try.
 PORT_FIRST = 20_000
 PORTS = 10_000
+LEFT_BEHIND = "some of its ranks ended and the others had to be stopped"
+PARTS_MISSING = "its gang has ended before all parts were there"
 
 
 # --- what a rank is told --------------------------------------------------------------------------
@@ -140,10 +142,13 @@ def _stop_rest(state: State, now: Instant, job: Job, reason: str) -> None:
 def ended(state: State, now: Instant, attempt: Attempt) -> None:
     """A rank has ended, however it did."""
     job = state.jobs[attempt.job_id]
-    if attempt.epoch != job.epoch or job.phase not in RUNNING_JOB:
+    if attempt.epoch != job.epoch:
         return
     gang = state.gang(job)
-    if not any(rank.phase in ATTEMPT_LIVE for rank in gang):
+    if job.phase not in RUNNING_JOB:
+        if all(rank.phase in ATTEMPT_ENDED for rank in gang):
+            parts.forget(state, job, PARTS_MISSING)  # it was queued, and nobody comes back
+    elif not any(rank.phase in ATTEMPT_LIVE for rank in gang):
         _conclude(state, now, job, gang)
     elif broken(gang):
         _stop_rest(state, now, job, _story_of(attempt))
@@ -248,7 +253,7 @@ def _conclude(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> 
     for rank in away:
         ranks.lose(state, now, rank, rank.reason)
     job = state.jobs[job.id]
-    parts.forget(state, job, "its gang has ended before all parts were there")
+    parts.forget(state, job, PARTS_MISSING)
     _settle(state, now, job, state.gang(job))
 
 
@@ -275,7 +280,7 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
     elif stopped is not None and not any(not rank.stop_reason for rank in gang):
         outcomes.requeue(state, now, job, stopped.stop_reason)
     elif stopped is not None:
-        outcomes.yielded(state, now, job, _as_one(gang, stopped), stopped.stop_reason)
+        outcomes.yielded(state, now, job, _as_one(gang, stopped), LEFT_BEHIND)
     else:
         outcomes.yielded(state, now, job, _as_one(gang, gang[0]))
 

@@ -111,6 +111,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         if live.session is not None and live.session != session:
             state.sessions.pop(live.session, None)
             state.commands.append(CloseSession(live.session, "a newer session took its place"))
+        if live.phase is NodePhase.LOST or live.newest_session < 0:
+            live.back_ms = now.now_ms
         same_journal = live.node.journal_id == body.journal_id
         # A coordinator whose store is older than the agent's journal waits for no event that the
         # agent has dropped.
@@ -122,8 +124,6 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         if not same_journal:
             _forgotten(state, now, live, body)
     state.sessions[session] = body.node
-    if live.phase is NodePhase.LOST or (live.phase is NodePhase.SUSPECT and not live.heard_ms):
-        live.back_ms = now.now_ms
     live.session = live.newest_session = session
     live.heard_ms = now.now_ms
     live.heartbeat_sequence = 0

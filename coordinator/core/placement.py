@@ -264,8 +264,10 @@ def _tightness(need: Need, room: _Room, shares: Sequence[tuple[str, ...]]) -> tu
 
 def _why_here(need: Need, spread: _Spread) -> str:
     if len(spread) > 1:
-        where = [f"{len(shares)} on {room.offer.node}" for room, shares in spread]
-        return f"runs {_listed(where)} of its {need.spec.ranks} ranks, the fewest nodes with room"
+        first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
+        where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
+        where += [f"{count} on {node}" for count, node in rest]
+        return f"runs with {_listed(where)}, the fewest nodes that have room"
     room, shares = spread[0]
     node = room.offer.node
     gpu_uuids = [uuid for share in shares for uuid in share]
@@ -461,12 +463,14 @@ def _why_not_all(spec: JobSpec, rooms: Sequence[_Room]) -> str:
     total = sum(count for count, _ in free)
     if not total:
         return f"{need}; a place for none of them is free"
+    if len(free) == 1:
+        some = "a place for 1 is" if total == 1 else f"places for {total} are"
+        return f"{need}; {some} free, on {free[0][1]}"
     where = [f"{count} on {node}" for count, node in free[:NODES_NAMED_MAX]]
     if len(free) > NODES_NAMED_MAX:
         rest = free[NODES_NAMED_MAX:]
         where.append(f"{sum(count for count, _ in rest)} on {len(rest)} more")
-    some = f"a place for 1 is free, {where[0]}" if total == 1 else f"places for {total} are free"
-    return f"{need}; {some}" + ("" if total == 1 else f", {_listed(where)}")
+    return f"{need}; places for {total} are free, {_listed(where)}"
 
 
 def _most_memory(rooms: Iterable[_Room]) -> str:
