@@ -1,6 +1,6 @@
 """Why a job waits, or why it runs where it runs: one sentence with numbers.
 
-The sentence is made where the decision is made (`placement.py`, `attempts.py`); this module only
+The sentence is made where the decision is made (`placement.py`, `gangs.py`); this module only
 chooses which holds at present, so that log, CLI and page cannot tell different stories.
 """
 
