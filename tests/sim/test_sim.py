@@ -21,7 +21,7 @@ from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
 from coordinator import shell as coordinator_shell
-from coordinator.core import attempts, checkpoints, nodes
+from coordinator.core import attempts, checkpoints, nodes, outcomes
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
 from coordinator.core.model import Attempt, Checkpoint, Job
@@ -294,5 +294,5 @@ def test_a_job_that_nobody_tries_again_is_caught(monkeypatch: pytest.MonkeyPatch
     def forgotten(state: CoordinatorState, now: object, job: Job, reason: str) -> None:
         """It stays as it is."""
 
-    monkeypatch.setattr(attempts, "requeue", forgotten)
+    monkeypatch.setattr(outcomes, "requeue", forgotten)
     found(workload("drain", 1), "after the last fault")
