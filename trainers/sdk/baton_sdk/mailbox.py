@@ -65,13 +65,21 @@ class Ticket:
     """A checkpoint on its way. Made by ``Session.checkpoint``; readable from any thread."""
 
     def __init__(
-        self, ticket_id: int, path: Path | None, step: int, *, sequence: int | None = None
+        self,
+        ticket_id: int,
+        path: Path | None,
+        step: int,
+        *,
+        sequence: int | None = None,
+        parts: int = 1,
     ) -> None:
         self.id = ticket_id
         self.path = path
         """The directory; None for a capture in the slab, which has a ``sequence`` instead."""
         self.step = step
         self.sequence = sequence
+        self.parts = parts
+        """How many ranks hand over a part of this step; 1 for a whole checkpoint."""
         self.state = TicketState.PENDING
         self.digest = ""
         self.reason = ""
@@ -169,7 +177,12 @@ class Mailbox:
             self._milestones[name] = {"type": "milestone", "name": name, "unix_ms": unix_ms}
 
     def put_checkpoint(
-        self, path: Path | None, step: SupportsIndex, *, sequence: int | None = None
+        self,
+        path: Path | None,
+        step: SupportsIndex,
+        *,
+        sequence: int | None = None,
+        parts: int = 1,
     ) -> Ticket:
         """Keep a checkpoint until it is answered. When too many wait, the oldest that no agent
         has heard of is refused and its directory removed; failing that, the new one is.
@@ -178,7 +191,7 @@ class Mailbox:
         whole_step = operator.index(step)
         with self._lock:
             self._last_id += 1
-            ticket = Ticket(self._last_id, path, whole_step, sequence=sequence)
+            ticket = Ticket(self._last_id, path, whole_step, sequence=sequence, parts=parts)
             self._unanswered[ticket.id] = ticket
             self._unsent.add(ticket.id)
             victim = None
@@ -295,6 +308,8 @@ def _offer(ticket: Ticket) -> dict[str, object]:
         offered: dict[str, object] = {"slab": ticket.sequence}
     else:
         offered = {"path": str(ticket.path)}
+    if ticket.parts > 1:
+        offered["parts"] = ticket.parts
     return {"type": "checkpoint", "id": ticket.id, **offered, "step": ticket.step}
 
 

@@ -169,16 +169,19 @@ class Session:
         finally:
             self.enter(before)
 
-    def checkpoint(self, path: Path, step: SupportsIndex) -> Ticket:
+    def checkpoint(self, path: Path, step: SupportsIndex, parts: int = 1) -> Ticket:
         """Hand over a finished directory; the agent owns it from here. Returns at once.
+
+        ``parts``: of how many. Where each of W ranks saves a part of the state, all of them hand
+        over their own for the same step with ``parts=W``; 1 is a whole checkpoint, from rank 0.
 
         Outside Baton nobody takes it: the ticket is `stored` where the directory lies.
         """
         if self._link is None:
-            ticket = Ticket(0, path, operator.index(step))
+            ticket = Ticket(0, path, operator.index(step), parts=parts)
             ticket.settle(TicketState.STORED)
             return ticket
-        ticket = self._mailbox.put_checkpoint(Path(path).absolute(), step)
+        ticket = self._mailbox.put_checkpoint(Path(path).absolute(), step, parts=parts)
         self._link.wake()
         return ticket
 
@@ -194,14 +197,20 @@ class Session:
         return self._slabs.slab(slot_bytes, wait_s)
 
     def capture(
-        self, slab: Slab, slot: int, files: Sequence[tuple[str, int, int]], step: SupportsIndex
+        self,
+        slab: Slab,
+        slot: int,
+        files: Sequence[tuple[str, int, int]],
+        step: SupportsIndex,
+        parts: int = 1,
     ) -> Ticket:
         """Hand over what was written into a slot since ``slab.begin(slot)``: ``files`` are (name,
-        offset in the slot, bytes), and become the files of a checkpoint. Returns at once; the slot
-        is the agent's until the ticket is answered. Raises ValueError for what fits no header."""
+        offset in the slot, bytes), and become the files of a checkpoint, or of one of so many
+        ``parts`` of it. Returns at once; the slot is the agent's until the ticket is answered.
+        Raises ValueError for what fits no header."""
         whole_step, sequence = operator.index(step), self._slabs.next_sequence()
         slab.publish(slot, files, sequence=sequence, step=whole_step)
-        ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence)
+        ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence, parts=parts)
         slab.take(slot, ticket)
         if self._link is not None:
             self._link.wake()
