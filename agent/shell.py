@@ -18,6 +18,7 @@ from typing import Protocol
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
+from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
 from agent.core.trainer_messages import (
@@ -303,8 +304,8 @@ class AgentShell:
 
     async def _stored(self, command: m.StoreCheckpoint) -> StoredCheckpoint:
         """Raises `ChunkError`."""
-        job_text, _, epoch_text = command.attempt.partition(".")
-        job_id, epoch, step, parent = int(job_text), int(epoch_text), command.step, command.parent
+        named = parse_attempt_id(command.attempt)
+        job_id, epoch, step, parent = named.job_id, named.epoch, command.step, command.parent
         chunks = self._ports.chunks
         if not is_capture(command.path):
             return await chunks.store(

@@ -4,12 +4,11 @@ A message that makes no sense (an attempt id that is not one, a missing part) ra
 the peer is wrong, and the session ends with that sentence and not with a stack trace in the core.
 """
 
-import re
-
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.ids import find_attempt_id
 from agent.core.trainer_messages import TrainerTime
 from agent.core.values import (
     GpuSample,
@@ -21,8 +20,6 @@ from agent.core.values import (
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
-# Job id and epoch; 18 digits fit an int64, and so every store.
-_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}")
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
 _REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
 
@@ -261,7 +258,7 @@ def _source(address: pb.PeerAddress) -> ReplicaSource:
 
 
 def _attempt_id(text: str) -> str:
-    if not _ATTEMPT.fullmatch(text):
+    if find_attempt_id(text) is None:
         raise WireError(f"{text[:80]!r} is no attempt id")
     return text
 

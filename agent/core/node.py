@@ -7,7 +7,9 @@ the commands. `next_wake_ms` says when time alone will matter next.
 """
 
 from agent.core import hangs, pipeline
+from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
+from agent.core.ids import parse_attempt_id
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
 from agent.core.messages import (
@@ -186,15 +188,13 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
 
 def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None:
     """Accept, or refuse with a sentence. Twice is once, and what was stopped never starts."""
-    job_text, _, epoch_text = order.attempt.partition(".")
-    job_id, epoch = int(job_text), int(epoch_text)
-    known = [live.record.epoch for live in state.attempts.values() if live.record.job_id == job_id]
-    if max(known, default=0) >= epoch or state.fences.get(job_id, 0) >= epoch:
+    named = parse_attempt_id(order.attempt)
+    if is_past(state, named):
         return
     record = AttemptRecord(
         order.attempt,
-        job_id,
-        epoch,
+        named.job_id,
+        named.epoch,
         order.spec,
         order.gpu_uuids,
         pipeline.reachable(state, order.candidates),
@@ -205,30 +205,12 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms
-    refusal = _why_not(state, record)
+    refusal = why_not(state, record)
     if refusal:
         _refuse(state, now, live, refusal, permanent=False)
         return
     state.log("info", "attempt.accepted", attempt=record.id, gpus=list(record.gpu_uuids))
     state.commands.append(RestoreCheckpoint(record.id, record.candidates))
-
-
-def _why_not(state: State, record: AttemptRecord) -> str:
-    if len(state.spool) >= SPOOL_MAX:
-        return f"{len(state.spool)} events wait for the coordinator; this node takes no more work"
-    here = {gpu.uuid: True for gpu in state.gpus}
-    for uuid in record.gpu_uuids:
-        if uuid not in here:
-            return f"{state.options.node} has no GPU {uuid}"
-    for other in state.attempts.values():
-        if other.record.id == record.id or not other.live:
-            continue
-        if other.record.job_id == record.job_id:
-            return f"attempt {other.record.id} of the same job has not left yet"
-        for uuid in other.record.gpu_uuids:
-            if uuid in record.gpu_uuids:
-                return f"GPU {uuid} is still held by attempt {other.record.id}"
-    return ""
 
 
 def _refuse(state: State, now: Instant, live: LiveAttempt, reason: str, permanent: bool) -> None:
@@ -249,10 +231,9 @@ def _stop(state: State, now: Instant, order: StopAttempt) -> None:
     grace."""
     live = state.attempts.get(order.attempt)
     if live is None:
-        job_text, _, epoch_text = order.attempt.partition(".")
-        job_id, epoch = int(job_text), int(epoch_text)
-        if state.fences.get(job_id, 0) < epoch:
-            state.fence(job_id, epoch)
+        named = parse_attempt_id(order.attempt)
+        if not state.is_fenced(named):
+            state.fence(named)
             state.spool_event(now, order.attempt, AttemptExited(reason="it never started here"))
         return
     if not live.live:
@@ -456,7 +437,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
 
 
 def _forget_settled(state: State) -> None:
-    """What ended and has been acknowledged needs no memory; its epoch stays fenced."""
+    """What ended and has been acknowledged needs no memory; it stays fenced."""
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is Phase.ENDED and record.last_sequence not in state.spool:

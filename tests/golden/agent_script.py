@@ -115,7 +115,10 @@ class World:
             for live in state.attempts.values()
         ]
         spool = ",".join(str(sequence) for sequence in state.spool)
-        fences = ",".join(f"{job}<={epoch}" for job, epoch in state.fences.items())
+        fences = ",".join(
+            f"{fence.job_id}<={fence.epoch}" + f" ranks {fence.ranks}" * bool(fence.ranks)
+            for fence in state.fences.values()
+        )
         return [
             *lines,
             f"spool [{spool}]",

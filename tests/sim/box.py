@@ -78,7 +78,7 @@ class Disk:
     journal_id: str
     attempts: dict[str, bytes] = field(default_factory=dict)
     spool: dict[int, str] = field(default_factory=dict)
-    fences: dict[int, int] = field(default_factory=dict)
+    fences: dict[int, PutFence] = field(default_factory=dict)
     next_sequence: int = 1
     leader_epoch: int = 0
     copies: dict[str, Copy] = field(default_factory=dict)
@@ -207,7 +207,7 @@ class SimJournal:
             tuple(msgspec.json.decode(text, type=AttemptRecord) for text in disk.attempts.values()),
             tuple(decode_event(disk.spool[sequence]) for sequence in sorted(disk.spool)),
             disk.next_sequence,
-            tuple(disk.fences.items()),
+            tuple(disk.fences.values()),
             disk.leader_epoch,
         )
 
@@ -238,7 +238,7 @@ class SimJournal:
                     del disk.spool[sequence]
             case PutFence():
                 disk.fences.pop(record.job_id, None)
-                disk.fences[record.job_id] = record.epoch
+                disk.fences[record.job_id] = record
             case DropFence():
                 disk.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
