@@ -121,10 +121,11 @@ class CaptureSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FoundCapture:
-    """A whole capture in a slab, by its `capture_name`."""
+    """A whole capture in a slab, by its `capture_name`. `parts` as in `TrainerCheckpoint`."""
 
     name: str
     step: int
+    parts: int = 1
 
 
 class Slabs(Protocol):

@@ -33,6 +33,7 @@ from agent.ports import (
     ChunkError,
     Chunks,
     Clock,
+    FoundCapture,
     GpuProbe,
     Journal,
     JournalUnavailable,
@@ -239,9 +240,8 @@ class AgentShell:
             case m.TellTrainer():
                 ports.trainers.tell(command.attempt, dict(command.message))
             case m.FindCapture():
-                found = ports.slabs.newest(command.attempt)
-                name, step = (found.name, found.step) if found is not None else ("", 0)
-                self.post(m.CaptureFound(command.attempt, name, step))
+                found = ports.slabs.newest(command.attempt) or FoundCapture("", 0)
+                self.post(m.CaptureFound(command.attempt, found.name, found.step, found.parts))
             case m.ReleaseSlab():
                 ports.slabs.release(command.attempt)
             case m.StoreCheckpoint():

@@ -20,7 +20,7 @@ Layout, version 1, as written by `baton_sdk/slab.py` (its essay says why this or
     32 KiB   header 1: what slot 1 holds                  document bytes u32 | BLAKE2b-128 |
     64 KiB   slot 0, then slot 1                          document (JSON)
 
-    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...]}
+    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts"}
 
 Memory is bounded by a share of what the host has available when a slab is asked for. Where two
 slots do not fit one is given: then the checkpoint before it, on disk, is the one to fall back to
@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from agent.core.trainer_messages import capture_name
+from agent.core.trainer_messages import PARTS_MAX, capture_name
 from agent.ports import CapturedFile, CaptureSource, ChunkError, FoundCapture
 
 MAGIC = b"batonslb"
@@ -74,6 +74,7 @@ class _Header:
     sequence: int
     slot: int
     step: int
+    parts: int
     files: tuple[CapturedFile, ...]
     edges: tuple[int, ...]
 
@@ -145,8 +146,8 @@ class Slabs:
             inode = os.fstat(slab.descriptor).st_ino
             for header in _headers(slab):
                 if best is None or header.sequence > best[0]:
-                    found = FoundCapture(capture_name(inode, header.sequence), header.step)
-                    best = (header.sequence, found)
+                    name = capture_name(inode, header.sequence)
+                    best = (header.sequence, FoundCapture(name, header.step, header.parts))
         return best[1] if best is not None else None
 
     @contextlib.contextmanager
@@ -265,20 +266,21 @@ def _header(slab: Granted, slot: int) -> _Header | None:
 def _decoded(document: bytes, slot: int, slot_bytes: int) -> _Header | None:
     try:
         fields = json.loads(document)
-        numbers = (fields["sequence"], fields["slot"], fields["step"])
+        parts = fields.get("parts", 1)  # an older SDK does not say, and knows of no parts
+        numbers = (fields["sequence"], fields["slot"], fields["step"], parts)
         listed = [(str(name), offset, size, edges) for name, offset, size, edges in fields["files"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     counts = [*numbers, *(number for entry in listed for number in entry[1:])]
     if any(type(count) is not int or not 0 <= count < 1 << 63 for count in counts):
         return None
-    if fields["slot"] != slot or not 0 < len(listed) <= FILES_MAX:
+    if fields["slot"] != slot or not 0 < len(listed) <= FILES_MAX or not 0 < parts <= PARTS_MAX:
         return None
     if any(offset + size > slot_bytes for _, offset, size, _ in listed):
         return None
     files = tuple(CapturedFile(name, offset, size) for name, offset, size, _ in listed)
     edges = tuple(entry[3] for entry in listed)
-    return _Header(fields["sequence"], slot, fields["step"], files, edges)
+    return _Header(fields["sequence"], slot, fields["step"], parts, files, edges)
 
 
 def _read(descriptor: int, offset_bytes: int, size_bytes: int) -> bytes:

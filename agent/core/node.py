@@ -202,6 +202,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         order.spec.replication == "required",
         order.restart_count,
         token=chance,
+        gang=order.gang,
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms
@@ -272,7 +273,9 @@ def _keep(state: State, order: KeepCheckpoints) -> None:
         if record.pending is not None:
             keep[record.pending.digest] = None
         if record.phase is Phase.ACCEPTED:
-            keep.update(dict.fromkeys(candidate.digest for candidate in record.candidates))
+            for candidate in record.candidates:
+                digests = (candidate.digest, *(part.digest for part in candidate.parts))
+                keep.update(dict.fromkeys(digests))
     for event in state.spool.values():
         if isinstance(event.body, CheckpointProposed):
             keep[event.body.digest] = None

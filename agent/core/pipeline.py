@@ -56,14 +56,19 @@ def reachable(
 ) -> tuple[RestoreCandidate, ...]:
     """The coordinator knows that a copy is shared; where that directory is, each node knows."""
     here = state.options.shared_directory
+
+    def known(sources: tuple[ReplicaSource, ...]) -> tuple[ReplicaSource, ...]:
+        return tuple(
+            replace(source, address=here) if source.node == SHARED else source
+            for source in sources
+            if source.node != SHARED or here
+        )
+
     return tuple(
         replace(
             candidate,
-            sources=tuple(
-                replace(source, address=here) if source.node == SHARED else source
-                for source in candidate.sources
-                if source.node != SHARED or here
-            ),
+            sources=known(candidate.sources),
+            parts=tuple(replace(part, sources=known(part.sources)) for part in candidate.parts),
         )
         for candidate in candidates
     )
@@ -74,7 +79,7 @@ def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
     sent twice; a capture's name is its own, whoever says it."""
     record = live.record
     capture = message.path if is_capture(message.path) else live.handed_capture
-    offered = Offered(message.id, message.path, message.step, capture)
+    offered = Offered(message.id, message.path, message.step, message.parts, capture)
     # By its path too: a second program of the same attempt counts its checkpoints from 1 again.
     stored = record.stored_path == _plain(offered.path) and (
         record.stored_id == offered.trainer_id or is_capture(offered.path)
@@ -140,7 +145,7 @@ def capture_found(state: State, now: Instant, live: LiveAttempt, found: CaptureF
     known = not found.name or _is_past(live, found.name)
     if not known and live.record.phase is Phase.SETTLING:
         state.log("info", "checkpoint.rescued", attempt=live.record.id, step=found.step)
-        rescued = Offered(0, found.name, found.step, found.name)
+        rescued = Offered(0, found.name, found.step, found.parts, found.name)
         superseded, live.offered = live.offered, rescued
         if superseded is not None:
             _refuse(state, live, superseded, "superseded")
@@ -190,7 +195,14 @@ def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> No
         return
     live.storing = None
     kept = done.stored
-    pending = Pending(kept.digest, kept.step, kept.size_bytes, live.record.head, offered.trainer_id)
+    pending = Pending(
+        kept.digest,
+        kept.step,
+        kept.size_bytes,
+        live.record.head,
+        offered.trainer_id,
+        offered.parts,
+    )
     state.put(
         live,
         pending=pending,
@@ -289,11 +301,10 @@ def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ..
     live.unanswered[pending.digest] = Proposal(pending.trainer_id, parent)
     replicas = (state.options.node, *copies)
     state.put(live, pending=None, head=pending.digest)
-    state.spool_event(
-        now,
-        live.record.id,
-        CheckpointProposed(pending.digest, parent, pending.step, pending.size_bytes, replicas),
+    body = CheckpointProposed(
+        pending.digest, parent, pending.step, pending.size_bytes, replicas, pending.parts
     )
+    state.spool_event(now, live.record.id, body)
     advance_pipeline(state, live)
     settle(state, now, live)
 
