@@ -115,11 +115,13 @@ async def test_the_conversation(house: House) -> None:
     )
     trainer.send({"type": "milestone", "name": "imports", "unix_ms": 1790000000000})
     trainer.send({"type": "checkpoint", "id": 7, "path": path, "step": 120})
-    assert [await house.message() for _ in range(4)] == [
+    trainer.send({"type": "checkpoint", "id": 8, "path": path, "step": 130, "parts": 1024})
+    assert [await house.message() for _ in range(5)] == [
         ("1.1", TrainerProgress(1, None, ())),
         ("1.1", TrainerProgress(2, 9, (("loss", 1.0), ("a", 0.5)))),
         ("1.1", TrainerMilestone("imports", 1790000000000)),
         ("1.1", TrainerCheckpoint(7, str(real), 120)),
+        ("1.1", TrainerCheckpoint(8, str(real), 130, 1024)),
     ]
     house.server.tell("1.1", {"type": "stored", "id": 7, "digest": "ab"})
     assert await trainer.receive() == {"type": "stored", "id": 7, "digest": "ab"}
@@ -250,6 +252,16 @@ async def test_a_bad_line_is_refused_and_reaches_nobody(
     assert await trainer.refusal() == reason
     assert house.messages == []
     await house.greeted()  # the next one is served as before
+
+
+@pytest.mark.parametrize("parts", [0, 1_025, True, "2", None])
+async def test_a_number_of_parts_that_cannot_be(house: House, parts: object) -> None:
+    path = house.staging / "ckpt"
+    path.mkdir()
+    trainer = await house.greeted()
+    trainer.send({"type": "checkpoint", "id": 1, "path": str(path), "step": 1, "parts": parts})
+    assert str(await trainer.refusal()).startswith("parts must be an integer from ")
+    assert house.messages == []
 
 
 async def test_times_of_a_newer_trainer_are_passed_over(house: House) -> None:
@@ -416,8 +428,8 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
     (held,) = trainer.descriptors
     inode = os.fstat(held).st_ino
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
-    named = TrainerCheckpoint(3, capture_name(inode, 8), 120)
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
+    named = TrainerCheckpoint(3, capture_name(inode, 8), 120, 2)
     assert await house.message() == ("1.1", named)
     trainer.send({"type": "slab", "bytes": 10**9})
     refusal = await asyncio.to_thread(trainer.receive)
@@ -427,7 +439,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     desk.close()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
     assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
     assert await house.message() == ("1.1", named)
     reader, writer = os.pipe()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)

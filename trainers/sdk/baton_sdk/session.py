@@ -76,6 +76,8 @@ class Session:
         self._staging = environment.get("BATON_STAGING_DIR", "")
         self._restore = environment.get("BATON_RESTORE_DIR", "")
         self._restore_step = int(environment.get("BATON_RESTORE_STEP") or 0)
+        self._rank = int(environment.get("BATON_RANK") or 0)
+        self._world_size = int(environment.get("BATON_WORLD_SIZE") or 1)
         self._owner_pid = os.getpid()
         self._mailbox = Mailbox()
         self._slabs = SlabDesk(self._mailbox)
@@ -102,13 +104,27 @@ class Session:
         return bool(self._socket_path)
 
     @property
+    def rank(self) -> int:
+        """Which of the job's ranks this process belongs to, from 0. Below a launcher that the rank
+        itself has started, the ``RANK`` in the environment is another one."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks Baton has started for this job; as many may hand over a part of a
+        checkpoint each."""
+        return self._world_size
+
+    @property
     def stop_requested(self) -> StopRequest | None:
         """Set once, by the agent or by a signal. Look at it after every step."""
         return self._stop
 
     @property
     def restore_directory(self) -> Path | None:
-        """The files of the last committed checkpoint, verified; None on a first start."""
+        """The files of the last committed checkpoint, verified; None on a first start. Where ranks
+        handed over a part each, every rank finds all parts, in ``rank-00000``, ``rank-00001`` and
+        so on."""
         return Path(self._restore) if self._restore else None
 
     @property
@@ -209,7 +225,7 @@ class Session:
         ``parts`` of it. Returns at once; the slot is the agent's until the ticket is answered.
         Raises ValueError for what fits no header."""
         whole_step, sequence = operator.index(step), self._slabs.next_sequence()
-        slab.publish(slot, files, sequence=sequence, step=whole_step)
+        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts)
         ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence, parts=parts)
         slab.take(slot, ticket)
         if self._link is not None:
@@ -229,9 +245,16 @@ class Session:
         due or a stop is wanted, and the end of the process after a stop (SystemExit 75).
 
         ``save`` writes the state of the training into the directory that it gets, before it
-        returns. Outside Baton this does nothing. For one process; ranks that train together must
-        agree on a stop, which ``stop_requested`` leaves to them.
+        returns. Outside Baton this does nothing. For one process: of ranks that train together only
+        rank 0 may call this, and what it saves is the whole checkpoint; the others call
+        ``progress``. They must agree on a stop, which ``stop_requested`` leaves to them. Raises
+        RuntimeError on any other rank.
         """
+        if self._rank:
+            raise RuntimeError(
+                f"after_step was called on rank {self._rank} of {self._world_size}: it saves a "
+                "whole checkpoint, so rank 0 alone may call it; call progress on the others"
+            )
         self.progress(step, total_steps, metrics)
         stop, staging = self._stop, self.staging_directory
         if staging is None or (stop is None and step % every_steps != 0):
