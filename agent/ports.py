@@ -145,15 +145,30 @@ class Chunks(Protocol):
     shared directory."""
 
     async def store(
-        self, directory: str, *, job_id: int, epoch: int, step: int, parent: str
+        self,
+        directory: str,
+        *,
+        job_id: int,
+        epoch: int,
+        step: int,
+        parent: str,
+        rank: int | None = None,
     ) -> StoredCheckpoint:
-        """Hash and keep every file under `directory`, durably; the directory stays as it is. Doing
+        """Hash and keep every file under `directory`, durably; the directory stays as it is. It is
+        the part of this rank of a gang, or a whole checkpoint where `rank` is `None`. Doing
         it again with the same arguments gives the same digest and writes nothing new. Raises
         `ChunkError`, e.g. when the disk is full."""
         ...
 
     async def store_capture(
-        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+        self,
+        source: CaptureSource,
+        *,
+        job_id: int,
+        epoch: int,
+        step: int,
+        parent: str,
+        rank: int | None = None,
     ) -> StoredCheckpoint:
         """The same for the files of a capture, from memory. Raises `ChunkError`."""
         ...

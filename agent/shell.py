@@ -306,14 +306,15 @@ class AgentShell:
         """Raises `ChunkError`."""
         named = parse_attempt_id(command.attempt)
         job_id, epoch, step, parent = named.job_id, named.epoch, command.step, command.parent
+        rank = named.rank if command.part else None
         chunks = self._ports.chunks
         if not is_capture(command.path):
             return await chunks.store(
-                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent
+                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
             )
         with self._ports.slabs.reading(command.attempt, command.path) as source:
             return await chunks.store_capture(
-                source, job_id=job_id, epoch=epoch, step=step, parent=parent
+                source, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
             )
 
     async def _replicate(self, command: m.ReplicateCheckpoint) -> None:

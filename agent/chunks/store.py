@@ -476,3 +476,9 @@ class Writing:
             raise Incomplete(
                 f"chunk {short(digest)}: {size_bytes} bytes expected, {found_bytes} found"
             )
+
+
+def pin_all(writing: Writing, manifest: Manifest) -> None:
+    """Every chunk of a checkpoint that is about to be read, or sent."""
+    for chunk in manifest.sizes_bytes():
+        writing.pin(chunk)

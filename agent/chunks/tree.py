@@ -55,7 +55,14 @@ _File = tuple[str, int, Iterator[bytes]]
 
 
 def ingest(
-    store: ChunkStore, directory: Path, *, job_id: int, epoch: int, step: int, parent: str
+    store: ChunkStore,
+    directory: Path,
+    *,
+    job_id: int,
+    epoch: int,
+    step: int,
+    parent: str,
+    rank: int | None = None,
 ) -> StoredCheckpoint:
     """Keep every regular file under `directory`, durably; the directory stays as it is. Empty
     directories are not kept.
@@ -64,11 +71,18 @@ def ingest(
     written, `ChunkError`.
     """
     files = _files_of(directory, scan(directory))
-    return _ingest(store, files, _nothing, Manifest(job_id, epoch, step, parent, ()))
+    return _ingest(store, files, _nothing, Manifest(job_id, epoch, step, parent, (), rank))
 
 
 def ingest_capture(
-    store: ChunkStore, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+    store: ChunkStore,
+    source: CaptureSource,
+    *,
+    job_id: int,
+    epoch: int,
+    step: int,
+    parent: str,
+    rank: int | None = None,
 ) -> StoredCheckpoint:
     """Keep the files of a capture, durably. Raises `Invalid` for a name that could land outside a
     directory, `DiskFull` after giving back what was written, and `ChunkError`, also when the
@@ -76,7 +90,7 @@ def ingest_capture(
     files = (
         (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry)) for entry in source.files
     )
-    return _ingest(store, files, source.check, Manifest(job_id, epoch, step, parent, ()))
+    return _ingest(store, files, source.check, Manifest(job_id, epoch, step, parent, (), rank))
 
 
 def scan(directory: Path) -> list[str]:

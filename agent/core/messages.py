@@ -434,12 +434,14 @@ class ReleaseSlab:
 
 @dataclass(frozen=True, slots=True)
 class StoreCheckpoint:
-    """`path` is a directory, or the `capture_name` of a capture in the attempt's slab."""
+    """`path` is a directory, or the `capture_name` of a capture in the attempt's slab. `part`: it
+    is the part of the attempt's rank, and not whole."""
 
     attempt: str
     path: str
     step: int
     parent: str
+    part: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,9 +183,11 @@ def advance_pipeline(state: State, live: LiveAttempt) -> None:
     if len(live.unanswered) >= UNANSWERED_MAX and not leaving:
         return
     live.storing, live.offered = live.offered, None
-    if live.storing is not None:
+    storing = live.storing
+    if storing is not None:
+        part = storing.parts > 1
         state.commands.append(
-            StoreCheckpoint(record.id, live.storing.path, live.storing.step, record.head)
+            StoreCheckpoint(record.id, storing.path, storing.step, record.head, part)
         )
 
 

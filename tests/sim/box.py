@@ -387,24 +387,21 @@ class SimChunks:
     def __init__(self, box: Box) -> None:
         self._box = box
 
-    async def store(
-        self, directory: str, *, job_id: int, epoch: int, step: int, parent: str
-    ) -> StoredCheckpoint:
+    async def store(self, directory: str, **origin: int | str | None) -> StoredCheckpoint:
         around = self._box.around
         await around.pause_ms(10, 400)
         content = self._box.disk.staging.get(directory)
         if content is None:
             raise ChunkError(f"{directory} is not there")
-        return await self._keep(content, f"{job_id} {epoch} {step} {parent} {content}")
+        return await self._keep(content, f"{origin} {content}")
 
     async def store_capture(
-        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+        self, source: CaptureSource, **origin: int | str | None
     ) -> StoredCheckpoint:
         assert isinstance(source, SimSource)
         await self._box.around.pause_ms(10, 400)
         source.check()
-        text = f"{job_id} {epoch} {step} {parent} {source.content}"
-        return await self._keep(source.content, text)
+        return await self._keep(source.content, f"{origin} {source.content}")
 
     async def _keep(self, content: Content, text: str) -> StoredCheckpoint:
         around, disk = self._box.around, self._box.disk
