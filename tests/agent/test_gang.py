@@ -29,6 +29,7 @@ from agent.core.trainer_messages import TrainerMessage
 from agent.journal import SqliteJournal
 from agent.main import SystemChance, SystemClock
 from agent.processes import records
+from agent.processes.forks import ForkServers
 from agent.processes.supervisor import Supervisor
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
@@ -115,9 +116,9 @@ class Ears:
         self.shell.on_trainer_message(attempt_id, message)
 
 
-@pytest.fixture
-async def coordinator(tmp_path: Path) -> AsyncIterator[Coordinator]:
-    """With an agent that has dialled it."""
+@pytest.fixture(params=["executed", "forked"])
+async def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Coordinator]:
+    """With an agent that has dialled it; its shims are of either kind."""
     made = Coordinator()
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(tmp_path / "journal.sqlite3")
@@ -134,9 +135,15 @@ async def coordinator(tmp_path: Path) -> AsyncIterator[Coordinator]:
         await trainers.open()
         python_path = str(Path(baton_sdk.__file__).parents[1])
         base = (("PATH", os.environ["PATH"]), ("PYTHONPATH", python_path))
+        forks = ForkServers() if request.param == "forked" else None
+        if forks is not None:
+            stack.push_async_callback(forks.close)
+            forks.open()
+            async with asyncio.timeout(DEADLINE_S):
+                await forks.plain.ready.wait()
         launch = LaunchOptions("n1", trainers.socket_path, str(workspaces), sys.executable, base)
         ports = Ports(
-            SystemClock(), SystemChance(), Probe(), Supervisor(tmp_path),
+            SystemClock(), SystemChance(), Probe(), Supervisor(tmp_path, forks=forks),
             AttemptDirectories(workspaces), trainers, slabs, chunks, journal, made,
             lambda *_: None, asyncio.to_thread,
         )  # fmt: skip
