@@ -13,6 +13,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 
 from agent.core import messages as m
 from agent.core import state as s
+from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.ids import AttemptId, find_attempt_id, parse_attempt_id
 from agent.core.node import NodeCore
@@ -26,7 +27,12 @@ class GangMachine(AgentMachine):
     def __init__(self) -> None:
         self.highest: dict[int, int] = {}  # by job: the epoch of what the agent has heard
         self.must_end: set[str] = set()
+        self.away: set[str] = set()  # trainers that this agent has not heard yet
         super().__init__()
+
+    def boot(self) -> None:
+        self.away = set(self.processes)
+        super().boot()
 
     @rule(
         job_id=st.integers(1, 2),
@@ -77,7 +83,18 @@ class GangMachine(AgentMachine):
     def handle(self, event: m.Event) -> None:
         if isinstance(event, m.FromCoordinator) and self.core.state.welcomed:
             self.listen(event.order)
+        if isinstance(event, m.FromTrainer) and isinstance(event.message, t.TrainerCheckpoint):
+            self.hand_over_again(event.attempt, event.message.id)
         super().handle(event)
+
+    def hand_over_again(self, attempt: str, number: int) -> None:
+        """To an agent that has come back a trainer repeats what was not answered, oldest first,
+        before it says anything new."""
+        if attempt in self.away:
+            self.away.discard(attempt)
+            for message in list(self.offered.get(attempt, {}).values()):
+                if message.id < number:
+                    super().handle(m.FromTrainer(attempt, message))
 
     def listen(self, order: m.Order) -> None:
         if not isinstance(order, m.StartAttempt | m.StopAttempt):
