@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from tests.trainers import faultshim
-from trainers import checkpoint, exactness, manifest
+from trainers import checkpoint, exactness, manifest, ranges
 
 KEPT = 2
 """As the training loop keeps outside Baton."""
@@ -138,7 +138,7 @@ def judge(root: Path, committed: int, count: Count) -> int:
     if wrong := differing(snapshot_of(step), found):
         count.bad.append(f"step {step} differs in {wrong}")
     try:
-        manifest.verify(root / f"checkpoint-{step:09d}")
+        ranges.verify(root / f"checkpoint-{step:09d}")
     except manifest.ManifestError as error:
         count.bad.append(f"step {step}: {error}")
     for older in directories(root)[:-1]:
