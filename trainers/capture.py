@@ -134,8 +134,9 @@ def key_of(tensors: checkpoint.Tensors) -> _Key:
 class Capturer:
     """Captures into the session's slab, of one training."""
 
-    def __init__(self, session: baton_sdk.Session) -> None:
+    def __init__(self, session: baton_sdk.Session, *, parts: int = 1) -> None:
         self._session = session
+        self._parts = parts
         self._layouts: dict[str, Layout] = {}
         self._memory: _Memory | None = None
         self.busy = False
@@ -182,7 +183,7 @@ class Capturer:
             return None
         began_s = time.perf_counter()
         files = self._copy(self._memory, slot, live, text, whole)
-        ticket = self._session.capture(slab, slot, files, step)
+        ticket = self._session.capture(slab, slot, files, step, self._parts)
         self.stall_s = planned_s + time.perf_counter() - began_s
         return ticket
 

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import baton_sdk
-from trainers import capture, checkpoint
+from trainers import capture, checkpoint, ranges
 from trainers.configuration import AUTOMATIC_S, LoopOptions
+from trainers.ranks import ALONE, World
 
 STANDALONE_CHECKPOINTS_MAX = 2
 """Kept outside Baton: the last one, and one more in case a disk error spoils it."""
@@ -25,10 +26,13 @@ STANDALONE_CHECKPOINTS_MAX = 2
 class Saver:
     """Of one training, in its one thread."""
 
-    def __init__(self, session: baton_sdk.Session, options: LoopOptions) -> None:
+    def __init__(
+        self, session: baton_sdk.Session, options: LoopOptions, world: World = ALONE
+    ) -> None:
         self._session = session
         self._options = options
-        self._capturer = capture.Capturer(session)
+        self._world = world
+        self._capturer = capture.Capturer(session, parts=world.size)
         self._stall_s: float | None = None
         self._prepared = False
         self._postponed = False
@@ -47,6 +51,11 @@ class Saver:
     def prepared(self) -> bool:
         """Whether the memory was asked for, or there is no use in asking."""
         return self._prepared or not self._session.under_baton
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a capture now would be put off."""
+        return self._capturer.blocked
 
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory that a state like this needs. Returns at once."""
@@ -88,10 +97,12 @@ class Saver:
             return None
         if ticket is None:
             directory = parent / f"checkpoint-{step:09d}"
+            if not (self._world.alone or self._session.under_baton):
+                directory /= ranges.name_of_part(self._world.rank)
             checkpoint.write(checkpoint.copied(live), directory)
-            ticket = self._session.checkpoint(directory, step)
+            ticket = self._session.checkpoint(directory, step, parts=self._world.size)
         self._stall_s = time.perf_counter() - began_s
-        if not self._session.under_baton:
+        if self._world.first and not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
                 shutil.rmtree(old)
         return ticket
