@@ -34,6 +34,7 @@ import baton_sdk
 from trainers import (
     accord,
     checkpoint,
+    evaluation,
     exactness,
     extra,
     manifest,
@@ -368,22 +369,15 @@ class Trainer:
     def evaluate(self) -> None:
         """Figures on held-out data, to the log and to the agent."""
         self.session.enter("eval")
-        self.task.model.eval()
-        if not self.world.alone:
-            # With gradients as many fit; ranks cannot try again with less.
-            self.task.evaluation_batch = min(self.task.evaluation_batch, self.micro_batch)
-        figures = self._figures()
-        while figures is None:
-            microbatch.free_memory(self.device)
-            before = self.task.evaluation_batch
-            microbatch.check_redoable(self.world, "in an evaluation", before, self._whole)
-            self.task.evaluation_batch = microbatch.halved(before, "in an evaluation")
-            emit(
-                "warning",
-                message=f"out of memory in an evaluation with {before} samples at once: going on"
-                f" with {self.task.evaluation_batch}",
+        with self.timing.measure(timing.EVALUATE_S):
+            figures = evaluation.figures(
+                self.task,
+                self.options,
+                self.device,
+                self.world,
+                micro_batch=self.micro_batch,
+                emit=emit,
             )
-            figures = self._figures()
         self._spread.settle()
         self._evaluated_step = self.step
         best = self.best.take(self.step, figures[self.task.metric])
@@ -396,17 +390,6 @@ class Trainer:
             self._tell("early_stop", step=self.step, best_step=self.best.step, best=self.best.value)
         self.session.milestone("evaluated")
         self._report_progress()
-
-    def _figures(self) -> dict[str, float] | None:
-        """What the task says of itself, or None for out of memory."""
-        measured = self.timing.measure(timing.EVALUATE_S)
-        try:
-            with measured, torch.no_grad(), optimization.autocast(self.device, self.options):
-                return self.task.evaluate(self.device, self.world)
-        except RuntimeError as error:
-            if not microbatch.is_out_of_memory(error):
-                raise
-            return None
 
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint is to be taken after this step."""

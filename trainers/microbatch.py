@@ -59,6 +59,11 @@ def pieces(global_batch: int, size: int) -> list[int]:
     return [size] * whole + ([rest] if rest else [])
 
 
+def most_at_once(global_batch: int, size: int, world: World) -> int:
+    """Samples of the largest piece on any rank: a shard may be smaller than ``size``."""
+    return min(size, -(-global_batch // world.size))
+
+
 def shares(global_batch: int, size: int, world: World) -> list[int]:
     """The pieces of this rank, as many as of every other one; 0 is one that does not count."""
     largest = -(-global_batch // world.size)
@@ -72,7 +77,7 @@ def check_redoable(world: World, place: str, size: int, global_batch: int) -> No
     ``size`` samples at once; the sentence says what fits and trains the same."""
     if world.alone:
         return
-    size = min(size, -(-global_batch // world.size))
+    size = most_at_once(global_batch, size, world)
     if size == 1:
         raise TooLargeError(
             f"out of memory {place} with a single sample on this rank: give the job more ranks,"

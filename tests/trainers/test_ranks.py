@@ -5,6 +5,7 @@ was not interrupted is the oracle of one that was, to the bit, where the world i
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from agent import slabs as agent_slabs
 from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent
 from tests.trainers.gang import Ended, Host
-from trainers import checkpoint, export, ranges, weights
+from trainers import checkpoint, export, microbatch, ranges, weights
+from trainers.ranks import ALONE, NO_STOP_S, Decision, Vote, World, decide, world_of
+
+pytestmark = pytest.mark.xdist_group("ranks")
+"""One host, and one set of uninterrupted runs."""
 
 STEPS, SAVED = 8, 4
 ROUNDING = 1e-5
@@ -31,6 +38,9 @@ PLAIN: dict[str, Any] = {
     "checkpoint_every_steps": SAVED,
     "checkpoint_every_s": 0,
     "learning_rate": 0.01,
+    # Some of the gradients are longer (they are 0.33 to 0.65) and some are not: AdamW does not see
+    # that all are too long by the same factor, but a limit does.
+    "clip_norm": 0.4,
     "collective_timeout_s": 60.0,
 }
 RANDOM: dict[str, Any] = {**PLAIN, "dropout": 0.2, "noisy": True}
@@ -74,6 +84,87 @@ def close(left: list[float], right: list[float]) -> bool:
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
+
+
+# --- what is decided, without a process -----------------------------------------------------------
+
+
+def test_one_stop_stops_all_and_the_shortest_grace_counts() -> None:
+    assert not decide([Vote(1.0), Vote(2.0)]).stop
+    votes = [Vote(0.25), Vote(0.5, stop_s=30.0), Vote(0.25, stop_s=20.0)]
+    assert decide(votes) == Decision(loss=1.0, stop_s=20.0, save=False)
+    assert decide(votes).stop
+    assert decide([Vote(0.0, stop_s=0.0), Vote(0.0)]).stop, "no grace at all is a stop too"
+
+
+@pytest.mark.parametrize(
+    ("due", "busy", "save"),
+    [
+        ((True, False), (False, False), True),
+        ((False, True), (False, False), False),
+        ((True, True), (False, True), False),
+        ((True, True), (True, False), False),
+    ],
+)
+def test_a_checkpoint_is_due_by_rank_0_and_waits_for_the_slowest(
+    *, due: tuple[bool, bool], busy: tuple[bool, bool], save: bool
+) -> None:
+    votes = [Vote(0.0, due=d, busy=b) for d, b in zip(due, busy, strict=True)]
+    assert decide(votes).save is save
+
+
+@given(batch=st.integers(1, 40), size=st.integers(1, 40), ranks=st.integers(1, 9))
+def test_every_rank_makes_as_many_passes_and_all_samples_are_taken_once(
+    batch: int, size: int, ranks: int
+) -> None:
+    shares = [microbatch.shares(batch, size, World(rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sum(map(sum, shares)) == batch
+    most = microbatch.most_at_once(batch, size, World(0, ranks))
+    assert max(map(max, shares)) == most
+    fits = [share for share in shares if 0 in share]
+    assert all(share[: share.index(0)].count(0) == 0 for share in fits), "at the end"
+
+
+@given(batch=st.integers(2, 64), size=st.integers(1, 64), ranks=st.integers(2, 8))
+def test_what_is_said_to_fit_trains_the_same_in_smaller_pieces(
+    batch: int, size: int, ranks: int
+) -> None:
+    world = World(0, ranks)
+    with pytest.raises(microbatch.TooLargeError) as refused:
+        microbatch.check_redoable(world, "in step 2", size, batch)
+    before = microbatch.most_at_once(batch, size, world)
+    found = re.search(r"batch_size = (\d+) and accumulate = (\d+)", str(refused.value))
+    if before == 1:
+        assert "with a single sample" in str(refused.value)
+        return
+    assert found is not None
+    batch_size, accumulate = map(int, found.groups())
+    assert batch_size * accumulate == batch
+    assert microbatch.most_at_once(batch, batch_size, world) < before
+    microbatch.check_redoable(ALONE, "in step 2", size, batch)
+
+
+def test_the_world_is_what_torchrun_says() -> None:
+    told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    world = world_of(told)
+    assert (world.rank, world.size, world.local_rank, world.first) == (5, 8, 1, False)
+    assert world_of({}) is ALONE
+    assert world_of({"RANK": "0", "WORLD_SIZE": "1"}) is ALONE
+
+
+def test_a_world_of_one_decides_by_itself_and_meets_nobody() -> None:
+    ALONE.open(torch.device("cpu"), 1.0)
+    assert not torch.distributed.is_initialized()
+    assert ALONE.sums([1.5, 2.0]) == [1.5, 2.0]
+    assert ALONE.texts("a") == ["a"]
+    ALONE.check_same("nothing", "a")
+    assert ALONE.decide(Vote(3.0, due=True)) == Decision(3.0, NO_STOP_S, save=True)
+
+
+def test_ranks_draw_from_seeds_of_their_own() -> None:
+    seeds = {World(rank, 3).seed_of(1, samples) for rank in range(3) for samples in (0, 8)}
+    assert len(seeds) == 6
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -188,6 +279,9 @@ def test_another_world_goes_on_with_the_same_samples(
     assert close(first.losses, one.losses[SAVED:])
     found = ranges.load_any(Path(kept) / f"checkpoint-{STEPS:09d}")
     assert (found.world_size, found.samples) == (readers, STEPS * 8)
+    if readers > 1:
+        states = [part.random["torch_cpu"] for part in parts(Path(kept), STEPS)]
+        assert len({bytes(state.tolist()) for state in states}) == readers, "seeded anew, each"
 
 
 def test_a_part_that_is_gone_or_of_another_step_is_refused_by_all(
