@@ -61,6 +61,7 @@ class CausalTextTask:
     ) -> None:
         self.model = model
         self.evaluation_batch = EVALUATION_BATCH
+        self.delivers = deliver is not None
         self._deliver = deliver
         self.train = train
         self.held_out = held_out

@@ -83,6 +83,7 @@ class ClassifyTask:
 
     metric = "accuracy"
     higher_is_better = True
+    delivers = False
 
     def __init__(
         self,

@@ -450,6 +450,8 @@ class Trainer:
     def deliver(self) -> None:
         """Have the result written, by rank 0; the others wait for it, and fail with it. Raises
         OSError, or RankError."""
+        if not self.task.delivers:
+            return
         whole = self._spread.gather()
         failure = ""
         if whole is not None:

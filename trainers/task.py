@@ -25,6 +25,10 @@ class Task(Protocol):
     identity: str
     """Describes data and model; a checkpoint of another identity is refused."""
 
+    delivers: bool
+    """Whether ``deliver`` writes anything: for a model that is spread over ranks it costs the
+    gathering."""
+
     def batch(self, samples: Sequence[int]) -> Any:
         """These samples as tensors on the CPU, in any nesting. Called from another thread than the
         rest, ahead of time: it depends on nothing that changes, and on no random generator."""

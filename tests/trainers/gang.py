@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from typing import Any
 import torch
 import transformers
 
+import baton_sdk
+from agent import slabs as agent_slabs
 from tests.trainers import tasks
+from tests.trainers.test_capture import PLENTY, DeskSession, files_of
 from trainers import adapters, loop, models, start
 from trainers.causal import CausalTextTask
 from trainers.configuration import LoopOptions
@@ -194,7 +198,32 @@ def run_rank(place: Path, environment: dict[str, str]) -> int:
         os.dup2(opened, number)
     signal.alarm(RANKS_S_MAX)
     arguments = ["--config", str(place / "config.json")]
-    return start.run(GangOptions, lambda: build, arguments)
+    if not environment.get("GANG_DESK"):
+        return start.run(GangOptions, lambda: build, arguments)
+    return run_with_desk(Path(environment["GANG_DESK"]), arguments)
+
+
+class Answering(DeskSession):
+    """An agent in the same process, which stores what is captured at once."""
+
+    def capture(self, *arguments: object) -> baton_sdk.Ticket:
+        ticket = super().capture(*arguments)
+        self.answer(ticket)
+        assert ticket.parts == int(os.environ["WORLD_SIZE"])
+        return ticket
+
+
+def run_with_desk(target: Path, arguments: Sequence[str]) -> int:
+    """With memory for captures from the first step on; the files of the last one, as an agent reads
+    them, become the directory ``target``."""
+    desk = agent_slabs.Slabs(1.0, lambda: PLENTY)
+    session = Answering(desk, target)
+    with unittest.mock.patch.object(baton_sdk, "connect", return_value=session):
+        status = start.run(GangOptions, lambda: build, arguments)
+    target.mkdir(parents=True)
+    for name, data in files_of(desk).items():
+        (target / name).write_bytes(data)
+    return status
 
 
 def serve() -> None:

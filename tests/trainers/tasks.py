@@ -44,6 +44,7 @@ class Around:
         self.higher_is_better = inner.higher_is_better
         self.evaluation_batch = inner.evaluation_batch
         self.identity = inner.identity
+        self.delivers = inner.delivers
 
     def batch(self, samples: Sequence[int]) -> Any:
         return self.inner.batch(samples)

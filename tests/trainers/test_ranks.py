@@ -417,6 +417,23 @@ def test_a_stop_on_one_rank_is_obeyed_by_all_at_the_same_step(
     assert steps[0] == steps[1] == [SAVED, STEPS]
 
 
+def test_what_is_captured_are_the_parts_that_would_be_written(host: Host, tmp_path: Path) -> None:
+    """The same training once with directories and once with memory: the tensor files are the same
+    bytes, and any number of ranks reads them."""
+    captured = [tmp_path / ranges.name_of_part(rank) for rank in range(2)]
+    ranks = host.run(2, [{"GANG_DESK": str(place)} for place in captured], **RANDOM)
+    assert [rank.status for rank in ranks] == [0, 0], ranks[0].err
+    assert all(line["captured"] for line in ranks[0].events if line["event"] == "checkpoint")
+    host.run(2, **RANDOM, checkpoint_directory=str(tmp_path / "kept"))
+    written = tmp_path / "kept" / f"checkpoint-{STEPS:09d}"
+    for place in captured:
+        for part in checkpoint.TENSOR_FILES:
+            name = f"{part}.safetensors"
+            same_bytes = (place / name).read_bytes() == (written / place.name / name).read_bytes()
+            assert same_bytes, f"{place.name}/{name}"
+    assert ranges.verify(tmp_path).step == STEPS
+
+
 def test_out_of_memory_on_one_rank_says_what_fits_and_ends_the_gang(host: Host) -> None:
     ranks = host.run(2, **PLAIN, full_rank=1)
     assert ranks[1].status == 1
