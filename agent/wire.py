@@ -253,7 +253,8 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
 
 def _stop(order: pb.StopAttempt) -> m.StopAttempt:
     grace_ms = _milliseconds(order.grace) if order.HasField("grace") else None
-    return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason)
+    precopy_ms = _milliseconds(order.precopy) if order.HasField("precopy") else None
+    return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason, precopy_ms)
 
 
 def _source(address: pb.PeerAddress) -> ReplicaSource:

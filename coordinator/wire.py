@@ -438,7 +438,10 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
             return pb.SessionResponse(start_attempt=_start(order))
         case m.StopAttempt():
             grace = None if order.grace_ms is None else _duration(order.grace_ms)
-            stop = pb.StopAttempt(attempt=order.attempt, grace=grace, reason=order.reason)
+            precopy = None if order.precopy_ms is None else _duration(order.precopy_ms)
+            stop = pb.StopAttempt(
+                attempt=order.attempt, grace=grace, reason=order.reason, precopy=precopy
+            )
             return pb.SessionResponse(stop_attempt=stop)
         case m.SetReplicaTarget():
             target = None if order.target is None else _address(order.target)

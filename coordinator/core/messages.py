@@ -326,11 +326,12 @@ class StartAttempt:
 
 @dataclass(frozen=True, slots=True)
 class StopAttempt:
-    """`grace_ms` of `None` kills at once."""
+    """`grace_ms` of `None` kills at once; `precopy_ms` is how long it may save before the stop."""
 
     attempt: str
     grace_ms: int | None
     reason: str
+    precopy_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ ORDER = st.one_of(
         cm.StartAttempt, ATTEMPT, SPEC, many(TEXT),
         many(st.builds(cm.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))), maybe(ADDRESS), SMALL,
     ),
-    st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT),
+    st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
     st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),
     st.builds(cm.CommitResult, ATTEMPT, DIGEST, st.booleans(), TEXT),
     st.builds(cm.KeepCheckpoints, many(DIGEST)),
@@ -284,6 +284,7 @@ def test_the_agent_survives_any_message(message: pb.SessionResponse) -> None:
         assert heard.heartbeat_interval_ms > 0
     if isinstance(heard, am.StopAttempt):
         assert heard.grace_ms is None or heard.grace_ms >= 0
+        assert heard.precopy_ms is None or heard.precopy_ms >= 0
 
 
 @settings(max_examples=60)
