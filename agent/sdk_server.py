@@ -26,8 +26,14 @@ since it last said so, and the empty name says that it is in none:
 
     -> {"type":"section","name":"step","count":12,"unix_ms":1790000000000}
 
-The welcome says `"slabs":true` and `"sections":true`, so that a trainer says none of this to an
-agent that is older.
+A trainer that looks after its steps for requests to save says so, and may be sent one before a
+stop (`core/precopy.py`); its answer is a checkpoint:
+
+    -> {"type":"heeds_saves"}
+    <- {"type":"save","reason":"n1 is being drained"}
+
+The welcome says `"slabs":true`, `"sections":true` and `"saves":true`, so that a trainer says none
+of this to an agent that is older.
 """
 
 import asyncio
@@ -49,6 +55,7 @@ import structlog
 
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -333,7 +340,7 @@ class SdkServer:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
         self._unknown.discard(connection)
         registration.connections.append(connection)
-        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True}
+        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True, "saves": True}
         slabs = {} if self._slabs is None else {"slabs": True}
         connection.send(_encode({"type": "welcome", **welcome, **slabs}))
         self._flush(registration)
@@ -362,6 +369,8 @@ def parse(fields: dict[str, object], staging_directory: str) -> TrainerMessage:
         case "checkpoint":
             path = _staged_path(fields.get("path"), staging_directory)
             return TrainerCheckpoint(_integer(fields, "id"), path, _integer(fields, "step"))
+        case "heeds_saves":
+            return TrainerHeedsSaves()
         case "hello":
             raise LineRefused("a second hello on one connection")
         case other:

@@ -125,7 +125,13 @@ class LiveAttempt:
     `slab`: it has memory that it writes captures into; `searching`: its process is gone, and we
     look there for one that nobody handed over. `handed_capture` is the newest that somebody did.
     `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
-    its trainers are, and how long that takes."""
+    its trainers are, and how long that takes.
+
+    Of the pre-copy: `heeds_saves`: its trainer looks for requests to save; `precopy_until_ms`: the
+    stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
+    is the size of the checkpoint stored last, `change_bytes` what of it was new. `copied_to` is
+    who got the last copy; `copy_since_ms` when the present copy began, `copy_bytes_per_ms` how fast
+    the last one was that was large enough to tell."""
 
     record: AttemptRecord
     storing: Offered | None = None
@@ -143,6 +149,14 @@ class LiveAttempt:
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
     sections: Sections = field(default_factory=Sections)
+    heeds_saves: bool = False
+    precopy_until_ms: int | None = None
+    slab_bytes: int = 0
+    stored_bytes: int = 0
+    change_bytes: int = 0
+    copied_to: str = ""
+    copy_since_ms: int = 0
+    copy_bytes_per_ms: int = 0
 
     @property
     def live(self) -> bool:

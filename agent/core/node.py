@@ -6,7 +6,7 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import hangs, pipeline
+from agent.core import hangs, pipeline, precopy
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
@@ -65,6 +65,7 @@ from agent.core.state import (
 )
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMilestone,
     TrainerProgress,
@@ -96,7 +97,7 @@ class NodeCore:
         if state.connected:
             times.append(state.heard_ms + state.lease_ms)
         for live in state.attempts.values():
-            times += [live.kill_ms, live.settle_ms, live.replica_retry_ms]
+            times += [live.kill_ms, live.settle_ms, live.replica_retry_ms, live.precopy_until_ms]
         return min((time for time in times if time is not None), default=None)
 
 
@@ -150,6 +151,9 @@ def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> 
             pipeline.replicated(state, now, live, event)
         case ReplicationFailed():
             pipeline.replication_failed(state, now, live, event)
+    if precopy.is_over(state, live, event):
+        live.precopy_until_ms = None
+        _carry_out_stop(state, now, live)
 
 
 # --- orders ---------------------------------------------------------------------------------------
@@ -259,20 +263,25 @@ def _stop(state: State, now: Instant, order: StopAttempt) -> None:
         return
     kill_now = order.grace_ms is None
     known = live.record.stop_reason
-    if known and not (kill_now and live.record.stop_grace_ms is not None):
+    urgent = live.precopy_until_ms is not None and order.precopy_ms is None
+    if known and not urgent and not (kill_now and live.record.stop_grace_ms is not None):
         return
     reason = order.reason or "the coordinator gave no reason"
     state.put(live, stop_reason=reason, stop_grace_ms=order.grace_ms)
     state.log("info", "attempt.stopping", attempt=live.record.id, reason=reason)
+    precopy.begin(state, now, live, None if kill_now else order.precopy_ms)
     _carry_out_stop(state, now, live)
     pipeline.advance_pipeline(state, live)
 
 
 def _carry_out_stop(state: State, now: Instant, live: LiveAttempt) -> None:
-    """The ladder: the SDK's word and the signal at once, SIGKILL after the grace."""
+    """The ladder: the SDK's word and the signal at once, SIGKILL after the grace. While a pre-copy
+    is on its way it waits."""
     record = live.record
     if record.phase is not Phase.RUNNING or not record.stop_reason:
         return  # nothing to signal yet; `_started` and `_restored` look again
+    if live.precopy_until_ms is not None:
+        return
     if record.stop_grace_ms is None:
         live.kill_ms = None
         state.commands.append(KillProcess(record.id))
@@ -398,7 +407,9 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
 def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrainer) -> None:
     match event.message:
         case TrainerHello():
-            if live.record.stop_reason:
+            if live.precopy_until_ms is not None:
+                precopy.ask(state, live)
+            elif live.record.stop_reason:
                 _carry_out_stop_again(state, live)
         case TrainerProgress(step=step, total_steps=total, metrics=metrics, time=time):
             hangs.advanced(state, now, live, step)
@@ -411,7 +422,10 @@ def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrai
         case TrainerCheckpoint():
             pipeline.offer(state, live, event.message)
         case TrainerSlab():
+            live.slab_bytes = event.message.slot_bytes
             pipeline.take_slab(state, live)
+        case TrainerHeedsSaves():
+            live.heeds_saves = True
         case TrainerSection():
             hangs.entered(state, now, live, event.message)
 
@@ -433,7 +447,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
     if live.progress is not None:
         heartbeat(state, now)  # its last progress, before its end is told
     ended = hangs.exit_of(live, ended)
-    live.kill_ms = None
+    live.kill_ms = live.precopy_until_ms = None
     live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
     state.put(
         live,
@@ -471,6 +485,9 @@ def _tick(state: State, now: Instant) -> None:
             reason = live.record.exit_reason or "grace is over"
             state.log("warning", "attempt.killed", attempt=live.record.id, reason=reason)
             state.commands.append(KillProcess(live.record.id))
+        if live.precopy_until_ms is not None and live.precopy_until_ms <= now.now_ms:
+            live.precopy_until_ms = None
+            _carry_out_stop(state, now, live)
         if live.replica_retry_ms is not None and live.replica_retry_ms <= now.now_ms:
             live.replica_retry_ms = None
             pipeline.replicate(state, now, live)

@@ -47,6 +47,8 @@ REPLICA_RETRY_MS = 5_000
 # After its process has ended an attempt waits this long for a required copy, then reports its end
 # without that checkpoint: the GPUs are needed.
 SETTLE_MS_MAX = 120_000
+# A smaller copy says more of round trips than of the link.
+TIMED_BYTES_MIN = 16_000_000
 
 SHARED = "shared"
 
@@ -190,6 +192,9 @@ def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> No
         return
     live.storing = None
     kept = done.stored
+    # Of a job's first checkpoint all is new, which says nothing of how much will change.
+    live.change_bytes = kept.new_bytes if live.record.head else 0
+    live.stored_bytes = kept.size_bytes
     pending = Pending(kept.digest, kept.step, kept.size_bytes, live.record.head, offered.trainer_id)
     state.put(
         live,
@@ -232,10 +237,10 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
     record = live.record
     if record.pending is None or live.replicating is not None:
         return
-    target = _target(state, live)
+    target = target_of(state, live)
     live.replica_retry_ms = None
     if target is not None:
-        live.replicating = target
+        live.replicating, live.copy_since_ms = target, now.now_ms
         state.commands.append(ReplicateCheckpoint(record.id, record.pending.digest, target))
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
@@ -243,7 +248,8 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
         propose(state, now, live, ())
 
 
-def _target(state: State, live: LiveAttempt) -> ReplicaSource | None:
+def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
+    """Where its copies go; `None`: nowhere."""
     if live.record.spec.replication == "none":
         return None
     if state.options.shared_directory:
@@ -254,7 +260,16 @@ def _target(state: State, live: LiveAttempt) -> ReplicaSource | None:
 def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
     live.replicating = None
     if live.record.pending is not None and live.record.pending.digest == done.digest:
+        _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
+
+
+def _note_copy(now: Instant, live: LiveAttempt, node: str) -> None:
+    """What a node had the last time it is not sent again."""
+    sent_bytes = live.change_bytes if live.copied_to == node else live.stored_bytes
+    if sent_bytes >= TIMED_BYTES_MIN:
+        live.copy_bytes_per_ms = sent_bytes // max(1, now.now_ms - live.copy_since_ms)
+    live.copied_to = node
 
 
 def replication_failed(
@@ -273,7 +288,7 @@ def replication_failed(
         digest=failed.digest,
         reason=failed.reason,
     )
-    if _target(state, live) not in (None, tried):
+    if target_of(state, live) not in (None, tried):
         replicate(state, now, live)
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS

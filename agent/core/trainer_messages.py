@@ -80,6 +80,11 @@ class TrainerSection:
     ended: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerHeedsSaves:
+    """The trainer looks for requests to save after its steps, and so may be sent one."""
+
+
 TrainerMessage = (
     TrainerHello
     | TrainerProgress
@@ -87,6 +92,7 @@ TrainerMessage = (
     | TrainerCheckpoint
     | TrainerSlab
     | TrainerSection
+    | TrainerHeedsSaves
 )
 
 _CAPTURE = "slab:"

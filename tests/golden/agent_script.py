@@ -245,7 +245,9 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
             count, number = int(named.get("count", 1)), int(named.get("source", 1))
             return m.FromTrainer(attempt, t.TrainerSection(number, rest, count))
         case "slab":
-            return m.FromTrainer(attempt, t.TrainerSlab(1_000, 2))
+            return m.FromTrainer(attempt, t.TrainerSlab(int(named.get("size", 1_000)), 2))
+        case "heeds_saves":
+            return m.FromTrainer(attempt, t.TrainerHeedsSaves())
         case "capture":
             name = t.capture_name(1, int(named["sequence"]))
             return m.FromTrainer(
@@ -274,7 +276,8 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
                 v.ProcessExit(attempt, int(code) if code else None, int(signal) if signal else None)
             )
         case "stored":
-            return m.StoreDone(attempt, v.StoredCheckpoint(rest, int(named["step"]), 1_000, 10))
+            size, new = int(named.get("size", 1_000)), int(named.get("new", 10))
+            return m.StoreDone(attempt, v.StoredCheckpoint(rest, int(named["step"]), size, new))
         case "store_failed":
             return m.StoreFailed(attempt, rest)
         case "replicated":
@@ -302,8 +305,13 @@ def _order(verb: str, plain: list[str], named: dict[str, str]) -> m.Order:
         case "start":
             return _start(plain, named)
         case "stop":
-            grace = named.get("grace")
-            return m.StopAttempt(plain[0], int(grace) if grace else None, " ".join(plain[1:]))
+            grace, precopy = named.get("grace"), named.get("precopy")
+            return m.StopAttempt(
+                plain[0],
+                int(grace) if grace else None,
+                " ".join(plain[1:]),
+                int(precopy) if precopy else None,
+            )
         case "target":
             target = None if plain[1] == "none" else source(plain[1])
             return m.SetReplicaTarget(plain[0], target, "required" in plain)
