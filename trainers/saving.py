@@ -55,8 +55,8 @@ class Saver:
 
     def due(self, step: int, waited_s: float) -> bool:
         """Whether it is time, so many seconds after the last one: every so many steps, every so
-        many seconds, and when one was put off; 0 switches steps or seconds off. Not while the
-        agent still reads every slot: then it is put off."""
+        many seconds, when the agent asks, and when one was put off; 0 switches steps or seconds
+        off. Not while the agent still reads every slot: then it is put off."""
         options = self._options
         every_s = options.checkpoint_every_s
         if every_s == AUTOMATIC_S:
@@ -65,7 +65,8 @@ class Saver:
             )
         by_steps = options.checkpoint_every_steps
         self._postponed = (
-            self._postponed
+            self._session.take_save_request()  # first: who looks at every step is asked
+            or self._postponed
             or (by_steps > 0 and step % by_steps == 0)
             or (every_s > 0 and waited_s >= every_s)
         )

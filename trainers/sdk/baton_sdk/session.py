@@ -82,6 +82,8 @@ class Session:
         self._link: Link | None = None
         self._stop: StopRequest | None = None
         self._section = ""
+        self._heeds_saves = False
+        self._save_requested = False
 
     def open(self) -> None:
         """Install the signal handlers (main thread only: Python allows no other) and start the
@@ -92,7 +94,12 @@ class Session:
         if self._socket_path:
             faulthandler.register(DUMP_SIGNAL, file=STDERR, all_threads=True, chain=False)
             self._link = Link(
-                self._socket_path, self._token, self._mailbox, self._slabs, self._on_stop
+                self._socket_path,
+                self._token,
+                self._mailbox,
+                self._slabs,
+                on_stop=self._on_stop,
+                on_save=self._on_save,
             )
             self._link.open()
 
@@ -105,6 +112,20 @@ class Session:
     def stop_requested(self) -> StopRequest | None:
         """Set once, by the agent or by a signal. Look at it after every step."""
         return self._stop
+
+    def take_save_request(self) -> bool:
+        """Whether the agent has asked for a checkpoint since the last call, while the training
+        goes on: the job will have to leave soon, and what has not changed by then is on its way
+        already. Cheap enough for every step.
+
+        Who never calls it is not asked, and neither is a job that gains nothing by it.
+        """
+        if not self._heeds_saves and self._link is not None:
+            self._heeds_saves = True
+            self._mailbox.put_heeds_saves()
+            self._link.wake()
+        requested, self._save_requested = self._save_requested, False
+        return requested
 
     @property
     def restore_directory(self) -> Path | None:
@@ -217,7 +238,7 @@ class Session:
         metrics: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
         """All that a plain loop needs, after each of its steps: progress, a checkpoint when one is
-        due or a stop is wanted, and the end of the process after a stop (SystemExit 75).
+        due, asked for or a stop is wanted, and the end of the process after a stop (SystemExit 75).
 
         ``save`` writes the state of the training into the directory that it gets, before it
         returns. Outside Baton this does nothing. For one process; ranks that train together must
@@ -225,7 +246,8 @@ class Session:
         """
         self.progress(step, total_steps, metrics)
         stop, staging = self._stop, self.staging_directory
-        if staging is None or (stop is None and step % every_steps != 0):
+        asked = self.take_save_request()
+        if staging is None or (stop is None and not asked and step % every_steps != 0):
             return
         directory = staging / f"after-step-{os.getpid()}-{step}"
         directory.mkdir()
@@ -254,6 +276,9 @@ class Session:
         if self._stop is None:
             grace_ms = self._grace_ms if grace_ms is None else grace_ms
             self._stop = StopRequest(reason, grace_ms, time.monotonic())
+
+    def _on_save(self) -> None:
+        self._save_requested = True
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner_pid:
