@@ -59,7 +59,7 @@ _ATTEMPT_COLUMNS = (
     Column("GOODPUT", right=True),
     Column("FROM STEP", right=True),
     Column("EXIT", right=True),
-    Column("REPLICA"),
+    Column("STANDBY"),
     Column("REASON", shorten=True),
 )
 _EVENT_COLUMNS = (

@@ -5,13 +5,12 @@ commit is a compare-and-swap on (epoch, parent): only the attempt of the job's h
 commit, and only on top of the head. A stale attempt is refused whatever its node believes, which is
 what a fencing token is for (Kleppmann, "How to do distributed locking", 2016).
 
-Where a copy goes is decided here too: on a node that could run the job next, so that a handoff
-finds it in place.
+Copies go to the attempt's standby (`standby.py`), so that a handoff finds them in place.
 """
 
 from dataclasses import replace
 
-from coordinator.core import accounting, poison
+from coordinator.core import accounting, poison, standby
 from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
@@ -33,11 +32,9 @@ from coordinator.core.phases import (
     ATTEMPT_ENDED,
     JOB_ENDED,
     AttemptPhase,
-    NodeIntent,
     NodePhase,
 )
 from coordinator.core.state import Instant, LiveNode, State, cut
-from coordinator.core.validate import suits
 
 # In one message, either way: a list that long may be cut off, so what it does not name is neither
 # dropped by the node nor believed to be gone.
@@ -216,33 +213,6 @@ def candidates(state: State, job: Job, node_id: str) -> tuple[RestoreCandidate, 
     return tuple(found)
 
 
-def choose_replica_node(state: State, job: Job, node_id: str) -> str:
-    """The node that gets this attempt's checkpoints: one that has some already, then one that could
-    run the job next.
-
-    Empty when the job wants none or no other node is up.
-    """
-    if job.spec.replication is Replication.NONE:
-        return ""
-    good = state.good_checkpoints(job)
-    holders = good[0].replicas if good else ()
-    best: tuple[tuple[bool, bool, bool, int, str], str] | None = None
-    for live in state.nodes.values():
-        if live.phase is not NodePhase.UP or live.node.id == node_id:
-            continue
-        fitting = sum(1 for gpu in live.node.gpus if suits(job.spec, gpu))
-        rank = (
-            live.node.intent is not NodeIntent.OPEN,
-            live.node.id not in holders,
-            fitting < job.spec.gpus,
-            len(live.attempts),
-            live.node.id,
-        )
-        if best is None or rank < best[0]:
-            best = (rank, live.node.id)
-    return best[1] if best is not None else ""
-
-
 def replica_target(state: State, attempt: Attempt) -> PeerAddress | None:
     live = state.nodes.get(attempt.replica_node)
     return None if live is None else PeerAddress(live.node.id, live.node.peer_address)
@@ -258,11 +228,25 @@ def retarget(state: State) -> None:
             if target is not None and target.phase is not NodePhase.LOST:
                 continue
             job = state.jobs[attempt.job_id]
-            chosen = choose_replica_node(state, job, attempt.node)
+            chosen = standby.choose(state, job, attempt.node)
             if chosen == attempt.replica_node:
                 continue
-            attempt = state.put_attempt(replace(attempt, replica_node=chosen))
-            state.send(attempt.node, target_order(state, job, attempt))
+            send_copies_to(state, attempt, chosen)
+
+
+def send_copies_to(state: State, attempt: Attempt, standby_node: str) -> Attempt:
+    """From the next checkpoint on."""
+    attempt = state.put_attempt(replace(attempt, replica_node=standby_node))
+    state.send(attempt.node, target_order(state, state.jobs[attempt.job_id], attempt))
+    return attempt
+
+
+def move_standbys(state: State, now: Instant) -> None:
+    for attempt_id, node_id in standby.review(state, now):
+        attempt = state.attempts[attempt_id]
+        reason = f"{node_id} could go on with it sooner than {attempt.replica_node}"
+        send_copies_to(state, attempt, node_id)
+        state.log("info", "standby.moved", attempt=attempt_id, node=node_id, reason=reason)
 
 
 def tell_new_address(state: State, node_id: str) -> None:

@@ -230,13 +230,17 @@ def _decide(state: State, now: Instant) -> None:
         else:
             good = state.good_checkpoints(job)
             replicas = good[0].replicas if good else ()
-            needs.append(Need(job.id, job.spec, replicas, state.avoid.get(job.id, "")))
+            last = state.current(job)
+            near = (last.node, last.replica_node) if last is not None and replicas else ()
+            avoid = state.avoid.get(job.id, "")
+            needs.append(Need(job.id, job.spec, replicas, avoid, near))
     plan = place(needs, offers) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
         for displace in plan.displacements:
-            attempts.stop(state, now, state.attempts[displace.attempt], displace.why)
+            victim = state.attempts[displace.attempt]
+            attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
         waits.update(plan.waits)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

@@ -168,7 +168,9 @@ class AttemptTimes:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One execution of a job. `stop_reason` is empty until it is told to stop."""
+    """One execution of a job. `stop_reason` is empty until it is told to stop; `precopy_ms` is how
+    long it may save before that. `replica_node` is its standby: the node that gets its checkpoints
+    and would take the job next."""
 
     job_id: int
     epoch: int
@@ -186,6 +188,7 @@ class Attempt:
     restored_step: int = 0
     commits: int = 0
     replica_node: str = ""
+    precopy_ms: int | None = None
     times: AttemptTimes = AttemptTimes()
 
     @property

@@ -297,6 +297,7 @@ def tick(state: State, now: Instant) -> None:
             order = checkpoints.keep_order(live)
             if order is not None:
                 state.send(live.node.id, order)
+    checkpoints.move_standbys(state, now)
     for job_id, eligible_ms in list(state.eligible_ms.items()):
         if eligible_ms <= now.now_ms:
             state.eligible_ms.pop(job_id)
@@ -329,7 +330,8 @@ def set_intent(state: State, now: Instant, live: LiveNode, intent: NodeIntent) -
     if intent is NodeIntent.DRAINING:
         for attempt_id in list(live.attempts):
             reason = f"{live.node.id} is being drained"
-            attempts.stop(state, now, state.attempts[attempt_id], reason)
+            attempt = state.attempts[attempt_id]
+            attempts.stop(state, now, attempt, reason, attempts.PRECOPY_DRAIN_MS)
         settle_drain(state, live)
 
 

@@ -7,8 +7,8 @@ returns starts, displacements, and a sentence with numbers for every job that wa
 The pass, in five lines:
 1. Jobs in order of class, then of submission; a job that returns to the queue keeps its number and
    so its old place.
-2. A job takes the node that fits it, preferring one that holds its last checkpoint, then the
-   tightest fit, then the name.
+2. A job takes the node that fits it, preferring one that holds its last checkpoint, then one
+   that has most of it, then the tightest fit, then the name.
 3. A job that fits nowhere may displace jobs of lower classes on the node where that takes the
    fewest GPUs from the highest class harmed, then from the next: lowest class first, then the
    attempt that started last. What it waits for there is reserved for it within the pass.
@@ -37,12 +37,14 @@ STARTS_PER_PASS_MAX = 512
 @dataclass(frozen=True, slots=True)
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
-    refused it just now, or where it got no further."""
+    refused it just now, or where it got no further; `near` are where its last attempt ran and
+    the standby that got its checkpoints."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
+    near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +177,16 @@ def _request_key(need: Need) -> tuple[object, ...]:
 
 
 def _start(need: Need, rooms: Sequence[_Room]) -> Start | None:
-    best: tuple[tuple[bool, bool, int, str], _Room, tuple[str, ...]] | None = None
+    best: tuple[tuple[bool, bool, bool, int, str], _Room, tuple[str, ...]] | None = None
     for room in rooms:
         gpu_uuids = room.takes(need.spec)
         if gpu_uuids is None:
             continue
         node = room.offer.node
         left = len(room.free) - len(gpu_uuids) if need.spec.gpus else -room.slots
-        rank = (node == need.avoid, node not in need.replicas, left, node)
+        # Who is near and has not got the last checkpoint has most of it from those before.
+        far = (node not in need.replicas, node not in need.near)
+        rank = (node == need.avoid, *far, left, node)
         if best is None or rank < best[0]:
             best = (rank, room, gpu_uuids)
     if best is None:
@@ -198,6 +202,8 @@ def _why_here(need: Need, room: _Room, gpu_uuids: tuple[str, ...]) -> str:
     where = f"{len(gpu_uuids)} x {', '.join(names)} on {node}" if names else node
     if node in need.replicas:
         return f"runs on {where}, where its last checkpoint lies"
+    if node in need.near:
+        return f"runs on {where}, where most of its last checkpoint lies"
     if need.spec.gpus == 0:
         return f"runs on {where}, which has the most free places"
     return f"runs on {where}, the tightest fit"

@@ -82,6 +82,15 @@ ATTEMPTS_SHOWN_MAX = 100  # per job; more are dropped from memory, the store kee
 REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here
 
 
+@dataclass(frozen=True, slots=True)
+class StandbyWatch:
+    """Of one attempt (`standby.py`): when its standby moved last, and since when a node fits
+    better."""
+
+    moved_ms: int | None = None
+    better_since_ms: int | None = None
+
+
 @dataclass(slots=True)
 class LiveGpu:
     facts: GpuFacts
@@ -130,6 +139,8 @@ class State:
         self.waits: dict[int, str] = {}
         self.progress: dict[str, Progress] = {}
         self.ordered_ms: dict[str, int] = {}
+        self.standby_watches: dict[str, StandbyWatch] = {}
+        self.reviewed = 0  # how far the last round of standbys came
         self.last_tick_ms: int | None = None
         # What the next placement has to look at: everything, or else these new jobs alone.
         self.dirty = True
@@ -223,6 +234,7 @@ class State:
             if attempt.phase in ATTEMPT_ENDED:
                 live.attempts.pop(attempt.id, None)
                 self.ordered_ms.pop(attempt.id, None)
+                self.standby_watches.pop(attempt.id, None)
             else:
                 live.attempts[attempt.id] = None
         self.changed_attempts[attempt.id] = None

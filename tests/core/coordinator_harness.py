@@ -264,7 +264,10 @@ def _order(order: object) -> str:
             return f"start {order.attempt}{gpus}; {' or '.join(sources) or 'no checkpoint'}{target}"
         case StopAttempt():
             grace = "at once" if order.grace_ms is None else f"within {order.grace_ms} ms"
-            return f"stop {order.attempt} {grace}: {order.reason}"
+            first = (
+                "" if order.precopy_ms is None else f", after a pre-copy of {order.precopy_ms} ms"
+            )
+            return f"stop {order.attempt} {grace}{first}: {order.reason}"
         case SetReplicaTarget():
             target = order.target.node if order.target else "nowhere"
             return f"copies of {order.attempt} go to {target}"
