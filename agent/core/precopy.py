@@ -29,9 +29,9 @@ from agent.core.messages import (
 )
 from agent.core.state import Instant, State
 
-# What one more capture costs those who wait for the GPUs: it is hashed, stored and proposed beside
-# the training (measured: `docs/benchmarks.md`). A pre-copy has to save more than that.
-GAIN_MS_MIN = 1_000
+# What one more capture costs those who wait for the GPUs, since it is hashed, stored and proposed
+# first: 0.1 to 0.2 s for 200 MB (`bench/precopy.py`). A pre-copy has to save clearly more than that.
+GAIN_MS_MIN = 500
 # Until a copy of this attempt's was timed: 1 Gbit/s, the slowest network that such boxes have.
 LINK_BYTES_PER_MS = 100_000
 # A checkpoint through a directory stops the training while it is written: a plain SSD's rate.

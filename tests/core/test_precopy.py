@@ -67,6 +67,6 @@ def test_a_fast_link_needs_no_precopy() -> None:
 
 def test_a_directory_costs_the_training_a_pause() -> None:
     """A capture does not, which is why the same gain is enough there."""
-    slower = replace(FROZEN, bytes_per_ms=250_000)
+    slower = replace(FROZEN, bytes_per_ms=400_000)
     assert decide(slower).first
     assert not decide(replace(slower, captures=False)).first
