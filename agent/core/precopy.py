@@ -30,7 +30,7 @@ from agent.core.messages import (
 from agent.core.state import Instant, State
 
 # What one more capture costs those who wait for the GPUs, since it is hashed, stored and proposed
-# first: 0.1 to 0.2 s for 200 MB (`bench/precopy.py`). A pre-copy has to save clearly more than that.
+# first: 0.1 to 0.2 s for 200 MB (`bench/precopy.py`). A pre-copy has to save clearly more.
 GAIN_MS_MIN = 500
 # Until a copy of this attempt's was timed: 1 Gbit/s, the slowest network that such boxes have.
 LINK_BYTES_PER_MS = 100_000

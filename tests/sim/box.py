@@ -414,7 +414,8 @@ class SimChunks:
         around.checkers.contents[digest] = content
         disk.copies.setdefault(digest, Copy(content, 1_000_000, around.now_ms()))
         await around.pause_ms(0, 20)
-        return StoredCheckpoint(digest, content.step, 1_000_000, 1_000_000)
+        # Large, and nearly all of it frozen: worth sending ahead.
+        return StoredCheckpoint(digest, content.step, 100_000_000, 1_000_000)
 
     async def discard(self, directory: str) -> None:
         self._box.disk.staging.pop(directory, None)

@@ -146,6 +146,31 @@ def test_who_resumed_from_a_checkpoint_counts_as_a_holder_of_it() -> None:
     assert outcome.fired["scenario"] == 1
 
 
+def test_a_drained_job_sends_ahead_and_trains_on_meanwhile() -> None:
+    """To a standby that has nothing of it, since the one that had was closed; then it goes on."""
+
+    async def strike(world: World) -> None:
+        job_id, _, writer, replica = await _first_replicated(world)
+        await world.insist(cm.CordonNode(replica))
+        await world.insist(cm.DrainNode(writer))
+        async with asyncio.timeout(60):
+            moved = False
+            while not moved:
+                await asyncio.sleep(0.1)
+                moved = world.checkers.jobs[job_id].epoch == 2
+        world.fired("scenario")
+
+    lone = workload("cut", 0)
+    outcome = simulate(replace(lone, programs=lone.programs[:1]), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+    ahead = [n for n, line in enumerate(outcome.lines) if "attempt.precopy" in line]
+    moved = [n for n, line in enumerate(outcome.lines) if "attempt.accepted attempt=1.2" in line]
+    kept = [n for n, line in enumerate(outcome.lines) if "checkpoint.committed" in line]
+    assert ahead
+    assert sum(ahead[0] < number < moved[0] for number in kept) == 2, "one ahead, one at the end"
+
+
 def test_a_program_that_is_told_to_leave_does_so_with_a_full_disk() -> None:
     async def strike(world: World) -> None:
         _, _, writer, _ = await _first_replicated(world)

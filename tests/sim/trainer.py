@@ -2,9 +2,10 @@
 
 It takes steps, hands over a checkpoint every few of them, saves and leaves with status 75 when it
 is asked to (or does not, if it is that kind), crashes where its program says so, and leaves with 0
-after its last step. Every other job has a slab, captures into it, and crashes after a capture that
-it did not live to hand over. It belongs to its box: the agent may come and go. What the SDK
-promises it keeps: it says hello on every connection and hands over again what nobody answered.
+after its last step. Every other job has a slab, captures into it, also when it is asked to ahead of
+a stop, and crashes after a capture that it did not live to hand over. It belongs to its box: the
+agent may come and go. What the SDK promises it keeps: it says hello on every connection and hands
+over again what nobody answered.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -67,6 +69,7 @@ class Trainer:
         self.alive = True
         self._history = self.restored.history if self.restored is not None else ()
         self._asked = asyncio.Event()
+        self._save_asked = False
         self._answered = asyncio.Event()
         self.slab = Slab() if self.job_id % 2 else None
         self._last_id = 0
@@ -100,6 +103,9 @@ class Trainer:
         if kind in ("stored", "refused", "committed"):
             self._waiting.pop(int(str(number)), None)
             self._answered.set()
+        elif kind == "save":
+            assert self.slab is not None, "it never said that it looks for requests"
+            self._save_asked = True
         elif kind == "stop":
             self.ask_to_stop()
 
@@ -114,7 +120,8 @@ class Trainer:
             socket = self.box.socket
             if self.slab is not None and socket is not None and self._known(socket):
                 socket.slabs.adopt(self.attempt_id, self.slab)
-                self._say(TrainerSlab(1_000_000, SLOTS))
+                self._say(TrainerSlab(100_000_000, SLOTS))
+                self._say(TrainerHeedsSaves())
             for message in self._waiting.values():
                 self._say(message)
 
@@ -145,7 +152,8 @@ class Trainer:
                     self._capture(self.slab)
                 self.end(None, 11)
                 return
-            if self.step % self.program["every"] == 0:
+            if self._save_asked or self.step % self.program["every"] == 0:
+                self._save_asked = False
                 self._save()
         await self._leave(0)
 
