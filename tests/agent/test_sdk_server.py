@@ -13,6 +13,7 @@ import pytest
 from agent import sdk_server
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -27,6 +28,7 @@ from agent.sdk_server import SdkServer
 from agent.slabs import Slabs
 
 SECRET = "secret"
+WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True}
 DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
 
 
@@ -86,7 +88,7 @@ class House:
     async def greeted(self, token: str = SECRET, pid: int = 42) -> Trainer:
         trainer = await self.connect()
         trainer.send({"type": "hello", "version": 1, "token": token, "pid": pid})
-        assert await trainer.receive() == {"type": "welcome", "version": 1, "sections": True}
+        assert await trainer.receive() == WELCOME
         assert (await self.message())[1] == TrainerHello(pid)
         return trainer
 
@@ -407,8 +409,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     await house.server.open()
     house.server.register("1.1", SECRET, str(staging))
     trainer = SlabTrainer(house.server.socket_path)
-    welcome = {"type": "welcome", "version": 1, "sections": True, "slabs": True}
-    assert await asyncio.to_thread(trainer.greet) == welcome
+    assert await asyncio.to_thread(trainer.greet) == {**WELCOME, "slabs": True}
     assert (await house.message())[1] == TrainerHello(1)
     trainer.send({"type": "slab", "bytes": 10_000})
     answer = await asyncio.to_thread(trainer.receive)
@@ -447,8 +448,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
 
 async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:
     trainer = SlabTrainer(house.server.socket_path)
-    welcome = {"type": "welcome", "version": 1, "sections": True}
-    assert await asyncio.to_thread(trainer.greet) == welcome
+    assert await asyncio.to_thread(trainer.greet) == WELCOME
     await house.message()
     before = len(os.listdir("/proc/self/fd"))
     nothing = trainer.socket.fileno()
@@ -457,6 +457,14 @@ async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> Non
         await house.message()
     assert len(os.listdir("/proc/self/fd")) <= before + DESCRIPTORS_MAX
     trainer.socket.close()
+
+
+async def test_who_looks_for_requests_to_save_says_so_and_is_sent_one(house: House) -> None:
+    trainer = await house.greeted()
+    trainer.send({"type": "heeds_saves"})
+    assert await house.message() == ("1.1", TrainerHeedsSaves())
+    house.server.tell("1.1", {"type": "save", "reason": "n1 is being drained"})
+    assert await trainer.receive() == {"type": "save", "reason": "n1 is being drained"}
 
 
 async def test_sections_are_of_one_connection_and_end_with_it(house: House) -> None:
