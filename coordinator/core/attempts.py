@@ -44,6 +44,8 @@ YIELDS_MAX = 20
 SIGNAL_STATUS_BASE = 128
 # How long an attempt may go on training while what does not change is sent ahead of it. Nobody
 # waits for a drained node by the second, and 60 s carry 7 GB over 1 Gbit/s; who preempts does wait.
+# Nothing else allows it: who cancels wants it gone, a held job goes on nowhere, and a requeue is
+# asked for by somebody who does not want this attempt to go on.
 PRECOPY_DRAIN_MS = 60_000
 PRECOPY_PREEMPTION_MS = 10_000
 
