@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import report
 from bench.submit import stamp_spec, wait_stamp
 from protos.baton.v1 import jobs_pb2, nodes_pb2, types_pb2
+from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.e2e.trainers import backbone
 from tests.fakenvml.build import a100, h100
@@ -30,6 +31,7 @@ from tests.fakenvml.build import a100, h100
 REPETITIONS, REPETITIONS_QUICK = 5, 2
 FROZEN_MB = 200
 STEP_MS = 20
+TOLD_GOAL_S = 0.3
 STEPS_BEFORE = 25  # its slab is there, and nothing of it has been saved
 WAIT_S_MAX = 120.0
 AHEAD, AT_ONCE = "ahead", "at once"
@@ -37,8 +39,10 @@ AHEAD, AT_ONCE = "ahead", "at once"
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Seconds. `steps` are those that were taken between the order and the stop."""
+    """Seconds. `steps` are those that were taken between the order and the stop; `told_s` is from
+    the order until the trainer heard that it should save or leave."""
 
+    told_s: float
     wait_s: float
     pause_s: float
     whole_s: float
@@ -82,18 +86,17 @@ def rows_of(why: str, found: dict[str, list[Move]]) -> Iterator[report.Row]:
         first = report.row_of(f"{why}, {AT_ONCE}: {name}", before, "s")
         second = report.row_of(f"{why}, {AHEAD}: {name}", after, "s")
         yield first
-        yield report.Row(
-            name=second.name,
-            value=second.value,
-            unit=second.unit,
-            low=second.low,
-            high=second.high,
-            reference=first.value,
-            reference_source="stopped at once, same run",
-        )
+        source = "stopped at once, same run"
+        yield replace(second, reference=first.value, reference_source=source)
     for way, moves in found.items():
+        told = report.row_of(f"{why}, {way}: order to the trainer being told", _told(moves), "s")
+        yield replace(told, goal=TOLD_GOAL_S)
         steps = [float(move.steps) for move in moves]
         yield report.row_of(f"{why}, {way}: steps from the order to the stop", steps, "")
+
+
+def _told(moves: Sequence[Move]) -> list[float]:
+    return [move.told_s for move in moves]
 
 
 def one_move(directory: Path, why: str, way: str, frozen: tuple[int, int]) -> Move:
@@ -125,8 +128,10 @@ def one_move(directory: Path, why: str, way: str, frozen: tuple[int, int]) -> Mo
         assert [attempt.node for attempt in attempts] == ["n1", "n2"]
         if why == "drain":
             given_back_s = attempts[0].end_time.ToNanoseconds() / 1e9
+        said = [one for one in work.lines(cluster, job_id) if one["event"] in ("asked", "told")]
     before, after = steps_of(witness, 1), steps_of(witness, 2)
     return Move(
+        said[0]["unix_ns"] / 1e9 - ordered_s,
         given_back_s - ordered_s,
         after[0] - before[-1],
         after[0] - ordered_s,
