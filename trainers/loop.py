@@ -156,7 +156,8 @@ class Trainer:
         return status
 
     def close(self) -> None:
-        """End the prefetching. Whoever calls ``advance`` again begins it again."""
+        """End the prefetching, which ``advance`` begins again, and a capture under way."""
+        self.settle()
         if self._feed is not None:
             self._feed.close()
             self._feed = None
@@ -295,6 +296,7 @@ class Trainer:
         while loss is None:
             self._take_smaller_pieces()
             loss = self._gradients()
+        self.settle()  # what is being captured may not change yet
         optimization.update(self.task.model, self.optimizer, self.scaler, self.options)
         self.samples += self.options.batch_size * self.options.accumulate
         self.step += 1
@@ -312,6 +314,7 @@ class Trainer:
                 fetched = feed.next()
                 self.input_wait_ms += fetched.input_wait_s * 1000
                 self.timing.add(timing.INPUT_WAIT_S, fetched.input_wait_s)
+                self.settle(wait=False)
                 with optimization.autocast(self.device, options):
                     loss = self.task.loss(fetched.batch) / (whole / count)
                 self.scaler.scale(loss).backward()
@@ -410,25 +413,37 @@ class Trainer:
     def save(self, *, wait_s: float = 0.0, last: bool = False) -> None:
         """Keep a checkpoint, if there is somewhere to; `saving` says how. Raises OSError when it
         cannot be written; the training is unharmed."""
-        began_s = time.monotonic()
+        self.settle()
         if self._saver.parent is None:
             return
         self.session.enter("finish" if last else "save")  # the last may go a slower way
-        live = self._live()
-        ticket = self._saver.save(live, self.step, wait_s=wait_s, last=last)
-        seconds = time.monotonic() - began_s
-        self.timing.add(timing.CAPTURE_S, seconds)
-        if ticket is None:
-            return  # put off: the agent is busy with those before it
-        self._ticket = ticket
-        self._parent = live.state[manifest.HASH_KEY]
-        self._saved_step, self._saved_at_s = self.step, time.monotonic()
-        captured = self._saver.captured
-        emit("checkpoint", step=self.step, seconds=round(seconds, 4), captured=captured)
+        with self.timing.measure(timing.CAPTURE_S):
+            kept = self._saver.save(self._live(), self.step, wait_s=wait_s, last=last)
+        self._keep(kept)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """End the capture that was begun, if there is one; without `wait`, if it is copied."""
+        overlaps = self._saver.overlaps
+        with self.timing.measure(timing.CAPTURE_S):
+            kept = self._saver.settle(wait=wait)
+        self._keep(kept)
+        if overlaps and not self._saver.overlaps:
+            emit("warning", message=saving.CHANGED_WHILE_CAPTURED)
+
+    def _keep(self, kept: saving.Kept | None) -> None:
+        """A checkpoint was handed over; None: it is put off, or not copied yet."""
+        if kept is None:
+            return
+        self._ticket = kept.ticket
+        self._parent = kept.state[manifest.HASH_KEY]
+        self._saved_step, self._saved_at_s = kept.ticket.step, time.monotonic()
+        stall_s = round(kept.stall_s, 4)
+        emit("checkpoint", step=kept.ticket.step, seconds=stall_s, captured=kept.captured)
 
     def leave(self, stop: baton_sdk.StopRequest) -> int:
         """Checkpoint, unless this step already is one, and go."""
         emit("stopping", step=self.step, reason=stop.reason, grace_ms=stop.grace_ms)
+        self.settle()
         if self._saved_step != self.step:
             self._try_save(wait_s=(stop.remaining_s - GRACE_MARGIN_S) / 2, last=True)
         with self.timing.measure(timing.CAPTURE_S):
@@ -442,6 +457,7 @@ class Trainer:
     def finish(self) -> int:
         """The last evaluation, the last checkpoint, the last line. Raises OSError when the
         result cannot be written: then the job has failed."""
+        self.settle()
         if self._evaluated_step != self.step:
             self.evaluate()
         if self._saved_step != self.step:

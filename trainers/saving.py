@@ -1,9 +1,10 @@
 """Where a checkpoint goes: into the agent's slab, into a directory for the agent, or onto our disk.
 
 Problem: the loop wants one sentence, "keep this state", and there are three ways with different
-costs. A capture stops the training for a copy; a directory for as long as the disk takes. So the
-slab is asked for early, after the first step, when the optimizer has all of its state; where there
-is none (an older agent, a host without the memory, no Baton) a directory is written as ever.
+costs. A capture stops the training for a moment, and now and then for the rest of a copy; a
+directory for as long as the disk takes. So the slab is asked for early, after the first step, when
+the optimizer has all of its state; where there is none (an older agent, a host without the memory,
+no Baton) a directory is written as ever.
 
 While the agent still reads both slots a capture is put off to the next step, and the step after
 that: a training never waits for a disk. Only the last one of a process waits, within the time that
@@ -12,14 +13,36 @@ it is given, and becomes a directory then.
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import baton_sdk
 from trainers import capture, checkpoint
 from trainers.configuration import AUTOMATIC_S, LoopOptions
 
+CHANGED_WHILE_CAPTURED = (
+    "the model writes to its parameters while it computes: that checkpoint is dropped, and from"
+    " here on the training waits for all of every copy"
+)
+
 STANDALONE_CHECKPOINTS_MAX = 2
 """Kept outside Baton: the last one, and one more in case a disk error spoils it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that was handed over."""
+
+    ticket: baton_sdk.Ticket
+    state: dict[str, Any]
+    """Its JSON state."""
+
+    captured: bool
+    """Whether it went into the slab."""
+
+    stall_s: float
+    """How long the training stood still for it."""
 
 
 class Saver:
@@ -30,10 +53,14 @@ class Saver:
         self._options = options
         self._capturer = capture.Capturer(session)
         self._stall_s: float | None = None
+        self._state: dict[str, Any] = {}
         self._prepared = False
         self._postponed = False
-        self.captured = False
-        """Whether the last checkpoint went into the slab."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether captures run beside the training: not when its model has changed one."""
+        return not self._capturer.changing
 
     @property
     def parent(self) -> Path | None:
@@ -73,19 +100,26 @@ class Saver:
 
     def save(
         self, live: checkpoint.Snapshot, step: int, *, wait_s: float = 0.0, last: bool = False
-    ) -> baton_sdk.Ticket | None:
-        """Keep a state, whose tensors are the live ones. None: it is put off, or there is nowhere.
-        The `last` one is not put off; it waits at most `wait_s` seconds for a slot. Raises OSError
-        when it cannot be written; the training is unharmed."""
+    ) -> Kept | None:
+        """Keep a state, whose tensors are the live ones. None: it is put off, there is nowhere, or
+        it is begun, and ``settle`` comes before the next update. The ``last`` one is neither put
+        off nor only begun; it waits at most ``wait_s`` seconds for a slot. Raises OSError when it
+        cannot be written; the training is unharmed."""
         parent = self.parent
         if parent is None:
             return None
         began_s = time.perf_counter()
-        ticket = self._capturer.take(live, step, wait_s=wait_s, whole=last)
-        self.captured = ticket is not None
+        self._state = live.state
+        ticket = None
+        if last:
+            ticket = self._capturer.take(live, step, wait_s=wait_s, whole=True)
+        elif self._capturer.begin(live, step):
+            self._postponed = False
+            return self.settle(wait=not self.overlaps)
         self._postponed = ticket is None and self._capturer.busy and not last
         if self._postponed:
             return None
+        captured = ticket is not None
         if ticket is None:
             directory = parent / f"checkpoint-{step:09d}"
             checkpoint.write(checkpoint.copied(live), directory)
@@ -94,7 +128,20 @@ class Saver:
         if not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
                 shutil.rmtree(old)
-        return ticket
+        return Kept(ticket, live.state, captured, self._stall_s)
+
+    def settle(self, *, wait: bool = True) -> Kept | None:
+        """What has become of the checkpoint that was begun; parameters may change from here on.
+        Without ``wait`` only if that is known by now. None also where it was dropped: then it is
+        due again."""
+        if not self._capturer.begun:
+            return None
+        ticket = self._capturer.settle(wait=wait)
+        if ticket is None:
+            self._postponed = not self._capturer.begun
+            return None
+        self._stall_s = self._capturer.stall_s
+        return Kept(ticket, self._state, True, self._stall_s or 0.0)
 
 
 def standalone_checkpoints(parent: Path) -> list[Path]:
