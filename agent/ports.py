@@ -114,6 +114,10 @@ class CaptureSource(Protocol):
         """Bytes of the slot. Raises `ChunkError`."""
         ...
 
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        """As many as the target holds. Raises `ChunkError`."""
+        ...
+
     def check(self) -> None:
         """After all was read: raises `ChunkError` when the slot was overwritten meanwhile."""
         ...

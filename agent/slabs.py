@@ -9,7 +9,7 @@ restart the trainer, who held it meanwhile, offers it again.
 A trainer may be any program, so nothing in a slab is believed. The size is sealed, and what is
 offered must be sealed too: a file of another kind (a pipe, a file on a network) could hold a
 reader up for ever. Headers are bounded, checked by their checksum, and every range in them must lie
-within its slot. Reading is `pread` into memory of our own, never a mapping: what is hashed is what
+within its slot. Reading is `preadv` into memory of our own, never a mapping: what is hashed is what
 is stored, whatever the trainer writes meanwhile, and a trainer cannot take pages away from under
 us. Whether the payload stayed what its header describes is asked again after it was read
 (`check`): the capture of a trainer that overwrites a slot which is being read is refused.
@@ -195,8 +195,14 @@ class _Source:
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Raises `ChunkError`."""
+        data = bytearray(size_bytes)
+        self.read_into(offset_bytes, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        """Raises `ChunkError`."""
         begin = PAYLOAD_OFFSET + self._header.slot * self._slab.slot_bytes
-        return _read(self._slab.descriptor, begin + offset_bytes, size_bytes)
+        _read_into(self._slab.descriptor, begin + offset_bytes, target)
 
     def check(self) -> None:
         """Raises `ChunkError` when the slot holds another capture by now, or never held this one
@@ -249,11 +255,12 @@ def _headers(slab: Granted) -> list[_Header]:
 def _header(slab: Granted, slot: int) -> _Header | None:
     """What the header of a slot says, if it is whole and makes sense."""
     try:
-        data = _read(slab.descriptor, slot * HEADER_BYTES, HEADER_BYTES)
+        data = bytearray(HEADER_BYTES)
+        _read_into(slab.descriptor, slot * HEADER_BYTES, memoryview(data))
     except ChunkError:
         return None
     magic, version, document_bytes, checksum = PREFIX.unpack_from(data)
-    document = data[PREFIX.size : PREFIX.size + document_bytes]
+    document = bytes(data[PREFIX.size : PREFIX.size + document_bytes])
     if magic != MAGIC or version != LAYOUT_VERSION or len(document) != document_bytes:
         return None
     prefix = struct.pack("<II", version, document_bytes)
@@ -281,15 +288,15 @@ def _decoded(document: bytes, slot: int, slot_bytes: int) -> _Header | None:
     return _Header(fields["sequence"], slot, fields["step"], files, edges)
 
 
-def _read(descriptor: int, offset_bytes: int, size_bytes: int) -> bytes:
-    """Exactly so much. Raises `ChunkError`."""
+def _read_into(descriptor: int, offset_bytes: int, target: memoryview) -> None:
+    """As much as it holds. Raises `ChunkError`."""
+    done_bytes = 0
     try:
-        data = os.pread(descriptor, size_bytes, offset_bytes)
-        while len(data) < size_bytes:
-            more = os.pread(descriptor, size_bytes - len(data), offset_bytes + len(data))
-            if not more:
+        while done_bytes < len(target):
+            rest = target[done_bytes:]
+            more_bytes = os.preadv(descriptor, [rest], offset_bytes + done_bytes)
+            if not more_bytes:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            data += more
+            done_bytes += more_bytes
     except OSError as error:
         raise ChunkError(f"a slab cannot be read: {error.strerror}") from error
-    return data

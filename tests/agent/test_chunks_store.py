@@ -214,6 +214,9 @@ class _Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int | None = None) -> None:
         self.names: list[str] = []
+        self.hasty: list[str] = []
+        """What got its name before its bytes were durable."""
+        self._durable: set[int] = set()
         self._last = last
         for name in ("fsync", "rename"):
             monkeypatch.setattr(os, name, self._wrap(name, getattr(os, name)))
@@ -223,7 +226,12 @@ class _Calls:
             self.names.append(self._describe(name, arguments))
             if len(self.names) == self._last:
                 raise OSError(errno.EIO, "injected")
+            if name == "rename":
+                inode = os.stat(str(arguments[0])).st_ino
+                self.hasty += [str(arguments[1])] if inode not in self._durable else []
             real(*arguments)
+            if name == "fsync":
+                self._durable.add(os.fstat(int(str(arguments[0]))).st_ino)
 
         return call
 
@@ -237,19 +245,25 @@ class _Calls:
 _FILES = {name: name.encode() * 10 for name in ("a", "b", "sub/c", "sub/d")}
 
 
+@pytest.mark.parametrize("unnamed_max", [1, 3, 64])
 def test_bytes_are_durable_before_names_and_chunks_before_manifests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed_max: int
 ) -> None:
+    """However many are synced together."""
     store = opened(tmp_path / "store")
     source = written(tmp_path / "in", _FILES)
+    monkeypatch.setattr(store_module, "UNNAMED_MAX", unnamed_max)
     with monkeypatch.context() as patch:
-        calls = _Calls(patch).names
+        calls = _Calls(patch)
         kept(store, source)
     prefixes = sorted({path.parent.name for path in objects(store)})
-    renames = calls[: 2 * len(_FILES)]
-    assert renames[::2] == ["sync file"] * len(_FILES)
-    assert all(call.startswith("rename to") for call in renames[1::2])
-    assert calls[2 * len(_FILES) :] == [
+    chunks, rest = calls.names[: 2 * len(_FILES)], calls.names[2 * len(_FILES) :]
+    assert chunks.count("sync file") == len(_FILES)
+    assert sum(call.startswith("rename to") for call in chunks) == len(_FILES)
+    if unnamed_max > len(_FILES):
+        assert chunks[: len(_FILES)] == ["sync file"] * len(_FILES), "one after the other"
+    assert calls.hasty == []
+    assert rest == [
         *(f"sync directory {prefix}" for prefix in prefixes),
         "sync file",
         "rename to manifests",

@@ -376,6 +376,9 @@ class SimSource:
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         raise AssertionError("the simulation's captures have no bytes")
 
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        raise AssertionError("the simulation's captures have no bytes")
+
     def check(self) -> None:
         if self._name not in self._slab.captures:
             raise ChunkError(f"capture {self._name} was overwritten")
