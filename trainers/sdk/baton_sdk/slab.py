@@ -25,7 +25,9 @@ cheap is kept: ``edges`` is the CRC-32 of a file's first and last 4 KiB, which f
 was put over another payload. The highest valid sequence is the newest capture.
 
 A slot is taken from its header on until the agent has answered for it (stored, or refused); a
-capture that finds both slots taken is put off, so a training never waits for a disk here.
+capture that finds both slots taken is put off, so a training never waits for a disk here. Where
+there is one slot, its capture is on the agent's disk before the next one begins, and is what is
+left when that is never finished.
 """
 
 import ctypes
@@ -97,11 +99,14 @@ class Slab:
         os.close(self.descriptor)
 
     def free_slot(self) -> int | None:
-        """A slot that nobody reads from, or None."""
-        for slot, ticket in enumerate(self._tickets):
-            if ticket is None or ticket.state is not TicketState.PENDING:
-                return slot
-        return None
+        """A slot that nobody reads from, or None: of two the one with the older capture, so that
+        whoever is killed while it is written has the newer one in the other."""
+        free = [
+            (ticket.sequence or 0 if ticket is not None else 0, slot)
+            for slot, ticket in enumerate(self._tickets)
+            if ticket is None or ticket.state is not TicketState.PENDING
+        ]
+        return min(free)[1] if free else None
 
     def wait_free_slot(self, timeout_s: float) -> int | None:
         """The same, after at most so many seconds of waiting for the agent's answers."""
