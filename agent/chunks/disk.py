@@ -5,8 +5,8 @@ The agent's own records lie on the same disk. A disk that checkpoints have fille
 agent from recording what it decides, so every write here leaves `RESERVED_FREE_BYTES` free.
 
 A sync for each file, right after it was written, makes the file system commit its journal each
-time. So files are written first, all of a batch, and synced after that (`name_all`): the first sync
-commits for all of them, and the others find little left. Names come last, as ever.
+time. So files are written first, all of a batch, and synced after that, several at a time
+(`name_all`): one commit serves all of them. Names come last, as ever.
 
 What is written goes past the page cache where that can be (O_DIRECT, open(2)): a copy into fresh
 pages costs a core several times what the disk's own transfer does, and what nobody is about to read
@@ -17,9 +17,11 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from agent.chunks.manifest import DiskFull
 from agent.ports import ChunkError
@@ -29,8 +31,12 @@ from agent.ports import ChunkError
 # virtual machine, in a test) keeps its fiftieth part.
 RESERVED_FREE_BYTES = 64 << 20
 RESERVED_FREE_RATIO = 0.02
+# At a time. More wait for the same commit, and threads cost something too.
+SYNCS = 8
 # Whatever a disk asks of sizes and places is a divisor of this.
 DIRECT_BYTES = 4096
+
+_Item = TypeVar("_Item")
 
 
 @contextmanager
@@ -141,14 +147,22 @@ def name_all(files: Sequence[Unnamed]) -> None:
     """Make all of them durable, and only then give them their names, which are durable when their
     directories are synced. Raises `ChunkError`, and leaves nothing then that has no name."""
     try:
-        for file in files:
-            file.sync()
+        together(Unnamed.sync, files)
         for file in files:
             file.name()
     except BaseException:
         for file in files:
             file.drop()
         raise
+
+
+def together(sync: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+    """Sync all of them, several at a time: on a disk that others write to as well, those that wait
+    together wait for one commit of the journal. Raises what the first of them that fails raises,
+    when all have ended."""
+    with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
+        for _ in threads.map(sync, items):
+            pass
 
 
 def _write_directly(descriptor: int, view: memoryview) -> int:

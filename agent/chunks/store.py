@@ -54,7 +54,7 @@ from types import TracebackType
 
 import structlog
 
-from agent.chunks.disk import Room, Unnamed, disk_errors, name_all, sync_directory
+from agent.chunks.disk import Room, Unnamed, disk_errors, name_all, sync_directory, together
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
     MANIFEST_BYTES_MAX,
@@ -474,8 +474,8 @@ class Writing:
         for chunk_digest, size_bytes in sizes_bytes.items():
             self._check_present(chunk_digest, size_bytes)
         with disk_errors(f"syncing the chunks of {short(digest)}"):
-            for prefix in sorted({chunk_digest[:2] for chunk_digest in sizes_bytes}):
-                sync_directory(self._store._objects / prefix)
+            prefixes = sorted({chunk_digest[:2] for chunk_digest in sizes_bytes})
+            together(sync_directory, [self._store._objects / prefix for prefix in prefixes])
         if not self._store._renew_manifest(digest):
             doing = f"writing manifest {short(digest)} of {len(data)} bytes to {path.parent}"
             self._store._write(path, data, doing)
