@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import re
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -122,7 +122,7 @@ class SqliteJournal:
         attempts = tuple(msgspec.json.decode(text, type=AttemptRecord) for (text,) in rows)
         rows = connection.execute(self._queries["read_spool"])
         spool = tuple(decode_event(text) for (text,) in rows)
-        fences = tuple(connection.execute(self._queries["read_fences"]))
+        fences = _fences(connection.execute(self._queries["read_fences"]))
         return Memory(
             meta["journal_id"],
             attempts,
@@ -171,10 +171,24 @@ class SqliteJournal:
                 self._execute("drop_spooled", {"sequence": record.sequence})
             case PutFence():
                 self._execute("put_fence", {"job_id": record.job_id, "epoch": record.epoch})
+                self._execute("drop_fenced_ranks", {"job_id": record.job_id})
+                for rank in record.ranks:
+                    self._execute("put_fenced_rank", {"job_id": record.job_id, "rank": rank})
             case DropFence():
                 self._execute("drop_fence", {"job_id": record.job_id})
+                self._execute("drop_fenced_ranks", {"job_id": record.job_id})
             case PutLeaderEpoch():
                 self._put_meta("leader_epoch", str(record.epoch))
+
+
+def _fences(rows: Iterable[tuple[int, int, int | None]]) -> tuple[PutFence, ...]:
+    """One row a fence, or one for each of its ranks."""
+    fences: dict[int, PutFence] = {}
+    for job_id, epoch, rank in rows:
+        before = fences.get(job_id, PutFence(job_id, epoch))
+        ranks = () if rank is None else (*before.ranks, rank)
+        fences[job_id] = PutFence(job_id, epoch, ranks)
+    return tuple(fences.values())
 
 
 def encode_event(event: AgentEvent) -> str:

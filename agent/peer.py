@@ -14,7 +14,6 @@ threads of its own, so that a checkpoint being hashed here does not make a peer'
 """
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -43,6 +42,7 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.peers import deadline_s
 from agent.chunks.store import ChunkStore, Writing
+from agent.core.ids import find_attempt_id
 from agent.ports import ChunkError
 from agent.transport import Tls, listen
 from protos.baton.v1 import peer_pb2
@@ -68,8 +68,6 @@ SERVICE_NAME = peer_pb2.DESCRIPTOR.services_by_name["PeerService"].full_name
 # (attempt id, offset, follow, tail_bytes) -> (offset of the first byte, bytes)...; raises
 # `FileNotFoundError` for no log.
 ReadLog = Callable[[str, int, bool, int], AsyncIterator[tuple[int, bytes]]]
-
-_ATTEMPT = re.compile(r"[0-9]{1,19}\.[0-9]{1,19}")
 
 _DIRECTIONS = {
     peer_pb2.TRANSFER_DIRECTION_FETCH: FETCH,
@@ -373,7 +371,7 @@ class PeerServer:
 
 def _check_log_request(request: peer_pb2.ReadLogRequest) -> str:
     """Why it is refused, or nothing."""
-    if not _ATTEMPT.fullmatch(request.attempt):
+    if find_attempt_id(request.attempt) is None:
         return f"not an attempt id such as 12.3: {request.attempt[:80]!r}"
     if request.offset < 0 or request.tail_bytes < 0:
         return "offset and tail_bytes must not be negative"

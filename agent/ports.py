@@ -114,6 +114,10 @@ class CaptureSource(Protocol):
         """Bytes of the slot. Raises `ChunkError`."""
         ...
 
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        """As many as the target holds. Raises `ChunkError`."""
+        ...
+
     def check(self) -> None:
         """After all was read: raises `ChunkError` when the slot was overwritten meanwhile."""
         ...
@@ -121,10 +125,11 @@ class CaptureSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FoundCapture:
-    """A whole capture in a slab, by its `capture_name`."""
+    """A whole capture in a slab, by its `capture_name`. `parts` as in `TrainerCheckpoint`."""
 
     name: str
     step: int
+    parts: int = 1
 
 
 class Slabs(Protocol):
@@ -144,15 +149,30 @@ class Chunks(Protocol):
     shared directory."""
 
     async def store(
-        self, directory: str, *, job_id: int, epoch: int, step: int, parent: str
+        self,
+        directory: str,
+        *,
+        job_id: int,
+        epoch: int,
+        step: int,
+        parent: str,
+        rank: int | None = None,
     ) -> StoredCheckpoint:
-        """Hash and keep every file under `directory`, durably; the directory stays as it is. Doing
+        """Hash and keep every file under `directory`, durably; the directory stays as it is. It is
+        the part of this rank of a gang, or a whole checkpoint where `rank` is `None`. Doing
         it again with the same arguments gives the same digest and writes nothing new. Raises
         `ChunkError`, e.g. when the disk is full."""
         ...
 
     async def store_capture(
-        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+        self,
+        source: CaptureSource,
+        *,
+        job_id: int,
+        epoch: int,
+        step: int,
+        parent: str,
+        rank: int | None = None,
     ) -> StoredCheckpoint:
         """The same for the files of a capture, from memory. Raises `ChunkError`."""
         ...

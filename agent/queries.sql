@@ -17,6 +17,13 @@ CREATE TABLE IF NOT EXISTS spool (sequence INTEGER PRIMARY KEY, document TEXT NO
 -- be the rowid itself, and the order in which fences were raised would be lost.
 CREATE TABLE IF NOT EXISTS fences (job_id INTEGER NOT NULL UNIQUE, epoch INTEGER NOT NULL);
 
+-- name: create_fenced_ranks
+-- Of a gang: the ranks of the fence's epoch that must not start any more, in the order in which
+-- they were added. A fence without any holds its whole epoch.
+CREATE TABLE IF NOT EXISTS fenced_ranks (
+    job_id INTEGER NOT NULL, rank INTEGER NOT NULL, UNIQUE (job_id, rank)
+);
+
 -- name: put_meta
 -- Set one key.
 INSERT INTO meta (key, value) VALUES (:key, :value)
@@ -60,6 +67,16 @@ INSERT OR REPLACE INTO fences (job_id, epoch) VALUES (:job_id, :epoch);
 -- Forget the oldest.
 DELETE FROM fences WHERE job_id = :job_id;
 
+-- name: put_fenced_rank
+-- One more rank of the job's fence.
+INSERT INTO fenced_ranks (job_id, rank) VALUES (:job_id, :rank);
+
+-- name: drop_fenced_ranks
+-- Those of the fence that is dropped or replaced.
+DELETE FROM fenced_ranks WHERE job_id = :job_id;
+
 -- name: read_fences
--- All fences, the one raised last at the end.
-SELECT job_id, epoch FROM fences ORDER BY rowid;
+-- All fences, the one raised last at the end; one row for each rank that is named.
+SELECT fences.job_id, fences.epoch, fenced_ranks.rank
+FROM fences LEFT JOIN fenced_ranks ON fenced_ranks.job_id = fences.job_id
+ORDER BY fences.rowid, fenced_ranks.rowid;

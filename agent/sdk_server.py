@@ -21,13 +21,24 @@ Memory for captures is asked for and given here, a descriptor beside a line:
                                                agent that is gone; refused, or taken without a word
     -> {"type":"checkpoint","id":7,"slab":12,"step":120}   the capture with this sequence
 
+A rank of a gang that hands over its part of a checkpoint says how many parts that has; without the
+word it is whole:
+
+    -> {"type":"checkpoint","id":7,"path":"/...","step":120,"parts":8}
+
 Where a trainer is (`core/sections.py`), at most some times a second; `count` sections have ended
 since it last said so, and the empty name says that it is in none:
 
     -> {"type":"section","name":"step","count":12,"unix_ms":1790000000000}
 
-The welcome says `"slabs":true` and `"sections":true`, so that a trainer says none of this to an
-agent that is older.
+A trainer that looks after its steps for requests to save says so, and may be sent one before a
+stop (`core/precopy.py`); its answer is a checkpoint:
+
+    -> {"type":"heeds_saves"}
+    <- {"type":"save","reason":"n1 is being drained"}
+
+The welcome says `"slabs":true`, `"sections":true` and `"saves":true`, so that a trainer says none
+of this to an agent that is older.
 """
 
 import asyncio
@@ -48,7 +59,9 @@ from typing import Protocol
 import structlog
 
 from agent.core.trainer_messages import (
+    PARTS_MAX,
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -270,8 +283,7 @@ class SdkServer:
             self._slab(self._slabs, attempt_id, connection, fields)
         elif self._slabs is not None and "slab" in fields and fields.get("type") == "checkpoint":
             name = self._slabs.name(attempt_id, _integer(fields, "slab"))
-            message = TrainerCheckpoint(_integer(fields, "id"), name, _integer(fields, "step"))
-            self._on_message(attempt_id, message)
+            self._on_message(attempt_id, _checkpoint(fields, name))
         elif fields.get("type") == "section":
             section = _name(fields["name"]) if fields.get("name") else ""
             source, count = connection.number, _integer(fields, "count")
@@ -333,7 +345,7 @@ class SdkServer:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
         self._unknown.discard(connection)
         registration.connections.append(connection)
-        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True}
+        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True, "saves": True}
         slabs = {} if self._slabs is None else {"slabs": True}
         connection.send(_encode({"type": "welcome", **welcome, **slabs}))
         self._flush(registration)
@@ -360,8 +372,9 @@ def parse(fields: dict[str, object], staging_directory: str) -> TrainerMessage:
         case "milestone":
             return TrainerMilestone(_name(fields.get("name")), _integer(fields, "unix_ms"))
         case "checkpoint":
-            path = _staged_path(fields.get("path"), staging_directory)
-            return TrainerCheckpoint(_integer(fields, "id"), path, _integer(fields, "step"))
+            return _checkpoint(fields, _staged_path(fields.get("path"), staging_directory))
+        case "heeds_saves":
+            return TrainerHeedsSaves()
         case "hello":
             raise LineRefused("a second hello on one connection")
         case other:
@@ -391,6 +404,13 @@ def _integer(fields: dict[str, object], name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= INTEGER_MAX:
         raise LineRefused(f"{name} must be an integer from 0 to {INTEGER_MAX}")
     return value
+
+
+def _checkpoint(fields: dict[str, object], path: str) -> TrainerCheckpoint:
+    parts = _integer(fields, "parts") if "parts" in fields else 1
+    if not 1 <= parts <= PARTS_MAX:
+        raise LineRefused(f"parts must be an integer from 1 to {PARTS_MAX}")
+    return TrainerCheckpoint(_integer(fields, "id"), path, _integer(fields, "step"), parts)
 
 
 def _name(value: object) -> str:

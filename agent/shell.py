@@ -18,6 +18,7 @@ from typing import Protocol
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
+from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
 from agent.core.trainer_messages import (
@@ -32,6 +33,7 @@ from agent.ports import (
     ChunkError,
     Chunks,
     Clock,
+    FoundCapture,
     GpuProbe,
     Journal,
     JournalUnavailable,
@@ -238,9 +240,8 @@ class AgentShell:
             case m.TellTrainer():
                 ports.trainers.tell(command.attempt, dict(command.message))
             case m.FindCapture():
-                found = ports.slabs.newest(command.attempt)
-                name, step = (found.name, found.step) if found is not None else ("", 0)
-                self.post(m.CaptureFound(command.attempt, name, step))
+                found = ports.slabs.newest(command.attempt) or FoundCapture("", 0)
+                self.post(m.CaptureFound(command.attempt, found.name, found.step, found.parts))
             case m.ReleaseSlab():
                 ports.slabs.release(command.attempt)
             case m.StoreCheckpoint():
@@ -303,16 +304,17 @@ class AgentShell:
 
     async def _stored(self, command: m.StoreCheckpoint) -> StoredCheckpoint:
         """Raises `ChunkError`."""
-        job_text, _, epoch_text = command.attempt.partition(".")
-        job_id, epoch, step, parent = int(job_text), int(epoch_text), command.step, command.parent
+        named = parse_attempt_id(command.attempt)
+        job_id, epoch, step, parent = named.job_id, named.epoch, command.step, command.parent
+        rank = named.rank if command.part else None
         chunks = self._ports.chunks
         if not is_capture(command.path):
             return await chunks.store(
-                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent
+                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
             )
         with self._ports.slabs.reading(command.attempt, command.path) as source:
             return await chunks.store_capture(
-                source, job_id=job_id, epoch=epoch, step=step, parent=parent
+                source, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
             )
 
     async def _replicate(self, command: m.ReplicateCheckpoint) -> None:

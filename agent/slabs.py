@@ -9,7 +9,7 @@ restart the trainer, who held it meanwhile, offers it again.
 A trainer may be any program, so nothing in a slab is believed. The size is sealed, and what is
 offered must be sealed too: a file of another kind (a pipe, a file on a network) could hold a
 reader up for ever. Headers are bounded, checked by their checksum, and every range in them must lie
-within its slot. Reading is `pread` into memory of our own, never a mapping: what is hashed is what
+within its slot. Reading is `preadv` into memory of our own, never a mapping: what is hashed is what
 is stored, whatever the trainer writes meanwhile, and a trainer cannot take pages away from under
 us. Whether the payload stayed what its header describes is asked again after it was read
 (`check`): the capture of a trainer that overwrites a slot which is being read is refused.
@@ -20,7 +20,7 @@ Layout, version 1, as written by `baton_sdk/slab.py` (its essay says why this or
     32 KiB   header 1: what slot 1 holds                  document bytes u32 | BLAKE2b-128 |
     64 KiB   slot 0, then slot 1                          document (JSON)
 
-    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...]}
+    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts"}
 
 Memory is bounded by a share of what the host has available when a slab is asked for. Where two
 slots do not fit one is given: then the checkpoint before it, on disk, is the one to fall back to
@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from agent.core.trainer_messages import capture_name
+from agent.core.trainer_messages import PARTS_MAX, capture_name
 from agent.ports import CapturedFile, CaptureSource, ChunkError, FoundCapture
 
 MAGIC = b"batonslb"
@@ -74,6 +74,7 @@ class _Header:
     sequence: int
     slot: int
     step: int
+    parts: int
     files: tuple[CapturedFile, ...]
     edges: tuple[int, ...]
 
@@ -145,8 +146,8 @@ class Slabs:
             inode = os.fstat(slab.descriptor).st_ino
             for header in _headers(slab):
                 if best is None or header.sequence > best[0]:
-                    found = FoundCapture(capture_name(inode, header.sequence), header.step)
-                    best = (header.sequence, found)
+                    name = capture_name(inode, header.sequence)
+                    best = (header.sequence, FoundCapture(name, header.step, header.parts))
         return best[1] if best is not None else None
 
     @contextlib.contextmanager
@@ -195,8 +196,14 @@ class _Source:
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Raises `ChunkError`."""
+        data = bytearray(size_bytes)
+        self.read_into(offset_bytes, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        """Raises `ChunkError`."""
         begin = PAYLOAD_OFFSET + self._header.slot * self._slab.slot_bytes
-        return _read(self._slab.descriptor, begin + offset_bytes, size_bytes)
+        _read_into(self._slab.descriptor, begin + offset_bytes, target)
 
     def check(self) -> None:
         """Raises `ChunkError` when the slot holds another capture by now, or never held this one
@@ -249,11 +256,12 @@ def _headers(slab: Granted) -> list[_Header]:
 def _header(slab: Granted, slot: int) -> _Header | None:
     """What the header of a slot says, if it is whole and makes sense."""
     try:
-        data = _read(slab.descriptor, slot * HEADER_BYTES, HEADER_BYTES)
+        data = bytearray(HEADER_BYTES)
+        _read_into(slab.descriptor, slot * HEADER_BYTES, memoryview(data))
     except ChunkError:
         return None
     magic, version, document_bytes, checksum = PREFIX.unpack_from(data)
-    document = data[PREFIX.size : PREFIX.size + document_bytes]
+    document = bytes(data[PREFIX.size : PREFIX.size + document_bytes])
     if magic != MAGIC or version != LAYOUT_VERSION or len(document) != document_bytes:
         return None
     prefix = struct.pack("<II", version, document_bytes)
@@ -265,31 +273,32 @@ def _header(slab: Granted, slot: int) -> _Header | None:
 def _decoded(document: bytes, slot: int, slot_bytes: int) -> _Header | None:
     try:
         fields = json.loads(document)
-        numbers = (fields["sequence"], fields["slot"], fields["step"])
+        parts = fields.get("parts", 1)  # an older SDK does not say, and knows of no parts
+        numbers = (fields["sequence"], fields["slot"], fields["step"], parts)
         listed = [(str(name), offset, size, edges) for name, offset, size, edges in fields["files"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     counts = [*numbers, *(number for entry in listed for number in entry[1:])]
     if any(type(count) is not int or not 0 <= count < 1 << 63 for count in counts):
         return None
-    if fields["slot"] != slot or not 0 < len(listed) <= FILES_MAX:
+    if fields["slot"] != slot or not 0 < len(listed) <= FILES_MAX or not 0 < parts <= PARTS_MAX:
         return None
     if any(offset + size > slot_bytes for _, offset, size, _ in listed):
         return None
     files = tuple(CapturedFile(name, offset, size) for name, offset, size, _ in listed)
     edges = tuple(entry[3] for entry in listed)
-    return _Header(fields["sequence"], slot, fields["step"], files, edges)
+    return _Header(fields["sequence"], slot, fields["step"], parts, files, edges)
 
 
-def _read(descriptor: int, offset_bytes: int, size_bytes: int) -> bytes:
-    """Exactly so much. Raises `ChunkError`."""
+def _read_into(descriptor: int, offset_bytes: int, target: memoryview) -> None:
+    """As much as it holds. Raises `ChunkError`."""
+    done_bytes = 0
     try:
-        data = os.pread(descriptor, size_bytes, offset_bytes)
-        while len(data) < size_bytes:
-            more = os.pread(descriptor, size_bytes - len(data), offset_bytes + len(data))
-            if not more:
+        while done_bytes < len(target):
+            rest = target[done_bytes:]
+            more_bytes = os.preadv(descriptor, [rest], offset_bytes + done_bytes)
+            if not more_bytes:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            data += more
+            done_bytes += more_bytes
     except OSError as error:
         raise ChunkError(f"a slab cannot be read: {error.strerror}") from error
-    return data

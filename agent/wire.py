@@ -4,25 +4,27 @@ A message that makes no sense (an attempt id that is not one, a missing part) ra
 the peer is wrong, and the session ends with that sentence and not with a stack trace in the core.
 """
 
-import re
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.ids import RANKS_MAX, find_attempt_id
 from agent.core.trainer_messages import TrainerTime
 from agent.core.values import (
+    Gang,
     GpuSample,
     HostFacts,
     HostSample,
     ReplicaSource,
     RestoreCandidate,
+    RestorePart,
 )
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
-# Job id and epoch; 18 digits fit an int64, and so every store.
-_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}")
+PORT_MAX = 65_535
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
 _REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
 
@@ -172,6 +174,7 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                     step=body.step,
                     size_bytes=body.size_bytes,
                     replicas=body.replicas,
+                    parts=body.parts,
                 )
             )
     return message
@@ -227,12 +230,39 @@ def _start(order: pb.StartAttempt) -> m.StartAttempt:
             RestoreCandidate(
                 candidate.digest,
                 candidate.step,
-                tuple(_source(source) for source in candidate.sources),
+                _sources(candidate.sources),
+                tuple(RestorePart(part.digest, _sources(part.sources)) for part in candidate.parts),
             )
             for candidate in order.candidates
         ),
         _source(order.replica_target) if order.HasField("replica_target") else None,
         order.restart_count,
+        _gang(order.gang) if order.HasField("gang") else None,
+    )
+
+
+def _gang(gang: pb.Gang) -> Gang:
+    inside = (
+        0 <= gang.rank < gang.world_size <= RANKS_MAX
+        and 0 <= gang.local_rank < gang.local_world_size <= gang.world_size
+        and 0 <= gang.node_rank < len(gang.nodes)
+        and 0 < gang.master_port <= PORT_MAX
+    )
+    if not inside:
+        raise WireError(
+            f"rank {gang.rank} of {gang.world_size}, {gang.local_rank} of {gang.local_world_size} "
+            f"on node {gang.node_rank} of {len(gang.nodes)}, port {gang.master_port}: no gang is so"
+        )
+    return Gang(
+        gang.rank,
+        gang.world_size,
+        gang.local_rank,
+        gang.local_world_size,
+        gang.node_rank,
+        tuple(gang.nodes),
+        gang.master_host,
+        gang.master_port,
+        tuple(gang.node_gpu_uuids),
     )
 
 
@@ -253,7 +283,12 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
 
 def _stop(order: pb.StopAttempt) -> m.StopAttempt:
     grace_ms = _milliseconds(order.grace) if order.HasField("grace") else None
-    return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason)
+    precopy_ms = _milliseconds(order.precopy) if order.HasField("precopy") else None
+    return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason, precopy_ms)
+
+
+def _sources(addresses: Iterable[pb.PeerAddress]) -> tuple[ReplicaSource, ...]:
+    return tuple(_source(address) for address in addresses)
 
 
 def _source(address: pb.PeerAddress) -> ReplicaSource:
@@ -261,7 +296,7 @@ def _source(address: pb.PeerAddress) -> ReplicaSource:
 
 
 def _attempt_id(text: str) -> str:
-    if not _ATTEMPT.fullmatch(text):
+    if find_attempt_id(text) is None:
         raise WireError(f"{text[:80]!r} is no attempt id")
     return text
 

@@ -2,15 +2,22 @@
 
 Problem: "asynchronous" hides a copy, "fast" hides that nothing was synced, and a number for one
 size says nothing of another. So each way of saving keeps the same state (half frozen parameters,
-half of it trained with an optimizer's two moments) on the same disk, in turns, and three things
-are measured: the *stall* (how long the call holds the training up), the time until it is *durable*
-(synced to disk; those that do not sync are synced after, as a user would have to), and the
-*inflation* of training steps while a checkpoint is being drained.
+the rest trained by AdamW) on the same disk, in turns. Four things are measured:
+
+1. *stall*: what a step of the training loses, which is more than the time that a call takes. Steps
+   are real ones, forward, backward and update of that state, with a save after the one before and
+   without, in turns; what is said is the difference, and beside it, for ours, how long the training
+   waited. A long step and a short one: a copy beside a step that is shorter than the copy holds the
+   next update up for the rest of it, and no figure for long steps says so.
+2. *durable*: from the beginning until it is synced to disk, while the training stands still; those
+   that do not sync are synced after, as a user would have to.
+3. *call*: how long the call itself takes then.
+4. *inflation* of training steps while a checkpoint is being drained.
 
 Ours is the real path: a slab of the agent's, `trainers.capture`, and the agent's chunk store in a
 process of its own with its low priority. Its first capture, which copies the frozen part too, is a
 row of its own. A bare copy of as many bytes into memory that was touched before stands beside
-them: no capture by a CPU can be faster than that, and on a GPU the copy runs over the bus instead.
+them.
 """
 
 import argparse
@@ -19,19 +26,18 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+import torch.distributed
 
 import baton_sdk
 from agent.chunks.peers import PeerClient
@@ -39,54 +45,23 @@ from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
 from agent.slabs import Slabs
 from bench import report
-from trainers import capture, checkpoint
+from bench.checkpoint_others import SAFETENSORS, Pool, Save, durable, others
+from trainers import capture
 
 SIZES_GB = (0.05, 0.5, 1.5)
 QUICK_SIZES_GB = (0.05, 0.5)
 ROUNDS, QUICK_ROUNDS = 5, 3
 STALL_GOAL_MS = 5.0  # at 0.5 GB
 INFLATION_GOAL_RATIO = 1.01
-TENSOR_BYTES = 8_000_000  # a layer of a small model
+LONG_BATCH, SHORT_BATCH = 64, 4  # samples of a step
 STEPS_PER_BLOCK = 40  # of a matrix product each: long enough to meet the drain
+NOTES = (
+    "half of the state is frozen; durable times of the others include the sync that they leave to "
+    "the user",
+    f"a long step has {LONG_BATCH} samples, a short one {SHORT_BATCH}; "
+    "lost: by so much is it longer than a step alone",
+)
 ATTEMPT = "1.1"
-
-State = dict[str, torch.Tensor]
-
-
-class Pool:
-    """The state, and the ways to keep it."""
-
-    def __init__(self, size_gb: float, directory: Path, device: str = "cpu") -> None:
-        self.directory = directory
-        count = max(8, round(size_gb * 1e9 / TENSOR_BYTES))
-        elements = int(size_gb * 1e9 / count / 4)
-        tensors = [torch.randn(elements, device=device) for _ in range(count)]
-        half = count // 2
-        self.frozen = {f"frozen.{i:04d}": t for i, t in enumerate(tensors[:half])}
-        rest = tensors[half:]
-        third = max(1, len(rest) // 3)
-        self.model = {f"layer.{i:04d}": t for i, t in enumerate(rest[:third])}
-        self.optimizer = {f"layer.{i:04d}|moment": t for i, t in enumerate(rest[third:])}
-        self.step = 0
-
-    @property
-    def whole(self) -> State:
-        return {**self.frozen, **self.model, **self.optimizer}
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.whole.values())
-
-    def live(self) -> checkpoint.Snapshot:
-        state = {"format": 1, "step": self.step}
-        random = {"torch_cpu": torch.get_rng_state()}
-        return checkpoint.Snapshot(self.frozen, self.model, self.optimizer, random, state)
-
-    def advance(self) -> None:
-        """Everything but the frozen part is another one now."""
-        self.step += 1
-        for tensor in (*self.model.values(), *self.optimizer.values()):
-            tensor.add_(1.0)
 
 
 class Agent:
@@ -146,8 +121,17 @@ class Ours:
         self._capturer = capture.Capturer(Slabbed(slab))
         self._ticket: baton_sdk.Ticket | None = None
 
+    def begin(self) -> None:
+        """Returns when the training may go on, up to its update."""
+        assert self._capturer.begin(self._pool.live(), self._pool.step), "no free slot"
+
+    def settle(self) -> None:
+        """Returns when the update may come."""
+        self._ticket = self._capturer.settle()
+        assert self._ticket is not None, "the capture was dropped"
+
     def save(self) -> None:
-        """Returns when the training may go on."""
+        """Both, as at the end of a process, but for the frozen part."""
         self._ticket = self._capturer.take(self._pool.live(), self._pool.step)
         assert self._ticket is not None, "no free slot"
 
@@ -195,73 +179,9 @@ def drain_child(words: list[str]) -> None:
     asyncio.run(serve())
 
 
-def durable(path: Path) -> None:
-    """Sync a file, or all files of a directory."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for file in (*files, path):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-Save = Callable[[Path], Callable[[], object] | None]
-"""Begins to save below a path; returns what waits for the rest of it, if there is a rest."""
-
-
-def others(pool: Pool) -> dict[str, Save]:
-    """The well-known ways. Those that need a process group they cannot have here are left out."""
-
-    def torch_save(path: Path) -> None:
-        torch.save(pool.whole, path)
-
-    def safetensors(path: Path) -> None:
-        save_file(pool.whole, path)
-
-    def dcp_save(path: Path) -> None:
-        dcp.state_dict_saver.save(pool.whole, checkpoint_id=path, no_dist=True)
-
-    def dcp_async(path: Path) -> Callable[[], object]:
-        future: Any = dcp.state_dict_saver.async_save(
-            pool.whole,
-            checkpoint_id=path,
-            async_checkpointer_type=AsyncCheckpointerType.THREAD,
-            no_dist=True,
-        )
-        return future.result  # type: ignore[no-any-return]
-
-    stager = dcp.staging.DefaultStager(
-        dcp.staging.StagingOptions(
-            use_pinned_memory=torch.cuda.is_available(),
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=torch.cuda.is_available(),
-        )
-    )
-
-    def dcp_cached(path: Path) -> Callable[[], object]:
-        future: Any = dcp.state_dict_saver.async_save(
-            pool.whole,
-            checkpoint_id=path,
-            async_checkpointer_type=AsyncCheckpointerType.THREAD,
-            async_stager=stager,
-            no_dist=True,
-        )
-        return getattr(future, "upload_completion", future).result  # type: ignore[no-any-return]
-
-    return {
-        "torch.save": torch_save,
-        "safetensors.save_file": safetensors,
-        "dcp.save": dcp_save,
-        "dcp.async_save (thread)": dcp_async,
-        "dcp.async_save (cached stager)": dcp_cached,
-    }
-
-
 def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Stall and time to durable of each way, in milliseconds, in turns."""
-    stalls: dict[str, list[float]] = {}
+    """The call and the time to durable of each way, in milliseconds, in turns."""
+    calls: dict[str, list[float]] = {}
     durables: dict[str, list[float]] = {}
     ways = others(pool)
     failed: dict[str, str] = {}
@@ -273,17 +193,17 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
                 pool.advance()
                 began_s = time.perf_counter()
                 ours.save()
-                stall_ms = (time.perf_counter() - began_s) * 1000
+                call_ms = (time.perf_counter() - began_s) * 1000
                 ours.drain()
                 ours.wait()
                 durable_ms = (time.perf_counter() - began_s) * 1000
                 first = "ours, first capture of a slot" if number < 0 else "ours"
-                stalls.setdefault(first, []).append(stall_ms)
+                calls.setdefault(first, []).append(call_ms)
                 durables.setdefault(first, []).append(durable_ms)
             began_s = time.perf_counter()
             target.copy_(source)
             if number >= 0:
-                stalls.setdefault("bare copy of all of it", []).append(
+                calls.setdefault("bare copy of all of it", []).append(
                     (time.perf_counter() - began_s) * 1000
                 )
             for name, save in ways.items():
@@ -298,16 +218,89 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
                     failed[name] = str(error).splitlines()[0][:120]
                     report.say(f"{name} does not run here: {failed[name]}")
                     continue
-                stall_ms = (time.perf_counter() - began_s) * 1000
+                call_ms = (time.perf_counter() - began_s) * 1000
                 if rest is not None:
                     rest()
                 durable(path)
                 durable_ms = (time.perf_counter() - began_s) * 1000
                 path.unlink() if path.is_file() else shutil.rmtree(path)
                 if number >= 0:
-                    stalls.setdefault(name, []).append(stall_ms)
+                    calls.setdefault(name, []).append(call_ms)
                     durables.setdefault(name, []).append(durable_ms)
-    return stalls, durables
+    return calls, durables
+
+
+def stalls(pool: Pool, rounds: int, batch: int, ways: dict[str, Save]) -> dict[str, list[float]]:
+    """What a step loses to a save before it, in milliseconds, of ours and of these ways; and what
+    it is without. Each save is over before the next step is timed."""
+    found: dict[str, list[float]] = {}
+
+    def step(before: Callable[[], object], between: Callable[[], object]) -> float:
+        """In milliseconds."""
+        pool.synchronize()
+        began_s = time.perf_counter()
+        before()
+        pool.compute(batch)
+        between()
+        pool.advance()
+        pool.synchronize()
+        return (time.perf_counter() - began_s) * 1000
+
+    with contextlib.closing(Ours(pool)) as ours:
+        for number in range(-2, rounds):  # two that do not count: both slots
+            quiet_ms = step(_nothing, _nothing)
+            waits_s: list[float] = []
+            with_ms = step(_timed(ours.begin, waits_s), _timed(ours.settle, waits_s))
+            ours.drain()
+            ours.wait()
+            if number >= 0:
+                found.setdefault("a step alone", []).append(quiet_ms)
+                found.setdefault("ours, lost", []).append(with_ms - quiet_ms)
+                found.setdefault("ours, waited", []).append(sum(waits_s) * 1000)
+    for name, save in ways.items():
+        saving = Saving(save, pool.directory / "other")
+        for number in range(-1, rounds):
+            quiet_ms = step(_nothing, _nothing)
+            try:
+                with_ms = step(saving.begin, _nothing)
+            except (RuntimeError, ValueError, AssertionError):
+                break  # said by `measure`
+            saving.end()
+            if number >= 0:
+                found.setdefault(f"{name}, lost", []).append(with_ms - quiet_ms)
+    return found
+
+
+class Saving:
+    """One of the well-known ways, one time after the other."""
+
+    def __init__(self, save: Save, path: Path) -> None:
+        self._save = save
+        self._path = path
+        self._rest: Callable[[], object] | None = None
+
+    def begin(self) -> None:
+        """The call."""
+        self._rest = self._save(self._path)
+
+    def end(self) -> None:
+        """Until it is done; what it wrote goes away."""
+        if self._rest is not None:
+            self._rest()
+        self._path.unlink() if self._path.is_file() else shutil.rmtree(self._path)
+
+
+def _timed(work: Callable[[], object], seconds: list[float]) -> Callable[[], object]:
+    def call() -> None:
+        began_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began_s)
+
+    return call
+
+
+def _nothing() -> None:
+    """Before or between the parts of a step that saves nothing."""
 
 
 def inflation(pool: Pool, rounds: int) -> list[float]:
@@ -346,45 +339,49 @@ def scratch() -> Iterator[Path]:
         yield Path(made).absolute()
 
 
-def rows(size_gb: float, rounds: int, device: str = "cpu") -> list[report.Row]:
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of one rank: what a checkpoint by another process asks for."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def rows(size_gb: float, asked: report.Options, device: str = "cpu") -> list[report.Row]:
     """All figures of one size."""
+    rounds = QUICK_ROUNDS if asked.quick else ROUNDS
     report.say(f"{size_gb:g} GB on {device}: {rounds} rounds")
     made = []
-    with scratch() as directory:
+    with scratch() as directory, process_group():
         pool = Pool(size_gb, directory, device)
-        stalls, durables = measure(pool, rounds)
+        calls, durables = measure(pool, rounds)
+        every = others(pool)
+        reference_only = {SAFETENSORS: every[SAFETENSORS]}
+        long = stalls(pool, rounds, LONG_BATCH, reference_only if asked.quick else every)
+        short = stalls(pool, rounds, SHORT_BATCH, reference_only)
         ratios = inflation(pool, rounds)
-    for what, found in (("stall", stalls), ("durable", durables)):
-        reference = statistics.median(found["safetensors.save_file"])
+    for what, found in (("call", calls), ("durable", durables)):
+        reference = statistics.median(found[SAFETENSORS])
         for name, samples in found.items():
-            figure = f"{size_gb:g} GB, {what}: {name}"
-            row = report.row_of(figure, samples, "ms")
-            goal = STALL_GOAL_MS if (name, what, size_gb) == ("ours", "stall", 0.5) else None
-            if (name, what) == ("ours", "durable"):
-                goal = reference
-            made.append(
-                report.Row(
-                    name=row.name,
-                    value=row.value,
-                    unit="ms",
-                    low=row.low,
-                    high=row.high,
-                    reference=reference,
-                    reference_source="safetensors",
-                    goal=goal,
-                )
-            )
+            row = report.row_of(f"{size_gb:g} GB, {what}: {name}", samples, "ms")
+            row = replace(row, reference=reference, reference_source="safetensors")
+            goal = reference if (name, what) == ("ours", "durable") else None
+            made.append(replace(row, goal=goal))
+    for what, found in (("long", long), ("short", short)):
+        reference = statistics.median(found[f"{SAFETENSORS}, lost"])
+        for name, samples in found.items():
+            row = report.row_of(f"{size_gb:g} GB, {what} step: {name}", samples, "ms")
+            if name != "a step alone":
+                row = replace(row, reference=reference, reference_source="safetensors")
+            goal = STALL_GOAL_MS if (name, size_gb) == ("ours, lost", 0.5) else None
+            made.append(replace(row, goal=goal))
     row = report.row_of(f"{size_gb:g} GB, step while draining / alone", ratios, "ratio")
-    made.append(
-        report.Row(
-            name=row.name,
-            value=row.value,
-            unit="ratio",
-            low=row.low,
-            high=row.high,
-            goal=INFLATION_GOAL_RATIO,
-        )
-    )
+    made.append(replace(row, goal=INFLATION_GOAL_RATIO))
     return made
 
 
@@ -399,13 +396,11 @@ def main() -> int:
     asked = report.options(arguments)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the others are the drain's
     sizes = QUICK_SIZES_GB if asked.quick else SIZES_GB
-    found = [row for size in sizes for row in rows(size, QUICK_ROUNDS if asked.quick else ROUNDS)]
+    found = [row for size in sizes for row in rows(size, asked)]
     spare = (os.cpu_count() or 1) - torch.get_num_threads()
     notes = [
         f"training on {torch.get_num_threads()} threads, {spare} cores to spare for the drain",
-        "half of the state is frozen; durable times of the others include the sync that they leave "
-        "to the user",
-        "dcp.async_save in a process of its own needs a process group, and is left out",
+        *NOTES,
     ]
     report.show("Checkpoints on the CPU", found, asked, notes)
     return 0

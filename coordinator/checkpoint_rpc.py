@@ -7,8 +7,9 @@ costs no more than the chunk in hand: another holder goes on from there. Whoever
 verifies them, since only that says anything.
 
 The manifest is looked into for one thing, the order of the chunks, and so must be the right one: a
-false one would make every other holder deny having what it names. What passes through is bounded,
-whatever a node says: a few readers at a time, one chunk each.
+false one would make every other holder deny having what it names. Of a gang's checkpoint the parts
+of all ranks are read, one after the other. What passes through is bounded, whatever a node says: a
+few readers at a time, one chunk each.
 """
 
 import json
@@ -19,8 +20,9 @@ import grpc
 from blake3 import blake3
 
 from coordinator import wire
+from coordinator.core import checkpoint_requests as requests
 from coordinator.core import messages as m
-from coordinator.core.model import SHARED, Checkpoint, CheckpointView, NodeView
+from coordinator.core.model import SHARED, Checkpoint, CheckpointView, NodeView, Part
 from coordinator.core.phases import NodePhase
 from protos.baton.v1 import (
     checkpoints_pb2,
@@ -64,19 +66,19 @@ class CheckpointReader:
         self.readers_count = 0
 
     async def read(
-        self, checkpoint: Checkpoint, holders: Sequence[NodeView]
+        self, parts: Sequence[tuple[Part, Sequence[NodeView]]]
     ) -> AsyncIterator[Response]:
-        """The manifest, then each chunk's pieces. Raises `NotToBeHad`."""
+        """Of each part, with who holds it, the manifest, then each chunk's pieces. Raises
+        `NotToBeHad`."""
         self.readers_count += 1
         try:
-            async for response in self._read(checkpoint, holders):
-                yield response
+            for part, holders in parts:
+                async for response in self._read(part, holders):
+                    yield response
         finally:
             self.readers_count -= 1
 
-    async def _read(
-        self, checkpoint: Checkpoint, holders: Sequence[NodeView]
-    ) -> AsyncIterator[Response]:
+    async def _read(self, part: Part, holders: Sequence[NodeView]) -> AsyncIterator[Response]:
         said: list[str] = []
         wanted: list[str] | None = None
         done_count = 0
@@ -85,9 +87,9 @@ class CheckpointReader:
                 async with self._open_channel(holder.node.peer_address) as channel:
                     stub = peer_pb2_grpc.PeerServiceStub(channel)
                     if wanted is None:
-                        manifest = await _manifest(stub, checkpoint.digest)
+                        manifest = await _manifest(stub, part.digest)
                         wanted = chunks_of(manifest)
-                        named = peer_pb2.Manifest(digest=checkpoint.digest, data=manifest)
+                        named = peer_pb2.Manifest(digest=part.digest, data=manifest)
                         yield Response(manifest=named)
                     while done_count < len(wanted):
                         batch = wanted[done_count : done_count + CHUNKS_PER_CALL]
@@ -166,13 +168,13 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     async def ListCheckpoints(
         self, request: checkpoints_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoints_pb2.ListCheckpointsResponse:
-        kept = await self._kept(context, m.ListCheckpoints(request.job_id))
+        kept = await self._kept(context, requests.ListCheckpoints(request.job_id))
         return checkpoints_pb2.ListCheckpointsResponse(checkpoints=map(_encode, kept))
 
     async def PinCheckpoint(
         self, request: checkpoints_pb2.PinCheckpointRequest, context: Context
     ) -> checkpoints_pb2.PinCheckpointResponse:
-        body = m.PinCheckpoint(request.job_id, _choice(request.choice))
+        body = requests.PinCheckpoint(request.job_id, _choice(request.choice))
         kept = await self._kept(context, body)
         return checkpoints_pb2.PinCheckpointResponse(checkpoints=map(_encode, kept))
 
@@ -180,42 +182,40 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoints_pb2.UnpinCheckpointRequest, context: Context
     ) -> checkpoints_pb2.UnpinCheckpointResponse:
         choice = _choice(request.choice) if request.HasField("choice") else None
-        kept = await self._kept(context, m.UnpinCheckpoint(request.job_id, choice))
+        kept = await self._kept(context, requests.UnpinCheckpoint(request.job_id, choice))
         return checkpoints_pb2.UnpinCheckpointResponse(checkpoints=map(_encode, kept))
 
     async def ReadCheckpoint(
         self, request: checkpoints_pb2.ReadCheckpointRequest, context: Context
     ) -> AsyncIterator[Response]:
-        body = m.FindCheckpoint(request.job_id, _choice(request.choice))
+        body = requests.FindCheckpoint(request.job_id, _choice(request.choice))
         checkpoint = (await self._kept(context, body))[0].checkpoint
-        holders = await self._holders(context, checkpoint)
+        parts = await self._holders(context, checkpoint)
         if self._reader.readers_count >= READERS_MAX:
             full = f"{READERS_MAX} checkpoints are being read already; try again later"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
         try:
-            async for response in self._reader.read(checkpoint, holders):
+            async for response in self._reader.read(parts):
                 yield response
         except NotToBeHad as error:
             what = f"checkpoint {checkpoint.digest[:12]} (step {checkpoint.step})"
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{what} is not to be had: {error}")
 
-    async def _holders(self, context: Context, checkpoint: Checkpoint) -> list[NodeView]:
-        """The nodes that hold it and are not lost, those that are up first; none ends the call."""
+    async def _holders(
+        self, context: Context, checkpoint: Checkpoint
+    ) -> list[tuple[Part, list[NodeView]]]:
+        """Of each part the nodes that hold it and are not lost, those that are up first; none ends
+        the call."""
         page = await self._ask(context, m.ListNodes())
         nodes = page.nodes if isinstance(page, m.NodePage) else ()
-        held = [view for view in nodes if view.node.id in checkpoint.replicas]
-        there = [view for view in held if view.phase is not NodePhase.LOST]
-        if not there:
-            where = " and ".join(checkpoint.replicas) or "no node any more"
-            sentence = (
-                f"checkpoint {checkpoint.digest[:12]} (step {checkpoint.step}) lies on {where}"
-            )
-            if SHARED in checkpoint.replicas:
-                sentence += "; what lies in the shared directory alone only agents can read"
-            elif checkpoint.replicas:
-                sentence += ", which cannot be reached"
-            await context.abort(grpc.StatusCode.UNAVAILABLE, sentence)
-        return sorted(there, key=lambda view: view.phase is not NodePhase.UP)
+        found = []
+        for rank, part in enumerate(checkpoint.pieces):
+            held = [view for view in nodes if view.node.id in part.replicas]
+            there = [view for view in held if view.phase is not NodePhase.LOST]
+            if not there:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, _where(checkpoint, rank, part))
+            found.append((part, sorted(there, key=lambda view: view.phase is not NodePhase.UP)))
+        return found
 
     async def _kept(self, context: Context, body: m.RequestBody) -> tuple[CheckpointView, ...]:
         answer = await self._ask(context, body)
@@ -224,8 +224,21 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
         return answer.checkpoints
 
 
-def _choice(choice: checkpoints_pb2.CheckpointChoice) -> m.CheckpointChoice:
-    return m.CheckpointChoice(choice.digest, choice.step if choice.HasField("step") else None)
+def _where(checkpoint: Checkpoint, rank: int, part: Part) -> str:
+    """Of a part that no node within reach holds."""
+    what = f"checkpoint {checkpoint.digest[:12]} (step {checkpoint.step})"
+    if checkpoint.parts:
+        what = f"rank {rank}'s part of {what}"
+    sentence = f"{what} lies on {' and '.join(part.replicas) or 'no node any more'}"
+    if SHARED in part.replicas:
+        return f"{sentence}; what lies in the shared directory alone only agents can read"
+    return f"{sentence}, which cannot be reached" if part.replicas else sentence
+
+
+def _choice(choice: checkpoints_pb2.CheckpointChoice) -> requests.CheckpointChoice:
+    return requests.CheckpointChoice(
+        choice.digest, choice.step if choice.HasField("step") else None
+    )
 
 
 def _encode(view: CheckpointView) -> checkpoints_pb2.KeptCheckpoint:

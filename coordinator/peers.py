@@ -5,7 +5,7 @@ passes the bytes on. What cannot be had leaves a sentence in place of the output
 gap and never a network library's own words: a lost node has taken its output with it, and one that
 does not answer may only be restarting its agent, so a follower asks again, from the byte where it
 was broken off, until the node answers or is lost. The next attempt is then waited for, until the
-job has ended.
+job has ended. Of a gang one rank's output is read, as if there were no other.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class LogReader:
         self._sleep = sleep
 
     async def stream(
-        self, fleet: Fleet, *, follow: bool, tail_bytes: int
+        self, fleet: Fleet, *, follow: bool, tail_bytes: int, rank: int = 0
     ) -> AsyncIterator[LogPiece]:
         """Pieces of output, attempt by attempt; ends with the job when it follows it."""
         done_epoch = 0
@@ -96,7 +96,8 @@ class LogReader:
             done_epoch = view.attempts[-1].epoch - 1
         while True:
             view = await fleet.job()
-            later = [attempt for attempt in view.attempts if attempt.epoch > done_epoch]
+            mine = [attempt for attempt in view.attempts if attempt.rank == rank]
+            later = [attempt for attempt in mine if attempt.epoch > done_epoch]
             for attempt in later:
                 newest = attempt is later[-1]
                 if attempt.phase is AttemptPhase.ASSIGNED and newest and follow:
@@ -107,7 +108,7 @@ class LogReader:
                     yield piece
                 tail_bytes = 0
             ended = view.job.phase in JOB_ENDED and not any(
-                attempt.epoch > done_epoch for attempt in view.attempts
+                attempt.epoch > done_epoch for attempt in mine
             )
             if not follow or ended:
                 return
@@ -191,6 +192,6 @@ class LogReader:
 async def _is_over(attempt: Attempt, fleet: Fleet) -> bool:
     """Whether nothing more will be written: it has ended, or another took its place."""
     view = await fleet.job()
-    now = [other for other in view.attempts if other.epoch == attempt.epoch]
+    now = [other for other in view.attempts if other.id == attempt.id]
     ended = not now or now[0].phase in ATTEMPT_ENDED
     return ended or view.job.epoch > attempt.epoch

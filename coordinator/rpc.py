@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import wire
+from coordinator import wire, wire_nodes
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core.model import JobView, NodeView
@@ -153,7 +153,11 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     async def StreamLogs(
         self, request: jobs_pb2.StreamLogsRequest, context: Context
     ) -> AsyncIterator[jobs_pb2.StreamLogsResponse]:
-        await self._job(context, m.GetJob(request.job_id))
+        ranks = (await self._job(context, m.GetJob(request.job_id))).job.spec.ranks
+        if not 0 <= request.rank < ranks:
+            has = "one rank, 0" if ranks == 1 else f"ranks 0 to {ranks - 1}"
+            sentence = f"job {request.job_id} has {has}; there is no rank {request.rank}"
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
 
         async def look() -> JobView:
             return await self._job(context, m.GetJob(request.job_id))
@@ -164,7 +168,10 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             return next((view for view in nodes if view.node.id == node_id), None)
 
         pieces = self._logs.stream(
-            Fleet(look, node), follow=request.follow, tail_bytes=request.tail_bytes
+            Fleet(look, node),
+            follow=request.follow,
+            tail_bytes=request.tail_bytes,
+            rank=request.rank,
         )
         async for piece in pieces:
             yield jobs_pb2.StreamLogsResponse(
@@ -182,7 +189,7 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
         answer = await _ask(self._shell, context, m.ListNodes())
         if not isinstance(answer, m.NodePage):
             raise TypeError(f"expected nodes, got {type(answer).__name__}")
-        return nodes_pb2.ListNodesResponse(nodes=[wire.encode_node(v) for v in answer.nodes])
+        return nodes_pb2.ListNodesResponse(nodes=[wire_nodes.encode_node(v) for v in answer.nodes])
 
     async def _node(self, context: Context, body: m.RequestBody) -> NodeView:
         answer = await _ask(self._shell, context, body)
@@ -194,19 +201,19 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
         self, request: nodes_pb2.CordonNodeRequest, context: Context
     ) -> nodes_pb2.CordonNodeResponse:
         view = await self._node(context, m.CordonNode(request.node))
-        return nodes_pb2.CordonNodeResponse(node=wire.encode_node(view))
+        return nodes_pb2.CordonNodeResponse(node=wire_nodes.encode_node(view))
 
     async def DrainNode(
         self, request: nodes_pb2.DrainNodeRequest, context: Context
     ) -> nodes_pb2.DrainNodeResponse:
         view = await self._node(context, m.DrainNode(request.node))
-        return nodes_pb2.DrainNodeResponse(node=wire.encode_node(view))
+        return nodes_pb2.DrainNodeResponse(node=wire_nodes.encode_node(view))
 
     async def UncordonNode(
         self, request: nodes_pb2.UncordonNodeRequest, context: Context
     ) -> nodes_pb2.UncordonNodeResponse:
         view = await self._node(context, m.UncordonNode(request.node))
-        return nodes_pb2.UncordonNodeResponse(node=wire.encode_node(view))
+        return nodes_pb2.UncordonNodeResponse(node=wire_nodes.encode_node(view))
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):

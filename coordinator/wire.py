@@ -10,16 +10,16 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator import wire_time
+from coordinator.core import launch, model
 from coordinator.core import messages as m
-from coordinator.core import model
-from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# Job id and epoch; 18 digits fit an int64, and so every store.
-_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}")
+# Job id, epoch, and the rank of one of several; 18 digits fit an int64, and so every store.
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}(\.(0|[1-9][0-9]{0,3}))?")
 
 # Enum values carry their enum's name as prefix (protobuf style guide), then ours.
 _CLASSES = {
@@ -83,6 +83,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
         keep_checkpoints=spec.keep_checkpoints if said else model.KEEP_CHECKPOINTS_DEFAULT,
+        ranks=spec.ranks or 1,
     )
 
 
@@ -108,6 +109,8 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
         keep_checkpoints=spec.keep_checkpoints,
+        # An agent of before gangs is sent what it always was.
+        ranks=spec.ranks if spec.ranks > 1 else 0,
     )
 
 
@@ -155,6 +158,7 @@ def encode_attempt(attempt: model.Attempt) -> types.Attempt:
         reason=attempt.reason,
         restored_step=attempt.restored_step if attempt.restored_digest else None,
         replica_node=attempt.replica_node,
+        rank=attempt.rank,
     )
     if attempt.started_unix_ms is not None:
         message.start_time.CopyFrom(_timestamp(attempt.started_unix_ms))
@@ -176,77 +180,13 @@ def encode_checkpoint(checkpoint: model.Checkpoint) -> types.Checkpoint:
         size_bytes=checkpoint.size_bytes,
         replicas=checkpoint.replicas,
         commit_time=_timestamp(checkpoint.committed_unix_ms),
-    )
-
-
-def encode_node(view: model.NodeView) -> types.Node:
-    node = view.node
-    message = types.Node(
-        id=node.id,
-        phase=_node_phase(view.phase),
-        intent=_node_intent(node.intent),
-        peer_address=node.peer_address,
-        host=types.HostFacts(
-            hostname=node.host.hostname,
-            boot_id=node.host.boot_id,
-            cpu_count=node.host.cpu_count,
-            memory_bytes=node.host.memory_bytes,
-            driver_version=node.host.driver_version,
-            agent_version=node.host.agent_version,
-        ),
-        gpus=[_gpu(gpu) for gpu in view.gpus],
-        attempts=view.attempts,
-        reason=view.reason,
-    )
-    if view.telemetry is not None:
-        host = view.telemetry
-        message.telemetry.CopyFrom(
-            types.HostTelemetry(
-                cpu_utilization_ratio=host.cpu_utilization_ratio,
-                memory_used_bytes=host.memory_used_bytes,
-                disk_free_bytes=host.disk_free_bytes,
-                load_1min=host.load_1min,
+        parts=[
+            types.CheckpointPart(
+                digest=part.digest, size_bytes=part.size_bytes, replicas=part.replicas
             )
-        )
-    return message
-
-
-def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:
-    return types.NodePhase.Value(f"NODE_PHASE_{phase.name}")
-
-
-def _node_intent(intent: NodeIntent) -> types.NodeIntent.ValueType:
-    return types.NodeIntent.Value(f"NODE_INTENT_{intent.name}")
-
-
-def _gpu_phase(phase: GpuPhase) -> types.GpuPhase.ValueType:
-    return types.GpuPhase.Value(f"GPU_PHASE_{phase.name}")
-
-
-def _gpu(gpu: model.GpuView) -> types.Gpu:
-    message = types.Gpu(
-        uuid=gpu.facts.uuid,
-        name=gpu.facts.name,
-        memory_bytes=gpu.facts.memory_bytes,
-        phase=_gpu_phase(gpu.phase),
-        attempt=gpu.attempt,
+            for part in checkpoint.parts
+        ],
     )
-    read = gpu.telemetry
-    if read is not None:
-        message.telemetry.CopyFrom(
-            types.GpuTelemetry(
-                uuid=read.uuid,
-                utilization_ratio=read.utilization_ratio,
-                memory_used_bytes=read.memory_used_bytes,
-                temperature_celsius=read.temperature_celsius,
-                power_mw=read.power_mw,
-                energy_mj=read.energy_mj,
-                sm_clock_mhz=read.sm_clock_mhz,
-                memory_clock_mhz=read.memory_clock_mhz,
-                error=read.error,
-            )
-        )
-    return message
 
 
 def encode_event(event: model.JobEvent) -> types.JobEvent:
@@ -391,6 +331,7 @@ def _proposed(proposed: pb.CheckpointProposed) -> m.CheckpointProposed:
         proposed.step,
         proposed.size_bytes,
         tuple(proposed.replicas),
+        proposed.parts,
     )
 
 
@@ -438,7 +379,10 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
             return pb.SessionResponse(start_attempt=_start(order))
         case m.StopAttempt():
             grace = None if order.grace_ms is None else _duration(order.grace_ms)
-            stop = pb.StopAttempt(attempt=order.attempt, grace=grace, reason=order.reason)
+            precopy = None if order.precopy_ms is None else _duration(order.precopy_ms)
+            stop = pb.StopAttempt(
+                attempt=order.attempt, grace=grace, reason=order.reason, precopy=precopy
+            )
             return pb.SessionResponse(stop_attempt=stop)
         case m.SetReplicaTarget():
             target = None if order.target is None else _address(order.target)
@@ -472,15 +416,36 @@ def _start(order: m.StartAttempt) -> pb.StartAttempt:
                 digest=candidate.digest,
                 step=candidate.step,
                 sources=[_address(source) for source in candidate.sources],
+                parts=[
+                    pb.RestorePart(
+                        digest=part.digest, sources=[_address(source) for source in part.sources]
+                    )
+                    for part in candidate.parts
+                ],
             )
             for candidate in order.candidates
         ],
         replica_target=None if order.replica_target is None else _address(order.replica_target),
         restart_count=order.restart_count,
+        gang=None if order.gang is None else _gang(order.gang),
     )
 
 
-def _address(address: m.PeerAddress) -> pb.PeerAddress:
+def _gang(gang: launch.Gang) -> pb.Gang:
+    return pb.Gang(
+        rank=gang.rank,
+        world_size=gang.world_size,
+        local_rank=gang.local_rank,
+        local_world_size=gang.local_world_size,
+        node_rank=gang.node_rank,
+        nodes=gang.nodes,
+        master_host=gang.master_host,
+        master_port=gang.master_port,
+        node_gpu_uuids=gang.node_gpu_uuids,
+    )
+
+
+def _address(address: launch.PeerAddress) -> pb.PeerAddress:
     return pb.PeerAddress(node=address.node, address=address.address)
 
 

@@ -10,15 +10,24 @@ writes, byte for byte: the headers of the safetensors format are made by us and 
 are copied behind them. The agent hashes, stores and copies them from there, in another process at a
 low priority; restoring and exporting know no difference, and unchanged chunks are kept once.
 
-1. What is small and changes while anybody looks (random generators, the loop's place) goes first.
-2. Optimizer, model: one copy each, into views of the slab that are made once.
+1. What is small, and whatever a forward pass may change, goes first, at once: the loop's place,
+   random generators, buffers, and the states of other objects.
+2. Parameters and the optimizer's moments, which stay as they are until the next update: one copy
+   each, into views of the slab that are made once. A helper copies them while the next forward and
+   backward passes run (``overlap``), and the training waits for it right before its update.
 3. Frozen parameters: once for each slot. They are copied again when one of them was written to or
    exchanged, which autograd's version counter tells (``Tensor._version``; what goes past it, by
    ``.data``, is not seen until the last capture of the process, which copies everything).
-4. The slot's header, last of all.
+4. The slot's header, last of all, and the word to the agent. Not before the training's thread has
+   seen that nothing was written to while it was copied. Where something was, this capture is
+   dropped, and from there on the training waits for all of every copy: such a model writes to its
+   parameters in each of its passes.
 
-On a GPU the slab is registered as page-locked memory and ``drain`` copies into it, in pieces; the
-training waits for the last one.
+Whoever is killed before 4. has the capture before this one: in the other slot, or where there is
+only one, on the agent's disk, for a slot is free only when what it held is there.
+
+On a GPU the slab is registered as page-locked memory and ``drain`` copies into it, in pieces. The
+last capture of a process has no next step to hide behind, and is copied at once.
 
 How often: with a stall of C for each checkpoint and a mean time M between failures, the time lost
 to both is least at sqrt(2 C M) between checkpoints (J. W. Young, "A first order approximation to
@@ -35,7 +44,7 @@ from dataclasses import dataclass
 import torch
 
 import baton_sdk
-from trainers import checkpoint, drain
+from trainers import checkpoint, overlap
 
 ALIGNMENT_BYTES = 4096
 """Of each file in a slot: tensors of any type can be viewed there, and pages are not shared."""
@@ -132,17 +141,23 @@ def key_of(tensors: checkpoint.Tensors) -> _Key:
 
 
 class Capturer:
-    """Captures into the session's slab, of one training."""
+    """Captures into the session's slab, of one training, by its thread."""
 
-    def __init__(self, session: baton_sdk.Session) -> None:
+    def __init__(self, session: baton_sdk.Session, *, parts: int = 1) -> None:
         self._session = session
+        self._parts = parts
         self._layouts: dict[str, Layout] = {}
         self._memory: _Memory | None = None
+        self._helper = overlap.Helper()
+        self._begun: _Begun | None = None
         self.busy = False
         """Of the last capture that was not taken: the slots are being stored. Try again."""
 
+        self.changing = False
+        """Whether the model writes to its parameters while it computes, as far as is known."""
+
         self.stall_s: float | None = None
-        """What the last capture cost the training."""
+        """How long the training stood still for the last capture, or for this one so far."""
 
         self.state_bytes = 0
 
@@ -151,6 +166,11 @@ class Capturer:
         """Whether every slot is being stored: a look that costs nothing, before a state is put
         together in vain."""
         return self._memory is not None and self._memory.slab.free_slot() is None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a capture is under way that ``settle`` has not ended."""
+        return self._begun is not None
 
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory before it is needed. Returns at once."""
@@ -164,27 +184,78 @@ class Capturer:
 
         None where there is no slab, or, with ``busy``, no free slot within ``wait_s`` seconds.
         ``whole`` copies frozen parameters whether they seem to have changed or not."""
+        if not self._start(live, step, wait_s, whole=whole, later=False):
+            return None
+        return self.settle()
+
+    def begin(self, live: checkpoint.Snapshot, step: int) -> bool:
+        """The same beside what follows: returns when that may go on, up to the next update, before
+        which comes ``settle``. False where ``take`` would return None."""
+        return self._start(live, step, 0.0, whole=False, later=not self.changing)
+
+    def settle(self, *, wait: bool = True) -> baton_sdk.Ticket | None:
+        """End the capture that was begun, if there is one: from here on the parameters may change.
+        Without ``wait`` only if it is copied by now. Call it between two operations of torch.
+
+        None: there is none, it is not copied yet, or it was dropped (then ``begun`` is False), as
+        the model has changed it meanwhile or the memory is not ours any more."""
+        begun = self._begun
+        if begun is None or not (wait or begun.copying is None or begun.copying.done):
+            return None
+        began_s = time.perf_counter()
+        self._begun = None
+        if begun.copying is not None:
+            begun.copying.wait()
+            if not begun.copying.unchanged:
+                self.changing = True
+                return None
+        if self._session.slab(begun.slot_bytes) is not begun.memory.slab:
+            return None
+        begun.memory.remember(begun.slot, begun.frozen)
+        ticket = self._session.capture(
+            begun.memory.slab, begun.slot, begun.files, begun.step, self._parts
+        )
+        self.stall_s = (self.stall_s or 0.0) + time.perf_counter() - began_s
+        return ticket
+
+    def _start(
+        self, live: checkpoint.Snapshot, step: int, wait_s: float, *, whole: bool, later: bool
+    ) -> bool:
+        assert self._begun is None, "a capture was begun and not settled"
         self.busy = False
         began_s = time.perf_counter()
         if not self._plan(live):
-            return None
+            return False
         text = checkpoint.encode_state(live.state)
         planned_s = time.perf_counter() - began_s
-        slab = self._session.slab(self._slot_bytes(text))
+        slot_bytes = self._slot_bytes(text)
+        slab = self._session.slab(slot_bytes)
         if slab is None:
-            return None
+            return False
         if self._memory is None or self._memory.slab is not slab:
             self._memory = _Memory(slab)
             self._memory.open()
         slot = slab.wait_free_slot(wait_s)
         if slot is None:
             self.busy = True
-            return None
+            return False
         began_s = time.perf_counter()
-        files = self._copy(self._memory, slot, live, text, whole)
-        ticket = self._session.capture(slab, slot, files, step)
+        files = self._lay_out(len(text))
+        self._memory.slab.begin(slot)
+        self._memory.write(slot, files[-1][1], text)
+        at_once, can_wait = self._pairs(self._memory, slot, live, whole)
+        overlap.copy(at_once if later else at_once + can_wait)
+        self._begun = _Begun(
+            memory=self._memory,
+            slot=slot,
+            slot_bytes=slot_bytes,
+            step=step,
+            files=files,
+            frozen=[overlap.seen(tensor) for tensor in live.frozen.values()],
+            copying=self._helper.begin(can_wait) if later else None,
+        )
         self.stall_s = planned_s + time.perf_counter() - began_s
-        return ticket
+        return True
 
     def _plan(self, live: checkpoint.Snapshot) -> bool:
         """Bring the layouts up to date; False for a state that only files can hold."""
@@ -202,43 +273,51 @@ class Capturer:
         self.state_bytes = sum(layout.size_bytes for layout in self._layouts.values())
         return sum(_aligned(layout.size_bytes) for layout in self._layouts.values()) + len(text)
 
-    def _copy(
-        self,
-        memory: "_Memory",
-        slot: int,
-        live: checkpoint.Snapshot,
-        text: bytes,
-        whole: bool,
-    ) -> list[tuple[str, int, int]]:
-        """Fill the slot, ``text`` being its JSON state; returns (name, offset, bytes) of each
-        file."""
-        memory.slab.begin(slot)
+    def _lay_out(self, text_bytes: int) -> list[tuple[str, int, int]]:
+        """(name, offset in the slot, bytes) of each file; the JSON state, of so many bytes, is the
+        last one."""
+        files = []
         offset = 0
-        offsets = {}
         for part in checkpoint.TENSOR_FILES:
-            offsets[part] = offset
-            offset += _aligned(self._layouts[part].size_bytes)
-        memory.write(slot, offset, text)
-        for part in ("random", "optimizer", "model"):
-            memory.fill(slot, offsets[part], self._layouts[part], getattr(live, part))
-        if whole or not memory.holds(slot, offsets["frozen"], live.frozen):
-            memory.forget(slot)
-            memory.fill(slot, offsets["frozen"], self._layouts["frozen"], live.frozen)
-        memory.finish()
-        memory.remember(slot, offsets["frozen"], live.frozen)
-        sizes = {part: self._layouts[part].size_bytes for part in checkpoint.TENSOR_FILES}
-        files = [(f"{part}.safetensors", offsets[part], sizes[part]) for part in offsets]
-        return [*files, (checkpoint.STATE_FILE, offset, len(text))]
+            size_bytes = self._layouts[part].size_bytes
+            files.append((f"{part}.safetensors", offset, size_bytes))
+            offset += _aligned(size_bytes)
+        return [*files, (checkpoint.STATE_FILE, offset, text_bytes)]
+
+    def _pairs(
+        self, memory: "_Memory", slot: int, live: checkpoint.Snapshot, whole: bool
+    ) -> tuple[list[overlap.Pair], list[overlap.Pair]]:
+        """What is to be copied, at once and before the next update. ``whole``: also the frozen
+        parameters that the slot seems to hold."""
+        at_once: list[overlap.Pair] = []
+        can_wait: list[overlap.Pair] = []
+        offset = 0
+        for part in checkpoint.TENSOR_FILES:
+            tensors: checkpoint.Tensors = getattr(live, part)
+            layout = self._layouts[part]
+            if part != "frozen" or whole or not memory.holds(slot, tensors):
+                views = memory.views((slot, offset), layout, tensors)
+                for name, view in zip(layout.names, views, strict=True):
+                    waits = part == "optimizer" or isinstance(tensors[name], torch.nn.Parameter)
+                    (can_wait if waits else at_once).append((tensors[name], view))
+                if part == "frozen":
+                    memory.forget(slot)
+            offset += _aligned(layout.size_bytes)
+        return at_once, can_wait
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A frozen tensor as it was copied. Holding its storage keeps the address from being used for
-    another one."""
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A capture between its first copy and its header."""
 
-    tensor: torch.Tensor
-    address: int
-    version: int
+    memory: "_Memory"
+    slot: int
+    slot_bytes: int
+    step: int
+    files: list[tuple[str, int, int]]
+    frozen: list[overlap.Seen]
+    copying: overlap.Copying | None
+    """None: everything is copied."""
 
 
 class _Memory:
@@ -248,8 +327,7 @@ class _Memory:
         self.slab = slab
         self._bytes: torch.Tensor
         self._views: dict[tuple[int, int], tuple[Layout, list[torch.Tensor]]] = {}
-        self._frozen: dict[int, tuple[int, list[_Seen]]] = {}
-        self._drains: list[drain.Drain] = []
+        self._frozen: dict[int, list[overlap.Seen]] = {}
 
     def open(self) -> None:
         """Page-lock it, where there is a GPU that copies into it. One that does not is slower."""
@@ -261,63 +339,44 @@ class _Memory:
         begin = self.slab.offset_bytes(slot) + offset
         self.slab.mapping[begin : begin + len(data)] = data
 
-    def fill(self, slot: int, offset: int, layout: Layout, tensors: checkpoint.Tensors) -> None:
-        """Header and tensors of one file."""
-        known = self._views.get((slot, offset))
+    def views(
+        self, place: tuple[int, int], layout: Layout, tensors: checkpoint.Tensors
+    ) -> list[torch.Tensor]:
+        """Where the tensors of one file go, in the order of the layout; its header is there.
+        ``place`` is its slot, and its offset in there."""
+        known = self._views.get(place)
         if known is None or known[0] is not layout:
-            self.write(slot, offset, layout.header)
-            known = (layout, self._viewed(slot, offset, layout, tensors))
-            self._views[slot, offset] = known
-        distant: list[tuple[torch.Tensor, drain.HostMemory]] = []
-        with torch.no_grad():
-            for view, name in zip(known[1], layout.names, strict=True):
-                live = tensors[name]
-                if live.is_cuda:
-                    distant.append((live, view))
-                else:
-                    view.copy_(live)
-        if distant:
-            self._drains.append(drain.copy_out(distant))
+            self.write(*place, layout.header)
+            known = (layout, self._viewed(place, layout, tensors))
+            self._views[place] = known
+        return known[1]
 
-    def finish(self) -> None:
-        """Until every copy is there."""
-        for copies in self._drains:
-            copies.wait()
-        self._drains.clear()
-
-    def holds(self, slot: int, offset: int, frozen: checkpoint.Tensors) -> bool:
-        """Whether the slot has these tensors, as they are now, in this place."""
-        known_offset, seen = self._frozen.get(slot, (-1, []))
+    def holds(self, slot: int, frozen: checkpoint.Tensors) -> bool:
+        """Whether the slot has these tensors, as they are now."""
+        seen = self._frozen.get(slot)
         return (
-            known_offset == offset
+            seen is not None
             and len(seen) == len(frozen)
-            and all(
-                then.address == now.data_ptr()
-                and then.version == now._version
-                and then.tensor.dtype == now.dtype
-                and then.tensor.shape == now.shape
-                and then.tensor.stride() == now.stride()
-                for then, now in zip(seen, frozen.values(), strict=True)
-            )
+            and all(then.is_still(now) for then, now in zip(seen, frozen.values(), strict=True))
         )
 
-    def remember(self, slot: int, offset: int, frozen: checkpoint.Tensors) -> None:
-        seen = [_Seen(t.detach(), t.data_ptr(), t._version) for t in frozen.values()]
-        self._frozen[slot] = (offset, seen)
+    def remember(self, slot: int, frozen: list[overlap.Seen]) -> None:
+        """The slot has these, whole."""
+        self._frozen[slot] = frozen
 
     def forget(self, slot: int) -> None:
         """Before it is overwritten: a copy that fails half way is no copy."""
         self._frozen.pop(slot, None)
 
     def _viewed(
-        self, slot: int, offset: int, layout: Layout, tensors: checkpoint.Tensors
+        self, place: tuple[int, int], layout: Layout, tensors: checkpoint.Tensors
     ) -> list[torch.Tensor]:
-        begin = self.slab.offset_bytes(slot) + offset
+        begin = self.slab.offset_bytes(place[0]) + place[1]
         views = []
-        for name, place in zip(layout.names, layout.offsets, strict=True):
+        for name, offset in zip(layout.names, layout.offsets, strict=True):
             tensor = tensors[name]
             size = tensor.numel() * tensor.element_size()
-            at = self._bytes[begin + place : begin + place + size]
+            at = self._bytes[begin + offset : begin + offset + size]
             views.append(at.view(tensor.dtype).view(tensor.shape))
         return views
 

@@ -18,6 +18,7 @@ import torch
 
 from trainers import data, models, weights
 from trainers.configuration import ConfigurationError, resolve
+from trainers.ranks import ALONE, World
 
 if TYPE_CHECKING:
     from trainers.finetune import FinetuneOptions
@@ -56,10 +57,11 @@ class CausalTextTask:
         *,
         bytes_per_token: float,
         identity: str,
-        deliver: Callable[[], None] | None = None,
+        deliver: Callable[[torch.nn.Module], None] | None = None,
     ) -> None:
         self.model = model
         self.evaluation_batch = EVALUATION_BATCH
+        self.delivers = deliver is not None
         self._deliver = deliver
         self.train = train
         self.held_out = held_out
@@ -75,20 +77,25 @@ class CausalTextTask:
         """Mean loss per predicted token, in nats."""
         return self._loss(batch)
 
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Bits per byte over all held-out windows."""
-        nats, predictions = 0.0, 0
-        for windows in self.held_out.split(self.evaluation_batch):
-            count = windows.numel() - len(windows)
+    def evaluate(self, device: torch.device, world: World = ALONE) -> dict[str, float]:
+        """Bits per byte over all held-out windows, dealt to the ranks batch by batch. One that has
+        none left takes part with a batch that does not count."""
+        nats, predictions = 0.0, 0.0
+        batches = self.held_out.split(self.evaluation_batch)
+        for first in range(0, len(batches), world.size):
+            own = first + world.rank
+            windows = batches[min(own, len(batches) - 1)]
+            count = windows.numel() - len(windows) if own < len(batches) else 0
             nats += float(self._loss(windows.to(device))) * count
             predictions += count
+        nats, predictions = world.sums([nats, predictions])
         bits_per_token = nats / predictions / math.log(2)
         return {"bits_per_byte": bits_per_token / self.bytes_per_token}
 
     def deliver(self) -> None:
         """The trained model, as a folder, where one was asked for."""
         if self._deliver is not None:
-            self._deliver()
+            self._deliver(self.model)
 
     def _loss(self, windows: torch.Tensor) -> torch.Tensor:
         tokens = windows.long()
@@ -139,7 +146,7 @@ def build(
         ],
         bytes_per_token=held_out_bytes / len(held_out_tokens),
         identity=f"{trained.name} {data.digest_of(repr(texts).encode())} {options.window_tokens}",
-        deliver=(lambda: models.save(trained.result(model), target)) if target else None,
+        deliver=(lambda whole: models.save(trained.result(whole), target)) if target else None,
     )
 
 

@@ -26,7 +26,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainers import extra, manifest
+from trainers import extra, manifest, sharding
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -124,8 +124,13 @@ def restore(
 ) -> dict[str, Any]:
     """Put a snapshot into a model and optimizer (and ``objects``) that were built the same way;
     returns the loop's ``progress``. Raises CheckpointError, with nothing assigned, if anything does
-    not fit."""
-    frozen, trained = _model_tensors(model)
+    not fit.
+
+    Of a model that is spread over ranks, the snapshot holds this rank's rows."""
+    frozen, trained = (
+        {name: sharding.local(tensor) for name, tensor in tensors.items()}
+        for tensors in _model_tensors(model)
+    )
     _check("frozen", snapshot.frozen, frozen)
     of_model = {k: v for k, v in snapshot.model.items() if not k.startswith(extra.PREFIX)}
     _check("model", of_model, trained)
@@ -182,26 +187,14 @@ def write(snapshot: Snapshot, directory: Path) -> None:
 
 def read(directory: Path) -> Snapshot:
     """The snapshot in a directory. Raises CheckpointError for a missing or damaged file."""
-    tensors: dict[str, Tensors] = {}
-    for part in TENSOR_FILES:
-        file = directory / f"{part}.safetensors"
-        try:
-            tensors[part] = load_file(file)
-        except FileNotFoundError:
-            raise CheckpointError(f"{file.name} is missing in {directory}") from None
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{file.name} in {directory} is damaged: {error}") from error
+    tensors = {part: read_tensors(directory, part) for part in TENSOR_FILES}
     try:
         state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{STATE_FILE} is missing in {directory}") from None
     except ValueError as error:
         raise CheckpointError(f"{STATE_FILE} in {directory} is damaged: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(
-            f"{STATE_FILE} has format {found}; this trainer reads format {FORMAT_VERSION}"
-        )
+    check_format(state)
     if manifest.HASH_KEY in state:
         try:
             manifest.check_hash(state)
@@ -210,17 +203,24 @@ def read(directory: Path) -> Snapshot:
     return Snapshot(state=state, **tensors)
 
 
-def read_newest(
-    directories: Sequence[Path], skipped: Callable[[CheckpointError], None]
-) -> Snapshot | None:
-    """The last of these that is whole (they come oldest first); None when none is. Each that is
-    torn or altered is told to ``skipped``."""
-    for directory in reversed(directories):
-        try:
-            return read(directory)
-        except CheckpointError as error:
-            skipped(error)
-    return None
+def read_tensors(directory: Path, part: str) -> Tensors:
+    """One of the four files of tensors. Raises CheckpointError."""
+    file = directory / f"{part}.safetensors"
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.name} is missing in {directory}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file.name} in {directory} is damaged: {error}") from error
+
+
+def check_format(state: Any) -> None:
+    """Raises CheckpointError unless it is a state of ours."""
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{STATE_FILE} has format {found}; this trainer reads format {FORMAT_VERSION}"
+        )
 
 
 def _model_tensors(model: torch.nn.Module) -> tuple[Tensors, Tensors]:
@@ -283,7 +283,7 @@ def _check_optimizer(
     snapshot: Snapshot, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     names = _parameter_names(model)
-    shapes = {name: parameter.shape for parameter, name in names.items()}
+    shapes = {name: sharding.local(parameter).shape for parameter, name in names.items()}
     stored = [group["params"] for group in snapshot.state["optimizer"]["groups"]]
     live = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     if stored != live:
@@ -329,6 +329,8 @@ def _restore_optimizer(
             # torch keeps the step counter on the CPU unless the update runs as one kernel.
             on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
             value = value.clone() if on_host else value.to(parameter.device, copy=True)
+            if sharding.is_spread(parameter) and value.dim() > 0:
+                value = sharding.like(parameter, value)
         optimizer.state[parameter][key] = value
 
 

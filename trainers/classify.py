@@ -18,6 +18,7 @@ import torch
 from trainers import data, models
 from trainers.configuration import ConfigurationError, resolve
 from trainers.features import FeatureTable
+from trainers.ranks import ALONE, World
 
 if TYPE_CHECKING:
     from trainers.transfer import TransferOptions
@@ -82,6 +83,7 @@ class ClassifyTask:
 
     metric = "accuracy"
     higher_is_better = True
+    delivers = False
 
     def __init__(
         self,
@@ -121,8 +123,8 @@ class ClassifyTask:
             logits = self.model(**batch["inputs"])
         return torch.nn.functional.cross_entropy(logits.float(), labels)
 
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Accuracy (0 to 1) and mean loss over all held-out samples."""
+    def evaluate(self, device: torch.device, world: World = ALONE) -> dict[str, float]:
+        """Accuracy (0 to 1) and mean loss over all held-out samples. Of one rank."""
         right, nats, count = 0, 0.0, len(self.held_out[1])
         for chosen in torch.arange(count).split(self.evaluation_batch):
             labels = self.held_out[1][chosen].to(device)

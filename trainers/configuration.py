@@ -93,6 +93,11 @@ class LoopOptions:
     prefetch_depth: int = 2
     """Batches that are made ahead: 2, or 3 where making one takes very different times."""
 
+    collective_timeout_s: float = 600.0
+    """Of several ranks only: how long one waits for another in the middle of a step, or for all to
+    come up. Baton ends a rank whose peers are gone long before; outside it, ten minutes are enough
+    for the slowest node to load its model, and torch's own 30 are a waste of GPUs."""
+
     def problems(self) -> list[str]:
         """What is wrong, as sentences that say what to change."""
         found = []
@@ -107,6 +112,8 @@ class LoopOptions:
             chosen = name != "checkpoint_every_s" or self.checkpoint_every_s != AUTOMATIC_S
             if chosen and not getattr(self, name) >= 0:
                 found.append(f"'{name}' must not be negative, and is {getattr(self, name)}")
+        if not self.collective_timeout_s > 0:
+            found.append(f"'collective_timeout_s' must be above 0, not {self.collective_timeout_s}")
         if self.schedule not in SCHEDULES:
             found.append(f"'schedule' must be one of {SCHEDULES}, not '{self.schedule}'")
         if self.precision not in PRECISIONS:
@@ -116,6 +123,15 @@ class LoopOptions:
                 f"'prefetch_depth' must be 1 to {PREFETCH_DEPTH_MAX}, not {self.prefetch_depth}"
             )
         return found
+
+    def problems_of_ranks(self, world_size: int) -> list[str]:
+        """What is wrong when so many ranks train together."""
+        if world_size > 1 and self.precision == "float16":
+            return [
+                "'precision' float16 scales the loss of each rank by itself; several ranks need"
+                " bfloat16 or float32"
+            ]
+        return []
 
 
 Options = TypeVar("Options", bound=LoopOptions)

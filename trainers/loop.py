@@ -9,6 +9,9 @@ generators, so when they happen changes nothing either.
 
 Samples come prefetched, in pieces that fit into memory (``microbatch``).
 
+Several ranks run the same loop over one model that is spread over them (``sharding``); what they do
+after each step, they decide together (``ranks``), and each keeps its part of the state (``parts``).
+
 Between two steps the loop looks whether it should stop: then it checkpoints, waits until the agent
 has the checkpoint on disk, as long as the grace allows, and leaves with status 75.
 
@@ -21,69 +24,38 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
 
 import baton_sdk
 from trainers import (
+    accord,
     checkpoint,
+    evaluation,
     exactness,
     extra,
     manifest,
     microbatch,
     optimization,
+    parts,
+    ranks,
+    restoring,
     saving,
+    sharding,
     timing,
 )
 from trainers.best import Best
 from trainers.configuration import LoopOptions
+from trainers.task import Task as Task
 
 GRACE_MARGIN_S = 2.0
 """Kept of the grace for leaving: the interpreter with torch takes about a second to go."""
 
 STORE_TIMEOUT_S = 60.0
 """At the end of a job: how long to wait for the last checkpoint to be stored."""
-
-
-class Task(Protocol):
-    """A model and its data."""
-
-    model: torch.nn.Module
-    sample_count: int
-    metric: str
-    """The name, in what ``evaluate`` returns, of the figure that counts."""
-
-    higher_is_better: bool
-    """Of that figure."""
-
-    evaluation_batch: int
-    """Samples evaluated at once; the loop lowers it when they do not fit into memory."""
-
-    identity: str
-    """Describes data and model; a checkpoint of another identity is refused."""
-
-    def batch(self, samples: Sequence[int]) -> Any:
-        """These samples as tensors on the CPU, in any nesting. Called from another thread than the
-        rest, ahead of time: it depends on nothing that changes, and on no random generator."""
-        ...
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        """The mean loss over the samples of a ``batch`` that lies on the model's device."""
-        ...
-
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        """Figures on held-out data. Draws nothing from any random generator."""
-        ...
-
-    def deliver(self) -> None:
-        """After the last step and its checkpoint: write the result where the configuration wants
-        it, if anywhere. The model is not used any more. Raises OSError."""
-        ...
 
 
 def seed_everything(seed: int) -> None:
@@ -105,10 +77,17 @@ def emit(event: str, **values: Any) -> None:
 class Trainer:
     """A task on its way through its steps."""
 
-    def __init__(self, task: Task, options: LoopOptions, session: baton_sdk.Session) -> None:
+    def __init__(
+        self,
+        task: Task,
+        options: LoopOptions,
+        session: baton_sdk.Session,
+        world: ranks.World = ranks.ALONE,
+    ) -> None:
         self.task = task
         self.options = options
         self.session = session
+        self.world = world
         self.device = torch.device("cpu")
         self.step = 0
         self.samples = 0
@@ -126,7 +105,9 @@ class Trainer:
         self.timing = timing.Timing()
         self._undo = microbatch.Undo(task.model)
         self._feed: microbatch.Feed | None = None
-        self._saver = saving.Saver(session, options)
+        self._saver = saving.Saver(session, options, world)
+        self._accord = accord.Accord(world, session, self._saver)
+        self._spread = sharding.Spread(task.model, world)
         self._parent = ""
         self._ticket: baton_sdk.Ticket | None = None
         self._saved_step = 0
@@ -139,8 +120,9 @@ class Trainer:
         try:
             self.prepare()
             while self.step < self.options.steps and not self.best.exhausted:
-                if self.session.stop_requested is not None:
-                    return self.leave(self.session.stop_requested)
+                stop = self._accord.stop()
+                if stop is not None:
+                    return self.leave(stop)
                 self.log(self.advance())
                 if not self._saver.prepared:
                     self._saver.prepare(self._live())
@@ -152,11 +134,17 @@ class Trainer:
             self.close()
         status = self.finish()
         self.session.enter("finish")
-        self.task.deliver()
+        self.deliver()
         return status
 
+    @property
+    def _whole(self) -> int:
+        """Samples of one step, over all ranks."""
+        return self.options.batch_size * self.options.accumulate
+
     def close(self) -> None:
-        """End the prefetching. Whoever calls ``advance`` again begins it again."""
+        """End the prefetching, which ``advance`` begins again, and a capture under way."""
+        self.settle()
         if self._feed is not None:
             self._feed.close()
             self._feed = None
@@ -164,24 +152,28 @@ class Trainer:
     def prepare(self) -> None:
         """Move to the device and resume, if there is something to resume from; else evaluate
         what there is, for a figure to compare the result with."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.task.model.to(self.device)
+        self.device = self.world.device()
+        self.world.open(self.device, self.options.collective_timeout_s)
+        self._spread.open(self.device)
+        if not self.world.alone:
+            seed_everything(self.world.seed_of(self.options.seed, 0))
         self.optimizer = optimization.make_optimizer(self.task.model, self.options)
         self.scaler = optimization.make_scaler(self.device, self.options)
         if self.scaler.is_enabled():
             self.objects["scaler"] = self.scaler
         with self.timing.measure(timing.RESTORE_S):
-            source = self._stored()
+            source = restoring.find(self.session, self.options, self.task.model, self.world, emit)
             if source is not None:
                 self.resume(source)
         self._saved_at_s = time.monotonic()
         parameters = list(self.task.model.parameters())
-        emit(
+        self._tell(
             "started",
             resumed=source is not None,
             step=self.step,
             steps=self.options.steps,
             device=str(self.device),
+            ranks=self.world.size,
             threads=torch.get_num_threads(),
             samples=self.task.sample_count,
             micro_batch=self.micro_batch,
@@ -190,12 +182,13 @@ class Trainer:
         )
         if self.resumed is not None:
             level, why = self.resumed.level, self.resumed.why
-            emit("resumed", level=level.name, meaning=level.value, why=why, step=self.step)
+            self._tell("resumed", level=level.name, meaning=level.value, why=why, step=self.step)
         self.session.milestone("load")
         if source is None:
             self.evaluate()
             before = {f"{self.task.metric}_at_start": self.metrics[self.task.metric]}
             self.metrics = {**self.metrics, **before}
+        self._accord.begin()
         self._report_progress()
 
     def resume(self, snapshot: checkpoint.Snapshot) -> None:
@@ -219,7 +212,11 @@ class Trainer:
         self.close()  # what was prefetched belongs to another place in the data
         self._saved_step = self.step
         self._parent = snapshot.state[manifest.HASH_KEY]
-        self.resumed = exactness.level(described.fingerprint, self._fingerprint())
+        if described.world_size != self.world.size:
+            seed_everything(self.world.seed_of(self.options.seed, self.samples))
+        place = f"step {self.step}, {self.samples} samples, {self.task.identity}"
+        verdict = exactness.level(described.fingerprint, self._fingerprint())
+        self.resumed = restoring.agreed(verdict, place, self.world)
 
     def snapshot(self) -> checkpoint.Snapshot:
         """A copy of the whole state."""
@@ -244,10 +241,11 @@ class Trainer:
             },
             "metrics": self.metrics,
         }
-        captured = checkpoint.live(self.task.model, self.optimizer, progress, self.objects)
-        return replace(captured, state=manifest.seal(self._manifest(captured), captured.state))
+        live = checkpoint.live(self.task.model, self.optimizer, progress, self.objects)
+        own, layout = parts.part_of(live, self.world)
+        return replace(own, state=manifest.seal(self._manifest(layout), own.state))
 
-    def _manifest(self, captured: checkpoint.Snapshot) -> manifest.Manifest:
+    def _manifest(self, layout: manifest.Layout) -> manifest.Manifest:
         attempt = manifest.attempt_of(os.environ)
         return manifest.Manifest(
             job=attempt.job,
@@ -255,21 +253,20 @@ class Trainer:
             step=self.step,
             samples=self.samples,
             parent=self._parent,
-            world_size=attempt.world_size,
+            world_size=self.world.size,
+            rank=None if self.world.alone else self.world.rank,
             fingerprint=self._fingerprint(),
             level=self.resumed.level if self.resumed else None,
-            tensors=manifest.whole(
-                {part: getattr(captured, part) for part in checkpoint.TENSOR_FILES}
-            ),
+            tensors=layout,
             files={},
         )
 
     def _fingerprint(self) -> exactness.Fingerprint:
         return exactness.current(
             self.device,
-            world_size=manifest.attempt_of(os.environ).world_size,
+            world_size=self.world.size,
             precision=self.options.precision,
-            global_batch=self.options.batch_size * self.options.accumulate,
+            global_batch=self._whole,
             micro_batch=self.micro_batch,
             data_seed=self.options.seed,
         )
@@ -278,7 +275,8 @@ class Trainer:
         """One optimizer step over ``batch_size * accumulate`` samples. Returns the mean loss."""
         self.session.enter("step")
         with self.timing.measure(timing.STEP_S):
-            mean_loss = self._take_step()
+            share = self._take_step()
+            mean_loss = self._accord.after_step(share, self.step, self._unsaved_s())
         self.session.milestone("first_step")
         self.metrics = {**self.metrics, "loss": mean_loss}
         self._report_progress()
@@ -295,7 +293,8 @@ class Trainer:
         while loss is None:
             self._take_smaller_pieces()
             loss = self._gradients()
-        optimization.update(self.task.model, self.optimizer, self.scaler, self.options)
+        self.settle()  # what is being captured may not change yet
+        optimization.update(self.task.model, self.optimizer, self.scaler, self.options, self.world)
         self.samples += self.options.batch_size * self.options.accumulate
         self.step += 1
         return float(loss)
@@ -312,9 +311,12 @@ class Trainer:
                 fetched = feed.next()
                 self.input_wait_ms += fetched.input_wait_s * 1000
                 self.timing.add(timing.INPUT_WAIT_S, fetched.input_wait_s)
+                self.settle(wait=False)
                 with optimization.autocast(self.device, options):
-                    loss = self.task.loss(fetched.batch) / (whole / count)
-                self.scaler.scale(loss).backward()
+                    loss = self.task.loss(fetched.batch)
+                    loss = loss / (whole / count) if count else loss * 0.0
+                # Ranks' gradients are averaged, and the shares of the loss add up.
+                self.scaler.scale(loss * self.world.size).backward()
                 total += loss.detach()
         except RuntimeError as error:
             # Nothing is done about it here: while the error lives, so do the frames that it went
@@ -332,6 +334,7 @@ class Trainer:
                 size=self.micro_batch,
                 samples=self.samples,
                 steps=self.options.steps - self.step,
+                world=self.world,
             )
             feed.open(self.device, on_grow=lambda text: emit("warning", message=text))
             self._feed = feed
@@ -343,7 +346,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._undo.undo()
         microbatch.free_memory(self.device)
-        before, whole = self.micro_batch, self.options.batch_size * self.options.accumulate
+        before, whole = self.micro_batch, self._whole
+        microbatch.check_redoable(self.world, f"in step {self.step + 1}", before, whole)
         self.micro_batch = microbatch.halved(before, f"in step {self.step + 1}")
         emit(
             "warning",
@@ -356,7 +360,7 @@ class Trainer:
         """A line, every so many steps."""
         if self.step % self.options.log_every == 0:
             scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
-            emit(
+            self._tell(
                 "step",
                 step=self.step,
                 loss=loss,
@@ -368,67 +372,69 @@ class Trainer:
     def evaluate(self) -> None:
         """Figures on held-out data, to the log and to the agent."""
         self.session.enter("eval")
-        self.task.model.eval()
-        figures = self._figures()
-        while figures is None:
-            microbatch.free_memory(self.device)
-            before = self.task.evaluation_batch
-            self.task.evaluation_batch = microbatch.halved(before, "in an evaluation")
-            emit(
-                "warning",
-                message=f"out of memory in an evaluation with {before} samples at once: going on"
-                f" with {self.task.evaluation_batch}",
+        with self.timing.measure(timing.EVALUATE_S):
+            figures = evaluation.figures(
+                self.task,
+                self.options,
+                self.device,
+                self.world,
+                micro_batch=self.micro_batch,
+                emit=emit,
             )
-            figures = self._figures()
+        self._spread.settle()
         self._evaluated_step = self.step
         best = self.best.take(self.step, figures[self.task.metric])
         self.metrics = {**self.metrics, **figures}
         if self.best.step >= 0:
             name = f"{self.task.metric}_best"
             self.metrics |= {name: self.best.value, f"{name}_step": self.best.step}
-        emit("evaluated", step=self.step, **figures, best=best)
+        self._tell("evaluated", step=self.step, **figures, best=best)
         if self.best.exhausted:
-            emit("early_stop", step=self.step, best_step=self.best.step, best=self.best.value)
+            self._tell("early_stop", step=self.step, best_step=self.best.step, best=self.best.value)
         self.session.milestone("evaluated")
         self._report_progress()
 
-    def _figures(self) -> dict[str, float] | None:
-        """What the task says of itself, or None for out of memory."""
-        measured = self.timing.measure(timing.EVALUATE_S)
-        try:
-            with measured, torch.no_grad(), optimization.autocast(self.device, self.options):
-                return self.task.evaluate(self.device)
-        except RuntimeError as error:
-            if not microbatch.is_out_of_memory(error):
-                raise
-            return None
-
     def checkpoint_due(self) -> bool:
         """Whether a checkpoint is to be taken after this step."""
-        return self._saver.due(self.step, time.monotonic() - self._saved_at_s)
+        return self._accord.save(self.step, self._unsaved_s())
+
+    def _unsaved_s(self) -> float:
+        return time.monotonic() - self._saved_at_s
 
     def save(self, *, wait_s: float = 0.0, last: bool = False) -> None:
         """Keep a checkpoint, if there is somewhere to; `saving` says how. Raises OSError when it
         cannot be written; the training is unharmed."""
-        began_s = time.monotonic()
+        self.settle()
         if self._saver.parent is None:
             return
         self.session.enter("finish" if last else "save")  # the last may go a slower way
-        live = self._live()
-        ticket = self._saver.save(live, self.step, wait_s=wait_s, last=last)
-        seconds = time.monotonic() - began_s
-        self.timing.add(timing.CAPTURE_S, seconds)
-        if ticket is None:
-            return  # put off: the agent is busy with those before it
-        self._ticket = ticket
-        self._parent = live.state[manifest.HASH_KEY]
-        self._saved_step, self._saved_at_s = self.step, time.monotonic()
-        captured = self._saver.captured
-        emit("checkpoint", step=self.step, seconds=round(seconds, 4), captured=captured)
+        with self.timing.measure(timing.CAPTURE_S):
+            kept = self._saver.save(self._live(), self.step, wait_s=wait_s, last=last)
+        self._keep(kept)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """End the capture that was begun, if there is one; without `wait`, if it is copied."""
+        overlaps = self._saver.overlaps
+        with self.timing.measure(timing.CAPTURE_S):
+            kept = self._saver.settle(wait=wait)
+        self._keep(kept)
+        if overlaps and not self._saver.overlaps:
+            emit("warning", message=saving.CHANGED_WHILE_CAPTURED)
+
+    def _keep(self, kept: saving.Kept | None) -> None:
+        """A checkpoint was handed over; None: it is put off, or not copied yet."""
+        if kept is None:
+            return
+        self._ticket = kept.ticket
+        self._parent = kept.state[manifest.HASH_KEY]
+        self._saved_step, self._saved_at_s = kept.ticket.step, time.monotonic()
+        stall_s = round(kept.stall_s, 4)
+        self._tell("checkpoint", step=kept.ticket.step, seconds=stall_s, captured=kept.captured)
 
     def leave(self, stop: baton_sdk.StopRequest) -> int:
         """Checkpoint, unless this step already is one, and go."""
         emit("stopping", step=self.step, reason=stop.reason, grace_ms=stop.grace_ms)
+        self.settle()
         if self._saved_step != self.step:
             self._try_save(wait_s=(stop.remaining_s - GRACE_MARGIN_S) / 2, last=True)
         with self.timing.measure(timing.CAPTURE_S):
@@ -442,6 +448,7 @@ class Trainer:
     def finish(self) -> int:
         """The last evaluation, the last checkpoint, the last line. Raises OSError when the
         result cannot be written: then the job has failed."""
+        self.settle()
         if self._evaluated_step != self.step:
             self.evaluate()
         if self._saved_step != self.step:
@@ -453,8 +460,25 @@ class Trainer:
             reason = self._ticket.reason or f"no answer in {STORE_TIMEOUT_S:.0f} s"
             emit("warning", message=f"the last checkpoint is not stored: {reason}")
         value = self.metrics[self.task.metric]
-        emit("finished", step=self.step, metric=self.task.metric, value=value, **self.metrics)
+        self._tell("finished", step=self.step, metric=self.task.metric, value=value, **self.metrics)
         return 0
+
+    def deliver(self) -> None:
+        """Have the result written, by rank 0; the others wait for it, and fail with it. Raises
+        OSError, or RankError."""
+        if not self.task.delivers:
+            return
+        whole = self._spread.gather()
+        failure = ""
+        if whole is not None:
+            self.task.model = whole
+            try:
+                self.task.deliver()
+            except OSError as error:
+                if self.world.alone:
+                    raise
+                failure = f"cannot write the result: {error}"
+        self.world.check_none_failed(failure)
 
     def _try_save(self, *, wait_s: float = 0.0, last: bool = False) -> None:
         try:
@@ -467,15 +491,10 @@ class Trainer:
     def _report_progress(self) -> None:
         # A time is no part of the state, which is the same in every run: so it is not in metrics.
         figures = {**self.metrics, "input_wait_ms": round(self.input_wait_ms, 3)}
-        self.session.progress(self.step, self.options.steps, figures, self.timing.totals())
+        shown = figures if self.world.first else {}
+        self.session.progress(self.step, self.options.steps, shown, self.timing.totals())
 
-    def _stored(self) -> checkpoint.Snapshot | None:
-        """What there is to resume from. Baton has verified it; outside, what is torn is named."""
-        if self.session.restore_directory is not None:
-            return checkpoint.read(self.session.restore_directory)
-        if self.session.under_baton or not self.options.checkpoint_directory:
-            return None
-        return checkpoint.read_newest(
-            saving.standalone_checkpoints(Path(self.options.checkpoint_directory)),
-            lambda error: emit("warning", message=f"{error}; taking the one before it"),
-        )
+    def _tell(self, event: str, **values: Any) -> None:
+        """A line about the training: several ranks know the same, and the first says it."""
+        if self.world.first:
+            emit(event, **values)

@@ -2,7 +2,7 @@
 
 Problem: a directory of tensor files does not say which job and step it belongs to, whether a file
 of it was swapped, or how a tensor that four ranks wrote in four pieces fits together again. A
-process with another number of ranks must load it all the same, and read no more than its part.
+training with another number of ranks must load it all the same, and read no more than its part.
 
 So ``state.json`` is a manifest. Under ``manifest`` it names the job, the attempt's epoch, the step,
 the samples done, the parent (the hash of the manifest before it), the layout of the world that
@@ -15,8 +15,9 @@ own).
     {"format": 1, "manifest": {"version": 1, ...}, "optimizer": ..., "progress": ..., "hash": "..."}
 
 Rows are ranges over the first dimension, as FSDP2 shards a parameter; a scalar has one row. A shard
-is a tensor in a safetensors file (raw little-endian bytes behind a JSON header). ``read_range``
-takes the rows that it is asked for from whichever shards hold them, without reading the rest.
+is a tensor in a safetensors file (raw little-endian bytes behind a JSON header). A checkpoint of
+several ranks has a manifest for each, which names the rank, the global shapes and the rows that
+this one has; ``ranges`` puts them together and reads them.
 """
 
 import functools
@@ -30,8 +31,6 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from trainers import exactness
 from trainers.exactness import Fingerprint, Level
@@ -142,6 +141,9 @@ class Manifest:
     world_size: int
     """Ranks that wrote it."""
 
+    rank: int | None = None
+    """Whose part this is; None for a whole checkpoint."""
+
     fingerprint: Fingerprint
     level: Level | None
     """How exactly the writing run was itself resumed; None when it began at the beginning."""
@@ -180,9 +182,18 @@ def split_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
 
 def whole(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Layout:
     """Logical tensors ``<part>/<name>``, each of which lies whole in ``<part>.safetensors``."""
-    return _whole(
+    return layout(parts, {})
+
+
+Place = tuple[int, tuple[int, ...]]
+"""Of rows: the number of the first one, and the shape of the tensor that they are of."""
+
+
+def layout(parts: Mapping[str, Mapping[str, torch.Tensor]], places: Mapping[str, Place]) -> Layout:
+    """The same where some are rows of a logical tensor: those that have a place."""
+    return _layout(
         tuple(
-            (part, name, tensor.dtype, tensor.shape)
+            (part, name, tensor.dtype, tensor.shape, places.get(f"{part}/{name}"))
             for part, tensors in parts.items()
             for name, tensor in tensors.items()
         )
@@ -190,12 +201,14 @@ def whole(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Layout:
 
 
 @functools.lru_cache(maxsize=LAYOUTS_KEPT)
-def _whole(described: tuple[tuple[str, str, torch.dtype, torch.Size], ...]) -> Layout:
+def _layout(
+    described: tuple[tuple[str, str, torch.dtype, torch.Size, Place | None], ...],
+) -> Layout:
     found = {}
-    for part, name, dtype, size in described:
-        shape = tuple(size)
-        shards = (Shard(f"{part}.safetensors", name, 0, rows_of(shape)),)
-        found[f"{part}/{name}"] = LogicalTensor(_dtype_name(dtype), shape, shards)
+    for part, name, dtype, size, place in described:
+        start, shape = place or (0, tuple(size))
+        shards = (Shard(f"{part}.safetensors", name, start, start + rows_of(size)),)
+        found[f"{part}/{name}"] = LogicalTensor(dtype_name(dtype), shape, shards)
     return Layout(found)
 
 
@@ -204,6 +217,8 @@ def seal(manifest: Manifest, state: Mapping[str, Any]) -> Document:
     body: Document = {"version": VERSION}
     for name in ("job", "epoch", "step", "samples", "parent", "world_size", "files"):
         body[name] = getattr(manifest, name)
+    if manifest.rank is not None:
+        body["rank"] = manifest.rank
     body["fingerprint"] = manifest.fingerprint.document()
     body["level"] = manifest.level.name if manifest.level else ""
     body["tensors"] = manifest.tensors.entries
@@ -270,81 +285,6 @@ def load(directory: Path) -> tuple[Manifest, Document]:
     return parse(document), document
 
 
-def verify(directory: Path) -> Manifest:
-    """Load, and hold the files against it: every shard is there with its type and shape, every
-    hashed file has its hash. Raises ManifestError."""
-    manifest, _ = load(directory)
-    for name, expected in manifest.files.items():
-        if file_hash(directory / name) != expected:
-            raise ManifestError(f"{name} is altered: its bytes are not those of the manifest")
-    for name, tensor in manifest.tensors.items():
-        for shard in tensor.shards:
-            _rows(directory, name, tensor, shard, (shard.start, shard.start))
-    return manifest
-
-
-def read_range(directory: Path, name: str, start: int, stop: int) -> torch.Tensor:
-    """Rows ``start`` to before ``stop`` of a logical tensor, from whichever shards hold them. A
-    scalar is read with 0 and 1, and comes back as one. Raises ManifestError."""
-    manifest, _ = load(directory)
-    return take_range(directory, manifest, name, start, stop)
-
-
-def take_range(
-    directory: Path, manifest: Manifest, name: str, start: int, stop: int
-) -> torch.Tensor:
-    """``read_range`` for many reads of one checkpoint: the manifest is loaded already."""
-    tensor = manifest.tensors.get(name)
-    if tensor is None:
-        raise ManifestError(f"the checkpoint has no tensor '{name}'")
-    if not 0 <= start <= stop <= tensor.rows:
-        raise ManifestError(f"'{name}' has {tensor.rows} rows; there is no {start} to {stop}")
-    parts = [
-        _rows(directory, name, tensor, shard, (max(start, shard.start), min(stop, shard.stop)))
-        for shard in tensor.shards
-        if shard.start < stop and start < shard.stop
-    ]
-    if not parts:
-        return torch.empty((0, *tensor.shape[1:]), dtype=getattr(torch, tensor.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def write_shard(
-    directory: Path, rank: int, parts: Mapping[str, tuple[torch.Tensor, int, tuple[int, ...]]]
-) -> dict[str, LogicalTensor]:
-    """Write one rank's rows: by logical name the rows, the first one's number, and the global
-    shape. Returns what this rank holds, for ``merge``. Raises OSError."""
-    file = f"rank-{rank:05d}.safetensors"
-    held = {}
-    tensors = {}
-    for name, (rows, start, shape) in parts.items():
-        count = rows_of(rows.shape)
-        if count:
-            tensors[name] = rows.detach().to("cpu", copy=True).contiguous()
-        shards = (Shard(file, name, start, start + count),) if count else ()
-        held[name] = LogicalTensor(_dtype_name(rows.dtype), shape, shards)
-    try:
-        save_file(tensors, directory / file)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {file}: {error}") from error
-    return held
-
-
-def merge(held: Iterable[Mapping[str, LogicalTensor]]) -> Layout:
-    """What all ranks hold, put together. Raises ManifestError when rows are missing or twice."""
-    merged: dict[str, LogicalTensor] = {}
-    for one in held:
-        for name, tensor in one.items():
-            before = merged.get(name, LogicalTensor(tensor.dtype, tensor.shape, ()))
-            if (before.dtype, before.shape) != (tensor.dtype, tensor.shape):
-                raise ManifestError(f"the ranks disagree on type or shape of '{name}'")
-            shards = sorted((*before.shards, *tensor.shards), key=lambda shard: shard.start)
-            merged[name] = LogicalTensor(tensor.dtype, tensor.shape, tuple(shards))
-    for name, tensor in merged.items():
-        _check_cover(name, tensor)
-    return Layout(merged)
-
-
 def file_hash(file: Path) -> str:
     """BLAKE3 of a file's bytes. Raises ManifestError when it cannot be read."""
     digest = blake3()
@@ -367,13 +307,19 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     digests = [body["parent"], *body["files"].values()]
     if any(value and not _DIGEST.fullmatch(value) for value in digests):
         raise ManifestError("a hash is not 64 hexadecimal digits")
+    rank = body.get("rank")
+    if rank is not None and not (type(rank) is int and 0 <= rank < numbers["world_size"]):
+        raise ManifestError(f"'rank' is {rank!r} of {numbers['world_size']}")
     tensors = {name: _tensor(name, entry) for name, entry in body["tensors"].items()}
+    for name, tensor in tensors.items() if rank is None else ():
+        check_cover(name, tensor)
     names = [shard.file for tensor in tensors.values() for shard in tensor.shards]
     for file in (*names, *body["files"]):
         if not _FILE_NAME.fullmatch(file):
             raise ManifestError(f"{file[:80]!r} is not the name of a tensor file")
     return Manifest(
         **numbers,
+        rank=rank,
         parent=body["parent"],
         fingerprint=exactness.parse(body["fingerprint"]),
         level=Level[body["level"]] if body["level"] else None,
@@ -389,12 +335,11 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> LogicalTensor:
     )
     if not isinstance(getattr(torch, entry["dtype"], None), torch.dtype):
         raise ManifestError(f"'{name}' has the unknown type {entry['dtype']!r}")
-    tensor = LogicalTensor(entry["dtype"], tuple(int(size) for size in entry["shape"]), shards)
-    _check_cover(name, tensor)
-    return tensor
+    return LogicalTensor(entry["dtype"], tuple(int(size) for size in entry["shape"]), shards)
 
 
-def _check_cover(name: str, tensor: LogicalTensor) -> None:
+def check_cover(name: str, tensor: LogicalTensor) -> None:
+    """Raises ManifestError unless the shards hold every row once."""
     place = 0
     for shard in tensor.shards:
         if shard.start != place or shard.stop < shard.start:
@@ -404,30 +349,6 @@ def _check_cover(name: str, tensor: LogicalTensor) -> None:
         raise ManifestError(f"'{name}' has {tensor.rows} rows, its shards hold {place}")
 
 
-def _rows(
-    directory: Path, name: str, tensor: LogicalTensor, shard: Shard, wanted: tuple[int, int]
-) -> torch.Tensor:
-    """The wanted rows, which lie in this shard; type and shape are held against the manifest."""
-    try:
-        with safe_open(directory / shard.file, framework="pt") as opened:
-            part = opened.get_slice(shard.key)
-            shape = tuple(part.get_shape())
-            expected = (shard.stop - shard.start, *tensor.shape[1:]) if tensor.shape else ()
-            if shape != expected:
-                raise ManifestError(
-                    f"'{name}' in {shard.file} is {list(shape)}, not {list(expected)}"
-                )
-            if not tensor.shape:
-                rows = opened.get_tensor(shard.key)
-            else:
-                rows = part[wanted[0] - shard.start : wanted[1] - shard.start]
-    except (OSError, SafetensorError) as error:
-        raise ManifestError(f"{shard.file} does not hold '{name}': {error}") from error
-    if _dtype_name(rows.dtype) != tensor.dtype:
-        raise ManifestError(f"'{name}' in {shard.file} is {rows.dtype}, not {tensor.dtype}")
-    assert isinstance(rows, torch.Tensor)
-    return rows
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without "torch."."""
     return str(dtype).removeprefix("torch.")

@@ -16,6 +16,11 @@ that looks at its batch as a whole (batch normalisation in training) does see sm
 ``size`` is in every checkpoint, so that a resumed run does not look for it again. Only the forward
 and backward passes are tried again: the optimizer's update needs no memory that a smaller piece
 would free.
+
+Of several ranks each takes its shard of the step's samples, and the shards differ by one at most.
+Every pass through the model is a collective, so all ranks make as many: a rank whose samples are
+done takes one more that does not count. A step cannot be taken again there, since the others wait
+in the middle of it; the rank that has no memory left says what would fit, and ends.
 """
 
 import random
@@ -26,8 +31,9 @@ import numpy
 import torch
 
 from trainers.configuration import LoopOptions
-from trainers.order import sample_at
+from trainers.order import sample_at, shard
 from trainers.prefetch import Fetched, Prefetcher
+from trainers.ranks import ALONE, World
 
 if TYPE_CHECKING:
     from trainers.loop import Task
@@ -53,6 +59,37 @@ def pieces(global_batch: int, size: int) -> list[int]:
     return [size] * whole + ([rest] if rest else [])
 
 
+def most_at_once(global_batch: int, size: int, world: World) -> int:
+    """Samples of the largest piece on any rank: a shard may be smaller than ``size``."""
+    return min(size, -(-global_batch // world.size))
+
+
+def shares(global_batch: int, size: int, world: World) -> list[int]:
+    """The pieces of this rank, as many as of every other one; 0 is one that does not count."""
+    largest = -(-global_batch // world.size)
+    passes = len(pieces(largest, size))
+    own = pieces(len(shard(0, world.rank, world.size, global_batch)), size)
+    return own + [0] * (passes - len(own))
+
+
+def check_redoable(world: World, place: str, size: int, global_batch: int) -> None:
+    """Raises TooLargeError where the others wait in the middle of what ran out of memory with
+    ``size`` samples at once; the sentence says what fits and trains the same."""
+    if world.alone:
+        return
+    size = most_at_once(global_batch, size, world)
+    if size == 1:
+        raise TooLargeError(
+            f"out of memory {place} with a single sample on this rank: give the job more ranks,"
+            " shorten the samples or ask for GPUs with more memory"
+        )
+    fits = next(less for less in range(size // 2, 0, -1) if global_batch % less == 0)
+    raise TooLargeError(
+        f"out of memory {place} with {size} samples at once, and ranks cannot take a step again:"
+        f" set batch_size = {fits} and accumulate = {global_batch // fits}, which trains the same"
+    )
+
+
 def halved(size: int, place: str) -> int:
     """Half of ``size``, rounded up. Raises TooLargeError for one sample."""
     if size == 1:
@@ -71,16 +108,25 @@ def free_memory(device: torch.device) -> None:
 
 class Feed:
     """The pieces of a task's steps, prefetched, from ``samples`` (a position in the data order, the
-    first of a step) on."""
+    first of a step) on: those of one rank."""
 
     def __init__(
-        self, task: "Task", options: LoopOptions, *, size: int, samples: int, steps: int
+        self,
+        task: "Task",
+        options: LoopOptions,
+        *,
+        size: int,
+        samples: int,
+        steps: int,
+        world: World = ALONE,
     ) -> None:
         self.task = task
         self.options = options
         self.samples = samples
         self.steps = steps
-        self.sizes = pieces(options.batch_size * options.accumulate, size)
+        self.global_batch = options.batch_size * options.accumulate
+        self.world = world
+        self.sizes = shares(self.global_batch, size, world)
         self._prefetcher: Prefetcher
 
     def open(self, device: torch.device, on_grow: Callable[[str], None]) -> None:
@@ -105,8 +151,9 @@ class Feed:
     def _make(self, index: int) -> Any:
         """Called away from the training thread: it reads what does not change, and no generator."""
         step, piece = divmod(index, len(self.sizes))
-        begin = self.samples + step * sum(self.sizes) + sum(self.sizes[:piece])
-        positions = range(begin, begin + self.sizes[piece])
+        own = shard(step, self.world.rank, self.world.size, self.global_batch)
+        begin = self.samples + own.start + sum(self.sizes[:piece])
+        positions = range(begin, begin + max(1, self.sizes[piece]))
         count, seed = self.task.sample_count, self.options.seed
         return self.task.batch([sample_at(position, count, seed) for position in positions])
 

@@ -15,7 +15,9 @@ import math
 
 import torch
 
+from trainers import sharding
 from trainers.configuration import LoopOptions
+from trainers.ranks import ALONE, World
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """What matrix products are computed in, where it is not float32."""
@@ -60,10 +62,14 @@ def update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     options: LoopOptions,
+    world: World = ALONE,
 ) -> None:
-    """Clip the gradients that stand in the parameters, and take the step."""
+    """Clip the gradients that stand in the parameters, by the norm of all of them, and take the
+    step."""
     if options.clip_norm > 0:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        own = torch.nn.utils.get_total_norm([sharding.local(p.grad) for p in parameters])
+        torch.nn.utils.clip_grads_with_norm_(parameters, options.clip_norm, world.norm(own))
     scaler.step(optimizer)
     scaler.update()

@@ -1,9 +1,10 @@
 """Where a checkpoint goes: into the agent's slab, into a directory for the agent, or onto our disk.
 
 Problem: the loop wants one sentence, "keep this state", and there are three ways with different
-costs. A capture stops the training for a copy; a directory for as long as the disk takes. So the
-slab is asked for early, after the first step, when the optimizer has all of its state; where there
-is none (an older agent, a host without the memory, no Baton) a directory is written as ever.
+costs. A capture stops the training for a moment, and now and then for the rest of a copy; a
+directory for as long as the disk takes. So the slab is asked for early, after the first step, when
+the optimizer has all of its state; where there is none (an older agent, a host without the memory,
+no Baton) a directory is written as ever.
 
 While the agent still reads both slots a capture is put off to the next step, and the step after
 that: a training never waits for a disk. Only the last one of a process waits, within the time that
@@ -12,28 +13,58 @@ it is given, and becomes a directory then.
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import baton_sdk
-from trainers import capture, checkpoint
+from trainers import capture, checkpoint, ranges
 from trainers.configuration import AUTOMATIC_S, LoopOptions
+from trainers.ranks import ALONE, World
+
+CHANGED_WHILE_CAPTURED = (
+    "the model writes to its parameters while it computes: that checkpoint is dropped, and from"
+    " here on the training waits for all of every copy"
+)
 
 STANDALONE_CHECKPOINTS_MAX = 2
 """Kept outside Baton: the last one, and one more in case a disk error spoils it."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that was handed over."""
+
+    ticket: baton_sdk.Ticket
+    state: dict[str, Any]
+    """Its JSON state."""
+
+    captured: bool
+    """Whether it went into the slab."""
+
+    stall_s: float
+    """How long the training stood still for it."""
+
+
 class Saver:
     """Of one training, in its one thread."""
 
-    def __init__(self, session: baton_sdk.Session, options: LoopOptions) -> None:
+    def __init__(
+        self, session: baton_sdk.Session, options: LoopOptions, world: World = ALONE
+    ) -> None:
         self._session = session
         self._options = options
-        self._capturer = capture.Capturer(session)
+        self._world = world
+        self._capturer = capture.Capturer(session, parts=world.size)
         self._stall_s: float | None = None
+        self._state: dict[str, Any] = {}
         self._prepared = False
         self._postponed = False
-        self.captured = False
-        """Whether the last checkpoint went into the slab."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether captures run beside the training: not when its model has changed one."""
+        return not self._capturer.changing
 
     @property
     def parent(self) -> Path | None:
@@ -48,6 +79,11 @@ class Saver:
         """Whether the memory was asked for, or there is no use in asking."""
         return self._prepared or not self._session.under_baton
 
+    @property
+    def blocked(self) -> bool:
+        """Whether a capture now would be put off."""
+        return self._capturer.blocked
+
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory that a state like this needs. Returns at once."""
         self._prepared = True
@@ -55,8 +91,8 @@ class Saver:
 
     def due(self, step: int, waited_s: float) -> bool:
         """Whether it is time, so many seconds after the last one: every so many steps, every so
-        many seconds, and when one was put off; 0 switches steps or seconds off. Not while the
-        agent still reads every slot: then it is put off."""
+        many seconds, when the agent asks, and when one was put off; 0 switches steps or seconds
+        off. Not while the agent still reads every slot: then it is put off."""
         options = self._options
         every_s = options.checkpoint_every_s
         if every_s == AUTOMATIC_S:
@@ -65,7 +101,8 @@ class Saver:
             )
         by_steps = options.checkpoint_every_steps
         self._postponed = (
-            self._postponed
+            self._session.take_save_request()  # first: who looks at every step is asked
+            or self._postponed
             or (by_steps > 0 and step % by_steps == 0)
             or (every_s > 0 and waited_s >= every_s)
         )
@@ -73,28 +110,50 @@ class Saver:
 
     def save(
         self, live: checkpoint.Snapshot, step: int, *, wait_s: float = 0.0, last: bool = False
-    ) -> baton_sdk.Ticket | None:
-        """Keep a state, whose tensors are the live ones. None: it is put off, or there is nowhere.
-        The `last` one is not put off; it waits at most `wait_s` seconds for a slot. Raises OSError
-        when it cannot be written; the training is unharmed."""
+    ) -> Kept | None:
+        """Keep a state, whose tensors are the live ones. None: it is put off, there is nowhere, or
+        it is begun, and ``settle`` comes before the next update. The ``last`` one is neither put
+        off nor only begun; it waits at most ``wait_s`` seconds for a slot. Raises OSError when it
+        cannot be written; the training is unharmed."""
         parent = self.parent
         if parent is None:
             return None
         began_s = time.perf_counter()
-        ticket = self._capturer.take(live, step, wait_s=wait_s, whole=last)
-        self.captured = ticket is not None
+        self._state = live.state
+        ticket = None
+        if last:
+            ticket = self._capturer.take(live, step, wait_s=wait_s, whole=True)
+        elif self._capturer.begin(live, step):
+            self._postponed = False
+            return self.settle(wait=not self.overlaps)
         self._postponed = ticket is None and self._capturer.busy and not last
         if self._postponed:
             return None
+        captured = ticket is not None
         if ticket is None:
             directory = parent / f"checkpoint-{step:09d}"
+            if not (self._world.alone or self._session.under_baton):
+                directory /= ranges.name_of_part(self._world.rank)
             checkpoint.write(checkpoint.copied(live), directory)
-            ticket = self._session.checkpoint(directory, step)
+            ticket = self._session.checkpoint(directory, step, parts=self._world.size)
         self._stall_s = time.perf_counter() - began_s
-        if not self._session.under_baton:
+        if self._world.first and not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
                 shutil.rmtree(old)
-        return ticket
+        return Kept(ticket, live.state, captured, self._stall_s)
+
+    def settle(self, *, wait: bool = True) -> Kept | None:
+        """What has become of the checkpoint that was begun; parameters may change from here on.
+        Without ``wait`` only if that is known by now. None also where it was dropped: then it is
+        due again."""
+        if not self._capturer.begun:
+            return None
+        ticket = self._capturer.settle(wait=wait)
+        if ticket is None:
+            self._postponed = not self._capturer.begun
+            return None
+        self._stall_s = self._capturer.stall_s
+        return Kept(ticket, self._state, True, self._stall_s or 0.0)
 
 
 def standalone_checkpoints(parent: Path) -> list[Path]:

@@ -79,6 +79,15 @@ class TransferOptions(LoopOptions):
                 found.append(f"'{name}' must be above 0, not {getattr(self, name)}")
         return found
 
+    def problems_of_ranks(self, world_size: int) -> list[str]:
+        """What is wrong when so many ranks train together."""
+        if world_size > 1:
+            return [
+                f"transfer trains on one GPU, and this job has {world_size} ranks: a head is small,"
+                " and what its backbone makes of the samples is kept on one device"
+            ]
+        return []
+
 
 def import_builder() -> "Callable[[TransferOptions, Path], Task]":
     """The slow imports."""

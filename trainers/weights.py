@@ -47,6 +47,9 @@ TORCH_TYPES = {
 CHECKPOINT_FILES = ("frozen.safetensors", "model.safetensors")
 """Where a checkpoint's weights are: those that are not trained, then the others and buffers."""
 
+FIRST_PART = "rank-00000"
+"""The directory of rank 0's part, where several ranks wrote a part each (``ranges``)."""
+
 EXTRA_PREFIX = "extra/"
 """Of tensors in the second file that are no weights: what else a user keeps (``extra``)."""
 
@@ -137,7 +140,7 @@ def _header(stream: BinaryIO, file: Path) -> tuple[dict[str, Any], int]:
 def of_checkpoint(directory: Path) -> Entries:
     """All weights of a checkpoint directory, also of one that several ranks wrote. Raises
     WeightsError."""
-    if not (directory / CHECKPOINT_FILES[1]).exists() and (directory / "state.json").exists():
+    if (directory / FIRST_PART).is_dir():
         found = _of_ranks(directory)
     else:
         found = merged(directory / name for name in CHECKPOINT_FILES)
@@ -146,10 +149,10 @@ def of_checkpoint(directory: Path) -> Entries:
 
 def _of_ranks(directory: Path) -> Entries:
     """Rows of a tensor follow one another in memory, so its shards do in the file to be made."""
-    from trainers import manifest
+    from trainers import manifest, ranges
 
     try:
-        tensors = manifest.load(directory)[0].tensors
+        tensors = ranges.load_any(directory).tensors
     except manifest.ManifestError as error:
         raise WeightsError(str(error)) from error
     files: dict[str, Entries] = {}

@@ -3,14 +3,25 @@
 Problem: "[Errno 28]" names no checkpoint, and a full disk needs another answer than a broken one.
 The agent's own records lie on the same disk. A disk that checkpoints have filled would keep the
 agent from recording what it decides, so every write here leaves `RESERVED_FREE_BYTES` free.
+
+A sync for each file, right after it was written, makes the file system commit its journal each
+time. So files are written first, all of a batch, and synced after that, several at a time
+(`name_all`): one commit serves all of them. Names come last, as ever.
+
+What is written goes past the page cache where that can be (O_DIRECT, open(2)): a copy into fresh
+pages costs a core several times what the disk's own transfer does, and what nobody is about to read
+would push out of the cache what a training reads.
 """
 
 import errno
+import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from agent.chunks.manifest import DiskFull
 from agent.ports import ChunkError
@@ -20,6 +31,12 @@ from agent.ports import ChunkError
 # virtual machine, in a test) keeps its fiftieth part.
 RESERVED_FREE_BYTES = 64 << 20
 RESERVED_FREE_RATIO = 0.02
+# At a time. More wait for the same commit, and threads cost something too.
+SYNCS = 8
+# Whatever a disk asks of sizes and places is a divisor of this.
+DIRECT_BYTES = 4096
+
+_Item = TypeVar("_Item")
 
 
 @contextmanager
@@ -81,3 +98,86 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Unnamed:
+    """A new file that nobody knows yet: its bytes are written, and durable after `name_all`."""
+
+    def __init__(self, temporary: Path, path: Path, doing: str) -> None:
+        self._temporary = temporary
+        self._path = path
+        self._doing = doing
+        self._descriptor = -1
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """All of them. Raises `ChunkError`, and leaves nothing then."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            with disk_errors(self._doing):
+                self._descriptor = os.open(self._temporary, flags, 0o600)
+                view = memoryview(data)
+                done_bytes = _write_directly(self._descriptor, view)
+                while done_bytes < len(view):
+                    done_bytes += os.write(self._descriptor, view[done_bytes:])
+        except BaseException:
+            self.drop()
+            raise
+
+    def sync(self) -> None:
+        with disk_errors(self._doing):
+            os.fsync(self._descriptor)
+
+    def name(self) -> None:
+        with disk_errors(self._doing):
+            os.rename(self._temporary, self._path)
+        self._close()
+
+    def drop(self) -> None:
+        """Unless it has its name."""
+        if self._descriptor >= 0:
+            self._temporary.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+
+def name_all(files: Sequence[Unnamed]) -> None:
+    """Make all of them durable, and only then give them their names, which are durable when their
+    directories are synced. Raises `ChunkError`, and leaves nothing then that has no name."""
+    try:
+        together(Unnamed.sync, files)
+        for file in files:
+            file.name()
+    except BaseException:
+        for file in files:
+            file.drop()
+        raise
+
+
+def together(sync: Callable[[_Item], None], items: Sequence[_Item]) -> None:
+    """Sync all of them, several at a time: on a disk that others write to as well, those that wait
+    together wait for one commit of the journal. Raises what the first of them that fails raises,
+    when all have ended."""
+    with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
+        for _ in threads.map(sync, items):
+            pass
+
+
+def _write_directly(descriptor: int, view: memoryview) -> int:
+    """Past the page cache, as far as that can be: a file system or the memory's place may forbid
+    it, and the end of the bytes may fill no block. Returns how many were written. Raises
+    `OSError`."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    done_bytes, whole_bytes = 0, len(view) // DIRECT_BYTES * DIRECT_BYTES
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        while done_bytes < whole_bytes:
+            done_bytes += os.write(descriptor, view[done_bytes:whole_bytes])
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return done_bytes

@@ -49,6 +49,7 @@ DEPTH_MAX = 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE_KEYS = {"path", "size_bytes", "mode", "chunks"}
 _MANIFEST_KEYS = {"version", "hash", "job", "epoch", "step", "parent", "files"}
+_PART_KEYS = _MANIFEST_KEYS | {"rank"}
 
 
 class DiskFull(ChunkError):
@@ -110,7 +111,8 @@ class FileEntry:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """A checkpoint of a job, written under `epoch` at `step`; `parent` is the digest it follows, or
-    empty.
+    empty. `rank`: the rank of a gang whose part this is, which has a history of its own; `None`: it
+    is whole.
 
     It lists files, and directories only as parts of their paths: empty directories are not kept.
     """
@@ -120,6 +122,7 @@ class Manifest:
     step: int
     parent: str
     files: tuple[FileEntry, ...]
+    rank: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -168,7 +171,7 @@ def check_path(path: str) -> str:
 
 def encode(manifest: Manifest) -> bytes:
     """The canonical bytes. Raises `Invalid` when they are too many."""
-    document = {
+    document: dict[str, object] = {
         "version": VERSION,
         "hash": HASH_NAME,
         "job": manifest.job_id,
@@ -185,6 +188,8 @@ def encode(manifest: Manifest) -> bytes:
             for entry in manifest.files
         ],
     }
+    if manifest.rank is not None:
+        document["rank"] = manifest.rank
     data = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     if len(data) > MANIFEST_BYTES_MAX:
         raise Invalid(
@@ -202,7 +207,7 @@ def decode(data: bytes) -> Manifest:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Invalid(f"manifest is not JSON: {error}") from error
-    if not isinstance(document, dict) or set(document) != _MANIFEST_KEYS:
+    if not isinstance(document, dict) or set(document) not in (_MANIFEST_KEYS, _PART_KEYS):
         raise Invalid(f"manifest must have exactly the keys {', '.join(sorted(_MANIFEST_KEYS))}")
     if document["version"] != VERSION or document["hash"] != HASH_NAME:
         raise Invalid(f"manifest is not version {VERSION} with hash {HASH_NAME}")
@@ -218,6 +223,7 @@ def decode(data: bytes) -> Manifest:
         step=_count(document["step"], "step"),
         parent=parent,
         files=tuple(_decode_file(item) for item in files),
+        rank=_count(document["rank"], "rank") if "rank" in document else None,
     )
     _check_tree(manifest)
     if encode(manifest) != data:

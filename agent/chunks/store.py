@@ -6,8 +6,8 @@ name), and so does write-and-rename alone: without syncs the name can reach the 
 bytes, and the manifest before its chunks.
 
 The order that holds:
-1. a chunk goes to `temporary/`, is synced, and is renamed to `objects/ab/<digest>`; one that is
-   there is not written again;
+1. a chunk goes to `temporary/`, is synced, and is renamed to `objects/ab/<digest>`, together with
+   others where several are written at a time; one that is there is not written again;
 2. every `objects/ab` that a manifest's chunks are in is synced;
 3. only then is the manifest written the same way to `manifests/<digest>.json`, and its directory
    synced.
@@ -54,7 +54,7 @@ from types import TracebackType
 
 import structlog
 
-from agent.chunks.disk import Room, disk_errors, sync_directory
+from agent.chunks.disk import Room, Unnamed, disk_errors, name_all, sync_directory, together
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
     MANIFEST_BYTES_MAX,
@@ -73,6 +73,8 @@ from agent.ports import ChunkError
 
 # As agent.proto says for the hello.
 CHECKPOINTS_MAX = 4096
+# Files that wait to be synced together: a few hundred MiB, and descriptors that nobody misses.
+UNNAMED_MAX = 64
 # Nobody writes one 4 MiB chunk for so long; younger temporary files in a shared directory belong to
 # somebody alive.
 FOREIGN_TEMPORARY_AGE_S_MAX = 3600.0
@@ -328,18 +330,14 @@ class ChunkStore:
 
     def _write(self, path: Path, data: bytes | bytearray, doing: str) -> None:
         """All of it under its name, or nothing."""
-        temporary = self._temporary / secrets.token_hex(16)
-        room = nullcontext() if self._shared else self._room.of(len(data), doing)
-        with room, disk_errors(doing):
-            try:
-                with open(temporary, "xb") as handle:
-                    handle.write(data)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.rename(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        name_all([self._written(path, data, doing)])
+
+    def _written(self, path: Path, data: bytes | bytearray | memoryview, doing: str) -> Unnamed:
+        """The bytes of a file, on their way to the disk, that is to be called so."""
+        file = Unnamed(self._temporary / secrets.token_hex(16), path, doing)
+        with nullcontext() if self._shared else self._room.of(len(data), doing):
+            file.write(data)
+        return file
 
     def _read_up_to(self, path: Path, bytes_max: int, name: str) -> bytes:
         """Raises `Absent`; `Altered` when it is longer, or when this node's disk does not give it;
@@ -381,6 +379,8 @@ class Writing:
         self._store = store
         self._lock = threading.Lock()
         self._pinned: set[str] = set()
+        self._coming: set[str] = set()
+        self._unnamed: list[Unnamed] = []
 
     def __enter__(self) -> "Writing":
         with self._store._lock:
@@ -393,6 +393,8 @@ class Writing:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for file in self._unnamed:
+            file.drop()
         pinned, self._pinned = self._pinned, set()
         with self._store._lock:
             del self._store._began_s[self]
@@ -418,30 +420,49 @@ class Writing:
             )
         if digest_of(data) != digest:
             raise Altered(f"chunk {short(digest)}: bytes do not match their digest")
-        return self._put(digest, data, replace)
+        path, doing = self._pinned_path(digest, len(data))
+        here = not replace and self._is_here(path, len(data), doing)
+        if not here:
+            self._store._write(path, data, doing)
+        return 0 if here else len(data)
 
-    def keep(self, data: bytes) -> tuple[str, int]:
+    def keep(self, data: bytes | bytearray | memoryview) -> tuple[str, int]:
         """Keep 1 to `CHUNK_BYTES_MAX` bytes of this node's own; returns their digest, and the bytes
-        written. Raises `DiskFull`."""
+        written. They have their name when they were published. Raises `DiskFull`."""
         digest = digest_of(data)
-        return digest, self._put(digest, data, False)
+        path, doing = self._pinned_path(digest, len(data))
+        with self._lock:
+            if digest in self._coming:
+                return digest, 0
+            self._coming.add(digest)
+        if self._is_here(path, len(data), doing):
+            return digest, 0
+        self._name([self._store._written(path, data, doing)], UNNAMED_MAX)
+        return digest, len(data)
 
-    def _put(self, digest: str, data: bytes | bytearray, replace: bool) -> int:
+    def _name(self, more: list[Unnamed], count_min: int) -> None:
+        """What was kept, and this, as soon as there is so much of it."""
+        with self._lock:
+            files = self._unnamed + more
+            self._unnamed = files if len(files) < count_min else []
+        name_all(files if len(files) >= count_min else [])
+
+    def _pinned_path(self, digest: str, size_bytes: int) -> tuple[Path, str]:
+        """Where that chunk goes, and what is being done then."""
         path = self._store._object_path(digest)
         self.pin(digest)
-        doing = f"writing chunk {short(digest)} of {len(data)} bytes to {path.parent}"
+        return path, f"writing chunk {short(digest)} of {size_bytes} bytes to {path.parent}"
+
+    def _is_here(self, path: Path, size_bytes: int, doing: str) -> bool:
         with disk_errors(doing):
-            if not replace and self._store._touch(path) and path.stat().st_size == len(data):
-                return 0
-        self._store._write(path, data, doing)
-        return len(data)
+            return self._store._touch(path) and path.stat().st_size == size_bytes
 
     def publish(self, digest: str, data: bytes) -> Manifest:
         """Keep a manifest, once every chunk that it names is here and durable. One that is here is
         not written again, and counts as young again.
 
-        Raises `Altered`, `Invalid`, `Incomplete` or `DiskFull`. A chunk of the wrong size is
-        removed, so that the sender's next question finds it missing.
+        Raises `Altered`, `Invalid`, `Incomplete`, `DiskFull`. A chunk of the wrong size is removed,
+        so that the sender's next question finds it missing.
         """
         path = self._store._manifest_path(digest)
         if digest_of(data) != digest:
@@ -449,11 +470,12 @@ class Writing:
         manifest = decode(data)
         sizes_bytes = manifest.sizes_bytes()
         self.pin(digest)
+        self._name([], 1)
         for chunk_digest, size_bytes in sizes_bytes.items():
             self._check_present(chunk_digest, size_bytes)
         with disk_errors(f"syncing the chunks of {short(digest)}"):
-            for prefix in sorted({chunk_digest[:2] for chunk_digest in sizes_bytes}):
-                sync_directory(self._store._objects / prefix)
+            prefixes = sorted({chunk_digest[:2] for chunk_digest in sizes_bytes})
+            together(sync_directory, [self._store._objects / prefix for prefix in prefixes])
         if not self._store._renew_manifest(digest):
             doing = f"writing manifest {short(digest)} of {len(data)} bytes to {path.parent}"
             self._store._write(path, data, doing)

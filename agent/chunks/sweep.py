@@ -20,6 +20,10 @@ Two checkpoints of one epoch and step (a last one, right after a regular one) ar
 they were written here. The later one may be waiting for its commit while the earlier one is listed,
 so it is not superseded, and the earlier one is, as soon as the later one is listed.
 
+The ranks of a gang have histories of their own: what one of them wrote last says nothing of what
+another one has written and nobody has proposed yet. So a part is superseded by a part of its own
+rank, or by anything of a later epoch, under which none of the earlier one can still be proposed.
+
 The sweep itself is the store's; here is only what it decides by.
 """
 
@@ -36,18 +40,23 @@ CHUNK_GRACE_S = 60.0
 
 
 class Listed:
-    """The newest listed checkpoint of each job on this node."""
+    """The newest listed checkpoint of each job on this node, and of each rank of it."""
 
     def __init__(self) -> None:
-        self._newest: dict[int, tuple[int, int, int]] = {}
+        self._newest: dict[tuple[int, int | None], tuple[int, int, int]] = {}
+        self._epochs: dict[int, int] = {}
 
     def add(self, manifest: Manifest, written_ns: int) -> None:
         """A checkpoint that is listed, lies here and can be read; `written_ns` is the time stamp of
         its manifest."""
         place = (manifest.epoch, manifest.step, written_ns)
-        self._newest[manifest.job_id] = max(place, self._newest.get(manifest.job_id, place))
+        job_id, whose = manifest.job_id, (manifest.job_id, manifest.rank)
+        self._newest[whose] = max(place, self._newest.get(whose, place))
+        self._epochs[job_id] = max(manifest.epoch, self._epochs.get(job_id, 0))
 
     def supersede(self, manifest: Manifest, written_ns: int) -> bool:
         """Whether this checkpoint, which is not listed, may go at once. Ask after every `add`."""
-        newest = self._newest.get(manifest.job_id)
+        if manifest.epoch < self._epochs.get(manifest.job_id, 0):
+            return True
+        newest = self._newest.get((manifest.job_id, manifest.rank))
         return newest is not None and (manifest.epoch, manifest.step, written_ns) < newest

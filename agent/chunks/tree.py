@@ -7,13 +7,15 @@ the reader; a million files would fill the manifest. And what lies in the store 
 since it was written, so laying it out has to verify again.
 
 `ingest` looks at the whole tree first and refuses before it copies anything; then it reads each
-file once, hashing and keeping it in chunks. `ingest_capture` does the same for the images of files
-in a trainer's slab: the same chunks, and a checkpoint that is restored the same way. `lay_out`
-verifies each chunk as it writes it, carries on past those that are missing or altered and returns
-them: the caller repairs the chunks from a peer and calls again for just those, so that intact ones
-are read once.
+file once, hashing and keeping it in chunks. It reads into a few pieces of memory that go round:
+fresh pages for every piece cost a core as much as the reading itself. `ingest_capture` does the
+same for the images of files in a trainer's slab: the same chunks, and a checkpoint that is restored
+the same way. `lay_out` verifies each chunk as it writes it, carries on past those that are missing
+or altered and returns them: the caller repairs the chunks from a peer and calls again for just
+those, so that intact ones are read once.
 """
 
+import mmap
 import os
 import stat
 from collections import deque
@@ -22,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import LifoQueue
 
 from agent.chunks.disk import check_room, disk_errors
 from agent.chunks.manifest import (
@@ -50,12 +53,20 @@ CAPTURED_MODE = 0o600
 # hardly more than the time of one. More threads only hold more memory.
 WRITERS = 4
 
-# A file's path, its permission bits, and its bytes in pieces of `CHUNK_BYTES_MAX`.
-_File = tuple[str, int, Iterator[bytes]]
+# A file's path, its permission bits, and its bytes in pieces of `CHUNK_BYTES_MAX`: the memory that
+# holds one, and its size.
+_File = tuple[str, int, Iterator[tuple[mmap.mmap, int]]]
 
 
 def ingest(
-    store: ChunkStore, directory: Path, *, job_id: int, epoch: int, step: int, parent: str
+    store: ChunkStore,
+    directory: Path,
+    *,
+    job_id: int,
+    epoch: int,
+    step: int,
+    parent: str,
+    rank: int | None = None,
 ) -> StoredCheckpoint:
     """Keep every regular file under `directory`, durably; the directory stays as it is. Empty
     directories are not kept.
@@ -63,20 +74,32 @@ def ingest(
     Raises `Invalid` with the path for what is no plain file, `DiskFull` after giving back what was
     written, `ChunkError`.
     """
-    files = _files_of(directory, scan(directory))
-    return _ingest(store, files, _nothing, Manifest(job_id, epoch, step, parent, ()))
+    buffers = _Buffers()
+    files = _files_of(directory, scan(directory), buffers)
+    empty = Manifest(job_id, epoch, step, parent, (), rank)
+    return _ingest(store, files, buffers, empty, check=_nothing)
 
 
 def ingest_capture(
-    store: ChunkStore, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
+    store: ChunkStore,
+    source: CaptureSource,
+    *,
+    job_id: int,
+    epoch: int,
+    step: int,
+    parent: str,
+    rank: int | None = None,
 ) -> StoredCheckpoint:
     """Keep the files of a capture, durably. Raises `Invalid` for a name that could land outside a
     directory, `DiskFull` after giving back what was written, and `ChunkError`, also when the
     capture was overwritten while it was read: then no checkpoint names what was kept of it."""
+    buffers = _Buffers()
     files = (
-        (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry)) for entry in source.files
+        (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry, buffers))
+        for entry in source.files
     )
-    return _ingest(store, files, source.check, Manifest(job_id, epoch, step, parent, ()))
+    empty = Manifest(job_id, epoch, step, parent, (), rank)
+    return _ingest(store, files, buffers, empty, check=source.check)
 
 
 def scan(directory: Path) -> list[str]:
@@ -133,8 +156,36 @@ def lay_out(
     return wrong
 
 
+class _Buffers:
+    """Memory for the pieces that are being written, and for the one that is being read. The one
+    used last is the next one, so that what was never needed was never touched."""
+
+    def __init__(self) -> None:
+        self._free: LifoQueue[mmap.mmap] = LifoQueue()
+        for _ in range(WRITERS + 1):
+            # Aligned to pages, as a disk wants it that is written to directly.
+            self._free.put(mmap.mmap(-1, CHUNK_BYTES_MAX, flags=mmap.MAP_PRIVATE))
+
+    def take(self) -> mmap.mmap:
+        """One of them; waits for a writer where all are in use."""
+        return self._free.get()
+
+    def keep(self, writing: Writing, buffer: mmap.mmap, size_bytes: int) -> tuple[str, int]:
+        """Its first bytes, as a chunk; it is free after that."""
+        try:
+            with memoryview(buffer) as whole, whole[:size_bytes] as piece:
+                return writing.keep(piece)
+        finally:
+            self._free.put(buffer)
+
+
 def _ingest(
-    store: ChunkStore, files: Iterable[_File], check: Callable[[], None], empty: Manifest
+    store: ChunkStore,
+    files: Iterable[_File],
+    buffers: _Buffers,
+    empty: Manifest,
+    *,
+    check: Callable[[], None],
 ) -> StoredCheckpoint:
     """Keep the files and publish them as `empty` with these files; `check` is asked in between."""
     new_bytes = 0
@@ -145,7 +196,7 @@ def _ingest(
         with store.writing() as writing, ThreadPoolExecutor(WRITERS, "chunks-writer") as writers:
             for path, mode, pieces in files:
                 chunks = []
-                for chunk, written_bytes in _kept(writing, writers, pieces):
+                for chunk, written_bytes in _kept(partial(buffers.keep, writing), writers, pieces):
                     new_bytes += written_bytes
                     chunks.append(chunk)
                 entries.append(FileEntry(path, mode, tuple(chunks)))
@@ -163,7 +214,9 @@ def _ingest(
 
 
 def _kept(
-    writing: Writing, writers: ThreadPoolExecutor, pieces: Iterable[bytes]
+    keep: Callable[[mmap.mmap, int], tuple[str, int]],
+    writers: ThreadPoolExecutor,
+    pieces: Iterable[tuple[mmap.mmap, int]],
 ) -> Iterator[tuple[ChunkRef, int]]:
     """Each piece as a chunk, in order, with the bytes written for it; `WRITERS` at a time."""
     waiting: deque[tuple[int, Future[tuple[str, int]]]] = deque()
@@ -173,8 +226,8 @@ def _kept(
         digest, written_bytes = future.result()
         return ChunkRef(digest, size_bytes), written_bytes
 
-    for data in pieces:
-        waiting.append((len(data), writers.submit(writing.keep, data)))
+    for buffer, size_bytes in pieces:
+        waiting.append((size_bytes, writers.submit(keep, buffer, size_bytes)))
         if len(waiting) >= WRITERS:
             yield oldest()
     while waiting:
@@ -185,7 +238,7 @@ def _nothing() -> None:
     """A directory is the agent's own: nobody writes into it any more."""
 
 
-def _files_of(directory: Path, paths: Iterable[str]) -> Iterator[_File]:
+def _files_of(directory: Path, paths: Iterable[str], buffers: _Buffers) -> Iterator[_File]:
     # Not following and not blocking: it may have been exchanged for a link or a pipe since it was
     # looked at.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -199,25 +252,40 @@ def _files_of(directory: Path, paths: Iterable[str]) -> Iterator[_File]:
             mode = os.fstat(handle.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise _not_plain(directory / path, mode)
-            pieces = iter(partial(_read_full, handle.fileno(), CHUNK_BYTES_MAX), b"")
-            yield path, stat.S_IMODE(mode) & 0o777, pieces
+            yield path, stat.S_IMODE(mode) & 0o777, _read_pieces(handle.fileno(), buffers)
 
 
-def _pieces(source: CaptureSource, entry: CapturedFile) -> Iterator[bytes]:
+def _pieces(
+    source: CaptureSource, entry: CapturedFile, buffers: _Buffers
+) -> Iterator[tuple[mmap.mmap, int]]:
     for offset_bytes in range(0, entry.size_bytes, CHUNK_BYTES_MAX):
         size_bytes = min(CHUNK_BYTES_MAX, entry.size_bytes - offset_bytes)
-        yield source.read(entry.offset_bytes + offset_bytes, size_bytes)
+        buffer = buffers.take()
+        with memoryview(buffer) as whole, whole[:size_bytes] as piece:
+            source.read_into(entry.offset_bytes + offset_bytes, piece)
+        yield buffer, size_bytes
 
 
-def _read_full(descriptor: int, bytes_max: int) -> bytes:
+def _read_pieces(descriptor: int, buffers: _Buffers) -> Iterator[tuple[mmap.mmap, int]]:
+    while True:
+        buffer = buffers.take()
+        size_bytes = _read_full(descriptor, buffer)
+        if not size_bytes:
+            return
+        yield buffer, size_bytes
+
+
+def _read_full(descriptor: int, buffer: mmap.mmap) -> int:
     """A plain read may return less than there is; chunk borders must not depend on that."""
-    data = os.read(descriptor, bytes_max)
-    while data and len(data) < bytes_max:
-        more = os.read(descriptor, bytes_max - len(data))
-        if not more:
-            break
-        data += more
-    return data
+    size_bytes = 0
+    with memoryview(buffer) as whole:
+        while size_bytes < len(whole):
+            with whole[size_bytes:] as rest:
+                more_bytes = os.readv(descriptor, [rest])
+            if not more_bytes:
+                break
+            size_bytes += more_bytes
+    return size_bytes
 
 
 def _lay_out_file(

@@ -8,9 +8,9 @@ coordinator repeats) stays in `LiveAttempt` and is lost with the process.
 from dataclasses import dataclass, field
 from enum import Enum
 
-from agent.core.messages import JobSpec, Progress
+from agent.core.messages import Progress
 from agent.core.sections import Sections
-from agent.core.values import ReplicaSource, RestoreCandidate
+from agent.core.values import Gang, JobSpec, ReplicaSource, RestoreCandidate
 
 
 class Phase(Enum):
@@ -55,6 +55,7 @@ class Pending:
     size_bytes: int
     parent: str
     trainer_id: int
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class AttemptRecord:
     `committed` the last one that the coordinator accepted. `last_sequence` is the spooled end.
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
     `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
-    is the newest capture that is stored, or was handed over before what is."""
+    is the newest capture that is stored, or was handed over before what is. `gang` is its place
+    among the ranks of its job, if it has others."""
 
     id: str
     job_id: int
@@ -94,17 +96,20 @@ class AttemptRecord:
     exit_reason: str = ""
     milestones: int = 0
     last_sequence: int = 0
+    gang: Gang | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Offered:
     """A checkpoint that the trainer has handed over and nobody has read yet: a directory, or a
     capture by its name. `trainer_id` of 0: the trainer died before it said so. `capture` is the
-    newest capture handed over by then, itself included; "" for none."""
+    newest capture handed over by then, itself included; "" for none. `parts` as in
+    `TrainerCheckpoint`."""
 
     trainer_id: int
     path: str
     step: int
+    parts: int = 1
     capture: str = field(default="", compare=False)
 
 
@@ -125,7 +130,13 @@ class LiveAttempt:
     `slab`: it has memory that it writes captures into; `searching`: its process is gone, and we
     look there for one that nobody handed over. `handed_capture` is the newest that somebody did.
     `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
-    its trainers are, and how long that takes."""
+    its trainers are, and how long that takes.
+
+    Of the pre-copy: `heeds_saves`: its trainer looks for requests to save; `precopy_until_ms`: the
+    stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
+    is the size of the checkpoint stored last, `change_bytes` what of it was new. `copied_to` is
+    who got the last copy; `copy_since_ms` when the present copy began, `copy_bytes_per_ms` how fast
+    the last one was that was large enough to tell."""
 
     record: AttemptRecord
     storing: Offered | None = None
@@ -143,6 +154,14 @@ class LiveAttempt:
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
     sections: Sections = field(default_factory=Sections)
+    heeds_saves: bool = False
+    precopy_until_ms: int | None = None
+    slab_bytes: int = 0
+    stored_bytes: int = 0
+    change_bytes: int = 0
+    copied_to: str = ""
+    copy_since_ms: int = 0
+    copy_bytes_per_ms: int = 0
 
     @property
     def live(self) -> bool:

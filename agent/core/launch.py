@@ -5,14 +5,18 @@ tried and fails on the next. So nothing is inherited: the environment is compose
 agent's configured base, the job's own variables, and what Baton and the launchers that people come
 from promise (torchrun's rendezvous variables, an opt-in SLURM_* set).
 
-Sources: torchrun's documentation for RANK, WORLD_SIZE, MASTER_ADDR and their kin; Slurm's sbatch
-manual page, "OUTPUT ENVIRONMENT VARIABLES".
+A rank of a gang finds what torchrun would have told it. Where it is alone on its node, or has
+several GPUs, it may be a launcher itself: `torchrun script.py` takes its options from PET_*, and
+counts each rank for a node.
+
+Sources: torchrun's documentation for RANK, WORLD_SIZE, MASTER_ADDR and their kin, and for options
+from PET_*; Slurm's sbatch manual page, "OUTPUT ENVIRONMENT VARIABLES".
 """
 
 from dataclasses import dataclass
 
 from agent.core.attempt import AttemptRecord
-from agent.core.values import Launch
+from agent.core.values import Gang, Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,19 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
     if record.spec.slurm_environment:
         environment.update(_slurm(record, options, directory))
     # GPU UUIDs, not indices: an index names another card after a reboot or inside a container.
-    environment["CUDA_VISIBLE_DEVICES"] = ",".join(record.gpu_uuids)
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpus(record))
     return Launch(
         record.id,
         _arguments(record, options, directory),
         tuple(sorted(environment.items())),
         record.spec.working_directory or f"{directory}/work",
     )
+
+
+def _visible_gpus(record: AttemptRecord) -> tuple[str, ...]:
+    """With one GPU a rank, those of all ranks here: LOCAL_RANK is the index, as under torchrun."""
+    gang = record.gang
+    return record.gpu_uuids if gang is None or len(record.gpu_uuids) > 1 else gang.node_gpu_uuids
 
 
 def _arguments(record: AttemptRecord, options: LaunchOptions, directory: str) -> tuple[str, ...]:
@@ -80,6 +90,10 @@ def _baton(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
         "BATON_STAGING_DIR": f"{directory}/staging",
         "BATON_GRACE_MS": str(record.spec.grace_ms),
     }
+    if record.gang is not None:
+        # Its own: RANK means another one below a launcher that the rank has started.
+        variables["BATON_RANK"] = str(record.gang.rank)
+        variables["BATON_WORLD_SIZE"] = str(record.gang.world_size)
     if record.restored_digest:
         variables["BATON_RESTORE_DIR"] = record.restored_directory
         variables["BATON_RESTORE_STEP"] = str(record.restored_step)
@@ -87,7 +101,9 @@ def _baton(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
 
 
 def _rendezvous(record: AttemptRecord) -> dict[str, str]:
-    # One rank a job for now; the port is only ever bound by jobs that start ranks of their own.
+    if record.gang is not None:
+        return _gang_rendezvous(record, record.gang)
+    # Of one rank the port is only ever bound by jobs that start ranks of their own.
     port = 20_000 + (record.job_id * 31 + record.epoch) % 10_000
     return {
         "RANK": "0",
@@ -98,6 +114,28 @@ def _rendezvous(record: AttemptRecord) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RESTART_COUNT": str(record.restart_count),
     }
+
+
+def _gang_rendezvous(record: AttemptRecord, gang: Gang) -> dict[str, str]:
+    address, port = gang.master_host, str(gang.master_port)
+    variables = {
+        "RANK": str(gang.rank),
+        "LOCAL_RANK": str(gang.local_rank),
+        "GROUP_RANK": str(gang.node_rank),
+        "WORLD_SIZE": str(gang.world_size),
+        "LOCAL_WORLD_SIZE": str(gang.local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": str(record.restart_count),
+    }
+    if len(record.gpu_uuids) > 1 or gang.local_world_size == 1:
+        variables["PET_NNODES"] = str(gang.world_size)
+        variables["PET_NODE_RANK"] = str(gang.rank)
+        variables["PET_MASTER_ADDR"] = address
+        variables["PET_MASTER_PORT"] = port
+    if len(record.gpu_uuids) > 1:
+        variables["PET_NPROC_PER_NODE"] = str(len(record.gpu_uuids))
+    return variables
 
 
 def _slurm(record: AttemptRecord, options: LaunchOptions, directory: str) -> dict[str, str]:
@@ -117,6 +155,25 @@ def _slurm(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
         "SLURM_LOCALID": "0",
         "SLURM_SUBMIT_DIR": record.spec.working_directory or f"{directory}/work",
     }
-    if record.gpu_uuids:
-        variables["SLURM_GPUS_ON_NODE"] = str(len(record.gpu_uuids))
+    gpu_uuids, gang = record.gpu_uuids, record.gang
+    if gang is not None:
+        gpu_uuids = gang.node_gpu_uuids
+        variables |= _slurm_gang(gang)
+    if gpu_uuids:
+        variables["SLURM_GPUS_ON_NODE"] = str(len(gpu_uuids))
     return variables
+
+
+def _slurm_gang(gang: Gang) -> dict[str, str]:
+    nodes, nodes_count = ",".join(gang.nodes), str(len(gang.nodes))
+    return {
+        "SLURM_JOB_NODELIST": nodes,
+        "SLURM_NODELIST": nodes,
+        "SLURM_JOB_NUM_NODES": nodes_count,
+        "SLURM_NNODES": nodes_count,
+        "SLURM_NTASKS": str(gang.world_size),
+        "SLURM_NTASKS_PER_NODE": str(gang.local_world_size),
+        "SLURM_NODEID": str(gang.node_rank),
+        "SLURM_PROCID": str(gang.rank),
+        "SLURM_LOCALID": str(gang.local_rank),
+    }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
+    Gang,
     GpuFacts,
     GpuSample,
     HostFacts,
@@ -21,25 +22,9 @@ from agent.core.values import (
     Sample,
     StoredCheckpoint,
 )
+from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
 # --- from the coordinator -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class JobSpec:
-    """The part of a job's request that a node needs. `stop_signal` is TERM, USR1 or USR2;
-    `replication` is automatic, required or none."""
-
-    name: str = ""
-    command: tuple[str, ...] = ()
-    trainer: str = ""
-    trainer_config_json: str = ""
-    environment: tuple[tuple[str, str], ...] = ()
-    working_directory: str = ""
-    grace_ms: int = 120_000
-    stop_signal: str = "TERM"
-    replication: str = "automatic"
-    slurm_environment: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +53,17 @@ class StartAttempt:
     candidates: tuple[RestoreCandidate, ...] = ()
     replica_target: ReplicaSource | None = None
     restart_count: int = 0
+    gang: Gang | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StopAttempt:
-    """`grace_ms` of `None` kills at once."""
+    """`grace_ms` of `None` kills at once; `precopy_ms` is how long it may save before the stop."""
 
     attempt: str
     grace_ms: int | None
     reason: str
+    precopy_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +185,12 @@ class StoreFailed:
 @dataclass(frozen=True, slots=True)
 class CaptureFound:
     """The newest whole capture in the attempt's slab, by its `capture_name`; empty: there is
-    none."""
+    none. `parts` as in `TrainerCheckpoint`."""
 
     attempt: str
     name: str = ""
     step: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,11 +319,15 @@ class AttemptMilestone:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointProposed:
+    """`parts`: as many ranks hand over a part of this step each, and this is one of them; 1: it is
+    whole."""
+
     digest: str
     parent: str
     step: int
     size_bytes: int
     replicas: tuple[str, ...]
+    parts: int = 1
 
 
 SpooledBody = (
@@ -443,12 +435,14 @@ class ReleaseSlab:
 
 @dataclass(frozen=True, slots=True)
 class StoreCheckpoint:
-    """`path` is a directory, or the `capture_name` of a capture in the attempt's slab."""
+    """`path` is a directory, or the `capture_name` of a capture in the attempt's slab. `part`: it
+    is the part of the attempt's rank, and not whole."""
 
     attempt: str
     path: str
     step: int
     parent: str
+    part: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import hangs, pipeline
+from agent.core import hangs, pipeline, precopy
+from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
+from agent.core.ids import parse_attempt_id
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
 from agent.core.messages import (
@@ -65,6 +67,7 @@ from agent.core.state import (
 )
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMilestone,
     TrainerProgress,
@@ -96,7 +99,7 @@ class NodeCore:
         if state.connected:
             times.append(state.heard_ms + state.lease_ms)
         for live in state.attempts.values():
-            times += [live.kill_ms, live.settle_ms, live.replica_retry_ms]
+            times += [live.kill_ms, live.settle_ms, live.replica_retry_ms, live.precopy_until_ms]
         return min((time for time in times if time is not None), default=None)
 
 
@@ -150,6 +153,9 @@ def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> 
             pipeline.replicated(state, now, live, event)
         case ReplicationFailed():
             pipeline.replication_failed(state, now, live, event)
+    if precopy.is_over(state, live, event):
+        live.precopy_until_ms = None
+        _carry_out_stop(state, now, live)
 
 
 # --- orders ---------------------------------------------------------------------------------------
@@ -186,15 +192,13 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
 
 def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None:
     """Accept, or refuse with a sentence. Twice is once, and what was stopped never starts."""
-    job_text, _, epoch_text = order.attempt.partition(".")
-    job_id, epoch = int(job_text), int(epoch_text)
-    known = [live.record.epoch for live in state.attempts.values() if live.record.job_id == job_id]
-    if max(known, default=0) >= epoch or state.fences.get(job_id, 0) >= epoch:
+    named = parse_attempt_id(order.attempt)
+    if is_past(state, named):
         return
     record = AttemptRecord(
         order.attempt,
-        job_id,
-        epoch,
+        named.job_id,
+        named.epoch,
         order.spec,
         order.gpu_uuids,
         pipeline.reachable(state, order.candidates),
@@ -202,33 +206,16 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         order.spec.replication == "required",
         order.restart_count,
         token=chance,
+        gang=order.gang,
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms
-    refusal = _why_not(state, record)
+    refusal = why_not(state, record)
     if refusal:
         _refuse(state, now, live, refusal, permanent=False)
         return
     state.log("info", "attempt.accepted", attempt=record.id, gpus=list(record.gpu_uuids))
     state.commands.append(RestoreCheckpoint(record.id, record.candidates))
-
-
-def _why_not(state: State, record: AttemptRecord) -> str:
-    if len(state.spool) >= SPOOL_MAX:
-        return f"{len(state.spool)} events wait for the coordinator; this node takes no more work"
-    here = {gpu.uuid: True for gpu in state.gpus}
-    for uuid in record.gpu_uuids:
-        if uuid not in here:
-            return f"{state.options.node} has no GPU {uuid}"
-    for other in state.attempts.values():
-        if other.record.id == record.id or not other.live:
-            continue
-        if other.record.job_id == record.job_id:
-            return f"attempt {other.record.id} of the same job has not left yet"
-        for uuid in other.record.gpu_uuids:
-            if uuid in record.gpu_uuids:
-                return f"GPU {uuid} is still held by attempt {other.record.id}"
-    return ""
 
 
 def _refuse(state: State, now: Instant, live: LiveAttempt, reason: str, permanent: bool) -> None:
@@ -249,30 +236,34 @@ def _stop(state: State, now: Instant, order: StopAttempt) -> None:
     grace."""
     live = state.attempts.get(order.attempt)
     if live is None:
-        job_text, _, epoch_text = order.attempt.partition(".")
-        job_id, epoch = int(job_text), int(epoch_text)
-        if state.fences.get(job_id, 0) < epoch:
-            state.fence(job_id, epoch)
+        named = parse_attempt_id(order.attempt)
+        if not state.is_fenced(named):
+            state.fence(named)
             state.spool_event(now, order.attempt, AttemptExited(reason="it never started here"))
         return
     if not live.live:
         return
     kill_now = order.grace_ms is None
     known = live.record.stop_reason
-    if known and not (kill_now and live.record.stop_grace_ms is not None):
+    urgent = live.precopy_until_ms is not None and order.precopy_ms is None
+    if known and not urgent and not (kill_now and live.record.stop_grace_ms is not None):
         return
     reason = order.reason or "the coordinator gave no reason"
     state.put(live, stop_reason=reason, stop_grace_ms=order.grace_ms)
     state.log("info", "attempt.stopping", attempt=live.record.id, reason=reason)
+    precopy.begin(state, now, live, None if kill_now else order.precopy_ms)
     _carry_out_stop(state, now, live)
     pipeline.advance_pipeline(state, live)
 
 
 def _carry_out_stop(state: State, now: Instant, live: LiveAttempt) -> None:
-    """The ladder: the SDK's word and the signal at once, SIGKILL after the grace."""
+    """The ladder: the SDK's word and the signal at once, SIGKILL after the grace. While a pre-copy
+    is on its way it waits."""
     record = live.record
     if record.phase is not Phase.RUNNING or not record.stop_reason:
         return  # nothing to signal yet; `_started` and `_restored` look again
+    if live.precopy_until_ms is not None:
+        return
     if record.stop_grace_ms is None:
         live.kill_ms = None
         state.commands.append(KillProcess(record.id))
@@ -291,7 +282,9 @@ def _keep(state: State, order: KeepCheckpoints) -> None:
         if record.pending is not None:
             keep[record.pending.digest] = None
         if record.phase is Phase.ACCEPTED:
-            keep.update(dict.fromkeys(candidate.digest for candidate in record.candidates))
+            for candidate in record.candidates:
+                digests = (candidate.digest, *(part.digest for part in candidate.parts))
+                keep.update(dict.fromkeys(digests))
     for event in state.spool.values():
         if isinstance(event.body, CheckpointProposed):
             keep[event.body.digest] = None
@@ -398,7 +391,9 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
 def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrainer) -> None:
     match event.message:
         case TrainerHello():
-            if live.record.stop_reason:
+            if live.precopy_until_ms is not None:
+                precopy.ask(state, live)
+            elif live.record.stop_reason:
                 _carry_out_stop_again(state, live)
         case TrainerProgress(step=step, total_steps=total, metrics=metrics, time=time):
             hangs.advanced(state, now, live, step)
@@ -411,7 +406,10 @@ def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrai
         case TrainerCheckpoint():
             pipeline.offer(state, live, event.message)
         case TrainerSlab():
+            live.slab_bytes = event.message.slot_bytes
             pipeline.take_slab(state, live)
+        case TrainerHeedsSaves():
+            live.heeds_saves = True
         case TrainerSection():
             hangs.entered(state, now, live, event.message)
 
@@ -433,7 +431,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
     if live.progress is not None:
         heartbeat(state, now)  # its last progress, before its end is told
     ended = hangs.exit_of(live, ended)
-    live.kill_ms = None
+    live.kill_ms = live.precopy_until_ms = None
     live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
     state.put(
         live,
@@ -456,7 +454,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
 
 
 def _forget_settled(state: State) -> None:
-    """What ended and has been acknowledged needs no memory; its epoch stays fenced."""
+    """What ended and has been acknowledged needs no memory; it stays fenced."""
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is Phase.ENDED and record.last_sequence not in state.spool:
@@ -471,6 +469,9 @@ def _tick(state: State, now: Instant) -> None:
             reason = live.record.exit_reason or "grace is over"
             state.log("warning", "attempt.killed", attempt=live.record.id, reason=reason)
             state.commands.append(KillProcess(live.record.id))
+        if live.precopy_until_ms is not None and live.precopy_until_ms <= now.now_ms:
+            live.precopy_until_ms = None
+            _carry_out_stop(state, now, live)
         if live.replica_retry_ms is not None and live.replica_retry_ms <= now.now_ms:
             live.replica_retry_ms = None
             pipeline.replicate(state, now, live)

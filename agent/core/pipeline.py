@@ -47,6 +47,8 @@ REPLICA_RETRY_MS = 5_000
 # After its process has ended an attempt waits this long for a required copy, then reports its end
 # without that checkpoint: the GPUs are needed.
 SETTLE_MS_MAX = 120_000
+# A smaller copy says more of round trips than of the link.
+TIMED_BYTES_MIN = 16_000_000
 
 SHARED = "shared"
 
@@ -56,14 +58,19 @@ def reachable(
 ) -> tuple[RestoreCandidate, ...]:
     """The coordinator knows that a copy is shared; where that directory is, each node knows."""
     here = state.options.shared_directory
+
+    def known(sources: tuple[ReplicaSource, ...]) -> tuple[ReplicaSource, ...]:
+        return tuple(
+            replace(source, address=here) if source.node == SHARED else source
+            for source in sources
+            if source.node != SHARED or here
+        )
+
     return tuple(
         replace(
             candidate,
-            sources=tuple(
-                replace(source, address=here) if source.node == SHARED else source
-                for source in candidate.sources
-                if source.node != SHARED or here
-            ),
+            sources=known(candidate.sources),
+            parts=tuple(replace(part, sources=known(part.sources)) for part in candidate.parts),
         )
         for candidate in candidates
     )
@@ -74,7 +81,7 @@ def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
     sent twice; a capture's name is its own, whoever says it."""
     record = live.record
     capture = message.path if is_capture(message.path) else live.handed_capture
-    offered = Offered(message.id, message.path, message.step, capture)
+    offered = Offered(message.id, message.path, message.step, message.parts, capture)
     # By its path too: a second program of the same attempt counts its checkpoints from 1 again.
     stored = record.stored_path == _plain(offered.path) and (
         record.stored_id == offered.trainer_id or is_capture(offered.path)
@@ -140,7 +147,7 @@ def capture_found(state: State, now: Instant, live: LiveAttempt, found: CaptureF
     known = not found.name or _is_past(live, found.name)
     if not known and live.record.phase is Phase.SETTLING:
         state.log("info", "checkpoint.rescued", attempt=live.record.id, step=found.step)
-        rescued = Offered(0, found.name, found.step, found.name)
+        rescued = Offered(0, found.name, found.step, found.parts, found.name)
         superseded, live.offered = live.offered, rescued
         if superseded is not None:
             _refuse(state, live, superseded, "superseded")
@@ -178,9 +185,11 @@ def advance_pipeline(state: State, live: LiveAttempt) -> None:
     if len(live.unanswered) >= UNANSWERED_MAX and not leaving:
         return
     live.storing, live.offered = live.offered, None
-    if live.storing is not None:
+    storing = live.storing
+    if storing is not None:
+        part = storing.parts > 1
         state.commands.append(
-            StoreCheckpoint(record.id, live.storing.path, live.storing.step, record.head)
+            StoreCheckpoint(record.id, storing.path, storing.step, record.head, part)
         )
 
 
@@ -190,7 +199,17 @@ def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> No
         return
     live.storing = None
     kept = done.stored
-    pending = Pending(kept.digest, kept.step, kept.size_bytes, live.record.head, offered.trainer_id)
+    # Of a job's first checkpoint all is new, which says nothing of how much will change.
+    live.change_bytes = kept.new_bytes if live.record.head else 0
+    live.stored_bytes = kept.size_bytes
+    pending = Pending(
+        kept.digest,
+        kept.step,
+        kept.size_bytes,
+        live.record.head,
+        offered.trainer_id,
+        offered.parts,
+    )
     state.put(
         live,
         pending=pending,
@@ -232,10 +251,10 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
     record = live.record
     if record.pending is None or live.replicating is not None:
         return
-    target = _target(state, live)
+    target = target_of(state, live)
     live.replica_retry_ms = None
     if target is not None:
-        live.replicating = target
+        live.replicating, live.copy_since_ms = target, now.now_ms
         state.commands.append(ReplicateCheckpoint(record.id, record.pending.digest, target))
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
@@ -243,7 +262,8 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
         propose(state, now, live, ())
 
 
-def _target(state: State, live: LiveAttempt) -> ReplicaSource | None:
+def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
+    """Where its copies go; `None`: nowhere."""
     if live.record.spec.replication == "none":
         return None
     if state.options.shared_directory:
@@ -254,7 +274,16 @@ def _target(state: State, live: LiveAttempt) -> ReplicaSource | None:
 def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
     live.replicating = None
     if live.record.pending is not None and live.record.pending.digest == done.digest:
+        _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
+
+
+def _note_copy(now: Instant, live: LiveAttempt, node: str) -> None:
+    """What a node had the last time it is not sent again."""
+    sent_bytes = live.change_bytes if live.copied_to == node else live.stored_bytes
+    if sent_bytes >= TIMED_BYTES_MIN:
+        live.copy_bytes_per_ms = sent_bytes // max(1, now.now_ms - live.copy_since_ms)
+    live.copied_to = node
 
 
 def replication_failed(
@@ -273,7 +302,7 @@ def replication_failed(
         digest=failed.digest,
         reason=failed.reason,
     )
-    if _target(state, live) not in (None, tried):
+    if target_of(state, live) not in (None, tried):
         replicate(state, now, live)
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
@@ -289,11 +318,10 @@ def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ..
     live.unanswered[pending.digest] = Proposal(pending.trainer_id, parent)
     replicas = (state.options.node, *copies)
     state.put(live, pending=None, head=pending.digest)
-    state.spool_event(
-        now,
-        live.record.id,
-        CheckpointProposed(pending.digest, parent, pending.step, pending.size_bytes, replicas),
+    body = CheckpointProposed(
+        pending.digest, parent, pending.step, pending.size_bytes, replicas, pending.parts
     )
+    state.spool_event(now, live.record.id, body)
     advance_pipeline(state, live)
     settle(state, now, live)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
     AgentEvent,
@@ -26,8 +27,8 @@ from agent.core.values import GpuFacts, HostFacts, Sample
 # Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
 # thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
 SPOOL_MAX = 20_000
-# A stop may come for an attempt that never arrived; the epoch is remembered so that it never
-# starts.
+# A stop may come for an attempt that never arrived; that is remembered so that it never starts. By
+# job: of a gang the ranks of its last epoch are remembered one by one, `RANKS_MAX` at most.
 FENCES_MAX = 10_000
 SPOOL_SENT_MAX = 256  # events on their way; the next follow as these are acknowledged
 RESEND_MS = 2_000  # an event not acknowledged for this long is sent again
@@ -65,18 +66,6 @@ class Options:
         return self.launch.node
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Everything that the journal holds, as it hands it over at start."""
-
-    journal_id: str
-    attempts: tuple[AttemptRecord, ...] = ()
-    spool: tuple[AgentEvent, ...] = ()
-    next_sequence: int = 1
-    fences: tuple[tuple[int, int], ...] = ()
-    leader_epoch: int = 0
-
-
 # --- records --------------------------------------------------------------------------------------
 
 
@@ -104,8 +93,17 @@ class DropSpooled:
 
 @dataclass(frozen=True, slots=True)
 class PutFence:
+    """Nothing of the job's earlier epochs starts here any more, and of this one none of `ranks`;
+    without ranks, nothing of it. Replaces the job's fence of before."""
+
     job_id: int
     epoch: int
+    ranks: tuple[int, ...] = ()
+
+    def holds(self, attempt: AttemptId) -> bool:
+        """Whether this attempt of the job must not start."""
+        fenced = not self.ranks or attempt.rank in self.ranks
+        return attempt.epoch < self.epoch or (attempt.epoch == self.epoch and fenced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +120,18 @@ Record = PutAttempt | DropAttempt | SpoolEvent | DropSpooled | PutFence | DropFe
 Effect = Record | Command
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Everything that the journal holds, as it hands it over at start."""
+
+    journal_id: str
+    attempts: tuple[AttemptRecord, ...] = ()
+    spool: tuple[AgentEvent, ...] = ()
+    next_sequence: int = 1
+    fences: tuple[PutFence, ...] = ()
+    leader_epoch: int = 0
+
+
 class State:
     def __init__(self, options: Options, memory: Memory) -> None:
         self.options = options
@@ -129,7 +139,7 @@ class State:
         self.attempts = {record.id: LiveAttempt(record) for record in memory.attempts}
         self.spool: dict[int, AgentEvent] = {event.sequence: event for event in memory.spool}
         self.next_sequence = memory.next_sequence
-        self.fences = dict(memory.fences)
+        self.fences = {fence.job_id: fence for fence in memory.fences}
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
@@ -181,17 +191,28 @@ class State:
         return live
 
     def drop(self, live: LiveAttempt) -> None:
-        """The attempt is settled everywhere; its epoch is fenced, so that it cannot begin again."""
+        """The attempt is settled everywhere; it is fenced, so that it cannot begin again."""
         del self.attempts[live.record.id]
         self.records.append(DropAttempt(live.record.id))
-        self.fence(live.record.job_id, live.record.epoch)
+        self.fence(parse_attempt_id(live.record.id))
 
-    def fence(self, job_id: int, epoch: int) -> None:
-        if self.fences.get(job_id, 0) >= epoch:
+    def is_fenced(self, attempt: AttemptId) -> bool:
+        known = self.fences.get(attempt.job_id)
+        return known is not None and known.holds(attempt)
+
+    def fence(self, attempt: AttemptId) -> None:
+        """Never let this attempt start, nor any of an earlier epoch; other ranks of its own may."""
+        if self.is_fenced(attempt):
             return
-        self.fences.pop(job_id, None)
-        self.fences[job_id] = epoch
-        self.records.append(PutFence(job_id, epoch))
+        job_id = attempt.job_id
+        known = self.fences.pop(job_id, None)
+        ranks: tuple[int, ...] = ()
+        if attempt.rank is not None:
+            before = known.ranks if known is not None and known.epoch == attempt.epoch else ()
+            ranks = (*before, attempt.rank)
+        fence = PutFence(job_id, attempt.epoch, ranks)
+        self.fences[job_id] = fence
+        self.records.append(fence)
         while len(self.fences) > FENCES_MAX:
             oldest = next(iter(self.fences))
             del self.fences[oldest]

@@ -7,6 +7,10 @@ ever looks into a dictionary.
 
 from dataclasses import dataclass
 
+from agent.core.ids import RANKS_MAX
+
+PARTS_MAX = RANKS_MAX  # each rank has one
+
 
 @dataclass(frozen=True, slots=True)
 class TrainerHello:
@@ -52,12 +56,14 @@ class TrainerCheckpoint:
     answers.
 
     `path` is absolute, free of symbolic links, and strictly inside the attempt's staging directory;
-    for a capture it is the `capture_name`, which is no path.
+    for a capture it is the `capture_name`, which is no path. `parts`, 1 to `PARTS_MAX`: as many
+    ranks hand over a part of this step each, and this is its own; 1: it is the whole.
     """
 
     id: int
     path: str
     step: int
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,11 @@ class TrainerSection:
     ended: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerHeedsSaves:
+    """The trainer looks for requests to save after its steps, and so may be sent one."""
+
+
 TrainerMessage = (
     TrainerHello
     | TrainerProgress
@@ -87,6 +98,7 @@ TrainerMessage = (
     | TrainerCheckpoint
     | TrainerSlab
     | TrainerSection
+    | TrainerHeedsSaves
 )
 
 _CAPTURE = "slab:"

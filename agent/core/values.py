@@ -66,6 +66,23 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class JobSpec:
+    """The part of a job's request that a node needs. `stop_signal` is TERM, USR1 or USR2;
+    `replication` is automatic, required or none."""
+
+    name: str = ""
+    command: tuple[str, ...] = ()
+    trainer: str = ""
+    trainer_config_json: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+    working_directory: str = ""
+    grace_ms: int = 120_000
+    stop_signal: str = "TERM"
+    replication: str = "automatic"
+    slurm_environment: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """Everything needed to start a trainer, decided before anything is touched.
 
@@ -116,12 +133,40 @@ class ReplicaSource:
 
 
 @dataclass(frozen=True, slots=True)
+class RestorePart:
+    """What a rank other than 0 wrote of a checkpoint, and where it may be had, best first."""
+
+    digest: str
+    sources: tuple[ReplicaSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreCandidate:
-    """A committed checkpoint that an attempt may resume from, newest first in a start order."""
+    """A committed checkpoint that an attempt may resume from, newest first in a start order.
+    `parts` are those of ranks 1, 2, ...; then `digest` and `sources` are of rank 0's. Without parts
+    it is whole."""
 
     digest: str
     step: int
     sources: tuple[ReplicaSource, ...]
+    parts: tuple[RestorePart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gang:
+    """One rank's place among those that start together. Ranks count through `nodes`, so those of
+    one node follow one another; `local_rank` counts those on this node, and `node_gpu_uuids` are
+    the GPUs of all of them, in that order. Rank 0 listens at `master_host` and `master_port`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    nodes: tuple[str, ...]
+    master_host: str
+    master_port: int
+    node_gpu_uuids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

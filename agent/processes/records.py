@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessExit
 from agent.processes.shim import (
     EXIT_NAME,
@@ -21,8 +22,6 @@ from agent.processes.shim import (
     private_opener,
 )
 
-# also a file name, so nothing else is let through
-ATTEMPT_ID = re.compile(r"[0-9]{1,19}\.[0-9]{1,19}")
 SEGMENT_NAME = re.compile(r"([0-9]{20})\.log")
 
 
@@ -80,8 +79,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def refuse_launch(launch: Launch) -> str:
     """Why this cannot be given to execve(2), as a sentence; empty when it can."""
-    if not ATTEMPT_ID.fullmatch(launch.attempt_id):
-        return f"attempt id {launch.attempt_id!r} is not of the form <job id>.<epoch>"
+    # Also a directory's name, so nothing else is let through.
+    if find_attempt_id(launch.attempt_id) is None:
+        return f"{launch.attempt_id!r} is no attempt id"
     if not launch.arguments or not launch.arguments[0]:
         return "the command is empty"
     if not os.path.isabs(launch.working_directory):

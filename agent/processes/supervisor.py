@@ -28,6 +28,7 @@ from pathlib import Path
 
 import structlog
 
+from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import proc, records, remains, shim, stacks
@@ -211,8 +212,8 @@ class Supervisor:
         """Where an attempt's log and records lie, for `logs.py`. Raises ValueError for what is no
         attempt id.
         """
-        if not records.ATTEMPT_ID.fullmatch(attempt_id):
-            raise ValueError(f"attempt id {attempt_id!r} is not of the form <job id>.<epoch>")
+        if find_attempt_id(attempt_id) is None:
+            raise ValueError(f"{attempt_id!r} is no attempt id")
         return self._root / attempt_id
 
     @property

@@ -1,8 +1,9 @@
 """The comparison of `bench.checkpoint` with the state on a CUDA device.
 
 Problem: on a CPU a capture is a copy from memory to memory, and no faster than one. On a GPU it is
-a transfer over the bus into page-locked memory, behind the step that computes what is captured; how
-long the training stands still then, only a GPU can say. Exits with 3 where there is none.
+a transfer over the bus into page-locked memory, by a stream of its own beside the next forward and
+backward passes; what a step loses to it, only a GPU can say. Steps are the same, and end when the
+device has done them. Exits with 3 where there is none.
 """
 
 import sys
@@ -21,9 +22,8 @@ def main() -> int:
         return 3
     asked = report.options(arguments)
     sizes = checkpoint.QUICK_SIZES_GB if asked.quick else checkpoint.SIZES_GB
-    rounds = checkpoint.QUICK_ROUNDS if asked.quick else checkpoint.ROUNDS
-    found = [row for size in sizes for row in checkpoint.rows(size, rounds, "cuda")]
-    notes = [f"device: {torch.cuda.get_device_name()}", "half of the state is frozen"]
+    found = [row for size in sizes for row in checkpoint.rows(size, asked, "cuda")]
+    notes = [f"device: {torch.cuda.get_device_name()}", *checkpoint.NOTES]
     report.show("Checkpoints on a GPU", found, asked, notes)
     return 0
 

@@ -23,6 +23,9 @@ from coordinator.cli.settings import CommandFailed
 from protos.baton.v1 import checkpoints_pb2 as pb
 from protos.baton.v1 import checkpoints_pb2_grpc, peer_pb2
 
+# Where the part of each rank lies, as agents lay out what a gang resumes from.
+PART_NAME = "rank-{:05d}"
+
 
 @dataclass(slots=True)
 class _Layout:
@@ -91,17 +94,49 @@ def _kept(checkpoints: Iterable[pb.KeptCheckpoint]) -> list[values.KeptCheckpoin
 
 
 def _receive(responses: Iterator[pb.ReadCheckpointResponse], target: Path) -> tuple[str, int]:
-    first = next(responses, None)
-    if first is None or first.WhichOneof("part") != "manifest":
+    """One checkpoint, or the parts of all ranks: then each in a directory of its own. How many
+    there are shows when the second begins, so the first is moved then."""
+    manifest = _manifest(next(responses, None))
+    first, step, following = _receive_part(manifest, responses, target)
+    if following is None:
+        return first, step
+    beside = target.with_name(f"{target.name}.rank-0")
+    target.rename(beside)
+    target.mkdir(mode=0o700)
+    beside.rename(target / PART_NAME.format(0))
+    rank = 0
+    while following is not None:
+        rank += 1
+        place = target / PART_NAME.format(rank)
+        place.mkdir()
+        _, part_step, following = _receive_part(_manifest(following), responses, place)
+        if part_step != step:
+            raise CommandFailed(f"rank {rank}'s part is of step {part_step}, rank 0's of {step}")
+    return first, step
+
+
+def _manifest(response: pb.ReadCheckpointResponse | None) -> peer_pb2.Manifest:
+    if response is None or response.WhichOneof("part") != "manifest":
         raise CommandFailed("the checkpoint came without its manifest")
-    manifest = first.manifest
+    manifest = response.manifest
     if blake3(manifest.data).hexdigest() != manifest.digest:
         raise CommandFailed(f"the manifest of {manifest.digest[:12]} does not match its digest")
+    return manifest
+
+
+def _receive_part(
+    manifest: peer_pb2.Manifest, responses: Iterator[pb.ReadCheckpointResponse], target: Path
+) -> tuple[str, int, pb.ReadCheckpointResponse | None]:
+    """Digest and step, and what came after it: the next part's manifest, or nothing."""
     document = json.loads(manifest.data)
     layout = _lay_out(document, target)
     missing = dict.fromkeys(layout.places)
     chunk = bytearray()
+    following = None
     for response in responses:
+        if response.WhichOneof("part") == "manifest":
+            following = response
+            break
         piece: peer_pb2.Chunk = response.chunk
         chunk += piece.data
         size_bytes = layout.sizes_bytes.get(piece.digest, 0)
@@ -117,7 +152,7 @@ def _receive(responses: Iterator[pb.ReadCheckpointResponse], target: Path) -> tu
         chunk = bytearray()
     if missing:
         raise CommandFailed(f"the checkpoint ended with {len(missing)} chunks missing")
-    return manifest.digest, int(document["step"])
+    return manifest.digest, int(document["step"]), following
 
 
 def _lay_out(document: dict[str, object], target: Path) -> _Layout:

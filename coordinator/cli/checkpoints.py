@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import units
-from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    Column,
+    count_words,
+    write_json,
+    write_notice,
+    write_table,
+)
 from coordinator.cli.settings import JOB_ID, BadInput, CommandFailed, common_options, settings_of
 
 if TYPE_CHECKING:
@@ -187,7 +193,8 @@ def export(
                    configuration (and tokenizer) of the job's model folder
       safetensors  model.safetensors with all weights, checkpoint.json beside it
       dcp          the weights as torch.distributed.checkpoint writes them
-      raw          the checkpoint's own files, as the trainer wrote them
+      raw          the checkpoint's own files, as the trainer wrote them;
+                   of a gang those of each rank, in rank-00000 and so on
 
     \b
     Examples:
@@ -338,13 +345,21 @@ def _show(context: click.Context, found: "list[KeptCheckpoint]") -> None:
     write_table(_COLUMNS, [_row(kept, now) for kept in found])
 
 
+def _holders(kept: "KeptCheckpoint") -> str:
+    from coordinator.cli.jobs import part_nodes
+
+    if not kept.parts:
+        return " ".join(kept.replicas)
+    return f"{len(kept.parts) + 1} parts: {count_words(part_nodes(kept))}"
+
+
 def _row(kept: "KeptCheckpoint", now: datetime) -> tuple[object, ...]:
     return (
         kept.digest[:DIGEST_SHOWN],
         kept.step,
         units.format_span(kept.commit_time, now),
         units.format_size(kept.size_bytes),
-        " ".join(kept.replicas),
+        _holders(kept),
         "yes" if kept.pinned else None,
         " ".join(kept.used_by),
         kept.bad,

@@ -19,8 +19,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,11 +29,10 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
+from coordinator.cli.decoding import decode_node, said, time_of, word_of
 from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
 from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
 
@@ -198,9 +195,13 @@ class Client:
             yield from map(_event, page)
             after_sequence = page[-1].sequence
 
-    def logs(self, job_id: int, *, follow: bool, tail_bytes: int) -> Iterator[values.LogPart]:
+    def logs(
+        self, job_id: int, *, follow: bool, tail_bytes: int, rank: int = 0
+    ) -> Iterator[values.LogPart]:
         """What a job wrote, in order. No deadline: a followed job may be silent for days."""
-        request = jobs_pb2.StreamLogsRequest(job_id=job_id, follow=follow, tail_bytes=tail_bytes)
+        request = jobs_pb2.StreamLogsRequest(
+            job_id=job_id, follow=follow, tail_bytes=tail_bytes, rank=rank
+        )
         try:
             for part in self._jobs.StreamLogs(request):
                 yield values.LogPart(
@@ -212,22 +213,22 @@ class Client:
     def nodes(self) -> list[values.Node]:
         """All nodes, by id."""
         found = self._call(self._nodes.ListNodes, nodes_pb2.ListNodesRequest()).nodes
-        return [_node(node) for node in found]
+        return [decode_node(node) for node in found]
 
     def cordon(self, node: str) -> values.Node:
         """Take no new work; what runs goes on."""
         request = nodes_pb2.CordonNodeRequest(node=node)
-        return _node(self._call(self._nodes.CordonNode, request).node)
+        return decode_node(self._call(self._nodes.CordonNode, request).node)
 
     def drain(self, node: str) -> values.Node:
         """Take no new work, and hand off what runs."""
         request = nodes_pb2.DrainNodeRequest(node=node)
-        return _node(self._call(self._nodes.DrainNode, request).node)
+        return decode_node(self._call(self._nodes.DrainNode, request).node)
 
     def uncordon(self, node: str) -> values.Node:
         """Take work again."""
         request = nodes_pb2.UncordonNodeRequest(node=node)
-        return _node(self._call(self._nodes.UncordonNode, request).node)
+        return decode_node(self._call(self._nodes.UncordonNode, request).node)
 
     def _call(
         self, method: "grpc.UnaryUnaryMultiCallable[Any, _Answer]", request: Message
@@ -319,6 +320,8 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
         keep_checkpoints=spec.keep_checkpoints,
+        # Unsaid where there is one, as before there were gangs.
+        ranks=0 if spec.ranks == 1 else spec.ranks,
     )
 
 
@@ -332,31 +335,11 @@ def _duration(duration_ms: int) -> Duration:
     return duration
 
 
-@lru_cache(maxsize=64)
-def _word(enum: EnumTypeWrapper, prefix: str, number: int) -> str | None:
-    """An enum's value as people say it; one that a newer coordinator has is "unknown_<n>"."""
-    if number not in enum.values():
-        return f"unknown_{number}"
-    word = enum.Name(number).removeprefix(prefix).lower()
-    return None if word == "unspecified" else word
-
-
-def _time(message: Message, field: str) -> datetime | None:
-    if not message.HasField(field):
-        return None
-    timestamp: Timestamp = getattr(message, field)
-    return timestamp.ToDatetime(tzinfo=UTC)
-
-
-def _optional(message: Message, field: str) -> Any:
-    return getattr(message, field) if message.HasField(field) else None
-
-
 def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
     return values.JobSpec(
         name=spec.name,
         project=spec.project,
-        job_class=_word(types_pb2.JobClass, "JOB_CLASS_", spec.job_class),
+        job_class=word_of(types_pb2.JobClass, "JOB_CLASS_", spec.job_class),
         command=list(spec.command),
         trainer=spec.trainer,
         trainer_config_json=spec.trainer_config_json,
@@ -367,13 +350,14 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
         memory_bytes=spec.memory_bytes,
         grace_ms=spec.grace.ToMilliseconds() if spec.HasField("grace") else None,
-        stop_signal=_word(types_pb2.StopSignal, "STOP_SIGNAL_", spec.stop_signal),
-        max_restarts=_optional(spec, "max_restarts"),
+        stop_signal=word_of(types_pb2.StopSignal, "STOP_SIGNAL_", spec.stop_signal),
+        max_restarts=said(spec, "max_restarts"),
         run_again_exit_codes=list(spec.run_again_exit_codes),
-        replication=_word(types_pb2.Replication, "REPLICATION_", spec.replication),
+        replication=word_of(types_pb2.Replication, "REPLICATION_", spec.replication),
         slurm_environment=spec.slurm_environment,
         hold=spec.hold,
-        keep_checkpoints=_optional(spec, "keep_checkpoints"),
+        keep_checkpoints=said(spec, "keep_checkpoints"),
+        ranks=spec.ranks or 1,
     )
 
 
@@ -381,16 +365,16 @@ def _job(job: types_pb2.Job) -> values.Job:
     return values.Job(
         id=job.id,
         spec=_spec(job.spec),
-        phase=_word(types_pb2.JobPhase, "JOB_PHASE_", job.phase),
+        phase=word_of(types_pb2.JobPhase, "JOB_PHASE_", job.phase),
         reason=job.reason,
         epoch=job.epoch,
         attempts=[_attempt(attempt) for attempt in job.attempts],
         checkpoint=decode_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
         failures=job.failures,
-        submit_time=_time(job, "submit_time"),
-        end_time=_time(job, "end_time"),
+        submit_time=time_of(job, "submit_time"),
+        end_time=time_of(job, "end_time"),
         progress=_progress(job.progress) if job.HasField("progress") else None,
-        accounting=values.Accounting.of(_optional(job, "accounting")),
+        accounting=values.Accounting.of(said(job, "accounting")),
     )
 
 
@@ -410,7 +394,13 @@ def decode_checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
         step=checkpoint.step,
         size_bytes=checkpoint.size_bytes,
         replicas=list(checkpoint.replicas),
-        commit_time=_time(checkpoint, "commit_time"),
+        commit_time=time_of(checkpoint, "commit_time"),
+        parts=[
+            values.CheckpointPart(
+                digest=part.digest, size_bytes=part.size_bytes, replicas=list(part.replicas)
+            )
+            for part in checkpoint.parts
+        ],
     )
 
 
@@ -420,16 +410,17 @@ def _attempt(attempt: types_pb2.Attempt) -> values.Attempt:
         epoch=attempt.epoch,
         node=attempt.node,
         gpu_uuids=list(attempt.gpu_uuids),
-        phase=_word(types_pb2.AttemptPhase, "ATTEMPT_PHASE_", attempt.phase),
-        assign_time=_time(attempt, "assign_time"),
-        start_time=_time(attempt, "start_time"),
-        end_time=_time(attempt, "end_time"),
-        exit_code=_optional(attempt, "exit_code"),
-        signal=_optional(attempt, "signal"),
+        phase=word_of(types_pb2.AttemptPhase, "ATTEMPT_PHASE_", attempt.phase),
+        assign_time=time_of(attempt, "assign_time"),
+        start_time=time_of(attempt, "start_time"),
+        end_time=time_of(attempt, "end_time"),
+        exit_code=said(attempt, "exit_code"),
+        signal=said(attempt, "signal"),
         reason=attempt.reason,
-        restored_step=_optional(attempt, "restored_step"),
+        restored_step=said(attempt, "restored_step"),
         replica_node=attempt.replica_node,
-        accounting=values.Accounting.of(_optional(attempt, "accounting")),
+        accounting=values.Accounting.of(said(attempt, "accounting")),
+        rank=attempt.rank,
     )
 
 
@@ -437,64 +428,9 @@ def _event(event: types_pb2.JobEvent) -> values.JobEvent:
     return values.JobEvent(
         job_id=event.job_id,
         sequence=event.sequence,
-        time=_time(event, "time"),
+        time=time_of(event, "time"),
         name=event.name,
         attempt=event.attempt,
         node=event.node,
         message=event.message,
-    )
-
-
-def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
-    telemetry = None
-    if gpu.HasField("telemetry"):
-        said = gpu.telemetry
-        telemetry = values.GpuTelemetry(
-            utilization_ratio=_optional(said, "utilization_ratio"),
-            memory_used_bytes=_optional(said, "memory_used_bytes"),
-            temperature_celsius=_optional(said, "temperature_celsius"),
-            power_mw=_optional(said, "power_mw"),
-            energy_mj=_optional(said, "energy_mj"),
-            sm_clock_mhz=_optional(said, "sm_clock_mhz"),
-            memory_clock_mhz=_optional(said, "memory_clock_mhz"),
-            error=said.error,
-        )
-    return values.Gpu(
-        uuid=gpu.uuid,
-        name=gpu.name,
-        memory_bytes=gpu.memory_bytes,
-        phase=_word(types_pb2.GpuPhase, "GPU_PHASE_", gpu.phase),
-        attempt=gpu.attempt,
-        telemetry=telemetry,
-    )
-
-
-def _node(node: types_pb2.Node) -> values.Node:
-    host = telemetry = None
-    if node.HasField("host"):
-        host = values.Host(
-            hostname=node.host.hostname,
-            boot_id=node.host.boot_id,
-            cpu_count=node.host.cpu_count,
-            memory_bytes=node.host.memory_bytes,
-            driver_version=node.host.driver_version,
-            agent_version=node.host.agent_version,
-        )
-    if node.HasField("telemetry"):
-        telemetry = values.HostTelemetry(
-            cpu_utilization_ratio=node.telemetry.cpu_utilization_ratio,
-            memory_used_bytes=node.telemetry.memory_used_bytes,
-            disk_free_bytes=node.telemetry.disk_free_bytes,
-            load_1min=node.telemetry.load_1min,
-        )
-    return values.Node(
-        id=node.id,
-        phase=_word(types_pb2.NodePhase, "NODE_PHASE_", node.phase),
-        intent=_word(types_pb2.NodeIntent, "NODE_INTENT_", node.intent),
-        peer_address=node.peer_address,
-        host=host,
-        gpus=[_gpu(gpu) for gpu in node.gpus],
-        telemetry=telemetry,
-        attempts=list(node.attempts),
-        reason=node.reason,
     )

@@ -46,6 +46,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     config: str | dict[str, Any] | UnsetType = UNSET
     env: dict[str, str] | UnsetType = UNSET
     workdir: str | UnsetType = UNSET
+    ranks: Int32 | UnsetType = UNSET
     gpus: Int32 | UnsetType = UNSET
     gpu_types: list[str] | UnsetType = UNSET
     gpu_memory_min: int | str | UnsetType = UNSET
@@ -142,6 +143,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         slurm_environment=_or(job.slurm_env, False),
         hold=_or(job.hold, False),
         keep_checkpoints=_or(job.keep_checkpoints, None),
+        ranks=_or(job.ranks, 1),
     )
 
 

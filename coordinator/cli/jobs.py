@@ -16,6 +16,7 @@ from coordinator.cli import goodput, units
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
+    count_words,
     text,
     write_fields,
     write_json,
@@ -26,7 +27,7 @@ from coordinator.cli.settings import JOB_ID, common_options, connect, settings_o
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
-    from coordinator.cli.values import Attempt, Job
+    from coordinator.cli.values import Attempt, Checkpoint, Job
 
 OPEN_PHASES = ("queued", "held", "active", "cancelling")
 ENDED_PHASES = ("succeeded", "failed", "cancelled")
@@ -59,7 +60,7 @@ _ATTEMPT_COLUMNS = (
     Column("GOODPUT", right=True),
     Column("FROM STEP", right=True),
     Column("EXIT", right=True),
-    Column("REPLICA"),
+    Column("STANDBY"),
     Column("REASON", shorten=True),
 )
 _EVENT_COLUMNS = (
@@ -133,7 +134,8 @@ def job(context: click.Context, job_id: int) -> None:
     """Show everything about one JOB.
 
     Its request, progress, checkpoint and attempts, why it is where it is, and where its time went:
-    goodput is the share of it in which it trained, without what had to be done twice.
+    goodput is the share of it in which it trained, without what had to be done twice. Of a gang the
+    newest try is shown with all ranks, those before by rank 0; time counts once, as rank 0 tells.
 
     \b
     Example:
@@ -321,11 +323,24 @@ def write_job(job: "Job", now: datetime) -> None:
         goodput.write_goodput(job.accounting)
     if job.attempts:
         click.echo("\nAttempts, oldest first")
-        write_table(_ATTEMPT_COLUMNS, [_attempt_row(attempt, now) for attempt in job.attempts])
+        newest = newest_try(job)
+        shown = [one for one in job.attempts if one.rank == 0 and one.epoch != newest[0].epoch]
+        write_table(_ATTEMPT_COLUMNS, [_attempt_row(one, now) for one in (*shown, *newest)])
+
+
+def newest_try(job: "Job") -> "list[Attempt]":
+    """All ranks of it, in order; none before the first."""
+    newest = max((attempt.epoch for attempt in job.attempts), default=0)
+    return [attempt for attempt in job.attempts if attempt.epoch == newest]
+
+
+def newest_nodes(job: "Job") -> list[str]:
+    """The node of each of its ranks."""
+    return [attempt.node for attempt in newest_try(job)]
 
 
 def _row(job: "Job", now: datetime) -> tuple[object, ...]:
-    here = job.attempts[-1].node if job.attempts and job.phase not in ("queued", "held") else None
+    here = count_words(newest_nodes(job)) if job.phase not in ("queued", "held") else None
     step = None
     if job.progress is not None:
         total = job.progress.total_steps
@@ -335,7 +350,7 @@ def _row(job: "Job", now: datetime) -> tuple[object, ...]:
         job.spec.name,
         job.spec.job_class,
         job.phase,
-        job.spec.gpus,
+        job.spec.gpus if job.spec.ranks == 1 else f"{job.spec.ranks}x{job.spec.gpus}",
         here,
         step,
         units.format_span(job.submit_time, now),
@@ -363,15 +378,18 @@ def _phase(job: "Job", now: datetime) -> str:
     if job.phase in ENDED_PHASES:
         return f"{job.phase}, after {units.format_span(job.submit_time, job.end_time)}"
     if job.phase == "active" and job.attempts:
-        newest = job.attempts[-1]
+        newest = newest_try(job)[0]
         since = newest.start_time or newest.assign_time
-        return f"active, on {newest.node} for {units.format_span(since, now)}"
+        where = count_words(newest_nodes(job))
+        return f"active, on {where} for {units.format_span(since, now)}"
     return f"{job.phase or UNKNOWN}, {units.format_span(job.submit_time, now)} after submission"
 
 
 def _request(job: "Job") -> str:
     spec = job.spec
     wishes = [f"{spec.gpus} GPU{'' if spec.gpus == 1 else 's'}"]
+    if spec.ranks > 1:
+        wishes = [f"{spec.ranks} ranks of {wishes[0]} each"]
     if spec.gpu_types:
         wishes.append(" or ".join(spec.gpu_types))
     if spec.gpu_memory_bytes_min:
@@ -402,8 +420,15 @@ def _checkpoint(job: "Job", now: datetime) -> str:
     if kept is None:
         return ""
     where = f" on {', '.join(kept.replicas)}" if kept.replicas else ""
+    if kept.parts:
+        where = f" in {len(kept.parts) + 1} parts, on {count_words(part_nodes(kept))}"
     age = units.format_span(kept.commit_time, now)
     return f"step {kept.step}, {units.format_size(kept.size_bytes)}{where}, committed {age} ago"
+
+
+def part_nodes(kept: "Checkpoint") -> list[str]:
+    """Whoever holds a part, as often as it holds one."""
+    return [*kept.replicas, *(node for part in kept.parts for node in part.replicas)]
 
 
 def _failures(job: "Job") -> str:

@@ -29,9 +29,17 @@ if TYPE_CHECKING:
     default=0,
     help="Only the last N bytes so far of the newest attempt.  [default: everything that is kept]",
 )
+@click.option(
+    "--rank",
+    type=click.IntRange(0, 1023),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Which rank of a gang.",
+)
 @common_options
 @click.pass_context
-def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int) -> None:
+def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, rank: int) -> None:
     """Print what JOB wrote.
 
     Its standard output and standard error, across its attempts, from wherever it ran.
@@ -43,10 +51,11 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int) -> 
     Example:
       baton logs -f 12
       baton logs --tail-bytes 2000 12
+      baton logs --rank 3 12
     """
     with connect(context) as client:
         write_parts(
-            client.logs(job_id, follow=follow, tail_bytes=tail_bytes),
+            client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank),
             as_json=settings_of(context).as_json,
         )
 

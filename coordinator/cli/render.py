@@ -149,3 +149,11 @@ def _write_rich(columns: Sequence[Column], rows: list[list[str]]) -> None:
         whole = Text(GAP).join(parts)
         whole.rstrip()
         console.print(whole, soft_wrap=True)
+
+
+def count_words(words: Sequence[str]) -> str:
+    """Each word once, in order, with how often it is there: "n1 x2, n2"."""
+    counts: dict[str, int] = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return ", ".join(f"{word} x{count}" if count > 1 else word for word, count in counts.items())

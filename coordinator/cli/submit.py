@@ -101,6 +101,7 @@ Example:
   baton submit --gpus 1 -- python train.py --epochs 3
   baton submit job.toml --class spare
   baton submit --gpus 1 --trainer finetune --config finetune.toml
+  baton submit --ranks 4 --gpus 1 -- python train_ddp.py
 
 The command is run as given, without a shell, in the directory where you stand now; that
 directory must exist on the node too. Relative paths are taken from there.
@@ -117,7 +118,7 @@ A job file has the keys of the options, with underscores, and flags override it:
   grace = "5m"
   env = { WANDB_MODE = "offline" }
 
-The others are project, trainer, config (a path or a table), workdir, memory, signal,
+The others are project, trainer, config (a path or a table), workdir, ranks, memory, signal,
 max_restarts, run_again_exit_codes, replication, slurm_env, hold and keep_checkpoints.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
@@ -138,6 +139,13 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     "spare.  [default: standard]",
 )
 @click.option("--gpus", type=int, metavar="N", help="GPUs, all on one node.  [default: 0]")
+@click.option(
+    "--ranks",
+    type=int,
+    metavar="N",
+    help="Processes that start together, each with the GPUs and memory given here, on as few nodes "
+    "as will do.  [default: 1]",
+)
 @click.option(
     "--gpu-type",
     "gpu_types",

@@ -39,6 +39,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     slurm_environment: bool = False
     hold: bool = False
     keep_checkpoints: int | None = None
+    ranks: int = 1
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,8 +51,17 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
 
 
+class CheckpointPart(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank of a gang wrote, and the nodes that hold all of it."""
+
+    digest: str
+    size_bytes: int
+    replicas: list[str]
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A committed checkpoint and the nodes that hold all of it, the writer first."""
+    """A committed checkpoint and the nodes that hold all of it, the writer first. Of a gang's,
+    `digest` and `replicas` are rank 0's part's, and `parts` those of ranks 1, 2, ..."""
 
     digest: str
     parent: str
@@ -60,6 +70,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     replicas: list[str]
     commit_time: datetime | None
+    parts: list[CheckpointPart] = []
 
 
 class Accounting(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,10 +147,12 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     restored_step: int | None
     replica_node: str
     accounting: Accounting | None
+    rank: int = 0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job; in lists with its newest attempt only, and without accounts."""
+    """A job; in lists with its newest attempt only (of a gang all ranks of it), and without
+    accounts."""
 
     id: int
     spec: JobSpec

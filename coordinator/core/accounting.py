@@ -24,6 +24,9 @@ A program that says milestones or progress is starting until it says that it is 
 not say its times gets all that is left after its start as steps, and the account says that this was
 not measured.
 
+The ranks of a gang spend the same time together, so a try counts once in a job's sum: as rank 0
+tells it (`jobs.accounted`). Each rank's own account is shown beside it.
+
 Wall time is right here although clocks get set: nothing is decided by these numbers, and they have
 to outlive the coordinator, which no monotonic clock does. What a changed clock makes negative is 0.
 What the trainer said is written down with each commit and at the end, so a restart of the

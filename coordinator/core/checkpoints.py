@@ -5,43 +5,41 @@ commit is a compare-and-swap on (epoch, parent): only the attempt of the job's h
 commit, and only on top of the head. A stale attempt is refused whatever its node believes, which is
 what a fencing token is for (Kleppmann, "How to do distributed locking", 2016).
 
-Where a copy goes is decided here too: on a node that could run the job next, so that a handoff
-finds it in place.
+Copies go to the attempt's standby (`standby.py`), so that a handoff finds them in place.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.core import accounting, poison
+from coordinator.core import accounting, poison, standby
+from coordinator.core.launch import PeerAddress, RestoreCandidate, RestorePart
 from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
     CommitResult,
     KeepCheckpoints,
-    PeerAddress,
-    RestoreCandidate,
     SetReplicaTarget,
-    StartAttempt,
 )
 from coordinator.core.model import (
     SHARED,
     Attempt,
     Checkpoint,
     Job,
+    Part,
     Replication,
 )
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     JOB_ENDED,
     AttemptPhase,
-    NodeIntent,
     NodePhase,
 )
 from coordinator.core.state import Instant, LiveNode, State, cut
-from coordinator.core.validate import suits
 
 # In one message, either way: a list that long may be cut off, so what it does not name is neither
 # dropped by the node nor believed to be gone.
 DIGESTS_MAX = 4_096
+AT_ODDS = "its ranks started from different checkpoints"
 
 # In which order holders of a copy are asked, after the node itself (0) and the shared directory.
 NEARNESS = {NodePhase.UP: 2, NodePhase.SUSPECT: 3, NodePhase.LOST: 4}
@@ -49,11 +47,11 @@ NEARNESS = {NodePhase.UP: 2, NodePhase.SUSPECT: 3, NodePhase.LOST: 4}
 
 def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointProposed) -> None:
     """Compare and swap, and tell the agent either way. Saying it twice gives the same answer
-    twice."""
+    twice. What ranks of a gang hand over: `parts.py`."""
     job = state.jobs[attempt.job_id]
     refusal = _refuse_commit(job, attempt, body)
     if not refusal and body.digest != job.head:
-        _commit(state, now, job, attempt, body)
+        commit(state, attempt, proposed(job, attempt, body, now.unix_ms))
     elif refusal:
         state.log(
             "warning", "checkpoint.refused", job=job.id, attempt=attempt.id,
@@ -65,15 +63,32 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
 
 
 def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+    stale = refuse_attempt(job, attempt)
+    if stale or body.digest == job.head:
+        return stale
+    if body.parts > 1:
+        return f"it is one of {body.parts} parts, and the job has one rank"
+    if body.parent != job.head:
+        return refuse_parent(job, body)
+    return refuse_content(job, body)
+
+
+def refuse_attempt(job: Job, attempt: Attempt) -> str:
+    """The fence: empty for an attempt that holds the job."""
     if attempt.epoch != job.epoch:
         return f"epoch {attempt.epoch} is stale; epoch {job.epoch} holds job {job.id}"
     if attempt.phase in ATTEMPT_ENDED:
         return f"attempt {attempt.id} has ended"
-    if body.digest == job.head:
-        return ""
-    if body.parent != job.head:
-        head = job.head[:12] or "nothing"
-        return f"it follows {body.parent[:12] or 'nothing'}, but the last commit is {head}"
+    return ""
+
+
+def refuse_parent(job: Job, body: CheckpointProposed) -> str:
+    head = job.head[:12] or "nothing"
+    return f"it follows {body.parent[:12] or 'nothing'}, but the last commit is {head}"
+
+
+def refuse_content(job: Job, body: CheckpointProposed) -> str:
+    """Empty for what may follow the last commit."""
     if body.step < job.head_step:
         return f"its step {body.step} lies before step {job.head_step} of the last commit"
     if job.spec.replication is Replication.REQUIRED and len(body.replicas) < 2:
@@ -81,24 +96,35 @@ def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
     return ""
 
 
-def _commit(
-    state: State, now: Instant, job: Job, attempt: Attempt, body: CheckpointProposed
-) -> None:
-    checkpoint = Checkpoint(
+def proposed(job: Job, attempt: Attempt, body: CheckpointProposed, unix_ms: int) -> Checkpoint:
+    return Checkpoint(
         job.id, body.digest, body.parent, attempt.epoch, body.step, body.size_bytes,
-        body.replicas, now.unix_ms,
+        body.replicas, unix_ms,
     )  # fmt: skip
+
+
+def at_odds(gang: Sequence[Attempt]) -> bool:
+    """Whether ranks have resumed from different checkpoints: they make no common step."""
+    started = [rank.restored_digest for rank in gang if rank.started_unix_ms is not None]
+    return any(digest != started[0] for digest in started)
+
+
+def commit(state: State, attempt: Attempt, checkpoint: Checkpoint) -> None:
+    """It is the job's last one from here on. `attempt` has made it, of a gang rank 0."""
+    job = state.jobs[checkpoint.job_id]
     state.put_checkpoint(checkpoint)
-    if not job.head or body.step > job.head_step:
+    if not job.head or checkpoint.step > job.head_step:
         # The same step once more is no progress: whoever saves on the way out gets no further.
         job = replace(job, failures=0, yields=0)
-    trouble = poison.progressed(job.trouble, body.step)
-    state.put_job(replace(job, head=body.digest, head_step=body.step, trouble=trouble))
+    trouble = poison.progressed(job.trouble, checkpoint.step)
+    state.put_job(replace(job, head=checkpoint.digest, head_step=checkpoint.step, trouble=trouble))
     times = accounting.noted(attempt.times, state.progress.get(attempt.id))
     state.put_attempt(replace(attempt, commits=attempt.commits + 1, times=times))
+    several = {"parts": len(checkpoint.pieces)} if checkpoint.parts else {}
     state.log(
-        "info", "checkpoint.committed", job=job.id, attempt=attempt.id, step=body.step,
-        digest=body.digest, size_bytes=body.size_bytes, replicas=list(body.replicas),
+        "info", "checkpoint.committed", job=job.id, attempt=attempt.id, step=checkpoint.step,
+        digest=checkpoint.digest, size_bytes=checkpoint.size_bytes,
+        replicas=list(checkpoint.replicas), **several,
     )  # fmt: skip
     retain(state, state.jobs[job.id])
 
@@ -116,13 +142,18 @@ def retain(state: State, job: Job) -> None:
             state.drop_checkpoint(checkpoint)
 
 
-def fall_back(state: State, job: Job, body: AttemptStarted) -> bool:
+def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted) -> bool:
     """The head did not verify anywhere and an older checkpoint, or none, was used: what is newer
     than that one is never offered again. False when the attempt resumed from elsewhere though the
     head was not found bad, or from nothing though a checkpoint is set aside: that one is the head
-    then."""
+    then. What verified for one rank of a gang is good, whatever others found, before or after."""
+    job = state.jobs[attempt.job_id]
     if body.restored_digest == job.head:
         return True
+    gang = state.gang(job)
+    others = [rank for rank in gang if rank.rank != attempt.rank and rank.started_unix_ms]
+    if any(rank.restored_digest == job.head for rank in others):
+        return _stands_again(state, now, job, attempt, body.restored_digest)
     reasons = dict(body.skipped)
     good = {checkpoint.digest: checkpoint for checkpoint in state.good_checkpoints(job)}
     if job.head not in reasons or body.restored_digest not in ("", *good):
@@ -138,11 +169,40 @@ def fall_back(state: State, job: Job, body: AttemptStarted) -> bool:
     return bool(body.restored_digest) or not poison.put_back(state, job).head
 
 
+def _stands_again(state: State, now: Instant, job: Job, attempt: Attempt, digest: str) -> bool:
+    """A rank has resumed from what another rank of its gang could not verify: it is the last
+    checkpoint again. Never in time for this try, whose ranks are at odds."""
+    kept = state.checkpoints.get(job.id, [])
+    aside = job.trouble.set_aside if job.trouble is not None else ""
+    good = next((one for one in kept if one.digest == digest and one.bad), None)
+    if good is not None and digest != aside:
+        state.put_checkpoint(replace(good, bad=""))
+        state.put_job(replace(job, head=digest, head_step=good.step))
+        what = f"{digest[:12]} (step {good.step}) verified on {attempt.node}; it is the last again"
+        state.tell(
+            now.unix_ms, job.id, "checkpoint.verified", what, attempt=attempt.id, node=attempt.node
+        )
+    return False
+
+
 def note_copy(state: State, job_id: int, digest: str, node_id: str) -> None:
     """Whoever resumed from a checkpoint holds all of it: one copy more, should another rot."""
     for checkpoint in list(state.checkpoints.get(job_id, [])):
-        if checkpoint.digest == digest and node_id not in checkpoint.replicas:
-            state.put_checkpoint(replace(checkpoint, replicas=(*checkpoint.replicas, node_id)))
+        if checkpoint.digest == digest:
+            pieces = [
+                piece
+                if node_id in piece.replicas
+                else replace(piece, replicas=(*piece.replicas, node_id))
+                for piece in checkpoint.pieces
+            ]
+            _put_pieces(state, checkpoint, pieces)
+
+
+def _put_pieces(state: State, checkpoint: Checkpoint, pieces: Sequence[Part]) -> None:
+    """With other replicas, if they are."""
+    changed = replace(checkpoint, replicas=pieces[0].replicas, parts=tuple(pieces[1:]))
+    if changed != checkpoint:
+        state.put_checkpoint(changed)
 
 
 def head_within_reach(state: State, job: Job) -> str:
@@ -151,7 +211,11 @@ def head_within_reach(state: State, job: Job) -> str:
     good = state.good_checkpoints(job)
     if not good or state.reachable(good[0]):
         return ""
-    what, holders = f"its last checkpoint (step {good[0].step})", good[0].replicas
+    pieces = good[0].pieces
+    rank = next(i for i, piece in enumerate(pieces) if not state.piece_reachable(piece))
+    what, holders = f"its last checkpoint (step {good[0].step})", pieces[rank].replicas
+    if good[0].parts:
+        what = f"rank {rank}'s part of {what}"
     without = f"`baton requeue --abandon {job.id}` goes on without it"
     if not holders:
         return f"{what} lies on no node any more; {without}"
@@ -172,9 +236,9 @@ def may_abandon(state: State, job: Job) -> bool:
 def _out_of_reach(state: State, job: Job, checkpoint: Checkpoint) -> bool:
     if not state.reachable(checkpoint):
         return True
-    attempt = state.current(job)
-    refused = attempt is not None and attempt.phase is AttemptPhase.REFUSED
-    holders = [state.nodes[name] for name in checkpoint.replicas if name in state.nodes]
+    refused = any(rank.phase is AttemptPhase.REFUSED for rank in state.gang(job))
+    names = [name for piece in checkpoint.pieces for name in piece.replicas]
+    holders = [state.nodes[name] for name in names if name in state.nodes]
     return refused and any(live.phase is NodePhase.LOST for live in holders)
 
 
@@ -202,45 +266,25 @@ def candidates(state: State, job: Job, node_id: str) -> tuple[RestoreCandidate, 
     not answered nobody may say that the checkpoint is gone."""
     found = []
     for checkpoint in state.good_checkpoints(job):
-        sources = []
-        for holder in checkpoint.replicas:
-            live = state.nodes.get(holder)
-            if holder == SHARED:
-                sources.append(((1, holder), PeerAddress(SHARED, "")))
-            elif live is not None:
-                near = 0 if holder == node_id else NEARNESS[live.phase]
-                sources.append(((near, holder), PeerAddress(holder, live.node.peer_address)))
-        if sources:
-            ordered = tuple(address for _, address in sorted(sources, key=lambda pair: pair[0]))
-            found.append(RestoreCandidate(checkpoint.digest, checkpoint.step, ordered))
+        own, *others = [
+            RestorePart(piece.digest, _sources(state, piece, node_id))
+            for piece in checkpoint.pieces
+        ]
+        if own.sources and all(part.sources for part in others):
+            found.append(RestoreCandidate(own.digest, checkpoint.step, own.sources, tuple(others)))
     return tuple(found)
 
 
-def choose_replica_node(state: State, job: Job, node_id: str) -> str:
-    """The node that gets this attempt's checkpoints: one that has some already, then one that could
-    run the job next.
-
-    Empty when the job wants none or no other node is up.
-    """
-    if job.spec.replication is Replication.NONE:
-        return ""
-    good = state.good_checkpoints(job)
-    holders = good[0].replicas if good else ()
-    best: tuple[tuple[bool, bool, bool, int, str], str] | None = None
-    for live in state.nodes.values():
-        if live.phase is not NodePhase.UP or live.node.id == node_id:
-            continue
-        fitting = sum(1 for gpu in live.node.gpus if suits(job.spec, gpu))
-        rank = (
-            live.node.intent is not NodeIntent.OPEN,
-            live.node.id not in holders,
-            fitting < job.spec.gpus,
-            len(live.attempts),
-            live.node.id,
-        )
-        if best is None or rank < best[0]:
-            best = (rank, live.node.id)
-    return best[1] if best is not None else ""
+def _sources(state: State, piece: Part, node_id: str) -> tuple[PeerAddress, ...]:
+    sources = []
+    for holder in piece.replicas:
+        live = state.nodes.get(holder)
+        if holder == SHARED:
+            sources.append(((1, holder), PeerAddress(SHARED, "")))
+        elif live is not None:
+            near = 0 if holder == node_id else NEARNESS[live.phase]
+            sources.append(((near, holder), PeerAddress(holder, live.node.peer_address)))
+    return tuple(address for _, address in sorted(sources, key=lambda pair: pair[0]))
 
 
 def replica_target(state: State, attempt: Attempt) -> PeerAddress | None:
@@ -258,11 +302,25 @@ def retarget(state: State) -> None:
             if target is not None and target.phase is not NodePhase.LOST:
                 continue
             job = state.jobs[attempt.job_id]
-            chosen = choose_replica_node(state, job, attempt.node)
+            chosen = standby.choose(state, job, attempt.node, attempt.rank)
             if chosen == attempt.replica_node:
                 continue
-            attempt = state.put_attempt(replace(attempt, replica_node=chosen))
-            state.send(attempt.node, target_order(state, job, attempt))
+            send_copies_to(state, attempt, chosen)
+
+
+def send_copies_to(state: State, attempt: Attempt, standby_node: str) -> Attempt:
+    """From the next checkpoint on."""
+    attempt = state.put_attempt(replace(attempt, replica_node=standby_node))
+    state.send(attempt.node, target_order(state, state.jobs[attempt.job_id], attempt))
+    return attempt
+
+
+def move_standbys(state: State, now: Instant) -> None:
+    for attempt_id, node_id in standby.review(state, now):
+        attempt = state.attempts[attempt_id]
+        reason = f"{node_id} could go on with it sooner than {attempt.replica_node}"
+        send_copies_to(state, attempt, node_id)
+        state.log("info", "standby.moved", attempt=attempt_id, node=node_id, reason=reason)
 
 
 def tell_new_address(state: State, node_id: str) -> None:
@@ -281,33 +339,26 @@ def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
     return SetReplicaTarget(attempt.id, replica_target(state, attempt), required)
 
 
-def start_order(state: State, attempt: Attempt) -> StartAttempt:
-    job = state.jobs[attempt.job_id]
-    return StartAttempt(
-        attempt.id,
-        job.spec,
-        attempt.gpu_uuids,
-        candidates(state, job, attempt.node),
-        replica_target(state, attempt),
-        restart_count=attempt.epoch - 1,
-    )
-
-
-def reconcile_copies(state: State, live: LiveNode, present: tuple[str, ...]) -> None:
+def reconcile_copies(state: State, node_id: str, present: Mapping[str, None]) -> None:
     """A hello says which checkpoints lie on the node's disk: believe it, in both directions."""
-    node_id = live.node.id
-    there = dict.fromkeys(present)
-    whole = len(present) < DIGESTS_MAX
     for kept in list(state.checkpoints.values()):
         for checkpoint in list(kept):
-            listed = checkpoint.digest in there
-            if (node_id in checkpoint.replicas) == listed or not (listed or whole):
-                continue
-            if listed:
-                replicas = (*checkpoint.replicas, node_id)
-            else:
-                replicas = tuple(holder for holder in checkpoint.replicas if holder != node_id)
-            state.put_checkpoint(replace(checkpoint, replicas=replicas))
+            pieces = [
+                replace(piece, replicas=believed(piece.digest, piece.replicas, node_id, present))
+                for piece in checkpoint.pieces
+            ]
+            _put_pieces(state, checkpoint, pieces)
+
+
+def believed(
+    digest: str, replicas: tuple[str, ...], node_id: str, present: Mapping[str, None]
+) -> tuple[str, ...]:
+    """Who holds it, now that this node has said what it holds."""
+    if digest in present:
+        return replicas if node_id in replicas else (*replicas, node_id)
+    if len(present) >= DIGESTS_MAX:
+        return replicas
+    return tuple(holder for holder in replicas if holder != node_id)
 
 
 def keep_order(live: LiveNode) -> KeepCheckpoints | None:

@@ -9,7 +9,13 @@ events replayed gives the same effects, byte for byte.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, jobs, nodes, retention
+from coordinator.core import attempts, checkpoints, gangs, jobs, nodes, parts, retention
+from coordinator.core.checkpoint_requests import (
+    FindCheckpoint,
+    ListCheckpoints,
+    PinCheckpoint,
+    UnpinCheckpoint,
+)
 from coordinator.core.messages import (
     AgentEvent,
     AgentMessage,
@@ -27,18 +33,15 @@ from coordinator.core.messages import (
     Event,
     EventAck,
     ExplainJob,
-    FindCheckpoint,
     FromAgent,
     GetJob,
     Goodbye,
     Heartbeat,
     Hello,
     HoldJob,
-    ListCheckpoints,
     ListJobs,
     ListNodes,
     NodePage,
-    PinCheckpoint,
     Refusal,
     RefusalKind,
     ReleaseJob,
@@ -50,12 +53,10 @@ from coordinator.core.messages import (
     Submit,
     Tick,
     UncordonNode,
-    UnpinCheckpoint,
 )
 from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.placement import (
-    SLOTS_PER_CPU,
     STARTS_PER_PASS_MAX,
     Need,
     Offer,
@@ -63,6 +64,7 @@ from coordinator.core.placement import (
     place,
 )
 from coordinator.core.state import Instant, LiveNode, Options, State
+from coordinator.core.validate import SLOTS_PER_CPU
 
 # Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
 WAITS_LOGGED_MAX = 20
@@ -77,6 +79,7 @@ class Coordinator:
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
+        gangs.resume(self.state, now_ms)
 
     def handle(self, now: Instant, event: Event) -> list[Effect]:
         """What follows from one event. Raises only for bugs of our own."""
@@ -193,7 +196,8 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
             state.send(live.node.id, CommitResult(event.attempt, body.digest, False, reason))
         return
     if isinstance(body, CheckpointProposed):
-        checkpoints.propose(state, now, attempt, body)
+        gang = attempt.ranks > 1
+        (parts if gang else checkpoints).propose(state, now, attempt, body)
         return
     if attempt.phase in ATTEMPT_ENDED:
         return  # its end was decided without it
@@ -229,18 +233,24 @@ def _decide(state: State, now: Instant) -> None:
             waits[job.id] = blocked
         else:
             good = state.good_checkpoints(job)
-            replicas = good[0].replicas if good else ()
-            needs.append(Need(job.id, job.spec, replicas, state.avoid.get(job.id, "")))
+            pieces = good[0].pieces if good else ()
+            replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
+            last = state.gang(job) if replicas else []
+            near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
+            avoid = state.avoid.get(job.id, "")
+            needs.append(Need(job.id, job.spec, replicas, avoid, near))
     plan = place(needs, offers) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
         for displace in plan.displacements:
-            attempts.stop(state, now, state.attempts[displace.attempt], displace.why)
+            victim = state.attempts[displace.attempt]
+            attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
         waits.update(plan.waits)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
-        state.dirty = len(plan.starts) >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
+        placed = sum(len(start.places) for start in plan.starts)
+        state.dirty = placed >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
     _note_waits(state, waits)
 
 
@@ -284,6 +294,7 @@ def _tenant(state: State, attempt_id: str) -> Tenant:
         attempt.gpu_uuids,
         spec.memory_bytes,
         attempt.phase is AttemptPhase.STOPPING,
+        f"{attempt.job_id}.{attempt.epoch}",
     )
 
 

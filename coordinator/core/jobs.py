@@ -7,7 +7,7 @@ and gets the same job.
 
 from dataclasses import replace
 
-from coordinator.core import accounting, attempts, checkpoints, retention
+from coordinator.core import accounting, attempts, checkpoints, outcomes, retention
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
     Answer,
@@ -26,7 +26,7 @@ from coordinator.core.messages import (
     Submitted,
 )
 from coordinator.core.model import Job, JobIntent, JobSpec, JobView
-from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, AttemptPhase, JobPhase
+from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
 from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
 from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
 
@@ -89,9 +89,9 @@ def cancel(state: State, now: Instant, body: CancelJob) -> Answer:
         state.put_job(replace(job, phase=JobPhase.CANCELLING, intent=JobIntent.CANCEL))
         attempts.stop(state, now, attempt, "cancelled by its owner")
     elif job.phase in (JobPhase.QUEUED, JobPhase.HELD):
-        _let_go(state, now, job, "cancelled while its node was out of reach")
+        attempts.let_go(state, now, job, "cancelled while its node was out of reach")
         job = state.jobs[job.id]
-        attempts.end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
+        outcomes.end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
     return view(state, state.jobs[job.id])
 
 
@@ -106,17 +106,10 @@ def hold(state: State, now: Instant, body: HoldJob) -> Answer:
         job = state.put_job(replace(job, intent=JobIntent.HOLD))
         attempts.stop(state, now, attempt, "held by its owner")
     elif job.phase is JobPhase.QUEUED:
-        _let_go(state, now, job, "held while its node was out of reach")
+        attempts.let_go(state, now, job, "held while its node was out of reach")
         job = replace(state.jobs[job.id], intent=JobIntent.HOLD)
-        attempts.requeue(state, now, job, "held by its owner")
+        outcomes.requeue(state, now, job, "held by its owner")
     return view(state, state.jobs[job.id])
-
-
-def _let_go(state: State, now: Instant, job: Job, reason: str) -> None:
-    """A queued job whose last attempt is out of reach gives it up."""
-    attempt = state.current(job)
-    if attempt is not None and attempt.phase is AttemptPhase.UNREACHABLE:
-        attempts.lost(state, now, attempt, reason)
 
 
 def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
@@ -171,7 +164,7 @@ def _since(now: Instant, job: Job) -> int | None:
 def _abandon(state: State, now: Instant, job: Job) -> Answer:
     if job.phase is not JobPhase.QUEUED or not checkpoints.may_abandon(state, job):
         return _wrong(job, "it does not wait for a checkpoint out of reach")
-    _let_go(state, now, job, "its checkpoints were given up by its owner")
+    attempts.let_go(state, now, job, "its checkpoints were given up by its owner")
     count = checkpoints.abandon_unreachable(state, state.jobs[job.id])
     state.waits.pop(job.id, None)
     job = state.jobs[job.id]
@@ -217,10 +210,12 @@ def list_jobs(state: State, body: ListJobs) -> Answer:
 def view(state: State, job: Job, newest_only: bool = False) -> JobView:
     """A job as a reply shows it, with the reason that holds at present."""
     tries = state.attempts_of(job.id)
-    shown = tries[-1:] if newest_only else tries
+    shown = state.gang(job) if newest_only else tries
     good = state.good_checkpoints(job)
     progress = None
     for attempt in reversed(tries):
+        if attempt.rank:
+            continue  # rank 0 speaks for its gang
         progress = state.progress.get(attempt.id)
         if progress is not None or attempt.phase not in ATTEMPT_ENDED:
             break
@@ -238,7 +233,13 @@ def accounted(state: State, now: Instant, answer: Answer) -> Answer:
         for attempt in answer.attempts
     )
     waited = accounting.waiting(answer.job, now.unix_ms)
-    return replace(answer, accounts=accounts, accounting=accounting.total((*accounts, waited)))
+    # Ranks of one gang spend the same time together: it counts once, as rank 0 tells it.
+    tries = [
+        account
+        for attempt, account in zip(answer.attempts, accounts, strict=True)
+        if attempt.rank == 0
+    ]
+    return replace(answer, accounts=accounts, accounting=accounting.total((*tries, waited)))
 
 
 def _invalid(sentence: str) -> Refusal:

@@ -8,6 +8,13 @@ either.
 
 from dataclasses import dataclass
 
+from coordinator.core.checkpoint_requests import (
+    FindCheckpoint,
+    ListCheckpoints,
+    PinCheckpoint,
+    UnpinCheckpoint,
+)
+from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
@@ -23,6 +30,7 @@ from coordinator.core.model import (
     Node,
     NodeView,
     Progress,
+    WaitingPart,
 )
 from coordinator.core.phases import JobPhase
 
@@ -72,41 +80,6 @@ class RequeueJob:
 @dataclass(frozen=True, slots=True)
 class ExplainJob:
     job_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class ListCheckpoints:
-    job_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointChoice:
-    """A digest or its first digits, or else a step, or else the job's last checkpoint."""
-
-    digest: str = ""
-    step: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PinCheckpoint:
-    job_id: int
-    choice: CheckpointChoice
-
-
-@dataclass(frozen=True, slots=True)
-class UnpinCheckpoint:
-    """`choice` of `None`: every pin of the job."""
-
-    job_id: int
-    choice: CheckpointChoice | None
-
-
-@dataclass(frozen=True, slots=True)
-class FindCheckpoint:
-    """One of a job's checkpoints, for reading it."""
-
-    job_id: int
-    choice: CheckpointChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +196,14 @@ class AttemptMilestone:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointProposed:
+    """`parts` of 0 or 1: it is whole; else one part of so many."""
+
     digest: str
     parent: str
     step: int
     size_bytes: int
     replicas: tuple[str, ...]
+    parts: int = 0
 
 
 AgentEventBody = (
@@ -302,19 +278,6 @@ class EventAck:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerAddress:
-    node: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreCandidate:
-    digest: str
-    step: int
-    sources: tuple[PeerAddress, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class StartAttempt:
     attempt: str
     spec: JobSpec
@@ -322,15 +285,17 @@ class StartAttempt:
     candidates: tuple[RestoreCandidate, ...]
     replica_target: PeerAddress | None
     restart_count: int
+    gang: Gang | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StopAttempt:
-    """`grace_ms` of `None` kills at once."""
+    """`grace_ms` of `None` kills at once; `precopy_ms` is how long it may save before the stop."""
 
     attempt: str
     grace_ms: int | None
     reason: str
+    precopy_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +364,18 @@ class DropCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PutPart:
+    part: WaitingPart
+
+
+@dataclass(frozen=True, slots=True)
+class DropPart:
+    job_id: int
+    rank: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class PutNode:
     node: Node
 
@@ -408,7 +385,17 @@ class AppendEvent:
     event: JobEvent
 
 
-Record = PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutNode | AppendEvent
+Record = (
+    PutJob
+    | DropJob
+    | PutAttempt
+    | PutCheckpoint
+    | DropCheckpoint
+    | PutPart
+    | DropPart
+    | PutNode
+    | AppendEvent
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
-    `trainer` is set."""
+    `trainer` is set. `gpus` and `memory_bytes` are each rank's."""
 
     name: str = ""
     project: str = "default"
@@ -80,6 +80,7 @@ class JobSpec:
     slurm_environment: bool = False
     hold: bool = False
     keep_checkpoints: int = KEEP_CHECKPOINTS_DEFAULT
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,10 @@ class AttemptTimes:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One execution of a job. `stop_reason` is empty until it is told to stop."""
+    """One execution of a job, or of one of its `ranks`. `stop_reason` is empty until it is told to
+    stop; `precopy_ms` is how long it may save before that. `replica_node` is its standby: the node
+    that gets its checkpoints and would take it next. `permanent`: its node has refused it, and any
+    other would too."""
 
     job_id: int
     epoch: int
@@ -186,18 +190,40 @@ class Attempt:
     restored_step: int = 0
     commits: int = 0
     replica_node: str = ""
+    precopy_ms: int | None = None
     times: AttemptTimes = AttemptTimes()
+    rank: int = 0
+    ranks: int = 1
+    permanent: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.job_id}.{self.epoch}"
+        return attempt_id(self.job_id, self.epoch, self.rank, self.ranks)
+
+
+def attempt_id(job_id: int, epoch: int, rank: int, ranks: int) -> str:
+    """What an attempt is called; a rank is named only where there are several."""
+    return f"{job_id}.{epoch}.{rank}" if ranks > 1 else f"{job_id}.{epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank wrote of a checkpoint, and the nodes that hold all of it, the writer first."""
+
+    digest: str
+    size_bytes: int
+    replicas: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A committed checkpoint. `replicas` are the nodes that hold all of it, the writer first. `bad`
     says why it is no longer used; empty while it is good. `pinned`: kept until its user says
-    otherwise."""
+    otherwise.
+
+    Of a gang's, `digest` and `replicas` are rank 0's part's, `parts` are those of ranks 1, 2, ...,
+    and `size_bytes` counts all of them.
+    """
 
     job_id: int
     digest: str
@@ -209,6 +235,29 @@ class Checkpoint:
     committed_unix_ms: int
     bad: str = ""
     pinned: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Part, ...]:
+        """What there is to hold and to fetch: the part of every rank, or the whole as one."""
+        own_bytes = self.size_bytes - sum(part.size_bytes for part in self.parts)
+        return (Part(self.digest, own_bytes, self.replicas), *self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingPart:
+    """What a rank has handed over of a step that others have not handed over yet (`parts.py`).
+    `sequence` is the order of arrival within the job; `parent` counts for rank 0 alone."""
+
+    job_id: int
+    epoch: int
+    rank: int
+    step: int
+    digest: str
+    parent: str
+    size_bytes: int
+    replicas: tuple[str, ...]
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,3 +404,4 @@ class Snapshot:
     attempts: tuple[Attempt, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     nodes: tuple[Node, ...] = field(default=())
+    parts: tuple[WaitingPart, ...] = ()

@@ -13,7 +13,7 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints
+from coordinator.core import attempts, checkpoints, gangs, parts
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -26,6 +26,7 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import Attempt, Node
 from coordinator.core.phases import (
+    ATTEMPT_ENDED,
     INTENT_TRANSITIONS,
     AttemptPhase,
     GpuPhase,
@@ -63,7 +64,9 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
             live.node.acknowledged,
         ),
     )
-    checkpoints.reconcile_copies(state, live, body.checkpoints)
+    present = dict.fromkeys(body.checkpoints)
+    checkpoints.reconcile_copies(state, live.node.id, present)
+    parts.reconcile(state, live.node.id, present)
     _reconcile(state, now, live, body.attempts, whole=True)
     _settle_gpus(state, live, body.attempts)
     checkpoints.retarget(state)
@@ -108,6 +111,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         if live.session is not None and live.session != session:
             state.sessions.pop(live.session, None)
             state.commands.append(CloseSession(live.session, "a newer session took its place"))
+        if live.phase is NodePhase.LOST or live.newest_session < 0:
+            live.back_ms = now.now_ms
         same_journal = live.node.journal_id == body.journal_id
         # A coordinator whose store is older than the agent's journal waits for no event that the
         # agent has dropped.
@@ -156,6 +161,8 @@ def _reconcile(
     live.strays = strays
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
+        if attempt.phase in ATTEMPT_ENDED:
+            continue  # given up with its gang, meanwhile
         if attempt_id not in listed:
             _missing(state, now, attempt, whole)
         elif attempt.phase is AttemptPhase.STOPPING and _due(state, now, attempt_id, whole):
@@ -287,7 +294,8 @@ def tick(state: State, now: Instant) -> None:
     if gap_ms > TICK_GAP_MS:
         state.log("warning", "coordinator.away", gap_ms=gap_ms)
         for live in state.nodes.values():
-            live.deadline_ms += gap_ms
+            if live.phase is not NodePhase.LOST:
+                live.deadline_ms += gap_ms
     for live in list(state.nodes.values()):
         if live.phase is not NodePhase.LOST and live.deadline_ms <= now.now_ms:
             silent_ms = now.now_ms - live.heard_ms
@@ -297,6 +305,8 @@ def tick(state: State, now: Instant) -> None:
             order = checkpoints.keep_order(live)
             if order is not None:
                 state.send(live.node.id, order)
+    gangs.tick(state, now)
+    checkpoints.move_standbys(state, now)
     for job_id, eligible_ms in list(state.eligible_ms.items()):
         if eligible_ms <= now.now_ms:
             state.eligible_ms.pop(job_id)
@@ -329,7 +339,8 @@ def set_intent(state: State, now: Instant, live: LiveNode, intent: NodeIntent) -
     if intent is NodeIntent.DRAINING:
         for attempt_id in list(live.attempts):
             reason = f"{live.node.id} is being drained"
-            attempts.stop(state, now, state.attempts[attempt_id], reason)
+            attempt = state.attempts[attempt_id]
+            attempts.stop(state, now, attempt, reason, attempts.PRECOPY_DRAIN_MS)
         settle_drain(state, live)
 
 

@@ -111,6 +111,8 @@ GPU_TRANSITIONS: Mapping[GpuPhase, tuple[GpuPhase, ...]] = {
 
 JOB_ENDED = (J.SUCCEEDED, J.FAILED, J.CANCELLED)
 ATTEMPT_ENDED = _ATTEMPT_ENDS
+# On a node that is in touch, as far as anybody knows.
+ATTEMPT_LIVE = (A.ASSIGNED, A.RUNNING, A.STOPPING)
 
 
 def advance(

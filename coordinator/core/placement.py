@@ -7,11 +7,15 @@ returns starts, displacements, and a sentence with numbers for every job that wa
 The pass, in five lines:
 1. Jobs in order of class, then of submission; a job that returns to the queue keeps its number and
    so its old place.
-2. A job takes the node that fits it, preferring one that holds its last checkpoint, then the
-   tightest fit, then the name.
+2. A job takes the node that fits it, preferring one that holds its last checkpoint, then one
+   that has most of it, then the tightest fit, then the name. A gang takes all its places or none:
+   one node's if it fits there, else the fewest nodes', the fullest offers first and the rest where
+   it fits tightest.
 3. A job that fits nowhere may displace jobs of lower classes on the node where that takes the
    fewest GPUs from the highest class harmed, then from the next: lowest class first, then the
-   attempt that started last. What it waits for there is reserved for it within the pass.
+   attempt that started last. A gang may also displace over all nodes, and whoever displaces one
+   rank of a gang displaces, and counts, all of it. What it waits for there is reserved for it
+   within the pass.
 4. A job that is reserved for takes no second node; jobs behind it may use what it cannot (backfill
    by fit).
 5. Everything else waits, with the largest free block and what it lacks in the sentence.
@@ -24,30 +28,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobSpec
-from coordinator.core.validate import describe_need, gigabytes, suits
+from coordinator.core.validate import describe_need, describe_ranks, gigabytes, suits
 
-# Jobs without GPUs share the cores: four a core keeps a burst of small ones moving without swamping
-# the node's trainers.
-SLOTS_PER_CPU = 4
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
 # the next pass.
 STARTS_PER_PASS_MAX = 512
+# Of the nodes that have places for a gang; a sentence that names all of a large fleet is not read.
+NODES_NAMED_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
-    refused it just now, or where it got no further."""
+    refused it just now, or where it got no further; `near` are where its last attempt ran and
+    the standby that got its checkpoints."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
+    near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """An attempt on a node. `stopping` ones are about to give back what they hold."""
+    """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
+    they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself."""
 
     attempt: str
     rank: int
@@ -55,6 +61,12 @@ class Tenant:
     gpu_uuids: tuple[str, ...]
     memory_bytes: int
     stopping: bool
+    gang: str = ""
+
+    @property
+    def whole(self) -> str:
+        """With whom it leaves."""
+        return self.gang or self.attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +82,25 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    job_id: int
+class Place:
+    """What one rank gets."""
+
     node: str
     gpu_uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`places` are by rank."""
+
+    job_id: int
+    places: tuple[Place, ...]
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Displace:
-    """`attempt` gives way to `job_id`."""
+    """`attempt`, and with it its gang, gives way to `job_id`."""
 
     attempt: str
     job_id: int
@@ -105,22 +126,34 @@ class _Room:
     # GPUs that are not free yet and already kept for somebody in this pass.
     claimed: dict[str, None] = field(default_factory=dict)
 
-    def takes(self, spec: JobSpec) -> tuple[str, ...] | None:
-        """The GPUs that the job would get now, smallest memory first; `None` when it does not
-        fit."""
-        if spec.memory_bytes > self.memory_bytes or (spec.gpus == 0 and self.slots < 1):
-            return None
+    def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
+        """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
+        most as many as the job has."""
+        if spec.memory_bytes > self.memory_bytes:
+            return []
+        count = spec.ranks
+        if spec.memory_bytes:
+            count = min(count, self.memory_bytes // spec.memory_bytes)
+        if spec.gpus == 0:
+            return [()] * max(0, min(count, self.slots))
         fitting = [gpu for gpu in self.free.values() if suits(spec, gpu)]
-        if len(fitting) < spec.gpus:
-            return None
+        count = min(count, len(fitting) // spec.gpus)
+        if count == 0:
+            return []
         fitting.sort(key=lambda gpu: (gpu.memory_bytes, gpu.uuid))
-        return tuple(gpu.uuid for gpu in fitting[: spec.gpus])
+        uuids = [gpu.uuid for gpu in fitting]
+        starts = range(0, count * spec.gpus, spec.gpus)
+        return [tuple(uuids[start : start + spec.gpus]) for start in starts]
 
     def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
         for uuid in gpu_uuids:
             self.free.pop(uuid, None)
         self.memory_bytes -= spec.memory_bytes
         self.slots -= 1 if spec.gpus == 0 else 0
+
+
+# Rooms and the GPUs that ranks of one job get there; ranks count through them in this order.
+_Spread = list[tuple[_Room, list[tuple[str, ...]]]]
 
 
 def place(needs: Sequence[Need], offers: Sequence[Offer]) -> Plan:
@@ -132,13 +165,15 @@ def place(needs: Sequence[Need], offers: Sequence[Offer]) -> Plan:
     # Within one pass room only shrinks: what did not fit once need not be tried again for an equal
     # request.
     refused: dict[tuple[object, ...], str] = {}
+    placed = 0
     for need in needs:
         key = _request_key(need)
         sentence = refused.get(key)
-        if sentence is None and len(starts) < STARTS_PER_PASS_MAX:
+        if sentence is None and placed < STARTS_PER_PASS_MAX:
             start = _start(need, rooms)
             if start is not None:
                 starts.append(start)
+                placed += len(start.places)
                 continue
             victims, sentence = _displace(need, rooms)
             displacements += victims
@@ -166,6 +201,7 @@ def _request_key(need: Need) -> tuple[object, ...]:
     spec = need.spec
     return (
         spec.job_class,
+        spec.ranks,
         spec.gpus,
         spec.gpu_types,
         spec.gpu_memory_bytes_min,
@@ -175,109 +211,230 @@ def _request_key(need: Need) -> tuple[object, ...]:
 
 
 def _start(need: Need, rooms: Sequence[_Room]) -> Start | None:
-    best: tuple[tuple[bool, bool, int, str], _Room, tuple[str, ...]] | None = None
-    for room in rooms:
-        gpu_uuids = room.takes(need.spec)
-        if gpu_uuids is None:
-            continue
-        node = room.offer.node
-        left = len(room.free) - len(gpu_uuids) if need.spec.gpus else -room.slots
-        rank = (node == need.avoid, node not in need.replicas, left, node)
-        if best is None or rank < best[0]:
-            best = (rank, room, gpu_uuids)
-    if best is None:
+    spread = _spread(need, rooms)
+    if spread is None:
         return None
-    _, room, gpu_uuids = best
-    room.take(need.spec, gpu_uuids)
-    return Start(need.job_id, room.offer.node, gpu_uuids, _why_here(need, room, gpu_uuids))
+    why = _why_here(need, spread)
+    return Start(need.job_id, _take(need.spec, spread), why)
 
 
-def _why_here(need: Need, room: _Room, gpu_uuids: tuple[str, ...]) -> str:
+def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
+    places = []
+    for room, shares in spread:
+        for gpu_uuids in shares:
+            room.take(spec, gpu_uuids)
+            places.append(Place(room.offer.node, gpu_uuids))
+    return tuple(places)
+
+
+def _spread(need: Need, rooms: Sequence[_Room]) -> _Spread | None:
+    """Where all ranks fit, without the node to avoid if that will do; `None` where they do not."""
+    offered = [(room, room.takes(need.spec)) for room in rooms]
+    offered = [(room, shares) for room, shares in offered if shares]
+    others = [(room, shares) for room, shares in offered if room.offer.node != need.avoid]
+    for usable in (others, offered):
+        spread = _fewest_nodes(need, usable)
+        if spread is not None:
+            return spread
+    return None
+
+
+def _fewest_nodes(need: Need, offered: _Spread) -> _Spread | None:
+    """The fullest offers first; what is then left goes where it fits tightest. No smaller number of
+    nodes has as many places."""
+    offered = list(offered)
+    chosen: _Spread = []
+    left = need.spec.ranks
+    while left:
+        enough = [(room, shares[:left]) for room, shares in offered if len(shares) >= left]
+        if enough:
+            chosen.append(min(enough, key=lambda pair: _tightness(need, *pair)))
+            break
+        if not offered:
+            return None
+        fullest = min(offered, key=lambda pair: (-len(pair[1]), _tightness(need, *pair)))
+        offered.remove(fullest)
+        chosen.append(fullest)
+        left -= len(fullest[1])
+    return sorted(chosen, key=lambda pair: pair[0].offer.node)
+
+
+def _tightness(
+    need: Need, room: _Room, shares: Sequence[tuple[str, ...]]
+) -> tuple[bool, bool, int, str]:
+    """Who is near and has not got the last checkpoint has most of it from those before."""
     node = room.offer.node
+    left = len(room.free) - len(shares) * need.spec.gpus if need.spec.gpus else -room.slots
+    return (node not in need.replicas, node not in need.near, left, node)
+
+
+def _why_here(need: Need, spread: _Spread) -> str:
+    if len(spread) > 1:
+        first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
+        where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
+        where += [f"{count} on {node}" for count, node in rest]
+        return f"runs with {_listed(where)}, the fewest nodes that have room"
+    room, shares = spread[0]
+    node = room.offer.node
+    gpu_uuids = [uuid for share in shares for uuid in share]
     names = sorted({gpu.name for gpu in room.offer.gpus if gpu.uuid in gpu_uuids})
-    where = f"{len(gpu_uuids)} x {', '.join(names)} on {node}" if names else node
+    where_ = f"{len(gpu_uuids)} x {', '.join(names)} on {node}" if names else node
     if node in need.replicas:
-        return f"runs on {where}, where its last checkpoint lies"
+        return f"runs on {where_}, where its last checkpoint lies"
+    if node in need.near:
+        return f"runs on {where_}, where most of its last checkpoint lies"
     if need.spec.gpus == 0:
-        return f"runs on {where}, which has the most free places"
-    return f"runs on {where}, the tightest fit"
+        return f"runs on {where_}, which has the most free places"
+    return f"runs on {where_}, the tightest fit"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _displace(need: Need, rooms: Sequence[_Room]) -> tuple[list[Displace], str]:
-    """The attempts that must give way for this job on the node where that costs least; none when no
-    node would do.
+    """The attempts that must give way for this job where that costs least, on one node or, for a
+    gang, on several; none when nowhere would do.
 
-    Attempts that are stopping already count as given; the node's room is then kept for this job for
-    the rest of the pass.
+    Attempts that are stopping already count as given; the room is then kept for this job for the
+    rest of the pass.
     """
-    rank = CLASS_RANK[need.spec.job_class]
-    best: tuple[tuple[list[int], int, str], _Room, list[Tenant], tuple[str, ...]] | None = None
+    sizes: dict[str, int] = {}
     for room in rooms:
-        found = _victims(need.spec, rank, room)
+        for tenant in room.tenants.values():
+            size = max(1, len(tenant.gpu_uuids))
+            sizes[tenant.whole] = sizes.get(tenant.whole, 0) + size
+    best: tuple[tuple[list[int], int, str], list[Tenant], _Spread] | None = None
+    for within in [[room] for room in rooms] + ([list(rooms)] if need.spec.ranks > 1 else []):
+        found = _victims(need, within)
         if found is None:
             continue
-        victims, gpu_uuids = found
+        victims, spread = found
         # GPUs taken from each class, the highest first: a spare one more weighs less than a
         # standard one.
         cost = [
-            sum(max(1, len(tenant.gpu_uuids)) for tenant in victims if tenant.rank == lower)
+            sum(sizes[tenant.whole] for tenant in victims if tenant.rank == lower)
             for lower in CLASS_RANK.values()
         ]
-        key = (cost, len(victims), room.offer.node)
+        key = (cost, len(victims), within[0].offer.node)
         if best is None or key < best[0]:
-            best = (key, room, victims, gpu_uuids)
+            best = (key, victims, spread)
     if best is None:
         return [], ""
-    _, room, victims, gpu_uuids = best
-    room.take(need.spec, gpu_uuids)
-    room.claimed.update(dict.fromkeys(gpu_uuids))
-    for tenant in victims:
-        room.tenants[tenant.attempt] = replace(tenant, stopping=True)
-    node = room.offer.node
+    _, victims, spread = best
+    leave = [tenant.whole for tenant in victims]
+    for room in rooms:
+        for tenant in list(room.tenants.values()):
+            if tenant.whole in leave:
+                room.tenants[tenant.attempt] = replace(tenant, stopping=True)
+    sentence = _who_leaves(need.spec, spread)
+    for room, shares in spread:
+        room.claimed.update(dict.fromkeys(uuid for share in shares for uuid in share))
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
-    leaving = [tenant for tenant in room.tenants.values() if tenant.stopping]
-    # Those whose GPUs it gets; when it is memory or a place that lacks, all of them.
-    named = [t for t in leaving if any(uuid in gpu_uuids for uuid in t.gpu_uuids)] or leaving
-    who = " and ".join(tenant.attempt for tenant in named)
-    sentence = f"{who} {'has' if len(named) == 1 else 'have'} to save and leave {node} first"
     return [Displace(tenant.attempt, need.job_id, why) for tenant in victims], sentence
 
 
-def _victims(spec: JobSpec, rank: int, room: _Room) -> tuple[list[Tenant], tuple[str, ...]] | None:
-    """Fewest tenants of lower classes that make room, and the GPUs that the job would then hold."""
-    gone = [tenant for tenant in room.tenants.values() if tenant.stopping]
-    lower = [t for t in room.tenants.values() if not t.stopping and t.rank > rank]
+def _who_leaves(spec: JobSpec, spread: _Spread) -> str:
+    """Takes the room, too, that they leave."""
+    who: dict[str, None] = {}
+    nodes: dict[str, None] = {}
+    places = _take(spec, spread)
+    for room, _ in spread:
+        taken = [u for place in places if place.node == room.offer.node for u in place.gpu_uuids]
+        leaving = [tenant for tenant in room.tenants.values() if tenant.stopping]
+        # Those whose GPUs it gets; when it is memory or a place that lacks, all of them.
+        named = [t for t in leaving if any(uuid in taken for uuid in t.gpu_uuids)] or leaving
+        who.update(dict.fromkeys(tenant.whole for tenant in named))
+        nodes.update(dict.fromkeys([room.offer.node] if named else []))
+    verb = "has" if len(who) == 1 else "have"
+    return f"{' and '.join(who)} {verb} to save and leave {' and '.join(nodes)} first"
+
+
+def _victims(need: Need, rooms: Sequence[_Room]) -> tuple[list[Tenant], _Spread] | None:
+    """Fewest tenants of lower classes that make room, one for each gang among them, and where the
+    job would then run."""
+    class_rank = CLASS_RANK[need.spec.job_class]
+    wholes: dict[str, Tenant] = {}
+    for room in rooms:
+        for tenant in room.tenants.values():
+            if not tenant.stopping and tenant.rank > class_rank:
+                wholes.setdefault(tenant.whole, tenant)
     # The lowest class first, and within it the one that has run the shortest.
-    lower.sort(key=lambda tenant: (-tenant.rank, -tenant.order))
+    lower = sorted(wholes.values(), key=lambda tenant: (-tenant.rank, -tenant.order))
+    tally = _Tally(need.spec, rooms)
     victims: list[Tenant] = []
-    gpu_uuids = _fits_without(spec, room, gone)
-    while gpu_uuids is None and lower:
+    while not tally.fits and lower:
         victims.append(lower.pop(0))
-        gpu_uuids = _fits_without(spec, room, gone + victims)
-    if gpu_uuids is None:
+        tally.leave(victims[-1].whole)
+    if not tally.fits:
         return None
     for tenant in reversed(victims):  # spare the highest class, and who has run the longest
-        fewer = [other for other in victims if other is not tenant]
-        without = _fits_without(spec, room, gone + fewer)
-        if without is not None:
-            victims, gpu_uuids = fewer, without
-    return victims, gpu_uuids
+        tally.stay(tenant.whole)
+        if tally.fits:
+            victims = [other for other in victims if other is not tenant]
+        else:
+            tally.leave(tenant.whole)
+    spread = _spread(need, [tally.without(index) for index in range(len(rooms))])
+    assert spread is not None, "as many places as counted"
+    known = {room.offer.node: room for room in rooms}
+    return victims, [(known[room.offer.node], shares) for room, shares in spread]
 
 
-def _fits_without(spec: JobSpec, room: _Room, gone: Sequence[Tenant]) -> tuple[str, ...] | None:
-    facts = {gpu.uuid: gpu for gpu in room.offer.gpus}
-    free = dict(room.free)
-    memory_bytes, slots = room.memory_bytes, room.slots
-    for tenant in gone:
-        for uuid in tenant.gpu_uuids:
-            if uuid in facts and uuid not in room.claimed:
-                free[uuid] = facts[uuid]
-        memory_bytes += tenant.memory_bytes
-        slots += 0 if tenant.gpu_uuids else 1
-    return _Room(room.offer, free, memory_bytes, slots).takes(spec)
+class _Tally:
+    """How many ranks fit when some have left; a room is counted anew only when it has changed."""
+
+    def __init__(self, spec: JobSpec, rooms: Sequence[_Room]) -> None:
+        self._spec = spec
+        self._rooms = rooms
+        self._gone: dict[str, None] = {}
+        self._homes: dict[str, list[int]] = {}
+        for index, room in enumerate(rooms):
+            for tenant in room.tenants.values():
+                self._homes.setdefault(tenant.whole, []).append(index)
+        self._counts = [self._count(index) for index in range(len(rooms))]
+        self._total = sum(self._counts)
+
+    @property
+    def fits(self) -> bool:
+        return self._total >= self._spec.ranks
+
+    def leave(self, whole: str) -> None:
+        self._gone[whole] = None
+        self._recount(whole)
+
+    def stay(self, whole: str) -> None:
+        del self._gone[whole]
+        self._recount(whole)
+
+    def _recount(self, whole: str) -> None:
+        for index in dict.fromkeys(self._homes[whole]):
+            count = self._count(index)
+            self._total += count - self._counts[index]
+            self._counts[index] = count
+
+    def _count(self, index: int) -> int:
+        return len(self.without(index).takes(self._spec))
+
+    def without(self, index: int) -> _Room:
+        """A room as it would be then, what is kept for others in this pass left out."""
+        room = self._rooms[index]
+        facts = {gpu.uuid: gpu for gpu in room.offer.gpus}
+        free = dict(room.free)
+        memory_bytes, slots = room.memory_bytes, room.slots
+        for tenant in room.tenants.values():
+            if not tenant.stopping and tenant.whole not in self._gone:
+                continue
+            for uuid in tenant.gpu_uuids:
+                if uuid in facts and uuid not in room.claimed:
+                    free[uuid] = facts[uuid]
+            memory_bytes += tenant.memory_bytes
+            slots += 0 if tenant.gpu_uuids else 1
+        return _Room(room.offer, free, memory_bytes, slots)
 
 
 def _why_not(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+    if spec.ranks > 1:
+        return _why_not_all(spec, rooms)
     need = f"needs {describe_need(spec)} on one node"
     if not rooms:
         return f"{need}; no node takes work at present"
@@ -303,6 +460,25 @@ def _why_not(spec: JobSpec, rooms: Sequence[_Room]) -> str:
         )
         return f"{need}; {taken}"
     return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
+
+
+def _why_not_all(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+    need = f"needs {describe_ranks(spec)}"
+    if not rooms:
+        return f"{need}; no node takes work at present"
+    counts = [(len(room.takes(spec)), room.offer.node) for room in rooms]
+    free = sorted((pair for pair in counts if pair[0]), key=lambda pair: (-pair[0], pair[1]))
+    total = sum(count for count, _ in free)
+    if not total:
+        return f"{need}; a place for none of them is free"
+    if len(free) == 1:
+        some = "a place for 1 is" if total == 1 else f"places for {total} are"
+        return f"{need}; {some} free, on {free[0][1]}"
+    where = [f"{count} on {node}" for count, node in free[:NODES_NAMED_MAX]]
+    if len(free) > NODES_NAMED_MAX:
+        rest = free[NODES_NAMED_MAX:]
+        where.append(f"{sum(count for count, _ in rest)} on {len(rest)} more")
+    return f"{need}; places for {total} are free, {_listed(where)}"
 
 
 def _most_memory(rooms: Iterable[_Room]) -> str:

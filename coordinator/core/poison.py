@@ -19,7 +19,7 @@ So a job remembers where it failed and from which checkpoints (`Trouble`):
 
 Only exits that somebody saw count here: no stops, no lost nodes, no process that was gone after a
 reboot. A node may be to blame as well, so the next attempt goes to another one where it can
-(`attempts.py`). Every failure counts towards the job's `max_restarts` too. One that quarantines the
+(`outcomes.py`). Every failure counts towards the job's `max_restarts` too. One that quarantines the
 job does so whatever that limit is, since a sentence about the place says more than a number;
 otherwise the limit is looked at first, so a job with few restarts fails before its checkpoint is
 suspected.

@@ -15,17 +15,14 @@ long as the job is remembered. What is dropped for being over the number is deci
 from dataclasses import replace
 
 from coordinator.core import checkpoints
-from coordinator.core.messages import (
-    Answer,
+from coordinator.core.checkpoint_requests import (
     CheckpointChoice,
-    CheckpointPage,
     FindCheckpoint,
     ListCheckpoints,
     PinCheckpoint,
-    Refusal,
-    RefusalKind,
     UnpinCheckpoint,
 )
+from coordinator.core.messages import Answer, CheckpointPage, Refusal, RefusalKind
 from coordinator.core.model import Checkpoint, CheckpointView, Job
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED
 from coordinator.core.state import Instant, State

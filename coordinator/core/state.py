@@ -17,12 +17,14 @@ from coordinator.core.messages import (
     Command,
     DropCheckpoint,
     DropJob,
+    DropPart,
     Effect,
     Log,
     PutAttempt,
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
     Send,
 )
@@ -36,8 +38,11 @@ from coordinator.core.model import (
     Job,
     JobEvent,
     Node,
+    Part,
     Progress,
     Snapshot,
+    WaitingPart,
+    attempt_id,
 )
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
@@ -73,13 +78,24 @@ class Options:
     # its jobs move.
     closed_grace_ms: int = 3_000
     # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
+    # As long ranks that came back from a common outage wait for the rest of their gang.
     restart_grace_ms: int = 13_000
 
 
 JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
 JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
-ATTEMPTS_SHOWN_MAX = 100  # per job; more are dropped from memory, the store keeps them
+# Per job, or the newest gang if that is larger; more are dropped from memory, the store keeps them.
+ATTEMPTS_SHOWN_MAX = 100
 REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyWatch:
+    """Of one attempt (`standby.py`): when its standby moved last, and since when a node fits
+    better."""
+
+    moved_ms: int | None = None
+    better_since_ms: int | None = None
 
 
 @dataclass(slots=True)
@@ -93,7 +109,8 @@ class LiveGpu:
 @dataclass(slots=True)
 class LiveNode:
     """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
-    those that it runs but should not, with the time of the last stop order."""
+    those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
+    back from being lost, or first to a coordinator that had restarted; `None` if it never did."""
 
     node: Node
     phase: NodePhase
@@ -101,6 +118,7 @@ class LiveNode:
     session: int | None = None
     newest_session: int = -1
     heard_ms: int = 0
+    back_ms: int | None = None
     heartbeat_sequence: int = 0
     note: str = ""
     gpus: dict[str, LiveGpu] = field(default_factory=dict)
@@ -120,6 +138,7 @@ class State:
         self.attempts: dict[str, Attempt] = {}
         self.job_attempts: dict[int, list[str]] = {}
         self.checkpoints: dict[int, list[Checkpoint]] = {}
+        self.parts: dict[int, list[WaitingPart]] = {}
         self.nodes: dict[str, LiveNode] = {}
         self.sessions: dict[int, str] = {}
         self.requests: dict[str, int] = {}
@@ -130,6 +149,10 @@ class State:
         self.waits: dict[int, str] = {}
         self.progress: dict[str, Progress] = {}
         self.ordered_ms: dict[str, int] = {}
+        # Until when the rest of a gang may end by itself, of which some have.
+        self.finish_ms: dict[int, int] = {}
+        self.standby_watches: dict[str, StandbyWatch] = {}
+        self.reviewed = 0  # how far the last round of standbys came
         self.last_tick_ms: int | None = None
         # What the next placement has to look at: everything, or else these new jobs alone.
         self.dirty = True
@@ -156,16 +179,19 @@ class State:
         for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
             self.jobs[job.id] = job
             self._index_job(job)
-        for attempt in sorted(snapshot.attempts, key=lambda a: (a.job_id, a.epoch)):
+        for attempt in sorted(snapshot.attempts, key=lambda a: (a.job_id, a.epoch, a.rank)):
             self._remember(attempt)
             live_node = self.nodes.get(attempt.node)
             if attempt.phase not in ATTEMPT_ENDED and live_node is not None:
                 live_node.attempts[attempt.id] = None
         for checkpoint in snapshot.checkpoints:
             self.checkpoints.setdefault(checkpoint.job_id, []).append(checkpoint)
-            self._index_replicas(checkpoint, 1)
+            self._index_checkpoint(checkpoint, 1)
         for job_id, kept in self.checkpoints.items():
             self.checkpoints[job_id] = _in_order(kept, self.jobs[job_id].head)
+        for part in sorted(snapshot.parts, key=lambda part: (part.job_id, part.sequence)):
+            self.parts.setdefault(part.job_id, []).append(part)
+            self._index_replicas(part.digest, part.replicas, 1)
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -203,12 +229,15 @@ class State:
         self.requests.pop(job.request_id, None)
         self.eligible_ms.pop(job_id, None)
         self.avoid.pop(job_id, None)
-        for attempt_id in self.job_attempts.pop(job_id, []):
-            self.attempts.pop(attempt_id, None)
-            self.progress.pop(attempt_id, None)
-            self.ordered_ms.pop(attempt_id, None)
+        for gone in self.job_attempts.pop(job_id, []):
+            self.attempts.pop(gone, None)
+            self.progress.pop(gone, None)
+            self.ordered_ms.pop(gone, None)
         for checkpoint in self.checkpoints.pop(job_id, []):
-            self._index_replicas(checkpoint, -1)
+            self._index_checkpoint(checkpoint, -1)
+        for part in self.parts.pop(job_id, []):
+            self._index_replicas(part.digest, part.replicas, -1)
+        self.finish_ms.pop(job_id, None)
         self.records.append(DropJob(job_id))
 
     def put_attempt(self, attempt: Attempt) -> Attempt:
@@ -223,6 +252,7 @@ class State:
             if attempt.phase in ATTEMPT_ENDED:
                 live.attempts.pop(attempt.id, None)
                 self.ordered_ms.pop(attempt.id, None)
+                self.standby_watches.pop(attempt.id, None)
             else:
                 live.attempts[attempt.id] = None
         self.changed_attempts[attempt.id] = None
@@ -232,10 +262,11 @@ class State:
         if attempt.id not in self.attempts:
             ids = self.job_attempts.setdefault(attempt.job_id, [])
             ids.append(attempt.id)
-            for gone in ids[:-ATTEMPTS_SHOWN_MAX]:
+            kept = max(ATTEMPTS_SHOWN_MAX, attempt.rank + 1)
+            for gone in ids[:-kept]:
                 self.attempts.pop(gone, None)
                 self.progress.pop(gone, None)
-            del ids[:-ATTEMPTS_SHOWN_MAX]
+            del ids[:-kept]
         self.attempts[attempt.id] = attempt
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -243,30 +274,54 @@ class State:
         kept = self.checkpoints.setdefault(checkpoint.job_id, [])
         for index, old in enumerate(kept):
             if old.digest == checkpoint.digest:
-                self._index_replicas(old, -1)
+                self._index_checkpoint(old, -1)
                 kept[index] = checkpoint
                 self.dirty = True  # it may be in reach now, or no longer used
                 break
         else:
             kept.append(checkpoint)
-        self._index_replicas(checkpoint, 1)
+        self._index_checkpoint(checkpoint, 1)
         self.records.append(PutCheckpoint(checkpoint))
 
     def drop_checkpoint(self, checkpoint: Checkpoint) -> None:
         self.checkpoints[checkpoint.job_id].remove(checkpoint)
-        self._index_replicas(checkpoint, -1)
+        self._index_checkpoint(checkpoint, -1)
         self.records.append(DropCheckpoint(checkpoint.job_id, checkpoint.digest))
 
-    def _index_replicas(self, checkpoint: Checkpoint, change: int) -> None:
-        for node_id in checkpoint.replicas:
+    def put_part(self, part: WaitingPart) -> None:
+        """Insert, or replace the one of the same rank and digest."""
+        waiting = self.parts.setdefault(part.job_id, [])
+        for index, old in enumerate(waiting):
+            if (old.rank, old.digest) == (part.rank, part.digest):
+                self._index_replicas(old.digest, old.replicas, -1)
+                waiting[index] = part
+                break
+        else:
+            waiting.append(part)
+        self._index_replicas(part.digest, part.replicas, 1)
+        self.records.append(PutPart(part))
+
+    def drop_part(self, part: WaitingPart) -> None:
+        self.parts[part.job_id].remove(part)
+        if not self.parts[part.job_id]:
+            del self.parts[part.job_id]
+        self._index_replicas(part.digest, part.replicas, -1)
+        self.records.append(DropPart(part.job_id, part.rank, part.digest))
+
+    def _index_checkpoint(self, checkpoint: Checkpoint, change: int) -> None:
+        for piece in checkpoint.pieces:
+            self._index_replicas(piece.digest, piece.replicas, change)
+
+    def _index_replicas(self, digest: str, replicas: tuple[str, ...], change: int) -> None:
+        for node_id in replicas:
             live = self.nodes.get(node_id)
             if live is None:
                 continue
-            count = live.digests.get(checkpoint.digest, 0) + change
+            count = live.digests.get(digest, 0) + change
             if count > 0:
-                live.digests[checkpoint.digest] = count
+                live.digests[digest] = count
             else:
-                live.digests.pop(checkpoint.digest, None)
+                live.digests.pop(digest, None)
                 live.keep_changed = True
 
     def put_node(self, node: Node) -> None:
@@ -337,8 +392,15 @@ class State:
     # --- reading ----------------------------------------------------------------------------------
 
     def current(self, job: Job) -> Attempt | None:
-        """The attempt of the job's highest epoch, ended or not."""
-        return self.attempts.get(f"{job.id}.{job.epoch}")
+        """The attempt of the job's highest epoch, ended or not; of a gang, rank 0."""
+        return self.attempts.get(attempt_id(job.id, job.epoch, 0, job.spec.ranks))
+
+    def gang(self, job: Job) -> list[Attempt]:
+        """All ranks of the highest epoch, in order; one for a job of one, none before the first
+        try."""
+        ranks = job.spec.ranks
+        ids = [attempt_id(job.id, job.epoch, rank, ranks) for rank in range(ranks)]
+        return [self.attempts[known] for known in ids if known in self.attempts]
 
     def attempts_of(self, job_id: int) -> list[Attempt]:
         ids = self.job_attempts.get(job_id, [])
@@ -350,11 +412,14 @@ class State:
         return kept[::-1]
 
     def reachable(self, checkpoint: Checkpoint) -> bool:
-        """Some node within its lease, or the shared directory, holds all of it."""
+        """Of each of its pieces some node within its lease, or the shared directory, holds all."""
+        return all(self.piece_reachable(piece) for piece in checkpoint.pieces)
+
+    def piece_reachable(self, piece: Part) -> bool:
         return any(
             node_id == SHARED
             or (node_id in self.nodes and self.nodes[node_id].phase is not NodePhase.LOST)
-            for node_id in checkpoint.replicas
+            for node_id in piece.replicas
         )
 
     def wait_reason(self, job: Job) -> str:

@@ -6,7 +6,7 @@ that is a wait reason of `placement.py`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 
@@ -20,11 +20,15 @@ ENVIRONMENT_ENTRIES_MAX = 256
 ENVIRONMENT_BYTES_MAX = 64 * 1024
 CONFIG_BYTES_MAX = 64 * 1024
 GPUS_MAX = 64
+RANKS_MAX = 1_024
 GPU_TYPES_MAX = 16
 GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_NAME_V2_BUFFER_SIZE)
 PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
 GRACE_MS_MAX = 7 * 24 * 3_600_000
 MAX_RESTARTS_MAX = 1_000
+# Jobs without GPUs share the cores: four a core keeps a burst of small ones moving without swamping
+# the node's trainers.
+SLOTS_PER_CPU = 4
 # A node's list of what it keeps has 4,096 places; a job that takes more than these crowds others
 # out.
 KEEP_CHECKPOINTS_MAX = 64
@@ -92,6 +96,8 @@ def _environment(spec: JobSpec) -> str:
 def _request(spec: JobSpec) -> str:
     if not 0 <= spec.gpus <= GPUS_MAX:
         return f"gpus is {spec.gpus}; it must be between 0 and {GPUS_MAX}"
+    if not 1 <= spec.ranks <= RANKS_MAX:
+        return f"ranks is {spec.ranks}; it must be between 1 and {RANKS_MAX}"
     if spec.memory_bytes < 0:
         return f"memory is {spec.memory_bytes} bytes; it must not be negative"
     if spec.gpu_memory_bytes_min < 0:
@@ -140,11 +146,16 @@ def describe_need(spec: JobSpec) -> str:
         if spec.gpu_types:
             need += f" of type {' or '.join(spec.gpu_types)}"
         if spec.gpu_memory_bytes_min:
-            each = " each" if spec.gpus > 1 else ""
+            each = " each" if spec.gpus > 1 and spec.ranks == 1 else ""
             need += f" with at least {gigabytes(spec.gpu_memory_bytes_min)}{each}"
     if spec.memory_bytes:
         need += f" and {gigabytes(spec.memory_bytes)} of host memory"
     return need
+
+
+def describe_ranks(spec: JobSpec) -> str:
+    """The same of a gang: "4 ranks of 1 GPU each"."""
+    return f"{spec.ranks} ranks of {describe_need(spec)} each"
 
 
 def gigabytes(count_bytes: int) -> str:
@@ -176,4 +187,23 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
             f"needs {gigabytes(spec.memory_bytes)} of host memory; the most that a node with"
             f" enough GPUs has is {gigabytes(max(able))}: ask for less memory"
         )
-    return ""
+    return _refuse_gang(spec, nodes) if spec.ranks > 1 else ""
+
+
+def _refuse_gang(spec: JobSpec, nodes: Sequence[tuple[HostFacts, tuple[GpuFacts, ...]]]) -> str:
+    places = sum(_places(spec, host, gpus) for host, gpus in nodes)
+    if places >= spec.ranks:
+        return ""
+    return (
+        f"needs {describe_ranks(spec)}; the whole fleet, with nothing else on it, has places for"
+        f" {places}: ask for fewer ranks, or for less for each"
+    )
+
+
+def _places(spec: JobSpec, host: HostFacts, gpus: tuple[GpuFacts, ...]) -> int:
+    """How many ranks a node could hold at most."""
+    if spec.gpus:
+        count = sum(1 for gpu in gpus if suits(spec, gpu)) // spec.gpus
+    else:
+        count = max(1, host.cpu_count) * SLOTS_PER_CPU
+    return min(count, host.memory_bytes // spec.memory_bytes) if spec.memory_bytes else count

@@ -19,13 +19,15 @@ from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
     DropJob,
+    DropPart,
     PutAttempt,
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
 )
-from coordinator.core.model import Checkpoint, JobEvent, Snapshot
+from coordinator.core.model import Checkpoint, JobEvent, Snapshot, WaitingPart
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 
@@ -74,8 +76,9 @@ class _JobFolder:
     its first `PutJob`."""
 
     document: str = ""
-    attempts: dict[int, str] = field(default_factory=dict)
+    attempts: dict[tuple[int, int], str] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
+    parts: dict[tuple[int, str], str] = field(default_factory=dict)
     events: dict[int, str] = field(default_factory=dict)
 
 
@@ -119,9 +122,12 @@ class MemoryDisk:
     def snapshot(self) -> Snapshot:
         folders = [self.jobs[job_id] for job_id in sorted(self.jobs)]
         checkpoints: list[Checkpoint] = []
+        parts: list[WaitingPart] = []
         for folder in folders:
             values = map(rows.checkpoint_decoder.decode, folder.checkpoints.values())
             checkpoints += sorted(values, key=lambda value: (value.step, value.digest))
+            waiting = map(rows.part_decoder.decode, folder.parts.values())
+            parts += sorted(waiting, key=lambda part: (part.sequence, part.rank, part.digest))
         return Snapshot(
             leader_epoch=self.leader_epoch,
             last_job_id=self.last_job_id,
@@ -129,12 +135,13 @@ class MemoryDisk:
                 rows.job_decoder.decode(folder.document) for folder in folders if folder.document
             ),
             attempts=tuple(
-                rows.attempt_decoder.decode(folder.attempts[epoch])
+                rows.attempt_decoder.decode(folder.attempts[key])
                 for folder in folders
-                for epoch in sorted(folder.attempts)
+                for key in sorted(folder.attempts)
             ),
             checkpoints=tuple(checkpoints),
             nodes=tuple(rows.node_decoder.decode(self.nodes[node]) for node in sorted(self.nodes)),
+            parts=tuple(parts),
         )
 
     def _apply(self, record: Record, text: str) -> None:
@@ -143,9 +150,11 @@ class MemoryDisk:
                 self._folder(job.id).document = text
                 self.last_job_id = max(self.last_job_id, job.id)
             case PutAttempt(attempt):
-                self._folder(attempt.job_id).attempts[attempt.epoch] = text
+                self._folder(attempt.job_id).attempts[attempt.epoch, attempt.rank] = text
             case PutCheckpoint(checkpoint):
                 self._folder(checkpoint.job_id).checkpoints[checkpoint.digest] = text
+            case PutPart(part):
+                self._folder(part.job_id).parts[part.rank, part.digest] = text
             case PutNode(node):
                 self.nodes[node.id] = text
             case AppendEvent(event):
@@ -158,6 +167,9 @@ class MemoryDisk:
             case DropCheckpoint(job_id, digest):
                 if job_id in self.jobs:
                     self.jobs[job_id].checkpoints.pop(digest, None)
+            case DropPart(job_id, rank, digest):
+                if job_id in self.jobs:
+                    self.jobs[job_id].parts.pop((rank, digest), None)
             case _:
                 assert_never(record)
 
@@ -169,9 +181,11 @@ def _document(record: Record) -> str:
     match record:
         case PutJob(value) | PutAttempt(value) | PutCheckpoint(value) | PutNode(value):
             return rows.document(value)
+        case PutPart(part):
+            return rows.document(part)
         case AppendEvent(event):
             return rows.document(event)
-        case DropJob() | DropCheckpoint():
+        case DropJob() | DropCheckpoint() | DropPart():
             return ""
         case _:
             assert_never(record)

@@ -36,10 +36,17 @@ class Queries:
     list_attempts: str
     put_attempt: str
     drop_attempts: str
+    list_ranks: str
+    put_rank: str
+    drop_ranks: str
     list_checkpoints: str
     put_checkpoint: str
     drop_checkpoint: str
     drop_checkpoints: str
+    list_parts: str
+    put_part: str
+    drop_part: str
+    drop_parts: str
     list_nodes: str
     put_node: str
     list_events: str

@@ -75,6 +75,23 @@ ON CONFLICT (job_id, epoch) DO UPDATE SET
 -- Forget all attempts of a job.
 DELETE FROM attempts WHERE job_id = :job_id;
 
+-- name: list_ranks
+-- Every rank of a gang but rank 0, which is among the attempts; by job, oldest first.
+SELECT document FROM ranks ORDER BY job_id, epoch, attempt_rank;
+
+-- name: put_rank
+-- Write one rank of a gang, whether it is new or not.
+INSERT INTO ranks (job_id, epoch, attempt_rank, node, phase, document)
+VALUES (:job_id, :epoch, :attempt_rank, :node, :phase, :document)
+ON CONFLICT (job_id, epoch, attempt_rank) DO UPDATE SET
+    node = excluded.node,
+    phase = excluded.phase,
+    document = excluded.document;
+
+-- name: drop_ranks
+-- Forget all ranks of a job.
+DELETE FROM ranks WHERE job_id = :job_id;
+
 -- name: list_checkpoints
 -- Every checkpoint, by job, earliest step first; the digest decides between equal steps.
 SELECT document FROM checkpoints ORDER BY job_id, step, digest;
@@ -94,6 +111,27 @@ DELETE FROM checkpoints WHERE job_id = :job_id AND digest = :digest;
 -- name: drop_checkpoints
 -- Forget all checkpoints of a job.
 DELETE FROM checkpoints WHERE job_id = :job_id;
+
+-- name: list_parts
+-- Every part of a checkpoint that waits for others, by job, in order of arrival.
+SELECT document FROM parts ORDER BY job_id, sequence, attempt_rank, digest;
+
+-- name: put_part
+-- Write a waiting part, whether it is new or not.
+INSERT INTO parts (job_id, attempt_rank, digest, sequence, document)
+VALUES (:job_id, :attempt_rank, :digest, :sequence, :document)
+ON CONFLICT (job_id, attempt_rank, digest) DO UPDATE SET
+    sequence = excluded.sequence,
+    document = excluded.document;
+
+-- name: drop_part
+-- Forget one waiting part.
+DELETE FROM parts
+WHERE job_id = :job_id AND attempt_rank = :attempt_rank AND digest = :digest;
+
+-- name: drop_parts
+-- Forget all waiting parts of a job.
+DELETE FROM parts WHERE job_id = :job_id;
 
 -- name: list_nodes
 -- Every node, by its id.

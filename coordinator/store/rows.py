@@ -23,13 +23,15 @@ from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
     DropJob,
+    DropPart,
     PutAttempt,
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
 )
-from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node
+from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
 from coordinator.store.queries import Queries
 
 # A job that is moved about for weeks writes some ten lines a move; 500 lines are fifty moves, and
@@ -44,11 +46,12 @@ job_decoder = msgspec.json.Decoder(Job)
 attempt_decoder = msgspec.json.Decoder(Attempt)
 checkpoint_decoder = msgspec.json.Decoder(Checkpoint)
 node_decoder = msgspec.json.Decoder(Node)
+part_decoder = msgspec.json.Decoder(WaitingPart)
 event_decoder = msgspec.json.Decoder(JobEvent)
 _encoder = msgspec.json.Encoder()
 
 
-def document(value: Job | Attempt | Checkpoint | Node | JobEvent) -> str:
+def document(value: Job | Attempt | Checkpoint | WaitingPart | Node | JobEvent) -> str:
     """The JSON text of a value. Raises `UnicodeEncodeError` for lone surrogates: a bug of whoever
     let them in."""
     return _encoder.encode(value).decode()
@@ -61,13 +64,14 @@ def statements(queries: Queries, records: Sequence[Record]) -> Iterator[Statemen
         yield from (_drop_statements if drops else _put_statements)(queries, run)
 
 
-_Drop = DropJob | DropCheckpoint
+_Drop = DropJob | DropCheckpoint | DropPart
 
 
 def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
     jobs: dict[int, Job] = {}
-    attempts: dict[tuple[int, int], Attempt] = {}
+    attempts: dict[tuple[int, int, int], Attempt] = {}
     checkpoints: dict[tuple[int, str], Checkpoint] = {}
+    parts: dict[tuple[int, int, str], WaitingPart] = {}
     nodes: dict[str, Node] = {}
     events: dict[tuple[int, int], JobEvent] = {}
     for record in records:
@@ -75,24 +79,32 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
             case PutJob(job):
                 jobs[job.id] = job
             case PutAttempt(attempt):
-                attempts[attempt.job_id, attempt.epoch] = attempt
+                attempts[attempt.job_id, attempt.epoch, attempt.rank] = attempt
             case PutCheckpoint(checkpoint):
                 checkpoints[checkpoint.job_id, checkpoint.digest] = checkpoint
+            case PutPart(part):
+                parts[part.job_id, part.rank, part.digest] = part
             case PutNode(node):
                 nodes[node.id] = node
             case AppendEvent(event):
                 events[event.job_id, event.sequence] = event
-            case DropJob() | DropCheckpoint():
+            case DropJob() | DropCheckpoint() | DropPart():
                 raise AssertionError(f"{record} among puts")
             case _:
                 assert_never(record)
     if jobs:
         yield queries.put_job, [_job_row(job) for job in jobs.values()]
         yield queries.raise_last_job_id, [{"job_id": max(jobs)}]
-    if attempts:
-        yield queries.put_attempt, [_attempt_row(attempt) for attempt in attempts.values()]
+    firsts = [_attempt_row(attempt) for attempt in attempts.values() if attempt.rank == 0]
+    others = [_rank_row(attempt) for attempt in attempts.values() if attempt.rank != 0]
+    if firsts:
+        yield queries.put_attempt, firsts
+    if others:
+        yield queries.put_rank, others
     if checkpoints:
         yield queries.put_checkpoint, [_checkpoint_row(value) for value in checkpoints.values()]
+    if parts:
+        yield queries.put_part, [_part_row(part) for part in parts.values()]
     if nodes:
         yield queries.put_node, [{"id": n.id, "document": document(n)} for n in nodes.values()]
     if events:
@@ -107,18 +119,26 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
 def _drop_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
     job_rows: list[Row] = []
     checkpoint_rows: list[Row] = []
+    part_rows: list[Row] = []
     for record in records:
         if isinstance(record, DropJob):
             job_rows.append({"job_id": record.job_id})
         elif isinstance(record, DropCheckpoint):
             checkpoint_rows.append({"job_id": record.job_id, "digest": record.digest})
+        elif isinstance(record, DropPart):
+            key: Row = {"job_id": record.job_id, "attempt_rank": record.rank}
+            part_rows.append({**key, "digest": record.digest})
     if job_rows:
         yield queries.drop_events, job_rows
         yield queries.drop_checkpoints, job_rows
+        yield queries.drop_parts, job_rows
+        yield queries.drop_ranks, job_rows
         yield queries.drop_attempts, job_rows
         yield queries.drop_job, job_rows
     if checkpoint_rows:
         yield queries.drop_checkpoint, checkpoint_rows
+    if part_rows:
+        yield queries.drop_part, part_rows
 
 
 def _job_row(job: Job) -> Row:
@@ -139,6 +159,20 @@ def _attempt_row(attempt: Attempt) -> Row:
         "node": attempt.node,
         "phase": attempt.phase.value,
         "document": document(attempt),
+    }
+
+
+def _rank_row(attempt: Attempt) -> Row:
+    return {**_attempt_row(attempt), "attempt_rank": attempt.rank}
+
+
+def _part_row(part: WaitingPart) -> Row:
+    return {
+        "job_id": part.job_id,
+        "attempt_rank": part.rank,
+        "digest": part.digest,
+        "sequence": part.sequence,
+        "document": document(part),
     }
 
 

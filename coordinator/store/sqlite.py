@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coordinator.core.messages import Record
-from coordinator.core.model import JobEvent, Snapshot
+from coordinator.core.model import Attempt, JobEvent, Snapshot
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 from coordinator.store.queries import Queries, load_queries
@@ -340,7 +340,16 @@ def _read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot
         leader_epoch=connection.execute(queries.read_leader).fetchone()[0],
         last_job_id=connection.execute(queries.read_last_job_id).fetchone()[0],
         jobs=tuple(map(rows.job_decoder.decode, documents(queries.list_jobs))),
-        attempts=tuple(map(rows.attempt_decoder.decode, documents(queries.list_attempts))),
+        attempts=_attempts(
+            [*documents(queries.list_attempts), *documents(queries.list_ranks)],
+        ),
         checkpoints=tuple(map(rows.checkpoint_decoder.decode, documents(queries.list_checkpoints))),
         nodes=tuple(map(rows.node_decoder.decode, documents(queries.list_nodes))),
+        parts=tuple(map(rows.part_decoder.decode, documents(queries.list_parts))),
     )
+
+
+def _attempts(documents: Sequence[str]) -> tuple[Attempt, ...]:
+    """From two tables, in one order."""
+    found = map(rows.attempt_decoder.decode, documents)
+    return tuple(sorted(found, key=lambda attempt: (attempt.job_id, attempt.epoch, attempt.rank)))

@@ -48,8 +48,9 @@ def kept(
     *,
     job_id: int = 1,
     epoch: int = 1,
+    rank: int | None = None,
 ) -> StoredCheckpoint:
-    return ingest(store, directory, job_id=job_id, epoch=epoch, step=step, parent=parent)
+    return ingest(store, directory, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank)
 
 
 def objects(store: ChunkStore) -> list[Path]:
@@ -146,12 +147,16 @@ class Node:
     source: ReplicaSource
     server: PeerServer
 
-    async def checkpoint(self, files: dict[str, bytes], step: int) -> StoredCheckpoint:
+    async def checkpoint(
+        self, files: dict[str, bytes], step: int, *, rank: int | None = None
+    ) -> StoredCheckpoint:
         directory = self.root / "staging" / f"ckpt-{step}"
         for path, data in files.items():
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             (directory / path).write_bytes(data)
-        stored = await self.chunks.store(str(directory), job_id=1, epoch=1, step=step, parent="")
+        stored = await self.chunks.store(
+            str(directory), job_id=1, epoch=1, step=step, parent="", rank=rank
+        )
         assert {path: (directory / path).read_bytes() for path in files} == files, "left as it is"
         await self.chunks.discard(str(directory))
         assert not directory.exists()

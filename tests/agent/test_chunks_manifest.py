@@ -4,6 +4,8 @@ Safety: a manifest comes from a peer or a disk that nobody vouches for. Whatever
 directory, does not add up, or was not written by `encode`, is refused before anything acts on it.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,8 @@ _CHUNK = ChunkRef("ab" * 32, 5)
         ),
         encode(_manifest(FileEntry("x", 0o600, (_CHUNK,)))).replace(b'"epoch":2', b'"epoch":true'),
         encode(_manifest(FileEntry("x", 0o600, (_CHUNK,)))) + b"\n",
+        encode(replace(_manifest(), rank=1)).replace(b'"rank":1', b'"rank":null'),
+        encode(replace(_manifest(), rank=1)).replace(b'"rank":1', b'"rank":-1'),
     ],
 )
 def test_a_manifest_that_encode_would_not_write_is_refused(data: bytes) -> None:
@@ -69,10 +73,11 @@ def test_a_manifest_that_encode_would_not_write_is_refused(data: bytes) -> None:
 @given(
     files=st.dictionaries(_names, _modes, max_size=3),
     numbers=st.tuples(*[st.integers(0, 2**40)] * 3),
+    rank=st.none() | st.integers(0, 1_023),
 )
 def test_decode_is_the_inverse_of_encode(
-    files: dict[str, int], numbers: tuple[int, int, int]
+    files: dict[str, int], numbers: tuple[int, int, int], rank: int | None
 ) -> None:
     entries = tuple(FileEntry(path, mode, (_CHUNK,)) for path, mode in sorted(files.items()))
-    manifest = Manifest(*numbers, parent="cd" * 32, files=entries)
+    manifest = Manifest(*numbers, parent="cd" * 32, files=entries, rank=rank)
     assert decode(encode(manifest)) == manifest

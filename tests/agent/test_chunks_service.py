@@ -24,6 +24,7 @@ from agent.chunks.manifest import (
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
+from agent.chunks.threads import THREADS_MAX
 from agent.core.values import ReplicaSource
 from agent.ports import ChunkError, Chunks
 from tests.agent.chunk_worlds import (
@@ -274,7 +275,7 @@ async def test_the_hello_does_not_wait_behind_checkpoints_that_are_hashed(
     directory = str(one.root / "staging" / "more")
     storing = [
         asyncio.create_task(one.chunks.store(directory, job_id=1, epoch=1, step=2, parent=""))
-        for _ in range(service_module.THREADS_MAX)
+        for _ in range(THREADS_MAX)
     ]
     for _ in storing:
         assert await asyncio.to_thread(busy.acquire, timeout=60)

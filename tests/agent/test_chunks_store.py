@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,16 +215,27 @@ class _Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int | None = None) -> None:
         self.names: list[str] = []
+        self.hasty: list[str] = []
+        """What got its name before its bytes were durable."""
+        self._durable: set[int] = set()
+        self._lock = threading.Lock()
         self._last = last
         for name in ("fsync", "rename"):
             monkeypatch.setattr(os, name, self._wrap(name, getattr(os, name)))
 
     def _wrap(self, name: str, real: Callable[..., None]) -> Callable[..., None]:
         def call(*arguments: object) -> None:
-            self.names.append(self._describe(name, arguments))
-            if len(self.names) == self._last:
+            with self._lock:
+                self.names.append(self._describe(name, arguments))
+                last = len(self.names) == self._last
+            if last:
                 raise OSError(errno.EIO, "injected")
+            if name == "rename":
+                inode = os.stat(str(arguments[0])).st_ino
+                self.hasty += [str(arguments[1])] if inode not in self._durable else []
             real(*arguments)
+            if name == "fsync":
+                self._durable.add(os.fstat(int(str(arguments[0]))).st_ino)
 
         return call
 
@@ -237,24 +249,26 @@ class _Calls:
 _FILES = {name: name.encode() * 10 for name in ("a", "b", "sub/c", "sub/d")}
 
 
+@pytest.mark.parametrize("unnamed_max", [1, 3, 64])
 def test_bytes_are_durable_before_names_and_chunks_before_manifests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed_max: int
 ) -> None:
+    """However many are synced together."""
     store = opened(tmp_path / "store")
     source = written(tmp_path / "in", _FILES)
+    monkeypatch.setattr(store_module, "UNNAMED_MAX", unnamed_max)
     with monkeypatch.context() as patch:
-        calls = _Calls(patch).names
+        calls = _Calls(patch)
         kept(store, source)
     prefixes = sorted({path.parent.name for path in objects(store)})
-    renames = calls[: 2 * len(_FILES)]
-    assert renames[::2] == ["sync file"] * len(_FILES)
-    assert all(call.startswith("rename to") for call in renames[1::2])
-    assert calls[2 * len(_FILES) :] == [
-        *(f"sync directory {prefix}" for prefix in prefixes),
-        "sync file",
-        "rename to manifests",
-        "sync directory manifests",
-    ]
+    chunks, rest = calls.names[: 2 * len(_FILES)], calls.names[2 * len(_FILES) :]
+    assert chunks.count("sync file") == len(_FILES)
+    assert sum(call.startswith("rename to") for call in chunks) == len(_FILES)
+    if unnamed_max > len(_FILES):
+        assert chunks[: len(_FILES)] == ["sync file"] * len(_FILES), "one after the other"
+    assert calls.hasty == []
+    assert sorted(rest[:-3]) == [f"sync directory {prefix}" for prefix in prefixes]
+    assert rest[-3:] == ["sync file", "rename to manifests", "sync directory manifests"]
 
 
 def test_every_failing_call_leaves_a_whole_store(
@@ -282,19 +296,21 @@ def test_every_failing_call_leaves_a_whole_store(
 
 
 _DIE = """
-import os, sys
+import os, sys, threading
 from pathlib import Path
 from agent.chunks.store import ChunkStore
 from agent.chunks.tree import ingest
 store = ChunkStore(Path(sys.argv[1]))
 store.open()
 left = int(sys.argv[3])
+lock = threading.Lock()
 def dying(real):
     def call(*arguments):
         global left
-        left -= 1
-        if left == 0:
-            os._exit(9)
+        with lock:
+            left -= 1
+            if left == 0:
+                os._exit(9)
         real(*arguments)
     return call
 os.fsync, os.rename = dying(os.fsync), dying(os.rename)

@@ -125,6 +125,29 @@ def test_superseded_is_what_lies_before_a_kept_one_of_the_same_job(
     assert (other.digest not in store.checkpoints()) == goes
 
 
+@pytest.mark.parametrize(
+    ("rank", "epoch", "step", "goes"),
+    [
+        (1, 3, 9, True),
+        (1, 3, 11, False),
+        (0, 3, 9, False),
+        (None, 3, 9, False),
+        (0, 2, 99, True),
+    ],
+)
+def test_a_rank_has_a_history_of_its_own(
+    tmp_path: Path, rank: int | None, epoch: int, step: int, goes: bool
+) -> None:
+    """A replica of what one rank wrote, and its node has not proposed yet, beside one that another
+    rank's has. Of an epoch that is over nothing is proposed any more."""
+    store = opened(tmp_path / "store")
+    source = written(tmp_path / "in", {"a": b"data"})
+    other = kept(store, source, step, epoch=epoch, rank=rank)
+    listed = kept(store, source, 10, epoch=3, rank=1)
+    store.collect(frozenset([listed.digest]))
+    assert (other.digest not in store.checkpoints()) == goes
+
+
 def test_of_two_at_one_step_the_later_one_supersedes(tmp_path: Path) -> None:
     """A trainer that is told to stop right after a regular checkpoint writes a last one, at the
     same step. Its replica waits for its commit while the earlier one is on the list."""

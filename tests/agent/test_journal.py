@@ -1,12 +1,15 @@
 """The journal holds what the fold of its records says, whatever happens to agent or disk."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from agent.core import messages as m
 from agent.core import state as s
 from agent.core.attempt import AttemptRecord, Pending, Phase
-from agent.core.values import ReplicaSource, RestoreCandidate
+from agent.core.values import Gang, ReplicaSource, RestoreCandidate, RestorePart
 from agent.journal import SqliteJournal, decode_event, encode_event
 from agent.ports import JournalUnavailable
 from tests.agent.journal_writer import batch
@@ -29,14 +32,16 @@ CHILD_DEADLINE_S = 60
 TEXT = st.text(max_size=8)  # no lone surrogates: the core lets none in
 INT = st.integers(0, 2**62)
 SOURCES = st.builds(ReplicaSource, TEXT, TEXT)
-CANDIDATES = st.builds(RestoreCandidate, TEXT, INT, st.tuples(SOURCES))
+PARTS = st.tuples(st.builds(RestorePart, TEXT, st.tuples(SOURCES)))
+CANDIDATES = st.builds(RestoreCandidate, TEXT, INT, st.tuples(SOURCES), st.just(()) | PARTS)
+GANGS = st.builds(Gang, INT, INT, INT, INT, INT, st.tuples(TEXT), TEXT, INT, st.tuples(TEXT))
 SPECS = st.builds(
     m.JobSpec, TEXT, st.tuples(TEXT), environment=st.tuples(st.tuples(TEXT, TEXT)), grace_ms=INT
 )
-PENDING = st.none() | st.builds(Pending, TEXT, INT, INT, TEXT, INT)
+PENDING = st.none() | st.builds(Pending, TEXT, INT, INT, TEXT, INT, st.integers(1, 1_024))
 RECORDS = st.builds(
     AttemptRecord,
-    id=st.sampled_from(["1.1", "2.1", "3.7"]),
+    id=st.sampled_from(["1.1", "2.1.0", "3.7.12"]),
     job_id=INT,
     epoch=INT,
     spec=SPECS,
@@ -52,19 +57,25 @@ RECORDS = st.builds(
     stop_grace_ms=st.none() | INT,
     exit_code=st.none() | INT,
     exit_signal=st.none() | INT,
+    gang=st.none() | GANGS,
 )
 BODIES = st.one_of(
     st.builds(m.AttemptStarted, INT, TEXT, INT, st.tuples(st.tuples(TEXT, TEXT))),
     st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT),
     st.builds(m.AttemptRefused, TEXT, st.booleans()),
     st.builds(m.AttemptMilestone, TEXT),
-    st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT)),
+    st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT), INT),
 )
 CHANGES = st.one_of(
     st.builds(s.PutAttempt, RECORDS),
-    st.builds(s.DropAttempt, st.sampled_from(["1.1", "2.1", "9.9"])),
+    st.builds(s.DropAttempt, st.sampled_from(["1.1", "2.1.0", "9.9"])),
     st.builds(s.DropSpooled, st.integers(0, 12)),
-    st.builds(s.PutFence, st.integers(1, 4), st.integers(1, 9)),
+    st.builds(
+        s.PutFence,
+        st.integers(1, 4),
+        st.integers(1, 9),
+        st.lists(st.integers(0, 1_023), max_size=3, unique=True).map(tuple),
+    ),
     st.builds(s.DropFence, st.integers(1, 4)),
     st.builds(s.PutLeaderEpoch, INT),
     BODIES,  # becomes an event with the next sequence
@@ -112,12 +123,29 @@ def test_events_survive_their_json(event: m.AgentEvent) -> None:
 def test_what_an_older_agent_wrote_loads(record: AttemptRecord) -> None:
     """A field that came later has a default, and one that has gone is passed over."""
     document = json.loads(msgspec.json.encode(record))
-    for field in ("stored_id", "stored_path", "stored_digest", "milestones"):
+    for field in ("stored_id", "stored_path", "stored_digest", "milestones", "gang"):
         del document[field]
+    if document["pending"] is not None:
+        document["pending"].pop("parts")
     document["of_yore"] = 1
     loaded = msgspec.json.decode(json.dumps(document), type=AttemptRecord)
-    assert (loaded.id, loaded.spec, loaded.pending) == (record.id, record.spec, record.pending)
-    assert loaded.stored_digest == ""
+    pending = record.pending and replace(record.pending, parts=1)
+    assert (loaded.id, loaded.spec, loaded.pending) == (record.id, record.spec, pending)
+    assert (loaded.stored_digest, loaded.gang) == ("", None)
+
+
+async def test_fences_of_an_older_agent_hold_whole_epochs(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE fences (job_id INTEGER NOT NULL UNIQUE, epoch INTEGER)")
+        connection.execute("INSERT INTO fences VALUES (7, 2)")
+    journal = SqliteJournal(path)
+    assert (await journal.open("j1")).fences == (s.PutFence(7, 2),)
+    await journal.commit([s.PutFence(7, 3, (1,)), s.PutFence(8, 1), s.PutFence(7, 3, (1, 0))])
+    await journal.close()
+    journal = SqliteJournal(path)
+    assert (await journal.open("j2")).fences == (s.PutFence(8, 1), s.PutFence(7, 3, (1, 0)))
+    await journal.commit([s.DropFence(7)])
+    await journal.close()
 
 
 async def test_sequences_go_on_after_the_spool_is_empty(path: Path) -> None:
@@ -176,7 +204,7 @@ async def test_a_kill_loses_nothing_that_was_said(path: Path, answers: int) -> N
     expected = list(range(1, last + 1))
     assert [record.job_id for record in memory.attempts] == expected
     assert [event.sequence for event in memory.spool] == expected
-    assert [job_id for job_id, _ in memory.fences] == expected
+    assert [fence.job_id for fence in memory.fences] == expected
 
 
 @pytest.fixture

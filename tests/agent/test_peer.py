@@ -279,6 +279,8 @@ async def test_a_log_comes_in_bounded_pieces_with_their_offsets(channel: grpc.ai
     ("request_", "status"),
     [
         (peer_pb2.ReadLogRequest(attempt="12.4"), grpc.StatusCode.NOT_FOUND),
+        (peer_pb2.ReadLogRequest(attempt="12.3.0"), grpc.StatusCode.NOT_FOUND),
+        (peer_pb2.ReadLogRequest(attempt="12.3.1024"), grpc.StatusCode.INVALID_ARGUMENT),
         (peer_pb2.ReadLogRequest(attempt="../12.3"), grpc.StatusCode.INVALID_ARGUMENT),
         (peer_pb2.ReadLogRequest(attempt="12.3\n"), grpc.StatusCode.INVALID_ARGUMENT),
         (peer_pb2.ReadLogRequest(attempt="12"), grpc.StatusCode.INVALID_ARGUMENT),

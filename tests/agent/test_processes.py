@@ -193,14 +193,14 @@ async def test_failures_to_start_are_sentences(tmp_path: Path) -> None:
         (("true",), "relative", "the working directory must be an absolute path"),
         (("tr\0ue",), "/", "the command or its working directory contains a NUL byte"),
     ]
-    for number, (arguments, directory, sentence) in enumerate(cases):
+    for number, (arguments, directory, sentence) in enumerate(cases, 1):
         launch = Launch(f"1.{number}", arguments, (PATH,), directory)
         for _ in range(2):  # the second call is told the same
             with pytest.raises(StartError) as caught:
                 await supervisor.start(launch)
             assert str(caught.value).startswith(sentence)
         supervisor.forget(launch.attempt_id)
-    with pytest.raises(StartError, match="not of the form"):
+    with pytest.raises(StartError, match="is no attempt id"):
         await supervisor.start(Launch("../1.1", ("true",), (PATH,), "/"))
     await supervisor.start(bash("exit 3", attempt_id="2.1"))
     await until(lambda: exits)
@@ -455,10 +455,10 @@ async def test_many_exits_are_each_told_once_and_no_zombie_stays(tmp_path: Path)
     before = zombies()
     supervisor, exits, _ = await opened(tmp_path)
     for number in range(20):
-        await supervisor.start(bash(f"exit {number}", attempt_id=f"1.{number}"))
+        await supervisor.start(bash(f"exit {number}", attempt_id=f"1.1.{number}"))
     await until(lambda: len(exits) == 20)
     told = sorted(exits, key=lambda ended: ended.exit_code or 0)
-    assert told == [ProcessExit(f"1.{number}", number, None) for number in range(20)]
+    assert told == [ProcessExit(f"1.1.{number}", number, None) for number in range(20)]
     assert zombies() <= before
     await supervisor.close()
 

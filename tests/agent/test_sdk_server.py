@@ -13,6 +13,7 @@ import pytest
 from agent import sdk_server
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -27,6 +28,7 @@ from agent.sdk_server import SdkServer
 from agent.slabs import Slabs
 
 SECRET = "secret"
+WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True}
 DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
 
 
@@ -86,7 +88,7 @@ class House:
     async def greeted(self, token: str = SECRET, pid: int = 42) -> Trainer:
         trainer = await self.connect()
         trainer.send({"type": "hello", "version": 1, "token": token, "pid": pid})
-        assert await trainer.receive() == {"type": "welcome", "version": 1, "sections": True}
+        assert await trainer.receive() == WELCOME
         assert (await self.message())[1] == TrainerHello(pid)
         return trainer
 
@@ -115,11 +117,13 @@ async def test_the_conversation(house: House) -> None:
     )
     trainer.send({"type": "milestone", "name": "imports", "unix_ms": 1790000000000})
     trainer.send({"type": "checkpoint", "id": 7, "path": path, "step": 120})
-    assert [await house.message() for _ in range(4)] == [
+    trainer.send({"type": "checkpoint", "id": 8, "path": path, "step": 130, "parts": 1024})
+    assert [await house.message() for _ in range(5)] == [
         ("1.1", TrainerProgress(1, None, ())),
         ("1.1", TrainerProgress(2, 9, (("loss", 1.0), ("a", 0.5)))),
         ("1.1", TrainerMilestone("imports", 1790000000000)),
         ("1.1", TrainerCheckpoint(7, str(real), 120)),
+        ("1.1", TrainerCheckpoint(8, str(real), 130, 1024)),
     ]
     house.server.tell("1.1", {"type": "stored", "id": 7, "digest": "ab"})
     assert await trainer.receive() == {"type": "stored", "id": 7, "digest": "ab"}
@@ -250,6 +254,16 @@ async def test_a_bad_line_is_refused_and_reaches_nobody(
     assert await trainer.refusal() == reason
     assert house.messages == []
     await house.greeted()  # the next one is served as before
+
+
+@pytest.mark.parametrize("parts", [0, 1_025, True, "2", None])
+async def test_a_number_of_parts_that_cannot_be(house: House, parts: object) -> None:
+    path = house.staging / "ckpt"
+    path.mkdir()
+    trainer = await house.greeted()
+    trainer.send({"type": "checkpoint", "id": 1, "path": str(path), "step": 1, "parts": parts})
+    assert str(await trainer.refusal()).startswith("parts must be an integer from ")
+    assert house.messages == []
 
 
 async def test_times_of_a_newer_trainer_are_passed_over(house: House) -> None:
@@ -407,8 +421,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     await house.server.open()
     house.server.register("1.1", SECRET, str(staging))
     trainer = SlabTrainer(house.server.socket_path)
-    welcome = {"type": "welcome", "version": 1, "sections": True, "slabs": True}
-    assert await asyncio.to_thread(trainer.greet) == welcome
+    assert await asyncio.to_thread(trainer.greet) == {**WELCOME, "slabs": True}
     assert (await house.message())[1] == TrainerHello(1)
     trainer.send({"type": "slab", "bytes": 10_000})
     answer = await asyncio.to_thread(trainer.receive)
@@ -416,8 +429,8 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
     (held,) = trainer.descriptors
     inode = os.fstat(held).st_ino
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
-    named = TrainerCheckpoint(3, capture_name(inode, 8), 120)
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
+    named = TrainerCheckpoint(3, capture_name(inode, 8), 120, 2)
     assert await house.message() == ("1.1", named)
     trainer.send({"type": "slab", "bytes": 10**9})
     refusal = await asyncio.to_thread(trainer.receive)
@@ -427,7 +440,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     desk.close()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
     assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120})
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
     assert await house.message() == ("1.1", named)
     reader, writer = os.pipe()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)
@@ -447,8 +460,7 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
 
 async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:
     trainer = SlabTrainer(house.server.socket_path)
-    welcome = {"type": "welcome", "version": 1, "sections": True}
-    assert await asyncio.to_thread(trainer.greet) == welcome
+    assert await asyncio.to_thread(trainer.greet) == WELCOME
     await house.message()
     before = len(os.listdir("/proc/self/fd"))
     nothing = trainer.socket.fileno()
@@ -457,6 +469,14 @@ async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> Non
         await house.message()
     assert len(os.listdir("/proc/self/fd")) <= before + DESCRIPTORS_MAX
     trainer.socket.close()
+
+
+async def test_who_looks_for_requests_to_save_says_so_and_is_sent_one(house: House) -> None:
+    trainer = await house.greeted()
+    trainer.send({"type": "heeds_saves"})
+    assert await house.message() == ("1.1", TrainerHeedsSaves())
+    house.server.tell("1.1", {"type": "save", "reason": "n1 is being drained"})
+    assert await trainer.receive() == {"type": "save", "reason": "n1 is being drained"}
 
 
 async def test_sections_are_of_one_connection_and_end_with_it(house: House) -> None:

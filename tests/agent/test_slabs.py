@@ -15,7 +15,7 @@ import pytest
 
 from agent import slabs
 from agent.core.trainer_messages import capture_name
-from agent.ports import ChunkError
+from agent.ports import ChunkError, FoundCapture
 from agent.slabs import Granted, Slabs
 
 ATTEMPT = "7.1"
@@ -128,6 +128,9 @@ def test_a_slab_comes_back_after_a_restart_with_its_names(desk: Slabs) -> None:
         described(1, files="aaaa"),
         described(1, step="5"),
         described(1, step=None),
+        described(1, parts=0),
+        described(1, parts=1_025),
+        described(1, parts=None),
         {"sequence": 1},
     ],
 )
@@ -139,6 +142,14 @@ def test_a_header_that_makes_no_sense_is_none(desk: Slabs, document: object) -> 
     newest = desk.newest(ATTEMPT)
     assert newest is not None
     assert newest.name == desk.name(ATTEMPT, 2)
+
+
+def test_a_capture_says_of_how_many_parts_it_is_one(desk: Slabs) -> None:
+    slab = granted(desk)
+    write(slab, 0, described(1))
+    assert desk.newest(ATTEMPT) == FoundCapture(desk.name(ATTEMPT, 1), 5, 1), "an older SDK's"
+    write(slab, 1, described(2, slot=1, parts=8))
+    assert desk.newest(ATTEMPT) == FoundCapture(desk.name(ATTEMPT, 2), 5, 8)
 
 
 def test_reading_goes_on_when_the_attempt_is_released(desk: Slabs) -> None:

@@ -31,7 +31,7 @@ class MemoryJournal:
         self.attempts: dict[str, AttemptRecord] = {}
         self.spool: dict[int, AgentEvent] = {}
         self.next_sequence = 1
-        self.fences: dict[int, int] = {}
+        self.fences: dict[int, PutFence] = {}
         self.leader_epoch = 0
 
     def commit(self, records: Iterable[Record]) -> None:
@@ -44,7 +44,7 @@ class MemoryJournal:
             tuple(self.attempts.values()),
             tuple(self.spool.values()),
             self.next_sequence,
-            tuple(self.fences.items()),
+            tuple(self.fences.values()),
             self.leader_epoch,
         )
 
@@ -62,7 +62,7 @@ class MemoryJournal:
                     del self.spool[sequence]
             case PutFence():
                 self.fences.pop(record.job_id, None)  # the one raised last stands last
-                self.fences[record.job_id] = record.epoch
+                self.fences[record.job_id] = record
             case DropFence():
                 self.fences.pop(record.job_id, None)
             case PutLeaderEpoch():

@@ -10,6 +10,7 @@ a test may lose, repeat and reorder them.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from coordinator.core.launch import RestoreCandidate
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -25,7 +26,6 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     KeepCheckpoints,
-    RestoreCandidate,
     SetReplicaTarget,
     StartAttempt,
     StopAttempt,
@@ -38,9 +38,16 @@ HOST = HostFacts("box", "", 1, 64 * GIGABYTE)
 QUEUED_MAX = 40  # messages under way on one link; more are as good as a cut
 
 
+def numbers(attempt: str) -> tuple[int, int, int]:
+    """Job, epoch and rank of an attempt's id."""
+    job_id, epoch, *rank = (int(part) for part in attempt.split("."))
+    return job_id, epoch, rank[0] if rank else 0
+
+
 @dataclass
 class Run:
-    """A process on a model node, or what is left to report of it."""
+    """A process on a model node, or what is left to report of it. `unanswered` are proposals, with
+    the parent of each."""
 
     attempt: str
     spec: JobSpec
@@ -53,6 +60,7 @@ class Run:
     stopping: bool = False
     last_sequence: int = 0
     saves: int = 0
+    unanswered: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +73,7 @@ class FakeNode:
     session: int | None = None
     welcomed: bool = False
     runs: dict[str, Run] = field(default_factory=dict)
-    fences: dict[int, int] = field(default_factory=dict)
+    fences: dict[tuple[int, int], int] = field(default_factory=dict)
     disk: dict[str, bool] = field(default_factory=dict)  # digest -> arrived since the last sweep
     spool: list[AgentEvent] = field(default_factory=list)
     sequence: int = 0
@@ -140,7 +148,9 @@ class FakeNode:
         if copied_to is not None:
             copied_to.disk[digest] = True
             replicas = (self.name, copied_to.name)
-        body = CheckpointProposed(digest, parent, run.step, GIGABYTE, replicas)
+        several = run.spec.ranks if run.spec.ranks > 1 else 0
+        run.unanswered[digest] = parent
+        body = CheckpointProposed(digest, parent, run.step, GIGABYTE, replicas, several)
         self.report(run.attempt, body)
 
     # --- orders -----------------------------------------------------------------------------------
@@ -161,11 +171,7 @@ class FakeNode:
             case SetReplicaTarget() if order.attempt in self.runs:
                 self.runs[order.attempt].target = order.target.node if order.target else ""
             case CommitResult() if order.attempt in self.runs:
-                run = self.runs[order.attempt]
-                if order.accepted:
-                    run.committed = order.digest
-                else:
-                    run.head = run.committed
+                self._answered(self.runs[order.attempt], order)
             case KeepCheckpoints():
                 self._keep(order)
 
@@ -175,15 +181,32 @@ class FakeNode:
             if not run.live and run.last_sequence <= sequence:
                 del self.runs[run.attempt]
 
+    def _answered(self, run: Run, result: CommitResult) -> None:
+        """After a refusal the next one follows the last commit, unless a new beginning was made
+        since."""
+        rests = run.head
+        while rests != result.digest and rests in run.unanswered:
+            rests = run.unanswered[rests]
+        run.unanswered.pop(result.digest, None)
+        if result.accepted:
+            run.committed = result.digest
+        elif rests == result.digest:
+            run.head = run.committed = result.head
+
     def _start(self, order: StartAttempt, holds: Callable[[str, str], bool]) -> None:
-        job_id, epoch = (int(part) for part in order.attempt.split("."))
-        if order.attempt in self.runs or self.fences.get(job_id, 0) >= epoch:
+        job_id, epoch, rank = numbers(order.attempt)
+        newest = max((e for (job, _), e in self.fences.items() if job == job_id), default=0)
+        stopped = self.fences.get((job_id, rank), 0) >= epoch
+        if order.attempt in self.runs or stopped or newest > epoch:
             return
-        self.fences[job_id] = epoch
+        self.fences[job_id, rank] = epoch
         target = order.replica_target.node if order.replica_target else ""
         run = Run(order.attempt, order.spec, order.gpu_uuids, "", "", 0, target)
         busy = {uuid: True for other in self.living() for uuid in other.gpu_uuids}
-        twin = any(other.attempt.split(".")[0] == str(job_id) for other in self.living())
+        twin = any(
+            numbers(other.attempt)[0] == job_id and numbers(other.attempt)[1] != epoch
+            for other in self.living()
+        )
         self.runs[order.attempt] = run
         if twin or any(uuid in busy for uuid in order.gpu_uuids):
             self.end(run, AttemptRefused("still in use"))
@@ -195,8 +218,10 @@ class FakeNode:
     ) -> None:
         skipped: list[tuple[str, str]] = []
         for candidate in candidates:
-            if any(holds(source.node, candidate.digest) for source in candidate.sources):
-                self.disk[candidate.digest] = True
+            pieces = [(candidate.digest, candidate.sources)]
+            pieces += [(part.digest, part.sources) for part in candidate.parts]
+            if all(any(holds(s.node, digest) for s in sources) for digest, sources in pieces):
+                self.disk.update(dict.fromkeys([digest for digest, _ in pieces], True))
                 run.head = run.committed = candidate.digest
                 run.step = candidate.step
                 break
@@ -204,11 +229,11 @@ class FakeNode:
         self.report(run.attempt, AttemptStarted(1, run.head, run.step, tuple(skipped)))
 
     def _stop(self, order: StopAttempt) -> None:
-        job_id, epoch = (int(part) for part in order.attempt.split("."))
+        job_id, epoch, rank = numbers(order.attempt)
         run = self.runs.get(order.attempt)
         if run is None:
-            if self.fences.get(job_id, 0) < epoch:
-                self.fences[job_id] = epoch
+            if self.fences.get((job_id, rank), 0) < epoch:
+                self.fences[job_id, rank] = epoch
                 self.report(order.attempt, AttemptExited(reason="it never started here"))
         elif run.live and order.grace_ms is None:
             self.end(run, AttemptExited(signal=9))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.launch import Gang
 from coordinator.core.messages import (
     Answer,
     AppendEvent,
@@ -22,6 +23,7 @@ from coordinator.core.messages import (
     Decide,
     DropCheckpoint,
     DropJob,
+    DropPart,
     Effect,
     Event,
     EventAck,
@@ -35,6 +37,7 @@ from coordinator.core.messages import (
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
     Refusal,
     Reply,
@@ -56,13 +59,17 @@ from coordinator.core.model import (
     Node,
     NodeView,
     Snapshot,
+    WaitingPart,
 )
 from coordinator.core.state import Instant, Options
 
 UNIX_MS_AT_START = 1_790_000_000_000
 GIGABYTE = 10**9
 
-_RECORDS = (PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutNode, AppendEvent)
+_RECORDS = (
+    PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
+    AppendEvent,
+)  # fmt: skip
 
 
 @dataclass
@@ -74,6 +81,7 @@ class Disk:
     jobs: dict[int, Job] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
     checkpoints: dict[tuple[int, str], Checkpoint] = field(default_factory=dict)
+    parts: dict[tuple[int, int, str], WaitingPart] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     events: list[JobEvent] = field(default_factory=list)
 
@@ -88,6 +96,10 @@ class Disk:
                 self.checkpoints[checkpoint.job_id, checkpoint.digest] = checkpoint
             case DropCheckpoint(job_id, digest):
                 self.checkpoints.pop((job_id, digest))
+            case PutPart(part):
+                self.parts[part.job_id, part.rank, part.digest] = part
+            case DropPart(job_id, rank, digest):
+                self.parts.pop((job_id, rank, digest))
             case PutNode(node):
                 self.nodes[node.id] = node
             case AppendEvent(event):
@@ -99,6 +111,7 @@ class Disk:
         self.jobs.pop(job_id)
         self.attempts = {k: v for k, v in self.attempts.items() if v.job_id != job_id}
         self.checkpoints = {k: v for k, v in self.checkpoints.items() if v.job_id != job_id}
+        self.parts = {k: v for k, v in self.parts.items() if v.job_id != job_id}
         self.events = [event for event in self.events if event.job_id != job_id]
 
     def snapshot(self) -> Snapshot:
@@ -110,6 +123,7 @@ class Disk:
             tuple(self.attempts[key] for key in sorted(self.attempts)),
             tuple(self.checkpoints[key] for key in sorted(self.checkpoints)),
             tuple(self.nodes[key] for key in sorted(self.nodes)),
+            tuple(self.parts[key] for key in sorted(self.parts)),
         )
 
 
@@ -207,6 +221,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
     match effect:
         case PutJob() | PutAttempt() | PutCheckpoint() | DropCheckpoint() | PutNode() | DropJob():
             return f"put  {_record(effect)}"
+        case PutPart() | DropPart():
+            return f"put  {_record(effect)}"
         case AppendEvent(event):
             where = f" {event.attempt}@{event.node}" if event.attempt else ""
             return f"tell {event.job_id} {event.name}{where}: {event.message}"
@@ -239,9 +255,16 @@ def _record(record: Record) -> str:
             bad = " pinned" if kept.pinned else ""
             bad += f" bad: {kept.bad}" if kept.bad else ""
             holders = ",".join(kept.replicas) or "nowhere"
+            several = [f" + {p.digest} on {','.join(p.replicas) or 'nowhere'}" for p in kept.parts]
+            holders += "".join(several)
             return f"checkpoint {kept.job_id} {kept.digest}@{kept.step} on {holders}{bad}"
         case DropCheckpoint(job_id, digest):
             return f"drop checkpoint {job_id} {digest}"
+        case PutPart(part):
+            what = f"{part.job_id} {part.digest}@{part.step} of rank {part.rank}"
+            return f"part {what} on {','.join(part.replicas)}"
+        case DropPart(job_id, rank, digest):
+            return f"drop part {job_id} {digest} of rank {rank}"
         case PutNode(node):
             return f"node {node.id} {node.intent.value} acknowledged={node.acknowledged}"
         case DropJob(job_id):
@@ -257,14 +280,21 @@ def _order(order: object) -> str:
         case StartAttempt():
             sources = [
                 f"{c.digest}@{c.step} from {','.join(s.node for s in c.sources)}"
+                + "".join(
+                    f" + {p.digest} from {','.join(s.node for s in p.sources)}" for p in c.parts
+                )
                 for c in order.candidates
             ]
             target = f" copies to {order.replica_target.node}" if order.replica_target else ""
             gpus = f" on {','.join(order.gpu_uuids)}" if order.gpu_uuids else ""
-            return f"start {order.attempt}{gpus}; {' or '.join(sources) or 'no checkpoint'}{target}"
+            what = f"{order.attempt}{_gang(order.gang)}{gpus}"
+            return f"start {what}; {' or '.join(sources) or 'no checkpoint'}{target}"
         case StopAttempt():
             grace = "at once" if order.grace_ms is None else f"within {order.grace_ms} ms"
-            return f"stop {order.attempt} {grace}: {order.reason}"
+            first = (
+                "" if order.precopy_ms is None else f", after a pre-copy of {order.precopy_ms} ms"
+            )
+            return f"stop {order.attempt} {grace}{first}: {order.reason}"
         case SetReplicaTarget():
             target = order.target.node if order.target else "nowhere"
             return f"copies of {order.attempt} go to {target}"
@@ -276,6 +306,14 @@ def _order(order: object) -> str:
         case LeaseRenewal() | EventAck():
             return ""
     raise AssertionError(f"an order without a line: {order}")
+
+
+def _gang(gang: Gang | None) -> str:
+    if gang is None:
+        return ""
+    local = f"{gang.local_rank} of {gang.local_world_size} on {gang.nodes[gang.node_rank]}"
+    master = f"{gang.master_host}:{gang.master_port}"
+    return f" ({gang.rank} of {gang.world_size}, {local}, master {master})"
 
 
 def _answer(answer: Answer) -> str:

@@ -386,7 +386,7 @@ class AgentMachine(RuleBasedStateMachine):
         if attempt not in self.slabs or not self.processes.get(attempt):
             return  # the agent was killed meanwhile
         self.offers += 1
-        slab = int(attempt.replace(".", ""))
+        slab = list(self.gpus).index(attempt) + 1
         name = t.capture_name(slab, self.offers)
         self.captures[attempt] = (name, self.offers)
         if said:

@@ -50,19 +50,20 @@ from coordinator.core.messages import (
     Tick,
     UncordonNode,
 )
-from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobClass, JobSpec, Replication
+from coordinator.core.model import Job, JobClass, JobSpec, Replication
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
+    ATTEMPT_LIVE,
     JOB_ENDED,
     AttemptPhase,
     GpuPhase,
     JobPhase,
-    NodeIntent,
     NodePhase,
 )
-from coordinator.core.state import LiveNode, State
-from coordinator.core.validate import suits
-from tests.core.coordinator_fleet import HOST, FakeNode, Run
+from coordinator.core.state import State
+from coordinator.core.validate import refuse_fleet
+from tests.core.coordinator_checks import check_gang, places_for, takes_work
+from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
 FLEET = {"n1": "2xH100:80", "n2": "2xA100:40", "n3": "1xH100:80", "n4": ""}
@@ -71,6 +72,11 @@ TICK_MS = 500
 HEALED_TICKS_MAX = 7_200
 
 NODES = st.sampled_from(sorted(FLEET))
+# Told when the head moves though nothing was committed; what was set aside is put back at rest.
+HEAD_MOVES = (
+    *("checkpoint.skipped", "checkpoint.abandoned", "checkpoint.verified", "checkpoint.set_aside"),
+    *("job.quarantined", "job.failed", "job.cancelled"),
+)
 JOBS_MAX = 10
 JOBS = st.integers(1, JOBS_MAX)
 SPECS = st.builds(
@@ -82,6 +88,8 @@ SPECS = st.builds(
     max_restarts=st.integers(0, 2),
     replication=st.sampled_from(Replication),
     hold=st.sampled_from([False, False, False, True]),
+    ranks=st.sampled_from([1, 1, 2, 3]),
+    grace_ms=st.sampled_from([2_000, 120_000]),
 )
 
 
@@ -104,6 +112,7 @@ class Fleet(RuleBasedStateMachine):
         self.counted: dict[str, int] = {}
         self.committed: dict[str, None] = {}
         self.corrupt: dict[str, None] = {}
+        self.saved: dict[str, tuple[int, int, int]] = {}
         for node in self.nodes.values():
             self.dial(node)
             self.settle(node)
@@ -177,6 +186,10 @@ class Fleet(RuleBasedStateMachine):
         if last == JOBS_MAX:
             return
         spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else ())
+        if refuse_fleet(spec, [(HOST, node.gpus) for node in self.nodes.values()]):
+            self.ask(Submit(spec, request_id=f"r{last}"))
+            assert self.state.last_job_id == last, "accepted, and can never run"
+            return
         for _ in range(2):
             self.ask(Submit(spec, request_id=f"r{last}"))
             assert self.state.last_job_id == last + 1, "an id was used twice, or a job made twice"
@@ -230,9 +243,26 @@ class Fleet(RuleBasedStateMachine):
         if found is not None:
             node, run = found
             for _ in range(count):
-                node.save(run, self.nodes.get(run.target) if copied else None)
+                self._save(node, run, copied)
             if told:
                 self.settle(node)
+
+    @rule(index=st.integers(0, 7), count=st.integers(1, 2), copied=st.booleans())
+    def save_together(self, index: int, count: int, copied: bool) -> None:
+        """All ranks of a gang, each at its own step."""
+        found = self.run_of(index)
+        if found is not None:
+            mine = numbers(found[1].attempt)[:2]
+            for node in self.nodes.values():
+                for run in [run for run in node.living() if numbers(run.attempt)[:2] == mine]:
+                    for _ in range(count):
+                        self._save(node, run, copied)
+                self.settle(node)
+
+    def _save(self, node: FakeNode, run: Run, copied: bool) -> None:
+        node.save(run, self.nodes.get(run.target) if copied else None)
+        _, epoch, rank = numbers(run.attempt)
+        self.saved[run.head] = (epoch, rank, run.step)
 
     @rule(index=st.integers(0, 7), code=st.sampled_from([0, 1, 75, None]), told=st.booleans())
     def exit(self, index: int, code: int | None, told: bool) -> None:
@@ -298,6 +328,11 @@ class Fleet(RuleBasedStateMachine):
                 assert new.epoch == self.rig.disk.jobs[new.job_id].epoch, "a stale epoch committed"
                 assert new.parent == history.head, "two histories"
                 assert new.step >= history.head_step, "progress went back"
+                ranks = self.rig.disk.jobs[new.job_id].spec.ranks
+                for rank, piece in enumerate(new.pieces):
+                    said = self.saved[piece.digest]
+                    assert said == (new.epoch, rank, new.step), "not a common step"
+                assert len(new.pieces) == ranks, "a part is missing"
                 history.head, history.head_step = new.digest, new.step
         for node in self.rig.disk.nodes.values():
             counted = self.counted.get(node.journal_id, 0)
@@ -308,8 +343,8 @@ class Fleet(RuleBasedStateMachine):
             assert job.epoch >= history.epoch, "an epoch went back"
             history.epoch = job.epoch
             if job.head != history.head:
-                said = [(job.id, f"checkpoint.{what}") in told for what in ("skipped", "abandoned")]
-                assert any(said), f"job {job.id} lost its head and nobody was told"
+                said_so = any((job.id, name) in told for name in HEAD_MOVES)
+                assert said_so, f"job {job.id} lost its head and nobody was told"
                 assert job.head == "" or job.head in self.committed
                 history.head, history.head_step = job.head, job.head_step
 
@@ -317,16 +352,22 @@ class Fleet(RuleBasedStateMachine):
     def phases_agree(self) -> None:
         state = self.state
         for job in state.jobs.values():
-            attempt = state.current(job)
-            phase = attempt.phase if attempt is not None else AttemptPhase.LOST
-            alive = phase not in (*ATTEMPT_ENDED, AttemptPhase.UNREACHABLE)
+            gang = state.gang(job)
+            alive = any(rank.phase in ATTEMPT_LIVE for rank in gang)
             assert alive == (job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING)), job
-            if job.phase is not JobPhase.QUEUED:
-                assert phase is not AttemptPhase.UNREACHABLE, job
-            for old in state.attempts_of(job.id)[:-1]:
-                assert old.phase in ATTEMPT_ENDED, "two attempts of one job"
+            if job.phase is not JobPhase.QUEUED and not alive:
+                assert all(rank.phase in ATTEMPT_ENDED for rank in gang), job
+            for old in state.attempts_of(job.id):
+                past = old.epoch < job.epoch
+                assert not past or old.phase in ATTEMPT_ENDED, "two attempts of one job"
             good = state.good_checkpoints(job)
             assert (good[0].digest if good else "") == job.head
+
+    @invariant()
+    def a_gang_runs_whole_or_is_being_ended(self) -> None:
+        state = self.state
+        for job in state.jobs.values():
+            check_gang(state, job)
 
     @invariant()
     def no_gpu_is_promised_twice(self) -> None:
@@ -378,9 +419,12 @@ class Fleet(RuleBasedStateMachine):
             )
             if job.spec.job_class is not JobClass.GUARANTEED or blocked:
                 continue
-            nodes = [live for live in state.nodes.values() if _takes_work(live)]
-            could = any(_fits(state, live, job, disturbing=True) for live in nodes)
-            will = any(_fits(state, live, job, disturbing=False) for live in nodes)
+            nodes = [live for live in state.nodes.values() if takes_work(live)]
+            places = [
+                sum(places_for(state, live, job, disturbing) for live in nodes)
+                for disturbing in (True, False)
+            ]
+            could, will = (count >= job.spec.ranks for count in places)
             assert will or not could, f"job {job_id} waits: {state.wait_reason(job)}"
             return
 
@@ -393,6 +437,8 @@ class Fleet(RuleBasedStateMachine):
         assert theirs.attempts == ours.attempts
         assert theirs.job_attempts == ours.job_attempts
         assert theirs.last_job_id == ours.last_job_id
+        assert theirs.parts == ours.parts
+        assert sorted(theirs.finish_ms) == sorted(ours.finish_ms)
         assert (theirs.queued, theirs.ended) == (ours.queued, ours.ended)
         assert theirs.requests == ours.requests
         assert sorted(theirs.nodes) == sorted(ours.nodes)
@@ -445,30 +491,9 @@ class Fleet(RuleBasedStateMachine):
         if job.intent.value == "hold":
             self.ask(ReleaseJob(job.id))
         good = self.state.good_checkpoints(job)
-        if job.phase is JobPhase.QUEUED and good and not good[0].replicas:
+        gone = good and not all(piece.replicas for piece in good[0].pieces)
+        if job.phase is JobPhase.QUEUED and gone:
             self.ask(RequeueJob(job.id, abandon_unreachable_checkpoints=True))
-
-
-def _takes_work(live: LiveNode) -> bool:
-    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
-
-
-def _fits(state: State, live: LiveNode, job: Job, disturbing: bool) -> bool:
-    """Would the job fit if all that is stopping, and with `disturbing` all that is of a lower
-    class, were gone?"""
-    facts: list[GpuFacts] = [g.facts for g in live.gpus.values() if g.phase is GpuPhase.FREE]
-    memory_bytes, slots = live.node.host.memory_bytes, HOST.cpu_count * 4
-    for attempt_id in live.attempts:
-        attempt = state.attempts[attempt_id]
-        spec = state.jobs[attempt.job_id].spec
-        lower = CLASS_RANK[spec.job_class] > CLASS_RANK[job.spec.job_class]
-        if attempt.phase is AttemptPhase.STOPPING or (disturbing and lower):
-            facts += [live.gpus[uuid].facts for uuid in attempt.gpu_uuids]
-        else:
-            memory_bytes -= spec.memory_bytes
-            slots -= 0 if attempt.gpu_uuids else 1
-    enough = sum(1 for gpu in facts if suits(job.spec, gpu)) >= job.spec.gpus
-    return enough and memory_bytes >= job.spec.memory_bytes and (job.spec.gpus > 0 or slots > 0)
 
 
 def test_every_invariant_holds_in_every_history() -> None:

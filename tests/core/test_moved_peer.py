@@ -5,6 +5,7 @@ Liveness, found by torture: a job that requires a copy waited for ever at the ol
 
 from coordinator.core import messages as m
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.launch import PeerAddress
 from coordinator.core.model import HostFacts, JobSpec
 from coordinator.core.state import Instant, Options
 
@@ -23,4 +24,4 @@ def test_copies_follow_a_node_to_its_new_address() -> None:
     core.handle(now, m.FromAgent(2, hello("n2", "n2:1")))
     effects = core.handle(now, m.FromAgent(3, hello("n2", "n2:9")))
     told = [e.order for e in effects if isinstance(e, m.Send) and e.session == 1]
-    assert m.SetReplicaTarget("1.1", m.PeerAddress("n2", "n2:9"), False) in told
+    assert m.SetReplicaTarget("1.1", PeerAddress("n2", "n2:9"), False) in told

@@ -6,12 +6,13 @@ are drawn, and the plan is checked by counting, not by a second scheduler.
 
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
-from coordinator.core.placement import Need, Offer, Plan, Tenant, place
+from coordinator.core.placement import Need, Offer, Place, Plan, Tenant, place
 from coordinator.core.validate import suits
 from tests.core.coordinator_harness import GIGABYTE
 
@@ -22,6 +23,7 @@ SPECS = st.builds(
     gpus=st.integers(0, 4),
     gpu_types=st.sampled_from([(), ("H100",), ("A100", "H100")]),
     memory_bytes=st.sampled_from([0, 10 * GIGABYTE, 60 * GIGABYTE]),
+    ranks=st.sampled_from([1, 1, 2, 3, 5]),
 )
 
 
@@ -41,7 +43,11 @@ def _offer(draw: st.DrawFn, node: str) -> Offer:
         memory_bytes = draw(st.sampled_from([0, 20 * GIGABYTE]))
         rank, stopping = draw(st.integers(0, 2)), draw(st.booleans())
         name = f"{node}{number}.1"
-        tenants.append(Tenant(name, rank, number, tuple(taken), memory_bytes, stopping))
+        # Gangs have their ranks on several nodes, all of one class, and leave together.
+        gang = draw(st.sampled_from(["", "", "g0", "g1", "g2", "g3"]))
+        if gang:
+            rank, stopping, name = int(gang[1]) % 3, gang == "g3", f"{gang}.1.{node}{number}"
+        tenants.append(Tenant(name, rank, number, tuple(taken), memory_bytes, stopping, gang))
     held = [uuid for tenant in tenants for uuid in tenant.gpu_uuids]
     free = tuple(gpu.uuid for gpu in gpus if gpu.uuid not in held)
     return Offer(node, gpus, free, 100 * GIGABYTE, 4, tuple(tenants))
@@ -59,23 +65,27 @@ def _spec_of(needs: list[Need], job_id: int) -> JobSpec:
     return next(need.spec for need in needs if need.job_id == job_id)
 
 
+def _places(plan: Plan) -> list[tuple[int, Place]]:
+    return [(start.job_id, share) for start in plan.starts for share in start.places]
+
+
 @given(queues(), offers())
 def test_nothing_is_placed_over_capacity(needs: list[Need], fleet: list[Offer]) -> None:
     plan = place(needs, fleet)
-    given_out = Counter(uuid for start in plan.starts for uuid in start.gpu_uuids)
+    given_out = Counter(uuid for _, share in _places(plan) for uuid in share.gpu_uuids)
     assert all(count == 1 for count in given_out.values())
     for offer in fleet:
-        here = [start for start in plan.starts if start.node == offer.node]
-        specs = [_spec_of(needs, start.job_id) for start in here]
+        here = [(job_id, share) for job_id, share in _places(plan) if share.node == offer.node]
+        specs = [_spec_of(needs, job_id) for job_id, _ in here]
         memory_bytes = sum(t.memory_bytes for t in offer.tenants)
         slots = sum(1 for t in offer.tenants if not t.gpu_uuids)
         assert not here or memory_bytes + sum(s.memory_bytes for s in specs) <= offer.memory_bytes
         started = sum(1 for spec in specs if spec.gpus == 0)
         assert not started or slots + started <= offer.slots
         facts = {gpu.uuid: gpu for gpu in offer.gpus}
-        for start, spec in zip(here, specs, strict=True):
-            assert len(start.gpu_uuids) == spec.gpus
-            for uuid in start.gpu_uuids:
+        for (_, share), spec in zip(here, specs, strict=True):
+            assert len(share.gpu_uuids) == spec.gpus
+            for uuid in share.gpu_uuids:
                 assert uuid in offer.free
                 assert suits(spec, facts[uuid])
 
@@ -85,6 +95,8 @@ def test_every_job_starts_or_waits_with_numbers(needs: list[Need], fleet: list[O
     plan = place(needs, fleet)
     answered = [start.job_id for start in plan.starts] + [job_id for job_id, _ in plan.waits]
     assert sorted(answered) == sorted(need.job_id for need in needs)
+    for start in plan.starts:
+        assert len(start.places) == _spec_of(needs, start.job_id).ranks, "all ranks or none"
     for job_id, sentence in plan.waits:
         numbered = any(letter.isdigit() for letter in sentence)
         assert numbered or _spec_of(needs, job_id).gpus == 0, sentence
@@ -104,7 +116,7 @@ def test_victims_are_of_lower_classes_and_none_is_needless(
     and it must not fit."""
     tenants = {tenant.attempt: tenant for offer in fleet for tenant in offer.tenants}
     plan = place(needs, fleet)
-    displaced = Counter(displace.attempt for displace in plan.displacements)
+    displaced = Counter(tenants[displace.attempt].whole for displace in plan.displacements)
     assert all(count == 1 for count in displaced.values())
     for displace in plan.displacements:
         victim = tenants[displace.attempt]
@@ -113,19 +125,56 @@ def test_victims_are_of_lower_classes_and_none_is_needless(
     for need in needs:
         alone = place([need], fleet)
         for spared in alone.displacements:
-            assert not _fits_when_gone(need, fleet, alone, spared.attempt), spared
+            assert not _fits_when_gone(need, fleet, alone, tenants[spared.attempt].whole), spared
 
 
 def _fits_when_gone(need: Need, fleet: list[Offer], plan: Plan, spared: str) -> bool:
-    victims = [displace.attempt for displace in plan.displacements if displace.attempt != spared]
+    """On the nodes that it waits for, and of several only with others of them: one node more is
+    another choice."""
+    tenants = {tenant.attempt: tenant for offer in fleet for tenant in offer.tenants}
+    victims = [tenants[displace.attempt].whole for displace in plan.displacements]
+    left = [_without(offer, [whole for whole in victims if whole != spared]) for offer in fleet]
+    if need.spec.ranks == 1:
+        homes = [tenants[displace.attempt].whole for displace in plan.displacements]
+        left = [offer for offer in left if _home_of(fleet, homes) == offer.node]
+    return bool(place([need], left).starts)
+
+
+def _home_of(fleet: list[Offer], wholes: list[str]) -> str:
+    """The node that has all of them."""
     for offer in fleet:
-        if not any(tenant.attempt == spared for tenant in offer.tenants):
-            continue
-        gone = [t for t in offer.tenants if t.stopping or t.attempt in victims]
-        free = offer.free + tuple(uuid for tenant in gone for uuid in tenant.gpu_uuids)
-        left = tuple(tenant for tenant in offer.tenants if tenant not in gone)
-        return bool(place([need], [replace(offer, free=free, tenants=left)]).starts)
-    raise AssertionError(f"{spared} is nowhere")
+        here = [tenant.whole for tenant in offer.tenants]
+        if all(whole in here for whole in wholes):
+            return offer.node
+    raise AssertionError(f"{wholes} are nowhere together")
+
+
+def _without(offer: Offer, wholes: list[str]) -> Offer:
+    gone = [tenant for tenant in offer.tenants if tenant.stopping or tenant.whole in wholes]
+    free = offer.free + tuple(uuid for tenant in gone for uuid in tenant.gpu_uuids)
+    left = tuple(tenant for tenant in offer.tenants if tenant not in gone)
+    return replace(offer, free=free, tenants=left)
+
+
+@given(queues(), offers())
+def test_a_gang_takes_the_fewest_nodes(needs: list[Need], fleet: list[Offer]) -> None:
+    """Of the first job in an untouched fleet: no smaller set of nodes has room for all ranks."""
+    for need in needs:
+        for start in place([need], fleet).starts:
+            nodes = list(dict.fromkeys(share.node for share in start.places))
+            assert [p.node for p in start.places] == sorted(p.node for p in start.places)
+            for fewer in combinations(fleet, len(nodes) - 1):
+                assert not place([replace(need, avoid="")], fewer).starts, f"{nodes} are many"
+
+
+@given(queues(), offers())
+def test_a_gang_that_waits_fits_nowhere(needs: list[Need], fleet: list[Offer]) -> None:
+    """Counted rank by rank, as single jobs on the same nodes."""
+    for need in needs:
+        if not place([need], fleet).starts:
+            one = replace(need.spec, ranks=1)
+            singles = [Need(number, one) for number in range(need.spec.ranks)]
+            assert len(place(singles, fleet).starts) < need.spec.ranks
 
 
 @given(queues(), offers())
@@ -149,8 +198,8 @@ def _job(gpus: int, job_class: JobClass = JobClass.STANDARD) -> JobSpec:
 
 def test_a_node_with_a_copy_comes_before_the_tightest_fit() -> None:
     fleet = [_node("n1", ["H100"]), _node("n2", ["H100"] * 4)]
-    assert place([Need(1, _job(1), ("n2",))], fleet).starts[0].node == "n2"
-    assert place([Need(1, _job(1))], fleet).starts[0].node == "n1"
+    assert place([Need(1, _job(1), ("n2",))], fleet).starts[0].places[0].node == "n2"
+    assert place([Need(1, _job(1))], fleet).starts[0].places[0].node == "n1"
 
 
 def test_two_spare_victims_are_better_than_one_standard() -> None:
@@ -180,3 +229,75 @@ def test_a_long_queue_meets_a_large_fleet() -> None:
     plan = place(needs, fleet)
     assert len(plan.starts) + len(plan.waits) == 2_000
     assert len(plan.starts) > 200
+
+
+def _gang(ranks: int, job_class: JobClass = JobClass.STANDARD) -> JobSpec:
+    return JobSpec(command=("x",), gpus=1, ranks=ranks, job_class=job_class)
+
+
+def _counts(plan: Plan) -> dict[str, int]:
+    return dict(Counter(share.node for start in plan.starts for share in start.places))
+
+
+def test_a_gang_prefers_one_node_and_there_the_tightest() -> None:
+    fleet = [_node("n1", ["H100"] * 3), _node("n2", ["H100"] * 8), _node("n3", ["H100"] * 4)]
+    assert _counts(place([Need(1, _gang(4))], fleet)) == {"n3": 4}
+    assert _counts(place([Need(1, _gang(4), ("n2",))], fleet)) == {"n2": 4}
+
+
+def test_the_rest_of_a_gang_goes_where_it_fits_tightest() -> None:
+    fleet = [_node("n1", ["H100"] * 4), _node("n2", ["H100"] * 3), _node("n3", ["H100"])]
+    assert _counts(place([Need(1, _gang(5))], fleet)) == {"n1": 4, "n3": 1}
+
+
+def test_a_gang_avoids_a_node_even_if_that_takes_more_of_them() -> None:
+    fleet = [_node("n1", ["H100"] * 4), _node("n2", ["H100"] * 2), _node("n3", ["H100"] * 2)]
+    assert _counts(place([Need(1, _gang(4), avoid="n1")], fleet)) == {"n2": 2, "n3": 2}
+    assert _counts(place([Need(1, _gang(5), avoid="n1")], fleet)) == {"n1": 4, "n2": 1}
+
+
+def test_a_rank_that_is_displaced_counts_with_all_of_its_gang() -> None:
+    """One GPU of a gang of three costs three; two of two single jobs cost two."""
+    ranks = [Tenant(f"1.1.{i}", 2, 9, (f"n1-g{i}",), 0, False, "1.1") for i in range(3)]
+    singles = [Tenant(f"{i + 5}.1", 2, 1, (f"n2-g{i}",), 0, False) for i in range(2)]
+    fleet = [_node("n1", ["H100"] * 3, tuple(ranks)), _node("n2", ["H100"] * 2, tuple(singles))]
+    plan = place([Need(9, _job(2, JobClass.GUARANTEED))], fleet)
+    assert sorted(displace.attempt for displace in plan.displacements) == ["5.1", "6.1"]
+    plan = place([Need(9, _job(3, JobClass.GUARANTEED))], fleet)
+    assert [displace.attempt for displace in plan.displacements] == ["1.1.0"]
+    assert plan.waits == ((9, "1.1 has to save and leave n1 first"),)
+
+
+def test_a_gang_displaces_over_several_nodes_and_keeps_what_it_waits_for() -> None:
+    spare = [Tenant(f"{i}.1", 2, i, (f"n{i}-g0",), 0, False) for i in (1, 2, 3)]
+    fleet = [_node(f"n{i}", ["H100"], (spare[i - 1],)) for i in (1, 2, 3)]
+    needs = [Need(8, _gang(2, JobClass.GUARANTEED)), Need(9, _gang(1))]
+    plan = place(needs, fleet)
+    assert [(d.attempt, d.job_id) for d in plan.displacements] == [
+        ("3.1", 8), ("2.1", 8), ("1.1", 9),
+    ]  # fmt: skip
+    assert plan.waits[0][1] == "2.1 and 3.1 have to save and leave n2 and n3 first"
+
+
+def test_the_sentence_says_where_places_are_free() -> None:
+    fleet = [_node("n1", ["H100"] * 2), _node("n2", ["H100"])]
+    assert place([Need(1, _gang(4))], fleet).waits[0][1] == (
+        "needs 4 ranks of 1 GPU each; places for 3 are free, 2 on n1 and 1 on n2"
+    )
+    many = [_node(f"n{i}", ["H100"]) for i in range(9)]
+    assert place([Need(1, _gang(10))], many).waits[0][1] == (
+        "needs 10 ranks of 1 GPU each; places for 9 are free, 1 on n0, 1 on n1, 1 on n2, 1 on n3"
+        " and 5 on 5 more"
+    )
+
+
+def test_a_large_gang_displaces_in_a_large_fleet() -> None:
+    """Hundreds of nodes and tenants: the search looks only at rooms that have changed."""
+    fleet = []
+    for number in range(200):
+        name = f"n{number}"
+        uuids = [f"{name}-g{i}" for i in range(8)]
+        tenants = [Tenant(f"{uuid}.1", 2, number, (uuid,), 0, False) for uuid in uuids]
+        fleet.append(_node(name, ["H100"] * 8, tuple(tenants)))
+    plan = place([Need(1, _gang(1_000, JobClass.GUARANTEED))], fleet)
+    assert len(plan.displacements) == 1_000

@@ -7,21 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core import retention, validate
+from coordinator.core.checkpoint_requests import (
+    CheckpointChoice,
+    FindCheckpoint,
+    ListCheckpoints,
+    PinCheckpoint,
+    UnpinCheckpoint,
+)
 from coordinator.core.checkpoints import DIGESTS_MAX
 from coordinator.core.messages import (
     AgentEvent,
     AttemptExited,
     AttemptStarted,
-    CheckpointChoice,
     CheckpointPage,
     CheckpointProposed,
-    FindCheckpoint,
     FromAgent,
     Heartbeat,
     Hello,
     KeepCheckpoints,
-    ListCheckpoints,
-    PinCheckpoint,
     Refusal,
     RefusalKind,
     Reply,
@@ -30,7 +33,6 @@ from coordinator.core.messages import (
     Send,
     Submit,
     Tick,
-    UnpinCheckpoint,
 )
 from coordinator.core.model import HostFacts, JobSpec
 from coordinator.core.phases import JobPhase

@@ -115,7 +115,10 @@ class World:
             for live in state.attempts.values()
         ]
         spool = ",".join(str(sequence) for sequence in state.spool)
-        fences = ",".join(f"{job}<={epoch}" for job, epoch in state.fences.items())
+        fences = ",".join(
+            f"{fence.job_id}<={fence.epoch}" + f" ranks {_plain(fence.ranks)}" * bool(fence.ranks)
+            for fence in state.fences.values()
+        )
         return [
             *lines,
             f"spool [{spool}]",
@@ -187,7 +190,8 @@ def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
     return " ".join(
         f"{name}={_plain(value)}"
         for name, value in pairs
-        if value not in (None, "", (), [], 0) or (name, value) == ("exit_code", 0)
+        if (value not in (None, "", (), [], 0) and (name, value) != ("parts", 1))
+        or (name, value) == ("exit_code", 0)
     )
 
 
@@ -239,13 +243,15 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
             return m.FromTrainer(attempt, said)
         case "checkpoint":
             path = f"/staging/{named['path']}"
-            said_ = t.TrainerCheckpoint(int(named["id"]), path, int(named["step"]))
-            return m.FromTrainer(attempt, said_)
+            number, step, parts = (int(named.get(key, 1)) for key in ("id", "step", "parts"))
+            return m.FromTrainer(attempt, t.TrainerCheckpoint(number, path, step, parts))
         case "section":
             count, number = int(named.get("count", 1)), int(named.get("source", 1))
             return m.FromTrainer(attempt, t.TrainerSection(number, rest, count))
         case "slab":
-            return m.FromTrainer(attempt, t.TrainerSlab(1_000, 2))
+            return m.FromTrainer(attempt, t.TrainerSlab(int(named.get("size", 1_000)), 2))
+        case "heeds_saves":
+            return m.FromTrainer(attempt, t.TrainerHeedsSaves())
         case "capture":
             name = t.capture_name(1, int(named["sequence"]))
             return m.FromTrainer(
@@ -255,7 +261,7 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
             if "sequence" not in named:
                 return m.CaptureFound(attempt)
             name = t.capture_name(1, int(named["sequence"]))
-            return m.CaptureFound(attempt, name, int(named["step"]))
+            return m.CaptureFound(attempt, name, int(named["step"]), int(named.get("parts", 1)))
         case "restored":
             skipped = tuple(
                 (digest, "is damaged") for digest in filter(None, [named.get("skipped")])
@@ -274,7 +280,8 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
                 v.ProcessExit(attempt, int(code) if code else None, int(signal) if signal else None)
             )
         case "stored":
-            return m.StoreDone(attempt, v.StoredCheckpoint(rest, int(named["step"]), 1_000, 10))
+            size, new = int(named.get("size", 1_000)), int(named.get("new", 10))
+            return m.StoreDone(attempt, v.StoredCheckpoint(rest, int(named["step"]), size, new))
         case "store_failed":
             return m.StoreFailed(attempt, rest)
         case "replicated":
@@ -302,8 +309,13 @@ def _order(verb: str, plain: list[str], named: dict[str, str]) -> m.Order:
         case "start":
             return _start(plain, named)
         case "stop":
-            grace = named.get("grace")
-            return m.StopAttempt(plain[0], int(grace) if grace else None, " ".join(plain[1:]))
+            grace, precopy = named.get("grace"), named.get("precopy")
+            return m.StopAttempt(
+                plain[0],
+                int(grace) if grace else None,
+                " ".join(plain[1:]),
+                int(precopy) if precopy else None,
+            )
         case "target":
             target = None if plain[1] == "none" else source(plain[1])
             return m.SetReplicaTarget(plain[0], target, "required" in plain)
@@ -339,4 +351,18 @@ def _start(plain: list[str], named: dict[str, str]) -> m.StartAttempt:
         candidates,
         source(named["target"]) if "target" in named else None,
         int(named.get("restarts", 0)),
+        _gang(named["gang"], named["gpus"]) if "gang" in named else None,
     )
+
+
+def _gang(ranks: str, gpus: str) -> v.Gang:
+    """`gang=RANK/WORLD:LOCAL/LOCAL_WORLD`, on as many nodes as that makes; here is n1. The GPUs of
+    the node's other ranks are called as the first of this one's is, with their local rank."""
+    (rank, world), (local, local_world) = (pair.split("/") for pair in ranks.split(":"))
+    nodes = int(world) // int(local_world)
+    own = gpus.split(",")
+    uuids = (f"{own[0][:-1]}{letter}" for letter in "abcdefgh"[: int(local_world) * len(own)])
+    return v.Gang(
+        int(rank), int(world), int(local), int(local_world), int(rank) // int(local_world),
+        tuple(f"n{number + 1}" for number in range(nodes)), "n1.example", 20_123, tuple(uuids),
+    )  # fmt: skip

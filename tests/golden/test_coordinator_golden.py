@@ -12,11 +12,12 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
     beat n1 [runs=1.1] [at=1.1@20]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
+                                        [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
     milestone 1.1 name=load             (all of these: node=n2 seq=7 to speak out of turn)
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
-           keep=2
+           keep=2 ranks=4
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
@@ -34,6 +35,12 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.core.checkpoint_requests import (
+    CheckpointChoice,
+    ListCheckpoints,
+    PinCheckpoint,
+    UnpinCheckpoint,
+)
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -43,7 +50,6 @@ from coordinator.core.messages import (
     AttemptRefused,
     AttemptStarted,
     CancelJob,
-    CheckpointChoice,
     CheckpointProposed,
     CordonNode,
     DrainNode,
@@ -57,10 +63,8 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     HoldJob,
-    ListCheckpoints,
     ListJobs,
     ListNodes,
-    PinCheckpoint,
     ReleaseJob,
     Request,
     RequestBody,
@@ -69,7 +73,6 @@ from coordinator.core.messages import (
     Submit,
     Tick,
     UncordonNode,
-    UnpinCheckpoint,
 )
 from coordinator.core.model import (
     GpuFacts,
@@ -251,6 +254,7 @@ def _spec(words: Words) -> JobSpec:
         replication=Replication(words.get("replication", "automatic")),
         hold="hold" in words,
         keep_checkpoints=int(words.get("keep", 3)),
+        ranks=int(words.get("ranks", 1)),
     )
 
 
@@ -274,7 +278,7 @@ def _started(words: Words) -> AttemptStarted:
 def _proposed(words: Words) -> CheckpointProposed:
     return CheckpointProposed(
         words["digest"], words.get("parent", ""), int(words["step"]), GIGABYTE,
-        _listed(words["replicas"]),
+        _listed(words["replicas"]), int(words.get("parts", 0)),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from coordinator import checkpoint_rpc
 from coordinator.core import messages as m
+from coordinator.core.checkpoint_requests import FindCheckpoint
 from coordinator.core.model import (
     SHARED,
     Checkpoint,
@@ -25,6 +26,7 @@ from coordinator.core.model import (
     HostFacts,
     Node,
     NodeView,
+    Part,
 )
 from coordinator.core.phases import NodePhase
 from protos.baton.v1 import checkpoints_pb2 as pb
@@ -49,12 +51,13 @@ class Agent:
     mixes_up: str = ""
     manifest: bytes = MANIFEST
     wait: asyncio.Event | None = None
+    lies: bool = False
     asked: list[int] = field(default_factory=list)
 
     async def get_manifest(
         self, request: peer_pb2.GetManifestRequest, context: Context
     ) -> peer_pb2.GetManifestResponse:
-        assert request.digest == DIGEST
+        assert request.digest == blake3(self.manifest).hexdigest() or self.lies
         if self.wait is not None:
             await self.wait.wait()
         return peer_pb2.GetManifestResponse(data=self.manifest)
@@ -80,14 +83,15 @@ class World:
 
     nodes: list[NodeView] = field(default_factory=list)
     holders: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
     servers: list[grpc.aio.Server] = field(default_factory=list)
     stub: Any = None
 
     async def ask(self, context: object, body: m.RequestBody) -> m.Answer:
         if isinstance(body, m.ListNodes):
             return m.NodePage(tuple(self.nodes))
-        assert isinstance(body, m.FindCheckpoint)
-        kept = Checkpoint(body.job_id, DIGEST, "", 1, 10, 1, self.holders, 0)
+        assert isinstance(body, FindCheckpoint)
+        kept = Checkpoint(body.job_id, DIGEST, "", 1, 10, 1, self.holders, 0, parts=self.parts)
         return m.CheckpointPage((CheckpointView(kept),))
 
     async def serve(self, add: Callable[[grpc.aio.Server], object]) -> str:
@@ -176,7 +180,7 @@ async def test_when_nobody_has_it_every_answer_is_told(world: World) -> None:
 @pytest.mark.parametrize("manifest", [b"[]", b'{"files": [{"chunks": [["%064x", 7]]}]}' % 999])
 async def test_another_manifest_is_the_nodes_fault(manifest: bytes, world: World) -> None:
     """One with sense would make every other holder deny what it names."""
-    await world.join("n1", Agent(manifest=manifest))
+    await world.join("n1", Agent(manifest=manifest, lies=True))
     await world.join("n2", Agent())
     assert await world.read() == WHOLE
 
@@ -255,6 +259,25 @@ async def test_lost_nodes_are_not_asked_and_the_shared_directory_cannot_be(world
         await world.read()
     world.holders = ()
     with pytest.raises(grpc.aio.AioRpcError, match="lies on no node any more"):
+        await world.read()
+
+
+async def test_the_parts_of_all_ranks_come_one_after_the_other(world: World) -> None:
+    """From whoever holds each; one that nobody within reach holds is named before any is sent."""
+    other = MANIFEST.replace(b"}", b" }")
+    digest = blake3(other).hexdigest()
+    await world.join("n1", Agent())
+    await world.join("n2", Agent(manifest=other))
+    world.holders, world.parts = ("n1",), (Part(digest, 1, ("n2",)),)
+    call = world.stub.ReadCheckpoint(pb.ReadCheckpointRequest(job_id=1))
+    async with asyncio.timeout(DEADLINE_S):
+        said = [r.manifest.digest or r.chunk.digest async for r in call]
+    assert [name for name in said if name in (DIGEST, digest)] == [DIGEST, digest]
+    each = list(dict.fromkeys(CHUNKS))
+    assert list(dict.fromkeys(said[: said.index(digest)])) == [DIGEST, *each]
+    assert list(dict.fromkeys(said[said.index(digest) :])) == [digest, *each]
+    world.parts = (Part(digest, 1, ("n3",)),)
+    with pytest.raises(grpc.aio.AioRpcError, match=r"rank 1's part of checkpoint .* lies on n3"):
         await world.read()
 
 

@@ -12,7 +12,6 @@ checkpoint.
 
 import asyncio
 import contextlib
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,25 +39,19 @@ from agent.core.values import (
     HostSample,
     Launch,
     ProcessExit,
-    ReplicaSource,
-    RestoreCandidate,
-    Restored,
     Sample,
-    StoredCheckpoint,
 )
 from agent.journal import decode_event, encode_event
 from agent.ports import (
     CapturedFile,
-    CaptureSource,
     ChunkError,
     FoundCapture,
     JournalUnavailable,
     StartError,
 )
 from tests.sim.checkers import Checkers, Content
+from tests.sim.gang import Gang
 from tests.sim.trainer import Slab, Trainer
-
-COLLECT_GRACE_MS = 60_000  # as in the real store, younger checkpoints are never collected
 
 
 @dataclass(slots=True)
@@ -78,7 +71,7 @@ class Disk:
     journal_id: str
     attempts: dict[str, bytes] = field(default_factory=dict)
     spool: dict[int, str] = field(default_factory=dict)
-    fences: dict[int, int] = field(default_factory=dict)
+    fences: dict[int, PutFence] = field(default_factory=dict)
     next_sequence: int = 1
     leader_epoch: int = 0
     copies: dict[str, Copy] = field(default_factory=dict)
@@ -99,6 +92,10 @@ class Surroundings(Protocol):
     async def pause_ms(self, low_ms: int, high_ms: int) -> None: ...
     def trace(self, line: str) -> None: ...
     def fired(self, kind: str) -> None: ...
+    def gang(self, job_id: int, epoch: int, world_size: int) -> Gang:
+        """Where the ranks of this try meet."""
+        ...
+
     def peer(self, here: str, there: str) -> "Box | None":
         """That box, if its agent answers this one."""
         ...
@@ -154,6 +151,13 @@ class Box:
         return HostFacts(self.name, boot, 16, 256_000_000_000, "580.65", "0.1.0")
 
 
+def _restored_part(disk: Disk, launch: Launch) -> Content | None:
+    """Of what lies in the attempt's restore directory, the rank's own part, or else the whole."""
+    directory = f"/attempts/{launch.attempt_id}/restore"
+    rank = dict(launch.environment)["RANK"]
+    return disk.staging.get(f"{directory}/{rank}", disk.staging.get(f"{directory}/0"))
+
+
 class SimProbe:
     """GPUs that feel nothing."""
 
@@ -207,7 +211,7 @@ class SimJournal:
             tuple(msgspec.json.decode(text, type=AttemptRecord) for text in disk.attempts.values()),
             tuple(decode_event(disk.spool[sequence]) for sequence in sorted(disk.spool)),
             disk.next_sequence,
-            tuple(disk.fences.items()),
+            tuple(disk.fences.values()),
             disk.leader_epoch,
         )
 
@@ -238,7 +242,7 @@ class SimJournal:
                     del disk.spool[sequence]
             case PutFence():
                 disk.fences.pop(record.job_id, None)
-                disk.fences[record.job_id] = record.epoch
+                disk.fences[record.job_id] = record
             case DropFence():
                 disk.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
@@ -275,7 +279,7 @@ class SimProcesses:
             raise StartError(f"attempt {attempt_id} has already run on this node")
         if attempt_id not in disk.unsettled:
             disk.unsettled[attempt_id] = None
-            restored = disk.staging.get(f"/attempts/{attempt_id}/restore")
+            restored = _restored_part(disk, launch)
             trainer = Trainer(box, launch, restored)
             box.trainers[attempt_id] = trainer
             box.around.checkers.process_started(box.name, trainer, box.trainers)
@@ -350,7 +354,7 @@ class SimSlabs:
         if slab is None or not slab.captures:
             return None
         name, content = list(slab.captures.items())[-1]
-        return FoundCapture(name, content.step)
+        return FoundCapture(name, content.step, slab.parts)
 
     @contextlib.contextmanager
     def reading(self, attempt_id: str, name: str) -> Iterator["SimSource"]:
@@ -376,112 +380,9 @@ class SimSource:
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         raise AssertionError("the simulation's captures have no bytes")
 
+    def read_into(self, offset_bytes: int, target: memoryview) -> None:
+        raise AssertionError("the simulation's captures have no bytes")
+
     def check(self) -> None:
         if self._name not in self._slab.captures:
             raise ChunkError(f"capture {self._name} was overwritten")
-
-
-class SimChunks:
-    """The checkpoint store: a dictionary of contents, some of them scratched."""
-
-    def __init__(self, box: Box) -> None:
-        self._box = box
-
-    async def store(
-        self, directory: str, *, job_id: int, epoch: int, step: int, parent: str
-    ) -> StoredCheckpoint:
-        around = self._box.around
-        await around.pause_ms(10, 400)
-        content = self._box.disk.staging.get(directory)
-        if content is None:
-            raise ChunkError(f"{directory} is not there")
-        return await self._keep(content, f"{job_id} {epoch} {step} {parent} {content}")
-
-    async def store_capture(
-        self, source: CaptureSource, *, job_id: int, epoch: int, step: int, parent: str
-    ) -> StoredCheckpoint:
-        assert isinstance(source, SimSource)
-        await self._box.around.pause_ms(10, 400)
-        source.check()
-        text = f"{job_id} {epoch} {step} {parent} {source.content}"
-        return await self._keep(source.content, text)
-
-    async def _keep(self, content: Content, text: str) -> StoredCheckpoint:
-        around, disk = self._box.around, self._box.disk
-        if disk.full:
-            raise ChunkError("no space left on device")
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        around.checkers.contents[digest] = content
-        disk.copies.setdefault(digest, Copy(content, 1_000_000, around.now_ms()))
-        await around.pause_ms(0, 20)
-        return StoredCheckpoint(digest, content.step, 1_000_000, 1_000_000)
-
-    async def discard(self, directory: str) -> None:
-        self._box.disk.staging.pop(directory, None)
-
-    async def replicate(self, digest: str, target: ReplicaSource) -> None:
-        around = self._box.around
-        copy = self._box.disk.copies.get(digest)
-        if copy is None or not copy.intact:
-            raise ChunkError(f"checkpoint {digest[:12]} cannot be read here")
-        await around.pause_ms(20, 800)
-        peer = around.peer(self._box.name, target.node)
-        if peer is None:
-            raise ChunkError(f"{target.node} at {target.address} does not answer")
-        if peer.disk.full:
-            raise ChunkError(f"{target.node}: no space left on device")
-        known = peer.disk.copies.get(digest)
-        if known is None or not known.intact:
-            peer.disk.copies[digest] = Copy(copy.content, copy.size_bytes, around.now_ms())
-
-    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
-        """As the real one: skipped only where everybody answered."""
-        disk = self._box.disk
-        skipped: list[tuple[str, str]] = []
-        await self._box.around.pause_ms(10, 600)
-        for candidate in candidates:
-            content = self._find(candidate)
-            if content is not None:
-                known = disk.copies.get(candidate.digest)
-                if known is None or not known.intact:
-                    now_ms = self._box.around.now_ms()
-                    disk.copies[candidate.digest] = Copy(content, 1_000_000, now_ms)
-                disk.staging[directory] = content
-                return Restored(candidate.digest, candidate.step, directory, tuple(skipped))
-            skipped.append((candidate.digest, "nobody has a good copy"))
-        return Restored("", 0, "", tuple(skipped))
-
-    def _find(self, candidate: RestoreCandidate) -> Content | None:
-        """Raises `ChunkError` when somebody who may have it did not answer."""
-        around = self._box.around
-        silent = []
-        here = self._box.disk.copies.get(candidate.digest)
-        if here is not None and here.intact:
-            return here.content
-        for source in candidate.sources:
-            if source.node == self._box.name:
-                continue
-            peer = around.peer(self._box.name, source.node)
-            if peer is None:
-                silent.append(source.node)
-                continue
-            copy = peer.disk.copies.get(candidate.digest)
-            if copy is not None and copy.intact:
-                return copy.content
-        if silent:
-            raise ChunkError(f"{candidate.digest[:12]}: no answer from {', '.join(silent)}")
-        return None
-
-    async def checkpoints(self) -> tuple[str, ...]:
-        copies = self._box.disk.copies
-        return tuple(sorted(copies, key=lambda digest: -copies[digest].stored_ms))
-
-    async def collect(self, keep: frozenset[str]) -> int:
-        copies, now_ms = self._box.disk.copies, self._box.around.now_ms()
-        await self._box.around.pause_ms(1, 20)
-        freed_bytes = 0
-        for digest, copy in list(copies.items()):
-            if digest not in keep and now_ms - copy.stored_ms > COLLECT_GRACE_MS:
-                freed_bytes += copy.size_bytes
-                del copies[digest]
-        return freed_bytes

@@ -17,12 +17,14 @@ from agent.core.messages import AgentEvent, AttemptExited
 from coordinator.core.messages import (
     DropCheckpoint,
     DropJob,
+    DropPart,
     PutAttempt,
     PutCheckpoint,
     PutJob,
+    PutPart,
     Record,
 )
-from coordinator.core.model import Attempt, Checkpoint, Job, Snapshot
+from coordinator.core.model import Attempt, Checkpoint, Job, Snapshot, attempt_id
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Content:
     """What a checkpoint holds: pieces of work as (attempt, first step, last step), oldest first."""
 
     job_id: int
+    rank: int
     step: int
     history: tuple[tuple[str, int, int], ...]
 
@@ -47,6 +50,11 @@ class Content:
         last, same = old[-1], new[len(old) - 1]
         grown = last[:2] == same[:2] and same[2] >= last[2]
         return new[: len(old) - 1] == old[:-1] and grown
+
+
+def digests(checkpoint: Checkpoint) -> list[str]:
+    """Of its parts, by rank."""
+    return [checkpoint.digest, *(part.digest for part in checkpoint.parts)]
 
 
 class Checkers:
@@ -98,6 +106,8 @@ class Checkers:
                     self._checkpoint(checkpoint)
                 case DropCheckpoint():
                     self.kept.pop((record.job_id, record.digest), None)
+                case PutPart() | DropPart():
+                    pass  # what waits for other parts is no checkpoint yet
                 case DropJob():
                     self._fail(f"job {record.job_id} was dropped in a small fleet")
         for job_id in jobs:
@@ -114,11 +124,18 @@ class Checkers:
         if job.epoch < old.epoch:
             self._fail(f"job {job.id} went from epoch {old.epoch} back to {job.epoch}")
         if job.phase is JobPhase.SUCCEEDED and old.phase is not job.phase:
-            how = self.exits.get(f"{job.id}.{job.epoch}", "nothing")
-            if how != "exit 0 signal None":
-                self._fail(f"job {job.id} succeeded though its last attempt ended with {how}")
+            for attempt_id in self._newest(job):
+                how = self.exits.get(attempt_id, "nothing")
+                if how != "exit 0 signal None":
+                    self._fail(f"job {job.id} succeeded though {attempt_id} ended with {how}")
         if job.phase is JobPhase.FAILED and job.request_id not in self.doomed:
             self._fail(f"job {job.id} has failed and could have run: {job.reason}")
+
+    @staticmethod
+    def _newest(job: Job) -> list[str]:
+        """The ids of the ranks of the job's newest try."""
+        count = job.spec.ranks
+        return [attempt_id(job.id, job.epoch, rank, count) for rank in range(count)]
 
     def _checkpoint(self, checkpoint: Checkpoint) -> None:
         self.kept[checkpoint.job_id, checkpoint.digest] = checkpoint
@@ -130,7 +147,7 @@ class Checkers:
             self._new_head(checkpoint, name, head)
         elif checkpoint.bad and not known.bad:
             given_up = checkpoint.job_id in self.abandoned
-            if self._intact(checkpoint.digest) and not given_up:
+            if all(map(self._intact, digests(checkpoint))) and not given_up:
                 self._fail(f"{name} was given up and is whole on some disk: {checkpoint.bad}")
             while head and self.checkpoints[head].bad:
                 head = self.checkpoints[head].parent
@@ -142,15 +159,23 @@ class Checkers:
             self._fail(f"{name} was committed by epoch {checkpoint.epoch}, not by {job.epoch}")
         if checkpoint.parent != head:
             self._fail(f"{name} follows {checkpoint.parent[:12]}, but the head is {head[:12]}")
-        content = self.contents[checkpoint.digest]
-        if head and not content.continues(self.contents[head]):
-            self._fail(f"{name} {content} does not continue {self.contents[head]}")
-        if content.step != checkpoint.step:
-            self._fail(f"{name} says step {checkpoint.step} and holds step {content.step}")
+        contents = [self.contents[digest] for digest in digests(checkpoint)]
+        if len(contents) not in (1, job.spec.ranks):
+            self._fail(f"{name} has {len(contents)} parts, and the job {job.spec.ranks} ranks")
+        before = digests(self.checkpoints[head]) if head else []
+        for content, earlier in zip(contents, before, strict=bool(before)):
+            if not content.continues(self.contents[earlier]):
+                self._fail(f"{name} {content} does not continue {self.contents[earlier]}")
+        for rank, content in enumerate(contents):
+            if content.step != checkpoint.step:
+                self._fail(f"{name} says step {checkpoint.step} and holds step {content.step}")
+            if content.rank != rank:
+                self._fail(f"{name} has the part of rank {content.rank} where {rank}'s belongs")
         self.heads[checkpoint.job_id] = checkpoint.digest
 
     def _settled(self, job_id: int) -> None:
-        """After a batch: one live attempt, the head where the chain ends, GPUs held once."""
+        """After a batch: one live try with all of its ranks, the head where the chain ends, GPUs
+        held once."""
         job = self.jobs[job_id]
         head = self.heads.get(job_id, "")
         forgotten = not job.head and all(
@@ -161,8 +186,11 @@ class Checkers:
         self.heads[job_id] = job.head
         live = [a for a in self.attempts.values() if a.phase not in ATTEMPT_ENDED]
         mine = [attempt for attempt in live if attempt.job_id == job_id]
-        if len(mine) > 1:
+        newest = self._newest(job) if job.epoch else []
+        if any(attempt.id not in newest for attempt in mine):
             self._fail(f"job {job_id} has attempts {[attempt.id for attempt in mine]} at once")
+        if any(known not in self.attempts for known in newest):
+            self._fail(f"not all of {newest} were put somewhere")
         for attempt in mine:
             for other in live:
                 shared = set(attempt.gpu_uuids) & set(other.gpu_uuids)
@@ -197,7 +225,7 @@ class Checkers:
         for other in trainers.values():
             if other is trainer:
                 continue
-            if other.job_id == trainer.job_id:
+            if other.job_id == trainer.job_id and other.epoch != trainer.epoch:
                 self._fail(f"{attempt_id} starts on {node} beside {other.attempt_id}")
             if set(other.gpu_uuids) & set(trainer.gpu_uuids):
                 self._fail(f"{attempt_id} starts on a GPU that {other.attempt_id} uses")

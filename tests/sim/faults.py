@@ -62,6 +62,7 @@ class Program:
     at_ms: int
     job_class: str
     gpus: int
+    ranks: int
     replication: str
     grace_ms: int
     steps: int
@@ -107,7 +108,7 @@ def program(chance: random.Random, at_ms: int) -> Program:
     return Program(
         at_ms,
         chance.choice(("guaranteed", "standard", "standard", "spare")),
-        chance.choice((0, 1, 1, 1, 2)),
+        *chance.choice(((0, 1), (1, 1), (1, 1), (1, 2), (1, 3), (2, 1), (0, 2))),
         chance.choice(("automatic", "automatic", "required", "none")),
         chance.randint(2_000, 12_000),
         steps,

@@ -24,7 +24,6 @@ from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
 from tests.sim.box import (
     Box,
-    SimChunks,
     SimJournal,
     SimProbe,
     SimProcesses,
@@ -33,6 +32,7 @@ from tests.sim.box import (
     SimWorkspace,
     Surroundings,
 )
+from tests.sim.chunks import SimChunks
 from tests.sim.link import DIAL_TIMEOUT_MS, LATENCY_MS, Air, Connection, Weather
 
 UNIX_MS = 1_790_000_000_000

@@ -21,7 +21,7 @@ from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
 from coordinator import shell as coordinator_shell
-from coordinator.core import attempts, checkpoints, nodes
+from coordinator.core import attempts, checkpoints, nodes, outcomes
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
 from coordinator.core.model import Attempt, Checkpoint, Job
@@ -146,6 +146,31 @@ def test_who_resumed_from_a_checkpoint_counts_as_a_holder_of_it() -> None:
     assert outcome.fired["scenario"] == 1
 
 
+def test_a_drained_job_sends_ahead_and_trains_on_meanwhile() -> None:
+    """To a standby that has nothing of it, since the one that had was closed; then it goes on."""
+
+    async def strike(world: World) -> None:
+        job_id, _, writer, replica = await _first_replicated(world)
+        await world.insist(cm.CordonNode(replica))
+        await world.insist(cm.DrainNode(writer))
+        async with asyncio.timeout(60):
+            moved = False
+            while not moved:
+                await asyncio.sleep(0.1)
+                moved = world.checkers.jobs[job_id].epoch == 2
+        world.fired("scenario")
+
+    lone = workload("cut", 0)
+    outcome = simulate(replace(lone, programs=lone.programs[:1]), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+    ahead = [n for n, line in enumerate(outcome.lines) if "attempt.precopy" in line]
+    moved = [n for n, line in enumerate(outcome.lines) if "attempt.accepted attempt=1.2" in line]
+    kept = [n for n, line in enumerate(outcome.lines) if "checkpoint.committed" in line]
+    assert ahead
+    assert sum(ahead[0] < number < moved[0] for number in kept) == 2, "one ahead, one at the end"
+
+
 def test_a_program_that_is_told_to_leave_does_so_with_a_full_disk() -> None:
     async def strike(world: World) -> None:
         _, _, writer, _ = await _first_replicated(world)
@@ -196,8 +221,8 @@ def test_what_agents_say_beyond_the_bound_is_lost_without_harm(
 def workload(kind: str, count: int = 3) -> Plan:
     """A plan that is about one thing."""
     program = Program(
-        at_ms=0, job_class="standard", gpus=2, replication="automatic", grace_ms=3_000, steps=30,
-        step_ms=1_000, every=4, deaf=False, doomed=False, crash_at=0,
+        at_ms=0, job_class="standard", gpus=2, ranks=1, replication="automatic", grace_ms=3_000,
+        steps=30, step_ms=1_000, every=4, deaf=False, doomed=False, crash_at=0,
     )  # fmt: skip
     faults = tuple(Fault(8_000 + 9_000 * index, kind, 15_000) for index in range(count))
     return Plan(11, 3, (program,) * 3, faults)
@@ -294,5 +319,5 @@ def test_a_job_that_nobody_tries_again_is_caught(monkeypatch: pytest.MonkeyPatch
     def forgotten(state: CoordinatorState, now: object, job: Job, reason: str) -> None:
         """It stays as it is."""
 
-    monkeypatch.setattr(attempts, "requeue", forgotten)
+    monkeypatch.setattr(outcomes, "requeue", forgotten)
     found(workload("drain", 1), "after the last fault")

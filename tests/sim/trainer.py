@@ -2,9 +2,11 @@
 
 It takes steps, hands over a checkpoint every few of them, saves and leaves with status 75 when it
 is asked to (or does not, if it is that kind), crashes where its program says so, and leaves with 0
-after its last step. Every other job has a slab, captures into it, and crashes after a capture that
-it did not live to hand over. It belongs to its box: the agent may come and go. What the SDK
-promises it keeps: it says hello on every connection and hands over again what nobody answered.
+after its last step. Every other job has a slab, captures into it, also when it is asked to ahead of
+a stop, and crashes after a capture that it did not live to hand over. It belongs to its box: the
+agent may come and go. What the SDK promises it keeps: it says hello on every connection and hands
+over again what nobody answered. A rank of a gang takes every step together with the others
+(`gang.py`), and each hands over its part.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
+    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
     TrainerMilestone,
@@ -23,6 +26,7 @@ from agent.core.trainer_messages import (
 )
 from agent.core.values import Launch, ProcessExit
 from tests.sim.checkers import Content
+from tests.sim.gang import Word
 
 if TYPE_CHECKING:
     from tests.sim.box import Box, SimTrainers
@@ -33,10 +37,11 @@ LAST_WORD_MS = 20_000  # how long it waits for its last checkpoint to be stored
 
 
 class Slab:
-    """Two slots of memory, the older capture first. A capture whose checkpoint nobody has answered
-    for is not overwritten."""
+    """Two slots of memory, the older capture first, each one of so many parts. A capture whose
+    checkpoint nobody has answered for is not overwritten."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
         self.captures: dict[str, Content] = {}
 
     def put(self, name: str, content: Content, waiting: set[str]) -> bool:
@@ -58,8 +63,10 @@ class Trainer:
         self.box = box
         self.attempt_id = launch.attempt_id
         self.job_id = int(environment["BATON_JOB_ID"])
+        self.epoch = int(environment["BATON_EPOCH"])
+        self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         self.token = environment["BATON_TOKEN"]
-        self.gpu_uuids = tuple(filter(None, environment["CUDA_VISIBLE_DEVICES"].split(",")))
+        self.gpu_uuids = _own_gpus(environment)
         self.program: dict[str, int] = json.loads(launch.arguments[1])
         self.restored = restored if "BATON_RESTORE_DIR" in environment else None
         self.step = self.restored.step if self.restored is not None else 0
@@ -67,11 +74,14 @@ class Trainer:
         self.alive = True
         self._history = self.restored.history if self.restored is not None else ()
         self._asked = asyncio.Event()
+        self._save_asked = False
         self._answered = asyncio.Event()
-        self.slab = Slab() if self.job_id % 2 else None
+        self.slab = Slab(self.world_size) if self.job_id % 2 else None
         self._last_id = 0
         self._waiting: dict[int, TrainerCheckpoint] = {}
         self._task: asyncio.Task[None] | None = None
+        self._gang = box.around.gang(self.job_id, self.epoch, self.world_size)
+        self._due = False
 
     def begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -87,6 +97,8 @@ class Trainer:
         self.alive = False
         self.box.around.trace(f"{self.box.name} trainer {self.attempt_id} ends: {why}")
         self.box.around.checkers.process_ended(self, why)
+        if self.world_size > 1:
+            self._gang.left()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
 
@@ -100,6 +112,9 @@ class Trainer:
         if kind in ("stored", "refused", "committed"):
             self._waiting.pop(int(str(number)), None)
             self._answered.set()
+        elif kind == "save":
+            assert self.slab is not None, "it never said that it looks for requests"
+            self._save_asked = True
         elif kind == "stop":
             self.ask_to_stop()
 
@@ -114,7 +129,8 @@ class Trainer:
             socket = self.box.socket
             if self.slab is not None and socket is not None and self._known(socket):
                 socket.slabs.adopt(self.attempt_id, self.slab)
-                self._say(TrainerSlab(1_000_000, SLOTS))
+                self._say(TrainerSlab(100_000_000, SLOTS))
+                self._say(TrainerHeedsSaves())
             for message in self._waiting.values():
                 self._say(message)
 
@@ -134,20 +150,32 @@ class Trainer:
             self.end(1, None)
             return
         while self.step < self.program["steps"]:
-            if self._asked.is_set():
+            try:
+                words = await self._meet()
+            except ConnectionError:
+                self.end(1, None)
+                return
+            if any(word.asked for word in words):
                 await self._leave(75)
                 return
             await self._wait(self._asked, self.program["step_ms"])
             self.step += 1
             self._say(TrainerProgress(self.step, self.program["steps"], (("loss", 1 / self.step),)))
-            if self.step == self.program.get("crash_at") and self.attempt_id.endswith(".1"):
+            if self.step == self.program.get("crash_at") and self.epoch == 1 and self.rank == 0:
                 if self.slab is not None:
                     self._capture(self.slab)
                 self.end(None, 11)
                 return
-            if self.step % self.program["every"] == 0:
+            self._due = self._due or self._save_asked or self.step % self.program["every"] == 0
+            # A rank that is not ready would fall behind, and no step would be common any more.
+            if self._due and (self.world_size == 1 or not any(word.busy for word in words)):
+                self._due = self._save_asked = False
                 self._save()
         await self._leave(0)
+
+    async def _meet(self) -> tuple[Word, ...]:
+        word = Word(self._asked.is_set(), bool(self._waiting))
+        return (word,) if self.world_size == 1 else await self._gang.meet(self.rank, word)
 
     async def _wait(self, event: asyncio.Event, limit_ms: int) -> None:
         try:
@@ -178,7 +206,7 @@ class Trainer:
             self._last_id += 1
             path = f"/attempts/{self.attempt_id}/staging/{self.step}-{self._last_id}"
             self.box.disk.staging[path] = self._content()
-        message = TrainerCheckpoint(self._last_id, path, self.step)
+        message = TrainerCheckpoint(self._last_id, path, self.step, parts=self.world_size)
         self._waiting[self._last_id] = message
         self._say(message)
 
@@ -193,4 +221,11 @@ class Trainer:
 
     def _content(self) -> Content:
         piece = (self.attempt_id, self.first_step, self.step)
-        return Content(self.job_id, self.step, (*self._history, piece))
+        return Content(self.job_id, self.rank, self.step, (*self._history, piece))
+
+
+def _own_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Ranks with one GPU each see those of all ranks on their node, as torchrun does it."""
+    visible = tuple(filter(None, environment["CUDA_VISIBLE_DEVICES"].split(",")))
+    local, count = (int(environment[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return visible[local : local + 1] if count > 1 and len(visible) == count else visible

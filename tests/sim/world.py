@@ -22,8 +22,9 @@ from coordinator.core.phases import JOB_ENDED, JobPhase, NodeIntent
 from coordinator.shell import Unavailable
 from coordinator.store.memory import MemoryDisk
 from tests.sim.box import Box
-from tests.sim.checkers import Checkers
+from tests.sim.checkers import Checkers, digests
 from tests.sim.faults import Plan, Program, program
+from tests.sim.gang import Gang
 from tests.sim.hosts import AgentHost, CoordinatorHost
 from tests.sim.link import Weather
 from tests.sim.loop import VirtualLoop
@@ -71,6 +72,7 @@ class World:
         for number in range(1, plan.nodes + 1):
             box = Box(f"n{number}", GPUS_PER_NODE, self)
             self.agents[box.name] = AgentHost(box, self, self.chance.uniform(0.98, 1.02))
+        self._gangs: dict[tuple[int, int], Gang] = {}
         self.lost_replies = 0
         self._requests = 0
 
@@ -87,6 +89,9 @@ class World:
 
     def fired(self, kind: str) -> None:
         self.counts[kind] += 1
+
+    def gang(self, job_id: int, epoch: int, world_size: int) -> Gang:
+        return self._gangs.setdefault((job_id, epoch), Gang(world_size, self.chance))
 
     def peer(self, here: str, there: str) -> Box | None:
         agent = self.agents.get(there)
@@ -143,11 +148,18 @@ class World:
             self.checkers.doomed[request_id] = None
         body = cm.Submit(specify(wanted, request_id), request_id)
         answer = await self.insist(body)
+        while not isinstance(answer, cm.Submitted) and not self._fleet_is_whole():
+            await self.pause_ms(200, 2_000)  # a gang may be more than the nodes that have joined
+            answer = await self.insist(body)
         if not isinstance(answer, cm.Submitted):
             self.fail(f"{request_id} was refused: {answer}")
             return
         self.trace(f"user {request_id} is job {answer.job_id}")
         self.checkers.submitted(request_id, answer.job_id)
+
+    def _fleet_is_whole(self) -> bool:
+        core = self.coordinator.core
+        return core is not None and len(core.state.nodes) == len(self.agents)
 
     async def _submit_at(self, wanted: Program) -> None:
         await asyncio.sleep(wanted.at_ms / 1000)
@@ -237,7 +249,7 @@ class World:
         """A checkpoint that lay only on a box that never comes back: its owner is told what to
         do."""
         head = self.checkers.heads.get(job_id, "")
-        if head and not self.intact(head):
+        if head and not all(map(self.intact, digests(self.checkers.checkpoints[head]))):
             self.checkers.abandoned[job_id] = None
             answer = await self.insist(cm.RequeueJob(job_id, abandon_unreachable_checkpoints=True))
             self.trace(f"user gives up checkpoints of job {job_id}: {type(answer).__name__}")
@@ -273,6 +285,7 @@ def specify(wanted: Program, request_id: str) -> JobSpec:
         job_class=JobClass(wanted.job_class),
         command=("simulated-trainer", program_json),
         gpus=wanted.gpus,
+        ranks=wanted.ranks,
         grace_ms=wanted.grace_ms,
         max_restarts=1_000,
         replication=Replication(wanted.replication),

@@ -17,13 +17,15 @@ from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
     DropJob,
+    DropPart,
     PutAttempt,
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
 )
-from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node
+from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
 
 Value = TypeVar("Value")
 
@@ -38,6 +40,7 @@ _FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 _JOB_IDS = st.integers(1, 3)
 _EPOCHS = st.integers(1, 3)
 _SEQUENCES = st.integers(1, 5)
+_RANKS = st.integers(0, 2)
 _DIGESTS = st.sampled_from(["aa" * 32, "bb" * 32])
 _NODES = st.sampled_from(["n1", "n10", "n2", "é"])
 
@@ -76,13 +79,16 @@ def of_dataclass(
 
 
 def records() -> st.SearchStrategy[Record]:
-    attempts = of_dataclass(Attempt, job_id=_JOB_IDS, epoch=_EPOCHS)
+    attempts = of_dataclass(Attempt, job_id=_JOB_IDS, epoch=_EPOCHS, rank=_RANKS)
     checkpoints = of_dataclass(Checkpoint, job_id=_JOB_IDS, digest=_DIGESTS)
+    parts = of_dataclass(WaitingPart, job_id=_JOB_IDS, rank=_RANKS, digest=_DIGESTS)
     events = of_dataclass(JobEvent, job_id=_JOB_IDS, sequence=_SEQUENCES)
     return st.one_of(
         st.builds(PutJob, of_dataclass(Job, id=_JOB_IDS)),
         st.builds(PutAttempt, attempts),
         st.builds(PutCheckpoint, checkpoints),
+        st.builds(PutPart, parts),
+        st.builds(DropPart, _JOB_IDS, _RANKS, _DIGESTS),
         st.builds(PutNode, of_dataclass(Node, id=_NODES)),
         st.builds(AppendEvent, events),
         st.builds(DropCheckpoint, _JOB_IDS, _DIGESTS),

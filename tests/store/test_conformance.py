@@ -18,10 +18,12 @@ from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
     DropJob,
+    DropPart,
     PutAttempt,
     PutCheckpoint,
     PutJob,
     PutNode,
+    PutPart,
     Record,
 )
 from coordinator.core.model import (
@@ -33,6 +35,7 @@ from coordinator.core.model import (
     JobSpec,
     Node,
     Snapshot,
+    WaitingPart,
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.ports import LeaderLost, Store, StoreUnavailable
@@ -74,8 +77,9 @@ class Expected:
     def __init__(self, batches: list[list[Record]]) -> None:
         self.last_job_id = 0
         self.jobs: dict[int, Job] = {}
-        self.attempts: dict[tuple[int, int], Attempt] = {}
+        self.attempts: dict[tuple[int, tuple[int, int]], Attempt] = {}
         self.checkpoints: dict[tuple[int, str], Checkpoint] = {}
+        self.parts: dict[tuple[int, tuple[int, str]], WaitingPart] = {}
         self.nodes: dict[str, Node] = {}
         self.events: dict[tuple[int, int], JobEvent] = {}
         for batch in batches:
@@ -87,10 +91,16 @@ class Expected:
             self.jobs[record.job.id] = record.job
             self.last_job_id = max(self.last_job_id, record.job.id)
         elif isinstance(record, PutAttempt):
-            self.attempts[record.attempt.job_id, record.attempt.epoch] = record.attempt
+            attempt = record.attempt
+            self.attempts[attempt.job_id, (attempt.epoch, attempt.rank)] = attempt
         elif isinstance(record, PutCheckpoint):
             checkpoint = record.checkpoint
             self.checkpoints[checkpoint.job_id, checkpoint.digest] = checkpoint
+        elif isinstance(record, PutPart):
+            part = record.part
+            self.parts[part.job_id, (part.rank, part.digest)] = part
+        elif isinstance(record, DropPart):
+            self.parts.pop((record.job_id, (record.rank, record.digest)), None)
         elif isinstance(record, PutNode):
             self.nodes[record.node.id] = record.node
         elif isinstance(record, AppendEvent):
@@ -100,6 +110,7 @@ class Expected:
         else:
             self.jobs.pop(record.job_id, None)
             self.attempts = without(self.attempts, record.job_id)
+            self.parts = without(self.parts, record.job_id)
             self.checkpoints = without(self.checkpoints, record.job_id)
             self.events = without(self.events, record.job_id)
 
@@ -113,6 +124,12 @@ class Expected:
                 sorted(self.checkpoints.values(), key=lambda c: (c.job_id, c.step, c.digest))
             ),
             nodes=tuple(self.nodes[key] for key in sorted(self.nodes)),
+            parts=tuple(
+                sorted(
+                    self.parts.values(),
+                    key=lambda part: (part.job_id, part.sequence, part.rank, part.digest),
+                )
+            ),
         )
 
     def history(self, job_id: int) -> list[JobEvent]:

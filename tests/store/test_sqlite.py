@@ -17,7 +17,9 @@ from random import Random
 
 import pytest
 
-from coordinator.core.messages import AppendEvent, PutJob, Record
+from coordinator.core.messages import AppendEvent, PutAttempt, PutJob, Record
+from coordinator.core.model import Attempt
+from coordinator.core.phases import AttemptPhase
 from coordinator.ports import StoreUnavailable
 from coordinator.store.queries import load_queries
 from coordinator.store.schema import load_migrations, read_migration
@@ -188,7 +190,7 @@ async def test_nobody_becomes_leader_between_the_check_and_the_records(path: Pat
 
 
 async def test_the_lock_is_given_back_by_closing_and_by_a_refused_open(path: Path) -> None:
-    tomorrow = read_migration("0002.pre.more.sql", "-- Since 9.9.9: more.\nSELECT nonsense;\n")
+    tomorrow = read_migration("0009.pre.more.sql", "-- Since 9.9.9: more.\nSELECT nonsense;\n")
     first = SqliteStore(path, migrations=[*load_migrations(), tomorrow])
     with pytest.raises(sqlite3.OperationalError, match="nonsense"):
         await first.open()
@@ -230,10 +232,10 @@ INSERT INTO more (a) VALUES ('once');
 async def test_a_new_migration_is_applied_once_and_whole(path: Path) -> None:
     known = load_migrations()
     await write_all(SqliteWorld(path), [PutJob(job(1))])
-    broken = read_migration("0002.pre.more.sql", MORE.replace("INTO more", "INTO nowhere"))
+    broken = read_migration("0009.pre.more.sql", MORE.replace("INTO more", "INTO nowhere"))
     with pytest.raises(sqlite3.OperationalError, match="nowhere"):
         await SqliteStore(path, migrations=[*known, broken]).open()
-    whole = read_migration("0002.pre.more.sql", MORE)
+    whole = read_migration("0009.pre.more.sql", MORE)
     for epoch in (2, 3):
         store = SqliteStore(path, migrations=[*known, whole])
         found = await store.open()
@@ -244,20 +246,33 @@ async def test_a_new_migration_is_applied_once_and_whole(path: Path) -> None:
 
 
 async def test_a_database_of_a_newer_version_is_refused(path: Path) -> None:
-    newer = read_migration("0002.post.less.sql", "-- Since 9.9.9: less.\nSELECT 1;\n")
+    newer = read_migration("0009.post.less.sql", "-- Since 9.9.9: less.\nSELECT 1;\n")
     store = SqliteStore(path, migrations=[*load_migrations(), newer])
     await store.open()
     await store.close()
-    with pytest.raises(StoreUnavailable, match=r"0002\.post\.less\.sql.* 9\.9\.9 or newer"):
+    with pytest.raises(StoreUnavailable, match=r"0009\.post\.less\.sql.* 9\.9\.9 or newer"):
         await SqliteStore(path).open()
+
+
+async def test_the_version_before_reads_one_row_a_try(path: Path) -> None:
+    """Its own tables hold rank 0 of a gang and nothing twice, so that it can be rolled back to."""
+    ranks = [
+        Attempt(1, 1, f"n{rank}", (), AttemptPhase.RUNNING, 5, rank=rank, ranks=3)
+        for rank in range(3)
+    ]
+    await write_all(SqliteWorld(path), [PutJob(job(1)), *map(PutAttempt, ranks)])
+    with writing_by_hand(path) as shell:
+        assert shell.execute("SELECT epoch, node FROM attempts").fetchall() == [(1, "n0")]
+        assert shell.execute("SELECT attempt_rank FROM ranks").fetchall() == [(1,), (2,)]
+    assert (await read_all(SqliteWorld(path))).attempts == tuple(ranks)
 
 
 async def test_an_edited_migration_is_refused(path: Path) -> None:
     await write_all(SqliteWorld(path), [PutJob(job(1))])
-    (known,) = load_migrations()
+    known, *rest = load_migrations()
     edited = read_migration(known.name, known.text + "CREATE TABLE more (a TEXT);\n")
     with pytest.raises(StoreUnavailable, match="was edited after it was applied"):
-        await SqliteStore(path, migrations=[edited]).open()
+        await SqliteStore(path, migrations=[edited, *rest]).open()
     assert (await read_all(SqliteWorld(path))).leader_epoch == 2
 
 

@@ -39,6 +39,8 @@ class FakeAgent:
         self.slabs = slabs
         self.sections = True
         """Whether it knows of sections; a test that wants an older agent says no."""
+        self.saves = True
+        """Whether it knows of requests to save."""
         self.path = path
         self.stores = stores
         self.token = "secret"
@@ -128,6 +130,7 @@ class FakeAgent:
                 assert message["token"] == self.token
                 known = b"" if self.slabs is None else b',"slabs":true'
                 known += b',"sections":true' if self.sections else b""
+                known += b',"saves":true' if self.saves else b""
                 connection.sendall(b'{"type":"welcome","version":1%b}\n' % known)
             if message["type"] == "slab" and not message.get("offered") and self.slabs is not None:
                 self._grant(connection, self.slabs, message["bytes"])

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import baton_sdk
-from trainers import adapters, checkpoint, loop
+from trainers import adapters, checkpoint, loop, ranks
 from trainers.causal import CausalTextTask
 from trainers.classify import Classifier, ClassifyTask, make_head
 from trainers.configuration import LoopOptions
@@ -44,6 +44,7 @@ class Around:
         self.higher_is_better = inner.higher_is_better
         self.evaluation_batch = inner.evaluation_batch
         self.identity = inner.identity
+        self.delivers = inner.delivers
 
     def batch(self, samples: Sequence[int]) -> Any:
         return self.inner.batch(samples)
@@ -51,8 +52,8 @@ class Around:
     def loss(self, batch: Any) -> torch.Tensor:
         return self.inner.loss(batch)
 
-    def evaluate(self, device: torch.device) -> dict[str, float]:
-        return self.inner.evaluate(device)
+    def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
+        return self.inner.evaluate(device, world)
 
     def deliver(self) -> None:
         self.inner.deliver()

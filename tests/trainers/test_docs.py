@@ -9,6 +9,9 @@ import os
 import re
 import runpy
 import signal
+import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +31,8 @@ BLOCK = re.compile(r"^```(python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.
 BLOCKS = {name: text for _, name, text in BLOCK.findall(DOCUMENT.read_text("utf-8"))}
 LINES_MAX = 5
 STEPS = 300
+SEVERAL_STEPS = 1000
+RANKS_S_MAX = 50
 
 
 @pytest.fixture
@@ -104,6 +109,58 @@ def test_the_plain_program_runs_outside_baton(tmp_path: Path) -> None:
     assert runpy.run_path(str(tmp_path / "plain.py"))["step"] == STEPS
 
 
+def run_several(agents: list[FakeAgent], directory: Path, restored: str = "") -> list[int]:
+    """The program of several ranks, as processes of their own; the second is asked to stop as soon
+    as it comes up, unless there is something to resume from."""
+    directory.mkdir()
+    (directory / "several.py").write_text(BLOCKS["several.py"], "utf-8")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, agent in enumerate(agents):
+        staging = directory / f"staging-{rank}"
+        staging.mkdir()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(DOCUMENT.parents[1] / "trainers" / "sdk"),
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(len(agents)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "BATON_SOCKET": str(agent.path),
+            "BATON_TOKEN": agent.token,
+            "BATON_STAGING_DIR": str(staging),
+            "BATON_RESTORE_DIR": restored,
+        }
+        command = [sys.executable, str(directory / "several.py")]
+        processes.append(subprocess.Popen(command, env=environment))
+    try:
+        if not restored:
+            agents[1].expect("hello")
+            agents[1].send(type="stop", reason="preempted", grace_ms=60_000)
+        return [process.wait(RANKS_S_MAX) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_the_program_of_several_ranks_stops_and_goes_on_together(tmp_path: Path) -> None:
+    agents = [FakeAgent(tmp_path / f"socket-{rank}", stores=True) for rank in range(2)]
+    for agent in agents:
+        agent.start()
+    assert run_several(agents, tmp_path / "first") == [baton_sdk.EXIT_RUN_AGAIN] * 2
+    stopped = agents[0].expect("checkpoint")
+    assert 0 < stopped["step"] < SEVERAL_STEPS
+    assert run_several(agents, tmp_path / "second", stopped["path"]) == [0, 0]
+    assert steps(agents[0].checkpoints(SEVERAL_STEPS))[-1] == SEVERAL_STEPS
+    assert not [message for message in agents[1].rest() if message["type"] == "checkpoint"]
+    for agent in agents:
+        agent.stop()
+
+
 def test_the_lightning_program_is_python() -> None:
     compile(BLOCKS["with_lightning.py"], "with_lightning.py", "exec")
 
@@ -122,5 +179,6 @@ def test_the_configurations_are_right(name: str, kind: type[configuration.LoopOp
 
 
 def test_every_block_is_looked_at() -> None:
-    used = {"plain.py", "with_lightning.py", "transfer.toml", "finetune.toml", "lora.toml"}
+    used = {"plain.py", "with_lightning.py", "several.py"}
+    used |= {"transfer.toml", "finetune.toml", "lora.toml"}
     assert set(BLOCKS) == used

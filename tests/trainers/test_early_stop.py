@@ -12,7 +12,7 @@ import torch
 
 import baton_sdk
 from tests.trainers import tasks
-from trainers import loop
+from trainers import loop, ranks
 from trainers.best import Best
 
 OPTIONS = replace(tasks.OPTIONS, steps=12, evaluate_every=2, early_stop_patience=2)
@@ -26,7 +26,7 @@ class Told(tasks.Around):
         self.higher_is_better = higher
         self.figures = iter(figures)
 
-    def evaluate(self, device: torch.device) -> dict[str, float]:
+    def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
         return {self.metric: next(self.figures)}
 
 

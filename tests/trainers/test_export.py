@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from tests.trainers import tasks
-from trainers import causal, checkpoint, exactness, export, extra, loop, manifest, weights
+from trainers import causal, checkpoint, export, extra, loop, weights
 from trainers.configuration import ConfigurationError
 from trainers.finetune import FinetuneOptions
 
@@ -258,37 +258,3 @@ def test_the_program_without_torch_says_what_to_do(
     arguments = ["--weights", str(tmp_path), "--format", "dcp", "--to", str(tmp_path / "made")]
     assert export.main(arguments) == 1
     assert "install gpu-baton[trainers] there" in capsys.readouterr().err
-
-
-def test_what_several_ranks_wrote_is_exported_as_one(tmp_path: Path) -> None:
-    whole = {"a": torch.arange(14.0).reshape(7, 2), "b": torch.tensor(3.0), "c": torch.ones(2)}
-    source = tmp_path / "checkpoint"
-    source.mkdir()
-    held = []
-    for rank in range(3):
-        parts: dict[str, tuple[torch.Tensor, int, tuple[int, ...]]] = {}
-        for name, tensor in whole.items():
-            start, stop = manifest.split_rows(manifest.rows_of(tensor.shape), rank, 3)
-            rows = tensor[start:stop] if tensor.dim() else tensor
-            if stop > start:
-                part = "frozen" if name == "c" else "model"
-                parts[f"{part}/{name}"] = (rows, start, tuple(tensor.shape))
-        parts[f"optimizer/{rank}"] = (torch.zeros(1), 0, (1,))
-        held.append(manifest.write_shard(source, rank, parts))
-    fingerprint = exactness.current(
-        torch.device("cpu"), world_size=3, precision="float32", global_batch=4, micro_batch=4,
-        data_seed=1,
-    )  # fmt: skip
-    described = manifest.Manifest(
-        job=1, epoch=1, step=2, samples=8, parent="", world_size=3,
-        fingerprint=fingerprint, level=None,
-        tensors=manifest.merge(held), files={},
-    )  # fmt: skip
-    document = manifest.seal(described, {"format": 1})
-    (source / "state.json").write_text(json.dumps(document))
-    export.export(source, "safetensors", tmp_path / "made", about={})
-    assert_same(load_file(tmp_path / "made" / "model.safetensors"), whole)
-    document["manifest"]["step"] = 3
-    (source / "state.json").write_text(json.dumps(document))
-    with pytest.raises(weights.WeightsError, match="the manifest is altered"):
-        weights.of_checkpoint(source)

@@ -294,6 +294,22 @@ def test_a_stopped_training_goes_on_elsewhere_as_if_nothing_had_happened(
     assert losses(again) == losses(undisturbed)
 
 
+def test_a_save_ahead_of_a_stop_is_one_checkpoint_more(room: Room) -> None:
+    """Asked for in a step whose checkpoint is not due; the training goes on."""
+    trainer = make_trainer(room.directory / "output")
+
+    def asked(_args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            room.agent.send(type="save", reason="n1 is being drained")
+            session = bridge._program.session
+            assert session is not None
+            until(lambda: session._save_requested, "no request")
+
+    trainer.callback_handler.callbacks[-1].on_step_begin = asked
+    assert trainer.train().global_step == STEPS
+    assert steps(room.agent.checkpoints(STEPS)) == [2, 3, 4, 6, 8]
+
+
 def test_a_stop_at_the_last_step_lets_the_script_end(room: Room) -> None:
     trainer = make_trainer(room.directory / "output", stop_at=STEPS)
     assert trainer.train().global_step == STEPS

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
-from tests.trainers.fsdp_ranks import ANSWERS, described
-from trainers import manifest
+from trainers import exactness, manifest, ranges
+from trainers.exactness import Level
 from trainers.manifest import LogicalTensor, ManifestError, Shard
 
-RANKS_S_MAX = 250
-"""Three processes that import torch, on a busy machine."""
-
+FINGERPRINT = exactness.Fingerprint(
+    torch="2.13.0",
+    cuda="",
+    numpy="2.4.6",
+    device="a processor",
+    world_size=1,
+    precision="float32",
+    deterministic=False,
+    tf32=False,
+    threads=1,
+    global_batch=8,
+    micro_batch=8,
+    data_seed=1,
+)
 STATE = {"format": 1, "progress": {"step": 4, "rate": 0.1}, "optimizer": {"groups": []}}
 
 
@@ -38,22 +46,48 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def described(
+    tensors: Mapping[str, manifest.LogicalTensor], world_size: int = 1, rank: int | None = None
+) -> manifest.Manifest:
+    return manifest.Manifest(
+        job=12,
+        epoch=3,
+        step=4,
+        samples=32,
+        parent="ab" * 32,
+        world_size=world_size,
+        rank=rank,
+        fingerprint=replace(FINGERPRINT, world_size=world_size),
+        level=Level.E1,
+        tensors=manifest.Layout(tensors),
+        files={},
+    )
+
+
 def written(directory: Path, world_size: int) -> Path:
-    """As that many ranks write it, each its rows; the scalar by rank 0."""
-    held = []
+    """As that many ranks write it, each its rows and a generator; the scalar by rank 0."""
     for rank in range(world_size):
-        parts = {}
-        for name, tensor in tensors().items():
-            shape = tuple(tensor.shape)
-            start, stop = manifest.split_rows(manifest.rows_of(shape), rank, world_size)
-            if shape:
-                parts[name] = (tensor[start:stop], start, shape)
-            elif rank == 0:
-                parts[name] = (tensor, 0, shape)
-        held.append(manifest.write_shard(directory, rank, parts))
-    document = manifest.seal(described(manifest.merge(held), world_size), STATE)
-    (directory / manifest.FILE).write_text(json.dumps(document))
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+        places: dict[str, manifest.Place] = {}
+        for full_name, tensor in tensors().items():
+            part, _, name = full_name.partition("/")
+            start, stop = manifest.split_rows(manifest.rows_of(tensor.shape), rank, world_size)
+            if tensor.shape and (stop > start or (rank == 0 and not len(tensor))):
+                parts[part][name] = tensor[start:stop].clone()
+                places[full_name] = (start, tuple(tensor.shape))
+            elif not tensor.shape and rank == 0:
+                parts[part][name] = tensor
+        parts["random"] = {"torch_cpu": torch.tensor([rank])}
+        place = directory / ranges.name_of_part(rank)
+        place.mkdir()
+        for part, held in parts.items():
+            save_file(held, place / f"{part}.safetensors")
+        seal(place, described(manifest.layout(parts, places), world_size, rank))
     return directory
+
+
+def seal(place: Path, whole: manifest.Manifest) -> None:
+    (place / manifest.FILE).write_text(json.dumps(manifest.seal(whole, STATE)))
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -163,14 +197,14 @@ def test_any_number_of_ranks_loads_what_any_number_wrote(
     writers: int, readers: int, tmp_path: Path
 ) -> None:
     directory = written(tmp_path, writers)
-    manifest.verify(directory)
+    ranges.verify(directory)
     for name, tensor in tensors().items():
         rows = manifest.rows_of(tensor.shape)
         if not tensor.shape:
-            assert same(manifest.read_range(directory, name, 0, 1), tensor)
+            assert same(ranges.read_range(directory, name, 0, 1), tensor)
             continue
         parts = [
-            manifest.read_range(directory, name, *manifest.split_rows(rows, rank, readers))
+            ranges.read_range(directory, name, *manifest.split_rows(rows, rank, readers))
             for rank in range(readers)
         ]
         assert same(torch.cat(parts), tensor), name
@@ -181,7 +215,7 @@ def test_every_range_is_the_rows_it_names(tmp_path: Path) -> None:
     weight = tensors()["model/weight"]
     for start in range(8):
         for stop in range(start, 8):
-            rows = manifest.read_range(directory, "model/weight", start, stop)
+            rows = ranges.read_range(directory, "model/weight", start, stop)
             assert same(rows, weight[start:stop])
 
 
@@ -198,7 +232,7 @@ def test_rows_that_are_not_there_are_refused(
     name: str, start: int, stop: int, why: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ManifestError, match=why):
-        manifest.read_range(written(tmp_path, 2), name, start, stop)
+        ranges.read_range(written(tmp_path, 2), name, start, stop)
 
 
 @given(rows=st.integers(0, 500), world_size=st.integers(1, 40))
@@ -214,11 +248,11 @@ def test_ranks_that_disagree_or_leave_rows_out_are_refused() -> None:
     gap = {"w": LogicalTensor("float32", (4,), (Shard("b.safetensors", "w", 3, 4),))}
     other = {"w": LogicalTensor("float16", (4,), (Shard("b.safetensors", "w", 2, 4),))}
     with pytest.raises(ManifestError, match="missing or twice at row 2"):
-        manifest.merge([one, gap])
+        ranges.merge([one, gap])
     with pytest.raises(ManifestError, match="missing or twice at row 2"):
-        manifest.merge([one, one])
+        ranges.merge([one, one])
     with pytest.raises(ManifestError, match="disagree"):
-        manifest.merge([one, other])
+        ranges.merge([one, other])
 
 
 # --- files that are not what the manifest says ----------------------------------------------------
@@ -226,31 +260,74 @@ def test_ranks_that_disagree_or_leave_rows_out_are_refused() -> None:
 
 def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     directory = written(tmp_path, 2)
-    first, second = directory / "rank-00000.safetensors", directory / "rank-00001.safetensors"
+    first, second = (directory / f"rank-0000{rank}" / "model.safetensors" for rank in range(2))
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    with pytest.raises(ManifestError, match=r"'model/weight' in rank-00000.* is \[3, 3\]"):
-        manifest.verify(directory)
+    with pytest.raises(ManifestError, match=r"rank-00000/model.* (is \[3, 3\]|does not hold)"):
+        ranges.verify(directory)
     first.write_bytes(kept[:-1])
-    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors does not hold"):
-        manifest.verify(directory)
+    with pytest.raises(ManifestError, match=r"rank-00000/model\.safetensors does not hold"):
+        ranges.verify(directory)
     first.unlink()
-    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors does not hold"):
-        manifest.verify(directory)
+    with pytest.raises(ManifestError, match=r"rank-00000/model\.safetensors does not hold"):
+        ranges.verify(directory)
 
 
 def test_a_hashed_file_with_another_bit_is_refused(tmp_path: Path) -> None:
-    directory = written(tmp_path, 1)
-    file = directory / "rank-00000.safetensors"
-    before, document = manifest.load(directory)
-    hashed = replace(before, files={file.name: manifest.file_hash(file)})
-    (directory / manifest.FILE).write_text(json.dumps(manifest.seal(hashed, document)))
-    manifest.verify(directory)
+    save_file({"w": torch.ones(2)}, tmp_path / "p.safetensors")
+    file = tmp_path / "p.safetensors"
+    plain = described(manifest.whole({"p": {"w": torch.ones(2)}}))
+    seal(tmp_path, replace(plain, files={file.name: manifest.file_hash(file)}))
+    ranges.verify(tmp_path)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ManifestError, match=r"rank-00000\.safetensors is altered"):
-        manifest.verify(directory)
+    with pytest.raises(ManifestError, match=r"p\.safetensors is altered"):
+        ranges.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"step": 5}, r"rank-00001 in .* another checkpoint: its 'step' is 5, and that of .* is 4"),
+        ({"samples": 40}, "its 'samples' is 40"),
+        ({"job": 13}, "its 'job' is 13"),
+        ({"epoch": 4}, "its 'epoch' is 4"),
+        ({"world_size": 4}, "its 'world_size' is 4"),
+        ({"rank": 2}, "rank-00001 in .* is the part of rank 2"),
+        ({"rank": None}, "rank-00001 in .* is the part of rank None"),
+    ],
+)
+def test_a_part_of_something_else_is_refused(
+    change: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    place = written(tmp_path, 3) / "rank-00001"
+    found, _ = manifest.load(place)
+    whole = change == {"rank": None}
+    changed = replace(found, tensors=manifest.Layout({})) if whole else found
+    seal(place, replace(changed, **change))
+    with pytest.raises(ManifestError, match=why):
+        ranges.load_parts(tmp_path)
+
+
+def test_a_part_that_is_missing_or_altered_is_named(tmp_path: Path) -> None:
+    directory = written(tmp_path, 3)
+    state = directory / "rank-00002" / manifest.FILE
+    kept = state.read_text()
+    state.write_text(kept.replace('"step": 4', '"step": 3'))
+    with pytest.raises(ManifestError, match="altered"):
+        ranges.load_parts(directory)
+    state.unlink()
+    with pytest.raises(ManifestError, match=r"cannot read .*rank-00002"):
+        ranges.load_parts(directory)
+
+
+def test_a_rank_outside_of_its_world_is_refused() -> None:
+    document = manifest.seal(described({}, 2, 1), STATE)
+    assert manifest.parse(document).rank == 1
+    document["manifest"]["rank"] = 2
+    with pytest.raises(ManifestError, match="'rank' is 2 of 2"):
+        manifest.parse(document)
 
 
 @pytest.mark.parametrize(
@@ -263,43 +340,3 @@ def test_a_file_that_is_no_manifest_is_refused(text: str, why: str, tmp_path: Pa
     (tmp_path / manifest.FILE).write_text(text)
     with pytest.raises(ManifestError, match=why):
         manifest.load(tmp_path)
-
-
-# --- FSDP2 ----------------------------------------------------------------------------------------
-
-
-def run_ranks(directory: Path, world_size: int, does: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.fsdp_ranks", str(directory), does],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        ends = [(rank.communicate(timeout=RANKS_S_MAX)[1], rank.returncode) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [status for _, status in ends] == [0] * world_size, "\n".join(text for text, _ in ends)
-
-
-@pytest.mark.timeout(2 * RANKS_S_MAX)
-def test_fsdp2_on_two_ranks_loads_on_one_and_on_three(tmp_path: Path) -> None:
-    """Slow: five processes that import torch, twenty seconds where nobody else computes."""
-    run_ranks(tmp_path, 2, "write")
-    found = manifest.verify(tmp_path)
-    assert found.world_size == 2
-    assert {len(tensor.shards) for tensor in found.tensors.values()} == {1, 2}
-    assert any("|exp_avg_sq" in name for name in found.tensors)
-    answers = load_file(tmp_path / ANSWERS)
-    for name, answer in answers.items():
-        assert same(manifest.read_range(tmp_path, name, 0, answer.shape[0]), answer)
-    run_ranks(tmp_path, 3, "read")

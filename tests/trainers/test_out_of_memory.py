@@ -14,7 +14,7 @@ import torch
 
 import baton_sdk
 from tests.trainers import tasks
-from trainers import loop, microbatch
+from trainers import loop, microbatch, ranks
 from trainers.configuration import LoopOptions
 
 ACCUMULATE_1 = replace(tasks.OPTIONS, batch_size=8, accumulate=1)
@@ -39,10 +39,10 @@ class Greedy(tasks.Around):
             raise self.error
         return loss
 
-    def evaluate(self, device: torch.device) -> dict[str, float]:
+    def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
         if self.evaluation_batch > self.samples_max:
             raise self.error
-        return super().evaluate(device)
+        return super().evaluate(device, world)
 
 
 def started(task: loop.Task, options: LoopOptions) -> loop.Trainer:

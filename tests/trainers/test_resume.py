@@ -21,7 +21,7 @@ import torch
 import baton_sdk
 from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent, until
-from trainers import checkpoint, exactness, loop, manifest, optimization
+from trainers import checkpoint, exactness, loop, manifest, optimization, ranges
 
 TASKS = pytest.mark.parametrize("make_task", [tasks.finetune_task, tasks.transfer_task])
 STOP_AT = 5
@@ -225,7 +225,7 @@ def test_checkpoints_name_their_writer_and_their_parent(
     monkeypatch.setenv("BATON_EPOCH", "3")
     options = replace(tasks.OPTIONS, checkpoint_directory=str(tmp_path))
     assert loop.Trainer(tasks.transfer_task(), options, baton_sdk.Session({})).run() == 0
-    older, newest = (manifest.verify(path) for path in sorted(tmp_path.iterdir()))
+    older, newest = (ranges.verify(path) for path in sorted(tmp_path.iterdir()))
     _, document = manifest.load(sorted(tmp_path.iterdir())[0])
     assert newest.parent == document["hash"] != older.parent
     assert (newest.job, newest.epoch, newest.step) == (12, 3, tasks.OPTIONS.steps)
@@ -235,7 +235,7 @@ def test_checkpoints_name_their_writer_and_their_parent(
     stored = {name.partition("/")[2]: t for name, t in newest.tensors.items()}
     assert parameters.keys() <= stored.keys()
     name = "head.2.3.weight"
-    rows = manifest.read_range(tmp_path / "checkpoint-000000012", f"model/{name}", 1, 2)
+    rows = ranges.read_range(tmp_path / "checkpoint-000000012", f"model/{name}", 1, 2)
     assert rows.shape == (1, *parameters[name].shape[1:])
 
 

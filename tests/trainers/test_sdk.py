@@ -366,6 +366,7 @@ def test_captures_for_an_agent_that_was_replaced_by_an_older_one_are_refused(
         generous.slabs = None
         generous.start()
         until(lambda: ticket.state is baton_sdk.TicketState.REFUSED, "not refused")
+        put(session, slab, 6)  # into the other one
         assert slab.free_slot() == 0
         assert session.slab(1000) is None
 

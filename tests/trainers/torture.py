@@ -35,8 +35,10 @@ from pathlib import Path
 
 import torch
 
+import baton_sdk
 from tests.trainers import faultshim
-from trainers import checkpoint, exactness, manifest
+from trainers import checkpoint, exactness, manifest, ranges, ranks, restoring
+from trainers.configuration import LoopOptions
 
 KEPT = 2
 """As the training loop keeps outside Baton."""
@@ -125,7 +127,13 @@ def write_for_ever(root: Path, first_step: int, report: int) -> None:
 def judge(root: Path, committed: int, count: Count) -> int:
     """Restore as a trainer would; returns the step that was found, -1 for none."""
     torn: list[str] = []
-    found = checkpoint.read_newest(directories(root), lambda error: torn.append(str(error)))
+    found = restoring.find(
+        baton_sdk.Session({}),
+        LoopOptions(steps=1, checkpoint_directory=str(root)),
+        torch.nn.Module(),
+        ranks.ALONE,
+        lambda _, message: torn.append(message),
+    )
     if found is None:
         if committed >= 0:
             count.bad.append(f"step {committed} was written and nothing can be restored: {torn}")
@@ -138,7 +146,7 @@ def judge(root: Path, committed: int, count: Count) -> int:
     if wrong := differing(snapshot_of(step), found):
         count.bad.append(f"step {step} differs in {wrong}")
     try:
-        manifest.verify(root / f"checkpoint-{step:09d}")
+        ranges.verify(root / f"checkpoint-{step:09d}")
     except manifest.ManifestError as error:
         count.bad.append(f"step {step}: {error}")
     for older in directories(root)[:-1]:

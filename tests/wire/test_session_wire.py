@@ -20,7 +20,7 @@ from agent.core import messages as am
 from agent.core import trainer_messages as at
 from agent.core import values as av
 from coordinator import wire as coordinator_wire
-from coordinator.core import accounting, model
+from coordinator.core import accounting, launch, model
 from coordinator.core import messages as cm
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Instant
@@ -88,7 +88,7 @@ UPWARD = st.one_of(
     st.builds(am.Goodbye, maybe(DURATION_MS)),
 )  # fmt: skip
 
-ADDRESS = st.builds(cm.PeerAddress, TEXT, TEXT)
+ADDRESS = st.builds(launch.PeerAddress, TEXT, TEXT)
 SPEC = st.builds(
     model.JobSpec,
     name=TEXT,
@@ -111,6 +111,7 @@ SPEC = st.builds(
     slurm_environment=st.booleans(),
     hold=st.booleans(),
     keep_checkpoints=SMALL,
+    ranks=st.integers(1, 2**31 - 1),
 )
 ORDER = st.one_of(
     st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
@@ -118,9 +119,10 @@ ORDER = st.one_of(
     st.builds(cm.EventAck, COUNT),
     st.builds(
         cm.StartAttempt, ATTEMPT, SPEC, many(TEXT),
-        many(st.builds(cm.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))), maybe(ADDRESS), SMALL,
+        many(st.builds(launch.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))),
+        maybe(ADDRESS), SMALL,
     ),
-    st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT),
+    st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
     st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),
     st.builds(cm.CommitResult, ATTEMPT, DIGEST, st.booleans(), TEXT),
     st.builds(cm.KeepCheckpoints, many(DIGEST)),
@@ -160,9 +162,8 @@ def test_all_that_an_agent_is_told_arrives(order: cm.AgentOrder) -> None:
 
 
 def without_spec(order: cm.StartAttempt | am.StartAttempt) -> tuple[object, ...]:
-    return tuple(
-        getattr(order, field.name) for field in dataclasses.fields(order) if field.name != "spec"
-    )
+    names = [field.name for field in dataclasses.fields(order)]
+    return tuple(getattr(order, name) for name in names if name != "spec")
 
 
 def check_spec(said: model.JobSpec, heard: am.JobSpec) -> None:
@@ -284,6 +285,7 @@ def test_the_agent_survives_any_message(message: pb.SessionResponse) -> None:
         assert heard.heartbeat_interval_ms > 0
     if isinstance(heard, am.StopAttempt):
         assert heard.grace_ms is None or heard.grace_ms >= 0
+        assert heard.precopy_ms is None or heard.precopy_ms >= 0
 
 
 @settings(max_examples=60)

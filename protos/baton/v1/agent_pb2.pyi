@@ -837,11 +837,19 @@ class StopAttempt(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    PRECOPY_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     reason: _builtins.str
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
         """Time between the stop request and SIGKILL. Absent: kill at once."""
+
+    @_builtins.property
+    def precopy(self) -> _duration_pb2.Duration:
+        """A checkpoint is asked for first, and training goes on until it is stored and copied, but for no
+        longer than this; then the stop request follows. A node that gains nothing by it does not wait.
+        Absent: the stop is asked for at once, also of an attempt that was told to save first.
+        """
 
     def __init__(
         self,
@@ -849,14 +857,20 @@ class StopAttempt(_message.Message):
         attempt: _builtins.str = ...,
         grace: _duration_pb2.Duration | None = ...,
         reason: _builtins.str = ...,
+        precopy: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "grace", b"grace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "_precopy", b"_precopy", "grace", b"grace", "precopy", b"precopy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "attempt", b"attempt", "grace", b"grace", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace", b"_grace", "_precopy", b"_precopy", "attempt", b"attempt", "grace", b"grace", "precopy", b"precopy", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace: _TypeAlias = _typing.Literal["grace"]  # noqa: Y015
     _WhichOneofArgType__grace: _TypeAlias = _typing.Literal["_grace", b"_grace"]  # noqa: Y015
+    _WhichOneofReturnType__precopy: _TypeAlias = _typing.Literal["precopy"]  # noqa: Y015
+    _WhichOneofArgType__precopy: _TypeAlias = _typing.Literal["_precopy", b"_precopy"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grace) -> _WhichOneofReturnType__grace | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precopy) -> _WhichOneofReturnType__precopy | None: ...
 
 Global___StopAttempt: _TypeAlias = StopAttempt  # noqa: Y015
 

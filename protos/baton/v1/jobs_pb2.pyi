@@ -156,7 +156,9 @@ class ListJobsResponse(_message.Message):
     """Pass as before_job_id for the next page; 0: there is none."""
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Job]:
-        """Newest first, without their older attempts: the newest attempt only."""
+        """Newest first, without their older attempts: the newest attempt only,
+        of a gang all ranks of it.
+        """
 
     def __init__(
         self,
@@ -424,6 +426,7 @@ class StreamLogsRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     follow: _builtins.bool
     """Go on as the job goes on, through later attempts, until it ends."""
@@ -431,16 +434,19 @@ class StreamLogsRequest(_message.Message):
     """Start this many bytes before the end of the newest attempt's log; 0: from the first byte that
     is kept.
     """
+    rank: _builtins.int
+    """Of a gang: whose log. 0 is also the only rank of a job of one."""
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         follow: _builtins.bool = ...,
         tail_bytes: _builtins.int = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "job_id", b"job_id", "tail_bytes", b"tail_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "job_id", b"job_id", "rank", b"rank", "tail_bytes", b"tail_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -555,7 +555,9 @@ class Attempt(_message.Message):
     restored_step: _builtins.int
     """The step it resumed from; absent when it began from nothing."""
     replica_node: _builtins.str
-    """The node that gets its checkpoints; empty when none does."""
+    """Its standby: the node that gets its checkpoints and would take the job next; empty when none
+    does.
+    """
     rank: _builtins.int
     """Which rank of a gang this is; 0 for a job of one."""
     @_builtins.property

@@ -37,6 +37,9 @@ from baton_hook import resume
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
+NOTHING, SAVE, STOP = 0, 1, 2
+"""What is wished for after a step; of several ranks' wishes the highest counts."""
+
 
 class Program:
     """What this process knows over all its calls of `train`."""
@@ -140,8 +143,10 @@ class _Callback:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         guarded("reporting progress", lambda: self._bridge.report(state), None)
         # Every rank asks at every step, whatever else went wrong: the answer is found together.
-        if guarded("asking for a stop", lambda: self._bridge.must_stop(args, state), False):
+        wish = guarded("asking for a stop", lambda: self._bridge.wish(args, state), NOTHING)
+        if wish != NOTHING:
             control.should_save = True
+        if wish == STOP:
             control.should_training_stop = True
         return control
 
@@ -212,12 +217,15 @@ class Bridge:
         if state.global_step > 0:
             self.report(state)
 
-    def must_stop(self, args: Any, state: Any) -> bool:
-        """Whether this step is the last of this attempt; the same on every rank. A training that
-        is complete is not stopped: what is left is the script's own end."""
-        wanted = _on_any_rank(args, self.session.stop_requested is not None)
-        self.stopping = wanted and state.global_step < state.max_steps
-        return self.stopping
+    def wish(self, args: Any, state: Any) -> int:
+        """STOP: this step is the last of this attempt; SAVE: a checkpoint is asked for; the same on
+        every rank. A training that is complete is not stopped: what is left is the script's own
+        end."""
+        asked = SAVE if self.session.take_save_request() else NOTHING
+        wish = _highest_of_ranks(args, asked if self.session.stop_requested is None else STOP)
+        complete = state.global_step >= state.max_steps
+        self.stopping = wish == STOP and not complete
+        return NOTHING if complete else wish
 
     def hand_over(self, args: Any, state: Any) -> None:
         """Give the agent what Trainer has just saved. Raises OSError."""
@@ -266,13 +274,13 @@ def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _on_any_rank(args: Any, wanted: bool) -> bool:
+def _highest_of_ranks(args: Any, wish: int) -> int:
     distributed = _distributed(args)
     if distributed is None:
-        return wanted
-    flag = sys.modules["torch"].tensor(int(wanted), device=args.device)
-    distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-    return bool(flag.item())
+        return wish
+    highest = sys.modules["torch"].tensor(wish, device=args.device)
+    distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
+    return int(highest.item())
 
 
 def _barrier(args: Any) -> None:

@@ -51,13 +51,16 @@ class Link:
         token: str,
         mailbox: Mailbox,
         slabs: SlabDesk,
+        *,
         on_stop: Callable[[str, int | None], None],
+        on_save: Callable[[], None],
     ) -> None:
         self._path = path
         self._token = token
         self._mailbox = mailbox
         self._slabs = slabs
         self._on_stop = on_stop
+        self._on_save = on_save
         self._closing = threading.Event()
         self._close_by_s = 0.0
         self._wake_reader: socket.socket
@@ -165,6 +168,8 @@ class Link:
             self._on_stop(
                 str(message.get("reason", "")), grace_ms if isinstance(grace_ms, int) else None
             )
+        elif kind == "save":
+            self._on_save()
         elif kind == "slab":
             descriptor = lines.take_descriptor()
             if descriptor is not None:

@@ -65,13 +65,21 @@ class Ticket:
     """A checkpoint on its way. Made by ``Session.checkpoint``; readable from any thread."""
 
     def __init__(
-        self, ticket_id: int, path: Path | None, step: int, *, sequence: int | None = None
+        self,
+        ticket_id: int,
+        path: Path | None,
+        step: int,
+        *,
+        sequence: int | None = None,
+        parts: int = 1,
     ) -> None:
         self.id = ticket_id
         self.path = path
         """The directory; None for a capture in the slab, which has a ``sequence`` instead."""
         self.step = step
         self.sequence = sequence
+        self.parts = parts
+        """How many ranks hand over a part of this step; 1 for a whole checkpoint."""
         self.state = TicketState.PENDING
         self.digest = ""
         self.reason = ""
@@ -111,6 +119,9 @@ class Mailbox:
         self._section_unsent = False
         self._sections_wanted = False
         self._section_sent_at_s = -math.inf
+        self._heeds_saves = False
+        self._heeds_saves_unsent = False
+        self._saves_wanted = False
         self._milestones: OrderedDict[str, dict[str, object]] = OrderedDict()
         self._milestones_sent: set[str] = set()
         self._unanswered: OrderedDict[int, Ticket] = OrderedDict()
@@ -168,8 +179,18 @@ class Mailbox:
                 return
             self._milestones[name] = {"type": "milestone", "name": name, "unix_ms": unix_ms}
 
+    def put_heeds_saves(self) -> None:
+        """The training looks for requests to save; each agent is told once."""
+        with self._lock:
+            self._heeds_saves = self._heeds_saves_unsent = True
+
     def put_checkpoint(
-        self, path: Path | None, step: SupportsIndex, *, sequence: int | None = None
+        self,
+        path: Path | None,
+        step: SupportsIndex,
+        *,
+        sequence: int | None = None,
+        parts: int = 1,
     ) -> Ticket:
         """Keep a checkpoint until it is answered. When too many wait, the oldest that no agent
         has heard of is refused and its directory removed; failing that, the new one is.
@@ -178,7 +199,7 @@ class Mailbox:
         whole_step = operator.index(step)
         with self._lock:
             self._last_id += 1
-            ticket = Ticket(self._last_id, path, whole_step, sequence=sequence)
+            ticket = Ticket(self._last_id, path, whole_step, sequence=sequence, parts=parts)
             self._unanswered[ticket.id] = ticket
             self._unsent.add(ticket.id)
             victim = None
@@ -197,6 +218,7 @@ class Mailbox:
             # For whoever has just come the section begins now, and nothing of before counts.
             self._section_unsent, self._sections_ended = bool(self._section), 0
             self._section_sent_at_s, self._sections_wanted = -math.inf, False
+            self._heeds_saves_unsent, self._saves_wanted = self._heeds_saves, False
 
     def refuse_captures(self, reason: str) -> None:
         """The agent that is there now cannot read them: their slots are free again, and the next
@@ -211,9 +233,11 @@ class Mailbox:
             ticket.settle(TicketState.REFUSED, reason=reason)
 
     def welcomed(self, message: Mapping[str, object]) -> None:
-        """An agent that knows nothing of sections says nothing of them, and is told none."""
+        """An agent that knows nothing of sections, or of requests to save, says nothing of them,
+        and is told nothing."""
         with self._lock:
             self._sections_wanted = message.get("sections") is True
+            self._saves_wanted = message.get("saves") is True
 
     def take(self, now_s: float, *, everything: bool = False) -> list[bytes]:
         """The lines to send now. ``everything`` ignores the rate limit of progress."""
@@ -221,6 +245,9 @@ class Mailbox:
             messages = list(self._milestones.values())
             self._milestones_sent.update(self._milestones)
             self._milestones.clear()
+            if self._heeds_saves_unsent and self._saves_wanted:
+                messages.append({"type": "heeds_saves"})
+                self._heeds_saves_unsent = False
             for ticket_id in sorted(self._unsent):
                 ticket = self._unanswered[ticket_id]
                 messages.append(_offer(ticket))
@@ -240,7 +267,8 @@ class Mailbox:
     def seconds_until_due(self, now_s: float) -> float | None:
         """How long until something may be sent; None while there is nothing."""
         with self._lock:
-            if self._milestones or self._unsent:
+            heeds_saves = self._heeds_saves_unsent and self._saves_wanted
+            if self._milestones or self._unsent or heeds_saves:
                 return 0.0
             due_s = []
             if self._progress is not None:
@@ -295,6 +323,8 @@ def _offer(ticket: Ticket) -> dict[str, object]:
         offered: dict[str, object] = {"slab": ticket.sequence}
     else:
         offered = {"path": str(ticket.path)}
+    if ticket.parts > 1:
+        offered["parts"] = ticket.parts
     return {"type": "checkpoint", "id": ticket.id, **offered, "step": ticket.step}
 
 

@@ -76,12 +76,16 @@ class Session:
         self._staging = environment.get("BATON_STAGING_DIR", "")
         self._restore = environment.get("BATON_RESTORE_DIR", "")
         self._restore_step = int(environment.get("BATON_RESTORE_STEP") or 0)
+        self._rank = int(environment.get("BATON_RANK") or 0)
+        self._world_size = int(environment.get("BATON_WORLD_SIZE") or 1)
         self._owner_pid = os.getpid()
         self._mailbox = Mailbox()
         self._slabs = SlabDesk(self._mailbox)
         self._link: Link | None = None
         self._stop: StopRequest | None = None
         self._section = ""
+        self._heeds_saves = False
+        self._save_requested = False
 
     def open(self) -> None:
         """Install the signal handlers (main thread only: Python allows no other) and start the
@@ -92,7 +96,12 @@ class Session:
         if self._socket_path:
             faulthandler.register(DUMP_SIGNAL, file=STDERR, all_threads=True, chain=False)
             self._link = Link(
-                self._socket_path, self._token, self._mailbox, self._slabs, self._on_stop
+                self._socket_path,
+                self._token,
+                self._mailbox,
+                self._slabs,
+                on_stop=self._on_stop,
+                on_save=self._on_save,
             )
             self._link.open()
 
@@ -102,13 +111,41 @@ class Session:
         return bool(self._socket_path)
 
     @property
+    def rank(self) -> int:
+        """Which of the job's ranks this process belongs to, from 0. Below a launcher that the rank
+        itself has started, the ``RANK`` in the environment is another one."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks Baton has started for this job; as many may hand over a part of a
+        checkpoint each."""
+        return self._world_size
+
+    @property
     def stop_requested(self) -> StopRequest | None:
         """Set once, by the agent or by a signal. Look at it after every step."""
         return self._stop
 
+    def take_save_request(self) -> bool:
+        """Whether the agent has asked for a checkpoint since the last call, while the training
+        goes on: the job will have to leave soon, and what has not changed by then is on its way
+        already. Cheap enough for every step.
+
+        Who never calls it is not asked, and neither is a job that gains nothing by it.
+        """
+        if not self._heeds_saves and self._link is not None:
+            self._heeds_saves = True
+            self._mailbox.put_heeds_saves()
+            self._link.wake()
+        requested, self._save_requested = self._save_requested, False
+        return requested
+
     @property
     def restore_directory(self) -> Path | None:
-        """The files of the last committed checkpoint, verified; None on a first start."""
+        """The files of the last committed checkpoint, verified; None on a first start. Where ranks
+        handed over a part each, every rank finds all parts, in ``rank-00000``, ``rank-00001`` and
+        so on."""
         return Path(self._restore) if self._restore else None
 
     @property
@@ -169,16 +206,19 @@ class Session:
         finally:
             self.enter(before)
 
-    def checkpoint(self, path: Path, step: SupportsIndex) -> Ticket:
+    def checkpoint(self, path: Path, step: SupportsIndex, parts: int = 1) -> Ticket:
         """Hand over a finished directory; the agent owns it from here. Returns at once.
+
+        ``parts``: of how many. Where each of W ranks saves a part of the state, all of them hand
+        over their own for the same step with ``parts=W``; 1 is a whole checkpoint, from rank 0.
 
         Outside Baton nobody takes it: the ticket is `stored` where the directory lies.
         """
         if self._link is None:
-            ticket = Ticket(0, path, operator.index(step))
+            ticket = Ticket(0, path, operator.index(step), parts=parts)
             ticket.settle(TicketState.STORED)
             return ticket
-        ticket = self._mailbox.put_checkpoint(Path(path).absolute(), step)
+        ticket = self._mailbox.put_checkpoint(Path(path).absolute(), step, parts=parts)
         self._link.wake()
         return ticket
 
@@ -194,14 +234,20 @@ class Session:
         return self._slabs.slab(slot_bytes, wait_s)
 
     def capture(
-        self, slab: Slab, slot: int, files: Sequence[tuple[str, int, int]], step: SupportsIndex
+        self,
+        slab: Slab,
+        slot: int,
+        files: Sequence[tuple[str, int, int]],
+        step: SupportsIndex,
+        parts: int = 1,
     ) -> Ticket:
         """Hand over what was written into a slot since ``slab.begin(slot)``: ``files`` are (name,
-        offset in the slot, bytes), and become the files of a checkpoint. Returns at once; the slot
-        is the agent's until the ticket is answered. Raises ValueError for what fits no header."""
+        offset in the slot, bytes), and become the files of a checkpoint, or of one of so many
+        ``parts`` of it. Returns at once; the slot is the agent's until the ticket is answered.
+        Raises ValueError for what fits no header."""
         whole_step, sequence = operator.index(step), self._slabs.next_sequence()
-        slab.publish(slot, files, sequence=sequence, step=whole_step)
-        ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence)
+        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts)
+        ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence, parts=parts)
         slab.take(slot, ticket)
         if self._link is not None:
             self._link.wake()
@@ -217,15 +263,23 @@ class Session:
         metrics: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
         """All that a plain loop needs, after each of its steps: progress, a checkpoint when one is
-        due or a stop is wanted, and the end of the process after a stop (SystemExit 75).
+        due, asked for or a stop is wanted, and the end of the process after a stop (SystemExit 75).
 
         ``save`` writes the state of the training into the directory that it gets, before it
-        returns. Outside Baton this does nothing. For one process; ranks that train together must
-        agree on a stop, which ``stop_requested`` leaves to them.
+        returns. Outside Baton this does nothing. For one process: of ranks that train together only
+        rank 0 may call this, and what it saves is the whole checkpoint; the others call
+        ``progress``. They must agree on a stop, which ``stop_requested`` leaves to them. Raises
+        RuntimeError on any other rank.
         """
+        if self._rank:
+            raise RuntimeError(
+                f"after_step was called on rank {self._rank} of {self._world_size}: it saves a "
+                "whole checkpoint, so rank 0 alone may call it; call progress on the others"
+            )
         self.progress(step, total_steps, metrics)
         stop, staging = self._stop, self.staging_directory
-        if staging is None or (stop is None and step % every_steps != 0):
+        asked = self.take_save_request()
+        if staging is None or (stop is None and not asked and step % every_steps != 0):
             return
         directory = staging / f"after-step-{os.getpid()}-{step}"
         directory.mkdir()
@@ -254,6 +308,9 @@ class Session:
         if self._stop is None:
             grace_ms = self._grace_ms if grace_ms is None else grace_ms
             self._stop = StopRequest(reason, grace_ms, time.monotonic())
+
+    def _on_save(self) -> None:
+        self._save_requested = True
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner_pid:

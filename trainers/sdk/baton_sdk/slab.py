@@ -14,7 +14,10 @@ Layout, version 1, the same in ``agent/slabs.py``:
     64 KiB   slot 0, then slot 1 (or one slot alone, where two do not fit the host's memory)
 
     header: magic 8 bytes | version u32 | document bytes u32 | BLAKE2b-128 | document (JSON)
-    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...]}
+    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts"}
+
+``parts`` is there where the capture is one of several, so that one that is found in the memory of
+a dead rank counts as what it was meant to be.
 
 A capture is written in this order: the header of its slot is made invalid, the payload is copied,
 the header is written. So a valid header says that the payload below it is whole: stores that come
@@ -25,7 +28,9 @@ cheap is kept: ``edges`` is the CRC-32 of a file's first and last 4 KiB, which f
 was put over another payload. The highest valid sequence is the newest capture.
 
 A slot is taken from its header on until the agent has answered for it (stored, or refused); a
-capture that finds both slots taken is put off, so a training never waits for a disk here.
+capture that finds both slots taken is put off, so a training never waits for a disk here. Where
+there is one slot, its capture is on the agent's disk before the next one begins, and is what is
+left when that is never finished.
 """
 
 import ctypes
@@ -97,11 +102,14 @@ class Slab:
         os.close(self.descriptor)
 
     def free_slot(self) -> int | None:
-        """A slot that nobody reads from, or None."""
-        for slot, ticket in enumerate(self._tickets):
-            if ticket is None or ticket.state is not TicketState.PENDING:
-                return slot
-        return None
+        """A slot that nobody reads from, or None: of two the one with the older capture, so that
+        whoever is killed while it is written has the newer one in the other."""
+        free = [
+            (ticket.sequence or 0 if ticket is not None else 0, slot)
+            for slot, ticket in enumerate(self._tickets)
+            if ticket is None or ticket.state is not TicketState.PENDING
+        ]
+        return min(free)[1] if free else None
 
     def wait_free_slot(self, timeout_s: float) -> int | None:
         """The same, after at most so many seconds of waiting for the agent's answers."""
@@ -123,7 +131,13 @@ class Slab:
         self._tickets[slot] = None
 
     def publish(
-        self, slot: int, files: Sequence[tuple[str, int, int]], *, sequence: int, step: int
+        self,
+        slot: int,
+        files: Sequence[tuple[str, int, int]],
+        *,
+        sequence: int,
+        step: int,
+        parts: int = 1,
     ) -> None:
         """Write the slot's header, last of all. ``files`` are (name, offset in the slot, bytes).
         Raises ValueError for more than a header holds."""
@@ -133,10 +147,10 @@ class Slab:
             if not 0 <= offset <= offset + size <= self.slot_bytes:
                 raise ValueError(f"file {name} of a capture does not lie within its slot")
             described.append([name, offset, size, self._edges(begin + offset, size)])
-        document = json.dumps(
-            {"sequence": sequence, "slot": slot, "step": step, "files": described},
-            separators=(",", ":"),
-        ).encode()
+        fields = {"sequence": sequence, "slot": slot, "step": step, "files": described}
+        if parts > 1:
+            fields["parts"] = parts
+        document = json.dumps(fields, separators=(",", ":")).encode()
         if len(document) > DOCUMENT_BYTES_MAX or len(files) > FILES_MAX:
             raise ValueError(f"a capture of {len(files)} files does not fit its header")
         at = slot * HEADER_BYTES

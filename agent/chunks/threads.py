@@ -1,0 +1,76 @@
+"""Who does the disk work of this node's chunk store.
+
+Problem: hashing and syncing block, and the loop must not. All of it runs in threads. Two for this
+node's store keep a box's disk busy without taking cores from trainers. Draining (hashing and
+keeping a new checkpoint, reading it again to send it) has two of its own at a low priority: it must
+not take a core from the training that goes on meanwhile, and a restore must not wait behind it. The
+list for the hello has one to itself: a node's lease would end while checkpoints are being hashed.
+
+A thread cannot be interrupted, so long copies go through them chunk by chunk.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+# One that hashes and one that waits for the disk.
+THREADS_MAX = 2
+# Of the threads that drain, between a trainer's 0 and the 19 that never runs on a full machine: a
+# checkpoint is wanted soon.
+DRAIN_NICE = 10
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+class Threads:
+    """`open` before use, `close` after."""
+
+    def __init__(self) -> None:
+        self._local: ThreadPoolExecutor | None = None
+        self._drains: ThreadPoolExecutor | None = None
+        self._listing: ThreadPoolExecutor | None = None
+
+    def open(self) -> None:
+        self._local = ThreadPoolExecutor(THREADS_MAX, "chunks")
+        self._drains = ThreadPoolExecutor(THREADS_MAX, "chunks-drain", _lower_priority)
+        self._listing = ThreadPoolExecutor(1, "chunks-listing")
+
+    async def close(self) -> None:
+        """Wait for what is in progress."""
+        own = (self._local, self._drains, self._listing)
+        self._local = self._drains = self._listing = None
+        for executor in own:
+            if executor is not None:
+                await asyncio.to_thread(executor.shutdown)
+
+    async def run(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
+    ) -> _Result:
+        assert self._local is not None, "not opened"
+        call = partial(work, *args, **kw)
+        return await asyncio.get_running_loop().run_in_executor(self._local, call)
+
+    async def drain(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
+    ) -> _Result:
+        """As `run`, at the low priority."""
+        assert self._drains is not None, "not opened"
+        call = partial(work, *args, **kw)
+        return await asyncio.get_running_loop().run_in_executor(self._drains, call)
+
+    async def list(self, work: Callable[[], _Result]) -> _Result:
+        """As `run`, and waits for nothing but other lists."""
+        assert self._listing is not None, "not opened"
+        return await asyncio.get_running_loop().run_in_executor(self._listing, work)
+
+
+def _lower_priority() -> None:
+    """Of this thread alone: on Linux a thread has a nice value of its own (setpriority(2))."""
+    thread = threading.get_native_id()
+    nice = max(DRAIN_NICE, os.getpriority(os.PRIO_PROCESS, thread))  # nobody may raise it again
+    os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -1,0 +1,91 @@
+"""Answers of the coordinator as plain values: what is common to all of them, and nodes.
+
+Problem: an answer of a newer coordinator has words that this program does not know, and what is
+absent in it must not come out as 0. Every field goes through one of three functions here.
+"""
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from coordinator.cli import values
+from protos.baton.v1 import types_pb2
+
+
+@lru_cache(maxsize=64)
+def word_of(enum: EnumTypeWrapper, prefix: str, number: int) -> str | None:
+    """An enum's value as people say it; one that a newer coordinator has is "unknown_<n>"."""
+    if number not in enum.values():
+        return f"unknown_{number}"
+    word = enum.Name(number).removeprefix(prefix).lower()
+    return None if word == "unspecified" else word
+
+
+def time_of(message: Message, field: str) -> datetime | None:
+    if not message.HasField(field):
+        return None
+    timestamp: Timestamp = getattr(message, field)
+    return timestamp.ToDatetime(tzinfo=UTC)
+
+
+def said(message: Message, field: str) -> Any:
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
+    telemetry = None
+    if gpu.HasField("telemetry"):
+        read = gpu.telemetry
+        telemetry = values.GpuTelemetry(
+            utilization_ratio=said(read, "utilization_ratio"),
+            memory_used_bytes=said(read, "memory_used_bytes"),
+            temperature_celsius=said(read, "temperature_celsius"),
+            power_mw=said(read, "power_mw"),
+            energy_mj=said(read, "energy_mj"),
+            sm_clock_mhz=said(read, "sm_clock_mhz"),
+            memory_clock_mhz=said(read, "memory_clock_mhz"),
+            error=read.error,
+        )
+    return values.Gpu(
+        uuid=gpu.uuid,
+        name=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        phase=word_of(types_pb2.GpuPhase, "GPU_PHASE_", gpu.phase),
+        attempt=gpu.attempt,
+        telemetry=telemetry,
+    )
+
+
+def decode_node(node: types_pb2.Node) -> values.Node:
+    host = telemetry = None
+    if node.HasField("host"):
+        host = values.Host(
+            hostname=node.host.hostname,
+            boot_id=node.host.boot_id,
+            cpu_count=node.host.cpu_count,
+            memory_bytes=node.host.memory_bytes,
+            driver_version=node.host.driver_version,
+            agent_version=node.host.agent_version,
+        )
+    if node.HasField("telemetry"):
+        telemetry = values.HostTelemetry(
+            cpu_utilization_ratio=node.telemetry.cpu_utilization_ratio,
+            memory_used_bytes=node.telemetry.memory_used_bytes,
+            disk_free_bytes=node.telemetry.disk_free_bytes,
+            load_1min=node.telemetry.load_1min,
+        )
+    return values.Node(
+        id=node.id,
+        phase=word_of(types_pb2.NodePhase, "NODE_PHASE_", node.phase),
+        intent=word_of(types_pb2.NodeIntent, "NODE_INTENT_", node.intent),
+        peer_address=node.peer_address,
+        host=host,
+        gpus=[_gpu(gpu) for gpu in node.gpus],
+        telemetry=telemetry,
+        attempts=list(node.attempts),
+        reason=node.reason,
+    )

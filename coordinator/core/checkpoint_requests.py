@@ -1,0 +1,39 @@
+"""What people ask of checkpoints, a part of what `messages.py` says goes into the core: which are
+kept, keep this one, and one of them for reading."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ListCheckpoints:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointChoice:
+    """A digest or its first digits, or else a step, or else the job's last checkpoint."""
+
+    digest: str = ""
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PinCheckpoint:
+    job_id: int
+    choice: CheckpointChoice
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinCheckpoint:
+    """`choice` of `None`: every pin of the job."""
+
+    job_id: int
+    choice: CheckpointChoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class FindCheckpoint:
+    """One of a job's checkpoints, for reading it."""
+
+    job_id: int
+    choice: CheckpointChoice

@@ -1,0 +1,176 @@
+"""What becomes of a job when a try has ended: success, failure, or another try, and when.
+
+Problem: the same exit status means different things. 143 after a stop request is obedience, 143 out
+of the blue is a failure; 75 says "run me again"; a process that dies at its first line will die
+again. So an ending is judged from the attempt's whole story, in one place, and every verdict is a
+sentence in the job's history. Of a gang all of this happens once, when its last rank has ended
+(`gangs.py`), and the story is that of the rank that ended it.
+
+Failures in a row without a commit further on are bounded by the job's `max_restarts`; within that
+limit `poison.py` looks whether they repeat at one step. After one without any progress the next
+attempt goes to another node where one fits, since a broken node fails everything. A job that has
+neither committed nor resumed anything and leaves with an ordinary failure status is not tried
+again: a missing module stays missing.
+"""
+
+from dataclasses import replace
+
+from coordinator.core import checkpoints, poison
+from coordinator.core.messages import AttemptExited
+from coordinator.core.model import Attempt, Job, JobIntent
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.state import Instant, State
+
+# Between two tries of a failing job: doubling from one second, so that a broken job costs little
+# and a passing fault (a full disk, a restarting file server) has minutes to pass.
+RETRY_MS_FIRST = 1_000
+RETRY_MS_MAX = 60_000
+# "Run me again" without ever committing a further step is a loop; this many rounds of it are
+# patience enough.
+YIELDS_MAX = 20
+# A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
+SIGNAL_STATUS_BASE = 128
+AGAIN = "asked to be run again"
+
+
+def judge(job: Job, attempt: Attempt, body: AttemptExited) -> AttemptPhase:
+    """An attempt's end: cancelled if its owner wished so; 0 is success; a stop request or a "run
+    me again" status is a yield; everything else is a failure."""
+    if job.intent is JobIntent.CANCEL:
+        return AttemptPhase.CANCELLED
+    if body.exit_code == 0:
+        return AttemptPhase.SUCCEEDED
+    if attempt.stop_reason or body.exit_code in job.spec.run_again_exit_codes:
+        return AttemptPhase.YIELDED
+    return AttemptPhase.FAILED
+
+
+def yielded(state: State, now: Instant, job: Job, attempt: Attempt, why: str = AGAIN) -> None:
+    """It is to be run again, and counted only where it came no further."""
+    if _came_further(job, attempt):
+        requeue(state, now, job, why)
+        return
+    yields = job.yields + 1
+    if yields > YIELDS_MAX:
+        reason = f"{why} {yields} times in a row without a further checkpoint"
+        end_job(state, now, job, JobPhase.FAILED, reason)
+        return
+    job = state.put_job(replace(job, yields=yields))
+    retry(state, now, job, f"{why} without having saved anything further")
+
+
+def _came_further(job: Job, attempt: Attempt) -> bool:
+    """Whether it has committed anything beyond where it began."""
+    beyond = not attempt.restored_digest or job.head_step > attempt.restored_step
+    return attempt.commits > 0 and beyond
+
+
+def failed(state: State, now: Instant, attempt: Attempt, how: str, *, own: bool) -> None:
+    """`own`: nothing from outside had a part in it, as far as anybody knows."""
+    job = state.jobs[attempt.job_id]
+    own = own and attempt.exit_code is not None and attempt.exit_code <= SIGNAL_STATUS_BASE
+    hopeless = own and not (attempt.commits or attempt.restored_digest)
+    if hopeless:
+        reason = f"{how} before its first checkpoint; it would again"
+        end_job(state, now, job, JobPhase.FAILED, reason)
+        return
+    failures = job.failures + 1
+    unseen = attempt.exit_code is None and attempt.signal is None
+    # The box went down, or somebody killed the supervisor: that says nothing of a checkpoint.
+    verdict = poison.Verdict.RETRY if unseen else poison.note(state, attempt)
+    job = state.jobs[job.id]
+    if verdict is poison.Verdict.QUARANTINE:
+        poison.quarantine(state, now, replace(job, failures=failures), how)
+        return
+    if failures > job.spec.max_restarts:
+        times = f"{failures} failure{'s' if failures > 1 else ''} in a row"
+        reason = f"{how}; {times} without a further checkpoint, and {job.spec.max_restarts} allowed"
+        end_job(state, now, job, JobPhase.FAILED, reason)
+        return
+    job = state.put_job(replace(job, failures=failures))
+    told = f"{how}; failure {failures} of {job.spec.max_restarts} allowed"
+    if verdict is poison.Verdict.STEP_BACK:
+        told += f"; {poison.step_back(state, now, job)}"
+    if not _came_further(job, attempt):
+        # A preference among the nodes that fit, so that no job waits for it.
+        state.avoid[job.id] = attempt.node
+    retry(state, now, state.jobs[job.id], told)
+
+
+def describe_exit(body: AttemptExited) -> str:
+    if body.exit_code is not None:
+        how = f"exit status {body.exit_code}"
+        if body.exit_code > SIGNAL_STATUS_BASE:
+            how += f", signal {body.exit_code - SIGNAL_STATUS_BASE} under a shell"
+    elif body.signal is not None:
+        how = f"ended by signal {body.signal}"
+    else:
+        how = "ended unseen"
+    return f"{how} ({body.reason})" if body.reason else how
+
+
+def retry(state: State, now: Instant, job: Job, reason: str) -> None:
+    """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
+    wait; after that the wait doubles with every failure or refusal in a row.
+    """
+    troubles = job.failures + job.yields + _refusals(state, job)
+    if job.failures == troubles == 1:
+        state.eligible_ms.pop(job.id, None)
+        requeue(state, now, job, f"{reason}; tried again at once")
+        return
+    wait_ms = min(RETRY_MS_MAX, RETRY_MS_FIRST << min(10, max(0, troubles - 1)))
+    state.eligible_ms[job.id] = now.now_ms + wait_ms
+    requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s")
+
+
+def _refusals(state: State, job: Job) -> int:
+    """How many tries in a row a node has refused, up to now."""
+    tries: dict[int, bool] = {}
+    for attempt in state.attempts_of(job.id):
+        refused = attempt.phase is AttemptPhase.REFUSED
+        tries[attempt.epoch] = refused or tries.get(attempt.epoch, False)
+    count = 0
+    for refused in reversed(tries.values()):
+        if not refused:
+            break
+        count += 1
+    return count
+
+
+def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
+    """Its node could not start it. What another node would refuse too ends the job."""
+    if attempt.permanent:
+        end_job(state, now, job, JobPhase.FAILED, attempt.reason)
+        return
+    state.avoid[job.id] = attempt.node
+    without = f" (`baton requeue --abandon {job.id}` goes on without its last checkpoint)"
+    hint = without if checkpoints.may_abandon(state, job) else ""
+    retry(state, now, job, f"{attempt.node} could not start it: {attempt.reason}{hint}")
+
+
+def requeue(state: State, now: Instant, job: Job, reason: str) -> None:
+    """Back to its old place, or to where its owner wants it."""
+    if job.intent is JobIntent.CANCEL:
+        end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
+        return
+    if job.intent is JobIntent.HOLD:
+        state.put_job(replace(job, phase=JobPhase.HELD, reason="held by its owner"))
+        state.tell(now.unix_ms, job.id, "job.held", "held by its owner")
+        return
+    state.put_job(replace(job, phase=JobPhase.QUEUED, reason=reason, queued_unix_ms=now.unix_ms))
+    state.tell(now.unix_ms, job.id, "job.queued", reason)
+
+
+def end_job(state: State, now: Instant, job: Job, phase: JobPhase, reason: str) -> None:
+    if phase is not JobPhase.SUCCEEDED:
+        job = poison.put_back(state, job)
+    state.put_job(
+        replace(
+            job, phase=phase, intent=JobIntent.RUN, reason=reason, ended_unix_ms=now.unix_ms,
+            trouble=None,
+        )
+    )  # fmt: skip
+    state.tell(now.unix_ms, job.id, f"job.{phase.value}", reason)
+    state.eligible_ms.pop(job.id, None)
+    state.avoid.pop(job.id, None)
+    checkpoints.retain(state, state.jobs[job.id])

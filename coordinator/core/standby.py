@@ -1,0 +1,200 @@
+"""The standby: which node would take a running job next, and when another one is named.
+
+Problem: a handoff is fast when the checkpoint is where the job goes. So each attempt has a standby,
+the node that gets its checkpoints. It is chosen as a node that could go on with the job, and then
+the fleet changes: its GPUs are taken by somebody who may not be displaced, it is cordoned, a better
+one comes free. Copies that follow every change would carry whole states about; copies that follow
+none lie where nobody can use them. So the standby moves, in five lines:
+
+1. A node fits better the sooner it could go on with the job: free GPUs, then such as lower classes
+   hold, then such as nobody gives up, then none; a node that takes no work comes last.
+2. Only a node that fits strictly better takes over; having the last checkpoint, and then little to
+   do, decides between those that fit equally.
+3. It must have been better for `SETTLED_MS`, so that a gap between two short jobs moves nothing.
+4. A standby stays for `INTERVAL_MS`.
+5. Before a drain or a preemption the copy is needed at once: then only 1 and 2 hold.
+
+The next checkpoint goes to the new one first. Only chunks travel that it lacks, so what is frozen
+travels once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from coordinator.core.model import CLASS_RANK, Job, Replication
+from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.state import Instant, LiveNode, StandbyWatch, State
+from coordinator.core.validate import suits
+
+# A node is often free for some seconds between two jobs of one queue.
+SETTLED_MS = 10_000
+# A large state takes a minute over 1 Gbit/s; a standby that moved oftener would never have it all.
+INTERVAL_MS = 60_000
+# Nodes looked at in one tick, by all reviews: some milliseconds. A small fleet is reviewed at every
+# tick, one of thousands in turn.
+LOOKS_PER_TICK_MAX = 4_000
+
+
+class Fit(IntEnum):
+    """How soon a node could go on with a job; more is sooner."""
+
+    CLOSED = 0
+    UNABLE = 1
+    TAKEN = 2
+    DISPLACING = 3
+    FREE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that is up. `holds` the last checkpoint; `load` is how many attempts it has."""
+
+    node: str
+    fit: Fit
+    holds: bool = False
+    load: int = 0
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, int, int, str]:
+        """The least is the best. Who could not take it now anyway had better hold it already."""
+        closed, able = self.fit is Fit.CLOSED, self.fit >= Fit.DISPLACING
+        return (closed, not able, not self.holds, -self.fit, self.load, self.node)
+
+
+def best(candidates: Sequence[Candidate]) -> Candidate | None:
+    return min(candidates, key=lambda candidate: candidate.rank, default=None)
+
+
+def better(present: Candidate | None, candidates: Sequence[Candidate]) -> Candidate | None:
+    """The best of those that fit strictly better than the present standby."""
+    if present is None:
+        return best(candidates)
+    return best([candidate for candidate in candidates if candidate.fit > present.fit])
+
+
+def move(
+    now_ms: int,
+    watch: StandbyWatch,
+    present: Candidate | None,
+    candidates: Sequence[Candidate],
+) -> tuple[StandbyWatch, Candidate | None]:
+    """The node that takes over now, if one does, and what to remember until the next look."""
+    found = better(present, candidates)
+    if found is None:
+        return replace(watch, better_since_ms=None), None
+    since_ms = now_ms if watch.better_since_ms is None else watch.better_since_ms
+    stays = watch.moved_ms is not None and now_ms - watch.moved_ms < INTERVAL_MS
+    if stays or now_ms - since_ms < SETTLED_MS:
+        return replace(watch, better_since_ms=since_ms), None
+    return StandbyWatch(moved_ms=now_ms), found
+
+
+# --- of the state ---------------------------------------------------------------------------------
+
+
+def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
+    """The standby of a new attempt on `node_id`; empty when the job wants none or no other node is
+    up."""
+    found = best(candidates(state, job, node_id, rank))
+    return "" if found is None else found.node
+
+
+def candidates(state: State, job: Job, node_id: str, rank: int = 0) -> list[Candidate]:
+    """Every node that is up, but for the one that this rank of the job runs on."""
+    if job.spec.replication is Replication.NONE:
+        return []
+    return [
+        candidate(state, job, live, rank)
+        for live in state.nodes.values()
+        if live.phase is NodePhase.UP and live.node.id != node_id
+    ]
+
+
+def candidate(state: State, job: Job, live: LiveNode, rank: int = 0) -> Candidate:
+    good = state.good_checkpoints(job)
+    pieces = good[0].pieces if good else ()
+    holds = rank < len(pieces) and live.node.id in pieces[rank].replicas
+    return Candidate(live.node.id, fit(state, job, live), holds, len(live.attempts))
+
+
+def fit(state: State, job: Job, live: LiveNode) -> Fit:
+    if live.node.intent is not NodeIntent.OPEN:
+        return Fit.CLOSED
+    spec = job.spec
+    suiting = sum(1 for gpu in live.node.gpus if suits(spec, gpu))
+    if suiting < spec.gpus or spec.memory_bytes > live.node.host.memory_bytes:
+        return Fit.UNABLE
+    free = lower = 0
+    for gpu in live.gpus.values():
+        if gpu.phase is GpuPhase.ABSENT or not suits(spec, gpu.facts):
+            continue
+        free += gpu.phase is GpuPhase.FREE
+        lower += gpu.phase is GpuPhase.HELD and _gives_way(state, job, gpu.attempt)
+    staying_bytes = used_bytes = 0
+    for attempt_id in live.attempts:
+        held_bytes = state.jobs[state.attempts[attempt_id].job_id].spec.memory_bytes
+        used_bytes += held_bytes
+        staying_bytes += 0 if _gives_way(state, job, attempt_id) else held_bytes
+    left_bytes = live.node.host.memory_bytes - spec.memory_bytes
+    if free >= spec.gpus and used_bytes <= left_bytes:
+        return Fit.FREE
+    able = free + lower >= spec.gpus and staying_bytes <= left_bytes
+    return Fit.DISPLACING if able else Fit.TAKEN
+
+
+def _gives_way(state: State, job: Job, attempt_id: str) -> bool:
+    attempt = state.attempts.get(attempt_id)
+    if attempt is None:
+        return False  # a stray: it leaves, but it is not known when
+    held = state.jobs[attempt.job_id].spec.job_class
+    return CLASS_RANK[held] > CLASS_RANK[job.spec.job_class]
+
+
+def aim(state: State, attempt_id: str) -> str:
+    """Where an attempt that leaves at once should send its copies: the present standby, unless a
+    node fits better."""
+    attempt = state.attempts[attempt_id]
+    job = state.jobs[attempt.job_id]
+    present = _present(state, job, attempt.replica_node, attempt.rank)
+    found = better(present, candidates(state, job, attempt.node, attempt.rank))
+    return attempt.replica_node if found is None else found.node
+
+
+def review(state: State, now: Instant) -> list[tuple[str, str]]:
+    """Look at some attempts, all in turn; returns which standbys move, and where to."""
+    running = [attempt_id for live in state.nodes.values() for attempt_id in live.attempts]
+    count = min(len(running), max(1, LOOKS_PER_TICK_MAX // max(1, len(state.nodes))))
+    begin = state.reviewed % max(1, len(running))
+    state.reviewed = begin + count
+    moves = []
+    for attempt_id in (running + running)[begin : begin + count]:
+        attempt = state.attempts[attempt_id]
+        job = state.jobs[attempt.job_id]
+        present = _present(state, job, attempt.replica_node, attempt.rank)
+        if attempt.phase is not AttemptPhase.RUNNING or present is None:
+            continue  # without a standby `checkpoints.retarget` finds one as soon as there is any
+        others = (
+            [] if present.fit is Fit.FREE else candidates(state, job, attempt.node, attempt.rank)
+        )
+        watch = state.standby_watches.get(attempt_id, StandbyWatch())
+        state.standby_watches[attempt_id], found = move(now.now_ms, watch, present, others)
+        if found is not None:
+            moves.append((attempt_id, found.node))
+    return moves
+
+
+def _present(state: State, job: Job, node_id: str, rank: int) -> Candidate | None:
+    live = state.nodes.get(node_id)
+    return None if live is None else candidate(state, job, live, rank)
+
+
+def describe(state: State, job: Job, node_id: str, standby: str) -> str:
+    """What becomes of a job on `node_id` if that node dies, for people; empty where it has no
+    standby."""
+    live = state.nodes.get(standby)
+    if live is None:
+        return ""
+    if live.phase is NodePhase.UP and fit(state, job, live) >= Fit.DISPLACING:
+        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go"
+    return f"its checkpoints go to {standby}, which could not take it now"

@@ -1,0 +1,79 @@
+"""Nodes and their GPUs on the wire: the part of the translation that is about machines.
+
+Problem: what a driver does not say must not become a zero on the way. A field of telemetry is
+absent where it is `None`, and `optional` in the contract.
+"""
+
+from coordinator.core import model
+from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
+from protos.baton.v1 import types_pb2 as types
+
+
+def encode_node(view: model.NodeView) -> types.Node:
+    node = view.node
+    message = types.Node(
+        id=node.id,
+        phase=_node_phase(view.phase),
+        intent=_node_intent(node.intent),
+        peer_address=node.peer_address,
+        host=types.HostFacts(
+            hostname=node.host.hostname,
+            boot_id=node.host.boot_id,
+            cpu_count=node.host.cpu_count,
+            memory_bytes=node.host.memory_bytes,
+            driver_version=node.host.driver_version,
+            agent_version=node.host.agent_version,
+        ),
+        gpus=[_gpu(gpu) for gpu in view.gpus],
+        attempts=view.attempts,
+        reason=view.reason,
+    )
+    if view.telemetry is not None:
+        host = view.telemetry
+        message.telemetry.CopyFrom(
+            types.HostTelemetry(
+                cpu_utilization_ratio=host.cpu_utilization_ratio,
+                memory_used_bytes=host.memory_used_bytes,
+                disk_free_bytes=host.disk_free_bytes,
+                load_1min=host.load_1min,
+            )
+        )
+    return message
+
+
+def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:
+    return types.NodePhase.Value(f"NODE_PHASE_{phase.name}")
+
+
+def _node_intent(intent: NodeIntent) -> types.NodeIntent.ValueType:
+    return types.NodeIntent.Value(f"NODE_INTENT_{intent.name}")
+
+
+def _gpu_phase(phase: GpuPhase) -> types.GpuPhase.ValueType:
+    return types.GpuPhase.Value(f"GPU_PHASE_{phase.name}")
+
+
+def _gpu(gpu: model.GpuView) -> types.Gpu:
+    message = types.Gpu(
+        uuid=gpu.facts.uuid,
+        name=gpu.facts.name,
+        memory_bytes=gpu.facts.memory_bytes,
+        phase=_gpu_phase(gpu.phase),
+        attempt=gpu.attempt,
+    )
+    read = gpu.telemetry
+    if read is not None:
+        message.telemetry.CopyFrom(
+            types.GpuTelemetry(
+                uuid=read.uuid,
+                utilization_ratio=read.utilization_ratio,
+                memory_used_bytes=read.memory_used_bytes,
+                temperature_celsius=read.temperature_celsius,
+                power_mw=read.power_mw,
+                energy_mj=read.energy_mj,
+                sm_clock_mhz=read.sm_clock_mhz,
+                memory_clock_mhz=read.memory_clock_mhz,
+                error=read.error,
+            )
+        )
+    return message

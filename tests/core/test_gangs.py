@@ -1,0 +1,110 @@
+"""Gangs where scenarios do not reach: hundreds of ranks, many of them on few nodes, time that
+counts once, and ports."""
+
+from coordinator.core.messages import (
+    AgentEvent,
+    AttemptExited,
+    AttemptStarted,
+    FromAgent,
+    GetJob,
+    Hello,
+    Reply,
+    Request,
+    Send,
+    StartAttempt,
+    StopAttempt,
+    Submit,
+    Tick,
+)
+from coordinator.core.model import HostFacts, JobSpec, JobView
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.state import ATTEMPTS_SHOWN_MAX
+from tests.core.coordinator_harness import UNIX_MS_AT_START, Rig
+
+RANKS = 2 * ATTEMPTS_SHOWN_MAX + 50
+HOST = HostFacts(cpu_count=RANKS)
+
+
+class Box:
+    """A rig with nodes that say what a test has them say."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.rig = Rig()
+        self.sequences = [0] * len(addresses)
+        self.sent: list[object] = []
+        for number, address in enumerate(addresses):
+            hello = Hello(f"n{number}", "j", address, HOST, ())
+            self.take(FromAgent(number, hello))
+
+    def take(self, event: FromAgent | Request | Tick) -> None:
+        self.sent = [e.order for e in self.rig.handle(event) if isinstance(e, Send)]
+
+    def submit(self, ranks: int) -> list[StartAttempt]:
+        self.take(Request(1, Submit(JobSpec(command=("x",), ranks=ranks))))
+        return [order for order in self.sent if isinstance(order, StartAttempt)]
+
+    def say(self, attempt: str, body: AttemptStarted | AttemptExited) -> None:
+        node = int(self.rig.disk.attempts[attempt].node[1:])
+        self.sequences[node] += 1
+        unix_ms = UNIX_MS_AT_START + self.rig.now_ms
+        event = AgentEvent(self.sequences[node], unix_ms, attempt, body)
+        self.take(FromAgent(node, event))
+
+
+def test_a_gang_of_hundreds_is_kept_whole_and_ends_as_one() -> None:
+    """More ranks than attempts are remembered of a job otherwise."""
+    box = Box("n0:1")
+    assert len(box.submit(RANKS)) == RANKS
+    state = box.rig.core.state
+    assert len(state.gang(state.jobs[1])) == RANKS
+    box.say("1.1.7", AttemptExited(1))
+    assert sum(isinstance(order, StopAttempt) for order in box.sent) == RANKS - 1
+    box.rig.restart()
+    box.sequences = [1]
+    state = box.rig.core.state
+    assert len(state.gang(state.jobs[1])) == RANKS
+    live = [rank for rank in state.gang(state.jobs[1]) if rank.phase is AttemptPhase.STOPPING]
+    assert len(live) == RANKS - 1
+    assert state.jobs[1].phase is JobPhase.ACTIVE
+
+
+def test_ranks_are_numbered_through_the_nodes() -> None:
+    box = Box("10.0.0.1:70", "[::1]:70")
+    slots = HOST.cpu_count * 4
+    places = [order.gang for order in box.submit(slots + 3)]
+    assert [place.rank for place in places if place] == list(range(slots + 3))
+    told = [
+        (place.node_rank, place.local_rank, place.local_world_size) for place in places if place
+    ]
+    assert told == [(0, i, slots) for i in range(slots)] + [(1, i, 3) for i in range(3)]
+    assert all(place and place.nodes == ("n0", "n1") for place in places)
+    assert all(place and place.master_host == "10.0.0.1" for place in places)
+
+
+def test_the_master_is_named_without_brackets_and_its_port_is_another_on_each_try() -> None:
+    box = Box("[fe80::1]:70")
+    first = box.submit(2)[0].gang
+    for rank in range(2):
+        box.say(f"1.1.{rank}", AttemptStarted(1))
+    for rank in range(2):
+        box.say(f"1.1.{rank}", AttemptExited(75))
+    box.rig.now_ms += 1_000
+    box.take(Tick())
+    second = next(order.gang for order in box.sent if isinstance(order, StartAttempt))
+    assert first is not None
+    assert second is not None
+    assert first.master_host == second.master_host == "fe80::1"
+    assert second.master_port == first.master_port + 1
+
+
+def test_the_time_of_a_gang_counts_once() -> None:
+    box = Box("n0:1")
+    box.submit(3)
+    for rank in range(3):
+        box.say(f"1.1.{rank}", AttemptStarted(1))
+    box.rig.now_ms += 60_000
+    (reply,) = [e for e in box.rig.handle(Request(1, GetJob(1))) if isinstance(e, Reply)]
+    assert isinstance(reply.answer, JobView)
+    assert reply.answer.accounting is not None
+    assert [account.wall_s for account in reply.answer.accounts] == [60.0] * 3
+    assert reply.answer.accounting.wall_s == 60.0

@@ -1,0 +1,245 @@
+"""Ranks as real processes that talk over loopback, and a host that starts them in no time.
+
+A process that imports torch and transformers takes seconds, and these tests need dozens of ranks.
+So one host imports them once and computes nothing; each rank is forked from it, which is how agents
+start trainers too. A rank runs what a user's rank runs, ``start.run``, with its configuration in a
+file, and a tiny task that can be told to fail.
+
+    python -m tests.trainers.gang        one JSON line in for each gang, one out with its statuses
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import unittest.mock
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import baton_sdk
+from agent import slabs as agent_slabs
+from tests.trainers import tasks
+from tests.trainers.test_capture import PLENTY, DeskSession, files_of
+from trainers import adapters, loop, models, start
+from trainers.causal import CausalTextTask
+from trainers.configuration import LoopOptions
+from trainers.lora import LoraOptions
+
+RANKS_S_MAX = 100
+"""Of a rank that hangs, on a busy machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GangOptions(LoopOptions):
+    """What a rank of a test trains, and what goes wrong."""
+
+    task: str = "finetune"
+    dropout: float = 0.0
+    noisy: bool = False
+    stop_rank: int = -1
+    """Gets SIGTERM in the middle of step ``stop_step``."""
+
+    stop_step: int = 0
+    full_rank: int = -1
+    """Runs out of memory in its second step."""
+
+    other_rank: int = -1
+    """Has another model than the others."""
+
+    output_directory: str = ""
+
+
+class Faulty(tasks.Around):
+    """Counts the passes through the model that this rank makes with gradients."""
+
+    def __init__(self, inner: loop.Task, options: GangOptions) -> None:
+        super().__init__(inner)
+        self.options = options
+        self.rank = int(os.environ["RANK"])
+        self.calls = 0
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.rank == self.options.stop_rank and self.calls == self.options.stop_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.rank == self.options.full_rank and self.calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
+        return super().loss(batch)
+
+    def deliver(self) -> None:
+        self.inner.model = self.model
+        self.inner.deliver()
+
+
+def build(options: GangOptions, folder: Path) -> loop.Task:
+    """The task; one step is one pass in the configurations that count passes."""
+    tokens = torch.randint(0, 256, (30, 16), dtype=torch.uint8)
+    if int(os.environ["RANK"]) == options.other_rank:
+        loop.seed_everything(options.seed + 1)
+    described = transformers.GPT2Config(
+        vocab_size=256,
+        n_positions=16,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=options.dropout,
+        embd_pdrop=options.dropout,
+        attn_pdrop=options.dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model: Any = transformers.GPT2LMHeadModel(described)
+    if options.task == "lora":
+        if options.precision == "bfloat16":
+            model = model.to(torch.bfloat16)
+        chosen = LoraOptions(model="", train_data="", steps=1, rank=2, alpha=4)
+        model = adapters.with_adapters(model, chosen)
+    target = folder / options.output_directory
+    task: loop.Task = CausalTextTask(
+        model,
+        tokens[:23],
+        tokens[23:],
+        bytes_per_token=1.0,
+        identity=f"tiny {options.task}",
+        deliver=(lambda whole: models.save(whole, target)) if options.output_directory else None,
+    )
+    return Faulty(tasks.Noisy(task) if options.noisy else task, options)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.events if line["event"] == "step"]
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The only one of this name."""
+        (found,) = [line for line in self.events if line["event"] == name]
+        return found
+
+
+class Host:
+    """Starts gangs, one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[str]
+        self._gangs = 0
+
+    def __enter__(self) -> "Host":
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.trainers.gang"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        assert self._process.wait(RANKS_S_MAX) == 0
+
+    def run(
+        self, size: int, environments: Sequence[Mapping[str, str]] = (), **options: Any
+    ) -> list[Ended]:
+        """Run a gang of so many ranks to its end; what became of each."""
+        self._gangs += 1
+        place = self.folder / f"gang-{self._gangs}"
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(options))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        told = {
+            "place": str(place),
+            "environments": [
+                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **dict(own)}
+                for rank, own in enumerate(environments or [{}] * size)
+            ],
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(told) + "\n")
+        self._process.stdin.flush()
+        statuses = json.loads(self._process.stdout.readline())
+        texts = [
+            [(place / f"{name}-{rank}").read_text() for name in ("out", "err")]
+            for rank in range(size)
+        ]
+        return [Ended(status, *text) for status, text in zip(statuses, texts, strict=True)]
+
+
+def run_rank(place: Path, environment: dict[str, str]) -> int:
+    """In a forked process."""
+    os.environ.update(environment)
+    rank = environment["RANK"]
+    for number, name in ((1, "out"), (2, "err")):
+        opened = os.open(place / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(opened, number)
+    signal.alarm(RANKS_S_MAX)
+    arguments = ["--config", str(place / "config.json")]
+    if not environment.get("GANG_DESK"):
+        return start.run(GangOptions, lambda: build, arguments)
+    return run_with_desk(Path(environment["GANG_DESK"]), arguments)
+
+
+class Answering(DeskSession):
+    """An agent in the same process, which stores what is captured at once."""
+
+    def capture(self, *arguments: object) -> baton_sdk.Ticket:
+        ticket = super().capture(*arguments)
+        self.answer(ticket)
+        assert ticket.parts == int(os.environ["WORLD_SIZE"])
+        return ticket
+
+
+def run_with_desk(target: Path, arguments: Sequence[str]) -> int:
+    """With memory for captures from the first step on; the files of the last one, as an agent reads
+    them, become the directory ``target``."""
+    desk = agent_slabs.Slabs(1.0, lambda: PLENTY)
+    session = Answering(desk, target)
+    with unittest.mock.patch.object(baton_sdk, "connect", return_value=session):
+        status = start.run(GangOptions, lambda: build, arguments)
+    target.mkdir(parents=True)
+    for name, data in files_of(desk).items():
+        (target / name).write_bytes(data)
+    return status
+
+
+def serve() -> None:
+    """Fork the ranks that are asked for, until nobody asks any more."""
+    for line in sys.stdin:
+        told = json.loads(line)
+        children = []
+        for environment in told["environments"]:
+            child = os.fork()
+            if child == 0:
+                start.leave(run_rank(Path(told["place"]), environment))
+            children.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        sys.stdout.write(json.dumps(statuses) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,196 @@
+"""The world of a training: which rank this process is, and what all ranks decide together.
+
+Problem: ranks that compute together hang together. Each forward and backward pass is a collective,
+so whoever leaves it, saves, or ends early alone leaves the others waiting for ever. A stop request
+reaches one rank before another, clocks differ, and one rank's memory may be full.
+
+So no rank follows its own judgement. After each step all ranks say what they know, a ``Vote`` (its
+share of the loss, whether it was asked to stop, whether a checkpoint is due, whether it still waits
+for the one before), and ``decide``, a pure function of all votes in the order of the ranks, says
+the same everywhere. It is one small collective a step, over the host's network (gloo), where the
+loop reads the loss from the device anyway; gradients go between the devices (nccl).
+
+A job of one rank is a world of its own: everything here is then plain Python, and
+``torch.distributed`` is not touched.
+
+The variables are torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+(https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables). Nobody waits for the
+others at the end: whoever is done leaves, and who lost its peers is ended by its agent, or at last
+by the timeout of its collectives.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import blake2b
+
+import torch
+
+TEXT_BYTES_MAX = 1024
+"""Of what one rank tells the others: a sentence. Longer ones are cut."""
+
+NO_STOP_S = math.inf
+"""The grace of a stop that nobody asked for."""
+
+
+class RankError(RuntimeError):
+    """The ranks cannot go on together; the sentence says which one, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What one rank knows after a step."""
+
+    loss: float
+    """Its share of the mean over the global batch: the shares add up to it."""
+
+    stop_s: float = NO_STOP_S
+    """Seconds of grace left, where it was asked to stop."""
+
+    due: bool = False
+    """Whether a checkpoint is due by its clock. Rank 0's counts."""
+
+    busy: bool = False
+    """Whether it could not keep a checkpoint now: the one before is still being stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What all ranks do next."""
+
+    loss: float
+    stop_s: float
+    """Seconds of grace of the most urgent stop; ``NO_STOP_S``: go on."""
+
+    save: bool
+
+    @property
+    def stop(self) -> bool:
+        return self.stop_s < NO_STOP_S
+
+
+def decide(votes: Sequence[Vote]) -> Decision:
+    """Pure. A checkpoint is taken when rank 0 finds it due and no rank is busy, so that the newest
+    steps are everybody's; one rank's stop is a stop for all."""
+    return Decision(
+        loss=sum(vote.loss for vote in votes),
+        stop_s=min(vote.stop_s for vote in votes),
+        save=votes[0].due and not any(vote.busy for vote in votes),
+    )
+
+
+class World:
+    """All ranks of one training, seen from one of them."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.alone:
+            return torch.device("cuda")
+        # A rank with several GPUs sees its own ones only, and any of them will do.
+        device = torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    def open(self, device: torch.device, timeout_s: float) -> None:
+        """Meet the others. Raises RuntimeError when they do not come within ``timeout_s``, which is
+        also what each collective waits for a rank that is gone."""
+        if self.alone:
+            return
+        from torch import distributed
+
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+    def decide(self, vote: Vote) -> Decision:
+        """The same on every rank. A collective."""
+        numbers = self.gather([vote.loss, vote.stop_s, float(vote.due), float(vote.busy)])
+        return decide([Vote(loss, stop, due > 0, busy > 0) for loss, stop, due, busy in numbers])
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """What each rank says, in the order of the ranks; as many numbers from each. A collective,
+        exact: nothing is summed on the way."""
+        if self.alone:
+            return [list(values)]
+        return [part.tolist() for part in self._gather(torch.tensor(values, dtype=torch.float64))]
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Of each number the sum over all ranks, the same bits everywhere. A collective."""
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
+
+    def texts(self, text: str) -> list[str]:
+        """What each rank says. A collective."""
+        if self.alone:
+            return [text]
+        data = text.encode()[:TEXT_BYTES_MAX].ljust(TEXT_BYTES_MAX, b"\0")
+        parts = self._gather(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return [bytes(part.tolist()).rstrip(b"\0").decode(errors="ignore") for part in parts]
+
+    def check_same(self, what: str, text: str) -> None:
+        """Raises RankError, on every rank, unless all say the same of ``what``. A collective."""
+        texts = self.texts(text)
+        for rank, other in enumerate(texts):
+            if other != texts[0]:
+                raise RankError(f"{what} differs: '{texts[0]}' on rank 0, '{other}' on rank {rank}")
+
+    def check_none_failed(self, failure: str) -> None:
+        """Raises RankError on every rank for the first of those that have a ``failure`` to tell;
+        empty for none. A collective: nobody is left waiting for a rank that gave up."""
+        for rank, text in enumerate(self.texts(failure)):
+            if text:
+                raise RankError(f"rank {rank}: {text}")
+
+    def norm(self, own: torch.Tensor) -> torch.Tensor:
+        """The norm of a vector of which this rank's part has the norm ``own``. A collective, on the
+        device."""
+        if self.alone:
+            return own
+        from torch import distributed
+
+        squares = own.float().square()
+        distributed.all_reduce(squares)
+        return squares.sqrt()
+
+    def seed_of(self, seed: int, samples: int) -> int:
+        """What this rank's generators begin with: ranks draw different numbers, and a world of
+        another size begins anew after ``samples``. 0 to 2**64 - 1."""
+        text = b"%d/%d/%d" % (seed, samples, self.rank)
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
+
+    def _gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        from torch import distributed
+
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(parts, own)
+        return parts
+
+
+ALONE = World()
+
+
+def world_of(environment: Mapping[str, str]) -> World:
+    """As torchrun and Baton describe it."""
+    size = int(environment.get("WORLD_SIZE") or 1)
+    if size <= 1:
+        return ALONE
+    return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK") or 0))
