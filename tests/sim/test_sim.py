@@ -21,10 +21,10 @@ from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
 from coordinator import shell as coordinator_shell
-from coordinator.core import attempts, checkpoints, nodes, outcomes
+from coordinator.core import attempts, checkpoints, gangs, nodes, outcomes
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
-from coordinator.core.model import Attempt, Checkpoint, Job
+from coordinator.core.model import Attempt, Checkpoint, Job, Part
 from coordinator.core.state import LiveNode
 from coordinator.core.state import State as CoordinatorState
 from coordinator.store.memory import MemoryDisk
@@ -321,3 +321,33 @@ def test_a_job_that_nobody_tries_again_is_caught(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(outcomes, "requeue", forgotten)
     found(workload("drain", 1), "after the last fault")
+
+
+def gangs_of_two(kind: str) -> Plan:
+    alone = workload(kind)
+    return replace(alone, programs=tuple(replace(one, gpus=1, ranks=2) for one in alone.programs))
+
+
+def test_unbroken_rules_pass_the_plans_of_gangs() -> None:
+    for kind in ("cut", "agent_kill", "trainer_kill", "power_off", "coordinator_kill"):
+        assert not run(gangs_of_two(kind))
+
+
+def test_parts_of_different_steps_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = checkpoints.commit
+    before: dict[int, tuple[Part, ...]] = {}
+
+    def mix(state: CoordinatorState, attempt: Attempt, new: Checkpoint) -> None:
+        late = before.get(new.job_id, new.parts)
+        before[new.job_id] = new.parts
+        commit(state, attempt, replace(new, parts=late))
+
+    monkeypatch.setattr(checkpoints, "commit", mix)
+    found(gangs_of_two("cut"), "holds step")
+
+
+def test_a_gang_started_anew_beside_what_is_left_of_it_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gangs, "ATTEMPT_LIVE", ())
+    found(gangs_of_two("trainer_kill"), "at once")
