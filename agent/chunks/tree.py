@@ -170,6 +170,10 @@ class _Buffers:
         """One of them; waits for a writer where all are in use."""
         return self._free.get()
 
+    def give_back(self, buffer: mmap.mmap) -> None:
+        """One that nothing was read into."""
+        self._free.put(buffer)
+
     def keep(self, writing: Writing, buffer: mmap.mmap, size_bytes: int) -> tuple[str, int]:
         """Its first bytes, as a chunk; it is free after that."""
         try:
@@ -271,6 +275,7 @@ def _read_pieces(descriptor: int, buffers: _Buffers) -> Iterator[tuple[mmap.mmap
         buffer = buffers.take()
         size_bytes = _read_full(descriptor, buffer)
         if not size_bytes:
+            buffers.give_back(buffer)
             return
         yield buffer, size_bytes
 

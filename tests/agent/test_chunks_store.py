@@ -115,6 +115,14 @@ def test_only_changed_chunks_are_written(tmp_path: Path) -> None:
     assert kept(store, source, step=2, parent=first.digest).new_bytes == 0
 
 
+def test_many_files_need_no_more_memory_than_one(tmp_path: Path) -> None:
+    """Each end of a file gives back the buffer that nothing was read into."""
+    files = {f"part-{number:03}": b"x" * number for number in range(100)}
+    store = opened(tmp_path / "store")
+    stored = kept(store, written(tmp_path / "in", files))
+    assert stored.size_bytes == sum(map(len, files.values()))
+
+
 def test_a_truncated_chunk_is_written_again(tmp_path: Path) -> None:
     source = written(tmp_path / "in", {"a": b"0123456789"})
     store = opened(tmp_path / "store")
