@@ -14,6 +14,7 @@ from PET_*; Slurm's sbatch manual page, "OUTPUT ENVIRONMENT VARIABLES".
 """
 
 from dataclasses import dataclass
+from zlib import crc32
 
 from agent.core.attempt import AttemptRecord
 from agent.core.values import Gang, Launch
@@ -103,8 +104,9 @@ def _baton(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
 def _rendezvous(record: AttemptRecord) -> dict[str, str]:
     if record.gang is not None:
         return _gang_rendezvous(record, record.gang)
-    # Of one rank the port is only ever bound by jobs that start ranks of their own.
-    port = 20_000 + (record.job_id * 31 + record.epoch) % 10_000
+    # Bound by jobs that start ranks of their own, and by libraries that make a group of one. Drawn
+    # from the attempt's own chance: several agents, even of several fleets, may be on one host.
+    port = 20_000 + crc32(record.token.encode()) % 10_000
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",

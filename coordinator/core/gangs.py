@@ -40,8 +40,9 @@ from coordinator.core.state import Instant, State
 
 RUNNING_JOB = (JobPhase.ACTIVE, JobPhase.CANCELLING)
 _BREAKING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
-# As agents choose one for a job of one rank: above what services use, below what Linux gives out
-# (ip_local_port_range). One that is taken is another one on the next try.
+# Above what services use, below what Linux gives out (ip_local_port_range). One that is taken is
+# another one on the next try. The time of submission tells fleets on one host apart, whose jobs
+# have the same numbers.
 PORT_FIRST = 20_000
 PORTS = 10_000
 SIGKILL = 9
@@ -78,7 +79,7 @@ def _place(state: State, job: Job, attempt: Attempt) -> Gang:
         node_rank=nodes.index(attempt.node),
         nodes=nodes,
         master_host=host,
-        master_port=PORT_FIRST + (job.id * 31 + attempt.epoch) % PORTS,
+        master_port=PORT_FIRST + (job.id * 31 + attempt.epoch + job.submitted_unix_ms) % PORTS,
         node_gpu_uuids=tuple(uuid for rank in here for uuid in rank.gpu_uuids),
     )
 

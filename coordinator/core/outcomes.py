@@ -69,6 +69,8 @@ def failed(state: State, now: Instant, attempt: Attempt, how: str, *, own: bool)
     """`own`: nothing from outside had a part in it, as far as anybody knows."""
     job = state.jobs[attempt.job_id]
     own = own and attempt.exit_code is not None and attempt.exit_code <= SIGNAL_STATUS_BASE
+    # Ranks meet over a network first, on a port that may be taken: a first failure proves nothing.
+    own = own and (attempt.ranks == 1 or job.failures > 0)
     hopeless = own and not (attempt.commits or attempt.restored_digest)
     if hopeless:
         reason = f"{how} before its first checkpoint; it would again"

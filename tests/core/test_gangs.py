@@ -108,3 +108,30 @@ def test_the_time_of_a_gang_counts_once() -> None:
     assert reply.answer.accounting is not None
     assert [account.wall_s for account in reply.answer.accounts] == [60.0] * 3
     assert reply.answer.accounting.wall_s == 60.0
+
+
+def test_a_first_failure_of_a_gang_proves_nothing_and_a_second_one_does() -> None:
+    """Its port may have been taken; a missing module stays missing."""
+    box = Box("n0:1")
+    first = box.submit(2)[0].gang
+    box.say("1.1.0", AttemptExited(1))
+    box.say("1.1.1", AttemptExited(None, 9))
+    again = [order.gang for order in box.sent if isinstance(order, StartAttempt)]
+    assert first is not None
+    assert [place.master_port for place in again if place] == [first.master_port + 1] * 2
+    box.say("1.2.0", AttemptExited(1))
+    box.say("1.2.1", AttemptExited(None, 9))
+    job = box.rig.core.state.jobs[1]
+    assert job.phase is JobPhase.FAILED
+    assert "it would again" in job.reason
+
+
+def test_first_jobs_of_two_fleets_on_one_host_do_not_meet() -> None:
+    ports = []
+    for later_ms in (0, 7):
+        box = Box("n0:1")
+        box.rig.now_ms += later_ms
+        place = box.submit(2)[0].gang
+        assert place is not None
+        ports.append(place.master_port)
+    assert ports[0] != ports[1]
