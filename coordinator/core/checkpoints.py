@@ -152,6 +152,8 @@ def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted
         return True
     gang = state.gang(job)
     others = [rank for rank in gang if rank.rank != attempt.rank and rank.started_unix_ms]
+    if any(rank.restored_digest == body.restored_digest for rank in others):
+        return True  # what they have committed since is what they all continue
     if any(rank.restored_digest == job.head for rank in others):
         return _stands_again(state, now, job, attempt, body.restored_digest)
     reasons = dict(body.skipped)

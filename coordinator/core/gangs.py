@@ -291,6 +291,9 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
         outcomes.end_job(state, now, job, JobPhase.SUCCEEDED, "finished")
     elif job.intent is JobIntent.CANCEL:
         outcomes.end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
+    elif lost is not None:
+        # The others see their connections break, and fail, before anybody knows that a node died.
+        outcomes.requeue(state, now, job, lost.reason)
     elif failed is not None:
         # A rank that a signal ended may be why the others failed, whoever was heard first; but for
         # those that we had killed.
@@ -298,8 +301,6 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
         outcomes.failed(state, now, _as_one(gang, failed), _story_of(failed), own=own)
     elif refused is not None:
         outcomes.refused(state, now, job, refused)
-    elif lost is not None:
-        outcomes.requeue(state, now, job, lost.reason)
     elif checkpoints.at_odds(gang):
         outcomes.yielded(state, now, job, _as_one(gang, gang[0]), checkpoints.AT_ODDS)
     elif stopped is not None and not any(not rank.stop_reason for rank in gang):

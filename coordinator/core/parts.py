@@ -6,8 +6,7 @@ checkpoint of which a part is missing is none.
 
 1. A part waits, durably, until the parts of all ranks for its step are there. A rank that saves
    twice at one step has two there; the first of each belong together.
-2. Then they are one checkpoint, which follows the last commit and is named by rank 0's part. Rank
-   0's proposals are one history: each follows the one before, committed or waiting.
+2. Then they are one checkpoint, which follows the last commit and is named by rank 0's part.
 3. Whatever was handed over before what is committed will never be complete and is refused, so that
    the agents forget it.
 4. A rank may leave so many unanswered; then it hands over nothing more. Where that many wait, one
@@ -16,7 +15,7 @@ checkpoint of which a part is missing is none.
 Until then each node's list of what to keep names what waits there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import checkpoints
@@ -63,10 +62,10 @@ def _refuse(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) 
         return checkpoints.AT_ODDS
     if _committed(state, job, attempt.rank, body.digest):
         return ""
-    if attempt.rank == 0:
-        mine = [part.digest for part in _of_rank(state, job, 0)]
-        if body.parent not in (job.head, *mine):
-            return checkpoints.refuse_parent(job, body)
+    # Of parts the epoch is the fence: whoever has been refused one, or has not heard yet of a
+    # commit that others completed, still goes on with the same training.
+    if body.parts <= 1 and body.parent not in (job.head, *_waiting_of_first(state, job)):
+        return checkpoints.refuse_parent(job, body)
     return checkpoints.refuse_content(job, body)
 
 
@@ -76,8 +75,8 @@ def _committed(state: State, job: Job, rank: int, digest: str) -> bool:
     return head is not None and rank < len(head.pieces) and head.pieces[rank].digest == digest
 
 
-def _of_rank(state: State, job: Job, rank: int) -> list[WaitingPart]:
-    return [part for part in state.parts.get(job.id, []) if part.rank == rank]
+def _waiting_of_first(state: State, job: Job) -> list[str]:
+    return [part.digest for part in state.parts.get(job.id, []) if part.rank == 0]
 
 
 def _wait(state: State, now: Instant, job: Job, attempt: Attempt, body: CheckpointProposed) -> None:
@@ -96,7 +95,7 @@ def _wait(state: State, now: Instant, job: Job, attempt: Attempt, body: Checkpoi
     if len(together) == attempt.ranks:
         _commit(state, now, job, together)
     else:
-        _make_room(state, job)
+        _make_room(state, job, attempt.ranks)
 
 
 def _commit(state: State, now: Instant, job: Job, together: dict[int, WaitingPart]) -> None:
@@ -123,25 +122,29 @@ def _supersede(state: State, job: Job, step: int, together: dict[int, WaitingPar
             _drop(state, job, part, f"superseded by step {step}")
 
 
-def _make_room(state: State, job: Job) -> None:
+def _make_room(state: State, job: Job, ranks: int) -> None:
     """Where a rank has as many waiting as it may, the oldest goes that can never be complete; of
     more than that, the oldest in any case."""
-    for rank in range(job.spec.ranks):
-        mine = _of_rank(state, job, rank)
+    by_rank: dict[int, list[WaitingPart]] = {rank: [] for rank in range(ranks)}
+    for part in state.parts[job.id]:
+        by_rank[part.rank].append(part)
+    for mine in by_rank.values():
         if len(mine) < WAITING_MAX:
             continue
-        hopeless = next((part for part in mine if _is_hopeless(state, job, part)), None)
+        hopeless = next((part for part in mine if _is_hopeless(state, job, part, by_rank)), None)
         if hopeless is not None:
             _drop(state, job, hopeless, "superseded: another rank has gone on without this step")
         elif len(mine) > WAITING_MAX:
             _drop(state, job, mine[0], f"superseded: {WAITING_MAX} later ones wait")
 
 
-def _is_hopeless(state: State, job: Job, part: WaitingPart) -> bool:
+def _is_hopeless(
+    state: State, job: Job, part: WaitingPart, by_rank: Mapping[int, Sequence[WaitingPart]]
+) -> bool:
     """Whether some rank will never hand over its part of this step: each goes through the steps in
     order."""
     for rank in state.gang(job):
-        steps = [other.step for other in _of_rank(state, job, rank.rank)]
+        steps = [other.step for other in by_rank[rank.rank]]
         gone = rank.phase in ATTEMPT_ENDED or max(steps, default=part.step) > part.step
         if gone and part.step not in steps:
             return True

@@ -72,7 +72,7 @@ def note(state: State, attempt: Attempt) -> Verdict:
         return Verdict.RETRY
     job = state.jobs[attempt.job_id]
     # What it last said; one that said nothing has not gone beyond what it resumed from.
-    step = max(attempt.restored_step, state.attempts[attempt.id].times.step or 0)
+    step = max(attempt.restored_step, attempt.times.step or 0)
     good = state.good_checkpoints(job)
     trouble, verdict = judge(
         job.trouble,

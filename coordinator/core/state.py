@@ -181,6 +181,7 @@ class State:
             self._index_job(job)
         for attempt in sorted(snapshot.attempts, key=lambda a: (a.job_id, a.epoch, a.rank)):
             self._remember(attempt)
+        for attempt in self.attempts.values():
             live_node = self.nodes.get(attempt.node)
             if attempt.phase not in ATTEMPT_ENDED and live_node is not None:
                 live_node.attempts[attempt.id] = None
@@ -262,7 +263,8 @@ class State:
         if attempt.id not in self.attempts:
             ids = self.job_attempts.setdefault(attempt.job_id, [])
             ids.append(attempt.id)
-            kept = max(ATTEMPTS_SHOWN_MAX, attempt.rank + 1)
+            # Of a gang those of the try before, too: they may end in the batch that starts this.
+            kept = max(ATTEMPTS_SHOWN_MAX, 2 * attempt.ranks)
             for gone in ids[:-kept]:
                 self.attempts.pop(gone, None)
                 self.progress.pop(gone, None)

@@ -5,18 +5,21 @@ from coordinator.core.messages import (
     AgentEvent,
     AttemptExited,
     AttemptStarted,
+    CheckpointProposed,
     FromAgent,
     GetJob,
+    Heartbeat,
     Hello,
     Reply,
     Request,
     Send,
+    SessionClosed,
     StartAttempt,
     StopAttempt,
     Submit,
     Tick,
 )
-from coordinator.core.model import HostFacts, JobSpec, JobView
+from coordinator.core.model import HostFacts, JobSpec, JobView, Progress
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Rig
@@ -43,7 +46,7 @@ class Box:
         self.take(Request(1, Submit(JobSpec(command=("x",), ranks=ranks))))
         return [order for order in self.sent if isinstance(order, StartAttempt)]
 
-    def say(self, attempt: str, body: AttemptStarted | AttemptExited) -> None:
+    def say(self, attempt: str, body: AttemptStarted | AttemptExited | CheckpointProposed) -> None:
         node = int(self.rig.disk.attempts[attempt].node[1:])
         self.sequences[node] += 1
         unix_ms = UNIX_MS_AT_START + self.rig.now_ms
@@ -135,3 +138,43 @@ def test_first_jobs_of_two_fleets_on_one_host_do_not_meet() -> None:
         assert place is not None
         ports.append(place.master_port)
     assert ports[0] != ports[1]
+
+
+def test_a_large_gang_that_is_started_anew_is_known_after_a_restart() -> None:
+    """All ranks of the old try end in the batch that makes the new one, and must be written."""
+    box = Box("n0:1", "n1:1")
+    box.submit(64)
+    node = {attempt.node for attempt in box.rig.core.state.attempts.values()}.pop()
+    gone = int(node[1:])
+    box.take(FromAgent(gone, SessionClosed()))
+    for _ in range(20):
+        box.rig.now_ms += 1_000
+        box.take(FromAgent(1 - gone, Heartbeat(box.rig.now_ms)))
+        box.take(Tick())
+    assert box.rig.core.state.jobs[1].epoch == 2
+    stored = box.rig.disk.attempts.values()
+    assert not [one.id for one in stored if one.epoch == 1 and one.ended_unix_ms is None]
+    box.rig.restart()
+    box.take(FromAgent(7, Hello(node, "j", f"{node}:1", HOST, ())))
+    assert len(box.rig.core.state.gang(box.rig.core.state.jobs[1])) == 64
+
+
+def test_a_gang_fails_where_it_was_and_not_where_the_silent_rank_was() -> None:
+    box = Box("n0:1")
+    box.submit(2)
+    for rank in range(2):
+        box.say(f"1.1.{rank}", AttemptStarted(1))
+    for rank in range(2):
+        proposed = CheckpointProposed(f"r{rank}", "", 100, 1, ("n0",), 2)
+        box.say(f"1.1.{rank}", proposed)
+    box.take(FromAgent(0, Heartbeat(1, progress=(("1.1.0", Progress(150)),))))
+    for rank, body in ((1, AttemptExited(1)), (0, AttemptExited(None, 9))):
+        box.say(f"1.1.{rank}", body)
+    for rank in range(2):
+        box.say(f"1.2.{rank}", AttemptStarted(1, "r0", 100))
+    box.take(FromAgent(0, Heartbeat(2, progress=(("1.2.0", Progress(150)),))))
+    for rank, body in ((1, AttemptExited(1)), (0, AttemptExited(None, 9))):
+        box.say(f"1.2.{rank}", body)
+    trouble = box.rig.core.state.jobs[1].trouble
+    assert trouble is not None
+    assert trouble.step == 150

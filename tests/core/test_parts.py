@@ -25,11 +25,13 @@ from coordinator.core.messages import (
     KeepCheckpoints,
     Request,
     Send,
+    SessionClosed,
     Submit,
     Tick,
 )
 from coordinator.core.model import Checkpoint, JobSpec, Replication
 from coordinator.core.parts import WAITING_MAX
+from coordinator.core.phases import AttemptPhase, JobPhase
 from tests.core.coordinator_fleet import HOST
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
 
@@ -156,12 +158,15 @@ def test_what_was_handed_over_before_a_commit_is_refused() -> None:
     assert "lies before step 20" in gang.answered("r2s10")
 
 
-def test_rank_0_must_follow_the_last_commit_and_the_others_need_not() -> None:
+def test_what_is_whole_must_follow_the_last_commit_and_parts_need_not() -> None:
+    """An agent that was refused one part of many is behind with the next ones, not elsewhere."""
     gang = Gang().begin()
-    gang.part(0, 10, parent="elsewhere")
-    assert gang.answered("r0s10") == "it follows elsewhere, but the last commit is nothing"
-    gang.part(1, 10, parent="elsewhere")
-    assert gang.answered("r1s10") == "-"
+    gang.say(0, CheckpointProposed("whole", "elsewhere", 10, GIGABYTE, ("n0",)))
+    assert gang.answered("whole") == "it follows elsewhere, but the last commit is nothing"
+    for rank in range(RANKS):
+        gang.part(rank, 10, parent="elsewhere")
+    assert gang.head is not None
+    assert (gang.head.digest, gang.head.parent) == ("r0s10", "")
 
 
 def test_a_whole_checkpoint_of_rank_0_passes_those_in_parts() -> None:
@@ -323,3 +328,33 @@ def test_whatever_the_order_commits_are_common_steps_and_all_is_answered(seed: i
         pieces = [where[piece.digest] for piece in one.pieces]
         assert pieces == [(rank, one.step) for rank in range(RANKS)]
     assert gang.rig.disk.jobs[1].head_step == max((one.step for one in commits), default=0)
+
+
+def test_the_death_of_a_node_is_not_the_failure_of_those_who_saw_it() -> None:
+    """The others' connections break, and they fail, long before the dead node's lease ends."""
+    gang = Gang().begin(max_restarts=0)
+    for rank in range(RANKS):
+        gang.part(rank, 10)
+    gang.take(FromAgent(gang.sessions, SessionClosed()))
+    for rank in (1, 2):
+        gang.say(rank, AttemptExited(1))
+    for _ in range(20):
+        gang.rig.now_ms += 1_000
+        gang.take(Tick())
+    job = gang.rig.core.state.jobs[1]
+    assert (job.phase, job.failures, job.trouble) == (JobPhase.QUEUED, 0, None)
+    assert job.reason.startswith("n0 is lost")
+
+
+def test_a_start_that_is_heard_after_a_commit_ends_no_gang() -> None:
+    """Rank 0 has saved for all before the others' agents could say that they run."""
+    gang = Gang()
+    gang.dial()
+    gang.take(Request(1, Submit(JobSpec(command=("train",), gpus=1, ranks=RANKS))))
+    gang.say(0, AttemptStarted(1))
+    gang.say(0, CheckpointProposed("whole", "", 10, GIGABYTE, ("n0",)))
+    for rank in (1, 2):
+        gang.say(rank, AttemptStarted(1))
+    state = gang.rig.core.state
+    phases = [attempt.phase for attempt in state.gang(state.jobs[1])]
+    assert phases == [AttemptPhase.RUNNING] * RANKS

@@ -502,7 +502,7 @@ class CheckpointProposed(_message.Message):
     size_bytes: _builtins.int
     parts: _builtins.int
     """Ranks 0 to before this one hand over a part of this step each, and it is committed when all
-    have; `parent` counts for rank 0 alone. 0 or 1: it is whole.
+    have; `parent` counts for whole ones. 0 or 1: it is whole.
     """
     @_builtins.property
     def replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
