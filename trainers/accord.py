@@ -32,7 +32,10 @@ class Accord:
         """Tell the others of a step, of which ``share`` is this rank's share of the mean loss, so
         many seconds after the last checkpoint. Returns the mean loss. A collective."""
         due = self._world.first and not self._world.alone and self._saver.due(step, waited_s)
-        self._decide(Vote(loss=share, due=due, busy=self._saver.blocked))
+        # While its last part waits at the agent a newer one would take that one's place, here and
+        # not elsewhere: the ranks' agents would keep different steps, and none would be common.
+        busy = self._saver.blocked or self._saver.waiting
+        self._decide(Vote(loss=share, due=due, busy=busy))
         return self._decision.loss
 
     def save(self, step: int, waited_s: float) -> bool:

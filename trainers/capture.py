@@ -344,9 +344,10 @@ class _Memory:
     ) -> list[torch.Tensor]:
         """Where the tensors of one file go, in the order of the layout; its header is there.
         ``place`` is its slot, and its offset in there."""
+        # Each time: another file may have lain over it, when those before were larger for a while.
+        self.write(*place, layout.header)
         known = self._views.get(place)
         if known is None or known[0] is not layout:
-            self.write(*place, layout.header)
             known = (layout, self._viewed(place, layout, tensors))
             self._views[place] = known
         return known[1]

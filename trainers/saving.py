@@ -58,6 +58,7 @@ class Saver:
         self._capturer = capture.Capturer(session, parts=world.size)
         self._stall_s: float | None = None
         self._state: dict[str, Any] = {}
+        self._ticket: baton_sdk.Ticket | None = None
         self._prepared = False
         self._postponed = False
 
@@ -83,6 +84,12 @@ class Saver:
     def blocked(self) -> bool:
         """Whether a capture now would be put off."""
         return self._capturer.blocked
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the agent has not taken the last checkpoint yet: a newer one would take its
+        place."""
+        return self._ticket is not None and self._ticket.state is baton_sdk.TicketState.PENDING
 
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory that a state like this needs. Returns at once."""
@@ -136,6 +143,7 @@ class Saver:
                 directory /= ranges.name_of_part(self._world.rank)
             checkpoint.write(checkpoint.copied(live), directory)
             ticket = self._session.checkpoint(directory, step, parts=self._world.size)
+        self._ticket = ticket
         self._stall_s = time.perf_counter() - began_s
         if self._world.first and not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
@@ -152,6 +160,7 @@ class Saver:
         if ticket is None:
             self._postponed = not self._capturer.begun
             return None
+        self._ticket = ticket
         self._stall_s = self._capturer.stall_s
         return Kept(ticket, self._state, True, self._stall_s or 0.0)
 

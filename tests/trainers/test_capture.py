@@ -376,3 +376,25 @@ def test_a_capture_sees_what_was_queued_before_it(
     for part in ("model", "frozen"):
         on_host = {name: tensor.cpu() for name, tensor in getattr(live, part).items()}
         assert files_of(desk)[f"{part}.safetensors"] == save(on_host)
+
+
+def test_a_file_that_grows_and_shrinks_again_leaves_the_one_behind_it_whole(tmp_path: Path) -> None:
+    """What lies behind it moves and comes back, to where the larger one had lain meanwhile."""
+    desk = agent_slabs.Slabs(1.0, lambda: PLENTY)
+    session = DeskSession(desk, tmp_path)
+    session.answers = True
+    session.slab(1 << 22)
+    capturer = capture.Capturer(session)
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    for step, cached in enumerate((100, 100, 5_000, 5_000, 100, 100)):
+        live = checkpoint.Snapshot(
+            frozen={},
+            model={"weight": weight, "cache": torch.full((cached,), 7.0)},
+            optimizer={"weight|exp_avg": torch.randn(64, 64)},
+            random={"torch_cpu": torch.zeros(8)},
+            state={"step": step},
+        )
+        assert capturer.take(live, step) is not None
+        found = files_of(desk)
+        for part in checkpoint.TENSOR_FILES:
+            assert found[f"{part}.safetensors"] == save(getattr(live, part)), (step, part)
