@@ -176,7 +176,7 @@ def _write_directly(descriptor: int, view: memoryview) -> int:
         while done_bytes < whole_bytes:
             done_bytes += os.write(descriptor, view[done_bytes:whole_bytes])
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
