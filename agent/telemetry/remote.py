@@ -30,7 +30,7 @@ import msgspec
 import structlog
 
 from agent.core.values import GpuFacts, GpuSample
-from agent.telemetry.sampler import MESSAGE_BYTES_MAX
+from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.watch import Notice, Watch
 
 SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
@@ -114,7 +114,8 @@ class RemoteGpus:
         """Start the sampler and learn the GPUs. `known` are those of before; they stay if the
         driver does not answer, since jobs may run on them."""
         remembered = {facts.uuid: facts for facts in known if self._is_allowed(facts.uuid)}
-        deadline_ms = self._deadlines.slow_ms if remembered else self._deadlines.first_ms
+        # Jobs may run on what is remembered, and their leases run out while an agent is silent.
+        deadline_ms = self._deadlines.fast_ms if remembered else self._deadlines.first_ms
         self._start(tuple(remembered))
         if self._channel is None or not self._until_done(self._end_s(deadline_ms)):
             self._facts = remembered | self._facts
@@ -142,8 +143,9 @@ class RemoteGpus:
         return tuple(self._facts.values())
 
     def refresh(self) -> None:
-        """Enumerate again."""
-        self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
+        """Enumerate again; not while the driver owes an answer already."""
+        if self._under_way is None:
+            self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
     def samples(self) -> tuple[GpuSample, ...]:

@@ -29,9 +29,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.nvml import NvmlGpus
-
-MESSAGE_BYTES_MAX: Final = 1 << 16  # 64 GPUs with their names are 10 KiB
 
 _PR_SET_PDEATHSIG: Final = 1
 

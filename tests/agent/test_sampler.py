@@ -363,14 +363,23 @@ def _pid_line(agent: subprocess.Popen[bytes]) -> bytes:
     raise AssertionError("it said no pid")
 
 
-def test_the_sampler_imports_little() -> None:
-    script = (
-        "import sys, agent.telemetry.sampler;"
-        "print([name for name in sys.modules if name.split('.')[0] in"
-        " ('grpc', 'google', 'asyncio', 'msgspec', 'structlog', 'psutil', 'sqlite3')"
-        " or name.startswith('agent.') and name.split('.')[1] not in ('telemetry', 'core')])"
-    )
-    said = subprocess.run(
-        [sys.executable, "-P", "-c", script], cwd=ROOT, capture_output=True, check=True
-    )
-    assert said.stdout.strip() == b"[]"
+def imported(module: str) -> set[str]:
+    """By a new interpreter that imports this module."""
+    script = f"import sys, {module}; print(*sys.modules)"
+    command = [sys.executable, "-P", "-c", script]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    return set(said.stdout.split())
+
+
+def test_the_sampler_imports_little_and_the_agent_no_binding() -> None:
+    modules = imported("agent.telemetry.sampler")
+    assert "pynvml" in modules
+    assert not modules & {"grpc", "google", "asyncio", "msgspec", "structlog", "psutil", "sqlite3"}
+    assert {name for name in modules if name.startswith("agent.")} == {
+        "agent.core",
+        "agent.core.values",
+        "agent.telemetry",
+        "agent.telemetry.nvml",
+        "agent.telemetry.sampler",
+    }
+    assert "pynvml" not in imported("agent.main")
