@@ -133,9 +133,10 @@ class RemoteGpus:
         self.driver_version = ""
         self.absence = "NVML was closed"
         self._facts.clear()
-        for process in self._left_behind:  # at most LEFT_BEHIND_MAX and one
+        end_s = time.monotonic() + CLOSE_S_MAX
+        for process in self._left_behind:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(CLOSE_S_MAX)
+                process.wait(max(0.0, end_s - time.monotonic()))
         self._left_behind.clear()
 
     def facts(self) -> tuple[GpuFacts, ...]:

@@ -34,7 +34,7 @@ from tests.fakenvml.build import (
     rtx4090,
 )
 
-DEADLINES = Deadlines(fast_ms=100, slow_ms=100)
+DEADLINES = Deadlines(fast_ms=200, slow_ms=200)
 POLLS_MAX = 200  # of a deadline each, for what comes when a process has started
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = [field.name for field in fields(GpuSample) if field.name not in ("uuid", "error")]
