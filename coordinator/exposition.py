@@ -35,7 +35,10 @@ REQUEST_BYTES_MAX: Final = 8_192  # what web servers allow for all headers toget
 DEADLINE_S: Final = 10.0  # from connection to last byte; a scraper gives up then (scrape_timeout)
 # Two scrapers, and somebody who looks; beyond that a connection is closed unanswered.
 CONNECTIONS_MAX: Final = 8
-TEXT_AGE_S: Final = 1.0  # how long an answer is given again; scrapers come every ten seconds or so
+# How long an answer is given again; scrapers come every ten seconds or so. One that took long is
+# given for twenty times as long, so that five per cent of the loop's time is the most.
+TEXT_AGE_S: Final = 1.0
+TEXT_AGE_PER_COST: Final = 20.0
 LAG_EVERY_S: Final = 0.25  # as often as the coordinator's tick; costs nothing measurable
 
 Kind = Literal["gauge", "counter", "histogram", "unknown"]
@@ -112,7 +115,7 @@ class Exporter:
         self._watching: asyncio.Task[None] | None = None
         self._serving: dict[asyncio.Task[None], None] = {}
         self._text = b""
-        self._text_s: float | None = None
+        self._text_until_s: float | None = None
 
     async def open(self) -> str:
         """Listen; returns the URL. Raises `OSError`."""
@@ -179,9 +182,12 @@ class Exporter:
         return whole if method == b"GET" else whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
     def _fresh_text(self) -> bytes:
-        now_s = asyncio.get_running_loop().time()
-        if self._text_s is None or now_s - self._text_s >= TEXT_AGE_S:
-            self._text, self._text_s = exposed(self._figures), now_s
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        if self._text_until_s is None or begun_s >= self._text_until_s:
+            self._text = exposed(self._figures)
+            now_s = loop.time()
+            self._text_until_s = now_s + max(TEXT_AGE_S, TEXT_AGE_PER_COST * (now_s - begun_s))
         return self._text
 
 

@@ -2,9 +2,10 @@
 
 Problem: counters that are raised and lowered along the way are wrong after the first forgotten
 place, and after a restart. So nothing is kept for the sake of being counted: this goes through the
-state when it is asked, which costs a few milliseconds for ten thousand jobs.
+state when it is asked. `docs/metrics.md` says what that costs.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from coordinator.core.model import CLASS_ORDER, JobClass
@@ -34,19 +35,22 @@ class Census:
 
 def census(state: State, unix_ms: int) -> Census:
     """The state as it is; one step for each job, attempt and GPU."""
-    jobs = {(one, phase): 0 for one in CLASS_ORDER for phase in JobPhase}
-    for job in state.jobs.values():
-        jobs[job.spec.job_class, job.phase] += 1
-    attempts = dict.fromkeys(AttemptPhase, 0)
-    for attempt in state.attempts.values():
-        attempts[attempt.phase] += 1
-    nodes = {(phase, intent): 0 for phase in NodePhase for intent in NodeIntent}
-    for live in state.nodes.values():
-        nodes[live.phase, live.node.intent] += 1
+    # By the values of enumerations: their members are hashed by a function in Python.
+    jobs = Counter((job.spec.job_class._value_, job.phase._value_) for job in state.jobs.values())
+    attempts = Counter(attempt.phase._value_ for attempt in state.attempts.values())
+    nodes = Counter((live.phase._value_, live.node.intent._value_) for live in state.nodes.values())
     return Census(
-        tuple(jobs.items()),
-        tuple(attempts.items()),
-        tuple(nodes.items()),
+        tuple(
+            ((one, phase), jobs[one.value, phase.value])
+            for one in CLASS_ORDER
+            for phase in JobPhase
+        ),
+        tuple((phase, attempts[phase.value]) for phase in AttemptPhase),
+        tuple(
+            ((phase, intent), nodes[phase.value, intent.value])
+            for phase in NodePhase
+            for intent in NodeIntent
+        ),
         _gpus(state),
         sum(len(kept) for kept in state.checkpoints.values()),
         len(state.sessions),
@@ -56,16 +60,21 @@ def census(state: State, unix_ms: int) -> Census:
 
 
 def _gpus(state: State) -> tuple[tuple[tuple[str, GpuPhase], int], ...]:
-    found: dict[str, dict[GpuPhase, int]] = {}
-    for _, live in sorted(state.nodes.items()):
-        for gpu in live.gpus.values():
-            known = gpu.facts.name in found or len(found) < GPU_TYPES_MAX
-            name = gpu.facts.name if known else OTHER_TYPES
-            by_phase = found.setdefault(name, dict.fromkeys(GpuPhase, 0))
-            by_phase[gpu.phase] += 1
-    return tuple(
-        ((name, phase), count) for name in sorted(found) for phase, count in found[name].items()
+    """Of too many types those of which there are most keep their names."""
+    found = Counter(
+        (gpu.facts.name, gpu.phase._value_)
+        for live in state.nodes.values()
+        for gpu in live.gpus.values()
     )
+    sizes: Counter[str] = Counter()
+    for (name, _), count in found.items():
+        sizes[name] += count
+    kept = sorted(sizes, key=lambda name: (-sizes[name], name))[:GPU_TYPES_MAX]
+    shown = dict.fromkeys([*sorted(kept), *([OTHER_TYPES] if len(sizes) > len(kept) else [])])
+    counts: Counter[tuple[str, str]] = Counter()
+    for (name, phase_value), count in found.items():
+        counts[name if name in shown else OTHER_TYPES, phase_value] += count
+    return tuple(((name, phase), counts[name, phase.value]) for name in shown for phase in GpuPhase)
 
 
 def _waiting_s(state: State, unix_ms: int) -> float | None:

@@ -94,9 +94,19 @@ async def test_many_scrapes_are_one_look(monkeypatch: pytest.MonkeyPatch) -> Non
         for _ in range(5):
             assert (await ask(port, get()))[0] == "HTTP/1.1 200 OK"
         assert source.asked == 1
-        monkeypatch.setattr(agent.exposition, "TEXT_AGE_S", 0.0)
-        await ask(port, get())
-        assert source.asked == 2
+
+
+@pytest.mark.parametrize(("age_s", "per_cost", "looks"), [(0.0, 0.0, 3), (0.0, 1e12, 1)])
+async def test_an_answer_has_an_age_and_a_costly_one_grows_older(
+    age_s: float, per_cost: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.exposition, "TEXT_AGE_S", age_s)
+    monkeypatch.setattr(agent.exposition, "TEXT_AGE_PER_COST", per_cost)
+    source = Source()
+    async with serving(source) as port:
+        for _ in range(3):
+            assert (await ask(port, get()))[0] == "HTTP/1.1 200 OK"
+    assert source.asked == looks
 
 
 async def test_a_request_without_an_end_is_cut_off() -> None:
