@@ -166,6 +166,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "
         "pass over a file server's pause, and cost less than most restarts."
     )] = 120_000
+    metrics_listen: Annotated[str, says(
+        "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
+        "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
+        "(empty): nowhere."
+    )] = ""
+    metrics_dcgm_names: Annotated[bool, says(
+        "Show the GPUs under the names and units of NVIDIA's DCGM exporter as well, for dashboards "
+        "that are there already."
+    )] = False
     tls_cert: Annotated[str, says(
         "PEM file with this agent's certificate chain. Default (empty): no TLS, loopback only."
     )] = ""
@@ -200,6 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             address_problem("listen", self.listen, port_min=0),
             tls or _listen_problem(self.listen, self.tls()),
             tls or self._dial_problem(),
+            self._metrics_problem(),
             range_problem("chunk_port", self.chunk_port, 0, 65_535),
             self._advertise_problem(),
             self._shared_problem(),
@@ -261,6 +271,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return (
             f"the coordinator at {self.coordinator} is not on this machine, and an agent obeys one "
             "only under mutual TLS: give --tls-cert, --tls-key and --tls-ca"
+        )
+
+    def _metrics_problem(self) -> str | None:
+        if not self.metrics_listen:
+            return None
+        return address_problem("metrics_listen", self.metrics_listen, port_min=0) or (
+            _listen_problem(self.metrics_listen, self.tls())
         )
 
     def _advertise_problem(self) -> str | None:

@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from agent import logs as logging_setup
+from agent.chunks.https import server_context
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
@@ -32,6 +33,7 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Options
 from agent.core.trainer_messages import TrainerMessage
+from agent.histogram import SECONDS_BOUNDS, Histogram
 from agent.journal import SqliteJournal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
@@ -159,7 +161,26 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         )
         shell = AgentShell(NodeCore(options, memory), ports)
         ears.shell = shell
+        if config.metrics_listen:
+            await _open_metrics(stack, config, shell)
         await _run(shell, config, arguments, options.peer_address)
+
+
+async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell) -> None:
+    """Imported here, so that an agent that nobody scrapes does not pay for it."""
+    from agent.exposition import Exporter
+    from agent.metrics import figures
+
+    tls = config.tls()
+    lag = Histogram(SECONDS_BOUNDS)
+    exporter = Exporter(
+        config.metrics_listen,
+        lambda: figures(shell.view(), lag, dcgm_names=config.metrics_dcgm_names),
+        lag,
+        None if tls is None else server_context(tls),
+    )
+    stack.push_async_callback(exporter.close)
+    logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
 
 
 async def _run(

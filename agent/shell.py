@@ -14,10 +14,11 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
+from agent.core.census import census
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -28,7 +29,8 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     is_capture,
 )
-from agent.core.values import ProcessExit, ReplicaSource, StoredCheckpoint
+from agent.core.values import ProcessExit, ReplicaSource, Sample, StoredCheckpoint
+from agent.counts import Counts, View
 from agent.ports import (
     ChunkError,
     Chunks,
@@ -98,6 +100,7 @@ class AgentShell:
         self._stuck = False  # the journal takes nothing: we can promise nothing
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
+        self._counts = Counts()
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
@@ -129,6 +132,11 @@ class AgentShell:
         self._leaving.set()
         self._wake.set()
 
+    def view(self) -> View:
+        """What this agent has and does, for its metrics; call it in the loop's thread."""
+        now_census = census(self._core.state, self._ports.clock.now_ms())
+        return View(now_census, self._counts, len(self._inbox), len(self._outbox))
+
     async def run(self) -> None:
         """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
         adopted = await self._ports.processes.open(self.on_exit)
@@ -154,6 +162,8 @@ class AgentShell:
             if self._bug is not None:
                 raise self._bug
             batch = self._drain()
+            self._counts.rounds += 1
+            self._counts.events += len(batch)
             effects: list[Effect] = []
             for event in batch:
                 effects += self._core.handle(self._now(), event)
@@ -196,8 +206,10 @@ class AgentShell:
         """Until it is durable, since nothing may be done that the journal does not know of; or
         until we leave, and then none of it has happened."""
         while records:
+            begun_ms = self._ports.clock.now_ms()
             try:
                 await self._ports.journal.commit(records)
+                self._counts.committed(records, self._ports.clock.now_ms() - begun_ms)
                 break
             except JournalUnavailable as error:
                 if not self._stuck:
@@ -298,8 +310,11 @@ class AgentShell:
         try:
             stored = await self._stored(command)
         except ChunkError as error:
+            self._counts.store_failures += 1
             self.post(m.StoreFailed(command.attempt, str(error)))
         else:
+            self._counts.checkpoints_stored += 1
+            self._counts.checkpoint_bytes_stored += stored.new_bytes
             self.post(m.StoreDone(command.attempt, stored))
 
     async def _stored(self, command: m.StoreCheckpoint) -> StoredCheckpoint:
@@ -322,8 +337,10 @@ class AgentShell:
         try:
             await self._ports.chunks.replicate(command.digest, target)
         except ChunkError as error:
+            self._counts.replication_failures += 1
             self.post(m.ReplicationFailed(command.attempt, command.digest, str(error)))
         else:
+            self._counts.checkpoints_replicated += 1
             self.post(m.ReplicationDone(command.attempt, command.digest, target.node))
 
     async def _collect(self, command: m.CollectCheckpoints) -> None:
@@ -374,12 +391,14 @@ class AgentShell:
         """One session, from hello to its end; returns how it ended, and whether it was answered."""
         self._outbox.clear()
         self._session = session
+        self._counts.sessions += 1
         talked = False
         sender = asyncio.create_task(self._send_all(session))
         try:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
             while True:
                 order = await session.receive()
+                self._counts.orders_received += 1
                 talked = True
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
         except (LinkClosed, ChunkError) as error:
@@ -397,6 +416,7 @@ class AgentShell:
             while True:
                 while self._outbox:
                     await session.send(self._outbox.popleft())
+                    self._counts.messages_sent += 1
                 self._outbox_filled.clear()
                 if self._leaving.is_set():
                     self._gone.set()
@@ -416,8 +436,11 @@ class AgentShell:
 
     async def _keep_sampling(self) -> None:
         """Readings at their own pace. One that blocks delays the next one, and nothing else."""
+        interval_ms = self._ports.sample_interval_ms
         while True:
-            sample = await self._ports.in_thread(self._ports.probe.sample)
+            begun_ms = self._ports.clock.now_ms()
+            sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
+            self._counts.sampled(sample, self._ports.clock.now_ms() - begun_ms, interval_ms)
             if len(self._inbox) < INBOX_MAX:
-                self.post(m.Sampled(sample))  # type: ignore[arg-type]
-            await self._ports.clock.sleep_ms(self._ports.sample_interval_ms)
+                self.post(m.Sampled(sample))
+            await self._ports.clock.sleep_ms(interval_ms)

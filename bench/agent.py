@@ -2,7 +2,8 @@
 
 The agent is the real one, connected to a real coordinator, with no job. The GPUs are those of the
 stand-in for NVML, which answers in microseconds where a driver takes up to milliseconds, so this
-is the agent's own cost and not the driver's. Beside it stands what no Python program can go below:
+is the agent's own cost and not the driver's. NVML is called in a process of its own, with a row of
+its own. Beside it stands what no Python program can go below:
 the interpreter asleep, and the interpreter asleep after `import grpc`.
 
 CPU is user and system time of the process over the window, as a share of one core. Memory is the
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             cluster.start_agent("n1", h100(GPUS))
             cluster.wait_for_nodes("n1")
             pids = {f"agent, {GPUS} GPUs at 1 Hz": cluster.pid("n1")}
+            pids["its sampler, which calls NVML"] = sampler_pid(cluster.pid("n1"))
             pids["coordinator with one such agent"] = cluster.pid("coordinator")
             pids |= {name: process.pid for name, process in sleeping.items()}
             costs = watch(pids, window_s)
@@ -69,6 +71,12 @@ def main(arguments: Sequence[str]) -> int:
             process.wait()
     report.show("An agent at rest", rows(costs), asked)
     return 0
+
+
+def sampler_pid(agent_pid: int) -> int:
+    """Of the agent's process that calls the driver."""
+    children = psutil.Process(agent_pid).children()
+    return next(child.pid for child in children if "agent.telemetry.sampler" in child.cmdline())
 
 
 def watch(pids: dict[str, int], window_s: float) -> dict[str, Cost]:

@@ -91,6 +91,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds after the coordinator's own start in which no node is lost. Agents need up "
         "to five seconds of back-off to find it again, and then a lease."
     )] = 13_000
+    metrics_listen: Annotated[str, says(
+        "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
+        "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
+        "(empty): nowhere."
+    )] = ""
     tls_cert: Annotated[str, says(
         "PEM file with the coordinator's certificate chain. Default (empty): no TLS, loopback only."
     )] = ""
@@ -117,6 +122,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             address_problem("listen", self.listen, port_min=0),
             tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
             or _listen_problem(self.listen, self.tls()),
+            self._metrics_problem(),
             path_problem("state_directory", self.state_directory),
             path_problem("store_path", self.store_path),
             range_problem(
@@ -139,6 +145,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         from coordinator.transport import Tls  # brings grpc, which --help need not wait for
 
         return Tls(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert else None
+
+    def _metrics_problem(self) -> str | None:
+        if not self.metrics_listen:
+            return None
+        return address_problem("metrics_listen", self.metrics_listen, port_min=0) or (
+            _listen_problem(self.metrics_listen, self.tls())
+        )
 
     def _lease_problem(self) -> str | None:
         shortest_ms = HEARTBEATS_PER_LEASE_MIN * self.heartbeat_interval_ms

@@ -27,6 +27,8 @@ from coordinator.config import (
 )
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
+from coordinator.histogram import SECONDS_BOUNDS, Histogram
+from coordinator.https import server_context
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -110,6 +112,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         port = listen(server, config.listen, tls)
         await server.start()
         stack.push_async_callback(server.stop, CLOSE_GRACE_S)
+        if config.metrics_listen:
+            await _open_metrics(stack, config, shell, store)
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         logging_setup.emit(
             "info",
@@ -123,6 +127,25 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.port_file:
             write_port_file(config.port_file, address)
         await _run(shell, config, arguments)
+
+
+async def _open_metrics(
+    stack: AsyncExitStack, config: Config, shell: CoordinatorShell, store: SqliteStore
+) -> None:
+    """Imported here, so that a coordinator that nobody scrapes does not pay for it."""
+    from coordinator.exposition import Exporter
+    from coordinator.metrics import figures
+
+    tls = config.tls()
+    lag = Histogram(SECONDS_BOUNDS)
+    exporter = Exporter(
+        config.metrics_listen,
+        lambda: figures(shell.view(), lag, store.size_bytes()),
+        lag,
+        None if tls is None else server_context(tls),
+    )
+    stack.push_async_callback(exporter.close)
+    logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
 
 
 async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]) -> None:

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.core import messages as m
+from coordinator.core.census import census
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Instant
+from coordinator.counts import Counts, View
 from coordinator.ports import Clock, Store, StoreUnavailable
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
@@ -67,15 +69,19 @@ class CoordinatorShell:
         self._unavailable = ""
         self._tick_due = False
         self._leaving = False
+        self._counts = Counts()
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
 
     async def request(self, body: m.RequestBody) -> m.Answer:
         """A person's request; answered after what it changed is durable. Raises `Unavailable`."""
+        self._counts.requests += 1
         if self._unavailable:
+            self._counts.requests_refused += 1
             raise Unavailable(self._unavailable)
         if len(self._replies) >= REQUESTS_MAX:
+            self._counts.requests_refused += 1
             raise Unavailable(f"{len(self._replies)} requests are waiting; try again later")
         self._last_reply += 1
         number = self._last_reply
@@ -92,12 +98,16 @@ class CoordinatorShell:
     ) -> int:
         """An agent's stream begins; both callbacks must return at once. Returns its number."""
         self._last_session += 1
+        self._counts.sessions += 1
         self._peers[self._last_session] = _Peer(send, close)
         return self._last_session
 
     def from_agent(self, session: int, message: m.AgentMessage) -> None:
+        self._counts.messages += 1
         if len(self._inbox) < MESSAGES_MAX:
             self._post(m.FromAgent(session, message))
+        else:
+            self._counts.messages_lost += 1
 
     def close_session(self, session: int) -> None:
         """The stream has ended, however it did."""
@@ -108,6 +118,12 @@ class CoordinatorShell:
         """End after the present batch."""
         self._leaving = True
         self._wake.set()
+
+    def view(self) -> View:
+        """What this coordinator has and does, for its metrics; call it in the loop's thread."""
+        now_census = census(self._core.state, self._clock.unix_ms())
+        waiting = len(self._replies)
+        return View(now_census, self._counts, len(self._inbox), waiting, not self._unavailable)
 
     async def run(self) -> None:
         """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
@@ -143,6 +159,9 @@ class CoordinatorShell:
 
     async def _round(self) -> None:
         count = min(len(self._inbox), BATCH_MAX)
+        self._counts.rounds += 1
+        if count:
+            self._counts.batch_events.observe(count)
         now = Instant(self._clock.now_ms(), self._clock.unix_ms())
         effects: list[m.Effect] = []
         for _ in range(count):
@@ -176,9 +195,11 @@ class CoordinatorShell:
     async def _commit(self, records: list[m.Record]) -> bool:
         """Until it is durable, or until we leave: then nothing of it was promised to anybody."""
         while records:
+            begun_ms = self._clock.now_ms()
             try:
                 await self._store.commit(records)
             except StoreUnavailable as error:
+                self._counts.commit_failures += 1
                 if not self._unavailable:
                     self._log("error", "store.unavailable", (("reason", str(error)),))
                 self._unavailable = str(error)
@@ -187,6 +208,8 @@ class CoordinatorShell:
                     return False
                 await self._clock.sleep_ms(STORE_RETRY_MS)
             else:
+                # Of whole milliseconds; what is cut off one is added to the next, on the average.
+                self._counts.commit_s.observe((self._clock.now_ms() - begun_ms) / 1000)
                 break
         if self._unavailable:
             self._log("info", "store.available", ())
@@ -198,7 +221,11 @@ class CoordinatorShell:
             case m.Send():
                 peer = self._peers.get(command.session)
                 if peer is not None:
+                    self._counts.orders += 1
                     peer.send(command.order)
+                if isinstance(command.order, m.CommitResult):
+                    self._counts.checkpoints_accepted += command.order.accepted
+                    self._counts.checkpoints_refused += not command.order.accepted
             case m.CloseSession():
                 peer = self._peers.get(command.session)
                 if peer is not None:

@@ -45,7 +45,7 @@ class Host:
         """What stays until the next boot. `boot_id` is empty where the kernel does not say."""
         return HostFacts(
             hostname=socket.gethostname(),
-            boot_id=_boot_id(),
+            boot_id=boot_id(),
             cpu_count=psutil.cpu_count() or 1,
             memory_bytes=psutil.virtual_memory().total,
             driver_version=driver_version,
@@ -88,7 +88,8 @@ def _disk_free_bytes(directory: Path) -> int:
         return 0
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """The kernel's; empty where it does not say."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

@@ -9,8 +9,8 @@ ever.
 So: enumerate once, keep each handle under its UUID, and read field by field. For every field there
 are calls, newest first. A call that the driver does not have is forgotten; one that this GPU does
 not support gives `None`; an answer that means the GPU itself is gone ends its reading with a
-sentence. A GPU that was seen once is never dropped in silence: it stays, and its samples say what
-is wrong.
+sentence. A GPU that was seen once is never dropped in silence: its handle stays, and its samples
+say what is wrong.
 
 NVML's units are made Baton's here and nowhere else: utilization per cent -> ratio. Memory (bytes),
 power (mW), energy (mJ since the driver was loaded), clocks (MHz) and temperature (degrees Celsius)
@@ -21,7 +21,7 @@ Source: NVML API Reference Guide (docs.nvidia.com/deploy/nvml-api). It deprecate
 own reservation as used. MIG instances are not enumerated: a GPU in MIG mode shows as one GPU.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import pynvml
@@ -49,7 +49,7 @@ _GPU_IS_GONE: Final = {
 
 
 class NvmlGpus:
-    """The GPUs of this box. Not thread-safe: `probe.py` holds the lock.
+    """The GPUs of this box. Not thread-safe: `sampler.py` has one thread.
 
     `allowed_uuids` limits what is seen; an allowed GPU that the driver does not know is sampled
     with an error. `None` means all.
@@ -59,37 +59,25 @@ class NvmlGpus:
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._initialised = False
         self._handles: dict[str, _Handle] = {}
-        self._facts: dict[str, GpuFacts] = {}
+        self._reasons: dict[str, str] = {}
         self._calls: dict[str, list[_Call]] = {}
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
 
-    def open(self) -> None:
-        """Initialise NVML and enumerate. No library or no driver is no error; see `absence`."""
+    def open(self) -> bool:
+        """Initialise NVML, if that was not done yet. No library or no driver is no error; see
+        `absence`."""
         if not self._initialised:
             try:
                 # else a box whose every GPU is lost could not say its driver version
                 pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
             except pynvml.NVMLError as error:
                 self.absence = f"no GPUs: {error}"
-                return
+                return False
             self._initialised = True
+            self.absence = ""
             self._calls = {field: list(calls) for field, calls in _READINGS.items()}
-        self._enumerate()
-
-    def close(self) -> None:
-        """Let go of NVML. Closing twice is closing once."""
-        if not self._initialised:
-            return
-        self._initialised = False
-        self.absence = "NVML was closed"
-        self._handles.clear()
-        self._facts.clear()
-        try:
-            pynvml.nvmlShutdown()
-        except pynvml.NVMLError as error:
-            # the driver went first: there is nothing left to give back
-            self.absence = f"NVML did not shut down: {error}"
+        return True
 
     def driver_version(self) -> str:
         """For example `550.54.15`; empty when there is no library or no driver."""
@@ -100,20 +88,17 @@ class NvmlGpus:
         except pynvml.NVMLError:
             return ""
 
-    def facts(self) -> tuple[GpuFacts, ...]:
-        """Every allowed GPU seen since `open`, in the driver's order, the lost ones among them."""
-        return tuple(self._facts.values())
+    def adopt(self, uuids: Collection[str]) -> None:
+        """Learn the handles of GPUs that are known from before, without a call about a GPU that
+        could hang."""
+        for uuid in uuids:
+            try:
+                self._handles[uuid] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            except pynvml.NVMLError as error:
+                gone = _GPU_IS_GONE.get(error.value, "cannot be found")
+                self._reasons[uuid] = f"{uuid} {gone} ({error})"
 
-    def samples(self) -> tuple[GpuSample, ...]:
-        """One reading of each GPU of `facts`, then of each allowed GPU that was never seen."""
-        readings = [self._sample(uuid, handle) for uuid, handle in self._handles.items()]
-        for uuid in self._allowed_uuids or ():
-            if uuid not in self._handles:
-                reason = self.absence or "the driver does not know it"
-                readings.append(GpuSample(uuid=uuid, error=f"{uuid} cannot be read: {reason}"))
-        return tuple(readings)
-
-    def _enumerate(self) -> None:
+    def enumerate(self) -> Iterator[GpuFacts]:
         """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped."""
         try:
             count = min(pynvml.nvmlDeviceGetCount(), _GPUS_MAX)
@@ -133,7 +118,15 @@ class NvmlGpus:
             if self._allowed_uuids is None or uuid in self._allowed_uuids:
                 total = self._first_answer("memory_bytes", handle)
                 self._handles[uuid] = handle
-                self._facts[uuid] = GpuFacts(uuid=uuid, name=name, memory_bytes=int(total or 0))
+                yield GpuFacts(uuid=uuid, name=name, memory_bytes=int(total or 0))
+
+    def sample(self, uuid: str) -> GpuSample:
+        """One reading. Of a GPU without a handle it says why there is none."""
+        if uuid in self._handles:
+            return self._sample(uuid, self._handles[uuid])
+        reason = self.absence or "the driver does not know it"
+        sentence = self._reasons.get(uuid, f"{uuid} cannot be read: {reason}")
+        return GpuSample(uuid=uuid, error=sentence)
 
     def _sample(self, uuid: str, handle: _Handle) -> GpuSample:
         values: dict[str, Any] = {}

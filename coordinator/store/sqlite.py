@@ -33,7 +33,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -118,6 +118,16 @@ class SqliteStore:
         """At most `EVENTS_PER_JOB_MAX`. Raises `StoreUnavailable` when the file cannot be read."""
         opened = self._require_open()
         return await opened.on_reader(lambda: opened.read_events(job_id, after_sequence, limit))
+
+    def size_bytes(self) -> int | None:
+        """The file and its write-ahead log; `None` when the disk does not say."""
+        try:
+            size_bytes = self._path.stat().st_size
+        except OSError:
+            return None
+        with suppress(FileNotFoundError):  # SQLite makes it with the first commit
+            size_bytes += Path(f"{self._path}-wal").stat().st_size
+        return size_bytes
 
     async def close(self) -> None:
         """Waits for the commit in progress. Closing twice is closing once."""

@@ -80,6 +80,19 @@ def test_listening_beyond_loopback_needs_tls() -> None:
     assert read("--listen", "10.0.0.7:7071", *TLS).tls() == Tls("c.pem", "k.pem", "ca.pem")
 
 
+def test_metrics_are_off_and_beyond_loopback_need_tls() -> None:
+    assert read().metrics_listen == ""
+    assert read("--metrics-listen", "127.0.0.1:0").metrics_listen == "127.0.0.1:0"
+    assert refusals("--metrics-listen", "0.0.0.0:9071") == (
+        "listening on 0.0.0.0:9071 needs mutual TLS: "
+        "give --tls-cert, --tls-key and --tls-ca, or listen on 127.0.0.1",
+    )
+    assert read("--metrics-listen", "0.0.0.0:9071", *TLS).metrics_listen == "0.0.0.0:9071"
+    assert refusals("--metrics-listen", "9071") == (
+        "'metrics_listen' must be HOST:PORT with a port of 0 to 65535, not '9071'",
+    )
+
+
 def test_an_agent_obeys_a_remote_coordinator_under_tls_only() -> None:
     (sentence,) = refusals("--coordinator", "c1:7070")
     assert sentence.startswith("the coordinator at c1:7070 is not on this machine")

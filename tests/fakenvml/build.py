@@ -47,9 +47,9 @@ class BuildError(Exception):
 class FakeGpu:
     """One GPU as the driver will tell of it. `None` is what this GPU does not support.
 
-    `state` is `ok`, `lost` or `reset_required`. `unsupported` names fields (utilization, memory,
-    temperature, power, energy, sm_clock, memory_clock); `failing` pairs them with an NVML return
-    code. `processes` are (pid, bytes) pairs.
+    `state` is `ok`, `lost`, `reset_required` or `hangs`. `unsupported` names fields (utilization,
+    memory, temperature, power, energy, sm_clock, memory_clock); `failing` pairs them with an NVML
+    return code. `processes` are (pid, bytes) pairs.
     """
 
     uuid: str
@@ -94,14 +94,23 @@ def build(*, without: Sequence[str] = (), cache: Path = CACHE) -> Path:
     return directory
 
 
-def describe(gpus: Sequence[FakeGpu], path: Path, *, driver_version: str = DRIVER_VERSION) -> None:
+def describe(
+    gpus: Sequence[FakeGpu],
+    path: Path,
+    *,
+    driver_version: str = DRIVER_VERSION,
+    driver_state: str = "ok",
+) -> None:
     """Write the file that `BATON_FAKENVML_FILE` names, atomically; a running process sees it on its
-    next call.
+    next call, or in the one that hangs.
 
-    An empty `driver_version` describes a machine whose driver is not loaded. Raises `ValueError`
-    for text that the format cannot hold.
+    An empty `driver_version` describes a machine whose driver is not loaded; `driver_state` is
+    `ok`, `mismatch` (the library is of another version) or `hangs`. Raises `ValueError` for text
+    that the format cannot hold.
     """
-    driver = f"driver version={driver_version}" if driver_version else "driver state=not_loaded"
+    driver = f"driver version={driver_version} state={driver_state}"
+    if not driver_version:
+        driver = "driver state=not_loaded"
     lines = [driver, *(_line(gpu) for gpu in gpus)]
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:

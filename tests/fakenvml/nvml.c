@@ -15,9 +15,13 @@
  *
  * Keys of `gpu`: uuid, name, memory_bytes (needed); memory_reserved_bytes; utilization_percent,
  * memory_used_bytes, temperature_celsius, power_mw, energy_mj, sm_clock_mhz, memory_clock_mhz (one
- * that is absent is NOT_SUPPORTED); state=ok|lost|reset_required; unsupported=power,energy;
+ * that is absent is NOT_SUPPORTED); state=ok|lost|reset_required|hangs; unsupported=power,energy;
  * failing=power:999 (field:return code); processes=PID:BYTES,... Fields are named utilization
- * memory temperature power energy sm_clock memory_clock.
+ * memory temperature power energy sm_clock memory_clock. `driver` has
+ * state=ok|not_loaded|mismatch|hangs.
+ *
+ * What hangs blocks its callers, and nobody else, until the file says otherwise: a GPU in every
+ * call about it, the driver in every call.
  *
  * The file is read again when it is another one (device, inode, mtime, size), so a running process
  * sees a GPU fall off the bus. The file last read is kept open: its inode cannot be given to the
@@ -43,6 +47,7 @@ enum {
     MAX_GPUS = 64,      /* four times the largest box there is (16 GPUs) */
     MAX_HANDLES = 256,  /* UUIDs ever seen by one process: four complete changes of the fleet */
     MAX_PROCESSES = 32, /* per GPU; more than any share is cut into */
+    LOOK_AGAIN_US = 1000, /* how soon a call that hangs sees that it need not */
     MAX_FILE_BYTES = 1 << 18, /* MAX_GPUS lines of 4 KiB */
     TEXT_BYTES = 96, /* NVML_DEVICE_UUID_V2_BUFFER_SIZE and NVML_DEVICE_NAME_V2_BUFFER_SIZE */
 };
@@ -57,6 +62,7 @@ enum result { /* nvmlReturn_t, the part that is used here */
     DRIVER_NOT_LOADED = 9,
     GPU_IS_LOST = 15,
     RESET_REQUIRED = 16,
+    LIB_RM_VERSION_MISMATCH = 18,
     ARGUMENT_VERSION_MISMATCH = 25,
     UNKNOWN = 999,
 };
@@ -83,6 +89,7 @@ struct gpu {
     uint64_t value[FIELD_COUNT];
     int result[FIELD_COUNT];
     int state;
+    int hangs;
     unsigned process_count;
     struct process processes[MAX_PROCESSES];
 };
@@ -90,6 +97,7 @@ struct gpu {
 struct fleet {
     char driver_version[TEXT_BYTES];
     int driver_result;
+    int driver_hangs;
     unsigned gpu_count;
     struct gpu gpus[MAX_GPUS];
 };
@@ -207,6 +215,7 @@ static int parse_gpu_pair(const char *key, char *value, struct gpu *gpu,
     if (strcmp(value, "ok") == 0) gpu->state = SUCCESS;
     else if (strcmp(value, "lost") == 0) gpu->state = GPU_IS_LOST;
     else if (strcmp(value, "reset_required") == 0) gpu->state = RESET_REQUIRED;
+    else if (strcmp(value, "hangs") == 0) gpu->hangs = 1;
     else return -1;
     return 0;
 }
@@ -243,6 +252,10 @@ static int parse_driver(char *cursor, struct fleet *fleet) {
             fleet->driver_result = SUCCESS;
         } else if (strcmp(key, "state") == 0 && strcmp(value, "not_loaded") == 0) {
             fleet->driver_result = DRIVER_NOT_LOADED;
+        } else if (strcmp(key, "state") == 0 && strcmp(value, "mismatch") == 0) {
+            fleet->driver_result = LIB_RM_VERSION_MISMATCH;
+        } else if (strcmp(key, "state") == 0 && strcmp(value, "hangs") == 0) {
+            fleet->driver_hangs = 1;
         } else {
             return -1;
         }
@@ -318,13 +331,27 @@ static void refresh(void) {
 
 /* ---- lookups ---- */
 
+/* Lets others in for a moment. Called with the mutex held. */
+static void look_again(void) {
+    pthread_mutex_unlock(&mutex);
+    usleep(LOOK_AGAIN_US);
+    pthread_mutex_lock(&mutex);
+    refresh();
+}
+
+/* Locks, and looks until the driver does not hang. */
+static void lock_and_look(void) {
+    pthread_mutex_lock(&mutex);
+    refresh();
+    while (current.driver_hangs)
+        look_again();
+}
+
 /* Locks and looks; a result other than SUCCESS means that the call must return it. `leave` unlocks
  * either way. */
 static int enter(void) {
-    pthread_mutex_lock(&mutex);
-    if (init_count == 0) return UNINITIALIZED;
-    refresh();
-    return SUCCESS;
+    lock_and_look();
+    return init_count == 0 ? UNINITIALIZED : SUCCESS;
 }
 
 static int leave(int result) {
@@ -358,6 +385,10 @@ static int read_gpu(const void *device, struct gpu *copy) {
     const struct handle *handle = device;
     if (handle < handles || handle >= handles + handle_count) return leave(INVALID_ARGUMENT);
     const struct gpu *gpu = listed(handle->uuid);
+    while (current.driver_hangs || (gpu != NULL && gpu->hangs)) {
+        look_again();
+        gpu = listed(handle->uuid);
+    }
     if (gpu == NULL) return leave(GPU_IS_LOST);
     if (gpu->state == SUCCESS) *copy = *gpu;
     return leave(gpu->state);
@@ -390,8 +421,7 @@ static int copy_text(const char *text, char *target, unsigned length_bytes) {
 
 EXPORT int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
-    pthread_mutex_lock(&mutex);
-    refresh();
+    lock_and_look();
     if (current.driver_result == SUCCESS) init_count++;
     return leave(current.driver_result);
 }
@@ -416,6 +446,7 @@ EXPORT const char *nvmlErrorString(int result) {
     case DRIVER_NOT_LOADED: return "Driver Not Loaded";
     case GPU_IS_LOST: return "GPU is lost";
     case RESET_REQUIRED: return "GPU requires reset";
+    case LIB_RM_VERSION_MISMATCH: return "Driver/library version mismatch";
     case ARGUMENT_VERSION_MISMATCH: return "Argument Version Mismatch";
     default: return "Unknown Error";
     }

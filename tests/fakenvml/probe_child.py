@@ -4,32 +4,36 @@ it starts.
 Problem: which `libnvidia-ml.so.1` a process gets is settled when it starts, so a test cannot try
 several in its own process. This child opens the production probe, and answers each request line
 with one line of JSON: `host_facts`, `gpu_facts`, `sample`, `absence`, or `calls` (which binding
-functions ran since the last asking, and how often).
+functions ran in the sampler since the last asking, and how often: it is started through
+`counting_sampler.py`).
 
     python -m tests.fakenvml.probe_child STATE_DIRECTORY [ALLOWED_UUID ...]
 """
 
 import dataclasses
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pynvml
-
 from agent.telemetry.probe import NvmlProbe
+from tests.fakenvml import counting_sampler
+
+COUNTING_SAMPLER = os.path.abspath(counting_sampler.__file__)
 
 
 def main(state_directory: str, allowed_uuids: list[str]) -> None:
     """Answer until standard input ends."""
-    calls: Counter[str] = Counter()
-    _count_calls(calls)
-    with NvmlProbe(Path(state_directory), allowed_uuids=allowed_uuids or None) as probe:
-        _say("open")  # before this, a change of the described GPUs would not be a change
-        for request in sys.stdin:
-            _say(_answer(probe, request.strip(), calls))
+    with tempfile.NamedTemporaryFile() as calls:
+        command = (sys.executable, "-P", COUNTING_SAMPLER, calls.name)
+        allowed = allowed_uuids or None
+        with NvmlProbe(Path(state_directory), allowed_uuids=allowed, command=command) as probe:
+            _say("open")  # before this, a change of the described GPUs would not be a change
+            for request in sys.stdin:
+                _say(_answer(probe, request.strip(), Path(calls.name)))
 
 
 def _say(answer: Any) -> None:
@@ -37,7 +41,7 @@ def _say(answer: Any) -> None:
     sys.stdout.flush()
 
 
-def _answer(probe: NvmlProbe, request: str, calls: Counter[str]) -> Any:
+def _answer(probe: NvmlProbe, request: str, calls: Path) -> Any:
     if request == "host_facts":
         return dataclasses.asdict(probe.host_facts())
     if request == "gpu_facts":
@@ -47,21 +51,10 @@ def _answer(probe: NvmlProbe, request: str, calls: Counter[str]) -> Any:
     if request == "absence":
         return probe.absence
     if request == "calls":
-        counted = dict(calls)
-        calls.clear()
-        return counted
+        counted = Counter(calls.read_text(encoding="ascii").split())
+        os.truncate(calls, 0)
+        return dict(counted)
     raise ValueError(f"unknown request: {request!r}")
-
-
-def _count_calls(calls: Counter[str]) -> None:
-    """Count native calls: the binding looks the pointer up once per call, found or not."""
-    lookup: Callable[[str], Any] = pynvml._nvmlGetFunctionPointer
-
-    def counted(name: str) -> Any:
-        calls[name] += 1
-        return lookup(name)
-
-    pynvml._nvmlGetFunctionPointer = counted
 
 
 if __name__ == "__main__":

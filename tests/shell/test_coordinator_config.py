@@ -98,6 +98,16 @@ def test_listening_beyond_loopback_needs_tls() -> None:
     )
 
 
+def test_metrics_are_off_and_beyond_loopback_need_tls() -> None:
+    assert read().metrics_listen == ""
+    assert read("--metrics-listen=[::1]:0").metrics_listen == "[::1]:0"
+    (sentence,) = refusals("--metrics-listen=0.0.0.0:9070")
+    assert sentence.startswith("listening on 0.0.0.0:9070 needs mutual TLS")
+    assert refusals("--metrics-listen=9070") == (
+        "'metrics_listen' must be HOST:PORT with a port of 0 to 65535, not '9070'",
+    )
+
+
 async def test_a_server_listens_and_a_channel_reaches_it() -> None:
     server = grpc.aio.server()
     port = listen(server, "127.0.0.1:0", None)

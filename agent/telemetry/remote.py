@@ -1,0 +1,338 @@
+"""The GPUs of this box, as the sampler process tells of them: the agent's side of the socket.
+
+Problem: whoever waits for a driver waits for ever. Here nobody waits longer than a deadline: every
+answer comes over a socket with a time-out, and what is not answered by then is unknown, with a
+sentence that says whom to look at. A reading that comes late is thrown away, since it would be
+passed off as new.
+
+How: one request is under way at most. While an old one is still unanswered, the next reading first
+waits for its end and then asks anew, all within one deadline; so a blocked sampler gets no heap of
+requests to answer, and one that is released is used again at once. `watch.py` decides when it is
+killed and replaced. A process that does not die (state D) is left behind, and reaped when it has
+ended; nobody waits for that.
+
+Which sentence: when no GPU answers, the driver, or the access to it, is at fault; when one blocks
+after others have answered, that one is. A GPU whose turn did not come is neither.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import structlog
+
+from agent.core.values import GpuFacts, GpuSample
+from agent.telemetry import MESSAGE_BYTES_MAX
+from agent.telemetry.watch import Notice, Watch
+
+SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
+CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
+
+log = structlog.get_logger()
+
+
+def monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """`first_ms` is for a driver that nothing is known of yet: without persistence mode it
+    initialises every GPU when it is opened, some seconds for each."""
+
+    fast_ms: int = 2_000
+    slow_ms: int = 5_000
+    first_ms: int = 60_000
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the sampler says; see there."""
+
+    id: int
+    facts: GpuFacts | None = None
+    sample: GpuSample | None = None
+    driver_version: str | None = None
+    absence: str = ""
+    done: bool = False
+
+
+class _SamplerEnded(Exception):
+    """The text says how."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A request without its end. `waiting` are the GPUs that it asks for, those to come; before
+    `is_open` the driver itself is waited for."""
+
+    id: int
+    asked_ms: int
+    waiting: list[str]
+    is_open: bool
+    anybody: bool = False  # some GPU has answered
+    samples: dict[str, GpuSample] = field(default_factory=dict)
+
+
+class RemoteGpus:
+    """Not thread-safe: `probe.py` holds the lock. `known` are GPUs that were seen before, for when
+    the driver does not answer; `None` for `allowed_uuids` means all."""
+
+    def __init__(
+        self,
+        allowed_uuids: Collection[str] | None = None,
+        *,
+        deadlines: Deadlines | None = None,
+        command: Sequence[str] = SAMPLER,
+        now_ms: Callable[[], int] = monotonic_ms,
+    ) -> None:
+        self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
+        self._deadlines = deadlines or Deadlines()
+        self._command = tuple(command)
+        self._now_ms = now_ms
+        self._watch = Watch()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self._left_behind: list[subprocess.Popen[bytes]] = []
+        self._under_way: _UnderWay | None = None
+        self._requests_count = 0
+        self._ended = "it was not started"
+        self._facts: dict[str, GpuFacts] = {}
+        self.driver_version = ""
+        """Empty where there is no NVML, no driver, or no answer yet."""
+        self.absence = "NVML was not opened"
+        """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
+
+    def open(self, known: Iterable[GpuFacts] = (), driver_version: str = "") -> None:
+        """Start the sampler and learn the GPUs. `known` are those of before; they stay if the
+        driver does not answer, since jobs may run on them."""
+        remembered = {facts.uuid: facts for facts in known if self._is_allowed(facts.uuid)}
+        # Jobs may run on what is remembered, and their leases run out while an agent is silent.
+        deadline_ms = self._deadlines.fast_ms if remembered else self._deadlines.first_ms
+        self._start(tuple(remembered))
+        if self._channel is None or not self._until_done(self._end_s(deadline_ms)):
+            self._facts = remembered | self._facts
+            self.driver_version = self.driver_version or driver_version
+            self.absence = f"the driver did not answer within {deadline_ms} ms"
+            if self._channel is None:
+                self.absence = f"the sampler ended: {self._ended}"
+            if remembered:
+                self.absence += "; its GPUs are those of before"
+
+    def close(self) -> None:
+        """End the sampler. Closing twice is closing once."""
+        self._let_go()
+        self._watch = Watch()
+        self.driver_version = ""
+        self.absence = "NVML was closed"
+        self._facts.clear()
+        end_s = time.monotonic() + CLOSE_S_MAX
+        for process in self._left_behind:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end_s - time.monotonic()))
+        self._left_behind.clear()
+
+    def facts(self) -> tuple[GpuFacts, ...]:
+        """Every allowed GPU seen since `open`, or known then, the lost ones among them."""
+        return tuple(self._facts.values())
+
+    def refresh(self) -> None:
+        """Enumerate again; not while the driver owes an answer already."""
+        if self._under_way is None:
+            self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
+        self._replace()
+
+    def samples(self) -> tuple[GpuSample, ...]:
+        """One reading of each GPU of `facts`, then of each allowed GPU that was never seen. One
+        that is not answered in time says so, and has no values."""
+        strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
+        known = tuple(self._facts)
+        order = self._watch.order(self._now_ms(), (*known, *strangers))
+        read = self._ask({"ask": "sample", "uuids": order}, order, self._deadlines.fast_ms)
+        late = [uuid for uuid in self._facts if uuid not in known]
+        if late:  # the driver was slow to open, and nothing was known of before
+            reason = "jobs get them when the agent is restarted"
+            log.warning("gpu.found_late", gpus=late, reason=reason)
+        strangers = [uuid for uuid in strangers if uuid not in self._facts]
+        made = tuple(
+            read.get(uuid) or GpuSample(uuid=uuid, error=f"{uuid} is unknown: {self._why(uuid)}")
+            for uuid in (*self._facts, *strangers)
+        )
+        self._replace()
+        return made
+
+    def pid(self) -> int:
+        """Of the sampler; 0 when there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    def _ask(
+        self, request: Mapping[str, object], order: Sequence[str], deadline_ms: int
+    ) -> dict[str, GpuSample]:
+        """What was read within the deadline."""
+        end_s = self._end_s(deadline_ms)
+        if self._channel is None or not self._until_done(end_s, last=False):
+            return {}
+        asked = self._send(request, order)
+        self._until_done(end_s)
+        return asked.samples
+
+    def _until_done(self, end_s: float, *, last: bool = True) -> bool:
+        """Hear out the request that is under way; whether it ended in time. Only the `last` one of
+        a reading shows that the sampler keeps up."""
+        try:
+            while self._under_way is not None:
+                self._take(self._hear(end_s), self._under_way)
+        except TimeoutError:
+            self._tell(self._watch.missed(self._suspect()))
+            return False
+        except _SamplerEnded as error:
+            self._lose(str(error))
+            return False
+        if last:
+            self._tell(self._watch.answered())
+        return True
+
+    def _hear(self, end_s: float) -> Answer:
+        """The next message. Raises `TimeoutError`, `_SamplerEnded`."""
+        assert self._channel is not None
+        left_s = end_s - time.monotonic()
+        if left_s <= 0.0:
+            raise TimeoutError
+        self._channel.settimeout(left_s)
+        message = b""
+        with contextlib.suppress(ConnectionError):
+            message = self._channel.recv(MESSAGE_BYTES_MAX)
+        if not message:
+            raise _SamplerEnded(self._how_it_ended())
+        try:
+            return msgspec.json.decode(message, type=Answer)
+        except msgspec.DecodeError as error:
+            raise _SamplerEnded(f"it does not speak our language: {error}") from error
+
+    def _take(self, answer: Answer, asked: _UnderWay) -> None:
+        if answer.id != asked.id:
+            raise _SamplerEnded(f"it answers request {answer.id}, and {asked.id} was asked")
+        if answer.driver_version is not None:
+            self.driver_version = answer.driver_version
+            asked.is_open = True
+        told = answer.facts or answer.sample
+        if told is not None:
+            asked.anybody = True
+            asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
+            self._tell(self._watch.heard(told.uuid))
+        if answer.facts is not None and self._is_allowed(answer.facts.uuid):
+            self._facts[answer.facts.uuid] = answer.facts
+        if answer.sample is not None:
+            asked.samples[answer.sample.uuid] = answer.sample
+        if answer.done:
+            self.absence = answer.absence
+            self._under_way = None
+
+    def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
+        assert self._channel is not None
+        self._requests_count += 1
+        is_open = request["ask"] == "sample"
+        asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open)
+        try:
+            self._channel.send(msgspec.json.encode({"id": asked.id, **request}))
+        except ConnectionError:
+            asked.waiting.clear()  # it ended before it was asked: no GPU did that
+        self._under_way = asked
+        return asked
+
+    def _start(self, order: Sequence[str]) -> None:
+        """Start a sampler and have it open the driver; its answer comes with the next reading."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(
+                    [*self._command, str(theirs.fileno()), str(os.getpid())],
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C in a terminal is for the agent
+                )
+            except OSError as error:
+                ours.close()
+                self._lose(str(error))
+                return
+        self._channel = ours
+        # GPUs that are known need no call that could hang before they are read.
+        request = {"ask": "open", "allowed": self._allowed_uuids, "known": tuple(self._facts)}
+        self._send(request, order)
+
+    def _replace(self) -> None:
+        """Kill it and start another one, if it is time."""
+        self._left_behind = [process for process in self._left_behind if process.poll() is None]
+        now_ms = self._now_ms()
+        if not self._watch.replaces(now_ms, len(self._left_behind)):
+            return
+        self._let_go()
+        self._watch.replaced(now_ms)
+        self._start(())
+        log.info("sampler.replaced", pid=self.pid())
+
+    def _how_it_ended(self) -> str:
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f"it ended with status {self._process.wait(CLOSE_S_MAX)}"
+        return "it has closed its socket"
+
+    def _lose(self, reason: str) -> None:
+        # Who is killed from outside was not stopped by a GPU; who crashes in a call was.
+        killed = self._process is not None and self._process.returncode == -signal.SIGKILL
+        self._tell(self._watch.lost(reason, "" if killed else self._suspect()))
+        self._ended = reason
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        if self._process is not None:
+            self._process.kill()
+            self._left_behind.append(self._process)
+        self._channel = self._process = self._under_way = None
+
+    def _suspect(self) -> str:
+        """The GPU that is waited for; empty when none is."""
+        asked = self._under_way
+        return asked.waiting[0] if asked is not None and asked.is_open and asked.waiting else ""
+
+    def _why(self, uuid: str) -> str:
+        """Nothing was read of this GPU."""
+        asked, now_ms = self._under_way, self._now_ms()
+        again_s = self._watch.wait_ms(now_ms) / 1000
+        if self._channel is None:
+            return f"the sampler ended ({self._ended}); another one starts in {again_s:.0f} s"
+        if asked is None:
+            if uuid not in self._watch.suspects:
+                return "the driver has just named it"
+            return f"it blocked the driver, and is asked again in {again_s:.0f} s"
+        waited = f"for {(now_ms - asked.asked_ms) / 1000:.1f} s"
+        if not asked.anybody:
+            return f"no GPU has answered {waited}, which points to the driver or the access to it"
+        if uuid == self._suspect():
+            return f"it has not answered {waited}, others did, which points to this GPU"
+        return (
+            f"the driver has been blocked {waited} by {self._suspect() or 'a GPU without a name'}"
+        )
+
+    def _is_allowed(self, uuid: str) -> bool:
+        return self._allowed_uuids is None or uuid in self._allowed_uuids
+
+    @staticmethod
+    def _end_s(duration_ms: int) -> float:
+        return time.monotonic() + duration_ms / 1000
+
+    @staticmethod
+    def _tell(notices: Iterable[Notice]) -> None:
+        for notice in notices:
+            getattr(log, notice.level)(notice.event, **dict(notice.fields))

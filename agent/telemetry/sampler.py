@@ -1,0 +1,89 @@
+"""The process that calls the driver, and nothing else.
+
+Problem: a driver call can block for minutes or for ever, and a process that waits in the kernel
+(state D) cannot be killed. In the agent's own process it would take a thread with it, and whoever
+waits for the lock; a thread cannot be given up, a process can. So NVML is opened here, in a process
+of its own that imports the binding and little more, and that can be left behind.
+
+It answers requests, one after the other, on a socket whose descriptor is its first argument (its
+parent's pid is the second): messages of JSON, which `SOCK_SEQPACKET` keeps apart. The answer to a
+request is a message for each GPU as soon as it is read, in the order that was asked for, so that a
+GPU that hangs hides only itself and those behind it; then one that says that it is done.
+
+    {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
+                                                             some UUIDs are known from before
+    {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
+    {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each
+
+It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
+agent that started it (PR_SET_PDEATHSIG).
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from agent.telemetry import MESSAGE_BYTES_MAX
+from agent.telemetry.nvml import NvmlGpus
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main(descriptor: int) -> None:
+    """Serve until the other end is closed."""
+    with socket.socket(fileno=descriptor) as channel:
+        gpus = NvmlGpus()
+        while message := _receive(channel):
+            request = json.loads(message)
+            if request["ask"] == "open":
+                gpus = NvmlGpus(request["allowed"])
+            for answer in _answers(gpus, request):
+                _send(channel, {"id": request["id"], **answer})
+            _send(channel, {"id": request["id"], "done": True, "absence": gpus.absence})
+
+
+def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if request["ask"] == "sample":
+        for uuid in request["uuids"]:
+            yield {"sample": dataclasses.asdict(gpus.sample(uuid))}
+        return
+    if not gpus.open():
+        return
+    yield {"driver_version": gpus.driver_version()}
+    known = request.get("known", ())
+    gpus.adopt(known)
+    if not known:
+        for facts in gpus.enumerate():
+            yield {"facts": dataclasses.asdict(facts)}
+
+
+def _receive(channel: socket.socket) -> bytes:
+    try:
+        return channel.recv(MESSAGE_BYTES_MAX)
+    except ConnectionError:
+        return b""
+
+
+def _send(channel: socket.socket, answer: Mapping[str, Any]) -> None:
+    try:
+        channel.send(json.dumps(answer).encode())
+    except (BrokenPipeError, ConnectionResetError):
+        sys.exit(0)  # nobody is there to hear it
+
+
+def _end_with(parent_pid: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent_pid:
+        sys.exit(0)  # it went before we asked
+
+
+if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
+    main(int(sys.argv[1]))

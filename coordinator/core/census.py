@@ -1,0 +1,88 @@
+"""What the fleet is now, counted: what the metrics say beside what the shell counts itself.
+
+Problem: counters that are raised and lowered along the way are wrong after the first forgotten
+place, and after a restart. So nothing is kept for the sake of being counted: this goes through the
+state when it is asked. `docs/metrics.md` says what that costs.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from coordinator.core.model import CLASS_ORDER, JobClass
+from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.state import State
+
+# Names of GPUs are what agents say, and each is a time series; no fleet has as many types.
+GPU_TYPES_MAX = 64
+OTHER_TYPES = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Numbers of things by what they are; what there could be is there with a zero, but for types
+    of GPUs. `waiting_s`: how long the job that was queued first has been queued; `None` when none
+    is. Ended jobs and attempts are counted as long as they are kept."""
+
+    jobs: tuple[tuple[tuple[JobClass, JobPhase], int], ...]
+    attempts: tuple[tuple[AttemptPhase, int], ...]
+    nodes: tuple[tuple[tuple[NodePhase, NodeIntent], int], ...]
+    gpus: tuple[tuple[tuple[str, GpuPhase], int], ...]
+    checkpoints: int
+    sessions: int
+    waiting_s: float | None
+    leader_epoch: int
+
+
+def census(state: State, unix_ms: int) -> Census:
+    """The state as it is; one step for each job, attempt and GPU."""
+    # By the values of enumerations: their members are hashed by a function in Python.
+    jobs = Counter((job.spec.job_class._value_, job.phase._value_) for job in state.jobs.values())
+    attempts = Counter(attempt.phase._value_ for attempt in state.attempts.values())
+    nodes = Counter((live.phase._value_, live.node.intent._value_) for live in state.nodes.values())
+    return Census(
+        tuple(
+            ((one, phase), jobs[one.value, phase.value])
+            for one in CLASS_ORDER
+            for phase in JobPhase
+        ),
+        tuple((phase, attempts[phase.value]) for phase in AttemptPhase),
+        tuple(
+            ((phase, intent), nodes[phase.value, intent.value])
+            for phase in NodePhase
+            for intent in NodeIntent
+        ),
+        _gpus(state),
+        sum(len(kept) for kept in state.checkpoints.values()),
+        len(state.sessions),
+        _waiting_s(state, unix_ms),
+        state.leader_epoch,
+    )
+
+
+def _gpus(state: State) -> tuple[tuple[tuple[str, GpuPhase], int], ...]:
+    """Of too many types those of which there are most keep their names."""
+    found = Counter(
+        (gpu.facts.name, gpu.phase._value_)
+        for live in state.nodes.values()
+        for gpu in live.gpus.values()
+    )
+    sizes: Counter[str] = Counter()
+    for (name, _), count in found.items():
+        sizes[name] += count
+    kept = sorted(sizes, key=lambda name: (-sizes[name], name))[:GPU_TYPES_MAX]
+    shown = dict.fromkeys([*sorted(kept), *([OTHER_TYPES] if len(sizes) > len(kept) else [])])
+    counts: Counter[tuple[str, str]] = Counter()
+    for (name, phase_value), count in found.items():
+        counts[name if name in shown else OTHER_TYPES, phase_value] += count
+    return tuple(((name, phase), counts[name, phase.value]) for name in shown for phase in GpuPhase)
+
+
+def _waiting_s(state: State, unix_ms: int) -> float | None:
+    """Wall time, as it outlives a coordinator; a clock that was set back counts as no wait."""
+    since = [state.jobs[job_id] for job_id in state.queued]
+    if not since:
+        return None
+    first_unix_ms = min(
+        job.submitted_unix_ms if job.queued_unix_ms is None else job.queued_unix_ms for job in since
+    )
+    return max(0, unix_ms - first_unix_ms) / 1000

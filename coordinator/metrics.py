@@ -1,0 +1,142 @@
+"""The coordinator's metrics: what each is called and means, and its value in a view of the shell.
+
+Problem: dashboards and alerts outlive the code, so names, units and meanings must be decided once
+and be right: base units in the name, `_total` for what only grows, a zero where zero is known and
+no sample where nothing is. They stand here as data, `docs/metrics.md` is checked against them, and
+a test checks the names. Nothing has a job, a node or a user for a label: how many series there are
+does not depend on how much work there is.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client.metrics_core import Metric
+
+from coordinator.core.census import Census
+from coordinator.core.model import CLASS_ORDER
+from coordinator.core.phases import JobPhase
+from coordinator.counts import Counts, View
+from coordinator.exposition import Described
+from coordinator.histogram import Histogram
+
+JOBS = Described(
+    "baton_jobs",
+    "gauge",
+    "Jobs, those that have ended as long as they are kept.",
+    ("class", "phase"),
+)
+QUEUE = Described("baton_queue_length", "gauge", "Jobs that wait to be placed.", ("class",))
+QUEUE_WAIT = Described(
+    "baton_queue_wait_seconds", "gauge", "How long the job that was queued first has waited."
+)
+ATTEMPTS = Described(
+    "baton_attempts",
+    "gauge",
+    "Attempts, those that have ended as long as they are kept.",
+    ("phase",),
+)
+NODES = Described("baton_nodes", "gauge", "Nodes that have ever said hello.", ("phase", "intent"))
+GPUS = Described("baton_gpus", "gauge", "GPUs of these nodes.", ("type", "phase"))
+CHECKPOINTS = Described("baton_checkpoints", "gauge", "Committed checkpoints that are kept.")
+SESSIONS = Described("baton_sessions", "gauge", "Agents that are connected and welcomed.")
+LEADER_EPOCH = Described(
+    "baton_coordinator_leader_epoch", "gauge", "The epoch under which this coordinator writes."
+)
+LOOP_LAG = Described(
+    "baton_coordinator_loop_lag_seconds", "histogram", "How late the event loop came to a timer."
+)
+LOOP_ROUNDS = Described(
+    "baton_coordinator_loop_rounds_total", "counter", "Rounds of the shell's loop."
+)
+BATCH = Described(
+    "baton_coordinator_batch_events",
+    "histogram",
+    "Events that were handled and committed together.",
+)
+COMMIT = Described(
+    "baton_coordinator_batch_commit_seconds",
+    "histogram",
+    "How long the store took to make a batch durable.",
+)
+COMMIT_FAILURES = Described(
+    "baton_coordinator_batch_commit_failures_total",
+    "counter",
+    "Batches that the store could not take; they are tried again.",
+)
+STORE_UP = Described(
+    "baton_coordinator_store_up", "gauge", "Whether the store took the last batch (1) or not (0)."
+)
+STORE_SIZE = Described(
+    "baton_coordinator_store_size_bytes", "gauge", "The store's file and its write-ahead log."
+)
+INBOX = Described("baton_coordinator_inbox_length", "gauge", "Events that wait to be handled.")
+HANDSHAKES = Described(
+    "baton_coordinator_handshakes_total", "counter", "Streams that agents have opened."
+)
+MESSAGES = Described("baton_coordinator_messages_total", "counter", "Messages of agents.")
+MESSAGES_LOST = Described(
+    "baton_coordinator_messages_lost_total",
+    "counter",
+    "Those that found no room; agents say them again.",
+)
+ORDERS = Described("baton_coordinator_orders_total", "counter", "Orders sent to agents.")
+REQUESTS = Described("baton_coordinator_requests_total", "counter", "Requests of people and tools.")
+REQUESTS_REFUSED = Described(
+    "baton_coordinator_requests_refused_total",
+    "counter",
+    "Those that were not taken in, because the store or the queue of requests was full.",
+)
+REQUESTS_WAITING = Described(
+    "baton_coordinator_requests_waiting", "gauge", "Requests that wait for their answer."
+)
+PROPOSALS = Described(
+    "baton_coordinator_checkpoint_answers_total",
+    "counter",
+    "Answers to proposed checkpoints, accepted or refused; who asks again is answered again.",
+    ("answer",),
+)
+
+METRICS: Final = (
+    JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, CHECKPOINTS, SESSIONS, LEADER_EPOCH, LOOP_LAG,
+    LOOP_ROUNDS, BATCH, COMMIT, COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES, MESSAGES,
+    MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS,
+)  # fmt: skip
+
+
+def figures(view: View, lag: Histogram, store_bytes: int | None) -> Iterator[Metric]:
+    """Everything that is known now. `store_bytes` is what the store takes on its disk."""
+    yield from _fleet_figures(view.census)
+    yield from LOOP_LAG.spread(lag)
+    yield from STORE_UP.one(view.store_up)
+    yield from STORE_SIZE.one(store_bytes)
+    yield from INBOX.one(view.inbox_length)
+    yield from REQUESTS_WAITING.one(view.requests_waiting)
+    yield from _counted_figures(view.counts)
+
+
+def _fleet_figures(census: Census) -> Iterator[Metric]:
+    jobs = dict(census.jobs)
+    yield from JOBS.of(((one.value, phase.value), n) for (one, phase), n in census.jobs)
+    yield from QUEUE.of(((one.value,), jobs[one, JobPhase.QUEUED]) for one in CLASS_ORDER)
+    yield from QUEUE_WAIT.one(census.waiting_s)
+    yield from ATTEMPTS.of(((phase.value,), n) for phase, n in census.attempts)
+    yield from NODES.of(((phase.value, intent.value), n) for (phase, intent), n in census.nodes)
+    yield from GPUS.of(((name, phase.value), n) for (name, phase), n in census.gpus)
+    yield from CHECKPOINTS.one(census.checkpoints)
+    yield from SESSIONS.one(census.sessions)
+    yield from LEADER_EPOCH.one(census.leader_epoch)
+
+
+def _counted_figures(counts: Counts) -> Iterator[Metric]:
+    yield from LOOP_ROUNDS.one(counts.rounds)
+    yield from BATCH.spread(counts.batch_events)
+    yield from COMMIT.spread(counts.commit_s)
+    yield from COMMIT_FAILURES.one(counts.commit_failures)
+    yield from HANDSHAKES.one(counts.sessions)
+    yield from MESSAGES.one(counts.messages)
+    yield from MESSAGES_LOST.one(counts.messages_lost)
+    yield from ORDERS.one(counts.orders)
+    yield from REQUESTS.one(counts.requests)
+    yield from REQUESTS_REFUSED.one(counts.requests_refused)
+    answers = (("accepted", counts.checkpoints_accepted), ("refused", counts.checkpoints_refused))
+    yield from PROPOSALS.of(((answer,), n) for answer, n in answers)

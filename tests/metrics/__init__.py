@@ -1,0 +1,1 @@
+"""What both programs tell Prometheus: values, names, the endpoint, and the documents."""

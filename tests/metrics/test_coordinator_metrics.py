@@ -1,0 +1,102 @@
+"""What a coordinator's state becomes: counted by what it is, zeros where nothing is."""
+
+from dataclasses import replace
+
+from coordinator.core.census import GPU_TYPES_MAX, OTHER_TYPES, census
+from coordinator.core.model import (
+    Attempt,
+    Checkpoint,
+    GpuFacts,
+    HostFacts,
+    Job,
+    JobClass,
+    JobSpec,
+    Node,
+    Snapshot,
+)
+from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent
+from coordinator.core.state import Options, State
+from coordinator.exposition import exposed
+from coordinator.metrics import figures
+from tests.metrics.reading import Series, named, series
+from tests.metrics.views import GIB, coordinator_lag, coordinator_view
+
+SPEC = JobSpec(command=("true",), job_class=JobClass.SPARE)
+JOBS = (
+    Job(1, SPEC, JobPhase.QUEUED, 1_000, queued_unix_ms=5_000),
+    Job(2, SPEC, JobPhase.QUEUED, 4_000),
+    Job(3, replace(SPEC, job_class=JobClass.GUARANTEED), JobPhase.ACTIVE, 1_000, head="ab"),
+    Job(4, SPEC, JobPhase.SUCCEEDED, 1_000, ended_unix_ms=2_000),
+)
+NODES = (
+    Node("n1", "j1", "", HostFacts(), (GpuFacts("GPU-1", "H100", 80 * GIB),), NodeIntent.DRAINING),
+    Node("n2", "j2", "", HostFacts(), (GpuFacts("GPU-2", "A100", 40 * GIB),)),
+)
+ATTEMPTS = (
+    Attempt(3, 1, "n1", ("GPU-1",), AttemptPhase.LOST, 1),
+    Attempt(3, 2, "n2", ("GPU-2",), AttemptPhase.RUNNING, 2),
+)
+SNAPSHOT = Snapshot(
+    7, 4, JOBS, ATTEMPTS, (Checkpoint(3, "ab", "", 1, 10, GIB, ("n2",), 1_500),), NODES
+)
+
+
+def said(snapshot: Snapshot, unix_ms: int = 10_000, store_bytes: int | None = 4_096) -> Series:
+    view = coordinator_view(snapshot, unix_ms)
+    return series(exposed(lambda: figures(view, coordinator_lag(), store_bytes)).decode())
+
+
+def test_the_fleet_is_counted_by_what_it_is() -> None:
+    found = said(SNAPSHOT)
+    jobs = {labels: count for labels, count in named(found, "baton_jobs").items() if count}
+    assert jobs == {
+        ("guaranteed", "active"): 1,
+        ("spare", "queued"): 2,
+        ("spare", "succeeded"): 1,
+    }
+    assert named(found, "baton_queue_length") == {
+        ("guaranteed",): 0,
+        ("standard",): 0,
+        ("spare",): 2,
+    }
+    attempts = {labels: count for labels, count in named(found, "baton_attempts").items() if count}
+    assert attempts == {("lost",): 1, ("running",): 1}
+    nodes = {labels: count for labels, count in named(found, "baton_nodes").items() if count}
+    assert nodes == {("draining", "suspect"): 1, ("open", "suspect"): 1}
+    gpus = {labels: count for labels, count in named(found, "baton_gpus").items() if count}
+    assert gpus == {("absent", "A100"): 1, ("absent", "H100"): 1}
+    assert named(found, "baton_checkpoints") == {(): 1}
+    assert named(found, "baton_sessions") == {(): 0}
+    assert named(found, "baton_coordinator_leader_epoch") == {(): 7}
+    assert named(found, "baton_coordinator_store_size_bytes") == {(): 4_096}
+    assert named(found, "baton_coordinator_inbox_length") == {(): 3}
+    assert named(found, "baton_coordinator_requests_waiting") == {(): 2}
+
+
+def test_every_phase_is_there_with_a_zero() -> None:
+    found = said(Snapshot())
+    assert set(named(found, "baton_jobs").values()) == {0}
+    assert len(named(found, "baton_jobs")) == len(JobClass) * len(JobPhase)
+    assert set(named(found, "baton_attempts")) == {(phase.value,) for phase in AttemptPhase}
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    found = said(Snapshot(), store_bytes=None)
+    assert named(found, "baton_queue_wait_seconds") == {}
+    assert named(found, "baton_coordinator_store_size_bytes") == {}
+    assert named(found, "baton_gpus") == {}
+
+
+def test_the_longest_wait_is_since_a_job_was_queued_last() -> None:
+    assert named(said(SNAPSHOT), "baton_queue_wait_seconds") == {(): 6.0}
+    assert named(said(SNAPSHOT, unix_ms=0), "baton_queue_wait_seconds") == {(): 0.0}
+
+
+def test_types_of_gpus_are_bounded() -> None:
+    gpus = tuple(GpuFacts(f"GPU-{n}", f"type {n:03}", GIB) for n in range(GPU_TYPES_MAX + 5))
+    state = State(Options())
+    state.load(Snapshot(nodes=(replace(NODES[0], gpus=gpus),)), 0)
+    counted = dict(census(state, 0).gpus)
+    assert len({name for name, _ in counted}) == GPU_TYPES_MAX + 1
+    assert counted[OTHER_TYPES, GpuPhase.ABSENT] == 5
+    assert sum(counted.values()) == GPU_TYPES_MAX + 5
