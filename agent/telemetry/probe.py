@@ -137,6 +137,8 @@ class NvmlProbe:
             return
         scratch = self._seen_path.with_suffix(".new")
         try:
+            scratch.touch(mode=0o600)
+            scratch.chmod(0o600)  # one that was left behind may have any
             scratch.write_bytes(msgspec.json.encode(seen))
             os.replace(scratch, self._seen_path)
         except OSError as error:

@@ -175,8 +175,15 @@ class Cluster:
         """As a power cut with a broken disk: the agent and everything that it started are killed,
         and its state directory is gone. Returns how many processes that were."""
         self._kill(node)  # first: it must not see its trainers end and say so
-        killed = guardian.end(self.runtime_directory / node, self.node_directory(node))
-        shutil.rmtree(self.node_directory(node))
+        disk = self.node_directory(node)
+        killed = guardian.end(self.runtime_directory / node, disk)
+
+        def gone() -> bool:
+            # What was killed in the middle of a rename may still be on its way out.
+            shutil.rmtree(disk, ignore_errors=True)
+            return not disk.exists()
+
+        self.wait_until(gone, STOP_DEADLINE_S, f"the disk of {node} is gone")
         return 1 + killed
 
     def signal(self, name: str, number: signal.Signals) -> None:

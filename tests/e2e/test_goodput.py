@@ -92,7 +92,8 @@ def test_every_second_of_a_job_has_a_name(
     shown = cluster.baton("job", str(job_id)).stdout
     ratio = job.accounting.productive_seconds / job.accounting.wall_seconds
     assert f"goodput {ratio:.1%} of " in shown
-    assert "  r  recompute " in shown
+    # What is nothing has no line: a trainer that died right after its capture lost no step.
+    assert ("  r  recompute " in shown) == (job.accounting.recompute_seconds > 0)
     document = cluster.baton_json("job", str(job_id))["accounting"]
     assert document["recompute_seconds"] == job.accounting.recompute_seconds
 
