@@ -214,7 +214,8 @@ async def test_a_late_shim_is_not_left_to_what_counts_as_ended(
 ) -> None:
     async with running(tmp_path, modules, "slow") as (keeper, servers, _):
         os.kill(servers.plain.pid(), signal.SIGSTOP)
-        launch = Launch("1.1", ("sleep", "600"), (("BATON_TOKEN", "late"),), "/")
+        token = f"late-{tmp_path}"  # other tests run beside this one, and all see all processes
+        launch = Launch("1.1", ("sleep", "600"), (("BATON_TOKEN", token),), "/")
         starting = asyncio.create_task(keeper.start(launch))
         await until(lambda: (keeper.attempt_directory("1.1") / shim.LAUNCH_NAME).exists())
         await asyncio.sleep(0)
@@ -234,13 +235,13 @@ async def test_a_late_shim_is_not_left_to_what_counts_as_ended(
         await second.open(ended.append)
         await second.start(Launch("2.1", ("true",), (), "/"))
         await until(lambda: ended)
-        assert [process for process in proc.all_processes() if has_token(process.pid)] == []
+        assert [process for process in proc.all_processes() if has_token(process.pid, token)] == []
         await after.close()
         await second.close()
 
 
-def has_token(pid: int) -> bool:
-    return b"BATON_TOKEN=late" in proc.read_bytes(pid, "environ").split(b"\0")
+def has_token(pid: int, token: str) -> bool:
+    return f"BATON_TOKEN={token}".encode() in proc.read_bytes(pid, "environ").split(b"\0")
 
 
 async def test_what_a_forked_trainer_leaves_behind_is_known_by_its_token(
@@ -249,15 +250,16 @@ async def test_what_a_forked_trainer_leaves_behind_is_known_by_its_token(
     (modules / "daemon.py").write_text(
         "import os, signal\nif os.fork() == 0:\n    os.setsid()\nsignal.pause()"
     )
+    token = f"daemon-{tmp_path}"
     async with running(tmp_path, modules, "slow") as (keeper, _, exits):
-        await keeper.start(module_launch(modules, "daemon", BATON_TOKEN="late"))
-        await until(lambda: len([p for p in proc.all_processes() if has_token(p.pid)]) == 2)
+        await keeper.start(module_launch(modules, "daemon", BATON_TOKEN=token))
+        await until(lambda: len([p for p in proc.all_processes() if has_token(p.pid, token)]) == 2)
         await until(lambda: records.read_started(keeper.attempt_directory("1.1")))
         started = records.read_started(keeper.attempt_directory("1.1"))
         assert started is not None
         os.kill(started.shim_pid, signal.SIGKILL)
         await until(lambda: exits)
-        await until(lambda: not [p for p in proc.all_processes() if has_token(p.pid)])
+        await until(lambda: not [p for p in proc.all_processes() if has_token(p.pid, token)])
 
 
 async def test_what_is_given_up_is_not_started_later(
