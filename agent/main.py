@@ -10,14 +10,15 @@ import os
 import random
 import secrets
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from agent import https
 from agent import logs as logging_setup
-from agent.chunks.https import server_context
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
@@ -177,7 +178,7 @@ async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell
         config.metrics_listen,
         lambda: figures(shell.view(), lag, dcgm_names=config.metrics_dcgm_names),
         lag,
-        None if tls is None else server_context(tls),
+        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))

@@ -7,6 +7,7 @@ configuration again and applies what can change while it runs.
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from coordinator import https
 from coordinator import logs as logging_setup
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
@@ -28,7 +30,6 @@ from coordinator.config import (
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
-from coordinator.https import server_context
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -142,7 +143,7 @@ async def _open_metrics(
         config.metrics_listen,
         lambda: figures(shell.view(), lag, store.size_bytes()),
         lag,
-        None if tls is None else server_context(tls),
+        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
