@@ -20,6 +20,7 @@ import msgspec
 from agent.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
+    TLS_FIELDS,
     ConfigError,
     Loaded,
     Program,
@@ -32,6 +33,7 @@ from agent.sources import (
     range_problem,
     says,
     tls_problem,
+    with_credentials,
 )
 from agent.sources import load as load_program
 
@@ -176,7 +178,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "that are there already."
     )] = False
     tls_cert: Annotated[str, says(
-        "PEM file with this agent's certificate chain. Default (empty): no TLS, loopback only."
+        "PEM file with this agent's certificate chain; as the other two, it may begin with "
+        "$CREDENTIALS_DIRECTORY, where a service finds what LoadCredential= names. Default "
+        "(empty): no TLS, loopback only."
     )] = ""
     tls_key: Annotated[str, says("PEM file with its private key.")] = ""
     tls_ca: Annotated[str, says(
@@ -358,6 +362,7 @@ def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[st
     """`values` with what trainers inherit below the variables that were given."""
     inherited = {name: environment[name] for name in INHERITED_VARIABLES if name in environment}
     given = values.get("trainer_environment", {})
+    values = with_credentials(values, TLS_FIELDS, environment)
     return {**values, "trainer_environment": {**FALLBACK_VARIABLES, **inherited, **given}}
 
 

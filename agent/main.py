@@ -42,6 +42,7 @@ from agent.ports import ChunkError, JournalUnavailable
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
 from agent.processes.supervisor import Supervisor
+from agent.pulse import standing
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
 from agent.slabs import Slabs
@@ -49,9 +50,6 @@ from agent.telemetry.probe import NvmlProbe
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
 from agent.workspace import AttemptDirectories
-
-# The loop goes round at least once a heartbeat; this many missed rounds are a hang.
-WATCHDOG_ROUNDS = 10
 
 
 class SystemClock:
@@ -201,7 +199,7 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    watching = asyncio.create_task(_watch(shell, notifier, config))
+    watching = asyncio.create_task(_watch(shell, notifier))
     logging_setup.emit(
         "info",
         "agent.started",
@@ -209,7 +207,6 @@ async def _run(
     )
     if config.port_file:
         write_port_file(config.port_file, peer_address)
-    notifier.ready()
     try:
         await shell.run()
     finally:
@@ -217,16 +214,24 @@ async def _run(
     logging_setup.emit("info", "agent.stopped", ())
 
 
-async def _watch(shell: AgentShell, notifier: Notifier, config: Config) -> None:
-    """Tell systemd that we live, as long as the loop really goes round."""
+async def _watch(shell: AgentShell, notifier: Notifier) -> None:
+    """Tell systemd that we are ready, and then that we live, as long as every loop moves."""
+    await shell.opened.wait()
+    notifier.ready()
     interval_ms = notifier.watchdog_interval_ms()
     if interval_ms is None:
         return
     clock = SystemClock()
-    patience_ms = WATCHDOG_ROUNDS * config.sample_interval_ms
+    said = ""
     while True:
-        if clock.now_ms() - shell.progress_ms < patience_ms:
+        stands = standing(clock.now_ms(), shell.pulse())
+        if stands is None:
             notifier.watchdog()
+        elif stands.loop != said:
+            fields = (("loop", stands.loop), ("still_ms", clock.now_ms() - stands.moved_ms))
+            logging_setup.emit("error", "watchdog.withheld", fields)
+        said = "" if stands is None else stands.loop
+        shell.nudge()
         await clock.sleep_ms(interval_ms // 3)
 
 

@@ -48,6 +48,7 @@ from agent.ports import (
     Uplink,
     Workspace,
 )
+from agent.pulse import LINK_PATIENCE_MS, MAIN_PATIENCE_MS, SAMPLING_PATIENCE_MS, Beat
 
 BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
 OUTBOX_MAX = 4_096  # messages to a coordinator that does not read; beyond that the link is dead
@@ -101,7 +102,9 @@ class AgentShell:
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
         self._counts = Counts()
-        self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
+        # When the loops last moved; the watchdog looks at it.
+        self.progress_ms = self._sampled_ms = self._linked_ms = 0
+        self.opened = asyncio.Event()  # trainers of an earlier run have been adopted
 
     # --- what others call -------------------------------------------------------------------------
 
@@ -137,12 +140,28 @@ class AgentShell:
         now_census = census(self._core.state, self._ports.clock.now_ms())
         return View(now_census, self._counts, len(self._inbox), len(self._outbox))
 
+    def nudge(self) -> None:
+        """Have the loop go round once, though there may be nothing to do."""
+        self._wake.set()
+
+    def pulse(self) -> tuple[Beat, ...]:
+        """When each loop last moved; `nudge` first, and look at the next turn."""
+        sampling_ms = SAMPLING_PATIENCE_MS + self._ports.sample_interval_ms
+        link_ms = LINK_PATIENCE_MS + 2 * self._core.state.lease_ms
+        return (
+            Beat("main", self.progress_ms, MAIN_PATIENCE_MS),
+            Beat("sampling", self._sampled_ms, sampling_ms),
+            Beat("link", self._linked_ms, link_ms),
+        )
+
     async def run(self) -> None:
         """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
         adopted = await self._ports.processes.open(self.on_exit)
         host = await self._ports.in_thread(self._ports.probe.host_facts)
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
+        self.progress_ms = self._sampled_ms = self._linked_ms = self._ports.clock.now_ms()
+        self.opened.set()
         self._spawn(self._keep_link())
         self._spawn(self._keep_sampling())
         try:
@@ -372,6 +391,7 @@ class AgentShell:
         failures = 0
         said = ""
         while not self._leaving.is_set():
+            self._linked_ms = self._ports.clock.now_ms()
             if self._stuck:  # a hello would wait for the journal, and pile up behind it
                 await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
                 continue
@@ -398,6 +418,7 @@ class AgentShell:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
             while True:
                 order = await session.receive()
+                self._linked_ms = self._ports.clock.now_ms()
                 self._counts.orders_received += 1
                 talked = True
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
@@ -440,7 +461,8 @@ class AgentShell:
         while True:
             begun_ms = self._ports.clock.now_ms()
             sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
-            self._counts.sampled(sample, self._ports.clock.now_ms() - begun_ms, interval_ms)
+            self._sampled_ms = self._ports.clock.now_ms()
+            self._counts.sampled(sample, self._sampled_ms - begun_ms, interval_ms)
             if len(self._inbox) < INBOX_MAX:
                 self.post(m.Sampled(sample))
             await self._ports.clock.sleep_ms(interval_ms)

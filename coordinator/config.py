@@ -17,6 +17,7 @@ import msgspec
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
+    TLS_FIELDS,
     ConfigError,
     Loaded,
     Program,
@@ -29,6 +30,7 @@ from coordinator.sources import (
     range_problem,
     says,
     tls_problem,
+    with_credentials,
 )
 from coordinator.sources import load as load_program
 
@@ -97,7 +99,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "(empty): nowhere."
     )] = ""
     tls_cert: Annotated[str, says(
-        "PEM file with the coordinator's certificate chain. Default (empty): no TLS, loopback only."
+        "PEM file with the coordinator's certificate chain; as the other two, it may begin with "
+        "$CREDENTIALS_DIRECTORY, where a service finds what LoadCredential= names. Default "
+        "(empty): no TLS, loopback only."
     )] = ""
     tls_key: Annotated[str, says("PEM file with its private key.")] = ""
     tls_ca: Annotated[str, says(
@@ -197,7 +201,8 @@ def prepare_directories(config: Config) -> None:
 
 
 def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with the store's place, which follows the state directory."""
+    """`values` with the store's place, which follows the state directory, and of its TLS files."""
+    values = with_credentials(values, TLS_FIELDS, environment)
     directory = values.get("state_directory", Config().state_directory)
     return {**values, "store_path": values.get("store_path") or f"{directory}/{STORE_NAME}"}
 

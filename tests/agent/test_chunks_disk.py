@@ -12,6 +12,7 @@ import pytest
 
 from agent.chunks.disk import DIRECT_BYTES
 from agent.chunks.manifest import CHUNK_BYTES_MAX, decode
+from agent.chunks.threads import Threads
 from agent.chunks.tree import lay_out
 from tests.agent.chunk_worlds import check_whole, kept, objects, opened, written
 
@@ -49,3 +50,16 @@ def test_a_chunk_that_comes_twice_is_written_once(tmp_path: Path) -> None:
     assert kept(store, written(tmp_path / "in", twice)).new_bytes == CHUNK_BYTES_MAX
     assert len(objects(store)) == 1
     assert list((store.root / "temporary").iterdir()) == []
+
+
+async def test_a_service_that_may_not_lower_priorities_drains_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "the service's filter")
+
+    monkeypatch.setattr(os, "setpriority", refused)
+    threads = Threads()
+    threads.open()
+    assert await threads.drain(lambda: "drained") == "drained"
+    await threads.close()
