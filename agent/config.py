@@ -191,7 +191,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = "info"
     log_format: Annotated[str, says(
         "json (one object a line, for machines), console (for people), or auto: console when "
-        "stderr is a terminal."
+        "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
     restart_absence_ms: Annotated[int, says(
         "Milliseconds of absence announced at SIGTERM, 0 to 600000; the node's jobs stay its own "

@@ -34,8 +34,10 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Options
 from agent.core.trainer_messages import TrainerMessage
+from agent.events import EVENTS
 from agent.histogram import SECONDS_BOUNDS, Histogram
 from agent.journal import SqliteJournal
+from agent.journald import journal_of, stderr_is_journal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
 from agent.ports import ChunkError, JournalUnavailable
@@ -87,13 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configuration, 0 after printing it."""
     given = sys.argv[1:] if arguments is None else arguments
     config = from_command_line(given, os.environ).config
-    logging_setup.configure(config.log_level, config.log_format, node=config.node)
+    _log_to_stderr(config)
     try:
         asyncio.run(_serve(config, given))
     except (ConfigError, TransportError, ChunkError, JournalUnavailable, OSError) as error:
         logging_setup.emit("critical", "agent.not_started", (("reason", str(error)),))
         return 1
     return 0
+
+
+def _log_to_stderr(config: Config) -> None:
+    """To the journal itself where stderr ends there."""
+    journal = journal_of("baton-agent").send if stderr_is_journal(os.environ) else None
+    logging_setup.configure(
+        config.log_level, config.log_format, EVENTS, journal=journal, node=config.node
+    )
 
 
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
@@ -246,7 +256,7 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
             logging_setup.emit("error", "config.refused", (("reason", sentence),))
         fresh = current
     else:
-        logging_setup.configure(fresh.log_level, fresh.log_format, node=fresh.node)
+        _log_to_stderr(fresh)
         changed = [
             field
             for field in fresh.__struct_fields__

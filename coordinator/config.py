@@ -112,7 +112,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = "info"
     log_format: Annotated[str, says(
         "json (one object a line, for machines), console (for people), or auto: console when "
-        "stderr is a terminal."
+        "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
     port_file: Annotated[str, says(
         "File that gets the bound HOST:PORT once the coordinator serves, for tools that let it "

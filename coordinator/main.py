@@ -29,7 +29,9 @@ from coordinator.config import (
 )
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
+from coordinator.events import EVENTS
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
+from coordinator.journald import journal_of, stderr_is_journal
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for a wrong configuration, 0 after printing it."""
     given = sys.argv[1:] if arguments is None else arguments
     config = from_command_line(given, os.environ).config
-    logging_setup.configure(config.log_level, config.log_format)
+    _log_to_stderr(config)
     try:
         asyncio.run(_serve(config, given))
     except LeaderLost as error:
@@ -81,6 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging_setup.emit("critical", "coordinator.not_started", (("reason", str(error)),))
         return 1
     return 0
+
+
+def _log_to_stderr(config: Config) -> None:
+    """To the journal itself where stderr ends there."""
+    journal = journal_of("baton-coordinator").send if stderr_is_journal(os.environ) else None
+    logging_setup.configure(config.log_level, config.log_format, EVENTS, journal=journal)
 
 
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
@@ -196,7 +204,7 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
             logging_setup.emit("error", "config.refused", (("reason", sentence),))
         fresh = current
     else:
-        logging_setup.configure(fresh.log_level, fresh.log_format)
+        _log_to_stderr(fresh)
         changed = [
             field
             for field in fresh.__struct_fields__

@@ -179,7 +179,7 @@ class PeerClient:
                     "checkpoint.transferred",
                     direction=errand.direction,
                     digest=errand.digest,
-                    node=peer.node,
+                    peer=peer.node,
                     way=" then ".join(route.moved_bytes),
                     size_bytes=sum(route.moved_bytes.values()),
                     duration_s=round(time.monotonic() - began_s, 3),

@@ -268,7 +268,7 @@ def test_a_configuration_cannot_be_changed(side: Side) -> None:
     assert set(side.config.RELOADABLE) <= set(side.config.PROGRAM.types())
 
 
-@pytest.mark.parametrize("module", ["sources", "logs", "notify"])
+@pytest.mark.parametrize("module", ["sources", "logs", "journald", "notify"])
 def test_both_programs_have_the_same_text(module: str) -> None:
     ours, theirs = (ROOT / side / f"{module}.py" for side in ("agent", "coordinator"))
     assert ours.read_text() == theirs.read_text()

@@ -22,6 +22,7 @@ from coordinator.core.state import Options as CoordinatorOptions
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
+from tests.events.checking import check
 from tests.sim.box import (
     Box,
     SimJournal,
@@ -152,6 +153,7 @@ class AgentHost:
             self.shell.on_trainer_message(attempt_id, message)
 
     def _log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        check("agent", level, event, fields)
         self._around.trace(f"{self.box.name} {level} {event} {_fields(fields)}")
 
     # --- Chance -----------------------------------------------------------------------------------
@@ -295,4 +297,5 @@ class CoordinatorHost:
         self.kill()
 
     def _log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        check("coordinator", level, event, fields)
         self._around.trace(f"coordinator {level} {event} {_fields(fields)}")
