@@ -25,6 +25,8 @@ from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
 PORT_MAX = 65_535
+# What this version can do that the first one could not; agent.proto says what each means.
+CAPABILITIES = (pb.CAPABILITY_GANGS,)
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
 _REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
 
@@ -62,6 +64,7 @@ def _hello(hello: m.Hello) -> pb.Hello:
         attempts=[_held(held) for held in hello.attempts],
         checkpoints=hello.checkpoints,
         acknowledged_sequence=hello.acknowledged_sequence,
+        capabilities=CAPABILITIES,
     )
 
 

@@ -245,6 +245,7 @@ def _hello(hello: pb.Hello) -> m.Hello:
         tuple(_held(held) for held in hello.attempts),
         tuple(_digest(digest) for digest in hello.checkpoints),
         hello.acknowledged_sequence,
+        gangs=pb.CAPABILITY_GANGS in hello.capabilities,
     )
 
 

@@ -278,7 +278,13 @@ def _offers(state: State) -> list[Offer]:
         tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
         offers.append(
             Offer(
-                live.node.id, tuple(present), tuple(free), host.memory_bytes, slots, tuple(tenants)
+                live.node.id,
+                tuple(present),
+                tuple(free),
+                host.memory_bytes,
+                slots,
+                tuple(tenants),
+                gangs=live.gangs,
             )
         )
     return offers

@@ -145,7 +145,7 @@ class HeldAttempt:
 @dataclass(frozen=True, slots=True)
 class Hello:
     """`acknowledged`: events up to this sequence are not on the agent's disk any more, since some
-    coordinator had them."""
+    coordinator had them. `gangs`: the agent knows ranks of a job of several."""
 
     node: str
     journal_id: str
@@ -155,6 +155,7 @@ class Hello:
     attempts: tuple[HeldAttempt, ...] = ()
     checkpoints: tuple[str, ...] = ()
     acknowledged: int = 0
+    gangs: bool = True
 
 
 @dataclass(frozen=True, slots=True)

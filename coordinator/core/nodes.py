@@ -123,9 +123,12 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             state.put_node(node)
         if not same_journal:
             _forgotten(state, now, live, body)
+        if not body.gangs:
+            _give_up_ranks(state, now, live, body)
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.heard_ms = now.now_ms
+    live.gangs = body.gangs
     live.heartbeat_sequence = 0
     live.deadline_ms = now.now_ms + state.options.lease_ms
     if live.phase is not NodePhase.UP:
@@ -140,6 +143,16 @@ def _forgotten(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
         if attempt_id not in listed:
             reason = f"{body.node} came back without its memory"
             attempts.lost(state, now, state.attempts[attempt_id], reason)
+
+
+def _give_up_ranks(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
+    """Its agent has become one from before gangs, or was one all along and was offered ranks by an
+    older coordinator: it would end the session at each order for a rank, for ever."""
+    listed = {held.attempt: True for held in body.attempts}
+    for attempt_id in list(live.attempts):
+        attempt = state.attempts[attempt_id]
+        if attempt.ranks > 1 and attempt_id not in listed:
+            attempts.lost(state, now, attempt, f"{body.node} runs an agent from before gangs")
 
 
 def _reconcile(

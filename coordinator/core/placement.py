@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobSpec
-from coordinator.core.validate import describe_need, describe_ranks, gigabytes, suits
+from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
 # the next pass.
@@ -71,7 +71,8 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A node that takes work. `free` GPUs are held by nobody; `gpus` are all that are present."""
+    """A node that takes work. `free` GPUs are held by nobody; `gpus` are all that are present.
+    `gangs`: its agent knows ranks; one from before them takes jobs of one rank."""
 
     node: str
     gpus: tuple[GpuFacts, ...]
@@ -79,6 +80,7 @@ class Offer:
     memory_bytes: int
     slots: int
     tenants: tuple[Tenant, ...]
+    gangs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class _Room:
     def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
         most as many as the job has."""
-        if spec.memory_bytes > self.memory_bytes:
+        if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
             return []
         count = spec.ranks
         if spec.memory_bytes:
@@ -463,6 +465,14 @@ def _why_not(spec: JobSpec, rooms: Sequence[_Room]) -> str:
 
 
 def _why_not_all(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+    outdated = [room.offer for room in rooms if not room.offer.gangs]
+    count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
+    which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
+    tail = f"; {which} an agent from before gangs: upgrade {them}" if count else ""
+    return _which_places(spec, rooms) + tail
+
+
+def _which_places(spec: JobSpec, rooms: Sequence[_Room]) -> str:
     need = f"needs {describe_ranks(spec)}"
     if not rooms:
         return f"{need}; no node takes work at present"

@@ -25,7 +25,7 @@ from enum import IntEnum
 from coordinator.core.model import CLASS_RANK, Job, Replication
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.state import Instant, LiveNode, StandbyWatch, State
-from coordinator.core.validate import suits
+from coordinator.core.validate import could_hold, suits
 
 # A node is often free for some seconds between two jobs of one queue.
 SETTLED_MS = 10_000
@@ -122,8 +122,8 @@ def fit(state: State, job: Job, live: LiveNode) -> Fit:
     if live.node.intent is not NodeIntent.OPEN:
         return Fit.CLOSED
     spec = job.spec
-    suiting = sum(1 for gpu in live.node.gpus if suits(spec, gpu))
-    if suiting < spec.gpus or spec.memory_bytes > live.node.host.memory_bytes:
+    able = could_hold(spec, live.node.gpus, live.node.host.memory_bytes)
+    if not able or (spec.ranks > 1 and not live.gangs):
         return Fit.UNABLE
     free = lower = 0
     for gpu in live.gpus.values():
@@ -139,8 +139,8 @@ def fit(state: State, job: Job, live: LiveNode) -> Fit:
     left_bytes = live.node.host.memory_bytes - spec.memory_bytes
     if free >= spec.gpus and used_bytes <= left_bytes:
         return Fit.FREE
-    able = free + lower >= spec.gpus and staying_bytes <= left_bytes
-    return Fit.DISPLACING if able else Fit.TAKEN
+    enough = free + lower >= spec.gpus and staying_bytes <= left_bytes
+    return Fit.DISPLACING if enough else Fit.TAKEN
 
 
 def _gives_way(state: State, job: Job, attempt_id: str) -> bool:

@@ -110,7 +110,9 @@ class LiveGpu:
 class LiveNode:
     """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
     those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
-    back from being lost, or first to a coordinator that had restarted; `None` if it never did."""
+    back from being lost, or first to a coordinator that had restarted; `None` if it never did.
+    `gangs`: its agent knows ranks of a job of several. No record has it, since who takes work has
+    said hello, and may be another version than before."""
 
     node: Node
     phase: NodePhase
@@ -127,6 +129,7 @@ class LiveNode:
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
     keep_changed: bool = False
+    gangs: bool = True
 
 
 class State:

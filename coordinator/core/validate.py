@@ -137,6 +137,12 @@ def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
     return not spec.gpu_types or any(kind.lower() in name for kind in spec.gpu_types)
 
 
+def could_hold(spec: JobSpec, gpus: Sequence[GpuFacts], memory_bytes: int) -> bool:
+    """Whether a node, wholly free, could serve one rank of the job."""
+    fitting = sum(1 for gpu in gpus if suits(spec, gpu))
+    return fitting >= spec.gpus and memory_bytes >= spec.memory_bytes
+
+
 def describe_need(spec: JobSpec) -> str:
     """What the job asks of one node, for a sentence: "2 GPUs of type H100 with 80.0 GB each"."""
     if spec.gpus == 0:

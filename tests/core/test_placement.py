@@ -50,7 +50,8 @@ def _offer(draw: st.DrawFn, node: str) -> Offer:
         tenants.append(Tenant(name, rank, number, tuple(taken), memory_bytes, stopping, gang))
     held = [uuid for tenant in tenants for uuid in tenant.gpu_uuids]
     free = tuple(gpu.uuid for gpu in gpus if gpu.uuid not in held)
-    return Offer(node, gpus, free, 100 * GIGABYTE, 4, tuple(tenants))
+    knows = draw(st.sampled_from([True, True, True, False]))
+    return Offer(node, gpus, free, 100 * GIGABYTE, 4, tuple(tenants), gangs=knows)
 
 
 @st.composite
@@ -100,6 +101,19 @@ def test_every_job_starts_or_waits_with_numbers(needs: list[Need], fleet: list[O
     for job_id, sentence in plan.waits:
         numbered = any(letter.isdigit() for letter in sentence)
         assert numbered or _spec_of(needs, job_id).gpus == 0, sentence
+
+
+@given(queues(), offers())
+def test_an_agent_from_before_gangs_gets_no_rank(needs: list[Need], fleet: list[Offer]) -> None:
+    """And is as good as any other for a job of one."""
+    plan = place(needs, fleet)
+    old = [offer.node for offer in fleet if not offer.gangs]
+    for start in plan.starts:
+        if _spec_of(needs, start.job_id).ranks > 1:
+            assert not any(share.node in old for share in start.places)
+    single = [need for need in needs if need.spec.ranks == 1]
+    upgraded = [replace(offer, gangs=True) for offer in fleet]
+    assert place(single, fleet).starts == place(single, upgraded).starts
 
 
 @given(queues(), offers())
@@ -174,7 +188,8 @@ def test_a_gang_that_waits_fits_nowhere(needs: list[Need], fleet: list[Offer]) -
         if not place([need], fleet).starts:
             one = replace(need.spec, ranks=1)
             singles = [Need(number, one) for number in range(need.spec.ranks)]
-            assert len(place(singles, fleet).starts) < need.spec.ranks
+            able = [offer for offer in fleet if offer.gangs or need.spec.ranks == 1]
+            assert len(place(singles, able).starts) < need.spec.ranks
 
 
 @given(queues(), offers())

@@ -10,6 +10,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
 
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
+          gangs=no
     beat n1 [runs=1.1] [at=1.1@20]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
@@ -194,7 +195,7 @@ class Scenario:
         return Hello(
             name, speaker.journal, f"{name}:7001", speaker.host, speaker.gpus,
             self._held(speaker, words), _listed(words.get("checkpoints", "")),
-            int(words.get("acknowledged", 0)),
+            int(words.get("acknowledged", 0)), gangs=words.get("gangs") != "no",
         )  # fmt: skip
 
     def _held(self, speaker: Speaker, words: Words) -> tuple[HeldAttempt, ...]:

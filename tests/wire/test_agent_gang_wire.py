@@ -44,6 +44,20 @@ def test_a_job_of_one_rank_is_told_what_it_always_was() -> None:
     assert not told.candidates[0].parts
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "knows"), [([], False), ([77], False), ([77, pb.CAPABILITY_GANGS], True)]
+)
+def test_an_agent_knows_ranks_if_it_says_so(capabilities: list[int], knows: bool) -> None:
+    """What a later version can do besides is no matter."""
+    said = pb.Hello(node="n1", journal_id="j1")
+    said.capabilities.extend(capabilities)  # type: ignore[arg-type]
+    heard = wire.decode(
+        pb.SessionRequest.FromString(pb.SessionRequest(hello=said).SerializeToString())
+    )
+    assert isinstance(heard, m.Hello)
+    assert heard.gangs is knows
+
+
 def test_a_part_that_is_proposed_arrives() -> None:
     proposed = pb.CheckpointProposed(digest="aa" * 32, step=7, replicas=["n1"], parts=8)
     event = pb.AgentEvent(sequence=1, attempt="1.2.5", checkpoint_proposed=proposed)

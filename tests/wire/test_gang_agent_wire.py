@@ -9,7 +9,7 @@ import pytest
 
 from agent import wire
 from agent.core import messages as m
-from agent.core.values import Gang, ReplicaSource, RestoreCandidate, RestorePart
+from agent.core.values import Gang, HostFacts, ReplicaSource, RestoreCandidate, RestorePart
 from protos.baton.v1 import agent_pb2 as pb
 
 PLACE = {
@@ -47,6 +47,11 @@ def test_a_rank_hears_its_place_and_the_parts() -> None:
     assert heard.gang == Gang(3, 4, 1, 2, 1, ("n1", "n2"), "n1.example", 29_500, ("GPU-a", "GPU-b"))
     parts = (RestorePart("bb", (ReplicaSource("n2", "n2:1"),)), RestorePart("cc", ()))
     assert heard.candidates == (RestoreCandidate("aa", 10, (ReplicaSource("n1", "n1:1"),), parts),)
+
+
+def test_an_agent_says_that_it_knows_ranks() -> None:
+    hello = m.Hello("n1", "j1", "n1:1", HostFacts("", "", 1, 1, "", ""), (), (), ())
+    assert list(wire.encode(hello).hello.capabilities) == [pb.CAPABILITY_GANGS]
 
 
 def test_a_job_of_one_rank_hears_of_no_gang() -> None:

@@ -17,6 +17,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -27,6 +28,27 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Capability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CAPABILITY_UNSPECIFIED: _Capability.ValueType  # 0
+    CAPABILITY_GANGS: _Capability.ValueType  # 1
+    """Runs ranks of a job of several: a StartAttempt with a gang, whose attempt is called
+    "<job>.<epoch>.<rank>". Without it a node is given jobs of one rank only.
+    """
+
+class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper): ...
+
+CAPABILITY_UNSPECIFIED: Capability.ValueType  # 0
+CAPABILITY_GANGS: Capability.ValueType  # 1
+"""Runs ranks of a job of several: a StartAttempt with a gang, whose attempt is called
+"<job>.<epoch>.<rank>". Without it a node is given jobs of one rank only.
+"""
+Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
 class SessionRequest(_message.Message):
@@ -124,6 +146,7 @@ class Hello(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """The node's name, 1 to 64 characters of [a-z0-9.-], unique in the fleet."""
     journal_id: _builtins.str
@@ -146,6 +169,12 @@ class Hello(_message.Message):
     def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Digests of whole checkpoints on this node's disk, newest first; at most 4096."""
 
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Capability.ValueType]:
+        """What this agent can do that the first ones could not, in any order. One that is not listed it
+        cannot do; a value that the coordinator does not know it ignores.
+        """
+
     def __init__(
         self,
         *,
@@ -157,10 +186,11 @@ class Hello(_message.Message):
         attempts: _abc.Iterable[Global___HeldAttempt] | None = ...,
         checkpoints: _abc.Iterable[_builtins.str] | None = ...,
         acknowledged_sequence: _builtins.int = ...,
+        capabilities: _abc.Iterable[Global___Capability.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "attempts", b"attempts", "checkpoints", b"checkpoints", "gpus", b"gpus", "host", b"host", "journal_id", b"journal_id", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "attempts", b"attempts", "capabilities", b"capabilities", "checkpoints", b"checkpoints", "gpus", b"gpus", "host", b"host", "journal_id", b"journal_id", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
