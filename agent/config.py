@@ -163,6 +163,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds between readings of the GPUs, 100 to 60000. Once a second shows a stalled "
         "input pipeline and costs next to nothing."
     )] = 1_000
+    kernel_log: Annotated[str, says(
+        "Where the kernel's log is read for the driver's errors (XIDs), beside what NVML tells of "
+        "them. It needs the right to read it; without it NVML is the only witness. Empty: not."
+    )] = "/dev/kmsg"
+    xid_table: Annotated[str, says(
+        "TOML file that says what follows from each XID, in place of the agent's own table, which "
+        "is NVIDIA's catalogue of the day that it names. Default (empty): our own."
+    )] = ""
     hang_floor_ms: Annotated[int, says(
         "Milliseconds that a section of a training (a step, an evaluation) may take in any case, "
         "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "
@@ -237,7 +245,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             range_problem("restart_absence_ms", self.restart_absence_ms, 0, ABSENCE_MS_MAX),
         ]
-        for name in ("shared_directory", "port_file"):
+        for name in ("shared_directory", "port_file", "kernel_log", "xid_table"):
             found.append(getattr(self, name) and path_problem(name, getattr(self, name)))
         return list(dict.fromkeys(sentence for sentence in found if sentence))
 

@@ -49,9 +49,20 @@ from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
 from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
+from agent.telemetry.xid_table import TableError, load_table
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
 from agent.workspace import AttemptDirectories
+
+# What an operator can mend.
+_NOT_STARTED = (
+    ConfigError,
+    TableError,
+    TransportError,
+    ChunkError,
+    JournalUnavailable,
+    OSError,
+)
 
 
 class SystemClock:
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr(config)
     try:
         asyncio.run(_serve(config, given))
-    except (ConfigError, TransportError, ChunkError, JournalUnavailable, OSError) as error:
+    except _NOT_STARTED as error:
         logging_setup.emit("critical", "agent.not_started", (("reason", str(error)),))
         return 1
     return 0
@@ -110,6 +121,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
     tls = config.tls()
+    xids = load_table(config.xid_table)
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
@@ -152,6 +164,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             _launch_options(config, trainers, workspaces),
             config.shared_place(),
             config.hang_floor_ms,
+            xids,
         )
         ports = Ports(
             SystemClock(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.health import NO_TABLE, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
@@ -60,6 +61,7 @@ class Options:
     shared_directory: str = ""
     hang_floor_ms: int = 120_000
     """No section is called hung before it has taken this long."""
+    xids: XidTable = NO_TABLE
 
     @property
     def node(self) -> str:

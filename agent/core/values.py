@@ -17,6 +17,38 @@ class GpuFacts:
     uuid: str
     name: str
     memory_bytes: int
+    pci_bus_id: str = ""
+    """As the kernel's log has it, `0000:3b:00`; empty where the driver does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCondition:
+    """How the driver says that a GPU is. `state` is empty, `lost` or `reset_required`;
+    `recovery_action` is NVML's field 230. `None`: it does not say."""
+
+    state: str = ""
+    recovery_action: int | None = None
+    rows_failed: bool | None = None
+    rows_pending: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class XidSeen:
+    """An error that the driver has reported to `source`, "nvml" or "kernel", which knows its GPU by
+    `uuid` or by `pci_bus_id`. `history`: it was there before the agent."""
+
+    code: int
+    source: str
+    unix_ms: int
+    uuid: str = ""
+    pci_bus_id: str = ""
+    text: str = ""
+    history: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DriverLoaded:
+    """The kernel's log says that the driver was loaded; what it said of GPUs before is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +65,7 @@ class GpuSample:
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
     error: str = ""
+    condition: GpuCondition | None = None
 
 
 @dataclass(frozen=True, slots=True)
