@@ -62,6 +62,8 @@ SLAB_MEMORY_PERCENT_MAX: Final = 90  # the trainers themselves, and the agent, l
 SAMPLE_INTERVAL_MS_MIN: Final = 100  # NVML's own counters change no faster
 SAMPLE_INTERVAL_MS_MAX: Final = 60_000  # older figures tell nothing of a running step
 HANG_FLOOR_MS_MAX: Final = 86_400_000  # a day; who wants no limits says so in the job
+JOB_LOG_BYTES_MAX_MIN: Final = 64 * 1024**2  # one full log; less keeps nothing that is over
+JOB_LOG_BYTES_MAX_MAX: Final = 1024**4  # a whole disk; logs are for people to read
 ABSENCE_MS_MAX: Final = 600_000  # the coordinator believes no longer absence; that is a drain
 
 # What trainers get of the agent's own environment; nothing else leaks into a job. A job's own
@@ -201,6 +203,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "json (one object a line, for machines), console (for people), or auto: console when "
         "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
+    job_log_bytes_max: Annotated[int, says(
+        "Bytes that the output of all jobs on this node may take, 64 MiB to 1 TiB. Each job keeps "
+        "its newest 64 MiB; the logs of finished ones go first, the oldest before the others. "
+        "Default: 4 GiB, which 64 full logs fit in."
+    )] = 4 * 1024**3
     restart_absence_ms: Annotated[int, says(
         "Milliseconds of absence announced at SIGTERM, 0 to 600000; the node's jobs stay its own "
         "so long. A minute covers an upgrade. SIGHUP takes it over."
@@ -243,6 +250,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             range_problem("hang_floor_ms", self.hang_floor_ms, 1_000, HANG_FLOOR_MS_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
+            range_problem(
+                "job_log_bytes_max",
+                self.job_log_bytes_max,
+                JOB_LOG_BYTES_MAX_MIN,
+                JOB_LOG_BYTES_MAX_MAX,
+            ),
             range_problem("restart_absence_ms", self.restart_absence_ms, 0, ABSENCE_MS_MAX),
         ]
         for name in ("shared_directory", "port_file", "kernel_log", "xid_table"):

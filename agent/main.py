@@ -129,7 +129,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()
-        supervisor = Supervisor(state_directory, forks=forks)
+        supervisor = Supervisor(
+            state_directory, forks=forks, log_bytes_max=config.job_log_bytes_max
+        )
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"

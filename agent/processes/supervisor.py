@@ -33,11 +33,8 @@ from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import proc, records, remains, shim, stacks
 from agent.processes.forks import ForkServers
+from agent.processes.retention import LOG_BYTES_MAX, Retention
 
-# 32 attempts that filled their log; a small share of any GPU box's disk
-FINISHED_LOG_BYTES_MAX = 2 * 1024**3
-# a directory costs inodes even when its log is empty; hours of trivial jobs
-FINISHED_ATTEMPTS_MAX = 4096
 # a network file system may be slow to hand out a program; a start order is not kept for longer
 START_TIMEOUT_S = 60.0
 # a fork and a line; a server that takes longer is replaced, and the start goes the slow way
@@ -84,16 +81,18 @@ class Supervisor:
         *,
         # the one below a virtual environment, which the shim has no use for and would look through
         interpreter: str = os.path.realpath(sys.executable),
-        finished_log_bytes_max: int = FINISHED_LOG_BYTES_MAX,
+        log_bytes_max: int = LOG_BYTES_MAX,
         forks: ForkServers | None = None,
     ) -> None:
         self._state = state_directory
         self._forks = forks
         self._interpreter = interpreter
-        self._finished_log_bytes_max = finished_log_bytes_max
         self._attempts: dict[str, _Attempt] = {}
-        # settled attempts with the bytes of their logs, oldest first
-        self._finished: dict[str, int] = {}
+        self._retention = Retention(
+            self._root,
+            lambda: (attempt.directory for attempt in self._attempts.values()),
+            log_bytes_max=log_bytes_max,
+        )
         self._leaving: set[_Attempt] = set()  # forgotten, but the shim is yet to be reaped
         self._on_exit: Callable[[ProcessExit], None] = lambda _: None
 
@@ -110,16 +109,15 @@ class Supervisor:
         # Once here, or every start would compile it again, for half as long as the rest takes.
         py_compile.compile(shim.__file__, cfile=str(self._program), doraise=True)
         self._program.chmod(0o600)
-        settled: list[tuple[float, Path]] = []
+        settled: list[Path] = []
         for directory in sorted(self._root.iterdir()):
             if (directory / shim.LAUNCH_NAME).exists():
                 self._adopt(directory)
             elif (directory / shim.EXIT_NAME).exists():
-                settled.append(((directory / shim.EXIT_NAME).stat().st_mtime, directory))
+                settled.append(directory)
             else:
                 shutil.rmtree(directory)  # the agent died before it had written the order to start
-        self._finished = {path.name: records.log_bytes(path) for _, path in sorted(settled)}
-        self._prune()
+        self._retention.open(settled)
         return tuple(self._attempts)
 
     async def start(self, launch: Launch) -> int:
@@ -197,11 +195,11 @@ class Supervisor:
         # `launch` last: without it the attempt is settled
         for name in (shim.STARTED_NAME, shim.LAUNCH_NAME):
             (attempt.directory / name).unlink(missing_ok=True)
-        self._finished[attempt_id] = records.log_bytes(attempt.directory)
-        self._prune()
+        self._retention.add(attempt.directory)
 
     async def close(self) -> None:
         """Let go of every trainer without touching it; a supervisor opened later adopts them."""
+        self._retention.close()
         for attempt in (*self._attempts.values(), *self._leaving):
             self._let_go(attempt)
             attempt.starting.cancel()
@@ -482,17 +480,6 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(attempt.shim_fd)
             os.close(attempt.shim_fd)
             attempt.shim_fd = -1
-
-    def _prune(self) -> None:
-        """Drop the oldest settled attempts until their logs are within the cap."""
-        total_bytes = sum(self._finished.values())
-        while self._finished and (
-            total_bytes > self._finished_log_bytes_max
-            or len(self._finished) > FINISHED_ATTEMPTS_MAX
-        ):
-            oldest = next(iter(self._finished))
-            total_bytes -= self._finished.pop(oldest)
-            shutil.rmtree(self._root / oldest, ignore_errors=True)
 
 
 def _start_failed(attempt: _Attempt) -> bool:
