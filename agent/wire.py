@@ -4,6 +4,7 @@ A message that makes no sense (an attempt id that is not one, a missing part) ra
 the peer is wrong, and the session ends with that sentence and not with a stack trace in the core.
 """
 
+import re
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
@@ -27,6 +28,8 @@ from protos.baton.v1 import types_pb2 as types
 PORT_MAX = 65_535
 # What this version can do that the first one could not; agent.proto says what each means.
 CAPABILITIES = (pb.CAPABILITY_GANGS,)
+# https://www.w3.org/TR/trace-context/, section 3.2
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
 _REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
 
@@ -241,7 +244,14 @@ def _start(order: pb.StartAttempt) -> m.StartAttempt:
         _source(order.replica_target) if order.HasField("replica_target") else None,
         order.restart_count,
         _gang(order.gang) if order.HasField("gang") else None,
+        _traceparent(order.traceparent),
     )
+
+
+def _traceparent(text: str) -> str:
+    if text and not TRACEPARENT.fullmatch(text):
+        raise WireError(f"{text[:80]!r} is no traceparent")
+    return text
 
 
 def _gang(gang: pb.Gang) -> Gang:

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator import wire_time
-from coordinator.core import launch, model
+from coordinator.core import launch, model, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
@@ -135,6 +135,8 @@ def encode_job(view: model.JobView) -> types.Job:
         failures=job.failures,
         submit_time=_timestamp(job.submitted_unix_ms),
     )
+    for encoded in message.attempts:
+        encoded.trace_id = traces.trace_id(job, encoded.epoch)
     if job.ended_unix_ms is not None:
         message.end_time.CopyFrom(_timestamp(job.ended_unix_ms))
     if view.checkpoint is not None:
@@ -429,6 +431,7 @@ def _start(order: m.StartAttempt) -> pb.StartAttempt:
         replica_target=None if order.replica_target is None else _address(order.replica_target),
         restart_count=order.restart_count,
         gang=None if order.gang is None else _gang(order.gang),
+        traceparent=order.traceparent,
     )
 
 

@@ -65,7 +65,7 @@ class AttemptRecord:
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
     `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
     is the newest capture that is stored, or was handed over before what is. `gang` is its place
-    among the ranks of its job, if it has others."""
+    among the ranks of its job, if it has others; `traceparent` is its trace, or empty."""
 
     id: str
     job_id: int
@@ -97,6 +97,12 @@ class AttemptRecord:
     milestones: int = 0
     last_sequence: int = 0
     gang: Gang | None = None
+    traceparent: str = ""
+
+    @property
+    def trace_id(self) -> str:
+        """Empty where it has none."""
+        return self.traceparent.split("-")[1] if self.traceparent else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class StartAttempt:
     replica_target: ReplicaSource | None = None
     restart_count: int = 0
     gang: Gang | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         order.restart_count,
         token=chance,
         gang=order.gang,
+        traceparent=order.traceparent,
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms

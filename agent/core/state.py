@@ -265,6 +265,9 @@ class State:
         self.commands.append(TellTrainer(attempt_id, tuple(message.items())))
 
     def log(self, level: str, event: str, **fields: object) -> None:
+        live = self.attempts.get(str(fields.get("attempt")))
+        if live is not None and live.record.traceparent:
+            fields["trace_id"] = live.record.trace_id
         self.commands.append(Log(level, event, tuple(fields.items())))
 
     # --- reading ----------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     replica_node: str
     accounting: Accounting | None
     rank: int = 0
+    trace_id: str = ""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -287,6 +287,7 @@ class StartAttempt:
     replica_target: PeerAddress | None
     restart_count: int
     gang: Gang | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

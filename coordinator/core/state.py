@@ -11,6 +11,7 @@ coordinator begins without it.
 
 from dataclasses import dataclass, field, replace
 
+from coordinator.core import traces
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -361,6 +362,9 @@ class State:
     # --- commands ---------------------------------------------------------------------------------
 
     def log(self, level: str, event: str, **fields: object) -> None:
+        attempt = self.attempts.get(str(fields.get("attempt")))
+        if attempt is not None and attempt.job_id in self.jobs:
+            fields["trace_id"] = traces.trace_id(self.jobs[attempt.job_id], attempt.epoch)
         self.commands.append(Log(level, event, tuple(fields.items())))
 
     def send(self, node_id: str, order: AgentOrder) -> None:

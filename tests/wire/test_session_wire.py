@@ -114,6 +114,7 @@ SPEC = st.builds(
     keep_checkpoints=SMALL,
     ranks=st.integers(1, 2**31 - 1),
 )
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ORDER = st.one_of(
     st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
     st.builds(cm.LeaseRenewal, COUNT),
@@ -121,7 +122,7 @@ ORDER = st.one_of(
     st.builds(
         cm.StartAttempt, ATTEMPT, SPEC, many(TEXT),
         many(st.builds(launch.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))),
-        maybe(ADDRESS), SMALL,
+        maybe(ADDRESS), SMALL, traceparent=st.sampled_from(("", TRACEPARENT)),
     ),
     st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
     st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),

@@ -673,9 +673,14 @@ class StartAttempt(_message.Message):
     REPLICA_TARGET_FIELD_NUMBER: _builtins.int
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
     GANG_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     restart_count: _builtins.int
     """How often the job was started before."""
+    traceparent: _builtins.str
+    """Its trace, as W3C Trace Context writes it: 00-<trace id>-<span of this attempt>-<flags>. The
+    trainer finds it as TRACEPARENT. Empty, from an older coordinator: it has none.
+    """
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
     @_builtins.property
@@ -704,10 +709,11 @@ class StartAttempt(_message.Message):
         replica_target: Global___PeerAddress | None = ...,
         restart_count: _builtins.int = ...,
         gang: Global___Gang | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "gang", b"gang", "replica_target", b"replica_target", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gang", b"gang", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gang", b"gang", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gang: _TypeAlias = _typing.Literal["gang"]  # noqa: Y015
     _WhichOneofArgType__gang: _TypeAlias = _typing.Literal["_gang", b"_gang"]  # noqa: Y015

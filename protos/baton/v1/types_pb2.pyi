@@ -542,6 +542,7 @@ class Attempt(_message.Message):
     REPLICA_NODE_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     epoch: _builtins.int
     node: _builtins.str
@@ -560,6 +561,8 @@ class Attempt(_message.Message):
     """
     rank: _builtins.int
     """Which rank of a gang this is; 0 for a job of one."""
+    trace_id: _builtins.str
+    """Its trace, 32 hexadecimal digits (W3C Trace Context); all ranks have one."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -590,10 +593,11 @@ class Attempt(_message.Message):
         replica_node: _builtins.str = ...,
         accounting: Global___Accounting | None = ...,
         rank: _builtins.int = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "exit_code", b"exit_code", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "rank", b"rank", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "rank", b"rank", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
     _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
