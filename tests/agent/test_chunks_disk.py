@@ -5,15 +5,21 @@ Safety: whatever a file system allows, what is read back is what was kept.
 
 import errno
 import fcntl
+import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from agent.chunks import disk
 from agent.chunks.disk import DIRECT_BYTES
 from agent.chunks.manifest import CHUNK_BYTES_MAX, decode
-from agent.chunks.tree import lay_out
+from agent.chunks.tree import ingest_capture, lay_out
+from agent.ports import CapturedFile
 from tests.agent.chunk_worlds import check_whole, kept, objects, opened, written
+
+DEADLINE_S = 60.0
 
 
 def test_bytes_past_the_page_cache_and_beside_it_are_the_same(
@@ -49,3 +55,54 @@ def test_a_chunk_that_comes_twice_is_written_once(tmp_path: Path) -> None:
     assert kept(store, written(tmp_path / "in", twice)).new_bytes == CHUNK_BYTES_MAX
     assert len(objects(store)) == 1
     assert list((store.root / "temporary").iterdir()) == []
+
+
+def test_the_next_file_is_read_while_the_one_before_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that stands still between two files has nothing to do that it could have done."""
+    begun = threading.Event()
+
+    class Capture:
+        files = (CapturedFile("a", 0, DIRECT_BYTES), CapturedFile("b", DIRECT_BYTES, DIRECT_BYTES))
+
+        def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+            return bytes(size_bytes)
+
+        def read_into(self, offset_bytes: int, target: memoryview) -> None:
+            target[:1] = b"b" if offset_bytes else b"a"
+            if offset_bytes:
+                begun.set()
+
+        def check(self) -> None:
+            pass
+
+    waited: list[bool] = []
+    write = disk.Unnamed.write
+
+    def held(file: disk.Unnamed, data: bytes | bytearray | memoryview) -> None:
+        waited.append(begun.wait(DEADLINE_S))
+        write(file, data)
+
+    monkeypatch.setattr(disk.Unnamed, "write", held)
+    store = opened(tmp_path / "store")
+    stored = ingest_capture(store, Capture(), job_id=1, epoch=1, step=1, parent="")
+    assert waited[:2] == [True, True]
+    assert len(objects(store)) == 2
+    assert [entry.path for entry in decode(store.read_manifest(stored.digest)).files] == ["a", "b"]
+
+
+def test_memory_in_small_pages_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel without large pages says EINVAL."""
+    source = written(tmp_path / "in", {"a": os.urandom(CHUNK_BYTES_MAX + 5)})
+    large = kept(opened(tmp_path / "large"), source)
+    refused: list[int] = []
+
+    class Small(mmap.mmap):
+        def madvise(self, option: int, *_: int) -> None:
+            refused.append(option)
+            raise OSError(errno.EINVAL, "no such thing here")
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert kept(opened(tmp_path / "small"), source) == large
+    assert refused
