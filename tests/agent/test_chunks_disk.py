@@ -16,7 +16,7 @@ from agent.chunks import disk
 from agent.chunks.disk import DIRECT_BYTES
 from agent.chunks.manifest import CHUNK_BYTES_MAX, decode
 from agent.chunks.tree import ingest_capture, lay_out
-from agent.ports import CapturedFile
+from agent.ports import CapturedFile, ChunkError
 from tests.agent.chunk_worlds import check_whole, kept, objects, opened, written
 
 DEADLINE_S = 60.0
@@ -106,3 +106,48 @@ def test_memory_in_small_pages_will_do(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(mmap, "mmap", Small)
     assert kept(opened(tmp_path / "small"), source) == large
     assert refused
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("taken_bytes", [0, DIRECT_BYTES])
+def test_a_direct_write_that_is_refused_goes_on_through_the_cache(
+    refusal: int, taken_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems take the flag and refuse the write, the first one or a later one."""
+    direct: list[int] = []
+    write = os.write
+
+    def refusing(descriptor: int, data: memoryview) -> int:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if not flags & os.O_DIRECT:
+            return write(descriptor, data)
+        direct.append(len(data))
+        if len(direct) > 1 or not taken_bytes:
+            raise OSError(refusal, "no such thing here")
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        done_bytes = write(descriptor, data[:taken_bytes])
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+        return done_bytes
+
+    monkeypatch.setattr(os, "write", refusing)
+    data = os.urandom(3 * DIRECT_BYTES + 7)
+    file = disk.Unnamed(tmp_path / "temporary", tmp_path / "named", "writing")
+    file.write(data)
+    disk.name_all([file])
+    assert (tmp_path / "named").read_bytes() == data
+    assert direct == [3 * DIRECT_BYTES, 2 * DIRECT_BYTES][: 2 if taken_bytes else 1]
+
+
+def test_a_direct_write_that_fails_otherwise_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a broken disk says is no reason to try the same bytes again."""
+
+    def broken(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "write", broken)
+    file = disk.Unnamed(tmp_path / "temporary", tmp_path / "named", "writing")
+    with pytest.raises(ChunkError, match="broken"):
+        file.write(bytes(DIRECT_BYTES))
+    assert list(tmp_path.iterdir()) == []
