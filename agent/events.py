@@ -31,6 +31,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "limit_seconds": "seconds that it may take",
     "log_level": "the least level that is logged",
     "logger": "the library, by the name of its logger",
+    "loop": "which of the program's loops",
     "misses": "requests in a row that were not answered in time",
     "nccl_dump": "where NCCL's flight recorder writes",
     "nccl_pipes": "where pipes of NCCL's flight recorder were asked; empty: there are none",
@@ -48,6 +49,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "size_bytes": "bytes of the checkpoint",
     "spooled": "events that wait for the coordinator's acknowledgement",
     "step": "the training's step; 0: from the beginning",
+    "still_ms": "milliseconds since it last moved",
     "suspects": "GPUs at which the driver was last waited for, by UUID",
     "text": "what the library said",
     "url": "where Prometheus finds the metrics",
@@ -245,4 +247,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("trainer.slab_refused", "warning", "attempt reason",
           "attempt {attempt} gets no memory for its captures: {reason}",
           "It writes its checkpoints itself, and waits for them."),
+    Event("watchdog.withheld", "error", "loop still_ms",
+          "systemd is not told that the agent lives: {loop} has stood still for {still_ms} ms",
+          "It is restarted unless that loop moves again."),
 )

@@ -253,8 +253,10 @@ async def _watch(shell: AgentShell, notifier: Notifier) -> None:
         if stands is None:
             notifier.watchdog()
         elif stands.loop != said:
-            fields = (("loop", stands.loop), ("still_ms", clock.now_ms() - stands.moved_ms))
-            logging_setup.emit("error", "watchdog.withheld", fields)
+            still_ms = clock.now_ms() - stands.moved_ms
+            logging_setup.emit(
+                "error", "watchdog.withheld", (("loop", stands.loop), ("still_ms", still_ms))
+            )
         said = "" if stands is None else stands.loop
         shell.nudge()
         await clock.sleep_ms(interval_ms // 3)
