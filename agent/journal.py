@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.core.attempt import AttemptRecord
+from agent.core.health import GpuHealthChanged
 from agent.core.messages import (
     AgentEvent,
     AttemptExited,
@@ -49,6 +50,7 @@ _BODIES: dict[str, type[SpooledBody]] = {
     "refused": AttemptRefused,
     "milestone": AttemptMilestone,
     "proposed": CheckpointProposed,
+    "health": GpuHealthChanged,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 

@@ -29,7 +29,14 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     is_capture,
 )
-from agent.core.values import ProcessExit, ReplicaSource, Sample, StoredCheckpoint
+from agent.core.values import (
+    DriverLoaded,
+    ProcessExit,
+    ReplicaSource,
+    Sample,
+    StoredCheckpoint,
+    XidSeen,
+)
 from agent.counts import Counts, View
 from agent.ports import (
     ChunkError,
@@ -47,6 +54,7 @@ from agent.ports import (
     Trainers,
     Uplink,
     Workspace,
+    Xids,
 )
 
 BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
@@ -80,6 +88,7 @@ class Ports:
     uplink: Uplink
     log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
     in_thread: Callable[..., Awaitable[object]]
+    xids: Xids
     sample_interval_ms: int = 1_000
 
 
@@ -90,6 +99,7 @@ class AgentShell:
         self._inbox: deque[m.Event] = deque()
         # Where trainers are, by attempt and connection, for which the inbox had no room.
         self._unheard: dict[tuple[str, int], TrainerSection] = {}
+        self._unheard_xids: dict[tuple[str, str, int, str], XidSeen] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._outbox: deque[m.Upward] = deque()
@@ -126,6 +136,19 @@ class AgentShell:
     def on_exit(self, ended: ProcessExit) -> None:
         self.post(m.ProcessEnded(ended))
 
+    def on_xid(self, word: XidSeen | DriverLoaded) -> None:
+        """An error of a GPU. None is lost while the journal takes nothing: they add up."""
+        if len(self._inbox) < INBOX_MAX or isinstance(word, DriverLoaded):
+            self.post(word)
+            return
+        key = (word.uuid, word.pci_bus_id, word.code, word.source)
+        before = self._unheard_xids.get(key)
+        if before is not None:
+            count, since_ms = before.count + word.count, before.since_unix_ms
+            word = replace(word, count=count, first_unix_ms=since_ms)
+        if before is not None or len(self._unheard_xids) < INBOX_MAX:
+            self._unheard_xids[key] = word
+
     def leave(self, absence_ms: int | None) -> None:
         """Say goodbye and end; trainers go on."""
         self.post(m.Leaving(absence_ms))
@@ -143,6 +166,7 @@ class AgentShell:
         host = await self._ports.in_thread(self._ports.probe.host_facts)
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
+        await self._ports.xids.open(self.on_xid)
         self._spawn(self._keep_link())
         self._spawn(self._keep_sampling())
         try:
@@ -152,6 +176,7 @@ class AgentShell:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._ports.xids.close()
             await self._ports.processes.close()
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -197,6 +222,8 @@ class AgentShell:
         while self._unheard and len(self._inbox) < INBOX_MAX:
             (attempt_id, _), section = self._unheard.popitem()
             self._inbox.append(m.FromTrainer(attempt_id, section))
+        while self._unheard_xids and len(self._inbox) < INBOX_MAX:
+            self._inbox.append(self._unheard_xids.pop(next(iter(self._unheard_xids))))
         return batch
 
     def _now(self) -> Instant:

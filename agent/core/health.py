@@ -34,6 +34,7 @@ SAME_MS = 5_000
 # The driver changes its recovery action together with the XID or a moment later; a word that is
 # older than this after the error may be from before it.
 SETTLE_MS = 5_000
+# What somebody has to look at is looked at within a day, or was nothing.
 QUIET_MS = 86_400_000
 # Readings in a row that fail before a driver is called silent: one deadline is missed under load.
 SILENT_READINGS = 2
@@ -116,6 +117,13 @@ class GpuVerdict:
     xids: tuple[XidRecord, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GpuHealthChanged:
+    """An event for the coordinator: these verdicts are new."""
+
+    gpus: tuple[GpuVerdict, ...]
+
+
 @dataclass(slots=True)
 class Case:
     """The errors of one code. `counts` are those of the present moment by witness, `counted` all
@@ -146,9 +154,9 @@ class Case:
         if now_ms - self.last_ms > SAME_MS:
             self.counted += max(self.counts.values(), default=0)
             self.counts.clear()
-        self.counts[seen.source] = self.counts.get(seen.source, 0) + 1
-        self.last_ms = now_ms
-        self.first_unix_ms = min(self.first_unix_ms, seen.unix_ms)
+        self.counts[seen.source] = self.counts.get(seen.source, 0) + seen.count
+        self.last_ms = max(self.last_ms, now_ms)
+        self.first_unix_ms = min(self.first_unix_ms, seen.since_unix_ms)
         self.last_unix_ms = max(self.last_unix_ms, seen.unix_ms)
         self.text = seen.text[:TEXT_CHARACTERS_MAX] or self.text
 
@@ -163,6 +171,16 @@ class GpuHistory:
     failures: int = SILENT_READINGS  # nothing was read yet
     energy_mj: int | None = None
     error: str = "it was not read yet"
+
+
+@dataclass(slots=True)
+class Watched:
+    """By UUID: all that is known, and what was told last. `told_ms` is of the last event."""
+
+    histories: dict[str, GpuHistory] = field(default_factory=dict)
+    told: dict[str, GpuVerdict] = field(default_factory=dict)
+    told_ms: int = 0
+    strangers: dict[str, None] = field(default_factory=dict)
 
 
 _RECOVERY: Mapping[int, tuple[Action, Verdict, str, str]] = {
@@ -203,7 +221,7 @@ def recovery_action(text: str) -> int | None:
 
 
 def note_xid(history: GpuHistory, now_ms: int, seen: XidSeen, table: XidTable) -> bool:
-    """Take in an error; whether it is the first of its case."""
+    """Take in an error of `now_ms`; whether it is the first of its case."""
     case = history.cases.get(seen.code)
     first = case is None
     if case is None:

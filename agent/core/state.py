@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
-from agent.core.health import NO_TABLE, XidTable
+from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
@@ -145,6 +145,7 @@ class State:
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
+        self.watched = Watched()
         self.sample: Sample | None = None
         self.sample_ms = 0
         self.connected = False

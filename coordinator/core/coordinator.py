@@ -166,7 +166,7 @@ def _from_agent(state: State, now: Instant, session: int, message: AgentMessage)
     if isinstance(message, Hello):
         nodes.hello(state, now, session, message)
         live = state.nodes.get(state.sessions.get(session, ""))
-        if live is not None and message.health:
+        if live is not None and live.session == session:
             health.reported(state, now, live, message.health)
         return
     if isinstance(message, SessionClosed):
