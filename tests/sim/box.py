@@ -123,6 +123,7 @@ class Box:
         self.socket: SimTrainers | None = None
         self.on_xid: Callable[[XidSeen | DriverLoaded], None] | None = None
         self.kernel_log: list[XidSeen] = []
+        self.broken = False  # once
         self.needs_reset: dict[str, None] = {}  # these GPUs, until the next boot
 
     def power_on(self) -> None:
@@ -146,6 +147,7 @@ class Box:
 
     def break_gpu(self, uuid: str, unix_ms: int) -> None:
         """An error that only a reset mends; both witnesses speak of it."""
+        self.broken = True
         self.needs_reset[uuid] = None
         seen = XidSeen(95, "kernel", unix_ms, uuid=uuid, text="Uncontained ECC error")
         self.kernel_log.append(seen)
@@ -198,7 +200,10 @@ class SimProbe:
         )
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
 
-    def _condition(self, uuid: str) -> GpuCondition:
+    def _condition(self, uuid: str) -> GpuCondition | None:
+        """An older driver, which says nothing of it, on boxes that no fault is about."""
+        if not self._box.broken:
+            return None
         return GpuCondition(recovery_action=1 if uuid in self._box.needs_reset else 0)
 
 
