@@ -96,7 +96,8 @@ def review(state: State, now: Instant) -> None:
     for uuid, history in watched.histories.items():
         fresh = _judged(uuid, history)
         before = watched.told.get(uuid, GpuVerdict(uuid, Verdict.UNKNOWN, fresh.reason))
-        if fresh == before or not (counts_due or _differs(fresh, before)):
+        counted = counts_due and fresh.xids != before.xids
+        if not (counted or _differs(fresh, before)):
             continue
         if fresh.verdict is Verdict.UNKNOWN and uuid not in watched.told and not fresh.xids:
             continue  # nothing was read yet, which is what an untold one is

@@ -286,13 +286,13 @@ def _close(
 
 def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     """The worst of what all witnesses say."""
-    found = [_of_condition(history.condition), _of_rows(history.condition)]
+    # Of those that say the same the first is told: the latest error, which says most.
+    cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
+    found = [_of_case(case) for case in cases]
+    found += [_of_condition(history.condition), _of_rows(history.condition)]
     if history.failures >= SILENT_READINGS:
         why = f"is unknown: {history.error}"
         found.append((V.UNKNOWN, why, "look at the driver: nvidia-smi"))
-    # Of cases that say the same, the latest is told.
-    cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
-    found += [_of_case(case) for case in cases]
     worst = max(found, key=lambda item: SEVERITY.index(item[0]))
     records = tuple(case.record for case in history.cases.values())
     return GpuVerdict(uuid, *worst, xids=records)
