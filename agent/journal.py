@@ -38,6 +38,7 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -132,6 +133,7 @@ class SqliteJournal:
             int(meta.get("next_sequence", "1")),
             fences,
             int(meta.get("leader_epoch", "0")),
+            msgspec.json.decode(meta.get("gpus_mended", "[]"), type=tuple[tuple[str, int], ...]),
         )
 
     def _put_meta(self, key: str, value: str) -> None:
@@ -181,6 +183,8 @@ class SqliteJournal:
                 self._execute("drop_fenced_ranks", {"job_id": record.job_id})
             case PutLeaderEpoch():
                 self._put_meta("leader_epoch", str(record.epoch))
+            case PutGpusMended():
+                self._put_meta("gpus_mended", msgspec.json.encode(record.mended).decode())
 
 
 def _fences(rows: Iterable[tuple[int, int, int | None]]) -> tuple[PutFence, ...]:

@@ -21,8 +21,9 @@ from agent.core.health import (
     judge,
     note_reading,
     note_xid,
+    outlasts,
 )
-from agent.core.state import SPOOL_MAX, Instant, State, sentence
+from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
 from agent.core.values import Sample, XidSeen
 
 COUNT_MS = 5_000  # how often a storm is told of whose verdict stays
@@ -51,6 +52,8 @@ def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
     if history is None:
         _stranger(state, seen)
         return
+    if seen.history and seen.unix_ms <= state.watched.mended.get(uuid, 0):
+        return  # it was over before we were restarted
     table: XidTable = state.options.xids
     age_ms = max(0, now.unix_ms - seen.unix_ms) if seen.history else 0
     if note_xid(history, now.now_ms - age_ms, seen, table):
@@ -91,6 +94,7 @@ def released(state: State, now: Instant) -> None:
 def review(state: State, now: Instant) -> None:
     """Tell what has changed."""
     watched = state.watched
+    _note_mended(state, now)
     changed: list[GpuVerdict] = []
     counts_due = now.now_ms - watched.told_ms >= COUNT_MS
     for uuid, history in watched.histories.items():
@@ -112,6 +116,20 @@ def review(state: State, now: Instant) -> None:
     if changed and len(state.spool) < SPOOL_MAX:
         watched.told_ms = now.now_ms
         state.spool_event(now, "", GpuHealthChanged(tuple(changed)))
+
+
+def _note_mended(state: State, now: Instant) -> None:
+    """What is over is remembered, since the kernel's log would tell of it again."""
+    watched = state.watched
+    fresh = False
+    for uuid, history in watched.histories.items():
+        ill = outlasts(history)
+        if watched.ill.get(uuid) and not ill:
+            watched.mended[uuid] = now.unix_ms
+            fresh = True
+        watched.ill[uuid] = ill
+    if fresh:
+        state.records.append(PutGpusMended(tuple(watched.mended.items())))
 
 
 def _judged(uuid: str, history: GpuHistory) -> GpuVerdict:

@@ -175,11 +175,14 @@ class GpuHistory:
 
 @dataclass(slots=True)
 class Watched:
-    """By UUID: all that is known, and what was told last. `told_ms` is of the last event."""
+    """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
+    a case that outlives applications; `mended` is when the last such was closed, in wall time."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)
     told_ms: int = 0
+    ill: dict[str, bool] = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
     strangers: dict[str, None] = field(default_factory=dict)
 
 
@@ -296,6 +299,12 @@ def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     worst = max(found, key=lambda item: SEVERITY.index(item[0]))
     records = tuple(case.record for case in history.cases.values())
     return GpuVerdict(uuid, *worst, xids=records)
+
+
+def outlasts(history: GpuHistory) -> bool:
+    """Whether anything is open that does not end with an application."""
+    ends = (Action.RESTART_APPLICATION, Action.IGNORE)
+    return any(case.action not in ends for case in history.cases.values())
 
 
 _Finding = tuple[Verdict, str, str]

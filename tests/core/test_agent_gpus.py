@@ -135,6 +135,25 @@ def test_after_a_restart_an_old_error_waits_for_the_driver(node: Node) -> None:
     assert told(node.read())[0].verdict is Verdict.NEEDS_RESET, "an older driver does not say"
 
 
+def test_what_was_mended_does_not_come_back_from_the_kernels_log(node: Node) -> None:
+    """On an older driver, which cannot say itself that nothing is needed."""
+    node.xid(95)
+    old = UNIX_MS + node.now_ms
+    assert told(node.do(DriverLoaded()))
+    node.now_ms += 1_000
+    node.xid(46)
+    ill = UNIX_MS + node.now_ms
+    node.begin()
+    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(95, history=True, unix_ms=old)
+    node.xid(46, history=True, unix_ms=ill)
+    (verdict, _) = told(node.read())
+    assert verdict.verdict is Verdict.NEEDS_RESET
+    assert [record.code for record in verdict.xids] == [46]
+
+
 def test_a_silent_driver_is_told_once(node: Node) -> None:
     found = [told(node.read(None)) for _ in range(20)]
     assert [len(verdicts) for verdicts in found] == [0, 2, *[0] * 18]

@@ -28,6 +28,7 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -77,6 +78,7 @@ class Disk:
     fences: dict[int, PutFence] = field(default_factory=dict)
     next_sequence: int = 1
     leader_epoch: int = 0
+    gpus_mended: tuple[tuple[str, int], ...] = ()
     copies: dict[str, Copy] = field(default_factory=dict)
     staging: dict[str, Content] = field(default_factory=dict)
     # Directories of attempts: the exit that nobody has settled yet, `None` while it runs.
@@ -260,6 +262,7 @@ class SimJournal:
             disk.next_sequence,
             tuple(disk.fences.values()),
             disk.leader_epoch,
+            disk.gpus_mended,
         )
 
     async def commit(self, records: Sequence[Record]) -> None:
@@ -294,6 +297,8 @@ class SimJournal:
                 disk.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 disk.leader_epoch = record.epoch
+            case PutGpusMended():
+                disk.gpus_mended = record.mended
 
     def _spool(self, event: AgentEvent) -> None:
         disk = self._box.disk
