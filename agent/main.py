@@ -50,6 +50,7 @@ from agent.shell import AgentShell, Ports
 from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.xid_table import TableError, load_table
+from agent.telemetry.xids import Xids
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
 from agent.workspace import AttemptDirectories
@@ -156,11 +157,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         trainers = SdkServer(Path(config.runtime_directory), ears, slabs)
         stack.push_async_callback(trainers.close)
         await trainers.open()
-        probe = NvmlProbe(state_directory, allowed_uuids=config.allowed_gpus())
-        stack.callback(probe.close)
-        await asyncio.to_thread(probe.open)
-        if probe.absence:
-            logging_setup.emit("warning", "gpu.absent", (("reason", probe.absence),))
+        errors = Xids(config.kernel_log)
+        stack.callback(errors.close)
+        probe = await _open_probe(stack, config, errors.make())
         options = Options(
             config.advertised(port),
             _launch_options(config, trainers, workspaces),
@@ -181,6 +180,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             GrpcUplink(config.coordinator, tls),
             logging_setup.emit,
             asyncio.to_thread,
+            errors,
             config.sample_interval_ms,
         )
         shell = AgentShell(NodeCore(options, memory), ports)
@@ -188,6 +188,19 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.metrics_listen:
             await _open_metrics(stack, config, shell)
         await _run(shell, config, arguments, options.peer_address)
+
+
+async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: int) -> NvmlProbe:
+    probe = NvmlProbe(
+        Path(config.state_directory),
+        allowed_uuids=config.allowed_gpus(),
+        event_descriptor=event_descriptor,
+    )
+    stack.callback(probe.close)
+    await asyncio.to_thread(probe.open)
+    if probe.absence:
+        logging_setup.emit("warning", "gpu.absent", (("reason", probe.absence),))
+    return probe
 
 
 async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell) -> None:

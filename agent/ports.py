@@ -13,6 +13,7 @@ from typing import Protocol
 from agent.core.messages import Order, Upward
 from agent.core.state import Record
 from agent.core.values import (
+    DriverLoaded,
     GpuFacts,
     HostFacts,
     Launch,
@@ -22,6 +23,7 @@ from agent.core.values import (
     Restored,
     Sample,
     StoredCheckpoint,
+    XidSeen,
 )
 
 
@@ -40,6 +42,16 @@ class GpuProbe(Protocol):
     def host_facts(self) -> HostFacts: ...
     def gpu_facts(self) -> tuple[GpuFacts, ...]: ...
     def sample(self) -> Sample: ...
+
+
+class Xids(Protocol):
+    """The driver's errors, as they come."""
+
+    async def open(self, told: Callable[[XidSeen | DriverLoaded], None]) -> None:
+        """Tell what this boot has seen of them, and from then on each, at once."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Processes(Protocol):

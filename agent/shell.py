@@ -29,7 +29,14 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     is_capture,
 )
-from agent.core.values import ProcessExit, ReplicaSource, Sample, StoredCheckpoint
+from agent.core.values import (
+    DriverLoaded,
+    ProcessExit,
+    ReplicaSource,
+    Sample,
+    StoredCheckpoint,
+    XidSeen,
+)
 from agent.counts import Counts, View
 from agent.ports import (
     ChunkError,
@@ -47,6 +54,7 @@ from agent.ports import (
     Trainers,
     Uplink,
     Workspace,
+    Xids,
 )
 from agent.pulse import LINK_PATIENCE_MS, MAIN_PATIENCE_MS, SAMPLING_PATIENCE_MS, Beat
 
@@ -81,6 +89,7 @@ class Ports:
     uplink: Uplink
     log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
     in_thread: Callable[..., Awaitable[object]]
+    xids: Xids
     sample_interval_ms: int = 1_000
 
 
@@ -91,6 +100,7 @@ class AgentShell:
         self._inbox: deque[m.Event] = deque()
         # Where trainers are, by attempt and connection, for which the inbox had no room.
         self._unheard: dict[tuple[str, int], TrainerSection] = {}
+        self._unheard_xids: dict[tuple[str, str, int, str], XidSeen] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._outbox: deque[m.Upward] = deque()
@@ -129,6 +139,19 @@ class AgentShell:
     def on_exit(self, ended: ProcessExit) -> None:
         self.post(m.ProcessEnded(ended))
 
+    def on_xid(self, word: XidSeen | DriverLoaded) -> None:
+        """An error of a GPU. None is lost while the journal takes nothing: they add up."""
+        if len(self._inbox) < INBOX_MAX or isinstance(word, DriverLoaded):
+            self.post(word)
+            return
+        key = (word.uuid, word.pci_bus_id, word.code, word.source)
+        before = self._unheard_xids.get(key)
+        if before is not None:
+            count, since_ms = before.count + word.count, before.since_unix_ms
+            word = replace(word, count=count, first_unix_ms=since_ms)
+        if before is not None or len(self._unheard_xids) < INBOX_MAX:
+            self._unheard_xids[key] = word
+
     def leave(self, absence_ms: int | None) -> None:
         """Say goodbye and end; trainers go on."""
         self.post(m.Leaving(absence_ms))
@@ -161,6 +184,7 @@ class AgentShell:
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
         self.progress_ms = self._sampled_ms = self._linked_ms = self._ports.clock.now_ms()
+        await self._ports.xids.open(self.on_xid)
         self.opened.set()
         self._spawn(self._keep_link())
         self._spawn(self._keep_sampling())
@@ -171,6 +195,7 @@ class AgentShell:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._ports.xids.close()
             await self._ports.processes.close()
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -216,6 +241,8 @@ class AgentShell:
         while self._unheard and len(self._inbox) < INBOX_MAX:
             (attempt_id, _), section = self._unheard.popitem()
             self._inbox.append(m.FromTrainer(attempt_id, section))
+        while self._unheard_xids and len(self._inbox) < INBOX_MAX:
+            self._inbox.append(self._unheard_xids.pop(next(iter(self._unheard_xids))))
         return batch
 
     def _now(self) -> Instant:

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.health import GpuHealthChanged
 from agent.core.ids import RANKS_MAX, find_attempt_id
 from agent.core.trainer_messages import TrainerTime
 from agent.core.values import (
@@ -22,6 +23,7 @@ from agent.core.values import (
     RestoreCandidate,
     RestorePart,
 )
+from agent.wire_health import encode_change, encode_health
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -68,6 +70,7 @@ def _hello(hello: m.Hello) -> pb.Hello:
         checkpoints=hello.checkpoints,
         acknowledged_sequence=hello.acknowledged_sequence,
         capabilities=CAPABILITIES,
+        health=[encode_health(said) for said in hello.health],
     )
 
 
@@ -183,6 +186,8 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                     parts=body.parts,
                 )
             )
+        case GpuHealthChanged():
+            message.gpu_health.CopyFrom(encode_change(body))
     return message
 
 

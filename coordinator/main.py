@@ -105,6 +105,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
                 config.lease_ms,
                 config.closed_grace_ms,
                 config.restart_grace_ms,
+                config.health_reaction != "report",
+                config.health_reaction == "degraded",
+                config.health_cordon_percent,
+                config.health_cordon_window_ms,
             )
         )
         core.load(snapshot, clock.now_ms())

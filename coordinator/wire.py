@@ -5,11 +5,12 @@ and neither the core nor its state ever sees it.
 """
 
 import re
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from coordinator import wire_time
+from coordinator import wire_health, wire_time
 from coordinator.core import launch, model, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -248,7 +249,15 @@ def _hello(hello: pb.Hello) -> m.Hello:
         tuple(_digest(digest) for digest in hello.checkpoints),
         hello.acknowledged_sequence,
         gangs=pb.CAPABILITY_GANGS in hello.capabilities,
+        health=_health(hello.health),
     )
+
+
+def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
+    try:
+        return wire_health.decode_health(gpus)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
@@ -322,6 +331,9 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
             body = m.AttemptMilestone(event.milestone.name)
         case "checkpoint_proposed":
             body = _proposed(event.checkpoint_proposed)
+        case "gpu_health":
+            body = m.GpuHealthChanged(_health(event.gpu_health.gpus))
+            return m.AgentEvent(event.sequence, _milliseconds(event.time), "", body)
         case _:
             raise WireError("an event of a kind that this coordinator does not know; is it older?")
     return m.AgentEvent(event.sequence, _milliseconds(event.time), _attempt_id(event.attempt), body)

@@ -34,6 +34,7 @@ SAME_MS = 5_000
 # The driver changes its recovery action together with the XID or a moment later; a word that is
 # older than this after the error may be from before it.
 SETTLE_MS = 5_000
+# What somebody has to look at is looked at within a day, or was nothing.
 QUIET_MS = 86_400_000
 # Readings in a row that fail before a driver is called silent: one deadline is missed under load.
 SILENT_READINGS = 2
@@ -116,6 +117,13 @@ class GpuVerdict:
     xids: tuple[XidRecord, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GpuHealthChanged:
+    """An event for the coordinator: these verdicts are new."""
+
+    gpus: tuple[GpuVerdict, ...]
+
+
 @dataclass(slots=True)
 class Case:
     """The errors of one code. `counts` are those of the present moment by witness, `counted` all
@@ -146,9 +154,9 @@ class Case:
         if now_ms - self.last_ms > SAME_MS:
             self.counted += max(self.counts.values(), default=0)
             self.counts.clear()
-        self.counts[seen.source] = self.counts.get(seen.source, 0) + 1
-        self.last_ms = now_ms
-        self.first_unix_ms = min(self.first_unix_ms, seen.unix_ms)
+        self.counts[seen.source] = self.counts.get(seen.source, 0) + seen.count
+        self.last_ms = max(self.last_ms, now_ms)
+        self.first_unix_ms = min(self.first_unix_ms, seen.since_unix_ms)
         self.last_unix_ms = max(self.last_unix_ms, seen.unix_ms)
         self.text = seen.text[:TEXT_CHARACTERS_MAX] or self.text
 
@@ -163,6 +171,19 @@ class GpuHistory:
     failures: int = SILENT_READINGS  # nothing was read yet
     energy_mj: int | None = None
     error: str = "it was not read yet"
+
+
+@dataclass(slots=True)
+class Watched:
+    """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
+    a case that outlives applications; `mended` is when the last such was closed, in wall time."""
+
+    histories: dict[str, GpuHistory] = field(default_factory=dict)
+    told: dict[str, GpuVerdict] = field(default_factory=dict)
+    told_ms: int = 0
+    ill: dict[str, bool] = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
+    strangers: dict[str, None] = field(default_factory=dict)
 
 
 _RECOVERY: Mapping[int, tuple[Action, Verdict, str, str]] = {
@@ -203,7 +224,7 @@ def recovery_action(text: str) -> int | None:
 
 
 def note_xid(history: GpuHistory, now_ms: int, seen: XidSeen, table: XidTable) -> bool:
-    """Take in an error; whether it is the first of its case."""
+    """Take in an error of `now_ms`; whether it is the first of its case."""
     case = history.cases.get(seen.code)
     first = case is None
     if case is None:
@@ -268,16 +289,22 @@ def _close(
 
 def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     """The worst of what all witnesses say."""
-    found = [_of_condition(history.condition), _of_rows(history.condition)]
+    # Of those that say the same the first is told: the latest error, which says most.
+    cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
+    found = [_of_case(case) for case in cases]
+    found += [_of_condition(history.condition), _of_rows(history.condition)]
     if history.failures >= SILENT_READINGS:
         why = f"is unknown: {history.error}"
         found.append((V.UNKNOWN, why, "look at the driver: nvidia-smi"))
-    # Of cases that say the same, the latest is told.
-    cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
-    found += [_of_case(case) for case in cases]
     worst = max(found, key=lambda item: SEVERITY.index(item[0]))
     records = tuple(case.record for case in history.cases.values())
     return GpuVerdict(uuid, *worst, xids=records)
+
+
+def outlasts(history: GpuHistory) -> bool:
+    """Whether anything is open that does not end with an application."""
+    ends = (Action.RESTART_APPLICATION, Action.IGNORE)
+    return any(case.action not in ends for case in history.cases.values())
 
 
 _Finding = tuple[Verdict, str, str]

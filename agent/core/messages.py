@@ -7,8 +7,10 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
+from agent.core.health import GpuHealthChanged, GpuVerdict
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
+    DriverLoaded,
     Gang,
     GpuFacts,
     GpuSample,
@@ -21,6 +23,7 @@ from agent.core.values import (
     Restored,
     Sample,
     StoredCheckpoint,
+    XidSeen,
 )
 from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
@@ -242,6 +245,8 @@ Event = (
     | ReplicationDone
     | ReplicationFailed
     | Sampled
+    | XidSeen
+    | DriverLoaded
     | Tick
     | Leaving
 )
@@ -276,6 +281,7 @@ class Hello:
     attempts: tuple[HeldAttempt, ...]
     checkpoints: tuple[str, ...]
     acknowledged_sequence: int = 0
+    health: tuple[GpuVerdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +339,8 @@ class CheckpointProposed:
 
 SpooledBody = (
     AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
-)
+    | GpuHealthChanged
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

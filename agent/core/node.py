@@ -6,7 +6,7 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import hangs, pipeline, precopy
+from agent.core import gpus, hangs, pipeline, precopy
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.ids import parse_attempt_id
@@ -74,7 +74,7 @@ from agent.core.trainer_messages import (
     TrainerSection,
     TrainerSlab,
 )
-from agent.core.values import ProcessExit, Restored
+from agent.core.values import DriverLoaded, ProcessExit, Restored, XidSeen
 
 # The last millisecond of a protobuf Timestamp (timestamp.proto); a trainer may say anything.
 UNIX_MS_MAX = 253_402_300_799_999
@@ -116,6 +116,7 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
             _order(state, now, event.order, event.chance)
         case Sampled():
             state.sample, state.sample_ms = event.sample, now.now_ms
+            gpus.sampled(state, now, event.sample)
             heartbeat(state, now)
         case Leaving():
             leaving(state, event)
@@ -123,6 +124,11 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
             _tick(state, now)
         case ProcessEnded():
             _ended(state, now, event.exit)
+            gpus.released(state, now)
+        case XidSeen():
+            gpus.xid_seen(state, now, event)
+        case DriverLoaded():
+            gpus.loaded(state, now)
         case _:
             live = state.attempts.get(event.attempt)
             if live is not None:
@@ -299,6 +305,7 @@ def _keep(state: State, order: KeepCheckpoints) -> None:
 def _opened(state: State, now: Instant, event: Opened) -> None:
     """After a restart: go on from the journal, with the trainers that are still there."""
     state.host, state.gpus = event.host, event.gpus
+    gpus.opened(state)
     alive = dict.fromkeys(event.adopted, True)
     for live in list(state.attempts.values()):
         record = live.record

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
-from agent.core.health import NO_TABLE, XidTable
+from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
@@ -118,7 +118,24 @@ class PutLeaderEpoch:
     epoch: int
 
 
-Record = PutAttempt | DropAttempt | SpoolEvent | DropSpooled | PutFence | DropFence | PutLeaderEpoch
+@dataclass(frozen=True, slots=True)
+class PutGpusMended:
+    """By UUID, when all that was wrong with a GPU was last over, in wall time: the kernel's log
+    tells of older errors again after our restart. Replaces what was put before."""
+
+    mended: tuple[tuple[str, int], ...]
+
+
+Record = (
+    PutAttempt
+    | DropAttempt
+    | SpoolEvent
+    | DropSpooled
+    | PutFence
+    | DropFence
+    | PutLeaderEpoch
+    | PutGpusMended
+)
 Effect = Record | Command
 
 
@@ -132,6 +149,7 @@ class Memory:
     next_sequence: int = 1
     fences: tuple[PutFence, ...] = ()
     leader_epoch: int = 0
+    gpus_mended: tuple[tuple[str, int], ...] = ()
 
 
 class State:
@@ -145,6 +163,7 @@ class State:
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
+        self.watched = Watched(mended=dict(memory.gpus_mended))
         self.sample: Sample | None = None
         self.sample_ms = 0
         self.connected = False

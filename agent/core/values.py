@@ -44,6 +44,13 @@ class XidSeen:
     pci_bus_id: str = ""
     text: str = ""
     history: bool = False
+    count: int = 1
+    first_unix_ms: int | None = None
+
+    @property
+    def since_unix_ms(self) -> int:
+        """Of the first of `count`; `unix_ms` is of the last."""
+        return self.unix_ms if self.first_unix_ms is None else self.first_unix_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,9 +57,16 @@ class NvmlProbe:
         deadlines: Deadlines | None = None,
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
+        event_descriptor: int | None = None,
     ) -> None:
         self._host = Host(state_directory)
-        self._gpus = RemoteGpus(allowed_uuids, deadlines=deadlines, command=command, now_ms=now_ms)
+        self._gpus = RemoteGpus(
+            allowed_uuids,
+            deadlines=deadlines,
+            command=command,
+            now_ms=now_ms,
+            event_descriptor=event_descriptor,
+        )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")
         self._lock = threading.Lock()

@@ -83,7 +83,8 @@ class _UnderWay:
 
 class RemoteGpus:
     """Not thread-safe: `probe.py` holds the lock. `known` are GPUs that were seen before, for when
-    the driver does not answer; `None` for `allowed_uuids` means all."""
+    the driver does not answer; `None` for `allowed_uuids` means all. Samplers tell of the driver's
+    errors on the socket `event_descriptor`."""
 
     def __init__(
         self,
@@ -92,7 +93,9 @@ class RemoteGpus:
         deadlines: Deadlines | None = None,
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
+        event_descriptor: int | None = None,
     ) -> None:
+        self._event_descriptor = event_descriptor
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._deadlines = deadlines or Deadlines()
         self._command = tuple(command)
@@ -250,14 +253,15 @@ class RemoteGpus:
     def _start(self, order: Sequence[str]) -> None:
         """Start a sampler and have it open the driver; its answer comes with the next reading."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        events = () if self._event_descriptor is None else (self._event_descriptor,)
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [*self._command, str(theirs.fileno()), str(os.getpid())],
+                    [*self._command, *map(str, (theirs.fileno(), os.getpid(), *events))],
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *events],
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent
                 )
             except OSError as error:

@@ -20,6 +20,7 @@ from coordinator.core.model import (
     Checkpoint,
     CheckpointView,
     GpuFacts,
+    GpuHealth,
     GpuTelemetry,
     HostFacts,
     HostTelemetry,
@@ -156,6 +157,7 @@ class Hello:
     checkpoints: tuple[str, ...] = ()
     acknowledged: int = 0
     gangs: bool = True
+    health: tuple[GpuHealth, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +209,17 @@ class CheckpointProposed:
     parts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class GpuHealthChanged:
+    """Of the node, and of no attempt."""
+
+    gpus: tuple[GpuHealth, ...]
+
+
 AgentEventBody = (
     AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
-)
+    | GpuHealthChanged
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -33,6 +34,7 @@ class MemoryJournal:
         self.next_sequence = 1
         self.fences: dict[int, PutFence] = {}
         self.leader_epoch = 0
+        self.gpus_mended: tuple[tuple[str, int], ...] = ()
 
     def commit(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -46,6 +48,7 @@ class MemoryJournal:
             self.next_sequence,
             tuple(self.fences.values()),
             self.leader_epoch,
+            self.gpus_mended,
         )
 
     def _write(self, record: Record) -> None:
@@ -67,3 +70,5 @@ class MemoryJournal:
                 self.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 self.leader_epoch = record.epoch
+            case PutGpusMended():
+                self.gpus_mended = record.mended

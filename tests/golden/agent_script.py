@@ -160,7 +160,7 @@ class World:
                 return f"tell {effect.attempt} {_pairs(effect.message)}"
             case m.Log():
                 return f"log {effect.level} {effect.event} {_pairs(effect.fields)}".rstrip()
-            case s.PutFence() | s.DropFence() | s.PutLeaderEpoch():
+            case s.PutFence() | s.DropFence() | s.PutLeaderEpoch() | s.PutGpusMended():
                 return f"journal {_words(effect)}"
         return _words(effect)
 

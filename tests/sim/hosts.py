@@ -15,6 +15,7 @@ from agent.core.state import Options as AgentOptions
 from agent.core.trainer_messages import TrainerMessage
 from agent.ports import LinkClosed
 from agent.shell import AgentShell, Ports
+from agent.telemetry.xid_table import load_table
 from coordinator.core import messages as cm
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.model import JobEvent, Snapshot
@@ -31,6 +32,7 @@ from tests.sim.box import (
     SimSlabs,
     SimTrainers,
     SimWorkspace,
+    SimXids,
     Surroundings,
 )
 from tests.sim.chunks import SimChunks
@@ -112,12 +114,14 @@ class AgentHost:
         name = self.box.name
         launch = LaunchOptions(name, "/run/sim", "/attempts", "python", ())
         self.journal = journal = SimJournal(self.box)
-        self.core = NodeCore(AgentOptions(f"{name}:7000", launch), journal.open())
+        options = AgentOptions(f"{name}:7000", launch, xids=load_table())
+        self.core = NodeCore(options, journal.open())
         trainers = SimTrainers(self.box, SimSlabs(), self._said)
         self.box.socket = trainers
         ports = Ports(
             self.clock, self, SimProbe(self.box), SimProcesses(self.box), SimWorkspace(self.box),
             trainers, trainers.slabs, SimChunks(self.box), journal, self, self._log, _at_once,
+            SimXids(self.box),
         )  # fmt: skip
         self.shell = AgentShell(self.core, ports)
         self.task = asyncio.get_running_loop().create_task(self.shell.run())
@@ -137,7 +141,7 @@ class AgentHost:
 
     def _let_go(self) -> None:
         self.task = self.shell = self.core = None
-        self.box.on_exit = self.box.socket = None
+        self.box.on_exit = self.box.socket = self.box.on_xid = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
