@@ -153,9 +153,11 @@ def _codes(verdict: GpuVerdict) -> list[int]:
 def _log(state: State, fresh: GpuVerdict, before: GpuVerdict) -> None:
     if fresh.verdict is Verdict.LOST:
         state.log("error", "gpu.lost", gpu=fresh.uuid, reason=fresh.reason, action=fresh.action)
-    well = fresh.verdict is Verdict.HEALTHY
+    if fresh.verdict is Verdict.HEALTHY:
+        state.log("info", "gpu.healthy", gpu=fresh.uuid, before=before.verdict.value)
+        return
     state.log(
-        "info" if well else "warning", "gpu.verdict", gpu=fresh.uuid, verdict=fresh.verdict.value,
+        "warning", "gpu.verdict", gpu=fresh.uuid, verdict=fresh.verdict.value,
         before=before.verdict.value, reason=fresh.reason, action=fresh.action,
     )  # fmt: skip
 

@@ -56,10 +56,11 @@ def reported(state: State, now: Instant, live: LiveNode, gpus: tuple[GpuHealth, 
 
 
 def _log(state: State, live: LiveNode, said: GpuHealth) -> None:
-    well = said.verdict is V.HEALTHY
-    level = "info" if well else "warning"
+    if said.verdict is V.HEALTHY:
+        state.log("info", "gpu.healthy", node=live.node.id, gpu=said.uuid)
+        return
     state.log(
-        level, "gpu.verdict", node=live.node.id, gpu=said.uuid, verdict=said.verdict.value,
+        "warning", "gpu.verdict", node=live.node.id, gpu=said.uuid, verdict=said.verdict.value,
         reason=cut(said.reason),
     )  # fmt: skip
 

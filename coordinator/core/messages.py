@@ -156,8 +156,8 @@ class Hello:
     attempts: tuple[HeldAttempt, ...] = ()
     checkpoints: tuple[str, ...] = ()
     acknowledged: int = 0
-    gangs: bool = True
     health: tuple[GpuHealth, ...] = ()
+    gangs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
