@@ -14,6 +14,7 @@ from agent.core.messages import Order, Upward
 from agent.core.state import Record
 from agent.core.values import (
     GpuFacts,
+    GpuUsage,
     HostFacts,
     Launch,
     ProcessExit,
@@ -40,6 +41,11 @@ class GpuProbe(Protocol):
     def host_facts(self) -> HostFacts: ...
     def gpu_facts(self) -> tuple[GpuFacts, ...]: ...
     def sample(self) -> Sample: ...
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuUsage, ...]:
+        """Who uses these now, in any order, as far as the driver says. It costs the driver more
+        than a sample."""
+        ...
 
 
 class Processes(Protocol):

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.census import census
+from agent.core.gpu_messages import GpusInspected, InspectGpus
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -29,7 +30,7 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     is_capture,
 )
-from agent.core.values import ProcessExit, ReplicaSource, Sample, StoredCheckpoint
+from agent.core.values import GpuUsage, ProcessExit, ReplicaSource, Sample, StoredCheckpoint
 from agent.counts import Counts, View
 from agent.ports import (
     ChunkError,
@@ -264,6 +265,8 @@ class AgentShell:
                 self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
+            case InspectGpus():
+                self._spawn(self._inspect(command))
             case m.Log():
                 ports.log(command.level, command.event, command.fields)
 
@@ -302,6 +305,10 @@ class AgentShell:
             self.post(m.StartFailed(attempt_id, str(error), error.permanent))
         else:
             self.post(m.ProcessStarted(attempt_id, pid))
+
+    async def _inspect(self, command: InspectGpus) -> None:
+        usages = await self._ports.in_thread(self._ports.probe.usage, command.gpu_uuids)
+        self.post(GpusInspected(cast(tuple[GpuUsage, ...], usages)))
 
     async def _clear(self, attempt_id: str) -> None:
         await self._ports.in_thread(self._ports.workspace.clear, attempt_id)

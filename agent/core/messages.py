@@ -7,6 +7,7 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
+from agent.core.gpu_messages import GpusInspected, InspectGpus
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
     Gang,
@@ -241,6 +242,7 @@ Event = (
     | ReplicationDone
     | ReplicationFailed
     | Sampled
+    | GpusInspected
     | Tick
     | Leaving
 )
@@ -488,5 +490,6 @@ Command = (
     | DiscardSource
     | ReplicateCheckpoint
     | CollectCheckpoints
+    | InspectGpus
     | Log
 )

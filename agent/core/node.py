@@ -6,9 +6,10 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import hangs, pipeline, precopy
+from agent.core import clean, hangs, pipeline, precopy
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
+from agent.core.gpu_messages import GpusInspected
 from agent.core.ids import parse_attempt_id
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
@@ -96,6 +97,7 @@ class NodeCore:
         """When a `Tick` is due, if nothing else happens; `None`: not until something does."""
         state = self.state
         times = [state.heartbeat_due_ms, state.resend_due_ms, state.section_check_ms]
+        times.append(clean.next_check_ms(state))
         if state.connected:
             times.append(state.heard_ms + state.lease_ms)
         for live in state.attempts.values():
@@ -117,6 +119,9 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
         case Sampled():
             state.sample, state.sample_ms = event.sample, now.now_ms
             heartbeat(state, now)
+        case GpusInspected():
+            for waiting, restored in clean.inspected(state, now, event):
+                _restored(state, now, waiting, restored)
         case Leaving():
             leaving(state, event)
         case Tick():
@@ -207,6 +212,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         order.restart_count,
         token=chance,
         gang=order.gang,
+        gpus_before=clean.before(state, order.gpu_uuids),
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms
@@ -299,6 +305,7 @@ def _opened(state: State, now: Instant, event: Opened) -> None:
     """After a restart: go on from the journal, with the trainers that are still there."""
     state.host, state.gpus = event.host, event.gpus
     alive = dict.fromkeys(event.adopted, True)
+    clean.begin_idle(state)
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is not Phase.ENDED:
@@ -340,6 +347,12 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
         return
     if live.record.stop_reason:
         _refuse(state, now, live, "stopped before it started", permanent=False)
+        return
+    if clean.is_pending(state, live.record.gpu_uuids):
+        live.restored = restored
+        return
+    if leak := clean.why_not(state, live.record.gpu_uuids):
+        _refuse(state, now, live, leak, permanent=False)
         return
     skipped = tuple((digest, sentence(reason)) for digest, reason in restored.skipped)
     for digest, reason in skipped:
@@ -448,6 +461,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         signal=ended.signal,
         reason=ended.reason,
     )
+    clean.begin(state, now, live)
     pipeline.search_slab(state, live)
     pipeline.advance_pipeline(state, live)
     pipeline.settle(state, now, live)
@@ -480,4 +494,5 @@ def _tick(state: State, now: Instant) -> None:
             if live.record.phase is Phase.SETTLING:
                 pipeline.give_up(state, now, live)
     hangs.check(state, now)
+    clean.check_again(state, now)
     order_tick(state, now)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.clean import Check
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
@@ -22,7 +23,7 @@ from agent.core.messages import (
     TellTrainer,
     Upward,
 )
-from agent.core.values import GpuFacts, HostFacts, Sample
+from agent.core.values import GpuFacts, GpuUsage, HostFacts, Sample
 
 # Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
 # thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
@@ -145,6 +146,9 @@ class State:
         self.gpus: tuple[GpuFacts, ...] = ()
         self.sample: Sample | None = None
         self.sample_ms = 0
+        # GPUs that were left and not seen clean since; what each was like when nothing ran on it
+        self.checks: dict[str, Check] = {}
+        self.idle_usages: dict[str, GpuUsage] = {}
         self.connected = False
         self.welcomed = False
         self.heard_ms = 0

@@ -36,6 +36,15 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuUsage:
+    """Who uses a GPU, by the driver's list of processes. `None`: the driver does not say."""
+
+    uuid: str
+    memory_used_bytes: int | None = None
+    pids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostFacts:
     """What the agent says of its box in its hello. `boot_id` is the kernel's."""
 

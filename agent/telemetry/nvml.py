@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import pynvml
 
-from agent.core.values import GpuFacts, GpuSample
+from agent.core.values import GpuFacts, GpuSample, GpuUsage
 
 _Handle = Any  # the binding's opaque pointer
 _Call = Callable[[_Handle], float]
@@ -128,6 +128,15 @@ class NvmlGpus:
         sentence = self._reasons.get(uuid, f"{uuid} cannot be read: {reason}")
         return GpuSample(uuid=uuid, error=sentence)
 
+    def usage(self, uuid: str) -> GpuUsage:
+        """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
+        read is `None`."""
+        handle = self._handles.get(uuid)
+        if handle is None:
+            return GpuUsage(uuid)
+        used = self._first_answer("memory_used_bytes", handle)
+        return GpuUsage(uuid, None if used is None else int(used), running_pids(handle))
+
     def _sample(self, uuid: str, handle: _Handle) -> GpuSample:
         values: dict[str, Any] = {}
         failure = ""
@@ -164,6 +173,22 @@ class NvmlGpus:
             except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
                 continue
         return None
+
+
+def running_pids(handle: _Handle) -> tuple[int, ...] | None:
+    """Each process once, in order; `None` where the driver has no list of those that compute."""
+    lists = []
+    # By version: the binding's function without one raises no `NVMLError` where the driver is old.
+    for call in (
+        pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+    ):
+        try:
+            lists.append([int(process.pid) for process in call(handle)])
+        except pynvml.NVMLError:
+            if not lists:
+                return None
+    return tuple(sorted(dict.fromkeys(pid for pids in lists for pid in pids)))
 
 
 def _utilization_ratio(handle: _Handle) -> float:

@@ -35,6 +35,7 @@ from agent.core.state import (
 from agent.core.values import (
     GpuFacts,
     GpuSample,
+    GpuUsage,
     HostFacts,
     HostSample,
     Launch,
@@ -173,6 +174,9 @@ class SimProbe:
     def sample(self) -> Sample:
         gpus = tuple(GpuSample(gpu.uuid, 0.5, 1_000) for gpu in self._box.gpus)
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuUsage, ...]:
+        return tuple(GpuUsage(uuid, 0, ()) for uuid in gpu_uuids)
 
 
 class SimWorkspace:
