@@ -89,19 +89,22 @@ class JobSpec:
     stop_signal: str = "TERM"
     replication: str = "automatic"
     slurm_environment: bool = False
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """Everything needed to start a trainer, decided before anything is touched.
 
-    `environment` is complete: the process inherits nothing. `stop_signal` is TERM, USR1 or USR2.
+    `environment` is complete: the process inherits nothing. `memory_bytes` is the limit that it is
+    held to where it can be; 0: none.
     """
 
     attempt_id: str
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     working_directory: str
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
