@@ -31,7 +31,7 @@ import structlog
 from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim, stacks
+from agent.processes import proc, records, remains, shim, stacks, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.retention import LOG_BYTES_MAX, Retention
 from agent.processes.spawn import spawn_shim
@@ -184,6 +184,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
+        unkillable.watch(attempt.directory, attempt.shim_pid, lambda: attempt.ended is not None)
 
     def forget(self, attempt_id: str) -> None:
         """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
