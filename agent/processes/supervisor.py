@@ -24,6 +24,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -257,7 +258,7 @@ class Supervisor:
             attempt.is_unit = True
             attempt.status_fd = self._units.open_status(attempt.directory)
             asyncio.get_running_loop().add_reader(attempt.status_fd, self._read_status, attempt)
-            self._units.start(launch, lambda reason: self._unit_refused(attempt, reason))
+            self._units.start(launch, attempt.directory, partial(self._unit_refused, attempt))
             return
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:

@@ -77,10 +77,10 @@ class Units:
         os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def start(self, launch: Launch, on_refused: Callable[[str], None]) -> None:
+    def start(self, launch: Launch, directory: Path, on_refused: Callable[[str], None]) -> None:
         """Have the shim of this attempt started; it says itself how that went, unless
         `on_refused` does."""
-        self._spawn(self._start(request(launch), on_refused))
+        self._spawn(self._start(request(launch), directory, on_refused))
 
     async def kill_others(self, attempts: Collection[str]) -> None:
         """SIGKILL what is in the units of attempts that have no records here: nobody answers for
@@ -113,9 +113,16 @@ class Units:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _start(self, asked: dict[str, object], on_refused: Callable[[str], None]) -> None:
+    async def _start(
+        self, asked: dict[str, object], directory: Path, on_refused: Callable[[str], None]
+    ) -> None:
         refused = await self._ask(asked)
         if refused:
+            # A launcher that was slow may have started it all the same. A shim names itself before
+            # it reads `launch`: so it finds none, or is heard in one of the next two rounds.
+            (directory / shim.LAUNCH_NAME).unlink(missing_ok=True)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
             on_refused(refused)
 
     async def _tell(self, asked: dict[str, object]) -> None:
