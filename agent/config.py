@@ -203,6 +203,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "json (one object a line, for machines), console (for people), or auto: console when "
         "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
+    job_units: Annotated[bool, says(
+        "Run each job as a service of systemd, held to its memory and its GPUs, where "
+        "baton-launcher.socket is there. false: in the agent's own unit, without limits, and "
+        "built-in trainers start warm, which they cannot in a unit of their own."
+    )] = True
     job_log_bytes_max: Annotated[int, says(
         "Bytes that the output of all jobs on this node may take, 64 MiB to 1 TiB. Each job keeps "
         "its newest 64 MiB; the logs of finished ones go first, the oldest before the others. "

@@ -44,6 +44,7 @@ from agent.ports import ChunkError, JournalUnavailable
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
 from agent.processes.supervisor import Supervisor
+from agent.processes.units import SOCKET, Units
 from agent.pulse import standing
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
@@ -130,9 +131,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()
-        supervisor = Supervisor(
-            state_directory, forks=forks, log_bytes_max=config.job_log_bytes_max
-        )
+        supervisor = _supervisor(config, forks)
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"
@@ -325,6 +324,20 @@ def _warmth(config: Config) -> Warmth | None:
     if not config.warm_start:
         return None
     return Warmth(config.trainer_python, ("trainers.warm",), config.trainer_environment)
+
+
+def _supervisor(config: Config, forks: ForkServers) -> Supervisor:
+    """With trainers as services of systemd where that can be asked for, else as processes of this
+    agent's own unit."""
+    units = Units(SOCKET) if config.job_units and SOCKET.exists() else None
+    if units is not None:
+        logging_setup.emit("info", "agent.job_units", (("launcher", str(SOCKET)),))
+    return Supervisor(
+        Path(config.state_directory),
+        forks=forks,
+        units=units,
+        log_bytes_max=config.job_log_bytes_max,
+    )
 
 
 class _LogSource:

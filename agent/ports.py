@@ -15,6 +15,7 @@ from agent.core.state import Record
 from agent.core.values import (
     DriverLoaded,
     GpuFacts,
+    GpuOccupancy,
     HostFacts,
     Launch,
     ProcessExit,
@@ -25,6 +26,13 @@ from agent.core.values import (
     StoredCheckpoint,
     XidSeen,
 )
+
+
+class Chance(Protocol):
+    """Randomness, so that a simulation can seed it."""
+
+    def token(self) -> str: ...
+    def draw(self) -> float: ...
 
 
 class Clock(Protocol):
@@ -42,6 +50,11 @@ class GpuProbe(Protocol):
     def host_facts(self) -> HostFacts: ...
     def gpu_facts(self) -> tuple[GpuFacts, ...]: ...
     def sample(self) -> Sample: ...
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+        """Who uses these now, in any order, as far as the driver says. It costs the driver more
+        than a sample."""
+        ...
 
 
 class Xids(Protocol):

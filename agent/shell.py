@@ -14,11 +14,12 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.census import census
+from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -31,6 +32,7 @@ from agent.core.trainer_messages import (
 )
 from agent.core.values import (
     DriverLoaded,
+    GpuOccupancy,
     ProcessExit,
     ReplicaSource,
     Sample,
@@ -39,6 +41,7 @@ from agent.core.values import (
 )
 from agent.counts import Counts, View
 from agent.ports import (
+    Chance,
     ChunkError,
     Chunks,
     Clock,
@@ -64,13 +67,6 @@ JOURNAL_RETRY_MS = 500
 # Events that wait while the journal takes none, half an hour of readings. Beyond it readings and
 # progress are not taken in: the next ones say more.
 INBOX_MAX = 2_000
-
-
-class Chance(Protocol):
-    """Randomness, so that a simulation can seed it."""
-
-    def token(self) -> str: ...
-    def draw(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +306,8 @@ class AgentShell:
                 self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
+            case InspectGpus():
+                self._spawn(self._inspect(command))
             case m.Log():
                 ports.log(command.level, command.event, command.fields)
 
@@ -348,6 +346,10 @@ class AgentShell:
             self.post(m.StartFailed(attempt_id, str(error), error.permanent))
         else:
             self.post(m.ProcessStarted(attempt_id, pid))
+
+    async def _inspect(self, command: InspectGpus) -> None:
+        usages = await self._ports.in_thread(self._ports.probe.usage, command.gpu_uuids)
+        self.post(GpusInspected(cast(tuple[GpuOccupancy, ...], usages)))
 
     async def _clear(self, attempt_id: str) -> None:
         await self._ports.in_thread(self._ports.workspace.clear, attempt_id)
@@ -491,5 +493,5 @@ class AgentShell:
             self._sampled_ms = self._ports.clock.now_ms()
             self._counts.sampled(sample, self._sampled_ms - begun_ms, interval_ms)
             if len(self._inbox) < INBOX_MAX:
-                self.post(m.Sampled(sample))
+                self.post(Sampled(sample))
             await self._ports.clock.sleep_ms(interval_ms)

@@ -296,6 +296,7 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
         _SIGNALS.get(spec.stop_signal, "TERM"),
         _REPLICATIONS.get(spec.replication, "automatic"),
         spec.slurm_environment,
+        spec.memory_bytes,
     )
 
 

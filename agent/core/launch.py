@@ -57,6 +57,7 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
         _arguments(record, options, directory),
         tuple(sorted(environment.items())),
         record.spec.working_directory or f"{directory}/work",
+        record.spec.memory_bytes,
     )
 
 

@@ -7,6 +7,7 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
+from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
@@ -21,7 +22,6 @@ from agent.core.values import (
     ReplicaSource,
     RestoreCandidate,
     Restored,
-    Sample,
     StoredCheckpoint,
     XidSeen,
 )
@@ -212,11 +212,6 @@ class ReplicationFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    sample: Sample
-
-
-@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; sent when `next_wake_ms` says so."""
 
@@ -247,6 +242,7 @@ Event = (
     | Sampled
     | XidSeen
     | DriverLoaded
+    | GpusInspected
     | Tick
     | Leaving
 )
@@ -496,5 +492,6 @@ Command = (
     | DiscardSource
     | ReplicateCheckpoint
     | CollectCheckpoints
+    | InspectGpus
     | Log
 )

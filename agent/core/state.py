@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.clean import Check
 from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
@@ -23,7 +24,7 @@ from agent.core.messages import (
     TellTrainer,
     Upward,
 )
-from agent.core.values import GpuFacts, HostFacts, Sample
+from agent.core.values import GpuFacts, GpuOccupancy, HostFacts, Sample
 
 # Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
 # thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
@@ -166,6 +167,9 @@ class State:
         self.watched = Watched(mended=dict(memory.gpus_mended))
         self.sample: Sample | None = None
         self.sample_ms = 0
+        # GPUs that were left and not seen clean since; what each was like when nothing ran on it
+        self.checks: dict[str, Check] = {}
+        self.idle_usages: dict[str, GpuOccupancy] = {}
         self.connected = False
         self.welcomed = False
         self.heard_ms = 0

@@ -76,6 +76,15 @@ class GpuSample:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuOccupancy:
+    """Who uses a GPU, by the driver's list of processes. `None`: the driver does not say."""
+
+    uuid: str
+    memory_used_bytes: int | None = None
+    pids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostFacts:
     """What the agent says of its box in its hello. `boot_id` is the kernel's."""
 
@@ -120,19 +129,22 @@ class JobSpec:
     stop_signal: str = "TERM"
     replication: str = "automatic"
     slurm_environment: bool = False
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """Everything needed to start a trainer, decided before anything is touched.
 
-    `environment` is complete: the process inherits nothing. `stop_signal` is TERM, USR1 or USR2.
+    `environment` is complete: the process inherits nothing. `memory_bytes` is the limit that it is
+    held to where it can be; 0: none.
     """
 
     attempt_id: str
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     working_directory: str
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import pynvml
 
-from agent.core.values import GpuCondition, GpuFacts, GpuSample
+from agent.core.values import GpuCondition, GpuFacts, GpuOccupancy, GpuSample
 from agent.telemetry.condition import Conditions, condition_after, pci_bus_id
 
 _Handle = Any  # the binding's opaque pointer
@@ -137,6 +137,15 @@ class NvmlGpus:
         """Those known by now, by UUID; it may be asked in another thread."""
         return self._handles
 
+    def usage(self, uuid: str) -> GpuOccupancy:
+        """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
+        read is `None`."""
+        handle = self._handles.get(uuid)
+        if handle is None:
+            return GpuOccupancy(uuid)
+        used = self._first_answer("memory_used_bytes", handle)
+        return GpuOccupancy(uuid, None if used is None else int(used), running_pids(handle))
+
     def _sample(self, uuid: str, handle: _Handle) -> GpuSample:
         values: dict[str, Any] = {}
         failure = ""
@@ -173,6 +182,22 @@ class NvmlGpus:
             except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
                 continue
         return None
+
+
+def running_pids(handle: _Handle) -> tuple[int, ...] | None:
+    """Each process once, in order; `None` where the driver has no list of those that compute."""
+    lists = []
+    # By version: the binding's function without one raises no `NVMLError` where the driver is old.
+    for call in (
+        pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+    ):
+        try:
+            lists.append([int(process.pid) for process in call(handle)])
+        except pynvml.NVMLError:
+            if not lists:
+                return None
+    return tuple(sorted(dict.fromkeys(pid for pids in lists for pid in pids)))
 
 
 def _utilization_ratio(handle: _Handle) -> float:

@@ -29,7 +29,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from agent.core.values import GpuFacts, GpuSample
+from agent.core.values import GpuFacts, GpuOccupancy, GpuSample
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.watch import Notice, Watch
 
@@ -59,6 +59,7 @@ class Answer(msgspec.Struct, frozen=True):
     id: int
     facts: GpuFacts | None = None
     sample: GpuSample | None = None
+    usage: GpuOccupancy | None = None
     driver_version: str | None = None
     absence: str = ""
     done: bool = False
@@ -79,6 +80,7 @@ class _UnderWay:
     is_open: bool
     anybody: bool = False  # some GPU has answered
     samples: dict[str, GpuSample] = field(default_factory=dict)
+    usages: dict[str, GpuOccupancy] = field(default_factory=dict)
 
 
 class RemoteGpus:
@@ -158,7 +160,8 @@ class RemoteGpus:
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))
-        read = self._ask({"ask": "sample", "uuids": order}, order, self._deadlines.fast_ms)
+        request = {"ask": "sample", "uuids": order}
+        read = self._ask(request, order, self._deadlines.fast_ms).samples
         late = [uuid for uuid in self._facts if uuid not in known]
         if late:  # the driver was slow to open, and nothing was known of before
             reason = "jobs get them when the agent is restarted"
@@ -171,20 +174,28 @@ class RemoteGpus:
         self._replace()
         return made
 
+    def usages(self, uuids: Collection[str]) -> tuple[GpuOccupancy, ...]:
+        """Who uses each of these; of one that does not answer in time nothing is known."""
+        order = self._watch.order(self._now_ms(), tuple(uuids))
+        request = {"ask": "usage", "uuids": order}
+        read = self._ask(request, order, self._deadlines.fast_ms).usages
+        self._replace()
+        return tuple(read.get(uuid) or GpuOccupancy(uuid) for uuid in uuids)
+
     def pid(self) -> int:
         """Of the sampler; 0 when there is none."""
         return self._process.pid if self._process is not None else 0
 
     def _ask(
         self, request: Mapping[str, object], order: Sequence[str], deadline_ms: int
-    ) -> dict[str, GpuSample]:
-        """What was read within the deadline."""
+    ) -> "_UnderWay":
+        """With what was read within the deadline."""
         end_s = self._end_s(deadline_ms)
         if self._channel is None or not self._until_done(end_s, last=False):
-            return {}
+            return _UnderWay(0, self._now_ms(), [], is_open=False)
         asked = self._send(request, order)
         self._until_done(end_s)
-        return asked.samples
+        return asked
 
     def _until_done(self, end_s: float, *, last: bool = True) -> bool:
         """Hear out the request that is under way; whether it ended in time. Only the `last` one of
@@ -225,7 +236,7 @@ class RemoteGpus:
         if answer.driver_version is not None:
             self.driver_version = answer.driver_version
             asked.is_open = True
-        told = answer.facts or answer.sample
+        told = answer.facts or answer.sample or answer.usage
         if told is not None:
             asked.anybody = True
             asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
@@ -234,6 +245,8 @@ class RemoteGpus:
             self._facts[answer.facts.uuid] = answer.facts
         if answer.sample is not None:
             asked.samples[answer.sample.uuid] = answer.sample
+        if answer.usage is not None:
+            asked.usages[answer.usage.uuid] = answer.usage
         if answer.done:
             self.absence = answer.absence
             self._under_way = None
@@ -241,7 +254,7 @@ class RemoteGpus:
     def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
         assert self._channel is not None
         self._requests_count += 1
-        is_open = request["ask"] == "sample"
+        is_open = request["ask"] in ("sample", "usage")
         asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open)
         try:
             self._channel.send(msgspec.json.encode({"id": asked.id, **request}))

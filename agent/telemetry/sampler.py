@@ -15,6 +15,7 @@ GPU that hangs hides only itself and those behind it; then one that says that it
                                                              some UUIDs are known from before
     {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
     {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each
+    {"id": 4, "ask": "usage", "uuids": ["GPU-..."]}          who uses each
 
 It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
 agent that started it (PR_SET_PDEATHSIG).
@@ -60,6 +61,10 @@ def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, A
     if request["ask"] == "sample":
         for uuid in request["uuids"]:
             yield {"sample": dataclasses.asdict(gpus.sample(uuid))}
+        return
+    if request["ask"] == "usage":
+        for uuid in request["uuids"]:
+            yield {"usage": dataclasses.asdict(gpus.usage(uuid))}
         return
     if not gpus.open():
         return

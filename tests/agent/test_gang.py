@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -106,6 +106,9 @@ class Probe:
 
     def sample(self) -> v.Sample:
         return v.Sample(v.HostSample(0.0, 0, 0, 0.0), ())
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[v.GpuOccupancy, ...]:
+        return ()
 
 
 class Ears:

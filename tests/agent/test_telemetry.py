@@ -122,6 +122,23 @@ def described(tmp_path: Path) -> Path:
     return tmp_path / "gpus.txt"
 
 
+def test_who_uses_a_gpu_is_told_as_far_as_the_driver_says(described: Path) -> None:
+    used = replace(BUSY, processes=((4242, 1 << 30), (17, 1 << 20)))
+    describe([used], described)
+    with probe(build(), described) as child:
+        known = {"uuid": BUSY.uuid, "memory_used_bytes": 12_345_678_901, "pids": [17, 4242]}
+        assert child.ask("usage") == [known]
+        describe([replace(used, processes=())], described)
+        assert child.ask("usage") == [known | {"pids": []}]
+        describe([replace(used, state="lost")], described)
+        unknown = {"uuid": BUSY.uuid, "memory_used_bytes": None, "pids": None}
+        assert child.ask("usage") == [unknown]
+    listless = build(without=["nvmlDeviceGetComputeRunningProcesses_v3"])
+    describe([used], described)
+    with probe(listless, described) as child:
+        assert child.ask("usage") == [known | {"pids": None}]
+
+
 def test_values_and_units_are_those_of_the_file(described: Path) -> None:
     describe([BUSY], described, driver_version="570.86.10")
     with probe(build(), described) as child:

@@ -9,6 +9,7 @@ holds for a core made from this fold holds for one made from the file.
 from collections.abc import Iterable
 
 from agent.core.attempt import AttemptRecord
+from agent.core.gpu_messages import GpusInspected, InspectGpus
 from agent.core.messages import AgentEvent
 from agent.core.state import (
     DropAttempt,
@@ -22,6 +23,12 @@ from agent.core.state import (
     Record,
     SpoolEvent,
 )
+from agent.core.values import GpuOccupancy
+
+
+def inspected(command: InspectGpus) -> GpusInspected:
+    """The answer of a driver whose every GPU is clean; `test_clean.py` has others."""
+    return GpusInspected(tuple(GpuOccupancy(uuid, 0, ()) for uuid in command.gpu_uuids))
 
 
 class MemoryJournal:

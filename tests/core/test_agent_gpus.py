@@ -8,6 +8,7 @@ import pytest
 
 from agent.core import messages as m
 from agent.core import state as s
+from agent.core.gpu_messages import Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict, Verdict
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
@@ -63,7 +64,7 @@ class Node:
         self.now_ms += 1_000
         error = "" if condition else f"no answer at {self.now_ms}"
         gpus = tuple(GpuSample(facts.uuid, error=error, condition=condition) for facts in FACTS)
-        return self.do(m.Sampled(Sample(HostSample(0.1, 1, 1, 0.1), gpus)))
+        return self.do(Sampled(Sample(HostSample(0.1, 1, 1, 0.1), gpus)))
 
 
 def told(effects: list[s.Effect]) -> list[GpuVerdict]:

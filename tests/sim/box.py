@@ -37,6 +37,7 @@ from agent.core.values import (
     DriverLoaded,
     GpuCondition,
     GpuFacts,
+    GpuOccupancy,
     GpuSample,
     HostFacts,
     HostSample,
@@ -201,6 +202,9 @@ class SimProbe:
             for gpu in self._box.gpus
         )
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+        return tuple(GpuOccupancy(uuid, 0, ()) for uuid in gpu_uuids)
 
     def _condition(self, uuid: str) -> GpuCondition | None:
         """An older driver, which says nothing of it, on boxes that no fault is about."""
