@@ -33,6 +33,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "freed_bytes": "bytes that the disk has again",
     "gpu": "a GPU, by UUID; empty where none is known",
     "gpus": "GPUs, by UUID",
+    "launcher": "socket of the launcher",
     "leader_epoch": "the coordinator's term: a higher one is a later leader",
     "limit_seconds": "seconds that it may take",
     "log_level": "the least level that is logged",
@@ -70,6 +71,9 @@ FIELDS: Final[Mapping[str, str]] = {
 }
 
 EVENTS: Final[Mapping[str, Event]] = registry(
+    Event("agent.job_units", "info", "launcher",
+          "trainers run as services of systemd, started through {launcher}",
+          "`job_units = false` keeps them in the agent's own unit."),
     Event("agent.not_started", "critical", "reason",
           "the agent cannot start: {reason}",
           "A setting, a certificate, the journal or a port; nothing runs until it is mended."),
@@ -208,7 +212,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "It has fallen off the bus or does not answer; `action` says what helps."),
     Event("gpu.memory_leak", "error", "gpu attempt pids pids_count reason",
           "{reason}",
-          "Somebody still uses it after its job. It takes no job meanwhile: end the processes, or reset it."),
+          "Somebody uses it after its job. It takes none meanwhile: end the processes or reset it."),
     Event("gpu.not_checked", "warning", "gpu attempt reason",
           "nobody knows whether {gpu} is clean after attempt {attempt}: {reason}",
           "It takes jobs: what a driver does not say is no leak."),
@@ -277,7 +281,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "It is killed: nobody answers for it, and its GPUs are needed."),
     Event("process.unkillable", "error", "attempt pids gpus reason",
           "processes {pids} of attempt {attempt} do not die: {reason}",
-          "They wait in the kernel, mostly in the driver. Cordon the node; often only a reboot helps."),
+          "They wait in the kernel, mostly in the driver. Cordon the node; often a reboot helps."),
     Event("sampler.ended", "warning", "reason gpu",
           "the process that reads the GPUs has ended: {reason}",
           "It is replaced, at most once in five minutes."),
