@@ -133,7 +133,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         trainers = SdkServer(Path(config.runtime_directory), ears, slabs)
         stack.push_async_callback(trainers.close)
         await trainers.open()
-        probe = NvmlProbe(state_directory, allowed_uuids=config.allowed_gpus())
+        probe = NvmlProbe(
+            state_directory, allowed_uuids=config.allowed_gpus(), rate=config.telemetry_rate
+        )
         stack.callback(probe.close)
         await asyncio.to_thread(probe.open)
         if probe.absence:
@@ -163,7 +165,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         ears.shell = shell
         if config.metrics_listen:
             await _open_metrics(stack, config, shell)
-        await _run(shell, config, arguments, options.peer_address)
+        await _run(shell, config, arguments, probe, options.peer_address)
 
 
 async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell) -> None:
@@ -184,7 +186,11 @@ async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell
 
 
 async def _run(
-    shell: AgentShell, config: Config, arguments: Sequence[str], peer_address: str
+    shell: AgentShell,
+    config: Config,
+    arguments: Sequence[str],
+    probe: NvmlProbe,
+    peer_address: str,
 ) -> None:
     notifier = Notifier(os.environ)
     loop = asyncio.get_running_loop()
@@ -196,6 +202,7 @@ async def _run(
     def reload() -> None:
         nonlocal config
         config = _reload(config, arguments, notifier)
+        probe.set_rate(config.telemetry_rate)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)

@@ -58,6 +58,24 @@ SAMPLES_LATE = Described(
     "counter",
     "Readings that took longer than sample_interval_ms, so that the next one came late.",
 )
+READING_DURATION = Described(
+    "baton_agent_reading_duration_seconds",
+    "gauge",
+    "How long the driver took to answer the last time; by class: sample, usage or inventory.",
+    ("class",),
+)
+READING_MISSES = Described(
+    "baton_agent_reading_deadline_misses_total",
+    "counter",
+    "Times that the driver did not answer within the deadline, by class of readings.",
+    ("class",),
+)
+NVML_ERRORS = Described(
+    "baton_agent_nvml_errors_total",
+    "counter",
+    "Calls that the driver failed, by call and code; what it does not support is no failure.",
+    ("call", "code"),
+)
 LOOP_LAG = Described(
     "baton_agent_loop_lag_seconds", "histogram", "How late the event loop came to a timer."
 )
@@ -116,7 +134,8 @@ REPLICATION_FAILURES = Described(
 
 METRICS: Final = (
     GPU_UP, GPU_FAILURES, GPU_UTILIZATION, GPU_MEMORY_USED, GPU_MEMORY_TOTAL, GPU_TEMPERATURE,
-    GPU_POWER, GPU_ENERGY, GPU_CLOCK, SAMPLE_AGE, SAMPLE_DURATION, SAMPLES, SAMPLES_LATE, LOOP_LAG,
+    GPU_POWER, GPU_ENERGY, GPU_CLOCK, SAMPLE_AGE, SAMPLE_DURATION, SAMPLES, SAMPLES_LATE,
+    READING_DURATION, READING_MISSES, NVML_ERRORS, LOOP_LAG,
     LOOP_ROUNDS, EVENTS, INBOX, COMMIT, SPOOL, LINK_UP, SESSIONS, SENT, RECEIVED, OUTBOX, ATTEMPTS,
     STORED, STORED_BYTES, REPLICATED, PROPOSED, STORE_FAILURES, REPLICATION_FAILURES,
 )  # fmt: skip
@@ -173,6 +192,12 @@ def _sample_figures(view: View) -> Iterator[Metric]:
     yield from SAMPLE_DURATION.one(_seconds(counts.sample_duration_ms))
     yield from SAMPLES.one(counts.samples)
     yield from SAMPLES_LATE.one(counts.samples_late)
+    if view.census.sample is not None:
+        went = view.census.sample.reading
+        durations_s = [(kind, duration_ms / 1000) for kind, duration_ms in went.durations_ms]
+        yield from READING_DURATION.of(((kind,), value) for kind, value in durations_s)
+        yield from READING_MISSES.of(((kind,), count) for kind, count in went.misses)
+        yield from NVML_ERRORS.of(((call, code), count) for call, code, count in went.nvml_errors)
 
 
 def _checkpoint_figures(counts: Counts) -> Iterator[Metric]:

@@ -57,9 +57,12 @@ class NvmlProbe:
         deadlines: Deadlines | None = None,
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
+        rate: str = "normal",
     ) -> None:
         self._host = Host(state_directory)
-        self._gpus = RemoteGpus(allowed_uuids, deadlines=deadlines, command=command, now_ms=now_ms)
+        self._gpus = RemoteGpus(
+            allowed_uuids, deadlines=deadlines, command=command, now_ms=now_ms, rate=rate
+        )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")
         self._lock = threading.Lock()
@@ -114,9 +117,14 @@ class NvmlProbe:
             return self._gpus.facts()
 
     def sample(self) -> Sample:
-        """Host and GPUs, read together. Blocks for a deadline at most."""
+        """Host and GPUs, read together. Blocks for a deadline of each class at most."""
         with self._lock:
-            return Sample(host=self._host.sample(), gpus=self._gpus.samples())
+            gpus = self._gpus.samples()
+            return Sample(host=self._host.sample(), gpus=gpus, reading=self._gpus.reading())
+
+    def set_rate(self, rate: str) -> None:
+        """How often the driver is asked from now on: off, slow, normal or watch. Does not block."""
+        self._gpus.set_rate(rate)
 
     def _recall(self) -> Seen:
         """Of this boot; else nothing."""

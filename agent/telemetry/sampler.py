@@ -13,7 +13,10 @@ GPU that hangs hides only itself and those behind it; then one that says that it
     {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
                                                              some UUIDs are known from before
     {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
-    {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each
+    {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each; likewise "usage" and
+                                                             "inventory", which are read less often
+
+The last message also has how often calls have failed since the one before it.
 
 It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
 agent that started it (PR_SET_PDEATHSIG).
@@ -45,13 +48,15 @@ def main(descriptor: int) -> None:
                 gpus = NvmlGpus(request["allowed"])
             for answer in _answers(gpus, request):
                 _send(channel, {"id": request["id"], **answer})
-            _send(channel, {"id": request["id"], "done": True, "absence": gpus.absence})
+            done = {"done": True, "absence": gpus.absence, "failures": gpus.take_failures()}
+            _send(channel, {"id": request["id"], **done})
 
 
 def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    if request["ask"] == "sample":
+    if request["ask"] in ("sample", "usage", "inventory"):
+        read = getattr(gpus, request["ask"])
         for uuid in request["uuids"]:
-            yield {"sample": dataclasses.asdict(gpus.sample(uuid))}
+            yield {request["ask"]: dataclasses.asdict(read(uuid))}
         return
     if not gpus.open():
         return

@@ -116,6 +116,16 @@ def test_the_agents_own_health() -> None:
     assert named(found, "process_cpu_seconds_total")[()] > 0
 
 
+def test_how_the_driver_answers() -> None:
+    found = said(agent_view(FULL))
+    errors = named(found, "baton_agent_nvml_errors_total")
+    assert errors == {("nvmlDeviceGetPowerUsage", "unknown"): 21}
+    misses = named(found, "baton_agent_reading_deadline_misses_total")
+    assert misses == {("sample",): 22, ("usage",): 23, ("inventory",): 24}
+    durations = named(found, "baton_agent_reading_duration_seconds")
+    assert durations == {("sample",): 0.025, ("usage",): 0.026}
+
+
 def test_lag_is_cumulative_by_bucket() -> None:
     found = said(agent_view(FULL))
     buckets = named(found, "baton_agent_loop_lag_seconds_bucket")

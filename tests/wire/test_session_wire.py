@@ -129,11 +129,16 @@ ORDER = st.one_of(
 )  # fmt: skip
 
 
+# Of a GPU's sample: what the agent knows, and does not send.
+KEPT = ("clock_event_reasons", "age_ms", "usage", "inventory")
+
+
 def plain(value: object) -> object:
     """A value without its classes: the two sides have one each for every message. Names may differ
     from one side to the other, order and meaning may not."""
     if dataclasses.is_dataclass(value):
-        return [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if field.name not in KEPT]
+        return [plain(getattr(value, name)) for name in names]
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
