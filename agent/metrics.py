@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from agent.core.values import GpuFacts, GpuSample
 from agent.counts import Counts, View
 from agent.exposition import Described, Kind
+from agent.gpu_metrics import DETAIL_METRICS, detail_figures
 from agent.histogram import Histogram
 
 # A reading that old is history: Prometheus itself shows no sample of a target that has been silent
@@ -138,6 +139,7 @@ METRICS: Final = (
     READING_DURATION, READING_MISSES, NVML_ERRORS, LOOP_LAG,
     LOOP_ROUNDS, EVENTS, INBOX, COMMIT, SPOOL, LINK_UP, SESSIONS, SENT, RECEIVED, OUTBOX, ATTEMPTS,
     STORED, STORED_BYTES, REPLICATED, PROPOSED, STORE_FAILURES, REPLICATION_FAILURES,
+    *DETAIL_METRICS,
 )  # fmt: skip
 
 _DCGM_LABELS: Final = ("gpu", "UUID", "modelName", "Hostname")
@@ -236,6 +238,7 @@ def _gpu_figures(view: View) -> Iterator[Metric]:
         ((*named(uuid), kind), None if mhz is None else mhz * 1_000_000)
         for uuid, kind, mhz in clocks
     )
+    yield from detail_figures(said.values(), named)
 
 
 def _dcgm_figures(view: View) -> Iterator[Metric]:

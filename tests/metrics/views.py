@@ -9,14 +9,44 @@ import agent.histogram
 import coordinator.counts
 import coordinator.histogram
 from agent.core.attempt import Phase
-from agent.core.values import GpuFacts, GpuSample, HostFacts, HostSample, Reading, Sample
+from agent.core.values import (
+    GpuFacts,
+    GpuInventory,
+    GpuProcess,
+    GpuSample,
+    GpuUsage,
+    HostFacts,
+    HostSample,
+    Reading,
+    Sample,
+)
 from agent.histogram import SECONDS_BOUNDS
 from coordinator.core.census import census
 from coordinator.core.model import Snapshot
 from coordinator.core.state import Options, State
 
 GIB = 1 << 30
-FULL = GpuSample("GPU-1", 0.87, 3 * GIB, 71, 512_345, 9_876_543, 1_980, 2_619)
+USAGE = GpuUsage(
+    "GPU-1",
+    processes=(GpuProcess(17, GIB),),
+    ecc_volatile_corrected=31,
+    ecc_volatile_uncorrected=32,
+    memory_temperature_celsius=33,
+    pcie_replays=34,
+)
+INVENTORY = GpuInventory(
+    "GPU-1",
+    remapped_rows_corrected=35,
+    remapped_rows_uncorrected=36,
+    pcie_width=8,
+    nvlinks_up=16,
+    nvlinks_down=2,
+    sm_activity_ratio=0.75,
+    tensor_activity_ratio=0.25,
+)
+FULL = GpuSample(
+    "GPU-1", 0.87, 3 * GIB, 71, 512_345, 9_876_543, 1_980, 2_619, usage=USAGE, inventory=INVENTORY
+)
 SILENT = GpuSample("GPU-2")
 LOST = GpuSample("GPU-3", error="GPU-3 has fallen off the bus; reboot the node")
 READING = Reading(
