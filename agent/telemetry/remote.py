@@ -186,7 +186,8 @@ class RemoteGpus:
             read = self._read(SAMPLE, rate, order, self._deadlines.fast_ms)
         late = [uuid for uuid in self._facts if uuid not in known]
         if late:  # the driver was slow to open, and nothing was known of before
-            log.info("gpu.found_late", gpus=late)
+            reason = "jobs get them when the agent is restarted"
+            log.warning("gpu.found_late", gpus=late, reason=reason)
         strangers = [uuid for uuid in strangers if uuid not in self._facts]
         resting = [uuid for uuid in order if uuid not in due]
         now_ms = self._now_ms()
