@@ -46,12 +46,20 @@ def verdicts(state: State) -> tuple[GpuVerdict, ...]:
 
 
 def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
-    """The driver has reported an error."""
-    uuid = seen.uuid or _by_bus(state, seen.pci_bus_id)
-    history = state.watched.histories.get(uuid)
-    if history is None:
+    """The driver has reported an error: of one GPU, or of all instances of one."""
+    found = (seen.uuid,) if seen.uuid else _by_bus(state, seen.pci_bus_id)
+    known = [uuid for uuid in found if uuid in state.watched.histories]
+    if not known:
         _stranger(state, seen)
         return
+    for uuid in known:
+        _note(state, now, uuid, seen)
+    if not seen.history:  # what was before us may be over: the first reading tells
+        review(state, now)
+
+
+def _note(state: State, now: Instant, uuid: str, seen: XidSeen) -> None:
+    history = state.watched.histories[uuid]
     if seen.history and seen.unix_ms <= state.watched.mended.get(uuid, 0):
         return  # it was over before we were restarted
     table: XidTable = state.options.xids
@@ -62,8 +70,6 @@ def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
             "warning", "gpu.xid", gpu=uuid, xid=seen.code, count=seen.count, name=name,
             source=seen.source, reason=sentence(seen.text),
         )  # fmt: skip
-    if not seen.history:  # what was before us may be over: the first reading tells
-        review(state, now)
 
 
 def loaded(state: State, now: Instant) -> None:
@@ -172,9 +178,11 @@ def _used(state: State) -> dict[str, None]:
     }
 
 
-def _by_bus(state: State, pci_bus_id: str) -> str:
-    found = (facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
-    return next(found, "") if pci_bus_id else ""
+def _by_bus(state: State, pci_bus_id: str) -> tuple[str, ...]:
+    """More than one where a GPU is cut into instances."""
+    if not pci_bus_id:
+        return ()
+    return tuple(facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
 
 
 def _stranger(state: State, seen: XidSeen) -> None:
