@@ -212,7 +212,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "It has fallen off the bus or does not answer; `action` says what helps."),
     Event("gpu.memory_leak", "error", "gpu attempt pids pids_count reason",
           "{reason}",
-          "Somebody uses it after its job. It takes none meanwhile: end processes or reset it."),
+          "Somebody uses it after its job. It takes none until they end or it is reset."),
     Event("gpu.not_checked", "warning", "gpu attempt reason",
           "nobody knows whether {gpu} is clean after attempt {attempt}: {reason}",
           "It takes jobs: what a driver does not say is no leak."),

@@ -83,6 +83,7 @@ def _ports(clock: Clock, stuck: str) -> Ports:
             uplink=SimpleNamespace(dial=_for_ever if stuck == "link" else refused),
             log=lambda *_: None,
             in_thread=asked,
+            xids=SimpleNamespace(open=opened),
             sample_interval_ms=1_000,
         ),
     )
