@@ -10,6 +10,7 @@ spool until it is acknowledged; a mere count follows later. A hello tells all of
 
 from dataclasses import replace
 
+from agent.core.gpu_messages import InspectGpus
 from agent.core.health import (
     GpuHealthChanged,
     GpuHistory,
@@ -23,6 +24,7 @@ from agent.core.health import (
     note_xid,
     outlasts,
 )
+from agent.core.messages import CloseLink
 from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
 from agent.core.values import Sample, XidSeen
 
@@ -80,12 +82,34 @@ def loaded(state: State, now: Instant) -> None:
 
 
 def sampled(state: State, now: Instant, sample: Sample) -> None:
+    _take_late(state, sample)
     used = _used(state)
     for read in sample.gpus:
         history = state.watched.histories.get(read.uuid)
         if history is not None:
             note_reading(history, now.now_ms, read, in_use=read.uuid in used)
     review(state, now)
+
+
+def _take_late(state: State, sample: Sample) -> None:
+    """GPUs that a slow driver has named after the start. Only a hello tells of GPUs, so the session
+    begins anew."""
+    if state.host is None:
+        return  # the start itself is not over
+    known = {facts.uuid: True for facts in state.gpus}
+    late = tuple(facts for facts in sample.facts if facts.uuid not in known)
+    if not late:
+        return
+    state.gpus = (*state.gpus, *late)
+    version = sample.driver_version or state.host.driver_version
+    state.host = replace(state.host, driver_version=version)
+    opened(state)
+    uuids = tuple(facts.uuid for facts in late)
+    state.commands.append(InspectGpus(uuids))
+    reason = "the driver has named them since the start"
+    state.log("info", "gpu.found_late", gpus=uuids, reason=reason)
+    if state.connected:
+        state.commands.append(CloseLink(f"{len(late)} GPUs more are to be told of"))
 
 
 def released(state: State, now: Instant) -> None:

@@ -183,11 +183,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Host and GPUs, read together. `reading` is how that went."""
+    """Host and GPUs, read together. `reading` is how that went. `facts` are of every GPU that the
+    driver has named by now, `driver_version` is empty where it has not said that."""
 
     host: HostSample
     gpus: tuple[GpuSample, ...]
     reading: Reading = Reading()
+    facts: tuple[GpuFacts, ...] = ()
+    driver_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

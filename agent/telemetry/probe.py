@@ -126,7 +126,14 @@ class NvmlProbe:
         """Host and GPUs, read together. Blocks for a deadline of each class at most."""
         with self._lock:
             gpus = self._gpus.samples()
-            return Sample(host=self._host.sample(), gpus=gpus, reading=self._gpus.reading())
+            self._remember()
+            return Sample(
+                host=self._host.sample(),
+                gpus=gpus,
+                reading=self._gpus.reading(),
+                facts=self._gpus.facts(),
+                driver_version=self._gpus.driver_version,
+            )
 
     def set_rate(self, rate: str) -> None:
         """How often the driver is asked from now on: off, slow, normal or watch. Does not block."""

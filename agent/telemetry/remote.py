@@ -197,10 +197,7 @@ class RemoteGpus:
         read: dict[str, GpuSample] = {}
         if self._under_way is owed:  # else one deadline was missed just now, and counted
             read = self._read(SAMPLE, rate, order, self._deadlines.fast_ms)
-        late = [uuid for uuid in self._facts if uuid not in known]
-        if late:  # the driver was slow to open, and nothing was known of before
-            reason = "jobs get them when the agent is restarted"
-            log.warning("gpu.found_late", gpus=late, reason=reason)
+        # A driver that was slow to open may have named some just now.
         strangers = [uuid for uuid in strangers if uuid not in self._facts]
         resting = [uuid for uuid in order if uuid not in due]
         now_ms = self._now_ms()

@@ -311,10 +311,8 @@ def test_gpus_that_the_driver_names_late_are_found(box: Box) -> None:
     gpus.open()
     assert gpus.facts() == ()
     box.describe(*h100(2))
-    with capture_logs() as logs:
-        samples = until(gpus, lambda samples: len(samples) == 2 and all_read(samples))
-    (found,) = [line for line in logs if line["event"] == "gpu.found_late"]
-    assert found["gpus"] == [sample.uuid for sample in samples]
+    samples = until(gpus, lambda samples: len(samples) == 2 and all_read(samples))
+    assert [facts.uuid for facts in gpus.facts()] == [sample.uuid for sample in samples]
     gpus.close()
 
 
