@@ -56,6 +56,10 @@ class GpuProbe(Protocol):
         than a sample."""
         ...
 
+    def follow_rate(self, rate: str) -> None:
+        """Read as often as this says; `OWN_RATE`: as configured. Does not block."""
+        ...
+
 
 class Xids(Protocol):
     """The driver's errors, as they come."""

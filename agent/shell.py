@@ -19,7 +19,7 @@ from typing import cast
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.census import census
-from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
+from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -306,6 +306,8 @@ class AgentShell:
                 self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
+            case FollowRate():
+                ports.probe.follow_rate(command.rate)
             case InspectGpus():
                 self._spawn(self._inspect(command))
             case m.Log():

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.gpu_messages import OWN_RATE
 from agent.core.health import GpuHealthChanged
 from agent.core.ids import RANKS_MAX, find_attempt_id
 from agent.core.trainer_messages import TrainerTime
@@ -194,6 +195,13 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
 # --- downward -------------------------------------------------------------------------------------
 
 
+_RATES = {
+    value: name.removeprefix("TELEMETRY_RATE_").lower()
+    for name, value in types.TelemetryRate.items()
+    if value != types.TELEMETRY_RATE_UNSPECIFIED
+}
+
+
 def decode(message: pb.SessionResponse) -> m.Order:
     """Raises `WireError`."""
     kind = message.WhichOneof("message")
@@ -205,6 +213,7 @@ def decode(message: pb.SessionResponse) -> m.Order:
                 _milliseconds(welcome.heartbeat_interval, minimum_ms=1),
                 _milliseconds(welcome.lease, minimum_ms=1),
                 welcome.acknowledged_sequence,
+                _RATES.get(welcome.telemetry_rate, OWN_RATE),
             )
         case "lease_renewal":
             return m.LeaseRenewal(message.lease_renewal.heartbeat_sequence)

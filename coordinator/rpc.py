@@ -19,6 +19,7 @@ from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core import traces
 from coordinator.core.model import JobSpec, JobView, NodeView
+from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.peers import Fleet, LogReader
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
@@ -226,6 +227,16 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
     ) -> nodes_pb2.UncordonNodeResponse:
         view = await self._node(context, m.UncordonNode(request.node))
         return nodes_pb2.UncordonNodeResponse(node=wire_nodes.encode_node(view))
+
+    async def SetTelemetryRate(
+        self, request: nodes_pb2.SetTelemetryRateRequest, context: Context
+    ) -> nodes_pb2.SetTelemetryRateResponse:
+        try:
+            rate = wire_nodes.decode_rate(request.rate)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        view = await self._node(context, SetTelemetryRate(request.node, rate))
+        return nodes_pb2.SetTelemetryRateResponse(node=wire_nodes.encode_node(view))
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from coordinator import wire_health, wire_time
+from coordinator import wire_health, wire_nodes, wire_time
 from coordinator.core import launch, model, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -383,6 +383,7 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
                 heartbeat_interval=_duration(order.heartbeat_interval_ms),
                 lease=_duration(order.lease_ms),
                 acknowledged_sequence=order.acknowledged_sequence,
+                telemetry_rate=wire_nodes.encode_rate(order.telemetry_rate),
             )
             return pb.SessionResponse(welcome=welcome)
         case m.LeaseRenewal():

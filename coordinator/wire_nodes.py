@@ -28,6 +28,7 @@ def encode_node(view: model.NodeView) -> types.Node:
         gpus=[_gpu(gpu) for gpu in view.gpus],
         attempts=view.attempts,
         reason=view.reason,
+        telemetry_rate=encode_rate(node.telemetry_rate),
     )
     if view.telemetry is not None:
         host = view.telemetry
@@ -40,6 +41,20 @@ def encode_node(view: model.NodeView) -> types.Node:
             )
         )
     return message
+
+
+def encode_rate(rate: model.TelemetryRate) -> types.TelemetryRate.ValueType:
+    if rate is model.TelemetryRate.OWN:
+        return types.TELEMETRY_RATE_UNSPECIFIED
+    return types.TelemetryRate.Value(f"TELEMETRY_RATE_{rate.name}")
+
+
+def decode_rate(rate: types.TelemetryRate.ValueType) -> model.TelemetryRate:
+    """Raises `ValueError` with a sentence."""
+    if rate not in types.TelemetryRate.values():
+        raise ValueError(f"{rate} is no rate of telemetry that this coordinator knows")
+    name = types.TelemetryRate.Name(rate).removeprefix("TELEMETRY_RATE_")
+    return model.TelemetryRate.__members__.get(name, model.TelemetryRate.OWN)
 
 
 def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:

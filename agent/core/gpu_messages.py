@@ -5,8 +5,12 @@ it is no part of a sample: it is asked for when an attempt has ended, for its GP
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from agent.core.values import GpuOccupancy, Sample
+
+# The coordinator orders none: our configuration counts.
+OWN_RATE: Final = "own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,13 @@ class InspectGpus:
 @dataclass(frozen=True, slots=True)
 class GpusInspected:
     occupancies: tuple[GpuOccupancy, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FollowRate:
+    """Read the GPUs as often as the coordinator says: off, slow, normal, watch, or `OWN_RATE`."""
+
+    rate: str
 
 
 @dataclass(frozen=True, slots=True)

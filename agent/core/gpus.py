@@ -86,6 +86,8 @@ def sampled(state: State, now: Instant, sample: Sample) -> None:
     used = _used(state)
     for read in sample.gpus:
         history = state.watched.histories.get(read.uuid)
+        if sample.reading.rate == "off" and not read.error:
+            read = replace(read, error="it is not read, by order")
         if history is not None:
             note_reading(history, now.now_ms, read, in_use=read.uuid in used)
     review(state, now)

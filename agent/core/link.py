@@ -7,6 +7,7 @@ other side ends the session, since a half-open connection looks exactly like a q
 A coordinator with a lower leader epoch than one already obeyed is a ghost: it is not obeyed.
 """
 
+from agent.core.gpu_messages import OWN_RATE, FollowRate
 from agent.core.gpus import verdicts
 from agent.core.messages import (
     CheckpointProposed,
@@ -54,6 +55,15 @@ def disconnected(state: State, event: Disconnected) -> None:
         state.log("warning", "link.lost", reason=event.reason)
     state.connected = state.welcomed = False
     state.heartbeat_due_ms = state.resend_due_ms = None
+    _follow_rate(state, OWN_RATE)
+
+
+def _follow_rate(state: State, rate: str) -> None:
+    if rate == state.ordered_rate:
+        return
+    state.ordered_rate = rate
+    state.commands.append(FollowRate(rate))
+    state.log("info", "telemetry.rate", rate=rate)
 
 
 def welcome(state: State, now: Instant, order: Welcome) -> None:
@@ -69,6 +79,9 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
         state.records.append(PutLeaderEpoch(order.leader_epoch))
     state.heartbeat_interval_ms = order.heartbeat_interval_ms
     state.lease_ms = order.lease_ms
+    _follow_rate(state, order.telemetry_rate)
+    if state.welcomed:
+        return  # said again, since something of it has changed
     state.heartbeat_due_ms = now.now_ms + order.heartbeat_interval_ms
     state.log("info", "link.up", leader_epoch=order.leader_epoch, spooled=len(state.spool))
     state.acknowledge(now, order.acknowledged_sequence)

@@ -7,7 +7,7 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
-from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
+from agent.core.gpu_messages import OWN_RATE, FollowRate, GpusInspected, InspectGpus, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
@@ -36,6 +36,7 @@ class Welcome:
     heartbeat_interval_ms: int
     lease_ms: int
     acknowledged_sequence: int
+    telemetry_rate: str = OWN_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,5 +494,6 @@ Command = (
     | ReplicateCheckpoint
     | CollectCheckpoints
     | InspectGpus
+    | FollowRate
     | Log
 )

@@ -9,6 +9,7 @@ from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
 from agent.core.clean import Check
+from agent.core.gpu_messages import OWN_RATE
 from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
@@ -169,6 +170,7 @@ class State:
         self.sample_ms = 0
         # GPUs that were left and not seen clean since; what each was like when nothing ran on it
         self.checks: dict[str, Check] = {}
+        self.ordered_rate = OWN_RATE  # of readings
         self.idle_occupancies: dict[str, GpuOccupancy] = {}
         self.connected = False
         self.welcomed = False

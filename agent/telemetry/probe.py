@@ -24,6 +24,7 @@ from typing import Final, Self
 import msgspec
 import structlog
 
+from agent.core.gpu_messages import OWN_RATE
 from agent.core.values import GpuFacts, GpuOccupancy, HostFacts, Sample
 from agent.telemetry.host import Host, boot_id
 from agent.telemetry.remote import SAMPLER, Deadlines, RemoteGpus, monotonic_ms
@@ -71,6 +72,7 @@ class NvmlProbe:
         )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")
+        self._own_rate, self._ordered_rate = rate, OWN_RATE
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -136,8 +138,15 @@ class NvmlProbe:
             )
 
     def set_rate(self, rate: str) -> None:
-        """How often the driver is asked from now on: off, slow, normal or watch. Does not block."""
-        self._gpus.set_rate(rate)
+        """How often the driver is asked where nobody has ordered anything else: off, slow, normal
+        or watch. Does not block."""
+        self._own_rate = rate
+        self.follow_rate(self._ordered_rate)
+
+    def follow_rate(self, rate: str) -> None:
+        """What is ordered, `OWN_RATE`: nothing. Does not block."""
+        self._ordered_rate = rate
+        self._gpus.set_rate(self._own_rate if rate == OWN_RATE else rate)
 
     def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
         """Who uses these. Blocks for a deadline at most."""

@@ -230,6 +230,13 @@ class Client:
         request = nodes_pb2.UncordonNodeRequest(node=node)
         return decode_node(self._call(self._nodes.UncordonNode, request).node)
 
+    def set_telemetry_rate(self, node: str, rate: str) -> values.Node:
+        """How often its GPUs are read; `own`: as its agent's configuration says."""
+        word = "UNSPECIFIED" if rate == "own" else rate.upper()
+        wanted = types_pb2.TelemetryRate.Value(f"TELEMETRY_RATE_{word}")
+        request = nodes_pb2.SetTelemetryRateRequest(node=node, rate=wanted)
+        return decode_node(self._call(self._nodes.SetTelemetryRate, request).node)
+
     def _call(
         self, method: "grpc.UnaryUnaryMultiCallable[Any, _Answer]", request: Message
     ) -> _Answer:

@@ -109,4 +109,6 @@ def decode_node(node: types_pb2.Node) -> values.Node:
         telemetry=telemetry,
         attempts=list(node.attempts),
         reason=node.reason,
+        telemetry_rate=word_of(types_pb2.TelemetryRate, "TELEMETRY_RATE_", node.telemetry_rate)
+        or "own",
     )

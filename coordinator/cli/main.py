@@ -103,6 +103,7 @@ for _command in (
     nodes.cordon,
     nodes.drain,
     nodes.uncordon,
+    nodes.telemetry,
     completion.completion,
 ):
     cli.add_command(_command)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coordinator.cli.client import Client
     from coordinator.cli.values import Gpu, GpuTelemetry, Node
 
+RATES = ("own", "off", "slow", "normal", "watch")
 # More would push the reason off a terminal; --json has all.
 ATTEMPTS_SHOWN = 2
 
@@ -114,6 +115,36 @@ uncordon = _verb(
 )
 
 
+@click.command()
+@click.argument("node")
+@click.option(
+    "--rate",
+    required=True,
+    type=click.Choice(RATES),
+    help="off, slow (a tenth), normal, watch (five times as often); own: as its agent's file says.",
+)
+@common_options
+@click.pass_context
+def telemetry(context: click.Context, node: str, rate: str) -> None:
+    """Say how often the GPUs of NODE are read.
+
+    A reading takes the driver's lock for some milliseconds, which trainers wait for: slow or off
+    suits a benchmark, watch the hunt for a fault. It counts until it is said otherwise, also after
+    a restart. With off, nothing is known of the GPUs but the driver's own errors.
+
+    \b
+    Example:
+      baton telemetry n3 --rate watch
+      baton telemetry n3 --rate own
+    """
+    with connect(context) as client:
+        changed = client.set_telemetry_rate(node, rate)
+    if settings_of(context).as_json:
+        write_json(changed)
+        return
+    click.echo(f"node {changed.id}: telemetry {changed.telemetry_rate}")
+
+
 def _row(node: "Node") -> tuple[object, ...]:
     telemetries = [gpu.telemetry for gpu in node.gpus if gpu.phase != "absent"]
     utilizations = _known(telemetries, lambda said: said.utilization_ratio)
@@ -131,8 +162,13 @@ def _row(node: "Node") -> tuple[object, ...]:
         if powers_mw and len(powers_mw) == len(telemetries)
         else None,
         _attempts(node.attempts),
-        node.reason,
+        _remarks(node),
     )
+
+
+def _remarks(node: "Node") -> str:
+    rate = "" if node.telemetry_rate == "own" else f"telemetry {node.telemetry_rate}, by order"
+    return "; ".join(filter(None, (node.reason, rate)))
 
 
 def _attempts(ids: list[str]) -> str:

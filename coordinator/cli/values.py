@@ -238,7 +238,7 @@ class HostTelemetry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """A box with an agent."""
+    """A box with an agent. `telemetry_rate` is what was ordered; `own`: nothing."""
 
     id: str
     phase: str | None
@@ -249,6 +249,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     telemetry: HostTelemetry | None
     attempts: list[str]
     reason: str
+    telemetry_rate: str
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):

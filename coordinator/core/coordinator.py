@@ -66,6 +66,7 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
+from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.placement import (
     STARTS_PER_PASS_MAX,
@@ -135,6 +136,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return retention.unpin(state, now, body)
         case FindCheckpoint():
             return retention.find(state, body)
+        case SetTelemetryRate():
+            return _set_rate(state, body)
         case ListNodes():
             views = [_node_view(state, live) for _, live in sorted(state.nodes.items())]
             return NodePage(tuple(views))
@@ -154,6 +157,14 @@ def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Ans
         return _node_view(state, live)
     health.person_says(state, live, intent)
     nodes.set_intent(state, now, live, intent)
+    return _node_view(state, live)
+
+
+def _set_rate(state: State, body: SetTelemetryRate) -> NodeView | Refusal:
+    live = state.nodes.get(body.node)
+    if live is None:
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
+    nodes.set_rate(state, live, body.rate)
     return _node_view(state, live)
 
 

@@ -31,8 +31,10 @@ from coordinator.core.model import (
     Node,
     NodeView,
     Progress,
+    TelemetryRate,
     WaitingPart,
 )
+from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import JobPhase
 
 # --- requests -------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ RequestBody = (
     | CordonNode
     | DrainNode
     | UncordonNode
+    | SetTelemetryRate
 )
 
 
@@ -276,6 +279,7 @@ class Welcome:
     heartbeat_interval_ms: int
     lease_ms: int
     acknowledged_sequence: int
+    telemetry_rate: TelemetryRate = TelemetryRate.OWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,6 +319,16 @@ class GpuCordon:
     unix_ms: int
 
 
+class TelemetryRate(Enum):
+    """How often GPUs are read; `OWN`: as the agent's configuration says."""
+
+    OWN = "own"
+    OFF = "off"
+    SLOW = "slow"
+    NORMAL = "normal"
+    WATCH = "watch"
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What is durable of a node. `acknowledged` is the sequence of its last event whose effects are
@@ -336,6 +346,7 @@ class Node:
     gpu_cordons: tuple[GpuCordon, ...] = ()
     closed_for: str = ""
     waived: tuple[str, ...] = ()
+    telemetry_rate: TelemetryRate = TelemetryRate.OWN
 
 
 @dataclass(frozen=True, slots=True)

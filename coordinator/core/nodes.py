@@ -24,7 +24,7 @@ from coordinator.core.messages import (
     StopAttempt,
     Welcome,
 )
-from coordinator.core.model import Attempt, Node
+from coordinator.core.model import Attempt, Node, TelemetryRate
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     INTENT_TRANSITIONS,
@@ -55,15 +55,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     known = state.nodes.get(body.node)
     moved = known is not None and known.node.peer_address != body.peer_address
     live = _join(state, now, session, body)
-    state.send(
-        live.node.id,
-        Welcome(
-            state.leader_epoch,
-            state.options.heartbeat_interval_ms,
-            state.options.lease_ms,
-            live.node.acknowledged,
-        ),
-    )
+    _welcome(state, live)
     present = dict.fromkeys(body.checkpoints)
     checkpoints.reconcile_copies(state, live.node.id, present)
     parts.reconcile(state, live.node.id, present)
@@ -78,6 +70,29 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
         state.send(live.node.id, checkpoints.target_order(state, job, attempt))
     live.keep_changed = True
     state.log("info", "node.up", node=live.node.id, gpus=len(live.gpus))
+
+
+def _welcome(state: State, live: LiveNode) -> None:
+    state.send(
+        live.node.id,
+        Welcome(
+            state.leader_epoch,
+            state.options.heartbeat_interval_ms,
+            state.options.lease_ms,
+            live.node.acknowledged,
+            live.node.telemetry_rate,
+        ),
+    )
+
+
+def set_rate(state: State, live: LiveNode, rate: TelemetryRate) -> None:
+    """An operator's word on how often its GPUs are read; a node that is away hears it later."""
+    if rate is live.node.telemetry_rate:
+        return
+    state.put_node(replace(live.node, telemetry_rate=rate))
+    state.log("info", "node.telemetry_rate", node=live.node.id, rate=rate.value)
+    if live.session is not None:
+        _welcome(state, live)
 
 
 def _refuse_hello(state: State, now: Instant, session: int, body: Hello) -> str:

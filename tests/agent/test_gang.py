@@ -107,6 +107,9 @@ class Probe:
     def sample(self) -> v.Sample:
         return v.Sample(v.HostSample(0.0, 0, 0, 0.0), ())
 
+    def follow_rate(self, rate: str) -> None:
+        """There is nothing that costs anything."""
+
     def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[v.GpuOccupancy, ...]:
         return ()
 

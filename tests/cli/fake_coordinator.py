@@ -21,6 +21,7 @@ from protos.baton.v1 import checkpoints_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
     *("ExplainJob", "ListJobEvents", "ListNodes", "CordonNode", "DrainNode", "UncordonNode"),
+    "SetTelemetryRate",
 )
 CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")
 
@@ -48,7 +49,7 @@ class FakeCoordinator:
         jobs: Any = type("Jobs", (jobs_pb2_grpc.JobServiceServicer,), {})()
         nodes: Any = type("Nodes", (nodes_pb2_grpc.NodeServiceServicer,), {})()
         for method in METHODS:
-            servicer = nodes if "Node" in method else jobs
+            servicer = nodes if hasattr(nodes, method) else jobs
             setattr(servicer, method, self._unary(method))
         jobs.StreamLogs = self._stream("StreamLogs")
         checkpoints: Any = type(

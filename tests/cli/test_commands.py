@@ -257,6 +257,21 @@ def test_verbs_of_a_node(
     assert baton(verb, "n1").stderr == "baton: there is no node n1\n"
 
 
+def test_the_rate_of_a_nodes_telemetry(baton: Baton, fake: FakeCoordinator) -> None:
+    node = types_pb2.Node(id="n1", telemetry_rate=types_pb2.TELEMETRY_RATE_WATCH, reason="drained")
+    fake.answers["SetTelemetryRate"] = [nodes_pb2.SetTelemetryRateResponse(node=node)]
+    result = baton("telemetry", "n1", "--rate", "watch")
+    assert (result.exit_code, result.stdout) == (0, "node n1: telemetry watch\n")
+    rate = types_pb2.TELEMETRY_RATE_WATCH
+    assert fake.requests == [nodes_pb2.SetTelemetryRateRequest(node="n1", rate=rate)]
+    baton("telemetry", "n1", "--rate", "own")
+    assert fake.requests[1] == nodes_pb2.SetTelemetryRateRequest(node="n1")
+    assert baton("telemetry", "n1", "--rate", "often").exit_code == 2
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[node])]
+    assert "drained; telemetry watch, by order" in baton("nodes").stdout
+    assert json.loads(baton("nodes", "--json").stdout)[0]["telemetry_rate"] == "watch"
+
+
 def test_nodes_show_what_is_not_known_as_a_dash(baton: Baton) -> None:
     result = baton("nodes")
     assert (result.exit_code, result.stderr) == (0, "")

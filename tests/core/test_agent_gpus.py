@@ -8,7 +8,7 @@ import pytest
 
 from agent.core import messages as m
 from agent.core import state as s
-from agent.core.gpu_messages import InspectGpus, Sampled
+from agent.core.gpu_messages import FollowRate, InspectGpus, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict, Verdict
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
@@ -19,6 +19,7 @@ from agent.core.values import (
     GpuSample,
     HostFacts,
     HostSample,
+    Reading,
     Sample,
     XidSeen,
 )
@@ -200,3 +201,33 @@ def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
         ("MIG-0", Verdict.LOST),
         ("MIG-1", Verdict.LOST),
     ]
+
+
+def rates(effects: list[s.Effect]) -> list[str]:
+    return [effect.rate for effect in effects if isinstance(effect, FollowRate)]
+
+
+def test_the_coordinators_rate_counts_while_the_session_says_so(node: Node) -> None:
+    def welcome(rate: str) -> list[s.Effect]:
+        order = m.Welcome(1, 1_000, 8_000, 0, rate)
+        return node.do(m.FromCoordinator(order, "c0ffee"))
+
+    effects = welcome("watch")
+    assert rates(effects) == ["watch"]
+    assert "link.up" not in logged(effects), "the session has not begun anew"
+    assert rates(welcome("watch")) == []
+    assert rates(welcome("own")) == ["own"]
+    welcome("off")
+    assert rates(node.do(m.Disconnected("cut"))) == ["own"]
+    node.do(m.Connected(()))
+    effects = welcome("off")
+    assert (rates(effects), "link.up" in logged(effects)) == (["off"], True)
+
+
+def test_what_is_not_read_by_order_is_unknown_and_says_why(node: Node) -> None:
+    gpus = tuple(GpuSample(facts.uuid) for facts in FACTS)
+    read = Sample(HostSample(0.1, 1, 1, 0.1), gpus, Reading("off"))
+    changed = [verdict for _ in range(2) for verdict in told(node.do(Sampled(read)))]
+    assert {(gpu.verdict, gpu.reason) for gpu in changed} == {
+        (Verdict.UNKNOWN, "is unknown: it is not read, by order")
+    }

@@ -5,8 +5,18 @@ What heartbeats say comes in by the front door; what follows is read off orders 
 
 import pytest
 
-from coordinator.core.messages import Effect, FromAgent, Heartbeat, Tick
-from coordinator.core.model import GpuTelemetry, GpuVerdict
+from coordinator.core.messages import (
+    Effect,
+    FromAgent,
+    Heartbeat,
+    Refusal,
+    Request,
+    Send,
+    Tick,
+    Welcome,
+)
+from coordinator.core.model import GpuTelemetry, GpuVerdict, TelemetryRate
+from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.readings import UNREAD_MS
 from coordinator.core.state import Options
 from tests.core.test_gpu_health import Fleet
@@ -91,3 +101,20 @@ def test_a_node_whose_gpus_get_no_work_is_no_standby(cordoned: bool) -> None:
     job_id = fleet.submit()
     attempt = fleet.rig.disk.attempts[f"{job_id}.1"]
     assert {attempt.node, attempt.replica_node} == {"n1", "n3"}
+
+
+def rates(effects: list[Effect]) -> list[TelemetryRate]:
+    orders = [effect.order for effect in effects if isinstance(effect, Send)]
+    return [order.telemetry_rate for order in orders if isinstance(order, Welcome)]
+
+
+def test_a_rate_is_told_at_once_and_again_with_every_welcome() -> None:
+    fleet = Read({"n1": 1})
+    asked = SetTelemetryRate("n1", TelemetryRate.WATCH)
+    assert rates(fleet.rig.handle(Request(1, asked))) == [TelemetryRate.WATCH]
+    assert rates(fleet.rig.handle(Request(2, asked))) == [], "it has it"
+    assert fleet.node("n1").node.telemetry_rate is TelemetryRate.WATCH
+    assert rates(fleet.hello("n1")) == [TelemetryRate.WATCH]
+    fleet.rig.restart()
+    assert rates(fleet.hello("n1")) == [TelemetryRate.WATCH], "it is durable"
+    assert isinstance(fleet.ask(SetTelemetryRate("n2", TelemetryRate.OFF)), Refusal)

@@ -92,3 +92,14 @@ def test_host_figures_are_real(fleet: Cluster) -> None:
     assert node["host"]["cpu_count"] > 0
     assert 0 < node["telemetry"]["memory_used_bytes"] < node["host"]["memory_bytes"]
     assert node["telemetry"]["disk_free_bytes"] > 0
+
+
+def test_an_operator_says_how_often_gpus_are_read(fleet: Cluster) -> None:
+    show(fleet, replace(FIRST, power_mw=99_000), SECOND)
+    wait_shown(fleet, lambda it: it[0]["power_mw"] == 99_000, "99 W")
+    assert fleet.baton_json("telemetry", "n1", "--rate", "off")["telemetry_rate"] == "off"
+    said = wait_shown(fleet, lambda it: it[0]["power_mw"] is None, "no reading")
+    assert [gpu["error"] for gpu in said] == ["", ""]
+    assert "telemetry off, by order" in fleet.baton("nodes").stdout
+    fleet.baton_json("telemetry", "n1", "--rate", "own")
+    wait_shown(fleet, lambda it: it[0]["power_mw"] == 99_000, "99 W again")

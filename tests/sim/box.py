@@ -203,6 +203,9 @@ class SimProbe:
         )
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
 
+    def follow_rate(self, rate: str) -> None:
+        """There is nothing that costs anything."""
+
     def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
         return tuple(GpuOccupancy(uuid, 0, ()) for uuid in gpu_uuids)
 

@@ -127,7 +127,9 @@ SPEC = st.builds(
 )
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ORDER = st.one_of(
-    st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
+    st.builds(
+        cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT, st.sampled_from(model.TelemetryRate)
+    ),
     st.builds(cm.LeaseRenewal, COUNT),
     st.builds(cm.EventAck, COUNT),
     st.builds(

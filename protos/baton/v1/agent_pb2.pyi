@@ -620,18 +620,25 @@ Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
+    """Said again within a session when what it says has changed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEADER_EPOCH_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TELEMETRY_RATE_FIELD_NUMBER: _builtins.int
     leader_epoch: _builtins.int
     """The coordinator's fencing token. An agent obeys no coordinator with a lower one than it has
     seen.
     """
     acknowledged_sequence: _builtins.int
     """Events up to this sequence are durable at the coordinator."""
+    telemetry_rate: _types_pb2.TelemetryRate.ValueType
+    """Counts until the session ends; unspecified, or one that the agent does not know: its own
+    configuration counts.
+    """
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -643,10 +650,11 @@ class Welcome(_message.Message):
         heartbeat_interval: _duration_pb2.Duration | None = ...,
         lease: _duration_pb2.Duration | None = ...,
         acknowledged_sequence: _builtins.int = ...,
+        telemetry_rate: _types_pb2.TelemetryRate.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

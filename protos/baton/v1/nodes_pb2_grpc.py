@@ -54,6 +54,11 @@ class NodeServiceStub:
                 request_serializer=baton_dot_v1_dot_nodes__pb2.UncordonNodeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_nodes__pb2.UncordonNodeResponse.FromString,
                 _registered_method=True)
+        self.SetTelemetryRate = channel.unary_unary(
+                '/baton.v1.NodeService/SetTelemetryRate',
+                request_serializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -86,6 +91,13 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTelemetryRate(self, request, context):
+        """How often its GPUs are read from now on, also after a restart of either side.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.UncordonNode,
                     request_deserializer=baton_dot_v1_dot_nodes__pb2.UncordonNodeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_nodes__pb2.UncordonNodeResponse.SerializeToString,
+            ),
+            'SetTelemetryRate': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTelemetryRate,
+                    request_deserializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +235,33 @@ class NodeService:
             '/baton.v1.NodeService/UncordonNode',
             baton_dot_v1_dot_nodes__pb2.UncordonNodeRequest.SerializeToString,
             baton_dot_v1_dot_nodes__pb2.UncordonNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTelemetryRate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.NodeService/SetTelemetryRate',
+            baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.SerializeToString,
+            baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class NodeServiceStub:
     """Takes no new work, and hands off what runs."""
     UncordonNode: _grpc.UnaryUnaryMultiCallable[_nodes_pb2.UncordonNodeRequest, _nodes_pb2.UncordonNodeResponse]
     """Takes work again."""
+    SetTelemetryRate: _grpc.UnaryUnaryMultiCallable[_nodes_pb2.SetTelemetryRateRequest, _nodes_pb2.SetTelemetryRateResponse]
+    """How often its GPUs are read from now on, also after a restart of either side."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -52,6 +54,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Takes no new work, and hands off what runs."""
     UncordonNode: _aio.UnaryUnaryMultiCallable[_nodes_pb2.UncordonNodeRequest, _nodes_pb2.UncordonNodeResponse]  # type: ignore[assignment]
     """Takes work again."""
+    SetTelemetryRate: _aio.UnaryUnaryMultiCallable[_nodes_pb2.SetTelemetryRateRequest, _nodes_pb2.SetTelemetryRateResponse]  # type: ignore[assignment]
+    """How often its GPUs are read from now on, also after a restart of either side."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,5 +88,13 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_nodes_pb2.UncordonNodeResponse, _abc.Awaitable[_nodes_pb2.UncordonNodeResponse]]:
         """Takes work again."""
+
+    @_abc_1.abstractmethod
+    def SetTelemetryRate(
+        self,
+        request: _nodes_pb2.SetTelemetryRateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nodes_pb2.SetTelemetryRateResponse, _abc.Awaitable[_nodes_pb2.SetTelemetryRateResponse]]:
+        """How often its GPUs are read from now on, also after a restart of either side."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -282,6 +282,30 @@ GPU_PHASE_ABSENT: GpuPhase.ValueType  # 3
 """Its node is lost or no longer lists it."""
 Global___GpuPhase: _TypeAlias = GpuPhase  # noqa: Y015
 
+class _TelemetryRate:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TelemetryRateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TelemetryRate.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TELEMETRY_RATE_UNSPECIFIED: _TelemetryRate.ValueType  # 0
+    """As the agent's own configuration says."""
+    TELEMETRY_RATE_OFF: _TelemetryRate.ValueType  # 1
+    TELEMETRY_RATE_SLOW: _TelemetryRate.ValueType  # 2
+    TELEMETRY_RATE_NORMAL: _TelemetryRate.ValueType  # 3
+    TELEMETRY_RATE_WATCH: _TelemetryRate.ValueType  # 4
+
+class TelemetryRate(_TelemetryRate, metaclass=_TelemetryRateEnumTypeWrapper):
+    """How often GPUs are read, whose driver trainers wait for."""
+
+TELEMETRY_RATE_UNSPECIFIED: TelemetryRate.ValueType  # 0
+"""As the agent's own configuration says."""
+TELEMETRY_RATE_OFF: TelemetryRate.ValueType  # 1
+TELEMETRY_RATE_SLOW: TelemetryRate.ValueType  # 2
+TELEMETRY_RATE_NORMAL: TelemetryRate.ValueType  # 3
+TELEMETRY_RATE_WATCH: TelemetryRate.ValueType  # 4
+Global___TelemetryRate: _TypeAlias = TelemetryRate  # noqa: Y015
+
 class _GpuVerdict:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -911,6 +935,7 @@ class Node(_message.Message):
     TELEMETRY_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    TELEMETRY_RATE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     phase: Global___NodePhase.ValueType
     intent: Global___NodeIntent.ValueType
@@ -918,6 +943,8 @@ class Node(_message.Message):
     """Where peers reach it, host:port."""
     reason: _builtins.str
     """One sentence: since when and why it is not taking work; empty when it is."""
+    telemetry_rate: Global___TelemetryRate.ValueType
+    """What was ordered; unspecified: nothing, its agent's configuration counts."""
     @_builtins.property
     def host(self) -> Global___HostFacts: ...
     @_builtins.property
@@ -942,10 +969,11 @@ class Node(_message.Message):
         telemetry: Global___HostTelemetry | None = ...,
         attempts: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        telemetry_rate: Global___TelemetryRate.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "host", b"host", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "attempts", b"attempts", "gpus", b"gpus", "host", b"host", "id", b"id", "intent", b"intent", "peer_address", b"peer_address", "phase", b"phase", "reason", b"reason", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "attempts", b"attempts", "gpus", b"gpus", "host", b"host", "id", b"id", "intent", b"intent", "peer_address", b"peer_address", "phase", b"phase", "reason", b"reason", "telemetry", b"telemetry", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__telemetry: _TypeAlias = _typing.Literal["telemetry"]  # noqa: Y015
     _WhichOneofArgType__telemetry: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry"]  # noqa: Y015
