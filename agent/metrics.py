@@ -18,7 +18,13 @@ from prometheus_client.metrics_core import Metric
 from agent.core.values import GpuFacts, GpuSample
 from agent.counts import Counts, View
 from agent.exposition import Described, Kind
-from agent.gpu_metrics import DETAIL_METRICS, detail_figures
+from agent.gpu_metrics import (
+    DCGM_DETAIL_METRICS,
+    DETAIL_METRICS,
+    dcgm_detail_figures,
+    detail_figures,
+    health_figures,
+)
 from agent.histogram import Histogram
 
 # A reading that old is history: Prometheus itself shows no sample of a target that has been silent
@@ -162,7 +168,7 @@ DCGM_MEMORY_CLOCK = _dcgm("MEM_CLOCK", "Memory clock frequency (in MHz).")
 
 DCGM_METRICS: Final = (
     DCGM_UTILIZATION, DCGM_USED, DCGM_FREE, DCGM_TEMPERATURE, DCGM_POWER, DCGM_ENERGY,
-    DCGM_SM_CLOCK, DCGM_MEMORY_CLOCK,
+    DCGM_SM_CLOCK, DCGM_MEMORY_CLOCK, *DCGM_DETAIL_METRICS,
 )  # fmt: skip
 
 
@@ -238,6 +244,7 @@ def _gpu_figures(view: View) -> Iterator[Metric]:
         ((*named(uuid), kind), None if mhz is None else mhz * 1_000_000)
         for uuid, kind, mhz in clocks
     )
+    yield from health_figures(view.census.verdicts, named)
     yield from detail_figures(said.values(), named)
 
 
@@ -259,6 +266,7 @@ def _dcgm_figures(view: View) -> Iterator[Metric]:
         DCGM_ENERGY.of((labels, now.energy_mj) for labels, _, now in seen),
         DCGM_SM_CLOCK.of((labels, now.sm_clock_mhz) for labels, _, now in seen),
         DCGM_MEMORY_CLOCK.of((labels, now.memory_clock_mhz) for labels, _, now in seen),
+        dcgm_detail_figures(((labels, now) for labels, _, now in seen), view.census.verdicts),
     )
 
 

@@ -37,6 +37,13 @@ ATTEMPTS = Described(
 )
 NODES = Described("baton_nodes", "gauge", "Nodes that have ever said hello.", ("phase", "intent"))
 GPUS = Described("baton_gpus", "gauge", "GPUs of these nodes.", ("type", "phase"))
+GPUS_ILL = Described(
+    "baton_gpus_ill",
+    "gauge",
+    "GPUs that get no work: cordoned for their health, or unread. Those that are held_back should "
+    "be cordoned, and are not for the fleet's limit.",
+    ("reaction",),
+)
 CHECKPOINTS = Described("baton_checkpoints", "gauge", "Committed checkpoints that are kept.")
 SESSIONS = Described("baton_sessions", "gauge", "Agents that are connected and welcomed.")
 LEADER_EPOCH = Described(
@@ -97,9 +104,9 @@ PROPOSALS = Described(
 )
 
 METRICS: Final = (
-    JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, CHECKPOINTS, SESSIONS, LEADER_EPOCH, LOOP_LAG,
-    LOOP_ROUNDS, BATCH, COMMIT, COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES, MESSAGES,
-    MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS,
+    JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, GPUS_ILL, CHECKPOINTS, SESSIONS, LEADER_EPOCH,
+    LOOP_LAG, LOOP_ROUNDS, BATCH, COMMIT, COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES,
+    MESSAGES, MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS,
 )  # fmt: skip
 
 
@@ -122,6 +129,7 @@ def _fleet_figures(census: Census) -> Iterator[Metric]:
     yield from ATTEMPTS.of(((phase.value,), n) for phase, n in census.attempts)
     yield from NODES.of(((phase.value, intent.value), n) for (phase, intent), n in census.nodes)
     yield from GPUS.of(((name, phase.value), n) for (name, phase), n in census.gpus)
+    yield from GPUS_ILL.of(((reaction,), count) for reaction, count in census.ill)
     yield from CHECKPOINTS.one(census.checkpoints)
     yield from SESSIONS.one(census.sessions)
     yield from LEADER_EPOCH.one(census.leader_epoch)

@@ -6,7 +6,9 @@ place. So nothing is kept for the sake of being counted: this looks at the state
 
 from dataclasses import dataclass
 
+from agent.core import gpus
 from agent.core.attempt import Phase
+from agent.core.health import GpuVerdict
 from agent.core.state import State
 from agent.core.values import GpuFacts, HostFacts, Sample
 
@@ -14,7 +16,8 @@ from agent.core.values import GpuFacts, HostFacts, Sample
 @dataclass(frozen=True, slots=True)
 class Census:
     """`attempts` has every phase, those without an attempt too. `sample` is the last reading and
-    `sample_age_ms` how old it is; `None` before the first."""
+    `sample_age_ms` how old it is; `None` before the first. `verdicts`: what was
+    told of GPUs."""
 
     host: HostFacts | None
     gpus: tuple[GpuFacts, ...]
@@ -23,6 +26,7 @@ class Census:
     attempts: tuple[tuple[Phase, int], ...]
     spool_length: int
     welcomed: bool
+    verdicts: tuple[GpuVerdict, ...] = ()
 
 
 def census(state: State, now_ms: int) -> Census:
@@ -38,4 +42,5 @@ def census(state: State, now_ms: int) -> Census:
         tuple(attempts.items()),
         len(state.spool),
         state.welcomed,
+        gpus.verdicts(state),
     )

@@ -27,6 +27,7 @@ class Census:
     attempts: tuple[tuple[AttemptPhase, int], ...]
     nodes: tuple[tuple[tuple[NodePhase, NodeIntent], int], ...]
     gpus: tuple[tuple[tuple[str, GpuPhase], int], ...]
+    ill: tuple[tuple[str, int], ...]
     checkpoints: int
     sessions: int
     waiting_s: float | None
@@ -52,11 +53,24 @@ def census(state: State, unix_ms: int) -> Census:
             for intent in NodeIntent
         ),
         _gpus(state),
+        _ill(state),
         sum(len(kept) for kept in state.checkpoints.values()),
         len(state.sessions),
         _waiting_s(state, unix_ms),
         state.leader_epoch,
     )
+
+
+def _ill(state: State) -> tuple[tuple[str, int], ...]:
+    """GPUs that get no work for what they are, a whole node's where it has to be rebooted; and
+    those that the fleet's limit on that keeps open."""
+    lives = state.nodes.values()
+    cordoned = sum(
+        len(live.node.gpus) if live.node.closed_for else len(live.node.gpu_cordons)
+        for live in lives
+    )
+    unread = sum(bool(gpu.unread) for live in lives for gpu in live.gpus.values())
+    return (("cordoned", cordoned), ("unread", unread), ("held_back", len(state.held_back)))
 
 
 def _gpus(state: State) -> tuple[tuple[tuple[str, GpuPhase], int], ...]:

@@ -1,8 +1,11 @@
 """What an agent's view becomes: base units, and no sample for what is not known."""
 
+from dataclasses import replace
+
 import pytest
 
 from agent.core.attempt import Phase
+from agent.core.health import GpuVerdict, Verdict
 from agent.counts import View
 from agent.exposition import exposed
 from agent.metrics import DCGM_METRICS, SAMPLE_AGE_MS_MAX, figures
@@ -91,6 +94,18 @@ def test_dcgm_names_have_dcgms_units_and_labels() -> None:
         "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 9_876_543,
         "DCGM_FI_DEV_SM_CLOCK": 1_980,
         "DCGM_FI_DEV_MEM_CLOCK": 2_619,
+        "DCGM_FI_DEV_XID_ERRORS": 95,
+        "DCGM_FI_DEV_MEMORY_TEMP": 33,
+        "DCGM_FI_DEV_PCIE_REPLAY_COUNTER": 34,
+        "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL": 31,
+        "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL": 32,
+        "DCGM_FI_DEV_ECC_SBE_AGG_TOTAL": 37,
+        "DCGM_FI_DEV_ECC_DBE_AGG_TOTAL": 38,
+        "DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS": 36,
+        "DCGM_FI_DEV_CORRECTABLE_REMAPPED_ROWS": 35,
+        "DCGM_FI_DEV_ROW_REMAP_FAILURE": 0,
+        "DCGM_FI_PROF_SM_ACTIVE": 0.75,
+        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0.25,
     }
     assert all(len(values) == 1 for values in shown.values())
     labels = next(labels for name, labels in found if name == "DCGM_FI_DEV_GPU_UTIL")
@@ -123,6 +138,19 @@ def test_what_is_read_less_often_is_there_where_it_is_known() -> None:
     assert list(named(found, "baton_gpu_ecc_errors_total").values()) == [31, 32]
     assert list(named(found, "baton_gpu_processes").values()) == [1]
     assert list(named(found, "baton_gpu_tensor_activity_ratio").values()) == [0.25]
+
+
+def test_a_verdict_is_a_figure_unless_it_is_unknown() -> None:
+    found = said(agent_view(FULL, SILENT, LOST))
+    assert named(found, "baton_gpu_healthy") == {(NAME, "GPU-1"): 0}
+    errors = named(found, "baton_gpu_xid_errors")
+    assert sorted(errors.values()) == [1, 3]
+    view = agent_view(FULL)
+    well = replace(view.census, verdicts=(GpuVerdict("GPU-1", Verdict.HEALTHY),))
+    found = said(replace(view, census=well), dcgm_names=True)
+    assert named(found, "baton_gpu_healthy") == {(NAME, "GPU-1"): 1}
+    assert list(named(found, "DCGM_FI_DEV_XID_ERRORS").values()) == [0], "it is over"
+    assert named(found, "baton_gpu_xid_errors") == {}
 
 
 def test_how_the_driver_answers() -> None:

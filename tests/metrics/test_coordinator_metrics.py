@@ -6,6 +6,7 @@ from coordinator.core.census import GPU_TYPES_MAX, OTHER_TYPES, census
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
+    GpuCordon,
     GpuFacts,
     HostFacts,
     Job,
@@ -65,6 +66,7 @@ def test_the_fleet_is_counted_by_what_it_is() -> None:
     assert nodes == {("draining", "suspect"): 1, ("open", "suspect"): 1}
     gpus = {labels: count for labels, count in named(found, "baton_gpus").items() if count}
     assert gpus == {("absent", "A100"): 1, ("absent", "H100"): 1}
+    assert named(found, "baton_gpus_ill") == {("cordoned",): 0, ("unread",): 0, ("held_back",): 0}
     assert named(found, "baton_checkpoints") == {(): 1}
     assert named(found, "baton_sessions") == {(): 0}
     assert named(found, "baton_coordinator_leader_epoch") == {(): 7}
@@ -78,6 +80,14 @@ def test_every_phase_is_there_with_a_zero() -> None:
     assert set(named(found, "baton_jobs").values()) == {0}
     assert len(named(found, "baton_jobs")) == len(JobClass) * len(JobPhase)
     assert set(named(found, "baton_attempts")) == {(phase.value,) for phase in AttemptPhase}
+
+
+def test_gpus_that_are_closed_for_their_health_are_counted() -> None:
+    gpus = tuple(GpuFacts(f"GPU-{n}", "A100", GIB) for n in range(3))
+    ill = replace(NODES[0], gpus=gpus, gpu_cordons=(GpuCordon("GPU-1", "gpu GPU-1 is lost", 0),))
+    away = replace(NODES[1], gpus=gpus, closed_for="gpu GPU-0 needs a reboot: node cordoned")
+    found = named(said(Snapshot(nodes=(ill, away))), "baton_gpus_ill")
+    assert found == {("cordoned",): 4, ("unread",): 0, ("held_back",): 0}
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -9,6 +9,7 @@ import agent.histogram
 import coordinator.counts
 import coordinator.histogram
 from agent.core.attempt import Phase
+from agent.core.health import GpuVerdict, Verdict, XidRecord
 from agent.core.values import (
     GpuFacts,
     GpuInventory,
@@ -32,13 +33,17 @@ USAGE = GpuUsage(
     ecc_volatile_corrected=31,
     ecc_volatile_uncorrected=32,
     memory_temperature_celsius=33,
+    ecc_aggregate_corrected=37,
+    ecc_aggregate_uncorrected=38,
     pcie_replays=34,
 )
 INVENTORY = GpuInventory(
     "GPU-1",
     remapped_rows_corrected=35,
     remapped_rows_uncorrected=36,
+    remapped_rows_failed=False,
     pcie_width=8,
+    pcie_width_max=16,
     nvlinks_up=16,
     nvlinks_down=2,
     sm_activity_ratio=0.75,
@@ -55,6 +60,14 @@ READING = Reading(
     (("sample", 22), ("usage", 23), ("inventory", 24)),
     (("sample", 25), ("usage", 26)),
 )
+VERDICTS = (
+    GpuVerdict(
+        "GPU-1",
+        Verdict.NEEDS_RESET,
+        xids=(XidRecord(95, 3, 1_000, 3_000), XidRecord(63, 1, 2_000, 2_000)),
+    ),
+    GpuVerdict("GPU-3", Verdict.UNKNOWN),
+)
 FACTS = (
     GpuFacts("GPU-1", 'NVIDIA "H100"', 80 * GIB),
     GpuFacts("GPU-2", "NVIDIA A100", 0),
@@ -69,7 +82,14 @@ def agent_view(*gpus: GpuSample, age_ms: int = 1_500) -> agent.counts.View:
     counts.sampled(sample, 250, 1_000)
     phases = tuple((phase, index) for index, phase in enumerate(Phase))
     counted = agent.core.census.Census(
-        HostFacts("box", "", 1, GIB, "550", "0.1.0"), FACTS, sample, age_ms, phases, 4, True
+        HostFacts("box", "", 1, GIB, "550", "0.1.0"),
+        FACTS,
+        sample,
+        age_ms,
+        phases,
+        4,
+        True,
+        VERDICTS,
     )
     return agent.counts.View(counted, counts, 5, 6)
 
@@ -80,7 +100,9 @@ def unread_agent_view() -> agent.counts.View:
     return replace(
         view,
         counts=agent.counts.Counts(),
-        census=replace(view.census, host=None, gpus=(), sample=None, sample_age_ms=None),
+        census=replace(
+            view.census, host=None, gpus=(), sample=None, sample_age_ms=None, verdicts=()
+        ),
     )
 
 
