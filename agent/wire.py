@@ -24,7 +24,7 @@ from agent.core.values import (
     RestoreCandidate,
     RestorePart,
 )
-from agent.wire_health import encode_change, encode_health
+from agent.wire_health import encode_change, encode_details, encode_health
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -123,6 +123,7 @@ def _gpu_sample(gpu: GpuSample) -> types.GpuTelemetry:
         sm_clock_mhz=gpu.sm_clock_mhz,
         memory_clock_mhz=gpu.memory_clock_mhz,
         error=gpu.error,
+        details=encode_details(gpu),
     )
 
 

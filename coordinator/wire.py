@@ -296,6 +296,7 @@ def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
         gpu.sm_clock_mhz if said("sm_clock_mhz") else None,
         gpu.memory_clock_mhz if said("memory_clock_mhz") else None,
         gpu.error,
+        wire_nodes.decode_details(gpu.details) if said("details") else None,
     )
 
 

@@ -4,10 +4,15 @@ Problem: what a driver does not say must not become a zero on the way. A field o
 absent where it is `None`, and `optional` in the contract.
 """
 
+from dataclasses import asdict, fields
+from typing import Any, Final
+
 from coordinator import wire_health
 from coordinator.core import model
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from protos.baton.v1 import types_pb2 as types
+
+_DETAILS: Final[tuple[Any, ...]] = tuple(field.name for field in fields(model.GpuDetails))
 
 
 def encode_node(view: model.NodeView) -> types.Node:
@@ -57,6 +62,12 @@ def decode_rate(rate: types.TelemetryRate.ValueType) -> model.TelemetryRate:
     return model.TelemetryRate.__members__.get(name, model.TelemetryRate.OWN)
 
 
+def decode_details(said: types.GpuDetails) -> model.GpuDetails:
+    return model.GpuDetails(
+        **{name: getattr(said, name) if said.HasField(name) else None for name in _DETAILS}
+    )
+
+
 def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:
     return types.NodePhase.Value(f"NODE_PHASE_{phase.name}")
 
@@ -91,6 +102,7 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
                 sm_clock_mhz=read.sm_clock_mhz,
                 memory_clock_mhz=read.memory_clock_mhz,
                 error=read.error,
+                details=None if read.details is None else types.GpuDetails(**asdict(read.details)),
             )
         )
     return message

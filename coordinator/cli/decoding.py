@@ -49,6 +49,7 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
             sm_clock_mhz=said(read, "sm_clock_mhz"),
             memory_clock_mhz=said(read, "memory_clock_mhz"),
             error=read.error,
+            details=_details(read.details) if read.HasField("details") else None,
         )
     return values.Gpu(
         uuid=gpu.uuid,
@@ -60,6 +61,12 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
         health=_health(gpu.health) if gpu.HasField("health") else None,
         cordon=gpu.cordon,
         held_back=gpu.held_back,
+    )
+
+
+def _details(read: types_pb2.GpuDetails) -> values.GpuDetails:
+    return values.GpuDetails(
+        **{name: said(read, name) for name in values.GpuDetails.__struct_fields__}
     )
 
 

@@ -169,6 +169,26 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     accounting: Accounting | None
 
 
+class GpuDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of a GPU less often; `None` where the driver does not say."""
+
+    processes: int | None
+    ecc_volatile_corrected: int | None
+    ecc_volatile_uncorrected: int | None
+    ecc_aggregate_corrected: int | None
+    ecc_aggregate_uncorrected: int | None
+    remapped_rows_corrected: int | None
+    remapped_rows_uncorrected: int | None
+    remapped_rows_pending: bool | None
+    remapped_rows_failed: bool | None
+    pcie_width: int | None
+    pcie_width_max: int | None
+    nvlinks_up: int | None
+    nvlinks_down: int | None
+    sm_activity_ratio: float | None
+    tensor_activity_ratio: float | None
+
+
 class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
     """What the driver says of a GPU; `None` where it does not say."""
 
@@ -180,6 +200,7 @@ class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
     sm_clock_mhz: int | None
     memory_clock_mhz: int | None
     error: str
+    details: GpuDetails | None
 
 
 class XidRecord(msgspec.Struct, frozen=True, kw_only=True):

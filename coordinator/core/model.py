@@ -363,6 +363,28 @@ class JobEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuDetails:
+    """What is read of a GPU less often; `None` as in `GpuTelemetry`. Of ECC errors, *volatile* ones
+    count since the driver was loaded, *aggregate* ones since the board was made."""
+
+    processes: int | None = None
+    ecc_volatile_corrected: int | None = None
+    ecc_volatile_uncorrected: int | None = None
+    ecc_aggregate_corrected: int | None = None
+    ecc_aggregate_uncorrected: int | None = None
+    remapped_rows_corrected: int | None = None
+    remapped_rows_uncorrected: int | None = None
+    remapped_rows_pending: bool | None = None
+    remapped_rows_failed: bool | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    nvlinks_up: int | None = None
+    nvlinks_down: int | None = None
+    sm_activity_ratio: float | None = None
+    tensor_activity_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuTelemetry:
     """`None` means that the driver does not say, never zero."""
 
@@ -375,6 +397,7 @@ class GpuTelemetry:
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
     error: str = ""
+    details: GpuDetails | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,3 +103,12 @@ def test_an_operator_says_how_often_gpus_are_read(fleet: Cluster) -> None:
     assert "telemetry off, by order" in fleet.baton("nodes").stdout
     fleet.baton_json("telemetry", "n1", "--rate", "own")
     wait_shown(fleet, lambda it: it[0]["power_mw"] == 99_000, "99 W again")
+
+
+def test_what_is_read_less_often_is_there_where_the_gpu_has_it(fleet: Cluster) -> None:
+    said = wait_shown(fleet, lambda it: all(gpu["details"] for gpu in it), "details")
+    details = said[0]["details"]
+    assert (details["nvlinks_up"], details["nvlinks_down"]) == (18, 0)
+    assert (details["pcie_width"], details["pcie_width_max"]) == (16, 16)
+    assert (details["ecc_volatile_uncorrected"], details["remapped_rows_failed"]) == (0, False)
+    assert details["processes"] == 0

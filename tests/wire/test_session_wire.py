@@ -145,7 +145,15 @@ ORDER = st.one_of(
 
 
 # What an agent knows for itself.
-STAYS = ("pci_bus_id", "condition", "clock_event_reasons", "age_ms", "usage", "inventory")
+STAYS = (
+    "pci_bus_id",
+    "condition",
+    "clock_event_reasons",
+    "age_ms",
+    "usage",
+    "inventory",
+    "details",
+)
 
 
 def plain(value: object) -> object:

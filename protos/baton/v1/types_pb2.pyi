@@ -1137,6 +1137,7 @@ class GpuTelemetry(_message.Message):
     SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     MEMORY_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     utilization_ratio: _builtins.float
     """0 to 1: share of time in which a kernel was running."""
@@ -1149,6 +1150,10 @@ class GpuTelemetry(_message.Message):
     memory_clock_mhz: _builtins.int
     error: _builtins.str
     """Why the GPU could not be read; empty when it could."""
+    @_builtins.property
+    def details(self) -> Global___GpuDetails:
+        """Read less often. Absent: none of it is known, or the agent is from before it."""
+
     def __init__(
         self,
         *,
@@ -1161,11 +1166,14 @@ class GpuTelemetry(_message.Message):
         sm_clock_mhz: _builtins.int | None = ...,
         memory_clock_mhz: _builtins.int | None = ...,
         error: _builtins.str = ...,
+        details: Global___GpuDetails | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_used_bytes", b"_memory_used_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_utilization_ratio", b"_utilization_ratio", "energy_mj", b"energy_mj", "memory_clock_mhz", b"memory_clock_mhz", "memory_used_bytes", b"memory_used_bytes", "power_mw", b"power_mw", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_details", b"_details", "_energy_mj", b"_energy_mj", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_used_bytes", b"_memory_used_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_utilization_ratio", b"_utilization_ratio", "details", b"details", "energy_mj", b"energy_mj", "memory_clock_mhz", b"memory_clock_mhz", "memory_used_bytes", b"memory_used_bytes", "power_mw", b"power_mw", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_used_bytes", b"_memory_used_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_utilization_ratio", b"_utilization_ratio", "energy_mj", b"energy_mj", "error", b"error", "memory_clock_mhz", b"memory_clock_mhz", "memory_used_bytes", b"memory_used_bytes", "power_mw", b"power_mw", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "utilization_ratio", b"utilization_ratio", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_details", b"_details", "_energy_mj", b"_energy_mj", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_used_bytes", b"_memory_used_bytes", "_power_mw", b"_power_mw", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_utilization_ratio", b"_utilization_ratio", "details", b"details", "energy_mj", b"energy_mj", "error", b"error", "memory_clock_mhz", b"memory_clock_mhz", "memory_used_bytes", b"memory_used_bytes", "power_mw", b"power_mw", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "utilization_ratio", b"utilization_ratio", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__details: _TypeAlias = _typing.Literal["details"]  # noqa: Y015
+    _WhichOneofArgType__details: _TypeAlias = _typing.Literal["_details", b"_details"]  # noqa: Y015
     _WhichOneofReturnType__energy_mj: _TypeAlias = _typing.Literal["energy_mj"]  # noqa: Y015
     _WhichOneofArgType__energy_mj: _TypeAlias = _typing.Literal["_energy_mj", b"_energy_mj"]  # noqa: Y015
     _WhichOneofReturnType__memory_clock_mhz: _TypeAlias = _typing.Literal["memory_clock_mhz"]  # noqa: Y015
@@ -1180,6 +1188,8 @@ class GpuTelemetry(_message.Message):
     _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
     _WhichOneofReturnType__utilization_ratio: _TypeAlias = _typing.Literal["utilization_ratio"]  # noqa: Y015
     _WhichOneofArgType__utilization_ratio: _TypeAlias = _typing.Literal["_utilization_ratio", b"_utilization_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__details) -> _WhichOneofReturnType__details | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__energy_mj) -> _WhichOneofReturnType__energy_mj | None: ...
     @_typing.overload
@@ -1196,6 +1206,139 @@ class GpuTelemetry(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__utilization_ratio) -> _WhichOneofReturnType__utilization_ratio | None: ...
 
 Global___GpuTelemetry: _TypeAlias = GpuTelemetry  # noqa: Y015
+
+@_typing.final
+class GpuDetails(_message.Message):
+    """An absent field means that the driver does not say, never zero: a GPU without ECC has no errors
+    to count, one without NVLink none that is down.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    ECC_VOLATILE_CORRECTED_FIELD_NUMBER: _builtins.int
+    ECC_VOLATILE_UNCORRECTED_FIELD_NUMBER: _builtins.int
+    ECC_AGGREGATE_CORRECTED_FIELD_NUMBER: _builtins.int
+    ECC_AGGREGATE_UNCORRECTED_FIELD_NUMBER: _builtins.int
+    REMAPPED_ROWS_CORRECTED_FIELD_NUMBER: _builtins.int
+    REMAPPED_ROWS_UNCORRECTED_FIELD_NUMBER: _builtins.int
+    REMAPPED_ROWS_PENDING_FIELD_NUMBER: _builtins.int
+    REMAPPED_ROWS_FAILED_FIELD_NUMBER: _builtins.int
+    PCIE_WIDTH_FIELD_NUMBER: _builtins.int
+    PCIE_WIDTH_MAX_FIELD_NUMBER: _builtins.int
+    NVLINKS_UP_FIELD_NUMBER: _builtins.int
+    NVLINKS_DOWN_FIELD_NUMBER: _builtins.int
+    SM_ACTIVITY_RATIO_FIELD_NUMBER: _builtins.int
+    TENSOR_ACTIVITY_RATIO_FIELD_NUMBER: _builtins.int
+    processes: _builtins.int
+    """How many processes compute on it."""
+    ecc_volatile_corrected: _builtins.int
+    """Memory errors since the driver was loaded."""
+    ecc_volatile_uncorrected: _builtins.int
+    ecc_aggregate_corrected: _builtins.int
+    """Since the board was made."""
+    ecc_aggregate_uncorrected: _builtins.int
+    remapped_rows_corrected: _builtins.int
+    """Rows of memory that were replaced for good."""
+    remapped_rows_uncorrected: _builtins.int
+    remapped_rows_pending: _builtins.bool
+    """A row waits for a reset to be replaced."""
+    remapped_rows_failed: _builtins.bool
+    """A row could not be replaced."""
+    pcie_width: _builtins.int
+    """Lanes in use, and those that the GPU and its slot have."""
+    pcie_width_max: _builtins.int
+    nvlinks_up: _builtins.int
+    """Of the links that there are."""
+    nvlinks_down: _builtins.int
+    sm_activity_ratio: _builtins.float
+    """0 to 1: shares of the last minute (GPM, from Hopper on)."""
+    tensor_activity_ratio: _builtins.float
+    def __init__(
+        self,
+        *,
+        processes: _builtins.int | None = ...,
+        ecc_volatile_corrected: _builtins.int | None = ...,
+        ecc_volatile_uncorrected: _builtins.int | None = ...,
+        ecc_aggregate_corrected: _builtins.int | None = ...,
+        ecc_aggregate_uncorrected: _builtins.int | None = ...,
+        remapped_rows_corrected: _builtins.int | None = ...,
+        remapped_rows_uncorrected: _builtins.int | None = ...,
+        remapped_rows_pending: _builtins.bool | None = ...,
+        remapped_rows_failed: _builtins.bool | None = ...,
+        pcie_width: _builtins.int | None = ...,
+        pcie_width_max: _builtins.int | None = ...,
+        nvlinks_up: _builtins.int | None = ...,
+        nvlinks_down: _builtins.int | None = ...,
+        sm_activity_ratio: _builtins.float | None = ...,
+        tensor_activity_ratio: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ecc_aggregate_corrected", b"_ecc_aggregate_corrected", "_ecc_aggregate_uncorrected", b"_ecc_aggregate_uncorrected", "_ecc_volatile_corrected", b"_ecc_volatile_corrected", "_ecc_volatile_uncorrected", b"_ecc_volatile_uncorrected", "_nvlinks_down", b"_nvlinks_down", "_nvlinks_up", b"_nvlinks_up", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_processes", b"_processes", "_remapped_rows_corrected", b"_remapped_rows_corrected", "_remapped_rows_failed", b"_remapped_rows_failed", "_remapped_rows_pending", b"_remapped_rows_pending", "_remapped_rows_uncorrected", b"_remapped_rows_uncorrected", "_sm_activity_ratio", b"_sm_activity_ratio", "_tensor_activity_ratio", b"_tensor_activity_ratio", "ecc_aggregate_corrected", b"ecc_aggregate_corrected", "ecc_aggregate_uncorrected", b"ecc_aggregate_uncorrected", "ecc_volatile_corrected", b"ecc_volatile_corrected", "ecc_volatile_uncorrected", b"ecc_volatile_uncorrected", "nvlinks_down", b"nvlinks_down", "nvlinks_up", b"nvlinks_up", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "processes", b"processes", "remapped_rows_corrected", b"remapped_rows_corrected", "remapped_rows_failed", b"remapped_rows_failed", "remapped_rows_pending", b"remapped_rows_pending", "remapped_rows_uncorrected", b"remapped_rows_uncorrected", "sm_activity_ratio", b"sm_activity_ratio", "tensor_activity_ratio", b"tensor_activity_ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ecc_aggregate_corrected", b"_ecc_aggregate_corrected", "_ecc_aggregate_uncorrected", b"_ecc_aggregate_uncorrected", "_ecc_volatile_corrected", b"_ecc_volatile_corrected", "_ecc_volatile_uncorrected", b"_ecc_volatile_uncorrected", "_nvlinks_down", b"_nvlinks_down", "_nvlinks_up", b"_nvlinks_up", "_pcie_width", b"_pcie_width", "_pcie_width_max", b"_pcie_width_max", "_processes", b"_processes", "_remapped_rows_corrected", b"_remapped_rows_corrected", "_remapped_rows_failed", b"_remapped_rows_failed", "_remapped_rows_pending", b"_remapped_rows_pending", "_remapped_rows_uncorrected", b"_remapped_rows_uncorrected", "_sm_activity_ratio", b"_sm_activity_ratio", "_tensor_activity_ratio", b"_tensor_activity_ratio", "ecc_aggregate_corrected", b"ecc_aggregate_corrected", "ecc_aggregate_uncorrected", b"ecc_aggregate_uncorrected", "ecc_volatile_corrected", b"ecc_volatile_corrected", "ecc_volatile_uncorrected", b"ecc_volatile_uncorrected", "nvlinks_down", b"nvlinks_down", "nvlinks_up", b"nvlinks_up", "pcie_width", b"pcie_width", "pcie_width_max", b"pcie_width_max", "processes", b"processes", "remapped_rows_corrected", b"remapped_rows_corrected", "remapped_rows_failed", b"remapped_rows_failed", "remapped_rows_pending", b"remapped_rows_pending", "remapped_rows_uncorrected", b"remapped_rows_uncorrected", "sm_activity_ratio", b"sm_activity_ratio", "tensor_activity_ratio", b"tensor_activity_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ecc_aggregate_corrected: _TypeAlias = _typing.Literal["ecc_aggregate_corrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_aggregate_corrected: _TypeAlias = _typing.Literal["_ecc_aggregate_corrected", b"_ecc_aggregate_corrected"]  # noqa: Y015
+    _WhichOneofReturnType__ecc_aggregate_uncorrected: _TypeAlias = _typing.Literal["ecc_aggregate_uncorrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_aggregate_uncorrected: _TypeAlias = _typing.Literal["_ecc_aggregate_uncorrected", b"_ecc_aggregate_uncorrected"]  # noqa: Y015
+    _WhichOneofReturnType__ecc_volatile_corrected: _TypeAlias = _typing.Literal["ecc_volatile_corrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_volatile_corrected: _TypeAlias = _typing.Literal["_ecc_volatile_corrected", b"_ecc_volatile_corrected"]  # noqa: Y015
+    _WhichOneofReturnType__ecc_volatile_uncorrected: _TypeAlias = _typing.Literal["ecc_volatile_uncorrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_volatile_uncorrected: _TypeAlias = _typing.Literal["_ecc_volatile_uncorrected", b"_ecc_volatile_uncorrected"]  # noqa: Y015
+    _WhichOneofReturnType__nvlinks_down: _TypeAlias = _typing.Literal["nvlinks_down"]  # noqa: Y015
+    _WhichOneofArgType__nvlinks_down: _TypeAlias = _typing.Literal["_nvlinks_down", b"_nvlinks_down"]  # noqa: Y015
+    _WhichOneofReturnType__nvlinks_up: _TypeAlias = _typing.Literal["nvlinks_up"]  # noqa: Y015
+    _WhichOneofArgType__nvlinks_up: _TypeAlias = _typing.Literal["_nvlinks_up", b"_nvlinks_up"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_width: _TypeAlias = _typing.Literal["pcie_width"]  # noqa: Y015
+    _WhichOneofArgType__pcie_width: _TypeAlias = _typing.Literal["_pcie_width", b"_pcie_width"]  # noqa: Y015
+    _WhichOneofReturnType__pcie_width_max: _TypeAlias = _typing.Literal["pcie_width_max"]  # noqa: Y015
+    _WhichOneofArgType__pcie_width_max: _TypeAlias = _typing.Literal["_pcie_width_max", b"_pcie_width_max"]  # noqa: Y015
+    _WhichOneofReturnType__processes: _TypeAlias = _typing.Literal["processes"]  # noqa: Y015
+    _WhichOneofArgType__processes: _TypeAlias = _typing.Literal["_processes", b"_processes"]  # noqa: Y015
+    _WhichOneofReturnType__remapped_rows_corrected: _TypeAlias = _typing.Literal["remapped_rows_corrected"]  # noqa: Y015
+    _WhichOneofArgType__remapped_rows_corrected: _TypeAlias = _typing.Literal["_remapped_rows_corrected", b"_remapped_rows_corrected"]  # noqa: Y015
+    _WhichOneofReturnType__remapped_rows_failed: _TypeAlias = _typing.Literal["remapped_rows_failed"]  # noqa: Y015
+    _WhichOneofArgType__remapped_rows_failed: _TypeAlias = _typing.Literal["_remapped_rows_failed", b"_remapped_rows_failed"]  # noqa: Y015
+    _WhichOneofReturnType__remapped_rows_pending: _TypeAlias = _typing.Literal["remapped_rows_pending"]  # noqa: Y015
+    _WhichOneofArgType__remapped_rows_pending: _TypeAlias = _typing.Literal["_remapped_rows_pending", b"_remapped_rows_pending"]  # noqa: Y015
+    _WhichOneofReturnType__remapped_rows_uncorrected: _TypeAlias = _typing.Literal["remapped_rows_uncorrected"]  # noqa: Y015
+    _WhichOneofArgType__remapped_rows_uncorrected: _TypeAlias = _typing.Literal["_remapped_rows_uncorrected", b"_remapped_rows_uncorrected"]  # noqa: Y015
+    _WhichOneofReturnType__sm_activity_ratio: _TypeAlias = _typing.Literal["sm_activity_ratio"]  # noqa: Y015
+    _WhichOneofArgType__sm_activity_ratio: _TypeAlias = _typing.Literal["_sm_activity_ratio", b"_sm_activity_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__tensor_activity_ratio: _TypeAlias = _typing.Literal["tensor_activity_ratio"]  # noqa: Y015
+    _WhichOneofArgType__tensor_activity_ratio: _TypeAlias = _typing.Literal["_tensor_activity_ratio", b"_tensor_activity_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_aggregate_corrected) -> _WhichOneofReturnType__ecc_aggregate_corrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_aggregate_uncorrected) -> _WhichOneofReturnType__ecc_aggregate_uncorrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_volatile_corrected) -> _WhichOneofReturnType__ecc_volatile_corrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_volatile_uncorrected) -> _WhichOneofReturnType__ecc_volatile_uncorrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nvlinks_down) -> _WhichOneofReturnType__nvlinks_down | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nvlinks_up) -> _WhichOneofReturnType__nvlinks_up | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_width) -> _WhichOneofReturnType__pcie_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pcie_width_max) -> _WhichOneofReturnType__pcie_width_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__processes) -> _WhichOneofReturnType__processes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remapped_rows_corrected) -> _WhichOneofReturnType__remapped_rows_corrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remapped_rows_failed) -> _WhichOneofReturnType__remapped_rows_failed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remapped_rows_pending) -> _WhichOneofReturnType__remapped_rows_pending | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remapped_rows_uncorrected) -> _WhichOneofReturnType__remapped_rows_uncorrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_activity_ratio) -> _WhichOneofReturnType__sm_activity_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tensor_activity_ratio) -> _WhichOneofReturnType__tensor_activity_ratio | None: ...
+
+Global___GpuDetails: _TypeAlias = GpuDetails  # noqa: Y015
 
 @_typing.final
 class HostFacts(_message.Message):
