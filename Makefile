@@ -6,6 +6,7 @@
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
 #   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
+#   make soak            an hour of ordinary work, and whether the programs' memory grows
 #   make protos          generate the Python code of protos/ again
 #   make clean           remove the virtual environment, caches and builds
 #
@@ -40,10 +41,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256s
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check gates fast-tests bench sim torture protos clean
+.PHONY: help setup demo test check gates fast-tests bench sim torture soak protos clean
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -140,6 +141,9 @@ sim: $(STAMP)
 torture: $(STAMP)
 	@$(BIN)/python -m tests.trainers.torture
 	exec $(BIN)/python -m tests.e2e.torture
+
+soak: $(STAMP)
+	@exec $(BIN)/python -m bench.soak
 
 protos: $(STAMP)
 	@exec $(BIN)/python -m protos.generate

@@ -20,6 +20,7 @@ import msgspec
 from agent.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
+    TLS_FIELDS,
     ConfigError,
     Loaded,
     Program,
@@ -32,6 +33,7 @@ from agent.sources import (
     range_problem,
     says,
     tls_problem,
+    with_credentials,
 )
 from agent.sources import load as load_program
 
@@ -60,6 +62,8 @@ SLAB_MEMORY_PERCENT_MAX: Final = 90  # the trainers themselves, and the agent, l
 SAMPLE_INTERVAL_MS_MIN: Final = 100  # NVML's own counters change no faster
 SAMPLE_INTERVAL_MS_MAX: Final = 60_000  # older figures tell nothing of a running step
 HANG_FLOOR_MS_MAX: Final = 86_400_000  # a day; who wants no limits says so in the job
+JOB_LOG_BYTES_MAX_MIN: Final = 64 * 1024**2  # one full log; less keeps nothing that is over
+JOB_LOG_BYTES_MAX_MAX: Final = 1024**4  # a whole disk; logs are for people to read
 ABSENCE_MS_MAX: Final = 600_000  # the coordinator believes no longer absence; that is a drain
 
 # What trainers get of the agent's own environment; nothing else leaks into a job. A job's own
@@ -161,6 +165,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds between readings of the GPUs, 100 to 60000. Once a second shows a stalled "
         "input pipeline and costs next to nothing."
     )] = 1_000
+    kernel_log: Annotated[str, says(
+        "Where the kernel's log is read for the driver's errors (XIDs), beside what NVML tells of "
+        "them. It needs the right to read it; without it NVML is the only witness. Empty: not."
+    )] = "/dev/kmsg"
+    xid_table: Annotated[str, says(
+        "TOML file that says what follows from each XID, in place of the agent's own table, which "
+        "is NVIDIA's catalogue of the day that it names. Default (empty): our own."
+    )] = ""
     hang_floor_ms: Annotated[int, says(
         "Milliseconds that a section of a training (a step, an evaluation) may take in any case, "
         "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "
@@ -176,7 +188,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "that are there already."
     )] = False
     tls_cert: Annotated[str, says(
-        "PEM file with this agent's certificate chain. Default (empty): no TLS, loopback only."
+        "PEM file with this agent's certificate chain; as the other two, it may begin with "
+        "$CREDENTIALS_DIRECTORY, where a service finds what LoadCredential= names. Default "
+        "(empty): no TLS, loopback only."
     )] = ""
     tls_key: Annotated[str, says("PEM file with its private key.")] = ""
     tls_ca: Annotated[str, says(
@@ -187,8 +201,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = "info"
     log_format: Annotated[str, says(
         "json (one object a line, for machines), console (for people), or auto: console when "
-        "stderr is a terminal."
+        "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
+    job_units: Annotated[bool, says(
+        "Run each job as a service of systemd, held to its memory and its GPUs, where "
+        "baton-launcher.socket is there. false: in the agent's own unit, without limits, and "
+        "built-in trainers start warm, which they cannot in a unit of their own."
+    )] = True
+    job_log_bytes_max: Annotated[int, says(
+        "Bytes that the output of all jobs on this node may take, 64 MiB to 1 TiB. Each job keeps "
+        "its newest 64 MiB; the logs of finished ones go first, the oldest before the others. "
+        "Default: 4 GiB, which 64 full logs fit in."
+    )] = 4 * 1024**3
     restart_absence_ms: Annotated[int, says(
         "Milliseconds of absence announced at SIGTERM, 0 to 600000; the node's jobs stay its own "
         "so long. A minute covers an upgrade. SIGHUP takes it over."
@@ -231,9 +255,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             range_problem("hang_floor_ms", self.hang_floor_ms, 1_000, HANG_FLOOR_MS_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
+            range_problem(
+                "job_log_bytes_max",
+                self.job_log_bytes_max,
+                JOB_LOG_BYTES_MAX_MIN,
+                JOB_LOG_BYTES_MAX_MAX,
+            ),
             range_problem("restart_absence_ms", self.restart_absence_ms, 0, ABSENCE_MS_MAX),
         ]
-        for name in ("shared_directory", "port_file"):
+        for name in ("shared_directory", "port_file", "kernel_log", "xid_table"):
             found.append(getattr(self, name) and path_problem(name, getattr(self, name)))
         return list(dict.fromkeys(sentence for sentence in found if sentence))
 
@@ -358,6 +388,7 @@ def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[st
     """`values` with what trainers inherit below the variables that were given."""
     inherited = {name: environment[name] for name in INHERITED_VARIABLES if name in environment}
     given = values.get("trainer_environment", {})
+    values = with_credentials(values, TLS_FIELDS, environment)
     return {**values, "trainer_environment": {**FALLBACK_VARIABLES, **inherited, **given}}
 
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.core.attempt import AttemptRecord
+from agent.core.health import GpuHealthChanged
 from agent.core.messages import (
     AgentEvent,
     AttemptExited,
@@ -37,6 +38,7 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -49,6 +51,7 @@ _BODIES: dict[str, type[SpooledBody]] = {
     "refused": AttemptRefused,
     "milestone": AttemptMilestone,
     "proposed": CheckpointProposed,
+    "health": GpuHealthChanged,
 }
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 
@@ -130,6 +133,7 @@ class SqliteJournal:
             int(meta.get("next_sequence", "1")),
             fences,
             int(meta.get("leader_epoch", "0")),
+            msgspec.json.decode(meta.get("gpus_mended", "[]"), type=tuple[tuple[str, int], ...]),
         )
 
     def _put_meta(self, key: str, value: str) -> None:
@@ -179,6 +183,8 @@ class SqliteJournal:
                 self._execute("drop_fenced_ranks", {"job_id": record.job_id})
             case PutLeaderEpoch():
                 self._put_meta("leader_epoch", str(record.epoch))
+            case PutGpusMended():
+                self._put_meta("gpus_mended", msgspec.json.encode(record.mended).decode())
 
 
 def _fences(rows: Iterable[tuple[int, int, int | None]]) -> tuple[PutFence, ...]:

@@ -13,8 +13,18 @@ it does for any program.) A value that JSON does not know is written as its `rep
 too long is cut and says so, and an unwritable stderr never stops the program. What libraries say
 through `logging` becomes lines of the same kind, under the event `library`.
 
-A line: ts (RFC 3339, UTC, ms), level, event (a stable name), seq, the fields bound at `configure`,
-then its own. journald cuts lines at 48 KiB (journald.conf(5), LineMax=), so we do before.
+A line: ts (RFC 3339, UTC, ms), level, event (a stable name), msg (a sentence for people), seq, the
+fields bound at `configure` and the machine's boot_id, then job and epoch where an attempt is named,
+then its own; an exception is the text `error`. journald cuts lines at 48 KiB (journald.conf(5),
+LineMax=), so we do before.
+
+Events come from a closed list (`events.py`), from which msg is made. A name that is not on it is a
+bug, but none that may cost a line or a daemon: it is logged as `unregistered`, with its name in
+`original`. Where stderr is the journal, and `format` is auto, lines go to it with fields of its own
+(`journald.py`), all of them, since two ways into one journal would show them out of order; one that
+it does not take at once goes to stderr as JSON.
+
+A core's line goes to the writer directly: structlog's chain would cost it as much again.
 
 Coordinator and agent each have this file, word for word (a test compares them), because neither may
 import the other.
@@ -33,6 +43,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import orjson
@@ -53,25 +65,61 @@ _LEVELS: Final[Mapping[str, int]] = {
     "critical": logging.CRITICAL,
 }
 _METHODS: Final[Mapping[str, str]] = {"warn": "warning", "exception": "error", "fatal": "critical"}
-# These four belong to the line; a field of such a name gets an underscore.
-_RESERVED: Final = ("ts", "level", "event", "seq")
+# These belong to the line; a field of such a name gets an underscore.
+_RESERVED: Final = ("ts", "level", "event", "msg", "seq", "boot_id")
+_RESERVED_SET: Final = frozenset(_RESERVED)
+_UNREGISTERED: Final = "unregistered"
+_BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
 
 _Render = Callable[[dict[str, Any]], bytes]
+# Takes a line with its values to the journal, if it can: the values, and their line as JSON.
+_Journal = Callable[[Mapping[str, Any], bytes], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A kind of line. `fields` are names with spaces between; `msg` holds some of them in braces,
+    and `meaning` says when it is logged, and what to do where that is not plain."""
+
+    name: str
+    level: str
+    fields: str
+    msg: str
+    meaning: str
+
+
+def registry(*events: Event) -> Mapping[str, Event]:
+    """By name. Raises `ValueError` for a name that is there twice."""
+    found = {event.name: event for event in events}
+    if len(found) != len(events):
+        raise ValueError("an event is registered twice")
+    return found
 
 
 def configure(
-    level: str, format: str, *, descriptor: int | None = None, **bound: object
+    level: str,
+    format: str,
+    events: Mapping[str, Event],
+    *,
+    descriptor: int | None = None,
+    journal: _Journal | None = None,
+    **bound: object,
 ) -> FilteringBoundLogger:
     """Send all logs of this process to stderr, or `descriptor`. May be called again (SIGHUP).
 
     `level` is debug, info, warning, error or critical; `format` json, console or auto (console when
-    stderr is a terminal). `bound` are fields of every line. Raises `KeyError` for another level.
+    stderr is a terminal, else `journal` if there is one). `events` are those that may be logged;
+    `bound` are fields of every line. Raises `KeyError` for another level.
     """
+    global _direct
     descriptor = sys.stderr.fileno() if descriptor is None else descriptor
     terminal = os.isatty(descriptor)
     console = format == "console" or (format == "auto" and terminal)
     render = _console(colors=terminal) if console else _json_line
-    writer = Writer(open_stream(descriptor), render, bound)
+    writer = Writer(open_stream(descriptor), render, {**bound, "boot_id": _boot_id()})
+    writer.events = events
+    writer.journal = journal if format == "auto" and not console else None
+    _direct = (_LEVELS[level], writer)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         processors=[_as_arguments],
@@ -87,11 +135,17 @@ def configure(
 
 
 def emit(level: str, event: str, fields: Iterable[tuple[str, object]] = ()) -> None:
-    """Log one line: what a core's `Log` says. Raises `AttributeError` for an unknown level."""
+    """Log one line: what a core's `Log` says. Raises `KeyError` for an unknown level."""
     values = dict(fields)
     if "event" in values:
         values["event_"] = values.pop("event")
-    getattr(structlog.get_logger(), level)(event, **values)
+    if _direct is None:
+        structlog.get_logger().log(_LEVELS[level], event, **values)
+        return
+    threshold, writer = _direct
+    if _LEVELS[level] >= threshold:
+        values["event"] = event
+        writer.line(level, values)
 
 
 class Writer:
@@ -108,32 +162,46 @@ class Writer:
         self._render = render
         self._bound = dict(bound)
         self._unix_ms = unix_ms
+        self.events: Mapping[str, Event] = {}
+        self.journal: _Journal | None = None
         self._lock = threading.Lock()
         self._stamp_s = -1
         self._stamp = ""
 
-    def _line(self, method: str, fields: EventDict) -> None:
+    def line(self, method: str, fields: EventDict) -> None:
+        """Write what structlog's method of this name was given; `event` is among the fields."""
         event = fields.pop("event", None)
-        if fields.keys() & {"exc_info", "stack_info"}:
+        if "exc_info" in fields or "stack_info" in fields:
             _spell_exception(fields)
-        for name in _RESERVED:
-            if name in fields:
-                fields[name + "_"] = fields.pop(name)
+        if not _RESERVED_SET.isdisjoint(fields):
+            for name in _RESERVED:
+                if name in fields:
+                    fields[name + "_"] = fields.pop(name)
+        level = _METHODS.get(method, method)
+        registered = self.events.get(event) if isinstance(event, str) else None
+        if registered is None:
+            fields["original"], event, msg = event, _UNREGISTERED, str(event)
+        else:
+            msg = _sentence(registered, fields)
         with self._lock:  # the order of `seq` is the order of lines
             head = {
                 "ts": self._timestamp(),
-                "level": _METHODS.get(method, method),
+                "level": level,
                 "event": event,
+                "msg": msg,
                 "seq": next(_numbers),
+                **self._bound,
             }
-            line = self._render({**head, **self._bound, **fields})
+            values = {**head, **_whose(fields), **fields}
+            line = self._render(values)
             if len(line) > LINE_BYTES_MAX:
                 text = line[:CUT_CHARACTERS].decode("utf-8", "ignore")
-                line = self._render({**head, "event": str(event)[:200], "cut_bytes": len(line)}
-                                    | {"cut": text})  # fmt: skip
-            self._write(line)
+                values = head | {"msg": msg[:CUT_CHARACTERS], "cut_bytes": len(line), "cut": text}
+                line = self._render(values)
+            if self.journal is None or not self.journal(values, line):
+                self._write(line)
 
-    debug = info = warning = warn = error = exception = critical = fatal = msg = _line
+    debug = info = warning = warn = error = exception = critical = fatal = msg = line
 
     def _timestamp(self) -> str:
         seconds, rest_ms = divmod(self._unix_ms(), 1_000)
@@ -211,7 +279,7 @@ class _Library(logging.Handler):
             message = record.getMessage()
         except (TypeError, ValueError):  # arguments that do not fit their format
             message = str(record.msg)
-        fields: dict[str, object] = {"logger": record.name, "msg": message}
+        fields: dict[str, object] = {"logger": record.name, "text": message}
         if record.exc_info:
             fields["exc_info"] = record.exc_info
         emit(level if level in _LEVELS else "warning", "library", fields.items())
@@ -219,12 +287,38 @@ class _Library(logging.Handler):
 
 # One count for the process: a second `configure` goes on where the first one was.
 _numbers = itertools.count(1)
+# The least level that is written, and by whom; None before the first `configure`.
+_direct: tuple[int, Writer] | None = None
+
+
+def _sentence(event: Event, fields: Mapping[str, object]) -> str:
+    try:
+        return event.msg.format_map(fields)
+    except (LookupError, TypeError, ValueError):  # a field that this line lacks: its name stays
+        return event.msg
+
+
+def _whose(fields: Mapping[str, object]) -> dict[str, object]:
+    """Job and epoch of the attempt that is named: attempts are called `<job>.<epoch>[.<rank>]`."""
+    attempt = fields.get("attempt")
+    if not isinstance(attempt, str):
+        return {}
+    job, _, rest = attempt.partition(".")
+    epoch = rest.partition(".")[0]
+    return {"job": int(job), "epoch": int(epoch)} if job.isdecimal() and epoch.isdecimal() else {}
+
+
+def _boot_id() -> str:
+    """Of this start of the machine; empty where the kernel does not say. As journald writes it."""
+    with contextlib.suppress(OSError):
+        return _BOOT_ID_PATH.read_text("ascii").strip().replace("-", "")
+    return ""
 
 
 def _as_arguments(
     logger: object, method: str, fields: EventDict
 ) -> tuple[tuple[str, EventDict], dict[str, Any]]:
-    """The whole of structlog's chain: hand everything to `Writer._line`."""
+    """The whole of structlog's chain: hand everything to `Writer.line`."""
     return (method, fields), {}
 
 
@@ -247,6 +341,10 @@ def _encodable(value: object) -> object:
     return value
 
 
+# What only programs compare, and what the sentence has said.
+_NOT_FOR_PEOPLE: Final = frozenset({"seq", "boot_id", "job", "epoch"})
+
+
 def _console(*, colors: bool) -> _Render:
     renderer = structlog.dev.ConsoleRenderer(
         colors=colors,
@@ -256,18 +354,19 @@ def _console(*, colors: bool) -> _Render:
     )
 
     def render(values: dict[str, Any]) -> bytes:
-        values.pop("seq", None)
+        values = {name: value for name, value in values.items() if name not in _NOT_FOR_PEOPLE}
+        values["event"] = f"{values['event']:<24} {values.pop('msg')}"
         return f"{renderer(None, '', values)}\n".encode("utf-8", "backslashreplace")
 
     return render
 
 
 def _spell_exception(fields: EventDict) -> None:
-    """`exc_info`, in any of the forms that `logging` knows, becomes the text `exception`."""
+    """`exc_info`, in any of the forms that `logging` knows, becomes the text `error`."""
     fields.pop("stack_info", None)
     given = fields.pop("exc_info", None)
     if given is True:
         given = sys.exc_info()
     error = given[1] if isinstance(given, tuple) else given
     if isinstance(error, BaseException):
-        fields["exception"] = "".join(traceback.format_exception(error))
+        fields["error"] = "".join(traceback.format_exception(error))

@@ -10,14 +10,15 @@ import os
 import random
 import secrets
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from agent import https
 from agent import logs as logging_setup
-from agent.chunks.https import server_context
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
@@ -33,24 +34,37 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Options
 from agent.core.trainer_messages import TrainerMessage
+from agent.events import EVENTS
 from agent.histogram import SECONDS_BOUNDS, Histogram
 from agent.journal import SqliteJournal
+from agent.journald import journal_of, stderr_is_journal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
 from agent.ports import ChunkError, JournalUnavailable
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
 from agent.processes.supervisor import Supervisor
+from agent.processes.units import SOCKET, Units
+from agent.pulse import standing
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
 from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
+from agent.telemetry.xid_table import TableError, load_table
+from agent.telemetry.xids import Xids
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
 from agent.workspace import AttemptDirectories
 
-# The loop goes round at least once a heartbeat; this many missed rounds are a hang.
-WATCHDOG_ROUNDS = 10
+# What an operator can mend.
+_NOT_STARTED = (
+    ConfigError,
+    TableError,
+    TransportError,
+    ChunkError,
+    JournalUnavailable,
+    OSError,
+)
 
 
 class SystemClock:
@@ -88,19 +102,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configuration, 0 after printing it."""
     given = sys.argv[1:] if arguments is None else arguments
     config = from_command_line(given, os.environ).config
-    logging_setup.configure(config.log_level, config.log_format, node=config.node)
+    _log_to_stderr(config)
     try:
         asyncio.run(_serve(config, given))
-    except (ConfigError, TransportError, ChunkError, JournalUnavailable, OSError) as error:
+    except _NOT_STARTED as error:
         logging_setup.emit("critical", "agent.not_started", (("reason", str(error)),))
         return 1
     return 0
+
+
+def _log_to_stderr(config: Config) -> None:
+    """To the journal itself where stderr ends there."""
+    journal = journal_of("baton-agent").send if stderr_is_journal(os.environ) else None
+    logging_setup.configure(
+        config.log_level, config.log_format, EVENTS, journal=journal, node=config.node
+    )
 
 
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
     tls = config.tls()
+    xids = load_table(config.xid_table)
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
@@ -108,7 +131,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()
-        supervisor = Supervisor(state_directory, forks=forks)
+        supervisor = _supervisor(config, forks)
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"
@@ -133,16 +156,15 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         trainers = SdkServer(Path(config.runtime_directory), ears, slabs)
         stack.push_async_callback(trainers.close)
         await trainers.open()
-        probe = NvmlProbe(state_directory, allowed_uuids=config.allowed_gpus())
-        stack.callback(probe.close)
-        await asyncio.to_thread(probe.open)
-        if probe.absence:
-            logging_setup.emit("warning", "gpu.absent", (("reason", probe.absence),))
+        errors = Xids(config.kernel_log)
+        stack.callback(errors.close)
+        probe = await _open_probe(stack, config, errors.make())
         options = Options(
             config.advertised(port),
             _launch_options(config, trainers, workspaces),
             config.shared_place(),
             config.hang_floor_ms,
+            xids,
         )
         ports = Ports(
             SystemClock(),
@@ -157,6 +179,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             GrpcUplink(config.coordinator, tls),
             logging_setup.emit,
             asyncio.to_thread,
+            errors,
             config.sample_interval_ms,
         )
         shell = AgentShell(NodeCore(options, memory), ports)
@@ -164,6 +187,19 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.metrics_listen:
             await _open_metrics(stack, config, shell)
         await _run(shell, config, arguments, options.peer_address)
+
+
+async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: int) -> NvmlProbe:
+    probe = NvmlProbe(
+        Path(config.state_directory),
+        allowed_uuids=config.allowed_gpus(),
+        event_descriptor=event_descriptor,
+    )
+    stack.callback(probe.close)
+    await asyncio.to_thread(probe.open)
+    if probe.absence:
+        logging_setup.emit("warning", "gpu.absent", (("reason", probe.absence),))
+    return probe
 
 
 async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell) -> None:
@@ -177,7 +213,7 @@ async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell
         config.metrics_listen,
         lambda: figures(shell.view(), lag, dcgm_names=config.metrics_dcgm_names),
         lag,
-        None if tls is None else server_context(tls),
+        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
@@ -200,7 +236,7 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    watching = asyncio.create_task(_watch(shell, notifier, config))
+    watching = asyncio.create_task(_watch(shell, notifier))
     logging_setup.emit(
         "info",
         "agent.started",
@@ -208,7 +244,6 @@ async def _run(
     )
     if config.port_file:
         write_port_file(config.port_file, peer_address)
-    notifier.ready()
     try:
         await shell.run()
     finally:
@@ -216,16 +251,26 @@ async def _run(
     logging_setup.emit("info", "agent.stopped", ())
 
 
-async def _watch(shell: AgentShell, notifier: Notifier, config: Config) -> None:
-    """Tell systemd that we live, as long as the loop really goes round."""
+async def _watch(shell: AgentShell, notifier: Notifier) -> None:
+    """Tell systemd that we are ready, and then that we live, as long as every loop moves."""
+    await shell.opened.wait()
+    notifier.ready()
     interval_ms = notifier.watchdog_interval_ms()
     if interval_ms is None:
         return
     clock = SystemClock()
-    patience_ms = WATCHDOG_ROUNDS * config.sample_interval_ms
+    said = ""
     while True:
-        if clock.now_ms() - shell.progress_ms < patience_ms:
+        stands = standing(clock.now_ms(), shell.pulse())
+        if stands is None:
             notifier.watchdog()
+        elif stands.loop != said:
+            still_ms = clock.now_ms() - stands.moved_ms
+            logging_setup.emit(
+                "error", "watchdog.withheld", (("loop", stands.loop), ("still_ms", still_ms))
+            )
+        said = "" if stands is None else stands.loop
+        shell.nudge()
         await clock.sleep_ms(interval_ms // 3)
 
 
@@ -240,7 +285,7 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
             logging_setup.emit("error", "config.refused", (("reason", sentence),))
         fresh = current
     else:
-        logging_setup.configure(fresh.log_level, fresh.log_format, node=fresh.node)
+        _log_to_stderr(fresh)
         changed = [
             field
             for field in fresh.__struct_fields__
@@ -279,6 +324,20 @@ def _warmth(config: Config) -> Warmth | None:
     if not config.warm_start:
         return None
     return Warmth(config.trainer_python, ("trainers.warm",), config.trainer_environment)
+
+
+def _supervisor(config: Config, forks: ForkServers) -> Supervisor:
+    """With trainers as services of systemd where that can be asked for, else as processes of this
+    agent's own unit."""
+    units = Units(SOCKET) if config.job_units and SOCKET.exists() else None
+    if units is not None:
+        logging_setup.emit("info", "agent.job_units", (("launcher", str(SOCKET)),))
+    return Supervisor(
+        Path(config.state_directory),
+        forks=forks,
+        units=units,
+        log_bytes_max=config.job_log_bytes_max,
+    )
 
 
 class _LogSource:

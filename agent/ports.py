@@ -13,7 +13,9 @@ from typing import Protocol
 from agent.core.messages import Order, Upward
 from agent.core.state import Record
 from agent.core.values import (
+    DriverLoaded,
     GpuFacts,
+    GpuOccupancy,
     HostFacts,
     Launch,
     ProcessExit,
@@ -22,7 +24,15 @@ from agent.core.values import (
     Restored,
     Sample,
     StoredCheckpoint,
+    XidSeen,
 )
+
+
+class Chance(Protocol):
+    """Randomness, so that a simulation can seed it."""
+
+    def token(self) -> str: ...
+    def draw(self) -> float: ...
 
 
 class Clock(Protocol):
@@ -40,6 +50,21 @@ class GpuProbe(Protocol):
     def host_facts(self) -> HostFacts: ...
     def gpu_facts(self) -> tuple[GpuFacts, ...]: ...
     def sample(self) -> Sample: ...
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+        """Who uses these now, in any order, as far as the driver says. It costs the driver more
+        than a sample."""
+        ...
+
+
+class Xids(Protocol):
+    """The driver's errors, as they come."""
+
+    async def open(self, told: Callable[[XidSeen | DriverLoaded], None]) -> None:
+        """Tell what this boot has seen of them, and from then on each, at once."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Processes(Protocol):

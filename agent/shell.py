@@ -14,11 +14,12 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.census import census
+from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -29,9 +30,18 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     is_capture,
 )
-from agent.core.values import ProcessExit, ReplicaSource, Sample, StoredCheckpoint
+from agent.core.values import (
+    DriverLoaded,
+    GpuOccupancy,
+    ProcessExit,
+    ReplicaSource,
+    Sample,
+    StoredCheckpoint,
+    XidSeen,
+)
 from agent.counts import Counts, View
 from agent.ports import (
+    Chance,
     ChunkError,
     Chunks,
     Clock,
@@ -47,7 +57,9 @@ from agent.ports import (
     Trainers,
     Uplink,
     Workspace,
+    Xids,
 )
+from agent.pulse import LINK_PATIENCE_MS, MAIN_PATIENCE_MS, SAMPLING_PATIENCE_MS, Beat
 
 BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
 OUTBOX_MAX = 4_096  # messages to a coordinator that does not read; beyond that the link is dead
@@ -55,13 +67,6 @@ JOURNAL_RETRY_MS = 500
 # Events that wait while the journal takes none, half an hour of readings. Beyond it readings and
 # progress are not taken in: the next ones say more.
 INBOX_MAX = 2_000
-
-
-class Chance(Protocol):
-    """Randomness, so that a simulation can seed it."""
-
-    def token(self) -> str: ...
-    def draw(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,7 @@ class Ports:
     uplink: Uplink
     log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
     in_thread: Callable[..., Awaitable[object]]
+    xids: Xids
     sample_interval_ms: int = 1_000
 
 
@@ -90,6 +96,7 @@ class AgentShell:
         self._inbox: deque[m.Event] = deque()
         # Where trainers are, by attempt and connection, for which the inbox had no room.
         self._unheard: dict[tuple[str, int], TrainerSection] = {}
+        self._unheard_xids: dict[tuple[str, str, int, str], XidSeen] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
         self._outbox: deque[m.Upward] = deque()
@@ -101,7 +108,9 @@ class AgentShell:
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
         self._counts = Counts()
-        self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
+        # When the loops last moved; the watchdog looks at it.
+        self.progress_ms = self._sampled_ms = self._linked_ms = 0
+        self.opened = asyncio.Event()  # trainers of an earlier run have been adopted
 
     # --- what others call -------------------------------------------------------------------------
 
@@ -126,6 +135,19 @@ class AgentShell:
     def on_exit(self, ended: ProcessExit) -> None:
         self.post(m.ProcessEnded(ended))
 
+    def on_xid(self, word: XidSeen | DriverLoaded) -> None:
+        """An error of a GPU. None is lost while the journal takes nothing: they add up."""
+        if len(self._inbox) < INBOX_MAX or isinstance(word, DriverLoaded):
+            self.post(word)
+            return
+        key = (word.uuid, word.pci_bus_id, word.code, word.source)
+        before = self._unheard_xids.get(key)
+        if before is not None:
+            count, since_ms = before.count + word.count, before.since_unix_ms
+            word = replace(word, count=count, first_unix_ms=since_ms)
+        if before is not None or len(self._unheard_xids) < INBOX_MAX:
+            self._unheard_xids[key] = word
+
     def leave(self, absence_ms: int | None) -> None:
         """Say goodbye and end; trainers go on."""
         self.post(m.Leaving(absence_ms))
@@ -137,12 +159,29 @@ class AgentShell:
         now_census = census(self._core.state, self._ports.clock.now_ms())
         return View(now_census, self._counts, len(self._inbox), len(self._outbox))
 
+    def nudge(self) -> None:
+        """Have the loop go round once, though there may be nothing to do."""
+        self._wake.set()
+
+    def pulse(self) -> tuple[Beat, ...]:
+        """When each loop last moved; `nudge` first, and look at the next turn."""
+        sampling_ms = SAMPLING_PATIENCE_MS + self._ports.sample_interval_ms
+        link_ms = LINK_PATIENCE_MS + 2 * self._core.state.lease_ms
+        return (
+            Beat("main", self.progress_ms, MAIN_PATIENCE_MS),
+            Beat("sampling", self._sampled_ms, sampling_ms),
+            Beat("link", self._linked_ms, link_ms),
+        )
+
     async def run(self) -> None:
         """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
         adopted = await self._ports.processes.open(self.on_exit)
         host = await self._ports.in_thread(self._ports.probe.host_facts)
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
+        self.progress_ms = self._sampled_ms = self._linked_ms = self._ports.clock.now_ms()
+        await self._ports.xids.open(self.on_xid)
+        self.opened.set()
         self._spawn(self._keep_link())
         self._spawn(self._keep_sampling())
         try:
@@ -152,6 +191,7 @@ class AgentShell:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._ports.xids.close()
             await self._ports.processes.close()
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -197,6 +237,8 @@ class AgentShell:
         while self._unheard and len(self._inbox) < INBOX_MAX:
             (attempt_id, _), section = self._unheard.popitem()
             self._inbox.append(m.FromTrainer(attempt_id, section))
+        while self._unheard_xids and len(self._inbox) < INBOX_MAX:
+            self._inbox.append(self._unheard_xids.pop(next(iter(self._unheard_xids))))
         return batch
 
     def _now(self) -> Instant:
@@ -264,6 +306,8 @@ class AgentShell:
                 self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
+            case InspectGpus():
+                self._spawn(self._inspect(command))
             case m.Log():
                 ports.log(command.level, command.event, command.fields)
 
@@ -302,6 +346,10 @@ class AgentShell:
             self.post(m.StartFailed(attempt_id, str(error), error.permanent))
         else:
             self.post(m.ProcessStarted(attempt_id, pid))
+
+    async def _inspect(self, command: InspectGpus) -> None:
+        usages = await self._ports.in_thread(self._ports.probe.usage, command.gpu_uuids)
+        self.post(GpusInspected(cast(tuple[GpuOccupancy, ...], usages)))
 
     async def _clear(self, attempt_id: str) -> None:
         await self._ports.in_thread(self._ports.workspace.clear, attempt_id)
@@ -372,6 +420,7 @@ class AgentShell:
         failures = 0
         said = ""
         while not self._leaving.is_set():
+            self._linked_ms = self._ports.clock.now_ms()
             if self._stuck:  # a hello would wait for the journal, and pile up behind it
                 await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
                 continue
@@ -398,6 +447,7 @@ class AgentShell:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
             while True:
                 order = await session.receive()
+                self._linked_ms = self._ports.clock.now_ms()
                 self._counts.orders_received += 1
                 talked = True
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
@@ -440,7 +490,8 @@ class AgentShell:
         while True:
             begun_ms = self._ports.clock.now_ms()
             sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
-            self._counts.sampled(sample, self._ports.clock.now_ms() - begun_ms, interval_ms)
+            self._sampled_ms = self._ports.clock.now_ms()
+            self._counts.sampled(sample, self._sampled_ms - begun_ms, interval_ms)
             if len(self._inbox) < INBOX_MAX:
-                self.post(m.Sampled(sample))
+                self.post(Sampled(sample))
             await self._ports.clock.sleep_ms(interval_ms)

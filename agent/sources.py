@@ -33,6 +33,9 @@ LOG_FORMATS: Final = ("auto", "json", "console")
 # Below this likeness a suggestion would be a guess; "lissten" and "listen" are at 0.92.
 LIKENESS_MIN: Final = 0.5
 
+CREDENTIALS: Final = "$CREDENTIALS_DIRECTORY"
+TLS_FIELDS: Final = ("tls_cert", "tls_key", "tls_ca")
+
 BOOLEANS: Final = {"true": True, "false": False}
 
 _METAVARS: Final[Mapping[object, str]] = {
@@ -327,8 +330,27 @@ def choice_problem(name: str, value: str, choices: tuple[str, ...]) -> str | Non
     return f"'{name}' must be one of {', '.join(choices)}, not '{value}'"
 
 
+def with_credentials(
+    values: Mapping[str, Any], names: Iterable[str], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """`values` with the directory of this service's credentials (systemd.exec(5),
+    LoadCredential=) for a leading `$CREDENTIALS_DIRECTORY` of those `names`. Keys then belong to
+    root, and this program gets copies in memory that nobody else can read."""
+    found = dict(values)
+    directory = environment.get("CREDENTIALS_DIRECTORY", "")
+    for name in names:
+        if directory and str(found.get(name, "")).startswith(CREDENTIALS):
+            found[name] = directory + found[name].removeprefix(CREDENTIALS)
+    return found
+
+
 def tls_problem(*paths: str) -> str | None:
-    """All three files, or none."""
+    """All three files, or none; and where they are credentials, systemd must have said where."""
+    if any(path.startswith(CREDENTIALS) for path in paths):
+        return (
+            f"{CREDENTIALS} is set by systemd alone, for a unit with LoadCredential=: start the "
+            "service, or give the paths of the TLS files"
+        )
     if all(paths) or not any(paths):
         return None
     return "'tls_cert', 'tls_key' and 'tls_ca' belong together: give all three or none"

@@ -4,12 +4,14 @@ A message that makes no sense (an attempt id that is not one, a missing part) ra
 the peer is wrong, and the session ends with that sentence and not with a stack trace in the core.
 """
 
+import re
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
+from agent.core.health import GpuHealthChanged
 from agent.core.ids import RANKS_MAX, find_attempt_id
 from agent.core.trainer_messages import TrainerTime
 from agent.core.values import (
@@ -21,12 +23,15 @@ from agent.core.values import (
     RestoreCandidate,
     RestorePart,
 )
+from agent.wire_health import encode_change, encode_health
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
 PORT_MAX = 65_535
 # What this version can do that the first one could not; agent.proto says what each means.
 CAPABILITIES = (pb.CAPABILITY_GANGS,)
+# https://www.w3.org/TR/trace-context/, section 3.2
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
 _REPLICATIONS = {types.REPLICATION_REQUIRED: "required", types.REPLICATION_NONE: "none"}
 
@@ -65,6 +70,7 @@ def _hello(hello: m.Hello) -> pb.Hello:
         checkpoints=hello.checkpoints,
         acknowledged_sequence=hello.acknowledged_sequence,
         capabilities=CAPABILITIES,
+        health=[encode_health(said) for said in hello.health],
     )
 
 
@@ -180,6 +186,8 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                     parts=body.parts,
                 )
             )
+        case GpuHealthChanged():
+            message.gpu_health.CopyFrom(encode_change(body))
     return message
 
 
@@ -241,7 +249,14 @@ def _start(order: pb.StartAttempt) -> m.StartAttempt:
         _source(order.replica_target) if order.HasField("replica_target") else None,
         order.restart_count,
         _gang(order.gang) if order.HasField("gang") else None,
+        _traceparent(order.traceparent),
     )
+
+
+def _traceparent(text: str) -> str:
+    if text and not TRACEPARENT.fullmatch(text):
+        raise WireError(f"{text[:80]!r} is no traceparent")
+    return text
 
 
 def _gang(gang: pb.Gang) -> Gang:
@@ -281,6 +296,7 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
         _SIGNALS.get(spec.stop_signal, "TERM"),
         _REPLICATIONS.get(spec.replication, "automatic"),
         spec.slurm_environment,
+        spec.memory_bytes,
     )
 
 

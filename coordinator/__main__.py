@@ -1,8 +1,13 @@
-"""`python -m coordinator`: see `main.py`."""
+"""`python -m coordinator` and `baton-coordinator`: see `main.py`."""
 
 import sys
 
-from coordinator.main import main
+# structlog takes rich, where it is installed, for tracebacks that a daemon never prints: 5 MiB.
+sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+
+from coordinator.main import main  # noqa: E402 - the line above comes first
+
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(main())

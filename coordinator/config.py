@@ -17,6 +17,7 @@ import msgspec
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
+    TLS_FIELDS,
     ConfigError,
     Loaded,
     Program,
@@ -29,6 +30,7 @@ from coordinator.sources import (
     range_problem,
     says,
     tls_problem,
+    with_credentials,
 )
 from coordinator.sources import load as load_program
 
@@ -55,6 +57,8 @@ HEARTBEAT_INTERVAL_MS_MIN: Final = 100  # ten thousand agents at more would keep
 HEARTBEAT_INTERVAL_MS_MAX: Final = 60_000  # slower, and the figures that people see are history
 HEARTBEATS_PER_LEASE_MIN: Final = 2  # one lost or late heartbeat must not cost a node its jobs
 LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybody's measure
+HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
+CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
 
 
@@ -91,13 +95,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds after the coordinator's own start in which no node is lost. Agents need up "
         "to five seconds of back-off to find it again, and then a lease."
     )] = 13_000
+    health_reaction: Annotated[str, says(
+        "What follows from a GPU that needs a reset or a reboot, or is lost: cordon (no new work, "
+        "and its jobs are handed off), degraded (the same for degraded ones), or report (nothing "
+        "but the report). Resets and reboots are a person's in any case."
+    )] = "cordon"
+    health_cordon_percent: Annotated[int, says(
+        "Share of the fleet's GPUs, 1 to 100, that may be cordoned for their health within "
+        "health_cordon_window_ms, at least one GPU. More at once are rather a bad driver or a "
+        "wrong monitor than bad GPUs, and are only reported."
+    )] = 10
+    health_cordon_window_ms: Annotated[int, says(
+        "Milliseconds of that, 1000 to 86400000. Ten minutes are time for a person to look before "
+        "the next tenth goes."
+    )] = 600_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
         "(empty): nowhere."
     )] = ""
     tls_cert: Annotated[str, says(
-        "PEM file with the coordinator's certificate chain. Default (empty): no TLS, loopback only."
+        "PEM file with the coordinator's certificate chain; as the other two, it may begin with "
+        "$CREDENTIALS_DIRECTORY, where a service finds what LoadCredential= names. Default "
+        "(empty): no TLS, loopback only."
     )] = ""
     tls_key: Annotated[str, says("PEM file with its private key.")] = ""
     tls_ca: Annotated[str, says(
@@ -108,7 +128,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = "info"
     log_format: Annotated[str, says(
         "json (one object a line, for machines), console (for people), or auto: console when "
-        "stderr is a terminal."
+        "stderr is a terminal, entries with fields of their own when it is systemd's journal."
     )] = "auto"
     port_file: Annotated[str, says(
         "File that gets the bound HOST:PORT once the coordinator serves, for tools that let it "
@@ -134,6 +154,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self._lease_problem(),
             self._closed_grace_problem(),
             range_problem("restart_grace_ms", self.restart_grace_ms, 0, RESTART_GRACE_MS_MAX),
+            choice_problem("health_reaction", self.health_reaction, HEALTH_REACTIONS),
+            range_problem("health_cordon_percent", self.health_cordon_percent, 1, 100),
+            range_problem(
+                "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
+            ),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),
@@ -197,7 +222,8 @@ def prepare_directories(config: Config) -> None:
 
 
 def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """`values` with the store's place, which follows the state directory."""
+    """`values` with the store's place, which follows the state directory, and of its TLS files."""
+    values = with_credentials(values, TLS_FIELDS, environment)
     directory = values.get("state_directory", Config().state_directory)
     return {**values, "store_path": values.get("store_path") or f"{directory}/{STORE_NAME}"}
 

@@ -7,6 +7,7 @@ configuration again and applies what can change while it runs.
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from coordinator import https
 from coordinator import logs as logging_setup
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
@@ -27,8 +29,9 @@ from coordinator.config import (
 )
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
+from coordinator.events import EVENTS
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
-from coordinator.https import server_context
+from coordinator.journald import journal_of, stderr_is_journal
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for a wrong configuration, 0 after printing it."""
     given = sys.argv[1:] if arguments is None else arguments
     config = from_command_line(given, os.environ).config
-    logging_setup.configure(config.log_level, config.log_format)
+    _log_to_stderr(config)
     try:
         asyncio.run(_serve(config, given))
     except LeaderLost as error:
@@ -80,6 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging_setup.emit("critical", "coordinator.not_started", (("reason", str(error)),))
         return 1
     return 0
+
+
+def _log_to_stderr(config: Config) -> None:
+    """To the journal itself where stderr ends there."""
+    journal = journal_of("baton-coordinator").send if stderr_is_journal(os.environ) else None
+    logging_setup.configure(config.log_level, config.log_format, EVENTS, journal=journal)
 
 
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
@@ -96,6 +105,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
                 config.lease_ms,
                 config.closed_grace_ms,
                 config.restart_grace_ms,
+                config.health_reaction != "report",
+                config.health_reaction == "degraded",
+                config.health_cordon_percent,
+                config.health_cordon_window_ms,
             )
         )
         core.load(snapshot, clock.now_ms())
@@ -142,7 +155,7 @@ async def _open_metrics(
         config.metrics_listen,
         lambda: figures(shell.view(), lag, store.size_bytes()),
         lag,
-        None if tls is None else server_context(tls),
+        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
@@ -195,7 +208,7 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
             logging_setup.emit("error", "config.refused", (("reason", sentence),))
         fresh = current
     else:
-        logging_setup.configure(fresh.log_level, fresh.log_format)
+        _log_to_stderr(fresh)
         changed = [
             field
             for field in fresh.__struct_fields__

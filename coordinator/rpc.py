@@ -6,6 +6,7 @@ says no becomes the one status code that fits it, with the core's sentence uncha
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -16,7 +17,8 @@ from grpc_reflection.v1alpha import reflection
 from coordinator import wire, wire_nodes
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
-from coordinator.core.model import JobView, NodeView
+from coordinator.core import traces
+from coordinator.core.model import JobSpec, JobView, NodeView
 from coordinator.peers import Fleet, LogReader
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
@@ -61,6 +63,15 @@ async def _ask(shell: CoordinatorShell, context: Context, body: m.RequestBody) -
     return answer
 
 
+def _in_trace(spec: JobSpec, context: Context) -> JobSpec:
+    """With the caller's trace, as instrumented clients send it, unless the job names one itself."""
+    given = dict(context.invocation_metadata() or ()).get("traceparent", "")
+    named = any(name == traces.VARIABLE for name, _ in spec.environment)
+    if named or not isinstance(given, str) or not traces.is_traceparent(given):
+        return spec
+    return replace(spec, environment=(*spec.environment, (traces.VARIABLE, given)))
+
+
 def _view(answer: m.Answer) -> JobView:
     if not isinstance(answer, JobView):
         raise TypeError(f"expected a job, got {type(answer).__name__}")
@@ -80,6 +91,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             spec = wire.decode_spec(request.spec)
         except wire.WireError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        spec = _in_trace(spec, context)
         answer = await _ask(self._shell, context, m.Submit(spec, request.request_id))
         if not isinstance(answer, m.Submitted):
             raise TypeError(f"expected a submission, got {type(answer).__name__}")

@@ -5,12 +5,13 @@ and neither the core nor its state ever sees it.
 """
 
 import re
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from coordinator import wire_time
-from coordinator.core import launch, model
+from coordinator import wire_health, wire_time
+from coordinator.core import launch, model, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
@@ -135,6 +136,8 @@ def encode_job(view: model.JobView) -> types.Job:
         failures=job.failures,
         submit_time=_timestamp(job.submitted_unix_ms),
     )
+    for encoded in message.attempts:
+        encoded.trace_id = traces.trace_id(job, encoded.epoch)
     if job.ended_unix_ms is not None:
         message.end_time.CopyFrom(_timestamp(job.ended_unix_ms))
     if view.checkpoint is not None:
@@ -246,7 +249,15 @@ def _hello(hello: pb.Hello) -> m.Hello:
         tuple(_digest(digest) for digest in hello.checkpoints),
         hello.acknowledged_sequence,
         gangs=pb.CAPABILITY_GANGS in hello.capabilities,
+        health=_health(hello.health),
     )
+
+
+def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
+    try:
+        return wire_health.decode_health(gpus)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
@@ -320,6 +331,9 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
             body = m.AttemptMilestone(event.milestone.name)
         case "checkpoint_proposed":
             body = _proposed(event.checkpoint_proposed)
+        case "gpu_health":
+            body = m.GpuHealthChanged(_health(event.gpu_health.gpus))
+            return m.AgentEvent(event.sequence, _milliseconds(event.time), "", body)
         case _:
             raise WireError("an event of a kind that this coordinator does not know; is it older?")
     return m.AgentEvent(event.sequence, _milliseconds(event.time), _attempt_id(event.attempt), body)
@@ -429,6 +443,7 @@ def _start(order: m.StartAttempt) -> pb.StartAttempt:
         replica_target=None if order.replica_target is None else _address(order.replica_target),
         restart_count=order.restart_count,
         gang=None if order.gang is None else _gang(order.gang),
+        traceparent=order.traceparent,
     )
 
 

@@ -4,6 +4,7 @@ Problem: what a driver does not say must not become a zero on the way. A field o
 absent where it is `None`, and `optional` in the contract.
 """
 
+from coordinator import wire_health
 from coordinator.core import model
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from protos.baton.v1 import types_pb2 as types
@@ -61,6 +62,7 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
         phase=_gpu_phase(gpu.phase),
         attempt=gpu.attempt,
     )
+    wire_health.add_health(message, gpu)
     read = gpu.telemetry
     if read is not None:
         message.telemetry.CopyFrom(

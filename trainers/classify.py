@@ -51,9 +51,9 @@ class Classifier(torch.nn.Module):
             self.backbone.eval()
         return self
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of shape [batch, classes]."""
-        return self.classify(self.features(inputs))
+    def forward(self, made: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of shape [batch, classes]. ``made``: the features, where they are known."""
+        return self.classify(self.features(inputs) if made is None else made)
 
     def features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the backbone makes of its inputs: [batch, width]."""
@@ -118,7 +118,7 @@ class ClassifyTask:
         """Mean cross-entropy, in nats."""
         labels, table = batch["labels"], self._tables[0]
         if table is not None:
-            logits = self._classifier.classify(table.take(batch["samples"], labels.device))
+            logits = self.model(table.take(batch["samples"], labels.device))
         else:
             logits = self.model(**batch["inputs"])
         return torch.nn.functional.cross_entropy(logits.float(), labels)

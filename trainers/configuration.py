@@ -87,6 +87,11 @@ class LoopOptions:
     """float32; bfloat16 or float16 for matrix products in 16 bits (parameters stay float32).
     bfloat16 where the GPU has it; float16, with a scaled loss, for those before Ampere."""
 
+    compile: bool = False
+    """Compile the steps with torch.compile: the first takes a minute or more, those after it less
+    than before. Evaluations are not compiled. Needs a compiler on the node, and trains without
+    where there is none."""
+
     early_stop_patience: int = 0
     """Evaluations in a row without a better figure after which training ends; 0 for never."""
 

@@ -74,9 +74,15 @@ class Fingerprint:
 
     data_seed: int
 
+    compiler: str = ""
+    """Of compiled steps: its name and version; empty where steps are not compiled."""
+
     def document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """As JSON. Without a compiler as it was before there was one to name."""
+        document = asdict(self)
+        if not self.compiler:
+            del document["compiler"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ def current(
     global_batch: int,
     micro_batch: int,
     data_seed: int,
+    compiler: str = "",
 ) -> Fingerprint:
     """The fingerprint of this process, training on ``device``."""
     on_gpu = device.type == "cuda"
@@ -112,6 +119,7 @@ def current(
         global_batch=global_batch,
         micro_batch=micro_batch,
         data_seed=data_seed,
+        compiler=compiler,
     )
 
 
@@ -132,6 +140,7 @@ def cpu_model(description: Path) -> str:
 def parse(document: Mapping[str, Any]) -> Fingerprint:
     """From JSON. Raises ValueError naming what is missing, unknown or of another type."""
     known = {field.name: field.type for field in fields(Fingerprint)}
+    document = {"compiler": "", **document}
     strange = sorted(known.keys() ^ document.keys())
     if strange:
         raise ValueError(f"the fingerprint lacks or does not know {', '.join(strange)}")
@@ -162,6 +171,8 @@ def level(stored: Fingerprint | None, now: Fingerprint) -> Verdict:
         return Verdict(
             Level.E1, f"the same {now.device} and world, but deterministic algorithms are off"
         )
+    if now.cuda and now.compiler:
+        return Verdict(Level.E1, f"{now.compiler} picks its kernels by their time")
     ranks = "1 rank" if now.world_size == 1 else f"{now.world_size} ranks"
     return Verdict(Level.E0, f"the same software on the same {now.device}, with {ranks}")
 
@@ -180,6 +191,7 @@ _CHANGES_ROUNDING = (
     ("torch", "torch"),
     ("cuda", "CUDA"),
     ("numpy", "numpy"),
+    ("compiler", "the compiler"),
     ("deterministic", "the choice of deterministic algorithms"),
     ("tf32", "the use of TF32"),
 )

@@ -14,15 +14,10 @@ after each step, they decide together (``ranks``), and each keeps its part of th
 
 Between two steps the loop looks whether it should stop: then it checkpoints, waits until the agent
 has the checkpoint on disk, as long as the grace allows, and leaves with status 75.
-
-Each line on standard output is a JSON object with an ``event``.
 """
 
-import json
-import math
 import os
 import random
-import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -34,6 +29,7 @@ import baton_sdk
 from trainers import (
     accord,
     checkpoint,
+    compiling,
     evaluation,
     exactness,
     extra,
@@ -48,6 +44,7 @@ from trainers import (
 )
 from trainers.best import Best
 from trainers.configuration import LoopOptions
+from trainers.events import emit
 from trainers.guard import Guard, is_tight
 from trainers.retry import Retry
 from trainers.task import Task as Task
@@ -64,15 +61,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def emit(event: str, **values: Any) -> None:
-    """One line for people and programs. JSON has no word for nan and infinity: they are quoted."""
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[name] = str(value)
-    sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
-    sys.stdout.flush()
 
 
 class Trainer:
@@ -108,6 +96,7 @@ class Trainer:
         self._feed: microbatch.Feed | None = None
         self._saver = saving.Saver(session, options, world)
         self._accord = accord.Accord(world, session, self._saver)
+        self._compiling = compiling.Compiling(task.model, wanted=options.compile)
         self._parent = ""
         self._ticket: baton_sdk.Ticket | None = None
         self._saved_step = 0
@@ -155,6 +144,7 @@ class Trainer:
         self.device = self.world.device()
         self.world.open(self.device, self.options.collective_timeout_s)
         self._retry.open(self.device)
+        self._compiling.open(self.device, emit)
         if not self.world.alone:
             seed_everything(self.world.seed_of(self.options.seed, 0))
         self.optimizer = optimization.make_optimizer(self.task.model, self.options)
@@ -270,11 +260,12 @@ class Trainer:
             global_batch=self._whole,
             micro_batch=self.micro_batch,
             data_seed=self.options.seed,
+            compiler=self._compiling.compiler,
         )
 
     def advance(self) -> float:
         """One optimizer step over ``batch_size * accumulate`` samples. Returns the mean loss."""
-        self.session.enter("step")
+        self.session.enter(self._compiling.section())
         with self.timing.measure(timing.STEP_S):
             share = self._take_step()
             tight = is_tight(self.device)
@@ -340,6 +331,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         place = f"in step {self.step + 1}"
         self.micro_batch = self._retry.smaller(self.micro_batch, self._whole, place)
+        if self._compiling.again(self.task.model):
+            self.session.enter("compile")
 
     def log(self, loss: float) -> None:
         """A line, every so many steps."""
@@ -357,7 +350,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Figures on held-out data, to the log and to the agent."""
         self.session.enter("eval")
-        with self.timing.measure(timing.EVALUATE_S):
+        with self.timing.measure(timing.EVALUATE_S), self._compiling.paused():
             figures = evaluation.figures(
                 self.task,
                 self.options,
@@ -365,6 +358,7 @@ class Trainer:
                 self._retry,
                 micro_batch=self.micro_batch,
             )
+        self._compiling.follow(self.task.model)
         self._retry.spread.settle()
         self._evaluated_step = self.step
         best = self.best.take(self.step, figures[self.task.metric])

@@ -175,14 +175,17 @@ def read_range(directory: Path, name: str, start: int, stop: int) -> torch.Tenso
 
 def merge(held: Iterable[Mapping[str, LogicalTensor]]) -> Layout:
     """What all ranks hold, put together. Raises ManifestError when rows are missing or twice."""
-    merged: dict[str, LogicalTensor] = {}
+    found: dict[str, tuple[LogicalTensor, list[Shard]]] = {}
     for one in held:
         for name, tensor in one.items():
-            before = merged.get(name, LogicalTensor(tensor.dtype, tensor.shape, ()))
-            if (before.dtype, before.shape) != (tensor.dtype, tensor.shape):
+            first, shards = found.setdefault(name, (tensor, []))
+            if (first.dtype, first.shape) != (tensor.dtype, tensor.shape):
                 raise ManifestError(f"the ranks disagree on type or shape of '{name}'")
-            shards = sorted((*before.shards, *tensor.shards), key=lambda shard: shard.start)
-            merged[name] = LogicalTensor(tensor.dtype, tensor.shape, tuple(shards))
-    for name, tensor in merged.items():
-        check_cover(name, tensor)
+            shards.extend(tensor.shards)
+    merged: dict[str, LogicalTensor] = {}
+    for name, (first, shards) in found.items():
+        # Once, when all are there: of as many ranks as there are shards.
+        shards.sort(key=lambda shard: shard.start)
+        merged[name] = LogicalTensor(first.dtype, first.shape, tuple(shards))
+        check_cover(name, merged[name])
     return Layout(merged)

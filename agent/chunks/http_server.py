@@ -27,6 +27,7 @@ import hashlib
 import hmac
 import secrets
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agent.chunks.https import server_context
+from agent import https
 from agent.chunks.manifest import (
     Altered,
     DiskFull,
@@ -285,7 +286,7 @@ class ChunkHttpServer:
         """Returns the port. Raises `TransportError`, also for a port off loopback without TLS."""
         check_listen(self._address, self._tls)
         if self._tls is not None:
-            self._context = server_context(self._tls)
+            self._context = https.context(ssl.PROTOCOL_TLS_SERVER, self._tls)
         host = self._address.rpartition(":")[0].strip("[]")
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

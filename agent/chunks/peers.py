@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING
 import grpc
 import structlog
 
+from agent import https
 from agent.chunks.http_client import Access, Broken, Data, Link
 from agent.chunks.http_server import TOKEN_CHARACTERS_MAX
-from agent.chunks.https import client_context
 from agent.chunks.manifest import (
     DIGESTS_MAX,
     MESSAGE_BYTES_MAX,
@@ -179,7 +179,7 @@ class PeerClient:
                     "checkpoint.transferred",
                     direction=errand.direction,
                     digest=errand.digest,
-                    node=peer.node,
+                    peer=peer.node,
                     way=" then ".join(route.moved_bytes),
                     size_bytes=sum(route.moved_bytes.values()),
                     duration_s=round(time.monotonic() - began_s, 3),
@@ -320,7 +320,7 @@ class PeerClient:
         )
         try:
             if self._tls is not None and self._context is None:
-                self._context = client_context(self._tls)
+                self._context = https.context(ssl.PROTOCOL_TLS_CLIENT, self._tls)
             with self._calling(peer) as stub:
                 response = await stub.OpenTransfer(request, timeout=DEADLINE_BASE_S)
         except (ChunkError, TransportError) as error:

@@ -154,7 +154,7 @@ class ChunkService:
                 _log.info(
                     "checkpoint.replication_retried",
                     digest=digest,
-                    node=target.node,
+                    peer=target.node,
                     reason=str(error),
                 )
             await asyncio.sleep(self._retry_pause_s)

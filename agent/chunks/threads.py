@@ -10,6 +10,7 @@ A thread cannot be interrupted, so long copies go through them chunk by chunk.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -73,4 +74,6 @@ def _lower_priority() -> None:
     """Of this thread alone: on Linux a thread has a nice value of its own (setpriority(2))."""
     thread = threading.get_native_id()
     nice = max(DRAIN_NICE, os.getpriority(os.PRIO_PROCESS, thread))  # nobody may raise it again
-    os.setpriority(os.PRIO_PROCESS, thread, nice)
+    # A service whose filter forbids it has a weight of its own for that (baton-agent.service).
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -21,6 +21,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,11 @@ class _Buffers:
         self._free: LifoQueue[mmap.mmap] = LifoQueue()
         for _ in range(WRITERS + 1):
             # Aligned to pages, as a disk wants it that is written to directly.
-            self._free.put(mmap.mmap(-1, CHUNK_BYTES_MAX, flags=mmap.MAP_PRIVATE))
+            buffer = mmap.mmap(-1, CHUNK_BYTES_MAX, flags=mmap.MAP_PRIVATE)
+            with suppress(OSError):  # a kernel may have none
+                # The first use of 4 MiB in small pages takes seven times as long as the next one.
+                buffer.madvise(mmap.MADV_HUGEPAGE)
+            self._free.put(buffer)
 
     def take(self) -> mmap.mmap:
         """One of them; waits for a writer where all are in use."""
@@ -192,18 +197,11 @@ def _ingest(
     check: Callable[[], None],
 ) -> StoredCheckpoint:
     """Keep the files and publish them as `empty` with these files; `check` is asked in between."""
-    new_bytes = 0
-    entries = []
     try:
         # The inner threads take this one's priority over; all of them have ended before a failure
         # gives back what they wrote.
         with store.writing() as writing, ThreadPoolExecutor(WRITERS, "chunks-writer") as writers:
-            for path, mode, pieces in files:
-                chunks = []
-                for chunk, written_bytes in _kept(partial(buffers.keep, writing), writers, pieces):
-                    new_bytes += written_bytes
-                    chunks.append(chunk)
-                entries.append(FileEntry(path, mode, tuple(chunks)))
+            entries, new_bytes = _kept(partial(buffers.keep, writing), writers, files)
             check()
             # Sorted, whoever lists them: the same files are the same manifest.
             entries.sort(key=lambda entry: entry.path)
@@ -220,22 +218,29 @@ def _ingest(
 def _kept(
     keep: Callable[[mmap.mmap, int], tuple[str, int]],
     writers: ThreadPoolExecutor,
-    pieces: Iterable[tuple[mmap.mmap, int]],
-) -> Iterator[tuple[ChunkRef, int]]:
-    """Each piece as a chunk, in order, with the bytes written for it; `WRITERS` at a time."""
-    waiting: deque[tuple[int, Future[tuple[str, int]]]] = deque()
+    files: Iterable[_File],
+) -> tuple[list[FileEntry], int]:
+    """The files in chunks, and the bytes written for them; `WRITERS` pieces at a time, also where
+    one file ends and the next begins: waiting there for the disk would leave it idle after."""
+    waiting: deque[tuple[list[ChunkRef], int, Future[tuple[str, int]]]] = deque()
+    found: list[tuple[str, int, list[ChunkRef]]] = []
+    new_bytes = 0
 
-    def oldest() -> tuple[ChunkRef, int]:
-        size_bytes, future = waiting.popleft()
+    def take_oldest() -> int:
+        chunks, size_bytes, future = waiting.popleft()
         digest, written_bytes = future.result()
-        return ChunkRef(digest, size_bytes), written_bytes
+        chunks.append(ChunkRef(digest, size_bytes))
+        return written_bytes
 
-    for buffer, size_bytes in pieces:
-        waiting.append((size_bytes, writers.submit(keep, buffer, size_bytes)))
-        if len(waiting) >= WRITERS:
-            yield oldest()
+    for path, mode, pieces in files:
+        found.append((path, mode, []))
+        for buffer, size_bytes in pieces:
+            waiting.append((found[-1][2], size_bytes, writers.submit(keep, buffer, size_bytes)))
+            if len(waiting) >= WRITERS:
+                new_bytes += take_oldest()
     while waiting:
-        yield oldest()
+        new_bytes += take_oldest()
+    return [FileEntry(path, mode, tuple(chunks)) for path, mode, chunks in found], new_bytes
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ attempts are told apart by epoch and rank (`AttemptId.may_run_beside`), and what
 more is remembered by rank as well (`state.PutFence`).
 """
 
+from agent.core import clean
 from agent.core.attempt import AttemptRecord
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.state import SPOOL_MAX, State
@@ -30,6 +31,8 @@ def why_not(state: State, record: AttemptRecord) -> str:
     for uuid in record.gpu_uuids:
         if uuid not in here:
             return f"{state.options.node} has no GPU {uuid}"
+    if leak := clean.why_not(state, record.gpu_uuids):
+        return leak
     for other in state.attempts.values():
         if other.record.id == record.id or not other.live:
             continue

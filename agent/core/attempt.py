@@ -10,7 +10,14 @@ from enum import Enum
 
 from agent.core.messages import Progress
 from agent.core.sections import Sections
-from agent.core.values import Gang, JobSpec, ReplicaSource, RestoreCandidate
+from agent.core.values import (
+    Gang,
+    GpuOccupancy,
+    JobSpec,
+    ReplicaSource,
+    RestoreCandidate,
+    Restored,
+)
 
 
 class Phase(Enum):
@@ -65,7 +72,8 @@ class AttemptRecord:
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
     `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
     is the newest capture that is stored, or was handed over before what is. `gang` is its place
-    among the ranks of its job, if it has others."""
+    among the ranks of its job, if it has others; `traceparent` is its trace, or empty; and
+    `gpus_before` is what its GPUs were like while nothing ran on them."""
 
     id: str
     job_id: int
@@ -97,6 +105,13 @@ class AttemptRecord:
     milestones: int = 0
     last_sequence: int = 0
     gang: Gang | None = None
+    traceparent: str = ""
+    gpus_before: tuple[GpuOccupancy, ...] = ()
+
+    @property
+    def trace_id(self) -> str:
+        """Empty where it has none."""
+        return self.traceparent.split("-")[1] if self.traceparent else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +145,8 @@ class LiveAttempt:
     `slab`: it has memory that it writes captures into; `searching`: its process is gone, and we
     look there for one that nobody handed over. `handed_capture` is the newest that somebody did.
     `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
-    its trainers are, and how long that takes.
+    its trainers are, and how long that takes. `restored`: it could start, and waits for its GPUs to
+    be clean of the one before it.
 
     Of the pre-copy: `heeds_saves`: its trainer looks for requests to save; `precopy_until_ms`: the
     stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
@@ -151,6 +167,7 @@ class LiveAttempt:
     handed_capture: str = ""
     accepted_ms: int | None = None
     restore_ms: int | None = None
+    restored: Restored | None = None
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
     sections: Sections = field(default_factory=Sections)

@@ -57,6 +57,7 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
         _arguments(record, options, directory),
         tuple(sorted(environment.items())),
         record.spec.working_directory or f"{directory}/work",
+        record.spec.memory_bytes,
     )
 
 
@@ -95,6 +96,9 @@ def _baton(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
         # Its own: RANK means another one below a launcher that the rank has started.
         variables["BATON_RANK"] = str(record.gang.rank)
         variables["BATON_WORLD_SIZE"] = str(record.gang.world_size)
+    if record.traceparent:
+        # The span of this attempt: what the job was submitted with names the one above.
+        variables["TRACEPARENT"] = record.traceparent
     if record.restored_digest:
         variables["BATON_RESTORE_DIR"] = record.restored_directory
         variables["BATON_RESTORE_STEP"] = str(record.restored_step)

@@ -7,6 +7,7 @@ other side ends the session, since a half-open connection looks exactly like a q
 A coordinator with a lower leader epoch than one already obeyed is a ghost: it is not obeyed.
 """
 
+from agent.core.gpus import verdicts
 from agent.core.messages import (
     CheckpointProposed,
     CloseLink,
@@ -43,6 +44,7 @@ def connected(state: State, now: Instant, event: Connected) -> None:
             state.held(),
             event.checkpoints,
             state.acknowledged_sequence,
+            verdicts(state),
         )
     )
 

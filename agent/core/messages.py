@@ -7,8 +7,11 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
+from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
+from agent.core.health import GpuHealthChanged, GpuVerdict
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
+    DriverLoaded,
     Gang,
     GpuFacts,
     GpuSample,
@@ -19,8 +22,8 @@ from agent.core.values import (
     ReplicaSource,
     RestoreCandidate,
     Restored,
-    Sample,
     StoredCheckpoint,
+    XidSeen,
 )
 from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
@@ -54,6 +57,7 @@ class StartAttempt:
     replica_target: ReplicaSource | None = None
     restart_count: int = 0
     gang: Gang | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +212,6 @@ class ReplicationFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    sample: Sample
-
-
-@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; sent when `next_wake_ms` says so."""
 
@@ -241,6 +240,9 @@ Event = (
     | ReplicationDone
     | ReplicationFailed
     | Sampled
+    | XidSeen
+    | DriverLoaded
+    | GpusInspected
     | Tick
     | Leaving
 )
@@ -275,6 +277,7 @@ class Hello:
     attempts: tuple[HeldAttempt, ...]
     checkpoints: tuple[str, ...]
     acknowledged_sequence: int = 0
+    health: tuple[GpuVerdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +335,8 @@ class CheckpointProposed:
 
 SpooledBody = (
     AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
-)
+    | GpuHealthChanged
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,5 +492,6 @@ Command = (
     | DiscardSource
     | ReplicateCheckpoint
     | CollectCheckpoints
+    | InspectGpus
     | Log
 )

@@ -6,9 +6,10 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import hangs, pipeline, precopy
+from agent.core import clean, gpus, hangs, pipeline, precopy
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
+from agent.core.gpu_messages import GpusInspected, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.launch import compose
 from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
@@ -18,8 +19,6 @@ from agent.core.messages import (
     AttemptRefused,
     AttemptStarted,
     CaptureFound,
-    CheckpointProposed,
-    CollectCheckpoints,
     CommitResult,
     Connected,
     Disconnected,
@@ -43,7 +42,6 @@ from agent.core.messages import (
     RestoreCheckpoint,
     RestoreDone,
     RestoreFailed,
-    Sampled,
     SetReplicaTarget,
     SignalProcess,
     StartAttempt,
@@ -74,7 +72,7 @@ from agent.core.trainer_messages import (
     TrainerSection,
     TrainerSlab,
 )
-from agent.core.values import ProcessExit, Restored
+from agent.core.values import DriverLoaded, ProcessExit, Restored, XidSeen
 
 # The last millisecond of a protobuf Timestamp (timestamp.proto); a trainer may say anything.
 UNIX_MS_MAX = 253_402_300_799_999
@@ -96,6 +94,7 @@ class NodeCore:
         """When a `Tick` is due, if nothing else happens; `None`: not until something does."""
         state = self.state
         times = [state.heartbeat_due_ms, state.resend_due_ms, state.section_check_ms]
+        times.append(clean.next_check_ms(state))
         if state.connected:
             times.append(state.heard_ms + state.lease_ms)
         for live in state.attempts.values():
@@ -116,13 +115,22 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
             _order(state, now, event.order, event.chance)
         case Sampled():
             state.sample, state.sample_ms = event.sample, now.now_ms
+            gpus.sampled(state, now, event.sample)
             heartbeat(state, now)
+        case GpusInspected():
+            for waiting, restored in clean.inspected(state, now, event):
+                _restored(state, now, waiting, restored)
         case Leaving():
             leaving(state, event)
         case Tick():
             _tick(state, now)
         case ProcessEnded():
             _ended(state, now, event.exit)
+            gpus.released(state, now)
+        case XidSeen():
+            gpus.xid_seen(state, now, event)
+        case DriverLoaded():
+            gpus.loaded(state, now)
         case _:
             live = state.attempts.get(event.attempt)
             if live is not None:
@@ -176,7 +184,7 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
         case StopAttempt():
             _stop(state, now, order)
         case KeepCheckpoints():
-            _keep(state, order)
+            pipeline.keep(state, order)
         case SetReplicaTarget():
             live = state.attempts.get(order.attempt)
             if live is not None:
@@ -207,6 +215,8 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         order.restart_count,
         token=chance,
         gang=order.gang,
+        traceparent=order.traceparent,
+        gpus_before=clean.before(state, order.gpu_uuids),
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms
@@ -273,32 +283,15 @@ def _carry_out_stop(state: State, now: Instant, live: LiveAttempt) -> None:
     live.kill_ms = now.now_ms + record.stop_grace_ms
 
 
-def _keep(state: State, order: KeepCheckpoints) -> None:
-    """The coordinator's list, and what it cannot know of yet."""
-    keep = dict.fromkeys(order.digests)
-    for live in state.attempts.values():
-        record = live.record
-        keep.update(dict.fromkeys((record.head, record.committed, *live.unanswered)))
-        if record.pending is not None:
-            keep[record.pending.digest] = None
-        if record.phase is Phase.ACCEPTED:
-            for candidate in record.candidates:
-                digests = (candidate.digest, *(part.digest for part in candidate.parts))
-                keep.update(dict.fromkeys(digests))
-    for event in state.spool.values():
-        if isinstance(event.body, CheckpointProposed):
-            keep[event.body.digest] = None
-    keep.pop("", None)
-    state.commands.append(CollectCheckpoints(tuple(keep)))
-
-
 # --- what happens on the node ---------------------------------------------------------------------
 
 
 def _opened(state: State, now: Instant, event: Opened) -> None:
     """After a restart: go on from the journal, with the trainers that are still there."""
     state.host, state.gpus = event.host, event.gpus
+    gpus.opened(state)
     alive = dict.fromkeys(event.adopted, True)
+    clean.begin_idle(state)
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is not Phase.ENDED:
@@ -340,6 +333,12 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
         return
     if live.record.stop_reason:
         _refuse(state, now, live, "stopped before it started", permanent=False)
+        return
+    if clean.is_pending(state, live.record.gpu_uuids):
+        live.restored = restored
+        return
+    if leak := clean.why_not(state, live.record.gpu_uuids):
+        _refuse(state, now, live, leak, permanent=False)
         return
     skipped = tuple((digest, sentence(reason)) for digest, reason in restored.skipped)
     for digest, reason in skipped:
@@ -448,6 +447,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         signal=ended.signal,
         reason=ended.reason,
     )
+    clean.begin(state, now, live)
     pipeline.search_slab(state, live)
     pipeline.advance_pipeline(state, live)
     pipeline.settle(state, now, live)
@@ -480,4 +480,5 @@ def _tick(state: State, now: Instant) -> None:
             if live.record.phase is Phase.SETTLING:
                 pipeline.give_up(state, now, live)
     hangs.check(state, now)
+    clean.check_again(state, now)
     order_tick(state, now)

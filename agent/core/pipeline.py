@@ -25,9 +25,11 @@ from agent.core.messages import (
     AttemptExited,
     CaptureFound,
     CheckpointProposed,
+    CollectCheckpoints,
     CommitResult,
     DiscardSource,
     FindCapture,
+    KeepCheckpoints,
     ReleaseSlab,
     ReplicateCheckpoint,
     ReplicationDone,
@@ -395,3 +397,22 @@ def give_up(state: State, now: Instant, live: LiveAttempt) -> None:
     state.log("error", "checkpoint.abandoned", attempt=live.record.id, digest=digest, reason=reason)
     state.put(live, pending=None)
     settle(state, now, live)
+
+
+def keep(state: State, order: KeepCheckpoints) -> None:
+    """The coordinator's list, and what it cannot know of yet."""
+    keep = dict.fromkeys(order.digests)
+    for live in state.attempts.values():
+        record = live.record
+        keep.update(dict.fromkeys((record.head, record.committed, *live.unanswered)))
+        if record.pending is not None:
+            keep[record.pending.digest] = None
+        if record.phase is Phase.ACCEPTED:
+            for candidate in record.candidates:
+                digests = (candidate.digest, *(part.digest for part in candidate.parts))
+                keep.update(dict.fromkeys(digests))
+    for event in state.spool.values():
+        if isinstance(event.body, CheckpointProposed):
+            keep[event.body.digest] = None
+    keep.pop("", None)
+    state.commands.append(CollectCheckpoints(tuple(keep)))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
+from agent.core.clean import Check
+from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
 from agent.core.messages import (
@@ -22,7 +24,7 @@ from agent.core.messages import (
     TellTrainer,
     Upward,
 )
-from agent.core.values import GpuFacts, HostFacts, Sample
+from agent.core.values import GpuFacts, GpuOccupancy, HostFacts, Sample
 
 # Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
 # thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
@@ -60,6 +62,7 @@ class Options:
     shared_directory: str = ""
     hang_floor_ms: int = 120_000
     """No section is called hung before it has taken this long."""
+    xids: XidTable = NO_TABLE
 
     @property
     def node(self) -> str:
@@ -116,7 +119,24 @@ class PutLeaderEpoch:
     epoch: int
 
 
-Record = PutAttempt | DropAttempt | SpoolEvent | DropSpooled | PutFence | DropFence | PutLeaderEpoch
+@dataclass(frozen=True, slots=True)
+class PutGpusMended:
+    """By UUID, when all that was wrong with a GPU was last over, in wall time: the kernel's log
+    tells of older errors again after our restart. Replaces what was put before."""
+
+    mended: tuple[tuple[str, int], ...]
+
+
+Record = (
+    PutAttempt
+    | DropAttempt
+    | SpoolEvent
+    | DropSpooled
+    | PutFence
+    | DropFence
+    | PutLeaderEpoch
+    | PutGpusMended
+)
 Effect = Record | Command
 
 
@@ -130,6 +150,7 @@ class Memory:
     next_sequence: int = 1
     fences: tuple[PutFence, ...] = ()
     leader_epoch: int = 0
+    gpus_mended: tuple[tuple[str, int], ...] = ()
 
 
 class State:
@@ -143,8 +164,12 @@ class State:
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
+        self.watched = Watched(mended=dict(memory.gpus_mended))
         self.sample: Sample | None = None
         self.sample_ms = 0
+        # GPUs that were left and not seen clean since; what each was like when nothing ran on it
+        self.checks: dict[str, Check] = {}
+        self.idle_usages: dict[str, GpuOccupancy] = {}
         self.connected = False
         self.welcomed = False
         self.heard_ms = 0
@@ -263,6 +288,9 @@ class State:
         self.commands.append(TellTrainer(attempt_id, tuple(message.items())))
 
     def log(self, level: str, event: str, **fields: object) -> None:
+        live = self.attempts.get(str(fields.get("attempt")))
+        if live is not None and live.record.traceparent:
+            fields["trace_id"] = live.record.trace_id
         self.commands.append(Log(level, event, tuple(fields.items())))
 
     # --- reading ----------------------------------------------------------------------------------

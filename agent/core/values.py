@@ -17,6 +17,45 @@ class GpuFacts:
     uuid: str
     name: str
     memory_bytes: int
+    pci_bus_id: str = ""
+    """As the kernel's log has it, `0000:3b:00`; empty where the driver does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCondition:
+    """How the driver says that a GPU is. `state` is empty, `lost` or `reset_required`;
+    `recovery_action` is NVML's field 230. `None`: it does not say."""
+
+    state: str = ""
+    recovery_action: int | None = None
+    rows_failed: bool | None = None
+    rows_pending: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class XidSeen:
+    """An error that the driver has reported to `source`, "nvml" or "kernel", which knows its GPU by
+    `uuid` or by `pci_bus_id`. `history`: it was there before the agent."""
+
+    code: int
+    source: str
+    unix_ms: int
+    uuid: str = ""
+    pci_bus_id: str = ""
+    text: str = ""
+    history: bool = False
+    count: int = 1
+    first_unix_ms: int | None = None
+
+    @property
+    def since_unix_ms(self) -> int:
+        """Of the first of `count`; `unix_ms` is of the last."""
+        return self.unix_ms if self.first_unix_ms is None else self.first_unix_ms
+
+
+@dataclass(frozen=True, slots=True)
+class DriverLoaded:
+    """The kernel's log says that the driver was loaded; what it said of GPUs before is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +72,16 @@ class GpuSample:
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
     error: str = ""
+    condition: GpuCondition | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuOccupancy:
+    """Who uses a GPU, by the driver's list of processes. `None`: the driver does not say."""
+
+    uuid: str
+    memory_used_bytes: int | None = None
+    pids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +129,22 @@ class JobSpec:
     stop_signal: str = "TERM"
     replication: str = "automatic"
     slurm_environment: bool = False
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """Everything needed to start a trainer, decided before anything is touched.
 
-    `environment` is complete: the process inherits nothing. `stop_signal` is TERM, USR1 or USR2.
+    `environment` is complete: the process inherits nothing. `memory_bytes` is the limit that it is
+    held to where it can be; 0: none.
     """
 
     attempt_id: str
     arguments: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     working_directory: str
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

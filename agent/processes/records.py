@@ -5,6 +5,7 @@ or a full disk. A file that is absent, empty or not what it should be must read 
 this", never as a crash of the agent.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -130,6 +131,15 @@ def shim_failure(directory: Path) -> str:
     return f"the trainer's supervisor ended before it could start it{detail}"
 
 
+def exit_unix_s(directory: Path) -> float:
+    """When the end of a settled attempt was written down. Raises OSError where it was not."""
+    return (directory / EXIT_NAME).stat().st_mtime
+
+
 def log_bytes(directory: Path) -> int:
-    """What the kept output of an attempt takes on disk."""
-    return sum(path.stat().st_size for _, path in segments(directory))
+    """What the kept output of an attempt takes on disk, also while it is being rotated."""
+    total_bytes = 0
+    for _, path in segments(directory):
+        with contextlib.suppress(FileNotFoundError):
+            total_bytes += path.stat().st_size
+    return total_bytes

@@ -23,7 +23,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -31,13 +32,12 @@ import structlog
 from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim, stacks
+from agent.processes import proc, records, remains, shim, stacks, unkillable
 from agent.processes.forks import ForkServers
+from agent.processes.retention import LOG_BYTES_MAX, Retention
+from agent.processes.spawn import spawn_shim
+from agent.processes.units import Units, is_unit
 
-# 32 attempts that filled their log; a small share of any GPU box's disk
-FINISHED_LOG_BYTES_MAX = 2 * 1024**3
-# a directory costs inodes even when its log is empty; hours of trivial jobs
-FINISHED_ATTEMPTS_MAX = 4096
 # a network file system may be slow to hand out a program; a start order is not kept for longer
 START_TIMEOUT_S = 60.0
 # a fork and a line; a server that takes longer is replaced, and the start goes the slow way
@@ -70,6 +70,7 @@ class _Attempt:
     server: int = 0  # pid of the fork server that was asked for the shim
     start_ticks: int = 0
     timer: asyncio.TimerHandle | None = None
+    is_unit: bool = False  # of systemd
     starters: int = 0  # calls of `start` that have not returned; an exit is told after them
     ended: ProcessExit | None = None
     told: bool = False
@@ -84,16 +85,20 @@ class Supervisor:
         *,
         # the one below a virtual environment, which the shim has no use for and would look through
         interpreter: str = os.path.realpath(sys.executable),
-        finished_log_bytes_max: int = FINISHED_LOG_BYTES_MAX,
+        log_bytes_max: int = LOG_BYTES_MAX,
         forks: ForkServers | None = None,
+        units: Units | None = None,
     ) -> None:
         self._state = state_directory
         self._forks = forks
+        self._units = units
         self._interpreter = interpreter
-        self._finished_log_bytes_max = finished_log_bytes_max
         self._attempts: dict[str, _Attempt] = {}
-        # settled attempts with the bytes of their logs, oldest first
-        self._finished: dict[str, int] = {}
+        self._retention = Retention(
+            self._root,
+            lambda: (attempt.directory for attempt in self._attempts.values()),
+            log_bytes_max=log_bytes_max,
+        )
         self._leaving: set[_Attempt] = set()  # forgotten, but the shim is yet to be reaped
         self._on_exit: Callable[[ProcessExit], None] = lambda _: None
 
@@ -110,16 +115,17 @@ class Supervisor:
         # Once here, or every start would compile it again, for half as long as the rest takes.
         py_compile.compile(shim.__file__, cfile=str(self._program), doraise=True)
         self._program.chmod(0o600)
-        settled: list[tuple[float, Path]] = []
+        settled: list[Path] = []
         for directory in sorted(self._root.iterdir()):
             if (directory / shim.LAUNCH_NAME).exists():
                 self._adopt(directory)
             elif (directory / shim.EXIT_NAME).exists():
-                settled.append(((directory / shim.EXIT_NAME).stat().st_mtime, directory))
+                settled.append(directory)
             else:
                 shutil.rmtree(directory)  # the agent died before it had written the order to start
-        self._finished = {path.name: records.log_bytes(path) for _, path in sorted(settled)}
-        self._prune()
+        self._retention.open(settled)
+        if self._units:
+            await self._units.kill_others(self._attempts)
         return tuple(self._attempts)
 
     async def start(self, launch: Launch) -> int:
@@ -179,6 +185,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
+        unkillable.watch(attempt.directory, attempt.shim_pid, lambda: attempt.ended is not None)
 
     def forget(self, attempt_id: str) -> None:
         """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
@@ -197,11 +204,13 @@ class Supervisor:
         # `launch` last: without it the attempt is settled
         for name in (shim.STARTED_NAME, shim.LAUNCH_NAME):
             (attempt.directory / name).unlink(missing_ok=True)
-        self._finished[attempt_id] = records.log_bytes(attempt.directory)
-        self._prune()
+        self._retention.add(attempt.directory)
 
     async def close(self) -> None:
         """Let go of every trainer without touching it; a supervisor opened later adopts them."""
+        self._retention.close()
+        if self._units:
+            self._units.close()
         for attempt in (*self._attempts.values(), *self._leaving):
             self._let_go(attempt)
             attempt.starting.cancel()
@@ -245,6 +254,12 @@ class Supervisor:
 
     def _start_shim(self, attempt: _Attempt, launch: Launch | None = None) -> None:
         """By a fork server, given a launch to show it, or as a program. Raises OSError."""
+        if launch and self._units:
+            attempt.is_unit = True
+            attempt.status_fd = self._units.open_status(attempt.directory)
+            asyncio.get_running_loop().add_reader(attempt.status_fd, self._read_status, attempt)
+            self._units.start(launch, attempt.directory, partial(self._unit_refused, attempt))
+            return
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             attempt.server = 0
@@ -253,7 +268,9 @@ class Supervisor:
             if attempt.server:
                 asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._hurry, attempt)
             else:
-                attempt.shim_pid = self._spawn_shim(attempt.directory, status_write)
+                attempt.shim_pid = spawn_shim(
+                    self._interpreter, self._program, attempt.directory, status_write
+                )
                 attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
                 self._watch(attempt)
         except OSError:
@@ -263,29 +280,6 @@ class Supervisor:
             os.close(status_write)
         attempt.status_fd = status_read
         asyncio.get_running_loop().add_reader(status_read, self._read_status, attempt)
-
-    def _spawn_shim(self, directory: Path, status_fd: int) -> int:
-        read_null = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
-        write_null = (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)
-        errors = (
-            os.POSIX_SPAWN_OPEN,
-            2,
-            str(directory / "shim.err"),
-            os.O_WRONLY | os.O_CREAT,
-            0o600,
-        )
-        status = (os.POSIX_SPAWN_DUP2, status_fd, shim.STATUS_FD)
-        # A Python that is built shared may need this one to start; nothing else is handed on.
-        kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-        return os.posix_spawn(
-            self._interpreter,
-            [self._interpreter, "-I", "-S", str(self._program), str(directory)],
-            kept,
-            file_actions=[status, read_null, write_null, errors],
-            setsid=True,
-            setsigmask=[],
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-        )
 
     def _read_status(self, attempt: _Attempt) -> None:
         """What the shim says: who it is, then how the start went; then the pipe ends. It ends early
@@ -344,6 +338,11 @@ class Supervisor:
             self._stop_reading_status(attempt)
             self._fail_start(attempt, f"cannot start its supervisor: {error}")
 
+    def _unit_refused(self, attempt: _Attempt, reason: str) -> None:
+        if attempt.shim_fd < 0 and not attempt.starting.done():
+            self._stop_reading_status(attempt)
+            self._fail_start(attempt, f"cannot start its unit: {reason}")
+
     def _fail_start(self, attempt: _Attempt, reason: str, *, permanent: bool = False) -> None:
         """`permanent`: the program itself cannot be started, on whatever node."""
         attempt.starting.set_exception(StartError(reason, permanent=permanent))
@@ -370,7 +369,7 @@ class Supervisor:
 
     def _adopt(self, directory: Path) -> None:
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(directory, loop.create_future())
+        attempt = _Attempt(directory, loop.create_future(), is_unit=is_unit(directory))
         self._attempts[directory.name] = attempt
         started = records.read_started(directory)
         if started is not None and started.boot_id != shim.read_boot_id():
@@ -422,15 +421,27 @@ class Supervisor:
         self._end(attempt, SUPERVISOR_GONE)
 
     def _end(self, attempt: _Attempt, unseen_reason: str) -> None:
-        """The attempt is over: read how, or record that nobody saw it, and tell it."""
+        """The attempt is over: read how, or record that nobody saw it, and tell it. Of a unit,
+        systemd is asked first."""
         self._let_go(attempt)
+        if attempt.is_unit and self._units and unseen_reason != REBOOTED:
+            self._units.ended(
+                attempt.directory.name,
+                lambda reason: self._settle(attempt, unseen_reason, reason),
+            )
+        else:
+            self._settle(attempt, unseen_reason, "")
+
+    def _settle(self, attempt: _Attempt, unseen_reason: str, reason: str) -> None:
+        """`reason`: what the end of its unit adds."""
         recorded = records.read_exit(attempt.directory)
         if recorded is None:
             if unseen_reason != REBOOTED:
                 remains.kill(attempt.directory)
-            self._record_unseen(attempt, unseen_reason)
+            self._record_unseen(attempt, reason or unseen_reason)
             recorded = (ProcessExit(attempt.directory.name, None, None, unseen_reason), 0)
-        attempt.ended, pid = recorded
+        ended, pid = recorded
+        attempt.ended = replace(ended, reason=reason) if reason else ended
         if not attempt.starting.done():
             attempt.starting.set_result(pid)
         log.debug(
@@ -482,17 +493,6 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(attempt.shim_fd)
             os.close(attempt.shim_fd)
             attempt.shim_fd = -1
-
-    def _prune(self) -> None:
-        """Drop the oldest settled attempts until their logs are within the cap."""
-        total_bytes = sum(self._finished.values())
-        while self._finished and (
-            total_bytes > self._finished_log_bytes_max
-            or len(self._finished) > FINISHED_ATTEMPTS_MAX
-        ):
-            oldest = next(iter(self._finished))
-            total_bytes -= self._finished.pop(oldest)
-            shutil.rmtree(self._root / oldest, ignore_errors=True)
 
 
 def _start_failed(attempt: _Attempt) -> bool:

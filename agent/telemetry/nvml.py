@@ -21,12 +21,13 @@ Source: NVML API Reference Guide (docs.nvidia.com/deploy/nvml-api). It deprecate
 own reservation as used. MIG instances are not enumerated: a GPU in MIG mode shows as one GPU.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
 import pynvml
 
-from agent.core.values import GpuFacts, GpuSample
+from agent.core.values import GpuCondition, GpuFacts, GpuOccupancy, GpuSample
+from agent.telemetry.condition import Conditions, condition_after, pci_bus_id
 
 _Handle = Any  # the binding's opaque pointer
 _Call = Callable[[_Handle], float]
@@ -60,6 +61,8 @@ class NvmlGpus:
         self._initialised = False
         self._handles: dict[str, _Handle] = {}
         self._reasons: dict[str, str] = {}
+        self._gone: dict[str, GpuCondition | None] = {}
+        self._conditions = Conditions()
         self._calls: dict[str, list[_Call]] = {}
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
@@ -97,6 +100,7 @@ class NvmlGpus:
             except pynvml.NVMLError as error:
                 gone = _GPU_IS_GONE.get(error.value, "cannot be found")
                 self._reasons[uuid] = f"{uuid} {gone} ({error})"
+                self._gone[uuid] = condition_after(error)
 
     def enumerate(self) -> Iterator[GpuFacts]:
         """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped."""
@@ -118,7 +122,8 @@ class NvmlGpus:
             if self._allowed_uuids is None or uuid in self._allowed_uuids:
                 total = self._first_answer("memory_bytes", handle)
                 self._handles[uuid] = handle
-                yield GpuFacts(uuid=uuid, name=name, memory_bytes=int(total or 0))
+                bus_id = pci_bus_id(handle)
+                yield GpuFacts(uuid, name, memory_bytes=int(total or 0), pci_bus_id=bus_id)
 
     def sample(self, uuid: str) -> GpuSample:
         """One reading. Of a GPU without a handle it says why there is none."""
@@ -126,7 +131,20 @@ class NvmlGpus:
             return self._sample(uuid, self._handles[uuid])
         reason = self.absence or "the driver does not know it"
         sentence = self._reasons.get(uuid, f"{uuid} cannot be read: {reason}")
-        return GpuSample(uuid=uuid, error=sentence)
+        return GpuSample(uuid=uuid, error=sentence, condition=self._gone.get(uuid))
+
+    def handles(self) -> Mapping[str, _Handle]:
+        """Those known by now, by UUID; it may be asked in another thread."""
+        return self._handles
+
+    def usage(self, uuid: str) -> GpuOccupancy:
+        """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
+        read is `None`."""
+        handle = self._handles.get(uuid)
+        if handle is None:
+            return GpuOccupancy(uuid)
+        used = self._first_answer("memory_used_bytes", handle)
+        return GpuOccupancy(uuid, None if used is None else int(used), running_pids(handle))
 
     def _sample(self, uuid: str, handle: _Handle) -> GpuSample:
         values: dict[str, Any] = {}
@@ -137,11 +155,11 @@ class NvmlGpus:
             except pynvml.NVMLError as error:
                 if error.value in _GPU_IS_GONE:
                     reason = f"{uuid} {_GPU_IS_GONE[error.value]} ({error})"
-                    return GpuSample(uuid=uuid, error=reason)
+                    return GpuSample(uuid, error=reason, condition=condition_after(error))
                 failure = str(error)
         if failure and all(value is None for value in values.values()):
             return GpuSample(uuid=uuid, error=f"{uuid} answers nothing: {failure}")
-        return GpuSample(uuid=uuid, **values)
+        return GpuSample(uuid=uuid, condition=self._conditions.read(uuid, handle), **values)
 
     def _first_answer(self, field: str, handle: _Handle) -> float | None:
         try:
@@ -164,6 +182,22 @@ class NvmlGpus:
             except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
                 continue
         return None
+
+
+def running_pids(handle: _Handle) -> tuple[int, ...] | None:
+    """Each process once, in order; `None` where the driver has no list of those that compute."""
+    lists = []
+    # By version: the binding's function without one raises no `NVMLError` where the driver is old.
+    for call in (
+        pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
+        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+    ):
+        try:
+            lists.append([int(process.pid) for process in call(handle)])
+        except pynvml.NVMLError:
+            if not lists:
+                return None
+    return tuple(sorted(dict.fromkeys(pid for pids in lists for pid in pids)))
 
 
 def _utilization_ratio(handle: _Handle) -> float:

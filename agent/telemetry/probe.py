@@ -24,7 +24,7 @@ from typing import Final, Self
 import msgspec
 import structlog
 
-from agent.core.values import GpuFacts, HostFacts, Sample
+from agent.core.values import GpuFacts, GpuOccupancy, HostFacts, Sample
 from agent.telemetry.host import Host, boot_id
 from agent.telemetry.remote import SAMPLER, Deadlines, RemoteGpus, monotonic_ms
 
@@ -57,9 +57,16 @@ class NvmlProbe:
         deadlines: Deadlines | None = None,
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
+        event_descriptor: int | None = None,
     ) -> None:
         self._host = Host(state_directory)
-        self._gpus = RemoteGpus(allowed_uuids, deadlines=deadlines, command=command, now_ms=now_ms)
+        self._gpus = RemoteGpus(
+            allowed_uuids,
+            deadlines=deadlines,
+            command=command,
+            now_ms=now_ms,
+            event_descriptor=event_descriptor,
+        )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")
         self._lock = threading.Lock()
@@ -117,6 +124,11 @@ class NvmlProbe:
         """Host and GPUs, read together. Blocks for a deadline at most."""
         with self._lock:
             return Sample(host=self._host.sample(), gpus=self._gpus.samples())
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+        """Who uses these. Blocks for a deadline at most."""
+        with self._lock:
+            return self._gpus.usages(gpu_uuids)
 
     def _recall(self) -> Seen:
         """Of this boot; else nothing."""

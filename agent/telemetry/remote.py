@@ -29,7 +29,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from agent.core.values import GpuFacts, GpuSample
+from agent.core.values import GpuFacts, GpuOccupancy, GpuSample
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.watch import Notice, Watch
 
@@ -59,6 +59,7 @@ class Answer(msgspec.Struct, frozen=True):
     id: int
     facts: GpuFacts | None = None
     sample: GpuSample | None = None
+    usage: GpuOccupancy | None = None
     driver_version: str | None = None
     absence: str = ""
     done: bool = False
@@ -79,11 +80,13 @@ class _UnderWay:
     is_open: bool
     anybody: bool = False  # some GPU has answered
     samples: dict[str, GpuSample] = field(default_factory=dict)
+    usages: dict[str, GpuOccupancy] = field(default_factory=dict)
 
 
 class RemoteGpus:
     """Not thread-safe: `probe.py` holds the lock. `known` are GPUs that were seen before, for when
-    the driver does not answer; `None` for `allowed_uuids` means all."""
+    the driver does not answer; `None` for `allowed_uuids` means all. Samplers tell of the driver's
+    errors on the socket `event_descriptor`."""
 
     def __init__(
         self,
@@ -92,7 +95,9 @@ class RemoteGpus:
         deadlines: Deadlines | None = None,
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
+        event_descriptor: int | None = None,
     ) -> None:
+        self._event_descriptor = event_descriptor
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._deadlines = deadlines or Deadlines()
         self._command = tuple(command)
@@ -155,7 +160,8 @@ class RemoteGpus:
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))
-        read = self._ask({"ask": "sample", "uuids": order}, order, self._deadlines.fast_ms)
+        request = {"ask": "sample", "uuids": order}
+        read = self._ask(request, order, self._deadlines.fast_ms).samples
         late = [uuid for uuid in self._facts if uuid not in known]
         if late:  # the driver was slow to open, and nothing was known of before
             reason = "jobs get them when the agent is restarted"
@@ -168,20 +174,28 @@ class RemoteGpus:
         self._replace()
         return made
 
+    def usages(self, uuids: Collection[str]) -> tuple[GpuOccupancy, ...]:
+        """Who uses each of these; of one that does not answer in time nothing is known."""
+        order = self._watch.order(self._now_ms(), tuple(uuids))
+        request = {"ask": "usage", "uuids": order}
+        read = self._ask(request, order, self._deadlines.fast_ms).usages
+        self._replace()
+        return tuple(read.get(uuid) or GpuOccupancy(uuid) for uuid in uuids)
+
     def pid(self) -> int:
         """Of the sampler; 0 when there is none."""
         return self._process.pid if self._process is not None else 0
 
     def _ask(
         self, request: Mapping[str, object], order: Sequence[str], deadline_ms: int
-    ) -> dict[str, GpuSample]:
-        """What was read within the deadline."""
+    ) -> "_UnderWay":
+        """With what was read within the deadline."""
         end_s = self._end_s(deadline_ms)
         if self._channel is None or not self._until_done(end_s, last=False):
-            return {}
+            return _UnderWay(0, self._now_ms(), [], is_open=False)
         asked = self._send(request, order)
         self._until_done(end_s)
-        return asked.samples
+        return asked
 
     def _until_done(self, end_s: float, *, last: bool = True) -> bool:
         """Hear out the request that is under way; whether it ended in time. Only the `last` one of
@@ -222,7 +236,7 @@ class RemoteGpus:
         if answer.driver_version is not None:
             self.driver_version = answer.driver_version
             asked.is_open = True
-        told = answer.facts or answer.sample
+        told = answer.facts or answer.sample or answer.usage
         if told is not None:
             asked.anybody = True
             asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
@@ -231,6 +245,8 @@ class RemoteGpus:
             self._facts[answer.facts.uuid] = answer.facts
         if answer.sample is not None:
             asked.samples[answer.sample.uuid] = answer.sample
+        if answer.usage is not None:
+            asked.usages[answer.usage.uuid] = answer.usage
         if answer.done:
             self.absence = answer.absence
             self._under_way = None
@@ -238,7 +254,7 @@ class RemoteGpus:
     def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
         assert self._channel is not None
         self._requests_count += 1
-        is_open = request["ask"] == "sample"
+        is_open = request["ask"] in ("sample", "usage")
         asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open)
         try:
             self._channel.send(msgspec.json.encode({"id": asked.id, **request}))
@@ -250,14 +266,15 @@ class RemoteGpus:
     def _start(self, order: Sequence[str]) -> None:
         """Start a sampler and have it open the driver; its answer comes with the next reading."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        events = () if self._event_descriptor is None else (self._event_descriptor,)
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [*self._command, str(theirs.fileno()), str(os.getpid())],
+                    [*self._command, *map(str, (theirs.fileno(), os.getpid(), *events))],
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *events],
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent
                 )
             except OSError as error:

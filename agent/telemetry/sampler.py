@@ -6,7 +6,8 @@ waits for the lock; a thread cannot be given up, a process can. So NVML is opene
 of its own that imports the binding and little more, and that can be left behind.
 
 It answers requests, one after the other, on a socket whose descriptor is its first argument (its
-parent's pid is the second): messages of JSON, which `SOCK_SEQPACKET` keeps apart. The answer to a
+parent's pid is the second, a socket for what `xid_events.py` tells unasked the third): messages of
+JSON, which `SOCK_SEQPACKET` keeps apart. The answer to a
 request is a message for each GPU as soon as it is read, in the order that was asked for, so that a
 GPU that hangs hides only itself and those behind it; then one that says that it is done.
 
@@ -14,6 +15,7 @@ GPU that hangs hides only itself and those behind it; then one that says that it
                                                              some UUIDs are known from before
     {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
     {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each
+    {"id": 4, "ask": "usage", "uuids": ["GPU-..."]}          who uses each
 
 It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
 agent that started it (PR_SET_PDEATHSIG).
@@ -26,25 +28,32 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.nvml import NvmlGpus
+from agent.telemetry.xid_events import watch_events
 
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def main(descriptor: int) -> None:
-    """Serve until the other end is closed."""
+def main(descriptor: int, event_descriptor: int | None = None) -> None:
+    """Serve until the other end is closed. The driver's errors are told on a socket of their own,
+    where there is one."""
     with socket.socket(fileno=descriptor) as channel:
         gpus = NvmlGpus()
+        watching = event_descriptor is None
         while message := _receive(channel):
             request = json.loads(message)
             if request["ask"] == "open":
                 gpus = NvmlGpus(request["allowed"])
             for answer in _answers(gpus, request):
                 _send(channel, {"id": request["id"], **answer})
+                if not watching and event_descriptor is not None and gpus.handles():
+                    watching = True
+                    _watch(gpus, event_descriptor)
             _send(channel, {"id": request["id"], "done": True, "absence": gpus.absence})
 
 
@@ -52,6 +61,10 @@ def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, A
     if request["ask"] == "sample":
         for uuid in request["uuids"]:
             yield {"sample": dataclasses.asdict(gpus.sample(uuid))}
+        return
+    if request["ask"] == "usage":
+        for uuid in request["uuids"]:
+            yield {"usage": dataclasses.asdict(gpus.usage(uuid))}
         return
     if not gpus.open():
         return
@@ -61,6 +74,13 @@ def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, A
     if not known:
         for facts in gpus.enumerate():
             yield {"facts": dataclasses.asdict(facts)}
+
+
+def _watch(gpus: NvmlGpus, descriptor: int) -> None:
+    """It ends with the process."""
+    channel = socket.socket(fileno=descriptor)
+    arguments = (gpus.handles, channel)
+    threading.Thread(target=watch_events, args=arguments, daemon=True).start()
 
 
 def _receive(channel: socket.socket) -> bytes:
@@ -86,4 +106,4 @@ def _end_with(parent_pid: int) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -421,6 +421,7 @@ def _attempt(attempt: types_pb2.Attempt) -> values.Attempt:
         replica_node=attempt.replica_node,
         accounting=values.Accounting.of(said(attempt, "accounting")),
         rank=attempt.rank,
+        trace_id=attempt.trace_id,
     )
 
 

@@ -57,6 +57,27 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
         phase=word_of(types_pb2.GpuPhase, "GPU_PHASE_", gpu.phase),
         attempt=gpu.attempt,
         telemetry=telemetry,
+        health=_health(gpu.health) if gpu.HasField("health") else None,
+        cordon=gpu.cordon,
+        held_back=gpu.held_back,
+    )
+
+
+def _health(health: types_pb2.GpuHealth) -> values.GpuHealth:
+    return values.GpuHealth(
+        verdict=word_of(types_pb2.GpuVerdict, "GPU_VERDICT_", health.verdict),
+        reason=health.reason,
+        action=health.action,
+        xids=[
+            values.XidRecord(
+                code=record.code,
+                count=record.count,
+                first_time=time_of(record, "first_time"),
+                last_time=time_of(record, "last_time"),
+                text=record.text,
+            )
+            for record in health.xids
+        ],
     )
 
 

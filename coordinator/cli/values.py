@@ -148,6 +148,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     replica_node: str
     accounting: Accounting | None
     rank: int = 0
+    trace_id: str = ""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -181,8 +182,28 @@ class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
     error: str
 
 
+class XidRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors of one code that belong together."""
+
+    code: int
+    count: int
+    first_time: datetime | None
+    last_time: datetime | None
+    text: str
+
+
+class GpuHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """What its agent makes of a GPU, and what a person should do."""
+
+    verdict: str | None
+    reason: str
+    action: str
+    xids: list[XidRecord]
+
+
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """One device of a node. `attempt` is empty when none holds it."""
+    """One device of a node. `attempt` is empty when none holds it; `cordon` says why it gets no
+    work for its health, `held_back` why it still does."""
 
     uuid: str
     name: str
@@ -190,6 +211,9 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     phase: str | None
     attempt: str
     telemetry: GpuTelemetry | None
+    health: GpuHealth | None
+    cordon: str
+    held_back: str
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):

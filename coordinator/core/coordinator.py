@@ -9,7 +9,7 @@ events replayed gives the same effects, byte for byte.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, jobs, nodes, parts, retention
+from coordinator.core import attempts, checkpoints, gangs, health, jobs, nodes, parts, retention
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -36,6 +36,7 @@ from coordinator.core.messages import (
     FromAgent,
     GetJob,
     Goodbye,
+    GpuHealthChanged,
     Heartbeat,
     Hello,
     HoldJob,
@@ -80,6 +81,7 @@ class Coordinator:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
         gangs.resume(self.state, now_ms)
+        health.resume(self.state, now_ms)
 
     def handle(self, now: Instant, event: Event) -> list[Effect]:
         """What follows from one event. Raises only for bugs of our own."""
@@ -91,6 +93,7 @@ class Coordinator:
             _from_agent(state, now, event.session, event.message)
         elif isinstance(event, Tick):
             nodes.tick(state, now)
+            health.tick(state, now)
         elif state.undecided:  # Decide
             _decide(state, now)
         return state.take()
@@ -123,7 +126,7 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FindCheckpoint():
             return retention.find(state, body)
         case ListNodes():
-            views = [_node_view(live) for _, live in sorted(state.nodes.items())]
+            views = [_node_view(state, live) for _, live in sorted(state.nodes.items())]
             return NodePage(tuple(views))
         case CordonNode():
             return _intend(state, now, body.node, NodeIntent.CORDONED)
@@ -138,23 +141,33 @@ def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Ans
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {node_id!r}")
     if intent is NodeIntent.DRAINING and live.node.intent is NodeIntent.DRAINED:
-        return _node_view(live)
+        return _node_view(state, live)
+    health.person_says(state, live, intent)
     nodes.set_intent(state, now, live, intent)
-    return _node_view(live)
+    return _node_view(state, live)
 
 
-def _node_view(live: LiveNode) -> NodeView:
+def _node_view(state: State, live: LiveNode) -> NodeView:
+    judged = {said.uuid: said for said in live.node.health}
+    closed = health.cordoned(live)
     gpus = tuple(
-        GpuView(gpu.facts, gpu.phase, gpu.attempt, gpu.telemetry)
-        for _, gpu in sorted(live.gpus.items())
-    )
+        GpuView(
+            gpu.facts, gpu.phase, gpu.attempt, gpu.telemetry,
+            judged.get(uuid), closed.get(uuid, ""), state.held_back.get(uuid, ""),
+        )
+        for uuid, gpu in sorted(live.gpus.items())
+    )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    return NodeView(live.node, live.phase, gpus, held, nodes.why_closed(live), live.telemetry)
+    reason = nodes.why_closed(live) or health.describe(state, live)
+    return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
 
 def _from_agent(state: State, now: Instant, session: int, message: AgentMessage) -> None:
     if isinstance(message, Hello):
         nodes.hello(state, now, session, message)
+        live = state.nodes.get(state.sessions.get(session, ""))
+        if live is not None and live.session == session:
+            health.reported(state, now, live, message.health)
         return
     if isinstance(message, SessionClosed):
         nodes.closed(state, now, session)
@@ -186,6 +199,9 @@ def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) 
 def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> None:
     attempt = state.attempts.get(event.attempt)
     body = event.body
+    if isinstance(body, GpuHealthChanged):
+        health.reported(state, now, live, body.gpus)
+        return
     if isinstance(body, AttemptExited) and event.attempt in live.strays:
         live.strays.pop(event.attempt)
         state.release_gpus(live, event.attempt)
@@ -246,7 +262,9 @@ def _decide(state: State, now: Instant) -> None:
         for displace in plan.displacements:
             victim = state.attempts[displace.attempt]
             attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
-        waits.update(plan.waits)
+        for job_id, sentence in plan.waits:
+            lacks = health.shortage(state) if state.jobs[job_id].spec.gpus else ""
+            waits[job_id] = sentence + lacks
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
         placed = sum(len(start.places) for start in plan.starts)
@@ -271,8 +289,10 @@ def _offers(state: State) -> list[Offer]:
     for live in state.nodes.values():
         if live.phase is not NodePhase.UP or live.node.intent is not NodeIntent.OPEN:
             continue
-        free = [uuid for uuid, gpu in live.gpus.items() if gpu.phase is GpuPhase.FREE]
-        present = [gpu.facts for gpu in live.gpus.values() if gpu.phase is not GpuPhase.ABSENT]
+        closed = health.cordoned(live)
+        open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
+        free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
+        present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
         host = live.node.host
         slots = max(1, host.cpu_count) * SLOTS_PER_CPU
         tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]

@@ -25,7 +25,7 @@ repeats the same orders. The only time that counts, of rule 4, then begins anew.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import checkpoints, outcomes, parts, ranks, standby
+from coordinator.core import checkpoints, outcomes, parts, ranks, standby, traces
 from coordinator.core.launch import Gang
 from coordinator.core.messages import StartAttempt
 from coordinator.core.model import Attempt, Job, JobIntent
@@ -63,6 +63,7 @@ def start_order(state: State, attempt: Attempt) -> StartAttempt:
         checkpoints.replica_target(state, attempt),
         restart_count=attempt.epoch - 1,
         gang=_place(state, job, attempt) if attempt.ranks > 1 else None,
+        traceparent=traces.traceparent(job, attempt.epoch),
     )
 
 

@@ -20,6 +20,7 @@ from coordinator.core.model import (
     Checkpoint,
     CheckpointView,
     GpuFacts,
+    GpuHealth,
     GpuTelemetry,
     HostFacts,
     HostTelemetry,
@@ -155,6 +156,7 @@ class Hello:
     attempts: tuple[HeldAttempt, ...] = ()
     checkpoints: tuple[str, ...] = ()
     acknowledged: int = 0
+    health: tuple[GpuHealth, ...] = ()
     gangs: bool = True
 
 
@@ -207,9 +209,17 @@ class CheckpointProposed:
     parts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class GpuHealthChanged:
+    """Of the node, and of no attempt."""
+
+    gpus: tuple[GpuHealth, ...]
+
+
 AgentEventBody = (
     AttemptStarted | AttemptExited | AttemptRefused | AttemptMilestone | CheckpointProposed
-)
+    | GpuHealthChanged
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +297,7 @@ class StartAttempt:
     replica_target: PeerAddress | None
     restart_count: int
     gang: Gang | None = None
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,10 +277,53 @@ class GpuFacts:
     memory_bytes: int
 
 
+class GpuVerdict(Enum):
+    """What an agent makes of a GPU."""
+
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    NEEDS_RESET = "needs_reset"
+    NEEDS_REBOOT = "needs_reboot"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class XidRecord:
+    """All errors of one code on one GPU that belong together."""
+
+    code: int
+    count: int
+    first_unix_ms: int
+    last_unix_ms: int
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuHealth:
+    """`reason` is a sentence without its subject, `action` what a person should do."""
+
+    uuid: str
+    verdict: GpuVerdict
+    reason: str = ""
+    action: str = ""
+    xids: tuple[XidRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCordon:
+    """A GPU that gets no work for its health."""
+
+    uuid: str
+    reason: str
+    unix_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """What is durable of a node. `acknowledged` is the sequence of its last event whose effects are
-    durable."""
+    durable. `health` is what its agent said last; `closed_for` why we have drained it, empty where
+    a person did or nobody; `waived` are GPUs that a person has opened as they are."""
 
     id: str
     journal_id: str
@@ -289,6 +332,10 @@ class Node:
     gpus: tuple[GpuFacts, ...]
     intent: NodeIntent = NodeIntent.OPEN
     acknowledged: int = 0
+    health: tuple[GpuHealth, ...] = ()
+    gpu_cordons: tuple[GpuCordon, ...] = ()
+    closed_for: str = ""
+    waived: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,12 +399,15 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class GpuView:
-    """A GPU as a reply shows it."""
+    """A GPU as a reply shows it. `cordon`: why it gets no work; `held_back`: why it still does."""
 
     facts: GpuFacts
     phase: GpuPhase
     attempt: str = ""
     telemetry: GpuTelemetry | None = None
+    health: GpuHealth | None = None
+    cordon: str = ""
+    held_back: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,14 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         # agent has dropped.
         known = live.node.acknowledged if same_journal else 0
         acknowledged = max(known, body.acknowledged)
-        node = replace(node, intent=live.node.intent, acknowledged=acknowledged)
+        node = replace(
+            live.node,
+            journal_id=node.journal_id,
+            peer_address=node.peer_address,
+            host=node.host,
+            gpus=node.gpus,
+            acknowledged=acknowledged,
+        )
         if node != live.node:
             state.put_node(node)
         if not same_journal:
@@ -343,7 +350,9 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
     checkpoints.retarget(state)
 
 
-def set_intent(state: State, now: Instant, live: LiveNode, intent: NodeIntent) -> None:
+def set_intent(
+    state: State, now: Instant, live: LiveNode, intent: NodeIntent, why: str = ""
+) -> None:
     present = advance(INTENT_TRANSITIONS, live.node.intent, intent, f"node {live.node.id}")
     if present is not live.node.intent:
         state.put_node(replace(live.node, intent=intent))
@@ -351,7 +360,7 @@ def set_intent(state: State, now: Instant, live: LiveNode, intent: NodeIntent) -
     state.dirty = True
     if intent is NodeIntent.DRAINING:
         for attempt_id in list(live.attempts):
-            reason = f"{live.node.id} is being drained"
+            reason = why or f"{live.node.id} is being drained"
             attempt = state.attempts[attempt_id]
             attempts.stop(state, now, attempt, reason, attempts.PRECOPY_DRAIN_MS)
         settle_drain(state, live)
@@ -371,7 +380,10 @@ def why_closed(live: LiveNode) -> str:
         return live.note
     if live.node.intent is NodeIntent.DRAINING:
         count = len(live.attempts) + len(live.strays)
-        return f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"
+        leaving = f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"
+        return "; ".join(filter(None, (live.node.closed_for, leaving)))
+    if live.node.closed_for:
+        return f"{live.node.closed_for}; `baton uncordon {live.node.id}` opens it all the same"
     if live.node.intent is not NodeIntent.OPEN:
         return f"closed by an operator; `baton uncordon {live.node.id}` opens it"
     return ""

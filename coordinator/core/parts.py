@@ -128,27 +128,28 @@ def _make_room(state: State, job: Job, ranks: int) -> None:
     by_rank: dict[int, list[WaitingPart]] = {rank: [] for rank in range(ranks)}
     for part in state.parts[job.id]:
         by_rank[part.rank].append(part)
-    for mine in by_rank.values():
-        if len(mine) < WAITING_MAX:
-            continue
-        hopeless = next((part for part in mine if _is_hopeless(state, job, part, by_rank)), None)
-        if hopeless is not None:
-            _drop(state, job, hopeless, "superseded: another rank has gone on without this step")
+    full = [mine for mine in by_rank.values() if len(mine) >= WAITING_MAX]
+    hopeless = _hopeless(state, job, by_rank) if full else frozenset()
+    for mine in full:
+        oldest = next((part for part in mine if part.step in hopeless), None)
+        if oldest is not None:
+            _drop(state, job, oldest, "superseded: another rank has gone on without this step")
         elif len(mine) > WAITING_MAX:
             _drop(state, job, mine[0], f"superseded: {WAITING_MAX} later ones wait")
 
 
-def _is_hopeless(
-    state: State, job: Job, part: WaitingPart, by_rank: Mapping[int, Sequence[WaitingPart]]
-) -> bool:
-    """Whether some rank will never hand over its part of this step: each goes through the steps in
-    order."""
+def _hopeless(
+    state: State, job: Job, by_rank: Mapping[int, Sequence[WaitingPart]]
+) -> frozenset[int]:
+    """The steps of which some rank will never hand over its part: each goes through the steps in
+    order. Asked once for all parts, since it is asked whenever one of many comes."""
+    waiting = dict.fromkeys(part.step for mine in by_rank.values() for part in mine)
+    found: list[int] = []
     for rank in state.gang(job):
-        steps = [other.step for other in by_rank[rank.rank]]
-        gone = rank.phase in ATTEMPT_ENDED or max(steps, default=part.step) > part.step
-        if gone and part.step not in steps:
-            return True
-    return False
+        steps = dict.fromkeys(part.step for part in by_rank[rank.rank])
+        ended, newest = rank.phase in ATTEMPT_ENDED, max(steps, default=0)
+        found += [step for step in waiting if step not in steps and (ended or newest > step)]
+    return frozenset(found)
 
 
 def forget(state: State, job: Job, reason: str) -> None:

@@ -11,6 +11,7 @@ coordinator begins without it.
 
 from dataclasses import dataclass, field, replace
 
+from coordinator.core import traces
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -80,6 +81,12 @@ class Options:
     # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
     # As long ranks that came back from a common outage wait for the rest of their gang.
     restart_grace_ms: int = 13_000
+    # What follows from verdicts on GPUs (`health.py`): whether anything does, whether from degraded
+    # as well, and the circuit breaker.
+    cordons_gpus: bool = True
+    cordons_degraded: bool = False
+    cordon_percent: int = 10
+    cordon_window_ms: int = 600_000
 
 
 JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
@@ -155,6 +162,9 @@ class State:
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}
         self.standby_watches: dict[str, StandbyWatch] = {}
+        # Cordons for health, (when, of how many GPUs); and GPUs that should have one and do not.
+        self.cordons_ms: list[tuple[int, int]] = []
+        self.held_back: dict[str, str] = {}
         self.reviewed = 0  # how far the last round of standbys came
         self.last_tick_ms: int | None = None
         # What the next placement has to look at: everything, or else these new jobs alone.
@@ -361,6 +371,9 @@ class State:
     # --- commands ---------------------------------------------------------------------------------
 
     def log(self, level: str, event: str, **fields: object) -> None:
+        attempt = self.attempts.get(str(fields.get("attempt")))
+        if attempt is not None and attempt.job_id in self.jobs:
+            fields["trace_id"] = traces.trace_id(self.jobs[attempt.job_id], attempt.epoch)
         self.commands.append(Log(level, event, tuple(fields.items())))
 
     def send(self, node_id: str, order: AgentOrder) -> None:

@@ -59,6 +59,18 @@ def write(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
+def test_keys_may_be_credentials_of_a_service(side: Side, write: Callable[[str], str]) -> None:
+    names = ("tls_cert", "tls_key", "tls_ca")
+    path = write("".join(f'{name} = "$CREDENTIALS_DIRECTORY/{name}.pem"\n' for name in names))
+    loaded = side.config.load(["--config", path], {"CREDENTIALS_DIRECTORY": "/run/credentials/x"})
+    files = tuple(getattr(loaded.config, name) for name in names)
+    assert files == tuple(f"/run/credentials/x/{name}.pem" for name in names)
+    assert side.refusals(["--config", path], {}) == [
+        "$CREDENTIALS_DIRECTORY is set by systemd alone, for a unit with LoadCredential=: start "
+        "the service, or give the paths of the TLS files"
+    ]
+
+
 def test_flags_win_over_environment_over_file(side: Side, write: Callable[[str], str]) -> None:
     layers = {"file": "127.0.0.1:1", "env": "127.0.0.1:2", "flag": "127.0.0.1:3"}
     for present in itertools.product([False, True], repeat=3):
@@ -256,7 +268,7 @@ def test_a_configuration_cannot_be_changed(side: Side) -> None:
     assert set(side.config.RELOADABLE) <= set(side.config.PROGRAM.types())
 
 
-@pytest.mark.parametrize("module", ["sources", "logs", "notify"])
+@pytest.mark.parametrize("module", ["sources", "logs", "journald", "notify"])
 def test_both_programs_have_the_same_text(module: str) -> None:
     ours, theirs = (ROOT / side / f"{module}.py" for side in ("agent", "coordinator"))
     assert ours.read_text() == theirs.read_text()

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from agent.processes.supervisor import Supervisor
 from agent.sdk_server import SdkServer
 from agent.shell import AgentShell, Ports
 from agent.slabs import Slabs
+from agent.telemetry.xids import Xids
 from agent.workspace import AttemptDirectories
 
 DEADLINE_S = 60.0  # for a condition on a busy machine; reached only when the test fails
@@ -106,6 +107,9 @@ class Probe:
     def sample(self) -> v.Sample:
         return v.Sample(v.HostSample(0.0, 0, 0, 0.0), ())
 
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[v.GpuOccupancy, ...]:
+        return ()
+
 
 class Ears:
     def __init__(self) -> None:
@@ -145,7 +149,7 @@ async def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIt
         ports = Ports(
             SystemClock(), SystemChance(), Probe(), Supervisor(tmp_path, forks=forks),
             AttemptDirectories(workspaces), trainers, slabs, chunks, journal, made,
-            lambda *_: None, asyncio.to_thread,
+            lambda *_: None, asyncio.to_thread, Xids(""),
         )  # fmt: skip
         ears.shell = AgentShell(NodeCore(Options("", launch), memory), ports)
         running = asyncio.create_task(ears.shell.run())

@@ -266,7 +266,7 @@ async def test_a_transfer_goes_over_http_and_is_logged_once(one: Node, two: Node
     logs = await push_and_fetch(one, two)
     assert transfers_in(logs) == [("push", "http", size_bytes), ("fetch", "http", size_bytes)]
     entry = next(entry for entry in logs if entry["event"] == "checkpoint.transferred")
-    assert (entry["node"], "reason" in entry) == ("n2", False)
+    assert (entry["peer"], "reason" in entry) == ("n2", False)
     assert entry["duration_s"] >= 0
 
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
+from agent import https
 from agent.chunks import http_server
 from agent.chunks import peers as peers_module
 from agent.chunks.http_client import Access, Broken, Link
@@ -30,7 +31,6 @@ from agent.chunks.http_server import (
     Refused,
     Transfers,
 )
-from agent.chunks.https import client_context
 from agent.chunks.manifest import (
     decode,
     digest_of,
@@ -424,8 +424,10 @@ async def test_https_has_grpcs_certificates(tmp_path: Path) -> None:
 
         bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         bare.load_verify_locations(ours.ca_path)
-        stranger = client_context(theirs.issue("stranger", trusting=ours))
-        distrusting = client_context(ours.issue("distrusting", trusting=theirs))
+        stranger = https.context(ssl.PROTOCOL_TLS_CLIENT, theirs.issue("stranger", trusting=ours))
+        distrusting = https.context(
+            ssl.PROTOCOL_TLS_CLIENT, ours.issue("distrusting", trusting=theirs)
+        )
         for context in (None, bare, stranger, distrusting):
             wrong = Access(access.host, access.port, access.token, context, access.deadline_s)
             link = Link(peer, wrong, pause_base_s=0.001)

@@ -78,6 +78,7 @@ CHANGES = st.one_of(
     ),
     st.builds(s.DropFence, st.integers(1, 4)),
     st.builds(s.PutLeaderEpoch, INT),
+    st.builds(s.PutGpusMended, st.lists(st.tuples(TEXT, INT), max_size=3).map(tuple)),
     BODIES,  # becomes an event with the next sequence
 )
 

@@ -465,7 +465,7 @@ async def test_many_exits_are_each_told_once_and_no_zombie_stays(tmp_path: Path)
 
 async def test_oldest_settled_logs_make_room(tmp_path: Path) -> None:
     exits: list[ProcessExit] = []
-    supervisor = Supervisor(tmp_path, finished_log_bytes_max=2_500)
+    supervisor = Supervisor(tmp_path, log_bytes_max=2_500)
     await supervisor.open(exits.append)
     for number in range(1, 5):
         await supervisor.start(bash("head -c 1000 /dev/zero", attempt_id=f"1.{number}"))
@@ -473,7 +473,28 @@ async def test_oldest_settled_logs_make_room(tmp_path: Path) -> None:
         supervisor.forget(f"1.{number}")
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["1.3", "1.4"]
     await supervisor.close()
-    smaller = Supervisor(tmp_path, finished_log_bytes_max=1_500)
+    smaller = Supervisor(tmp_path, log_bytes_max=1_500)
     await smaller.open(exits.append)
     assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["1.4"]
     await smaller.close()
+
+
+async def test_running_logs_count_and_are_not_touched(tmp_path: Path) -> None:
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(tmp_path, log_bytes_max=2_500)
+    await supervisor.open(exits.append)
+    for number in (1, 2):
+        await supervisor.start(bash("head -c 1000 /dev/zero", attempt_id=f"1.{number}"))
+        await until(partial(has_length, exits, number))
+        supervisor.forget(f"1.{number}")
+    await supervisor.start(bash("head -c 3000 /dev/zero; exec sleep 600", attempt_id="2.1"))
+    running = tmp_path / "attempts/2.1"
+    await until(lambda: records.log_bytes(running) == 3_000)
+    await supervisor.start(bash("exit 0", attempt_id="3.1"))
+    await until(partial(has_length, exits, 3))
+    supervisor.forget("3.1")
+    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["2.1"]
+    assert records.log_bytes(running) == 3_000
+    supervisor.kill("2.1")
+    await until(partial(has_length, exits, 4))
+    await supervisor.close()

@@ -379,7 +379,9 @@ def test_the_sampler_imports_little_and_the_agent_no_binding() -> None:
         "agent.core",
         "agent.core.values",
         "agent.telemetry",
+        "agent.telemetry.condition",
         "agent.telemetry.nvml",
         "agent.telemetry.sampler",
+        "agent.telemetry.xid_events",
     }
     assert "pynvml" not in imported("agent.main")

@@ -9,6 +9,7 @@ holds for a core made from this fold holds for one made from the file.
 from collections.abc import Iterable
 
 from agent.core.attempt import AttemptRecord
+from agent.core.gpu_messages import GpusInspected, InspectGpus
 from agent.core.messages import AgentEvent
 from agent.core.state import (
     DropAttempt,
@@ -17,10 +18,17 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
 )
+from agent.core.values import GpuOccupancy
+
+
+def inspected(command: InspectGpus) -> GpusInspected:
+    """The answer of a driver whose every GPU is clean; `test_clean.py` has others."""
+    return GpusInspected(tuple(GpuOccupancy(uuid, 0, ()) for uuid in command.gpu_uuids))
 
 
 class MemoryJournal:
@@ -33,6 +41,7 @@ class MemoryJournal:
         self.next_sequence = 1
         self.fences: dict[int, PutFence] = {}
         self.leader_epoch = 0
+        self.gpus_mended: tuple[tuple[str, int], ...] = ()
 
     def commit(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -46,6 +55,7 @@ class MemoryJournal:
             self.next_sequence,
             tuple(self.fences.values()),
             self.leader_epoch,
+            self.gpus_mended,
         )
 
     def _write(self, record: Record) -> None:
@@ -67,3 +77,5 @@ class MemoryJournal:
                 self.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 self.leader_epoch = record.epoch
+            case PutGpusMended():
+                self.gpus_mended = record.mended

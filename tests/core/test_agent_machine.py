@@ -23,10 +23,11 @@ from agent.core import messages as m
 from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
+from agent.core.gpu_messages import InspectGpus
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.pipeline import SETTLE_MS_MAX
-from tests.core.agent_memory import MemoryJournal
+from tests.core.agent_memory import MemoryJournal, inspected
 
 LAUNCH = LaunchOptions("n1", "/sock", "/attempts", "/python", ())
 # With a floor that the time between two events can pass.
@@ -89,9 +90,8 @@ class AgentMachine(RuleBasedStateMachine):
         self.said: dict[str, str] = {}  # by attempt: the newest capture that this agent heard of
         self.since: dict[str, str] = {}  # by directory: the one it came after
         self.due.clear()
-        for attempt, running in self.processes.items():
-            if not running:
-                self.tasks.append(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
+        gone = [attempt for attempt, running in self.processes.items() if not running]
+        self.tasks += [m.ProcessEnded(v.ProcessExit(attempt, 0, None)) for attempt in gone]
         facts = tuple(v.GpuFacts(uuid, "H100", 1) for uuid in GPUS)
         self.handle(m.Opened(tuple(self.processes), HOST, facts))
 
@@ -176,6 +176,8 @@ class AgentMachine(RuleBasedStateMachine):
                 self.cut()
             case m.RestoreCheckpoint():
                 self.tasks.append(m.RestoreDone(command.attempt, v.Restored("", 0, "")))
+            case InspectGpus():
+                self.handle(inspected(command))
             case m.StartProcess():
                 self.start_process(command.launch.attempt_id)
             case m.DumpStacks():
@@ -187,9 +189,8 @@ class AgentMachine(RuleBasedStateMachine):
                 self.forgotten.add(command.attempt)
                 self.offered.pop(command.attempt, None)
             case m.FindCapture():
-                name, step = "", 0
-                if command.attempt in self.slabs:
-                    name, step = self.captures.get(command.attempt, (name, step))
+                known = self.captures if command.attempt in self.slabs else {}
+                name, step = known.get(command.attempt, ("", 0))
                 self.tasks.append(m.CaptureFound(command.attempt, name, step))
             case m.ReleaseSlab():
                 self.slabs.discard(command.attempt)
@@ -323,8 +324,7 @@ class AgentMachine(RuleBasedStateMachine):
             self.ended[event.attempt] = self.ended.get(event.attempt, 0) + 1
         if isinstance(event.body, m.CheckpointProposed):
             head = self.heads.get(event.attempt, "")
-            accept = accept and event.body.parent == head
-            if accept:
+            if accept := accept and event.body.parent == head:
                 self.heads[event.attempt] = event.body.digest
             self.down.append(m.CommitResult(event.attempt, event.body.digest, accept, "no"))
 

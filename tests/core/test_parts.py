@@ -7,7 +7,10 @@ the last commit. Liveness: whatever is proposed is answered in the end.
 """
 
 import random
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 
 import pytest
 
@@ -358,3 +361,43 @@ def test_a_start_that_is_heard_after_a_commit_ends_no_gang() -> None:
     state = gang.rig.core.state
     phases = [attempt.phase for attempt in state.gang(state.jobs[1])]
     assert phases == [AttemptPhase.RUNNING] * RANKS
+
+
+def calls_of(work: Callable[[], None]) -> int:
+    """How many functions it calls, ours and Python's own: a figure that no busy machine changes."""
+    count = 0
+
+    def seen(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_work_for_a_step_grows_with_the_square_of_the_ranks_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each part is held against those that wait, and a rank that lags makes many wait. With twice
+    the ranks that is four times the work; to ask of each part anew whether each rank has gone on
+    without it was more than five times as much."""
+
+    def lagging(ranks: int) -> int:
+        monkeypatch.setitem(globals(), "RANKS", ranks)
+        gang = Gang(sequences=[0] * ranks).begin()
+
+        def work() -> None:
+            for step in range(1, WAITING_MAX + 5):
+                for rank in range(ranks - 1):
+                    gang.part(rank, step)
+
+        found = calls_of(work)
+        assert len(gang.waiting) == WAITING_MAX * (ranks - 1)
+        return found
+
+    few, many = lagging(4), lagging(8)
+    assert many < 4 * few

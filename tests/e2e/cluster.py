@@ -113,6 +113,8 @@ class Cluster:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+        if kind is None:
+            self._check_events()
 
     # --- programs ---------------------------------------------------------------------------------
 
@@ -286,6 +288,13 @@ class Cluster:
             if program.poll() is not None:
                 ended = f"{name} ended with status {program.returncode}"
                 raise ClusterError(f"{ended}: {self._log_tail(name)}")
+
+    def _check_events(self) -> None:
+        """Raises `ClusterError` when a program has logged what is not on its list of events."""
+        for path in sorted(self.directory.glob("*.log")):
+            for line in self.log_lines(path.stem):
+                if line["event"] == "unregistered":
+                    raise ClusterError(f"{path.stem} logs {line['original']}: not registered")
 
     def _log_tail(self, name: str) -> str:
         path = self.log_path(name)

@@ -53,6 +53,16 @@ def fill(disk: Path) -> Path:
             return path
 
 
+def wait_said(cluster: Cluster, job_id: int, rank: int, event: str, step: int) -> None:
+    """Until this rank of a counting job has said so of this step."""
+
+    def look() -> bool:
+        found = work.events_named(work.lines(cluster, job_id, rank), event)
+        return any(line["step"] == step for line in found)
+
+    cluster.wait_until(look, work.DEADLINE_S, f"rank {rank} of job {job_id}: {event} {step}")
+
+
 def request_of(request_id: str) -> jobs_pb2.SubmitRequest:
     """A job that never starts, with enough in it to need room."""
     spec = types_pb2.JobSpec(command=["true", "x" * 20_000], hold=True)
@@ -131,6 +141,49 @@ def test_full_chunk_disk_costs_checkpoints_and_no_training(
         found = work.lines(cluster, job_id)
         assert len(work.events_named(found, "started")) == 1
         assert found[-1]["value"] == chain(4)
+        cluster.stop()
+
+
+def test_full_disk_under_one_rank_commits_nothing_and_ends_nothing(
+    cluster: Cluster, gate: Gate, tmp_path: Path
+) -> None:
+    """The other rank has room and keeps its parts; without the missing one they are none."""
+    full = cluster.node_directory("n2")
+    full.mkdir(parents=True, mode=0o700)
+    with small_disk(full / "chunks", 32 * MIB) as disk:
+        cluster.start_coordinator()
+        for name in ("n1", "n2"):
+            cluster.start_agent(name, h100(1, node=name))
+        cluster.wait_for_nodes("n1", "n2")
+        gate.open_to(1)
+        command = gate.job(steps=5, every=1, ballast_bytes=2 * MIB)
+        job_id = work.submit(cluster, command, gpus=1, ranks=2)
+        first = work.wait_committed(cluster, job_id, 1)
+        assert [len(first.checkpoint.parts), first.epoch] == [1, 1]
+        (rank,) = [attempt.rank for attempt in first.attempts if attempt.node == "n2"]
+        filler = fill(disk)
+        for step in (2, 3):
+            gate.open_to(step)
+            for each in (0, 1):  # both go on
+                said = "refused" if each == rank else "checkpoint"
+                wait_said(cluster, job_id, each, said, step)
+        refused = work.events_named(work.lines(cluster, job_id, rank), "refused")
+        assert [line["step"] for line in refused] == [2, 3]
+        assert all(line["reason"].startswith("disk full: ") for line in refused)
+        assert cluster.job(job_id).checkpoint.step == 1
+        filler.unlink()
+        gate.open_to(4)
+        work.wait_committed(cluster, job_id, 4)
+        gate.open_to(5)
+        job = work.wait_succeeded(cluster, job_id)
+        assert job.epoch == 1
+        assert job.checkpoint.step == 5
+        for each in (0, 1):
+            found = work.lines(cluster, job_id, each)
+            assert len(work.events_named(found, "started")) == 1
+            assert found[-1]["value"] == chain(5)
+            committed = [line["step"] for line in work.events_named(found, "committed")]
+            assert committed[:2] == [1, 4]
         cluster.stop()
 
 

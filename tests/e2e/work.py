@@ -163,9 +163,9 @@ def wait_log(cluster: Cluster, name: str, event: str, **fields: object) -> dict[
     return cluster.wait_until(look, DEADLINE_S, f"{name} logged {event} {fields}")
 
 
-def output(cluster: Cluster, job_id: int) -> str:
-    """What the job wrote so far, over all its attempts."""
-    call = cluster.jobs.StreamLogs(jobs_pb2.StreamLogsRequest(job_id=job_id))
+def output(cluster: Cluster, job_id: int, rank: int = 0) -> str:
+    """What this rank of the job wrote so far, over all its attempts."""
+    call = cluster.jobs.StreamLogs(jobs_pb2.StreamLogsRequest(job_id=job_id, rank=rank))
     return b"".join(part.data for part in call).decode("utf-8", "replace")
 
 
@@ -189,9 +189,9 @@ def following(cluster: Cluster, job_id: int, path: Path | None = None) -> Iterat
         yield process
 
 
-def lines(cluster: Cluster, job_id: int) -> list[dict[str, Any]]:
+def lines(cluster: Cluster, job_id: int, rank: int = 0) -> list[dict[str, Any]]:
     """The same, for jobs that write JSON lines; others' lines are left out."""
-    return parsed(output(cluster, job_id))
+    return parsed(output(cluster, job_id, rank))
 
 
 def parsed(text: str) -> list[dict[str, Any]]:

@@ -49,7 +49,9 @@ class FakeGpu:
 
     `state` is `ok`, `lost`, `reset_required` or `hangs`. `unsupported` names fields (utilization,
     memory, temperature, power, energy, sm_clock, memory_clock); `failing` pairs them with an NVML
-    return code. `processes` are (pid, bytes) pairs.
+    return code. `processes` are (pid, bytes) pairs. `pci_bus` is the number of its bus, by default
+    its place, from 1; `rows` is `ok`, `pending` or `failed`. `xids` are its errors as (number,
+    code): the numbers grow over all GPUs, and whoever waits gets what is new.
     """
 
     uuid: str
@@ -67,6 +69,10 @@ class FakeGpu:
     unsupported: tuple[str, ...] = ()
     failing: tuple[tuple[str, int], ...] = ()
     processes: tuple[tuple[int, int], ...] = ()
+    pci_bus: int | None = None
+    recovery_action: int | None = None
+    rows: str | None = None
+    xids: tuple[tuple[int, int], ...] = ()
 
 
 def build(*, without: Sequence[str] = (), cache: Path = CACHE) -> Path:
@@ -213,6 +219,10 @@ def _line(gpu: FakeGpu) -> str:
         "memory_clock_mhz": gpu.memory_clock_mhz,
         "unsupported": ",".join(gpu.unsupported) or None,
         "failing": ",".join(f"{field}:{code}" for field, code in gpu.failing) or None,
+        "pci_bus": gpu.pci_bus,
+        "recovery_action": gpu.recovery_action,
+        "rows": gpu.rows,
+        "xids": ",".join(f"{number}:{code}" for number, code in gpu.xids) or None,
         "processes": ",".join(f"{pid}:{used_bytes}" for pid, used_bytes in gpu.processes) or None,
     }
     words += [f"{key}={value}" for key, value in optional.items() if value is not None]

@@ -17,8 +17,11 @@
  * memory_used_bytes, temperature_celsius, power_mw, energy_mj, sm_clock_mhz, memory_clock_mhz (one
  * that is absent is NOT_SUPPORTED); state=ok|lost|reset_required|hangs; unsupported=power,energy;
  * failing=power:999 (field:return code); processes=PID:BYTES,... Fields are named utilization
- * memory temperature power energy sm_clock memory_clock. `driver` has
- * state=ok|not_loaded|mismatch|hangs.
+ * memory temperature power energy sm_clock memory_clock. `pci_bus=59` is the number of its bus,
+ * `recovery_action=1` what field 230 says (absent: NOT_SUPPORTED), `rows=ok|pending|failed` what
+ * remapping does (absent likewise). `xids=1:95,2:79` are its errors, each with a number that grows:
+ * who waits for events gets those with a higher one than any that was there when he began to wait.
+ * `driver` has state=ok|not_loaded|mismatch|hangs.
  *
  * What hangs blocks its callers, and nobody else, until the file says otherwise: a GPU in every
  * call about it, the driver in every call.
@@ -49,6 +52,10 @@ enum {
     MAX_PROCESSES = 32, /* per GPU; more than any share is cut into */
     LOOK_AGAIN_US = 1000, /* how soon a call that hangs sees that it need not */
     MAX_FILE_BYTES = 1 << 18, /* MAX_GPUS lines of 4 KiB */
+    MAX_XIDS = 64,   /* per GPU in one file; a storm is written in pieces */
+    LOOK_FOR_EVENTS_US = 10000, /* how late an event may be; the driver interrupts */
+    XID_EVENT = 8,   /* nvmlEventTypeXidCriticalError */
+    RECOVERY_ACTION = 230, /* NVML_FI_DEV_GET_GPU_RECOVERY_ACTION */
     TEXT_BYTES = 96, /* NVML_DEVICE_UUID_V2_BUFFER_SIZE and NVML_DEVICE_NAME_V2_BUFFER_SIZE */
 };
 
@@ -58,6 +65,7 @@ enum result { /* nvmlReturn_t, the part that is used here */
     INVALID_ARGUMENT = 2,
     NOT_SUPPORTED = 3,
     NOT_FOUND = 6,
+    TIMEOUT = 10,
     INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9,
     GPU_IS_LOST = 15,
@@ -81,6 +89,10 @@ struct process { /* nvmlProcessInfo_v2_t, the layout that GetComputeRunningProce
     unsigned compute_instance_id;
 };
 
+struct xid {
+    uint64_t number, code;
+};
+
 struct gpu {
     char uuid[TEXT_BYTES];
     char name[TEXT_BYTES];
@@ -92,6 +104,12 @@ struct gpu {
     int hangs;
     unsigned process_count;
     struct process processes[MAX_PROCESSES];
+    uint64_t pci_bus;
+    uint64_t recovery_action;
+    int recovery_result;
+    int rows_result, rows_pending, rows_failed;
+    unsigned xid_count;
+    struct xid xids[MAX_XIDS];
 };
 
 struct fleet {
@@ -196,6 +214,26 @@ static int parse_processes(char *text, struct gpu *gpu) {
     return 0;
 }
 
+static int parse_xids(char *text, struct gpu *gpu) {
+    char *rest = NULL;
+    for (char *item = strtok_r(text, ",", &rest); item; item = strtok_r(NULL, ",", &rest)) {
+        char *colon = strchr(item, ':');
+        if (colon == NULL || gpu->xid_count == MAX_XIDS) return -1;
+        *colon = '\0';
+        struct xid *xid = &gpu->xids[gpu->xid_count++];
+        if (parse_number(item, &xid->number) != 0 || parse_number(colon + 1, &xid->code) != 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int parse_rows(const char *text, struct gpu *gpu) {
+    gpu->rows_result = SUCCESS;
+    gpu->rows_pending = strcmp(text, "pending") == 0;
+    gpu->rows_failed = strcmp(text, "failed") == 0;
+    return gpu->rows_pending || gpu->rows_failed || strcmp(text, "ok") == 0 ? 0 : -1;
+}
+
 static int parse_gpu_pair(const char *key, char *value, struct gpu *gpu,
                           int explicit_result[FIELD_COUNT]) {
     int field = field_by(field_keys, key);
@@ -211,6 +249,13 @@ static int parse_gpu_pair(const char *key, char *value, struct gpu *gpu,
     if (strcmp(key, "unsupported") == 0) return parse_failures(value, 0, gpu);
     if (strcmp(key, "failing") == 0) return parse_failures(value, 1, gpu);
     if (strcmp(key, "processes") == 0) return parse_processes(value, gpu);
+    if (strcmp(key, "xids") == 0) return parse_xids(value, gpu);
+    if (strcmp(key, "rows") == 0) return parse_rows(value, gpu);
+    if (strcmp(key, "pci_bus") == 0) return parse_number(value, &gpu->pci_bus);
+    if (strcmp(key, "recovery_action") == 0) {
+        gpu->recovery_result = SUCCESS;
+        return parse_number(value, &gpu->recovery_action);
+    }
     if (strcmp(key, "state") != 0) return -1;
     if (strcmp(value, "ok") == 0) gpu->state = SUCCESS;
     else if (strcmp(value, "lost") == 0) gpu->state = GPU_IS_LOST;
@@ -226,6 +271,8 @@ static int parse_gpu(char *cursor, struct fleet *fleet) {
     if (fleet->gpu_count == MAX_GPUS) return -1;
     struct gpu *gpu = &fleet->gpus[fleet->gpu_count];
     memset(gpu, 0, sizeof *gpu);
+    gpu->recovery_result = gpu->rows_result = NOT_SUPPORTED;
+    gpu->pci_bus = fleet->gpu_count + 1;
     for (int field = 0; field < FIELD_COUNT; field++)
         given[field] = NOT_SUPPORTED;
     while ((more = next_pair(&cursor, &key, &value)) > 0)
@@ -443,6 +490,7 @@ EXPORT const char *nvmlErrorString(int result) {
     case NOT_SUPPORTED: return "Not Supported";
     case NOT_FOUND: return "Not Found";
     case INSUFFICIENT_SIZE: return "Insufficient Size";
+    case TIMEOUT: return "Timeout";
     case DRIVER_NOT_LOADED: return "Driver Not Loaded";
     case GPU_IS_LOST: return "GPU is lost";
     case RESET_REQUIRED: return "GPU requires reset";
@@ -586,4 +634,130 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count
     if (gpu.process_count != 0)
         memcpy(processes, gpu.processes, gpu.process_count * sizeof *processes);
     return SUCCESS;
+}
+
+struct pci { /* nvmlPciInfo_t */
+    char bus_id_legacy[16];
+    unsigned domain, bus, device, device_id, subsystem_id;
+    char bus_id[32];
+};
+
+EXPORT int nvmlDeviceGetPciInfo_v3(void *device, struct pci *pci) {
+    struct gpu gpu;
+    if (pci == NULL) return INVALID_ARGUMENT;
+    int result = read_gpu(device, &gpu);
+    if (result != SUCCESS) return result;
+    memset(pci, 0, sizeof *pci);
+    pci->bus = (unsigned)gpu.pci_bus;
+    snprintf(pci->bus_id, sizeof pci->bus_id, "00000000:%02X:00.0", pci->bus);
+    return SUCCESS;
+}
+
+EXPORT int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected,
+                                     unsigned *pending, unsigned *failed) {
+    struct gpu gpu;
+    int result = read_gpu(device, &gpu);
+    if (result != SUCCESS) return result;
+    *corrected = *uncorrected = 0;
+    *pending = (unsigned)gpu.rows_pending;
+    *failed = (unsigned)gpu.rows_failed;
+    return gpu.rows_result;
+}
+
+struct field_value { /* nvmlFieldValue_t */
+    unsigned field_id, scope_id;
+    long long timestamp_us, latency_us;
+    int value_type, result;
+    unsigned long long value;
+};
+
+/* Each entry has its own return code. */
+EXPORT int nvmlDeviceGetFieldValues(void *device, int count, struct field_value *values) {
+    struct gpu gpu;
+    if (count < 1 || values == NULL) return INVALID_ARGUMENT;
+    int result = read_gpu(device, &gpu);
+    if (result != SUCCESS) return result;
+    for (int index = 0; index < count; index++) {
+        struct field_value *value = &values[index];
+        int known = value->field_id == RECOVERY_ACTION;
+        value->result = known ? gpu.recovery_result : NOT_SUPPORTED;
+        value->value_type = 1; /* NVML_VALUE_TYPE_UNSIGNED_INT */
+        value->value = known ? gpu.recovery_action : 0;
+    }
+    return SUCCESS;
+}
+
+/* ---- events ---- */
+
+struct event_set {
+    uint64_t last_number;
+    unsigned handle_count;
+    const struct handle *handles[MAX_GPUS];
+};
+
+struct event { /* nvmlEventData_t */
+    const void *device;
+    unsigned long long type, data;
+    unsigned gpu_instance_id, compute_instance_id;
+};
+
+EXPORT int nvmlEventSetCreate(struct event_set **created) {
+    int result = enter();
+    if (result != SUCCESS || created == NULL) return leave(result ? result : INVALID_ARGUMENT);
+    struct event_set *set = calloc(1, sizeof *set);
+    if (set == NULL) return leave(UNKNOWN);
+    for (unsigned index = 0; index < current.gpu_count; index++)
+        for (unsigned at = 0; at < current.gpus[index].xid_count; at++)
+            if (current.gpus[index].xids[at].number > set->last_number)
+                set->last_number = current.gpus[index].xids[at].number;
+    *created = set;
+    return leave(SUCCESS);
+}
+
+EXPORT int nvmlEventSetFree(struct event_set *set) {
+    free(set);
+    return SUCCESS;
+}
+
+EXPORT int nvmlDeviceRegisterEvents(void *device, unsigned long long types, struct event_set *set) {
+    struct gpu gpu;
+    int result = read_gpu(device, &gpu);
+    if (result != SUCCESS) return result;
+    if (types != XID_EVENT) return NOT_SUPPORTED;
+    pthread_mutex_lock(&mutex);
+    if (set->handle_count == MAX_GPUS) return leave(UNKNOWN);
+    set->handles[set->handle_count++] = device;
+    return leave(SUCCESS);
+}
+
+/* The oldest that the set has not given out yet. Called with the mutex held. */
+static int next_event(struct event_set *set, struct event *event) {
+    const struct xid *oldest = NULL;
+    for (unsigned index = 0; index < set->handle_count; index++) {
+        const struct gpu *gpu = listed(set->handles[index]->uuid);
+        for (unsigned at = 0; gpu != NULL && at < gpu->xid_count; at++) {
+            const struct xid *xid = &gpu->xids[at];
+            if (xid->number <= set->last_number) continue;
+            if (oldest != NULL && oldest->number <= xid->number) continue;
+            oldest = xid;
+            event->device = set->handles[index];
+        }
+    }
+    if (oldest == NULL) return 0;
+    set->last_number = oldest->number;
+    event->type = XID_EVENT;
+    event->data = oldest->code;
+    event->gpu_instance_id = event->compute_instance_id = 0xFFFFFFFFu;
+    return 1;
+}
+
+EXPORT int nvmlEventSetWait_v2(struct event_set *set, struct event *event, unsigned timeout_ms) {
+    for (long left_us = (long)timeout_ms * 1000;; left_us -= LOOK_FOR_EVENTS_US) {
+        pthread_mutex_lock(&mutex);
+        refresh();
+        if (next_event(set, event)) return leave(SUCCESS);
+        pthread_mutex_unlock(&mutex);
+        if (left_us <= 0) return TIMEOUT;
+        usleep(LOOK_FOR_EVENTS_US);
+    }
 }

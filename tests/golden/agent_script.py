@@ -23,9 +23,10 @@ from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.attempt import AttemptRecord
+from agent.core.gpu_messages import InspectGpus, Sampled
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
-from tests.core.agent_memory import MemoryJournal
+from tests.core.agent_memory import MemoryJournal, inspected
 
 UNIX_MS_ZERO = 1_790_000_000_000
 HOST = v.HostFacts("box1", "boot1", 8, 64 << 30, "570.1", "0.1.0")
@@ -78,7 +79,14 @@ class World:
         records = [effect for effect in effects if isinstance(effect, s.Record)]
         assert effects[: len(records)] == records, "records come first"
         self.journal.commit(records)
-        return [self._show(effect) for effect in effects]
+        lines = []
+        for effect in effects:
+            if isinstance(effect, InspectGpus):
+                # every GPU is clean at once: `tests/core/test_clean.py` has those that are not
+                lines += self._handle(inspected(effect))
+            else:
+                lines.append(self._show(effect))
+        return lines
 
     # --- what is not an event ---------------------------------------------------------------------
 
@@ -160,7 +168,7 @@ class World:
                 return f"tell {effect.attempt} {_pairs(effect.message)}"
             case m.Log():
                 return f"log {effect.level} {effect.event} {_pairs(effect.fields)}".rstrip()
-            case s.PutFence() | s.DropFence() | s.PutLeaderEpoch():
+            case s.PutFence() | s.DropFence() | s.PutLeaderEpoch() | s.PutGpusMended():
                 return f"journal {_words(effect)}"
         return _words(effect)
 
@@ -289,7 +297,7 @@ def _event(verb: str, plain: list[str], named: dict[str, str], gpus: tuple[str, 
         case "replication_failed":
             return m.ReplicationFailed(attempt, plain[1], " ".join(plain[2:]))
         case "sample":
-            return m.Sampled(SAMPLE)
+            return Sampled(SAMPLE)
         case "leave":
             return m.Leaving(int(attempt) if attempt else None)
     return m.FromCoordinator(_order(verb, plain, named), "c0ffee")

@@ -16,6 +16,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
                                         [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
     milestone 1.1 name=load             (all of these: node=n2 seq=7 to speak out of turn)
+    verdict n1-g0 node=n1 is=needs_reset reason="needs a reset (xid 95)"
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
            keep=2 ranks=4
@@ -60,6 +61,7 @@ from coordinator.core.messages import (
     FromAgent,
     GetJob,
     Goodbye,
+    GpuHealthChanged,
     Heartbeat,
     HeldAttempt,
     Hello,
@@ -77,6 +79,8 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import (
     GpuFacts,
+    GpuHealth,
+    GpuVerdict,
     HostFacts,
     JobClass,
     JobSpec,
@@ -163,6 +167,7 @@ class Scenario:
         if verb in _REQUESTS:
             return Request(1, _REQUESTS[verb](names[0] if names else "", words))
         if verb in _EVENTS:
+            words = {"gpu": names[0], **words} if verb == "verdict" else words
             return self._agent_event(_EVENTS[verb](words), verb, names[0], words)
         assert verb in ("hello", "beat", "closed", "goodbye"), f"unknown command {verb!r}"
         speaker = self.speakers.setdefault(names[0], Speaker())
@@ -314,6 +319,9 @@ _EVENTS: dict[str, Callable[[Words], AgentEventBody]] = {
     "commit": _proposed,
     "exit": _exited,
     "refused": lambda words: AttemptRefused(words["reason"], "permanent" in words),
+    "verdict": lambda words: GpuHealthChanged(
+        (GpuHealth(words["gpu"], GpuVerdict(words["is"]), words.get("reason", "")),)
+    ),
     "milestone": lambda words: AttemptMilestone(words["name"]),
 }
 

@@ -104,7 +104,7 @@ def test_promtool_finds_nothing_of_ours(program: str) -> None:
     assert all(line.startswith("DCGM_") and "camelCase" in line for line in said), said
 
 
-@pytest.mark.parametrize("module", ["exposition.py", "histogram.py"])
+@pytest.mark.parametrize("module", ["exposition.py", "histogram.py", "https.py"])
 def test_both_programs_have_the_same_text(module: str) -> None:
     theirs = (ROOT / "coordinator" / module).read_text("utf-8")
     ours = (ROOT / "agent" / module).read_text("utf-8")

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
@@ -28,18 +28,23 @@ from agent.core.state import (
     Memory,
     PutAttempt,
     PutFence,
+    PutGpusMended,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
 )
 from agent.core.values import (
+    DriverLoaded,
+    GpuCondition,
     GpuFacts,
+    GpuOccupancy,
     GpuSample,
     HostFacts,
     HostSample,
     Launch,
     ProcessExit,
     Sample,
+    XidSeen,
 )
 from agent.journal import decode_event, encode_event
 from agent.ports import (
@@ -74,6 +79,7 @@ class Disk:
     fences: dict[int, PutFence] = field(default_factory=dict)
     next_sequence: int = 1
     leader_epoch: int = 0
+    gpus_mended: tuple[tuple[str, int], ...] = ()
     copies: dict[str, Copy] = field(default_factory=dict)
     staging: dict[str, Content] = field(default_factory=dict)
     # Directories of attempts: the exit that nobody has settled yet, `None` while it runs.
@@ -118,6 +124,10 @@ class Box:
         # The agent's ears while it is up.
         self.on_exit: Callable[[ProcessExit], None] | None = None
         self.socket: SimTrainers | None = None
+        self.on_xid: Callable[[XidSeen | DriverLoaded], None] | None = None
+        self.kernel_log: list[XidSeen] = []
+        self.broken = False  # once
+        self.needs_reset: dict[str, None] = {}  # these GPUs, until the next boot
 
     def power_on(self) -> None:
         self.boots += 1
@@ -126,7 +136,9 @@ class Box:
     def power_off(self) -> None:
         """Everything that runs is gone; the disk stays."""
         self.powered = False
-        self.on_exit = self.socket = None
+        self.on_exit = self.socket = self.on_xid = None
+        self.kernel_log.clear()
+        self.needs_reset.clear()
         for trainer in list(self.trainers.values()):
             trainer.vanish("power")
         self.trainers.clear()
@@ -135,6 +147,20 @@ class Box:
                 self.disk.unsettled[attempt_id] = ProcessExit(
                     attempt_id, None, None, "ended unseen: the box rebooted"
                 )
+
+    def break_gpu(self, uuid: str, unix_ms: int) -> None:
+        """An error that only a reset mends; both witnesses speak of it."""
+        self.broken = True
+        self.needs_reset[uuid] = None
+        seen = XidSeen(95, "kernel", unix_ms, uuid=uuid, text="Uncontained ECC error")
+        self.kernel_log.append(seen)
+        if self.on_xid is not None:
+            self.on_xid(seen)
+            self.on_xid(replace(seen, source="nvml", text=""))
+
+    def mend_gpu(self, uuid: str) -> None:
+        """Somebody has reset it; the driver says so from the next reading on."""
+        self.needs_reset.pop(uuid, None)
 
     def lose_disk(self) -> None:
         self.disk = Disk(f"{self.name}-journal-{self.boots + 1}")
@@ -171,8 +197,35 @@ class SimProbe:
         return self._box.gpus
 
     def sample(self) -> Sample:
-        gpus = tuple(GpuSample(gpu.uuid, 0.5, 1_000) for gpu in self._box.gpus)
+        gpus = tuple(
+            GpuSample(gpu.uuid, 0.5, 1_000, condition=self._condition(gpu.uuid))
+            for gpu in self._box.gpus
+        )
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
+
+    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+        return tuple(GpuOccupancy(uuid, 0, ()) for uuid in gpu_uuids)
+
+    def _condition(self, uuid: str) -> GpuCondition | None:
+        """An older driver, which says nothing of it, on boxes that no fault is about."""
+        if not self._box.broken:
+            return None
+        return GpuCondition(recovery_action=1 if uuid in self._box.needs_reset else 0)
+
+
+class SimXids:
+    """Errors of the box's GPUs; each boot has its own, and the kernel keeps them for who asks."""
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+
+    async def open(self, told: Callable[[XidSeen | DriverLoaded], None]) -> None:
+        self._box.on_xid = told
+        for seen in self._box.kernel_log:
+            told(replace(seen, history=True))
+
+    def close(self) -> None:
+        """What an older incarnation closes late is not the newer one's."""
 
 
 class SimWorkspace:
@@ -213,6 +266,7 @@ class SimJournal:
             disk.next_sequence,
             tuple(disk.fences.values()),
             disk.leader_epoch,
+            disk.gpus_mended,
         )
 
     async def commit(self, records: Sequence[Record]) -> None:
@@ -247,6 +301,8 @@ class SimJournal:
                 disk.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 disk.leader_epoch = record.epoch
+            case PutGpusMended():
+                disk.gpus_mended = record.mended
 
     def _spool(self, event: AgentEvent) -> None:
         disk = self._box.disk

@@ -21,6 +21,7 @@ from coordinator.core.messages import (
     PutAttempt,
     PutCheckpoint,
     PutJob,
+    PutNode,
     PutPart,
     Record,
 )
@@ -75,6 +76,7 @@ class Checkers:
         self.abandoned: dict[int, None] = {}
         self.requeued: dict[int, None] = {}
         self.doomed: dict[str, None] = {}
+        self.cordons: dict[str, dict[str, None]] = {}
 
     # --- answers to users -------------------------------------------------------------------------
 
@@ -100,18 +102,27 @@ class Checkers:
                     self._job(job)
                     jobs[job.id] = None
                 case PutAttempt(attempt=attempt):
+                    self._placed(attempt)
                     self.attempts[attempt.id] = attempt
                     jobs[attempt.job_id] = None
                 case PutCheckpoint(checkpoint=checkpoint):
                     self._checkpoint(checkpoint)
                 case DropCheckpoint():
                     self.kept.pop((record.job_id, record.digest), None)
+                case PutNode(node=node):
+                    self.cordons[node.id] = {cordon.uuid: None for cordon in node.gpu_cordons}
                 case PutPart() | DropPart():
                     pass  # what waits for other parts is no checkpoint yet
                 case DropJob():
                     self._fail(f"job {record.job_id} was dropped in a small fleet")
         for job_id in jobs:
             self._settled(job_id)
+
+    def _placed(self, attempt: Attempt) -> None:
+        closed = self.cordons.get(attempt.node, {})
+        for uuid in attempt.gpu_uuids if attempt.id not in self.attempts else ():
+            if uuid in closed:
+                self._fail(f"{attempt.id} was put on {uuid}, which is cordoned for its health")
 
     def _job(self, job: Job) -> None:
         old = self.jobs.get(job.id)

@@ -41,6 +41,7 @@ KINDS: dict[str, int] = {
     "requeue": 2,
     "resubmit": 1,
     "lost_reply": 1,
+    "gpu_error": 3,
 }
 # Once a plan is enough: a fleet of three that loses two for good has nobody to run its jobs.
 ONCE = ("node_gone", "disk_lost")

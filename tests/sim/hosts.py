@@ -15,6 +15,7 @@ from agent.core.state import Options as AgentOptions
 from agent.core.trainer_messages import TrainerMessage
 from agent.ports import LinkClosed
 from agent.shell import AgentShell, Ports
+from agent.telemetry.xid_table import load_table
 from coordinator.core import messages as cm
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.model import JobEvent, Snapshot
@@ -22,6 +23,7 @@ from coordinator.core.state import Options as CoordinatorOptions
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
+from tests.events.checking import check
 from tests.sim.box import (
     Box,
     SimJournal,
@@ -30,6 +32,7 @@ from tests.sim.box import (
     SimSlabs,
     SimTrainers,
     SimWorkspace,
+    SimXids,
     Surroundings,
 )
 from tests.sim.chunks import SimChunks
@@ -111,12 +114,14 @@ class AgentHost:
         name = self.box.name
         launch = LaunchOptions(name, "/run/sim", "/attempts", "python", ())
         self.journal = journal = SimJournal(self.box)
-        self.core = NodeCore(AgentOptions(f"{name}:7000", launch), journal.open())
+        options = AgentOptions(f"{name}:7000", launch, xids=load_table())
+        self.core = NodeCore(options, journal.open())
         trainers = SimTrainers(self.box, SimSlabs(), self._said)
         self.box.socket = trainers
         ports = Ports(
             self.clock, self, SimProbe(self.box), SimProcesses(self.box), SimWorkspace(self.box),
             trainers, trainers.slabs, SimChunks(self.box), journal, self, self._log, _at_once,
+            SimXids(self.box),
         )  # fmt: skip
         self.shell = AgentShell(self.core, ports)
         self.task = asyncio.get_running_loop().create_task(self.shell.run())
@@ -136,7 +141,7 @@ class AgentHost:
 
     def _let_go(self) -> None:
         self.task = self.shell = self.core = None
-        self.box.on_exit = self.box.socket = None
+        self.box.on_exit = self.box.socket = self.box.on_xid = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
@@ -152,6 +157,7 @@ class AgentHost:
             self.shell.on_trainer_message(attempt_id, message)
 
     def _log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        check("agent", level, event, fields)
         self._around.trace(f"{self.box.name} {level} {event} {_fields(fields)}")
 
     # --- Chance -----------------------------------------------------------------------------------
@@ -295,4 +301,5 @@ class CoordinatorHost:
         self.kill()
 
     def _log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        check("coordinator", level, event, fields)
         self._around.trace(f"coordinator {level} {event} {_fields(fields)}")

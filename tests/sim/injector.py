@@ -140,6 +140,21 @@ class Injector:
         trainer.end(None, 9)
         return True
 
+    async def _gpu_error(self, fault: Fault) -> bool:
+        """A GPU under a trainer has an error that only a reset mends, and later gets it."""
+        agent = self._agent(with_trainer=True)
+        if agent is None:
+            return False
+        used = [uuid for trainer in agent.box.trainers.values() for uuid in trainer.gpu_uuids]
+        if not used:
+            return False
+        uuid = self._world.chance.choice(used)
+        self._hit(fault, uuid)
+        agent.box.break_gpu(uuid, agent.clock.unix_ms())
+        await self._lasts(fault)
+        agent.box.mend_gpu(uuid)
+        return True
+
     async def _clock_jump(self, fault: Fault) -> bool:
         clocks = [agent.clock for agent in self._world.agents.values()]
         clock = self._world.chance.choice([*clocks, self._world.coordinator.clock])

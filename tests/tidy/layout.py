@@ -32,6 +32,7 @@ _MODULE_NAME = re.compile(r"^(agent|coordinator|trainers|baton_sdk)(\.\w+)+$")
 # The translators: the only modules that touch generated code (contract 3 in .importlinter).
 TRANSLATORS = frozenset(
     """agent/wire.py agent/uplink.py agent/peer.py agent/chunks/peers.py coordinator/wire.py
+    agent/wire_health.py coordinator/wire_health.py
     coordinator/wire_time.py coordinator/wire_nodes.py coordinator/rpc.py coordinator/peers.py
     coordinator/cli/client.py coordinator/cli/decoding.py coordinator/checkpoint_rpc.py
     coordinator/cli/checkpoint_client.py""".split()

@@ -57,6 +57,7 @@ def test_the_same_place_is_bitwise(same: Fingerprint) -> None:
             "the choice of deterministic algorithms was on and is off",
         ),
         ({"tf32": True}, Level.E1, "the use of TF32 was off and is on"),
+        ({"compiler": "triton 3.6"}, Level.E1, "the compiler was none and is triton 3.6"),
         ({"precision": "bfloat16"}, Level.E2, "the precision was float32 and is bfloat16"),
         ({"global_batch": 16}, Level.E2, "the global batch was 8 and is 16"),
         ({"data_seed": 2}, Level.E2, "the seed of the data order was 1 and is 2"),
@@ -135,3 +136,18 @@ def test_a_processor_without_a_name_has_its_architecture(tmp_path: Path) -> None
     description = tmp_path / "cpuinfo"
     description.write_text("processor : 0\nmodel name\t: Abacus 9\n")
     assert exactness.cpu_model(description) == "Abacus 9"
+
+
+def test_compiled_steps_are_bitwise_on_a_cpu_alone() -> None:
+    on_cpu = replace(CPU, compiler="g++ 13.2.0")
+    assert exactness.level(on_cpu, on_cpu).level is Level.E0
+    on_gpu = replace(GPU, compiler="triton 3.6")
+    verdict = exactness.level(on_gpu, on_gpu)
+    assert verdict == exactness.Verdict(Level.E1, "triton 3.6 picks its kernels by their time")
+
+
+def test_a_document_from_before_there_were_compilers_reads_as_ever() -> None:
+    assert "compiler" not in CPU.document()
+    assert exactness.parse(CPU.document()) == CPU
+    compiled = replace(CPU, compiler="g++ 13.2.0")
+    assert exactness.parse(compiled.document()) == compiled

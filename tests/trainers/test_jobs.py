@@ -14,7 +14,7 @@ import transformers
 
 import baton_sdk
 from tests.trainers import tasks
-from trainers import causal, classify, configuration, data, loop, start
+from trainers import causal, classify, configuration, data, events, loop, start
 from trainers.finetune import FinetuneOptions, import_builder
 from trainers.transfer import TransferOptions
 
@@ -191,7 +191,7 @@ def test_a_convolutional_backbone_has_the_width_of_its_last_stage(image_folder: 
 
 
 def test_a_loss_that_is_no_number_is_still_json(capsys: pytest.CaptureFixture[str]) -> None:
-    loop.emit("step", loss=float("nan"), step=1)
+    events.emit("step", loss=float("nan"), step=1)
     assert capsys.readouterr().out == '{"event": "step", "loss": "nan", "step": 1}\n'
 
 

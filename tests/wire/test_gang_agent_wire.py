@@ -96,3 +96,12 @@ def test_a_proposal_says_of_how_many_parts_it_is_one() -> None:
     body = m.CheckpointProposed("aa", "", 10, 5, ("n1",), 4)
     said = wire.encode(m.AgentEvent(1, 0, "7.2.3", body)).event
     assert (said.attempt, said.checkpoint_proposed.parts) == ("7.2.3", 4)
+
+
+@pytest.mark.parametrize("traceparent", ["x", "00-4bf92f3577b34da6a3ce929d0e0e4736"])
+def test_what_is_no_traceparent_ends_the_session(traceparent: str) -> None:
+    order = pb.SessionResponse(
+        start_attempt=pb.StartAttempt(attempt="7.2", traceparent=traceparent)
+    )
+    with pytest.raises(wire.WireError, match="is no traceparent"):
+        wire.decode(order)

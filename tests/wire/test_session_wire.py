@@ -9,6 +9,7 @@ a value or `WireError`, since any other exception would be taken for a bug and e
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent import wire as agent_wire
+from agent.core import health as ah
 from agent.core import messages as am
 from agent.core import trainer_messages as at
 from agent.core import values as av
@@ -60,6 +62,10 @@ GPU_SAMPLE = st.builds(
     av.GpuSample, TEXT, maybe(RATIO), maybe(COUNT), maybe(SMALL), maybe(COUNT), maybe(COUNT),
     maybe(SMALL), maybe(SMALL), TEXT,
 )  # fmt: skip
+HEALTH = st.builds(
+    ah.GpuVerdict, TEXT.filter(bool), st.sampled_from(ah.Verdict), TEXT, TEXT,
+    many(st.builds(ah.XidRecord, SMALL, COUNT, UNIX_MS, UNIX_MS, TEXT)),
+)  # fmt: skip
 BODY = st.one_of(
     st.builds(
         am.AttemptStarted,
@@ -80,12 +86,17 @@ UPWARD = st.one_of(
         am.Hello, NODE, TEXT.filter(bool), TEXT,
         st.builds(av.HostFacts, TEXT, TEXT, SMALL, COUNT, TEXT, TEXT),
         many(st.builds(av.GpuFacts, TEXT, TEXT, COUNT)), many(HELD), many(DIGEST), COUNT,
+        many(HEALTH),
     ),
     st.builds(
         am.Heartbeat, COUNT, maybe(HOST_SAMPLE), many(GPU_SAMPLE), many(HELD),
         many(st.tuples(ATTEMPT, PROGRESS)),
     ),
     st.builds(am.AgentEvent, st.integers(1, 2**63 - 1), UNIX_MS, ATTEMPT, BODY),
+    st.builds(
+        am.AgentEvent, st.integers(1, 2**63 - 1), UNIX_MS, st.just(""),
+        st.builds(ah.GpuHealthChanged, many(HEALTH)),
+    ),
     st.builds(am.Goodbye, maybe(DURATION_MS)),
 )  # fmt: skip
 
@@ -114,6 +125,7 @@ SPEC = st.builds(
     keep_checkpoints=SMALL,
     ranks=st.integers(1, 2**31 - 1),
 )
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ORDER = st.one_of(
     st.builds(cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT),
     st.builds(cm.LeaseRenewal, COUNT),
@@ -121,7 +133,7 @@ ORDER = st.one_of(
     st.builds(
         cm.StartAttempt, ATTEMPT, SPEC, many(TEXT),
         many(st.builds(launch.RestoreCandidate, DIGEST, COUNT, many(ADDRESS))),
-        maybe(ADDRESS), SMALL,
+        maybe(ADDRESS), SMALL, traceparent=st.sampled_from(("", TRACEPARENT)),
     ),
     st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
     st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),
@@ -130,14 +142,19 @@ ORDER = st.one_of(
 )  # fmt: skip
 
 
+# What an agent knows for itself.
+STAYS = ("pci_bus_id", "condition")
+
+
 def plain(value: object) -> object:
     """A value without its classes: the two sides have one each for every message. Names may differ
     from one side to the other, order and meaning may not."""
     if dataclasses.is_dataclass(value):
-        return [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value)]
+        return [plain(getattr(value, name)) for name in names if name not in STAYS]
     if isinstance(value, tuple):
         return [plain(item) for item in value]
-    return value
+    return value.value if isinstance(value, Enum) else value
 
 
 @settings(max_examples=60)

@@ -147,6 +147,7 @@ class Hello(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """The node's name, 1 to 64 characters of [a-z0-9.-], unique in the fleet."""
     journal_id: _builtins.str
@@ -175,6 +176,10 @@ class Hello(_message.Message):
         cannot do; a value that the coordinator does not know it ignores.
         """
 
+    @_builtins.property
+    def health(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GpuHealth]:
+        """How its GPUs are; one that is not listed: nothing is known of it yet."""
+
     def __init__(
         self,
         *,
@@ -187,10 +192,11 @@ class Hello(_message.Message):
         checkpoints: _abc.Iterable[_builtins.str] | None = ...,
         acknowledged_sequence: _builtins.int = ...,
         capabilities: _abc.Iterable[Global___Capability.ValueType] | None = ...,
+        health: _abc.Iterable[_types_pb2.GpuHealth] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "attempts", b"attempts", "capabilities", b"capabilities", "checkpoints", b"checkpoints", "gpus", b"gpus", "host", b"host", "journal_id", b"journal_id", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "attempts", b"attempts", "capabilities", b"capabilities", "checkpoints", b"checkpoints", "gpus", b"gpus", "health", b"health", "host", b"host", "journal_id", b"journal_id", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,6 +327,7 @@ class AgentEvent(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     MILESTONE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_PROPOSED_FIELD_NUMBER: _builtins.int
+    GPU_HEALTH_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one within a journal, from 1."""
     attempt: _builtins.str
@@ -338,6 +345,10 @@ class AgentEvent(_message.Message):
     def milestone(self) -> Global___AttemptMilestone: ...
     @_builtins.property
     def checkpoint_proposed(self) -> Global___CheckpointProposed: ...
+    @_builtins.property
+    def gpu_health(self) -> Global___GpuHealthChanged:
+        """Of the node and not of an attempt: `attempt` is empty."""
+
     def __init__(
         self,
         *,
@@ -349,16 +360,39 @@ class AgentEvent(_message.Message):
         refused: Global___AttemptRefused | None = ...,
         milestone: Global___AttemptMilestone | None = ...,
         checkpoint_proposed: Global___CheckpointProposed | None = ...,
+        gpu_health: Global___GpuHealthChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "milestone", b"milestone", "refused", b"refused", "started", b"started", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "started", b"started", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "milestone", b"milestone", "refused", b"refused", "sequence", b"sequence", "started", b"started", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "sequence", b"sequence", "started", b"started", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "exited", "refused", "milestone", "checkpoint_proposed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "exited", "refused", "milestone", "checkpoint_proposed", "gpu_health"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___AgentEvent: _TypeAlias = AgentEvent  # noqa: Y015
+
+@_typing.final
+class GpuHealthChanged(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GpuHealth]:
+        """Those whose verdict, reason or errors have changed; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        gpus: _abc.Iterable[_types_pb2.GpuHealth] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuHealthChanged: _TypeAlias = GpuHealthChanged  # noqa: Y015
 
 @_typing.final
 class AttemptStarted(_message.Message):
@@ -673,9 +707,14 @@ class StartAttempt(_message.Message):
     REPLICA_TARGET_FIELD_NUMBER: _builtins.int
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
     GANG_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     restart_count: _builtins.int
     """How often the job was started before."""
+    traceparent: _builtins.str
+    """Its trace, as W3C Trace Context writes it: 00-<trace id>-<span of this attempt>-<flags>. The
+    trainer finds it as TRACEPARENT. Empty, from an older coordinator: it has none.
+    """
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
     @_builtins.property
@@ -704,10 +743,11 @@ class StartAttempt(_message.Message):
         replica_target: Global___PeerAddress | None = ...,
         restart_count: _builtins.int = ...,
         gang: Global___Gang | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "gang", b"gang", "replica_target", b"replica_target", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gang", b"gang", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gang", b"_gang", "_replica_target", b"_replica_target", "attempt", b"attempt", "candidates", b"candidates", "gang", b"gang", "gpu_uuids", b"gpu_uuids", "replica_target", b"replica_target", "restart_count", b"restart_count", "spec", b"spec", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gang: _TypeAlias = _typing.Literal["gang"]  # noqa: Y015
     _WhichOneofArgType__gang: _TypeAlias = _typing.Literal["_gang", b"_gang"]  # noqa: Y015

@@ -282,6 +282,39 @@ GPU_PHASE_ABSENT: GpuPhase.ValueType  # 3
 """Its node is lost or no longer lists it."""
 Global___GpuPhase: _TypeAlias = GpuPhase  # noqa: Y015
 
+class _GpuVerdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GpuVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuVerdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GPU_VERDICT_UNSPECIFIED: _GpuVerdict.ValueType  # 0
+    GPU_VERDICT_HEALTHY: _GpuVerdict.ValueType  # 1
+    GPU_VERDICT_DEGRADED: _GpuVerdict.ValueType  # 2
+    """It works, and somebody should look at it."""
+    GPU_VERDICT_NEEDS_RESET: _GpuVerdict.ValueType  # 3
+    GPU_VERDICT_NEEDS_REBOOT: _GpuVerdict.ValueType  # 4
+    """A reset is not enough: its node has to be rebooted."""
+    GPU_VERDICT_LOST: _GpuVerdict.ValueType  # 5
+    """It has fallen off the bus."""
+    GPU_VERDICT_UNKNOWN: _GpuVerdict.ValueType  # 6
+    """The driver does not say how it is."""
+
+class GpuVerdict(_GpuVerdict, metaclass=_GpuVerdictEnumTypeWrapper): ...
+
+GPU_VERDICT_UNSPECIFIED: GpuVerdict.ValueType  # 0
+GPU_VERDICT_HEALTHY: GpuVerdict.ValueType  # 1
+GPU_VERDICT_DEGRADED: GpuVerdict.ValueType  # 2
+"""It works, and somebody should look at it."""
+GPU_VERDICT_NEEDS_RESET: GpuVerdict.ValueType  # 3
+GPU_VERDICT_NEEDS_REBOOT: GpuVerdict.ValueType  # 4
+"""A reset is not enough: its node has to be rebooted."""
+GPU_VERDICT_LOST: GpuVerdict.ValueType  # 5
+"""It has fallen off the bus."""
+GPU_VERDICT_UNKNOWN: GpuVerdict.ValueType  # 6
+"""The driver does not say how it is."""
+Global___GpuVerdict: _TypeAlias = GpuVerdict  # noqa: Y015
+
 @_typing.final
 class JobSpec(_message.Message):
     """What a job asks for. Immutable after submission."""
@@ -542,6 +575,7 @@ class Attempt(_message.Message):
     REPLICA_NODE_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     epoch: _builtins.int
     node: _builtins.str
@@ -560,6 +594,8 @@ class Attempt(_message.Message):
     """
     rank: _builtins.int
     """Which rank of a gang this is; 0 for a job of one."""
+    trace_id: _builtins.str
+    """Its trace, 32 hexadecimal digits (W3C Trace Context); all ranks have one."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -590,10 +626,11 @@ class Attempt(_message.Message):
         replica_node: _builtins.str = ...,
         accounting: Global___Accounting | None = ...,
         rank: _builtins.int = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "exit_code", b"exit_code", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "rank", b"rank", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_exit_code", b"_exit_code", "_restored_step", b"_restored_step", "_signal", b"_signal", "accounting", b"accounting", "assign_time", b"assign_time", "end_time", b"end_time", "epoch", b"epoch", "exit_code", b"exit_code", "gpu_uuids", b"gpu_uuids", "id", b"id", "node", b"node", "phase", b"phase", "rank", b"rank", "reason", b"reason", "replica_node", b"replica_node", "restored_step", b"restored_step", "signal", b"signal", "start_time", b"start_time", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
     _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
@@ -926,6 +963,9 @@ class Gpu(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     TELEMETRY_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    CORDON_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """NVML's UUID, "GPU-..."."""
     name: _builtins.str
@@ -934,9 +974,19 @@ class Gpu(_message.Message):
     phase: Global___GpuPhase.ValueType
     attempt: _builtins.str
     """The attempt that holds it; empty when none does."""
+    cordon: _builtins.str
+    """Why the coordinator gives it no work, in one sentence; empty: it does, or a person has closed
+    its node.
+    """
+    held_back: _builtins.str
+    """Why the coordinator would cordon it and has not, in one sentence; empty: it would not."""
     @_builtins.property
     def telemetry(self) -> Global___GpuTelemetry:
         """Absent before the first heartbeat."""
+
+    @_builtins.property
+    def health(self) -> Global___GpuHealth:
+        """What its agent makes of it; absent: its agent has not said anything of it."""
 
     def __init__(
         self,
@@ -947,16 +997,102 @@ class Gpu(_message.Message):
         phase: Global___GpuPhase.ValueType = ...,
         attempt: _builtins.str = ...,
         telemetry: Global___GpuTelemetry | None = ...,
+        health: Global___GpuHealth | None = ...,
+        cordon: _builtins.str = ...,
+        held_back: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_health", b"_health", "_telemetry", b"_telemetry", "health", b"health", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "attempt", b"attempt", "memory_bytes", b"memory_bytes", "name", b"name", "phase", b"phase", "telemetry", b"telemetry", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_health", b"_health", "_telemetry", b"_telemetry", "attempt", b"attempt", "cordon", b"cordon", "health", b"health", "held_back", b"held_back", "memory_bytes", b"memory_bytes", "name", b"name", "phase", b"phase", "telemetry", b"telemetry", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__health: _TypeAlias = _typing.Literal["health"]  # noqa: Y015
+    _WhichOneofArgType__health: _TypeAlias = _typing.Literal["_health", b"_health"]  # noqa: Y015
     _WhichOneofReturnType__telemetry: _TypeAlias = _typing.Literal["telemetry"]  # noqa: Y015
     _WhichOneofArgType__telemetry: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__health) -> _WhichOneofReturnType__health | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__telemetry) -> _WhichOneofReturnType__telemetry | None: ...
 
 Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
+
+@_typing.final
+class GpuHealth(_message.Message):
+    """How a GPU is, by all that its agent knows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UUID_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    XIDS_FIELD_NUMBER: _builtins.int
+    uuid: _builtins.str
+    verdict: Global___GpuVerdict.ValueType
+    reason: _builtins.str
+    """Why, without the subject: "needs a reset (xid 95: uncontained memory error)". At most 1,024
+    characters; empty when all is well.
+    """
+    action: _builtins.str
+    """What a person should do; empty when nothing."""
+    @_builtins.property
+    def xids(self) -> _containers.RepeatedCompositeFieldContainer[Global___XidRecord]:
+        """Errors that are not over; at most 32, one a code."""
+
+    def __init__(
+        self,
+        *,
+        uuid: _builtins.str = ...,
+        verdict: Global___GpuVerdict.ValueType = ...,
+        reason: _builtins.str = ...,
+        action: _builtins.str = ...,
+        xids: _abc.Iterable[Global___XidRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "reason", b"reason", "uuid", b"uuid", "verdict", b"verdict", "xids", b"xids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuHealth: _TypeAlias = GpuHealth  # noqa: Y015
+
+@_typing.final
+class XidRecord(_message.Message):
+    """All errors of one code on one GPU that belong together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """NVIDIA's, 1 or more."""
+    count: _builtins.int
+    """How many there were, at least 1."""
+    text: _builtins.str
+    """The kernel's last message about it, at most 256 characters; empty where it was not read."""
+    @_builtins.property
+    def first_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def last_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        count: _builtins.int = ...,
+        first_time: _timestamp_pb2.Timestamp | None = ...,
+        last_time: _timestamp_pb2.Timestamp | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "last_time", b"last_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "count", b"count", "first_time", b"first_time", "last_time", b"last_time", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___XidRecord: _TypeAlias = XidRecord  # noqa: Y015
 
 @_typing.final
 class GpuTelemetry(_message.Message):

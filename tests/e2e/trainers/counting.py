@@ -6,6 +6,8 @@ that anybody could reach tells nothing of what was repeated or left out, so the 
 hashes: step n's value is made of step n-1's, and the last one is right only if every step was done
 once, in order, from the state that the checkpoint held.
 
+Where it has several ranks each does the same, and hands over its part of each checkpoint.
+
 Every line on standard output is a JSON object with an `event`.
 """
 
@@ -62,7 +64,9 @@ class Counting:
     def run(self) -> int:
         """The exit status: 0, or 75 after a stop request."""
         if self.session.restore_directory is not None:
-            kept = json.loads((self.session.restore_directory / STATE_NAME).read_text("ascii"))
+            part = f"rank-{self.session.rank:05d}" if self.session.world_size > 1 else ""
+            place = self.session.restore_directory / part
+            kept = json.loads((place / STATE_NAME).read_text("ascii"))
             self.step, self.value = kept["step"], kept["value"]
             self.saved_step = self.step
         say("started", pid=os.getpid(), step=self.step, epoch=os.environ.get("BATON_EPOCH", ""))
@@ -101,7 +105,8 @@ class Counting:
         state = json.dumps({"step": self.step, "value": self.value})
         (directory / STATE_NAME).write_text(state, "ascii")
         (directory / "ballast").write_bytes(ballast(self.step, self.options.ballast_bytes))
-        self.tickets.append(self.session.checkpoint(directory, self.step))
+        parts = self.session.world_size
+        self.tickets.append(self.session.checkpoint(directory, self.step, parts=parts))
         self.saved_step = self.step
         say("checkpoint", step=self.step)
 

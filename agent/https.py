@@ -12,20 +12,13 @@ from pathlib import Path
 from agent.transport import Tls, TransportError
 
 
-def server_context(tls: Tls) -> ssl.SSLContext:
-    """Nobody without a certificate gets in. Raises `TransportError`."""
-    return _context(ssl.PROTOCOL_TLS_SERVER, tls)
-
-
-def client_context(tls: Tls) -> ssl.SSLContext:
-    """The server's certificate must carry the name that was dialled. Raises `TransportError`."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, tls)
-
-
-def _context(protocol: int, tls: Tls) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.verify_mode = ssl.CERT_REQUIRED
+def context(protocol: int, tls: Tls) -> ssl.SSLContext:
+    """Of `ssl.PROTOCOL_TLS_SERVER`: nobody without a certificate gets in. Of
+    `ssl.PROTOCOL_TLS_CLIENT`: the server's certificate must carry the name that was dialled. Raises
+    `TransportError`."""
+    made = ssl.SSLContext(protocol)
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
+    made.verify_mode = ssl.CERT_REQUIRED
     for path in (tls.ca_path, tls.key_path, tls.cert_path):
         # OpenSSL's own error does not say which file it was.
         try:
@@ -33,9 +26,9 @@ def _context(protocol: int, tls: Tls) -> ssl.SSLContext:
         except OSError as error:
             raise TransportError(f"cannot read {path}: {error.strerror}") from error
     try:
-        context.load_verify_locations(tls.ca_path)
-        context.load_cert_chain(tls.cert_path, tls.key_path)
+        made.load_verify_locations(tls.ca_path)
+        made.load_cert_chain(tls.cert_path, tls.key_path)
     except ssl.SSLError as error:
         files = f"{tls.cert_path}, {tls.key_path} and {tls.ca_path}"
         raise TransportError(f"no TLS with {files}: {error.reason or error}") from error
-    return context
+    return made

@@ -1,0 +1,186 @@
+"""The GPUs of this node: what happens to them, and when the coordinator hears of it.
+
+Problem: a verdict that changes must be with the coordinator at once and survive a cut; one that
+does not change, though a thousand errors say so, must cost nothing. So verdicts are compared with
+what was told last: another verdict, reason or code is told at once, as an event that waits in the
+spool until it is acknowledged; a mere count follows later. A hello tells all of them anew.
+
+`health.py` judges; here stands which attempts are on a GPU, and what was told.
+"""
+
+from dataclasses import replace
+
+from agent.core.health import (
+    GpuHealthChanged,
+    GpuHistory,
+    GpuVerdict,
+    Verdict,
+    XidTable,
+    application_ended,
+    driver_loaded,
+    judge,
+    note_reading,
+    note_xid,
+    outlasts,
+)
+from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
+from agent.core.values import Sample, XidSeen
+
+COUNT_MS = 5_000  # how often a storm is told of whose verdict stays
+STRANGERS_MAX = 64  # bus ids of GPUs that are not ours, each said once
+
+
+def opened(state: State) -> None:
+    """These are the GPUs; nothing is known of them yet."""
+    for facts in state.gpus:
+        state.watched.histories.setdefault(facts.uuid, GpuHistory())
+
+
+def verdicts(state: State) -> tuple[GpuVerdict, ...]:
+    """Of every GPU that was told of, for a hello."""
+    return tuple(
+        _judged(uuid, history)
+        for uuid, history in state.watched.histories.items()
+        if uuid in state.watched.told
+    )
+
+
+def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
+    """The driver has reported an error."""
+    uuid = seen.uuid or _by_bus(state, seen.pci_bus_id)
+    history = state.watched.histories.get(uuid)
+    if history is None:
+        _stranger(state, seen)
+        return
+    if seen.history and seen.unix_ms <= state.watched.mended.get(uuid, 0):
+        return  # it was over before we were restarted
+    table: XidTable = state.options.xids
+    age_ms = max(0, now.unix_ms - seen.unix_ms) if seen.history else 0
+    if note_xid(history, now.now_ms - age_ms, seen, table):
+        name = table.rule(seen.code).name
+        state.log(
+            "warning", "gpu.xid", gpu=uuid, xid=seen.code, count=seen.count, name=name,
+            source=seen.source, reason=sentence(seen.text),
+        )  # fmt: skip
+    if not seen.history:  # what was before us may be over: the first reading tells
+        review(state, now)
+
+
+def loaded(state: State, now: Instant) -> None:
+    """The driver was loaded anew."""
+    for history in state.watched.histories.values():
+        driver_loaded(history)
+    review(state, now)
+
+
+def sampled(state: State, now: Instant, sample: Sample) -> None:
+    used = _used(state)
+    for read in sample.gpus:
+        history = state.watched.histories.get(read.uuid)
+        if history is not None:
+            note_reading(history, now.now_ms, read, in_use=read.uuid in used)
+    review(state, now)
+
+
+def released(state: State, now: Instant) -> None:
+    """A trainer has ended; whose GPUs nobody uses have no application that an error could be of."""
+    used = _used(state)
+    for uuid, history in state.watched.histories.items():
+        if uuid not in used:
+            application_ended(history)
+    review(state, now)
+
+
+def review(state: State, now: Instant) -> None:
+    """Tell what has changed."""
+    watched = state.watched
+    _note_mended(state, now)
+    changed: list[GpuVerdict] = []
+    counts_due = now.now_ms - watched.told_ms >= COUNT_MS
+    for uuid, history in watched.histories.items():
+        fresh = _judged(uuid, history)
+        before = watched.told.get(uuid, GpuVerdict(uuid, Verdict.UNKNOWN, fresh.reason))
+        counted = counts_due and fresh.xids != before.xids
+        if not (counted or _differs(fresh, before)):
+            continue
+        if fresh.verdict is Verdict.UNKNOWN and uuid not in watched.told and not fresh.xids:
+            continue  # nothing was read yet, which is what an untold one is
+        if fresh.verdict is not before.verdict:
+            _log(state, fresh, before)
+        elif not _differs(fresh, before):
+            total = sum(record.count for record in fresh.xids)
+            codes = [record.code for record in fresh.xids]
+            state.log("warning", "gpu.xid_storm", gpu=uuid, xids=codes, count=total)
+        watched.told[uuid] = fresh
+        changed.append(fresh)
+    if changed and len(state.spool) < SPOOL_MAX:
+        watched.told_ms = now.now_ms
+        state.spool_event(now, "", GpuHealthChanged(tuple(changed)))
+
+
+def _note_mended(state: State, now: Instant) -> None:
+    """What is over is remembered, since the kernel's log would tell of it again."""
+    watched = state.watched
+    fresh = False
+    for uuid, history in watched.histories.items():
+        ill = outlasts(history)
+        if watched.ill.get(uuid) and not ill:
+            watched.mended[uuid] = now.unix_ms
+            fresh = True
+        watched.ill[uuid] = ill
+    if fresh:
+        state.records.append(PutGpusMended(tuple(watched.mended.items())))
+
+
+def _judged(uuid: str, history: GpuHistory) -> GpuVerdict:
+    found = judge(uuid, history)
+    records = tuple(replace(record, text=sentence(record.text)) for record in found.xids)
+    return replace(found, reason=sentence(found.reason), xids=records)
+
+
+def _differs(fresh: GpuVerdict, before: GpuVerdict) -> bool:
+    """In more than counts and times. Why a driver is silent changes with every second of it."""
+    if fresh.verdict is Verdict.UNKNOWN and before.verdict is Verdict.UNKNOWN:
+        return _codes(fresh) != _codes(before)
+    same = (fresh.verdict, fresh.reason) == (before.verdict, before.reason)
+    return not same or _codes(fresh) != _codes(before)
+
+
+def _codes(verdict: GpuVerdict) -> list[int]:
+    return [record.code for record in verdict.xids]
+
+
+def _log(state: State, fresh: GpuVerdict, before: GpuVerdict) -> None:
+    if fresh.verdict is Verdict.LOST:
+        state.log("error", "gpu.lost", gpu=fresh.uuid, reason=fresh.reason, action=fresh.action)
+    if fresh.verdict is Verdict.HEALTHY:
+        state.log("info", "gpu.healthy", gpu=fresh.uuid, before=before.verdict.value)
+        return
+    state.log(
+        "warning", "gpu.verdict", gpu=fresh.uuid, verdict=fresh.verdict.value,
+        before=before.verdict.value, reason=fresh.reason, action=fresh.action,
+    )  # fmt: skip
+
+
+def _used(state: State) -> dict[str, None]:
+    """GPUs that a trainer of ours is on."""
+    return {
+        uuid: None
+        for live in state.attempts.values()
+        if live.live
+        for uuid in live.record.gpu_uuids
+    }
+
+
+def _by_bus(state: State, pci_bus_id: str) -> str:
+    found = (facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
+    return next(found, "") if pci_bus_id else ""
+
+
+def _stranger(state: State, seen: XidSeen) -> None:
+    known = seen.uuid or seen.pci_bus_id
+    if known in state.watched.strangers or len(state.watched.strangers) >= STRANGERS_MAX:
+        return
+    state.watched.strangers[known] = None
+    reason = f"{known} is no GPU that jobs may use here"
+    state.log("info", "gpu.xid_elsewhere", xid=seen.code, source=seen.source, reason=reason)

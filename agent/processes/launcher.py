@@ -1,0 +1,311 @@
+"""Starts trainers as transient services of systemd, for an agent that may not.
+
+Standard library only.
+
+Problem: a limit on memory, a limit on tasks and a list of devices belong to a control group, and
+control groups belong to systemd, that is to root. The agent runs as a user of its own; a right to
+start units of its choice would be root by another name.
+
+How: this small program is root and started by its socket (`baton-launcher.socket`). A request names
+an attempt, its GPUs and its limits, and nothing else: which user, which program, which directory
+and which properties stand here, or on the command line of its unit. So the worst that a request can
+do is to run the supervisor (`shim.py`) of an attempt of the agent's, as the job's user, less
+privileged than it would be without.
+
+    {"ask": "start", "attempt": "7.2", "gpus": ["GPU-..."], "memory_bytes": 0, "grace_ms": 120000}
+    {"ask": "kill", "attempt": "7.2"}      everything in its unit, at once
+    {"ask": "forget", "attempt": "7.2"}    how its unit ended need not be kept any longer
+
+The answer is {"refused": "a sentence"}, empty where it was done. One message each
+(`SOCK_SEQPACKET`).
+
+Threats, and what is done about them.
+- Another user asks: the socket has the agent's group, and the kernel names the peer (SO_PEERCRED).
+- A trainer asks, which may be of the same user: its unit hides the socket (InaccessiblePaths), and
+  the peer must be in the agent's unit by its control group (`--agent-unit`).
+- A name that reaches elsewhere: an attempt's id is digits and dots, and each directory on the way
+  to it is opened without following a link, and must be the agent's own.
+- A link put there after the look: nothing of the attempt is opened here or by systemd, only by the
+  unit's own program, as the job's user. Hence no `StandardOutput=file:`, which systemd opens as
+  root.
+- A device that is no GPU: UUIDs become minor numbers here, by what the driver says in /proc.
+- A request that is large, endless or slow: one message of bounded size, within a second; unknown
+  fields, and numbers out of bounds, are refused.
+
+Trainers run here as `--job-user`, who must be able to read and write what the agent lays out for
+them; that is the agent's own user unless its directories are shared otherwise. A warm start is not
+possible in a unit: what is forked stays in the group of who forks it.
+"""
+
+import argparse
+import json
+import os
+import pwd
+import re
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REQUEST_BYTES_MAX = 8192  # 64 UUIDs of 40 bytes, and the rest
+RECEIVE_S = 1.0  # it is there when the connection is, or never
+RUN_S = 30.0  # what systemd takes to start a unit is milliseconds; a manager that hangs is told of
+GPUS_MAX = 64
+MEMORY_BYTES_MIN = 64 * 1024**2  # less does not hold an interpreter
+MEMORY_BYTES_MAX = 2**50  # a pebibyte: more than any node
+GRACE_MS_MAX = 2**31 - 1  # as the supervisor itself
+TASKS_MAX = 65_536  # a trainer with hundreds of workers and their threads; far below a fork bomb
+FIRST_DESCRIPTOR = 3  # of those that systemd hands over (sd_listen_fds(3))
+
+DRIVER_DIRECTORY = Path("/proc/driver/nvidia/gpus")
+ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}(\.(0|[1-9][0-9]{0,3}))?")
+GPU = re.compile(r"GPU-[0-9A-Za-z-]{1,64}")
+CONTROL_DEVICES = (
+    "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset",
+)  # fmt: skip
+# As the shim would have it from the agent: its handshake on 3, its complaints in a file. systemd
+# makes one dollar of two (systemd.service(5), "Command lines").
+START = 'exec "$$@" 3<>"$$0/status" 2>"$$0/shim.err"'
+
+FIXED_PROPERTIES = (
+    "Type=exec",
+    "KillMode=mixed",  # the shim passes SIGTERM on and ends last; then all that is left is killed
+    "OOMPolicy=stop",  # a job that lost a process for memory is over, and its unit says oom-kill
+    f"TasksMax={TASKS_MAX}",
+    "LimitNOFILE=1048576",
+    "LimitMEMLOCK=infinity",
+    "UMask=0077",
+    "StandardOutput=null",
+    "StandardError=journal",
+    "DevicePolicy=closed",
+    "InaccessiblePaths=-/run/baton-launcher",
+    "NoNewPrivileges=yes",
+    "CapabilityBoundingSet=",
+    "ProtectSystem=full",
+    "ProtectKernelTunables=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelLogs=yes",
+    "ProtectControlGroups=yes",
+    "ProtectHostname=yes",
+    "RestrictSUIDSGID=yes",
+    "RestrictRealtime=yes",
+    "LockPersonality=yes",
+    "SystemCallArchitectures=native",
+)
+FIELDS = {
+    "start": {"ask", "attempt", "gpus", "memory_bytes", "grace_ms"},
+    "kill": {"ask", "attempt"},
+    "forget": {"ask", "attempt"},
+}
+
+
+class Refused(Exception):
+    """The text says why, for the agent's log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What no request can change. An empty `agent_unit`: the peer's user is all that is checked."""
+
+    agent_uid: int
+    agent_unit: str
+    job_user: str
+    state_directory: Path
+    interpreter: str = os.path.realpath(sys.executable)
+    systemd_run: str = "systemd-run"
+    systemctl: str = "systemctl"
+    driver_directory: Path = DRIVER_DIRECTORY
+    control_groups: Path = Path("/proc")
+
+
+def unit_name(attempt: str) -> str:
+    return f"baton-job-{attempt}.service"
+
+
+def parse(message: bytes) -> dict[str, object]:
+    """A request whose every field is there, known and within bounds. Raises `Refused`."""
+    try:
+        request = json.loads(message)
+    except ValueError:
+        raise Refused("the request is no JSON") from None
+    ask = request.get("ask") if isinstance(request, dict) else None
+    if not isinstance(ask, str) or ask not in FIELDS:
+        raise Refused("the request asks for nothing that is known here")
+    if set(request) != FIELDS[ask]:
+        raise Refused(f"a request to {ask} has the fields {', '.join(sorted(FIELDS[ask]))}")
+    attempt = request["attempt"]
+    if not isinstance(attempt, str) or not ATTEMPT.fullmatch(attempt):
+        raise Refused("'attempt' is no attempt id")
+    if ask == "start":
+        gpus = request["gpus"]
+        if not isinstance(gpus, list) or len(gpus) > GPUS_MAX:
+            raise Refused(f"'gpus' must be a list of at most {GPUS_MAX}")
+        if not all(isinstance(gpu, str) and GPU.fullmatch(gpu) for gpu in gpus):
+            raise Refused("'gpus' has what is no UUID of a GPU")
+        if request["memory_bytes"] != 0:
+            check_number(request, "memory_bytes", MEMORY_BYTES_MIN, MEMORY_BYTES_MAX)
+        check_number(request, "memory_bytes", 0, MEMORY_BYTES_MAX)
+        check_number(request, "grace_ms", 0, GRACE_MS_MAX)
+    return dict(request)
+
+
+def check_number(request: dict[str, object], name: str, least: int, most: int) -> None:
+    """Raises `Refused`. A truth value is no number."""
+    value = request[name]
+    if type(value) is not int or not least <= value <= most:
+        raise Refused(f"'{name}' must be an integer from {least} to {most}")
+
+
+def check_directory(settings: Settings, attempt: str) -> Path:
+    """The attempt's directory, which is the agent's and is reached without a link. Raises
+    `Refused`."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    path = settings.state_directory
+    descriptors: list[int] = []
+    try:
+        for step in (os.fspath(path), "attempts", attempt):
+            parent = descriptors[-1] if descriptors else None
+            descriptors.append(os.open(step, flags, dir_fd=parent))
+            status = os.fstat(descriptors[-1])
+            if status.st_uid != settings.agent_uid or status.st_mode & 0o022:
+                raise Refused(f"{step} is not a directory that the agent alone can write to")
+    except OSError as error:
+        raise Refused(f"the attempt has no directory: {error.strerror}") from None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return path / "attempts" / attempt
+
+
+def device_minors(settings: Settings, gpus: Sequence[str]) -> list[int]:
+    """The numbers in the names of their devices, as the driver has them. Raises `Refused`."""
+    known: dict[str, int] = {}
+    for path in settings.driver_directory.glob("*/information"):
+        lines = [line.partition(":") for line in path.read_text(errors="replace").splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        if facts.get("Device Minor", "").isdigit():
+            known[facts.get("GPU UUID", "")] = int(facts["Device Minor"])
+    for gpu in gpus:
+        if gpu not in known:
+            raise Refused(f"the driver knows no {gpu}")
+    return [known[gpu] for gpu in gpus]
+
+
+def command(settings: Settings, request: dict[str, object]) -> list[str]:
+    """What is executed for a request that was parsed. Raises `Refused`."""
+    attempt = str(request["attempt"])
+    unit = unit_name(attempt)
+    if request["ask"] == "kill":
+        return [settings.systemctl, "kill", "--kill-whom=all", "--signal=KILL", "--", unit]
+    if request["ask"] == "forget":
+        return [settings.systemctl, "reset-failed", "--", unit]
+    directory = check_directory(settings, attempt)
+    gpus, grace_ms = request["gpus"], request["grace_ms"]
+    assert isinstance(gpus, list)
+    assert isinstance(grace_ms, int)
+    memory = request["memory_bytes"] or "infinity"
+    properties = [
+        *FIXED_PROPERTIES,
+        f"User={settings.job_user}",
+        f"TimeoutStopSec={grace_ms}ms",
+        f"MemoryMax={memory}",
+        # else the limit would only move the job's memory to the disk
+        *(["MemorySwapMax=0"] if request["memory_bytes"] else []),
+    ]
+    if gpus:
+        minors = device_minors(settings, gpus)
+        devices = [*CONTROL_DEVICES, *(f"/dev/nvidia{minor}" for minor in minors)]
+        properties += [f"DeviceAllow={device} rw" for device in devices]
+    program = settings.state_directory / f"shim.{sys.implementation.cache_tag}.pyc"
+    return [
+        settings.systemd_run,
+        "--quiet",
+        f"--unit={unit}",
+        f"--description=Baton attempt {attempt}",
+        *(f"--property={value}" for value in properties),
+        "--",
+        *("/bin/sh", "-c", START, os.fspath(directory)),
+        *(settings.interpreter, "-I", "-S", os.fspath(program), os.fspath(directory)),
+    ]
+
+
+def check_peer(settings: Settings, channel: socket.socket) -> None:
+    """Raises `Refused` unless the agent itself is at the other end."""
+    size = struct.calcsize("3i")
+    credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, _ = struct.unpack("3i", credentials)
+    if uid != settings.agent_uid:
+        raise Refused(f"user {uid} is not the agent's")
+    if settings.agent_unit:
+        try:
+            groups = (settings.control_groups / str(pid) / "cgroup").read_text()
+        except OSError:
+            groups = ""
+        if not any(line.endswith(f"/{settings.agent_unit}") for line in groups.splitlines()):
+            raise Refused(f"process {pid} is not of {settings.agent_unit}")
+
+
+def answer(settings: Settings, channel: socket.socket) -> str:
+    """Do what one connection asks for; returns why it was refused, or nothing."""
+    channel.settimeout(RECEIVE_S)
+    try:
+        check_peer(settings, channel)
+        message = channel.recv(REQUEST_BYTES_MAX + 1)
+        if not 0 < len(message) <= REQUEST_BYTES_MAX:
+            raise Refused(f"a request has 1 to {REQUEST_BYTES_MAX} bytes")
+        request = parse(message)
+        words = command(settings, request)
+        done = subprocess.run(words, capture_output=True, timeout=RUN_S, check=False)
+    except (Refused, OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode == 0 or request["ask"] != "start":
+        return ""  # a unit that has gone needs no end
+    return said[-1] if said else f"{words[0]} ended with status {done.returncode}"
+
+
+def serve(settings: Settings, listener: socket.socket) -> None:
+    """One connection after the other, for ever: a start takes milliseconds."""
+    while True:
+        channel, _ = listener.accept()
+        with channel:
+            refused = answer(settings, channel)
+            if refused:
+                sys.stderr.write(f"refused: {refused}\n")
+            try:
+                channel.send(json.dumps({"refused": refused}).encode())
+            except OSError:
+                continue  # it has gone; the unit tells the next agent
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the socket that systemd has handed over."""
+    parser = argparse.ArgumentParser(prog="baton-launcher", allow_abbrev=False)
+    parser.add_argument("--agent-user", required=True)
+    parser.add_argument("--agent-unit", default="")
+    parser.add_argument("--job-user", required=True)
+    parser.add_argument("--state-directory", type=Path, required=True)
+    parser.add_argument("--systemd-run", default="systemd-run")
+    parser.add_argument("--systemctl", default="systemctl")
+    parser.add_argument("--driver-directory", type=Path, default=DRIVER_DIRECTORY)
+    given = parser.parse_args(arguments)
+    if pwd.getpwnam(given.job_user).pw_uid == 0:
+        parser.error("jobs do not run as root")
+    settings = Settings(
+        agent_uid=pwd.getpwnam(given.agent_user).pw_uid,
+        agent_unit=given.agent_unit,
+        job_user=given.job_user,
+        state_directory=given.state_directory,
+        systemd_run=given.systemd_run,
+        systemctl=given.systemctl,
+        driver_directory=given.driver_directory,
+    )
+    with socket.socket(fileno=FIRST_DESCRIPTOR) as listener:
+        serve(settings, listener)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,317 @@
+"""Trainers as services of systemd, without systemd: the launcher with a stand-in for `systemd-run`.
+
+The stand-in writes its arguments down and executes the program, so that what is tested here is the
+whole way of an attempt: request, checks, handshake over the FIFO, exit, and what its unit's end
+adds. What systemd makes of the properties, only systemd can show.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.core.values import Launch, ProcessExit
+from agent.ports import StartError
+from agent.processes import launcher
+from agent.processes.launcher import Refused, Settings
+from agent.processes.supervisor import Supervisor
+from agent.processes.units import Units, why_ended
+
+GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
+DEADLINE_S = 30.0
+POLL_S = 0.005
+
+# Keeps what it was given, one word a line, and is the unit: a process in a session of its own.
+# systemd makes one dollar of two.
+SYSTEMD_RUN = """#!{python}
+import os, sys
+directory = os.path.dirname(os.path.abspath(__file__))
+with open(directory + "/run.txt", "a") as file:
+    file.write("\\n".join(sys.argv[1:]) + "\\n")
+words = [word.replace("$$", "$") for word in sys.argv[sys.argv.index("--") + 1:]]
+if os.fork() == 0:
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.execv(words[0], words)
+"""
+# Says what the file beside it holds of a unit, and notes what it was asked.
+SYSTEMCTL = """#!/bin/sh
+here=$(dirname "$0")
+echo "$@" >> "$here/asked.txt"
+case "$1" in
+  show) cat "$here/show.txt" ;;
+  list-units) cat "$here/units.txt" ;;
+esac
+"""
+
+
+class World:
+    """A launcher at a socket, an agent's state directory, and what systemd was told."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = root / "state"
+        for name, text in (
+            ("systemd-run", SYSTEMD_RUN.format(python=sys.executable)),
+            ("systemctl", SYSTEMCTL),
+        ):
+            (root / name).write_text(text)
+            (root / name).chmod(0o755)
+        (root / "units.txt").touch()
+        self.says("success")
+        driver = root / "driver/0000:07:00.0"
+        driver.mkdir(parents=True)
+        (driver / "information").write_text(
+            f"Model: \t\t NVIDIA H100\nGPU UUID: \t {GPU}\nDevice Minor: \t 3\n"
+        )
+        self.settings = Settings(
+            agent_uid=os.getuid(),
+            agent_unit="",
+            job_user="baton-job",
+            state_directory=self.state,
+            systemd_run=str(root / "systemd-run"),
+            systemctl=str(root / "systemctl"),
+            driver_directory=root / "driver",
+        )
+        self.units = Units(root / "launcher.sock", systemctl=str(root / "systemctl"))
+
+    def says(self, result: str, memory: str = "infinity") -> None:
+        text = f"Result={result}\nMemoryMax={memory}\nActiveState=inactive\n"
+        (self.root / "show.txt").write_text(text)
+
+    def run_words(self) -> list[str]:
+        return (self.root / "run.txt").read_text().splitlines()
+
+    def asked(self) -> list[str]:
+        path = self.root / "asked.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def serving(world: World) -> Iterator[World]:
+    """With the launcher as a process of its own, its socket on descriptor 3, as systemd does it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(world.root / "launcher.sock"))
+        listener.listen()
+        program = (
+            "import os, runpy, sys; os.dup2(int(sys.argv[1]), 3); sys.argv = sys.argv[2:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        user = "nobody" if os.getuid() == 0 else os.environ["USER"]
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-S", "-c", program, str(listener.fileno())),
+                launcher.__file__,
+                *("--agent-user", "root" if os.getuid() == 0 else user, "--job-user", user),
+                *("--state-directory", str(world.state)),
+                *("--systemd-run", world.settings.systemd_run),
+                *("--systemctl", world.settings.systemctl),
+                *("--driver-directory", str(world.settings.driver_directory)),
+            ],
+            pass_fds=[listener.fileno()],
+        )
+    yield world
+    process.kill()
+    process.wait()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(POLL_S)
+
+
+def bash(script: str, attempt_id: str = "1.1", memory_bytes: int = 0, gpus: str = GPU) -> Launch:
+    environment = (
+        ("BATON_GRACE_MS", "7000"),
+        ("CUDA_VISIBLE_DEVICES", gpus),
+        ("PATH", "/usr/bin:/bin"),
+    )
+    return Launch(attempt_id, ("bash", "-c", script), environment, "/", memory_bytes)
+
+
+async def opened(world: World) -> tuple[Supervisor, list[ProcessExit], tuple[str, ...]]:
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(world.state, units=world.units)
+    return supervisor, exits, await supervisor.open(exits.append)
+
+
+async def test_a_trainer_is_a_unit_with_its_gpus_and_limits(serving: World) -> None:
+    supervisor, exits, _ = await opened(serving)
+    pid = await supervisor.start(bash("exit 3", memory_bytes=1 << 30))
+    assert pid > 0
+    await until(lambda: exits)
+    assert exits == [ProcessExit("1.1", 3, None)]
+    words = serving.run_words()
+    assert "--unit=baton-job-1.1.service" in words
+    expected = {
+        "KillMode=mixed",
+        "TimeoutStopSec=7000ms",
+        f"MemoryMax={1 << 30}",
+        "DevicePolicy=closed",
+        "DeviceAllow=/dev/nvidia3 rw",
+        "DeviceAllow=/dev/nvidiactl rw",
+    }
+    assert expected <= {word.removeprefix("--property=") for word in words}
+    users = [word for word in words if word.startswith("--property=User=")]
+    assert users == ["--property=User=nobody"] or os.getuid() != 0
+    assert serving.asked()[-1] == "reset-failed -- baton-job-1.1.service"
+    await supervisor.close()
+
+
+async def test_out_of_memory_is_told_as_such(serving: World) -> None:
+    serving.says("oom-kill", str(1 << 30))
+    supervisor, exits, _ = await opened(serving)
+    await supervisor.start(bash("kill -KILL $$", memory_bytes=1 << 30))
+    await until(lambda: exits)
+    reason = "out of memory: the job's limit of 1073741824 bytes"
+    assert exits == [ProcessExit("1.1", None, 9, reason)]
+    await supervisor.close()
+
+
+async def test_a_unit_outlives_the_agent_and_is_adopted(serving: World) -> None:
+    supervisor, _, _ = await opened(serving)
+    pid = await supervisor.start(bash("exec sleep 600"))
+    await until(lambda: (serving.state / "attempts/1.1/started.json").exists())
+    await supervisor.close()
+    later, exits, adopted = await opened(serving)
+    assert adopted == ("1.1",)
+    assert await later.start(bash("exec sleep 600")) == pid
+    serving.says("oom-kill", "infinity")
+    later.kill("1.1")
+    await until(lambda: exits)
+    assert exits[0].signal == 9
+    assert exits[0].reason.startswith("out of memory: the node")
+    await later.close()
+
+
+async def test_a_unit_without_records_is_killed(serving: World) -> None:
+    line = "baton-job-9.2.service loaded active running Baton attempt 9.2\n"
+    (serving.root / "units.txt").write_text(line)
+    supervisor, _, adopted = await opened(serving)
+    assert adopted == ()
+    assert "kill --kill-whom=all --signal=KILL -- baton-job-9.2.service" in serving.asked()
+    await supervisor.close()
+
+
+async def test_refusals_are_told_as_failures_to_start(serving: World) -> None:
+    supervisor, exits, _ = await opened(serving)
+    with pytest.raises(StartError, match="the driver knows no GPU-none") as refused:
+        await supervisor.start(bash("exit 0", gpus="GPU-none"))
+    assert not refused.value.permanent
+    with pytest.raises(StartError, match="no such file: /no/such"):
+        await supervisor.start(Launch("1.2", ("/no/such",), (), "/"))
+    assert exits == []
+    await supervisor.close()
+
+
+async def test_no_launcher_is_no_start_without_limits(world: World) -> None:
+    supervisor, _, _ = await opened(world)
+    with pytest.raises(StartError, match="the launcher cannot be asked"):
+        await supervisor.start(bash("exit 0"))
+    await supervisor.close()
+
+
+GOOD = {"ask": "start", "attempt": "1.1", "gpus": [GPU], "memory_bytes": 0, "grace_ms": 1}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ask": "stop"},
+        {"ask": ["start"]},
+        {"user": "root"},
+        {"attempt": "../1.1"},
+        {"attempt": "1.1/"},
+        {"attempt": "01.1"},
+        {"attempt": "1.1\n"},
+        {"attempt": "-1.1"},
+        {"attempt": 1.1},
+        {"gpus": GPU},
+        {"gpus": ["/dev/sda"]},
+        {"gpus": ["GPU-../../sda"]},
+        {"gpus": [GPU] * 65},
+        {"gpus": [3]},
+        {"memory_bytes": 1},
+        {"memory_bytes": -1},
+        {"memory_bytes": 2**51},
+        {"memory_bytes": False},
+        {"memory_bytes": "infinity"},
+        {"grace_ms": -1},
+        {"grace_ms": 2**31},
+        {"grace_ms": True},
+    ],
+)
+def test_a_bad_field_is_refused(changed: dict[str, object]) -> None:
+    launcher.parse(json.dumps(GOOD).encode())
+    with pytest.raises(Refused):
+        launcher.parse(json.dumps(GOOD | changed).encode())
+
+
+@pytest.mark.parametrize("message", [b"{", b"[]", b"null", b"\xff", b'{"ask": "start"}'])
+def test_what_is_no_request_is_refused(message: bytes) -> None:
+    with pytest.raises(Refused):
+        launcher.parse(message)
+
+
+def test_a_directory_is_the_agents_and_no_link(world: World) -> None:
+    attempts = world.state / "attempts"
+    attempts.mkdir(parents=True, mode=0o700)
+    world.state.chmod(0o700)
+    with pytest.raises(Refused):
+        launcher.check_directory(world.settings, "1.1")
+    (attempts / "1.1").mkdir(mode=0o700)
+    assert launcher.check_directory(world.settings, "1.1") == attempts / "1.1"
+    (attempts / "1.2").symlink_to(attempts / "1.1")
+    with pytest.raises(Refused):
+        launcher.check_directory(world.settings, "1.2")
+    with pytest.raises(Refused):
+        launcher.check_directory(replace(world.settings, agent_uid=os.getuid() + 1), "1.1")
+    (attempts / "1.1").chmod(0o770)
+    with pytest.raises(Refused):
+        launcher.check_directory(world.settings, "1.1")
+
+
+@pytest.fixture
+def channel() -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield theirs
+
+
+def test_only_the_agent_itself_is_heard(
+    world: World, channel: socket.socket, tmp_path: Path
+) -> None:
+    launcher.check_peer(world.settings, channel)
+    stranger = replace(world.settings, agent_uid=os.getuid() + 1)
+    with pytest.raises(Refused, match="is not the agent's"):
+        launcher.check_peer(stranger, channel)
+    group = tmp_path / str(os.getpid())
+    group.mkdir()
+    unit = replace(world.settings, agent_unit="baton-agent.service", control_groups=tmp_path)
+    (group / "cgroup").write_text("0::/system.slice/baton-job-1.1.service\n")
+    with pytest.raises(Refused, match=r"is not of baton-agent.service"):
+        launcher.check_peer(unit, channel)
+    (group / "cgroup").write_text("0::/system.slice/baton-agent.service\n")
+    launcher.check_peer(unit, channel)
+
+
+def test_only_oom_adds_a_reason() -> None:
+    assert why_ended({"Result": "success", "MemoryMax": "5"}) == ""
+    assert why_ended({"Result": "exit-code"}) == ""
+    assert why_ended({}) == ""
+    assert "limit of 5 bytes" in why_ended({"Result": "oom-kill", "MemoryMax": "5"})

@@ -1,0 +1,171 @@
+"""What a node tells of its GPUs: at once where a verdict changes, seldom where a count does, again
+in every hello, and after a restart no sooner than the driver was asked.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from agent.core import messages as m
+from agent.core import state as s
+from agent.core.gpu_messages import Sampled
+from agent.core.health import GpuHealthChanged, GpuVerdict, Verdict
+from agent.core.launch import LaunchOptions
+from agent.core.node import NodeCore
+from agent.core.values import (
+    DriverLoaded,
+    GpuCondition,
+    GpuFacts,
+    GpuSample,
+    HostFacts,
+    HostSample,
+    Sample,
+    XidSeen,
+)
+from agent.journal import decode_event, encode_event
+from agent.telemetry.xid_table import load_table
+from tests.core.agent_memory import MemoryJournal
+
+UNIX_MS = 1_790_000_000_000
+FACTS = tuple(
+    GpuFacts(f"GPU-{letter}", "NVIDIA H100", 80 << 30, f"0000:{number}b:00")
+    for number, letter in ((3, "a"), (4, "b"))
+)
+HOST = HostFacts("box1", "boot1", 8, 64 << 30, "570.1", "0.1.0")
+
+
+class Node:
+    """One node's core under a clock."""
+
+    def __init__(self) -> None:
+        self.journal = MemoryJournal()
+        self.now_ms = 1_000_000
+        self.begin()
+
+    def begin(self) -> None:
+        launch = LaunchOptions("n1", "/run/a.sock", "/attempts", "python", ())
+        options = s.Options("n1:7000", launch, xids=load_table())
+        self.core = NodeCore(options, self.journal.memory())
+        self.do(m.Opened((), HOST, FACTS))
+        self.do(m.Connected(()))
+        self.do(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
+
+    def do(self, event: m.Event) -> list[s.Effect]:
+        now = s.Instant(self.now_ms, UNIX_MS + self.now_ms)
+        effects = self.core.handle(now, event)
+        self.journal.commit([effect for effect in effects if isinstance(effect, s.Record)])
+        return effects
+
+    def xid(self, code: int, **fields: object) -> list[s.Effect]:
+        seen = XidSeen(code, "kernel", UNIX_MS + self.now_ms, pci_bus_id="0000:3b:00")
+        return self.do(replace(seen, **fields))  # type: ignore[arg-type]
+
+    def read(self, condition: GpuCondition | None = GpuCondition()) -> list[s.Effect]:  # noqa: B008
+        self.now_ms += 1_000
+        error = "" if condition else f"no answer at {self.now_ms}"
+        gpus = tuple(GpuSample(facts.uuid, error=error, condition=condition) for facts in FACTS)
+        return self.do(Sampled(Sample(HostSample(0.1, 1, 1, 0.1), gpus)))
+
+
+def told(effects: list[s.Effect]) -> list[GpuVerdict]:
+    """What goes to the coordinator as events that wait in the spool."""
+    spooled = [effect.event for effect in effects if isinstance(effect, s.SpoolEvent)]
+    sent = [e.message for e in effects if isinstance(e, m.Send)]
+    assert all(event in sent for event in spooled), "at once"
+    assert all(decode_event(encode_event(event)) == event for event in spooled)
+    bodies = [event.body for event in spooled]
+    return [gpu for body in bodies if isinstance(body, GpuHealthChanged) for gpu in body.gpus]
+
+
+def logged(effects: list[s.Effect]) -> list[str]:
+    return [effect.event for effect in effects if isinstance(effect, m.Log)]
+
+
+@pytest.fixture
+def node() -> Node:
+    made = Node()
+    assert [verdict.verdict for verdict in told(made.read())] == [Verdict.HEALTHY] * 2
+    return made
+
+
+def test_an_error_is_told_at_once_by_the_bus_that_the_kernel_names(node: Node) -> None:
+    effects = node.xid(79, text="GPU has fallen off the bus.")
+    (verdict,) = told(effects)
+    assert (verdict.uuid, verdict.verdict) == ("GPU-a", Verdict.LOST)
+    assert verdict.xids[0].text == "GPU has fallen off the bus."
+    assert logged(effects) == ["gpu.xid", "gpu.lost", "gpu.verdict"]
+    assert told(node.read()) == []
+
+
+def test_the_second_witness_adds_nothing(node: Node) -> None:
+    assert told(node.xid(95))
+    assert told(node.xid(95, source="nvml", uuid="GPU-a", pci_bus_id="")) == []
+    assert node.core.state.watched.histories["GPU-a"].cases[95].record.count == 1
+
+
+def test_a_storm_is_told_now_and_then(node: Node) -> None:
+    events = 0
+    node.now_ms += 10_000
+    for _ in range(11_760):
+        node.now_ms += 10
+        events += len(told(node.xid(31)))
+    assert 2 <= events <= 30
+    node.now_ms += 10_000
+    (last,) = told(node.read(GpuCondition(recovery_action=1)))[:1]
+    assert last.xids == () or last.xids[0].count == 11_760
+
+
+def test_a_hello_says_all_of_it_again(node: Node) -> None:
+    node.xid(95)
+    effects = node.do(m.Connected(()))
+    (hello,) = [e.message for e in effects if isinstance(e, m.Send)]
+    assert isinstance(hello, m.Hello)
+    assert [gpu.verdict for gpu in hello.health] == [Verdict.NEEDS_RESET, Verdict.HEALTHY]
+
+
+def test_after_a_restart_an_old_error_waits_for_the_driver(node: Node) -> None:
+    """It is in the kernel's log still; the GPU may have been reset since."""
+    node.now_ms += 3_600_000
+    old = UNIX_MS + node.now_ms - 3_600_000
+    node.begin()
+    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    mended = told(node.read(GpuCondition(recovery_action=0)))
+    assert [gpu.verdict for gpu in mended] == [Verdict.HEALTHY] * 2
+    node.begin()
+    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.read())[0].verdict is Verdict.NEEDS_RESET, "an older driver does not say"
+
+
+def test_what_was_mended_does_not_come_back_from_the_kernels_log(node: Node) -> None:
+    """On an older driver, which cannot say itself that nothing is needed."""
+    node.xid(95)
+    old = UNIX_MS + node.now_ms
+    assert told(node.do(DriverLoaded()))
+    node.now_ms += 1_000
+    node.xid(46)
+    ill = UNIX_MS + node.now_ms
+    node.begin()
+    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(95, history=True, unix_ms=old)
+    node.xid(46, history=True, unix_ms=ill)
+    (verdict, _) = told(node.read())
+    assert verdict.verdict is Verdict.NEEDS_RESET
+    assert [record.code for record in verdict.xids] == [46]
+
+
+def test_a_silent_driver_is_told_once(node: Node) -> None:
+    found = [told(node.read(None)) for _ in range(20)]
+    assert [len(verdicts) for verdicts in found] == [0, 2, *[0] * 18]
+    assert {gpu.verdict for gpu in found[1]} == {Verdict.UNKNOWN}
+
+
+def test_a_driver_that_was_loaded_anew_has_mended_it(node: Node) -> None:
+    node.xid(95)
+    assert [gpu.verdict for gpu in told(node.do(DriverLoaded()))] == [Verdict.HEALTHY]
+
+
+def test_a_gpu_that_is_not_ours_is_said_once(node: Node) -> None:
+    assert logged(node.xid(79, pci_bus_id="0000:99:00")) == ["gpu.xid_elsewhere"]
+    assert logged(node.xid(79, pci_bus_id="0000:99:00")) == []

@@ -1,0 +1,182 @@
+"""After an attempt its GPUs must be clean, or nobody gets them and the log says why, once."""
+
+import pytest
+
+from agent.core import messages as m
+from agent.core import state as s
+from agent.core import values as v
+from agent.core.clean import AGAIN_MS, CHECK_MS_MAX, LEAKING_AGAIN_MS, MEMORY_SLACK_BYTES, judge
+from agent.core.gpu_messages import GpusInspected, InspectGpus
+from agent.core.node import NodeCore
+from tests.core.agent_memory import MemoryJournal
+from tests.core.test_agent_machine import HOST, OPTIONS
+
+UUID = "GPU-a"
+GIB = 1024**3
+IDLE = v.GpuOccupancy(UUID, GIB, (7,))  # a display server has always been there
+BUSY = v.GpuOccupancy(UUID, 70 * GIB, (7, 4242))
+
+
+class Node:
+    """A core with one GPU; what its commands are answered with, the test says."""
+
+    def __init__(self) -> None:
+        self.journal = MemoryJournal()
+        self.now_ms = 0
+        self.restart()
+
+    def restart(self, adopted: tuple[str, ...] = ()) -> list[m.Command]:
+        self.core = NodeCore(OPTIONS, self.journal.memory())
+        commands = self.hear(m.Opened(adopted, HOST, (v.GpuFacts(UUID, "H100", 80 * GIB),)))
+        self.hear(m.Connected(()))
+        self.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), ""))
+        return commands
+
+    def hear(self, event: m.Event) -> list[m.Command]:
+        effects = self.core.handle(s.Instant(self.now_ms, self.now_ms), event)
+        self.journal.commit([effect for effect in effects if isinstance(effect, s.Record)])
+        return [effect for effect in effects if not isinstance(effect, s.Record)]
+
+    def order(self, attempt: str) -> list[m.Command]:
+        start = m.StartAttempt(attempt, v.JobSpec(command=("train",)), (UUID,), (), None, 0)
+        return self.hear(m.FromCoordinator(start, "token"))
+
+    def restored(self, attempt: str) -> list[m.Command]:
+        return self.hear(m.RestoreDone(attempt, v.Restored("", 0, "")))
+
+    def run(self, attempt: str) -> None:
+        self.order(attempt)
+        assert starts(self.restored(attempt)) == [attempt]
+        self.hear(m.ProcessStarted(attempt, 4242))
+
+    def end(self, attempt: str) -> list[m.Command]:
+        return self.hear(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
+
+    def inspected(self, usage: v.GpuOccupancy) -> list[m.Command]:
+        return self.hear(GpusInspected((usage,)))
+
+    def next_look(self) -> list[m.Command]:
+        """Let time pass until the GPU is asked for again."""
+        commands: list[m.Command] = []
+        while not any(isinstance(command, InspectGpus) for command in commands):
+            wake_ms = self.core.next_wake_ms()
+            assert wake_ms is not None
+            self.now_ms = max(self.now_ms, wake_ms)
+            commands = self.hear(m.Tick())
+        return commands
+
+
+def starts(commands: list[m.Command]) -> list[str]:
+    return [c.launch.attempt_id for c in commands if isinstance(c, m.StartProcess)]
+
+
+def logged(commands: list[m.Command], event: str) -> list[dict[str, object]]:
+    return [dict(c.fields) for c in commands if isinstance(c, m.Log) and c.event == event]
+
+
+def refusals(commands: list[m.Command]) -> list[str]:
+    bodies = [
+        command.message.body
+        for command in commands
+        if isinstance(command, m.Send) and isinstance(command.message, m.AgentEvent)
+    ]
+    return [body.reason for body in bodies if isinstance(body, m.AttemptRefused)]
+
+
+@pytest.fixture
+def node() -> Node:
+    node = Node()
+    node.inspected(IDLE)
+    node.run("1.1")
+    return node
+
+
+def test_an_agent_that_starts_looks_at_idle_gpus_only() -> None:
+    node = Node()
+    assert InspectGpus((UUID,)) in node.restart()
+    node.run("1.1")
+    assert not any(isinstance(command, InspectGpus) for command in node.restart(("1.1",)))
+
+
+def test_the_next_one_waits_until_the_gpu_is_clean(node: Node) -> None:
+    assert InspectGpus((UUID,)) in node.end("1.1")
+    node.order("2.1")
+    assert starts(node.restored("2.1")) == []
+    assert starts(node.inspected(BUSY)) == []
+    node.next_look()
+    assert node.now_ms == AGAIN_MS
+    commands = node.inspected(IDLE)
+    assert starts(commands) == ["2.1"]
+    assert not logged(commands, "gpu.clean"), "nobody was told that it was not"
+
+
+def test_a_leak_is_told_once_and_holds_the_gpu_until_it_is_clean(node: Node) -> None:
+    node.end("1.1")
+    node.order("2.1")
+    node.restored("2.1")
+    told: list[dict[str, object]] = []
+    refused: list[str] = []
+    while node.now_ms < CHECK_MS_MAX + 3 * LEAKING_AGAIN_MS:
+        commands = node.inspected(BUSY)
+        told += logged(commands, "gpu.memory_leak")
+        refused += refusals(commands)
+        node.next_look()
+    assert [fields["pids"] for fields in told] == [[4242]]
+    reason = told[0]["reason"]
+    assert "15 s after attempt 1.1" in str(reason)
+    assert "pid 4242" in str(reason)
+    assert refused == [reason], "who waited is refused with the same sentence"
+    assert refusals(node.order("3.1")) == [reason]
+    assert len(logged(node.inspected(IDLE), "gpu.clean")) == 1
+    node.run("4.1")
+
+
+def test_memory_that_nobody_owns_is_a_leak(node: Node) -> None:
+    node.end("1.1")
+    node.now_ms = CHECK_MS_MAX
+    lost = v.GpuOccupancy(UUID, GIB + MEMORY_SLACK_BYTES + 1, (7,))
+    assert [f["pids"] for f in logged(node.inspected(lost), "gpu.memory_leak")] == [[]]
+
+
+def test_what_the_driver_does_not_say_is_no_leak(node: Node) -> None:
+    node.end("1.1")
+    node.now_ms = CHECK_MS_MAX
+    commands = node.inspected(v.GpuOccupancy(UUID))
+    assert len(logged(commands, "gpu.not_checked")) == 1
+    node.run("2.1")
+
+
+def test_a_silent_driver_does_not_lift_a_leak(node: Node) -> None:
+    node.end("1.1")
+    node.now_ms = CHECK_MS_MAX
+    node.inspected(BUSY)
+    node.inspected(v.GpuOccupancy(UUID))
+    assert refusals(node.order("2.1"))
+
+
+def test_what_it_was_like_before_outlives_the_agent(node: Node) -> None:
+    node.restart(("1.1",))
+    node.end("1.1")
+    node.now_ms = CHECK_MS_MAX
+    assert not logged(node.inspected(IDLE), "gpu.memory_leak")
+    node.run("2.1")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "clean"),
+    [
+        (IDLE, IDLE, True),
+        (IDLE, v.GpuOccupancy(UUID, GIB + MEMORY_SLACK_BYTES, (7,)), True),
+        (IDLE, v.GpuOccupancy(UUID, 0, ()), True),
+        (IDLE, v.GpuOccupancy(UUID, None, (7,)), True),
+        (IDLE, v.GpuOccupancy(UUID, GIB, None), True),
+        (IDLE, v.GpuOccupancy(UUID, None, (8,)), False),
+        (IDLE, v.GpuOccupancy(UUID, 2 * GIB, None), False),
+        (None, v.GpuOccupancy(UUID, 70 * GIB, ()), True),
+        (None, v.GpuOccupancy(UUID, 0, (8,)), False),
+    ],
+)
+def test_verdicts(before: v.GpuOccupancy | None, now: v.GpuOccupancy, clean: bool) -> None:
+    verdict = judge(before, now)
+    assert verdict.known
+    assert (verdict.reason == "") == clean

@@ -1,0 +1,89 @@
+"""The units as systemd itself judges them, without starting any.
+
+No directive that it does not know, and an exposure of 2.0 at most (0 is best, 10 worst; Prometheus
+has 4.0, slurmd 9.6).
+"""
+
+import configparser
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.tidy.source import ROOT
+
+UNITS = ROOT / "systemd"
+EXPOSURE_TENTHS_MAX = 20
+PYTHON = "/opt/baton/bin/python"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None,
+    reason="systemd-analyze is not installed here (sudo apt-get install systemd)",
+)
+
+
+def analyze(*arguments: str) -> str:
+    """What it prints. Fails when it finds anything."""
+    command = ["systemd-analyze", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("program", ["agent", "coordinator"])
+def test_exposure_stays_low(program: str) -> None:
+    unit = str(UNITS / f"baton-{program}.service")
+    analyze("security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE_TENTHS_MAX}", unit)
+
+
+def test_a_unit_without_hardening_would_be_found(tmp_path: Path) -> None:
+    unit = tmp_path / "open.service"
+    unit.write_text("[Service]\nExecStart=/bin/true\n")
+    with pytest.raises(AssertionError, match="UNSAFE"):
+        analyze("security", "--offline=true", "--no-pager", "--threshold=20", str(unit))
+
+
+def laid_out(directory: Path) -> list[str]:
+    """The units and the drop-in as the package installs them, with a program that is there."""
+    paths = []
+    for unit in sorted((*UNITS.glob("*.service"), *UNITS.glob("*.socket"))):
+        path = directory / unit.name
+        path.write_text(unit.read_text(encoding="utf-8").replace(PYTHON, "/bin/true"))
+        paths.append(str(path))
+    drop_in = directory / "baton-agent.service.d" / "50-trainers-inside.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text((UNITS / "trainers-inside.conf").read_text(encoding="utf-8"))
+    return paths
+
+
+def test_systemd_understands_every_line(tmp_path: Path) -> None:
+    assert analyze("verify", "--man=no", *laid_out(tmp_path)) == ""
+
+
+def test_a_misspelt_directive_would_be_found(tmp_path: Path) -> None:
+    paths = laid_out(tmp_path)
+    with open(tmp_path / "baton-agent.service", "a", encoding="utf-8") as unit:
+        unit.write("[Service]\nProtectHoem=yes\n")
+    assert "ProtectHoem" in analyze("verify", "--man=no", *paths)
+
+
+@pytest.mark.parametrize("program", ["agent", "coordinator"])
+def test_every_directive_has_its_reason(program: str) -> None:
+    """A comment at its head, or at the head of the lines that it stands in: not a blank line."""
+    text = (UNITS / f"baton-{program}.service").read_text(encoding="utf-8")
+    service = text.partition("[Service]\n")[2].partition("[Install]")[0]
+    for paragraph in service.strip().split("\n\n"):
+        assert "#" in paragraph, paragraph
+
+
+def test_both_programs_are_watched_and_restarted() -> None:
+    for program in ("agent", "coordinator"):
+        parser = configparser.RawConfigParser(strict=False)
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        parser.read(UNITS / f"baton-{program}.service")
+        service = parser["Service"]
+        assert service["Type"] == "notify"
+        assert service["Restart"] == "always"
+        assert int(service["WatchdogSec"].removesuffix("s")) > 0
+        assert service["DevicePolicy"] == "closed"
