@@ -53,7 +53,8 @@ __all__ = [
 
 ALL_GPUS: Final = "all"
 # What SIGHUP takes over; TLS files are read when a listener opens, so they need a restart.
-RELOADABLE: Final = frozenset({"log_level", "restart_absence_ms"})
+RELOADABLE: Final = frozenset({"log_level", "restart_absence_ms", "telemetry_rate"})
+TELEMETRY_RATES: Final = ("off", "slow", "normal", "watch")
 
 NODE_CHARACTERS_MAX: Final = 64  # the wire's limit, and Linux's for a host name
 SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
@@ -173,6 +174,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "TOML file that says what follows from each XID, in place of the agent's own table, which "
         "is NVIDIA's catalogue of the day that it names. Default (empty): our own."
     )] = ""
+    telemetry_rate: Annotated[str, says(
+        "off, slow, normal or watch: how often the driver is asked, whose lock trainers wait for. "
+        "Normal reads figures each sample_interval_ms, processes and errors every ten seconds, "
+        "inventory once a minute; slow a tenth of it, watch five times more. SIGHUP takes it over."
+    )] = "normal"
     hang_floor_ms: Annotated[int, says(
         "Milliseconds that a section of a training (a step, an evaluation) may take in any case, "
         "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "
@@ -253,6 +259,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 SAMPLE_INTERVAL_MS_MAX,
             ),
             range_problem("hang_floor_ms", self.hang_floor_ms, 1_000, HANG_FLOOR_MS_MAX),
+            choice_problem("telemetry_rate", self.telemetry_rate, TELEMETRY_RATES),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             range_problem(

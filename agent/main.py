@@ -186,7 +186,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         ears.shell = shell
         if config.metrics_listen:
             await _open_metrics(stack, config, shell)
-        await _run(shell, config, arguments, options.peer_address)
+        await _run(shell, config, arguments, probe, options.peer_address)
 
 
 async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: int) -> NvmlProbe:
@@ -194,6 +194,7 @@ async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: i
         Path(config.state_directory),
         allowed_uuids=config.allowed_gpus(),
         event_descriptor=event_descriptor,
+        rate=config.telemetry_rate,
     )
     stack.callback(probe.close)
     await asyncio.to_thread(probe.open)
@@ -220,7 +221,11 @@ async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell
 
 
 async def _run(
-    shell: AgentShell, config: Config, arguments: Sequence[str], peer_address: str
+    shell: AgentShell,
+    config: Config,
+    arguments: Sequence[str],
+    probe: NvmlProbe,
+    peer_address: str,
 ) -> None:
     notifier = Notifier(os.environ)
     loop = asyncio.get_running_loop()
@@ -232,6 +237,7 @@ async def _run(
     def reload() -> None:
         nonlocal config
         config = _reload(config, arguments, notifier)
+        probe.set_rate(config.telemetry_rate)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)

@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from agent.core.values import GpuFacts, GpuSample
 from agent.counts import Counts, View
 from agent.exposition import Described, Kind
+from agent.gpu_metrics import DETAIL_METRICS, detail_figures
 from agent.histogram import Histogram
 
 # A reading that old is history: Prometheus itself shows no sample of a target that has been silent
@@ -57,6 +58,24 @@ SAMPLES_LATE = Described(
     "baton_agent_samples_late_total",
     "counter",
     "Readings that took longer than sample_interval_ms, so that the next one came late.",
+)
+READING_DURATION = Described(
+    "baton_agent_reading_duration_seconds",
+    "gauge",
+    "How long the driver took to answer the last time; by class: sample, usage or inventory.",
+    ("class",),
+)
+READING_MISSES = Described(
+    "baton_agent_reading_deadline_misses_total",
+    "counter",
+    "Times that the driver did not answer within the deadline, by class of readings.",
+    ("class",),
+)
+NVML_ERRORS = Described(
+    "baton_agent_nvml_errors_total",
+    "counter",
+    "Calls that the driver failed, by call and code; what it does not support is no failure.",
+    ("call", "code"),
 )
 LOOP_LAG = Described(
     "baton_agent_loop_lag_seconds", "histogram", "How late the event loop came to a timer."
@@ -116,9 +135,11 @@ REPLICATION_FAILURES = Described(
 
 METRICS: Final = (
     GPU_UP, GPU_FAILURES, GPU_UTILIZATION, GPU_MEMORY_USED, GPU_MEMORY_TOTAL, GPU_TEMPERATURE,
-    GPU_POWER, GPU_ENERGY, GPU_CLOCK, SAMPLE_AGE, SAMPLE_DURATION, SAMPLES, SAMPLES_LATE, LOOP_LAG,
+    GPU_POWER, GPU_ENERGY, GPU_CLOCK, SAMPLE_AGE, SAMPLE_DURATION, SAMPLES, SAMPLES_LATE,
+    READING_DURATION, READING_MISSES, NVML_ERRORS, LOOP_LAG,
     LOOP_ROUNDS, EVENTS, INBOX, COMMIT, SPOOL, LINK_UP, SESSIONS, SENT, RECEIVED, OUTBOX, ATTEMPTS,
     STORED, STORED_BYTES, REPLICATED, PROPOSED, STORE_FAILURES, REPLICATION_FAILURES,
+    *DETAIL_METRICS,
 )  # fmt: skip
 
 _DCGM_LABELS: Final = ("gpu", "UUID", "modelName", "Hostname")
@@ -173,6 +194,12 @@ def _sample_figures(view: View) -> Iterator[Metric]:
     yield from SAMPLE_DURATION.one(_seconds(counts.sample_duration_ms))
     yield from SAMPLES.one(counts.samples)
     yield from SAMPLES_LATE.one(counts.samples_late)
+    if view.census.sample is not None:
+        went = view.census.sample.reading
+        durations_s = [(kind, duration_ms / 1000) for kind, duration_ms in went.durations_ms]
+        yield from READING_DURATION.of(((kind,), value) for kind, value in durations_s)
+        yield from READING_MISSES.of(((kind,), count) for kind, count in went.misses)
+        yield from NVML_ERRORS.of(((call, code), count) for call, code, count in went.nvml_errors)
 
 
 def _checkpoint_figures(counts: Counts) -> Iterator[Metric]:
@@ -211,6 +238,7 @@ def _gpu_figures(view: View) -> Iterator[Metric]:
         ((*named(uuid), kind), None if mhz is None else mhz * 1_000_000)
         for uuid, kind, mhz in clocks
     )
+    yield from detail_figures(said.values(), named)
 
 
 def _dcgm_figures(view: View) -> Iterator[Metric]:

@@ -348,8 +348,8 @@ class AgentShell:
             self.post(m.ProcessStarted(attempt_id, pid))
 
     async def _inspect(self, command: InspectGpus) -> None:
-        usages = await self._ports.in_thread(self._ports.probe.usage, command.gpu_uuids)
-        self.post(GpusInspected(cast(tuple[GpuOccupancy, ...], usages)))
+        found = await self._ports.in_thread(self._ports.probe.occupancy, command.gpu_uuids)
+        self.post(GpusInspected(cast(tuple[GpuOccupancy, ...], found)))
 
     async def _clear(self, attempt_id: str) -> None:
         await self._ports.in_thread(self._ports.workspace.clear, attempt_id)

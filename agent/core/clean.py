@@ -91,14 +91,16 @@ def begin(state: "State", now: "Instant", live: "LiveAttempt") -> None:
         state.checks[uuid] = Check(live.record.id, now.now_ms)
         for before in live.record.gpus_before:
             if before.uuid == uuid:
-                state.idle_usages[uuid] = before
+                state.idle_occupancies[uuid] = before
     if uuids:
         state.commands.append(InspectGpus(uuids))
 
 
 def before(state: "State", gpu_uuids: tuple[str, ...]) -> tuple[GpuOccupancy, ...]:
     """What is kept with an attempt of the GPUs that it gets, since the agent may be restarted."""
-    return tuple(state.idle_usages[uuid] for uuid in gpu_uuids if uuid in state.idle_usages)
+    return tuple(
+        state.idle_occupancies[uuid] for uuid in gpu_uuids if uuid in state.idle_occupancies
+    )
 
 
 def is_pending(state: "State", gpu_uuids: tuple[str, ...]) -> bool:
@@ -116,12 +118,12 @@ def inspected(
     state: "State", now: "Instant", event: GpusInspected
 ) -> list[tuple["LiveAttempt", Restored]]:
     """The driver has answered, as far as it does. Returns the attempts that need not wait on."""
-    for usage in event.usages:
-        check = state.checks.get(usage.uuid)
+    for found in event.occupancies:
+        check = state.checks.get(found.uuid)
         if check is not None:
-            _decide(state, now, check, usage)
-        elif not _is_held(state, usage.uuid) and judge(None, usage).known:
-            state.idle_usages[usage.uuid] = usage
+            _decide(state, now, check, found)
+        elif not _is_held(state, found.uuid) and judge(None, found).known:
+            state.idle_occupancies[found.uuid] = found
     ready = []
     for live in state.attempts.values():
         if live.restored is not None and not is_pending(state, live.record.gpu_uuids):
@@ -130,13 +132,13 @@ def inspected(
     return ready
 
 
-def _decide(state: "State", now: "Instant", check: Check, usage: GpuOccupancy) -> None:
-    uuid = usage.uuid
-    verdict = judge(state.idle_usages.get(uuid), usage)
+def _decide(state: "State", now: "Instant", check: Check, found: GpuOccupancy) -> None:
+    uuid = found.uuid
+    verdict = judge(state.idle_occupancies.get(uuid), found)
     waited_ms = now.now_ms - check.begun_ms
     if verdict.known and not verdict.reason:
         del state.checks[uuid]
-        state.idle_usages[uuid] = usage
+        state.idle_occupancies[uuid] = found
         if check.leak:
             state.log("info", "gpu.clean", gpu=uuid, attempt=check.attempt, after_ms=waited_ms)
         return

@@ -18,7 +18,7 @@ class InspectGpus:
 
 @dataclass(frozen=True, slots=True)
 class GpusInspected:
-    usages: tuple[GpuOccupancy, ...]
+    occupancies: tuple[GpuOccupancy, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ spool until it is acknowledged; a mere count follows later. A hello tells all of
 
 from dataclasses import replace
 
+from agent.core.gpu_messages import InspectGpus
 from agent.core.health import (
     GpuHealthChanged,
     GpuHistory,
@@ -23,6 +24,7 @@ from agent.core.health import (
     note_xid,
     outlasts,
 )
+from agent.core.messages import CloseLink
 from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
 from agent.core.values import Sample, XidSeen
 
@@ -46,12 +48,20 @@ def verdicts(state: State) -> tuple[GpuVerdict, ...]:
 
 
 def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
-    """The driver has reported an error."""
-    uuid = seen.uuid or _by_bus(state, seen.pci_bus_id)
-    history = state.watched.histories.get(uuid)
-    if history is None:
+    """The driver has reported an error: of one GPU, or of all instances of one."""
+    found = (seen.uuid,) if seen.uuid else _by_bus(state, seen.pci_bus_id)
+    known = [uuid for uuid in found if uuid in state.watched.histories]
+    if not known:
         _stranger(state, seen)
         return
+    for uuid in known:
+        _note(state, now, uuid, seen)
+    if not seen.history:  # what was before us may be over: the first reading tells
+        review(state, now)
+
+
+def _note(state: State, now: Instant, uuid: str, seen: XidSeen) -> None:
+    history = state.watched.histories[uuid]
     if seen.history and seen.unix_ms <= state.watched.mended.get(uuid, 0):
         return  # it was over before we were restarted
     table: XidTable = state.options.xids
@@ -62,8 +72,6 @@ def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
             "warning", "gpu.xid", gpu=uuid, xid=seen.code, count=seen.count, name=name,
             source=seen.source, reason=sentence(seen.text),
         )  # fmt: skip
-    if not seen.history:  # what was before us may be over: the first reading tells
-        review(state, now)
 
 
 def loaded(state: State, now: Instant) -> None:
@@ -74,12 +82,34 @@ def loaded(state: State, now: Instant) -> None:
 
 
 def sampled(state: State, now: Instant, sample: Sample) -> None:
+    _take_late(state, sample)
     used = _used(state)
     for read in sample.gpus:
         history = state.watched.histories.get(read.uuid)
         if history is not None:
             note_reading(history, now.now_ms, read, in_use=read.uuid in used)
     review(state, now)
+
+
+def _take_late(state: State, sample: Sample) -> None:
+    """GPUs that a slow driver has named after the start. Only a hello tells of GPUs, so the session
+    begins anew."""
+    if state.host is None:
+        return  # the start itself is not over
+    known = {facts.uuid: True for facts in state.gpus}
+    late = tuple(facts for facts in sample.facts if facts.uuid not in known)
+    if not late:
+        return
+    state.gpus = (*state.gpus, *late)
+    version = sample.driver_version or state.host.driver_version
+    state.host = replace(state.host, driver_version=version)
+    opened(state)
+    uuids = tuple(facts.uuid for facts in late)
+    state.commands.append(InspectGpus(uuids))
+    reason = "the driver has named them since the start"
+    state.log("info", "gpu.found_late", gpus=uuids, reason=reason)
+    if state.connected:
+        state.commands.append(CloseLink(f"{len(late)} GPUs more are to be told of"))
 
 
 def released(state: State, now: Instant) -> None:
@@ -172,9 +202,11 @@ def _used(state: State) -> dict[str, None]:
     }
 
 
-def _by_bus(state: State, pci_bus_id: str) -> str:
-    found = (facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
-    return next(found, "") if pci_bus_id else ""
+def _by_bus(state: State, pci_bus_id: str) -> tuple[str, ...]:
+    """More than one where a GPU is cut into instances."""
+    if not pci_bus_id:
+        return ()
+    return tuple(facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
 
 
 def _stranger(state: State, seen: XidSeen) -> None:

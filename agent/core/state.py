@@ -169,7 +169,7 @@ class State:
         self.sample_ms = 0
         # GPUs that were left and not seen clean since; what each was like when nothing ran on it
         self.checks: dict[str, Check] = {}
-        self.idle_usages: dict[str, GpuOccupancy] = {}
+        self.idle_occupancies: dict[str, GpuOccupancy] = {}
         self.connected = False
         self.welcomed = False
         self.heard_ms = 0

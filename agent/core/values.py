@@ -59,9 +59,68 @@ class DriverLoaded:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process that computes on a GPU. `memory_bytes` is `None` where the driver does not say."""
+
+    pid: int
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUsage:
+    """What is read of a GPU every ten seconds; `None` as in `GpuSample`. `min`, `max` and `p95` are
+    over the driver's own samples since the last reading. Of ECC errors, *volatile* ones count since
+    the driver was loaded, *aggregate* ones since the board was made."""
+
+    uuid: str
+    processes: tuple[GpuProcess, ...] | None = None
+    utilization_ratio_min: float | None = None
+    utilization_ratio_max: float | None = None
+    utilization_ratio_p95: float | None = None
+    memory_utilization_ratio_min: float | None = None
+    memory_utilization_ratio_max: float | None = None
+    memory_utilization_ratio_p95: float | None = None
+    power_mw_min: int | None = None
+    power_mw_max: int | None = None
+    power_mw_p95: int | None = None
+    ecc_volatile_corrected: int | None = None
+    ecc_volatile_uncorrected: int | None = None
+    ecc_aggregate_corrected: int | None = None
+    ecc_aggregate_uncorrected: int | None = None
+    memory_temperature_celsius: int | None = None
+    pcie_replays: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInventory:
+    """What is read of a GPU once a minute; `None` as in `GpuSample`. The activities are shares, 0
+    to 1, of the time since the last reading. `fabric_state` is not_started, in_progress or
+    completed; `None`: there is no fabric."""
+
+    uuid: str
+    remapped_rows_corrected: int | None = None
+    remapped_rows_uncorrected: int | None = None
+    remapped_rows_pending: bool | None = None
+    remapped_rows_failed: bool | None = None
+    pcie_generation: int | None = None
+    pcie_generation_max: int | None = None
+    pcie_width: int | None = None
+    pcie_width_max: int | None = None
+    nvlinks_up: int | None = None
+    nvlinks_down: int | None = None
+    fabric_state: str | None = None
+    vbios_version: str | None = None
+    serial: str | None = None
+    sm_activity_ratio: float | None = None
+    tensor_activity_ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """One reading of one GPU. Ratios are 0 to 1. `None` means not supported or not answered, never
-    zero."""
+    zero. `clock_event_reasons` is NVML's bit mask of what keeps the clocks down. `age_ms`: it was
+    read so long before the sample was made; more than 0 only where readings are slowed down by
+    order. `usage` and `inventory` are read less often, and are the last ones that were."""
 
     uuid: str
     utilization_ratio: float | None = None
@@ -73,6 +132,10 @@ class GpuSample:
     memory_clock_mhz: int | None = None
     error: str = ""
     condition: GpuCondition | None = None
+    clock_event_reasons: int | None = None
+    age_ms: int = 0
+    usage: GpuUsage | None = None
+    inventory: GpuInventory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +170,27 @@ class HostSample:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """How the reading of GPUs has gone since the agent started. `nvml_errors` are call, code and
+    how often; `misses` are, by class of readings, those that did not answer within their deadline,
+    `durations_ms` how long the last one took."""
+
+    rate: str = "normal"
+    nvml_errors: tuple[tuple[str, str, int], ...] = ()
+    misses: tuple[tuple[str, int], ...] = ()
+    durations_ms: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """Host and GPUs, read together."""
+    """Host and GPUs, read together. `reading` is how that went. `facts` are of every GPU that the
+    driver has named by now, `driver_version` is empty where it has not said that."""
 
     host: HostSample
     gpus: tuple[GpuSample, ...]
+    reading: Reading = Reading()
+    facts: tuple[GpuFacts, ...] = ()
+    driver_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

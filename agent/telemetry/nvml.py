@@ -7,10 +7,10 @@ ones with it; and an old driver lacks functions, each of which then raises on ev
 ever.
 
 So: enumerate once, keep each handle under its UUID, and read field by field. For every field there
-are calls, newest first. A call that the driver does not have is forgotten; one that this GPU does
-not support gives `None`; an answer that means the GPU itself is gone ends its reading with a
-sentence. A GPU that was seen once is never dropped in silence: its handle stays, and its samples
-say what is wrong.
+are calls, newest first (`calls.py`); an answer that means the GPU itself is gone ends its reading
+with a sentence. A GPU that was seen once is never dropped in silence: its handle stays, and its
+samples say what is wrong. `usage.py` and `inventory.py` read what is asked less often. A MIG
+instance has its GPU's place on the bus, since the kernel's log names nothing else.
 
 NVML's units are made Baton's here and nowhere else: utilization per cent -> ratio. Memory (bytes),
 power (mW), energy (mJ since the driver was loaded), clocks (MHz) and temperature (degrees Celsius)
@@ -18,35 +18,31 @@ are already ours.
 
 Source: NVML API Reference Guide (docs.nvidia.com/deploy/nvml-api). It deprecates
 `nvmlDeviceGetTemperature` and says of `nvmlDeviceGetMemoryInfo` that version 1 counts the driver's
-own reservation as used. MIG instances are not enumerated: a GPU in MIG mode shows as one GPU.
+own reservation as used.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 import pynvml
 
-from agent.core.values import GpuCondition, GpuFacts, GpuOccupancy, GpuSample
-from agent.telemetry.condition import Conditions, condition_after, pci_bus_id
-
-_Handle = Any  # the binding's opaque pointer
-_Call = Callable[[_Handle], float]
+from agent.core.values import (
+    GpuCondition,
+    GpuFacts,
+    GpuInventory,
+    GpuOccupancy,
+    GpuSample,
+    GpuUsage,
+)
+from agent.telemetry.calls import GPU_IS_GONE, Asking, Call, Driver, Handle
+from agent.telemetry.condition import condition_after, pci_bus_id, read_condition
+from agent.telemetry.inventory import InventoryReader
+from agent.telemetry.usage import UsageReader, running_pids
 
 # Four times the largest box there is; a driver that claims more is not believed.
 _GPUS_MAX: Final = 64
-
-_NOT_IN_DRIVER: Final = (
-    pynvml.NVMLError_FunctionNotFound,
-    pynvml.NVMLError_ArgumentVersionMismatch,
-)
-_GPU_IS_GONE: Final = {
-    pynvml.NVML_ERROR_GPU_IS_LOST: "has fallen off the bus; reboot the node",
-    pynvml.NVML_ERROR_RESET_REQUIRED: "needs a reset: nvidia-smi --gpu-reset",
-    pynvml.NVML_ERROR_GPU_NOT_FOUND: "is no longer known to the driver; reboot the node",
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "has no driver; load it and restart the agent",
-    pynvml.NVML_ERROR_UNINITIALIZED: "has no driver; load it and restart the agent",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "has a new driver; restart the agent",
-}
+# What a GPU is cut into at most, seven today, with room for the next one.
+_INSTANCES_MAX: Final = 16
 
 
 class NvmlGpus:
@@ -59,11 +55,12 @@ class NvmlGpus:
     def __init__(self, allowed_uuids: Collection[str] | None = None) -> None:
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._initialised = False
-        self._handles: dict[str, _Handle] = {}
+        self._handles: dict[str, Handle] = {}
         self._reasons: dict[str, str] = {}
         self._gone: dict[str, GpuCondition | None] = {}
-        self._conditions = Conditions()
-        self._calls: dict[str, list[_Call]] = {}
+        self._driver = Driver()
+        self._usage = UsageReader(self._driver)
+        self._inventory = InventoryReader(self._driver)
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
 
@@ -79,7 +76,6 @@ class NvmlGpus:
                 return False
             self._initialised = True
             self.absence = ""
-            self._calls = {field: list(calls) for field, calls in _READINGS.items()}
         return True
 
     def driver_version(self) -> str:
@@ -98,12 +94,13 @@ class NvmlGpus:
             try:
                 self._handles[uuid] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             except pynvml.NVMLError as error:
-                gone = _GPU_IS_GONE.get(error.value, "cannot be found")
+                gone = GPU_IS_GONE.get(error.value, "cannot be found")
                 self._reasons[uuid] = f"{uuid} {gone} ({error})"
                 self._gone[uuid] = condition_after(error)
 
     def enumerate(self) -> Iterator[GpuFacts]:
-        """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped."""
+        """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped.
+        One in MIG mode is no place for a job, but each of its instances is."""
         try:
             count = min(pynvml.nvmlDeviceGetCount(), _GPUS_MAX)
         except pynvml.NVMLError as error:
@@ -114,16 +111,40 @@ class NvmlGpus:
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
                 uuid = str(pynvml.nvmlDeviceGetUUID(handle))
-                name = str(pynvml.nvmlDeviceGetName(handle))
+                if self._is_cut(handle):
+                    self._reasons[uuid] = f"{uuid} is in MIG mode; its instances are what jobs use"
+                    self._handles.pop(uuid, None)
+                    yield from self._instances(uuid, handle)
+                else:
+                    yield from self._learn(uuid, handle, pci_bus_id(self._driver, handle))
             except pynvml.NVMLError as error:
                 # nameless now; if it was seen before, its sample tells why
                 self.absence = f"the GPU at index {index} cannot be named: {error}"
-                continue
-            if self._allowed_uuids is None or uuid in self._allowed_uuids:
-                total = self._first_answer("memory_bytes", handle)
-                self._handles[uuid] = handle
-                bus_id = pci_bus_id(handle)
-                yield GpuFacts(uuid, name, memory_bytes=int(total or 0), pci_bus_id=bus_id)
+
+    def _is_cut(self, handle: Handle) -> bool:
+        mode = Asking(self._driver, handle).say(_MIG_MODE)
+        return mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+
+    def _instances(self, parent: str, handle: Handle) -> Iterator[GpuFacts]:
+        found = 0
+        bus_id = pci_bus_id(self._driver, handle)
+        for index in range(min(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle), _INSTANCES_MAX)):
+            try:
+                instance = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
+            except pynvml.NVMLError_NotFound:
+                continue  # places need not be taken in order
+            found += 1
+            uuid = str(pynvml.nvmlDeviceGetUUID(instance))
+            yield from self._learn(uuid, instance, bus_id)
+        if not found:
+            self.absence = f"{parent} is in MIG mode and has no instance: nvidia-smi mig -cgi"
+
+    def _learn(self, uuid: str, handle: Handle, bus_id: str) -> Iterator[GpuFacts]:
+        name = str(pynvml.nvmlDeviceGetName(handle))
+        if self._allowed_uuids is None or uuid in self._allowed_uuids:
+            total = Asking(self._driver, handle).say(*_MEMORY)
+            self._handles[uuid] = handle
+            yield GpuFacts(uuid, name, memory_bytes=int(total or 0), pci_bus_id=bus_id)
 
     def sample(self, uuid: str) -> GpuSample:
         """One reading. Of a GPU without a handle it says why there is none."""
@@ -133,125 +154,124 @@ class NvmlGpus:
         sentence = self._reasons.get(uuid, f"{uuid} cannot be read: {reason}")
         return GpuSample(uuid=uuid, error=sentence, condition=self._gone.get(uuid))
 
-    def handles(self) -> Mapping[str, _Handle]:
+    def handles(self) -> Mapping[str, Handle]:
         """Those known by now, by UUID; it may be asked in another thread."""
         return self._handles
 
-    def usage(self, uuid: str) -> GpuOccupancy:
+    def occupancy(self, uuid: str) -> GpuOccupancy:
         """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
         read is `None`."""
         handle = self._handles.get(uuid)
         if handle is None:
             return GpuOccupancy(uuid)
-        used = self._first_answer("memory_used_bytes", handle)
-        return GpuOccupancy(uuid, None if used is None else int(used), running_pids(handle))
+        asking = Asking(self._driver, handle)
+        used_bytes = asking.say(*_SAMPLED["memory_used_bytes"])
+        return GpuOccupancy(uuid, used_bytes, running_pids(asking))
 
-    def _sample(self, uuid: str, handle: _Handle) -> GpuSample:
+    def usage(self, uuid: str) -> GpuUsage:
+        """What is read every ten seconds; of a GPU without a handle nothing."""
+        handle = self._handles.get(uuid)
+        return GpuUsage(uuid) if handle is None else self._usage.read(uuid, handle)
+
+    def inventory(self, uuid: str) -> GpuInventory:
+        """What is read once a minute; of a GPU without a handle nothing."""
+        handle = self._handles.get(uuid)
+        return GpuInventory(uuid) if handle is None else self._inventory.read(uuid, handle)
+
+    def take_failures(self) -> list[tuple[str, str, int]]:
+        """Call, code and how often, since this was last asked. What is not supported is none."""
+        return self._driver.take_failures()
+
+    def _sample(self, uuid: str, handle: Handle) -> GpuSample:
         values: dict[str, Any] = {}
         failure = ""
-        for field in _SAMPLED:
+        for field, calls in _SAMPLED.items():
             try:
-                values[field] = self._read(field, handle)
+                values[field] = self._driver.first(calls, handle)
             except pynvml.NVMLError as error:
-                if error.value in _GPU_IS_GONE:
-                    reason = f"{uuid} {_GPU_IS_GONE[error.value]} ({error})"
+                if error.value in GPU_IS_GONE:
+                    reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
                     return GpuSample(uuid, error=reason, condition=condition_after(error))
                 failure = str(error)
         if failure and all(value is None for value in values.values()):
             return GpuSample(uuid=uuid, error=f"{uuid} answers nothing: {failure}")
-        return GpuSample(uuid=uuid, condition=self._conditions.read(uuid, handle), **values)
-
-    def _first_answer(self, field: str, handle: _Handle) -> float | None:
-        try:
-            return self._read(field, handle)
-        except pynvml.NVMLError:
-            return None
-
-    def _read(self, field: str, handle: _Handle) -> float | None:
-        """The answer of the newest call that this GPU supports; `None` when there is none.
-
-        Raises `NVMLError` for every failure that is not about support.
-        """
-        calls = self._calls[field]
-        for call in tuple(calls):
-            try:
-                return call(handle)
-            except _NOT_IN_DRIVER:
-                # one driver serves all GPUs, and does not grow functions while it runs
-                calls.remove(call)
-            except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
-                continue
-        return None
+        return GpuSample(uuid=uuid, condition=read_condition(self._driver, handle), **values)
 
 
-def running_pids(handle: _Handle) -> tuple[int, ...] | None:
-    """Each process once, in order; `None` where the driver has no list of those that compute."""
-    lists = []
-    # By version: the binding's function without one raises no `NVMLError` where the driver is old.
-    for call in (
-        pynvml.nvmlDeviceGetComputeRunningProcesses_v3,
-        pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
-    ):
-        try:
-            lists.append([int(process.pid) for process in call(handle)])
-        except pynvml.NVMLError:
-            if not lists:
-                return None
-    return tuple(sorted(dict.fromkeys(pid for pids in lists for pid in pids)))
-
-
-def _utilization_ratio(handle: _Handle) -> float:
+def _utilization_ratio(handle: Handle) -> float:
     return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100.0
 
 
-def _memory_bytes_v2(handle: _Handle) -> int:
+def _memory_bytes_v2(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).total)
 
 
-def _memory_bytes_v1(handle: _Handle) -> int:
+def _memory_bytes_v1(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
-def _memory_used_bytes_v2(handle: _Handle) -> int:
+def _memory_used_bytes_v2(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used)
 
 
-def _memory_used_bytes_v1(handle: _Handle) -> int:
+def _memory_used_bytes_v1(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
-def _temperature_celsius(handle: _Handle) -> int:
+def _temperature_celsius(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU))
 
 
-def _temperature_celsius_old(handle: _Handle) -> int:
+def _temperature_celsius_old(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
 
 
-def _power_mw(handle: _Handle) -> int:
+def _power_mw(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetPowerUsage(handle))
 
 
-def _energy_mj(handle: _Handle) -> int:
+def _energy_mj(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
 
 
-def _sm_clock_mhz(handle: _Handle) -> int:
+def _sm_clock_mhz(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
 
 
-def _memory_clock_mhz(handle: _Handle) -> int:
+def _memory_clock_mhz(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM))
 
 
-_READINGS: Final[dict[str, tuple[_Call, ...]]] = {
-    "memory_bytes": (_memory_bytes_v2, _memory_bytes_v1),
-    "utilization_ratio": (_utilization_ratio,),
-    "memory_used_bytes": (_memory_used_bytes_v2, _memory_used_bytes_v1),
-    "temperature_celsius": (_temperature_celsius, _temperature_celsius_old),
-    "power_mw": (_power_mw,),
-    "energy_mj": (_energy_mj,),
-    "sm_clock_mhz": (_sm_clock_mhz,),
-    "memory_clock_mhz": (_memory_clock_mhz,),
+def _clock_event_reasons(handle: Handle) -> int:
+    return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+
+
+def _clock_event_reasons_old(handle: Handle) -> int:
+    return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+
+
+_MIG_MODE: Final = Call("nvmlDeviceGetMigMode", lambda handle: pynvml.nvmlDeviceGetMigMode(handle))
+_MEMORY: Final = (
+    Call("nvmlDeviceGetMemoryInfo_v2", _memory_bytes_v2),
+    Call("nvmlDeviceGetMemoryInfo", _memory_bytes_v1),
+)
+# By field of `GpuSample`, newest call first.
+_SAMPLED: Final[dict[str, tuple[Call, ...]]] = {
+    "utilization_ratio": (Call("nvmlDeviceGetUtilizationRates", _utilization_ratio),),
+    "memory_used_bytes": (
+        Call("nvmlDeviceGetMemoryInfo_v2", _memory_used_bytes_v2),
+        Call("nvmlDeviceGetMemoryInfo", _memory_used_bytes_v1),
+    ),
+    "temperature_celsius": (
+        Call("nvmlDeviceGetTemperatureV", _temperature_celsius),
+        Call("nvmlDeviceGetTemperature", _temperature_celsius_old),
+    ),
+    "power_mw": (Call("nvmlDeviceGetPowerUsage", _power_mw),),
+    "energy_mj": (Call("nvmlDeviceGetTotalEnergyConsumption", _energy_mj),),
+    "sm_clock_mhz": (Call("nvmlDeviceGetClockInfo", _sm_clock_mhz),),
+    "memory_clock_mhz": (Call("nvmlDeviceGetClockInfo", _memory_clock_mhz),),
+    "clock_event_reasons": (
+        Call("nvmlDeviceGetCurrentClocksEventReasons", _clock_event_reasons),
+        Call("nvmlDeviceGetCurrentClocksThrottleReasons", _clock_event_reasons_old),
+    ),
 }
-_SAMPLED: Final = tuple(field for field in _READINGS if field != "memory_bytes")

@@ -58,6 +58,7 @@ class NvmlProbe:
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
         event_descriptor: int | None = None,
+        rate: str = "normal",
     ) -> None:
         self._host = Host(state_directory)
         self._gpus = RemoteGpus(
@@ -66,6 +67,7 @@ class NvmlProbe:
             command=command,
             now_ms=now_ms,
             event_descriptor=event_descriptor,
+            rate=rate,
         )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")
@@ -121,14 +123,26 @@ class NvmlProbe:
             return self._gpus.facts()
 
     def sample(self) -> Sample:
-        """Host and GPUs, read together. Blocks for a deadline at most."""
+        """Host and GPUs, read together. Blocks for a deadline of each class at most."""
         with self._lock:
-            return Sample(host=self._host.sample(), gpus=self._gpus.samples())
+            gpus = self._gpus.samples()
+            self._remember()
+            return Sample(
+                host=self._host.sample(),
+                gpus=gpus,
+                reading=self._gpus.reading(),
+                facts=self._gpus.facts(),
+                driver_version=self._gpus.driver_version,
+            )
 
-    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+    def set_rate(self, rate: str) -> None:
+        """How often the driver is asked from now on: off, slow, normal or watch. Does not block."""
+        self._gpus.set_rate(rate)
+
+    def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
         """Who uses these. Blocks for a deadline at most."""
         with self._lock:
-            return self._gpus.usages(gpu_uuids)
+            return self._gpus.occupancies(gpu_uuids)
 
     def _recall(self) -> Seen:
         """Of this boot; else nothing."""

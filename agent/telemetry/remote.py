@@ -29,11 +29,21 @@ from typing import Final
 import msgspec
 import structlog
 
-from agent.core.values import GpuFacts, GpuOccupancy, GpuSample
+from agent.core.values import (
+    GpuFacts,
+    GpuInventory,
+    GpuOccupancy,
+    GpuSample,
+    GpuUsage,
+    Reading,
+)
 from agent.telemetry import MESSAGE_BYTES_MAX
+from agent.telemetry.details import Details
+from agent.telemetry.schedule import INVENTORY, SAMPLE, USAGE, Schedule
 from agent.telemetry.watch import Notice, Watch
 
 SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
+OCCUPANCY: Final = "occupancy"
 CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
 
 log = structlog.get_logger()
@@ -59,7 +69,10 @@ class Answer(msgspec.Struct, frozen=True):
     id: int
     facts: GpuFacts | None = None
     sample: GpuSample | None = None
-    usage: GpuOccupancy | None = None
+    usage: GpuUsage | None = None
+    inventory: GpuInventory | None = None
+    occupancy: GpuOccupancy | None = None
+    failures: tuple[tuple[str, str, int], ...] = ()
     driver_version: str | None = None
     absence: str = ""
     done: bool = False
@@ -80,7 +93,7 @@ class _UnderWay:
     is_open: bool
     anybody: bool = False  # some GPU has answered
     samples: dict[str, GpuSample] = field(default_factory=dict)
-    usages: dict[str, GpuOccupancy] = field(default_factory=dict)
+    occupancies: dict[str, GpuOccupancy] = field(default_factory=dict)
 
 
 class RemoteGpus:
@@ -96,8 +109,11 @@ class RemoteGpus:
         command: Sequence[str] = SAMPLER,
         now_ms: Callable[[], int] = monotonic_ms,
         event_descriptor: int | None = None,
+        rate: str = "normal",
     ) -> None:
         self._event_descriptor = event_descriptor
+        self._schedule = Schedule()
+        self._details = Details(rate)
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._deadlines = deadlines or Deadlines()
         self._command = tuple(command)
@@ -154,31 +170,68 @@ class RemoteGpus:
             self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
+    def set_rate(self, rate: str) -> None:
+        """One of `PERIODS_MS`, from the next reading on. Safe from any thread; waits for none."""
+        self._details.rate = rate
+
+    def reading(self) -> Reading:
+        """How it has gone."""
+        return self._details.reading()
+
     def samples(self) -> tuple[GpuSample, ...]:
         """One reading of each GPU of `facts`, then of each allowed GPU that was never seen. One
-        that is not answered in time says so, and has no values."""
+        that is not answered in time says so, and has no values. What is due beside it is read
+        first, so that the sample is new when it is handed out."""
+        rate = self._details.rate
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))
-        request = {"ask": "sample", "uuids": order}
-        read = self._ask(request, order, self._deadlines.fast_ms).samples
-        late = [uuid for uuid in self._facts if uuid not in known]
-        if late:  # the driver was slow to open, and nothing was known of before
-            reason = "jobs get them when the agent is restarted"
-            log.warning("gpu.found_late", gpus=late, reason=reason)
+        owed = self._under_way
+        # A GPU that has blocked the driver first has to answer for a sample.
+        trusted = [uuid for uuid in order if uuid not in self._watch.suspects]
+        for kind in (INVENTORY, USAGE):
+            # Not behind a request that a driver still owes: the samples need what time is left.
+            if self._under_way is None:
+                self._read(kind, rate, trusted, self._deadlines.slow_ms)
+        due = self._schedule.due(rate, SAMPLE, self._now_ms(), order)
+        read: dict[str, GpuSample] = {}
+        if self._under_way is owed:  # else one deadline was missed just now, and counted
+            read = self._read(SAMPLE, rate, order, self._deadlines.fast_ms)
+        # A driver that was slow to open may have named some just now.
         strangers = [uuid for uuid in strangers if uuid not in self._facts]
-        made = tuple(
-            read.get(uuid) or GpuSample(uuid=uuid, error=f"{uuid} is unknown: {self._why(uuid)}")
-            for uuid in (*self._facts, *strangers)
-        )
+        resting = [uuid for uuid in order if uuid not in due]
+        now_ms = self._now_ms()
+        made = {uuid: read.get(uuid) or self._unread(uuid) for uuid in (*self._facts, *strangers)}
+        made |= {uuid: self._details.between(uuid, rate, now_ms) for uuid in resting}
+        self._details.take_samples((made[uuid] for uuid in due), now_ms)
         self._replace()
-        return made
+        return tuple(self._details.beside(sample, rate, now_ms) for sample in made.values())
 
-    def usages(self, uuids: Collection[str]) -> tuple[GpuOccupancy, ...]:
+    def _unread(self, uuid: str) -> GpuSample:
+        return GpuSample(uuid=uuid, error=f"{uuid} is unknown: {self._why(uuid)}")
+
+    def _read(
+        self, kind: str, rate: str, order: Sequence[str], deadline_ms: int
+    ) -> dict[str, GpuSample]:
+        """Ask for what is due of this class. Who has no GPU is asked for none, and shows that it
+        answers."""
+        begun_ms = self._now_ms()
+        due = self._schedule.due(rate, kind, begun_ms, order)
+        if not due and (order or kind != SAMPLE):
+            if self._under_way is not None:
+                self._until_done(self._end_s(deadline_ms))
+            return {}
+        self._schedule.read(kind, due, begun_ms)
+        read = self._ask({"ask": kind, "uuids": due}, due, deadline_ms).samples
+        in_time = self._under_way is None and self._channel is not None
+        self._details.asked(kind, self._now_ms() - begun_ms, in_time=in_time)
+        return read
+
+    def occupancies(self, uuids: Collection[str]) -> tuple[GpuOccupancy, ...]:
         """Who uses each of these; of one that does not answer in time nothing is known."""
         order = self._watch.order(self._now_ms(), tuple(uuids))
-        request = {"ask": "usage", "uuids": order}
-        read = self._ask(request, order, self._deadlines.fast_ms).usages
+        request = {"ask": OCCUPANCY, "uuids": order}
+        read = self._ask(request, order, self._deadlines.fast_ms).occupancies
         self._replace()
         return tuple(read.get(uuid) or GpuOccupancy(uuid) for uuid in uuids)
 
@@ -236,7 +289,7 @@ class RemoteGpus:
         if answer.driver_version is not None:
             self.driver_version = answer.driver_version
             asked.is_open = True
-        told = answer.facts or answer.sample or answer.usage
+        told = answer.facts or answer.sample or answer.usage or answer.inventory or answer.occupancy
         if told is not None:
             asked.anybody = True
             asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
@@ -246,15 +299,20 @@ class RemoteGpus:
         if answer.sample is not None:
             asked.samples[answer.sample.uuid] = answer.sample
         if answer.usage is not None:
-            asked.usages[answer.usage.uuid] = answer.usage
+            self._details.take_usage(answer.usage, self._now_ms())
+        if answer.inventory is not None:
+            self._details.take_inventory(answer.inventory, self._now_ms())
+        if answer.occupancy is not None:
+            asked.occupancies[answer.occupancy.uuid] = answer.occupancy
         if answer.done:
+            self._details.failed(answer.failures)
             self.absence = answer.absence
             self._under_way = None
 
     def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
         assert self._channel is not None
         self._requests_count += 1
-        is_open = request["ask"] in ("sample", "usage")
+        is_open = request["ask"] in (SAMPLE, USAGE, INVENTORY, OCCUPANCY)
         asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open)
         try:
             self._channel.send(msgspec.json.encode({"id": asked.id, **request}))

@@ -14,8 +14,11 @@ GPU that hangs hides only itself and those behind it; then one that says that it
     {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
                                                              some UUIDs are known from before
     {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
-    {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each
-    {"id": 4, "ask": "usage", "uuids": ["GPU-..."]}          who uses each
+    {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each; likewise "usage" and
+                                                             "inventory", which are read less often
+    {"id": 4, "ask": "occupancy", "uuids": ["GPU-..."]}      who uses each
+
+The last message also has how often calls have failed since the one before it.
 
 It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
 agent that started it (PR_SET_PDEATHSIG).
@@ -54,17 +57,15 @@ def main(descriptor: int, event_descriptor: int | None = None) -> None:
                 if not watching and event_descriptor is not None and gpus.handles():
                     watching = True
                     _watch(gpus, event_descriptor)
-            _send(channel, {"id": request["id"], "done": True, "absence": gpus.absence})
+            done = {"done": True, "absence": gpus.absence, "failures": gpus.take_failures()}
+            _send(channel, {"id": request["id"], **done})
 
 
 def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    if request["ask"] == "sample":
+    if request["ask"] in ("sample", "usage", "inventory", "occupancy"):
+        read = getattr(gpus, request["ask"])
         for uuid in request["uuids"]:
-            yield {"sample": dataclasses.asdict(gpus.sample(uuid))}
-        return
-    if request["ask"] == "usage":
-        for uuid in request["uuids"]:
-            yield {"usage": dataclasses.asdict(gpus.usage(uuid))}
+            yield {request["ask"]: dataclasses.asdict(read(uuid))}
         return
     if not gpus.open():
         return

@@ -5,10 +5,14 @@ that reads GPUs may be blocked by the very GPU that has the error. So a thread o
 says what comes, a datagram each, on a socket that only it writes to; the binding lets go of the
 interpreter while it waits.
 
+The driver tells of a MIG instance's errors as its GPU's: they are told of every instance that is
+known, since the error of one may be that of all, and the kernel's log tells no more either.
+
 GPUs that are found later are waited for from the next round on. A lost GPU makes every wait fail at
 once; then the thread pauses, and goes on for the others.
 """
 
+import contextlib
 import ctypes
 import json
 import socket
@@ -18,6 +22,7 @@ from typing import Any, Final
 
 import pynvml
 
+_INSTANCE: Final = "MIG-"
 WAIT_MS: Final = 1_000  # how late a GPU that is found later is waited for
 
 
@@ -28,14 +33,13 @@ def watch_events(handles: Callable[[], Mapping[str, Any]], channel: socket.socke
         events = pynvml.nvmlEventSetCreate()
     except pynvml.NVMLError:
         return
-    names: dict[int | None, str] = {}
+    names: dict[int | None, list[str]] = {}
     tried: dict[str, Any] = {}
     while True:
         for uuid, handle in list(handles().items()):
             if tried.get(uuid) is not handle:
                 tried[uuid] = handle
-                names[_address(handle)] = uuid
-                _register(handle, events)
+                _wait_for(uuid, handle, names, events)
         try:
             event = pynvml.nvmlEventSetWait_v2(events, WAIT_MS)
         except pynvml.NVMLError_FunctionNotFound:
@@ -45,8 +49,9 @@ def watch_events(handles: Callable[[], Mapping[str, Any]], channel: socket.socke
         except pynvml.NVMLError:
             time.sleep(WAIT_MS / 1000)
             continue
-        uuid = names.get(_address(event.device), "")
-        if uuid and event.eventType == pynvml.nvmlEventTypeXidCriticalError:
+        if event.eventType != pynvml.nvmlEventTypeXidCriticalError:
+            continue
+        for uuid in names.get(_address(event.device), ()):
             seen = {"uuid": uuid, "code": event.eventData, "unix_ms": time.time_ns() // 1_000_000}
             try:
                 channel.send(json.dumps(seen).encode())
@@ -54,8 +59,16 @@ def watch_events(handles: Callable[[], Mapping[str, Any]], channel: socket.socke
                 return  # nobody is there to hear it
 
 
-def _register(handle: Any, events: Any) -> None:
+def _wait_for(uuid: str, handle: Any, names: dict[int | None, list[str]], events: Any) -> None:
     """A GPU without events is one that the kernel's log tells of."""
+    if uuid.startswith(_INSTANCE):
+        with contextlib.suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+    known = names.setdefault(_address(handle), [])
+    if uuid not in known:
+        known.append(uuid)
+    if len(known) > 1:
+        return  # an instance of a GPU that is waited for
     try:
         pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
     except pynvml.NVMLError:

@@ -9,7 +9,17 @@ events replayed gives the same effects, byte for byte.
 from collections.abc import Iterable
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, health, jobs, nodes, parts, retention
+from coordinator.core import (
+    attempts,
+    checkpoints,
+    gangs,
+    health,
+    jobs,
+    nodes,
+    parts,
+    readings,
+    retention,
+)
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -149,7 +159,7 @@ def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Ans
 
 def _node_view(state: State, live: LiveNode) -> NodeView:
     judged = {said.uuid: said for said in live.node.health}
-    closed = health.cordoned(live)
+    closed = readings.closed(live)
     gpus = tuple(
         GpuView(
             gpu.facts, gpu.phase, gpu.attempt, gpu.telemetry,
@@ -263,7 +273,7 @@ def _decide(state: State, now: Instant) -> None:
             victim = state.attempts[displace.attempt]
             attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
         for job_id, sentence in plan.waits:
-            lacks = health.shortage(state) if state.jobs[job_id].spec.gpus else ""
+            lacks = readings.shortage(state) if state.jobs[job_id].spec.gpus else ""
             waits[job_id] = sentence + lacks
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
@@ -289,7 +299,7 @@ def _offers(state: State) -> list[Offer]:
     for live in state.nodes.values():
         if live.phase is not NodePhase.UP or live.node.intent is not NodeIntent.OPEN:
             continue
-        closed = health.cordoned(live)
+        closed = readings.closed(live)
         open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
         free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
         present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]

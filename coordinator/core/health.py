@@ -23,7 +23,7 @@ own start where that was later, which errs to the side of closing less.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, nodes
+from coordinator.core import attempts, nodes, readings
 from coordinator.core.model import GpuCordon, GpuHealth, GpuVerdict
 from coordinator.core.phases import NodeIntent
 from coordinator.core.state import Instant, LiveNode, State, cut
@@ -184,25 +184,11 @@ def _hold_back(state: State, live: LiveNode, said: GpuHealth, why: str) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def cordoned(live: LiveNode) -> dict[str, str]:
-    """The GPUs of a node that get no work, and why."""
-    return {cordon.uuid: cordon.reason for cordon in live.node.gpu_cordons}
-
-
 def describe(state: State, live: LiveNode) -> str:
     """What is wrong with the GPUs of a node that is open, in one line; empty: nothing."""
-    closed = cordoned(live)
+    closed = readings.closed(live)
     held = [state.held_back[s.uuid] for s in live.node.health if s.uuid in state.held_back]
     return "; ".join([*closed.values(), *held])
-
-
-def shortage(state: State) -> str:
-    """For who waits for a GPU."""
-    count = sum(len(live.node.gpu_cordons) for live in state.nodes.values())
-    if not count:
-        return ""
-    some = "1 is cordoned for its" if count == 1 else f"{count} are cordoned for their"
-    return f"; {some} health"
 
 
 def _is_well(state: State, said: GpuHealth) -> bool:

@@ -13,7 +13,7 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, parts
+from coordinator.core import attempts, checkpoints, gangs, parts, readings
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -253,7 +253,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     live.telemetry = body.host or live.telemetry
     for telemetry in body.gpus:
         if telemetry.uuid in live.gpus:
-            live.gpus[telemetry.uuid].telemetry = telemetry
+            readings.heard(state, now, live, telemetry)
     for attempt_id, progress in body.progress:
         if attempt_id in live.attempts:
             attempts.progressed(state, now, state.attempts[attempt_id], progress)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from coordinator.core import readings
 from coordinator.core.model import CLASS_RANK, Job, Replication
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.state import Instant, LiveNode, StandbyWatch, State
@@ -122,12 +123,14 @@ def fit(state: State, job: Job, live: LiveNode) -> Fit:
     if live.node.intent is not NodeIntent.OPEN:
         return Fit.CLOSED
     spec = job.spec
-    able = could_hold(spec, live.node.gpus, live.node.host.memory_bytes)
+    closed = readings.closed(live)
+    there = [gpu for gpu in live.node.gpus if gpu.uuid not in closed]
+    able = could_hold(spec, there, live.node.host.memory_bytes)
     if not able or (spec.ranks > 1 and not live.gangs):
         return Fit.UNABLE
     free = lower = 0
-    for gpu in live.gpus.values():
-        if gpu.phase is GpuPhase.ABSENT or not suits(spec, gpu.facts):
+    for uuid, gpu in live.gpus.items():
+        if uuid in closed or gpu.phase is GpuPhase.ABSENT or not suits(spec, gpu.facts):
             continue
         free += gpu.phase is GpuPhase.FREE
         lower += gpu.phase is GpuPhase.HELD and _gives_way(state, job, gpu.attempt)

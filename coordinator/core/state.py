@@ -107,10 +107,14 @@ class StandbyWatch:
 
 @dataclass(slots=True)
 class LiveGpu:
+    """`unread`: why it gets no work, where it was not read since `unread_since_ms`."""
+
     facts: GpuFacts
     phase: GpuPhase
     attempt: str = ""
     telemetry: GpuTelemetry | None = None
+    unread_since_ms: int | None = None
+    unread: str = ""
 
 
 @dataclass(slots=True)

@@ -107,7 +107,7 @@ class Probe:
     def sample(self) -> v.Sample:
         return v.Sample(v.HostSample(0.0, 0, 0, 0.0), ())
 
-    def usage(self, gpu_uuids: Sequence[str]) -> tuple[v.GpuOccupancy, ...]:
+    def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[v.GpuOccupancy, ...]:
         return ()
 
 

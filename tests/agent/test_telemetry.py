@@ -34,6 +34,7 @@ from tests.fakenvml.build import (
     h100,
     h200,
     rtx4090,
+    with_details,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ BUSY = FakeGpu(
     energy_mj=9_876_543_210_123,
     sm_clock_mhz=1_755,
     memory_clock_mhz=2_619,
+    details=(("clock_event_reasons", 5),),
 )
 BUSY_SAMPLE = {
     "uuid": BUSY.uuid,
@@ -61,8 +63,11 @@ BUSY_SAMPLE = {
     "energy_mj": 9_876_543_210_123,
     "sm_clock_mhz": 1_755,
     "memory_clock_mhz": 2_619,
+    "clock_event_reasons": 5,
     "error": "",
 }
+BESIDE = ("age_ms", "usage", "inventory", "condition")
+LISTS = ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2")
 VALUES = tuple(key for key in BUSY_SAMPLE if key not in ("uuid", "error"))
 
 
@@ -85,10 +90,9 @@ class ProbeChild:
         return json.loads(line)
 
     def gpus(self) -> list[dict[str, Any]]:
+        """What is read once a second; `test_classes.py` has the rest."""
         sampled: list[dict[str, Any]] = self.ask("sample")["gpus"]
-        for gpu in sampled:
-            gpu.pop("condition")  # `test_xids.py` looks at it
-        return sampled
+        return [{key: gpu[key] for key in gpu if key not in BESIDE} for gpu in sampled]
 
 
 @contextmanager
@@ -127,16 +131,16 @@ def test_who_uses_a_gpu_is_told_as_far_as_the_driver_says(described: Path) -> No
     describe([used], described)
     with probe(build(), described) as child:
         known = {"uuid": BUSY.uuid, "memory_used_bytes": 12_345_678_901, "pids": [17, 4242]}
-        assert child.ask("usage") == [known]
+        assert child.ask("occupancy") == [known]
         describe([replace(used, processes=())], described)
-        assert child.ask("usage") == [known | {"pids": []}]
+        assert child.ask("occupancy") == [known | {"pids": []}]
         describe([replace(used, state="lost")], described)
         unknown = {"uuid": BUSY.uuid, "memory_used_bytes": None, "pids": None}
-        assert child.ask("usage") == [unknown]
-    listless = build(without=["nvmlDeviceGetComputeRunningProcesses_v3"])
+        assert child.ask("occupancy") == [unknown]
+    listless = build(without=LISTS)
     describe([used], described)
     with probe(listless, described) as child:
-        assert child.ask("usage") == [known | {"pids": None}]
+        assert child.ask("occupancy") == [known | {"pids": None}]
 
 
 def test_values_and_units_are_those_of_the_file(described: Path) -> None:
@@ -194,7 +198,7 @@ def test_not_supported_is_none_and_zero_is_zero(described: Path) -> None:
 
 def test_a_gpu_that_supports_nothing_is_not_in_error(described: Path) -> None:
     every = ("utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock")
-    describe([replace(BUSY, unsupported=every)], described)
+    describe([replace(BUSY, unsupported=every, details=())], described)
     with probe(build(), described) as child:
         assert child.gpus() == [{"uuid": BUSY.uuid, **dict.fromkeys(VALUES), "error": ""}]
         # the driver does not say how much memory there is: nothing can be promised on it
@@ -209,7 +213,8 @@ def test_one_failing_field_hides_no_other(described: Path) -> None:
 
 def test_a_gpu_that_only_fails_is_in_error(described: Path) -> None:
     fields = ("utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock")
-    describe([replace(BUSY, failing=tuple((field, 999) for field in fields))], described)
+    failing = tuple((field, 999) for field in fields)
+    describe([replace(BUSY, failing=failing, details=())], described)
     with probe(build(), described) as child:
         reason = f"{BUSY.uuid} answers nothing: Unknown Error"
         assert child.gpus() == [{"uuid": BUSY.uuid, **dict.fromkeys(VALUES), "error": reason}]
@@ -244,6 +249,7 @@ def test_a_gpu_is_lost_while_running_and_comes_back(
 def test_a_lost_gpu_costs_one_call(described: Path) -> None:
     describe([replace(BUSY)], described)
     with probe(build(), described) as child:
+        child.gpus()
         describe([replace(BUSY, state="lost")], described)
         child.ask("calls")
         child.gpus()
@@ -357,9 +363,9 @@ def test_an_old_driver_falls_back_and_is_not_asked_twice(described: Path) -> Non
 
 
 def test_a_sample_asks_only_for_what_changes(described: Path) -> None:
-    describe(h100(8), described)
+    describe([with_details(gpu, clock_event_reasons=0) for gpu in h100(8)], described)
     with probe(build(), described) as child:
-        child.gpus()  # remapped rows are read once a minute
+        child.gpus()
         child.ask("calls")
         child.gpus()
         assert child.ask("calls") == {
@@ -370,6 +376,7 @@ def test_a_sample_asks_only_for_what_changes(described: Path) -> None:
             "nvmlDeviceGetPowerUsage": 8,
             "nvmlDeviceGetTotalEnergyConsumption": 8,
             "nvmlDeviceGetClockInfo": 16,
+            "nvmlDeviceGetCurrentClocksEventReasons": 8,
         }
 
 

@@ -15,7 +15,16 @@ from agent.core.values import DriverLoaded, GpuCondition, XidSeen
 from agent.telemetry.kernel_log import KernelLog, Lost, parse_line
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.xids import Xids
-from tests.fakenvml.build import FakeGpu, build, describe, environment, h100, rtx4090
+from tests.fakenvml.build import (
+    FakeGpu,
+    build,
+    describe,
+    environment,
+    h100,
+    mig,
+    rtx4090,
+    with_details,
+)
 
 DEADLINE_S = 20.0
 FALLEN = (
@@ -164,9 +173,29 @@ async def test_nvml_tells_of_an_error_at_once(path: Path, tmp_path: Path) -> Non
     xids.close()
 
 
+async def test_an_error_of_a_gpu_in_mig_mode_is_told_of_its_instances(
+    path: Path, tmp_path: Path
+) -> None:
+    whole, *instances = mig(replace(h100(1)[0], pci_bus=0x3B), 2)
+    describe([whole, *instances], path)
+    xids, ears = Xids(""), Ears()
+    probe = NvmlProbe(tmp_path, event_descriptor=xids.make())
+    probe.open()
+    await xids.open(ears)
+    assert [facts.pci_bus_id for facts in probe.gpu_facts()] == ["0000:3b:00"] * 2
+    number = 0
+    while len(ears.xids) < 2:  # until the sampler's thread waits for them
+        number += 1
+        describe([replace(whole, xids=((number, 95),)), *instances], path)
+        await asyncio.to_thread(probe.sample)
+    assert {seen.uuid for seen in ears.xids} == {gpu.uuid for gpu in instances}
+    probe.close()
+    xids.close()
+
+
 def test_the_drivers_word_on_a_gpu(path: Path, tmp_path: Path) -> None:
     gpus = [
-        replace(h100(1)[0], recovery_action=1, rows="failed", pci_bus=0x3B),
+        with_details(replace(h100(1)[0], pci_bus=0x3B), recovery_action=1, remapped_rows_failed=1),
         replace(rtx4090(1, node="n2")[0]),
         replace(h100(1, node="n3")[0], state="lost"),
         replace(h100(1, node="n4")[0], state="reset_required"),
@@ -191,7 +220,7 @@ def test_an_older_driver_says_less_and_nothing_wrong(
     symbol: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(build(without=[symbol])))
-    describe([replace(h100(1)[0], recovery_action=0, rows="ok")], path)
+    describe([with_details(h100(1)[0], recovery_action=0)], path)
     with NvmlProbe(tmp_path) as probe:
         (sample,) = probe.sample().gpus
     assert sample.condition is not None

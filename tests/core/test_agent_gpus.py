@@ -8,7 +8,7 @@ import pytest
 
 from agent.core import messages as m
 from agent.core import state as s
-from agent.core.gpu_messages import Sampled
+from agent.core.gpu_messages import InspectGpus, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict, Verdict
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
@@ -169,3 +169,34 @@ def test_a_driver_that_was_loaded_anew_has_mended_it(node: Node) -> None:
 def test_a_gpu_that_is_not_ours_is_said_once(node: Node) -> None:
     assert logged(node.xid(79, pci_bus_id="0000:99:00")) == ["gpu.xid_elsewhere"]
     assert logged(node.xid(79, pci_bus_id="0000:99:00")) == []
+
+
+def late(facts: tuple[GpuFacts, ...]) -> Sampled:
+    gpus = tuple(GpuSample(one.uuid, condition=GpuCondition()) for one in facts)
+    read = Sample(HostSample(0.1, 1, 1, 0.1), gpus, facts=facts, driver_version="575.1")
+    return Sampled(read)
+
+
+def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None:
+    more = (*FACTS, GpuFacts("GPU-c", "NVIDIA H100", 80 << 30, "0000:5b:00"))
+    effects = node.do(late(more))
+    assert "gpu.found_late" in logged(effects)
+    assert [type(effect) for effect in effects].count(m.CloseLink) == 1
+    assert InspectGpus(("GPU-c",)) in effects
+    node.do(m.Disconnected("a GPU more is to be told of"))
+    (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
+    assert isinstance(hello, m.Hello)
+    assert hello.gpus == more
+    assert hello.host.driver_version == "575.1"
+    assert not [effect for effect in node.do(late(more)) if isinstance(effect, m.CloseLink)]
+
+
+def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
+    instances = tuple(GpuFacts(f"MIG-{index}", "1g", 10 << 30, "0000:7b:00") for index in (0, 1))
+    node.do(late((*FACTS, *instances)))
+    node.do(late((*FACTS, *instances)))
+    changed = told(node.xid(79, pci_bus_id="0000:7b:00"))
+    assert [(gpu.uuid, gpu.verdict) for gpu in changed] == [
+        ("MIG-0", Verdict.LOST),
+        ("MIG-1", Verdict.LOST),
+    ]

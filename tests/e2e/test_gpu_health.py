@@ -10,7 +10,7 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.e2e.work import Gate
-from tests.fakenvml.build import FakeGpu, describe, h100
+from tests.fakenvml.build import FakeGpu, describe, h100, with_details
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-gpu-health")]
 
@@ -84,7 +84,7 @@ def test_a_job_leaves_a_gpu_with_an_error(
         table = fleet.baton("nodes").stdout
         assert "cordoned" in table
         # Somebody resets it: the energy counter begins anew.
-        put(fleet, here, replace(h100(1, node=here)[0], recovery_action=0))
+        put(fleet, here, with_details(h100(1, node=here)[0], recovery_action=0))
         fleet.wait_until(
             lambda: gpu_of(fleet, here)["cordon"] == "", work.DEADLINE_S, f"{here} is open again"
         )

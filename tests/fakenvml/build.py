@@ -24,12 +24,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SONAME = "libnvidia-ml.so.1"
 DRIVER_VERSION = "550.54.15"
 SOURCE = Path(__file__).with_name("nvml.c")
+INCLUDED = [Path(__file__).with_name(name) for name in ("detail.h", "events.h")]
 CACHE = Path(__file__).resolve().parents[2] / "build" / "fakenvml"
 
 _COMPILE = ("gcc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread")
@@ -37,6 +38,51 @@ _COMPILE_S_MAX = 120  # it takes about one second; a compiler that hangs must no
 _UUID_NAMESPACE = uuid.UUID("5d0f6a52-6c0b-4d39-9f0e-0b6f4f4e7a10")
 _MIB = 1 << 20
 _UNWRITABLE = re.compile(r'["\x00-\x1f\x7f]')  # what the line format has no escape for
+
+
+_PCIE = (("pcie_generation_max", 4), ("pcie_width", 16), ("pcie_width_max", 16))
+_SAMPLES = (
+    ("utilization_percent_samples", "0,0,0"),
+    ("memory_utilization_percent_samples", "0,0,0"),
+    ("power_mw_samples", "70000,70000,70000"),
+)
+_DATA_CENTRE: tuple[tuple[str, int | str], ...] = (
+    ("ecc_enabled", 1),
+    ("ecc_volatile_corrected", 0),
+    ("ecc_volatile_uncorrected", 0),
+    ("ecc_aggregate_corrected", 0),
+    ("ecc_aggregate_uncorrected", 0),
+    ("memory_temperature_celsius", 40),
+    ("pcie_replays", 0),
+    ("remapped_rows_corrected", 0),
+    ("remapped_rows_uncorrected", 0),
+    ("remapped_rows_pending", 0),
+    ("remapped_rows_failed", 0),
+    ("nvlinks_down", 0),
+    ("vbios_version", "96.00.74.00.01"),
+    *_PCIE,
+    *_SAMPLES,
+)
+_HOPPER = (
+    ("pcie_generation", 5),
+    ("pcie_generation_max", 5),
+    ("nvlinks_up", 18),
+    ("fabric_state", 3),
+    ("sm_activity_percent", 0),
+    ("tensor_activity_percent", 0),
+)
+_AMPERE = (("pcie_generation", 4), ("nvlinks_up", 12))
+_GEFORCE: tuple[tuple[str, int | str], ...] = (
+    ("remapped_rows_corrected", 0),
+    ("remapped_rows_uncorrected", 0),
+    ("remapped_rows_pending", 0),
+    ("remapped_rows_failed", 0),
+    ("pcie_generation", 4),
+    ("pcie_replays", 0),
+    ("vbios_version", "95.02.3C.00.04"),
+    *_PCIE,
+    *_SAMPLES,
+)
 
 
 class BuildError(Exception):
@@ -50,8 +96,9 @@ class FakeGpu:
     `state` is `ok`, `lost`, `reset_required` or `hangs`. `unsupported` names fields (utilization,
     memory, temperature, power, energy, sm_clock, memory_clock); `failing` pairs them with an NVML
     return code. `processes` are (pid, bytes) pairs. `pci_bus` is the number of its bus, by default
-    its place, from 1; `rows` is `ok`, `pending` or `failed`. `xids` are its errors as (number,
-    code): the numbers grow over all GPUs, and whoever waits gets what is new.
+    its place, from 1. `xids` are its errors as (number, code): the numbers grow over all GPUs, and
+    whoever waits gets what is new. `details` are keys of `detail.h` with their values. `parent`
+    makes it a MIG instance of that GPU, which has to have `mig`.
     """
 
     uuid: str
@@ -70,9 +117,10 @@ class FakeGpu:
     failing: tuple[tuple[str, int], ...] = ()
     processes: tuple[tuple[int, int], ...] = ()
     pci_bus: int | None = None
-    recovery_action: int | None = None
-    rows: str | None = None
     xids: tuple[tuple[int, int], ...] = ()
+    details: tuple[tuple[str, int | str], ...] = ()
+    parent: str | None = None
+    mig: bool = False
 
 
 def build(*, without: Sequence[str] = (), cache: Path = CACHE) -> Path:
@@ -82,7 +130,8 @@ def build(*, without: Sequence[str] = (), cache: Path = CACHE) -> Path:
     Raises `BuildError` when there is no gcc or it fails.
     """
     hidden = sorted(without)
-    ingredients = [SOURCE.read_bytes(), *(part.encode() for part in (*_COMPILE, SONAME, *hidden))]
+    sources = [path.read_bytes() for path in (SOURCE, *INCLUDED)]
+    ingredients = [*sources, *(part.encode() for part in (*_COMPILE, SONAME, *hidden))]
     digest = hashlib.sha256(b"\0".join([platform.machine().encode(), *ingredients])).hexdigest()
     directory = cache / digest[:16]
     if (directory / SONAME).exists():
@@ -134,24 +183,57 @@ def gpu_uuid(node: str, index: int) -> str:
     return f"GPU-{uuid.uuid5(_UUID_NAMESPACE, f'{node}/{index}')}"
 
 
+def with_details(gpu: FakeGpu, **details: int | str | None) -> FakeGpu:
+    """With these beside, or instead of, what it has; `None`: it does not support that."""
+    merged = {**dict(gpu.details), **details}
+    said = tuple((key, value) for key, value in merged.items() if value is not None)
+    return replace(gpu, details=said)
+
+
+def mig(gpu: FakeGpu, count: int) -> tuple[FakeGpu, ...]:
+    """The GPU in MIG mode, and after it so many instances of equal size, which say as little of
+    themselves as real ones: their memory."""
+    whole = replace(gpu, mig=True)
+    instances = (
+        FakeGpu(
+            uuid=f"MIG-{uuid.uuid5(_UUID_NAMESPACE, f'{gpu.uuid}/{index}')}",
+            name=f"{gpu.name} MIG 1g",
+            memory_bytes=gpu.memory_bytes // count,
+            utilization_percent=None,
+            temperature_celsius=None,
+            power_mw=None,
+            energy_mj=None,
+            sm_clock_mhz=None,
+            memory_clock_mhz=None,
+            parent=gpu.uuid,
+        )
+        for index in range(count)
+    )
+    return whole, *instances
+
+
 def h100(count: int, *, node: str = "n1") -> tuple[FakeGpu, ...]:
     """`count` of the SXM5 H100 with 80 GB."""
-    return _fleet(node, count, name="NVIDIA H100 80GB HBM3", memory_mib=81_559)
+    details = (*_DATA_CENTRE, *_HOPPER)
+    return _fleet(node, count, "NVIDIA H100 80GB HBM3", memory_mib=81_559, details=details)
 
 
 def h200(count: int, *, node: str = "n1") -> tuple[FakeGpu, ...]:
     """`count` of the SXM5 H200 with 141 GB."""
-    return _fleet(node, count, name="NVIDIA H200", memory_mib=143_771)
+    details = (*_DATA_CENTRE, *_HOPPER)
+    return _fleet(node, count, "NVIDIA H200", memory_mib=143_771, details=details)
 
 
 def a100(count: int, *, node: str = "n1") -> tuple[FakeGpu, ...]:
     """`count` of the SXM4 A100 with 80 GB."""
-    return _fleet(node, count, name="NVIDIA A100-SXM4-80GB", memory_mib=81_920)
+    details = (*_DATA_CENTRE, *_AMPERE)
+    return _fleet(node, count, "NVIDIA A100-SXM4-80GB", memory_mib=81_920, details=details)
 
 
 def rtx4090(count: int, *, node: str = "n1") -> tuple[FakeGpu, ...]:
-    """`count` of the GeForce RTX 4090 with 24 GB."""
-    return _fleet(node, count, name="NVIDIA GeForce RTX 4090", memory_mib=24_564)
+    """`count` of the GeForce RTX 4090 with 24 GB: no ECC, no NVLink, no GPM, and remapped rows that
+    answer zero although there is nothing to remap (leptonai/gpud #351)."""
+    return _fleet(node, count, "NVIDIA GeForce RTX 4090", memory_mib=24_564, details=_GEFORCE)
 
 
 PRESETS: dict[str, Callable[..., tuple[FakeGpu, ...]]] = {
@@ -196,15 +278,22 @@ def _compile(directory: Path, hidden: Sequence[str]) -> None:
         raise BuildError(f"gcc could not build {SOURCE.name}: {error.stderr.strip()}") from error
 
 
-def _fleet(node: str, count: int, *, name: str, memory_mib: int) -> tuple[FakeGpu, ...]:
+def _fleet(
+    node: str, count: int, name: str, *, memory_mib: int, details: tuple[tuple[str, int | str], ...]
+) -> tuple[FakeGpu, ...]:
     return tuple(
-        FakeGpu(uuid=gpu_uuid(node, index), name=name, memory_bytes=memory_mib * _MIB)
+        FakeGpu(
+            uuid=gpu_uuid(node, index),
+            name=name,
+            memory_bytes=memory_mib * _MIB,
+            details=(*details, ("serial", f"165{index:010}")),
+        )
         for index in range(count)
     )
 
 
 def _line(gpu: FakeGpu) -> str:
-    for text in (gpu.uuid, gpu.name):
+    for text in (gpu.uuid, gpu.name, *(str(value) for _, value in gpu.details)):
         if not text or _UNWRITABLE.search(text):
             raise ValueError(f"not writable in the GPU file: {text!r}")
     words = [f'gpu uuid="{gpu.uuid}" name="{gpu.name}" memory_bytes={gpu.memory_bytes}']
@@ -220,9 +309,10 @@ def _line(gpu: FakeGpu) -> str:
         "unsupported": ",".join(gpu.unsupported) or None,
         "failing": ",".join(f"{field}:{code}" for field, code in gpu.failing) or None,
         "pci_bus": gpu.pci_bus,
-        "recovery_action": gpu.recovery_action,
-        "rows": gpu.rows,
         "xids": ",".join(f"{number}:{code}" for number, code in gpu.xids) or None,
+        "parent": gpu.parent,
+        "mig": 1 if gpu.mig else None,
+        **{key: f'"{value}"' for key, value in gpu.details},
         "processes": ",".join(f"{pid}:{used_bytes}" for pid, used_bytes in gpu.processes) or None,
     }
     words += [f"{key}={value}" for key, value in optional.items() if value is not None]

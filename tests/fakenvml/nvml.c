@@ -17,11 +17,15 @@
  * memory_used_bytes, temperature_celsius, power_mw, energy_mj, sm_clock_mhz, memory_clock_mhz (one
  * that is absent is NOT_SUPPORTED); state=ok|lost|reset_required|hangs; unsupported=power,energy;
  * failing=power:999 (field:return code); processes=PID:BYTES,... Fields are named utilization
- * memory temperature power energy sm_clock memory_clock. `pci_bus=59` is the number of its bus,
- * `recovery_action=1` what field 230 says (absent: NOT_SUPPORTED), `rows=ok|pending|failed` what
- * remapping does (absent likewise). `xids=1:95,2:79` are its errors, each with a number that grows:
- * who waits for events gets those with a higher one than any that was there when he began to wait.
- * `driver` has state=ok|not_loaded|mismatch|hangs.
+ * memory temperature power energy sm_clock memory_clock, and as the keys that detail.h lists; that
+ * file has what drivers are asked less often, and events.h their errors. `pci_bus=59` is the number
+ * of its bus. `driver` has state=ok|not_loaded|mismatch|hangs.
+ *
+ * mig=1 is a GPU in MIG mode, which does not know its utilization; parent=GPU-... makes an instance
+ * of that GPU, which has no index and no bus of its own.
+ *
+ * Every call writes its name, a line, into the file that BATON_FAKENVML_CALLS names, if any: what a
+ * binding counts is its own calls, and some of its functions call the driver twice.
  *
  * What hangs blocks its callers, and nobody else, until the file says otherwise: a GPU in every
  * call about it, the driver in every call.
@@ -50,12 +54,12 @@ enum {
     MAX_GPUS = 64,      /* four times the largest box there is (16 GPUs) */
     MAX_HANDLES = 256,  /* UUIDs ever seen by one process: four complete changes of the fleet */
     MAX_PROCESSES = 32, /* per GPU; more than any share is cut into */
+    MAX_SAMPLES = 128, /* per buffer; drivers keep about as many */
     LOOK_AGAIN_US = 1000, /* how soon a call that hangs sees that it need not */
     MAX_FILE_BYTES = 1 << 18, /* MAX_GPUS lines of 4 KiB */
     MAX_XIDS = 64,   /* per GPU in one file; a storm is written in pieces */
     LOOK_FOR_EVENTS_US = 10000, /* how late an event may be; the driver interrupts */
     XID_EVENT = 8,   /* nvmlEventTypeXidCriticalError */
-    RECOVERY_ACTION = 230, /* NVML_FI_DEV_GET_GPU_RECOVERY_ACTION */
     TEXT_BYTES = 96, /* NVML_DEVICE_UUID_V2_BUFFER_SIZE and NVML_DEVICE_NAME_V2_BUFFER_SIZE */
 };
 
@@ -75,12 +79,29 @@ enum result { /* nvmlReturn_t, the part that is used here */
     UNKNOWN = 999,
 };
 
-enum field { UTILIZATION, MEMORY, TEMPERATURE, POWER, ENERGY, SM_CLOCK, MEMORY_CLOCK, FIELD_COUNT };
+/* Those after MEMORY_CLOCK are read in detail.h. NVLINKS_DOWN counts on from NVLINKS_UP. */
+enum field {
+    UTILIZATION, MEMORY, TEMPERATURE, POWER, ENERGY, SM_CLOCK, MEMORY_CLOCK,
+    ECC_ENABLED, ECC_VOLATILE_CORRECTED, ECC_VOLATILE_UNCORRECTED, ECC_AGGREGATE_CORRECTED,
+    ECC_AGGREGATE_UNCORRECTED, MEMORY_TEMPERATURE, PCIE_REPLAYS, REMAPPED_CORRECTED,
+    REMAPPED_UNCORRECTED, REMAPPED_PENDING, REMAPPED_FAILED, PCIE_GENERATION, PCIE_GENERATION_MAX,
+    PCIE_WIDTH, PCIE_WIDTH_MAX, NVLINKS_UP, NVLINKS_DOWN, FABRIC_STATE, SM_ACTIVITY,
+    TENSOR_ACTIVITY, CLOCK_EVENT_REASONS, RECOVERY_ACTION, FIELD_COUNT
+};
 static const char *const field_names[FIELD_COUNT] = {
-    "utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock"};
+    "utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock",
+    "ecc_enabled", "ecc_volatile_corrected", "ecc_volatile_uncorrected", "ecc_aggregate_corrected",
+    "ecc_aggregate_uncorrected", "memory_temperature_celsius", "pcie_replays",
+    "remapped_rows_corrected", "remapped_rows_uncorrected", "remapped_rows_pending",
+    "remapped_rows_failed", "pcie_generation", "pcie_generation_max", "pcie_width",
+    "pcie_width_max", "nvlinks_up", "nvlinks_down", "fabric_state", "sm_activity_percent",
+    "tensor_activity_percent", "clock_event_reasons", "recovery_action"};
 static const char *const field_keys[FIELD_COUNT] = {
     "utilization_percent", "memory_used_bytes", "temperature_celsius", "power_mw",
     "energy_mj",           "sm_clock_mhz",      "memory_clock_mhz"};
+enum buffer { POWER_SAMPLES, UTILIZATION_SAMPLES, MEMORY_UTILIZATION_SAMPLES, BUFFER_COUNT };
+static const char *const buffer_keys[BUFFER_COUNT] = {
+    "power_mw_samples", "utilization_percent_samples", "memory_utilization_percent_samples"};
 
 struct process { /* nvmlProcessInfo_v2_t, the layout that GetComputeRunningProcesses_v3 fills */
     unsigned pid;
@@ -105,9 +126,12 @@ struct gpu {
     unsigned process_count;
     struct process processes[MAX_PROCESSES];
     uint64_t pci_bus;
-    uint64_t recovery_action;
-    int recovery_result;
-    int rows_result, rows_pending, rows_failed;
+    char parent[TEXT_BYTES]; /* of a MIG instance */
+    int mig;                 /* it is in MIG mode */
+    char vbios_version[TEXT_BYTES];
+    char serial[TEXT_BYTES];
+    unsigned sample_count[BUFFER_COUNT];
+    unsigned samples[BUFFER_COUNT][MAX_SAMPLES];
     unsigned xid_count;
     struct xid xids[MAX_XIDS];
 };
@@ -130,6 +154,7 @@ static struct fleet current, parsed;
 static struct handle handles[MAX_HANDLES];
 static unsigned handle_count;
 static int file_descriptor = -1;
+static int calls_descriptor = -1;
 static struct stat file_status;
 static char file_text[MAX_FILE_BYTES + 1];
 
@@ -175,8 +200,15 @@ static int parse_text(const char *text, char target[TEXT_BYTES]) {
 
 static int field_by(const char *const names[FIELD_COUNT], const char *text) {
     for (int field = 0; field < FIELD_COUNT; field++)
-        if (strcmp(names[field], text) == 0) return field;
+        if (names[field] != NULL && strcmp(names[field], text) == 0) return field;
     return -1;
+}
+
+static int field_by_key(const char *text) {
+    int field = field_by(field_keys, text);
+    if (field >= 0) return field;
+    field = field_by(field_names, text);
+    return field > MEMORY_CLOCK ? field : -1;
 }
 
 /* `power,energy` (with_code 0: NOT_SUPPORTED) or `power:999,energy:10` (with_code 1). */
@@ -227,16 +259,21 @@ static int parse_xids(char *text, struct gpu *gpu) {
     return 0;
 }
 
-static int parse_rows(const char *text, struct gpu *gpu) {
-    gpu->rows_result = SUCCESS;
-    gpu->rows_pending = strcmp(text, "pending") == 0;
-    gpu->rows_failed = strcmp(text, "failed") == 0;
-    return gpu->rows_pending || gpu->rows_failed || strcmp(text, "ok") == 0 ? 0 : -1;
+static int parse_samples(char *text, struct gpu *gpu, enum buffer buffer) {
+    char *rest = NULL;
+    for (char *item = strtok_r(text, ",", &rest); item; item = strtok_r(NULL, ",", &rest)) {
+        uint64_t value;
+        if (gpu->sample_count[buffer] == MAX_SAMPLES || parse_number(item, &value) != 0) return -1;
+        gpu->samples[buffer][gpu->sample_count[buffer]++] = (unsigned)value;
+    }
+    return 0;
 }
 
 static int parse_gpu_pair(const char *key, char *value, struct gpu *gpu,
                           int explicit_result[FIELD_COUNT]) {
-    int field = field_by(field_keys, key);
+    for (int buffer = 0; buffer < BUFFER_COUNT; buffer++)
+        if (strcmp(buffer_keys[buffer], key) == 0) return parse_samples(value, gpu, buffer);
+    int field = field_by_key(key);
     if (field >= 0) {
         explicit_result[field] = SUCCESS;
         return parse_number(value, &gpu->value[field]);
@@ -250,12 +287,11 @@ static int parse_gpu_pair(const char *key, char *value, struct gpu *gpu,
     if (strcmp(key, "failing") == 0) return parse_failures(value, 1, gpu);
     if (strcmp(key, "processes") == 0) return parse_processes(value, gpu);
     if (strcmp(key, "xids") == 0) return parse_xids(value, gpu);
-    if (strcmp(key, "rows") == 0) return parse_rows(value, gpu);
     if (strcmp(key, "pci_bus") == 0) return parse_number(value, &gpu->pci_bus);
-    if (strcmp(key, "recovery_action") == 0) {
-        gpu->recovery_result = SUCCESS;
-        return parse_number(value, &gpu->recovery_action);
-    }
+    if (strcmp(key, "parent") == 0) return parse_text(value, gpu->parent);
+    if (strcmp(key, "vbios_version") == 0) return parse_text(value, gpu->vbios_version);
+    if (strcmp(key, "serial") == 0) return parse_text(value, gpu->serial);
+    if (strcmp(key, "mig") == 0) return (gpu->mig = strcmp(value, "1") == 0) ? 0 : -1;
     if (strcmp(key, "state") != 0) return -1;
     if (strcmp(value, "ok") == 0) gpu->state = SUCCESS;
     else if (strcmp(value, "lost") == 0) gpu->state = GPU_IS_LOST;
@@ -271,7 +307,6 @@ static int parse_gpu(char *cursor, struct fleet *fleet) {
     if (fleet->gpu_count == MAX_GPUS) return -1;
     struct gpu *gpu = &fleet->gpus[fleet->gpu_count];
     memset(gpu, 0, sizeof *gpu);
-    gpu->recovery_result = gpu->rows_result = NOT_SUPPORTED;
     gpu->pci_bus = fleet->gpu_count + 1;
     for (int field = 0; field < FIELD_COUNT; field++)
         given[field] = NOT_SUPPORTED;
@@ -285,6 +320,7 @@ static int parse_gpu(char *cursor, struct fleet *fleet) {
      * NOT_SUPPORTED */
     for (int field = 0; field < FIELD_COUNT; field++)
         if (gpu->result[field] == SUCCESS) gpu->result[field] = given[field];
+    if (gpu->mig) gpu->result[UTILIZATION] = NOT_SUPPORTED;
     fleet->gpu_count++;
     return 0;
 }
@@ -378,6 +414,17 @@ static void refresh(void) {
 
 /* ---- lookups ---- */
 
+/* Writes the name of a call down. Called with the mutex held, by whoever was called. */
+static void note(const char *call) {
+    char line[64];
+    const char *path = getenv("BATON_FAKENVML_CALLS");
+    if (path == NULL) return;
+    if (calls_descriptor < 0) calls_descriptor = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
+    int length_bytes = snprintf(line, sizeof line, "%s\n", call);
+    if (calls_descriptor >= 0 && write(calls_descriptor, line, (size_t)length_bytes) < 0)
+        fprintf(stderr, "fakenvml: %s cannot be written to\n", path);
+}
+
 /* Lets others in for a moment. Called with the mutex held. */
 static void look_again(void) {
     pthread_mutex_unlock(&mutex);
@@ -387,8 +434,9 @@ static void look_again(void) {
 }
 
 /* Locks, and looks until the driver does not hang. */
-static void lock_and_look(void) {
+static void lock_and_look(const char *call) {
     pthread_mutex_lock(&mutex);
+    note(call);
     refresh();
     while (current.driver_hangs)
         look_again();
@@ -396,10 +444,12 @@ static void lock_and_look(void) {
 
 /* Locks and looks; a result other than SUCCESS means that the call must return it. `leave` unlocks
  * either way. */
-static int enter(void) {
-    lock_and_look();
+static int enter_for(const char *call) {
+    lock_and_look(call);
     return init_count == 0 ? UNINITIALIZED : SUCCESS;
 }
+
+#define enter() enter_for(__func__)
 
 static int leave(int result) {
     pthread_mutex_unlock(&mutex);
@@ -410,6 +460,20 @@ static const struct gpu *listed(const char *uuid) {
     for (unsigned index = 0; index < current.gpu_count; index++)
         if (strcmp(current.gpus[index].uuid, uuid) == 0) return &current.gpus[index];
     return NULL;
+}
+
+/* Only whole GPUs have an index; NULL beyond the last. */
+static const struct gpu *whole_at(unsigned index) {
+    for (unsigned place = 0; place < current.gpu_count; place++)
+        if (current.gpus[place].parent[0] == '\0' && index-- == 0) return &current.gpus[place];
+    return NULL;
+}
+
+static unsigned whole_count(void) {
+    unsigned count = 0;
+    while (whole_at(count) != NULL)
+        count++;
+    return count;
 }
 
 static int handle_for(const struct gpu *gpu, void **device) {
@@ -426,8 +490,8 @@ static int handle_for(const struct gpu *gpu, void **device) {
 }
 
 /* Copies the GPU's present state out, so that no caller holds the lock. */
-static int read_gpu(const void *device, struct gpu *copy) {
-    int result = enter();
+static int read_gpu_for(const char *call, const void *device, struct gpu *copy) {
+    int result = enter_for(call);
     if (result != SUCCESS) return leave(result);
     const struct handle *handle = device;
     if (handle < handles || handle >= handles + handle_count) return leave(INVALID_ARGUMENT);
@@ -441,21 +505,29 @@ static int read_gpu(const void *device, struct gpu *copy) {
     return leave(gpu->state);
 }
 
-static int read_field(const void *device, enum field field, uint64_t *value) {
+#define read_gpu(device, copy) read_gpu_for(__func__, device, copy)
+
+static int read_field_for(const char *call, const void *device, enum field field,
+                          uint64_t *value) {
     struct gpu gpu;
-    int result = read_gpu(device, &gpu);
+    int result = read_gpu_for(call, device, &gpu);
     if (result != SUCCESS) return result;
     *value = gpu.value[field];
     return gpu.result[field];
 }
 
-static int read_unsigned(const void *device, enum field field, unsigned *target) {
+#define read_field(device, field, value) read_field_for(__func__, device, field, value)
+
+static int read_unsigned_for(const char *call, const void *device, enum field field,
+                             unsigned *target) {
     uint64_t value;
     if (target == NULL) return INVALID_ARGUMENT;
-    int result = read_field(device, field, &value);
+    int result = read_field_for(call, device, field, &value);
     if (result == SUCCESS) *target = (unsigned)value;
     return result;
 }
+
+#define read_unsigned(device, field, target) read_unsigned_for(__func__, device, field, target)
 
 static int copy_text(const char *text, char *target, unsigned length_bytes) {
     if (target == NULL) return INVALID_ARGUMENT;
@@ -468,7 +540,7 @@ static int copy_text(const char *text, char *target, unsigned length_bytes) {
 
 EXPORT int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
-    lock_and_look();
+    lock_and_look(__func__);
     if (current.driver_result == SUCCESS) init_count++;
     return leave(current.driver_result);
 }
@@ -509,15 +581,15 @@ EXPORT int nvmlSystemGetDriverVersion(char *version, unsigned length_bytes) {
 EXPORT int nvmlDeviceGetCount_v2(unsigned *count) {
     int result = enter();
     if (result == SUCCESS && count == NULL) result = INVALID_ARGUMENT;
-    if (result == SUCCESS) *count = current.gpu_count;
+    if (result == SUCCESS) *count = whole_count();
     return leave(result);
 }
 
 EXPORT int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
     int result = enter();
-    if (result == SUCCESS && (device == NULL || index >= current.gpu_count))
-        result = INVALID_ARGUMENT;
-    if (result == SUCCESS) result = handle_for(&current.gpus[index], device);
+    const struct gpu *gpu = result == SUCCESS ? whole_at(index) : NULL;
+    if (result == SUCCESS && (device == NULL || gpu == NULL)) result = INVALID_ARGUMENT;
+    if (result == SUCCESS) result = handle_for(gpu, device);
     return leave(result);
 }
 
@@ -636,128 +708,5 @@ EXPORT int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count
     return SUCCESS;
 }
 
-struct pci { /* nvmlPciInfo_t */
-    char bus_id_legacy[16];
-    unsigned domain, bus, device, device_id, subsystem_id;
-    char bus_id[32];
-};
-
-EXPORT int nvmlDeviceGetPciInfo_v3(void *device, struct pci *pci) {
-    struct gpu gpu;
-    if (pci == NULL) return INVALID_ARGUMENT;
-    int result = read_gpu(device, &gpu);
-    if (result != SUCCESS) return result;
-    memset(pci, 0, sizeof *pci);
-    pci->bus = (unsigned)gpu.pci_bus;
-    snprintf(pci->bus_id, sizeof pci->bus_id, "00000000:%02X:00.0", pci->bus);
-    return SUCCESS;
-}
-
-EXPORT int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected,
-                                     unsigned *pending, unsigned *failed) {
-    struct gpu gpu;
-    int result = read_gpu(device, &gpu);
-    if (result != SUCCESS) return result;
-    *corrected = *uncorrected = 0;
-    *pending = (unsigned)gpu.rows_pending;
-    *failed = (unsigned)gpu.rows_failed;
-    return gpu.rows_result;
-}
-
-struct field_value { /* nvmlFieldValue_t */
-    unsigned field_id, scope_id;
-    long long timestamp_us, latency_us;
-    int value_type, result;
-    unsigned long long value;
-};
-
-/* Each entry has its own return code. */
-EXPORT int nvmlDeviceGetFieldValues(void *device, int count, struct field_value *values) {
-    struct gpu gpu;
-    if (count < 1 || values == NULL) return INVALID_ARGUMENT;
-    int result = read_gpu(device, &gpu);
-    if (result != SUCCESS) return result;
-    for (int index = 0; index < count; index++) {
-        struct field_value *value = &values[index];
-        int known = value->field_id == RECOVERY_ACTION;
-        value->result = known ? gpu.recovery_result : NOT_SUPPORTED;
-        value->value_type = 1; /* NVML_VALUE_TYPE_UNSIGNED_INT */
-        value->value = known ? gpu.recovery_action : 0;
-    }
-    return SUCCESS;
-}
-
-/* ---- events ---- */
-
-struct event_set {
-    uint64_t last_number;
-    unsigned handle_count;
-    const struct handle *handles[MAX_GPUS];
-};
-
-struct event { /* nvmlEventData_t */
-    const void *device;
-    unsigned long long type, data;
-    unsigned gpu_instance_id, compute_instance_id;
-};
-
-EXPORT int nvmlEventSetCreate(struct event_set **created) {
-    int result = enter();
-    if (result != SUCCESS || created == NULL) return leave(result ? result : INVALID_ARGUMENT);
-    struct event_set *set = calloc(1, sizeof *set);
-    if (set == NULL) return leave(UNKNOWN);
-    for (unsigned index = 0; index < current.gpu_count; index++)
-        for (unsigned at = 0; at < current.gpus[index].xid_count; at++)
-            if (current.gpus[index].xids[at].number > set->last_number)
-                set->last_number = current.gpus[index].xids[at].number;
-    *created = set;
-    return leave(SUCCESS);
-}
-
-EXPORT int nvmlEventSetFree(struct event_set *set) {
-    free(set);
-    return SUCCESS;
-}
-
-EXPORT int nvmlDeviceRegisterEvents(void *device, unsigned long long types, struct event_set *set) {
-    struct gpu gpu;
-    int result = read_gpu(device, &gpu);
-    if (result != SUCCESS) return result;
-    if (types != XID_EVENT) return NOT_SUPPORTED;
-    pthread_mutex_lock(&mutex);
-    if (set->handle_count == MAX_GPUS) return leave(UNKNOWN);
-    set->handles[set->handle_count++] = device;
-    return leave(SUCCESS);
-}
-
-/* The oldest that the set has not given out yet. Called with the mutex held. */
-static int next_event(struct event_set *set, struct event *event) {
-    const struct xid *oldest = NULL;
-    for (unsigned index = 0; index < set->handle_count; index++) {
-        const struct gpu *gpu = listed(set->handles[index]->uuid);
-        for (unsigned at = 0; gpu != NULL && at < gpu->xid_count; at++) {
-            const struct xid *xid = &gpu->xids[at];
-            if (xid->number <= set->last_number) continue;
-            if (oldest != NULL && oldest->number <= xid->number) continue;
-            oldest = xid;
-            event->device = set->handles[index];
-        }
-    }
-    if (oldest == NULL) return 0;
-    set->last_number = oldest->number;
-    event->type = XID_EVENT;
-    event->data = oldest->code;
-    event->gpu_instance_id = event->compute_instance_id = 0xFFFFFFFFu;
-    return 1;
-}
-
-EXPORT int nvmlEventSetWait_v2(struct event_set *set, struct event *event, unsigned timeout_ms) {
-    for (long left_us = (long)timeout_ms * 1000;; left_us -= LOOK_FOR_EVENTS_US) {
-        pthread_mutex_lock(&mutex);
-        refresh();
-        if (next_event(set, event)) return leave(SUCCESS);
-        pthread_mutex_unlock(&mutex);
-        if (left_us <= 0) return TIMEOUT;
-        usleep(LOOK_FOR_EVENTS_US);
-    }
-}
+#include "detail.h"
+#include "events.h"

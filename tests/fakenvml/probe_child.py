@@ -48,9 +48,9 @@ def _answer(probe: NvmlProbe, request: str, calls: Path) -> Any:
         return [dataclasses.asdict(facts) for facts in probe.gpu_facts()]
     if request == "sample":
         return dataclasses.asdict(probe.sample())
-    if request == "usage":
+    if request == "occupancy":
         uuids = [facts.uuid for facts in probe.gpu_facts()]
-        return [dataclasses.asdict(usage) for usage in probe.usage(uuids)]
+        return [dataclasses.asdict(found) for found in probe.occupancy(uuids)]
     if request == "absence":
         return probe.absence
     if request == "calls":

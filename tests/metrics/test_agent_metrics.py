@@ -116,6 +116,25 @@ def test_the_agents_own_health() -> None:
     assert named(found, "process_cpu_seconds_total")[()] > 0
 
 
+def test_what_is_read_less_often_is_there_where_it_is_known() -> None:
+    found = said(agent_view(FULL, SILENT))
+    links = named(found, "baton_gpu_nvlinks")
+    assert list(links.values()) == [16, 2], "a GPU that says nothing of links has none that is down"
+    assert list(named(found, "baton_gpu_ecc_errors_total").values()) == [31, 32]
+    assert list(named(found, "baton_gpu_processes").values()) == [1]
+    assert list(named(found, "baton_gpu_tensor_activity_ratio").values()) == [0.25]
+
+
+def test_how_the_driver_answers() -> None:
+    found = said(agent_view(FULL))
+    errors = named(found, "baton_agent_nvml_errors_total")
+    assert errors == {("nvmlDeviceGetPowerUsage", "unknown"): 21}
+    misses = named(found, "baton_agent_reading_deadline_misses_total")
+    assert misses == {("sample",): 22, ("usage",): 23, ("inventory",): 24}
+    durations = named(found, "baton_agent_reading_duration_seconds")
+    assert durations == {("sample",): 0.025, ("usage",): 0.026}
+
+
 def test_lag_is_cumulative_by_bucket() -> None:
     found = said(agent_view(FULL))
     buckets = named(found, "baton_agent_loop_lag_seconds_bucket")

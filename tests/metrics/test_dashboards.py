@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
+import agent.exposition
 import agent.metrics
+import coordinator.exposition
 import coordinator.metrics
 from tests.metrics import dashboards
 from tests.metrics.dashboards import DASHBOARDS, Dashboard
 
 ALERTS = dashboards.DIRECTORY / "baton-alerts.yml"
 ALERT_TESTS = Path(__file__).with_name("alerts_test.yml")
-DESCRIBED = {one.name: one for one in (*agent.metrics.METRICS, *coordinator.metrics.METRICS)}
+METRICS: tuple[agent.exposition.Described | coordinator.exposition.Described, ...] = (
+    *agent.metrics.METRICS,
+    *coordinator.metrics.METRICS,
+)
+DESCRIBED = {one.name: one for one in METRICS}
 LABELS = {label for one in DESCRIBED.values() for label in one.labels}
 LABELS_OF_PROMETHEUS = {"instance", "job", "le"}
 ALERT_NAMES = re.findall(r"- alert: (\w+)", ALERTS.read_text("utf-8"))

@@ -9,16 +9,52 @@ import agent.histogram
 import coordinator.counts
 import coordinator.histogram
 from agent.core.attempt import Phase
-from agent.core.values import GpuFacts, GpuSample, HostFacts, HostSample, Sample
+from agent.core.values import (
+    GpuFacts,
+    GpuInventory,
+    GpuProcess,
+    GpuSample,
+    GpuUsage,
+    HostFacts,
+    HostSample,
+    Reading,
+    Sample,
+)
 from agent.histogram import SECONDS_BOUNDS
 from coordinator.core.census import census
 from coordinator.core.model import Snapshot
 from coordinator.core.state import Options, State
 
 GIB = 1 << 30
-FULL = GpuSample("GPU-1", 0.87, 3 * GIB, 71, 512_345, 9_876_543, 1_980, 2_619)
+USAGE = GpuUsage(
+    "GPU-1",
+    processes=(GpuProcess(17, GIB),),
+    ecc_volatile_corrected=31,
+    ecc_volatile_uncorrected=32,
+    memory_temperature_celsius=33,
+    pcie_replays=34,
+)
+INVENTORY = GpuInventory(
+    "GPU-1",
+    remapped_rows_corrected=35,
+    remapped_rows_uncorrected=36,
+    pcie_width=8,
+    nvlinks_up=16,
+    nvlinks_down=2,
+    sm_activity_ratio=0.75,
+    tensor_activity_ratio=0.25,
+)
+FULL = GpuSample(
+    "GPU-1", 0.87, 3 * GIB, 71, 512_345, 9_876_543, 1_980, 2_619, usage=USAGE, inventory=INVENTORY
+)
 SILENT = GpuSample("GPU-2")
 LOST = GpuSample("GPU-3", error="GPU-3 has fallen off the bus; reboot the node")
+READING = Reading(
+    "normal",
+    (("nvmlDeviceGetPowerUsage", "unknown", 21),),
+    (("sample", 22), ("usage", 23), ("inventory", 24)),
+    (("sample", 25), ("usage", 26)),
+)
 FACTS = (
     GpuFacts("GPU-1", 'NVIDIA "H100"', 80 * GIB),
     GpuFacts("GPU-2", "NVIDIA A100", 0),
@@ -28,7 +64,7 @@ FACTS = (
 
 def agent_view(*gpus: GpuSample, age_ms: int = 1_500) -> agent.counts.View:
     """An agent that has read these GPUs so long ago."""
-    sample = Sample(HostSample(0.5, GIB, GIB, 0.1), gpus)
+    sample = Sample(HostSample(0.5, GIB, GIB, 0.1), gpus, READING)
     counts = agent.counts.Counts(rounds=11, events=12, samples_late=0)
     counts.sampled(sample, 250, 1_000)
     phases = tuple((phase, index) for index, phase in enumerate(Phase))

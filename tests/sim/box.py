@@ -203,7 +203,7 @@ class SimProbe:
         )
         return Sample(HostSample(0.5, 1_000_000, 1_000_000_000, 1.0), gpus)
 
-    def usage(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
+    def occupancy(self, gpu_uuids: Sequence[str]) -> tuple[GpuOccupancy, ...]:
         return tuple(GpuOccupancy(uuid, 0, ()) for uuid in gpu_uuids)
 
     def _condition(self, uuid: str) -> GpuCondition | None:

@@ -143,7 +143,7 @@ ORDER = st.one_of(
 
 
 # What an agent knows for itself.
-STAYS = ("pci_bus_id", "condition")
+STAYS = ("pci_bus_id", "condition", "clock_event_reasons", "age_ms", "usage", "inventory")
 
 
 def plain(value: object) -> object:
