@@ -7,6 +7,7 @@ they told each other in their last step, so that each answer is everybody's.
 """
 
 import time
+from dataclasses import replace
 
 import baton_sdk
 from trainers.ranks import NO_STOP_S, Decision, Vote, World
@@ -28,14 +29,20 @@ class Accord:
         """Before the first step: a stop may have come already. A collective."""
         self._decide(Vote(loss=0.0))
 
-    def after_step(self, share: float, step: int, waited_s: float) -> float:
+    @property
+    def tight(self) -> bool:
+        """Whether any rank's memory was nearly full after the last step."""
+        return self._decision.tight
+
+    def after_step(self, share: float, step: int, waited_s: float, *, tight: bool = False) -> float:
         """Tell the others of a step, of which ``share`` is this rank's share of the mean loss, so
-        many seconds after the last checkpoint. Returns the mean loss. A collective."""
+        many seconds after the last checkpoint, with ``tight`` memory or not. Returns the mean loss.
+        A collective."""
         due = self._world.first and not self._world.alone and self._saver.due(step, waited_s)
         # While its last part waits at the agent a newer one would take that one's place, here and
         # not elsewhere: the ranks' agents would keep different steps, and none would be common.
         busy = self._saver.blocked or self._saver.waiting
-        self._decide(Vote(loss=share, due=due, busy=busy))
+        self._decide(Vote(loss=share, due=due, busy=busy, tight=tight))
         return self._decision.loss
 
     def save(self, step: int, waited_s: float) -> bool:
@@ -58,5 +65,5 @@ class Accord:
     def _decide(self, vote: Vote) -> None:
         stop = self._session.stop_requested
         if stop is not None:
-            vote = Vote(vote.loss, stop.remaining_s, vote.due, vote.busy)
+            vote = replace(vote, stop_s=stop.remaining_s)
         self._decision = self._world.decide(vote)

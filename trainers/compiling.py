@@ -70,12 +70,21 @@ class Compiling:
         ahead, self._ahead = self._ahead, False
         return "compile" if ahead else "step"
 
-    def again(self) -> bool:
+    def again(self, model: torch.nn.Module) -> bool:
         """From here on pieces have another shape. Whether that is compiled anew."""
         if not self.compiler:
             return False
         torch.compiler.reset()
+        self.follow(model)
+        self._ahead = False  # it is announced for the step that is taken again
         return True
+
+    def follow(self, model: torch.nn.Module) -> None:
+        """Several ranks that ran out of memory go on with another model, which is compiled too."""
+        if self.compiler and model is not self._model:
+            self._model = model
+            self._model.compile(dynamic=False)
+            self._ahead = True
 
     def paused(self) -> AbstractContextManager[object]:
         """Inside, the model computes as it is written, and nothing is compiled or forgotten."""

@@ -40,12 +40,13 @@ from trainers import (
     ranks,
     restoring,
     saving,
-    sharding,
     timing,
 )
 from trainers.best import Best
 from trainers.configuration import LoopOptions
 from trainers.events import emit
+from trainers.guard import Guard, is_tight
+from trainers.retry import Retry
 from trainers.task import Task as Task
 
 GRACE_MARGIN_S = 2.0
@@ -91,11 +92,10 @@ class Trainer:
         self.scaler: torch.amp.GradScaler
         self.input_wait_ms = 0.0
         self.timing = timing.Timing()
-        self._undo = microbatch.Undo(task.model)
+        self._retry = Retry(task, Guard(world), emit)
         self._feed: microbatch.Feed | None = None
         self._saver = saving.Saver(session, options, world)
         self._accord = accord.Accord(world, session, self._saver)
-        self._spread = sharding.Spread(task.model, world)
         self._compiling = compiling.Compiling(task.model, wanted=options.compile)
         self._parent = ""
         self._ticket: baton_sdk.Ticket | None = None
@@ -143,11 +143,12 @@ class Trainer:
         what there is, for a figure to compare the result with."""
         self.device = self.world.device()
         self.world.open(self.device, self.options.collective_timeout_s)
-        self._spread.open(self.device)
+        self._retry.open(self.device)
         self._compiling.open(self.device, emit)
         if not self.world.alone:
             seed_everything(self.world.seed_of(self.options.seed, 0))
         self.optimizer = optimization.make_optimizer(self.task.model, self.options)
+        self._retry.follow(self.optimizer)
         self.scaler = optimization.make_scaler(self.device, self.options)
         if self.scaler.is_enabled():
             self.objects["scaler"] = self.scaler
@@ -267,7 +268,8 @@ class Trainer:
         self.session.enter(self._compiling.section())
         with self.timing.measure(timing.STEP_S):
             share = self._take_step()
-            mean_loss = self._accord.after_step(share, self.step, self._unsaved_s())
+            tight = is_tight(self.device)
+            mean_loss = self._accord.after_step(share, self.step, self._unsaved_s(), tight=tight)
         self.session.milestone("first_step")
         self.metrics = {**self.metrics, "loss": mean_loss}
         self._report_progress()
@@ -279,42 +281,34 @@ class Trainer:
             group["lr"] = rate
         self.task.model.train()
         self.input_wait_ms = 0.0
-        self._undo.remember()
-        loss = self._gradients()
+        self._retry.begin_step(tight=self._accord.tight)
+        loss = self._retry.guard.attempt(self._gradients)
         while loss is None:
             self._take_smaller_pieces()
-            loss = self._gradients()
+            loss = self._retry.guard.attempt(self._gradients)
         self.settle()  # what is being captured may not change yet
         optimization.update(self.task.model, self.optimizer, self.scaler, self.options, self.world)
         self.samples += self.options.batch_size * self.options.accumulate
         self.step += 1
         return float(loss)
 
-    def _gradients(self) -> torch.Tensor | None:
-        """Add up the gradients of one step. Returns the mean loss, or None for out of memory."""
-        options = self.options
-        whole = options.batch_size * options.accumulate
+    def _gradients(self) -> torch.Tensor:
+        """Add up the gradients of one step. Returns the mean loss."""
+        options, whole = self.options, self._whole
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        try:
-            feed = self._opened_feed()
-            for count in feed.sizes:
-                fetched = feed.next()
-                self.input_wait_ms += fetched.input_wait_s * 1000
-                self.timing.add(timing.INPUT_WAIT_S, fetched.input_wait_s)
-                self.settle(wait=False)
-                with optimization.autocast(self.device, options):
-                    loss = self.task.loss(fetched.batch)
-                    loss = loss / (whole / count) if count else loss * 0.0
-                # Ranks' gradients are averaged, and the shares of the loss add up.
-                self.scaler.scale(loss * self.world.size).backward()
-                total += loss.detach()
-        except RuntimeError as error:
-            # Nothing is done about it here: while the error lives, so do the frames that it went
-            # through, and with them the memory of their tensors.
-            if not microbatch.is_out_of_memory(error):
-                raise
-            return None
+        feed = self._opened_feed()
+        for count in feed.sizes:
+            fetched = feed.next()
+            self.input_wait_ms += fetched.input_wait_s * 1000
+            self.timing.add(timing.INPUT_WAIT_S, fetched.input_wait_s)
+            self.settle(wait=False)
+            with optimization.autocast(self.device, options):
+                loss = self.task.loss(fetched.batch)
+                loss = loss / (whole / count) if count else loss * 0.0
+            # Ranks' gradients are averaged, and the shares of the loss add up.
+            self.scaler.scale(loss * self.world.size).backward()
+            total += loss.detach()
         return total
 
     def _opened_feed(self) -> microbatch.Feed:
@@ -335,19 +329,10 @@ class Trainer:
         """Out of memory: back to the beginning of the step, with half as many samples at once."""
         self.close()
         self.optimizer.zero_grad(set_to_none=True)
-        self._undo.undo()
-        microbatch.free_memory(self.device)
-        before, whole = self.micro_batch, self._whole
-        microbatch.check_redoable(self.world, f"in step {self.step + 1}", before, whole)
-        self.micro_batch = microbatch.halved(before, f"in step {self.step + 1}")
-        if self._compiling.again():
+        place = f"in step {self.step + 1}"
+        self.micro_batch = self._retry.smaller(self.micro_batch, self._whole, place)
+        if self._compiling.again(self.task.model):
             self.session.enter("compile")
-        emit(
-            "warning",
-            message=f"out of memory in step {self.step + 1} with {before} samples at once: going on"
-            f" with {self.micro_batch} at once, and {whole} samples a step as before",
-            micro_batch=self.micro_batch,
-        )
 
     def log(self, loss: float) -> None:
         """A line, every so many steps."""
@@ -370,11 +355,11 @@ class Trainer:
                 self.task,
                 self.options,
                 self.device,
-                self.world,
+                self._retry,
                 micro_batch=self.micro_batch,
-                emit=emit,
             )
-        self._spread.settle()
+        self._compiling.follow(self.task.model)
+        self._retry.spread.settle()
         self._evaluated_step = self.step
         best = self.best.take(self.step, figures[self.task.metric])
         self.metrics = {**self.metrics, **figures}
@@ -461,7 +446,7 @@ class Trainer:
         OSError, or RankError."""
         if not self.task.delivers:
             return
-        whole = self._spread.gather()
+        whole = self._retry.spread.gather()
         failure = ""
         if whole is not None:
             self.task.model = whole

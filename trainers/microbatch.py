@@ -18,9 +18,12 @@ and backward passes are tried again: the optimizer's update needs no memory that
 would free.
 
 Of several ranks each takes its shard of the step's samples, and the shards differ by one at most.
-Every pass through the model is a collective, so all ranks make as many: a rank whose samples are
-done takes one more that does not count. A step cannot be taken again there, since the others wait
-in the middle of it; the rank that has no memory left says what would fit, and ends.
+Every pass through the model is a row of collectives, so all ranks make as many: a rank whose
+samples are done takes one more that does not count. When memory runs out on one of them, all leave
+the step together (``guard``), and take it again with half as many samples at once, on a model that
+has never been in the middle of a pass (``sharding``). Only where nobody expected it, the others
+wait in the middle of the step; the rank that has no memory left then says what would fit, and ends,
+and Baton starts the ranks again from their last checkpoint.
 """
 
 import random
@@ -31,6 +34,7 @@ import numpy
 import torch
 
 from trainers.configuration import LoopOptions
+from trainers.guard import Guard
 from trainers.order import sample_at, shard
 from trainers.prefetch import Fetched, Prefetcher
 from trainers.ranks import ALONE, World
@@ -38,19 +42,9 @@ from trainers.ranks import ALONE, World
 if TYPE_CHECKING:
     from trainers.loop import Task
 
-CPU_WORDS = ("DefaultCPUAllocator", "not enough memory")
-"""How torch's allocator of host memory says it: a RuntimeError without a type of its own."""
-
 
 class TooLargeError(RuntimeError):
     """Not even one sample fits; the sentence says what to change."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller piece may help."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_WORDS)
 
 
 def pieces(global_batch: int, size: int) -> list[int]:
@@ -72,26 +66,27 @@ def shares(global_batch: int, size: int, world: World) -> list[int]:
     return own + [0] * (passes - len(own))
 
 
-def check_redoable(world: World, place: str, size: int, global_batch: int) -> None:
+def check_redoable(guard: Guard, place: str, size: int, global_batch: int) -> None:
     """Raises TooLargeError where the others wait in the middle of what ran out of memory with
     ``size`` samples at once; the sentence says what fits and trains the same."""
-    if world.alone:
+    world = guard.world
+    if world.alone or guard.on or size == 1:
         return
-    size = most_at_once(global_batch, size, world)
-    if size == 1:
-        raise TooLargeError(
-            f"out of memory {place} with a single sample on this rank: give the job more ranks,"
-            " shorten the samples or ask for GPUs with more memory"
-        )
     fits = next(less for less in range(size // 2, 0, -1) if global_batch % less == 0)
     raise TooLargeError(
-        f"out of memory {place} with {size} samples at once, and ranks cannot take a step again:"
-        f" set batch_size = {fits} and accumulate = {global_batch // fits}, which trains the same"
+        f"out of memory {place} with {size} samples at once, where it had been enough, and the"
+        f" others wait: set batch_size = {fits} and accumulate = {global_batch // fits}, which"
+        " trains the same"
     )
 
 
-def halved(size: int, place: str) -> int:
+def halved(size: int, place: str, world: World = ALONE) -> int:
     """Half of ``size``, rounded up. Raises TooLargeError for one sample."""
+    if size == 1 and not world.alone:
+        raise TooLargeError(
+            f"out of memory {place} with a single sample on each rank: give the job more ranks,"
+            " shorten the samples or ask for GPUs with more memory"
+        )
     if size == 1:
         raise TooLargeError(
             f"out of memory {place} with a single sample: shorten the samples, lower 'precision' to"

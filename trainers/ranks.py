@@ -54,6 +54,9 @@ class Vote:
     busy: bool = False
     """Whether it could not keep a checkpoint now: the one before is still being stored."""
 
+    tight: bool = False
+    """Whether its memory is nearly full."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -64,6 +67,7 @@ class Decision:
     """Seconds of grace of the most urgent stop; ``NO_STOP_S``: go on."""
 
     save: bool
+    tight: bool = False
 
     @property
     def stop(self) -> bool:
@@ -77,6 +81,7 @@ def decide(votes: Sequence[Vote]) -> Decision:
         loss=sum(vote.loss for vote in votes),
         stop_s=min(vote.stop_s for vote in votes),
         save=votes[0].due and not any(vote.busy for vote in votes),
+        tight=any(vote.tight for vote in votes),
     )
 
 
@@ -124,8 +129,9 @@ class World:
 
     def decide(self, vote: Vote) -> Decision:
         """The same on every rank. A collective."""
-        numbers = self.gather([vote.loss, vote.stop_s, float(vote.due), float(vote.busy)])
-        return decide([Vote(loss, stop, due > 0, busy > 0) for loss, stop, due, busy in numbers])
+        flags = [float(flag) for flag in (vote.due, vote.busy, vote.tight)]
+        told = self.gather([vote.loss, vote.stop_s, *flags])
+        return decide([Vote(loss, stop, *(f > 0 for f in flags)) for loss, stop, *flags in told])
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """What each rank says, in the order of the ranks; as many numbers from each. A collective,

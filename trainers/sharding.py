@@ -12,31 +12,38 @@ transformer is written, and what lies beside them (embeddings, the last norm) is
 whether it is the same one. So it is looked at before, by a few numbers of each tensor.
 
 What is made in the end (a folder for transformers) needs the model in one piece and its class as it
-was. So rank 0 keeps a skeleton, a copy without memory, and fills it tensor by tensor: the ranks
-never hold more than one whole tensor, and rank 0 holds the rest where it is wanted, in the host's
-memory.
+was. So each rank keeps a skeleton, a copy without memory, and rank 0 fills it tensor by tensor: the
+ranks never hold more than one whole tensor, and rank 0 holds the rest where it is wanted, in the
+host's memory.
+
+``fully_shard`` remembers how far a pass has come, and has no word for one that was given up
+(``guard``). So after that the skeleton is spread anew and gets the rows, of each parameter's and
+the optimizer's averages, that the old model had: nothing of the old pass is left.
 
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
 import torch
 
-from trainers.ranks import World
+from trainers.guard import Guard
 
 
 class Spread:
     """A model on its way: whole on every rank, then spread over them, then whole on rank 0. In a
     world of one it stays as it is."""
 
-    def __init__(self, model: torch.nn.Module, world: World) -> None:
+    def __init__(self, model: torch.nn.Module, guard: Guard) -> None:
         self.model = model
-        self.world = world
-        self._bare: torch.nn.Module | None = None
+        self.world = guard.world
+        self._guard = guard
+        self._device = torch.device("cpu")
+        self._mesh: Any = None
+        self._bare: torch.nn.Module
 
     def open(self, device: torch.device) -> None:
         """Put the model onto the device, of several ranks each its rows of it. Raises RankError
@@ -45,14 +52,53 @@ class Spread:
             self.model.to(device)
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
         self.world.check_same("the model", summary(self.model))
-        self._bare = skeleton(self.model) if self.world.first else None
-        mesh = init_device_mesh(device.type, (self.world.size,))
-        for layer in layers(self.model):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+        self._bare = skeleton(self.model)
+        self._device = device
+        self._mesh = init_device_mesh(device.type, (self.world.size,))
+        self._shard(self.model)
+
+    def renew(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a pass that was given up: ``model`` is another one with the same values, and the
+        optimizer goes on with it. No collective."""
+        if self.world.alone:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # other streams may still read what is freed here
+        for unit in units(self.model):
+            # The parameters are the rows again, and not what was collected of them; the outermost
+            # unit keeps that after a forward pass unless it is told otherwise.
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+        old = self.model
+        old.zero_grad(set_to_none=True)
+        self.model = copy.deepcopy(self._bare)
+        self._shard(self.model)
+        self.model.to_empty(device=self._device)
+        pairs = list(zip(old.parameters(), self.model.parameters(), strict=True))
+        with torch.no_grad():
+            for before, after in pairs:
+                local(after).copy_(local(before))
+            for kept, buffer in zip(old.buffers(), self.model.buffers(), strict=True):
+                buffer.copy_(kept)
+        self.model.train(old.training)
+        successors = {id(before): after for before, after in pairs}
+        for group in optimizer.param_groups:
+            group["params"] = [successors[id(parameter)] for parameter in group["params"]]
+        for before, after in pairs:
+            if before in optimizer.state:
+                optimizer.state[after] = optimizer.state.pop(before)
+
+    def _shard(self, model: torch.nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in layers(model):
+            fully_shard(layer, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+        for unit in units(model):
+            unit.set_custom_all_gather(GuardedAllGather(self._guard))
+            unit.set_custom_reduce_scatter(GuardedReduceScatter(self._guard))
 
     def settle(self) -> None:
         """After a forward pass without a backward one: what it has collected of the outermost unit
@@ -66,12 +112,69 @@ class Spread:
         if self.world.alone:
             return self.model
         parameters = (local_copy(parameter) for parameter in self.model.parameters())
-        if self._bare is None:
+        if not self.world.first:
             for _ in parameters:
                 pass  # the others take part
             return None
         fill(self._bare, parameters)
         return self._bare
+
+
+class Guarded:
+    """What ``fully_shard`` takes for its collectives, with memory from where it would have it."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class GuardedAllGather(Guarded):
+    """The rows of a layer from all ranks."""
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: Any,
+        async_op: bool = False,
+    ) -> Any:
+        self._guard.check()
+        gather = renamed("all_gather_into_tensor", "all_gather_single")
+        return gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class GuardedReduceScatter(Guarded):
+    """The sum of a layer's gradients, of which each rank gets its rows."""
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        self._guard.check()
+        scatter = renamed("reduce_scatter_tensor", "reduce_scatter_single")
+        return scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
+def renamed(before: str, after: str) -> Any:
+    """A function of torch.distributed that has another name since 2.13, and warns of the old."""
+    from torch import distributed
+
+    return getattr(distributed, after, None) or getattr(distributed, before)
+
+
+def units(model: torch.nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called on."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -2,11 +2,13 @@
 programs while a job runs, stores checkpoints and is watched.
 """
 
+import http
 import json
 import math
 import re
 import shutil
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -60,11 +62,20 @@ class Prometheus:
                 stderr=log,
             )
         self.url = fleet.wait_until(self._address, work.DEADLINE_S, "Prometheus listens")
+        fleet.wait_until(self._is_ready, work.DEADLINE_S, "Prometheus has read its files")
 
     def _address(self) -> str:
         found = re.search(r"Listening on\" address=(\S+)", self._log.read_text("utf-8"))
         assert self.process.poll() is None, self._log.read_text("utf-8")
         return f"http://{found[1]}/api/v1/" if found else ""
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.ask("rules") is not None
+        except urllib.error.HTTPError as error:
+            if error.code != http.HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            return False
 
     def ask(self, path: str, **parameters: str) -> Any:
         """The `data` of an answer; a query that Prometheus does not understand fails the test."""

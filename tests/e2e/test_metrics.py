@@ -55,7 +55,12 @@ def wait_said(fleet: Cluster, name: str, wanted: Callable[[Series], bool], what:
 
 
 def test_an_agents_gpus_and_health(fleet: Cluster) -> None:
-    found = wait_said(fleet, "n1", lambda it: bool(named(it, "baton_gpu_up")), "a reading")
+    found = wait_said(
+        fleet,
+        "n1",
+        lambda it: bool(named(it, "baton_gpu_up")) and named(it, "baton_agent_link_up")[()] == 1,
+        "a reading, and a link",
+    )
     assert GPU.power_mw is not None
     assert named(found, "baton_gpu_power_watts") == {(GPU.name, GPU.uuid): GPU.power_mw / 1000}
     ((labels, percent),) = named(found, "DCGM_FI_DEV_GPU_UTIL").items()

@@ -8,6 +8,7 @@ file, and a tiny task that can be told to fail.
     python -m tests.trainers.gang        one JSON line in for each gang, one out with its statuses
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import sys
 import unittest.mock
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import baton_sdk
 from agent import slabs as agent_slabs
 from tests.trainers import tasks
 from tests.trainers.test_capture import PLENTY, DeskSession, files_of
-from trainers import adapters, loop, models, start
+from trainers import adapters, loop, models, ranks, sharding, start
 from trainers.causal import CausalTextTask
 from trainers.configuration import LoopOptions
 from trainers.lora import LoraOptions
@@ -48,7 +49,14 @@ class GangOptions(LoopOptions):
 
     stop_step: int = 0
     full_rank: int = -1
-    """Runs out of memory in its second step."""
+    """Has memory for the passes of ``fitting`` samples only, from its pass ``full_from`` on, and
+    notices in the middle of one, of its backward half where ``full_backward``."""
+
+    fitting: int = 2
+    full_from: int = 2
+    full_backward: bool = False
+    full_evaluation: bool = False
+    """In evaluations, instead."""
 
     other_rank: int = -1
     """Has another model than the others."""
@@ -69,13 +77,33 @@ class Faulty(tasks.Around):
         self.calls += 1
         if self.rank == self.options.stop_rank and self.calls == self.options.stop_step:
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.rank == self.options.full_rank and self.calls == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
-        return super().loss(batch)
+        full = not self.options.full_evaluation and self.calls >= self.options.full_from
+        with self._memory(len(batch), full=full):
+            return super().loss(batch)
 
-    def deliver(self) -> None:
-        self.inner.model = self.model
-        self.inner.deliver()
+    def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
+        with self._memory(self.evaluation_batch, full=self.options.full_evaluation):
+            return super().evaluate(device, world)
+
+    @contextlib.contextmanager
+    def _memory(self, samples: int, *, full: bool) -> Iterator[None]:
+        """The last layer does not fit any more; the ranks have exchanged rows of the others."""
+        if not full or self.rank != self.options.full_rank or samples <= self.options.fitting:
+            yield
+            return
+        layer = list(sharding.layers(self.model))[-1]
+
+        def fail(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")
+
+        def fail_later(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+            given[0].register_hook(fail)  # type: ignore[no-untyped-call]
+
+        handle = layer.register_forward_pre_hook(fail_later if self.options.full_backward else fail)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def build(options: GangOptions, folder: Path) -> loop.Task:

@@ -38,13 +38,21 @@ class Around:
 
     def __init__(self, inner: loop.Task) -> None:
         self.inner = inner
-        self.model = inner.model
         self.sample_count = inner.sample_count
         self.metric = inner.metric
         self.higher_is_better = inner.higher_is_better
         self.evaluation_batch = inner.evaluation_batch
         self.identity = inner.identity
         self.delivers = inner.delivers
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The inner one's, also when it is exchanged."""
+        return self.inner.model
+
+    @model.setter
+    def model(self, model: torch.nn.Module) -> None:
+        self.inner.model = model
 
     def batch(self, samples: Sequence[int]) -> Any:
         return self.inner.batch(samples)

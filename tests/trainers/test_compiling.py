@@ -175,6 +175,27 @@ def test_ranks_compile_what_is_spread_over_them(
     assert resumed[0].losses == straight[0].losses[2:]
 
 
+@needs_compiler
+def test_another_model_is_compiled_like_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that ran out of memory go on with one that has never been in the middle of a pass."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **_: compiled.append(model))
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    made = compiling.Compiling(first, wanted=True)
+    made.follow(second)
+    assert compiled == [], "nothing is compiled before it is opened"
+    made = compiling.Compiling(first, wanted=True)
+    made.open(torch.device("cpu"), lambda *_, **__: None)
+    assert [made.section(), made.section()] == ["compile", "step"]
+    made.follow(first)
+    assert made.section() == "step"
+    made.follow(second)
+    assert [made.section(), made.section()] == ["compile", "step"]
+    assert made.again(first)
+    assert made.section() == "step", "the step that is taken again was announced"
+    assert [model is first for model in compiled] == [True, False, True]
+
+
 def test_without_a_compiler_it_trains_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

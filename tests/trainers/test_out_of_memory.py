@@ -14,7 +14,7 @@ import torch
 
 import baton_sdk
 from tests.trainers import tasks
-from trainers import loop, microbatch, ranks
+from trainers import guard, loop, microbatch, ranks
 from trainers.configuration import LoopOptions
 
 ACCUMULATE_1 = replace(tasks.OPTIONS, batch_size=8, accumulate=1)
@@ -171,7 +171,7 @@ def test_an_evaluation_takes_fewer_samples_too(capsys: pytest.CaptureFixture[str
 def test_the_allocator_of_the_host_is_understood_and_nothing_else() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert microbatch.is_out_of_memory(error.value)
+    assert guard.is_out_of_memory(error.value)
     task = Greedy(tasks.finetune_task(), 4)
     task.error = error.value
     trainer = started(task, ACCUMULATE_1)
@@ -191,7 +191,7 @@ def test_buffers_that_stay_are_not_copied() -> None:
     """After the first step only those that a pass changes are, so it costs nothing to be ready."""
     trainer = started(tasks.transfer_task(), tasks.OPTIONS)
     advance(trainer, 2)
-    kept = trainer._undo._buffers
+    kept = trainer._retry._undo._buffers
     assert kept is not None
     live = dict(trainer.task.model.named_buffers())
     names = {"running_mean", "running_var", "num_batches_tracked"}
@@ -199,4 +199,4 @@ def test_buffers_that_stay_are_not_copied() -> None:
     assert not any(torch.equal(kept[name], live[name]) for name in kept)
     text = started(tasks.finetune_task(), tasks.OPTIONS)
     advance(text, 2)
-    assert text._undo._buffers == {}
+    assert text._retry._undo._buffers == {}

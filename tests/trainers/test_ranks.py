@@ -5,7 +5,6 @@ was not interrupted is the oracle of one that was, to the bit, where the world i
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,25 +123,6 @@ def test_every_rank_makes_as_many_passes_and_all_samples_are_taken_once(
     assert max(map(max, shares)) == most
     fits = [share for share in shares if 0 in share]
     assert all(share[: share.index(0)].count(0) == 0 for share in fits), "at the end"
-
-
-@given(batch=st.integers(2, 64), size=st.integers(1, 64), ranks=st.integers(2, 8))
-def test_what_is_said_to_fit_trains_the_same_in_smaller_pieces(
-    batch: int, size: int, ranks: int
-) -> None:
-    world = World(0, ranks)
-    with pytest.raises(microbatch.TooLargeError) as refused:
-        microbatch.check_redoable(world, "in step 2", size, batch)
-    before = microbatch.most_at_once(batch, size, world)
-    found = re.search(r"batch_size = (\d+) and accumulate = (\d+)", str(refused.value))
-    if before == 1:
-        assert "with a single sample" in str(refused.value)
-        return
-    assert found is not None
-    batch_size, accumulate = map(int, found.groups())
-    assert batch_size * accumulate == batch
-    assert microbatch.most_at_once(batch, batch_size, world) < before
-    microbatch.check_redoable(ALONE, "in step 2", size, batch)
 
 
 def test_the_world_is_what_torchrun_says() -> None:
@@ -432,16 +412,6 @@ def test_what_is_captured_are_the_parts_that_would_be_written(host: Host, tmp_pa
             same_bytes = (place / name).read_bytes() == (written / place.name / name).read_bytes()
             assert same_bytes, f"{place.name}/{name}"
     assert ranges.verify(tmp_path).step == STEPS
-
-
-def test_out_of_memory_on_one_rank_says_what_fits_and_ends_the_gang(host: Host) -> None:
-    ranks = host.run(2, **PLAIN, full_rank=1)
-    assert ranks[1].status == 1
-    assert ranks[1].err.splitlines()[-1] == (
-        "out of memory in step 2 with 4 samples at once, and ranks cannot take a step again: set"
-        " batch_size = 2 and accumulate = 4, which trains the same"
-    )
-    assert ranks[0].status == 1, "its peer is gone, and it does not wait for the timeout"
 
 
 def test_ranks_with_different_models_do_not_begin(host: Host) -> None:
