@@ -7,6 +7,7 @@ that must fit one another. `sources.py` reads them from file, environment and fl
 `systemd/coordinator.toml` say the same words.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ __all__ = [
 # a restart, which costs no training.
 RELOADABLE: Final = frozenset({"log_level"})
 
+OTLP_MODULE: Final = "opentelemetry.exporter.otlp.proto.http"
 STORE_NAME: Final = "baton.sqlite3"
 HEARTBEAT_INTERVAL_MS_MIN: Final = 100  # ten thousand agents at more would keep a core busy
 HEARTBEAT_INTERVAL_MS_MAX: Final = 60_000  # slower, and the figures that people see are history
@@ -114,6 +116,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
         "(empty): nowhere."
     )] = ""
+    otel_endpoint: Annotated[str, says(
+        "http(s)://HOST:PORT of an OpenTelemetry collector, which gets the spans of each attempt "
+        "by OTLP over HTTP (/v1/traces). Needs gpu-baton[otel]. Default (empty): none."
+    )] = ""
     tls_cert: Annotated[str, says(
         "PEM file with the coordinator's certificate chain; as the other two, it may begin with "
         "$CREDENTIALS_DIRECTORY, where a service finds what LoadCredential= names. Default "
@@ -143,6 +149,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
             or _listen_problem(self.listen, self.tls()),
             self._metrics_problem(),
+            self.otel_endpoint and _otel_problem(self.otel_endpoint),
             path_problem("state_directory", self.state_directory),
             path_problem("store_path", self.store_path),
             range_problem(
@@ -235,6 +242,25 @@ def _listen_problem(address: str, tls: "Tls | None") -> str | None:
         check_listen(address, tls)
     except TransportError as error:
         return str(error)
+    return None
+
+
+def _otel_problem(endpoint: str) -> str | None:
+    scheme, _, address = endpoint.partition("://")
+    if scheme not in ("http", "https") or address_problem("otel_endpoint", address, port_min=1):
+        return (
+            "'otel_endpoint' must be http://HOST:PORT or https://HOST:PORT, without a path, "
+            f"not '{endpoint}'"
+        )
+    try:
+        found = importlib.util.find_spec(OTLP_MODULE)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return (
+            "'otel_endpoint' is set, but what exports spans is not installed here: "
+            "`pip install 'gpu-baton[otel]'`, or leave it empty"
+        )
     return None
 
 

@@ -19,7 +19,8 @@ BATCH_BOUNDS: Final = (1.0, 10.0, 100.0, 1_000.0)
 class Counts:
     """`commit_s` are the store's, `batch_events` what was handled together. `messages` are agents',
     of which `messages_lost` found no room; `requests` people's, of which `requests_refused` could
-    not be taken in. `sessions` are all streams that agents ever opened."""
+    not be taken in. `sessions` are all streams that agents ever opened.
+    Spans are the tracing system's, of which those are dropped that it did not take."""
 
     rounds: int = 0
     batch_events: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))
@@ -33,6 +34,8 @@ class Counts:
     requests_refused: int = 0
     checkpoints_accepted: int = 0
     checkpoints_refused: int = 0
+    spans_exported: int = 0
+    spans_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

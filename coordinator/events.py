@@ -32,9 +32,10 @@ FIELDS: Final[Mapping[str, str]] = {
     "reason": "a sentence, the one that the command line shows",
     "replicas": "nodes that have a copy",
     "size_bytes": "bytes of the checkpoint",
+    "spans": "how many spans were dropped meanwhile",
     "step": "the training's step",
     "text": "what the library said",
-    "url": "where Prometheus finds the metrics",
+    "url": "where Prometheus finds the metrics, or where spans go",
     "verdict": "`healthy`, `degraded`, `needs_reset`, `needs_reboot`, `lost` or `unknown`",
 }
 
@@ -214,4 +215,13 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("store.unavailable", "error", "reason",
           "the store cannot be written: {reason}",
           "Nothing is acknowledged until it can. Look at the disk."),
+    Event("tracing.away", "warning", "url reason",
+          "spans do not get to {url}: {reason}",
+          "They are dropped and counted until `tracing.back`. Training and scheduling go on."),
+    Event("tracing.back", "info", "url spans",
+          "spans get to {url} again",
+          "After `tracing.away`; those that were dropped do not come again."),
+    Event("tracing.exporting", "info", "url",
+          "spans go to {url}",
+          "Where `otel_endpoint` is set."),
 )

@@ -127,6 +127,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         stack.push_async_callback(server.stop, CLOSE_GRACE_S)
         if config.metrics_listen:
             await _open_metrics(stack, config, shell, store)
+        if config.otel_endpoint:
+            _open_tracing(stack, config, shell, store)
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         logging_setup.emit(
             "info",
@@ -159,6 +161,19 @@ async def _open_metrics(
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
+
+
+def _open_tracing(
+    stack: AsyncExitStack, config: Config, shell: CoordinatorShell, store: SqliteStore
+) -> None:
+    """Imported here: it is an extra, and nobody else pays for it."""
+    from coordinator.otel import SpanExporter
+
+    exporter = SpanExporter(config.otel_endpoint, store.events, logging_setup.emit)
+    exporter.open()
+    stack.push_async_callback(exporter.close)
+    shell.trace_to(exporter)
+    logging_setup.emit("info", "tracing.exporting", (("url", exporter.url),))
 
 
 async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]) -> None:

@@ -102,11 +102,20 @@ PROPOSALS = Described(
     "Answers to proposed checkpoints, accepted or refused; who asks again is answered again.",
     ("answer",),
 )
+SPANS = Described(
+    "baton_coordinator_spans_exported_total", "counter", "Spans that `otel_endpoint` has taken."
+)
+SPANS_DROPPED = Described(
+    "baton_coordinator_spans_dropped_total",
+    "counter",
+    "Those that it did not take in time; they are lost, which costs no training.",
+)
 
 METRICS: Final = (
     JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, GPUS_ILL, CHECKPOINTS, SESSIONS, LEADER_EPOCH,
     LOOP_LAG, LOOP_ROUNDS, BATCH, COMMIT, COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES,
     MESSAGES, MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS,
+    SPANS, SPANS_DROPPED,
 )  # fmt: skip
 
 
@@ -148,3 +157,5 @@ def _counted_figures(counts: Counts) -> Iterator[Metric]:
     yield from REQUESTS_REFUSED.one(counts.requests_refused)
     answers = (("accepted", counts.checkpoints_accepted), ("refused", counts.checkpoints_refused))
     yield from PROPOSALS.of(((answer,), n) for answer, n in answers)
+    yield from SPANS.one(counts.spans_exported)
+    yield from SPANS_DROPPED.one(counts.spans_dropped)

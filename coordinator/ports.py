@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from coordinator.core.messages import Record
-from coordinator.core.model import JobEvent, Snapshot
+from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
+from coordinator.counts import Counts
 
 
 class Clock(Protocol):
@@ -41,3 +42,17 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class Tracer(Protocol):
+    """Who shows attempts to a tracing system. Both calls return at once, whatever becomes of it."""
+
+    counts: Counts
+
+    def ended(self, job: Job, attempt: Attempt) -> None:
+        """An attempt's end is durable."""
+        ...
+
+    def committed(self, job: Job, checkpoint: Checkpoint) -> None:
+        """A checkpoint's commit is durable."""
+        ...

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from coordinator.core import messages as m
 from coordinator.core.census import census
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.phases import ATTEMPT_ENDED
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
-from coordinator.ports import Clock, Store, StoreUnavailable
+from coordinator.ports import Clock, Store, StoreUnavailable, Tracer
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
 BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
@@ -70,6 +71,7 @@ class CoordinatorShell:
         self._tick_due = False
         self._leaving = False
         self._counts = Counts()
+        self._tracer: Tracer | None = None
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
@@ -125,6 +127,11 @@ class CoordinatorShell:
         waiting = len(self._replies)
         return View(now_census, self._counts, len(self._inbox), waiting, not self._unavailable)
 
+    def trace_to(self, tracer: Tracer) -> None:
+        """Hand over what becomes durable from now on, and count what becomes of it."""
+        self._tracer = tracer
+        tracer.counts = self._counts
+
     async def run(self) -> None:
         """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
         ticking = asyncio.create_task(self._tick())
@@ -175,6 +182,8 @@ class CoordinatorShell:
         if not await self._commit([effect for effect in effects if isinstance(effect, m.Record)]):
             return
         commit_ms = self._clock.now_ms() - begun_ms
+        if self._tracer is not None:
+            self._trace(self._tracer, effects, now)
         for effect in effects:
             if not isinstance(effect, m.Record):
                 self._act(effect)
@@ -182,6 +191,18 @@ class CoordinatorShell:
         answered = sum(1 for effect in effects if isinstance(effect, m.Reply))
         if answered > 1 and commit_ms >= SLOW_COMMIT_MS:
             await self._gather(answered, commit_ms)
+
+    def _trace(self, tracer: Tracer, effects: list[m.Effect], now: Instant) -> None:
+        """What a batch has ended and committed; a checkpoint that was put again is not new."""
+        jobs = self._core.state.jobs
+        for effect in effects:
+            match effect:
+                case m.PutAttempt(attempt) if attempt.phase in ATTEMPT_ENDED:
+                    if attempt.job_id in jobs:
+                        tracer.ended(jobs[attempt.job_id], attempt)
+                case m.PutCheckpoint(checkpoint) if checkpoint.committed_unix_ms == now.unix_ms:
+                    if checkpoint.job_id in jobs:
+                        tracer.committed(jobs[checkpoint.job_id], checkpoint)
 
     async def _gather(self, answered: int, commit_ms: int) -> None:
         """Whoever was just answered is about to ask again. On a slow disk the next commit is worth

@@ -104,7 +104,7 @@ def account(attempt: Attempt, progress: Progress | None, unix_ms: int) -> Accoun
     times = noted(attempt.times, progress)
     assigned = attempt.assigned_unix_ms
     begun = min(assigned, assigned if times.queued_unix_ms is None else times.queued_unix_ms)
-    end = max(assigned, _end_unix_ms(attempt, unix_ms))
+    end = max(assigned, end_unix_ms(attempt, unix_ms))
     wall_s = (end - begun) / 1000
     schedule_s = (assigned - begun) / 1000
     left_s = (end - assigned) / 1000
@@ -160,7 +160,8 @@ def waiting(job: Job, unix_ms: int) -> Accounting:
     return Accounting(wall_s=waited_s, schedule_s=waited_s)
 
 
-def _end_unix_ms(attempt: Attempt, unix_ms: int) -> int:
+def end_unix_ms(attempt: Attempt, unix_ms: int) -> int:
+    """When it was known to be over, or `unix_ms` for one that is not."""
     for known in (attempt.times.over_unix_ms, attempt.ended_unix_ms):
         if known is not None:
             return known

@@ -21,14 +21,31 @@ from coordinator.core.model import Job
 
 VARIABLE: Final = "TRACEPARENT"
 SAMPLED: Final = "01"
+SAMPLED_BIT: Final = 0x01
 TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})"
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 )
 
 
 def is_traceparent(text: str) -> bool:
     return _TRACEPARENT.fullmatch(text) is not None
+
+
+def is_sampled(job: Job, epoch: int) -> bool:
+    """Whether who submitted it wants its spans kept; one that brings no trace does."""
+    return bool(int(_trace(job, epoch)[1], 16) & SAMPLED_BIT)
+
+
+def span_id(job: Job, epoch: int, part: str = "") -> str:
+    """16 hexadecimal digits: the attempt's span, or a part of it by name."""
+    return _drawn(f"span/{part}" if part else "span", job, epoch, SPAN_ID_BYTES)
+
+
+def parent_span_id(job: Job) -> str:
+    """What the attempt hangs below, where its submitter said so; empty otherwise."""
+    match = _given(job)
+    return "" if match is None else match[2]
 
 
 def trace_id(job: Job, epoch: int) -> str:
@@ -39,15 +56,19 @@ def trace_id(job: Job, epoch: int) -> str:
 def traceparent(job: Job, epoch: int) -> str:
     """What the trainer's own spans hang below: the span of this attempt."""
     trace, flags = _trace(job, epoch)
-    return f"00-{trace}-{_drawn('span', job, epoch, SPAN_ID_BYTES)}-{flags}"
+    return f"00-{trace}-{span_id(job, epoch)}-{flags}"
 
 
 def _trace(job: Job, epoch: int) -> tuple[str, str]:
-    given = next((value for name, value in job.spec.environment if name == VARIABLE), "")
-    match = _TRACEPARENT.fullmatch(given)
+    match = _given(job)
     if match is not None:
-        return match[1], match[2]
+        return match[1], match[3]
     return _drawn("trace", job, epoch, TRACE_ID_BYTES), SAMPLED
+
+
+def _given(job: Job) -> re.Match[str] | None:
+    given = next((value for name, value in job.spec.environment if name == VARIABLE), "")
+    return _TRACEPARENT.fullmatch(given)
 
 
 def _drawn(kind: str, job: Job, epoch: int, size_bytes: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+import coordinator.config
 from coordinator.config import Config, ConfigError, load, prepare_directories
 from coordinator.core.state import Options
 from coordinator.transport import Tls, TransportError, check_listen, listen, open_channel
@@ -105,6 +106,23 @@ def test_metrics_are_off_and_beyond_loopback_need_tls() -> None:
     assert sentence.startswith("listening on 0.0.0.0:9070 needs mutual TLS")
     assert refusals("--metrics-listen=9070") == (
         "'metrics_listen' must be HOST:PORT with a port of 0 to 65535, not '9070'",
+    )
+
+
+def test_spans_go_nowhere_unless_told_and_able_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read().otel_endpoint == ""
+    endpoint = "--otel-endpoint=http://collector:4318"
+    assert read(endpoint).otel_endpoint == "http://collector:4318"
+    for wrong in ("collector:4318", "http://collector", "ftp://collector:1", "http://c:1/v1"):
+        (sentence,) = refusals(f"--otel-endpoint={wrong}")
+        assert sentence == (
+            "'otel_endpoint' must be http://HOST:PORT or https://HOST:PORT, without a path, "
+            f"not '{wrong}'"
+        )
+    monkeypatch.setattr(coordinator.config, "OTLP_MODULE", "opentelemetry_that_is_not.there")
+    assert refusals(endpoint) == (
+        "'otel_endpoint' is set, but what exports spans is not installed here: "
+        "`pip install 'gpu-baton[otel]'`, or leave it empty",
     )
 
 
