@@ -135,7 +135,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.heard_ms = now.now_ms
-    live.gangs = body.gangs
+    live.gangs, live.shares = body.gangs, body.shares
     live.heartbeat_sequence = 0
     live.deadline_ms = now.now_ms + state.options.lease_ms
     if live.phase is not NodePhase.UP:
@@ -225,21 +225,23 @@ def _stop_stray(state: State, now: Instant, live: LiveNode, attempt_id: str) -> 
 def _settle_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:
     """Who holds which GPU, from the node's own list and from what is assigned to it."""
     facts = {gpu.uuid: gpu for gpu in live.node.gpus}
-    holders: dict[str, str] = {}
+    having = {attempt_id: state.attempts[attempt_id].gpu_uuids for attempt_id in live.attempts}
     for item in held:
         if item.live:
-            holders.update(dict.fromkeys(item.gpu_uuids, item.attempt))
-    for attempt_id in live.attempts:
-        holders.update(dict.fromkeys(state.attempts[attempt_id].gpu_uuids, attempt_id))
+            having.setdefault(item.attempt, item.gpu_uuids)
+    holders: dict[str, tuple[str, ...]] = {}
+    for attempt_id, gpu_uuids in having.items():
+        for uuid in gpu_uuids:
+            holders[uuid] = (*holders.get(uuid, ()), attempt_id)
     for uuid in list(live.gpus):
         if uuid not in facts:
             # A GPU that the node no longer lists; its attempt finds out by itself.
-            state.set_gpu(live, uuid, GpuPhase.ABSENT, holders.get(uuid, ""))
+            state.set_gpu(live, uuid, GpuPhase.ABSENT, holders.get(uuid, ()))
     for uuid, fact in facts.items():
         gpu = live.gpus.setdefault(uuid, LiveGpu(fact, GpuPhase.ABSENT))
         gpu.facts = fact
-        holder = holders.get(uuid, "")
-        state.set_gpu(live, uuid, GpuPhase.HELD if holder else GpuPhase.FREE, holder)
+        who = holders.get(uuid, ())
+        state.set_gpu(live, uuid, GpuPhase.HELD if who else GpuPhase.FREE, who)
 
 
 def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> None:
@@ -269,8 +271,8 @@ def _hold_stray_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]
             continue
         for uuid in item.gpu_uuids:
             gpu = live.gpus.get(uuid)
-            if gpu is not None and gpu.phase is GpuPhase.FREE:
-                state.set_gpu(live, uuid, GpuPhase.HELD, item.attempt)
+            if gpu is not None and gpu.phase is not GpuPhase.ABSENT:
+                state.hold_gpu(live, uuid, item.attempt)
 
 
 def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
@@ -346,7 +348,7 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
         attempts.unreachable(state, now, state.attempts[attempt_id], reason)
     live.strays = {}  # if it ever comes back, its hello lists them again
     for uuid, gpu in live.gpus.items():
-        state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.attempt)
+        state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.holders)
     checkpoints.retarget(state)
 
 
