@@ -130,8 +130,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             state.put_node(node)
         if not same_journal:
             _forgotten(state, now, live, body)
-        if not body.gangs:
-            _give_up_ranks(state, now, live, body)
+        if not (body.gangs and body.shares):
+            _give_up_unknown(state, now, live, body)
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.heard_ms = now.now_ms
@@ -152,14 +152,19 @@ def _forgotten(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
             attempts.lost(state, now, state.attempts[attempt_id], reason)
 
 
-def _give_up_ranks(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
-    """Its agent has become one from before gangs, or was one all along and was offered ranks by an
-    older coordinator: it would end the session at each order for a rank, for ever."""
+def _give_up_unknown(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
+    """Its agent has become an older one, or was one all along and was offered more by an older
+    coordinator. One from before gangs would end the session at each order for a rank, for ever; one
+    from before shares would start the job with no limit."""
     listed = {held.attempt: True for held in body.attempts}
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
-        if attempt.ranks > 1 and attempt_id not in listed:
+        if attempt_id in listed:
+            continue
+        if attempt.ranks > 1 and not body.gangs:
             attempts.lost(state, now, attempt, f"{body.node} runs an agent from before gangs")
+        elif state.share_bytes(attempt_id) and not body.shares:
+            attempts.lost(state, now, attempt, f"{body.node} runs an agent that cannot share GPUs")
 
 
 def _reconcile(

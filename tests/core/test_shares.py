@@ -11,7 +11,7 @@ import pytest
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
 from coordinator.core.placement import Need, Plan, place
 from coordinator.core.rooms import Offer, Tenant
-from coordinator.core.shares import SHARERS_MAX, shareable_bytes
+from coordinator.core.shares import SHARERS_MAX, Hold, gives_room, shareable_bytes
 from tests.core.coordinator_harness import GIGABYTE
 
 WHOLE = JobSpec(command=("train",), gpus=1)
@@ -105,3 +105,29 @@ def test_beside_what_should_not_run_there_nobody_starts(spec: JobSpec) -> None:
     node = offer("80", ("7.1", 0, 8, *SPARE), strays=("g0",))
     assert not decide(node, spec).starts
     assert not decide(node, replace(spec, job_class=JobClass.GUARANTEED)).displacements
+
+
+@pytest.mark.parametrize(
+    ("holds", "spec", "expected"),
+    [
+        ([], WHOLE, (True, True)),
+        ([], share(8), (True, True)),
+        ([(0, True)], share(8), (False, True)),
+        ([(0, False)], share(8), (False, False)),
+        ([(20, True), (20, False)], WHOLE, (False, False)),
+        ([(20, True), (20, True)], WHOLE, (False, True)),
+        ([(20, True), (20, False)], share(32), (True, True)),
+        ([(20, True), (20, False)], share(33), (False, True)),
+        ([(20, True), (20, False)], share(53), (False, False)),
+    ],
+)
+def test_a_standby_s_gpu_has_room_or_gets_it(
+    holds: list[tuple[int, bool]], spec: JobSpec, expected: tuple[bool, bool]
+) -> None:
+    """Of 80 GB, of which 72 may be shared: now, and when those have left who would have to."""
+    gpu = GpuFacts("g0", "H100", 80 * GIGABYTE)
+    there = [
+        (Hold(f"{number}.1", size * GIGABYTE), leaves)
+        for number, (size, leaves) in enumerate(holds, start=1)
+    ]
+    assert gives_room(gpu, there, spec) == expected
