@@ -56,6 +56,7 @@ ALL_GPUS: Final = "all"
 RELOADABLE: Final = frozenset({"log_level", "restart_absence_ms", "telemetry_rate"})
 TELEMETRY_RATES: Final = ("off", "slow", "normal", "watch")
 
+MPS_CHOICES: Final = ("auto", "off")
 NODE_CHARACTERS_MAX: Final = 64  # the wire's limit, and Linux's for a host name
 SOCKET_PATH_BYTES_MAX: Final = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
 SOCKET_NAME: Final = "trainers.sock"  # of the names in the runtime directory, the longest
@@ -214,6 +215,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "baton-launcher.socket is there. false: in the agent's own unit, without limits, and "
         "built-in trainers start warm, which they cannot in a unit of their own."
     )] = True
+    mps: Annotated[str, says(
+        "auto or off: whether jobs that share a GPU run under NVIDIA's MPS where "
+        "nvidia-cuda-mps-control is there. It holds them to their memory, and one's fault can end "
+        "all of that GPU. Not for jobs in units of their own, since it serves one user."
+    )] = "auto"
     job_log_bytes_max: Annotated[int, says(
         "Bytes that the output of all jobs on this node may take, 64 MiB to 1 TiB. Each job keeps "
         "its newest 64 MiB; the logs of finished ones go first, the oldest before the others. "
@@ -262,6 +268,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             choice_problem("telemetry_rate", self.telemetry_rate, TELEMETRY_RATES),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
+            choice_problem("mps", self.mps, MPS_CHOICES),
             range_problem(
                 "job_log_bytes_max",
                 self.job_log_bytes_max,

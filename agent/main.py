@@ -9,6 +9,7 @@ import importlib.util
 import os
 import random
 import secrets
+import shutil
 import signal
 import ssl
 import sys
@@ -40,9 +41,10 @@ from agent.journal import SqliteJournal
 from agent.journald import journal_of, stderr_is_journal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
-from agent.ports import ChunkError, JournalUnavailable
+from agent.ports import ChunkError, JournalUnavailable, Processes
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
+from agent.processes.mps import CONTROL, MpsProcesses
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import SOCKET, Units
 from agent.pulse import standing
@@ -131,7 +133,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()
-        supervisor = _supervisor(config, forks)
+        processes = _processes(config, forks)
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"
@@ -170,7 +172,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             SystemClock(),
             SystemChance(),
             probe,
-            supervisor,
+            processes,
             directories,
             trainers,
             slabs,
@@ -332,18 +334,20 @@ def _warmth(config: Config) -> Warmth | None:
     return Warmth(config.trainer_python, ("trainers.warm",), config.trainer_environment)
 
 
-def _supervisor(config: Config, forks: ForkServers) -> Supervisor:
+def _processes(config: Config, forks: ForkServers) -> Processes:
     """With trainers as services of systemd where that can be asked for, else as processes of this
-    agent's own unit."""
+    agent's own unit. Those have the agent's user, and so has MPS."""
     units = Units(SOCKET) if config.job_units and SOCKET.exists() else None
     if units is not None:
         logging_setup.emit("info", "agent.job_units", (("launcher", str(SOCKET)),))
-    return Supervisor(
+    supervisor = Supervisor(
         Path(config.state_directory),
         forks=forks,
         units=units,
         log_bytes_max=config.job_log_bytes_max,
     )
+    control = shutil.which(CONTROL) if config.mps == "auto" and units is None else None
+    return MpsProcesses(supervisor, Path(config.runtime_directory) / "mps", control or "")
 
 
 class _LogSource:

@@ -30,7 +30,7 @@ from protos.baton.v1 import types_pb2 as types
 
 PORT_MAX = 65_535
 # What this version can do that the first one could not; agent.proto says what each means.
-CAPABILITIES = (pb.CAPABILITY_GANGS,)
+CAPABILITIES = (pb.CAPABILITY_GANGS, pb.CAPABILITY_SHARES)
 # https://www.w3.org/TR/trace-context/, section 3.2
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SIGNALS = {types.STOP_SIGNAL_USR1: "USR1", types.STOP_SIGNAL_USR2: "USR2"}
@@ -307,6 +307,7 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
         _REPLICATIONS.get(spec.replication, "automatic"),
         spec.slurm_environment,
         spec.memory_bytes,
+        spec.shared_gpu_memory_bytes,
     )
 
 

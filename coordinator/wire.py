@@ -85,6 +85,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         hold=spec.hold,
         keep_checkpoints=spec.keep_checkpoints if said else model.KEEP_CHECKPOINTS_DEFAULT,
         ranks=spec.ranks or 1,
+        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
     )
 
 
@@ -112,6 +113,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         keep_checkpoints=spec.keep_checkpoints,
         # An agent of before gangs is sent what it always was.
         ranks=spec.ranks if spec.ranks > 1 else 0,
+        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
     )
 
 
@@ -249,6 +251,7 @@ def _hello(hello: pb.Hello) -> m.Hello:
         tuple(_digest(digest) for digest in hello.checkpoints),
         hello.acknowledged_sequence,
         gangs=pb.CAPABILITY_GANGS in hello.capabilities,
+        shares=pb.CAPABILITY_SHARES in hello.capabilities,
         health=_health(hello.health),
     )
 

@@ -87,6 +87,10 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
         memory_bytes=gpu.facts.memory_bytes,
         phase=_gpu_phase(gpu.phase),
         attempt=gpu.attempt,
+        shares=[
+            types.GpuShare(attempt=attempt_id, memory_bytes=share_bytes)
+            for attempt_id, share_bytes in gpu.shares
+        ],
     )
     wire_health.add_health(message, gpu)
     read = gpu.telemetry

@@ -40,6 +40,7 @@ from trainers import (
     ranks,
     restoring,
     saving,
+    sharing,
     timing,
 )
 from trainers.best import Best
@@ -141,6 +142,7 @@ class Trainer:
     def prepare(self) -> None:
         """Move to the device and resume, if there is something to resume from; else evaluate
         what there is, for a figure to compare the result with."""
+        sharing.keep_to(self.session.gpu_memory_ratio)
         self.device = self.world.device()
         self.world.open(self.device, self.options.collective_timeout_s)
         self._retry.open(self.device)

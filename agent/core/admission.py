@@ -5,9 +5,12 @@ not have left yet. Attempts of one job share nothing but their history, so there
 but the ranks of a gang are attempts of one job and one epoch, and stand beside one another. So
 attempts are told apart by epoch and rank (`AttemptId.may_run_beside`), and what must not start any
 more is remembered by rank as well (`state.PutFence`).
+
+Whether shares of a GPU add up is the coordinator's to see to; but it may not know yet of all that
+runs here. So it is counted again (`shares.py`), since a GPU that is promised twice costs both jobs.
 """
 
-from agent.core import clean
+from agent.core import clean, shares
 from agent.core.attempt import AttemptRecord
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.state import SPOOL_MAX, State
@@ -39,6 +42,6 @@ def why_not(state: State, record: AttemptRecord) -> str:
         if not named.may_run_beside(parse_attempt_id(other.record.id)):
             return f"attempt {other.record.id} of the same job has not left yet"
         for uuid in other.record.gpu_uuids:
-            if uuid in record.gpu_uuids:
+            if uuid in record.gpu_uuids and not shares.stand_together(record, other.record):
                 return f"GPU {uuid} is still held by attempt {other.record.id}"
-    return ""
+    return shares.why_not(state, record)

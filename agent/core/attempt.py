@@ -72,8 +72,9 @@ class AttemptRecord:
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
     `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
     is the newest capture that is stored, or was handed over before what is. `gang` is its place
-    among the ranks of its job, if it has others; `traceparent` is its trace, or empty; and
-    `gpus_before` is what its GPUs were like while nothing ran on them."""
+    among the ranks of its job, if it has others; `traceparent` is its trace, or empty;
+    `gpus_before` is what its GPUs were like while nothing ran on them; and `gpu_memory_ratio` is
+    how much of its GPU it may take, where it shares it."""
 
     id: str
     job_id: int
@@ -107,6 +108,7 @@ class AttemptRecord:
     gang: Gang | None = None
     traceparent: str = ""
     gpus_before: tuple[GpuOccupancy, ...] = ()
+    gpu_memory_ratio: float = 1.0
 
     @property
     def trace_id(self) -> str:

@@ -16,6 +16,7 @@ from PET_*; Slurm's sbatch manual page, "OUTPUT ENVIRONMENT VARIABLES".
 from dataclasses import dataclass
 from zlib import crc32
 
+from agent.core import shares
 from agent.core.attempt import AttemptRecord
 from agent.core.values import Gang, Launch
 
@@ -44,6 +45,7 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
     environment.update(record.spec.environment)
     environment.update(_rendezvous(record))
     environment.update(_baton(record, options, directory))
+    environment.update(shares.environment(record))
     if options.hook_directory and record.spec.command:
         # Built-in trainers have the SDK in their own environment, and talk to us themselves.
         paths = (options.hook_directory, environment.get("PYTHONPATH", ""))
@@ -58,6 +60,7 @@ def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
         tuple(sorted(environment.items())),
         record.spec.working_directory or f"{directory}/work",
         record.spec.memory_bytes,
+        record.spec.shared_gpu_memory_bytes,
     )
 
 

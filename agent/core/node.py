@@ -6,7 +6,7 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
-from agent.core import clean, gpus, hangs, pipeline, precopy
+from agent.core import clean, gpus, hangs, pipeline, precopy, shares
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.gpu_messages import GpusInspected, Sampled
@@ -217,6 +217,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         gang=order.gang,
         traceparent=order.traceparent,
         gpus_before=clean.before(state, order.gpu_uuids),
+        gpu_memory_ratio=shares.ratio(state.gpus, order.gpu_uuids, order.spec),
     )
     live = state.add(record)
     live.accepted_ms = now.now_ms

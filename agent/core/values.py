@@ -196,7 +196,8 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """The part of a job's request that a node needs. `stop_signal` is TERM, USR1 or USR2;
-    `replication` is automatic, required or none."""
+    `replication` is automatic, required or none. With `shared_gpu_memory_bytes` it has its GPU
+    together with others, and takes at most that much of its memory."""
 
     name: str = ""
     command: tuple[str, ...] = ()
@@ -209,6 +210,7 @@ class JobSpec:
     replication: str = "automatic"
     slurm_environment: bool = False
     memory_bytes: int = 0
+    shared_gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,8 @@ class Launch:
     """Everything needed to start a trainer, decided before anything is touched.
 
     `environment` is complete: the process inherits nothing. `memory_bytes` is the limit that it is
-    held to where it can be; 0: none.
+    held to where it can be; 0: none. `shared_gpu_memory_bytes` is the most that it may take of its
+    GPU, which others use, too; 0: it has its GPUs alone.
     """
 
     attempt_id: str
@@ -224,6 +227,7 @@ class Launch:
     environment: tuple[tuple[str, str], ...]
     working_directory: str
     memory_bytes: int = 0
+    shared_gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -329,6 +329,7 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         keep_checkpoints=spec.keep_checkpoints,
         # Unsaid where there is one, as before there were gangs.
         ranks=0 if spec.ranks == 1 else spec.ranks,
+        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
     )
 
 
@@ -365,6 +366,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         hold=spec.hold,
         keep_checkpoints=said(spec, "keep_checkpoints"),
         ranks=spec.ranks or 1,
+        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
     )
 
 

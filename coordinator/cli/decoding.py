@@ -61,6 +61,10 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
         health=_health(gpu.health) if gpu.HasField("health") else None,
         cordon=gpu.cordon,
         held_back=gpu.held_back,
+        shares=[
+            values.GpuShare(attempt=share.attempt, memory_bytes=share.memory_bytes)
+            for share in gpu.shares
+        ],
     )
 
 

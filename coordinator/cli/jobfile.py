@@ -50,6 +50,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     gpus: Int32 | UnsetType = UNSET
     gpu_types: list[str] | UnsetType = UNSET
     gpu_memory_min: int | str | UnsetType = UNSET
+    share_gpu: int | str | UnsetType = UNSET
     memory: int | str | UnsetType = UNSET
     grace: str | UnsetType = UNSET
     signal: Literal["TERM", "USR1", "USR2"] | UnsetType = UNSET
@@ -122,6 +123,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     # A configuration means its paths from where it lies, as it does for the trainer run by hand.
     default = (here / job.config).parent if isinstance(job.config, str) else here
     workdir = _or(job.workdir, str(default))
+    share_bytes = _size("share_gpu", _or(job.share_gpu, 0))
     return values.JobSpec(
         name=_or(job.name, ""),
         project=_or(job.project, ""),
@@ -131,7 +133,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         trainer_config_json="" if job.config is UNSET else _config_json(job.config, here),
         environment=_or(job.env, {}),
         working_directory=str(here / workdir) if workdir else "",
-        gpus=_or(job.gpus, 0),
+        gpus=_or(job.gpus, 1 if share_bytes else 0),
         gpu_types=_or(job.gpu_types, []),
         gpu_memory_bytes_min=_size("gpu_memory_min", _or(job.gpu_memory_min, 0)),
         memory_bytes=_size("memory", _or(job.memory, 0)),
@@ -144,6 +146,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         hold=_or(job.hold, False),
         keep_checkpoints=_or(job.keep_checkpoints, None),
         ranks=_or(job.ranks, 1),
+        shared_gpu_memory_bytes=share_bytes,
     )
 
 

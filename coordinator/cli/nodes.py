@@ -16,7 +16,7 @@ from coordinator.cli.settings import common_options, connect, settings_of
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
-    from coordinator.cli.values import Gpu, GpuTelemetry, Node
+    from coordinator.cli.values import Gpu, GpuShare, GpuTelemetry, Node
 
 RATES = ("own", "off", "slow", "normal", "watch")
 # More would push the reason off a terminal; --json has all.
@@ -42,7 +42,8 @@ _COLUMNS = (
 def nodes(context: click.Context) -> None:
     """List the nodes of the fleet.
 
-    GPUS FREE is free/all for each type of GPU, UTIL the mean over a node's GPUs, MEMORY their
+    GPUS FREE is free/all for each type of GPU, and how many jobs share GPUs of it with how much
+    memory (--json says which), UTIL the mean over a node's GPUs, MEMORY their
     used/all, TEMP the hottest, POWER the sum; "-" where the driver does not say.
 
     \b
@@ -195,8 +196,15 @@ def _free(gpus: "list[Gpu]") -> str:
         # Everything here is NVIDIA's; what tells two types apart comes after.
         short_name = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
         text = f"{phases.count('free')}/{len(phases) - absent} {short_name}"
-        texts.append(f"{text} ({absent} absent)" if absent else text)
+        shares = [share for gpu in gpus if gpu.name == name for share in gpu.shares]
+        text += f" ({absent} absent)" if absent else ""
+        texts.append(f"{text} ({_sharers(shares)})" if shares else text)
     return ", ".join(texts)
+
+
+def _sharers(shares: "list[GpuShare]") -> str:
+    memory = units.format_size(sum(share.memory_bytes for share in shares))
+    return f"1 job shares {memory}" if len(shares) == 1 else f"{len(shares)} jobs share {memory}"
 
 
 def _memory(gpus: "list[Gpu]") -> str | None:

@@ -102,6 +102,7 @@ Example:
   baton submit job.toml --class spare
   baton submit --gpus 1 --trainer finetune --config finetune.toml
   baton submit --ranks 4 --gpus 1 -- python train_ddp.py
+  baton submit --share-gpu 8GiB -- python evaluate.py
 
 The command is run as given, without a shell, in the directory where you stand now; that
 directory must exist on the node too. Relative paths are taken from there.
@@ -119,7 +120,7 @@ A job file has the keys of the options, with underscores, and flags override it:
   env = { WANDB_MODE = "offline" }
 
 The others are project, trainer, config (a path or a table), workdir, ranks, memory, signal,
-max_restarts, run_again_exit_codes, replication, slurm_env, hold and keep_checkpoints.
+share_gpu, max_restarts, run_again_exit_codes, replication, slurm_env, hold and keep_checkpoints.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
 status is 0 only if the job succeeds. With --json and --follow: one line for the submission,
@@ -158,6 +159,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     type=_Size(),
     help="Least memory of each GPU: 40GB, 40GiB or bytes. "
     "An 80 GB card has a little less than 80GiB.",
+)
+@click.option(
+    "--share-gpu",
+    type=_Size(),
+    help="Share a GPU with others and take at most this much of its memory, in place of --gpus: "
+    "8GiB.",
 )
 @click.option("--memory", type=_Size(), help="Host memory set aside for the job: 64GiB.")
 @click.option(

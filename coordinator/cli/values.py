@@ -40,6 +40,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     hold: bool = False
     keep_checkpoints: int | None = None
     ranks: int = 1
+    shared_gpu_memory_bytes: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,9 +223,17 @@ class GpuHealth(msgspec.Struct, frozen=True, kw_only=True):
     xids: list[XidRecord]
 
 
+class GpuShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attempt may take at most of a GPU that is shared."""
+
+    attempt: str
+    memory_bytes: int
+
+
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """One device of a node. `attempt` is empty when none holds it; `cordon` says why it gets no
-    work for its health, `held_back` why it still does."""
+    """One device of a node. `attempt` is empty when none holds it, or when it is shared: then
+    `shares` says by whom. `cordon` says why it gets no work for its health, `held_back` why it
+    still does."""
 
     uuid: str
     name: str
@@ -235,6 +244,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     health: GpuHealth | None
     cordon: str
     held_back: str
+    shares: list[GpuShare]
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from coordinator.core import accounting, checkpoints, gangs, outcomes, parts, ranks, standby
 from coordinator.core.messages import AttemptExited, AttemptRefused, AttemptStarted
 from coordinator.core.model import Attempt, Job, JobIntent, Progress
-from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, JobPhase
+from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.placement import Start
 from coordinator.core.state import Instant, State, cut
 
@@ -54,7 +54,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
         )
         state.put_attempt(attempt)
         for uuid in place.gpu_uuids:
-            state.set_gpu(state.nodes[place.node], uuid, GpuPhase.HELD, attempt.id)
+            state.hold_gpu(state.nodes[place.node], uuid, attempt.id)
     state.eligible_ms.pop(job.id, None)
     state.avoid.pop(job.id, None)
     first = state.gang(job)[0]

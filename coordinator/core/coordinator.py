@@ -68,13 +68,8 @@ from coordinator.core.messages import (
 from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
-from coordinator.core.placement import (
-    STARTS_PER_PASS_MAX,
-    Need,
-    Offer,
-    Tenant,
-    place,
-)
+from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place
+from coordinator.core.rooms import Offer, Tenant
 from coordinator.core.state import Instant, LiveNode, Options, State
 from coordinator.core.validate import SLOTS_PER_CPU
 
@@ -173,14 +168,21 @@ def _node_view(state: State, live: LiveNode) -> NodeView:
     closed = readings.closed(live)
     gpus = tuple(
         GpuView(
-            gpu.facts, gpu.phase, gpu.attempt, gpu.telemetry,
-            judged.get(uuid), closed.get(uuid, ""), state.held_back.get(uuid, ""),
+            gpu.facts, gpu.phase, "" if shared else "".join(gpu.holders[:1]), gpu.telemetry,
+            judged.get(uuid), closed.get(uuid, ""), state.held_back.get(uuid, ""), shared,
         )
         for uuid, gpu in sorted(live.gpus.items())
+        for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
     reason = nodes.why_closed(live) or health.describe(state, live)
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
+
+
+def _shares(state: State, holders: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Who shares a GPU, with the most that each may take; empty where one has it alone."""
+    shares = tuple((holder, state.share_bytes(holder)) for holder in holders)
+    return shares if any(share_bytes for _, share_bytes in shares) else ()
 
 
 def _from_agent(state: State, now: Instant, session: int, message: AgentMessage) -> None:
@@ -317,6 +319,11 @@ def _offers(state: State) -> list[Offer]:
         host = live.node.host
         slots = max(1, host.cpu_count) * SLOTS_PER_CPU
         tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
+        strays = [
+            uuid
+            for uuid, gpu in live.gpus.items()
+            if any(holder not in live.attempts for holder in gpu.holders)
+        ]
         offers.append(
             Offer(
                 live.node.id,
@@ -326,6 +333,8 @@ def _offers(state: State) -> list[Offer]:
                 slots,
                 tuple(tenants),
                 gangs=live.gangs,
+                shares=live.shares,
+                strays=tuple(strays),
             )
         )
     return offers
@@ -342,6 +351,7 @@ def _tenant(state: State, attempt_id: str) -> Tenant:
         spec.memory_bytes,
         attempt.phase is AttemptPhase.STOPPING,
         f"{attempt.job_id}.{attempt.epoch}",
+        spec.shared_gpu_memory_bytes,
     )
 
 

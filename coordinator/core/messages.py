@@ -149,7 +149,8 @@ class HeldAttempt:
 @dataclass(frozen=True, slots=True)
 class Hello:
     """`acknowledged`: events up to this sequence are not on the agent's disk any more, since some
-    coordinator had them. `gangs`: the agent knows ranks of a job of several."""
+    coordinator had them. `gangs`: the agent knows ranks of a job of several; `shares`: it knows
+    jobs that share a GPU."""
 
     node: str
     journal_id: str
@@ -161,6 +162,7 @@ class Hello:
     acknowledged: int = 0
     health: tuple[GpuHealth, ...] = ()
     gangs: bool = True
+    shares: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
-    `trainer` is set. `gpus` and `memory_bytes` are each rank's."""
+    `trainer` is set. `gpus` and `memory_bytes` are each rank's. With `shared_gpu_memory_bytes` its
+    one GPU is shared, and this is the most of its memory that it takes (`shares.py`)."""
 
     name: str = ""
     project: str = "default"
@@ -81,6 +82,7 @@ class JobSpec:
     hold: bool = False
     keep_checkpoints: int = KEEP_CHECKPOINTS_DEFAULT
     ranks: int = 1
+    shared_gpu_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,7 +435,9 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class GpuView:
-    """A GPU as a reply shows it. `cordon`: why it gets no work; `held_back`: why it still does."""
+    """A GPU as a reply shows it. `cordon`: why it gets no work; `held_back`: why it still does.
+    `shares`: the attempts that it is shared by, with the most that each may take; then `attempt` is
+    empty."""
 
     facts: GpuFacts
     phase: GpuPhase
@@ -442,6 +446,7 @@ class GpuView:
     health: GpuHealth | None = None
     cordon: str = ""
     held_back: str = ""
+    shares: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,12 +145,12 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             state.put_node(node)
         if not same_journal:
             _forgotten(state, now, live, body)
-        if not body.gangs:
-            _give_up_ranks(state, now, live, body)
+        if not (body.gangs and body.shares):
+            _give_up_unknown(state, now, live, body)
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.heard_ms = now.now_ms
-    live.gangs = body.gangs
+    live.gangs, live.shares = body.gangs, body.shares
     live.heartbeat_sequence = 0
     live.deadline_ms = now.now_ms + state.options.lease_ms
     if live.phase is not NodePhase.UP:
@@ -167,14 +167,19 @@ def _forgotten(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
             attempts.lost(state, now, state.attempts[attempt_id], reason)
 
 
-def _give_up_ranks(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
-    """Its agent has become one from before gangs, or was one all along and was offered ranks by an
-    older coordinator: it would end the session at each order for a rank, for ever."""
+def _give_up_unknown(state: State, now: Instant, live: LiveNode, body: Hello) -> None:
+    """Its agent has become an older one, or was one all along and was offered more by an older
+    coordinator. One from before gangs would end the session at each order for a rank, for ever; one
+    from before shares would start the job with no limit."""
     listed = {held.attempt: True for held in body.attempts}
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
-        if attempt.ranks > 1 and attempt_id not in listed:
+        if attempt_id in listed:
+            continue
+        if attempt.ranks > 1 and not body.gangs:
             attempts.lost(state, now, attempt, f"{body.node} runs an agent from before gangs")
+        elif state.share_bytes(attempt_id) and not body.shares:
+            attempts.lost(state, now, attempt, f"{body.node} runs an agent that cannot share GPUs")
 
 
 def _reconcile(
@@ -240,21 +245,23 @@ def _stop_stray(state: State, now: Instant, live: LiveNode, attempt_id: str) -> 
 def _settle_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:
     """Who holds which GPU, from the node's own list and from what is assigned to it."""
     facts = {gpu.uuid: gpu for gpu in live.node.gpus}
-    holders: dict[str, str] = {}
+    having = {attempt_id: state.attempts[attempt_id].gpu_uuids for attempt_id in live.attempts}
     for item in held:
         if item.live:
-            holders.update(dict.fromkeys(item.gpu_uuids, item.attempt))
-    for attempt_id in live.attempts:
-        holders.update(dict.fromkeys(state.attempts[attempt_id].gpu_uuids, attempt_id))
+            having.setdefault(item.attempt, item.gpu_uuids)
+    holders: dict[str, tuple[str, ...]] = {}
+    for attempt_id, gpu_uuids in having.items():
+        for uuid in gpu_uuids:
+            holders[uuid] = (*holders.get(uuid, ()), attempt_id)
     for uuid in list(live.gpus):
         if uuid not in facts:
             # A GPU that the node no longer lists; its attempt finds out by itself.
-            state.set_gpu(live, uuid, GpuPhase.ABSENT, holders.get(uuid, ""))
+            state.set_gpu(live, uuid, GpuPhase.ABSENT, holders.get(uuid, ()))
     for uuid, fact in facts.items():
         gpu = live.gpus.setdefault(uuid, LiveGpu(fact, GpuPhase.ABSENT))
         gpu.facts = fact
-        holder = holders.get(uuid, "")
-        state.set_gpu(live, uuid, GpuPhase.HELD if holder else GpuPhase.FREE, holder)
+        who = holders.get(uuid, ())
+        state.set_gpu(live, uuid, GpuPhase.HELD if who else GpuPhase.FREE, who)
 
 
 def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> None:
@@ -284,8 +291,8 @@ def _hold_stray_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]
             continue
         for uuid in item.gpu_uuids:
             gpu = live.gpus.get(uuid)
-            if gpu is not None and gpu.phase is GpuPhase.FREE:
-                state.set_gpu(live, uuid, GpuPhase.HELD, item.attempt)
+            if gpu is not None and gpu.phase is not GpuPhase.ABSENT:
+                state.hold_gpu(live, uuid, item.attempt)
 
 
 def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
@@ -361,7 +368,7 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
         attempts.unreachable(state, now, state.attempts[attempt_id], reason)
     live.strays = {}  # if it ever comes back, its hello lists them again
     for uuid, gpu in live.gpus.items():
-        state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.attempt)
+        state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.holders)
     checkpoints.retarget(state)
 
 

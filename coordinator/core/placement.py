@@ -8,7 +8,8 @@ The pass, in five lines:
 1. Jobs in order of class, then of submission; a job that returns to the queue keeps its number and
    so its old place.
 2. A job takes the node that fits it, preferring one that holds its last checkpoint, then one
-   that has most of it, then the tightest fit, then the name. A gang takes all its places or none:
+   that has most of it, then the tightest fit, then the name (of GPUs that are shared: `shares.py`).
+   A gang takes all its places or none:
    one node's if it fits there, else the fewest nodes', the fullest offers first and the rest where
    it fits tightest.
 3. A job that fits nowhere may displace jobs of lower classes on the node where that takes the
@@ -25,9 +26,11 @@ waits for a spare one.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from coordinator.core.model import CLASS_RANK, GpuFacts, JobSpec
+from coordinator.core.model import CLASS_RANK, JobSpec
+from coordinator.core.rooms import Offer, Room, Tenant, most_left_bytes, open_room
+from coordinator.core.shares import SHARERS_MAX
 from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
@@ -48,39 +51,6 @@ class Need:
     replicas: tuple[str, ...] = ()
     avoid: str = ""
     near: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
-    they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself."""
-
-    attempt: str
-    rank: int
-    order: int
-    gpu_uuids: tuple[str, ...]
-    memory_bytes: int
-    stopping: bool
-    gang: str = ""
-
-    @property
-    def whole(self) -> str:
-        """With whom it leaves."""
-        return self.gang or self.attempt
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A node that takes work. `free` GPUs are held by nobody; `gpus` are all that are present.
-    `gangs`: its agent knows ranks; one from before them takes jobs of one rank."""
-
-    node: str
-    gpus: tuple[GpuFacts, ...]
-    free: tuple[str, ...]
-    memory_bytes: int
-    slots: int
-    tenants: tuple[Tenant, ...]
-    gangs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,51 +86,13 @@ class Plan:
     waits: tuple[tuple[int, str], ...]
 
 
-@dataclass(slots=True)
-class _Room:
-    """What is left of an offer while the pass goes on."""
-
-    offer: Offer
-    free: dict[str, GpuFacts]
-    memory_bytes: int
-    slots: int
-    tenants: dict[str, Tenant] = field(default_factory=dict)
-    # GPUs that are not free yet and already kept for somebody in this pass.
-    claimed: dict[str, None] = field(default_factory=dict)
-
-    def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
-        """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
-        most as many as the job has."""
-        if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
-            return []
-        count = spec.ranks
-        if spec.memory_bytes:
-            count = min(count, self.memory_bytes // spec.memory_bytes)
-        if spec.gpus == 0:
-            return [()] * max(0, min(count, self.slots))
-        fitting = [gpu for gpu in self.free.values() if suits(spec, gpu)]
-        count = min(count, len(fitting) // spec.gpus)
-        if count == 0:
-            return []
-        fitting.sort(key=lambda gpu: (gpu.memory_bytes, gpu.uuid))
-        uuids = [gpu.uuid for gpu in fitting]
-        starts = range(0, count * spec.gpus, spec.gpus)
-        return [tuple(uuids[start : start + spec.gpus]) for start in starts]
-
-    def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
-        for uuid in gpu_uuids:
-            self.free.pop(uuid, None)
-        self.memory_bytes -= spec.memory_bytes
-        self.slots -= 1 if spec.gpus == 0 else 0
-
-
 # Rooms and the GPUs that ranks of one job get there; ranks count through them in this order.
-_Spread = list[tuple[_Room, list[tuple[str, ...]]]]
+_Spread = list[tuple[Room, list[tuple[str, ...]]]]
 
 
 def place(needs: Sequence[Need], offers: Sequence[Offer]) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission."""
-    rooms = [_room(offer) for offer in sorted(offers, key=lambda offer: offer.node)]
+    rooms = [open_room(offer) for offer in sorted(offers, key=lambda offer: offer.node)]
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -186,19 +118,6 @@ def place(needs: Sequence[Need], offers: Sequence[Offer]) -> Plan:
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
 
 
-def _room(offer: Offer) -> _Room:
-    facts = {gpu.uuid: gpu for gpu in offer.gpus}
-    used_bytes = sum(tenant.memory_bytes for tenant in offer.tenants)
-    used_slots = sum(1 for tenant in offer.tenants if not tenant.gpu_uuids)
-    return _Room(
-        offer,
-        {uuid: facts[uuid] for uuid in offer.free if uuid in facts},
-        offer.memory_bytes - used_bytes,
-        offer.slots - used_slots,
-        {tenant.attempt: tenant for tenant in offer.tenants},
-    )
-
-
 def _request_key(need: Need) -> tuple[object, ...]:
     spec = need.spec
     return (
@@ -207,12 +126,13 @@ def _request_key(need: Need) -> tuple[object, ...]:
         spec.gpus,
         spec.gpu_types,
         spec.gpu_memory_bytes_min,
+        spec.shared_gpu_memory_bytes,
         spec.memory_bytes,
         need.avoid,
     )
 
 
-def _start(need: Need, rooms: Sequence[_Room]) -> Start | None:
+def _start(need: Need, rooms: Sequence[Room]) -> Start | None:
     spread = _spread(need, rooms)
     if spread is None:
         return None
@@ -229,7 +149,7 @@ def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def _spread(need: Need, rooms: Sequence[_Room]) -> _Spread | None:
+def _spread(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     """Where all ranks fit, without the node to avoid if that will do; `None` where they do not."""
     offered = [(room, room.takes(need.spec)) for room in rooms]
     offered = [(room, shares) for room, shares in offered if shares]
@@ -262,12 +182,13 @@ def _fewest_nodes(need: Need, offered: _Spread) -> _Spread | None:
 
 
 def _tightness(
-    need: Need, room: _Room, shares: Sequence[tuple[str, ...]]
-) -> tuple[bool, bool, int, str]:
+    need: Need, room: Room, shares: Sequence[tuple[str, ...]]
+) -> tuple[bool, bool, int, int, int, str]:
     """Who is near and has not got the last checkpoint has most of it from those before."""
-    node = room.offer.node
-    left = len(room.free) - len(shares) * need.spec.gpus if need.spec.gpus else -room.slots
-    return (node not in need.replicas, node not in need.near, left, node)
+    node, spec = room.offer.node, need.spec
+    left = len(room.free) - len(shares) * spec.gpus if spec.gpus else -room.slots
+    shared = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
+    return (node not in need.replicas, node not in need.near, *shared, left, node)
 
 
 def _why_here(need: Need, spread: _Spread) -> str:
@@ -281,6 +202,11 @@ def _why_here(need: Need, spread: _Spread) -> str:
     gpu_uuids = [uuid for share in shares for uuid in share]
     names = sorted({gpu.name for gpu in room.offer.gpus if gpu.uuid in gpu_uuids})
     where_ = f"{len(gpu_uuids)} x {', '.join(names)} on {node}" if names else node
+    if need.spec.shared_gpu_memory_bytes:
+        cap = gigabytes(need.spec.shared_gpu_memory_bytes)
+        others = len(room.holds.get(gpu_uuids[0], ()))
+        beside = f" beside {others} other{'s' if others > 1 else ''}" if others else ""
+        where_ = f"{cap} of a shared {', '.join(names)} on {node}{beside}"
     if node in need.replicas:
         return f"runs on {where_}, where its last checkpoint lies"
     if node in need.near:
@@ -294,7 +220,7 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _displace(need: Need, rooms: Sequence[_Room]) -> tuple[list[Displace], str]:
+def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
     """The attempts that must give way for this job where that costs least, on one node or, for a
     gang, on several; none when nowhere would do.
 
@@ -330,8 +256,6 @@ def _displace(need: Need, rooms: Sequence[_Room]) -> tuple[list[Displace], str]:
             if tenant.whole in leave:
                 room.tenants[tenant.attempt] = replace(tenant, stopping=True)
     sentence = _who_leaves(need.spec, spread)
-    for room, shares in spread:
-        room.claimed.update(dict.fromkeys(uuid for share in shares for uuid in share))
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
     return [Displace(tenant.attempt, need.job_id, why) for tenant in victims], sentence
 
@@ -352,7 +276,7 @@ def _who_leaves(spec: JobSpec, spread: _Spread) -> str:
     return f"{' and '.join(who)} {verb} to save and leave {' and '.join(nodes)} first"
 
 
-def _victims(need: Need, rooms: Sequence[_Room]) -> tuple[list[Tenant], _Spread] | None:
+def _victims(need: Need, rooms: Sequence[Room]) -> tuple[list[Tenant], _Spread] | None:
     """Fewest tenants of lower classes that make room, one for each gang among them, and where the
     job would then run."""
     class_rank = CLASS_RANK[need.spec.job_class]
@@ -385,7 +309,7 @@ def _victims(need: Need, rooms: Sequence[_Room]) -> tuple[list[Tenant], _Spread]
 class _Tally:
     """How many ranks fit when some have left; a room is counted anew only when it has changed."""
 
-    def __init__(self, spec: JobSpec, rooms: Sequence[_Room]) -> None:
+    def __init__(self, spec: JobSpec, rooms: Sequence[Room]) -> None:
         self._spec = spec
         self._rooms = rooms
         self._gone: dict[str, None] = {}
@@ -417,26 +341,18 @@ class _Tally:
     def _count(self, index: int) -> int:
         return len(self.without(index).takes(self._spec))
 
-    def without(self, index: int) -> _Room:
-        """A room as it would be then, what is kept for others in this pass left out."""
-        room = self._rooms[index]
-        facts = {gpu.uuid: gpu for gpu in room.offer.gpus}
-        free = dict(room.free)
-        memory_bytes, slots = room.memory_bytes, room.slots
-        for tenant in room.tenants.values():
-            if not tenant.stopping and tenant.whole not in self._gone:
-                continue
-            for uuid in tenant.gpu_uuids:
-                if uuid in facts and uuid not in room.claimed:
-                    free[uuid] = facts[uuid]
-            memory_bytes += tenant.memory_bytes
-            slots += 0 if tenant.gpu_uuids else 1
-        return _Room(room.offer, free, memory_bytes, slots)
+    def without(self, index: int) -> Room:
+        """A room as it would be then."""
+        return self._rooms[index].without(
+            lambda tenant: tenant.stopping or tenant.whole in self._gone
+        )
 
 
-def _why_not(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+def _why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
     if spec.ranks > 1:
         return _why_not_all(spec, rooms)
+    if spec.shared_gpu_memory_bytes and rooms:
+        return _why_no_share(spec, rooms)
     need = f"needs {describe_need(spec)} on one node"
     if not rooms:
         return f"{need}; no node takes work at present"
@@ -464,7 +380,30 @@ def _why_not(spec: JobSpec, rooms: Sequence[_Room]) -> str:
     return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
 
 
-def _why_not_all(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
+    need = f"needs {describe_need(spec)}"
+    knowing = [room for room in rooms if room.offer.shares]
+    outdated = len(rooms) - len(knowing)
+    which, them = ("1 node runs", "it") if outdated == 1 else (f"{outdated} nodes run", "them")
+    tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
+    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
+    if total == 0:
+        return f"{need}; no node that takes work at present has one{tail}"
+    left_bytes, jobs, node = most_left_bytes(spec, knowing)
+    if left_bytes >= spec.shared_gpu_memory_bytes:
+        able = [room for room in knowing if room.has_share(spec)]
+        return (
+            f"{need}; the share is free, but at most {_most_memory(able)} of memory is where it is"
+        )
+    if not jobs:
+        taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
+        return f"{need}; {taken} taken{tail}"
+    beside = f"beside {jobs} job{'s' if jobs > 1 else ''} ({SHARERS_MAX} at most)"
+    left = gigabytes(left_bytes)
+    return f"{need}; the most that is left of one is {left}, on {node} {beside}{tail}"
+
+
+def _why_not_all(spec: JobSpec, rooms: Sequence[Room]) -> str:
     outdated = [room.offer for room in rooms if not room.offer.gangs]
     count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
     which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
@@ -472,7 +411,7 @@ def _why_not_all(spec: JobSpec, rooms: Sequence[_Room]) -> str:
     return _which_places(spec, rooms) + tail
 
 
-def _which_places(spec: JobSpec, rooms: Sequence[_Room]) -> str:
+def _which_places(spec: JobSpec, rooms: Sequence[Room]) -> str:
     need = f"needs {describe_ranks(spec)}"
     if not rooms:
         return f"{need}; no node takes work at present"
@@ -491,5 +430,5 @@ def _which_places(spec: JobSpec, rooms: Sequence[_Room]) -> str:
     return f"{need}; places for {total} are free, {_listed(where)}"
 
 
-def _most_memory(rooms: Iterable[_Room]) -> str:
+def _most_memory(rooms: Iterable[Room]) -> str:
     return gigabytes(max((max(0, room.memory_bytes) for room in rooms), default=0))

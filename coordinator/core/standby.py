@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from coordinator.core import readings
+from coordinator.core import readings, shares
 from coordinator.core.model import CLASS_RANK, Job, Replication
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.shares import Hold
 from coordinator.core.state import Instant, LiveNode, StandbyWatch, State
 from coordinator.core.validate import could_hold, suits
 
@@ -128,12 +129,19 @@ def fit(state: State, job: Job, live: LiveNode) -> Fit:
     able = could_hold(spec, there, live.node.host.memory_bytes)
     if not able or (spec.ranks > 1 and not live.gangs):
         return Fit.UNABLE
+    if spec.shared_gpu_memory_bytes and not live.shares:
+        return Fit.UNABLE
     free = lower = 0
     for uuid, gpu in live.gpus.items():
         if uuid in closed or gpu.phase is GpuPhase.ABSENT or not suits(spec, gpu.facts):
             continue
-        free += gpu.phase is GpuPhase.FREE
-        lower += gpu.phase is GpuPhase.HELD and _gives_way(state, job, gpu.attempt)
+        holds = [
+            (Hold(holder, state.share_bytes(holder)), _gives_way(state, job, holder))
+            for holder in gpu.holders
+        ]
+        now, then = shares.gives_room(gpu.facts, holds, spec)
+        free += now
+        lower += then and not now
     staying_bytes = used_bytes = 0
     for attempt_id in live.attempts:
         held_bytes = state.jobs[state.attempts[attempt_id].job_id].spec.memory_bytes

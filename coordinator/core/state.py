@@ -107,11 +107,12 @@ class StandbyWatch:
 
 @dataclass(slots=True)
 class LiveGpu:
-    """`unread`: why it gets no work, where it was not read since `unread_since_ms`."""
+    """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
+    why it gets no work, where it was not read since `unread_since_ms`."""
 
     facts: GpuFacts
     phase: GpuPhase
-    attempt: str = ""
+    holders: tuple[str, ...] = ()
     telemetry: GpuTelemetry | None = None
     unread_since_ms: int | None = None
     unread: str = ""
@@ -122,8 +123,8 @@ class LiveNode:
     """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
     those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
     back from being lost, or first to a coordinator that had restarted; `None` if it never did.
-    `gangs`: its agent knows ranks of a job of several. No record has it, since who takes work has
-    said hello, and may be another version than before."""
+    `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
+    record has it, since who takes work has said hello, and may be another version than before."""
 
     node: Node
     phase: NodePhase
@@ -141,6 +142,7 @@ class LiveNode:
     digests: dict[str, int] = field(default_factory=dict)
     keep_changed: bool = False
     gangs: bool = True
+    shares: bool = True
 
 
 class State:
@@ -394,17 +396,27 @@ class State:
         live.note = note
         self.dirty = True
 
-    def set_gpu(self, live: LiveNode, uuid: str, phase: GpuPhase, attempt: str = "") -> None:
+    def set_gpu(
+        self, live: LiveNode, uuid: str, phase: GpuPhase, holders: tuple[str, ...] = ()
+    ) -> None:
         gpu = live.gpus[uuid]
         gpu.phase = advance(GPU_TRANSITIONS, gpu.phase, phase, f"gpu {uuid}")
-        gpu.attempt = attempt
+        gpu.holders = holders
         self.dirty = True
+
+    def hold_gpu(self, live: LiveNode, uuid: str, attempt_id: str) -> None:
+        """Beside those that have it."""
+        holders = live.gpus[uuid].holders
+        if attempt_id not in holders:
+            self.set_gpu(live, uuid, GpuPhase.HELD, (*holders, attempt_id))
 
     def release_gpus(self, live: LiveNode, attempt_id: str) -> None:
         for uuid, gpu in live.gpus.items():
-            if gpu.attempt == attempt_id:
-                present = gpu.phase is not GpuPhase.ABSENT
-                self.set_gpu(live, uuid, GpuPhase.FREE if present else GpuPhase.ABSENT)
+            if attempt_id not in gpu.holders:
+                continue
+            rest = tuple(holder for holder in gpu.holders if holder != attempt_id)
+            empty = gpu.phase is GpuPhase.HELD and not rest
+            self.set_gpu(live, uuid, GpuPhase.FREE if empty else gpu.phase, rest)
 
     @property
     def undecided(self) -> bool:
@@ -443,6 +455,12 @@ class State:
             or (node_id in self.nodes and self.nodes[node_id].phase is not NodePhase.LOST)
             for node_id in piece.replicas
         )
+
+    def share_bytes(self, attempt_id: str) -> int:
+        """The most that it may take of its GPU; 0: it has it alone, or is not known any more."""
+        attempt = self.attempts.get(attempt_id)
+        job = None if attempt is None else self.jobs.get(attempt.job_id)
+        return 0 if job is None else job.spec.shared_gpu_memory_bytes
 
     def wait_reason(self, job: Job) -> str:
         if job.phase is not JobPhase.QUEUED:

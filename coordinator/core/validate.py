@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
+from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
 
 TRAINERS = ("transfer", "finetune", "lora")
 
@@ -41,7 +42,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def refuse_spec(spec: JobSpec) -> str:
     """A sentence that says what to change; empty when the job is well formed."""
-    for check in (_labels, _program, _environment, _request, _ending):
+    for check in (_labels, _program, _environment, _request, _share, _ending):
         sentence = check(spec)
         if sentence:
             return sentence
@@ -111,6 +112,22 @@ def _request(spec: JobSpec) -> str:
     return ""
 
 
+def _share(spec: JobSpec) -> str:
+    share_bytes = spec.shared_gpu_memory_bytes
+    if not share_bytes:
+        return ""
+    if share_bytes < SHARE_BYTES_MIN:
+        return (
+            f"the share of a GPU is {share_bytes} bytes; it must be 0 or at least {SHARE_BYTES_MIN}"
+        )
+    if spec.gpus != 1 or spec.ranks != 1:
+        return (
+            f"gpus is {spec.gpus} and ranks is {spec.ranks}; a job that shares a GPU has 1 of each:"
+            " set both to 1, or ask for whole GPUs"
+        )
+    return ""
+
+
 def _ending(spec: JobSpec) -> str:
     if not 0 <= spec.grace_ms <= GRACE_MS_MAX:
         return f"grace is {spec.grace_ms} ms; it must be between 0 and {GRACE_MS_MAX} ms (7 days)"
@@ -133,6 +150,8 @@ def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
     """Whether this GPU, free, could serve the job."""
     if gpu.memory_bytes < spec.gpu_memory_bytes_min:
         return False
+    if spec.shared_gpu_memory_bytes > shareable_bytes(gpu):
+        return False
     name = gpu.name.lower()
     return not spec.gpu_types or any(kind.lower() in name for kind in spec.gpu_types)
 
@@ -148,7 +167,9 @@ def describe_need(spec: JobSpec) -> str:
     if spec.gpus == 0:
         need = "a place for a job without GPUs"
     else:
-        need = f"{spec.gpus} GPU{'s' if spec.gpus > 1 else ''}"
+        share = spec.shared_gpu_memory_bytes
+        need = f"{gigabytes(share)} of " if share else ""
+        need += "a shared GPU" if share else f"{spec.gpus} GPU{'s' if spec.gpus > 1 else ''}"
         if spec.gpu_types:
             need += f" of type {' or '.join(spec.gpu_types)}"
         if spec.gpu_memory_bytes_min:
@@ -179,6 +200,12 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
         return ""
     fitting = [sum(1 for gpu in gpus if suits(spec, gpu)) for _, gpus in nodes]
     if max(fitting) < spec.gpus:
+        if spec.shared_gpu_memory_bytes:
+            return (
+                f"needs {describe_need(spec)}, and shares are at most {SHARES_PERCENT_MAX}% of a"
+                " GPU's memory; no node has one that is large enough: ask for less, or for other"
+                " GPUs"
+            )
         return (
             f"needs {describe_need(spec)} on one node; the most that any node has is"
             f" {max(fitting)}: ask for fewer, or for other GPUs"

@@ -353,3 +353,17 @@ def test_silence_is_not_retried_but_says_how_to_go_on(baton: Baton, fake: FakeCo
     result = baton("submit", "--request-id", "mine", "--", "true")
     assert (result.exit_code, len(fake.requests)) == (3, 1)
     assert "; to try again without submitting twice, add --request-id mine" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("--share-gpu", "8GiB"), ("--share-gpu", "8GiB", "--gpus", "1")])
+def test_a_share_of_a_gpu_is_one_gpu(
+    baton: Baton, fake: FakeCoordinator, words: tuple[str, ...]
+) -> None:
+    assert baton("submit", *words, "--", "true").exit_code == 0
+    assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 2**30)
+
+
+def test_a_share_stands_in_a_job_file(baton: Baton, fake: FakeCoordinator, here: Path) -> None:
+    (here / "job.toml").write_text('command = ["true"]\nshare_gpu = "8GB"\n')
+    assert baton("submit", "job.toml").exit_code == 0
+    assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 10**9)

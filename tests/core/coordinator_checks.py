@@ -13,6 +13,7 @@ from coordinator.core.phases import (
     NodeIntent,
     NodePhase,
 )
+from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.state import LiveNode, State
 from coordinator.core.validate import suits
 from tests.core.coordinator_fleet import HOST
@@ -45,17 +46,25 @@ def takes_work(live: LiveNode) -> bool:
 def places_for(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
     """How many ranks of the job would fit if all that is stopping, and with `disturbing` all that
     is of a lower class, were gone?"""
+    if job.spec.shared_gpu_memory_bytes:
+        return _places_beside(state, live, job, disturbing)
     facts: list[GpuFacts] = [g.facts for g in live.gpus.values() if g.phase is GpuPhase.FREE]
+    leaving: list[str] = []
     memory_bytes, slots = live.node.host.memory_bytes, HOST.cpu_count * 4
     for attempt_id in live.attempts:
         attempt = state.attempts[attempt_id]
         spec = state.jobs[attempt.job_id].spec
         lower = CLASS_RANK[spec.job_class] > CLASS_RANK[job.spec.job_class]
         if attempt.phase is AttemptPhase.STOPPING or (disturbing and lower):
-            facts += [live.gpus[uuid].facts for uuid in attempt.gpu_uuids]
+            leaving.append(attempt_id)
         else:
             memory_bytes -= spec.memory_bytes
             slots -= 0 if attempt.gpu_uuids else 1
+    facts += [
+        gpu.facts
+        for gpu in live.gpus.values()
+        if gpu.holders and all(holder in leaving for holder in gpu.holders)
+    ]
     count = slots
     if job.spec.gpus:
         count = sum(1 for gpu in facts if suits(job.spec, gpu)) // job.spec.gpus
@@ -64,3 +73,49 @@ def places_for(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
     if job.spec.memory_bytes:
         count = min(count, memory_bytes // job.spec.memory_bytes)
     return max(0, count)
+
+
+def _places_beside(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
+    """The same for a job that shares a GPU: there is room for one of it, or for none."""
+    memory_bytes = live.node.host.memory_bytes - job.spec.memory_bytes
+    staying: list[str] = []
+    for attempt_id in live.attempts:
+        attempt = state.attempts[attempt_id]
+        spec = state.jobs[attempt.job_id].spec
+        lower = CLASS_RANK[spec.job_class] > CLASS_RANK[job.spec.job_class]
+        if attempt.phase is not AttemptPhase.STOPPING and not (disturbing and lower):
+            staying.append(attempt_id)
+            memory_bytes -= spec.memory_bytes
+    if memory_bytes < 0:
+        return 0
+    for gpu in live.gpus.values():
+        if gpu.phase is GpuPhase.ABSENT or not suits(job.spec, gpu.facts):
+            continue
+        if any(holder not in live.attempts for holder in gpu.holders):
+            continue  # a stray leaves some time
+        beside = [held_share(state, holder) for holder in gpu.holders if holder in staying]
+        total_bytes = sum(beside) + job.spec.shared_gpu_memory_bytes
+        fits = total_bytes * 100 <= gpu.facts.memory_bytes * SHARES_PERCENT_MAX
+        if all(beside) and len(beside) < SHARERS_MAX and fits:
+            return 1
+    return 0
+
+
+def held_share(state: State, attempt_id: str) -> int:
+    return state.jobs[state.attempts[attempt_id].job_id].spec.shared_gpu_memory_bytes
+
+
+def check_gpu(state: State, live: LiveNode, uuid: str) -> None:
+    """One attempt is promised all of it, or several not more than what may be shared."""
+    promised = [one for one in live.attempts if uuid in state.attempts[one].gpu_uuids]
+    holders, phase = live.gpus[uuid].holders, live.gpus[uuid].phase
+    if phase is not GpuPhase.ABSENT:
+        assert all(one in holders for one in promised), f"{uuid}: {promised}, held by {holders}"
+        assert all(one in promised or one in live.strays for one in holders), "held by nobody"
+        assert (phase is GpuPhase.HELD) == bool(holders)
+    if len(promised) > 1:
+        held_shares = [held_share(state, one) for one in promised]
+        assert all(held_shares), f"{uuid} is promised twice: {promised}"
+        assert len(promised) <= SHARERS_MAX
+        memory_bytes = live.gpus[uuid].facts.memory_bytes
+        assert sum(held_shares) * 100 <= memory_bytes * SHARES_PERCENT_MAX, "beyond its memory"

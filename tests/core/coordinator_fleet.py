@@ -202,16 +202,21 @@ class FakeNode:
         self.fences[job_id, rank] = epoch
         target = order.replica_target.node if order.replica_target else ""
         run = Run(order.attempt, order.spec, order.gpu_uuids, "", "", 0, target)
-        busy = {uuid: True for other in self.living() for uuid in other.gpu_uuids}
         twin = any(
             numbers(other.attempt)[0] == job_id and numbers(other.attempt)[1] != epoch
             for other in self.living()
         )
         self.runs[order.attempt] = run
-        if twin or any(uuid in busy for uuid in order.gpu_uuids):
+        if twin or not all(self._has_room(run, uuid) for uuid in order.gpu_uuids):
             self.end(run, AttemptRefused("still in use"))
             return
         self._restore(run, order.candidates, holds)
+
+    def _has_room(self, run: Run, uuid: str) -> bool:
+        holds = [run, *(one for one in self.living() if uuid in one.gpu_uuids and one is not run)]
+        held_shares = [one.spec.shared_gpu_memory_bytes for one in holds]
+        facts = next(gpu for gpu in self.gpus if gpu.uuid == uuid)
+        return len(holds) == 1 or (all(held_shares) and sum(held_shares) <= facts.memory_bytes)
 
     def _restore(
         self, run: Run, candidates: tuple[RestoreCandidate, ...], holds: Callable[[str, str], bool]

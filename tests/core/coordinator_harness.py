@@ -347,7 +347,9 @@ def _kept(view: CheckpointView) -> str:
 
 def _node(view: NodeView) -> str:
     gpus = [
-        f"{gpu.facts.uuid}={gpu.phase.value}" + (f":{gpu.attempt}" if gpu.attempt else "")
+        f"{gpu.facts.uuid}={gpu.phase.value}"
+        + (f":{gpu.attempt}" if gpu.attempt else "")
+        + "".join(f":{one}({share // GIGABYTE})" for one, share in gpu.shares)
         for gpu in view.gpus
     ]
     reason = f" ({view.reason})" if view.reason else ""

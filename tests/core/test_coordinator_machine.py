@@ -62,7 +62,7 @@ from coordinator.core.phases import (
 )
 from coordinator.core.state import State
 from coordinator.core.validate import refuse_fleet
-from tests.core.coordinator_checks import check_gang, places_for, takes_work
+from tests.core.coordinator_checks import check_gang, check_gpu, places_for, takes_work
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
@@ -91,6 +91,11 @@ SPECS = st.builds(
     ranks=st.sampled_from([1, 1, 2, 3]),
     grace_ms=st.sampled_from([2_000, 120_000]),
 )
+SHARES = st.sampled_from([8 * GIGABYTE, 20 * GIGABYTE, 70 * GIGABYTE])
+SHARING_SPECS = st.builds(
+    lambda spec, share: replace(spec, gpus=1, ranks=1, shared_gpu_memory_bytes=share), SPECS, SHARES
+)
+ANY_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 
 
 @dataclass
@@ -174,12 +179,12 @@ class Fleet(RuleBasedStateMachine):
 
     # --- what may happen --------------------------------------------------------------------------
 
-    @initialize(specs=st.lists(SPECS, min_size=1, max_size=5))
+    @initialize(specs=st.lists(ANY_SPECS, min_size=1, max_size=5))
     def begin(self, specs: list[JobSpec]) -> None:
         for spec in specs:
             self.submit(spec, "", prompt=True)
 
-    @rule(spec=SPECS, kind=st.sampled_from(["", "H100", "A100"]), prompt=st.booleans())
+    @rule(spec=ANY_SPECS, kind=st.sampled_from(["", "H100", "A100"]), prompt=st.booleans())
     def submit(self, spec: JobSpec, kind: str, prompt: bool) -> None:
         """Each job twice, since the client asks again; `prompt`: the orders arrive at once."""
         last = self.state.last_job_id
@@ -372,21 +377,13 @@ class Fleet(RuleBasedStateMachine):
     @invariant()
     def no_gpu_is_promised_twice(self) -> None:
         for live in self.state.nodes.values():
-            promised: dict[str, str] = {}
             for attempt_id in live.attempts:
                 attempt = self.state.attempts[attempt_id]
                 assert attempt.phase not in ATTEMPT_ENDED, "an ended attempt holds something"
                 if live.phase is NodePhase.LOST:
                     assert attempt.phase is AttemptPhase.UNREACHABLE, "its job waits for nobody"
-                for uuid in attempt.gpu_uuids:
-                    assert uuid not in promised, f"{uuid}: {promised[uuid]} and {attempt_id}"
-                    promised[uuid] = attempt_id
-            for uuid, gpu in live.gpus.items():
-                if uuid in promised:
-                    assert gpu.phase is not GpuPhase.FREE
-                elif gpu.phase is not GpuPhase.ABSENT:
-                    assert gpu.attempt == "" or gpu.attempt in live.strays, "held by nobody"
-                assert (gpu.phase is GpuPhase.HELD) <= (gpu.attempt != "")
+            for uuid in live.gpus:
+                check_gpu(self.state, live, uuid)
 
     @invariant()
     def what_runs_is_not_free(self) -> None:

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
-from coordinator.core.placement import Need, Offer, Place, Plan, Tenant, place
+from coordinator.core.placement import Need, Place, Plan, place
+from coordinator.core.rooms import Offer, Tenant
+from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.validate import suits
 from tests.core.coordinator_harness import GIGABYTE
 
@@ -24,6 +26,14 @@ SPECS = st.builds(
     gpu_types=st.sampled_from([(), ("H100",), ("A100", "H100")]),
     memory_bytes=st.sampled_from([0, 10 * GIGABYTE, 60 * GIGABYTE]),
     ranks=st.sampled_from([1, 1, 2, 3, 5]),
+) | st.builds(
+    JobSpec,
+    command=st.just(("train",)),
+    job_class=st.sampled_from(JobClass),
+    gpus=st.just(1),
+    gpu_types=st.sampled_from([(), ("H100",)]),
+    memory_bytes=st.sampled_from([0, 0, 60 * GIGABYTE]),
+    shared_gpu_memory_bytes=st.sampled_from([8 * GIGABYTE, 30 * GIGABYTE, 72 * GIGABYTE]),
 )
 
 
@@ -48,10 +58,17 @@ def _offer(draw: st.DrawFn, node: str) -> Offer:
         if gang:
             rank, stopping, name = int(gang[1]) % 3, gang == "g3", f"{gang}.1.{node}{number}"
         tenants.append(Tenant(name, rank, number, tuple(taken), memory_bytes, stopping, gang))
+    for uuid in left[: draw(st.integers(0, 2))]:
+        for number in range(draw(st.integers(1, 3))):
+            share_bytes = draw(st.sampled_from([4, 12, 20])) * GIGABYTE
+            rank, stopping = draw(st.integers(0, 2)), draw(st.booleans())
+            name = f"{uuid}{number}.1"
+            tenants.append(Tenant(name, rank, 9, (uuid,), 0, stopping, "", share_bytes))
     held = [uuid for tenant in tenants for uuid in tenant.gpu_uuids]
     free = tuple(gpu.uuid for gpu in gpus if gpu.uuid not in held)
     knows = draw(st.sampled_from([True, True, True, False]))
-    return Offer(node, gpus, free, 100 * GIGABYTE, 4, tuple(tenants), gangs=knows)
+    shares = draw(st.sampled_from([True, True, False]))
+    return Offer(node, gpus, free, 100 * GIGABYTE, 4, tuple(tenants), gangs=knows, shares=shares)
 
 
 @st.composite
@@ -73,8 +90,13 @@ def _places(plan: Plan) -> list[tuple[int, Place]]:
 @given(queues(), offers())
 def test_nothing_is_placed_over_capacity(needs: list[Need], fleet: list[Offer]) -> None:
     plan = place(needs, fleet)
-    given_out = Counter(uuid for _, share in _places(plan) for uuid in share.gpu_uuids)
-    assert all(count == 1 for count in given_out.values())
+    whole = [
+        uuid
+        for job_id, share in _places(plan)
+        if not _spec_of(needs, job_id).shared_gpu_memory_bytes
+        for uuid in share.gpu_uuids
+    ]
+    assert all(count == 1 for count in Counter(whole).values())
     for offer in fleet:
         here = [(job_id, share) for job_id, share in _places(plan) if share.node == offer.node]
         specs = [_spec_of(needs, job_id) for job_id, _ in here]
@@ -87,8 +109,20 @@ def test_nothing_is_placed_over_capacity(needs: list[Need], fleet: list[Offer]) 
         for (_, share), spec in zip(here, specs, strict=True):
             assert len(share.gpu_uuids) == spec.gpus
             for uuid in share.gpu_uuids:
-                assert uuid in offer.free
                 assert suits(spec, facts[uuid])
+                if not spec.shared_gpu_memory_bytes:
+                    assert uuid in offer.free
+                    continue
+                beside = [t.share_bytes for t in offer.tenants if uuid in t.gpu_uuids]
+                beside += [
+                    other.shared_gpu_memory_bytes
+                    for (_, taken), other in zip(here, specs, strict=True)
+                    if uuid in taken.gpu_uuids
+                ]
+                assert offer.shares, "its agent would start it as if it were alone"
+                assert all(beside), "beside a job that has the GPU alone"
+                assert len(beside) <= SHARERS_MAX
+                assert sum(beside) * 100 <= facts[uuid].memory_bytes * SHARES_PERCENT_MAX
 
 
 @given(queues(), offers())
@@ -165,8 +199,10 @@ def _home_of(fleet: list[Offer], wholes: list[str]) -> str:
 
 def _without(offer: Offer, wholes: list[str]) -> Offer:
     gone = [tenant for tenant in offer.tenants if tenant.stopping or tenant.whole in wholes]
-    free = offer.free + tuple(uuid for tenant in gone for uuid in tenant.gpu_uuids)
     left = tuple(tenant for tenant in offer.tenants if tenant not in gone)
+    held = [uuid for tenant in left for uuid in tenant.gpu_uuids]
+    freed = dict.fromkeys(uuid for tenant in gone for uuid in tenant.gpu_uuids)
+    free = offer.free + tuple(uuid for uuid in freed if uuid not in held)
     return replace(offer, free=free, tenants=left)
 
 

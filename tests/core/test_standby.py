@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.model import GpuFacts, JobClass, JobSpec
-from coordinator.core.placement import Need, Offer, place
+from coordinator.core.placement import Need, place
+from coordinator.core.rooms import Offer
 from coordinator.core.standby import (
     INTERVAL_MS,
     SETTLED_MS,

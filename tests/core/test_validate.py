@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core import validate
+from coordinator.core import shares, validate
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from tests.core.coordinator_harness import GIGABYTE
 
@@ -28,6 +28,7 @@ AT_THE_BOUND = [
     replace(GOOD, environment=(("A", "x" * (validate.ENVIRONMENT_BYTES_MAX - 3)),)),
     replace(GOOD, environment=(("A", ""),) * validate.ENVIRONMENT_ENTRIES_MAX),
     replace(GOOD, run_again_exit_codes=CODES),
+    replace(GOOD, gpus=1, shared_gpu_memory_bytes=shares.SHARE_BYTES_MIN),
 ]
 BEYOND = [
     replace(GOOD, name="n" * (validate.NAME_CHARACTERS_MAX + 1)),
@@ -46,6 +47,11 @@ BEYOND = [
     replace(GOOD, run_again_exit_codes=(*CODES, 1)),
     replace(GOOD, run_again_exit_codes=(0,)),
     replace(GOOD, gpu_memory_bytes_min=-1),
+    replace(GOOD, gpus=1, shared_gpu_memory_bytes=shares.SHARE_BYTES_MIN - 1),
+    replace(GOOD, gpus=1, shared_gpu_memory_bytes=-GIGABYTE),
+    replace(GOOD, gpus=0, shared_gpu_memory_bytes=GIGABYTE),
+    replace(GOOD, gpus=2, shared_gpu_memory_bytes=GIGABYTE),
+    replace(GOOD, gpus=1, ranks=2, shared_gpu_memory_bytes=GIGABYTE),
     replace(GOOD, trainer_config_json="x" * (validate.CONFIG_BYTES_MAX + 1)),
 ]
 

@@ -10,7 +10,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
 
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
-          gangs=no
+          gangs=no shares=no
     beat n1 [runs=1.1] [at=1.1@20]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
@@ -19,7 +19,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     verdict n1-g0 node=n1 is=needs_reset reason="needs a reset (xid 95)"
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
-           keep=2 ranks=4
+           keep=2 ranks=4 share=8
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
@@ -201,6 +201,7 @@ class Scenario:
             name, speaker.journal, f"{name}:7001", speaker.host, speaker.gpus,
             self._held(speaker, words), _listed(words.get("checkpoints", "")),
             int(words.get("acknowledged", 0)), gangs=words.get("gangs") != "no",
+            shares=words.get("shares") != "no",
         )  # fmt: skip
 
     def _held(self, speaker: Speaker, words: Words) -> tuple[HeldAttempt, ...]:
@@ -261,6 +262,7 @@ def _spec(words: Words) -> JobSpec:
         hold="hold" in words,
         keep_checkpoints=int(words.get("keep", 3)),
         ranks=int(words.get("ranks", 1)),
+        shared_gpu_memory_bytes=int(words.get("share", 0)) * GIGABYTE,
     )
 
 

@@ -55,6 +55,7 @@ from agent.ports import (
     StartError,
 )
 from tests.sim.checkers import Checkers, Content
+from tests.sim.faults import GPU_MEMORY_BYTES
 from tests.sim.gang import Gang
 from tests.sim.trainer import Slab, Trainer
 
@@ -112,7 +113,7 @@ class Box:
         self.name = name
         self.around = around
         self.gpus = tuple(
-            GpuFacts(f"GPU-{name}-{index}", "NVIDIA H100", 80_000_000_000)
+            GpuFacts(f"GPU-{name}-{index}", "NVIDIA H100", GPU_MEMORY_BYTES)
             for index in range(gpu_count)
         )
         self.boots = 0

@@ -27,6 +27,8 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, Snapshot, attempt_id
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
+from coordinator.core.shares import SHARES_PERCENT_MAX
+from tests.sim.faults import GPU_MEMORY_BYTES
 
 if TYPE_CHECKING:
     from tests.sim.trainer import Trainer
@@ -204,9 +206,20 @@ class Checkers:
             self._fail(f"not all of {newest} were put somewhere")
         for attempt in mine:
             for other in live:
-                shared = set(attempt.gpu_uuids) & set(other.gpu_uuids)
-                if other.id != attempt.id and shared:
-                    self._fail(f"{sorted(shared)} promised to {attempt.id} and {other.id}")
+                both = set(attempt.gpu_uuids) & set(other.gpu_uuids)
+                if other.id != attempt.id and both and not self._share(attempt, other):
+                    self._fail(f"{sorted(both)} promised to {attempt.id} and {other.id}")
+            for uuid in attempt.gpu_uuids:
+                here = [other for other in live if uuid in other.gpu_uuids]
+                parts = [self._share_bytes(other.job_id) for other in here]
+                if sum(parts) > GPU_MEMORY_BYTES * SHARES_PERCENT_MAX // 100:
+                    self._fail(f"{uuid} is promised beyond its memory, to {here}")
+
+    def _share_bytes(self, job_id: int) -> int:
+        return self.jobs[job_id].spec.shared_gpu_memory_bytes
+
+    def _share(self, one: Attempt, other: Attempt) -> bool:
+        return bool(self._share_bytes(one.job_id) and self._share_bytes(other.job_id))
 
     def loaded(self, snapshot: Snapshot) -> None:
         """A coordinator reads its disk: it must be what was written."""
@@ -238,7 +251,8 @@ class Checkers:
                 continue
             if other.job_id == trainer.job_id and other.epoch != trainer.epoch:
                 self._fail(f"{attempt_id} starts on {node} beside {other.attempt_id}")
-            if set(other.gpu_uuids) & set(trainer.gpu_uuids):
+            shares = self._share_bytes(other.job_id) and self._share_bytes(trainer.job_id)
+            if set(other.gpu_uuids) & set(trainer.gpu_uuids) and not shares:
                 self._fail(f"{attempt_id} starts on a GPU that {other.attempt_id} uses")
 
     def process_ended(self, trainer: "Trainer", why: str) -> None:

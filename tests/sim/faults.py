@@ -47,6 +47,7 @@ KINDS: dict[str, int] = {
 ONCE = ("node_gone", "disk_lost")
 STRIKE_MS_MAX = 45_000
 DURATION_MS = (300, 20_000)
+GPU_MEMORY_BYTES = 80_000_000_000  # of each GPU of the fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,13 @@ class Program:
     deaf: bool
     doomed: bool
     crash_at: int
+
+    @property
+    def shared_gpu_memory_bytes(self) -> int:
+        """Every other job of one GPU shares it: two or three have room beside one another."""
+        if (self.gpus, self.ranks) != (1, 1) or self.at_ms % 2:
+            return 0
+        return GPU_MEMORY_BYTES * (2 + self.steps % 2) // 10
 
 
 @dataclass(frozen=True, slots=True)

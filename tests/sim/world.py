@@ -286,6 +286,7 @@ def specify(wanted: Program, request_id: str) -> JobSpec:
         command=("simulated-trainer", program_json),
         gpus=wanted.gpus,
         ranks=wanted.ranks,
+        shared_gpu_memory_bytes=wanted.shared_gpu_memory_bytes,
         grace_ms=wanted.grace_ms,
         max_restarts=1_000,
         replication=Replication(wanted.replication),

@@ -114,6 +114,7 @@ SPEC = st.builds(
     gpus=SMALL,
     gpu_types=many(TEXT),
     gpu_memory_bytes_min=COUNT,
+    shared_gpu_memory_bytes=COUNT,
     memory_bytes=COUNT,
     grace_ms=DURATION_MS,
     stop_signal=st.sampled_from(model.StopSignal),
@@ -175,7 +176,8 @@ def test_all_that_an_agent_says_arrives(message: am.Upward) -> None:
     assert type(heard).__name__ == type(message).__name__
     said: Any = plain(message)
     if isinstance(message, am.Hello):
-        said = [*said, True]  # that it knows gangs, which is said of this version, not of a value
+        # That it knows gangs and shares, which is said of this version, not of a value.
+        said = [*said, True, True]
     assert plain(heard) == said
 
 

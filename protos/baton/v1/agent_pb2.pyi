@@ -40,6 +40,10 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """Runs ranks of a job of several: a StartAttempt with a gang, whose attempt is called
     "<job>.<epoch>.<rank>". Without it a node is given jobs of one rank only.
     """
+    CAPABILITY_SHARES: _Capability.ValueType  # 2
+    """Runs jobs with `JobSpec.shared_gpu_memory_bytes` beside one another on a GPU, and holds each to
+    that much of its memory. Without it a node is given jobs that have their GPUs alone.
+    """
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper): ...
 
@@ -47,6 +51,10 @@ CAPABILITY_UNSPECIFIED: Capability.ValueType  # 0
 CAPABILITY_GANGS: Capability.ValueType  # 1
 """Runs ranks of a job of several: a StartAttempt with a gang, whose attempt is called
 "<job>.<epoch>.<rank>". Without it a node is given jobs of one rank only.
+"""
+CAPABILITY_SHARES: Capability.ValueType  # 2
+"""Runs jobs with `JobSpec.shared_gpu_memory_bytes` beside one another on a GPU, and holds each to
+that much of its memory. Without it a node is given jobs that have their GPUs alone.
 """
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 

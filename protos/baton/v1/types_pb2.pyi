@@ -386,6 +386,7 @@ class JobSpec(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    SHARED_GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -425,6 +426,11 @@ class JobSpec(_message.Message):
     ranks: _builtins.int
     """Processes that start together or not at all (a gang), on as few nodes as will do, each with
     GPUs and memory as given above. The end of one ends all. 0: 1. At most 1024.
+    """
+    shared_gpu_memory_bytes: _builtins.int
+    """Above 0 the job, which has 1 GPU and 1 rank, shares that GPU with others of its kind and takes
+    at most this much of its memory: at least 256 MiB. The shares of a GPU are at most 8 and add up
+    to at most 90% of its memory. 0: it has its GPUs alone.
     """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -479,10 +485,11 @@ class JobSpec(_message.Message):
         hold: _builtins.bool = ...,
         keep_checkpoints: _builtins.int | None = ...,
         ranks: _builtins.int = ...,
+        shared_gpu_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
@@ -994,6 +1001,7 @@ class Gpu(_message.Message):
     HEALTH_FIELD_NUMBER: _builtins.int
     CORDON_FIELD_NUMBER: _builtins.int
     HELD_BACK_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """NVML's UUID, "GPU-..."."""
     name: _builtins.str
@@ -1001,7 +1009,7 @@ class Gpu(_message.Message):
     memory_bytes: _builtins.int
     phase: Global___GpuPhase.ValueType
     attempt: _builtins.str
-    """The attempt that holds it; empty when none does."""
+    """The attempt that holds it; empty when none does, or when it is shared."""
     cordon: _builtins.str
     """Why the coordinator gives it no work, in one sentence; empty: it does, or a person has closed
     its node.
@@ -1016,6 +1024,10 @@ class Gpu(_message.Message):
     def health(self) -> Global___GpuHealth:
         """What its agent makes of it; absent: its agent has not said anything of it."""
 
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuShare]:
+        """The attempts that share it; empty when it is free, or one attempt has it alone."""
+
     def __init__(
         self,
         *,
@@ -1028,10 +1040,11 @@ class Gpu(_message.Message):
         health: Global___GpuHealth | None = ...,
         cordon: _builtins.str = ...,
         held_back: _builtins.str = ...,
+        shares: _abc.Iterable[Global___GpuShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_health", b"_health", "_telemetry", b"_telemetry", "health", b"health", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_health", b"_health", "_telemetry", b"_telemetry", "attempt", b"attempt", "cordon", b"cordon", "health", b"health", "held_back", b"held_back", "memory_bytes", b"memory_bytes", "name", b"name", "phase", b"phase", "telemetry", b"telemetry", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_health", b"_health", "_telemetry", b"_telemetry", "attempt", b"attempt", "cordon", b"cordon", "health", b"health", "held_back", b"held_back", "memory_bytes", b"memory_bytes", "name", b"name", "phase", b"phase", "shares", b"shares", "telemetry", b"telemetry", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__health: _TypeAlias = _typing.Literal["health"]  # noqa: Y015
     _WhichOneofArgType__health: _TypeAlias = _typing.Literal["_health", b"_health"]  # noqa: Y015
@@ -1043,6 +1056,33 @@ class Gpu(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__telemetry) -> _WhichOneofReturnType__telemetry | None: ...
 
 Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
+
+@_typing.final
+class GpuShare(_message.Message):
+    """What an attempt has of a GPU that is shared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.str
+    memory_bytes: _builtins.int
+    """The most that it may take of the GPU's memory; 0: an attempt that should not run there, and
+    leaves.
+    """
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuShare: _TypeAlias = GpuShare  # noqa: Y015
 
 @_typing.final
 class GpuHealth(_message.Message):

@@ -99,6 +99,26 @@ def install(module: ModuleType) -> None:
         return _train(module, self, resume_from_checkpoint, go_on, (arguments, keywords))
 
     module.Trainer.train = train
+    if os.environ.get("BATON_GPU_MEMORY_RATIO"):
+        _keep_to_share(module, float(os.environ["BATON_GPU_MEMORY_RATIO"]))
+
+
+def _keep_to_share(module: ModuleType, ratio: float) -> None:
+    """A job that shares its GPU takes its part of it and no more. Trainer's first step is to put
+    the model there; earlier, CUDA would be begun for a program that may still want to fork."""
+    original = module.Trainer.__init__
+
+    def limit() -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(ratio)
+
+    @functools.wraps(original)
+    def begin(self: Any, *arguments: Any, **keywords: Any) -> None:
+        guarded("keeping to the share of the GPU", limit, None)
+        original(self, *arguments, **keywords)
+
+    module.Trainer.__init__ = begin
 
 
 def _train(

@@ -78,6 +78,7 @@ class Session:
         self._restore_step = int(environment.get("BATON_RESTORE_STEP") or 0)
         self._rank = int(environment.get("BATON_RANK") or 0)
         self._world_size = int(environment.get("BATON_WORLD_SIZE") or 1)
+        self._gpu_memory_ratio = float(environment.get("BATON_GPU_MEMORY_RATIO") or 1.0)
         self._owner_pid = os.getpid()
         self._mailbox = Mailbox()
         self._slabs = SlabDesk(self._mailbox)
@@ -121,6 +122,13 @@ class Session:
         """How many ranks Baton has started for this job; as many may hand over a part of a
         checkpoint each."""
         return self._world_size
+
+    @property
+    def gpu_memory_ratio(self) -> float:
+        """How much of its GPU's memory this job may take, for
+        ``torch.cuda.set_per_process_memory_fraction`` before anything is on the GPU; 1 where the
+        job has it alone."""
+        return self._gpu_memory_ratio
 
     @property
     def stop_requested(self) -> StopRequest | None:

@@ -1,0 +1,164 @@
+"""A node as placement sees it: who is on it, and what is left of it while a pass goes on.
+
+Problem: a pass starts jobs, keeps places for others and asks what would be free if somebody left.
+Done on live state, a question would change the answer of the next one. So a node's offer is a
+frozen value, and `Room` is what a pass has made of it so far; `without` answers the question in a
+room of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.core import shares
+from coordinator.core.model import GpuFacts, JobSpec
+from coordinator.core.shares import Hold
+from coordinator.core.validate import suits
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
+    they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
+    With `share_bytes` it has its GPU together with others."""
+
+    attempt: str
+    rank: int
+    order: int
+    gpu_uuids: tuple[str, ...]
+    memory_bytes: int
+    stopping: bool
+    gang: str = ""
+    share_bytes: int = 0
+
+    @property
+    def whole(self) -> str:
+        """With whom it leaves."""
+        return self.gang or self.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A node that takes work. `free` GPUs are held by nobody; `gpus` are all that are present.
+    `gangs`: its agent knows ranks; one from before them takes jobs of one rank. `shares`: likewise
+    for jobs that share a GPU. `strays` are GPUs that something holds that should not run there."""
+
+    node: str
+    gpus: tuple[GpuFacts, ...]
+    free: tuple[str, ...]
+    memory_bytes: int
+    slots: int
+    tenants: tuple[Tenant, ...]
+    gangs: bool = True
+    shares: bool = True
+    strays: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Room:
+    """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
+    is kept for somebody in this pass."""
+
+    offer: Offer
+    free: dict[str, GpuFacts]
+    memory_bytes: int
+    slots: int
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    holds: dict[str, tuple[Hold, ...]] = field(default_factory=dict)
+
+    def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
+        """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
+        most as many as the job has."""
+        if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
+            return []
+        if spec.shared_gpu_memory_bytes:
+            chosen = shares.choose(spec, self.shareable(spec)) if self.offer.shares else None
+            return [] if chosen is None else [(chosen,)]
+        count = spec.ranks
+        if spec.memory_bytes:
+            count = min(count, self.memory_bytes // spec.memory_bytes)
+        if spec.gpus == 0:
+            return [()] * max(0, min(count, self.slots))
+        fitting = [gpu for gpu in self.free.values() if suits(spec, gpu)]
+        count = min(count, len(fitting) // spec.gpus)
+        if count == 0:
+            return []
+        fitting.sort(key=lambda gpu: (gpu.memory_bytes, gpu.uuid))
+        uuids = [gpu.uuid for gpu in fitting]
+        starts = range(0, count * spec.gpus, spec.gpus)
+        return [tuple(uuids[start : start + spec.gpus]) for start in starts]
+
+    def shareable(self, spec: JobSpec) -> list[tuple[GpuFacts, tuple[Hold, ...]]]:
+        """The GPUs that would do for a job, free or with those who have them."""
+        return [
+            (gpu, self.holds.get(gpu.uuid, ()))
+            for gpu in self.offer.gpus
+            if (gpu.uuid in self.free or gpu.uuid in self.holds) and suits(spec, gpu)
+        ]
+
+    def has_share(self, spec: JobSpec) -> bool:
+        """Whatever else the node lacks."""
+        return shares.choose(spec, self.shareable(spec)) is not None
+
+    def share_rank(self, spec: JobSpec, uuid: str) -> tuple[int, int]:
+        """How well a share of this GPU would do; the least is the best."""
+        gpu = next(gpu for gpu in self.offer.gpus if gpu.uuid == uuid)
+        return shares.rank(gpu, self.holds.get(uuid, ()), spec.shared_gpu_memory_bytes)
+
+    def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
+        for uuid in gpu_uuids:
+            self.free.pop(uuid, None)
+            hold = Hold("", spec.shared_gpu_memory_bytes)
+            self.holds[uuid] = (*self.holds.get(uuid, ()), hold)
+        self.memory_bytes -= spec.memory_bytes
+        self.slots -= 1 if spec.gpus == 0 else 0
+
+    def without(self, leaves: Callable[[Tenant], bool]) -> "Room":
+        """As it would be when these tenants have left; what is kept for others in this pass stays
+        kept."""
+        facts = {gpu.uuid: gpu for gpu in self.offer.gpus}
+        free, holds = dict(self.free), dict(self.holds)
+        memory_bytes, slots = self.memory_bytes, self.slots
+        for tenant in self.tenants.values():
+            if not leaves(tenant):
+                continue
+            for uuid in tenant.gpu_uuids:
+                rest = tuple(h for h in holds.get(uuid, ()) if h.attempt != tenant.attempt)
+                holds[uuid] = rest
+                if not rest:
+                    del holds[uuid]
+                    if uuid in facts:
+                        free[uuid] = facts[uuid]
+            memory_bytes += tenant.memory_bytes
+            slots += 0 if tenant.gpu_uuids else 1
+        return Room(self.offer, free, memory_bytes, slots, holds=holds)
+
+
+def open_room(offer: Offer) -> Room:
+    facts = {gpu.uuid: gpu for gpu in offer.gpus}
+    used_bytes = sum(tenant.memory_bytes for tenant in offer.tenants)
+    used_slots = sum(1 for tenant in offer.tenants if not tenant.gpu_uuids)
+    holds: dict[str, tuple[Hold, ...]] = {uuid: (Hold(""),) for uuid in offer.strays}
+    for tenant in offer.tenants:
+        hold = Hold(tenant.attempt, tenant.share_bytes)
+        for uuid in tenant.gpu_uuids:
+            holds[uuid] = (*holds.get(uuid, ()), hold)
+    return Room(
+        offer,
+        {uuid: facts[uuid] for uuid in offer.free if uuid in facts},
+        offer.memory_bytes - used_bytes,
+        offer.slots - used_slots,
+        {tenant.attempt: tenant for tenant in offer.tenants},
+        holds,
+    )
+
+
+def most_left_bytes(spec: JobSpec, rooms: Sequence[Room]) -> tuple[int, int, str]:
+    """Of all GPUs that would do for a share: the largest that is left of one, beside how many jobs,
+    and on which node."""
+    found = [
+        (shares.left_bytes(gpu, holds), len(holds), room.offer.node)
+        for room in rooms
+        for gpu, holds in room.shareable(spec)
+        if all(hold.share_bytes for hold in holds)
+    ]
+    return max(found, default=(0, 0, ""))

@@ -1,0 +1,78 @@
+"""How light jobs stand beside one another on a GPU: the arithmetic of shares.
+
+Problem: an evaluation or the fine-tuning of a small model needs a tenth of a large GPU and has all
+of it. But whoever puts two jobs on one GPU has to know that both fit, since the one that asks for
+memory last is the one that dies; and what a job really takes is not known before it has run.
+
+So a job says the most that it will take, and is held to it by its node's agent. Then it is sums:
+
+1. The shares of a GPU add up to at most `SHARES_PERCENT_MAX` of its memory, and are at most
+   `SHARERS_MAX`. A job that has its GPU alone stands beside nobody.
+2. A job goes where there are sharers already, and of those GPUs to the one that it fits tightest;
+   else to the smallest free one. So whole GPUs stay free for those who need whole ones.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from coordinator.core.model import GpuFacts, JobSpec
+
+# A cap counts what a program allocates. Its CUDA context (300 to 500 MB, more with many kernels)
+# and what the driver keeps for itself come on top of it.
+SHARES_PERCENT_MAX = 90
+# MPS has room for 48 clients since Volta; but where there is no MPS sharers take turns, and eight
+# contexts are about what the tenth above has room for on a card of 40 GB.
+SHARERS_MAX = 8
+# Less than a framework's own buffers: such a job would fail at its first allocation.
+SHARE_BYTES_MIN = 256 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Who has a GPU, or a share of it; with no `share_bytes` he has it alone. An empty `attempt` is
+    somebody who does not leave within a pass."""
+
+    attempt: str
+    share_bytes: int = 0
+
+
+def shareable_bytes(gpu: GpuFacts) -> int:
+    """What all shares of a GPU may add up to."""
+    return gpu.memory_bytes * SHARES_PERCENT_MAX // 100
+
+
+def left_bytes(gpu: GpuFacts, holds: Sequence[Hold]) -> int:
+    """The largest share that one more job could have of this GPU."""
+    if len(holds) >= SHARERS_MAX or any(not hold.share_bytes for hold in holds):
+        return 0
+    return max(0, shareable_bytes(gpu) - sum(hold.share_bytes for hold in holds))
+
+
+def rank(gpu: GpuFacts, holds: Sequence[Hold], share_bytes: int) -> tuple[int, int]:
+    """Of the GPUs that have room for a share the one with the least takes it."""
+    if holds:
+        return 0, left_bytes(gpu, holds) - share_bytes
+    return 1, gpu.memory_bytes
+
+
+def choose(spec: JobSpec, fitting: Iterable[tuple[GpuFacts, Sequence[Hold]]]) -> str | None:
+    """The GPU that the share would be of; `None` where there is no room for it."""
+    share_bytes = spec.shared_gpu_memory_bytes
+    able = [(gpu, holds) for gpu, holds in fitting if left_bytes(gpu, holds) >= share_bytes]
+    if not able:
+        return None
+    gpu, _ = min(able, key=lambda pair: (*rank(pair[0], pair[1], share_bytes), pair[0].uuid))
+    return gpu.uuid
+
+
+def gives_room(
+    gpu: GpuFacts, holds: Sequence[tuple[Hold, bool]], spec: JobSpec
+) -> tuple[bool, bool]:
+    """Whether the GPU of these holders has room for one more job, and whether it would have without
+    those marked as giving way. With no share asked for: all of it."""
+    staying = [hold for hold, leaves in holds if not leaves]
+    if not spec.shared_gpu_memory_bytes:
+        return not holds, not staying
+    needed = spec.shared_gpu_memory_bytes
+    present = left_bytes(gpu, [hold for hold, _ in holds]) >= needed
+    return present, left_bytes(gpu, staying) >= needed

@@ -1,0 +1,190 @@
+"""MPS for jobs that share a GPU, with a stand-in for NVIDIA's control program.
+
+The stand-in keeps its daemon as a file in the directory of its pipes, so that a test can see it,
+and let it die.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.core.values import Launch, ProcessExit
+from agent.ports import StartError
+from agent.processes.mps import CONTROL, MpsProcesses, limit_of
+
+pytestmark = pytest.mark.anyio
+
+STAND_IN = """#!/bin/sh
+daemon="$CUDA_MPS_PIPE_DIRECTORY/daemon"
+asked="$*"
+[ "$asked" = "-d" ] || read -r asked
+echo "$asked $CUDA_VISIBLE_DEVICES" >> "{calls}"
+if [ "$asked" = "-d" ]; then
+    [ ! -e "{broken}" ] && echo "$CUDA_VISIBLE_DEVICES" > "$daemon"
+    exit
+fi
+[ -e "$daemon" ] || exit 1
+[ "$asked" != quit ] || rm "$daemon"
+"""
+
+
+class Supervised:
+    """The port below: whom it was told to start, and with what."""
+
+    def __init__(self, running: tuple[str, ...] = ()) -> None:
+        self.running = running
+        self.started: dict[str, dict[str, str]] = {}
+        self.fails = False
+        self.tell: Callable[[ProcessExit], None] = lambda _: None
+
+    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+        self.tell = on_exit
+        return self.running
+
+    async def start(self, launch: Launch) -> int:
+        if self.fails:
+            raise StartError("no such program")
+        self.started[launch.attempt_id] = dict(launch.environment)
+        return 100
+
+    def signal(self, attempt_id: str, signal_name: str) -> None: ...
+
+    def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None: ...
+
+    def kill(self, attempt_id: str) -> None: ...
+
+    def forget(self, attempt_id: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Box:
+    """A node with the stand-in, and agents that follow one another on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.home = directory / "mps"
+        self.broken = directory / "broken"
+        self.log = directory / "calls"
+        self.control = directory / CONTROL
+        self.control.write_text(STAND_IN.format(calls=self.log, broken=self.broken))
+        self.control.chmod(0o755)
+        self.ended: list[str] = []
+
+    async def agent(self, running: tuple[str, ...] = (), control: str | None = None) -> None:
+        self.below = Supervised(running)
+        program = str(self.control) if control is None else control
+        self.processes = MpsProcesses(self.below, self.home, program)
+        adopted = await self.processes.open(lambda ended: self.ended.append(ended.attempt_id))
+        assert adopted == running
+
+    async def start(self, attempt: str, gpu: str = "GPU-a", share_bytes: int = 8 << 30) -> None:
+        environment = (("CUDA_VISIBLE_DEVICES", gpu),)
+        await self.processes.start(
+            Launch(attempt, ("x",), environment, "/", shared_gpu_memory_bytes=share_bytes)
+        )
+
+    async def end(self, attempt: str) -> None:
+        self.below.tell(ProcessExit(attempt, 0, None))
+        await self.processes.close()  # waits for what follows
+
+    def daemon(self, gpu: str = "GPU-a") -> Path:
+        return self.home / gpu / "pipe/daemon"
+
+    def calls(self, word: str) -> list[str]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line.split()[1] for line in lines if line.split()[0] == word]
+
+
+@pytest.fixture
+async def box(tmp_path: Path) -> Box:
+    box = Box(tmp_path)
+    await box.agent()
+    return box
+
+
+async def test_sharers_are_clients_of_one_daemon_of_their_gpu(box: Box) -> None:
+    await box.start("1.1")
+    await box.start("2.1", share_bytes=4 << 30)
+    assert box.calls("-d") == ["GPU-a"]
+    assert box.daemon().read_text() == "GPU-a\n"
+    first, second = box.below.started.values()
+    assert first["CUDA_MPS_PIPE_DIRECTORY"] == str(box.home / "GPU-a/pipe")
+    assert second["CUDA_MPS_PIPE_DIRECTORY"] == first["CUDA_MPS_PIPE_DIRECTORY"]
+    assert first["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=8192M"
+    assert second["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=4096M"
+    assert first["CUDA_VISIBLE_DEVICES"] == "GPU-a"
+    await box.start("3.1", gpu="GPU-b")
+    assert box.calls("-d") == ["GPU-a", "GPU-b"]
+
+
+async def test_it_ends_with_its_last_client(box: Box) -> None:
+    await box.start("1.1")
+    await box.start("2.1")
+    await box.end("1.1")
+    assert box.calls("quit") == []
+    assert box.daemon().exists()
+    await box.end("2.1")
+    assert box.calls("quit") == ["GPU-a"]
+    assert not (box.home / "GPU-a").exists()
+    assert box.ended == ["1.1", "2.1"]
+
+
+async def test_a_job_that_has_its_gpu_alone_is_no_client(box: Box) -> None:
+    await box.start("1.1", share_bytes=0)
+    assert box.below.started["1.1"] == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
+    await box.end("1.1")
+    assert not box.log.exists()
+
+
+async def test_a_daemon_that_has_died_is_replaced(box: Box) -> None:
+    await box.start("1.1")
+    box.daemon().unlink()
+    await box.start("2.1")
+    assert box.calls("-d") == ["GPU-a", "GPU-a"]
+    assert box.daemon().exists()
+
+
+async def test_where_it_cannot_be_started_jobs_go_without_it(box: Box) -> None:
+    box.broken.touch()
+    await box.start("1.1")
+    assert box.below.started["1.1"] == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
+    await box.end("1.1")
+    assert box.calls("quit") == []
+
+
+@pytest.mark.parametrize("control", ["", "/nowhere/nvidia-cuda-mps-control"])
+async def test_without_a_control_program_jobs_go_without_it(box: Box, control: str) -> None:
+    await box.agent(control=control)
+    await box.start("1.1")
+    assert box.below.started["1.1"] == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
+
+
+async def test_a_job_that_does_not_start_leaves_no_daemon(box: Box) -> None:
+    box.below.fails = True
+    with pytest.raises(StartError):
+        await box.start("1.1")
+    await box.processes.close()
+    assert box.calls("quit") == ["GPU-a"]
+    assert not (box.home / "GPU-a").exists()
+
+
+async def test_an_agent_that_comes_back_knows_whose_daemon_it_is(box: Box) -> None:
+    await box.start("1.1")
+    await box.start("2.1")
+    await box.start("3.1", gpu="GPU-b")
+    await box.agent(running=("1.1",))
+    assert box.calls("quit") == ["GPU-b"], "its client has ended meanwhile"
+    await box.start("4.1")
+    assert box.calls("-d") == ["GPU-a", "GPU-b"]
+    await box.end("1.1")
+    assert box.daemon().exists()
+    await box.end("4.1")
+    assert box.calls("quit") == ["GPU-b", "GPU-a"]
+
+
+@pytest.mark.parametrize(
+    ("share_bytes", "limit"), [(8 << 30, "0=8192M"), ((1 << 20) * 3 - 1, "0=2M"), (1, "0=1M")]
+)
+async def test_a_limit_is_never_above_the_share_nor_nothing(share_bytes: int, limit: str) -> None:
+    assert limit_of(share_bytes) == limit
