@@ -58,6 +58,8 @@ STORE_NAME: Final = "baton.sqlite3"
 HEARTBEAT_INTERVAL_MS_MIN: Final = 100  # ten thousand agents at more would keep a core busy
 HEARTBEAT_INTERVAL_MS_MAX: Final = 60_000  # slower, and the figures that people see are history
 HEARTBEATS_PER_LEASE_MIN: Final = 2  # one lost or late heartbeat must not cost a node its jobs
+SUSPECT_MS_MIN = 3_000  # a busy box is late by hundreds of milliseconds
+HEARTBEATS_TO_SUSPECT = 3
 LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybody's measure
 HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
 CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
@@ -84,10 +86,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds between heartbeats of an agent, 100 to 60000. Once a second makes death "
         "visible within the lease at a cost that ten thousand agents may have."
     )] = 1_000
+    suspect_ms: Annotated[int, says(
+        "Milliseconds without a heartbeat after which a node is suspect: it gets no new work, and "
+        "keeps what it has. Default (0): three heartbeats, at least three seconds; at most the "
+        "lease."
+    )] = 0
     lease_ms: Annotated[int, says(
         "Milliseconds without a heartbeat after which a node is lost and its jobs move; at least "
         "two heartbeats. Eight seconds outlast a box that swaps or a switch that hiccups, and "
-        "leave two of ten for the handoff."
+        "leave two of ten for the handoff. Three are possible on a quiet network; across sites "
+        "take 30."
     )] = 8_000
     closed_grace_ms: Annotated[int, says(
         "The same when the agent's connection was closed, which a dying process does; at most the "
@@ -159,6 +167,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 HEARTBEAT_INTERVAL_MS_MAX,
             ),
             self._lease_problem(),
+            self._suspect_problem(),
             self._closed_grace_problem(),
             range_problem("restart_grace_ms", self.restart_grace_ms, 0, RESTART_GRACE_MS_MAX),
             choice_problem("health_reaction", self.health_reaction, HEALTH_REACTIONS),
@@ -194,6 +203,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"jobs; make it at least {shortest_ms}"
             )
         return range_problem("lease_ms", self.lease_ms, 1, LEASE_MS_MAX)
+
+    def suspicious_ms(self) -> int:
+        """What `suspect_ms` comes to."""
+        usual_ms = max(SUSPECT_MS_MIN, HEARTBEATS_TO_SUSPECT * self.heartbeat_interval_ms)
+        return min(self.lease_ms, self.suspect_ms or usual_ms)
+
+    def _suspect_problem(self) -> str | None:
+        if self.suspect_ms == 0 or self.heartbeat_interval_ms < self.suspect_ms <= self.lease_ms:
+            return None
+        return (
+            f"'suspect_ms' must be 0, or more than a heartbeat ({self.heartbeat_interval_ms} ms) "
+            f"and at most the lease ({self.lease_ms} ms), not {self.suspect_ms}"
+        )
 
     def _closed_grace_problem(self) -> str | None:
         if 0 <= self.closed_grace_ms <= self.lease_ms:

@@ -99,18 +99,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         store = SqliteStore(Path(config.store_path))
         stack.push_async_callback(store.close)
         snapshot = await store.open()
-        core = Coordinator(
-            Options(
-                config.heartbeat_interval_ms,
-                config.lease_ms,
-                config.closed_grace_ms,
-                config.restart_grace_ms,
-                config.health_reaction != "report",
-                config.health_reaction == "degraded",
-                config.health_cordon_percent,
-                config.health_cordon_window_ms,
-            )
-        )
+        core = Coordinator(_options(config))
         core.load(snapshot, clock.now_ms())
         shell = CoordinatorShell(core, store, clock, logging_setup.emit)
         server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -235,3 +224,17 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
         logging_setup.emit("info", "config.reloaded", (("log_level", fresh.log_level),))
     notifier.ready()
     return fresh
+
+
+def _options(config: Config) -> Options:
+    return Options(
+        heartbeat_interval_ms=config.heartbeat_interval_ms,
+        suspect_ms=config.suspicious_ms(),
+        lease_ms=config.lease_ms,
+        closed_grace_ms=config.closed_grace_ms,
+        restart_grace_ms=config.restart_grace_ms,
+        cordons_gpus=config.health_reaction != "report",
+        cordons_degraded=config.health_reaction == "degraded",
+        cordon_percent=config.health_cordon_percent,
+        cordon_window_ms=config.health_cordon_window_ms,
+    )

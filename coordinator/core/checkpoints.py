@@ -297,16 +297,14 @@ def replica_target(state: State, attempt: Attempt) -> PeerAddress | None:
 def retarget(state: State) -> None:
     """After a node came or went: every attempt whose copies have nowhere to go gets another node
     for them."""
-    for live in list(state.nodes.values()):
-        for attempt_id in list(live.attempts):
-            attempt = state.attempts[attempt_id]
-            target = state.nodes.get(attempt.replica_node)
-            if target is not None and target.phase is not NodePhase.LOST:
-                continue
-            job = state.jobs[attempt.job_id]
-            chosen = standby.choose(state, job, attempt.node, attempt.rank)
-            if chosen == attempt.replica_node:
-                continue
+    for attempt_id in list(state.indices.open_attempts):
+        attempt = state.attempts[attempt_id]
+        target = state.nodes.get(attempt.replica_node)
+        if target is not None and target.phase is not NodePhase.LOST:
+            continue
+        job = state.jobs[attempt.job_id]
+        chosen = standby.choose(state, job, attempt.node, attempt.rank)
+        if chosen != attempt.replica_node:
             send_copies_to(state, attempt, chosen)
 
 
@@ -328,12 +326,11 @@ def move_standbys(state: State, now: Instant) -> None:
 def tell_new_address(state: State, node_id: str) -> None:
     """A node has come back at another address: whoever sends it copies must know, or a job that
     requires one would wait for ever at the old door."""
-    for live in list(state.nodes.values()):
-        for attempt_id in live.attempts:
-            attempt = state.attempts[attempt_id]
-            if attempt.replica_node == node_id:
-                job = state.jobs[attempt.job_id]
-                state.send(attempt.node, target_order(state, job, attempt))
+    for attempt_id in state.indices.open_attempts:
+        attempt = state.attempts[attempt_id]
+        if attempt.replica_node == node_id:
+            job = state.jobs[attempt.job_id]
+            state.send(attempt.node, target_order(state, job, attempt))
 
 
 def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
@@ -365,7 +362,6 @@ def believed(
 
 def keep_order(live: LiveNode) -> KeepCheckpoints | None:
     """What the node must keep; `None` where the list would not fit one message."""
-    live.keep_changed = False
     if len(live.digests) > DIGESTS_MAX:
         return None
     return KeepCheckpoints(tuple(sorted(live.digests)))

@@ -258,9 +258,7 @@ def _decide(state: State, now: Instant) -> None:
     While somebody is leaving for somebody else, what is free may be kept for that job, and only a
     whole pass knows.
     """
-    offers = _offers(state)
-    leaving = any(tenant.stopping for offer in offers for tenant in offer.tenants)
-    whole = state.dirty or leaving
+    whole = state.dirty or _leaving(state)
     considered = state.queued if whole else state.fresh
     queue = _in_turn(state, considered)
     state.dirty, state.fresh = False, {}
@@ -278,7 +276,8 @@ def _decide(state: State, now: Instant) -> None:
             near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
             avoid = state.avoid.get(job.id, "")
             needs.append(Need(job.id, job.spec, replicas, avoid, near))
-    plan = place(needs, offers) if needs else None
+    # Nodes come and go, and report, far more often than somebody waits for them.
+    plan = place(needs, _offers(state)) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
@@ -293,6 +292,19 @@ def _decide(state: State, now: Instant) -> None:
         placed = sum(len(start.places) for start in plan.starts)
         state.dirty = placed >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
     _note_waits(state, waits)
+
+
+def _leaving(state: State) -> bool:
+    """Whether somebody is about to leave a node that takes work."""
+    for attempt_id in state.indices.open_attempts:
+        attempt = state.attempts[attempt_id]
+        if attempt.phase is AttemptPhase.STOPPING and _is_open(state.nodes[attempt.node]):
+            return True
+    return False
+
+
+def _is_open(live: LiveNode) -> bool:
+    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
 
 
 def _in_turn(state: State, job_ids: Iterable[int]) -> list[Job]:
@@ -310,7 +322,7 @@ def _blocked(state: State, now: Instant, job: Job) -> str:
 def _offers(state: State) -> list[Offer]:
     offers = []
     for live in state.nodes.values():
-        if live.phase is not NodePhase.UP or live.node.intent is not NodeIntent.OPEN:
+        if not _is_open(live):
             continue
         closed = readings.closed(live)
         open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}

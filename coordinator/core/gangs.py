@@ -225,13 +225,11 @@ def tick(state: State, now: Instant) -> None:
         if finish_ms <= now.now_ms:
             state.finish_ms.pop(job_id)
             _overdue(state, now, state.jobs[job_id])
-    for live in list(state.nodes.values()):
-        if live.phase is not NodePhase.LOST:
-            continue
-        for attempt_id in list(live.attempts):
-            attempt = state.attempts[attempt_id]
-            if attempt.ranks > 1 and attempt.phase is AttemptPhase.UNREACHABLE:
-                _tear(state, now, state.jobs[attempt.job_id])
+    for attempt_id in list(state.indices.unreachable):
+        attempt = state.attempts[attempt_id]
+        lost = state.nodes[attempt.node].phase is NodePhase.LOST
+        if lost and attempt.ranks > 1 and attempt.phase is AttemptPhase.UNREACHABLE:
+            _tear(state, now, state.jobs[attempt.job_id])
 
 
 def _overdue(state: State, now: Instant, job: Job) -> None:

@@ -13,7 +13,7 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, parts, readings
+from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -68,7 +68,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
         attempt = state.attempts[attempt_id]
         job = state.jobs[attempt.job_id]
         state.send(live.node.id, checkpoints.target_order(state, job, attempt))
-    live.keep_changed = True
+    state.indices.keep_changed[live.node.id] = None
     state.log("info", "node.up", node=live.node.id, gpus=len(live.gpus))
 
 
@@ -149,12 +149,12 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             _give_up_unknown(state, now, live, body)
     state.sessions[session] = body.node
     live.session = live.newest_session = session
-    live.heard_ms = now.now_ms
     live.gangs, live.shares = body.gangs, body.shares
     live.heartbeat_sequence = 0
-    live.deadline_ms = now.now_ms + state.options.lease_ms
+    leases.heard(state, now, live)
     if live.phase is not NodePhase.UP:
         state.set_node_phase(live, NodePhase.UP, "")
+    state.watch(live)
     return live
 
 
@@ -268,10 +268,10 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     if body.sequence <= live.heartbeat_sequence:
         return
     live.heartbeat_sequence = body.sequence
-    live.heard_ms = now.now_ms
-    live.deadline_ms = now.now_ms + state.options.lease_ms
+    leases.heard(state, now, live)
     if live.phase is NodePhase.SUSPECT:
         state.set_node_phase(live, NodePhase.UP, "")
+        state.watch(live)
     live.telemetry = body.host or live.telemetry
     for telemetry in body.gpus:
         if telemetry.uuid in live.gpus:
@@ -305,6 +305,7 @@ def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
         return
     absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
     live.deadline_ms = now.now_ms + absence_ms
+    state.watch(live)
     _close(state, live, f"its agent restarts and asked for {absence_ms / 1000:g} s")
 
 
@@ -316,6 +317,7 @@ def closed(state: State, now: Instant, session: int) -> None:
     if live is None or live.session != session:
         return
     live.deadline_ms = min(live.deadline_ms, now.now_ms + state.options.closed_grace_ms)
+    state.watch(live)
     _close(state, live, "its connection has closed")
 
 
@@ -335,24 +337,37 @@ def tick(state: State, now: Instant) -> None:
     gap_ms = 0 if last_ms is None else now.now_ms - last_ms
     if gap_ms > TICK_GAP_MS:
         state.log("warning", "coordinator.away", gap_ms=gap_ms)
-        for live in state.nodes.values():
-            if live.phase is not NodePhase.LOST:
-                live.deadline_ms += gap_ms
-    for live in list(state.nodes.values()):
-        if live.phase is not NodePhase.LOST and live.deadline_ms <= now.now_ms:
-            silent_ms = now.now_ms - live.heard_ms
-            expire(state, now, live, live.note or f"it has not been heard for {silent_ms} ms")
-        settle_drain(state, live)
-        if live.keep_changed and live.session is not None:
-            order = checkpoints.keep_order(live)
-            if order is not None:
-                state.send(live.node.id, order)
+        leases.put_off(state, gap_ms)
+    for live in leases.due(state, now):
+        _look(state, now, live)
+    for node_id in list(state.indices.draining):
+        settle_drain(state, state.nodes[node_id])
+    changed, state.indices.keep_changed = state.indices.keep_changed, {}
+    for node_id in changed:
+        live = state.nodes[node_id]
+        order = checkpoints.keep_order(live) if live.session is not None else None
+        if order is not None:
+            state.send(node_id, order)
     gangs.tick(state, now)
     checkpoints.move_standbys(state, now)
     for job_id, eligible_ms in list(state.eligible_ms.items()):
         if eligible_ms <= now.now_ms:
             state.eligible_ms.pop(job_id)
             state.dirty = True
+
+
+def _look(state: State, now: Instant, live: LiveNode) -> None:
+    """Its silence may have lasted long enough to mean something."""
+    if live.phase is NodePhase.LOST:
+        return
+    silent = f"it has not been heard for {now.now_ms - live.heard_ms} ms"
+    if live.deadline_ms <= now.now_ms:
+        expire(state, now, live, live.note if live.session is None and live.note else silent)
+        return
+    if live.phase is NodePhase.UP and live.suspect_ms <= now.now_ms:
+        state.set_node_phase(live, NodePhase.SUSPECT, silent)
+        state.log("warning", "node.suspect", node=live.node.id, reason=silent)
+    state.watch(live)
 
 
 def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:

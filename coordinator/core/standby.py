@@ -174,7 +174,7 @@ def aim(state: State, attempt_id: str) -> str:
 
 def review(state: State, now: Instant) -> list[tuple[str, str]]:
     """Look at some attempts, all in turn; returns which standbys move, and where to."""
-    running = [attempt_id for live in state.nodes.values() for attempt_id in live.attempts]
+    running = list(state.indices.open_attempts)
     count = min(len(running), max(1, LOOKS_PER_TICK_MAX // max(1, len(state.nodes))))
     begin = state.reviewed % max(1, len(running))
     state.reviewed = begin + count

@@ -10,8 +10,10 @@ coordinator begins without it.
 """
 
 from dataclasses import dataclass, field, replace
+from heapq import heappush
 
 from coordinator.core import traces
+from coordinator.core.indices import Indices
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -72,6 +74,9 @@ class Options:
     """What an operator may set. Milliseconds throughout."""
 
     heartbeat_interval_ms: int = 1_000
+    # Three missed heartbeats: nothing new is sent to a node that may be dead, and nothing is taken
+    # from one that may not be.
+    suspect_ms: int = 3_000
     # Eight missed heartbeats: short enough for a handoff within ten seconds, long enough for a
     # switch that reboots a line card or a box that swaps.
     lease_ms: int = 8_000
@@ -124,11 +129,15 @@ class LiveNode:
     those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
     back from being lost, or first to a coordinator that had restarted; `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
-    record has it, since who takes work has said hello, and may be another version than before."""
+    record has it, since who takes work has said hello, and may be another version than before.
+    `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
+    it is looked at for that (`leases.py`)."""
 
     node: Node
     phase: NodePhase
     deadline_ms: int
+    suspect_ms: int = 0
+    watched_ms: int | None = None
     session: int | None = None
     newest_session: int = -1
     heard_ms: int = 0
@@ -140,7 +149,6 @@ class LiveNode:
     strays: dict[str, int] = field(default_factory=dict)
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
-    keep_changed: bool = False
     gangs: bool = True
     shares: bool = True
 
@@ -157,6 +165,8 @@ class State:
         self.parts: dict[int, list[WaitingPart]] = {}
         self.nodes: dict[str, LiveNode] = {}
         self.sessions: dict[int, str] = {}
+        self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
+        self.indices = Indices()
         self.requests: dict[str, int] = {}
         self.queued: dict[int, None] = {}
         self.ended: dict[int, None] = {}
@@ -194,6 +204,8 @@ class State:
             live.note = "the coordinator has restarted and the node has not said hello yet"
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
+            self.watch(live)
+            self.indices.put_node(node)
         # In the order in which they ended, since the first to end is the first to be forgotten.
         for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
             self.jobs[job.id] = job
@@ -204,6 +216,7 @@ class State:
             live_node = self.nodes.get(attempt.node)
             if attempt.phase not in ATTEMPT_ENDED and live_node is not None:
                 live_node.attempts[attempt.id] = None
+                self.indices.put_attempt(attempt)
         for checkpoint in snapshot.checkpoints:
             self.checkpoints.setdefault(checkpoint.job_id, []).append(checkpoint)
             self._index_checkpoint(checkpoint, 1)
@@ -250,8 +263,7 @@ class State:
         self.eligible_ms.pop(job_id, None)
         self.avoid.pop(job_id, None)
         for gone in self.job_attempts.pop(job_id, []):
-            self.attempts.pop(gone, None)
-            self.progress.pop(gone, None)
+            self._forget_attempt(gone)
             self.ordered_ms.pop(gone, None)
         for checkpoint in self.checkpoints.pop(job_id, []):
             self._index_checkpoint(checkpoint, -1)
@@ -275,6 +287,7 @@ class State:
                 self.standby_watches.pop(attempt.id, None)
             else:
                 live.attempts[attempt.id] = None
+            self.indices.put_attempt(attempt)
         self.changed_attempts[attempt.id] = None
         return attempt
 
@@ -285,10 +298,14 @@ class State:
             # Of a gang those of the try before, too: they may end in the batch that starts this.
             kept = max(ATTEMPTS_SHOWN_MAX, 2 * attempt.ranks)
             for gone in ids[:-kept]:
-                self.attempts.pop(gone, None)
-                self.progress.pop(gone, None)
+                self._forget_attempt(gone)
             del ids[:-kept]
         self.attempts[attempt.id] = attempt
+
+    def _forget_attempt(self, gone: str) -> None:
+        self.attempts.pop(gone, None)
+        self.progress.pop(gone, None)
+        self.indices.forget_attempt(gone)
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Insert, or replace the one with the same digest."""
@@ -343,11 +360,21 @@ class State:
                 live.digests[digest] = count
             else:
                 live.digests.pop(digest, None)
-                live.keep_changed = True
+                self.indices.keep_changed[node_id] = None
 
     def put_node(self, node: Node) -> None:
         self.nodes[node.id].node = node
+        self.indices.put_node(node)
         self.changed_nodes[node.id] = None
+
+    def watch(self, live: LiveNode) -> None:
+        """See to it that a tick looks at the node when its silence next means something. One that
+        is looked at sooner is watched again then, so a heartbeat costs no entry in the heap."""
+        up = live.phase is NodePhase.UP and live.session is not None
+        due_ms = min(live.suspect_ms, live.deadline_ms) if up else live.deadline_ms
+        if live.watched_ms is None or due_ms < live.watched_ms:
+            live.watched_ms = due_ms
+            heappush(self.watched, (due_ms, live.node.id))
 
     def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
         """Append a line to the job's history, and to the log. `where` is attempt and node."""
