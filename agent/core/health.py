@@ -176,7 +176,7 @@ class GpuHistory:
 @dataclass(slots=True)
 class Watched:
     """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
-    a case that outlives applications; `mended` is when the last such was closed, in wall time."""
+    an open case; `mended` is when the last one was closed, in wall time."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)
@@ -301,10 +301,9 @@ def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     return GpuVerdict(uuid, *worst, xids=records)
 
 
-def outlasts(history: GpuHistory) -> bool:
-    """Whether anything is open that does not end with an application."""
-    ends = (Action.RESTART_APPLICATION, Action.IGNORE)
-    return any(case.action not in ends for case in history.cases.values())
+def is_open(history: GpuHistory) -> bool:
+    """Whether anything is open that says more than nothing."""
+    return any(case.action is not Action.IGNORE for case in history.cases.values())
 
 
 _Finding = tuple[Verdict, str, str]

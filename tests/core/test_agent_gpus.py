@@ -200,3 +200,14 @@ def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
         ("MIG-0", Verdict.LOST),
         ("MIG-1", Verdict.LOST),
     ]
+
+
+def test_an_applications_error_does_not_come_back_for_the_next_application(node: Node) -> None:
+    """After a restart the kernel's log tells of it again, while another trainer is on the GPU."""
+    node.xid(31)
+    old = UNIX_MS + node.now_ms
+    node.now_ms += 10_000
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(31, history=True, unix_ms=old)
+    assert not node.core.state.watched.histories["GPU-a"].cases
