@@ -49,7 +49,13 @@ def reported(state: State, now: Instant, live: LiveNode, gpus: tuple[GpuHealth, 
         if before is None or before.verdict is not said.verdict:
             _log(state, live, said)
     listed = [known[gpu.uuid] for gpu in live.node.gpus if gpu.uuid in known]
-    node = replace(live.node, health=tuple(listed))
+    # A GPU that is there no longer, replaced say, can never be well again, nor be opened.
+    here = {gpu.uuid: True for gpu in live.node.gpus}
+    cordons = tuple(cordon for cordon in live.node.gpu_cordons if cordon.uuid in here)
+    for uuid in known:
+        if uuid not in here:
+            state.held_back.pop(uuid, None)
+    node = replace(live.node, health=tuple(listed), gpu_cordons=cordons)
     if node != live.node:
         state.put_node(node)
     react(state, now, live)
