@@ -151,7 +151,14 @@ def person_says(state: State, live: LiveNode, intent: NodeIntent) -> None:
     """From here on the node is as a person wants it."""
     node = replace(live.node, closed_for="")
     if intent is NodeIntent.OPEN:
-        ill = [said.uuid for said in live.node.health if not _is_well(state, said)]
+        # What is merely unknown is no trouble that they have seen, unless it is why it was closed.
+        shut = dict.fromkeys(cordon.uuid for cordon in live.node.gpu_cordons)
+        ill = [
+            said.uuid
+            for said in live.node.health
+            if not _is_well(state, said)
+            and (said.verdict is not V.UNKNOWN or said.uuid in shut or live.node.closed_for)
+        ]
         node = replace(node, waived=tuple(ill), gpu_cordons=())
         for uuid in ill:
             state.held_back.pop(uuid, None)
