@@ -19,10 +19,10 @@ from agent.core.health import (
     XidTable,
     application_ended,
     driver_loaded,
+    is_open,
     judge,
     note_reading,
     note_xid,
-    outlasts,
 )
 from agent.core.messages import CloseLink
 from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
@@ -155,7 +155,7 @@ def _note_mended(state: State, now: Instant) -> None:
     watched = state.watched
     fresh = False
     for uuid, history in watched.histories.items():
-        ill = outlasts(history)
+        ill = is_open(history)
         if watched.ill.get(uuid) and not ill:
             watched.mended[uuid] = now.unix_ms
             fresh = True

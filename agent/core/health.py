@@ -171,12 +171,13 @@ class GpuHistory:
     failures: int = SILENT_READINGS  # nothing was read yet
     energy_mj: int | None = None
     error: str = "it was not read yet"
+    reset_ms: int | None = None  # when a reset was seen
 
 
 @dataclass(slots=True)
 class Watched:
     """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
-    a case that outlives applications; `mended` is when the last such was closed, in wall time."""
+    an open case; `mended` is when the last one was closed, in wall time."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)
@@ -259,7 +260,14 @@ def note_reading(history: GpuHistory, now_ms: int, sample: GpuSample, *, in_use:
     well = not condition.state and not condition.recovery_action
     ill = before is not None and (before.state != "" or bool(before.recovery_action))
     if well and (ill or anew):
+        history.reset_ms = now_ms
         _close(history, tuple(Action), before_ms=now_ms - SETTLE_MS)
+    if not well:
+        history.reset_ms = None
+    if history.reset_ms is not None and now_ms - history.reset_ms >= SETTLE_MS:
+        # It is well still: the errors of the last moments before the reset are over as well.
+        _close(history, tuple(Action), before_ms=history.reset_ms)
+        history.reset_ms = None
     if not condition.state and condition.recovery_action == 0:
         needs = (Action.RESET, Action.REBOOT, Action.READ)
         _close(history, needs, before_ms=now_ms - SETTLE_MS)
@@ -301,10 +309,9 @@ def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     return GpuVerdict(uuid, *worst, xids=records)
 
 
-def outlasts(history: GpuHistory) -> bool:
-    """Whether anything is open that does not end with an application."""
-    ends = (Action.RESTART_APPLICATION, Action.IGNORE)
-    return any(case.action not in ends for case in history.cases.values())
+def is_open(history: GpuHistory) -> bool:
+    """Whether anything is open that says more than nothing."""
+    return any(case.action is not Action.IGNORE for case in history.cases.values())
 
 
 _Finding = tuple[Verdict, str, str]

@@ -129,7 +129,7 @@ def parse(message: bytes) -> dict[str, object]:
     """A request whose every field is there, known and within bounds. Raises `Refused`."""
     try:
         request = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused("the request is no JSON") from None
     ask = request.get("ask") if isinstance(request, dict) else None
     if not isinstance(ask, str) or ask not in FIELDS:
@@ -210,7 +210,7 @@ def command(settings: Settings, request: dict[str, object]) -> list[str]:
     properties = [
         *FIXED_PROPERTIES,
         f"User={settings.job_user}",
-        f"TimeoutStopSec={grace_ms}ms",
+        f"TimeoutStopSec={max(1, grace_ms)}ms",  # zero is no limit at all (systemd.service(5))
         f"MemoryMax={memory}",
         # else the limit would only move the job's memory to the disk
         *(["MemorySwapMax=0"] if request["memory_bytes"] else []),

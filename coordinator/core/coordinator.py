@@ -15,6 +15,7 @@ from coordinator.core import (
     gangs,
     health,
     jobs,
+    leases,
     nodes,
     parts,
     readings,
@@ -86,6 +87,8 @@ class Coordinator:
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
+        for live in self.state.nodes.values():
+            leases.watch(self.state, live)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
 

@@ -49,7 +49,13 @@ def reported(state: State, now: Instant, live: LiveNode, gpus: tuple[GpuHealth, 
         if before is None or before.verdict is not said.verdict:
             _log(state, live, said)
     listed = [known[gpu.uuid] for gpu in live.node.gpus if gpu.uuid in known]
-    node = replace(live.node, health=tuple(listed))
+    # A GPU that is there no longer, replaced say, can never be well again, nor be opened.
+    here = {gpu.uuid: True for gpu in live.node.gpus}
+    cordons = tuple(cordon for cordon in live.node.gpu_cordons if cordon.uuid in here)
+    for uuid in known:
+        if uuid not in here:
+            state.held_back.pop(uuid, None)
+    node = replace(live.node, health=tuple(listed), gpu_cordons=cordons)
     if node != live.node:
         state.put_node(node)
     react(state, now, live)
@@ -145,7 +151,14 @@ def person_says(state: State, live: LiveNode, intent: NodeIntent) -> None:
     """From here on the node is as a person wants it."""
     node = replace(live.node, closed_for="")
     if intent is NodeIntent.OPEN:
-        ill = [said.uuid for said in live.node.health if not _is_well(state, said)]
+        # What is merely unknown is no trouble that they have seen, unless it is why it was closed.
+        shut = dict.fromkeys(cordon.uuid for cordon in live.node.gpu_cordons)
+        ill = [
+            said.uuid
+            for said in live.node.health
+            if not _is_well(state, said)
+            and (said.verdict is not V.UNKNOWN or said.uuid in shut or live.node.closed_for)
+        ]
         node = replace(node, waived=tuple(ill), gpu_cordons=())
         for uuid in ill:
             state.held_back.pop(uuid, None)

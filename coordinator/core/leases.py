@@ -9,7 +9,7 @@ is heard (the "lazy" timers of many a network stack; Varghese and Lauck, "Hashed
 Timing Wheels", SOSP 1987, compares such schemes).
 """
 
-from heapq import heapify, heappop
+from heapq import heapify, heappop, heappush
 
 from coordinator.core.phases import NodePhase
 from coordinator.core.state import Instant, LiveNode, State
@@ -20,6 +20,16 @@ def heard(state: State, now: Instant, live: LiveNode) -> None:
     live.heard_ms = now.now_ms
     live.suspect_ms = now.now_ms + state.options.suspect_ms
     live.deadline_ms = now.now_ms + state.options.lease_ms
+
+
+def watch(state: State, live: LiveNode) -> None:
+    """See to it that a tick looks at the node when its silence next means something. One that is
+    looked at sooner is watched again then, so a heartbeat costs no entry in the heap."""
+    up = live.phase is NodePhase.UP and live.session is not None
+    due_ms = min(live.suspect_ms, live.deadline_ms) if up else live.deadline_ms
+    if live.watched_ms is None or due_ms < live.watched_ms:
+        live.watched_ms = due_ms
+        heappush(state.watched, (due_ms, live.node.id))
 
 
 def put_off(state: State, gap_ms: int) -> None:
@@ -35,7 +45,7 @@ def put_off(state: State, gap_ms: int) -> None:
     heapify(state.watched)
     for live in state.nodes.values():
         if live.phase is NodePhase.UP:
-            state.watch(live)
+            watch(state, live)
 
 
 def due(state: State, now: Instant) -> list[LiveNode]:

@@ -154,7 +154,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     leases.heard(state, now, live)
     if live.phase is not NodePhase.UP:
         state.set_node_phase(live, NodePhase.UP, "")
-    state.watch(live)
+    leases.watch(state, live)
     return live
 
 
@@ -271,7 +271,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     leases.heard(state, now, live)
     if live.phase is NodePhase.SUSPECT:
         state.set_node_phase(live, NodePhase.UP, "")
-        state.watch(live)
+        leases.watch(state, live)
     live.telemetry = body.host or live.telemetry
     for telemetry in body.gpus:
         if telemetry.uuid in live.gpus:
@@ -305,7 +305,7 @@ def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
         return
     absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
     live.deadline_ms = now.now_ms + absence_ms
-    state.watch(live)
+    leases.watch(state, live)
     _close(state, live, f"its agent restarts and asked for {absence_ms / 1000:g} s")
 
 
@@ -317,7 +317,7 @@ def closed(state: State, now: Instant, session: int) -> None:
     if live is None or live.session != session:
         return
     live.deadline_ms = min(live.deadline_ms, now.now_ms + state.options.closed_grace_ms)
-    state.watch(live)
+    leases.watch(state, live)
     _close(state, live, "its connection has closed")
 
 
@@ -367,7 +367,7 @@ def _look(state: State, now: Instant, live: LiveNode) -> None:
     if live.phase is NodePhase.UP and live.suspect_ms <= now.now_ms:
         state.set_node_phase(live, NodePhase.SUSPECT, silent)
         state.log("warning", "node.suspect", node=live.node.id, reason=silent)
-    state.watch(live)
+    leases.watch(state, live)
 
 
 def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:

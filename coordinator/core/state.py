@@ -10,7 +10,6 @@ coordinator begins without it.
 """
 
 from dataclasses import dataclass, field, replace
-from heapq import heappush
 
 from coordinator.core import traces
 from coordinator.core.indices import Indices
@@ -74,14 +73,11 @@ class Options:
     """What an operator may set. Milliseconds throughout."""
 
     heartbeat_interval_ms: int = 1_000
-    # Three missed heartbeats: nothing new is sent to a node that may be dead, and nothing is taken
-    # from one that may not be.
-    suspect_ms: int = 3_000
+    suspect_ms: int = 3_000  # three missed heartbeats: nothing new for one that may be dead
     # Eight missed heartbeats: short enough for a handoff within ten seconds, long enough for a
     # switch that reboots a line card or a box that swaps.
     lease_ms: int = 8_000
-    # A process that dies closes its connections. Three seconds let systemd restart an agent before
-    # its jobs move.
+    # A process that dies closes its connections: time for systemd to restart an agent.
     closed_grace_ms: int = 3_000
     # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
     # As long ranks that came back from a common outage wait for the rest of their gang.
@@ -204,7 +200,6 @@ class State:
             live.note = "the coordinator has restarted and the node has not said hello yet"
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
-            self.watch(live)
             self.indices.put_node(node)
         # In the order in which they ended, since the first to end is the first to be forgotten.
         for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
@@ -366,15 +361,6 @@ class State:
         self.nodes[node.id].node = node
         self.indices.put_node(node)
         self.changed_nodes[node.id] = None
-
-    def watch(self, live: LiveNode) -> None:
-        """See to it that a tick looks at the node when its silence next means something. One that
-        is looked at sooner is watched again then, so a heartbeat costs no entry in the heap."""
-        up = live.phase is NodePhase.UP and live.session is not None
-        due_ms = min(live.suspect_ms, live.deadline_ms) if up else live.deadline_ms
-        if live.watched_ms is None or due_ms < live.watched_ms:
-            live.watched_ms = due_ms
-            heappush(self.watched, (due_ms, live.node.id))
 
     def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
         """Append a line to the job's history, and to the log. `where` is attempt and node."""

@@ -20,7 +20,7 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import launcher
-from agent.processes.launcher import Refused, Settings
+from agent.processes.launcher import Refused, Settings, command, parse
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import Units, why_ended
 
@@ -315,3 +315,16 @@ def test_only_oom_adds_a_reason() -> None:
     assert why_ended({"Result": "exit-code"}) == ""
     assert why_ended({}) == ""
     assert "limit of 5 bytes" in why_ended({"Result": "oom-kill", "MemoryMax": "5"})
+
+
+def test_a_request_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(Refused, match="no JSON"):
+        parse(b"[" * 8_000)
+
+
+def test_no_grace_is_no_endless_stop(world: World) -> None:
+    """systemd takes TimeoutStopSec=0 for no limit at all."""
+    for directory in (world.state, world.state / "attempts", world.state / "attempts/1.1"):
+        directory.mkdir(mode=0o700)
+    asked = {"ask": "start", "attempt": "1.1", "gpus": [], "memory_bytes": 0, "grace_ms": 0}
+    assert "--property=TimeoutStopSec=1ms" in command(world.settings, asked)

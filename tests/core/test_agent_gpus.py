@@ -231,3 +231,14 @@ def test_what_is_not_read_by_order_is_unknown_and_says_why(node: Node) -> None:
     assert {(gpu.verdict, gpu.reason) for gpu in changed} == {
         (Verdict.UNKNOWN, "is unknown: it is not read, by order")
     }
+
+
+def test_an_applications_error_does_not_come_back_for_the_next_application(node: Node) -> None:
+    """After a restart the kernel's log tells of it again, while another trainer is on the GPU."""
+    node.xid(31)
+    old = UNIX_MS + node.now_ms
+    node.now_ms += 10_000
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(31, history=True, unix_ms=old)
+    assert not node.core.state.watched.histories["GPU-a"].cases

@@ -286,6 +286,27 @@ def test_a_restarted_coordinator_knows_what_it_has_closed() -> None:
     assert fleet.gpu("n1-g0").cordon == ""
 
 
+def test_a_person_waives_what_is_known_and_not_what_comes() -> None:
+    """A GPU was not read when its node was opened; that says nothing of its later loss."""
+    fleet = Fleet({"n1": 2, "n2": 2})
+    fleet.judge("n1-g1", V.UNKNOWN)
+    fleet.ask(CordonNode("n1"))
+    fleet.ask(UncordonNode("n1"))
+    fleet.judge("n1-g1", V.LOST)
+    assert [cordon.uuid for cordon in fleet.node("n1").node.gpu_cordons] == ["n1-g1"]
+
+
+def test_the_cordon_of_a_gpu_that_was_taken_out_goes_with_it() -> None:
+    """It would stand in the node's reason, and count among the cordoned ones, for ever."""
+    fleet = Fleet({"n1": 2, "n2": 2})
+    fleet.judge("n1-g1", V.NEEDS_RESET)
+    assert fleet.node("n1").node.gpu_cordons
+    fleet.counts["n1"] = 1
+    fleet.hello("n1", health("n1-g0", V.HEALTHY))
+    assert fleet.node("n1").node.gpu_cordons == ()
+    assert fleet.node("n1").reason == ""
+
+
 def test_a_hello_says_it_as_well_as_an_event() -> None:
     fleet = Fleet({"n1": 1})
     fleet.hello("n1", health("n1-g0", V.LOST))

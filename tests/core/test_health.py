@@ -291,3 +291,16 @@ def test_no_history_is_called_healthy_while_a_witness_objects(
     application_ended(gpu.history)
     gpu.read(QUIET_MS, recovery_action=0)
     assert gpu.verdict() is Verdict.HEALTHY
+
+
+def test_an_error_of_the_last_moment_before_a_reset_is_over_too() -> None:
+    """On an older driver, which has no recovery action that would say so later."""
+    history = GpuHistory()
+    reset_required = GpuSample("g", condition=GpuCondition(state="reset_required"))
+    well = GpuSample("g", condition=GpuCondition())
+    note_reading(history, 11_000, reset_required, in_use=False)
+    note_xid(history, 14_000, XidSeen(95, "kernel", 14_000), TABLE)
+    note_reading(history, 15_000, well, in_use=False)
+    assert judge("g", history).verdict is Verdict.NEEDS_RESET, "it may be from after the reset"
+    note_reading(history, 20_000, well, in_use=False)
+    assert judge("g", history).verdict is Verdict.HEALTHY
