@@ -4,6 +4,8 @@ A trainer hands over captures, and a directory when it leaves and no slot of its
 slab still holds the captures then, and when its process is gone the newest one comes up again.
 """
 
+from typing import Any, cast
+
 from agent.core import messages as m
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
@@ -11,6 +13,7 @@ from agent.core.state import Instant, Options, Record, SpoolEvent
 from agent.core.trainer_messages import TrainerCheckpoint, TrainerMessage, TrainerSlab, capture_name
 from agent.core.values import HostFacts, ProcessExit, Restored, StoredCheckpoint
 from tests.core.agent_memory import MemoryJournal
+from tests.core.test_agent_machine import AgentMachine
 
 LAUNCH = LaunchOptions("n1", "/run/agent.sock", "/state/attempts", "/venv/bin/python", ())
 ORDER = m.StartAttempt("1.1", m.JobSpec(command=("train",)), ())
@@ -136,3 +139,27 @@ def test_a_capture_that_nobody_handed_over_is_newer_than_a_directory() -> None:
     node.ends()
     node.finds(CAPTURE)
     assert node.storing == CAPTURE
+
+
+def test_a_capture_that_a_new_agent_is_told_of_again_may_be_superseded() -> None:
+    """A history that the machine once took for a lost capture: it waits while its trainer starts,
+    the agent is killed, and the trainer says it again beside a newer directory."""
+
+    class First:
+        def draw(self, _: object) -> str:
+            return "1.1"
+
+    data = cast("Any", First())
+    machine = AgentMachine()
+    machine.all_flows(True, 0)
+    order = m.StartAttempt("1.1", m.JobSpec(command=("train",)), ("A",))
+    machine.gpus["1.1"], machine.epochs[1] = ("A",), 1
+    machine.starts.append(order)
+    machine.order(order)
+    machine.all_flows(False, 1)
+    machine.trainer_captures(data, True)
+    machine.agent_is_killed()
+    machine.trainer_reconnects(data)
+    machine.trainer_offers(data)
+    machine.connect()
+    machine.teardown()

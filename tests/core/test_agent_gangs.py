@@ -17,8 +17,9 @@ from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.ids import AttemptId, find_attempt_id, parse_attempt_id
 from agent.core.node import NodeCore
+from tests.core.agent_box import HOST, OPTIONS, PEER
 from tests.core.agent_memory import MemoryJournal
-from tests.core.test_agent_machine import HOST, OPTIONS, PEER, AgentMachine
+from tests.core.test_agent_machine import AgentMachine
 
 UUIDS = ("A", "B")
 

@@ -24,19 +24,10 @@ from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.gpu_messages import InspectGpus
-from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.pipeline import SETTLE_MS_MAX
+from tests.core.agent_box import ENDS, GPUS, HOST, OPTIONS, PEER, ROUNDS_MAX
 from tests.core.agent_memory import MemoryJournal, inspected
-
-LAUNCH = LaunchOptions("n1", "/sock", "/attempts", "/python", ())
-# With a floor that the time between two events can pass.
-OPTIONS = s.Options("n1:1", LAUNCH, hang_floor_ms=50)
-HOST = v.HostFacts("box", "boot", 8, 1, "", "")
-GPUS = ("A", "B")
-PEER = v.ReplicaSource("n2", "n2:1")
-ENDS = m.AttemptExited | m.AttemptRefused
-ROUNDS_MAX = 400  # of the last, friendly stretch; far more than anything needs
 
 
 class AgentMachine(RuleBasedStateMachine):
@@ -118,6 +109,8 @@ class AgentMachine(RuleBasedStateMachine):
 
     def note(self, event: m.Event) -> None:
         """What an event says of captures and ends."""
+        if isinstance(event, m.FromTrainer) and isinstance(event.message, t.TrainerCheckpoint):
+            self.note_offer(event.attempt, event.message.path)
         if isinstance(event, m.ProcessEnded):
             attempt = event.exit.attempt_id
             self.ended_ms[attempt] = self.now_ms
@@ -131,6 +124,14 @@ class AgentMachine(RuleBasedStateMachine):
                     (self.captures_stored if done else self.captures_failed).add(path)
                 elif done:
                     self.captures_past.add(self.since.get(path, ""))
+
+    def note_offer(self, attempt: str, path: str) -> None:
+        """In the order in which this agent hears of them; one that has come back hears again."""
+        said = self.said.get(attempt, "")
+        if not t.is_capture(path):
+            self.since.setdefault(path, said)
+        elif not said or t.capture_place(said) < t.capture_place(path):
+            self.said[attempt] = path
 
     def check(self, record: s.Record) -> None:
         match record:
@@ -370,7 +371,6 @@ class AgentMachine(RuleBasedStateMachine):
         self.offers += 1
         path = f"{attempt}/c{self.offers}"
         self.directories.add(path)
-        self.since[path] = self.said.get(attempt, "")
         message = t.TrainerCheckpoint(self.offers, path, self.offers)
         self.offered.setdefault(attempt, {})[self.offers] = message
         self.handle(m.FromTrainer(attempt, message))
@@ -392,7 +392,6 @@ class AgentMachine(RuleBasedStateMachine):
         if said:
             message = t.TrainerCheckpoint(self.offers, name, self.offers)
             self.offered.setdefault(attempt, {})[self.offers] = message
-            self.said[attempt] = name
             self.handle(m.FromTrainer(attempt, message))
 
     @precondition(lambda self: self.running())

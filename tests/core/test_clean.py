@@ -8,8 +8,8 @@ from agent.core import values as v
 from agent.core.clean import AGAIN_MS, CHECK_MS_MAX, LEAKING_AGAIN_MS, MEMORY_SLACK_BYTES, judge
 from agent.core.gpu_messages import GpusInspected, InspectGpus
 from agent.core.node import NodeCore
+from tests.core.agent_box import HOST, OPTIONS
 from tests.core.agent_memory import MemoryJournal
-from tests.core.test_agent_machine import HOST, OPTIONS
 
 UUID = "GPU-a"
 GIB = 1024**3
