@@ -74,7 +74,8 @@ files() {
 
 package() {
   local size
-  size="$(du --apparent-size -sk "$root" | cut -f1)"
+  # of files alone: directories grow with what was in them while this ran
+  size="$(find "$root" -type f -printf '%s\n' | awk '{ bytes += $1 } END { print int(bytes / 1024) }')"
   install -d "$root/DEBIAN"
   sed -e "s/@VERSION@/$version/" -e "s/@SIZE@/$size/" \
     -e "s/@ARCHITECTURE@/$(dpkg --print-architecture)/" "$here/control" >"$root/DEBIAN/control"
