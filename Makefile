@@ -7,6 +7,8 @@
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
 #   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
 #   make soak            an hour of ordinary work, and whether the programs' memory grows
+#   make deb             the Debian package of both programs (DEB_VERSION=... for another version), in build/deb
+#   make systemd-test    boot a minimal Debian, install the package, start and upgrade it there (needs root)
 #   make protos          generate the Python code of protos/ again
 #   make clean           remove the virtual environment, caches and builds
 #
@@ -29,6 +31,7 @@ TORCH_INDEX_URL ?=
 SEEDS ?= 5000
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick
+DEB_VERSION ?=
 BUF_VERSION := 1.75.0
 
 VENV := .venv
@@ -41,10 +44,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256s
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check gates fast-tests bench sim torture soak protos clean
+.PHONY: help setup demo test check gates fast-tests bench sim torture soak deb systemd-test protos clean
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,14s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -144,6 +147,12 @@ torture: $(STAMP)
 
 soak: $(STAMP)
 	@exec $(BIN)/python -m bench.soak
+
+deb: $(STAMP)
+	@exec systemd/debian/build.sh build/deb $(DEB_VERSION)
+
+systemd-test: $(STAMP)
+	@exec $(BIN)/python -m pytest tests/systemd -m boot
 
 protos: $(STAMP)
 	@exec $(BIN)/python -m protos.generate

@@ -1,0 +1,212 @@
+"""The Debian package in a machine that systemd boots: `make systemd-test`.
+
+Coordinator and agent on the machine's loopback, under mutual TLS from files that only root can
+read. Jobs ask for no GPU, since the machine has none. Limits are seen as systemd was told them; the
+controllers that enforce them may belong to the host.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.certificates import Authority
+from tests.systemd.machine import (
+    PACKAGES_AT,
+    Machine,
+    booted,
+    built_package,
+    wait_until,
+    why_not,
+)
+
+AGENT = "baton-agent.service"
+COORDINATOR = "baton-coordinator.service"
+SOCKET = "baton-launcher.socket"
+NODE = "n1"
+MEMORY_BYTES = 256 * 1024**2
+VERSION, LATER_VERSION = "0.1.0~test1", "0.1.0~test2"
+PROGRAMS_TLS = "".join(
+    f'tls_{part} = "$CREDENTIALS_DIRECTORY/tls_{part}.pem"\n' for part in ("cert", "key", "ca")
+)
+CLIENT = "/root/client"
+
+pytestmark = [
+    pytest.mark.boot,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+
+
+def install(machine: Machine, package: Path) -> None:
+    machine.run("dpkg", "--install", f"{PACKAGES_AT}/{package.name}")
+
+
+def configure(machine: Machine, authority: Authority) -> None:
+    """Both programs, and the command line, with certificates; without enabling anything."""
+    for program, name in (("agent", NODE), ("coordinator", "coordinator")):
+        files = authority.issue(name)
+        for part in ("cert", "key", "ca"):
+            text = getattr(files, part).read_text()
+            machine.write(f"/etc/baton/tls/{program}/{part}.pem", text, "0600")
+    files = authority.issue("operator")
+    for part in ("cert", "key", "ca"):
+        machine.write(f"{CLIENT}/{part}.pem", getattr(files, part).read_text(), "0600")
+    machine.write("/etc/baton/agent.toml", f'node = "{NODE}"\n{PROGRAMS_TLS}')
+    machine.write("/etc/baton/coordinator.toml", PROGRAMS_TLS)
+
+
+def baton(machine: Machine, *words: str) -> str:
+    environment = [
+        f"BATON_TLS_{part.upper()}={CLIENT}/{part}.pem" for part in ("cert", "key", "ca")
+    ]
+    return machine.run("env", *environment, "baton", *words)
+
+
+def submit(machine: Machine, script: str) -> str:
+    """Returns the name of the unit of its first attempt."""
+    memory = f"--memory={MEMORY_BYTES}"
+    words = ("--json", memory, "--workdir", "", "--", "/bin/sh", "-c", script)
+    job = json.loads(baton(machine, "submit", *words))["job_id"]
+    return f"baton-job-{job}.1.service"
+
+
+def job_of(unit: str) -> str:
+    return unit.removeprefix("baton-job-").partition(".")[0]
+
+
+def running(machine: Machine) -> str:
+    """A unit whose job goes on until it is told to end."""
+    unit = submit(machine, "exec sleep 1000")
+    event = ("BATON_EVENT=attempt.started", f"BATON_JOB={job_of(unit)}", f"_SYSTEMD_UNIT={AGENT}")
+    wait_until(lambda: machine.journal(*event) != "", f"{unit} starts")
+    return unit
+
+
+def adoptions(machine: Machine, unit: str) -> int:
+    event = ("BATON_EVENT=attempt.adopted", f"BATON_JOB={job_of(unit)}")
+    return len(machine.journal(*event, "--output=json").splitlines())
+
+
+@pytest.fixture(scope="module")
+def packages() -> tuple[Path, Path]:
+    return built_package(VERSION), built_package(LATER_VERSION)
+
+
+@pytest.fixture(scope="module")
+def machine(
+    packages: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    """With coordinator and agent, both enabled and running."""
+    with booted("baton-test") as here:
+        install(here, packages[0])
+        configure(here, Authority(tmp_path_factory.mktemp("tls") / "fleet"))
+        here.run("systemctl", "enable", "--now", COORDINATOR, AGENT)
+        wait_until(lambda: " up " in baton(here, "nodes"), "the node comes up")
+        yield here
+
+
+def test_nothing_starts_before_it_is_enabled(packages: tuple[Path, Path]) -> None:
+    with booted("baton-test-fresh") as fresh:
+        install(fresh, packages[0])
+        for unit in (COORDINATOR, AGENT, SOCKET):
+            assert fresh.property(unit, "UnitFileState") == "disabled"
+            assert fresh.property(unit, "ActiveState") == "inactive"
+        # without a certificate, from the files as they come
+        fresh.run("systemctl", "start", COORDINATOR, AGENT)
+        wait_until(lambda: " up " in fresh.run("baton", "nodes"), "the node comes up")
+        assert fresh.run("systemctl", "--failed", "--no-legend") == ""
+        install(fresh, packages[0])  # twice is once
+
+
+def test_both_tell_systemd_that_they_are_ready(machine: Machine) -> None:
+    for unit in (COORDINATOR, AGENT):
+        assert machine.property(unit, "ActiveState") == "active"
+        assert machine.property(unit, "UnitFileState") == "enabled"
+        assert machine.property(unit, "User") == "baton"
+        assert machine.property(unit, "NRestarts") == "0"
+    assert machine.property(SOCKET, "ActiveState") == "active"
+
+
+def test_keys_are_credentials_and_nobody_elses(machine: Machine) -> None:
+    entered = ("systemd-run", "--quiet", "--pipe", "--wait", "--uid=baton", "--")
+    refused = machine.ask(*entered, "cat", "/etc/baton/tls/agent/key.pem")
+    assert "Permission denied" in refused.stderr
+    where = f"/proc/{machine.main_pid(AGENT)}/environ"
+    variables = machine.run("cat", where).split("\0")
+    assert f"CREDENTIALS_DIRECTORY=/run/credentials/{AGENT}" in variables
+    # and without a certificate of the fleet nothing is answered
+    assert machine.ask("baton", "nodes").returncode == 3
+
+
+def test_a_job_is_a_unit_of_its_own(machine: Machine) -> None:
+    unit = running(machine)
+    assert machine.property(unit, "MemoryMax") == str(MEMORY_BYTES)
+    assert machine.property(unit, "TasksMax") == "65536"
+    assert machine.property(unit, "DevicePolicy") == "closed"
+    assert machine.property(unit, "User") == "baton"
+    assert machine.property(unit, "ControlGroup") == f"/system.slice/{unit}"
+    baton(machine, "cancel", job_of(unit))
+    wait_until(lambda: machine.property(unit, "ActiveState") == "inactive", f"{unit} ends")
+
+
+def test_the_exit_of_a_job_is_kept(machine: Machine) -> None:
+    unit = submit(machine, "exit 3")
+    words = ("--json", "job", job_of(unit))
+    wait_until(lambda: '"exit status 3' in baton(machine, *words), "the job fails")
+
+
+def test_the_journal_has_fields(machine: Machine) -> None:
+    unit = running(machine)
+    event = ("BATON_EVENT=attempt.started", f"BATON_JOB={job_of(unit)}", f"_SYSTEMD_UNIT={AGENT}")
+    (line,) = machine.journal(*event, "--output=json").splitlines()
+    entry = json.loads(line)
+    assert entry["BATON_NODE"] == NODE
+    assert entry["BATON_ATTEMPT"] == f"{job_of(unit)}.1"
+    assert entry["SYSLOG_IDENTIFIER"] == "baton-agent"
+    assert json.loads(entry["BATON_LINE"])["pid"] > 0
+    baton(machine, "cancel", job_of(unit))
+
+
+def test_an_agent_that_stands_still_is_killed_and_adopts_its_jobs(machine: Machine) -> None:
+    unit = running(machine)
+    job_pid, agent_pid = machine.main_pid(unit), machine.main_pid(AGENT)
+    machine.run("kill", "-STOP", str(agent_pid))
+    wait_until(lambda: adoptions(machine, unit) == 1, "the next agent adopts the job")
+    assert "Watchdog timeout" in machine.journal(f"--unit={AGENT}")
+    assert machine.property(AGENT, "NRestarts") == "1"
+    assert machine.main_pid(AGENT) not in (0, agent_pid)
+    assert machine.main_pid(unit) == job_pid
+    baton(machine, "cancel", job_of(unit))
+
+
+def test_a_restart_and_an_upgrade_leave_trainers_alone(
+    machine: Machine, packages: tuple[Path, Path]
+) -> None:
+    unit = running(machine)
+    job_pid = machine.main_pid(unit)
+    machine.run("systemctl", "restart", AGENT)
+    wait_until(lambda: adoptions(machine, unit) == 1, "the restarted agent adopts the job")
+    before = machine.main_pid(AGENT)
+    install(machine, packages[1])
+    wait_until(lambda: adoptions(machine, unit) == 2, "the upgraded agent adopts the job")
+    assert machine.main_pid(AGENT) != before
+    assert LATER_VERSION in machine.run("dpkg-query", "--show", "gpu-baton")
+    assert machine.main_pid(unit) == job_pid
+    assert f'node = "{NODE}"' in machine.run("cat", "/etc/baton/agent.toml")
+    baton(machine, "cancel", job_of(unit))
+    wait_until(lambda: machine.property(unit, "ActiveState") == "inactive", f"{unit} ends")
+
+
+def test_removal_keeps_state_and_purge_takes_it(machine: Machine) -> None:
+    unit = running(machine)
+    machine.run("dpkg", "--remove", "gpu-baton")
+    for name in (AGENT, COORDINATOR, SOCKET, unit):
+        assert machine.property(name, "ActiveState") == "inactive"
+    assert machine.ask("pgrep", "--uid", "baton").stdout == ""
+    machine.run("test", "-s", "/var/lib/baton/coordinator/baton.sqlite3")
+    machine.run("test", "-s", "/etc/baton/tls/agent/key.pem")
+    machine.run("dpkg", "--purge", "gpu-baton")
+    left = machine.run("find", "/", "/run", "-xdev", "-path", "*baton*")
+    assert left.splitlines() == []
