@@ -339,6 +339,8 @@ def told_by(agents: list[FakeAgent], place: Path) -> list[dict[str, str]]:
             "BATON_TOKEN": agent.token,
             "BATON_STAGING_DIR": str(place / f"staging-{rank}"),
             "BATON_GRACE_MS": "60000",
+            "BATON_RANK": str(rank),
+            "BATON_WORLD_SIZE": str(len(agents)),
         }
         for rank, agent in enumerate(agents)
     ]
