@@ -174,8 +174,15 @@ class Capturer:
 
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory before it is needed. Returns at once."""
-        if self._plan(live):
-            self._session.slab(self._slot_bytes(checkpoint.encode_state(live.state)))
+        slot_bytes = self.measure(live)
+        if slot_bytes:
+            self._session.slab(slot_bytes)
+
+    def measure(self, live: checkpoint.Snapshot) -> int:
+        """How much memory that is, and how large the state; 0 for one that only files can hold."""
+        if not self._plan(live):
+            return 0
+        return self._slot_bytes(checkpoint.encode_state(live.state))
 
     def take(
         self, live: checkpoint.Snapshot, step: int, *, wait_s: float = 0.0, whole: bool = False

@@ -131,11 +131,6 @@ class LoopOptions:
 
     def problems_of_ranks(self, world_size: int) -> list[str]:
         """What is wrong when so many ranks train together."""
-        if world_size > 1 and self.precision == "float16":
-            return [
-                "'precision' float16 scales the loss of each rank by itself; several ranks need"
-                " bfloat16 or float32"
-            ]
         return []
 
 

@@ -12,8 +12,10 @@ collective: then none is under way, and all have made the same ones. They leave,
 can be made again. A vote is one number from each rank, over the host's network; it does not wait
 for the device.
 
-Votes cost time (0.1 to 0.3 ms each on one machine), so they are held where memory is in doubt: in
-the first ``STEPS`` steps of an attempt and after each time that less is taken at once, in
+Votes cost time. Of 2,000 between two processes on loopback the median was 0.2 ms and the 95th
+percentile 2 to 5 ms, between four 1 to 4 ms and 8 to 12 ms: nine runs on two cores that others used
+too, where a rank waits for a core and not for the network. So they are held where memory is in
+doubt: in the first ``STEPS`` steps of an attempt and after each time that less is taken at once, in
 evaluations, and as long as the memory of any rank is nearly full (``is_tight``, which all ranks
 tell each other after each step). Otherwise what fitted once fits again, since the samples of
 ``finetune`` and ``lora`` are of one length.

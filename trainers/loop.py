@@ -418,9 +418,7 @@ class Trainer:
         if self._saved_step != self.step:
             self._try_save(wait_s=(stop.remaining_s - GRACE_MARGIN_S) / 2, last=True)
         with self.timing.measure(timing.CAPTURE_S):
-            stored = self._ticket is not None and self._ticket.wait_stored(
-                stop.remaining_s - GRACE_MARGIN_S
-            )
+            stored = self._saver.wait_stored(stop.remaining_s - GRACE_MARGIN_S)
         self._report_progress()
         emit("stopped", step=self.step, checkpoint_step=self._saved_step, stored=stored)
         return baton_sdk.EXIT_RUN_AGAIN
@@ -434,7 +432,7 @@ class Trainer:
         if self._saved_step != self.step:
             self.save(wait_s=STORE_TIMEOUT_S, last=True)
         with self.timing.measure(timing.CAPTURE_S):
-            stored = self._ticket is None or self._ticket.wait_stored(STORE_TIMEOUT_S)
+            stored = self._ticket is None or self._saver.wait_stored(STORE_TIMEOUT_S)
         self._report_progress()
         if not stored and self._ticket is not None:
             reason = self._ticket.reason or f"no answer in {STORE_TIMEOUT_S:.0f} s"

@@ -7,6 +7,11 @@ scale before ``backward``, and the gradients divided by it after (Micikevicius e
 Precision Training", 2018). The scale falls when a gradient overflows, and that step is left out; it
 rises again after many good ones. It decides how training goes on, so every checkpoint has it.
 
+Of several ranks one alone may find the overflow, in its rows of a gradient, and a step that only
+the others take is the end of a common model. torch agrees on it where gradients are spread: its
+check for what is not finite is a collective there, the most that any rank has found. So the ranks
+take or leave each step together, and their scales stay equal.
+
 Parameters and the optimizer's state are float32 throughout. The learning rate is a function of the
 step and has no state.
 """

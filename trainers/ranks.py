@@ -27,6 +27,8 @@ from hashlib import blake2b
 
 import torch
 
+from trainers import launcher
+
 TEXT_BYTES_MAX = 1024
 """Of what one rank tells the others: a sentence. Longer ones are cut."""
 
@@ -88,10 +90,14 @@ def decide(votes: Sequence[Vote]) -> Decision:
 class World:
     """All ranks of one training, seen from one of them."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, *, shared: bool = False
+    ) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
+        self.shared = shared
+        """Whether the ranks are processes of one attempt, of which the first speaks for all."""
 
     @property
     def first(self) -> bool:
@@ -199,4 +205,5 @@ def world_of(environment: Mapping[str, str]) -> World:
     size = int(environment.get("WORLD_SIZE") or 1)
     if size <= 1:
         return ALONE
-    return World(int(environment["RANK"]), size, int(environment.get("LOCAL_RANK") or 0))
+    local_rank = int(environment.get("LOCAL_RANK") or 0)
+    return World(int(environment["RANK"]), size, local_rank, shared=launcher.shared(environment))

@@ -9,6 +9,11 @@ no Baton) a directory is written as ever.
 While the agent still reads both slots a capture is put off to the next step, and the step after
 that: a training never waits for a disk. Only the last one of a process waits, within the time that
 it is given, and becomes a directory then.
+
+Ranks that share one attempt (``launcher``) have one place at the agent, and it takes whole
+checkpoints there. So they write their parts into one directory while the training waits, and the
+first hands it over once all have written theirs: whoever reads it finds what ranks of Baton's own
+would have handed over one by one.
 """
 
 import shutil
@@ -20,7 +25,7 @@ from typing import Any
 import baton_sdk
 from trainers import capture, checkpoint, ranges
 from trainers.configuration import AUTOMATIC_S, LoopOptions
-from trainers.ranks import ALONE, World
+from trainers.ranks import ALONE, RankError, World
 
 CHANGED_WHILE_CAPTURED = (
     "the model writes to its parameters while it computes: that checkpoint is dropped, and from"
@@ -94,7 +99,10 @@ class Saver:
     def prepare(self, live: checkpoint.Snapshot) -> None:
         """Ask for the memory that a state like this needs. Returns at once."""
         self._prepared = True
-        self._capturer.prepare(live)
+        if self._world.shared:
+            self._capturer.measure(live)
+        else:
+            self._capturer.prepare(live)
 
     def due(self, step: int, waited_s: float) -> bool:
         """Whether it is time, so many seconds after the last one: every so many steps, every so
@@ -128,9 +136,10 @@ class Saver:
         began_s = time.perf_counter()
         self._state = live.state
         ticket = None
-        if last:
+        memory = not self._world.shared
+        if memory and last:
             ticket = self._capturer.take(live, step, wait_s=wait_s, whole=True)
-        elif self._capturer.begin(live, step):
+        elif memory and self._capturer.begin(live, step):
             self._postponed = False
             return self.settle(wait=not self.overlaps)
         self._postponed = ticket is None and self._capturer.busy and not last
@@ -138,17 +147,48 @@ class Saver:
             return None
         captured = ticket is not None
         if ticket is None:
-            directory = parent / f"checkpoint-{step:09d}"
-            if not (self._world.alone or self._session.under_baton):
-                directory /= ranges.name_of_part(self._world.rank)
-            checkpoint.write(checkpoint.copied(live), directory)
-            ticket = self._session.checkpoint(directory, step, parts=self._world.size)
+            ticket = self._write(live, step, parent / f"checkpoint-{step:09d}")
         self._ticket = ticket
         self._stall_s = time.perf_counter() - began_s
         if self._world.first and not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
                 shutil.rmtree(old)
         return Kept(ticket, live.state, captured, self._stall_s)
+
+    def wait_stored(self, timeout_s: float) -> bool:
+        """Whether the last checkpoint is on the agent's disk, within so many seconds. Of ranks that
+        share an attempt none goes before that: their launcher would end the one that waits."""
+        stored = self._ticket is not None and self._ticket.wait_stored(timeout_s)
+        if self._world.shared:
+            ((of_first,), *_) = self._world.gather([float(stored)])
+            return of_first > 0
+        return stored
+
+    def _write(self, live: checkpoint.Snapshot, step: int, directory: Path) -> baton_sdk.Ticket:
+        """A collective where the ranks share an attempt: there, what one rank cannot write, none
+        has written."""
+        world = self._world
+        own = directory / ranges.name_of_part(world.rank)
+        if world.shared:
+            self._write_together(live, own)
+            return self._session.checkpoint(directory, step)
+        if world.alone or self._session.under_baton:
+            own = directory
+        checkpoint.write(checkpoint.copied(live), own)
+        return self._session.checkpoint(own, step, parts=world.size)
+
+    def _write_together(self, live: checkpoint.Snapshot, own: Path) -> None:
+        failure = ""
+        try:
+            checkpoint.write(checkpoint.copied(live), own)
+        except OSError as error:
+            failure = str(error)
+        try:
+            self._world.check_none_failed(failure)
+        except RankError as error:
+            if self._world.first:
+                shutil.rmtree(own.parent, ignore_errors=True)
+            raise OSError(str(error)) from error
 
     def settle(self, *, wait: bool = True) -> Kept | None:
         """What has become of the checkpoint that was begun; parameters may change from here on.

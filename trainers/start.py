@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import baton_sdk
-from trainers import configuration
+from trainers import configuration, launcher
 
 if TYPE_CHECKING:
     from trainers.loop import Task
@@ -36,7 +36,7 @@ def run(
     ``import_builder`` does the slow imports and returns the function that makes the task from the
     configuration and the folder of its file.
     """
-    with baton_sdk.connect() as session:
+    with baton_sdk.connect(silent=launcher.silent(os.environ)) as session:
         parser = argparse.ArgumentParser(description=(kind.__doc__ or "").split("\n")[0])
         parser.add_argument("--config", required=True, type=Path, help="a .json or .toml file")
         parser.add_argument(
@@ -68,7 +68,8 @@ def _train(
     session: baton_sdk.Session,
     environment: Mapping[str, str],
 ) -> int:
-    problems = options.problems_of_ranks(max(1, int(environment.get("WORLD_SIZE") or 1)))
+    size = max(1, int(environment.get("WORLD_SIZE") or 1))
+    problems = [*options.problems_of_ranks(size), *launcher.problems(environment)]
     if problems:
         raise configuration.ConfigurationError("; ".join(problems))
     # The imports make some hundred thousand objects that stay; looking through them for garbage,

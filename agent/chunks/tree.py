@@ -12,7 +12,8 @@ fresh pages for every piece cost a core as much as the reading itself. `ingest_c
 same for the images of files in a trainer's slab: the same chunks, and a checkpoint that is restored
 the same way. `lay_out` verifies each chunk as it writes it, carries on past those that are missing
 or altered and returns them: the caller repairs the chunks from a peer and calls again for just
-those, so that intact ones are read once.
+those, so that intact ones are read once. What is verified is shared with the store instead of
+written where the disk can do that (`reflink`).
 """
 
 import mmap
@@ -42,6 +43,7 @@ from agent.chunks.manifest import (
     digest_of,
     encode,
 )
+from agent.chunks.reflink import clone
 from agent.chunks.store import ChunkStore, Writing
 from agent.core.values import StoredCheckpoint
 from agent.ports import CapturedFile, CaptureSource
@@ -316,10 +318,12 @@ def _lay_out_file(
                     wrong.setdefault(chunk.digest, str(error))
                     complete = False
                 else:
-                    # Again for each chunk: others write to this disk meanwhile.
-                    check_room(into, len(data), f"laying out {into / entry.path}")
-                    handle.seek(offset_bytes)
-                    handle.write(data)
+                    path = store.chunk_path(chunk.digest)
+                    if not clone(path, len(data), handle.fileno(), offset_bytes):
+                        # Again for each chunk: others write to this disk meanwhile.
+                        check_room(into, len(data), f"laying out {into / entry.path}")
+                        handle.seek(offset_bytes)
+                        handle.write(data)
             offset_bytes += chunk.size_bytes
     # Last, since the mode may forbid writing, and only then is there nothing left to write.
     if complete:

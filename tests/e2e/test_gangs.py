@@ -6,6 +6,7 @@ be the same to the last bit: the world has as many ranks before and after.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,31 @@ def test_a_restarted_agent_and_coordinator_cost_a_gang_nothing(
     job = work.wait_succeeded(cluster, job_id)
     assert job.epoch == 1
     assert list(losses(cluster, job_id)) == [*range(1, STEPS + 1)]
+
+
+def test_a_launcher_within_one_rank_keeps_checkpoints_and_goes_on_from_them(
+    cluster: Cluster, models: Path
+) -> None:
+    """To Baton it is one trainer, and status 1 is how torchrun says that its workers left."""
+    start(cluster, "n1", "n2")
+    (models / "launched.json").write_text(json.dumps({**CONFIG, "checkpoint_every_steps": EVERY}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    trainer = ["-m", "trainers.finetune", "--config", "launched.json"]
+    job_id = work.submit(
+        cluster,
+        [sys.executable, *launcher, *trainer],
+        working_directory=str(models),
+        gpus=1,
+        run_again_exit_codes=[1],
+    )
+    committed = work.wait_committed(cluster, job_id, 2 * EVERY).checkpoint
+    assert not committed.parts
+    (first,) = cluster.job(job_id).attempts
+    cluster.kill_node(first.node)
+    job = work.wait_succeeded(cluster, job_id)
+    assert job.checkpoint.step == STEPS
+    again = newest(job)[0]
+    assert again.node != first.node
+    assert again.restored_step >= committed.step
+    resumed = work.events_named(work.lines(cluster, job_id), "resumed")
+    assert [line["level"] for line in resumed] == ["E0"]

@@ -10,6 +10,7 @@ file, and a tiny task that can be told to fail.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -58,6 +59,10 @@ class GangOptions(LoopOptions):
     full_evaluation: bool = False
     """In evaluations, instead."""
 
+    overflow_rank: int = -1
+    """Finds infinity in its rows of one gradient of step ``overflow_step``."""
+
+    overflow_step: int = 0
     other_rank: int = -1
     """Has another model than the others."""
 
@@ -77,6 +82,8 @@ class Faulty(tasks.Around):
         self.calls += 1
         if self.rank == self.options.stop_rank and self.calls == self.options.stop_step:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.rank == self.options.overflow_rank and self.calls == self.options.overflow_step:
+            self._overflow()
         full = not self.options.full_evaluation and self.calls >= self.options.full_from
         with self._memory(len(batch), full=full):
             return super().loss(batch)
@@ -84,6 +91,16 @@ class Faulty(tasks.Around):
     def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
         with self._memory(self.evaluation_batch, full=self.options.full_evaluation):
             return super().evaluate(device, world)
+
+    def _overflow(self) -> None:
+        """Once the gradients of all are added up and dealt out: nobody else has these rows."""
+
+        def fill(spread: torch.Tensor) -> None:
+            sharding.local(spread.grad).fill_(math.inf)
+            handle.remove()
+
+        parameter: Any = next(self.model.parameters())
+        handle = parameter.register_post_accumulate_grad_hook(fill)
 
     @contextlib.contextmanager
     def _memory(self, samples: int, *, full: bool) -> Iterator[None]:

@@ -69,7 +69,8 @@ class StopRequest:
 class Session:
     """One per process. Use ``connect``; usable as a context manager that closes it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, silent: bool = False) -> None:
+        self._silent = silent
         self._socket_path = environment.get("BATON_SOCKET", "")
         self._token = environment.get("BATON_TOKEN", "")
         self._grace_ms = int(environment.get("BATON_GRACE_MS") or GRACE_MS)
@@ -96,6 +97,7 @@ class Session:
                 signal.signal(number, self._on_signal)
         if self._socket_path:
             faulthandler.register(DUMP_SIGNAL, file=STDERR, all_threads=True, chain=False)
+        if self._socket_path and not self._silent:
             self._link = Link(
                 self._socket_path,
                 self._token,
@@ -328,12 +330,17 @@ class Session:
         self._on_stop(signal.Signals(number).name, None)
 
 
-def connect(environment: Mapping[str, str] | None = None) -> Session:
+def connect(environment: Mapping[str, str] | None = None, *, silent: bool = False) -> Session:
     """The session of this process, from its environment (``os.environ`` unless told).
+
+    ``silent``: of processes that train together in one attempt, each but the one that speaks to the
+    agent for all. It knows its directories, hears of a stop by signal and writes its stacks when
+    asked; whatever it tells goes nowhere, and a checkpoint that it hands over is `stored` where it
+    lies.
 
     Returns at once, whether the agent can be reached or not. Call it first, before the slow
     imports, so that a stop during them is not lost.
     """
-    session = Session(os.environ if environment is None else environment)
+    session = Session(os.environ if environment is None else environment, silent=silent)
     session.open()
     return session
