@@ -115,6 +115,8 @@ class FakeAgent:
                 return
             with connection, connection.makefile("rb") as lines:
                 self._connection = connection
+                if self._stopping:
+                    return  # accepted while it was being stopped: nobody cuts this one any more
                 try:
                     self._read(connection, lines)
                 except OSError:
