@@ -30,7 +30,7 @@ VERSION, LATER_VERSION = "0.1.0~test1", "0.1.0~test2"
 PROGRAMS_TLS = "".join(
     f'tls_{part} = "$CREDENTIALS_DIRECTORY/tls_{part}.pem"\n' for part in ("cert", "key", "ca")
 )
-CLIENT = "/root/client"
+CLIENT = "/etc/operator"
 
 pytestmark = [
     pytest.mark.boot,
