@@ -177,7 +177,7 @@ class State:
         # Cordons for health, (when, of how many GPUs); and GPUs that should have one and do not.
         self.cordons_ms: list[tuple[int, int]] = []
         self.held_back: dict[str, str] = {}
-        self.reviewed = 0  # how far the last round of standbys came
+        self.reviewed = self.looks_owed = 0  # of the rounds of standbys (`standby.py`)
         self.last_tick_ms: int | None = None
         # What the next placement has to look at: everything, or else these new jobs alone.
         self.dirty = True

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ def built_package(version: str) -> Path:
 
 def wait_until(holds: Callable[[], bool], what: str) -> None:
     """Look again and again. Fails when it has not become so in good time."""
-    deadline_s = time.monotonic() + WAIT_S_MAX
+    deadline_s, pause = time.monotonic() + WAIT_S_MAX, threading.Event()
     while not holds():
         assert time.monotonic() < deadline_s, f"{what}: not within {WAIT_S_MAX:.0f} s"
-        time.sleep(POLL_S)
+        pause.wait(POLL_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ VERSION, LATER_VERSION = "0.1.0~test1", "0.1.0~test2"
 PROGRAMS_TLS = "".join(
     f'tls_{part} = "$CREDENTIALS_DIRECTORY/tls_{part}.pem"\n' for part in ("cert", "key", "ca")
 )
-CLIENT = "/root/client"
+CLIENT = "/etc/operator"
 
 pytestmark = [
     pytest.mark.boot,
@@ -120,6 +120,24 @@ def test_nothing_starts_before_it_is_enabled(packages: tuple[Path, Path]) -> Non
         install(fresh, packages[0])  # twice is once
 
 
+def test_trainers_inside_outlive_their_agent_too(packages: tuple[Path, Path]) -> None:
+    with booted("baton-test-inside") as inside:
+        install(inside, packages[0])
+        inside.write("/etc/baton/agent.toml", "job_units = false\n")
+        drop_in = f"/etc/systemd/system/{AGENT}.d/50-trainers-inside.conf"
+        inside.run("install", "-D", "/usr/share/baton/trainers-inside.conf", drop_in)
+        inside.run("systemctl", "daemon-reload")
+        inside.run("systemctl", "start", COORDINATOR, AGENT)
+        assert inside.property(AGENT, "MemoryDenyWriteExecute") == "no"
+        inside.run("baton", "submit", "--workdir", "", "--", "/bin/sleep", "1000")
+        wait_until(lambda: inside.ask("pgrep", "--exact", "sleep").returncode == 0, "the job runs")
+        pid = inside.run("pgrep", "--exact", "sleep")
+        assert AGENT in inside.run("cat", f"/proc/{pid.strip()}/cgroup")
+        inside.run("systemctl", "restart", AGENT)
+        wait_until(lambda: adoptions(inside, "baton-job-1.1.service") == 1, "it is adopted")
+        assert inside.run("pgrep", "--exact", "sleep") == pid
+
+
 def test_both_tell_systemd_that_they_are_ready(machine: Machine) -> None:
     for unit in (COORDINATOR, AGENT):
         assert machine.property(unit, "ActiveState") == "active"
@@ -155,6 +173,14 @@ def test_the_exit_of_a_job_is_kept(machine: Machine) -> None:
     unit = submit(machine, "exit 3")
     words = ("--json", "job", job_of(unit))
     wait_until(lambda: '"exit status 3' in baton(machine, *words), "the job fails")
+
+
+def test_a_job_does_not_see_the_launcher(machine: Machine) -> None:
+    machine.run("test", "-S", "/run/baton-launcher/launcher.sock")
+    unit = submit(machine, "test -e /run/baton-launcher/launcher.sock && exit 5; exit 4")
+    words = ("--json", "job", job_of(unit))
+    wait_until(lambda: '"exit status ' in baton(machine, *words), "the job fails")
+    assert '"exit status 4' in baton(machine, *words)
 
 
 def test_the_journal_has_fields(machine: Machine) -> None:
