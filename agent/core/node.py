@@ -292,7 +292,7 @@ def _opened(state: State, now: Instant, event: Opened) -> None:
     state.host, state.gpus = event.host, event.gpus
     gpus.opened(state)
     alive = dict.fromkeys(event.adopted, True)
-    clean.begin_idle(state)
+    clean.begin_idle(state, now, tuple(gpu.uuid for gpu in state.gpus))
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is not Phase.ENDED:
@@ -481,5 +481,6 @@ def _tick(state: State, now: Instant) -> None:
             if live.record.phase is Phase.SETTLING:
                 pipeline.give_up(state, now, live)
     hangs.check(state, now)
-    clean.check_again(state, now)
+    for waiting, restored in clean.check_again(state, now):
+        _restored(state, now, waiting, restored)
     order_tick(state, now)

@@ -140,7 +140,8 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class GpuOccupancy:
-    """Who uses a GPU, by the driver's list of processes. `None`: the driver does not say."""
+    """Who uses a GPU, by the driver's list of processes, but for those of other services, whose
+    memory is not counted either. `None`: the driver does not say."""
 
     uuid: str
     memory_used_bytes: int | None = None

@@ -37,7 +37,8 @@ from agent.core.values import (
 from agent.telemetry.calls import GPU_IS_GONE, Asking, Call, Driver, Handle
 from agent.telemetry.condition import condition_after, pci_bus_id, read_condition
 from agent.telemetry.inventory import InventoryReader
-from agent.telemetry.usage import UsageReader, running_pids
+from agent.telemetry.services import is_of_another_service
+from agent.telemetry.usage import UsageReader, held_bytes
 
 # Four times the largest box there is; a driver that claims more is not believed.
 _GPUS_MAX: Final = 64
@@ -159,14 +160,20 @@ class NvmlGpus:
         return self._handles
 
     def occupancy(self, uuid: str) -> GpuOccupancy:
-        """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
-        read is `None`."""
+        """Who uses a GPU, but for other services: its memory, and the processes that compute or
+        draw on it. What cannot be read is `None`."""
         handle = self._handles.get(uuid)
         if handle is None:
             return GpuOccupancy(uuid)
         asking = Asking(self._driver, handle)
         used_bytes = asking.say(*_SAMPLED["memory_used_bytes"])
-        return GpuOccupancy(uuid, used_bytes, running_pids(asking))
+        held = held_bytes(asking)
+        others = [pid for pid in held or () if is_of_another_service(pid)]
+        for pid in others:
+            bytes_of_other = (held or {}).pop(pid)
+            known = used_bytes is not None and bytes_of_other is not None
+            used_bytes = max(0, used_bytes - bytes_of_other) if known else None
+        return GpuOccupancy(uuid, used_bytes, None if held is None else tuple(held))
 
     def usage(self, uuid: str) -> GpuUsage:
         """What is read every ten seconds; of a GPU without a handle nothing."""
