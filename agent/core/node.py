@@ -6,6 +6,8 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
+from dataclasses import replace
+
 from agent.core import clean, gpus, hangs, pipeline, precopy, shares
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
@@ -363,7 +365,9 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
 
 
 def _order_process(state: State, live: LiveAttempt) -> None:
-    launch = compose(live.record, state.options.launch)
+    mine = [gpu for gpu in state.gpus if gpu.place and gpu.uuid in live.record.gpu_uuids]
+    places = tuple((gpu.uuid, gpu.place) for gpu in mine)
+    launch = replace(compose(live.record, state.options.launch), places=places)
     config = live.record.spec.trainer_config_json if live.record.spec.trainer else ""
     state.commands.append(StartProcess(launch, config))
 

@@ -20,6 +20,7 @@ import structlog
 
 from agent.core.values import Launch
 from agent.processes import shim
+from agent.processes.launcher import MEMORY_BYTES_MIN
 
 SOCKET = Path("/run/baton-launcher/launcher.sock")
 STATUS_NAME = "status"
@@ -40,15 +41,17 @@ def is_unit(directory: Path) -> bool:
 
 
 def request(launch: Launch) -> dict[str, object]:
-    """What the launcher is asked for: every GPU that the trainer sees, and its limits."""
+    """What the launcher is asked for: every GPU that the trainer sees, and its limits. A limit that
+    holds no interpreter is the least one that does."""
     environment = dict(launch.environment)
     gpus = [uuid for uuid in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
+    places = dict(launch.places)
     grace = environment.get("BATON_GRACE_MS", "")
     return {
         "ask": "start",
         "attempt": launch.attempt_id,
-        "gpus": gpus,
-        "memory_bytes": launch.memory_bytes,
+        "gpus": [places.get(uuid, uuid) for uuid in gpus],
+        "memory_bytes": max(launch.memory_bytes, MEMORY_BYTES_MIN) if launch.memory_bytes else 0,
         "grace_ms": int(grace) if grace.isdecimal() else shim.GRACE_DEFAULT_MS,
     }
 

@@ -136,16 +136,20 @@ class NvmlGpus:
                 continue  # places need not be taken in order
             found += 1
             uuid = str(pynvml.nvmlDeviceGetUUID(instance))
-            yield from self._learn(uuid, instance, bus_id)
+            asking = Asking(self._driver, instance)
+            numbers = [asking.say(call) for call in _INSTANCE_NUMBERS]
+            known = None not in numbers
+            place = "/".join((parent, *map(str, numbers))) if known else ""
+            yield from self._learn(uuid, instance, bus_id, place)
         if not found:
             self.absence = f"{parent} is in MIG mode and has no instance: nvidia-smi mig -cgi"
 
-    def _learn(self, uuid: str, handle: Handle, bus_id: str) -> Iterator[GpuFacts]:
+    def _learn(self, uuid: str, handle: Handle, bus_id: str, place: str = "") -> Iterator[GpuFacts]:
         name = str(pynvml.nvmlDeviceGetName(handle))
         if self._allowed_uuids is None or uuid in self._allowed_uuids:
             total = Asking(self._driver, handle).say(*_MEMORY)
             self._handles[uuid] = handle
-            yield GpuFacts(uuid, name, memory_bytes=int(total or 0), pci_bus_id=bus_id)
+            yield GpuFacts(uuid, name, int(total or 0), bus_id, place)
 
     def sample(self, uuid: str) -> GpuSample:
         """One reading. Of a GPU without a handle it says why there is none."""
@@ -257,6 +261,13 @@ def _clock_event_reasons_old(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
 
 
+_INSTANCE_NUMBERS: Final = (
+    Call("nvmlDeviceGetGpuInstanceId", lambda handle: pynvml.nvmlDeviceGetGpuInstanceId(handle)),
+    Call(
+        "nvmlDeviceGetComputeInstanceId",
+        lambda handle: pynvml.nvmlDeviceGetComputeInstanceId(handle),
+    ),
+)
 _MIG_MODE: Final = Call("nvmlDeviceGetMigMode", lambda handle: pynvml.nvmlDeviceGetMigMode(handle))
 _MEMORY: Final = (
     Call("nvmlDeviceGetMemoryInfo_v2", _memory_bytes_v2),
