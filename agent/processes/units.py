@@ -24,6 +24,8 @@ from agent.processes.launcher import MEMORY_BYTES_MIN
 
 SOCKET = Path("/run/baton-launcher/launcher.sock")
 STATUS_NAME = "status"
+# What an agent that begins waits for a launcher that hangs: systemd gives it 180 s for all.
+OTHERS_S_MAX = 40.0
 LAUNCHER_S_MAX = 35.0  # a little longer than the launcher waits for systemd
 ANSWER_BYTES_MAX = 8192
 # Its processes have ended; systemd has yet to read so: milliseconds, on a box with time to spare.
@@ -72,7 +74,7 @@ class Units:
     def __init__(self, socket_path: Path = SOCKET, *, systemctl: str = "systemctl") -> None:
         self._socket_path = socket_path
         self._systemctl = systemctl
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     def open_status(self, directory: Path) -> int:
         """The reading end of the attempt's handshake. Raises OSError."""
@@ -87,7 +89,12 @@ class Units:
 
     async def kill_others(self, attempts: Collection[str]) -> None:
         """SIGKILL what is in the units of attempts that have no records here: nobody answers for
-        it, and its GPUs are needed."""
+        it, and its GPUs are needed. `attempts` are looked at until that is done, which goes on
+        beside the caller when it takes longer than `OTHERS_S_MAX`."""
+        killing = self._spawn(self._kill_others(attempts))
+        await asyncio.wait({killing}, timeout=OTHERS_S_MAX)
+
+    async def _kill_others(self, attempts: Collection[str]) -> None:
         for attempt_id in await self.attempts():
             if attempt_id not in attempts:
                 log.error("process.unit_unknown", attempt=attempt_id)
@@ -111,10 +118,11 @@ class Units:
         for task in self._tasks:
             task.cancel()
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> "asyncio.Future[None]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _start(
         self, asked: dict[str, object], directory: Path, on_refused: Callable[[str], None]

@@ -19,7 +19,7 @@ import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import launcher
+from agent.processes import launcher, units
 from agent.processes.launcher import Refused, Settings, command, parse
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import Units, request, why_ended
@@ -205,6 +205,28 @@ def test_a_limit_that_holds_no_interpreter_is_raised_to_one_that_does() -> None:
     for memory_bytes, limit in ((0, 0), (1, 64 << 20), (1 << 30, 1 << 30)):
         asked = request(bash("exit 0", memory_bytes=memory_bytes))
         assert launcher.parse(json.dumps(asked).encode())["memory_bytes"] == limit
+
+
+async def test_a_launcher_that_hangs_does_not_hold_an_agent_up_that_begins(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "OTHERS_S_MAX", 0.01)
+    (world.root / "units.txt").write_text("baton-job-8.1.service loaded active\n")
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(world.root / "launcher.sock"))
+        listener.listen()
+        listener.setblocking(False)
+        async with asyncio.timeout(DEADLINE_S):
+            supervisor, _, adopted = await opened(world)
+            assert adopted == ()
+            for ask in ("kill", "forget"):  # it answers after all
+                channel, _ = await loop.sock_accept(listener)
+                with channel:
+                    asked = json.loads(await loop.sock_recv(channel, 8192))
+                    assert asked == {"ask": ask, "attempt": "8.1"}
+                    await loop.sock_sendall(channel, b'{"refused": ""}')
+    await supervisor.close()
 
 
 async def test_out_of_memory_is_told_as_such(serving: World) -> None:
