@@ -127,6 +127,8 @@ def review(state: State, now: Instant) -> None:
     """Tell what has changed."""
     watched = state.watched
     _note_mended(state, now)
+    if len(state.spool) >= SPOOL_MAX:
+        return  # another verdict is that still when there is room to tell of it
     changed: list[GpuVerdict] = []
     counts_due = now.now_ms - watched.told_ms >= COUNT_MS
     for uuid, history in watched.histories.items():
@@ -145,7 +147,7 @@ def review(state: State, now: Instant) -> None:
             state.log("warning", "gpu.xid_storm", gpu=uuid, xids=codes, count=total)
         watched.told[uuid] = fresh
         changed.append(fresh)
-    if changed and len(state.spool) < SPOOL_MAX:
+    if changed:
         watched.told_ms = now.now_ms
         state.spool_event(now, "", GpuHealthChanged(tuple(changed)))
 
