@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.core.attempt import AttemptRecord
+from agent.core.gpu_messages import GpuLeft, PutGpusLeft
 from agent.core.health import GpuHealthChanged
 from agent.core.messages import (
     AgentEvent,
@@ -134,6 +135,7 @@ class SqliteJournal:
             fences,
             int(meta.get("leader_epoch", "0")),
             msgspec.json.decode(meta.get("gpus_mended", "[]"), type=tuple[tuple[str, int], ...]),
+            msgspec.json.decode(meta.get("gpus_left", "[]"), type=tuple[GpuLeft, ...]),
         )
 
     def _put_meta(self, key: str, value: str) -> None:
@@ -185,6 +187,8 @@ class SqliteJournal:
                 self._put_meta("leader_epoch", str(record.epoch))
             case PutGpusMended():
                 self._put_meta("gpus_mended", msgspec.json.encode(record.mended).decode())
+            case PutGpusLeft():
+                self._put_meta("gpus_left", msgspec.json.encode(record.left).decode())
 
 
 def _fences(rows: Iterable[tuple[int, int, int | None]]) -> tuple[PutFence, ...]:

@@ -56,6 +56,7 @@ from agent.telemetry.xid_table import TableError, load_table
 from agent.telemetry.xids import Xids
 from agent.transport import TransportError
 from agent.uplink import GrpcUplink
+from agent.waiver import waive
 from agent.workspace import AttemptDirectories
 
 # What an operator can mend.
@@ -130,6 +131,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
         memory = await journal.open(secrets.token_hex(16))
+        memory = await waive(state_directory, journal, memory, logging_setup.emit)
         forks = ForkServers(_warmth(config))
         stack.push_async_callback(forks.close)
         forks.open()

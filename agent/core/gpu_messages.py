@@ -26,6 +26,24 @@ class GpusInspected:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuLeft:
+    """A GPU that an attempt has left and that was not seen clean since; `before` is what it is
+    compared with, as long as the box is not booted."""
+
+    uuid: str
+    attempt: str
+    boot_id: str
+    before: GpuOccupancy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PutGpusLeft:
+    """A record: all of them. Replaces what was put before."""
+
+    left: tuple[GpuLeft, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FollowRate:
     """Read the GPUs as often as the coordinator says: off, slow, normal, watch, or `OWN_RATE`."""
 

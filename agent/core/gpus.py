@@ -10,7 +10,7 @@ spool until it is acknowledged; a mere count follows later. A hello tells all of
 
 from dataclasses import replace
 
-from agent.core.gpu_messages import InspectGpus
+from agent.core import clean
 from agent.core.health import (
     GpuHealthChanged,
     GpuHistory,
@@ -82,7 +82,7 @@ def loaded(state: State, now: Instant) -> None:
 
 
 def sampled(state: State, now: Instant, sample: Sample) -> None:
-    _take_late(state, sample)
+    _take_late(state, now, sample)
     used = _used(state)
     for read in sample.gpus:
         history = state.watched.histories.get(read.uuid)
@@ -93,7 +93,7 @@ def sampled(state: State, now: Instant, sample: Sample) -> None:
     review(state, now)
 
 
-def _take_late(state: State, sample: Sample) -> None:
+def _take_late(state: State, now: Instant, sample: Sample) -> None:
     """GPUs that a slow driver has named after the start. Only a hello tells of GPUs, so the session
     begins anew."""
     if state.host is None:
@@ -107,7 +107,7 @@ def _take_late(state: State, sample: Sample) -> None:
     state.host = replace(state.host, driver_version=version)
     opened(state)
     uuids = tuple(facts.uuid for facts in late)
-    state.commands.append(InspectGpus(uuids))
+    clean.begin_idle(state, now, uuids)
     reason = "the driver has named them since the start"
     state.log("info", "gpu.found_late", gpus=uuids, reason=reason)
     if state.connected:
@@ -127,6 +127,8 @@ def review(state: State, now: Instant) -> None:
     """Tell what has changed."""
     watched = state.watched
     _note_mended(state, now)
+    if len(state.spool) >= SPOOL_MAX:
+        return  # another verdict is that still when there is room to tell of it
     changed: list[GpuVerdict] = []
     counts_due = now.now_ms - watched.told_ms >= COUNT_MS
     for uuid, history in watched.histories.items():
@@ -145,7 +147,7 @@ def review(state: State, now: Instant) -> None:
             state.log("warning", "gpu.xid_storm", gpu=uuid, xids=codes, count=total)
         watched.told[uuid] = fresh
         changed.append(fresh)
-    if changed and len(state.spool) < SPOOL_MAX:
+    if changed:
         watched.told_ms = now.now_ms
         state.spool_event(now, "", GpuHealthChanged(tuple(changed)))
 

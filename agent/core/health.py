@@ -38,7 +38,7 @@ SETTLE_MS = 5_000
 QUIET_MS = 86_400_000
 # Readings in a row that fail before a driver is called silent: one deadline is missed under load.
 SILENT_READINGS = 2
-# More codes than this on one GPU say nothing more; the catalogue has some 200.
+# More codes than this on one GPU say nothing more, unless they are worse; there are some 200.
 CASES_MAX = 32
 TEXT_CHARACTERS_MAX = 256
 
@@ -229,16 +229,25 @@ def note_xid(history: GpuHistory, now_ms: int, seen: XidSeen, table: XidTable) -
     case = history.cases.get(seen.code)
     first = case is None
     if case is None:
-        if len(history.cases) >= CASES_MAX:
-            return False
         rule = table.rule(seen.code)
-        case = Case(seen.code, rule, seen.unix_ms, seen.unix_ms, now_ms)
+        case = Case(seen.code, rule, seen.unix_ms, seen.unix_ms, now_ms, seen.text)
+        if len(history.cases) >= CASES_MAX and not _put_out_a_milder_one(history, case):
+            return False
         history.cases[seen.code] = case
     case.add(now_ms, seen)
     if case.rule.action is Action.READ and recovery_action(seen.text) == 0:
         # The driver says itself that nothing is needed any more.
         _close(history, (Action.RESET, Action.REBOOT, Action.READ))
     return first
+
+
+def _put_out_a_milder_one(history: GpuHistory, fresh: Case) -> bool:
+    """So that no number of errors hides a worse one; the oldest of the mildest goes."""
+    mildest = min(history.cases.values(), key=lambda case: (_severity(case), case.last_ms))
+    if _severity(mildest) >= _severity(fresh):
+        return False
+    del history.cases[mildest.code]
+    return True
 
 
 def note_reading(history: GpuHistory, now_ms: int, sample: GpuSample, *, in_use: bool) -> None:
@@ -339,6 +348,10 @@ def _of_rows(condition: GpuCondition | None) -> _Finding:
     if condition is not None and condition.rows_pending:
         return V.DEGRADED, "will remap a row at its next reset", "reset the GPU when it is idle"
     return _WELL
+
+
+def _severity(case: Case) -> int:
+    return SEVERITY.index(_of_case(case)[0])
 
 
 def _of_case(case: Case) -> _Finding:

@@ -6,6 +6,8 @@ restarted. All of that is decided here, from values; the shell journals the reco
 the commands. `next_wake_ms` says when time alone will matter next.
 """
 
+from dataclasses import replace
+
 from agent.core import clean, gpus, hangs, pipeline, precopy, shares
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
@@ -292,7 +294,7 @@ def _opened(state: State, now: Instant, event: Opened) -> None:
     state.host, state.gpus = event.host, event.gpus
     gpus.opened(state)
     alive = dict.fromkeys(event.adopted, True)
-    clean.begin_idle(state)
+    clean.begin_idle(state, now, tuple(gpu.uuid for gpu in state.gpus))
     for live in list(state.attempts.values()):
         record = live.record
         if record.phase is not Phase.ENDED:
@@ -363,7 +365,9 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
 
 
 def _order_process(state: State, live: LiveAttempt) -> None:
-    launch = compose(live.record, state.options.launch)
+    mine = [gpu for gpu in state.gpus if gpu.place and gpu.uuid in live.record.gpu_uuids]
+    places = tuple((gpu.uuid, gpu.place) for gpu in mine)
+    launch = replace(compose(live.record, state.options.launch), places=places)
     config = live.record.spec.trainer_config_json if live.record.spec.trainer else ""
     state.commands.append(StartProcess(launch, config))
 
@@ -481,5 +485,6 @@ def _tick(state: State, now: Instant) -> None:
             if live.record.phase is Phase.SETTLING:
                 pipeline.give_up(state, now, live)
     hangs.check(state, now)
-    clean.check_again(state, now)
+    for waiting, restored in clean.check_again(state, now):
+        _restored(state, now, waiting, restored)
     order_tick(state, now)

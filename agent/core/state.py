@@ -9,7 +9,7 @@ from itertools import islice
 
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase, Proposal, advance
 from agent.core.clean import Check
-from agent.core.gpu_messages import OWN_RATE
+from agent.core.gpu_messages import OWN_RATE, GpuLeft, PutGpusLeft
 from agent.core.health import NO_TABLE, Watched, XidTable
 from agent.core.ids import AttemptId, parse_attempt_id
 from agent.core.launch import LaunchOptions
@@ -137,6 +137,7 @@ Record = (
     | DropFence
     | PutLeaderEpoch
     | PutGpusMended
+    | PutGpusLeft
 )
 Effect = Record | Command
 
@@ -152,6 +153,7 @@ class Memory:
     fences: tuple[PutFence, ...] = ()
     leader_epoch: int = 0
     gpus_mended: tuple[tuple[str, int], ...] = ()
+    gpus_left: tuple[GpuLeft, ...] = ()
 
 
 class State:
@@ -170,6 +172,8 @@ class State:
         self.sample_ms = 0
         # GPUs that were left and not seen clean since; what each was like when nothing ran on it
         self.checks: dict[str, Check] = {}
+        self.gpus_left = {left.uuid: left for left in memory.gpus_left}  # until its GPU is there
+        self.idle_due_ms: int | None = None  # when GPUs are looked at again that are not known yet
         self.ordered_rate = OWN_RATE  # of readings
         self.idle_occupancies: dict[str, GpuOccupancy] = {}
         self.connected = False

@@ -19,6 +19,9 @@ class GpuFacts:
     memory_bytes: int
     pci_bus_id: str = ""
     """As the kernel's log has it, `0000:3b:00`; empty where the driver does not say."""
+    place: str = ""
+    """Of a MIG instance: its GPU, and the numbers of its GPU instance and of its compute instance,
+    `GPU-6f1c.../1/0`; empty where the driver does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ class GpuSample:
 
 @dataclass(frozen=True, slots=True)
 class GpuOccupancy:
-    """Who uses a GPU, by the driver's list of processes. `None`: the driver does not say."""
+    """Who uses a GPU, by the driver's list of processes, but for those of other services, whose
+    memory is not counted either. `None`: the driver does not say."""
 
     uuid: str
     memory_used_bytes: int | None = None
@@ -219,7 +223,8 @@ class Launch:
 
     `environment` is complete: the process inherits nothing. `memory_bytes` is the limit that it is
     held to where it can be; 0: none. `shared_gpu_memory_bytes` is the most that it may take of its
-    GPU, which others use, too; 0: it has its GPUs alone.
+    GPU, which others use, too; 0: it has its GPUs alone. `places` are of those of its GPUs that are
+    MIG instances, by UUID (`GpuFacts.place`).
     """
 
     attempt_id: str
@@ -228,6 +233,7 @@ class Launch:
     working_directory: str
     memory_bytes: int = 0
     shared_gpu_memory_bytes: int = 0
+    places: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

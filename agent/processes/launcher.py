@@ -13,6 +13,7 @@ do is to run the supervisor (`shim.py`) of an attempt of the agent's, as the job
 privileged than it would be without.
 
     {"ask": "start", "attempt": "7.2", "gpus": ["GPU-..."], "memory_bytes": 0, "grace_ms": 120000}
+        a MIG instance is its GPU and the numbers of its instances there: "GPU-.../1/0"
     {"ask": "kill", "attempt": "7.2"}      everything in its unit, at once
     {"ask": "forget", "attempt": "7.2"}    how its unit ended need not be kept any longer
 
@@ -28,7 +29,8 @@ Threats, and what is done about them.
 - A link put there after the look: nothing of the attempt is opened here or by systemd, only by the
   unit's own program, as the job's user. Hence no `StandardOutput=file:`, which systemd opens as
   root.
-- A device that is no GPU: UUIDs become minor numbers here, by what the driver says in /proc.
+- A device that is no GPU: UUIDs, and the numbers of instances, become minor numbers here, by what
+  the driver says in /proc.
 - A request that is large, endless or slow: one message of bounded size, within a second; unknown
   fields, and numbers out of bounds, are refused.
 
@@ -61,8 +63,10 @@ TASKS_MAX = 65_536  # a trainer with hundreds of workers and their threads; far 
 FIRST_DESCRIPTOR = 3  # of those that systemd hands over (sd_listen_fds(3))
 
 DRIVER_DIRECTORY = Path("/proc/driver/nvidia/gpus")
+CAPABILITIES = "capabilities"  # beside it: who may use which part of a GPU
 ATTEMPT = re.compile(r"[1-9][0-9]{0,17}\.[1-9][0-9]{0,17}(\.(0|[1-9][0-9]{0,3}))?")
-GPU = re.compile(r"GPU-[0-9A-Za-z-]{1,64}")
+NUMBER = r"(0|[1-9][0-9]{0,2})"
+GPU = re.compile(rf"(GPU-[0-9A-Za-z-]{{1,64}})(?:/{NUMBER}/{NUMBER})?")
 CONTROL_DEVICES = (
     "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset",
 )  # fmt: skip
@@ -180,18 +184,42 @@ def check_directory(settings: Settings, attempt: str) -> Path:
     return path / "attempts" / attempt
 
 
-def device_minors(settings: Settings, gpus: Sequence[str]) -> list[int]:
-    """The numbers in the names of their devices, as the driver has them. Raises `Refused`."""
+def gpu_devices(settings: Settings, gpus: Sequence[str]) -> list[str]:
+    """Their devices, as the driver has them; each once. Raises `Refused`."""
     known: dict[str, int] = {}
     for path in settings.driver_directory.glob("*/information"):
         lines = [line.partition(":") for line in path.read_text(errors="replace").splitlines()]
         facts = {name.strip(): value.strip() for name, _, value in lines}
         if facts.get("Device Minor", "").isdigit():
             known[facts.get("GPU UUID", "")] = int(facts["Device Minor"])
+    devices: dict[str, None] = {}
     for gpu in gpus:
-        if gpu not in known:
+        named = GPU.fullmatch(gpu)
+        if named is None or named[1] not in known:
             raise Refused(f"the driver knows no {gpu}")
-    return [known[gpu] for gpu in gpus]
+        minor = known[named[1]]
+        devices[f"/dev/nvidia{minor}"] = None
+        if named[2] is not None:
+            devices.update(dict.fromkeys(capability_devices(settings, minor, named[2], named[3])))
+    return list(devices)
+
+
+def capability_devices(settings: Settings, minor: int, instance: str, compute: str) -> list[str]:
+    """Of a MIG instance and of the compute instance in it: without both it cannot be used. Raises
+    `Refused`."""
+    beside = settings.driver_directory.parent / CAPABILITIES
+    whole = beside / f"gpu{minor}" / "mig" / f"gi{instance}"
+    devices = []
+    for path in (whole / "access", whole / f"ci{compute}" / "access"):
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise Refused(f"the driver has no such instance: {path}: {error.strerror}") from None
+        numbers = [line.partition(":")[2].strip() for line in lines if "DeviceFileMinor" in line]
+        if len(numbers) != 1 or not (numbers[0].isascii() and numbers[0].isdigit()):
+            raise Refused(f"the driver does not say which device it is: {path}")
+        devices.append(f"/dev/nvidia-caps/nvidia-cap{numbers[0]}")
+    return devices
 
 
 def command(settings: Settings, request: dict[str, object]) -> list[str]:
@@ -216,8 +244,7 @@ def command(settings: Settings, request: dict[str, object]) -> list[str]:
         *(["MemorySwapMax=0"] if request["memory_bytes"] else []),
     ]
     if gpus:
-        minors = device_minors(settings, gpus)
-        devices = [*CONTROL_DEVICES, *(f"/dev/nvidia{minor}" for minor in minors)]
+        devices = [*CONTROL_DEVICES, *gpu_devices(settings, gpus)]
         properties += [f"DeviceAllow={device} rw" for device in devices]
     program = settings.state_directory / f"shim.{sys.implementation.cache_tag}.pyc"
     return [

@@ -20,9 +20,12 @@ import structlog
 
 from agent.core.values import Launch
 from agent.processes import shim
+from agent.processes.launcher import MEMORY_BYTES_MIN
 
 SOCKET = Path("/run/baton-launcher/launcher.sock")
 STATUS_NAME = "status"
+# What an agent that begins waits for a launcher that hangs: systemd gives it 180 s for all.
+OTHERS_S_MAX = 40.0
 LAUNCHER_S_MAX = 35.0  # a little longer than the launcher waits for systemd
 ANSWER_BYTES_MAX = 8192
 # Its processes have ended; systemd has yet to read so: milliseconds, on a box with time to spare.
@@ -40,15 +43,17 @@ def is_unit(directory: Path) -> bool:
 
 
 def request(launch: Launch) -> dict[str, object]:
-    """What the launcher is asked for: every GPU that the trainer sees, and its limits."""
+    """What the launcher is asked for: every GPU that the trainer sees, and its limits. A limit that
+    holds no interpreter is the least one that does."""
     environment = dict(launch.environment)
     gpus = [uuid for uuid in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if uuid]
+    places = dict(launch.places)
     grace = environment.get("BATON_GRACE_MS", "")
     return {
         "ask": "start",
         "attempt": launch.attempt_id,
-        "gpus": gpus,
-        "memory_bytes": launch.memory_bytes,
+        "gpus": [places.get(uuid, uuid) for uuid in gpus],
+        "memory_bytes": max(launch.memory_bytes, MEMORY_BYTES_MIN) if launch.memory_bytes else 0,
         "grace_ms": int(grace) if grace.isdecimal() else shim.GRACE_DEFAULT_MS,
     }
 
@@ -69,7 +74,7 @@ class Units:
     def __init__(self, socket_path: Path = SOCKET, *, systemctl: str = "systemctl") -> None:
         self._socket_path = socket_path
         self._systemctl = systemctl
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     def open_status(self, directory: Path) -> int:
         """The reading end of the attempt's handshake. Raises OSError."""
@@ -84,7 +89,12 @@ class Units:
 
     async def kill_others(self, attempts: Collection[str]) -> None:
         """SIGKILL what is in the units of attempts that have no records here: nobody answers for
-        it, and its GPUs are needed."""
+        it, and its GPUs are needed. `attempts` are looked at until that is done, which goes on
+        beside the caller when it takes longer than `OTHERS_S_MAX`."""
+        killing = self._spawn(self._kill_others(attempts))
+        await asyncio.wait({killing}, timeout=OTHERS_S_MAX)
+
+    async def _kill_others(self, attempts: Collection[str]) -> None:
         for attempt_id in await self.attempts():
             if attempt_id not in attempts:
                 log.error("process.unit_unknown", attempt=attempt_id)
@@ -108,10 +118,11 @@ class Units:
         for task in self._tasks:
             task.cancel()
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> "asyncio.Future[None]":
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _start(
         self, asked: dict[str, object], directory: Path, on_refused: Callable[[str], None]

@@ -37,7 +37,8 @@ from agent.core.values import (
 from agent.telemetry.calls import GPU_IS_GONE, Asking, Call, Driver, Handle
 from agent.telemetry.condition import condition_after, pci_bus_id, read_condition
 from agent.telemetry.inventory import InventoryReader
-from agent.telemetry.usage import UsageReader, running_pids
+from agent.telemetry.services import is_of_another_service
+from agent.telemetry.usage import UsageReader, held_bytes
 
 # Four times the largest box there is; a driver that claims more is not believed.
 _GPUS_MAX: Final = 64
@@ -135,16 +136,20 @@ class NvmlGpus:
                 continue  # places need not be taken in order
             found += 1
             uuid = str(pynvml.nvmlDeviceGetUUID(instance))
-            yield from self._learn(uuid, instance, bus_id)
+            asking = Asking(self._driver, instance)
+            numbers = [asking.say(call) for call in _INSTANCE_NUMBERS]
+            known = None not in numbers
+            place = "/".join((parent, *map(str, numbers))) if known else ""
+            yield from self._learn(uuid, instance, bus_id, place)
         if not found:
             self.absence = f"{parent} is in MIG mode and has no instance: nvidia-smi mig -cgi"
 
-    def _learn(self, uuid: str, handle: Handle, bus_id: str) -> Iterator[GpuFacts]:
+    def _learn(self, uuid: str, handle: Handle, bus_id: str, place: str = "") -> Iterator[GpuFacts]:
         name = str(pynvml.nvmlDeviceGetName(handle))
         if self._allowed_uuids is None or uuid in self._allowed_uuids:
             total = Asking(self._driver, handle).say(*_MEMORY)
             self._handles[uuid] = handle
-            yield GpuFacts(uuid, name, memory_bytes=int(total or 0), pci_bus_id=bus_id)
+            yield GpuFacts(uuid, name, int(total or 0), bus_id, place)
 
     def sample(self, uuid: str) -> GpuSample:
         """One reading. Of a GPU without a handle it says why there is none."""
@@ -159,14 +164,20 @@ class NvmlGpus:
         return self._handles
 
     def occupancy(self, uuid: str) -> GpuOccupancy:
-        """Who uses a GPU: its memory, and the processes that compute or draw on it. What cannot be
-        read is `None`."""
+        """Who uses a GPU, but for other services: its memory, and the processes that compute or
+        draw on it. What cannot be read is `None`."""
         handle = self._handles.get(uuid)
         if handle is None:
             return GpuOccupancy(uuid)
         asking = Asking(self._driver, handle)
         used_bytes = asking.say(*_SAMPLED["memory_used_bytes"])
-        return GpuOccupancy(uuid, used_bytes, running_pids(asking))
+        held = held_bytes(asking)
+        others = [pid for pid in held or () if is_of_another_service(pid)]
+        for pid in others:
+            bytes_of_other = (held or {}).pop(pid)
+            known = used_bytes is not None and bytes_of_other is not None
+            used_bytes = max(0, used_bytes - bytes_of_other) if known else None
+        return GpuOccupancy(uuid, used_bytes, None if held is None else tuple(held))
 
     def usage(self, uuid: str) -> GpuUsage:
         """What is read every ten seconds; of a GPU without a handle nothing."""
@@ -250,6 +261,13 @@ def _clock_event_reasons_old(handle: Handle) -> int:
     return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
 
 
+_INSTANCE_NUMBERS: Final = (
+    Call("nvmlDeviceGetGpuInstanceId", lambda handle: pynvml.nvmlDeviceGetGpuInstanceId(handle)),
+    Call(
+        "nvmlDeviceGetComputeInstanceId",
+        lambda handle: pynvml.nvmlDeviceGetComputeInstanceId(handle),
+    ),
+)
 _MIG_MODE: Final = Call("nvmlDeviceGetMigMode", lambda handle: pynvml.nvmlDeviceGetMigMode(handle))
 _MEMORY: Final = (
     Call("nvmlDeviceGetMemoryInfo_v2", _memory_bytes_v2),

@@ -104,14 +104,22 @@ class UsageReader:
         }
 
 
-def running_pids(asking: Asking) -> tuple[int, ...] | None:
-    """Of those that compute or draw, each once, in order; `None` where the driver has no list of
-    those that compute."""
+def held_bytes(asking: Asking) -> dict[int, int | None] | None:
+    """How much memory each process holds that computes or draws, by pid in order, `None` where it
+    is not told; `None` where the driver has no list of those that compute."""
     computing = asking.say(*_PROCESSES)
     if computing is None:
         return None
     drawing = asking.say(*_GRAPHICS) or ()
-    return tuple(sorted(dict.fromkeys(int(process.pid) for process in (*computing, *drawing))))
+    held: dict[int, int | None] = {}
+    for process in (*computing, *drawing):  # one in both lists has its memory in both
+        pid, used_bytes = int(process.pid), process.usedGpuMemory
+        known_bytes = held.get(pid)
+        if used_bytes is not None:
+            held[pid] = max(int(used_bytes), known_bytes or 0)
+        else:
+            held[pid] = known_bytes
+    return dict(sorted(held.items()))
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -226,6 +226,8 @@ def test_mig_instances_are_gpus_of_their_own(box: Box) -> None:
         expected = [gpu.uuid for gpu in (*instances, *h100(1, node="other"))]
         assert [facts.uuid for facts in gpus.facts()] == expected
         assert gpus.facts()[0].memory_bytes == whole.memory_bytes // 3
+        places = [facts.place for facts in gpus.facts()]
+        assert places == [*(f"{whole.uuid}/{number}/0" for number in (1, 2, 3)), ""]
         samples = gpus.samples()
     assert [sample.error for sample in samples] == [""] * 4
     assert [sample.memory_used_bytes for sample in samples] == [0] * 4

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from agent.core import messages as m
 from agent.core import state as s
+from agent.core import values as v
 from agent.core.attempt import AttemptRecord, Pending, Phase
+from agent.core.gpu_messages import GpuLeft, PutGpusLeft
 from agent.core.values import Gang, ReplicaSource, RestoreCandidate, RestorePart
 from agent.journal import SqliteJournal, decode_event, encode_event
 from agent.ports import JournalUnavailable
@@ -66,6 +68,7 @@ BODIES = st.one_of(
     st.builds(m.AttemptMilestone, TEXT),
     st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT), INT),
 )
+OCCUPANCY = st.none() | st.builds(v.GpuOccupancy, TEXT, st.none() | INT, st.none() | st.tuples(INT))
 CHANGES = st.one_of(
     st.builds(s.PutAttempt, RECORDS),
     st.builds(s.DropAttempt, st.sampled_from(["1.1", "2.1.0", "9.9"])),
@@ -79,6 +82,10 @@ CHANGES = st.one_of(
     st.builds(s.DropFence, st.integers(1, 4)),
     st.builds(s.PutLeaderEpoch, INT),
     st.builds(s.PutGpusMended, st.lists(st.tuples(TEXT, INT), max_size=3).map(tuple)),
+    st.builds(
+        PutGpusLeft,
+        st.lists(st.builds(GpuLeft, TEXT, TEXT, TEXT, OCCUPANCY), max_size=3).map(tuple),
+    ),
     BODIES,  # becomes an event with the next sequence
 )
 

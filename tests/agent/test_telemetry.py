@@ -152,6 +152,7 @@ def test_values_and_units_are_those_of_the_file(described: Path) -> None:
                 "name": BUSY.name,
                 "memory_bytes": 85_520_809_984,
                 "pci_bus_id": "0000:01:00",
+                "place": "",
             }
         ]
         assert child.gpus() == [BUSY_SAMPLE]

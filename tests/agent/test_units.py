@@ -19,10 +19,10 @@ import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import launcher
+from agent.processes import launcher, units
 from agent.processes.launcher import Refused, Settings, command, parse
 from agent.processes.supervisor import Supervisor
-from agent.processes.units import Units, why_ended
+from agent.processes.units import Units, request, why_ended
 
 GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
 DEADLINE_S = 30.0
@@ -73,6 +73,10 @@ class World:
         (driver / "information").write_text(
             f"Model: \t\t NVIDIA H100\nGPU UUID: \t {GPU}\nDevice Minor: \t 3\n"
         )
+        for path, minor in (("gi1/access", 30), ("gi1/ci0/access", 31)):
+            access = root / "capabilities/gpu3/mig" / path
+            access.parent.mkdir(parents=True, exist_ok=True)
+            access.write_text(f"DeviceFileMinor: {minor}\nDeviceFileMode: 292\n")
         self.settings = Settings(
             agent_uid=os.getuid(),
             agent_unit="",
@@ -173,6 +177,58 @@ async def test_a_trainer_is_a_unit_with_its_gpus_and_limits(serving: World) -> N
     await supervisor.close()
 
 
+async def test_a_mig_instance_is_its_gpu_s_device_and_its_own_capabilities(serving: World) -> None:
+    supervisor, exits, _ = await opened(serving)
+    places = (("MIG-6f1c", f"{GPU}/1/0"),)
+    await supervisor.start(replace(bash("exit 0", gpus="MIG-6f1c"), places=places))
+    await until(lambda: exits)
+    allowed = [word for word in serving.run_words() if "DeviceAllow" in word]
+    assert [word.split("=")[2] for word in allowed[-3:]] == [
+        "/dev/nvidia3 rw",
+        "/dev/nvidia-caps/nvidia-cap30 rw",
+        "/dev/nvidia-caps/nvidia-cap31 rw",
+    ]
+    await supervisor.close()
+
+
+def test_an_instance_that_the_driver_does_not_have_is_refused(world: World) -> None:
+    for numbers in ("2/0", "1/1"):
+        with pytest.raises(Refused, match="no such instance"):
+            launcher.gpu_devices(world.settings, [f"{GPU}/{numbers}"])
+    access = world.root / "capabilities/gpu3/mig/gi1/access"
+    access.write_text("DeviceFileMinor: ../sda\n")
+    with pytest.raises(Refused, match="does not say which device"):
+        launcher.gpu_devices(world.settings, [f"{GPU}/1/0"])
+
+
+def test_a_limit_that_holds_no_interpreter_is_raised_to_one_that_does() -> None:
+    for memory_bytes, limit in ((0, 0), (1, 64 << 20), (1 << 30, 1 << 30)):
+        asked = request(bash("exit 0", memory_bytes=memory_bytes))
+        assert launcher.parse(json.dumps(asked).encode())["memory_bytes"] == limit
+
+
+async def test_a_launcher_that_hangs_does_not_hold_an_agent_up_that_begins(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "OTHERS_S_MAX", 0.01)
+    (world.root / "units.txt").write_text("baton-job-8.1.service loaded active\n")
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(world.root / "launcher.sock"))
+        listener.listen()
+        listener.setblocking(False)
+        async with asyncio.timeout(DEADLINE_S):
+            supervisor, _, adopted = await opened(world)
+            assert adopted == ()
+            for ask in ("kill", "forget"):  # it answers after all
+                channel, _ = await loop.sock_accept(listener)
+                with channel:
+                    asked = json.loads(await loop.sock_recv(channel, 8192))
+                    assert asked == {"ask": ask, "attempt": "8.1"}
+                    await loop.sock_sendall(channel, b'{"refused": ""}')
+    await supervisor.close()
+
+
 async def test_out_of_memory_is_told_as_such(serving: World) -> None:
     serving.says("oom-kill", str(1 << 30))
     supervisor, exits, _ = await opened(serving)
@@ -245,6 +301,13 @@ GOOD = {"ask": "start", "attempt": "1.1", "gpus": [GPU], "memory_bytes": 0, "gra
         {"gpus": ["/dev/sda"]},
         {"gpus": ["GPU-../../sda"]},
         {"gpus": [GPU] * 65},
+        {"gpus": ["MIG-6f1c0000"]},
+        {"gpus": [f"{GPU}/1"]},
+        {"gpus": [f"{GPU}/1/"]},
+        {"gpus": [f"{GPU}/01/0"]},
+        {"gpus": [f"{GPU}/-1/0"]},
+        {"gpus": [f"{GPU}/1/0\n"]},
+        {"gpus": [f"{GPU}/../0"]},
         {"gpus": [3]},
         {"memory_bytes": 1},
         {"memory_bytes": -1},

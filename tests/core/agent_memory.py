@@ -9,7 +9,7 @@ holds for a core made from this fold holds for one made from the file.
 from collections.abc import Iterable
 
 from agent.core.attempt import AttemptRecord
-from agent.core.gpu_messages import GpusInspected, InspectGpus
+from agent.core.gpu_messages import GpuLeft, GpusInspected, InspectGpus, PutGpusLeft
 from agent.core.messages import AgentEvent
 from agent.core.state import (
     DropAttempt,
@@ -42,6 +42,7 @@ class MemoryJournal:
         self.fences: dict[int, PutFence] = {}
         self.leader_epoch = 0
         self.gpus_mended: tuple[tuple[str, int], ...] = ()
+        self.gpus_left: tuple[GpuLeft, ...] = ()
 
     def commit(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -56,6 +57,7 @@ class MemoryJournal:
             tuple(self.fences.values()),
             self.leader_epoch,
             self.gpus_mended,
+            self.gpus_left,
         )
 
     def _write(self, record: Record) -> None:
@@ -79,3 +81,5 @@ class MemoryJournal:
                 self.leader_epoch = record.epoch
             case PutGpusMended():
                 self.gpus_mended = record.mended
+            case PutGpusLeft():
+                self.gpus_left = record.left

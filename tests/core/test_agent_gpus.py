@@ -203,6 +203,16 @@ def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
     ]
 
 
+def test_a_verdict_for_which_the_spool_has_no_room_is_told_later(node: Node) -> None:
+    node.read()
+    event = m.AgentEvent(0, 0, "1.1", m.AttemptMilestone("first"))
+    spool = node.core.state.spool
+    node.core.state.spool = dict.fromkeys(range(s.SPOOL_MAX), event)
+    assert told(node.xid(95)) == []
+    node.core.state.spool = spool
+    assert [gpu.verdict for gpu in told(node.read())] == [Verdict.NEEDS_RESET]
+
+
 def rates(effects: list[s.Effect]) -> list[str]:
     return [effect.rate for effect in effects if isinstance(effect, FollowRate)]
 

@@ -1,18 +1,28 @@
 """After an attempt its GPUs must be clean, or nobody gets them and the log says why, once."""
 
+from dataclasses import replace
+
 import pytest
 
 from agent.core import messages as m
 from agent.core import state as s
 from agent.core import values as v
-from agent.core.clean import AGAIN_MS, CHECK_MS_MAX, LEAKING_AGAIN_MS, MEMORY_SLACK_BYTES, judge
-from agent.core.gpu_messages import GpusInspected, InspectGpus
+from agent.core.clean import (
+    AGAIN_MS,
+    CHECK_MS_MAX,
+    LEAKING_AGAIN_MS,
+    MEMORY_SLACK_BYTES,
+    judge,
+    next_check_ms,
+)
+from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
 from agent.core.node import NodeCore
 from tests.core.agent_box import HOST, OPTIONS
 from tests.core.agent_memory import MemoryJournal
 
 UUID = "GPU-a"
 GIB = 1024**3
+FACTS = v.GpuFacts(UUID, "H100", 80 * GIB)
 IDLE = v.GpuOccupancy(UUID, GIB, (7,))  # a display server has always been there
 BUSY = v.GpuOccupancy(UUID, 70 * GIB, (7, 4242))
 
@@ -23,11 +33,13 @@ class Node:
     def __init__(self) -> None:
         self.journal = MemoryJournal()
         self.now_ms = 0
+        self.host = HOST
+        self.gpus: tuple[v.GpuFacts, ...] = (FACTS,)
         self.restart()
 
     def restart(self, adopted: tuple[str, ...] = ()) -> list[m.Command]:
         self.core = NodeCore(OPTIONS, self.journal.memory())
-        commands = self.hear(m.Opened(adopted, HOST, (v.GpuFacts(UUID, "H100", 80 * GIB),)))
+        commands = self.hear(m.Opened(adopted, self.host, self.gpus))
         self.hear(m.Connected(()))
         self.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), ""))
         return commands
@@ -162,6 +174,85 @@ def test_what_it_was_like_before_outlives_the_agent(node: Node) -> None:
     node.run("2.1")
 
 
+def test_what_an_idle_gpu_is_like_is_asked_until_the_driver_says() -> None:
+    node = Node()
+    node.inspected(v.GpuOccupancy(UUID))
+    assert InspectGpus((UUID,)) in node.next_look()
+    node.inspected(IDLE)
+    assert next_check_ms(node.core.state) is None
+    node.run("1.1")
+    node.end("1.1")
+    node.now_ms += CHECK_MS_MAX
+    assert [f["pids"] for f in logged(node.inspected(BUSY), "gpu.memory_leak")] == [[4242]]
+
+
+def test_a_gpu_that_nothing_is_known_of_is_not_taken_for_leaking() -> None:
+    node = Node()
+    node.inspected(v.GpuOccupancy(UUID))
+    node.run("1.1")
+    node.end("1.1")
+    node.inspected(IDLE)
+    node.run("2.1")
+
+
+def test_a_monitor_that_began_anew_is_no_leak(node: Node) -> None:
+    node.end("1.1")
+    node.inspected(v.GpuOccupancy(UUID, GIB, (9,)))
+    node.run("2.1")
+
+
+def test_a_restart_does_not_take_a_leftover_for_what_was_there(node: Node) -> None:
+    node.end("1.1")
+    node.inspected(BUSY)
+    node.order("2.1")
+    assert InspectGpus((UUID,)) in node.restart()
+    assert starts(node.restored("2.1")) == []
+    node.inspected(BUSY)
+    node.now_ms += CHECK_MS_MAX
+    assert len(logged(node.inspected(BUSY), "gpu.memory_leak")) == 1
+    assert refusals(node.order("3.1"))
+    node.restart()
+    node.inspected(IDLE)
+    node.run("4.1")
+    assert node.journal.gpus_left == ()
+
+
+def test_a_boot_forgets_what_was_left(node: Node) -> None:
+    node.end("1.1")
+    node.inspected(BUSY)
+    node.host = replace(HOST, boot_id="another")
+    node.restart()
+    node.inspected(BUSY)
+    node.run("2.1")
+
+
+def test_a_gpu_that_is_found_late_is_still_not_clean(node: Node) -> None:
+    node.end("1.1")
+    node.inspected(BUSY)
+    node.gpus = ()
+    node.restart()
+    assert [left.uuid for left in node.journal.gpus_left] == [UUID]
+    node.hear(Sampled(v.Sample(v.HostSample(0.0, 0, 0, 0.0), (), facts=(FACTS,))))
+    assert UUID in node.core.state.checks
+
+
+def test_a_driver_that_never_answers_holds_nobody_up(node: Node) -> None:
+    node.end("1.1")
+    node.order("2.1")
+    node.restored("2.1")
+    commands: list[m.Command] = []
+    while node.now_ms < 2 * CHECK_MS_MAX and not starts(commands):
+        wake_ms = node.core.next_wake_ms()
+        assert wake_ms is not None
+        node.now_ms = max(node.now_ms, wake_ms)
+        commands = node.hear(m.Tick())
+        node.hear(m.FromCoordinator(m.LeaseRenewal(1), ""))
+    assert starts(commands) == ["2.1"]
+    assert len(logged(commands, "gpu.not_checked")) == 1
+    node.inspected(BUSY)  # too late to say anything of before
+    assert node.core.state.idle_occupancies[UUID] == IDLE
+
+
 @pytest.mark.parametrize(
     ("before", "now", "clean"),
     [
@@ -171,9 +262,11 @@ def test_what_it_was_like_before_outlives_the_agent(node: Node) -> None:
         (IDLE, v.GpuOccupancy(UUID, None, (7,)), True),
         (IDLE, v.GpuOccupancy(UUID, GIB, None), True),
         (IDLE, v.GpuOccupancy(UUID, None, (8,)), False),
+        (IDLE, v.GpuOccupancy(UUID, GIB, (8,)), True),
+        (IDLE, v.GpuOccupancy(UUID, 2 * GIB, (7,)), False),
         (IDLE, v.GpuOccupancy(UUID, 2 * GIB, None), False),
         (None, v.GpuOccupancy(UUID, 70 * GIB, ()), True),
-        (None, v.GpuOccupancy(UUID, 0, (8,)), False),
+        (None, v.GpuOccupancy(UUID, 0, (8,)), True),
     ],
 )
 def test_verdicts(before: v.GpuOccupancy | None, now: v.GpuOccupancy, clean: bool) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.health import (
+    CASES_MAX,
     QUIET_MS,
     SAME_MS,
     SETTLE_MS,
@@ -304,3 +305,13 @@ def test_an_error_of_the_last_moment_before_a_reset_is_over_too() -> None:
     assert judge("g", history).verdict is Verdict.NEEDS_RESET, "it may be from after the reset"
     note_reading(history, 20_000, well, in_use=False)
     assert judge("g", history).verdict is Verdict.HEALTHY
+
+
+def test_no_number_of_errors_hides_a_worse_one() -> None:
+    gpu = Gpu()
+    for code in range(200, 200 + CASES_MAX):
+        assert gpu.xid(code)
+    assert gpu.xid(79)
+    assert judge(GPU, gpu.history).verdict is Verdict.LOST
+    assert len(gpu.history.cases) == CASES_MAX
+    assert not gpu.xid(300), "it says nothing that the others do not"

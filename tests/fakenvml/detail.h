@@ -286,6 +286,31 @@ EXPORT int nvmlDeviceGetMigDeviceHandleByIndex(void *device, unsigned index, voi
     return leave(found == NULL ? NOT_FOUND : handle_for(found, instance));
 }
 
+/* Instances are numbered from 1, as the driver does; each has one compute instance. */
+EXPORT int nvmlDeviceGetGpuInstanceId(void *instance, unsigned *id) {
+    struct gpu gpu;
+    if (id == NULL) return INVALID_ARGUMENT;
+    int result = read_gpu(instance, &gpu);
+    if (result != SUCCESS) return result;
+    if (gpu.parent[0] == '\0') return INVALID_ARGUMENT;
+    pthread_mutex_lock(&mutex);
+    unsigned place = 0;
+    const struct gpu *found;
+    while ((found = instance_at(gpu.parent, place)) != NULL && strcmp(found->uuid, gpu.uuid) != 0)
+        place++;
+    *id = place + 1;
+    return leave(found == NULL ? NOT_FOUND : SUCCESS);
+}
+
+EXPORT int nvmlDeviceGetComputeInstanceId(void *instance, unsigned *id) {
+    struct gpu gpu;
+    if (id == NULL) return INVALID_ARGUMENT;
+    int result = read_gpu(instance, &gpu);
+    if (result == SUCCESS && gpu.parent[0] == '\0') return INVALID_ARGUMENT;
+    if (result == SUCCESS) *id = 0;
+    return result;
+}
+
 EXPORT int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *instance, void **device) {
     struct gpu gpu;
     if (device == NULL) return INVALID_ARGUMENT;

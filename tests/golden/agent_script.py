@@ -23,7 +23,7 @@ from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.attempt import AttemptRecord
-from agent.core.gpu_messages import InspectGpus, Sampled
+from agent.core.gpu_messages import InspectGpus, PutGpusLeft, Sampled
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from tests.core.agent_memory import MemoryJournal, inspected
@@ -168,7 +168,13 @@ class World:
                 return f"tell {effect.attempt} {_pairs(effect.message)}"
             case m.Log():
                 return f"log {effect.level} {effect.event} {_pairs(effect.fields)}".rstrip()
-            case s.PutFence() | s.DropFence() | s.PutLeaderEpoch() | s.PutGpusMended():
+            case (
+                s.PutFence()
+                | s.DropFence()
+                | s.PutLeaderEpoch()
+                | s.PutGpusMended()
+                | PutGpusLeft()
+            ):
                 return f"journal {_words(effect)}"
         return _words(effect)
 

@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from agent.core.attempt import AttemptRecord
+from agent.core.gpu_messages import GpuLeft, PutGpusLeft
 from agent.core.messages import AgentEvent
 from agent.core.state import (
     DropAttempt,
@@ -81,6 +82,7 @@ class Disk:
     next_sequence: int = 1
     leader_epoch: int = 0
     gpus_mended: tuple[tuple[str, int], ...] = ()
+    gpus_left: tuple[GpuLeft, ...] = ()
     copies: dict[str, Copy] = field(default_factory=dict)
     staging: dict[str, Content] = field(default_factory=dict)
     # Directories of attempts: the exit that nobody has settled yet, `None` while it runs.
@@ -271,6 +273,7 @@ class SimJournal:
             tuple(disk.fences.values()),
             disk.leader_epoch,
             disk.gpus_mended,
+            disk.gpus_left,
         )
 
     async def commit(self, records: Sequence[Record]) -> None:
@@ -307,6 +310,8 @@ class SimJournal:
                 disk.leader_epoch = record.epoch
             case PutGpusMended():
                 disk.gpus_mended = record.mended
+            case PutGpusLeft():
+                disk.gpus_left = record.left
 
     def _spool(self, event: AgentEvent) -> None:
         disk = self._box.disk
