@@ -87,8 +87,7 @@ class Coordinator:
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
-        for live in self.state.nodes.values():
-            leases.watch(self.state, live)
+        leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
 

@@ -110,3 +110,11 @@ def test_a_heartbeat_costs_no_entry() -> None:
         fleet.beat("n1")
     assert fleet.rig.core.state.watched == before
     assert leases.due(fleet.rig.core.state, fleet.rig.now) == []
+
+
+def test_a_large_fleet_may_stand_in_line_after_a_restart() -> None:
+    fleet = Fleet({f"n{number}": 0 for number in range(2 * leases.HELLOS_PER_S)}, OPTIONS)
+    fleet.rig.restart()
+    state = fleet.rig.core.state
+    waits_ms = {live.deadline_ms - fleet.rig.now_ms for live in state.nodes.values()}
+    assert waits_ms == {OPTIONS.restart_grace_ms + 2_000}
