@@ -13,6 +13,12 @@ said only while every loop has moved within its patience:
   (`telemetry/remote.py`), a pool that has no thread left does.
 - `link`, that dials, hears and closes.
 
+A disk that stalls is no hang of ours. The next agent would wait for the same disk, and be killed
+again while it reads its journal; so `main`, and `link`, which waits for what `main` has to say, may
+wait for a commit as long as `JOURNAL_PATIENCE_MS`. It runs in a thread of its own, and the loop
+that answers for this goes on turning meanwhile. Beyond that it may be SQLite that hangs, or the
+thread; then a restart is worth a try.
+
 What stands still is named in the log before systemd acts, which would otherwise only say "watchdog
 timeout"; `-X faulthandler` in the unit adds the stacks of all threads.
 """
@@ -21,12 +27,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-# A commit waits for a slow disk, and a batch of a thousand events for the core: seconds, not tens.
+# A batch of a thousand events waits for the core: seconds, not tens.
 MAIN_PATIENCE_MS: Final = 10_000
 # Beyond its own interval: a reading has deadlines of 5 s at most, and may queue for a thread.
 SAMPLING_PATIENCE_MS: Final = 30_000
 # Beyond two leases: a dial, a back-off and a close that waits for its peer.
 LINK_PATIENCE_MS: Final = 60_000
+
+
+# As long as the kernel itself waits until it calls a task hung (hung_task_timeout_secs).
+JOURNAL_PATIENCE_MS: Final = 120_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,35 @@ class Beat:
     loop: str
     moved_ms: int
     patience_ms: int
+
+
+@dataclass(slots=True)
+class Pulse:
+    """When each loop last moved, and whether a commit is on its way."""
+
+    main_ms: int = 0
+    sampling_ms: int = 0
+    link_ms: int = 0
+    commits: bool = False
+
+    def begin(self, now_ms: int) -> None:
+        self.main_ms = self.sampling_ms = self.link_ms = now_ms
+
+    def committed(self, begun_ms: int, now_ms: int) -> None:
+        """It is over, done or not. Whoever waited for a slow one begins to move only now."""
+        self.commits = False
+        self.main_ms = now_ms
+        if now_ms - begun_ms > MAIN_PATIENCE_MS:
+            self.link_ms = now_ms
+
+    def beats(self, sample_interval_ms: int, lease_ms: int) -> tuple[Beat, ...]:
+        least_ms = JOURNAL_PATIENCE_MS if self.commits else 0
+        link_ms = LINK_PATIENCE_MS + 2 * lease_ms
+        return (
+            Beat("main", self.main_ms, max(least_ms, MAIN_PATIENCE_MS)),
+            Beat("sampling", self.sampling_ms, SAMPLING_PATIENCE_MS + sample_interval_ms),
+            Beat("link", self.link_ms, max(least_ms, link_ms)),
+        )
 
 
 def standing(now_ms: int, beats: Sequence[Beat]) -> Beat | None:

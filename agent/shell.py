@@ -59,7 +59,7 @@ from agent.ports import (
     Workspace,
     Xids,
 )
-from agent.pulse import LINK_PATIENCE_MS, MAIN_PATIENCE_MS, SAMPLING_PATIENCE_MS, Beat
+from agent.pulse import Beat, Pulse
 
 BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
 OUTBOX_MAX = 4_096  # messages to a coordinator that does not read; beyond that the link is dead
@@ -108,8 +108,7 @@ class AgentShell:
         self._leaving = asyncio.Event()
         self._gone = asyncio.Event()
         self._counts = Counts()
-        # When the loops last moved; the watchdog looks at it.
-        self.progress_ms = self._sampled_ms = self._linked_ms = 0
+        self._pulse = Pulse()
         self.opened = asyncio.Event()  # trainers of an earlier run have been adopted
 
     # --- what others call -------------------------------------------------------------------------
@@ -165,13 +164,7 @@ class AgentShell:
 
     def pulse(self) -> tuple[Beat, ...]:
         """When each loop last moved; `nudge` first, and look at the next turn."""
-        sampling_ms = SAMPLING_PATIENCE_MS + self._ports.sample_interval_ms
-        link_ms = LINK_PATIENCE_MS + 2 * self._core.state.lease_ms
-        return (
-            Beat("main", self.progress_ms, MAIN_PATIENCE_MS),
-            Beat("sampling", self._sampled_ms, sampling_ms),
-            Beat("link", self._linked_ms, link_ms),
-        )
+        return self._pulse.beats(self._ports.sample_interval_ms, self._core.state.lease_ms)
 
     async def run(self) -> None:
         """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
@@ -179,7 +172,7 @@ class AgentShell:
         host = await self._ports.in_thread(self._ports.probe.host_facts)
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]
-        self.progress_ms = self._sampled_ms = self._linked_ms = self._ports.clock.now_ms()
+        self._pulse.begin(self._ports.clock.now_ms())
         await self._ports.xids.open(self.on_xid)
         self.opened.set()
         self._spawn(self._keep_link())
@@ -212,7 +205,7 @@ class AgentShell:
             for effect in effects:
                 if not isinstance(effect, Record):
                     self._act(effect)
-            self.progress_ms = self._ports.clock.now_ms()
+            self._pulse.main_ms = self._ports.clock.now_ms()
             if self._leaving.is_set() and not self._inbox:
                 await self._say_goodbye()
                 return
@@ -249,6 +242,7 @@ class AgentShell:
         until we leave, and then none of it has happened."""
         while records:
             begun_ms = self._ports.clock.now_ms()
+            self._pulse.commits = True
             try:
                 await self._ports.journal.commit(records)
                 self._counts.committed(records, self._ports.clock.now_ms() - begun_ms)
@@ -257,10 +251,11 @@ class AgentShell:
                 if not self._stuck:
                     self._ports.log("error", "journal.unavailable", (("reason", str(error)),))
                 self._stuck = True
-                self.progress_ms = self._ports.clock.now_ms()
-                if self._leaving.is_set():
-                    return False
-                await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
+            finally:
+                self._pulse.committed(begun_ms, self._ports.clock.now_ms())
+            if self._leaving.is_set():
+                return False
+            await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
         self._stuck = False
         return True
 
@@ -422,7 +417,7 @@ class AgentShell:
         failures = 0
         said = ""
         while not self._leaving.is_set():
-            self._linked_ms = self._ports.clock.now_ms()
+            self._pulse.link_ms = self._ports.clock.now_ms()
             if self._stuck:  # a hello would wait for the journal, and pile up behind it
                 await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
                 continue
@@ -449,7 +444,7 @@ class AgentShell:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
             while True:
                 order = await session.receive()
-                self._linked_ms = self._ports.clock.now_ms()
+                self._pulse.link_ms = self._ports.clock.now_ms()
                 self._counts.orders_received += 1
                 talked = True
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
@@ -492,8 +487,8 @@ class AgentShell:
         while True:
             begun_ms = self._ports.clock.now_ms()
             sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
-            self._sampled_ms = self._ports.clock.now_ms()
-            self._counts.sampled(sample, self._sampled_ms - begun_ms, interval_ms)
+            self._pulse.sampling_ms = sampled_ms = self._ports.clock.now_ms()
+            self._counts.sampled(sample, sampled_ms - begun_ms, interval_ms)
             if len(self._inbox) < INBOX_MAX:
                 self.post(Sampled(sample))
             await self._ports.clock.sleep_ms(interval_ms)

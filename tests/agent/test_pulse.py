@@ -7,12 +7,13 @@ from typing import cast
 
 import pytest
 
+from agent.core import messages as m
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Memory, Options
 from agent.core.values import HostFacts, HostSample, Sample
 from agent.ports import LinkClosed
-from agent.pulse import Beat, standing
+from agent.pulse import JOURNAL_PATIENCE_MS, Beat, Pulse, standing
 from agent.shell import AgentShell, Ports
 
 MAIN = Beat("main", 10_000, 10_000)
@@ -28,6 +29,38 @@ def test_the_one_that_is_latest_beyond_its_own_patience_is_named() -> None:
     assert standing(20_001, (MAIN, LINK)) == MAIN
     sampling = Beat("sampling", 0, 15_000)
     assert standing(20_001, (MAIN, sampling, LINK)) == sampling
+
+
+def test_a_stalled_disk_is_no_hang_until_its_own_patience_is_over() -> None:
+    pulse = Pulse()
+    pulse.begin(1_000)
+    pulse.sampling_ms = 200_000
+    pulse.commits = True
+    assert standing(1_000 + JOURNAL_PATIENCE_MS, pulse.beats(1_000, 8_000)) is None
+    stands = standing(1_001 + JOURNAL_PATIENCE_MS, pulse.beats(1_000, 8_000))
+    assert stands is not None
+    assert stands.loop == "main"
+    pulse.committed(1_000, 100_000)
+    assert standing(100_001, pulse.beats(1_000, 8_000)) is None, "who waited for it moves again"
+    assert standing(110_001, pulse.beats(1_000, 8_000)) is not None
+
+
+async def test_a_commit_that_is_on_its_way_is_told_from_a_loop_that_hangs() -> None:
+    clock = Clock()
+    ports = _ports(clock, "")
+    shell = AgentShell(NodeCore(OPTIONS, Memory("j")), ports)
+    cast("SimpleNamespace", ports).journal = SimpleNamespace(commit=_for_ever)
+    running = asyncio.create_task(shell.run())
+    await shell.opened.wait()
+    shell.post(m.Connected(()))
+    shell.post(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), ""))  # its epoch is kept
+    while clock.now_ms() < 200_000 and standing(clock.now_ms(), shell.pulse()) is None:
+        shell.nudge()
+        await clock.sleep_ms(100)
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert JOURNAL_PATIENCE_MS < clock.now_ms() < 200_000
 
 
 class Clock:

@@ -384,6 +384,7 @@ def test_the_sampler_imports_little_and_the_agent_no_binding() -> None:
         "agent.telemetry.inventory",
         "agent.telemetry.nvml",
         "agent.telemetry.sampler",
+        "agent.telemetry.services",
         "agent.telemetry.usage",
         "agent.telemetry.xid_events",
     }

@@ -148,6 +148,7 @@ ORDER = st.one_of(
 # What an agent knows for itself.
 STAYS = (
     "pci_bus_id",
+    "place",
     "condition",
     "clock_event_reasons",
     "age_ms",
