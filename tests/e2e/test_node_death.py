@@ -73,7 +73,10 @@ def test_job_of_a_dead_node_goes_on_where_its_replica_lies(cluster: Cluster, gat
 
 
 def test_follower_of_a_restarting_agent_misses_nothing(cluster: Cluster, gate: Gate) -> None:
-    start(cluster, "n1")
+    # Nobody dies here: on a busy machine a short lease would end between two heartbeats.
+    cluster.start_coordinator(heartbeat_interval_ms=100, lease_ms=20_000)
+    cluster.start_agent("n1", h100(1))
+    cluster.wait_for_nodes("n1")
     gate.open_to(2)
     job_id = work.submit(cluster, gate.job(steps=4, every=1), gpus=1)
     with work.following(cluster, job_id) as reader:
@@ -88,7 +91,7 @@ def test_follower_of_a_restarting_agent_misses_nothing(cluster: Cluster, gate: G
         gate.open_to(4)
         assert work.wait_succeeded(cluster, job_id).epoch == 1
         rest, remarks = reader.communicate(timeout=work.DEADLINE_S)
-    assert steps_in(rest) == [3, 4]
+    assert steps_in(rest) == [3, 4], (rest, remarks)
     assert "lost" not in remarks
 
 
