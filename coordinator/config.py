@@ -103,7 +103,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = 3_000
     restart_grace_ms: Annotated[int, says(
         "Milliseconds after the coordinator's own start in which no node is lost. Agents need up "
-        "to five seconds of back-off to find it again, and then a lease."
+        "to five seconds of back-off to find it again, and then a lease. For each hundred nodes "
+        "comes a second more, in which they are let in."
     )] = 13_000
     health_reaction: Annotated[str, says(
         "What follows from a GPU that needs a reset or a reboot, or is lost: cordon (no new work, "
