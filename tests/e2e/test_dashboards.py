@@ -122,7 +122,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
         prometheus = Prometheus(fleet, directory / "prometheus", targets)
         try:
             # A rate is of what grows between two scrapes: all is scraped once before anything is.
-            prometheus.wait_figures("min(baton_agent_link_up) == 1")
+            prometheus.wait_figures("count(baton_agent_link_up == 1) == 2")
             prometheus.wait_figures("baton_sessions == 2")
             job_id = work.submit(fleet, gate.job(steps=4, every=2), gpus=1)
             work.wait_committed(fleet, job_id, 2)
