@@ -266,3 +266,14 @@ def test_a_reader_that_has_gone_is_no_reason_to_stop(logs: ModuleType) -> None:
     log.info("unheard")
     assert os.get_blocking(writer)  # the flag of others who share it is untouched
     os.close(writer)
+
+
+def test_the_boot_id_comes_from_the_unit_where_the_kernel_is_hidden(
+    logs: ModuleType, file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_BOOT_ID_PATH", tmp_path / "hidden")
+    monkeypatch.setenv("BATON_BOOT_ID", "0123456789abcdef0123456789abcdef")
+    log = logs.configure("info", "json", registered(logs), descriptor=file.descriptor)
+    log.info("attempt.started", attempt="12.3.0")
+    (line,) = file.lines()
+    assert line["boot_id"] == "0123456789abcdef0123456789abcdef"

@@ -87,3 +87,10 @@ def test_both_programs_are_watched_and_restarted() -> None:
         assert service["Restart"] == "always"
         assert int(service["WatchdogSec"].removesuffix("s")) > 0
         assert service["DevicePolicy"] == "closed"
+
+
+def test_the_coordinators_log_can_say_of_which_boot_it_is() -> None:
+    """`ProcSubset=pid` hides where the kernel says so."""
+    unit = (UNITS / "baton-coordinator.service").read_text(encoding="utf-8")
+    assert "\nProcSubset=pid\n" in unit
+    assert "\nEnvironment=BATON_BOOT_ID=%b\n" in unit
