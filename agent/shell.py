@@ -19,7 +19,7 @@ from typing import cast
 from agent.core import messages as m
 from agent.core.backoff import backoff_ms
 from agent.core.census import census
-from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Sampled
+from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Report, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
@@ -40,6 +40,7 @@ from agent.core.values import (
     XidSeen,
 )
 from agent.counts import Counts, View
+from agent.outbox import Outbox
 from agent.ports import (
     Chance,
     ChunkError,
@@ -62,7 +63,6 @@ from agent.ports import (
 from agent.pulse import Beat, Pulse
 
 BATCH_MAX = 1_024  # events per commit; more would only delay the first one's commands
-OUTBOX_MAX = 4_096  # messages to a coordinator that does not read; beyond that the link is dead
 JOURNAL_RETRY_MS = 500
 # Events that wait while the journal takes none, half an hour of readings. Beyond it readings and
 # progress are not taken in: the next ones say more.
@@ -99,8 +99,7 @@ class AgentShell:
         self._unheard_xids: dict[tuple[str, str, int, str], XidSeen] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
-        self._outbox: deque[m.Upward] = deque()
-        self._outbox_filled = asyncio.Event()
+        self._outbox = Outbox()
         # In the order of their making, so that a simulation ends them in the same order again.
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._bug: BaseException | None = None
@@ -301,6 +300,8 @@ class AgentShell:
                 self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
+            case Report():
+                self._outbox.lay(command)
             case FollowRate():
                 ports.probe.follow_rate(command.rate)
             case InspectGpus():
@@ -400,13 +401,8 @@ class AgentShell:
     # --- the link ---------------------------------------------------------------------------------
 
     def _queue(self, message: m.Upward) -> None:
-        if self._session is None:
-            return
-        if len(self._outbox) >= OUTBOX_MAX:
+        if self._session is not None and not self._outbox.push(message):
             self._spawn(self._close_link())
-            return
-        self._outbox.append(message)
-        self._outbox_filled.set()
 
     async def _close_link(self) -> None:
         if self._session is not None:
@@ -461,13 +457,12 @@ class AgentShell:
     async def _send_all(self, session: Session) -> None:
         try:
             while True:
-                while self._outbox:
-                    await session.send(self._outbox.popleft())
+                while (message := self._outbox.take(self._ports.clock.now_ms())) is not None:
+                    await session.send(message)
                     self._counts.messages_sent += 1
-                self._outbox_filled.clear()
                 if self._leaving.is_set():
                     self._gone.set()
-                await self._outbox_filled.wait()
+                await self._outbox.wait()
         except LinkClosed:
             await session.close()  # `receive` ends the session
 
@@ -475,7 +470,7 @@ class AgentShell:
         """The goodbye is in the outbox; give it a moment to leave."""
         if self._session is None:
             return
-        self._outbox_filled.set()
+        self._outbox.wake()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._gone.wait()

@@ -24,7 +24,7 @@ from agent.core.values import (
     RestoreCandidate,
     RestorePart,
 )
-from agent.wire_health import encode_change, encode_details, encode_health
+from agent.wire_health import encode_change, encode_details, encode_health, encode_window
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -94,7 +94,7 @@ def _heartbeat(beat: m.Heartbeat) -> pb.Heartbeat:
     return pb.Heartbeat(
         sequence=beat.sequence,
         host=None if beat.host is None else _host_sample(beat.host),
-        gpus=[_gpu_sample(gpu) for gpu in beat.gpus],
+        gpus=[_gpu_sample(gpu, beat.telemetry_age_ms) for gpu in beat.gpus],
         attempts=[_held(held) for held in beat.attempts],
         progress=[
             pb.AttemptProgress(attempt=attempt_id, progress=_progress(progress))
@@ -112,7 +112,7 @@ def _host_sample(host: HostSample) -> types.HostTelemetry:
     )
 
 
-def _gpu_sample(gpu: GpuSample) -> types.GpuTelemetry:
+def _gpu_sample(gpu: GpuSample, sample_age_ms: int) -> types.GpuTelemetry:
     return types.GpuTelemetry(
         uuid=gpu.uuid,
         utilization_ratio=gpu.utilization_ratio,
@@ -124,6 +124,8 @@ def _gpu_sample(gpu: GpuSample) -> types.GpuTelemetry:
         memory_clock_mhz=gpu.memory_clock_mhz,
         error=gpu.error,
         details=encode_details(gpu),
+        age=_duration(gpu.age_ms + sample_age_ms),
+        window=encode_window(gpu.window),
     )
 
 
@@ -215,6 +217,7 @@ def decode(message: pb.SessionResponse) -> m.Order:
                 _milliseconds(welcome.lease, minimum_ms=1),
                 welcome.acknowledged_sequence,
                 _RATES.get(welcome.telemetry_rate, OWN_RATE),
+                _milliseconds(welcome.report_interval),
             )
         case "lease_renewal":
             return m.LeaseRenewal(message.lease_renewal.heartbeat_sequence)

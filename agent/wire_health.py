@@ -8,7 +8,8 @@ from typing import Any, Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core.health import GpuHealthChanged, GpuVerdict
-from agent.core.values import GpuSample
+from agent.core.values import GpuSample, GpuWindow, Spread
+from agent.core.window import FIGURES
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -54,6 +55,19 @@ def encode_details(gpu: GpuSample) -> types.GpuDetails | None:
         said |= {name: getattr(inventory, name) for name in _INVENTORY}
     known = any(value is not None for value in said.values())
     return types.GpuDetails(**said) if known else None
+
+
+def encode_window(window: GpuWindow | None) -> types.GpuWindow | None:
+    if window is None:
+        return None
+    spreads = {name: _spread(getattr(window, name)) for name in FIGURES}
+    return types.GpuWindow(readings=window.readings, **spreads)
+
+
+def _spread(spread: Spread | None) -> types.Spread | None:
+    return (
+        None if spread is None else types.Spread(min=spread.min, mean=spread.mean, max=spread.max)
+    )
 
 
 def encode_change(change: GpuHealthChanged) -> pb.GpuHealthChanged:

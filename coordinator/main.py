@@ -229,6 +229,7 @@ def _reload(current: Config, arguments: Sequence[str], notifier: Notifier) -> Co
 def _options(config: Config) -> Options:
     return Options(
         heartbeat_interval_ms=config.heartbeat_interval_ms,
+        report_interval_ms=config.report_interval_ms,
         suspect_ms=config.suspicious_ms(),
         lease_ms=config.lease_ms,
         closed_grace_ms=config.closed_grace_ms,

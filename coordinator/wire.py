@@ -286,21 +286,10 @@ def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:
 
 
 def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
-    def said(name: str) -> bool:
-        return gpu.HasField(name)  # type: ignore[arg-type]
-
-    return model.GpuTelemetry(
-        gpu.uuid,
-        gpu.utilization_ratio if said("utilization_ratio") else None,
-        gpu.memory_used_bytes if said("memory_used_bytes") else None,
-        gpu.temperature_celsius if said("temperature_celsius") else None,
-        gpu.power_mw if said("power_mw") else None,
-        gpu.energy_mj if said("energy_mj") else None,
-        gpu.sm_clock_mhz if said("sm_clock_mhz") else None,
-        gpu.memory_clock_mhz if said("memory_clock_mhz") else None,
-        gpu.error,
-        wire_nodes.decode_details(gpu.details) if said("details") else None,
-    )
+    try:
+        return wire_nodes.decode_telemetry(gpu)
+    except ValueError as error:
+        raise WireError(str(error)) from None
 
 
 def _progress(progress: types.Progress) -> model.Progress:
@@ -388,6 +377,7 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
                 lease=_duration(order.lease_ms),
                 acknowledged_sequence=order.acknowledged_sequence,
                 telemetry_rate=wire_nodes.encode_rate(order.telemetry_rate),
+                report_interval=_duration(order.report_interval_ms),
             )
             return pb.SessionResponse(welcome=welcome)
         case m.LeaseRenewal():

@@ -7,12 +7,22 @@ absent where it is `None`, and `optional` in the contract.
 from dataclasses import asdict, fields
 from typing import Any, Final
 
+from google.protobuf.duration_pb2 import Duration
+
 from coordinator import wire_health
 from coordinator.core import model
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
+from coordinator.core.windows import GpuWindow, Spread
 from protos.baton.v1 import types_pb2 as types
 
 _DETAILS: Final[tuple[Any, ...]] = tuple(field.name for field in fields(model.GpuDetails))
+_FIGURES: Final = (
+    "utilization_ratio", "memory_used_bytes", "temperature_celsius", "power_mw", "energy_mj",
+    "sm_clock_mhz", "memory_clock_mhz",
+)  # fmt: skip
+_SPREADS: Final[tuple[Any, ...]] = tuple(
+    field.name for field in fields(GpuWindow) if field.name != "readings"
+)
 
 
 def encode_node(view: model.NodeView) -> types.Node:
@@ -62,6 +72,47 @@ def decode_rate(rate: types.TelemetryRate.ValueType) -> model.TelemetryRate:
     return model.TelemetryRate.__members__.get(name, model.TelemetryRate.OWN)
 
 
+def decode_telemetry(said: types.GpuTelemetry) -> model.GpuTelemetry:
+    """Raises `ValueError` with a sentence."""
+    known: dict[str, Any] = {
+        name: getattr(said, name) if said.HasField(name) else None for name in _FIGURES
+    }
+    age_ms = said.age.ToMilliseconds()
+    if age_ms < 0:
+        raise ValueError(f"{age_ms} ms is no age; it must not be negative")
+    return model.GpuTelemetry(
+        said.uuid,
+        **known,
+        error=said.error,
+        details=decode_details(said.details) if said.HasField("details") else None,
+        age_ms=age_ms,
+        window=_window(said.window) if said.HasField("window") else None,
+    )
+
+
+def _window(said: types.GpuWindow) -> GpuWindow:
+    spreads = {}
+    for name in _SPREADS:
+        if said.HasField(name):
+            spread: types.Spread = getattr(said, name)
+            spreads[name] = Spread(spread.min, spread.mean, spread.max)
+    return GpuWindow(said.readings, **spreads)
+
+
+def _encode_window(window: GpuWindow) -> types.GpuWindow:
+    spreads = {name: getattr(window, name) for name in _SPREADS}
+    return types.GpuWindow(
+        readings=window.readings,
+        **{name: types.Spread(**asdict(one)) for name, one in spreads.items() if one is not None},
+    )
+
+
+def _duration(span_ms: int) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(span_ms)
+    return duration
+
+
 def decode_details(said: types.GpuDetails) -> model.GpuDetails:
     return model.GpuDetails(
         **{name: getattr(said, name) if said.HasField(name) else None for name in _DETAILS}
@@ -98,15 +149,11 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
         message.telemetry.CopyFrom(
             types.GpuTelemetry(
                 uuid=read.uuid,
-                utilization_ratio=read.utilization_ratio,
-                memory_used_bytes=read.memory_used_bytes,
-                temperature_celsius=read.temperature_celsius,
-                power_mw=read.power_mw,
-                energy_mj=read.energy_mj,
-                sm_clock_mhz=read.sm_clock_mhz,
-                memory_clock_mhz=read.memory_clock_mhz,
+                **{name: getattr(read, name) for name in _FIGURES},
                 error=read.error,
                 details=None if read.details is None else types.GpuDetails(**asdict(read.details)),
+                age=_duration(read.age_ms),
+                window=None if read.window is None else _encode_window(read.window),
             )
         )
     return message

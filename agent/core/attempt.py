@@ -148,7 +148,8 @@ class LiveAttempt:
     look there for one that nobody handed over. `handed_capture` is the newest that somebody did.
     `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
     its trainers are, and how long that takes. `restored`: it could start, and waits for its GPUs to
-    be clean of the one before it.
+    be clean of the one before it. `told` is the progress that the last heartbeat had, in this
+    session.
 
     Of the pre-copy: `heeds_saves`: its trainer looks for requests to save; `precopy_until_ms`: the
     stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
@@ -172,6 +173,7 @@ class LiveAttempt:
     restored: Restored | None = None
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
+    told: Progress | None = None
     sections: Sections = field(default_factory=Sections)
     heeds_saves: bool = False
     precopy_until_ms: int | None = None

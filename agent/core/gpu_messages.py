@@ -7,7 +7,7 @@ it is no part of a sample: it is asked for when an attempt has ended, for its GP
 from dataclasses import dataclass
 from typing import Final
 
-from agent.core.values import GpuOccupancy, Sample
+from agent.core.values import GpuOccupancy, GpuSample, HostSample, Sample
 
 # The coordinator orders none: our configuration counts.
 OWN_RATE: Final = "own"
@@ -53,3 +53,12 @@ class FollowRate:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell the coordinator, with a heartbeat; in the place of a report that was not sent yet."""
+
+    host: HostSample
+    gpus: tuple[GpuSample, ...]
+    sampled_ms: int

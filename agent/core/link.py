@@ -4,10 +4,21 @@ A session begins with a hello that says everything; the welcome answers it. From
 say that the node lives, events are resent until acknowledged, and silence of a whole lease from the
 other side ends the session, since a half-open connection looks exactly like a quiet one.
 
+A heartbeat is small and often, since a lease hangs on it; telemetry is large and can wait. So a
+heartbeat lists what runs and what trainers have said since the one before, and once in a report
+interval a report of the GPUs is handed over beside it, for the shell to send with a heartbeat when
+no event waits (`outbox.py`). Only what was read since the last report is reported; a stalled reader
+makes telemetry old, never new again.
+
+Ten thousand agents that were welcomed in one second must not speak in one millisecond ever after:
+each has a phase within either interval, from its name, and keeps it however late it is once.
+
 A coordinator with a lower leader epoch than one already obeyed is a ghost: it is not obeyed.
 """
 
-from agent.core.gpu_messages import OWN_RATE, FollowRate
+from zlib import crc32
+
+from agent.core.gpu_messages import OWN_RATE, FollowRate, Report
 from agent.core.gpus import verdicts
 from agent.core.messages import (
     CheckpointProposed,
@@ -23,10 +34,7 @@ from agent.core.messages import (
 )
 from agent.core.pipeline import advance_pipeline
 from agent.core.state import Instant, PutLeaderEpoch, State
-from agent.core.values import GpuSample, HostFacts
-
-# A reading older than this many heartbeats is not repeated as if it were new: unknown is honest.
-STALE_HEARTBEATS = 3
+from agent.core.values import HostFacts
 
 
 def connected(state: State, now: Instant, event: Connected) -> None:
@@ -34,6 +42,7 @@ def connected(state: State, now: Instant, event: Connected) -> None:
     state.heartbeat_due_ms = state.resend_due_ms = None
     state.heard_ms = now.now_ms
     state.heartbeat_sequence = 0
+    state.window.clear()
     host = state.host or HostFacts("", "", 0, 0, "", "")
     state.send(
         Hello(
@@ -78,11 +87,16 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
         state.leader_epoch = order.leader_epoch
         state.records.append(PutLeaderEpoch(order.leader_epoch))
     state.heartbeat_interval_ms = order.heartbeat_interval_ms
+    state.report_interval_ms = order.report_interval_ms or order.heartbeat_interval_ms
     state.lease_ms = order.lease_ms
     _follow_rate(state, order.telemetry_rate)
     if state.welcomed:
         return  # said again, since something of it has changed
-    state.heartbeat_due_ms = now.now_ms + order.heartbeat_interval_ms
+    node = state.options.node
+    state.heartbeat_due_ms = now.now_ms + phase_ms(node, state.heartbeat_interval_ms)
+    state.report_due_ms = now.now_ms + phase_ms(node, state.report_interval_ms)
+    for live in state.attempts.values():
+        live.told = None
     state.log("info", "link.up", leader_epoch=order.leader_epoch, spooled=len(state.spool))
     state.acknowledge(now, order.acknowledged_sequence)
     state.welcomed = True
@@ -111,33 +125,46 @@ def resend(state: State, now: Instant) -> None:
     state.flow(now)
 
 
+def phase_ms(node: str, interval_ms: int) -> int:
+    """Where in an interval this node speaks, 1 to the whole of it."""
+    return 1 + crc32(node.encode()) % interval_ms
+
+
+def _following(due_ms: int, interval_ms: int, now: Instant) -> int:
+    """The next moment of the same phase, when this one has passed."""
+    return due_ms + max(0, (now.now_ms - due_ms) // interval_ms + 1) * interval_ms
+
+
 def heartbeat(state: State, now: Instant) -> None:
-    if not state.welcomed:
+    if not state.welcomed or state.heartbeat_due_ms is None:
         return
     state.heartbeat_sequence += 1
-    # Readings pace the heartbeats; this is for when they do not come.
-    state.heartbeat_due_ms = now.now_ms + state.heartbeat_interval_ms * 3 // 2
-    stale_ms = STALE_HEARTBEATS * state.heartbeat_interval_ms
-    sample = state.sample
-    fresh = sample is not None and now.now_ms - state.sample_ms <= stale_ms
-    gpus: tuple[GpuSample, ...] = sample.gpus if sample is not None and fresh else ()
-    state.send(
-        Heartbeat(
-            state.heartbeat_sequence,
-            sample.host if sample is not None and fresh else None,
-            gpus,
-            state.held(),
-            _progress(state),
-        )
-    )
+    interval_ms = state.heartbeat_interval_ms
+    state.heartbeat_due_ms = _following(state.heartbeat_due_ms, interval_ms, now)
+    due = state.report_due_ms <= now.now_ms
+    if due:
+        _report(state, now)
+    progress = _progress(state, whole=due)
+    state.send(Heartbeat(state.heartbeat_sequence, None, (), state.held(), progress))
 
 
-def _progress(state: State) -> tuple[tuple[str, Progress], ...]:
-    return tuple(
-        (live.record.id, live.progress)
-        for live in state.attempts.values()
-        if live.progress is not None
-    )
+def _report(state: State, now: Instant) -> None:
+    """It stays due until there is something to report."""
+    taken = state.window.take()
+    if taken is None:
+        return
+    state.report_due_ms = _following(state.report_due_ms, state.report_interval_ms, now)
+    state.commands.append(Report(*taken, state.sample_ms))
+
+
+def _progress(state: State, whole: bool) -> tuple[tuple[str, Progress], ...]:
+    """What trainers have said since the heartbeat before, or, in case that one was lost, ever."""
+    said: list[tuple[str, Progress]] = []
+    for live in state.attempts.values():
+        if live.progress is not None and (whole or live.progress is not live.told):
+            live.told = live.progress
+            said.append((live.record.id, live.progress))
+    return tuple(said)
 
 
 def leaving(state: State, event: Leaving) -> None:

@@ -7,8 +7,11 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
-from agent.core.gpu_messages import OWN_RATE, FollowRate, GpusInspected, InspectGpus, Sampled
+from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Report, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict
+from agent.core.link_messages import EventAck as EventAck
+from agent.core.link_messages import LeaseRenewal as LeaseRenewal
+from agent.core.link_messages import Welcome as Welcome
 from agent.core.trainer_messages import TrainerMessage, TrainerTime
 from agent.core.values import (
     DriverLoaded,
@@ -28,25 +31,6 @@ from agent.core.values import (
 from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
 # --- from the coordinator -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    leader_epoch: int
-    heartbeat_interval_ms: int
-    lease_ms: int
-    acknowledged_sequence: int
-    telemetry_rate: str = OWN_RATE
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRenewal:
-    heartbeat_sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class EventAck:
-    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,11 +267,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
+    """`host` and `gpus` are the report that it carries, if any, and so long ago were read."""
+
     sequence: int
     host: HostSample | None
     gpus: tuple[GpuSample, ...]
     attempts: tuple[HeldAttempt, ...]
     progress: tuple[tuple[str, Progress], ...]
+    telemetry_age_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,5 +482,6 @@ Command = (
     | CollectCheckpoints
     | InspectGpus
     | FollowRate
+    | Report
     | Log
 )

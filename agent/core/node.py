@@ -117,8 +117,8 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
             _order(state, now, event.order, event.chance)
         case Sampled():
             state.sample, state.sample_ms = event.sample, now.now_ms
+            state.window.add(event.sample)
             gpus.sampled(state, now, event.sample)
-            heartbeat(state, now)
         case GpusInspected():
             for waiting, restored in clean.inspected(state, now, event):
                 _restored(state, now, waiting, restored)

@@ -26,6 +26,7 @@ from agent.core.messages import (
     Upward,
 )
 from agent.core.values import GpuFacts, GpuOccupancy, HostFacts, Sample
+from agent.core.window import Window
 
 # Events wait on disk while the coordinator is away. A node that reaches this bound has had tens of
 # thousands of attempts end unseen; from then on milestones are dropped, and starts are refused.
@@ -170,6 +171,7 @@ class State:
         self.watched = Watched(mended=dict(memory.gpus_mended))
         self.sample: Sample | None = None
         self.sample_ms = 0
+        self.window = Window()  # since the last report
         # GPUs that were left and not seen clean since; what each was like when nothing ran on it
         self.checks: dict[str, Check] = {}
         self.gpus_left = {left.uuid: left for left in memory.gpus_left}  # until its GPU is there
@@ -179,10 +181,11 @@ class State:
         self.connected = False
         self.welcomed = False
         self.heard_ms = 0
-        self.heartbeat_interval_ms = 1_000
+        self.heartbeat_interval_ms = self.report_interval_ms = 1_000
         self.lease_ms = 8_000
         self.heartbeat_sequence = 0
         self.heartbeat_due_ms: int | None = None
+        self.report_due_ms = 0
         self.resend_due_ms: int | None = None
         self.section_check_ms: int | None = None  # while some trainer is in a section
         self.sent_sequence = 0  # the newest event that was sent in this session

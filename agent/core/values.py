@@ -119,11 +119,30 @@ class GpuInventory:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    min: float
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuWindow:
+    """What `readings` of a GPU had in common; `None` as in `GpuSample`."""
+
+    readings: int
+    utilization_ratio: Spread | None = None
+    memory_used_bytes: Spread | None = None
+    temperature_celsius: Spread | None = None
+    power_mw: Spread | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """One reading of one GPU. Ratios are 0 to 1. `None` means not supported or not answered, never
     zero. `clock_event_reasons` is NVML's bit mask of what keeps the clocks down. `age_ms`: it was
     read so long before the sample was made; more than 0 only where readings are slowed down by
-    order. `usage` and `inventory` are read less often, and are the last ones that were."""
+    order. `usage` and `inventory` are read less often, and are the last ones that were. `window`
+    is of a report: all readings since the one before."""
 
     uuid: str
     utilization_ratio: float | None = None
@@ -139,6 +158,7 @@ class GpuSample:
     age_ms: int = 0
     usage: GpuUsage | None = None
     inventory: GpuInventory | None = None
+    window: GpuWindow | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
             memory_clock_mhz=said(read, "memory_clock_mhz"),
             error=read.error,
             details=_details(read.details) if read.HasField("details") else None,
+            age_s=read.age.ToMilliseconds() / 1000 if read.HasField("age") else None,
+            window=_window(read.window) if read.HasField("window") else None,
         )
     return values.Gpu(
         uuid=gpu.uuid,
@@ -71,6 +73,20 @@ def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
 def _details(read: types_pb2.GpuDetails) -> values.GpuDetails:
     return values.GpuDetails(
         **{name: said(read, name) for name in values.GpuDetails.__struct_fields__}
+    )
+
+
+def _window(window: types_pb2.GpuWindow) -> values.GpuWindow:
+    def spread(name: str) -> values.Spread | None:
+        one: types_pb2.Spread | None = said(window, name)
+        return None if one is None else values.Spread(min=one.min, mean=one.mean, max=one.max)
+
+    return values.GpuWindow(
+        readings=window.readings,
+        utilization_ratio=spread("utilization_ratio"),
+        memory_used_bytes=spread("memory_used_bytes"),
+        temperature_celsius=spread("temperature_celsius"),
+        power_mw=spread("power_mw"),
     )
 
 

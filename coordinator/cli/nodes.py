@@ -1,8 +1,8 @@
 """`baton nodes`, `cordon`, `drain`, `uncordon`: what the operator of a fleet does.
 
 A node's figures are sums or extremes over its GPUs. A sum is shown only if every GPU answers: "310
-W" for a node of which one GPU is silent would be a wrong number, and "-" is a true one. `--json`
-has each GPU's own figures.
+W" for a node of which one GPU is silent would be a wrong number, and "-" is a true one; so it is
+for figures that nobody has read for a while. `--json` has each GPU's own figures, and their age.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 RATES = ("own", "off", "slow", "normal", "watch")
 # More would push the reason off a terminal; --json has all.
 ATTEMPTS_SHOWN = 2
+# Older figures are history, and "-". Those that are read slowly by order are some 15 s old at most.
+STALE_S = 90.0
 
 _COLUMNS = (
     Column("NODE"),
@@ -147,7 +149,7 @@ def telemetry(context: click.Context, node: str, rate: str) -> None:
 
 
 def _row(node: "Node") -> tuple[object, ...]:
-    telemetries = [gpu.telemetry for gpu in node.gpus if gpu.phase != "absent"]
+    telemetries = [_fresh(gpu) for gpu in node.gpus if gpu.phase != "absent"]
     utilizations = _known(telemetries, lambda said: said.utilization_ratio)
     temperatures = _known(telemetries, lambda said: said.temperature_celsius)
     powers_mw = _known(telemetries, lambda said: said.power_mw)
@@ -169,7 +171,19 @@ def _row(node: "Node") -> tuple[object, ...]:
 
 def _remarks(node: "Node") -> str:
     rate = "" if node.telemetry_rate == "own" else f"telemetry {node.telemetry_rate}, by order"
-    return "; ".join(filter(None, (node.reason, rate)))
+    return "; ".join(filter(None, (node.reason, rate, _staleness(node.gpus))))
+
+
+def _fresh(gpu: "Gpu") -> "GpuTelemetry | None":
+    telemetry = gpu.telemetry
+    stale = telemetry is not None and telemetry.age_s is not None and telemetry.age_s > STALE_S
+    return None if stale else telemetry
+
+
+def _staleness(gpus: "list[Gpu]") -> str:
+    stale = [gpu for gpu in gpus if gpu.phase != "absent" and _fresh(gpu) is not gpu.telemetry]
+    ages_s = [gpu.telemetry.age_s or 0.0 for gpu in stale if gpu.telemetry is not None]
+    return f"GPUs were last read {max(ages_s):.0f} s ago" if ages_s else ""
 
 
 def _attempts(ids: list[str]) -> str:
@@ -209,7 +223,7 @@ def _sharers(shares: "list[GpuShare]") -> str:
 
 def _memory(gpus: "list[Gpu]") -> str | None:
     present = [gpu for gpu in gpus if gpu.phase != "absent"]
-    used = _known([gpu.telemetry for gpu in present], lambda said: said.memory_used_bytes)
+    used = _known([_fresh(gpu) for gpu in present], lambda said: said.memory_used_bytes)
     if not present or len(used) < len(present):
         return None
     all_bytes = sum(gpu.memory_bytes for gpu in present)

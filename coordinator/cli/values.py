@@ -190,8 +190,25 @@ class GpuDetails(msgspec.Struct, frozen=True, kw_only=True):
     tensor_activity_ratio: float | None
 
 
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    min: float
+    mean: float
+    max: float
+
+
+class GpuWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """All readings of a GPU between two reports."""
+
+    readings: int
+    utilization_ratio: Spread | None
+    memory_used_bytes: Spread | None
+    temperature_celsius: Spread | None
+    power_mw: Spread | None
+
+
 class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
-    """What the driver says of a GPU; `None` where it does not say."""
+    """What the driver says of a GPU; `None` where it does not say. `age_s` is for how long it has
+    been known; `None`: nobody can tell."""
 
     utilization_ratio: float | None
     memory_used_bytes: int | None
@@ -202,6 +219,8 @@ class GpuTelemetry(msgspec.Struct, frozen=True, kw_only=True):
     memory_clock_mhz: int | None
     error: str
     details: GpuDetails | None
+    age_s: float | None
+    window: GpuWindow | None
 
 
 class XidRecord(msgspec.Struct, frozen=True, kw_only=True):

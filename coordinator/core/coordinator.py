@@ -134,9 +134,9 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FindCheckpoint():
             return retention.find(state, body)
         case SetTelemetryRate():
-            return _set_rate(state, body)
+            return _set_rate(state, now, body)
         case ListNodes():
-            views = [_node_view(state, live) for _, live in sorted(state.nodes.items())]
+            views = [_node_view(state, now, live) for _, live in sorted(state.nodes.items())]
             return NodePage(tuple(views))
         case CordonNode():
             return _intend(state, now, body.node, NodeIntent.CORDONED)
@@ -151,27 +151,28 @@ def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Ans
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {node_id!r}")
     if intent is NodeIntent.DRAINING and live.node.intent is NodeIntent.DRAINED:
-        return _node_view(state, live)
+        return _node_view(state, now, live)
     health.person_says(state, live, intent)
     nodes.set_intent(state, now, live, intent)
-    return _node_view(state, live)
+    return _node_view(state, now, live)
 
 
-def _set_rate(state: State, body: SetTelemetryRate) -> NodeView | Refusal:
+def _set_rate(state: State, now: Instant, body: SetTelemetryRate) -> NodeView | Refusal:
     live = state.nodes.get(body.node)
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
     nodes.set_rate(state, live, body.rate)
-    return _node_view(state, live)
+    return _node_view(state, now, live)
 
 
-def _node_view(state: State, live: LiveNode) -> NodeView:
+def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
     judged = {said.uuid: said for said in live.node.health}
     closed = readings.closed(live)
     gpus = tuple(
         GpuView(
-            gpu.facts, gpu.phase, "" if shared else "".join(gpu.holders[:1]), gpu.telemetry,
-            judged.get(uuid), closed.get(uuid, ""), state.held_back.get(uuid, ""), shared,
+            gpu.facts, gpu.phase, "" if shared else "".join(gpu.holders[:1]),
+            readings.shown(now, gpu), judged.get(uuid), closed.get(uuid, ""),
+            state.held_back.get(uuid, ""), shared,
         )
         for uuid, gpu in sorted(live.gpus.items())
         for shared in [_shares(state, gpu.holders)]

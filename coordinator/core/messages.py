@@ -15,6 +15,9 @@ from coordinator.core.checkpoint_requests import (
     UnpinCheckpoint,
 )
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
+from coordinator.core.link_messages import EventAck as EventAck
+from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
+from coordinator.core.link_messages import Welcome as Welcome
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
@@ -31,7 +34,6 @@ from coordinator.core.model import (
     Node,
     NodeView,
     Progress,
-    TelemetryRate,
     WaitingPart,
 )
 from coordinator.core.node_requests import SetTelemetryRate
@@ -273,25 +275,6 @@ class Decide:
 Event = Request | FromAgent | Tick | Decide
 
 # --- to agents ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    leader_epoch: int
-    heartbeat_interval_ms: int
-    lease_ms: int
-    acknowledged_sequence: int
-    telemetry_rate: TelemetryRate = TelemetryRate.OWN
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRenewal:
-    heartbeat_sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class EventAck:
-    sequence: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.windows import GpuWindow
 
 SHARED = "shared"  # stands for the shared directory wherever a replica's node is named
 
@@ -388,7 +389,7 @@ class GpuDetails:
 
 @dataclass(frozen=True, slots=True)
 class GpuTelemetry:
-    """`None` means that the driver does not say, never zero."""
+    """`None` means that the driver does not say, never zero. `age_ms`: it was read so long ago."""
 
     uuid: str
     utilization_ratio: float | None = None
@@ -400,6 +401,8 @@ class GpuTelemetry:
     memory_clock_mhz: int | None = None
     error: str = ""
     details: GpuDetails | None = None
+    age_ms: int = 0
+    window: GpuWindow | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,7 @@ def _welcome(state: State, live: LiveNode) -> None:
             state.options.lease_ms,
             live.node.acknowledged,
             live.node.telemetry_rate,
+            state.options.report_interval_ms,
         ),
     )
 

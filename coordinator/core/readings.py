@@ -5,23 +5,29 @@ bus. Whoever places a job there bets the job; whoever closes it at the first lat
 half a fleet while drivers are loaded. And a GPU that is cordoned is no place for a standby either:
 a handoff would wait there for a reset.
 
-How: a heartbeat says of each GPU whether it was read. After `UNREAD_MS` of errors alone it gets no
-new work, and what runs there goes on; with the next reading it is open again, by itself. A GPU that
-is not read by order has no error and stays open.
+How: a report says of each GPU whether it was read. After `UNREAD_MS` of errors alone, and no fewer
+than three reports of them, it gets no new work, and what runs there goes on; with the next reading
+it is open again, by itself. A GPU that is not read by order has no error and stays open. One whose
+report is not due says nothing, and nothing follows from that.
 """
 
+from dataclasses import replace
+
 from coordinator.core.model import GpuTelemetry
-from coordinator.core.state import Instant, LiveNode, State, cut
+from coordinator.core.state import Instant, LiveGpu, LiveNode, State, cut
 
 # Ten missed deadlines: a driver that was busy with one GPU, or loaded anew, has answered by then.
 UNREAD_MS = 30_000
+REPORTS_UNREAD = 3  # where they come so seldom that one or two would be enough for that
 
 
 def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -> None:
-    """What a heartbeat says of a GPU of this node."""
+    """What a report says of a GPU of this node. One that was read since the report before was not
+    silent, though the last try has failed."""
     gpu = live.gpus[telemetry.uuid]
     gpu.telemetry = telemetry
-    if not telemetry.error:
+    gpu.read_ms = now.now_ms - telemetry.age_ms
+    if not telemetry.error or telemetry.window is not None:
         gpu.unread_since_ms = None
         if gpu.unread:
             gpu.unread = ""
@@ -30,17 +36,31 @@ def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -
         return
     if gpu.unread_since_ms is None:
         gpu.unread_since_ms = now.now_ms
-    silent_ms = now.now_ms - gpu.unread_since_ms
-    if silent_ms < UNREAD_MS:
+    silent_ms, limit_ms = now.now_ms - gpu.unread_since_ms, unread_ms(state)
+    if silent_ms < limit_ms:
         return
     fresh = not gpu.unread
     gpu.unread = (
         f"gpu {telemetry.uuid} has not been read for {silent_ms // 1000} s, "
-        f"{UNREAD_MS // 1000} s is the limit: {cut(telemetry.error)}"
+        f"{limit_ms // 1000} s is the limit: {cut(telemetry.error)}"
     )
     if fresh:
         state.dirty = True  # who waits for it hears why
         state.log("warning", "gpu.unread", node=live.node.id, gpu=telemetry.uuid, reason=gpu.unread)
+
+
+def unread_ms(state: State) -> int:
+    """For how long a GPU may say nothing but errors."""
+    options = state.options
+    interval_ms = max(options.report_interval_ms, options.heartbeat_interval_ms)
+    return max(UNREAD_MS, REPORTS_UNREAD * interval_ms)
+
+
+def shown(now: Instant, gpu: LiveGpu) -> GpuTelemetry | None:
+    """What was said of it last, as old as it is by now."""
+    if gpu.telemetry is None:
+        return None
+    return replace(gpu.telemetry, age_ms=now.now_ms - gpu.read_ms)
 
 
 def closed(live: LiveNode) -> dict[str, str]:

@@ -46,6 +46,7 @@ from coordinator.core.model import (
     WaitingPart,
     attempt_id,
 )
+from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     GPU_TRANSITIONS,
@@ -68,28 +69,6 @@ class Instant:
     unix_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What an operator may set. Milliseconds throughout."""
-
-    heartbeat_interval_ms: int = 1_000
-    suspect_ms: int = 3_000  # three missed heartbeats: nothing new for one that may be dead
-    # Eight missed heartbeats: short enough for a handoff within ten seconds, long enough for a
-    # switch that reboots a line card or a box that swaps.
-    lease_ms: int = 8_000
-    # A process that dies closes its connections: time for systemd to restart an agent.
-    closed_grace_ms: int = 3_000
-    # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
-    # As long ranks that came back from a common outage wait for the rest of their gang.
-    restart_grace_ms: int = 13_000
-    # What follows from verdicts on GPUs (`health.py`): whether anything does, whether from degraded
-    # as well, and the circuit breaker.
-    cordons_gpus: bool = True
-    cordons_degraded: bool = False
-    cordon_percent: int = 10
-    cordon_window_ms: int = 600_000
-
-
 JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
 JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
 # Per job, or the newest gang if that is larger; more are dropped from memory, the store keeps them.
@@ -109,12 +88,14 @@ class StandbyWatch:
 @dataclass(slots=True)
 class LiveGpu:
     """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
-    why it gets no work, where it was not read since `unread_since_ms`."""
+    why it gets no work, where it was not read since `unread_since_ms`. `read_ms`: when what its
+    telemetry says was read, or at least told."""
 
     facts: GpuFacts
     phase: GpuPhase
     holders: tuple[str, ...] = ()
     telemetry: GpuTelemetry | None = None
+    read_ms: int = 0
     unread_since_ms: int | None = None
     unread: str = ""
 

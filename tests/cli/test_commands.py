@@ -305,6 +305,23 @@ def test_nodes_in_json_keep_unknown_apart_from_zero(baton: Baton) -> None:
     assert nodes[2]["gpus"][0]["phase"] == "absent"
 
 
+def test_figures_that_nobody_has_read_for_a_while_are_not_shown(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    old = types_pb2.GpuTelemetry(utilization_ratio=0.5, temperature_celsius=60)
+    old.age.FromSeconds(91)
+    gpu = types_pb2.Gpu(
+        uuid="GPU-1", name="NVIDIA H100", phase=types_pb2.GPU_PHASE_FREE, telemetry=old
+    )
+    node = types_pb2.Node(id="n1", gpus=[gpu])
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[node])] * 2
+    table = baton("nodes").stdout
+    assert "GPUs were last read 91 s ago" in table
+    assert "60 °C" not in table
+    (shown,) = json.loads(baton("nodes", "--json").stdout)[0]["gpus"]
+    assert (shown["telemetry"]["temperature_celsius"], shown["telemetry"]["age_s"]) == (60, 91.0)
+
+
 def test_many_attempts_are_counted_and_not_cut(baton: Baton, fake: FakeCoordinator) -> None:
     node = types_pb2.Node(id="n1", attempts=["1.1", "2.1", "3.1", "4.1"])
     fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[node])]

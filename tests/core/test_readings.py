@@ -17,8 +17,9 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import GpuTelemetry, GpuVerdict, TelemetryRate
 from coordinator.core.node_requests import SetTelemetryRate
-from coordinator.core.readings import UNREAD_MS
+from coordinator.core.readings import REPORTS_UNREAD, UNREAD_MS
 from coordinator.core.state import Options
+from coordinator.core.windows import GpuWindow
 from tests.core.test_gpu_health import Fleet
 
 BEAT_MS = 5_000
@@ -32,14 +33,21 @@ class Read(Fleet):
         super().__init__(nodes, options)
         self.beats = 0
 
-    def beat(self, *unread: str, error: str = LATE) -> list[Effect]:
+    def beat(
+        self, *unread: str, error: str = LATE, window: GpuWindow | None = None, age_ms: int = 0
+    ) -> list[Effect]:
         """One heartbeat of each node, `BEAT_MS` after the one before."""
         self.rig.now_ms += BEAT_MS
         self.beats += 1
         effects = self.rig.handle(Tick())
         for name, session in self.sessions.items():
             gpus = tuple(
-                GpuTelemetry(gpu.uuid, error=error if gpu.uuid in unread else "")
+                GpuTelemetry(
+                    gpu.uuid,
+                    error=error if gpu.uuid in unread else "",
+                    window=window,
+                    age_ms=age_ms,
+                )
                 for gpu in self.rig.core.state.nodes[name].node.gpus
             )
             body = Heartbeat(self.beats, gpus=gpus, attempts=self.held(name))
@@ -81,6 +89,43 @@ def test_a_gpu_that_is_not_read_by_order_stays_open() -> None:
     for _ in range(20):
         fleet.beat("n1-g0", error="")
     assert fleet.where(fleet.submit()) == "n1-g0"
+
+
+def test_a_gpu_that_was_read_between_two_failures_stays_open() -> None:
+    fleet = Read({"n1": 1})
+    for _ in range(20):
+        fleet.beat("n1-g0", window=GpuWindow(readings=1))
+    assert fleet.where(fleet.submit()) == "n1-g0"
+
+
+def test_one_that_is_reported_seldom_is_not_called_silent_sooner() -> None:
+    options = Options(lease_ms=600_000, report_interval_ms=4 * UNREAD_MS)
+    fleet = Read({"n1": 1}, options)
+    fleet.beat("n1-g0")
+    beats = REPORTS_UNREAD * options.report_interval_ms // BEAT_MS
+    for _ in range(beats - 1):
+        fleet.beat("n1-g0")
+    assert fleet.gpu("n1-g0").cordon == ""
+    fleet.beat("n1-g0")
+    assert f"{REPORTS_UNREAD * options.report_interval_ms // 1000} s is the limit" in (
+        fleet.gpu("n1-g0").cordon
+    )
+
+
+def test_a_reading_grows_old_until_the_next_report() -> None:
+    """Heartbeats without a report in between renew the lease, and nothing else."""
+    fleet = Read({"n1": 1})
+    fleet.beat(age_ms=700)
+    shown = fleet.gpu("n1-g0").telemetry
+    assert shown is not None
+    assert shown.age_ms == 700
+    fleet.rig.now_ms += 2_000
+    fleet.beats += 1
+    fleet.rig.handle(FromAgent(fleet.sessions["n1"], Heartbeat(fleet.beats)))
+    shown = fleet.gpu("n1-g0").telemetry
+    assert shown is not None
+    assert shown.age_ms == 2_700
+    assert shown.error == ""
 
 
 def test_what_runs_on_it_goes_on() -> None:

@@ -22,7 +22,7 @@ GIB = 1 << 30
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One agent that reads its two GPUs ten times a second."""
     with Cluster(tmp_path_factory.mktemp("telemetry") / "cluster") as made:
-        made.start_coordinator(heartbeat_interval_ms=100, lease_ms=20_000)
+        made.start_coordinator(heartbeat_interval_ms=100, report_interval_ms=100, lease_ms=20_000)
         made.start_agent("n1", (FIRST, SECOND), sample_interval_ms=100)
         made.wait_for_nodes("n1")
         yield made

@@ -313,7 +313,10 @@ def _order(verb: str, plain: list[str], named: dict[str, str]) -> m.Order:
     match verb:
         case "welcome":
             acknowledged = int(named.get("acknowledged", 0))
-            return m.Welcome(int(named.get("epoch", 1)), 1_000, 8_000, acknowledged)
+            report_ms = int(named.get("report", 5_000))
+            return m.Welcome(
+                int(named.get("epoch", 1)), 1_000, 8_000, acknowledged, report_interval_ms=report_ms
+            )
         case "renew":
             return m.LeaseRenewal(int(plain[0]))
         case "ack":

@@ -58,9 +58,11 @@ SECONDS = st.floats(0, 1e9)
 TRAINER_TIME = st.builds(at.TrainerTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
 PROGRESS = st.builds(am.Progress, COUNT, COUNT, METRICS, maybe(TRAINER_TIME))
 HOST_SAMPLE = st.builds(av.HostSample, RATIO, COUNT, COUNT, RATIO)
+SPREAD = maybe(st.builds(av.Spread, RATIO, RATIO, RATIO))
 GPU_SAMPLE = st.builds(
     av.GpuSample, TEXT, maybe(RATIO), maybe(COUNT), maybe(SMALL), maybe(COUNT), maybe(COUNT),
-    maybe(SMALL), maybe(SMALL), TEXT,
+    maybe(SMALL), maybe(SMALL), TEXT, age_ms=DURATION_MS,
+    window=maybe(st.builds(av.GpuWindow, SMALL, SPREAD, SPREAD, SPREAD, SPREAD)),
 )  # fmt: skip
 HEALTH = st.builds(
     ah.GpuVerdict, TEXT.filter(bool), st.sampled_from(ah.Verdict), TEXT, TEXT,
@@ -129,7 +131,8 @@ SPEC = st.builds(
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ORDER = st.one_of(
     st.builds(
-        cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT, st.sampled_from(model.TelemetryRate)
+        cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT,
+        st.sampled_from(model.TelemetryRate), POSITIVE_MS,
     ),
     st.builds(cm.LeaseRenewal, COUNT),
     st.builds(cm.EventAck, COUNT),
@@ -151,7 +154,7 @@ STAYS = (
     "place",
     "condition",
     "clock_event_reasons",
-    "age_ms",
+    "telemetry_age_ms",
     "usage",
     "inventory",
     "details",
@@ -180,6 +183,28 @@ def test_all_that_an_agent_says_arrives(message: am.Upward) -> None:
         # That it knows gangs and shares, which is said of this version, not of a value.
         said = [*said, True, True]
     assert plain(heard) == said
+
+
+def test_a_reading_is_as_old_as_it_is_when_it_is_sent() -> None:
+    """Repeated by order for 4 s before the report was made, which then waited for 300 ms."""
+    beat = am.Heartbeat(1, None, (av.GpuSample("GPU-1", age_ms=4_000),), (), (), 300)
+    heard = coordinator_wire.decode(agent_wire.encode(beat))
+    assert isinstance(heard, cm.Heartbeat)
+    assert heard.gpus[0].age_ms == 4_300
+
+
+def test_what_older_programs_do_not_say_has_a_meaning() -> None:
+    beat = pb.SessionRequest(
+        heartbeat=pb.Heartbeat(sequence=1, gpus=[types.GpuTelemetry(uuid="GPU-1")])
+    )
+    heard = coordinator_wire.decode(beat)
+    assert isinstance(heard, cm.Heartbeat)
+    assert (heard.gpus[0].age_ms, heard.gpus[0].window) == (0, None)
+    welcome = coordinator_wire.encode(cm.Welcome(1, 1_000, 8_000, 0))
+    welcome.welcome.ClearField("report_interval")
+    told = agent_wire.decode(welcome)
+    assert isinstance(told, am.Welcome)
+    assert told.report_interval_ms == 0, "with every heartbeat"
 
 
 @settings(max_examples=60)

@@ -274,13 +274,19 @@ class Heartbeat(_message.Message):
     sequence: _builtins.int
     """Grows by one within a session; an older one that arrives late is ignored."""
     @_builtins.property
-    def host(self) -> _types_pb2.HostTelemetry: ...
+    def host(self) -> _types_pb2.HostTelemetry:
+        """A report, once in `Welcome.report_interval`. Absent, as `gpus` is empty: none is due, and what
+        was reported last is still the last that is known.
+        """
+
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GpuTelemetry]: ...
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAttempt]: ...
     @_builtins.property
-    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptProgress]: ...
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptProgress]:
+        """Of attempts that have said something since the heartbeat before; with a report of all."""
+
     def __init__(
         self,
         *,
@@ -637,6 +643,7 @@ class Welcome(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
     TELEMETRY_RATE_FIELD_NUMBER: _builtins.int
+    REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
     leader_epoch: _builtins.int
     """The coordinator's fencing token. An agent obeys no coordinator with a lower one than it has
     seen.
@@ -651,6 +658,10 @@ class Welcome(_message.Message):
     def heartbeat_interval(self) -> _duration_pb2.Duration: ...
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def report_interval(self) -> _duration_pb2.Duration:
+        """How often telemetry goes with a heartbeat. Absent, from an older coordinator: with every one."""
+
     def __init__(
         self,
         *,
@@ -659,10 +670,11 @@ class Welcome(_message.Message):
         lease: _duration_pb2.Duration | None = ...,
         acknowledged_sequence: _builtins.int = ...,
         telemetry_rate: _types_pb2.TelemetryRate.ValueType = ...,
+        report_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease", b"lease", "report_interval", b"report_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease", "report_interval", b"report_interval", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,26 @@
+"""What an operator may set and decisions depend on; `coordinator/config.py` has words for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Milliseconds throughout."""
+
+    heartbeat_interval_ms: int = 1_000
+    report_interval_ms: int = 5_000
+    suspect_ms: int = 3_000  # three missed heartbeats: nothing new for one that may be dead
+    # Eight missed heartbeats: short enough for a handoff within ten seconds, long enough for a
+    # switch that reboots a line card or a box that swaps.
+    lease_ms: int = 8_000
+    # A process that dies closes its connections: time for systemd to restart an agent.
+    closed_grace_ms: int = 3_000
+    # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
+    # As long ranks that came back from a common outage wait for the rest of their gang.
+    restart_grace_ms: int = 13_000
+    # What follows from verdicts on GPUs (`health.py`): whether anything does, whether from degraded
+    # as well, and the circuit breaker.
+    cordons_gpus: bool = True
+    cordons_degraded: bool = False
+    cordon_percent: int = 10
+    cordon_window_ms: int = 600_000
