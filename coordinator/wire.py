@@ -286,18 +286,17 @@ def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:
 
 
 def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
-    def said(name: str) -> bool:
-        return gpu.HasField(name)  # type: ignore[arg-type]
-
+    """Of ten thousand nodes 16,000 a second: only of a zero it is asked whether it was said."""
+    said = gpu.HasField
     return model.GpuTelemetry(
         gpu.uuid,
-        gpu.utilization_ratio if said("utilization_ratio") else None,
-        gpu.memory_used_bytes if said("memory_used_bytes") else None,
-        gpu.temperature_celsius if said("temperature_celsius") else None,
-        gpu.power_mw if said("power_mw") else None,
-        gpu.energy_mj if said("energy_mj") else None,
-        gpu.sm_clock_mhz if said("sm_clock_mhz") else None,
-        gpu.memory_clock_mhz if said("memory_clock_mhz") else None,
+        gpu.utilization_ratio or (0.0 if said("utilization_ratio") else None),
+        gpu.memory_used_bytes or (0 if said("memory_used_bytes") else None),
+        gpu.temperature_celsius or (0 if said("temperature_celsius") else None),
+        gpu.power_mw or (0 if said("power_mw") else None),
+        gpu.energy_mj or (0 if said("energy_mj") else None),
+        gpu.sm_clock_mhz or (0 if said("sm_clock_mhz") else None),
+        gpu.memory_clock_mhz or (0 if said("memory_clock_mhz") else None),
         gpu.error,
         wire_nodes.decode_details(gpu.details) if said("details") else None,
     )
