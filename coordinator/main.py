@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import https
+from coordinator import garbage, https
 from coordinator import logs as logging_setup
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
@@ -180,12 +180,16 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    watching = asyncio.create_task(_watch(shell, notifier))
+    beside = [
+        asyncio.create_task(_watch(shell, notifier)),
+        asyncio.create_task(garbage.collect_seldom()),
+    ]
     notifier.ready()
     try:
         await shell.run()
     finally:
-        watching.cancel()
+        for task in beside:
+            task.cancel()
     logging_setup.emit("info", "coordinator.stopped", ())
 
 

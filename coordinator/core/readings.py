@@ -11,8 +11,6 @@ it is open again, by itself. A GPU that is not read by order has no error and st
 report is not due says nothing, and nothing follows from that.
 """
 
-from dataclasses import replace
-
 from coordinator.core.model import GpuTelemetry
 from coordinator.core.state import Instant, LiveGpu, LiveNode, State, cut
 
@@ -60,7 +58,7 @@ def shown(now: Instant, gpu: LiveGpu) -> GpuTelemetry | None:
     """What was said of it last, as old as it is by now."""
     if gpu.telemetry is None:
         return None
-    return replace(gpu.telemetry, age_ms=now.now_ms - gpu.read_ms)
+    return gpu.telemetry._replace(age_ms=now.now_ms - gpu.read_ms)
 
 
 def closed(live: LiveNode) -> dict[str, str]:

@@ -167,6 +167,8 @@ def plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
         return [plain(getattr(value, name)) for name in names if name not in STAYS]
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a named one
+        return [plain(item) for name, item in value._asdict().items() if name not in STAYS]
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value
