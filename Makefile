@@ -9,6 +9,7 @@
 #   make soak            an hour of ordinary work, and whether the programs' memory grows
 #   make deb             the Debian package of both programs (DEB_VERSION=... for another version), in build/deb
 #   make systemd-test    boot a minimal Debian, install the package, start and upgrade it there (needs root)
+#   make vm-test         emulate a machine with a kernel of its own: memory, processor, devices really limited (needs root)
 #   make protos          generate the Python code of protos/ again
 #   make clean           remove the virtual environment, caches and builds
 #
@@ -44,10 +45,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256s
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check gates fast-tests bench sim torture soak deb systemd-test protos clean
+.PHONY: help setup demo test check gates fast-tests bench sim torture soak deb systemd-test vm-test protos clean
 
 help:
-	@sed -n '3,14s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -153,6 +154,10 @@ deb: $(STAMP)
 
 systemd-test: $(STAMP)
 	@exec $(BIN)/python -m pytest tests/systemd -m boot
+
+vm-test: $(STAMP)
+	@echo "vm-test: building the package and, the first time, a Debian with a kernel; then emulating it (some minutes)"
+	exec $(BIN)/python -m pytest tests/systemd -m vm
 
 protos: $(STAMP)
 	@exec $(BIN)/python -m protos.generate

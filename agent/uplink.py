@@ -24,9 +24,10 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
-    # Our own back-off paces the dials; gRPC's would add up to two minutes to it.
+    # Our own back-off paces the dials; gRPC's would add up to two minutes to it. The least of its
+    # pauses is its limit for a handshake, too: as long as a dial may take.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", int(DIAL_TIMEOUT_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 

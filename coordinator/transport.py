@@ -17,10 +17,11 @@ import grpc
 
 # A server that was restarted listens again within seconds, and callers pace their own tries. gRPC
 # by itself refuses calls from memory for a second after the first failure, and for up to two
-# minutes after more.
+# minutes after more. The least of its pauses is its limit for a handshake as well, and those to
+# another continent take longer than the first of ours.
 _RECONNECT_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
 

@@ -59,8 +59,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A coordinator is a machine of ours; http_proxy is for the world outside.
     ("grpc.enable_http_proxy", 0),
     # Without these a try within a second of a refused connection is refused from memory.
+    # Not the least of them as well: that is gRPC's limit for a handshake, and TLS to another
+    # continent takes longer than such a pause. 20 s by default; --timeout-s is sooner.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # `logs -f` of a silent job notices a dead machine. gRPC servers count pings under 5 minutes as
     # abuse.

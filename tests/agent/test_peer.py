@@ -379,7 +379,7 @@ async def test_channels_dial_again_soon_unless_told_otherwise(
     ):
         soon = {
             "grpc.initial_reconnect_backoff_ms": 100,
-            "grpc.min_reconnect_backoff_ms": 100,
+            "grpc.min_reconnect_backoff_ms": 5000,
             "grpc.max_reconnect_backoff_ms": 5000,
         }
         own = {"grpc.max_reconnect_backoff_ms": 900, "grpc.keepalive_time_ms": 7}

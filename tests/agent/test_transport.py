@@ -6,6 +6,7 @@ client does not talk to a server from another authority either.
 """
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,6 +26,7 @@ from agent.ports import ChunkError
 from agent.transport import Tls, TransportError, check_listen, listen, open_channel
 from protos.baton.v1 import peer_pb2
 from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
+from tests.wire.slow_link import slow_link
 
 DIGEST = "ab" * 32
 
@@ -116,6 +118,13 @@ async def ask(peer: ReplicaSource, tls: Tls | None) -> list[str]:
 
 async def test_the_right_certificate_is_accepted(peer: ReplicaSource, ours: Authority) -> None:
     assert await ask(peer, ours.issue("client")) == [DIGEST]
+
+
+async def test_a_handshake_may_take_longer_than_the_pause_between_tries(
+    peer: ReplicaSource, ours: Authority
+) -> None:
+    with slow_link(peer.address) as address:
+        assert await ask(replace(peer, address=address), ours.issue("client")) == [DIGEST]
 
 
 async def test_no_tls_at_all_is_refused(peer: ReplicaSource) -> None:

@@ -23,6 +23,7 @@ from protos.baton.v1 import jobs_pb2, nodes_pb2
 from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
+from tests.wire.slow_link import slow_link
 
 # For a real process on a busy machine; a test that needs it has failed.
 DEADLINE_S = 60
@@ -49,6 +50,15 @@ def test_nobody_there_is_3(baton: Baton, arguments: list[str]) -> None:
         f"baton: cannot reach the coordinator at {address}: connection refused; "
         "is it running? see --coordinator"
     )
+
+
+def test_a_handshake_may_take_longer_than_the_pause_between_tries(
+    fake: FakeCoordinator, baton: Baton
+) -> None:
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
+    with slow_link(fake.address) as address:
+        result = baton("nodes", address=address)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None:

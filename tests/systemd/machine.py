@@ -8,8 +8,10 @@ How: mmdebstrap builds the root once and keeps it in build/; systemd-nspawn boot
 layer in memory, so every boot starts from the same files and leaves none. It is not registered, has
 no network but its loopback, and gets the unified hierarchy of control groups, which the units and
 the agent expect, also where the host boots with the old one. Commands enter its namespaces.
+`emulated.py` boots the same root with a kernel of its own; `Machine` is what is asked of either.
 """
 
+import abc
 import contextlib
 import os
 import shutil
@@ -17,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,27 +36,32 @@ TOOLS = {
     "dpkg-deb": "dpkg",
 }
 PACKAGES_AT = "/mnt"  # where the machine sees the built packages
-WAIT_S_MAX = 120.0  # for whatever is waited for; a boot takes 6 s on two cores
+WAIT_S_MAX = 300.0  # for whatever is waited for; a boot takes 6 s on two cores, emulated 20 s
 COMMAND_S_MAX = 90.0
 POLL_S = 0.1
 
 
 def why_not() -> str:
     """The sentence that says why no machine can be booted here; empty when one can."""
-    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
+    missing = missing_packages(TOOLS)
     if missing:
-        return f"no machine can be booted here. Run: sudo apt-get install {' '.join(missing)}"
+        return f"no machine can be booted here. Run: sudo apt-get install {missing}"
     return "" if os.geteuid() == 0 else "booting a machine needs root: sudo make systemd-test"
 
 
-def built_root() -> Path:
-    """The root directory of the machine, built if it is not there. It is never written to."""
-    root = BUILD / "root"
+def missing_packages(tools: Mapping[str, str]) -> str:
+    """The Debian packages of those tools that are not here."""
+    return " ".join(package for tool, package in tools.items() if shutil.which(tool) is None)
+
+
+def built_root(name: str = "root", packages: Sequence[str] = PACKAGES) -> Path:
+    """The root directory of a machine, built if it is not there. It is never written to."""
+    root = BUILD / name
     if not root.exists():
-        unfinished = BUILD / "root.unfinished"
+        unfinished = BUILD / f"{name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         BUILD.mkdir(parents=True, exist_ok=True)
-        wanted = f"--include={','.join(PACKAGES)}"
+        wanted = f"--include={','.join(packages)}"
         subprocess.run(
             ["mmdebstrap", "--quiet", "--variant=minbase", wanted, SUITE, str(unfinished)],
             check=True,
@@ -71,26 +78,22 @@ def built_package(version: str) -> Path:
     return Path(done.stdout.split()[-1])
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
+def wait_until(holds: Callable[[], bool], what: str, *, pause_s: float = POLL_S) -> None:
     """Look again and again. Fails when it has not become so in good time."""
     deadline_s, pause = time.monotonic() + WAIT_S_MAX, threading.Event()
     while not holds():
         assert time.monotonic() < deadline_s, f"{what}: not within {WAIT_S_MAX:.0f} s"
-        pause.wait(POLL_S)
+        pause.wait(pause_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One that runs. `leader_pid` is its first process, as this machine counts."""
+class Machine(abc.ABC):
+    """One that runs."""
 
-    leader_pid: int
+    __slots__ = ()
 
+    @abc.abstractmethod
     def ask(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command in it, as root."""
-        entered = ["nsenter", f"--target={self.leader_pid}", "--all", "--wdns=/", *words]
-        return subprocess.run(
-            entered, input=stdin, capture_output=True, text=True, timeout=COMMAND_S_MAX, check=False
-        )
 
     def run(self, *words: str, stdin: str = "") -> str:
         """What the command prints. Fails when it fails."""
@@ -109,6 +112,22 @@ class Machine:
 
     def journal(self, *matches: str) -> str:
         return self.run("journalctl", "--no-pager", "--quiet", *matches)
+
+    def has_booted(self) -> bool:
+        return self.ask("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
+
+
+@dataclass(frozen=True, slots=True)
+class Container(Machine):
+    """`leader_pid` is its first process, as this machine counts."""
+
+    leader_pid: int
+
+    def ask(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        entered = ["nsenter", f"--target={self.leader_pid}", "--all", "--wdns=/", *words]
+        return subprocess.run(
+            entered, input=stdin, capture_output=True, text=True, timeout=COMMAND_S_MAX, check=False
+        )
 
 
 @contextlib.contextmanager
@@ -129,8 +148,8 @@ def booted(name: str) -> Iterator[Machine]:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
     try:
-        machine = Machine(_leader_pid(process, console))
-        wait_until(lambda: _has_booted(machine), "the machine boots")
+        machine = Container(_leader_pid(process, console))
+        wait_until(machine.has_booted, "the machine boots")
         yield machine
     finally:
         # With its first process all others end, and nspawn takes the mounts away. An orderly end
@@ -158,8 +177,3 @@ def _children(pid: int) -> list[int]:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _has_booted(machine: Machine) -> bool:
-    said = machine.ask("systemctl", "is-system-running").stdout.strip()
-    return said in ("running", "degraded")

@@ -1,0 +1,198 @@
+"""Limits that really hold, under a kernel of their own: `make vm-test`.
+
+One boot for all. The machine has two GPUs as NVML's stand-in shows them, with what the driver tells
+in /proc and with device nodes; behind each node is a virtual terminal, a device that systemd allows
+nobody unasked. So the launcher, systemd and the kernel decide as on a real node.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.certificates import Authority
+from tests.fakenvml.build import SONAME, build, describe, h100
+from tests.systemd import inside
+from tests.systemd.emulated import emulated, why_not
+from tests.systemd.machine import PACKAGES_AT, Machine, built_package, wait_until
+from tests.systemd.operator import (
+    AGENT,
+    COORDINATOR,
+    LAUNCHER,
+    MEMORY_BYTES,
+    NODE,
+    baton,
+    configure,
+    install,
+    job_of,
+    running,
+    submit,
+)
+
+VERSION = "0.1.0~test1"
+GPUS = h100(2, node=NODE)
+GPU_DEVICES = {gpu.uuid: f"/dev/nvidia{minor}" for minor, gpu in enumerate(GPUS)}
+CONTROL_DEVICE = "/dev/nvidiactl"
+DEVICES = (*GPU_DEVICES.values(), CONTROL_DEVICE)
+TERMINALS_MAJOR, TERMINALS_MINOR = 4, 40  # as far from the console's own as a keyboard goes
+GPUS_FILE = "gpus.txt"
+INSIDE = f"/usr/bin/python3 -I {PACKAGES_AT}/{Path(inside.__file__).name} {' '.join(DEVICES)}"
+OPENED, REFUSED = "opened", "EPERM"
+QUOTA_PERCENT = 50
+PERIOD_US = 100_000  # of the kernel, and systemd leaves it so
+PERIODS_MIN = 50
+TASKS_MAX = 40  # the supervisor's own, and some more
+
+pytestmark = [
+    pytest.mark.vm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+
+
+def give_gpus(machine: Machine) -> None:
+    """The library, the driver's files and the devices."""
+    library = f"/usr/lib/x86_64-linux-gnu/{SONAME}"
+    machine.run("install", "-m", "0644", f"{PACKAGES_AT}/{SONAME}", library)
+    machine.run("ldconfig")
+    where = f"[Service]\nEnvironment=BATON_FAKENVML_FILE={PACKAGES_AT}/{GPUS_FILE}\n"
+    machine.write(f"/etc/systemd/system/{AGENT}.d/50-gpus.conf", where)
+    for minor, gpu in enumerate(GPUS):
+        facts = f"GPU UUID: \t {gpu.uuid}\nDevice Minor: \t {minor}\n"
+        machine.write(f"/run/driver/nvidia/gpus/0000:0{minor}:00.0/information", facts)
+    told = "[Service]\nBindReadOnlyPaths=/run/driver:/proc/driver\n"
+    machine.write(f"/etc/systemd/system/{LAUNCHER}.d/50-gpus.conf", told)
+    for place, device in enumerate(DEVICES):
+        numbers = (str(TERMINALS_MAJOR), str(TERMINALS_MINOR + place))
+        machine.run("mknod", "--mode=0666", device, "c", *numbers)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """With coordinator and agent running."""
+    package = built_package(VERSION)
+    files = tmp_path_factory.mktemp("files")
+    for file in (package, build() / SONAME, Path(inside.__file__)):
+        shutil.copy(file, files)
+    describe(GPUS, files / GPUS_FILE)
+    (files / GPUS_FILE).chmod(0o644)  # the agent and jobs read them, and are not root there
+    files.chmod(0o755)
+    with emulated("baton-test-vm", files) as here:
+        install(here, package)
+        configure(here, Authority(tmp_path_factory.mktemp("tls") / "fleet"))
+        give_gpus(here)
+        here.run("systemctl", "enable", "--now", COORDINATOR, AGENT)
+        wait_until(lambda: " up " in baton(here, "nodes"), "the node comes up")
+        yield here
+
+
+def ended(machine: Machine, unit: str) -> str:
+    """What the command line says of its job, once it has ended."""
+    said = ""
+
+    def has_ended() -> bool:
+        nonlocal said
+        said = baton(machine, "--json", "job", job_of(unit))
+        return json.loads(said)["phase"] in ("succeeded", "failed", "cancelled")
+
+    wait_until(has_ended, f"the job of {unit} ends")
+    return said
+
+
+def found_inside(machine: Machine, *options: str) -> dict[str, object]:
+    unit = submit(machine, f"exec {INSIDE}", *options)
+    ended(machine, unit)
+    output = baton(machine, "logs", job_of(unit))
+    return dict(json.loads(output))
+
+
+def from_group(machine: Machine, unit: str, script: str) -> str:
+    """What root finds, who may do everything, as a process of that unit's control group."""
+    group = f"/sys/fs/cgroup{machine.property(unit, 'ControlGroup')}"
+    return machine.run("/bin/sh", "-c", f"echo $$ > {group}/cgroup.procs; {script}")
+
+
+def counters(machine: Machine, unit: str, file: str) -> dict[str, int]:
+    text = machine.run("cat", f"/sys/fs/cgroup{machine.property(unit, 'ControlGroup')}/{file}")
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["exec tail /dev/zero", "tail /dev/zero; exec sleep 1000"],
+    ids=["itself", "a child of it"],
+)
+def test_a_job_over_its_memory_ends_as_out_of_memory(machine: Machine, script: str) -> None:
+    unit = submit(machine, script, "--max-restarts=0")
+    assert f"out of memory: the job's limit of {MEMORY_BYTES} bytes" in ended(machine, unit)
+    entries = machine.journal(f"UNIT={unit}", "--output=json").splitlines()
+    assert "oom-kill" in [json.loads(entry).get("UNIT_RESULT") for entry in entries]
+    assert machine.property(AGENT, "NRestarts") == "0"
+
+
+def test_a_job_opens_its_own_gpu_and_no_other(machine: Machine) -> None:
+    found = found_inside(machine, "--gpus=1")
+    own = GPU_DEVICES[str(found["gpus"])]
+    allowed = (own, CONTROL_DEVICE)
+    wanted = {path: OPENED if path in allowed else REFUSED for path in DEVICES}
+    assert found["devices"] == wanted
+
+
+def test_a_job_without_gpus_opens_none(machine: Machine) -> None:
+    found = found_inside(machine)
+    assert found["devices"] == dict.fromkeys(DEVICES, REFUSED)
+    assert found["user"] == "baton"
+    assert found["limits"] == {
+        "memory.max": str(MEMORY_BYTES),
+        "memory.swap.max": "0",
+        "pids.max": "65536",
+    }
+
+
+def test_who_is_in_no_unit_of_ours_opens_all(machine: Machine) -> None:
+    words = ("setpriv", "--reuid=baton", "--regid=baton", "--clear-groups", *INSIDE.split())
+    assert json.loads(machine.run(*words))["devices"] == dict.fromkeys(DEVICES, OPENED)
+
+
+def test_the_agent_opens_only_what_its_unit_names(machine: Machine) -> None:
+    found = json.loads(from_group(machine, AGENT, INSIDE))
+    assert found["devices"] == dict.fromkeys(DEVICES, REFUSED)
+    assert from_group(machine, AGENT, "dd if=/dev/kmsg bs=8K count=1 status=none") != ""
+    with pytest.raises(AssertionError, match="not permitted"):
+        from_group(machine, AGENT, "exec sh -c 'echo > /dev/kmsg'")
+
+
+def test_jobs_take_no_more_of_the_processors_than_a_quota(machine: Machine) -> None:
+    drop_in = "/etc/systemd/system/baton-job-.service.d/50-quota.conf"
+    machine.write(drop_in, f"[Service]\nCPUQuota={QUOTA_PERCENT}%\n")
+    machine.run("systemctl", "daemon-reload")
+    unit = running(machine, "while :; do :; done & while :; do :; done")
+    before = counters(machine, unit, "cpu.stat")
+
+    def periods() -> int:
+        return counters(machine, unit, "cpu.stat")["nr_periods"] - before["nr_periods"]
+
+    wait_until(lambda: periods() >= PERIODS_MIN, "some periods pass")
+    after = counters(machine, unit, "cpu.stat")
+    used_us = after["usage_usec"] - before["usage_usec"]
+    elapsed_us = (after["nr_periods"] - before["nr_periods"] + 1) * PERIOD_US
+    assert after["nr_throttled"] > before["nr_throttled"]
+    assert 0 < used_us * 100 <= elapsed_us * QUOTA_PERCENT
+    machine.run("rm", drop_in)
+    machine.run("systemctl", "daemon-reload")
+    baton(machine, "cancel", job_of(unit))
+
+
+def test_a_job_forks_no_more_than_its_tasks(machine: Machine) -> None:
+    """With a limit that is reached sooner than the one that all jobs have."""
+    unit = running(machine)
+    machine.run("systemctl", "set-property", "--runtime", unit, f"TasksMax={TASKS_MAX}")
+    forks = (
+        f"i=0; while [ $i -lt {TASKS_MAX} ]; do sleep 1000 >/dev/null 2>&1 & i=$((i+1)); done; wait"
+    )
+    with pytest.raises(AssertionError, match="Cannot fork"):
+        from_group(machine, unit, forks)
+    assert counters(machine, unit, "pids.events")["max"] > 0
+    baton(machine, "cancel", job_of(unit))
