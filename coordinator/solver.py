@@ -51,6 +51,39 @@ def solve(columns: Columns) -> Solved:
     return Solved(shares.tolist(), np.maximum(0.0, prices[columns.job_count :]).tolist(), bound)
 
 
+def level(
+    rates: Floats, needs: Floats, gpus: Floats, capacity: Floats
+) -> tuple[Floats, float] | None:
+    """The parts of their time that jobs spend on each type so that the worst off, by rate over
+    need, is as well off as can be, and how well that is. `rates` has a row for each job."""
+    jobs, types = rates.shape
+    count = jobs * types
+    rows = 2 * jobs + types
+    job = np.repeat(np.arange(jobs), types)
+    name = np.tile(np.arange(types), jobs)
+    index = np.stack([job, jobs + job, 2 * jobs + name], axis=1).ravel()
+    entries = np.stack([rates.ravel(), np.ones(count), np.repeat(gpus, types)], axis=1).ravel()
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = count + 1, rows
+    lp.sense_ = highspy.ObjSense.kMaximize
+    # What the worst off cannot use goes to the others, for next to nothing.
+    best = np.maximum(rates.max(axis=1, keepdims=True), 1e-12)
+    lp.col_cost_ = np.append((1e-6 / count) * (rates / best).ravel(), 1.0)
+    lp.col_lower_ = np.zeros(count + 1)
+    lp.col_upper_ = np.append((rates > 0).ravel().astype(np.float64), highspy.kHighsInf)
+    lp.row_lower_ = np.append(np.zeros(jobs), np.full(jobs + types, -highspy.kHighsInf))
+    lp.row_upper_ = np.concatenate([np.full(jobs, highspy.kHighsInf), np.ones(jobs), capacity])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    starts = np.append(np.arange(0, 3 * count + 1, 3), 3 * count + jobs)
+    lp.a_matrix_.start_ = starts.astype(np.int32)
+    lp.a_matrix_.index_ = np.append(index, np.arange(jobs)).astype(np.int32)
+    lp.a_matrix_.value_ = np.append(entries, -needs)
+    found = maximise(lp)
+    if found is None:
+        return None
+    return found[0][:count].reshape(jobs, types), float(found[0][count])
+
+
 def maximise(lp: highspy.HighsLp) -> tuple[Floats, Floats, float] | None:
     """Values of the columns, prices of the rows, and the objective; None where the iterations were
     not enough or there is no solution."""

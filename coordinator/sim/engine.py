@@ -31,7 +31,7 @@ from coordinator.sim.model import (
 MS_PER_S: Final = 1000
 MS_PER_H: Final = 3_600_000
 # A policy that leaves a job waiting for ever would never end: this many empty ticks are a bug.
-IDLE_TICKS_MAX: Final = 100_000
+IDLE_TICKS_MAX: Final = 10_000
 # What happens first at one instant.
 _FINISH, _MEND, _FAIL, _ARRIVE, _TICK = range(5)
 
@@ -289,9 +289,7 @@ def simulate(
     for job in known.values():
         able = [t for t, rate in job.rates.items() if rate > 0 and fleet.gpus.get(t, 0) >= job.gpus]
         if not able:
-            raise ValueError(
-                f"job {job.job_id} needs {job.gpus} GPUs of one type; no type has them"
-            )
+            raise ValueError(f"job {job.job_id}: no GPU type of the fleet can run it on {job.gpus}")
     chance = chance or Chance()
     chooser = random.Random(chance.seed)
     engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), chooser)

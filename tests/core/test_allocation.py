@@ -249,9 +249,9 @@ def test_prices_decide_over_who_comes_in_between() -> None:
 def test_the_solver_beats_the_greedy_where_the_greedy_is_short_sighted() -> None:
     """The first gains a little by the better GPU, and the greedy gives it that."""
     jobs = [job(1, "H100:1 K80:0.9", hours=1), job(2, "H100:1 K80:0.1", hours=1.2)]
-    fleet = {"H100": 1, "K80": 1}
-    assert where(decide(jobs, fleet, None)) == {1: "H100", 2: "K80"}
-    assert where(decide(jobs, fleet, solve)) == {1: "K80", 2: "H100"}
+    fleet, aims = {"H100": 1, "K80": 1}, Aims(balance=0)
+    assert where(decide(jobs, fleet, None, aims)) == {1: "H100", 2: "K80"}
+    assert where(decide(jobs, fleet, solve, aims)) == {1: "K80", 2: "H100"}
 
 
 def test_a_solver_that_gives_up_leaves_the_greedy() -> None:
