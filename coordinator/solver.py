@@ -84,12 +84,19 @@ def level(
     return found[0][:count].reshape(jobs, types), float(found[0][count])
 
 
+class _Silent(highspy.Highs):
+    """Without the callbacks, which print a banner on standard output when they are set up."""
+
+    def __init__(self) -> None:
+        super(highspy.Highs, self).__init__()
+        self.setOptionValue("output_flag", False)
+
+
 def maximise(lp: highspy.HighsLp) -> tuple[Floats, Floats, float] | None:
     """Values of the columns, prices of the rows, and the objective; None where the iterations were
     not enough or there is no solution."""
-    highs = highspy.Highs()  # type: ignore[no-untyped-call]
+    highs = _Silent()
     for option, setting in (
-        ("output_flag", False),
         ("threads", 1),
         ("simplex_iteration_limit", ITERATIONS_MAX),
     ):

@@ -77,11 +77,11 @@ class Aims:
     `age_h`: after so long a job counts twice. `stay_s` is what a job is taken to run for after a
     move."""
 
-    balance: float = 0.3
-    power: float = 2.0
-    age_h: float = 24.0
-    stay_ratio: float = 0.1
-    stay_s: float = 3600.0
+    balance: float = 0.35
+    power: float = 2.5
+    age_h: float = 18.0
+    stay_ratio: float = 0.2
+    stay_s: float = 7200.0
     run_s_min: float = 600.0
 
 

@@ -87,9 +87,13 @@ class Rounds:
         free = free_gpus(view, placed)
         for seen in view.jobs:
             job = seen.job
-            able = [n for n, rate in job.rates.items() if rate > 0 and free.get(n, 0) >= job.gpus]
+            able = [
+                (rate, name)
+                for name, rate in job.rates.items()
+                if rate > 0 and free.get(name, 0) >= job.gpus
+            ]
             if job.job_id not in placed and able:
-                name = max(able, key=lambda each, job=job: (job.rates[each], each))  # type: ignore[misc]
+                _, name = max(able)
                 free[name] -= job.gpus
                 placed[job.job_id] = Placement(name, job.gpus)
 

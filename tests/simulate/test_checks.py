@@ -21,11 +21,11 @@ def history() -> Outcome:
     return simulate(JOBS.values(), FLEET, Fifo())
 
 
-def altered(what: str, job_id: int, **changes: object) -> Outcome:
-    """A history with one line that says something else."""
+def altered(what: str, job_id: int, at_ms: int) -> Outcome:
+    """A history with one line that says another time."""
     true = history()
     lines = [
-        line._replace(**changes) if (line.what, line.job_id) == (what, job_id) else line
+        line._replace(at_ms=at_ms) if (line.what, line.job_id) == (what, job_id) else line
         for line in true.lines
     ]
     return true._replace(lines=sorted(lines, key=lambda line: line.at_ms))
@@ -40,7 +40,7 @@ def test_a_true_history_is_left_alone() -> None:
 
 
 def test_a_gpu_that_is_promised_twice_is_found() -> None:
-    found = checks.check_capacity(altered("start", 3, at_ms=0), FLEET)
+    found = checks.check_capacity(altered("start", 3, 0), FLEET)
     assert found == ["at 0 ms 1 x A100 too many are promised"]
 
 
@@ -51,7 +51,7 @@ def test_a_gpu_that_has_failed_is_not_there() -> None:
 
 
 def test_work_that_was_not_done_is_found() -> None:
-    found = checks.check_work(altered("finish", 1, at_ms=90_000), JOBS)
+    found = checks.check_work(altered("finish", 1, 90_000), JOBS)
     assert found == ["job 1 says 100 at its finish, made 90 of 100 steps"]
 
 
@@ -94,5 +94,5 @@ def test_an_inversion_of_classes_is_found() -> None:
 
 
 def test_a_gpu_that_idles_beside_a_queue_is_found() -> None:
-    found = checks.check_classes(altered("start", 2, at_ms=1), JOBS, FLEET)
+    found = checks.check_classes(altered("start", 2, 1), JOBS, FLEET)
     assert found[0] == "at 0 ms job 2 waits for 1 x A100 with 1 free and 0 of later classes"
