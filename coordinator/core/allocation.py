@@ -18,8 +18,9 @@ attained service), and at least what its project's jobs typically take.
   next stay that a restart would take. Within its class it cannot be displaced at all before it has
   run for `run_s_min`, or ten times what its restart takes.
 - A job whose latest start has come goes first in its class.
-- What the solver returns is rounded, and then filled up: in the end no GPU is free that a waiting
-  job could use. Without a solver the filling up is all there is (the greedy).
+- What the solver returns is rounded, filled up, and a gang that was left out changes places with
+  small jobs that are worth less; in the end no GPU is free that a waiting job could use. Without a
+  solver the filling up is all there is (the greedy).
 - The solver's prices, of one GPU of each type, decide over a job that comes before the next
   decision (`at_prices`), and are the numbers in the sentence of one that waits.
 """
@@ -79,9 +80,9 @@ class Aims:
 
     balance: float = 0.35
     power: float = 2.5
-    age_h: float = 18.0
-    stay_ratio: float = 0.2
-    stay_s: float = 7200.0
+    age_h: float = 30.0
+    stay_ratio: float = 0.15
+    stay_s: float = 14_400.0
     run_s_min: float = 600.0
 
 
@@ -151,6 +152,10 @@ class _Class:
         self.grants[contender.job_id] = Grant(contender.job_id, option, self.worth[index][choice])
         return True
 
+    def give_back(self, grant: Grant) -> None:
+        del self.grants[grant.job_id]
+        self.free[grant.option.gpu_type] += grant.option.gpus
+
 
 def allocate(
     contenders: Iterable[Contender],
@@ -174,11 +179,15 @@ def allocate(
         worth = worths(group, now_ms, aims, tenants or {})
         state = _Class(group, worth, free)
         _keep(state, now_ms, aims)
-        kept_value = sum(grant.value for grant in state.grants.values())
+        kept = dict(state.grants)
+        kept_value = sum(grant.value for grant in kept.values())
         solved = _solve(state, solve)
         prices.update(solved.prices)
         bound += kept_value + solved.bound
         _fill(state)
+        if solve is not None:
+            _exchange(state, kept)
+            _fill(state)
         grants.update(state.grants)
         waits.update(_reasons(state, prices))
     value = sum(grant.value for grant in grants.values())
@@ -324,6 +333,42 @@ def _fill(state: _Class) -> None:
         if option.gpus <= state.free.get(option.gpu_type, 0) and state.worth[index][choice] > 0
     ]
     for _, index, choice in sorted(waiting):
+        state.take(index, choice)
+
+
+def _exchange(state: _Class, kept: Mapping[int, Grant]) -> None:
+    """Rounding leaves gangs out that are worth more than the small jobs which then filled their
+    GPUs: those change places, the dearest gang first, each job at most once."""
+    placed: dict[str, list[Grant]] = {name: [] for name in state.free}
+    for grant in state.grants.values():
+        if grant.job_id not in kept:
+            placed[grant.option.gpu_type].append(grant)
+    for grants in placed.values():
+        grants.sort(key=lambda grant: (grant.value / max(1, grant.option.gpus), grant.job_id))
+    waiting = [
+        (-state.worth[index][choice] / max(1, option.gpus), index, choice)
+        for index, contender in enumerate(state.contenders)
+        if contender.job_id not in state.grants
+        for choice, option in enumerate(contender.options)
+        if (cheap := placed.get(option.gpu_type))
+        and state.worth[index][choice] / max(1, option.gpus) > cheap[0].value / cheap[0].option.gpus
+    ]
+    for _, index, choice in sorted(waiting):
+        contender, value = state.contenders[index], state.worth[index][choice]
+        option = contender.options[choice]
+        short = option.gpus - state.free[option.gpu_type]
+        leaving: list[Grant] = []
+        for grant in placed[option.gpu_type]:
+            if short <= 0:
+                break
+            leaving.append(grant)
+            short -= grant.option.gpus
+        gains = value > sum(grant.value for grant in leaving)
+        if contender.job_id in state.grants or short > 0 or not gains:
+            continue
+        for grant in leaving:
+            state.give_back(grant)
+        del placed[option.gpu_type][: len(leaving)]
         state.take(index, choice)
 
 

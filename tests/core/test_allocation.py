@@ -254,6 +254,19 @@ def test_the_solver_beats_the_greedy_where_the_greedy_is_short_sighted() -> None
     assert where(decide(jobs, fleet, solve, aims)) == {1: "K80", 2: "H100"}
 
 
+def test_a_gang_is_not_left_out_for_small_jobs_that_are_worth_less() -> None:
+    """The solver takes the first and three quarters of the gang; what fills its place is worth less
+    than the gang, even with the first."""
+    gang = job(2, "H100:1", gpus=4, hours=0.25)
+    jobs = [job(1, "H100:1", hours=0.7), gang, *(job(n, "H100:1", hours=4) for n in (3, 4, 5))]
+    found = decide(jobs, {"H100": 4}, solve, Aims(balance=0))
+    assert where(found) == {2: "H100"}
+    assert found.bound > found.value
+    dear = [replace(each, submitted_ms=NOW_MS - 36_000_000) for each in jobs[2:]]
+    found = decide([*jobs[:2], *dear], {"H100": 4}, solve, Aims(balance=0, age_h=6))
+    assert sorted(found.grants) == [1, 3, 4, 5], "together these are worth more"
+
+
 def test_a_solver_that_gives_up_leaves_the_greedy() -> None:
     def gives_up(columns: Columns) -> Solved:
         zeros = [0.0] * len(columns.values)
