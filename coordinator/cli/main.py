@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from coordinator.cli import checkpoints, completion, jobs, logs, nodes, submit
+from coordinator.cli import checkpoints, completion, jobs, logs, nodes, simulate, submit
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
@@ -104,6 +104,7 @@ for _command in (
     nodes.drain,
     nodes.uncordon,
     nodes.telemetry,
+    simulate.simulate,
     completion.completion,
 ):
     cli.add_command(_command)

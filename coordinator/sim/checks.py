@@ -1,0 +1,154 @@
+"""Judges of a simulation that believe only its lines.
+
+Problem: the engine that does the work would hide its mistakes if it also vouched for it. So each
+checker goes through the lines alone, with the jobs and the fleet as they were given, and computes
+anew what must follow from them. A checker returns sentences; none means that it found nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from coordinator.sim.model import Fleet, Line, Outcome, PairRates, SimJob
+
+MS_PER_S: Final = 1000.0
+# Ends are whole milliseconds, and sums of floating-point numbers have a last digit.
+STEPS_ERROR_RATIO: Final = 1e-6
+
+
+@dataclass(slots=True)
+class _Book:
+    """Who runs on what after each line; `free` is what is left of the GPUs that work."""
+
+    free: dict[str, float]
+    running: dict[int, Line] = field(default_factory=dict)
+    waiting: dict[int, int] = field(default_factory=dict)
+
+    def enter(self, line: Line) -> None:
+        if line.what == "arrive":
+            self.waiting[line.job_id] = line.at_ms
+        elif line.what in ("fail", "mend"):
+            self.free[line.gpu_type] += line.gpus if line.what == "mend" else -line.gpus
+        elif line.what in ("start", "share"):
+            if line.what == "share":
+                self._give(self.running[line.job_id], 1)
+            self._give(line, -1)
+            self.running[line.job_id] = line
+            self.waiting.pop(line.job_id, None)
+        else:
+            self._give(self.running.pop(line.job_id), 1)
+            if line.what != "finish":
+                self.waiting[line.job_id] = line.at_ms
+
+    def _give(self, line: Line, sign: int) -> None:
+        self.free[line.gpu_type] += sign * (line.gpus if line.partner is None else line.gpus / 2)
+
+
+def instants(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    """Lines of one instant together: only what is true after all of them was ever the case."""
+    group: list[Line] = []
+    for line in lines:
+        if group and line.at_ms != group[0].at_ms:
+            yield group
+            group = []
+        group.append(line)
+    if group:
+        yield group
+
+
+def check_capacity(outcome: Outcome, fleet: Fleet) -> list[str]:
+    """No GPU is promised twice."""
+    book = _Book({name: float(count) for name, count in fleet.gpus.items()})
+    found = []
+    for group in instants(outcome.lines):
+        for line in group:
+            book.enter(line)
+        found += [
+            f"at {group[0].at_ms} ms {-free:g} x {name} too many are promised"
+            for name, free in book.free.items()
+            if free < 0
+        ]
+    return found
+
+
+def check_work(
+    outcome: Outcome, jobs: Mapping[int, SimJob], pairs: PairRates | None = None
+) -> list[str]:
+    """Each job has done its steps, all of them in time that it had GPUs and was not restarting;
+    what a failure cost is taken from the line that tells of it."""
+    done = dict.fromkeys(jobs, 0.0)
+    runs: dict[int, _Stretch] = {}
+    begun: dict[int, bool] = {}
+    found = []
+    for line in outcome.lines:
+        if line.what in ("arrive", "fail", "mend"):
+            continue
+        job = jobs[line.job_id]
+        stretch = runs.pop(line.job_id, None)
+        if stretch is not None:
+            done[line.job_id] += stretch.steps(line.at_ms)
+        if line.what in ("start", "share"):
+            rate = job.rates[line.gpu_type]
+            if line.partner is not None:
+                rate = (pairs or {})[line.gpu_type, job.model, jobs[line.partner].model]
+            ready_ms = line.at_ms if stretch is None else stretch.ready_ms
+            if stretch is None and begun.get(line.job_id):
+                ready_ms += round(job.restart_s * MS_PER_S)
+            begun[line.job_id] = True
+            runs[line.job_id] = _Stretch(line.at_ms, ready_ms, rate)
+        elif line.what == "kill":
+            if line.steps > done[line.job_id] * (1 + STEPS_ERROR_RATIO):
+                found.append(f"job {line.job_id} gained steps by a failure")
+            done[line.job_id] = line.steps
+        elif stretch is not None:
+            want = job.steps if line.what == "finish" else line.steps
+            # A job ends with the millisecond in which its last step is made.
+            slack = job.steps * STEPS_ERROR_RATIO + stretch.rate / MS_PER_S
+            if abs(done[line.job_id] - want) > slack:
+                made = f"{done[line.job_id]:.6g} of {job.steps:.6g} steps"
+                found.append(f"job {line.job_id} says {want:.6g} at its {line.what}, made {made}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    begin_ms: int
+    ready_ms: int
+    rate: float
+
+    def steps(self, end_ms: int) -> float:
+        return self.rate * max(0, end_ms - max(self.begin_ms, self.ready_ms)) / MS_PER_S
+
+
+def check_completions(outcome: Outcome, jobs: Mapping[int, SimJob]) -> list[str]:
+    """What is reported is what the lines say, for every job, and none before it came."""
+    said = {line.job_id: line.at_ms for line in outcome.lines if line.what == "finish"}
+    found = [
+        f"job {job_id} is reported done at {outcome.finished_ms.get(job_id)} ms, and was at {at_ms}"
+        for job_id, at_ms in said.items()
+        if outcome.finished_ms.get(job_id) != at_ms or at_ms < jobs[job_id].arrival_ms
+    ]
+    return found + [f"job {job_id} never ends" for job_id in jobs if job_id not in said]
+
+
+def check_classes(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> list[str]:
+    """Nobody waits for what a later class has, or for what is free."""
+    book = _Book({name: float(count) for name, count in fleet.gpus.items()})
+    found = []
+    for group in instants(outcome.lines):
+        for line in group:
+            book.enter(line)
+        for job_id in book.waiting:
+            job = jobs[job_id]
+            for name, rate in job.rates.items():
+                later = sum(
+                    line.gpus if line.partner is None else line.gpus / 2
+                    for other, line in book.running.items()
+                    if line.gpu_type == name and jobs[other].rank > job.rank
+                )
+                if rate > 0 and book.free.get(name, 0) + later >= job.gpus:
+                    found.append(
+                        f"at {group[0].at_ms} ms job {job_id} waits for {job.gpus} x {name} with"
+                        f" {book.free[name]:g} free and {later:g} of later classes"
+                    )
+    return found

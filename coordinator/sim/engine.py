@@ -1,0 +1,300 @@
+"""Discrete events: time jumps from one thing that happens to the next.
+
+Problem: a simulation is believed only if it cannot favour a policy. So the engine knows nothing of
+policies but their answers: it does the work of each running job exactly, charges every job the same
+restart (the GPUs are held, no step is made) whenever it starts again or elsewhere, and refuses an
+answer that promises a GPU twice. Everything that happens at one instant is taken together before
+the policy is asked; a seed decides what fails and how wrong the believed rates are.
+"""
+
+import hashlib
+import heapq
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from coordinator.sim.model import (
+    Chance,
+    Fleet,
+    Line,
+    Outcome,
+    PairRates,
+    Placement,
+    Policy,
+    Seen,
+    SimJob,
+    View,
+)
+
+MS_PER_S: Final = 1000
+MS_PER_H: Final = 3_600_000
+# A policy that leaves a job waiting for ever would never end: this many empty ticks are a bug.
+IDLE_TICKS_MAX: Final = 10_000
+# What happens first at one instant.
+_FINISH, _MEND, _FAIL, _ARRIVE, _TICK = range(5)
+
+
+class BrokenPolicy(ValueError):
+    """A policy's answer cannot be carried out; the text says why."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job on its way. `advanced_ms` is up to when `steps` counts; before `ready_ms` it makes
+    none."""
+
+    job: SimJob
+    believed: SimJob
+    steps: float = 0.0
+    attained_gpu_s: float = 0.0
+    placement: Placement | None = None
+    since_ms: int = 0
+    ready_ms: int = 0
+    advanced_ms: int = 0
+    rate: float = 0.0
+    started: bool = False
+    version: int = 0
+
+
+@dataclass(slots=True)
+class _Engine:
+    fleet: Fleet
+    policy: Policy
+    chance: Chance
+    pairs: PairRates
+    capacity: dict[str, int]
+    random: random.Random
+    heap: list[tuple[int, int, int, int]] = field(default_factory=list)
+    runs: dict[int, _Run] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    finished_ms: dict[int, int] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    events: int = 0
+
+    def run(self, jobs: Mapping[int, SimJob]) -> None:
+        arrivals = {job.job_id: self._believed(job) for job in jobs.values()}
+        for job in jobs.values():
+            heapq.heappush(self.heap, (job.arrival_ms, _ARRIVE, job.job_id, 0))
+        if self.chance.node_mtbf_h:
+            self._plan_failure(0)
+        idle_ticks, tick_ms = 0, -1
+        while self.heap and len(self.finished_ms) < len(jobs):
+            now_ms = self.heap[0][0]
+            happened = False
+            while self.heap and self.heap[0][0] == now_ms:
+                _, kind, number, version = heapq.heappop(self.heap)
+                happened |= self._happen(now_ms, kind, number, version, arrivals)
+            if not happened:
+                continue
+            self._decide(now_ms)
+            running = any(run.placement for run in self.runs.values())
+            idle_ticks = 0 if running else idle_ticks + 1
+            if idle_ticks > IDLE_TICKS_MAX:
+                raise BrokenPolicy(f"{self.policy.name} leaves {len(self.runs)} jobs waiting")
+            if self.policy.tick_ms and self.runs and tick_ms <= now_ms:
+                tick_ms = (now_ms // self.policy.tick_ms + 1) * self.policy.tick_ms
+                heapq.heappush(self.heap, (tick_ms, _TICK, 0, 0))
+        if len(self.finished_ms) < len(jobs):
+            raise BrokenPolicy(f"{self.policy.name} never runs {len(jobs) - len(self.finished_ms)}")
+
+    def _happen(
+        self, now_ms: int, kind: int, number: int, version: int, arrivals: Mapping[int, _Run]
+    ) -> bool:
+        """Whether it is worth a decision."""
+        if kind == _FINISH:
+            run = self.runs.get(number)
+            if run is None or run.version != version:
+                return False
+            self._advance(run, now_ms)
+            run.steps = run.job.steps
+            self._leave(run, now_ms, "finish")
+            del self.runs[number]
+            self.finished_ms[number] = now_ms
+        elif kind == _ARRIVE:
+            self.runs[number] = arrivals[number]
+            self.lines.append(Line(now_ms, "arrive", number))
+        elif kind == _FAIL:
+            self._fail(now_ms)
+        elif kind == _MEND:
+            name = self.broken[number]
+            gpus = self._node_gpus(name)
+            self.capacity[name] += gpus
+            self.lines.append(Line(now_ms, "mend", 0, name, gpus))
+        self.events += 1
+        return True
+
+    def _believed(self, job: SimJob) -> _Run:
+        if not self.chance.rate_error:
+            return _Run(job, job)
+        rates = {
+            name: rate * math.exp(self.random.gauss(0.0, self.chance.rate_error))
+            for name, rate in sorted(job.rates.items())
+        }
+        return _Run(job, replace(job, rates=rates))
+
+    def _advance(self, run: _Run, now_ms: int) -> None:
+        if run.placement is not None:
+            worked_ms = max(0, now_ms - max(run.ready_ms, run.advanced_ms))
+            run.steps += run.rate * worked_ms / MS_PER_S
+            held_s = (now_ms - run.advanced_ms) / MS_PER_S
+            run.attained_gpu_s += held_s * run.placement.gpus
+        run.advanced_ms = now_ms
+
+    def _decide(self, now_ms: int) -> None:
+        for run in self.runs.values():
+            self._advance(run, now_ms)
+        seen = [
+            Seen(
+                run.believed,
+                None if self.chance.blind else max(0.0, run.job.steps - run.steps),
+                run.attained_gpu_s,
+                run.placement,
+                run.since_ms,
+            )
+            for run in self.runs.values()
+        ]
+        wanted = self.policy.decide(View(now_ms, self.fleet, dict(self.capacity), seen))
+        self._check(wanted)
+        for job_id, run in self.runs.items():
+            place = wanted.get(job_id)
+            if run.placement is not None and (place is None or place[:2] != run.placement[:2]):
+                self._leave(run, now_ms, "stop")
+        for job_id, run in self.runs.items():
+            place = wanted.get(job_id)
+            if place is not None and place != run.placement:
+                self._enter(run, place, now_ms)
+
+    def _check(self, wanted: Mapping[int, Placement]) -> None:
+        used = dict.fromkeys(self.capacity, 0.0)
+        for job_id, place in wanted.items():
+            run = self.runs.get(job_id)
+            if run is None or place.gpus != run.job.gpus or place.gpu_type not in run.job.rates:
+                raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot run on {place}")
+            if place.partner is not None:
+                other = wanted.get(place.partner)
+                if other != (place.gpu_type, place.gpus, job_id):
+                    raise BrokenPolicy(f"{self.policy.name}: job {job_id} shares with nobody")
+            used[place.gpu_type] += place.gpus if place.partner is None else place.gpus / 2
+        for name, gpus in used.items():
+            if gpus > self.capacity[name]:
+                raise BrokenPolicy(
+                    f"{self.policy.name}: {gpus:g} x {name} promised, {self.capacity[name]} there"
+                )
+
+    def _enter(self, run: _Run, place: Placement, now_ms: int) -> None:
+        moved = run.placement is None
+        run.placement = place
+        if moved:
+            run.since_ms = now_ms
+            run.ready_ms = now_ms + (round(run.job.restart_s * MS_PER_S) if run.started else 0)
+            run.started = True
+        run.rate = self._rate(run, place)
+        self._note(run, now_ms, "start" if moved else "share")
+        run.version += 1
+        left_ms = math.ceil(max(0.0, run.job.steps - run.steps) / run.rate * MS_PER_S)
+        end_ms = max(now_ms, run.ready_ms) + left_ms
+        heapq.heappush(self.heap, (end_ms, _FINISH, run.job.job_id, run.version))
+
+    def _rate(self, run: _Run, place: Placement) -> float:
+        if place.partner is None:
+            return run.job.rates[place.gpu_type]
+        other = self.runs[place.partner].job
+        rate = self.pairs.get((place.gpu_type, run.job.model, other.model), 0.0)
+        if rate <= 0:
+            raise BrokenPolicy(f"{run.job.model} beside {other.model} makes no step")
+        return rate
+
+    def _leave(self, run: _Run, now_ms: int, what: str) -> None:
+        self._note(run, now_ms, what)
+        run.placement = None
+        run.version += 1
+
+    def _note(self, run: _Run, now_ms: int, what: str) -> None:
+        place = run.placement
+        assert place is not None
+        job_id = run.job.job_id
+        self.lines.append(Line(now_ms, what, job_id, *place, run.steps))
+
+    def _node_gpus(self, name: str) -> int:
+        return min(self.chance.node_gpus, self.fleet.gpus[name])
+
+    def _plan_failure(self, now_ms: int) -> None:
+        nodes = sum(math.ceil(n / self.chance.node_gpus) for n in self.fleet.gpus.values())
+        wait_h = self.random.expovariate(nodes / self.chance.node_mtbf_h)
+        heapq.heappush(self.heap, (now_ms + 1 + round(wait_h * MS_PER_H), _FAIL, 0, 0))
+
+    def _fail(self, now_ms: int) -> None:
+        """A node is gone; so are its jobs, chosen by the seed, with what they had not saved."""
+        self._plan_failure(now_ms)
+        whole = [name for name in sorted(self.capacity) if self.capacity[name] > 0]
+        if not whole:
+            return
+        name = self.random.choices(whole, [self.capacity[each] for each in whole])[0]
+        gpus = self._node_gpus(name)
+        if self.capacity[name] < gpus:
+            return
+        hit = self.random.random() * self.capacity[name]
+        self.capacity[name] -= gpus
+        self.broken.append(name)
+        mend_ms = now_ms + round(self.chance.mend_h * MS_PER_H)
+        heapq.heappush(self.heap, (mend_ms, _MEND, len(self.broken) - 1, 0))
+        self.lines.append(Line(now_ms, "fail", 0, name, gpus))
+        begin = 0.0
+        for run in list(self.runs.values()):
+            place = run.placement
+            if place is None or place.gpu_type != name:
+                continue
+            # Jobs lie side by side on the type's GPUs; the node is the stretch from `hit` on.
+            end = begin + (place.gpus if place.partner is None else place.gpus / 2)
+            if end > hit and begin < hit + gpus:
+                self._kill(run, now_ms)
+            begin = end
+        self._make_room(name, now_ms)
+
+    def _make_room(self, name: str, now_ms: int) -> None:
+        """Whoever came last goes where the rest does not fit on what is left."""
+        used = 0.0
+        for run in list(self.runs.values()):
+            place = run.placement
+            if place is not None and place.gpu_type == name:
+                used += place.gpus if place.partner is None else place.gpus / 2
+                if used > self.capacity[name]:
+                    self._kill(run, now_ms)
+
+    def _kill(self, run: _Run, now_ms: int) -> None:
+        if run.placement is None:
+            return
+        self._advance(run, now_ms)
+        partner = run.placement.partner
+        worked_s = max(0, now_ms - run.ready_ms) / MS_PER_S
+        unsaved_s = worked_s % self.chance.checkpoint_s if self.chance.checkpoint_s else worked_s
+        run.steps = max(0.0, run.steps - run.rate * unsaved_s)
+        self._leave(run, now_ms, "kill")
+        if partner is not None:
+            self._kill(self.runs[partner], now_ms)
+
+
+def simulate(
+    jobs: Iterable[SimJob],
+    fleet: Fleet,
+    policy: Policy,
+    chance: Chance | None = None,
+    pairs: PairRates | None = None,
+) -> Outcome:
+    """Run all jobs to their end. Raises `BrokenPolicy` for an answer that cannot be carried out,
+    and `ValueError` for a job that no GPU of the fleet could ever run."""
+    known = {job.job_id: job for job in jobs}
+    for job in known.values():
+        able = [t for t, rate in job.rates.items() if rate > 0 and fleet.gpus.get(t, 0) >= job.gpus]
+        if not able:
+            raise ValueError(f"job {job.job_id}: no GPU type of the fleet can run it on {job.gpus}")
+    chance = chance or Chance()
+    chooser = random.Random(chance.seed)
+    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), chooser)
+    engine.run(known)
+    digest = hashlib.sha256()
+    for line in engine.lines:
+        digest.update(repr(tuple(line)).encode())
+    return Outcome(engine.lines, engine.finished_ms, digest.hexdigest()[:16], engine.events)

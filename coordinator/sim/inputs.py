@@ -1,0 +1,167 @@
+"""A trace (CSV) and a fleet (TOML), as people write them.
+
+Problem: what a simulation is asked is only as good as what it is given, and a misspelt column that
+is read as nothing gives a plausible wrong answer. So every column must be known or be a GPU type of
+the fleet, every cell must be what its column says, and a sentence names file, line and column of
+whatever is not.
+
+    job,arrival_s,gpus,steps,class,project,A100,K80
+    1,0,1,36000,standard,vision,12.5,1.9
+
+A column of a GPU type has the steps a second that the job makes there, on all its GPUs together;
+an empty cell: it cannot run there.
+
+    restart_s = 60
+    [gpus.A100]
+    count = 8
+    price_per_h = 1.9
+    [chance]
+    node_mtbf_h = 2000
+"""
+
+import csv
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from coordinator.core.model import CLASS_RANK
+from coordinator.sim.model import Chance, Fleet, SimJob
+
+JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
+CLASSES: Final = {each.value: rank for each, rank in CLASS_RANK.items()}
+REQUIRED: Final = ("job", "arrival_s", "gpus", "steps")
+OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
+
+
+class BadFile(ValueError):
+    """A file cannot be used; the text is a sentence that names the place."""
+
+
+class GpuType(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`count` GPUs of a type; `price_per_h` is of one."""
+
+    count: int
+    price_per_h: float = 0.0
+
+
+class ChanceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What goes wrong; see `Chance`."""
+
+    node_mtbf_h: float = 0.0
+    node_gpus: int = 4
+    mend_h: float = 4.0
+    checkpoint_s: float = 600.0
+    rate_error: float = 0.0
+    blind: bool = False
+
+
+class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`restart_s` is what a restart costs a job whose line does not say."""
+
+    gpus: dict[str, GpuType]
+    restart_s: float = 60.0
+    chance: ChanceTable = ChanceTable()
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a fleet's file says."""
+
+    fleet: Fleet
+    chance: Chance
+    restart_s: float
+
+
+def read_fleet(path: Path, seed: int) -> Inputs:
+    """The fleet, and its chances with this seed."""
+    try:
+        said = msgspec.toml.decode(path.read_bytes(), type=FleetFile)
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except msgspec.DecodeError as error:
+        raise BadFile(f"{path}: {error}") from error
+    table = said.chance
+    if any(each.count < 1 or each.price_per_h < 0 for each in said.gpus.values()) or not said.gpus:
+        raise BadFile(f"{path}: each GPU type needs a count of 1 or more and no negative price")
+    if min(table.node_mtbf_h, table.mend_h, table.checkpoint_s, table.rate_error) < 0:
+        raise BadFile(f"{path}: nothing in [chance] may be negative")
+    if table.node_gpus < 1 or said.restart_s < 0:
+        raise BadFile(f"{path}: node_gpus is 1 or more, restart_s is not negative")
+    fleet = Fleet(
+        {name: each.count for name, each in said.gpus.items()},
+        {name: each.price_per_h for name, each in said.gpus.items()},
+    )
+    return Inputs(fleet, Chance(seed=seed, **msgspec.structs.asdict(table)), said.restart_s)
+
+
+def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:
+    """The jobs of a trace, in the order of the file."""
+    jobs: dict[int, SimJob] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines, restval="")
+            _check_columns(path, reader.fieldnames or (), inputs.fleet)
+            for number, row in enumerate(reader, start=2):
+                job = _job(f"{path}, line {number}", row, inputs)
+                if job.job_id in jobs:
+                    raise BadFile(f"{path}, line {number}: job {job.job_id} is there twice")
+                if len(jobs) >= JOBS_MAX:
+                    raise BadFile(f"{path} has more than {JOBS_MAX:,} jobs")
+                jobs[job.job_id] = job
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadFile(f"{path} is no CSV file: {error}") from error
+    if not jobs:
+        raise BadFile(f"{path} has no jobs")
+    return list(jobs.values())
+
+
+def _check_columns(path: Path, columns: Sequence[str], fleet: Fleet) -> None:
+    known = (*REQUIRED, *OPTIONAL, *fleet.gpus)
+    for column in columns:
+        if column not in known:
+            near = difflib.get_close_matches(column, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise BadFile(f"{path}: {column!r} is no column and no GPU type of the fleet{hint}")
+    missing = [column for column in REQUIRED if column not in columns]
+    if missing:
+        raise BadFile(f"{path}: the column {missing[0]} is missing")
+
+
+def _job(place: str, row: Mapping[str, str], inputs: Inputs) -> SimJob:
+    def number(column: str, default: float | None = None) -> float:
+        text = row.get(column) or ""
+        try:
+            value = float(text) if text or default is None else default
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < 1e15:
+            raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more")
+        return value
+
+    rank = CLASSES.get(row.get("class") or "standard")
+    if rank is None:
+        raise BadFile(f"{place}: class is {row['class']!r}, not one of {', '.join(CLASSES)}")
+    rates = {name: number(name, 0.0) for name in inputs.fleet.gpus}
+    gpus = int(number("gpus"))
+    if gpus < 1:
+        raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more")
+    if not any(rate > 0 and inputs.fleet.gpus[name] >= gpus for name, rate in rates.items()):
+        raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}")
+    return SimJob(
+        job_id=int(number("job")),
+        gpus=gpus,
+        steps=number("steps"),
+        rates={name: rate for name, rate in rates.items() if rate > 0},
+        model=row.get("model") or "",
+        project=row.get("project") or "",
+        rank=rank,
+        arrival_ms=round(number("arrival_s") * 1000),
+        restart_s=number("restart_s", inputs.restart_s),
+        deadline_ms=round(number("deadline_s") * 1000) if row.get("deadline_s") else None,
+    )

@@ -1,0 +1,123 @@
+"""What a simulation is made of: jobs, a fleet, what a policy sees and says, and what happened.
+
+Problem: a policy that could see the engine's state could also change it, or know what no scheduler
+knows. So it gets frozen values: the rates are those that are believed, which may be wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimJob:
+    """`rates` are steps a second of the whole job on `gpus` GPUs of a type; a type that is not
+    there cannot run it. `rank` is that of its class, 0 the first."""
+
+    job_id: int
+    gpus: int
+    steps: float
+    rates: Mapping[str, float]
+    model: str = ""
+    project: str = ""
+    rank: int = 0
+    arrival_ms: int = 0
+    restart_s: float = 0.0
+    deadline_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """GPUs of each type, and what an hour of one costs."""
+
+    gpus: Mapping[str, int]
+    prices_per_h: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def price_per_h(self) -> float:
+        """Of all of it."""
+        return sum(count * self.prices_per_h.get(name, 0.0) for name, count in self.gpus.items())
+
+
+class Placement(NamedTuple):
+    """Where a job runs; with a `partner` the two have the same GPUs together."""
+
+    gpu_type: str
+    gpus: int
+    partner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A job that has arrived and not ended, as a policy sees it. `steps_left` is None where jobs do
+    not say how long they are."""
+
+    job: SimJob
+    steps_left: float | None
+    attained_gpu_s: float
+    placement: Placement | None
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What there is to decide about: jobs in the order in which they came, GPUs that work."""
+
+    now_ms: int
+    fleet: Fleet
+    capacity: Mapping[str, int]
+    jobs: Sequence[Seen]
+
+
+class Policy(Protocol):
+    """Who runs where. It is asked at every event and every `tick_ms` (0: at events only), and
+    answers with all that shall run from now on."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tick_ms(self) -> int: ...
+
+    def decide(self, view: View) -> Mapping[int, Placement]: ...
+
+
+class Line(NamedTuple):
+    """One thing that happened. `what` is arrive, start, share (the partner has changed), stop, kill
+    (its GPU failed), finish, fail or mend; `steps` are those that the job has done by then."""
+
+    at_ms: int
+    what: str
+    job_id: int
+    gpu_type: str = ""
+    gpus: int = 0
+    partner: int | None = None
+    steps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """What goes wrong. A node of `node_gpus` fails every `node_mtbf_h` hours on average and is back
+    after `mend_h`; a job on it loses what came after its last checkpoint. Believed rates are off by
+    a factor whose logarithm has the deviation `rate_error`. `blind`: nobody says how long jobs
+    are."""
+
+    seed: int = 0
+    node_mtbf_h: float = 0.0
+    node_gpus: int = 4
+    mend_h: float = 4.0
+    checkpoint_s: float = 600.0
+    rate_error: float = 0.0
+    blind: bool = False
+
+
+PairRates = Mapping[tuple[str, str, str], float]  # type, model, partner's model -> steps a second
+
+
+class Outcome(NamedTuple):
+    """All that happened, and when each job was done."""
+
+    lines: Sequence[Line]
+    finished_ms: Mapping[int, int]
+    trace_hash: str
+    events: int

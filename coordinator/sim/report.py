@@ -1,0 +1,158 @@
+"""What a simulation comes to: completion times, fairness, use and cost, all from its lines.
+
+Problem: a mean hides whom it was paid by. So beside each mean stand the 99th percentile and the
+worst; and beside what jobs took stands what they would have taken had the fleet been shared equally
+among those present, each with its part of every type (the *fluid* fleet, which is the same for all
+policies). The ratio of the two is finish-time fairness: above 1, a job paid for others.
+
+*Busy* GPUs are held by a job; those of a job that is restarting are held, and not *training*. The
+issue of idle GPUs arises while somebody waits, so both are also given for that time alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from coordinator.sim.checks import instants
+from coordinator.sim.model import Fleet, Outcome, SimJob
+
+MS_PER_S: Final = 1000.0
+MS_PER_H: Final = 3_600_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of one figure over all jobs."""
+
+    mean: float
+    p99: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One policy on one trace. Ratios of use are over all GPU-seconds until the last job's end, and
+    over those while a job waits."""
+
+    completion_h: Spread
+    fairness: Spread
+    makespan_h: float
+    busy_ratio: float
+    busy_waiting_ratio: float
+    training_waiting_ratio: float
+    provisioned_cost: float
+    used_cost: float
+    restarts: int
+    trace_hash: str
+
+
+def figures(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> Figures:
+    """All of them."""
+    fluid_ms = fluid_completions_ms(list(jobs.values()), fleet)
+    took_ms = {n: outcome.finished_ms[n] - job.arrival_ms for n, job in jobs.items()}
+    begin_ms = min(job.arrival_ms for job in jobs.values())
+    makespan_h = (max(outcome.finished_ms.values()) - begin_ms) / MS_PER_H
+    use = _use(outcome, jobs, fleet)
+    gpus = sum(fleet.gpus.values())
+    return Figures(
+        completion_h=spread([ms / MS_PER_H for ms in took_ms.values()]),
+        fairness=spread([took_ms[n] / max(1.0, fluid_ms[n]) for n in took_ms]),
+        makespan_h=makespan_h,
+        busy_ratio=use.held_ms / (makespan_h * MS_PER_H * gpus),
+        busy_waiting_ratio=use.held_waiting_ms / use.waiting_ms if use.waiting_ms else 1.0,
+        training_waiting_ratio=use.training_waiting_ms / use.waiting_ms if use.waiting_ms else 1.0,
+        provisioned_cost=makespan_h * fleet.price_per_h,
+        used_cost=use.cost,
+        restarts=use.restarts,
+        trace_hash=outcome.trace_hash,
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The percentile is interpolated between neighbours, as numpy does it."""
+    ordered = sorted(values)
+    place = 0.99 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    p99 = ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return Spread(sum(ordered) / len(ordered), p99, ordered[-1])
+
+
+@dataclass(slots=True)
+class _Use:
+    """GPU-milliseconds."""
+
+    held_ms: float = 0.0
+    held_waiting_ms: float = 0.0
+    training_waiting_ms: float = 0.0
+    waiting_ms: float = 0.0
+    cost: float = 0.0
+    restarts: int = 0
+
+
+def _use(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> _Use:
+    use = _Use()
+    held: dict[int, tuple[str, float, int]] = {}  # type, GPUs, ready at
+    begun: dict[int, bool] = {}
+    waiting: dict[int, bool] = {}
+    there = dict(fleet.gpus)
+    now_ms = 0
+    for group in instants(outcome.lines):
+        passed_ms = group[0].at_ms - now_ms
+        for name, gpus, ready_ms in held.values():
+            use.held_ms += gpus * passed_ms
+            use.cost += gpus * passed_ms / MS_PER_H * fleet.prices_per_h.get(name, 0.0)
+            if waiting:
+                use.held_waiting_ms += gpus * passed_ms
+                trained_ms = group[0].at_ms - min(group[0].at_ms, max(now_ms, ready_ms))
+                use.training_waiting_ms += gpus * trained_ms
+        use.waiting_ms += sum(there.values()) * passed_ms if waiting else 0
+        now_ms = group[0].at_ms
+        for line in group:
+            if line.what in ("fail", "mend"):
+                there[line.gpu_type] += line.gpus if line.what == "mend" else -line.gpus
+            elif line.what in ("start", "share"):
+                ready_ms = held[line.job_id][2] if line.what == "share" else now_ms
+                if line.what == "start" and begun.get(line.job_id):
+                    use.restarts += 1
+                    ready_ms += round(jobs[line.job_id].restart_s * MS_PER_S)
+                begun[line.job_id] = True
+                gpus = line.gpus / 2 if line.partner is not None else line.gpus
+                held[line.job_id] = (line.gpu_type, gpus, ready_ms)
+                waiting.pop(line.job_id, None)
+            else:
+                held.pop(line.job_id, None)
+                if line.what != "finish":
+                    waiting[line.job_id] = True
+    return use
+
+
+def fluid_completions_ms(jobs: Sequence[SimJob], fleet: Fleet) -> dict[int, float]:
+    """How long each job takes, from its arrival, where at every moment each of those present has an
+    equal part of each type, and none more than the GPUs it asks for."""
+    total = sum(fleet.gpus.values())
+    arrivals = sorted(jobs, key=lambda job: (job.arrival_ms, job.job_id))
+    left: dict[int, float] = {}
+    known = {job.job_id: job for job in jobs}
+    mixed = {
+        job.job_id: sum(fleet.gpus.get(n, 0) * r for n, r in job.rates.items()) / total / MS_PER_S
+        for job in jobs
+    }
+    took: dict[int, float] = {}
+    now_ms, place = 0.0, 0
+    while place < len(arrivals) or left:
+        speed = {n: mixed[n] * min(1.0, total / len(left) / known[n].gpus) for n in left}
+        ends = min(((left[n] / speed[n], n) for n in left), default=(float("inf"), 0))
+        comes_ms = arrivals[place].arrival_ms if place < len(arrivals) else float("inf")
+        step_ms = min(ends[0], comes_ms - now_ms)
+        for n in left:
+            left[n] -= speed[n] * step_ms
+        now_ms += step_ms
+        if ends[0] <= step_ms:
+            del left[ends[1]]
+            took[ends[1]] = now_ms - known[ends[1]].arrival_ms
+        else:
+            job = arrivals[place]
+            left[job.job_id] = job.steps
+            place += 1
+    return took

@@ -1,0 +1,110 @@
+"""HiGHS behind the function type that the core asks for: one linear program, prices included.
+
+Problem: the core says what everything is worth; the best that a fleet can do with it is a linear
+program with one row for each job and one for each GPU type, and few jobs come out of it in part: at
+most as many as there are types. HiGHS solves it. It is limited by iterations, never by the clock,
+so that a replay decides the same; where it does not get to the end, nothing is taken from it and
+the core's greedy decides.
+
+The package is an extra (`gpu-baton[scheduling]`).
+"""
+
+from typing import Final
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.core.allocation import Columns, Solved
+
+# Some times as many as 10,000 jobs on nine types have taken.
+ITERATIONS_MAX: Final = 200_000
+
+Floats = NDArray[np.float64]
+
+
+def solve(columns: Columns) -> Solved:
+    """The allocation that is worth most, in parts of jobs; each job at most once."""
+    values = np.asarray(columns.values, dtype=np.float64)
+    jobs = np.asarray(columns.jobs, dtype=np.int32)
+    types = np.asarray(columns.types, dtype=np.int32)
+    count = len(values)
+    rows = columns.job_count + len(columns.capacity)
+    upper = np.concatenate([np.ones(columns.job_count), np.asarray(columns.capacity, np.float64)])
+    index = np.empty(2 * count, dtype=np.int32)
+    index[0::2], index[1::2] = jobs, columns.job_count + types
+    entries = np.ones(2 * count)
+    entries[1::2] = np.asarray(columns.gpus, dtype=np.float64)
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = count, rows
+    lp.sense_ = highspy.ObjSense.kMaximize
+    lp.col_cost_ = values
+    lp.col_lower_, lp.col_upper_ = np.zeros(count), np.ones(count)
+    lp.row_lower_, lp.row_upper_ = np.full(rows, -highspy.kHighsInf), upper
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_ = np.arange(0, 2 * count + 1, 2, dtype=np.int32)
+    lp.a_matrix_.index_, lp.a_matrix_.value_ = index, entries
+    found = maximise(lp)
+    if found is None:
+        return Solved([0.0] * count, [0.0] * len(columns.capacity), float("inf"))
+    shares, prices, bound = found
+    return Solved(shares.tolist(), np.maximum(0.0, prices[columns.job_count :]).tolist(), bound)
+
+
+def level(
+    rates: Floats, needs: Floats, gpus: Floats, capacity: Floats
+) -> tuple[Floats, float] | None:
+    """The parts of their time that jobs spend on each type so that the worst off, by rate over
+    need, is as well off as can be, and how well that is. `rates` has a row for each job."""
+    jobs, types = rates.shape
+    count = jobs * types
+    rows = 2 * jobs + types
+    job = np.repeat(np.arange(jobs), types)
+    name = np.tile(np.arange(types), jobs)
+    index = np.stack([job, jobs + job, 2 * jobs + name], axis=1).ravel()
+    entries = np.stack([rates.ravel(), np.ones(count), np.repeat(gpus, types)], axis=1).ravel()
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = count + 1, rows
+    lp.sense_ = highspy.ObjSense.kMaximize
+    # What the worst off cannot use goes to the others, for next to nothing.
+    best = np.maximum(rates.max(axis=1, keepdims=True), 1e-12)
+    lp.col_cost_ = np.append((1e-6 / count) * (rates / best).ravel(), 1.0)
+    lp.col_lower_ = np.zeros(count + 1)
+    lp.col_upper_ = np.append((rates > 0).ravel().astype(np.float64), highspy.kHighsInf)
+    lp.row_lower_ = np.append(np.zeros(jobs), np.full(jobs + types, -highspy.kHighsInf))
+    lp.row_upper_ = np.concatenate([np.full(jobs, highspy.kHighsInf), np.ones(jobs), capacity])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    starts = np.append(np.arange(0, 3 * count + 1, 3), 3 * count + jobs)
+    lp.a_matrix_.start_ = starts.astype(np.int32)
+    lp.a_matrix_.index_ = np.append(index, np.arange(jobs)).astype(np.int32)
+    lp.a_matrix_.value_ = np.append(entries, -needs)
+    found = maximise(lp)
+    if found is None:
+        return None
+    return found[0][:count].reshape(jobs, types), float(found[0][count])
+
+
+class _Silent(highspy.Highs):
+    """Without the callbacks, which print a banner on standard output when they are set up."""
+
+    def __init__(self) -> None:
+        super(highspy.Highs, self).__init__()
+        self.setOptionValue("output_flag", False)
+
+
+def maximise(lp: highspy.HighsLp) -> tuple[Floats, Floats, float] | None:
+    """Values of the columns, prices of the rows, and the objective; None where the iterations were
+    not enough or there is no solution."""
+    highs = _Silent()
+    for option, setting in (
+        ("threads", 1),
+        ("simplex_iteration_limit", ITERATIONS_MAX),
+    ):
+        highs.setOptionValue(option, setting)
+    highs.passModel(lp)
+    highs.run()
+    if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    solution = highs.getSolution()
+    objective = highs.getInfo().objective_function_value
+    return np.array(solution.col_value), np.array(solution.row_dual), float(objective)
