@@ -14,6 +14,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
 from coordinator.core.model import (
     Attempt,
@@ -114,6 +115,7 @@ RequestBody = (
     | ReleaseJob
     | RequeueJob
     | ExplainJob
+    | FitJob
     | ListCheckpoints
     | PinCheckpoint
     | UnpinCheckpoint
@@ -474,9 +476,8 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-Answer = (
-    Refusal | Submitted | JobView | JobPage | Explanation | CheckpointPage | NodePage | NodeView
-)
+_Page = JobPage | CheckpointPage | NodePage | FitPage
+Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
 
 
 @dataclass(frozen=True, slots=True)
