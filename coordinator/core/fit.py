@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from coordinator.core import estimates, gpu_types, history, rates, readings, workload
 from coordinator.core.estimates import Knowledge, Measurement, Observation, Place, Prior
 from coordinator.core.fit_requests import Fit, FitJob, FitPage, Fitting, Speed
-from coordinator.core.history import Run, names
+from coordinator.core.history import History, Run, TooLarge, names
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
@@ -29,6 +29,8 @@ from coordinator.core.workload import ModelFacts, Training
 USABLE_RATIO = 0.97
 # By how much a prediction may be wrong; within that of the limit, the answer says so.
 MEMORY_UNSURE_RATIO = 0.15
+# What did not fit would have needed more than there was, and nobody knows how much.
+OUTGROWN_RATIO = 1.05
 GIGABYTE = 10**9
 HOUR_S = 3600
 MILLION = 1e6
@@ -57,12 +59,12 @@ def answer(state: State, now: Instant, asked: FitJob) -> FitPage | Refusal:
     sentence = refuse_spec(asked.spec)
     if sentence:
         return Refusal(RefusalKind.INVALID, sentence)
-    return fit(asked, _kinds(state), history.runs(state, now))
+    return fit(asked, _kinds(state), history.seen(state, now))
 
 
-def fit(asked: FitJob, kinds: Iterable[Kind], runs: Sequence[Run]) -> FitPage:
+def fit(asked: FitJob, kinds: Iterable[Kind], seen: History) -> FitPage:
     """One answer for each kind, by name and size."""
-    judge = _Judge(asked, runs)
+    judge = _Judge(asked, seen)
     ordered = sorted(kinds, key=lambda kind: (kind.facts.name, kind.facts.memory_bytes))
     return FitPage(tuple(judge.fit(kind) for kind in ordered), gpu_types.PRICES_SOURCE)
 
@@ -73,7 +75,9 @@ def corrected_ratio(evidence: Iterable[MemoryEvidence]) -> float:
     less than one that fails."""
     seen = [one for one in evidence if one.predicted_bytes > 0]
     most = [one.usable_bytes / one.predicted_bytes for one in seen if one.fitted]
-    least = [one.usable_bytes / one.predicted_bytes for one in seen if not one.fitted]
+    least = [
+        OUTGROWN_RATIO * one.usable_bytes / one.predicted_bytes for one in seen if not one.fitted
+    ]
     ratio = min([1.0, *most])
     return max([ratio, *least])
 
@@ -93,17 +97,18 @@ def _kinds(state: State) -> list[Kind]:
 class _Judge:
     """One job against kind after kind."""
 
-    def __init__(self, asked: FitJob, runs: Sequence[Run]) -> None:
+    def __init__(self, asked: FitJob, seen: History) -> None:
         self.asked = asked
         self.spec = asked.spec
         training = workload.read(asked.spec)
         self.training = training if isinstance(training, Training) else None
         self.why = training if isinstance(training, str) else asked.model_why
         self.family, self.job = names(asked.spec)
-        kin = [run for run in runs if self._is_kin(run)]
-        self.knowledge = _knowledge([run for run in runs if not self._is_kin(run)])
+        kin = [run for run in seen.runs if self._is_kin(run)]
+        self.knowledge = _knowledge([run for run in seen.runs if not self._is_kin(run)])
         self.kin = [_observation(run, self._model_of(run)) for run in kin]
-        self.ratio = corrected_ratio(_evidence(kin, asked.model))
+        too_large = [one for one in seen.too_large if one.family == self.family]
+        self.ratio = corrected_ratio(_evidence([*kin, *too_large], asked.model))
         self.gpus = asked.spec.ranks * max(1, asked.spec.gpus)
 
     def fit(self, kind: Kind) -> Fit:
@@ -245,15 +250,16 @@ def _knowledge(others: Sequence[Run]) -> Knowledge:
     return estimates.learn([_observation(run, None) for run in others])
 
 
-def _evidence(kin: Iterable[Run], model: ModelFacts | None) -> Iterable[MemoryEvidence]:
+def _evidence(kin: Iterable[Run | TooLarge], model: ModelFacts | None) -> Iterable[MemoryEvidence]:
     """What has run did fit, with one sample at once: how many there were, its trainer knows."""
     if model is None:
         return
-    for run in kin:
-        training = workload.read(run.spec)
+    for one in kin:
+        training = workload.read(one.spec)
         if isinstance(training, Training):
-            predicted = workload.memory_bytes(training, model, run.spec.ranks, 1)
-            yield MemoryEvidence(predicted, usable_bytes(run.gpu_memory_bytes), fitted=True)
+            predicted = workload.memory_bytes(training, model, one.spec.ranks, 1)
+            usable = usable_bytes(one.gpu_memory_bytes)
+            yield MemoryEvidence(predicted, usable, fitted=isinstance(one, Run))
 
 
 def _unsuited(spec: JobSpec, kind: Kind) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from coordinator.core import accounting, gpu_types, workload
 from coordinator.core.estimates import Place
-from coordinator.core.model import Attempt, Job, JobSpec
+from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec
 from coordinator.core.state import Instant, State
 
 JOBS_MAX = 5_000  # that are looked at
@@ -24,6 +24,8 @@ RUNS_MAX = 256  # that are learned from; more change the third digit, and cost s
 # Less is the first steps, which are slower than the rest.
 STEPS_MIN = 5
 SECONDS_MIN = 5.0
+# How a built-in trainer ends for which not even one sample fits (`trainers/start.py`).
+EXIT_OUT_OF_MEMORY = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,23 @@ class Run:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """A training of which not even one sample fitted."""
+
+    family: str
+    spec: JobSpec
+    gpu_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Each oldest first, and at most `RUNS_MAX`."""
+
+    runs: tuple[Run, ...] = ()
+    too_large: tuple[TooLarge, ...] = ()
+
+
 def names(spec: JobSpec) -> tuple[str, str]:
     """The family of a job, empty for none, and what it is itself."""
     training = workload.read(spec)
@@ -52,18 +71,22 @@ def names(spec: JobSpec) -> tuple[str, str]:
     return json.dumps(kind), json.dumps([*kind, *shape, training.base_precision])
 
 
-def runs(state: State, now: Instant) -> tuple[Run, ...]:
-    """Oldest first; at most `RUNS_MAX`."""
-    found: list[Run] = []
+def seen(state: State, now: Instant) -> History:
+    """What the newest jobs did."""
+    runs: list[Run] = []
+    too_large: list[TooLarge] = []
     for job_id in sorted(state.jobs, reverse=True)[:JOBS_MAX]:
         job = state.jobs[job_id]
         for attempt in reversed(state.attempts_of(job_id)):
             run = _run(state, now, job, attempt)
             if run is not None:
-                found.append(run)
-            if len(found) == RUNS_MAX:
-                return tuple(reversed(found))
-    return tuple(reversed(found))
+                runs.append(run)
+            elif attempt.exit_code == EXIT_OUT_OF_MEMORY and job.spec.trainer:
+                too_large += _too_large(state, job, attempt)
+        if len(runs) >= RUNS_MAX:
+            break
+    newest = tuple(reversed(runs[:RUNS_MAX]))
+    return History(newest, tuple(reversed(too_large[:RUNS_MAX])))
 
 
 def _run(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
@@ -77,10 +100,7 @@ def _run(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
         return None
     spent = accounting.account(attempt, progress, now.unix_ms)
     seconds = spent.productive_s + spent.recompute_s + spent.input_wait_s
-    live = state.nodes.get(attempt.node)
-    facts = (
-        [] if live is None else [g.facts for u, g in live.gpus.items() if u in attempt.gpu_uuids]
-    )
+    facts = _gpus(state, attempt)
     types = {gpu_types.key_of(gpu.name, gpu.memory_bytes): None for gpu in facts}
     if seconds < SECONDS_MIN or len(types) != 1:
         return None
@@ -88,3 +108,20 @@ def _run(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
     place = Place(next(iter(types)), attempt.ranks * len(attempt.gpu_uuids))
     least = min(gpu.memory_bytes for gpu in facts)
     return Run(family, name, job.spec, place, least, steps / seconds, seconds)
+
+
+def _too_large(state: State, job: Job, attempt: Attempt) -> list[TooLarge]:
+    """Of several ranks, and on a GPU that is shared, it says nothing of one GPU alone."""
+    facts = _gpus(state, attempt)
+    if attempt.ranks > 1 or job.spec.shared_gpu_memory_bytes or not facts:
+        return []
+    family, _ = names(job.spec)
+    return [TooLarge(family, job.spec, min(gpu.memory_bytes for gpu in facts))]
+
+
+def _gpus(state: State, attempt: Attempt) -> list[GpuFacts]:
+    """Those that it had; none where they are not known any more."""
+    live = state.nodes.get(attempt.node)
+    if live is None:
+        return []
+    return [gpu.facts for uuid, gpu in live.gpus.items() if uuid in attempt.gpu_uuids]

@@ -22,9 +22,10 @@ from coordinator.core.fit import (
     usable_bytes,
 )
 from coordinator.core.fit_requests import Fit, FitJob, Fitting
-from coordinator.core.history import Run, names
+from coordinator.core.history import EXIT_OUT_OF_MEMORY, History, Run, TooLarge, names
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.workload import ModelFacts, Training
+from trainers import start
 from trainers.finetune import FinetuneOptions
 from trainers.lora import LoraOptions
 
@@ -48,8 +49,10 @@ def spec(trainer: str = "finetune", **config: object) -> JobSpec:
     return JobSpec(trainer=trainer, trainer_config_json=told, gpus=1)
 
 
-def one(asked: FitJob, kind: Kind, runs: tuple[Run, ...] = ()) -> Fit:
-    (found,) = fit(asked, [kind], runs).fits
+def one(
+    asked: FitJob, kind: Kind, runs: tuple[Run, ...] = (), too_large: tuple[TooLarge, ...] = ()
+) -> Fit:
+    (found,) = fit(asked, [kind], History(runs, too_large)).fits
     return found
 
 
@@ -60,6 +63,10 @@ def test_the_trainers_defaults() -> None:
         for field in dataclasses.fields(Training):
             if field.name in theirs and field.default is not dataclasses.MISSING:
                 assert field.default == theirs[field.name], (trainer, field.name)
+
+
+def test_how_a_trainer_ends_that_does_not_fit() -> None:
+    assert start.EXIT_OUT_OF_MEMORY == EXIT_OUT_OF_MEMORY
 
 
 def test_the_work_of_a_step() -> None:
@@ -234,6 +241,18 @@ def test_what_made_steps_there_did_fit_there() -> None:
     assert after.speed is not None
 
 
+def test_what_was_out_of_memory_there_does_not_fit_there_again() -> None:
+    job = spec(batch_size=1, window_tokens=128)
+    assert one(FitJob(job, GPT2), RTX4090).fitting is Fitting.FITS
+    family, _ = names(job)
+    failed = TooLarge(family, job, RTX4090.facts.memory_bytes)
+    after = one(FitJob(job, GPT2), RTX4090, (), (failed,))
+    assert after.fitting is not Fitting.FITS
+    assert one(FitJob(job, GPT2), H100, (), (failed,)).fitting is Fitting.FITS
+    other = dataclasses.replace(failed, family="another model")
+    assert one(FitJob(job, GPT2), RTX4090, (), (other,)).fitting is Fitting.FITS
+
+
 EVIDENCE = st.builds(
     MemoryEvidence, st.integers(1, 10**12), st.integers(1, 10**12), fitted=st.booleans()
 )
@@ -259,7 +278,7 @@ def test_a_correction_agrees_with_what_was_seen(
 def test_no_evidence_no_correction() -> None:
     assert corrected_ratio([]) == 1
     assert corrected_ratio([MemoryEvidence(100, 200, fitted=True)]) == 1
-    assert corrected_ratio([MemoryEvidence(100, 150, fitted=False)]) == 1.5
+    assert corrected_ratio([MemoryEvidence(100, 150, fitted=False)]) == pytest.approx(1.575)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_run_is_seen_while_it_runs_and_after_a_restart() -> None:
     rig = rig_with_fleet()
     ask(rig, m.Submit(SPEC))
     run(rig, "1.1", step=200, step_s=100)
-    (seen,) = history.runs(rig.core.state, rig.now)
+    (seen,) = history.seen(rig.core.state, rig.now).runs
     assert seen.steps_per_s == pytest.approx(2.0)
     assert seen.seconds == pytest.approx(100)
     assert (seen.place.gpu_type, seen.place.gpus) == ("H100", 1)
@@ -101,7 +101,23 @@ def test_a_few_steps_are_no_speed() -> None:
     rig = rig_with_fleet()
     ask(rig, m.Submit(SPEC))
     run(rig, "1.1", step=history.STEPS_MIN - 1, step_s=100)
-    assert history.runs(rig.core.state, rig.now) == ()
+    assert history.seen(rig.core.state, rig.now) == history.History()
+
+
+def test_a_training_that_was_out_of_memory_is_remembered() -> None:
+    rig = rig_with_fleet()
+    ask(rig, m.Submit(SPEC))
+    run(rig, "1.1", step=0, step_s=1)
+    ended = m.AgentEvent(
+        2, UNIX_MS_AT_START + rig.now_ms, "1.1", m.AttemptExited(history.EXIT_OUT_OF_MEMORY)
+    )
+    rig.handle(m.FromAgent(1, ended))
+    rig.restart()
+    (failed,) = history.seen(rig.core.state, rig.now).too_large
+    assert failed.gpu_memory_bytes == 80 * GIGABYTE
+    _, h100 = fits(rig, SPEC).fits
+    assert h100.memory_why.startswith("does not fit: "), h100.memory_why
+    assert h100.speed is None
 
 
 def test_the_same_training_is_the_same_job_and_a_larger_batch_is_of_its_kind() -> None:
