@@ -14,10 +14,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import wire, wire_nodes
+from coordinator import wire, wire_fit, wire_nodes
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core import traces
+from coordinator.core.fit_requests import FitPage
 from coordinator.core.model import JobSpec, JobView, NodeView
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.peers import Fleet, LogReader
@@ -155,6 +156,18 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         if not isinstance(answer, m.Explanation):
             raise TypeError(f"expected a sentence, got {type(answer).__name__}")
         return jobs_pb2.ExplainJobResponse(sentence=answer.sentence)
+
+    async def FitJob(
+        self, request: jobs_pb2.FitJobRequest, context: Context
+    ) -> jobs_pb2.FitJobResponse:
+        try:
+            asked = wire_fit.decode(request)
+        except wire.WireError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        answer = await _ask(self._shell, context, asked)
+        if not isinstance(answer, FitPage):
+            raise TypeError(f"expected fits, got {type(answer).__name__}")
+        return wire_fit.encode(answer)
 
     async def ListJobEvents(
         self, request: jobs_pb2.ListJobEventsRequest, context: Context

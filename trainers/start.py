@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+# ENOMEM, as errno(3) numbers it. The coordinator learns from it: of a job of one rank not even one
+# sample fits.
+EXIT_OUT_OF_MEMORY = 12
 
 
 def run(
@@ -91,6 +94,9 @@ def _train(
     except checkpoint.CheckpointError as error:
         sys.stderr.write(f"cannot resume: {error}\n")
         return EXIT_FAILURE
-    except (microbatch.TooLargeError, ranks.RankError) as error:
+    except microbatch.TooLargeError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_OUT_OF_MEMORY
+    except ranks.RankError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILURE

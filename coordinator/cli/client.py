@@ -28,11 +28,12 @@ from typing import Any, Self, TypeVar
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from coordinator.cli import values
-from coordinator.cli.decoding import decode_node, said, time_of, word_of
+from coordinator.cli.decoding import decode_fit, decode_node, said, time_of, word_of
 from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
 from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
 
@@ -184,6 +185,20 @@ class Client:
         """One sentence with numbers."""
         answer = self._call(self._jobs.ExplainJob, jobs_pb2.ExplainJobRequest(job_id=job_id))
         return values.Explanation(job_id=job_id, sentence=answer.sentence)
+
+    def fit(
+        self, spec: values.JobSpec, model: values.ModelFacts | str, prices: dict[str, float]
+    ) -> values.FitReport:
+        """What the job would do on each type of GPU; a string says why the model is not known."""
+        request = jobs_pb2.FitJobRequest(spec=_spec_to_wire(spec), usd_per_gpu_hour=prices)
+        if isinstance(model, str):
+            request.model_why = model
+        else:
+            request.model.CopyFrom(jobs_pb2.ModelFacts(**msgspec.structs.asdict(model)))
+        answer = self._call(self._jobs.FitJob, request)
+        return values.FitReport(
+            fits=[decode_fit(fit) for fit in answer.fits], prices_source=answer.prices_source
+        )
 
     def events(self, job_id: int) -> Iterator[values.JobEvent]:
         """A job's history, oldest first."""

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
-from protos.baton.v1 import types_pb2
+from protos.baton.v1 import jobs_pb2, types_pb2
 
 
 @lru_cache(maxsize=64)
@@ -105,6 +105,33 @@ def _health(health: types_pb2.GpuHealth) -> values.GpuHealth:
             )
             for record in health.xids
         ],
+    )
+
+
+def decode_fit(fit: jobs_pb2.Fit) -> values.Fit:
+    speed = None
+    if fit.HasField("speed"):
+        speed = values.FitSpeed(
+            steps_per_second=fit.speed.steps_per_second,
+            steps_per_second_low=fit.speed.steps_per_second_low,
+            steps_per_second_high=fit.speed.steps_per_second_high,
+        )
+    return values.Fit(
+        gpu_type=fit.gpu_type,
+        memory_bytes=fit.memory_bytes,
+        gpus=fit.gpus,
+        gpus_of_job=fit.gpus_of_job,
+        speed=speed,
+        speed_why=fit.speed_why,
+        fitting=word_of(jobs_pb2.Fitting, "FITTING_", fit.fitting),
+        memory_why=fit.memory_why,
+        memory_needed_bytes=said(fit, "memory_needed_bytes"),
+        samples_at_once=said(fit, "samples_at_once"),
+        tokens_per_step=said(fit, "tokens_per_step"),
+        usd_per_hour=said(fit, "usd_per_hour"),
+        usd_per_million_tokens=said(fit, "usd_per_million_tokens"),
+        duration_seconds=said(fit, "duration_seconds"),
+        unsuited=fit.unsuited,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from coordinator.cli import checkpoints, completion, jobs, logs, nodes, simulate, submit
+from coordinator.cli import checkpoints, completion, fit, jobs, logs, nodes, simulate, submit
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
@@ -89,6 +89,7 @@ def cli() -> None:
 
 for _command in (
     submit.submit,
+    fit.fit,
     jobs.jobs,
     jobs.job,
     logs.logs,

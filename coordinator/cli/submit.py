@@ -257,7 +257,7 @@ def submit(
     wanted = jobfile.from_flags({**flags, "command": command})
     if job_file is not None:
         wanted = jobfile.overlay(jobfile.read(job_file), wanted)
-    spec = jobfile.to_spec(wanted, _here())
+    spec = jobfile.to_spec(wanted, here())
     as_json = settings_of(context).as_json
     with connect(context) as client:
         submission = client.submit(spec, request_id)
@@ -274,15 +274,16 @@ def submit(
             _follow(client, submission.job_id, as_json=as_json)
 
 
-def _here() -> Path:
+def here() -> Path:
+    """The current directory. Raises `BadInput` where it cannot be named."""
     try:
-        here = Path.cwd()
-        str(here).encode()
+        found = Path.cwd()
+        str(found).encode()
     except FileNotFoundError as error:
         raise BadInput("the current directory does not exist any more; go to another") from error
     except UnicodeEncodeError as error:
         raise BadInput("the current directory's name is not UTF-8 text") from error
-    return here
+    return found
 
 
 def _job_file(words: tuple[str, ...]) -> Path | None:

@@ -347,3 +347,51 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     text: str
     notice: str
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Dimensions of a language model."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    gated: bool
+    tied: bool
+
+
+class FitSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """The median, and within what it lies eight times of ten."""
+
+    steps_per_second: float
+    steps_per_second_low: float
+    steps_per_second_high: float
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """A job on one type of GPU; `None` is not known, and a sentence says why. `fitting` is fits,
+    accumulates, does_not_fit, or `None`."""
+
+    gpu_type: str
+    memory_bytes: int
+    gpus: int
+    gpus_of_job: int
+    speed: FitSpeed | None
+    speed_why: str
+    fitting: str | None
+    memory_why: str
+    memory_needed_bytes: int | None
+    samples_at_once: int | None
+    tokens_per_step: int | None
+    usd_per_hour: float | None
+    usd_per_million_tokens: float | None
+    duration_seconds: float | None
+    unsuited: str
+
+
+class FitReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `baton fit` answers. `prices_source`: of prices that were not given."""
+
+    fits: list[Fit]
+    prices_source: str

@@ -12,6 +12,7 @@ from dataclasses import replace
 from coordinator.core import (
     attempts,
     checkpoints,
+    fit,
     gangs,
     health,
     jobs,
@@ -27,6 +28,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
     AgentEvent,
     AgentMessage,
@@ -125,6 +127,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.requeue(state, now, body)
         case ExplainJob():
             return jobs.explain_job(state, now, body)
+        case FitJob():
+            return fit.answer(state, now, body)
         case ListCheckpoints():
             return retention.list_checkpoints(state, body)
         case PinCheckpoint():

@@ -14,6 +14,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
 from coordinator.core.link_messages import EventAck as EventAck
 from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
@@ -116,6 +117,7 @@ RequestBody = (
     | ReleaseJob
     | RequeueJob
     | ExplainJob
+    | FitJob
     | ListCheckpoints
     | PinCheckpoint
     | UnpinCheckpoint
@@ -457,9 +459,8 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-Answer = (
-    Refusal | Submitted | JobView | JobPage | Explanation | CheckpointPage | NodePage | NodeView
-)
+_Page = JobPage | CheckpointPage | NodePage | FitPage
+Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,15 @@ from protos.baton.v1 import checkpoints_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
 
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
-    *("ExplainJob", "ListJobEvents", "ListNodes", "CordonNode", "DrainNode", "UncordonNode"),
+    *(
+        "ExplainJob",
+        "FitJob",
+        "ListJobEvents",
+        "ListNodes",
+        "CordonNode",
+        "DrainNode",
+        "UncordonNode",
+    ),
     "SetTelemetryRate",
 )
 CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
     Answer,
@@ -330,6 +331,8 @@ def _answer(answer: Answer) -> str:
         case JobPage():
             shown = ", ".join(f"{view.job.id} {view.job.phase.value}" for view in answer.jobs)
             return f"jobs {shown or 'none'}; next {answer.next_before_job_id}"
+        case FitPage():
+            return f"fits {', '.join(fit.gpu_type for fit in answer.fits) or 'nothing'}"
         case CheckpointPage():
             shown = "; ".join(_kept(view) for view in answer.checkpoints)
             return f"checkpoints {shown or 'none'}"

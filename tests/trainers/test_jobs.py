@@ -157,7 +157,7 @@ def test_the_command_says_when_nothing_fits(
     job = {"model": "model", "tokenizer": "bytes", "train_data": "text", "window_tokens": 16}
     (text_folder / "job.json").write_text(json.dumps({**job, "steps": 2}))
     arguments = ["--config", str(text_folder / "job.json")]
-    assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_FAILURE
+    assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_OUT_OF_MEMORY
     assert "out of memory in step 1 with a single sample: shorten" in capsys.readouterr().err
 
 

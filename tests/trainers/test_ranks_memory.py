@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.trainers import tasks
 from tests.trainers.gang import Ended, Host
 from tests.trainers.test_ranks import PLAIN, RANDOM, SAVED, STEPS, close, only, parts
-from trainers import microbatch
+from trainers import microbatch, start
 from trainers.guard import Guard
 from trainers.ranks import ALONE, Vote, World, decide
 
@@ -122,7 +122,7 @@ def test_out_of_memory_of_adapters_and_in_evaluations(host: Host) -> None:
 
 def test_out_of_memory_with_a_single_sample_ends_all_ranks(host: Host) -> None:
     for rank in host.run(2, **FULL, fitting=0):
-        assert rank.status == 1
+        assert rank.status == start.EXIT_OUT_OF_MEMORY
         assert rank.err.splitlines()[-1] == (
             "out of memory in step 2 with a single sample on each rank: give the job more ranks,"
             " shorten the samples or ask for GPUs with more memory"
@@ -131,7 +131,7 @@ def test_out_of_memory_with_a_single_sample_ends_all_ranks(host: Host) -> None:
 
 def test_out_of_memory_that_nobody_expected_says_what_fits_and_ends_the_gang(host: Host) -> None:
     ranks = host.run(2, **PLAIN, full_rank=1, full_from=3)
-    assert ranks[1].status == 1
+    assert ranks[1].status == start.EXIT_OUT_OF_MEMORY
     assert ranks[1].err.splitlines()[-1] == (
         "out of memory in step 3 with 4 samples at once, where it had been enough, and the others"
         " wait: set batch_size = 2 and accumulate = 4, which trains the same"

@@ -13,6 +13,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -23,6 +24,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Fitting:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FittingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fitting.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FITTING_UNSPECIFIED: _Fitting.ValueType  # 0
+    """Not known; memory_why says why."""
+    FITTING_FITS: _Fitting.ValueType  # 1
+    """With as many samples at once as it says."""
+    FITTING_ACCUMULATES: _Fitting.ValueType  # 2
+    """With fewer samples at once, whose gradients add up: it trains the same."""
+    FITTING_DOES_NOT_FIT: _Fitting.ValueType  # 3
+
+class Fitting(_Fitting, metaclass=_FittingEnumTypeWrapper):
+    """Whether a job fits into the memory of a GPU."""
+
+FITTING_UNSPECIFIED: Fitting.ValueType  # 0
+"""Not known; memory_why says why."""
+FITTING_FITS: Fitting.ValueType  # 1
+"""With as many samples at once as it says."""
+FITTING_ACCUMULATES: Fitting.ValueType  # 2
+"""With fewer samples at once, whose gradients add up: it trains the same."""
+FITTING_DOES_NOT_FIT: Fitting.ValueType  # 3
+Global___Fitting: _TypeAlias = Fitting  # noqa: Y015
 
 @_typing.final
 class SubmitRequest(_message.Message):
@@ -373,6 +400,266 @@ class ExplainJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainJobResponse: _TypeAlias = ExplainJobResponse  # noqa: Y015
+
+@_typing.final
+class ModelFacts(_message.Message):
+    """Dimensions of the language model that a job trains. All are at least 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    INTERMEDIATE_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    GATED_FIELD_NUMBER: _builtins.int
+    TIED_FIELD_NUMBER: _builtins.int
+    parameters: _builtins.int
+    layers: _builtins.int
+    hidden: _builtins.int
+    """Width between layers."""
+    intermediate: _builtins.int
+    """Width within an MLP."""
+    vocabulary: _builtins.int
+    gated: _builtins.bool
+    """The MLP has a gate beside it."""
+    tied: _builtins.bool
+    """The last layer is the table of tokens."""
+    def __init__(
+        self,
+        *,
+        parameters: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        hidden: _builtins.int = ...,
+        intermediate: _builtins.int = ...,
+        vocabulary: _builtins.int = ...,
+        gated: _builtins.bool = ...,
+        tied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gated", b"gated", "hidden", b"hidden", "intermediate", b"intermediate", "layers", b"layers", "parameters", b"parameters", "tied", b"tied", "vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFacts: _TypeAlias = ModelFacts  # noqa: Y015
+
+@_typing.final
+class FitJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UsdPerGpuHourEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MODEL_WHY_FIELD_NUMBER: _builtins.int
+    USD_PER_GPU_HOUR_FIELD_NUMBER: _builtins.int
+    model_why: _builtins.str
+    """A part of a sentence, without full stop; used where model is absent."""
+    @_builtins.property
+    def spec(self) -> _types_pb2.JobSpec: ...
+    @_builtins.property
+    def model(self) -> Global___ModelFacts:
+        """Absent: not known, and model_why says why."""
+
+    @_builtins.property
+    def usd_per_gpu_hour(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """US dollars an hour of one GPU, by a part of its name; they come before the coordinator's own
+        table, the longest name that matches first. Finite and not negative; at most 64.
+        """
+
+    def __init__(
+        self,
+        *,
+        spec: _types_pb2.JobSpec | None = ...,
+        model: Global___ModelFacts | None = ...,
+        model_why: _builtins.str = ...,
+        usd_per_gpu_hour: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "model_why", b"model_why", "spec", b"spec", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___FitJobRequest: _TypeAlias = FitJobRequest  # noqa: Y015
+
+@_typing.final
+class FitSpeed(_message.Message):
+    """Steps a second."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    STEPS_PER_SECOND_LOW_FIELD_NUMBER: _builtins.int
+    STEPS_PER_SECOND_HIGH_FIELD_NUMBER: _builtins.int
+    steps_per_second: _builtins.float
+    """The median."""
+    steps_per_second_low: _builtins.float
+    """It lies between the two eight times of ten."""
+    steps_per_second_high: _builtins.float
+    def __init__(
+        self,
+        *,
+        steps_per_second: _builtins.float = ...,
+        steps_per_second_low: _builtins.float = ...,
+        steps_per_second_high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps_per_second", b"steps_per_second", "steps_per_second_high", b"steps_per_second_high", "steps_per_second_low", b"steps_per_second_low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FitSpeed: _TypeAlias = FitSpeed  # noqa: Y015
+
+@_typing.final
+class Fit(_message.Message):
+    """A job on one type of GPU of the fleet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    GPUS_OF_JOB_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
+    SPEED_WHY_FIELD_NUMBER: _builtins.int
+    FITTING_FIELD_NUMBER: _builtins.int
+    MEMORY_WHY_FIELD_NUMBER: _builtins.int
+    MEMORY_NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    SAMPLES_AT_ONCE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_STEP_FIELD_NUMBER: _builtins.int
+    USD_PER_HOUR_FIELD_NUMBER: _builtins.int
+    USD_PER_MILLION_TOKENS_FIELD_NUMBER: _builtins.int
+    DURATION_SECONDS_FIELD_NUMBER: _builtins.int
+    UNSUITED_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    """As the driver calls it."""
+    memory_bytes: _builtins.int
+    gpus: _builtins.int
+    """How many of them the fleet has that take work at present, whoever holds them."""
+    gpus_of_job: _builtins.int
+    """How many the job takes."""
+    speed_why: _builtins.str
+    """What the speed is from, or why there is none."""
+    fitting: Global___Fitting.ValueType
+    memory_why: _builtins.str
+    memory_needed_bytes: _builtins.int
+    """Of each GPU, with samples_at_once."""
+    samples_at_once: _builtins.int
+    tokens_per_step: _builtins.int
+    """Of all ranks together. Absent: not known."""
+    usd_per_hour: _builtins.float
+    """Of all its GPUs. Absent: no price is known."""
+    usd_per_million_tokens: _builtins.float
+    duration_seconds: _builtins.float
+    """All its steps, without waiting, restarts or evaluations."""
+    unsuited: _builtins.str
+    """Why it would not be placed there; empty: it would."""
+    @_builtins.property
+    def speed(self) -> Global___FitSpeed:
+        """Absent: not known, or it does not fit."""
+
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+        gpus: _builtins.int = ...,
+        gpus_of_job: _builtins.int = ...,
+        speed: Global___FitSpeed | None = ...,
+        speed_why: _builtins.str = ...,
+        fitting: Global___Fitting.ValueType = ...,
+        memory_why: _builtins.str = ...,
+        memory_needed_bytes: _builtins.int | None = ...,
+        samples_at_once: _builtins.int | None = ...,
+        tokens_per_step: _builtins.int | None = ...,
+        usd_per_hour: _builtins.float | None = ...,
+        usd_per_million_tokens: _builtins.float | None = ...,
+        duration_seconds: _builtins.float | None = ...,
+        unsuited: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_seconds", b"_duration_seconds", "_memory_needed_bytes", b"_memory_needed_bytes", "_samples_at_once", b"_samples_at_once", "_speed", b"_speed", "_tokens_per_step", b"_tokens_per_step", "_usd_per_hour", b"_usd_per_hour", "_usd_per_million_tokens", b"_usd_per_million_tokens", "duration_seconds", b"duration_seconds", "memory_needed_bytes", b"memory_needed_bytes", "samples_at_once", b"samples_at_once", "speed", b"speed", "tokens_per_step", b"tokens_per_step", "usd_per_hour", b"usd_per_hour", "usd_per_million_tokens", b"usd_per_million_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_seconds", b"_duration_seconds", "_memory_needed_bytes", b"_memory_needed_bytes", "_samples_at_once", b"_samples_at_once", "_speed", b"_speed", "_tokens_per_step", b"_tokens_per_step", "_usd_per_hour", b"_usd_per_hour", "_usd_per_million_tokens", b"_usd_per_million_tokens", "duration_seconds", b"duration_seconds", "fitting", b"fitting", "gpu_type", b"gpu_type", "gpus", b"gpus", "gpus_of_job", b"gpus_of_job", "memory_bytes", b"memory_bytes", "memory_needed_bytes", b"memory_needed_bytes", "memory_why", b"memory_why", "samples_at_once", b"samples_at_once", "speed", b"speed", "speed_why", b"speed_why", "tokens_per_step", b"tokens_per_step", "unsuited", b"unsuited", "usd_per_hour", b"usd_per_hour", "usd_per_million_tokens", b"usd_per_million_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_seconds: _TypeAlias = _typing.Literal["duration_seconds"]  # noqa: Y015
+    _WhichOneofArgType__duration_seconds: _TypeAlias = _typing.Literal["_duration_seconds", b"_duration_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__memory_needed_bytes: _TypeAlias = _typing.Literal["memory_needed_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_needed_bytes: _TypeAlias = _typing.Literal["_memory_needed_bytes", b"_memory_needed_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__samples_at_once: _TypeAlias = _typing.Literal["samples_at_once"]  # noqa: Y015
+    _WhichOneofArgType__samples_at_once: _TypeAlias = _typing.Literal["_samples_at_once", b"_samples_at_once"]  # noqa: Y015
+    _WhichOneofReturnType__speed: _TypeAlias = _typing.Literal["speed"]  # noqa: Y015
+    _WhichOneofArgType__speed: _TypeAlias = _typing.Literal["_speed", b"_speed"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_step: _TypeAlias = _typing.Literal["tokens_per_step"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_step: _TypeAlias = _typing.Literal["_tokens_per_step", b"_tokens_per_step"]  # noqa: Y015
+    _WhichOneofReturnType__usd_per_hour: _TypeAlias = _typing.Literal["usd_per_hour"]  # noqa: Y015
+    _WhichOneofArgType__usd_per_hour: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour"]  # noqa: Y015
+    _WhichOneofReturnType__usd_per_million_tokens: _TypeAlias = _typing.Literal["usd_per_million_tokens"]  # noqa: Y015
+    _WhichOneofArgType__usd_per_million_tokens: _TypeAlias = _typing.Literal["_usd_per_million_tokens", b"_usd_per_million_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_seconds) -> _WhichOneofReturnType__duration_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_needed_bytes) -> _WhichOneofReturnType__memory_needed_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__samples_at_once) -> _WhichOneofReturnType__samples_at_once | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speed) -> _WhichOneofReturnType__speed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_step) -> _WhichOneofReturnType__tokens_per_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__usd_per_hour) -> _WhichOneofReturnType__usd_per_hour | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__usd_per_million_tokens) -> _WhichOneofReturnType__usd_per_million_tokens | None: ...
+
+Global___Fit: _TypeAlias = Fit  # noqa: Y015
+
+@_typing.final
+class FitJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FITS_FIELD_NUMBER: _builtins.int
+    PRICES_SOURCE_FIELD_NUMBER: _builtins.int
+    prices_source: _builtins.str
+    """Where and when prices were read that the request did not give."""
+    @_builtins.property
+    def fits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fit]:
+        """By gpu_type."""
+
+    def __init__(
+        self,
+        *,
+        fits: _abc.Iterable[Global___Fit] | None = ...,
+        prices_source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits", b"fits", "prices_source", b"prices_source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FitJobResponse: _TypeAlias = FitJobResponse  # noqa: Y015
 
 @_typing.final
 class ListJobEventsRequest(_message.Message):

@@ -74,6 +74,11 @@ class JobServiceStub:
                 request_serializer=baton_dot_v1_dot_jobs__pb2.ExplainJobRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_jobs__pb2.ExplainJobResponse.FromString,
                 _registered_method=True)
+        self.FitJob = channel.unary_unary(
+                '/baton.v1.JobService/FitJob',
+                request_serializer=baton_dot_v1_dot_jobs__pb2.FitJobRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_jobs__pb2.FitJobResponse.FromString,
+                _registered_method=True)
         self.ListJobEvents = channel.unary_unary(
                 '/baton.v1.JobService/ListJobEvents',
                 request_serializer=baton_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
@@ -145,6 +150,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FitJob(self, request, context):
+        """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
+        submitted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobEvents(self, request, context):
         """The job's history, oldest first.
         """
@@ -201,6 +214,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ExplainJob,
                     request_deserializer=baton_dot_v1_dot_jobs__pb2.ExplainJobRequest.FromString,
                     response_serializer=baton_dot_v1_dot_jobs__pb2.ExplainJobResponse.SerializeToString,
+            ),
+            'FitJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.FitJob,
+                    request_deserializer=baton_dot_v1_dot_jobs__pb2.FitJobRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_jobs__pb2.FitJobResponse.SerializeToString,
             ),
             'ListJobEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobEvents,
@@ -429,6 +447,33 @@ class JobService:
             '/baton.v1.JobService/ExplainJob',
             baton_dot_v1_dot_jobs__pb2.ExplainJobRequest.SerializeToString,
             baton_dot_v1_dot_jobs__pb2.ExplainJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FitJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.JobService/FitJob',
+            baton_dot_v1_dot_jobs__pb2.FitJobRequest.SerializeToString,
+            baton_dot_v1_dot_jobs__pb2.FitJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

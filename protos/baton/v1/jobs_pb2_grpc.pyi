@@ -53,6 +53,10 @@ class JobServiceStub:
     """
     ExplainJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ExplainJobRequest, _jobs_pb2.ExplainJobResponse]
     """Why it waits or why it runs there, in one sentence with numbers."""
+    FitJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.FitJobRequest, _jobs_pb2.FitJobResponse]
+    """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
+    submitted.
+    """
     ListJobEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]
     """The job's history, oldest first."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_jobs_pb2.StreamLogsRequest, _jobs_pb2.StreamLogsResponse]
@@ -78,6 +82,10 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     ExplainJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ExplainJobRequest, _jobs_pb2.ExplainJobResponse]  # type: ignore[assignment]
     """Why it waits or why it runs there, in one sentence with numbers."""
+    FitJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.FitJobRequest, _jobs_pb2.FitJobResponse]  # type: ignore[assignment]
+    """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
+    submitted.
+    """
     ListJobEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]  # type: ignore[assignment]
     """The job's history, oldest first."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_jobs_pb2.StreamLogsRequest, _jobs_pb2.StreamLogsResponse]  # type: ignore[assignment]
@@ -148,6 +156,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ExplainJobResponse, _abc.Awaitable[_jobs_pb2.ExplainJobResponse]]:
         """Why it waits or why it runs there, in one sentence with numbers."""
+
+    @_abc_1.abstractmethod
+    def FitJob(
+        self,
+        request: _jobs_pb2.FitJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.FitJobResponse, _abc.Awaitable[_jobs_pb2.FitJobResponse]]:
+        """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
+        submitted.
+        """
 
     @_abc_1.abstractmethod
     def ListJobEvents(
