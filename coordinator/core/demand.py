@@ -9,13 +9,11 @@ eighth of the window is new, and then at the next pass: a burst of submissions c
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from coordinator.core import shares
-from coordinator.core.fragmentation import PARTS, Ask, Box, Kind, Mix
+from coordinator.core.fragmentation import PARTS, Ask, Kind, Mix
 from coordinator.core.model import GpuFacts, Job, JobSpec
-from coordinator.core.rooms import Room
-from coordinator.core.shares import Hold
 from coordinator.core.validate import suits
 
 # A day or a week of most fleets; of one that is busier, what it does now.
@@ -70,23 +68,4 @@ def parts_of(ask: Ask, kind: Kind) -> int:
     if not suits(wants, gpu):
         return 0
     share_bytes = wants.shared_gpu_memory_bytes
-    return -(-share_bytes * PARTS // shares.shareable_bytes(gpu)) if share_bytes else PARTS
-
-
-def box_of(room: Room, spec: JobSpec | None = None, ranks: Sequence[tuple[str, ...]] = ()) -> Box:
-    """What is left of a node; with a job, what would be if its ranks had these GPUs as well."""
-    taken = [uuid for gpu_uuids in ranks for uuid in gpu_uuids]
-    share_bytes = spec.shared_gpu_memory_bytes if spec is not None else 0
-    gpus = []
-    for gpu in room.offer.gpus:
-        parts = PARTS if gpu.uuid in room.free else 0
-        holds = room.holds.get(gpu.uuid, ())
-        if gpu.uuid in taken:
-            holds, parts = (*holds, Hold("", share_bytes)), 0
-        if holds and room.offer.shares:
-            room_bytes = shares.left_bytes(gpu, holds)
-            parts = room_bytes * PARTS // shares.shareable_bytes(gpu) if room_bytes else 0
-        if parts:
-            gpus.append(((gpu.memory_bytes, gpu.name), parts))
-    need_bytes = spec.memory_bytes * len(ranks) if spec is not None else 0
-    return Box((max(0, room.memory_bytes - need_bytes),), tuple(sorted(gpus)))
+    return -(-share_bytes * PARTS // max(1, shares.shareable_bytes(gpu))) if share_bytes else PARTS

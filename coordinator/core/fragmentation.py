@@ -71,6 +71,7 @@ class Mix:
         self._ladders: dict[tuple[Kind, tuple[int, ...]], tuple[list[int], list[int]]] = {}
         self._wholes: dict[tuple[tuple[Kind, ...], tuple[int, ...]], int] = {}
         self._costs: dict[Box, int] = {}
+        self._fitting: dict[Box, int] = {}
 
     def increase(self, before: Box, after: Box) -> int:
         """What a change of a node costs those who come next; the least is the best."""
@@ -122,8 +123,17 @@ class Mix:
 
     def fitting(self, box: Box) -> int:
         """How many of the requests of the mix fit there; of `total`."""
-        fits = (count for ask, count in self._asks if any(afters_of(box, ask, self._parts)))
-        return sum(fits)
+        found = self._fitting.get(box)
+        if found is None:
+            if len(self._fitting) >= STATES_MAX:
+                self._fitting.clear()
+            found = sum(count for ask, count in self._asks if self._fits(box, ask))
+            self._fitting[box] = found
+        return found
+
+    def _fits(self, box: Box, ask: Ask) -> bool:
+        able = sum(1 for kind, left in box.gpus if 0 < self._parts(ask, kind) <= left)
+        return able >= ask.gpus and _feeds(box.host, ask)
 
     def _ranks(self, host: tuple[int, ...]) -> tuple[int, ...]:
         pairs = zip(self._steps, host, strict=False)
