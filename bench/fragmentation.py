@@ -134,20 +134,40 @@ def arrivals(workload: Workload, chance: random.Random) -> list[Ask]:
 
 
 def allocated_percent(workload: Workload, pods: Sequence[Ask], chooser: "_Chooser") -> float:
-    """Nodes in equal states are one candidate; only what a start changes is looked at anew."""
-    boxes = Counter(workload.nodes)
+    """Of all capacity, when all have come."""
+    fleet = _Fleet(workload.nodes)
     given = 0
     for pod in pods:
-        chosen = chooser.choose(boxes, pod)
-        if chosen is None:
-            continue
-        before, after = chosen
-        boxes[before] -= 1
-        if not boxes[before]:
-            del boxes[before]
-        boxes[after] += 1
-        given += _asked(pod)
+        chosen = chooser.choose(fleet, pod)
+        if chosen is not None:
+            fleet.change(*chosen)
+            given += _asked(pod)
     return 100 * given / workload.parts
+
+
+class _Fleet:
+    """How many nodes are in which state: nodes in equal states are one candidate. States have
+    numbers, since to look a number up costs less than to look up what is left of eight GPUs."""
+
+    def __init__(self, nodes: Sequence[Box]) -> None:
+        self.states: list[Box] = []
+        self.counts: dict[int, int] = {}
+        self._numbers: dict[Box, int] = {}
+        for box in nodes:
+            self._add(box)
+
+    def change(self, before: int, after: Box) -> None:
+        """One node's state."""
+        self.counts[before] -= 1
+        if not self.counts[before]:
+            del self.counts[before]
+        self._add(after)
+
+    def _add(self, box: Box) -> None:
+        number = self._numbers.setdefault(box, len(self.states))
+        if number == len(self.states):
+            self.states.append(box)
+        self.counts[number] = self.counts.get(number, 0) + 1
 
 
 def parts_of(ask: Ask, kind: Kind) -> int:
@@ -169,23 +189,25 @@ def _asked(pod: Ask) -> int:
 
 
 class _Chooser:
-    """The best of all states that nodes are in; what a state is worth for a pod is remembered."""
+    """The best of all states that nodes are in; what a state is worth for a pod is remembered, so
+    that only what a start has changed is looked at anew."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._known: dict[Ask, dict[Box, Choice | None]] = {}
+        self._known: dict[Ask, dict[int, Choice | None]] = {}
 
-    def choose(self, boxes: Counter[Box], pod: Ask) -> tuple[Box, Box] | None:
+    def choose(self, fleet: _Fleet, pod: Ask) -> tuple[int, Box] | None:
         known = self._known.setdefault(pod, {})
-        best: tuple[Choice, Box] | None = None
-        for box in boxes:
-            if box in known:
-                choice = known[box]
+        best: Choice | None = None
+        where = 0
+        for number in fleet.counts:
+            if number in known:
+                choice = known[number]
             else:
-                choice = known[box] = self.policy(box, pod)
-            if choice is not None and (best is None or choice[:2] < best[0][:2]):
-                best = (choice, box)
-        return None if best is None else (best[1], best[0][2])
+                choice = known[number] = self.policy(fleet.states[number], pod)
+            if choice is not None and (best is None or choice[:2] < best[:2]):
+                best, where = choice, number
+        return None if best is None else (where, best[2])
 
     def forget(self) -> None:
         self._known.clear()
@@ -199,13 +221,13 @@ class _Learner(_Chooser):
         self._mix = self._demand.mix()
         super().__init__(_least_increase(self._mix))
 
-    def choose(self, boxes: Counter[Box], pod: Ask) -> tuple[Box, Box] | None:
+    def choose(self, fleet: _Fleet, pod: Ask) -> tuple[int, Box] | None:
         self._demand.note(pod)
         if self._demand.mix() is not self._mix:
             self._mix = self._demand.mix()
             self.policy = _least_increase(self._mix)
             self.forget()
-        return super().choose(boxes, pod)
+        return super().choose(fleet, pod)
 
 
 class _Dice(_Chooser):
@@ -214,17 +236,17 @@ class _Dice(_Chooser):
     def __init__(self, chance: random.Random) -> None:
         super().__init__(best_fit)
         self._chance = chance
-        self._afters: dict[Ask, dict[Box, tuple[Box, ...]]] = {}
+        self._afters: dict[Ask, dict[int, tuple[Box, ...]]] = {}
 
-    def choose(self, boxes: Counter[Box], pod: Ask) -> tuple[Box, Box] | None:
+    def choose(self, fleet: _Fleet, pod: Ask) -> tuple[int, Box] | None:
         known = self._afters.setdefault(pod, {})
-        for box in boxes:
-            if box not in known:
-                known[box] = tuple(afters_of(box, pod, parts_of))
-        able = [box for box in boxes if known[box]]
+        for number in fleet.counts:
+            if number not in known:
+                known[number] = tuple(afters_of(fleet.states[number], pod, parts_of))
+        able = [number for number in fleet.counts if known[number]]
         if not able:
             return None
-        before = self._chance.choices(able, [boxes[box] for box in able])[0]
+        before = self._chance.choices(able, [fleet.counts[number] for number in able])[0]
         return before, self._chance.choice(known[before])
 
 
