@@ -89,6 +89,7 @@ class Coordinator:
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
+        self.state.demand.note_jobs(snapshot.jobs)
         leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
@@ -265,6 +266,7 @@ def _decide(state: State, now: Instant) -> None:
     While somebody is leaving for somebody else, what is free may be kept for that job, and only a
     whole pass knows.
     """
+    state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     whole = state.dirty or _leaving(state)
     considered = state.queued if whole else state.fresh
     queue = _in_turn(state, considered)
@@ -284,7 +286,7 @@ def _decide(state: State, now: Instant) -> None:
             avoid = state.avoid.get(job.id, "")
             needs.append(Need(job.id, job.spec, replicas, avoid, near))
     # Nodes come and go, and report, far more often than somebody waits for them.
-    plan = place(needs, _offers(state)) if needs else None
+    plan = place(needs, _offers(state), state.demand.mix()) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)

@@ -8,7 +8,8 @@ The pass, in five lines:
 1. Jobs in order of class, then of submission; a job that returns to the queue keeps its number and
    so its old place.
 2. A job takes the node that fits it, preferring one that holds its last checkpoint, then one
-   that has most of it, then the tightest fit, then the name (of GPUs that are shared: `shares.py`).
+   that has most of it, then the one where others lose least by it (`fragmentation.py`), then the
+   tightest fit, then the name (of GPUs that are shared, those that are shared already first).
    A gang takes all its places or none:
    one node's if it fits there, else the fewest nodes', the fullest offers first and the rest where
    it fits tightest.
@@ -28,6 +29,7 @@ waits for a spare one.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Room, Tenant, most_left_bytes, open_room
 from coordinator.core.shares import SHARERS_MAX
@@ -90,9 +92,10 @@ class Plan:
 _Spread = list[tuple[Room, list[tuple[str, ...]]]]
 
 
-def place(needs: Sequence[Need], offers: Sequence[Offer]) -> Plan:
-    """Decide for the whole queue. `needs` must be in order of class and submission."""
-    rooms = [open_room(offer) for offer in sorted(offers, key=lambda offer: offer.node)]
+def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
+    """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
+    has been asked for lately."""
+    rooms = [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -183,12 +186,13 @@ def _fewest_nodes(need: Need, offered: _Spread) -> _Spread | None:
 
 def _tightness(
     need: Need, room: Room, shares: Sequence[tuple[str, ...]]
-) -> tuple[bool, bool, int, int, int, str]:
+) -> tuple[bool, bool, int, int, int, int, str]:
     """Who is near and has not got the last checkpoint has most of it from those before."""
     node, spec = room.offer.node, need.spec
     left = len(room.free) - len(shares) * spec.gpus if spec.gpus else -room.slots
-    shared = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
-    return (node not in need.replicas, node not in need.near, *shared, left, node)
+    opens, fit = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
+    increase = room.increase(spec, shares)
+    return (node not in need.replicas, node not in need.near, opens, increase, fit, left, node)
 
 
 def _why_here(need: Need, spread: _Spread) -> str:
@@ -211,9 +215,26 @@ def _why_here(need: Need, spread: _Spread) -> str:
         return f"runs on {where_}, where its last checkpoint lies"
     if node in need.near:
         return f"runs on {where_}, where most of its last checkpoint lies"
-    if need.spec.gpus == 0:
+    if need.spec.gpus == 0 and not (need.spec.memory_bytes and room.mix and room.mix.total):
         return f"runs on {where_}, which has the most free places"
+    leaves = _leaves(need.spec, room, shares)
+    if leaves:
+        return f"runs on {where_} and leaves {leaves}"
+    if need.spec.gpus == 0:
+        return f"runs on {where_}, where no GPU is free that could need its memory"
     return f"runs on {where_}, the tightest fit"
+
+
+def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str:
+    """What is then free of the node, and to whom it is of use: why it is this node. Empty where
+    nobody can say, or nothing is left: nothing fits tighter."""
+    after = room.box(spec, shares)
+    if room.mix is None or not room.mix.total or not after.left:
+        return ""
+    percent = 100 * room.mix.fitting(after) // room.mix.total
+    gpus = f"{after.left / PARTS:.2f}" if after.left % PARTS else str(after.left // PARTS)
+    unit = "GPU" if after.left == PARTS else "GPUs"
+    return f"{gpus} {unit} there, of use to {percent}% of recent requests"
 
 
 def _listed(words: Sequence[str]) -> str:

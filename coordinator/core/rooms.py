@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.core import shares
+from coordinator.core.fragmentation import PARTS, Box, Mix
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
 from coordinator.core.validate import suits
@@ -56,7 +57,8 @@ class Offer:
 @dataclass(slots=True)
 class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
-    is kept for somebody in this pass."""
+    is kept for somebody in this pass. `mix`: what is asked for lately; `increases` is what
+    `increase` has answered since the last change."""
 
     offer: Offer
     free: dict[str, GpuFacts]
@@ -64,6 +66,8 @@ class Room:
     slots: int
     tenants: dict[str, Tenant] = field(default_factory=dict)
     holds: dict[str, tuple[Hold, ...]] = field(default_factory=dict)
+    mix: Mix | None = None
+    increases: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
@@ -104,7 +108,36 @@ class Room:
         gpu = next(gpu for gpu in self.offer.gpus if gpu.uuid == uuid)
         return shares.rank(gpu, self.holds.get(uuid, ()), spec.shared_gpu_memory_bytes)
 
+    def increase(self, spec: JobSpec, ranks: Sequence[tuple[str, ...]]) -> int:
+        """What it costs those who come next when ranks of a job get these GPUs."""
+        if self.mix is None or not self.mix.total:
+            return 0
+        key = (spec.memory_bytes, spec.shared_gpu_memory_bytes, *ranks)
+        found = self.increases.get(key)
+        if found is None:
+            found = self.mix.increase(self.box(), self.box(spec, ranks))
+            self.increases[key] = found
+        return found
+
+    def box(self, spec: JobSpec | None = None, ranks: Sequence[tuple[str, ...]] = ()) -> Box:
+        """What is left; with a job, what would be if its ranks had these GPUs as well."""
+        taken = [uuid for gpu_uuids in ranks for uuid in gpu_uuids]
+        gpus = []
+        for gpu in self.offer.gpus:
+            holds = self.holds.get(gpu.uuid, ())
+            if spec is not None and gpu.uuid in taken:
+                holds = (*holds, Hold("", spec.shared_gpu_memory_bytes))
+            parts = PARTS if gpu.uuid in self.free and not holds else 0
+            if holds and self.offer.shares:
+                left_bytes = shares.left_bytes(gpu, holds)
+                parts = left_bytes * PARTS // max(1, shares.shareable_bytes(gpu))
+            if parts:
+                gpus.append(((gpu.memory_bytes, gpu.name), parts))
+        need_bytes = spec.memory_bytes * len(ranks) if spec is not None else 0
+        return Box((max(0, self.memory_bytes - need_bytes),), tuple(sorted(gpus)))
+
     def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
+        self.increases.clear()
         for uuid in gpu_uuids:
             self.free.pop(uuid, None)
             hold = Hold("", spec.shared_gpu_memory_bytes)
@@ -130,10 +163,10 @@ class Room:
                         free[uuid] = facts[uuid]
             memory_bytes += tenant.memory_bytes
             slots += 0 if tenant.gpu_uuids else 1
-        return Room(self.offer, free, memory_bytes, slots, holds=holds)
+        return Room(self.offer, free, memory_bytes, slots, holds=holds, mix=self.mix)
 
 
-def open_room(offer: Offer) -> Room:
+def open_room(offer: Offer, mix: Mix | None = None) -> Room:
     facts = {gpu.uuid: gpu for gpu in offer.gpus}
     used_bytes = sum(tenant.memory_bytes for tenant in offer.tenants)
     used_slots = sum(1 for tenant in offer.tenants if not tenant.gpu_uuids)
@@ -149,6 +182,7 @@ def open_room(offer: Offer) -> Room:
         offer.slots - used_slots,
         {tenant.attempt: tenant for tenant in offer.tenants},
         holds,
+        mix,
     )
 
 

@@ -8,8 +8,8 @@ So a job says the most that it will take, and is held to it by its node's agent.
 
 1. The shares of a GPU add up to at most `SHARES_PERCENT_MAX` of its memory, and are at most
    `SHARERS_MAX`. A job that has its GPU alone stands beside nobody.
-2. A job goes where there are sharers already, and of those GPUs to the one that it fits tightest;
-   else to the smallest free one. So whole GPUs stay free for those who need whole ones.
+2. A job goes where there are sharers already, and of a node's GPUs to the one that it fits
+   tightest; else to the smallest free one. So whole GPUs stay free for those who need whole ones.
 """
 
 from collections.abc import Iterable, Sequence

@@ -12,6 +12,7 @@ coordinator begins without it.
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import traces
+from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
 from coordinator.core.messages import (
     AgentOrder,
@@ -133,8 +134,8 @@ class LiveNode:
 class State:
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.leader_epoch = 0
-        self.last_job_id = 0
+        self.leader_epoch = self.last_job_id = 0
+        self.demand = Demand()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}
         self.job_attempts: dict[int, list[str]] = {}

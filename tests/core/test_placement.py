@@ -5,15 +5,18 @@ are drawn, and the plan is checked by counting, not by a second scheduler.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core.demand import ask_of, parts_of
+from coordinator.core.fragmentation import Mix
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
 from coordinator.core.placement import Need, Place, Plan, place
-from coordinator.core.rooms import Offer, Tenant
+from coordinator.core.rooms import Offer, Tenant, open_room
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.validate import suits
 from tests.core.coordinator_harness import GIGABYTE
@@ -87,9 +90,16 @@ def _places(plan: Plan) -> list[tuple[int, Place]]:
     return [(start.job_id, share) for start in plan.starts for share in start.places]
 
 
-@given(queues(), offers())
-def test_nothing_is_placed_over_capacity(needs: list[Need], fleet: list[Offer]) -> None:
-    plan = place(needs, fleet)
+def _mix_of(specs: Sequence[JobSpec]) -> Mix:
+    return Mix(Counter(ask_of(spec) for spec in specs), parts_of)
+
+
+@given(queues(), offers(), st.lists(SPECS, max_size=6))
+def test_nothing_is_placed_over_capacity(
+    needs: list[Need], fleet: list[Offer], recent: list[JobSpec]
+) -> None:
+    """Whatever came lately."""
+    plan = place(needs, fleet, _mix_of(recent))
     whole = [
         uuid
         for job_id, share in _places(plan)
@@ -150,10 +160,37 @@ def test_an_agent_from_before_gangs_gets_no_rank(needs: list[Need], fleet: list[
     assert place(single, fleet).starts == place(single, upgraded).starts
 
 
-@given(queues(), offers())
-def test_the_order_of_offers_does_not_matter(needs: list[Need], fleet: list[Offer]) -> None:
+@given(queues(), offers(), st.lists(SPECS, max_size=6))
+def test_the_order_of_offers_does_not_matter(
+    needs: list[Need], fleet: list[Offer], recent: list[JobSpec]
+) -> None:
+    """Nor does what a mix was asked before."""
     shuffled = [replace(offer, free=offer.free[::-1]) for offer in reversed(fleet)]
-    assert place(needs, shuffled) == place(needs, fleet)
+    mix = _mix_of(recent)
+    assert place(needs, shuffled, mix) == place(needs, fleet, mix)
+    assert place(needs, fleet, mix) == place(needs, fleet, _mix_of(recent[::-1]))
+
+
+@given(SPECS, offers(), st.lists(SPECS, max_size=6))
+def test_of_the_nodes_that_fit_others_lose_least_by_the_one_that_is_chosen(
+    spec: JobSpec, fleet: list[Offer], recent: list[JobSpec]
+) -> None:
+    """Among those with a copy of the checkpoint, and of GPUs that are shared already, where there
+    are such. Each node is asked as if it were alone."""
+    mix = _mix_of(recent)
+    need = Need(1, replace(spec, ranks=1), ("n1", "n2"))
+    ranks = {}
+    for offer in fleet:
+        for start in place([need], [offer]).starts:
+            gpu_uuids = start.places[0].gpu_uuids
+            room = open_room(offer)
+            increase = mix.cost(room.box(need.spec, (gpu_uuids,))) - mix.cost(room.box())
+            opens = spec.shared_gpu_memory_bytes > 0 and gpu_uuids[0] in offer.free
+            ranks[offer.node] = (offer.node not in need.replicas, opens, increase)
+    starts = place([need], fleet, mix).starts
+    assert bool(starts) == bool(ranks)
+    for start in starts:
+        assert ranks[start.places[0].node] == min(ranks.values())
 
 
 @given(queues(), offers())
@@ -251,6 +288,27 @@ def test_a_node_with_a_copy_comes_before_the_tightest_fit() -> None:
     fleet = [_node("n1", ["H100"]), _node("n2", ["H100"] * 4)]
     assert place([Need(1, _job(1), ("n2",))], fleet).starts[0].places[0].node == "n2"
     assert place([Need(1, _job(1))], fleet).starts[0].places[0].node == "n1"
+
+
+def test_pairs_are_kept_for_those_who_want_pairs() -> None:
+    """A single GPU fits tightest where it breaks a pair; those who asked lately want pairs."""
+    fleet = [_node("n1", ["H100"] * 2), _node("n2", ["H100"] * 3)]
+    assert place([Need(1, _job(1))], fleet).starts[0].places[0].node == "n1"
+    mix = _mix_of([_job(2), _job(2), _job(1), _job(4)])
+    start = place([Need(1, _job(1))], fleet, mix).starts[0]
+    assert start.places[0].node == "n2"
+    leaves = "leaves 2 GPUs there, of use to 75% of recent requests"
+    assert start.why == f"runs on 1 x H100 on n2 and {leaves}"
+
+
+def test_host_memory_is_kept_where_gpus_are_free() -> None:
+    """A job without GPUs takes the memory of the node that has fewer of them to feed."""
+    busy = Tenant("1.1", 1, 1, ("n2-g0", "n2-g1", "n2-g2"), 0, False)
+    fleet = [_node("n1", ["H100"] * 4), _node("n2", ["H100"] * 4, (busy,))]
+    large = JobSpec(command=("x",), memory_bytes=90 * GIGABYTE)
+    mix = _mix_of([replace(_job(1), memory_bytes=25 * GIGABYTE)])
+    assert place([Need(1, large)], fleet).starts[0].places[0].node == "n1"
+    assert place([Need(1, large)], fleet, mix).starts[0].places[0].node == "n2"
 
 
 def test_two_spare_victims_are_better_than_one_standard() -> None:
