@@ -27,6 +27,7 @@ waits for a spare one.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop
 
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Room, Tenant, most_left_bytes, open_room
@@ -151,6 +152,30 @@ def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
 
 def _spread(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     """Where all ranks fit, without the node to avoid if that will do; `None` where they do not."""
+    if need.spec.ranks == 1 and not need.spec.shared_gpu_memory_bytes:
+        return first_that_takes(need, rooms)
+    return best_of_all(need, rooms)
+
+
+def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
+    """Of a job of one rank how tightly it fits is known before it is known whether: so rooms are
+    asked in that order, and of a large fleet most are not."""
+    spec = need.spec
+    hopes = [
+        (room.offer.node == need.avoid, _tightness(need, room, ((),)), index)
+        for index, room in enumerate(rooms)
+        if len(room.free) >= spec.gpus
+    ]
+    heapify(hopes)
+    while hopes:
+        room = rooms[heappop(hopes)[-1]]
+        shares = room.takes(spec)
+        if shares:
+            return [(room, shares)]
+    return None
+
+
+def best_of_all(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     offered = [(room, room.takes(need.spec)) for room in rooms]
     offered = [(room, shares) for room, shares in offered if shares]
     others = [(room, shares) for room, shares in offered if room.offer.node != need.avoid]

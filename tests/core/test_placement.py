@@ -8,9 +8,11 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core import placement
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
 from coordinator.core.placement import Need, Place, Plan, place
 from coordinator.core.rooms import Offer, Tenant
@@ -85,6 +87,18 @@ def _spec_of(needs: list[Need], job_id: int) -> JobSpec:
 
 def _places(plan: Plan) -> list[tuple[int, Place]]:
     return [(start.job_id, share) for start in plan.starts for share in start.places]
+
+
+@given(queues(), offers(), st.lists(st.sampled_from(["", "n0", "n1", "n3"]), min_size=16))
+def test_who_asks_few_rooms_chooses_as_who_asks_all(
+    needs: list[Need], fleet: list[Offer], names: list[str]
+) -> None:
+    pairs = zip(needs, names[::2], names[1::2], strict=False)
+    needs = [replace(need, avoid=avoid, near=(near,)) for need, avoid, near in pairs]
+    few = place(needs, fleet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "first_that_takes", placement.best_of_all)
+        assert place(needs, fleet) == few
 
 
 @given(queues(), offers())
