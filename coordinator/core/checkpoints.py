@@ -8,7 +8,7 @@ what a fencing token is for (Kleppmann, "How to do distributed locking", 2016).
 Copies go to the attempt's standby (`standby.py`), so that a handoff finds them in place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import accounting, poison, standby
@@ -338,10 +338,12 @@ def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
     return SetReplicaTarget(attempt.id, replica_target(state, attempt), required)
 
 
-def reconcile_copies(state: State, node_id: str, present: Mapping[str, None]) -> None:
+def reconcile_copies(
+    state: State, node_id: str, present: Mapping[str, None], job_ids: Iterable[int]
+) -> None:
     """A hello says which checkpoints lie on the node's disk: believe it, in both directions."""
-    for kept in list(state.checkpoints.values()):
-        for checkpoint in list(kept):
+    for job_id in job_ids:
+        for checkpoint in list(state.checkpoints.get(job_id, ())):
             pieces = [
                 replace(piece, replicas=believed(piece.digest, piece.replicas, node_id, present))
                 for piece in checkpoint.pieces

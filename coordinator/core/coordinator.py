@@ -293,9 +293,9 @@ def _decide(state: State, now: Instant) -> None:
         for displace in plan.displacements:
             victim = state.attempts[displace.attempt]
             attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
+        lacks = readings.shortage(state) if plan.waits else ""
         for job_id, sentence in plan.waits:
-            lacks = readings.shortage(state) if state.jobs[job_id].spec.gpus else ""
-            waits[job_id] = sentence + lacks
+            waits[job_id] = sentence + (lacks if state.jobs[job_id].spec.gpus else "")
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
         placed = sum(len(start.places) for start in plan.starts)

@@ -1,29 +1,54 @@
-"""What a tick looks at, kept up to date by what changes it.
+"""What a tick, a hello and a submission look at, kept up to date by what changes it.
 
 Problem: of ten thousand nodes a handful drain, and of their attempts a handful is out of reach, but
 who asks all of them four times a second to find these pays for ten thousand. So the few are known
-by name; in the order in which they came to be.
+by name; in the order in which they came to be. Likewise the few checkpoints that a hello speaks of,
+and the few kinds of nodes that there are.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from coordinator.core.model import Attempt, Node
+from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
+
+# Memory and cores of the host, and of each GPU name and memory.
+Kind = tuple[int, int, tuple[tuple[str, int], ...]]
+
+
+def kind(host: HostFacts, gpus: tuple[GpuFacts, ...]) -> Kind:
+    """Nodes of one kind can hold the same jobs."""
+    return host.memory_bytes, host.cpu_count, tuple((gpu.name, gpu.memory_bytes) for gpu in gpus)
 
 
 @dataclass(slots=True)
 class Indices:
     """`draining` nodes, and those whose list of checkpoints to keep has changed; attempts that have
-    not ended, and those of them that are out of reach."""
+    not ended, and those of them that are out of reach. `pieces`: by digest the jobs with a
+    checkpoint or a waiting part of which it is a piece, and how many. `kinds`: the nodes that are
+    alike for `validate.refuse_fleet`."""
 
     draining: dict[str, None] = field(default_factory=dict)
     keep_changed: dict[str, None] = field(default_factory=dict)
     open_attempts: dict[str, None] = field(default_factory=dict)
     unreachable: dict[str, None] = field(default_factory=dict)
+    pieces: dict[str, dict[int, int]] = field(default_factory=dict)
+    kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
+    _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
 
     def put_node(self, node: Node) -> None:
-        """After its intent may have changed."""
+        """After its intent or what it consists of may have changed."""
         _put(self.draining, node.id, member=node.intent is NodeIntent.DRAINING)
+        known = self._facts.get(node.id)
+        if known is not None and known[0] is node.host and known[1] is node.gpus:
+            return  # as after each of its events
+        if known is not None:
+            alike = self.kinds[kind(*known)]
+            del alike[node.id]
+            if not alike:
+                del self.kinds[kind(*known)]
+        self._facts[node.id] = node.host, node.gpus
+        self.kinds.setdefault(kind(node.host, node.gpus), {})[node.id] = None
 
     def put_attempt(self, attempt: Attempt) -> None:
         """After its phase may have changed."""
@@ -33,6 +58,19 @@ class Indices:
     def forget_attempt(self, attempt_id: str) -> None:
         self.open_attempts.pop(attempt_id, None)
         self.unreachable.pop(attempt_id, None)
+
+    def count_piece(self, digest: str, job_id: int, change: int) -> None:
+        jobs = self.pieces.setdefault(digest, {})
+        jobs[job_id] = jobs.get(job_id, 0) + change
+        if not jobs[job_id]:
+            del jobs[job_id]
+        if not jobs:
+            del self.pieces[digest]
+
+    def jobs_of(self, digests: Iterable[str]) -> list[int]:
+        """The jobs with any of these pieces, in the order of their numbers."""
+        found = (job_id for digest in digests for job_id in self.pieces.get(digest, ()))
+        return sorted(dict.fromkeys(found))
 
 
 def _put(index: dict[str, None], name: str, *, member: bool) -> None:

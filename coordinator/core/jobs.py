@@ -41,7 +41,10 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     if known is not None:
         return Submitted(known, state.wait_reason(state.jobs[known]))
     spec = _named(body.spec)
-    fleet = [(live.node.host, live.node.gpus) for live in state.nodes.values()]
+    # One node of each kind stands for all; ranks of a gang are counted over all nodes.
+    names = state.nodes if spec.ranks > 1 else map(next, map(iter, state.indices.kinds.values()))
+    nodes = [state.nodes[name].node for name in names]
+    fleet = [(node.host, node.gpus) for node in nodes]
     sentence = refuse_spec(spec) or refuse_fleet(spec, fleet)
     if sentence:
         return _invalid(sentence)

@@ -390,8 +390,7 @@ class GpuDetails:
 
 class GpuTelemetry(NamedTuple):
     """`None` means that the driver does not say, never zero. `age_ms`: it was read so long ago. A
-    tuple, because it is made for each GPU of each report: a frozen dataclass takes three times as
-    long to make."""
+    tuple, since one is made for each GPU of each report: a dataclass takes three times as long."""
 
     uuid: str
     utilization_ratio: float | None = None

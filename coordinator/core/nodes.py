@@ -57,8 +57,11 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     live = _join(state, now, session, body)
     _welcome(state, live)
     present = dict.fromkeys(body.checkpoints)
-    checkpoints.reconcile_copies(state, live.node.id, present)
-    parts.reconcile(state, live.node.id, present)
+    # Of a node that is new here nothing says which copies it was believed to hold.
+    pieces = state.indices.pieces if known is None else {**live.digests, **present}
+    job_ids = state.indices.jobs_of(pieces)
+    checkpoints.reconcile_copies(state, live.node.id, present, job_ids)
+    parts.reconcile(state, live.node.id, present, job_ids)
     _reconcile(state, now, live, body.attempts, whole=True)
     _settle_gpus(state, live, body.attempts)
     checkpoints.retarget(state)

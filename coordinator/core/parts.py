@@ -15,7 +15,7 @@ checkpoint of which a part is missing is none.
 Until then each node's list of what to keep names what waits there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import checkpoints
@@ -170,10 +170,12 @@ def _answer(state: State, job: Job, rank: int, digest: str, refusal: str = "") -
         state.send(attempt.node, result)
 
 
-def reconcile(state: State, node_id: str, present: Mapping[str, None]) -> None:
+def reconcile(
+    state: State, node_id: str, present: Mapping[str, None], job_ids: Iterable[int]
+) -> None:
     """What waits and is not on its node's disk any more does not wait there."""
-    for waiting in list(state.parts.values()):
-        for part in list(waiting):
+    for job_id in job_ids:
+        for part in list(state.parts.get(job_id, ())):
             replicas = checkpoints.believed(part.digest, part.replicas, node_id, present)
             if not replicas:
                 state.drop_part(part)

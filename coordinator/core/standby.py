@@ -21,6 +21,7 @@ travels once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from heapq import heapify, heappop
 
 from coordinator.core import readings, shares
 from coordinator.core.model import CLASS_RANK, Job, Replication
@@ -97,8 +98,25 @@ def move(
 
 def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     """The standby of a new attempt on `node_id`; empty when the job wants none or no other node is
-    up."""
-    found = best(candidates(state, job, node_id, rank))
+    up. It takes long to say how soon a node could go on with the job, so only those are asked that
+    would be the best if it were at once."""
+    if job.spec.replication is Replication.NONE:
+        return ""
+    good = state.good_checkpoints(job)
+    pieces = good[0].pieces if good else ()
+    holders = pieces[rank].replicas if rank < len(pieces) else ()
+    hopes = []
+    for live in state.nodes.values():
+        if live.phase is NodePhase.UP and live.node.id != node_id:
+            name, load = live.node.id, len(live.attempts)
+            closed = live.node.intent is not NodeIntent.OPEN
+            sooner = Fit.CLOSED if closed else Fit.FREE
+            hopes.append((closed, closed, name not in holders, -sooner, load, name))
+    heapify(hopes)
+    found: Candidate | None = None
+    while hopes and (found is None or hopes[0] < found.rank):
+        asked = candidate(state, job, state.nodes[heappop(hopes)[-1]], rank)
+        found = asked if found is None or asked.rank < found.rank else found
     return "" if found is None else found.node
 
 

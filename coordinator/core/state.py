@@ -201,7 +201,7 @@ class State:
             self.checkpoints[job_id] = _in_order(kept, self.jobs[job_id].head)
         for part in sorted(snapshot.parts, key=lambda part: (part.job_id, part.sequence)):
             self.parts.setdefault(part.job_id, []).append(part)
-            self._index_replicas(part.digest, part.replicas, 1)
+            self._index_piece(part.job_id, part, 1)
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class State:
         for checkpoint in self.checkpoints.pop(job_id, []):
             self._index_checkpoint(checkpoint, -1)
         for part in self.parts.pop(job_id, []):
-            self._index_replicas(part.digest, part.replicas, -1)
+            self._index_piece(part.job_id, part, -1)
         self.finish_ms.pop(job_id, None)
         self.records.append(DropJob(job_id))
 
@@ -308,35 +308,36 @@ class State:
         waiting = self.parts.setdefault(part.job_id, [])
         for index, old in enumerate(waiting):
             if (old.rank, old.digest) == (part.rank, part.digest):
-                self._index_replicas(old.digest, old.replicas, -1)
+                self._index_piece(old.job_id, old, -1)
                 waiting[index] = part
                 break
         else:
             waiting.append(part)
-        self._index_replicas(part.digest, part.replicas, 1)
+        self._index_piece(part.job_id, part, 1)
         self.records.append(PutPart(part))
 
     def drop_part(self, part: WaitingPart) -> None:
         self.parts[part.job_id].remove(part)
         if not self.parts[part.job_id]:
             del self.parts[part.job_id]
-        self._index_replicas(part.digest, part.replicas, -1)
+        self._index_piece(part.job_id, part, -1)
         self.records.append(DropPart(part.job_id, part.rank, part.digest))
 
     def _index_checkpoint(self, checkpoint: Checkpoint, change: int) -> None:
         for piece in checkpoint.pieces:
-            self._index_replicas(piece.digest, piece.replicas, change)
+            self._index_piece(checkpoint.job_id, piece, change)
 
-    def _index_replicas(self, digest: str, replicas: tuple[str, ...], change: int) -> None:
-        for node_id in replicas:
+    def _index_piece(self, job_id: int, piece: Part | WaitingPart, change: int) -> None:
+        self.indices.count_piece(piece.digest, job_id, change)
+        for node_id in piece.replicas:
             live = self.nodes.get(node_id)
             if live is None:
                 continue
-            count = live.digests.get(digest, 0) + change
+            count = live.digests.get(piece.digest, 0) + change
             if count > 0:
-                live.digests[digest] = count
+                live.digests[piece.digest] = count
             else:
-                live.digests.pop(digest, None)
+                live.digests.pop(piece.digest, None)
                 self.indices.keep_changed[node_id] = None
 
     def put_node(self, node: Node) -> None:

@@ -66,7 +66,7 @@ BUSY_SAMPLE = {
     "clock_event_reasons": 5,
     "error": "",
 }
-BESIDE = ("age_ms", "usage", "inventory", "condition")
+BESIDE = ("age_ms", "usage", "inventory", "condition", "window")
 LISTS = ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2")
 VALUES = tuple(key for key in BUSY_SAMPLE if key not in ("uuid", "error"))
 

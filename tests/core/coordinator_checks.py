@@ -4,7 +4,9 @@ Problem: a check that asks the core's own functions finds right whatever they do
 in the plainest way.
 """
 
-from coordinator.core.model import CLASS_RANK, GpuFacts, Job
+from coordinator.core import standby
+from coordinator.core.indices import Kind, kind
+from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, Part
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
@@ -37,6 +39,46 @@ def check_gang(state: State, job: Job) -> None:
     here = state.parts.get(job.id, [])
     assert not here or left or any(r not in over for r in gang), "parts of nobody"
     assert all(part.epoch == job.epoch for part in here)
+
+
+def check_index(state: State) -> None:
+    """What is kept along the way is what a walk through everything finds."""
+    pieces: dict[str, dict[int, int]] = {}
+    held: dict[str, dict[str, int]] = {name: {} for name in state.nodes}
+    every = [
+        (kept.job_id, piece)
+        for some in state.checkpoints.values()
+        for kept in some
+        for piece in kept.pieces
+    ]
+    every += [
+        (part.job_id, Part(part.digest, part.size_bytes, part.replicas))
+        for some in state.parts.values()
+        for part in some
+    ]
+    for job_id, piece in every:
+        jobs = pieces.setdefault(piece.digest, {})
+        jobs[job_id] = jobs.get(job_id, 0) + 1
+        for name in piece.replicas:
+            if name in held:
+                held[name][piece.digest] = held[name].get(piece.digest, 0) + 1
+    assert state.indices.pieces == pieces
+    assert {name: live.digests for name, live in state.nodes.items()} == held
+    kinds: dict[Kind, list[str]] = {}
+    for name, live in state.nodes.items():
+        kinds.setdefault(kind(live.node.host, live.node.gpus), []).append(name)
+    found = {one: sorted(names) for one, names in state.indices.kinds.items()}
+    assert found == {one: sorted(names) for one, names in kinds.items()}
+    for attempt_id in state.indices.open_attempts:
+        _check_standby(state, state.attempts[attempt_id])
+
+
+def _check_standby(state: State, attempt: Attempt) -> None:
+    """Who is named after a few were asked is who would be named after all were."""
+    job = state.jobs[attempt.job_id]
+    best = standby.best(standby.candidates(state, job, attempt.node, attempt.rank))
+    found = standby.choose(state, job, attempt.node, attempt.rank)
+    assert found == ("" if best is None else best.node)
 
 
 def takes_work(live: LiveNode) -> bool:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core import placement
 from coordinator.core.demand import ask_of, parts_of
 from coordinator.core.fragmentation import Mix
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
@@ -92,6 +94,23 @@ def _places(plan: Plan) -> list[tuple[int, Place]]:
 
 def _mix_of(specs: Sequence[JobSpec]) -> Mix:
     return Mix(Counter(ask_of(spec) for spec in specs), parts_of)
+
+
+@given(
+    queues(),
+    offers(),
+    st.lists(st.sampled_from(["", "n0", "n1", "n3"]), min_size=16),
+    st.lists(SPECS, max_size=6),
+)
+def test_who_asks_few_rooms_chooses_as_who_asks_all(
+    needs: list[Need], fleet: list[Offer], names: list[str], recent: list[JobSpec]
+) -> None:
+    pairs = zip(needs, names[::2], names[1::2], strict=False)
+    needs = [replace(need, avoid=avoid, near=(near,)) for need, avoid, near in pairs]
+    few = place(needs, fleet, _mix_of(recent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "first_that_takes", placement.best_of_all)
+        assert place(needs, fleet, _mix_of(recent)) == few
 
 
 @given(queues(), offers(), st.lists(SPECS, max_size=6))
