@@ -238,7 +238,7 @@ def _worth(
         relative = option.rate / best.rate
         value = base * relative
         if option == contender.at:
-            value *= 1.0 + aims.stay_ratio
+            value *= 1.0 + aims.stay_ratio * (1.0 + aims.balance)
         elif moves:
             stay_s = min(aims.stay_s, hours * S_PER_H / best.gpus / relative)
             value *= 1.0 - min(LOST_RATIO_MAX, contender.restart_s / stay_s)
