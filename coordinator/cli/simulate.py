@@ -62,7 +62,7 @@ _COLUMNS = (
 @click.option(
     "--balance",
     type=click.FloatRange(0, 1),
-    default=0.35,
+    default=0.3,
     show_default=True,
     help="Baton's: 0 the shortest mean completion, 1 the earliest end of all.",
 )

@@ -78,11 +78,11 @@ class Aims:
     `age_h`: after so long a job counts twice. `stay_s` is what a job is taken to run for after a
     move."""
 
-    balance: float = 0.35
+    balance: float = 0.3
     power: float = 2.5
-    age_h: float = 30.0
-    stay_ratio: float = 0.15
-    stay_s: float = 14_400.0
+    age_h: float = 18.0
+    stay_ratio: float = 0.16
+    stay_s: float = 7200.0
     run_s_min: float = 600.0
 
 
@@ -238,7 +238,7 @@ def _worth(
         relative = option.rate / best.rate
         value = base * relative
         if option == contender.at:
-            value *= 1.0 + aims.stay_ratio
+            value *= 1.0 + aims.stay_ratio * (1.0 + aims.balance)
         elif moves:
             stay_s = min(aims.stay_s, hours * S_PER_H / best.gpus / relative)
             value *= 1.0 - min(LOST_RATIO_MAX, contender.restart_s / stay_s)

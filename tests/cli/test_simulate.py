@@ -55,7 +55,7 @@ def test_a_table_and_the_command_that_makes_it_again(files: tuple[Path, Path]) -
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["POLICY", "baton", "max-min"]
-    assert "--policy baton --policy max-min --seed 7 --balance 0.35" in result.stderr
+    assert "--policy baton --policy max-min --seed 7 --balance 0.3" in result.stderr
     assert baton(files, "--policy", "baton", "--policy", "max-min", "--seed", "7").stdout == (
         result.stdout
     )
