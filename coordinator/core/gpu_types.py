@@ -24,7 +24,6 @@ since providers differ by a factor of four; `baton fit --price` takes your own.
 import re
 from dataclasses import dataclass
 
-FACTS_DATE = "2026-11-29"
 PRICES_SOURCE = "lambda.ai and openrelay.inc 2026-09-20, runpod.io 2026-10-07, on demand"
 
 GIB = 1024**3
