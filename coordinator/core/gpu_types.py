@@ -5,26 +5,25 @@ either. What is public of a type is not its speed for this job, but it orders th
 how much they may differ. So the facts stand here, dated and with their sources, and everything else
 is learned (`estimates.py`). A name that is not in the table is an unknown type, not a guess.
 
-Sources, as read on 2026-11-29. Peaks, bandwidth and memory: NVIDIA's data sheets and architecture
-papers of each type, dense figures (without sparsity), with sums in 32 bits. `half_tflops` are those
-of the tensor cores in 16 bits, or the plain rate where there are none; `single_tflops` those of
-float32 without TF32, which torch does not use unless it is told to. Of boards with two GPUs (K80)
-the figures are one GPU's, as NVML counts them. `relative_training`: MLPerf Training, Llama 2 70B
-LoRA, closed division, samples a second and GPU over those of the H100 in NVIDIA's v4.0 results
-(H200 and L40S: v4.0, the latter against 64 H100; B200: v5.0), unofficial; NVIDIA's runs use FP8.
+Sources. Peaks, bandwidth and memory are those of NVIDIA's data sheets and architecture papers, as
+written down on 2026-11-29: dense figures (without sparsity), with sums in 32 bits. `half_tflops`
+are those of the tensor cores in 16 bits, or the plain rate where there are none; `single_tflops`
+those of float32 without TF32, which torch does not use unless it is told to. Of boards with two
+GPUs (K80) the figures are one GPU's, as NVML counts them. `relative_training`: MLPerf Training,
+Llama 2 70B LoRA, closed division, samples a second and GPU over those of the H100 in NVIDIA's v4.0
+results (H200 and L40S: v4.0, the latter against 64 H100; B200: v5.0), unofficial; NVIDIA's runs use
+FP8.
 
 Prices: US dollars an hour and GPU, on demand, as published transcripts of providers' pages have
 them: https://lambda.ai/instances, read on 2026-09-20, the largest box of each type; H200 and A100
 PCIe from https://www.runpod.io/pricing, read on 2026-10-07; RTX 4090 and 3090 from
 https://openrelay.inc/gpu-pricing-calculator, read on 2026-09-20. They are for comparing types,
 since providers differ by a factor of four; `baton fit --price` takes your own.
-
 """
 
 import re
 from dataclasses import dataclass
 
-FACTS_DATE = "2026-11-29"
 PRICES_SOURCE = "lambda.ai and openrelay.inc 2026-09-20, runpod.io 2026-10-07, on demand"
 
 GIB = 1024**3
