@@ -14,7 +14,8 @@ The policies differ in one thing, how a pod's node and GPU are chosen:
   fit** leaves the least of cores and GPUs, **dot product** aligns request and node, both as the
   paper has them; **random** is what it says.
 
-`STARVED_TENTHS` was chosen on `default` with other seeds; the other traces had no part in it.
+`STARVED_TENTHS` was chosen on `default` with other seeds. The other traces are not wholly unseen:
+the idea was tried on them as well. From 1 to 10 tenths `default` moves by 0.05, gpuspec33 by 0.12.
 The traces are not part of Baton: give the archive or the folder of openb_*.csv files with `--data`
 or in BATON_BENCH_OPENB. They are in github.com/alibaba/clusterdata, cluster-trace-gpu-v2023.
 """
@@ -69,19 +70,22 @@ class Workload:
 def main(arguments: Sequence[str]) -> int:
     made = report.parser(__doc__)
     made.add_argument("--data", default=os.environ.get(VARIABLE, ""), help="openb_*.csv")
+    made.add_argument("--trace", action="append", choices=TRACES, help="one of them; repeat it")
     parsed = made.parse_args(arguments)
     asked = report.options(parsed)
     if not parsed.data:
         report.say(f"fragmentation: left out; it needs the traces, with --data or in {VARIABLE}")
         report.show("How full a cluster gets", [], asked)
         return 0
-    source = Path(parsed.data)
-    if not source.exists():
-        report.say(f"fragmentation: {source} does not exist")
+    traces = parsed.trace or (TRACES_QUICK if asked.quick else TRACES)
+    try:
+        workloads = {trace: read(Path(parsed.data), trace) for trace in traces}
+    except (OSError, KeyError, tarfile.ReadError) as error:
+        report.say(f"fragmentation: {parsed.data} is not the archive or the folder: {error}")
         return 1
     rows: list[report.Row] = []
-    for trace in TRACES_QUICK if asked.quick else TRACES:
-        rows += _rows(trace, read(source, trace), quick=asked.quick)
+    for trace, workload in workloads.items():
+        rows += _rows(trace, workload, quick=asked.quick)
     report.show("GPU capacity allocated when 130% has been asked for", rows, asked)
     return 0
 
@@ -108,7 +112,8 @@ def _rows(trace: str, workload: Workload, *, quick: bool) -> list[report.Row]:
             pods = arrivals(workload, chance)
             found.append(allocated_percent(workload, pods, policy(chance)))
         took_s = (time.monotonic() - begun_s) / len(seeds)
-        report.say(f"fragmentation: {trace}, {name}: {took_s:.1f} s a seed")
+        each = " ".join(f"{percent:.2f}" for percent in found)
+        report.say(f"fragmentation: {trace}, {name}: {each} %, {took_s:.1f} s a seed")
         row = report.row_of(f"{trace}, {name}", found, "%")
         row = replace(row, value=sum(found) / len(found), more_is_better=True)
         published = PUBLISHED_PERCENT[trace]
@@ -291,7 +296,7 @@ def _tightest(box: Box, pod: Ask, rank: int) -> Choice | None:
 
 
 def read(source: Path, trace: str) -> Workload:
-    """Raises `FileNotFoundError` or `KeyError` where the source lacks the trace."""
+    """Raises `OSError`, `KeyError` or `tarfile.ReadError` where the source is none or lacks it."""
     nodes = [
         Box(
             (int(row["cpu_milli"]), int(row["memory_mib"])),
