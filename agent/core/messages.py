@@ -18,6 +18,7 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
+    ProcessesStuck,
     ProcessExit,
     ReplicaSource,
     RestoreCandidate,
@@ -25,6 +26,7 @@ from agent.core.values import (
     StoredCheckpoint,
     XidSeen,
 )
+from agent.core.values import HeldAttempt as HeldAttempt  # likewise
 from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
 # --- from the coordinator -------------------------------------------------------------------------
@@ -233,6 +235,7 @@ Event = (
     | ProcessStarted
     | StartFailed
     | ProcessEnded
+    | ProcessesStuck
     | RestoreDone
     | RestoreFailed
     | StoreDone
@@ -249,13 +252,6 @@ Event = (
 )
 
 # --- to the coordinator ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAttempt:
-    attempt: str
-    gpu_uuids: tuple[str, ...]
-    live: bool
 
 
 @dataclass(frozen=True, slots=True)
