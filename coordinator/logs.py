@@ -70,6 +70,7 @@ _RESERVED: Final = ("ts", "level", "event", "msg", "seq", "boot_id")
 _RESERVED_SET: Final = frozenset(_RESERVED)
 _UNREGISTERED: Final = "unregistered"
 _BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_VARIABLE: Final = "BATON_BOOT_ID"
 
 _Render = Callable[[dict[str, Any]], bytes]
 # Takes a line with its values to the journal, if it can: the values, and their line as JSON.
@@ -309,10 +310,11 @@ def _whose(fields: Mapping[str, object]) -> dict[str, object]:
 
 
 def _boot_id() -> str:
-    """Of this start of the machine; empty where the kernel does not say. As journald writes it."""
+    """Of this start of the machine, as journald writes it. A unit that hides the kernel's file
+    (`ProcSubset=pid`) says it in the environment; empty where neither does."""
     with contextlib.suppress(OSError):
         return _BOOT_ID_PATH.read_text("ascii").strip().replace("-", "")
-    return ""
+    return os.environ.get(_BOOT_ID_VARIABLE, "")
 
 
 def _as_arguments(
