@@ -18,6 +18,7 @@ from agent.core.values import (
     GpuOccupancy,
     HostFacts,
     Launch,
+    ProcessesStuck,
     ProcessExit,
     ReplicaSource,
     RestoreCandidate,
@@ -75,8 +76,13 @@ class Processes(Protocol):
     """Starts, signals, adopts and reaps trainers; exits are told to `on_exit`, once each, also
     those that happened while the agent was away."""
 
-    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
-        """Adopt what still runs (or ended unseen) here; returns those attempt ids."""
+    async def open(
+        self,
+        on_exit: Callable[[ProcessExit], None],
+        on_stuck: Callable[[ProcessesStuck], None],
+    ) -> tuple[str, ...]:
+        """Adopt what still runs (or ended unseen) here; returns those attempt ids. `on_stuck` is
+        told what outlives a kill, as often as that changes."""
         ...
 
     async def start(self, launch: Launch) -> int:

@@ -167,7 +167,7 @@ class AgentShell:
 
     async def run(self) -> None:
         """Until `leave`. Raises only for bugs of our own, which systemd answers with a restart."""
-        adopted = await self._ports.processes.open(self.on_exit)
+        adopted = await self._ports.processes.open(self.on_exit, self.post)
         host = await self._ports.in_thread(self._ports.probe.host_facts)
         gpus = await self._ports.in_thread(self._ports.probe.gpu_facts)
         self.post(m.Opened(adopted, host, gpus))  # type: ignore[arg-type]

@@ -87,7 +87,9 @@ def _host(host: HostFacts) -> types.HostFacts:
 
 
 def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
-    return pb.HeldAttempt(attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live)
+    return pb.HeldAttempt(
+        attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live, stuck_pids=held.stuck
+    )
 
 
 def _heartbeat(beat: m.Heartbeat) -> pb.Heartbeat:

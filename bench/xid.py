@@ -1,21 +1,26 @@
-"""How soon the coordinator knows that a GPU is ill: the driver's errors, a hanging call, a loss.
+"""How soon the coordinator knows that a GPU is in trouble: errors, hangs, and one that is gone.
 
-The agent, its sampler and the coordinator are the real ones; NVML is the stand-in, and the kernel's
-log a pipe. Measured is the time from the stand-in's change, or from the line in the log, until the
-coordinator answers a caller with it: what an operator's tool would see. Errors come one at a time,
-each once the one before was seen, and each is of a code that its GPU did not have: repetitions of
-one are a storm, whose count is told every five seconds. A blocked driver gets a new agent each
-time, since a sampler is replaced only once in five minutes. There is no reference.
+Coordinator and agents are the real programs, on loopback; the GPUs are those of the stand-in for
+NVML. An error (XID) is injected either way that the agent hears of one: as an event of NVML, and as
+a record in the kernel's log, here a pipe that can be waited for as /dev/kmsg can. Each injection is
+another code or another GPU, since a code that is told again is a count and may follow later. Then a
+driver whose calls hang, all of them or those about one GPU, and a GPU that has fallen off the bus:
+each is done to an agent that has just been started, since a sampler that was replaced may not be
+again for five minutes.
+
+The end of each span is the moment when the coordinator's own list of nodes says so, asked again as
+soon as it has answered. So a span has the list's few milliseconds in it, and, where NVML tells, up
+to ten of the stand-in, which looks for events a hundred times a second.
 """
 
-import contextlib
-import itertools
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bench import report
@@ -24,129 +29,183 @@ from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import FakeGpu, describe, h100
 
-NODE = "n1"
 GPUS = 8
-CODES, CODES_QUICK = 15, 3  # on each GPU by each witness; an agent keeps 32 of a GPU
-REPETITIONS, REPETITIONS_QUICK = 5, 1
-ERROR_GOAL_MS = 1_000.0
-ILL_GOAL_S = 10.0
-# In no table, so that all are alike: somebody has to look at the GPU.
-NVML_CODES, KERNEL_CODES = range(500, 500 + CODES), range(600, 600 + CODES)
-POLL_S = 0.001  # a call takes about as long
+CODES = (46, 62, 64, 95, 109, 110, 119, 120)  # each asks for a reset, and stays until there is one
+CODES_QUICK = CODES[:2]
+REPEATS, REPEATS_QUICK = 5, 1
+SICK_GPUS = 2
+APART_S = 0.037  # no divisor of the second that readings are made in
+LATE_S_MAX = 60.0  # for what should take a second, or ten
+XID_GOAL_S = 1.0
+VERDICT_GOAL_S = 10.0
+
+UNKNOWN = types_pb2.GPU_VERDICT_UNKNOWN
+LOST = types_pb2.GPU_VERDICT_LOST
+HEALTHY = types_pb2.GPU_VERDICT_HEALTHY
 
 
 def main(arguments: Sequence[str]) -> int:
     asked = report.options(report.parser(__doc__).parse_args(arguments))
     codes = CODES_QUICK if asked.quick else CODES
-    repetitions = REPETITIONS_QUICK if asked.quick else REPETITIONS
-    report.say(f"xid: {codes * GPUS} errors by each witness")
-    with fleet() as (cluster, kernel_log):
-        by_nvml = nvml_errors_ms(cluster, NVML_CODES[:codes])
-        by_kernel = kernel_errors_ms(cluster, kernel_log, KERNEL_CODES[:codes])
-    report.say(f"xid: a blocked driver and a lost GPU, {repetitions} times each")
-    hangs = [ill_s("hangs", types_pb2.GPU_VERDICT_UNKNOWN) for _ in range(repetitions)]
-    losses = [ill_s("lost", types_pb2.GPU_VERDICT_LOST) for _ in range(repetitions)]
-    rows = [
-        *error_rows("error told by NVML, until the coordinator has it", by_nvml),
-        *error_rows("error in the kernel's log, until the coordinator has it", by_kernel),
-        ill_row("driver call hangs, until the GPU is unknown", hangs),
-        ill_row("GPU gone from the bus without a word, until it is lost", losses),
-    ]
-    report.show("From a GPU's illness to the coordinator", rows, asked)
+    repeats = REPEATS_QUICK if asked.quick else REPEATS
+    rows: list[report.Row] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
+        Cluster(Path(scratch) / "cluster") as cluster,
+    ):
+        cluster.start_coordinator()
+        report.say(f"xid: {len(codes) * GPUS} errors, by NVML and by the kernel's log")
+        for source, inject in (("NVML's event", by_nvml), ("the kernel's log", by_kernel)):
+            rows += xid_rows(source, inject(cluster, codes))
+        for what, sick, verdict, name in TROUBLES:
+            report.say(f"xid: {what}, {repeats} times")
+            spans_s = [
+                until_verdict(cluster, f"{name}{index}", sick, verdict) for index in range(repeats)
+            ]
+            row = report.row_of(f"{what}: until the coordinator says so", spans_s, "s")
+            rows.append(replace(row, goal=VERDICT_GOAL_S))
+    report.show("Trouble of GPUs, until the coordinator knows", rows, asked)
     return 0
 
 
-@contextlib.contextmanager
-def fleet() -> Iterator[tuple[Cluster, int]]:
-    """A coordinator, a node whose GPUs are healthy, and the end of its kernel's log to write to."""
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        pipe = Path(scratch) / "kmsg"
-        os.mkfifo(pipe)
-        log = os.open(pipe, os.O_RDWR)  # both ends, so that opening waits for nobody
-        try:
-            with Cluster(Path(scratch) / "cluster") as cluster:
-                cluster.start_coordinator()
-                cluster.start_agent(NODE, h100(GPUS), kernel_log=str(pipe))
-                cluster.wait_for_nodes(NODE)
-                healthy = types_pb2.GPU_VERDICT_HEALTHY
-                wait(lambda: all(verdict(cluster, gpu) == healthy for gpu in h100(GPUS)))
-                yield cluster, log
-        finally:
-            os.close(log)
+def xid_rows(source: str, spans_s: list[float]) -> list[report.Row]:
+    name = f"XID by {source}, {len(spans_s)} injections"
+    p99_s = report.percentile(spans_s, 0.99)
+    return [
+        report.row_of(f"{name}: p50", spans_s, "s"),
+        report.Row(name=f"{name}: p99", value=p99_s, unit="s", goal=XID_GOAL_S),
+    ]
 
 
-def nvml_errors_ms(cluster: Cluster, codes: Sequence[int]) -> list[float]:
-    """Each code once on each GPU."""
-    gpus = list(h100(GPUS))
-    taken = []
-    for number, (code, index) in enumerate(itertools.product(codes, range(GPUS)), start=1):
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def by_nvml(cluster: Cluster, codes: Sequence[int]) -> list[float]:
+    """Spans in seconds."""
+    gpus = list(h100(GPUS, node="nvml"))
+    started(cluster, "nvml", gpus)
+
+    def inject(index: int, code: int, number: int) -> None:
         gpus[index] = replace(gpus[index], xids=(*gpus[index].xids, (number, code)))
-        began_s = time.monotonic()
-        put(cluster, gpus)
-        wait(lambda: has(cluster, gpus[index], code))  # noqa: B023 - called before they change
-        taken.append((time.monotonic() - began_s) * 1e3)
-    return taken
+        show(cluster, "nvml", gpus)
+
+    spans_s = injections(cluster, "nvml", codes, inject)
+    cluster.stop_agent("nvml")
+    return spans_s
 
 
-def kernel_errors_ms(cluster: Cluster, log: int, codes: Sequence[int]) -> list[float]:
-    """The same by lines as the driver writes them."""
-    gpus = h100(GPUS)
-    taken = []
-    for number, (code, index) in enumerate(itertools.product(codes, range(GPUS)), start=1):
-        began_s = time.monotonic()
+def by_kernel(cluster: Cluster, codes: Sequence[int]) -> list[float]:
+    """Spans in seconds."""
+    pipe = cluster.directory / "kmsg"
+    os.mkfifo(pipe, 0o600)
+    started(cluster, "kernel", h100(GPUS, node="kernel"), kernel_log=str(pipe))
+    descriptor = os.open(pipe, os.O_WRONLY)
+
+    def inject(index: int, code: int, number: int) -> None:
+        now_us = time.monotonic_ns() // 1_000
         text = f"NVRM: Xid (PCI:0000:{index + 1:02x}:00): {code}, pid=7, name=python"
-        os.write(log, f"4,{number},{int(began_s * 1e6)},-;{text}\n".encode())
-        wait(lambda: has(cluster, gpus[index], code))  # noqa: B023
-        taken.append((time.monotonic() - began_s) * 1e3)
-    return taken
+        os.write(descriptor, f"4,{number},{now_us},-;{text}\n".encode())
+
+    spans_s = injections(cluster, "kernel", codes, inject)
+    os.close(descriptor)
+    cluster.stop_agent("kernel")
+    return spans_s
 
 
-def ill_s(state: str, expected: types_pb2.GpuVerdict.ValueType) -> float:
-    """From the stand-in's change until the coordinator has the verdict."""
-    with fleet() as (cluster, _):
-        began_s = time.monotonic()
-        sick, *well = h100(GPUS)
-        put(cluster, [replace(sick, state=state), *well])
-        wait(lambda: verdict(cluster, sick) == expected)
-        return time.monotonic() - began_s
+def injections(
+    cluster: Cluster,
+    node: str,
+    codes: Sequence[int],
+    inject: Callable[[int, int, int], None],
+) -> list[float]:
+    """Each code on each GPU, one after the other; `inject` gets GPU, code and a growing number."""
+    pause, spans_s = threading.Event(), []
+    cases = [(index, code) for code in codes for index in range(GPUS)]
+    for number, (index, code) in enumerate(cases, start=1):
+        pause.wait(APART_S)
+        began_s = time.perf_counter()
+        inject(index, code, number)
+        uuid = h100(GPUS, node=node)[index].uuid
+        until(cluster, node, partial(has_xid, code), (uuid,))
+        spans_s.append(time.perf_counter() - began_s)
+    return spans_s
 
 
-def put(cluster: Cluster, gpus: Sequence[FakeGpu]) -> None:
-    describe(gpus, cluster.node_directory(NODE).with_suffix(".gpus"))
+def has_xid(code: int, gpu: types_pb2.Gpu) -> bool:
+    return any(record.code == code for record in gpu.health.xids)
 
 
-def wait(seen: Callable[[], bool]) -> None:
-    """Raises TimeoutError after a minute: then there is nothing to measure."""
-    end_s = time.monotonic() + work.DEADLINE_S
-    while not seen():
+# --- hangs and losses -----------------------------------------------------------------------------
+
+Sick = Callable[[Cluster, str, Sequence[FakeGpu]], tuple[str, ...]]
+
+
+def driver_hangs(cluster: Cluster, node: str, gpus: Sequence[FakeGpu]) -> tuple[str, ...]:
+    show(cluster, node, gpus, driver_state="hangs")
+    return tuple(gpu.uuid for gpu in gpus)
+
+
+def one_hangs(cluster: Cluster, node: str, gpus: Sequence[FakeGpu]) -> tuple[str, ...]:
+    show(cluster, node, [replace(gpus[0], state="hangs"), *gpus[1:]])
+    return (gpus[0].uuid,)
+
+
+def one_is_lost(cluster: Cluster, node: str, gpus: Sequence[FakeGpu]) -> tuple[str, ...]:
+    show(cluster, node, [replace(gpus[0], state="lost"), *gpus[1:]])
+    return (gpus[0].uuid,)
+
+
+TROUBLES: tuple[tuple[str, Sick, types_pb2.GpuVerdict.ValueType, str], ...] = (
+    ("every call to the driver hangs, verdict unknown", driver_hangs, UNKNOWN, "driver"),
+    ("calls about one GPU hang, verdict unknown", one_hangs, UNKNOWN, "hang"),
+    ("a GPU falls off the bus, verdict lost", one_is_lost, LOST, "lost"),
+)
+
+
+def until_verdict(
+    cluster: Cluster, node: str, sick: Sick, verdict: types_pb2.GpuVerdict.ValueType
+) -> float:
+    """Seconds until all GPUs that are ill have this verdict."""
+    gpus = h100(SICK_GPUS, node=node)
+    started(cluster, node, gpus)
+    began_s = time.perf_counter()
+    ill = sick(cluster, node, gpus)
+    until(cluster, node, lambda gpu: gpu.health.verdict == verdict, ill)
+    span_s = time.perf_counter() - began_s
+    show(cluster, node, gpus)  # what hangs would hold up the end of its agent
+    cluster.stop_agent(node)
+    return span_s
+
+
+# --- the programs ---------------------------------------------------------------------------------
+
+
+def started(cluster: Cluster, node: str, gpus: Sequence[FakeGpu], kernel_log: str = "") -> None:
+    """An agent of which the coordinator knows that every GPU is well."""
+    cluster.start_agent(node, gpus, kernel_log=kernel_log)
+    cluster.wait_for_nodes(node)
+    uuids = tuple(gpu.uuid for gpu in gpus)
+    until(cluster, node, lambda gpu: gpu.health.verdict == HEALTHY, uuids)
+
+
+def show(cluster: Cluster, node: str, gpus: Sequence[FakeGpu], *, driver_state: str = "ok") -> None:
+    """From now on these are the GPUs."""
+    path = cluster.node_directory(node).with_suffix(".gpus")
+    describe(gpus, path, driver_state=driver_state)
+
+
+def until(
+    cluster: Cluster,
+    node: str,
+    holds: Callable[[types_pb2.Gpu], bool],
+    uuids: Sequence[str],
+) -> None:
+    """Ask the coordinator for these GPUs until all are so. Raises `ClusterError` after a minute."""
+    end_s = time.monotonic() + LATE_S_MAX
+    while not all(holds(gpu) for gpu in work.node(cluster, node).gpus if gpu.uuid in uuids):
+        cluster.check_alive()
         if time.monotonic() > end_s:
-            raise TimeoutError(f"the coordinator did not hear of it within {work.DEADLINE_S:g} s")
-        time.sleep(POLL_S)
-
-
-def verdict(cluster: Cluster, gpu: FakeGpu) -> int:
-    return health(cluster, gpu).verdict
-
-
-def has(cluster: Cluster, gpu: FakeGpu, code: int) -> bool:
-    """Whether the coordinator has heard of such an error."""
-    return any(record.code == code for record in health(cluster, gpu).xids)
-
-
-def health(cluster: Cluster, gpu: FakeGpu) -> types_pb2.GpuHealth:
-    """Empty before the first word."""
-    told = (it.health for it in work.node(cluster, NODE).gpus if it.uuid == gpu.uuid)
-    return next(told, types_pb2.GpuHealth())
-
-
-def error_rows(name: str, taken_ms: list[float]) -> list[report.Row]:
-    median = report.row_of(f"{name}, p50", taken_ms, "ms")
-    p99 = report.percentile(taken_ms, 0.99)
-    return [median, report.Row(name=f"{name}, p99", value=p99, unit="ms", goal=ERROR_GOAL_MS)]
-
-
-def ill_row(name: str, taken_s: list[float]) -> report.Row:
-    return replace(report.row_of(name, taken_s, "s"), goal=ILL_GOAL_S)
+            cluster.wait_until(lambda: False, 0.0, f"{node}'s GPUs are told of")
 
 
 if __name__ == "__main__":

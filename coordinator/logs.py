@@ -70,7 +70,7 @@ _RESERVED: Final = ("ts", "level", "event", "msg", "seq", "boot_id")
 _RESERVED_SET: Final = frozenset(_RESERVED)
 _UNREGISTERED: Final = "unregistered"
 _BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
-_BOOT_ID_VARIABLE: Final = "BATON_BOOT_ID"  # by the unit, which hides that path (ProcSubset=pid)
+_BOOT_ID_VARIABLE: Final = "BATON_BOOT_ID"
 
 _Render = Callable[[dict[str, Any]], bytes]
 # Takes a line with its values to the journal, if it can: the values, and their line as JSON.
@@ -310,12 +310,11 @@ def _whose(fields: Mapping[str, object]) -> dict[str, object]:
 
 
 def _boot_id() -> str:
-    """Of this start of the machine; empty where nobody says it. As journald writes it."""
-    try:
-        said = _BOOT_ID_PATH.read_text("ascii")
-    except OSError:
-        said = os.environ.get(_BOOT_ID_VARIABLE, "")
-    return said.strip().replace("-", "")
+    """Of this start of the machine, as journald writes it. A unit that hides the kernel's file
+    (`ProcSubset=pid`) says it in the environment; empty where neither does."""
+    with contextlib.suppress(OSError):
+        return _BOOT_ID_PATH.read_text("ascii").strip().replace("-", "")
+    return os.environ.get(_BOOT_ID_VARIABLE, "")
 
 
 def _as_arguments(

@@ -17,6 +17,7 @@ from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
+STUCK_PIDS_MAX = 16  # of an attempt; as many as a person looks at
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Job id, epoch, and the rank of one of several; 18 digits fit an int64, and so every store.
@@ -264,7 +265,8 @@ def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
 
 
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
-    return m.HeldAttempt(_attempt_id(held.attempt), tuple(held.gpu_uuids), held.live)
+    attempt_id, stuck = _attempt_id(held.attempt), tuple(held.stuck_pids[:STUCK_PIDS_MAX])
+    return m.HeldAttempt(attempt_id, tuple(held.gpu_uuids), held.live, stuck)
 
 
 def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:

@@ -21,6 +21,7 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
+    ProcessesStuck,
     ProcessExit,
     ReplicaSource,
     RestoreCandidate,
@@ -28,6 +29,7 @@ from agent.core.values import (
     StoredCheckpoint,
     XidSeen,
 )
+from agent.core.values import HeldAttempt as HeldAttempt  # likewise
 from agent.core.values import JobSpec as JobSpec  # a part of an order, and looked for here
 
 # --- from the coordinator -------------------------------------------------------------------------
@@ -217,6 +219,7 @@ Event = (
     | ProcessStarted
     | StartFailed
     | ProcessEnded
+    | ProcessesStuck
     | RestoreDone
     | RestoreFailed
     | StoreDone
@@ -233,13 +236,6 @@ Event = (
 )
 
 # --- to the coordinator ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAttempt:
-    attempt: str
-    gpu_uuids: tuple[str, ...]
-    live: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ the commands. `next_wake_ms` says when time alone will matter next.
 
 from dataclasses import replace
 
-from agent.core import clean, gpus, hangs, pipeline, precopy, shares
+from agent.core import clean, gpus, hangs, pipeline, precopy, shares, stuck
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.gpu_messages import GpusInspected, Sampled
@@ -74,7 +74,7 @@ from agent.core.trainer_messages import (
     TrainerSection,
     TrainerSlab,
 )
-from agent.core.values import DriverLoaded, ProcessExit, Restored, XidSeen
+from agent.core.values import DriverLoaded, ProcessesStuck, ProcessExit, Restored, XidSeen
 
 # The last millisecond of a protobuf Timestamp (timestamp.proto); a trainer may say anything.
 UNIX_MS_MAX = 253_402_300_799_999
@@ -129,6 +129,8 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
         case ProcessEnded():
             _ended(state, now, event.exit)
             gpus.released(state, now)
+        case ProcessesStuck():
+            stuck.told(state, event)
         case XidSeen():
             gpus.xid_seen(state, now, event)
         case DriverLoaded():

@@ -306,6 +306,8 @@ class State:
 
     def held(self) -> tuple[HeldAttempt, ...]:
         return tuple(
-            HeldAttempt(live.record.id, live.record.gpu_uuids, live.live)
+            HeldAttempt(
+                live.record.id, live.record.gpu_uuids, live.live, live.stuck if live.live else ()
+            )
             for live in self.attempts.values()
         )

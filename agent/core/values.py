@@ -257,6 +257,25 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    """What hello and heartbeat list. `stuck` are its processes that a kill did not end."""
+
+    attempt: str
+    gpu_uuids: tuple[str, ...]
+    live: bool
+    stuck: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessesStuck:
+    """Processes of an attempt that were killed and wait in the kernel, where no signal reaches
+    them; without `pids` there are none any more."""
+
+    attempt_id: str
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessExit:
     """How a trainer ended: an exit code, or the signal that ended it, or neither when nobody saw it
     end.

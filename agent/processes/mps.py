@@ -31,7 +31,7 @@ from pathlib import Path
 
 import structlog
 
-from agent.core.values import Launch, ProcessExit
+from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import Processes, StartError
 
 CONTROL = "nvidia-cuda-mps-control"
@@ -61,9 +61,13 @@ class MpsProcesses:
 
     # --- the port ---------------------------------------------------------------------------------
 
-    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+    async def open(
+        self,
+        on_exit: Callable[[ProcessExit], None],
+        on_stuck: Callable[[ProcessesStuck], None],
+    ) -> tuple[str, ...]:
         self._on_exit = on_exit
-        adopted = await self._inner.open(self._exited)
+        adopted = await self._inner.open(self._exited, on_stuck)
         for uuid, clients in self._remembered().items():
             for attempt_id in clients:
                 if attempt_id in adopted:

@@ -30,7 +30,7 @@ from pathlib import Path
 import structlog
 
 from agent.core.ids import find_attempt_id
-from agent.core.values import Launch, ProcessExit
+from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
 from agent.processes import proc, records, remains, shim, stacks, unkillable
 from agent.processes.forks import ForkServers
@@ -101,14 +101,16 @@ class Supervisor:
         )
         self._leaving: set[_Attempt] = set()  # forgotten, but the shim is yet to be reaped
         self._on_exit: Callable[[ProcessExit], None] = lambda _: None
+        self._on_stuck: Callable[[ProcessesStuck], None] = lambda _: None
 
-    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+    async def open(
+        self,
+        on_exit: Callable[[ProcessExit], None],
+        on_stuck: Callable[[ProcessesStuck], None] = lambda _: None,
+    ) -> tuple[str, ...]:
         """Adopt every unsettled attempt; returns their ids. Exits that happened meanwhile are told
-        after this returns.
-
-        Raises OSError when the state directory cannot be used.
-        """
-        self._on_exit = on_exit
+        after this returns. Raises OSError when the state directory cannot be used."""
+        self._on_exit, self._on_stuck = on_exit, on_stuck
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (self._state, self._root):
             directory.chmod(0o700)
@@ -134,8 +136,7 @@ class Supervisor:
 
         Raises `StartError`, also for an attempt that has run here before and is settled. A failure
         to start is told by that error only, not by `on_exit`, unless the agent went away before it
-        could be.
-        """
+        could be."""
         attempt = self._attempts.get(launch.attempt_id) or self._spawn(launch)
         attempt.starters += 1
         try:
@@ -151,8 +152,7 @@ class Supervisor:
 
     def signal(self, attempt_id: str, signal_name: str) -> None:
         """Send TERM, USR1 or USR2 to the trainer's whole process group; one that has gone is no
-        error.
-        """
+        error."""
         number = SIGNALS[signal_name]
         attempt = self._attempts.get(attempt_id)
         if attempt is None or attempt.ended is not None:
@@ -172,9 +172,7 @@ class Supervisor:
             log.info("process.stacks_asked", attempt=attempt_id, processes=asked, nccl_pipes=pipes)
 
     def kill(self, attempt_id: str) -> None:
-        """SIGKILL everything that the attempt ever started, daemons included; its exit is told as
-        any other.
-        """
+        """SIGKILL all that the attempt ever started, daemons too; its exit is told as any other."""
         attempt = self._attempts.get(attempt_id)
         if attempt is None or attempt.ended is not None:
             return
@@ -185,14 +183,13 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
-        unkillable.watch(attempt.directory, attempt.shim_pid, lambda: attempt.ended is not None)
+        unkillable.watch(
+            attempt_id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
+        )
 
     def forget(self, attempt_id: str) -> None:
         """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
-        out.
-
-        Raises ValueError for an attempt that still runs: that is the caller's bug.
-        """
+        out. Raises ValueError for an attempt that still runs: that is the caller's bug."""
         attempt = self._attempts.get(attempt_id)
         if attempt is None:
             return
@@ -219,8 +216,7 @@ class Supervisor:
 
     def attempt_directory(self, attempt_id: str) -> Path:
         """Where an attempt's log and records lie, for `logs.py`. Raises ValueError for what is no
-        attempt id.
-        """
+        attempt id."""
         if find_attempt_id(attempt_id) is None:
             raise ValueError(f"{attempt_id!r} is no attempt id")
         return self._root / attempt_id
@@ -283,8 +279,7 @@ class Supervisor:
 
     def _read_status(self, attempt: _Attempt) -> None:
         """What the shim says: who it is, then how the start went; then the pipe ends. It ends early
-        when the shim was killed, and without a word when a fork server did not come to it.
-        """
+        when the shim was killed, and without a word when a fork server did not come to it."""
         try:
             data = os.read(attempt.status_fd, STATUS_BYTES_MAX)
         except BlockingIOError:

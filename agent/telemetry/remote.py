@@ -44,6 +44,7 @@ from agent.telemetry.watch import Notice, Watch
 
 SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
+NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
 CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
 
 log = structlog.get_logger()
@@ -125,6 +126,7 @@ class RemoteGpus:
         self._under_way: _UnderWay | None = None
         self._requests_count = 0
         self._ended = "it was not started"
+        self._no_driver_ms = now_ms()  # when it was last asked whether there is a driver
         self._facts: dict[str, GpuFacts] = {}
         self.driver_version = ""
         """Empty where there is no NVML, no driver, or no answer yet."""
@@ -170,6 +172,13 @@ class RemoteGpus:
             self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
+    def _look_for_driver(self) -> None:
+        """One that was not there may have been loaded since."""
+        again_ms = self._no_driver_ms + NO_DRIVER_AGAIN_MS
+        if not self.driver_version and self._channel is not None and self._now_ms() >= again_ms:
+            self._no_driver_ms = self._now_ms()
+            self.refresh()
+
     def set_rate(self, rate: str) -> None:
         """One of `PERIODS_MS`, from the next reading on. Safe from any thread; waits for none."""
         self._details.rate = rate
@@ -183,6 +192,7 @@ class RemoteGpus:
         that is not answered in time says so, and has no values. What is due beside it is read
         first, so that the sample is new when it is handed out."""
         rate = self._details.rate
+        self._look_for_driver()
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))

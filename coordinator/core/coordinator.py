@@ -21,6 +21,7 @@ from coordinator.core import (
     parts,
     readings,
     retention,
+    stuck,
 )
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
@@ -183,7 +184,8 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reason = nodes.why_closed(live) or health.describe(state, live)
+    reasons = (nodes.why_closed(live) or health.describe(state, live), stuck.describe(live))
+    reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
 

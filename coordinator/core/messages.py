@@ -143,11 +143,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
-    """An attempt that a node answers for; `live` until its process has ended."""
+    """An attempt that a node answers for; `live` until its process has ended; `stuck.py`."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool = True
+    stuck: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

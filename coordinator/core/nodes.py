@@ -13,7 +13,7 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings
+from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings, stuck
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -64,6 +64,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     parts.reconcile(state, live.node.id, present, job_ids)
     _reconcile(state, now, live, body.attempts, whole=True)
     _settle_gpus(state, live, body.attempts)
+    stuck.heard(state, live, body.attempts)
     checkpoints.retarget(state)
     if moved:
         checkpoints.tell_new_address(state, live.node.id)
@@ -285,6 +286,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
             attempts.progressed(state, now, state.attempts[attempt_id], progress)
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
+    stuck.heard(state, live, body.attempts)
     if live.session is not None:
         state.send(live.node.id, LeaseRenewal(body.sequence))
 

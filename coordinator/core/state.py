@@ -109,7 +109,7 @@ class LiveNode:
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
-    it is looked at for that (`leases.py`)."""
+    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
 
     node: Node
     phase: NodePhase
@@ -125,6 +125,7 @@ class LiveNode:
     gpus: dict[str, LiveGpu] = field(default_factory=dict)
     attempts: dict[str, None] = field(default_factory=dict)
     strays: dict[str, int] = field(default_factory=dict)
+    stuck: dict[str, tuple[int, ...]] = field(default_factory=dict)
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
     gangs: bool = True

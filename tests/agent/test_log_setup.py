@@ -79,6 +79,17 @@ def test_a_line_has_its_head_then_bound_then_own_fields(logs: ModuleType, file: 
     assert second["seq"] == first["seq"] + 1
 
 
+def test_where_the_kernel_is_hidden_the_environment_says_the_boot(
+    logs: ModuleType, file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_BOOT_ID_PATH", tmp_path / "hidden")
+    for said in ("0123456789abcdef0123456789abcdef", ""):
+        monkeypatch.setenv("BATON_BOOT_ID", said)
+        logs.configure("info", "json", registered(logs), descriptor=file.descriptor)
+        logs.emit("info", "e")
+    assert [line["boot_id"] for line in file.lines()] == ["0123456789abcdef0123456789abcdef", ""]
+
+
 def test_the_time_is_utc_with_milliseconds(logs: ModuleType) -> None:
     times = iter([1_790_000_000_007, 1_790_000_000_999, 1_790_000_001_000])
     written: list[dict[str, Any]] = []
@@ -266,14 +277,3 @@ def test_a_reader_that_has_gone_is_no_reason_to_stop(logs: ModuleType) -> None:
     log.info("unheard")
     assert os.get_blocking(writer)  # the flag of others who share it is untouched
     os.close(writer)
-
-
-def test_the_boot_id_comes_from_the_unit_where_the_kernel_is_hidden(
-    logs: ModuleType, file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logs, "_BOOT_ID_PATH", tmp_path / "hidden")
-    monkeypatch.setenv("BATON_BOOT_ID", "0123456789abcdef0123456789abcdef")
-    log = logs.configure("info", "json", registered(logs), descriptor=file.descriptor)
-    log.info("attempt.started", attempt="12.3.0")
-    (line,) = file.lines()
-    assert line["boot_id"] == "0123456789abcdef0123456789abcdef"

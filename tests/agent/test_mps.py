@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.values import Launch, ProcessExit
+from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
 from agent.processes.mps import CONTROL, MpsProcesses, limit_of
 
@@ -38,7 +38,11 @@ class Supervised:
         self.fails = False
         self.tell: Callable[[ProcessExit], None] = lambda _: None
 
-    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+    async def open(
+        self,
+        on_exit: Callable[[ProcessExit], None],
+        on_stuck: Callable[[ProcessesStuck], None],
+    ) -> tuple[str, ...]:
         self.tell = on_exit
         return self.running
 
@@ -75,7 +79,9 @@ class Box:
         self.below = Supervised(running)
         program = str(self.control) if control is None else control
         self.processes = MpsProcesses(self.below, self.home, program)
-        adopted = await self.processes.open(lambda ended: self.ended.append(ended.attempt_id))
+        adopted = await self.processes.open(
+            lambda ended: self.ended.append(ended.attempt_id), lambda stuck: None
+        )
         assert adopted == running
 
     async def start(self, attempt: str, gpu: str = "GPU-a", share_bytes: int = 8 << 30) -> None:

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from agent.core.values import GpuSample
 from agent.telemetry.probe import SEEN_NAME, NvmlProbe
-from agent.telemetry.remote import SAMPLER, Deadlines, RemoteGpus
+from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, SAMPLER, Deadlines, RemoteGpus
 from agent.telemetry.watch import MISSES_MAX, REPLACEMENT_MS
 from tests.fakenvml.build import (
     DRIVER_VERSION,
@@ -313,6 +313,22 @@ def test_gpus_that_the_driver_names_late_are_found(box: Box) -> None:
     box.describe(*h100(2))
     samples = until(gpus, lambda samples: len(samples) == 2 and all_read(samples))
     assert [facts.uuid for facts in gpus.facts()] == [sample.uuid for sample in samples]
+    gpus.close()
+
+
+def test_a_driver_that_is_loaded_after_the_start_is_found_within_a_minute(box: Box) -> None:
+    describe(h100(2), box.path, driver_version="")
+    gpus = box.gpus(deadlines=Deadlines())
+    gpus.open()
+    assert (gpus.samples(), gpus.driver_version) == ((), "")
+    box.describe(*h100(2))
+    box.now_ms = NO_DRIVER_AGAIN_MS - 1
+    assert gpus.samples() == ()
+    box.now_ms = NO_DRIVER_AGAIN_MS
+    samples = gpus.samples()
+    assert [sample.uuid for sample in samples] == [gpu.uuid for gpu in h100(2)]
+    assert all_read(samples)
+    assert (gpus.driver_version, gpus.absence) == (DRIVER_VERSION, "")
     gpus.close()
 
 

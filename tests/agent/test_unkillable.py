@@ -1,19 +1,15 @@
-"""Processes that outlive a kill in state D are named once, with their GPUs."""
+"""Processes that outlive a kill in state D are told as often as they change."""
 
 import asyncio
 import os
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
-from structlog.testing import capture_logs
 
-from agent.core.values import Launch
-from agent.processes import records, unkillable
-from agent.processes.unkillable import UNINTERRUPTIBLE, look, stuck
-
-GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
+from agent.core.values import ProcessesStuck
+from agent.processes import unkillable
+from agent.processes.unkillable import UNINTERRUPTIBLE, stuck
 
 
 @pytest.fixture
@@ -31,27 +27,25 @@ def test_only_uninterruptible_ones_are_stuck(child: int) -> None:
     assert child not in stuck(os.getpid(), lambda pid: [])
 
 
-async def test_each_set_of_them_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_each_new_set_of_them_is_told_also_the_empty_one(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    directory = tmp_path / "7.1"
-    environment = (("CUDA_VISIBLE_DEVICES", GPU),)
-    records.write_launch(directory, Launch("7.1", ("train",), environment, "/"))
-    here: list[tuple[int, ...]] = [()]
-    monkeypatch.setattr(unkillable, "stuck", lambda shim_pid: here[0])
-    looks: list[tuple[object, ...]] = []
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "call_later", lambda delay_s, call, *given: looks.append(given))
+    here: tuple[int, ...] = ()
+    looks: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+    told: list[ProcessesStuck] = []
     over = False
-    with capture_logs() as told:
-        look(directory, 1, lambda: over, ())
-        for pids in ((41, 42), (41, 42), (), (41, 42), (42,)):
-            here[0] = pids
-            look(*looks.pop())  # type: ignore[arg-type]
-        over = True
-        look(*looks.pop())  # type: ignore[arg-type]
+    monkeypatch.setattr(unkillable, "stuck", lambda shim_pid: here)
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(
+        loop, "call_later", lambda delay_s, call, *given: looks.append((call, given))
+    )
+    unkillable.watch("7.1", 1, lambda: over, told.append)
+    for pids in ((), (41, 42), (41, 42), (42,), (), ()):
+        here = pids
+        look, given = looks.pop()
+        look(*given)
+    over, here = True, (43,)
+    look, given = looks.pop()
+    look(*given)
     assert looks == [], "nobody looks after what is over"
-    assert [entry["pids"] for entry in told] == [[41, 42], [42]]
-    assert {entry["event"] for entry in told} == {"process.unkillable"}
-    assert told[0]["gpus"] == [GPU]
-    assert "cordon" in told[0]["reason"]
+    assert told == [ProcessesStuck("7.1", pids) for pids in ((41, 42), (42,), ())]

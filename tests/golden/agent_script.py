@@ -68,6 +68,7 @@ class World:
             "state": self._state,
             "launch": self._launch,
             "node": self._node,
+            "stuck": self._stuck,
         }
         if verb in special:
             return special[verb](plain, named)
@@ -133,6 +134,10 @@ class World:
             f"fences [{fences}]",
             f"wake {self.core.next_wake_ms()}",
         ]
+
+    def _stuck(self, plain: list[str], named: dict[str, str]) -> list[str]:
+        """Somebody has seen which processes of an attempt do not die."""
+        return self._handle(v.ProcessesStuck(plain[0], tuple(int(pid) for pid in plain[1:])))
 
     def _launch(self, plain: list[str], named: dict[str, str]) -> list[str]:
         """Everything that the process ordered last is started with."""
@@ -216,7 +221,8 @@ def _plain(value: object) -> str:
         case v.ReplicaSource():
             return f"{value.node}@{value.address}"
         case m.HeldAttempt():
-            return f"{value.attempt}{'' if value.live else '(ended)'}"
+            stuck = f"(stuck {_plain(value.stuck)})" if value.stuck else ""
+            return f"{value.attempt}{'' if value.live else '(ended)'}{stuck}"
         case v.GpuFacts() | v.GpuSample():
             return value.uuid
         case v.HostFacts():

@@ -11,7 +11,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
           gangs=no shares=no
-    beat n1 [runs=1.1] [at=1.1@20]   closed n1   goodbye n1 [for=30000]
+    beat n1 [runs=1.1] [at=1.1@20] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
@@ -208,11 +208,14 @@ class Scenario:
         if "runs" in words:
             speaker.runs = dict.fromkeys(_listed(words["runs"].replace("-", "")))
         attempts = self.rig.disk.attempts
+        owner, _, listed = words.get("stuck", "").partition("@")
+        stuck = tuple(int(pid) for pid in _listed(listed))
         held = []
         for run in speaker.runs:
             attempt = attempts.get(run.rstrip("!"))
             gpu_uuids = attempt.gpu_uuids if attempt is not None else ()
-            held.append(HeldAttempt(run.rstrip("!"), gpu_uuids, live=not run.endswith("!")))
+            pids = stuck if run == owner else ()
+            held.append(HeldAttempt(run.rstrip("!"), gpu_uuids, not run.endswith("!"), pids))
         return tuple(held)
 
     def _agent_event(

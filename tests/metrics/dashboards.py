@@ -128,6 +128,26 @@ FLEET: Final = Dashboard(
             ),
         ),
         Row(
+            "Health of GPUs",
+            (
+                _lines(
+                    "GPUs without work for their health",
+                    "short",
+                    ("sum by (reaction) (baton_gpus_ill)", "{{reaction}}"),
+                ),
+                _lines(
+                    "GPUs with a verdict that is not healthy",
+                    "short",
+                    ("sum by (name) (baton_gpu_healthy == bool 0)", "{{name}}"),
+                ),
+                _lines(
+                    "XIDs that are not over",
+                    "short",
+                    ("sum(baton_gpu_xid_errors) or vector(0)", "all GPUs"),
+                ),
+            ),
+        ),
+        Row(
             "Nodes",
             (
                 _lines("Nodes", "short", ("sum by (phase) (baton_nodes)", "{{phase}}")),
@@ -234,6 +254,7 @@ NODE: Final = Dashboard(
                 _lines("Power", "watt", (_here("baton_gpu_power_watts"), "{{uuid}}")),
                 _lines("Clocks", "hertz", (_here("baton_gpu_clock_hertz"), "{{uuid}} {{kind}}")),
                 _lines("Answers", "short", (_here("baton_gpu_up"), "{{uuid}}"), top=1),
+                _lines("Healthy", "short", (_here("baton_gpu_healthy"), "{{uuid}}"), top=1),
             ),
         ),
         Row(

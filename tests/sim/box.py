@@ -43,6 +43,7 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
+    ProcessesStuck,
     ProcessExit,
     Sample,
     XidSeen,
@@ -326,7 +327,11 @@ class SimProcesses:
     def __init__(self, box: Box) -> None:
         self._box = box
 
-    async def open(self, on_exit: Callable[[ProcessExit], None]) -> tuple[str, ...]:
+    async def open(
+        self,
+        on_exit: Callable[[ProcessExit], None],
+        on_stuck: Callable[[ProcessesStuck], None],
+    ) -> tuple[str, ...]:
         box = self._box
         await box.around.pause_ms(5, 50)
         box.on_exit = on_exit

@@ -77,6 +77,13 @@ def test_every_directive_has_its_reason(program: str) -> None:
         assert "#" in paragraph, paragraph
 
 
+@pytest.mark.parametrize("program", ["agent", "coordinator"])
+def test_the_log_can_know_the_boot(program: str) -> None:
+    """By the kernel's file, or, where the unit hides that, by what systemd says."""
+    text = (UNITS / f"baton-{program}.service").read_text(encoding="utf-8")
+    assert ("ProcSubset=pid\n" in text) == ("\nEnvironment=BATON_BOOT_ID=%b\n" in text)
+
+
 def test_both_programs_are_watched_and_restarted() -> None:
     for program in ("agent", "coordinator"):
         parser = configparser.RawConfigParser(strict=False)
@@ -87,10 +94,3 @@ def test_both_programs_are_watched_and_restarted() -> None:
         assert service["Restart"] == "always"
         assert int(service["WatchdogSec"].removesuffix("s")) > 0
         assert service["DevicePolicy"] == "closed"
-
-
-def test_the_coordinators_log_can_say_of_which_boot_it_is() -> None:
-    """`ProcSubset=pid` hides where the kernel says so."""
-    unit = (UNITS / "baton-coordinator.service").read_text(encoding="utf-8")
-    assert "\nProcSubset=pid\n" in unit
-    assert "\nEnvironment=BATON_BOOT_ID=%b\n" in unit

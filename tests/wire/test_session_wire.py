@@ -53,7 +53,8 @@ def maybe(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 
 METRICS = st.dictionaries(TEXT, RATIO, max_size=3).map(lambda d: tuple(sorted(d.items())))
-HELD = st.builds(am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans())
+PIDS = many(st.integers(1, 2**22))
+HELD = st.builds(am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans(), PIDS)
 SECONDS = st.floats(0, 1e9)
 TRAINER_TIME = st.builds(at.TrainerTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
 PROGRESS = st.builds(am.Progress, COUNT, COUNT, METRICS, maybe(TRAINER_TIME))

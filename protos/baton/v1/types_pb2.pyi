@@ -949,7 +949,9 @@ class Node(_message.Message):
     peer_address: _builtins.str
     """Where peers reach it, host:port."""
     reason: _builtins.str
-    """One sentence: since when and why it is not taking work; empty when it is."""
+    """One sentence: since when and why it is not taking work, and which processes on it outlive their
+    kill; empty when all is well.
+    """
     telemetry_rate: Global___TelemetryRate.ValueType
     """What was ordered; unspecified: nothing, its agent's configuration counts."""
     @_builtins.property
