@@ -15,6 +15,7 @@ from coordinator.core.checkpoint_requests import (
     UnpinCheckpoint,
 )
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
+from coordinator.core.link_messages import ComeLater as ComeLater
 from coordinator.core.link_messages import EventAck as EventAck
 from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
 from coordinator.core.link_messages import Welcome as Welcome
@@ -324,6 +325,7 @@ class KeepCheckpoints:
 
 AgentOrder = (
     Welcome
+    | ComeLater
     | LeaseRenewal
     | EventAck
     | StartAttempt
