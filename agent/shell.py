@@ -417,20 +417,23 @@ class AgentShell:
             if self._stuck:  # a hello would wait for the journal, and pile up behind it
                 await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
                 continue
+            told_ms = 0
             try:
                 session = await self._ports.uplink.dial()
-                reason, talked = await self._talk(session)
+                reason, talked, told_ms = await self._talk(session)
                 failures = 0 if talked else failures + 1
             except LinkClosed as error:
                 reason, failures = str(error), failures + 1
             if reason != said:
                 self._ports.log("warning", "link.closed", (("reason", reason),))
                 said = reason
-            wait_ms = backoff_ms(failures, self._ports.chance.draw())
+            wait_ms = backoff_ms(failures, self._ports.chance.draw(), told_ms)
+            self._pulse.link_ms = self._ports.clock.now_ms() + wait_ms
             await self._ports.clock.sleep_ms(wait_ms)
 
-    async def _talk(self, session: Session) -> tuple[str, bool]:
-        """One session, from hello to its end; returns how it ended, and whether it was answered."""
+    async def _talk(self, session: Session) -> tuple[str, bool, int]:
+        """One session, from hello to its end; returns how it ended, whether it was answered, and
+        for how long we are to stay away."""
         self._outbox.clear()
         self._session = session
         self._counts.sessions += 1
@@ -443,9 +446,15 @@ class AgentShell:
                 self._pulse.link_ms = self._ports.clock.now_ms()
                 self._counts.orders_received += 1
                 talked = True
+                if isinstance(order, m.ComeLater):
+                    return (
+                        f"the coordinator lets us in after {order.wait_ms} ms",
+                        True,
+                        order.wait_ms,
+                    )
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
         except (LinkClosed, ChunkError) as error:
-            return str(error), talked
+            return str(error), talked, 0
         finally:
             self._session = None
             sender.cancel()

@@ -221,6 +221,8 @@ def decode(message: pb.SessionResponse) -> m.Order:
                 _RATES.get(welcome.telemetry_rate, OWN_RATE),
                 _milliseconds(welcome.report_interval),
             )
+        case "come_later":
+            return m.ComeLater(_milliseconds(message.come_later.wait))
         case "lease_renewal":
             return m.LeaseRenewal(message.lease_renewal.heartbeat_sequence)
         case "event_ack":

@@ -147,6 +147,7 @@ class FleetAgent:
         self._session: _Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._interval_s = 1.0
+        self._told_ms = 0
         self._gpus = [f"GPU-{node}-{index}" for index in range(GPUS)]
         self._beat = agent_pb2.SessionRequest(heartbeat=_heartbeat(self._gpus))
 
@@ -166,8 +167,9 @@ class FleetAgent:
             self._session.close()
 
     def _again(self) -> None:
-        self.failures += 1
-        self.herd.spawn_dial(self, backoff_ms(self.failures, self.herd.chance.random()))
+        told_ms, self._told_ms = self._told_ms, 0
+        self.failures = 0 if told_ms else self.failures + 1
+        self.herd.spawn_dial(self, backoff_ms(self.failures, self.herd.chance.random(), told_ms))
 
     # --- what a connection tells ------------------------------------------------------------------
 
@@ -208,6 +210,9 @@ class FleetAgent:
             tally.renewal_s.append(time.perf_counter() - self._beaten_s)
         elif kind == "event_ack":
             self._settle(response.event_ack.sequence)
+        elif kind == "come_later":
+            tally.refused += 1
+            self._told_ms = response.come_later.wait.ToMilliseconds()
         elif kind == "welcome":
             self._welcome(response.welcome)
         elif kind == "start_attempt":

@@ -66,6 +66,8 @@ LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybod
 HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
 CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
+HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
+HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,6 +116,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "to five seconds of back-off to find it again, and then a lease. For each hundred nodes "
         "comes a second more, in which they are let in."
     )] = 13_000
+    hellos_per_s: Annotated[int, says(
+        "Agents that are let in each second, 40 to 10000. The others are told when to come, and "
+        "are not lost before then; as many as come in one second never wait. A coordinator on two "
+        "busy cores answers some 160 hellos a second: more would only wait in its inbox, with the "
+        "heartbeats of those who are in behind them."
+    )] = 200
     health_reaction: Annotated[str, says(
         "What follows from a GPU that needs a reset or a reboot, or is lost: cordon (no new work, "
         "and its jobs are handed off), degraded (the same for degraded ones), or report (nothing "
@@ -185,6 +193,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self._suspect_problem(),
             self._closed_grace_problem(),
             range_problem("restart_grace_ms", self.restart_grace_ms, 0, RESTART_GRACE_MS_MAX),
+            range_problem("hellos_per_s", self.hellos_per_s, HELLOS_PER_S_MIN, HELLOS_PER_S_MAX),
             choice_problem("health_reaction", self.health_reaction, HEALTH_REACTIONS),
             range_problem("health_cordon_percent", self.health_cordon_percent, 1, 100),
             range_problem(

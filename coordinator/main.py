@@ -238,6 +238,7 @@ def _options(config: Config) -> Options:
         lease_ms=config.lease_ms,
         closed_grace_ms=config.closed_grace_ms,
         restart_grace_ms=config.restart_grace_ms,
+        hellos_per_s=config.hellos_per_s,
         cordons_gpus=config.health_reaction != "report",
         cordons_degraded=config.health_reaction == "degraded",
         cordon_percent=config.health_cordon_percent,

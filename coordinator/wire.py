@@ -382,6 +382,8 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
                 report_interval=_duration(order.report_interval_ms),
             )
             return pb.SessionResponse(welcome=welcome)
+        case m.ComeLater():
+            return pb.SessionResponse(come_later=pb.ComeLater(wait=_duration(order.wait_ms)))
         case m.LeaseRenewal():
             renewal = pb.LeaseRenewal(heartbeat_sequence=order.heartbeat_sequence)
             return pb.SessionResponse(lease_renewal=renewal)

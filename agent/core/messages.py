@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Report, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict
+from agent.core.link_messages import ComeLater as ComeLater
 from agent.core.link_messages import EventAck as EventAck
 from agent.core.link_messages import LeaseRenewal as LeaseRenewal
 from agent.core.link_messages import Welcome as Welcome
@@ -82,6 +83,7 @@ class KeepCheckpoints:
 
 Order = (
     Welcome
+    | ComeLater
     | LeaseRenewal
     | EventAck
     | StartAttempt

@@ -21,6 +21,7 @@ from agent.core.messages import (
     AttemptRefused,
     AttemptStarted,
     CaptureFound,
+    ComeLater,
     CommitResult,
     Connected,
     Disconnected,
@@ -198,8 +199,8 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
             live = state.attempts.get(order.attempt)
             if live is not None:
                 pipeline.answered(state, live, order)
-        case LeaseRenewal():
-            pass  # being heard from is all that it says
+        case LeaseRenewal() | ComeLater():
+            pass  # being heard from is all that it says; when to dial again is the shell's matter
 
 
 def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None:

@@ -17,6 +17,13 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
+class ComeLater:
+    """In place of a welcome: more agents want in than are let in at once."""
+
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseRenewal:
     heartbeat_sequence: int
 

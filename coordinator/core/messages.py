@@ -16,6 +16,7 @@ from coordinator.core.checkpoint_requests import (
 )
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
+from coordinator.core.link_messages import ComeLater as ComeLater
 from coordinator.core.link_messages import EventAck as EventAck
 from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
 from coordinator.core.link_messages import Welcome as Welcome
@@ -327,6 +328,7 @@ class KeepCheckpoints:
 
 AgentOrder = (
     Welcome
+    | ComeLater
     | LeaseRenewal
     | EventAck
     | StartAttempt

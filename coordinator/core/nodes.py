@@ -13,14 +13,16 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings, stuck
+from coordinator.core import admission, attempts, checkpoints, gangs, leases, parts, readings, stuck
 from coordinator.core.messages import (
     CloseSession,
+    ComeLater,
     Goodbye,
     Heartbeat,
     HeldAttempt,
     Hello,
     LeaseRenewal,
+    Send,
     StopAttempt,
     Welcome,
 )
@@ -51,6 +53,8 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     if refusal:
         state.log("warning", "node.refused", node=body.node, reason=refusal)
         state.commands.append(CloseSession(session, refusal))
+        return
+    if state.sessions.get(session) != body.node and _put_off(state, now, session, body.node):
         return
     known = state.nodes.get(body.node)
     moved = known is not None and known.node.peer_address != body.peer_address
@@ -115,6 +119,24 @@ def _refuse_hello(state: State, now: Instant, session: int, body: Hello) -> str:
             " give this one a node name of its own"
         )
     return ""
+
+
+def _put_off(state: State, now: Instant, session: int, node_id: str) -> bool:
+    """Whether this agent has to come later, and is told so."""
+    rate = state.options.hellos_per_s
+    begins = not state.admission.appointments
+    wait_ms = admission.ask(state.admission, now.now_ms, node_id, rate)
+    if not wait_ms:
+        return False
+    if begins:
+        reason = f"more agents want in than the {rate} a second that are let in"
+        state.log("warning", "node.line", node=node_id, reason=reason)
+    live = state.nodes.get(node_id)
+    if live is not None:
+        leases.expect(live, now.now_ms + wait_ms + admission.LATE_MS)
+    reason = f"{rate} agents a second are let in; this one is expected in {wait_ms} ms"
+    state.commands += [Send(session, ComeLater(wait_ms)), CloseSession(session, reason)]
+    return True
 
 
 def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
@@ -304,6 +326,7 @@ def _hold_stray_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]
 def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
     """A polite close: the agent restarts (its trainers go on), or it leaves for good (its jobs go
     elsewhere at once)."""
+    live.expected_ms = 0
     if body.absence_ms is None:
         live.deadline_ms = now.now_ms
         _close(state, live, "its agent has left")
@@ -322,7 +345,8 @@ def closed(state: State, now: Instant, session: int) -> None:
     live = state.nodes.get(node_id) if node_id is not None else None
     if live is None or live.session != session:
         return
-    live.deadline_ms = min(live.deadline_ms, now.now_ms + state.options.closed_grace_ms)
+    grace_ms = now.now_ms + state.options.closed_grace_ms
+    live.deadline_ms = max(live.expected_ms, min(live.deadline_ms, grace_ms))
     leases.watch(state, live)
     _close(state, live, "its connection has closed")
 

@@ -12,6 +12,7 @@ coordinator begins without it.
 from dataclasses import dataclass, field, replace
 
 from coordinator.core import traces
+from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
 from coordinator.core.messages import (
@@ -108,6 +109,7 @@ class LiveNode:
     back from being lost, or first to a coordinator that had restarted; `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
+    `expected_ms`: it was told to come later, and is not lost before then.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
 
@@ -115,6 +117,7 @@ class LiveNode:
     phase: NodePhase
     deadline_ms: int
     suspect_ms: int = 0
+    expected_ms: int = 0
     watched_ms: int | None = None
     session: int | None = None
     newest_session: int = -1
@@ -145,6 +148,7 @@ class State:
         self.nodes: dict[str, LiveNode] = {}
         self.sessions: dict[int, str] = {}
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
+        self.admission = Admission()
         self.indices = Indices()
         self.requests: dict[str, int] = {}
         self.queued: dict[int, None] = {}

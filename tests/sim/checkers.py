@@ -80,6 +80,11 @@ class Checkers:
         self.doomed: dict[str, None] = {}
         self.cordons: dict[str, dict[str, None]] = {}
 
+    def lost(self, node: str, expected_in_ms: int) -> None:
+        """The coordinator gives a node up."""
+        if expected_in_ms > 0:
+            self._fail(f"{node} is declared lost and may come for {expected_in_ms} ms more")
+
     # --- answers to users -------------------------------------------------------------------------
 
     def submitted(self, request_id: str, job_id: int) -> None:

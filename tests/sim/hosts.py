@@ -276,6 +276,11 @@ class CoordinatorHost:
         self._held.clear()
         self.gate.set()
 
+    def crowd(self, ahead_ms: int) -> None:
+        """As if so many agents stood in line that the next is let in after this."""
+        if self.core is not None:
+            self.core.state.admission.free_us = (self.clock.now_ms() + ahead_ms) * 1_000
+
     def stall(self) -> None:
         self.gate.clear()
 
@@ -302,4 +307,7 @@ class CoordinatorHost:
 
     def _log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
         check("coordinator", level, event, fields)
+        if event == "node.lost" and self.core is not None:
+            live = self.core.state.nodes[str(dict(fields)["node"])]
+            self._around.checkers.lost(live.node.id, live.expected_ms - self.clock.now_ms())
         self._around.trace(f"coordinator {level} {event} {_fields(fields)}")

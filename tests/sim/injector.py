@@ -211,6 +211,20 @@ class Injector:
         host.resume()
         return True
 
+    async def _herd(self, fault: Fault) -> bool:
+        """It restarts, and all come back at once, behind thousands of others."""
+        host, counts = self._world.coordinator, self._world.counts
+        if host.task is None or not host.gate.is_set():
+            return False
+        self._world.trace(f"FAULT {fault.kind} on the coordinator, {fault.duration_ms} ms long")
+        before = counts[fault.kind]
+        host.kill()
+        self._reset(host)
+        await host.start()
+        host.crowd(fault.duration_ms)
+        await self._lasts(fault)
+        return counts[fault.kind] > before
+
     async def _takeover(self, fault: Fault) -> bool:
         """A second coordinator becomes leader while the first one sleeps, and then wakes up."""
         world, old = self._world, self._world.coordinator

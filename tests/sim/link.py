@@ -188,6 +188,8 @@ class Connection:
             self.listener.do(lambda: self._shell.close_session(number))
 
     def _order(self, order: cm.AgentOrder) -> None:
+        if isinstance(order, cm.ComeLater):
+            self._air.fired("herd")
         if self.coordinator_open:
             self._down.push(coordinator_wire.encode(order).SerializeToString(deterministic=True))
 

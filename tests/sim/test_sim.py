@@ -21,16 +21,17 @@ from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
 from coordinator import shell as coordinator_shell
-from coordinator.core import attempts, checkpoints, gangs, nodes, outcomes
+from coordinator.core import attempts, checkpoints, gangs, leases, nodes, outcomes
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
 from coordinator.core.model import Attempt, Checkpoint, Job, Part
+from coordinator.core.phases import NodePhase
 from coordinator.core.state import LiveNode
 from coordinator.core.state import State as CoordinatorState
 from coordinator.store.memory import MemoryDisk
 from tests.sim.faults import KINDS, Fault, Plan, Program, plan
 from tests.sim.injector import run_plan
-from tests.sim.world import World, simulate
+from tests.sim.world import Outcome, World, simulate
 
 SEEDS = 200
 CHUNK = 10  # seeds per test: small enough to spread over workers, large enough to cost no overhead
@@ -96,7 +97,7 @@ def test_a_rotten_copy_waits_for_the_good_one_on_a_lost_node() -> None:
         await asyncio.sleep(40)
         job = world.checkers.jobs[job_id]
         assert job.head == head, f"{job} went back"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(200):  # whoever has a better claim goes first
             told = ""
             while "--abandon" not in told:
                 await asyncio.sleep(0.2)
@@ -215,6 +216,43 @@ def test_what_agents_say_beyond_the_bound_is_lost_without_harm(
     assert outcome.fired["scenario"] == 1
 
 
+def all_at_once(restarts: bool) -> Outcome:
+    """Sixteen nodes lose the coordinator in one instant, which lets in one a second: twice as long
+    as a lease for the last of them, five times the grace of a closed connection."""
+
+    async def strike(world: World) -> None:
+        await _first_replicated(world)
+        await asyncio.sleep(20)  # so that all have joined
+        host = world.coordinator
+        assert host.core is not None
+        if restarts:
+            host.kill()
+        for agent in world.agents.values():
+            for connection in agent.connections:
+                connection.end_agent("connection reset")
+                connection.end_coordinator()
+        if restarts:
+            await host.start()
+            assert host.core is not None
+        host.core.state.options = replace(host.core.state.options, hellos_per_s=1)
+        await asyncio.sleep(25)
+        phases = [live.phase for live in host.core.state.nodes.values()]
+        assert phases == [NodePhase.UP] * 16
+        world.fired("scenario")
+
+    return simulate(replace(workload("cut", 0), nodes=16), strike)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_nobody_is_lost_while_it_stands_in_line(restarts: bool) -> None:
+    outcome = all_at_once(restarts)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+    assert 14 <= outcome.fired["herd"] <= 20, "hardly any is told twice when to come"
+    assert not [line for line in outcome.lines if "node.lost" in line]
+    assert not [line for line in outcome.lines if "attempt.accepted attempt=1.2" in line]
+
+
 # --- the checkers can fail ------------------------------------------------------------------------
 
 
@@ -305,6 +343,17 @@ def test_a_gpu_freed_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(attempts, "order_stop", release)
     found(workload("requeue"), "promised to")
+
+
+def test_a_node_that_is_lost_while_it_stands_in_line_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forget(live: LiveNode, until_ms: int) -> None:
+        live.expected_ms = until_ms
+
+    monkeypatch.setattr(leases, "expect", forget)
+    monkeypatch.setattr(leases, "resume", lambda state: None)
+    assert "is declared lost and may come" in all_at_once(restarts=False).failure
 
 
 def test_a_stale_copy_that_runs_on_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

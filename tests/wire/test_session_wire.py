@@ -135,6 +135,7 @@ ORDER = st.one_of(
         cm.Welcome, COUNT, POSITIVE_MS, POSITIVE_MS, COUNT,
         st.sampled_from(model.TelemetryRate), POSITIVE_MS,
     ),
+    st.builds(cm.ComeLater, DURATION_MS),
     st.builds(cm.LeaseRenewal, COUNT),
     st.builds(cm.EventAck, COUNT),
     st.builds(

@@ -104,6 +104,7 @@ class SessionResponse(_message.Message):
     SET_REPLICA_TARGET_FIELD_NUMBER: _builtins.int
     COMMIT_RESULT_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    COME_LATER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -120,6 +121,8 @@ class SessionResponse(_message.Message):
     def commit_result(self) -> Global___CommitResult: ...
     @_builtins.property
     def keep_checkpoints(self) -> Global___KeepCheckpoints: ...
+    @_builtins.property
+    def come_later(self) -> Global___ComeLater: ...
     def __init__(
         self,
         *,
@@ -131,12 +134,13 @@ class SessionResponse(_message.Message):
         set_replica_target: Global___SetReplicaTarget | None = ...,
         commit_result: Global___CommitResult | None = ...,
         keep_checkpoints: Global___KeepCheckpoints | None = ...,
+        come_later: Global___ComeLater | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["commit_result", b"commit_result", "event_ack", b"event_ack", "keep_checkpoints", b"keep_checkpoints", "lease_renewal", b"lease_renewal", "message", b"message", "set_replica_target", b"set_replica_target", "start_attempt", b"start_attempt", "stop_attempt", b"stop_attempt", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["come_later", b"come_later", "commit_result", b"commit_result", "event_ack", b"event_ack", "keep_checkpoints", b"keep_checkpoints", "lease_renewal", b"lease_renewal", "message", b"message", "set_replica_target", b"set_replica_target", "start_attempt", b"start_attempt", "stop_attempt", b"stop_attempt", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_result", b"commit_result", "event_ack", b"event_ack", "keep_checkpoints", b"keep_checkpoints", "lease_renewal", b"lease_renewal", "message", b"message", "set_replica_target", b"set_replica_target", "start_attempt", b"start_attempt", "stop_attempt", b"stop_attempt", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["come_later", b"come_later", "commit_result", b"commit_result", "event_ack", b"event_ack", "keep_checkpoints", b"keep_checkpoints", "lease_renewal", b"lease_renewal", "message", b"message", "set_replica_target", b"set_replica_target", "start_attempt", b"start_attempt", "stop_attempt", b"stop_attempt", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "lease_renewal", "event_ack", "start_attempt", "stop_attempt", "set_replica_target", "commit_result", "keep_checkpoints"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "lease_renewal", "event_ack", "start_attempt", "stop_attempt", "set_replica_target", "commit_result", "keep_checkpoints", "come_later"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -687,6 +691,32 @@ class Welcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class ComeLater(_message.Message):
+    """In place of a welcome, when more agents want in than the coordinator lets in; the call ends after
+    it with RESOURCE_EXHAUSTED. An agent that does not know it dials again by its own back-off.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """The agent dials again after this, and not before: then it is let in. At most ten minutes."""
+
+    def __init__(
+        self,
+        *,
+        wait: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComeLater: _TypeAlias = ComeLater  # noqa: Y015
 
 @_typing.final
 class LeaseRenewal(_message.Message):
