@@ -8,6 +8,9 @@ buffer what the other end does not take yet.
 A descriptor arrives with the bytes that it was sent beside, or before them, never after. So whoever
 handles a line that announces one takes the oldest that has come. Those that nobody takes are closed
 with the connection, and there is a bound on how many wait.
+
+An attempt may have several connections: one that is new after an agent's restart beside the old
+one, or one for each of a launcher's ranks. `Registration` knows which of them a word is for.
 """
 
 import asyncio
@@ -15,9 +18,11 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 RECEIVE_BYTES = 64 * 1024
+QUEUED_MESSAGES_MAX = 64  # answers to as many checkpoints as anybody has in flight; the newest stay
 DESCRIPTORS_MAX = 4  # a trainer has one slab; more of them waiting is no trainer of ours
 
 
@@ -153,6 +158,41 @@ class Connection:
             loop.add_writer(self._socket, self._flush)
         else:
             loop.remove_writer(self._socket)
+
+
+@dataclass(slots=True, eq=False)
+class Registration:
+    """An attempt that may speak: its connections, newest last, and what waits for the next one.
+    `offered` is by a checkpoint's id: who offered it."""
+
+    token: str
+    staging_directory: str  # real path
+    connections: list[Connection] = field(default_factory=list)
+    queued: deque[bytes] = field(default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX))
+    offered: dict[int, Connection] = field(default_factory=dict)
+
+    @property
+    def live(self) -> list[Connection]:
+        return [connection for connection in self.connections if not connection.is_closing]
+
+    def whom(self, message: Mapping[str, object]) -> list[Connection]:
+        """Those whom a word concerns: a stop all, an answer who asked, anything else the newest."""
+        live, number = self.live, message.get("id")
+        if message.get("type") == "stop":
+            return live
+        asked = self.offered.get(number) if isinstance(number, int) else None
+        return [asked] if asked is not None and asked in live else live[-1:]
+
+    def note_offer(self, checkpoint_id: int, connection: Connection) -> None:
+        self.offered.pop(checkpoint_id, None)
+        self.offered[checkpoint_id] = connection
+        if len(self.offered) > QUEUED_MESSAGES_MAX:
+            del self.offered[next(iter(self.offered))]
+
+    def leave(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+        self.offered = {key: who for key, who in self.offered.items() if who is not connection}
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:

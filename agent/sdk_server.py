@@ -9,8 +9,9 @@ How: the first line must be a hello with the token of a registered attempt; it f
 connection speaks. Each line is bounded before it is parsed, each field checked for type and range,
 and a checkpoint's path is resolved (symbolic links included) and must lie inside the attempt's
 staging directory. Whatever fails is answered with one line `{"type":"error","reason":...}` and the
-connection is closed. Answers go to the newest connection; while there is none they wait in a
-bounded queue, because a trainer reconnects after an agent's restart.
+connection is closed. What a checkpoint came to is told to the connection that offered it, a stop to
+all of the attempt, since a launcher's ranks may each have one; else the newest is told. While there
+is none, words wait in a bounded queue, because a trainer reconnects after an agent's restart.
 
 Memory for captures is asked for and given here, a descriptor beside a line:
 
@@ -49,9 +50,7 @@ import json
 import math
 import os
 import socket
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Protocol
@@ -70,7 +69,7 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     TrainerTime,
 )
-from agent.sdk_connection import Connection, LineTooLong
+from agent.sdk_connection import Connection, LineTooLong, Registration
 
 PROTOCOL_VERSION = 1
 LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
@@ -78,7 +77,6 @@ METRICS_MAX = 64  # what a person can look at; each becomes a series of its own
 NAME_CHARACTERS_MAX = 128  # a metric or milestone name is a label, not a text
 CONNECTIONS_PER_ATTEMPT_MAX = 16  # the ranks of one box's trainer, each with a reconnect on its way
 CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
-QUEUED_MESSAGES_MAX = 64  # answers to as many checkpoints as anybody has in flight; the newest stay
 HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
 SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
 ACCEPT_PAUSE_S = 1.0  # when the process is out of descriptors, as asyncio's own servers do
@@ -114,14 +112,6 @@ class LineRefused(Exception):
     """A line that breaks the contract; the text is the sentence sent back."""
 
 
-@dataclass(slots=True, eq=False)
-class _Registration:
-    token: str
-    staging_directory: str  # real path
-    connections: list[Connection] = field(default_factory=list)  # newest last
-    queued: deque[bytes] = field(default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX))
-
-
 class SdkServer:
     """Serves `<runtime directory>/trainers.sock`; use as `await open()` ... `await close()`."""
 
@@ -134,7 +124,7 @@ class SdkServer:
         self._runtime_directory = runtime_directory
         self._on_message = on_message
         self._slabs = slabs
-        self._registrations: dict[str, _Registration] = {}
+        self._registrations: dict[str, Registration] = {}
         self._listener: socket.socket | None = None
         self._unknown: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -193,7 +183,7 @@ class SdkServer:
         if self._find(token) not in (None, attempt_id):
             raise ValueError(f"the token of attempt {attempt_id} belongs to another attempt")
         self.unregister(attempt_id)
-        self._registrations[attempt_id] = _Registration(token, real)
+        self._registrations[attempt_id] = Registration(token, real)
 
     def unregister(self, attempt_id: str) -> None:
         """The attempt is over: its connections are closed and its token is unknown from here on."""
@@ -203,15 +193,17 @@ class SdkServer:
                 connection.close()
 
     def tell(self, attempt_id: str, message: Mapping[str, object]) -> None:
-        """Send to the newest connection of the attempt, or keep it until there is one.
+        """Send to whom it concerns, or keep it until there is a connection.
 
         An attempt that is not registered (any more) is no error: there is nobody to tell.
         """
         registration = self._registrations.get(attempt_id)
         if registration is None:
             return
-        registration.queued.append(_encode(message))
-        self._flush(registration)
+        line = _encode(message)
+        told = [self._send(connection, line) for connection in registration.whom(message)]
+        if not any(told):
+            registration.queued.append(line)
 
     def _listen(self, listener: socket.socket) -> None:
         if listener is self._listener:
@@ -235,16 +227,19 @@ class SdkServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _flush(self, registration: _Registration) -> None:
-        live = [connection for connection in registration.connections if not connection.is_closing]
-        if not live:
-            return
-        connection = live[-1]
-        while registration.queued and not connection.is_closing:
-            if connection.pending_bytes > WRITE_BUFFER_BYTES_MAX:
-                connection.close()  # it does not read; what is queued waits for the next one
-                return
-            connection.send(registration.queued.popleft())
+    def _flush(self, registration: Registration) -> None:
+        """What waited goes to the newest connection."""
+        while registration.queued and registration.live:
+            if self._send(registration.live[-1], registration.queued[0]):
+                registration.queued.popleft()
+
+    def _send(self, connection: Connection, line: bytes) -> bool:
+        """False: it does not read, and is closed; the line waits for the next one."""
+        if connection.pending_bytes > WRITE_BUFFER_BYTES_MAX:
+            connection.close()
+            return False
+        connection.send(line)
+        return True
 
     async def _serve(self, connection: Connection) -> None:
         attempt_id = ""
@@ -267,18 +262,20 @@ class SdkServer:
             if connection.in_sections:
                 self._on_message(attempt_id, TrainerSection(connection.number, ended=True))
             current = self._registrations.get(attempt_id)
-            if current is not None and connection in current.connections:
-                current.connections.remove(connection)
+            if current is not None:
+                current.leave(connection)
             connection.close()
 
     def _take(
         self,
         attempt_id: str,
-        registration: _Registration,
+        registration: Registration,
         connection: Connection,
         fields: dict[str, object],
     ) -> None:
         """One line after the hello. Raises `LineRefused`."""
+        if fields.get("type") == "checkpoint":
+            registration.note_offer(_integer(fields, "id"), connection)
         if self._slabs is not None and fields.get("type") == "slab":
             self._slab(self._slabs, attempt_id, connection, fields)
         elif self._slabs is not None and "slab" in fields and fields.get("type") == "checkpoint":

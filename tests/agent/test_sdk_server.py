@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import sdk_server
+from agent import sdk_connection, sdk_server
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
     TrainerHeedsSaves,
@@ -130,14 +130,15 @@ async def test_the_conversation(house: House) -> None:
 
 
 async def test_tell_goes_to_the_newest_connection_and_waits_for_one(house: House) -> None:
-    for number in range(sdk_server.QUEUED_MESSAGES_MAX + 3):
+    kept = sdk_connection.QUEUED_MESSAGES_MAX
+    for number in range(kept + 3):
         house.server.tell("1.1", {"type": "stored", "id": number})
     first = await house.greeted()
-    for number in range(3, sdk_server.QUEUED_MESSAGES_MAX + 3):  # the newest were kept, in order
+    for number in range(3, kept + 3):  # the newest were kept, in order
         assert await first.receive() == {"type": "stored", "id": number}
     second = await house.greeted()
-    house.server.tell("1.1", {"type": "stop", "reason": "drain", "grace_ms": 1})
-    assert await second.receive() == {"type": "stop", "reason": "drain", "grace_ms": 1}
+    house.server.tell("1.1", {"type": "save", "reason": "drain"})
+    assert await second.receive() == {"type": "save", "reason": "drain"}
     house.server.tell("9.9", {"type": "stop"})  # nobody to tell
     house.server.unregister("1.1")
     assert await first.receive() is None
@@ -145,6 +146,36 @@ async def test_tell_goes_to_the_newest_connection_and_waits_for_one(house: House
     late = await house.connect()
     late.send({"type": "hello", "version": 1, "token": "secret", "pid": 1})
     assert await late.refusal() == "unknown token"
+
+
+async def test_each_rank_hears_of_its_own_checkpoint_and_all_of_a_stop(house: House) -> None:
+    """A launcher's ranks may each have a connection: the first one's answer is not the newest's."""
+    for name in ("a", "b"):
+        (house.staging / name).mkdir()
+    first, second = await house.greeted(), await house.greeted()
+    for trainer, number, name in ((first, 3, "a"), (second, 4, "b")):
+        path = str(house.staging / name)
+        trainer.send({"type": "checkpoint", "id": number, "path": path, "step": 1})
+        await house.message()
+    house.server.tell("1.1", {"type": "stored", "id": 3, "digest": "ab"})
+    house.server.tell("1.1", {"type": "stored", "id": 4, "digest": "cd"})
+    house.server.tell("1.1", {"type": "stop", "reason": "drain", "grace_ms": 1})
+    for trainer, number in ((first, 3), (second, 4)):
+        told = [await trainer.receive() or {} for _ in range(2)]
+        assert told[0]["id"] == number
+        assert told[1]["type"] == "stop"
+
+
+async def test_the_answer_to_a_rank_that_has_gone_waits_for_it(house: House) -> None:
+    (house.staging / "a").mkdir()
+    trainer = await house.greeted()
+    trainer.send({"type": "checkpoint", "id": 3, "path": str(house.staging / "a"), "step": 1})
+    await house.message()
+    trainer.writer.write_eof()
+    assert await trainer.receive() is None  # the server has seen it
+    house.server.tell("1.1", {"type": "stored", "id": 3, "digest": "ab"})
+    again = await house.greeted()
+    assert await again.receive() == {"type": "stored", "id": 3, "digest": "ab"}
 
 
 async def test_what_was_told_just_before_the_end_still_arrives(house: House) -> None:
