@@ -18,7 +18,7 @@ class Options:
     # After our own restart agents need up to five seconds of back-off to find us, and then a lease.
     # As long ranks that came back from a common outage wait for the rest of their gang.
     restart_grace_ms: int = 13_000
-    hellos_per_s: int = 200  # agents that are let in (`admission.py`)
+    hellos_per_s: int = 500  # agents that are let in (`admission.py`)
     # What follows from verdicts on GPUs (`health.py`): whether anything does, whether from degraded
     # as well, and the circuit breaker.
     cordons_gpus: bool = True
