@@ -118,9 +118,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = 13_000
     hellos_per_s: Annotated[int, says(
         "Agents that are let in each second, 40 to 10000. The others are told when to come, and "
-        "are not lost before then; as many as come in one second never wait. Two cores with nothing "
-        "else to do answer some 800 hellos a second, busy ones half of that: more would only wait "
-        "in the inbox, with the heartbeats of those who are in behind them."
+        "are not lost before then; as many as come in one second never wait. Two cores with "
+        "nothing else to do answer some 800 hellos a second, busy ones half of that: more would "
+        "only wait in the inbox, with the heartbeats of those who are in behind them."
     )] = 500
     health_reaction: Annotated[str, says(
         "What follows from a GPU that needs a reset or a reboot, or is lost: cordon (no new work, "
