@@ -72,10 +72,10 @@ def names(spec: JobSpec) -> tuple[str, str]:
 
 
 def seen(state: State, now: Instant) -> History:
-    """What the newest jobs did."""
+    """What the newest jobs did; those that still wait have done nothing."""
     runs: list[Run] = []
     too_large: list[TooLarge] = []
-    for job_id in sorted(state.jobs, reverse=True)[:JOBS_MAX]:
+    for job_id in sorted(state.job_attempts, reverse=True)[:JOBS_MAX]:
         job = state.jobs[job_id]
         for attempt in reversed(state.attempts_of(job_id)):
             run = _run(state, now, job, attempt)

@@ -49,6 +49,12 @@ STEP_LAUNCH_S = 0.005
 PASSES_OVER_ACTIVATIONS = 3  # written once, read twice
 
 
+# Far above what anybody trains, and far below where arithmetic in floats or on the wire ends.
+COUNT_MAX = 10**9
+TOKENS_MAX = 10**15
+_KINDS = {str: "text", int: "a whole number"}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """Dimensions of a language model. `tied`: its last layer is its table of tokens."""
@@ -103,7 +109,7 @@ def read(spec: JobSpec) -> Training | str:
         return f"how much work a step of {spec.trainer!r} is depends on its backbone and data"
     try:
         given = json.loads(spec.trainer_config_json or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return "the trainer's configuration is no JSON"
     if not isinstance(given, dict):
         return "the trainer's configuration is no table of keys and values"
@@ -113,12 +119,17 @@ def read(spec: JobSpec) -> Training | str:
     }  # fmt: skip
     known = {name: given[name] for name in kinds if name in given}
     for name, value in known.items():
-        if not isinstance(value, kinds[name]) or (kinds[name] is int and value < 1):
-            return f"'{name}' of the trainer's configuration cannot be {value!r}"
+        if type(value) is not kinds[name]:
+            return f"'{name}' of the trainer's configuration must be {_KINDS[kinds[name]]}"
+        if kinds[name] is int and not 1 <= value <= COUNT_MAX:
+            return f"'{name}' of the trainer's configuration must be from 1 to {COUNT_MAX}"
     for name in ("model", "steps"):
         if name not in known:
             return f"'{name}' is missing in the trainer's configuration"
-    return Training(trainer=spec.trainer, **known)
+    training = Training(trainer=spec.trainer, **known)
+    if training.steps * training.tokens > TOKENS_MAX:
+        return f"the trainer's configuration asks for more than {TOKENS_MAX:.0e} tokens"
+    return training
 
 
 def trained_parameters(training: Training, model: ModelFacts) -> int:

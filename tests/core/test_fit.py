@@ -284,10 +284,29 @@ def test_no_evidence_no_correction() -> None:
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"steps": 0}, "'steps' of the trainer's configuration cannot be 0"),
-        ({"batch_size": "many"}, "'batch_size' of the trainer's configuration cannot be 'many'"),
-        ({"model": 3}, "'model' of the trainer's configuration cannot be 3"),
+        ({"steps": 0}, "'steps' of the trainer's configuration must be from 1 to 1000000000"),
+        (
+            {"batch_size": "many"},
+            "'batch_size' of the trainer's configuration must be a whole number",
+        ),
+        ({"model": 3}, "'model' of the trainer's configuration must be text"),
     ],
 )
 def test_a_configuration_that_says_nothing(changed: dict[str, Any], why: str) -> None:
     assert workload.read(spec(**changed)) == why
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 60_000, "is no JSON"),
+        ('{"model": "m", "steps": 1' + "0" * 400 + "}", "'steps' of the trainer's configuration"),
+        ('{"model": "m", "steps": 10, "batch_size": true}', "must be a whole number"),
+        ('{"model": "m", "steps": 1000000000, "batch_size": 1000000000}', "more than 1e+15 tokens"),
+    ],
+)
+def test_a_configuration_that_would_break_arithmetic(text: str, why: str) -> None:
+    """Anybody may ask, and the answer is the coordinator's."""
+    said = workload.read(JobSpec(trainer="finetune", trainer_config_json=text))
+    assert isinstance(said, str)
+    assert why in said

@@ -141,3 +141,15 @@ def test_only_a_job_that_is_wrong_as_such_is_refused() -> None:
     never = dataclasses.replace(SPEC, gpu_types=("B200",))
     assert all(fit.unsuited == "the job asks for B200" for fit in fits(rig, never).fits)
     assert not rig.core.state.jobs
+
+
+def test_jobs_that_wait_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "JOBS_MAX", 2)
+    rig = rig_with_fleet()
+    ask(rig, m.Submit(SPEC))
+    run(rig, "1.1", step=200, step_s=300)
+    before = history.seen(rig.core.state, rig.now).runs
+    assert before
+    for _ in range(5):
+        ask(rig, m.Submit(dataclasses.replace(SPEC, hold=True)))
+    assert history.seen(rig.core.state, rig.now).runs == before
