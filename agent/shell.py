@@ -214,9 +214,8 @@ class AgentShell:
             return
         self._wake.clear()
         wake_ms = self._core.next_wake_ms()
-        timeout_s = None
-        if wake_ms is not None:
-            timeout_s = max(0, wake_ms - self._ports.clock.now_ms()) / 1000
+        left_ms = None if wake_ms is None else max(0, wake_ms - self._ports.clock.now_ms())
+        timeout_s = None if left_ms is None else left_ms / 1000
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
@@ -231,6 +230,9 @@ class AgentShell:
             self._inbox.append(m.FromTrainer(attempt_id, section))
         while self._unheard_xids and len(self._inbox) < INBOX_MAX:
             self._inbox.append(self._unheard_xids.pop(next(iter(self._unheard_xids))))
+        wake_ms = self._core.next_wake_ms()
+        if batch and wake_ms is not None and wake_ms <= self._ports.clock.now_ms():
+            batch.append(m.Tick())  # else none comes while each round finds something new
         return batch
 
     def _now(self) -> Instant:
