@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -40,26 +41,39 @@ class _Knot:
         self.own = self
 
 
-async def test_cycles_that_add_up_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_old_cycles_that_add_up_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = gc.get_threshold()
     monkeypatch.setattr(garbage, "LOOK_INTERVAL_S", 0.0)
     monkeypatch.setattr(garbage, "NEW_MIN", 100)
     monkeypatch.setattr(garbage, "_collect", found := _Collections())
     collecting = asyncio.create_task(garbage.collect_seldom())
     await asyncio.sleep(0)
-    assert not gc.isenabled()
     assert found.left == [0], "once at the start"
     while len(found.left) == 1:
-        for _ in range(100):
-            _Knot()
+        grown = [_Knot() for _ in range(100)]
+        gc.collect(1)  # they are old now
+        del grown
         await asyncio.sleep(0)
     assert found.left[1] >= 100
     collecting.cancel()
     await asyncio.gather(collecting, return_exceptions=True)
-    assert gc.isenabled()
+    assert gc.get_threshold() == rule
+
+
+async def test_young_cycles_do_not_wait_for_that() -> None:
+    """A call that was refused holds its request."""
+    collecting = asyncio.create_task(garbage.collect_seldom())
+    await asyncio.sleep(0)
+    for _ in range(3 * gc.get_threshold()[0]):
+        _Knot()
+    held = sum(isinstance(one, _Knot) for one in gc.get_objects())
+    assert held <= 2 * gc.get_threshold()[0]
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
 
 
 class _Collections:
-    """What each found of our knots; to the caller little is ever left."""
+    """What each found of our knots."""
 
     def __init__(self) -> None:
         self.left: list[int] = []
@@ -67,7 +81,7 @@ class _Collections:
     def __call__(self) -> int:
         self.left.append(sum(isinstance(one, _Knot) for one in gc.get_objects()))
         gc.collect()
-        return 0
+        return sys.getallocatedblocks()
 
 
 def test_reports_and_events_leave_nothing_to_be_found() -> None:
