@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 
 RECEIVE_BYTES = 64 * 1024
 QUEUED_MESSAGES_MAX = 64  # answers to as many checkpoints as anybody has in flight; the newest stay
+PROGRAMS_MAX = 1024  # of an attempt whose numbers are known; a loop of a shell may start more
+CHECKPOINT_BITS = 40  # of a checkpoint's number inward; what is above them is the program's
 DESCRIPTORS_MAX = 4  # a trainer has one slab; more of them waiting is no trainer of ours
 
 
@@ -32,11 +34,13 @@ class LineTooLong(Exception):
 
 class Connection:
     """Owns `connected`, a non-blocking stream socket. Used within one event loop. `number` tells it
-    from others; `in_sections` is for its user: the trainer behind it has spoken of sections."""
+    from others; for its user are `in_sections`: the trainer behind it has spoken of sections, and
+    `program`: which of an attempt's programs it is."""
 
     def __init__(self, connected: socket.socket, line_bytes_max: int, number: int = 0) -> None:
         self.number = number
         self.in_sections = False
+        self.program = 0
         self._socket = connected
         self._line_bytes_max = line_bytes_max
         self._received = bytearray()
@@ -162,37 +166,39 @@ class Connection:
 
 @dataclass(slots=True, eq=False)
 class Registration:
-    """An attempt that may speak: its connections, newest last, and what waits for the next one.
-    `offered` is by a checkpoint's id: who offered it."""
+    """An attempt that may speak: its connections, newest last, and what waits for the next one, of
+    which program or of any. Each program counts its checkpoints from 1, so a checkpoint's number
+    inward is the program's and then its own. `programs` are by pid."""
 
     token: str
     staging_directory: str  # real path
     connections: list[Connection] = field(default_factory=list)
-    queued: deque[bytes] = field(default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX))
-    offered: dict[int, Connection] = field(default_factory=dict)
+    queued: deque[tuple[int | None, bytes]] = field(
+        default_factory=lambda: deque(maxlen=QUEUED_MESSAGES_MAX)
+    )
+    programs: dict[int, int] = field(default_factory=dict)
+    programs_seen: int = 0
 
     @property
     def live(self) -> list[Connection]:
         return [connection for connection in self.connections if not connection.is_closing]
 
-    def whom(self, message: Mapping[str, object]) -> list[Connection]:
+    def join(self, connection: Connection, pid: int) -> None:
+        """A program keeps its number over connections; the first one's is 0, also after an agent's
+        restart."""
+        if pid not in self.programs:
+            self.programs[pid] = self.programs_seen % PROGRAMS_MAX
+            self.programs_seen += 1
+            if len(self.programs) > PROGRAMS_MAX:
+                del self.programs[next(iter(self.programs))]
+        connection.program = self.programs[pid]
+        self.connections.append(connection)
+
+    def whom(self, program: int | None, message: Mapping[str, object]) -> list[Connection]:
         """Those whom a word concerns: a stop all, an answer who asked, anything else the newest."""
-        live, number = self.live, message.get("id")
         if message.get("type") == "stop":
-            return live
-        asked = self.offered.get(number) if isinstance(number, int) else None
-        return [asked] if asked is not None and asked in live else live[-1:]
-
-    def note_offer(self, checkpoint_id: int, connection: Connection) -> None:
-        self.offered.pop(checkpoint_id, None)
-        self.offered[checkpoint_id] = connection
-        if len(self.offered) > QUEUED_MESSAGES_MAX:
-            del self.offered[next(iter(self.offered))]
-
-    def leave(self, connection: Connection) -> None:
-        if connection in self.connections:
-            self.connections.remove(connection)
-        self.offered = {key: who for key, who in self.offered.items() if who is not connection}
+            return self.live
+        return [one for one in self.live if program is None or one.program == program][-1:]
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:

@@ -69,7 +69,7 @@ from agent.core.trainer_messages import (
     TrainerSlab,
     TrainerTime,
 )
-from agent.sdk_connection import Connection, LineTooLong, Registration
+from agent.sdk_connection import CHECKPOINT_BITS, Connection, LineTooLong, Registration
 
 PROTOCOL_VERSION = 1
 LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
@@ -200,10 +200,14 @@ class SdkServer:
         registration = self._registrations.get(attempt_id)
         if registration is None:
             return
+        program, number = None, message.get("id")
+        if isinstance(number, int):
+            program = number >> CHECKPOINT_BITS
+            message = {**message, "id": number & ((1 << CHECKPOINT_BITS) - 1)}
         line = _encode(message)
-        told = [self._send(connection, line) for connection in registration.whom(message)]
+        told = [self._send(one, line) for one in registration.whom(program, message)]
         if not any(told):
-            registration.queued.append(line)
+            registration.queued.append((program, line))
 
     def _listen(self, listener: socket.socket) -> None:
         if listener is self._listener:
@@ -227,11 +231,14 @@ class SdkServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _flush(self, registration: Registration) -> None:
-        """What waited goes to the newest connection."""
-        while registration.queued and registration.live:
-            if self._send(registration.live[-1], registration.queued[0]):
-                registration.queued.popleft()
+    def _flush(self, registration: Registration, connection: Connection) -> None:
+        """What waited for this program, or for anybody."""
+        waiting = list(registration.queued)
+        registration.queued.clear()
+        for program, line in waiting:
+            mine = program is None or program == connection.program
+            if not (mine and self._send(connection, line)):
+                registration.queued.append((program, line))
 
     def _send(self, connection: Connection, line: bytes) -> bool:
         """False: it does not read, and is closed; the line waits for the next one."""
@@ -262,8 +269,8 @@ class SdkServer:
             if connection.in_sections:
                 self._on_message(attempt_id, TrainerSection(connection.number, ended=True))
             current = self._registrations.get(attempt_id)
-            if current is not None:
-                current.leave(connection)
+            if current is not None and connection in current.connections:
+                current.connections.remove(connection)
             connection.close()
 
     def _take(
@@ -275,7 +282,10 @@ class SdkServer:
     ) -> None:
         """One line after the hello. Raises `LineRefused`."""
         if fields.get("type") == "checkpoint":
-            registration.note_offer(_integer(fields, "id"), connection)
+            number = _integer(fields, "id")
+            if number >> CHECKPOINT_BITS:
+                raise LineRefused(f"id must be below 2^{CHECKPOINT_BITS}")
+            fields["id"] = connection.program << CHECKPOINT_BITS | number
         if self._slabs is not None and fields.get("type") == "slab":
             self._slab(self._slabs, attempt_id, connection, fields)
         elif self._slabs is not None and "slab" in fields and fields.get("type") == "checkpoint":
@@ -341,11 +351,11 @@ class SdkServer:
         if len(registration.connections) >= CONNECTIONS_PER_ATTEMPT_MAX:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
         self._unknown.discard(connection)
-        registration.connections.append(connection)
+        registration.join(connection, pid)
         welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True, "saves": True}
         slabs = {} if self._slabs is None else {"slabs": True}
         connection.send(_encode({"type": "welcome", **welcome, **slabs}))
-        self._flush(registration)
+        self._flush(registration, connection)
         self._on_message(attempt_id, TrainerHello(pid))
         return attempt_id
 

@@ -84,33 +84,39 @@ async def test_tell_goes_to_the_newest_connection_and_waits_for_one(house: House
 
 
 async def test_each_rank_hears_of_its_own_checkpoint_and_all_of_a_stop(house: House) -> None:
-    """A launcher's ranks may each have a connection: the first one's answer is not the newest's."""
-    for name in ("a", "b"):
+    """A launcher's ranks may each have a connection, and each counts from 1."""
+    trainers, numbers = [], []
+    for pid in (41, 42):
+        trainers.append(await house.greeted(pid=pid))
+    for name, trainer in zip("ab", trainers, strict=True):
         (house.staging / name).mkdir()
-    first, second = await house.greeted(), await house.greeted()
-    for trainer, number, name in ((first, 3, "a"), (second, 4, "b")):
         path = str(house.staging / name)
-        trainer.send({"type": "checkpoint", "id": number, "path": path, "step": 1})
-        await house.message()
-    house.server.tell("1.1", {"type": "stored", "id": 3, "digest": "ab"})
-    house.server.tell("1.1", {"type": "stored", "id": 4, "digest": "cd"})
+        trainer.send({"type": "checkpoint", "id": 1, "path": path, "step": 1})
+        offered = (await house.message())[1]
+        assert isinstance(offered, TrainerCheckpoint)
+        numbers.append(offered.id)
+    for number, digest in zip(numbers, ("ab", "cd"), strict=True):
+        house.server.tell("1.1", {"type": "stored", "id": number, "digest": digest})
     house.server.tell("1.1", {"type": "stop", "reason": "drain", "grace_ms": 1})
-    for trainer, number in ((first, 3), (second, 4)):
-        told = [await trainer.receive() or {} for _ in range(2)]
-        assert told[0]["id"] == number
-        assert told[1]["type"] == "stop"
+    for trainer, digest in zip(trainers, ("ab", "cd"), strict=True):
+        assert await trainer.receive() == {"type": "stored", "id": 1, "digest": digest}
+        assert (await trainer.receive() or {})["type"] == "stop"
 
 
 async def test_the_answer_to_a_rank_that_has_gone_waits_for_it(house: House) -> None:
     (house.staging / "a").mkdir()
-    trainer = await house.greeted()
-    trainer.send({"type": "checkpoint", "id": 3, "path": str(house.staging / "a"), "step": 1})
-    await house.message()
+    path = str(house.staging / "a")
+    other, trainer = await house.greeted(pid=41), await house.greeted(pid=42)
+    trainer.send({"type": "checkpoint", "id": 3, "path": path, "step": 1})
+    offered = (await house.message())[1]
+    assert isinstance(offered, TrainerCheckpoint)
     trainer.writer.write_eof()
     assert await trainer.receive() is None  # the server has seen it
-    house.server.tell("1.1", {"type": "stored", "id": 3, "digest": "ab"})
-    again = await house.greeted()
+    house.server.tell("1.1", {"type": "stored", "id": offered.id, "digest": "ab"})
+    again = await house.greeted(pid=42)
     assert await again.receive() == {"type": "stored", "id": 3, "digest": "ab"}
+    house.server.unregister("1.1")
+    assert await other.receive() is None, "it heard of nobody else's"
 
 
 async def test_what_was_told_just_before_the_end_still_arrives(house: House) -> None:
