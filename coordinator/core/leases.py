@@ -37,8 +37,8 @@ def heard(state: State, now: Instant, live: LiveNode) -> None:
 
 def expect(live: LiveNode, until_ms: int) -> None:
     """It has been heard, and told to come later: until then its silence is our own wish."""
+    live.expected_ms = until_ms
     if live.phase is not NodePhase.LOST:
-        live.expected_ms = until_ms
         live.deadline_ms = max(live.deadline_ms, until_ms)
 
 

@@ -9,18 +9,22 @@ from hypothesis import strategies as st
 
 from coordinator.core.admission import BURST_MS, LATE_MS, WAIT_MS_MAX, Admission, ask
 from coordinator.core.messages import (
+    AttemptStarted,
     CloseSession,
     ComeLater,
     Effect,
     FromAgent,
     Goodbye,
+    Heartbeat,
     Log,
     Send,
     SessionClosed,
+    Submit,
     Tick,
     Welcome,
 )
-from coordinator.core.phases import NodePhase
+from coordinator.core.model import JobSpec
+from coordinator.core.phases import AttemptPhase, NodePhase
 from coordinator.core.state import Options
 from tests.core.test_gpu_health import Fleet
 
@@ -216,3 +220,39 @@ def test_a_hello_that_is_said_twice_in_its_session_takes_one_slot() -> None:
         assert told(fleet.hello("n1")) == 0, "in session 100, each time"
     assert told(fleet.hello("n2")) == 0, "the second slot of the last second"
     assert told(fleet.hello("n3")) > 0
+
+
+def test_a_gang_is_kept_while_a_rank_of_it_stands_in_line() -> None:
+    """Both nodes were lost in a cut; one is back, the other has said hello and is to come later."""
+    fleet = Fleet({"n1": 2, "n2": 2}, Options(hellos_per_s=40))
+    fleet.ask(Submit(JobSpec(command=("train",), gpus=2, ranks=2)))
+    for attempt in list(fleet.rig.disk.attempts.values()):
+        fleet.event(attempt.node, attempt.id, AttemptStarted(7))
+    held = {name: fleet.held(name) for name in ("n1", "n2")}
+    fleet.held = lambda name: held.get(name, ())  # type: ignore[method-assign]
+    for _ in range(120):
+        fleet.rig.now_ms += 500
+        fleet.rig.handle(Tick())
+
+    def hello(name: str) -> int:
+        fleet.counts.setdefault(name, 1)
+        fleet.sequences.setdefault(name, 0)
+        sent = [effect.order for effect in fleet.hello(name) if isinstance(effect, Send)]
+        return next((order.wait_ms for order in sent if isinstance(order, ComeLater)), 0)
+
+    assert hello("n1") == 0
+    for number in range(800):
+        hello(f"other{number}")
+    wait_ms = hello("n2")
+    assert wait_ms > Options().restart_grace_ms
+    end_ms = fleet.rig.now_ms + wait_ms
+    beats = 0
+    while fleet.rig.now_ms < end_ms:
+        fleet.rig.now_ms += 500
+        beats += 1
+        beat = Heartbeat(beats, attempts=held["n1"])
+        fleet.rig.handle(FromAgent(fleet.sessions["n1"], beat))
+        fleet.rig.handle(Tick())
+    assert hello("n2") == 0
+    phases = {attempt.phase for attempt in fleet.rig.disk.attempts.values()}
+    assert phases == {AttemptPhase.RUNNING}
