@@ -15,6 +15,7 @@ from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from coordinator.core.windows import GpuWindow, Spread
 from protos.baton.v1 import types_pb2 as types
 
+AGE_MS_MAX = 10**12  # thirty years; what has grown from it can still be said on the wire
 _DETAILS: Final[tuple[Any, ...]] = tuple(field.name for field in fields(model.GpuDetails))
 _FIGURES: Final = (
     "utilization_ratio", "memory_used_bytes", "temperature_celsius", "power_mw", "energy_mj",
@@ -90,7 +91,7 @@ def decode_telemetry(said: types.GpuTelemetry) -> model.GpuTelemetry:
         said.memory_clock_mhz or (0 if has("memory_clock_mhz") else None),
         said.error,
         decode_details(said.details) if has("details") else None,
-        age_ms,
+        min(age_ms, AGE_MS_MAX),
         _window(said.window) if has("window") else None,
     )
 

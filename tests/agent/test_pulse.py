@@ -97,7 +97,7 @@ def _ports(clock: Clock, stuck: str) -> Ports:
         reads = work is probe.sample
         return _for_ever() if reads and stuck == "sampling" else _at_once(work, *arguments)
 
-    async def opened(_: object) -> tuple[str, ...]:
+    async def opened(*_: object) -> tuple[str, ...]:
         return ()
 
     async def refused() -> object:

@@ -23,6 +23,7 @@ from agent.core import messages as am
 from agent.core import trainer_messages as at
 from agent.core import values as av
 from coordinator import wire as coordinator_wire
+from coordinator import wire_nodes
 from coordinator.core import accounting, launch, model
 from coordinator.core import messages as cm
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -424,3 +425,10 @@ def test_the_coordinator_says_what_is_wrong(message: pb.SessionRequest, sentence
 def test_what_is_no_attempt_id(attempt: str) -> None:
     with pytest.raises(agent_wire.WireError, match="is no attempt id"):
         agent_wire.decode(pb.SessionResponse(stop_attempt=pb.StopAttempt(attempt=attempt)))
+
+
+def test_an_absurd_age_is_an_old_one() -> None:
+    """It grows until the next report, and whoever lists nodes has to be able to say it."""
+    said = types.GpuTelemetry(uuid="g")
+    said.age.seconds = 2**63 - 1
+    assert wire_nodes.decode_telemetry(said).age_ms == wire_nodes.AGE_MS_MAX
