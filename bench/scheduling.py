@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, scheduling_scale
+from bench import report, scheduling_scale, scheduling_speed
 from coordinator.core.allocation import Aims
 from coordinator.sim import checks, gavel
 from coordinator.sim.engine import simulate
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
             _show(trace, ran)
         rows += _rows(trace, {each.name: each.figures for each in ran})
     rows += scheduling_scale.rows(asked.quick)
+    if not asked.quick:
+        rows += scheduling_speed.rows()
     report.show("Scheduling: Baton, 60 s for each restart", rows, asked)
     return 0
 

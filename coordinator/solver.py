@@ -7,7 +7,8 @@ so that a replay decides the same; where it does not get to the end, nothing is 
 the core's greedy decides.
 
 Where jobs are few a job in part is much, so up to `WHOLE_COLUMNS_MAX` columns are then searched for
-the best in whole jobs: among the columns that the prices nearly pay for, with a bound on the nodes.
+the best in whole jobs: among the columns that the prices nearly pay for, with a bound on the nodes,
+and, of more than `FEW_COLUMNS_MAX`, only where jobs in part are worth more than a few thousandths.
 The package is an extra (`gpu-baton[scheduling]`).
 """
 
@@ -28,6 +29,10 @@ WHOLE_COLUMNS_MAX: Final = 20_000
 # A column that falls short of its price by more than this is in no allocation that is nearly best.
 NEAR_RATIO: Final = 0.05
 NODES_MAX: Final = 50
+# Where columns are more than so many, jobs in part that are worth less than this of all are not
+# worth a search.
+FEW_COLUMNS_MAX: Final = 1_000
+PARTS_RATIO_MIN: Final = 3e-3
 WHOLE_GAP_RATIO: Final = 1e-4
 
 Floats = NDArray[np.float64]
@@ -58,7 +63,9 @@ def solve(columns: Columns) -> Solved:
     if found is None:
         return Solved([0.0] * count, [0.0] * len(columns.capacity), float("inf"))
     shares, prices, bound = found
-    if count <= WHOLE_COLUMNS_MAX and np.any((shares > TOLERANCE) & (shares < 1 - TOLERANCE)):
+    parts = np.where((shares > TOLERANCE) & (shares < 1 - TOLERANCE), shares, 0.0)
+    least = 0.0 if count <= FEW_COLUMNS_MAX else PARTS_RATIO_MIN * bound
+    if count <= WHOLE_COLUMNS_MAX and values @ parts > least:
         paid = prices[jobs] + entries[1::2] * prices[columns.job_count + types]
         shares = _whole(lp, values >= paid - NEAR_RATIO * np.abs(values), shares)
     return Solved(shares.tolist(), np.maximum(0.0, prices[columns.job_count :]).tolist(), bound)

@@ -124,13 +124,17 @@ class Grant:
 @dataclass(frozen=True, slots=True)
 class Allocation:
     """Who runs and how; whoever is not in `grants` waits. `prices` are those of the last class that
-    was solved for a type; `bound` is no less than what any allocation would be worth."""
+    was solved for a type; `bound` is no less than what any allocation would be worth. What follows
+    it is for those who decide before the next time (`backlog.py`): what the options of each who
+    waits are worth, and the most hours that a job of a class has left."""
 
     grants: Mapping[int, Grant]
     waits: Mapping[int, str]
     prices: Mapping[str, float]
     value: float
     bound: float
+    waiting_worth: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    longest_h: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -171,12 +175,15 @@ def allocate(
     grants: dict[int, Grant] = {}
     waits: dict[int, str] = {}
     prices = dict.fromkeys(free, 0.0)
+    waiting_worth: dict[int, Sequence[float]] = {}
+    longest_h: dict[int, float] = {}
     bound = 0.0
     by_rank: dict[int, list[Contender]] = {}
     for contender in sorted(contenders, key=lambda c: (c.rank, c.submitted_ms, c.job_id)):
         by_rank.setdefault(contender.rank, []).append(contender)
-    for group in by_rank.values():
-        worth = worths(group, now_ms, aims, tenants or {})
+    for rank, group in by_rank.items():
+        longest_h[rank] = longest_hours_left(group)
+        worth = worths(group, now_ms, aims, tenants or {}, longest_h[rank])
         state = _Class(group, worth, free)
         _keep(state, now_ms, aims)
         kept = dict(state.grants)
@@ -190,19 +197,29 @@ def allocate(
             _fill(state)
         grants.update(state.grants)
         waits.update(_reasons(state, prices))
+        waiting_worth.update(
+            (contender.job_id, worth[index])
+            for index, contender in enumerate(group)
+            if contender.job_id not in state.grants
+        )
     value = sum(grant.value for grant in grants.values())
-    return Allocation(grants, waits, prices, value, bound)
+    return Allocation(grants, waits, prices, value, bound, waiting_worth, longest_h)
 
 
 def worths(
-    contenders: Sequence[Contender], now_ms: int, aims: Aims, tenants: Mapping[str, float]
+    contenders: Sequence[Contender],
+    now_ms: int,
+    aims: Aims,
+    tenants: Mapping[str, float],
+    longest_h: float,
 ) -> list[list[float]]:
-    """What each option of each job is worth, in the order of `contenders`."""
-    bests = [_best(contender) for contender in contenders]
-    left = [gpu_hours_left(contender) for contender in contenders]
-    most_h = max((hours / best.gpus for hours, best in zip(left, bests, strict=True)), default=1.0)
+    """What each option of each job is worth, in the order of `contenders`, where no job of their
+    class had more than `longest_h` left."""
     found = []
-    for contender, best, hours in zip(contenders, bests, left, strict=True):
+    for contender in contenders:
+        best = _best(contender)
+        hours = _hours_left(contender, best)
+        most_h = max(longest_h, hours / best.gpus)
         age = 1.0 + max(0, now_ms - contender.submitted_ms) / MS_PER_S / S_PER_H / aims.age_h
         urgency = aims.balance * (hours / best.gpus / most_h) ** aims.power
         weight = age * tenants.get(contender.project, 1.0) * best.gpus
@@ -210,9 +227,19 @@ def worths(
     return found
 
 
+def longest_hours_left(contenders: Sequence[Contender]) -> float:
+    """Of any of these jobs, on the GPUs that it asks for."""
+    bests = [_best(contender) for contender in contenders]
+    pairs = zip(contenders, bests, strict=True)
+    return max((_hours_left(each, best) / best.gpus for each, best in pairs), default=1.0)
+
+
 def gpu_hours_left(contender: Contender) -> float:
     """Of GPUs of the type that it is fastest on."""
-    best = _best(contender)
+    return _hours_left(contender, _best(contender))
+
+
+def _hours_left(contender: Contender, best: Option) -> float:
     if contender.steps_left is None:
         left_gpu_s = max(contender.attained_gpu_s, contender.typical_gpu_s)
     else:

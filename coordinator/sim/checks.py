@@ -23,6 +23,8 @@ class _Book:
     free: dict[str, float]
     running: dict[int, Line] = field(default_factory=dict)
     waiting: dict[int, int] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    held: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def enter(self, line: Line) -> None:
         if line.what == "arrive":
@@ -41,7 +43,15 @@ class _Book:
                 self.waiting[line.job_id] = line.at_ms
 
     def _give(self, line: Line, sign: int) -> None:
-        self.free[line.gpu_type] += sign * (line.gpus if line.partner is None else line.gpus / 2)
+        gpus = sign * (line.gpus if line.partner is None else line.gpus / 2)
+        self.free[line.gpu_type] += gpus
+        key = (line.gpu_type, self.ranks.get(line.job_id, 0))
+        self.held[key] = self.held.get(key, 0) - gpus
+
+    def later(self, name: str, rank: int) -> float:
+        """GPUs of a type that later classes have."""
+        held = (n for (at, other), n in self.held.items() if at == name and other > rank)
+        return sum(held, 0.0)
 
 
 def instants(lines: Sequence[Line]) -> Iterator[list[Line]]:
@@ -133,19 +143,24 @@ def check_completions(outcome: Outcome, jobs: Mapping[int, SimJob]) -> list[str]
 
 def check_classes(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> list[str]:
     """Nobody waits for what a later class has, or for what is free."""
-    book = _Book({name: float(count) for name, count in fleet.gpus.items()})
+    ranks = {job_id: job.rank for job_id, job in jobs.items()}
+    book = _Book({name: float(count) for name, count in fleet.gpus.items()}, ranks=ranks)
+    fewest = min((job.gpus for job in jobs.values()), default=1)
     found = []
     for group in instants(outcome.lines):
         for line in group:
             book.enter(line)
+        later_of = {
+            (name, rank): book.later(name, rank)
+            for name in book.free
+            for rank in {jobs[job_id].rank: None for job_id in book.waiting}
+        }
+        if all(book.free[name] + later < fewest for (name, _), later in later_of.items()):
+            continue
         for job_id in book.waiting:
             job = jobs[job_id]
             for name, rate in job.rates.items():
-                later = sum(
-                    line.gpus if line.partner is None else line.gpus / 2
-                    for other, line in book.running.items()
-                    if line.gpu_type == name and jobs[other].rank > job.rank
-                )
+                later = later_of.get((name, job.rank), 0.0)
                 if rate > 0 and book.free.get(name, 0) + later >= job.gpus:
                     found.append(
                         f"at {group[0].at_ms} ms job {job_id} waits for {job.gpus} x {name} with"

@@ -18,7 +18,9 @@ from typing import Final
 from coordinator.sim.model import (
     Chance,
     Fleet,
+    Incremental,
     Line,
+    News,
     Outcome,
     PairRates,
     Placement,
@@ -72,6 +74,11 @@ class _Engine:
     finished_ms: dict[int, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     events: int = 0
+    used: dict[str, float] = field(default_factory=dict)
+    came: list[SimJob] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    # Something that news of jobs does not tell, or nothing has been decided yet.
+    decide_all: bool = True
 
     def run(self, jobs: Mapping[int, SimJob]) -> None:
         arrivals = {job.job_id: self._believed(job) for job in jobs.values()}
@@ -88,7 +95,7 @@ class _Engine:
                 happened |= self._happen(now_ms, kind, number, version, arrivals)
             if not happened:
                 continue
-            self._decide(now_ms)
+            self._ask(now_ms)
             running = any(run.placement for run in self.runs.values())
             idle_ticks = 0 if running else idle_ticks + 1
             if idle_ticks > IDLE_TICKS_MAX:
@@ -111,13 +118,19 @@ class _Engine:
             run.steps = run.job.steps
             self._leave(run, now_ms, "finish")
             del self.runs[number]
+            self.ended.append(number)
             self.finished_ms[number] = now_ms
         elif kind == _ARRIVE:
             self.runs[number] = arrivals[number]
+            self.came.append(arrivals[number].believed)
             self.lines.append(Line(now_ms, "arrive", number))
         elif kind == _FAIL:
+            self.decide_all = True
             self._fail(now_ms)
+        elif kind == _TICK:
+            self.decide_all = True
         elif kind == _MEND:
+            self.decide_all = True
             name = self.broken[number]
             gpus = self._node_gpus(name)
             self.capacity[name] += gpus
@@ -141,6 +154,24 @@ class _Engine:
             held_s = (now_ms - run.advanced_ms) / MS_PER_S
             run.attained_gpu_s += held_s * run.placement.gpus
         run.advanced_ms = now_ms
+
+    def _ask(self, now_ms: int) -> None:
+        """By the news alone where the policy can do with that."""
+        started = None
+        if isinstance(self.policy, Incremental) and not self.decide_all:
+            started = self.policy.hear(News(now_ms, self.ended, self.came))
+        self.came, self.ended, self.decide_all = [], [], False
+        if started is None:
+            self._decide(now_ms)
+            return
+        for job_id, place in started.items():
+            run = self.runs.get(job_id)
+            if run is None or run.placement is not None or place.partner is not None:
+                raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot start on {place}")
+            self._check_place(job_id, place)
+            self._advance(run, now_ms)
+            self._enter(run, place, now_ms)
+        self._check_room(self.used)
 
     def _decide(self, now_ms: int) -> None:
         for run in self.runs.values():
@@ -169,14 +200,20 @@ class _Engine:
     def _check(self, wanted: Mapping[int, Placement]) -> None:
         used = dict.fromkeys(self.capacity, 0.0)
         for job_id, place in wanted.items():
-            run = self.runs.get(job_id)
-            if run is None or place.gpus != run.job.gpus or place.gpu_type not in run.job.rates:
-                raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot run on {place}")
+            self._check_place(job_id, place)
             if place.partner is not None:
                 other = wanted.get(place.partner)
                 if other != (place.gpu_type, place.gpus, job_id):
                     raise BrokenPolicy(f"{self.policy.name}: job {job_id} shares with nobody")
-            used[place.gpu_type] += place.gpus if place.partner is None else place.gpus / 2
+            used[place.gpu_type] += _gpus_of(place)
+        self._check_room(used)
+
+    def _check_place(self, job_id: int, place: Placement) -> None:
+        run = self.runs.get(job_id)
+        if run is None or place.gpus != run.job.gpus or place.gpu_type not in run.job.rates:
+            raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot run on {place}")
+
+    def _check_room(self, used: Mapping[str, float]) -> None:
         for name, gpus in used.items():
             if gpus > self.capacity[name]:
                 raise BrokenPolicy(
@@ -185,6 +222,8 @@ class _Engine:
 
     def _enter(self, run: _Run, place: Placement, now_ms: int) -> None:
         moved = run.placement is None
+        self._use(run.placement, -1)
+        self._use(place, 1)
         run.placement = place
         if moved:
             run.since_ms = now_ms
@@ -208,8 +247,14 @@ class _Engine:
 
     def _leave(self, run: _Run, now_ms: int, what: str) -> None:
         self._note(run, now_ms, what)
+        self._use(run.placement, -1)
         run.placement = None
         run.version += 1
+
+    def _use(self, place: Placement | None, sign: int) -> None:
+        if place is not None:
+            before = self.used.get(place.gpu_type, 0.0)
+            self.used[place.gpu_type] = before + sign * _gpus_of(place)
 
     def _note(self, run: _Run, now_ms: int, what: str) -> None:
         place = run.placement
@@ -247,7 +292,7 @@ class _Engine:
             if place is None or place.gpu_type != name:
                 continue
             # Jobs lie side by side on the type's GPUs; the node is the stretch from `hit` on.
-            end = begin + (place.gpus if place.partner is None else place.gpus / 2)
+            end = begin + _gpus_of(place)
             if end > hit and begin < hit + gpus:
                 self._kill(run, now_ms)
             begin = end
@@ -259,7 +304,7 @@ class _Engine:
         for run in list(self.runs.values()):
             place = run.placement
             if place is not None and place.gpu_type == name:
-                used += place.gpus if place.partner is None else place.gpus / 2
+                used += _gpus_of(place)
                 if used > self.capacity[name]:
                     self._kill(run, now_ms)
 
@@ -274,6 +319,11 @@ class _Engine:
         self._leave(run, now_ms, "kill")
         if partner is not None:
             self._kill(self.runs[partner], now_ms)
+
+
+def _gpus_of(place: Placement) -> float:
+    """Half of them where it shares them."""
+    return place.gpus if place.partner is None else place.gpus / 2
 
 
 def simulate(

@@ -6,7 +6,7 @@ knows. So it gets frozen values: the rates are those that are believed, which ma
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,24 @@ class Policy(Protocol):
     def tick_ms(self) -> int: ...
 
     def decide(self, view: View) -> Mapping[int, Placement]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has happened since the policy was last asked: who has ended, and who has come."""
+
+    now_ms: int
+    ended: Sequence[int]
+    came: Sequence[SimJob]
+
+
+@runtime_checkable
+class Incremental(Protocol):
+    """A policy that can answer news alone. It says who starts, while all others stay as they are;
+    None: it has to see all jobs. It is asked only after a decision over all jobs of that run, and
+    never about what failed."""
+
+    def hear(self, news: News) -> Mapping[int, Placement] | None: ...
 
 
 class Line(NamedTuple):

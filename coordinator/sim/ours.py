@@ -1,44 +1,85 @@
-"""The production core as a policy of the simulator: `coordinator/core/allocation.py` decides."""
+"""The production core as a policy of the simulator: `coordinator/core/allocation.py` decides.
+
+Problem: on a large fleet a decision over all jobs at each arrival and each end would take hours. So
+where jobs and types are many, all of them are decided on the tick (and when something fails), and
+what happens in between goes to `coordinator/core/backlog.py`; where they are few, as on most
+fleets, every event is a decision over all.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from coordinator.core.allocation import Aims, Contender, Option, Solve, allocate
-from coordinator.sim.model import Placement, Seen, View
+from coordinator.core.backlog import Backlog, backlog_of
+from coordinator.sim.model import News, Placement, Seen, SimJob, View
+
+# Jobs times types: up to so many a decision takes some 20 ms.
+FEW_MAX: Final = 1_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ours:
-    """`solve` is the production solver; None leaves the core's greedy."""
+    """`solve` is the production solver; None leaves the core's greedy. It remembers the last
+    decision over all of them where jobs times types were more than `few_max`."""
 
     aims: Aims = field(default_factory=Aims)
     solve: Solve | None = None
     tick_ms: int = 60_000
     tenants: Mapping[str, float] | None = None
+    few_max: int = FEW_MAX
+    backlog: Backlog | None = None
+    options: dict[int, tuple[SimJob, tuple[Option, ...]]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return "Baton" if self.solve else "Baton, greedy"
 
     def decide(self, view: View) -> Mapping[int, Placement]:
+        contenders = [self._contender(seen) for seen in view.jobs]
+        tenants = self.tenants or {}
         allocation = allocate(
-            [contender(seen) for seen in view.jobs],
-            view.capacity,
-            view.now_ms,
-            self.aims,
-            tenants=self.tenants,
-            solve=self.solve,
+            contenders, view.capacity, view.now_ms, self.aims, tenants=tenants, solve=self.solve
         )
+        self.backlog = None
+        if len(contenders) * len(view.capacity) > self.few_max:
+            self.backlog = backlog_of(contenders, view.capacity, allocation, self.aims, tenants)
         return {
             job_id: Placement(grant.option.gpu_type, grant.option.gpus)
             for job_id, grant in allocation.grants.items()
         }
 
+    def hear(self, news: News) -> Mapping[int, Placement] | None:
+        """Who starts by it; None where the fleet is small or it takes a decision over all."""
+        if self.backlog is None:
+            return None
+        came = [self._contender(_arrived(job)) for job in news.came]
+        started = self.backlog.happened(news.ended, came, news.now_ms)
+        if started is None:
+            return None
+        return {n: Placement(option.gpu_type, option.gpus) for n, option in started.items()}
 
-def contender(seen: Seen) -> Contender:
+    def _contender(self, seen: Seen) -> Contender:
+        """Its options are the same at each decision."""
+        known = self.options.get(seen.job.job_id)
+        if known is None or known[0] is not seen.job:
+            known = (seen.job, options_of(seen.job))
+            self.options[seen.job.job_id] = known
+        return contender(seen, known[1])
+
+
+def options_of(job: SimJob) -> tuple[Option, ...]:
+    """All types that can run it."""
+    return tuple(Option(name, job.gpus, rate) for name, rate in job.rates.items() if rate > 0)
+
+
+def _arrived(job: SimJob) -> Seen:
+    return Seen(job, job.steps, 0.0, None, 0)
+
+
+def contender(seen: Seen, options: tuple[Option, ...]) -> Contender:
     """A simulated job as the core sees it."""
     job = seen.job
-    options = tuple(Option(name, job.gpus, rate) for name, rate in job.rates.items() if rate > 0)
     at = None
     if seen.placement is not None:
         at = next(option for option in options if option.gpu_type == seen.placement.gpu_type)

@@ -2,16 +2,27 @@
 refused."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.scheduling_speed import rows, trace
 from coordinator.core.allocation import Aims
 from coordinator.sim import checks
 from coordinator.sim.engine import BrokenPolicy, simulate
-from coordinator.sim.model import Chance, Fleet, Outcome, PairRates, Placement, Policy, SimJob, View
+from coordinator.sim.model import (
+    Chance,
+    Fleet,
+    News,
+    Outcome,
+    PairRates,
+    Placement,
+    Policy,
+    SimJob,
+    View,
+)
 from coordinator.sim.ours import Ours
 from coordinator.sim.policies import Fifo, Packing, PerDollar, StaticPartition
 from coordinator.sim.report import figures, fluid_completions_ms, spread
@@ -187,6 +198,83 @@ def test_who_is_blind_ends_all_jobs_too() -> None:
     jobs = [job(n, "A100:4 K80:1", hours=n) for n in range(1, 9)]
     outcome = simulate(jobs, MIXED, SLOW_TICKS, Chance(blind=True))
     assert len(outcome.finished_ms) == 8
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_large_fleet_decides_in_between_by_news_alone(failing: bool) -> None:
+    """Fewer decisions over all jobs; the judges find nothing, and the same seed is the same."""
+    fleet = Fleet({"A100": 4, "K80": 6})
+    rates = {"A100": 4.0, "K80": 1.0}
+    jobs = [
+        SimJob(
+            job_id=n, gpus=1 + n % 3, steps=500.0 * (1 + n * 7 % 11), rates=rates, rank=n % 2,
+            arrival_ms=n * 17_000, restart_s=60.0,
+        )
+        for n in range(1, 60)
+    ]  # fmt: skip
+    chance = Chance(seed=5, node_mtbf_h=1.0, node_gpus=2, mend_h=0.2) if failing else Chance()
+    known = {each.job_id: each for each in jobs}
+
+    def run(few_max: int) -> tuple[Outcome, int]:
+        policy = Counted(Ours(solve=solve, few_max=few_max))
+        return simulate(jobs, fleet, policy, chance), policy.decided
+
+    outcome, decided = run(0)
+    assert findings(outcome, jobs, fleet) == []
+    assert checks.check_classes(outcome, known, fleet) == []
+    assert run(0) == (outcome, decided)
+    every, decided_each = run(10_000)
+    assert decided < decided_each
+    assert findings(every, jobs, fleet) == []
+
+
+@dataclass
+class Counted:
+    """How often ours decides over all jobs."""
+
+    ours: Ours
+    decided: int = 0
+    name: str = "counted"
+    tick_ms: int = 60_000
+
+    def decide(self, view: View) -> Mapping[int, Placement]:
+        self.decided += 1
+        return self.ours.decide(view)
+
+    def hear(self, news: News) -> Mapping[int, Placement] | None:
+        return self.ours.hear(news)
+
+
+@dataclass
+class Starts(Counted):
+    """Says that one more starts whenever it hears anything."""
+
+    placed: Mapping[int, Placement] = field(default_factory=dict)
+
+    def hear(self, news: News) -> Mapping[int, Placement] | None:
+        return self.placed
+
+
+@pytest.mark.parametrize(
+    ("placed", "complaint"),
+    [
+        ({2: Placement("A100", 1)}, "2 x A100 promised, 1 there"),
+        ({1: Placement("A100", 1)}, "job 1 cannot start on"),
+        ({2: Placement("A100", 2)}, "job 2 cannot run on"),
+        ({3: Placement("A100", 1)}, "job 3 cannot start on"),
+    ],
+)
+def test_a_start_that_cannot_be_carried_out_is_refused(
+    placed: dict[int, Placement], complaint: str
+) -> None:
+    with pytest.raises(BrokenPolicy, match=complaint):
+        simulate([job(1), job(2, arrival_ms=1000)], ONE, Starts(Ours(), placed=placed))
+
+
+def test_a_composed_trace_of_a_large_fleet_is_one_by_its_seed() -> None:
+    assert trace(50, 20, 1) == trace(50, 20, 1)
+    assert trace(50, 20, 1) != trace(50, 20, 2)
+    assert rows(80, 40)[0].value > 0, "its judges find nothing"
 
 
 @dataclass(frozen=True)
