@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +19,7 @@ from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
 
 if TYPE_CHECKING:
+    from coordinator.core.allocation import Aims
     from coordinator.sim.inputs import Inputs
     from coordinator.sim.model import Policy, SimJob
     from coordinator.sim.report import Figures
@@ -79,27 +80,37 @@ def simulate(
 ) -> None:
     """Run the jobs of TRACE (CSV) on a fleet under one or more policies.
 
+    \b
+      job,arrival_s,gpus,steps,class,project,A100,K80
+      1,0,1,36000,standard,vision,12.5,1.9
+      2,60,1,90000,spare,text,12.5,
+
+    Under a GPU type stand the steps a second that the job makes there, on all its GPUs; nothing: it
+    does not run there. Columns that may be left out: class, project, model, restart_s, deadline_s.
+    The fleet:
+
+    \b
+      restart_s = 60
+      [gpus.A100]
+      count = 8
+      price_per_h = 1.9
+      [chance]
+      node_mtbf_h = 2000
+
     FAIRNESS is how long a job took over what it would have taken had the fleet been shared equally
     at every moment. COST is that of the whole fleet until the last job's end.
 
     \b
       baton simulate jobs.csv --fleet fleet.toml --policy baton --policy fifo
     """
-    try:
-        from coordinator.sim.inputs import BadFile, read_fleet, read_jobs
-        from coordinator.solver import solve
-    except ImportError as error:
-        raise CommandFailed(
-            f"{error.name} is not installed: pip install 'gpu-baton[scheduling]'"
-        ) from error
+    from coordinator.sim.inputs import BadFile, read_fleet, read_jobs
+
     try:
         inputs = read_fleet(fleet, seed)
         jobs = read_jobs(trace, inputs)
     except BadFile as error:
         raise BadInput(str(error)) from error
-    found = {
-        name: _run(jobs, inputs, _policy(name, balance, solve)) for name in dict.fromkeys(policies)
-    }
+    found = {name: _run(jobs, inputs, _policy(name, balance)) for name in dict.fromkeys(policies)}
     if settings_of(context).as_json:
         write_json([{"policy": name, **dataclasses.asdict(each)} for name, each in found.items()])
         return
@@ -110,26 +121,40 @@ def simulate(
     write_notice(f"again: {' '.join(words)}")
 
 
-def _policy(name: str, balance: float, solve: Callable[..., Any]) -> "Policy":
+def _policy(name: str, balance: float) -> "Policy":
     from coordinator.core.allocation import Aims
     from coordinator.sim import policies
     from coordinator.sim.ours import Ours
-    from coordinator.sim.rounds import Goal, Rounds
 
     aims = Aims(balance=balance)
     made: dict[str, Callable[[], Policy]] = {
-        "baton": lambda: Ours(aims, solve),
         "baton-greedy": lambda: Ours(aims),
         "fifo": policies.Fifo,
         "fifo-aware": lambda: policies.Fifo(aware=True),
         "static": policies.StaticPartition,
         "per-dollar": policies.PerDollar,
-        "max-min": lambda: Rounds(Goal.MAX_MIN),
-        "max-min-blind": lambda: Rounds(Goal.MAX_MIN_BLIND),
-        "fairness": lambda: Rounds(Goal.FINISH_TIME_FAIRNESS),
-        "makespan": lambda: Rounds(Goal.MAKESPAN),
     }
-    return made[name]()
+    return made[name]() if name in made else _solved(name, aims)
+
+
+def _solved(name: str, aims: "Aims") -> "Policy":
+    """A policy that solves linear programs, for which an extra has to be there."""
+    try:
+        from coordinator.sim.ours import Ours
+        from coordinator.sim.rounds import Goal, Rounds
+        from coordinator.solver import solve
+    except ImportError as error:
+        raise CommandFailed(
+            f"{error.name} is not installed: pip install 'gpu-baton[scheduling]', or take "
+            "--policy baton-greedy, which needs no solver"
+        ) from error
+    goals = {
+        "max-min": Goal.MAX_MIN,
+        "max-min-blind": Goal.MAX_MIN_BLIND,
+        "fairness": Goal.FINISH_TIME_FAIRNESS,
+        "makespan": Goal.MAKESPAN,
+    }
+    return Ours(aims, solve) if name == "baton" else Rounds(goals[name])
 
 
 def _run(jobs: "list[SimJob]", inputs: "Inputs", policy: "Policy") -> "Figures":

@@ -1,6 +1,7 @@
 """`baton simulate`: its table, its JSON, and what it says of files that cannot be used."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = baton((tmp_path / "none.csv", tmp_path / "none.toml"))
     assert result.exit_code == 2
     assert "none.toml cannot be read (No such file or directory)" in result.stderr
+
+
+def test_without_the_solver_the_greedy_is_there_and_the_rest_says_what_to_do(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("coordinator.solver", "coordinator.sim.rounds"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    assert baton(files, "--policy", "baton-greedy", "--policy", "fifo").exit_code == 0
+    result = baton(files, "--policy", "baton")
+    assert result.exit_code == 1
+    assert "highspy is not installed: pip install 'gpu-baton[scheduling]'" in result.stderr
+    assert "--policy baton-greedy" in result.stderr
