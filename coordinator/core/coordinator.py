@@ -6,7 +6,6 @@ process, and commands. The core asks no clock, opens no socket and throws no dic
 events replayed gives the same effects, byte for byte.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from coordinator.core import (
@@ -21,6 +20,7 @@ from coordinator.core import (
     parts,
     readings,
     retention,
+    rounds,
     stuck,
 )
 from coordinator.core.checkpoint_requests import (
@@ -69,16 +69,10 @@ from coordinator.core.messages import (
     Tick,
     UncordonNode,
 )
-from coordinator.core.model import CLASS_RANK, GpuView, Job, NodeView, Snapshot
+from coordinator.core.model import GpuView, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
-from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, GpuPhase, NodeIntent, NodePhase
-from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place
-from coordinator.core.rooms import Offer, Tenant
+from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
 from coordinator.core.state import Instant, LiveNode, Options, State
-from coordinator.core.validate import SLOTS_PER_CPU
-
-# Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
-WAITS_LOGGED_MAX = 20
 
 
 class Coordinator:
@@ -107,7 +101,7 @@ class Coordinator:
             nodes.tick(state, now)
             health.tick(state, now)
         elif state.undecided:  # Decide
-            _decide(state, now)
+            rounds.decide(state, now)
         return state.take()
 
 
@@ -259,130 +253,3 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
             attempts.refused(state, now, attempt, body)
         case AttemptMilestone():
             attempts.milestone(state, event.unix_ms, attempt, body.name)
-
-
-def _decide(state: State, now: Instant) -> None:
-    """One placement pass: over everything that waits when capacity may have come free; over the new
-    jobs alone when nothing else has happened, since those that waited before still do not fit.
-
-    While somebody is leaving for somebody else, what is free may be kept for that job, and only a
-    whole pass knows.
-    """
-    state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
-    whole = state.dirty or _leaving(state)
-    considered = state.queued if whole else state.fresh
-    queue = _in_turn(state, considered)
-    state.dirty, state.fresh = False, {}
-    needs: list[Need] = []
-    waits: dict[int, str] = {}
-    for job in queue:
-        blocked = _blocked(state, now, job)
-        if blocked:
-            waits[job.id] = blocked
-        else:
-            good = state.good_checkpoints(job)
-            pieces = good[0].pieces if good else ()
-            replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
-            last = state.gang(job) if replicas else []
-            near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
-            avoid = state.avoid.get(job.id, "")
-            needs.append(Need(job.id, job.spec, replicas, avoid, near))
-    # Nodes come and go, and report, far more often than somebody waits for them.
-    plan = place(needs, _offers(state), state.demand.mix()) if needs else None
-    if plan is not None:
-        for start in plan.starts:
-            attempts.assign(state, now, start)
-        for displace in plan.displacements:
-            victim = state.attempts[displace.attempt]
-            attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
-        lacks = readings.shortage(state) if plan.waits else ""
-        for job_id, sentence in plan.waits:
-            waits[job_id] = sentence + (lacks if state.jobs[job_id].spec.gpus else "")
-        # More may fit than one pass starts, and what others wait for has changed with every start:
-        # look again in the next batch.
-        placed = sum(len(start.places) for start in plan.starts)
-        state.dirty = placed >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
-    _note_waits(state, waits)
-
-
-def _leaving(state: State) -> bool:
-    """Whether somebody is about to leave a node that takes work."""
-    for attempt_id in state.indices.open_attempts:
-        attempt = state.attempts[attempt_id]
-        if attempt.phase is AttemptPhase.STOPPING and _is_open(state.nodes[attempt.node]):
-            return True
-    return False
-
-
-def _is_open(live: LiveNode) -> bool:
-    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
-
-
-def _in_turn(state: State, job_ids: Iterable[int]) -> list[Job]:
-    waiting = [state.jobs[job_id] for job_id in job_ids if job_id in state.queued]
-    return sorted(waiting, key=lambda job: (CLASS_RANK[job.spec.job_class], job.id))
-
-
-def _blocked(state: State, now: Instant, job: Job) -> str:
-    eligible_ms = state.eligible_ms.get(job.id, 0)
-    if eligible_ms > now.now_ms:
-        return job.reason
-    return checkpoints.head_within_reach(state, job)
-
-
-def _offers(state: State) -> list[Offer]:
-    offers = []
-    for live in state.nodes.values():
-        if not _is_open(live):
-            continue
-        closed = readings.closed(live)
-        open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
-        free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
-        present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
-        host = live.node.host
-        slots = max(1, host.cpu_count) * SLOTS_PER_CPU
-        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
-        strays = [
-            uuid
-            for uuid, gpu in live.gpus.items()
-            if any(holder not in live.attempts for holder in gpu.holders)
-        ]
-        offers.append(
-            Offer(
-                live.node.id,
-                tuple(present),
-                tuple(free),
-                host.memory_bytes,
-                slots,
-                tuple(tenants),
-                gangs=live.gangs,
-                shares=live.shares,
-                strays=tuple(strays),
-            )
-        )
-    return offers
-
-
-def _tenant(state: State, attempt_id: str) -> Tenant:
-    attempt = state.attempts[attempt_id]
-    spec = state.jobs[attempt.job_id].spec
-    return Tenant(
-        attempt_id,
-        CLASS_RANK[spec.job_class],
-        attempt.assigned_unix_ms,
-        attempt.gpu_uuids,
-        spec.memory_bytes,
-        attempt.phase is AttemptPhase.STOPPING,
-        f"{attempt.job_id}.{attempt.epoch}",
-        spec.shared_gpu_memory_bytes,
-    )
-
-
-def _note_waits(state: State, waits: dict[int, str]) -> None:
-    logged = 0
-    for job_id, sentence in waits.items():
-        if state.waits.get(job_id) != sentence:
-            state.waits[job_id] = sentence
-            if logged < WAITS_LOGGED_MAX:
-                state.log("info", "job.waiting", job=job_id, reason=sentence)
-                logged += 1

@@ -1,0 +1,64 @@
+"""The fleet as placement sees it: of each node that takes work, what is free and who has the rest.
+
+Problem: nodes report, fall ill, are cordoned and come back, and a decision must see each in one
+state. So the live state is read here once for a decision, and what placement gets is values.
+"""
+
+from coordinator.core import readings
+from coordinator.core.model import CLASS_RANK
+from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.rooms import Offer, Tenant
+from coordinator.core.state import LiveNode, State
+from coordinator.core.validate import SLOTS_PER_CPU
+
+
+def is_open(live: LiveNode) -> bool:
+    return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
+
+
+def offers_of(state: State) -> list[Offer]:
+    offers = []
+    for live in state.nodes.values():
+        if not is_open(live):
+            continue
+        closed = readings.closed(live)
+        open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
+        free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
+        present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
+        host = live.node.host
+        slots = max(1, host.cpu_count) * SLOTS_PER_CPU
+        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
+        strays = [
+            uuid
+            for uuid, gpu in live.gpus.items()
+            if any(holder not in live.attempts for holder in gpu.holders)
+        ]
+        offers.append(
+            Offer(
+                live.node.id,
+                tuple(present),
+                tuple(free),
+                host.memory_bytes,
+                slots,
+                tuple(tenants),
+                gangs=live.gangs,
+                shares=live.shares,
+                strays=tuple(strays),
+            )
+        )
+    return offers
+
+
+def _tenant(state: State, attempt_id: str) -> Tenant:
+    attempt = state.attempts[attempt_id]
+    spec = state.jobs[attempt.job_id].spec
+    return Tenant(
+        attempt_id,
+        CLASS_RANK[spec.job_class],
+        attempt.assigned_unix_ms,
+        attempt.gpu_uuids,
+        spec.memory_bytes,
+        attempt.phase is AttemptPhase.STOPPING,
+        f"{attempt.job_id}.{attempt.epoch}",
+        spec.shared_gpu_memory_bytes,
+    )
