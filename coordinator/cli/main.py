@@ -18,7 +18,17 @@ from typing import Any
 
 import click
 
-from coordinator.cli import checkpoints, completion, fit, jobs, logs, nodes, simulate, submit
+from coordinator.cli import (
+    checkpoints,
+    completion,
+    fit,
+    forecast,
+    jobs,
+    logs,
+    nodes,
+    simulate,
+    submit,
+)
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
@@ -106,6 +116,7 @@ for _command in (
     nodes.uncordon,
     nodes.telemetry,
     simulate.simulate,
+    forecast.forecast,
     completion.completion,
 ):
     cli.add_command(_command)

@@ -1,0 +1,164 @@
+"""How well demand is forecast, on public series of GPU clusters, beside persistence.
+
+Each series is told to the forecaster step by step; from the third week on (the second where a
+series has a month) it is asked at each full hour what comes in 1, 6 and 24 hours. The loss is the
+weighted quantile loss over nine quantiles, and persistence has bands from its own errors. Projects
+of the two clusters are series of their own: they are what quotas and classes are about, and harder.
+
+The series: GPU demand of Helios (SenseTime; Venus and Earth) and Philly (Microsoft), derived from
+public traces. They are not part of Baton: --demand or BATON_BENCH_DEMAND says where they lie.
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import report
+from coordinator.forecast.backtest import Score, backtest
+from coordinator.forecast.demand_file import read_series
+from coordinator.forecast.forecaster import Forecaster
+
+VARIABLE = "BATON_BENCH_DEMAND"
+AHEAD_H = (1, 6, 24)
+GOALS = {1: 0.87, 6: 0.82, 24: 0.90}
+WORST_GOAL = 1.05
+SHORT_H = 24 * 35
+REFITS = 10  # of which the median is shown
+EARTH = "helios_earth_may_10min.csv"
+# The largest of each cluster's projects, by mean demand.
+PROJECTS_EARTH = ("vc6YE", "vcLJZ", "vcpDC", "vcvlY", "vcTJs")
+PROJECTS_PHILLY = ("vc_ee9e8c", "vc_7f04ca", "vc_b436b2", "vc_6214e9", "vc_2869ce")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A series of the bench; NaN where nobody knows."""
+
+    name: str
+    values: list[float]
+    per_hour: int
+
+
+def series(folder: Path, *, quick: bool) -> Iterator[Named]:
+    """All of them, or the shortest."""
+    if not quick:
+        for name, file, column in (
+            ("Venus", "helios_venus_10min.csv", "demand"),
+            ("Philly nodes", "philly_nodes_10min.csv", "active"),
+            ("Philly jobs", "philly_jobs_10min.csv", "demand"),
+        ):
+            read = read_series(folder / file, column)
+            yield Named(name, list(read.values), read.per_hour)
+    earth = folder / EARTH
+    whole = read_series(earth)
+    yield Named("Earth", list(whole.values), whole.per_hour)
+    if quick:
+        return
+    for project in PROJECTS_EARTH:
+        parts = [read_series(earth, f"{project}_{what}").values for what in ("running", "queued")]
+        both = [sum(pair) for pair in zip(*parts, strict=True)]
+        yield Named(f"Earth {project}", both, whole.per_hour)
+    for project in PROJECTS_PHILLY:
+        read = read_series(folder / "philly_jobs_vc_hourly.csv", project)
+        yield Named(f"Philly {project}", list(read.values), read.per_hour)
+
+
+def judge(each: Named, ahead_h: int) -> Score:
+    """A month is too short for three weeks of warm-up."""
+    hours = len(each.values) / each.per_hour
+    warm_up_h = 24 * 14 if hours <= SHORT_H else 24 * 21
+    return backtest(each.values, each.per_hour, ahead_h, warm_up_h)
+
+
+def cost(each: Named) -> tuple[list[float], list[float]]:
+    """Milliseconds of CPU, of refits of all models and of forecasts without one."""
+    refits: list[float] = []
+    forecasts: list[float] = []
+    forecaster = Forecaster(24, each.per_hour)
+    for gpus in each.values:
+        begin = time.process_time()
+        forecaster.observe(gpus)
+        said = forecaster.forecast()
+        spent_ms = 1e3 * (time.process_time() - begin)
+        if said.any() and forecaster.weights():
+            (refits if forecaster.just_fitted else forecasts).append(spent_ms)
+    return refits[-REFITS:], forecasts[-REFITS * 24 :]
+
+
+def rows_of(judged: dict[str, dict[int, Score]]) -> list[report.Row]:
+    rows = []
+    for ahead_h in AHEAD_H:
+        for name, scores in judged.items():
+            score = scores[ahead_h]
+            rows.append(
+                report.Row(
+                    name=f"{name}, {ahead_h} h ahead: loss",
+                    value=100 * score.loss,
+                    unit="% of demand",
+                    reference=100 * score.persistence_loss,
+                    reference_source="persistence with bands",
+                )
+            )
+        ratios = [scores[ahead_h].ratio for scores in judged.values()]
+        covered = [100 * scores[ahead_h].covered_95_ratio for scores in judged.values()]
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        rows += [
+            report.Row(
+                name=f"{ahead_h} h ahead: geometric mean of loss over persistence",
+                value=mean,
+                unit="ratio",
+                goal=GOALS[ahead_h],
+            ),
+            report.Row(
+                name=f"{ahead_h} h ahead: the worst of them",
+                value=max(ratios),
+                unit="ratio",
+                goal=WORST_GOAL,
+            ),
+            report.row_of(f"{ahead_h} h ahead: of 95% bands, held", covered, "%"),
+        ]
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument(
+        "--demand",
+        type=Path,
+        default=os.environ.get(VARIABLE),
+        help=f"folder with the series as CSV [{VARIABLE}]",
+    )
+    given = parser.parse_args(arguments)
+    asked = report.options(given)
+    if not given.demand or not (given.demand / EARTH).is_file():
+        report.say(
+            f"bench.forecast needs {EARTH} and its like (see the head of bench/forecast.py): say"
+            f" where with --demand FOLDER or {VARIABLE}; nothing was measured"
+        )
+        if asked.json:
+            sys.stdout.write("[]\n")
+        return
+    judged: dict[str, dict[int, Score]] = {}
+    last: Named | None = None
+    for each in series(given.demand, quick=asked.quick):
+        report.say(f"forecast: {each.name}, {len(each.values) / each.per_hour:.0f} h")
+        judged[each.name] = {ahead_h: judge(each, ahead_h) for ahead_h in AHEAD_H}
+        last = last or each
+    rows = rows_of(judged)
+    if last is not None:
+        refits, forecasts = cost(last)
+        rows += [
+            report.row_of(f"a refit of one series ({last.name})", refits, "ms of CPU"),
+            report.row_of("a forecast and an observation", forecasts, "ms of CPU"),
+        ]
+    show_notes = ("asked at each full hour; nothing later is known when it is asked",)
+    report.show("Forecasts of demand", rows, asked, show_notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""`baton forecast`: how many GPUs will be wanted, and how far such forecasts have been right.
+
+Problem: a number for tomorrow is worth what it is known to be wrong by. So beside each forecast
+stand its bands, and what the same forecaster would have said over the whole series, judged against
+persistence, at each hour as if nothing later were known.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.settings import BadInput, common_options, settings_of
+
+if TYPE_CHECKING:
+    from coordinator.forecast.backtest import Score
+    from coordinator.forecast.demand_file import Series
+
+_COLUMNS = (
+    Column("AHEAD", right=True),
+    Column("MEDIAN", right=True),
+    Column("50%"),
+    Column("90%"),
+    Column("95%"),
+    Column("LOSS %", right=True),
+    Column("PERSISTENCE %", right=True),
+    Column("RATIO", right=True),
+    Column("95% HELD", right=True),
+    Column("MODELS"),
+)
+AHEAD_H_MAX = 168
+HEARD_MIN = 0.05  # a model that counts less is not named
+
+
+@click.command(short_help="Forecast demand from a series, with its bands and its record.")
+@click.option(
+    "--demand", required=True, type=click.Path(path_type=Path), help="CSV: time, GPUs wanted."
+)
+@click.option("--column", default="demand", show_default=True, help="Which one has the GPUs.")
+@click.option(
+    "--ahead",
+    "ahead_h",
+    multiple=True,
+    type=click.IntRange(1, AHEAD_H_MAX),
+    default=(1, 6, 24),
+    show_default=True,
+    help="Hours ahead; may be given several times.",
+)
+@click.option(
+    "--warm-up",
+    "warm_up_h",
+    type=click.IntRange(24),
+    default=336,
+    show_default=True,
+    help="Hours of the series before forecasts are judged.",
+)
+@common_options
+@click.pass_context
+def forecast(
+    context: click.Context, demand: Path, column: str, ahead_h: tuple[int, ...], *, warm_up_h: int
+) -> None:
+    """Say how many GPUs will be wanted some hours after the end of a series.
+
+    \b
+      time,demand
+      2026-03-01T00:00,602
+      2026-03-01T00:10,599
+
+    Demand is what runs and what waits, at equal steps; an empty cell is an outage, from which
+    nothing is learned. LOSS is the weighted quantile loss of the same forecasts over the series,
+    PERSISTENCE that of "as now" with bands from its own errors; a RATIO below 1 is a gain.
+
+    \b
+      baton forecast --demand demand.csv --ahead 1 --ahead 24
+    """
+    from coordinator.forecast.demand_file import BadDemand, read_series
+
+    try:
+        series = read_series(demand, column)
+    except BadDemand as error:
+        raise BadInput(str(error)) from error
+    told = [_tell(series, hours, warm_up_h) for hours in dict.fromkeys(ahead_h)]
+    if settings_of(context).as_json:
+        write_json([dataclasses.asdict(each) for each in told])
+        return
+    write_table(_COLUMNS, [_row(each) for each in told])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short."""
+
+    ahead_h: int
+    gpus: dict[str, float]
+    weights: dict[str, float]
+    backtest: "Score | None"
+
+
+def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:
+    from coordinator.forecast.backtest import backtest
+    from coordinator.forecast.forecaster import Forecaster
+    from coordinator.forecast.quantiles import LEVELS
+
+    forecaster = Forecaster(hours, series.per_hour, series.first_step)
+    for gpus in series.values:
+        forecaster.observe(gpus)
+    said = forecaster.forecast()
+    by_level = {f"{level:g}": float(gpus) for level, gpus in zip(LEVELS, said, strict=True)}
+    score = None
+    try:
+        score = backtest(series.values, series.per_hour, hours, warm_up_h, series.first_step)
+    except ValueError as error:
+        write_notice(str(error))
+    return _Told(hours, by_level, forecaster.weights(), score)
+
+
+def _row(told: _Told) -> tuple[str, ...]:
+    gpus = list(told.gpus.values())
+    bands = [f"{gpus[low]:.0f} to {gpus[-1 - low]:.0f}" for low in (3, 1, 0)]
+    score = told.backtest
+    judged = [UNKNOWN] * 4
+    if score is not None:
+        percents = (score.loss, score.persistence_loss)
+        judged = [f"{100 * each:.2f}" for each in percents]
+        judged += [f"{score.ratio:.3f}", f"{100 * score.covered_95_ratio:.1f}%"]
+    heard = sorted(told.weights.items(), key=lambda pair: -pair[1])
+    models = [f"{name} {100 * weight:.0f}%" for name, weight in heard if weight >= HEARD_MIN]
+    median = f"{gpus[len(gpus) // 2]:.0f}"
+    return (f"{told.ahead_h} h", median, *bands, *judged, ", ".join(models) or UNKNOWN)

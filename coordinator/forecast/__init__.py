@@ -1,0 +1,1 @@
+"""How much demand comes, with quantiles: cheap models, weighed by how right they were lately."""

@@ -1,0 +1,66 @@
+"""How good forecasts would have been: at each hour of a series, knowing nothing of what came.
+
+Problem: a model that was fitted on all of a series forecasts it well. So the series is told to a
+forecaster step by step, and at each full hour, once `warm_up_h` are over, it is asked. It is judged
+by the weighted quantile loss, twice the sum of the pinball losses over the sum of demand, mean over
+the quantiles, beside persistence with bands from its own errors, which was asked the same.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.forecast.forecaster import KINDS, Forecaster
+from coordinator.forecast.quantiles import pinball
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`loss` and `persistence_loss` are ratios of demand; `covered_95_ratio` is how much of what
+    came lay within the band of 95 percent."""
+
+    forecasts: int
+    loss: float
+    persistence_loss: float
+    covered_95_ratio: float
+
+    @property
+    def ratio(self) -> float:
+        """Below one: better than persistence."""
+        return self.loss / self.persistence_loss if self.persistence_loss else math.nan
+
+
+def backtest(
+    values: Sequence[float], per_hour: int, ahead_h: int, warm_up_h: int, first_step: int = 0
+) -> Score:
+    """Judge a series, NaN where nobody knows. Raises ValueError where it is too short."""
+    forecaster = Forecaster(ahead_h, per_hour, first_step)
+    ahead = forecaster.ahead
+    losses, persistence_losses, demand = [], [], []
+    covered = 0
+    for step, gpus in enumerate(values[: len(values) - ahead]):
+        forecaster.observe(gpus)
+        actual = values[step + ahead]
+        full_hour = (first_step + step + 1) % per_hour == 0
+        if not full_hour or step < warm_up_h * per_hour or math.isnan(gpus) or math.isnan(actual):
+            continue
+        models = forecaster.by_model()
+        if not models:
+            continue
+        said = forecaster.forecast()
+        losses.append(float(pinball(actual, said).mean()))
+        persistence_losses.append(float(pinball(actual, models[KINDS[0].name]).mean()))
+        demand.append(actual)
+        covered += bool(said[0] <= actual <= said[-1])
+    if not losses or not sum(demand):
+        raise ValueError(
+            f"the series is too short to judge forecasts of {ahead_h} h: it has"
+            f" {len(values) / per_hour:.0f} h, and {warm_up_h} h are needed before the first"
+        )
+    total = sum(demand)
+    return Score(
+        len(losses),
+        2 * sum(losses) / total,
+        2 * sum(persistence_losses) / total,
+        covered / len(losses),
+    )

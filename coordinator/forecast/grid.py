@@ -1,0 +1,80 @@
+"""Demand at equal steps of time, as experts look at it: without gaps, and how nervous it is.
+
+Problem: a collector that is away leaves holes, and an outage of the cluster looks like no demand at
+all. Whoever learns from either forecasts the next outage. So a gap is a NaN: it is bridged by a
+straight line where a mean needs a value, and nothing is ever learned from it or judged by it.
+
+How nervous demand is, `nervousness`, is what bands are scaled by: the mean change of a step over
+the last hours and days, and the time of day and of week.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from coordinator.forecast.quantiles import Floats
+
+HOURS_PER_DAY: Final = 24
+HOURS_PER_WEEK: Final = 168
+NERVOUS_HOURS: Final = (3, 12, 48, 168)
+# Half a GPU: the change of a step has a logarithm where nothing changed.
+CHANGE_MIN: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`values` are GPUs, one each `1 / per_hour` hours, the newest last; NaN where nobody knows.
+    `first` is the number of the first step since the beginning of a day: what was dropped keeps
+    the time of day."""
+
+    values: Floats
+    per_hour: int
+    first: int = 0
+
+    @cached_property
+    def steps(self) -> Floats:
+        """Their numbers since the beginning of a day."""
+        return np.arange(self.first, self.first + len(self.values), dtype=np.float64)
+
+    @cached_property
+    def known(self) -> Floats:
+        """The values, gaps bridged."""
+        there = np.flatnonzero(~np.isnan(self.values))
+        return np.interp(np.arange(len(self.values)), there, self.values[there])
+
+    def mean(self, hours: int) -> Floats:
+        """Of the last `hours` at each step, itself included; of fewer at the beginning."""
+        return _trailing(self.known, hours * self.per_hour)
+
+    def change_ahead(self, ahead: int) -> Floats:
+        """By how much demand changes within `ahead` steps; NaN where that is not known (yet)."""
+        change = np.full(len(self.values), np.nan)
+        if ahead < len(self.values):
+            change[:-ahead] = self.values[ahead:] - self.values[:-ahead]
+        return change
+
+    def hour_of_day(self) -> Floats:
+        return (self.steps // self.per_hour) % HOURS_PER_DAY
+
+    @cached_property
+    def nervousness(self) -> Floats:
+        """Shape (steps, features): a constant, the logarithms, and waves of the day and week."""
+        changes = np.abs(np.diff(self.known, prepend=self.known[0]))
+        columns = [np.ones(len(changes))]
+        for hours in NERVOUS_HOURS:
+            mean = _trailing(changes, hours * self.per_hour) * self.per_hour
+            columns.append(np.log(mean + CHANGE_MIN))
+        turn = 2 * np.pi * self.steps / self.per_hour
+        for hours_ in (HOURS_PER_DAY, HOURS_PER_DAY // 2, HOURS_PER_WEEK):
+            columns += [np.sin(turn / hours_), np.cos(turn / hours_)]
+        return np.stack(columns, axis=1)
+
+
+def _trailing(values: Floats, steps: int) -> Floats:
+    summed = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - steps)
+    mean: Floats = (summed[ends] - summed[starts]) / (ends - starts)
+    return mean

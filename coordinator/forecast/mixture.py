@@ -1,0 +1,116 @@
+"""Whom to believe: experts are weighed, quantile by quantile, by how wrong they were lately.
+
+Problem: the best model of last month is not that of this week, and one that goes astray must not
+cost the fleet anything. So weights follow recent losses relative to persistence, which is the one
+that is hard to beat; whoever was worse than `MUTE_RATIO` of it over three weeks is not heard; and
+where the mixture itself has been clearly worse than persistence for two days, something has
+changed, and persistence speaks until it is not so any more.
+
+What remains wrong is taken out online: each quantile is moved a little up whenever demand was above
+it, and down when not, so that in the long run it is exceeded as often as it says (Gibbs and Candes,
+Adaptive Conformal Inference Under Distribution Shift, NeurIPS 2021).
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from coordinator.forecast.quantiles import LEVELS, Floats, pinball
+
+MUTE_RATIO: Final = 1.05
+MEMORY_H: Final = 240.0  # after which a loss counts e times less
+MUTE_MEMORY_H: Final = 504.0
+DRIFT_MEMORY_H: Final = 48.0
+DRIFT_RATIO, CALM_RATIO = 1.2, 1.05
+SHARPNESS: Final = 20.0  # one percent worse: a fifth less weight
+# So many hours of being as good as persistence everybody begins with.
+BEGIN_H: Final = 24.0
+JUDGED_H_MIN: Final = 48.0  # before anybody is muted
+MUTED_WEIGHT: Final = 1e-9
+# A miss moves a quantile by this part of the widest band.
+STEP_RATIO: Final = 0.003
+TINY: Final = 1e-9
+
+
+@dataclass(slots=True)
+class Record:
+    """How wrong an expert was, and persistence at the same times, by quantile; both forgotten."""
+
+    own: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
+    persistence: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
+    long_own: float = 0.0
+    long_persistence: float = 0.0
+    hours: float = 0.0
+
+    def add(self, own: Floats, persistence: Floats) -> None:
+        keep, long_keep = np.exp(-1 / MEMORY_H), np.exp(-1 / MUTE_MEMORY_H)
+        self.own = self.own * keep + own
+        self.persistence = self.persistence * keep + persistence
+        self.long_own = self.long_own * long_keep + float(own.sum())
+        self.long_persistence = self.long_persistence * long_keep + float(persistence.sum())
+        self.hours += 1
+
+    def ratios(self) -> Floats:
+        """Loss over that of persistence, half by quantile and half over all."""
+        begin = BEGIN_H * self.persistence / max(1.0, self.hours)
+        by_level = (self.own + begin) / np.maximum(TINY, self.persistence + begin)
+        whole: Floats = 0.5 * by_level + 0.5 * by_level.mean()
+        return whole if self.hours else np.ones(len(LEVELS))
+
+    @property
+    def muted(self) -> bool:
+        bound = MUTE_RATIO * self.long_persistence
+        return self.hours >= JUDGED_H_MIN and self.long_own > bound
+
+
+@dataclass(slots=True)
+class Mixture:
+    """Forecasts of several experts as one. `handicaps` is by how much each is taken to be worse
+    than persistence until it has shown otherwise; the first is persistence itself."""
+
+    handicaps: dict[str, float]
+    records: dict[str, Record] = field(default_factory=dict)
+    offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
+    drifted: bool = False
+    recent: float = 0.0
+    recent_persistence: float = 0.0
+
+    def combine(self, forecasts: dict[str, Floats]) -> Floats:
+        """By `LEVELS`, rising, not below zero. `forecasts` has persistence at least."""
+        persistence = next(iter(self.handicaps))
+        heard = {persistence: forecasts[persistence]} if self.drifted else forecasts
+        weights = self.weights(list(heard))
+        mixed = sum(weights[name] * forecast for name, forecast in heard.items())
+        width = np.ptp(forecasts[persistence])
+        return np.maximum(0.0, np.sort(mixed + self.offsets * width))
+
+    def weights(self, names: list[str]) -> dict[str, Floats]:
+        """Of each quantile; they add up to one."""
+        ratios = {}
+        for name in names:
+            record = self.records.get(name, Record())
+            doubt = BEGIN_H * 3 / (BEGIN_H * 3 + record.hours)
+            ratios[name] = record.ratios() + self.handicaps[name] * doubt
+        least = np.min(list(ratios.values()), axis=0)
+        raw = {
+            name: np.exp(-SHARPNESS * (ratio - least))
+            * (MUTED_WEIGHT if self.records.get(name, Record()).muted else 1.0)
+            for name, ratio in ratios.items()
+        }
+        total = sum(raw.values())
+        return {name: each / total for name, each in raw.items()}
+
+    def learn(self, actual: float, forecasts: dict[str, Floats], mixed: Floats) -> None:
+        """What came, once it is known, and what had been said of it; once an hour."""
+        losses = {name: pinball(actual, forecast) for name, forecast in forecasts.items()}
+        persistence = losses[next(iter(self.handicaps))]
+        for name, loss in losses.items():
+            self.records.setdefault(name, Record()).add(loss, persistence)
+        keep = float(np.exp(-1 / DRIFT_MEMORY_H))
+        self.recent = self.recent * keep + float(pinball(actual, mixed).sum())
+        self.recent_persistence = self.recent_persistence * keep + float(persistence.sum())
+        bound = CALM_RATIO if self.drifted else DRIFT_RATIO
+        known = self.records[next(iter(self.handicaps))].hours >= DRIFT_MEMORY_H
+        self.drifted = known and self.recent > bound * self.recent_persistence
+        self.offsets = self.offsets + STEP_RATIO * (LEVELS - (actual <= mixed))

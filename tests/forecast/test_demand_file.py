@@ -1,0 +1,77 @@
+"""Demand as a file: what can be read is on a grid, and what cannot says where."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from coordinator.cli.main import cli
+from coordinator.forecast.demand_file import BadDemand, read_series
+
+
+def written(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "demand.csv"
+    path.write_text("\n".join(["time,demand", *lines, ""]))
+    return path
+
+
+def test_gaps_are_what_is_empty_and_what_is_missing(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "2026-03-01T06:00,10",
+        "2026-03-01T06:10,",
+        "2026-03-01T06:20,12",
+        "2026-03-01T06:40,14",
+    )
+    series = read_series(path)
+    assert series.per_hour == 6
+    assert series.first_step == 36
+    assert [None if math.isnan(gpus) else gpus for gpus in series.values] == [
+        10,
+        None,
+        12,
+        None,
+        14,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["2026-03-01T06:00,1", "2026-03-01T07:00,x", "2026-03-01T08:00,1"], "line 3: 'x'"),
+        (["2026-03-01T06:00,1", "soon,2", "2026-03-01T08:00,1"], "line 3: 'soon'"),
+        (["2026-03-01T06:00,1", "2026-03-01T05:00,2", "2026-03-01T08:00,1"], "must rise"),
+        (["2026-03-01T06:00,1"], "has 1 lines"),
+        (["2026-03-01T06:00,1", "2026-03-01T07:00,2", "2026-03-01T08:30,1"], "line 4"),
+        (["2026-03-01T06:00,-1", "2026-03-01T07:00,2", "2026-03-01T08:00,1"], "line 2: '-1'"),
+    ],
+)
+def test_what_cannot_be_used_says_where(tmp_path: Path, lines: list[str], sentence: str) -> None:
+    with pytest.raises(BadDemand, match=sentence):
+        read_series(written(tmp_path, *lines))
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(BadDemand, match=r"no column 'gpus'; its columns: time, demand"):
+        read_series(written(tmp_path, "2026-03-01T06:00,1"), "gpus")
+
+
+def test_the_command_says_bands_and_record(tmp_path: Path) -> None:
+    days = [(day, hour) for day in range(1, 29) for hour in range(24)]
+    path = written(
+        tmp_path,
+        *(f"2026-02-{day:02d}T{hour:02d}:00,{100 + (day * hour) % 17}" for day, hour in days),
+    )
+    ran = CliRunner().invoke(cli, ["forecast", "--demand", str(path), "--ahead", "1", "--json"])
+    assert ran.exit_code == 0, ran.output
+    (told,) = json.loads(ran.output)
+    assert told["ahead_h"] == 1
+    gpus = list(told["gpus"].values())
+    assert gpus == sorted(gpus)
+    assert told["backtest"]["forecasts"] > 300
+    assert sum(told["weights"].values()) == pytest.approx(1)
+    ran = CliRunner().invoke(cli, ["forecast", "--demand", str(tmp_path / "none.csv")])
+    assert ran.exit_code == 2
+    assert "none.csv" in ran.output
