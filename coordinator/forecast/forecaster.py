@@ -23,7 +23,7 @@ import numpy as np
 from coordinator.forecast import experts
 from coordinator.forecast.experts import Drift, Fitted
 from coordinator.forecast.grid import HOURS_PER_DAY, Grid
-from coordinator.forecast.mixture import Mixture
+from coordinator.forecast.mixture import STEP_RATIO, Mixture
 from coordinator.forecast.quantiles import LEVELS, Floats
 
 # What experts learn from, and a week before it for their means.
@@ -77,7 +77,9 @@ class Forecaster:
         self._values: deque[float] = deque(maxlen=KEPT_DAYS * HOURS_PER_DAY * per_hour)
         self._next = first_step
         self._clean = 0
-        self._mixture = Mixture({kind.name: kind.handicap for kind in KINDS})
+        self._mixture = Mixture(
+            {kind.name: kind.handicap for kind in KINDS}, STEP_RATIO / math.sqrt(ahead_h)
+        )
         self._fitted: dict[str, Fitted] = {}
         self._fitted_at = -1
         self._said: deque[Said] = deque()

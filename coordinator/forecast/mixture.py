@@ -28,8 +28,11 @@ SHARPNESS: Final = 20.0  # one percent worse: a fifth less weight
 BEGIN_H: Final = 24.0
 JUDGED_H_MIN: Final = 48.0  # before anybody is muted
 MUTED_WEIGHT: Final = 1e-9
-# A miss moves a quantile by this part of the widest band.
+# A miss moves a quantile by this part of the narrowest model's widest band, over the root of the
+# hours ahead: so many forecasts are made before the first of them is known to be wrong.
 STEP_RATIO: Final = 0.003
+# Demand is counted in whole GPUs: nearer than half of one is no miss.
+EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9
 
 
@@ -70,6 +73,7 @@ class Mixture:
     than persistence until it has shown otherwise; the first is persistence itself."""
 
     handicaps: dict[str, float]
+    step_ratio: float = STEP_RATIO
     records: dict[str, Record] = field(default_factory=dict)
     offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
     drifted: bool = False
@@ -82,7 +86,7 @@ class Mixture:
         heard = {persistence: forecasts[persistence]} if self.drifted else forecasts
         weights = self.weights(list(heard))
         mixed = sum(weights[name] * forecast for name, forecast in heard.items())
-        width = np.ptp(forecasts[persistence])
+        width = min(np.ptp(each) for each in heard.values())
         return np.maximum(0.0, np.sort(mixed + self.offsets * width))
 
     def weights(self, names: list[str]) -> dict[str, Floats]:
@@ -113,4 +117,5 @@ class Mixture:
         bound = CALM_RATIO if self.drifted else DRIFT_RATIO
         known = self.records[next(iter(self.handicaps))].hours >= DRIFT_MEMORY_H
         self.drifted = known and self.recent > bound * self.recent_persistence
-        self.offsets = self.offsets + STEP_RATIO * (LEVELS - (actual <= mixed))
+        missed = np.abs(actual - mixed) > EXACT_GPUS
+        self.offsets = self.offsets + self.step_ratio * missed * (LEVELS - (actual <= mixed))
