@@ -73,6 +73,7 @@ def check_index(state: State) -> None:
     assert found == {one: sorted(names) for one, names in kinds.items()}
     for attempt_id in state.indices.open_attempts:
         _check_standby(state, state.attempts[attempt_id])
+    check_rooms(state)
 
 
 def check_rooms(state: State) -> None:

@@ -62,14 +62,7 @@ from coordinator.core.phases import (
 )
 from coordinator.core.state import State
 from coordinator.core.validate import refuse_fleet
-from tests.core.coordinator_checks import (
-    check_gang,
-    check_gpu,
-    check_index,
-    check_rooms,
-    places_for,
-    takes_work,
-)
+from tests.core.coordinator_checks import check_gang, check_gpu, check_index, places_for, takes_work
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
@@ -364,7 +357,6 @@ class Fleet(RuleBasedStateMachine):
     def phases_agree(self) -> None:
         state = self.state
         check_index(state)
-        check_rooms(state)
         for job in state.jobs.values():
             gang = state.gang(job)
             alive = any(rank.phase in ATTEMPT_LIVE for rank in gang)
