@@ -121,7 +121,7 @@ def show(title: str, rows: Sequence[Row], asked: Options, notes: Sequence[str] =
         )
     console.print(table)
     for note in (*notes, machine()):
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def number(value: float) -> str:

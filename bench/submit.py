@@ -164,10 +164,15 @@ def throughput(scratch: Path, nodes: int, number: int) -> float:
         return BURST_JOBS / (last_end_s(cluster) - began_s)
 
 
-async def submit_burst(address: str) -> None:
+async def submit_burst(address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
     """All of them, by some clients side by side."""
     async with contextlib.AsyncExitStack() as stack:
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+        made = (
+            grpc.aio.secure_channel(address, credentials)
+            if credentials
+            else grpc.aio.insecure_channel(address)
+        )
+        channel = await stack.enter_async_context(made)
         stub = jobs_pb2_grpc.JobServiceStub(channel)
         spec = types_pb2.JobSpec(command=["true"])
         left = iter(range(BURST_JOBS))

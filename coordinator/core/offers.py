@@ -7,7 +7,7 @@ state. So the live state is read here once for a decision, and what placement ge
 from coordinator.core import readings
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
-from coordinator.core.rooms import Offer, Tenant
+from coordinator.core.rooms import Offer, Room, Tenant
 from coordinator.core.state import LiveNode, State
 from coordinator.core.validate import SLOTS_PER_CPU
 
@@ -17,36 +17,41 @@ def is_open(live: LiveNode) -> bool:
 
 
 def offers_of(state: State) -> list[Offer]:
-    offers = []
-    for live in state.nodes.values():
-        if not is_open(live):
-            continue
-        closed = readings.closed(live)
-        open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
-        free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
-        present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
-        host = live.node.host
-        slots = max(1, host.cpu_count) * SLOTS_PER_CPU
-        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
-        strays = [
-            uuid
-            for uuid, gpu in live.gpus.items()
-            if any(holder not in live.attempts for holder in gpu.holders)
-        ]
-        offers.append(
-            Offer(
-                live.node.id,
-                tuple(present),
-                tuple(free),
-                host.memory_bytes,
-                slots,
-                tuple(tenants),
-                gangs=live.gangs,
-                shares=live.shares,
-                strays=tuple(strays),
-            )
-        )
-    return offers
+    return [offer_of(state, live) for live in state.nodes.values() if is_open(live)]
+
+
+def open_rooms(state: State) -> list[Room]:
+    """What a pass begins with: the same rooms as those of all offers, by name. Its offers are made
+    again of nodes alone that have changed."""
+    for node_id in state.rooms.take_stale():
+        live = state.nodes[node_id]
+        if is_open(live):
+            state.rooms.put(offer_of(state, live))
+        else:
+            state.rooms.drop(node_id)
+    return state.rooms.open(state.demand.mix())
+
+
+def offer_of(state: State, live: LiveNode) -> Offer:
+    """What the node offers, or would offer if it took work."""
+    closed = readings.closed(live)
+    open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
+    strays = [
+        uuid
+        for uuid, gpu in live.gpus.items()
+        if any(holder not in live.attempts for holder in gpu.holders)
+    ]
+    return Offer(
+        live.node.id,
+        tuple(gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT),
+        tuple(uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE),
+        live.node.host.memory_bytes,
+        max(1, live.node.host.cpu_count) * SLOTS_PER_CPU,
+        tuple(_tenant(state, attempt_id) for attempt_id in live.attempts),
+        gangs=live.gangs,
+        shares=live.shares,
+        strays=tuple(strays),
+    )
 
 
 def _tenant(state: State, attempt_id: str) -> Tenant:

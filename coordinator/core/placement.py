@@ -26,15 +26,15 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from heapq import heapify, heappop
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
 
 from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Offer, Room, Tenant, most_left_bytes, open_room
-from coordinator.core.shares import SHARERS_MAX
-from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
+from coordinator.core.rooms import Offer, Room, Tenant, open_room
+from coordinator.core.shortfalls import listed, why_not
+from coordinator.core.validate import gigabytes
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
 # the next pass.
@@ -42,8 +42,6 @@ STARTS_PER_PASS_MAX = 512
 # Of the nodes that fit a job so many are weighed against what others ask for, the tightest first:
 # in a large fleet most are alike, and each costs some tens of microseconds.
 WEIGHED_MAX = 64
-# Of the nodes that have places for a gang; a sentence that names all of a large fleet is not read.
-NODES_NAMED_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,15 @@ _Spread = list[tuple[Room, list[tuple[str, ...]]]]
 def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
     has been asked for lately."""
-    rooms = [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
+    return place_in(needs, rooms_of(offers, mix))
+
+
+def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
+    return [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
+
+
+def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
+    """The pass; `rooms` are then what is left for others."""
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -119,7 +125,7 @@ def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None
             victims, sentence = _displace(need, rooms)
             displacements += victims
             if not victims and not sentence:
-                sentence = _why_not(need.spec, rooms)
+                sentence = why_not(need.spec, rooms)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
@@ -167,56 +173,72 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     """Of a job of one rank how near and how tight it would be is known before it is known whether
     it fits: so rooms are asked in that order, and of a large fleet most are not."""
     spec = need.spec
-    hopes = [
-        (room.offer.node == need.avoid, *_nearness(need, room), _left(spec, room, 1), index)
-        for index, room in enumerate(rooms)  # by name
-        if len(room.free) >= spec.gpus
-    ]
-    heapify(hopes)
+    hopes = [room for room in rooms if len(room.free) >= spec.gpus]  # by name
+    hopes.sort(key=lambda room: _left(spec, room, 1))
+    if need.avoid or need.replicas or need.near:
+        hopes.sort(key=lambda room: _far(need, room))
     found: _Spread = []
-    while hopes and len(found) < WEIGHED_MAX:
-        avoided, far, farther, _, index = heappop(hopes)
-        room = rooms[index]
-        order = (avoided, far, farther)
-        if found and order != (found[0][0].offer.node == need.avoid, *_nearness(need, found[0][0])):
+    for room in hopes:
+        if found and _far(need, room) != _far(need, found[0][0]):
             break
         shares = room.takes(spec)
         if shares:
             found.append((room, shares))
-            if room.mix is None or not room.mix.total:
+            if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
                 break
     return [min(found, key=lambda pair: _tightness(need, *pair))] if found else None
 
 
 def best_of_all(need: Need, rooms: Sequence[Room]) -> _Spread | None:
-    offered = [(room, room.takes(need.spec)) for room in rooms]
-    offered = [(room, shares) for room, shares in offered if shares]
-    others = [(room, shares) for room, shares in offered if room.offer.node != need.avoid]
-    for usable in (others, offered):
+    able = [room for room in rooms if room.count(need.spec)[0]]
+    others = [room for room in able if room.offer.node != need.avoid]
+    for usable in (others, able):
         spread = _fewest_nodes(need, usable)
         if spread is not None:
             return spread
     return None
 
 
-def _fewest_nodes(need: Need, offered: _Spread) -> _Spread | None:
+def _fewest_nodes(need: Need, able: Sequence[Room]) -> _Spread | None:
     """The fullest offers first; what is then left goes where it fits tightest. No smaller number of
     nodes has as many places."""
-    offered = list(offered)
+    by_count: dict[int, list[Room]] = {}
+    for room in able:
+        by_count.setdefault(room.count(need.spec)[0], []).append(room)
+    for count, rooms in by_count.items():
+        by_count[count] = _foremost(need, rooms, count, WEIGHED_MAX + need.spec.ranks)
     chosen: _Spread = []
     left = need.spec.ranks
     while left:
-        enough = [(room, shares[:left]) for room, shares in offered if len(shares) >= left]
+        enough = [room for count, rooms in by_count.items() if count >= left for room in rooms]
         if enough:
-            chosen.append(min(enough, key=lambda pair: _tightness(need, *pair)))
+            chosen.append(_tightest(need, enough, left))
             break
-        if not offered:
+        if not by_count:
             return None
-        fullest = min(offered, key=lambda pair: (-len(pair[1]), _tightness(need, *pair)))
-        offered.remove(fullest)
-        chosen.append(fullest)
-        left -= len(fullest[1])
+        most = max(by_count)
+        chosen.append(_tightest(need, by_count[most], most))
+        left -= most
+        rest = [room for room in by_count.pop(most) if room is not chosen[-1][0]]
+        by_count.update({most: rest} if rest else {})
     return sorted(chosen, key=lambda pair: pair[0].offer.node)
+
+
+def _tightest(need: Need, rooms: Sequence[Room], ranks: int) -> tuple[Room, list[tuple[str, ...]]]:
+    foremost = _foremost(need, rooms, ranks, WEIGHED_MAX)
+    offered = [(room, room.takes(need.spec)[:ranks]) for room in foremost]
+    return min(offered, key=lambda pair: _tightness(need, *pair))
+
+
+def _foremost(need: Need, rooms: Sequence[Room], ranks: int, most: int) -> list[Room]:
+    """Those that would be the tightest if nobody asked what others lose by it."""
+
+    def order(room: Room) -> tuple[object, ...]:
+        _, opens, fit = room.count(need.spec)
+        left = _left(need.spec, room, ranks)
+        return (*_nearness(need, room), opens, fit, left, room.offer.node)
+
+    return nsmallest(most, rooms, key=order) if len(rooms) > most else list(rooms)
 
 
 def _tightness(
@@ -233,6 +255,10 @@ def _nearness(need: Need, room: Room) -> tuple[bool, bool]:
     return room.offer.node not in need.replicas, room.offer.node not in need.near
 
 
+def _far(need: Need, room: Room) -> tuple[bool, bool, bool]:
+    return (room.offer.node == need.avoid, *_nearness(need, room))
+
+
 def _left(spec: JobSpec, room: Room, ranks: int) -> int:
     return len(room.free) - ranks * spec.gpus if spec.gpus else -room.slots
 
@@ -242,7 +268,7 @@ def _why_here(need: Need, spread: _Spread) -> str:
         first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
         where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
         where += [f"{count} on {node}" for count, node in rest]
-        return f"runs with {_listed(where)}, the fewest nodes that have room"
+        return f"runs with {listed(where)}, the fewest nodes that have room"
     room, shares = spread[0]
     node = room.offer.node
     gpu_uuids = [uuid for share in shares for uuid in share]
@@ -279,10 +305,6 @@ def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str
     return f"{gpus} {unit} there, of use to {percent}% of recent requests"
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
     """The attempts that must give way for this job where that costs least, on one node or, for a
     gang, on several; none when nowhere would do.
@@ -317,7 +339,7 @@ def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
     for room in rooms:
         for tenant in list(room.tenants.values()):
             if tenant.whole in leave:
-                room.tenants[tenant.attempt] = replace(tenant, stopping=True)
+                room.dismiss(tenant.attempt)
     sentence = _who_leaves(need.spec, spread)
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
     return [Displace(tenant.attempt, need.job_id, why) for tenant in victims], sentence
@@ -409,89 +431,3 @@ class _Tally:
         return self._rooms[index].without(
             lambda tenant: tenant.stopping or tenant.whole in self._gone
         )
-
-
-def _why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    if spec.ranks > 1:
-        return _why_not_all(spec, rooms)
-    if spec.shared_gpu_memory_bytes and rooms:
-        return _why_no_share(spec, rooms)
-    need = f"needs {describe_need(spec)} on one node"
-    if not rooms:
-        return f"{need}; no node takes work at present"
-    if spec.gpus == 0:
-        slots = sum(max(0, room.slots) for room in rooms)
-        most = _most_memory(room for room in rooms if room.slots > 0)
-        return f"{need}; {slots} places are free, and at most {most} of memory beside one"
-    counts = [
-        (sum(1 for gpu in room.free.values() if suits(spec, gpu)), room.offer.node)
-        for room in rooms
-    ]
-    largest, node = max(counts, key=lambda pair: pair[0])
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in rooms)
-    if largest >= spec.gpus:
-        able = zip(rooms, counts, strict=True)
-        most = _most_memory(room for room, (count, _) in able if count >= spec.gpus)
-        return f"{need}; the GPUs are free, but at most {most} of memory is where they are"
-    if total == 0:
-        return f"{need}; no node that takes work at present has any"
-    if largest == 0:
-        taken = (
-            "the only one that fits is taken" if total == 1 else f"all {total} that fit are taken"
-        )
-        return f"{need}; {taken}"
-    return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
-
-
-def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    need = f"needs {describe_need(spec)}"
-    knowing = [room for room in rooms if room.offer.shares]
-    outdated = len(rooms) - len(knowing)
-    which, them = ("1 node runs", "it") if outdated == 1 else (f"{outdated} nodes run", "them")
-    tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
-    if total == 0:
-        return f"{need}; no node that takes work at present has one{tail}"
-    left_bytes, jobs, node = most_left_bytes(spec, knowing)
-    if left_bytes >= spec.shared_gpu_memory_bytes:
-        able = [room for room in knowing if room.has_share(spec)]
-        return (
-            f"{need}; the share is free, but at most {_most_memory(able)} of memory is where it is"
-        )
-    if not jobs:
-        taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
-        return f"{need}; {taken} taken{tail}"
-    beside = f"beside {jobs} job{'s' if jobs > 1 else ''} ({SHARERS_MAX} at most)"
-    left = gigabytes(left_bytes)
-    return f"{need}; the most that is left of one is {left}, on {node} {beside}{tail}"
-
-
-def _why_not_all(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    outdated = [room.offer for room in rooms if not room.offer.gangs]
-    count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
-    which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
-    tail = f"; {which} an agent from before gangs: upgrade {them}" if count else ""
-    return _which_places(spec, rooms) + tail
-
-
-def _which_places(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    need = f"needs {describe_ranks(spec)}"
-    if not rooms:
-        return f"{need}; no node takes work at present"
-    counts = [(len(room.takes(spec)), room.offer.node) for room in rooms]
-    free = sorted((pair for pair in counts if pair[0]), key=lambda pair: (-pair[0], pair[1]))
-    total = sum(count for count, _ in free)
-    if not total:
-        return f"{need}; a place for none of them is free"
-    if len(free) == 1:
-        some = "a place for 1 is" if total == 1 else f"places for {total} are"
-        return f"{need}; {some} free, on {free[0][1]}"
-    where = [f"{count} on {node}" for count, node in free[:NODES_NAMED_MAX]]
-    if len(free) > NODES_NAMED_MAX:
-        rest = free[NODES_NAMED_MAX:]
-        where.append(f"{sum(count for count, _ in rest)} on {len(rest)} more")
-    return f"{need}; places for {total} are free, {_listed(where)}"
-
-
-def _most_memory(rooms: Iterable[Room]) -> str:
-    return gigabytes(max((max(0, room.memory_bytes) for room in rooms), default=0))

@@ -29,6 +29,7 @@ def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -
         gpu.unread_since_ms = None
         if gpu.unread:
             gpu.unread = ""
+            state.rooms.stale[live.node.id] = None
             state.dirty = True
             state.log("info", "gpu.read_again", node=live.node.id, gpu=telemetry.uuid)
         return
@@ -43,6 +44,7 @@ def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -
         f"{limit_ms // 1000} s is the limit: {cut(telemetry.error)}"
     )
     if fresh:
+        state.rooms.stale[live.node.id] = None
         state.dirty = True  # who waits for it hears why
         state.log("warning", "gpu.unread", node=live.node.id, gpu=telemetry.uuid, reason=gpu.unread)
 

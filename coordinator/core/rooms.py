@@ -3,17 +3,21 @@
 Problem: a pass starts jobs, keeps places for others and asks what would be free if somebody left.
 Done on live state, a question would change the answer of the next one. So a node's offer is a
 frozen value, and `Room` is what a pass has made of it so far; `without` answers the question in a
-room of its own.
+room of its own. What a room was asked it remembers until it changes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from coordinator.core import shares
 from coordinator.core.fragmentation import PARTS, Box, Mix
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
 from coordinator.core.validate import suits
+
+# Kinds of requests whose counts a room remembers, some 100 bytes each; many more are seldom asked
+# for at a time.
+COUNTS_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +61,23 @@ class Offer:
 @dataclass(slots=True)
 class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
-    is kept for somebody in this pass. `mix`: what is asked for lately; `increases` is what
-    `increase` has answered since the last change."""
+    is kept for somebody in this pass. `mix`: what is asked for lately. `changed`: it is not any
+    more as it was opened. `increases`, `counts` and `whole_box` are what was answered since the
+    last change."""
 
     offer: Offer
     free: dict[str, GpuFacts]
     memory_bytes: int
     slots: int
-    tenants: dict[str, Tenant] = field(default_factory=dict)
+    tenants: Mapping[str, Tenant] = field(default_factory=dict)
     holds: dict[str, tuple[Hold, ...]] = field(default_factory=dict)
     mix: Mix | None = None
-    increases: dict[tuple[object, ...], int] = field(default_factory=dict)
+    changed: bool = False
+    increases: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False)
+    counts: dict[tuple[object, ...], tuple[int, int, int]] = field(
+        default_factory=dict, compare=False
+    )
+    whole_box: Box | None = field(default=None, compare=False)
 
     def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
@@ -90,6 +100,26 @@ class Room:
         uuids = [gpu.uuid for gpu in fitting]
         starts = range(0, count * spec.gpus, spec.gpus)
         return [tuple(uuids[start : start + spec.gpus]) for start in starts]
+
+    def count(self, spec: JobSpec) -> tuple[int, int, int]:
+        """How many ranks of a job fit here, and how well a share would do (`share_rank`)."""
+        key = (
+            spec.ranks,
+            spec.gpus,
+            spec.gpu_types,
+            spec.gpu_memory_bytes_min,
+            spec.memory_bytes,
+            spec.shared_gpu_memory_bytes,
+        )
+        found = self.counts.get(key)
+        if found is None:
+            ranks = self.takes(spec)
+            shared = ranks and spec.shared_gpu_memory_bytes
+            found = (len(ranks), *(self.share_rank(spec, ranks[0][0]) if shared else (0, 0)))
+            if len(self.counts) >= COUNTS_MAX:
+                self.counts.clear()
+            self.counts[key] = found
+        return found
 
     def shareable(self, spec: JobSpec) -> list[tuple[GpuFacts, tuple[Hold, ...]]]:
         """The GPUs that would do for a job, free or with those who have them."""
@@ -121,6 +151,8 @@ class Room:
 
     def box(self, spec: JobSpec | None = None, ranks: Sequence[tuple[str, ...]] = ()) -> Box:
         """What is left; with a job, what would be if its ranks had these GPUs as well."""
+        if spec is None and self.whole_box is not None:
+            return self.whole_box
         taken = [uuid for gpu_uuids in ranks for uuid in gpu_uuids]
         gpus = []
         for gpu in self.offer.gpus:
@@ -134,16 +166,26 @@ class Room:
             if parts:
                 gpus.append(((gpu.memory_bytes, gpu.name), parts))
         need_bytes = spec.memory_bytes * len(ranks) if spec is not None else 0
-        return Box((max(0, self.memory_bytes - need_bytes),), tuple(sorted(gpus)))
+        box = Box((max(0, self.memory_bytes - need_bytes),), tuple(sorted(gpus)))
+        if spec is None:
+            self.whole_box = box
+        return box
 
     def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
+        self.changed, self.whole_box = True, None
         self.increases.clear()
+        self.counts.clear()
         for uuid in gpu_uuids:
             self.free.pop(uuid, None)
             hold = Hold("", spec.shared_gpu_memory_bytes)
             self.holds[uuid] = (*self.holds.get(uuid, ()), hold)
         self.memory_bytes -= spec.memory_bytes
         self.slots -= 1 if spec.gpus == 0 else 0
+
+    def dismiss(self, attempt: str) -> None:
+        """From here on it counts as stopping."""
+        self.changed = True
+        self.tenants = {**self.tenants, attempt: replace(self.tenants[attempt], stopping=True)}
 
     def without(self, leaves: Callable[[Tenant], bool]) -> "Room":
         """As it would be when these tenants have left; what is kept for others in this pass stays

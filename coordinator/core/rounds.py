@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from coordinator.core import attempts, checkpoints, readings
 from coordinator.core.model import CLASS_RANK, Job
-from coordinator.core.offers import is_open, offers_of
+from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
-from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place
+from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place_in
 from coordinator.core.state import Instant, State
 
 # Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
@@ -45,7 +45,7 @@ def decide(state: State, now: Instant) -> None:
             avoid = state.avoid.get(job.id, "")
             needs.append(Need(job.id, job.spec, replicas, avoid, near))
     # Nodes come and go, and report, far more often than somebody waits for them.
-    plan = place(needs, offers_of(state), state.demand.mix()) if needs else None
+    plan = place_in(needs, open_rooms(state)) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)

@@ -15,6 +15,7 @@ from coordinator.core import traces
 from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
+from coordinator.core.kept_rooms import KeptRooms
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -150,6 +151,7 @@ class State:
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
         self.admission = Admission()
         self.indices = Indices()
+        self.rooms = KeptRooms()
         self.requests: dict[str, int] = {}
         self.queued: dict[int, None] = {}
         self.ended: dict[int, None] = {}
@@ -188,6 +190,7 @@ class State:
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
             self.indices.put_node(node)
+            self.rooms.stale[node.id] = None
         # In the order in which they ended, since the first to end is the first to be forgotten.
         for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
             self.jobs[job.id] = job
@@ -270,6 +273,7 @@ class State:
             else:
                 live.attempts[attempt.id] = None
             self.indices.put_attempt(attempt)
+            self.rooms.stale[attempt.node] = None
         self.changed_attempts[attempt.id] = None
         return attempt
 
@@ -348,6 +352,7 @@ class State:
     def put_node(self, node: Node) -> None:
         self.nodes[node.id].node = node
         self.indices.put_node(node)
+        self.rooms.stale[node.id] = None
         self.changed_nodes[node.id] = None
 
     def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
@@ -395,6 +400,7 @@ class State:
     def set_node_phase(self, live: LiveNode, phase: NodePhase, note: str) -> None:
         live.phase = advance(NODE_TRANSITIONS, live.phase, phase, f"node {live.node.id}")
         live.note = note
+        self.rooms.stale[live.node.id] = None
         self.dirty = True
 
     def set_gpu(
@@ -403,6 +409,7 @@ class State:
         gpu = live.gpus[uuid]
         gpu.phase = advance(GPU_TRANSITIONS, gpu.phase, phase, f"gpu {uuid}")
         gpu.holders = holders
+        self.rooms.stale[live.node.id] = None
         self.dirty = True
 
     def hold_gpu(self, live: LiveNode, uuid: str, attempt_id: str) -> None:

@@ -7,6 +7,7 @@ in the plainest way.
 from coordinator.core import standby
 from coordinator.core.indices import Kind, kind
 from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, Part
+from coordinator.core.offers import offers_of, open_rooms
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
@@ -15,6 +16,7 @@ from coordinator.core.phases import (
     NodeIntent,
     NodePhase,
 )
+from coordinator.core.placement import rooms_of
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.state import LiveNode, State
 from coordinator.core.validate import suits
@@ -71,6 +73,20 @@ def check_index(state: State) -> None:
     assert found == {one: sorted(names) for one, names in kinds.items()}
     for attempt_id in state.indices.open_attempts:
         _check_standby(state, state.attempts[attempt_id])
+    check_rooms(state)
+
+
+def check_rooms(state: State) -> None:
+    """What is kept from pass to pass is what would be made anew of every node, and so is what it
+    remembers."""
+    kept, anew = open_rooms(state), rooms_of(offers_of(state), state.demand.mix())
+    assert kept == anew
+    for mine, other in zip(kept, anew, strict=True):
+        assert mine.box() == other.box()
+        for job in state.jobs.values():
+            assert mine.count(job.spec) == other.count(job.spec)
+            ranks = mine.takes(job.spec)
+            assert mine.increase(job.spec, ranks) == other.increase(job.spec, ranks)
 
 
 def _check_standby(state: State, attempt: Attempt) -> None:
