@@ -694,8 +694,9 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class ComeLater(_message.Message):
-    """In place of a welcome, when more agents want in than the coordinator lets in; the call ends after
-    it with RESOURCE_EXHAUSTED. An agent that does not know it dials again by its own back-off.
+    """Before the welcome, when more agents want in than the coordinator lets in. The agent stands in
+    line as long as the call is open, and is welcome when its turn comes; it says nothing meanwhile.
+    One that does not know it leaves, dials again by its own back-off, and gets in after the others.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -703,7 +704,7 @@ class ComeLater(_message.Message):
     WAIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """The agent dials again after this, and not before: then it is let in. At most ten minutes."""
+        """About how long that takes. At most ten minutes; who stands in line longer is told again."""
 
     def __init__(
         self,
