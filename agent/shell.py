@@ -21,6 +21,7 @@ from agent.core.backoff import backoff_ms
 from agent.core.census import census
 from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Report, Sampled
 from agent.core.ids import parse_attempt_id
+from agent.core.link import WAIT_MS_MAX
 from agent.core.node import NodeCore
 from agent.core.state import Effect, Instant, Record
 from agent.core.trainer_messages import (
@@ -419,23 +420,22 @@ class AgentShell:
             if self._stuck:  # a hello would wait for the journal, and pile up behind it
                 await self._ports.clock.sleep_ms(JOURNAL_RETRY_MS)
                 continue
-            told_ms = 0
             try:
                 session = await self._ports.uplink.dial()
-                reason, talked, told_ms = await self._talk(session)
+                reason, talked = await self._talk(session)
                 failures = 0 if talked else failures + 1
             except LinkClosed as error:
                 reason, failures = str(error), failures + 1
             if reason != said:
                 self._ports.log("warning", "link.closed", (("reason", reason),))
                 said = reason
-            wait_ms = backoff_ms(failures, self._ports.chance.draw(), told_ms)
+            wait_ms = backoff_ms(failures, self._ports.chance.draw())
             self._pulse.link_ms = self._ports.clock.now_ms() + wait_ms
             await self._ports.clock.sleep_ms(wait_ms)
 
-    async def _talk(self, session: Session) -> tuple[str, bool, int]:
-        """One session, from hello to its end; returns how it ended, whether it was answered, and
-        for how long we are to stay away."""
+    async def _talk(self, session: Session) -> tuple[str, bool]:
+        """One session, from hello to its end; returns how it ended, and whether it was
+        answered."""
         self._outbox.clear()
         self._session = session
         self._counts.sessions += 1
@@ -449,14 +449,10 @@ class AgentShell:
                 self._counts.orders_received += 1
                 talked = True
                 if isinstance(order, m.ComeLater):
-                    return (
-                        f"the coordinator lets us in after {order.wait_ms} ms",
-                        True,
-                        order.wait_ms,
-                    )
+                    self._pulse.link_ms += min(order.wait_ms, WAIT_MS_MAX)
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
         except (LinkClosed, ChunkError) as error:
-            return str(error), talked, 0
+            return str(error), talked
         finally:
             self._session = None
             sender.cancel()

@@ -87,8 +87,9 @@ def _host(host: HostFacts) -> types.HostFacts:
 
 
 def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
+    stuck = None if held.stuck is None else pb.StuckProcesses(pids=held.stuck)
     return pb.HeldAttempt(
-        attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live, stuck_pids=held.stuck
+        attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live, stuck=stuck
     )
 
 

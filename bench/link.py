@@ -65,7 +65,8 @@ class Found:
     reconnect_s: float
     rss_peak_gb: float
     restart_cpu_s: float
-    refused: int
+    in_line: int
+    dropped: int
     lost: int
 
 
@@ -149,7 +150,10 @@ def rows(found: Found) -> list[report.Row]:
             name=f"{who}: CPU of the coordinator until then", value=found.restart_cpu_s, unit="s"
         ),
         report.Row(name=f"{who}: resident memory, most", value=found.rss_peak_gb, unit="GB"),
-        report.Row(name=f"{who}: told to come again", value=found.refused, unit="times"),
+        report.Row(name=f"{who}: told to wait in line", value=found.in_line, unit="times"),
+        report.Row(
+            name=f"{who}: sessions that broke at work", value=found.dropped, unit="sessions"
+        ),
         report.Row(name=f"{who}: nodes declared lost", value=found.lost, unit="nodes", goal=0),
     ]
 
@@ -193,7 +197,7 @@ async def measure(cluster: Cluster, size: int, window_s: float) -> Found:
     rss_gb = _memory_gb(cluster.pid("coordinator"), "VmRSS")
     event_ms = [1000 * span_s for span_s in herd.tally.event_s]
     renewal_ms = [1000 * span_s for span_s in herd.tally.renewal_s]
-    reports_per_s = herd.tally.reports / lasted_s
+    reports_per_s, dropped = herd.tally.reports / lasted_s, herd.tally.closed
     report.say(f"link: {cpu_percent:.1f}% of a core; the coordinator is killed")
     herd.tally.clear()
     began_s = time.perf_counter()
@@ -202,7 +206,7 @@ async def measure(cluster: Cluster, size: int, window_s: float) -> Found:
     await herd.all_connected(CONNECT_S_MAX)
     reconnect_s = time.perf_counter() - began_s
     restart_cpu_s = _cpu_s(cluster.pid("coordinator"))
-    refused = herd.tally.refused
+    in_line = herd.tally.in_line
     more_s = LEASE_MS / 1000 if window_s == WINDOW_S else SETTLE_S
     report.say(f"link: all back in {reconnect_s:.1f} s; {more_s:g} s more for late losses")
     await asyncio.sleep(more_s)
@@ -211,7 +215,7 @@ async def measure(cluster: Cluster, size: int, window_s: float) -> Found:
     lost = sum(1 for line in cluster.log_lines("coordinator") if line["event"] == "node.lost")
     return Found(
         size, cpu_percent, own_cpu_percent, late_ms, rss_gb, event_ms, renewal_ms, reports_per_s,
-        join_s, reconnect_s, rss_peak_gb, restart_cpu_s, refused, lost,
+        join_s, reconnect_s, rss_peak_gb, restart_cpu_s, in_line, dropped, lost,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class Tally:
     """What all agents together have seen since `clear`. Times are seconds."""
 
     welcomed: int = 0
-    refused: int = 0
+    in_line: int = 0
     closed: int = 0
     reports: int = 0
     renewed: int = 0
@@ -75,7 +75,7 @@ class Tally:
     renewal_s: list[float] = field(default_factory=list)
 
     def clear(self) -> None:
-        self.welcomed = self.refused = self.closed = self.reports = self.renewed = 0
+        self.welcomed = self.in_line = self.closed = self.reports = self.renewed = 0
         self.event_s, self.renewal_s = [], []
 
 
@@ -147,7 +147,6 @@ class FleetAgent:
         self._session: _Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._interval_s = 1.0
-        self._told_ms = 0
         self._gpus = [f"GPU-{node}-{index}" for index in range(GPUS)]
         self._beat = agent_pb2.SessionRequest(heartbeat=_heartbeat(self._gpus))
 
@@ -167,9 +166,8 @@ class FleetAgent:
             self._session.close()
 
     def _again(self) -> None:
-        told_ms, self._told_ms = self._told_ms, 0
-        self.failures = 0 if told_ms else self.failures + 1
-        self.herd.spawn_dial(self, backoff_ms(self.failures, self.herd.chance.random(), told_ms))
+        self.failures += 1
+        self.herd.spawn_dial(self, backoff_ms(self.failures, self.herd.chance.random()))
 
     # --- what a connection tells ------------------------------------------------------------------
 
@@ -211,8 +209,7 @@ class FleetAgent:
         elif kind == "event_ack":
             self._settle(response.event_ack.sequence)
         elif kind == "come_later":
-            tally.refused += 1
-            self._told_ms = response.come_later.wait.ToMilliseconds()
+            tally.in_line += 1
         elif kind == "welcome":
             self._welcome(response.welcome)
         elif kind == "start_attempt":

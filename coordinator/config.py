@@ -117,8 +117,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "comes a second more, in which they are let in."
     )] = 13_000
     hellos_per_s: Annotated[int, says(
-        "Agents that are let in each second, 40 to 10000. The others are told when to come, and "
-        "are not lost before then; as many as come in one second never wait. Two cores with "
+        "Agents that are let in each second, 40 to 10000. The others stand in line on their "
+        "connection and are not lost; as many as come in one second never wait. Two cores with "
         "nothing else to do answer some 800 hellos a second, busy ones half of that: more would "
         "only wait in the inbox, with the heartbeats of those who are in behind them."
     )] = 500

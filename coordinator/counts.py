@@ -34,6 +34,7 @@ class Counts:
     requests_refused: int = 0
     checkpoints_accepted: int = 0
     checkpoints_refused: int = 0
+    waits_told: int = 0
     spans_exported: int = 0
     spans_dropped: int = 0
 

@@ -188,7 +188,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "By its operator; `node.drained` follows."),
     Event("node.line", "warning", "node reason",
           "agents stand in line, {node} first: {reason}",
-          "Each is told when to come, and is not lost before then. Said once a line."),
+          "Each is told for how long, and is not lost meanwhile. Said once a line."),
     Event("node.lost", "error", "node reason",
           "{node} is lost: {reason}",
           "Its lease has ended; its jobs go on elsewhere."),

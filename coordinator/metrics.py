@@ -46,6 +46,14 @@ GPUS_ILL = Described(
 )
 CHECKPOINTS = Described("baton_checkpoints", "gauge", "Committed checkpoints that are kept.")
 SESSIONS = Described("baton_sessions", "gauge", "Agents that are connected and welcomed.")
+IN_LINE = Described(
+    "baton_sessions_in_line", "gauge", "Agents that are connected and wait to be let in."
+)
+GPUS_SHARED = Described("baton_gpus_shared", "gauge", "GPUs of which somebody has a share.")
+GPU_SHARES = Described("baton_gpu_shares", "gauge", "Shares of GPUs that attempts hold.")
+GPU_SHARES_SIZE = Described(
+    "baton_gpu_shares_bytes", "gauge", "GPU memory that all shares may take together."
+)
 LEADER_EPOCH = Described(
     "baton_coordinator_leader_epoch", "gauge", "The epoch under which this coordinator writes."
 )
@@ -80,6 +88,11 @@ INBOX = Described("baton_coordinator_inbox_length", "gauge", "Events that wait t
 HANDSHAKES = Described(
     "baton_coordinator_handshakes_total", "counter", "Streams that agents have opened."
 )
+WAITS_TOLD = Described(
+    "baton_coordinator_waits_told_total",
+    "counter",
+    "How often agents were told to wait until they are let in.",
+)
 MESSAGES = Described("baton_coordinator_messages_total", "counter", "Messages of agents.")
 MESSAGES_LOST = Described(
     "baton_coordinator_messages_lost_total",
@@ -112,10 +125,11 @@ SPANS_DROPPED = Described(
 )
 
 METRICS: Final = (
-    JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, GPUS_ILL, CHECKPOINTS, SESSIONS, LEADER_EPOCH,
-    LOOP_LAG, LOOP_ROUNDS, BATCH, COMMIT, COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES,
-    MESSAGES, MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS,
-    SPANS, SPANS_DROPPED,
+    JOBS, QUEUE, QUEUE_WAIT, ATTEMPTS, NODES, GPUS, GPUS_ILL, CHECKPOINTS, SESSIONS, IN_LINE,
+    GPUS_SHARED, GPU_SHARES, GPU_SHARES_SIZE, LEADER_EPOCH, LOOP_LAG, LOOP_ROUNDS, BATCH, COMMIT,
+    COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES, WAITS_TOLD, MESSAGES,
+    MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS, SPANS,
+    SPANS_DROPPED,
 )  # fmt: skip
 
 
@@ -141,6 +155,10 @@ def _fleet_figures(census: Census) -> Iterator[Metric]:
     yield from GPUS_ILL.of(((reaction,), count) for reaction, count in census.ill)
     yield from CHECKPOINTS.one(census.checkpoints)
     yield from SESSIONS.one(census.sessions)
+    yield from IN_LINE.one(census.in_line)
+    yield from GPUS_SHARED.one(census.shares.gpus)
+    yield from GPU_SHARES.one(census.shares.count)
+    yield from GPU_SHARES_SIZE.one(census.shares.total_bytes)
     yield from LEADER_EPOCH.one(census.leader_epoch)
 
 
@@ -150,6 +168,7 @@ def _counted_figures(counts: Counts) -> Iterator[Metric]:
     yield from COMMIT.spread(counts.commit_s)
     yield from COMMIT_FAILURES.one(counts.commit_failures)
     yield from HANDSHAKES.one(counts.sessions)
+    yield from WAITS_TOLD.one(counts.waits_told)
     yield from MESSAGES.one(counts.messages)
     yield from MESSAGES_LOST.one(counts.messages_lost)
     yield from ORDERS.one(counts.orders)

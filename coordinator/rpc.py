@@ -266,12 +266,11 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
 
         handler = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        status = grpc.StatusCode.ABORTED
 
         def close(reason: str) -> None:
             if ending:
                 return
-            ending.append((status, reason))
+            ending.append((grpc.StatusCode.ABORTED, reason))
             reader.cancel()
             self._shell.close_session(session)
             if orders.full():
@@ -282,9 +281,6 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
                 loop.call_later(CLOSE_GRACE_S, handler.cancel)
 
         def send(order: m.AgentOrder) -> None:
-            nonlocal status
-            if isinstance(order, m.ComeLater):
-                status = grpc.StatusCode.RESOURCE_EXHAUSTED
             if orders.qsize() >= ORDERS_MAX:
                 close(f"{ORDERS_MAX} orders were not read")
             else:

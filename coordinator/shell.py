@@ -243,6 +243,7 @@ class CoordinatorShell:
                 peer = self._peers.get(command.session)
                 if peer is not None:
                     self._counts.orders += 1
+                    self._counts.waits_told += isinstance(command.order, m.ComeLater)
                     peer.send(command.order)
                 if isinstance(command.order, m.CommitResult):
                     self._counts.checkpoints_accepted += command.order.accepted

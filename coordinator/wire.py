@@ -265,8 +265,8 @@ def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
 
 
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
-    attempt_id, stuck = _attempt_id(held.attempt), tuple(held.stuck_pids[:STUCK_PIDS_MAX])
-    return m.HeldAttempt(attempt_id, tuple(held.gpu_uuids), held.live, stuck)
+    stuck = tuple(held.stuck.pids[:STUCK_PIDS_MAX]) if held.HasField("stuck") else None
+    return m.HeldAttempt(_attempt_id(held.attempt), tuple(held.gpu_uuids), held.live, stuck)
 
 
 def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:

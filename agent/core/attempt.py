@@ -149,7 +149,7 @@ class LiveAttempt:
     `accepted_ms` is when it was ordered, `restore_ms` how long restoring took. `sections` is where
     its trainers are, and how long that takes. `restored`: it could start, and waits for its GPUs to
     be clean of the one before it. `told` is the progress that the last heartbeat had, in this
-    session. `stuck` are its processes that a kill did not end.
+    session. `stuck` are its processes that a kill did not end; `None` before somebody has looked.
 
     Of the pre-copy: `heeds_saves`: its trainer looks for requests to save; `precopy_until_ms`: the
     stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
@@ -171,7 +171,7 @@ class LiveAttempt:
     accepted_ms: int | None = None
     restore_ms: int | None = None
     restored: Restored | None = None
-    stuck: tuple[int, ...] = ()
+    stuck: tuple[int, ...] | None = None
     unanswered: dict[str, Proposal] = field(default_factory=dict)
     progress: Progress | None = None
     told: Progress | None = None

@@ -23,6 +23,7 @@ from agent.core.gpus import verdicts
 from agent.core.messages import (
     CheckpointProposed,
     CloseLink,
+    ComeLater,
     Connected,
     Disconnected,
     Goodbye,
@@ -35,6 +36,9 @@ from agent.core.messages import (
 from agent.core.pipeline import advance_pipeline
 from agent.core.state import Instant, PutLeaderEpoch, State
 from agent.core.values import HostFacts
+
+# Told to wait longer, we look whether the coordinator that said so is still there.
+WAIT_MS_MAX = 600_000
 
 
 def connected(state: State, now: Instant, event: Connected) -> None:
@@ -102,6 +106,15 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
     state.welcomed = True
     resend(state, now)
     forget_answers(state)
+
+
+def come_later(state: State, now: Instant, order: ComeLater) -> None:
+    """We stand in line: a silence of so long says nothing of the coordinator."""
+    if state.welcomed:
+        return
+    wait_ms = min(order.wait_ms, WAIT_MS_MAX)
+    state.heard_ms = now.now_ms + wait_ms
+    state.log("info", "link.in_line", wait_ms=wait_ms)
 
 
 def forget_answers(state: State) -> None:

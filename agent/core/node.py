@@ -8,13 +8,12 @@ the commands. `next_wake_ms` says when time alone will matter next.
 
 from dataclasses import replace
 
-from agent.core import clean, gpus, hangs, pipeline, precopy, shares, stuck
+from agent.core import clean, gpus, hangs, link, pipeline, precopy, shares, stuck
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.gpu_messages import GpusInspected, Sampled
 from agent.core.ids import parse_attempt_id
 from agent.core.launch import compose
-from agent.core.link import connected, disconnected, heartbeat, leaving, order_tick, welcome
 from agent.core.messages import (
     AttemptExited,
     AttemptMilestone,
@@ -110,9 +109,9 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
         case Opened():
             _opened(state, now, event)
         case Connected():
-            connected(state, now, event)
+            link.connected(state, now, event)
         case Disconnected():
-            disconnected(state, event)
+            link.disconnected(state, event)
         case FromCoordinator():
             state.heard_ms = now.now_ms
             _order(state, now, event.order, event.chance)
@@ -124,7 +123,7 @@ def _dispatch(state: State, now: Instant, event: Event) -> None:
             for waiting, restored in clean.inspected(state, now, event):
                 _restored(state, now, waiting, restored)
         case Leaving():
-            leaving(state, event)
+            link.leaving(state, event)
         case Tick():
             _tick(state, now)
         case ProcessEnded():
@@ -175,11 +174,11 @@ def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> 
 
 
 def _order(state: State, now: Instant, order: Order, chance: str) -> None:
-    if not state.welcomed and not isinstance(order, Welcome):
+    if not state.welcomed and not isinstance(order, Welcome | ComeLater):
         return  # from nobody whose leader epoch is known to be good
     match order:
         case Welcome():
-            welcome(state, now, order)
+            link.welcome(state, now, order)
             _forget_settled(state)
         case EventAck():
             state.acknowledge(now, order.sequence)
@@ -199,8 +198,10 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
             live = state.attempts.get(order.attempt)
             if live is not None:
                 pipeline.answered(state, live, order)
-        case LeaseRenewal() | ComeLater():
-            pass  # being heard from is all that it says; when to dial again is the shell's matter
+        case ComeLater():
+            link.come_later(state, now, order)
+        case LeaseRenewal():
+            pass  # being heard from is all that it says
 
 
 def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None:
@@ -436,7 +437,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
     if live.record.phase in (Phase.ACCEPTED, Phase.SETTLING, Phase.ENDED):
         return
     if live.progress is not None:
-        heartbeat(state, now)  # its last progress, before its end is told
+        link.heartbeat(state, now)  # its last progress, before its end is told
     ended = hangs.exit_of(live, ended)
     live.kill_ms = live.precopy_until_ms = None
     live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
@@ -490,4 +491,4 @@ def _tick(state: State, now: Instant) -> None:
     hangs.check(state, now)
     for waiting, restored in clean.check_again(state, now):
         _restored(state, now, waiting, restored)
-    order_tick(state, now)
+    link.order_tick(state, now)

@@ -6,8 +6,8 @@ the node, reads no node's log.
 
 How: it is a state and no event. While there are such processes each hello and each heartbeat lists
 them with their attempt, so nothing has to be kept, repeated or taken back: an agent that is
-restarted sees them again a minute after it has repeated the kill, and a list without them says that
-they are gone. The log has each new set of them once.
+restarted sees them again a minute after it has repeated the kill, says until then that it does not
+know, and a list without them says that they are gone. The log has each new set of them once.
 """
 
 from typing import TYPE_CHECKING
@@ -28,9 +28,10 @@ def told(state: "State", event: ProcessesStuck) -> None:
     pids = event.pids[:PIDS_MAX]
     if live is None or not live.live or pids == live.stuck:
         return
-    live.stuck = pids
+    before, live.stuck = live.stuck, pids
     if not pids:
-        state.log("info", "process.movable", attempt=live.record.id)
+        if before:
+            state.log("info", "process.movable", attempt=live.record.id)
         return
     state.log(
         "error",

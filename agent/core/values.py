@@ -258,12 +258,13 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
-    """What hello and heartbeat list. `stuck` are its processes that a kill did not end."""
+    """What hello and heartbeat list. `stuck` are its processes that a kill did not end; `None`:
+    nobody has looked yet."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool
-    stuck: tuple[int, ...] = ()
+    stuck: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ Tell = Callable[[ProcessesStuck], None]
 def watch(attempt_id: str, shim_pid: int, is_over: Callable[[], bool], tell: Tell) -> None:
     """From the moment of the kill; ends by itself when `is_over`."""
 
-    def look(told: tuple[int, ...]) -> None:
+    def look(told: tuple[int, ...] | None) -> None:
         if is_over():
             return
         pids = stuck(shim_pid)
@@ -33,7 +33,7 @@ def watch(attempt_id: str, shim_pid: int, is_over: Callable[[], bool], tell: Tel
         loop.call_later(LOOK_S, look, pids)
 
     loop = asyncio.get_running_loop()
-    loop.call_later(LOOK_S, look, ())
+    loop.call_later(LOOK_S, look, None)
 
 
 def stuck(

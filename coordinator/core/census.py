@@ -18,6 +18,16 @@ OTHER_TYPES = "other"
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """`gpus` are those of which somebody has a share, `count` is how many shares there are on
+    them, and `total_bytes` what all of them may take together."""
+
+    gpus: int
+    count: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Census:
     """Numbers of things by what they are; what there could be is there with a zero, but for types
     of GPUs. `waiting_s`: how long the job that was queued first has been queued; `None` when none
@@ -28,8 +38,10 @@ class Census:
     nodes: tuple[tuple[tuple[NodePhase, NodeIntent], int], ...]
     gpus: tuple[tuple[tuple[str, GpuPhase], int], ...]
     ill: tuple[tuple[str, int], ...]
+    shares: Shares
     checkpoints: int
     sessions: int
+    in_line: int
     waiting_s: float | None
     leader_epoch: int
 
@@ -54,11 +66,24 @@ def census(state: State, unix_ms: int) -> Census:
         ),
         _gpus(state),
         _ill(state),
+        _shares(state),
         sum(len(kept) for kept in state.checkpoints.values()),
         len(state.sessions),
+        len(state.admission.line),
         _waiting_s(state, unix_ms),
         state.leader_epoch,
     )
+
+
+def _shares(state: State) -> Shares:
+    gpus = count = total_bytes = 0
+    for live in state.nodes.values():
+        for gpu in live.gpus.values():
+            given = [size for holder in gpu.holders if (size := state.share_bytes(holder))]
+            gpus += bool(given)
+            count += len(given)
+            total_bytes += sum(given)
+    return Shares(gpus, count, total_bytes)
 
 
 def _ill(state: State) -> tuple[tuple[str, int], ...]:

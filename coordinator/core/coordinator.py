@@ -9,6 +9,7 @@ events replayed gives the same effects, byte for byte.
 from dataclasses import replace
 
 from coordinator.core import (
+    arrivals,
     attempts,
     checkpoints,
     fit,
@@ -100,8 +101,11 @@ class Coordinator:
         elif isinstance(event, Tick):
             nodes.tick(state, now)
             health.tick(state, now)
-        elif state.undecided:  # Decide
-            rounds.decide(state, now)
+            arrivals.tick(state, now)
+        else:  # Decide
+            arrivals.let_in(state, now)
+            if state.undecided:
+                rounds.decide(state, now)
         return state.take()
 
 
@@ -191,16 +195,15 @@ def _shares(state: State, holders: tuple[str, ...]) -> tuple[tuple[str, int], ..
 
 def _from_agent(state: State, now: Instant, session: int, message: AgentMessage) -> None:
     if isinstance(message, Hello):
-        nodes.hello(state, now, session, message)
-        live = state.nodes.get(state.sessions.get(session, ""))
-        if live is not None and live.session == session:
-            health.reported(state, now, live, message.health)
+        arrivals.hello(state, now, session, message)
         return
     if isinstance(message, SessionClosed):
-        nodes.closed(state, now, session)
+        arrivals.closed(state, now, session)
         return
     live = state.nodes.get(state.sessions.get(session, ""))
     if live is None or live.session != session:
+        if isinstance(message, Goodbye):
+            arrivals.goodbye(state, now, session, message)
         return  # what a replaced session still had to say; its node says it again in the new one
     if isinstance(message, Heartbeat):
         nodes.heartbeat(state, now, live, message)

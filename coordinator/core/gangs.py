@@ -250,7 +250,7 @@ def _tear(state: State, now: Instant, job: Job) -> None:
     away = [rank for rank in gang if rank.phase is AttemptPhase.UNREACHABLE]
     lost_ms = min(state.nodes[rank.node].deadline_ms for rank in away)
     if any(state.nodes[rank.node].expected_ms > now.now_ms for rank in away):
-        return  # it has said hello, and was told to come later
+        return  # it has said hello, and stands in line
     patience_ms = state.options.restart_grace_ms
     for rank in gang:
         live = state.nodes[rank.node]

@@ -36,10 +36,21 @@ def heard(state: State, now: Instant, live: LiveNode) -> None:
 
 
 def expect(live: LiveNode, until_ms: int) -> None:
-    """It has been heard, and told to come later: until then its silence is our own wish."""
+    """It stands in line: until then its silence is our own wish."""
     live.expected_ms = until_ms
     if live.phase is not NodePhase.LOST:
         live.deadline_ms = max(live.deadline_ms, until_ms)
+
+
+def closed(state: State, now: Instant, live: LiveNode) -> None:
+    """A connection of the node has closed: it has a moment to come again, unless it has done so
+    already and stands in line."""
+    if live.node.id not in state.admission.line:
+        live.expected_ms = 0
+    if live.phase is not NodePhase.LOST:
+        grace_ms = now.now_ms + state.options.closed_grace_ms
+        live.deadline_ms = max(live.expected_ms, min(live.deadline_ms, grace_ms))
+        watch(state, live)
 
 
 def watch(state: State, live: LiveNode) -> None:

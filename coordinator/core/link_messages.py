@@ -18,7 +18,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class ComeLater:
-    """In place of a welcome: more agents want in than are let in at once."""
+    """Before the welcome: more agents want in than are let in at once. The welcome comes in the
+    same session, after about so long."""
 
     wait_ms: int
 

@@ -144,12 +144,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
-    """An attempt that a node answers for; `live` until its process has ended; `stuck.py`."""
+    """An attempt that a node answers for; `live` until its process has ended. `stuck.py`; `None`:
+    the node does not know."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool = True
-    stuck: tuple[int, ...] = ()
+    stuck: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,14 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import admission, attempts, checkpoints, gangs, leases, parts, readings, stuck
+from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings, stuck
 from coordinator.core.messages import (
     CloseSession,
-    ComeLater,
     Goodbye,
     Heartbeat,
     HeldAttempt,
     Hello,
     LeaseRenewal,
-    Send,
     StopAttempt,
     Welcome,
 )
@@ -38,8 +36,6 @@ from coordinator.core.phases import (
 )
 from coordinator.core.state import Instant, LiveGpu, LiveNode, State
 
-# Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
-NODES_MAX = 20_000
 ABSENCE_MS_MAX = 600_000  # a polite agent may announce ten minutes of absence; longer is a drain
 # A tick that comes this late means that we were away (suspended, swapped out), not that every node
 # was.
@@ -47,15 +43,8 @@ TICK_GAP_MS = 2_000
 
 
 def hello(state: State, now: Instant, session: int, body: Hello) -> None:
-    """A session begins. Believe what the node says of itself, then order what differs from what it
-    should have."""
-    refusal = _refuse_hello(state, now, session, body)
-    if refusal:
-        state.log("warning", "node.refused", node=body.node, reason=refusal)
-        state.commands.append(CloseSession(session, refusal))
-        return
-    if state.sessions.get(session) != body.node and _put_off(state, now, session, body.node):
-        return
+    """A session begins, or says again what its node has; `arrivals.py` has let it in. Believe what
+    the node says of itself, then order what differs from what it should have."""
     known = state.nodes.get(body.node)
     moved = known is not None and known.node.peer_address != body.peer_address
     live = _join(state, now, session, body)
@@ -102,41 +91,6 @@ def set_rate(state: State, live: LiveNode, rate: TelemetryRate) -> None:
     state.log("info", "node.telemetry_rate", node=live.node.id, rate=rate.value)
     if live.session is not None:
         _welcome(state, live)
-
-
-def _refuse_hello(state: State, now: Instant, session: int, body: Hello) -> str:
-    live = state.nodes.get(body.node)
-    if live is None:
-        full = len(state.nodes) >= NODES_MAX
-        return f"{len(state.nodes)} nodes have joined and {NODES_MAX} is the limit" if full else ""
-    if session <= live.newest_session and session != live.session:
-        return "a newer session took its place"  # what it says has been overtaken
-    other = live.session is not None and live.session != session
-    fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
-    if other and fresh and live.node.journal_id != body.journal_id:
-        return (
-            f"another agent is connected as {body.node} (host {live.node.host.hostname});"
-            " give this one a node name of its own"
-        )
-    return ""
-
-
-def _put_off(state: State, now: Instant, session: int, node_id: str) -> bool:
-    """Whether this agent has to come later, and is told so."""
-    rate = state.options.hellos_per_s
-    begins = not state.admission.appointments
-    wait_ms = admission.ask(state.admission, now.now_ms, node_id, rate)
-    if not wait_ms:
-        return False
-    if begins:
-        reason = f"more agents want in than the {rate} a second that are let in"
-        state.log("warning", "node.line", node=node_id, reason=reason)
-    live = state.nodes.get(node_id)
-    if live is not None:
-        leases.expect(live, now.now_ms + wait_ms + admission.LATE_MS)
-    reason = f"{rate} agents a second are let in; this one is expected in {wait_ms} ms"
-    state.commands += [Send(session, ComeLater(wait_ms)), CloseSession(session, reason)]
-    return True
 
 
 def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
@@ -346,9 +300,7 @@ def closed(state: State, now: Instant, session: int) -> None:
     live = state.nodes.get(node_id) if node_id is not None else None
     if live is None or live.session != session:
         return
-    grace_ms = now.now_ms + state.options.closed_grace_ms
-    live.deadline_ms = max(live.expected_ms, min(live.deadline_ms, grace_ms))
-    leases.watch(state, live)
+    leases.closed(state, now, live)
     _close(state, live, "its connection has closed")
 
 

@@ -110,7 +110,7 @@ class LiveNode:
     back from being lost, or first to a coordinator that had restarted; `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
-    `expected_ms`: it was told to come later, and is not lost before then.
+    `expected_ms`: it stands in line, and is not lost before then.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
 

@@ -5,7 +5,8 @@ not end and its GPUs stay held. Nothing here can mend that; but whoever looks at
 why a node has fewer GPUs, and that only a reboot helps.
 
 How: a node lists such processes with each attempt that it holds (`HeldAttempt.stuck`). What it
-lists is what counts: a set that is new is logged, one that is listed no longer is gone, and
+lists is what counts: a set that is new is logged, one that is listed no longer is gone. One of
+which it does not know is as it was: its agent has been restarted, and nobody has looked yet.
 `baton nodes` shows the sentence for as long as there is one. The node is not cordoned for it, since
 its other GPUs may be well: that is a person's to say.
 """
@@ -17,7 +18,11 @@ from coordinator.core.state import LiveNode, State
 
 def heard(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:
     """A hello or a heartbeat has listed what the node holds."""
-    before, live.stuck = live.stuck, {item.attempt: item.stuck for item in held if item.stuck}
+    before, live.stuck = live.stuck, {}
+    for item in held:
+        pids = before.get(item.attempt, ()) if item.stuck is None else item.stuck
+        if pids:
+            live.stuck[item.attempt] = pids
     for attempt_id, pids in live.stuck.items():
         if before.get(attempt_id) != pids:
             state.log(

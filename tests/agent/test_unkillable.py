@@ -27,7 +27,7 @@ def test_only_uninterruptible_ones_are_stuck(child: int) -> None:
     assert child not in stuck(os.getpid(), lambda pid: [])
 
 
-async def test_each_new_set_of_them_is_told_also_the_empty_one(
+async def test_the_first_look_is_told_and_each_new_set_also_the_empty_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here: tuple[int, ...] = ()
@@ -48,4 +48,4 @@ async def test_each_new_set_of_them_is_told_also_the_empty_one(
     look, given = looks.pop()
     look(*given)
     assert looks == [], "nobody looks after what is over"
-    assert told == [ProcessesStuck("7.1", pids) for pids in ((41, 42), (42,), ())]
+    assert told == [ProcessesStuck("7.1", pids) for pids in ((), (41, 42), (42,), ())]

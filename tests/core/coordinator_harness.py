@@ -152,6 +152,8 @@ class Rig:
     def handle(self, event: Event, decide: bool = True) -> list[Effect]:
         """One batch of one event: make durable what must be, and return all of it."""
         effects = self._one(event)
+        if decide:
+            effects += self._one(Decide())
         rounds = 0
         while decide and self.core.state.undecided:
             effects += self._one(Decide())

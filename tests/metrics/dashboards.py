@@ -157,6 +157,18 @@ FLEET: Final = Dashboard(
                     "short",
                     ("sum(baton_sessions)", "coordinator's count"),
                     ("sum(baton_agent_link_up)", "agents' count"),
+                    ("sum(baton_sessions_in_line)", "in line"),
+                ),
+                _lines(
+                    "GPUs that jobs share",
+                    "short",
+                    ("sum(baton_gpus_shared)", "GPUs"),
+                    ("sum(baton_gpu_shares)", "shares"),
+                ),
+                _lines(
+                    "GPU memory of all shares",
+                    "bytes",
+                    ("sum(baton_gpu_shares_bytes)", "bytes"),
                 ),
             ),
         ),

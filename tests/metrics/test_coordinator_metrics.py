@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from coordinator.core.census import GPU_TYPES_MAX, OTHER_TYPES, census
+from coordinator.core.messages import Submit
 from coordinator.core.model import (
     Attempt,
     Checkpoint,
@@ -19,6 +20,8 @@ from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent
 from coordinator.core.state import Options, State
 from coordinator.exposition import exposed
 from coordinator.metrics import figures
+from tests.core.coordinator_harness import GIGABYTE
+from tests.core.test_gpu_health import Fleet
 from tests.metrics.reading import Series, named, series
 from tests.metrics.views import GIB, coordinator_lag, coordinator_view
 
@@ -69,6 +72,8 @@ def test_the_fleet_is_counted_by_what_it_is() -> None:
     assert named(found, "baton_gpus_ill") == {("cordoned",): 0, ("unread",): 0, ("held_back",): 0}
     assert named(found, "baton_checkpoints") == {(): 1}
     assert named(found, "baton_sessions") == {(): 0}
+    assert named(found, "baton_sessions_in_line") == {(): 0}
+    assert named(found, "baton_coordinator_waits_told_total") == {(): 0}
     assert named(found, "baton_coordinator_leader_epoch") == {(): 7}
     assert named(found, "baton_coordinator_store_size_bytes") == {(): 4_096}
     assert named(found, "baton_coordinator_inbox_length") == {(): 3}
@@ -110,3 +115,19 @@ def test_types_of_gpus_are_bounded() -> None:
     assert len({name for name, _ in counted}) == GPU_TYPES_MAX + 1
     assert counted[OTHER_TYPES, GpuPhase.ABSENT] == 5
     assert sum(counted.values()) == GPU_TYPES_MAX + 5
+
+
+def test_shares_and_the_line_are_counted() -> None:
+    """Two jobs on one GPU beside one that has its GPU alone, and an agent too many."""
+    fleet = Fleet({"n1": 2, "n2": 1})
+    for share_bytes in (GIGABYTE, 2 * GIGABYTE, 0):
+        fleet.ask(Submit(JobSpec(command=("train",), gpus=1, shared_gpu_memory_bytes=share_bytes)))
+    state = fleet.rig.core.state
+    counted = census(state, 0)
+    assert (counted.shares.count, counted.shares.total_bytes) == (2, 3 * GIGABYTE)
+    assert counted.shares.gpus == 1
+    assert counted.in_line == 0
+    state.options = Options(hellos_per_s=1)
+    state.admission.free_us = (fleet.rig.now_ms + 5_000) * 1_000
+    fleet.hello("n2")
+    assert census(state, 0).in_line == 1

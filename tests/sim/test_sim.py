@@ -248,7 +248,7 @@ def test_nobody_is_lost_while_it_stands_in_line(restarts: bool) -> None:
     outcome = all_at_once(restarts)
     assert not outcome.failure
     assert outcome.fired["scenario"] == 1
-    assert 14 <= outcome.fired["herd"] <= 20, "hardly any is told twice when to come"
+    assert 14 <= outcome.fired["herd"] <= 20, "hardly any is told twice for how long"
     assert not [line for line in outcome.lines if "node.lost" in line]
     assert not [line for line in outcome.lines if "attempt.accepted attempt=1.2" in line]
 

@@ -246,17 +246,15 @@ class HeldAttempt(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
-    STUCK_PIDS_FIELD_NUMBER: _builtins.int
+    STUCK_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     live: _builtins.bool
     """False once its process has ended and only its last events wait to be acknowledged."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def stuck_pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Processes of it that were killed and wait in the kernel (state D), where no signal reaches
-        them, in the node's own numbers; at most 16 are told. Empty: none, or nobody has looked yet.
-        """
+    def stuck(self) -> Global___StuckProcesses:
+        """Absent: not known, since nobody has looked since the agent's start; what was said last holds."""
 
     def __init__(
         self,
@@ -264,15 +262,41 @@ class HeldAttempt(_message.Message):
         attempt: _builtins.str = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         live: _builtins.bool = ...,
-        stuck_pids: _abc.Iterable[_builtins.int] | None = ...,
+        stuck: Global___StuckProcesses | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stuck", b"stuck"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "gpu_uuids", b"gpu_uuids", "live", b"live", "stuck_pids", b"stuck_pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "gpu_uuids", b"gpu_uuids", "live", b"live", "stuck", b"stuck"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeldAttempt: _TypeAlias = HeldAttempt  # noqa: Y015
+
+@_typing.final
+class StuckProcesses(_message.Message):
+    """Processes of an attempt that were killed and wait in the kernel (state D), where no signal
+    reaches them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In the node's own numbers; at most 16 are told. Empty: somebody has looked, and there are none."""
+
+    def __init__(
+        self,
+        *,
+        pids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StuckProcesses: _TypeAlias = StuckProcesses  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
@@ -694,8 +718,9 @@ Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
 
 @_typing.final
 class ComeLater(_message.Message):
-    """In place of a welcome, when more agents want in than the coordinator lets in; the call ends after
-    it with RESOURCE_EXHAUSTED. An agent that does not know it dials again by its own back-off.
+    """Before the welcome, when more agents want in than the coordinator lets in. The agent stands in
+    line as long as the call is open, and is welcome when its turn comes; it says nothing meanwhile.
+    One that does not know it leaves, dials again by its own back-off, and gets in after the others.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -703,7 +728,7 @@ class ComeLater(_message.Message):
     WAIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """The agent dials again after this, and not before: then it is let in. At most ten minutes."""
+        """About how long that takes. At most ten minutes; who stands in line longer is told again."""
 
     def __init__(
         self,

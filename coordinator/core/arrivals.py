@@ -1,0 +1,142 @@
+"""A hello: refused, let in at once, or let in when its turn comes.
+
+Problem: `admission.py` says who is next; somebody has to see that whoever stands in line is neither
+lost meanwhile nor forgotten. While its stream is open a node in line has been heard, so it is not
+lost; when it closes, the node is as one whose connection has closed. Nobody in line is sent
+anything but for how long, so its hello says later what it said when it came, as if it had been long
+on its way; whatever has happened since comes in the events after it.
+
+A slow machine is behind its slots. So a batch lets in no more than come free in a tick, and what
+the agents that are in have to say is heard between two batches; who has waited for longer than it
+was told is told again, and does not take the coordinator for dead.
+"""
+
+from coordinator.core import admission, health, leases, nodes
+from coordinator.core.admission import Waiting
+from coordinator.core.messages import CloseSession, ComeLater, Goodbye, Hello, Send
+from coordinator.core.state import Instant, State
+
+# Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
+NODES_MAX = 20_000
+# Let in by one batch: as many as come free in this time.
+BATCH_MS = 250
+# How much longer than it was told an agent has waited when it is told again; less than any lease.
+LATE_MS = 1_000
+# A node in line is not lost until so long after what it was told last.
+EXPECTED_MS = 10_000
+NEWER = "a newer session took its place"
+
+
+def hello(state: State, now: Instant, session: int, body: Hello) -> None:
+    """Somebody wants in, or is in already and says again what it has."""
+    line, rate = state.admission, state.options.hellos_per_s
+    if state.sessions.get(session) == body.node:
+        _let_in(state, now, session, body)
+        return
+    refusal = _refuse(state, now, session, body)
+    if not refusal and body.node not in line.line and len(line.line) >= NODES_MAX:
+        refusal = f"{NODES_MAX} agents stand in line already"
+    if refusal:
+        _send_away(state, session, body, refusal)
+    elif not line.line and admission.take_slot(line, now.now_ms, rate):
+        _let_in(state, now, session, body)
+    else:
+        _stand(state, now, session, body)
+
+
+def let_in(state: State, now: Instant) -> None:
+    """Whose turn it is, at the end of a batch."""
+    line, rate = state.admission, state.options.hellos_per_s
+    for _ in range(max(1, rate * BATCH_MS // 1_000)):
+        if not line.line or not admission.take_slot(line, now.now_ms, rate):
+            return
+        waiting = admission.first(line)
+        refusal = _refuse(state, now, waiting.session, waiting.hello)
+        if refusal:
+            _send_away(state, waiting.session, waiting.hello, refusal)
+        else:
+            _let_in(state, now, waiting.session, waiting.hello)
+
+
+def tick(state: State, now: Instant) -> None:
+    """Who was told less than it takes is told again."""
+    for place, waiting in enumerate(state.admission.line.values()):
+        if waiting.told_ms + LATE_MS <= now.now_ms:
+            _tell(state, now, waiting, place)
+
+
+def closed(state: State, now: Instant, session: int) -> None:
+    """A stream has ended, of a node that is in or stands in line."""
+    waiting = admission.leave(state.admission, session)
+    if waiting is None:
+        nodes.closed(state, now, session)
+        return
+    live = state.nodes.get(waiting.hello.node)
+    if live is not None:
+        leases.closed(state, now, live)
+
+
+def goodbye(state: State, now: Instant, session: int, body: Goodbye) -> None:
+    """Of one that is not in: it counts if it stands in line."""
+    waiting = admission.leave(state.admission, session)
+    live = None if waiting is None else state.nodes.get(waiting.hello.node)
+    if live is not None:
+        nodes.goodbye(state, now, live, body)
+
+
+def _refuse(state: State, now: Instant, session: int, body: Hello) -> str:
+    waiting = state.admission.line.get(body.node)
+    if waiting is not None and session < waiting.session:
+        return NEWER
+    live = state.nodes.get(body.node)
+    if live is None:
+        full = len(state.nodes) >= NODES_MAX
+        return f"{len(state.nodes)} nodes have joined and {NODES_MAX} is the limit" if full else ""
+    if session <= live.newest_session and session != live.session:
+        return NEWER  # what it says has been overtaken
+    other = live.session is not None and live.session != session
+    fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
+    if other and fresh and live.node.journal_id != body.journal_id:
+        return (
+            f"another agent is connected as {body.node} (host {live.node.host.hostname});"
+            " give this one a node name of its own"
+        )
+    return ""
+
+
+def _send_away(state: State, session: int, body: Hello, refusal: str) -> None:
+    admission.leave(state.admission, session)
+    state.log("warning", "node.refused", node=body.node, reason=refusal)
+    state.commands.append(CloseSession(session, refusal))
+
+
+def _let_in(state: State, now: Instant, session: int, body: Hello) -> None:
+    before = state.admission.line.get(body.node)
+    if before is not None:
+        admission.leave(state.admission, before.session)
+        state.commands.append(CloseSession(before.session, NEWER))
+    nodes.hello(state, now, session, body)
+    health.reported(state, now, state.nodes[body.node], body.health)
+
+
+def _stand(state: State, now: Instant, session: int, body: Hello) -> None:
+    line, rate = state.admission, state.options.hellos_per_s
+    if not line.line:
+        reason = f"more agents want in than the {rate} a second that are let in"
+        state.log("warning", "node.line", node=body.node, reason=reason)
+    last = body.node not in line.line
+    before = admission.stand(line, session, body, now.now_ms)
+    if before is not None:
+        state.commands.append(CloseSession(before, NEWER))
+    place = len(line.line) - 1 if last else list(line.line).index(body.node)
+    _tell(state, now, line.line[body.node], place)
+
+
+def _tell(state: State, now: Instant, waiting: Waiting, place: int) -> None:
+    rate = state.options.hellos_per_s
+    wait_ms = admission.wait_ms(state.admission, now.now_ms, place, rate)
+    waiting.told_ms = now.now_ms + wait_ms
+    state.commands.append(Send(waiting.session, ComeLater(wait_ms)))
+    live = state.nodes.get(waiting.hello.node)
+    if live is not None:
+        leases.expect(live, waiting.told_ms + EXPECTED_MS)
