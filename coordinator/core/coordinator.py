@@ -18,6 +18,7 @@ from coordinator.core import (
     leases,
     nodes,
     parts,
+    projects,
     readings,
     retention,
     rounds,
@@ -72,6 +73,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import GpuView, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
+from coordinator.core.project_requests import ListProjects
 from coordinator.core.state import Instant, LiveNode, Options, State
 
 
@@ -100,6 +102,7 @@ class Coordinator:
         elif isinstance(event, Tick):
             nodes.tick(state, now)
             health.tick(state, now)
+            projects.tick(state, now)
         elif state.undecided:  # Decide
             rounds.decide(state, now)
         return state.take()
@@ -125,6 +128,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.explain_job(state, now, body)
         case FitJob():
             return fit.answer(state, now, body)
+        case ListProjects():
+            return projects.list_projects(state, now)
         case ListCheckpoints():
             return retention.list_checkpoints(state, body)
         case PinCheckpoint():

@@ -4,6 +4,8 @@ Problem: nodes report, fall ill, are cordoned and come back, and a decision must
 state. So the live state is read here once for a decision, and what placement gets is values.
 """
 
+from collections.abc import Mapping
+
 from coordinator.core import readings
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
@@ -16,8 +18,10 @@ def is_open(live: LiveNode) -> bool:
     return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
 
 
-def offers_of(state: State) -> list[Offer]:
+def offers_of(state: State, recallable: Mapping[int, None] | None = None) -> list[Offer]:
+    """`recallable` are jobs that give way within their class, too."""
     offers = []
+    recalled = recallable or {}
     for live in state.nodes.values():
         if not is_open(live):
             continue
@@ -27,7 +31,7 @@ def offers_of(state: State) -> list[Offer]:
         present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
         host = live.node.host
         slots = max(1, host.cpu_count) * SLOTS_PER_CPU
-        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
+        tenants = [_tenant(state, attempt_id, recalled) for attempt_id in live.attempts]
         strays = [
             uuid
             for uuid, gpu in live.gpus.items()
@@ -49,7 +53,7 @@ def offers_of(state: State) -> list[Offer]:
     return offers
 
 
-def _tenant(state: State, attempt_id: str) -> Tenant:
+def _tenant(state: State, attempt_id: str, recallable: Mapping[int, None]) -> Tenant:
     attempt = state.attempts[attempt_id]
     spec = state.jobs[attempt.job_id].spec
     return Tenant(
@@ -61,4 +65,5 @@ def _tenant(state: State, attempt_id: str) -> Tenant:
         attempt.phase is AttemptPhase.STOPPING,
         f"{attempt.job_id}.{attempt.epoch}",
         spec.shared_gpu_memory_bytes,
+        lent=attempt.job_id in recallable,
     )

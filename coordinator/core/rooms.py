@@ -20,7 +20,8 @@ from coordinator.core.validate import suits
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
-    With `share_bytes` it has its GPU together with others."""
+    With `share_bytes` it has its GPU together with others. `lent`: it gives way to those of its
+    class that are within their projects' quotas."""
 
     attempt: str
     rank: int
@@ -30,6 +31,7 @@ class Tenant:
     stopping: bool
     gang: str = ""
     share_bytes: int = 0
+    lent: bool = False
 
     @property
     def whole(self) -> str:
