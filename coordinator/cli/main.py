@@ -18,7 +18,17 @@ from typing import Any
 
 import click
 
-from coordinator.cli import checkpoints, completion, fit, jobs, logs, nodes, simulate, submit
+from coordinator.cli import (
+    checkpoints,
+    completion,
+    fit,
+    jobs,
+    logs,
+    nodes,
+    projects,
+    simulate,
+    submit,
+)
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
@@ -100,6 +110,7 @@ for _command in (
     jobs.events,
     jobs.explain,
     checkpoints.checkpoint,
+    projects.projects,
     nodes.nodes,
     nodes.cordon,
     nodes.drain,
