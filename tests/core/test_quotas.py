@@ -6,6 +6,7 @@ What follows for a fleet is in `test_projects.py` and, over whole histories, in 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from coordinator.core.quotas import (
     AHEAD_H,
     HALF_LIFE_H,
     MEAN_LIFE_H,
+    PARTS,
     WEIGHTS,
     Claim,
     Quota,
@@ -53,6 +55,15 @@ def test_what_is_faster_in_public_counts_for_more() -> None:
     assert len({*weights}) == len(weights)
     assert min(WEIGHTS.values()) > 0
     assert list(WEIGHTS) == [known.key for known in gpu_types.TYPES]
+
+
+def test_the_page_for_operators_has_the_weights() -> None:
+    page = (Path(__file__).parents[2] / "docs/quotas.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert {row[0]: row[1] for row in rows[1:]} == {
+        key: f"{parts / PARTS:.3f}" for key, parts in WEIGHTS.items()
+    }
+    assert f"after {HALF_LIFE_H:.1f} hours" in page
 
 
 def test_an_unknown_type_counts_as_an_h100() -> None:
