@@ -183,6 +183,7 @@ def check_quotas(
     fleet: Fleet,
     quotas: Mapping[str, Quota],
     weights: Mapping[str, float],
+    *,
     patience_ms: int = 61_000,
 ) -> list[str]:
     """Nobody who is clearly within a quota waits for longer than `patience_ms`, in which a policy

@@ -49,7 +49,7 @@ def wrong(
         *checks.check_work(outcome, known),
         *checks.check_completions(outcome, known),
         *checks.check_classes(outcome, known, fleet),
-        *checks.check_quotas(outcome, known, fleet, quotas, WEIGHTS, TICK_MS + 1_000),
+        *checks.check_quotas(outcome, known, fleet, quotas, WEIGHTS, patience_ms=TICK_MS + 1_000),
     ]
 
 

@@ -678,8 +678,8 @@ Global___ListProjectsRequest: _TypeAlias = ListProjectsRequest  # noqa: Y015
 
 @_typing.final
 class Project(_message.Message):
-    """How a project stands. All GPUs and GPU-hours are weighted by type, an H100 being 1; all are finite
-    and not negative.
+    """How a project stands. All GPUs and GPU-hours are weighted by type, an H100 being 1; all are
+    finite and not negative.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
