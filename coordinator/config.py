@@ -9,6 +9,7 @@ that must fit one another. `sources.py` reads them from file, environment and fl
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -68,6 +69,19 @@ CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit fo
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
 HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
 HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
+PROJECT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # as a submission names it
+GPU_HOURS_MAX: Final = 10_000_000.0  # a day of four hundred thousand GPUs: a slip of the finger
+PROJECT_WEIGHT_MIN: Final = 0.01  # less would be never, and nobody should starve
+PROJECT_WEIGHT_MAX: Final = 100.0  # likewise of the others
+PROJECTS_MAX: Final = 1_000  # each costs a decision some microseconds
+
+
+class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a project is due: GPU-hours a day, weighted by type, and its weight where GPUs are
+    lent."""
+
+    gpu_hours_per_day: float = 0.0
+    weight: float = 1.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,6 +150,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds of that, 1000 to 86400000. Ten minutes are time for a person to look before "
         "the next tenth goes."
     )] = 600_000
+    projects: Annotated[dict[str, Project], says(
+        "Quotas of projects (docs/quotas.md), a table for each: gpu_hours_per_day, 0 to 10000000, "
+        "in hours of an H100, of which other types count a part; 24 are one H100 without a pause. "
+        "And weight, 0.01 to 100, default 1, of its part of what is lent. With the first table, "
+        "projects without one have no quota and run on what is lent. As a flag: "
+        "demo={gpu_hours_per_day=48}. Default (empty): no project comes before another."
+    )] = msgspec.field(default_factory=dict)
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -199,6 +220,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             range_problem(
                 "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
             ),
+            *self._project_problems(),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),
@@ -217,6 +239,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return address_problem("metrics_listen", self.metrics_listen, port_min=0) or (
             _listen_problem(self.metrics_listen, self.tls())
         )
+
+    def _project_problems(self) -> list[str]:
+        found = []
+        if len(self.projects) > PROJECTS_MAX:
+            found.append(
+                f"'projects' has {len(self.projects)} tables; at most {PROJECTS_MAX} may be"
+            )
+        for name, project in self.projects.items():
+            if not PROJECT_NAME.fullmatch(name):
+                found.append(f"'{name}' in 'projects' must be 1 to 64 of a-z, 0-9 and '-'")
+            ranges = (
+                ("gpu_hours_per_day", project.gpu_hours_per_day, 0.0, GPU_HOURS_MAX),
+                ("weight", project.weight, PROJECT_WEIGHT_MIN, PROJECT_WEIGHT_MAX),
+            )
+            found += [
+                f"'{key}' of '{name}' in 'projects' must be {low:.8g} to {high:.8g}, not {value:g}"
+                for key, value, low, high in ranges
+                if not low <= value <= high
+            ]
+        return found
 
     def _lease_problem(self) -> str | None:
         shortest_ms = HEARTBEATS_PER_LEASE_MIN * self.heartbeat_interval_ms

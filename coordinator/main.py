@@ -28,6 +28,7 @@ from coordinator.config import (
     prepare_directories,
 )
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
@@ -243,4 +244,8 @@ def _options(config: Config) -> Options:
         cordons_degraded=config.health_reaction == "degraded",
         cordon_percent=config.health_cordon_percent,
         cordon_window_ms=config.health_cordon_window_ms,
+        projects={
+            name: Quota(project.gpu_hours_per_day, project.weight)
+            for name, project in config.projects.items()
+        },
     )

@@ -14,13 +14,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import wire, wire_fit, wire_nodes
+from coordinator import wire, wire_fit, wire_nodes, wire_projects
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core import traces
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.model import JobSpec, JobView, NodeView
 from coordinator.core.node_requests import SetTelemetryRate
+from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.peers import Fleet, LogReader
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
@@ -168,6 +169,14 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         if not isinstance(answer, FitPage):
             raise TypeError(f"expected fits, got {type(answer).__name__}")
         return wire_fit.encode(answer)
+
+    async def ListProjects(
+        self, request: jobs_pb2.ListProjectsRequest, context: Context
+    ) -> jobs_pb2.ListProjectsResponse:
+        answer = await _ask(self._shell, context, ListProjects())
+        if not isinstance(answer, ProjectPage):
+            raise TypeError(f"expected projects, got {type(answer).__name__}")
+        return wire_projects.encode(answer)
 
     async def ListJobEvents(
         self, request: jobs_pb2.ListJobEventsRequest, context: Context

@@ -22,7 +22,17 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Generic,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -180,6 +190,8 @@ def toml_value(value: object) -> str:
     """A value of a field as TOML."""
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
         pairs = (f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(pairs) + " }" if value else "{}"
@@ -269,11 +281,42 @@ def _read_file(
 
 def _converted(value: Any, hint: Any, *, as_text: bool) -> Any:
     """`value` as `hint`. Raises `ValueError` whose text completes the sentence "must be"."""
-    kind = get_origin(hint) or hint
+    kind, table = get_origin(hint) or hint, _table(hint)
+    expected = f"a table of tables with {' and '.join(table)}" if table else _KINDS[kind]
     try:
-        return msgspec.convert(_from_text(value, kind) if as_text else value, hint)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise ValueError(f"{_KINDS[kind]}, not {value!r}") from error
+        given = _from_text(value, kind) if as_text else value
+        if table and as_text:
+            given = {name: _from_toml(text) for name, text in given.items()}
+        for name, entry in given.items() if table else ():
+            _check_keys(name, entry, table)
+        return msgspec.convert(given, hint)
+    except _UnknownKey:
+        raise
+    except (msgspec.ValidationError, AttributeError, ValueError) as error:
+        raise ValueError(f"{expected}, not {value!r}") from error
+
+
+class _UnknownKey(ValueError):
+    """In a table of a table; the text completes the sentence "must be"."""
+
+
+def _table(hint: Any) -> tuple[str, ...]:
+    """The keys of each of a field's tables, where it is a table of tables."""
+    entry = get_args(hint)[1] if get_origin(hint) is dict else None
+    return tuple(getattr(entry, "__struct_fields__", ()))
+
+
+def _check_keys(name: str, entry: Any, known: Sequence[str]) -> None:
+    for key in entry if isinstance(entry, dict) else ():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=LIKENESS_MIN)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {' and '.join(known)}"
+            raise _UnknownKey(f"without '{key}' in '{name}'; {hint}")
+
+
+def _from_toml(text: str) -> Any:
+    """A value as TOML has it: `{ weight = 2 }`."""
+    return tomllib.loads(f"value = {text}")["value"]
 
 
 def _from_text(value: Any, kind: Any) -> Any:

@@ -33,7 +33,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from coordinator.cli import values
-from coordinator.cli.decoding import decode_fit, decode_node, said, time_of, word_of
+from coordinator.cli.decoding import (
+    decode_fit,
+    decode_node,
+    decode_project,
+    said,
+    time_of,
+    word_of,
+)
 from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
 from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
 
@@ -199,6 +206,12 @@ class Client:
         return values.FitReport(
             fits=[decode_fit(fit) for fit in answer.fits], prices_source=answer.prices_source
         )
+
+    def projects(self) -> values.ProjectReport:
+        """How projects stand by their quotas."""
+        answer = self._call(self._jobs.ListProjects, jobs_pb2.ListProjectsRequest())
+        projects = [decode_project(project) for project in answer.projects]
+        return values.ProjectReport(projects=projects, half_life_hours=answer.half_life_hours)
 
     def events(self, job_id: int) -> Iterator[values.JobEvent]:
         """A job's history, oldest first."""

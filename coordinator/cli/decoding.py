@@ -135,6 +135,22 @@ def decode_fit(fit: jobs_pb2.Fit) -> values.Fit:
     )
 
 
+def decode_project(project: jobs_pb2.Project) -> values.Project:
+    return values.Project(
+        name=project.name,
+        quota_gpu_hours_per_day=said(project, "quota_gpu_hours_per_day"),
+        weight=project.weight,
+        used_gpu_hours=project.used_gpu_hours,
+        entitled_gpus=project.entitled_gpus,
+        running_gpus=project.running_gpus,
+        borrowed_gpus=project.borrowed_gpus,
+        lent_gpus=project.lent_gpus,
+        running_jobs=project.running_jobs,
+        waiting_jobs=project.waiting_jobs,
+        waiting_gpus=project.waiting_gpus,
+    )
+
+
 def decode_node(node: types_pb2.Node) -> values.Node:
     host = telemetry = None
     if node.HasField("host"):

@@ -26,6 +26,7 @@ from coordinator.cli import (
     jobs,
     logs,
     nodes,
+    projects,
     simulate,
     submit,
 )
@@ -110,6 +111,7 @@ for _command in (
     jobs.events,
     jobs.explain,
     checkpoints.checkpoint,
+    projects.projects,
     nodes.nodes,
     nodes.cordon,
     nodes.drain,

@@ -9,7 +9,7 @@ production core where the policy is Baton's.
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from coordinator.cli.settings import BadInput, CommandFailed, common_options, se
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims
+    from coordinator.core.quotas import Quota
     from coordinator.sim.inputs import Inputs
     from coordinator.sim.model import Policy, SimJob
     from coordinator.sim.report import Figures
@@ -98,7 +99,12 @@ def simulate(
       node_mtbf_h = 2000
 
     FAIRNESS is how long a job took over what it would have taken had the fleet been shared equally
-    at every moment. COST is that of the whole fleet until the last job's end.
+    at every moment. COST is that of the whole fleet until the last job's end. What Baton does with
+    quotas of projects is seen with a table of each in the fleet's file:
+
+    \b
+      [projects.vision]
+      gpu_hours_per_day = 48
 
     \b
       baton simulate jobs.csv --fleet fleet.toml --policy baton --policy fifo
@@ -110,7 +116,10 @@ def simulate(
         jobs = read_jobs(trace, inputs)
     except BadFile as error:
         raise BadInput(str(error)) from error
-    found = {name: _run(jobs, inputs, _policy(name, balance)) for name in dict.fromkeys(policies)}
+    found = {
+        name: _run(jobs, inputs, _policy(name, balance, inputs.quotas))
+        for name in dict.fromkeys(policies)
+    }
     if settings_of(context).as_json:
         write_json([{"policy": name, **dataclasses.asdict(each)} for name, each in found.items()])
         return
@@ -121,23 +130,23 @@ def simulate(
     write_notice(f"again: {' '.join(words)}")
 
 
-def _policy(name: str, balance: float) -> "Policy":
+def _policy(name: str, balance: float, quotas: "Mapping[str, Quota]") -> "Policy":
     from coordinator.core.allocation import Aims
     from coordinator.sim import policies
     from coordinator.sim.ours import Ours
 
     aims = Aims(balance=balance)
     made: dict[str, Callable[[], Policy]] = {
-        "baton-greedy": lambda: Ours(aims),
+        "baton-greedy": lambda: Ours(aims, quotas=quotas),
         "fifo": policies.Fifo,
         "fifo-aware": lambda: policies.Fifo(aware=True),
         "static": policies.StaticPartition,
         "per-dollar": policies.PerDollar,
     }
-    return made[name]() if name in made else _solved(name, aims)
+    return made[name]() if name in made else _solved(name, aims, quotas)
 
 
-def _solved(name: str, aims: "Aims") -> "Policy":
+def _solved(name: str, aims: "Aims", quotas: "Mapping[str, Quota]") -> "Policy":
     """A policy that solves linear programs, for which an extra has to be there."""
     try:
         from coordinator.sim.ours import Ours
@@ -154,11 +163,13 @@ def _solved(name: str, aims: "Aims") -> "Policy":
         "fairness": Goal.FINISH_TIME_FAIRNESS,
         "makespan": Goal.MAKESPAN,
     }
-    return Ours(aims, solve) if name == "baton" else Rounds(goals[name])
+    return Ours(aims, solve, quotas=quotas) if name == "baton" else Rounds(goals[name])
 
 
 def _run(jobs: "list[SimJob]", inputs: "Inputs", policy: "Policy") -> "Figures":
+    from coordinator.core.quotas import PARTS, weight_parts
     from coordinator.sim import checks, engine, report
+    from coordinator.sim.ours import Ours
 
     known = {job.job_id: job for job in jobs}
     try:
@@ -170,6 +181,9 @@ def _run(jobs: "list[SimJob]", inputs: "Inputs", policy: "Policy") -> "Figures":
         *checks.check_work(outcome, known),
         *checks.check_completions(outcome, known),
     ]
+    if inputs.quotas and isinstance(policy, Ours):
+        weights = {name: weight_parts(name) / PARTS for name in inputs.fleet.gpus}
+        wrong += checks.check_quotas(outcome, known, inputs.fleet, inputs.quotas, weights)
     if wrong:
         raise CommandFailed(f"{policy.name}: the simulation is wrong: {wrong[0]}")
     return report.figures(outcome, known, inputs.fleet)

@@ -395,3 +395,27 @@ class FitReport(msgspec.Struct, frozen=True, kw_only=True):
 
     fits: list[Fit]
     prices_source: str
+
+
+class Project(msgspec.Struct, frozen=True, kw_only=True):
+    """All GPUs and GPU-hours are weighted by type, an H100 being 1. Without a quota
+    `quota_gpu_hours_per_day` is `None`."""
+
+    name: str
+    quota_gpu_hours_per_day: float | None
+    weight: float
+    used_gpu_hours: float
+    entitled_gpus: float
+    running_gpus: float
+    borrowed_gpus: float
+    lent_gpus: float
+    running_jobs: int
+    waiting_jobs: int
+    waiting_gpus: float
+
+
+class ProjectReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `baton projects` answers. Half of what was used is forgotten after `half_life_hours`."""
+
+    projects: list[Project]
+    half_life_hours: float

@@ -13,7 +13,8 @@ left to the end (the last completion); `balance` says how much of the second. Wh
 how much is left, the more a job has had, the more it is taken to need (two-dimensional least
 attained service), and at least what its project's jobs typically take.
 
-- Classes are solved one after another on what is left, never weighed against each other.
+- Classes are solved one after another on what is left, never weighed against each other. So are,
+  within each, those within their projects' quotas and those beyond (`quotas.py`).
 - A job that runs is worth more where it is (`stay_ratio`), and elsewhere less, by the part of its
   next stay that a restart would take. Within its class it cannot be displaced at all before it has
   run for `run_s_min`, or ten times what its restart takes.
@@ -55,7 +56,8 @@ class Option:
 class Contender:
     """A job that runs or could. `rank` is that of its class, 0 the first. `at` is how it runs since
     `since_ms`; None: it does not. `typical_gpu_s` is what jobs of its project take, for one that
-    does not say how many steps it has left."""
+    does not say how many steps it has left. `lent`: what it runs on, or would, is lent to its
+    project, and goes first to those of its class that are within their quotas."""
 
     job_id: int
     options: tuple[Option, ...]
@@ -69,6 +71,7 @@ class Contender:
     since_ms: int = 0
     restart_s: float = 0.0
     deadline_ms: int | None = None
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,23 +187,27 @@ def allocate(
     for rank, group in by_rank.items():
         longest_h[rank] = longest_hours_left(group)
         worth = worths(group, now_ms, aims, tenants or {}, longest_h[rank])
-        state = _Class(group, worth, free)
-        _keep(state, now_ms, aims)
-        kept = dict(state.grants)
-        kept_value = sum(grant.value for grant in kept.values())
-        solved = _solve(state, solve)
-        prices.update(solved.prices)
-        bound += kept_value + solved.bound
-        _fill(state)
-        if solve is not None:
-            _exchange(state, kept)
-            _fill(state)
-        grants.update(state.grants)
-        waits.update(_reasons(state, prices))
+        tiers = _tiers(group, worth, free)
+        for place, tier in enumerate(tiers):
+            _keep_late(tier, now_ms)
+            # Who is beyond a quota has to run for its minimum, too, before others may have it.
+            for other in tiers if place == 0 else []:
+                _keep_young(other, now_ms, aims)
+            kept = dict(tier.grants)
+            solved = _solve(tier, solve)
+            prices.update(solved.prices)
+            bound += sum(grant.value for grant in kept.values()) + solved.bound
+            _fill(tier)
+            if solve is not None:
+                _exchange(tier, kept)
+                _fill(tier)
+            grants.update(tier.grants)
+        for tier in tiers:
+            waits.update(_reasons(tier, prices))
         waiting_worth.update(
             (contender.job_id, worth[index])
             for index, contender in enumerate(group)
-            if contender.job_id not in state.grants
+            if contender.job_id not in grants
         )
     value = sum(grant.value for grant in grants.values())
     return Allocation(grants, waits, prices, value, bound, waiting_worth, longest_h)
@@ -286,8 +293,21 @@ def latest_start_ms(contender: Contender) -> float:
     return contender.deadline_ms - need_s * MS_PER_S
 
 
-def _keep(state: _Class, now_ms: int, aims: Aims) -> None:
-    """Those over whom there is nothing to decide: who must start, and who has just started."""
+def _tiers(
+    group: Sequence[Contender], worth: list[list[float]], free: dict[str, int]
+) -> list[_Class]:
+    """The jobs of a class that are within their projects' quotas, and those beyond."""
+    found = []
+    for lent in (False, True):
+        indices = [index for index, contender in enumerate(group) if contender.lent is lent]
+        if indices:
+            contenders = [group[index] for index in indices]
+            found.append(_Class(contenders, [worth[index] for index in indices], free))
+    return found
+
+
+def _keep_late(state: _Class, now_ms: int) -> None:
+    """Those over whom there is nothing to decide: who must start."""
     late = [
         (latest_start_ms(contender), index)
         for index, contender in enumerate(state.contenders)
@@ -297,6 +317,10 @@ def _keep(state: _Class, now_ms: int, aims: Aims) -> None:
         worth = state.worth[index]
         order = sorted(range(len(worth)), key=lambda choice: (-worth[choice], choice))
         any(worth[choice] > 0 and state.take(index, choice) for choice in order)
+
+
+def _keep_young(state: _Class, now_ms: int, aims: Aims) -> None:
+    """And who has just started."""
     young = [
         (-max(state.worth[index], default=0.0), index)
         for index, contender in enumerate(state.contenders)

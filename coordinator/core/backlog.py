@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Allocation, Contender, Option, at_prices, worths
 
-Place = tuple[int, str, int]  # class, type, GPUs
+Tier = tuple[int, bool]  # class, and whether what it runs on is lent
+Place = tuple[Tier, str, int]  # tier, type, GPUs
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Backlog:
     waiting: dict[int, Contender] = field(default_factory=dict)
     heaps: dict[Place, list[tuple[float, int, Option]]] = field(default_factory=dict)
     running: dict[int, Place] = field(default_factory=dict)
-    held: dict[tuple[int, str], int] = field(default_factory=dict)
+    held: dict[tuple[Tier, str], int] = field(default_factory=dict)
 
     def happened(
         self, ended: Iterable[int], came: Iterable[Contender], now_ms: int
@@ -40,12 +41,12 @@ class Backlog:
         """Who starts now that these have ended and those have come; None where it has to be decided
         over all jobs."""
         for job_id in ended:
-            rank, name, gpus = self.running.pop(job_id)
-            self.held[rank, name] -= gpus
+            tier, name, gpus = self.running.pop(job_id)
+            self.held[tier, name] -= gpus
             self.free[name] += gpus
         started: dict[int, Option] = {}
         self._fill(started)
-        for contender in sorted(came, key=lambda c: (c.rank, c.submitted_ms, c.job_id)):
+        for contender in sorted(came, key=lambda c: (*_tier(c), c.submitted_ms, c.job_id)):
             longest_h = self.longest_h.get(contender.rank, 0.0)
             (worth,) = worths([contender], now_ms, self.aims, self.tenants, longest_h)
             option = at_prices(worth, contender.options, self.free, self.prices)
@@ -60,13 +61,13 @@ class Backlog:
         self.waiting[contender.job_id] = contender
         for option, value in zip(contender.options, worth, strict=True):
             if value > 0:
-                heap = self.heaps.setdefault((contender.rank, option.gpu_type, option.gpus), [])
+                heap = self.heaps.setdefault((_tier(contender), option.gpu_type, option.gpus), [])
                 heapq.heappush(heap, (-value / max(1, option.gpus), contender.job_id, option))
 
     def run(self, contender: Contender, option: Option) -> None:
-        rank, name = contender.rank, option.gpu_type
-        self.running[contender.job_id] = (rank, name, option.gpus)
-        self.held[rank, name] = self.held.get((rank, name), 0) + option.gpus
+        tier, name = _tier(contender), option.gpu_type
+        self.running[contender.job_id] = (tier, name, option.gpus)
+        self.held[tier, name] = self.held.get((tier, name), 0) + option.gpus
         self.free[name] -= option.gpus
 
     def _start(self, contender: Contender, option: Option, started: dict[int, Option]) -> None:
@@ -74,8 +75,8 @@ class Backlog:
         started[contender.job_id] = option
 
     def _fill(self, started: dict[int, Option]) -> None:
-        """Earlier classes first, the most worth for a GPU first: no GPU idles that one of them
-        could use."""
+        """Earlier classes first, in each those within their quotas, the most worth for a GPU first:
+        no GPU idles that one of them could use."""
         while True:
             heads = [
                 (place[0], *heap[0][:2], place)
@@ -95,12 +96,17 @@ class Backlog:
         return bool(heap)
 
     def _inverted(self) -> bool:
-        """Whether somebody waits for what is free or a later class's."""
-        for (rank, name, gpus), heap in self.heaps.items():
-            later = sum(n for (other, at), n in self.held.items() if at == name and other > rank)
+        """Whether somebody waits for what is free or a later class's. What is lent within a class
+        has to run for its minimum first, and is recalled by the next decision over all."""
+        for ((rank, _), name, gpus), heap in self.heaps.items():
+            later = sum(n for (other, at), n in self.held.items() if at == name and other[0] > rank)
             if later and self.free.get(name, 0) + later >= gpus and self._waits(heap):
                 return True
         return False
+
+
+def _tier(contender: Contender) -> Tier:
+    return contender.rank, contender.lent
 
 
 def backlog_of(

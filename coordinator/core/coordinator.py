@@ -19,6 +19,7 @@ from coordinator.core import (
     leases,
     nodes,
     parts,
+    projects,
     readings,
     retention,
     rounds,
@@ -73,6 +74,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import GpuView, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
+from coordinator.core.project_requests import ListProjects
 from coordinator.core.state import Instant, LiveNode, Options, State
 
 
@@ -101,6 +103,7 @@ class Coordinator:
         elif isinstance(event, Tick):
             nodes.tick(state, now)
             health.tick(state, now)
+            projects.tick(state, now)
             arrivals.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)
@@ -129,6 +132,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.explain_job(state, now, body)
         case FitJob():
             return fit.answer(state, now, body)
+        case ListProjects():
+            return projects.list_projects(state, now)
         case ListCheckpoints():
             return retention.list_checkpoints(state, body)
         case PinCheckpoint():

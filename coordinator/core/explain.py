@@ -4,7 +4,7 @@ The sentence is made where the decision is made (`placement.py`, `gangs.py`); th
 chooses which holds at present, so that log, CLI and page cannot tell different stories.
 """
 
-from coordinator.core import poison, standby
+from coordinator.core import poison, projects, standby
 from coordinator.core.model import Job
 from coordinator.core.phases import ATTEMPT_LIVE, AttemptPhase, JobPhase
 from coordinator.core.state import Instant, State
@@ -22,17 +22,22 @@ def explain(state: State, now: Instant, job: Job) -> str:
         return f"job {job.id} is held: `baton release {job.id}` lets it start"
     attempt = state.current(job)
     if job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING) and job.spec.ranks > 1:
-        return _explain_gang(state, now, job) + tail
+        return _explain_gang(state, now, job) + tail + _lent(state, now, job)
     if job.phase is JobPhase.ACTIVE and attempt is not None:
         age = seconds((now.unix_ms - attempt.assigned_unix_ms) / 1000)
         if attempt.phase is AttemptPhase.STOPPING:
             return f"job {job.id} is saving and leaving {attempt.node}: {attempt.stop_reason}"
         after = standby.describe(state, job, attempt.node, attempt.replica_node)
-        tail += f"; {after}" if after else ""
+        tail += (f"; {after}" if after else "") + _lent(state, now, job)
         return f"job {job.id} {reason}; attempt {attempt.id}, for {age}{tail}"
     if job.phase is JobPhase.CANCELLING and attempt is not None:
         return f"job {job.id} is being cancelled: attempt {attempt.id} is leaving {attempt.node}"
     return f"job {job.id} has {job.phase.value}: {reason}"
+
+
+def _lent(state: State, now: Instant, job: Job) -> str:
+    why = projects.why_runs(state, now, job)
+    return f"; {why}" if why else ""
 
 
 def _explain_gang(state: State, now: Instant, job: Job) -> str:

@@ -9,17 +9,19 @@ an offer is made again. A room that a pass has changed says so (`Room.changed`) 
 from its offer before the next one. What a room remembers (`Room.counts`, its box) it keeps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from coordinator.core.fragmentation import Mix
 from coordinator.core.rooms import Offer, Room, open_room
 
 
 class KeptRooms:
-    """`stale` are the nodes whose offer may have changed since they were put here."""
+    """`stale` are the nodes whose offer may have changed since they were put here; `recallable` the
+    jobs that give way within their class in the last pass."""
 
     def __init__(self) -> None:
         self.stale: dict[str, None] = {}
+        self.recallable: Mapping[int, None] = {}
         self._rooms: dict[str, Room] = {}
         self._by_name: list[Room] | None = None
         self._positions: dict[str, int] = {}

@@ -40,6 +40,7 @@ from coordinator.core.model import (
 )
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import JobPhase
+from coordinator.core.project_requests import ListProjects, ProjectPage
 
 # --- requests -------------------------------------------------------------------------------------
 
@@ -119,6 +120,7 @@ RequestBody = (
     | RequeueJob
     | ExplainJob
     | FitJob
+    | ListProjects
     | ListCheckpoints
     | PinCheckpoint
     | UnpinCheckpoint
@@ -463,7 +465,7 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-_Page = JobPage | CheckpointPage | NodePage | FitPage
+_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage
 Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
 
 

@@ -4,6 +4,8 @@ Problem: nodes report, fall ill, are cordoned and come back, and a decision must
 state. So the live state is read here once for a decision, and what placement gets is values.
 """
 
+from collections.abc import Mapping
+
 from coordinator.core import readings
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
@@ -20,9 +22,15 @@ def offers_of(state: State) -> list[Offer]:
     return [offer_of(state, live) for live in state.nodes.values() if is_open(live)]
 
 
-def open_rooms(state: State) -> list[Room]:
+def open_rooms(state: State, recallable: Mapping[int, None] | None = None) -> list[Room]:
     """What a pass begins with: the same rooms as those of all offers, by name. Its offers are made
-    again of nodes alone that have changed."""
+    again of nodes alone that have changed. `recallable` are jobs that give way within their class,
+    too (`quotas.py`); as before where it is not said."""
+    if recallable is not None:
+        before, state.rooms.recallable = state.rooms.recallable, recallable
+        for job_id in (*before, *recallable):
+            if (job_id in before) != (job_id in recallable):
+                state.rooms.stale |= {each.node: None for each in state.attempts_of(job_id)}
     for node_id in state.rooms.take_stale():
         live = state.nodes[node_id]
         if is_open(live):
@@ -66,4 +74,5 @@ def _tenant(state: State, attempt_id: str) -> Tenant:
         attempt.phase is AttemptPhase.STOPPING,
         f"{attempt.job_id}.{attempt.epoch}",
         spec.shared_gpu_memory_bytes,
+        lent=attempt.job_id in state.rooms.recallable,
     )

@@ -1,6 +1,9 @@
 """What an operator may set and decisions depend on; `coordinator/config.py` has words for it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coordinator.core.quotas import Quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +28,5 @@ class Options:
     cordons_degraded: bool = False
     cordon_percent: int = 10
     cordon_window_ms: int = 600_000
+    # By name; with none, nobody's turn depends on what anybody has used (`quotas.py`).
+    projects: Mapping[str, Quota] = field(default_factory=dict)

@@ -13,11 +13,11 @@ The pass, in five lines:
    A gang takes all its places or none:
    one node's if it fits there, else the fewest nodes', the fullest offers first and the rest where
    it fits tightest.
-3. A job that fits nowhere may displace jobs of lower classes on the node where that takes the
-   fewest GPUs from the highest class harmed, then from the next: lowest class first, then the
-   attempt that started last. A gang may also displace over all nodes, and whoever displaces one
-   rank of a gang displaces, and counts, all of it. What it waits for there is reserved for it
-   within the pass.
+3. A job that fits nowhere may displace jobs of lower classes, and within its project's quota also
+   those of its own that run on what is lent (`quotas.py`), on the node where that takes the fewest
+   GPUs from the highest class harmed, then from the next: lowest class first, then the attempt that
+   started last. A gang may also displace over all nodes, and whoever displaces one rank of a gang
+   displaces, and counts, all of it. What it waits for there is reserved for it within the pass.
 4. A job that is reserved for takes no second node; jobs behind it may use what it cannot (backfill
    by fit).
 5. Everything else waits, with the largest free block and what it lacks in the sentence.
@@ -48,13 +48,14 @@ WEIGHED_MAX = 64
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
-    the standby that got its checkpoints."""
+    the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`)."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
     near: tuple[str, ...] = ()
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
 def _request_key(need: Need) -> tuple[object, ...]:
     spec = need.spec
     return (
-        spec.job_class,
+        (spec.job_class, need.lent),
         spec.ranks,
         spec.gpus,
         spec.gpu_types,
@@ -326,8 +327,9 @@ def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
         # GPUs taken from each class, the highest first: a spare one more weighs less than a
         # standard one.
         cost = [
-            sum(sizes[tenant.whole] for tenant in victims if tenant.rank == lower)
+            sum(sizes[t.whole] for t in victims if (t.rank, t.lent) == (lower, lent))
             for lower in CLASS_RANK.values()
+            for lent in (False, True)
         ]
         key = (cost, len(victims), within[0].offer.node)
         if best is None or key < best[0]:
@@ -364,14 +366,14 @@ def _who_leaves(spec: JobSpec, spread: _Spread) -> str:
 def _victims(need: Need, rooms: Sequence[Room]) -> tuple[list[Tenant], _Spread] | None:
     """Fewest tenants of lower classes that make room, one for each gang among them, and where the
     job would then run."""
-    class_rank = CLASS_RANK[need.spec.job_class]
+    standing = CLASS_RANK[need.spec.job_class], need.lent
     wholes: dict[str, Tenant] = {}
     for room in rooms:
         for tenant in room.tenants.values():
-            if not tenant.stopping and tenant.rank > class_rank:
+            if not tenant.stopping and (tenant.rank, tenant.lent) > standing:
                 wholes.setdefault(tenant.whole, tenant)
-    # The lowest class first, and within it the one that has run the shortest.
-    lower = sorted(wholes.values(), key=lambda tenant: (-tenant.rank, -tenant.order))
+    # The lowest class first, in it who is beyond a quota, and then who has run the shortest.
+    lower = sorted(wholes.values(), key=lambda t: (-t.rank, not t.lent, -t.order))
     tally = _Tally(need.spec, rooms)
     victims: list[Tenant] = []
     while not tally.fits and lower:

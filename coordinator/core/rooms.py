@@ -24,7 +24,8 @@ COUNTS_MAX = 32
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
-    With `share_bytes` it has its GPU together with others."""
+    With `share_bytes` it has its GPU together with others. `lent`: it gives way to those of its
+    class that are within their projects' quotas."""
 
     attempt: str
     rank: int
@@ -34,6 +35,7 @@ class Tenant:
     stopping: bool
     gang: str = ""
     share_bytes: int = 0
+    lent: bool = False
 
     @property
     def whole(self) -> str:

@@ -7,11 +7,12 @@ when capacity may have come free, else at the new jobs alone.
 
 from collections.abc import Iterable
 
-from coordinator.core import attempts, checkpoints, readings
+from coordinator.core import attempts, checkpoints, projects, readings
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place_in
+from coordinator.core.projects import Standing
 from coordinator.core.state import Instant, State
 
 # Changes of wait reasons are logged for the head of the queue only; the rest can be asked for.
@@ -28,7 +29,8 @@ def decide(state: State, now: Instant) -> None:
     state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     whole = state.dirty or _leaving(state)
     considered = state.queued if whole else state.fresh
-    queue = _in_turn(state, considered)
+    standing = projects.standing_of(state, now) if considered else Standing()
+    queue = _in_turn(state, considered, standing)
     state.dirty, state.fresh = False, {}
     needs: list[Need] = []
     waits: dict[int, str] = {}
@@ -43,18 +45,22 @@ def decide(state: State, now: Instant) -> None:
             last = state.gang(job) if replicas else []
             near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
             avoid = state.avoid.get(job.id, "")
-            needs.append(Need(job.id, job.spec, replicas, avoid, near))
+            needs.append(Need(job.id, job.spec, replicas, avoid, near, job.id in standing.lent))
     # Nodes come and go, and report, far more often than somebody waits for them.
-    plan = place_in(needs, open_rooms(state)) if needs else None
+    plan = place_in(needs, open_rooms(state, standing.recallable)) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
         for displace in plan.displacements:
             victim = state.attempts[displace.attempt]
-            attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
+            job, its = state.jobs[displace.job_id], state.jobs[victim.job_id]
+            why = displace.why + projects.why_recalled(standing, its, job)
+            attempts.stop(state, now, victim, why, attempts.PRECOPY_PREEMPTION_MS)
         lacks = readings.shortage(state) if plan.waits else ""
         for job_id, sentence in plan.waits:
-            waits[job_id] = sentence + (lacks if state.jobs[job_id].spec.gpus else "")
+            job = state.jobs[job_id]
+            sentence += lacks if job.spec.gpus else ""
+            waits[job_id] = sentence + projects.why_waits(state, standing, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
         placed = sum(len(start.places) for start in plan.starts)
@@ -71,9 +77,11 @@ def _leaving(state: State) -> bool:
     return False
 
 
-def _in_turn(state: State, job_ids: Iterable[int]) -> list[Job]:
+def _in_turn(state: State, job_ids: Iterable[int], standing: Standing) -> list[Job]:
+    """By class, and in each those first that are within their projects' quotas."""
     waiting = [state.jobs[job_id] for job_id in job_ids if job_id in state.queued]
-    return sorted(waiting, key=lambda job: (CLASS_RANK[job.spec.job_class], job.id))
+    lent = standing.lent
+    return sorted(waiting, key=lambda j: (CLASS_RANK[j.spec.job_class], j.id in lent, j.id))
 
 
 def _blocked(state: State, now: Instant, job: Job) -> str:

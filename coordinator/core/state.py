@@ -16,6 +16,7 @@ from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
 from coordinator.core.kept_rooms import KeptRooms
+from coordinator.core.ledger import Ledger
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -152,6 +153,8 @@ class State:
         self.admission = Admission()
         self.indices = Indices()
         self.rooms = KeptRooms()
+        self.ledger = Ledger()
+        self.last_recall_ms = 0  # when it was last looked at who gives back what is lent
         self.requests: dict[str, int] = {}
         self.queued: dict[int, None] = {}
         self.ended: dict[int, None] = {}
@@ -287,10 +290,13 @@ class State:
                 self._forget_attempt(gone)
             del ids[:-kept]
         self.attempts[attempt.id] = attempt
+        live, spec = self.nodes.get(attempt.node), self.jobs[attempt.job_id].spec
+        self.ledger.attempt(attempt, spec, live.node.gpus if live is not None else ())
 
     def _forget_attempt(self, gone: str) -> None:
         self.attempts.pop(gone, None)
         self.progress.pop(gone, None)
+        self.ledger.forget(gone)
         self.indices.forget_attempt(gone)
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:

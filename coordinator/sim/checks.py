@@ -5,15 +5,23 @@ checker goes through the lines alone, with the jobs and the fleet as they were g
 anew what must follow from them. A checker returns sentences; none means that it found nothing.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from coordinator.core.quotas import AHEAD_H, MEAN_LIFE_H, NONE, Quota
 from coordinator.sim.model import Fleet, Line, Outcome, PairRates, SimJob
 
 MS_PER_S: Final = 1000.0
 # Ends are whole milliseconds, and sums of floating-point numbers have a last digit.
 STEPS_ERROR_RATIO: Final = 1e-6
+MS_PER_H: Final = 3_600_000.0
+# Use is counted by the hour there and exactly here; only what is clear by both is judged.
+CLEAR_RATIO: Final = 0.05
+# What time alone changes is looked at so often.
+LOOK_MS: Final = 600_000
+RUN_S_MIN: Final = 600.0
 
 
 @dataclass(slots=True)
@@ -167,3 +175,129 @@ def check_classes(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) ->
                         f" {book.free[name]:g} free and {later:g} of later classes"
                     )
     return found
+
+
+def check_quotas(
+    outcome: Outcome,
+    jobs: Mapping[int, SimJob],
+    fleet: Fleet,
+    quotas: Mapping[str, Quota],
+    weights: Mapping[str, float],
+    *,
+    patience_ms: int = 61_000,
+) -> list[str]:
+    """Nobody who is clearly within a quota waits for longer than `patience_ms`, in which a policy
+    is asked anew, beside what is clearly lent within its class and has run for its minimum.
+    `weights` are of GPU types."""
+    book = _Book({name: float(count) for name, count in fleet.gpus.items()})
+    judge = _QuotaJudge(jobs, quotas, weights, patience_ms, book)
+    found = []
+    for group in instants(outcome.lines):
+        while book.waiting and judge.at_ms + LOOK_MS < group[0].at_ms:
+            judge.advance(judge.at_ms + LOOK_MS)
+            found += judge.look()
+        judge.advance(group[0].at_ms)
+        for line in group:
+            book.enter(line)
+        found += judge.look()
+    return found
+
+
+@dataclass(slots=True)
+class _QuotaJudge:
+    """Goes through time; `used_h` is up to `at_ms`, `wronged_ms` since when somebody waits beside
+    what is lent."""
+
+    jobs: Mapping[int, SimJob]
+    quotas: Mapping[str, Quota]
+    weights: Mapping[str, float]
+    patience_ms: int
+    book: _Book
+    at_ms: int = 0
+    used_h: dict[str, float] = field(default_factory=dict)
+    wronged_ms: dict[int, int] = field(default_factory=dict)
+
+    def advance(self, at_ms: int) -> None:
+        left = math.exp(-(at_ms - self.at_ms) / MS_PER_H / MEAN_LIFE_H)
+        rates: dict[str, float] = {}
+        for job_id, line in self.book.running.items():
+            project = self.jobs[job_id].project
+            rates[project] = rates.get(project, 0.0) + line.gpus * self.weights[line.gpu_type]
+        for project in {**self.used_h, **rates}:
+            more_h = rates.get(project, 0.0) * MEAN_LIFE_H * (1 - left)
+            self.used_h[project] = self.used_h.get(project, 0.0) * left + more_h
+        self.at_ms = at_ms
+
+    def look(self) -> list[str]:
+        """Whoever has waited beside it for too long, once."""
+        found: list[str] = []
+        wronged: dict[int, int] = {}
+        for job_id in self._first_in_line():
+            job = self.jobs[job_id]
+            for name, rate in job.rates.items():
+                lent = self._recallable(job.rank, name)
+                free = self.book.free.get(name, 0.0)
+                if rate <= 0 or free + sum(gpus for _, gpus in lent) < job.gpus:
+                    continue
+                since_ms = self.wronged_ms.get(job_id, self.at_ms)
+                wronged[job_id] = since_ms
+                if self.at_ms - since_ms > self.patience_ms:
+                    others = ", ".join(str(other) for other, _ in lent)
+                    found.append(
+                        f"at {self.at_ms} ms job {job_id} of {job.project} waits within its quota"
+                        f" for {job.gpus} x {name}, which are lent to {others or 'nobody'}"
+                    )
+                    wronged[job_id] = self.at_ms
+                break
+        self.wronged_ms = wronged
+        return found
+
+    def _entitled_gpus(self, project: str, error_ratio: float) -> float:
+        """As many as lead to the quota in the time ahead, with so much more used."""
+        left = math.exp(-AHEAD_H / MEAN_LIFE_H)
+        used_h = self.used_h.get(project, 0.0) * (1 + error_ratio)
+        spare_h = self.quotas.get(project, NONE).gpu_hours * (1 - error_ratio) - used_h * left
+        return max(0.0, spare_h / (1 - left) / MEAN_LIFE_H)
+
+    def _first_in_line(self) -> list[int]:
+        """Of each project the job that is its next, where it is clearly within the quota."""
+        first: dict[str, tuple[int, int, int]] = {}
+        for job_id in self.book.waiting:
+            job = self.jobs[job_id]
+            turn = (job.rank, job.arrival_ms, job_id)
+            first[job.project] = min(first.get(job.project, turn), turn)
+        found = []
+        for project, (rank, _, job_id) in sorted(first.items()):
+            job = self.jobs[job_id]
+            best = max(job.rates, key=lambda name: job.rates[name])
+            ahead = sum(
+                line.gpus * self.weights[line.gpu_type]
+                for other, line in self.book.running.items()
+                if self.jobs[other].project == project and self.jobs[other].rank <= rank
+            )
+            wants = ahead + job.gpus * self.weights[best]
+            if wants <= self._entitled_gpus(project, CLEAR_RATIO):
+                found.append(job_id)
+        return found
+
+    def _recallable(self, rank: int, name: str) -> list[tuple[int, int]]:
+        """Jobs of a class, with their GPUs of a type, that are clearly beyond their quotas and have
+        run for their minimum."""
+        found = []
+        ahead: dict[str, float] = {}
+        turns = sorted(
+            (self.jobs[n].rank, self.jobs[n].arrival_ms, n, line)
+            for n, line in self.book.running.items()
+        )
+        for own_rank, _, job_id, line in turns:
+            job = self.jobs[job_id]
+            before = ahead.get(job.project, 0.0)
+            ahead[job.project] = before + line.gpus * self.weights[line.gpu_type]
+            minimum_s = max(RUN_S_MIN, 10 * job.restart_s)
+            old = self.at_ms - line.at_ms >= minimum_s * MS_PER_S
+            beyond = before > self._entitled_gpus(job.project, -CLEAR_RATIO) or (
+                self._entitled_gpus(job.project, -CLEAR_RATIO) <= 0
+            )
+            if own_rank == rank and line.gpu_type == name and old and beyond:
+                found.append((job_id, line.gpus))
+        return found

@@ -15,8 +15,12 @@ an empty cell: it cannot run there.
     [gpus.A100]
     count = 8
     price_per_h = 1.9
+    [projects.vision]
+    gpu_hours_per_day = 48
     [chance]
     node_mtbf_h = 2000
+
+`[projects.NAME]` are quotas, as in the coordinator's configuration.
 """
 
 import csv
@@ -29,6 +33,7 @@ from typing import Final
 import msgspec
 
 from coordinator.core.model import CLASS_RANK
+from coordinator.core.quotas import Quota
 from coordinator.sim.model import Chance, Fleet, SimJob
 
 JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
@@ -59,12 +64,20 @@ class ChanceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blind: bool = False
 
 
+class ProjectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As `coordinator/config.py` has it."""
+
+    gpu_hours_per_day: float = 0.0
+    weight: float = 1.0
+
+
 class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`restart_s` is what a restart costs a job whose line does not say."""
 
     gpus: dict[str, GpuType]
     restart_s: float = 60.0
     chance: ChanceTable = ChanceTable()
+    projects: dict[str, ProjectTable] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +87,7 @@ class Inputs:
     fleet: Fleet
     chance: Chance
     restart_s: float
+    quotas: Mapping[str, Quota]
 
 
 def read_fleet(path: Path, seed: int) -> Inputs:
@@ -91,11 +105,17 @@ def read_fleet(path: Path, seed: int) -> Inputs:
         raise BadFile(f"{path}: nothing in [chance] may be negative")
     if table.node_gpus < 1 or said.restart_s < 0:
         raise BadFile(f"{path}: node_gpus is 1 or more, restart_s is not negative")
+    if any(each.gpu_hours_per_day < 0 or each.weight <= 0 for each in said.projects.values()):
+        raise BadFile(f"{path}: a project has no negative hours, and a weight above 0")
     fleet = Fleet(
         {name: each.count for name, each in said.gpus.items()},
         {name: each.price_per_h for name, each in said.gpus.items()},
     )
-    return Inputs(fleet, Chance(seed=seed, **msgspec.structs.asdict(table)), said.restart_s)
+    chance = Chance(seed=seed, **msgspec.structs.asdict(table))
+    quotas = {
+        name: Quota(each.gpu_hours_per_day, each.weight) for name, each in said.projects.items()
+    }
+    return Inputs(fleet, chance, said.restart_s, quotas)
 
 
 def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:

@@ -12,7 +12,9 @@ from typing import Final
 
 from coordinator.core.allocation import Aims, Contender, Option, Solve, allocate
 from coordinator.core.backlog import Backlog, backlog_of
+from coordinator.core.quotas import Quota
 from coordinator.sim.model import News, Placement, Seen, SimJob, View
+from coordinator.sim.tenants import Tenants
 
 # Jobs times types: up to so many a decision takes some 20 ms.
 FEW_MAX: Final = 1_000
@@ -28,7 +30,9 @@ class Ours:
     tick_ms: int = 60_000
     tenants: Mapping[str, float] | None = None
     few_max: int = FEW_MAX
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
     backlog: Backlog | None = None
+    books: Tenants | None = None
     options: dict[int, tuple[SimJob, tuple[Option, ...]]] = field(default_factory=dict)
 
     @property
@@ -38,12 +42,20 @@ class Ours:
     def decide(self, view: View) -> Mapping[int, Placement]:
         contenders = [self._contender(seen) for seen in view.jobs]
         tenants = self.tenants or {}
+        if self.quotas:
+            if self.books is None:
+                self.books = Tenants(self.quotas)
+            contenders, weights = self.books.judge(contenders, view.now_ms)
+            tenants = {**tenants, **weights}
         allocation = allocate(
             contenders, view.capacity, view.now_ms, self.aims, tenants=tenants, solve=self.solve
         )
         self.backlog = None
         if len(contenders) * len(view.capacity) > self.few_max:
             self.backlog = backlog_of(contenders, view.capacity, allocation, self.aims, tenants)
+        if self.books is not None:
+            options = {job_id: grant.option for job_id, grant in allocation.grants.items()}
+            self.books.decided(contenders, options, view.now_ms)
         return {
             job_id: Placement(grant.option.gpu_type, grant.option.gpus)
             for job_id, grant in allocation.grants.items()
@@ -54,9 +66,14 @@ class Ours:
         if self.backlog is None:
             return None
         came = [self._contender(_arrived(job)) for job in news.came]
+        if self.books is not None:
+            self.books.ended(news.ended, news.now_ms)
+            came = self.books.arrived(came, news.now_ms)
         started = self.backlog.happened(news.ended, came, news.now_ms)
         if started is None:
             return None
+        if self.books is not None:
+            self.books.started(started, news.now_ms)
         return {n: Placement(option.gpu_type, option.gpus) for n, option in started.items()}
 
     def _contender(self, seen: Seen) -> Contender:

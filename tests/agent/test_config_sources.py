@@ -170,6 +170,26 @@ def test_lists_and_tables_name_their_source(write: Callable[[str], str]) -> None
     assert config.gpus == ["GPU-1", "GPU-2"]
 
 
+def test_tables_of_tables_name_what_they_do_not_know(write: Callable[[str], str]) -> None:
+    side = SIDES["coordinator"]
+    path = write("[projects.demo]\ngpu_hour_per_day = 48\n")
+    assert side.refusals(["--config", path], {}) == [
+        f"file {path}: 'projects' must be without 'gpu_hour_per_day' in 'demo'; "
+        "did you mean 'gpu_hours_per_day'?"
+    ]
+    for wrong in ("projects = 1", "[projects]\ndemo = 48", '[projects.demo]\nweight = "2"'):
+        (sentence,) = side.refusals(["--config", write(wrong)], {})
+        assert "a table of tables with gpu_hours_per_day and weight, not " in sentence
+    (sentence,) = side.refusals(["--config", "", "--projects=demo=48"], {})
+    assert sentence.startswith("flag --projects: 'projects' must be a table of tables")
+    flag = "--projects=demo={ gpu_hours_per_day = 48 }"
+    projects = side.config.load(["--config", "", flag], {}).config.projects
+    printed = side.sources.toml_value(projects)
+    assert printed == '{ "demo" = { "gpu_hours_per_day" = 48.0, "weight" = 1.0 } }'
+    path = write(f"projects = {printed}\n")
+    assert side.config.load(["--config", path], {}).config.projects == projects
+
+
 def test_files_that_cannot_be_used(side: Side, write: Callable[[str], str], tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     assert side.refusals(["--config", missing], {}) == [

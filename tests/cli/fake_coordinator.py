@@ -23,6 +23,7 @@ METHODS = (
     *(
         "ExplainJob",
         "FitJob",
+        "ListProjects",
         "ListJobEvents",
         "ListNodes",
         "CordonNode",

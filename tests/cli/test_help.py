@@ -16,8 +16,8 @@ COMMANDS = sorted(cli.commands)
 
 def test_the_commands() -> None:
     expected = (
-        "submit fit jobs job logs cancel hold release requeue events explain checkpoint nodes "
-        "cordon drain uncordon telemetry simulate forecast completion"
+        "submit fit jobs job logs cancel hold release requeue events explain checkpoint "
+        "projects nodes cordon drain uncordon telemetry simulate forecast completion"
     )
     assert list(cli.commands) == expected.split()
 

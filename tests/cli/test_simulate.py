@@ -62,9 +62,23 @@ def test_a_table_and_the_command_that_makes_it_again(files: tuple[Path, Path]) -
     )
 
 
+def test_a_project_within_its_quota_comes_first(files: tuple[Path, Path]) -> None:
+    """On one GPU: of two jobs that come together the one with a quota, though the other is the
+    shorter one."""
+    trace, fleet = files
+    trace.write_text("job,arrival_s,gpus,steps,project,A100\n1,0,1,3600,a,1\n2,0,1,7200,b,1\n")
+    plain = json.loads(baton(files, "--policy", "baton-greedy", "--json").stdout)
+    fleet.write_text(FLEET + "[projects.b]\ngpu_hours_per_day = 24\n")
+    quotas = json.loads(baton(files, "--policy", "baton-greedy", "--json").stdout)
+    assert plain[0]["completion_h"]["mean"] == pytest.approx((1 + 3) / 2)
+    assert quotas[0]["completion_h"]["mean"] == pytest.approx((3 + 2) / 2)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "sentence"),
     [
+        ("fleet.toml", "[gpus.K80]", "[projects.a]\nweight = 0\n[gpus.K80]", "weight above 0"),
+        ("fleet.toml", "[gpus.K80]", "[projects.a]\nwaight = 1\n[gpus.K80]", "`waight`"),
         ("jobs.csv", "project,A100", "projcet,A100", "'projcet' is no column and no GPU type"),
         ("jobs.csv", "steps", "K80", "the column steps is missing"),
         ("jobs.csv", "1,0,1,7200", "1,0,1,many", "line 2: steps is 'many', not a number"),

@@ -62,6 +62,7 @@ from coordinator.core.model import (
     Snapshot,
     WaitingPart,
 )
+from coordinator.core.project_requests import ProjectPage, ProjectView
 from coordinator.core.state import Instant, Options
 
 UNIX_MS_AT_START = 1_790_000_000_000
@@ -342,6 +343,15 @@ def _answer(answer: Answer) -> str:
             return f"node {_node(answer)}"
         case NodePage():
             return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+        case ProjectPage():
+            return "projects " + "; ".join(_project(view) for view in answer.projects)
+
+
+def _project(view: ProjectView) -> str:
+    quota = "no quota" if view.quota_hours is None else f"of {view.quota_hours:g} h"
+    gpus = f"entitled to {view.entitled_gpus:.2f}, borrows {view.borrowed_gpus:g}"
+    jobs = f"{view.running_jobs} run on {view.running_gpus:g}, {view.waiting_jobs} wait"
+    return f"{view.name}: {view.used_hours:.3f} {quota}; {gpus}, lends {view.lent_gpus:g}; {jobs}"
 
 
 def _kept(view: CheckpointView) -> str:

@@ -434,6 +434,7 @@ class Fleet(RuleBasedStateMachine):
         assert theirs.jobs == ours.jobs
         assert theirs.attempts == ours.attempts
         assert theirs.job_attempts == ours.job_attempts
+        assert theirs.ledger == ours.ledger, "a restart finds that something else was used"
         assert theirs.last_job_id == ours.last_job_id
         assert theirs.parts == ours.parts
         assert sorted(theirs.finish_ms) == sorted(ours.finish_ms)

@@ -23,6 +23,8 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
+    quotas demo=48 beta=24             (a restart with these, in weighted GPU-hours a day)
+    projects
 
 `wait` lets time pass in ticks of half a second while every connected node, or those named, sends
 its heartbeats. A node's list of what it runs follows from `started` and `exit` unless `runs` says
@@ -32,7 +34,7 @@ otherwise; `runs=-` is an empty one, and `1.1!` has ended without its end being 
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,8 @@ from coordinator.core.model import (
     Progress,
     Replication,
 )
+from coordinator.core.project_requests import ListProjects
+from coordinator.core.quotas import Quota
 from tests.core.coordinator_harness import (
     GIGABYTE,
     UNIX_MS_AT_START,
@@ -137,6 +141,11 @@ class Scenario:
         names, words = _arguments(rest)
         if verb == "at":
             self.rig.now_ms = int(names[0])
+            return []
+        if verb == "quotas":
+            quotas = {name: Quota(float(hours)) for name, hours in words.items()}
+            self.rig.options = replace(self.rig.options, projects=quotas)
+            self.rig.restart()
             return []
         if verb == "wait":
             return self._wait(int(names[0]), words.get("beats"))
@@ -314,6 +323,7 @@ _REQUESTS: dict[str, Callable[[str, Words], RequestBody]] = {
     "pin": lambda name, words: PinCheckpoint(int(name), _choice(words)),
     "unpin": lambda name, words: UnpinCheckpoint(int(name), _choice(words) if words else None),
     "nodes": lambda _, __: ListNodes(),
+    "projects": lambda _, __: ListProjects(),
     "cordon": lambda name, _: CordonNode(name),
     "drain": lambda name, _: DrainNode(name),
     "uncordon": lambda name, _: UncordonNode(name),

@@ -75,6 +75,24 @@ def test_times_have_ranges(field: str, value: int, span: str) -> None:
     assert refusals(f"{flag}={value}") == (f"'{field}' must be {span}, not {value}",)
 
 
+def test_quotas_have_ranges() -> None:
+    assert not Options().projects
+    assert not read().projects
+    demo = read("--projects=demo={gpu_hours_per_day=48, weight=2}").projects["demo"]
+    assert (demo.gpu_hours_per_day, demo.weight) == (48, 2)
+    wrong = (
+        "--projects=demo={gpu_hours_per_day=-1, weight=0}",
+        "--projects=low={weight=nan}",
+        "--projects=Upper={}",
+    )
+    assert refusals(*wrong) == (
+        "'gpu_hours_per_day' of 'demo' in 'projects' must be 0 to 10000000, not -1",
+        "'weight' of 'demo' in 'projects' must be 0.01 to 100, not 0",
+        "'weight' of 'low' in 'projects' must be 0.01 to 100, not nan",
+        "'Upper' in 'projects' must be 1 to 64 of a-z, 0-9 and '-'",
+    )
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     assert refusals("--state-directory", "s", "--store-path", "x", "--log-format", "xml") == (
         "'state_directory' must be an absolute path, not 's'",

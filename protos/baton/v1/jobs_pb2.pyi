@@ -662,6 +662,112 @@ class FitJobResponse(_message.Message):
 Global___FitJobResponse: _TypeAlias = FitJobResponse  # noqa: Y015
 
 @_typing.final
+class ListProjectsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListProjectsRequest: _TypeAlias = ListProjectsRequest  # noqa: Y015
+
+@_typing.final
+class Project(_message.Message):
+    """How a project stands. All GPUs and GPU-hours are weighted by type, an H100 being 1; all are
+    finite and not negative.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    QUOTA_GPU_HOURS_PER_DAY_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    USED_GPU_HOURS_FIELD_NUMBER: _builtins.int
+    ENTITLED_GPUS_FIELD_NUMBER: _builtins.int
+    RUNNING_GPUS_FIELD_NUMBER: _builtins.int
+    BORROWED_GPUS_FIELD_NUMBER: _builtins.int
+    LENT_GPUS_FIELD_NUMBER: _builtins.int
+    RUNNING_JOBS_FIELD_NUMBER: _builtins.int
+    WAITING_JOBS_FIELD_NUMBER: _builtins.int
+    WAITING_GPUS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    quota_gpu_hours_per_day: _builtins.float
+    """What it is due a day. Absent: it has no quota, and where others have one all that it runs on is
+    lent.
+    """
+    weight: _builtins.float
+    """Of its part of what is lent; 1 where nothing was configured."""
+    used_gpu_hours: _builtins.float
+    """What it has used, faded with half_life_hours: steady use comes to that of one day."""
+    entitled_gpus: _builtins.float
+    """What it may have now before projects beyond their quotas; 0 without a quota."""
+    running_gpus: _builtins.float
+    """What its jobs hold, and how much of it they would have to give back."""
+    borrowed_gpus: _builtins.float
+    lent_gpus: _builtins.float
+    """What others have borrowed of its part of the fleet, which it does not use itself."""
+    running_jobs: _builtins.int
+    waiting_jobs: _builtins.int
+    """Jobs that need a GPU and may start; those in back-off or held are not counted."""
+    waiting_gpus: _builtins.float
+    """What they want, each on the type that counts most of those that it may have."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        quota_gpu_hours_per_day: _builtins.float | None = ...,
+        weight: _builtins.float = ...,
+        used_gpu_hours: _builtins.float = ...,
+        entitled_gpus: _builtins.float = ...,
+        running_gpus: _builtins.float = ...,
+        borrowed_gpus: _builtins.float = ...,
+        lent_gpus: _builtins.float = ...,
+        running_jobs: _builtins.int = ...,
+        waiting_jobs: _builtins.int = ...,
+        waiting_gpus: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quota_gpu_hours_per_day", b"_quota_gpu_hours_per_day", "quota_gpu_hours_per_day", b"quota_gpu_hours_per_day"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quota_gpu_hours_per_day", b"_quota_gpu_hours_per_day", "borrowed_gpus", b"borrowed_gpus", "entitled_gpus", b"entitled_gpus", "lent_gpus", b"lent_gpus", "name", b"name", "quota_gpu_hours_per_day", b"quota_gpu_hours_per_day", "running_gpus", b"running_gpus", "running_jobs", b"running_jobs", "used_gpu_hours", b"used_gpu_hours", "waiting_gpus", b"waiting_gpus", "waiting_jobs", b"waiting_jobs", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__quota_gpu_hours_per_day: _TypeAlias = _typing.Literal["quota_gpu_hours_per_day"]  # noqa: Y015
+    _WhichOneofArgType__quota_gpu_hours_per_day: _TypeAlias = _typing.Literal["_quota_gpu_hours_per_day", b"_quota_gpu_hours_per_day"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quota_gpu_hours_per_day) -> _WhichOneofReturnType__quota_gpu_hours_per_day | None: ...
+
+Global___Project: _TypeAlias = Project  # noqa: Y015
+
+@_typing.final
+class ListProjectsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECTS_FIELD_NUMBER: _builtins.int
+    HALF_LIFE_HOURS_FIELD_NUMBER: _builtins.int
+    half_life_hours: _builtins.float
+    """After how many hours half of what was used is forgotten."""
+    @_builtins.property
+    def projects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Project]:
+        """By name: those with a quota, and all that have used something or have jobs."""
+
+    def __init__(
+        self,
+        *,
+        projects: _abc.Iterable[Global___Project] | None = ...,
+        half_life_hours: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["half_life_hours", b"half_life_hours", "projects", b"projects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListProjectsResponse: _TypeAlias = ListProjectsResponse  # noqa: Y015
+
+@_typing.final
 class ListJobEventsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -79,6 +79,11 @@ class JobServiceStub:
                 request_serializer=baton_dot_v1_dot_jobs__pb2.FitJobRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_jobs__pb2.FitJobResponse.FromString,
                 _registered_method=True)
+        self.ListProjects = channel.unary_unary(
+                '/baton.v1.JobService/ListProjects',
+                request_serializer=baton_dot_v1_dot_jobs__pb2.ListProjectsRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_jobs__pb2.ListProjectsResponse.FromString,
+                _registered_method=True)
         self.ListJobEvents = channel.unary_unary(
                 '/baton.v1.JobService/ListJobEvents',
                 request_serializer=baton_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
@@ -158,6 +163,13 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListProjects(self, request, context):
+        """How projects stand by their quotas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobEvents(self, request, context):
         """The job's history, oldest first.
         """
@@ -219,6 +231,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.FitJob,
                     request_deserializer=baton_dot_v1_dot_jobs__pb2.FitJobRequest.FromString,
                     response_serializer=baton_dot_v1_dot_jobs__pb2.FitJobResponse.SerializeToString,
+            ),
+            'ListProjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProjects,
+                    request_deserializer=baton_dot_v1_dot_jobs__pb2.ListProjectsRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_jobs__pb2.ListProjectsResponse.SerializeToString,
             ),
             'ListJobEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobEvents,
@@ -474,6 +491,33 @@ class JobService:
             '/baton.v1.JobService/FitJob',
             baton_dot_v1_dot_jobs__pb2.FitJobRequest.SerializeToString,
             baton_dot_v1_dot_jobs__pb2.FitJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.JobService/ListProjects',
+            baton_dot_v1_dot_jobs__pb2.ListProjectsRequest.SerializeToString,
+            baton_dot_v1_dot_jobs__pb2.ListProjectsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,8 @@ class JobServiceStub:
     """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
     submitted.
     """
+    ListProjects: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListProjectsRequest, _jobs_pb2.ListProjectsResponse]
+    """How projects stand by their quotas."""
     ListJobEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]
     """The job's history, oldest first."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_jobs_pb2.StreamLogsRequest, _jobs_pb2.StreamLogsResponse]
@@ -86,6 +88,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
     submitted.
     """
+    ListProjects: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListProjectsRequest, _jobs_pb2.ListProjectsResponse]  # type: ignore[assignment]
+    """How projects stand by their quotas."""
     ListJobEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]  # type: ignore[assignment]
     """The job's history, oldest first."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_jobs_pb2.StreamLogsRequest, _jobs_pb2.StreamLogsResponse]  # type: ignore[assignment]
@@ -166,6 +170,14 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """What a job would do on each type of GPU of the fleet: speed, memory, price and time. Nothing is
         submitted.
         """
+
+    @_abc_1.abstractmethod
+    def ListProjects(
+        self,
+        request: _jobs_pb2.ListProjectsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ListProjectsResponse, _abc.Awaitable[_jobs_pb2.ListProjectsResponse]]:
+        """How projects stand by their quotas."""
 
     @_abc_1.abstractmethod
     def ListJobEvents(
