@@ -5,13 +5,17 @@ each job the best that is free when it comes leaves the best GPUs with whoever c
 jobs are weighed against each other at every decision. Each way to run a job has a value:
 
     age x tenant x rate relative to the job's best x GPUs
-        x (1 / sqrt(GPU-hours left) + balance x (hours left / most hours left of any job) ^ power)
+    x ((1 - balance) / GPU-hours left ^ 0.6 + balance x (hours left / hours of all work) ^ power)
 
 and the sum of the values of what runs is made as large as the fleet permits. The first term in the
 brackets ends short jobs first (the mean completion time), the second keeps long ones from being
-left to the end (the last completion); `balance` says how much of the second. Where it is not known
-how much is left, the more a job has had, the more it is taken to need (two-dimensional least
-attained service), and at least what its project's jobs typically take.
+left to the end (the last completion); `balance` says how much of the second. A job is long by the
+hours that the fleet needs for all work of its class (`horizon.py`), or those of its longest job:
+where there is work for days, five hours can wait. At a balance of 1 only the end of all counts:
+then an hour's work is worth what it costs the fleet, and long jobs come first by little.
+
+Where it is not known how much is left, the more a job has had, the more it is taken to need
+(two-dimensional least attained service), and at least what its project's jobs typically take.
 
 - Classes are solved one after another on what is left, never weighed against each other. So are,
   within each, those within their projects' quotas and those beyond (`quotas.py`).
@@ -31,6 +35,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from coordinator.core.horizon import Horizon, Work, horizon
+
 MS_PER_S: Final = 1000.0
 S_PER_H: Final = 3600.0
 # A restart is worth a tenth of what follows it at most.
@@ -41,6 +47,13 @@ LEFT_GPU_H_MIN: Final = 1 / 60
 LOST_RATIO_MAX: Final = 0.9
 # What a solver calls 1: it computes with a tolerance of 1e-7.
 WHOLE_MIN: Final = 1 - 1e-6
+# Of the two terms of a job's value; chosen on Gavel's continuous trace, as `Aims` was.
+SHORT_POWER: Final = 0.6
+URGENCY: Final = 1.1
+# Near a balance of 1, and hardly below a half of it, only the end of all counts; then all work has
+# to be done where it is cheap, and how long a job is says least.
+END_POWER: Final = 4
+POWER_END: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,7 @@ class Aims:
     move."""
 
     balance: float = 0.3
-    power: float = 2.5
+    power: float = 1.5
     age_h: float = 18.0
     stay_ratio: float = 0.16
     stay_s: float = 7200.0
@@ -137,7 +150,7 @@ class Allocation:
     value: float
     bound: float
     waiting_worth: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    longest_h: Mapping[int, float] = field(default_factory=dict)
+    ahead: Mapping[int, Horizon] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -179,14 +192,14 @@ def allocate(
     waits: dict[int, str] = {}
     prices = dict.fromkeys(free, 0.0)
     waiting_worth: dict[int, Sequence[float]] = {}
-    longest_h: dict[int, float] = {}
+    ahead: dict[int, Horizon] = {}
     bound = 0.0
     by_rank: dict[int, list[Contender]] = {}
     for contender in sorted(contenders, key=lambda c: (c.rank, c.submitted_ms, c.job_id)):
         by_rank.setdefault(contender.rank, []).append(contender)
     for rank, group in by_rank.items():
-        longest_h[rank] = longest_hours_left(group)
-        worth = worths(group, now_ms, aims, tenants or {}, longest_h[rank])
+        ahead[rank] = work_ahead(group, free)
+        worth = worths(group, now_ms, aims, tenants or {}, ahead[rank])
         tiers = _tiers(group, worth, free)
         for place, tier in enumerate(tiers):
             _keep_late(tier, now_ms)
@@ -210,7 +223,7 @@ def allocate(
             if contender.job_id not in grants
         )
     value = sum(grant.value for grant in grants.values())
-    return Allocation(grants, waits, prices, value, bound, waiting_worth, longest_h)
+    return Allocation(grants, waits, prices, value, bound, waiting_worth, ahead)
 
 
 def worths(
@@ -218,27 +231,34 @@ def worths(
     now_ms: int,
     aims: Aims,
     tenants: Mapping[str, float],
-    longest_h: float,
+    ahead: Horizon,
 ) -> list[list[float]]:
-    """What each option of each job is worth, in the order of `contenders`, where no job of their
-    class had more than `longest_h` left."""
+    """What each option of each job is worth, in the order of `contenders`, with so much work
+    `ahead` of their class."""
+    end = aims.balance**END_POWER
+    power = (1.0 - end) * aims.power + end * POWER_END
     found = []
     for contender in contenders:
         best = _best(contender)
         hours = _hours_left(contender, best)
-        most_h = max(longest_h, hours / best.gpus)
         age = 1.0 + max(0, now_ms - contender.submitted_ms) / MS_PER_S / S_PER_H / aims.age_h
-        urgency = aims.balance * (hours / best.gpus / most_h) ** aims.power
         weight = age * tenants.get(contender.project, 1.0) * best.gpus
-        found.append(_worth(contender, best, hours, weight * (hours**-0.5 + urgency), aims))
+        part = min(1.0, hours / best.gpus / max(ahead.hours, LEFT_GPU_H_MIN))
+        urgency = URGENCY * ahead.cost(_relative(contender, best)) ** end * part**power
+        value = (1.0 - aims.balance) * hours**-SHORT_POWER + aims.balance * urgency
+        found.append(_worth(contender, best, hours, weight * value, aims))
     return found
 
 
-def longest_hours_left(contenders: Sequence[Contender]) -> float:
-    """Of any of these jobs, on the GPUs that it asks for."""
-    bests = [_best(contender) for contender in contenders]
-    pairs = zip(contenders, bests, strict=True)
-    return max((_hours_left(each, best) / best.gpus for each, best in pairs), default=1.0)
+def work_ahead(contenders: Sequence[Contender], capacity: Mapping[str, int]) -> Horizon:
+    """Of these jobs, on what there is."""
+    works, longest_h = [], 0.0
+    for contender in contenders:
+        best = _best(contender)
+        hours = _hours_left(contender, best)
+        longest_h = max(longest_h, hours / best.gpus)
+        works.append(Work(hours, best.gpus, _relative(contender, best)))
+    return horizon(works, longest_h, capacity)
 
 
 def gpu_hours_left(contender: Contender) -> float:
@@ -257,6 +277,13 @@ def _hours_left(contender: Contender, best: Option) -> float:
 def _best(contender: Contender) -> Option:
     """The option with the highest rate; one that stands for no option at all does nothing."""
     return max(contender.options, key=lambda option: option.rate, default=Option("", 1, math.inf))
+
+
+def _relative(contender: Contender, best: Option) -> dict[str, float]:
+    """How fast it is on each type that can run it, relative to the best."""
+    return {
+        option.gpu_type: option.rate / best.rate for option in contender.options if option.rate > 0
+    }
 
 
 def _worth(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Allocation, Contender, Option, at_prices, worths
+from coordinator.core.horizon import Horizon
 
 Tier = tuple[int, bool]  # class, and whether what it runs on is lent
 Place = tuple[Tier, str, int]  # tier, type, GPUs
@@ -28,7 +29,7 @@ class Backlog:
     aims: Aims
     tenants: Mapping[str, float]
     prices: Mapping[str, float]
-    longest_h: Mapping[int, float]
+    ahead: Mapping[int, Horizon]
     free: dict[str, int]
     waiting: dict[int, Contender] = field(default_factory=dict)
     heaps: dict[Place, list[tuple[float, int, Option]]] = field(default_factory=dict)
@@ -47,8 +48,8 @@ class Backlog:
         started: dict[int, Option] = {}
         self._fill(started)
         for contender in sorted(came, key=lambda c: (*_tier(c), c.submitted_ms, c.job_id)):
-            longest_h = self.longest_h.get(contender.rank, 0.0)
-            (worth,) = worths([contender], now_ms, self.aims, self.tenants, longest_h)
+            ahead = self.ahead.get(contender.rank, Horizon(0.0))
+            (worth,) = worths([contender], now_ms, self.aims, self.tenants, ahead)
             option = at_prices(worth, contender.options, self.free, self.prices)
             if option is None:
                 self.wait(contender, worth)
@@ -117,7 +118,7 @@ def backlog_of(
     tenants: Mapping[str, float],
 ) -> Backlog:
     """What a decision over these jobs leaves to be decided by what happens next."""
-    found = Backlog(aims, tenants, allocation.prices, allocation.longest_h, dict(capacity))
+    found = Backlog(aims, tenants, allocation.prices, allocation.ahead, dict(capacity))
     for contender in contenders:
         grant = allocation.grants.get(contender.job_id)
         if grant is None:

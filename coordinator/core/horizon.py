@@ -1,0 +1,91 @@
+"""When all work that is there could be done, and what an hour of each job's is a part of it.
+
+Problem: whether a long job has to start now or may wait is a question about the whole queue: where
+there is work for days, five hours are short. And an hour of a job is not an hour of the fleet: it
+depends on which types the others need. Both follow from one price for a GPU-hour of each type. A
+job is done most cheaply on the type with the least price for its work; at any prices the cost of
+all work, over what the fleet earns in an hour, is a bound on the hours that it takes (of the linear
+program that would end everything at once, these are the dual values), and the prices that make the
+bound highest are the right ones. Dear types become dearer, and those that nobody wants cheaper, a
+fixed number of times; where jobs are many, evenly drawn ones say it for all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+ROUNDS: Final = 40
+# The price of a type follows its load by this power at first, and by less in each round.
+STEP: Final = 1.0
+# Prices are those of this many jobs; some milliseconds on nine types.
+PRICED_MAX: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one job: GPU-hours on its best type, on how many GPUs at once, and how fast it is on types
+    relative to the best; one that is not named cannot run it."""
+
+    gpu_hours: float
+    gpus: int
+    relative: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """`hours` are those that the work takes at least; `prices` of a GPU-hour are 1 on average over
+    the GPUs. `longest_h`: no job takes longer on its best type."""
+
+    hours: float
+    longest_h: float = 0.0
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    def cost(self, relative: Mapping[str, float]) -> float:
+        """What a GPU-hour of such a job's work on its best type costs where that is cheapest, in
+        GPU-hours of an average GPU; 1 for one that has nowhere to run."""
+        costs = (self.prices[n] / ratio for n, ratio in relative.items() if n in self.prices)
+        return min(costs, default=1.0)
+
+
+def horizon(works: Sequence[Work], longest_h: float, capacity: Mapping[str, int]) -> Horizon:
+    """Of all this work on so many GPUs."""
+    gpus = {name: count for name, count in capacity.items() if count > 0}
+    total = sum(gpus.values())
+    able = [work for work in works if any(gpus.get(name, 0) >= work.gpus for name in work.relative)]
+    if not able:
+        return Horizon(longest_h, longest_h)
+    drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
+    prices = dict.fromkeys(gpus, 1.0)
+    best, best_prices = -1.0, prices
+    for round_number in range(ROUNDS):
+        loads, cost = _loads(drawn, gpus, prices)
+        if cost > best:
+            best, best_prices = cost, prices
+        even = cost / total
+        power = STEP / (1.0 + round_number / 4)
+        moved = {
+            name: price * ((loads[name] / gpus[name] + even) / (2 * even)) ** power
+            for name, price in prices.items()
+        }
+        scale = total / sum(gpus[name] * price for name, price in moved.items())
+        prices = {name: price * scale for name, price in moved.items()}
+    _, cost = _loads(able, gpus, best_prices)
+    return Horizon(max(longest_h, cost / total), longest_h, best_prices)
+
+
+def _loads(
+    works: Sequence[Work], gpus: Mapping[str, int], prices: Mapping[str, float]
+) -> tuple[dict[str, float], float]:
+    """GPU-hours of each type where all work goes where it is cheapest, and what it costs."""
+    loads = dict.fromkeys(prices, 0.0)
+    total = 0.0
+    for work in works:
+        cost, name = min(
+            (prices[name] / ratio, name)
+            for name, ratio in work.relative.items()
+            if gpus.get(name, 0) >= work.gpus
+        )
+        loads[name] += work.gpu_hours / work.relative[name]
+        total += work.gpu_hours * cost
+    return loads, total
