@@ -72,6 +72,13 @@ def test_a_table_and_the_command_that_makes_it_again(files: tuple[Path, Path]) -
         ("jobs.csv", "guaranteed", "golden", "line 4: class is 'golden', not one of guaranteed"),
         ("jobs.csv", "3,1800,2", "3,1800,4", "line 4: no GPU type of the fleet can run it on 4"),
         ("jobs.csv", "2,0,1", "1,0,1", "line 3: job 1 is there twice"),
+        ("jobs.csv", "1,0,1,7200", "1,0,1.5,7200", "line 2: gpus is '1.5', not a whole number"),
+        ("jobs.csv", "1,0,1,7200", "1.5,0,1,7200", "line 2: job is '1.5', not a whole number"),
+        ("jobs.csv", "b,2,", "b,2,,7", "line 3: there are more cells than columns"),
+        ("jobs.csv", "A100,K80", "A100,A100", "the column A100 is there twice"),
+        ("jobs.csv", "7200", "1e14", "line 2: it takes 1.39e+10 hours where it is fastest"),
+        ("fleet.toml", "[gpus.K80]", "[gpus.model]", "cannot be called 'model', as a column is"),
+        ("fleet.toml", "restart_s = 0", "restart_s = nan", "restart_s is not negative"),
         ("fleet.toml", "count = 1", "cuont = 1", "unknown field `cuont`"),
         ("fleet.toml", "count = 1", "count = 0", "needs a count of 1 or more"),
     ],
@@ -87,6 +94,18 @@ def test_a_file_that_cannot_be_used_is_named(
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert name in result.stderr
+
+
+def test_a_spreadsheet_s_first_byte_is_no_column(files: tuple[Path, Path]) -> None:
+    files[0].write_text("\ufeff" + TRACE)
+    assert baton(files, "--policy", "fifo").exit_code == 0
+
+
+def test_without_prices_the_fastest_type_is_the_cheapest(files: tuple[Path, Path]) -> None:
+    files[1].write_text(FLEET.replace("price_per_h = 2.0", "").replace("price_per_h = 0.5", ""))
+    result = baton(files, "--policy", "per-dollar", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["provisioned_cost"] == 0
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
