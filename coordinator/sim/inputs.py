@@ -30,13 +30,15 @@ from typing import Final
 import msgspec
 
 from coordinator.core.model import CLASS_RANK
-from coordinator.sim.model import Chance, Fleet, SimJob
+from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
 
 JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
 # A job that takes longer where it is fastest is a mistake in a rate; the clock would tick for ever.
+NUMBER_MAX: Final = 1e15
 HOURS_MAX: Final = 10 * 8760
 CLASSES: Final = {each.value: rank for each, rank in CLASS_RANK.items()}
 REQUIRED: Final = ("job", "arrival_s", "gpus", "steps")
+PAIR_COLUMNS: Final = ("gpu_type", "model", "beside", "steps_per_s")
 OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
 
 
@@ -108,15 +110,16 @@ def read_fleet(path: Path, seed: int) -> Inputs:
     return Inputs(fleet, Chance(seed=seed, **msgspec.structs.asdict(table)), said.restart_s)
 
 
-def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:
-    """The jobs of a trace, in the order of the file."""
+def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[SimJob]:
+    """The jobs of a trace, in the order of the file. Types that may be `added` may have a
+    column."""
     jobs: dict[int, SimJob] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, restval="")
-            _check_columns(path, reader.fieldnames or (), inputs.fleet)
+            _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
             for number, row in enumerate(reader, start=2):
-                job = _job(f"{path}, line {number}", row, inputs)
+                job = _job(f"{path}, line {number}", row, inputs, added)
                 if job.job_id in jobs:
                     raise BadFile(f"{path}, line {number}: job {job.job_id} is there twice")
                 if len(jobs) >= JOBS_MAX:
@@ -131,8 +134,36 @@ def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:
     return list(jobs.values())
 
 
-def _check_columns(path: Path, columns: Sequence[str], fleet: Fleet) -> None:
-    known = (*REQUIRED, *OPTIONAL, *fleet.gpus)
+def read_pairs(path: Path) -> PairRates:
+    """What jobs of one GPU make beside each other: columns gpu_type, model, beside, steps_per_s."""
+    found: dict[tuple[str, str, str], float] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, restval="")
+            if tuple(reader.fieldnames or ()) != PAIR_COLUMNS:
+                raise BadFile(f"{path}: the columns are not {', '.join(PAIR_COLUMNS)}")
+            for number, row in enumerate(reader, start=2):
+                rate = _number(row["steps_per_s"])
+                if rate is None or None in row:
+                    raise BadFile(f"{path}, line {number}: steps_per_s is no number of 0 or more")
+                found[row["gpu_type"], row["model"], row["beside"]] = rate
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadFile(f"{path} is no CSV file: {error}") from error
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < NUMBER_MAX else None
+
+
+def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> None:
+    known = (*REQUIRED, *OPTIONAL, *types)
     for column in columns:
         if column not in known:
             near = difflib.get_close_matches(column, known, 1)
@@ -146,17 +177,14 @@ def _check_columns(path: Path, columns: Sequence[str], fleet: Fleet) -> None:
         raise BadFile(f"{path}: the column {twice[0]} is there twice")
 
 
-def _job(place: str, row: Mapping[str, str], inputs: Inputs) -> SimJob:
+def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str]) -> SimJob:
     if None in row:
         raise BadFile(f"{place}: there are more cells than columns")
 
     def number(column: str, default: float | None = None) -> float:
         text = row.get(column) or ""
-        try:
-            value = float(text) if text or default is None else default
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < 1e15:
+        value = _number(text) if text or default is None else default
+        if value is None:
             raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more")
         return value
 
@@ -168,11 +196,14 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs) -> SimJob:
     rank = CLASSES.get(row.get("class") or "standard")
     if rank is None:
         raise BadFile(f"{place}: class is {row['class']!r}, not one of {', '.join(CLASSES)}")
-    rates = {name: number(name, 0.0) for name in inputs.fleet.gpus}
+    there = inputs.fleet.gpus
+    # Of a type that is added, an empty cell means that nobody knows: it is estimated.
+    rates = {name: number(name, 0.0) for name in there}
+    rates |= {name: number(name) for name in added if name not in there and row.get(name)}
     gpus = whole("gpus")
     if gpus < 1:
         raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more")
-    if not any(rate > 0 and inputs.fleet.gpus[name] >= gpus for name, rate in rates.items()):
+    if not any(rate > 0 and there.get(name, 0) >= gpus for name, rate in rates.items()):
         raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}")
     hours = number("steps") / max(rates.values()) / 3600
     if hours > HOURS_MAX:
