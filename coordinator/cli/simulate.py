@@ -105,6 +105,11 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_chance_options
 @click.option("--blind", is_flag=True, help="Nobody says how long jobs are.")
 @click.option(
+    "--plots",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A directory for SVG files: use by type, queue, completions, cost, fairness.",
+)
+@click.option(
     "--balance",
     type=click.FloatRange(0, 1),
     default=0.3,
@@ -165,6 +170,8 @@ def simulate(**given: Any) -> None:
         }
         for name in dict.fromkeys(given["policies"])
     }
+    if given["plots"] is not None:
+        _write_plots(given["plots"], found, cases)
     if settings_of(context).as_json:
         _write_json(found)
         return
@@ -325,6 +332,26 @@ def _write_table(found: "Results") -> None:
             rows.append((name, CHANGE, *_changes(by_case[BEFORE][0], by_case[AFTER][0])))
     named = (Column("POLICY"), *((Column("FLEET"),) if asks else ()))
     write_table((*named, *_COLUMNS), rows)
+
+
+def _write_plots(folder: Path, found: "Results", cases: "Mapping[str, Case]") -> None:
+    from coordinator.sim import plots
+
+    runs = []
+    for name, by_case in found.items():
+        for when, (_, outcome) in by_case.items():
+            case = cases[when]
+            known = {job.job_id: job for job in case.jobs}
+            label = f"{name}, {when}" if AFTER in cases else name
+            runs.append(plots.Shown(label, outcome, known, case.fleet))
+    drawn = plots.files(runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in drawn.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandFailed(f"{folder} cannot be written ({error.strerror or error})") from error
+    write_notice(f"plots: {len(drawn)} files in {folder}")
 
 
 def _cells(found: "Figures") -> tuple[object, ...]:

@@ -39,12 +39,19 @@ def known_as(name: str) -> str:
     return facts.key if facts is not None else name
 
 
+def halves(names: Iterable[str]) -> bool:
+    """Whether a job that runs on these, and does not say in what it computes, is taken to compute
+    in 16 bits: not where one of them cannot, or the others would seem forty times as fast."""
+    facts = [public(name) for name in names]
+    return all(known is None or known.bfloat16 for known in facts)
+
+
 def guess(
     measured: Iterable[Measurement],
     place: Place,
     knowledge: Knowledge = NOTHING,
     *,
-    half: bool = True,
+    half: bool,
 ) -> float | None:
     """Steps a second at `place` of a job that did what was `measured`; None: nobody can say."""
     kin = [Observation(_JOB, one) for one in measured]
@@ -73,9 +80,10 @@ def _rates(job: SimJob, names: tuple[str, ...]) -> Mapping[str, float]:
 @lru_cache(maxsize=4096)
 def _given(told: tuple[tuple[str, float], ...], name: str, gpus: int) -> float | None:
     """Traces repeat their models."""
+    half = halves(other for other, rate in told if rate > 0)
     seen = [
-        measurement(Place(known_as(other), gpus), rate, GIVEN_S, half=True)
+        measurement(Place(known_as(other), gpus), rate, GIVEN_S, half=half)
         for other, rate in told
         if rate > 0
     ]
-    return guess(seen, Place(known_as(name), gpus))
+    return guess(seen, Place(known_as(name), gpus), half=half)

@@ -33,7 +33,7 @@ from coordinator.core.phases import JOB_ENDED, JobPhase, NodeIntent
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 from coordinator.core.workload import Training
-from coordinator.sim.guesses import guess, known_as, measurement, public
+from coordinator.sim.guesses import guess, halves, known_as, measurement, public
 from coordinator.sim.model import Fleet, SimJob
 
 LENGTH_S_DEFAULT: Final = 3600.0  # of a job, where none has ended yet
@@ -199,7 +199,6 @@ class _Recorder:
 def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int) -> _Story:
     gpus = job.spec.ranks * max(1, job.spec.gpus)
     training = workload.read(job.spec)
-    half = training.half if isinstance(training, Training) else True
     trained_s: dict[str, float] = {}
     told: list[tuple[Place, float, float]] = []
     reached = 0
@@ -224,6 +223,7 @@ def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int)
     if not told and trained_s:
         most = max(trained_s, key=lambda each: (trained_s[each], each))
         told, reached = [(Place(most, gpus), 1.0, trained_s[most])], 0
+    half = training.half if isinstance(training, Training) else halves(trained_s)
     measured = [measurement(place, rate, s, half=half) for place, rate, s in told]
     steps = float(reached) if reached else None
     return _Story(job, gpus, half, trained_s, measured, steps, restarts_s)
@@ -265,7 +265,8 @@ def _knowledge(state: State, now: Instant) -> Knowledge:
     found = []
     for run in history.seen(state, now).runs:
         training = workload.read(run.spec)
-        half = training.half if isinstance(training, Training) else True
+        place = run.place.gpu_type
+        half = training.half if isinstance(training, Training) else halves([place])
         one = measurement(run.place, run.steps_per_s, run.seconds, half=half)
         found.append(Observation(run.job, one))
     return estimates.learn(found)

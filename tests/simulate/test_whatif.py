@@ -132,3 +132,9 @@ def test_a_guess_keeps_to_what_the_job_does_elsewhere() -> None:
     )
     assert fast.rates["H100"] == pytest.approx(2 * slow.rates["H100"], rel=1e-3)
     assert 1.5 < slow.rates["H100"] < 4
+
+
+def test_a_job_of_old_gpus_is_not_taken_to_compute_in_what_they_cannot() -> None:
+    """In 16 bits an H200 has sixty times the arithmetic of a V100 in 32, in 32 bits four times."""
+    (old,) = with_types([replace(JOBS[0], rates={"V100": 1.0})], ["H200"])
+    assert 3 < old.rates["H200"] < 8
