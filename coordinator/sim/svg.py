@@ -63,7 +63,7 @@ class _Scale:
     def ticks(self) -> list[float]:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            firsts = (1,) if last - first > 3 else (1, 2, 5)
+            firsts = (1,) if last - first > 4 else (1, 2, 5)
             every = [m * 10.0**power for power in range(first, last + 1) for m in firsts]
         else:
             step = round_step((self.high - self.low) / TICKS)
