@@ -34,6 +34,7 @@ POLICIES = (
     "baton", "baton-greedy", "fifo", "fifo-aware", "static", "packing", "per-dollar", "max-min",
     "max-min-blind", "fairness", "makespan",
 )  # fmt: skip
+MS_PER_H = 3_600_000
 BEFORE, AFTER, CHANGE = "as it is", "as asked", "change"
 
 _COLUMNS = (
@@ -176,6 +177,8 @@ def simulate(**given: Any) -> None:
         _write_json(found)
         return
     _write_table(found)
+    if given["quota"]:
+        _write_projects(found, cases)
     write_notice(f"again: {_again(context)}")
 
 
@@ -332,6 +335,27 @@ def _write_table(found: "Results") -> None:
             rows.append((name, CHANGE, *_changes(by_case[BEFORE][0], by_case[AFTER][0])))
     named = (Column("POLICY"), *((Column("FLEET"),) if asks else ()))
     write_table((*named, *_COLUMNS), rows)
+
+
+def _write_projects(found: "Results", cases: "Mapping[str, Case]") -> None:
+    """Whose jobs gain by a quota, and whose lose: mean completion by project."""
+    columns = [Column("POLICY"), Column("PROJECT"), Column("JOBS", right=True)]
+    columns += [Column(f"MEAN H {words.upper()}", right=True) for words in (BEFORE, AFTER, CHANGE)]
+    rows = []
+    projects = sorted({job.project for job in cases[BEFORE].jobs})
+    for name, by_case in found.items():
+        for project in projects:
+            jobs = [job for job in cases[BEFORE].jobs if job.project == project]
+            before, after = (
+                sum(by_case[when][1].finished_ms[job.job_id] - job.arrival_ms for job in jobs)
+                / len(jobs)
+                / MS_PER_H
+                for when in (BEFORE, AFTER)
+            )
+            change = f"{after / before - 1:+.1%}" if before else None
+            cells = (f"{before:.2f}", f"{after:.2f}", change)
+            rows.append((name, project, len(jobs), *cells))
+    write_table(columns, rows)
 
 
 def _write_plots(folder: Path, found: "Results", cases: "Mapping[str, Case]") -> None:

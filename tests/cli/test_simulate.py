@@ -161,6 +161,19 @@ def test_what_if_there_were_more_stands_beside_what_is(files: tuple[Path, Path])
     assert rows == [], "the third job needs two"
 
 
+def test_a_quota_says_who_gains_and_who_loses(files: tuple[Path, Path]) -> None:
+    files[0].write_text(
+        "job,arrival_s,gpus,steps,project,A100\n1,0,1,7200,a,2\n2,0,1,7200,b,2\n3,0,1,7200,b,2\n"
+    )
+    result = baton(files, "--policy", "baton-greedy", "--quota", "b=x3")
+    assert result.exit_code == 0, result.output
+    table = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert table == [
+        ["baton-greedy", "a", "1", "1.00", "3.00", "+200.0%"],
+        ["baton-greedy", "b", "2", "2.50", "1.50", "-40.0%"],
+    ]
+
+
 def test_a_question_that_cannot_be_asked_is_said(files: tuple[Path, Path]) -> None:
     for option, text, sentence in (
         ("--remove", "1xK80", "job 3 could never run: it needs 2 GPUs of one"),
