@@ -34,7 +34,9 @@ _COLUMNS = (
 _FITTINGS = {"fits": "fits", "accumulates": "accumulates", "does_not_fit": "does not fit"}
 
 
-class _Price(click.ParamType[tuple[str, float]]):
+class Price(click.ParamType[tuple[str, float]]):
+    """A part of a GPU's name, and dollars an hour."""
+
     name = "gpu=usd"
 
     def convert(
@@ -56,7 +58,7 @@ class _Price(click.ParamType[tuple[str, float]]):
     "--price",
     "prices",
     multiple=True,
-    type=_Price(),
+    type=Price(),
     envvar="BATON_GPU_PRICES",
     show_envvar=True,
     help="US dollars an hour of one GPU with this in its name; repeatable. Where none is given, "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.core.quotas import AHEAD_H, MEAN_LIFE_H, NONE, Quota
-from coordinator.sim.model import Fleet, Line, Outcome, PairRates, SimJob
+from coordinator.sim.model import Chance, Fleet, Line, Outcome, PairRates, SimJob
 
 MS_PER_S: Final = 1000.0
 # Ends are whole milliseconds, and sums of floating-point numbers have a last digit.
@@ -90,11 +90,18 @@ def check_capacity(outcome: Outcome, fleet: Fleet) -> list[str]:
 
 
 def check_work(
-    outcome: Outcome, jobs: Mapping[int, SimJob], pairs: PairRates | None = None
+    outcome: Outcome,
+    jobs: Mapping[int, SimJob],
+    pairs: PairRates | None = None,
+    chance: Chance | None = None,
 ) -> list[str]:
-    """Each job has done its steps, all of them in time that it had GPUs and was not restarting;
-    what a failure cost is taken from the line that tells of it."""
+    """Each job has done its steps, all of them in time that it had GPUs and was neither restarting
+    nor saving; what a failure cost is taken from the line that tells of it, and is no more than
+    what came after a checkpoint."""
+    chance = chance or Chance()
     done = dict.fromkeys(jobs, 0.0)
+    since: dict[int, float] = {}  # its steps when it last started, all of them saved
+    fastest: dict[int, float] = {}
     runs: dict[int, _Stretch] = {}
     begun: dict[int, bool] = {}
     found = []
@@ -113,10 +120,18 @@ def check_work(
             if stretch is None and begun.get(line.job_id):
                 ready_ms += round(job.restart_s * MS_PER_S)
             begun[line.job_id] = True
-            runs[line.job_id] = _Stretch(line.at_ms, ready_ms, rate)
+            if line.what == "start":
+                since[line.job_id], fastest[line.job_id] = done[line.job_id], 0.0
+            fastest[line.job_id] = max(rate, fastest[line.job_id])
+            runs[line.job_id] = _Stretch(line.at_ms, ready_ms, rate, chance)
         elif line.what == "kill":
             if line.steps > done[line.job_id] * (1 + STEPS_ERROR_RATIO):
                 found.append(f"job {line.job_id} gained steps by a failure")
+            most = fastest[line.job_id] * (chance.checkpoint_s or math.inf)
+            kept = max(since[line.job_id], done[line.job_id] - most)
+            if line.steps < kept * (1 - STEPS_ERROR_RATIO):
+                lost = f"{done[line.job_id] - line.steps:.6g} steps to a failure"
+                found.append(f"job {line.job_id} lost {lost}, and had saved {kept:.6g}")
             done[line.job_id] = line.steps
         elif stretch is not None:
             want = job.steps if line.what == "finish" else line.steps
@@ -133,9 +148,20 @@ class _Stretch:
     begin_ms: int
     ready_ms: int
     rate: float
+    chance: Chance
 
     def steps(self, end_ms: int) -> float:
-        return self.rate * max(0, end_ms - max(self.begin_ms, self.ready_ms)) / MS_PER_S
+        return self.rate * (self._trained_s(end_ms) - self._trained_s(self.begin_ms))
+
+    def _trained_s(self, at_ms: int) -> float:
+        """Since it was ready: all of the time but the saves, those that are over and this one."""
+        elapsed_s = max(0, at_ms - self.ready_ms) / MS_PER_S
+        save_s, every_s = self.chance.save_s, self.chance.checkpoint_s
+        if not save_s or not every_s:
+            return elapsed_s
+        over = int(elapsed_s / (every_s + save_s))
+        saving_s = max(0.0, elapsed_s - over * (every_s + save_s) - every_s)
+        return elapsed_s - over * save_s - saving_s
 
 
 def check_completions(outcome: Outcome, jobs: Mapping[int, SimJob]) -> list[str]:

@@ -11,10 +11,12 @@ import hashlib
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from coordinator.sim import saving
 from coordinator.sim.model import (
     Chance,
     Fleet,
@@ -45,7 +47,8 @@ class BrokenPolicy(ValueError):
 @dataclass(slots=True)
 class _Run:
     """A job on its way. `advanced_ms` is up to when `steps` counts; before `ready_ms` it makes
-    none."""
+    none. `marks` are seconds that it had trained since then, and its steps, whenever it began or
+    its rate changed."""
 
     job: SimJob
     believed: SimJob
@@ -58,6 +61,7 @@ class _Run:
     rate: float = 0.0
     started: bool = False
     version: int = 0
+    marks: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -67,12 +71,12 @@ class _Engine:
     chance: Chance
     pairs: PairRates
     capacity: dict[str, int]
-    random: random.Random
+    failures: random.Random
     heap: list[tuple[int, int, int, int]] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     finished_ms: dict[int, int] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
+    broken: list[tuple[str, int]] = field(default_factory=list)
     events: int = 0
     used: dict[str, float] = field(default_factory=dict)
     came: list[SimJob] = field(default_factory=list)
@@ -81,7 +85,8 @@ class _Engine:
     decide_all: bool = True
 
     def run(self, jobs: Mapping[int, SimJob]) -> None:
-        arrivals = {job.job_id: self._believed(job) for job in jobs.values()}
+        arrivals = _believed(list(jobs.values()), self.chance)
+        self._boot(min((job.arrival_ms for job in jobs.values()), default=0))
         for job in jobs.values():
             heapq.heappush(self.heap, (job.arrival_ms, _ARRIVE, job.job_id, 0))
         if self.chance.node_mtbf_h:
@@ -97,7 +102,8 @@ class _Engine:
                 continue
             self._ask(now_ms)
             running = any(run.placement for run in self.runs.values())
-            idle_ticks = 0 if running else idle_ticks + 1
+            whole = self.capacity == dict(self.fleet.gpus)
+            idle_ticks = 0 if running or not whole else idle_ticks + 1
             if idle_ticks > IDLE_TICKS_MAX:
                 raise BrokenPolicy(f"{self.policy.name} leaves {len(self.runs)} jobs waiting")
             if self.policy.tick_ms and self.runs and tick_ms <= now_ms:
@@ -131,35 +137,28 @@ class _Engine:
             self.decide_all = True
         elif kind == _MEND:
             self.decide_all = True
-            name = self.broken[number]
-            gpus = self._node_gpus(name)
+            name, gpus = self.broken[number]
             self.capacity[name] += gpus
             self.lines.append(Line(now_ms, "mend", 0, name, gpus))
         self.events += 1
         return True
 
-    def _believed(self, job: SimJob) -> _Run:
-        if not self.chance.rate_error:
-            return _Run(job, job)
-        rates = {
-            name: rate * math.exp(self.random.gauss(0.0, self.chance.rate_error))
-            for name, rate in sorted(job.rates.items())
-        }
-        return _Run(job, replace(job, rates=rates))
-
     def _advance(self, run: _Run, now_ms: int) -> None:
         if run.placement is not None:
-            worked_ms = max(0, now_ms - max(run.ready_ms, run.advanced_ms))
-            run.steps += run.rate * worked_ms / MS_PER_S
+            before_s = self._trained_s(run, run.advanced_ms)
+            run.steps += run.rate * (self._trained_s(run, now_ms) - before_s)
             held_s = (now_ms - run.advanced_ms) / MS_PER_S
-            run.attained_gpu_s += held_s * run.placement.gpus
+            run.attained_gpu_s += held_s * _gpus_of(run.placement)
         run.advanced_ms = now_ms
+
+    def _trained_s(self, run: _Run, at_ms: int) -> float:
+        return saving.trained_s(max(0, at_ms - run.ready_ms) / MS_PER_S, self.chance)
 
     def _ask(self, now_ms: int) -> None:
         """By the news alone where the policy can do with that."""
         started = None
         if isinstance(self.policy, Incremental) and not self.decide_all:
-            started = self.policy.hear(News(now_ms, self.ended, self.came))
+            started = self.policy.hear(News(now_ms, self.ended, self.came, self.chance.blind))
         self.came, self.ended, self.decide_all = [], [], False
         if started is None:
             self._decide(now_ms)
@@ -201,6 +200,8 @@ class _Engine:
         used = dict.fromkeys(self.capacity, 0.0)
         for job_id, place in wanted.items():
             self._check_place(job_id, place)
+            if place.gpu_type not in used:
+                raise BrokenPolicy(f"{self.policy.name}: the fleet has no {place.gpu_type}")
             if place.partner is not None:
                 other = wanted.get(place.partner)
                 if other != (place.gpu_type, place.gpus, job_id):
@@ -210,7 +211,8 @@ class _Engine:
 
     def _check_place(self, job_id: int, place: Placement) -> None:
         run = self.runs.get(job_id)
-        if run is None or place.gpus != run.job.gpus or place.gpu_type not in run.job.rates:
+        able = run is not None and run.job.rates.get(place.gpu_type, 0.0) > 0
+        if run is None or not able or place.gpus != run.job.gpus:
             raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot run on {place}")
 
     def _check_room(self, used: Mapping[str, float]) -> None:
@@ -229,11 +231,15 @@ class _Engine:
             run.since_ms = now_ms
             run.ready_ms = now_ms + (round(run.job.restart_s * MS_PER_S) if run.started else 0)
             run.started = True
+            run.marks = []
+        trained_s = self._trained_s(run, now_ms)
+        run.marks.append((trained_s, run.steps))
         run.rate = self._rate(run, place)
         self._note(run, now_ms, "start" if moved else "share")
         run.version += 1
-        left_ms = math.ceil(max(0.0, run.job.steps - run.steps) / run.rate * MS_PER_S)
-        end_ms = max(now_ms, run.ready_ms) + left_ms
+        left_s = max(0.0, run.job.steps - run.steps) / run.rate
+        ends_s = saving.elapsed_s(trained_s + left_s, self.chance)
+        end_ms = max(now_ms, run.ready_ms + math.ceil(ends_s * MS_PER_S))
         heapq.heappush(self.heap, (end_ms, _FINISH, run.job.job_id, run.version))
 
     def _rate(self, run: _Run, place: Placement) -> float:
@@ -262,12 +268,9 @@ class _Engine:
         job_id = run.job.job_id
         self.lines.append(Line(now_ms, what, job_id, *place, run.steps))
 
-    def _node_gpus(self, name: str) -> int:
-        return min(self.chance.node_gpus, self.fleet.gpus[name])
-
     def _plan_failure(self, now_ms: int) -> None:
         nodes = sum(math.ceil(n / self.chance.node_gpus) for n in self.fleet.gpus.values())
-        wait_h = self.random.expovariate(nodes / self.chance.node_mtbf_h)
+        wait_h = self.failures.expovariate(nodes / self.chance.node_mtbf_h)
         heapq.heappush(self.heap, (now_ms + 1 + round(wait_h * MS_PER_H), _FAIL, 0, 0))
 
     def _fail(self, now_ms: int) -> None:
@@ -276,27 +279,38 @@ class _Engine:
         whole = [name for name in sorted(self.capacity) if self.capacity[name] > 0]
         if not whole:
             return
-        name = self.random.choices(whole, [self.capacity[each] for each in whole])[0]
-        gpus = self._node_gpus(name)
-        if self.capacity[name] < gpus:
-            return
-        hit = self.random.random() * self.capacity[name]
-        self.capacity[name] -= gpus
-        self.broken.append(name)
-        mend_ms = now_ms + round(self.chance.mend_h * MS_PER_H)
-        heapq.heappush(self.heap, (mend_ms, _MEND, len(self.broken) - 1, 0))
-        self.lines.append(Line(now_ms, "fail", 0, name, gpus))
+        name = self.failures.choices(whole, [self.capacity[each] for each in whole])[0]
+        nodes = math.ceil(self.capacity[name] / self.chance.node_gpus)
+        first = self.failures.randrange(nodes) * self.chance.node_gpus
+        last = min(first + self.chance.node_gpus, self.capacity[name])
+        mend_h = self.chance.mend_h + self.chance.boot_s * MS_PER_S / MS_PER_H
+        self._lose(name, last - first, now_ms, now_ms + round(mend_h * MS_PER_H))
         begin = 0.0
-        for run in list(self.runs.values()):
+        hit = []
+        for run in self.runs.values():
             place = run.placement
             if place is None or place.gpu_type != name:
                 continue
-            # Jobs lie side by side on the type's GPUs; the node is the stretch from `hit` on.
+            # Jobs lie side by side on the type's GPUs, in the order in which they came.
             end = begin + _gpus_of(place)
-            if end > hit and begin < hit + gpus:
-                self._kill(run, now_ms)
+            if end > first and begin < last:
+                hit.append(run)
             begin = end
+        for run in hit:
+            self._kill(run, now_ms)
         self._make_room(name, now_ms)
+
+    def _boot(self, begin_ms: int) -> None:
+        if self.chance.boot_s:
+            for name, gpus in self.fleet.booting.items():
+                ready_ms = begin_ms + round(self.chance.boot_s * MS_PER_S)
+                self._lose(name, min(gpus, self.capacity[name]), begin_ms, ready_ms)
+
+    def _lose(self, name: str, gpus: int, now_ms: int, back_ms: int) -> None:
+        self.capacity[name] -= gpus
+        self.broken.append((name, gpus))
+        heapq.heappush(self.heap, (back_ms, _MEND, len(self.broken) - 1, 0))
+        self.lines.append(Line(now_ms, "fail", 0, name, gpus))
 
     def _make_room(self, name: str, now_ms: int) -> None:
         """Whoever came last goes where the rest does not fit on what is left."""
@@ -313,9 +327,11 @@ class _Engine:
             return
         self._advance(run, now_ms)
         partner = run.placement.partner
-        worked_s = max(0, now_ms - run.ready_ms) / MS_PER_S
-        unsaved_s = worked_s % self.chance.checkpoint_s if self.chance.checkpoint_s else worked_s
-        run.steps = max(0.0, run.steps - run.rate * unsaved_s)
+        elapsed_s = max(0, now_ms - run.ready_ms) / MS_PER_S
+        trained_s = self._trained_s(run, now_ms)
+        run.marks.append((trained_s, run.steps))
+        saved_s = trained_s - saving.unsaved_s(elapsed_s, self.chance)
+        run.steps = _steps_at(run.marks, saved_s)
         self._leave(run, now_ms, "kill")
         if partner is not None:
             self._kill(self.runs[partner], now_ms)
@@ -324,6 +340,34 @@ class _Engine:
 def _gpus_of(place: Placement) -> float:
     """Half of them where it shares them."""
     return place.gpus if place.partner is None else place.gpus / 2
+
+
+def _steps_at(marks: Sequence[tuple[float, float]], trained_s: float) -> float:
+    """How far a job was when it had trained so long: between two marks its rate was one."""
+    for (begin_s, steps), (end_s, more) in zip(reversed(marks[:-1]), reversed(marks), strict=False):
+        if begin_s <= trained_s < end_s:
+            return steps + (more - steps) * (trained_s - begin_s) / (end_s - begin_s)
+    return marks[-1][1] if trained_s >= marks[-1][0] else marks[0][1]
+
+
+def _believed(jobs: Sequence[SimJob], chance: Chance) -> dict[int, _Run]:
+    """Each with what policies are told of it."""
+    chooser = random.Random(chance.seed)
+    lengths_s = [job.steps / max(job.rates.values()) for job in jobs] if chance.blind else []
+    typical_s = statistics.median(lengths_s) if lengths_s else 0.0
+    runs = {}
+    for job in jobs:
+        told = job
+        if chance.rate_error:
+            rates = {
+                name: rate * math.exp(chooser.gauss(0.0, chance.rate_error))
+                for name, rate in sorted(job.rates.items())
+            }
+            told = replace(told, rates=rates)
+        if chance.blind:
+            told = replace(told, steps=typical_s * max(told.rates.values()))
+        runs[job.job_id] = _Run(job, told)
+    return runs
 
 
 def simulate(
@@ -341,8 +385,8 @@ def simulate(
         if not able:
             raise ValueError(f"job {job.job_id}: no GPU type of the fleet can run it on {job.gpus}")
     chance = chance or Chance()
-    chooser = random.Random(chance.seed)
-    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), chooser)
+    failures = random.Random(f"failures {chance.seed}")
+    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), failures)
     engine.run(known)
     digest = hashlib.sha256()
     for line in engine.lines:

@@ -25,6 +25,7 @@ an empty cell: it cannot run there.
 
 import csv
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,15 @@ import msgspec
 
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.quotas import Quota
-from coordinator.sim.model import Chance, Fleet, SimJob
+from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
 
 JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
+# A job that takes longer where it is fastest is a mistake in a rate; the clock would tick for ever.
+NUMBER_MAX: Final = 1e15
+HOURS_MAX: Final = 10 * 8760
 CLASSES: Final = {each.value: rank for each, rank in CLASS_RANK.items()}
 REQUIRED: Final = ("job", "arrival_s", "gpus", "steps")
+PAIR_COLUMNS: Final = ("gpu_type", "model", "beside", "steps_per_s")
 OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
 
 
@@ -60,6 +65,8 @@ class ChanceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node_gpus: int = 4
     mend_h: float = 4.0
     checkpoint_s: float = 600.0
+    save_s: float = 0.0
+    boot_s: float = 0.0
     rate_error: float = 0.0
     blind: bool = False
 
@@ -99,14 +106,19 @@ def read_fleet(path: Path, seed: int) -> Inputs:
     except msgspec.DecodeError as error:
         raise BadFile(f"{path}: {error}") from error
     table = said.chance
-    if any(each.count < 1 or each.price_per_h < 0 for each in said.gpus.values()) or not said.gpus:
+    if not said.gpus or any(
+        each.count < 1 or not 0 <= each.price_per_h < math.inf for each in said.gpus.values()
+    ):
         raise BadFile(f"{path}: each GPU type needs a count of 1 or more and no negative price")
-    if min(table.node_mtbf_h, table.mend_h, table.checkpoint_s, table.rate_error) < 0:
-        raise BadFile(f"{path}: nothing in [chance] may be negative")
-    if table.node_gpus < 1 or said.restart_s < 0:
+    if not all(0 <= number < math.inf for number in msgspec.structs.astuple(table)):
+        raise BadFile(f"{path}: every number in [chance] is 0 or more")
+    if table.node_gpus < 1 or not 0 <= said.restart_s < math.inf:
         raise BadFile(f"{path}: node_gpus is 1 or more, restart_s is not negative")
     if any(each.gpu_hours_per_day < 0 or each.weight <= 0 for each in said.projects.values()):
         raise BadFile(f"{path}: a project has no negative hours, and a weight above 0")
+    for name in said.gpus:
+        if name in (*REQUIRED, *OPTIONAL):
+            raise BadFile(f"{path}: a GPU type cannot be called {name!r}, as a column is")
     fleet = Fleet(
         {name: each.count for name, each in said.gpus.items()},
         {name: each.price_per_h for name, each in said.gpus.items()},
@@ -118,15 +130,16 @@ def read_fleet(path: Path, seed: int) -> Inputs:
     return Inputs(fleet, chance, said.restart_s, quotas)
 
 
-def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:
-    """The jobs of a trace, in the order of the file."""
+def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[SimJob]:
+    """The jobs of a trace, in the order of the file. Types that may be `added` may have a
+    column."""
     jobs: dict[int, SimJob] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as lines:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, restval="")
-            _check_columns(path, reader.fieldnames or (), inputs.fleet)
+            _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
             for number, row in enumerate(reader, start=2):
-                job = _job(f"{path}, line {number}", row, inputs)
+                job = _job(f"{path}, line {number}", row, inputs, added)
                 if job.job_id in jobs:
                     raise BadFile(f"{path}, line {number}: job {job.job_id} is there twice")
                 if len(jobs) >= JOBS_MAX:
@@ -141,8 +154,36 @@ def read_jobs(path: Path, inputs: Inputs) -> list[SimJob]:
     return list(jobs.values())
 
 
-def _check_columns(path: Path, columns: Sequence[str], fleet: Fleet) -> None:
-    known = (*REQUIRED, *OPTIONAL, *fleet.gpus)
+def read_pairs(path: Path) -> PairRates:
+    """What jobs of one GPU make beside each other: columns gpu_type, model, beside, steps_per_s."""
+    found: dict[tuple[str, str, str], float] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, restval="")
+            if tuple(reader.fieldnames or ()) != PAIR_COLUMNS:
+                raise BadFile(f"{path}: the columns are not {', '.join(PAIR_COLUMNS)}")
+            for number, row in enumerate(reader, start=2):
+                rate = _number(row["steps_per_s"])
+                if rate is None or None in row:
+                    raise BadFile(f"{path}, line {number}: steps_per_s is no number of 0 or more")
+                found[row["gpu_type"], row["model"], row["beside"]] = rate
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadFile(f"{path} is no CSV file: {error}") from error
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < NUMBER_MAX else None
+
+
+def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> None:
+    known = (*REQUIRED, *OPTIONAL, *types)
     for column in columns:
         if column not in known:
             near = difflib.get_close_matches(column, known, 1)
@@ -151,30 +192,44 @@ def _check_columns(path: Path, columns: Sequence[str], fleet: Fleet) -> None:
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
         raise BadFile(f"{path}: the column {missing[0]} is missing")
+    twice = [column for column in columns if columns.count(column) > 1]
+    if twice:
+        raise BadFile(f"{path}: the column {twice[0]} is there twice")
 
 
-def _job(place: str, row: Mapping[str, str], inputs: Inputs) -> SimJob:
+def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str]) -> SimJob:
+    if None in row:
+        raise BadFile(f"{place}: there are more cells than columns")
+
     def number(column: str, default: float | None = None) -> float:
         text = row.get(column) or ""
-        try:
-            value = float(text) if text or default is None else default
-        except ValueError:
-            value = -1.0
-        if not 0 <= value < 1e15:
+        value = _number(text) if text or default is None else default
+        if value is None:
             raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more")
         return value
+
+    def whole(column: str) -> int:
+        if number(column) % 1:
+            raise BadFile(f"{place}: {column} is {row[column]!r}, not a whole number")
+        return int(number(column))
 
     rank = CLASSES.get(row.get("class") or "standard")
     if rank is None:
         raise BadFile(f"{place}: class is {row['class']!r}, not one of {', '.join(CLASSES)}")
-    rates = {name: number(name, 0.0) for name in inputs.fleet.gpus}
-    gpus = int(number("gpus"))
+    there = inputs.fleet.gpus
+    # Of a type that is added, an empty cell means that nobody knows: it is estimated.
+    rates = {name: number(name, 0.0) for name in there}
+    rates |= {name: number(name) for name in added if name not in there and row.get(name)}
+    gpus = whole("gpus")
     if gpus < 1:
         raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more")
-    if not any(rate > 0 and inputs.fleet.gpus[name] >= gpus for name, rate in rates.items()):
+    if not any(rate > 0 and there.get(name, 0) >= gpus for name, rate in rates.items()):
         raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}")
+    hours = number("steps") / max(rates.values()) / 3600
+    if hours > HOURS_MAX:
+        raise BadFile(f"{place}: it takes {hours:.3g} hours where it is fastest")
     return SimJob(
-        job_id=int(number("job")),
+        job_id=whole("job"),
         gpus=gpus,
         steps=number("steps"),
         rates={name: rate for name, rate in rates.items() if rate > 0},

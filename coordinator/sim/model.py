@@ -28,10 +28,12 @@ class SimJob:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """GPUs of each type, and what an hour of one costs."""
+    """GPUs of each type, and what an hour of one costs. Those that are `booting` when the first job
+    comes take work from `Chance.boot_s` on."""
 
     gpus: Mapping[str, int]
     prices_per_h: Mapping[str, float] = field(default_factory=dict)
+    booting: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def price_per_h(self) -> float:
@@ -50,7 +52,7 @@ class Placement(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A job that has arrived and not ended, as a policy sees it. `steps_left` is None where jobs do
-    not say how long they are."""
+    not say how long they are; then `job.steps` are those of a typical one."""
 
     job: SimJob
     steps_left: float | None
@@ -84,11 +86,13 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What has happened since the policy was last asked: who has ended, and who has come."""
+    """What has happened since the policy was last asked: who has ended, and who has come. `blind`:
+    these do not say how long they are."""
 
     now_ms: int
     ended: Sequence[int]
     came: Sequence[SimJob]
+    blind: bool = False
 
 
 @runtime_checkable
@@ -102,7 +106,8 @@ class Incremental(Protocol):
 
 class Line(NamedTuple):
     """One thing that happened. `what` is arrive, start, share (the partner has changed), stop, kill
-    (its GPU failed), finish, fail or mend; `steps` are those that the job has done by then."""
+    (its GPU failed), finish, fail (GPUs are not there from now on) or mend; `steps` are those that
+    the job has done by then."""
 
     at_ms: int
     what: str
@@ -115,16 +120,20 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chance:
-    """What goes wrong. A node of `node_gpus` fails every `node_mtbf_h` hours on average and is back
-    after `mend_h`; a job on it loses what came after its last checkpoint. Believed rates are off by
-    a factor whose logarithm has the deviation `rate_error`. `blind`: nobody says how long jobs
-    are."""
+    """What goes wrong, and what it costs to be prepared. A node of `node_gpus` fails every
+    `node_mtbf_h` hours on average, is mended after `mend_h`, and then takes `boot_s` to boot. A job
+    on it loses what came after its last checkpoint; one is made every `checkpoint_s` of training
+    and stops the training for `save_s` (`saving.py`). Believed rates are off by a factor whose
+    logarithm has the deviation `rate_error`. `blind`: nobody says how long jobs are. What fails and
+    who is wrong are drawn apart, so each stays as it is when the other changes."""
 
     seed: int = 0
     node_mtbf_h: float = 0.0
     node_gpus: int = 4
     mend_h: float = 4.0
     checkpoint_s: float = 600.0
+    save_s: float = 0.0
+    boot_s: float = 0.0
     rate_error: float = 0.0
     blind: bool = False
 

@@ -65,7 +65,7 @@ class Ours:
         """Who starts by it; None where the fleet is small or it takes a decision over all."""
         if self.backlog is None:
             return None
-        came = [self._contender(_arrived(job)) for job in news.came]
+        came = [self._contender(_arrived(job, news.blind)) for job in news.came]
         if self.books is not None:
             self.books.ended(news.ended, news.now_ms)
             came = self.books.arrived(came, news.now_ms)
@@ -90,8 +90,8 @@ def options_of(job: SimJob) -> tuple[Option, ...]:
     return tuple(Option(name, job.gpus, rate) for name, rate in job.rates.items() if rate > 0)
 
 
-def _arrived(job: SimJob) -> Seen:
-    return Seen(job, job.steps, 0.0, None, 0)
+def _arrived(job: SimJob, blind: bool) -> Seen:
+    return Seen(job, None if blind else job.steps, 0.0, None, 0)
 
 
 def contender(seen: Seen, options: tuple[Option, ...]) -> Contender:

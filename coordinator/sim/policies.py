@@ -13,6 +13,8 @@ from coordinator.sim.model import PairRates, Placement, SimJob, View
 
 # Gandiva keeps a pair when the two together do more than one alone.
 PAIR_RATIO_MIN: Final = 1.0
+# What costs nothing, or nobody knows what, is taken to cost next to nothing.
+PRICE_MIN: Final = 1e-3
 
 
 def running(view: View) -> dict[int, Placement]:
@@ -178,7 +180,7 @@ class PerDollar:
         prices = view.fleet.prices_per_h
         waiting = waiting_jobs(view)
         found = [
-            (-rate / max(job.rates.values()) / prices.get(name, 1.0), place, name)
+            (-rate / max(job.rates.values()) / max(PRICE_MIN, prices.get(name, 0.0)), place, name)
             for place, job in enumerate(waiting)
             for name, rate in job.rates.items()
             if rate > 0

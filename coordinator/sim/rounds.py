@@ -63,6 +63,8 @@ class Rounds:
 
     def _begin(self, view: View) -> dict[int, Placement]:
         names = [name for name, count in view.capacity.items() if count]
+        if not names:
+            return {}
         parts = self._parts(view, names)
         free = dict(view.capacity)
         placed: dict[int, Placement] = {}
@@ -141,5 +143,6 @@ class Rounds:
 
 
 def _left_s(seen: Seen) -> float:
-    """Steps, in fact; they become seconds by a division by a rate."""
+    """Steps, in fact; they become seconds by a division by a rate. Of a job that does not say how
+    long it is they are a typical job's."""
     return max(1e-6, seen.job.steps if seen.steps_left is None else seen.steps_left)

@@ -180,7 +180,7 @@ class _Opened:
             with _transaction(self._writer):
                 _migrate(self._writer, self._queries, migrations)
                 self._writer.execute(self._queries.advance_leader)
-                snapshot = _read_snapshot(self._writer, self._queries)
+                snapshot = read_snapshot(self._writer, self._queries)
             self._leader_epoch = snapshot.leader_epoch
             return snapshot
 
@@ -342,7 +342,9 @@ def _migrate(
         )
 
 
-def _read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
+def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
+    """Everything durable, as it is for this connection's transaction."""
+
     def documents(query: str) -> Iterator[str]:
         return (row[0] for row in connection.execute(query))
 

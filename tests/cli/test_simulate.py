@@ -1,5 +1,6 @@
 """`baton simulate`: its table, its JSON, and what it says of files that cannot be used."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,20 @@ import pytest
 from click.testing import CliRunner, Result
 
 from coordinator.cli.main import cli
+from coordinator.cli.simulate import POLICIES
+from coordinator.core.messages import PutAttempt, PutJob, PutNode
+from coordinator.core.model import (
+    Attempt,
+    AttemptTimes,
+    GpuFacts,
+    HostFacts,
+    Job,
+    JobSpec,
+    Node,
+    TrainerTime,
+)
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.store.sqlite import SqliteStore
 
 TRACE = """\
 job,arrival_s,gpus,steps,class,project,A100,K80
@@ -86,6 +101,13 @@ def test_a_project_within_its_quota_comes_first(files: tuple[Path, Path]) -> Non
         ("jobs.csv", "guaranteed", "golden", "line 4: class is 'golden', not one of guaranteed"),
         ("jobs.csv", "3,1800,2", "3,1800,4", "line 4: no GPU type of the fleet can run it on 4"),
         ("jobs.csv", "2,0,1", "1,0,1", "line 3: job 1 is there twice"),
+        ("jobs.csv", "1,0,1,7200", "1,0,1.5,7200", "line 2: gpus is '1.5', not a whole number"),
+        ("jobs.csv", "1,0,1,7200", "1.5,0,1,7200", "line 2: job is '1.5', not a whole number"),
+        ("jobs.csv", "b,2,", "b,2,,7", "line 3: there are more cells than columns"),
+        ("jobs.csv", "A100,K80", "A100,A100", "the column A100 is there twice"),
+        ("jobs.csv", "7200", "1e14", "line 2: it takes 1.39e+10 hours where it is fastest"),
+        ("fleet.toml", "[gpus.K80]", "[gpus.model]", "cannot be called 'model', as a column is"),
+        ("fleet.toml", "restart_s = 0", "restart_s = nan", "restart_s is not negative"),
         ("fleet.toml", "count = 1", "cuont = 1", "unknown field `cuont`"),
         ("fleet.toml", "count = 1", "count = 0", "needs a count of 1 or more"),
     ],
@@ -101,6 +123,18 @@ def test_a_file_that_cannot_be_used_is_named(
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert name in result.stderr
+
+
+def test_a_spreadsheet_s_first_byte_is_no_column(files: tuple[Path, Path]) -> None:
+    files[0].write_text("\ufeff" + TRACE)
+    assert baton(files, "--policy", "fifo").exit_code == 0
+
+
+def test_without_prices_the_fastest_type_is_the_cheapest(files: tuple[Path, Path]) -> None:
+    files[1].write_text(FLEET.replace("price_per_h = 2.0", "").replace("price_per_h = 0.5", ""))
+    result = baton(files, "--policy", "per-dollar", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["provisioned_cost"] == 0
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -120,3 +154,139 @@ def test_without_the_solver_the_greedy_is_there_and_the_rest_says_what_to_do(
     assert result.exit_code == 1
     assert "highspy is not installed: pip install 'gpu-baton[scheduling]'" in result.stderr
     assert "--policy baton-greedy" in result.stderr
+
+
+def test_what_if_there_were_more_stands_beside_what_is(files: tuple[Path, Path]) -> None:
+    result = baton(files, "--policy", "fifo", "--add-nodes", "2xK80", "--price", "K80=0.25")
+    assert result.exit_code == 0, result.output
+    lines = [line.split("  ") for line in result.stdout.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert [row[:2] for row in cells] == [
+        ["POLICY", "FLEET"], ["fifo", "as it is"], ["fifo", "as asked"], ["fifo", "change"],
+    ]  # fmt: skip
+    assert cells[1][5] == "2.25"
+    assert cells[2][5] == "2.00", "the third job has two K80 of its own"
+    assert cells[3][5] == "-11.1%"
+    assert [row[10] for row in cells[1:3]] == ["6", "6"], "2.25 x 2.5 and 2.0 x 3.0 dollars"
+    assert "--add-nodes 2xK80 --price K80=0.25 --seed 0" in result.stderr
+    rows = json.loads(
+        baton(files, "--policy", "fifo", "--remove", "1xk80", "--json").stdout or "[]"
+    )
+    assert rows == [], "the third job needs two"
+
+
+def test_a_quota_says_who_gains_and_who_loses(files: tuple[Path, Path]) -> None:
+    files[0].write_text(
+        "job,arrival_s,gpus,steps,project,A100\n1,0,1,7200,a,2\n2,0,1,7200,b,2\n3,0,1,7200,b,2\n"
+    )
+    result = baton(files, "--policy", "baton-greedy", "--quota", "b=x3")
+    assert result.exit_code == 0, result.output
+    table = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert table == [
+        ["baton-greedy", "a", "1", "1.00", "3.00", "+200.0%"],
+        ["baton-greedy", "b", "2", "2.50", "1.50", "-40.0%"],
+    ]
+
+
+def test_a_question_that_cannot_be_asked_is_said(files: tuple[Path, Path]) -> None:
+    for option, text, sentence in (
+        ("--remove", "1xK80", "job 3 could never run: it needs 2 GPUs of one"),
+        ("--add-nodes", "K80", "is no number of GPUs, like 4xH200"),
+        ("--quota", "c=x2", "no job is of project 'c'; there are a, b"),
+        ("--policy", "packing", "--pairs FILE.csv"),
+        ("--rate-error", "nan", "--rate-error is nan, not a number"),
+        ("--journal", "some.sqlite3", "give TRACE or --journal, not both"),
+    ):
+        result = baton(files, option, text)
+        assert result.exit_code == 2, text
+        assert sentence in result.stderr
+
+
+def test_an_empty_cell_under_a_type_that_is_added_is_estimated(files: tuple[Path, Path]) -> None:
+    files[0].write_text(
+        "job,arrival_s,gpus,steps,A100,K80,H200\n1,0,1,7200,2,1,50\n2,0,1,7200,2,1,\n"
+    )
+    assert baton(files).exit_code == 2, "a column of no type"
+    result = baton(files, "--policy", "fifo-aware", "--add-nodes", "2xH200", "--json")
+    before, after = json.loads(result.stdout)
+    assert (before["fleet"], after["fleet"]) == ("as it is", "as asked")
+    assert before["completion_h"]["mean"] == pytest.approx(1.5)
+    quick, slow = 7200 / 50 / 3600, 2 * after["completion_h"]["mean"] - 7200 / 50 / 3600
+    assert quick < slow < 1.0
+
+
+def test_every_key_of_chance_is_an_option_and_the_seed_decides(files: tuple[Path, Path]) -> None:
+    def hashed(*more: str) -> str:
+        result = baton(files, "--policy", "fifo", "--json", *more)
+        assert result.exit_code == 0, result.output
+        return str(json.loads(result.stdout)[0]["trace_hash"])
+
+    plain = hashed()
+    for words in (
+        "--node-mtbf-h 1 --node-gpus 1 --mend-h 0.2", "--checkpoint-s 600 --save-s 30",
+        "--node-mtbf-h 1 --node-gpus 1 --boot-s 600",
+    ):  # fmt: skip
+        options = words.split()
+        assert hashed(*options) != plain
+        assert hashed(*options, "--seed", "3") == hashed(*options, "--seed", "3")
+    failing = "--node-mtbf-h 0.5 --node-gpus 1 --mend-h 0.2".split()
+    assert hashed(*failing, "--seed", "1") != hashed(*failing, "--seed", "2")
+    said = files[1].read_text() + "[chance]\nnode_mtbf_h = 0.5\nnode_gpus = 1\nmend_h = 0.2\n"
+    expected = hashed(*failing, "--seed", "1")
+    files[1].write_text(said)
+    assert hashed("--seed", "1") == expected, "in the file it means the same"
+
+
+def test_pairs_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("gpu_type,model,beside,steps_per_s\nA100,m,m,1.5\n")
+    files[0].write_text("job,arrival_s,gpus,steps,model,A100\n1,0,1,7200,m,2\n2,0,1,7200,m,2\n")
+    more = ("--policy", "packing", "--policy", "fifo", "--pairs", str(pairs), "--json")
+    packed, queued = json.loads(baton(files, *more).stdout)
+    assert packed["makespan_h"] == pytest.approx(7200 / 1.5 / 3600)
+    assert queued["makespan_h"] == pytest.approx(2.0)
+    pairs.write_text("gpu_type,model,beside,steps_per_s\nA100,m,m,fast\n")
+    assert "line 2: steps_per_s is no number" in baton(files, *more).stderr
+    pairs.write_text("type,model\n")
+    assert "the columns are not gpu_type, model, beside" in baton(files, *more).stderr
+
+
+def test_every_policy_is_in_the_help() -> None:
+    shown = CliRunner().invoke(cli, ["simulate", "--help"]).output
+    assert all(f"\n    {name} " in shown for name in POLICIES)
+
+
+def test_a_coordinator_s_own_journal_is_the_trace(tmp_path: Path) -> None:
+    """Two jobs took half an hour each on its one H100; four H200 beside it take one at once."""
+    path = tmp_path / "baton.sqlite3"
+    facts = (GpuFacts("u1", "NVIDIA H100 80GB HBM3", 80 * 1024**3),)
+
+    async def write() -> None:
+        store = SqliteStore(path)
+        await store.open()
+        await store.commit([PutNode(Node("n1", "j", "", HostFacts(), facts))])
+        for number in (1, 2):
+            spec = JobSpec(command=("train",), gpus=1, project="demo")
+            begin = 1_700_000_000_000 + (number - 1) * 1_800_000
+            told = TrainerTime(step_s=1800)
+            attempt = Attempt(
+                number, 1, "n1", ("u1",), AttemptPhase.SUCCEEDED, begin, begin, begin + 1_800_000,
+                times=AttemptTimes(ready_ms=0, speaks=True, trainer=told, step=900),
+            )  # fmt: skip
+            job = Job(number, spec, JobPhase.SUCCEEDED, 1_700_000_000_000)
+            await store.commit([PutJob(job), PutAttempt(attempt)])
+        await store.close()
+
+    asyncio.run(write())
+    run = ["simulate", "--journal", str(path), "--policy", "fifo", "--json"]
+    result = CliRunner().invoke(cli, [*run, "--add-nodes", "4xH200"])
+    assert result.exit_code == 0, result.output
+    before, after = json.loads(result.stdout)
+    assert before["makespan_h"] == pytest.approx(1.0)
+    assert 0.3 < after["makespan_h"] < 0.5
+    assert before["provisioned_cost"] == pytest.approx(3.99)
+    assert "journal: 2 jobs on 1 x H100; 2 rates measured, 2 estimated" in result.stderr
+    result = CliRunner().invoke(cli, ["simulate", "--journal", str(tmp_path / "none.sqlite3")])
+    assert result.exit_code == 2
+    assert "none.sqlite3 cannot be read (No such file or directory)" in result.stderr
+    assert CliRunner().invoke(cli, ["simulate"]).exit_code == 2

@@ -1,0 +1,164 @@
+"""Line charts as SVG: axes with units, ticks at round numbers, a legend, and nothing to install.
+
+Problem: a plot is wanted on whatever machine the question was asked on, and a plotting library is
+fifty times as large as this program. A chart of curves needs two scales, some lines and some text.
+The file is the same for the same curves. Colours are those of Okabe and Ito, which people tell
+apart who see fewer; who comes after the eighth is dashed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT = 900, 460
+LEFT, RIGHT, TOP, BOTTOM = 76, 230, 48, 58
+TICKS: Final = 6
+LEGEND_LINE: Final = 20
+COLOURS: Final = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000",
+)  # fmt: skip
+DASHES: Final = ("none", "6 3", "2 3", "9 3 2 3")
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """`points` are in the order of x. `steps`: y holds until the next point."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    steps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Labels say their unit. `log_x`: a decade is as wide as the next. `y_max`: where y ends, if
+    that is known; it begins at 0. `mark_x`: a thin line there."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Sequence[Curve]
+    log_x: bool = False
+    y_max: float | None = None
+    mark_x: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    low: float
+    high: float
+    begin_px: float
+    end_px: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = (math.log10(max(v, self.low)) for v in (value, low, high))
+        part = (value - low) / (high - low)
+        return self.begin_px + min(1.0, max(0.0, part)) * (self.end_px - self.begin_px)
+
+    def ticks(self) -> list[float]:
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            firsts = (1,) if last - first > 4 else (1, 2, 5)
+            every = [m * 10.0**power for power in range(first, last + 1) for m in firsts]
+        else:
+            step = round_step((self.high - self.low) / TICKS)
+            begin = math.ceil(self.low / step - 1e-9)
+            count = math.floor((self.high - self.low) / step + 1e-9) + 1
+            every = [(begin + number) * step for number in range(count)]
+        return [tick for tick in every if self.low * (1 - 1e-9) <= tick <= self.high * (1 + 1e-9)]
+
+
+def round_step(least: float) -> float:
+    """The next of 1, 2, 5, 10, ... that is not less."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
+
+
+def draw(chart: Chart) -> str:
+    """The text of an SVG file."""
+    height = max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * len(chart.curves))
+    xs = [x for curve in chart.curves for x, _ in curve.points]
+    ys = [y for curve in chart.curves for _, y in curve.points]
+    x_scale = _scale_x(xs, chart.log_x)
+    y_high = chart.y_max or max(ys, default=0.0) * 1.05 or 1.0
+    y_scale = _Scale(0.0, y_high, height - BOTTOM, TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
+        f' viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        _text(LEFT, 28, chart.title, "start", 'font-size="16" font-weight="bold"'),
+        *_axes(chart, x_scale, y_scale, height),
+    ]
+    if chart.mark_x is not None and x_scale.low < chart.mark_x < x_scale.high:
+        x = x_scale.at(chart.mark_x)
+        parts.append(_line(x, TOP, x, height - BOTTOM, "#888888"))
+    for number, curve in enumerate(chart.curves):
+        parts += _curve(curve, number, x_scale, y_scale)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _scale_x(xs: Sequence[float], log: bool) -> _Scale:
+    low, high = min(xs, default=0.0), max(xs, default=1.0)
+    if log:
+        low = max(low, high / 1e6, 1e-9)
+        return _Scale(low / 1.05, max(high, low * 1.1) * 1.05, LEFT, WIDTH - RIGHT, log=True)
+    low = min(0.0, low)
+    return _Scale(low, high if high > low else low + 1.0, LEFT, WIDTH - RIGHT)
+
+
+def _axes(chart: Chart, x_scale: _Scale, y_scale: _Scale, height: int) -> list[str]:
+    bottom, right = height - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for tick in x_scale.ticks():
+        x = x_scale.at(tick)
+        parts.append(_line(x, TOP, x, bottom, "#e4e4e4"))
+        parts.append(_text(x, bottom + 19, number(tick), "middle"))
+    for tick in y_scale.ticks():
+        y = y_scale.at(tick)
+        parts.append(_line(LEFT, y, right, y, "#e4e4e4"))
+        parts.append(_text(LEFT - 8, y + 4.5, number(tick), "end"))
+    parts.append(_line(LEFT, bottom, right, bottom, "#333333"))
+    parts.append(_line(LEFT, TOP, LEFT, bottom, "#333333"))
+    parts.append(_text((LEFT + right) / 2, height - 14, chart.x_label, "middle"))
+    middle = (TOP + bottom) / 2
+    turned = f'transform="rotate(-90 18 {middle:g})"'
+    parts.append(_text(18, middle, chart.y_label, "middle", turned))
+    return parts
+
+
+def _curve(curve: Curve, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:
+    points: list[tuple[float, float]] = []
+    for x, y in curve.points:
+        if curve.steps and points:
+            points.append((x_scale.at(x), points[-1][1]))
+        points.append((x_scale.at(x), y_scale.at(y)))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = DASHES[index // len(COLOURS) % len(DASHES)]
+    style = (
+        f'fill="none" stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="1.8"'
+        f' stroke-dasharray="{dash}" stroke-linejoin="round"'
+    )
+    x, y = WIDTH - RIGHT + 16, TOP + 8 + LEGEND_LINE * index
+    return [
+        f'<polyline points="{path}" {style}/>',
+        f'<polyline points="{x},{y} {x + 26},{y}" {style}/>',
+        _text(x + 33, y + 4.5, curve.name, "start"),
+    ]
+
+
+def number(value: float) -> str:
+    """As a tick says it."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{colour}" fill="none"/>'
+
+
+def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(words)}</text>'
