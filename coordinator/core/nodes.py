@@ -13,7 +13,17 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import admission, attempts, checkpoints, gangs, leases, parts, readings, stuck
+from coordinator.core import (
+    admission,
+    attempts,
+    checkpoints,
+    coruns,
+    gangs,
+    leases,
+    parts,
+    readings,
+    stuck,
+)
 from coordinator.core.messages import (
     CloseSession,
     ComeLater,
@@ -306,6 +316,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     for attempt_id, progress in body.progress:
         if attempt_id in live.attempts:
             attempts.progressed(state, now, state.attempts[attempt_id], progress)
+            coruns.heard(state, now, attempt_id, progress)
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)

@@ -28,8 +28,8 @@ forecasts it does not, since the mean of a sum is known better than its parts.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from coordinator.core.matrices import Matrix, Vector, dot, solve_many
 
@@ -68,15 +68,13 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """For `seconds` `who` kept `kept_ratio` of its speed beside `beside`; both are above zero.
-    `prior_log` is what was said of it before."""
+    """For `seconds` `who` kept `kept_ratio` of its speed beside `beside`; both are above zero."""
 
     who: Member
     beside: Member
     gpu_type: str
     kept_ratio: float
     seconds: float
-    prior_log: float
 
     @property
     def variance(self) -> float:
@@ -152,17 +150,24 @@ def prior_log(one: float | None = None, other: float | None = None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """What `learn` has made of sights: the inverse of their covariances, and what each is worth."""
+    """What `learn` has made of sights: the inverse of their covariances, and what each is worth.
+    `used`: by how much of the time each training uses the GPU alone, by its name."""
 
     sights: tuple[Sight, ...] = ()
+    used: Mapping[str, float] = field(default_factory=dict)
     inverse: Matrix | None = None
     weights: Vector | None = None
 
-    def forecast(
-        self, one: Member, other: Member, gpu_type: str, prior: float | None = None
-    ) -> Forecast:
-        """How the two are beside one another; `prior` is `prior_log` of the two."""
-        before = prior_log() if prior is None else prior
+    def poor(self, one: Member, other: Member, gpu_type: str) -> bool:
+        """Whether something that was seen speaks against these two."""
+        if not self.sights:
+            return False
+        said = self.forecast(one, other, gpu_type)
+        return said.informed and not said.worth_trying
+
+    def forecast(self, one: Member, other: Member, gpu_type: str) -> Forecast:
+        """How the two are beside one another."""
+        before = prior_log(self.used.get(one.name), self.used.get(other.name))
         cells = (one, other, gpu_type), (other, one, gpu_type)
         own = [_covariance(cell, cell) for cell in cells]
         between = _covariance(*cells)
@@ -191,21 +196,24 @@ class Lessons:
 _Cell = tuple[Member, Member, str]
 
 
-def learn(sights: Iterable[Sight]) -> Lessons:
+def learn(sights: Iterable[Sight], used: Mapping[str, float] | None = None) -> Lessons:
     """From what was seen, the newest last, of which `SIGHTS_MAX` count."""
+    used = used or {}
     newest = list(sights)[-SIGHTS_MAX:]
     merged = _merged(newest)
     if not merged:
-        return Lessons()
+        return Lessons(used=used)
     cells = [_cell(sight) for sight in merged]
     between = [[_covariance(one, other) for other in cells] for one in cells]
     for index, sight in enumerate(merged):
         between[index][index] += sight.variance
     units = [[float(row == column) for column in range(len(cells))] for row in range(len(cells))]
     inverse = solve_many(between, units)
-    surprises = [math.log(sight.kept_ratio) - sight.prior_log for sight in merged]
+    before = [prior_log(used.get(one.who.name), used.get(one.beside.name)) for one in merged]
+    logs = [math.log(one.kept_ratio) for one in merged]
+    surprises = [log - said for log, said in zip(logs, before, strict=True)]
     weights = [dot(row, surprises) for row in inverse]
-    return Lessons(merged, inverse, weights)
+    return Lessons(merged, used, inverse, weights)
 
 
 def _merged(sights: Sequence[Sight]) -> tuple[Sight, ...]:
@@ -217,8 +225,7 @@ def _merged(sights: Sequence[Sight]) -> tuple[Sight, ...]:
     for cell, group in sorted(groups.items()):
         seconds = math.fsum(one.seconds for one in group)
         log = math.fsum(math.log(one.kept_ratio) * one.seconds for one in group) / seconds
-        before = math.fsum(one.prior_log * one.seconds for one in group) / seconds
-        merged.append(Sight(*cell, math.exp(log), seconds, before))
+        merged.append(Sight(*cell, math.exp(log), seconds))
     return tuple(merged)
 
 

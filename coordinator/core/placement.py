@@ -50,13 +50,14 @@ NODES_NAMED_MAX = 4
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
-    the standby that got its checkpoints."""
+    the standby that got its checkpoints. `shunned` are attempts that it shares a GPU with last."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
     near: tuple[str, ...] = ()
+    shunned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
 
 
 def best_of_all(need: Need, rooms: Sequence[Room]) -> _Spread | None:
-    offered = [(room, room.takes(need.spec)) for room in rooms]
+    offered = [(room, room.takes(need.spec, need.shunned)) for room in rooms]
     offered = [(room, shares) for room, shares in offered if shares]
     others = [(room, shares) for room, shares in offered if room.offer.node != need.avoid]
     for usable in (others, offered):
@@ -221,11 +222,12 @@ def _fewest_nodes(need: Need, offered: _Spread) -> _Spread | None:
 
 def _tightness(
     need: Need, room: Room, shares: Sequence[tuple[str, ...]]
-) -> tuple[bool, bool, int, int, int, int, str]:
+) -> tuple[bool, bool, bool, int, int, int, int, str]:
     spec = need.spec
+    shuns = bool(need.shunned) and room.shuns(shares[0][0], need.shunned)
     opens, fit = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
     increase, left = room.increase(spec, shares), _left(spec, room, len(shares))
-    return (*_nearness(need, room), opens, increase, fit, left, room.offer.node)
+    return (shuns, *_nearness(need, room), opens, increase, fit, left, room.offer.node)
 
 
 def _nearness(need: Need, room: Room) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ when capacity may have come free, else at the new jobs alone.
 
 from collections.abc import Iterable
 
-from coordinator.core import attempts, checkpoints, readings
+from coordinator.core import attempts, checkpoints, coruns, readings
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.offers import is_open, offers_of
 from coordinator.core.phases import AttemptPhase
@@ -43,7 +43,8 @@ def decide(state: State, now: Instant) -> None:
             last = state.gang(job) if replicas else []
             near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
             avoid = state.avoid.get(job.id, "")
-            needs.append(Need(job.id, job.spec, replicas, avoid, near))
+            shunned = coruns.shunned(state, job)
+            needs.append(Need(job.id, job.spec, replicas, avoid, near, shunned))
     # Nodes come and go, and report, far more often than somebody waits for them.
     plan = place(needs, offers_of(state), state.demand.mix()) if needs else None
     if plan is not None:

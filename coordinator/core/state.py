@@ -60,6 +60,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.stretches import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,7 @@ class State:
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}
         self.standby_watches: dict[str, StandbyWatch] = {}
+        self.watches: dict[str, Watch] = {}
         # Cordons for health, (when, of how many GPUs); and GPUs that should have one and do not.
         self.cordons_ms: list[tuple[int, int]] = []
         self.held_back: dict[str, str] = {}
@@ -267,6 +269,7 @@ class State:
                 live.attempts.pop(attempt.id, None)
                 self.ordered_ms.pop(attempt.id, None)
                 self.standby_watches.pop(attempt.id, None)
+                self.watches.pop(attempt.id, None)
             else:
                 live.attempts[attempt.id] = None
             self.indices.put_attempt(attempt)
@@ -282,6 +285,9 @@ class State:
             for gone in ids[:-kept]:
                 self._forget_attempt(gone)
             del ids[:-kept]
+        known = self.attempts.get(attempt.id)
+        if attempt.stretches and (known is None or known.stretches != attempt.stretches):
+            self.indices.put_stretches(attempt.id)
         self.attempts[attempt.id] = attempt
 
     def _forget_attempt(self, gone: str) -> None:

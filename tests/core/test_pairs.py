@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core import pairs
-from coordinator.core.pairs import Lessons, Member, Sight, confirms, learn, prior_log
+from coordinator.core.pairs import Lessons, Member, Sight, confirms, learn
 
 RESNET = Member("resnet 64", "resnet")
 RESNET_LARGER = Member("resnet 128", "resnet")
@@ -19,7 +19,7 @@ ALONE = Member("a command")
 def sight(
     who: Member, beside: Member, kept: float, seconds: float = 120, gpu_type: str = "A100"
 ) -> Sight:
-    return Sight(who, beside, gpu_type, kept, seconds, prior_log())
+    return Sight(who, beside, gpu_type, kept, seconds)
 
 
 def both(one: Member, other: Member, kept: float, its: float) -> list[Sight]:
@@ -41,12 +41,12 @@ def test_of_two_unknown_trainings_a_trial_is_worth_its_price_and_nothing_is_prom
 def test_who_uses_the_gpu_all_the_time_leaves_nothing_to_another(
     one: float, other: float, worth: bool
 ) -> None:
-    said = Lessons().forecast(RESNET, BERT, "A100", prior_log(one, other))
+    said = learn([], {RESNET.name: one, BERT.name: other}).forecast(RESNET, BERT, "A100")
     assert said.worth_trying is worth
 
 
 def test_two_that_leave_each_other_alone_are_not_faster_than_alone() -> None:
-    said = Lessons().forecast(RESNET, BERT, "A100", prior_log(0.1, 0.2))
+    said = learn([], {RESNET.name: 0.1, BERT.name: 0.2}).forecast(RESNET, BERT, "A100")
     assert said.one.expected_ratio == said.other.expected_ratio == 1.0
     assert said.combined_ratio == 2.0
 
