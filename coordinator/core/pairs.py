@@ -66,6 +66,9 @@ class Member:
     family: str = ""
 
 
+Cell = tuple[Member, Member, str]  # who, beside whom, on which type of GPU
+
+
 @dataclass(frozen=True, slots=True)
 class Sight:
     """For `seconds` `who` kept `kept_ratio` of its speed beside `beside`; both are above zero."""
@@ -151,9 +154,11 @@ def prior_log(one: float | None = None, other: float | None = None) -> float:
 @dataclass(frozen=True, slots=True)
 class Lessons:
     """What `learn` has made of sights: the inverse of their covariances, and what each is worth.
-    `used`: by how much of the time each training uses the GPU alone, by its name."""
+    `measured` is what was kept in all of them; `used` by how much of the time each training uses
+    the GPU alone, by its name."""
 
     sights: tuple[Sight, ...] = ()
+    measured: Mapping[Cell, float] = field(default_factory=dict)
     used: Mapping[str, float] = field(default_factory=dict)
     inverse: Matrix | None = None
     weights: Vector | None = None
@@ -186,21 +191,18 @@ class Lessons:
         ]
         covariance = between - dot(to_cells[0], pulls[1])
         informed = any(value > 0 for value in (*to_cells[0], *to_cells[1]))
-        ratios = {_cell(sight): sight.kept_ratio for sight in self.sights}
         measured = None
-        if all(cell in ratios for cell in cells):
-            measured = ratios[cells[0]], ratios[cells[1]]
+        if all(cell in self.measured for cell in cells):
+            measured = self.measured[cells[0]], self.measured[cells[1]]
         return Forecast(kept[0], kept[1], covariance, measured, informed)
 
 
-_Cell = tuple[Member, Member, str]
-
-
 def learn(sights: Iterable[Sight], used: Mapping[str, float] | None = None) -> Lessons:
-    """From what was seen, the newest last, of which `SIGHTS_MAX` count."""
+    """From what was seen, the newest last, of which `SIGHTS_MAX` count for others than the two."""
     used = used or {}
-    newest = list(sights)[-SIGHTS_MAX:]
-    merged = _merged(newest)
+    every = list(sights)
+    measured = {_cell(sight): sight.kept_ratio for sight in _merged(every)}
+    merged = _merged(every[-SIGHTS_MAX:])
     if not merged:
         return Lessons(used=used)
     cells = [_cell(sight) for sight in merged]
@@ -213,12 +215,12 @@ def learn(sights: Iterable[Sight], used: Mapping[str, float] | None = None) -> L
     logs = [math.log(one.kept_ratio) for one in merged]
     surprises = [log - said for log, said in zip(logs, before, strict=True)]
     weights = [dot(row, surprises) for row in inverse]
-    return Lessons(merged, used, inverse, weights)
+    return Lessons(merged, measured, used, inverse, weights)
 
 
 def _merged(sights: Sequence[Sight]) -> tuple[Sight, ...]:
     """One for each two and type, by their time; in an order that does not depend on theirs."""
-    groups: dict[_Cell, list[Sight]] = {}
+    groups: dict[Cell, list[Sight]] = {}
     for sight in sights:
         groups.setdefault(_cell(sight), []).append(sight)
     merged = []
@@ -229,11 +231,11 @@ def _merged(sights: Sequence[Sight]) -> tuple[Sight, ...]:
     return tuple(merged)
 
 
-def _cell(sight: Sight) -> _Cell:
+def _cell(sight: Sight) -> Cell:
     return sight.who, sight.beside, sight.gpu_type
 
 
-def _covariance(cell: _Cell, other: _Cell) -> float:
+def _covariance(cell: Cell, other: Cell) -> float:
     """Of what i keeps beside j with what k keeps beside l."""
     who, beside, gpu_type = cell
     found = _alike(who, other[0], SENSITIVITY_VARIANCE, SENSITIVITY_VARIANCE_FAMILY)

@@ -119,8 +119,12 @@ def test_what_is_seen_narrows_and_its_order_says_nothing(
     assert said.combined_variance >= 0
 
 
-def test_of_many_the_newest_are_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_the_newest_are_learned_from_and_all_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pairs, "SIGHTS_MAX", 2)
     old, new = both(RESNET, BERT, 0.3, 0.3), both(RESNET, LSTM, 0.9, 0.9)
-    assert learn(old + new).forecast(RESNET, BERT, "A100").worth_trying
-    assert learn(old + new).forecast(RESNET, BERT, "A100").measured is None
+    lessons = learn(old + new)
+    assert not lessons.forecast(RESNET, BERT, "A100").worth_trying
+    assert lessons.forecast(RESNET_LARGER, BERT, "A100").worth_trying
+    assert not learn(new + old).forecast(RESNET_LARGER, BERT, "A100").worth_trying
