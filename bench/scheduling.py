@@ -10,8 +10,9 @@ The constants of Baton's objective (`Aims`) were chosen on the continuous trace;
 looked at afterwards. There is no chance in these runs, so there is no spread either.
 
 The traces are not part of Baton: `--gavel FOLDER`, or BATON_BENCH_GAVEL, names a folder with
-`trace_physical_max_min_fairness.csv`, `trace_physical_minimize_makespan.csv` and
-`physical_cluster_throughputs.csv.gz` (MIT licence, github.com/stanford-futuredata/gavel, as CSV).
+`trace_physical_max_min_fairness.csv`, `trace_physical_minimize_makespan.csv`,
+`physical_cluster_throughputs.csv.gz` and `simulation_throughputs.csv.gz` (MIT licence,
+github.com/stanford-futuredata/gavel, as CSV).
 """
 
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, scheduling_scale, scheduling_speed
+from bench import report, scheduling_pairs, scheduling_scale, scheduling_speed
 from coordinator.core.allocation import Aims
 from coordinator.sim import checks, gavel
 from coordinator.sim.engine import simulate
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
         if not asked.json:
             _show(trace, ran)
         rows += _rows(trace, {each.name: each.figures for each in ran})
+    if traces and not asked.quick:
+        rows += scheduling_pairs.rows(Path(parsed.gavel), asked)
     rows += scheduling_scale.rows(asked.quick)
     if not asked.quick:
         rows += scheduling_speed.rows()

@@ -4,7 +4,7 @@ The sentence is made where the decision is made (`placement.py`, `gangs.py`); th
 chooses which holds at present, so that log, CLI and page cannot tell different stories.
 """
 
-from coordinator.core import poison, projects, standby
+from coordinator.core import coruns, poison, projects, standby
 from coordinator.core.model import Job
 from coordinator.core.phases import ATTEMPT_LIVE, AttemptPhase, JobPhase
 from coordinator.core.state import Instant, State
@@ -29,6 +29,8 @@ def explain(state: State, now: Instant, job: Job) -> str:
             return f"job {job.id} is saving and leaving {attempt.node}: {attempt.stop_reason}"
         after = standby.describe(state, job, attempt.node, attempt.replica_node)
         tail += (f"; {after}" if after else "") + _lent(state, now, job)
+        beside = coruns.describe(state, job)
+        tail += f"; {beside}" if beside else ""
         return f"job {job.id} {reason}; attempt {attempt.id}, for {age}{tail}"
     if job.phase is JobPhase.CANCELLING and attempt is not None:
         return f"job {job.id} is being cancelled: attempt {attempt.id} is leaving {attempt.node}"

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
+from coordinator.core.pairs import Lessons
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
 
 # Memory and cores of the host, and of each GPU name and memory.
@@ -26,12 +27,15 @@ class Indices:
     """`draining` nodes, and those whose list of checkpoints to keep has changed; attempts that have
     not ended, and those of them that are out of reach. `pieces`: by digest the jobs with a
     checkpoint or a waiting part of which it is a piece, and how many. `kinds`: the nodes that are
-    alike for `validate.refuse_fleet`."""
+    alike for `validate.refuse_fleet`. `stretched`: attempts of which it is known what sharing a GPU
+    cost them (`coruns.py`), and `lessons` is what follows from them; None until it is asked for."""
 
     draining: dict[str, None] = field(default_factory=dict)
     keep_changed: dict[str, None] = field(default_factory=dict)
     open_attempts: dict[str, None] = field(default_factory=dict)
     unreachable: dict[str, None] = field(default_factory=dict)
+    stretched: dict[str, None] = field(default_factory=dict)
+    lessons: Lessons | None = None
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
@@ -55,9 +59,16 @@ class Indices:
         _put(self.open_attempts, attempt.id, member=attempt.phase not in ATTEMPT_ENDED)
         _put(self.unreachable, attempt.id, member=attempt.phase is AttemptPhase.UNREACHABLE)
 
+    def put_stretches(self, attempt_id: str) -> None:
+        self.stretched[attempt_id] = None
+        self.lessons = None
+
     def forget_attempt(self, attempt_id: str) -> None:
         self.open_attempts.pop(attempt_id, None)
         self.unreachable.pop(attempt_id, None)
+        if attempt_id in self.stretched:
+            del self.stretched[attempt_id]
+            self.lessons = None
 
     def count_piece(self, digest: str, job_id: int, change: int) -> None:
         jobs = self.pieces.setdefault(digest, {})

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.stretches import Stretch
 from coordinator.core.windows import GpuWindow
 
 SHARED = "shared"  # stands for the shared directory wherever a replica's node is named
@@ -175,8 +176,7 @@ class AttemptTimes:
 class Attempt:
     """One execution of a job, or of one of its `ranks`. `stop_reason` is empty until it is told to
     stop; `precopy_ms` is how long it may save before that. `replica_node` is its standby: the node
-    that gets its checkpoints and would take it next. `permanent`: its node has refused it, and any
-    other would too."""
+    that gets its checkpoints and would take it next. `permanent`: any node would refuse it."""
 
     job_id: int
     epoch: int
@@ -199,6 +199,7 @@ class Attempt:
     rank: int = 0
     ranks: int = 1
     permanent: bool = False
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def id(self) -> str:
@@ -488,8 +489,7 @@ class CheckpointView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything durable, as the store hands it over at start. `leader_epoch` is ours;
-    `last_job_id` was given out."""
+    """All that is durable, as the store has it; `leader_epoch` is ours."""
 
     leader_epoch: int = 0
     last_job_id: int = 0

@@ -13,7 +13,16 @@ and nothing else.
 
 from dataclasses import replace
 
-from coordinator.core import attempts, checkpoints, gangs, leases, parts, readings, stuck
+from coordinator.core import (
+    attempts,
+    checkpoints,
+    coruns,
+    gangs,
+    leases,
+    parts,
+    readings,
+    stuck,
+)
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -261,6 +270,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     for attempt_id, progress in body.progress:
         if attempt_id in live.attempts:
             attempts.progressed(state, now, state.attempts[attempt_id], progress)
+            coruns.heard(state, now, attempt_id, progress)
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)

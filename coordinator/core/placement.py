@@ -48,7 +48,8 @@ WEIGHED_MAX = 64
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
-    the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`)."""
+    the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`).
+    `shunned` are attempts that it shares a GPU with last."""
 
     job_id: int
     spec: JobSpec
@@ -56,6 +57,7 @@ class Need:
     avoid: str = ""
     near: tuple[str, ...] = ()
     lent: bool = False
+    shunned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def _fewest_nodes(need: Need, able: Sequence[Room]) -> _Spread | None:
 
 def _tightest(need: Need, rooms: Sequence[Room], ranks: int) -> tuple[Room, list[tuple[str, ...]]]:
     foremost = _foremost(need, rooms, ranks, WEIGHED_MAX)
-    offered = [(room, room.takes(need.spec)[:ranks]) for room in foremost]
+    offered = [(room, room.takes(need.spec, need.shunned)[:ranks]) for room in foremost]
     return min(offered, key=lambda pair: _tightness(need, *pair))
 
 
@@ -237,18 +239,24 @@ def _foremost(need: Need, rooms: Sequence[Room], ranks: int, most: int) -> list[
     def order(room: Room) -> tuple[object, ...]:
         _, opens, fit = room.count(need.spec)
         left = _left(need.spec, room, ranks)
-        return (*_nearness(need, room), opens, fit, left, room.offer.node)
+        shuns = bool(need.shunned) and _shuns(need, room, room.takes(need.spec, need.shunned))
+        return (shuns, *_nearness(need, room), opens, fit, left, room.offer.node)
 
     return nsmallest(most, rooms, key=order) if len(rooms) > most else list(rooms)
 
 
 def _tightness(
     need: Need, room: Room, shares: Sequence[tuple[str, ...]]
-) -> tuple[bool, bool, int, int, int, int, str]:
+) -> tuple[bool, bool, bool, int, int, int, int, str]:
     spec = need.spec
+    shuns = _shuns(need, room, shares)
     opens, fit = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
     increase, left = room.increase(spec, shares), _left(spec, room, len(shares))
-    return (*_nearness(need, room), opens, increase, fit, left, room.offer.node)
+    return (shuns, *_nearness(need, room), opens, increase, fit, left, room.offer.node)
+
+
+def _shuns(need: Need, room: Room, shares: Sequence[tuple[str, ...]]) -> bool:
+    return bool(need.shunned) and room.shuns(shares[0][0], need.shunned)
 
 
 def _nearness(need: Need, room: Room) -> tuple[bool, bool]:

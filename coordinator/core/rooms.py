@@ -81,13 +81,14 @@ class Room:
     )
     whole_box: Box | None = field(default=None, compare=False)
 
-    def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
+    def takes(self, spec: JobSpec, shunned: Sequence[str] = ()) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
-        most as many as the job has."""
+        most as many as the job has. With the attempts `shunned` it shares one last."""
         if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
             return []
         if spec.shared_gpu_memory_bytes:
-            chosen = shares.choose(spec, self.shareable(spec)) if self.offer.shares else None
+            able = self.shareable(spec) if self.offer.shares else []
+            chosen = shares.choose(spec, able, shunned)
             return [] if chosen is None else [(chosen,)]
         count = spec.ranks
         if spec.memory_bytes:
@@ -130,6 +131,10 @@ class Room:
             for gpu in self.offer.gpus
             if (gpu.uuid in self.free or gpu.uuid in self.holds) and suits(spec, gpu)
         ]
+
+    def shuns(self, uuid: str, shunned: Sequence[str]) -> bool:
+        """Whether one of these attempts has a GPU."""
+        return any(hold.attempt in shunned for hold in self.holds.get(uuid, ()))
 
     def has_share(self, spec: JobSpec) -> bool:
         """Whatever else the node lacks."""

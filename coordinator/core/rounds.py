@@ -7,7 +7,7 @@ when capacity may have come free, else at the new jobs alone.
 
 from collections.abc import Iterable
 
-from coordinator.core import attempts, checkpoints, projects, readings
+from coordinator.core import attempts, checkpoints, coruns, projects, readings
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
@@ -45,7 +45,9 @@ def decide(state: State, now: Instant) -> None:
             last = state.gang(job) if replicas else []
             near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
             avoid = state.avoid.get(job.id, "")
-            needs.append(Need(job.id, job.spec, replicas, avoid, near, job.id in standing.lent))
+            shunned = coruns.shunned(state, job)
+            lent = job.id in standing.lent
+            needs.append(Need(job.id, job.spec, replicas, avoid, near, lent, shunned))
     # Nodes come and go, and report, far more often than somebody waits for them.
     plan = place_in(needs, open_rooms(state, standing.recallable)) if needs else None
     if plan is not None:

@@ -55,13 +55,22 @@ def rank(gpu: GpuFacts, holds: Sequence[Hold], share_bytes: int) -> tuple[int, i
     return 1, gpu.memory_bytes
 
 
-def choose(spec: JobSpec, fitting: Iterable[tuple[GpuFacts, Sequence[Hold]]]) -> str | None:
-    """The GPU that the share would be of; `None` where there is no room for it."""
+def choose(
+    spec: JobSpec, fitting: Iterable[tuple[GpuFacts, Sequence[Hold]]], shunned: Sequence[str] = ()
+) -> str | None:
+    """The GPU that the share would be of, beside one of `shunned` last; `None` where there is no
+    room for it."""
     share_bytes = spec.shared_gpu_memory_bytes
     able = [(gpu, holds) for gpu, holds in fitting if left_bytes(gpu, holds) >= share_bytes]
     if not able:
         return None
-    gpu, _ = min(able, key=lambda pair: (*rank(pair[0], pair[1], share_bytes), pair[0].uuid))
+
+    def order(pair: tuple[GpuFacts, Sequence[Hold]]) -> tuple[bool, int, int, str]:
+        gpu, holds = pair
+        shuns = any(hold.attempt in shunned for hold in holds)
+        return (shuns, *rank(gpu, holds, share_bytes), gpu.uuid)
+
+    gpu, _ = min(able, key=order)
     return gpu.uuid
 
 

@@ -5,11 +5,11 @@ Here a change *is* a record: `put_job` and its like replace the value, keep the 
 append the record in one step. Handlers read freely and change only through these.
 
 Durable values are frozen (`model.py`). What is compared with the monotonic clock, or said anew by
-every hello, is volatile and lives in `LiveNode` and the plain dictionaries below; a restarted
+every hello, is volatile and lives in `live.py` and the plain dictionaries below; a restarted
 coordinator begins without it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from coordinator.core import traces
 from coordinator.core.admission import Admission
@@ -17,6 +17,9 @@ from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
 from coordinator.core.kept_rooms import KeptRooms
 from coordinator.core.ledger import Ledger
+from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
+from coordinator.core.live import LiveNode as LiveNode
+from coordinator.core.live import StandbyWatch as StandbyWatch
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -38,9 +41,6 @@ from coordinator.core.model import (
     SHARED,
     Attempt,
     Checkpoint,
-    GpuFacts,
-    GpuTelemetry,
-    HostTelemetry,
     Job,
     JobEvent,
     Node,
@@ -62,6 +62,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.stretches import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,63 +79,6 @@ JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
 # Per job, or the newest gang if that is larger; more are dropped from memory, the store keeps them.
 ATTEMPTS_SHOWN_MAX = 100
 REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here
-
-
-@dataclass(frozen=True, slots=True)
-class StandbyWatch:
-    """Of one attempt (`standby.py`): when its standby moved last, and since when a node fits
-    better."""
-
-    moved_ms: int | None = None
-    better_since_ms: int | None = None
-
-
-@dataclass(slots=True)
-class LiveGpu:
-    """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
-    why it gets no work, where it was not read since `unread_since_ms`. `read_ms`: when what its
-    telemetry says was read, or at least told."""
-
-    facts: GpuFacts
-    phase: GpuPhase
-    holders: tuple[str, ...] = ()
-    telemetry: GpuTelemetry | None = None
-    read_ms: int = 0
-    unread_since_ms: int | None = None
-    unread: str = ""
-
-
-@dataclass(slots=True)
-class LiveNode:
-    """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
-    those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
-    back from being lost, or first to a coordinator that had restarted; `None` if it never did.
-    `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
-    record has it, since who takes work has said hello, and may be another version than before.
-    `expected_ms`: it stands in line, and is not lost before then.
-    `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
-    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
-
-    node: Node
-    phase: NodePhase
-    deadline_ms: int
-    suspect_ms: int = 0
-    expected_ms: int = 0
-    watched_ms: int | None = None
-    session: int | None = None
-    newest_session: int = -1
-    heard_ms: int = 0
-    back_ms: int | None = None
-    heartbeat_sequence: int = 0
-    note: str = ""
-    gpus: dict[str, LiveGpu] = field(default_factory=dict)
-    attempts: dict[str, None] = field(default_factory=dict)
-    strays: dict[str, int] = field(default_factory=dict)
-    stuck: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    telemetry: HostTelemetry | None = None
-    digests: dict[str, int] = field(default_factory=dict)
-    gangs: bool = True
-    shares: bool = True
 
 
 class State:
@@ -166,6 +110,7 @@ class State:
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}
         self.standby_watches: dict[str, StandbyWatch] = {}
+        self.watches: dict[str, Watch] = {}
         # Cordons for health, (when, of how many GPUs); and GPUs that should have one and do not.
         self.cordons_ms: list[tuple[int, int]] = []
         self.held_back: dict[str, str] = {}
@@ -273,6 +218,7 @@ class State:
                 live.attempts.pop(attempt.id, None)
                 self.ordered_ms.pop(attempt.id, None)
                 self.standby_watches.pop(attempt.id, None)
+                self.watches.pop(attempt.id, None)
             else:
                 live.attempts[attempt.id] = None
             self.indices.put_attempt(attempt)
@@ -289,6 +235,9 @@ class State:
             for gone in ids[:-kept]:
                 self._forget_attempt(gone)
             del ids[:-kept]
+        known = self.attempts.get(attempt.id)
+        if attempt.stretches and (known is None or known.stretches != attempt.stretches):
+            self.indices.put_stretches(attempt.id)
         self.attempts[attempt.id] = attempt
         live, spec = self.nodes.get(attempt.node), self.jobs[attempt.job_id].spec
         self.ledger.attempt(attempt, spec, live.node.gpus if live is not None else ())

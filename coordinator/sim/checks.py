@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from coordinator.core.pairs import confirms
 from coordinator.core.quotas import AHEAD_H, MEAN_LIFE_H, NONE, Quota
 from coordinator.sim.model import Chance, Fleet, Line, Outcome, PairRates, SimJob
 
@@ -162,6 +163,47 @@ class _Stretch:
         over = int(elapsed_s / (every_s + save_s))
         saving_s = max(0.0, elapsed_s - over * (every_s + save_s) - every_s)
         return elapsed_s - over * save_s - saving_s
+
+
+def check_pairs(
+    outcome: Outcome, jobs: Mapping[int, SimJob], pairs: PairRates, trial_s: float
+) -> list[str]:
+    """Two share a GPU, each with the other; and two that are too slow by the rule of the core train
+    beside one another for no longer than `trial_s`."""
+    runs: dict[int, tuple[Line, int]] = {}  # how each runs, and when it was ready
+    begun: dict[int, bool] = {}
+    found = []
+    for group in instants(outcome.lines):
+        before = dict(runs)
+        for line in group:
+            old = runs.pop(line.job_id, None)
+            if old is not None and old[0].partner is not None:
+                other = before.get(old[0].partner, old)
+                together_s = (line.at_ms - max(old[1], other[1], old[0].at_ms)) / MS_PER_S
+                if together_s > trial_s and not _confirmed(old[0], jobs, pairs):
+                    names = f"jobs {line.job_id} and {old[0].partner}"
+                    found.append(f"{names} are too slow together and were so for {together_s:g} s")
+            if line.what in ("start", "share"):
+                ready_ms = old[1] if line.what == "share" and old is not None else line.at_ms
+                if line.what == "start" and begun.get(line.job_id):
+                    ready_ms += round(jobs[line.job_id].restart_s * MS_PER_S)
+                begun[line.job_id] = True
+                runs[line.job_id] = line, ready_ms
+        for job_id, (line, _) in runs.items():
+            partner = runs.get(line.partner or 0)
+            if line.partner is not None and (partner is None or partner[0].partner != job_id):
+                found.append(f"at {group[0].at_ms} ms job {job_id} shares with nobody")
+    return found
+
+
+def _confirmed(line: Line, jobs: Mapping[int, SimJob], pairs: PairRates) -> bool:
+    """By the true speeds of the two."""
+    one, other = jobs[line.job_id], jobs[line.partner or 0]
+    kept = [
+        pairs[line.gpu_type, job.model, beside.model] / job.rates[line.gpu_type]
+        for job, beside in ((one, other), (other, one))
+    ]
+    return confirms(kept[0], kept[1])
 
 
 def check_completions(outcome: Outcome, jobs: Mapping[int, SimJob]) -> list[str]:

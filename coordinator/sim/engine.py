@@ -18,6 +18,7 @@ from typing import Final
 
 from coordinator.sim import saving
 from coordinator.sim.model import (
+    PACE_S,
     Chance,
     Fleet,
     Incremental,
@@ -48,7 +49,7 @@ class BrokenPolicy(ValueError):
 class _Run:
     """A job on its way. `advanced_ms` is up to when `steps` counts; before `ready_ms` it makes
     none. `marks` are seconds that it had trained since then, and its steps, whenever it began or
-    its rate changed."""
+    its rate changed. At its `rate` it works since `paced_ms`. Partners have one `seat`."""
 
     job: SimJob
     believed: SimJob
@@ -59,6 +60,8 @@ class _Run:
     ready_ms: int = 0
     advanced_ms: int = 0
     rate: float = 0.0
+    paced_ms: int = 0
+    seat: int = 0
     started: bool = False
     version: int = 0
     marks: list[tuple[float, float]] = field(default_factory=list)
@@ -79,6 +82,7 @@ class _Engine:
     broken: list[tuple[str, int]] = field(default_factory=list)
     events: int = 0
     used: dict[str, float] = field(default_factory=dict)
+    seats: int = 0
     came: list[SimJob] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     # Something that news of jobs does not tell, or nothing has been decided yet.
@@ -169,6 +173,8 @@ class _Engine:
                 raise BrokenPolicy(f"{self.policy.name}: job {job_id} cannot start on {place}")
             self._check_place(job_id, place)
             self._advance(run, now_ms)
+            self.seats += 1
+            run.seat = self.seats
             self._enter(run, place, now_ms)
         self._check_room(self.used)
 
@@ -182,19 +188,54 @@ class _Engine:
                 run.attained_gpu_s,
                 run.placement,
                 run.since_ms,
+                self._pace(run, now_ms),
             )
             for run in self.runs.values()
         ]
         wanted = self.policy.decide(View(now_ms, self.fleet, dict(self.capacity), seen))
         self._check(wanted)
+        seats = self._seats(wanted)
         for job_id, run in self.runs.items():
-            place = wanted.get(job_id)
-            if run.placement is not None and (place is None or place[:2] != run.placement[:2]):
+            if run.placement is not None and seats.get(job_id) != run.seat:
                 self._leave(run, now_ms, "stop")
+            run.seat = seats.get(job_id, 0)
         for job_id, run in self.runs.items():
             place = wanted.get(job_id)
             if place is not None and place != run.placement:
                 self._enter(run, place, now_ms)
+
+    def _pace(self, run: _Run, now_ms: int) -> float | None:
+        """Both of a pair must have worked for so long."""
+        place = run.placement
+        if place is None or (place.partner is not None and place.partner not in self.runs):
+            return None
+        begun_ms = run.paced_ms
+        if place.partner is not None:
+            begun_ms = max(begun_ms, self.runs[place.partner].paced_ms)
+        return run.rate if now_ms - begun_ms >= PACE_S * MS_PER_S else None
+
+    def _seats(self, wanted: Mapping[int, Placement]) -> dict[int, int]:
+        """Whoever keeps its GPUs does not restart. Of a pair that is made or ends, or that changes
+        partners, the one that has been there longest keeps them."""
+        seats: dict[int, int] = {}
+        taken: dict[int, None] = {}
+        order = sorted(wanted, key=lambda job_id: (self.runs[job_id].since_ms, job_id))
+        for job_id in order:
+            run, place = self.runs[job_id], wanted[job_id]
+            stays = run.placement is not None and run.placement[:2] == place[:2]
+            if job_id in seats or not stays or run.seat in taken:
+                continue
+            for member in (job_id, place.partner):
+                if member is not None:
+                    seats[member] = run.seat
+            taken[run.seat] = None
+        for job_id in order:
+            if job_id not in seats:
+                self.seats += 1
+                for member in (job_id, wanted[job_id].partner):
+                    if member is not None:
+                        seats[member] = self.seats
+        return seats
 
     def _check(self, wanted: Mapping[int, Placement]) -> None:
         used = dict.fromkeys(self.capacity, 0.0)
@@ -235,6 +276,7 @@ class _Engine:
         trained_s = self._trained_s(run, now_ms)
         run.marks.append((trained_s, run.steps))
         run.rate = self._rate(run, place)
+        run.paced_ms = max(now_ms, run.ready_ms)
         self._note(run, now_ms, "start" if moved else "share")
         run.version += 1
         left_s = max(0.0, run.job.steps - run.steps) / run.rate

@@ -21,6 +21,7 @@ PHYSICAL_FLEET: Final = Fleet(
 CONTINUOUS: Final = "trace_physical_max_min_fairness.csv"
 STATIC: Final = "trace_physical_minimize_makespan.csv"
 RATES: Final = "physical_cluster_throughputs.csv.gz"
+SIMULATED_RATES: Final = "simulation_throughputs.csv.gz"
 
 
 class NoTrace(ValueError):
@@ -51,6 +52,18 @@ def read_rates(path: Path) -> Rates:
             pairs[name, model, other] = rate
             pairs[name, other, model] = float(row["colocated_steps_per_s"])
     return Rates(alone, pairs)
+
+
+def same_kept(table: Rates, other: Rates) -> dict[tuple[str, str, str], float]:
+    """Rates of pairs for `other`, of which each keeps the part of its speed alone that it keeps in
+    `table`: the published tables differ in the rates alone, and not in those of pairs."""
+    found = {}
+    for (name, one, beside), rate in table.pairs.items():
+        before = table.alone.get((one, 1), {}).get(name)
+        alone = other.alone.get((one, 1), {}).get(name)
+        if before and alone:
+            found[name, one, beside] = rate / before * alone
+    return found
 
 
 def read_trace(path: Path, rates: Rates, restart_s: float) -> list[SimJob]:

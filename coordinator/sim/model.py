@@ -6,7 +6,9 @@ knows. So it gets frozen values: the rates are those that are believed, which ma
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
+
+PACE_S: Final = 120.0  # of work, before a speed is taken for measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +54,15 @@ class Placement(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A job that has arrived and not ended, as a policy sees it. `steps_left` is None where jobs do
-    not say how long they are; then `job.steps` are those of a typical one."""
+    not say how long they are; then `job.steps` are those of a typical one. `pace` is the steps a
+    second that it has made where it is, beside whom it is, once it has done so for `PACE_S`."""
 
     job: SimJob
     steps_left: float | None
     attained_gpu_s: float
     placement: Placement | None
     since_ms: int
+    pace: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ what happens in between goes to `coordinator/core/backlog.py`; where they are fe
 fleets, every event is a decision over all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.core.allocation import Aims, Contender, Option, Solve, allocate
+from coordinator.core.allocation import Aims, Allocation, Contender, Option, Solve, allocate
 from coordinator.core.backlog import Backlog, backlog_of
 from coordinator.core.quotas import Quota
 from coordinator.sim.model import News, Placement, Seen, SimJob, View
@@ -40,16 +40,14 @@ class Ours:
         return "Baton" if self.solve else "Baton, greedy"
 
     def decide(self, view: View) -> Mapping[int, Placement]:
-        contenders = [self._contender(seen) for seen in view.jobs]
+        contenders = [self.contender(seen) for seen in view.jobs]
         tenants = self.tenants or {}
         if self.quotas:
             if self.books is None:
                 self.books = Tenants(self.quotas)
             contenders, weights = self.books.judge(contenders, view.now_ms)
             tenants = {**tenants, **weights}
-        allocation = allocate(
-            contenders, view.capacity, view.now_ms, self.aims, tenants=tenants, solve=self.solve
-        )
+        allocation = self.allocation(view, contenders, tenants)
         self.backlog = None
         if len(contenders) * len(view.capacity) > self.few_max:
             self.backlog = backlog_of(contenders, view.capacity, allocation, self.aims, tenants)
@@ -61,11 +59,19 @@ class Ours:
             for job_id, grant in allocation.grants.items()
         }
 
+    def allocation(
+        self, view: View, contenders: Sequence[Contender], tenants: Mapping[str, float]
+    ) -> Allocation:
+        """The core's decision over these jobs."""
+        return allocate(
+            contenders, view.capacity, view.now_ms, self.aims, tenants=tenants, solve=self.solve
+        )
+
     def hear(self, news: News) -> Mapping[int, Placement] | None:
         """Who starts by it; None where the fleet is small or it takes a decision over all."""
         if self.backlog is None:
             return None
-        came = [self._contender(_arrived(job, news.blind)) for job in news.came]
+        came = [self.contender(_arrived(job, news.blind)) for job in news.came]
         if self.books is not None:
             self.books.ended(news.ended, news.now_ms)
             came = self.books.arrived(came, news.now_ms)
@@ -76,7 +82,7 @@ class Ours:
             self.books.started(started, news.now_ms)
         return {n: Placement(option.gpu_type, option.gpus) for n, option in started.items()}
 
-    def _contender(self, seen: Seen) -> Contender:
+    def contender(self, seen: Seen) -> Contender:
         """Its options are the same at each decision."""
         known = self.options.get(seen.job.job_id)
         if known is None or known[0] is not seen.job:

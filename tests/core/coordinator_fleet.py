@@ -31,7 +31,7 @@ from coordinator.core.messages import (
     StopAttempt,
     Welcome,
 )
-from coordinator.core.model import GpuFacts, HostFacts, JobSpec
+from coordinator.core.model import GpuFacts, HostFacts, JobSpec, Progress
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
 
 HOST = HostFacts("box", "", 1, 64 * GIGABYTE)
@@ -134,7 +134,8 @@ class FakeNode:
     def beat(self) -> None:
         if self.welcomed:
             self.beats += 1
-            self.say(Heartbeat(self.beats, attempts=self.held()))
+            told = tuple((run.attempt, Progress(run.step)) for run in self.living())
+            self.say(Heartbeat(self.beats, attempts=self.held(), progress=told))
             for event in self.spool[:4]:
                 self.say(event)
 

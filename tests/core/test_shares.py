@@ -131,3 +131,22 @@ def test_a_standby_s_gpu_has_room_or_gets_it(
         for number, (size, leaves) in enumerate(holds, start=1)
     ]
     assert gives_room(gpu, there, spec) == expected
+
+
+def test_beside_one_that_is_shunned_is_where_a_job_goes_last() -> None:
+    node = offer("80 80", ("7.1", 0, 20, *STAYING))
+    need = Need(1, share(10), shunned=("7.1",))
+    assert chosen(place([Need(1, share(10))], [node])) == {1: "g0"}
+    assert chosen(place([need], [node])) == {1: "g1"}
+    full = offer("80", ("7.1", 0, 20, *STAYING))
+    assert chosen(place([need], [full])) == {1: "g0"}, "it does not wait for that"
+
+
+def test_it_leaves_its_last_checkpoint_behind_for_that() -> None:
+    here = offer("80", ("7.1", 0, 20, *STAYING))
+    there = replace(offer("80"), node="n2")
+    need = Need(1, share(10), replicas=("n1",), near=("n1",))
+    (start,) = place([need], [here, there]).starts
+    assert start.places[0].node == "n1"
+    (start,) = place([replace(need, shunned=("7.1",))], [here, there]).starts
+    assert start.places[0].node == "n2"

@@ -1,0 +1,310 @@
+"""Jobs that share a GPU are judged by what they do there, and parted when that is too little.
+
+Problem: who asks for a share of a GPU gets it beside whoever is there, and two that are slower
+together than one of them alone go on like that for days, unseen. How fast they are is known: each
+agent tells the steps of its trainers once a second. What is missing is somebody who compares.
+
+1. An attempt's time is cut into *stretches* of one company (`stretches.py`). One that has lasted
+   for `TRIAL_S` of training is written into the attempt, and again each time that it is twice as
+   long.
+2. What it keeps of its speed is measured against itself alone: against an earlier stretch without
+   company, or against what the same training did alone on such a GPU, also in another job. Where
+   neither is known it is not judged, and `baton explain` says so.
+3. Two whose speeds are known are confirmed or not by the rule of `pairs.py`. If not, the later one
+   leaves by checkpoint as soon as a GPU is free that nobody waits for, else the earlier one. Who
+   has never saved is left alone: it might lose more than it gains.
+4. Whoever has been bad beside another, or is expected to be by what their like did, goes beside it
+   last: only where there is nothing else. It has asked to share a GPU, so it does not wait.
+
+What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
+Three and more on a GPU are not judged: whose fault it is, nobody can tell.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from coordinator.core import attempts, gpu_types, history, pairs, shares
+from coordinator.core.model import Attempt, GpuFacts, Job, Progress
+from coordinator.core.offers import offers_of
+from coordinator.core.pairs import TRIAL_S, Lessons, Member, Sight
+from coordinator.core.phases import AttemptPhase
+from coordinator.core.rooms import open_room
+from coordinator.core.state import Instant, State
+from coordinator.core.stretches import Stretch, Watch
+from coordinator.core.validate import suits
+
+# Fewer are no speed, however long they took.
+STEPS_MIN = 5
+# Of an attempt; who comes and leaves more often than that leaves the newest behind.
+STRETCHES_MAX = 8
+# A place elsewhere is looked for so often: it takes a look at the whole fleet.
+LOOK_MS = 10_000
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def heard(state: State, now: Instant, attempt_id: str, progress: Progress) -> None:
+    """What the trainer of an attempt that shares its GPU has just said."""
+    attempt = state.attempts[attempt_id]
+    if not state.share_bytes(attempt_id):
+        return
+    beside = _company(state, attempt)
+    if beside is None:
+        state.watches.pop(attempt_id, None)
+        return
+    watch = state.watches.get(attempt_id)
+    timed = progress.time is not None
+    spent_s = _spent_s(now, progress)
+    same = watch is not None and (watch.beside, watch.timed) == (beside, timed)
+    if watch is None or not same or progress.step < watch.step:
+        state.watches[attempt_id] = Watch(beside, progress.step, spent_s, timed)
+        return
+    steps, seconds = progress.step - watch.step, spent_s - watch.spent_s
+    if steps >= STEPS_MIN and seconds >= max(TRIAL_S, 2 * watch.written_s):
+        state.watches[attempt_id] = replace(watch, written_s=seconds)
+        _write(state, now, attempt, Stretch(beside, steps, seconds))
+    elif watch.written_s and len(beside) == 1 and now.now_ms - watch.looked_ms >= LOOK_MS:
+        state.watches[attempt_id] = replace(watch, looked_ms=now.now_ms)
+        _part(state, now, attempt, state.attempts[beside[0]])
+
+
+def _spent_s(now: Instant, progress: Progress) -> float:
+    """Seconds of training so far, or on the clock where a trainer does not say."""
+    told = progress.time
+    if told is None:
+        return now.now_ms / 1000
+    return told.step_s + told.evaluate_s + told.input_wait_s
+
+
+def _company(state: State, attempt: Attempt) -> tuple[str, ...] | None:
+    """Who has its GPU beside it; `None` while one of them does not train, or not any more."""
+    live = state.nodes[attempt.node]
+    there = live.gpus.get(attempt.gpu_uuids[0])
+    if there is None or attempt.id not in there.holders:
+        return None
+    for holder in there.holders:
+        known = state.attempts.get(holder)
+        running = known is not None and known.phase is AttemptPhase.RUNNING
+        if not running or holder not in state.progress:
+            return None
+    return tuple(sorted(holder for holder in there.holders if holder != attempt.id))
+
+
+def _write(state: State, now: Instant, attempt: Attempt, stretch: Stretch) -> None:
+    """Write a stretch into its attempt, and say what two are worth together once both have one."""
+    gpu = _gpu(state, attempt)
+    if gpu is None:
+        return
+    fresh = all(one.beside != stretch.beside for one in attempt.stretches)
+    if stretch.beside:
+        alone = _alone_per_s(state, now, attempt, gpu)
+        kept = None if alone is None else stretch.steps / stretch.seconds / alone
+        stretch = replace(stretch, kept_ratio=kept)
+    else:
+        stretch = replace(stretch, utilization_ratio=_utilization(state, attempt))
+    others = [one for one in attempt.stretches if one.beside != stretch.beside]
+    newest = (*others, stretch)[-STRETCHES_MAX:]
+    attempt = state.put_attempt(replace(attempt, stretches=newest))
+    if len(stretch.beside) == 1:
+        other = state.attempts[stretch.beside[0]]
+        if fresh and _beside(other, attempt) is not None:
+            state.tell(
+                now.unix_ms, attempt.job_id, "attempt.measured", _judgement(attempt, other),
+                attempt=attempt.id, node=attempt.node,
+            )  # fmt: skip
+        _part(state, now, attempt, other)
+
+
+def _gpu(state: State, attempt: Attempt) -> GpuFacts | None:
+    live = state.nodes.get(attempt.node)
+    there = None if live is None else live.gpus.get(attempt.gpu_uuids[0])
+    return None if there is None else there.facts
+
+
+def _utilization(state: State, attempt: Attempt) -> float | None:
+    """By how much of the time its GPU was in use between the last two reports."""
+    telemetry = state.nodes[attempt.node].gpus[attempt.gpu_uuids[0]].telemetry
+    window = None if telemetry is None else telemetry.window
+    spread = None if window is None else window.utilization_ratio
+    return None if spread is None else spread.mean
+
+
+def _alone_per_s(state: State, now: Instant, attempt: Attempt, gpu: GpuFacts) -> float | None:
+    """Steps a second of this training without company: its own, else those of its like on a GPU of
+    this type, the longest."""
+    own = [one for one in attempt.stretches if not one.beside]
+    if own:
+        return own[-1].steps / own[-1].seconds
+    _, name = history.names(state.jobs[attempt.job_id].spec)
+    gpu_type = gpu_types.key_of(gpu.name, gpu.memory_bytes)
+    found = [
+        (one.seconds, one.steps / one.seconds)
+        for other, job in _measured(state)
+        if history.names(job.spec)[1] == name and _type(state, other) == gpu_type
+        for one in other.stretches
+        if not one.beside
+    ]
+    if not found:
+        found = [
+            (run.seconds, run.steps_per_s)
+            for run in history.seen(state, now).runs
+            if run.job == name and (run.place.gpu_type, run.place.gpus) == (gpu_type, 1)
+        ]
+    return max(found)[1] if found else None
+
+
+def _type(state: State, attempt: Attempt) -> str:
+    gpu = _gpu(state, attempt)
+    return "" if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
+
+
+def _measured(state: State) -> Iterator[tuple[Attempt, Job]]:
+    """Attempts with stretches, the oldest job first."""
+    known = [state.attempts[attempt_id] for attempt_id in state.indices.stretched]
+    for attempt in sorted(known, key=lambda one: (one.job_id, one.epoch)):
+        yield attempt, state.jobs[attempt.job_id]
+
+
+# --- what follows ---------------------------------------------------------------------------------
+
+
+def _beside(attempt: Attempt, other: Attempt) -> Stretch | None:
+    """What it did while it had the GPU with just this one."""
+    found = [one for one in attempt.stretches if one.beside == (other.id,)]
+    return found[-1] if found else None
+
+
+def _kept(attempt: Attempt, other: Attempt) -> tuple[float | None, float | None] | None:
+    """What each kept of its speed, as far as that is known; `None` before both are measured."""
+    one, its = _beside(attempt, other), _beside(other, attempt)
+    return None if one is None or its is None else (one.kept_ratio, its.kept_ratio)
+
+
+def _too_slow(attempt: Attempt, other: Attempt) -> bool:
+    """Whether that is known of two."""
+    one, its = _kept(attempt, other) or (None, None)
+    return one is not None and its is not None and not pairs.confirms(one, its)
+
+
+def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
+    """Of two that lose by one another one leaves for a free GPU, the later one if it may."""
+    if not _too_slow(attempt, other):
+        return
+    for leaving, staying in _later_first(attempt, other):
+        job = state.jobs[leaving.job_id]
+        if job.head and _free_elsewhere(state, job, leaving):
+            why = f"{_verdict(leaving, staying)}; another GPU is free"
+            attempts.stop(state, now, leaving, why, attempts.PRECOPY_PREEMPTION_MS)
+            return
+
+
+def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
+    both = sorted((one, other), key=lambda a: (-a.assigned_unix_ms, -a.job_id))
+    return [(both[0], both[1]), (both[1], both[0])]
+
+
+def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
+    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits."""
+    waiting = [state.jobs[job_id].spec for job_id in state.queued]
+    for offer in offers_of(state):
+        if not offer.shares:
+            continue
+        room = open_room(offer)
+        given_back = job.spec.memory_bytes if offer.node == attempt.node else 0
+        if room.memory_bytes + given_back < job.spec.memory_bytes:
+            continue
+        for gpu, holds in room.shareable(job.spec):
+            able = shares.left_bytes(gpu, holds) >= job.spec.shared_gpu_memory_bytes
+            if able and not holds and not any(one.gpus and suits(one, gpu) for one in waiting):
+                return True
+    return False
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def describe(state: State, job: Job) -> str:
+    """What its company costs a job that shares its GPU; empty for one that has none."""
+    attempt = state.current(job)
+    if attempt is None or not job.spec.shared_gpu_memory_bytes:
+        return ""
+    live = state.nodes.get(attempt.node)
+    there = None if live is None else live.gpus.get(attempt.gpu_uuids[0])
+    others = () if there is None else [one for one in there.holders if one != attempt.id]
+    if len(others) != 1 or others[0] not in state.attempts:
+        return f"beside {len(others)} jobs, and of more than two none is judged" if others else ""
+    other = state.attempts[others[0]]
+    if _kept(attempt, other) is None:
+        what = f"it takes {TRIAL_S:.0f} s of both to say what that costs"
+        return f"beside job {other.job_id}; {what}"
+    return _judgement(attempt, other)
+
+
+def _judgement(attempt: Attempt, other: Attempt) -> str:
+    """The verdict, and what follows from it."""
+    leaves = "; one of the two leaves when a GPU is free" if _too_slow(attempt, other) else ""
+    return _verdict(attempt, other) + leaves
+
+
+def _verdict(attempt: Attempt, other: Attempt) -> str:
+    """Of two that have both been measured."""
+    one, its = _kept(attempt, other) or (None, None)
+    with_whom = f"beside job {other.job_id}"
+    unknown = [
+        f"job {each.job_id}" for each, kept in ((attempt, one), (other, its)) if kept is None
+    ]
+    if one is None or its is None:
+        verb = "is" if len(unknown) == 1 else "are"
+        who = " and ".join(unknown)
+        return f"{with_whom}; how fast {who} {verb} alone is not known, so it is not judged"
+    told = f"together {one + its:.2g} times one alone"
+    return f"{with_whom}, {told}: it keeps {one:.2f} of its speed, job {other.job_id} {its:.2f}"
+
+
+# --- what is expected -----------------------------------------------------------------------------
+
+
+def shunned(state: State, job: Job) -> tuple[str, ...]:
+    """The attempts beside which a job goes last: what it did beside their like, or its like did,
+    was too little."""
+    if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
+        return ()
+    lessons = _lessons(state)
+    who = member(job)
+    found: list[str] = []
+    for attempt_id in state.indices.open_attempts:
+        if not state.share_bytes(attempt_id):
+            continue
+        other = state.attempts[attempt_id]
+        beside = member(state.jobs[other.job_id])
+        if lessons.poor(who, beside, _type(state, other)):
+            found.append(attempt_id)
+    return tuple(found)
+
+
+def member(job: Job) -> Member:
+    family, name = history.names(job.spec)
+    return Member(name, family)
+
+
+def _lessons(state: State) -> Lessons:
+    """Learned anew when something was written down since."""
+    if state.indices.lessons is None:
+        used = {
+            member(job).name: one.utilization_ratio
+            for attempt, job in _measured(state)
+            for one in attempt.stretches
+            if one.utilization_ratio is not None
+        }
+        state.indices.lessons = pairs.learn(_sights(state), used)
+    return state.indices.lessons
+
+
+def _sights(state: State) -> Iterator[Sight]:
+    for attempt, job in _measured(state):
+        gpu_type = _type(state, attempt)
+        for one in attempt.stretches:
+            other = state.attempts.get(one.beside[0]) if len(one.beside) == 1 else None
+            if other is not None and one.kept_ratio and gpu_type:
+                beside = member(state.jobs[other.job_id])
+                yield Sight(member(job), beside, gpu_type, one.kept_ratio, one.seconds)

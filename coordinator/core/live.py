@@ -1,0 +1,68 @@
+"""What is known of a node and its GPUs only while the coordinator runs, and is in no record.
+
+Problem: who holds which GPU, when a node was heard last and what it said of itself is true for as
+long as somebody says it again. A restarted coordinator begins without it, and every hello brings
+it anew; so it lies apart from what is durable (`model.py`).
+"""
+
+from dataclasses import dataclass, field
+
+from coordinator.core.model import GpuFacts, GpuTelemetry, HostTelemetry, Node
+from coordinator.core.phases import GpuPhase, NodePhase
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyWatch:
+    """Of one attempt (`standby.py`): when its standby moved last, and since when a node fits
+    better."""
+
+    moved_ms: int | None = None
+    better_since_ms: int | None = None
+
+
+@dataclass(slots=True)
+class LiveGpu:
+    """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
+    why it gets no work, where it was not read since `unread_since_ms`. `read_ms`: when what its
+    telemetry says was read, or at least told."""
+
+    facts: GpuFacts
+    phase: GpuPhase
+    holders: tuple[str, ...] = ()
+    telemetry: GpuTelemetry | None = None
+    read_ms: int = 0
+    unread_since_ms: int | None = None
+    unread: str = ""
+
+
+@dataclass(slots=True)
+class LiveNode:
+    """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
+    those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
+    back from being lost, or first to a coordinator that had restarted; `None` if it never did.
+    `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
+    record has it, since who takes work has said hello, and may be another version than before.
+    `expected_ms`: it stands in line, and is not lost before then.
+    `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
+    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
+
+    node: Node
+    phase: NodePhase
+    deadline_ms: int
+    suspect_ms: int = 0
+    expected_ms: int = 0
+    watched_ms: int | None = None
+    session: int | None = None
+    newest_session: int = -1
+    heard_ms: int = 0
+    back_ms: int | None = None
+    heartbeat_sequence: int = 0
+    note: str = ""
+    gpus: dict[str, LiveGpu] = field(default_factory=dict)
+    attempts: dict[str, None] = field(default_factory=dict)
+    strays: dict[str, int] = field(default_factory=dict)
+    stuck: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    telemetry: HostTelemetry | None = None
+    digests: dict[str, int] = field(default_factory=dict)
+    gangs: bool = True
+    shares: bool = True
