@@ -72,6 +72,17 @@ def test_nothing_starts_before_it_is_enabled(packages: tuple[Path, Path]) -> Non
         install(fresh, packages[0])  # twice is once
 
 
+def test_lines_have_the_boot_id_although_the_kernels_is_hidden(packages: tuple[Path, Path]) -> None:
+    with booted("baton-test-lines") as here:
+        install(here, packages[0])
+        here.run("systemctl", "start", COORDINATOR)
+        event = ("BATON_EVENT=coordinator.started", "--output=json")
+        wait_until(lambda: here.journal(*event) != "", "the journal has the line")
+        entry = json.loads(here.journal(*event))
+        said = json.loads(entry["BATON_LINE"])["boot_id"]
+        assert said.replace("-", "") == entry["_BOOT_ID"]
+
+
 def test_trainers_inside_outlive_their_agent_too(packages: tuple[Path, Path]) -> None:
     with booted("baton-test-inside") as inside:
         install(inside, packages[0])
