@@ -11,6 +11,7 @@ from dataclasses import replace
 from coordinator.core import (
     attempts,
     checkpoints,
+    decisions,
     fit,
     gangs,
     health,
@@ -100,6 +101,7 @@ class Coordinator:
         elif isinstance(event, Tick):
             nodes.tick(state, now)
             health.tick(state, now)
+            decisions.tick(state, now)
         elif state.undecided:  # Decide
             rounds.decide(state, now)
         return state.take()

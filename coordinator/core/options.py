@@ -1,6 +1,8 @@
 """What an operator may set and decisions depend on; `coordinator/config.py` has words for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from coordinator.core.allocation import Aims, Solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +27,8 @@ class Options:
     cordons_degraded: bool = False
     cordon_percent: int = 10
     cordon_window_ms: int = 600_000
+    # What is wanted of the fleet, who solves it (without: the greedy), and how many running jobs
+    # may be stopped within an hour for it (`moves.py`).
+    aims: Aims = field(default_factory=Aims)
+    solve: Solve | None = None
+    moves_per_hour: int = 60

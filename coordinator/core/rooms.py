@@ -9,7 +9,7 @@ room of its own.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.core import shares
+from coordinator.core import gpu_types, shares
 from coordinator.core.fragmentation import PARTS, Box, Mix
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
@@ -20,7 +20,8 @@ from coordinator.core.validate import suits
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
-    With `share_bytes` it has its GPU together with others."""
+    With `share_bytes` it has its GPU together with others. `stake`: what a stop would cost it with
+    its gang, in seconds of a GPU; it is only looked at where somebody has to give way."""
 
     attempt: str
     rank: int
@@ -30,6 +31,7 @@ class Tenant:
     stopping: bool
     gang: str = ""
     share_bytes: int = 0
+    stake: float = 0.0
 
     @property
     def whole(self) -> str:
@@ -58,7 +60,7 @@ class Offer:
 class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
     is kept for somebody in this pass. `mix`: what is asked for lately; `increases` is what
-    `increase` has answered since the last change."""
+    `increase` has answered since the last change. `types`: those of its GPUs, once asked for."""
 
     offer: Offer
     free: dict[str, GpuFacts]
@@ -68,10 +70,20 @@ class Room:
     holds: dict[str, tuple[Hold, ...]] = field(default_factory=dict)
     mix: Mix | None = None
     increases: dict[tuple[object, ...], int] = field(default_factory=dict)
+    types: tuple[str, ...] | None = None
 
-    def takes(self, spec: JobSpec) -> list[tuple[str, ...]]:
+    def has_type(self, gpu_type: str) -> bool:
+        """Whether any of its GPUs, free or not, is of that type."""
+        if self.types is None:
+            self.types = tuple(dict.fromkeys(map(_type_of, self.offer.gpus)))
+        return gpu_type in self.types
+
+    def types_of(self, uuids: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
+
+    def takes(self, spec: JobSpec, gpu_type: str = "") -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
-        most as many as the job has."""
+        most as many as the job has. With `gpu_type` no others than of that type."""
         if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
             return []
         if spec.shared_gpu_memory_bytes:
@@ -83,6 +95,8 @@ class Room:
         if spec.gpus == 0:
             return [()] * max(0, min(count, self.slots))
         fitting = [gpu for gpu in self.free.values() if suits(spec, gpu)]
+        if gpu_type:
+            fitting = [gpu for gpu in fitting if _type_of(gpu) == gpu_type]
         count = min(count, len(fitting) // spec.gpus)
         if count == 0:
             return []
@@ -164,6 +178,10 @@ class Room:
             memory_bytes += tenant.memory_bytes
             slots += 0 if tenant.gpu_uuids else 1
         return Room(self.offer, free, memory_bytes, slots, holds=holds, mix=self.mix)
+
+
+def _type_of(gpu: GpuFacts) -> str:
+    return gpu_types.key_of(gpu.name, gpu.memory_bytes)
 
 
 def open_room(offer: Offer, mix: Mix | None = None) -> Room:
