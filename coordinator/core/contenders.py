@@ -97,14 +97,14 @@ def types_for(spec: JobSpec, fleet: Fleet) -> tuple[str, ...]:
     )
 
 
-def field_of(state: State, now: Instant, fleet: Fleet) -> Field:
-    """Everybody who waits for GPUs or has some."""
+def field_of(state: State, now: Instant, fleet: Fleet, jobs: Iterable[Job]) -> Field:
+    """Of these, who contend: everybody who waits for GPUs or has some."""
     speeds.refresh(state, now)
     allowance = Allowance()
     suited: dict[tuple[object, ...], tuple[str, ...]] = {}
     entrants: list[Entrant] = []
     held: dict[str, None] = {}
-    for job in _contending(state):
+    for job in jobs:
         spec = job.spec
         request = (spec.gpus, spec.ranks, spec.gpu_types, spec.gpu_memory_bytes_min)
         if request not in suited:
@@ -150,7 +150,8 @@ def since_ms(state: State, now: Instant, key: int | str, unix_ms: int) -> int:
     return known[key]
 
 
-def _contending(state: State) -> list[Job]:
+def contending(state: State) -> list[Job]:
+    """In the order of submission."""
     ids = dict(state.queued)
     for attempt_id in state.indices.open_attempts:
         ids[state.attempts[attempt_id].job_id] = None

@@ -5,8 +5,8 @@ that costs a tenth of a second of a large fleet, a thousand times what a placeme
 is made beside the rounds, seldom, and they go by what it has left (`standing.py`):
 
 1. It is made every `TICK_MS`, and `QUIET_MS` after something has happened that it does not know;
-   the more jobs there are, the longer after the one before (`CONTENDER_MS` each): a few percent of
-   a core at most.
+   the more jobs and nodes there are, the longer after the one before (`CONTENDER_MS` and `NODE_MS`
+   each): a few percent of a core at most.
 2. A job takes the first of its types that has room for it: the one that it was granted, then the
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
@@ -34,6 +34,7 @@ from coordinator.core.state import Instant, State
 TICK_MS = 60_000
 QUIET_MS = 1_500
 CONTENDER_MS = 10
+NODE_MS = 1
 # What a price may say of a wait is worth saying where it decides: not for a hundredth.
 DEARER_RATIO = 1.05
 
@@ -54,6 +55,7 @@ def tick(state: State, now: Instant) -> None:
         standing.decided_ms = now.now_ms - QUIET_MS
     since_ms = now.now_ms - standing.decided_ms
     apart_ms = CONTENDER_MS * (len(state.queued) + len(state.indices.open_attempts))
+    apart_ms += NODE_MS * len(state.nodes)
     quiet = standing.stale_ms is not None and now.now_ms - standing.stale_ms >= QUIET_MS
     if since_ms >= TICK_MS or (quiet and since_ms >= apart_ms):
         decide(state, now)
@@ -66,12 +68,13 @@ def decide(state: State, now: Instant) -> None:
     """Over all jobs; the round at the end of this batch goes by it."""
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
-    standing.fleet = contenders.fleet_of(state)
+    standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
     forget(state, now)
-    field = contenders.field_of(state, now, standing.fleet)
-    if not field.entrants:
-        standing.order, standing.turn, standing.notes = {}, {}, {}
+    jobs = contenders.contending(state)
+    if not jobs:
         return
+    standing.fleet = contenders.fleet_of(state)
+    field = contenders.field_of(state, now, standing.fleet, jobs)
     allocation = allocate(
         [entrant.contender for entrant in field.entrants],
         field.capacity,
@@ -88,7 +91,6 @@ def decide(state: State, now: Instant) -> None:
 
 def _remember(state: State, now: Instant, field: Field, allocation: Allocation) -> None:
     standing = state.standing
-    standing.order, standing.turn, standing.notes = {}, {}, {}
     kept: dict[int | str, int] = {}
     for entrant in field.entrants:
         job, current = entrant.job, state.current(entrant.job)
@@ -211,8 +213,10 @@ def order_of(state: State, now: Instant, job: Job) -> tuple[tuple[str, float], .
         return ()
     found = standing.order.get(job.id)
     if found is None:
-        entrant = contenders.newcomer(state, now, job, _fleet(state))
-        found = _order(state, entrant, _worth(state, now, entrant))
+        found, fleet = (), _fleet(state)
+        if len(fleet.counts) > 1:
+            entrant = contenders.newcomer(state, now, job, fleet)
+            found = _order(state, entrant, _worth(state, now, entrant))
         standing.order[job.id] = found
     return found
 

@@ -31,7 +31,7 @@ from coordinator.core.displacement import Spread, leave
 from coordinator.core.model import Job, Replication
 from coordinator.core.offers import offers_of
 from coordinator.core.phases import AttemptPhase, JobPhase
-from coordinator.core.placement import Need, keep_room
+from coordinator.core.placement import Need, keep_free, keep_room
 from coordinator.core.rooms import Room, Tenant, open_room
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
@@ -41,6 +41,9 @@ HOUR_MS = 3_600_000
 SLACK_MS = 30_000
 # However long somebody may take to save: what is kept for a job does nothing meanwhile.
 PROMISE_MS_MAX = 600_000
+# In one decision: who would have to leave for whom, over all nodes; some milliseconds each. What is
+# worth most is looked at first, and the next decision looks again.
+SEARCHES_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class _Plan:
         )
         self.rooms: Sequence[Room] = ()
         self.left = 0
+        self.searches = SEARCHES_MAX
         self.stops: dict[int, str] = {}
         self.promised: dict[int, tuple[str, int]] = {}
         self.targets: dict[int, str] = {}
@@ -130,7 +134,10 @@ class _Plan:
         if own > self.left or (runs and job.id in self.promised):
             return
         need = Need(job.id, job.spec, avoid=self.state.avoid.get(job.id, ""), only=option.gpu_type)
-        spread = keep_room(need, self.rooms, may_leave, accept)
+        spread = keep_free(need, self.rooms)
+        if spread is None and wish.entrant.known and self.searches > 0:
+            self.searches -= 1
+            spread = keep_room(need, self.rooms, may_leave, accept)
         if spread is None:
             return
         for victim in victims:

@@ -370,10 +370,18 @@ def keep_room(
     accept: Callable[[Sequence[Tenant]], bool] = lambda _: True,
 ) -> Spread | None:
     """Keep for it what it would get now, or when those have left that are leaving or may."""
-    spread = _spread(need, rooms)
+    spread = keep_free(need, rooms)
     if spread is None:
         way = make_way(need, rooms, may_leave, accept)
-        spread = None if way is None else way.spread
+        if way is not None:
+            take(need.spec, way.spread)
+            return way.spread
+    return spread
+
+
+def keep_free(need: Need, rooms: Sequence[Room]) -> Spread | None:
+    """Keep for it what it would get now."""
+    spread = _spread(need, rooms)
     if spread is not None:
         take(need.spec, spread)
     return spread

@@ -30,6 +30,9 @@ from coordinator.core.state import Instant, State
 
 SEEN_MS = 60_000
 LEARNED_MS = 600_000
+# Measurements that types are learned from here, the newest: half of the work of all of them, in
+# between events, and the second digit is the same.
+LEARNED_MAX = 128
 # Of a job's own attempts, the newest, and of its family's measurements: a job is told apart by its
 # own, and the work of an estimate grows with the cube of all.
 OWN_MAX = 4
@@ -65,16 +68,16 @@ def refresh(state: State, now: Instant) -> None:
             speeds.by_family.setdefault(run.family, []).append(observation)
     if speeds.learned_ms is None or now.now_ms - speeds.learned_ms >= LEARNED_MS:
         speeds.learned_ms = now.now_ms
-        speeds.knowledge = estimates.learn(observations)
+        speeds.knowledge = estimates.learn(observations[-LEARNED_MAX:])
     speeds.typical_s = _typical(state, now)
     # Who waits may be known by now, as the same training that somebody else has begun.
-    measured = any(name not in before for name in speeds.by_job)
+    fresh = [name for name in speeds.by_job if name not in before]
     speeds.known = {
         key: kept
         for key, kept in speeds.known.items()
         if now.now_ms < kept.until_ms
         and (not key[0] or key[0] in state.jobs)
-        and (kept.epoch or kept.rates.absolute or not measured)
+        and (kept.epoch or kept.name not in fresh)
     }
 
 
@@ -113,7 +116,7 @@ def of(state: State, now: Instant, job: Job, types: tuple[str, ...], allowance: 
         if current is not None:
             ran_ms = now.unix_ms - current.assigned_unix_ms if rates_found.absolute else 0
             again_ms = max(AGAIN_MS_MIN, ran_ms)
-        found = KnownRates(rates_found, job.epoch, now.now_ms + again_ms)
+        found = KnownRates(rates_found, job.epoch, now.now_ms + again_ms, name)
         if not job.epoch:
             known[alike] = found
     known[job.id, ""] = found

@@ -39,11 +39,12 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class KnownRates:
-    """Rates of a job in its `epoch`, good until then."""
+    """Rates of a job in its `epoch`, good until then. `name`: what the job is (`history.py`)."""
 
     rates: Rates
     epoch: int
     until_ms: int
+    name: str
 
 
 @dataclass(slots=True)

@@ -291,7 +291,8 @@ def test_what_others_hold_is_not_there_to_have() -> None:
     fleet.submit(shared_gpu_memory_bytes=8 * GIGABYTE)
     fleet.submit(gpus=3)
     looked = contenders.fleet_of(fleet.state)
-    field = contenders.field_of(fleet.state, fleet.rig.now, looked)
+    jobs = contenders.contending(fleet.state)
+    field = contenders.field_of(fleet.state, fleet.rig.now, looked, jobs)
     assert field.entrants == ()
     assert dict(looked.counts) == {A100: (2,), H100: (2, 2)}
     assert sum(field.capacity.values()) == 6 - 1 - 3
@@ -312,7 +313,8 @@ def test_of_a_type_without_facts_nobody_expects_much() -> None:
     fleet.submit(total=100_000)
     fleet.run(120)
     looked = contenders.fleet_of(fleet.state)
-    (entrant,) = contenders.field_of(fleet.state, fleet.rig.now, looked).entrants
+    jobs = contenders.contending(fleet.state)
+    (entrant,) = contenders.field_of(fleet.state, fleet.rig.now, looked, jobs).entrants
     rates = dict(zip(entrant.rates.types, entrant.rates.mean, strict=True))
     assert rates["Foo"] == rates[A100] < rates[H100]
     assert rates[H100] == pytest.approx(1.0, rel=0.1), "measured"

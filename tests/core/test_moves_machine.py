@@ -118,7 +118,7 @@ class Watched(Fleet):
                     self.end(job.id)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEPS, min_size=6, max_size=24))
 def test_whatever_comes_nothing_is_promised_twice_and_all_end(
     steps: list[JobSpec | int | str],
