@@ -66,6 +66,7 @@ HEARTBEATS_TO_SUSPECT = 3
 LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybody's measure
 HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
 CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
+MOVES_PER_HOUR_MAX: Final = 10_000  # three a second: that is no bound any more
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
 HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
 HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
@@ -157,6 +158,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "projects without one have no quota and run on what is lent. As a flag: "
         "demo={gpu_hours_per_day=48}. Default (empty): no project comes before another."
     )] = msgspec.field(default_factory=dict)
+    moves_per_hour: Annotated[int, says(
+        "How many running jobs may be stopped within an hour, with their checkpoint, so that a job "
+        "of their class or they themselves run where that is worth more; 0 to 10000, and 0 is "
+        "never. No job before it has run for ten minutes, or ten times what its restart takes. "
+        "One a minute is more than a fleet of a dozen jobs can use, and on a large one the traffic "
+        "of one checkpoint at a time. Who gives way to a higher class is not counted."
+    )] = 60
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -221,6 +229,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
             ),
             *self._project_problems(),
+            range_problem("moves_per_hour", self.moves_per_hour, 0, MOVES_PER_HOUR_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),

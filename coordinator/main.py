@@ -5,6 +5,7 @@ configuration again and applies what can change while it runs.
 """
 
 import asyncio
+import importlib.util
 import os
 import signal
 import ssl
@@ -27,6 +28,7 @@ from coordinator.config import (
     load,
     prepare_directories,
 )
+from coordinator.core.allocation import Columns, Solved
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
@@ -56,6 +58,8 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 CLOSE_GRACE_S = 1.0
+# What the solver needs, of the extra `scheduling`; without it the core's greedy decides.
+SOLVER_MODULE = "highspy"
 
 
 class SystemClock:
@@ -248,4 +252,14 @@ def _options(config: Config) -> Options:
             name: Quota(project.gpu_hours_per_day, project.weight)
             for name, project in config.projects.items()
         },
+        solve=_solve if importlib.util.find_spec(SOLVER_MODULE) is not None else None,
+        moves_per_hour=config.moves_per_hour,
     )
+
+
+def _solve(columns: Columns) -> Solved:
+    """Imported at the first decision that needs it: fifteen megabytes, which a fleet without jobs
+    on GPUs does not pay for."""
+    from coordinator.solver import solve
+
+    return solve(columns)

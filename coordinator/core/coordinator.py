@@ -12,6 +12,7 @@ from coordinator.core import (
     arrivals,
     attempts,
     checkpoints,
+    decisions,
     fit,
     gangs,
     health,
@@ -105,6 +106,7 @@ class Coordinator:
             health.tick(state, now)
             projects.tick(state, now)
             arrivals.tick(state, now)
+            decisions.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

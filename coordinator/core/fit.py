@@ -106,7 +106,7 @@ class _Judge:
         self.family, self.job = names(asked.spec)
         kin = [run for run in seen.runs if self._is_kin(run)]
         self.knowledge = _knowledge([run for run in seen.runs if not self._is_kin(run)])
-        self.kin = [_observation(run, self._model_of(run)) for run in kin]
+        self.kin = [observation(run, self._model_of(run)) for run in kin]
         too_large = [one for one in seen.too_large if one.family == self.family]
         self.ratio = corrected_ratio(_evidence([*kin, *too_large], asked.model))
         self.gpus = asked.spec.ranks * max(1, asked.spec.gpus)
@@ -239,7 +239,7 @@ def _prior(place: Place, training: Training | None, model: ModelFacts | None) ->
     return rates.place_prior(place, work, half=half)
 
 
-def _observation(run: Run, model: ModelFacts | None) -> Observation:
+def observation(run: Run, model: ModelFacts | None) -> Observation:
     training = workload.read(run.spec)
     known = training if isinstance(training, Training) else None
     prior = _prior(run.place, known, model)
@@ -247,7 +247,7 @@ def _observation(run: Run, model: ModelFacts | None) -> Observation:
 
 
 def _knowledge(others: Sequence[Run]) -> Knowledge:
-    return estimates.learn([_observation(run, None) for run in others])
+    return estimates.learn([observation(run, None) for run in others])
 
 
 def _evidence(kin: Iterable[Run | TooLarge], model: ModelFacts | None) -> Iterable[MemoryEvidence]:

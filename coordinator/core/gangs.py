@@ -25,7 +25,7 @@ repeats the same orders. The only time that counts, of rule 4, then begins anew.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import checkpoints, outcomes, parts, ranks, standby, traces
+from coordinator.core import checkpoints, costs, outcomes, parts, ranks, standby, traces
 from coordinator.core.launch import Gang
 from coordinator.core.messages import StartAttempt
 from coordinator.core.model import Attempt, Job, JobIntent
@@ -37,6 +37,7 @@ from coordinator.core.phases import (
     NodePhase,
 )
 from coordinator.core.state import Instant, State
+from coordinator.core.validate import GRACE_MS_MAX
 
 RUNNING_JOB = (JobPhase.ACTIVE, JobPhase.CANCELLING)
 _BREAKING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
@@ -46,6 +47,8 @@ _BREAKING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
 PORT_FIRST = 20_000
 PORTS = 10_000
 SIGKILL = 9
+# Disks and networks are slower when many save at once, as when a node is drained.
+GRACE_PER_SAVE = 2
 LEFT_BEHIND = "some of its ranks ended and the others had to be stopped"
 PARTS_MISSING = "its gang has ended before all parts were there"
 
@@ -126,8 +129,12 @@ def _stop(
 
 
 def grace_ms(state: State, job: Job) -> int | None:
-    """How long a rank that is stopped has to save; `None`: none, since it could not."""
-    return None if broken(state.gang(job)) else job.spec.grace_ms
+    """How long a rank that is stopped has to save: what its owner allows, and twice what saving has
+    taken. `None`: none, since it could not."""
+    if broken(state.gang(job)):
+        return None
+    saves_ms = round(GRACE_PER_SAVE * costs.save_s(state, job) * 1000)
+    return max(job.spec.grace_ms, min(saves_ms, GRACE_MS_MAX))
 
 
 def broken(gang: Sequence[Attempt]) -> bool:

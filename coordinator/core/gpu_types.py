@@ -23,6 +23,7 @@ since providers differ by a factor of four; `baton fit --price` takes your own.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 PRICES_SOURCE = "lambda.ai and openrelay.inc 2026-09-20, runpod.io 2026-10-07, on demand"
 
@@ -73,6 +74,9 @@ TYPES = (
     GpuType("K80", ("k80",), 4.1, 4.1, 240, 12, bfloat16=False),
 )
 
+# Of names with sizes; a fleet has some tens, and a decision asks for each of its GPUs.
+KEYS_KEPT = 1_024
+
 OTHERS = ("mig", "laptop", "max")
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
 
@@ -91,6 +95,7 @@ def find(name: str, memory_bytes: int = 0) -> GpuType | None:
     return None
 
 
+@lru_cache(maxsize=KEYS_KEPT)
 def key_of(name: str, memory_bytes: int = 0) -> str:
     """What observations of it are filed under: the table's word, or the name of an unknown type."""
     known = find(name, memory_bytes)

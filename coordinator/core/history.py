@@ -78,7 +78,7 @@ def seen(state: State, now: Instant) -> History:
     for job_id in sorted(state.job_attempts, reverse=True)[:JOBS_MAX]:
         job = state.jobs[job_id]
         for attempt in reversed(state.attempts_of(job_id)):
-            run = _run(state, now, job, attempt)
+            run = run_of(state, now, job, attempt)
             if run is not None:
                 runs.append(run)
             elif attempt.exit_code == EXIT_OUT_OF_MEMORY and job.spec.trainer:
@@ -89,7 +89,7 @@ def seen(state: State, now: Instant) -> History:
     return History(newest, tuple(reversed(too_large[:RUNS_MAX])))
 
 
-def _run(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
+def run_of(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
     """`None` where it has not told enough, or where it ran is not known any more."""
     if attempt.rank or not attempt.gpu_uuids or job.spec.shared_gpu_memory_bytes:
         return None  # rank 0 speaks for its gang; a share says nothing of a whole GPU

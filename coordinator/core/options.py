@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.core.allocation import Aims, Solve
 from coordinator.core.quotas import Quota
 
 
@@ -30,3 +31,8 @@ class Options:
     cordon_window_ms: int = 600_000
     # By name; with none, nobody's turn depends on what anybody has used (`quotas.py`).
     projects: Mapping[str, Quota] = field(default_factory=dict)
+    # What is wanted of the fleet, who solves it (without: the greedy), and how many running jobs
+    # may be stopped within an hour for it (`moves.py`).
+    aims: Aims = field(default_factory=Aims)
+    solve: Solve | None = None
+    moves_per_hour: int = 60

@@ -7,17 +7,17 @@ returns starts, displacements, and a sentence with numbers for every job that wa
 The pass, in five lines:
 1. Jobs in order of class, then of submission; a job that returns to the queue keeps its number and
    so its old place.
-2. A job takes the node that fits it, preferring one that holds its last checkpoint, then one
+2. A job takes the node that fits it, with GPUs of the type that is worth most for it where several
+   types would do (`decisions.py`), preferring one that holds its last checkpoint, then one
    that has most of it, then the one where others lose least by it (`fragmentation.py`), then the
    tightest fit, then the name (of GPUs that are shared, those that are shared already first).
    A gang takes all its places or none:
    one node's if it fits there, else the fewest nodes', the fullest offers first and the rest where
    it fits tightest.
 3. A job that fits nowhere may displace jobs of lower classes, and within its project's quota also
-   those of its own that run on what is lent (`quotas.py`), on the node where that takes the fewest
-   GPUs from the highest class harmed, then from the next: lowest class first, then the attempt that
-   started last. A gang may also displace over all nodes, and whoever displaces one rank of a gang
-   displaces, and counts, all of it. What it waits for there is reserved for it within the pass.
+   those of its own that run on what is lent (`quotas.py`), on the node where that takes the least
+   from the highest class harmed, then from the next (`displacement.py`). A gang may also displace
+   over all nodes. What it waits for there is reserved for it within the pass.
 4. A job that is reserved for takes no second node; jobs behind it may use what it cannot (backfill
    by fit).
 5. Everything else waits, with the largest free block and what it lacks in the sentence.
@@ -27,12 +27,22 @@ waits for a spare one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import nsmallest
 
+from coordinator.core.displacement import (
+    NOBODY,
+    Givers,
+    Spread,
+    StakeOf,
+    Way,
+    find_way,
+    leave,
+    nothing_known,
+)
 from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Offer, Room, Tenant, open_room
+from coordinator.core.rooms import Offer, Room, open_room
 from coordinator.core.shortfalls import listed, why_not
 from coordinator.core.validate import gigabytes
 
@@ -49,7 +59,10 @@ class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
     the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`).
-    `shunned` are attempts that it shares a GPU with last."""
+    `shunned` are attempts that it shares a GPU with last. `types` of GPU are those that are worth
+    most for it first, each with how fast it is there; empty where all are alike. With `only` it has
+    been promised that type; and while it is `leaving` another place for that, room is kept for
+    it."""
 
     job_id: int
     spec: JobSpec
@@ -58,6 +71,9 @@ class Need:
     near: tuple[str, ...] = ()
     lent: bool = False
     shunned: tuple[str, ...] = ()
+    types: tuple[tuple[str, float], ...] = ()
+    only: str = ""
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +109,6 @@ class Plan:
     waits: tuple[tuple[int, str], ...]
 
 
-# Rooms and the GPUs that ranks of one job get there; ranks count through them in this order.
-_Spread = list[tuple[Room, list[tuple[str, ...]]]]
-
-
 def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
     has been asked for lately."""
@@ -107,8 +119,11 @@ def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
     return [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
 
 
-def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
-    """The pass; `rooms` are then what is left for others."""
+def place_in(
+    needs: Sequence[Need], rooms: Sequence[Room], stake_of: StakeOf = nothing_known
+) -> Plan:
+    """The pass; `rooms` are then what is left for others. `stake_of`: what a tenant would lose by
+    giving way."""
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -117,21 +132,37 @@ def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
     refused: dict[tuple[object, ...], str] = {}
     placed = 0
     for need in needs:
+        if need.leaving:
+            keep_room(need, rooms)
+            continue
         key = _request_key(need)
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
-            start = _start(need, rooms)
+            start, victims, sentence = _place_one(need, rooms, stake_of)
             if start is not None:
                 starts.append(start)
                 placed += len(start.places)
                 continue
-            victims, sentence = _displace(need, rooms)
             displacements += victims
             if not victims and not sentence:
                 sentence = why_not(need.spec, rooms)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
+
+
+def _place_one(
+    need: Need, rooms: Sequence[Room], stake_of: StakeOf
+) -> tuple[Start | None, list[Displace], str]:
+    """Its start, or who has to leave for it and a sentence about that; who can have nothing of the
+    type that it was promised is as any other."""
+    start = _start(need, rooms)
+    if start is not None:
+        return start, [], ""
+    victims, sentence = _displace(need, rooms, stake_of)
+    if need.only and not sentence:
+        return _place_one(replace(need, only=""), rooms, stake_of)
+    return None, victims, sentence
 
 
 def _request_key(need: Need) -> tuple[object, ...]:
@@ -152,11 +183,11 @@ def _start(need: Need, rooms: Sequence[Room]) -> Start | None:
     spread = _spread(need, rooms)
     if spread is None:
         return None
-    why = _why_here(need, spread)
-    return Start(need.job_id, _take(need.spec, spread), why)
+    why = _why_here(need, spread) + _why_type(need, spread)
+    return Start(need.job_id, take(need.spec, spread), why)
 
 
-def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
+def take(spec: JobSpec, spread: Spread) -> tuple[Place, ...]:
     places = []
     for room, shares in spread:
         for gpu_uuids in shares:
@@ -165,14 +196,27 @@ def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def _spread(need: Need, rooms: Sequence[Room]) -> _Spread | None:
-    """Where all ranks fit, without the node to avoid if that will do; `None` where they do not."""
+def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
+    """Where all ranks fit, on GPUs of the first type that has room for them, or of several; without
+    the node to avoid if that will do. `None` where they do not."""
+    if need.types and not need.only:
+        others = [room for room in rooms if room.offer.node != need.avoid]
+        for gpu_type, _ in need.types:
+            spread = _search(replace(need, only=gpu_type), others)
+            if spread is not None:
+                return spread
+    return _search(need, rooms)
+
+
+def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
+    if need.only:
+        rooms = [room for room in rooms if room.has_type(need.only)]
     if need.spec.ranks == 1 and not need.spec.shared_gpu_memory_bytes:
         return first_that_takes(need, rooms)
     return best_of_all(need, rooms)
 
 
-def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
+def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
     """Of a job of one rank how near and how tight it would be is known before it is known whether
     it fits: so rooms are asked in that order, and of a large fleet most are not."""
     spec = need.spec
@@ -180,11 +224,11 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     hopes.sort(key=lambda room: _left(spec, room, 1))
     if need.avoid or need.replicas or need.near:
         hopes.sort(key=lambda room: _far(need, room))
-    found: _Spread = []
+    found: Spread = []
     for room in hopes:
         if found and _far(need, room) != _far(need, found[0][0]):
             break
-        shares = room.takes(spec)
+        shares = room.takes(spec, need.only)
         if shares:
             found.append((room, shares))
             if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
@@ -192,8 +236,8 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     return [min(found, key=lambda pair: _tightness(need, *pair))] if found else None
 
 
-def best_of_all(need: Need, rooms: Sequence[Room]) -> _Spread | None:
-    able = [room for room in rooms if room.count(need.spec)[0]]
+def best_of_all(need: Need, rooms: Sequence[Room]) -> Spread | None:
+    able = [room for room in rooms if room.count(need.spec, need.only)[0]]
     others = [room for room in able if room.offer.node != need.avoid]
     for usable in (others, able):
         spread = _fewest_nodes(need, usable)
@@ -202,15 +246,15 @@ def best_of_all(need: Need, rooms: Sequence[Room]) -> _Spread | None:
     return None
 
 
-def _fewest_nodes(need: Need, able: Sequence[Room]) -> _Spread | None:
+def _fewest_nodes(need: Need, able: Sequence[Room]) -> Spread | None:
     """The fullest offers first; what is then left goes where it fits tightest. No smaller number of
     nodes has as many places."""
     by_count: dict[int, list[Room]] = {}
     for room in able:
-        by_count.setdefault(room.count(need.spec)[0], []).append(room)
+        by_count.setdefault(room.count(need.spec, need.only)[0], []).append(room)
     for count, rooms in by_count.items():
         by_count[count] = _foremost(need, rooms, count, WEIGHED_MAX + need.spec.ranks)
-    chosen: _Spread = []
+    chosen: Spread = []
     left = need.spec.ranks
     while left:
         enough = [room for count, rooms in by_count.items() if count >= left for room in rooms]
@@ -229,7 +273,7 @@ def _fewest_nodes(need: Need, able: Sequence[Room]) -> _Spread | None:
 
 def _tightest(need: Need, rooms: Sequence[Room], ranks: int) -> tuple[Room, list[tuple[str, ...]]]:
     foremost = _foremost(need, rooms, ranks, WEIGHED_MAX)
-    offered = [(room, room.takes(need.spec, need.shunned)[:ranks]) for room in foremost]
+    offered = [(room, room.takes(need.spec, need.only, need.shunned)[:ranks]) for room in foremost]
     return min(offered, key=lambda pair: _tightness(need, *pair))
 
 
@@ -237,9 +281,11 @@ def _foremost(need: Need, rooms: Sequence[Room], ranks: int, most: int) -> list[
     """Those that would be the tightest if nobody asked what others lose by it."""
 
     def order(room: Room) -> tuple[object, ...]:
-        _, opens, fit = room.count(need.spec)
+        _, opens, fit = room.count(need.spec, need.only)
         left = _left(need.spec, room, ranks)
-        shuns = bool(need.shunned) and _shuns(need, room, room.takes(need.spec, need.shunned))
+        shuns = bool(need.shunned) and _shuns(
+            need, room, room.takes(need.spec, need.only, need.shunned)
+        )
         return (shuns, *_nearness(need, room), opens, fit, left, room.offer.node)
 
     return nsmallest(most, rooms, key=order) if len(rooms) > most else list(rooms)
@@ -272,7 +318,7 @@ def _left(spec: JobSpec, room: Room, ranks: int) -> int:
     return len(room.free) - ranks * spec.gpus if spec.gpus else -room.slots
 
 
-def _why_here(need: Need, spread: _Spread) -> str:
+def _why_here(need: Need, spread: Spread) -> str:
     if len(spread) > 1:
         first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
         where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
@@ -302,6 +348,27 @@ def _why_here(need: Need, spread: _Spread) -> str:
     return f"runs on {where_}, the tightest fit"
 
 
+def _why_type(need: Need, spread: Spread) -> str:
+    """What the choice of its type means for its speed; empty where nothing is known of that, or
+    where it runs on several."""
+    speeds = dict(need.types)
+    types = [name for name in speeds if any(name in _types(*pair) for pair in spread)]
+    if len(types) != 1 or len(set(speeds.values())) == 1:
+        return ""
+    here = speeds.pop(types[0])
+    best = max(speeds, key=lambda name: speeds[name])
+    slower = [name for name in speeds if speeds[name] < here]
+    if speeds[best] > here:
+        return f"; on {best} it would be about {speeds[best] / here:.1f} times as fast"
+    than = max(slower, key=lambda name: speeds[name])
+    return f"; it is about {here / speeds[than]:.1f} times as fast there as on {than}"
+
+
+def _types(room: Room, shares: Sequence[tuple[str, ...]]) -> list[str]:
+    taken = [uuid for gpu_uuids in shares for uuid in gpu_uuids]
+    return room.types_of(taken)
+
+
 def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str:
     """What is then free of the node, and to whom it is of use: why it is this node. Empty where
     nobody can say, or nothing is left: nothing fits tighter."""
@@ -314,52 +381,52 @@ def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str
     return f"{gpus} {unit} there, of use to {percent}% of recent requests"
 
 
-def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
-    """The attempts that must give way for this job where that costs least, on one node or, for a
-    gang, on several; none when nowhere would do.
-
-    Attempts that are stopping already count as given; the room is then kept for this job for the
-    rest of the pass.
-    """
-    sizes: dict[str, int] = {}
-    for room in rooms:
-        for tenant in room.tenants.values():
-            size = max(1, len(tenant.gpu_uuids))
-            sizes[tenant.whole] = sizes.get(tenant.whole, 0) + size
-    best: tuple[tuple[list[int], int, str], list[Tenant], _Spread] | None = None
-    for within in [[room] for room in rooms] + ([list(rooms)] if need.spec.ranks > 1 else []):
-        found = _victims(need, within)
-        if found is None:
-            continue
-        victims, spread = found
-        # GPUs taken from each class, the highest first: a spare one more weighs less than a
-        # standard one.
-        cost = [
-            sum(sizes[t.whole] for t in victims if (t.rank, t.lent) == (lower, lent))
-            for lower in CLASS_RANK.values()
-            for lent in (False, True)
-        ]
-        key = (cost, len(victims), within[0].offer.node)
-        if best is None or key < best[0]:
-            best = (key, victims, spread)
-    if best is None:
+def _displace(need: Need, rooms: Sequence[Room], stake_of: StakeOf) -> tuple[list[Displace], str]:
+    """The attempts that must give way for this job where that costs least, and whom it waits for;
+    none when nowhere would do. The room is then kept for this job for the rest of the pass."""
+    own = CLASS_RANK[need.spec.job_class], need.lent
+    way = make_way(need, rooms, Givers(lambda tenant: (tenant.rank, tenant.lent) > own, stake_of))
+    if way is None:
         return [], ""
-    _, victims, spread = best
-    leave = [tenant.whole for tenant in victims]
-    for room in rooms:
-        for tenant in list(room.tenants.values()):
-            if tenant.whole in leave:
-                room.dismiss(tenant.attempt)
-    sentence = _who_leaves(need.spec, spread)
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
-    return [Displace(tenant.attempt, need.job_id, why) for tenant in victims], sentence
+    sentence = _who_leaves(need.spec, way.spread)
+    return [Displace(tenant.attempt, need.job_id, why) for tenant in way.victims], sentence
 
 
-def _who_leaves(spec: JobSpec, spread: _Spread) -> str:
+def make_way(need: Need, rooms: Sequence[Room], givers: Givers) -> Way | None:
+    """Who has to leave so that the job fits, none where those do that leave already; if that is
+    accepted they count as leaving from then on."""
+    way = find_way(need.spec, need.only, rooms, givers, lambda some: _spread(need, some))
+    if way is None or (way.victims and not givers.accept(way.victims)):
+        return None
+    leave(rooms, [tenant.whole for tenant in way.victims])
+    return way
+
+
+def keep_room(need: Need, rooms: Sequence[Room], givers: Givers = NOBODY) -> Spread | None:
+    """Keep for it what it would get now, or when those have left that are leaving or may."""
+    spread = keep_free(need, rooms)
+    if spread is None:
+        way = make_way(need, rooms, givers)
+        if way is not None:
+            take(need.spec, way.spread)
+            return way.spread
+    return spread
+
+
+def keep_free(need: Need, rooms: Sequence[Room]) -> Spread | None:
+    """Keep for it what it would get now."""
+    spread = _spread(need, rooms)
+    if spread is not None:
+        take(need.spec, spread)
+    return spread
+
+
+def _who_leaves(spec: JobSpec, spread: Spread) -> str:
     """Takes the room, too, that they leave."""
     who: dict[str, None] = {}
     nodes: dict[str, None] = {}
-    places = _take(spec, spread)
+    places = take(spec, spread)
     for room, _ in spread:
         taken = [u for place in places if place.node == room.offer.node for u in place.gpu_uuids]
         leaving = [tenant for tenant in room.tenants.values() if tenant.stopping]
@@ -369,75 +436,3 @@ def _who_leaves(spec: JobSpec, spread: _Spread) -> str:
         nodes.update(dict.fromkeys([room.offer.node] if named else []))
     verb = "has" if len(who) == 1 else "have"
     return f"{' and '.join(who)} {verb} to save and leave {' and '.join(nodes)} first"
-
-
-def _victims(need: Need, rooms: Sequence[Room]) -> tuple[list[Tenant], _Spread] | None:
-    """Fewest tenants of lower classes that make room, one for each gang among them, and where the
-    job would then run."""
-    standing = CLASS_RANK[need.spec.job_class], need.lent
-    wholes: dict[str, Tenant] = {}
-    for room in rooms:
-        for tenant in room.tenants.values():
-            if not tenant.stopping and (tenant.rank, tenant.lent) > standing:
-                wholes.setdefault(tenant.whole, tenant)
-    # The lowest class first, in it who is beyond a quota, and then who has run the shortest.
-    lower = sorted(wholes.values(), key=lambda t: (-t.rank, not t.lent, -t.order))
-    tally = _Tally(need.spec, rooms)
-    victims: list[Tenant] = []
-    while not tally.fits and lower:
-        victims.append(lower.pop(0))
-        tally.leave(victims[-1].whole)
-    if not tally.fits:
-        return None
-    for tenant in reversed(victims):  # spare the highest class, and who has run the longest
-        tally.stay(tenant.whole)
-        if tally.fits:
-            victims = [other for other in victims if other is not tenant]
-        else:
-            tally.leave(tenant.whole)
-    spread = _spread(need, [tally.without(index) for index in range(len(rooms))])
-    assert spread is not None, "as many places as counted"
-    known = {room.offer.node: room for room in rooms}
-    return victims, [(known[room.offer.node], shares) for room, shares in spread]
-
-
-class _Tally:
-    """How many ranks fit when some have left; a room is counted anew only when it has changed."""
-
-    def __init__(self, spec: JobSpec, rooms: Sequence[Room]) -> None:
-        self._spec = spec
-        self._rooms = rooms
-        self._gone: dict[str, None] = {}
-        self._homes: dict[str, list[int]] = {}
-        for index, room in enumerate(rooms):
-            for tenant in room.tenants.values():
-                self._homes.setdefault(tenant.whole, []).append(index)
-        self._counts = [self._count(index) for index in range(len(rooms))]
-        self._total = sum(self._counts)
-
-    @property
-    def fits(self) -> bool:
-        return self._total >= self._spec.ranks
-
-    def leave(self, whole: str) -> None:
-        self._gone[whole] = None
-        self._recount(whole)
-
-    def stay(self, whole: str) -> None:
-        del self._gone[whole]
-        self._recount(whole)
-
-    def _recount(self, whole: str) -> None:
-        for index in dict.fromkeys(self._homes[whole]):
-            count = self._count(index)
-            self._total += count - self._counts[index]
-            self._counts[index] = count
-
-    def _count(self, index: int) -> int:
-        return len(self.without(index).takes(self._spec))
-
-    def without(self, index: int) -> Room:
-        """A room as it would be then."""
-        return self._rooms[index].without(
-            lambda tenant: tenant.stopping or tenant.whole in self._gone
-        )

@@ -9,7 +9,7 @@ room of its own. What a room was asked it remembers until it changes.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from coordinator.core import shares
+from coordinator.core import gpu_types, shares
 from coordinator.core.fragmentation import PARTS, Box, Mix
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
@@ -65,7 +65,7 @@ class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
     is kept for somebody in this pass. `mix`: what is asked for lately. `changed`: it is not any
     more as it was opened. `increases`, `counts` and `whole_box` are what was answered since the
-    last change."""
+    last change; `types` those of its GPUs, once asked for."""
 
     offer: Offer
     free: dict[str, GpuFacts]
@@ -80,10 +80,23 @@ class Room:
         default_factory=dict, compare=False
     )
     whole_box: Box | None = field(default=None, compare=False)
+    types: tuple[str, ...] | None = field(default=None, compare=False)
 
-    def takes(self, spec: JobSpec, shunned: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    def has_type(self, gpu_type: str) -> bool:
+        """Whether any of its GPUs, free or not, is of that type."""
+        if self.types is None:
+            self.types = tuple(dict.fromkeys(map(_type_of, self.offer.gpus)))
+        return gpu_type in self.types
+
+    def types_of(self, uuids: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
+
+    def takes(
+        self, spec: JobSpec, gpu_type: str = "", shunned: Sequence[str] = ()
+    ) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
-        most as many as the job has. With the attempts `shunned` it shares one last."""
+        most as many as the job has. With `gpu_type` no others than of that type; with the attempts
+        `shunned` it shares one last."""
         if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
             return []
         if spec.shared_gpu_memory_bytes:
@@ -96,6 +109,8 @@ class Room:
         if spec.gpus == 0:
             return [()] * max(0, min(count, self.slots))
         fitting = [gpu for gpu in self.free.values() if suits(spec, gpu)]
+        if gpu_type:
+            fitting = [gpu for gpu in fitting if _type_of(gpu) == gpu_type]
         count = min(count, len(fitting) // spec.gpus)
         if count == 0:
             return []
@@ -104,9 +119,10 @@ class Room:
         starts = range(0, count * spec.gpus, spec.gpus)
         return [tuple(uuids[start : start + spec.gpus]) for start in starts]
 
-    def count(self, spec: JobSpec) -> tuple[int, int, int]:
+    def count(self, spec: JobSpec, gpu_type: str = "") -> tuple[int, int, int]:
         """How many ranks of a job fit here, and how well a share would do (`share_rank`)."""
         key = (
+            gpu_type,
             spec.ranks,
             spec.gpus,
             spec.gpu_types,
@@ -116,7 +132,7 @@ class Room:
         )
         found = self.counts.get(key)
         if found is None:
-            ranks = self.takes(spec)
+            ranks = self.takes(spec, gpu_type)
             shared = ranks and spec.shared_gpu_memory_bytes
             found = (len(ranks), *(self.share_rank(spec, ranks[0][0]) if shared else (0, 0)))
             if len(self.counts) >= COUNTS_MAX:
@@ -213,6 +229,10 @@ class Room:
             memory_bytes += tenant.memory_bytes
             slots += 0 if tenant.gpu_uuids else 1
         return Room(self.offer, free, memory_bytes, slots, holds=holds, mix=self.mix)
+
+
+def _type_of(gpu: GpuFacts) -> str:
+    return gpu_types.key_of(gpu.name, gpu.memory_bytes)
 
 
 def open_room(offer: Offer, mix: Mix | None = None) -> Room:

@@ -62,6 +62,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.standing import Standing
 from coordinator.core.stretches import Watch
 
 
@@ -86,6 +87,7 @@ class State:
         self.options = options
         self.leader_epoch = self.last_job_id = 0
         self.demand = Demand()
+        self.standing = Standing()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}
         self.job_attempts: dict[int, list[str]] = {}
@@ -195,6 +197,7 @@ class State:
         self.requests.pop(job.request_id, None)
         self.eligible_ms.pop(job_id, None)
         self.avoid.pop(job_id, None)
+        self.standing.order.pop(job_id, None)
         for gone in self.job_attempts.pop(job_id, []):
             self._forget_attempt(gone)
             self.ordered_ms.pop(gone, None)

@@ -4,15 +4,23 @@ Problem: a check that asks the core's own functions finds right whatever they do
 in the plainest way.
 """
 
-from coordinator.core import standby
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from coordinator.core import decisions, standby
+from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
-from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, Part
+from coordinator.core.messages import AppendEvent, Effect
+from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobClass, Part
 from coordinator.core.offers import offers_of, open_rooms
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
     AttemptPhase,
     GpuPhase,
+    JobPhase,
     NodeIntent,
     NodePhase,
 )
@@ -133,6 +141,26 @@ def places_for(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
     return max(0, count)
 
 
+def check_guaranteed(state: State, now_ms: int) -> None:
+    """The first guaranteed job in line either has who must leave for it leaving already, or
+    nobody's leaving would help."""
+    for job in decisions.in_turn(state, map(state.jobs.__getitem__, state.queued), {}):
+        good = state.good_checkpoints(job)
+        blocked = state.eligible_ms.get(job.id, 0) > now_ms or (
+            good and not state.reachable(good[0])
+        )
+        if job.spec.job_class is not JobClass.GUARANTEED or blocked:
+            continue
+        nodes = [live for live in state.nodes.values() if takes_work(live)]
+        places = [
+            sum(places_for(state, live, job, disturbing) for live in nodes)
+            for disturbing in (True, False)
+        ]
+        could, will = (count >= job.spec.ranks for count in places)
+        assert will or not could, f"job {job.id} waits: {state.wait_reason(job)}"
+        return
+
+
 def _places_beside(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
     """The same for a job that shares a GPU: there is room for one of it, or for none."""
     memory_bytes = live.node.host.memory_bytes - job.spec.memory_bytes
@@ -177,3 +205,49 @@ def check_gpu(state: State, live: LiveNode, uuid: str) -> None:
         assert len(promised) <= SHARERS_MAX
         memory_bytes = live.gpus[uuid].facts.memory_bytes
         assert sum(held_shares) * 100 <= memory_bytes * SHARES_PERCENT_MAX, "beyond its memory"
+
+
+# In a stop's reason, that it is for a better allocation, and for whom of its class.
+STOPPED_FOR = re.compile(r"moves to |gives way to job (?P<job>\d+)")
+HOUR_MS = 3_600_000
+
+
+@dataclass
+class Moves:
+    """Who was stopped for somebody of his class, or to run better: within an hour few are. A
+    coordinator that restarts counts anew."""
+
+    most: int
+    times_ms: list[int] = field(default_factory=list)
+
+    def judge(self, effects: Iterable[Effect], jobs: Mapping[int, Job], now_ms: int) -> None:
+        for effect in effects:
+            if not isinstance(effect, AppendEvent) or effect.event.name != "attempt.stopping":
+                continue
+            found = STOPPED_FOR.search(effect.event.message)
+            if found is None:
+                continue
+            self.times_ms.append(now_ms)
+            if found["job"]:
+                ours = jobs[effect.event.job_id].spec.job_class
+                assert jobs[int(found["job"])].spec.job_class is ours, "a class inversion"
+        lately = [at for at in self.times_ms if now_ms - at < HOUR_MS]
+        assert len(lately) <= self.most, f"{len(lately)} moves within an hour"
+
+    def restarted(self) -> None:
+        self.times_ms.clear()
+
+
+def check_promises(state: State) -> None:
+    """What is kept for those who were stopped, or wait for them, is no more than there is, and ends
+    after ten minutes."""
+    promised: Counter[str] = Counter()
+    for job_id, promise in state.standing.promises.items():
+        job = state.jobs[job_id]
+        assert promise.until_ms - promise.since_ms <= 600_000
+        stopping = any(rank.phase is AttemptPhase.STOPPING for rank in state.gang(job))
+        if job.phase is JobPhase.QUEUED or stopping:
+            promised[promise.gpu_type] += job.spec.ranks * job.spec.gpus
+    gpus = [gpu for live in state.nodes.values() for gpu in live.node.gpus]
+    there = Counter(key_of(gpu.name, gpu.memory_bytes) for gpu in gpus)
+    assert all(count <= there[gpu_type] for gpu_type, count in promised.items()), promised

@@ -35,6 +35,7 @@ from coordinator.core.model import GpuFacts, HostFacts, JobSpec, Progress
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
 
 HOST = HostFacts("box", "", 1, 64 * GIGABYTE)
+STEPS = 5_000  # of a job, so far as it says so; most end before
 QUEUED_MAX = 40  # messages under way on one link; more are as good as a cut
 
 
@@ -60,6 +61,7 @@ class Run:
     stopping: bool = False
     last_sequence: int = 0
     saves: int = 0
+    told: int = 0
     unanswered: dict[str, str] = field(default_factory=dict)
 
 
@@ -132,10 +134,15 @@ class FakeNode:
         run.last_sequence = self.report(run.attempt, body)
 
     def beat(self) -> None:
+        """Every other job says how many steps it makes in all; all go on between two saves."""
         if self.welcomed:
             self.beats += 1
-            told = tuple((run.attempt, Progress(run.step)) for run in self.living())
-            self.say(Heartbeat(self.beats, attempts=self.held(), progress=told))
+            told = []
+            for run in self.living():
+                run.told = min(STEPS - 1, max(run.told + 5, run.step))
+                total = STEPS if numbers(run.attempt)[0] % 2 else 0
+                told.append((run.attempt, Progress(run.told, total)))
+            self.say(Heartbeat(self.beats, attempts=self.held(), progress=tuple(told)))
             for event in self.spool[:4]:
                 self.say(event)
 

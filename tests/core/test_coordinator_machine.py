@@ -14,6 +14,7 @@ every job must end. Safety and liveness are named so in the checks. To search fu
 
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +25,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from coordinator.core import costs
+from coordinator.core.allocation import Aims
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import (
     AgentMessage,
@@ -60,9 +63,16 @@ from coordinator.core.phases import (
     JobPhase,
     NodePhase,
 )
-from coordinator.core.state import State
+from coordinator.core.state import Options, State
 from coordinator.core.validate import refuse_fleet
-from tests.core.coordinator_checks import check_gang, check_gpu, check_index, places_for, takes_work
+from tests.core.coordinator_checks import (
+    Moves,
+    check_gang,
+    check_gpu,
+    check_guaranteed,
+    check_index,
+    check_promises,
+)
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
@@ -78,6 +88,8 @@ HEAD_MOVES = (
     *("job.quarantined", "job.failed", "job.cancelled"),
 )
 JOBS_MAX = 10
+# Who has run for two seconds may be moved; `test_moves_machine.py` has many who are.
+OPTIONS = Options(aims=Aims(run_s_min=2.0), moves_per_hour=4)
 JOBS = st.integers(1, JOBS_MAX)
 SPECS = st.builds(
     JobSpec,
@@ -110,7 +122,8 @@ class History:
 class Fleet(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.rig = Rig()
+        self.rig = Rig(OPTIONS)
+        self.moves = Moves(OPTIONS.moves_per_hour)
         self.nodes = {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
         self.sessions = 0
         self.histories: dict[int, History] = {}
@@ -316,6 +329,7 @@ class Fleet(RuleBasedStateMachine):
                 self.rig.crash_on(FromAgent(session, node.upward[0]))
             else:
                 self.rig.restart()
+            self.moves.restarted()
             for other in self.nodes.values():
                 other.cut()
             self.apply(Tick())
@@ -325,6 +339,7 @@ class Fleet(RuleBasedStateMachine):
     def judge(self, effects: list[Effect]) -> None:
         """Of what was just written: one history per job, made by the highest epoch alone."""
         told = {(e.event.job_id, e.event.name): True for e in effects if isinstance(e, AppendEvent)}
+        self.moves.judge(effects, self.rig.disk.jobs, self.rig.now_ms)
         for effect in effects:
             if isinstance(effect, PutCheckpoint) and effect.checkpoint.digest not in self.committed:
                 new = effect.checkpoint
@@ -371,12 +386,12 @@ class Fleet(RuleBasedStateMachine):
 
     @invariant()
     def a_gang_runs_whole_or_is_being_ended(self) -> None:
-        state = self.state
-        for job in state.jobs.values():
-            check_gang(state, job)
+        for job in self.state.jobs.values():
+            check_gang(self.state, job)
 
     @invariant()
     def no_gpu_is_promised_twice(self) -> None:
+        check_promises(self.state)
         for live in self.state.nodes.values():
             for attempt_id in live.attempts:
                 attempt = self.state.attempts[attempt_id]
@@ -406,25 +421,7 @@ class Fleet(RuleBasedStateMachine):
 
     @invariant()
     def no_guaranteed_job_waits_for_a_lower_one(self) -> None:
-        """The first guaranteed job in line either has who must leave for it leaving already, or
-        nobody's leaving would help."""
-        state = self.state
-        for job_id in sorted(state.queued):
-            job = state.jobs[job_id]
-            good = state.good_checkpoints(job)
-            blocked = state.eligible_ms.get(job_id, 0) > self.rig.now_ms or (
-                good and not state.reachable(good[0])
-            )
-            if job.spec.job_class is not JobClass.GUARANTEED or blocked:
-                continue
-            nodes = [live for live in state.nodes.values() if takes_work(live)]
-            places = [
-                sum(places_for(state, live, job, disturbing) for live in nodes)
-                for disturbing in (True, False)
-            ]
-            could, will = (count >= job.spec.ranks for count in places)
-            assert will or not could, f"job {job_id} waits: {state.wait_reason(job)}"
-            return
+        check_guaranteed(self.state, self.rig.now_ms)
 
     @invariant()
     def the_store_tells_the_same(self) -> None:
@@ -496,4 +493,6 @@ class Fleet(RuleBasedStateMachine):
 
 
 def test_every_invariant_holds_in_every_history() -> None:
-    run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=50))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "RESTART_S_DEFAULT", 0.1)
+        run_state_machine_as_test(Fleet, settings=settings(max_examples=60, stateful_step_count=50))

@@ -11,7 +11,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
           gangs=no shares=no
-    beat n1 [runs=1.1] [at=1.1@20,2.1@5] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
+    beat n1 [runs=1.1] [at=1.1@20/300,2.1@5] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
@@ -19,7 +19,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     verdict n1-g0 node=n1 is=needs_reset reason="needs a reset (xid 95)"
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
-           keep=2 ranks=4 share=8
+           keep=2 ranks=4 share=8 steps=900
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
@@ -31,6 +31,7 @@ its heartbeats. A node's list of what it runs follows from `started` and `exit` 
 otherwise; `runs=-` is an empty one, and `1.1!` has ended without its end being acknowledged.
 """
 
+import json
 import os
 import shlex
 from collections.abc import Callable
@@ -262,6 +263,7 @@ def _spec(words: Words) -> JobSpec:
         job_class=JobClass(words.get("class", "standard")),
         command=tuple(command.split()),
         trainer=words.get("trainer", ""),
+        trainer_config_json=_configuration(words),
         working_directory=words.get("directory", ""),
         environment=tuple((name, "x") for name in _listed(words.get("environment", ""))),
         gpus=int(words.get("gpus", 0)),
@@ -278,6 +280,11 @@ def _spec(words: Words) -> JobSpec:
     )
 
 
+def _configuration(words: Words) -> str:
+    """Trainings of one model, which differ in nothing but how long they are."""
+    return json.dumps({"model": "m", "steps": int(words["steps"])}) if "steps" in words else ""
+
+
 def _choice(words: Words) -> CheckpointChoice:
     return CheckpointChoice(
         words.get("digest", ""), int(words["step"]) if "step" in words else None
@@ -286,7 +293,8 @@ def _choice(words: Words) -> CheckpointChoice:
 
 def _said(words: Words) -> tuple[tuple[str, Progress], ...]:
     said = [item.partition("@") for item in _listed(words.get("at", ""))]
-    return tuple((attempt, Progress(int(step))) for attempt, _, step in said)
+    told = [(attempt, *step.partition("/")[::2]) for attempt, _, step in said]
+    return tuple((attempt, Progress(int(step), int(total or 0))) for attempt, step, total in told)
 
 
 def _started(words: Words) -> AttemptStarted:

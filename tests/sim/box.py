@@ -112,11 +112,13 @@ class Surroundings(Protocol):
 
 
 class Box:
-    def __init__(self, name: str, gpu_count: int, around: Surroundings) -> None:
+    def __init__(
+        self, name: str, gpu_count: int, around: Surroundings, gpu_name: str = "NVIDIA H100"
+    ) -> None:
         self.name = name
         self.around = around
         self.gpus = tuple(
-            GpuFacts(f"GPU-{name}-{index}", "NVIDIA H100", GPU_MEMORY_BYTES)
+            GpuFacts(f"GPU-{name}-{index}", gpu_name, GPU_MEMORY_BYTES)
             for index in range(gpu_count)
         )
         self.boots = 0

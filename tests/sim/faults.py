@@ -89,6 +89,7 @@ class Plan:
     nodes: int
     programs: tuple[Program, ...]
     faults: tuple[Fault, ...]
+    gpu_names: tuple[str, ...] = ("NVIDIA H100",)  # of the nodes, in turn
 
 
 def plan(seed: int) -> Plan:

@@ -21,7 +21,7 @@ from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
 from coordinator import shell as coordinator_shell
-from coordinator.core import attempts, checkpoints, gangs, leases, nodes, outcomes
+from coordinator.core import attempts, checkpoints, costs, gangs, leases, nodes, outcomes
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
 from coordinator.core.model import Attempt, Checkpoint, Job, Part
@@ -254,6 +254,28 @@ def test_nobody_is_lost_while_it_stands_in_line(restarts: bool) -> None:
 
 
 # --- the checkers can fail ------------------------------------------------------------------------
+
+
+def test_a_job_moves_to_a_faster_type_when_it_comes_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on there from its checkpoint: the checkers see to that. Its restarts have not been
+    measured, and so close to its end a minute would be too dear."""
+    monkeypatch.setattr(costs, "RESTART_S_DEFAULT", 10.0)
+
+    async def strike(world: World) -> None:
+        world.fired("scenario")
+
+    first, second = (
+        replace(workload("cut").programs[0], at_ms=at_ms, steps=steps)
+        for at_ms, steps in ((5_000, 620), (6_000, 800))
+    )
+    names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100")
+    the_plan = replace(workload("cut", 0), nodes=2, programs=(first, second), gpu_names=names)
+    outcome = simulate(the_plan, strike)
+    assert not outcome.failure
+    moved = [line for line in outcome.lines if "moves to H100, where it is 2.5 times" in line]
+    assert any("attempt.stopping" in line for line in moved), outcome.lines[-40:]
+    again = [line for line in outcome.lines if "attempt.started" in line and "attempt=2.2" in line]
+    assert any("from step" in line for line in again), again
 
 
 def workload(kind: str, count: int = 3) -> Plan:

@@ -70,7 +70,8 @@ class World:
         self.deposed: list[CoordinatorHost] = []
         self.agents: dict[str, AgentHost] = {}
         for number in range(1, plan.nodes + 1):
-            box = Box(f"n{number}", GPUS_PER_NODE, self)
+            gpu_name = plan.gpu_names[number % len(plan.gpu_names)]
+            box = Box(f"n{number}", GPUS_PER_NODE, self, gpu_name)
             self.agents[box.name] = AgentHost(box, self, self.chance.uniform(0.98, 1.02))
         self._gangs: dict[tuple[int, int], Gang] = {}
         self.lost_replies = 0

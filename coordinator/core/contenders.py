@@ -1,0 +1,222 @@
+"""The jobs and the fleet as a decision over all of them sees them (`allocation.py`).
+
+Problem: the decision knows types, rates and hours, and the state knows nodes, attempts and reports.
+What one is in terms of the other is said here, and nowhere else:
+
+- A type is what `gpu_types.key_of` calls it; it counts what takes work, less what those hold that
+  are no contenders: jobs that share a GPU, jobs on GPUs of several types, strays.
+- An option of a job is each type of which the open nodes have enough for all of its ranks.
+- How much is left of a job is known where its trainer says how many steps there are in all, or its
+  configuration does, and it or the same training has been measured. Of a job where it is not known
+  nothing is guessed from how long it has run, and it stays where it is: to its class it is as one
+  that has just begun. Who would not gain by it for certain is not moved.
+- Jobs without GPUs and jobs that share one are no contenders: placement alone decides over them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from coordinator.core import costs, gpu_types, readings, speeds, workload
+from coordinator.core.allocation import Contender, Option
+from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobIntent, JobSpec
+from coordinator.core.offers import is_open
+from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase
+from coordinator.core.speeds import Allowance
+from coordinator.core.standing import Fleet, Rates
+from coordinator.core.state import Instant, State
+from coordinator.core.validate import suits
+
+# Of a job whose project has ended none yet: short enough to be tried, too long to go before those
+# that say that they are short.
+TYPICAL_S_DEFAULT = 3_600.0
+RUNS = (AttemptPhase.ASSIGNED, AttemptPhase.RUNNING)
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A contender with what is not the decision's matter. `known`: how much is left of it is."""
+
+    job: Job
+    contender: Contender
+    rates: Rates
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """All of them, and what there is to have of each type."""
+
+    entrants: tuple[Entrant, ...]
+    capacity: Mapping[str, int]
+
+
+def competes(spec: JobSpec) -> bool:
+    return spec.gpus > 0 and not spec.shared_gpu_memory_bytes
+
+
+def fleet_of(state: State) -> Fleet:
+    """GPUs of open nodes that may get work, whoever has them."""
+    facts: dict[str, dict[tuple[str, int], GpuFacts]] = {}
+    counts: dict[str, list[int]] = {}
+    type_of: dict[str, str] = {}
+    for _, live in sorted(state.nodes.items()):
+        if not is_open(live):
+            continue
+        closed = readings.closed(live)
+        here: dict[str, int] = {}
+        for uuid, gpu in live.gpus.items():
+            if uuid in closed or gpu.phase is GpuPhase.ABSENT:
+                continue
+            name, memory_bytes = gpu.facts.name, gpu.facts.memory_bytes
+            gpu_type = gpu_types.key_of(name, memory_bytes)
+            facts.setdefault(gpu_type, {}).setdefault((name, memory_bytes), gpu.facts)
+            here[gpu_type] = here.get(gpu_type, 0) + 1
+            type_of[uuid] = gpu_type
+        for gpu_type, count in here.items():
+            counts.setdefault(gpu_type, []).append(count)
+    return Fleet(
+        {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())},
+        {gpu_type: tuple(some) for gpu_type, some in sorted(counts.items())},
+        type_of,
+        len(state.indices.kinds),
+    )
+
+
+def types_for(spec: JobSpec, fleet: Fleet) -> tuple[str, ...]:
+    """Those of which the fleet, with nothing else on it, has enough for the job."""
+    return tuple(
+        gpu_type
+        for gpu_type, counts in fleet.counts.items()
+        if any(suits(spec, gpu) for gpu in fleet.facts[gpu_type])
+        and sum(count // spec.gpus for count in counts) >= spec.ranks
+    )
+
+
+def field_of(
+    state: State, now: Instant, fleet: Fleet, jobs: Iterable[Job], lent: Mapping[int, None]
+) -> Field:
+    """Of these, who contend: everybody who waits for GPUs or has some. `lent` are those beyond
+    their projects' quotas."""
+    speeds.refresh(state, now)
+    allowance = Allowance()
+    suited: dict[tuple[object, ...], tuple[str, ...]] = {}
+    entrants: list[Entrant] = []
+    held: dict[str, None] = {}
+    for job in jobs:
+        spec = job.spec
+        request = (spec.gpus, spec.ranks, spec.gpu_types, spec.gpu_memory_bytes_min)
+        if request not in suited:
+            suited[request] = types_for(spec, fleet)
+        at = place_of(state, job, fleet)
+        if at == "" and job.phase is JobPhase.ACTIVE:
+            continue  # where it is nobody else could be, or nobody can say what that is worth
+        rates = speeds.of(state, now, job, suited[request], allowance)
+        entrant = _entrant(state, now, job, rates, at or "")
+        if job.id in lent:
+            entrant = replace(entrant, contender=replace(entrant.contender, lent=True))
+        entrants.append(entrant)
+        if at:
+            held.update(dict.fromkeys(u for rank in state.gang(job) for u in rank.gpu_uuids))
+    capacity = {gpu_type: sum(counts) for gpu_type, counts in fleet.counts.items()}
+    for _, live in sorted(state.nodes.items()):
+        for uuid, gpu in live.gpus.items():
+            gpu_type = fleet.type_of.get(uuid)
+            if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
+                capacity[gpu_type] -= 1
+    return Field(tuple(entrants), capacity)
+
+
+def newcomer(state: State, now: Instant, job: Job, fleet: Fleet) -> Entrant:
+    """One that has come since the last decision, by facts if its estimate is dear."""
+    rates = speeds.of(state, now, job, types_for(job.spec, fleet), Allowance(1))
+    return _entrant(state, now, job, rates, "")
+
+
+def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
+    """The type that all of a job's ranks are on; empty where it is on several, or on what takes no
+    work; `None` where it is on none, or about to leave."""
+    gang = state.gang(job)
+    if job.phase is not JobPhase.ACTIVE or any(rank.phase not in RUNS for rank in gang):
+        return None
+    uuids = [uuid for rank in gang for uuid in rank.gpu_uuids]
+    types = list(dict.fromkeys(fleet.type_of.get(uuid, "") for uuid in uuids))
+    return types[0] if len(types) == 1 else ""
+
+
+def since_ms(state: State, now: Instant, key: int | str, unix_ms: int) -> int:
+    """When that was by the monotonic clock, which nobody sets: wall time is looked at once."""
+    known = state.standing.since_ms
+    if key not in known:
+        known[key] = now.now_ms - max(0, now.unix_ms - unix_ms)
+    return known[key]
+
+
+def contending(state: State) -> list[Job]:
+    """In the order of submission."""
+    ids = dict(state.queued)
+    for attempt_id in state.indices.open_attempts:
+        ids[state.attempts[attempt_id].job_id] = None
+    jobs = [state.jobs[job_id] for job_id in sorted(ids)]
+    return [
+        job
+        for job in jobs
+        if competes(job.spec)
+        and job.intent is JobIntent.RUN
+        and job.phase in (JobPhase.QUEUED, JobPhase.ACTIVE)
+    ]
+
+
+def _leaves(state: State, holders: Iterable[str]) -> bool:
+    """Whether all who have it are about to give it back."""
+    attempts = [state.attempts.get(holder) for holder in holders]
+    return all(one is not None and one.phase is AttemptPhase.STOPPING for one in attempts)
+
+
+def _entrant(state: State, now: Instant, job: Job, rates: Rates, at: str) -> Entrant:
+    spec = job.spec
+    gpus = spec.ranks * spec.gpus
+    options = tuple(
+        Option(gpu_type, gpus, rate) for gpu_type, rate in zip(rates.types, rates.mean, strict=True)
+    )
+    steps_left = _steps_left(state, job) if rates.absolute else None
+    known = steps_left is not None
+    typical_gpu_s = gpus * state.standing.speeds.typical_s.get(spec.project, TYPICAL_S_DEFAULT)
+    attained_gpu_s = costs.attained_gpu_s(state.attempts_of(job.id), now)
+    began_ms = now.now_ms
+    current = state.current(job)
+    promise = state.standing.promises.get(job.id)
+    if promise is not None:
+        at, began_ms = promise.gpu_type, promise.since_ms
+    elif at and known and current is not None:
+        began_ms = since_ms(state, now, current.id, current.assigned_unix_ms)
+    contender = Contender(
+        job_id=job.id,
+        options=options,
+        rank=CLASS_RANK[spec.job_class],
+        project=spec.project,
+        submitted_ms=since_ms(state, now, job.id, job.submitted_unix_ms),
+        steps_left=steps_left,
+        attained_gpu_s=attained_gpu_s if known else min(attained_gpu_s, typical_gpu_s),
+        typical_gpu_s=typical_gpu_s,
+        at=next((option for option in options if option.gpu_type == at), None),
+        since_ms=began_ms,
+        restart_s=costs.restart_s(state, now, job),
+    )
+    return Entrant(job, contender, rates, known)
+
+
+def _steps_left(state: State, job: Job) -> float | None:
+    """Until its end, from where it is, or where it would go on; `None` where nobody has said how
+    many there are."""
+    current = state.current(job)
+    said = None if current is None else state.progress.get(current.id)
+    total = said.total_steps if said is not None else 0
+    training = workload.read(job.spec)
+    if not total and isinstance(training, workload.Training):
+        total = training.steps
+    if not total:
+        return None
+    done = job.head_step
+    if said is not None and job.phase is JobPhase.ACTIVE:
+        done = max(done, said.step)
+    return float(max(0, total - done))

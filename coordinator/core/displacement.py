@@ -1,0 +1,171 @@
+"""Who gives way so that a job fits: where that costs least, and nobody who need not.
+
+Problem: room for a job can be made in many ways, and each costs others what they have not saved,
+the time until they run again, and a place. So of those who may leave the lowest class goes first,
+in it who runs on what is lent to his project, and of these whoever has least to lose: GPUs times
+the seconds that a stop costs each of them (his stake, `costs.py`). Of all nodes, and for a gang of
+all of them together, it is done where the stakes are least of the highest class harmed, then of the
+next; where nothing is known of stakes, where the GPUs are fewest.
+
+Who displaces one rank of a gang displaces, and counts, all of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from coordinator.core.model import CLASS_RANK, JobSpec
+from coordinator.core.rooms import Room, Tenant
+
+# Rooms and the GPUs that ranks of one job get there; ranks count through them in this order.
+Spread = list[tuple[Room, list[tuple[str, ...]]]]
+MayLeave = Callable[[Tenant], bool]
+StakeOf = Callable[[Tenant], float]
+# Whom it harms, the least first: a class, and in it those within their projects' quotas.
+TIERS = [(rank, lent) for rank in CLASS_RANK.values() for lent in (False, True)]
+SpreadOf = Callable[[Sequence[Room]], Spread | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Who leaves, one tenant for each gang among them, and where the job then runs."""
+
+    victims: tuple[Tenant, ...]
+    spread: Spread
+
+
+def nothing_known(_: Tenant) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Givers:
+    """Who may leave, what they have to lose, and whether it is accepted that these do."""
+
+    may_leave: MayLeave
+    stake_of: StakeOf = nothing_known
+    accept: Callable[[Sequence[Tenant]], bool] = lambda _: True
+
+
+NOBODY = Givers(lambda _: False)
+
+
+def find_way(
+    spec: JobSpec, gpu_type: str, rooms: Sequence[Room], givers: Givers, spread_of: SpreadOf
+) -> Way | None:
+    """The cheapest way to make room, on one node or, for a gang, on several; none where nobody's
+    leaving would do. Attempts that are stopping already count as given. With `gpu_type` only GPUs
+    of that type count."""
+    sizes: dict[str, int] = {}
+    for room in rooms:
+        for tenant in room.tenants.values():
+            size = max(1, len(tenant.gpu_uuids))
+            sizes[tenant.whole] = sizes.get(tenant.whole, 0) + size
+    best: tuple[tuple[list[float], list[int], int, str], Way] | None = None
+    for within in [[room] for room in rooms] + ([list(rooms)] if spec.ranks > 1 else []):
+        for victims in _victims(_Tally(spec, gpu_type, within), within, givers):
+            harmed = [[t for t in victims if (t.rank, t.lent) == tier] for tier in TIERS]
+            # The highest class first: a spare one more weighs less than a standard one.
+            stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
+            gpus = [sum(sizes[tenant.whole] for tenant in some) for some in harmed]
+            key = (stakes, gpus, len(victims), within[0].offer.node)
+            if best is None or key < best[0]:
+                best = (key, _way(victims, within, spread_of))
+    return None if best is None else best[1]
+
+
+def leave(rooms: Sequence[Room], wholes: Sequence[str]) -> None:
+    """From now on these count as leaving."""
+    for room in rooms:
+        for tenant in list(room.tenants.values()):
+            if tenant.whole in wholes:
+                room.dismiss(tenant.attempt)
+
+
+def _way(victims: Sequence[Tenant], rooms: Sequence[Room], spread_of: SpreadOf) -> Way:
+    gone = [tenant.whole for tenant in victims]
+    left = [room.without(lambda t: t.stopping or t.whole in gone) for room in rooms]
+    spread = spread_of(left)
+    assert spread is not None, "as many places as counted"
+    known = {room.offer.node: room for room in rooms}
+    return Way(tuple(victims), [(known[room.offer.node], shares) for room, shares in spread])
+
+
+def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator[list[Tenant]]:
+    """Sets of tenants that make room, one for each gang among them, without any that is not needed:
+    the cheapest together, and on one node also the cheapest that is enough alone."""
+    wholes: dict[str, Tenant] = {}
+    for room in rooms:
+        for tenant in room.tenants.values():
+            if not tenant.stopping and givers.may_leave(tenant):
+                wholes.setdefault(tenant.whole, tenant)
+    # Of those who have the same to lose the one that has run the shortest.
+    ordered = sorted(
+        wholes.values(), key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order)
+    )
+    victims: list[Tenant] = []
+    for tenant in ordered:
+        if tally.fits:
+            break
+        victims.append(tenant)
+        tally.leave(tenant.whole)
+    if not tally.fits:
+        return
+    for tenant in reversed(victims):  # spare the highest class, and who has most to lose
+        tally.stay(tenant.whole)
+        if tally.fits:
+            victims = [other for other in victims if other is not tenant]
+        else:
+            tally.leave(tenant.whole)
+    yield victims
+    if len(victims) < 2 or len(rooms) > 1:
+        return
+    for tenant in victims:
+        tally.stay(tenant.whole)
+    for tenant in ordered:
+        tally.leave(tenant.whole)
+        enough = tally.fits
+        tally.stay(tenant.whole)
+        if enough:
+            yield [tenant]
+            return
+
+
+class _Tally:
+    """How many ranks fit when some have left; a room is counted anew only when it has changed."""
+
+    def __init__(self, spec: JobSpec, gpu_type: str, rooms: Sequence[Room]) -> None:
+        self._spec = spec
+        self._gpu_type = gpu_type
+        self._rooms = rooms
+        self._gone: dict[str, None] = {}
+        self._homes: dict[str, list[int]] = {}
+        for index, room in enumerate(rooms):
+            for tenant in room.tenants.values():
+                self._homes.setdefault(tenant.whole, []).append(index)
+        self._counts = [self._count(index) for index in range(len(rooms))]
+        self._total = sum(self._counts)
+
+    @property
+    def fits(self) -> bool:
+        return self._total >= self._spec.ranks
+
+    def leave(self, whole: str) -> None:
+        self._gone[whole] = None
+        self._recount(whole)
+
+    def stay(self, whole: str) -> None:
+        del self._gone[whole]
+        self._recount(whole)
+
+    def _recount(self, whole: str) -> None:
+        for index in dict.fromkeys(self._homes[whole]):
+            count = self._count(index)
+            self._total += count - self._counts[index]
+            self._counts[index] = count
+
+    def _count(self, index: int) -> int:
+        """Of a room as it would be then."""
+        room = self._rooms[index].without(
+            lambda tenant: tenant.stopping or tenant.whole in self._gone
+        )
+        return len(room.takes(self._spec, self._gpu_type))

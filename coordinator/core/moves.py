@@ -1,0 +1,253 @@
+"""Who is stopped so that somebody else, or he himself, has what is worth more.
+
+Problem: a decision over all jobs says what would be best, and every step there costs: a job that is
+stopped saves, waits and comes up again, and while it does so its GPUs and those that it goes to do
+nothing. A scheduler that follows each decision at once spends the day moving. So of what the
+decision says only steps are taken, and each by itself has to be worth it:
+
+1. Only a job of which it is known how much is left is moved, or makes another one of its class
+   leave. The decision itself keeps a job where it is for `run_s_min`, or ten times what its restart
+   takes, and charges the restart of those it moves (`allocation.py`).
+2. Who moves for his own sake goes where it is faster for certain: also at the low end of its
+   estimate.
+3. It goes where there is room now, or where those leave whom the decision has there no more; it is
+   worth more there than they all are where they are, less what they are worth where they go.
+4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are.
+5. What somebody was stopped for is promised to him, for as long as those who leave may take to
+   save, and not longer: then he is one of many again. Rooms are taken as they are promised, so that
+   nothing is promised twice, and of what is free enough is left for those who were granted it and
+   wait.
+
+The stop is that of a preemption, with a pre-copy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.core import attempts, checkpoints, costs, gangs
+from coordinator.core.allocation import Allocation, Option, run_s_min, worths
+from coordinator.core.contenders import Entrant, Field
+from coordinator.core.displacement import Givers, Spread, StakeOf, leave, nothing_known
+from coordinator.core.horizon import Horizon
+from coordinator.core.model import Job, Replication
+from coordinator.core.offers import open_rooms
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.placement import Need, keep_free, keep_room
+from coordinator.core.rooms import Room, Tenant
+from coordinator.core.standing import Promise
+from coordinator.core.state import Instant, State
+
+HOUR_MS = 3_600_000
+# Between the last moment of a grace and the start of who waits for it: reports, and a batch.
+SLACK_MS = 30_000
+# However long somebody may take to save: what is kept for a job does nothing meanwhile.
+PROMISE_MS_MAX = 600_000
+# In one decision: who would have to leave for whom, over all nodes; some milliseconds each. What is
+# worth most is looked at first, and the next decision looks again.
+SEARCHES_MAX = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Where the decision wants a job that is not there, and what is gained by that."""
+
+    entrant: Entrant
+    option: Option
+    gain: float
+
+
+def make(state: State, now: Instant, field: Field, allocation: Allocation) -> None:
+    """Stop whom the decision has elsewhere, as far as it is worth that."""
+    budget = state.options.moves_per_hour - len(state.standing.moves_ms)
+    plan = _Plan(state, now, field, allocation)
+    moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
+    if budget <= 0 or not plan.wishes or not (moving or plan.may_go):
+        return
+    plan.open(budget)
+    for wish in plan.wishes:
+        plan.grant(wish)
+    plan.resettle()
+    _carry_out(state, now, plan)
+
+
+def _carry_out(state: State, now: Instant, plan: "_Plan") -> None:
+    standing = state.standing
+    for job_id, reason in plan.stops.items():
+        job = state.jobs[job_id]
+        attempt = state.gang(job)[0]
+        node = plan.targets.get(job_id, "")
+        copied = job.spec.ranks == 1 and job.spec.replication is not Replication.NONE
+        if copied and node not in ("", attempt.node, attempt.replica_node):
+            attempt = checkpoints.send_copies_to(state, attempt, node)
+        standing.moves_ms.append(now.now_ms)
+        attempts.stop(state, now, attempt, reason, attempts.PRECOPY_PREEMPTION_MS)
+    for job_id, (gpu_type, wait_ms) in plan.promised.items():
+        until_ms = now.now_ms + min(PROMISE_MS_MAX, wait_ms + SLACK_MS)
+        standing.promises[job_id] = Promise(gpu_type, until_ms, now.now_ms)
+
+
+class _Plan:
+    """Steps towards a decision, each in the room that those before it have left. `stops` has the
+    reason for each that is stopped, `promised` the type and for how long others may take to leave,
+    `targets` the node."""
+
+    def __init__(self, state: State, now: Instant, field: Field, allocation: Allocation) -> None:
+        self.state = state
+        self.now = now
+        self.ahead = allocation.ahead
+        self.entrants = {entrant.job.id: entrant for entrant in field.entrants}
+        self.grants = {job_id: grant.option for job_id, grant in allocation.grants.items()}
+        self.may_go = {e.job.id: e for e in field.entrants if self._may_go(e)}
+        wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
+        self.wishes = sorted(
+            wishes, key=lambda w: (w.entrant.contender.rank, -w.gain, w.entrant.job.id)
+        )
+        self.rooms: Sequence[Room] = ()
+        self.stake_of: StakeOf = nothing_known
+        self.left = 0
+        self.searches = SEARCHES_MAX
+        self.stops: dict[int, str] = {}
+        self.promised: dict[int, tuple[str, int]] = {}
+        self.targets: dict[int, str] = {}
+
+    def open(self, budget: int) -> None:
+        """What was promised before is kept first."""
+        self.left = budget
+        self.rooms = open_rooms(self.state)
+        self.stake_of = costs.stakes(self.state, self.now)
+        for job_id, promise in self.state.standing.promises.items():
+            job = self.state.jobs[job_id]
+            keep_room(Need(job_id, job.spec, only=promise.gpu_type), self.rooms)
+
+    def grant(self, wish: Wish) -> None:
+        job, option = wish.entrant.job, wish.option
+        runs = wish.entrant.contender.at is not None
+        own = int(runs and job.id not in self.stops)
+        victims: list[int] = []
+
+        def accept(tenants: Sequence[Tenant]) -> bool:
+            victims[:] = [self.state.attempts[one.attempt].job_id for one in tenants]
+            return self._is_worth(wish, victims) and own + len(victims) <= self.left
+
+        def may_leave(tenant: Tenant) -> bool:
+            who = self.may_go.get(self.state.attempts[tenant.attempt].job_id)
+            return who is not None and who.contender.rank >= wish.entrant.contender.rank
+
+        if own > self.left or (runs and job.id in self.promised):
+            return
+        need = Need(job.id, job.spec, avoid=self.state.avoid.get(job.id, ""), only=option.gpu_type)
+        spread = keep_free(need, self.rooms)
+        if spread is None and wish.entrant.known and self.searches > 0:
+            self.searches -= 1
+            spread = keep_room(need, self.rooms, Givers(may_leave, self.stake_of, accept))
+        if spread is None:
+            return
+        for victim in victims:
+            self._stop(victim, self._gives_way(wish, self.may_go[victim]))
+        if own:
+            self._stop(job.id, self._moves(wish, victims))
+        if runs or victims:
+            self._promise(job, option, spread, [*victims, *([job.id] if runs else [])])
+
+    def resettle(self) -> None:
+        """Who had to leave and was granted something else gets it, if there is room."""
+        for job_id in list(self.stops):
+            option = self.grants.get(job_id)
+            if option is None or job_id in self.promised:
+                continue
+            job = self.state.jobs[job_id]
+            need = Need(job_id, job.spec, only=option.gpu_type)
+            spread = keep_room(need, self.rooms)
+            if spread is not None:
+                self._promise(job, option, spread, [job_id])
+                self.stops[job_id] = f"moves to {option.gpu_type} and {self.stops[job_id]}"
+
+    def _stop(self, job_id: int, reason: str) -> None:
+        job = self.state.jobs[job_id]
+        self.stops[job_id] = reason
+        self.left -= 1
+        leave(self.rooms, [f"{job_id}.{job.epoch}"])
+
+    def _promise(self, job: Job, option: Option, spread: Spread, leaving: Sequence[int]) -> None:
+        graces = [gangs.grace_ms(self.state, self.state.jobs[job_id]) for job_id in leaving]
+        wait_ms = attempts.PRECOPY_PREEMPTION_MS + max((ms or 0 for ms in graces), default=0)
+        self.promised[job.id] = option.gpu_type, wait_ms
+        self.targets[job.id] = spread[0][0].offer.node
+
+    # --- what is worth it -------------------------------------------------------------------------
+
+    def _wish(self, entrant: Entrant) -> Wish | None:
+        job, at = entrant.job, entrant.contender.at
+        option = self.grants.get(job.id)
+        if option is None or option == at or job.id in self.state.standing.promises:
+            return None
+        if at is None:
+            waits = job.phase is JobPhase.QUEUED
+            return Wish(entrant, option, self._value(entrant, option)) if waits else None
+        gain = self._value(entrant, option) - self._value(entrant, at)
+        rates = entrant.rates
+        sure = rates.low[rates.types.index(option.gpu_type)] > at.rate
+        if gain <= 0 or not sure or not self._may_stop(entrant):
+            return None
+        return Wish(entrant, option, gain)
+
+    def _may_go(self, entrant: Entrant) -> bool:
+        """Whether the decision has it elsewhere, or nowhere."""
+        at = entrant.contender.at
+        return at is not None and self.grants.get(entrant.job.id) != at and self._may_stop(entrant)
+
+    def _may_stop(self, entrant: Entrant) -> bool:
+        contender = entrant.contender
+        if not entrant.known or entrant.job.id in self.state.standing.promises:
+            return False
+        gang = self.state.gang(entrant.job)
+        ran_s = (self.now.now_ms - contender.since_ms) / 1000
+        running = all(rank.phase is AttemptPhase.RUNNING for rank in gang)
+        return running and ran_s >= run_s_min(contender, self.state.options.aims)
+
+    def _is_worth(self, wish: Wish, victims: Sequence[int]) -> bool:
+        """Whether it gains more than those of its class lose; nobody is asked to give way to one of
+        whom it is not known how much is left."""
+        if not wish.entrant.known:
+            return False
+        loss = 0.0
+        for victim in victims:
+            entrant = self.may_go[victim]
+            at, option = entrant.contender.at, self.grants.get(victim)
+            if at is not None and entrant.contender.rank == wish.entrant.contender.rank:
+                loss += self._value(entrant, at)
+                loss -= self._value(entrant, option) if option is not None else 0.0
+        return wish.gain > loss
+
+    def _value(self, entrant: Entrant, option: Option) -> float:
+        contender = entrant.contender
+        tenants = self.state.standing.tenants
+        ahead = self.ahead.get(contender.rank, Horizon(0.0))
+        (found,) = worths([contender], self.now.now_ms, self.state.options.aims, tenants, ahead)
+        return found[contender.options.index(option)]
+
+    # --- what is said of it -----------------------------------------------------------------------
+
+    def _moves(self, wish: Wish, victims: Sequence[int]) -> str:
+        at, option = wish.entrant.contender.at, wish.option
+        assert at is not None, "who moves is somewhere"
+        ratio = option.rate / at.rate
+        who = " and ".join(str(victim) for victim in victims)
+        place = f", in the place of job {who}" if victims else ""
+        return (
+            f"moves to {option.gpu_type}, where it is {ratio:.1f} times as fast as on"
+            f" {at.gpu_type}{place}"
+        )
+
+    def _gives_way(self, wish: Wish, victim: Entrant) -> str:
+        at, option = victim.contender.at, wish.option
+        assert at is not None, "who gives way is somewhere"
+        job = wish.entrant.job
+        if victim.contender.rank > wish.entrant.contender.rank:
+            return f"gives way to {job.spec.job_class.value} job {job.id}"
+        theirs = self._value(wish.entrant, option) / option.gpus
+        own = self._value(victim, at) / at.gpus
+        return (
+            f"gives way to job {job.id}: a GPU of type {at.gpu_type} is worth {theirs:.2g} to that"
+            f" one, and {own:.2g} here"
+        )

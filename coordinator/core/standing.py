@@ -1,0 +1,95 @@
+"""What the last decision over all jobs has left, for those who decide before the next one.
+
+Problem: a decision over all jobs is dear and seldom, placement is cheap and after every batch. What
+the first has found out (which type is worth most for whom, in which turn, what a GPU costs) has to
+hold until it is made again, for jobs that it knows and for those that have come since. All of it is
+volatile: a coordinator that restarts knows nothing of it, and decides anew.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coordinator.core.estimates import NOTHING, Knowledge, Observation
+from coordinator.core.horizon import Horizon
+from coordinator.core.model import GpuFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """GPUs that take work, by type: what they are, and how many each node has that has any.
+    `type_of` is by uuid. `kinds`: how many kinds of node there were when it was looked at."""
+
+    facts: Mapping[str, tuple[GpuFacts, ...]] = field(default_factory=dict)
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    type_of: Mapping[str, str] = field(default_factory=dict)
+    kinds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a job is on each type, in the order of `types`, and how fast it is nine times of ten
+    at least. `absolute`: in steps a second, else only relative to one another. Not `told`: nothing
+    is known, and all are alike."""
+
+    types: tuple[str, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    absolute: bool = False
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRates:
+    """Rates of a job in its `epoch`, good until then. `name`: what the job is (`history.py`)."""
+
+    rates: Rates
+    epoch: int
+    until_ms: int
+    name: str
+
+
+@dataclass(slots=True)
+class Speeds:
+    """What the fleet has seen, as it was looked at last (`speeds.py`). `typical_s` is for how long
+    jobs of a project have run, on the GPUs that they asked for."""
+
+    seen_ms: int | None = None
+    learned_ms: int | None = None
+    knowledge: Knowledge = NOTHING
+    by_job: dict[str, list[Observation]] = field(default_factory=dict)
+    by_family: dict[str, list[Observation]] = field(default_factory=dict)
+    typical_s: dict[str, float] = field(default_factory=dict)
+    known: dict[tuple[int, str], KnownRates] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A type of GPU that is kept for a job, since others or itself have been stopped for that."""
+
+    gpu_type: str
+    until_ms: int
+    since_ms: int
+
+
+@dataclass(slots=True)
+class Standing:
+    """`stale_ms`: since when something has happened that the decision of `decided_ms` does not
+    know. `order`: for each job the types that are worth most for it first, with its speed there.
+    `turn`: of those who wait and say how much they have left, whether they were granted GPUs, and
+    what they are worth a GPU. `notes`: what the price says of a wait. `moves_ms`: when somebody was
+    stopped for a better allocation. `tenants`: what each project counted. `since_ms`: when
+    jobs were submitted and attempts assigned, by the monotonic clock."""
+
+    decided_ms: int | None = None
+    stale_ms: int | None = None
+    fleet: Fleet | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+    ahead: Mapping[int, Horizon] = field(default_factory=dict)
+    tenants: Mapping[str, float] = field(default_factory=dict)
+    order: dict[int, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    turn: dict[int, tuple[bool, float]] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
+    promises: dict[int, Promise] = field(default_factory=dict)
+    moves_ms: list[int] = field(default_factory=list)
+    since_ms: dict[int | str, int] = field(default_factory=dict)
+    speeds: Speeds = field(default_factory=Speeds)
