@@ -17,36 +17,29 @@ def is_open(live: LiveNode) -> bool:
 
 
 def offers_of(state: State) -> list[Offer]:
-    offers = []
-    for live in state.nodes.values():
-        if not is_open(live):
-            continue
-        closed = readings.closed(live)
-        open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
-        free = [uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE]
-        present = [gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT]
-        host = live.node.host
-        slots = max(1, host.cpu_count) * SLOTS_PER_CPU
-        tenants = [_tenant(state, attempt_id) for attempt_id in live.attempts]
-        strays = [
-            uuid
-            for uuid, gpu in live.gpus.items()
-            if any(holder not in live.attempts for holder in gpu.holders)
-        ]
-        offers.append(
-            Offer(
-                live.node.id,
-                tuple(present),
-                tuple(free),
-                host.memory_bytes,
-                slots,
-                tuple(tenants),
-                gangs=live.gangs,
-                shares=live.shares,
-                strays=tuple(strays),
-            )
-        )
-    return offers
+    return [offer_of(state, live) for live in state.nodes.values() if is_open(live)]
+
+
+def offer_of(state: State, live: LiveNode) -> Offer:
+    """What the node offers, or would offer if it took work."""
+    closed = readings.closed(live)
+    open_gpus = {uuid: gpu for uuid, gpu in live.gpus.items() if uuid not in closed}
+    strays = [
+        uuid
+        for uuid, gpu in live.gpus.items()
+        if any(holder not in live.attempts for holder in gpu.holders)
+    ]
+    return Offer(
+        live.node.id,
+        tuple(gpu.facts for gpu in open_gpus.values() if gpu.phase is not GpuPhase.ABSENT),
+        tuple(uuid for uuid, gpu in open_gpus.items() if gpu.phase is GpuPhase.FREE),
+        live.node.host.memory_bytes,
+        max(1, live.node.host.cpu_count) * SLOTS_PER_CPU,
+        tuple(_tenant(state, attempt_id) for attempt_id in live.attempts),
+        gangs=live.gangs,
+        shares=live.shares,
+        strays=tuple(strays),
+    )
 
 
 def _tenant(state: State, attempt_id: str) -> Tenant:

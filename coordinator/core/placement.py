@@ -26,15 +26,15 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop
 
 from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Offer, Room, Tenant, most_left_bytes, open_room
-from coordinator.core.shares import SHARERS_MAX
-from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
+from coordinator.core.rooms import Offer, Room, Tenant, open_room
+from coordinator.core.shortfalls import listed, why_not
+from coordinator.core.validate import gigabytes
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
 # the next pass.
@@ -42,8 +42,6 @@ STARTS_PER_PASS_MAX = 512
 # Of the nodes that fit a job so many are weighed against what others ask for, the tightest first:
 # in a large fleet most are alike, and each costs some tens of microseconds.
 WEIGHED_MAX = 64
-# Of the nodes that have places for a gang; a sentence that names all of a large fleet is not read.
-NODES_NAMED_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,15 @@ _Spread = list[tuple[Room, list[tuple[str, ...]]]]
 def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
     has been asked for lately."""
-    rooms = [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
+    return place_in(needs, rooms_of(offers, mix))
+
+
+def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
+    return [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
+
+
+def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
+    """The pass; `rooms` are then what is left for others."""
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -108,7 +114,7 @@ def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None
     refused: dict[tuple[object, ...], str] = {}
     placed = 0
     for need in needs:
-        key = _request_key(need)
+        key = request_key(need)
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
             start = _start(need, rooms)
@@ -119,13 +125,14 @@ def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None
             victims, sentence = _displace(need, rooms)
             displacements += victims
             if not victims and not sentence:
-                sentence = _why_not(need.spec, rooms)
+                sentence = why_not(need.spec, rooms)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
 
 
-def _request_key(need: Need) -> tuple[object, ...]:
+def request_key(need: Need) -> tuple[object, ...]:
+    """Equal for jobs that fit where the other does."""
     spec = need.spec
     return (
         spec.job_class,
@@ -147,13 +154,21 @@ def _start(need: Need, rooms: Sequence[Room]) -> Start | None:
     return Start(need.job_id, _take(need.spec, spread), why)
 
 
+def find(need: Need, rooms: Sequence[Room]) -> tuple[Place, ...] | None:
+    """Where the job would start; takes nothing."""
+    spread = _spread(need, rooms)
+    return None if spread is None else _places(spread)
+
+
+def _places(spread: _Spread) -> tuple[Place, ...]:
+    return tuple(Place(room.offer.node, uuids) for room, shares in spread for uuids in shares)
+
+
 def _take(spec: JobSpec, spread: _Spread) -> tuple[Place, ...]:
-    places = []
     for room, shares in spread:
         for gpu_uuids in shares:
             room.take(spec, gpu_uuids)
-            places.append(Place(room.offer.node, gpu_uuids))
-    return tuple(places)
+    return _places(spread)
 
 
 def _spread(need: Need, rooms: Sequence[Room]) -> _Spread | None:
@@ -242,7 +257,7 @@ def _why_here(need: Need, spread: _Spread) -> str:
         first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
         where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
         where += [f"{count} on {node}" for count, node in rest]
-        return f"runs with {_listed(where)}, the fewest nodes that have room"
+        return f"runs with {listed(where)}, the fewest nodes that have room"
     room, shares = spread[0]
     node = room.offer.node
     gpu_uuids = [uuid for share in shares for uuid in share]
@@ -277,10 +292,6 @@ def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str
     gpus = f"{after.left / PARTS:.2f}" if after.left % PARTS else str(after.left // PARTS)
     unit = "GPU" if after.left == PARTS else "GPUs"
     return f"{gpus} {unit} there, of use to {percent}% of recent requests"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _displace(need: Need, rooms: Sequence[Room]) -> tuple[list[Displace], str]:
@@ -409,89 +420,3 @@ class _Tally:
         return self._rooms[index].without(
             lambda tenant: tenant.stopping or tenant.whole in self._gone
         )
-
-
-def _why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    if spec.ranks > 1:
-        return _why_not_all(spec, rooms)
-    if spec.shared_gpu_memory_bytes and rooms:
-        return _why_no_share(spec, rooms)
-    need = f"needs {describe_need(spec)} on one node"
-    if not rooms:
-        return f"{need}; no node takes work at present"
-    if spec.gpus == 0:
-        slots = sum(max(0, room.slots) for room in rooms)
-        most = _most_memory(room for room in rooms if room.slots > 0)
-        return f"{need}; {slots} places are free, and at most {most} of memory beside one"
-    counts = [
-        (sum(1 for gpu in room.free.values() if suits(spec, gpu)), room.offer.node)
-        for room in rooms
-    ]
-    largest, node = max(counts, key=lambda pair: pair[0])
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in rooms)
-    if largest >= spec.gpus:
-        able = zip(rooms, counts, strict=True)
-        most = _most_memory(room for room, (count, _) in able if count >= spec.gpus)
-        return f"{need}; the GPUs are free, but at most {most} of memory is where they are"
-    if total == 0:
-        return f"{need}; no node that takes work at present has any"
-    if largest == 0:
-        taken = (
-            "the only one that fits is taken" if total == 1 else f"all {total} that fit are taken"
-        )
-        return f"{need}; {taken}"
-    return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
-
-
-def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    need = f"needs {describe_need(spec)}"
-    knowing = [room for room in rooms if room.offer.shares]
-    outdated = len(rooms) - len(knowing)
-    which, them = ("1 node runs", "it") if outdated == 1 else (f"{outdated} nodes run", "them")
-    tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
-    if total == 0:
-        return f"{need}; no node that takes work at present has one{tail}"
-    left_bytes, jobs, node = most_left_bytes(spec, knowing)
-    if left_bytes >= spec.shared_gpu_memory_bytes:
-        able = [room for room in knowing if room.has_share(spec)]
-        return (
-            f"{need}; the share is free, but at most {_most_memory(able)} of memory is where it is"
-        )
-    if not jobs:
-        taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
-        return f"{need}; {taken} taken{tail}"
-    beside = f"beside {jobs} job{'s' if jobs > 1 else ''} ({SHARERS_MAX} at most)"
-    left = gigabytes(left_bytes)
-    return f"{need}; the most that is left of one is {left}, on {node} {beside}{tail}"
-
-
-def _why_not_all(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    outdated = [room.offer for room in rooms if not room.offer.gangs]
-    count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
-    which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
-    tail = f"; {which} an agent from before gangs: upgrade {them}" if count else ""
-    return _which_places(spec, rooms) + tail
-
-
-def _which_places(spec: JobSpec, rooms: Sequence[Room]) -> str:
-    need = f"needs {describe_ranks(spec)}"
-    if not rooms:
-        return f"{need}; no node takes work at present"
-    counts = [(len(room.takes(spec)), room.offer.node) for room in rooms]
-    free = sorted((pair for pair in counts if pair[0]), key=lambda pair: (-pair[0], pair[1]))
-    total = sum(count for count, _ in free)
-    if not total:
-        return f"{need}; a place for none of them is free"
-    if len(free) == 1:
-        some = "a place for 1 is" if total == 1 else f"places for {total} are"
-        return f"{need}; {some} free, on {free[0][1]}"
-    where = [f"{count} on {node}" for count, node in free[:NODES_NAMED_MAX]]
-    if len(free) > NODES_NAMED_MAX:
-        rest = free[NODES_NAMED_MAX:]
-        where.append(f"{sum(count for count, _ in rest)} on {len(rest)} more")
-    return f"{need}; places for {total} are free, {_listed(where)}"
-
-
-def _most_memory(rooms: Iterable[Room]) -> str:
-    return gigabytes(max((max(0, room.memory_bytes) for room in rooms), default=0))

@@ -5,10 +5,8 @@ between two of them. So each batch of events ends with one round. It looks at ev
 when capacity may have come free, else at the new jobs alone.
 """
 
-from collections.abc import Iterable
-
-from coordinator.core import attempts, checkpoints, readings
-from coordinator.core.model import CLASS_RANK, Job
+from coordinator.core import attempts, readings
+from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, offers_of
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import STARTS_PER_PASS_MAX, Need, place
@@ -28,22 +26,16 @@ def decide(state: State, now: Instant) -> None:
     state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     whole = state.dirty or _leaving(state)
     considered = state.queued if whole else state.fresh
-    queue = _in_turn(state, considered)
+    queue = queue_of.in_turn(state, considered)
     state.dirty, state.fresh = False, {}
     needs: list[Need] = []
     waits: dict[int, str] = {}
     for job in queue:
-        blocked = _blocked(state, now, job)
+        blocked = queue_of.blocked(state, now, job)
         if blocked:
             waits[job.id] = blocked
         else:
-            good = state.good_checkpoints(job)
-            pieces = good[0].pieces if good else ()
-            replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
-            last = state.gang(job) if replicas else []
-            near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
-            avoid = state.avoid.get(job.id, "")
-            needs.append(Need(job.id, job.spec, replicas, avoid, near))
+            needs.append(queue_of.need_of(state, job))
     # Nodes come and go, and report, far more often than somebody waits for them.
     plan = place(needs, offers_of(state), state.demand.mix()) if needs else None
     if plan is not None:
@@ -69,18 +61,6 @@ def _leaving(state: State) -> bool:
         if attempt.phase is AttemptPhase.STOPPING and is_open(state.nodes[attempt.node]):
             return True
     return False
-
-
-def _in_turn(state: State, job_ids: Iterable[int]) -> list[Job]:
-    waiting = [state.jobs[job_id] for job_id in job_ids if job_id in state.queued]
-    return sorted(waiting, key=lambda job: (CLASS_RANK[job.spec.job_class], job.id))
-
-
-def _blocked(state: State, now: Instant, job: Job) -> str:
-    eligible_ms = state.eligible_ms.get(job.id, 0)
-    if eligible_ms > now.now_ms:
-        return job.reason
-    return checkpoints.head_within_reach(state, job)
 
 
 def _note_waits(state: State, waits: dict[int, str]) -> None:

@@ -1,0 +1,106 @@
+"""What a job lacks that fits nowhere: the sentence of a wait, with numbers.
+
+Problem: "waiting for resources" helps nobody. Who waits wants to know what is free, what is taken
+and what of his request is in the way, and the log, the CLI and the page must say the same. So the
+sentence is made here, from the same rooms that the job was refused by.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from coordinator.core.model import JobSpec
+from coordinator.core.rooms import Room, most_left_bytes
+from coordinator.core.shares import SHARERS_MAX
+from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
+
+# Of the nodes that have places for a gang; a sentence that names all of a large fleet is not read.
+NODES_NAMED_MAX = 4
+
+
+def listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
+    if spec.ranks > 1:
+        return _why_not_all(spec, rooms)
+    if spec.shared_gpu_memory_bytes and rooms:
+        return _why_no_share(spec, rooms)
+    need = f"needs {describe_need(spec)} on one node"
+    if not rooms:
+        return f"{need}; no node takes work at present"
+    if spec.gpus == 0:
+        slots = sum(max(0, room.slots) for room in rooms)
+        most = _most_memory(room for room in rooms if room.slots > 0)
+        return f"{need}; {slots} places are free, and at most {most} of memory beside one"
+    counts = [
+        (sum(1 for gpu in room.free.values() if suits(spec, gpu)), room.offer.node)
+        for room in rooms
+    ]
+    largest, node = max(counts, key=lambda pair: pair[0])
+    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in rooms)
+    if largest >= spec.gpus:
+        able = zip(rooms, counts, strict=True)
+        most = _most_memory(room for room, (count, _) in able if count >= spec.gpus)
+        return f"{need}; the GPUs are free, but at most {most} of memory is where they are"
+    if total == 0:
+        return f"{need}; no node that takes work at present has any"
+    if largest == 0:
+        taken = (
+            "the only one that fits is taken" if total == 1 else f"all {total} that fit are taken"
+        )
+        return f"{need}; {taken}"
+    return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
+
+
+def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
+    need = f"needs {describe_need(spec)}"
+    knowing = [room for room in rooms if room.offer.shares]
+    outdated = len(rooms) - len(knowing)
+    which, them = ("1 node runs", "it") if outdated == 1 else (f"{outdated} nodes run", "them")
+    tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
+    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
+    if total == 0:
+        return f"{need}; no node that takes work at present has one{tail}"
+    left_bytes, jobs, node = most_left_bytes(spec, knowing)
+    if left_bytes >= spec.shared_gpu_memory_bytes:
+        able = [room for room in knowing if room.has_share(spec)]
+        return (
+            f"{need}; the share is free, but at most {_most_memory(able)} of memory is where it is"
+        )
+    if not jobs:
+        taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
+        return f"{need}; {taken} taken{tail}"
+    beside = f"beside {jobs} job{'s' if jobs > 1 else ''} ({SHARERS_MAX} at most)"
+    left = gigabytes(left_bytes)
+    return f"{need}; the most that is left of one is {left}, on {node} {beside}{tail}"
+
+
+def _why_not_all(spec: JobSpec, rooms: Sequence[Room]) -> str:
+    outdated = [room.offer for room in rooms if not room.offer.gangs]
+    count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
+    which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
+    tail = f"; {which} an agent from before gangs: upgrade {them}" if count else ""
+    return _which_places(spec, rooms) + tail
+
+
+def _which_places(spec: JobSpec, rooms: Sequence[Room]) -> str:
+    need = f"needs {describe_ranks(spec)}"
+    if not rooms:
+        return f"{need}; no node takes work at present"
+    counts = [(len(room.takes(spec)), room.offer.node) for room in rooms]
+    free = sorted((pair for pair in counts if pair[0]), key=lambda pair: (-pair[0], pair[1]))
+    total = sum(count for count, _ in free)
+    if not total:
+        return f"{need}; a place for none of them is free"
+    if len(free) == 1:
+        some = "a place for 1 is" if total == 1 else f"places for {total} are"
+        return f"{need}; {some} free, on {free[0][1]}"
+    where = [f"{count} on {node}" for count, node in free[:NODES_NAMED_MAX]]
+    if len(free) > NODES_NAMED_MAX:
+        rest = free[NODES_NAMED_MAX:]
+        where.append(f"{sum(count for count, _ in rest)} on {len(rest)} more")
+    return f"{need}; places for {total} are free, {listed(where)}"
+
+
+def _most_memory(rooms: Iterable[Room]) -> str:
+    return gigabytes(max((max(0, room.memory_bytes) for room in rooms), default=0))
