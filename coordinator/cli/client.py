@@ -33,7 +33,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from coordinator.cli import values
-from coordinator.cli.decoding import decode_fit, decode_node, said, time_of, word_of
+from coordinator.cli.decoding import (
+    decode_explanation,
+    decode_fit,
+    decode_node,
+    said,
+    time_of,
+    word_of,
+)
 from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
 from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
 
@@ -182,9 +189,9 @@ class Client:
         return _job(self._call(self._jobs.RequeueJob, request).job)
 
     def explain(self, job_id: int) -> values.Explanation:
-        """One sentence with numbers."""
+        """One sentence with numbers, and the figures of it."""
         answer = self._call(self._jobs.ExplainJob, jobs_pb2.ExplainJobRequest(job_id=job_id))
-        return values.Explanation(job_id=job_id, sentence=answer.sentence)
+        return decode_explanation(job_id, answer)
 
     def fit(
         self, spec: values.JobSpec, model: values.ModelFacts | str, prices: dict[str, float]

@@ -49,6 +49,7 @@ from coordinator.core.model import (
     attempt_id,
 )
 from coordinator.core.options import Options as Options  # a part of the state's making
+from coordinator.core.pace import Pace
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     GPU_TRANSITIONS,
@@ -157,6 +158,7 @@ class State:
         self.avoid: dict[int, str] = {}
         self.waits: dict[int, str] = {}
         self.progress: dict[str, Progress] = {}
+        self.paces: dict[str, Pace] = {}
         self.ordered_ms: dict[str, int] = {}
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}
@@ -287,6 +289,7 @@ class State:
     def _forget_attempt(self, gone: str) -> None:
         self.attempts.pop(gone, None)
         self.progress.pop(gone, None)
+        self.paces.pop(gone, None)
         self.indices.forget_attempt(gone)
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:

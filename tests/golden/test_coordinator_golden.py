@@ -11,7 +11,7 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
           gangs=no shares=no
-    beat n1 [runs=1.1] [at=1.1@20] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
+    beat n1 [runs=1.1] [at=1.1@20/100] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
@@ -276,8 +276,9 @@ def _choice(words: Words) -> CheckpointChoice:
 
 
 def _said(words: Words) -> tuple[tuple[str, Progress], ...]:
-    attempt, _, step = words.get("at", "").partition("@")
-    return ((attempt, Progress(int(step))),) if attempt else ()
+    attempt, _, at = words.get("at", "").partition("@")
+    step, _, total = at.partition("/")
+    return ((attempt, Progress(int(step), int(total or 0))),) if attempt else ()
 
 
 def _started(words: Words) -> AttemptStarted:
