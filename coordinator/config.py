@@ -66,6 +66,8 @@ LEASE_MS_MAX: Final = 600_000  # a node silent for ten minutes is dead by anybod
 HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
 CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
+RESERVATION_WAIT_MS_MAX: Final = 604_800_000  # a week; who waits longer has been forgotten
+RESERVATION_MS_MAX: Final = 86_400_000  # a day of an idle GPU is more than a large job gains
 HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
 HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
 
@@ -136,6 +138,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds of that, 1000 to 86400000. Ten minutes are time for a person to look before "
         "the next tenth goes."
     )] = 600_000
+    reservation_wait_ms: Annotated[int, says(
+        "Milliseconds that a job of several GPUs waits before the largest of its class gets room "
+        "reserved, up to 604800000; 0: never. Ten minutes are no wait for a large job, and most "
+        "get their room within them without it."
+    )] = 600_000
+    reservation_ms: Annotated[int, says(
+        "Milliseconds after which a reservation expires, 1000 to 86400000: no GPU idles for one "
+        "any longer. Half an hour sees most small jobs end; take what yours last, where they do "
+        "not say how many steps they have."
+    )] = 1_800_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -199,6 +211,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             range_problem(
                 "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
             ),
+            range_problem(
+                "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX
+            ),
+            range_problem("reservation_ms", self.reservation_ms, 1_000, RESERVATION_MS_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),

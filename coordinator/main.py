@@ -243,4 +243,6 @@ def _options(config: Config) -> Options:
         cordons_degraded=config.health_reaction == "degraded",
         cordon_percent=config.health_cordon_percent,
         cordon_window_ms=config.health_cordon_window_ms,
+        reservation_wait_ms=config.reservation_wait_ms,
+        reservation_ms=config.reservation_ms,
     )

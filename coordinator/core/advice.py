@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from coordinator.core import needs as queue_of
+from coordinator.core import reservations
 from coordinator.core.explanations import Suggestion
 from coordinator.core.foresight import where
+from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_ORDER, CLASS_RANK, Job, JobSpec
 from coordinator.core.offers import offer_of, offers_of
 from coordinator.core.phases import NodeIntent, NodePhase
-from coordinator.core.placement import Need, find, place_in, rooms_of
-from coordinator.core.rooms import Room, most_left_bytes, open_room
+from coordinator.core.placement import Need, find, kept_from, place_in, rooms_of
+from coordinator.core.rooms import Place, Room, most_left_bytes, open_room
 from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import suits
 
@@ -44,14 +46,17 @@ def suggest(
     rooms = _left_by(state, now, before)
     own = queue_of.need_of(state, job)
     stopped = [room.without(lambda tenant: tenant.stopping) for room in rooms]
-    if find(own, rooms) is not None or find(own, stopped) is not None:
+    keeps = reservations.keeps(state, now)
+    if any(_seen(own, some, keeps) is not None for some in (rooms, stopped)):
         return (), True
     rank = CLASS_RANK[job.spec.job_class]
     rooms = _left_by(state, now, [o for o in others if CLASS_RANK[o.spec.job_class] <= rank])
     found: list[Suggestion] = []
-    for change, spec in _variants(job.spec, rooms):
+    with hidden(kept_from(own, keeps), {room.offer.node: room for room in rooms}):
+        variants = list(_variants(job.spec, rooms))
+    for change, spec in variants:
         altered = Need(state.last_job_id + 1, spec)
-        places = find(altered, rooms)
+        places = _seen(altered, rooms, keeps)
         if places is not None:
             found.append(Suggestion(change, f"now on {where(spec, places, rooms)}"))
         if len(found) == SUGGESTIONS_MAX:
@@ -75,8 +80,14 @@ def _left_by(
         offers.append(offer_of(state, opened))
     rooms = rooms_of(offers, state.demand.mix())
     able = [job for job in jobs if not queue_of.blocked(state, now, job)]
-    place_in([queue_of.need_of(state, job) for job in able], rooms)
+    place_in([queue_of.need_of(state, job) for job in able], rooms, reservations.keeps(state, now))
     return rooms
+
+
+def _seen(need: Need, rooms: Sequence[Room], keeps: Sequence[Keep]) -> tuple[Place, ...] | None:
+    """Where it would start among what it may use."""
+    with hidden(kept_from(need, keeps), {room.offer.node: room for room in rooms}):
+        return find(need, rooms)
 
 
 def _variants(spec: JobSpec, rooms: Sequence[Room]) -> Iterator[_Variant]:
@@ -144,11 +155,12 @@ def _higher_class(
         spec = replace(job.spec, job_class=job_class)
         need = Need(state.last_job_id + 1, spec)
         change = f"--class {job_class.value}"
-        places = find(need, rooms)
+        keeps = reservations.keeps(state, now)
+        places = _seen(need, rooms, keeps)
         if places is not None:
             yield Suggestion(change, f"now on {where(spec, places, rooms)}")
             return
-        plan = place_in([need], rooms)
+        plan = place_in([need], rooms, keeps)
         if plan.displacements:
             wholes = [_whole(state, displace.attempt) for displace in plan.displacements]
             who = wholes[0] if len(wholes) == 1 else f"{wholes[0]} and {len(wholes) - 1} more"
@@ -179,7 +191,7 @@ def _closed_node(
         if find(need, alone) is None:
             continue
         every = _left_by(state, now, before, live)
-        places = find(need, every)
+        places = _seen(need, every, reservations.keeps(state, now))
         if places is not None:
             there = where(need.spec, places, every)
             yield Suggestion(f"baton uncordon {live.node.id}", f"now on {there}")

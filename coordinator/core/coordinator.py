@@ -19,6 +19,7 @@ from coordinator.core import (
     nodes,
     parts,
     readings,
+    reservations,
     retention,
     rounds,
     stuck,
@@ -100,6 +101,7 @@ class Coordinator:
         elif isinstance(event, Tick):
             nodes.tick(state, now)
             health.tick(state, now)
+            reservations.tick(state, now)
         elif state.undecided:  # Decide
             rounds.decide(state, now)
         return state.take()

@@ -7,13 +7,13 @@ told when he is expected to fit (`foresight.py`) and what would let him start (`
 runs when he is expected to end and whom he gives way to.
 """
 
-from coordinator.core import advice, foresight, poison, standby
+from coordinator.core import advice, foresight, poison, reservations, standby
 from coordinator.core import needs as queue_of
 from coordinator.core.explanations import ExpectedStart, Explanation
 from coordinator.core.model import CLASS_ORDER, CLASS_RANK, Job
 from coordinator.core.offers import offers_of
 from coordinator.core.phases import ATTEMPT_LIVE, AttemptPhase, JobPhase
-from coordinator.core.placement import rooms_of
+from coordinator.core.placement import kept_from, rooms_of
 from coordinator.core.state import Instant, State, cut
 
 # Jobs that an explanation looks at: a round over more takes longer than a question may.
@@ -50,7 +50,11 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     need = queue_of.need_of(state, job)
     ahead = [queue_of.need_of(state, other) for other in queue[: queue.index(job)]]
     rooms = rooms_of(offers_of(state))
-    found = foresight.forecast(need, ahead, rooms, foresight.ends(state, now))
+    kept = kept_from(need, reservations.keeps(state, now))
+    sentence += reservations.outlook(state, now, job)
+    found = None
+    if not kept:  # else others' room is in its way, and nobody knows for how long
+        found = foresight.forecast(need, ahead, rooms, foresight.ends(state, now))
     start = None
     if found is not None:
         where = foresight.where(job.spec, found.places, rooms)

@@ -31,4 +31,10 @@ def need_of(state: State, job: Job) -> Need:
     replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
     last = state.gang(job) if replicas else []
     near = tuple(name for rank in last for name in (rank.node, rank.replica_node))
-    return Need(job.id, job.spec, replicas, state.avoid.get(job.id, ""), near)
+    before = state.current(job)
+    pace = None if before is None else state.paces.get(before.id)
+    lasts_ms = None if pace is None else pace.remaining_ms(job.head_step)
+    return Need(
+        job.id, job.spec, replicas, state.avoid.get(job.id, ""), near,
+        None if lasts_ms is None else round(lasts_ms),
+    )  # fmt: skip

@@ -25,3 +25,6 @@ class Options:
     cordons_degraded: bool = False
     cordon_percent: int = 10
     cordon_window_ms: int = 600_000
+    # After which wait a large job gets room reserved (0: never), and for how long (`reservations`).
+    reservation_wait_ms: int = 600_000
+    reservation_ms: int = 1_800_000

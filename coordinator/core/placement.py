@@ -26,13 +26,15 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop
 
 from coordinator.core.fragmentation import PARTS, Mix
+from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Room, Tenant, open_room
+from coordinator.core.rooms import Place as Place
 from coordinator.core.shortfalls import listed, why_not
 from coordinator.core.validate import gigabytes
 
@@ -48,21 +50,15 @@ WEIGHED_MAX = 64
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
-    the standby that got its checkpoints."""
+    the standby that got its checkpoints. `lasts_ms` is how long it is expected to run, if anybody
+    knows."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
     near: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What one rank gets."""
-
-    node: str
-    gpu_uuids: tuple[str, ...]
+    lasts_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +90,24 @@ class Plan:
 _Spread = list[tuple[Room, list[tuple[str, ...]]]]
 
 
-def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
+def place(
+    needs: Sequence[Need],
+    offers: Sequence[Offer],
+    mix: Mix | None = None,
+    keeps: Sequence[Keep] = (),
+) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
-    has been asked for lately."""
-    return place_in(needs, rooms_of(offers, mix))
+    has been asked for lately, `keeps` is room that not everybody sees."""
+    return place_in(needs, rooms_of(offers, mix), keeps)
 
 
 def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
     return [open_room(offer, mix) for offer in sorted(offers, key=lambda offer: offer.node)]
 
 
-def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
+def place_in(needs: Sequence[Need], rooms: Sequence[Room], keeps: Sequence[Keep] = ()) -> Plan:
     """The pass; `rooms` are then what is left for others."""
+    known = {room.offer.node: room for room in rooms}
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -114,21 +116,39 @@ def place_in(needs: Sequence[Need], rooms: Sequence[Room]) -> Plan:
     refused: dict[tuple[object, ...], str] = {}
     placed = 0
     for need in needs:
-        key = request_key(need)
+        kept = kept_from(need, keeps)
+        key = (*request_key(need), *(keep.job_id for keep in kept))
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
-            start = _start(need, rooms)
+            with hidden(kept, known):
+                start = _start(need, rooms)
+                victims, sentence = ([], "") if start is not None else _displace(need, rooms)
             if start is not None:
                 starts.append(start)
                 placed += len(start.places)
                 continue
-            victims, sentence = _displace(need, rooms)
             displacements += victims
             if not victims and not sentence:
-                sentence = why_not(need.spec, rooms)
+                sentence = _refusal(need, rooms, known, kept)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
+
+
+def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
+    """What it does not see."""
+    rank = CLASS_RANK[need.spec.job_class]
+    return [keep for keep in keeps if keep.hides_from(need.job_id, rank, need.lasts_ms)]
+
+
+def _refusal(
+    need: Need, rooms: Sequence[Room], known: Mapping[str, Room], kept: Sequence[Keep]
+) -> str:
+    with hidden(kept, known):
+        sentence = why_not(need.spec, rooms)
+    if kept and find(need, rooms) is not None:
+        sentence += "".join(f"; {keep.note}" for keep in kept)
+    return sentence
 
 
 def request_key(need: Need) -> tuple[object, ...]:
@@ -360,7 +380,23 @@ def _victims(need: Need, rooms: Sequence[Room]) -> tuple[list[Tenant], _Spread] 
             if not tenant.stopping and tenant.rank > class_rank:
                 wholes.setdefault(tenant.whole, tenant)
     # The lowest class first, and within it the one that has run the shortest.
-    lower = sorted(wholes.values(), key=lambda tenant: (-tenant.rank, -tenant.order))
+    return _leavers(
+        need, rooms, sorted(wholes.values(), key=lambda tenant: (-tenant.rank, -tenant.order))
+    )
+
+
+def make_room(
+    need: Need, rooms: Sequence[Room], order: Sequence[Tenant]
+) -> tuple[list[Tenant], tuple[Place, ...]] | None:
+    """The first in this order that have to leave for a job, beside those that are leaving, and
+    where it would then run."""
+    found = _leavers(need, rooms, list(order))
+    return None if found is None else (found[0], _places(found[1]))
+
+
+def _leavers(
+    need: Need, rooms: Sequence[Room], lower: list[Tenant]
+) -> tuple[list[Tenant], _Spread] | None:
     tally = _Tally(need.spec, rooms)
     victims: list[Tenant] = []
     while not tally.fits and lower:

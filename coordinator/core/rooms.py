@@ -17,6 +17,14 @@ from coordinator.core.validate import suits
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """What one rank gets."""
+
+    node: str
+    gpu_uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.

@@ -5,7 +5,7 @@ between two of them. So each batch of events ends with one round. It looks at ev
 when capacity may have come free, else at the new jobs alone.
 """
 
-from coordinator.core import attempts, readings
+from coordinator.core import attempts, readings, reservations
 from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, offers_of
 from coordinator.core.phases import AttemptPhase
@@ -26,6 +26,7 @@ def decide(state: State, now: Instant) -> None:
     state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     whole = state.dirty or _leaving(state)
     considered = state.queued if whole else state.fresh
+    reservations.note(state, now, considered)
     queue = queue_of.in_turn(state, considered)
     state.dirty, state.fresh = False, {}
     needs: list[Need] = []
@@ -37,7 +38,11 @@ def decide(state: State, now: Instant) -> None:
         else:
             needs.append(queue_of.need_of(state, job))
     # Nodes come and go, and report, far more often than somebody waits for them.
-    plan = place(needs, offers_of(state), state.demand.mix()) if needs else None
+    offers = offers_of(state) if needs else []
+    if whole:
+        reservations.review(state, now, offers)
+    keeps = reservations.keeps(state, now)
+    plan = place(needs, offers, state.demand.mix(), keeps) if needs else None
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
@@ -46,7 +51,9 @@ def decide(state: State, now: Instant) -> None:
             attempts.stop(state, now, victim, displace.why, attempts.PRECOPY_PREEMPTION_MS)
         lacks = readings.shortage(state) if plan.waits else ""
         for job_id, sentence in plan.waits:
-            waits[job_id] = sentence + (lacks if state.jobs[job_id].spec.gpus else "")
+            job = state.jobs[job_id]
+            waits[job_id] = sentence + (lacks if job.spec.gpus else "")
+            waits[job_id] += reservations.describe(state, now, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
         placed = sum(len(start.places) for start in plan.starts)

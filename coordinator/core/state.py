@@ -15,6 +15,7 @@ from coordinator.core import traces
 from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
+from coordinator.core.keeps import Reservation
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -159,6 +160,10 @@ class State:
         self.waits: dict[int, str] = {}
         self.progress: dict[str, Progress] = {}
         self.paces: dict[str, Pace] = {}
+        # Since when who waits is waiting; reservations by rank of class (`reservations.py`).
+        self.waiting_ms: dict[int, int] = {}
+        self.reservations: dict[int, Reservation] = {}
+        self.reservations_looked_ms = 0
         self.ordered_ms: dict[str, int] = {}
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}

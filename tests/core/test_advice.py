@@ -29,10 +29,13 @@ from coordinator.core.messages import (
     Reply,
     Request,
     Submit,
+    Tick,
     UncordonNode,
 )
 from coordinator.core.model import HostFacts, JobClass, JobSpec, Progress
+from coordinator.core.options import Options
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.reservations import LOOK_MS
 from coordinator.core.state import REASON_CHARACTERS_MAX
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
 
@@ -64,8 +67,8 @@ SPECS = st.lists(st.one_of(WHOLE, WHOLE, SHARING, GANGS), min_size=4, max_size=1
 class Fleet:
     """Some nodes that do as they are told."""
 
-    def __init__(self) -> None:
-        self.rig = Rig()
+    def __init__(self, options: Options | None = None) -> None:
+        self.rig = Rig(options)
         self.sequences = dict.fromkeys(NAMES, 0)
         for session, (name, text) in enumerate(FLEET.items(), start=1):
             hello = Hello(name, "j1", f"{name}:1", HOST, gpus_of(name, text), (), ())
@@ -144,16 +147,20 @@ def _followed(fleet: Fleet, job_id: int, suggestion: Suggestion) -> None:
 
 
 @settings(max_examples=50)
-@given(SPECS, st.sampled_from([(), ("n1",), ("n2", "n4"), ("n3",)]))
+@given(SPECS, st.sampled_from([(), ("n1",), ("n2", "n4"), ("n3",)]), st.booleans())
 def test_who_follows_advice_sees_the_job_start(
-    specs: list[JobSpec], cordoned: tuple[str, ...]
+    specs: list[JobSpec], cordoned: tuple[str, ...], reserves: bool
 ) -> None:
-    fleet = Fleet()
+    """Also where room is reserved for large jobs."""
+    fleet = Fleet(Options(reservation_wait_ms=int(reserves)))
     for name in cordoned:
         fleet.ask(CordonNode(name))
     for spec in specs:
         fleet.ask(Submit(spec))
         fleet.run_all()
+    fleet.rig.now_ms += 2_000
+    fleet.rig.core.state.reservations_looked_ms = -LOOK_MS
+    fleet.rig.handle(Tick())
     for job_id in list(fleet.rig.core.state.queued):
         for suggestion in _explained(fleet, job_id).suggestions:
             _followed(fleet.copy(), job_id, suggestion)
