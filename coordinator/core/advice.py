@@ -62,7 +62,8 @@ def suggest(
         if len(found) == SUGGESTIONS_MAX:
             return tuple(found), False
     found += _higher_class(state, now, job, others)
-    found += _closed_node(state, now, own, before, rooms)
+    if not reservations.others_in_line(state, now, job):
+        found += _closed_node(state, now, own, before, rooms)
     return tuple(found[:SUGGESTIONS_MAX]), False
 
 
@@ -160,6 +161,8 @@ def _higher_class(
         if places is not None:
             yield Suggestion(change, f"now on {where(spec, places, rooms)}")
             return
+        if any(tenant.stopping for room in rooms for tenant in room.tenants.values()):
+            return  # somebody has a claim already, and it is not known who gets what he leaves
         plan = place_in([need], rooms, keeps)
         if plan.displacements:
             wholes = [_whole(state, displace.attempt) for displace in plan.displacements]

@@ -114,6 +114,14 @@ def _stands(kept: Reservation, rooms: Sequence[Room]) -> bool:
     return all(uuid in known for place in kept.places for uuid in place.gpu_uuids)
 
 
+def others_in_line(state: State, now: Instant, job: Job) -> bool:
+    """Whether somebody else of its class or above may get a reservation where more room is."""
+    if not state.options.reservation_wait_ms:
+        return False
+    line = _in_line(state, now)
+    return any(_rank(other) <= _rank(job) and other.id != job.id for other in line)
+
+
 def _in_line(state: State, now: Instant) -> list[Job]:
     limit_ms = state.options.reservation_wait_ms
     late = [
