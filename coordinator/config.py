@@ -68,6 +68,8 @@ HEALTH_REACTIONS: Final = ("cordon", "degraded", "report")
 CORDON_WINDOW_MS_MAX: Final = 86_400_000  # a day; a longer memory is a limit for good
 MOVES_PER_HOUR_MAX: Final = 10_000  # three a second: that is no bound any more
 RESTART_GRACE_MS_MAX: Final = 600_000  # the same, for nodes that do not return after our restart
+RESERVATION_WAIT_MS_MAX: Final = 604_800_000  # a week; who waits longer has been forgotten
+RESERVATION_MS_MAX: Final = 86_400_000  # a day of an idle GPU is more than a large job gains
 HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
 HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
 PROJECT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # as a submission names it
@@ -165,6 +167,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "One a minute is more than a fleet of a dozen jobs can use, and on a large one the traffic "
         "of one checkpoint at a time. Who gives way to a higher class is not counted."
     )] = 60
+    reservation_wait_ms: Annotated[int, says(
+        "Milliseconds that a job of several GPUs waits before the largest of its class gets room "
+        "reserved, up to 604800000; 0: never. Ten minutes are no wait for a large job, and most "
+        "get their room within them without it."
+    )] = 600_000
+    reservation_ms: Annotated[int, says(
+        "Milliseconds after which a reservation expires, 1000 to 86400000: no GPU idles for one "
+        "any longer. Half an hour sees most small jobs end; take what yours last, where they do "
+        "not say how many steps they have."
+    )] = 1_800_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -230,6 +242,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ),
             *self._project_problems(),
             range_problem("moves_per_hour", self.moves_per_hour, 0, MOVES_PER_HOUR_MAX),
+            range_problem(
+                "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX
+            ),
+            range_problem("reservation_ms", self.reservation_ms, 1_000, RESERVATION_MS_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),

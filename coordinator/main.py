@@ -254,6 +254,8 @@ def _options(config: Config) -> Options:
         },
         solve=_solve if importlib.util.find_spec(SOLVER_MODULE) is not None else None,
         moves_per_hour=config.moves_per_hour,
+        reservation_wait_ms=config.reservation_wait_ms,
+        reservation_ms=config.reservation_ms,
     )
 
 

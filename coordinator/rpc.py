@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import wire, wire_fit, wire_nodes, wire_projects
+from coordinator import wire, wire_explain, wire_fit, wire_nodes, wire_projects
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core import traces
@@ -156,7 +156,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         answer = await _ask(self._shell, context, m.ExplainJob(request.job_id))
         if not isinstance(answer, m.Explanation):
             raise TypeError(f"expected a sentence, got {type(answer).__name__}")
-        return jobs_pb2.ExplainJobResponse(sentence=answer.sentence)
+        return wire_explain.encode(answer)
 
     async def FitJob(
         self, request: jobs_pb2.FitJobRequest, context: Context

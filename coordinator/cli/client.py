@@ -34,6 +34,7 @@ from google.protobuf.message import Message
 
 from coordinator.cli import values
 from coordinator.cli.decoding import (
+    decode_explanation,
     decode_fit,
     decode_node,
     decode_project,
@@ -189,9 +190,9 @@ class Client:
         return _job(self._call(self._jobs.RequeueJob, request).job)
 
     def explain(self, job_id: int) -> values.Explanation:
-        """One sentence with numbers."""
+        """One sentence with numbers, and the figures of it."""
         answer = self._call(self._jobs.ExplainJob, jobs_pb2.ExplainJobRequest(job_id=job_id))
-        return values.Explanation(job_id=job_id, sentence=answer.sentence)
+        return decode_explanation(job_id, answer)
 
     def fit(
         self, spec: values.JobSpec, model: values.ModelFacts | str, prices: dict[str, float]

@@ -36,6 +36,28 @@ def said(message: Message, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
+def decode_explanation(job_id: int, answer: jobs_pb2.ExplainJobResponse) -> values.Explanation:
+    """As told; an older coordinator tells the sentence alone."""
+    start = None
+    if answer.HasField("expected_start"):
+        told = answer.expected_start
+        start = values.ExpectedStart(
+            time=time_of(told, "time"),
+            nodes=list(told.nodes),
+            where=told.where,
+            after_job_id=told.after_job_id,
+        )
+    return values.Explanation(
+        job_id=job_id,
+        sentence=answer.sentence,
+        expected_start=start,
+        expected_end_time=time_of(answer, "expected_end_time"),
+        suggestions=[
+            values.Suggestion(change=one.change, outcome=one.outcome) for one in answer.suggestions
+        ],
+    )
+
+
 def _gpu(gpu: types_pb2.Gpu) -> values.Gpu:
     telemetry = None
     if gpu.HasField("telemetry"):

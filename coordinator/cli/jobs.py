@@ -273,11 +273,15 @@ def events(context: click.Context, job_id: int) -> None:
 def explain(context: click.Context, job_id: int) -> None:
     """Say why JOB waits, or why it runs where it runs.
 
-    One sentence, with numbers.
+    One sentence, with numbers. Of a job that waits also where and when it is expected to fit, as
+    far as running jobs say how many steps they have, and what would let it start now: options of
+    `baton submit` in place of its own, or a node to uncordon. Each of these has been tried against
+    the present queue and fleet.
 
     \b
     Example:
       baton explain 12
+      baton explain 12 --json | jq -r '.suggestions[].change'
     """
     with connect(context) as client:
         explanation = client.explain(job_id)

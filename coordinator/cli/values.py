@@ -323,11 +323,30 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class ExpectedStart(msgspec.Struct, frozen=True, kw_only=True):
+    """When and where a waiting job is expected to fit: when job `after_job_id` leaves."""
+
+    time: datetime | None
+    nodes: list[str]
+    where: str
+    after_job_id: int
+
+
+class Suggestion(msgspec.Struct, frozen=True, kw_only=True):
+    """What would let a waiting job start: options of `baton submit`, or a command."""
+
+    change: str
+    outcome: str
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a job waits, or why it runs where it runs."""
+    """Why a job waits, or why it runs where it runs, and what would change that."""
 
     job_id: int
     sentence: str
+    expected_start: ExpectedStart | None = None
+    expected_end_time: datetime | None = None
+    suggestions: list[Suggestion] = []
 
 
 class LogPart(msgspec.Struct, frozen=True, kw_only=True):

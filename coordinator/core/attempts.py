@@ -9,7 +9,7 @@ one.
 
 from dataclasses import replace
 
-from coordinator.core import accounting, checkpoints, gangs, outcomes, parts, ranks, standby
+from coordinator.core import accounting, checkpoints, gangs, outcomes, pace, parts, ranks, standby
 from coordinator.core.messages import AttemptExited, AttemptRefused, AttemptStarted
 from coordinator.core.model import Attempt, Job, JobIntent, Progress
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
@@ -126,6 +126,7 @@ def started(
 def progressed(state: State, now: Instant, attempt: Attempt, progress: Progress) -> None:
     """What its trainer last said. Only the first word is written down at once."""
     state.progress[attempt.id] = progress
+    state.paces[attempt.id] = pace.told(state.paces.get(attempt.id), progress, now.now_ms)
     if attempt.started_unix_ms is not None and attempt.times.ready_ms is None:
         times = accounting.first_word(attempt, progress, now.unix_ms)
         state.put_attempt(replace(attempt, times=times))

@@ -22,6 +22,7 @@ from coordinator.core import (
     parts,
     projects,
     readings,
+    reservations,
     retention,
     rounds,
     stuck,
@@ -107,6 +108,7 @@ class Coordinator:
             projects.tick(state, now)
             arrivals.tick(state, now)
             decisions.tick(state, now)
+            reservations.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

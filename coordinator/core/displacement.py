@@ -73,6 +73,14 @@ def find_way(
     return None if best is None else best[1]
 
 
+def way_in_order(
+    spec: JobSpec, rooms: Sequence[Room], order: Sequence[Tenant], spread_of: SpreadOf
+) -> Way | None:
+    """The first in this order that have to leave, beside those that leave already."""
+    victims = _first(_Tally(spec, "", rooms), order)
+    return None if victims is None else _way(victims, rooms, spread_of)
+
+
 def leave(rooms: Sequence[Room], wholes: Sequence[str]) -> None:
     """From now on these count as leaving."""
     for room in rooms:
@@ -102,20 +110,9 @@ def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator
     ordered = sorted(
         wholes.values(), key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order)
     )
-    victims: list[Tenant] = []
-    for tenant in ordered:
-        if tally.fits:
-            break
-        victims.append(tenant)
-        tally.leave(tenant.whole)
-    if not tally.fits:
+    victims = _first(tally, ordered)
+    if victims is None:
         return
-    for tenant in reversed(victims):  # spare the highest class, and who has most to lose
-        tally.stay(tenant.whole)
-        if tally.fits:
-            victims = [other for other in victims if other is not tenant]
-        else:
-            tally.leave(tenant.whole)
     yield victims
     if len(victims) < 2 or len(rooms) > 1:
         return
@@ -128,6 +125,25 @@ def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator
         if enough:
             yield [tenant]
             return
+
+
+def _first(tally: "_Tally", ordered: Sequence[Tenant]) -> list[Tenant] | None:
+    """The first that make room, without any that is not needed; they count as leaving then."""
+    victims: list[Tenant] = []
+    for tenant in ordered:
+        if tally.fits:
+            break
+        victims.append(tenant)
+        tally.leave(tenant.whole)
+    if not tally.fits:
+        return None
+    for tenant in reversed(victims):  # spare the highest class, and who has most to lose
+        tally.stay(tenant.whole)
+        if tally.fits:
+            victims = [other for other in victims if other is not tenant]
+        else:
+            tally.leave(tenant.whole)
+    return victims
 
 
 class _Tally:

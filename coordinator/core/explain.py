@@ -1,16 +1,97 @@
-"""Why a job waits, or why it runs where it runs: one sentence with numbers.
+"""Why a job waits, or why it runs where it runs: one sentence with numbers, and what would change
+that.
 
-The sentence is made where the decision is made (`placement.py`, `gangs.py`); this module only
-chooses which holds at present, so that log, CLI and page cannot tell different stories.
+The reason is made where the decision is made (`placement.py`, `gangs.py`); this module only chooses
+which holds at present, so that log, CLI and page cannot tell different stories. Who waits is also
+told when he is expected to fit (`foresight.py`) and what would let him start (`advice.py`), who
+runs when he is expected to end and whom he gives way to.
 """
 
-from coordinator.core import coruns, poison, projects, standby
-from coordinator.core.model import Job
+from coordinator.core import (
+    advice,
+    coruns,
+    foresight,
+    poison,
+    projects,
+    reservations,
+    standby,
+)
+from coordinator.core import needs as queue_of
+from coordinator.core.explanations import ExpectedStart, Explanation
+from coordinator.core.model import CLASS_ORDER, CLASS_RANK, Job
+from coordinator.core.offers import offers_of
 from coordinator.core.phases import ATTEMPT_LIVE, AttemptPhase, JobPhase
-from coordinator.core.state import Instant, State
+from coordinator.core.placement import kept_from, rooms_of
+from coordinator.core.state import Instant, State, cut
+
+# Jobs that an explanation looks at: a round over more takes longer than a question may.
+WAITING_MAX = 1_000
+DAY_MS = 86_400_000
 
 
-def explain(state: State, now: Instant, job: Job) -> str:
+def explain(state: State, now: Instant, job: Job) -> Explanation:
+    """The sentence, and the figures in it."""
+    sentence = _reason(state, now, job)
+    if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
+        return _outlook(state, now, job, sentence)
+    attempt = state.current(job)
+    runs = job.phase is JobPhase.ACTIVE and attempt is not None
+    if not runs or attempt is None or attempt.phase is not AttemptPhase.RUNNING:
+        return Explanation(cut(sentence))
+    end_ms = foresight.end_ms(state, now, attempt)
+    if any(rank.phase is not AttemptPhase.RUNNING for rank in state.gang(job)):
+        end_ms = None
+    higher = [known.value for known in CLASS_ORDER[: CLASS_RANK[job.spec.job_class]]]
+    if higher:
+        sentence += f"; gives way to {' and '.join(higher)} jobs"
+    if end_ms is None:
+        return Explanation(cut(sentence))
+    sentence += f"; expected to end {_when(now, end_ms)}"
+    return Explanation(cut(sentence), expected_end_unix_ms=_unix_ms(now, end_ms))
+
+
+def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation:
+    """What is to come for a job that waits for room, and what would let it start."""
+    lent = projects.standing_of(state, now).lent
+    queue = queue_of.in_turn(state, state.queued, lent)
+    if len(queue) > WAITING_MAX:
+        return Explanation(cut(sentence))
+    need = queue_of.need_of(state, now, job, lent)
+    ahead = [queue_of.need_of(state, now, other, lent) for other in queue[: queue.index(job)]]
+    rooms = rooms_of(offers_of(state))
+    kept = kept_from(need, reservations.keeps(state, now))
+    sentence += reservations.outlook(state, now, job)
+    found = None
+    if not kept:  # else others' room is in its way, and nobody knows for how long
+        found = foresight.forecast(need, ahead, rooms, foresight.ends(state, now))
+    start = None
+    if found is not None:
+        where = foresight.where(job.spec, found.places, rooms)
+        leaver = int(found.whole.partition(".")[0])
+        nodes = tuple(dict.fromkeys(place.node for place in found.places))
+        start = ExpectedStart(_unix_ms(now, found.at_ms), nodes, where, leaver)
+        sentence += f"; fits {where} {_when(now, found.at_ms)}, when job {leaver} leaves"
+        leaving = state.current(state.jobs[leaver])
+        if leaving is not None and leaving.phase is AttemptPhase.STOPPING:
+            sentence += " at the latest"
+    suggestions, coming = advice.suggest(state, now, job, queue)
+    if not coming and suggestions:
+        sentence += f"; {', or '.join(suggestion.words for suggestion in suggestions)}"
+    return Explanation(cut(sentence), start, None, suggestions)
+
+
+def _when(now: Instant, at_ms: int) -> str:
+    """For a sentence: the time of day for what is less than a day away."""
+    away_ms = at_ms - now.now_ms
+    away = f"in {seconds(away_ms / 1000)}"
+    return f"at {foresight.clock(_unix_ms(now, at_ms))} ({away})" if away_ms < DAY_MS else away
+
+
+def _unix_ms(now: Instant, at_ms: int) -> int:
+    return now.unix_ms + at_ms - now.now_ms
+
+
+def _reason(state: State, now: Instant, job: Job) -> str:
     reason = state.wait_reason(job)
     aside = poison.describe(state, job)
     tail = f"; {aside}" if aside and "set aside" not in reason else ""

@@ -13,7 +13,6 @@ from coordinator.core.messages import (
     Answer,
     CancelJob,
     ExplainJob,
-    Explanation,
     GetJob,
     HoldJob,
     JobPage,
@@ -189,7 +188,7 @@ def explain_job(state: State, now: Instant, body: ExplainJob) -> Answer:
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
-    return Explanation(explain(state, now, job))
+    return explain(state, now, job)
 
 
 def list_jobs(state: State, body: ListJobs) -> Answer:

@@ -14,6 +14,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
 from coordinator.core.link_messages import ComeLater as ComeLater
@@ -446,11 +447,6 @@ class Submitted:
 class JobPage:
     jobs: tuple[JobView, ...]
     next_before_job_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    sentence: str
 
 
 @dataclass(frozen=True, slots=True)

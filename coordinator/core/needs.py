@@ -46,4 +46,13 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         types=decisions.order_of(state, now, job),
         only="" if promise is None else promise.gpu_type,
         leaving=job.phase is not JobPhase.QUEUED,
+        lasts_ms=_lasts_ms(state, job),
     )
+
+
+def _lasts_ms(state: State, job: Job) -> int | None:
+    """How long it would run, by the pace of its last attempt; `None`: nobody knows."""
+    before = state.current(job)
+    pace = None if before is None else state.paces.get(before.id)
+    lasts_ms = None if pace is None else pace.remaining_ms(job.head_step)
+    return None if lasts_ms is None else round(lasts_ms)

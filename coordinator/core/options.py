@@ -36,3 +36,6 @@ class Options:
     aims: Aims = field(default_factory=Aims)
     solve: Solve | None = None
     moves_per_hour: int = 60
+    # After which wait a large job gets room reserved (0: never), and for how long (`reservations`).
+    reservation_wait_ms: int = 600_000
+    reservation_ms: int = 1_800_000

@@ -26,7 +26,7 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 
@@ -39,10 +39,12 @@ from coordinator.core.displacement import (
     find_way,
     leave,
     nothing_known,
+    way_in_order,
 )
 from coordinator.core.fragmentation import PARTS, Mix
+from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Offer, Room, open_room
+from coordinator.core.rooms import Offer, Place, Room, Tenant, open_room
 from coordinator.core.shortfalls import listed, why_not
 from coordinator.core.validate import gigabytes
 
@@ -61,8 +63,8 @@ class Need:
     the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`).
     `shunned` are attempts that it shares a GPU with last. `types` of GPU are those that are worth
     most for it first, each with how fast it is there; empty where all are alike. With `only` it has
-    been promised that type; and while it is `leaving` another place for that, room is kept for
-    it."""
+    been promised that type; and while it is `leaving` another place for that, room is kept for it.
+    `lasts_ms` is how long it is expected to run, if anybody knows."""
 
     job_id: int
     spec: JobSpec
@@ -74,14 +76,7 @@ class Need:
     types: tuple[tuple[str, float], ...] = ()
     only: str = ""
     leaving: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What one rank gets."""
-
-    node: str
-    gpu_uuids: tuple[str, ...]
+    lasts_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +104,15 @@ class Plan:
     waits: tuple[tuple[int, str], ...]
 
 
-def place(needs: Sequence[Need], offers: Sequence[Offer], mix: Mix | None = None) -> Plan:
+def place(
+    needs: Sequence[Need],
+    offers: Sequence[Offer],
+    mix: Mix | None = None,
+    keeps: Sequence[Keep] = (),
+) -> Plan:
     """Decide for the whole queue. `needs` must be in order of class and submission; `mix` is what
-    has been asked for lately."""
-    return place_in(needs, rooms_of(offers, mix))
+    has been asked for lately, `keeps` is room that not everybody sees."""
+    return place_in(needs, rooms_of(offers, mix), keeps)
 
 
 def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
@@ -120,10 +120,14 @@ def rooms_of(offers: Sequence[Offer], mix: Mix | None = None) -> list[Room]:
 
 
 def place_in(
-    needs: Sequence[Need], rooms: Sequence[Room], stake_of: StakeOf = nothing_known
+    needs: Sequence[Need],
+    rooms: Sequence[Room],
+    keeps: Sequence[Keep] = (),
+    stake_of: StakeOf = nothing_known,
 ) -> Plan:
     """The pass; `rooms` are then what is left for others. `stake_of`: what a tenant would lose by
     giving way."""
+    known = {room.offer.node: room for room in rooms}
     starts: list[Start] = []
     displacements: list[Displace] = []
     waits: list[tuple[int, str]] = []
@@ -135,17 +139,19 @@ def place_in(
         if need.leaving:
             keep_room(need, rooms)
             continue
-        key = _request_key(need)
+        kept = kept_from(need, keeps)
+        key = (*request_key(need), *(keep.job_id for keep in kept))
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
-            start, victims, sentence = _place_one(need, rooms, stake_of)
+            with hidden(kept, known):
+                start, victims, sentence = _place_one(need, rooms, stake_of)
             if start is not None:
                 starts.append(start)
                 placed += len(start.places)
                 continue
             displacements += victims
             if not victims and not sentence:
-                sentence = why_not(need.spec, rooms)
+                sentence = _refusal(need, rooms, known, kept)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))
@@ -165,7 +171,24 @@ def _place_one(
     return None, victims, sentence
 
 
-def _request_key(need: Need) -> tuple[object, ...]:
+def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
+    """What it does not see."""
+    rank = CLASS_RANK[need.spec.job_class]
+    return [keep for keep in keeps if keep.hides_from(need.job_id, rank, need.lasts_ms)]
+
+
+def _refusal(
+    need: Need, rooms: Sequence[Room], known: Mapping[str, Room], kept: Sequence[Keep]
+) -> str:
+    with hidden(kept, known):
+        sentence = why_not(need.spec, rooms)
+    if kept and find(need, rooms) is not None:
+        sentence += "".join(f"; {keep.note}" for keep in kept)
+    return sentence
+
+
+def request_key(need: Need) -> tuple[object, ...]:
+    """Equal for jobs that fit where the other does."""
     spec = need.spec
     return (
         (spec.job_class, need.lent),
@@ -187,13 +210,21 @@ def _start(need: Need, rooms: Sequence[Room]) -> Start | None:
     return Start(need.job_id, take(need.spec, spread), why)
 
 
+def find(need: Need, rooms: Sequence[Room]) -> tuple[Place, ...] | None:
+    """Where the job would start; takes nothing."""
+    spread = _spread(need, rooms)
+    return None if spread is None else _places(spread)
+
+
+def _places(spread: Spread) -> tuple[Place, ...]:
+    return tuple(Place(room.offer.node, uuids) for room, shares in spread for uuids in shares)
+
+
 def take(spec: JobSpec, spread: Spread) -> tuple[Place, ...]:
-    places = []
     for room, shares in spread:
         for gpu_uuids in shares:
             room.take(spec, gpu_uuids)
-            places.append(Place(room.offer.node, gpu_uuids))
-    return tuple(places)
+    return _places(spread)
 
 
 def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
@@ -436,3 +467,12 @@ def _who_leaves(spec: JobSpec, spread: Spread) -> str:
         nodes.update(dict.fromkeys([room.offer.node] if named else []))
     verb = "has" if len(who) == 1 else "have"
     return f"{' and '.join(who)} {verb} to save and leave {' and '.join(nodes)} first"
+
+
+def make_room(
+    need: Need, rooms: Sequence[Room], order: Sequence[Tenant]
+) -> tuple[tuple[Tenant, ...], tuple[Place, ...]] | None:
+    """The first in this order that have to leave for a job, beside those that are leaving, and
+    where it would then run."""
+    way = way_in_order(need.spec, rooms, order, lambda some: _spread(need, some))
+    return None if way is None else (way.victims, _places(way.spread))

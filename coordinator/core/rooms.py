@@ -21,6 +21,14 @@ COUNTS_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """What one rank gets."""
+
+    node: str
+    gpu_uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
@@ -194,10 +202,14 @@ class Room:
             self.whole_box = box
         return box
 
-    def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
+    def forget(self) -> None:
+        """It is not any more as it was when it answered."""
         self.changed, self.whole_box = True, None
         self.increases.clear()
         self.counts.clear()
+
+    def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
+        self.forget()
         for uuid in gpu_uuids:
             self.free.pop(uuid, None)
             hold = Hold("", spec.shared_gpu_memory_bytes)

@@ -6,7 +6,7 @@ when capacity may have come free, else at the new jobs alone. In which order, an
 GPU, the last decision over all jobs says (`decisions.py`).
 """
 
-from coordinator.core import attempts, costs, decisions, projects, readings
+from coordinator.core import attempts, costs, decisions, projects, readings, reservations
 from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
@@ -31,6 +31,7 @@ def decide(state: State, now: Instant) -> None:
     whole = state.dirty or _leaving(state) or bool(state.standing.promises)
     considered = state.queued if whole else state.fresh
     tenancy = projects.standing_of(state, now) if considered else Standing()
+    reservations.note(state, now, considered)
     queue = queue_of.in_turn(state, considered, tenancy.lent)
     state.dirty, state.fresh = False, {}
     needs: list[Need] = []
@@ -41,10 +42,14 @@ def decide(state: State, now: Instant) -> None:
             waits[job.id] = blocked
         else:
             needs.append(queue_of.need_of(state, now, job, tenancy.lent))
+    if whole:
+        reservations.review(state, now)
     # Nodes come and go, and report, far more often than somebody waits for them.
     plan = None
     if needs:
-        plan = place_in(needs, open_rooms(state, tenancy.recallable), costs.stakes(state, now))
+        rooms = open_rooms(state, tenancy.recallable)
+        keeps = reservations.keeps(state, now)
+        plan = place_in(needs, rooms, keeps, costs.stakes(state, now))
     if plan is not None:
         for start in plan.starts:
             attempts.assign(state, now, start)
@@ -59,6 +64,7 @@ def decide(state: State, now: Instant) -> None:
             job = state.jobs[job_id]
             if job.spec.gpus:
                 sentence += lacks + state.standing.notes.get(job_id, "")
+            sentence += reservations.describe(state, now, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

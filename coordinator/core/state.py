@@ -15,6 +15,7 @@ from coordinator.core import traces
 from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
 from coordinator.core.indices import Indices
+from coordinator.core.keeps import Reservation
 from coordinator.core.kept_rooms import KeptRooms
 from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
@@ -51,6 +52,7 @@ from coordinator.core.model import (
     attempt_id,
 )
 from coordinator.core.options import Options as Options  # a part of the state's making
+from coordinator.core.pace import Pace
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     GPU_TRANSITIONS,
@@ -108,6 +110,11 @@ class State:
         self.avoid: dict[int, str] = {}
         self.waits: dict[int, str] = {}
         self.progress: dict[str, Progress] = {}
+        self.paces: dict[str, Pace] = {}
+        # Since when who waits is waiting; reservations by rank of class (`reservations.py`).
+        self.waiting_ms: dict[int, int] = {}
+        self.reservations: dict[int, Reservation] = {}
+        self.reservations_looked_ms = 0
         self.ordered_ms: dict[str, int] = {}
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}
@@ -249,6 +256,7 @@ class State:
         self.attempts.pop(gone, None)
         self.progress.pop(gone, None)
         self.ledger.forget(gone)
+        self.paces.pop(gone, None)
         self.indices.forget_attempt(gone)
 
     def put_checkpoint(self, checkpoint: Checkpoint) -> None:

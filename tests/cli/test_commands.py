@@ -346,7 +346,30 @@ def test_explain(baton: Baton) -> None:
     assert json.loads(baton("explain", "12", "--json").stdout) == {
         "job_id": 12,
         "sentence": "needs 8 GPUs; n2 has 1 free",
+        "expected_start": None,
+        "expected_end_time": None,
+        "suggestions": [],
     }
+
+
+def test_explain_has_its_figures_for_programs(baton: Baton, fake: FakeCoordinator) -> None:
+    answer = jobs_pb2.ExplainJobResponse(
+        sentence="waits",
+        suggestions=[jobs_pb2.Suggestion(change="--gpus 2", outcome="now on 2 x A100 on n3")],
+    )
+    answer.expected_start.time.FromMilliseconds(1_790_000_000_000)
+    answer.expected_start.nodes.append("n07")
+    answer.expected_start.where = "4 x A100 on n07"
+    answer.expected_start.after_job_id = 812
+    fake.answers["ExplainJob"] = [answer]
+    told = json.loads(baton("explain", "12", "--json").stdout)
+    assert told["expected_start"] == {
+        "time": "2026-09-21T14:13:20Z",
+        "nodes": ["n07"],
+        "where": "4 x A100 on n07",
+        "after_job_id": 812,
+    }
+    assert told["suggestions"] == [{"change": "--gpus 2", "outcome": "now on 2 x A100 on n3"}]
 
 
 def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordinator) -> None:

@@ -17,8 +17,8 @@ from coordinator.core import placement
 from coordinator.core.demand import ask_of, parts_of
 from coordinator.core.fragmentation import Mix
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
-from coordinator.core.placement import Need, Place, Plan, place
-from coordinator.core.rooms import Offer, Tenant, open_room
+from coordinator.core.placement import Need, Plan, place
+from coordinator.core.rooms import Offer, Place, Tenant, open_room
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.validate import suits
 from tests.core.coordinator_harness import GIGABYTE

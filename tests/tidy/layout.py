@@ -33,8 +33,8 @@ _MODULE_NAME = re.compile(r"^(agent|coordinator|trainers|baton_sdk)(\.\w+)+$")
 TRANSLATORS = frozenset(
     """agent/wire.py agent/uplink.py agent/peer.py agent/chunks/peers.py coordinator/wire.py
     agent/wire_health.py coordinator/wire_health.py
-    coordinator/wire_time.py coordinator/wire_fit.py coordinator/wire_nodes.py
-    coordinator/wire_projects.py
+    coordinator/wire_time.py coordinator/wire_explain.py coordinator/wire_fit.py
+    coordinator/wire_nodes.py coordinator/wire_projects.py
     coordinator/rpc.py coordinator/peers.py
     coordinator/cli/client.py coordinator/cli/decoding.py coordinator/checkpoint_rpc.py
     coordinator/cli/checkpoint_client.py""".split()

@@ -12,6 +12,7 @@ from protos.baton.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -387,19 +388,109 @@ class ExplainJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SENTENCE_FIELD_NUMBER: _builtins.int
+    EXPECTED_START_FIELD_NUMBER: _builtins.int
+    EXPECTED_END_TIME_FIELD_NUMBER: _builtins.int
+    SUGGESTIONS_FIELD_NUMBER: _builtins.int
     sentence: _builtins.str
+    """Why it waits or runs where it runs, and what would change that; at most 1,000 characters."""
+    @_builtins.property
+    def expected_start(self) -> Global___ExpectedStart:
+        """Of a waiting job, as far as running jobs say when they end; absent: nobody knows."""
+
+    @_builtins.property
+    def expected_end_time(self) -> _timestamp_pb2.Timestamp:
+        """Of a running job that says how many steps it has; absent: nobody knows."""
+
+    @_builtins.property
+    def suggestions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Suggestion]:
+        """What would let a waiting job start, at most three; each holds at the time of the answer."""
+
     def __init__(
         self,
         *,
         sentence: _builtins.str = ...,
+        expected_start: Global___ExpectedStart | None = ...,
+        expected_end_time: _timestamp_pb2.Timestamp | None = ...,
+        suggestions: _abc.Iterable[Global___Suggestion] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_end_time", b"_expected_end_time", "_expected_start", b"_expected_start", "expected_end_time", b"expected_end_time", "expected_start", b"expected_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sentence", b"sentence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_end_time", b"_expected_end_time", "_expected_start", b"_expected_start", "expected_end_time", b"expected_end_time", "expected_start", b"expected_start", "sentence", b"sentence", "suggestions", b"suggestions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_end_time: _TypeAlias = _typing.Literal["expected_end_time"]  # noqa: Y015
+    _WhichOneofArgType__expected_end_time: _TypeAlias = _typing.Literal["_expected_end_time", b"_expected_end_time"]  # noqa: Y015
+    _WhichOneofReturnType__expected_start: _TypeAlias = _typing.Literal["expected_start"]  # noqa: Y015
+    _WhichOneofArgType__expected_start: _TypeAlias = _typing.Literal["_expected_start", b"_expected_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_end_time) -> _WhichOneofReturnType__expected_end_time | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_start) -> _WhichOneofReturnType__expected_start | None: ...
+
+Global___ExplainJobResponse: _TypeAlias = ExplainJobResponse  # noqa: Y015
+
+@_typing.final
+class ExpectedStart(_message.Message):
+    """When and where a waiting job is expected to fit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    AFTER_JOB_ID_FIELD_NUMBER: _builtins.int
+    where: _builtins.str
+    """For people: "4 x A100 on n07"."""
+    after_job_id: _builtins.int
+    """The job that has to leave before, the last one of several."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+        where: _builtins.str = ...,
+        after_job_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_job_id", b"after_job_id", "nodes", b"nodes", "time", b"time", "where", b"where"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ExplainJobResponse: _TypeAlias = ExplainJobResponse  # noqa: Y015
+Global___ExpectedStart: _TypeAlias = ExpectedStart  # noqa: Y015
+
+@_typing.final
+class Suggestion(_message.Message):
+    """Something that a person could do for a waiting job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    change: _builtins.str
+    """Options of `baton submit` in place of those that the job has, as in "--gpus 2"; or a command,
+    which begins with "baton".
+    """
+    outcome: _builtins.str
+    """What follows: "now on 2 x A100 on n03"."""
+    def __init__(
+        self,
+        *,
+        change: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Suggestion: _TypeAlias = Suggestion  # noqa: Y015
 
 @_typing.final
 class ModelFacts(_message.Message):

@@ -1,0 +1,97 @@
+"""Room that is kept for a job over several rounds: who may not use it, and how it is hidden.
+
+Problem: what a pass keeps for a job is forgotten with the pass, which is right for room that
+somebody is about to leave, and too short for a gang that gathers GPUs while small jobs come and go.
+So a *keep* names GPUs and host memory, and for whom. Jobs of the same class do not see them, unless
+they are expected to be gone before the room is complete. Higher classes see everything, since
+nobody waits for a lower class; lower ones may use it, since they give way.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from coordinator.core.rooms import Place, Room
+from coordinator.core.shares import Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """`places`, node and GPUs of each rank, are kept for a job (`reservations.py`)."""
+
+    job_id: int
+    places: tuple[Place, ...]
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """`rank` is that of the job's class; `places` are nodes with GPUs, and `memory_bytes` of the
+    host by node. `free_in_ms`: all of it is expected to be free then; `None`: nobody knows. `until`
+    is for a sentence."""
+
+    job_id: int
+    rank: int
+    places: tuple[tuple[str, tuple[str, ...]], ...]
+    memory_bytes: int
+    free_in_ms: int | None
+    until: str
+
+    def hides_from(self, job_id: int, rank: int, lasts_ms: int | None) -> bool:
+        """`lasts_ms`: how long that job is expected to run."""
+        if job_id == self.job_id or rank != self.rank:
+            return False
+        return lasts_ms is None or self.free_in_ms is None or lasts_ms > self.free_in_ms
+
+    @property
+    def note(self) -> str:
+        """For who would fit otherwise."""
+        nodes = list(dict.fromkeys(node for node, _ in self.places))
+        on = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
+        return f"there is room on {on} that is reserved for job {self.job_id} until {self.until}"
+
+
+@contextmanager
+def hidden(keeps: Sequence[Keep], rooms: Mapping[str, Room]) -> Iterator[None]:
+    """As those see the rooms who may not use what is kept."""
+    undo = [_hide(keep, rooms) for keep in keeps]
+    try:
+        yield
+    finally:
+        for changes in reversed(undo):
+            for room, uuid, holds, was_free, memory_bytes in reversed(changes):
+                _show(room, uuid, holds, was_free=was_free)
+                room.memory_bytes += memory_bytes
+
+
+_Change = tuple[Room, str, tuple[Hold, ...], bool, int]
+
+
+def _hide(keep: Keep, rooms: Mapping[str, Room]) -> list[_Change]:
+    changes: list[_Change] = []
+    for node, gpu_uuids in keep.places:
+        room = rooms.get(node)
+        if room is None:
+            continue
+        room.forget()
+        memory_bytes = min(keep.memory_bytes, max(0, room.memory_bytes))
+        room.memory_bytes -= memory_bytes
+        changes.append((room, "", (), False, memory_bytes))
+        for uuid in gpu_uuids:
+            holds = room.holds.get(uuid, ())
+            was_free = room.free.pop(uuid, None) is not None
+            room.holds[uuid] = (*holds, Hold(""))
+            changes.append((room, uuid, holds, was_free, 0))
+    return changes
+
+
+def _show(room: Room, uuid: str, holds: tuple[Hold, ...], *, was_free: bool) -> None:
+    room.forget()
+    if not uuid:
+        return
+    if holds:
+        room.holds[uuid] = holds
+    else:
+        del room.holds[uuid]
+    if was_free:
+        room.free[uuid] = next(gpu for gpu in room.offer.gpus if gpu.uuid == uuid)
