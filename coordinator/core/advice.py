@@ -75,7 +75,7 @@ def _left_by(
     offers = offers_of(state)
     if opened is not None:
         offers.append(offer_of(state, opened))
-    rooms = rooms_of(offers, state.demand.mix())
+    rooms = rooms_of(offers, state.demand.last_mix)
     able = [job for job in jobs if not queue_of.blocked(state, now, job)]
     lent = projects.standing_of(state, now).lent
     needs = [queue_of.need_of(state, now, job, lent) for job in able]

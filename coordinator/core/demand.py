@@ -40,6 +40,11 @@ class Demand:
         for job in sorted(jobs, key=lambda job: job.id)[-REQUESTS_MAX:]:
             self.note(ask_of(job.spec), job.spec.ranks)
 
+    @property
+    def last_mix(self) -> Mix:
+        """As it was when it was last used, for those who only look."""
+        return self._mix
+
     def mix(self) -> Mix:
         """Of the requests up to now, but for the last few."""
         if self._unseen * RENEWALS > len(self._recent):

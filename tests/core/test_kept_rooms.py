@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import placement
+from coordinator.core.demand import RENEWALS
 from coordinator.core.kept_rooms import KeptRooms
-from coordinator.core.messages import FromAgent, Hello
+from coordinator.core.messages import FromAgent, Hello, Request, Submit
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.offers import open_rooms
 from coordinator.core.placement import Need, place, place_in
@@ -47,6 +48,19 @@ def test_an_agent_that_comes_back_as_an_older_one_is_offered_less() -> None:
     rig.handle(FromAgent(2, replace(hello, gangs=False, shares=False)))
     check_rooms(rig.core.state)
     assert not open_rooms(rig.core.state)[0].offer.gangs
+
+
+def test_who_looks_at_the_rooms_between_two_passes_changes_nothing_that_the_next_one_says() -> None:
+    rig = Rig()
+    gpus = gpus_of("n1", "2xH100")
+    rig.handle(FromAgent(1, Hello("n1", "j", "n1:1", HostFacts(cpu_count=4), gpus)))
+    for _ in range(RENEWALS + 1):
+        rig.handle(Request(1, Submit(replace(ONE, gpus=2, hold=True))))
+    check_rooms(rig.core.state)
+    rig.handle(Request(1, Submit(ONE)))
+    assert rig.disk.jobs[RENEWALS + 2].reason.endswith("of use to 10% of recent requests")
+    for then, again in rig.replayed():
+        assert then == again
 
 
 def test_the_next_pass_sees_nothing_of_what_the_last_one_took_and_kept() -> None:
