@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from coordinator.core import costs, projects, reservations
+from coordinator.core import costs, projects, reservations, reserved
 from coordinator.core import needs as queue_of
 from coordinator.core.explanations import Suggestion
 from coordinator.core.foresight import where
@@ -46,7 +46,7 @@ def suggest(
     rooms = _left_by(state, now, before)
     own = queue_of.need_of(state, now, job, projects.standing_of(state, now).lent)
     stopped = [room.without(lambda tenant: tenant.stopping) for room in rooms]
-    keeps = reservations.keeps(state, now)
+    keeps = reserved.keeps(state, now)
     if any(_seen(own, some, keeps) is not None for some in (rooms, stopped)):
         return (), True
     rank = CLASS_RANK[job.spec.job_class]
@@ -79,7 +79,7 @@ def _left_by(
     able = [job for job in jobs if not queue_of.blocked(state, now, job)]
     lent = projects.standing_of(state, now).lent
     needs = [queue_of.need_of(state, now, job, lent) for job in able]
-    place_in(needs, rooms, reservations.keeps(state, now), costs.stakes(state, now))
+    place_in(needs, rooms, reserved.keeps(state, now), costs.stakes(state, now))
     return rooms
 
 
@@ -154,7 +154,7 @@ def _higher_class(
         spec = replace(job.spec, job_class=job_class)
         need = Need(state.last_job_id + 1, spec)
         change = f"--class {job_class.value}"
-        keeps = reservations.keeps(state, now)
+        keeps = reserved.keeps(state, now)
         places = _seen(need, rooms, keeps)
         if places is not None:
             yield Suggestion(change, f"now on {where(spec, places, rooms)}")
@@ -192,7 +192,7 @@ def _closed_node(
         if find(need, alone) is None:
             continue
         every = _left_by(state, now, before, live)
-        places = _seen(need, every, reservations.keeps(state, now))
+        places = _seen(need, every, reserved.keeps(state, now))
         if places is not None:
             there = where(need.spec, places, every)
             yield Suggestion(f"baton uncordon {live.node.id}", f"now on {there}")

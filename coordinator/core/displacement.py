@@ -74,10 +74,15 @@ def find_way(
 
 
 def way_in_order(
-    spec: JobSpec, rooms: Sequence[Room], order: Sequence[Tenant], spread_of: SpreadOf
+    spec: JobSpec,
+    gpu_type: str,
+    rooms: Sequence[Room],
+    order: Sequence[Tenant],
+    spread_of: SpreadOf,
 ) -> Way | None:
-    """The first in this order that have to leave, beside those that leave already."""
-    victims = _first(_Tally(spec, "", rooms), order)
+    """The first in this order that have to leave, beside those that leave already. With `gpu_type`
+    only GPUs of that type count."""
+    victims = _first(_Tally(spec, gpu_type, rooms), order)
     return None if victims is None else _way(victims, rooms, spread_of)
 
 

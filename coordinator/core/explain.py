@@ -13,7 +13,7 @@ from coordinator.core import (
     foresight,
     poison,
     projects,
-    reservations,
+    reserved,
     standby,
 )
 from coordinator.core import needs as queue_of
@@ -59,8 +59,8 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     need = queue_of.need_of(state, now, job, lent)
     ahead = [queue_of.need_of(state, now, other, lent) for other in queue[: queue.index(job)]]
     rooms = rooms_of(offers_of(state))
-    kept = kept_from(need, reservations.keeps(state, now))
-    sentence += reservations.outlook(state, now, job)
+    kept = kept_from(need, reserved.keeps(state, now))
+    sentence += reserved.outlook(state, now, job)
     found = None
     if not kept:  # else others' room is in its way, and nobody knows for how long
         found = foresight.forecast(need, ahead, rooms, foresight.ends(state, now))

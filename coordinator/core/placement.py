@@ -136,10 +136,11 @@ def place_in(
     refused: dict[tuple[object, ...], str] = {}
     placed = 0
     for need in needs:
-        if need.leaving:
-            keep_room(need, rooms)
-            continue
         kept = kept_from(need, keeps)
+        if need.leaving:
+            with hidden(kept, known):
+                keep_room(need, rooms)
+            continue
         key = (*request_key(need), *(keep.job_id for keep in kept))
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
@@ -174,7 +175,9 @@ def _place_one(
 def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
     """What it does not see."""
     rank = CLASS_RANK[need.spec.job_class]
-    return [keep for keep in keeps if keep.hides_from(need.job_id, rank, need.lasts_ms)]
+    return [
+        keep for keep in keeps if keep.hides_from(need.job_id, rank, need.lasts_ms, lent=need.lent)
+    ]
 
 
 def _refusal(
@@ -474,5 +477,5 @@ def make_room(
 ) -> tuple[tuple[Tenant, ...], tuple[Place, ...]] | None:
     """The first in this order that have to leave for a job, beside those that are leaving, and
     where it would then run."""
-    way = way_in_order(need.spec, rooms, order, lambda some: _spread(need, some))
+    way = way_in_order(need.spec, need.only, rooms, order, lambda some: _spread(need, some))
     return None if way is None else (way.victims, _places(way.spread))

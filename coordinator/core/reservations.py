@@ -20,16 +20,15 @@ How, in six lines:
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from coordinator.core import foresight
-from coordinator.core.keeps import Keep, Reservation
-from coordinator.core.model import CLASS_RANK, Job
+from coordinator.core import foresight, projects
+from coordinator.core.keeps import Reservation
+from coordinator.core.model import CLASS_RANK, Job, JobSpec
 from coordinator.core.needs import blocked, need_of
 from coordinator.core.offers import open_rooms
-from coordinator.core.placement import Need, make_room
+from coordinator.core.placement import Need, make_room, request_key
 from coordinator.core.rooms import Place, Room, Tenant
-from coordinator.core.shortfalls import listed
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import could_hold, suits
 
@@ -82,8 +81,8 @@ def note(state: State, now: Instant, job_ids: Iterable[int]) -> None:
 def review(state: State, now: Instant) -> None:
     """Before a round over everybody: reservations end, and are made."""
     state.waiting_ms = {job_id: state.waiting_ms.get(job_id, now.now_ms) for job_id in state.queued}
-    in_line = _in_line(state, now) if state.options.reservation_wait_ms else []
-    rooms = open_rooms(state) if state.reservations or in_line else []
+    late = _late(state, now)
+    rooms = open_rooms(state) if state.reservations or late else []
     resting: dict[int, None] = {}
     for rank, kept in list(state.reservations.items()):
         job = state.jobs.get(kept.job_id)
@@ -96,9 +95,14 @@ def review(state: State, now: Instant) -> None:
             resting[rank] = None
         elif waits and job is not None:
             _make(state, now, job, rooms, until_ms=kept.until_ms)
-    for job in in_line:
-        if _rank(job) not in state.reservations and _rank(job) not in resting:
-            _make(state, now, job, rooms, now.now_ms + state.options.reservation_ms)
+    for rank in dict.fromkeys(map(_rank, late)):
+        # Who could have none a moment ago cannot now: each look is one at all nodes.
+        rests = rank in resting or now.now_ms < state.reservation_retry_ms.get(rank, now.now_ms)
+        if rank not in state.reservations and not rests:
+            for job in _in_line([job for job in late if _rank(job) == rank], rooms):
+                if rank not in state.reservations:
+                    _make(state, now, job, rooms, now.now_ms + state.options.reservation_ms)
+            state.reservation_retry_ms[rank] = now.now_ms + LOOK_MS
 
 
 def _is_large(job: Job) -> bool:
@@ -117,29 +121,60 @@ def _stands(kept: Reservation, rooms: Sequence[Room]) -> bool:
 
 def others_in_line(state: State, now: Instant, job: Job) -> bool:
     """Whether somebody else of its class or above may get a reservation where more room is."""
-    if not state.options.reservation_wait_ms:
-        return False
-    line = _in_line(state, now)
-    return any(_rank(other) <= _rank(job) and other.id != job.id for other in line)
+    return any(_rank(other) <= _rank(job) and other.id != job.id for other in _late(state, now))
 
 
-def _in_line(state: State, now: Instant) -> list[Job]:
+def _late(state: State, now: Instant) -> list[Job]:
+    """Who has waited long enough: of each class those within their projects' quotas first, the
+    largest of them, and who has waited longest."""
     limit_ms = state.options.reservation_wait_ms
     late = [
         state.jobs[job_id]
         for job_id, since_ms in state.waiting_ms.items()
-        if now.now_ms - since_ms >= limit_ms and _is_large(state.jobs[job_id])
+        if limit_ms and now.now_ms - since_ms >= limit_ms and _is_large(state.jobs[job_id])
     ]
-    late.sort(key=lambda job: (-job.spec.gpus * job.spec.ranks, state.waiting_ms[job.id], job.id))
+    lent = projects.standing_of(state, now).lent if late else {}
+    late.sort(
+        key=lambda job: (
+            _rank(job),
+            job.id in lent,
+            -job.spec.gpus * job.spec.ranks,
+            state.waiting_ms[job.id],
+            job.id,
+        )
+    )
+    return [job for job in late if not blocked(state, now, job)]
+
+
+def _in_line(late: Sequence[Job], rooms: Sequence[Room]) -> list[Job]:
+    """The first few that the open nodes could hold at all, with nothing else on them."""
+    fits: dict[tuple[object, ...], bool] = {}
     found: list[Job] = []
-    for rank in CLASS_RANK.values():
-        able = [job for job in late if _rank(job) == rank and not blocked(state, now, job)]
-        found += able[:TRIED_MAX]
+    for job in late:
+        key = request_key(Need(job.id, job.spec))
+        if key not in fits:
+            fits[key] = sum(_ranks_held(job.spec, room) for room in rooms) >= job.spec.ranks
+        if fits[key]:
+            found.append(job)
+        if len(found) == TRIED_MAX:
+            break
     return found
 
 
+def _ranks_held(spec: JobSpec, room: Room) -> int:
+    """How many ranks of it the node would have room for, were it empty."""
+    if not could_hold(spec, room.offer.gpus, room.offer.memory_bytes):
+        return 0
+    count = sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) // spec.gpus
+    if spec.memory_bytes:
+        count = min(count, room.offer.memory_bytes // spec.memory_bytes)
+    return count if spec.ranks == 1 or room.offer.gangs else 0
+
+
 def _make(state: State, now: Instant, job: Job, rooms: Sequence[Room], until_ms: int) -> None:
-    choice = choose(need_of(state, now, job, {}), rooms, foresight.ends(state, now), now)
+    # A type that it was promised is not the only one that it may have.
+    need = replace(need_of(state, now, job, {}), only="")
+    choice = choose(need, rooms, foresight.ends(state, now), now)
     if choice is None or (not choice.unknown and choice.free_in_ms > until_ms - now.now_ms):
         return
     state.reservations[_rank(job)] = Reservation(job.id, choice.places, until_ms)
@@ -192,95 +227,3 @@ def _look(
     latest_ms = 0 if unknown else max((who[1] for who, _ in left), default=0)
     gpu_ms = sum(who[1] * size for who, size in left)
     return _Choice(unknown, latest_ms, gpu_ms, within[0].offer.node, places)
-
-
-# --- of the state ---------------------------------------------------------------------------------
-
-
-def keeps(state: State, now: Instant) -> tuple[Keep, ...]:
-    """What others do not see."""
-    if not state.reservations:
-        return ()
-    ends_ms = foresight.ends(state, now)
-    found = []
-    for rank, kept in sorted(state.reservations.items()):
-        spec = state.jobs[kept.job_id].spec
-        by_node: dict[str, list[str]] = {}
-        for place in kept.places:
-            by_node.setdefault(place.node, []).extend(place.gpu_uuids)
-        most = max(len([p for p in kept.places if p.node == node]) for node in by_node)
-        last = _last(state, kept, ends_ms)
-        free_in_ms = None if last is None else max(0, last[0] - now.now_ms)
-        found.append(
-            Keep(
-                kept.job_id, rank, tuple((node, tuple(uuids)) for node, uuids in by_node.items()),
-                spec.memory_bytes * most, free_in_ms, _until(now, kept),
-            )
-        )  # fmt: skip
-    return tuple(found)
-
-
-def _until(now: Instant, kept: Reservation) -> str:
-    return f"{foresight.clock(now.unix_ms + kept.until_ms - now.now_ms)} at the latest"
-
-
-def _holders(state: State, kept: Reservation) -> dict[str, int]:
-    """Who is still there, by what they have in common, and their job."""
-    found: dict[str, int] = {}
-    for place in kept.places:
-        live = state.nodes.get(place.node)
-        for uuid in place.gpu_uuids if live is not None else ():
-            gpu = live.gpus.get(uuid) if live is not None else None
-            for holder in gpu.holders if gpu is not None else ():
-                attempt = state.attempts.get(holder)
-                if attempt is None:
-                    found[holder] = 0
-                    continue
-                found[f"{attempt.job_id}.{attempt.epoch}"] = attempt.job_id
-    return found
-
-
-def _last(state: State, kept: Reservation, ends_ms: dict[str, int]) -> tuple[int, int] | None:
-    """When the last one leaves, and of which job; `None`: nobody knows. Lower classes give way."""
-    rank = CLASS_RANK[state.jobs[kept.job_id].spec.job_class]
-    latest = (0, 0)
-    for whole, job_id in _holders(state, kept).items():
-        job = state.jobs.get(job_id)
-        if job is not None and _rank(job) > rank:
-            continue
-        if whole not in ends_ms:
-            return None
-        latest = max(latest, (ends_ms[whole], job_id))
-    return latest
-
-
-def describe(state: State, now: Instant, job: Job) -> str:
-    """What a job has reserved, for its reason; empty for none."""
-    kept = state.reservations.get(_rank(job))
-    if kept is None or kept.job_id != job.id:
-        return ""
-    free = 0
-    names: dict[str, None] = {}
-    nodes = dict.fromkeys(place.node for place in kept.places)
-    count = sum(len(place.gpu_uuids) for place in kept.places)
-    for place in kept.places:
-        live = state.nodes[place.node]
-        for uuid in place.gpu_uuids:
-            names[live.gpus[uuid].facts.name] = None
-            free += not live.gpus[uuid].holders and suits(job.spec, live.gpus[uuid].facts)
-    on = listed([*list(nodes)[:4], *([f"{len(nodes) - 4} more"] if len(nodes) > 4 else [])])
-    what = f"{free} of {count} x {', '.join(sorted(names))} on {on}"
-    return f"; has {what} reserved until {_until(now, kept)}"
-
-
-def outlook(state: State, now: Instant, job: Job) -> str:
-    """What it still waits for there; empty where nobody knows."""
-    kept = state.reservations.get(_rank(job))
-    if kept is None or kept.job_id != job.id:
-        return ""
-    last = _last(state, kept, foresight.ends(state, now))
-    if last is None or not last[1]:
-        return ""
-    left_s = max(0, last[0] - now.now_ms) // 1_000
-    away = f"{left_s} s" if left_s < 120 else f"{left_s // 60} min"
-    return f", the last expected free in {away} when job {last[1]} ends"

@@ -6,7 +6,7 @@ when capacity may have come free, else at the new jobs alone. In which order, an
 GPU, the last decision over all jobs says (`decisions.py`).
 """
 
-from coordinator.core import attempts, costs, decisions, projects, readings, reservations
+from coordinator.core import attempts, costs, decisions, projects, readings, reservations, reserved
 from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
@@ -48,7 +48,7 @@ def decide(state: State, now: Instant) -> None:
     plan = None
     if needs:
         rooms = open_rooms(state, tenancy.recallable)
-        keeps = reservations.keeps(state, now)
+        keeps = reserved.keeps(state, now)
         plan = place_in(needs, rooms, keeps, costs.stakes(state, now))
     if plan is not None:
         for start in plan.starts:
@@ -64,7 +64,7 @@ def decide(state: State, now: Instant) -> None:
             job = state.jobs[job_id]
             if job.spec.gpus:
                 sentence += lacks + state.standing.notes.get(job_id, "")
-            sentence += reservations.describe(state, now, job)
+            sentence += reserved.describe(state, now, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

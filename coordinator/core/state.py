@@ -115,6 +115,7 @@ class State:
         self.waiting_ms: dict[int, int] = {}
         self.reservations: dict[int, Reservation] = {}
         self.reservations_looked_ms = 0
+        self.reservation_retry_ms: dict[int, int] = {}
         self.ordered_ms: dict[str, int] = {}
         # Until when the rest of a gang may end by itself, of which some have.
         self.finish_ms: dict[int, int] = {}

@@ -209,14 +209,29 @@ def test_who_is_gone_in_time_may_use_what_is_reserved() -> None:
         spec = JobSpec(command=("x",), gpus=gpus, memory_bytes=memory * GIGABYTE)
         return bool(place([Need(job_id, spec, lasts_ms=lasts_ms)], [offer], None, [keep]).starts)
 
-    assert starts(1, 60_000)
+    assert starts(11, 60_000)
     assert starts(9, None), "its own job"
-    assert not starts(1, 60_001)
-    assert not starts(1, None)
-    assert starts(1, None, gpus=1)
-    assert starts(1, None, gpus=0, memory=24)
-    assert not starts(1, None, gpus=0, memory=30)
+    assert not starts(11, 60_001)
+    assert not starts(11, None)
+    assert starts(11, None, gpus=1)
+    assert starts(11, None, gpus=0, memory=24)
+    assert not starts(11, None, gpus=0, memory=30)
     unknown = replace(keep, free_in_ms=None)
-    need = Need(1, JobSpec(command=("x",), gpus=2), lasts_ms=1)
+    need = Need(11, JobSpec(command=("x",), gpus=2), lasts_ms=1)
     waits = place([need], [offer], None, [unknown]).waits[0][1]
     assert waits.endswith("; there is room on n1 that is reserved for job 9 until noon")
+
+
+def test_who_was_there_before_and_who_is_within_a_quota_see_what_is_reserved() -> None:
+    gpus = gpus_of("n1", "2xA100:40")
+    offer = Offer("n1", gpus, ("n1-g0", "n1-g1"), 64 * GIGABYTE, 4, ())
+    keep = Keep(9, 1, (("n1", ("n1-g0", "n1-g1")),), 0, None, "noon")
+
+    def starts(job_id: int, kept: Keep, *, lent: bool = False) -> bool:
+        need = Need(job_id, JobSpec(command=("x",), gpus=1), lent=lent)
+        return bool(place([need], [offer], None, [kept]).starts)
+
+    assert starts(8, keep)
+    assert not starts(10, keep)
+    assert starts(10, replace(keep, lent=True))
+    assert not starts(10, replace(keep, lent=True), lent=True)

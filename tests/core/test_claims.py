@@ -1,0 +1,95 @@
+"""How claims on room bear one another: reservations, promises of moves, and projects' quotas.
+
+Problem: each keeps room for somebody by rules of its own, and each has its tests. What breaks is
+what nobody thought of: a job that has two of them, or two jobs with one each on the same GPUs.
+"""
+
+from random import Random
+
+from coordinator.core import messages as m
+from coordinator.core.model import JobSpec
+from coordinator.core.options import Options
+from coordinator.core.phases import JobPhase
+from coordinator.core.quotas import Quota
+from tests.core.training_fleet import A100, H100, Fleet, training
+
+WAIT_MS = Options().reservation_wait_ms
+
+
+def test_a_job_that_was_promised_a_type_may_be_the_next_for_a_reservation() -> None:
+    """Safety: who is counted anywhere is placed anywhere."""
+    fleet = Fleet("2xH100", "2xA100:80")
+    for steps in (50_000, 60_000):
+        fleet.submit(training(steps, gpus=2), total=50_000)
+    fleet.run(10)
+    short = fleet.submit(training(900, gpus=2), total=900)
+    fleet.run(WAIT_MS // 1_000 + 60)
+    assert fleet.type_of(short) == H100
+
+
+def test_nobody_is_moved_to_what_is_reserved_for_somebody_else() -> None:
+    """Liveness: else it is stopped, cannot go there, and comes back, again and again."""
+    fleet = Fleet("2xH100", "1xA100:80")
+    first = fleet.submit(name="first")
+    fleet.submit(name="first")  # for how long nobody knows
+    large = fleet.submit(gpus=2, gpu_types=("H100",))
+    moved = fleet.submit(name="second", total=100_000)
+    fleet.run(WAIT_MS // 1_000 + 300)
+    fleet.end(first)
+    assert fleet.state.reservations
+    fleet.run(1_200)
+    assert fleet.type_of(moved) == A100
+    assert fleet.job(moved).epoch == 1
+    assert fleet.job(large).phase is JobPhase.QUEUED
+
+
+def test_a_small_job_that_was_there_before_does_not_starve_behind_large_ones() -> None:
+    fleet = Fleet("8xA100:80")
+    fleet.tick_ms = 5_000
+    running = fleet.submit(gpus=8)
+    small = fleet.submit(gpus=1)
+    fleet.submit(gpus=8)
+    for _ in range(3):
+        fleet.submit(gpus=8)
+        fleet.run(1_200)
+        if fleet.job(running).phase is JobPhase.ACTIVE:
+            fleet.end(running)
+            fleet.run(10)
+        if fleet.job(small).phase is JobPhase.ACTIVE:
+            break
+        running = next(job.id for job in fleet.state.jobs.values() if job.phase is JobPhase.ACTIVE)
+    assert fleet.job(small).phase is JobPhase.ACTIVE
+
+
+def test_who_is_within_a_quota_does_not_wait_for_what_is_reserved_for_who_is_beyond_it() -> None:
+    fleet = Fleet("8xA100:80", options=Options(projects={"a": Quota(gpu_hours=400.0)}))
+    fleet.tick_ms = 2_000
+    fleet.submit(gpus=8, project="c")
+    fleet.submit(gpus=8, project="b")
+    fleet.run(WAIT_MS // 1_000 + 20)
+    assert fleet.state.reservations
+    entitled = fleet.submit(gpus=4, project="a")
+    fleet.run(40)
+    assert fleet.job(entitled).phase is JobPhase.ACTIVE
+
+
+def test_who_could_not_have_room_at_all_takes_no_turn_from_who_could() -> None:
+    """Three gangs need a node that is closed; another large job needs none of it."""
+    chance = Random(1)
+    fleet = Fleet("4xA100:80", "4xA100:80", "4xA100:80")
+    fleet.tick_ms = 5_000
+    for _ in range(12):
+        fleet.submit()
+    for _ in range(3):
+        fleet.submit(gpus=4, ranks=3)
+    fleet.rig.handle(m.Request(1, m.CordonNode("n3")))
+    large = fleet.submit(JobSpec(command=("train",), gpus=4))
+    for _ in range(60):
+        while sum(1 for n in fleet.state.queued if fleet.job(n).spec.gpus == 1) < 4:
+            fleet.submit()
+        fleet.run(60)
+        if fleet.job(large).phase is JobPhase.ACTIVE:
+            return
+        small = [job.id for job in fleet.state.jobs.values() if job.phase is JobPhase.ACTIVE]
+        fleet.end(chance.choice(small))
+    raise AssertionError(f"it waits after an hour: {fleet.state.waits[large]}")
