@@ -29,7 +29,7 @@ from coordinator.core.validate import suits
 
 SUGGESTIONS_MAX = 3  # more is a list that nobody reads
 TYPES_TRIED_MAX = 16
-CLOSED_NODES_TRIED_MAX = 8  # each that would do costs a round
+CLOSED_NODES_TRIED_MAX = 2  # each that would do costs a round
 # Options take whole gigabytes, so that they can be typed.
 GIGABYTE = 10**9
 
