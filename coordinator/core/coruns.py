@@ -22,9 +22,10 @@ Three and more on a GPU are not judged: whose fault it is, nobody can tell.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from coordinator.core import attempts, gpu_types, history, pairs, shares
-from coordinator.core.model import Attempt, GpuFacts, Job, Progress
+from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
 from coordinator.core.offers import offers_of
 from coordinator.core.pairs import TRIAL_S, Lessons, Member, Sight
 from coordinator.core.phases import AttemptPhase
@@ -39,6 +40,9 @@ STEPS_MIN = 5
 STRETCHES_MAX = 8
 # A place elsewhere is looked for so often: it takes a look at the whole fleet.
 LOOK_MS = 10_000
+# What a job is called takes its configuration apart; it is asked of all that share a GPU, and again
+# for each that waits.
+MEMBERS_KEPT = 4096
 
 # --- what is measured -----------------------------------------------------------------------------
 
@@ -270,20 +274,21 @@ def shunned(state: State, job: Job) -> tuple[str, ...]:
     if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
         return ()
     lessons = _lessons(state)
-    who = member(job)
+    who = member(job.spec)
     found: list[str] = []
     for attempt_id in state.indices.open_attempts:
         if not state.share_bytes(attempt_id):
             continue
         other = state.attempts[attempt_id]
-        beside = member(state.jobs[other.job_id])
+        beside = member(state.jobs[other.job_id].spec)
         if lessons.poor(who, beside, _type(state, other)):
             found.append(attempt_id)
     return tuple(found)
 
 
-def member(job: Job) -> Member:
-    family, name = history.names(job.spec)
+@lru_cache(maxsize=MEMBERS_KEPT)
+def member(spec: JobSpec) -> Member:
+    family, name = history.names(spec)
     return Member(name, family)
 
 
@@ -291,7 +296,7 @@ def _lessons(state: State) -> Lessons:
     """Learned anew when something was written down since."""
     if state.indices.lessons is None:
         used = {
-            member(job).name: one.utilization_ratio
+            member(job.spec).name: one.utilization_ratio
             for attempt, job in _measured(state)
             for one in attempt.stretches
             if one.utilization_ratio is not None
@@ -306,5 +311,5 @@ def _sights(state: State) -> Iterator[Sight]:
         for one in attempt.stretches:
             other = state.attempts.get(one.beside[0]) if len(one.beside) == 1 else None
             if other is not None and one.kept_ratio and gpu_type:
-                beside = member(state.jobs[other.job_id])
-                yield Sight(member(job), beside, gpu_type, one.kept_ratio, one.seconds)
+                beside = member(state.jobs[other.job_id].spec)
+                yield Sight(member(job.spec), beside, gpu_type, one.kept_ratio, one.seconds)

@@ -8,10 +8,11 @@ by the truth, and with room for it elsewhere; whoever is too slow and could go m
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import coruns
+from coordinator.core import coruns, history
 from coordinator.core import messages as m
 from coordinator.core.model import (
     Attempt,
@@ -298,6 +299,28 @@ def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
     world.beat()
     assert not state.queued
     assert world.parted == ["2.1"]
+
+
+def test_what_those_who_share_are_called_is_worked_out_once_for_all_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = two(0)
+    for training in (1, 2):
+        world.rig.handle(m.Request(1, m.Submit(spec(training, 8))))
+        world.obey()
+    named: list[JobSpec] = []
+    names = history.names
+
+    def counted(asked: JobSpec) -> tuple[str, str]:
+        named.append(asked)
+        return names(asked)
+
+    monkeypatch.setattr(history, "names", counted)
+    coruns.member.cache_clear()
+    state = world.rig.core.state
+    for job in state.jobs.values():
+        assert {"1.1", "2.2"} <= set(coruns.shunned(state, job))
+    assert sorted(one.command for one in named) == [("train 0",), ("train 1",), ("train 2",)]
 
 
 def test_how_much_a_gpu_is_used_alone_is_remembered() -> None:
