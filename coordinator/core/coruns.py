@@ -14,7 +14,9 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    leaves by checkpoint as soon as a GPU is free that nobody waits for, else the earlier one. Who
    has never saved is left alone: it might lose more than it gains.
 4. Whoever has been bad beside another, or is expected to be by what their like did, goes beside it
-   last: only where there is nothing else. It has asked to share a GPU, so it does not wait.
+   last: only where there is nothing else. It has asked to share a GPU, so it does not wait. What
+   the two did themselves is not outweighed by others of their names: these may have been better
+   together, and two that were parted would be put together again and again.
 
 What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
 Three and more on a GPU are not judged: whose fault it is, nobody can tell.
@@ -269,21 +271,33 @@ def _verdict(attempt: Attempt, other: Attempt) -> str:
 
 
 def shunned(state: State, job: Job) -> tuple[str, ...]:
-    """The attempts beside which a job goes last: what it did beside their like, or its like did,
-    was too little."""
+    """The attempts beside which a job goes last: what it did beside these jobs, or its like beside
+    theirs, was too little."""
     if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
         return ()
     lessons = _lessons(state)
     who = member(job.spec)
+    was_beside = _too_slow_beside(state, job)
     found: list[str] = []
     for attempt_id in state.indices.open_attempts:
         if not state.share_bytes(attempt_id):
             continue
         other = state.attempts[attempt_id]
         beside = member(state.jobs[other.job_id].spec)
-        if lessons.poor(who, beside, _type(state, other)):
+        if other.job_id in was_beside or lessons.poor(who, beside, _type(state, other)):
             found.append(attempt_id)
     return tuple(found)
+
+
+def _too_slow_beside(state: State, job: Job) -> dict[int, None]:
+    """The jobs beside which one of its attempts was that."""
+    found: dict[int, None] = {}
+    for attempt in state.attempts_of(job.id):
+        for stretch in attempt.stretches:
+            other = state.attempts.get(stretch.beside[0]) if len(stretch.beside) == 1 else None
+            if other is not None and _too_slow(attempt, other):
+                found[other.job_id] = None
+    return found
 
 
 @lru_cache(maxsize=MEMBERS_KEPT)

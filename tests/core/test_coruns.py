@@ -269,6 +269,28 @@ def test_two_that_are_too_slow_are_parted_and_not_put_together_again() -> None:
     assert world.neighbours(world.running()[-1]), "who has asked to share does not wait"
 
 
+def test_two_that_were_parted_stay_so_whatever_others_of_their_names_did() -> None:
+    world = two(2)
+    for _ in range(300):
+        world.beat()
+    for attempt in world.running():
+        world.steps.pop(attempt.id)
+        world.say(attempt, m.AttemptExited(0))
+    world.kept = ((0.5,) * TRAININGS,) * TRAININGS
+    for _ in range(2):
+        world.rig.handle(m.Request(1, m.Submit(spec(2, 8))))
+        world.obey()
+    assert world.neighbours(world.running()[0]), "their like was good together"
+    for _ in range(40):
+        world.beat()
+    assert world.parted == ["4.1"]
+    state = world.rig.core.state
+    assert coruns.shunned(state, state.jobs[3]) == ("4.2",)
+    assert coruns.shunned(state, state.jobs[4]) == ("3.1",)
+    world.rig.handle(m.Request(1, m.Submit(spec(2, 8))))
+    assert coruns.shunned(state, state.jobs[5]) == (), "of the name nothing bad is expected"
+
+
 def test_two_that_are_fast_enough_stay() -> None:
     world = two(2)
     assert world.parted == []
