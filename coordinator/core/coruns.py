@@ -28,10 +28,9 @@ from functools import lru_cache
 
 from coordinator.core import attempts, gpu_types, history, pairs, shares
 from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
-from coordinator.core.offers import offers_of
+from coordinator.core.offers import open_rooms
 from coordinator.core.pairs import TRIAL_S, Lessons, Member, Sight
 from coordinator.core.phases import AttemptPhase
-from coordinator.core.rooms import open_room
 from coordinator.core.state import Instant, State
 from coordinator.core.stretches import Stretch, Watch
 from coordinator.core.validate import suits
@@ -212,16 +211,14 @@ def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
 def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
     """Whether there is a GPU for it that nobody has, and that would do for nobody who waits."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
-    for offer in offers_of(state):
-        if not offer.shares:
+    for room in open_rooms(state):
+        given_back = job.spec.memory_bytes if room.offer.node == attempt.node else 0
+        if not room.offer.shares or room.memory_bytes + given_back < job.spec.memory_bytes:
             continue
-        room = open_room(offer)
-        given_back = job.spec.memory_bytes if offer.node == attempt.node else 0
-        if room.memory_bytes + given_back < job.spec.memory_bytes:
-            continue
-        for gpu, holds in room.shareable(job.spec):
-            able = shares.left_bytes(gpu, holds) >= job.spec.shared_gpu_memory_bytes
-            if able and not holds and not any(one.gpus and suits(one, gpu) for one in waiting):
+        for gpu in room.free.values():
+            alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
+            able = alone and shares.left_bytes(gpu, ()) >= job.spec.shared_gpu_memory_bytes
+            if able and not any(one.gpus and suits(one, gpu) for one in waiting):
                 return True
     return False
 

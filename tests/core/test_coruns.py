@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import coruns, history
+from coordinator.core import coruns, history, offers
 from coordinator.core import messages as m
 from coordinator.core.model import (
     Attempt,
@@ -24,7 +24,8 @@ from coordinator.core.model import (
 )
 from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_S
 from coordinator.core.phases import AttemptPhase
-from coordinator.core.state import Options
+from coordinator.core.rooms import Offer
+from coordinator.core.state import LiveNode, Options, State
 from coordinator.core.windows import GpuWindow, Spread
 from tests.core.coordinator_checks import check_gpu
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
@@ -301,8 +302,9 @@ def test_two_that_are_fast_enough_stay() -> None:
     )
 
 
-def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
-    """The second large job lacks memory beside the first, and a GPU beside it is free."""
+def waited_for() -> World:
+    """Two that are too slow. The second large job lacks memory beside the first, and a GPU beside
+    it is free."""
     world = World(SLOW)
     large = JobSpec(command=("x",), gpus=1, memory_bytes=200 * GIGABYTE)
     for submitted in ([spec(0, 8)], [spec(0, 8), large, large]):
@@ -311,6 +313,11 @@ def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
             world.obey()
         for _ in range(16):
             world.beat()
+    return world
+
+
+def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
+    world = waited_for()
     state = world.rig.core.state
     assert [a.id for a in world.running()] == ["1.1", "2.1", "3.1"]
     assert world.too_slow(world.running()[0])
@@ -321,6 +328,28 @@ def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
     world.beat()
     assert not state.queued
     assert world.parted == ["2.1"]
+
+
+def test_who_looks_for_a_place_elsewhere_asks_no_node_that_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = waited_for()
+    state = world.rig.core.state
+    asked: list[str] = []
+    offer_of = offers.offer_of
+
+    def counted(state: State, live: LiveNode) -> Offer:
+        asked.append(live.node.id)
+        return offer_of(state, live)
+
+    # Who saves changes its node.
+    monkeypatch.setattr(world, "save", lambda: None)
+    world.beat()
+    monkeypatch.setattr(offers, "offer_of", counted)
+    for _ in range(5):
+        world.beat()
+        assert [state.watches[name].looked_ms for name in ("1.1", "2.1")] == [world.rig.now_ms] * 2
+    assert asked == []
 
 
 def test_what_those_who_share_are_called_is_worked_out_once_for_all_that_wait(
