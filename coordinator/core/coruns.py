@@ -14,7 +14,9 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    leaves by checkpoint as soon as a GPU is free that nobody waits for, else the earlier one. Who
    has never saved is left alone: it might lose more than it gains.
 4. Whoever has been bad beside another, or is expected to be by what their like did, goes beside it
-   last: only where there is nothing else. It has asked to share a GPU, so it does not wait.
+   last: only where there is nothing else. It has asked to share a GPU, so it does not wait. What
+   the two did themselves is not outweighed by others of their names: these may have been better
+   together, and two that were parted would be put together again and again.
 
 What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
 Three and more on a GPU are not judged: whose fault it is, nobody can tell.
@@ -22,13 +24,13 @@ Three and more on a GPU are not judged: whose fault it is, nobody can tell.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from coordinator.core import attempts, gpu_types, history, pairs, shares
-from coordinator.core.model import Attempt, GpuFacts, Job, Progress
-from coordinator.core.offers import offers_of
+from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
+from coordinator.core.offers import open_rooms
 from coordinator.core.pairs import TRIAL_S, Lessons, Member, Sight
 from coordinator.core.phases import AttemptPhase
-from coordinator.core.rooms import open_room
 from coordinator.core.state import Instant, State
 from coordinator.core.stretches import Stretch, Watch
 from coordinator.core.validate import suits
@@ -39,6 +41,9 @@ STEPS_MIN = 5
 STRETCHES_MAX = 8
 # A place elsewhere is looked for so often: it takes a look at the whole fleet.
 LOOK_MS = 10_000
+# What a job is called takes its configuration apart; it is asked of all that share a GPU, and again
+# for each that waits.
+MEMBERS_KEPT = 4096
 
 # --- what is measured -----------------------------------------------------------------------------
 
@@ -206,16 +211,14 @@ def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
 def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
     """Whether there is a GPU for it that nobody has, and that would do for nobody who waits."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
-    for offer in offers_of(state):
-        if not offer.shares:
+    for room in open_rooms(state):
+        given_back = job.spec.memory_bytes if room.offer.node == attempt.node else 0
+        if not room.offer.shares or room.memory_bytes + given_back < job.spec.memory_bytes:
             continue
-        room = open_room(offer)
-        given_back = job.spec.memory_bytes if offer.node == attempt.node else 0
-        if room.memory_bytes + given_back < job.spec.memory_bytes:
-            continue
-        for gpu, holds in room.shareable(job.spec):
-            able = shares.left_bytes(gpu, holds) >= job.spec.shared_gpu_memory_bytes
-            if able and not holds and not any(one.gpus and suits(one, gpu) for one in waiting):
+        for gpu in room.free.values():
+            alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
+            able = alone and shares.left_bytes(gpu, ()) >= job.spec.shared_gpu_memory_bytes
+            if able and not any(one.gpus and suits(one, gpu) for one in waiting):
                 return True
     return False
 
@@ -265,25 +268,38 @@ def _verdict(attempt: Attempt, other: Attempt) -> str:
 
 
 def shunned(state: State, job: Job) -> tuple[str, ...]:
-    """The attempts beside which a job goes last: what it did beside their like, or its like did,
-    was too little."""
+    """The attempts beside which a job goes last: what it did beside these jobs, or its like beside
+    theirs, was too little."""
     if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
         return ()
     lessons = _lessons(state)
-    who = member(job)
+    who = member(job.spec)
+    was_beside = _too_slow_beside(state, job)
     found: list[str] = []
     for attempt_id in state.indices.open_attempts:
         if not state.share_bytes(attempt_id):
             continue
         other = state.attempts[attempt_id]
-        beside = member(state.jobs[other.job_id])
-        if lessons.poor(who, beside, _type(state, other)):
+        beside = member(state.jobs[other.job_id].spec)
+        if other.job_id in was_beside or lessons.poor(who, beside, _type(state, other)):
             found.append(attempt_id)
     return tuple(found)
 
 
-def member(job: Job) -> Member:
-    family, name = history.names(job.spec)
+def _too_slow_beside(state: State, job: Job) -> dict[int, None]:
+    """The jobs beside which one of its attempts was that."""
+    found: dict[int, None] = {}
+    for attempt in state.attempts_of(job.id):
+        for stretch in attempt.stretches:
+            other = state.attempts.get(stretch.beside[0]) if len(stretch.beside) == 1 else None
+            if other is not None and _too_slow(attempt, other):
+                found[other.job_id] = None
+    return found
+
+
+@lru_cache(maxsize=MEMBERS_KEPT)
+def member(spec: JobSpec) -> Member:
+    family, name = history.names(spec)
     return Member(name, family)
 
 
@@ -291,7 +307,7 @@ def _lessons(state: State) -> Lessons:
     """Learned anew when something was written down since."""
     if state.indices.lessons is None:
         used = {
-            member(job).name: one.utilization_ratio
+            member(job.spec).name: one.utilization_ratio
             for attempt, job in _measured(state)
             for one in attempt.stretches
             if one.utilization_ratio is not None
@@ -306,5 +322,5 @@ def _sights(state: State) -> Iterator[Sight]:
         for one in attempt.stretches:
             other = state.attempts.get(one.beside[0]) if len(one.beside) == 1 else None
             if other is not None and one.kept_ratio and gpu_type:
-                beside = member(state.jobs[other.job_id])
-                yield Sight(member(job), beside, gpu_type, one.kept_ratio, one.seconds)
+                beside = member(state.jobs[other.job_id].spec)
+                yield Sight(member(job.spec), beside, gpu_type, one.kept_ratio, one.seconds)

@@ -8,10 +8,11 @@ by the truth, and with room for it elsewhere; whoever is too slow and could go m
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import coruns
+from coordinator.core import coruns, history, offers
 from coordinator.core import messages as m
 from coordinator.core.model import (
     Attempt,
@@ -23,7 +24,8 @@ from coordinator.core.model import (
 )
 from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_S
 from coordinator.core.phases import AttemptPhase
-from coordinator.core.state import Options
+from coordinator.core.rooms import Offer
+from coordinator.core.state import LiveNode, Options, State
 from coordinator.core.windows import GpuWindow, Spread
 from tests.core.coordinator_checks import check_gpu
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
@@ -268,6 +270,28 @@ def test_two_that_are_too_slow_are_parted_and_not_put_together_again() -> None:
     assert world.neighbours(world.running()[-1]), "who has asked to share does not wait"
 
 
+def test_two_that_were_parted_stay_so_whatever_others_of_their_names_did() -> None:
+    world = two(2)
+    for _ in range(300):
+        world.beat()
+    for attempt in world.running():
+        world.steps.pop(attempt.id)
+        world.say(attempt, m.AttemptExited(0))
+    world.kept = ((0.5,) * TRAININGS,) * TRAININGS
+    for _ in range(2):
+        world.rig.handle(m.Request(1, m.Submit(spec(2, 8))))
+        world.obey()
+    assert world.neighbours(world.running()[0]), "their like was good together"
+    for _ in range(40):
+        world.beat()
+    assert world.parted == ["4.1"]
+    state = world.rig.core.state
+    assert coruns.shunned(state, state.jobs[3]) == ("4.2",)
+    assert coruns.shunned(state, state.jobs[4]) == ("3.1",)
+    world.rig.handle(m.Request(1, m.Submit(spec(2, 8))))
+    assert coruns.shunned(state, state.jobs[5]) == (), "of the name nothing bad is expected"
+
+
 def test_two_that_are_fast_enough_stay() -> None:
     world = two(2)
     assert world.parted == []
@@ -278,8 +302,9 @@ def test_two_that_are_fast_enough_stay() -> None:
     )
 
 
-def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
-    """The second large job lacks memory beside the first, and a GPU beside it is free."""
+def waited_for() -> World:
+    """Two that are too slow. The second large job lacks memory beside the first, and a GPU beside
+    it is free."""
     world = World(SLOW)
     large = JobSpec(command=("x",), gpus=1, memory_bytes=200 * GIGABYTE)
     for submitted in ([spec(0, 8)], [spec(0, 8), large, large]):
@@ -288,6 +313,11 @@ def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
             world.obey()
         for _ in range(16):
             world.beat()
+    return world
+
+
+def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
+    world = waited_for()
     state = world.rig.core.state
     assert [a.id for a in world.running()] == ["1.1", "2.1", "3.1"]
     assert world.too_slow(world.running()[0])
@@ -298,6 +328,50 @@ def test_a_gpu_that_somebody_waits_for_is_not_taken() -> None:
     world.beat()
     assert not state.queued
     assert world.parted == ["2.1"]
+
+
+def test_who_looks_for_a_place_elsewhere_asks_no_node_that_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = waited_for()
+    state = world.rig.core.state
+    asked: list[str] = []
+    offer_of = offers.offer_of
+
+    def counted(state: State, live: LiveNode) -> Offer:
+        asked.append(live.node.id)
+        return offer_of(state, live)
+
+    # Who saves changes its node.
+    monkeypatch.setattr(world, "save", lambda: None)
+    world.beat()
+    monkeypatch.setattr(offers, "offer_of", counted)
+    for _ in range(5):
+        world.beat()
+        assert [state.watches[name].looked_ms for name in ("1.1", "2.1")] == [world.rig.now_ms] * 2
+    assert asked == []
+
+
+def test_what_those_who_share_are_called_is_worked_out_once_for_all_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = two(0)
+    for training in (1, 2):
+        world.rig.handle(m.Request(1, m.Submit(spec(training, 8))))
+        world.obey()
+    named: list[JobSpec] = []
+    names = history.names
+
+    def counted(asked: JobSpec) -> tuple[str, str]:
+        named.append(asked)
+        return names(asked)
+
+    monkeypatch.setattr(history, "names", counted)
+    coruns.member.cache_clear()
+    state = world.rig.core.state
+    for job in state.jobs.values():
+        assert {"1.1", "2.2"} <= set(coruns.shunned(state, job))
+    assert sorted(one.command for one in named) == [("train 0",), ("train 1",), ("train 2",)]
 
 
 def test_how_much_a_gpu_is_used_alone_is_remembered() -> None:

@@ -128,3 +128,35 @@ def test_of_many_the_newest_are_learned_from_and_all_are_remembered(
     assert not lessons.forecast(RESNET, BERT, "A100").worth_trying
     assert lessons.forecast(RESNET_LARGER, BERT, "A100").worth_trying
     assert not learn(new + old).forecast(RESNET_LARGER, BERT, "A100").worth_trying
+
+
+def test_what_was_answered_is_not_worked_out_again_until_something_is_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, str, str]] = []
+    forecast = Lessons.forecast
+
+    def counted(self: Lessons, one: Member, other: Member, gpu_type: str) -> pairs.Forecast:
+        asked.append((one.name, other.name, gpu_type))
+        return forecast(self, one, other, gpu_type)
+
+    monkeypatch.setattr(Lessons, "forecast", counted)
+    seen = both(RESNET, BERT, 0.3, 0.3)
+    lessons = learn(seen)
+    assert [lessons.poor(RESNET, BERT, "A100") for _ in range(3)] == [True] * 3
+    assert len(asked) == 1
+    assert not lessons.poor(LSTM, ALONE, "A100")
+    lessons.poor(RESNET, BERT, "H100")
+    assert len(asked) == len(set(asked)) == 3
+    better = learn([*seen, *(sight(one.who, one.beside, 0.95, 10**6) for one in seen)])
+    assert not better.poor(RESNET, BERT, "A100")
+
+
+def test_of_very_many_answers_some_are_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "ANSWERS_MAX", 2)
+    lessons = learn(both(RESNET, BERT, 0.3, 0.3))
+    for _ in range(2):
+        assert lessons.poor(RESNET, BERT, "A100")
+        assert lessons.poor(BERT, RESNET, "A100")
+        assert not lessons.poor(LSTM, ALONE, "A100")
+        assert len(lessons.answers) <= 2
