@@ -11,7 +11,7 @@ the production core where the policy is Baton's.
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ POLICIES = (
     "max-min-blind", "fairness", "makespan",
 )  # fmt: skip
 MS_PER_H = 3_600_000
+MTBF_H_MIN = 0.1  # below, nodes fail faster than anything ends, and the run would not end either
+RATE_ERROR_MAX = 3.0  # beyond that rates are believed twenty times too high or too low
 BEFORE, AFTER, CHANGE = "as it is", "as asked", "change"
 
 _COLUMNS = (
@@ -190,7 +192,7 @@ def simulate(**given: Any) -> None:
 def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     """The fleet as it is, and as it would be where that is asked."""
     from coordinator.sim.inputs import BadFile
-    from coordinator.sim.whatif import BadQuestion, asked, fitting, with_prices
+    from coordinator.sim.whatif import BadQuestion, asked, check_prices, fitting, with_prices
 
     if "packing" in given["policies"] and given["pairs"] is None:
         raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
@@ -202,9 +204,27 @@ def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
         cases = {BEFORE: dataclasses.replace(case, jobs=fitting(case.jobs, case.fleet))}
         if question.asks:
             cases[AFTER] = asked(case, question, prices)
+            _say_of(question, case, cases[AFTER], given["policies"])
+        check_prices(prices, cases.get(AFTER, cases[BEFORE]).fleet)
     except (BadFile, BadQuestion) as error:
         raise BadInput(str(error)) from error
     return cases
+
+
+def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequence[str]) -> None:
+    """What the figures rest on that nobody has told."""
+    for name in after.fleet.gpus:
+        if name not in case.fleet.gpus:
+            usd = after.fleet.prices_per_h.get(name, 0.0)
+            write_notice(f"{name}: ${usd:g} an hour each (--price says otherwise)")
+    for project in question.weights:
+        if project not in case.quotas:
+            write_notice(
+                f"project {project} has no quota in --fleet ([projects.{project}]): its jobs count"
+                f" {question.weights[project]:g} times as much instead"
+            )
+    if question.weights and not any(name.startswith("baton") for name in policies):
+        write_notice("--quota changes nothing here: of all policies only Baton's know projects")
 
 
 def _question(given: Mapping[str, Any]) -> "Question":
@@ -230,6 +250,12 @@ def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
         if not math.isfinite(number):
             raise BadInput(f"--{name.replace('_', '-')} is {number}, not a number")
     chance = dataclasses.replace(chance, **told, blind=given["blind"] or chance.blind)
+    if 0 < chance.node_mtbf_h < MTBF_H_MIN:
+        raise BadInput(
+            f"node_mtbf_h is {chance.node_mtbf_h:g}: {MTBF_H_MIN:g} hours at least, or 0"
+        )
+    if chance.rate_error > RATE_ERROR_MAX:
+        raise BadInput(f"rate_error is {chance.rate_error:g}: {RATE_ERROR_MAX:g} at most")
     pairs = {} if given["pairs"] is None else read_pairs(given["pairs"])
     if given["journal"] is not None:
         if given["trace"] is not None:

@@ -26,8 +26,8 @@ class Score:
 
     @property
     def ratio(self) -> float:
-        """Below one: better than persistence."""
-        return self.loss / self.persistence_loss if self.persistence_loss else math.nan
+        """Below one: better than persistence. One where neither was ever wrong."""
+        return self.loss / self.persistence_loss if self.persistence_loss else 1.0
 
 
 def backtest(
@@ -52,7 +52,9 @@ def backtest(
         persistence_losses.append(float(pinball(actual, models[KINDS[0].name]).mean()))
         demand.append(actual)
         covered += bool(said[0] <= actual <= said[-1])
-    if not losses or not sum(demand):
+    if losses and not sum(demand):
+        raise ValueError("nothing was wanted at all after the warm-up: there is no loss to compare")
+    if not losses:
         raise ValueError(
             f"the series is too short to judge forecasts of {ahead_h} h: it has"
             f" {len(values) / per_hour:.0f} h, and {warm_up_h} h are needed before the first"

@@ -48,7 +48,8 @@ def read_series(path: Path, column: str = "demand") -> Series:
             for needed in ("time", column):
                 if needed not in names:
                     there = ", ".join(names) or "none"
-                    raise BadDemand(f"{path} has no column {needed!r}; its columns: {there}")
+                    hint = "" if needed == "time" else "; --column names another"
+                    raise BadDemand(f"{path} has no column {needed!r}; its columns: {there}{hint}")
             rows = [
                 (_time(path, reader.line_num, row), _gpus(path, reader.line_num, row, column))
                 for row in reader
@@ -63,9 +64,14 @@ def read_series(path: Path, column: str = "demand") -> Series:
 def _on_grid(path: Path, rows: list[tuple[datetime, float]]) -> Series:
     begin = rows[0][0]
     step_s = min((later[0] - row[0]).total_seconds() for row, later in pairwise(rows))
-    if step_s <= 0 or HOUR_S % step_s:
+    if step_s <= 0:
+        line = next(n for n, (row, later) in enumerate(pairwise(rows), 3) if later[0] <= row[0])
         raise BadDemand(
-            f"{path}: times must rise by equal steps that divide an hour; the least is {step_s:g} s"
+            f"{path}, line {line}: {rows[line - 2][0]} does not come after the line before"
+        )
+    if HOUR_S % step_s:
+        raise BadDemand(
+            f"{path}: times must rise by steps that divide an hour; the least is {step_s:g} s"
         )
     count = int((rows[-1][0] - begin).total_seconds() // step_s) + 1
     if count > STEPS_MAX:

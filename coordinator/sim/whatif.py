@@ -13,7 +13,7 @@ from coordinator.core.quotas import Quota
 from coordinator.sim.guesses import known_as, public, with_types
 from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
 
-_GPUS = re.compile(r"(?P<first>[1-9]\d{0,5})x((?P<second>[1-9]\d{0,3})x)?(?P<name>\S.*)")
+_GPUS = re.compile(r"(?P<first>[1-9]\d{0,5})x((?P<second>[1-9]\d{0,3})x)?(?P<name>[^\s,][^,]*)")
 _WEIGHT = re.compile(r"(?P<project>.+)=x(?P<factor>\d+(\.\d+)?)")
 
 
@@ -58,7 +58,7 @@ def read_gpus(text: str) -> Gpus:
     """ "4xH200" is four GPUs, "2x8xH200" two nodes of eight."""
     match = _GPUS.fullmatch(text)
     if match is None:
-        raise BadQuestion(f"{text!r} is no number of GPUs, like 4xH200 or 2x8xH200")
+        raise BadQuestion(f"{text!r} is no number of GPUs of one type, like 4xH200 or 2x8xH200")
     return Gpus(int(match["first"]) * int(match["second"] or 1), match["name"])
 
 
@@ -78,6 +78,14 @@ def with_prices(fleet: Fleet, prices: Mapping[str, float]) -> Fleet:
         if given:
             found[name] = max(given)[1]
     return replace(fleet, prices_per_h=found)
+
+
+def check_prices(prices: Mapping[str, float], fleet: Fleet) -> None:
+    """Raises `BadQuestion` for a price of no type that is there."""
+    for part in prices:
+        if not any(part.lower() in name.lower() for name in fleet.gpus):
+            there = ", ".join(fleet.gpus)
+            raise BadQuestion(f"--price {part}: no GPU type of the fleet is that; it has {there}")
 
 
 def asked(case: Case, question: Question, prices: Mapping[str, float]) -> Case:
@@ -131,7 +139,12 @@ def fitting(jobs: Iterable[SimJob], fleet: Fleet) -> list[SimJob]:
     for job in jobs:
         able = {name: rate for name, rate in job.rates.items() if name in fleet.gpus}
         if not any(rate > 0 and fleet.gpus[name] >= job.gpus for name, rate in able.items()):
-            raise BadQuestion(f"job {job.job_id} could never run: it needs {job.gpus} GPUs of one")
+            named = ", ".join(name for name, rate in job.rates.items() if rate > 0)
+            most = max((fleet.gpus.get(name, 0) for name in job.rates), default=0)
+            raise BadQuestion(
+                f"job {job.job_id} could never run: it needs {job.gpus} GPUs of one type of those"
+                f" that can run it ({named}), and there would be {most}"
+            )
         found.append(replace(job, rates=able))
     return found
 

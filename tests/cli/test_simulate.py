@@ -191,7 +191,7 @@ def test_a_quota_says_who_gains_and_who_loses(files: tuple[Path, Path]) -> None:
 def test_a_question_that_cannot_be_asked_is_said(files: tuple[Path, Path]) -> None:
     for option, text, sentence in (
         ("--remove", "1xK80", "job 3 could never run: it needs 2 GPUs of one"),
-        ("--add-nodes", "K80", "is no number of GPUs, like 4xH200"),
+        ("--add-nodes", "K80", "is no number of GPUs of one type, like 4xH200"),
         ("--quota", "c=x2", "no job is of project 'c'; there are a, b"),
         ("--policy", "packing", "--pairs FILE.csv"),
         ("--rate-error", "nan", "--rate-error is nan, not a number"),

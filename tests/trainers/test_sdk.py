@@ -70,6 +70,24 @@ def _all(agent: FakeAgent) -> list[dict[str, Any]]:
     return agent.rest()
 
 
+@pytest.mark.parametrize("last", ["", "; sys.exit(3)", "; 1 / 0"])
+def test_a_program_that_ends_without_closing_has_said_all(
+    agent: FakeAgent, tmp_path: Path, last: str
+) -> None:
+    """Liveness: its last checkpoint, and how far it came, reach the agent all the same."""
+    (tmp_path / "saved").mkdir()
+    lines = "import sys, baton_sdk; s = baton_sdk.connect(); s.progress(7, 7)"
+    program = f"{lines}; s.checkpoint({str(tmp_path / 'saved')!r}, 7){last}"
+    told = {**os.environ, **environment(agent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=told, capture_output=True, timeout=DEADLINE_S
+    )
+    assert ended.returncode == {"": 0, "; sys.exit(3)": 3, "; 1 / 0": 1}[last]
+    kinds = [message["type"] for message in _all(agent)]
+    assert "progress" in kinds
+    assert "checkpoint" in kinds
+
+
 def test_of_progress_the_latest_wins_and_none_blocks(
     agent: FakeAgent, session: baton_sdk.Session
 ) -> None:

@@ -15,6 +15,7 @@ Child processes (data loader workers) inherit the stop handler. In them a SIGTER
 usual, or their parent could not end them; so the handler first looks whose process it is in.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import operator
@@ -107,6 +108,7 @@ class Session:
                 on_save=self._on_save,
             )
             self._link.open()
+            atexit.register(self._close_at_exit)
 
     @property
     def under_baton(self) -> bool:
@@ -307,6 +309,12 @@ class Session:
                 self.enter("")  # what comes after this is no business of the agent's
             self._link.close(flush_timeout_s)
             self._link = None
+            atexit.unregister(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        """A program that just ends has handed over a checkpoint, too. Forked children have not."""
+        if os.getpid() == self._owner_pid:
+            self.close()
 
     def __enter__(self) -> "Session":
         return self
