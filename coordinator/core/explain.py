@@ -52,7 +52,8 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
 
 def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation:
     """What is to come for a job that waits for room, and what would let it start."""
-    lent = projects.standing_of(state, now).lent
+    tenancy = projects.standing_of(state, now)
+    lent = tenancy.lent
     queue = queue_of.in_turn(state, state.queued, lent)
     if len(queue) > WAITING_MAX:
         return Explanation(cut(sentence))
@@ -62,15 +63,22 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     kept = kept_from(need, reserved.keeps(state, now))
     sentence += reserved.outlook(state, now, job)
     found = None
+    ends_ms = foresight.ends(state, now)
+    back_ms = {
+        whole: at_ms
+        for whole, at_ms in projects.gives_back_ms(state, now, tenancy, job).items()
+        if at_ms < ends_ms.get(whole, at_ms + 1)
+    }
     if not kept:  # else others' room is in its way, and nobody knows for how long
-        found = foresight.forecast(need, ahead, rooms, foresight.ends(state, now))
+        found = foresight.forecast(need, ahead, rooms, {**ends_ms, **back_ms})
     start = None
     if found is not None:
         where = foresight.where(job.spec, found.places, rooms)
         leaver = int(found.whole.partition(".")[0])
         nodes = tuple(dict.fromkeys(place.node for place in found.places))
         start = ExpectedStart(_unix_ms(now, found.at_ms), nodes, where, leaver)
-        sentence += f"; fits {where} {_when(now, found.at_ms)}, when job {leaver} leaves"
+        leaves = "gives back what is lent to it" if found.whole in back_ms else "leaves"
+        sentence += f"; fits {where} {_when(now, found.at_ms)}, when job {leaver} {leaves}"
         leaving = state.current(state.jobs[leaver])
         if leaving is not None and leaving.phase is AttemptPhase.STOPPING:
             sentence += " at the latest"

@@ -90,6 +90,23 @@ def tick(state: State, now: Instant) -> None:
         state.dirty = True
 
 
+def gives_back_ms(state: State, now: Instant, standing: Standing, job: Job) -> dict[str, int]:
+    """When those of its class who run on what is lent, and not yet for their minimum, give it back
+    to a job within its quota: by what their ranks have in common. Who is past it gives way in the
+    next round, if that helps."""
+    if job.id in standing.lent:
+        return {}
+    found = {}
+    for job_id, minimum_s in standing.minimum_s.items():
+        other = state.jobs[job_id]
+        first = state.current(other)
+        young = job_id not in standing.recallable
+        if other.spec.job_class is job.spec.job_class and first is not None and young:
+            left_ms = round(minimum_s * 1000) - (now.unix_ms - first.assigned_unix_ms)
+            found[f"{job_id}.{other.epoch}"] = now.now_ms + max(0, left_ms)
+    return found
+
+
 # --- sentences ------------------------------------------------------------------------------------
 
 
