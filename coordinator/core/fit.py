@@ -57,6 +57,8 @@ def answer(state: State, now: Instant, asked: FitJob) -> FitPage | Refusal:
     """For the fleet as it is. Only what is wrong with the job as such is refused: what it would
     wait for is part of the answer."""
     sentence = refuse_spec(asked.spec)
+    if not sentence and not asked.spec.gpus:
+        sentence = "the job asks for no GPU (gpus = 0), and this compares types of GPU"
     if sentence:
         return Refusal(RefusalKind.INVALID, sentence)
     return fit(asked, _kinds(state), history.seen(state, now))

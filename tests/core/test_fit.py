@@ -17,14 +17,17 @@ from coordinator.core.estimates import Place
 from coordinator.core.fit import (
     Kind,
     MemoryEvidence,
+    answer,
     corrected_ratio,
     fit,
     usable_bytes,
 )
 from coordinator.core.fit_requests import Fit, FitJob, Fitting
 from coordinator.core.history import EXIT_OUT_OF_MEMORY, History, Run, TooLarge, names
+from coordinator.core.messages import Refusal
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.workload import ModelFacts, Training
+from tests.core.coordinator_harness import Rig
 from trainers import start
 from trainers.finetune import FinetuneOptions
 from trainers.lora import LoraOptions
@@ -310,3 +313,10 @@ def test_a_configuration_that_would_break_arithmetic(text: str, why: str) -> Non
     said = workload.read(JobSpec(trainer="finetune", trainer_config_json=text))
     assert isinstance(said, str)
     assert why in said
+
+
+def test_a_job_without_gpus_is_refused() -> None:
+    rig = Rig()
+    said = answer(rig.core.state, rig.now, FitJob(dataclasses.replace(spec(), gpus=0)))
+    assert isinstance(said, Refusal)
+    assert "no GPU" in said.sentence
