@@ -184,7 +184,7 @@ async def test_an_error_of_a_gpu_in_mig_mode_is_told_of_its_instances(
     await xids.open(ears)
     assert [facts.pci_bus_id for facts in probe.gpu_facts()] == ["0000:3b:00"] * 2
     number = 0
-    while len(ears.xids) < 2:  # until the sampler's thread waits for them
+    while len({seen.uuid for seen in ears.xids}) < 2:  # until the sampler's thread waits for them
         number += 1
         describe([replace(whole, xids=((number, 95),)), *instances], path)
         await asyncio.to_thread(probe.sample)

@@ -37,6 +37,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "tokenizer": "bytes",
         "window_tokens": 32,
         "batch_size": 4,
+        "steps": 2 * STEPS,  # on a quiet machine it is done before anybody has looked
     },
     "transfer": {
         "model": "vision",
@@ -45,7 +46,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "head_hidden": 16,
         "freeze": False,
         "batch_size": 4,
-        "steps": 3 * STEPS,  # such small ones are done before anybody has looked
+        "steps": 3 * STEPS,  # such small ones all the more
     },
 }
 
