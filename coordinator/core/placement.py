@@ -54,6 +54,9 @@ STARTS_PER_PASS_MAX = 512
 # Of the nodes that fit a job so many are weighed against what others ask for, the tightest first:
 # in a large fleet most are alike, and each costs some tens of microseconds.
 WEIGHED_MAX = 64
+# Who has a checkpoint goes where it lies, on a type that is half as fast as the best: what it needs
+# is there already, and the next decision over all jobs may move it, with time to copy.
+NEAR_SPEED_RATIO = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +234,18 @@ def take(spec: JobSpec, spread: Spread) -> tuple[Place, ...]:
 
 
 def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
-    """Where all ranks fit, on GPUs of the first type that has room for them, or of several; without
-    the node to avoid if that will do. `None` where they do not."""
+    """Where all ranks fit: where its last checkpoint lies or most of it, if it is not much slower
+    there; else on GPUs of the first type that has room for them, or of several; without the node to
+    avoid if that will do. `None` where they do not."""
     if need.types and not need.only:
         others = [room for room in rooms if room.offer.node != need.avoid]
-        for gpu_type, _ in need.types:
-            spread = _search(replace(need, only=gpu_type), others)
+        holds = [room for room in others if room.offer.node in need.replicas]
+        near = [room for room in others if room.offer.node in need.near]
+        fastest = max(speed for _, speed in need.types)
+        quick = [name for name, speed in need.types if speed >= NEAR_SPEED_RATIO * fastest]
+        tries = [(some, name) for some in (holds, near) if some for name in quick]
+        for some, gpu_type in (*tries, *((others, name) for name, _ in need.types)):
+            spread = _search(replace(need, only=gpu_type), some)
             if spread is not None:
                 return spread
     return _search(need, rooms)

@@ -21,7 +21,7 @@ from coordinator.core.placement import Need, Plan, place
 from coordinator.core.rooms import Offer, Place, Tenant, open_room
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.validate import suits
-from tests.core.coordinator_harness import GIGABYTE
+from tests.core.coordinator_harness import GIGABYTE, gpus_of
 
 SPECS = st.builds(
     JobSpec,
@@ -429,3 +429,22 @@ def test_a_large_gang_displaces_in_a_large_fleet() -> None:
         fleet.append(_node(name, ["H100"] * 8, tuple(tenants)))
     plan = place([Need(1, _gang(1_000, JobClass.GUARANTEED))], fleet)
     assert len(plan.displacements) == 1_000
+
+
+def test_where_the_checkpoint_lies_comes_before_a_type_that_is_a_little_faster() -> None:
+    """Handoff in seconds: what it needs is there. Not where it is less than half as fast."""
+    offers = [
+        Offer(name, gpus_of(name, text), (f"{name}-g0",), 64 * GIGABYTE, 4, ())
+        for name, text in (("n1", "1xH100:80"), ("n2", "1xA100:80"), ("n3", "1xA100:80"))
+    ]
+
+    def node(slow: float, replicas: tuple[str, ...] = (), near: tuple[str, ...] = ()) -> str:
+        types = (("H100", 1.0), ("A100 80GB", slow))
+        need = Need(1, JobSpec(command=("x",), gpus=1), replicas, near=near, types=types)
+        return place([need], offers).starts[0].places[0].node
+
+    assert node(0.6) == "n1"
+    assert node(0.6, replicas=("n3",)) == "n3"
+    assert node(0.6, near=("n2",)) == "n2"
+    assert node(0.6, replicas=("n3",), near=("n2",)) == "n3"
+    assert node(0.4, replicas=("n3",)) == "n1"
