@@ -261,12 +261,8 @@ def work_ahead(contenders: Sequence[Contender], capacity: Mapping[str, int]) -> 
     return horizon(works, longest_h, capacity)
 
 
-def gpu_hours_left(contender: Contender) -> float:
-    """Of GPUs of the type that it is fastest on."""
-    return _hours_left(contender, _best(contender))
-
-
 def _hours_left(contender: Contender, best: Option) -> float:
+    """GPU-hours of the type that it is fastest on."""
     if contender.steps_left is None:
         left_gpu_s = max(contender.attained_gpu_s, contender.typical_gpu_s)
     else:

@@ -38,10 +38,10 @@ def decide(state: State, now: Instant) -> None:
     waits: dict[int, str] = {}
     for job in queue:
         blocked = queue_of.blocked(state, now, job)
-        if blocked:
-            waits[job.id] = blocked
-        else:
+        if not blocked:
             needs.append(queue_of.need_of(state, now, job, tenancy.lent))
+        elif job.id in state.queued:  # and not one that still has to leave another place
+            waits[job.id] = blocked
     if whole:
         reservations.review(state, now)
     # Nodes come and go, and report, far more often than somebody waits for them.

@@ -132,8 +132,8 @@ def _kin(state: State, now: Instant, job: Job, family: str, name: str) -> list[O
     own = [fit.observation(run, None) for run in runs if run is not None]
     kin = own or speeds.by_job.get(name, [])[-OWN_MAX:]
     others = [one for one in speeds.by_family.get(family, []) if one.job != name]
-    room = max(0, KIN_MAX - len(kin))
-    return [*kin, *others[len(others) - min(room, len(others)) :]]
+    room = KIN_MAX - len(kin)
+    return [*kin, *(others[-room:] if room > 0 else [])]
 
 
 def _estimated(

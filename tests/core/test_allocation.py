@@ -299,4 +299,5 @@ def test_two_hash_seeds_decide_the_same() -> None:
 
 
 def test_remaining_work_is_counted_on_the_best_type() -> None:
-    assert allocation.gpu_hours_left(job(1, "H100:4 K80:1", gpus=2, hours=3)) == pytest.approx(6)
+    ahead = allocation.work_ahead([job(1, "H100:4 K80:1", gpus=2, hours=3)], {"H100": 2, "K80": 2})
+    assert ahead.longest_h == pytest.approx(3)
