@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import cache
 from pathlib import Path
 
 import grpc
@@ -28,7 +29,7 @@ from coordinator.config import (
     load,
     prepare_directories,
 )
-from coordinator.core.allocation import Columns, Solved
+from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
@@ -260,8 +261,18 @@ def _options(config: Config) -> Options:
 
 
 def _solve(columns: Columns) -> Solved:
-    """Imported at the first decision that needs it: fifteen megabytes, which a fleet without jobs
-    on GPUs does not pay for."""
-    from coordinator.solver import solve
+    solve = _solver()
+    return unsolved(columns) if solve is None else solve(columns)
 
-    return solve(columns)
+
+@cache
+def _solver() -> Solve | None:
+    """Imported at the first decision that needs it: fifteen megabytes, which a fleet without jobs
+    on GPUs does not pay for. One that is there and cannot be loaded must not end a coordinator in
+    the middle of its work; the core's greedy decides."""
+    try:
+        from coordinator.solver import solve
+    except ImportError as error:
+        logging_setup.emit("warning", "solver.not_loaded", (("reason", str(error)),))
+        return None
+    return solve

@@ -18,7 +18,7 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.core.allocation import Columns, Solved
+from coordinator.core.allocation import Columns, Solved, unsolved
 
 # Some times as many as 10,000 jobs on nine types have taken.
 ITERATIONS_MAX: Final = 200_000
@@ -61,7 +61,7 @@ def solve(columns: Columns) -> Solved:
     lp.a_matrix_.index_, lp.a_matrix_.value_ = index, entries
     found = maximise(lp)
     if found is None:
-        return Solved([0.0] * count, [0.0] * len(columns.capacity), float("inf"))
+        return unsolved(columns)
     shares, prices, bound = found
     parts = np.where((shares > TOLERANCE) & (shares < 1 - TOLERANCE), shares, 0.0)
     least = 0.0 if count <= FEW_COLUMNS_MAX else PARTS_RATIO_MIN * bound

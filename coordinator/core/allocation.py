@@ -128,6 +128,11 @@ class Solved:
 Solve = Callable[[Columns], Solved]
 
 
+def unsolved(columns: Columns) -> Solved:
+    """What a solver answers that has found nothing: the filling up decides."""
+    return Solved([0.0] * len(columns.values), [0.0] * len(columns.capacity), math.inf)
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """A job that runs, and what it is worth to the fleet there."""
@@ -262,7 +267,6 @@ def work_ahead(contenders: Sequence[Contender], capacity: Mapping[str, int]) -> 
 
 
 def _hours_left(contender: Contender, best: Option) -> float:
-    """GPU-hours of the type that it is fastest on."""
     if contender.steps_left is None:
         left_gpu_s = max(contender.attained_gpu_s, contender.typical_gpu_s)
     else:
