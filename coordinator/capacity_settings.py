@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from coordinator.capacity import hostlist
-from coordinator.sources import choice_problem, path_problem, range_problem
+from coordinator.sources import address_problem, choice_problem, path_problem, range_problem
 
 GROUP_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 GROUPS_MAX: Final = 1_000  # a fleet has a handful
@@ -109,6 +109,7 @@ def _group_problems(group: CapacityGroup) -> list[str]:
         _nodes_problem(group),
         range_problem("deadline_ms", group.deadline_ms, DEADLINE_MS_MIN, DEADLINE_MS_MAX),
         choice_problem("authentication", group.authentication, AUTHENTICATIONS),
+        address_problem("broadcast", group.broadcast, port_min=1),
     ]
     has = set(COMMON) | set(NEEDED[group.driver]) | set(OPTIONAL[group.driver])
     defaults = CapacityGroup()

@@ -1,17 +1,20 @@
 """The actuator as the configuration describes it: a driver for each group, and the journal.
 
-Problem: drivers need an HTTP client or a seeded fault plan, and most coordinators have none of
-them. So this is the one place that knows all drivers, and it imports those that a fleet uses.
+Problem: one driver brings an HTTP client, and most coordinators have no use for it. So this is the
+one place that knows all drivers, and it imports that one where a fleet uses it.
 """
 
 from pathlib import Path
 from typing import Final
 
 from coordinator.capacity.actuator import Actuator, Group, Log, Report
+from coordinator.capacity.burst import Burst
 from coordinator.capacity.driver import Driver
+from coordinator.capacity.ipmi import Ipmi
 from coordinator.capacity.journal import Journal
 from coordinator.capacity.programs import Programs
 from coordinator.capacity.simulated import Simulated
+from coordinator.capacity.wake import Wake
 from coordinator.capacity_settings import CapacityGroup
 from coordinator.config import Config
 from coordinator.ports import Clock
@@ -45,6 +48,34 @@ def open_driver(settings: CapacityGroup, clock: Clock) -> Driver:
                 settings.resume_fail_program,
                 settings.state_program,
             )
+        case "redfish":
+            return _open_redfish(settings, clock)
+        case "ipmi":
+            return Ipmi(settings.address_of, settings.credentials_file, settings.graceful_ms, clock)
+        case "wake":
+            return Wake(
+                settings.address_of,
+                settings.broadcast,
+                settings.suspend_program,
+                settings.state_program,
+            )
+        case "burst":
+            return Burst(settings.create_program, settings.delete_program, settings.state_program)
         case _:
             assert settings.driver == "simulated", f"{settings.driver} has passed `validate`"
             return Simulated()
+
+
+def _open_redfish(settings: CapacityGroup, clock: Clock) -> Driver:
+    """Imported here: it brings an HTTP client, which nobody else pays for."""
+    from coordinator.capacity.redfish import Redfish
+
+    return Redfish(
+        settings.address_of,
+        settings.credentials_file,
+        settings.graceful_ms,
+        clock,
+        settings.system,
+        settings.authentication,
+        settings.ca_file,
+    )

@@ -30,6 +30,9 @@ class VirtualClock:
     def now_ms(self) -> int:
         return self._now_ms
 
+    def now_s(self) -> float:
+        return self._now_ms / 1000
+
     def unix_ms(self) -> int:
         return self._now_ms
 

@@ -30,6 +30,15 @@ call = {{
     "input": sys.stdin.read(),
     "pid": os.getpid(),
 }}
+if name == "ipmitool":
+    host, word = sys.argv[sys.argv.index("-H") + 1], sys.argv[-1]
+    on = here / "on" / host
+    if word == "status":
+        print("Chassis Power is", "on" if on.exists() else "off")
+        sys.exit()
+    call["command"] = sys.argv[1:]
+    sys.argv[1:] = [host]
+    name = "resume" if word == "on" else word
 if name == "states":
     for node in hostlist.read(sys.argv[1]):
         print(node, "on" if (here / "on" / node).exists() else "off")
@@ -49,7 +58,8 @@ if wrong == "hang":
 if wrong == "fail":
     print("the power strip\\nis on fire")
     sys.exit(3)
-for node in hostlist.read(sys.argv[1]) if wrong != "lie" else []:
+deaf = name == "soft" and wrong == "deaf"
+for node in hostlist.read(sys.argv[1]) if wrong != "lie" and not deaf else []:
     path = here / "on" / node
     if name in ("resume", "create"):
         path.touch()
