@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from coordinator.core.capacity_orders import CapacityOrder
 from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
 from coordinator.counts import Counts
@@ -55,4 +56,14 @@ class Tracer(Protocol):
 
     def committed(self, job: Job, checkpoint: Checkpoint) -> None:
         """A checkpoint's commit is durable."""
+        ...
+
+
+class Actuator(Protocol):
+    """Who switches nodes on and off. What came of an order is reported node by node, as a
+    `CapacityOutcome`, to whoever opened it."""
+
+    def give(self, order: CapacityOrder) -> None:
+        """Returns at once, and never raises. One key is one deed, however often it is given, also
+        after a restart; then its outcomes are reported again."""
         ...
