@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core import node as agent_node
+from agent.core import stuck
 from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
@@ -299,7 +300,7 @@ def found(the_plan: Plan, sentence: str) -> None:
 
 
 def test_unbroken_rules_pass_the_plans_of_the_broken_ones() -> None:
-    for kind in ("cut", "agent_kill", "drain", "coordinator_kill"):
+    for kind in ("cut", "agent_kill", "drain", "coordinator_kill", "unkillable"):
         assert not run(workload(kind))
 
 
@@ -354,6 +355,13 @@ def test_an_agent_that_forgets_what_runs_is_caught(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(NodeCore, "handle", amnesia)
     found(workload("agent_kill"), "which runs")
+
+
+def test_processes_that_outlive_their_kill_untold_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stuck, "told", lambda state, event: None)
+    found(workload("unkillable", 1), "never fired")
 
 
 def test_a_gpu_freed_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
