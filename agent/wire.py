@@ -88,8 +88,13 @@ def _host(host: HostFacts) -> types.HostFacts:
 
 def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
     stuck = None if held.stuck is None else pb.StuckProcesses(pids=held.stuck)
+    gain_ms = held.precopy_gain_ms
     return pb.HeldAttempt(
-        attempt=held.attempt, gpu_uuids=held.gpu_uuids, live=held.live, stuck=stuck
+        attempt=held.attempt,
+        gpu_uuids=held.gpu_uuids,
+        live=held.live,
+        stuck=stuck,
+        precopy_gain=None if gain_ms is None else _duration(gain_ms),
     )
 
 

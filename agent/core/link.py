@@ -18,6 +18,7 @@ A coordinator with a lower leader epoch than one already obeyed is a ghost: it i
 
 from zlib import crc32
 
+from agent.core import precopy
 from agent.core.gpu_messages import OWN_RATE, FollowRate, Report
 from agent.core.gpus import verdicts
 from agent.core.messages import (
@@ -55,7 +56,7 @@ def connected(state: State, now: Instant, event: Connected) -> None:
             state.options.peer_address,
             host,
             state.gpus,
-            state.held(),
+            precopy.held(state),
             event.checkpoints,
             state.acknowledged_sequence,
             verdicts(state),
@@ -158,7 +159,7 @@ def heartbeat(state: State, now: Instant) -> None:
     if due:
         _report(state, now)
     progress = _progress(state, whole=due)
-    state.send(Heartbeat(state.heartbeat_sequence, None, (), state.held(), progress))
+    state.send(Heartbeat(state.heartbeat_sequence, None, (), precopy.held(state), progress))
 
 
 def _report(state: State, now: Instant) -> None:

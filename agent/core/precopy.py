@@ -11,6 +11,12 @@ that follows anyway; where every part of the state changes with every step; or w
 sooner than one more capture. Then, and where the trainer does not look for such a request, the stop
 begins at once. `decide` says which it is, from numbers that the node has.
 
+Of several ranks no agent may decide alone, since the stop of one is the stop of all. There the
+coordinator does, by what each agent says with its heartbeats that it would gain (`held`); whether
+the other node has the last checkpoint it knows itself. Then all hold the stop back until it tells
+them to go on, once a checkpoint of all has arrived, or until the limit. Rank 0 alone is asked to
+save: it tells the others, so that all take the same step for it.
+
 The pre-copy itself is not journalled, the stop is: an agent that comes back in the middle of one
 goes on with the stop. So do the bound of the order, a second order without a pre-copy, and a copy
 that fails.
@@ -28,6 +34,7 @@ from agent.core.messages import (
     StoreFailed,
 )
 from agent.core.state import Instant, State
+from agent.core.values import HeldAttempt
 
 # What one more capture costs those who wait for the GPUs, since it is hashed, stored and proposed
 # first: 0.1 to 0.2 s for 200 MB (`bench/precopy.py`). A pre-copy has to save clearly more.
@@ -72,24 +79,56 @@ def decide(known: Known) -> Decision:
         return Decision(False, f"{known.target} has its last checkpoint: only the change follows")
     if not known.size_bytes:
         return Decision(False, "nothing is known of the size of its state")
-    spared_bytes = max(0, known.size_bytes - known.change_bytes)
-    gain_ms = spared_bytes // max(1, known.bytes_per_ms)
-    if not known.captures:
-        gain_ms -= known.size_bytes // DISK_BYTES_PER_MS
-    spared = f"{spared_bytes // MEGABYTE} MB of {known.size_bytes // MEGABYTE} MB"
+    gain_ms = _gain_ms(known)
+    spared = f"{_spared_bytes(known) // MEGABYTE} MB of {known.size_bytes // MEGABYTE} MB"
     what = f"{spared} can go to {known.target} before the stop"
     if gain_ms < GAIN_MS_MIN:
-        return Decision(False, f"{what}, which would save {max(0, gain_ms)} ms: too little")
+        return Decision(False, f"{what}, which would save {gain_ms} ms: too little")
     return Decision(True, f"{what}, about {gain_ms} ms")
+
+
+def _spared_bytes(known: Known) -> int:
+    return max(0, known.size_bytes - known.change_bytes)
+
+
+def _gain_ms(known: Known) -> int:
+    """How much sooner the last checkpoint is there, if the target has nothing of it."""
+    gain_ms = _spared_bytes(known) // max(1, known.bytes_per_ms)
+    if not known.captures:
+        gain_ms -= known.size_bytes // DISK_BYTES_PER_MS
+    return max(0, gain_ms)
+
+
+def held(state: State) -> tuple[HeldAttempt, ...]:
+    """What this node answers for, for hello and heartbeat."""
+    return tuple(
+        HeldAttempt(
+            live.record.id,
+            live.record.gpu_uuids,
+            live.live,
+            live.stuck if live.live else (),
+            _gain_of_rank_ms(state, live),
+        )
+        for live in state.attempts.values()
+    )
+
+
+def _gain_of_rank_ms(state: State, live: LiveAttempt) -> int | None:
+    if live.record.gang is None:
+        return None
+    known = _known(state, live)
+    heeded = known.heeds or live.record.gang.rank > 0
+    return _gain_ms(known) if heeded and known.target else 0
 
 
 def begin(state: State, now: Instant, live: LiveAttempt, limit_ms: int | None) -> None:
     """Ask for a checkpoint, if that is a gain; the stop waits for it, at most `limit_ms`. `None`:
-    the order asks for none."""
+    the order asks for none. Of several ranks it has been decided already."""
     live.precopy_until_ms = None
     if limit_ms is None or live.record.phase is not Phase.RUNNING:
         return
-    decision = decide(_known(state, live))
+    together = Decision(True, "all ranks do, and stop together")
+    decision = decide(_known(state, live)) if live.record.gang is None else together
     if decision.first:
         live.precopy_until_ms = now.now_ms + limit_ms
         ask(state, live)
@@ -98,14 +137,16 @@ def begin(state: State, now: Instant, live: LiveAttempt, limit_ms: int | None) -
 
 
 def ask(state: State, live: LiveAttempt) -> None:
-    """Also once more, of a trainer that connects late. Asked twice is one checkpoint more."""
-    state.tell(live.record.id, type="save", reason=live.record.stop_reason)
+    """Also once more, of a trainer that connects late. Asked twice is one checkpoint more. Rank 0
+    asks the others."""
+    if live.record.gang is None or live.record.gang.rank == 0:
+        state.tell(live.record.id, type="save", reason=live.record.stop_reason)
 
 
 def is_over(state: State, live: LiveAttempt, event: Event) -> bool:
     """Whether this was what the stop waits for: what has not changed has arrived, or it never
     will."""
-    if live.precopy_until_ms is None:
+    if live.precopy_until_ms is None or live.record.gang is not None:
         return False
     target = pipeline.target_of(state, live)
     match event:

@@ -18,7 +18,6 @@ from agent.core.messages import (
     CheckpointProposed,
     Command,
     Goodbye,
-    HeldAttempt,
     Log,
     Send,
     SpooledBody,
@@ -301,13 +300,3 @@ class State:
         if live is not None and live.record.traceparent:
             fields["trace_id"] = live.record.trace_id
         self.commands.append(Log(level, event, tuple(fields.items())))
-
-    # --- reading ----------------------------------------------------------------------------------
-
-    def held(self) -> tuple[HeldAttempt, ...]:
-        return tuple(
-            HeldAttempt(
-                live.record.id, live.record.gpu_uuids, live.live, live.stuck if live.live else ()
-            )
-            for live in self.attempts.values()
-        )

@@ -259,12 +259,13 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
     """What hello and heartbeat list. `stuck` are its processes that a kill did not end; `None`:
-    nobody has looked yet."""
+    nobody has looked yet. `precopy_gain_ms` is of a rank of several (`precopy.py`)."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool
     stuck: tuple[int, ...] | None = None
+    precopy_gain_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,24 +21,31 @@ UNINTERRUPTIBLE = b"D"
 Tell = Callable[[ProcessesStuck], None]
 
 
-def watch(attempt_id: str, shim_pid: int, is_over: Callable[[], bool], tell: Tell) -> None:
-    """From the moment of the kill; ends by itself when `is_over`."""
-
-    def look(told: tuple[int, ...] | None) -> None:
-        if is_over():
-            return
-        pids = stuck(shim_pid)
-        if pids != told:
-            tell(ProcessesStuck(attempt_id, pids))
-        loop.call_later(LOOK_S, look, pids)
-
-    loop = asyncio.get_running_loop()
-    loop.call_later(LOOK_S, look, None)
-
-
 def stuck(
     shim_pid: int, read_stat: Callable[[int], list[bytes]] = shim.stat_fields
 ) -> tuple[int, ...]:
     """Those below the shim that wait in the kernel and cannot be interrupted."""
     pids = sorted(process.pid for process in proc.descendants(shim_pid))
     return tuple(pid for pid in pids if read_stat(pid)[:1] == [UNINTERRUPTIBLE])
+
+
+def watch(
+    attempt_id: str,
+    shim_pid: int,
+    is_over: Callable[[], bool],
+    tell: Tell,
+    *,
+    find: Callable[[int], tuple[int, ...]] = stuck,
+) -> None:
+    """From the moment of the kill; ends by itself when `is_over`."""
+
+    def look(told: tuple[int, ...] | None) -> None:
+        if is_over():
+            return
+        pids = find(shim_pid)
+        if pids != told:
+            tell(ProcessesStuck(attempt_id, pids))
+        loop.call_later(LOOK_S, look, pids)
+
+    loop = asyncio.get_running_loop()
+    loop.call_later(LOOK_S, look, None)

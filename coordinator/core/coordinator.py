@@ -253,6 +253,7 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
     if isinstance(body, CheckpointProposed):
         gang = attempt.ranks > 1
         (parts if gang else checkpoints).propose(state, now, attempt, body)
+        gangs.committed(state, now, state.jobs[attempt.job_id])
         return
     if attempt.phase in ATTEMPT_ENDED:
         return  # its end was decided without it

@@ -25,7 +25,7 @@ repeats the same orders. The only time that counts, of rule 4, then begins anew.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import checkpoints, costs, outcomes, parts, ranks, standby, traces
+from coordinator.core import checkpoints, costs, outcomes, parts, precopy, ranks, standby, traces
 from coordinator.core.launch import Gang
 from coordinator.core.messages import StartAttempt
 from coordinator.core.model import Attempt, Job, JobIntent
@@ -90,13 +90,34 @@ def _place(state: State, job: Job, attempt: Attempt) -> Gang:
 
 def stop(state: State, now: Instant, job: Job, reason: str, precopy_ms: int | None = None) -> None:
     """Ask all ranks to leave; those of a broken gang are killed. Asking again repeats the
-    orders. Several ranks have no pre-copy: each would take its own step for it."""
+    orders."""
     gang = [rank for rank in state.gang(job) if rank.phase not in ATTEMPT_ENDED]
-    if job.spec.ranks > 1:
+    if precopy_ms is not None and not _sends_ahead(state, job, gang):
         precopy_ms = None
     if precopy_ms is not None:
         gang = [rank if rank.stop_reason else _aimed(state, rank) for rank in gang]
     _stop(state, now, job, gang, reason, precopy_ms=precopy_ms)
+
+
+def _sends_ahead(state: State, job: Job, gang: list[Attempt]) -> bool:
+    """Whether a checkpoint goes ahead of the stop, where that is decided here: of several ranks,
+    the first time that they are asked."""
+    if job.spec.ranks == 1 or any(rank.stop_reason for rank in gang):
+        return True
+    targets = [standby.aim(state, rank.id) for rank in gang]
+    why_not = precopy.why_not(state, job, gang, targets)
+    if why_not:
+        state.log("info", "gang.no_precopy", job=job.id, reason=why_not)
+    return not why_not
+
+
+def committed(state: State, now: Instant, job: Job) -> None:
+    """The job may have another checkpoint: ranks that hold their stop back until one has arrived go
+    on with it."""
+    gang = [rank for rank in state.gang(job) if rank.phase not in ATTEMPT_ENDED]
+    waiting = [rank for rank in gang if rank.precopy_ms is not None]
+    if job.spec.ranks > 1 and waiting and precopy.arrived(state, job, gang):
+        stop(state, now, job, waiting[0].stop_reason)
 
 
 def _aimed(state: State, attempt: Attempt) -> Attempt:

@@ -58,7 +58,8 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
-    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
+    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`), and
+    `precopy_gains` of ranks (`precopy.py`)."""
 
     node: Node
     phase: NodePhase
@@ -76,6 +77,7 @@ class LiveNode:
     attempts: dict[str, None] = field(default_factory=dict)
     strays: dict[str, int] = field(default_factory=dict)
     stuck: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    precopy_gains: dict[str, int] = field(default_factory=dict)
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
     gangs: bool = True

@@ -148,12 +148,13 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
     """An attempt that a node answers for; `live` until its process has ended. `stuck.py`; `None`:
-    the node does not know."""
+    the node does not know. `precopy.py`; `None`: the node does not say."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool = True
     stuck: tuple[int, ...] | None = None
+    precopy_gain_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

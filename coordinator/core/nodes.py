@@ -20,6 +20,7 @@ from coordinator.core import (
     gangs,
     leases,
     parts,
+    precopy,
     readings,
     stuck,
 )
@@ -67,6 +68,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     _reconcile(state, now, live, body.attempts, whole=True)
     _settle_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)
+    precopy.heard(live, body.attempts)
     checkpoints.retarget(state)
     if moved:
         checkpoints.tell_new_address(state, live.node.id)
@@ -274,6 +276,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)
+    precopy.heard(live, body.attempts)
     if live.session is not None:
         state.send(live.node.id, LeaseRenewal(body.sequence))
 

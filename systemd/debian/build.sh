@@ -65,6 +65,7 @@ files() {
   install -m 0644 "$tree"/systemd/*.service "$tree"/systemd/*.socket "$units"
   install -D -m 0644 "$tree/systemd/trainers-inside.conf" "$root/usr/share/baton/trainers-inside.conf"
   install -D -m 0644 "$tree/systemd/baton.lnav.json" "$root/usr/share/baton/baton.lnav.json"
+  install -D -m 0644 "$tree/systemd/baton.rules" "$root/usr/lib/udev/rules.d/60-baton.rules"
   install -D -m 0644 "$tree/systemd/baton.sysusers.conf" "$root/usr/lib/sysusers.d/baton.conf"
   install -D -m 0644 "$tree/systemd/baton.tmpfiles.conf" "$root/usr/lib/tmpfiles.d/baton.conf"
   install -D -m 0644 -t "$root/etc/baton" "$tree"/systemd/{agent,coordinator}.toml

@@ -222,7 +222,8 @@ def _plain(value: object) -> str:
             return f"{value.node}@{value.address}"
         case m.HeldAttempt():
             stuck = f"(stuck {_plain(value.stuck)})" if value.stuck else ""
-            return f"{value.attempt}{'' if value.live else '(ended)'}{stuck}"
+            gain = f"(gains {value.precopy_gain_ms} ms)" if value.precopy_gain_ms else ""
+            return f"{value.attempt}{'' if value.live else '(ended)'}{stuck}{gain}"
         case v.GpuFacts() | v.GpuSample():
             return value.uuid
         case v.HostFacts():

@@ -11,7 +11,8 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     at MS | wait MS [beats=n1,n2] | tick | restart | crash COMMAND...
     hello n1 gpus=2xH100:80 journal=j2 runs=1.1 checkpoints=aa memory=256 cpus=8 acknowledged=4
           gangs=no shares=no
-    beat n1 [runs=1.1] [at=1.1@20/300,2.1@5] [stuck=1.1@41,42]   closed n1   goodbye n1 [for=30000]
+    beat n1 [runs=1.1] [at=1.1@20/300,2.1@5] [stuck=1.1@41,42] [gains=1.1.0@900,1.1.1@0]
+    closed n1   goodbye n1 [for=30000]
     started 1.1 from=aa@10 skipped=bb   commit 1.1 digest=aa parent= step=10 replicas=n1,n2
                                         [parts=2]
     exit 1.1 code=75 | signal=9 | reason="..."   refused 1.1 reason="..." permanent=yes
@@ -220,12 +221,15 @@ class Scenario:
         attempts = self.rig.disk.attempts
         owner, _, listed = words.get("stuck", "").partition("@")
         stuck = tuple(int(pid) for pid in _listed(listed))
+        gains = dict(item.split("@") for item in _listed(words.get("gains", "")))
         held = []
         for run in speaker.runs:
             attempt = attempts.get(run.rstrip("!"))
             gpu_uuids = attempt.gpu_uuids if attempt is not None else ()
             pids = stuck if run == owner else ()
-            held.append(HeldAttempt(run.rstrip("!"), gpu_uuids, not run.endswith("!"), pids))
+            gain_ms = int(gains[run]) if run in gains else None
+            run_id, lives = run.rstrip("!"), not run.endswith("!")
+            held.append(HeldAttempt(run_id, gpu_uuids, lives, pids, gain_ms))
         return tuple(held)
 
     def _agent_event(

@@ -56,10 +56,13 @@ from agent.ports import (
     JournalUnavailable,
     StartError,
 )
+from agent.processes import unkillable
 from tests.sim.checkers import Checkers, Content
 from tests.sim.faults import GPU_MEMORY_BYTES
 from tests.sim.gang import Gang
 from tests.sim.trainer import Slab, Trainer
+
+STUCK_PID = 4_242  # of a process that a kill does not end; a box has one at a time
 
 
 @dataclass(slots=True)
@@ -181,6 +184,11 @@ class Box:
     def host_facts(self) -> HostFacts:
         boot = f"{self.name}-boot-{self.boots}"
         return HostFacts(self.name, boot, 16, 256_000_000_000, "580.65", "0.1.0")
+
+
+def _found(pid: int) -> tuple[int, ...]:
+    """Whatever a kill leaves here waits in the kernel."""
+    return (pid,)
 
 
 def _restored_part(disk: Disk, launch: Launch) -> Content | None:
@@ -328,6 +336,8 @@ class SimProcesses:
 
     def __init__(self, box: Box) -> None:
         self._box = box
+        self._on_exit: Callable[[ProcessExit], None] = lambda _: None
+        self._on_stuck: Callable[[ProcessesStuck], None] = lambda _: None
 
     async def open(
         self,
@@ -336,7 +346,8 @@ class SimProcesses:
     ) -> tuple[str, ...]:
         box = self._box
         await box.around.pause_ms(5, 50)
-        box.on_exit = on_exit
+        box.on_exit = self._on_exit = on_exit
+        self._on_stuck = on_stuck
         for attempt_id, ended in box.disk.unsettled.items():
             if ended is not None:
                 on_exit(ended)
@@ -373,6 +384,13 @@ class SimProcesses:
         if trainer is not None:
             self._box.around.checkers.signalled(self._box.name, attempt_id, "KILL")
             trainer.end(None, 9)
+            unkillable.watch(
+                attempt_id, STUCK_PID, lambda: self._is_over(trainer), self._on_stuck, find=_found
+            )
+
+    def _is_over(self, trainer: Trainer) -> bool:
+        """It has ended, or another incarnation of the agent looks after it."""
+        return not trainer.alive or self._box.on_exit is not self._on_exit
 
     def forget(self, attempt_id: str) -> None:
         disk = self._box.disk

@@ -43,6 +43,7 @@ KINDS: dict[str, int] = {
     "lost_reply": 1,
     "gpu_error": 3,
     "herd": 2,
+    "unkillable": 2,
 }
 # Once a plan is enough: a fleet of three that loses two for good has nobody to run its jobs.
 ONCE = ("node_gone", "disk_lost")

@@ -16,10 +16,12 @@ BROKEN_MS = (100, 3_000)  # until the ranks that are left see a connection break
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """`asked`: to stop. `busy`: nobody has answered for its last checkpoint."""
+    """`asked`: to stop. `busy`: nobody has answered for its last checkpoint. `save`: it was asked
+    to save; rank 0's counts."""
 
     asked: bool
     busy: bool
+    save: bool = False
 
 
 class Gang:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from coordinator.core import messages as cm
 from coordinator.core.model import JobView, NodeView
 from coordinator.core.phases import JOB_ENDED, JobPhase
+from tests.sim.box import STUCK_PID
 from tests.sim.faults import Fault, Plan
 from tests.sim.hosts import AgentHost, CoordinatorHost
 from tests.sim.link import Weather
@@ -154,6 +155,48 @@ class Injector:
         await self._lasts(fault)
         agent.box.mend_gpu(uuid)
         return True
+
+    async def _unkillable(self, fault: Fault) -> bool:
+        """A trainer stands still for ever; its owner asks for another node, and the kill at the end
+        does nothing. Its GPUs stay held until somebody does what `baton nodes` says of the node,
+        whose agent may have been restarted since."""
+        agent = self._agent(with_trainer=True)
+        if agent is None:
+            return False
+        world, name = self._world, agent.box.name
+        trainer = world.chance.choice(list(agent.box.trainers.values()))
+        world.trace(f"FAULT {fault.kind} on {trainer.attempt_id}")
+        agent.busy = True
+        trainer.sink()
+        world.checkers.requeued[trainer.job_id] = None
+        told = f"(pid {STUCK_PID} of attempt {trainer.attempt_id}): cordon {name} and reboot it"
+        while not await self._says(name, told):
+            if not world.checkers.attempts[trainer.attempt_id].stop_reason:
+                await world.insist(cm.RequeueJob(trainer.job_id))  # again, while it is out of reach
+            await world.pause_ms(RETRY_MS, RETRY_MS)
+        if world.chance.random() < 0.5:
+            agent.kill()
+            await self._lasts(fault)
+            agent.start()
+        while not await self._says(name, told):
+            await world.pause_ms(RETRY_MS, RETRY_MS)
+        world.fired(fault.kind)
+        await world.insist(cm.CordonNode(name))
+        agent.power_off()
+        await self._lasts(fault)
+        agent.power_on()
+        while not await self._says(name, ""):
+            await world.pause_ms(RETRY_MS, RETRY_MS)
+        await world.insist(cm.UncordonNode(name))
+        agent.busy = False
+        return True
+
+    async def _says(self, name: str, told: str) -> bool:
+        """Whether an operator reads that of processes on the node; of none, if it is empty."""
+        answer = await self._world.insist(cm.ListNodes())
+        assert isinstance(answer, cm.NodePage)
+        (said,) = (view.reason for view in answer.nodes if view.node.id == name)
+        return told in said if told else "outlive their kill" not in said
 
     async def _clock_jump(self, fault: Fault) -> bool:
         clocks = [agent.clock for agent in self._world.agents.values()]

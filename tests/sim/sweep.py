@@ -63,7 +63,9 @@ class Sweep:
         healthy = healthy and agent.box.gate.is_set() and not world.deposed
         if not healthy or not agent.connected:
             return
-        for attempt_id in agent.box.trainers:
+        for attempt_id, trainer in agent.box.trainers.items():
+            if trainer.stuck:
+                continue  # nobody could stop it
             attempt = world.checkers.attempts[attempt_id]
             if attempt.phase in ATTEMPT_ENDED:
                 lasts_ms = self._lasts("stale", attempt_id)

@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core import node as agent_node
+from agent.core import stuck
 from agent.core.messages import KillProcess, Opened
 from agent.core.node import NodeCore
 from agent.core.state import State as AgentState
@@ -172,6 +173,32 @@ def test_a_drained_job_sends_ahead_and_trains_on_meanwhile() -> None:
     assert sum(ahead[0] < number < moved[0] for number in kept) == 2, "one ahead, one at the end"
 
 
+def test_a_drained_gang_sends_ahead_and_stops_together() -> None:
+    """Both ranks send one checkpoint ahead, of one step, and one at the end."""
+
+    async def strike(world: World) -> None:
+        job_id, _, writer, replica = await _first_replicated(world)
+        await world.insist(cm.CordonNode(replica))
+        await asyncio.sleep(2)  # so that a heartbeat has said what it would gain
+        await world.insist(cm.DrainNode(writer))
+        async with asyncio.timeout(60):
+            moved = False
+            while not moved:
+                await asyncio.sleep(0.1)
+                moved = world.checkers.jobs[job_id].epoch == 2
+        world.fired("scenario")
+
+    gang = gangs_of_two("cut")
+    outcome = simulate(replace(gang, programs=gang.programs[:1], faults=()), strike)
+    assert not outcome.failure
+    assert outcome.fired["scenario"] == 1
+    ahead = [n for n, line in enumerate(outcome.lines) if "attempt.precopy" in line]
+    moved = [n for n, line in enumerate(outcome.lines) if "attempt.accepted attempt=1.2.0" in line]
+    kept = [n for n, line in enumerate(outcome.lines) if "checkpoint.committed" in line]
+    assert len(ahead) == 2, "one for each rank"
+    assert sum(ahead[0] < number < moved[0] for number in kept) == 2, "one ahead, one at the end"
+
+
 def test_a_program_that_is_told_to_leave_does_so_with_a_full_disk() -> None:
     async def strike(world: World) -> None:
         _, _, writer, _ = await _first_replicated(world)
@@ -299,7 +326,7 @@ def found(the_plan: Plan, sentence: str) -> None:
 
 
 def test_unbroken_rules_pass_the_plans_of_the_broken_ones() -> None:
-    for kind in ("cut", "agent_kill", "drain", "coordinator_kill"):
+    for kind in ("cut", "agent_kill", "drain", "coordinator_kill", "unkillable"):
         assert not run(workload(kind))
 
 
@@ -354,6 +381,13 @@ def test_an_agent_that_forgets_what_runs_is_caught(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(NodeCore, "handle", amnesia)
     found(workload("agent_kill"), "which runs")
+
+
+def test_processes_that_outlive_their_kill_untold_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stuck, "told", lambda state, event: None)
+    found(workload("unkillable", 1), "never fired")
 
 
 def test_a_gpu_freed_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ class Trainer:
         self.step = self.restored.step if self.restored is not None else 0
         self.first_step = self.step
         self.alive = True
+        self.stuck = False
         self._history = self.restored.history if self.restored is not None else ()
         self._asked = asyncio.Event()
         self._save_asked = False
@@ -86,9 +87,16 @@ class Trainer:
     def begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
+    def sink(self) -> None:
+        """From here on it waits in the kernel for a device that does not answer: it does nothing,
+        and no signal reaches it."""
+        self.stuck = True
+        if self._task is not None:
+            self._task.cancel()
+
     def end(self, exit_code: int | None, signal: int | None) -> None:
-        """It is gone; its box writes down how."""
-        if not self.alive:
+        """It is gone, unless nothing can end it; its box writes down how."""
+        if not self.alive or self.stuck:
             return
         self.vanish(f"exit {exit_code} signal {signal}")
         self.box.trainer_ended(self, ProcessExit(self.attempt_id, exit_code, signal))
@@ -114,6 +122,7 @@ class Trainer:
             self._answered.set()
         elif kind == "save":
             assert self.slab is not None, "it never said that it looks for requests"
+            assert self.rank == 0, "the others hear of it from rank 0"
             self._save_asked = True
         elif kind == "stop":
             self.ask_to_stop()
@@ -124,13 +133,14 @@ class Trainer:
         asyncio.get_running_loop().call_later(delay_s, self._connected)
 
     def _connected(self) -> None:
-        if self.alive:
+        if self.alive and not self.stuck:
             self._say(TrainerHello(1))
             socket = self.box.socket
             if self.slab is not None and socket is not None and self._known(socket):
                 socket.slabs.adopt(self.attempt_id, self.slab)
                 self._say(TrainerSlab(100_000_000, SLOTS))
-                self._say(TrainerHeedsSaves())
+                if self.rank == 0:  # it tells the others
+                    self._say(TrainerHeedsSaves())
             for message in self._waiting.values():
                 self._say(message)
 
@@ -166,7 +176,8 @@ class Trainer:
                     self._capture(self.slab)
                 self.end(None, 11)
                 return
-            self._due = self._due or self._save_asked or self.step % self.program["every"] == 0
+            asked = self._save_asked if self.world_size == 1 else words[0].save
+            self._due = self._due or asked or self.step % self.program["every"] == 0
             # A rank that is not ready would fall behind, and no step would be common any more.
             if self._due and (self.world_size == 1 or not any(word.busy for word in words)):
                 self._due = self._save_asked = False
@@ -174,7 +185,7 @@ class Trainer:
         await self._leave(0)
 
     async def _meet(self) -> tuple[Word, ...]:
-        word = Word(self._asked.is_set(), bool(self._waiting))
+        word = Word(self._asked.is_set(), bool(self._waiting), self._save_asked)
         return (word,) if self.world_size == 1 else await self._gang.meet(self.rank, word)
 
     async def _wait(self, event: asyncio.Event, limit_ms: int) -> None:

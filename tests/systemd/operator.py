@@ -12,6 +12,7 @@ from tests.systemd.machine import PACKAGES_AT, Machine, wait_until
 
 AGENT = "baton-agent.service"
 COORDINATOR = "baton-coordinator.service"
+DRIVER = "baton-agent-driver.service"
 LAUNCHER = "baton-launcher.service"
 SOCKET = "baton-launcher.socket"
 NODE = "n1"

@@ -164,6 +164,40 @@ def test_the_agent_opens_only_what_its_unit_names(machine: Machine) -> None:
         from_group(machine, AGENT, "exec sh -c 'echo > /dev/kmsg'")
 
 
+def test_a_driver_that_is_loaded_later_is_allowed_to_the_agent(machine: Machine) -> None:
+    """Two modules with classes of devices of their own stand for it, one under our rule."""
+    told = "[Service]\nDeviceAllow=char-cpu/cpuid r\nDeviceAllow=char-cpu/msr r\n"
+    machine.write(f"/etc/systemd/system/{AGENT}.d/50-late.conf", told)
+    rule = machine.run("cat", "/usr/lib/udev/rules.d/60-baton.rules")
+    assert 'KERNEL=="nvidia"' in rule
+    rule = rule.replace('KERNEL=="nvidia"', 'KERNEL=="cpuid"')
+    machine.write("/etc/udev/rules.d/60-late.rules", rule)
+    machine.run("udevadm", "control", "--reload")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", AGENT)
+    unit = running(machine)
+    job_pid, agent_pid = machine.main_pid(unit), machine.main_pid(AGENT)
+    machine.run("modprobe", "msr")
+    with pytest.raises(AssertionError, match="not permitted"):
+        from_group(machine, AGENT, "exec < /dev/cpu/0/msr")
+    machine.run("modprobe", "cpuid")
+    wait_until(lambda: machine.main_pid(AGENT) not in (0, agent_pid), "the agent starts anew")
+    wait_until(lambda: " up " in baton(machine, "nodes"), "the node comes up")
+    from_group(machine, AGENT, "exec < /dev/cpu/0/cpuid")
+    assert machine.main_pid(unit) == job_pid
+    baton(machine, "cancel", job_of(unit))
+
+
+@pytest.mark.parametrize(("unit", "weight", "quota"), [(AGENT, 12, 600), (COORDINATOR, 1000, 300)])
+def test_the_programs_have_their_part_of_the_processors(
+    machine: Machine, unit: str, weight: int, quota: int
+) -> None:
+    group = f"/sys/fs/cgroup{machine.property(unit, 'ControlGroup')}"
+    assert machine.run("cat", f"{group}/cpu.weight").strip() == str(weight)
+    most = f"{quota * PERIOD_US // 100} {PERIOD_US}"
+    assert machine.run("cat", f"{group}/cpu.max").strip() == most
+
+
 def test_jobs_take_no_more_of_the_processors_than_a_quota(machine: Machine) -> None:
     drop_in = "/etc/systemd/system/baton-job-.service.d/50-quota.conf"
     machine.write(drop_in, f"[Service]\nCPUQuota={QUOTA_PERCENT}%\n")

@@ -55,7 +55,9 @@ def maybe(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 METRICS = st.dictionaries(TEXT, RATIO, max_size=3).map(lambda d: tuple(sorted(d.items())))
 PIDS = many(st.integers(1, 2**22))
-HELD = st.builds(am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans(), maybe(PIDS))
+HELD = st.builds(
+    am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans(), maybe(PIDS), maybe(DURATION_MS)
+)
 SECONDS = st.floats(0, 1e9)
 TRAINER_TIME = st.builds(at.TrainerTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)
 PROGRESS = st.builds(am.Progress, COUNT, COUNT, METRICS, maybe(TRAINER_TIME))

@@ -3,6 +3,7 @@ long as they are there, also while an agent that was restarted does not know yet
 
 from agent import wire as agent_wire
 from agent.core import messages as am
+from agent.core.precopy import held
 from coordinator import wire as coordinator_wire
 from coordinator.core.messages import (
     Effect,
@@ -44,8 +45,8 @@ class Fleet:
     def beat(self) -> str:
         """A heartbeat of it; what people see of the node then."""
         self.beats += 1
-        held = self.agent.core.state.held()
-        request = agent_wire.encode(am.Heartbeat(self.beats, None, (), held, ()))
+        attempts = held(self.agent.core.state)
+        request = agent_wire.encode(am.Heartbeat(self.beats, None, (), attempts, ()))
         heard = agent_pb2.SessionRequest.FromString(request.SerializeToString())
         message = coordinator_wire.decode(heard)
         assert isinstance(message, Heartbeat)

@@ -247,6 +247,7 @@ class HeldAttempt(_message.Message):
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
     STUCK_FIELD_NUMBER: _builtins.int
+    PRECOPY_GAIN_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     live: _builtins.bool
     """False once its process has ended and only its last events wait to be acknowledged."""
@@ -256,6 +257,13 @@ class HeldAttempt(_message.Message):
     def stuck(self) -> Global___StuckProcesses:
         """Absent: not known, since nobody has looked since the agent's start; what was said last holds."""
 
+    @_builtins.property
+    def precopy_gain(self) -> _duration_pb2.Duration:
+        """Of a rank of several: how much sooner its last checkpoint would be elsewhere if one were sent
+        ahead of a stop. 0: not at all, or nobody would take it. Absent: a job of one rank, of which
+        its agent decides alone, or an agent that does not wait for other ranks: none is sent ahead.
+        """
+
     def __init__(
         self,
         *,
@@ -263,10 +271,11 @@ class HeldAttempt(_message.Message):
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         live: _builtins.bool = ...,
         stuck: Global___StuckProcesses | None = ...,
+        precopy_gain: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stuck", b"stuck"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "gpu_uuids", b"gpu_uuids", "live", b"live", "stuck", b"stuck"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "gpu_uuids", b"gpu_uuids", "live", b"live", "precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
