@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Solve
 from coordinator.core.quotas import Quota
+from coordinator.core.tariffs import Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,5 @@ class Options:
     # After which wait a large job gets room reserved (0: never), and for how long (`reservations`).
     reservation_wait_ms: int = 600_000
     reservation_ms: int = 1_800_000
+    # What GPUs and energy cost (`costs`); nothing is placed by it.
+    prices: Prices = field(default_factory=Prices)
