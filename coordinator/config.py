@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 
 from coordinator import config_tariffs
-from coordinator.config_tariffs import Tariff
+from coordinator.config_tariffs import Lease, Tariff
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
@@ -185,6 +185,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "left out is as in the dated table of the package. As a flag: H100={lease_usd=2.1}. "
         "Default (empty): that table."
     )] = msgspec.field(default_factory=dict)
+    leases: Annotated[dict[str, Lease], says(
+        "What is leased, a table for each lease: gpu_type, gpus, begin and end as days by UTC, "
+        "nodes as a pattern of their names, and usd for each GPU and hour. Paid for whether used "
+        "or not; nothing is ever leased by Baton. Default (empty): nothing."
+    )] = msgspec.field(default_factory=dict)
+    burst_nodes: Annotated[list[str], says(
+        "Patterns of the names of nodes that are rented by the hour, as cloud-*. All that are "
+        "neither these nor leased are your own. Default (empty): none."
+    )] = msgspec.field(default_factory=list)
     energy_usd_per_mwh: Annotated[int, says(
         "US dollars for a megawatt-hour of electricity, 0 to 10000. 120 are a mean of the USA."
     )] = 120
@@ -257,6 +266,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ),
             *self._project_problems(),
             *config_tariffs.problems(self.tariffs),
+            *config_tariffs.lease_problems(self.leases),
             range_problem(
                 "energy_usd_per_mwh",
                 self.energy_usd_per_mwh,

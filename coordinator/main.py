@@ -257,6 +257,8 @@ def _options(config: Config) -> Options:
         prices=config_tariffs.prices(
             config.tariffs, config.energy_usd_per_mwh, config.power_overhead_percent
         ),
+        leases=config_tariffs.leases(config.leases),
+        burst_nodes=tuple(config.burst_nodes),
         moves_per_hour=config.moves_per_hour,
         reservation_wait_ms=config.reservation_wait_ms,
         reservation_ms=config.reservation_ms,

@@ -79,6 +79,20 @@ class Tariff:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """GPUs that are paid for until its end, used or not; `nodes` is a pattern of their names. `usd`
+    is of one GPU, an hour; None: as the tariff of the type says."""
+
+    name: str
+    gpu_type: str
+    gpus: int
+    begin_unix_ms: int
+    end_unix_ms: int
+    nodes: str
+    usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prices:
     """All that an operator may set of money: by type of GPU what differs from the table, the price
     of energy, and the watts at the plug for each watt of a board."""

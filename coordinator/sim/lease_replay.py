@@ -21,6 +21,7 @@ from coordinator.core.linear import SolveLinear
 # Days of history before the first lease: fewer, and the rule has no recommendation.
 FIRST_DAY: Final = 7
 MONTH_DAYS: Final = 30
+IDLE_H: Final = 1
 MS_PER_DAY: Final = H_PER_DAY * MS_PER_H
 
 
@@ -105,3 +106,10 @@ def baseline(name: str, hours: Sequence[float], begin: int, terms: Terms) -> Bil
     """What it costs from hour `begin` on."""
     supply = BASELINES[name](hours, begin)
     return bill(hours[begin:], [supply] * (len(hours) - begin), terms)
+
+
+def idle_timeout(hours: Sequence[float], begin: int, terms: Terms) -> Bill:
+    """GPUs rented by the hour, and given back after `IDLE_H` hours without use."""
+    held = [max(hours[max(0, at - IDLE_H) : at + 1]) for at in range(begin, len(hours))]
+    rented, used = sum(held), sum(hours[begin:])
+    return Bill(0.0, terms.burst_usd * rented, 0.0, rented, rented - used)
