@@ -191,7 +191,8 @@ def toml_value(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, msgspec.Struct):
-        value = msgspec.structs.asdict(value)
+        said = msgspec.structs.asdict(value)
+        value = {name: item for name, item in said.items() if item is not None}
     if isinstance(value, dict):
         pairs = (f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items())
         return "{ " + ", ".join(pairs) + " }" if value else "{}"

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from coordinator import config_tariffs
 from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
+from coordinator.config_tariffs import Lease, Tariff
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
@@ -186,6 +188,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "rack1={nodes='n[01-40]', driver='simulated'}. Default (empty): nobody, and no node is "
         "switched."
     )] = msgspec.field(default_factory=dict)
+    tariffs: Annotated[dict[str, Tariff], says(
+        "What GPUs cost and draw (docs/cost.md), a table for each type, named as in baton fit: "
+        "lease_usd, burst_usd and owned_usd an hour, idle_watts, loaded_watts, boot_s; what is "
+        "left out is as in the dated table of the package. As a flag: H100={lease_usd=2.1}. "
+        "Default (empty): that table."
+    )] = msgspec.field(default_factory=dict)
+    leases: Annotated[dict[str, Lease], says(
+        "What is leased, a table for each lease: gpu_type, gpus, begin and end as days by UTC, "
+        "nodes as a pattern of their names, and usd for each GPU and hour. Paid for whether used "
+        "or not; nothing is ever leased by Baton. Default (empty): nothing."
+    )] = msgspec.field(default_factory=dict)
+    burst_nodes: Annotated[list[str], says(
+        "Patterns of the names of nodes that are rented by the hour, as cloud-*. All that are "
+        "neither these nor leased are your own. Default (empty): none."
+    )] = msgspec.field(default_factory=list)
+    energy_usd_per_mwh: Annotated[int, says(
+        "US dollars for a megawatt-hour of electricity, 0 to 10000. 120 are a mean of the USA."
+    )] = 120
+    power_overhead_percent: Annotated[int, says(
+        "Watts at a node's plug for each 100 of its GPUs, 100 to 1000: host, fans and losses, and "
+        "cooling where you pay for it. 150 were measured of a box with eight H100 in training."
+    )] = 150
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -251,6 +275,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             ),
             *self._project_problems(),
             *capacity_problems(self.capacity),
+            *config_tariffs.problems(self.tariffs),
+            *config_tariffs.lease_problems(self.leases),
+            range_problem(
+                "energy_usd_per_mwh",
+                self.energy_usd_per_mwh,
+                0,
+                config_tariffs.ENERGY_USD_PER_MWH_MAX,
+            ),
+            range_problem(
+                "power_overhead_percent",
+                self.power_overhead_percent,
+                config_tariffs.OVERHEAD_PERCENT_MIN,
+                config_tariffs.OVERHEAD_PERCENT_MAX,
+            ),
             range_problem("moves_per_hour", self.moves_per_hour, 0, MOVES_PER_HOUR_MAX),
             range_problem(
                 "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import garbage, https
+from coordinator import config_tariffs, garbage, https
 from coordinator import logs as logging_setup
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
@@ -254,6 +254,11 @@ def _options(config: Config) -> Options:
             for name, project in config.projects.items()
         },
         solve=_solve if importlib.util.find_spec(SOLVER_MODULE) is not None else None,
+        prices=config_tariffs.prices(
+            config.tariffs, config.energy_usd_per_mwh, config.power_overhead_percent
+        ),
+        leases=config_tariffs.leases(config.leases),
+        burst_nodes=tuple(config.burst_nodes),
         moves_per_hour=config.moves_per_hour,
         reservation_wait_ms=config.reservation_wait_ms,
         reservation_ms=config.reservation_ms,

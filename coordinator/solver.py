@@ -76,7 +76,7 @@ def _whole(lp: highspy.HighsLp, near: NDArray[np.bool_], shares: Floats) -> Floa
     count = len(shares)
     lp.col_upper_ = near.astype(np.float64)
     lp.integrality_ = [highspy.HighsVarType.kInteger] * count
-    highs = _Silent()
+    highs = Silent()
     highs.setOptionValue("threads", 1)
     highs.setOptionValue("mip_max_nodes", NODES_MAX)
     highs.setOptionValue("mip_rel_gap", WHOLE_GAP_RATIO)
@@ -120,7 +120,7 @@ def level(
     return found[0][:count].reshape(jobs, types), float(found[0][count])
 
 
-class _Silent(highspy.Highs):
+class Silent(highspy.Highs):
     """Without the callbacks, which print a banner on standard output when they are set up."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class _Silent(highspy.Highs):
 def maximise(lp: highspy.HighsLp) -> tuple[Floats, Floats, float] | None:
     """Values of the columns, prices of the rows, and the objective; None where the iterations were
     not enough or there is no solution."""
-    highs = _Silent()
+    highs = Silent()
     for option, setting in (
         ("threads", 1),
         ("simplex_iteration_limit", ITERATIONS_MAX),

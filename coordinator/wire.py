@@ -87,6 +87,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         keep_checkpoints=spec.keep_checkpoints if said else model.KEEP_CHECKPOINTS_DEFAULT,
         ranks=spec.ranks or 1,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        flexible_ms=_milliseconds(spec.flexible) if spec.HasField("flexible") else 0,
     )
 
 
@@ -115,6 +116,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         # An agent of before gangs is sent what it always was.
         ranks=spec.ranks if spec.ranks > 1 else 0,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
     )
 
 

@@ -360,6 +360,7 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         # Unsaid where there is one, as before there were gangs.
         ranks=0 if spec.ranks == 1 else spec.ranks,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
     )
 
 
@@ -397,6 +398,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         keep_checkpoints=said(spec, "keep_checkpoints"),
         ranks=spec.ranks or 1,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        flexible_ms=spec.flexible.ToMilliseconds(),
     )
 
 

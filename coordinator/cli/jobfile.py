@@ -53,6 +53,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     share_gpu: int | str | UnsetType = UNSET
     memory: int | str | UnsetType = UNSET
     grace: str | UnsetType = UNSET
+    flexible: str | UnsetType = UNSET
     signal: Literal["TERM", "USR1", "USR2"] | UnsetType = UNSET
     max_restarts: Int32 | UnsetType = UNSET
     run_again_exit_codes: list[Int32] | UnsetType = UNSET
@@ -137,7 +138,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         gpu_types=_or(job.gpu_types, []),
         gpu_memory_bytes_min=_size("gpu_memory_min", _or(job.gpu_memory_min, 0)),
         memory_bytes=_size("memory", _or(job.memory, 0)),
-        grace_ms=None if job.grace is UNSET else _grace_ms(job.grace),
+        grace_ms=None if job.grace is UNSET else _duration_ms("grace", job.grace),
         stop_signal=None if job.signal is UNSET else job.signal.lower(),
         max_restarts=_or(job.max_restarts, None),
         run_again_exit_codes=_or(job.run_again_exit_codes, []),
@@ -147,6 +148,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         keep_checkpoints=_or(job.keep_checkpoints, None),
         ranks=_or(job.ranks, 1),
         shared_gpu_memory_bytes=share_bytes,
+        flexible_ms=0 if job.flexible is UNSET else _duration_ms("flexible", job.flexible),
     )
 
 
@@ -162,11 +164,11 @@ def _size(key: str, value: int | str) -> int:
         raise BadInput(f"{key}: {error}") from error
 
 
-def _grace_ms(value: str) -> int:
+def _duration_ms(key: str, value: str) -> int:
     try:
         return parse_duration(value)
     except ValueError as error:
-        raise BadInput(f"grace: {error}") from error
+        raise BadInput(f"{key}: {error}") from error
 
 
 def _config_json(config: str | dict[str, Any], here: Path) -> str:
@@ -257,8 +259,8 @@ def _sentence(error: str) -> str:
         message = f"expected {expected}, got {got}"
         if key == "command":
             message += '; write the words apart: command = ["python", "train.py"]'
-        if key == "grace":
-            message += '; write it with its unit: grace = "120s"'
+        if key in ("grace", "flexible"):
+            message += f'; write it with its unit: {key} = "120s"'
     return f"{key}: {_lower_first(message)}" if key else _lower_first(message)
 
 

@@ -402,6 +402,8 @@ def _request(job: "Job") -> str:
         wishes.append(f"at least {units.format_size(spec.gpu_memory_bytes_min)} each")
     if spec.memory_bytes:
         wishes.append(f"{units.format_size(spec.memory_bytes)} of host memory")
+    if spec.flexible_ms:
+        wishes.append(f"may wait {units.format_duration(spec.flexible_ms)}")
     return ", ".join(wishes)
 
 

@@ -21,6 +21,7 @@ import click
 from coordinator.cli import (
     checkpoints,
     completion,
+    cost,
     fit,
     forecast,
     jobs,
@@ -112,6 +113,7 @@ for _command in (
     jobs.explain,
     checkpoints.checkpoint,
     projects.projects,
+    cost.cost,
     nodes.nodes,
     nodes.cordon,
     nodes.drain,

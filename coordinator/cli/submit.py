@@ -120,7 +120,8 @@ A job file has the keys of the options, with underscores, and flags override it:
   env = { WANDB_MODE = "offline" }
 
 The others are project, trainer, config (a path or a table), workdir, ranks, memory, signal,
-share_gpu, max_restarts, run_again_exit_codes, replication, slurm_env, hold and keep_checkpoints.
+share_gpu, flexible, max_restarts, run_again_exit_codes, replication, slurm_env, hold and
+keep_checkpoints.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
 status is 0 only if the job succeeds. With --json and --follow: one line for the submission,
@@ -182,6 +183,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     "--grace",
     type=_Duration(),
     help="From the stop request to SIGKILL: 120s, 5m, 2h.  [default: 120s]",
+)
+@click.option(
+    "--flexible",
+    type=_Duration(),
+    help="It may wait so long when GPUs are dear: until then none is kept free or rented by the "
+    "hour for it. 24h, 2d.  [default: 0s]",
 )
 @click.option(
     "--signal",

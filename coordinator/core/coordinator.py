@@ -11,6 +11,7 @@ from dataclasses import replace
 from coordinator.core import (
     arrivals,
     attempts,
+    bills,
     checkpoints,
     decisions,
     fit,
@@ -33,6 +34,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.cost_requests import GetCosts
 from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
     AgentEvent,
@@ -136,6 +138,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.explain_job(state, now, body)
         case FitJob():
             return fit.answer(state, now, body)
+        case GetCosts():
+            return bills.answer(state, now, body)
         case ListProjects():
             return projects.list_projects(state, now)
         case ListCheckpoints():

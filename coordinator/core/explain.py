@@ -10,6 +10,7 @@ runs when he is expected to end and whom he gives way to.
 from coordinator.core import (
     advice,
     coruns,
+    flexible,
     foresight,
     poison,
     projects,
@@ -32,6 +33,8 @@ DAY_MS = 86_400_000
 def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
+    if job.phase is JobPhase.QUEUED:
+        sentence += flexible.describe(job, now.unix_ms)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
     attempt = state.current(job)

@@ -14,6 +14,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.cost_requests import CostPage, GetCosts
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
@@ -121,6 +122,7 @@ RequestBody = (
     | RequeueJob
     | ExplainJob
     | FitJob
+    | GetCosts
     | ListProjects
     | ListCheckpoints
     | PinCheckpoint
@@ -462,7 +464,7 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage
+_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | CostPage
 Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
 
 

@@ -52,8 +52,7 @@ class JobIntent(Enum):
 
 GRACE_MS_DEFAULT = 120_000
 MAX_RESTARTS_DEFAULT = 3
-# The last checkpoint, and two to fall back on when it does not verify.
-KEEP_CHECKPOINTS_DEFAULT = 3
+KEEP_CHECKPOINTS_DEFAULT = 3  # the last, and two to fall back on when it does not verify
 # 75 is EX_TEMPFAIL of sysexits.h; 85 is HTCondor's usual checkpoint exit code.
 RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 
@@ -62,7 +61,7 @@ RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 class JobSpec:
     """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
     `trainer` is set. `gpus` and `memory_bytes` are each rank's. With `shared_gpu_memory_bytes` its
-    one GPU is shared, and this is the most of its memory that it takes (`shares.py`)."""
+    GPU is shared, of which it takes so much at most (`shares.py`). `flexible_ms`: `flexible.py`."""
 
     name: str = ""
     project: str = "default"
@@ -86,6 +85,7 @@ class JobSpec:
     keep_checkpoints: int = KEEP_CHECKPOINTS_DEFAULT
     ranks: int = 1
     shared_gpu_memory_bytes: int = 0
+    flexible_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

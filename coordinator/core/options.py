@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Solve
 from coordinator.core.quotas import Quota
+from coordinator.core.tariffs import Lease, Prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,8 @@ class Options:
     # After which wait a large job gets room reserved (0: never), and for how long (`reservations`).
     reservation_wait_ms: int = 600_000
     reservation_ms: int = 1_800_000
+    # What GPUs and energy cost, what is leased, and the patterns of nodes that are rented by the
+    # hour (`bills.py`); nothing is placed by it.
+    prices: Prices = field(default_factory=Prices)
+    leases: tuple[Lease, ...] = ()
+    burst_nodes: tuple[str, ...] = ()

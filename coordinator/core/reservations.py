@@ -22,7 +22,7 @@ How, in six lines:
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from coordinator.core import foresight, projects
+from coordinator.core import flexible, foresight, projects
 from coordinator.core.keeps import Reservation
 from coordinator.core.model import CLASS_RANK, Job, JobSpec
 from coordinator.core.needs import blocked, need_of
@@ -66,7 +66,12 @@ def tick(state: State, now: Instant) -> None:
     for job_id, since_ms in state.waiting_ms.items():
         job = state.jobs.get(job_id)
         late = limit_ms and now.now_ms - since_ms >= limit_ms and job is not None
-        if late and job is not None and _is_large(job) and _rank(job) not in state.reservations:
+        if (
+            late
+            and job is not None
+            and _may_have(job, now)
+            and (_rank(job) not in state.reservations)
+        ):
             state.dirty = True
             return
 
@@ -105,8 +110,9 @@ def review(state: State, now: Instant) -> None:
             state.reservation_retry_ms[rank] = now.now_ms + LOOK_MS
 
 
-def _is_large(job: Job) -> bool:
-    return job.spec.gpus * job.spec.ranks > 1
+def _may_have(job: Job, now: Instant) -> bool:
+    """It is large, and no GPU idles for one that may wait."""
+    return job.spec.gpus * job.spec.ranks > 1 and not flexible.left_ms(job, now.unix_ms)
 
 
 def _rank(job: Job) -> int:
@@ -131,7 +137,7 @@ def _late(state: State, now: Instant) -> list[Job]:
     late = [
         state.jobs[job_id]
         for job_id, since_ms in state.waiting_ms.items()
-        if limit_ms and now.now_ms - since_ms >= limit_ms and _is_large(state.jobs[job_id])
+        if limit_ms and now.now_ms - since_ms >= limit_ms and _may_have(state.jobs[job_id], now)
     ]
     lent = projects.standing_of(state, now).lent if late else {}
     late.sort(

@@ -26,6 +26,7 @@ GPU_TYPES_MAX = 16
 GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_NAME_V2_BUFFER_SIZE)
 PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
 GRACE_MS_MAX = 7 * 24 * 3_600_000
+FLEXIBLE_MS_MAX = 30 * 24 * 3_600_000  # the term of a lease
 MAX_RESTARTS_MAX = 1_000
 # Jobs without GPUs share the cores: four a core keeps a burst of small ones moving without swamping
 # the node's trainers.
@@ -131,6 +132,11 @@ def _share(spec: JobSpec) -> str:
 def _ending(spec: JobSpec) -> str:
     if not 0 <= spec.grace_ms <= GRACE_MS_MAX:
         return f"grace is {spec.grace_ms} ms; it must be between 0 and {GRACE_MS_MAX} ms (7 days)"
+    if not 0 <= spec.flexible_ms <= FLEXIBLE_MS_MAX:
+        return (
+            f"flexible is {spec.flexible_ms} ms; it must be between 0 and {FLEXIBLE_MS_MAX} ms (30"
+            " days)"
+        )
     if not 0 <= spec.max_restarts <= MAX_RESTARTS_MAX:
         return f"max restarts is {spec.max_restarts}; it must be between 0 and {MAX_RESTARTS_MAX}"
     if not 1 <= spec.keep_checkpoints <= KEEP_CHECKPOINTS_MAX:

@@ -190,6 +190,34 @@ def test_tables_of_tables_name_what_they_do_not_know(write: Callable[[str], str]
     assert side.config.load(["--config", path], {}).config.projects == projects
 
 
+def test_prices_and_leases_are_tables_whose_figures_can_be(write: Callable[[str], str]) -> None:
+    side = SIDES["coordinator"]
+    lease = (
+        '{ gpu_type = "H100", gpus = 8, begin = "2026-11-01", end = "2026-12-01", nodes = "l*" }'
+    )
+    text = f"[tariffs.H100]\nlease_usd = 2.1\n[leases]\nfirst = {lease}\n"
+    found = side.config.load(["--config", write(text)], {}).config
+    assert (found.tariffs["H100"].lease_usd, found.tariffs["H100"].burst_usd) == (2.1, None)
+    printed = "".join(
+        f"{name} = {side.sources.toml_value(getattr(found, name))}\n"
+        for name in ("tariffs", "leases")
+    )
+    assert side.config.load(["--config", write(printed)], {}).config == found, "null is no TOML"
+    for wrong, said in (
+        ("[tariffs.H100]\nlease_usd = -1", "'lease_usd' of 'H100' in 'tariffs' must be 0 to 1000"),
+        ("[tariffs.H100]\nlease_us = 1", "did you mean 'lease_usd'?"),
+        ("[leases]\na = " + lease.replace("2026-12-01", "2026-10-01"), "must come after"),
+        ("[leases]\na = " + lease.replace("2026-12-01", "soon"), "must be a day as 2026-11-29"),
+        (
+            "[leases]\na = " + lease.replace("gpus = 8", "gpus = 0"),
+            "'gpus' of 'a' in 'leases' must be 1 to",
+        ),
+        ("power_overhead_percent = 90", "must be 100 to 1000, not 90"),
+    ):
+        (sentence,) = side.refusals(["--config", write(wrong)], {})
+        assert said in sentence
+
+
 def test_files_that_cannot_be_used(side: Side, write: Callable[[str], str], tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     assert side.refusals(["--config", missing], {}) == [

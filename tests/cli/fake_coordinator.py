@@ -16,7 +16,12 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.protobuf.message import Message
 
-from protos.baton.v1 import checkpoints_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
+from protos.baton.v1 import (
+    checkpoints_pb2_grpc,
+    costs_pb2_grpc,
+    jobs_pb2_grpc,
+    nodes_pb2_grpc,
+)
 
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
@@ -68,6 +73,9 @@ class FakeCoordinator:
             setattr(checkpoints, method, self._unary(method))
         checkpoints.ReadCheckpoint = self._stream("ReadCheckpoint")
         checkpoints_pb2_grpc.add_CheckpointServiceServicer_to_server(checkpoints, server)
+        costs: Any = type("Costs", (costs_pb2_grpc.CostServiceServicer,), {})()
+        costs.GetCosts = self._unary("GetCosts")
+        costs_pb2_grpc.add_CostServiceServicer_to_server(costs, server)
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         nodes_pb2_grpc.add_NodeServiceServicer_to_server(nodes, server)
         if self.credentials is None:

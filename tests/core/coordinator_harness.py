@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.cost_requests import CostPage
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
@@ -343,6 +344,9 @@ def _answer(answer: Answer) -> str:
             return f"node {_node(answer)}"
         case NodePage():
             return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+        case CostPage():
+            shown = ", ".join(f"{line.key} ${line.money.usd:.2f}" for line in answer.lines)
+            return f"costs {shown or 'nothing'}; ${answer.idle_lease_usd:.2f} for nothing"
         case ProjectPage():
             return "projects " + "; ".join(_project(view) for view in answer.projects)
 

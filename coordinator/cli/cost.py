@@ -1,0 +1,220 @@
+"""`baton cost`: what work has cost, by project, job or type of GPU.
+
+Problem: the month's invoice says what was paid, and not for what. Here the same money is laid over
+the attempts that held the GPUs, and what nobody used has a line of its own. A number whose price
+nobody has said is "-", and a saving is shown only beside the rule that it is a saving against.
+"""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.settings import BadInput, common_options, settings_of
+from coordinator.cli.units import parse_duration
+
+if TYPE_CHECKING:
+    from coordinator.cli.cost_client import Costs, Money
+
+_MONEY_COLUMNS = tuple(
+    Column(title, right=True)
+    for title in (
+        "GPU-HOURS", "TOTAL $", "OWN $", "LEASE $", "BURST $", "ENERGY $", "KWH", "$/M TOKENS",
+    )
+)  # fmt: skip
+_BASELINE_COLUMNS = (
+    Column("BASELINE"),
+    Column("WOULD COST $", right=True),
+    Column("SAVED $", right=True),
+    Column("SAVED", right=True),
+)
+IDLE_LEASE = "(idle lease)"
+TOTAL = "(total)"
+MILLION = 1e6
+
+
+@click.command(short_help="Show what work has cost, and what idled.")
+@click.option(
+    "--by",
+    type=click.Choice(("project", "job", "gpu-type")),
+    default="project",
+    show_default=True,
+    help="A line for each.",
+)
+@click.option("--project", default="", help="Of one project alone, without leases that idled.")
+@click.option("--last", default="30d", show_default=True, help="A span until now, as 12h or 30d.")
+@click.option(
+    "--from", "begin", type=click.DateTime(["%Y-%m-%d"]), help="The first day, by UTC, instead."
+)
+@click.option(
+    "--to", "end", type=click.DateTime(["%Y-%m-%d"]), help="The day after the last one; else now."
+)
+@click.option("--compare", is_flag=True, help="Beside named baselines and the clairvoyant.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write money a day as SVG."
+)
+@common_options
+@click.pass_context
+def cost(
+    context: click.Context,
+    by: str,
+    project: str,
+    last: str,
+    *,
+    begin: datetime | None,
+    end: datetime | None,
+    compare: bool,
+    plot: Path | None,
+) -> None:
+    """Say what work has cost over some time, from the attempts that the coordinator keeps.
+
+    OWN is what own GPUs are written off with while they work, LEASE the used part of leases; what
+    of them idled has a line of its own. ENERGY is that of own GPUs at work. $/M TOKENS is told
+    where a built-in trainer's configuration says how many tokens a step has. Prices are those of
+    the coordinator's configuration (docs/cost.md), else of a dated table.
+
+    \b
+      baton cost --by job --last 7d
+      baton cost --from 2026-11-01 --to 2026-12-01 --plot november.svg
+    """
+    from coordinator.cli.cost_client import CostClient  # grpc takes its time
+
+    span = _span(last, begin, end)
+    settings = settings_of(context)
+    settings.check()
+    with CostClient(settings) as client:
+        costs = client.costs(*span, by, project)
+    if compare:
+        costs = _compared(costs, span[0], project)
+    if plot is not None:
+        _write_plot(plot, costs, *span)
+    if settings.as_json:
+        write_json(costs)
+        return
+    _show(costs, by)
+
+
+def _span(last: str, begin: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
+    until = datetime.now(UTC) if end is None else end.replace(tzinfo=UTC)
+    if begin is not None:
+        since = begin.replace(tzinfo=UTC)
+    else:
+        try:
+            since = until - timedelta(milliseconds=parse_duration(last))
+        except (ValueError, OverflowError) as error:
+            raise click.BadParameter(str(error), param_hint="--last") from error
+    if since >= until:
+        raise click.BadParameter("the span ends before it begins", param_hint="--from")
+    return since, until
+
+
+def _compared(costs: "Costs", begin: datetime, project: str) -> "Costs":
+    from msgspec.structs import replace
+
+    from coordinator.cli.savings import compared
+
+    if project:
+        return replace(costs, baselines_why="leases are not one project's")
+    baselines, why = compared(costs, begin)
+    return replace(costs, baselines=baselines or None, baselines_why=why)
+
+
+def _show(costs: "Costs", by: str) -> None:
+    heading = (Column(by.replace("-", " ").upper(), shorten=True),)
+    rows = [(f"{line.key} {line.name}".strip(), *_cells(line.money)) for line in costs.lines]
+    if costs.idle_lease_usd:
+        idle = _dollars(costs.idle_lease_usd)
+        rows.append((IDLE_LEASE, UNKNOWN, idle, UNKNOWN, idle, *[UNKNOWN] * 4))
+    total = list(_cells(costs.total))
+    total[1] = _dollars(costs.usd)
+    rows.append((TOTAL, *total))
+    write_table((*heading, *_MONEY_COLUMNS), rows)
+    if costs.baselines:
+        paid_usd = costs.usd - costs.total.energy_usd
+        click.echo()
+        write_table(
+            _BASELINE_COLUMNS,
+            [
+                (
+                    each.name,
+                    _dollars(each.usd),
+                    _dollars(each.saved_usd),
+                    f"{100 * each.saved_usd / each.usd:.1f}%" if each.usd else UNKNOWN,
+                )
+                for each in costs.baselines
+            ],
+        )
+        write_notice(
+            f"baselines are for the GPUs that were held, without energy; {_dollars(paid_usd)} were"
+            " paid for these"
+        )
+    for sentence in _remarks(costs):
+        write_notice(sentence)
+
+
+def _remarks(costs: "Costs") -> list[str]:
+    """What a reader has to know to believe it."""
+    found = []
+    if costs.baselines_why:
+        found.append(f"no baselines: {costs.baselines_why}")
+    if costs.total.unpriced_gpu_hours:
+        found.append(
+            f"{costs.total.unpriced_gpu_hours:.1f} GPU-hours have no price and are in no sum but"
+            " for their energy; say 'owned_usd' in the coordinator's tariffs"
+        )
+    if costs.prices_source:
+        found.append(f"prices: {costs.prices_source}")
+    if costs.total.energy_kwh:
+        found.append(f"energy: {costs.energy_source}")
+    if costs.kept_since_time is not None:
+        found.append(f"attempts are kept since {costs.kept_since_time:%Y-%m-%d %H:%M} UTC")
+    return found
+
+
+def _cells(money: "Money") -> tuple[str | None, ...]:
+    tokens = money.usd_per_million_tokens
+    return (
+        f"{money.gpu_hours:.1f}",
+        _dollars(money.usd),
+        _dollars(money.owned_usd),
+        _dollars(money.lease_usd),
+        _dollars(money.burst_usd),
+        _dollars(money.energy_usd),
+        f"{money.energy_kwh:.1f}",
+        None if tokens is None else f"{tokens:.3g}",
+    )
+
+
+def _dollars(usd: float) -> str:
+    return f"{usd:.2f}"
+
+
+def _write_plot(path: Path, costs: "Costs", begin: datetime, end: datetime) -> None:
+    from coordinator.sim.svg import Chart, Curve, draw
+
+    known = [(day.begin_time, day) for day in costs.days if day.begin_time is not None]
+    days = [((at - begin).total_seconds() / 86_400, day) for at, day in known]
+    parts = {
+        "own": [(at, day.money.owned_usd) for at, day in days],
+        "lease, used": [(at, day.money.lease_usd) for at, day in days],
+        "lease, idle": [(at, day.idle_lease_usd) for at, day in days],
+        "burst": [(at, day.money.burst_usd) for at, day in days],
+        "energy": [(at, day.money.energy_usd) for at, day in days],
+    }
+    curves = [
+        Curve(name, [*points, (_end_days(begin, end), points[-1][1])], steps=True)
+        for name, points in parts.items()
+        if any(usd for _, usd in points)
+    ]
+    chart = Chart("Money a day", f"days since {begin:%Y-%m-%d %H:%M} UTC", "US dollars", curves)
+    try:
+        path.write_text(draw(chart), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+
+
+def _end_days(begin: datetime, end: datetime) -> float:
+    """Days of the span, where the last step of a curve ends."""
+    return (end - begin).total_seconds() / 86_400

@@ -1,0 +1,151 @@
+"""Costs over gRPC, as values: the same numbers as the coordinator's, and unknown where it says so.
+
+Problem: a price that nobody has said is not one of 0, and a bill may be read by a program years
+later. So the document has a field for everything, null where it is not known.
+"""
+
+from datetime import datetime
+from typing import Self
+
+import msgspec
+
+from coordinator.cli.client import Client
+from coordinator.cli.decoding import said, time_of
+from protos.baton.v1 import costs_pb2 as pb
+from protos.baton.v1 import costs_pb2_grpc
+
+MILLION = 1e6
+GROUPINGS = {
+    "project": pb.COST_GROUPING_PROJECT,
+    "job": pb.COST_GROUPING_JOB,
+    "gpu-type": pb.COST_GROUPING_GPU_TYPE,
+}
+
+
+class Money(msgspec.Struct, frozen=True, kw_only=True):
+    """US dollars. `usd_per_million_tokens` is null where no trainer said how many a step has."""
+
+    gpu_hours: float
+    usd: float
+    owned_usd: float
+    lease_usd: float
+    burst_usd: float
+    energy_usd: float
+    energy_kwh: float
+    unpriced_gpu_hours: float
+    tokens: float | None
+    usd_per_million_tokens: float | None
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """`key` is a project, the id of a job, or a type of GPU; `name` is a job's."""
+
+    key: str
+    name: str
+    money: Money
+
+
+class Day(msgspec.Struct, frozen=True, kw_only=True):
+    begin_time: datetime | None
+    money: Money
+    idle_lease_usd: float
+
+
+class Use(msgspec.Struct, frozen=True, kw_only=True):
+    """GPUs that were held, by the hour."""
+
+    gpu_type: str
+    begin_time: datetime | None
+    gpus: list[float]
+    lease_usd: float | None
+    burst_usd: float | None
+
+
+class Baseline(msgspec.Struct, frozen=True, kw_only=True):
+    """What the same GPUs had cost by a rule that has a name; energy is not in it."""
+
+    name: str
+    usd: float
+    saved_usd: float
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """`usd` counts leases that idled. `baselines` is null where they were not asked for, and
+    `baselines_why` says why there are none."""
+
+    usd: float
+    total: Money
+    idle_lease_usd: float
+    lines: list[Line]
+    days: list[Day]
+    uses: list[Use]
+    kept_since_time: datetime | None
+    prices_source: str
+    energy_source: str
+    baselines: list[Baseline] | None = None
+    baselines_why: str = ""
+
+
+class CostClient(Client):
+    """Speaks to one coordinator about money, and about jobs. A context manager."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        assert self._channel is not None
+        self._costs = costs_pb2_grpc.CostServiceStub(self._channel)
+        return self
+
+    def costs(self, begin: datetime, end: datetime, by: str, project: str) -> Costs:
+        """The bill of a span; `by` is one of `GROUPINGS`."""
+        request = pb.GetCostsRequest(grouping=GROUPINGS[by], project=project)
+        request.begin_time.FromDatetime(begin)
+        request.end_time.FromDatetime(end)
+        return _costs(self._call(self._costs.GetCosts, request))
+
+
+def _costs(answer: pb.GetCostsResponse) -> Costs:
+    total = _money(answer.total)
+    return Costs(
+        usd=total.usd + answer.idle_lease_usd,
+        total=total,
+        idle_lease_usd=answer.idle_lease_usd,
+        lines=[
+            Line(key=line.key, name=line.name, money=_money(line.money)) for line in answer.lines
+        ],
+        days=[
+            Day(
+                begin_time=time_of(day, "begin_time"),
+                money=_money(day.money),
+                idle_lease_usd=day.idle_lease_usd,
+            )
+            for day in answer.days
+        ],
+        uses=[
+            Use(
+                gpu_type=use.gpu_type,
+                begin_time=time_of(use, "begin_time"),
+                gpus=list(use.gpus),
+                lease_usd=said(use, "lease_usd"),
+                burst_usd=said(use, "burst_usd"),
+            )
+            for use in answer.uses
+        ],
+        kept_since_time=time_of(answer, "kept_since_time"),
+        prices_source=answer.prices_source,
+        energy_source=answer.energy_source,
+    )
+
+
+def _money(money: pb.Money) -> Money:
+    return Money(
+        gpu_hours=money.gpu_hours,
+        usd=money.owned_usd + money.lease_usd + money.burst_usd + money.energy_usd,
+        owned_usd=money.owned_usd,
+        lease_usd=money.lease_usd,
+        burst_usd=money.burst_usd,
+        energy_usd=money.energy_usd,
+        energy_kwh=money.energy_kwh,
+        unpriced_gpu_hours=money.unpriced_gpu_hours,
+        tokens=money.tokens or None,
+        usd_per_million_tokens=money.token_usd / money.tokens * MILLION if money.tokens else None,
+    )

@@ -1,0 +1,287 @@
+"""What work has cost: a function of the attempts that are kept, and of what was agreed.
+
+Problem: a sum that is carried along drifts from what a restart would find, and the answer to "what
+did this cost" must be the same tomorrow. So nothing is added up on the way: each attempt has held
+its GPUs from its promise to its return, both durable (`ledger.py` counts the same), and the bill
+of a span is the sum of what these stays have in it. A bill of two days is the sum of both days'.
+
+- A node is leased while a lease of the configuration names it, rented by the hour where
+  `burst_nodes` names it, and owned otherwise. An hour on it costs what that costs by
+  `tariffs.Prices`; a GPU that is shared counts by the share of its memory.
+- A lease is paid for whether it is used or not: what its GPUs cost in the span less what was used
+  of them is idle, and nobody's.
+- Energy is counted for own GPUs, by the table of watts under load: what was measured is not kept.
+  That of own GPUs that idle is not in it, since nobody writes down when they were on.
+- Tokens are those of built-in language trainers, whose configuration says how many a step has:
+  steps that nobody had made before, spread evenly over the attempt that made them, as far as a
+  commit or its end has written them down. Programs do not say theirs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from typing import Final
+
+from coordinator.core import gpu_types, workload
+from coordinator.core.accounting import end_unix_ms
+from coordinator.core.capacity_model import Source
+from coordinator.core.cost_requests import (
+    CostDay,
+    CostLine,
+    CostPage,
+    GetCosts,
+    Grouping,
+    HourlyUse,
+    Money,
+)
+from coordinator.core.messages import Refusal, RefusalKind
+from coordinator.core.model import Attempt, GpuFacts, Job
+from coordinator.core.state import Instant, State
+from coordinator.core.tariffs import Lease, Prices
+
+MS_PER_H: Final = 3_600_000
+MS_PER_DAY: Final = 24 * MS_PER_H
+# A year and a day; more hours of use would be more than a message holds.
+SPAN_MS_MAX: Final = 366 * MS_PER_DAY
+# Lines of an answer; what is cheaper is in the total alone.
+LINES_MAX: Final = 1_000
+# Of use before the span, for those who would have leased by the month before.
+BEFORE_MS: Final = 30 * MS_PER_DAY
+UNKNOWN_TYPE: Final = "unknown"
+WATTS_PER_KW: Final = 1_000.0
+ENERGY_SOURCE: Final = "own GPUs under load by the table of watts; what was measured is not kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A part of an attempt's time on GPUs of one type, from one source. `gpus` counts shares."""
+
+    job: Job
+    gpu_type: str
+    gpus: float
+    source: Source
+    usd_per_hour: float | None
+    begin_ms: int
+    end_ms: int
+    tokens_per_ms: float = 0.0
+    lease: str = ""
+
+
+def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
+    begin, end = body.begin_unix_ms, min(body.end_unix_ms, now.unix_ms)
+    if not 0 <= begin < body.end_unix_ms or end - begin > SPAN_MS_MAX:
+        most = SPAN_MS_MAX // MS_PER_DAY
+        sentence = f"a span begins before it ends, and is {most} days at most"
+        return Refusal(RefusalKind.INVALID, sentence)
+    end = max(begin, end)
+    stays = [
+        stay
+        for stay in stays_of(state, now.unix_ms)
+        if not body.project or stay.job.spec.project == body.project
+    ]
+    prices, leases = state.options.prices, () if body.project else state.options.leases
+    lines: dict[str, tuple[str, Money]] = {}
+    for stay in stays:
+        money = money_of(stay, begin, end, prices)
+        if money.gpu_hours > 0:
+            key, name = _key(stay, body.by)
+            known = lines.get(key, (name, Money()))[1]
+            lines[key] = (name, added(known, money))
+    dearest = sorted(lines.items(), key=lambda pair: (-pair[1][1].usd, pair[0]))
+    shown = tuple(CostLine(key, name, money) for key, (name, money) in dearest[:LINES_MAX])
+    days = days_of(stays, leases, prices, begin, end)
+    total = Money()
+    for day in days:
+        total = added(total, day.money)
+    return CostPage(
+        shown,
+        total,
+        sum(day.idle_lease_usd for day in days),
+        days,
+        tuple(hourly_uses(stays, max(0, begin - BEFORE_MS), end, prices)),
+        min((stay.begin_ms for stay in stays), default=None),
+        _source(stays, prices),
+        ENERGY_SOURCE,
+    )
+
+
+# --- stays ----------------------------------------------------------------------------------------
+
+
+def stays_of(state: State, unix_ms: int) -> Iterator[Stay]:
+    """Of all attempts that are kept; one that goes on stays until now."""
+    for job_id in sorted(state.job_attempts):
+        job = state.jobs[job_id]
+        training = workload.read(job.spec)
+        tokens = 0 if isinstance(training, str) else training.tokens
+        for attempt in state.attempts_of(job_id):
+            yield from _stays(state, job, attempt, unix_ms, tokens)
+
+
+def _stays(
+    state: State, job: Job, attempt: Attempt, unix_ms: int, tokens_per_step: int
+) -> Iterator[Stay]:
+    begin, end = attempt.assigned_unix_ms, end_unix_ms(attempt, unix_ms)
+    if end <= begin or not attempt.gpu_uuids:
+        return
+    live = state.nodes.get(attempt.node)
+    facts = {gpu.uuid: gpu for gpu in (live.node.gpus if live is not None else ())}
+    by_type: dict[str, float] = {}
+    for uuid in attempt.gpu_uuids:
+        gpu = facts.get(uuid)
+        name = UNKNOWN_TYPE if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
+        by_type[name] = by_type.get(name, 0.0) + _part(job, gpu)
+    # Rank 0 speaks for its gang; what one step was on several types is told once.
+    tokens = 0.0 if attempt.rank else _new_steps(attempt) * tokens_per_step / (end - begin)
+    for gpu_type, gpus in sorted(by_type.items()):
+        whole = Stay(job, gpu_type, gpus, Source.OWNED, None, begin, end, tokens / len(by_type))
+        yield from _sourced(state, attempt.node, whole)
+
+
+def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
+    """A stay cut where a lease begins and ends. The first lease that names the node counts."""
+    prices, options = state.options.prices, state.options
+    tariff = prices.of(whole.gpu_type)
+    rest, usd = Source.OWNED, tariff.owned_usd
+    if any(fnmatchcase(node, pattern) for pattern in options.burst_nodes):
+        rest, usd = Source.BURST, tariff.burst_usd
+    at = whole.begin_ms
+    named = [lease for lease in options.leases if fnmatchcase(node, lease.nodes)]
+    for lease in sorted(named, key=lambda lease: (lease.begin_unix_ms, lease.name)):
+        begin, end = max(at, lease.begin_unix_ms), min(whole.end_ms, lease.end_unix_ms)
+        if begin >= end:
+            continue
+        if at < begin:
+            yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at, end_ms=begin)
+        yield replace(
+            whole,
+            source=Source.LEASED,
+            usd_per_hour=lease_usd(lease, prices),
+            begin_ms=begin,
+            end_ms=end,
+            lease=lease.name,
+        )
+        at = end
+    if at < whole.end_ms:
+        yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at)
+
+
+def lease_usd(lease: Lease, prices: Prices) -> float | None:
+    """Of one GPU, an hour."""
+    return prices.of(lease.gpu_type).lease_usd if lease.usd is None else lease.usd
+
+
+def _part(job: Job, gpu: GpuFacts | None) -> float:
+    share_bytes = job.spec.shared_gpu_memory_bytes
+    if not share_bytes or gpu is None or not gpu.memory_bytes:
+        return 1.0
+    return min(1.0, share_bytes / gpu.memory_bytes)
+
+
+def _new_steps(attempt: Attempt) -> int:
+    """Those that no attempt before it had made, as far as they are written down."""
+    times = attempt.times
+    return max(0, (times.step or 0) - max(attempt.restored_step, times.reached_step))
+
+
+# --- money ----------------------------------------------------------------------------------------
+
+
+def money_of(stay: Stay, begin_ms: int, end_ms: int, prices: Prices) -> Money:
+    """What of a stay is in the span."""
+    spent_ms = min(stay.end_ms, end_ms) - max(stay.begin_ms, begin_ms)
+    if spent_ms <= 0:
+        return Money()
+    gpu_hours = stay.gpus * spent_ms / MS_PER_H
+    usd = gpu_hours * (stay.usd_per_hour or 0.0)
+    energy_kwh = 0.0
+    owned = stay.source is Source.OWNED
+    if owned:
+        watts = prices.of(stay.gpu_type).loaded_watts or 0.0
+        energy_kwh = gpu_hours * watts * prices.overhead_ratio / WATTS_PER_KW
+    money = Money(
+        gpu_hours=gpu_hours,
+        owned_usd=usd if owned else 0.0,
+        lease_usd=usd if stay.source is Source.LEASED else 0.0,
+        burst_usd=usd if stay.source is Source.BURST else 0.0,
+        energy_kwh=energy_kwh,
+        energy_usd=energy_kwh * prices.energy_usd_per_kwh,
+        unpriced_gpu_hours=gpu_hours if stay.usd_per_hour is None else 0.0,
+    )
+    tokens = stay.tokens_per_ms * spent_ms
+    return replace(money, tokens=tokens, token_usd=money.usd) if tokens else money
+
+
+def added(one: Money, other: Money) -> Money:
+    return Money(*(getattr(one, part.name) + getattr(other, part.name) for part in fields(Money)))
+
+
+def _key(stay: Stay, by: Grouping) -> tuple[str, str]:
+    if by is Grouping.JOB:
+        return str(stay.job.id), stay.job.spec.name
+    return (stay.job.spec.project if by is Grouping.PROJECT else stay.gpu_type), ""
+
+
+def days_of(
+    stays: Iterable[Stay], leases: Sequence[Lease], prices: Prices, begin_ms: int, end_ms: int
+) -> tuple[CostDay, ...]:
+    """The span in days of UTC, the first and last perhaps in part. What of a lease is idle is
+    counted by the day."""
+    if end_ms <= begin_ms:
+        return ()
+    first, last = begin_ms // MS_PER_DAY, (end_ms - 1) // MS_PER_DAY
+    spans = {
+        day: (max(begin_ms, day * MS_PER_DAY), min(end_ms, (day + 1) * MS_PER_DAY))
+        for day in range(first, last + 1)
+    }
+    spent = {day: Money() for day in spans}
+    used: dict[tuple[int, str], float] = {}
+    for stay in stays:
+        begin, end = stay.begin_ms // MS_PER_DAY, (stay.end_ms - 1) // MS_PER_DAY
+        for day in range(max(first, begin), min(last, end) + 1):
+            money = money_of(stay, *spans[day], prices)
+            spent[day] = added(spent[day], money)
+            if stay.lease:
+                used[day, stay.lease] = used.get((day, stay.lease), 0.0) + money.lease_usd
+    return tuple(
+        CostDay(
+            span[0],
+            spent[day],
+            sum(
+                _idle_usd(lease, prices, span, used.get((day, lease.name), 0.0)) for lease in leases
+            ),
+        )
+        for day, span in spans.items()
+    )
+
+
+def _idle_usd(lease: Lease, prices: Prices, span: tuple[int, int], used_usd: float) -> float:
+    spent_ms = min(lease.end_unix_ms, span[1]) - max(lease.begin_unix_ms, span[0])
+    paid_usd = lease.gpus * max(0, spent_ms) / MS_PER_H * (lease_usd(lease, prices) or 0.0)
+    return max(0.0, paid_usd - used_usd)
+
+
+def hourly_uses(
+    stays: Sequence[Stay], begin_ms: int, end_ms: int, prices: Prices
+) -> Iterator[HourlyUse]:
+    """By type, of whole hours."""
+    first = -(-begin_ms // MS_PER_H)
+    count = max(0, end_ms // MS_PER_H - first)
+    by_type: dict[str, list[float]] = {}
+    for stay in stays:
+        gpus = by_type.setdefault(stay.gpu_type, [0.0] * count)
+        last = min(first + count - 1, (stay.end_ms - 1) // MS_PER_H)
+        for hour in range(max(first, stay.begin_ms // MS_PER_H), last + 1):
+            spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(stay.begin_ms, hour * MS_PER_H)
+            gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
+    for gpu_type, gpus in sorted(by_type.items()):
+        if any(gpus):
+            tariff = prices.of(gpu_type)
+            begin = first * MS_PER_H
+            yield HourlyUse(gpu_type, begin, tuple(gpus), tariff.lease_usd, tariff.burst_usd)
+
+
+def _source(stays: Iterable[Stay], prices: Prices) -> str:
+    """Where the prices of these types are from."""
+    named: Mapping[str, None] = {prices.source(stay.gpu_type): None for stay in stays}
+    return " and ".join(sorted(named))

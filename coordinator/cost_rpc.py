@@ -1,0 +1,106 @@
+"""`CostService`: what work has cost, asked of the core and translated.
+
+Problem: an answer holds what somebody may be billed by, so what nobody knows must arrive as not
+known: a price that is `None` is absent in the message, and so is the oldest attempt where there is
+none.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from coordinator.core import messages as m
+from coordinator.core.cost_requests import CostDay, CostPage, GetCosts, Grouping, HourlyUse, Money
+from protos.baton.v1 import costs_pb2 as pb
+from protos.baton.v1 import costs_pb2_grpc
+
+Context = grpc.aio.ServicerContext[object, object]
+Ask = Callable[[Context, m.RequestBody], Awaitable[m.Answer]]
+
+# The end of a span that goes on: what is later than now ends now.
+UNIX_MS_MAX: Final = 253_402_300_799_000  # the last second of the year 9999, a Timestamp's largest
+
+_GROUPINGS: Final = {
+    pb.COST_GROUPING_UNSPECIFIED: Grouping.PROJECT,
+    pb.COST_GROUPING_PROJECT: Grouping.PROJECT,
+    pb.COST_GROUPING_JOB: Grouping.JOB,
+    pb.COST_GROUPING_GPU_TYPE: Grouping.GPU_TYPE,
+}
+
+
+class CostService(costs_pb2_grpc.CostServiceServicer):
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    async def GetCosts(self, request: pb.GetCostsRequest, context: Context) -> pb.GetCostsResponse:
+        body = decode(request)
+        if body is None:
+            sentence = f"{request.grouping} is no grouping that this coordinator knows"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, sentence)
+            raise AssertionError("abort returned")
+        answer = await self._ask(context, body)
+        if not isinstance(answer, CostPage):
+            raise TypeError(f"expected costs, got {type(answer).__name__}")
+        return encode(answer)
+
+
+def add_cost_service(server: grpc.aio.Server, ask: Ask) -> str:
+    """Serve it; its full name."""
+    costs_pb2_grpc.add_CostServiceServicer_to_server(CostService(ask), server)
+    return pb.DESCRIPTOR.services_by_name["CostService"].full_name
+
+
+def decode(request: pb.GetCostsRequest) -> GetCosts | None:
+    """`None` where the grouping is not known."""
+    by = _GROUPINGS.get(request.grouping)
+    if by is None:
+        return None
+    end = request.end_time.ToMilliseconds() if request.HasField("end_time") else UNIX_MS_MAX
+    return GetCosts(request.begin_time.ToMilliseconds(), end, by, request.project)
+
+
+def encode(page: CostPage) -> pb.GetCostsResponse:
+    kept = page.kept_since_unix_ms
+    return pb.GetCostsResponse(
+        lines=[
+            pb.CostLine(key=line.key, name=line.name, money=_money(line.money))
+            for line in page.lines
+        ],
+        total=_money(page.total),
+        idle_lease_usd=page.idle_lease_usd,
+        days=[_day(day) for day in page.days],
+        uses=[_use(use) for use in page.uses],
+        kept_since_time=None if kept is None else _time(kept),
+        prices_source=page.prices_source,
+        energy_source=page.energy_source,
+    )
+
+
+def _money(money: Money) -> pb.Money:
+    return pb.Money(**{name: getattr(money, name) for name in Money.__slots__})
+
+
+def _day(day: CostDay) -> pb.CostDay:
+    return pb.CostDay(
+        begin_time=_time(day.begin_unix_ms),
+        money=_money(day.money),
+        idle_lease_usd=day.idle_lease_usd,
+    )
+
+
+def _use(use: HourlyUse) -> pb.HourlyUse:
+    return pb.HourlyUse(
+        gpu_type=use.gpu_type,
+        begin_time=_time(use.begin_unix_ms),
+        gpus=use.gpus,
+        lease_usd=use.lease_usd,
+        burst_usd=use.burst_usd,
+    )
+
+
+def _time(unix_ms: int) -> Timestamp:
+    found = Timestamp()
+    found.FromMilliseconds(unix_ms)
+    return found

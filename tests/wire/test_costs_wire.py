@@ -1,0 +1,46 @@
+"""Bills on the wire: what nobody knows is absent."""
+
+from coordinator import cost_rpc
+from coordinator.core.cost_requests import (
+    CostDay,
+    CostLine,
+    CostPage,
+    GetCosts,
+    Grouping,
+    HourlyUse,
+    Money,
+)
+from protos.baton.v1 import costs_pb2 as pb
+
+
+def test_a_bill_arrives() -> None:
+    money = Money(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    uses = (
+        HourlyUse("H100", 7_200_000, (0.5, 1.0), 2.0, 4.0),
+        HourlyUse("x", 0, (1.0,), None, None),
+    )
+    page = CostPage(
+        (CostLine("3", "train", money),), money, 2.5, (CostDay(86_400_000, money, 2.5),), uses,
+        1_500, "prices", "energy",
+    )  # fmt: skip
+    sent = cost_rpc.encode(page)
+    (line,) = sent.lines
+    assert (line.key, line.name, line.money.owned_usd, line.money.token_usd) == ("3", "train", 2, 9)
+    assert sent.days[0].begin_time.ToMilliseconds() == 86_400_000
+    assert (sent.idle_lease_usd, sent.total.tokens) == (2.5, 8)
+    priced, unknown = sent.uses
+    assert (list(priced.gpus), priced.lease_usd, priced.burst_usd) == ([0.5, 1.0], 2, 4)
+    assert not unknown.HasField("lease_usd")
+    assert not unknown.HasField("burst_usd")
+    assert sent.kept_since_time.ToMilliseconds() == 1_500
+
+
+def test_a_question_arrives() -> None:
+    asked = pb.GetCostsRequest(grouping=pb.COST_GROUPING_JOB, project="demo")
+    asked.begin_time.FromMilliseconds(5_000)
+    open_ended = cost_rpc.decode(asked)
+    assert open_ended == GetCosts(5_000, cost_rpc.UNIX_MS_MAX, Grouping.JOB, "demo")
+    asked.end_time.FromMilliseconds(9_000)
+    assert cost_rpc.decode(asked) == GetCosts(5_000, 9_000, Grouping.JOB, "demo")
+    asked.grouping = 99  # type: ignore[assignment]
+    assert cost_rpc.decode(asked) is None
