@@ -157,6 +157,17 @@ async def test_orders_for_one_node_keep_their_order(rig: Rig) -> None:
     assert [verb for _, verb in rig.driver.deeds] == [Verb.RESUME, Verb.SUSPEND, Verb.RESUME]
 
 
+async def test_an_order_waits_for_the_one_before_it_at_its_node(rig: Rig) -> None:
+    rig.driver.faults = [Fault("n01", Verb.RESUME, Wrong.HANG)]
+    rig.bench.give("k1", Verb.RESUME, "n01")
+    rig.bench.give("k2", Verb.SUSPEND, "n01")
+    (outcome,) = await rig.bench.ordered("k3", Verb.SUSPEND, "n02")
+    assert (outcome.key, outcome.done) == ("k3", True)
+    rig.bench.clock.pass_deadlines()
+    outcomes = await rig.bench.reported(3)
+    assert [(outcome.key, outcome.done) for outcome in outcomes] == [("k1", False), ("k2", True)]
+
+
 async def test_one_that_hangs_does_not_hold_up_the_others(rig: Rig) -> None:
     rig.driver.faults = [Fault("n03", Verb.RESUME, Wrong.HANG)]
     rig.bench.give("k1", Verb.RESUME, *NODES)
