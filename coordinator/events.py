@@ -86,7 +86,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "`python -m coordinator.capacity_check` shows how a node's driver sees it."),
     Event("capacity.not_rolled_back", "error", "key nodes reason",
           "{nodes} may exist, and be paid for: {reason}",
-          "Their creation has failed, and so has their deletion. Look at your provider's console."),
+          "Their creation has failed, and they are not deleted. Look at your provider's console."),
     Event("capacity.ordered", "info", "key verb nodes group",
           "{verb} of {nodes} goes to the driver of {group}",
           "Noted on disk first. `capacity.done` or `capacity.failed` follows, at the latest at the "

@@ -10,14 +10,16 @@ each piece, in a task of its own:
 1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places.
 2. "Begun" is noted in the journal. A node whose key is noted as ended never gets here: its outcome
    is reported again. One that is noted as begun, of a coordinator that is no more, is looked at
-   first; where it is not as ordered the deed is done again, but for CREATE, which is rolled back:
-   whatever may have come of it costs money, and nobody knows it.
+   first; where it is not as ordered the deed is done again, but for CREATE: it fails.
 3. The driver applies it; then its state is asked for until it is as ordered (who cannot see his
    nodes is believed, and the node's own hello is the proof).
 4. At the deadline of its group the piece is abandoned: its task is cancelled, which ends its child
    processes, and nobody waits for it any more. What succeeds later is not heard; the node itself
    says hello or falls silent.
-5. Nodes of a CREATE that failed are rolled back, within a deadline of the same length.
+5. Nodes of a CREATE that failed are rolled back, within a deadline of the same length: what there
+   may be of them costs money. Not so a node that is up: it is there, whatever its driver says. And
+   not one that nobody can see and that a coordinator before this one has begun: it may be at work,
+   and not yet here again. That is said loudly, for a person to look.
 6. The end is noted, logged and reported, node by node. A driver's bug is a failure with a reason.
 
 Time comes from the clock that it is given, so a test decides when a deadline has passed.
@@ -29,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from coordinator.capacity import hostlist
-from coordinator.capacity.driver import WANTED, CapacityError, Driver, verify
+from coordinator.capacity.driver import WANTED, CapacityError, Driver, State, verify
 from coordinator.capacity.journal import Deed, Journal, Stage
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
 from coordinator.ports import Clock
@@ -55,17 +57,19 @@ class Group:
 
 @dataclass(slots=True)
 class _Piece:
-    """`left`: what is wrong with each node, as far as is known; empty where it is as ordered."""
+    """`left`: what is wrong with each node, as far as is known; empty where it is as ordered.
+    `unseen`: nodes that may be at work, for all that is known."""
 
     group: Group
     order: CapacityOrder
     begun_before: bool
-    left: dict[str, str] = field(default_factory=dict)
+    left: _Reasons = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
 
 
 class Actuator:
     """`groups` by node. `report` is called in the event loop, once for each node of an order, and
-    never within `give`."""
+    never within `give`. `is_up`: has the node said hello, and is not lost?"""
 
     def __init__(
         self,
@@ -73,12 +77,15 @@ class Actuator:
         journal: Journal,
         clock: Clock,
         report: Report,
+        *,
+        is_up: Callable[[str], bool],
         log: Log,
     ) -> None:
         self._groups = groups
         self._journal = journal
         self._clock = clock
         self._report = report
+        self._is_up = is_up
         self._log = log
         self._places = asyncio.Semaphore(PIECES_MAX)
         self._writing = asyncio.Lock()
@@ -163,9 +170,8 @@ class Actuator:
                     ),
                 )
                 reasons = await self._reasons(piece)
-            failed = tuple(node for node in order.nodes if reasons[node])
-            if failed and order.verb is Verb.CREATE and not problem:
-                await self._roll_back(piece, failed)
+                if order.verb is Verb.CREATE:
+                    reasons = await self._without_remains(piece, reasons)
             await self._finish(piece, reasons)
             return reasons
 
@@ -182,13 +188,8 @@ class Actuator:
     async def _deed(self, piece: _Piece) -> None:
         """Until every node is as ordered."""
         driver, order = piece.group.driver, piece.order
-        if piece.begun_before:
-            states = await driver.state(order.nodes)
-            if all(states.get(node) is WANTED[order.verb] for node in order.nodes):
-                piece.left = dict.fromkeys(order.nodes, "")
-                return
-            if order.verb is Verb.CREATE:
-                raise CapacityError("it was begun before a restart, and is not there")
+        if piece.begun_before and await self._is_settled(piece):
+            return
         await driver.apply(order)
         while True:
             try:
@@ -198,6 +199,28 @@ class Actuator:
             if not any(piece.left.values()):
                 return
             await self._clock.sleep_ms(LOOK_MS)
+
+    async def _is_settled(self, piece: _Piece) -> bool:
+        """Is there nothing to do any more of what was begun before a restart?"""
+        order, wanted = piece.order, WANTED[piece.order.verb]
+        if order.verb is not Verb.CREATE:
+            states = await piece.group.driver.state(order.nodes)
+            if any(states.get(node) is not wanted for node in order.nodes):
+                return False
+            piece.left = dict.fromkeys(order.nodes, "")
+            return True
+        piece.unseen = order.nodes
+        states = await piece.group.driver.state(order.nodes)
+        piece.unseen = tuple(n for n in order.nodes if states.get(n) not in (State.ON, State.OFF))
+        piece.left = {
+            node: ""
+            if states.get(node) is wanted
+            else "its creation was begun before a restart, and nobody can say whether it is there"
+            if node in piece.unseen
+            else "its creation was begun before a restart, and it is not there"
+            for node in order.nodes
+        }
+        return True
 
     async def _within(self, group: Group, work: Coroutine[None, None, None]) -> str:
         """Do `work` until the deadline of `group`. Empty, or why it was not done."""
@@ -212,6 +235,8 @@ class Actuator:
         if not task.done():
             seconds = group.deadline_ms / 1000
             return f"the driver of '{group.name}' was not done within {seconds:g} s"
+        if task.cancelled():
+            return f"the driver of '{group.name}' broke: it has given up"
         error = task.exception()
         if error is None or isinstance(error, CapacityError):
             return str(error or "")
@@ -228,16 +253,27 @@ class Actuator:
         if not task.cancelled():
             task.exception()  # looked at, so that the loop does not complain
 
-    async def _roll_back(self, piece: _Piece, nodes: tuple[str, ...]) -> None:
-        """Nothing of it may be left to be paid for."""
-        part = replace(piece.order, nodes=nodes)
-        problem = await self._within(piece.group, piece.group.driver.roll_back(part))
+    async def _without_remains(self, piece: _Piece, reasons: _Reasons) -> _Reasons:
+        """`reasons`, when nothing is left of nodes whose creation has failed."""
+        found = {node: "" if self._is_up(node) else why for node, why in reasons.items()}
+        failed = tuple(node for node in found if found[node] and node not in piece.unseen)
+        unseen = tuple(node for node in found if found[node] and node in piece.unseen)
+        if failed:
+            part = replace(piece.order, nodes=failed)
+            problem = await self._within(piece.group, piece.group.driver.roll_back(part))
+            if problem:
+                self._say_remains(piece, failed, problem)
+            else:
+                key, nodes = piece.order.key, hostlist.written(failed)
+                self._log("warning", "capacity.rolled_back", (("key", key), ("nodes", nodes)))
+        if unseen:
+            self._say_remains(piece, unseen, found[unseen[0]])
+        return found
+
+    def _say_remains(self, piece: _Piece, nodes: Sequence[str], reason: str) -> None:
         key, names = piece.order.key, hostlist.written(nodes)
-        if problem:
-            fields = (("key", key), ("nodes", names), ("reason", problem))
-            self._log("error", "capacity.not_rolled_back", fields)
-        else:
-            self._log("warning", "capacity.rolled_back", (("key", key), ("nodes", names)))
+        fields = (("key", key), ("nodes", names), ("reason", reason))
+        self._log("error", "capacity.not_rolled_back", fields)
 
     async def _finish(self, piece: _Piece, reasons: Mapping[str, str]) -> None:
         order = piece.order

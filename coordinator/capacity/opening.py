@@ -4,6 +4,7 @@ Problem: one driver brings an HTTP client, and most coordinators have no use for
 one place that knows all drivers, and it imports that one where a fleet uses it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -22,12 +23,15 @@ from coordinator.ports import Clock
 JOURNAL_NAME: Final = "capacity.jsonl"
 
 
-def open_actuator(config: Config, report: Report, *, clock: Clock, log: Log) -> Actuator:
+def open_actuator(
+    config: Config, report: Report, *, is_up: Callable[[str], bool], clock: Clock, log: Log
+) -> Actuator:
     """Within the event loop in which orders are given. Whoever opens it closes it. Raises `OSError`
     where the state directory cannot be written."""
     journal = Journal(Path(config.state_directory) / JOURNAL_NAME)
     journal.open()
-    return Actuator(open_groups(config, clock), journal, clock, report, log)
+    groups = open_groups(config, clock)
+    return Actuator(groups, journal, clock, report, is_up=is_up, log=log)
 
 
 def open_groups(config: Config, clock: Clock) -> dict[str, Group]:

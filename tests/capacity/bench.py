@@ -67,10 +67,11 @@ class VirtualClock:
 
 
 class Bench:
-    """An actuator over `driver`, with its journal at `path`."""
+    """An actuator over `driver`, with its journal at `path`. `up`: nodes that have said hello."""
 
     def __init__(self, driver: Driver, nodes: Sequence[str], path: Path, clock: VirtualClock):
         self.clock = clock
+        self.up: list[str] = []
         self.outcomes: list[CapacityOutcome] = []
         self.events: list[tuple[str, dict[str, object]]] = []
         self._reported = asyncio.Event()
@@ -78,7 +79,12 @@ class Bench:
         journal.open()
         group = Group(GROUP, driver, DEADLINE_MS)
         self.actuator = Actuator(
-            dict.fromkeys(nodes, group), journal, clock, self._report, self._log
+            dict.fromkeys(nodes, group),
+            journal,
+            clock,
+            self._report,
+            is_up=lambda node: node in self.up,
+            log=self._log,
         )
 
     def give(self, key: str, verb: Verb, *nodes: str) -> None:

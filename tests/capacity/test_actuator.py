@@ -69,15 +69,50 @@ async def test_after_a_restart_what_was_not_done_is_done(rig: Rig) -> None:
     assert rig.driver.deeds == [("n01", Verb.SUSPEND)]
 
 
+async def test_after_a_restart_one_that_hangs_again_has_failed(rig: Rig) -> None:
+    await hang(rig, Verb.SUSPEND, Wrong.HANG)
+    rig.driver.states["n01"] = State.ON
+    rig.driver.faults = [Fault("n01", Verb.SUSPEND, Wrong.HANG)]
+    bench = rig.restarted()
+    bench.give("k1", Verb.SUSPEND, "n01")
+    await bench.clock.until(partial(bench.clock.are_sleeping, 1))
+    bench.clock.pass_deadlines()
+    (outcome,) = await bench.reported(1)
+    assert not outcome.done
+    assert rig.driver.states["n01"] is State.ON
+
+
 async def test_after_a_restart_nothing_is_created_twice(rig: Rig) -> None:
     await hang(rig, Verb.CREATE, Wrong.HANG)
     bench = rig.restarted()
     (outcome,) = await bench.ordered("k1", Verb.CREATE, "n01")
-    assert outcome == CapacityOutcome(
-        "k1", "n01", False, "it was begun before a restart, and is not there"
-    )
+    assert not outcome.done
+    assert outcome.reason == "its creation was begun before a restart, and it is not there"
     assert rig.driver.deeds == [("n01", Verb.DELETE)]
     assert bench.logged("capacity.rolled_back") == [{"key": "k1", "nodes": "n01"}]
+
+
+async def test_after_a_restart_a_node_that_nobody_sees_is_not_deleted(rig: Rig) -> None:
+    """It may be at work, and its agent on its way back to us."""
+    await hang(rig, Verb.CREATE, Wrong.LATE)
+    rig.driver.states["n01"] = State.UNKNOWN
+    bench = rig.restarted()
+    (outcome,) = await bench.ordered("k1", Verb.CREATE, "n01")
+    assert not outcome.done
+    assert outcome.reason.endswith("nobody can say whether it is there")
+    assert rig.driver.deeds == [("n01", Verb.CREATE)]
+    (fields,) = bench.logged("capacity.not_rolled_back")
+    assert fields["reason"] == outcome.reason
+
+
+async def test_a_node_that_is_up_is_there_whatever_its_driver_says(rig: Rig) -> None:
+    rig.driver.faults = [Fault("n01", Verb.CREATE, Wrong.LATE)]
+    rig.bench.up = ["n01"]
+    rig.bench.give("k1", Verb.CREATE, "n01")
+    await rig.bench.clock.until(partial(rig.bench.clock.are_sleeping, 1))
+    rig.bench.clock.pass_deadlines()
+    assert await rig.bench.reported(1) == [CapacityOutcome("k1", "n01", True)]
+    assert rig.driver.deeds == [("n01", Verb.CREATE)]
 
 
 async def test_of_a_creation_that_failed_nothing_is_left(rig: Rig) -> None:
@@ -120,6 +155,17 @@ async def test_orders_for_one_node_keep_their_order(rig: Rig) -> None:
     outcomes = await rig.bench.reported(3)
     assert [outcome.key for outcome in outcomes] == ["k1", "k2", "k3"]
     assert [verb for _, verb in rig.driver.deeds] == [Verb.RESUME, Verb.SUSPEND, Verb.RESUME]
+
+
+async def test_an_order_waits_for_the_one_before_it_at_its_node(rig: Rig) -> None:
+    rig.driver.faults = [Fault("n01", Verb.RESUME, Wrong.HANG)]
+    rig.bench.give("k1", Verb.RESUME, "n01")
+    rig.bench.give("k2", Verb.SUSPEND, "n01")
+    (outcome,) = await rig.bench.ordered("k3", Verb.SUSPEND, "n02")
+    assert (outcome.key, outcome.done) == ("k3", True)
+    rig.bench.clock.pass_deadlines()
+    outcomes = await rig.bench.reported(3)
+    assert [(outcome.key, outcome.done) for outcome in outcomes] == [("k1", False), ("k2", True)]
 
 
 async def test_one_that_hangs_does_not_hold_up_the_others(rig: Rig) -> None:
@@ -191,6 +237,16 @@ async def test_a_drivers_bug_is_a_failure_with_a_reason(tmp_path: Path) -> None:
         "the driver of 'rack' broke: KeyError('boot')"
     }
     assert len(bench.logged("capacity.not_rolled_back")) == 1
+
+
+async def test_one_that_gives_up_is_a_failure_with_a_reason(tmp_path: Path) -> None:
+    class Weary(Simulated):
+        async def apply(self, order: CapacityOrder) -> None:
+            raise asyncio.CancelledError
+
+    bench = Bench(Weary(), NODES, tmp_path / "capacity.jsonl", VirtualClock())
+    (outcome,) = await bench.ordered("k1", Verb.RESUME, "n01")
+    assert outcome.reason == "the driver of 'rack' broke: it has given up"
 
 
 async def test_one_that_does_not_heed_its_cancellation_is_left_behind(tmp_path: Path) -> None:

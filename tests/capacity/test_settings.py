@@ -1,10 +1,12 @@
 """The tables of the configuration: what is wrong is said in sentences, and no secret is shown."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from coordinator.capacity.opening import open_groups
+from coordinator.capacity_settings import NEEDED
 from coordinator.config import Config, ConfigError, load, print_config
 from tests.capacity.bench import VirtualClock
 
@@ -125,3 +127,14 @@ def test_credentials_may_be_systemds() -> None:
     assert config.capacity["r"].credentials_file == "/run/c/bmc"
     (said,) = refusals(table)
     assert "'credentials_file' must be an absolute path" in said
+
+
+def test_the_examples_of_the_page_are_right(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/capacity.md").read_text("utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "coordinator.toml"
+    path.write_text(example)
+    config = load(["--config", str(path)], {}).config
+    drivers = {group.driver for group in config.capacity.values()}
+    assert drivers == set(NEEDED) - {"simulated"}
+    assert open_groups(config, VirtualClock())["h016"].name == "rack2"
