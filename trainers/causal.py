@@ -48,6 +48,7 @@ class CausalTextTask:
 
     metric = "bits_per_byte"
     higher_is_better = False
+    whole_modules: Sequence[str] = ()
 
     def __init__(
         self,

@@ -100,9 +100,10 @@ class ClassifyTask:
         self.held_out = held_out
         self.identity = identity
         self.sample_count = len(train[1])
-        self._classifier = model
+        # Features are made of whichever samples a rank lacks, when it lacks them.
+        self.whole_modules: Sequence[str] = ("backbone",) if model.frozen else ()
         self._tables = [
-            FeatureTable(model.backbone, part[0], model.features) if kept else None
+            FeatureTable(self._backbone, part[0], self._features) if kept else None
             for part, kept in zip((train, held_out), keep_features, strict=True)
         ]
 
@@ -124,13 +125,19 @@ class ClassifyTask:
         return torch.nn.functional.cross_entropy(logits.float(), labels)
 
     def evaluate(self, device: torch.device, world: World = ALONE) -> dict[str, float]:
-        """Accuracy (0 to 1) and mean loss over all held-out samples. Of one rank."""
-        right, nats, count = 0, 0.0, len(self.held_out[1])
-        for chosen in torch.arange(count).split(self.evaluation_batch):
+        """Accuracy (0 to 1) and mean loss over all held-out samples, dealt to the ranks batch by
+        batch. One that has none left takes part with a batch that does not count."""
+        right, nats, count = 0.0, 0.0, len(self.held_out[1])
+        batches = torch.arange(count).split(self.evaluation_batch)
+        for first in range(0, len(batches), world.size):
+            own = first + world.rank
+            chosen = batches[min(own, len(batches) - 1)]
             labels = self.held_out[1][chosen].to(device)
             logits = self._held_out_logits(chosen, device).float()
-            right += int((logits.argmax(dim=1) == labels).sum())
-            nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            if own < len(batches):
+                right += int((logits.argmax(dim=1) == labels).sum())
+                nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        right, nats = world.sums([right, nats])
         return {"accuracy": right / count, "evaluation_loss": nats / count}
 
     def deliver(self) -> None:
@@ -139,10 +146,19 @@ class ClassifyTask:
     def _held_out_logits(self, chosen: torch.Tensor, device: torch.device) -> torch.Tensor:
         table = self._tables[1]
         if table is not None:
-            return self._classifier.classify(table.take(chosen.tolist(), device))
-        logits = self.model(**{k: v[chosen].to(device) for k, v in self.held_out[0].items()})
+            logits = self.model(table.take(chosen.tolist(), device))
+        else:
+            logits = self.model(**{k: v[chosen].to(device) for k, v in self.held_out[0].items()})
         assert isinstance(logits, torch.Tensor)
         return logits
+
+    def _backbone(self) -> torch.nn.Module:
+        """Of the present model: ranks that ran out of memory go on with another one."""
+        return self.model.get_submodule("backbone")
+
+    def _features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert isinstance(self.model, Classifier)
+        return self.model.features(inputs)
 
 
 def build(options: "TransferOptions", base: Path) -> ClassifyTask:

@@ -129,10 +129,6 @@ class LoopOptions:
             )
         return found
 
-    def problems_of_ranks(self, world_size: int) -> list[str]:
-        """What is wrong when so many ranks train together."""
-        return []
-
 
 Options = TypeVar("Options", bound=LoopOptions)
 

@@ -30,7 +30,7 @@ class FeatureTable:
 
     def __init__(
         self,
-        backbone: torch.nn.Module,
+        backbone: Callable[[], torch.nn.Module],
         inputs: Inputs,
         compute: Callable[[Inputs], torch.Tensor],
     ) -> None:
@@ -43,7 +43,7 @@ class FeatureTable:
 
     def take(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
         """Features [samples, width], on the device. Called within the training's autocast."""
-        seen = _writes(self.backbone)
+        seen = _writes(self.backbone())
         if self._table is None or seen != self._seen:
             self._table, self._seen = None, seen
             count = len(next(iter(self.inputs.values())))

@@ -20,7 +20,7 @@ class Retry:
 
     def __init__(self, task: Task, guard: Guard, tell: Callable[..., None]) -> None:
         self.guard = guard
-        self.spread = Spread(task.model, guard)
+        self.spread = Spread(task.model, guard, task.whole_modules)
         self._task = task
         self._tell = tell
         self._undo = microbatch.Undo(task.model)

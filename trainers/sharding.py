@@ -11,6 +11,9 @@ transformer is written, and what lies beside them (embeddings, the last norm) is
 ``fully_shard`` takes each rank's rows from the model that the rank has itself, and asks nobody
 whether it is the same one. So it is looked at before, by a few numbers of each tensor.
 
+A module that is frozen and asked out of turn (a backbone, for features that each rank makes of its
+own samples) is in one piece on every rank: its collectives would meet nobody.
+
 What is made in the end (a folder for transformers) needs the model in one piece and its class as it
 was. So each rank keeps a skeleton, a copy without memory, and rank 0 fills it tensor by tensor: the
 ranks never hold more than one whole tensor, and rank 0 holds the rest where it is wanted, in the
@@ -29,33 +32,46 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainers.guard import Guard
+from trainers.ranks import RankError
 
 
 class Spread:
     """A model on its way: whole on every rank, then spread over them, then whole on rank 0. In a
     world of one it stays as it is."""
 
-    def __init__(self, model: torch.nn.Module, guard: Guard) -> None:
+    def __init__(
+        self, model: torch.nn.Module, guard: Guard, whole_modules: Sequence[str] = ()
+    ) -> None:
         self.model = model
         self.world = guard.world
         self._guard = guard
+        self._whole_modules = whole_modules
         self._device = torch.device("cpu")
         self._mesh: Any = None
         self._bare: torch.nn.Module
 
     def open(self, device: torch.device) -> None:
         """Put the model onto the device, of several ranks each its rows of it. Raises RankError
-        when the ranks have different models. A collective."""
+        when the ranks have different models, or would have. A collective."""
         if self.world.alone:
             self.model.to(device)
             return
+        strayed = own_statistics(self.model, self._whole_modules)
+        if strayed:
+            raise RankError(
+                f"'{strayed}' keeps statistics of the samples that it sees, and each rank sees"
+                " others: train on one GPU, or with a model without batch normalisation"
+            )
         from torch.distributed.device_mesh import init_device_mesh
 
         self.world.check_same("the model", summary(self.model))
         self._bare = skeleton(self.model)
         self._device = device
+        for name in self._whole_modules:
+            self.model.get_submodule(name).to(device)
         self._mesh = init_device_mesh(device.type, (self.world.size,))
         self._shard(self.model)
 
@@ -93,9 +109,12 @@ class Spread:
     def _shard(self, model: torch.nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
+        kept = [model.get_submodule(name) for name in self._whole_modules]
+        whole = {parameter for module in kept for parameter in module.parameters()}
         for layer in layers(model):
-            fully_shard(layer, mesh=self._mesh)
-        fully_shard(model, mesh=self._mesh)
+            if whole.isdisjoint(layer.parameters()):
+                fully_shard(layer, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh, ignored_params=whole)
         for unit in units(model):
             unit.set_custom_all_gather(GuardedAllGather(self._guard))
             unit.set_custom_reduce_scatter(GuardedReduceScatter(self._guard))
@@ -184,6 +203,17 @@ def layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from child
         else:
             yield from layers(child)
+
+
+def own_statistics(model: torch.nn.Module, whole_modules: Sequence[str]) -> str:
+    """The name of a module that writes down what it sees of samples while it trains; empty for
+    none."""
+    inside = tuple(f"{name}." for name in whole_modules)
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            if not name.startswith(inside):
+                return str(name)
+    return ""
 
 
 def summary(model: torch.nn.Module) -> str:

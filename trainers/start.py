@@ -71,8 +71,7 @@ def _train(
     session: baton_sdk.Session,
     environment: Mapping[str, str],
 ) -> int:
-    size = max(1, int(environment.get("WORLD_SIZE") or 1))
-    problems = [*options.problems_of_ranks(size), *launcher.problems(environment)]
+    problems = launcher.problems(environment)
     if problems:
         raise configuration.ConfigurationError("; ".join(problems))
     # The imports make some hundred thousand objects that stay; looking through them for garbage,

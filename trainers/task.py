@@ -25,6 +25,10 @@ class Task(Protocol):
     identity: str
     """Describes data and model; a checkpoint of another identity is refused."""
 
+    whole_modules: Sequence[str]
+    """Names of modules of the model that several ranks each have in one piece: nothing in them is
+    trained or written to, and they compute without the others."""
+
     delivers: bool
     """Whether ``deliver`` writes anything: for a model that is spread over ranks it costs the
     gathering."""

@@ -4,6 +4,9 @@ A pre-trained backbone (any folder or hub id that transformers opens as a model 
 frozen, and a new head, trained on a user's labelled data. The same configuration with
 ``"backbone": "random"``, or with ``"freeze": false`` as well, gives the two baselines that prove
 that something was transferred: an untrained frozen backbone, and training from scratch.
+
+Of several ranks each has a frozen backbone whole, and makes the features of the samples that fall
+to it; the head, or all layers where they are trained, is spread over them as ``finetune``'s model.
 """
 
 import sys
@@ -78,15 +81,6 @@ class TransferOptions(LoopOptions):
             if not getattr(self, name) > 0:
                 found.append(f"'{name}' must be above 0, not {getattr(self, name)}")
         return found
-
-    def problems_of_ranks(self, world_size: int) -> list[str]:
-        """What is wrong when so many ranks train together."""
-        if world_size > 1:
-            return [
-                f"transfer trains on one GPU, and this job has {world_size} ranks: a head is small,"
-                " and what its backbone makes of the samples is kept on one device"
-            ]
-        return []
 
 
 def import_builder() -> "Callable[[TransferOptions, Path], Task]":

@@ -31,6 +31,7 @@ from tests.trainers import tasks
 from tests.trainers.test_capture import PLENTY, DeskSession, files_of
 from trainers import adapters, loop, models, ranks, sharding, start
 from trainers.causal import CausalTextTask
+from trainers.classify import Classifier, ClassifyTask, make_head
 from trainers.configuration import LoopOptions
 from trainers.lora import LoraOptions
 
@@ -85,7 +86,8 @@ class Faulty(tasks.Around):
         if self.rank == self.options.overflow_rank and self.calls == self.options.overflow_step:
             self._overflow()
         full = not self.options.full_evaluation and self.calls >= self.options.full_from
-        with self._memory(len(batch), full=full):
+        samples = len(batch["labels"] if isinstance(batch, dict) else batch)
+        with self._memory(samples, full=full):
             return super().loss(batch)
 
     def evaluate(self, device: torch.device, world: ranks.World = ranks.ALONE) -> dict[str, float]:
@@ -123,8 +125,30 @@ class Faulty(tasks.Around):
             handle.remove()
 
 
+def build_transfer(options: GangOptions) -> loop.Task:
+    """`transfer`, whose features are kept; `whole`, of which all layers are trained; `frozen`, of
+    which they are made anew; `statistics`, with batch normalisation in the head."""
+    pixels, labels = torch.rand(53, 1, 4, 4), torch.arange(53) % 3
+    layers: list[torch.nn.Module] = [torch.nn.Dropout(options.dropout), make_head(8, 6, 3)]
+    if options.task == "statistics":
+        layers.insert(0, torch.nn.BatchNorm1d(8))
+    frozen = options.task != "whole"
+    kept = options.task == "transfer"
+    task: loop.Task = ClassifyTask(
+        Classifier(tasks.tiny_vit(), torch.nn.Sequential(*layers), frozen=frozen),
+        ({"pixel_values": pixels[:40]}, labels[:40]),
+        ({"pixel_values": pixels[40:]}, labels[40:]),
+        identity=f"tiny {options.task}",
+        keep_features=(kept, kept),
+    )
+    task.evaluation_batch = 4
+    return Faulty(tasks.Noisy(task) if options.noisy else task, options)
+
+
 def build(options: GangOptions, folder: Path) -> loop.Task:
     """The task; one step is one pass in the configurations that count passes."""
+    if options.task not in ("finetune", "lora"):
+        return build_transfer(options)
     tokens = torch.randint(0, 256, (30, 16), dtype=torch.uint8)
     if int(os.environ["RANK"]) == options.other_rank:
         loop.seed_everything(options.seed + 1)

@@ -43,6 +43,7 @@ class Around:
         self.higher_is_better = inner.higher_is_better
         self.evaluation_batch = inner.evaluation_batch
         self.identity = inner.identity
+        self.whole_modules = inner.whole_modules
         self.delivers = inner.delivers
 
     @property

@@ -238,7 +238,8 @@ def test_features_do_not_depend_on_when_and_with_whom_they_are_wanted() -> None:
     model = task.model.eval()
     assert isinstance(model, classify.Classifier)
     tables = [
-        features.FeatureTable(model.backbone, task.train[0], model.features) for _ in range(2)
+        features.FeatureTable(lambda: model.backbone, task.train[0], model.features)
+        for _ in range(2)
     ]
     tables[0].take(range(40), CPU)
     wanted = [39, 3, 3, 17]
