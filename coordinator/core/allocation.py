@@ -307,9 +307,9 @@ def _worth(
     return found
 
 
-def run_s_min(contender: Contender, aims: Aims) -> float:
+def run_s_min(restart_s: float, aims: Aims) -> float:
     """For how long a job runs, once it does, before its class may displace it."""
-    return max(aims.run_s_min, RUN_PER_RESTART_MIN * contender.restart_s)
+    return max(aims.run_s_min, RUN_PER_RESTART_MIN * restart_s)
 
 
 def latest_start_ms(contender: Contender) -> float:
@@ -352,7 +352,7 @@ def _keep_young(state: _Class, now_ms: int, aims: Aims) -> None:
         (-max(state.worth[index], default=0.0), index)
         for index, contender in enumerate(state.contenders)
         if contender.at in contender.options
-        and now_ms - contender.since_ms < run_s_min(contender, aims) * MS_PER_S
+        and now_ms - contender.since_ms < run_s_min(contender.restart_s, aims) * MS_PER_S
     ]
     for _, index in sorted(young):
         contender = state.contenders[index]

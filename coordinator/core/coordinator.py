@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     checkpoints,
     decisions,
+    defragment,
     fit,
     gangs,
     health,
@@ -108,6 +109,7 @@ class Coordinator:
             projects.tick(state, now)
             arrivals.tick(state, now)
             decisions.tick(state, now)
+            defragment.tick(state, now)
             reservations.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)

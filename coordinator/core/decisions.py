@@ -189,12 +189,14 @@ def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> l
     """By class, in each those first that have a promise, and then those within their quotas."""
     standing = state.standing
 
-    def tier(job: Job) -> tuple[int, bool, bool]:
-        promised = job.id in standing.promises
-        return CLASS_RANK[job.spec.job_class], not promised, not promised and job.id in lent
+    def tier(job: Job) -> tuple[int, int, bool]:
+        promise = standing.promises.get(job.id)
+        # Who can go to some nodes alone chooses before who may go to any of a type.
+        after = 2 if promise is None else int(not promise.nodes)
+        return CLASS_RANK[job.spec.job_class], after, promise is None and job.id in lent
 
     ordered = sorted(waiting, key=lambda job: (*tier(job), job.id))
-    places: dict[tuple[int, bool, bool], list[int]] = {}
+    places: dict[tuple[int, int, bool], list[int]] = {}
     for place, job in enumerate(ordered):
         if job.id in standing.turn and job.id not in standing.promises:
             places.setdefault(tier(job), []).append(place)

@@ -91,7 +91,7 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
 def _when(now: Instant, at_ms: int) -> str:
     """For a sentence: the time of day for what is less than a day away."""
     away_ms = at_ms - now.now_ms
-    away = f"in {seconds(away_ms / 1000)}"
+    away = f"in {foresight.seconds(away_ms / 1000)}"
     return f"at {foresight.clock(_unix_ms(now, at_ms))} ({away})" if away_ms < DAY_MS else away
 
 
@@ -113,7 +113,7 @@ def _reason(state: State, now: Instant, job: Job) -> str:
     if job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING) and job.spec.ranks > 1:
         return _explain_gang(state, now, job) + tail + _lent(state, now, job)
     if job.phase is JobPhase.ACTIVE and attempt is not None:
-        age = seconds((now.unix_ms - attempt.assigned_unix_ms) / 1000)
+        age = foresight.seconds((now.unix_ms - attempt.assigned_unix_ms) / 1000)
         if attempt.phase is AttemptPhase.STOPPING:
             return f"job {job.id} is saving and leaving {attempt.node}: {attempt.stop_reason}"
         after = standby.describe(state, job, attempt.node, attempt.replica_node)
@@ -147,15 +147,6 @@ def _explain_gang(state: State, now: Instant, job: Job) -> str:
         on = f"rank {away.rank} on {away.node} is out of reach"
         return f"job {job.id} runs with {what}, on {nodes}, and ends if {on} for longer"
     running = sum(1 for rank in gang if rank.phase is AttemptPhase.RUNNING)
-    age = seconds((now.unix_ms - gang[0].assigned_unix_ms) / 1000)
+    age = foresight.seconds((now.unix_ms - gang[0].assigned_unix_ms) / 1000)
     reason = state.wait_reason(job)
     return f"job {job.id} {reason}; try {job.epoch}, {running} of {len(gang)} running, for {age}"
-
-
-def seconds(duration_s: float) -> str:
-    """A duration for people: "42 s", "3 min", "5.2 h"."""
-    if duration_s < 120:
-        return f"{max(0, duration_s):.0f} s"
-    if duration_s < 7_200:
-        return f"{duration_s / 60:.0f} min"
-    return f"{duration_s / 3600:.1f} h"

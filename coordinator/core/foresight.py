@@ -113,6 +113,15 @@ def clock(unix_ms: int) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02} UTC"
 
 
+def seconds(duration_s: float) -> str:
+    """A duration for people: "42 s", "3 min", "5.2 h"."""
+    if duration_s < 120:
+        return f"{max(0, duration_s):.0f} s"
+    if duration_s < 7_200:
+        return f"{duration_s / 60:.0f} min"
+    return f"{duration_s / 3600:.1f} h"
+
+
 # --- of the state ---------------------------------------------------------------------------------
 
 

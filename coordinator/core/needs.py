@@ -45,6 +45,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         shunned=coruns.shunned(state, job),
         types=decisions.order_of(state, now, job),
         only="" if promise is None else promise.gpu_type,
+        on=() if promise is None else promise.nodes,
         leaving=job.phase is not JobPhase.QUEUED,
         lasts_ms=_lasts_ms(state, job),
     )

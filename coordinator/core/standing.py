@@ -64,11 +64,14 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """A type of GPU that is kept for a job, since others or itself have been stopped for that."""
+    """A type of GPU that is kept for a job, since others or itself have been stopped for that; with
+    `nodes` it is there. `note` is what a job that waits for it is told."""
 
     gpu_type: str
     until_ms: int
     since_ms: int
+    nodes: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclass(slots=True)
