@@ -87,7 +87,15 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         keep_checkpoints=spec.keep_checkpoints if said else model.KEEP_CHECKPOINTS_DEFAULT,
         ranks=spec.ranks or 1,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        deadline_unix_ms=_deadline(spec),
     )
+
+
+def _deadline(spec: types.JobSpec) -> int:
+    try:
+        return wire_time.decode_time(spec.deadline) if spec.HasField("deadline") else 0
+    except ValueError as error:
+        raise WireError(f"deadline: {error}") from error
 
 
 def encode_spec(spec: model.JobSpec) -> types.JobSpec:
@@ -115,6 +123,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         # An agent of before gangs is sent what it always was.
         ranks=spec.ranks if spec.ranks > 1 else 0,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
+        deadline=_timestamp(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
     )
 
 

@@ -402,6 +402,8 @@ def _request(job: "Job") -> str:
         wishes.append(f"at least {units.format_size(spec.gpu_memory_bytes_min)} each")
     if spec.memory_bytes:
         wishes.append(f"{units.format_size(spec.memory_bytes)} of host memory")
+    if spec.deadline is not None:
+        wishes.append(f"ended by {spec.deadline.isoformat(sep=' ', timespec='minutes')}")
     return ", ".join(wishes)
 
 

@@ -41,6 +41,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_checkpoints: int | None = None
     ranks: int = 1
     shared_gpu_memory_bytes: int = 0
+    deadline: datetime | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

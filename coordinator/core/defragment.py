@@ -9,8 +9,9 @@ How, with each decision over all jobs (`decisions.py`), in the order of the queu
 1. Only a job of several GPUs is looked at, for which nobody leaves already, and only where enough
    GPUs of one type are free for it, over nodes that have not enough each.
 2. Who moves is of its class or a lower one, is smaller than it, runs as one rank on that type, has
-   a checkpoint to go on from, and has run for its minimum (`allocation.run_s_min`). He goes to
-   another node where GPUs of the same type are free that nobody was promised.
+   a checkpoint to go on from, has run for its minimum (`allocation.run_s_min`), and has time to do
+   so before a deadline. He goes to another node where GPUs of the same type are free that nobody
+   was promised.
 3. For each of its ranks that lacks room it is done where the stakes of those who move are least
    (`costs.py`), of those nodes first of which most is free.
 4. It is done where the job would else wait, times its GPUs, for longer than all the restarts cost.
@@ -27,6 +28,7 @@ from coordinator.core import (
     attempts,
     contenders,
     costs,
+    deadlines,
     foresight,
     gangs,
     moves,
@@ -276,6 +278,7 @@ class _Round:
         ran_s = max(0, now.unix_ms - attempt.assigned_unix_ms) / 1000
         return (
             job.id not in state.standing.promises
+            and not deadlines.is_close(state, now, job)
             and grace_ms <= moves.PROMISE_MS_MAX - moves.SLACK_MS
             and contenders.place_of(state, job, self.fleet) == gpu_type
             and ran_s >= run_s_min(costs.restart_s(state, now, job), state.options.aims)

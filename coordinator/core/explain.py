@@ -10,6 +10,7 @@ runs when he is expected to end and whom he gives way to.
 from coordinator.core import (
     advice,
     coruns,
+    deadlines,
     foresight,
     poison,
     projects,
@@ -26,12 +27,12 @@ from coordinator.core.state import Instant, State, cut
 
 # Jobs that an explanation looks at: a round over more takes longer than a question may.
 WAITING_MAX = 1_000
-DAY_MS = 86_400_000
 
 
 def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
+    sentence += deadlines.describe(state, now, job)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
     attempt = state.current(job)
@@ -46,7 +47,7 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
         sentence += f"; gives way to {' and '.join(higher)} jobs"
     if end_ms is None:
         return Explanation(cut(sentence))
-    sentence += f"; expected to end {_when(now, end_ms)}"
+    sentence += f"; expected to end {foresight.moment(now, end_ms)}"
     return Explanation(cut(sentence), expected_end_unix_ms=_unix_ms(now, end_ms))
 
 
@@ -78,7 +79,9 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
         nodes = tuple(dict.fromkeys(place.node for place in found.places))
         start = ExpectedStart(_unix_ms(now, found.at_ms), nodes, where, leaver)
         leaves = "gives back what is lent to it" if found.whole in back_ms else "leaves"
-        sentence += f"; fits {where} {_when(now, found.at_ms)}, when job {leaver} {leaves}"
+        sentence += (
+            f"; fits {where} {foresight.moment(now, found.at_ms)}, when job {leaver} {leaves}"
+        )
         leaving = state.current(state.jobs[leaver])
         if leaving is not None and leaving.phase is AttemptPhase.STOPPING:
             sentence += " at the latest"
@@ -86,13 +89,6 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     if not coming and suggestions:
         sentence += f"; {', or '.join(suggestion.words for suggestion in suggestions)}"
     return Explanation(cut(sentence), start, None, suggestions)
-
-
-def _when(now: Instant, at_ms: int) -> str:
-    """For a sentence: the time of day for what is less than a day away."""
-    away_ms = at_ms - now.now_ms
-    away = f"in {foresight.seconds(away_ms / 1000)}"
-    return f"at {foresight.clock(_unix_ms(now, at_ms))} ({away})" if away_ms < DAY_MS else away
 
 
 def _unix_ms(now: Instant, at_ms: int) -> int:

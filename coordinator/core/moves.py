@@ -11,7 +11,8 @@ decision says only steps are taken, and each by itself has to be worth it:
 2. Who moves for his own sake goes where it is faster for certain: also at the low end of its
    estimate.
 3. It goes where there is room now, or where those leave whom the decision has there no more; it is
-   worth more there than they all are where they are, less what they are worth where they go.
+   worth more there than they all are where they are, less what they are worth where they go. Who
+   has to start now to keep a deadline is worth that in any case (`deadlines.py`).
 4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are.
 5. What somebody was stopped for is promised to him, for as long as those who leave may take to
    save, and not longer: then he is one of many again. Rooms are taken as they are promised, so that
@@ -24,7 +25,7 @@ The stop is that of a preemption, with a pre-copy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.core import attempts, checkpoints, costs, gangs, reserved
+from coordinator.core import attempts, checkpoints, costs, deadlines, gangs, reserved
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
@@ -115,12 +116,19 @@ class _Plan:
         self.state = state
         self.now = now
         self.ahead = allocation.ahead
+        self.late = deadlines.late(state)
         self.entrants = {entrant.job.id: entrant for entrant in field.entrants}
         self.grants = {job_id: grant.option for job_id, grant in allocation.grants.items()}
         self.may_go = {e.job.id: e for e in field.entrants if self._may_go(e)}
         wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
         self.wishes = sorted(
-            wishes, key=lambda w: (w.entrant.contender.rank, -w.gain, w.entrant.job.id)
+            wishes,
+            key=lambda w: (
+                w.entrant.contender.rank,
+                w.entrant.job.id not in self.late,
+                -w.gain,
+                w.entrant.job.id,
+            ),
         )
         self.rooms: Sequence[Room] = ()
         self.stake_of: StakeOf = nothing_known
@@ -239,6 +247,8 @@ class _Plan:
         whom it is not known how much is left."""
         if not wish.entrant.known:
             return False
+        if wish.entrant.job.id in self.late:
+            return not any(victim in self.late for victim in victims)
         loss = 0.0
         for victim in victims:
             entrant = self.may_go[victim]
@@ -274,6 +284,8 @@ class _Plan:
         job = wish.entrant.job
         if victim.contender.rank > wish.entrant.contender.rank:
             return f"gives way to {job.spec.job_class.value} job {job.id}"
+        if job.id in self.late:
+            return f"gives way to job {job.id}, {deadlines.must_start(self.now, job)}"
         theirs = self._value(wish.entrant, option) / option.gpus
         own = self._value(victim, at) / at.gpus
         return (

@@ -125,7 +125,7 @@ class Watched(Fleet):
                     self.end(job.id)
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(FLEETS), st.lists(STEPS, min_size=6, max_size=24))
 def test_whatever_comes_nothing_is_promised_twice_and_all_end(
     nodes: tuple[Sequence[str], int], steps: list[JobSpec | int | str]
