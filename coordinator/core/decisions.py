@@ -24,7 +24,7 @@ the order of submission, class by class.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.core import contenders, deadlines, moves, projects
+from coordinator.core import claims, contenders, deadlines, moves, projects
 from coordinator.core.allocation import Allocation, allocate, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
@@ -168,6 +168,7 @@ def _note(entrant: Entrant, worth: Sequence[float], prices: Mapping[str, float])
 def forget(state: State, now: Instant) -> None:
     """Promises that were kept, or cannot be any more, and moves of more than an hour ago."""
     standing = state.standing
+    claims.forget(state, now)
     for job_id, promise in list(standing.promises.items()):
         job = state.jobs.get(job_id)
         waits = job is not None and (job.phase is JobPhase.QUEUED or leaves(state, job))

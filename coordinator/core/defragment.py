@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.core import (
     attempts,
+    claims,
     contenders,
     costs,
     deadlines,
@@ -325,6 +326,7 @@ class _Round:
         nodes = tuple(dict.fromkeys(place.node for place in places))
         note = f"; makes room: {_told(found)}, since it {wait.words}"
         state.standing.promises[job.id] = Promise(gpu_type, until_ms, now.now_ms, nodes, note)
+        claims.note(state, now, job.id)
 
 
 def _told(found: Sequence[Move]) -> str:

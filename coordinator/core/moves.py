@@ -25,7 +25,7 @@ The stop is that of a preemption, with a pre-copy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.core import attempts, checkpoints, costs, deadlines, gangs, reserved
+from coordinator.core import attempts, checkpoints, claims, costs, deadlines, gangs, reserved
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
@@ -79,6 +79,7 @@ def _carry_out(state: State, now: Instant, plan: "_Plan") -> None:
     for job_id, (gpu_type, leaving) in plan.promised.items():
         until_ms = until_left_ms(state, now, leaving)
         state.standing.promises[job_id] = Promise(gpu_type, until_ms, now.now_ms)
+        claims.note(state, now, job_id)
 
 
 def send_away(state: State, now: Instant, job: Job, reason: str, node: str) -> None:
