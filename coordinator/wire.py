@@ -88,7 +88,15 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         ranks=spec.ranks or 1,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible_ms=_milliseconds(spec.flexible) if spec.HasField("flexible") else 0,
+        deadline_unix_ms=_deadline(spec),
     )
+
+
+def _deadline(spec: types.JobSpec) -> int:
+    try:
+        return wire_time.decode_time(spec.deadline) if spec.HasField("deadline") else 0
+    except ValueError as error:
+        raise WireError(f"deadline: {error}") from error
 
 
 def encode_spec(spec: model.JobSpec) -> types.JobSpec:
@@ -117,6 +125,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         ranks=spec.ranks if spec.ranks > 1 else 0,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
+        deadline=_timestamp(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
     )
 
 

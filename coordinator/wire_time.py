@@ -7,17 +7,27 @@ is kept. So they are checked here, at the edge, and the core knows finite second
 
 from dataclasses import fields
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from coordinator.core import model
 from protos.baton.v1 import types_pb2 as types
 
 # What the contract allows: thirty years; no process lives longer.
 SECONDS_MAX = 10**9
+UNIX_S_MAX = 253_402_300_799  # the end of the year 9999, where google.protobuf.Timestamp ends
 
 _TIME_NAMES = {field.name: f"{field.name}econds" for field in fields(model.TrainerTime)}
 _ACCOUNT_NAMES = {
     field.name: f"{field.name}econds" if field.name.endswith("_s") else field.name
     for field in fields(model.Accounting)
 }
+
+
+def decode_time(timestamp: Timestamp) -> int:
+    """Milliseconds since 1970. Raises `ValueError` for what no calendar has."""
+    if not 0 <= timestamp.seconds <= UNIX_S_MAX or not 0 <= timestamp.nanos < 10**9:
+        raise ValueError(f"{timestamp.seconds} s after 1970 is no time that is written down")
+    return timestamp.ToMilliseconds()
 
 
 def encode_progress(progress: model.Progress) -> types.Progress:

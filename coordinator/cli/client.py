@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -31,6 +32,7 @@ import grpc
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
 from coordinator.cli.decoding import (
@@ -361,11 +363,18 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         ranks=0 if spec.ranks == 1 else spec.ranks,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
+        deadline=None if spec.deadline is None else _timestamp(spec.deadline),
     )
 
 
 def _constant(word: str | None) -> str:
     return "UNSPECIFIED" if word is None else word.upper()
+
+
+def _timestamp(time: datetime) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(time)
+    return timestamp
 
 
 def _duration(duration_ms: int) -> Duration:
@@ -399,6 +408,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         ranks=spec.ranks or 1,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible_ms=spec.flexible.ToMilliseconds(),
+        deadline=time_of(spec, "deadline"),
     )
 
 

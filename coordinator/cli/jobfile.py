@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from coordinator.cli import values
 from coordinator.cli.settings import BadInput
-from coordinator.cli.units import parse_duration, parse_size
+from coordinator.cli.units import parse_duration, parse_size, parse_time
 
 # A job file is written by hand; the coordinator takes a trainer configuration of at most 64 KiB in
 # it.
@@ -61,6 +62,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     slurm_env: bool | UnsetType = UNSET
     hold: bool | UnsetType = UNSET
     keep_checkpoints: Int32 | UnsetType = UNSET
+    deadline: str | UnsetType = UNSET
 
 
 def read(path: Path) -> JobFile:
@@ -149,6 +151,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         ranks=_or(job.ranks, 1),
         shared_gpu_memory_bytes=share_bytes,
         flexible_ms=0 if job.flexible is UNSET else _duration_ms("flexible", job.flexible),
+        deadline=None if job.deadline is UNSET else _deadline(job.deadline),
     )
 
 
@@ -169,6 +172,13 @@ def _duration_ms(key: str, value: str) -> int:
         return parse_duration(value)
     except ValueError as error:
         raise BadInput(f"{key}: {error}") from error
+
+
+def _deadline(value: str) -> datetime:
+    try:
+        return parse_time(value, datetime.now(UTC))
+    except ValueError as error:
+        raise BadInput(f"deadline: {error}") from error
 
 
 def _config_json(config: str | dict[str, Any], here: Path) -> str:

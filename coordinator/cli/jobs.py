@@ -404,6 +404,8 @@ def _request(job: "Job") -> str:
         wishes.append(f"{units.format_size(spec.memory_bytes)} of host memory")
     if spec.flexible_ms:
         wishes.append(f"may wait {units.format_duration(spec.flexible_ms)}")
+    if spec.deadline is not None:
+        wishes.append(f"ended by {spec.deadline.isoformat(sep=' ', timespec='minutes')}")
     return ", ".join(wishes)
 
 

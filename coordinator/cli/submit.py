@@ -11,6 +11,7 @@ shared file system gives; `--workdir ''` asks for a directory of the attempt's o
 """
 
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,19 @@ class _Duration(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
             units.parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class _Time(click.ParamType[str]):
+    """Likewise."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            units.parse_time(str(value), datetime.now(UTC))
         except ValueError as error:
             self.fail(str(error), param, ctx)
         return str(value)
@@ -120,7 +134,7 @@ A job file has the keys of the options, with underscores, and flags override it:
   env = { WANDB_MODE = "offline" }
 
 The others are project, trainer, config (a path or a table), workdir, ranks, memory, signal,
-share_gpu, flexible, max_restarts, run_again_exit_codes, replication, slurm_env, hold and
+share_gpu, flexible, deadline, max_restarts, run_again_exit_codes, replication, slurm_env, hold and
 keep_checkpoints.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
@@ -166,6 +180,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     type=_Size(),
     help="Share a GPU with others and take at most this much of its memory, in place of --gpus: "
     "8GiB.",
+)
+@click.option(
+    "--deadline",
+    type=_Time(),
+    help="When it should have ended: 6h from now, or 2026-11-30T09:00. From when it must run for "
+    "that, which is known of a training that says its steps, it goes first in its class.",
 )
 @click.option("--memory", type=_Size(), help="Host memory set aside for the job: 64GiB.")
 @click.option(

@@ -8,7 +8,7 @@ amount without a clear unit is refused with a sentence that shows both readings.
 """
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 # int64 on the wire.
@@ -70,6 +70,22 @@ def parse_duration(text: str) -> int:
     if duration_ms > DURATION_MS_MAX:
         raise ValueError(f"{text!r} is longer than {DURATION_MS_MAX // 1000} s")
     return duration_ms
+
+
+def parse_time(text: str, now: datetime) -> datetime:
+    """A time to come: so long after `now` ("6h"), or a date with a time ("2026-11-30T09:00"), which
+    is the local one where it names no offset. Raises `ValueError` with a sentence."""
+    duration_ms = None
+    if _DURATION.fullmatch(text.strip().lower()) is not None:
+        duration_ms = parse_duration(text)
+    try:
+        if duration_ms is not None:
+            return now + timedelta(milliseconds=duration_ms)
+        return datetime.fromisoformat(text.strip()).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{text!r} is no time; write it like 6h, 2026-11-30T09:00 or 2026-11-30T09:00Z"
+        ) from error
 
 
 def format_duration(duration_ms: int) -> str:

@@ -42,6 +42,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     shared_gpu_memory_bytes: int = 0
     flexible_ms: int = 0
+    deadline: datetime | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from coordinator.core import costs, projects, reservations, reserved
+from coordinator.core import claims, costs, projects, reservations, reserved
 from coordinator.core import needs as queue_of
 from coordinator.core.explanations import Suggestion
 from coordinator.core.foresight import where
@@ -76,7 +76,11 @@ def _left_by(
     if opened is not None:
         offers.append(offer_of(state, opened))
     rooms = rooms_of(offers, state.demand.last_mix)
-    able = [job for job in jobs if not queue_of.blocked(state, now, job)]
+    able = [
+        job
+        for job in jobs
+        if claims.waits_out(state, now, job) or not queue_of.blocked(state, now, job)
+    ]
     lent = projects.standing_of(state, now).lent
     needs = [queue_of.need_of(state, now, job, lent) for job in able]
     place_in(needs, rooms, reserved.keeps(state, now), costs.stakes(state, now))

@@ -22,7 +22,7 @@ Where it is not known how much is left, the more a job has had, the more it is t
 - A job that runs is worth more where it is (`stay_ratio`), and elsewhere less, by the part of its
   next stay that a restart would take. Within its class it cannot be displaced at all before it has
   run for `run_s_min`, or ten times what its restart takes.
-- A job whose latest start has come goes first in its class.
+- A job whose latest start has come goes first in its class until its deadline, the latest first.
 - What the solver returns is rounded, filled up, and a gang that was left out changes places with
   small jobs that are worth less; in the end no GPU is free that a waiting job could use. Without a
   solver the filling up is all there is (the greedy).
@@ -307,9 +307,9 @@ def _worth(
     return found
 
 
-def run_s_min(contender: Contender, aims: Aims) -> float:
+def run_s_min(restart_s: float, aims: Aims) -> float:
     """For how long a job runs, once it does, before its class may displace it."""
-    return max(aims.run_s_min, RUN_PER_RESTART_MIN * contender.restart_s)
+    return max(aims.run_s_min, RUN_PER_RESTART_MIN * restart_s)
 
 
 def latest_start_ms(contender: Contender) -> float:
@@ -334,11 +334,11 @@ def _tiers(
 
 
 def _keep_late(state: _Class, now_ms: int) -> None:
-    """Those over whom there is nothing to decide: who must start."""
+    """Those over whom there is nothing to decide: who must start, and may still be in time."""
     late = [
-        (latest_start_ms(contender), index)
+        (-latest_start_ms(contender), index)
         for index, contender in enumerate(state.contenders)
-        if latest_start_ms(contender) <= now_ms
+        if latest_start_ms(contender) <= now_ms < (contender.deadline_ms or 0)
     ]
     for _, index in sorted(late):
         worth = state.worth[index]
@@ -352,7 +352,7 @@ def _keep_young(state: _Class, now_ms: int, aims: Aims) -> None:
         (-max(state.worth[index], default=0.0), index)
         for index, contender in enumerate(state.contenders)
         if contender.at in contender.options
-        and now_ms - contender.since_ms < run_s_min(contender, aims) * MS_PER_S
+        and now_ms - contender.since_ms < run_s_min(contender.restart_s, aims) * MS_PER_S
     ]
     for _, index in sorted(young):
         contender = state.contenders[index]

@@ -29,6 +29,8 @@ from coordinator.core.validate import suits
 # Of a job whose project has ended none yet: short enough to be tried, too long to go before those
 # that say that they are short.
 TYPICAL_S_DEFAULT = 3_600.0
+# By so much before its deadline a job is to have ended: between two decisions nobody looks.
+DEADLINE_MARGIN_MS = 60_000
 RUNS = (AttemptPhase.ASSIGNED, AttemptPhase.RUNNING)
 
 
@@ -201,8 +203,16 @@ def _entrant(state: State, now: Instant, job: Job, rates: Rates, at: str) -> Ent
         at=next((option for option in options if option.gpu_type == at), None),
         since_ms=began_ms,
         restart_s=costs.restart_s(state, now, job),
+        deadline_ms=_deadline_ms(now, spec),
     )
     return Entrant(job, contender, rates, known)
+
+
+def _deadline_ms(now: Instant, spec: JobSpec) -> int | None:
+    """By the clock that decisions compare; who sets the other one moves it."""
+    if not spec.deadline_unix_ms:
+        return None
+    return now.now_ms + spec.deadline_unix_ms - now.unix_ms - DEADLINE_MARGIN_MS
 
 
 def _steps_left(state: State, job: Job) -> float | None:

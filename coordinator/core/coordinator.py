@@ -14,6 +14,7 @@ from coordinator.core import (
     bills,
     checkpoints,
     decisions,
+    defragment,
     fit,
     gangs,
     health,
@@ -110,6 +111,7 @@ class Coordinator:
             projects.tick(state, now)
             arrivals.tick(state, now)
             decisions.tick(state, now)
+            defragment.tick(state, now)
             reservations.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)

@@ -11,8 +11,9 @@ is made beside the rounds, seldom, and they go by what it has left (`standing.py
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
 3. Those of a class who say how much they have left take turns by what they are worth, among
-   themselves: each in a place of one of them. All others stand in the order of submission. Classes
-   are never weighed against each other.
+   themselves: each in a place of one of them. All others stand in the order of submission. Whoever
+   must start now to keep a deadline comes before them (`deadlines.py`). Classes are never weighed
+   against each other.
 4. Who runs is stopped for it only by `moves.py`, and what somebody was stopped for is kept by a
    promise: the job goes first in its class, to that type, until it has started or the time is over
    in which everybody must have left.
@@ -23,8 +24,8 @@ the order of submission, class by class.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.core import contenders, moves, projects
-from coordinator.core.allocation import Allocation, allocate, worths
+from coordinator.core import claims, contenders, deadlines, moves, projects
+from coordinator.core.allocation import Allocation, allocate, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
 from coordinator.core.model import CLASS_RANK, Job, JobIntent
@@ -70,6 +71,7 @@ def decide(state: State, now: Instant) -> None:
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
     standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
+    standing.latest_ms = {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
@@ -87,6 +89,11 @@ def decide(state: State, now: Instant) -> None:
         solve=state.options.solve,
     )
     standing.prices, standing.ahead = allocation.prices, allocation.ahead
+    standing.latest_ms = {
+        entrant.job.id: latest_start_ms(entrant.contender)
+        for entrant in field.entrants
+        if now.now_ms < (entrant.contender.deadline_ms or 0)
+    }
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation)
     state.dirty = bool(state.queued) or state.dirty
@@ -161,6 +168,7 @@ def _note(entrant: Entrant, worth: Sequence[float], prices: Mapping[str, float])
 def forget(state: State, now: Instant) -> None:
     """Promises that were kept, or cannot be any more, and moves of more than an hour ago."""
     standing = state.standing
+    claims.forget(state, now)
     for job_id, promise in list(standing.promises.items()):
         job = state.jobs.get(job_id)
         waits = job is not None and (job.phase is JobPhase.QUEUED or leaves(state, job))
@@ -186,17 +194,22 @@ def leaving(state: State) -> list[Job]:
 
 
 def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> list[Job]:
-    """By class, in each those first that have a promise, and then those within their quotas."""
+    """By class, in each those first that have a promise, and then those within their quotas; of
+    these whose latest start has come."""
     standing = state.standing
+    late = deadlines.late(state)
 
-    def tier(job: Job) -> tuple[int, bool, bool]:
-        promised = job.id in standing.promises
-        return CLASS_RANK[job.spec.job_class], not promised, not promised and job.id in lent
+    def tier(job: Job) -> tuple[int, int, bool, bool]:
+        promise = standing.promises.get(job.id)
+        # Who can go to some nodes alone chooses before who may go to any of a type.
+        after = 2 if promise is None else int(not promise.nodes)
+        rank = CLASS_RANK[job.spec.job_class]
+        return rank, after, promise is None and job.id in lent, job.id not in late
 
-    ordered = sorted(waiting, key=lambda job: (*tier(job), job.id))
-    places: dict[tuple[int, bool, bool], list[int]] = {}
+    ordered = sorted(waiting, key=lambda job: (*tier(job), -late.get(job.id, 0.0), job.id))
+    places: dict[tuple[int, int, bool, bool], list[int]] = {}
     for place, job in enumerate(ordered):
-        if job.id in standing.turn and job.id not in standing.promises:
+        if job.id in standing.turn and job.id not in standing.promises and job.id not in late:
             places.setdefault(tier(job), []).append(place)
     for some in places.values():
         jobs = [ordered[place] for place in some]

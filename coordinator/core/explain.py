@@ -10,6 +10,7 @@ runs when he is expected to end and whom he gives way to.
 from coordinator.core import (
     advice,
     coruns,
+    deadlines,
     flexible,
     foresight,
     poison,
@@ -27,7 +28,6 @@ from coordinator.core.state import Instant, State, cut
 
 # Jobs that an explanation looks at: a round over more takes longer than a question may.
 WAITING_MAX = 1_000
-DAY_MS = 86_400_000
 
 
 def explain(state: State, now: Instant, job: Job) -> Explanation:
@@ -35,6 +35,7 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
     sentence = _reason(state, now, job)
     if job.phase is JobPhase.QUEUED:
         sentence += flexible.describe(job, now.unix_ms)
+    sentence += deadlines.describe(state, now, job)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
     attempt = state.current(job)
@@ -49,7 +50,7 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
         sentence += f"; gives way to {' and '.join(higher)} jobs"
     if end_ms is None:
         return Explanation(cut(sentence))
-    sentence += f"; expected to end {_when(now, end_ms)}"
+    sentence += f"; expected to end {foresight.moment(now, end_ms)}"
     return Explanation(cut(sentence), expected_end_unix_ms=_unix_ms(now, end_ms))
 
 
@@ -81,7 +82,9 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
         nodes = tuple(dict.fromkeys(place.node for place in found.places))
         start = ExpectedStart(_unix_ms(now, found.at_ms), nodes, where, leaver)
         leaves = "gives back what is lent to it" if found.whole in back_ms else "leaves"
-        sentence += f"; fits {where} {_when(now, found.at_ms)}, when job {leaver} {leaves}"
+        sentence += (
+            f"; fits {where} {foresight.moment(now, found.at_ms)}, when job {leaver} {leaves}"
+        )
         leaving = state.current(state.jobs[leaver])
         if leaving is not None and leaving.phase is AttemptPhase.STOPPING:
             sentence += " at the latest"
@@ -89,13 +92,6 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     if not coming and suggestions:
         sentence += f"; {', or '.join(suggestion.words for suggestion in suggestions)}"
     return Explanation(cut(sentence), start, None, suggestions)
-
-
-def _when(now: Instant, at_ms: int) -> str:
-    """For a sentence: the time of day for what is less than a day away."""
-    away_ms = at_ms - now.now_ms
-    away = f"in {seconds(away_ms / 1000)}"
-    return f"at {foresight.clock(_unix_ms(now, at_ms))} ({away})" if away_ms < DAY_MS else away
 
 
 def _unix_ms(now: Instant, at_ms: int) -> int:
@@ -116,7 +112,7 @@ def _reason(state: State, now: Instant, job: Job) -> str:
     if job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING) and job.spec.ranks > 1:
         return _explain_gang(state, now, job) + tail + _lent(state, now, job)
     if job.phase is JobPhase.ACTIVE and attempt is not None:
-        age = seconds((now.unix_ms - attempt.assigned_unix_ms) / 1000)
+        age = foresight.seconds((now.unix_ms - attempt.assigned_unix_ms) / 1000)
         if attempt.phase is AttemptPhase.STOPPING:
             return f"job {job.id} is saving and leaving {attempt.node}: {attempt.stop_reason}"
         after = standby.describe(state, job, attempt.node, attempt.replica_node)
@@ -150,15 +146,6 @@ def _explain_gang(state: State, now: Instant, job: Job) -> str:
         on = f"rank {away.rank} on {away.node} is out of reach"
         return f"job {job.id} runs with {what}, on {nodes}, and ends if {on} for longer"
     running = sum(1 for rank in gang if rank.phase is AttemptPhase.RUNNING)
-    age = seconds((now.unix_ms - gang[0].assigned_unix_ms) / 1000)
+    age = foresight.seconds((now.unix_ms - gang[0].assigned_unix_ms) / 1000)
     reason = state.wait_reason(job)
     return f"job {job.id} {reason}; try {job.epoch}, {running} of {len(gang)} running, for {age}"
-
-
-def seconds(duration_s: float) -> str:
-    """A duration for people: "42 s", "3 min", "5.2 h"."""
-    if duration_s < 120:
-        return f"{max(0, duration_s):.0f} s"
-    if duration_s < 7_200:
-        return f"{duration_s / 60:.0f} min"
-    return f"{duration_s / 3600:.1f} h"

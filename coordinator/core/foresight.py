@@ -24,6 +24,7 @@ from coordinator.core.validate import gigabytes
 # Rooms that one forecast may ask, some 10 us each: an answer that is later than this is of little
 # use, and the coordinator has other things to do.
 LOOKS_MAX = 20_000
+DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,22 @@ def clock(unix_ms: int) -> str:
     """The time of day."""
     minutes = unix_ms // 60_000 % 1_440
     return f"{minutes // 60:02}:{minutes % 60:02} UTC"
+
+
+def moment(now: Instant, at_ms: int) -> str:
+    """For a sentence: the time of day for what is less than a day away."""
+    away_ms = at_ms - now.now_ms
+    away = f"in {seconds(away_ms / 1000)}"
+    return f"at {clock(now.unix_ms + away_ms)} ({away})" if away_ms < DAY_MS else away
+
+
+def seconds(duration_s: float) -> str:
+    """A duration for people: "42 s", "3 min", "5.2 h"."""
+    if duration_s < 120:
+        return f"{max(0, duration_s):.0f} s"
+    if duration_s < 7_200:
+        return f"{duration_s / 60:.0f} min"
+    return f"{duration_s / 3600:.1f} h"
 
 
 # --- of the state ---------------------------------------------------------------------------------

@@ -25,7 +25,17 @@ repeats the same orders. The only time that counts, of rule 4, then begins anew.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import checkpoints, costs, outcomes, parts, precopy, ranks, standby, traces
+from coordinator.core import (
+    checkpoints,
+    claims,
+    costs,
+    outcomes,
+    parts,
+    precopy,
+    ranks,
+    standby,
+    traces,
+)
 from coordinator.core.launch import Gang
 from coordinator.core.messages import StartAttempt
 from coordinator.core.model import Attempt, Job, JobIntent
@@ -202,6 +212,7 @@ def ended(state: State, now: Instant, attempt: Attempt) -> None:
     elif not any(rank.phase in ATTEMPT_LIVE for rank in gang):
         _conclude(state, now, job, gang)
     elif broken(gang):
+        claims.keep(state, now, job, claims.KILLED_MS_MAX)
         _stop_rest(state, now, job, _story_of(attempt))
     elif not attempt.stop_reason:
         state.finish_ms.setdefault(job.id, now.now_ms + job.spec.grace_ms)

@@ -7,7 +7,7 @@ and gets the same job.
 
 from dataclasses import replace
 
-from coordinator.core import accounting, attempts, checkpoints, outcomes, retention
+from coordinator.core import accounting, attempts, checkpoints, deadlines, outcomes, retention
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
     Answer,
@@ -44,7 +44,7 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     names = state.nodes if spec.ranks > 1 else map(next, map(iter, state.indices.kinds.values()))
     nodes = [state.nodes[name].node for name in names]
     fleet = [(node.host, node.gpus) for node in nodes]
-    sentence = refuse_spec(spec) or refuse_fleet(spec, fleet)
+    sentence = refuse_spec(spec) or refuse_fleet(spec, fleet) or deadlines.refuse(now, spec)
     if sentence:
         return _invalid(sentence)
     open_count = len(state.jobs) - len(state.ended)
@@ -63,7 +63,8 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     state.tell(now.unix_ms, job.id, "job.submitted", reason or f"{spec.job_class.value} job")
     if not fleet:
         reason = reason or "no node has joined the fleet yet"
-    return Submitted(job.id, reason)
+    warning = deadlines.warning(state, now, job) if fleet else ""
+    return Submitted(job.id, "; ".join(filter(None, (reason, warning))))
 
 
 def _named(spec: JobSpec) -> JobSpec:

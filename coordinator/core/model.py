@@ -61,7 +61,8 @@ RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 class JobSpec:
     """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
     `trainer` is set. `gpus` and `memory_bytes` are each rank's. With `shared_gpu_memory_bytes` its
-    GPU is shared, of which it takes so much at most (`shares.py`). `flexible_ms`: `flexible.py`."""
+    GPU is shared, of which it takes so much at most (`shares.py`). `flexible_ms`: `flexible.py`. By
+    `deadline_unix_ms` it wants to have ended (`deadlines.py`); 0: whenever."""
 
     name: str = ""
     project: str = "default"
@@ -86,6 +87,7 @@ class JobSpec:
     ranks: int = 1
     shared_gpu_memory_bytes: int = 0
     flexible_ms: int = 0
+    deadline_unix_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +106,9 @@ class Trouble:
 @dataclass(frozen=True, slots=True)
 class Job:
     """`epoch` is the highest given out; `head` the digest of the last committed checkpoint, empty
-    before the first.
-
-    `failures` counts failures in a row without a commit further on, `yields` likewise for "run me
-    again". `event_count` is the sequence of the job's newest history line.
-    `queued_unix_ms` is since when it waits for its next attempt; `None` before the first one.
-    """
+    before the first. `failures` counts failures in a row without a commit further on, `yields`
+    likewise for "run me again". `event_count` is the sequence of the job's newest history line.
+    `queued_unix_ms`: since when it waits for its next attempt; `None` before the first one."""
 
     id: int
     spec: JobSpec

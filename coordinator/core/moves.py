@@ -11,7 +11,8 @@ decision says only steps are taken, and each by itself has to be worth it:
 2. Who moves for his own sake goes where it is faster for certain: also at the low end of its
    estimate.
 3. It goes where there is room now, or where those leave whom the decision has there no more; it is
-   worth more there than they all are where they are, less what they are worth where they go.
+   worth more there than they all are where they are, less what they are worth where they go. Who
+   has to start now to keep a deadline is worth that in any case (`deadlines.py`).
 4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are.
 5. What somebody was stopped for is promised to him, for as long as those who leave may take to
    save, and not longer: then he is one of many again. Rooms are taken as they are promised, so that
@@ -24,7 +25,7 @@ The stop is that of a preemption, with a pre-copy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.core import attempts, checkpoints, costs, gangs, reserved
+from coordinator.core import attempts, checkpoints, claims, costs, deadlines, gangs, reserved
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
@@ -73,36 +74,62 @@ def make(state: State, now: Instant, field: Field, allocation: Allocation) -> No
 
 
 def _carry_out(state: State, now: Instant, plan: "_Plan") -> None:
-    standing = state.standing
     for job_id, reason in plan.stops.items():
-        job = state.jobs[job_id]
-        attempt = state.gang(job)[0]
-        node = plan.targets.get(job_id, "")
-        copied = job.spec.ranks == 1 and job.spec.replication is not Replication.NONE
-        if copied and node not in ("", attempt.node, attempt.replica_node):
-            attempt = checkpoints.send_copies_to(state, attempt, node)
-        standing.moves_ms.append(now.now_ms)
-        attempts.stop(state, now, attempt, reason, attempts.PRECOPY_PREEMPTION_MS)
-    for job_id, (gpu_type, wait_ms) in plan.promised.items():
-        until_ms = now.now_ms + min(PROMISE_MS_MAX, wait_ms + SLACK_MS)
-        standing.promises[job_id] = Promise(gpu_type, until_ms, now.now_ms)
+        send_away(state, now, state.jobs[job_id], reason, plan.targets.get(job_id, ""))
+    for job_id, (gpu_type, leaving) in plan.promised.items():
+        until_ms = until_left_ms(state, now, leaving)
+        state.standing.promises[job_id] = Promise(gpu_type, until_ms, now.now_ms)
+        claims.note(state, now, job_id)
+
+
+def send_away(state: State, now: Instant, job: Job, reason: str, node: str) -> None:
+    """Stop it so that it goes on elsewhere, with copies that go to `node`, if one is known."""
+    attempt = state.gang(job)[0]
+    copied = job.spec.ranks == 1 and job.spec.replication is not Replication.NONE
+    if copied and node not in ("", attempt.node, attempt.replica_node):
+        attempt = checkpoints.send_copies_to(state, attempt, node)
+    state.standing.moves_ms.append(now.now_ms)
+    attempts.stop(state, now, attempt, reason, attempts.PRECOPY_PREEMPTION_MS)
+
+
+def until_left_ms(state: State, now: Instant, leaving: Sequence[int]) -> int:
+    """For how long what these leave is kept."""
+    graces = [gangs.grace_ms(state, state.jobs[job_id]) or 0 for job_id in leaving]
+    wait_ms = attempts.PRECOPY_PREEMPTION_MS + max(graces, default=0)
+    return now.now_ms + min(PROMISE_MS_MAX, wait_ms + SLACK_MS)
+
+
+def promised(state: State) -> list[Need]:
+    """Who was promised what before, those first who can go to some nodes alone."""
+    found = sorted(state.standing.promises.items(), key=lambda pair: not pair[1].nodes)
+    return [
+        Need(job_id, state.jobs[job_id].spec, only=promise.gpu_type, on=promise.nodes)
+        for job_id, promise in found
+    ]
 
 
 class _Plan:
     """Steps towards a decision, each in the room that those before it have left. `stops` has the
-    reason for each that is stopped, `promised` the type and for how long others may take to leave,
-    `targets` the node."""
+    reason for each that is stopped, `promised` the type and who has to leave for it, `targets` the
+    node."""
 
     def __init__(self, state: State, now: Instant, field: Field, allocation: Allocation) -> None:
         self.state = state
         self.now = now
         self.ahead = allocation.ahead
+        self.late = deadlines.late(state)
         self.entrants = {entrant.job.id: entrant for entrant in field.entrants}
         self.grants = {job_id: grant.option for job_id, grant in allocation.grants.items()}
         self.may_go = {e.job.id: e for e in field.entrants if self._may_go(e)}
         wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
         self.wishes = sorted(
-            wishes, key=lambda w: (w.entrant.contender.rank, -w.gain, w.entrant.job.id)
+            wishes,
+            key=lambda w: (
+                w.entrant.contender.rank,
+                w.entrant.job.id not in self.late,
+                -w.gain,
+                w.entrant.job.id,
+            ),
         )
         self.rooms: Sequence[Room] = ()
         self.stake_of: StakeOf = nothing_known
@@ -111,7 +138,7 @@ class _Plan:
         self.keeps: Sequence[Keep] = ()
         self.searches = 0
         self.stops: dict[int, str] = {}
-        self.promised: dict[int, tuple[str, int]] = {}
+        self.promised: dict[int, tuple[str, Sequence[int]]] = {}
         self.targets: dict[int, str] = {}
 
     def open(self, budget: int) -> None:
@@ -122,9 +149,8 @@ class _Plan:
         self.keeps = reserved.keeps(self.state, self.now)
         self.searches = max(1, min(SEARCHES_MAX, ROOMS_SEARCHED_MAX // max(1, len(self.rooms))))
         self.stake_of = costs.stakes(self.state, self.now)
-        for job_id, promise in self.state.standing.promises.items():
-            job = self.state.jobs[job_id]
-            self._keep(Need(job_id, job.spec, only=promise.gpu_type), NOBODY)
+        for need in promised(self.state):
+            self._keep(need, NOBODY)
 
     def _keep(self, need: Need, givers: Givers | None = None) -> Spread | None:
         """What it would get of the room that it may use: now, or when these have left."""
@@ -183,9 +209,7 @@ class _Plan:
         leave(self.rooms, [f"{job_id}.{job.epoch}"])
 
     def _promise(self, job: Job, option: Option, spread: Spread, leaving: Sequence[int]) -> None:
-        graces = [gangs.grace_ms(self.state, self.state.jobs[job_id]) for job_id in leaving]
-        wait_ms = attempts.PRECOPY_PREEMPTION_MS + max((ms or 0 for ms in graces), default=0)
-        self.promised[job.id] = option.gpu_type, wait_ms
+        self.promised[job.id] = option.gpu_type, leaving
         self.targets[job.id] = spread[0][0].offer.node
 
     # --- what is worth it -------------------------------------------------------------------------
@@ -217,13 +241,15 @@ class _Plan:
         gang = self.state.gang(entrant.job)
         ran_s = (self.now.now_ms - contender.since_ms) / 1000
         running = all(rank.phase is AttemptPhase.RUNNING for rank in gang)
-        return running and ran_s >= run_s_min(contender, self.state.options.aims)
+        return running and ran_s >= run_s_min(contender.restart_s, self.state.options.aims)
 
     def _is_worth(self, wish: Wish, victims: Sequence[int]) -> bool:
         """Whether it gains more than those of its class lose; nobody is asked to give way to one of
         whom it is not known how much is left."""
         if not wish.entrant.known:
             return False
+        if wish.entrant.job.id in self.late:
+            return not any(victim in self.late for victim in victims)
         loss = 0.0
         for victim in victims:
             entrant = self.may_go[victim]
@@ -259,6 +285,8 @@ class _Plan:
         job = wish.entrant.job
         if victim.contender.rank > wish.entrant.contender.rank:
             return f"gives way to {job.spec.job_class.value} job {job.id}"
+        if job.id in self.late:
+            return f"gives way to job {job.id}, {deadlines.must_start(self.now, job)}"
         theirs = self._value(wish.entrant, option) / option.gpus
         own = self._value(victim, at) / at.gpus
         return (

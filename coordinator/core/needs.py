@@ -6,7 +6,7 @@ must see the same queue, or what is explained is not what is decided.
 
 from collections.abc import Iterable, Mapping
 
-from coordinator.core import checkpoints, coruns, decisions
+from coordinator.core import checkpoints, claims, coruns, decisions
 from coordinator.core.model import Job
 from coordinator.core.phases import JobPhase
 from coordinator.core.placement import Need
@@ -35,6 +35,8 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
     replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
     last = state.gang(job) if replicas else []
     promise = state.standing.promises.get(job.id)
+    keeps = claims.waits_out(state, now, job)
+    anywhere = promise is None or (job.id in state.avoid and not keeps)
     return Need(
         job.id,
         job.spec,
@@ -45,7 +47,8 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         shunned=coruns.shunned(state, job),
         types=decisions.order_of(state, now, job),
         only="" if promise is None else promise.gpu_type,
-        leaving=job.phase is not JobPhase.QUEUED,
+        on=() if anywhere or promise is None else promise.nodes,
+        leaving=keeps or job.phase is not JobPhase.QUEUED,
         lasts_ms=_lasts_ms(state, job),
     )
 

@@ -15,7 +15,7 @@ again: a missing module stays missing.
 
 from dataclasses import replace
 
-from coordinator.core import checkpoints, poison
+from coordinator.core import checkpoints, claims, poison
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -118,11 +118,13 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     troubles = job.failures + job.yields + _refusals(state, job)
     if job.failures == troubles == 1:
         state.eligible_ms.pop(job.id, None)
+        claims.keep(state, now, job, 0)
         requeue(state, now, job, f"{reason}; tried again at once")
         return
     wait_ms = min(RETRY_MS_MAX, RETRY_MS_FIRST << min(10, max(0, troubles - 1)))
     state.eligible_ms[job.id] = now.now_ms + wait_ms
-    requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s")
+    kept = ", and what others left for it is kept" if claims.keep(state, now, job, wait_ms) else ""
+    requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s{kept}")
 
 
 def _refusals(state: State, job: Job) -> int:

@@ -66,7 +66,8 @@ class Need:
     the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`).
     `shunned` are attempts that it shares a GPU with last. `types` of GPU are those that are worth
     most for it first, each with how fast it is there; empty where all are alike. With `only` it has
-    been promised that type; and while it is `leaving` another place for that, room is kept for it.
+    been promised that type, and with `on` some of these nodes; and while it is `leaving` another
+    place for that, room is kept for it.
     `lasts_ms` is how long it is expected to run, if anybody knows."""
 
     job_id: int
@@ -78,6 +79,7 @@ class Need:
     shunned: tuple[str, ...] = ()
     types: tuple[tuple[str, float], ...] = ()
     only: str = ""
+    on: tuple[str, ...] = ()
     leaving: bool = False
     lasts_ms: int | None = None
 
@@ -171,7 +173,7 @@ def _place_one(
         return start, [], ""
     victims, sentence = _displace(need, rooms, stake_of)
     if need.only and not sentence:
-        return _place_one(replace(need, only=""), rooms, stake_of)
+        return _place_one(replace(need, only="", on=()), rooms, stake_of)
     return None, victims, sentence
 
 
@@ -252,11 +254,16 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
 
 
 def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
-    if need.only:
-        rooms = [room for room in rooms if room.has_type(need.only)]
+    rooms = _promised(need, rooms)
     if need.spec.ranks == 1 and not need.spec.shared_gpu_memory_bytes:
         return first_that_takes(need, rooms)
     return best_of_all(need, rooms)
+
+
+def _promised(need: Need, rooms: Sequence[Room]) -> Sequence[Room]:
+    if need.on:
+        rooms = [room for room in rooms if room.offer.node in need.on]
+    return [room for room in rooms if room.has_type(need.only)] if need.only else rooms
 
 
 def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
@@ -439,7 +446,8 @@ def _displace(need: Need, rooms: Sequence[Room], stake_of: StakeOf) -> tuple[lis
 def make_way(need: Need, rooms: Sequence[Room], givers: Givers) -> Way | None:
     """Who has to leave so that the job fits, none where those do that leave already; if that is
     accepted they count as leaving from then on."""
-    way = find_way(need.spec, need.only, rooms, givers, lambda some: _spread(need, some))
+    able = _promised(need, rooms)
+    way = find_way(need.spec, need.only, able, givers, lambda some: _spread(need, some))
     if way is None or (way.victims and not givers.accept(way.victims)):
         return None
     leave(rooms, [tenant.whole for tenant in way.victims])

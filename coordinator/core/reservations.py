@@ -179,7 +179,7 @@ def _ranks_held(spec: JobSpec, room: Room) -> int:
 
 def _make(state: State, now: Instant, job: Job, rooms: Sequence[Room], until_ms: int) -> None:
     # A type that it was promised is not the only one that it may have.
-    need = replace(need_of(state, now, job, {}), only="")
+    need = replace(need_of(state, now, job, {}), only="", on=())
     choice = choose(need, rooms, foresight.ends(state, now), now)
     if choice is None or (not choice.unknown and choice.free_in_ms > until_ms - now.now_ms):
         return

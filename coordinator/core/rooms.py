@@ -217,6 +217,15 @@ class Room:
         self.memory_bytes -= spec.memory_bytes
         self.slots -= 1 if spec.gpus == 0 else 0
 
+    def saved(self) -> "Room":
+        """As it is now, to `restore`."""
+        return replace(self, free=dict(self.free), holds=dict(self.holds), counts={}, increases={})
+
+    def restore(self, saved: "Room") -> None:
+        self.forget()
+        self.free, self.holds = saved.free, saved.holds
+        self.memory_bytes, self.slots, self.tenants = saved.memory_bytes, saved.slots, saved.tenants
+
     def dismiss(self, attempt: str) -> None:
         """From here on it counts as stopping."""
         self.changed = True

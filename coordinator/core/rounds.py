@@ -6,7 +6,16 @@ when capacity may have come free, else at the new jobs alone. In which order, an
 GPU, the last decision over all jobs says (`decisions.py`).
 """
 
-from coordinator.core import attempts, costs, decisions, projects, readings, reservations, reserved
+from coordinator.core import (
+    attempts,
+    claims,
+    costs,
+    decisions,
+    projects,
+    readings,
+    reservations,
+    reserved,
+)
 from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, open_rooms
 from coordinator.core.phases import AttemptPhase
@@ -38,9 +47,9 @@ def decide(state: State, now: Instant) -> None:
     waits: dict[int, str] = {}
     for job in queue:
         blocked = queue_of.blocked(state, now, job)
-        if not blocked:
+        if not blocked or claims.waits_out(state, now, job):
             needs.append(queue_of.need_of(state, now, job, tenancy.lent))
-        elif job.id in state.queued:  # and not one that still has to leave another place
+        if blocked and job.id in state.queued:  # and not one that still has to leave another place
             waits[job.id] = blocked
     if whole:
         reservations.review(state, now)
@@ -59,11 +68,14 @@ def decide(state: State, now: Instant) -> None:
             job, its = state.jobs[displace.job_id], state.jobs[victim.job_id]
             why = displace.why + projects.why_recalled(tenancy, its, job)
             attempts.stop(state, now, victim, why, attempts.PRECOPY_PREEMPTION_MS)
+            claims.note(state, now, job.id)
         lacks = readings.shortage(state) if plan.waits else ""
         for job_id, sentence in plan.waits:
             job = state.jobs[job_id]
             if job.spec.gpus:
                 sentence += lacks + state.standing.notes.get(job_id, "")
+            promise = state.standing.promises.get(job_id)
+            sentence += promise.note if promise is not None else ""
             sentence += reserved.describe(state, now, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:

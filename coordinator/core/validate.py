@@ -43,7 +43,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def refuse_spec(spec: JobSpec) -> str:
     """A sentence that says what to change; empty when the job is well formed."""
-    for check in (_labels, _program, _environment, _request, _share, _ending):
+    for check in (_labels, _program, _environment, _request, _share, _deadline, _ending):
         sentence = check(spec)
         if sentence:
             return sentence
@@ -125,6 +125,17 @@ def _share(spec: JobSpec) -> str:
         return (
             f"gpus is {spec.gpus} and ranks is {spec.ranks}; a job that shares a GPU has 1 of each:"
             " set both to 1, or ask for whole GPUs"
+        )
+    return ""
+
+
+def _deadline(spec: JobSpec) -> str:
+    if spec.deadline_unix_ms < 0:
+        return "the deadline is before 1970; leave it out, or give a time to come"
+    if spec.deadline_unix_ms and (not spec.gpus or spec.shared_gpu_memory_bytes):
+        return (
+            "a deadline is kept for jobs that have GPUs of their own alone; set gpus to 1 or more,"
+            " or leave it out"
         )
     return ""
 

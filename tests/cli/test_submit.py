@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +368,36 @@ def test_a_share_stands_in_a_job_file(baton: Baton, fake: FakeCoordinator, here:
     (here / "job.toml").write_text('command = ["true"]\nshare_gpu = "8GB"\n')
     assert baton("submit", "job.toml").exit_code == 0
     assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 10**9)
+
+
+@pytest.mark.parametrize("flags", [("--deadline", "2026-11-30T09:00+02:00"), ("job.toml",)])
+def test_a_deadline_is_a_time(
+    baton: Baton, fake: FakeCoordinator, here: Path, flags: tuple[str, ...]
+) -> None:
+    (here / "job.toml").write_text('gpus = 1\ndeadline = "2026-11-30T07:00Z"\n')
+    assert baton("submit", *flags, "--", "true").exit_code == 0
+    assert sent(fake).deadline.ToJsonString() == "2026-11-30T07:00:00Z"
+
+
+def test_a_deadline_may_be_so_long_from_now(baton: Baton, fake: FakeCoordinator) -> None:
+    before = datetime.now(UTC) + timedelta(hours=6)
+    assert baton("submit", "--gpus", "1", "--deadline", "6h", "--", "true").exit_code == 0
+    after = datetime.now(UTC) + timedelta(hours=6)
+    assert before <= sent(fake).deadline.ToDatetime(tzinfo=UTC) <= after
+
+
+@pytest.mark.parametrize("text", ["9 o'clock", "6", "", "2026-13-01T00:00", "99999999999999d"])
+def test_a_deadline_that_is_no_time_is_refused(
+    baton: Baton, fake: FakeCoordinator, here: Path, text: str
+) -> None:
+    result = baton("submit", "--gpus", "1", "--deadline", text, "--", "true")
+    assert (result.exit_code, fake.requests) == (2, [])
+    (here / "job.toml").write_text(f'gpus = 1\ndeadline = "{text}"\n')
+    result = baton("submit", "job.toml", "--", "true")
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert "deadline" in result.stderr
+
+
+def test_no_deadline_is_unsaid(baton: Baton, fake: FakeCoordinator) -> None:
+    assert baton("submit", "--", "true").exit_code == 0
+    assert not sent(fake).HasField("deadline")

@@ -213,6 +213,7 @@ def check_gpu(state: State, live: LiveNode, uuid: str) -> None:
 
 # In a stop's reason, that it is for a better allocation, and for whom of its class.
 STOPPED_FOR = re.compile(r"moves to |gives way to job (?P<job>\d+)")
+MAKES_ROOM = re.compile(r"to make room on \S+ for job (?P<job>\d+)")
 HOUR_MS = 3_600_000
 
 
@@ -223,6 +224,7 @@ class Moves:
 
     most: int
     times_ms: list[int] = field(default_factory=list)
+    made_room: int = 0
 
     def judge(self, effects: Iterable[Effect], jobs: Mapping[int, Job], now_ms: int) -> None:
         for effect in effects:
@@ -235,6 +237,12 @@ class Moves:
             if found["job"]:
                 ours = jobs[effect.event.job_id].spec.job_class
                 assert jobs[int(found["job"])].spec.job_class is ours, "a class inversion"
+            large = MAKES_ROOM.search(effect.event.message)
+            if large is not None:
+                self.made_room += 1
+                its, mover = jobs[int(large["job"])].spec, jobs[effect.event.job_id].spec
+                assert CLASS_RANK[mover.job_class] >= CLASS_RANK[its.job_class], "a class inversion"
+                assert mover.gpus * mover.ranks < its.gpus * its.ranks, "a large one for a small"
         lately = [at for at in self.times_ms if now_ms - at < HOUR_MS]
         assert len(lately) <= self.most, f"{len(lately)} moves within an hour"
 
@@ -246,12 +254,16 @@ def check_promises(state: State) -> None:
     """What is kept for those who were stopped, or wait for them, is no more than there is, and ends
     after ten minutes."""
     promised: Counter[str] = Counter()
+    by_node: Counter[str] = Counter()
     for job_id, promise in state.standing.promises.items():
         job = state.jobs[job_id]
         assert promise.until_ms - promise.since_ms <= 600_000
         stopping = any(rank.phase is AttemptPhase.STOPPING for rank in state.gang(job))
         if job.phase is JobPhase.QUEUED or stopping:
             promised[promise.gpu_type] += job.spec.ranks * job.spec.gpus
+            if len(promise.nodes) == 1:
+                by_node[promise.nodes[0]] += job.spec.ranks * job.spec.gpus
     gpus = [gpu for live in state.nodes.values() for gpu in live.node.gpus]
     there = Counter(key_of(gpu.name, gpu.memory_bytes) for gpu in gpus)
     assert all(count <= there[gpu_type] for gpu_type, count in promised.items()), promised
+    assert all(count <= len(state.nodes[node].gpus) for node, count in by_node.items()), by_node

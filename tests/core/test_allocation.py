@@ -198,6 +198,11 @@ def test_a_deadline_that_has_come_goes_first(solver: Solve | None) -> None:
     late = replace(long, deadline_ms=NOW_MS + 10 * 3_600_000)
     assert where(decide([in_time, jobs[1]], {"H100": 1}, solver)) == {2: "H100"}
     assert where(decide([late, jobs[1]], {"H100": 1}, solver)) == {1: "H100"}
+    hopeless = replace(job(3, "H100:1", hours=30), deadline_ms=NOW_MS + 10 * 3_600_000)
+    assert where(decide([hopeless, late], {"H100": 1}, solver)) == {1: "H100"}
+    assert where(decide([hopeless, jobs[1]], {"H100": 1}, solver)) == {3: "H100"}
+    over = replace(long, deadline_ms=NOW_MS)
+    assert where(decide([over, jobs[1]], {"H100": 1}, solver)) == {2: "H100"}, "nothing to keep"
 
 
 @both_ways

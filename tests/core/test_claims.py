@@ -7,9 +7,9 @@ what nobody thought of: a job that has two of them, or two jobs with one each on
 from random import Random
 
 from coordinator.core import messages as m
-from coordinator.core.model import JobSpec
+from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.options import Options
-from coordinator.core.phases import JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.quotas import Quota
 from tests.core.training_fleet import A100, H100, Fleet, training
 
@@ -93,3 +93,65 @@ def test_who_could_not_have_room_at_all_takes_no_turn_from_who_could() -> None:
         small = [job.id for job in fleet.state.jobs.values() if job.phase is JobPhase.ACTIVE]
         fleet.end(chance.choice(small))
     raise AssertionError(f"it waits after an hour: {fleet.state.waits[large]}")
+
+
+def fail(fleet: Fleet, job_id: int) -> None:
+    """The node of its first rank cannot start it, or it ends badly; the others are killed."""
+    first, *others = fleet.state.gang(fleet.job(job_id))
+    runs = first.phase is AttemptPhase.RUNNING
+    fleet.say(first.id, m.AttemptExited(1) if runs else m.AttemptRefused("the disk is full"))
+    for rank in others:
+        fleet.say(rank.id, m.AttemptExited(None, 9))
+
+
+def displacing() -> tuple[Fleet, list[int], int]:
+    """Two small jobs have left for a gang, which has just begun."""
+    fleet = Fleet("2xA100:80")
+    small = [fleet.submit(job_class=JobClass.SPARE) for _ in range(2)]
+    fleet.run(30)
+    gang = fleet.submit(gpus=1, ranks=2)
+    fleet.run(2)
+    assert fleet.job(gang).phase is JobPhase.ACTIVE
+    return fleet, small, gang
+
+
+def pass_time(fleet: Fleet) -> None:
+    """Half a second in which nobody does what he is told."""
+    fleet.rig.now_ms += 500
+    fleet.train(0.5, save=False)
+    fleet.rig.handle(m.Tick())
+
+
+def test_what_others_left_for_a_gang_is_kept_when_it_fails_at_its_start() -> None:
+    fleet, small, gang = displacing()
+    for tries in range(2, 7):
+        fail(fleet, gang)
+        while fleet.job(gang).phase is not JobPhase.ACTIVE:
+            pass_time(fleet)
+            assert [fleet.job(one).phase for one in small] == [JobPhase.QUEUED] * 2
+        assert fleet.job(gang).epoch == tries
+    assert "tried again after 16 s, and what others left for it is kept" in str(
+        fleet.rig.disk.events
+    )
+
+
+def test_it_is_kept_for_a_while_and_not_for_ever() -> None:
+    fleet, small, gang = displacing()
+    began_ms = fleet.rig.now_ms
+    while all(fleet.job(one).phase is JobPhase.QUEUED for one in small):
+        if fleet.job(gang).phase is JobPhase.ACTIVE:
+            fail(fleet, gang)
+        pass_time(fleet)
+        assert fleet.rig.now_ms - began_ms < 900_000
+    assert fleet.rig.now_ms - began_ms > 500_000
+
+
+def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
+    fleet = Fleet("2xA100:80")
+    gang = fleet.submit(gpus=1, ranks=2)
+    fleet.obey()
+    fail(fleet, gang)
+    fail(fleet, gang)
+    assert fleet.job(gang).phase is JobPhase.QUEUED
+    small = fleet.submit(job_class=JobClass.SPARE)
+    assert fleet.job(small).phase is JobPhase.ACTIVE

@@ -8,6 +8,7 @@ nothing fails, everybody trains, and jobs come, end, and are moved as often as t
 Safety is looked at after every change, liveness at the end: whoever fits ends, at a bound on moves.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,11 @@ from tests.core.training_fleet import Fleet, training
 
 MOVES_PER_HOUR = 6
 OPTIONS = Options(aims=Aims(run_s_min=30), moves_per_hour=MOVES_PER_HOUR)
-FLEET = ("2xA100:80", "2xH100", "1xH100,1xA100:80", "1xL40S:48")
+# With how many small jobs on it at first: where some of them end, what is free lies scattered.
+FLEETS = (
+    (("2xA100:80", "2xH100", "1xH100,1xA100:80", "1xL40S:48"), 0),
+    (("2xA100:80", "2xA100:80", "2xA100:80"), 6),
+)
 LEFT_S = 6 * 3_600  # for all that is left in the end
 
 SPECS = st.builds(
@@ -51,15 +56,17 @@ SPECS = st.builds(
 STEPS = st.one_of(
     SPECS,
     st.sampled_from([5, 40, 40, 150]),
-    st.sampled_from(["end", "end", "cordon n2", "uncordon n2", "cordon n1", "uncordon n1"]),
+    st.sampled_from(
+        ["end -1", "end 0", "end 1", "cordon n2", "uncordon n2", "cordon n1", "uncordon n1"]
+    ),
 )
 
 
 class Watched(Fleet):
     """Looked at after every change."""
 
-    def __init__(self) -> None:
-        super().__init__(*FLEET, options=OPTIONS)
+    def __init__(self, gpus: Sequence[str]) -> None:
+        super().__init__(*gpus, options=OPTIONS)
         self.moves = Moves(MOVES_PER_HOUR)
         self.tick_ms = 2_000
         handle = self.rig.handle
@@ -85,15 +92,15 @@ class Watched(Fleet):
 
     def take(self, step: JobSpec | int | str) -> None:
         if isinstance(step, JobSpec):
-            if len(self.state.jobs) < 12:
+            if len(self.state.jobs) < 16:
                 self.submit(step)
         elif isinstance(step, int):
             self.run(step)
-        elif step == "end":
+        elif step.startswith("end"):
             active = [j.id for j in self.state.jobs.values() if j.phase is JobPhase.ACTIVE]
             if active:
                 self.obey()
-                self.end(active[-1])
+                self.end(active[int(step.split()[1]) % len(active)])
         else:
             wish, node = step.split()
             body = m.CordonNode(node) if wish == "cordon" else m.UncordonNode(node)
@@ -119,13 +126,16 @@ class Watched(Fleet):
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(STEPS, min_size=6, max_size=24))
+@given(st.sampled_from(FLEETS), st.lists(STEPS, min_size=6, max_size=24))
 def test_whatever_comes_nothing_is_promised_twice_and_all_end(
-    steps: list[JobSpec | int | str],
+    nodes: tuple[Sequence[str], int], steps: list[JobSpec | int | str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "RESTART_S_DEFAULT", 2.0)
-        fleet = Watched()
+        fleet = Watched(nodes[0])
+        for _ in range(nodes[1]):
+            fleet.submit(training(900))
+        fleet.run(60)
         for step in steps:
             fleet.take(step)
         fleet.finish()

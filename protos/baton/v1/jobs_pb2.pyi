@@ -86,7 +86,9 @@ class SubmitResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     reason: _builtins.str
-    """Why it does not start at once, where that is known already; otherwise empty."""
+    """Why it does not start at once, and that its deadline cannot be kept, where that is known
+    already; otherwise empty.
+    """
     def __init__(
         self,
         *,

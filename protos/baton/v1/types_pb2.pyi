@@ -388,6 +388,7 @@ class JobSpec(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     SHARED_GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FLEXIBLE_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -468,6 +469,13 @@ class JobSpec(_message.Message):
         for it. It starts at once where there is room. Absent: 0. 0 to 30 days.
         """
 
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """When it should have ended. From its latest start on, which is known of a training that says how
+        many steps it has, it goes first in its class; only for jobs that have GPUs of their own.
+        Absent: whenever.
+        """
+
     def __init__(
         self,
         *,
@@ -494,10 +502,11 @@ class JobSpec(_message.Message):
         ranks: _builtins.int = ...,
         shared_gpu_memory_bytes: _builtins.int = ...,
         flexible: _duration_pb2.Duration | None = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "flexible", b"flexible", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "deadline", b"deadline", "flexible", b"flexible", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "deadline", b"deadline", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015

@@ -1,0 +1,118 @@
+"""By when a job wants to have ended: who has to start now for that, and what people are told of it.
+
+Problem: a job that has to be done by nine in the morning is in no hurry at midnight, and at six it
+is more urgent than anybody; a queue that knows neither serves it too early or too late. How long it
+still needs is known of a training that says its steps and was measured, here or before. So each
+decision over all jobs (`decisions.py`) says by when each must run at the latest, on the GPUs that
+are best for it and with the cost of a restart (`allocation.latest_start_ms`).
+
+From then on it is *late*, and goes first in its class, after those that were promised what others
+have left for it; who runs may be stopped for it as for any better allocation (`moves.py`). Of
+several that are late whoever became it last comes first: his deadline can still be kept, that of
+the others less and less. When the deadline has passed there is nothing left to keep, and a job is
+as any other. A deadline that cannot be kept is told where it is seen: to whoever submits it, and to
+whoever asks.
+"""
+
+import math
+
+from coordinator.core import contenders, foresight
+from coordinator.core.allocation import latest_start_ms
+from coordinator.core.contenders import DEADLINE_MARGIN_MS
+from coordinator.core.model import Job, JobSpec
+from coordinator.core.phases import ATTEMPT_LIVE, JobPhase
+from coordinator.core.state import Instant, State
+
+# Nobody is moved who would have to start so soon: a move takes minutes.
+CLOSE_MS = 900_000
+OPEN_PHASES = (JobPhase.QUEUED, JobPhase.ACTIVE, JobPhase.HELD)
+
+
+def refuse(now: Instant, spec: JobSpec) -> str:
+    """A deadline that has passed when its job comes is a mistake."""
+    if not spec.deadline_unix_ms or spec.deadline_unix_ms > now.unix_ms:
+        return ""
+    ago = foresight.seconds((now.unix_ms - spec.deadline_unix_ms) / 1000)
+    return f"the deadline has passed {ago} ago; give a time to come, or none"
+
+
+def late(state: State) -> dict[int, float]:
+    """Those whose latest start had come at the last decision, and when that was."""
+    decided_ms = state.standing.decided_ms
+    if decided_ms is None:
+        return {}
+    known = state.standing.latest_ms
+    return {job_id: latest_ms for job_id, latest_ms in known.items() if latest_ms <= decided_ms}
+
+
+def is_close(state: State, now: Instant, job: Job) -> bool:
+    return state.standing.latest_ms.get(job.id, math.inf) <= now.now_ms + CLOSE_MS
+
+
+def must_start(now: Instant, job: Job) -> str:
+    """For who gives way to it."""
+    at = foresight.moment(now, _deadline_ms(now, job))
+    return f"which has to run now to keep its deadline {at}"
+
+
+def warning(state: State, now: Instant, job: Job) -> str:
+    """For who submits a job whose deadline cannot be kept on any GPU of the fleet; empty where it
+    can, and where nobody knows."""
+    if not job.spec.deadline_unix_ms:
+        return ""
+    entrant = contenders.newcomer(state, now, job, contenders.fleet_of(state))
+    latest_ms = latest_start_ms(entrant.contender)
+    if not entrant.contender.options or latest_ms + DEADLINE_MARGIN_MS >= now.now_ms:
+        return ""
+    best = max(entrant.contender.options, key=lambda option: option.rate)
+    need = foresight.seconds((entrant.contender.steps_left or 0.0) / best.rate)
+    at = foresight.moment(now, _deadline_ms(now, job))
+    return f"its deadline {at} cannot be kept: it needs about {need} on {best.gpu_type}, the best"
+
+
+def describe(state: State, now: Instant, job: Job) -> str:
+    """For the sentence why it waits or runs; empty without a deadline, and when it is over."""
+    if not job.spec.deadline_unix_ms or job.phase not in OPEN_PHASES:
+        return ""
+    deadline_ms = _deadline_ms(now, job)
+    if deadline_ms <= now.now_ms:
+        ago = foresight.seconds((now.now_ms - deadline_ms) / 1000)
+        return f"; its deadline has passed {ago} ago, and it goes on as any other"
+    at = foresight.moment(now, deadline_ms)
+    attempt = state.current(job)
+    if job.phase is JobPhase.ACTIVE and attempt is not None and attempt.phase in ATTEMPT_LIVE:
+        end_ms = foresight.end_ms(state, now, attempt)
+        if end_ms is None:
+            return f"; its deadline is {at}"
+        early = foresight.seconds(abs(deadline_ms - end_ms) / 1000)
+        side = "before" if end_ms <= deadline_ms else "after"
+        return f"; it is expected to end {early} {side} its deadline {at}"
+    latest_ms = state.standing.latest_ms.get(job.id)
+    if latest_ms is None:
+        return f"; its deadline is {at}"
+    if latest_ms == math.inf:
+        return (
+            f"; nobody knows when it has to start for its deadline {at}: it does not say how many"
+            " steps it has, or no such training was measured"
+        )
+    return _of_waiting(now, latest_ms, at)
+
+
+def _of_waiting(now: Instant, latest_ms: float, at: str) -> str:
+    if latest_ms > now.now_ms:
+        start = foresight.moment(now, round(latest_ms))
+        return (
+            f"; it goes first in its class from {start.removeprefix('at ')}, for its deadline {at}"
+        )
+    behind_ms = now.now_ms - latest_ms - DEADLINE_MARGIN_MS
+    if behind_ms > 0:
+        behind = foresight.seconds(behind_ms / 1000)
+        return (
+            f"; it goes first in its class, and would end about {behind} after its deadline {at} if"
+            " it started now"
+        )
+    return f"; it goes first in its class, to keep its deadline {at}"
+
+
+def _deadline_ms(now: Instant, job: Job) -> int:
+    return now.now_ms + job.spec.deadline_unix_ms - now.unix_ms
