@@ -33,6 +33,7 @@ from coordinator.core.cost_requests import (
     Grouping,
     HourlyUse,
     Money,
+    TypeFleet,
 )
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import Attempt, GpuFacts, Job
@@ -54,7 +55,8 @@ ENERGY_SOURCE: Final = "own GPUs under load by the table of watts; what was meas
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """A part of an attempt's time on GPUs of one type, from one source. `gpus` counts shares."""
+    """A part of an attempt's time on GPUs of one type, from one source. `gpus` counts shares; they
+    were wanted since `wanted_ms`."""
 
     job: Job
     gpu_type: str
@@ -63,6 +65,7 @@ class Stay:
     usd_per_hour: float | None
     begin_ms: int
     end_ms: int
+    wanted_ms: int
     tokens_per_ms: float = 0.0
     lease: str = ""
 
@@ -102,6 +105,7 @@ def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
         min((stay.begin_ms for stay in stays), default=None),
         _source(stays, prices),
         ENERGY_SOURCE,
+        () if body.project else tuple(fleets_of(state, now.unix_ms)),
     )
 
 
@@ -132,9 +136,13 @@ def _stays(
         name = UNKNOWN_TYPE if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
         by_type[name] = by_type.get(name, 0.0) + _part(job, gpu)
     # Rank 0 speaks for its gang; what one step was on several types is told once.
+    queued = attempt.times.queued_unix_ms
+    wanted = begin if queued is None else min(begin, queued)
     tokens = 0.0 if attempt.rank else _new_steps(attempt) * tokens_per_step / (end - begin)
     for gpu_type, gpus in sorted(by_type.items()):
-        whole = Stay(job, gpu_type, gpus, Source.OWNED, None, begin, end, tokens / len(by_type))
+        whole = Stay(
+            job, gpu_type, gpus, Source.OWNED, None, begin, end, wanted, tokens / len(by_type)
+        )
         yield from _sourced(state, attempt.node, whole)
 
 
@@ -153,6 +161,7 @@ def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
             continue
         if at < begin:
             yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at, end_ms=begin)
+            whole = replace(whole, wanted_ms=begin)
         yield replace(
             whole,
             source=Source.LEASED,
@@ -162,6 +171,7 @@ def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
             lease=lease.name,
         )
         at = end
+        whole = replace(whole, wanted_ms=end)
     if at < whole.end_ms:
         yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at)
 
@@ -267,18 +277,48 @@ def hourly_uses(
     """By type, of whole hours."""
     first = -(-begin_ms // MS_PER_H)
     count = max(0, end_ms // MS_PER_H - first)
-    by_type: dict[str, list[float]] = {}
+    held: dict[str, list[float]] = {}
+    wanted: dict[str, list[float]] = {}
     for stay in stays:
-        gpus = by_type.setdefault(stay.gpu_type, [0.0] * count)
-        last = min(first + count - 1, (stay.end_ms - 1) // MS_PER_H)
-        for hour in range(max(first, stay.begin_ms // MS_PER_H), last + 1):
-            spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(stay.begin_ms, hour * MS_PER_H)
-            gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
-    for gpu_type, gpus in sorted(by_type.items()):
-        if any(gpus):
+        gpus = held.setdefault(stay.gpu_type, [0.0] * count)
+        _count(gpus, first, stay, stay.begin_ms)
+        _count(wanted.setdefault(stay.gpu_type, [0.0] * count), first, stay, stay.wanted_ms)
+    for gpu_type, gpus in sorted(held.items()):
+        if any(wanted[gpu_type]):
             tariff = prices.of(gpu_type)
-            begin = first * MS_PER_H
-            yield HourlyUse(gpu_type, begin, tuple(gpus), tariff.lease_usd, tariff.burst_usd)
+            yield HourlyUse(
+                gpu_type,
+                first * MS_PER_H,
+                tuple(gpus),
+                tariff.lease_usd,
+                tariff.burst_usd,
+                tuple(wanted[gpu_type]),
+            )
+
+
+def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> None:
+    last = min(first + len(gpus) - 1, (stay.end_ms - 1) // MS_PER_H)
+    for hour in range(max(first, begin_ms // MS_PER_H), last + 1):
+        spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(begin_ms, hour * MS_PER_H)
+        gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
+
+
+def fleets_of(state: State, unix_ms: int) -> Iterator[TypeFleet]:
+    """By type: own GPUs of nodes that are known, and leases that run."""
+    options = state.options
+    leases = [
+        lease for lease in options.leases if lease.begin_unix_ms <= unix_ms < lease.end_unix_ms
+    ]
+    rented = [*options.burst_nodes, *(lease.nodes for lease in leases)]
+    owned: dict[str, int] = {lease.gpu_type: 0 for lease in leases}
+    for name, live in sorted(state.nodes.items()):
+        if not any(fnmatchcase(name, pattern) for pattern in rented):
+            for gpu in live.node.gpus:
+                key = gpu_types.key_of(gpu.name, gpu.memory_bytes)
+                owned[key] = owned.get(key, 0) + 1
+    for gpu_type, gpus in sorted(owned.items()):
+        lots = [(one.gpus, one.end_unix_ms) for one in leases if one.gpu_type == gpu_type]
+        yield TypeFleet(gpu_type, gpus, tuple(lots))
 
 
 def _source(stays: Iterable[Stay], prices: Prices) -> str:
