@@ -17,7 +17,8 @@ the next that it was the wrong one. So, once a day and for each type of GPU:
    leased runs out a bit each day as well, and nothing is renewed above the level. More than a
    seventh would bet a month on a day or two.
 
-`DAYS` and `LOT_RATIO` were chosen on one series (Venus), not on the one with the collapse.
+`DAYS` and `LOT_RATIO` are among the best on one series (Venus, `bench/scaling_leases.py`), not on
+the one with the collapse.
 
 What comes out is a recommendation with its numbers; nobody leases anything by it. `worth_usd` is
 what one GPU more would save in an hour, with what there is: the shadow price of a program's rows,
