@@ -97,6 +97,8 @@ def leases(
             write_notice(f"{fleet.gpu_type}: there is no price by the month and by the hour")
             continue
         found.append(_recommended(hours, fleet, terms, flexible_ratio, solve))
+    if not cases:
+        write_notice("nothing is known of demand yet: no GPU was held in a whole hour")
     if settings_of(context).as_json:
         write_json(found)
         return

@@ -57,6 +57,12 @@ def test_from_the_coordinator(baton: Baton, fake: FakeCoordinator) -> None:
     assert "Frobnicator: there is no price" in result.stderr
 
 
+def test_before_anything_has_run(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["GetCosts"] = [pb.GetCostsResponse()]
+    result = baton("leases")
+    assert (result.exit_code, "nothing is known of demand yet" in result.stderr) == (0, True)
+
+
 def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
     result = baton("leases", "--demand", str(tmp_path / "none.csv"))
     assert (result.exit_code, "cannot read" in result.stderr) == (2, True)
