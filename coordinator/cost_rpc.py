@@ -12,7 +12,15 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.core import messages as m
-from coordinator.core.cost_requests import CostDay, CostPage, GetCosts, Grouping, HourlyUse, Money
+from coordinator.core.cost_requests import (
+    CostDay,
+    CostPage,
+    GetCosts,
+    Grouping,
+    HourlyUse,
+    Money,
+    TypeFleet,
+)
 from protos.baton.v1 import costs_pb2 as pb
 from protos.baton.v1 import costs_pb2_grpc
 
@@ -75,6 +83,7 @@ def encode(page: CostPage) -> pb.GetCostsResponse:
         kept_since_time=None if kept is None else _time(kept),
         prices_source=page.prices_source,
         energy_source=page.energy_source,
+        fleets=[_fleet(fleet) for fleet in page.fleets],
     )
 
 
@@ -97,7 +106,13 @@ def _use(use: HourlyUse) -> pb.HourlyUse:
         gpus=use.gpus,
         lease_usd=use.lease_usd,
         burst_usd=use.burst_usd,
+        wanted_gpus=use.wanted_gpus,
     )
+
+
+def _fleet(fleet: TypeFleet) -> pb.TypeFleet:
+    lots = [pb.LeasedLot(gpus=gpus, end_time=_time(ends_ms)) for gpus, ends_ms in fleet.lots]
+    return pb.TypeFleet(gpu_type=fleet.gpu_type, owned_gpus=fleet.owned_gpus, lots=lots)
 
 
 def _time(unix_ms: int) -> Timestamp:

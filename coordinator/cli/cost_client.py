@@ -52,13 +52,27 @@ class Day(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):
-    """GPUs that were held, by the hour."""
+    """GPUs that were held, by the hour; `wanted_gpus` with the time that was waited for them."""
 
     gpu_type: str
     begin_time: datetime | None
     gpus: list[float]
     lease_usd: float | None
     burst_usd: float | None
+    wanted_gpus: list[float]
+
+
+class Lot(msgspec.Struct, frozen=True, kw_only=True):
+    gpus: int
+    end_time: datetime | None
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is of a type at present: own GPUs, and leases that run."""
+
+    gpu_type: str
+    owned_gpus: int
+    lots: list[Lot]
 
 
 class Baseline(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +96,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     kept_since_time: datetime | None
     prices_source: str
     energy_source: str
+    fleets: list[Fleet]
     baselines: list[Baseline] | None = None
     baselines_why: str = ""
 
@@ -127,12 +142,21 @@ def _costs(answer: pb.GetCostsResponse) -> Costs:
                 gpus=list(use.gpus),
                 lease_usd=said(use, "lease_usd"),
                 burst_usd=said(use, "burst_usd"),
+                wanted_gpus=list(use.wanted_gpus),
             )
             for use in answer.uses
         ],
         kept_since_time=time_of(answer, "kept_since_time"),
         prices_source=answer.prices_source,
         energy_source=answer.energy_source,
+        fleets=[
+            Fleet(
+                gpu_type=fleet.gpu_type,
+                owned_gpus=fleet.owned_gpus,
+                lots=[Lot(gpus=lot.gpus, end_time=time_of(lot, "end_time")) for lot in fleet.lots],
+            )
+            for fleet in answer.fleets
+        ],
     )
 
 

@@ -18,7 +18,7 @@ of a span is the sum of what these stays have in it. A bill of two days is the s
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -33,6 +33,7 @@ from coordinator.core.cost_requests import (
     Grouping,
     HourlyUse,
     Money,
+    TypeFleet,
 )
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import Attempt, GpuFacts, Job
@@ -54,7 +55,8 @@ ENERGY_SOURCE: Final = "own GPUs under load by the table of watts; what was meas
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """A part of an attempt's time on GPUs of one type, from one source. `gpus` counts shares."""
+    """A part of an attempt's time on GPUs of one type, from one source. `gpus` counts shares; they
+    were wanted since `wanted_ms`."""
 
     job: Job
     gpu_type: str
@@ -63,11 +65,13 @@ class Stay:
     usd_per_hour: float | None
     begin_ms: int
     end_ms: int
+    wanted_ms: int
     tokens_per_ms: float = 0.0
     lease: str = ""
 
 
 def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
+    """Ten thousand jobs of three attempts each take less than a second of a core."""
     begin, end = body.begin_unix_ms, min(body.end_unix_ms, now.unix_ms)
     if not 0 <= begin < body.end_unix_ms or end - begin > SPAN_MS_MAX:
         most = SPAN_MS_MAX // MS_PER_DAY
@@ -76,7 +80,7 @@ def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
     end = max(begin, end)
     stays = [
         stay
-        for stay in stays_of(state, now.unix_ms)
+        for stay in stays_of(state, now.unix_ms, begin - BEFORE_MS)
         if not body.project or stay.job.spec.project == body.project
     ]
     prices, leases = state.options.prices, () if body.project else state.options.leases
@@ -99,23 +103,26 @@ def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
         sum(day.idle_lease_usd for day in days),
         days,
         tuple(hourly_uses(stays, max(0, begin - BEFORE_MS), end, prices)),
-        min((stay.begin_ms for stay in stays), default=None),
+        min((one.assigned_unix_ms for one in state.attempts.values()), default=None),
         _source(stays, prices),
         ENERGY_SOURCE,
+        () if body.project else tuple(fleets_of(state, now.unix_ms)),
     )
 
 
 # --- stays ----------------------------------------------------------------------------------------
 
 
-def stays_of(state: State, unix_ms: int) -> Iterator[Stay]:
-    """Of all attempts that are kept; one that goes on stays until now."""
+def stays_of(state: State, unix_ms: int, since_ms: int) -> Iterator[Stay]:
+    """Of all attempts that are kept and were not over by then; one that goes on stays until
+    now."""
     for job_id in sorted(state.job_attempts):
         job = state.jobs[job_id]
-        training = workload.read(job.spec)
+        training = workload.read(job.spec) if job.spec.trainer else ""
         tokens = 0 if isinstance(training, str) else training.tokens
         for attempt in state.attempts_of(job_id):
-            yield from _stays(state, job, attempt, unix_ms, tokens)
+            if end_unix_ms(attempt, unix_ms) > since_ms:
+                yield from _stays(state, job, attempt, unix_ms, tokens)
 
 
 def _stays(
@@ -132,9 +139,13 @@ def _stays(
         name = UNKNOWN_TYPE if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
         by_type[name] = by_type.get(name, 0.0) + _part(job, gpu)
     # Rank 0 speaks for its gang; what one step was on several types is told once.
+    queued = attempt.times.queued_unix_ms
+    wanted = begin if queued is None else min(begin, queued)
     tokens = 0.0 if attempt.rank else _new_steps(attempt) * tokens_per_step / (end - begin)
     for gpu_type, gpus in sorted(by_type.items()):
-        whole = Stay(job, gpu_type, gpus, Source.OWNED, None, begin, end, tokens / len(by_type))
+        whole = Stay(
+            job, gpu_type, gpus, Source.OWNED, None, begin, end, wanted, tokens / len(by_type)
+        )
         yield from _sourced(state, attempt.node, whole)
 
 
@@ -153,6 +164,7 @@ def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
             continue
         if at < begin:
             yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at, end_ms=begin)
+            whole = replace(whole, wanted_ms=begin)
         yield replace(
             whole,
             source=Source.LEASED,
@@ -162,6 +174,7 @@ def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
             lease=lease.name,
         )
         at = end
+        whole = replace(whole, wanted_ms=end)
     if at < whole.end_ms:
         yield replace(whole, source=rest, usd_per_hour=usd, begin_ms=at)
 
@@ -213,7 +226,18 @@ def money_of(stay: Stay, begin_ms: int, end_ms: int, prices: Prices) -> Money:
 
 
 def added(one: Money, other: Money) -> Money:
-    return Money(*(getattr(one, part.name) + getattr(other, part.name) for part in fields(Money)))
+    """Written out, since a bill adds for each attempt and day."""
+    return Money(
+        one.gpu_hours + other.gpu_hours,
+        one.owned_usd + other.owned_usd,
+        one.lease_usd + other.lease_usd,
+        one.burst_usd + other.burst_usd,
+        one.energy_kwh + other.energy_kwh,
+        one.energy_usd + other.energy_usd,
+        one.unpriced_gpu_hours + other.unpriced_gpu_hours,
+        one.tokens + other.tokens,
+        one.token_usd + other.token_usd,
+    )
 
 
 def _key(stay: Stay, by: Grouping) -> tuple[str, str]:
@@ -267,18 +291,48 @@ def hourly_uses(
     """By type, of whole hours."""
     first = -(-begin_ms // MS_PER_H)
     count = max(0, end_ms // MS_PER_H - first)
-    by_type: dict[str, list[float]] = {}
+    held: dict[str, list[float]] = {}
+    wanted: dict[str, list[float]] = {}
     for stay in stays:
-        gpus = by_type.setdefault(stay.gpu_type, [0.0] * count)
-        last = min(first + count - 1, (stay.end_ms - 1) // MS_PER_H)
-        for hour in range(max(first, stay.begin_ms // MS_PER_H), last + 1):
-            spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(stay.begin_ms, hour * MS_PER_H)
-            gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
-    for gpu_type, gpus in sorted(by_type.items()):
-        if any(gpus):
+        gpus = held.setdefault(stay.gpu_type, [0.0] * count)
+        _count(gpus, first, stay, stay.begin_ms)
+        _count(wanted.setdefault(stay.gpu_type, [0.0] * count), first, stay, stay.wanted_ms)
+    for gpu_type, gpus in sorted(held.items()):
+        if any(wanted[gpu_type]):
             tariff = prices.of(gpu_type)
-            begin = first * MS_PER_H
-            yield HourlyUse(gpu_type, begin, tuple(gpus), tariff.lease_usd, tariff.burst_usd)
+            yield HourlyUse(
+                gpu_type,
+                first * MS_PER_H,
+                tuple(gpus),
+                tariff.lease_usd,
+                tariff.burst_usd,
+                tuple(wanted[gpu_type]),
+            )
+
+
+def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> None:
+    last = min(first + len(gpus) - 1, (stay.end_ms - 1) // MS_PER_H)
+    for hour in range(max(first, begin_ms // MS_PER_H), last + 1):
+        spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(begin_ms, hour * MS_PER_H)
+        gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
+
+
+def fleets_of(state: State, unix_ms: int) -> Iterator[TypeFleet]:
+    """By type: own GPUs of nodes that are known, and leases that run."""
+    options = state.options
+    leases = [
+        lease for lease in options.leases if lease.begin_unix_ms <= unix_ms < lease.end_unix_ms
+    ]
+    rented = [*options.burst_nodes, *(lease.nodes for lease in leases)]
+    owned: dict[str, int] = {lease.gpu_type: 0 for lease in leases}
+    for name, live in sorted(state.nodes.items()):
+        if not any(fnmatchcase(name, pattern) for pattern in rented):
+            for gpu in live.node.gpus:
+                key = gpu_types.key_of(gpu.name, gpu.memory_bytes)
+                owned[key] = owned.get(key, 0) + 1
+    for gpu_type, gpus in sorted(owned.items()):
+        lots = [(one.gpus, one.end_unix_ms) for one in leases if one.gpu_type == gpu_type]
+        yield TypeFleet(gpu_type, gpus, tuple(lots))
 
 
 def _source(stays: Iterable[Stay], prices: Prices) -> str:

@@ -67,13 +67,25 @@ class CostDay:
 @dataclass(frozen=True, slots=True)
 class HourlyUse:
     """How many GPUs of a type were held, on average of each hour from `begin_unix_ms` on, and what
-    they cost by the month and by the hour; None where nobody knows."""
+    they cost by the month and by the hour; None where nobody knows. `wanted_gpus` counts the time
+    that those who held them had waited for them."""
 
     gpu_type: str
     begin_unix_ms: int
     gpus: tuple[float, ...]
     lease_usd: float | None
     burst_usd: float | None
+    wanted_gpus: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TypeFleet:
+    """What there is of a type at present: own GPUs, and leases that run, as GPUs and when they
+    end."""
+
+    gpu_type: str
+    owned_gpus: int
+    lots: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +102,4 @@ class CostPage:
     kept_since_unix_ms: int | None
     prices_source: str
     energy_source: str
+    fleets: tuple[TypeFleet, ...] = ()

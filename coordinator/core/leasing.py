@@ -17,7 +17,8 @@ the next that it was the wrong one. So, once a day and for each type of GPU:
    leased runs out a bit each day as well, and nothing is renewed above the level. More than a
    seventh would bet a month on a day or two.
 
-`DAYS` and `LOT_RATIO` were chosen on one series (Venus), not on the one with the collapse.
+`DAYS` and `LOT_RATIO` are among the best on one series (Venus, `bench/scaling_leases.py`), not on
+the one with the collapse.
 
 What comes out is a recommendation with its numbers; nobody leases anything by it. `worth_usd` is
 what one GPU more would save in an hour, with what there is: the shadow price of a program's rows,
@@ -171,11 +172,10 @@ def recommend(
             fleet.gpu_type, unix_ms, terms, fleet.owned_gpus, leased, 0, there, "no history", said
         )
     day = _Day(hours, likely(hours), fleet, leased, terms, flexible or Flexible(), solve)
-    level, bound = _level(day)
+    level, rule = _level(day)
     wanted = _units(level - day.there, terms.unit_gpus)
     # A part of a small level may be less than what can be leased at all.
     lease = min(wanted, max(terms.unit_gpus, _units(level * terms.lot_ratio, terms.unit_gpus)))
-    bound = "a part a day" if lease < wanted else bound
     return Recommendation(
         fleet.gpu_type,
         unix_ms,
@@ -184,8 +184,8 @@ def recommend(
         leased,
         lease,
         round(level),
-        bound,
-        _sentence(day, round(level), lease, bound),
+        "a part a day" if lease < wanted else rule,
+        _sentence(day, round(level), lease, rule),
         _worth_usd(day),
         tuple(day.demand.quantile(ratio) for ratio in LEVELS),
         _alternatives(day, round(level), lease),
@@ -280,7 +280,7 @@ def _expected_usd(day: _Day, leased: int) -> float:
     return hours * (day.terms.lease_usd * leased + day.terms.burst_usd * over)
 
 
-def _sentence(day: _Day, level: int, lease: int, bound: str) -> str:
+def _sentence(day: _Day, level: int, lease: int, rule: str) -> str:
     terms, there = day.terms, day.there
     have = f"{day.fleet.owned_gpus} are owned and {day.leased} leased"
     level_said = (
@@ -289,9 +289,8 @@ def _sentence(day: _Day, level: int, lease: int, bound: str) -> str:
     why = {
         "break-even rise": ", counting the last term alone",
         "break-even fall": " of the last day, fewer than before",
-        "a part a day": "",
         "level": "",
-    }[bound]
+    }[rule]
     if not lease:
         return f"lease nothing: {level_said}{why}; {have}"
     more = f" of {level - there} that are missing" if lease < level - there else ""

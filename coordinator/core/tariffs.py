@@ -27,6 +27,7 @@ page says. `boot_s` has no source: it is what to begin with until boots of the m
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Final
 
 from coordinator.core import gpu_types
@@ -37,6 +38,7 @@ OVERHEAD_RATIO: Final = 1.5
 ENERGY_USD_PER_KWH: Final = 0.12
 BOOT_S: Final = 600.0
 TERM_DAYS: Final = 30
+TYPES_KEPT: Final = 1_024  # of tariffs; a fleet has some tens, and a bill asks for each attempt
 SOURCE: Final = "public pages, 2026-11-29 (coordinator/core/tariffs.py)"
 CONFIGURED: Final = "the coordinator's configuration"
 
@@ -105,16 +107,21 @@ class Prices:
         """By the key of a type or a name of NVML's; fields that nobody knows are `None`."""
         own = self.tariffs.get(gpu_type)
         table = public(gpu_type)
-        if own is None:
-            return table
-        said = {name: getattr(own, name) for name in Tariff.__slots__}
-        return replace(table, **{name: value for name, value in said.items() if value is not None})
+        return table if own is None else _over(own, table)
 
     def source(self, gpu_type: str) -> str:
         """Where the prices of this type are from."""
         return CONFIGURED if gpu_type in self.tariffs else SOURCE
 
 
+@lru_cache(maxsize=TYPES_KEPT)
+def _over(own: Tariff, table: Tariff) -> Tariff:
+    """The table with what was said instead."""
+    said = {name: getattr(own, name) for name in Tariff.__slots__}
+    return replace(table, **{name: value for name, value in said.items() if value is not None})
+
+
+@lru_cache(maxsize=TYPES_KEPT)
 def public(gpu_type: str) -> Tariff:
     """What the table says; an unknown type has nothing but a time to boot."""
     by_key = next((one for one in gpu_types.TYPES if one.key == gpu_type), None)

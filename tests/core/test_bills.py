@@ -199,3 +199,34 @@ def test_a_span_that_cannot_be_is_refused(span: tuple[int, int]) -> None:
     found = bills.answer(state_of([], []), Instant(0, 10**15), GetCosts(*span))
     assert isinstance(found, Refusal)
     assert found.sentence == "a span begins before it ends, and is 366 days at most"
+
+
+def test_what_was_waited_for_was_wanted() -> None:
+    """Six hours in the queue, then four on two GPUs; the hours of the wait cost nothing."""
+    ran = attempt(1, 1, "own-1", 6, 10, gpus=2)
+    ran = replace(ran, times=AttemptTimes(queued_unix_ms=BEGIN))
+    page = bill(state_of(JOBS, [ran]), 0, 24)
+    (use,) = page.uses
+    first = (BEGIN - use.begin_unix_ms) // H_MS
+    assert use.wanted_gpus[first : first + 12] == (2.0,) * 10 + (0.0,) * 2
+    assert use.gpus[first : first + 12] == (0.0,) * 6 + (2.0,) * 4 + (0.0,) * 2
+    assert page.total.gpu_hours == 8.0
+
+
+def test_one_wait_counts_once_where_a_lease_ends() -> None:
+    ran = attempt(1, 1, "lease-1", 40, 60)
+    ran = replace(ran, times=AttemptTimes(queued_unix_ms=BEGIN + 30 * H_MS))
+    (use,) = bill(state_of(JOBS, [ran]), 0, 200).uses
+    assert sum(use.wanted_gpus) == 30.0
+
+
+def test_the_fleet_is_what_is_owned_and_what_is_leased_now() -> None:
+    state = state_of([], [])
+    during = bills.fleets_of(state, BEGIN + H_MS)
+    assert [(fleet.gpu_type, fleet.owned_gpus, fleet.lots) for fleet in during] == [
+        ("A100 80GB", 8, ()),
+        ("H100", 8, ((8, LEASE.end_unix_ms),)),
+    ]
+    after = {fleet.gpu_type: fleet for fleet in bills.fleets_of(state, LEASE.end_unix_ms)}
+    assert after["H100"].lots == ()
+    assert after["H100"].owned_gpus == 16, "what is not leased any more, and still there"

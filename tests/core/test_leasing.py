@@ -111,6 +111,7 @@ def test_nothing_is_leased_on_the_day_on_which_demand_has_collapsed() -> None:
     assert said.lease_gpus == 0
     assert said.bound == "break-even fall"
     assert said.level_gpus == 3
+    assert "3 GPUs are needed for more than 50% of the time of the last day" in said.sentence
 
 
 def test_what_was_rented_for_as_long_as_its_lease_costs_is_leased() -> None:

@@ -19,7 +19,7 @@ from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
-SERVICES = {f"baton.v1.{noun}Service" for noun in ("Job", "Node", "Agent", "Checkpoint")}
+SERVICES = {f"baton.v1.{noun}Service" for noun in ("Job", "Node", "Agent", "Checkpoint", "Cost")}
 
 
 @pytest.fixture(scope="module")

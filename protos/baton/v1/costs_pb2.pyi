@@ -197,6 +197,7 @@ class HourlyUse(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     LEASE_USD_FIELD_NUMBER: _builtins.int
     BURST_USD_FIELD_NUMBER: _builtins.int
+    WANTED_GPUS_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     lease_usd: _builtins.float
     """Of one GPU, an hour. Absent: nobody knows."""
@@ -207,6 +208,10 @@ class HourlyUse(_message.Message):
 
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def wanted_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The same with the time that those who held them had waited for them."""
+
     def __init__(
         self,
         *,
@@ -215,10 +220,11 @@ class HourlyUse(_message.Message):
         gpus: _abc.Iterable[_builtins.float] | None = ...,
         lease_usd: _builtins.float | None = ...,
         burst_usd: _builtins.float | None = ...,
+        wanted_gpus: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "lease_usd", b"lease_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__burst_usd: _TypeAlias = _typing.Literal["burst_usd"]  # noqa: Y015
     _WhichOneofArgType__burst_usd: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd"]  # noqa: Y015
@@ -232,6 +238,60 @@ class HourlyUse(_message.Message):
 Global___HourlyUse: _TypeAlias = HourlyUse  # noqa: Y015
 
 @_typing.final
+class LeasedLot(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPUS_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    gpus: _builtins.int
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        gpus: _builtins.int = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "gpus", b"gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeasedLot: _TypeAlias = LeasedLot  # noqa: Y015
+
+@_typing.final
+class TypeFleet(_message.Message):
+    """What there is of a type at present."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_TYPE_FIELD_NUMBER: _builtins.int
+    OWNED_GPUS_FIELD_NUMBER: _builtins.int
+    LOTS_FIELD_NUMBER: _builtins.int
+    gpu_type: _builtins.str
+    owned_gpus: _builtins.int
+    """Of nodes that are neither leased nor rented by the hour."""
+    @_builtins.property
+    def lots(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeasedLot]:
+        """Leases that run."""
+
+    def __init__(
+        self,
+        *,
+        gpu_type: _builtins.str = ...,
+        owned_gpus: _builtins.int = ...,
+        lots: _abc.Iterable[Global___LeasedLot] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_type", b"gpu_type", "lots", b"lots", "owned_gpus", b"owned_gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TypeFleet: _TypeAlias = TypeFleet  # noqa: Y015
+
+@_typing.final
 class GetCostsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -243,6 +303,7 @@ class GetCostsResponse(_message.Message):
     KEPT_SINCE_TIME_FIELD_NUMBER: _builtins.int
     PRICES_SOURCE_FIELD_NUMBER: _builtins.int
     ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
+    FLEETS_FIELD_NUMBER: _builtins.int
     idle_lease_usd: _builtins.float
     """Leased and not used."""
     prices_source: _builtins.str
@@ -265,6 +326,10 @@ class GetCostsResponse(_message.Message):
     def kept_since_time(self) -> _timestamp_pb2.Timestamp:
         """When the oldest attempt began that is kept. Absent: there is none."""
 
+    @_builtins.property
+    def fleets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TypeFleet]:
+        """By type; none where one project was asked for."""
+
     def __init__(
         self,
         *,
@@ -276,10 +341,11 @@ class GetCostsResponse(_message.Message):
         kept_since_time: _timestamp_pb2.Timestamp | None = ...,
         prices_source: _builtins.str = ...,
         energy_source: _builtins.str = ...,
+        fleets: _abc.Iterable[Global___TypeFleet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept_since_time", b"kept_since_time", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days", "energy_source", b"energy_source", "idle_lease_usd", b"idle_lease_usd", "kept_since_time", b"kept_since_time", "lines", b"lines", "prices_source", b"prices_source", "total", b"total", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days", "energy_source", b"energy_source", "fleets", b"fleets", "idle_lease_usd", b"idle_lease_usd", "kept_since_time", b"kept_since_time", "lines", b"lines", "prices_source", b"prices_source", "total", b"total", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,68 @@
+"""`baton leases`: from a file, and from what the attempts of a coordinator were."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from protos.baton.v1 import costs_pb2 as pb
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator
+
+DAY_S = 86_400
+
+
+@pytest.fixture
+def demand(tmp_path: Path) -> Path:
+    """Thirty days of a hundred GPUs."""
+    path = tmp_path / "demand.csv"
+    lines = [f"2026-11-{1 + hour // 24:02}T{hour % 24:02}:00,100" for hour in range(30 * 24)]
+    path.write_text("\n".join(["time,demand", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_from_a_file(baton: Baton, demand: Path) -> None:
+    result = baton("leases", "--demand", str(demand), "--owned", "40")
+    assert result.exit_code == 0
+    assert "lease 10 of 60 that are missing for 30 days at $2.79 an hour" in result.stdout
+    assert "nothing was leased" in result.stderr
+
+
+def test_the_document(baton: Baton, demand: Path) -> None:
+    said = ("--lease-usd", "1", "--burst-usd", "2", "--node-gpus", "8", "--flexible", "0.5")
+    (found,) = json.loads(baton("leases", "--json", "--demand", str(demand), *said).stdout)
+    assert (found["lease_gpus"], found["level_gpus"], found["flexible_ratio"]) == (8, 100, 0.5)
+    assert found["worth_usd"] == pytest.approx(2.0)
+    assert {each["name"] for each in found["alternatives"]} >= {"all burst", "nothing new"}
+    assert len(found["quantiles"]) == 9
+
+
+def test_from_the_coordinator(baton: Baton, fake: FakeCoordinator) -> None:
+    """Before its first attempt it knows nothing, and that is not a demand of none."""
+    answer = pb.GetCostsResponse()
+    use = answer.uses.add(gpu_type="H100", lease_usd=1.0, burst_usd=2.0)
+    use.begin_time.seconds = 1_000 * DAY_S
+    use.gpus.extend([0.0] * 720)
+    use.wanted_gpus.extend([0.0] * 240 + [50.0] * 480)
+    answer.kept_since_time.seconds = 1_010 * DAY_S
+    fleet = answer.fleets.add(gpu_type="H100", owned_gpus=10)
+    fleet.lots.add(gpus=20).end_time.seconds = 4_000_000_000
+    fleet.lots.add(gpus=99).end_time.seconds = 1_000
+    answer.uses.add(gpu_type="Frobnicator")
+    fake.answers["GetCosts"] = [answer]
+    result = baton("leases", "--json")
+    (found,) = json.loads(result.stdout)
+    assert (found["owned_gpus"], found["leased_gpus"], found["level_gpus"]) == (10, 20, 50)
+    assert found["lease_gpus"] == 5
+    assert "Frobnicator: there is no price" in result.stderr
+
+
+def test_before_anything_has_run(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["GetCosts"] = [pb.GetCostsResponse()]
+    result = baton("leases")
+    assert (result.exit_code, "nothing is known of demand yet" in result.stderr) == (0, True)
+
+
+def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
+    result = baton("leases", "--demand", str(tmp_path / "none.csv"))
+    assert (result.exit_code, "cannot read" in result.stderr) == (2, True)
