@@ -14,8 +14,8 @@ where the one before it ended, because a job's steps only grow. A call before th
 restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
 over, as that would be a step back.
 
-With several ranks (torchrun), a stop is decided by all of them at the same step, rank 0 hands over
-when all have written, and all leave together; each rank of a job runs on the same machine.
+With several ranks, a stop is decided by all of them at the same step, rank 0 hands over when all
+have written, with their random states (`states`), and all leave together.
 
 Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
 `add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
@@ -33,7 +33,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import resume
+from baton_hook import resume, states
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
@@ -179,8 +179,12 @@ class _Callback:
         guarded("reporting a milestone", lambda: self._bridge.session.milestone("evaluated"), None)
 
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        guarded("waiting for the other ranks", lambda: _barrier(args), None)  # all have written
-        guarded("handing over a checkpoint", lambda: self._bridge.hand_over(args, state), None)
+        # all have written when this has returned
+        nothing: list[bytes] = []
+        told = guarded("asking for random states", lambda: _random_states(args, state), nothing)
+        guarded(
+            "handing over a checkpoint", lambda: self._bridge.hand_over(args, state, told), None
+        )
 
 
 class Bridge:
@@ -247,18 +251,19 @@ class Bridge:
         self.stopping = wish == STOP and not complete
         return NOTHING if complete else wish
 
-    def hand_over(self, args: Any, state: Any) -> None:
-        """Give the agent what Trainer has just saved. Raises OSError."""
+    def hand_over(self, args: Any, state: Any, random_states: list[bytes]) -> None:
+        """Give the agent what Trainer has just saved, and each rank's random states. Raises
+        OSError."""
         self._ticket = None
         staging = self.session.staging_directory
         if not state.is_world_process_zero or not self._hands_over or staging is None:
             return
-        output_directory = Path(args.output_dir)
-        saved = output_directory / f"checkpoint-{state.global_step}"
+        saved = _saved(args, state)
         # A launcher may start several processes in one attempt, one after another.
         self._program.saves_count += 1
         staged = staging / f"huggingface-{os.getpid()}-{self._program.saves_count}"
         resume.link_tree(saved, staged)
+        states.add(random_states, staged)
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
         best = Path(state.best_model_checkpoint or saved)
@@ -301,6 +306,19 @@ def _highest_of_ranks(args: Any, wish: int) -> int:
     highest = sys.modules["torch"].tensor(wish, device=args.device)
     distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
     return int(highest.item())
+
+
+def _saved(args: Any, state: Any) -> Path:
+    """Where Trainer has written the step that it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _random_states(args: Any, state: Any) -> list[bytes]:
+    """Of all ranks, where there are several."""
+    if _distributed(args) is None:
+        return []
+    own = states.read(_saved(args, state), args.process_index)
+    return states.gather(sys.modules["torch"], args.device, own)
 
 
 def _barrier(args: Any) -> None:
