@@ -29,11 +29,16 @@ _COLUMNS = (
 def projects(context: click.Context) -> None:
     """Show how projects stand by their quotas.
 
+    A project is what `baton submit --project` names. Its quota stands in the coordinator's
+    configuration ([projects.NAME], gpu_hours_per_day). Within a class jobs within their project's
+    quota come first; what it leaves idle is lent to the others, and recalled with a checkpoint.
+
     QUOTA is what a project is due, in GPU-hours a day; "-": it has none. USED is what it has used,
     of which half is forgotten after the time that stands below the table. ENTITLED is how many GPUs
     it may have now before others of the same class, RUNNING how many it has, BORROWED how many of
     these it gives back when somebody within a quota wants them, and LENT how many of its own others
-    have. WAITING is what its waiting jobs want; JOBS are those that run and those that wait.
+    have. WAITING is what its waiting jobs want; JOBS are those that run and those that wait, as in
+    "3+1". `baton explain JOB` says what this means for one job.
 
     Hours and GPUs are those of an H100, of which other types count a part.
 

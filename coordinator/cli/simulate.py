@@ -35,6 +35,7 @@ POLICIES = (
     "max-min-blind", "fairness", "makespan",
 )  # fmt: skip
 MS_PER_H = 3_600_000
+LEFT_OUT_NAMED_MAX = 4  # jobs that fit nowhere; more is a list that nobody reads
 MTBF_H_MIN = 0.1  # below, nodes fail faster than anything ends, and the run would not end either
 RATE_ERROR_MAX = 3.0  # beyond that rates are believed twenty times too high or too low
 BEFORE, AFTER, CHANGE = "as it is", "as asked", "change"
@@ -203,7 +204,9 @@ def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
         case = dataclasses.replace(case, fleet=with_prices(case.fleet, prices))
         cases = {BEFORE: dataclasses.replace(case, jobs=fitting(case.jobs, case.fleet))}
         if question.asks:
-            cases[AFTER] = asked(case, question, prices)
+            cases[AFTER] = after = asked(case, question, prices)
+            rest = [job for job in case.jobs if job.job_id not in after.left_out]
+            cases[BEFORE] = dataclasses.replace(case, jobs=fitting(rest, case.fleet))
             _say_of(question, case, cases[AFTER], given["policies"])
         check_prices(prices, cases.get(AFTER, cases[BEFORE]).fleet)
     except (BadFile, BadQuestion) as error:
@@ -213,6 +216,10 @@ def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
 
 def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequence[str]) -> None:
     """What the figures rest on that nobody has told."""
+    for why in list(after.left_out.values())[:LEFT_OUT_NAMED_MAX]:
+        write_notice(f"{why}; it is left out of both")
+    if len(after.left_out) > LEFT_OUT_NAMED_MAX:
+        write_notice(f"so are {len(after.left_out) - LEFT_OUT_NAMED_MAX} jobs more")
     for name in after.fleet.gpus:
         if name not in case.fleet.gpus:
             usd = after.fleet.prices_per_h.get(name, 0.0)

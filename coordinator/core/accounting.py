@@ -81,7 +81,9 @@ def noted(times: AttemptTimes, progress: Progress | None) -> AttemptTimes:
     """With what the trainer last said, for the record."""
     if progress is None:
         return times
-    return replace(times, step=progress.step, trainer=progress.time)
+    return replace(
+        times, step=progress.step, trainer=progress.time, total_steps=progress.total_steps
+    )
 
 
 def following(job: Job, before: Attempt | None, progress: Progress | None) -> AttemptTimes:

@@ -100,4 +100,5 @@ def _progress(state: State, attempt: Attempt) -> Progress | None:
     said = state.progress.get(attempt.id)
     if said is not None or attempt.times.step is None:
         return said
-    return Progress(attempt.times.step, time=attempt.times.trainer)
+    times = attempt.times
+    return Progress(attempt.times.step, times.total_steps, time=times.trainer)

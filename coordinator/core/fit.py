@@ -14,7 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from coordinator.core import estimates, gpu_types, history, rates, readings, workload
+from coordinator.core import (
+    estimates,
+    gpu_types,
+    history,
+    rates,
+    readings,
+    trainer_keys,
+    workload,
+)
 from coordinator.core.estimates import Knowledge, Measurement, Observation, Place, Prior
 from coordinator.core.fit_requests import Fit, FitJob, FitPage, Fitting, Speed
 from coordinator.core.history import History, Run, TooLarge, names
@@ -54,14 +62,33 @@ class MemoryEvidence:
 
 
 def answer(state: State, now: Instant, asked: FitJob) -> FitPage | Refusal:
-    """For the fleet as it is. Only what is wrong with the job as such is refused: what it would
-    wait for is part of the answer."""
-    sentence = refuse_spec(asked.spec)
+    """For the fleet as it is. Only what is wrong with the job as such is refused, and more GPUs
+    than there are: what it would wait for is part of the answer."""
+    sentence = refuse_spec(asked.spec) or trainer_keys.misspelt(asked.spec)
     if not sentence and not asked.spec.gpus:
         sentence = "the job asks for no GPU (gpus = 0), and this compares types of GPU"
+    sentence = sentence or _too_many(state, asked.spec)
     if sentence:
         return Refusal(RefusalKind.INVALID, sentence)
     return fit(asked, _kinds(state), history.seen(state, now))
+
+
+def _too_many(state: State, spec: JobSpec) -> str:
+    """Whatever their type: of which it could have enough is what the answer says."""
+    counts = [len(live.node.gpus) for live in state.nodes.values()]
+    most = max(counts, default=0)
+    if most and spec.gpus > most:
+        return (
+            f"the job asks for {spec.gpus} GPUs on one node (gpus = {spec.gpus}), and the most that"
+            f" any node has is {most}: ask for fewer, or for several ranks"
+        )
+    places = sum(count // spec.gpus for count in counts)
+    if most and spec.ranks > places:
+        return (
+            f"the job asks for {spec.ranks} ranks of {spec.gpus} GPUs each, and the whole fleet has"
+            f" places for {places}: ask for fewer"
+        )
+    return ""
 
 
 def fit(asked: FitJob, kinds: Iterable[Kind], seen: History) -> FitPage:

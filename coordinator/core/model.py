@@ -155,8 +155,8 @@ class AttemptTimes:
     `over_unix_ms`: when its silence was noticed; both before it is lost, if it ever is.
     `restore_ms` and `start_ms` are the agent's; `ready_ms` is from the program's start until it
     trains. `speaks`: it has told milestones or progress, or the attempt before it had.
-    `reached_step` is how far the attempts before it came, `step` and `trainer` what it last said
-    itself.
+    `reached_step` is how far the attempts before it came, `step`, `total_steps` (0: unsaid) and
+    `trainer` what it last said itself.
     """
 
     queued_unix_ms: int | None = None
@@ -169,6 +169,7 @@ class AttemptTimes:
     reached_step: int = 0
     step: int | None = None
     trainer: TrainerTime | None = None
+    total_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,7 @@ def why_waits(state: State, standing: Standing, job: Job) -> str:
             has = _number(sum(c.gpus for c in standing.claims if c.runs and c.project == project))
             limit = _number(entitled_gpus(quota, used_h))
             described += f" and runs on {has} of the {limit} weighted GPUs that this leaves it now"
+            described += _older(standing, job)
         return f"; {described}: jobs within their projects' quotas come before it"
     young = [
         (standing.minimum_s[job_id], job_id)
@@ -131,6 +132,21 @@ def why_waits(state: State, standing: Standing, job: Job) -> str:
     minimum_s, job_id = min(young)
     has = f"job {job_id} has GPUs that are lent to {state.jobs[job_id].spec.project}"
     return f"; {has}, and gives them back when it has run for {minimum_s / 60:.0f} min"
+
+
+def _older(standing: Standing, job: Job) -> str:
+    """Those of its project that wait and come before it, which count as well; empty for none."""
+    before = [
+        claim
+        for claim in standing.claims
+        if not claim.runs and claim.project == job.spec.project and claim.job_id != job.id
+        if claim.job_id not in standing.lent
+    ]
+    if not before:
+        return ""
+    gpus = _number(sum(claim.gpus for claim in before))
+    who = "an older job of it that waits" if len(before) == 1 else f"{len(before)} older that wait"
+    return f", of which {gpus} are for {who}"
 
 
 def why_recalled(standing: Standing, victim: Job, job: Job) -> str:

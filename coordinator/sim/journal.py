@@ -61,7 +61,7 @@ class Recorded:
 @dataclass(frozen=True, slots=True)
 class _Story:
     """What one job did: seconds of training by type, what it measured there, and its steps; None:
-    it told none."""
+    it told none. `total_steps` is what its trainer said that there are in all; 0: it did not."""
 
     job: Job
     gpus: int
@@ -70,6 +70,7 @@ class _Story:
     measured: Sequence[Measurement]
     steps: float | None
     restarts_s: Sequence[float]
+    total_steps: int = 0
 
     @property
     def total_s(self) -> float:
@@ -180,8 +181,11 @@ class _Recorder:
         if story.job.phase in JOB_ENDED:
             return done
         training = workload.read(story.job.spec)
-        if story.steps is not None and isinstance(training, Training):
-            return max(done, float(training.steps))
+        total = story.total_steps
+        if not total and isinstance(training, Training):
+            total = training.steps
+        if story.steps is not None and total:
+            return max(done, float(total))
         self.typical += 1
         lengths_s = self.lengths_s.get(story.job.spec.project)
         lengths_s = lengths_s or [each for group in self.lengths_s.values() for each in group]
@@ -201,7 +205,7 @@ def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int)
     training = workload.read(job.spec)
     trained_s: dict[str, float] = {}
     told: list[tuple[Place, float, float]] = []
-    reached = 0
+    reached = total_steps = 0
     restarts_s = []
     for attempt in state.attempts_of(job.id):
         if attempt.rank:
@@ -214,6 +218,7 @@ def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int)
         if name is None or seconds < SECONDS_MIN:
             continue
         trained_s[name] = trained_s.get(name, 0.0) + seconds
+        total_steps = attempt.times.total_steps or total_steps
         step = attempt.times.step
         if step is not None:
             made = step - max(attempt.restored_step, min(step, attempt.times.reached_step))
@@ -226,7 +231,7 @@ def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int)
     half = training.half if isinstance(training, Training) else halves(trained_s)
     measured = [measurement(place, rate, s, half=half) for place, rate, s in told]
     steps = float(reached) if reached else None
-    return _Story(job, gpus, half, trained_s, measured, steps, restarts_s)
+    return _Story(job, gpus, half, trained_s, measured, steps, restarts_s, total_steps)
 
 
 def _type_of(attempt: Attempt, type_of: Mapping[str, str]) -> str | None:

@@ -31,6 +31,7 @@ class Case:
     weights: Mapping[str, float] = field(default_factory=dict)
     pairs: PairRates = field(default_factory=dict)
     quotas: Mapping[str, Quota] = field(default_factory=dict)
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,13 @@ def asked(case: Case, question: Question, prices: Mapping[str, float]) -> Case:
     if unknown:
         raise BadQuestion(f"nothing says how fast jobs are on {unknown[0]}: {_help(unknown[0])}")
     _check_projects(question.weights, jobs)
+    left_out = {job.job_id: why for job in jobs if (why := never_runs(job, fleet))}
+    if len(left_out) == len(jobs):
+        raise BadQuestion(f"no job could run: {next(iter(left_out.values()), 'there is none')}")
     return replace(
         case,
-        jobs=fitting(jobs, fleet),
+        jobs=fitting([job for job in jobs if job.job_id not in left_out], fleet),
+        left_out=left_out,
         fleet=fleet,
         weights={**case.weights, **_without_quota(question.weights, case.quotas)},
         quotas={
@@ -137,16 +142,24 @@ def fitting(jobs: Iterable[SimJob], fleet: Fleet) -> list[SimJob]:
     """The jobs with rates on this fleet's types alone. Raises `BadQuestion` where one has none."""
     found = []
     for job in jobs:
+        why = never_runs(job, fleet)
+        if why:
+            raise BadQuestion(why)
         able = {name: rate for name, rate in job.rates.items() if name in fleet.gpus}
-        if not any(rate > 0 and fleet.gpus[name] >= job.gpus for name, rate in able.items()):
-            named = ", ".join(name for name, rate in job.rates.items() if rate > 0)
-            most = max((fleet.gpus.get(name, 0) for name in job.rates), default=0)
-            raise BadQuestion(
-                f"job {job.job_id} could never run: it needs {job.gpus} GPUs of one type of those"
-                f" that can run it ({named}), and there would be {most}"
-            )
         found.append(replace(job, rates=able))
     return found
+
+
+def never_runs(job: SimJob, fleet: Fleet) -> str:
+    """Why it could run on no type of this fleet; empty where it could."""
+    able = [name for name, rate in job.rates.items() if rate > 0]
+    most = max((fleet.gpus.get(name, 0) for name in able), default=0)
+    if most >= job.gpus:
+        return ""
+    return (
+        f"job {job.job_id} could never run: it needs {job.gpus} GPUs of one type of those that can"
+        f" run it ({', '.join(able)}), and there would be {most}"
+    )
 
 
 def _same(name: str, fleet: Mapping[str, int]) -> str | None:

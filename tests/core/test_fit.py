@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core import workload
+from coordinator.core import trainer_keys, workload
 from coordinator.core.estimates import Place
 from coordinator.core.fit import (
     Kind,
@@ -28,9 +28,12 @@ from coordinator.core.messages import Refusal
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.workload import ModelFacts, Training
 from tests.core.coordinator_harness import Rig
+from tests.core.training_fleet import Fleet
 from trainers import start
+from trainers.configuration import LoopOptions
 from trainers.finetune import FinetuneOptions
 from trainers.lora import LoraOptions
+from trainers.transfer import TransferOptions
 
 GIB = 1024**3
 GPT2 = ModelFacts(
@@ -320,3 +323,44 @@ def test_a_job_without_gpus_is_refused() -> None:
     said = answer(rig.core.state, rig.now, FitJob(dataclasses.replace(spec(), gpus=0)))
     assert isinstance(said, Refusal)
     assert "no GPU" in said.sentence
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kind"),
+    [("finetune", FinetuneOptions), ("lora", LoraOptions), ("transfer", TransferOptions)],
+)
+def test_the_keys_are_those_of_the_trainers(trainer: str, kind: type[LoopOptions]) -> None:
+    theirs = [field.name for field in dataclasses.fields(kind)]
+    assert sorted(trainer_keys.KEYS[trainer]) == sorted(theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ('{"batchsize": 64}', "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ('{"batch_size": 64, "zzz": 1}', "unknown key 'zzz'; known keys: steps, "),
+    ],
+)
+def test_a_misspelt_key_is_refused(config: str, sentence: str) -> None:
+    rig = Rig()
+    asked = dataclasses.replace(spec(), trainer_config_json=config)
+    said = answer(rig.core.state, rig.now, FitJob(asked))
+    assert isinstance(said, Refusal)
+    assert sentence in said.sentence
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "sentence"),
+    [
+        (5, 1, "asks for 5 GPUs on one node (gpus = 5), and the most that any node has is 4"),
+        (2, 4, "asks for 4 ranks of 2 GPUs each, and the whole fleet has places for 3"),
+        (4, 1, ""),
+        (2, 3, ""),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused(gpus: int, ranks: int, sentence: str) -> None:
+    fleet = Fleet("4xA100:80", "2xH100")
+    asked = dataclasses.replace(spec(), gpus=gpus, ranks=ranks)
+    said = answer(fleet.state, fleet.rig.now, FitJob(asked))
+    assert isinstance(said, Refusal) == bool(sentence)
+    assert not isinstance(said, Refusal) or sentence in said.sentence

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from coordinator.core import gpu_types
 from coordinator.core.ledger import MS_PER_H, Ledger, Stay
+from coordinator.core.options import Options
 from coordinator.core.quotas import (
     AHEAD_H,
     HALF_LIFE_H,
@@ -27,6 +28,7 @@ from coordinator.core.quotas import (
     lent,
     weight_parts,
 )
+from tests.core.training_fleet import Fleet
 
 NOW_MS = 500_000 * MS_PER_H + 1_234_567
 DAY = Quota(24.0)  # one GPU of weight 1, without a pause
@@ -216,3 +218,14 @@ def test_who_has_borrowed_more_weighs_less_and_never_nothing() -> None:
     quotas = {"a": DAY, "b": Quota(24.0, 3.0), "c": Quota(0.0)}
     found = lending_weights(quotas, {"a": 10.0, "b": 48.0, "c": 24.0, "d": 1e6})
     assert found == {"a": 1.0, "b": 1.5, "c": 0.5, "d": 0.1}
+
+
+def test_who_is_told_of_a_quota_is_told_of_older_jobs_that_count_before_it() -> None:
+    fleet = Fleet("8xA100:80", options=Options(projects={"a": Quota(gpu_hours=24.0)}))
+    fleet.submit(gpus=4, project="a")
+    fleet.submit(gpus=8, project="a")
+    last = fleet.submit(gpus=8, project="a")
+    told = fleet.state.waits[last]
+    assert "leaves it now, of which 3.3 are for an older job of it that waits: jobs within" in told
+    fleet.submit(gpus=8, project="b")
+    assert "of which" not in fleet.state.waits[fleet.state.last_job_id]

@@ -185,3 +185,13 @@ def test_what_it_makes_of_records_can_be_simulated_and_is_the_same_again() -> No
 
 def test_nothing_at_all_is_nothing() -> None:
     assert recorded(Snapshot()).jobs == []
+
+
+def test_who_says_how_many_steps_there_are_is_as_long_as_that() -> None:
+    """Whether it still runs, or waits for its next attempt; who has ended did what it did."""
+    told = attempt(1, A, 0, 100, step=1_000, total_steps=50_000)
+    open_, ended = (
+        read((job(1, phase), [told])).jobs[0] for phase in (JobPhase.QUEUED, JobPhase.SUCCEEDED)
+    )
+    assert (open_.steps, ended.steps) == (50_000, 1_000)
+    assert read((job(1, JobPhase.QUEUED), [told])).typical == 0

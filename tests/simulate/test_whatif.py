@@ -103,13 +103,25 @@ def test_a_project_that_counts_more_is_done_sooner() -> None:
         (Question(removed=[Gpus(1, "H200")]), "there are none, but A100, K80"),
         (Question(added=[Gpus(1, "H900")]), "nothing says how fast jobs are on H900"),
         (Question(weights={"nobody": 2.0}), "no job is of project 'nobody'; there are demo, rest"),
-        (Question(removed=[Gpus(2, "A100"), Gpus(4, "K80")]), "job 1 could never run"),
+        (
+            Question(removed=[Gpus(2, "A100"), Gpus(4, "K80")]),
+            "no job could run: job 1 could never",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_refused(question: Question, sentence: str) -> None:
     with pytest.raises(BadQuestion) as caught:
         asked(CASE, question, {})
     assert sentence in str(caught.value)
+
+
+def test_a_job_that_fits_nowhere_then_is_named_and_left_out() -> None:
+    large = replace(JOBS[0], job_id=99, gpus=4)
+    case = asked(replace(CASE, jobs=[*JOBS, large]), Question(removed=[Gpus(2, "K80")]), {})
+    assert [job.job_id for job in case.jobs] == [job.job_id for job in JOBS]
+    (why,) = case.left_out.values()
+    assert why.startswith("job 99 could never run: it needs 4 GPUs of one type")
+    assert why.endswith("and there would be 2")
 
 
 def test_the_longest_part_of_a_name_has_the_price() -> None:
