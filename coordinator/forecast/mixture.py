@@ -19,9 +19,11 @@ import numpy as np
 from coordinator.forecast.quantiles import LEVELS, Floats, pinball
 
 MUTE_RATIO: Final = 1.05
-MEMORY_H: Final = 240.0  # after which a loss counts e times less
+# After so long a loss counts e times less. What is told of a day ahead is wrong for a day on end,
+# and a day teaches once: so with each hour ahead memory is longer.
+MEMORY_H, MEMORY_H_PER_HOUR = 240.0, 10.0
 MUTE_MEMORY_H: Final = 504.0
-DRIFT_MEMORY_H: Final = 48.0
+DRIFT_MEMORY_H, DRIFT_MEMORY_H_PER_HOUR = 48.0, 4.0
 DRIFT_RATIO, CALM_RATIO = 1.2, 1.05
 SHARPNESS: Final = 20.0  # one percent worse: a fifth less weight
 # So many hours of being as good as persistence everybody begins with.
@@ -30,7 +32,7 @@ JUDGED_H_MIN: Final = 48.0  # before anybody is muted
 MUTED_WEIGHT: Final = 1e-9
 # A miss moves a quantile by this part of the narrowest model's widest band, over the root of the
 # hours ahead: so many forecasts are made before the first of them is known to be wrong.
-STEP_RATIO: Final = 0.003
+STEP_RATIO: Final = 0.001
 # Demand is counted in whole GPUs: nearer than half of one is no miss.
 EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9
@@ -46,8 +48,8 @@ class Record:
     long_persistence: float = 0.0
     hours: float = 0.0
 
-    def add(self, own: Floats, persistence: Floats) -> None:
-        keep, long_keep = np.exp(-1 / MEMORY_H), np.exp(-1 / MUTE_MEMORY_H)
+    def add(self, own: Floats, persistence: Floats, memory_h: float) -> None:
+        keep, long_keep = np.exp(-1 / memory_h), np.exp(-1 / MUTE_MEMORY_H)
         self.own = self.own * keep + own
         self.persistence = self.persistence * keep + persistence
         self.long_own = self.long_own * long_keep + float(own.sum())
@@ -73,7 +75,7 @@ class Mixture:
     than persistence until it has shown otherwise; the first is persistence itself."""
 
     handicaps: dict[str, float]
-    step_ratio: float = STEP_RATIO
+    ahead_h: float = 1.0
     records: dict[str, Record] = field(default_factory=dict)
     offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
     drifted: bool = False
@@ -109,13 +111,16 @@ class Mixture:
         """What came, once it is known, and what had been said of it; once an hour."""
         losses = {name: pinball(actual, forecast) for name, forecast in forecasts.items()}
         persistence = losses[next(iter(self.handicaps))]
+        memory_h = MEMORY_H + MEMORY_H_PER_HOUR * self.ahead_h
         for name, loss in losses.items():
-            self.records.setdefault(name, Record()).add(loss, persistence)
-        keep = float(np.exp(-1 / DRIFT_MEMORY_H))
+            self.records.setdefault(name, Record()).add(loss, persistence, memory_h)
+        drift_memory_h = DRIFT_MEMORY_H + DRIFT_MEMORY_H_PER_HOUR * self.ahead_h
+        keep = float(np.exp(-1 / drift_memory_h))
         self.recent = self.recent * keep + float(pinball(actual, mixed).sum())
         self.recent_persistence = self.recent_persistence * keep + float(persistence.sum())
         bound = CALM_RATIO if self.drifted else DRIFT_RATIO
-        known = self.records[next(iter(self.handicaps))].hours >= DRIFT_MEMORY_H
+        known = self.records[next(iter(self.handicaps))].hours >= drift_memory_h
         self.drifted = known and self.recent > bound * self.recent_persistence
         missed = np.abs(actual - mixed) > EXACT_GPUS
-        self.offsets = self.offsets + self.step_ratio * missed * (LEVELS - (actual <= mixed))
+        step_ratio = STEP_RATIO / np.sqrt(self.ahead_h)
+        self.offsets = self.offsets + step_ratio * missed * (LEVELS - (actual <= mixed))
