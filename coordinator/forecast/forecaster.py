@@ -27,7 +27,7 @@ from coordinator.forecast import experts, skewed
 from coordinator.forecast.experts import Drift, Lesson
 from coordinator.forecast.grid import HOURS_PER_DAY, Grid
 from coordinator.forecast.mixture import Mixture
-from coordinator.forecast.quantiles import LEVELS, Floats
+from coordinator.forecast.quantiles import LEVELS, NORMAL, Floats
 
 # What experts learn from, and a week before it for their means.
 KEPT_DAYS: Final = experts.WINDOW_DAYS + 8
@@ -35,8 +35,6 @@ DAY_H, WEEK_H, TEN_DAYS_H, THREE_WEEKS_H = 24, 168, 240, 504
 # Before anything was seen: demand changes like a random walk whose step of an hour is this part of
 # a root of its size (arrivals that know nothing of one another), and at least a GPU.
 REACTIVE_RATIO: Final = 1.0
-# Standard normal quantiles of LEVELS.
-NORMAL: Final = np.array([-1.96, -1.645, -1.282, -0.674, 0.0, 0.674, 1.282, 1.645, 1.96])
 
 
 class Expert(Protocol):
@@ -168,6 +166,7 @@ class Forecaster:
                 if (told_h if kind.needs_told else clean_h) >= kind.clean_h_min
             }
             self._fitted_at = self._next
+            self._mixture.outcomes = float(taught.weights.sum()) / self.ahead
         asleep = {kind.name for kind in KINDS if kind.needs_told and math.isnan(self._told[-1])}
         return {
             name: fitted.forecast(grid)

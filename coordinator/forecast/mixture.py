@@ -11,12 +11,13 @@ it, and down when not, so that in the long run it is exceeded as often as it say
 Adaptive Conformal Inference Under Distribution Shift, NeurIPS 2021).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from coordinator.forecast.quantiles import LEVELS, Floats, pinball
+from coordinator.forecast.quantiles import LEVELS, NORMAL, Floats, pinball
 
 MUTE_RATIO: Final = 1.05
 # After so long a loss counts e times less. What is told of a day ahead is wrong for a day on end,
@@ -25,7 +26,8 @@ MEMORY_H, MEMORY_H_PER_HOUR = 240.0, 10.0
 MUTE_MEMORY_H: Final = 504.0
 DRIFT_MEMORY_H, DRIFT_MEMORY_H_PER_HOUR = 48.0, 4.0
 DRIFT_RATIO, CALM_RATIO = 1.2, 1.05
-SHARPNESS: Final = 20.0  # one percent worse: a fifth less weight
+# One percent worse: a fifth less weight. Half as much a day ahead, of which less is known.
+SHARPNESS, LESS_SHARP_H = 20.0, 24.0
 # So many hours of being as good as persistence everybody begins with.
 BEGIN_H: Final = 24.0
 JUDGED_H_MIN: Final = 48.0  # before anybody is muted
@@ -33,6 +35,10 @@ MUTED_WEIGHT: Final = 1e-9
 # A miss moves a quantile by this part of the narrowest model's widest band, over the root of the
 # hours ahead: so many forecasts are made before the first of them is known to be wrong.
 STEP_RATIO: Final = 0.001
+# Tails of few outcomes are those of Student's distribution, and a model that was fitted to them has
+# used up about half; the first day is not a hundred times as wide as the others for it.
+USED_UP: Final = 0.5
+OUTCOMES_MIN: Final = 4.0
 # Demand is counted in whole GPUs: nearer than half of one is no miss.
 EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9
@@ -76,6 +82,7 @@ class Mixture:
 
     handicaps: dict[str, float]
     ahead_h: float = 1.0
+    outcomes: float = math.inf  # that have nothing in common, of which the models learned
     records: dict[str, Record] = field(default_factory=dict)
     offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
     drifted: bool = False
@@ -87,7 +94,10 @@ class Mixture:
         persistence = next(iter(self.handicaps))
         heard = {persistence: forecasts[persistence]} if self.drifted else forecasts
         weights = self.weights(list(heard))
-        mixed = sum(weights[name] * forecast for name, forecast in heard.items())
+        mixed = _widened(
+            np.sum([weights[name] * forecast for name, forecast in heard.items()], axis=0),
+            self.outcomes,
+        )
         width = min(np.ptp(each) for each in heard.values())
         return np.maximum(0.0, np.sort(mixed + self.offsets * width))
 
@@ -99,8 +109,9 @@ class Mixture:
             doubt = BEGIN_H * 3 / (BEGIN_H * 3 + record.hours)
             ratios[name] = record.ratios() + self.handicaps[name] * doubt
         least = np.min(list(ratios.values()), axis=0)
+        sharpness = SHARPNESS / (1 + self.ahead_h / LESS_SHARP_H)
         raw = {
-            name: np.exp(-SHARPNESS * (ratio - least))
+            name: np.exp(-sharpness * (ratio - least))
             * (MUTED_WEIGHT if self.records.get(name, Record()).muted else 1.0)
             for name, ratio in ratios.items()
         }
@@ -124,3 +135,12 @@ class Mixture:
         missed = np.abs(actual - mixed) > EXACT_GPUS
         step_ratio = STEP_RATIO / np.sqrt(self.ahead_h)
         self.offsets = self.offsets + step_ratio * missed * (LEVELS - (actual <= mixed))
+
+
+def _widened(forecast: Floats, outcomes: float) -> Floats:
+    """By as much as the quantiles of Student's distribution are wider than the normal ones, in the
+    first term of their expansion (Abramowitz and Stegun, 26.7.5)."""
+    free = USED_UP * max(OUTCOMES_MIN, outcomes)
+    median = forecast[len(LEVELS) // 2]
+    wider: Floats = median + (forecast - median) * (1 + (NORMAL**2 + 1) / (4 * free))
+    return wider
