@@ -5,11 +5,12 @@ fleets breathe with the hour of the day; which of it holds is a matter of the fl
 So there are a few models, all cheap, each fitted anew once a day on the last weeks, and
 `mixture.py` finds out whom to believe.
 
-All have one form: demand now, plus a drift, plus a spread, whose quantiles are those of what the
-model got wrong. `drift` is none, a return to the means of the last day and week (`damped`), the
-usual change at that hour (`profile`), or a ridge regression on all of it and on the same hours of
-yesterday and last week. `scaled` experts divide what went wrong by how nervous demand was, by a
-regression of its logarithm (`Grid.nervousness`), so that a quiet night has narrow bands.
+Those here have one form: demand now, plus a drift, plus a spread, whose quantiles are those of what
+the model got wrong. `drift` is none, the usual change at that hour (`profile`), or a ridge
+regression on the means of hours and days, on the time, and on the same hours of yesterday and last
+week. `scaled` experts divide what went wrong by how nervous demand was, by a regression of its
+logarithm (`Grid.nervousness`), so that a quiet night has narrow bands. Those whose bands change
+their shape are in `skewed.py`.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from coordinator.forecast.quantiles import Floats, of_samples
 
 WINDOW_DAYS: Final = 42  # that is learned from: six of each weekday
 HALF_LIFE_DAYS: Final = 14.5  # how fast it is forgotten within
-# Of all weight, on the diagonal of features of variance one: a tenth pulls to no drift at all.
+# Of all weight, on the diagonal of features of variance one, times the root of the hours ahead:
+# a tenth pulls to no drift at all.
 RIDGE: Final = 0.1
 SCALE_RIDGE_HOURS: Final = 5.0
 # What went wrong by almost nothing has no logarithm to learn from: this part of the median.
@@ -113,16 +115,6 @@ def still(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Floats]
     return lambda grid: np.zeros(len(grid.values))
 
 
-def damped(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Floats]:
-    """It comes back to the mean of the last day and of the last week, by as much as it used to."""
-
-    def features(grid: Grid) -> Floats:
-        far = [grid.known - grid.mean(hours) for hours in (HOURS_PER_DAY, HOURS_PER_WEEK)]
-        return np.stack(far, axis=1)
-
-    return _regression(taught, trust, features)
-
-
 def profile(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Floats]:
     """It changes as it usually does from this hour of the day on."""
     hour = taught.grid.hour_of_day()[taught.past].astype(np.intp)
@@ -135,13 +127,15 @@ def profile(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Float
 def ridge(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Floats]:
     """Its distance from several means, and what followed a day and a week ago."""
 
-    def features(grid: Grid) -> Floats:
-        columns = [grid.known - grid.mean(hours) for hours in (3, 12, 24, 72, 168)]
-        columns += [_change_before(grid, ahead, hours) for hours in (24, 168) if ahead]
-        waves = grid.nervousness[:, -6:] * grid.mean(HOURS_PER_WEEK)[:, None]
-        return np.concatenate([np.stack(columns, axis=1), waves], axis=1)
+    return _regression(taught, trust, lambda grid: all_of_it(grid, ahead), ahead)
 
-    return _regression(taught, trust, features)
+
+def all_of_it(grid: Grid, ahead: int) -> Floats:
+    """The distance from several means, what followed a day and a week ago, and the time."""
+    columns = [grid.known - grid.mean(hours) for hours in (3, 12, 24, 72, 168)]
+    columns += [_change_before(grid, ahead, hours) for hours in (24, 168) if ahead]
+    waves = grid.nervousness[:, -6:] * grid.mean(HOURS_PER_WEEK)[:, None]
+    return np.concatenate([np.stack(columns, axis=1), waves], axis=1)
 
 
 def _change_before(grid: Grid, ahead: int, hours: int) -> Floats:
@@ -155,12 +149,13 @@ def _change_before(grid: Grid, ahead: int, hours: int) -> Floats:
 
 
 def _regression(
-    taught: Lesson, trust: Floats, features: Callable[[Grid], Floats]
+    taught: Lesson, trust: Floats, features: Callable[[Grid], Floats], ahead: int
 ) -> Callable[[Grid], Floats]:
     seen = features(taught.grid)[taught.past]
     spread = np.sqrt((seen**2 * taught.weights[:, None]).sum(0) / taught.weights.sum()) + 1e-6
     seen = seen / spread
     weighed = seen * trust[:, None]
-    square = weighed.T @ seen + RIDGE * trust.sum() * np.eye(seen.shape[1])
+    pull = RIDGE * np.sqrt(ahead / taught.grid.per_hour)
+    square = weighed.T @ seen + pull * trust.sum() * np.eye(seen.shape[1])
     found = np.linalg.solve(square, weighed.T @ taught.changes) / spread
     return lambda grid: features(grid) @ found

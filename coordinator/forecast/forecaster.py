@@ -6,54 +6,71 @@ one below:
 
     less than a day      demand as it is, and a buffer above it (`reactive`)
     a day to a week      persistence, with bands from its own errors
-    one to three weeks   bands by how nervous demand is; a return to the mean; the hour of the day
+    one to three weeks   bands by how nervous demand is; the hour of the day; each quantile by
+                         itself (`skewed.py`), and from ten days on with all that is known; who of
+                         those that hold GPUs stays, where that is told (`survival.py`)
     beyond that          a ridge regression on all of it
 
 Persistence stays among them all the way up, and `mixture.py` weighs them. Experts are fitted anew
-once a day, on a bounded window; an observation costs microseconds, a forecast about a millisecond.
+once a day, on a bounded window; an observation costs microseconds, a forecast a millisecond or two.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
-from coordinator.forecast import experts
-from coordinator.forecast.experts import Drift, Fitted
+from coordinator.forecast import experts, skewed
+from coordinator.forecast.experts import Drift, Lesson
 from coordinator.forecast.grid import HOURS_PER_DAY, Grid
-from coordinator.forecast.mixture import STEP_RATIO, Mixture
-from coordinator.forecast.quantiles import LEVELS, Floats
+from coordinator.forecast.mixture import Mixture
+from coordinator.forecast.quantiles import LEVELS, NORMAL, Floats
 
 # What experts learn from, and a week before it for their means.
 KEPT_DAYS: Final = experts.WINDOW_DAYS + 8
-DAY_H, WEEK_H, THREE_WEEKS_H = 24, 168, 504
+DAY_H, WEEK_H, TEN_DAYS_H, THREE_WEEKS_H = 24, 168, 240, 504
 # Before anything was seen: demand changes like a random walk whose step of an hour is this part of
 # a root of its size (arrivals that know nothing of one another), and at least a GPU.
 REACTIVE_RATIO: Final = 1.0
-# Standard normal quantiles of LEVELS.
-NORMAL: Final = np.array([-1.96, -1.645, -1.282, -0.674, 0.0, 0.674, 1.282, 1.645, 1.96])
+
+
+class Expert(Protocol):
+    """A model that has learned."""
+
+    def forecast(self, grid: Grid) -> Floats: ...
+
+
+# From what there is to learn and the steps ahead.
+Fit = Callable[[Lesson, int], Expert]
+
+
+def _spread(drift: Drift, *, scaled: bool) -> Fit:
+    return lambda taught, ahead: experts.fit(taught, drift, ahead, scaled=scaled)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, from how many hours of clean history on, and by how much it is doubted at first."""
+    """A model, from how many hours of clean history on, and by how much it is doubted at first.
+    One that `needs_told` counts the hours in which it was told who stays, and sleeps in others."""
 
     name: str
-    drift: Drift
-    scaled: bool
+    fit: Fit
     clean_h_min: int
     handicap: float
+    needs_told: bool = False
 
 
 KINDS: Final = (
-    Kind("persistence", experts.still, False, DAY_H, 0.03),
-    Kind("scaled persistence", experts.still, True, WEEK_H, 0.0),
-    Kind("damped", experts.damped, False, WEEK_H, 0.02),
-    Kind("scaled damped", experts.damped, True, WEEK_H, 0.0),
-    Kind("profile", experts.profile, True, WEEK_H, 0.03),
-    Kind("ridge", experts.ridge, True, THREE_WEEKS_H, 0.06),
+    Kind("persistence", _spread(experts.still, scaled=False), DAY_H, 0.03),
+    Kind("scaled persistence", _spread(experts.still, scaled=True), WEEK_H, 0.0),
+    Kind("profile", _spread(experts.profile, scaled=True), WEEK_H, 0.0),
+    Kind("skewed return", skewed.returning, WEEK_H, 0.0),
+    Kind("skewed regression", skewed.regressed, TEN_DAYS_H, 0.0),
+    Kind("ages", skewed.aged, WEEK_H, 0.0, needs_told=True),
+    Kind("ridge", _spread(experts.ridge, scaled=True), THREE_WEEKS_H, 0.0),
 )
 
 
@@ -75,21 +92,24 @@ class Forecaster:
         self.ahead = ahead_h * per_hour
         self._per_hour = per_hour
         self._values: deque[float] = deque(maxlen=KEPT_DAYS * HOURS_PER_DAY * per_hour)
+        self._told: deque[float] = deque(maxlen=self._values.maxlen)
         self._next = first_step
         self._clean = 0
-        self._mixture = Mixture(
-            {kind.name: kind.handicap for kind in KINDS}, STEP_RATIO / math.sqrt(ahead_h)
-        )
-        self._fitted: dict[str, Fitted] = {}
+        self._mixture = Mixture({kind.name: kind.handicap for kind in KINDS}, ahead_h)
+        self._fitted: dict[str, Expert] = {}
         self._fitted_at = -1
         self._said: deque[Said] = deque()
         self._asked: tuple[int, dict[str, Floats]] = (-1, {})
 
-    def observe(self, gpus: float) -> None:
-        """Demand of the next step; NaN where nobody knows. Negative or infinite is an error."""
-        if gpus < 0 or math.isinf(gpus):
-            raise ValueError(f"demand is a count of GPUs, not {gpus}")
+    def observe(self, gpus: float, known_gpus: float = math.nan) -> None:
+        """Demand of the next step; NaN where nobody knows. `known_gpus`: as many of them as are
+        expected to be wanted still when a forecast is about (`survival.py`), as a mean, if anybody
+        says so. Negative or infinite is an error."""
+        for count in (gpus, known_gpus):
+            if count < 0 or math.isinf(count):
+                raise ValueError(f"demand is a count of GPUs, not {count}")
         self._values.append(gpus)
+        self._told.append(known_gpus)
         self._next += 1
         self._clean += not math.isnan(gpus)
         self._judge(gpus)
@@ -139,20 +159,28 @@ class Forecaster:
             taught = experts.lesson(grid, self.ahead)
             if len(taught.past) < self._per_hour * HOURS_PER_DAY // 2:
                 return {}
+            told_h = int(np.count_nonzero(~np.isnan(grid.told[taught.past]))) / self._per_hour
             self._fitted = {
-                kind.name: experts.fit(taught, kind.drift, self.ahead, scaled=kind.scaled)
+                kind.name: kind.fit(taught, self.ahead)
                 for kind in KINDS
-                if clean_h >= kind.clean_h_min
+                if (told_h if kind.needs_told else clean_h) >= kind.clean_h_min
             }
             self._fitted_at = self._next
-        return {name: fitted.forecast(grid) for name, fitted in self._fitted.items()}
+            self._mixture.outcomes = float(taught.weights.sum()) / self.ahead
+        asleep = {kind.name for kind in KINDS if kind.needs_told and math.isnan(self._told[-1])}
+        return {
+            name: fitted.forecast(grid)
+            for name, fitted in self._fitted.items()
+            if name not in asleep
+        }
 
     def _grid(self) -> Grid:
         """What is needed now: all of it where experts learn, a week and more where they speak."""
         day = HOURS_PER_DAY * self._per_hour
         learns = not self._fitted or self._next - self._fitted_at >= day
-        values = np.array(self._values) if learns else np.array(list(self._values)[-9 * day :])
-        return Grid(values, self._per_hour, self._next - len(values))
+        taken = slice(None) if learns else slice(-9 * day, None)
+        values, told = (np.array(list(each)[taken]) for each in (self._values, self._told))
+        return Grid(values, self._per_hour, self._next - len(values), told)
 
     def _reactive(self) -> Floats:
         known = [gpus for gpus in self._values if not math.isnan(gpus)]

@@ -8,7 +8,7 @@ How nervous demand is, `nervousness`, is what bands are scaled by: the mean chan
 the last hours and days, and the time of day and of week.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -27,11 +27,14 @@ CHANGE_MIN: Final = 0.5
 class Grid:
     """`values` are GPUs, one each `1 / per_hour` hours, the newest last; NaN where nobody knows.
     `first` is the number of the first step since the beginning of a day: what was dropped keeps
-    the time of day."""
+    the time of day. `told` are the GPUs, of those held at each step, that were then expected to be
+    held still when a forecast is about; NaN, or nothing at all, where nobody said."""
 
     values: Floats
     per_hour: int
     first: int = 0
+    told: Floats = field(default_factory=lambda: np.empty(0))
+    _means: dict[int, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def steps(self) -> Floats:
@@ -46,7 +49,9 @@ class Grid:
 
     def mean(self, hours: int) -> Floats:
         """Of the last `hours` at each step, itself included; of fewer at the beginning."""
-        return _trailing(self.known, hours * self.per_hour)
+        if hours not in self._means:
+            self._means[hours] = _trailing(self.known, hours * self.per_hour)
+        return self._means[hours]
 
     def change_ahead(self, ahead: int) -> Floats:
         """By how much demand changes within `ahead` steps; NaN where that is not known (yet)."""

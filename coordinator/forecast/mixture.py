@@ -11,26 +11,34 @@ it, and down when not, so that in the long run it is exceeded as often as it say
 Adaptive Conformal Inference Under Distribution Shift, NeurIPS 2021).
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from coordinator.forecast.quantiles import LEVELS, Floats, pinball
+from coordinator.forecast.quantiles import LEVELS, NORMAL, Floats, pinball
 
 MUTE_RATIO: Final = 1.05
-MEMORY_H: Final = 240.0  # after which a loss counts e times less
+# After so long a loss counts e times less. What is told of a day ahead is wrong for a day on end,
+# and a day teaches once: so with each hour ahead memory is longer.
+MEMORY_H, MEMORY_H_PER_HOUR = 240.0, 10.0
 MUTE_MEMORY_H: Final = 504.0
-DRIFT_MEMORY_H: Final = 48.0
+DRIFT_MEMORY_H, DRIFT_MEMORY_H_PER_HOUR = 48.0, 4.0
 DRIFT_RATIO, CALM_RATIO = 1.2, 1.05
-SHARPNESS: Final = 20.0  # one percent worse: a fifth less weight
+# One percent worse: a fifth less weight. Half as much a day ahead, of which less is known.
+SHARPNESS, LESS_SHARP_H = 20.0, 24.0
 # So many hours of being as good as persistence everybody begins with.
 BEGIN_H: Final = 24.0
 JUDGED_H_MIN: Final = 48.0  # before anybody is muted
 MUTED_WEIGHT: Final = 1e-9
 # A miss moves a quantile by this part of the narrowest model's widest band, over the root of the
 # hours ahead: so many forecasts are made before the first of them is known to be wrong.
-STEP_RATIO: Final = 0.003
+STEP_RATIO: Final = 0.001
+# Tails of few outcomes are those of Student's distribution, and a model that was fitted to them has
+# used up about half; the first day is not a hundred times as wide as the others for it.
+USED_UP: Final = 0.5
+OUTCOMES_MIN: Final = 4.0
 # Demand is counted in whole GPUs: nearer than half of one is no miss.
 EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9
@@ -46,8 +54,8 @@ class Record:
     long_persistence: float = 0.0
     hours: float = 0.0
 
-    def add(self, own: Floats, persistence: Floats) -> None:
-        keep, long_keep = np.exp(-1 / MEMORY_H), np.exp(-1 / MUTE_MEMORY_H)
+    def add(self, own: Floats, persistence: Floats, memory_h: float) -> None:
+        keep, long_keep = np.exp(-1 / memory_h), np.exp(-1 / MUTE_MEMORY_H)
         self.own = self.own * keep + own
         self.persistence = self.persistence * keep + persistence
         self.long_own = self.long_own * long_keep + float(own.sum())
@@ -73,7 +81,8 @@ class Mixture:
     than persistence until it has shown otherwise; the first is persistence itself."""
 
     handicaps: dict[str, float]
-    step_ratio: float = STEP_RATIO
+    ahead_h: float = 1.0
+    outcomes: float = math.inf  # that have nothing in common, of which the models learned
     records: dict[str, Record] = field(default_factory=dict)
     offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
     drifted: bool = False
@@ -85,7 +94,10 @@ class Mixture:
         persistence = next(iter(self.handicaps))
         heard = {persistence: forecasts[persistence]} if self.drifted else forecasts
         weights = self.weights(list(heard))
-        mixed = sum(weights[name] * forecast for name, forecast in heard.items())
+        mixed = _widened(
+            np.sum([weights[name] * forecast for name, forecast in heard.items()], axis=0),
+            self.outcomes,
+        )
         width = min(np.ptp(each) for each in heard.values())
         return np.maximum(0.0, np.sort(mixed + self.offsets * width))
 
@@ -97,8 +109,9 @@ class Mixture:
             doubt = BEGIN_H * 3 / (BEGIN_H * 3 + record.hours)
             ratios[name] = record.ratios() + self.handicaps[name] * doubt
         least = np.min(list(ratios.values()), axis=0)
+        sharpness = SHARPNESS / (1 + self.ahead_h / LESS_SHARP_H)
         raw = {
-            name: np.exp(-SHARPNESS * (ratio - least))
+            name: np.exp(-sharpness * (ratio - least))
             * (MUTED_WEIGHT if self.records.get(name, Record()).muted else 1.0)
             for name, ratio in ratios.items()
         }
@@ -109,13 +122,25 @@ class Mixture:
         """What came, once it is known, and what had been said of it; once an hour."""
         losses = {name: pinball(actual, forecast) for name, forecast in forecasts.items()}
         persistence = losses[next(iter(self.handicaps))]
+        memory_h = MEMORY_H + MEMORY_H_PER_HOUR * self.ahead_h
         for name, loss in losses.items():
-            self.records.setdefault(name, Record()).add(loss, persistence)
-        keep = float(np.exp(-1 / DRIFT_MEMORY_H))
+            self.records.setdefault(name, Record()).add(loss, persistence, memory_h)
+        drift_memory_h = DRIFT_MEMORY_H + DRIFT_MEMORY_H_PER_HOUR * self.ahead_h
+        keep = float(np.exp(-1 / drift_memory_h))
         self.recent = self.recent * keep + float(pinball(actual, mixed).sum())
         self.recent_persistence = self.recent_persistence * keep + float(persistence.sum())
         bound = CALM_RATIO if self.drifted else DRIFT_RATIO
-        known = self.records[next(iter(self.handicaps))].hours >= DRIFT_MEMORY_H
+        known = self.records[next(iter(self.handicaps))].hours >= drift_memory_h
         self.drifted = known and self.recent > bound * self.recent_persistence
         missed = np.abs(actual - mixed) > EXACT_GPUS
-        self.offsets = self.offsets + self.step_ratio * missed * (LEVELS - (actual <= mixed))
+        step_ratio = STEP_RATIO / np.sqrt(self.ahead_h)
+        self.offsets = self.offsets + step_ratio * missed * (LEVELS - (actual <= mixed))
+
+
+def _widened(forecast: Floats, outcomes: float) -> Floats:
+    """By as much as the quantiles of Student's distribution are wider than the normal ones, in the
+    first term of their expansion (Abramowitz and Stegun, 26.7.5)."""
+    free = USED_UP * max(OUTCOMES_MIN, outcomes)
+    median = forecast[len(LEVELS) // 2]
+    wider: Floats = median + (forecast - median) * (1 + (NORMAL**2 + 1) / (4 * free))
+    return wider

@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 
 # The outermost are a band of 95 percent; with them come those of 90, 80 and 50, and the median.
 LEVELS: Final[Floats] = np.array([0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975])
+# The same of the standard normal distribution.
+NORMAL: Final[Floats] = np.array([-1.96, -1.645, -1.282, -0.674, 0.0, 0.674, 1.282, 1.645, 1.96])
 
 
 def pinball(actual: float, forecast: Floats) -> Floats:

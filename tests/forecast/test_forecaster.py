@@ -50,9 +50,10 @@ def test_each_rung_needs_its_hours_of_clean_history() -> None:
         seen.append(set(forecaster.by_model()))
     assert seen[0] <= {"persistence"}
     assert seen[2] == {"persistence"}
-    assert "scaled damped" in seen[8]
+    assert "skewed return" in seen[8]
+    assert "skewed regression" not in seen[8]
     assert "ridge" not in seen[19]
-    assert seen[22] == {kind.name for kind in KINDS}
+    assert seen[22] == {kind.name for kind in KINDS if not kind.needs_told}
 
 
 def test_demand_that_comes_back_to_its_mean_is_forecast_better_than_as_it_is() -> None:
@@ -127,6 +128,22 @@ def test_what_is_no_count_of_gpus_is_refused(wrong: float) -> None:
 
 def test_what_is_kept_is_bounded() -> None:
     forecaster = Forecaster(1, 1)
-    told(forecaster, wandering(24 * 52, seed=9))
-    assert len(forecaster._values) == forecaster._values.maxlen
+    for gpus in wandering(24 * 52, seed=9):
+        forecaster.observe(gpus, 0.8 * gpus)
+    assert len(forecaster._values) == len(forecaster._told) == forecaster._values.maxlen
     assert len(forecaster._said) <= 2
+
+
+def test_bands_are_wider_where_few_outcomes_were_seen() -> None:
+    forecast = np.linspace(90.0, 110.0, len(LEVELS))
+    said = {
+        outcomes: Mixture({"persistence": 0.0}, outcomes=outcomes).combine(
+            {"persistence": forecast}
+        )
+        for outcomes in (5.0, 20.0, math.inf)
+    }
+    assert said[math.inf] == pytest.approx(forecast)
+    assert said[5.0][MEDIAN] == said[20.0][MEDIAN] == forecast[MEDIAN]
+    widths = [np.ptp(each) for each in said.values()]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] < 2 * widths[-1]
