@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from coordinator.core.capacity_orders import CapacityOrder
 from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
 from coordinator.counts import Counts
@@ -42,6 +43,14 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class Actuator(Protocol):
+    """Who switches nodes on and off. `give` returns at once, whatever becomes of the order; what
+    does comes to the shell as `Actuated`, once for each of its nodes. A key is one deed, however
+    often it is given."""
+
+    def give(self, order: CapacityOrder) -> None: ...
 
 
 class Tracer(Protocol):

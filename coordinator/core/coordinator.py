@@ -18,8 +18,10 @@ from coordinator.core import (
     health,
     jobs,
     leases,
+    node_power,
     nodes,
     parts,
+    power,
     projects,
     readings,
     reservations,
@@ -27,6 +29,7 @@ from coordinator.core import (
     rounds,
     stuck,
 )
+from coordinator.core.capacity_model import Power
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -35,6 +38,7 @@ from coordinator.core.checkpoint_requests import (
 )
 from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
+    Actuated,
     AgentEvent,
     AgentMessage,
     Answer,
@@ -102,8 +106,11 @@ class Coordinator:
             state.commands.append(Reply(event.reply_to, answer))
         elif isinstance(event, FromAgent):
             _from_agent(state, now, event.session, event.message)
+        elif isinstance(event, Actuated):
+            power.actuated(state, now, event)
         elif isinstance(event, Tick):
             nodes.tick(state, now)
+            power.tick(state, now)
             health.tick(state, now)
             projects.tick(state, now)
             arrivals.tick(state, now)
@@ -163,10 +170,14 @@ def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Ans
     live = state.nodes.get(node_id)
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {node_id!r}")
+    said = power.person_says(state, now, live, intent)
+    if isinstance(said, Refusal):
+        return said
     if intent is NodeIntent.DRAINING and live.node.intent is NodeIntent.DRAINED:
         return _node_view(state, now, live)
     health.person_says(state, live, intent)
-    nodes.set_intent(state, now, live, intent)
+    if said is not None:
+        nodes.set_intent(state, now, live, said)
     return _node_view(state, now, live)
 
 
@@ -191,9 +202,16 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reasons = (nodes.why_closed(live) or health.describe(state, live), stuck.describe(live))
+    reasons = (_why_closed(state, live) or health.describe(state, live), stuck.describe(live))
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
+
+
+def _why_closed(state: State, live: LiveNode) -> str:
+    if live.node.power.phase is Power.ON:
+        return nodes.why_closed(live)
+    reason = node_power.describe(live.node.power, power.boot_ms(state, live.node))
+    return "; ".join(filter(None, (reason, nodes.leaving(live))))
 
 
 def _shares(state: State, holders: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

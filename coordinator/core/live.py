@@ -7,6 +7,7 @@ it anew; so it lies apart from what is durable (`model.py`).
 
 from dataclasses import dataclass, field
 
+from coordinator.core.indices import Kind
 from coordinator.core.model import GpuFacts, GpuTelemetry, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
@@ -66,3 +67,25 @@ class LiveNode:
     digests: dict[str, int] = field(default_factory=dict)
     gangs: bool = True
     shares: bool = True
+
+
+@dataclass(slots=True)
+class Given:
+    """The order that a node's phase has led to, in this process. `again`: it is the repetition of
+    an order of whom came before us. `done`: what the driver said; `None` until it does."""
+
+    key: str
+    at_ms: int
+    again: bool
+    done: bool | None = None
+    answered_ms: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Switching:
+    """Orders under way by node; boot times by kind of node, as long as no boot has been timed
+    since."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+    boot_ms: dict[Kind, int] = field(default_factory=dict)

@@ -8,6 +8,8 @@ either.
 
 from dataclasses import dataclass
 
+from coordinator.core.capacity_messages import Actuate as Actuate
+from coordinator.core.capacity_messages import Actuated as Actuated
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -280,7 +282,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Tick | Decide
+Event = Request | FromAgent | Actuated | Tick | Decide
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -480,5 +482,5 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log
+Command = Send | CloseSession | Reply | Log | Actuate
 Effect = Record | Command

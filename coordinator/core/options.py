@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Solve
+from coordinator.core.node_power import PowerOptions
 from coordinator.core.quotas import Quota
 
 
@@ -39,3 +40,4 @@ class Options:
     # After which wait a large job gets room reserved (0: never), and for how long (`reservations`).
     reservation_wait_ms: int = 600_000
     reservation_ms: int = 1_800_000
+    power: PowerOptions = field(default_factory=PowerOptions)

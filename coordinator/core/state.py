@@ -21,6 +21,7 @@ from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
 from coordinator.core.live import LiveNode as LiveNode
 from coordinator.core.live import StandbyWatch as StandbyWatch
+from coordinator.core.live import Switching
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -51,6 +52,7 @@ from coordinator.core.model import (
     WaitingPart,
     attempt_id,
 )
+from coordinator.core.node_power import DARK
 from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.pace import Pace
 from coordinator.core.phases import (
@@ -100,6 +102,7 @@ class State:
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
         self.admission = Admission()
         self.indices = Indices()
+        self.switching = Switching()
         self.rooms = KeptRooms()
         self.ledger = Ledger()
         self.last_recall_ms = 0  # when it was last looked at who gives back what is lent
@@ -145,6 +148,8 @@ class State:
         for node in snapshot.nodes:
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"
+            if node.power.phase in DARK:
+                live.phase = NodePhase.LOST
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
             self.indices.put_node(node)

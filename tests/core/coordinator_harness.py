@@ -12,10 +12,12 @@ again by the log line of the same event.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
+    Actuate,
     Answer,
     AppendEvent,
     CheckpointPage,
@@ -168,7 +170,7 @@ class Rig:
         self.restart()
 
     def _one(self, event: Event) -> list[Effect]:
-        effects = self.core.handle(self.now, event)
+        effects = self.ask_core(self.core, self.now, event)
         self.handled.append((self.now, event, list(effects)))
         commanded = False
         for effect in effects:
@@ -184,7 +186,11 @@ class Rig:
         fresh = Coordinator(self.options)
         fresh.load(*self.began)
         for now, event, effects in self.handled:
-            yield effects, fresh.handle(now, event)
+            yield effects, self.ask_core(fresh, now, event)
+
+    def ask_core(self, core: Coordinator, now: Instant, event: Event) -> list[Effect]:
+        """Where a test may have events that no shell has."""
+        return core.handle(now, event)
 
 
 def gpus_of(node: str, text: str) -> tuple[GpuFacts, ...]:
@@ -237,6 +243,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"close {session}: {reason}"
         case Reply(_, answer):
             return f"reply {_answer(answer)}"
+        case Actuate(order):
+            return f"power {order.key} {order.verb.value} {','.join(order.nodes)}"
         case Log(level, name, fields):
             values = dict(fields)
             values.pop("trace_id", None)  # tests/core/test_traces.py; here it would be noise
@@ -271,7 +279,8 @@ def _record(record: Record) -> str:
         case DropPart(job_id, rank, digest):
             return f"drop part {job_id} {digest} of rank {rank}"
         case PutNode(node):
-            return f"node {node.id} {node.intent.value} acknowledged={node.acknowledged}"
+            power = "" if node.power.phase is Power.ON else f" power={node.power.phase.value}"
+            return f"node {node.id} {node.intent.value}{power} acknowledged={node.acknowledged}"
         case DropJob(job_id):
             return f"drop job {job_id}"
         case AppendEvent():
