@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     checkpoints,
     decisions,
+    demand_samples,
     fit,
     gangs,
     health,
@@ -90,6 +91,7 @@ class Coordinator:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
         self.state.demand.note_jobs(snapshot.jobs)
+        demand_samples.resume(self.state)
         leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
@@ -109,6 +111,7 @@ class Coordinator:
             arrivals.tick(state, now)
             decisions.tick(state, now)
             reservations.tick(state, now)
+            demand_samples.tick(state, now)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

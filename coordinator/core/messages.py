@@ -14,6 +14,9 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.demand_history import DropDemand as DropDemand
+from coordinator.core.demand_history import PutDemand as PutDemand
+from coordinator.core.demand_history import PutDemandSeries as PutDemandSeries
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
@@ -405,6 +408,9 @@ Record = (
     | DropPart
     | PutNode
     | AppendEvent
+    | PutDemandSeries
+    | PutDemand
+    | DropDemand
 )
 
 
