@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     checkpoints,
     decisions,
+    demand_forecast,
     demand_samples,
     fit,
     gangs,
@@ -52,6 +53,7 @@ from coordinator.core.messages import (
     Event,
     EventAck,
     ExplainJob,
+    ForecastMade,
     FromAgent,
     GetJob,
     Goodbye,
@@ -111,7 +113,9 @@ class Coordinator:
             arrivals.tick(state, now)
             decisions.tick(state, now)
             reservations.tick(state, now)
-            demand_samples.tick(state, now)
+            demand_forecast.tick(state, now)
+        elif isinstance(event, ForecastMade):
+            demand_forecast.made(state, now, event)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

@@ -18,11 +18,12 @@ How:
    that have come and gone; equal requests are looked at once.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 from coordinator.core import gpu_types, shares
 from coordinator.core.demand_history import MINUTE_MS, OTHER, Series
-from coordinator.core.model import Attempt, GpuFacts, JobSpec
+from coordinator.core.model import Attempt, GpuFacts, JobClass, JobSpec
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 
@@ -30,8 +31,8 @@ GROUPS_MAX: Final = 4_096  # of equal requests; then they are found anew
 DIGITS: Final = 6  # of a GPU: what sums of shares lose is beyond
 
 
-def tick(state: State, now: Instant) -> None:
-    """A sample, where a new minute has begun and the clock is believed."""
+def tick(state: State, now: Instant) -> int | None:
+    """A sample, where a new minute has begun and the clock is believed: then its minute."""
     history = state.demand_history
     doubted = history.clock.doubts
     if not history.clock.believes(now.now_ms, now.unix_ms, history.newest_minute):
@@ -41,13 +42,46 @@ def tick(state: State, now: Instant) -> None:
                 " none is taken until it has stayed as it is for a while"
             )
             state.log("warning", "demand.clock_doubted", reason=sentence)
-        return
+        return None
     minute, newest = now.unix_ms // MINUTE_MS, history.newest_minute
     if newest is not None and newest - minute >= 1_440:
         state.records.append(history.rewind(minute - 1))
     elif newest is not None and minute <= newest:
-        return
+        return None
     state.records += history.put(minute, wanted(state))
+    return minute
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """Of a GPU type, now. `guaranteed_gpus` are those of both that are of that class."""
+
+    running_gpus: float = 0.0
+    queued_gpus: float = 0.0
+    guaranteed_gpus: float = 0.0
+
+
+def present(state: State) -> dict[str, Present]:
+    """By GPU type: what runs, what waits, and what of it is guaranteed."""
+    all_gpus: dict[str, float] = {}
+    guaranteed: dict[str, float] = {}
+    for series, gpus in wanted(state).items():
+        all_gpus[series.gpu_type] = all_gpus.get(series.gpu_type, 0.0) + gpus
+        if series.job_class == JobClass.GUARANTEED.value:
+            guaranteed[series.gpu_type] = guaranteed.get(series.gpu_type, 0.0) + gpus
+    running: dict[str, float] = {}
+    for job_id, counts in state.demand_history.counted.held.values():
+        if job_id not in state.queued:
+            for series, gpus in counts:
+                running[series.gpu_type] = running.get(series.gpu_type, 0.0) + gpus
+    return {
+        gpu_type: Present(
+            round(running.get(gpu_type, 0.0), DIGITS),
+            round(gpus - running.get(gpu_type, 0.0), DIGITS),
+            round(guaranteed.get(gpu_type, 0.0), DIGITS),
+        )
+        for gpu_type, gpus in all_gpus.items()
+    }
 
 
 def resume(state: State) -> None:

@@ -17,6 +17,8 @@ from coordinator.core.checkpoint_requests import (
 from coordinator.core.demand_history import DropDemand as DropDemand
 from coordinator.core.demand_history import PutDemand as PutDemand
 from coordinator.core.demand_history import PutDemandSeries as PutDemandSeries
+from coordinator.core.demand_messages import ForecastMade as ForecastMade
+from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
@@ -283,7 +285,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Tick | Decide
+Event = Request | FromAgent | Tick | Decide | ForecastMade
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -486,5 +488,5 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log
+Command = Send | CloseSession | Reply | Log | MakeForecast
 Effect = Record | Command

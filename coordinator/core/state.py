@@ -30,6 +30,7 @@ from coordinator.core.messages import (
     DropJob,
     DropPart,
     Effect,
+    ForecastMade,
     Log,
     PutAttempt,
     PutCheckpoint,
@@ -91,6 +92,7 @@ class State:
         self.leader_epoch = self.last_job_id = 0
         self.demand = Demand()
         self.demand_history = DemandHistory()
+        self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
         self.standing = Standing()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}

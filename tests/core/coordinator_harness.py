@@ -35,6 +35,7 @@ from coordinator.core.messages import (
     KeepCheckpoints,
     LeaseRenewal,
     Log,
+    MakeForecast,
     NodePage,
     PutAttempt,
     PutCheckpoint,
@@ -246,7 +247,7 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"put  {_record(effect)}"
         case PutPart() | DropPart():
             return f"put  {_record(effect)}"
-        case PutDemandSeries() | PutDemand() | DropDemand():
+        case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
             return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):
             where = f" {event.attempt}@{event.node}" if event.attempt else ""

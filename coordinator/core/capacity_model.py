@@ -1,0 +1,72 @@
+"""Capacity as plans see it: boxes with or without power, what is wanted, and where boxes come from.
+
+Problem: a plan that reads the live state cannot be replayed against a year of demand. So it reads
+these values; the live coordinator makes them of its nodes, and a replay makes them of a series.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+# Quantiles of every forecast that a plan reads, in the order of its tuples.
+LEVELS: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975)
+
+
+class Power(Enum):
+    """`leaving`: on, takes nothing new, and goes when it is empty. `failed`: it did not come up as
+    often as was tried, and is left alone until a person says otherwise."""
+
+    ON = "on"
+    LEAVING = "leaving"
+    STOPPING = "stopping"
+    OFF = "off"
+    STARTING = "starting"
+    FAILED = "failed"
+
+
+class Source(Enum):
+    OWNED = "owned"
+    LEASED = "leased"
+    BURST = "burst"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A node as a plan sees it. `model` is what boot times are learnt by. `since_ms`: in this power
+    phase. `idle_ms`: since when nothing has run there, 0 while something does. `guaranteed`: a
+    guaranteed job is there. `uploading`: it has a checkpoint that lies nowhere else yet. `closed`:
+    a person or its health has closed it; it is no capacity and is never touched. `starts_ms`: when
+    it was switched on during the last day. `boot_failures`: in a row."""
+
+    node: str
+    model: str
+    gpu_type: str
+    gpus: int
+    power: Power
+    since_ms: int
+    source: Source = Source.OWNED
+    held_gpus: int = 0
+    idle_ms: int = 0
+    guaranteed: bool = False
+    uploading: bool = False
+    closed: bool = False
+    starts_ms: tuple[int, ...] = ()
+    boot_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is wanted of a GPU type. `soon_gpus` are quantiles (`LEVELS`) of the *maximum* demand
+    until a node that is started now would be there, and one decision more; `later_gpus` of the
+    maximum over the time in which a node that is switched off now has to stay off to be worth it.
+    `coverage`: how much of what came lay within the 95% bands over three days, if known. `stale`:
+    what it is made of is too old, or a clock has jumped."""
+
+    gpu_type: str
+    running_gpus: int
+    queued_gpus: int
+    guaranteed_gpus: int
+    soon_gpus: tuple[float, ...] = ()
+    later_gpus: tuple[float, ...] = ()
+    coverage: float | None = None
+    stale: bool = False
