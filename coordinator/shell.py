@@ -23,7 +23,7 @@ from coordinator.core.coordinator import Coordinator
 from coordinator.core.phases import ATTEMPT_ENDED
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
-from coordinator.ports import Actuator, Clock, Store, StoreUnavailable, Tracer
+from coordinator.ports import Actuator, Clock, Forecasting, Store, StoreUnavailable, Tracer
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
 BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
@@ -74,6 +74,7 @@ class CoordinatorShell:
         self._counts = Counts()
         self._tracer: Tracer | None = None
         self._actuator: Actuator | None = None
+        self._forecasting: Forecasting | None = None
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
@@ -142,6 +143,14 @@ class CoordinatorShell:
         """Hand over what becomes durable from now on, and count what becomes of it."""
         self._tracer = tracer
         tracer.counts = self._counts
+
+    def forecast_by(self, forecasting: Forecasting) -> None:
+        """Hand over samples of demand from now on."""
+        self._forecasting = forecasting
+
+    def forecast_made(self, made: m.ForecastMade) -> None:
+        """Call it in the loop's thread."""
+        self._post(made)
 
     async def run(self) -> None:
         """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
@@ -271,5 +280,8 @@ class CoordinatorShell:
                 if self._actuator is not None:
                     self._counts.capacity_orders += 1
                     self._actuator.give(command.order)
+            case m.MakeForecast():
+                if self._forecasting is not None:
+                    self._forecasting.make(command)
             case m.Log():
                 self._log(command.level, command.event, command.fields)

@@ -13,6 +13,8 @@ from coordinator.core import (
     attempts,
     checkpoints,
     decisions,
+    demand_forecast,
+    demand_samples,
     fit,
     gangs,
     health,
@@ -55,6 +57,7 @@ from coordinator.core.messages import (
     Event,
     EventAck,
     ExplainJob,
+    ForecastMade,
     FromAgent,
     GetJob,
     Goodbye,
@@ -94,6 +97,7 @@ class Coordinator:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
         self.state.demand.note_jobs(snapshot.jobs)
+        demand_samples.resume(self.state)
         leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
@@ -116,6 +120,9 @@ class Coordinator:
             arrivals.tick(state, now)
             decisions.tick(state, now)
             reservations.tick(state, now)
+            demand_forecast.tick(state, now)
+        elif isinstance(event, ForecastMade):
+            demand_forecast.made(state, now, event)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

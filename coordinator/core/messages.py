@@ -16,6 +16,11 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.demand_history import DropDemand as DropDemand
+from coordinator.core.demand_history import PutDemand as PutDemand
+from coordinator.core.demand_history import PutDemandSeries as PutDemandSeries
+from coordinator.core.demand_messages import ForecastMade as ForecastMade
+from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
@@ -282,7 +287,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Actuated | Tick | Decide
+Event = Request | FromAgent | Actuated | Tick | Decide | ForecastMade
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -407,6 +412,9 @@ Record = (
     | DropPart
     | PutNode
     | AppendEvent
+    | PutDemandSeries
+    | PutDemand
+    | DropDemand
 )
 
 
@@ -482,5 +490,5 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log | Actuate
+Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast
 Effect = Record | Command

@@ -12,6 +12,7 @@ Two times appear. `*_unix_ms` is wall time, kept for people. Everything that is 
 from dataclasses import dataclass, field
 from enum import Enum
 
+from coordinator.core.demand_history import DemandLog
 from coordinator.core.node_power import NodePower
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.stretches import Stretch
@@ -453,3 +454,4 @@ class Snapshot:
     checkpoints: tuple[Checkpoint, ...] = ()
     nodes: tuple[Node, ...] = field(default=())
     parts: tuple[WaitingPart, ...] = ()
+    demand: DemandLog = field(default_factory=DemandLog)

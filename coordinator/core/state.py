@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from coordinator.core import traces
 from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
+from coordinator.core.demand_history import DemandHistory
 from coordinator.core.indices import Indices
 from coordinator.core.keeps import Reservation
 from coordinator.core.kept_rooms import KeptRooms
@@ -30,6 +31,7 @@ from coordinator.core.messages import (
     DropJob,
     DropPart,
     Effect,
+    ForecastMade,
     Log,
     PutAttempt,
     PutCheckpoint,
@@ -91,6 +93,8 @@ class State:
         self.options = options
         self.leader_epoch = self.last_job_id = 0
         self.demand = Demand()
+        self.demand_history = DemandHistory()
+        self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
         self.standing = Standing()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}
@@ -145,6 +149,7 @@ class State:
         do not in time."""
         self.leader_epoch = snapshot.leader_epoch
         self.last_job_id = snapshot.last_job_id
+        self.demand_history.load(snapshot.demand)
         for node in snapshot.nodes:
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"

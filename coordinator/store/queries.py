@@ -53,6 +53,12 @@ class Queries:
     put_event: str
     trim_events: str
     drop_events: str
+    list_demand_series: str
+    put_demand_series: str
+    list_demand: str
+    put_demand: str
+    trim_demand: str
+    drop_demand: str
 
 
 def load_queries() -> Queries:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
@@ -25,6 +26,7 @@ from coordinator.core.messages import (
     CommitResult,
     Decide,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     Effect,
@@ -35,9 +37,12 @@ from coordinator.core.messages import (
     KeepCheckpoints,
     LeaseRenewal,
     Log,
+    MakeForecast,
     NodePage,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
@@ -72,7 +77,7 @@ GIGABYTE = 10**9
 
 _RECORDS = (
     PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
-    AppendEvent,
+    AppendEvent, PutDemandSeries, PutDemand, DropDemand,
 )  # fmt: skip
 
 
@@ -88,6 +93,8 @@ class Disk:
     parts: dict[tuple[int, int, str], WaitingPart] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     events: list[JobEvent] = field(default_factory=list)
+    series: dict[int, PutDemandSeries] = field(default_factory=dict)
+    demand: dict[tuple[int, int], DemandRow] = field(default_factory=dict)
 
     def write(self, record: Record) -> None:
         match record:
@@ -110,6 +117,15 @@ class Disk:
                 self.events.append(event)
             case DropJob(job_id):
                 self._drop(job_id)
+            case PutDemandSeries(number):
+                self.series[number] = record
+            case PutDemand(row):
+                self.demand[row.period_min, row.step] = row
+                self.demand.pop((row.period_min, row.step - KEPT_STEPS[row.period_min]), None)
+            case DropDemand(minute):
+                for period_min, step in list(self.demand):
+                    if (step + 1) * period_min > minute + 1:
+                        del self.demand[period_min, step]
 
     def _drop(self, job_id: int) -> None:
         self.jobs.pop(job_id)
@@ -128,6 +144,10 @@ class Disk:
             tuple(self.checkpoints[key] for key in sorted(self.checkpoints)),
             tuple(self.nodes[key] for key in sorted(self.nodes)),
             tuple(self.parts[key] for key in sorted(self.parts)),
+            DemandLog(
+                tuple(self.series[number] for number in sorted(self.series)),
+                tuple(self.demand[key] for key in sorted(self.demand)),
+            ),
         )
 
 
@@ -233,6 +253,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"put  {_record(effect)}"
         case PutPart() | DropPart():
             return f"put  {_record(effect)}"
+        case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
+            return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):
             where = f" {event.attempt}@{event.node}" if event.attempt else ""
             return f"tell {event.job_id} {event.name}{where}: {event.message}"
@@ -283,7 +305,7 @@ def _record(record: Record) -> str:
             return f"node {node.id} {node.intent.value}{power} acknowledged={node.acknowledged}"
         case DropJob(job_id):
             return f"drop job {job_id}"
-        case AppendEvent():
+        case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand():
             raise AssertionError("told elsewhere")
 
 

@@ -1,0 +1,43 @@
+"""What the core asks of who forecasts, and the answer: a part of what `messages.py` says goes into
+the core and comes out of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AskedType:
+    """What is wanted of a GPU type in this minute, and over how many minutes its maximum is asked
+    for."""
+
+    gpu_type: str
+    gpus: float
+    soon_min: int
+    later_min: int
+
+
+@dataclass(frozen=True, slots=True)
+class MakeForecast:
+    """A command, with each sample: take it, and say what follows. `minute` is since 1970."""
+
+    minute: int
+    types: tuple[AskedType, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TypeForecast:
+    """Quantiles (`capacity_model.LEVELS`) of the maximum demand over as many minutes as was asked.
+    `coverage`: how much of what came lay within the 95% bands over three days; `None`: not known
+    yet."""
+
+    gpu_type: str
+    soon_gpus: tuple[float, ...]
+    later_gpus: tuple[float, ...]
+    coverage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastMade:
+    """An event: what follows from the samples up to `minute`."""
+
+    minute: int
+    types: tuple[TypeForecast, ...]
