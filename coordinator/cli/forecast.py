@@ -6,11 +6,13 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.cli import demand
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
@@ -36,7 +38,26 @@ HEARD_MIN = 0.05  # a model that counts less is not named
 
 @click.command(short_help="Forecast demand from a series, with its bands and its record.")
 @click.option(
-    "--demand", required=True, type=click.Path(path_type=Path), help="CSV: time, GPUs wanted."
+    "--demand",
+    type=click.Path(path_type=Path),
+    help="CSV: time, GPUs wanted. Without it: what the coordinator has seen.",
+)
+@click.option("--gpu-type", default="", help="What the coordinator has seen of this type alone.")
+@click.option("--project", default="", help="The same of a project.")
+@click.option(
+    "--class",
+    "job_class",
+    type=click.Choice(("guaranteed", "standard", "spare")),
+    default=None,
+    help="The same of a class of jobs.",
+)
+@click.option(
+    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the series to this CSV."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="An SVG: what came, and the bands said before, at the first --ahead.",
 )
 @click.option("--column", default="demand", show_default=True, help="Which one has the GPUs.")
 @click.option(
@@ -58,10 +79,8 @@ HEARD_MIN = 0.05  # a model that counts less is not named
 )
 @common_options
 @click.pass_context
-def forecast(
-    context: click.Context, demand: Path, column: str, ahead_h: tuple[int, ...], *, warm_up_h: int
-) -> None:
-    """Say how many GPUs will be wanted some hours after the end of a series.
+def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) -> None:
+    """Say how many GPUs will be wanted, from what was: by the coordinator, or in a file.
 
     \b
       time,demand
@@ -69,23 +88,44 @@ def forecast(
       2026-03-01T00:10,599
 
     Demand is what runs and what waits, at equal steps; an empty cell is an outage, from which
-    nothing is learned. LOSS is the weighted quantile loss of the same forecasts over the series,
-    PERSISTENCE that of "as now" with bands from its own errors; a RATIO below 1 is a gain.
+    nothing is learned. The coordinator looks once a minute; --save writes what it saw. LOSS is the
+    weighted quantile loss of the same forecasts over the series, PERSISTENCE that of "as now" with
+    bands from its own errors; a RATIO below 1 is a gain.
 
     \b
+      baton forecast --gpu-type H100 --plot demand.svg
       baton forecast --demand demand.csv --ahead 1 --ahead 24
     """
-    from coordinator.forecast.demand_file import BadDemand, read_series
-
-    try:
-        series = read_series(demand, column)
-    except BadDemand as error:
-        raise BadInput(str(error)) from error
-    told = [_tell(series, hours, warm_up_h) for hours in dict.fromkeys(ahead_h)]
+    series, what = _series(context, given)
+    if given["save"] is not None:
+        demand.save(given["save"], series)
+        write_notice(f"{len(series.values)} steps in {given['save']}")
+    told = [_tell(series, hours, given["warm_up_h"]) for hours in dict.fromkeys(ahead_h)]
+    if given["plot"] is not None:
+        demand.plot(given["plot"], series, ahead_h[0], what)
+        write_notice(f"plot: {given['plot']}")
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
         return
     write_table(_COLUMNS, [_row(each) for each in told])
+
+
+def _series(context: click.Context, given: Mapping[str, Any]) -> "tuple[Series, str]":
+    """And what it is of, for people."""
+    from coordinator.forecast.demand_file import BadDemand, read_series
+
+    asked = [given["gpu_type"], given["project"], given["job_class"] or ""]
+    if given["demand"] is None:
+        return demand.ask(context, *asked), ", ".join(filter(None, asked)) or "all"
+    if any(asked):
+        raise click.UsageError(
+            "--gpu-type, --project and --class are asked of the coordinator; a file has one series:"
+            " leave them out, or --demand"
+        )
+    try:
+        return read_series(given["demand"], given["column"]), given["demand"].name
+    except BadDemand as error:
+        raise BadInput(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)

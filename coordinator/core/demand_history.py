@@ -233,6 +233,9 @@ class DemandHistory:
     def newest_minute(self) -> int | None:
         return self._rings[1].newest
 
+    def newest_step(self, period_min: int) -> int | None:
+        return self._rings[period_min].newest
+
     def put(self, minute: int, wanted: Mapping[Series, float]) -> list[DemandRecord]:
         """A sample, later than all before; returns what has to be durable."""
         records: list[DemandRecord] = []

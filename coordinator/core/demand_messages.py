@@ -41,3 +41,25 @@ class ForecastMade:
 
     minute: int
     types: tuple[TypeForecast, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GetDemand:
+    """A person's question. What is empty is summed over; 0 stands for the default."""
+
+    gpu_type: str = ""
+    project: str = ""
+    job_class: str = ""
+    period_min: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DemandSeries:
+    """The answer. `gpus` are without a hole from `begin_unix_ms` on, `None` where nobody looked;
+    the first is known."""
+
+    begin_unix_ms: int
+    period_min: int
+    gpus: tuple[float | None, ...]
+    gpu_type: str = ""

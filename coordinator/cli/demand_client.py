@@ -1,0 +1,44 @@
+"""Demand over gRPC: what the coordinator has seen, as a forecast reads it."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from coordinator.cli.client import Client
+from protos.baton.v1 import demand_pb2 as pb
+from protos.baton.v1 import demand_pb2_grpc, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """`gpus` are NaN where nobody looked; `begin` is `None` where nothing was ever sampled."""
+
+    begin: datetime | None
+    period_min: int
+    gpus: tuple[float, ...]
+    gpu_type: str
+
+
+class DemandClient(Client):
+    """Speaks to one coordinator about demand. A context manager."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        assert self._channel is not None
+        self._demand = demand_pb2_grpc.DemandServiceStub(self._channel)
+        return self
+
+    def demand(self, gpu_type: str, project: str, job_class: str, period_min: int) -> Told:
+        """All that is kept of it in this resolution; what is empty is summed over."""
+        word = f"JOB_CLASS_{(job_class or 'unspecified').upper()}"
+        request = pb.GetDemandRequest(
+            gpu_type=gpu_type,
+            project=project,
+            job_class=types_pb2.JobClass.Value(word),
+            period_minutes=period_min,
+        )
+        answer = self._call(self._demand.GetDemand, request)
+        begin = None
+        if answer.HasField("begin_time"):
+            begin = answer.begin_time.ToDatetime(tzinfo=UTC)
+        return Told(begin, answer.period_minutes, tuple(answer.gpus), answer.gpu_type)
