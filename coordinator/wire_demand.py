@@ -25,14 +25,30 @@ def decode(request: pb.GetDemandRequest) -> GetDemand:
         raise ValueError(f"job_class {request.job_class} is not known to this coordinator")
     job_class = _CLASSES[request.job_class]
     return GetDemand(
-        request.gpu_type, request.project, job_class, request.period_minutes, request.steps
+        request.gpu_type,
+        request.project,
+        job_class,
+        request.period_minutes,
+        request.steps,
+        tuple(request.ahead_minutes),
     )
 
 
 def encode(series: DemandSeries) -> pb.GetDemandResponse:
     gpus = [math.nan if value is None else value for value in series.gpus]
     message = pb.GetDemandResponse(
-        period_minutes=series.period_min, gpus=gpus, gpu_type=series.gpu_type
+        period_minutes=series.period_min,
+        gpus=gpus,
+        gpu_type=series.gpu_type,
+        held_gpus=series.held_gpus,
+        held_ahead=[
+            pb.HeldAhead(
+                ahead_minutes=held.ahead_min,
+                certain_gpus=held.certain_gpus,
+                expected_gpus=held.expected_gpus,
+            )
+            for held in series.held_ahead
+        ],
     )
     if gpus:
         message.begin_time.FromMilliseconds(series.begin_unix_ms)

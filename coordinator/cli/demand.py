@@ -5,6 +5,7 @@ asked three times gives three. So what it told can be saved as the file that `--
 """
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import click
 from coordinator.cli.settings import CommandFailed, settings_of
 
 if TYPE_CHECKING:
+    from coordinator.cli.demand_client import Told
     from coordinator.forecast.demand_file import Series
 
 # Ten minutes a step, unless there is less of them than this: half a day.
@@ -24,8 +26,11 @@ SHOWN_H_MAX = 168
 BANDS = (("90% said before", 1, 7), ("50% said before", 3, 5))
 
 
-def ask(context: click.Context, gpu_type: str, project: str, job_class: str) -> "Series":
-    """What the coordinator has seen; in finer steps where it has not seen for long."""
+def ask(
+    context: click.Context, asked: tuple[str, str, str], ahead_h: Sequence[int]
+) -> "tuple[Series, Told]":
+    """What the coordinator has seen of GPU type, project and class; in finer steps where it has not
+    seen for long. And what it knows of the future."""
     from coordinator.cli.demand_client import DemandClient
     from coordinator.forecast.demand_file import Series
 
@@ -33,7 +38,7 @@ def ask(context: click.Context, gpu_type: str, project: str, job_class: str) -> 
     settings.check()
     with DemandClient(settings) as client:
         for period_min in PERIODS_MIN:
-            told = client.demand(gpu_type, project, job_class, period_min)
+            told = client.demand(*asked, period_min, ahead_h=ahead_h)
             if len(told.gpus) >= STEPS_MIN:
                 break
     if told.begin is None or len(told.gpus) < 3:
@@ -41,7 +46,7 @@ def ask(context: click.Context, gpu_type: str, project: str, job_class: str) -> 
             f"the coordinator looks at demand once a minute and has seen {len(told.gpus)} so far; a"
             " series needs three at least"
         )
-    return Series(told.gpus, 60 // told.period_min, told.begin.replace(tzinfo=None))
+    return Series(told.gpus, 60 // told.period_min, told.begin.replace(tzinfo=None)), told
 
 
 def save(path: Path, series: "Series") -> None:

@@ -6,7 +6,7 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, wr
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
 if TYPE_CHECKING:
+    from coordinator.cli.demand_client import Held, Told
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
 
@@ -96,11 +97,15 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
       baton forecast --gpu-type H100 --plot demand.svg
       baton forecast --demand demand.csv --ahead 1 --ahead 24
     """
-    series, what = _series(context, given)
+    ahead_h = tuple(dict.fromkeys(ahead_h))
+    series, what, known = _series(context, given, ahead_h)
     if given["save"] is not None:
         demand.save(given["save"], series)
         write_notice(f"{len(series.values)} steps in {given['save']}")
-    told = [_tell(series, hours, given["warm_up_h"]) for hours in dict.fromkeys(ahead_h)]
+    told = [_tell(series, hours, given["warm_up_h"]) for hours in ahead_h]
+    if known is not None:
+        held = {one.ahead_h: one for one in known.held}
+        told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
     if given["plot"] is not None:
         demand.plot(given["plot"], series, ahead_h[0], what)
         write_notice(f"plot: {given['plot']}")
@@ -108,34 +113,45 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         write_json([dataclasses.asdict(each) for each in told])
         return
     write_table(_COLUMNS, [_row(each) for each in told])
+    if known is not None:
+        for one in known.held:
+            write_notice(
+                f"of {known.held_gpus:.0f} GPUs that are held now, {one.certain_gpus:.0f} are held"
+                f" for certain in {one.ahead_h} h, and {one.expected_gpus:.0f} are expected to be"
+            )
 
 
-def _series(context: click.Context, given: Mapping[str, Any]) -> "tuple[Series, str]":
-    """And what it is of, for people."""
+def _series(
+    context: click.Context, given: Mapping[str, Any], ahead_h: Sequence[int]
+) -> "tuple[Series, str, Told | None]":
+    """And what it is of, for people; and what the coordinator said, where it was asked."""
     from coordinator.forecast.demand_file import BadDemand, read_series
 
-    asked = [given["gpu_type"], given["project"], given["job_class"] or ""]
+    asked = (given["gpu_type"], given["project"], given["job_class"] or "")
     if given["demand"] is None:
-        return demand.ask(context, *asked), ", ".join(filter(None, asked)) or "all"
+        series, told = demand.ask(context, asked, ahead_h)
+        return series, ", ".join(filter(None, asked)) or "all", told
     if any(asked):
         raise click.UsageError(
             "--gpu-type, --project and --class are asked of the coordinator; a file has one series:"
             " leave them out, or --demand"
         )
     try:
-        return read_series(given["demand"], given["column"]), given["demand"].name
+        return read_series(given["demand"], given["column"]), given["demand"].name, None
     except BadDemand as error:
         raise BadInput(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Told:
-    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short."""
+    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short,
+    `held` where no coordinator was asked."""
 
     ahead_h: int
     gpus: dict[str, float]
     weights: dict[str, float]
     backtest: "Score | None"
+    held: "Held | None" = None
 
 
 def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:

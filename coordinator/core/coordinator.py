@@ -146,7 +146,7 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FitJob():
             return fit.answer(state, now, body)
         case GetDemand():
-            return _demand(state, body)
+            return _demand(state, now, body)
         case ListProjects():
             return projects.list_projects(state, now)
         case ListCheckpoints():
@@ -170,9 +170,9 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return _intend(state, now, body.node, NodeIntent.OPEN)
 
 
-def _demand(state: State, body: GetDemand) -> DemandSeries | Refusal:
+def _demand(state: State, now: Instant, body: GetDemand) -> DemandSeries | Refusal:
     try:
-        return demand_reading.read(state, body)
+        return demand_reading.read(state, now, body)
     except demand_reading.UnknownDemand as error:
         return Refusal(RefusalKind.NOT_FOUND, str(error))
 

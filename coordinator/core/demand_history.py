@@ -327,7 +327,7 @@ class DemandHistory:
         steps = [step for step in range(first_step, first_step + count) if ring.is_known(step)]
         total = [0.0] * len(steps)
         for series, number in (self._numbers if which.project else self._sums).items():
-            if _matches(which, series):
+            if matches(which, series):
                 values = ring.values(number, steps)
                 total = [had + more for had, more in zip(total, values, strict=True)]
         found: list[float | None] = [None] * count
@@ -336,7 +336,8 @@ class DemandHistory:
         return found
 
 
-def _matches(which: Series, series: Series) -> bool:
+def matches(which: Series, series: Series) -> bool:
+    """Whether it is one of what `which` leaves open."""
     return (
         which.gpu_type in ("", series.gpu_type)
         and which.project in ("", series.project)

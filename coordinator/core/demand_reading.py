@@ -7,17 +7,20 @@ resolution, bounded by its ring, and a name that is not known is refused with th
 
 from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
 from coordinator.core.demand_messages import DemandSeries, GetDemand
-from coordinator.core.state import State
+from coordinator.core.held_ahead import held_ahead
+from coordinator.core.state import Instant, State
 
 PERIOD_MIN_DEFAULT = 10
 NAMES_SHOWN_MAX = 20
+# Of a large fleet each costs milliseconds of the loop; and after a week nobody knows anything.
+AHEAD_COUNT_MAX, AHEAD_MIN_MAX = 16, 7 * 1_440
 
 
 class UnknownDemand(ValueError):
     """What is asked for is not there; the text is a sentence."""
 
 
-def read(state: State, asked: GetDemand) -> DemandSeries:
+def read(state: State, now: Instant, asked: GetDemand) -> DemandSeries:
     """Raises `UnknownDemand`."""
     history = state.demand_history
     period_min = asked.period_min or PERIOD_MIN_DEFAULT
@@ -28,6 +31,11 @@ def read(state: State, asked: GetDemand) -> DemandSeries:
     projects = sorted(dict.fromkeys(series.project for series in history.series()))
     if asked.project and asked.project not in projects:
         raise UnknownDemand(_nobody("project", asked.project, projects))
+    if len(asked.ahead_min) > AHEAD_COUNT_MAX or max(asked.ahead_min, default=1) > AHEAD_MIN_MAX:
+        raise UnknownDemand(
+            f"what is held is said of at most {AHEAD_COUNT_MAX} times, at most {AHEAD_MIN_MAX}"
+            " minutes ahead"
+        )
     newest = history.newest_step(period_min)
     if newest is None:
         return DemandSeries(0, period_min, (), gpu_type)
@@ -36,7 +44,8 @@ def read(state: State, asked: GetDemand) -> DemandSeries:
     gpus = history.read(period_min, newest - count + 1, count, which)
     first = next((place for place, value in enumerate(gpus) if value is not None), count)
     begin_unix_ms = (newest - count + 1 + first) * period_min * 60_000
-    return DemandSeries(begin_unix_ms, period_min, tuple(gpus[first:]), gpu_type)
+    held, ahead = held_ahead(state, now, which, asked.ahead_min)
+    return DemandSeries(begin_unix_ms, period_min, tuple(gpus[first:]), gpu_type, held, ahead)
 
 
 def _gpu_type(history: DemandHistory, name: str) -> str:

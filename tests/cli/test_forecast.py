@@ -41,6 +41,20 @@ def test_without_a_file_the_coordinator_is_asked(baton: Baton, fake: FakeCoordin
     assert request.job_class == types_pb2.JOB_CLASS_SPARE
     (hour,) = json.loads(result.stdout)
     assert 20 < hour["gpus"]["0.5"] < 70
+    assert (list(request.ahead_minutes), hour["held"]) == ([60], None)
+
+
+def test_what_is_known_of_the_future_stands_below(baton: Baton, fake: FakeCoordinator) -> None:
+    answer = told(*days(3))
+    answer.held_gpus = 40
+    answer.held_ahead.add(ahead_minutes=360, certain_gpus=11, expected_gpus=23.4)
+    fake.answers["GetDemand"] = [answer]
+    assert baton("forecast", "--ahead", "6").stderr.splitlines()[-1] == (
+        "baton: of 40 GPUs that are held now, 11 are held for certain in 6 h, and 23 are expected"
+        " to be"
+    )
+    (told_of,) = json.loads(baton("forecast", "--ahead", "6", "--json").stdout)
+    assert told_of["held"] == {"ahead_h": 6, "certain_gpus": 11.0, "expected_gpus": 23.4}
 
 
 def test_one_that_has_not_seen_much_is_asked_for_minutes(

@@ -32,6 +32,7 @@ class GetDemandRequest(_message.Message):
     JOB_CLASS_FIELD_NUMBER: _builtins.int
     PERIOD_MINUTES_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    AHEAD_MINUTES_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     """As `baton nodes` says it, in any case; a part of it will do where only one type has it. Empty:
     all types.
@@ -44,6 +45,10 @@ class GetDemandRequest(_message.Message):
     """1 (kept for 14 days), 10 (90 days) or 60 (two years). 0: 10."""
     steps: _builtins.int
     """The newest so many. 1 to 20,160; 0, or more than are kept: all."""
+    @_builtins.property
+    def ahead_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In how many minutes it is asked what is still held: 1 to 10,080, at most 16 of them."""
+
     def __init__(
         self,
         *,
@@ -52,10 +57,11 @@ class GetDemandRequest(_message.Message):
         job_class: _types_pb2.JobClass.ValueType = ...,
         period_minutes: _builtins.int = ...,
         steps: _builtins.int = ...,
+        ahead_minutes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -69,9 +75,13 @@ class GetDemandResponse(_message.Message):
     PERIOD_MINUTES_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     GPU_TYPE_FIELD_NUMBER: _builtins.int
+    HELD_GPUS_FIELD_NUMBER: _builtins.int
+    HELD_AHEAD_FIELD_NUMBER: _builtins.int
     period_minutes: _builtins.int
     gpu_type: _builtins.str
     """The type that was meant, as the coordinator calls it; empty: all."""
+    held_gpus: _builtins.float
+    """GPUs that are held now, of what waits nothing."""
     @_builtins.property
     def begin_time(self) -> _timestamp_pb2.Timestamp:
         """The beginning of the first step; absent where nothing has been sampled yet."""
@@ -82,6 +92,10 @@ class GetDemandResponse(_message.Message):
         20,160. Of a share of a GPU the part counts.
         """
 
+    @_builtins.property
+    def held_ahead(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAhead]:
+        """For each of `ahead_minutes`, in their order."""
+
     def __init__(
         self,
         *,
@@ -89,11 +103,42 @@ class GetDemandResponse(_message.Message):
         period_minutes: _builtins.int = ...,
         gpus: _abc.Iterable[_builtins.float] | None = ...,
         gpu_type: _builtins.str = ...,
+        held_gpus: _builtins.float = ...,
+        held_ahead: _abc.Iterable[Global___HeldAhead] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "period_minutes", b"period_minutes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "held_ahead", b"held_ahead", "held_gpus", b"held_gpus", "period_minutes", b"period_minutes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDemandResponse: _TypeAlias = GetDemandResponse  # noqa: Y015
+
+@_typing.final
+class HeldAhead(_message.Message):
+    """Of the GPUs that are held now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AHEAD_MINUTES_FIELD_NUMBER: _builtins.int
+    CERTAIN_GPUS_FIELD_NUMBER: _builtins.int
+    EXPECTED_GPUS_FIELD_NUMBER: _builtins.int
+    ahead_minutes: _builtins.int
+    certain_gpus: _builtins.float
+    """By jobs that are known to run on, by the steps that they say they have and the pace they make."""
+    expected_gpus: _builtins.float
+    """These, and of the others as many as are expected to be, by how long they have run."""
+    def __init__(
+        self,
+        *,
+        ahead_minutes: _builtins.int = ...,
+        certain_gpus: _builtins.float = ...,
+        expected_gpus: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "certain_gpus", b"certain_gpus", "expected_gpus", b"expected_gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldAhead: _TypeAlias = HeldAhead  # noqa: Y015
