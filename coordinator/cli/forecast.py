@@ -113,7 +113,7 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         write_json([dataclasses.asdict(each) for each in told])
         return
     write_table(_COLUMNS, [_row(each) for each in told])
-    if known is not None:
+    if known is not None and known.held_gpus:
         for one in known.held:
             write_notice(
                 f"of {known.held_gpus:.0f} GPUs that are held now, {one.certain_gpus:.0f} are held"

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from coordinator.core import held_ahead as module
 from coordinator.core.demand_history import Series
 from coordinator.core.demand_messages import GetDemand
-from coordinator.core.held_ahead import held_ahead
+from coordinator.core.held_ahead import MINUTE_MS, frees_ms, held_ahead
 from coordinator.core.keeps import Reservation
 from coordinator.core.messages import CancelJob, Refusal, Reply, Request
 from coordinator.core.model import JobClass
@@ -88,3 +89,29 @@ def test_people_ask_for_few_times_not_far_ahead() -> None:
         )
         assert isinstance(reply.answer, Refusal)
         assert "at most 16 times, at most 10080 minutes" in reply.answer.sentence
+
+
+def test_when_a_node_comes_free_is_when_as_many_gpus_are_expected_to_be() -> None:
+    """Of those who say their end at it; of the others when they have run as long again; and not
+    where what comes free is kept for somebody."""
+    here = fleet()
+    rig = here.rig
+    freed = frees_ms(here.state, rig.now, {H100: 2.0, A100: 2.0, "B200": 1.0})
+    assert 5 * MINUTE_MS < freed[H100] < 11 * MINUTE_MS  # in nine; between looks evenly
+    assert freed[A100] == pytest.approx(MINUTE_MS, rel=0.1)
+    assert "B200" not in freed
+    kept = Place("n2", tuple(gpu.uuid for gpu in here.state.nodes["n2"].node.gpus))
+    here.state.reservations[1] = Reservation(9, (kept,), rig.now_ms + MINUTE_MS)
+    assert A100 not in frees_ms(here.state, rig.now, {A100: 2.0})
+
+
+def test_of_very_many_a_part_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Fleet("16xA100", "16xA100")
+    for _ in range(32):
+        here.submit(gpus=1)
+    here.run(60)
+    whole = frees_ms(here.state, here.rig.now, {A100: 16.0})
+    monkeypatch.setattr(module, "HOLDERS_MAX", 5)
+    assert frees_ms(here.state, here.rig.now, {A100: 16.0})[A100] == pytest.approx(
+        whole[A100], rel=0.2
+    )
