@@ -22,6 +22,7 @@ from coordinator.core.fit_requests import FitPage
 from coordinator.core.model import JobSpec, JobView, NodeView
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.project_requests import ListProjects, ProjectPage
+from coordinator.demand_rpc import add_demand_service
 from coordinator.peers import Fleet, LogReader
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
@@ -364,6 +365,7 @@ async def add_services(
         )
     ]
     names.append(add_checkpoint_service(server, partial(_ask, shell), open_channel))
+    names.append(add_demand_service(server, partial(_ask, shell)))
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     for name in ("", *names):

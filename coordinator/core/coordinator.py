@@ -14,6 +14,7 @@ from coordinator.core import (
     checkpoints,
     decisions,
     demand_forecast,
+    demand_reading,
     demand_samples,
     fit,
     gangs,
@@ -38,6 +39,7 @@ from coordinator.core.checkpoint_requests import (
     PinCheckpoint,
     UnpinCheckpoint,
 )
+from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
     Actuated,
@@ -150,6 +152,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return jobs.explain_job(state, now, body)
         case FitJob():
             return fit.answer(state, now, body)
+        case GetDemand():
+            return _demand(state, now, body)
         case ListProjects():
             return projects.list_projects(state, now)
         case ListCheckpoints():
@@ -171,6 +175,13 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return _intend(state, now, body.node, NodeIntent.DRAINING)
         case UncordonNode():
             return _intend(state, now, body.node, NodeIntent.OPEN)
+
+
+def _demand(state: State, now: Instant, body: GetDemand) -> DemandSeries | Refusal:
+    try:
+        return demand_reading.read(state, now, body)
+    except demand_reading.UnknownDemand as error:
+        return Refusal(RefusalKind.NOT_FOUND, str(error))
 
 
 def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Answer:

@@ -8,9 +8,10 @@ made by is not to be believed.
 """
 
 import math
+from collections import Counter
 from typing import Final
 
-from coordinator.core import demand_samples, gpu_types
+from coordinator.core import demand_samples, gpu_types, held_ahead
 from coordinator.core.capacity_model import Outlook
 from coordinator.core.demand_history import Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
@@ -60,10 +61,14 @@ def outlooks(state: State, now: Instant) -> list[Outlook]:
         came_ms, event = state.forecast
         stale = stale or now.now_ms - came_ms > FRESH_MS
         forecasts = {told.gpu_type: told for told in event.types}
-    kinds = [gpus for _, _, gpus in state.indices.kinds]
-    there = [gpu_types.key_of(name, size) for gpus in kinds for name, size in gpus]
+    sizes = _node_sizes(state)
+    frees_ms = held_ahead.frees_ms(
+        state,
+        now,
+        {gpu_type: sizes.get(gpu_type, 1) for gpu_type, at in present.items() if at.queued_gpus},
+    )
     found = []
-    for gpu_type in sorted(dict.fromkeys([*there, *present, *forecasts])):
+    for gpu_type in sorted(dict.fromkeys([*sizes, *present, *forecasts])):
         counts = present.get(gpu_type, demand_samples.Present())
         told = forecasts.get(gpu_type)
         found.append(
@@ -76,6 +81,17 @@ def outlooks(state: State, now: Instant) -> list[Outlook]:
                 () if told is None else told.later_gpus,
                 None if told is None else told.coverage,
                 stale,
+                frees_ms.get(gpu_type),
             )
         )
     return found
+
+
+def _node_sizes(state: State) -> dict[str, int]:
+    """How many GPUs of a type the smallest node has that has any."""
+    sizes: dict[str, int] = {}
+    for _, _, gpus in state.indices.kinds:
+        counts = Counter(gpu_types.key_of(name, memory_bytes) for name, memory_bytes in gpus)
+        for gpu_type, count in counts.items():
+            sizes[gpu_type] = min(count, sizes.get(gpu_type, count))
+    return sizes

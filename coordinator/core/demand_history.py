@@ -233,6 +233,9 @@ class DemandHistory:
     def newest_minute(self) -> int | None:
         return self._rings[1].newest
 
+    def newest_step(self, period_min: int) -> int | None:
+        return self._rings[period_min].newest
+
     def put(self, minute: int, wanted: Mapping[Series, float]) -> list[DemandRecord]:
         """A sample, later than all before; returns what has to be durable."""
         records: list[DemandRecord] = []
@@ -324,7 +327,7 @@ class DemandHistory:
         steps = [step for step in range(first_step, first_step + count) if ring.is_known(step)]
         total = [0.0] * len(steps)
         for series, number in (self._numbers if which.project else self._sums).items():
-            if _matches(which, series):
+            if matches(which, series):
                 values = ring.values(number, steps)
                 total = [had + more for had, more in zip(total, values, strict=True)]
         found: list[float | None] = [None] * count
@@ -333,7 +336,8 @@ class DemandHistory:
         return found
 
 
-def _matches(which: Series, series: Series) -> bool:
+def matches(which: Series, series: Series) -> bool:
+    """Whether it is one of what `which` leaves open."""
     return (
         which.gpu_type in ("", series.gpu_type)
         and which.project in ("", series.project)

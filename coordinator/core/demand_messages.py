@@ -41,3 +41,39 @@ class ForecastMade:
 
     minute: int
     types: tuple[TypeForecast, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GetDemand:
+    """A person's question. What is empty is summed over; 0 stands for the default. `ahead_min`: in
+    how many minutes it is asked what is still held."""
+
+    gpu_type: str = ""
+    project: str = ""
+    job_class: str = ""
+    period_min: int = 0
+    steps: int = 0
+    ahead_min: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAhead:
+    """Of the GPUs that are held now, those that are in so many minutes: for certain, and on
+    average."""
+
+    ahead_min: int
+    certain_gpus: float
+    expected_gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemandSeries:
+    """The answer. `gpus` are without a hole from `begin_unix_ms` on, `None` where nobody looked;
+    the first is known. `held_gpus`: now."""
+
+    begin_unix_ms: int
+    period_min: int
+    gpus: tuple[float | None, ...]
+    gpu_type: str = ""
+    held_gpus: float = 0.0
+    held_ahead: tuple[HeldAhead, ...] = ()

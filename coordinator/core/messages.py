@@ -19,6 +19,7 @@ from coordinator.core.checkpoint_requests import (
 from coordinator.core.demand_history import DropDemand as DropDemand
 from coordinator.core.demand_history import PutDemand as PutDemand
 from coordinator.core.demand_history import PutDemandSeries as PutDemandSeries
+from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.demand_messages import ForecastMade as ForecastMade
 from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
@@ -129,6 +130,7 @@ RequestBody = (
     | ExplainJob
     | FitJob
     | ListProjects
+    | GetDemand
     | ListCheckpoints
     | PinCheckpoint
     | UnpinCheckpoint
@@ -471,7 +473,7 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage
+_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | DemandSeries
 Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
 
 

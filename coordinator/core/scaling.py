@@ -10,9 +10,9 @@ How, for each GPU type:
    more costs as much in idling as it saves in waiting: wait / (wait + idle).
 2. What is missing comes up at once, in bounded steps; if no node is left to start, and waiting for
    one to free costs more than renting one, or a deadline would be missed, capacity is rented.
-3. What is neither needed nor, with a margin, likely to be needed for as long as a node has to stay
-   off to be worth it (`keep`), takes no new work: the emptiest first, so that work gathers on the
-   others. It goes off once it has been idle for longer than an hour and than what a cycle costs;
+3. What is neither needed nor likely to be needed for as long as a node has to stay off to be worth
+   it (`keep`, with a margin), takes no new work: the emptiest first, so that work gathers on the
+   others. Likely is where a cycle costs as much as idling would. It goes off once it has been idle for longer than an hour and than what a cycle costs;
    until then it is back as soon as it is needed.
 4. `guard_rails.py` bounds it all, and every change, and every bound that held one back, leaves a
    decision that says why, with what else could have been done at which expected cost.
@@ -70,6 +70,13 @@ class Rules:
     def level(self) -> float:
         """The quantile at which one GPU more costs as much as it saves."""
         return self.wait_usd_per_gpu_h / (self.wait_usd_per_gpu_h + self.idle_usd_per_gpu_h)
+
+    @property
+    def keep_level(self) -> float:
+        """The quantile at which one node less saves as much as having it back so soon costs: it is
+        not work that would wait, since `need` brings it back in time, but a cycle."""
+        idle_usd = self.idle_usd_per_gpu_h * self.later_ms / MS_PER_H
+        return self.cycle_usd_per_gpu / (self.cycle_usd_per_gpu + idle_usd)
 
     @property
     def idle_ms(self) -> int:
@@ -296,7 +303,8 @@ def _wanted(outlook: Outlook, mine: Sequence[Box], draft: _Draft, *, trusted: bo
     keep = need
     if trusted:
         need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)) - elsewhere)
-        later = max(need, math.ceil(odds.at_level(outlook.later_gpus, rules.level)) - elsewhere)
+        likely = math.ceil(odds.at_level(outlook.later_gpus, rules.keep_level))
+        later = max(need, likely - elsewhere)
         keep = math.ceil(later * (1 + rules.margin_ratio))
     return _Wanted(tuple(there), now_gpus, need, keep, trusted)
 

@@ -5,13 +5,13 @@ has none to give. So the samples lie in a bounded queue, one thread takes them, 
 goes back through the inbox. A thread that is slow makes fewer forecasts, not later answers: it
 catches up with all samples and speaks of the newest.
 
-What is said is judged by what comes: every ten minutes the band of 95 percent is put aside, and
-over three days it should have held 95 times of 100 (`coverage`). After a restart the last three
-days are said over again, from what is durable, so that the record is there at once.
+After a restart the last two weeks are told over again, from what is durable, so that what was
+learned, and how often the bands have held, is there at once.
 """
 
 import asyncio
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 # Two hours of samples that nobody has taken; the oldest go, and are unknown.
 QUEUE_MAX: Final = 120
-JUDGED_EVERY_MIN: Final = 10
-JUDGED_MAX: Final = 3 * 1_440 // JUDGED_EVERY_MIN  # three days
-JUDGED_MIN: Final = 1_440 // JUDGED_EVERY_MIN  # fewer say nothing
+KEPT_MIN: Final = 14 * 1_440  # of a type, in case that it is asked for another time ahead
+# Times ahead follow what nodes take to boot, and a model is of one time: it is taken up to the next
+# of these, and kept until it is off by more than twice as much.
+AHEAD_STEP_MIN: Final = 5
 
 
 class Maximum(Protocol):
-    """A forecaster of the maximum, one of each GPU type; a step is a minute."""
+    """A forecaster of the maximum over a time ahead; a step is a minute."""
 
     def observe(self, gpus: float) -> None: ...
-    def forecast(self, ahead_min: int) -> "Floats": ...
+    def forecast(self) -> "Floats": ...
+    @property
+    def coverage(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,52 +49,36 @@ class Past:
     gpus: Sequence[float | None]
 
 
-@dataclass(slots=True)
-class _Band:
-    """Said in one minute, and judged when the last of those that it is about has come."""
-
-    due: int
-    low: float
-    high: float
-    most: float = 0.0
-
-
 class _Type:
-    """One GPU type: its forecaster, and how right it was."""
+    """One GPU type: what is remembered of it, and a model for each time ahead, `soon` and
+    `later`."""
 
-    def __init__(self, maximum: Maximum, minute: int) -> None:
-        self.maximum = maximum
-        self.newest = minute
-        self._bands: deque[_Band] = deque()
-        self._held: deque[bool] = deque(maxlen=JUDGED_MAX)
+    def __init__(self, make: Callable[[int], Maximum], past: Past) -> None:
+        self._make = make
+        self._values = array("d", [math.nan if gpus is None else gpus for gpus in past.gpus])
+        self.newest = past.newest_minute
+        self._models: dict[str, tuple[int, Maximum]] = {}
 
     def observe(self, minute: int, gpus: float) -> None:
         """Later than all before; those that were left out are unknown."""
-        for between in range(self.newest + 1, minute + 1):
+        for between in range(max(self.newest + 1, minute - KEPT_MIN), minute + 1):
             value = gpus if between == minute else math.nan
-            self.maximum.observe(value)
-            self._judge(between, value)
+            self._values.append(value)
+            for _, model in self._models.values():
+                model.observe(value)
+        if len(self._values) > 2 * KEPT_MIN:
+            del self._values[:-KEPT_MIN]
         self.newest = minute
 
-    def _judge(self, minute: int, gpus: float) -> None:
-        for band in self._bands:
-            band.most = max(band.most, gpus) if not math.isnan(gpus) else math.nan
-        while self._bands and self._bands[0].due <= minute:
-            band = self._bands.popleft()
-            if not math.isnan(band.most):
-                self._held.append(band.low <= band.most <= band.high)
-
-    def forecast(self, ahead_min: int) -> "Floats":
-        said = self.maximum.forecast(ahead_min)
-        if self.newest % JUDGED_EVERY_MIN == 0:
-            self._bands.append(_Band(self.newest + ahead_min, float(said[0]), float(said[-1])))
-        return said
-
-    @property
-    def coverage(self) -> float | None:
-        if len(self._held) < JUDGED_MIN:
-            return None
-        return sum(self._held) / len(self._held)
+    def model(self, name: str, ahead_min: int) -> Maximum:
+        """One of at least this time ahead; it has seen all that is remembered."""
+        known = self._models.get(name)
+        if known is None or not ahead_min <= known[0] <= ahead_min + 2 * AHEAD_STEP_MIN:
+            steps = -(-ahead_min // AHEAD_STEP_MIN) * AHEAD_STEP_MIN
+            known = self._models[name] = steps, self._make(steps)
+            for gpus in self._values[-KEPT_MIN:]:
+                known[1].observe(gpus)
+        return known[1]
 
 
 class LiveForecaster:
@@ -102,11 +89,11 @@ class LiveForecaster:
         self,
         past: Mapping[str, Past],
         post: Callable[[ForecastMade], None],
-        make: Callable[[], Maximum] | None = None,
+        make: Callable[[int], Maximum] | None = None,
     ) -> None:
         self._past = dict(past)
         self._post = post
-        self._make = make or _recent
+        self._make = make or _maximum
         self._ending = False
         self._types: dict[str, _Type] = {}
         self._queue: deque[MakeForecast] = deque(maxlen=QUEUE_MAX)
@@ -137,42 +124,32 @@ class LiveForecaster:
             for one in asked.types:
                 self._type(one, asked.minute).observe(asked.minute, one.gpus)
         newest = samples[-1]
-        return ForecastMade(newest.minute, tuple(map(self._forecast, newest.types)))
+        # Who leaves does not wait for models that nobody will ask.
+        types = [self._forecast(one) for one in newest.types if not self._ending]
+        return ForecastMade(newest.minute, tuple(types))
 
     def _type(self, asked: AskedType, minute: int) -> _Type:
         known = self._types.get(asked.gpu_type)
         if known is None or known.newest >= minute:  # then a wrong clock has been set right
             past = self._past.pop(asked.gpu_type, Past(minute - 1, ()))
-            self._types[asked.gpu_type] = self._remembering(past, asked.soon_min)
-        return self._types[asked.gpu_type]
-
-    def _remembering(self, past: Past, soon_min: int) -> _Type:
-        """One that has seen the past, and has been judged by the last days of it."""
-        first = past.newest_minute - len(past.gpus)
-        found = _Type(self._make(), first)
-        judged_from = past.newest_minute - JUDGED_MAX * JUDGED_EVERY_MIN
-        for minute, gpus in enumerate(past.gpus, start=first + 1):
-            if gpus is None or self._ending:
-                continue
-            found.observe(minute, gpus)
-            if minute > judged_from and minute % JUDGED_EVERY_MIN == 0:
-                found.forecast(soon_min)
-        return found
+            known = self._types[asked.gpu_type] = _Type(self._make, past)
+        return known
 
     def _forecast(self, asked: AskedType) -> TypeForecast:
         found = self._types[asked.gpu_type]
-        soon, later = found.forecast(asked.soon_min), found.maximum.forecast(asked.later_min)
+        soon, later = found.model("soon", asked.soon_min), found.model("later", asked.later_min)
         return TypeForecast(
             asked.gpu_type,
-            tuple(map(float, soon)),
-            tuple(map(float, later)),
-            found.coverage,
+            tuple(map(float, soon.forecast())),
+            tuple(map(float, later.forecast())),
+            soon.coverage,
         )
 
 
-def _recent() -> Maximum:
+def _maximum(ahead_min: int) -> Maximum:
     """Imported at the first sample of a GPU that is wanted, and in the thread: numpy is 25 MB and a
     tenth of a second, which a fleet without jobs on GPUs does not pay for."""
-    from coordinator.forecast.recent import RecentMaximum
+    from coordinator.forecast.maximum import MaximumForecaster
 
-    return RecentMaximum()
+    # The minute that has begun is one of them.
+    return MaximumForecaster(ahead_min + 1, 60)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.protobuf.message import Message
 
-from protos.baton.v1 import checkpoints_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
+from protos.baton.v1 import checkpoints_pb2_grpc, demand_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
 
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
@@ -67,6 +67,9 @@ class FakeCoordinator:
         for method in CHECKPOINT_METHODS:
             setattr(checkpoints, method, self._unary(method))
         checkpoints.ReadCheckpoint = self._stream("ReadCheckpoint")
+        demand: Any = type("Demand", (demand_pb2_grpc.DemandServiceServicer,), {})()
+        demand.GetDemand = self._unary("GetDemand")
+        demand_pb2_grpc.add_DemandServiceServicer_to_server(demand, server)
         checkpoints_pb2_grpc.add_CheckpointServiceServicer_to_server(checkpoints, server)
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
         nodes_pb2_grpc.add_NodeServiceServicer_to_server(nodes, server)

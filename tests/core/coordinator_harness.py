@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow
+from coordinator.core.demand_messages import DemandSeries
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
@@ -374,6 +375,8 @@ def _answer(answer: Answer) -> str:
             return f"node {_node(answer)}"
         case NodePage():
             return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+        case DemandSeries():
+            return f"demand in {len(answer.gpus)} steps of {answer.period_min} min"
         case ProjectPage():
             return "projects " + "; ".join(_project(view) for view in answer.projects)
 

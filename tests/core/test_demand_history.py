@@ -27,12 +27,15 @@ from coordinator.core.demand_history import (
     PutDemandSeries,
     Series,
 )
+from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.demand_samples import wanted
 from coordinator.core.messages import (
     CancelJob,
     CordonNode,
     FromAgent,
     Log,
+    Refusal,
+    Reply,
     Request,
     SessionClosed,
     Tick,
@@ -337,3 +340,53 @@ def test_jobs_without_gpus_are_no_demand() -> None:
     for _ in range(3):
         fleet.submit(gpus=0)
     assert not any(wanted(fleet.state).values())
+
+
+# --- what people ask ------------------------------------------------------------------------------
+
+
+def seen() -> Rig:
+    rig = Rig()
+    history = rig.core.state.demand_history
+    for minute in (*range(13), *range(40, 45)):
+        history.put(BEGIN + minute, {NLP: 4, VISION: 2, replace(NLP, gpu_type="A100 PCIe"): 1})
+    return rig
+
+
+def test_an_answer_begins_with_what_is_known_and_has_no_hole() -> None:
+    rig = seen()
+    assert asked(rig, GetDemand()) == DemandSeries(BEGIN * MINUTE_MS, 10, (7.0,))
+    minutes = asked(rig, GetDemand("h1", period_min=1))
+    assert isinstance(minutes, DemandSeries)
+    assert (minutes.begin_unix_ms, minutes.gpu_type) == (BEGIN * MINUTE_MS, "H100")
+    assert minutes.gpus == (4.0,) * 13 + (None,) * 27 + (4.0,) * 5
+    last = asked(rig, GetDemand(project="vision", job_class="spare", period_min=1, steps=6))
+    assert isinstance(last, DemandSeries)
+    assert last.gpus == (2.0,) * 5
+    assert asked(Rig(), GetDemand()) == DemandSeries(0, 10, ())
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (GetDemand("B200"), "GPU type 'B200' was ever wanted; of these something was: A100, A100"),
+        (GetDemand("a10"), "'a10' may be A100, A100 PCIe: say which"),
+        (GetDemand(project="x"), "project 'x' was ever wanted; of these something was: nlp, vis"),
+        (GetDemand(period_min=7), "in steps of 1, 10, 60 minutes, not of 7"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_what_is(question: GetDemand, sentence: str) -> None:
+    answer = asked(seen(), question)
+    assert isinstance(answer, Refusal)
+    assert sentence in answer.sentence
+
+
+def test_a_whole_name_is_no_question() -> None:
+    answer = asked(seen(), GetDemand("a100", period_min=1, steps=1))
+    assert isinstance(answer, DemandSeries)
+    assert (answer.gpu_type, answer.gpus) == ("A100", (2.0,))
+
+
+def asked(rig: Rig, question: GetDemand) -> Any:
+    (reply,) = (e for e in rig.handle(Request(1, question)) if isinstance(e, Reply))
+    return reply.answer

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
-from coordinator.forecast.live import QUEUE_MAX, LiveForecaster, Past
-from coordinator.forecast.quantiles import LEVELS, Floats
-from coordinator.forecast.recent import MINUTES_PER_DAY, RecentMaximum
+from coordinator.forecast.live import QUEUE_MAX, LiveForecaster, Maximum, Past
+from coordinator.forecast.maximum import MaximumForecaster
+from coordinator.forecast.quantiles import LEVELS
 
 BEGIN = 29_833_320
+MINUTES_PER_DAY = 1_440
 SOON, LATER = 11, 60
+SOON_STEPS = 16  # taken up to fifteen minutes, and the present one
 
 
 def walk(seed: int, minutes: int) -> list[float]:
@@ -35,54 +37,6 @@ def walk(seed: int, minutes: int) -> list[float]:
 
 def asked(minute: int, gpus: float, gpu_type: str = "H100") -> MakeForecast:
     return MakeForecast(minute, (AskedType(gpu_type, gpus, SOON, LATER),))
-
-
-# --- the maximum ----------------------------------------------------------------------------------
-
-
-def test_before_a_day_has_passed_there_is_a_buffer_and_no_less_than_now() -> None:
-    maximum = RecentMaximum()
-    maximum.observe(100.0)
-    soon, later = maximum.forecast(SOON), maximum.forecast(LATER)
-    assert (np.diff(soon) >= 0).all()
-    assert soon[0] == 100.0
-    assert (later[4:] > soon[4:]).all()
-    assert soon[-1] > 105.0
-    maximum.observe(0.0)
-    assert maximum.forecast(SOON)[-1] >= 0.5  # of nothing may come something
-
-
-def test_bands_of_the_maximum_hold_what_comes() -> None:
-    """Of demand that it has watched for a week: over the days after that."""
-    values = walk(1, 11 * MINUTES_PER_DAY)
-    maximum, above = RecentMaximum(), np.zeros(len(LEVELS))
-    said = 0
-    for minute, gpus in enumerate(values[:-SOON]):
-        maximum.observe(gpus)
-        if minute >= 7 * MINUTES_PER_DAY and minute % 10 == 0:
-            most = max(values[minute + 1 : minute + 1 + SOON])
-            above += maximum.forecast(SOON) >= most
-            said += 1
-    held = above / said
-    assert held[-1] == pytest.approx(0.975, abs=0.02)
-    assert held[-2] == pytest.approx(0.95, abs=0.03)
-    assert held[4] >= 0.45  # many a maximum is exactly what there was
-
-
-def test_an_outage_teaches_nothing() -> None:
-    """It is neither a fall to zero nor a rise from it."""
-    plain, broken = RecentMaximum(), RecentMaximum()
-    for minute in range(3 * MINUTES_PER_DAY):
-        gpus = 40.0 + 4 * (minute % 7 == 0)
-        plain.observe(gpus)
-        broken.observe(math.nan if 2_000 <= minute < 2_600 else gpus)
-    assert broken.forecast(SOON) == pytest.approx(plain.forecast(SOON), abs=0.2)
-    broken.observe(math.nan)
-    with pytest.raises(ValueError, match="known"):
-        broken.forecast(SOON)
-
-
-# --- beside the loop ------------------------------------------------------------------------------
 
 
 class Bench:
@@ -132,23 +86,55 @@ async def test_a_restart_knows_the_past_and_how_right_it_was() -> None:
     past = Past(BEGIN - 1, [None, None, *values])
     made = await told(Bench({"H100": past}), [asked(BEGIN, values[-1])])
     (h100,) = made.types
-    assert h100.coverage == pytest.approx(0.95, abs=0.04)
-    fresh = RecentMaximum()
-    for gpus in [*values, values[-1]]:
+    assert h100.coverage == pytest.approx(0.97, abs=0.03)
+    fresh = MaximumForecaster(SOON_STEPS, 60)
+    for gpus in [math.nan, math.nan, *values, values[-1]]:
         fresh.observe(gpus)
-    assert h100.soon_gpus == pytest.approx(tuple(fresh.forecast(SOON)), abs=1.0)
+    assert h100.soon_gpus == pytest.approx(tuple(fresh.forecast()))
 
 
 async def test_what_was_said_wrongly_shows() -> None:
-    """Demand that doubles day by day was not what two quiet days had promised."""
-    quiet = [50.0] * (3 * MINUTES_PER_DAY)
-    wild = [50.0 + 30.0 * (minute % 20 < 10) for minute in range(2 * MINUTES_PER_DAY)]
-    steady = (await told(Bench({"H100": Past(BEGIN - 1, quiet)}), [asked(BEGIN, 50.0)])).types[0]
-    assert steady.coverage == 1.0
-    past = Past(BEGIN - 1, [*quiet, *wild[: MINUTES_PER_DAY // 6]])
-    shaken = (await told(Bench({"H100": past}), [asked(BEGIN, 50.0)])).types[0]
-    assert shaken.coverage is not None
-    assert shaken.coverage < 0.99
+    """A night that was like no other before it: for the three days after it the record says so."""
+    quiet = [50.0 + (minute // 7) % 2 for minute in range(5 * MINUTES_PER_DAY)]
+    wild = [50.0 + 40.0 * (minute % 90 < 45) for minute in range(MINUTES_PER_DAY // 2)]
+    kept = (await told(Bench({"H100": Past(BEGIN - 1, quiet)}), [asked(BEGIN, 50.0)])).types[0]
+    past = Past(BEGIN - 1, [*quiet, *wild])
+    lost = (await told(Bench({"H100": past}), [asked(BEGIN, 50.0)])).types[0]
+    assert kept.coverage is not None
+    assert lost.coverage is not None
+    assert lost.coverage < kept.coverage - 0.01
+
+
+async def test_a_gap_in_the_past_is_no_fall_to_zero() -> None:
+    values: list[float | None] = list(walk(3, 3 * MINUTES_PER_DAY))
+    broken = [None if 2_000 <= minute < 2_300 else gpus for minute, gpus in enumerate(values)]
+    found = [
+        (await told(Bench({"H100": Past(BEGIN - 1, past)}), [asked(BEGIN, 60.0)])).types[0]
+        for past in (values, broken)
+    ]
+    for whole, torn in zip(*(each.soon_gpus for each in found), strict=True):
+        assert torn == pytest.approx(whole, rel=0.1)
+
+
+async def test_another_time_ahead_is_another_model_that_knows_as_much() -> None:
+    """Also one that is asked for when the samples have gone on; little by little it is the same."""
+    values = walk(4, 2 * MINUTES_PER_DAY)
+    bench = Bench({"H100": Past(BEGIN - 1, values)})
+    samples = [asked(BEGIN, 60.0)]
+    for minute, soon_min in enumerate((12, 40, 38, 13), start=1):
+        one = AskedType("H100", 60.0, soon_min, LATER)
+        samples.append(MakeForecast(BEGIN + minute, (one,)))
+    running = asyncio.create_task(bench.forecaster.run())
+    widths = []
+    for sample in samples:
+        bench.forecaster.make(sample)
+        (h100,) = (await bench.until(sample.minute)).types
+        widths.append(h100.soon_gpus[-1] - 60.0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert widths[2] > 1.3 * widths[1]
+    assert widths[3] == pytest.approx(widths[2], rel=0.1)
+    assert widths[4] == pytest.approx(widths[1], rel=0.1)
 
 
 async def test_gaps_and_a_clock_that_goes_back_break_nothing() -> None:
@@ -177,15 +163,11 @@ async def test_a_queue_that_nobody_takes_from_is_bounded() -> None:
 
 
 async def test_a_bug_in_a_model_ends_the_forecasts_and_is_raised() -> None:
-    class Broken:
-        def observe(self, gpus: float) -> None:
-            raise ZeroDivisionError
-
-        def forecast(self, ahead_min: int) -> Floats:
-            raise AssertionError
+    def broken(ahead_min: int) -> Maximum:
+        raise ZeroDivisionError
 
     made: list[ForecastMade] = []
-    forecaster = LiveForecaster({}, made.append, Broken)
+    forecaster = LiveForecaster({}, made.append, broken)
     forecaster.make(asked(BEGIN, 5.0))
     with pytest.raises(ZeroDivisionError):
         await forecaster.run()

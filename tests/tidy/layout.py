@@ -37,7 +37,8 @@ TRANSLATORS = frozenset(
     coordinator/wire_nodes.py coordinator/wire_projects.py
     coordinator/rpc.py coordinator/peers.py
     coordinator/cli/client.py coordinator/cli/decoding.py coordinator/checkpoint_rpc.py
-    coordinator/cli/checkpoint_client.py""".split()
+    coordinator/cli/checkpoint_client.py
+    coordinator/wire_demand.py coordinator/demand_rpc.py coordinator/cli/demand_client.py""".split()
 )
 
 
