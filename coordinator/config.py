@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
@@ -177,6 +178,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "any longer. Half an hour sees most small jobs end; take what yours last, where they do "
         "not say how many steps they have."
     )] = 1_800_000
+    capacity: Annotated[dict[str, CapacityGroup], says(
+        "Who switches nodes on and off (docs/capacity.md), a table for each group of nodes: nodes "
+        "(n[01-40,43]), driver (programs, redfish, ipmi, wake, burst or simulated), the fields of "
+        "that driver, and deadline_ms, 1000 to 7200000, default 600000: longer than a switch of "
+        "its slowest node takes. Secrets are in credentials_file. As a flag: "
+        "rack1={nodes='n[01-40]', driver='simulated'}. Default (empty): nobody, and no node is "
+        "switched."
+    )] = msgspec.field(default_factory=dict)
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -241,6 +250,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
             ),
             *self._project_problems(),
+            *capacity_problems(self.capacity),
             range_problem("moves_per_hour", self.moves_per_hour, 0, MOVES_PER_HOUR_MAX),
             range_problem(
                 "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX
@@ -344,6 +354,13 @@ def prepare_directories(config: Config) -> None:
 def _complete(values: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """`values` with the store's place, which follows the state directory, and of its TLS files."""
     values = with_credentials(values, TLS_FIELDS, environment)
+    values["capacity"] = {
+        name: msgspec.convert(
+            with_credentials(msgspec.structs.asdict(group), CREDENTIAL_FIELDS, environment),
+            CapacityGroup,
+        )
+        for name, group in values.get("capacity", {}).items()
+    }
     directory = values.get("state_directory", Config().state_directory)
     return {**values, "store_path": values.get("store_path") or f"{directory}/{STORE_NAME}"}
 

@@ -45,14 +45,6 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-class Actuator(Protocol):
-    """Who switches nodes on and off. `give` returns at once, whatever becomes of the order; what
-    does comes to the shell as `Actuated`, once for each of its nodes. A key is one deed, however
-    often it is given."""
-
-    def give(self, order: CapacityOrder) -> None: ...
-
-
 class Tracer(Protocol):
     """Who shows attempts to a tracing system. Both calls return at once, whatever becomes of it."""
 
@@ -72,4 +64,14 @@ class Forecasting(Protocol):
 
     def make(self, asked: MakeForecast) -> None:
         """Returns at once, whatever becomes of it."""
+        ...
+
+
+class Actuator(Protocol):
+    """Who switches nodes on and off. What came of an order is reported node by node, as a
+    `CapacityOutcome`, to whoever opened it."""
+
+    def give(self, order: CapacityOrder) -> None:
+        """Returns at once, and never raises. One key is one deed, however often it is given, also
+        after a restart; then its outcomes are reported again."""
         ...

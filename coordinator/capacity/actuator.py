@@ -1,0 +1,270 @@
+"""Between the core's orders and the drivers: each order is carried out once, in bounded time, and
+somebody always says what came of it.
+
+Problem: a driver hangs, lies, does a thing twice, or breaks; and the coordinator that gave the
+order may be restarted in between. None of this may cost a heartbeat or a second machine.
+
+An order falls into pieces: a list of nodes for a driver that takes lists, else one node each. For
+each piece, in a task of its own:
+
+1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places.
+2. "Begun" is noted in the journal. A node whose key is noted as ended never gets here: its outcome
+   is reported again. One that is noted as begun, of a coordinator that is no more, is looked at
+   first; where it is not as ordered the deed is done again, but for CREATE, which is rolled back:
+   whatever may have come of it costs money, and nobody knows it.
+3. The driver applies it; then its state is asked for until it is as ordered (who cannot see his
+   nodes is believed, and the node's own hello is the proof).
+4. At the deadline of its group the piece is abandoned: its task is cancelled, which ends its child
+   processes, and nobody waits for it any more. What succeeds later is not heard; the node itself
+   says hello or falls silent.
+5. Nodes of a CREATE that failed are rolled back, within a deadline of the same length.
+6. The end is noted, logged and reported, node by node. A driver's bug is a failure with a reason.
+
+Time comes from the clock that it is given, so a test decides when a deadline has passed.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from coordinator.capacity import hostlist
+from coordinator.capacity.driver import WANTED, CapacityError, Driver, verify
+from coordinator.capacity.journal import Deed, Journal, Stage
+from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
+from coordinator.ports import Clock
+
+PIECES_MAX: Final = 16  # at once; a management network and a provider's limits take no more
+WAITING_MAX: Final = 1_000  # pieces; guard rails let through a fraction of a fleet in ten minutes
+LOOK_MS: Final = 2_000  # between two looks at a node that is not yet as ordered
+CLOSE_S: Final = 3.0  # a stop must not wait for somebody else's device
+
+_Reasons = dict[str, str]  # for each node why it is not as ordered; empty where it is
+Report = Callable[[CapacityOutcome], None]
+Log = Callable[[str, str, tuple[tuple[str, object], ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes with one driver, as they are configured."""
+
+    name: str
+    driver: Driver
+    deadline_ms: int
+
+
+@dataclass(slots=True)
+class _Piece:
+    """`left`: what is wrong with each node, as far as is known; empty where it is as ordered."""
+
+    group: Group
+    order: CapacityOrder
+    begun_before: bool
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class Actuator:
+    """`groups` by node. `report` is called in the event loop, once for each node of an order, and
+    never within `give`."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        journal: Journal,
+        clock: Clock,
+        report: Report,
+        log: Log,
+    ) -> None:
+        self._groups = groups
+        self._journal = journal
+        self._clock = clock
+        self._report = report
+        self._log = log
+        self._places = asyncio.Semaphore(PIECES_MAX)
+        self._writing = asyncio.Lock()
+        self._running: dict[tuple[str, str], asyncio.Task[_Reasons]] = {}  # by key and node
+        self._latest: dict[str, asyncio.Task[_Reasons]] = {}  # by node
+        self._abandoned: dict[int, asyncio.Task[None]] = {}
+
+    def give(self, order: CapacityOrder) -> None:
+        """Returns at once, and never raises. The same order again is no second deed."""
+        pieces: dict[tuple[str, str, bool], tuple[Group, list[str]]] = {}
+        for node in dict.fromkeys(order.nodes):
+            if (order.key, node) in self._running:
+                continue
+            seen = self._journal.seen(order.key, node)
+            group = self._groups.get(node)
+            if seen is not None and seen.stage is not Stage.BEGUN:
+                self._answer(order.key, node, seen.reason, done=seen.stage is Stage.DONE)
+            elif group is None:
+                reason = f"no group of 'capacity' in the configuration has the node {node}"
+                self._answer(order.key, node, reason)
+            elif len(self._running) >= WAITING_MAX:
+                self._answer(order.key, node, f"{len(self._running)} nodes wait for their drivers")
+            else:
+                part = "" if group.driver.takes_lists else node
+                pieces.setdefault((group.name, part, seen is not None), (group, []))[1].append(node)
+        for (_, _, begun_before), (group, nodes) in pieces.items():
+            self._start(_Piece(group, replace(order, nodes=tuple(nodes)), begun_before))
+
+    async def close(self) -> None:
+        """Abandon what runs; the journal knows it as begun."""
+        tasks = [*self._running.values(), *self._abandoned.values()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S)
+        if self._abandoned:
+            await asyncio.wait(list(self._abandoned.values()), timeout=CLOSE_S)
+
+    def _answer(self, key: str, node: str, reason: str, *, done: bool = False) -> None:
+        outcome = CapacityOutcome(key, node, done, reason)
+        asyncio.get_running_loop().call_soon(self._report, outcome)
+
+    def _start(self, piece: _Piece) -> None:
+        earlier = {id(task): task for node in piece.order.nodes if (task := self._latest.get(node))}
+        task = asyncio.get_running_loop().create_task(
+            self._carry_out(piece, list(earlier.values()))
+        )
+        for node in piece.order.nodes:
+            self._running[piece.order.key, node] = task
+            self._latest[node] = task
+        task.add_done_callback(lambda ended: self._ended(piece, ended))
+
+    def _ended(self, piece: _Piece, task: asyncio.Task[_Reasons]) -> None:
+        key = piece.order.key
+        for node in piece.order.nodes:
+            del self._running[key, node]
+            if self._latest[node] is task:
+                del self._latest[node]
+        if not task.cancelled():
+            for node, reason in task.result().items():
+                self._report(CapacityOutcome(key, node, not reason, reason))
+
+    async def _carry_out(
+        self, piece: _Piece, earlier: Sequence[asyncio.Task[_Reasons]]
+    ) -> _Reasons:
+        if earlier:
+            await asyncio.wait(earlier)
+        async with self._places:
+            order = piece.order
+            problem = await self._note([Deed(order.key, node, Stage.BEGUN) for node in order.nodes])
+            if problem:
+                reasons = dict.fromkeys(order.nodes, problem)
+            else:
+                self._log(
+                    "info",
+                    "capacity.ordered",
+                    (
+                        ("key", order.key),
+                        ("verb", order.verb.value),
+                        ("nodes", hostlist.written(order.nodes)),
+                        ("group", piece.group.name),
+                    ),
+                )
+                reasons = await self._reasons(piece)
+            failed = tuple(node for node in order.nodes if reasons[node])
+            if failed and order.verb is Verb.CREATE and not problem:
+                await self._roll_back(piece, failed)
+            await self._finish(piece, reasons)
+            return reasons
+
+    async def _reasons(self, piece: _Piece) -> _Reasons:
+        problem = await self._within(piece.group, self._deed(piece))
+        if not problem:
+            return piece.left
+        return {
+            # A look has shown more than that the time was up.
+            node: piece.left.get(node, problem)
+            for node in piece.order.nodes
+        }
+
+    async def _deed(self, piece: _Piece) -> None:
+        """Until every node is as ordered."""
+        driver, order = piece.group.driver, piece.order
+        if piece.begun_before:
+            states = await driver.state(order.nodes)
+            if all(states.get(node) is WANTED[order.verb] for node in order.nodes):
+                piece.left = dict.fromkeys(order.nodes, "")
+                return
+            if order.verb is Verb.CREATE:
+                raise CapacityError("it was begun before a restart, and is not there")
+        await driver.apply(order)
+        while True:
+            try:
+                piece.left = await verify(driver, order)
+            except CapacityError as error:
+                piece.left = dict.fromkeys(order.nodes, str(error))
+            if not any(piece.left.values()):
+                return
+            await self._clock.sleep_ms(LOOK_MS)
+
+    async def _within(self, group: Group, work: Coroutine[None, None, None]) -> str:
+        """Do `work` until the deadline of `group`. Empty, or why it was not done."""
+        task = asyncio.create_task(work)
+        deadline = asyncio.create_task(self._clock.sleep_ms(group.deadline_ms))
+        try:
+            await asyncio.wait((task, deadline), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            deadline.cancel()
+            if not task.done():
+                self._abandon(task)
+        if not task.done():
+            seconds = group.deadline_ms / 1000
+            return f"the driver of '{group.name}' was not done within {seconds:g} s"
+        error = task.exception()
+        if error is None or isinstance(error, CapacityError):
+            return str(error or "")
+        return f"the driver of '{group.name}' broke: {error!r}"
+
+    def _abandon(self, task: asyncio.Task[None]) -> None:
+        """Nobody waits for it any more; it is only kept from being lost before it has ended."""
+        self._abandoned[id(task)] = task
+        task.cancel()
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        del self._abandoned[id(task)]
+        if not task.cancelled():
+            task.exception()  # looked at, so that the loop does not complain
+
+    async def _roll_back(self, piece: _Piece, nodes: tuple[str, ...]) -> None:
+        """Nothing of it may be left to be paid for."""
+        part = replace(piece.order, nodes=nodes)
+        problem = await self._within(piece.group, piece.group.driver.roll_back(part))
+        key, names = piece.order.key, hostlist.written(nodes)
+        if problem:
+            fields = (("key", key), ("nodes", names), ("reason", problem))
+            self._log("error", "capacity.not_rolled_back", fields)
+        else:
+            self._log("warning", "capacity.rolled_back", (("key", key), ("nodes", names)))
+
+    async def _finish(self, piece: _Piece, reasons: Mapping[str, str]) -> None:
+        order = piece.order
+        deeds = [
+            Deed(order.key, node, Stage.FAILED if reasons[node] else Stage.DONE, reasons[node])
+            for node in order.nodes
+        ]
+        # Where this cannot be written, it is looked at again after a restart: nothing is lost.
+        await self._note(deeds)
+        verb = order.verb.value
+        for reason in dict.fromkeys(reasons.values()):
+            nodes = hostlist.written(node for node in order.nodes if reasons[node] == reason)
+            key = order.key
+            if reason:
+                self._log(
+                    "warning",
+                    "capacity.failed",
+                    (("key", key), ("verb", verb), ("nodes", nodes), ("reason", reason)),
+                )
+            else:
+                self._log("info", "capacity.done", (("key", key), ("verb", verb), ("nodes", nodes)))
+
+    async def _note(self, deeds: Sequence[Deed]) -> str:
+        """Empty, or why nothing is durable."""
+        async with self._writing:
+            try:
+                await asyncio.to_thread(self._journal.note, deeds)
+            except OSError as error:
+                return f"the journal of capacity orders cannot be written: {error.strerror}"
+        return ""

@@ -1,0 +1,1 @@
+"""Drivers and the actuator, beside real programs and an emulated BMC; no time passes but ours."""
