@@ -42,6 +42,7 @@ from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.rpc import add_services
+from coordinator.scaling_settings import power_options, scaling_options
 from coordinator.shell import TICK_MS, CoordinatorShell
 from coordinator.store.sqlite import SqliteStore
 from coordinator.transport import TransportError, listen, open_channel
@@ -127,6 +128,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
         _forecast(stack, core, shell)
+        if config.capacity:
+            _open_capacity(stack, config, shell, clock)
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         logging_setup.emit(
             "info",
@@ -172,6 +175,17 @@ def _open_tracing(
     stack.push_async_callback(exporter.close)
     shell.trace_to(exporter)
     logging_setup.emit("info", "tracing.exporting", (("url", exporter.url),))
+
+
+def _open_capacity(
+    stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
+) -> None:
+    """Imported here: most coordinators switch no node, and drivers bring clients of their own."""
+    from coordinator.capacity.opening import open_actuator
+
+    actuator = open_actuator(config, shell.actuated, clock=clock, log=logging_setup.emit)
+    stack.push_async_callback(actuator.close)
+    shell.act_through(actuator)
 
 
 def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell) -> None:
@@ -286,6 +300,8 @@ def _options(config: Config) -> Options:
         moves_per_hour=config.moves_per_hour,
         reservation_wait_ms=config.reservation_wait_ms,
         reservation_ms=config.reservation_ms,
+        power=power_options(config),
+        scaling=scaling_options(config),
     )
 
 

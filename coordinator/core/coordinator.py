@@ -17,6 +17,7 @@ from coordinator.core import (
     demand_reading,
     demand_samples,
     fit,
+    fleet_scaling,
     gangs,
     health,
     jobs,
@@ -86,6 +87,12 @@ from coordinator.core.model import GpuView, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
 from coordinator.core.project_requests import ListProjects
+from coordinator.core.scale_requests import (
+    ApproveScaling,
+    GetPlan,
+    GetScaleRecord,
+    ListScaleRecords,
+)
 from coordinator.core.state import Instant, LiveNode, Options, State
 
 
@@ -123,6 +130,7 @@ class Coordinator:
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
+            fleet_scaling.tick(state, now)
         elif isinstance(event, ForecastMade):
             demand_forecast.made(state, now, event)
         else:  # Decide
@@ -164,6 +172,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return retention.unpin(state, now, body)
         case FindCheckpoint():
             return retention.find(state, body)
+        case GetPlan() | ListScaleRecords() | GetScaleRecord() | ApproveScaling():
+            return fleet_scaling.answer(state, now, body)
         case SetTelemetryRate():
             return _set_rate(state, now, body)
         case ListNodes():

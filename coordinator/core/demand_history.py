@@ -230,6 +230,15 @@ class DemandHistory:
                 ring.put(row.step, self._with_sums(dict(zip(row.numbers, row.gpus, strict=True))))
 
     @property
+    def oldest_minute(self) -> int | None:
+        """That is known, of those that are kept by the minute."""
+        ring = self._rings[1]
+        if ring.newest is None:
+            return None
+        first = max(0, ring.newest - ring.length + 1)
+        return next(step for step in range(first, ring.newest + 1) if ring.is_known(step))
+
+    @property
     def newest_minute(self) -> int | None:
         return self._rings[1].newest
 

@@ -12,6 +12,7 @@ from coordinator.core import (
     coruns,
     foresight,
     poison,
+    power,
     projects,
     reserved,
     standby,
@@ -32,6 +33,9 @@ DAY_MS = 86_400_000
 def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
+    if job.phase is JobPhase.QUEUED:
+        coming = power.coming(state, now, job)
+        sentence += f"; {coming}" if coming else ""
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
     attempt = state.current(job)

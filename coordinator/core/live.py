@@ -7,7 +7,7 @@ it anew; so it lies apart from what is durable (`model.py`).
 
 from dataclasses import dataclass, field
 
-from coordinator.core.indices import Kind
+from coordinator.core.boot_times import BootTimes
 from coordinator.core.model import GpuFacts, GpuTelemetry, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
@@ -45,7 +45,8 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
-    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`)."""
+    it is looked at for that (`leases.py`). `used_ms`: when
+    something was last there; 0: unknown. `stuck` are pids by attempt (`stuck.py`)."""
 
     node: Node
     phase: NodePhase
@@ -65,6 +66,7 @@ class LiveNode:
     stuck: dict[str, tuple[int, ...]] = field(default_factory=dict)
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
+    used_ms: int = 0
     gangs: bool = True
     shares: bool = True
 
@@ -84,8 +86,7 @@ class Given:
 
 @dataclass(slots=True)
 class Switching:
-    """Orders under way by node; boot times by kind of node, as long as no boot has been timed
-    since."""
+    """Orders under way by node; boot times as they are until one more has been seen."""
 
     given: dict[str, Given] = field(default_factory=dict)
-    boot_ms: dict[Kind, int] = field(default_factory=dict)
+    boots: BootTimes | None = None

@@ -50,6 +50,8 @@ from coordinator.core.model import (
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import JobPhase
 from coordinator.core.project_requests import ListProjects, ProjectPage
+from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
+from coordinator.core.scale_requests import ScaleAnswer, ScaleRequest
 
 # --- requests -------------------------------------------------------------------------------------
 
@@ -140,6 +142,7 @@ RequestBody = (
     | DrainNode
     | UncordonNode
     | SetTelemetryRate
+    | ScaleRequest
 )
 
 
@@ -405,19 +408,9 @@ class AppendEvent:
 
 
 Record = (
-    PutJob
-    | DropJob
-    | PutAttempt
-    | PutCheckpoint
-    | DropCheckpoint
-    | PutPart
-    | DropPart
-    | PutNode
-    | AppendEvent
-    | PutDemandSeries
-    | PutDemand
-    | DropDemand
-)
+    PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutPart | DropPart | PutNode
+    | AppendEvent | PutDemandSeries | PutDemand | DropDemand | PutScaleRecord
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +467,7 @@ class NodePage:
 
 
 _Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | DemandSeries
-Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
+Answer = Refusal | Submitted | JobView | Explanation | NodeView | ScaleAnswer | _Page
 
 
 @dataclass(frozen=True, slots=True)

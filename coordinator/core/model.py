@@ -15,6 +15,7 @@ from enum import Enum
 from coordinator.core.demand_history import DemandLog
 from coordinator.core.node_power import NodePower
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.stretches import Stretch
 from coordinator.core.telemetry import GpuDetails as GpuDetails  # a part of the nouns
 from coordinator.core.telemetry import GpuTelemetry as GpuTelemetry
@@ -455,3 +456,4 @@ class Snapshot:
     nodes: tuple[Node, ...] = field(default=())
     parts: tuple[WaitingPart, ...] = ()
     demand: DemandLog = field(default_factory=DemandLog)
+    scale_records: tuple[ScaleRecord, ...] = ()

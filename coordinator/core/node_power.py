@@ -64,15 +64,6 @@ def silent(power: NodePower) -> bool:
     return power.phase in SILENT
 
 
-def p95_ms(boots_ms: list[int], guess_ms: int) -> int:
-    """Of so many boots; the guess counts until there are five, where it is longer."""
-    if not boots_ms:
-        return guess_ms
-    ordered = sorted(boots_ms)
-    found = ordered[-(-95 * len(ordered) // 100) - 1]
-    return found if len(ordered) >= 5 else max(found, guess_ms)
-
-
 def describe(power: NodePower, boot_ms: int) -> str:
     """Why the node takes no work, in one sentence; empty where power is no reason."""
     match power.phase:

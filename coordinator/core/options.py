@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from coordinator.core.allocation import Aims, Solve
 from coordinator.core.node_power import PowerOptions
 from coordinator.core.quotas import Quota
+from coordinator.core.scaler import ScalingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,4 @@ class Options:
     reservation_wait_ms: int = 600_000
     reservation_ms: int = 1_800_000
     power: PowerOptions = field(default_factory=PowerOptions)
+    scaling: ScalingOptions = field(default_factory=ScalingOptions)

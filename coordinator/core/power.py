@@ -5,8 +5,8 @@ the decision and the order. Whoever believes the driver loses jobs; whoever orde
 orders twice, or never.
 
 How:
-1. A node goes `on` -> `leaving` (closed and drained by handoff, as for an operator) -> `stopping`
-   -> `off` -> `starting` -> `on`. The phase is durable before anything is ordered, and the order is
+1. A node goes `on` -> `leaving` (closed to new work, then drained by handoff) -> `stopping` ->
+   `off` -> `starting` -> `on`. The phase is durable before anything is ordered, and the order is
    made of the phase: its key is the node and its count of changes. So a successor makes the same
    order again, and one key is one deed. No node has two orders under way.
 2. What a driver says hurries things and proves nothing. A node is off when it has fallen silent, on
@@ -18,21 +18,21 @@ How:
 5. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
    person has closed is never touched here, and a node that he switches on is on.
 
-How long a boot takes is learnt for each kind of node, as the 95th percentile of the last ones.
+How long a boot takes is learnt for each model of node (`boot_times.py`).
 """
 
 from dataclasses import replace
 from typing import Any
 
 from coordinator.core import checkpoints, health, nodes
+from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_messages import Actuate, Actuated
 from coordinator.core.capacity_model import Power
 from coordinator.core.capacity_orders import CapacityOrder, Verb
-from coordinator.core.indices import kind
 from coordinator.core.live import Given
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import SHARED, Checkpoint, Job, Node, Part, Replication, WaitingPart
-from coordinator.core.node_power import BOOTS_MAX, DARK, DAY_MS, STARTS_MAX, NodePower, p95_ms
+from coordinator.core.node_power import BOOTS_MAX, DARK, DAY_MS, STARTS_MAX, NodePower, minutes
 from coordinator.core.phases import (
     JOB_ENDED,
     POWER_TRANSITIONS,
@@ -41,15 +41,27 @@ from coordinator.core.phases import (
     advance,
 )
 from coordinator.core.state import Instant, LiveNode, State, cut
+from coordinator.core.validate import could_hold
 
 _VERBS = {Power.STOPPING: Verb.SUSPEND, Power.STARTING: Verb.RESUME}
 
 
 def leave(state: State, now: Instant, live: LiveNode, why: str) -> None:
-    """Empty it, to switch it off. Only of a node that is on and open."""
+    """Close it to new work, so that it empties and can go. Only of a node that is on and open."""
     assert live.node.intent is NodeIntent.OPEN, "what is closed is somebody's"
     _change(state, now, live, Power.LEAVING, why, ours=True)
+    nodes.set_intent(state, now, live, NodeIntent.CORDONED)
+
+
+def go(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """Off with it, as soon as it is empty: what is there is handed off. Of one that is on and open,
+    or has been closed for this."""
+    if live.node.power.phase is Power.ON:
+        leave(state, now, live, why)
+    assert live.node.power.ours, "what a person has closed is a person's"
+    _note(state, live, replace(live.node.power, reason=why))
     nodes.set_intent(state, now, live, NodeIntent.DRAINING, f"{live.node.id} is emptied: {why}")
+    _leaving(state, now, live)
 
 
 def stay(state: State, now: Instant, live: LiveNode, why: str) -> None:
@@ -113,7 +125,7 @@ def hello(state: State, now: Instant, live: LiveNode) -> None:
         starts = (*starts, now.unix_ms)[-STARTS_MAX:]
     elif given is not None and not given.again:
         boots_ms = (*boots_ms, max(0, now.now_ms - given.at_ms))[-BOOTS_MAX:]
-        state.switching.boot_ms.clear()
+        state.switching.boots = None
     _change(
         state, now, live, Power.ON, why,
         ours=False, boots_ms=boots_ms, starts_unix_ms=starts, boot_failures=0,
@@ -315,12 +327,36 @@ def model_of(node: Node) -> str:
     return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
 
 
+def boot_times(state: State) -> BootTimes:
+    """What was seen of each model of the fleet, by the nodes that there are."""
+    options = state.options.power
+    if state.switching.boots is None:
+        seen: dict[str, tuple[int, ...]] = {}
+        for live in state.nodes.values():
+            if live.node.power.boots_ms:
+                model = model_of(live.node)
+                seen[model] = (*seen.get(model, ()), *live.node.power.boots_ms)
+        state.switching.boots = BootTimes(prior_ms=options.boot_guess_ms, seen_ms=seen)
+    return state.switching.boots
+
+
 def boot_ms(state: State, node: Node) -> int:
     """How long it takes from the order until the node is there, at most in 95 of 100 cases."""
-    its = kind(node.host, node.gpus)
-    known = state.switching.boot_ms.get(its)
-    if known is None:
-        alike = state.indices.kinds.get(its, {})
-        boots = [each for name in alike for each in state.nodes[name].node.power.boots_ms]
-        known = state.switching.boot_ms[its] = p95_ms(boots, state.options.power.boot_guess_ms)
-    return known
+    return boot_times(state).of(model_of(node))
+
+
+def coming(state: State, now: Instant, job: Job) -> str:
+    """Nodes that are starting and could take the job; empty: there is none."""
+    found: list[tuple[int, str]] = []
+    for node_id in state.indices.switched:
+        node = state.nodes[node_id].node
+        fits = could_hold(job.spec, node.gpus, node.host.memory_bytes)
+        if node.power.phase is Power.STARTING and job.spec.gpus and fits:
+            past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
+            found.append((boot_ms(state, node) - past_ms, node_id))
+    if not found:
+        return ""
+    left_ms, node_id = min(found)
+    when = f"is expected within {minutes(left_ms)}" if left_ms > 0 else "is overdue"
+    more = f", as are {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{node_id} is starting{more} and {when}"

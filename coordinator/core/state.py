@@ -68,6 +68,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.scaler import Scaler
 from coordinator.core.standing import Standing
 from coordinator.core.stretches import Watch
 
@@ -107,6 +108,7 @@ class State:
         self.admission = Admission()
         self.indices = Indices()
         self.switching = Switching()
+        self.scaler = Scaler()
         self.rooms = KeptRooms()
         self.ledger = Ledger()
         self.last_recall_ms = 0  # when it was last looked at who gives back what is lent
@@ -150,6 +152,7 @@ class State:
         self.leader_epoch = snapshot.leader_epoch
         self.last_job_id = snapshot.last_job_id
         self.demand_history.load(snapshot.demand)
+        self.scaler.load(snapshot.scale_records)
         for node in snapshot.nodes:
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"

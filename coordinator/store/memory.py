@@ -29,9 +29,11 @@ from coordinator.core.messages import (
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Checkpoint, JobEvent, Snapshot, WaitingPart
+from coordinator.core.scale_records import RECORDS_MAX
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 
@@ -97,6 +99,7 @@ class MemoryDisk:
     nodes: dict[str, str] = field(default_factory=dict)
     demand_series: dict[int, str] = field(default_factory=dict)
     demand: dict[tuple[int, int], str] = field(default_factory=dict)
+    scale_records: dict[int, str] = field(default_factory=dict)
     commits: int = 0
     failures: int = 0
     _failures_left: int = 0
@@ -149,6 +152,10 @@ class MemoryDisk:
             nodes=tuple(rows.node_decoder.decode(self.nodes[node]) for node in sorted(self.nodes)),
             parts=tuple(parts),
             demand=self._demand_log(),
+            scale_records=tuple(
+                rows.scale_record_decoder.decode(self.scale_records[number])
+                for number in sorted(self.scale_records)
+            ),
         )
 
     def _apply(self, record: Record, text: str) -> None:
@@ -169,6 +176,11 @@ class MemoryDisk:
                 lines[event.sequence] = text
                 if len(lines) > rows.EVENTS_PER_JOB_MAX:
                     del lines[min(lines)]
+            case PutScaleRecord(decided):
+                self.scale_records[decided.number] = text
+                gone = max(self.scale_records) - RECORDS_MAX
+                for old in [each for each in self.scale_records if each <= gone]:
+                    del self.scale_records[old]
             case PutDemandSeries(number):
                 self.demand_series[number] = text
             case PutDemand(row):
@@ -211,6 +223,8 @@ def _document(record: Record) -> str:
             return rows.document(part)
         case AppendEvent(event):
             return rows.document(event)
+        case PutScaleRecord(decided):
+            return rows.document(decided)
         case PutDemandSeries():
             return rows.document(record)
         case PutDemand(row):

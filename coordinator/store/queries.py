@@ -59,6 +59,9 @@ class Queries:
     put_demand: str
     trim_demand: str
     drop_demand: str
+    list_scale_records: str
+    put_scale_record: str
+    trim_scale_records: str
 
 
 def load_queries() -> Queries:

@@ -204,3 +204,17 @@ DELETE FROM demand WHERE period_min = :period_min AND step <= :last_step;
 -- Forget the steps that end after a minute; the first minute of a step is its number times its
 -- period.
 DELETE FROM demand WHERE (step + 1) * period_min > :after_minute + 1;
+
+-- name: list_scale_records
+-- Every decision of the fleet's size that is kept, oldest first.
+SELECT document FROM scale_records ORDER BY record_number;
+
+-- name: put_scale_record
+-- Write a decision, whether it is new or not.
+INSERT INTO scale_records (record_number, gpu_type, unix_ms, document)
+VALUES (:record_number, :gpu_type, :unix_ms, :document)
+ON CONFLICT (record_number) DO UPDATE SET document = excluded.document;
+
+-- name: trim_scale_records
+-- Forget the decisions up to this one.
+DELETE FROM scale_records WHERE record_number <= :last_number;

@@ -33,9 +33,11 @@ from coordinator.core.messages import (
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
+from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.store.queries import Queries
 
 # A job that is moved about for weeks writes some ten lines a move; 500 lines are fifty moves, and
@@ -54,10 +56,14 @@ part_decoder = msgspec.json.Decoder(WaitingPart)
 event_decoder = msgspec.json.Decoder(JobEvent)
 series_decoder = msgspec.json.Decoder(PutDemandSeries)
 demand_decoder = msgspec.json.Decoder(DemandRow)
+scale_record_decoder = msgspec.json.Decoder(ScaleRecord)
 _encoder = msgspec.json.Encoder()
 
 
-_Value = Job | Attempt | Checkpoint | WaitingPart | Node | JobEvent | PutDemandSeries | DemandRow
+_Value = (
+    Job | Attempt | Checkpoint | WaitingPart | Node | JobEvent | PutDemandSeries | DemandRow
+    | ScaleRecord
+)  # fmt: skip
 
 
 def document(value: _Value) -> str:
@@ -85,6 +91,7 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     events: dict[tuple[int, int], JobEvent] = {}
     series: dict[int, PutDemandSeries] = {}
     demand: dict[tuple[int, int], DemandRow] = {}
+    scaled: dict[int, ScaleRecord] = {}
     for record in records:
         match record:
             case PutJob(job):
@@ -103,6 +110,8 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
                 series[number] = record
             case PutDemand(row):
                 demand[row.period_min, row.step] = row
+            case PutScaleRecord(decided):
+                scaled[decided.number] = decided
             case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
                 raise AssertionError(f"{record} among puts")
             case _:
@@ -134,6 +143,9 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     if demand:
         yield queries.put_demand, [_demand_row(row) for row in demand.values()]
         yield queries.trim_demand, _demand_trims(demand.values())
+    if scaled:
+        yield queries.put_scale_record, [_scale_row(record) for record in scaled.values()]
+        yield queries.trim_scale_records, [{"last_number": max(scaled) - RECORDS_MAX}]
 
 
 def _drop_statements(queries: Queries, run: Iterable[Record]) -> Iterator[Statement]:
@@ -228,6 +240,15 @@ def _series_row(named: PutDemandSeries) -> Row:
         "project": named.series.project,
         "job_class": named.series.job_class,
         "document": document(named),
+    }
+
+
+def _scale_row(record: ScaleRecord) -> Row:
+    return {
+        "record_number": record.number,
+        "gpu_type": record.gpu_type,
+        "unix_ms": record.unix_ms,
+        "document": document(record),
     }
 
 

@@ -359,6 +359,9 @@ def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
         checkpoints=tuple(map(rows.checkpoint_decoder.decode, documents(queries.list_checkpoints))),
         nodes=tuple(map(rows.node_decoder.decode, documents(queries.list_nodes))),
         parts=tuple(map(rows.part_decoder.decode, documents(queries.list_parts))),
+        scale_records=tuple(
+            map(rows.scale_record_decoder.decode, documents(queries.list_scale_records))
+        ),
         demand=DemandLog(
             tuple(map(rows.series_decoder.decode, documents(queries.list_demand_series))),
             tuple(map(rows.demand_decoder.decode, documents(queries.list_demand))),

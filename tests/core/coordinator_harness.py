@@ -47,6 +47,7 @@ from coordinator.core.messages import (
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
     Refusal,
     Reply,
@@ -71,6 +72,8 @@ from coordinator.core.model import (
     WaitingPart,
 )
 from coordinator.core.project_requests import ProjectPage, ProjectView
+from coordinator.core.scale_records import ScaleRecord
+from coordinator.core.scale_requests import PlanPage, ScalePage
 from coordinator.core.state import Instant, Options
 
 UNIX_MS_AT_START = 1_790_000_000_000
@@ -78,7 +81,7 @@ GIGABYTE = 10**9
 
 _RECORDS = (
     PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
-    AppendEvent, PutDemandSeries, PutDemand, DropDemand,
+    AppendEvent, PutDemandSeries, PutDemand, DropDemand, PutScaleRecord,
 )  # fmt: skip
 
 
@@ -96,6 +99,7 @@ class Disk:
     events: list[JobEvent] = field(default_factory=list)
     series: dict[int, PutDemandSeries] = field(default_factory=dict)
     demand: dict[tuple[int, int], DemandRow] = field(default_factory=dict)
+    scaled: dict[int, ScaleRecord] = field(default_factory=dict)
 
     def write(self, record: Record) -> None:
         match record:
@@ -118,6 +122,8 @@ class Disk:
                 self.events.append(event)
             case DropJob(job_id):
                 self._drop(job_id)
+            case PutScaleRecord(record_of_plan):
+                self.scaled[record_of_plan.number] = record_of_plan
             case PutDemandSeries(number):
                 self.series[number] = record
             case PutDemand(row):
@@ -149,6 +155,7 @@ class Disk:
                 tuple(self.series[number] for number in sorted(self.series)),
                 tuple(self.demand[key] for key in sorted(self.demand)),
             ),
+            tuple(self.scaled[number] for number in sorted(self.scaled)),
         )
 
 
@@ -254,6 +261,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"put  {_record(effect)}"
         case PutPart() | DropPart():
             return f"put  {_record(effect)}"
+        case PutScaleRecord():
+            return ""  # its decision is logged
         case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
             return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):
@@ -306,7 +315,7 @@ def _record(record: Record) -> str:
             return f"node {node.id} {node.intent.value}{power} acknowledged={node.acknowledged}"
         case DropJob(job_id):
             return f"drop job {job_id}"
-        case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand():
+        case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand() | PutScaleRecord():
             raise AssertionError("told elsewhere")
 
 
@@ -375,6 +384,10 @@ def _answer(answer: Answer) -> str:
             return f"node {_node(answer)}"
         case NodePage():
             return "nodes " + "; ".join(_node(view) for view in answer.nodes)
+        case PlanPage():
+            return f"plan in mode {answer.mode}"
+        case ScalePage():
+            return f"decisions {', '.join(record.id for record in answer.records) or 'none'}"
         case DemandSeries():
             return f"demand in {len(answer.gpus)} steps of {answer.period_min} min"
         case ProjectPage():

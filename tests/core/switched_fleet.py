@@ -56,7 +56,7 @@ class SwitchedRig:
 
     def leave(self, name: str, why: str = "demand is low") -> list[Effect]:
         state = self.rig.core.state
-        power.leave(state, self.rig.now, state.nodes[name], why)
+        power.go(state, self.rig.now, state.nodes[name], why)
         return self.handle(Tick())
 
     def start(self, name: str, why: str = "demand is coming") -> list[Effect]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import node_power, power
+from coordinator.core import power
 from coordinator.core.capacity_messages import Actuated
 from coordinator.core.capacity_model import Power
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
@@ -342,8 +342,13 @@ def test_a_guaranteed_job_is_never_under_a_node_that_goes(fleet: SwitchedRig) ->
     assert power.why_needed(state, state.nodes[name]) == "something runs there"
 
 
-def test_boot_times_are_learnt_by_kind_of_node() -> None:
-    assert node_power.p95_ms([], 540_000) == 540_000
-    assert node_power.p95_ms([60_000], 540_000) == 540_000, "one boot is no distribution"
-    assert node_power.p95_ms([60_000] * 5, 540_000) == 60_000
-    assert node_power.p95_ms([1_000 * n for n in range(1, 101)], 0) == 95_000
+def test_boot_times_are_learnt_by_model_of_node(fleet: SwitchedRig) -> None:
+    state = fleet.rig.core.state
+    assert power.boot_ms(state, fleet.node("n3")) == ACTS.boot_guess_ms
+    fleet.off("n3")
+    fleet.start("n3")
+    fleet.wait(45_000)
+    fleet.hello("n3")
+    assert power.boot_ms(state, fleet.node("n1")) == 45_000, "one like it takes as long"
+    fleet.hello("n9", "4xA100:40")
+    assert power.boot_ms(state, fleet.node("n9")) == ACTS.boot_guess_ms

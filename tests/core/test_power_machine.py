@@ -48,7 +48,7 @@ class WishedRig(Rig):
         if event.on:
             power.start(core.state, now, live, "a plan")
         else:
-            power.leave(core.state, now, live, "a plan")
+            power.go(core.state, now, live, "a plan")
         return core.state.take()
 
 

@@ -27,9 +27,11 @@ from coordinator.core.messages import (
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
+from coordinator.core.scale_records import ScaleRecord
 
 Value = TypeVar("Value")
 
@@ -102,6 +104,7 @@ def records() -> st.SearchStrategy[Record]:
         st.builds(DropJob, _JOB_IDS),
         of_dataclass(PutDemandSeries, number=st.integers(0, 3)),
         st.builds(PutDemand, of_dataclass(DemandRow, period_min=_PERIODS, step=_STEPS)),
+        st.builds(PutScaleRecord, of_dataclass(ScaleRecord, number=st.integers(0, 3))),
         st.builds(DropDemand, st.integers(90, 8_000)),
     )
 

@@ -28,6 +28,7 @@ from coordinator.core.messages import (
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import (
@@ -42,6 +43,7 @@ from coordinator.core.model import (
     WaitingPart,
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.ports import LeaderLost, Store, StoreUnavailable
 from coordinator.store.rows import EVENTS_PER_JOB_MAX
 from tests.store.strategies import histories, records
@@ -88,6 +90,7 @@ class Expected:
         self.events: dict[tuple[int, int], JobEvent] = {}
         self.series: dict[int, PutDemandSeries] = {}
         self.demand: dict[tuple[int, int], DemandRow] = {}
+        self.scaled: dict[int, ScaleRecord] = {}
         for batch in batches:
             for record in batch:
                 self.take(record)
@@ -113,6 +116,8 @@ class Expected:
             self.events[record.event.job_id, record.event.sequence] = record.event
         elif isinstance(record, DropCheckpoint):
             self.checkpoints.pop((record.job_id, record.digest), None)
+        elif isinstance(record, PutScaleRecord):
+            self.scaled[record.record.number] = record.record
         elif isinstance(record, PutDemandSeries):
             self.series[record.number] = record
         elif isinstance(record, PutDemand):
@@ -148,6 +153,7 @@ class Expected:
                 tuple(self.series[number] for number in sorted(self.series)),
                 tuple(self.demand[key] for key in sorted(self.demand)),
             ),
+            scale_records=tuple(self.scaled[number] for number in sorted(self.scaled)),
         )
 
     def history(self, job_id: int) -> list[JobEvent]:
@@ -313,6 +319,18 @@ async def test_a_history_keeps_its_newest_lines_in_order(world: World, batch_siz
             await store.commit(batch)
         assert await store.events(1, 0, 10_000) == lines[40:]
         assert await store.events(2, 0, 10_000) == others
+
+
+async def test_the_oldest_decisions_leave_the_store(world: World) -> None:
+    def decided(number: int) -> PutScaleRecord:
+        words = (number, 0, "H100", "act", "one node starts", 0.95)
+        return PutScaleRecord(ScaleRecord(*words, 8, 0, 0, 8, 16, 16))
+
+    await write_all(world, [decided(number) for number in range(1, 4)])
+    await write_all(world, [decided(RECORDS_MAX + 2)])
+    await write_all(world, [decided(3)])  # what is judged late is written again
+    kept = [record.number for record in (await read_all(world)).scale_records]
+    assert kept == [3, RECORDS_MAX + 2]
 
 
 @pytest.mark.parametrize("period_min", KEPT_STEPS)
