@@ -16,7 +16,13 @@ from typing import Any, NoReturn, Self
 import grpc
 from google.protobuf.message import Message
 
-from protos.baton.v1 import checkpoints_pb2_grpc, demand_pb2_grpc, jobs_pb2_grpc, nodes_pb2_grpc
+from protos.baton.v1 import (
+    capacity_pb2_grpc,
+    checkpoints_pb2_grpc,
+    demand_pb2_grpc,
+    jobs_pb2_grpc,
+    nodes_pb2_grpc,
+)
 
 METHODS = (
     *("Submit", "GetJob", "ListJobs", "CancelJob", "HoldJob", "ReleaseJob", "RequeueJob"),
@@ -32,6 +38,7 @@ METHODS = (
     ),
     "SetTelemetryRate",
 )
+CAPACITY_METHODS = ("GetPlan", "ListDecisions", "GetDecision", "ApproveDecision")
 CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")
 
 
@@ -69,6 +76,10 @@ class FakeCoordinator:
         checkpoints.ReadCheckpoint = self._stream("ReadCheckpoint")
         demand: Any = type("Demand", (demand_pb2_grpc.DemandServiceServicer,), {})()
         demand.GetDemand = self._unary("GetDemand")
+        capacity: Any = type("Capacity", (capacity_pb2_grpc.CapacityServiceServicer,), {})()
+        for method in CAPACITY_METHODS:
+            setattr(capacity, method, self._unary(method))
+        capacity_pb2_grpc.add_CapacityServiceServicer_to_server(capacity, server)
         demand_pb2_grpc.add_DemandServiceServicer_to_server(demand, server)
         checkpoints_pb2_grpc.add_CheckpointServiceServicer_to_server(checkpoints, server)
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, server)
