@@ -11,9 +11,10 @@ How, for each GPU type:
 2. What is missing comes up at once, in bounded steps; if no node is left to start, and waiting for
    one to free costs more than renting one, or a deadline would be missed, capacity is rented.
 3. What is neither needed nor likely to be needed for as long as a node has to stay off to be worth
-   it (`keep`, with a margin), takes no new work: the emptiest first, so that work gathers on the
-   others. Likely is where a cycle costs as much as idling would. It goes off once it has been idle for longer than an hour and than what a cycle costs;
-   until then it is back as soon as it is needed.
+   it (`keep`, with a margin) takes no new work: the emptiest first, so that work gathers on the
+   others. Likely is where a cycle costs as much as idling would. It goes off once it has been idle
+   for longer than an hour and than what a cycle costs; until then it is back as soon as it is
+   needed.
 4. `guard_rails.py` bounds it all, and every change, and every bound that held one back, leaves a
    decision that says why, with what else could have been done at which expected cost.
 

@@ -1,4 +1,4 @@
-"""Who decides which nodes are on: always all, a timeout, Baton's own plan, and who knows the future.
+"""Who decides which nodes are on: nobody, a timeout, Baton's plan, and one who knows the future.
 
 Problem: savings are a claim against something. Three names say against what: `always-on` wastes
 what nobody uses, `idle-timeout` switches off what was idle for an hour and on when work waits, and

@@ -7,8 +7,8 @@ and each step says how many nodes were on, booted, worked, and how many were mis
 
 Work is packed: so many GPUs need so many whole nodes, the last one that got work is the first to
 be free, and a node that became idle last gets work first. Nobody's work is moved. What the fleet
-as a whole cannot hold is not counted as waiting for a node. In a gap of the series demand stays what
-it was, and the policy is told that it is stale.
+as a whole cannot hold is not counted as waiting for a node. In a gap of the series demand stays
+what it was, and the policy is told that it is stale.
 
 Energy is that of the nodes: the work is done in any case, so policies differ in what idles and
 boots. Orders are carried out at once; whoever is ordered to boot is there after `boot_s`.
@@ -52,7 +52,7 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a policy is told at a step: GPUs wanted, of which so many wait; `stale`: nobody knows."""
+    """What a policy is told: GPUs wanted, of which so many wait; `stale`: nobody knows."""
 
     now_ms: int
     gpus: float
@@ -136,7 +136,7 @@ class _Fleet:
 def replay(
     values: Sequence[float], per_hour: int, fleet: Boxes, policy: PowerPolicy, begin: int = 0
 ) -> PowerOutcome:
-    """From step `begin` of the series on, with all nodes on; the policy has seen what was before."""
+    """From step `begin` of the series on, all nodes on; the policy has seen what was before."""
     step_ms = HOUR_MS // per_hour
     for gpus in values[:begin]:
         policy.warm_up(gpus)
