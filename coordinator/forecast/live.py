@@ -11,6 +11,7 @@ learned, and how often the bands have held, is there at once.
 
 import asyncio
 import math
+import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -53,8 +54,9 @@ class _Type:
     """One GPU type: what is remembered of it, and a model for each time ahead, `soon` and
     `later`."""
 
-    def __init__(self, make: Callable[[int], Maximum], past: Past) -> None:
+    def __init__(self, make: Callable[[int], Maximum], past: Past, ending: threading.Event) -> None:
         self._make = make
+        self._ending = ending
         self._values = array("d", [math.nan if gpus is None else gpus for gpus in past.gpus])
         self.newest = past.newest_minute
         self._models: dict[str, tuple[int, Maximum]] = {}
@@ -77,6 +79,8 @@ class _Type:
             steps = -(-ahead_min // AHEAD_STEP_MIN) * AHEAD_STEP_MIN
             known = self._models[name] = steps, self._make(steps)
             for gpus in self._values[-KEPT_MIN:]:
+                if self._ending.is_set():
+                    break  # who leaves does not wait for a model that nobody will ask
                 known[1].observe(gpus)
         return known[1]
 
@@ -94,7 +98,7 @@ class LiveForecaster:
         self._past = dict(past)
         self._post = post
         self._make = make or _maximum
-        self._ending = False
+        self._ending = threading.Event()
         self._types: dict[str, _Type] = {}
         self._queue: deque[MakeForecast] = deque(maxlen=QUEUE_MAX)
         self._wake = asyncio.Event()
@@ -115,7 +119,7 @@ class LiveForecaster:
                 if asked:
                     self._post(await loop.run_in_executor(self._thread, self._work, asked))
         finally:
-            self._ending = True
+            self._ending.set()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, samples: Sequence[MakeForecast]) -> ForecastMade:
@@ -124,15 +128,13 @@ class LiveForecaster:
             for one in asked.types:
                 self._type(one, asked.minute).observe(asked.minute, one.gpus)
         newest = samples[-1]
-        # Who leaves does not wait for models that nobody will ask.
-        types = [self._forecast(one) for one in newest.types if not self._ending]
-        return ForecastMade(newest.minute, tuple(types))
+        return ForecastMade(newest.minute, tuple(map(self._forecast, newest.types)))
 
     def _type(self, asked: AskedType, minute: int) -> _Type:
         known = self._types.get(asked.gpu_type)
         if known is None or known.newest >= minute:  # then a wrong clock has been set right
             past = self._past.pop(asked.gpu_type, Past(minute - 1, ()))
-            known = self._types[asked.gpu_type] = _Type(self._make, past)
+            known = self._types[asked.gpu_type] = _Type(self._make, past, self._ending)
         return known
 
     def _forecast(self, asked: AskedType) -> TypeForecast:

@@ -164,7 +164,8 @@ class MaximumForecaster:
         weighed = features * weights[:, None]
         penalty = np.full(features.shape[1], RIDGE_HOURS * self._per_hour / self._every)
         penalty[0] = 1e-6  # the constant is free
-        found = np.linalg.solve(weighed.T @ features + np.diag(penalty), weighed.T @ target)
+        square = weighed.T @ features + np.diag(penalty)
+        found = np.asarray(np.linalg.solve(square, weighed.T @ target), np.float64)
         low, high = np.quantile(target, SCALE_TAILS)
         scale = np.exp(np.clip(features @ found, low, high))
         self._fit = Fit(found, float(low), float(high), of_samples(rises / scale, weights))

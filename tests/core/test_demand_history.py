@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.core import demand_samples
 from coordinator.core.demand_history import (
     DAY_MS,
     GPU_TYPES_MAX,
@@ -40,10 +41,10 @@ from coordinator.core.messages import (
     SessionClosed,
     Tick,
 )
-from coordinator.core.model import JobSpec
+from coordinator.core.model import Attempt, JobSpec
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.shares import shareable_bytes
-from coordinator.core.state import Instant
+from coordinator.core.state import Instant, State
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Rig
 from tests.core.training_fleet import A100, H100, Fleet
 
@@ -340,6 +341,34 @@ def test_jobs_without_gpus_are_no_demand() -> None:
     for _ in range(3):
         fleet.submit(gpus=0)
     assert not any(wanted(fleet.state).values())
+
+
+def test_a_sample_looks_at_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand jobs that run, and as many that wait, cost it milliseconds."""
+    fleet = Fleet("8xA100", "8xH100")
+    for _ in range(40):
+        fleet.submit(gpus=1)
+    looks: list[str] = []
+    held, group = demand_samples._held, demand_samples._group
+
+    def counted_held(state: State, attempt: Attempt) -> Any:
+        looks.append(attempt.id)
+        return held(state, attempt)
+
+    def counted_group(state: State, job_id: int) -> int:
+        looks.append(str(job_id))
+        return group(state, job_id)
+
+    monkeypatch.setattr(demand_samples, "_held", counted_held)
+    monkeypatch.setattr(demand_samples, "_group", counted_group)
+    before = wanted(fleet.state)
+    assert len(looks) == 39  # the first was there at the first tick
+    assert wanted(fleet.state) == before
+    assert len(looks) == 39
+    fleet.rig.handle(Request(1, CancelJob(1)))
+    fleet.run(1)
+    assert sum(wanted(fleet.state).values()) == 39
+    assert len(looks) == 40  # one that waited runs now
 
 
 # --- what people ask ------------------------------------------------------------------------------

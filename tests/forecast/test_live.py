@@ -172,3 +172,23 @@ async def test_a_bug_in_a_model_ends_the_forecasts_and_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         await forecaster.run()
     assert made == []
+
+
+async def test_who_leaves_does_not_wait_for_a_model_that_learns() -> None:
+    observed: list[float] = []
+
+    class Slow(MaximumForecaster):
+        def observe(self, gpus: float) -> None:
+            observed.append(gpus)
+            loop.call_soon_threadsafe(running.cancel)
+            forecaster._ending.wait()
+
+    loop = asyncio.get_running_loop()
+    past = Past(BEGIN - 1, [5.0] * MINUTES_PER_DAY)
+    made: list[ForecastMade] = []
+    forecaster = LiveForecaster({"H100": past}, made.append, lambda ahead_min: Slow(ahead_min, 60))
+    forecaster.make(asked(BEGIN, 5.0))
+    running = asyncio.create_task(forecaster.run())
+    await asyncio.gather(running, return_exceptions=True)
+    forecaster._thread.shutdown()
+    assert (observed, made) == ([5.0], [])
