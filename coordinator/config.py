@@ -19,6 +19,7 @@ import msgspec
 from coordinator import config_tariffs
 from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
 from coordinator.config_tariffs import Lease, Tariff
+from coordinator.scaling_settings import scaling_problems
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
@@ -210,6 +211,42 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Watts at a node's plug for each 100 of its GPUs, 100 to 1000: host, fans and losses, and "
         "cooling where you pay for it. 150 were measured of a box with eight H100 in training."
     )] = 150
+    scaling_mode: Annotated[str, says(
+        "What follows from the plan of the fleet's size (docs/scaling.md): observe (it is written "
+        "down), advise (and proposed, for a person to approve), or act. Default (empty): observe "
+        "for the first 14 days of demand, then advise. Without 'capacity' nothing is ever switched."
+    )] = ""
+    scaling_interval_ms: Annotated[int, says(
+        "Milliseconds between two plans, 1000 to 600000. Demand is sampled once a minute."
+    )] = 60_000
+    scaling_wait_ratio: Annotated[int, says(
+        "What a GPU-hour of work that waits costs, in GPU-hours that idle; 1 to 10000. 19 plans "
+        "for the demand that is not exceeded in 95 of 100 cases."
+    )] = 19
+    scaling_idle_ms: Annotated[int, says(
+        "Milliseconds that a node is empty before it may go off, up to 604800000."
+    )] = 3_600_000
+    scaling_up_ms: Annotated[int, says(
+        "Milliseconds that a node which was started stays on at least, up to 604800000."
+    )] = 7_200_000
+    scaling_spares: Annotated[int, says(
+        "Empty nodes of each GPU type that stay on, 0 to 10000."
+    )] = 1
+    scaling_cycles_per_day: Annotated[int, says(
+        "How often a node may be started within a day, 1 to 16: power supplies and disks age by it."
+    )] = 4
+    scaling_boot_ms: Annotated[int, says(
+        "Milliseconds that a node takes from the order until its agent says hello, 1000 to "
+        "7200000, of a model of which not twenty starts have been seen."
+    )] = 540_000
+    scaling_boot_deadline_ms: Annotated[int, says(
+        "Milliseconds after which a start has failed, 1000 to 14400000; it is tried twice more, "
+        "then the node is left to a person."
+    )] = 1_200_000
+    scaling_stop_deadline_ms: Annotated[int, says(
+        "Milliseconds after which a node that was ordered off and is heard stays on, 1000 to "
+        "14400000."
+    )] = 600_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -289,6 +326,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 config_tariffs.OVERHEAD_PERCENT_MIN,
                 config_tariffs.OVERHEAD_PERCENT_MAX,
             ),
+            *scaling_problems(self),
             range_problem("moves_per_hour", self.moves_per_hour, 0, MOVES_PER_HOUR_MAX),
             range_problem(
                 "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX

@@ -20,6 +20,7 @@ class Counts:
     """`commit_s` are the store's, `batch_events` what was handled together. `messages` are agents',
     of which `messages_lost` found no room; `requests` people's, of which `requests_refused` could
     not be taken in. `sessions` are all streams that agents ever opened.
+    Of `capacity_orders`, by node, `capacity_failures` were not carried out, as far as drivers say.
     Spans are the tracing system's, of which those are dropped that it did not take."""
 
     rounds: int = 0
@@ -37,6 +38,8 @@ class Counts:
     waits_told: int = 0
     spans_exported: int = 0
     spans_dropped: int = 0
+    capacity_orders: int = 0
+    capacity_failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,15 +31,18 @@ from coordinator.config import (
 )
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.demand_history import KEPT_STEPS, Series
 from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
+from coordinator.forecast.live import LiveForecaster, Past
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
 from coordinator.journald import journal_of, stderr_is_journal
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.rpc import add_services
+from coordinator.scaling_settings import power_options, scaling_options
 from coordinator.shell import TICK_MS, CoordinatorShell
 from coordinator.store.sqlite import SqliteStore
 from coordinator.transport import TransportError, listen, open_channel
@@ -124,6 +127,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             await _open_metrics(stack, config, shell, store)
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
+        _forecast(stack, core, shell)
+        if config.capacity:
+            _open_capacity(stack, config, shell, clock)
         address = f"{config.listen.rpartition(':')[0]}:{port}"
         logging_setup.emit(
             "info",
@@ -169,6 +175,45 @@ def _open_tracing(
     stack.push_async_callback(exporter.close)
     shell.trace_to(exporter)
     logging_setup.emit("info", "tracing.exporting", (("url", exporter.url),))
+
+
+def _open_capacity(
+    stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
+) -> None:
+    """Imported here: most coordinators switch no node, and drivers bring clients of their own."""
+    from coordinator.capacity.opening import open_actuator
+
+    actuator = open_actuator(
+        config, shell.actuated, is_up=shell.is_up, clock=clock, log=logging_setup.emit
+    )
+    stack.push_async_callback(actuator.close)
+    shell.act_through(actuator)
+
+
+def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell) -> None:
+    history = core.state.demand_history
+    newest, kept = history.newest_minute, KEPT_STEPS[1]
+    past = {}
+    if newest is not None:
+        for gpu_type in history.gpu_types():
+            gpus = history.read(1, newest - kept + 1, kept, Series(gpu_type))
+            past[gpu_type] = Past(newest, gpus)
+    forecaster = LiveForecaster(past, shell.forecast_made)
+    shell.forecast_by(forecaster)
+    beside = asyncio.create_task(forecaster.run())
+
+    def ended(task: asyncio.Task[None]) -> None:
+        """A bug of ours; forecasts become stale, and nothing is planned by them."""
+        if not task.cancelled() and task.exception() is not None:
+            reason = f"forecasts have stopped: {task.exception()!r}"
+            logging_setup.emit("error", "forecast.stopped", (("reason", reason),))
+
+    async def end() -> None:
+        beside.cancel()
+        await asyncio.gather(beside, return_exceptions=True)
+
+    beside.add_done_callback(ended)
+    stack.push_async_callback(end)
 
 
 async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]) -> None:
@@ -262,6 +307,8 @@ def _options(config: Config) -> Options:
         moves_per_hour=config.moves_per_hour,
         reservation_wait_ms=config.reservation_wait_ms,
         reservation_ms=config.reservation_ms,
+        power=power_options(config),
+        scaling=scaling_options(config),
     )
 
 

@@ -35,7 +35,25 @@ ATTEMPTS = Described(
     "Attempts, those that have ended as long as they are kept.",
     ("phase",),
 )
-NODES = Described("baton_nodes", "gauge", "Nodes that have ever said hello.", ("phase", "intent"))
+NODES = Described(
+    "baton_nodes",
+    "gauge",
+    "Nodes that have ever said hello, but for those that are off on purpose.",
+    ("phase", "intent"),
+)
+NODES_POWER = Described(
+    "baton_nodes_power", "gauge", "Nodes that have ever said hello, by their power.", ("power",)
+)
+CAPACITY_ORDERS = Described(
+    "baton_coordinator_capacity_orders_total",
+    "counter",
+    "Orders to switch nodes, given to a driver; one may be given again under its key.",
+)
+CAPACITY_FAILURES = Described(
+    "baton_coordinator_capacity_failures_total",
+    "counter",
+    "Nodes for which a driver said that an order was not carried out.",
+)
 GPUS = Described("baton_gpus", "gauge", "GPUs of these nodes.", ("type", "phase"))
 GPUS_ILL = Described(
     "baton_gpus_ill",
@@ -129,7 +147,7 @@ METRICS: Final = (
     GPUS_SHARED, GPU_SHARES, GPU_SHARES_SIZE, LEADER_EPOCH, LOOP_LAG, LOOP_ROUNDS, BATCH, COMMIT,
     COMMIT_FAILURES, STORE_UP, STORE_SIZE, INBOX, HANDSHAKES, WAITS_TOLD, MESSAGES,
     MESSAGES_LOST, ORDERS, REQUESTS, REQUESTS_REFUSED, REQUESTS_WAITING, PROPOSALS, SPANS,
-    SPANS_DROPPED,
+    SPANS_DROPPED, NODES_POWER, CAPACITY_ORDERS, CAPACITY_FAILURES,
 )  # fmt: skip
 
 
@@ -151,6 +169,7 @@ def _fleet_figures(census: Census) -> Iterator[Metric]:
     yield from QUEUE_WAIT.one(census.waiting_s)
     yield from ATTEMPTS.of(((phase.value,), n) for phase, n in census.attempts)
     yield from NODES.of(((phase.value, intent.value), n) for (phase, intent), n in census.nodes)
+    yield from NODES_POWER.of(((phase.value,), n) for phase, n in census.powers)
     yield from GPUS.of(((name, phase.value), n) for (name, phase), n in census.gpus)
     yield from GPUS_ILL.of(((reaction,), count) for reaction, count in census.ill)
     yield from CHECKPOINTS.one(census.checkpoints)
@@ -178,3 +197,5 @@ def _counted_figures(counts: Counts) -> Iterator[Metric]:
     yield from PROPOSALS.of(((answer,), n) for answer, n in answers)
     yield from SPANS.one(counts.spans_exported)
     yield from SPANS_DROPPED.one(counts.spans_dropped)
+    yield from CAPACITY_ORDERS.one(counts.capacity_orders)
+    yield from CAPACITY_FAILURES.one(counts.capacity_failures)

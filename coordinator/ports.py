@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from coordinator.core.capacity_orders import CapacityOrder
-from coordinator.core.messages import Record
+from coordinator.core.messages import MakeForecast, Record
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
 from coordinator.counts import Counts
 
@@ -56,6 +56,14 @@ class Tracer(Protocol):
 
     def committed(self, job: Job, checkpoint: Checkpoint) -> None:
         """A checkpoint's commit is durable."""
+        ...
+
+
+class Forecasting(Protocol):
+    """Who makes forecasts beside the loop; they come back through the shell's inbox."""
+
+    def make(self, asked: MakeForecast) -> None:
+        """Returns at once, whatever becomes of it."""
         ...
 
 

@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import wire, wire_explain, wire_fit, wire_nodes, wire_projects
+from coordinator.capacity_rpc import add_capacity_service
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
 from coordinator.core import traces
@@ -23,6 +24,7 @@ from coordinator.core.model import JobSpec, JobView, NodeView
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.cost_rpc import add_cost_service
+from coordinator.demand_rpc import add_demand_service
 from coordinator.peers import Fleet, LogReader
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
@@ -366,6 +368,8 @@ async def add_services(
     ]
     names.append(add_checkpoint_service(server, partial(_ask, shell), open_channel))
     names.append(add_cost_service(server, partial(_ask, shell)))
+    names.append(add_demand_service(server, partial(_ask, shell)))
+    names.append(add_capacity_service(server, partial(_ask, shell)))
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     for name in ("", *names):

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.core import messages as m
+from coordinator.core.capacity_orders import CapacityOutcome
 from coordinator.core.census import census
 from coordinator.core.coordinator import Coordinator
-from coordinator.core.phases import ATTEMPT_ENDED
+from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
-from coordinator.ports import Clock, Store, StoreUnavailable, Tracer
+from coordinator.ports import Actuator, Clock, Forecasting, Store, StoreUnavailable, Tracer
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
 BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
@@ -72,6 +73,8 @@ class CoordinatorShell:
         self._leaving = False
         self._counts = Counts()
         self._tracer: Tracer | None = None
+        self._actuator: Actuator | None = None
+        self._forecasting: Forecasting | None = None
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
@@ -127,10 +130,32 @@ class CoordinatorShell:
         waiting = len(self._replies)
         return View(now_census, self._counts, len(self._inbox), waiting, not self._unavailable)
 
+    def act_through(self, actuator: Actuator) -> None:
+        """From now on orders to switch nodes have somewhere to go; call it before `run`."""
+        self._actuator = actuator
+
+    def actuated(self, outcome: CapacityOutcome) -> None:
+        """A driver has spoken; call it in the loop's thread."""
+        self._counts.capacity_failures += not outcome.done
+        self._post(m.Actuated(outcome))
+
+    def is_up(self, node_id: str) -> bool:
+        """Whether it has said hello and is heard; call it in the loop's thread."""
+        live = self._core.state.nodes.get(node_id)
+        return live is not None and live.phase is not NodePhase.LOST
+
     def trace_to(self, tracer: Tracer) -> None:
         """Hand over what becomes durable from now on, and count what becomes of it."""
         self._tracer = tracer
         tracer.counts = self._counts
+
+    def forecast_by(self, forecasting: Forecasting) -> None:
+        """Hand over samples of demand from now on."""
+        self._forecasting = forecasting
+
+    def forecast_made(self, made: m.ForecastMade) -> None:
+        """Call it in the loop's thread."""
+        self._post(made)
 
     async def run(self) -> None:
         """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
@@ -256,5 +281,12 @@ class CoordinatorShell:
                 reply = self._replies.get(command.reply_to)
                 if reply is not None and not reply.done():
                     reply.set_result(command.answer)
+            case m.Actuate():
+                if self._actuator is not None:
+                    self._counts.capacity_orders += 1
+                    self._actuator.give(command.order)
+            case m.MakeForecast():
+                if self._forecasting is not None:
+                    self._forecasting.make(command)
             case m.Log():
                 self._log(command.level, command.event, command.fields)

@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from coordinator import wire_health
 from coordinator.core import model
+from coordinator.core.node_power import silent
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from coordinator.core.windows import GpuWindow, Spread
 from protos.baton.v1 import types_pb2 as types
@@ -30,7 +31,7 @@ def encode_node(view: model.NodeView) -> types.Node:
     node = view.node
     message = types.Node(
         id=node.id,
-        phase=_node_phase(view.phase),
+        phase=_node_phase(view),
         intent=_node_intent(node.intent),
         peer_address=node.peer_address,
         host=types.HostFacts(
@@ -45,7 +46,10 @@ def encode_node(view: model.NodeView) -> types.Node:
         attempts=view.attempts,
         reason=view.reason,
         telemetry_rate=encode_rate(node.telemetry_rate),
+        power=types.NodePower.Value(f"NODE_POWER_{node.power.phase.name}"),
     )
+    if node.power.since_unix_ms:
+        message.power_since.FromMilliseconds(node.power.since_unix_ms)
     if view.telemetry is not None:
         host = view.telemetry
         message.telemetry.CopyFrom(
@@ -125,8 +129,11 @@ def decode_details(said: types.GpuDetails) -> model.GpuDetails:
     )
 
 
-def _node_phase(phase: NodePhase) -> types.NodePhase.ValueType:
-    return types.NodePhase.Value(f"NODE_PHASE_{phase.name}")
+def _node_phase(view: model.NodeView) -> types.NodePhase.ValueType:
+    """A silence on purpose is no loss, to whoever counts the lost ones."""
+    if view.phase is NodePhase.LOST and silent(view.node.power):
+        return types.NODE_PHASE_OFF
+    return types.NodePhase.Value(f"NODE_PHASE_{view.phase.name}")
 
 
 def _node_intent(intent: NodeIntent) -> types.NodeIntent.ValueType:

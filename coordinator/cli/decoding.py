@@ -203,4 +203,6 @@ def decode_node(node: types_pb2.Node) -> values.Node:
         reason=node.reason,
         telemetry_rate=word_of(types_pb2.TelemetryRate, "TELEMETRY_RATE_", node.telemetry_rate)
         or "own",
+        power=word_of(types_pb2.NodePower, "NODE_POWER_", node.power),
+        power_since=time_of(node, "power_since"),
     )

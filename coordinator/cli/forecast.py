@@ -6,15 +6,18 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.cli import demand
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
 if TYPE_CHECKING:
+    from coordinator.cli.demand_client import Held, Told
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
 
@@ -36,7 +39,26 @@ HEARD_MIN = 0.05  # a model that counts less is not named
 
 @click.command(short_help="Forecast demand from a series, with its bands and its record.")
 @click.option(
-    "--demand", required=True, type=click.Path(path_type=Path), help="CSV: time, GPUs wanted."
+    "--demand",
+    type=click.Path(path_type=Path),
+    help="CSV: time, GPUs wanted. Without it: what the coordinator has seen.",
+)
+@click.option("--gpu-type", default="", help="What the coordinator has seen of this type alone.")
+@click.option("--project", default="", help="The same of a project.")
+@click.option(
+    "--class",
+    "job_class",
+    type=click.Choice(("guaranteed", "standard", "spare")),
+    default=None,
+    help="The same of a class of jobs.",
+)
+@click.option(
+    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the series to this CSV."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="An SVG: what came, and the bands said before, at the first --ahead.",
 )
 @click.option("--column", default="demand", show_default=True, help="Which one has the GPUs.")
 @click.option(
@@ -58,10 +80,8 @@ HEARD_MIN = 0.05  # a model that counts less is not named
 )
 @common_options
 @click.pass_context
-def forecast(
-    context: click.Context, demand: Path, column: str, ahead_h: tuple[int, ...], *, warm_up_h: int
-) -> None:
-    """Say how many GPUs will be wanted some hours after the end of a series.
+def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) -> None:
+    """Say how many GPUs will be wanted, from what was: by the coordinator, or in a file.
 
     \b
       time,demand
@@ -69,33 +89,69 @@ def forecast(
       2026-03-01T00:10,599
 
     Demand is what runs and what waits, at equal steps; an empty cell is an outage, from which
-    nothing is learned. LOSS is the weighted quantile loss of the same forecasts over the series,
-    PERSISTENCE that of "as now" with bands from its own errors; a RATIO below 1 is a gain.
+    nothing is learned. The coordinator looks once a minute; --save writes what it saw. LOSS is the
+    weighted quantile loss of the same forecasts over the series, PERSISTENCE that of "as now" with
+    bands from its own errors; a RATIO below 1 is a gain.
 
     \b
+      baton forecast --gpu-type H100 --plot demand.svg
       baton forecast --demand demand.csv --ahead 1 --ahead 24
     """
-    from coordinator.forecast.demand_file import BadDemand, read_series
-
-    try:
-        series = read_series(demand, column)
-    except BadDemand as error:
-        raise BadInput(str(error)) from error
-    told = [_tell(series, hours, warm_up_h) for hours in dict.fromkeys(ahead_h)]
+    ahead_h = tuple(dict.fromkeys(ahead_h))
+    series, what, known = _series(context, given, ahead_h)
+    if given["save"] is not None:
+        demand.save(given["save"], series)
+        write_notice(f"{len(series.values)} steps in {given['save']}")
+    told = [_tell(series, hours, given["warm_up_h"]) for hours in ahead_h]
+    if known is not None:
+        held = {one.ahead_h: one for one in known.held}
+        told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
+    if given["plot"] is not None:
+        demand.plot(given["plot"], series, ahead_h[0], what)
+        write_notice(f"plot: {given['plot']}")
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
         return
     write_table(_COLUMNS, [_row(each) for each in told])
+    if known is not None and known.held_gpus:
+        for one in known.held:
+            write_notice(
+                f"of {known.held_gpus:.0f} GPUs that are held now, {one.certain_gpus:.0f} are held"
+                f" for certain in {one.ahead_h} h, and {one.expected_gpus:.0f} are expected to be"
+            )
+
+
+def _series(
+    context: click.Context, given: Mapping[str, Any], ahead_h: Sequence[int]
+) -> "tuple[Series, str, Told | None]":
+    """And what it is of, for people; and what the coordinator said, where it was asked."""
+    from coordinator.forecast.demand_file import BadDemand, read_series
+
+    asked = (given["gpu_type"], given["project"], given["job_class"] or "")
+    if given["demand"] is None:
+        series, told = demand.ask(context, asked, ahead_h)
+        return series, ", ".join(filter(None, asked)) or "all", told
+    if any(asked):
+        raise click.UsageError(
+            "--gpu-type, --project and --class are asked of the coordinator; a file has one series:"
+            " leave them out, or --demand"
+        )
+    try:
+        return read_series(given["demand"], given["column"]), given["demand"].name, None
+    except BadDemand as error:
+        raise BadInput(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Told:
-    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short."""
+    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short,
+    `held` where no coordinator was asked."""
 
     ahead_h: int
     gpus: dict[str, float]
     weights: dict[str, float]
     backtest: "Score | None"
+    held: "Held | None" = None
 
 
 def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:

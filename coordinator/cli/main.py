@@ -29,6 +29,7 @@ from coordinator.cli import (
     logs,
     nodes,
     projects,
+    scaling,
     simulate,
     submit,
 )
@@ -121,6 +122,8 @@ for _command in (
     nodes.drain,
     nodes.uncordon,
     nodes.telemetry,
+    scaling.plan,
+    scaling.scale,
     simulate.simulate,
     forecast.forecast,
     completion.completion,

@@ -290,7 +290,8 @@ class HostTelemetry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """A box with an agent. `telemetry_rate` is what was ordered; `own`: nothing."""
+    """A box with an agent. `telemetry_rate` is what was ordered; `own`: nothing. `power`: "on", or
+    where it is on its way off or on, since `power_since`."""
 
     id: str
     phase: str | None
@@ -302,6 +303,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     attempts: list[str]
     reason: str
     telemetry_rate: str
+    power: str | None = None
+    power_since: datetime | None = None
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):

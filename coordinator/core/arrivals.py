@@ -11,7 +11,7 @@ the agents that are in have to say is heard between two batches; who has waited 
 was told is told again, and does not take the coordinator for dead.
 """
 
-from coordinator.core import admission, health, leases, nodes
+from coordinator.core import admission, health, leases, nodes, power
 from coordinator.core.admission import Waiting
 from coordinator.core.messages import CloseSession, ComeLater, Goodbye, Hello, Send
 from coordinator.core.state import Instant, State
@@ -116,6 +116,7 @@ def _let_in(state: State, now: Instant, session: int, body: Hello) -> None:
         admission.leave(state.admission, before.session)
         state.commands.append(CloseSession(before.session, NEWER))
     nodes.hello(state, now, session, body)
+    power.hello(state, now, state.nodes[body.node])
     health.reported(state, now, state.nodes[body.node], body.health)
 
 

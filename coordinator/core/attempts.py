@@ -53,6 +53,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
             ranks=job.spec.ranks,
         )
         state.put_attempt(attempt)
+        state.nodes[place.node].used_ms = now.now_ms
         for uuid in place.gpu_uuids:
             state.hold_gpu(state.nodes[place.node], uuid, attempt.id)
     state.eligible_ms.pop(job.id, None)

@@ -60,7 +60,9 @@ class Outlook:
     until a node that is started now would be there, and one decision more; `later_gpus` of the
     maximum over the time in which a node that is switched off now has to stay off to be worth it.
     `coverage`: how much of what came lay within the 95% bands over three days, if known. `stale`:
-    what it is made of is too old, or a clock has jumped."""
+    what it is made of is too old, or a clock has jumped. `frees_ms`: after which a node is expected
+    to free, by the ages of what runs; None: nobody knows. `late_gpus`: so many of those that wait
+    would miss a deadline by waiting for it."""
 
     gpu_type: str
     running_gpus: int
@@ -70,3 +72,5 @@ class Outlook:
     later_gpus: tuple[float, ...] = ()
     coverage: float | None = None
     stale: bool = False
+    frees_ms: int | None = None
+    late_gpus: int = 0

@@ -8,9 +8,11 @@ state when it is asked. `docs/metrics.md` says what that costs.
 from collections import Counter
 from dataclasses import dataclass
 
+from coordinator.core.capacity_model import Power
 from coordinator.core.model import CLASS_ORDER, JobClass
+from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
-from coordinator.core.state import State
+from coordinator.core.state import LiveNode, State
 
 # Names of GPUs are what agents say, and each is a time series; no fleet has as many types.
 GPU_TYPES_MAX = 64
@@ -36,6 +38,7 @@ class Census:
     jobs: tuple[tuple[tuple[JobClass, JobPhase], int], ...]
     attempts: tuple[tuple[AttemptPhase, int], ...]
     nodes: tuple[tuple[tuple[NodePhase, NodeIntent], int], ...]
+    powers: tuple[tuple[Power, int], ...]
     gpus: tuple[tuple[tuple[str, GpuPhase], int], ...]
     ill: tuple[tuple[str, int], ...]
     shares: Shares
@@ -51,7 +54,11 @@ def census(state: State, unix_ms: int) -> Census:
     # By the values of enumerations: their members are hashed by a function in Python.
     jobs = Counter((job.spec.job_class._value_, job.phase._value_) for job in state.jobs.values())
     attempts = Counter(attempt.phase._value_ for attempt in state.attempts.values())
-    nodes = Counter((live.phase._value_, live.node.intent._value_) for live in state.nodes.values())
+    lives = state.nodes.values()
+    nodes = Counter(
+        (live.phase._value_, live.node.intent._value_) for live in lives if not _is_off(live)
+    )
+    powers = Counter(live.node.power.phase._value_ for live in lives)
     return Census(
         tuple(
             ((one, phase), jobs[one.value, phase.value])
@@ -64,6 +71,7 @@ def census(state: State, unix_ms: int) -> Census:
             for phase in NodePhase
             for intent in NodeIntent
         ),
+        tuple((phase, powers[phase.value]) for phase in Power),
         _gpus(state),
         _ill(state),
         _shares(state),
@@ -73,6 +81,11 @@ def census(state: State, unix_ms: int) -> Census:
         _waiting_s(state, unix_ms),
         state.leader_epoch,
     )
+
+
+def _is_off(live: LiveNode) -> bool:
+    """Silent on purpose: counted by its power, and not among the lost."""
+    return live.phase is NodePhase.LOST and silent(live.node.power)
 
 
 def _shares(state: State) -> Shares:

@@ -28,6 +28,7 @@ from coordinator.core.model import (
     Part,
     Replication,
 )
+from coordinator.core.node_power import silent
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     JOB_ENDED,
@@ -221,7 +222,9 @@ def head_within_reach(state: State, job: Job) -> str:
     without = f"`baton requeue --abandon {job.id}` goes on without it"
     if not holders:
         return f"{what} lies on no node any more; {without}"
-    lost = "which is lost" if len(holders) == 1 else "which are lost"
+    off = any(name in state.nodes and silent(state.nodes[name].node.power) for name in holders)
+    lost = "which is" if len(holders) == 1 else "which are"
+    lost += " lost or switched off" if off else " lost"
     return (
         f"{what} lies only on {' and '.join(holders)}, {lost}: it goes on when"
         f" {'that node' if len(holders) == 1 else 'one of them'} is back; {without}"
@@ -300,7 +303,7 @@ def retarget(state: State) -> None:
     for attempt_id in list(state.indices.open_attempts):
         attempt = state.attempts[attempt_id]
         target = state.nodes.get(attempt.replica_node)
-        if target is not None and target.phase is not NodePhase.LOST:
+        if target is not None and standby.may_be(target):
             continue
         job = state.jobs[attempt.job_id]
         chosen = standby.choose(state, job, attempt.node, attempt.rank)

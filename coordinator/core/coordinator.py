@@ -15,13 +15,19 @@ from coordinator.core import (
     checkpoints,
     decisions,
     defragment,
+    demand_forecast,
+    demand_reading,
+    demand_samples,
     fit,
+    fleet_scaling,
     gangs,
     health,
     jobs,
     leases,
+    node_power,
     nodes,
     parts,
+    power,
     projects,
     readings,
     reservations,
@@ -29,6 +35,7 @@ from coordinator.core import (
     rounds,
     stuck,
 )
+from coordinator.core.capacity_model import Power
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -36,8 +43,10 @@ from coordinator.core.checkpoint_requests import (
     UnpinCheckpoint,
 )
 from coordinator.core.cost_requests import GetCosts
+from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
+    Actuated,
     AgentEvent,
     AgentMessage,
     Answer,
@@ -54,6 +63,7 @@ from coordinator.core.messages import (
     Event,
     EventAck,
     ExplainJob,
+    ForecastMade,
     FromAgent,
     GetJob,
     Goodbye,
@@ -80,6 +90,12 @@ from coordinator.core.model import GpuView, NodeView, Snapshot
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
 from coordinator.core.project_requests import ListProjects
+from coordinator.core.scale_requests import (
+    ApproveScaling,
+    GetPlan,
+    GetScaleRecord,
+    ListScaleRecords,
+)
 from coordinator.core.state import Instant, LiveNode, Options, State
 
 
@@ -93,6 +109,7 @@ class Coordinator:
         """Take over what is durable; call once, before the first event."""
         self.state.load(snapshot, now_ms)
         self.state.demand.note_jobs(snapshot.jobs)
+        demand_samples.resume(self.state)
         leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
@@ -105,14 +122,21 @@ class Coordinator:
             state.commands.append(Reply(event.reply_to, answer))
         elif isinstance(event, FromAgent):
             _from_agent(state, now, event.session, event.message)
+        elif isinstance(event, Actuated):
+            power.actuated(state, now, event)
         elif isinstance(event, Tick):
             nodes.tick(state, now)
+            power.tick(state, now)
             health.tick(state, now)
             projects.tick(state, now)
             arrivals.tick(state, now)
             decisions.tick(state, now)
             defragment.tick(state, now)
             reservations.tick(state, now)
+            demand_forecast.tick(state, now)
+            fleet_scaling.tick(state, now)
+        elif isinstance(event, ForecastMade):
+            demand_forecast.made(state, now, event)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:
@@ -142,6 +166,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return fit.answer(state, now, body)
         case GetCosts():
             return bills.answer(state, now, body)
+        case GetDemand():
+            return _demand(state, now, body)
         case ListProjects():
             return projects.list_projects(state, now)
         case ListCheckpoints():
@@ -152,6 +178,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return retention.unpin(state, now, body)
         case FindCheckpoint():
             return retention.find(state, body)
+        case GetPlan() | ListScaleRecords() | GetScaleRecord() | ApproveScaling():
+            return fleet_scaling.answer(state, now, body)
         case SetTelemetryRate():
             return _set_rate(state, now, body)
         case ListNodes():
@@ -165,14 +193,25 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return _intend(state, now, body.node, NodeIntent.OPEN)
 
 
+def _demand(state: State, now: Instant, body: GetDemand) -> DemandSeries | Refusal:
+    try:
+        return demand_reading.read(state, now, body)
+    except demand_reading.UnknownDemand as error:
+        return Refusal(RefusalKind.NOT_FOUND, str(error))
+
+
 def _intend(state: State, now: Instant, node_id: str, intent: NodeIntent) -> Answer:
     live = state.nodes.get(node_id)
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {node_id!r}")
+    said = power.person_says(state, now, live, intent)
+    if isinstance(said, Refusal):
+        return said
     if intent is NodeIntent.DRAINING and live.node.intent is NodeIntent.DRAINED:
         return _node_view(state, now, live)
     health.person_says(state, live, intent)
-    nodes.set_intent(state, now, live, intent)
+    if said is not None:
+        nodes.set_intent(state, now, live, said)
     return _node_view(state, now, live)
 
 
@@ -197,9 +236,16 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reasons = (nodes.why_closed(live) or health.describe(state, live), stuck.describe(live))
+    reasons = (_why_closed(state, live) or health.describe(state, live), stuck.describe(live))
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
+
+
+def _why_closed(state: State, live: LiveNode) -> str:
+    if live.node.power.phase is Power.ON:
+        return nodes.why_closed(live)
+    reason = node_power.describe(live.node.power, power.boot_ms(state, live.node))
+    return "; ".join(filter(None, (reason, nodes.leaving(live))))
 
 
 def _shares(state: State, holders: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

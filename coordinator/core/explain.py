@@ -14,6 +14,7 @@ from coordinator.core import (
     flexible,
     foresight,
     poison,
+    power,
     projects,
     reserved,
     standby,
@@ -34,7 +35,8 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
     if job.phase is JobPhase.QUEUED:
-        sentence += flexible.describe(job, now.unix_ms)
+        coming = power.coming(state, now, job)
+        sentence += flexible.describe(job, now.unix_ms) + (f"; {coming}" if coming else "")
     sentence += deadlines.describe(state, now, job)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)

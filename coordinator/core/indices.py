@@ -9,6 +9,7 @@ and the few kinds of nodes that there are.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from coordinator.core.capacity_model import Power
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
 from coordinator.core.pairs import Lessons
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
@@ -24,13 +25,15 @@ def kind(host: HostFacts, gpus: tuple[GpuFacts, ...]) -> Kind:
 
 @dataclass(slots=True)
 class Indices:
-    """`draining` nodes, and those whose list of checkpoints to keep has changed; attempts that have
-    not ended, and those of them that are out of reach. `pieces`: by digest the jobs with a
-    checkpoint or a waiting part of which it is a piece, and how many. `kinds`: the nodes that are
-    alike for `validate.refuse_fleet`. `stretched`: attempts of which it is known what sharing a GPU
-    cost them (`coruns.py`), and `lessons` is what follows from them; None until it is asked for."""
+    """`draining` nodes, those whose power is not simply on (`switched`), and those whose list of
+    checkpoints to keep has changed; attempts that have not ended, and those of them that are out of
+    reach. `pieces`: by digest the jobs with a checkpoint or a waiting part of which it is a piece,
+    and how many. `kinds`: the nodes that are alike for `validate.refuse_fleet`. `stretched`:
+    attempts of which it is known what sharing a GPU cost them (`coruns.py`), and `lessons` is what
+    follows from them; None until it is asked for."""
 
     draining: dict[str, None] = field(default_factory=dict)
+    switched: dict[str, None] = field(default_factory=dict)
     keep_changed: dict[str, None] = field(default_factory=dict)
     open_attempts: dict[str, None] = field(default_factory=dict)
     unreachable: dict[str, None] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class Indices:
     def put_node(self, node: Node) -> None:
         """After its intent or what it consists of may have changed."""
         _put(self.draining, node.id, member=node.intent is NodeIntent.DRAINING)
+        _put(self.switched, node.id, member=node.power.phase is not Power.ON)
         known = self._facts.get(node.id)
         if known is not None and known[0] is node.host and known[1] is node.gpus:
             return  # as after each of its events

@@ -7,6 +7,7 @@ it anew; so it lies apart from what is durable (`model.py`).
 
 from dataclasses import dataclass, field
 
+from coordinator.core.boot_times import BootTimes
 from coordinator.core.model import GpuFacts, GpuTelemetry, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
@@ -58,8 +59,8 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
-    it is looked at for that (`leases.py`). `stuck` are pids by attempt (`stuck.py`), and
-    `precopy_gains` of ranks (`precopy.py`)."""
+    it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
+    `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
 
     node: Node
     phase: NodePhase
@@ -80,5 +81,27 @@ class LiveNode:
     precopy_gains: dict[str, int] = field(default_factory=dict)
     telemetry: HostTelemetry | None = None
     digests: dict[str, int] = field(default_factory=dict)
+    used_ms: int = 0
     gangs: bool = True
     shares: bool = True
+
+
+@dataclass(slots=True)
+class Given:
+    """The order that a node's phase has led to, in this process. `again`: it is the repetition of
+    an order of whom came before us. `done`: what the driver said; `None` until it does."""
+
+    key: str
+    at_ms: int
+    again: bool
+    done: bool | None = None
+    answered_ms: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Switching:
+    """Orders under way by node; boot times as they are until one more has been seen."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+    boots: BootTimes | None = None

@@ -8,6 +8,8 @@ either.
 
 from dataclasses import dataclass
 
+from coordinator.core.capacity_messages import Actuate as Actuate
+from coordinator.core.capacity_messages import Actuated as Actuated
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
@@ -15,6 +17,12 @@ from coordinator.core.checkpoint_requests import (
     UnpinCheckpoint,
 )
 from coordinator.core.cost_requests import CostPage, GetCosts
+from coordinator.core.demand_history import DropDemand as DropDemand
+from coordinator.core.demand_history import PutDemand as PutDemand
+from coordinator.core.demand_history import PutDemandSeries as PutDemandSeries
+from coordinator.core.demand_messages import DemandSeries, GetDemand
+from coordinator.core.demand_messages import ForecastMade as ForecastMade
+from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
@@ -43,6 +51,8 @@ from coordinator.core.model import (
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.phases import JobPhase
 from coordinator.core.project_requests import ListProjects, ProjectPage
+from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
+from coordinator.core.scale_requests import ScaleAnswer, ScaleRequest
 
 # --- requests -------------------------------------------------------------------------------------
 
@@ -124,6 +134,7 @@ RequestBody = (
     | FitJob
     | GetCosts
     | ListProjects
+    | GetDemand
     | ListCheckpoints
     | PinCheckpoint
     | UnpinCheckpoint
@@ -133,6 +144,7 @@ RequestBody = (
     | DrainNode
     | UncordonNode
     | SetTelemetryRate
+    | ScaleRequest
 )
 
 
@@ -283,7 +295,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Tick | Decide
+Event = Request | FromAgent | Actuated | Tick | Decide | ForecastMade
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -399,16 +411,9 @@ class AppendEvent:
 
 
 Record = (
-    PutJob
-    | DropJob
-    | PutAttempt
-    | PutCheckpoint
-    | DropCheckpoint
-    | PutPart
-    | DropPart
-    | PutNode
-    | AppendEvent
-)
+    PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutPart | DropPart | PutNode
+    | AppendEvent | PutDemandSeries | PutDemand | DropDemand | PutScaleRecord
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,8 +469,8 @@ class NodePage:
     nodes: tuple[NodeView, ...]
 
 
-_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | CostPage
-Answer = Refusal | Submitted | JobView | Explanation | NodeView | _Page
+_Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | CostPage | DemandSeries
+Answer = Refusal | Submitted | JobView | Explanation | NodeView | ScaleAnswer | _Page
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,5 +488,5 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log
+Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast
 Effect = Record | Command

@@ -11,11 +11,15 @@ Two times appear. `*_unix_ms` is wall time, kept for people. Everything that is 
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
 
+from coordinator.core.demand_history import DemandLog
+from coordinator.core.node_power import NodePower
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
+from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.stretches import Stretch
-from coordinator.core.windows import GpuWindow
+from coordinator.core.telemetry import GpuDetails as GpuDetails  # a part of the nouns
+from coordinator.core.telemetry import GpuTelemetry as GpuTelemetry
+from coordinator.core.telemetry import HostTelemetry as HostTelemetry
 
 SHARED = "shared"  # stands for the shared directory wherever a replica's node is named
 
@@ -352,6 +356,7 @@ class Node:
     closed_for: str = ""
     waived: tuple[str, ...] = ()
     telemetry_rate: TelemetryRate = TelemetryRate.OWN
+    power: NodePower = field(default_factory=NodePower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,54 +370,6 @@ class JobEvent:
     attempt: str = ""
     node: str = ""
     message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class GpuDetails:
-    """What is read of a GPU less often; `None` as in `GpuTelemetry`. Of ECC errors, *volatile* ones
-    count since the driver was loaded, *aggregate* ones since the board was made."""
-
-    processes: int | None = None
-    ecc_volatile_corrected: int | None = None
-    ecc_volatile_uncorrected: int | None = None
-    ecc_aggregate_corrected: int | None = None
-    ecc_aggregate_uncorrected: int | None = None
-    remapped_rows_corrected: int | None = None
-    remapped_rows_uncorrected: int | None = None
-    remapped_rows_pending: bool | None = None
-    remapped_rows_failed: bool | None = None
-    pcie_width: int | None = None
-    pcie_width_max: int | None = None
-    nvlinks_up: int | None = None
-    nvlinks_down: int | None = None
-    sm_activity_ratio: float | None = None
-    tensor_activity_ratio: float | None = None
-
-
-class GpuTelemetry(NamedTuple):
-    """`None` means that the driver does not say, never zero. `age_ms`: it was read so long ago. A
-    tuple, since one is made for each GPU of each report: a dataclass takes three times as long."""
-
-    uuid: str
-    utilization_ratio: float | None = None
-    memory_used_bytes: int | None = None
-    temperature_celsius: int | None = None
-    power_mw: int | None = None
-    energy_mj: int | None = None
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    error: str = ""
-    details: GpuDetails | None = None
-    age_ms: int = 0
-    window: GpuWindow | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HostTelemetry:
-    cpu_utilization_ratio: float
-    memory_used_bytes: int
-    disk_free_bytes: int
-    load_1min: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,3 +455,5 @@ class Snapshot:
     checkpoints: tuple[Checkpoint, ...] = ()
     nodes: tuple[Node, ...] = field(default=())
     parts: tuple[WaitingPart, ...] = ()
+    demand: DemandLog = field(default_factory=DemandLog)
+    scale_records: tuple[ScaleRecord, ...] = ()

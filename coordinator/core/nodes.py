@@ -35,6 +35,7 @@ from coordinator.core.messages import (
     Welcome,
 )
 from coordinator.core.model import Attempt, Node, TelemetryRate
+from coordinator.core.node_power import silent
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     INTENT_TRANSITIONS,
@@ -323,7 +324,8 @@ def _close(state: State, live: LiveNode, note: str) -> None:
     live.session = None
     if live.phase is NodePhase.UP:
         state.set_node_phase(live, NodePhase.SUSPECT, note)
-        state.log("warning", "node.suspect", node=live.node.id, reason=note)
+        if not silent(live.node.power):
+            state.log("warning", "node.suspect", node=live.node.id, reason=note)
 
 
 def tick(state: State, now: Instant) -> None:
@@ -356,13 +358,14 @@ def _look(state: State, now: Instant, live: LiveNode) -> None:
     """Its silence may have lasted long enough to mean something."""
     if live.phase is NodePhase.LOST:
         return
-    silent = f"it has not been heard for {now.now_ms - live.heard_ms} ms"
+    quiet = f"it has not been heard for {now.now_ms - live.heard_ms} ms"
     if live.deadline_ms <= now.now_ms:
-        expire(state, now, live, live.note if live.session is None and live.note else silent)
+        expire(state, now, live, live.note if live.session is None and live.note else quiet)
         return
     if live.phase is NodePhase.UP and live.suspect_ms <= now.now_ms:
-        state.set_node_phase(live, NodePhase.SUSPECT, silent)
-        state.log("warning", "node.suspect", node=live.node.id, reason=silent)
+        state.set_node_phase(live, NodePhase.SUSPECT, quiet)
+        if not silent(live.node.power):
+            state.log("warning", "node.suspect", node=live.node.id, reason=quiet)
     leases.watch(state, live)
 
 
@@ -374,7 +377,8 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
         state.sessions.pop(live.session, None)
         live.session = None
     state.set_node_phase(live, NodePhase.LOST, why)
-    state.log("error", "node.lost", node=live.node.id, reason=reason)
+    if not silent(live.node.power):
+        state.log("error", "node.lost", node=live.node.id, reason=reason)
     for attempt_id in list(live.attempts):
         attempts.unreachable(state, now, state.attempts[attempt_id], reason)
     live.strays = {}  # if it ever comes back, its hello lists them again
@@ -412,11 +416,17 @@ def why_closed(live: LiveNode) -> str:
     if live.phase is not NodePhase.UP:
         return live.note
     if live.node.intent is NodeIntent.DRAINING:
-        count = len(live.attempts) + len(live.strays)
-        leaving = f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"
-        return "; ".join(filter(None, (live.node.closed_for, leaving)))
+        return "; ".join(filter(None, (live.node.closed_for, leaving(live))))
     if live.node.closed_for:
         return f"{live.node.closed_for}; `baton uncordon {live.node.id}` opens it all the same"
     if live.node.intent is not NodeIntent.OPEN:
         return f"closed by an operator; `baton uncordon {live.node.id}` opens it"
     return ""
+
+
+def leaving(live: LiveNode) -> str:
+    """What a draining node still has; empty: nothing, or it is not draining."""
+    count = len(live.attempts) + len(live.strays)
+    if live.node.intent is not NodeIntent.DRAINING or not count:
+        return ""
+    return f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Solve
+from coordinator.core.node_power import PowerOptions
 from coordinator.core.quotas import Quota
+from coordinator.core.scaler import ScalingOptions
 from coordinator.core.tariffs import Lease, Prices
 
 
@@ -45,3 +47,5 @@ class Options:
     prices: Prices = field(default_factory=Prices)
     leases: tuple[Lease, ...] = ()
     burst_nodes: tuple[str, ...] = ()
+    power: PowerOptions = field(default_factory=PowerOptions)
+    scaling: ScalingOptions = field(default_factory=ScalingOptions)

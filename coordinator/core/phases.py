@@ -1,4 +1,4 @@
-"""The phases of jobs, attempts, nodes and GPUs, each as one table.
+"""The phases of jobs, attempts, nodes, their power, and GPUs, each as one table.
 
 Problem: phases that are assigned wherever it seems handy drift into combinations nobody thought of.
 Here each thing has one table of legal transitions, `advance` is the only way from one phase to the
@@ -9,6 +9,8 @@ diagrams are generated from these tables, so they cannot lie.
 from collections.abc import Mapping
 from enum import Enum
 from typing import TypeVar
+
+from coordinator.core.capacity_model import Power
 
 
 class JobPhase(Enum):
@@ -59,7 +61,7 @@ class IllegalTransition(AssertionError):
 
 Phase = TypeVar("Phase", bound=Enum)
 
-J, A, N, W, G = JobPhase, AttemptPhase, NodePhase, NodeIntent, GpuPhase
+J, A, N, W, G, P = JobPhase, AttemptPhase, NodePhase, NodeIntent, GpuPhase, Power
 
 JOB_TRANSITIONS: Mapping[JobPhase, tuple[JobPhase, ...]] = {
     J.QUEUED: (J.ACTIVE, J.HELD, J.CANCELLED, J.FAILED),
@@ -107,6 +109,18 @@ GPU_TRANSITIONS: Mapping[GpuPhase, tuple[GpuPhase, ...]] = {
     G.FREE: (G.HELD, G.ABSENT),
     G.HELD: (G.FREE, G.ABSENT),
     G.ABSENT: (G.FREE, G.HELD),
+}
+
+POWER_TRANSITIONS: Mapping[Power, tuple[Power, ...]] = {
+    P.ON: (P.LEAVING,),
+    # Back to ON: it is wanted after all, a person says so, or it has died meanwhile.
+    P.LEAVING: (P.STOPPING, P.ON),
+    # Back to ON: it was ordered off and is heard all the same.
+    P.STOPPING: (P.OFF, P.ON),
+    # ON without STARTING: a person has pressed the button.
+    P.OFF: (P.STARTING, P.ON),
+    P.STARTING: (P.ON, P.FAILED),
+    P.FAILED: (P.STARTING, P.ON),
 }
 
 JOB_ENDED = (J.SUCCEEDED, J.FAILED, J.CANCELLED)

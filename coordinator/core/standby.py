@@ -27,6 +27,7 @@ from coordinator.core import readings, shares
 from coordinator.core.live import Rank, StandbyWatch
 from coordinator.core.live import StandbyWalk as Walk
 from coordinator.core.model import CLASS_RANK, Attempt, Job, Replication
+from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.shares import Hold
 from coordinator.core.state import Instant, LiveNode, State
@@ -98,6 +99,11 @@ def move(
 # --- of the state ---------------------------------------------------------------------------------
 
 
+def may_be(live: LiveNode) -> bool:
+    """A node that is lost takes no copies, and one that is being switched off not for long."""
+    return live.phase is not NodePhase.LOST and not silent(live.node.power)
+
+
 def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     """The standby of a new attempt on `node_id`; empty when the job wants none or no other node is
     up. It takes long to say how soon a node could go on with the job, so only those are asked that
@@ -109,7 +115,7 @@ def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     holders = pieces[rank].replicas if rank < len(pieces) else ()
     hopes = []
     for live in state.nodes.values():
-        if live.phase is NodePhase.UP and live.node.id != node_id:
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id:
             name, load = live.node.id, len(live.attempts)
             closed = live.node.intent is not NodeIntent.OPEN
             sooner = Fit.CLOSED if closed else Fit.FREE
@@ -129,7 +135,7 @@ def candidates(state: State, job: Job, node_id: str, rank: int = 0) -> list[Cand
     return [
         candidate(state, job, live, rank)
         for live in state.nodes.values()
-        if live.phase is NodePhase.UP and live.node.id != node_id
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id
     ]
 
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from coordinator.core import traces
 from coordinator.core.admission import Admission
 from coordinator.core.demand import Demand
+from coordinator.core.demand_history import DemandHistory
 from coordinator.core.indices import Indices
 from coordinator.core.keeps import Reservation
 from coordinator.core.kept_rooms import KeptRooms
 from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
 from coordinator.core.live import LiveNode as LiveNode
-from coordinator.core.live import StandbyWalk
+from coordinator.core.live import StandbyWalk, Switching
 from coordinator.core.live import StandbyWatch as StandbyWatch
 from coordinator.core.messages import (
     AgentOrder,
@@ -30,6 +31,7 @@ from coordinator.core.messages import (
     DropJob,
     DropPart,
     Effect,
+    ForecastMade,
     Log,
     PutAttempt,
     PutCheckpoint,
@@ -52,6 +54,7 @@ from coordinator.core.model import (
     WaitingPart,
     attempt_id,
 )
+from coordinator.core.node_power import DARK
 from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.pace import Pace
 from coordinator.core.phases import (
@@ -65,6 +68,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.scaler import Scaler
 from coordinator.core.standing import Standing
 from coordinator.core.stretches import Watch
 
@@ -90,6 +94,8 @@ class State:
         self.options = options
         self.leader_epoch = self.last_job_id = 0
         self.demand = Demand()
+        self.demand_history = DemandHistory()
+        self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
         self.standing = Standing()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}
@@ -101,6 +107,8 @@ class State:
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
         self.admission = Admission()
         self.indices = Indices()
+        self.switching = Switching()
+        self.scaler = Scaler()
         self.rooms = KeptRooms()
         self.ledger = Ledger()
         self.last_recall_ms = 0  # when it was last looked at who gives back what is lent
@@ -144,9 +152,13 @@ class State:
         do not in time."""
         self.leader_epoch = snapshot.leader_epoch
         self.last_job_id = snapshot.last_job_id
+        self.demand_history.load(snapshot.demand)
+        self.scaler.load(snapshot.scale_records)
         for node in snapshot.nodes:
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"
+            if node.power.phase in DARK:
+                live.phase = NodePhase.LOST
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
             self.indices.put_node(node)

@@ -19,16 +19,33 @@ LEGEND_LINE: Final = 20
 COLOURS: Final = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000",
 )  # fmt: skip
+BAND_COLOUR: Final = "#56b4e9"
+BAND_OPACITY: Final = 0.3
 DASHES: Final = ("none", "6 3", "2 3", "9 3 2 3")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """`points` are in the order of x. `steps`: y holds until the next point."""
+    """`points` are in the order of x. `steps`: y holds until the next point. `parts`, where there
+    are any, are drawn instead, with a hole between them."""
 
     name: str
     points: Sequence[tuple[float, float]]
     steps: bool = False
+    parts: Sequence[Sequence[tuple[float, float]]] = ()
+
+    @property
+    def lines(self) -> list[Sequence[tuple[float, float]]]:
+        return list(self.parts) or [self.points]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """What lies between two curves: x, low and high, in the order of x. The narrower stands later,
+    and is drawn darker by lying over the wider."""
+
+    name: str
+    points: Sequence[tuple[float, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +60,7 @@ class Chart:
     log_x: bool = False
     y_max: float | None = None
     mark_x: float | None = None
+    bands: Sequence[Band] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +99,10 @@ def round_step(least: float) -> float:
 
 def draw(chart: Chart) -> str:
     """The text of an SVG file."""
-    height = max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * len(chart.curves))
-    xs = [x for curve in chart.curves for x, _ in curve.points]
-    ys = [y for curve in chart.curves for _, y in curve.points]
+    height = max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * (len(chart.curves) + len(chart.bands)))
+    points = [point for curve in chart.curves for line in curve.lines for point in line]
+    points += [(x, high) for band in chart.bands for x, _, high in band.points]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
     x_scale = _scale_x(xs, chart.log_x)
     y_high = chart.y_max or max(ys, default=0.0) * 1.05 or 1.0
     y_scale = _Scale(0.0, y_high, height - BOTTOM, TOP)
@@ -94,6 +113,8 @@ def draw(chart: Chart) -> str:
         _text(LEFT, 28, chart.title, "start", 'font-size="16" font-weight="bold"'),
         *_axes(chart, x_scale, y_scale, height),
     ]
+    for number, band in enumerate(chart.bands):
+        parts += _band(band, len(chart.curves) + number, x_scale, y_scale)
     if chart.mark_x is not None and x_scale.low < chart.mark_x < x_scale.high:
         x = x_scale.at(chart.mark_x)
         parts.append(_line(x, TOP, x, height - BOTTOM, "#888888"))
@@ -132,22 +153,43 @@ def _axes(chart: Chart, x_scale: _Scale, y_scale: _Scale, height: int) -> list[s
 
 
 def _curve(curve: Curve, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:
-    points: list[tuple[float, float]] = []
-    for x, y in curve.points:
-        if curve.steps and points:
-            points.append((x_scale.at(x), points[-1][1]))
-        points.append((x_scale.at(x), y_scale.at(y)))
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dash = DASHES[index // len(COLOURS) % len(DASHES)]
     style = (
         f'fill="none" stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="1.8"'
         f' stroke-dasharray="{dash}" stroke-linejoin="round"'
     )
     x, y = WIDTH - RIGHT + 16, TOP + 8 + LEGEND_LINE * index
+    drawn = [
+        f'<polyline points="{_path(line, curve.steps, x_scale, y_scale)}" {style}/>'
+        for line in curve.lines
+    ]
     return [
-        f'<polyline points="{path}" {style}/>',
+        *drawn,
         f'<polyline points="{x},{y} {x + 26},{y}" {style}/>',
         _text(x + 33, y + 4.5, curve.name, "start"),
+    ]
+
+
+def _path(
+    line: Sequence[tuple[float, float]], steps: bool, x_scale: _Scale, y_scale: _Scale
+) -> str:
+    points: list[tuple[float, float]] = []
+    for x, y in line:
+        if steps and points:
+            points.append((x_scale.at(x), points[-1][1]))
+        points.append((x_scale.at(x), y_scale.at(y)))
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _band(band: Band, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:
+    upper = [(x, high) for x, _, high in band.points]
+    lower = [(x, low) for x, low, _ in reversed(band.points)]
+    style = f'fill="{BAND_COLOUR}" fill-opacity="{BAND_OPACITY}" stroke="none"'
+    x, y = WIDTH - RIGHT + 16, TOP + 8 + LEGEND_LINE * index
+    return [
+        f'<polygon points="{_path([*upper, *lower], False, x_scale, y_scale)}" {style}/>',
+        f'<rect x="{x}" y="{y - 6}" width="26" height="12" {style}/>',
+        _text(x + 33, y + 4.5, band.name, "start"),
     ]
 
 

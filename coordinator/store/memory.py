@@ -11,23 +11,29 @@ Faults are asked for: `disk.fail_next(2)` lets two commits fail, with or without
 effect.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from coordinator.core.demand_history import DemandLog
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Checkpoint, JobEvent, Snapshot, WaitingPart
+from coordinator.core.scale_records import RECORDS_MAX
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 
@@ -91,6 +97,9 @@ class MemoryDisk:
     last_job_id: int = 0
     jobs: dict[int, _JobFolder] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
+    demand_series: dict[int, str] = field(default_factory=dict)
+    demand: dict[tuple[int, int], str] = field(default_factory=dict)
+    scale_records: dict[int, str] = field(default_factory=dict)
     commits: int = 0
     failures: int = 0
     _failures_left: int = 0
@@ -142,6 +151,11 @@ class MemoryDisk:
             checkpoints=tuple(checkpoints),
             nodes=tuple(rows.node_decoder.decode(self.nodes[node]) for node in sorted(self.nodes)),
             parts=tuple(parts),
+            demand=self._demand_log(),
+            scale_records=tuple(
+                rows.scale_record_decoder.decode(self.scale_records[number])
+                for number in sorted(self.scale_records)
+            ),
         )
 
     def _apply(self, record: Record, text: str) -> None:
@@ -162,6 +176,19 @@ class MemoryDisk:
                 lines[event.sequence] = text
                 if len(lines) > rows.EVENTS_PER_JOB_MAX:
                     del lines[min(lines)]
+            case PutScaleRecord(decided):
+                self.scale_records[decided.number] = text
+                gone = max(self.scale_records) - RECORDS_MAX
+                for old in [each for each in self.scale_records if each <= gone]:
+                    del self.scale_records[old]
+            case PutDemandSeries(number):
+                self.demand_series[number] = text
+            case PutDemand(row):
+                self.demand[row.period_min, row.step] = text
+                gone = rows.last_step_gone(row.period_min, row.step)
+                self._keep_demand(lambda period, step: period != row.period_min or step > gone)
+            case DropDemand(minute):
+                self._keep_demand(lambda period, step: (step + 1) * period <= minute + 1)
             case DropJob(job_id):
                 self.jobs.pop(job_id, None)
             case DropCheckpoint(job_id, digest):
@@ -172,6 +199,17 @@ class MemoryDisk:
                     self.jobs[job_id].parts.pop((rank, digest), None)
             case _:
                 assert_never(record)
+
+    def _keep_demand(self, stays: Callable[[int, int], bool]) -> None:
+        self.demand = {key: text for key, text in self.demand.items() if stays(*key)}
+
+    def _demand_log(self) -> DemandLog:
+        series = [self.demand_series[number] for number in sorted(self.demand_series)]
+        steps = [self.demand[key] for key in sorted(self.demand)]
+        return DemandLog(
+            tuple(map(rows.series_decoder.decode, series)),
+            tuple(map(rows.demand_decoder.decode, steps)),
+        )
 
     def _folder(self, job_id: int) -> _JobFolder:
         return self.jobs.setdefault(job_id, _JobFolder())
@@ -185,7 +223,13 @@ def _document(record: Record) -> str:
             return rows.document(part)
         case AppendEvent(event):
             return rows.document(event)
-        case DropJob() | DropCheckpoint() | DropPart():
+        case PutScaleRecord(decided):
+            return rows.document(decided)
+        case PutDemandSeries():
+            return rows.document(record)
+        case PutDemand(row):
+            return rows.document(row)
+        case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
             return ""
         case _:
             assert_never(record)

@@ -53,6 +53,15 @@ class Queries:
     put_event: str
     trim_events: str
     drop_events: str
+    list_demand_series: str
+    put_demand_series: str
+    list_demand: str
+    put_demand: str
+    trim_demand: str
+    drop_demand: str
+    list_scale_records: str
+    put_scale_record: str
+    trim_scale_records: str
 
 
 def load_queries() -> Queries:

@@ -172,3 +172,49 @@ DELETE FROM events WHERE job_id = :job_id AND sequence <= (
 -- name: drop_events
 -- Forget the history of a job.
 DELETE FROM events WHERE job_id = :job_id;
+
+-- name: list_demand_series
+-- Every series of demand that was ever wanted, by its number.
+SELECT document FROM demand_series ORDER BY series_number;
+
+-- name: put_demand_series
+-- Give a series its number; a repeated batch gives it again.
+INSERT INTO demand_series (series_number, gpu_type, project, job_class, document)
+VALUES (:series_number, :gpu_type, :project, :job_class, :document)
+ON CONFLICT (series_number) DO UPDATE SET
+    gpu_type = excluded.gpu_type,
+    project = excluded.project,
+    job_class = excluded.job_class,
+    document = excluded.document;
+
+-- name: list_demand
+-- Every step of demand, by period, oldest first.
+SELECT document FROM demand ORDER BY period_min, step;
+
+-- name: put_demand
+-- Write what was wanted in one step, whether it is new or not.
+INSERT INTO demand (period_min, step, document) VALUES (:period_min, :step, :document)
+ON CONFLICT (period_min, step) DO UPDATE SET document = excluded.document;
+
+-- name: trim_demand
+-- Forget the steps of a period that are older than is kept of it.
+DELETE FROM demand WHERE period_min = :period_min AND step <= :last_step;
+
+-- name: drop_demand
+-- Forget the steps that end after a minute; the first minute of a step is its number times its
+-- period.
+DELETE FROM demand WHERE (step + 1) * period_min > :after_minute + 1;
+
+-- name: list_scale_records
+-- Every decision of the fleet's size that is kept, oldest first.
+SELECT document FROM scale_records ORDER BY record_number;
+
+-- name: put_scale_record
+-- Write a decision, whether it is new or not.
+INSERT INTO scale_records (record_number, gpu_type, unix_ms, document)
+VALUES (:record_number, :gpu_type, :unix_ms, :document)
+ON CONFLICT (record_number) DO UPDATE SET document = excluded.document;
+
+-- name: trim_scale_records
+-- Forget the decisions up to this one.
+DELETE FROM scale_records WHERE record_number <= :last_number;

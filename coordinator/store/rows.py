@@ -19,19 +19,25 @@ from typing import assert_never
 
 import msgspec
 
+from coordinator.core.demand_history import KEPT_STEPS, DemandRow
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
+from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.store.queries import Queries
 
 # A job that is moved about for weeks writes some ten lines a move; 500 lines are fifty moves, and
@@ -48,10 +54,19 @@ checkpoint_decoder = msgspec.json.Decoder(Checkpoint)
 node_decoder = msgspec.json.Decoder(Node)
 part_decoder = msgspec.json.Decoder(WaitingPart)
 event_decoder = msgspec.json.Decoder(JobEvent)
+series_decoder = msgspec.json.Decoder(PutDemandSeries)
+demand_decoder = msgspec.json.Decoder(DemandRow)
+scale_record_decoder = msgspec.json.Decoder(ScaleRecord)
 _encoder = msgspec.json.Encoder()
 
 
-def document(value: Job | Attempt | Checkpoint | WaitingPart | Node | JobEvent) -> str:
+_Value = (
+    Job | Attempt | Checkpoint | WaitingPart | Node | JobEvent | PutDemandSeries | DemandRow
+    | ScaleRecord
+)  # fmt: skip
+
+
+def document(value: _Value) -> str:
     """The JSON text of a value. Raises `UnicodeEncodeError` for lone surrogates: a bug of whoever
     let them in."""
     return _encoder.encode(value).decode()
@@ -64,7 +79,7 @@ def statements(queries: Queries, records: Sequence[Record]) -> Iterator[Statemen
         yield from (_drop_statements if drops else _put_statements)(queries, run)
 
 
-_Drop = DropJob | DropCheckpoint | DropPart
+_Drop = DropJob | DropCheckpoint | DropPart | DropDemand
 
 
 def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
@@ -74,6 +89,9 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     parts: dict[tuple[int, int, str], WaitingPart] = {}
     nodes: dict[str, Node] = {}
     events: dict[tuple[int, int], JobEvent] = {}
+    series: dict[int, PutDemandSeries] = {}
+    demand: dict[tuple[int, int], DemandRow] = {}
+    scaled: dict[int, ScaleRecord] = {}
     for record in records:
         match record:
             case PutJob(job):
@@ -88,7 +106,13 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
                 nodes[node.id] = node
             case AppendEvent(event):
                 events[event.job_id, event.sequence] = event
-            case DropJob() | DropCheckpoint() | DropPart():
+            case PutDemandSeries(number):
+                series[number] = record
+            case PutDemand(row):
+                demand[row.period_min, row.step] = row
+            case PutScaleRecord(decided):
+                scaled[decided.number] = decided
+            case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
                 raise AssertionError(f"{record} among puts")
             case _:
                 assert_never(record)
@@ -114,9 +138,18 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
             queries.trim_events,
             [{"job_id": job_id, "events_max": EVENTS_PER_JOB_MAX} for job_id in job_ids],
         )
+    if series:
+        yield queries.put_demand_series, [_series_row(value) for value in series.values()]
+    if demand:
+        yield queries.put_demand, [_demand_row(row) for row in demand.values()]
+        yield queries.trim_demand, _demand_trims(demand.values())
+    if scaled:
+        yield queries.put_scale_record, [_scale_row(record) for record in scaled.values()]
+        yield queries.trim_scale_records, [{"last_number": max(scaled) - RECORDS_MAX}]
 
 
-def _drop_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
+def _drop_statements(queries: Queries, run: Iterable[Record]) -> Iterator[Statement]:
+    records = list(run)
     job_rows: list[Row] = []
     checkpoint_rows: list[Row] = []
     part_rows: list[Row] = []
@@ -128,6 +161,9 @@ def _drop_statements(queries: Queries, records: Iterable[Record]) -> Iterator[St
         elif isinstance(record, DropPart):
             key: Row = {"job_id": record.job_id, "attempt_rank": record.rank}
             part_rows.append({**key, "digest": record.digest})
+    afters = [record.after_minute for record in records if isinstance(record, DropDemand)]
+    if afters:
+        yield queries.drop_demand, [{"after_minute": min(afters)}]
     if job_rows:
         yield queries.drop_events, job_rows
         yield queries.drop_checkpoints, job_rows
@@ -195,3 +231,41 @@ def _event_row(event: JobEvent) -> Row:
         "node": event.node,
         "message": event.message,
     }
+
+
+def _series_row(named: PutDemandSeries) -> Row:
+    return {
+        "series_number": named.number,
+        "gpu_type": named.series.gpu_type,
+        "project": named.series.project,
+        "job_class": named.series.job_class,
+        "document": document(named),
+    }
+
+
+def _scale_row(record: ScaleRecord) -> Row:
+    return {
+        "record_number": record.number,
+        "gpu_type": record.gpu_type,
+        "unix_ms": record.unix_ms,
+        "document": document(record),
+    }
+
+
+def _demand_row(row: DemandRow) -> Row:
+    return {"period_min": row.period_min, "step": row.step, "document": document(row)}
+
+
+def last_step_gone(period_min: int, newest_step: int) -> int:
+    """Of a period, when this step has come; what has no ring is kept as long as the finest has."""
+    return newest_step - KEPT_STEPS.get(period_min, KEPT_STEPS[1])
+
+
+def _demand_trims(rows: Iterable[DemandRow]) -> list[Row]:
+    newest: dict[int, int] = {}
+    for row in rows:
+        newest[row.period_min] = max(row.step, newest.get(row.period_min, row.step))
+    return [
+        {"period_min": period_min, "last_step": last_step_gone(period_min, step)}
+        for period_min, step in newest.items()
+    ]

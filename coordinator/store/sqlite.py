@@ -37,6 +37,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from coordinator.core.demand_history import DemandLog
 from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, JobEvent, Snapshot
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -358,6 +359,13 @@ def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
         checkpoints=tuple(map(rows.checkpoint_decoder.decode, documents(queries.list_checkpoints))),
         nodes=tuple(map(rows.node_decoder.decode, documents(queries.list_nodes))),
         parts=tuple(map(rows.part_decoder.decode, documents(queries.list_parts))),
+        scale_records=tuple(
+            map(rows.scale_record_decoder.decode, documents(queries.list_scale_records))
+        ),
+        demand=DemandLog(
+            tuple(map(rows.series_decoder.decode, documents(queries.list_demand_series))),
+            tuple(map(rows.demand_decoder.decode, documents(queries.list_demand))),
+        ),
     )
 
 

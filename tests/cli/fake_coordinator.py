@@ -17,8 +17,10 @@ import grpc
 from google.protobuf.message import Message
 
 from protos.baton.v1 import (
+    capacity_pb2_grpc,
     checkpoints_pb2_grpc,
     costs_pb2_grpc,
+    demand_pb2_grpc,
     jobs_pb2_grpc,
     nodes_pb2_grpc,
 )
@@ -37,6 +39,7 @@ METHODS = (
     ),
     "SetTelemetryRate",
 )
+CAPACITY_METHODS = ("GetPlan", "ListDecisions", "GetDecision", "ApproveDecision")
 CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")
 
 
@@ -72,6 +75,13 @@ class FakeCoordinator:
         for method in CHECKPOINT_METHODS:
             setattr(checkpoints, method, self._unary(method))
         checkpoints.ReadCheckpoint = self._stream("ReadCheckpoint")
+        demand: Any = type("Demand", (demand_pb2_grpc.DemandServiceServicer,), {})()
+        demand.GetDemand = self._unary("GetDemand")
+        capacity: Any = type("Capacity", (capacity_pb2_grpc.CapacityServiceServicer,), {})()
+        for method in CAPACITY_METHODS:
+            setattr(capacity, method, self._unary(method))
+        capacity_pb2_grpc.add_CapacityServiceServicer_to_server(capacity, server)
+        demand_pb2_grpc.add_DemandServiceServicer_to_server(demand, server)
         checkpoints_pb2_grpc.add_CheckpointServiceServicer_to_server(checkpoints, server)
         costs: Any = type("Costs", (costs_pb2_grpc.CostServiceServicer,), {})()
         costs.GetCosts = self._unary("GetCosts")

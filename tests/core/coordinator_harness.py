@@ -12,11 +12,15 @@ again by the log line of the same event.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.cost_requests import CostPage
+from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow
+from coordinator.core.demand_messages import DemandSeries
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
 from coordinator.core.messages import (
+    Actuate,
     Answer,
     AppendEvent,
     CheckpointPage,
@@ -24,6 +28,7 @@ from coordinator.core.messages import (
     CommitResult,
     Decide,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     Effect,
@@ -34,12 +39,16 @@ from coordinator.core.messages import (
     KeepCheckpoints,
     LeaseRenewal,
     Log,
+    MakeForecast,
     NodePage,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
     Refusal,
     Reply,
@@ -64,6 +73,8 @@ from coordinator.core.model import (
     WaitingPart,
 )
 from coordinator.core.project_requests import ProjectPage, ProjectView
+from coordinator.core.scale_records import ScaleRecord
+from coordinator.core.scale_requests import PlanPage, ScalePage
 from coordinator.core.state import Instant, Options
 
 UNIX_MS_AT_START = 1_790_000_000_000
@@ -71,7 +82,7 @@ GIGABYTE = 10**9
 
 _RECORDS = (
     PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
-    AppendEvent,
+    AppendEvent, PutDemandSeries, PutDemand, DropDemand, PutScaleRecord,
 )  # fmt: skip
 
 
@@ -87,6 +98,9 @@ class Disk:
     parts: dict[tuple[int, int, str], WaitingPart] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     events: list[JobEvent] = field(default_factory=list)
+    series: dict[int, PutDemandSeries] = field(default_factory=dict)
+    demand: dict[tuple[int, int], DemandRow] = field(default_factory=dict)
+    scaled: dict[int, ScaleRecord] = field(default_factory=dict)
 
     def write(self, record: Record) -> None:
         match record:
@@ -109,6 +123,17 @@ class Disk:
                 self.events.append(event)
             case DropJob(job_id):
                 self._drop(job_id)
+            case PutScaleRecord(record_of_plan):
+                self.scaled[record_of_plan.number] = record_of_plan
+            case PutDemandSeries(number):
+                self.series[number] = record
+            case PutDemand(row):
+                self.demand[row.period_min, row.step] = row
+                self.demand.pop((row.period_min, row.step - KEPT_STEPS[row.period_min]), None)
+            case DropDemand(minute):
+                for period_min, step in list(self.demand):
+                    if (step + 1) * period_min > minute + 1:
+                        del self.demand[period_min, step]
 
     def _drop(self, job_id: int) -> None:
         self.jobs.pop(job_id)
@@ -127,6 +152,11 @@ class Disk:
             tuple(self.checkpoints[key] for key in sorted(self.checkpoints)),
             tuple(self.nodes[key] for key in sorted(self.nodes)),
             tuple(self.parts[key] for key in sorted(self.parts)),
+            DemandLog(
+                tuple(self.series[number] for number in sorted(self.series)),
+                tuple(self.demand[key] for key in sorted(self.demand)),
+            ),
+            tuple(self.scaled[number] for number in sorted(self.scaled)),
         )
 
 
@@ -169,7 +199,7 @@ class Rig:
         self.restart()
 
     def _one(self, event: Event) -> list[Effect]:
-        effects = self.core.handle(self.now, event)
+        effects = self.ask_core(self.core, self.now, event)
         self.handled.append((self.now, event, list(effects)))
         commanded = False
         for effect in effects:
@@ -185,7 +215,11 @@ class Rig:
         fresh = Coordinator(self.options)
         fresh.load(*self.began)
         for now, event, effects in self.handled:
-            yield effects, fresh.handle(now, event)
+            yield effects, self.ask_core(fresh, now, event)
+
+    def ask_core(self, core: Coordinator, now: Instant, event: Event) -> list[Effect]:
+        """Where a test may have events that no shell has."""
+        return core.handle(now, event)
 
 
 def gpus_of(node: str, text: str) -> tuple[GpuFacts, ...]:
@@ -228,6 +262,10 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"put  {_record(effect)}"
         case PutPart() | DropPart():
             return f"put  {_record(effect)}"
+        case PutScaleRecord():
+            return ""  # its decision is logged
+        case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
+            return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):
             where = f" {event.attempt}@{event.node}" if event.attempt else ""
             return f"tell {event.job_id} {event.name}{where}: {event.message}"
@@ -238,6 +276,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"close {session}: {reason}"
         case Reply(_, answer):
             return f"reply {_answer(answer)}"
+        case Actuate(order):
+            return f"power {order.key} {order.verb.value} {','.join(order.nodes)}"
         case Log(level, name, fields):
             values = dict(fields)
             values.pop("trace_id", None)  # tests/core/test_traces.py; here it would be noise
@@ -272,10 +312,11 @@ def _record(record: Record) -> str:
         case DropPart(job_id, rank, digest):
             return f"drop part {job_id} {digest} of rank {rank}"
         case PutNode(node):
-            return f"node {node.id} {node.intent.value} acknowledged={node.acknowledged}"
+            power = "" if node.power.phase is Power.ON else f" power={node.power.phase.value}"
+            return f"node {node.id} {node.intent.value}{power} acknowledged={node.acknowledged}"
         case DropJob(job_id):
             return f"drop job {job_id}"
-        case AppendEvent():
+        case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand() | PutScaleRecord():
             raise AssertionError("told elsewhere")
 
 
@@ -347,6 +388,12 @@ def _answer(answer: Answer) -> str:
         case CostPage():
             shown = ", ".join(f"{line.key} ${line.money.usd:.2f}" for line in answer.lines)
             return f"costs {shown or 'nothing'}; ${answer.idle_lease_usd:.2f} for nothing"
+        case PlanPage():
+            return f"plan in mode {answer.mode}"
+        case ScalePage():
+            return f"decisions {', '.join(record.id for record in answer.records) or 'none'}"
+        case DemandSeries():
+            return f"demand in {len(answer.gpus)} steps of {answer.period_min} min"
         case ProjectPage():
             return "projects " + "; ".join(_project(view) for view in answer.projects)
 

@@ -7,9 +7,8 @@ coordinator that is killed with and without its last batch. After every step the
 looked at from outside: from the records that were written, from what the nodes physically run, and
 from a model of each job's history.
 
-The nodes are those of `coordinator_fleet.py`. At the end of each history all faults stop; then
-every job must end. Safety and liveness are named so in the checks. To search further:
-`HYPOTHESIS_PROFILE=explore pytest tests/core/test_coordinator_machine.py`.
+The nodes are those of `coordinator_fleet.py`. At the end all faults stop; then every job must end.
+Safety and liveness are named so. `HYPOTHESIS_PROFILE=explore pytest <this file>` searches further.
 """
 
 from dataclasses import dataclass, replace
@@ -122,7 +121,7 @@ class History:
 class Fleet(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.rig = Rig(OPTIONS)
+        self.rig = self.new_rig()
         self.moves = Moves(OPTIONS.moves_per_hour)
         self.nodes = {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
         self.sessions = 0
@@ -134,6 +133,9 @@ class Fleet(RuleBasedStateMachine):
         for node in self.nodes.values():
             self.dial(node)
             self.settle(node)
+
+    def new_rig(self) -> Rig:
+        return Rig(OPTIONS)
 
     # --- the world's mechanics --------------------------------------------------------------------
 

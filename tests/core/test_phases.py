@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from coordinator.core import phases
+from coordinator.core.capacity_model import Power
 
 Table = Mapping[Any, tuple[Any, ...]]
 
@@ -21,6 +22,7 @@ CASES = pytest.mark.parametrize(
         pytest.param(phases.NODE_TRANSITIONS, phases.NodePhase, "suspect", id="node"),
         pytest.param(phases.INTENT_TRANSITIONS, phases.NodeIntent, "open", id="intent"),
         pytest.param(phases.GPU_TRANSITIONS, phases.GpuPhase, "absent", id="gpu"),
+        pytest.param(phases.POWER_TRANSITIONS, Power, "on", id="power"),
     ],
 )
 

@@ -19,7 +19,8 @@ from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
-SERVICES = {f"baton.v1.{noun}Service" for noun in ("Job", "Node", "Agent", "Checkpoint", "Cost")}
+NOUNS = ("Job", "Node", "Agent", "Checkpoint", "Cost", "Demand")
+SERVICES = {f"baton.v1.{noun}Service" for noun in NOUNS}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,13 @@ def test_reflection_alone_is_enough_to_list_and_submit(fleet: Cluster) -> None:
     job = client.call("baton.v1.JobService", "GetJob", job_id=job_id).job
     assert job.attempts[0].exit_code == 0
     assert work.output(fleet, job_id) == "from afar\n"
+
+
+def test_demand_is_sampled_from_the_start(fleet: Cluster) -> None:
+    told = StockClient(fleet.channel).call("baton.v1.DemandService", "GetDemand", period_minutes=1)
+    assert told.period_minutes == 1
+    assert told.begin_time.seconds % 60 == 0
+    assert told.gpus[0] == 0.0
 
 
 def test_agent_is_checked_and_listed_too(fleet: Cluster) -> None:

@@ -13,19 +13,25 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
+from coordinator.core.demand_history import KEPT_STEPS, DemandRow
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
+from coordinator.core.scale_records import ScaleRecord
 
 Value = TypeVar("Value")
 
@@ -42,6 +48,9 @@ _EPOCHS = st.integers(1, 3)
 _SEQUENCES = st.integers(1, 5)
 _RANKS = st.integers(0, 2)
 _DIGESTS = st.sampled_from(["aa" * 32, "bb" * 32])
+# Near enough that none leaves its ring; test_conformance.py lets some leave.
+_PERIODS = st.sampled_from(list(KEPT_STEPS))
+_STEPS = st.integers(100, 130)
 _NODES = st.sampled_from(["n1", "n10", "n2", "é"])
 
 
@@ -93,6 +102,10 @@ def records() -> st.SearchStrategy[Record]:
         st.builds(AppendEvent, events),
         st.builds(DropCheckpoint, _JOB_IDS, _DIGESTS),
         st.builds(DropJob, _JOB_IDS),
+        of_dataclass(PutDemandSeries, number=st.integers(0, 3)),
+        st.builds(PutDemand, of_dataclass(DemandRow, period_min=_PERIODS, step=_STEPS)),
+        st.builds(PutScaleRecord, of_dataclass(ScaleRecord, number=st.integers(0, 3))),
+        st.builds(DropDemand, st.integers(90, 8_000)),
     )
 
 

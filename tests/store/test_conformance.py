@@ -14,16 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow, Series
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
+    DropDemand,
     DropJob,
     DropPart,
     PutAttempt,
     PutCheckpoint,
+    PutDemand,
+    PutDemandSeries,
     PutJob,
     PutNode,
     PutPart,
+    PutScaleRecord,
     Record,
 )
 from coordinator.core.model import (
@@ -38,6 +43,7 @@ from coordinator.core.model import (
     WaitingPart,
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.ports import LeaderLost, Store, StoreUnavailable
 from coordinator.store.rows import EVENTS_PER_JOB_MAX
 from tests.store.strategies import histories, records
@@ -82,6 +88,9 @@ class Expected:
         self.parts: dict[tuple[int, tuple[int, str]], WaitingPart] = {}
         self.nodes: dict[str, Node] = {}
         self.events: dict[tuple[int, int], JobEvent] = {}
+        self.series: dict[int, PutDemandSeries] = {}
+        self.demand: dict[tuple[int, int], DemandRow] = {}
+        self.scaled: dict[int, ScaleRecord] = {}
         for batch in batches:
             for record in batch:
                 self.take(record)
@@ -107,6 +116,16 @@ class Expected:
             self.events[record.event.job_id, record.event.sequence] = record.event
         elif isinstance(record, DropCheckpoint):
             self.checkpoints.pop((record.job_id, record.digest), None)
+        elif isinstance(record, PutScaleRecord):
+            self.scaled[record.record.number] = record.record
+        elif isinstance(record, PutDemandSeries):
+            self.series[record.number] = record
+        elif isinstance(record, PutDemand):
+            self.demand[record.row.period_min, record.row.step] = record.row
+        elif isinstance(record, DropDemand):
+            for period_min, step in list(self.demand):
+                if step * period_min + period_min - 1 > record.after_minute:
+                    del self.demand[period_min, step]
         else:
             self.jobs.pop(record.job_id, None)
             self.attempts = without(self.attempts, record.job_id)
@@ -130,6 +149,11 @@ class Expected:
                     key=lambda part: (part.job_id, part.sequence, part.rank, part.digest),
                 )
             ),
+            demand=DemandLog(
+                tuple(self.series[number] for number in sorted(self.series)),
+                tuple(self.demand[key] for key in sorted(self.demand)),
+            ),
+            scale_records=tuple(self.scaled[number] for number in sorted(self.scaled)),
         )
 
     def history(self, job_id: int) -> list[JobEvent]:
@@ -295,6 +319,34 @@ async def test_a_history_keeps_its_newest_lines_in_order(world: World, batch_siz
             await store.commit(batch)
         assert await store.events(1, 0, 10_000) == lines[40:]
         assert await store.events(2, 0, 10_000) == others
+
+
+async def test_the_oldest_decisions_leave_the_store(world: World) -> None:
+    def decided(number: int) -> PutScaleRecord:
+        words = (number, 0, "H100", "act", "one node starts", 0.95)
+        return PutScaleRecord(ScaleRecord(*words, 8, 0, 0, 8, 16, 16))
+
+    await write_all(world, [decided(number) for number in range(1, 4)])
+    await write_all(world, [decided(RECORDS_MAX + 2)])
+    await write_all(world, [decided(3)])  # what is judged late is written again
+    kept = [record.number for record in (await read_all(world)).scale_records]
+    assert kept == [3, RECORDS_MAX + 2]
+
+
+@pytest.mark.parametrize("period_min", KEPT_STEPS)
+async def test_demand_leaves_the_store_with_its_ring(world: World, period_min: int) -> None:
+    kept = KEPT_STEPS[period_min]
+    steps = [7, 8, 9, kept + 7, kept + 8]
+    rows = [DemandRow(period_min, step, (0,), (float(step),)) for step in steps]
+    other = DemandRow(10 if period_min == 1 else 1, 3)
+    await write_all(world, [PutDemandSeries(0, Series("H100", "nlp", "spare"))], [PutDemand(other)])
+    for row in rows[:3]:
+        await write_all(world, [PutDemand(row)])
+    await write_all(world, [PutDemand(row) for row in rows[3:]])
+    found = (await read_all(world)).demand
+    assert [row for row in found.rows if row.period_min == period_min] == rows[2:]
+    assert other in found.rows
+    assert found.series == (PutDemandSeries(0, Series("H100", "nlp", "spare")),)
 
 
 async def test_a_history_is_read_in_pages(world: World) -> None:

@@ -22,6 +22,8 @@ from coordinator.store.schema import (
 RELEASED = {
     "0001.pre.initial.sql": "cd6ea7cead80ed8796711c4987babfe8c37c9d1075060d2e0f5393c6e209abda",
     "0002.pre.gangs.sql": "ac374de366bf85bb65b3030749d15cf545b612558c6dca90286aa2aabe032ec4",
+    "0003.pre.demand.sql": "bbf5ec670e3fbfc9e114e8036b290ceb4142013d7d3803932daa0ea1840dbee6",
+    "0004.pre.scaling.sql": "aa2aaae52efa27defa6117465d12943e25446aa3024e019de91be6ecb7a60767",
 }
 
 
@@ -61,7 +63,7 @@ def test_statements_of_a_migration_are_its_text() -> None:
     created = [name for part in statements for name in re.findall(r"CREATE TABLE (\w+)", part)]
     assert created == [
         *("leader", "counters", "jobs", "attempts", "checkpoints", "nodes", "events"),
-        *("ranks", "parts"),
+        *("ranks", "parts", "demand_series", "demand", "scale_records"),
     ]
     assert all(len(re.findall(r";$", part, re.MULTILINE)) == 1 for part in statements)
 

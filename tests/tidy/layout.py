@@ -38,7 +38,10 @@ TRANSLATORS = frozenset(
     coordinator/rpc.py coordinator/peers.py
     coordinator/cli/client.py coordinator/cli/decoding.py coordinator/checkpoint_rpc.py
     coordinator/cli/checkpoint_client.py
-    coordinator/cost_rpc.py coordinator/cli/cost_client.py""".split()
+    coordinator/cost_rpc.py coordinator/cli/cost_client.py
+    coordinator/wire_demand.py coordinator/demand_rpc.py coordinator/cli/demand_client.py
+    coordinator/wire_capacity.py coordinator/capacity_rpc.py
+    coordinator/cli/capacity_client.py""".split()
 )
 
 

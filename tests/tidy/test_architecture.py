@@ -20,6 +20,7 @@ DIAGRAMS = {
     "node": phases.diagram(phases.NODE_TRANSITIONS),
     "intent": phases.diagram(phases.INTENT_TRANSITIONS),
     "gpu": phases.diagram(phases.GPU_TRANSITIONS),
+    "power": phases.diagram(phases.POWER_TRANSITIONS),
 }
 NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 

@@ -217,6 +217,10 @@ class _NodePhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodePhase.V
     """Its connection is closed or late; its lease still runs."""
     NODE_PHASE_LOST: _NodePhase.ValueType  # 3
     """Its lease has ended. Its jobs go elsewhere."""
+    NODE_PHASE_OFF: _NodePhase.ValueType  # 4
+    """It is silent because it was switched off for want of demand, or is starting; `Node.power` says
+    which. Nobody has lost it.
+    """
 
 class NodePhase(_NodePhase, metaclass=_NodePhaseEnumTypeWrapper): ...
 
@@ -227,7 +231,45 @@ NODE_PHASE_SUSPECT: NodePhase.ValueType  # 2
 """Its connection is closed or late; its lease still runs."""
 NODE_PHASE_LOST: NodePhase.ValueType  # 3
 """Its lease has ended. Its jobs go elsewhere."""
+NODE_PHASE_OFF: NodePhase.ValueType  # 4
+"""It is silent because it was switched off for want of demand, or is starting; `Node.power` says
+which. Nobody has lost it.
+"""
 Global___NodePhase: _TypeAlias = NodePhase  # noqa: Y015
+
+class _NodePower:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NodePowerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodePower.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NODE_POWER_UNSPECIFIED: _NodePower.ValueType  # 0
+    NODE_POWER_ON: _NodePower.ValueType  # 1
+    NODE_POWER_LEAVING: _NodePower.ValueType  # 2
+    """On, takes nothing new, and goes when it is empty."""
+    NODE_POWER_STOPPING: _NodePower.ValueType  # 3
+    """It was ordered off."""
+    NODE_POWER_OFF: _NodePower.ValueType  # 4
+    NODE_POWER_STARTING: _NodePower.ValueType  # 5
+    """It was ordered on."""
+    NODE_POWER_FAILED: _NodePower.ValueType  # 6
+    """It did not come up as often as was tried; `baton uncordon` tries again."""
+
+class NodePower(_NodePower, metaclass=_NodePowerEnumTypeWrapper):
+    """Whether a node has power, and where it is on the way."""
+
+NODE_POWER_UNSPECIFIED: NodePower.ValueType  # 0
+NODE_POWER_ON: NodePower.ValueType  # 1
+NODE_POWER_LEAVING: NodePower.ValueType  # 2
+"""On, takes nothing new, and goes when it is empty."""
+NODE_POWER_STOPPING: NodePower.ValueType  # 3
+"""It was ordered off."""
+NODE_POWER_OFF: NodePower.ValueType  # 4
+NODE_POWER_STARTING: NodePower.ValueType  # 5
+"""It was ordered on."""
+NODE_POWER_FAILED: NodePower.ValueType  # 6
+"""It did not come up as often as was tried; `baton uncordon` tries again."""
+Global___NodePower: _TypeAlias = NodePower  # noqa: Y015
 
 class _NodeIntent:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -960,6 +1002,8 @@ class Node(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     TELEMETRY_RATE_FIELD_NUMBER: _builtins.int
+    POWER_FIELD_NUMBER: _builtins.int
+    POWER_SINCE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     phase: Global___NodePhase.ValueType
     intent: Global___NodeIntent.ValueType
@@ -971,6 +1015,7 @@ class Node(_message.Message):
     """
     telemetry_rate: Global___TelemetryRate.ValueType
     """What was ordered; unspecified: nothing, its agent's configuration counts."""
+    power: Global___NodePower.ValueType
     @_builtins.property
     def host(self) -> Global___HostFacts: ...
     @_builtins.property
@@ -982,6 +1027,10 @@ class Node(_message.Message):
     @_builtins.property
     def attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Attempts that it holds, by id."""
+
+    @_builtins.property
+    def power_since(self) -> _timestamp_pb2.Timestamp:
+        """Since when; absent: since before it was ever switched."""
 
     def __init__(
         self,
@@ -996,13 +1045,20 @@ class Node(_message.Message):
         attempts: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
         telemetry_rate: Global___TelemetryRate.ValueType = ...,
+        power: Global___NodePower.ValueType = ...,
+        power_since: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "host", b"host", "telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_since", b"_power_since", "_telemetry", b"_telemetry", "host", b"host", "power_since", b"power_since", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry", "attempts", b"attempts", "gpus", b"gpus", "host", b"host", "id", b"id", "intent", b"intent", "peer_address", b"peer_address", "phase", b"phase", "reason", b"reason", "telemetry", b"telemetry", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_since", b"_power_since", "_telemetry", b"_telemetry", "attempts", b"attempts", "gpus", b"gpus", "host", b"host", "id", b"id", "intent", b"intent", "peer_address", b"peer_address", "phase", b"phase", "power", b"power", "power_since", b"power_since", "reason", b"reason", "telemetry", b"telemetry", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_since: _TypeAlias = _typing.Literal["power_since"]  # noqa: Y015
+    _WhichOneofArgType__power_since: _TypeAlias = _typing.Literal["_power_since", b"_power_since"]  # noqa: Y015
     _WhichOneofReturnType__telemetry: _TypeAlias = _typing.Literal["telemetry"]  # noqa: Y015
     _WhichOneofArgType__telemetry: _TypeAlias = _typing.Literal["_telemetry", b"_telemetry"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_since) -> _WhichOneofReturnType__power_since | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__telemetry) -> _WhichOneofReturnType__telemetry | None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015

@@ -1,0 +1,70 @@
+"""Demand over gRPC: what the coordinator has seen, as a forecast reads it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+from coordinator.cli.client import Client
+from protos.baton.v1 import demand_pb2 as pb
+from protos.baton.v1 import demand_pb2_grpc, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Of the GPUs that are held now, those that still are in so many hours."""
+
+    ahead_h: int
+    certain_gpus: float
+    expected_gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """`gpus` are NaN where nobody looked; `begin` is `None` where nothing was ever sampled."""
+
+    begin: datetime | None
+    period_min: int
+    gpus: tuple[float, ...]
+    gpu_type: str
+    held_gpus: float
+    held: tuple[Held, ...]
+
+
+class DemandClient(Client):
+    """Speaks to one coordinator about demand. A context manager."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        assert self._channel is not None
+        self._demand = demand_pb2_grpc.DemandServiceStub(self._channel)
+        return self
+
+    def demand(
+        self,
+        gpu_type: str,
+        project: str,
+        job_class: str,
+        period_min: int,
+        *,
+        ahead_h: Sequence[int] = (),
+    ) -> Told:
+        """All that is kept of it in this resolution; what is empty is summed over."""
+        word = f"JOB_CLASS_{(job_class or 'unspecified').upper()}"
+        request = pb.GetDemandRequest(
+            gpu_type=gpu_type,
+            project=project,
+            job_class=types_pb2.JobClass.Value(word),
+            period_minutes=period_min,
+            ahead_minutes=[60 * hours for hours in ahead_h],
+        )
+        answer = self._call(self._demand.GetDemand, request)
+        begin = None
+        if answer.HasField("begin_time"):
+            begin = answer.begin_time.ToDatetime(tzinfo=UTC)
+        held = tuple(
+            Held(one.ahead_minutes // 60, one.certain_gpus, one.expected_gpus)
+            for one in answer.held_ahead
+        )
+        gpus = tuple(answer.gpus)
+        return Told(begin, answer.period_minutes, gpus, answer.gpu_type, answer.held_gpus, held)

@@ -1,0 +1,293 @@
+"""`baton plan` and `baton scale`: what the fleet should be now, why, and a person's consent.
+
+Problem: whoever lets a program switch machines asks three things: what would it do now, why did it
+do that, and was it right. One table, one record with everything that it went by, and what came of
+it beside what was expected. All counts are GPUs.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.settings import CommandFailed, common_options, settings_of
+
+if TYPE_CHECKING:
+    from coordinator.cli.capacity_client import CapacityClient, Decision, TypePlan
+
+LEVELS_SHOWN = ("2.5%", "5%", "10%", "25%", "50%", "75%", "90%", "95%", "97.5%")
+PERIOD_MIN = 10
+HOURS_SHOWN = 48
+_COLUMNS = (
+    Column("GPU TYPE"),
+    Column("ON", right=True),
+    Column("IDLE", right=True),
+    Column("LEAVING", right=True),
+    Column("STARTING", right=True),
+    Column("OFF", right=True),
+    Column("RUN", right=True),
+    Column("WAIT", right=True),
+    Column("NEEDED", right=True),
+    Column("KEPT", right=True),
+    Column("WANTED", right=True),
+    Column("REMARK", shorten=True),
+)
+_DECISION_COLUMNS = (
+    Column("ID"),
+    Column("TIME"),
+    Column("GPU TYPE"),
+    Column("MODE"),
+    Column("REGRET", right=True),
+    Column("DECISION", shorten=True),
+)
+_ALTERNATIVE_COLUMNS = (
+    Column("ALTERNATIVE"),
+    Column("GPUS", right=True),
+    Column("EXPECTED $", right=True),
+    Column("REALISED $", right=True),
+)
+
+
+def _connect(context: click.Context) -> "CapacityClient":
+    from coordinator.cli.capacity_client import CapacityClient
+
+    settings = settings_of(context)
+    settings.check()
+    return CapacityClient(settings)
+
+
+@click.command(short_help="Show what the fleet should be now.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write demand of the last two days and what is on now as an SVG file.",
+)
+@common_options
+@click.pass_context
+def plan(context: click.Context, plot: Path | None) -> None:
+    """Show the plan of the fleet's size, by GPU type, in GPUs.
+
+    NEEDED is what will be wanted until a node that is started now is there, by the forecast and by
+    what runs and waits; KEPT what stays on if it is on, and WANTED what should be on. LEAVING ones
+    take nothing new and go off when they are empty. docs/scaling.md has the rule.
+
+    \b
+    Example:
+      baton plan
+      baton plan --plot fleet.svg
+    """
+    with _connect(context) as client:
+        found = client.plan()
+    if plot is not None:
+        _draw(context, plot, found.types)
+    if settings_of(context).as_json:
+        write_json(found)
+        return
+    write_table(_COLUMNS, map(_row, found.types))
+    write_notice(f"mode {found.mode}: {found.why}; the plan is for {found.level:.3g} of cases")
+    for one in found.types:
+        if one.sentence:
+            write_notice(one.sentence)
+    for decision in found.proposed:
+        write_notice(f"`baton scale approve {decision.id}` carries out: {_deeds(decision)}")
+
+
+def _row(one: "TypePlan") -> tuple[object, ...]:
+    return (
+        one.gpu_type,
+        one.on_gpus,
+        one.idle_gpus,
+        one.leaving_gpus,
+        one.starting_gpus,
+        one.off_gpus,
+        one.running_gpus,
+        one.queued_gpus,
+        one.need_gpus,
+        one.keep_gpus,
+        one.wanted_gpus,
+        "; ".join(_remarks(one)),
+    )
+
+
+def _remarks(one: "TypePlan") -> Iterator[str]:
+    if one.failed_gpus:
+        yield f"{one.failed_gpus} did not start"
+    if one.closed_gpus:
+        yield f"{one.closed_gpus} are closed or lost"
+    if one.stale:
+        yield "what is known is too old"
+    elif not one.soon_gpus:
+        yield "no forecast yet"
+    if one.coverage_ratio is not None:
+        yield f"bands held {one.coverage_ratio:.0%} of what came"
+
+
+@click.group()
+@common_options
+def scale() -> None:
+    """Look at decisions of the fleet's size, and agree to them.
+
+    \b
+    Examples:
+      baton scale list
+      baton scale explain scale-7
+      baton scale approve scale-7
+    """
+
+
+@scale.command("list")
+@click.option("--count", default=20, show_default=True, type=click.IntRange(1, 1000))
+@click.option("--gpu-type", default="", help="Only decisions about this type.")
+@common_options
+@click.pass_context
+def list_(context: click.Context, count: int, gpu_type: str) -> None:
+    """List decisions, the newest first.
+
+    \b
+    Example:
+      baton scale list --count 5
+    """
+    with _connect(context) as client:
+        found = client.decisions(count, gpu_type)
+    if settings_of(context).as_json:
+        write_json(found)
+        return
+    write_table(
+        _DECISION_COLUMNS,
+        [
+            (
+                one.id,
+                f"{one.time:%Y-%m-%d %H:%M}" if one.time else None,
+                one.gpu_type,
+                one.mode,
+                None if one.regret_usd is None else f"{one.regret_usd:.2f} $",
+                one.sentence,
+            )
+            for one in found
+        ],
+    )
+
+
+@scale.command()
+@click.argument("decision")
+@common_options
+@click.pass_context
+def explain(context: click.Context, decision: str) -> None:
+    """Show all that DECISION went by, and what came of it.
+
+    EXPECTED is what each alternative was expected to cost in work that waits, GPUs that idle and
+    cycles; REALISED what it would have cost in waiting and idling by the demand that came, and the
+    regret by how much the chosen one costs more than the cheapest.
+
+    \b
+    Example:
+      baton scale explain scale-7
+    """
+    with _connect(context) as client:
+        found = client.decision(decision)
+    if settings_of(context).as_json:
+        write_json(found)
+        return
+    _show(found)
+
+
+@scale.command()
+@click.argument("decision")
+@common_options
+@click.pass_context
+def approve(context: click.Context, decision: str) -> None:
+    """Carry out what DECISION proposes.
+
+    Only of the newest decision of a GPU type: an older one went by an older fleet. What the guard
+    rails forbid is not done for it either.
+
+    \b
+    Example:
+      baton scale approve scale-7
+    """
+    with _connect(context) as client:
+        found = client.approve(decision)
+    if settings_of(context).as_json:
+        write_json(found)
+        return
+    click.echo(f"{found.id}: {_deeds(found)}")
+
+
+def _deeds(decision: "Decision") -> str:
+    told = [f"{one.verb} {' '.join(one.nodes)}" for one in decision.deeds if one.nodes]
+    return "; ".join(told) or "nothing"
+
+
+def _show(one: "Decision") -> None:
+    click.echo(f"{one.id}: {one.sentence}")
+    click.echo(f"{one.time:%Y-%m-%d %H:%M:%S} UTC, mode {one.mode}, {one.gpu_type}")
+    there = f"{one.there_gpus} on or starting, {one.running_gpus} run, {one.queued_gpus} wait"
+    click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
+    click.echo(
+        f"planned for {one.level:.3g} of cases: {one.need_gpus} needed, {one.keep_gpus} kept on"
+    )
+    for name, gpus in (("until a start is there", one.soon_gpus), ("later", one.later_gpus)):
+        if gpus:
+            said = ", ".join(
+                f"{level} {value:.4g}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
+            )
+            click.echo(f"maximum demand {name}: {said}")
+    if one.coverage_ratio is not None:
+        click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
+    click.echo(f"held back by: {one.rail_reason or 'nothing'}")
+    states = [f"{deed.state}: {deed.verb} {' '.join(deed.nodes)}" for deed in one.deeds]
+    click.echo("; ".join(states) or "nothing was to be done")
+    write_table(
+        _ALTERNATIVE_COLUMNS,
+        [
+            (
+                each.name,
+                each.gpus,
+                f"{each.expected_usd:.2f}",
+                None if each.realised_usd is None else f"{each.realised_usd:.2f}",
+            )
+            for each in one.alternatives
+        ],
+    )
+    if one.regret_usd is None:
+        write_notice(f"what came of it is known {one.holds_s / 3600:.1f} h after the decision")
+    else:
+        write_notice(f"{one.mean_gpus:.1f} GPUs were wanted; regret {one.regret_usd:.2f} $")
+
+
+def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:
+    """Demand of the last days by type, and lines for what is on now. Raises `CommandFailed`."""
+    from coordinator.cli.demand_client import DemandClient
+    from coordinator.sim.svg import Chart, Curve, draw
+
+    curves = []
+    with DemandClient(settings_of(context)) as client:
+        for one in types:
+            told = client.demand(one.gpu_type, "", "", PERIOD_MIN)
+            gpus = told.gpus[-HOURS_SHOWN * 60 // PERIOD_MIN :]
+            parts: list[list[tuple[float, float]]] = [[]]
+            for place, value in enumerate(gpus):
+                if value != value:  # nobody looked
+                    parts.append([])
+                else:
+                    parts[-1].append(((place - len(gpus) + 1) * PERIOD_MIN / 60, value))
+            known = [part for part in parts if part]
+            if not known:
+                continue
+            first = known[0][0][0]
+            curves.append(Curve(f"{one.gpu_type}: wanted", [], parts=known))
+            up = one.on_gpus + one.leaving_gpus
+            curves.append(Curve(f"{one.gpu_type}: on now", [(first, up), (0.0, up)]))
+            wanted = [(first, one.wanted_gpus), (0.0, one.wanted_gpus)]
+            curves.append(Curve(f"{one.gpu_type}: should be on", wanted))
+    if not curves:
+        raise CommandFailed("there is no demand to be drawn yet: the first step takes ten minutes")
+    try:
+        path.write_text(
+            draw(Chart("Demand and the fleet", "hours before now", "GPUs", curves)),
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,354 @@
+"""How many GPUs were wanted: what ran and what waited, by GPU type, project and class, for years.
+
+Problem: a forecast that is made of utilisation learns the fleet's own size, and one that reads an
+outage as "nobody wants anything" forecasts the next outage. So demand is what runs *and* what waits
+(`demand_samples.py`), it is looked at once a minute, and a minute in which nobody looked is unknown
+for all of them, never zero and never a line between its neighbours.
+
+How it is kept, in bounded memory:
+1. Three rings: 14 days by the minute, 90 days by ten minutes, two years by the hour. A step of the
+   coarser ones is the mean of its known minutes, and unknown where fewer than half are known.
+2. A ring has one flag a step (is it known) and one array of floats for each series that was ever
+   wanted. 200 kB a series: some 45 MB where all the series that there may be have been wanted.
+3. There are at most `SERIES_MAX` series. What comes beyond counts to the project "other" of its GPU
+   type and class, so that the sums by type, which a fleet is planned by, stay true. More than
+   `GPU_TYPES_MAX` types count to the type "other".
+4. Durable is a row for each step with what was wanted then, by numbers of series: one row a minute
+   in a commit that happens anyway, another every ten. What a crash loses is what the last commit
+   did not have; those minutes are unknown.
+
+The clock. Steps are wall time, and wall time jumps: `ClockWatch` compares it with the monotonic
+clock. While it is not known which of both is right nothing is sampled.
+"""
+
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+MINUTE_MS: Final = 60_000
+DAY_MS: Final = 86_400_000
+# Minutes a step, and how many steps are kept.
+KEPT_STEPS: Final = {1: 14 * 1_440, 10: 90 * 144, 60: 730 * 24}
+# Thirty projects of two classes on two types. Each is 200 kB of rings and some bytes of each row.
+SERIES_MAX: Final = 128
+GPU_TYPES_MAX: Final = 16  # a fleet has a handful; the table of types has 23
+OTHER: Final = "other"
+
+# A clock that is set right in a step is off by more; one that is slewed by less within a tick.
+JUMP_MS: Final = 30_000
+# After a jump, or a very long absence, the new time is believed when it has stayed for so long: by
+# then a machine that has just booted has asked a time server.
+SETTLE_MS: Final = 600_000
+ABSENCE_MS: Final = 14 * DAY_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Empty names stand for all of them; "other" is a name like any."""
+
+    gpu_type: str = ""
+    project: str = ""
+    job_class: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DemandRow:
+    """A known step, counted in periods since 1970. `numbers` are those of the series of which
+    something was wanted, `gpus` how much; of all others nothing was."""
+
+    period_min: int
+    step: int
+    numbers: tuple[int, ...] = ()
+    gpus: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PutDemandSeries:
+    """A series that was not wanted before has this number from now on."""
+
+    number: int
+    series: Series
+
+
+@dataclass(frozen=True, slots=True)
+class PutDemand:
+    """Rows of its period that have left its ring leave the store."""
+
+    row: DemandRow
+
+
+@dataclass(frozen=True, slots=True)
+class DropDemand:
+    """What was sampled later than this minute was sampled under a wrong clock."""
+
+    after_minute: int
+
+
+DemandRecord = PutDemandSeries | PutDemand | DropDemand
+
+
+@dataclass(frozen=True, slots=True)
+class DemandLog:
+    """What the store has: series by number, and rows by period, oldest first."""
+
+    series: tuple[PutDemandSeries, ...] = ()
+    rows: tuple[DemandRow, ...] = ()
+
+
+class _Ring:
+    """One resolution. A slot is a step modulo the length; a slot that is not known has no value."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.newest: int | None = None
+        self._known = bytearray(length)
+        self._gpus: dict[int, array[float]] = {}
+
+    def put(self, step: int, gpus: Mapping[int, float]) -> None:
+        """A step after all others; those that were left out are unknown."""
+        assert self.newest is None or step > self.newest, "steps only grow"
+        self._forget(step)
+        slot = step % self.length
+        for values in self._gpus.values():
+            values[slot] = 0.0
+        for number, wanted in gpus.items():
+            if number not in self._gpus:
+                self._gpus[number] = array("f", bytes(4 * self.length))
+            self._gpus[number][slot] = wanted
+        self._known[slot] = 1
+        self.newest = step
+
+    def _forget(self, step: int) -> None:
+        """What stood where the steps up to this one go."""
+        skipped = self.length if self.newest is None else step - self.newest
+        if skipped >= self.length:
+            self._known = bytearray(self.length)
+            return
+        for gone in range(step - skipped + 1, step):
+            self._known[gone % self.length] = 0
+
+    def rewind(self, step: int) -> None:
+        """Steps later than this one never were."""
+        if self.newest is None or self.newest <= step:
+            return
+        for gone in range(max(step + 1, self.newest - self.length + 1), self.newest + 1):
+            self._known[gone % self.length] = 0
+        self.newest = step if step > self.newest - self.length else None
+
+    def is_known(self, step: int) -> bool:
+        if self.newest is None or not self.newest - self.length < step <= self.newest:
+            return False
+        return bool(self._known[step % self.length])
+
+    def values(self, number: int, steps: Iterable[int]) -> list[float]:
+        """Of steps that are known."""
+        values = self._gpus.get(number)
+        if values is None:
+            return [0.0 for _ in steps]
+        return [values[step % self.length] for step in steps]
+
+    def numbers(self) -> list[int]:
+        return list(self._gpus)
+
+
+@dataclass(slots=True)
+class ClockWatch:
+    """Whether wall time is to be believed. `offset_ms` is wall time less the monotonic clock as it
+    was believed last; `doubted` another one and since when; `behind_since_ms`: since when the time
+    is more than a day before the newest sample."""
+
+    offset_ms: int | None = None
+    doubted: tuple[int, int] | None = None
+    behind_since_ms: int | None = None
+
+    def believes(self, now_ms: int, unix_ms: int, newest_minute: int | None) -> bool:
+        """Call it at each tick. A clock that is far behind is believed after a day: then it was
+        wrong before, and what was sampled then has to go."""
+        newest_ms = unix_ms if newest_minute is None else newest_minute * MINUTE_MS
+        if newest_ms - unix_ms > DAY_MS:
+            if self.behind_since_ms is None:
+                self.behind_since_ms = now_ms
+            if now_ms - self.behind_since_ms < DAY_MS:
+                return False
+        self.behind_since_ms = None
+        offset_ms = unix_ms - now_ms
+        if self.offset_ms is None:
+            sound = unix_ms - newest_ms <= ABSENCE_MS
+        else:
+            sound = abs(offset_ms - self.offset_ms) <= JUMP_MS
+        if not sound:
+            if self.doubted is None or abs(self.doubted[0] - offset_ms) > JUMP_MS:
+                self.doubted = offset_ms, now_ms
+            if now_ms - self.doubted[1] < SETTLE_MS:
+                return False
+        # A clock that is slewed moves on by a little at each look.
+        self.offset_ms, self.doubted = offset_ms, None
+        return True
+
+    @property
+    def doubts(self) -> bool:
+        return self.doubted is not None or self.behind_since_ms is not None
+
+
+@dataclass(slots=True)
+class Counted:
+    """What was counted at the last sample (`demand_samples.py`), so that the next one looks at what
+    is new. `held`: by open attempt its job, and what it counts as; `sums` are those of it.
+    `group_of`: by waiting job a number of `groups`, which has one for all that ask for the same."""
+
+    held: dict[str, tuple[int, tuple[tuple[Series, float], ...]]] = field(default_factory=dict)
+    sums: dict[Series, float] = field(default_factory=dict)
+    group_of: dict[int, int] = field(default_factory=dict)
+    groups: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DemandHistory:
+    """All samples."""
+
+    clock: ClockWatch = field(default_factory=ClockWatch)
+    counted: Counted = field(default_factory=Counted)
+    _numbers: dict[Series, int] = field(default_factory=dict)
+    _types: dict[str, None] = field(default_factory=dict)
+    # The sums over projects, by type and class: below zero, so that no record can name one.
+    _sums: dict[Series, int] = field(default_factory=dict)
+    _sum_of: dict[int, int] = field(default_factory=dict)
+    _rings: dict[int, _Ring] = field(
+        default_factory=lambda: {period: _Ring(length) for period, length in KEPT_STEPS.items()}
+    )
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def load(self, log: DemandLog) -> None:
+        """Take over what is durable; call once, before the first sample."""
+        for known in log.series:
+            self._name(known.number, known.series)
+        for row in log.rows:
+            ring = self._rings.get(row.period_min)
+            if ring is not None and (ring.newest is None or row.step > ring.newest):
+                ring.put(row.step, self._with_sums(dict(zip(row.numbers, row.gpus, strict=True))))
+
+    @property
+    def oldest_minute(self) -> int | None:
+        """That is known, of those that are kept by the minute."""
+        ring = self._rings[1]
+        if ring.newest is None:
+            return None
+        first = max(0, ring.newest - ring.length + 1)
+        return next(step for step in range(first, ring.newest + 1) if ring.is_known(step))
+
+    @property
+    def newest_minute(self) -> int | None:
+        return self._rings[1].newest
+
+    def newest_step(self, period_min: int) -> int | None:
+        return self._rings[period_min].newest
+
+    def put(self, minute: int, wanted: Mapping[Series, float]) -> list[DemandRecord]:
+        """A sample, later than all before; returns what has to be durable."""
+        records: list[DemandRecord] = []
+        gpus: dict[int, float] = {}
+        for series, count in wanted.items():
+            if count:
+                number = self._number(series, records)
+                gpus[number] = gpus.get(number, 0.0) + count
+        newest = self.newest_minute
+        if newest is not None:
+            # Of a step that nobody was there to end.
+            records += self._end_steps(newest, before_minute=minute)
+        records.append(self._put(1, minute, gpus))
+        records += self._end_steps(minute, before_minute=minute + 1)
+        return records
+
+    def _end_steps(self, minute: int, before_minute: int) -> list[DemandRecord]:
+        """The coarser steps that this minute belongs to, where they are over by then."""
+        records: list[DemandRecord] = []
+        for period_min, ring in self._rings.items():
+            step = minute // period_min
+            over = (step + 1) * period_min <= before_minute
+            if period_min > 1 and over and (ring.newest is None or ring.newest < step):
+                means = self._means(step * period_min, period_min)
+                if means is not None:
+                    records.append(self._put(period_min, step, means))
+        return records
+
+    def _put(self, period_min: int, step: int, gpus: Mapping[int, float]) -> PutDemand:
+        self._rings[period_min].put(step, self._with_sums(gpus))
+        return PutDemand(DemandRow(period_min, step, tuple(gpus), tuple(gpus.values())))
+
+    def _means(self, first: int, count: int) -> dict[int, float] | None:
+        ring = self._rings[1]
+        known = [minute for minute in range(first, first + count) if ring.is_known(minute)]
+        if 2 * len(known) < count:
+            return None
+        sums = {number: sum(ring.values(number, known)) for number in ring.numbers() if number >= 0}
+        return {number: round(s / len(known), 3) for number, s in sorted(sums.items()) if s}
+
+    def rewind(self, minute: int) -> DropDemand:
+        """Samples of later minutes never were."""
+        for period_min, ring in self._rings.items():
+            ring.rewind((minute + 1) // period_min - 1)
+        return DropDemand(minute)
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _number(self, series: Series, records: list[DemandRecord]) -> int:
+        if series not in self._numbers:
+            if series.gpu_type not in self._types and len(self._types) >= GPU_TYPES_MAX:
+                series = Series(OTHER, OTHER, series.job_class)
+            elif len(self._numbers) >= SERIES_MAX:
+                series = Series(series.gpu_type, OTHER, series.job_class)
+        if series not in self._numbers:
+            records.append(PutDemandSeries(len(self._numbers), series))
+            self._name(len(self._numbers), series)
+        return self._numbers[series]
+
+    def _name(self, number: int, series: Series) -> None:
+        self._numbers[series] = number
+        if series.gpu_type != OTHER:
+            self._types[series.gpu_type] = None
+        whole = Series(series.gpu_type, "", series.job_class)
+        self._sum_of[number] = self._sums.setdefault(whole, -1 - len(self._sums))
+
+    def _with_sums(self, gpus: Mapping[int, float]) -> dict[int, float]:
+        summed = dict(gpus)
+        for number, count in gpus.items():
+            whole = self._sum_of[number]
+            summed[whole] = summed.get(whole, 0.0) + count
+        return summed
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def series(self) -> list[Series]:
+        """Those that were ever wanted, in the order in which they came."""
+        return list(self._numbers)
+
+    def gpu_types(self) -> list[str]:
+        return sorted(dict.fromkeys(series.gpu_type for series in self._numbers))
+
+    def read(
+        self, period_min: int, first_step: int, count: int, which: Series = Series()
+    ) -> list[float | None]:
+        """Demand of `count` steps from the first on, summed over what `which` leaves open; `None`
+        where it is unknown."""
+        ring = self._rings[period_min]
+        steps = [step for step in range(first_step, first_step + count) if ring.is_known(step)]
+        total = [0.0] * len(steps)
+        for series, number in (self._numbers if which.project else self._sums).items():
+            if matches(which, series):
+                values = ring.values(number, steps)
+                total = [had + more for had, more in zip(total, values, strict=True)]
+        found: list[float | None] = [None] * count
+        for step, gpus in zip(steps, total, strict=True):
+            found[step - first_step] = gpus
+        return found
+
+
+def matches(which: Series, series: Series) -> bool:
+    """Whether it is one of what `which` leaves open."""
+    return (
+        which.gpu_type in ("", series.gpu_type)
+        and which.project in ("", series.project)
+        and which.job_class in ("", series.job_class)
+    )

@@ -1,0 +1,438 @@
+"""The plan of the fleet's size in the live coordinator: what it sees, and what follows from it.
+
+Problem: `scaling.py` knows boxes and outlooks, and the fleet is nodes that fall ill, jobs that come
+between two looks, and people who have closed some of it. Whoever translates wrongly switches off
+what is needed.
+
+How, each `interval_ms`:
+1. Every node with GPUs becomes a box. One that a person or its health has closed, or that is not in
+   touch without having been switched off, is closed: no capacity, and never touched. One that holds
+   what lies nowhere else is `uploading`. A node is idle since the last time that something ran.
+2. The plan is made, its decisions become records (`scale_records.py`), and are logged.
+3. Only where the mode is `act` anything follows: nodes that are to take no new work are closed to
+   it, those that may go are drained by handoff and ordered off, those that are needed are started
+   (`power.py`). In `advise` the same is proposed, and done when a person agrees.
+4. A queued job whose last checkpoint lies only on nodes that are off gets one of them started, in
+   any mode: that is no matter of demand.
+
+The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unless one is
+configured; without a driver it is never `act`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from coordinator.core import checkpoints, demand_forecast, gpu_types, odds, power, scaling
+from coordinator.core.boot_times import BootTimes
+from coordinator.core.capacity_model import Box, Outlook, Power
+from coordinator.core.capacity_orders import Verb
+from coordinator.core.demand_history import MINUTE_MS, Series
+from coordinator.core.messages import Refusal, RefusalKind
+from coordinator.core.model import JobClass
+from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
+from coordinator.core.scale_records import (
+    RECORDS_MAX,
+    Choice,
+    Deed,
+    PutScaleRecord,
+    ScaleRecord,
+    hindsight,
+)
+from coordinator.core.scale_requests import (
+    ApproveScaling,
+    GetPlan,
+    GetScaleRecord,
+    ListScaleRecords,
+    PlanPage,
+    ScaleAnswer,
+    ScalePage,
+    ScaleRequest,
+    TypePlan,
+)
+from coordinator.core.scaling import Action, Decision, Mode, Plan, Rules
+from coordinator.core.state import Instant, LiveNode, State
+
+HISTORY_MS = 14 * 86_400_000
+# A node that is to go and cannot for so long is wanted for something: it stays.
+LEAVE_MS_MAX = 3_600_000
+RECORDS_SHOWN = 20
+UNKNOWN_TYPE = "no GPUs"
+
+
+# --- each minute ----------------------------------------------------------------------------------
+
+
+def tick(state: State, now: Instant) -> None:
+    scaler, options = state.scaler, state.options.scaling
+    if scaler.due_ms is None:  # a forecast comes with the first minute
+        scaler.due_ms = now.now_ms + options.interval_ms
+    if scaler.due_ms > now.now_ms:
+        return
+    scaler.due_ms = now.now_ms + options.interval_ms
+    _note_use(state, now)
+    mode, _ = mode_of(state, now)
+    outlooks = demand_forecast.outlooks(state, now)
+    rules = replace(options.rules, mode=mode, boots=power.boot_times(state))
+    boxes = [box_of(state, now, live) for live in state.nodes.values() if live.node.gpus]
+    plan = scaling.plan(now.now_ms, boxes, outlooks, rules, scaler.memory)
+    scaler.memory, scaler.made = plan.memory, (now.now_ms, now.unix_ms)
+    for decision in plan.decisions:
+        if decision.alternatives or _deeds(plan, decision):  # else nobody could weigh anything
+            _record(state, now, plan, decision, mode)
+    if mode is Mode.ACT:
+        _mark(state, now, plan)
+        for action in plan.actions:
+            _carry_out(state, now, action.verb, action.nodes, _why(state, action))
+    else:
+        _unmark(state, now)
+    _wake_holders(state, now)
+    _look_back(state, now)
+
+
+def mode_of(state: State, now: Instant) -> tuple[Mode, str]:
+    """What is in force, and why."""
+    options, acts = state.options.scaling, state.options.power.acts
+    if options.mode is Mode.ACT and not acts:
+        return Mode.ADVISE, "`act` is configured, and no driver that could switch a node"
+    if options.mode is not None:
+        return options.mode, "as it is configured"
+    days = _history_ms(state, now) / 86_400_000
+    if days < HISTORY_MS / 86_400_000:
+        return Mode.OBSERVE, f"there are {days:.1f} days of demand, and 14 are wanted first"
+    return Mode.ADVISE, "there are 14 days of demand; `scaling_mode` may say `act`"
+
+
+def _history_ms(state: State, now: Instant) -> int:
+    """Since the oldest minute that is known of the last fourteen days, if that long."""
+    count = HISTORY_MS // MINUTE_MS
+    oldest = state.demand_history.oldest_minute
+    return 0 if oldest is None else min(count, now.unix_ms // MINUTE_MS - oldest) * MINUTE_MS
+
+
+def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mode) -> None:
+    scaler, outlook = state.scaler, decision.outlook
+    scaler.last_number += 1
+    record = ScaleRecord(
+        scaler.last_number,
+        now.unix_ms,
+        decision.gpu_type,
+        mode.value,
+        decision.sentence,
+        decision.level,
+        outlook.running_gpus,
+        outlook.queued_gpus,
+        outlook.guaranteed_gpus,
+        decision.there_gpus,
+        decision.need_gpus,
+        decision.keep_gpus,
+        outlook.soon_gpus,
+        outlook.later_gpus,
+        outlook.coverage,
+        tuple(Choice(each.name, each.gpus, each.usd) for each in decision.alternatives),
+        decision.rail.name.lower() if decision.rail else "",
+        decision.rail.value if decision.rail else "",
+        _deeds(plan, decision),
+        state.options.scaling.rules.later_ms // MINUTE_MS,
+    )
+    _put(state, record)
+    scaler.proposed.pop(record.gpu_type, None)
+    if any(deed.state == "proposed" for deed in record.deeds):
+        scaler.proposed[record.gpu_type] = record.number
+    state.log(
+        "info", "scale.decided", decision=record.id, gpu_type=record.gpu_type, mode=record.mode,
+        reason=record.sentence,
+    )  # fmt: skip
+
+
+def _put(state: State, record: ScaleRecord) -> None:
+    records = state.scaler.records
+    records[record.number] = record
+    if len(records) > RECORDS_MAX:
+        del records[next(iter(records))]
+    state.records.append(PutScaleRecord(record))
+
+
+def _deeds(plan: Plan, decision: Decision) -> tuple[Deed, ...]:
+    return tuple(
+        Deed(action.verb.value, action.nodes, state)
+        for actions, state in ((plan.actions, "done"), (plan.proposed, "proposed"))
+        for action in actions
+        if action.decision == decision.id
+    )
+
+
+def _why(state: State, action: Action) -> str:
+    """Its decision is the newest of its type, and has just become a record."""
+    found = [each for each in state.scaler.records.values() if each.gpu_type == action.gpu_type]
+    return f"{found[-1].id}, {found[-1].sentence}"
+
+
+# --- what follows ---------------------------------------------------------------------------------
+
+
+def _mark(state: State, now: Instant, plan: Plan) -> None:
+    """Nodes that are to take no new work are closed to it, and all others are open."""
+    leaving = dict.fromkeys(plan.leaving)
+    for live in list(state.nodes.values()):
+        its = live.node.power
+        if live.node.id in leaving:
+            if its.phase is Power.ON and live.node.intent is NodeIntent.OPEN:
+                power.leave(state, now, live, "it is not expected to be missed")
+        elif its.phase is Power.LEAVING and its.ours:
+            power.stay(state, now, live, "it is needed")
+
+
+def _unmark(state: State, now: Instant) -> None:
+    """Nobody marks nodes in this mode: those are open that were marked before, and those that a
+    person has let go and that have not got away."""
+    for node_id in list(state.indices.switched):
+        live = state.nodes[node_id]
+        its = live.node.power
+        if its.phase is not Power.LEAVING or not its.ours:
+            continue
+        tried_ms = now.unix_ms - its.since_unix_ms
+        if live.node.intent is NodeIntent.CORDONED or tried_ms > LEAVE_MS_MAX:
+            power.stay(state, now, live, "it is needed, or nobody wants it off any more")
+
+
+def _carry_out(
+    state: State, now: Instant, verb: Verb, names: tuple[str, ...], why: str
+) -> list[str]:
+    """Returns the nodes for which there was nothing to do any more."""
+    left = []
+    for name in names:
+        live = state.nodes.get(name)
+        its = None if live is None else live.node.power.phase
+        if live is not None and verb is Verb.RESUME and its is Power.OFF:
+            power.start(state, now, live, why)
+        elif live is not None and verb is Verb.SUSPEND and _may_go(live):
+            power.go(state, now, live, why)
+        else:
+            left.append(name)
+    return left
+
+
+def _may_go(live: LiveNode) -> bool:
+    if live.phase is not NodePhase.UP:
+        return False
+    its = live.node.power
+    fresh = its.phase is Power.ON and live.node.intent is NodeIntent.OPEN
+    return fresh or (its.phase is Power.LEAVING and its.ours)
+
+
+def _wake_holders(state: State, now: Instant) -> None:
+    if not state.options.power.acts or not state.indices.switched:
+        return
+    for job_id in state.queued:
+        job = state.jobs[job_id]
+        if not checkpoints.head_within_reach(state, job):
+            continue
+        head = state.good_checkpoints(job)[0]
+        for piece in head.pieces:
+            if state.piece_reachable(piece):
+                continue
+            holders = [state.nodes[name] for name in piece.replicas if name in state.nodes]
+            if any(live.node.power.phase is Power.STARTING for live in holders):
+                continue
+            for live in holders:
+                if live.node.power.phase is Power.OFF and live.node.power.ours:
+                    why = f"the last checkpoint of job {job_id} lies on no node that is on"
+                    power.start(state, now, live, why)
+                    break
+
+
+def _look_back(state: State, now: Instant) -> None:
+    """Decisions whose time is over are judged by what came."""
+    rules = state.options.scaling.rules
+    newest = state.demand_history.newest_minute
+    for record in [each for each in state.scaler.records.values() if each.hindsight is None]:
+        first = record.unix_ms // MINUTE_MS + 1
+        if newest is None or not record.minutes or first + record.minutes > newest:
+            continue
+        if newest - first > HISTORY_MS // MINUTE_MS:
+            continue
+        came = state.demand_history.read(1, first, record.minutes, Series(record.gpu_type))
+        found = hindsight(record, came, rules.wait_usd_per_gpu_h, rules.idle_usd_per_gpu_h)
+        if found is not None:
+            _put(state, replace(record, hindsight=found))
+
+
+# --- what a plan sees -----------------------------------------------------------------------------
+
+
+def _note_use(state: State, now: Instant) -> None:
+    """Who is used now; `attempts.assign` says it of whoever comes and ends in between."""
+    for live in state.nodes.values():
+        if live.attempts or live.strays or not live.used_ms:
+            live.used_ms = max(1, now.now_ms)
+
+
+def type_of(live: LiveNode) -> str:
+    """Of several that of which there are most."""
+    names = [gpu_types.key_of(gpu.name, gpu.memory_bytes) for gpu in live.node.gpus]
+    return max(names, key=names.count) if names else UNKNOWN_TYPE
+
+
+def is_closed(live: LiveNode) -> bool:
+    """A person or its health has closed it, or it is in no touch and was not switched off."""
+    node = live.node
+    shut = node.intent is not NodeIntent.OPEN and not node.power.ours
+    away = live.phase is not NodePhase.UP and node.power.phase in (Power.ON, Power.LEAVING)
+    all_ill = len(node.gpu_cordons) >= len(node.gpus)
+    return shut or away or bool(node.closed_for) or all_ill
+
+
+def box_of(state: State, now: Instant, live: LiveNode) -> Box:
+    its = live.node.power
+
+    def monotonic_ms(unix_ms: int) -> int:
+        return now.now_ms - max(0, now.unix_ms - unix_ms)
+
+    classes = [state.jobs[state.attempts[one].job_id].spec.job_class for one in live.attempts]
+    busy = bool(live.attempts or live.strays)
+    on = its.phase in (Power.ON, Power.LEAVING)
+    return Box(
+        live.node.id,
+        power.model_of(live.node),
+        type_of(live),
+        len(live.node.gpus) - len(live.node.gpu_cordons),
+        its.phase,
+        monotonic_ms(its.since_unix_ms),
+        its.source,
+        held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
+        idle_ms=0 if busy or not on else live.used_ms,
+        guaranteed=JobClass.GUARANTEED in classes,
+        uploading=on and not busy and bool(power.why_needed(state, live)),
+        closed=is_closed(live),
+        starts_ms=tuple(map(monotonic_ms, its.starts_unix_ms)),
+        boot_failures=its.boot_failures,
+    )
+
+
+# --- what people ask ------------------------------------------------------------------------------
+
+
+def answer(state: State, now: Instant, body: ScaleRequest) -> ScaleAnswer | Refusal:
+    match body:
+        case GetPlan():
+            return plan_page(state, now)
+        case ListScaleRecords():
+            return list_records(state, body)
+        case GetScaleRecord():
+            return get_record(state, body)
+        case ApproveScaling():
+            return approve(state, now, body)
+
+
+def plan_page(state: State, now: Instant) -> PlanPage:
+    scaler, rules = state.scaler, state.options.scaling.rules
+    mode, why = mode_of(state, now)
+    boxes: dict[str, list[Box]] = {}
+    for live in state.nodes.values():
+        if live.node.gpus:
+            boxes.setdefault(type_of(live), []).append(box_of(state, now, live))
+    outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
+    newest = {record.gpu_type: record for record in scaler.records.values()}
+    names = sorted(dict.fromkeys([*boxes, *outlooks]))
+    boots = power.boot_times(state)
+    return PlanPage(
+        mode.value,
+        why,
+        state.options.power.acts,
+        rules.level,
+        tuple(
+            _type_plan(
+                name, boxes.get(name, []), outlooks, newest.get(name), rules=rules, boots=boots
+            )
+            for name in names
+        ),
+        tuple(scaler.records[number] for number in scaler.proposed.values()),
+        None if scaler.made is None else scaler.made[1],
+    )
+
+
+def _type_plan(
+    name: str,
+    boxes: list[Box],
+    outlooks: Mapping[str, Outlook],
+    record: ScaleRecord | None,
+    *,
+    rules: Rules,
+    boots: BootTimes,
+) -> TypePlan:
+    outlook = outlooks.get(name, Outlook(name, 0, 0, 0))
+    able = [box for box in boxes if not box.closed]
+    by_power = {p: sum(box.gpus for box in able if box.power is p) for p in Power}
+    need = max(outlook.guaranteed_gpus, outlook.running_gpus + outlook.queued_gpus)
+    keep = need
+    if outlook.soon_gpus and not outlook.stale:
+        need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)))
+    if outlook.later_gpus and not outlook.stale:
+        keep = max(need, math.ceil(odds.at_level(outlook.later_gpus, rules.level)))
+    there = by_power[Power.ON] + by_power[Power.LEAVING] + by_power[Power.STARTING]
+    return TypePlan(
+        name,
+        by_power[Power.ON],
+        sum(box.gpus - box.held_gpus for box in able if box.power is Power.ON),
+        by_power[Power.LEAVING] + by_power[Power.STOPPING],
+        by_power[Power.STARTING],
+        by_power[Power.OFF],
+        by_power[Power.FAILED],
+        sum(box.gpus for box in boxes if box.closed),
+        outlook.running_gpus,
+        outlook.queued_gpus,
+        outlook.guaranteed_gpus,
+        need,
+        keep,
+        min(max(need, min(there, keep)), there + by_power[Power.OFF]),
+        max((boots.of(box.model) for box in boxes), default=0),
+        outlook.soon_gpus,
+        outlook.later_gpus,
+        outlook.coverage,
+        outlook.stale,
+        "" if record is None else f"{record.id}: {record.sentence}",
+    )
+
+
+def list_records(state: State, body: ListScaleRecords) -> ScalePage:
+    found = [
+        record
+        for record in reversed(state.scaler.records.values())
+        if body.gpu_type in ("", record.gpu_type)
+    ]
+    return ScalePage(tuple(found[: body.count or RECORDS_SHOWN]))
+
+
+def get_record(state: State, body: GetScaleRecord) -> ScalePage | Refusal:
+    record = state.scaler.records.get(body.number)
+    if record is None:
+        kept = f"the newest {RECORDS_MAX} decisions are kept"
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no decision scale-{body.number}; {kept}")
+    return ScalePage((record,))
+
+
+def approve(state: State, now: Instant, body: ApproveScaling) -> ScalePage | Refusal:
+    """What the newest decision about a GPU type proposes; an older one went by an older fleet."""
+    record = state.scaler.records.get(body.number)
+    if record is None:
+        return get_record(state, GetScaleRecord(body.number))
+    if state.scaler.proposed.get(record.gpu_type) != record.number:
+        sentence = f"{record.id} proposes nothing that is still to be done"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if not state.options.power.acts:
+        sentence = f"{record.id} cannot be carried out: no driver is configured"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    del state.scaler.proposed[record.gpu_type]
+    deeds = []
+    for deed in record.deeds:
+        why = f"{record.id}, approved by a person"
+        left = _carry_out(state, now, Verb(deed.verb), deed.nodes, why)
+        done = tuple(name for name in deed.nodes if name not in left)
+        deeds.append(replace(deed, nodes=done, state="approved"))
+    if not any(deed.nodes for deed in deeds):
+        sentence = f"the fleet has changed since {record.id}: nothing of it is left to be done"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    record = replace(record, deeds=tuple(deeds))
+    _put(state, record)
+    return ScalePage((record,))

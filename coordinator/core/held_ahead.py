@@ -1,0 +1,129 @@
+"""How many of the GPUs that are held now still are in some time, as far as anybody can say.
+
+Problem: a forecast that looks at sums alone does not know that the largest job says that it ends in
+ten minutes, or that another has a day to go. What is known of those who run is known demand.
+
+How: of an attempt whose trainer says how many steps it has, and is seen to make them, the end is
+known (`foresight.py`): it is held for certain until then, and not after. Of one that says nothing
+the age is known, and that is all: jobs whose lives differ by orders of magnitude are as likely to
+last as long again as not, so after `k` more it is there with the chance `age / (age + k)` (as
+`reservations.py` takes it; for a Pareto tail of index one it is exact). What is reserved for a job
+that waits is taken by it when it comes free.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from coordinator.core import foresight
+from coordinator.core.demand_history import Series, matches
+from coordinator.core.demand_messages import HeldAhead
+from coordinator.core.model import Attempt
+from coordinator.core.state import Instant, State
+
+MINUTE_MS: Final = 60_000
+# Whoever has just begun has not lived for no time at all: most that fail do so within it.
+AGE_MS_MIN: Final = MINUTE_MS
+# Where it is asked each minute, in the loop: of more than these every second is looked at, or every
+# third, and so on, some microseconds each.
+HOLDERS_MAX: Final = 1_000
+# When it is looked how many have come free; in between they come free evenly.
+LOOKS_MIN: Final = (1, 2, 5, 10, 20, 30, 60, 120, 240, 480, 960, 1_440, 2_880, 5_760, 10_080)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """`end_ms`: when it leaves, in milliseconds from now; `None`: nobody knows, but it is `age_ms`
+    old. `kept_ratio` of its GPUs are reserved for somebody else until `kept_ms` from now."""
+
+    gpus: float
+    end_ms: int | None
+    age_ms: int
+    kept_ratio: float
+    kept_ms: int
+
+
+def held_ahead(
+    state: State, now: Instant, which: Series, ahead_min: Sequence[int]
+) -> tuple[float, tuple[HeldAhead, ...]]:
+    """How many are held now, and for each of these minutes how many then are."""
+    holders = [holder for _, holder in _holders(state, now, which)]
+    found = []
+    for minutes in ahead_min:
+        certain = expected = 0.0
+        for holder in holders:
+            stays, likely = _chances(holder, minutes * MINUTE_MS)
+            certain += holder.gpus * stays
+            expected += holder.gpus * likely
+        found.append(HeldAhead(minutes, round(certain, 3), round(expected, 3)))
+    return round(sum(holder.gpus for holder in holders), 3), tuple(found)
+
+
+def frees_ms(state: State, now: Instant, needed: Mapping[str, float]) -> dict[str, int]:
+    """By GPU type: after how long so many GPUs of those that are held are expected to have come
+    free for somebody else. What is not expected within a week is left out."""
+    every = 1 + len(state.demand_history.counted.held) // HOLDERS_MAX
+    by_type: dict[str, list[_Holder]] = {gpu_type: [] for gpu_type in needed}
+    for gpu_type, holder in _holders(state, now, Series(), every) if needed else ():
+        if gpu_type in by_type:
+            by_type[gpu_type].append(holder)
+    found: dict[str, int] = {}
+    for gpu_type, gpus in needed.items():
+        earlier_min, had = 0, 0.0
+        for minutes in LOOKS_MIN:
+            freed = sum(
+                holder.gpus * (1.0 - _chances(holder, minutes * MINUTE_MS)[1])
+                for holder in by_type[gpu_type]
+            )
+            if freed >= gpus:
+                part = (gpus - had) / (freed - had)
+                found[gpu_type] = round((earlier_min + part * (minutes - earlier_min)) * MINUTE_MS)
+                break
+            earlier_min, had = minutes, freed
+    return found
+
+
+def _chances(holder: _Holder, ahead_ms: int) -> tuple[float, float]:
+    """For certain, and with which chance, of each of its GPUs."""
+    if holder.end_ms is None:
+        stays, likely = 0.0, holder.age_ms / (holder.age_ms + ahead_ms)
+    else:
+        stays = likely = float(holder.end_ms > ahead_ms)
+    if holder.kept_ms > ahead_ms:
+        stays += (1.0 - stays) * holder.kept_ratio
+    likely += (1.0 - likely) * holder.kept_ratio
+    return stays, likely
+
+
+def _holders(
+    state: State, now: Instant, which: Series, every: int = 1
+) -> list[tuple[str, _Holder]]:
+    """With the GPU type of each; `every` so many of them is looked at, and stands for as many."""
+    kept_ms = {
+        uuid: reservation.until_ms - now.now_ms
+        for reservation in state.reservations.values()
+        for place in reservation.places
+        for uuid in place.gpu_uuids
+    }
+    found = []
+    for attempt_id in list(state.demand_history.counted.held)[::every]:
+        job_id, counts = state.demand_history.counted.held[attempt_id]
+        attempt = state.attempts.get(attempt_id)
+        mine = [(series, gpus) for series, gpus in counts if matches(which, series)]
+        if attempt is None or not mine or job_id in state.queued:
+            continue
+        kept = [kept_ms[uuid] for uuid in attempt.gpu_uuids if uuid in kept_ms] if kept_ms else []
+        end_ms = _end_ms(state, now, attempt)
+        age_ms = max(AGE_MS_MIN, now.unix_ms - attempt.assigned_unix_ms)
+        ratio = len(kept) / len(attempt.gpu_uuids)
+        for series, gpus in mine:
+            holder = _Holder(gpus * every, end_ms, age_ms, ratio, min(kept, default=0))
+            found.append((series.gpu_type, holder))
+    return found
+
+
+def _end_ms(state: State, now: Instant, attempt: Attempt) -> int | None:
+    """Rank 0 speaks for all."""
+    first = state.current(state.jobs[attempt.job_id]) if attempt.rank else attempt
+    at_ms = None if first is None else foresight.end_ms(state, now, first)
+    return None if at_ms is None else at_ms - now.now_ms

@@ -1,0 +1,88 @@
+"""What is durable of a node's power, and what it means for those who look at the node.
+
+Problem: a node that was switched off says nothing, and nor does one that has died. Only a record of
+what was ordered tells them apart, and it must outlive the coordinator: else its successor mourns
+every node that sleeps, or orders twice what was ordered once. So each node has its power phase in
+its own record, with a count of changes: node and count together are the key of the order that
+follows from the phase, and the same phase makes the same order again.
+"""
+
+from dataclasses import dataclass
+
+from coordinator.core.capacity_model import Power, Source
+
+# Boot times of one node that are kept: enough for a p95 of a fleet's worth of like nodes, and a
+# node whose firmware was mended is believed after so many.
+BOOTS_MAX = 16
+# Starts that are kept, of those within a day. Whoever has been switched on oftener than so is long
+# beyond every limit that a plan may have.
+STARTS_MAX = 16
+DAY_MS = 86_400_000
+# On purpose there is no word of it, or need not be.
+SILENT = (Power.STOPPING, Power.OFF, Power.STARTING, Power.FAILED)
+# It has no power, as far as we know.
+DARK = (Power.OFF, Power.STARTING, Power.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class PowerOptions:
+    """What an operator may set. `acts`: there is somebody who switches nodes; without, nothing is
+    ever ordered. A start that has not led to a hello within `boot_deadline_ms` has failed, and is
+    tried `boot_retries` times more, each `boot_retry_ms` after the last one failed at the
+    earliest. A node that is heard `stop_deadline_ms` after it was ordered off stays on."""
+
+    acts: bool = False
+    boot_deadline_ms: int = 1_200_000
+    boot_retries: int = 2
+    boot_retry_ms: int = 60_000
+    stop_deadline_ms: int = 600_000
+    # Of a node model that has never been started: a server's firmware tests its memory for as long.
+    boot_guess_ms: int = 540_000
+
+
+@dataclass(frozen=True, slots=True)
+class NodePower:
+    """`changes` counts changes of phase; `since_unix_ms` is when the last one was. `ours`: we have
+    closed the node for this, and open it when it is back; a person who closes it meanwhile makes it
+    his. `reason` is why it is in its phase, a sentence without its subject. `starts_unix_ms` are
+    the starts of the last day, `boots_ms` how long the last ones took, both oldest first;
+    `boot_failures` are those in a row."""
+
+    phase: Power = Power.ON
+    changes: int = 0
+    since_unix_ms: int = 0
+    ours: bool = False
+    reason: str = ""
+    starts_unix_ms: tuple[int, ...] = ()
+    boots_ms: tuple[int, ...] = ()
+    boot_failures: int = 0
+    source: Source = Source.OWNED
+
+
+def silent(power: NodePower) -> bool:
+    """Nobody need be alarmed when such a node is not heard."""
+    return power.phase in SILENT
+
+
+def describe(power: NodePower, boot_ms: int) -> str:
+    """Why the node takes no work, in one sentence; empty where power is no reason."""
+    match power.phase:
+        case Power.ON:
+            return ""
+        case Power.LEAVING:
+            return f"it is emptied to be switched off: {power.reason}"
+        case Power.STOPPING:
+            return f"it is being switched off: {power.reason}"
+        case Power.OFF:
+            return f"off: {power.reason}; starts within about {minutes(boot_ms)}"
+        case Power.STARTING:
+            return f"it is starting: {power.reason}; takes about {minutes(boot_ms)}"
+        case Power.FAILED:
+            return f"it did not start: {power.reason}"
+
+
+def minutes(duration_ms: int) -> str:
+    """For people: "9 min"; "40 s" below two of them."""
+    if duration_ms < 120_000:
+        return f"{-(-duration_ms // 1000)} s"
+    return f"{-(-duration_ms // 60_000)} min"

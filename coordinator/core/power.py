@@ -1,0 +1,362 @@
+"""Nodes are emptied, switched off, and switched on again; and what is believed of them meanwhile.
+
+Problem: a driver of power may hang, lie, or do a thing twice, and the coordinator may die between
+the decision and the order. Whoever believes the driver loses jobs; whoever orders from memory
+orders twice, or never.
+
+How:
+1. A node goes `on` -> `leaving` (closed to new work, then drained by handoff) -> `stopping` ->
+   `off` -> `starting` -> `on`. The phase is durable before anything is ordered, and the order is
+   made of the phase: its key is the node and its count of changes. So a successor makes the same
+   order again, and one key is one deed. No node has two orders under way.
+2. What a driver says hurries things and proves nothing. A node is off when it has fallen silent, on
+   when it says hello. One that was ordered off and is heard after the deadline stays on; one that
+   does not come up in time is tried again, and after that left to a person (`failed`).
+3. Nothing is switched off that somebody needs: a node with an attempt, a stray, or a checkpoint
+   that lies nowhere else in reach, or the last one that could take others' copies (`why_needed`).
+4. Silence on purpose is no alarm, and no death (`node_power.silent`).
+5. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
+   person has closed is never touched here, and a node that he switches on is on.
+
+How long a boot takes is learnt for each model of node (`boot_times.py`).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from coordinator.core import checkpoints, health, nodes
+from coordinator.core.boot_times import BootTimes
+from coordinator.core.capacity_messages import Actuate, Actuated
+from coordinator.core.capacity_model import Power
+from coordinator.core.capacity_orders import CapacityOrder, Verb
+from coordinator.core.live import Given
+from coordinator.core.messages import Refusal, RefusalKind
+from coordinator.core.model import SHARED, Checkpoint, Job, Node, Part, Replication, WaitingPart
+from coordinator.core.node_power import BOOTS_MAX, DARK, DAY_MS, STARTS_MAX, NodePower, minutes
+from coordinator.core.phases import (
+    JOB_ENDED,
+    POWER_TRANSITIONS,
+    NodeIntent,
+    NodePhase,
+    advance,
+)
+from coordinator.core.state import Instant, LiveNode, State, cut
+from coordinator.core.validate import could_hold
+
+_VERBS = {Power.STOPPING: Verb.SUSPEND, Power.STARTING: Verb.RESUME}
+
+
+def leave(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """Close it to new work, so that it empties and can go. Only of a node that is on and open."""
+    assert live.node.intent is NodeIntent.OPEN, "what is closed is somebody's"
+    _change(state, now, live, Power.LEAVING, why, ours=True)
+    nodes.set_intent(state, now, live, NodeIntent.CORDONED)
+
+
+def go(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """Off with it, as soon as it is empty: what is there is handed off. Of one that is on and open,
+    or has been closed for this."""
+    if live.node.power.phase is Power.ON:
+        leave(state, now, live, why)
+    assert live.node.power.ours, "what a person has closed is a person's"
+    _note(state, live, replace(live.node.power, reason=why))
+    nodes.set_intent(state, now, live, NodeIntent.DRAINING, f"{live.node.id} is emptied: {why}")
+    _leaving(state, now, live)
+
+
+def stay(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """It was to go, and does not."""
+    _change(state, now, live, Power.ON, why, ours=False)
+    nodes.set_intent(state, now, live, NodeIntent.OPEN)
+    health.react(state, now, live)
+
+
+def start(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """Of a node that is off, or did not come up before."""
+    power = live.node.power
+    since_unix_ms = now.unix_ms - DAY_MS
+    starts = [at for at in power.starts_unix_ms if at > since_unix_ms][1 - STARTS_MAX :]
+    _change(
+        state, now, live, Power.STARTING, why,
+        starts_unix_ms=(*starts, now.unix_ms), boot_failures=0,
+    )  # fmt: skip
+    _given(state, now, live, fresh=True)
+
+
+def person_says(
+    state: State, now: Instant, live: LiveNode, intent: NodeIntent
+) -> Refusal | NodeIntent | None:
+    """From here on the node is as a person wants it. Returns the intent that is left to be set;
+    `None`: none, it opens when it is back."""
+    power, name = live.node.power, live.node.id
+    if power.phase is Power.ON:
+        return intent
+    if power.phase is Power.LEAVING:
+        _change(state, now, live, Power.ON, "a person has spoken", ours=False)
+        return intent
+    if intent is not NodeIntent.OPEN:
+        _note(state, live, replace(power, ours=False))
+        return intent
+    if power.phase is Power.STOPPING:
+        sentence = f"{name} is being switched off; once it is, `baton uncordon {name}` starts it"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if power.phase is not Power.STARTING and not state.options.power.acts:
+        sentence = f"{name} is off, and nobody here can switch it on: no driver is configured"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    _note(state, live, replace(power, ours=True))
+    if power.phase is not Power.STARTING:
+        start(state, now, live, "a person wants it")
+    return None
+
+
+# --- what happens ---------------------------------------------------------------------------------
+
+
+def hello(state: State, now: Instant, live: LiveNode) -> None:
+    """It speaks. If it had no power, it has: whoever gave it."""
+    power = live.node.power
+    if power.phase not in DARK:
+        return
+    given = state.switching.given.get(live.node.id)
+    boots_ms, starts = power.boots_ms, power.starts_unix_ms
+    why = "it was started"
+    if power.phase is not Power.STARTING:
+        why = "it was switched on by somebody else, or never off"
+        starts = (*starts, now.unix_ms)[-STARTS_MAX:]
+    elif given is not None and not given.again:
+        boots_ms = (*boots_ms, max(0, now.now_ms - given.at_ms))[-BOOTS_MAX:]
+        state.switching.boots = None
+    _change(
+        state, now, live, Power.ON, why,
+        ours=False, boots_ms=boots_ms, starts_unix_ms=starts, boot_failures=0,
+    )  # fmt: skip
+    if power.ours:
+        nodes.set_intent(state, now, live, NodeIntent.OPEN)
+
+
+def actuated(state: State, now: Instant, event: Actuated) -> None:
+    """A driver has spoken. Of an order that is over already it says nothing that counts."""
+    outcome = event.outcome
+    live, given = state.nodes.get(outcome.node), state.switching.given.get(outcome.node)
+    if live is None or given is None or given.key != outcome.key or given.done is not None:
+        return
+    given.done, given.answered_ms, given.reason = outcome.done, now.now_ms, cut(outcome.reason)
+    if not outcome.done:
+        state.log(
+            "warning", "node.power_failed", node=live.node.id,
+            power=live.node.power.phase.value, reason=given.reason,
+        )  # fmt: skip
+    _step(state, now, live)
+
+
+def tick(state: State, now: Instant) -> None:
+    for node_id in list(state.indices.switched):
+        _step(state, now, state.nodes[node_id])
+
+
+def _step(state: State, now: Instant, live: LiveNode) -> None:
+    match live.node.power.phase:
+        case Power.LEAVING:
+            _leaving(state, now, live)
+        case Power.STOPPING:
+            _stopping(state, now, live)
+        case Power.STARTING:
+            _starting(state, now, live)
+        case _:
+            pass
+
+
+def _leaving(state: State, now: Instant, live: LiveNode) -> None:
+    if live.phase is NodePhase.LOST:
+        stay(state, now, live, "it was lost before it was empty")
+    elif live.node.intent is NodeIntent.DRAINED and not why_needed(state, live):
+        _change(state, now, live, Power.STOPPING, live.node.power.reason)
+        _given(state, now, live, fresh=True)
+        checkpoints.retarget(state)
+
+
+def _stopping(state: State, now: Instant, live: LiveNode) -> None:
+    given = _given(state, now, live)
+    late = now.now_ms - given.at_ms >= state.options.power.stop_deadline_ms
+    if live.phase is NodePhase.LOST:
+        if given.done is not None or late:
+            _change(state, now, live, Power.OFF, live.node.power.reason)
+    elif live.phase is NodePhase.UP:
+        # It may say no and go down all the same, a little later.
+        refused = given.done is False and now.now_ms - given.answered_ms >= state.options.lease_ms
+        if refused or late:
+            _stays_on(state, now, live, given)
+
+
+def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
+    waited_s = (now.now_ms - given.at_ms) // 1000
+    why = given.reason or f"it is heard {waited_s} s after it was ordered off"
+    state.log(
+        "warning", "node.power_failed", node=live.node.id, power=Power.STOPPING.value, reason=why
+    )
+    ours = live.node.power.ours
+    _change(state, now, live, Power.ON, why, ours=False)
+    if ours:
+        nodes.set_intent(state, now, live, NodeIntent.OPEN)
+        health.react(state, now, live)
+
+
+def _starting(state: State, now: Instant, live: LiveNode) -> None:
+    given, options = _given(state, now, live), state.options.power
+    since_ms = now.now_ms - given.at_ms
+    late = since_ms >= options.boot_deadline_ms
+    if given.done is not False and not late:
+        return
+    why = given.reason if given.done is False else ""
+    why = why or f"it did not say hello within {options.boot_deadline_ms // 1000} s"
+    tries = live.node.power.boot_failures + 1
+    if tries > options.boot_retries:
+        reason = f"{why}; tried {tries} times, `baton uncordon {live.node.id}` tries again"
+        _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
+        state.log("error", "node.boot_failed", node=live.node.id, reason=reason)
+    elif since_ms >= options.boot_retry_ms:
+        reason = f"{why}; try {tries + 1} of {options.boot_retries + 1}"
+        _change(state, now, live, Power.STARTING, reason, boot_failures=tries)
+        _given(state, now, live, fresh=True)
+
+
+# --- orders ---------------------------------------------------------------------------------------
+
+
+def _given(state: State, now: Instant, live: LiveNode, *, fresh: bool = False) -> Given:
+    """The order that the node's phase calls for, given if this process has not yet. `fresh`: the
+    phase is of this very moment."""
+    node_id, power = live.node.id, live.node.power
+    given = state.switching.given.get(node_id)
+    if given is None:
+        key = f"{node_id}.{power.changes}"
+        given = state.switching.given[node_id] = Given(key, now.now_ms, again=not fresh)
+        if state.options.power.acts:
+            gpu_type = live.node.gpus[0].name if live.node.gpus else ""
+            order = CapacityOrder(key, _VERBS[power.phase], (node_id,), gpu_type)
+            state.commands.append(Actuate(order))
+    return given
+
+
+def _change(
+    state: State, now: Instant, live: LiveNode, phase: Power, reason: str, **changes: Any
+) -> None:
+    power = live.node.power
+    advance(POWER_TRANSITIONS, power.phase, phase, f"the power of {live.node.id}")
+    changed = replace(
+        power, phase=phase, reason=reason, changes=power.changes + 1,
+        since_unix_ms=now.unix_ms, **changes,
+    )  # fmt: skip
+    state.switching.given.pop(live.node.id, None)
+    _note(state, live, changed)
+    state.dirty = True
+    state.log("info", "node.power", node=live.node.id, power=phase.value, reason=reason)
+
+
+def _note(state: State, live: LiveNode, power: NodePower) -> None:
+    if power != live.node.power:
+        state.put_node(replace(live.node, power=power))
+
+
+# --- who is needed --------------------------------------------------------------------------------
+
+
+def why_needed(state: State, live: LiveNode) -> str:
+    """Why the node may not lose its power even if nothing runs there; empty: it may."""
+    if live.attempts or live.strays:
+        return "something runs there"
+    return _only_copy(state, live) or _last_standby(state, live)
+
+
+def _only_copy(state: State, live: LiveNode) -> str:
+    for job_id in state.indices.jobs_of(live.digests):
+        job = state.jobs.get(job_id)
+        if job is None or job.phase in JOB_ENDED:
+            continue
+        for piece in _wanted(state, job):
+            others = [name for name in piece.replicas if name != live.node.id]
+            here = len(others) < len(piece.replicas)
+            if here and not any(_holds_on(state, name) for name in others):
+                return f"a checkpoint of job {job_id} lies nowhere else"
+    return ""
+
+
+def _wanted(state: State, job: Job) -> list[Part | WaitingPart]:
+    """What the job goes on with, what its user has pinned, and what is becoming a checkpoint."""
+    good = state.good_checkpoints(job)
+    kept: list[Checkpoint] = [*good[:1], *(each for each in good[1:] if each.pinned)]
+    pieces: list[Part | WaitingPart] = [piece for each in kept for piece in each.pieces]
+    return [*pieces, *state.parts.get(job.id, ())]
+
+
+def _holds_on(state: State, name: str) -> bool:
+    """Whether a copy there can be read for as long as it may be wanted. Of two that leave at once
+    the first to go is dark for the other."""
+    if name == SHARED:
+        return True
+    live = state.nodes.get(name)
+    there = live is not None and live.phase is not NodePhase.LOST
+    return there and live is not None and live.node.power.phase in (Power.ON, Power.LEAVING)
+
+
+def _last_standby(state: State, live: LiveNode) -> str:
+    """A job whose copies go there, and could go to no other node."""
+    stands = [
+        name
+        for name, other in state.nodes.items()
+        if other.phase is NodePhase.UP and other.node.power.phase is Power.ON and other is not live
+    ]
+    if len(stands) > 1:
+        return ""
+    for attempt_id in state.indices.open_attempts:
+        attempt = state.attempts[attempt_id]
+        if attempt.replica_node != live.node.id or stands not in ([], [attempt.node]):
+            continue
+        if state.jobs[attempt.job_id].spec.replication is not Replication.NONE:
+            return f"it is the only node that can take copies of job {attempt.job_id}"
+    return ""
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def model_of(node: Node) -> str:
+    """What kind of node it is, in words; those of one kind boot alike."""
+    names = [gpu.name for gpu in node.gpus]
+    gpus = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+    return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
+
+
+def boot_times(state: State) -> BootTimes:
+    """What was seen of each model of the fleet, by the nodes that there are."""
+    options = state.options.power
+    if state.switching.boots is None:
+        seen: dict[str, tuple[int, ...]] = {}
+        for live in state.nodes.values():
+            if live.node.power.boots_ms:
+                model = model_of(live.node)
+                seen[model] = (*seen.get(model, ()), *live.node.power.boots_ms)
+        state.switching.boots = BootTimes(prior_ms=options.boot_guess_ms, seen_ms=seen)
+    return state.switching.boots
+
+
+def boot_ms(state: State, node: Node) -> int:
+    """How long it takes from the order until the node is there, at most in 95 of 100 cases."""
+    return boot_times(state).of(model_of(node))
+
+
+def coming(state: State, now: Instant, job: Job) -> str:
+    """Nodes that are starting and could take the job; empty: there is none."""
+    found: list[tuple[int, str]] = []
+    for node_id in state.indices.switched:
+        node = state.nodes[node_id].node
+        fits = could_hold(job.spec, node.gpus, node.host.memory_bytes)
+        if node.power.phase is Power.STARTING and job.spec.gpus and fits:
+            past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
+            found.append((boot_ms(state, node) - past_ms, node_id))
+    if not found:
+        return ""
+    left_ms, node_id = min(found)
+    when = f"is expected within {minutes(left_ms)}" if left_ms > 0 else "is overdue"
+    more = f", as are {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{node_id} is starting{more} and {when}"

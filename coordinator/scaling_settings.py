@@ -1,0 +1,68 @@
+"""What an operator sets of the fleet's size, and the core's values that it comes to.
+
+Problem: the plan has a setting for every bound, and an operator has three questions: may it act,
+what does waiting cost compared with idling, and how long do my machines take. So the configuration
+has these, and leaves the rest as the plan has it (`docs/scaling.md` names every bound).
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from coordinator.core.boot_times import BootTimes
+from coordinator.core.guard_rails import Bounds
+from coordinator.core.node_power import PowerOptions
+from coordinator.core.scaler import ScalingOptions
+from coordinator.core.scaling import Mode, Rules
+from coordinator.sources import choice_problem, range_problem
+
+if TYPE_CHECKING:
+    from coordinator.config import Config
+
+MODES: Final = ("", *(mode.value for mode in Mode))
+DAY_MS: Final = 86_400_000
+RATIO_MAX: Final = 10_000  # beyond it the quantile is the most that a forecast knows
+SPARES_MAX: Final = 10_000
+CYCLES_MAX: Final = 16  # starts of a day that are kept
+
+
+def scaling_problems(config: "Config") -> list[str]:
+    """What is wrong, as sentences."""
+    times = {
+        "scaling_interval_ms": (config.scaling_interval_ms, 1_000, 600_000),
+        "scaling_idle_ms": (config.scaling_idle_ms, 0, 7 * DAY_MS),
+        "scaling_up_ms": (config.scaling_up_ms, 0, 7 * DAY_MS),
+        "scaling_boot_ms": (config.scaling_boot_ms, 1_000, 7_200_000),
+        "scaling_boot_deadline_ms": (config.scaling_boot_deadline_ms, 1_000, 14_400_000),
+        "scaling_stop_deadline_ms": (config.scaling_stop_deadline_ms, 1_000, 14_400_000),
+        "scaling_wait_ratio": (config.scaling_wait_ratio, 1, RATIO_MAX),
+        "scaling_spares": (config.scaling_spares, 0, SPARES_MAX),
+        "scaling_cycles_per_day": (config.scaling_cycles_per_day, 1, CYCLES_MAX),
+    }
+    found = [range_problem(name, value, low, high) for name, (value, low, high) in times.items()]
+    found.append(choice_problem("scaling_mode", config.scaling_mode, MODES))
+    return [sentence for sentence in found if sentence]
+
+
+def power_options(config: "Config") -> PowerOptions:
+    return PowerOptions(
+        acts=bool(config.capacity),
+        boot_deadline_ms=config.scaling_boot_deadline_ms,
+        stop_deadline_ms=config.scaling_stop_deadline_ms,
+        boot_guess_ms=config.scaling_boot_ms,
+    )
+
+
+def scaling_options(config: "Config") -> ScalingOptions:
+    """Dollars matter only by their ratio, as long as nothing is rented."""
+    defaults = Rules()
+    rules = Rules(
+        wait_usd_per_gpu_h=config.scaling_wait_ratio * defaults.idle_usd_per_gpu_h,
+        idle_ms_min=config.scaling_idle_ms,
+        boots=BootTimes(prior_ms=config.scaling_boot_ms),
+        bounds=Bounds(
+            spares_min=config.scaling_spares,
+            up_ms_min=config.scaling_up_ms,
+            cycles_per_day_max=config.scaling_cycles_per_day,
+        ),
+    )
+    mode = Mode(config.scaling_mode) if config.scaling_mode else None
+    return ScalingOptions(rules, mode, config.scaling_interval_ms)

@@ -1,0 +1,116 @@
+"""`baton forecast` of what the coordinator has seen: the question, the file, the plot."""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import pytest
+
+from coordinator.forecast.demand_file import read_series
+from protos.baton.v1 import demand_pb2, types_pb2
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator, Refusal
+
+BEGIN = datetime(2026, 11, 1, 6, tzinfo=UTC)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def told(*gpus: float, period_min: int = 10) -> demand_pb2.GetDemandResponse:
+    message = demand_pb2.GetDemandResponse(period_minutes=period_min, gpus=gpus)
+    if gpus:
+        message.begin_time.FromDatetime(BEGIN)
+    return message
+
+
+def days(count: int) -> list[float]:
+    """A fleet that breathes, with an outage of an hour and a half on the second day."""
+    found = [40 + 20 * math.sin(step / 144 * math.tau) + step % 3 for step in range(144 * count)]
+    found[150:159] = [math.nan] * 9
+    return found
+
+
+def test_without_a_file_the_coordinator_is_asked(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["GetDemand"] = [told(*days(3))]
+    result = baton("forecast", "--gpu-type", "h100", "--class", "spare", "--ahead", "1", "--json")
+    assert result.exit_code == 0
+    (request,) = fake.requests
+    assert (request.gpu_type, request.project, request.period_minutes) == ("h100", "", 10)
+    assert request.job_class == types_pb2.JOB_CLASS_SPARE
+    (hour,) = json.loads(result.stdout)
+    assert 20 < hour["gpus"]["0.5"] < 70
+    assert (list(request.ahead_minutes), hour["held"]) == ([60], None)
+
+
+def test_what_is_known_of_the_future_stands_below(baton: Baton, fake: FakeCoordinator) -> None:
+    answer = told(*days(3))
+    answer.held_gpus = 40
+    answer.held_ahead.add(ahead_minutes=360, certain_gpus=11, expected_gpus=23.4)
+    fake.answers["GetDemand"] = [answer]
+    assert baton("forecast", "--ahead", "6").stderr.splitlines()[-1] == (
+        "baton: of 40 GPUs that are held now, 11 are held for certain in 6 h, and 23 are expected"
+        " to be"
+    )
+    (told_of,) = json.loads(baton("forecast", "--ahead", "6", "--json").stdout)
+    assert told_of["held"] == {"ahead_h": 6, "certain_gpus": 11.0, "expected_gpus": 23.4}
+
+
+def test_one_that_has_not_seen_much_is_asked_for_minutes(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    fake.answers["GetDemand"] = [told(4, 4, 5), told(4, 4, 4, 6, 5, period_min=1)]
+    result = baton("forecast", "--ahead", "1", "--json")
+    assert [request.period_minutes for request in fake.requests] == [10, 1]
+    assert json.loads(result.stdout)[0]["gpus"]["0.5"] == 5
+    fake.answers["GetDemand"] = [told()]
+    result = baton("forecast")
+    assert result.exit_code == 1
+    assert "once a minute and has seen 0 so far" in result.stderr
+
+
+def test_what_is_saved_is_read_again(baton: Baton, fake: FakeCoordinator, tmp_path: Path) -> None:
+    fake.answers["GetDemand"] = [told(*days(3))]
+    path = tmp_path / "demand.csv"
+    asked = baton("forecast", "--ahead", "6", "--json", "--save", str(path))
+    assert asked.exit_code == 0
+    series = read_series(path)
+    assert (series.begin, series.per_hour) == (BEGIN.replace(tzinfo=None), 6)
+    assert series.values == pytest.approx(days(3), abs=1e-3, nan_ok=True)
+    again = baton("forecast", "--demand", str(path), "--ahead", "6", "--json")
+    (first,), (second,) = json.loads(asked.stdout), json.loads(again.stdout)
+    assert first["gpus"] == pytest.approx(second["gpus"], abs=0.2)
+    assert baton("forecast", "--save", str(tmp_path)).exit_code == 2
+    lost = baton("forecast", "--save", str(tmp_path / "none" / "demand.csv"))
+    assert (lost.exit_code, "cannot be written" in lost.stderr) == (1, True)
+
+
+def test_the_plot_has_bands_what_came_and_no_line_through_the_outage(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    fake.answers["GetDemand"] = [told(*days(4))]
+    path = tmp_path / "demand.svg"
+    assert baton("forecast", "--ahead", "6", "--plot", str(path)).exit_code == 0
+    root = ElementTree.parse(path).getroot()  # noqa: S314 (we have written it)
+    words = [each.text for each in root.iter(f"{SVG}text")]
+    for word in ("90% said before", "50% said before", "what came", "median, 6 h before"):
+        assert word in words
+    assert "hours after 2026-11-05 05:50 UTC" in words
+    wide, narrow = (each.attrib["points"].split() for each in root.iter(f"{SVG}polygon"))
+    assert len(wide) == len(narrow) > 100
+    heights = [[float(pair.split(",")[1]) for pair in band] for band in (wide, narrow)]
+    assert min(heights[0]) < min(heights[1])
+    lines = [each.attrib["points"] for each in root.iter(f"{SVG}polyline")]
+    assert len(lines) == 2 + 2 + 1  # a legend of each, and what came in two parts
+
+
+def test_a_refusal_and_a_mixture_of_both_are_said(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    sentence = "nothing of GPU type 'B200' was ever wanted; of these something was: H100"
+    fake.answers["GetDemand"] = [Refusal(grpc.StatusCode.NOT_FOUND, sentence)]
+    result = baton("forecast", "--gpu-type", "B200")
+    assert (result.exit_code, sentence in result.stderr) == (1, True)
+    both = baton("forecast", "--gpu-type", "B200", "--demand", str(tmp_path / "x.csv"))
+    assert (both.exit_code, "asked of the coordinator" in both.stderr) == (2, True)

@@ -1,0 +1,95 @@
+"""`baton plan` and `baton scale`: tables in a pipe, documents, the plot, and what is not known."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+
+from coordinator import wire_capacity
+from coordinator.core.scale_records import Hindsight
+from coordinator.core.scale_requests import PlanPage
+from protos.baton.v1 import capacity_pb2 as pb
+from protos.baton.v1 import demand_pb2
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator, Refusal
+from tests.wire.test_capacity_wire import PLAN, RECORD
+
+LEVELS = tuple(float(n) for n in range(1, 10))
+WHOLE = replace(RECORD, soon_gpus=LEVELS, later_gpus=LEVELS)
+PAGE = PlanPage("advise", "as it is configured", True, 0.95, (PLAN,), (WHOLE,), 1_000)
+JUDGED = replace(WHOLE, hindsight=Hindsight(2.5, (0.0, 0.75), 0.75))
+
+
+def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(PAGE)]
+    result = baton("plan")
+    assert result.exit_code == 0
+    _, row = result.stdout.splitlines()
+    assert row.split()[:6] == ["H100", "1", "2", "3", "4", "5"]
+    assert "6 did not start; 7 are closed or lost" in row
+    assert "mode advise: as it is configured" in result.stderr
+    assert "`baton scale approve scale-7` carries out: suspend n3" in result.stderr
+    document = json.loads(baton("plan", "--json").stdout)
+    assert document["types"][0]["coverage_ratio"] is None
+    assert document["types"][0]["boot_s"] == 540
+
+
+def test_the_plot_shows_demand_and_what_is_on(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(PAGE)]
+    nan = float("nan")
+    fake.answers["GetDemand"] = [
+        demand_pb2.GetDemandResponse(period_minutes=10, gpus=[1, 2, nan, 4, 3]),
+        demand_pb2.GetDemandResponse(period_minutes=10),
+    ]
+    path = tmp_path / "fleet.svg"
+    assert baton("plan", "--plot", str(path)).exit_code == 0
+    text = path.read_text("utf-8")
+    assert text.rstrip().endswith("</svg>")
+    assert "H100: wanted" in text
+    assert "H100: should be on" in text
+    empty = baton("plan", "--plot", str(path))
+    assert empty.exit_code == 1
+    assert "there is no demand to be drawn yet" in empty.stderr
+
+
+def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoordinator) -> None:
+    decided = [wire_capacity.encode_decision(one) for one in (WHOLE, JUDGED)]
+    fake.answers["GetDecision"] = [pb.GetDecisionResponse(decision=one) for one in decided]
+    result = baton("scale", "explain", "scale-7")
+    assert result.exit_code == 0
+    for part in (
+        "scale-7: 1 of H100 go off (n3)",
+        "4 on or starting, 1 run, 2 wait, 3 of them guaranteed",
+        "planned for 0.95 of cases: 5 needed, 6 kept on",
+        "maximum demand later: 2.5% 1, 5% 2",
+        "held back by: enough nodes went off",
+        "proposed: suspend n3",
+    ):
+        assert part in result.stdout
+    assert "what came of it is known 2.0 h after the decision" in result.stderr
+    assert [line.split()[-1] for line in result.stdout.splitlines()[-2:]] == ["-", "-"]
+    judged = baton("scale", "explain", "scale-7")
+    assert "2.5 GPUs were wanted; regret 0.75 $" in judged.stderr
+    assert [line.split()[-1] for line in judged.stdout.splitlines()[-2:]] == ["0.00", "0.75"]
+    document = json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
+    assert document["alternatives"][0]["realised_usd"] == 0.0
+
+
+def test_the_list_and_the_consent(baton: Baton, fake: FakeCoordinator) -> None:
+    said = wire_capacity.encode_decision(JUDGED)
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse(decisions=[said])]
+    listed = baton("scale", "list", "--count", "5", "--gpu-type", "H100")
+    assert "scale-7" in listed.stdout
+    assert "0.75 $" in listed.stdout
+    assert (fake.requests[-1].count, fake.requests[-1].gpu_type) == (5, "H100")
+    fake.answers["ApproveDecision"] = [
+        pb.ApproveDecisionResponse(decision=said),
+        Refusal(grpc.StatusCode.FAILED_PRECONDITION, "scale-7 proposes nothing"),
+    ]
+    assert baton("scale", "approve", "scale-7").stdout == "scale-7: suspend n3\n"
+    again = baton("scale", "approve", "scale-7")
+    assert again.exit_code == 1
+    assert "scale-7 proposes nothing" in again.stderr

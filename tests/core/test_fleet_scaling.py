@@ -1,0 +1,298 @@
+"""The plan in the live coordinator: what it sees of nodes, and what follows in each mode.
+
+Problem: `test_scaling.py` knows that a plan is right about boxes. Here it is nodes with jobs, and
+people, and drivers: whatever is translated wrongly switches off what is needed.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from coordinator.core import fleet_scaling
+from coordinator.core.capacity_model import LEVELS, Power
+from coordinator.core.capacity_orders import Verb
+from coordinator.core.demand_messages import ForecastMade, TypeForecast
+from coordinator.core.guard_rails import Bounds
+from coordinator.core.messages import (
+    AgentEvent,
+    AttemptStarted,
+    CheckpointProposed,
+    CordonNode,
+    Effect,
+    ExplainJob,
+    Explanation,
+    FromAgent,
+    Heartbeat,
+    Log,
+    Refusal,
+    Reply,
+    Request,
+    RequestBody,
+    Submit,
+)
+from coordinator.core.model import JobClass, JobSpec
+from coordinator.core.phases import NodeIntent
+from coordinator.core.scale_records import Choice, ScaleRecord, hindsight
+from coordinator.core.scale_requests import (
+    ApproveScaling,
+    GetPlan,
+    GetScaleRecord,
+    ListScaleRecords,
+    PlanPage,
+    ScalePage,
+)
+from coordinator.core.scaler import ScalingOptions
+from coordinator.core.scaling import Mode, Rules
+from coordinator.core.state import Options
+from tests.core.switched_fleet import ACTS, SwitchedRig
+
+NAMES = ("n1", "n2", "n3", "n4")
+RULES = Rules(idle_ms_min=60_000, cycle_usd_per_gpu=0.0, bounds=Bounds(spares_min=0, up_ms_min=0))
+
+
+class ScaledRig(SwitchedRig):
+    """Everybody who is not dark is heard each second, a forecast comes each minute, and the driver
+    switches off whom it is told to."""
+
+    beats: int = 0
+    soon: float = 0.0
+    later: float = 0.0
+
+    @classmethod
+    def of(cls, mode: Mode | None, **power: object) -> "ScaledRig":
+        scaling = ScalingOptions(RULES, mode)
+        options = Options(power=replace(ACTS, **power), scaling=scaling)  # type: ignore[arg-type]
+        made = cls.new(options)
+        assert isinstance(made, ScaledRig)
+        for name in NAMES:
+            made.hello(name)
+        return made
+
+    def live(self, seconds: int) -> list[Effect]:
+        effects: list[Effect] = []
+        for _ in range(seconds):
+            self.beats += 1
+            for live in list(self.rig.core.state.nodes.values()):
+                if live.session is not None:
+                    self.handle(FromAgent(live.session, Heartbeat(self.beats)))
+            effects += self.wait(1_000)
+            for name in NAMES:
+                if self.power(name) is Power.STOPPING:
+                    self.obey(name)
+            if self.rig.now_ms % 60_000 == 0:
+                self.forecast()
+        return effects
+
+    def forecast(self) -> None:
+        soon, later = ((value,) * len(LEVELS) for value in (self.soon, self.later))
+        minute = self.rig.now.unix_ms // 60_000
+        self.handle(ForecastMade(minute, (TypeForecast("H100", soon, later),)))
+
+    def obey(self, name: str) -> None:
+        """The driver switches the node off."""
+        session = self.rig.core.state.nodes[name].session
+        if session is not None:
+            self.answer(name)
+            self.hang_up(session)
+
+    def ask(self, body: RequestBody) -> object:
+        effects = self.handle(Request(1, body))
+        return next(effect.answer for effect in effects if isinstance(effect, Reply))
+
+    def page(self) -> PlanPage:
+        page = self.ask(GetPlan())
+        assert isinstance(page, PlanPage)
+        return page
+
+    def submit(self, **spec: object) -> int:
+        self.ask(Submit(JobSpec(command=("train",), gpus=1, **spec)))  # type: ignore[arg-type]
+        return self.rig.core.state.last_job_id
+
+    def powers(self) -> dict[str, str]:
+        return {name: self.power(name).value for name in NAMES}
+
+
+def decisions(effects: list[Effect]) -> list[str]:
+    return [e.event for e in effects if isinstance(e, Log) and e.event == "scale.decided"]
+
+
+def test_idle_nodes_go_off_one_by_one_and_come_back_ahead_of_need() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.submit()
+    fleet.forecast()
+    fleet.soon = fleet.later = 2.0
+    fleet.live(300)
+    assert [order.verb for order in fleet.orders] == [Verb.SUSPEND], "one of four in ten minutes"
+    gone = fleet.orders[0].nodes[0]
+    assert fleet.power(gone) is Power.OFF
+    leaving = [name for name, power in fleet.powers().items() if power == "leaving"]
+    assert len(leaving) == 1, "two are kept for what may come"
+    assert fleet.node(leaving[0]).intent is NodeIntent.CORDONED
+    fleet.soon = fleet.later = 4.0
+    fleet.live(120)
+    assert fleet.orders[-1].verb is Verb.RESUME
+    assert fleet.orders[-1].nodes == (gone,)
+    assert fleet.power(leaving[0]) is Power.ON
+    fleet.hello(gone)
+    fleet.live(61)
+    assert set(fleet.powers().values()) == {"on"}
+    records = list(fleet.rig.disk.scaled.values())
+    assert records[0].deeds[0].verb == "suspend" or records[0].rail
+    assert any(deed.nodes == (gone,) for record in records for deed in record.deeds)
+
+
+def test_a_guaranteed_job_keeps_its_node_whatever_is_forecast() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    job = fleet.submit(job_class=JobClass.GUARANTEED)
+    name = fleet.rig.core.state.attempts[f"{job}.1"].node
+    fleet.forecast()
+    for _ in range(20):
+        fleet.live(60)
+    assert fleet.power(name) is Power.ON
+    assert name not in [node for order in fleet.orders for node in order.nodes]
+    assert any(power is Power.OFF for power in map(fleet.power, NAMES))
+
+
+def test_what_a_person_has_closed_is_no_capacity_and_is_not_touched() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.ask(CordonNode("n4"))
+    fleet.forecast()
+    fleet.live(900)
+    assert fleet.power("n4") is Power.ON
+    assert fleet.node("n4").intent is NodeIntent.CORDONED
+    (plan,) = fleet.page().types
+    assert plan.closed_gpus == 1
+
+
+@pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.ADVISE])
+def test_nothing_is_switched_but_in_act_mode(mode: Mode) -> None:
+    fleet = ScaledRig.of(mode)
+    fleet.forecast()
+    fleet.live(900)
+    assert not fleet.orders
+    assert set(fleet.powers().values()) == {"on"}
+    assert all(fleet.node(name).intent is NodeIntent.OPEN for name in NAMES)
+    assert fleet.rig.disk.scaled, "what it would have done is written down"
+    assert bool(fleet.page().proposed) is (mode is Mode.ADVISE)
+
+
+def test_what_is_proposed_is_done_when_a_person_agrees_and_once() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    (record,) = fleet.page().proposed
+    answer = fleet.ask(ApproveScaling(record.number))
+    assert isinstance(answer, ScalePage)
+    (deed,) = answer.records[0].deeds
+    assert deed.state == "approved"
+    fleet.live(1)
+    assert [order.nodes for order in fleet.orders] == [deed.nodes]
+    again = fleet.ask(ApproveScaling(record.number))
+    assert isinstance(again, Refusal)
+    assert "proposes nothing that is still to be done" in again.sentence
+    assert isinstance(fleet.ask(GetScaleRecord(99)), Refusal)
+
+
+def test_without_a_driver_the_mode_is_never_act() -> None:
+    fleet = ScaledRig.of(Mode.ACT, acts=False)
+    fleet.forecast()
+    fleet.live(300)
+    assert fleet.page().mode == "advise"
+    assert set(fleet.powers().values()) == {"on"}
+    (record,) = fleet.page().proposed
+    assert isinstance(fleet.ask(ApproveScaling(record.number)), Refusal)
+
+
+def test_two_weeks_are_observed_before_anything_is_said() -> None:
+    fleet = ScaledRig.of(None)
+    fleet.live(120)
+    page = fleet.page()
+    assert page.mode == "observe"
+    assert "there are 0.0 days of demand, and 14 are wanted first" in page.why
+
+
+def test_a_forecast_that_is_too_old_leaves_everything_as_it_is() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.wait(0)
+    for _ in range(900):
+        fleet.beats += 1
+        for live in fleet.rig.core.state.nodes.values():
+            assert live.session is not None
+            fleet.handle(FromAgent(live.session, Heartbeat(fleet.beats)))
+        fleet.wait(1_000)
+    assert not fleet.orders
+    assert all(fleet.node(name).intent is NodeIntent.OPEN for name in NAMES)
+
+
+def test_a_dead_node_is_no_capacity() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    state = fleet.rig.core.state
+    fleet.wait(20_000)
+    boxes = [fleet_scaling.box_of(state, fleet.rig.now, live) for live in state.nodes.values()]
+    assert all(box.closed for box in boxes)
+
+
+def test_a_job_whose_checkpoint_lies_on_nodes_that_are_off_gets_one_back() -> None:
+    fleet = ScaledRig.of(Mode.OBSERVE)
+    job = fleet.submit()
+    attempt = fleet.rig.core.state.attempts[f"{job}.1"]
+    live = fleet.rig.core.state.nodes[attempt.node]
+    assert live.session is not None
+    other = attempt.replica_node
+    proposal = CheckpointProposed("aa", "", 10, 100, (attempt.node, other))
+    fleet.handle(FromAgent(live.session, AgentEvent(1, 0, attempt.id, AttemptStarted(7))))
+    fleet.handle(FromAgent(live.session, AgentEvent(2, 0, attempt.id, proposal)))
+    fleet.leave(other)
+    fleet.live(20)
+    assert fleet.power(other) is Power.OFF
+    fleet.hang_up(live.session)  # it dies, with the other copy
+    fleet.live(90)
+    assert fleet.power(other) is Power.STARTING
+    assert "lies on no node that is on" in fleet.node(other).power.reason
+    told = fleet.ask(ExplainJob(job))
+    assert isinstance(told, Explanation)
+    assert f"{other} is starting" in told.sentence
+
+
+def test_records_outlive_the_coordinator() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    before = fleet.ask(ListScaleRecords())
+    fleet.rig.restart()
+    assert fleet.ask(ListScaleRecords()) == before
+    assert isinstance(before, ScalePage)
+    fleet.live(1)
+    assert max(fleet.rig.disk.scaled) >= len(before.records)
+
+
+def test_hindsight_knows_the_cheapest_and_says_nothing_of_what_is_unknown() -> None:
+    choices = tuple(
+        Choice(name, gpus, 0.0)
+        for name, gpus in (("do nothing", 4), ("idle timeout", 2), ("chosen", 1))
+    )
+    words = (1, 0, "h100", "act", "", 0.95, 0, 0, 0, 0, 0, 0)
+    record = ScaleRecord(*words, alternatives=choices, minutes=60)
+    found = hindsight(record, [2.0] * 60, 1.0, 0.1)
+    assert found is not None
+    assert found.usd == pytest.approx((0.2, 0.0, 1.0))
+    assert found.regret_usd == pytest.approx(1.0)
+    assert hindsight(record, [None] * 30 + [2.0] * 30, 1.0, 0.1) is None
+    assert hindsight(replace(record, alternatives=()), [2.0] * 60, 1.0, 0.1) is None
+
+
+def test_a_decision_is_judged_when_its_time_is_over() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.rig.options = replace(
+        fleet.rig.options, scaling=ScalingOptions(replace(RULES, later_ms=120_000), Mode.ADVISE)
+    )
+    fleet.rig.restart()
+    for name in NAMES:
+        fleet.hello(name)
+    fleet.submit()
+    fleet.forecast()
+    fleet.live(600)
+    judged = [record for record in fleet.rig.disk.scaled.values() if record.hindsight]
+    assert judged
+    assert judged[0].hindsight is not None
+    assert judged[0].hindsight.mean_gpus == 1.0
