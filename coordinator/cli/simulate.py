@@ -20,6 +20,7 @@ import click
 from coordinator.cli.fit import Price
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
+from coordinator.cli.simulate_demand import OURS, POWER_POLICIES, simulate_demand
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims, Solve
@@ -85,10 +86,28 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--policy",
     "policies",
     multiple=True,
-    type=click.Choice(POLICIES),
+    type=click.Choice((*POLICIES, *POWER_POLICIES)),
     default=("baton", "fifo"),
     show_default=True,
     help="May be given several times.",
+)
+@click.option(
+    "--demand",
+    type=click.Path(path_type=Path),
+    help="CSV: time, GPUs wanted. Instead of jobs: which nodes would be on (docs/simulate.md).",
+)
+@click.option("--column", default="demand", help="Of --demand, the one that has the GPUs.")
+@click.option(
+    "--warm-up",
+    "warm_up_h",
+    type=click.IntRange(0),
+    default=336,
+    help="Of --demand, hours that are only learned from.  [default: 336]",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Of --demand, an SVG file: demand, nodes on, needed and idle, money a day.",
 )
 @click.option("--pairs", type=click.Path(path_type=Path), help="CSV: rates of jobs that share.")
 @click.option("--add-nodes", multiple=True, help="What if there were: 4xH200, or 2x8xH200.")
@@ -168,9 +187,12 @@ def simulate(**given: Any) -> None:
       baton simulate jobs.csv --fleet fleet.toml --policy baton --policy fifo
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
       baton simulate --journal /var/lib/baton/coordinator/baton.sqlite3 --quota demo=x2
+      baton simulate --demand demand.csv --plot nodes.svg
     """
-
     context = click.get_current_context()
+    if given["demand"] is not None:
+        _replay_demand(context, given)
+        return
     cases = _cases(given)
     found: Results = {
         name: {
@@ -189,11 +211,27 @@ def simulate(**given: Any) -> None:
     write_notice(f"again: {_again(context)}")
 
 
+def _replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
+    told = click.core.ParameterSource.DEFAULT
+    for name in ("trace", "journal", "plots", "pairs", "add_nodes", "remove", "quota", "prices"):
+        if given[name]:
+            raise BadInput(f"--demand replays nodes, not jobs: {name} says nothing there")
+    if context.get_parameter_source("policies") is told:
+        context.params["policies"] = (OURS, *POWER_POLICIES)
+    as_json = settings_of(context).as_json
+    simulate_demand(given, context.params["policies"], as_json=as_json)
+    if not as_json:
+        write_notice(f"again: {_again(context)}")
+
+
 def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     """The fleet as it is, and as it would be where that is asked."""
     from coordinator.sim.inputs import BadFile
     from coordinator.sim.whatif import BadQuestion, asked, check_prices, fitting, with_prices
 
+    for name in POWER_POLICIES:
+        if name in given["policies"]:
+            raise BadInput(f"{name} decides which nodes are on: it needs --demand")
     if "packing" in given["policies"] and given["pairs"] is None:
         raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
     prices = dict(given["prices"])
