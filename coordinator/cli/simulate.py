@@ -20,7 +20,7 @@ import click
 from coordinator.cli.fit import Price
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
-from coordinator.cli.simulate_demand import OURS, POWER_POLICIES, simulate_demand
+from coordinator.cli.simulate_demand import POWER_POLICIES, demand_options, replay_demand
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims, Solve
@@ -91,24 +91,7 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="May be given several times.",
 )
-@click.option(
-    "--demand",
-    type=click.Path(path_type=Path),
-    help="CSV: time, GPUs wanted. Instead of jobs: which nodes would be on (docs/simulate.md).",
-)
-@click.option("--column", default="demand", help="Of --demand, the one that has the GPUs.")
-@click.option(
-    "--warm-up",
-    "warm_up_h",
-    type=click.IntRange(0),
-    default=336,
-    help="Of --demand, hours that are only learned from.  [default: 336]",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Of --demand, an SVG file: demand, nodes on, needed and idle, money a day.",
-)
+@demand_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="CSV: rates of jobs that share.")
 @click.option("--add-nodes", multiple=True, help="What if there were: 4xH200, or 2x8xH200.")
 @click.option("--remove", multiple=True, help="What if these were not there: 2xA100.")
@@ -191,7 +174,8 @@ def simulate(**given: Any) -> None:
     """
     context = click.get_current_context()
     if given["demand"] is not None:
-        _replay_demand(context, given)
+        if replay_demand(context, given):
+            write_notice(f"again: {_again(context)}")
         return
     cases = _cases(given)
     found: Results = {
@@ -209,19 +193,6 @@ def simulate(**given: Any) -> None:
     if given["quota"]:
         _write_projects(found, cases)
     write_notice(f"again: {_again(context)}")
-
-
-def _replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
-    told = click.core.ParameterSource.DEFAULT
-    for name in ("trace", "journal", "plots", "pairs", "add_nodes", "remove", "quota", "prices"):
-        if given[name]:
-            raise BadInput(f"--demand replays nodes, not jobs: {name} says nothing there")
-    if context.get_parameter_source("policies") is told:
-        context.params["policies"] = (OURS, *POWER_POLICIES)
-    as_json = settings_of(context).as_json
-    simulate_demand(given, context.params["policies"], as_json=as_json)
-    if not as_json:
-        write_notice(f"again: {_again(context)}")
 
 
 def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":

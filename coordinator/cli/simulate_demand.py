@@ -8,12 +8,14 @@ capacity wrong, or breaks a guard rail of Baton's, is an error and no row.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from coordinator.cli.render import Column, write_json, write_notice, write_table
-from coordinator.cli.settings import BadInput, CommandFailed
+from coordinator.cli.settings import BadInput, CommandFailed, settings_of
 
 if TYPE_CHECKING:
     from coordinator.forecast.demand_file import Series
@@ -34,7 +36,48 @@ _COLUMNS = (
 )
 
 
-def simulate_demand(given: Mapping[str, Any], policies: Sequence[str], *, as_json: bool) -> None:
+_OPTIONS = (
+    click.option(
+        "--demand",
+        type=click.Path(path_type=Path),
+        help="CSV: time, GPUs wanted. Instead of jobs: which nodes would be on (docs/simulate.md).",
+    ),
+    click.option("--column", default="demand", help="Of --demand, the one that has the GPUs."),
+    click.option(
+        "--warm-up",
+        "warm_up_h",
+        type=click.IntRange(0),
+        default=336,
+        help="Of --demand, hours that are only learned from.  [default: 336]",
+    ),
+    click.option(
+        "--plot",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Of --demand, an SVG file: demand, nodes on, needed and idle, money a day.",
+    ),
+)
+
+
+def demand_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Those of `simulate` that are about a series of demand."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def replay_demand(context: click.Context, given: Mapping[str, Any]) -> bool:
+    """What `simulate` does with a series; whether the result was for people."""
+    for name in ("trace", "journal", "plots", "pairs", "add_nodes", "remove", "quota", "prices"):
+        if given[name]:
+            raise BadInput(f"--demand replays nodes, not jobs: {name} says nothing there")
+    if context.get_parameter_source("policies") is click.core.ParameterSource.DEFAULT:
+        context.params["policies"] = (OURS, *POWER_POLICIES)
+    as_json = settings_of(context).as_json
+    _simulate(given, context.params["policies"], as_json=as_json)
+    return not as_json
+
+
+def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: bool) -> None:
     """Replay the series under these policies, and print a row for each."""
     from coordinator.forecast.demand_file import BadDemand, read_series
     from coordinator.sim.capacity_inputs import read_boxes

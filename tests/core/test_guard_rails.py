@@ -53,8 +53,9 @@ def acted(
     ],
 )
 def test_a_node_that_must_stay_stays(changed: dict[str, object], rail: Rail) -> None:
-    assert guard_rails.of_node(replace(BOX, **changed), NOW, BOUNDS) is rail  # type: ignore[arg-type]
-    boxes = [*marked(2), replace(BOX, node="it", power=Power.LEAVING, **changed)]  # type: ignore[arg-type]
+    it = replace(BOX, node="it", power=Power.LEAVING, **changed)  # type: ignore[arg-type]
+    assert guard_rails.of_node(it, NOW, BOUNDS) is rail
+    boxes = [*marked(2), it]
     found = acted(boxes, bounds=Bounds(down_min=9))
     assert "it" not in stopped(found)
     assert "it" not in found.leaving
@@ -94,6 +95,8 @@ def test_empty_nodes_of_each_type_stay_on() -> None:
     assert len(stopped(found)) == 1
     assert found.decisions[0].rail is Rail.SPARES
     assert len(stopped(acted(few, bounds=Bounds(spares={"A100": 3}, down_min=9)))) == 3
+    waits = replace(CALM, queued_gpus=9)
+    assert len(stopped(acted(few, waits, bounds=Bounds(down_min=9)))) == 1
 
 
 def test_a_node_that_does_not_come_up_is_tried_three_times_and_left_alone() -> None:
