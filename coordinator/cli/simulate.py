@@ -174,8 +174,7 @@ def simulate(**given: Any) -> None:
     """
     context = click.get_current_context()
     if given["demand"] is not None:
-        if replay_demand(context, given):
-            write_notice(f"again: {_again(context)}")
+        replay_demand(context, given, _again)
         return
     cases = _cases(given)
     found: Results = {

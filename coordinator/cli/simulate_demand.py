@@ -65,8 +65,10 @@ def demand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def replay_demand(context: click.Context, given: Mapping[str, Any]) -> bool:
-    """What `simulate` does with a series; whether the result was for people."""
+def replay_demand(
+    context: click.Context, given: Mapping[str, Any], again: Callable[[click.Context], str]
+) -> None:
+    """What `simulate` does with a series; `again` says how it was called."""
     for name in ("trace", "journal", "plots", "pairs", "add_nodes", "remove", "quota", "prices"):
         if given[name]:
             raise BadInput(f"--demand replays nodes, not jobs: {name} says nothing there")
@@ -74,7 +76,8 @@ def replay_demand(context: click.Context, given: Mapping[str, Any]) -> bool:
         context.params["policies"] = (OURS, *POWER_POLICIES)
     as_json = settings_of(context).as_json
     _simulate(given, context.params["policies"], as_json=as_json)
-    return not as_json
+    if not as_json:
+        write_notice(f"again: {again(context)}")
 
 
 def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: bool) -> None:

@@ -232,7 +232,7 @@ def some_rules(chance: Random) -> Rules:
 BURSTS = {"H100": Burst(2.0), "A100": Burst(1.0)}
 
 
-@settings(deadline=None, max_examples=2_000)
+@settings(deadline=None, max_examples=1_000)
 @given(st.integers(0, 2**40))
 def test_no_history_breaks_a_bound(seed: int) -> None:
     """Safety, over the plans of half an hour, each of which is obeyed."""
