@@ -33,8 +33,8 @@ LEARNED: Final = (5, 12)  # of each series
 # The fleet is all on at a beginning, so each is another history.
 BEGINNINGS: Final = 3
 APART_H: Final = 60
-# What a GPU-hour of waiting costs, for one of idling: tuned to the goals of Philly, so Venus is what
-# it is to be judged by.
+# What a GPU-hour of waiting costs, for one of idling: tuned to the goals of Philly, so it is to be
+# judged by Venus.
 TUNED: Final = 24.0
 QUICK_H: Final = 24 * 14
 
