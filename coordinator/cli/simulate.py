@@ -20,6 +20,7 @@ import click
 from coordinator.cli.fit import Price
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
+from coordinator.cli.simulate_demand import POWER_POLICIES, demand_options, replay_demand
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims, Solve
@@ -86,11 +87,12 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--policy",
     "policies",
     multiple=True,
-    type=click.Choice(POLICIES),
+    type=click.Choice((*POLICIES, *POWER_POLICIES)),
     default=("baton", "fifo"),
     show_default=True,
     help="May be given several times.",
 )
+@demand_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="CSV: rates of jobs that share.")
 @click.option("--add-nodes", multiple=True, help="What if there were: 4xH200, or 2x8xH200.")
 @click.option("--remove", multiple=True, help="What if these were not there: 2xA100.")
@@ -169,9 +171,12 @@ def simulate(**given: Any) -> None:
       baton simulate jobs.csv --fleet fleet.toml --policy baton --policy fifo
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
       baton simulate --journal /var/lib/baton/coordinator/baton.sqlite3 --quota demo=x2
+      baton simulate --demand demand.csv --plot nodes.svg
     """
-
     context = click.get_current_context()
+    if given["demand"] is not None:
+        replay_demand(context, given, _again)
+        return
     cases = _cases(given)
     found: Results = {
         name: {
@@ -195,6 +200,9 @@ def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     from coordinator.sim.inputs import BadFile
     from coordinator.sim.whatif import BadQuestion, asked, check_prices, fitting, with_prices
 
+    for name in POWER_POLICIES:
+        if name in given["policies"]:
+            raise BadInput(f"{name} decides which nodes are on: it needs --demand")
     if "packing" in given["policies"] and given["pairs"] is None:
         raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
     prices = dict(given["prices"])

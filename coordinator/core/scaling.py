@@ -377,7 +377,14 @@ def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: _Wanted)
         return _Done(back=back)
     up = [box for box in wanted.there if box.power is not Power.STARTING]
     spare_gpus = sum(box.gpus for box in up if box.source is not Source.BURST) - wanted.keep_gpus
-    leaving = which_nodes.to_leave(up, spare_gpus, now_ms, rules.idle_ms, bounds=rules.bounds)
+    leaving = which_nodes.to_leave(
+        up,
+        spare_gpus,
+        now_ms,
+        rules.idle_ms,
+        queued_gpus=outlook.queued_gpus,
+        bounds=rules.bounds,
+    )
     stops = which_nodes.to_stop(leaving.boxes, draft.downs, now_ms, rules.idle_ms, marked=marked)
     draft.add(Verb.SUSPEND, stops.names, outlook.gpu_type)
     draft.downs -= len(stops.boxes)

@@ -6,6 +6,7 @@ themselves; what runs is not moved for it. A node that did not come up the last 
 may not come up again. Who is started is whoever failed least, was cycled least and boots fastest.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,10 +87,17 @@ def to_start(
 
 
 def to_leave(
-    boxes: Sequence[Box], spare_gpus: float, now_ms: int, idle_ms: int, *, bounds: Bounds
+    boxes: Sequence[Box],
+    spare_gpus: int,
+    now_ms: int,
+    idle_ms: int,
+    *,
+    queued_gpus: int,
+    bounds: Bounds,
 ) -> Chosen:
-    """Those that are to take no new work, so that at most `spare_gpus` go. A bound is told of only
-    where a node would otherwise be ripe (`is_ripe`)."""
+    """Those that are to take no new work, so that at most `spare_gpus` go. A node that what is
+    queued may take is not empty for long. A bound is told of only where a node would otherwise be
+    ripe (`is_ripe`)."""
     there = [
         box
         for box in boxes
@@ -98,6 +106,8 @@ def to_leave(
     empty = sum(box.held_gpus == 0 for box in there)
     gpu_type = there[0].gpu_type if there else ""
     spares = bounds.spares.get(gpu_type, bounds.spares_min)
+    if queued_gpus and there:
+        spares += math.ceil(queued_gpus / min(box.gpus for box in there))
     taken: list[Box] = []
     rail: Rail | None = None
     for box in sorted(there, key=_emptiest_first):

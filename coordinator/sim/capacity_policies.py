@@ -97,7 +97,8 @@ class BatonPower:
 
     def __post_init__(self) -> None:
         step_ms = HOUR_MS // self.per_hour
-        self._soon = MaximumForecaster(math.ceil(self.fleet.boot_ms / step_ms), self.per_hour)
+        soon = math.ceil((self.fleet.boot_ms + step_ms) / step_ms)
+        self._soon = MaximumForecaster(soon, self.per_hour)
         later = max(1, math.ceil(self.rules.later_ms / step_ms))
         self._later = MaximumForecaster(later, self.per_hour)
         bounds = self.rules.bounds

@@ -1,0 +1,61 @@
+"""What replays of power looked like: demand, the nodes that were on for it, and money a day.
+
+Problem: whether a plan follows demand or lags behind it is seen at a glance, and in no mean. Three
+charts of one time axis stand below one another in one file; each point is the mean of its part of
+the time, so that months fit on a page.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from coordinator.sim.capacity_replay import HOUR_MS, Boxes, PowerOutcome, Step
+from coordinator.sim.capacity_report import DAY_H, power_w
+from coordinator.sim.svg import HEIGHT, WIDTH, Chart, Curve, draw
+
+BINS: Final = 300
+TIME: Final = "time since the replay began, h"
+
+
+def drawing(runs: Mapping[str, PowerOutcome], fleet: Boxes) -> str:
+    """The text of an SVG file; at least one run, the first of which is shown in detail."""
+    name, first = next(iter(runs.items()))
+    detail = [
+        Curve("needed", _course(first, lambda step: step.wanted)),
+        Curve("on or booting", _course(first, lambda step: step.on + step.starting)),
+        Curve("idle", _course(first, lambda step: step.on - step.busy)),
+        *(
+            Curve(f"on, {other}", _course(run, lambda step: step.on + step.starting))
+            for other, run in runs.items()
+            if other != name
+        ),
+    ]
+
+    def usd(step: Step) -> float:
+        return power_w(step, fleet) / 1_000 * fleet.usd_per_kwh * DAY_H
+
+    money = [Curve(other, _course(run, usd)) for other, run in runs.items()]
+    demand = [Curve("running and waiting", _course(first, lambda step: step.gpus))]
+    charts = (
+        Chart("Demand", TIME, "GPUs", demand),
+        Chart(f"Nodes: {name}", TIME, "nodes", detail, y_max=fleet.nodes * 1.05),
+        Chart("Energy of nodes", TIME, "US dollars a day", money),
+    )
+    parts = [
+        f'<g transform="translate(0 {HEIGHT * n})">{draw(c)}</g>' for n, c in enumerate(charts)
+    ]
+    height = HEIGHT * len(charts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
+        f' viewBox="0 0 {WIDTH} {height}">\n' + "\n".join(parts) + "</svg>\n"
+    )
+
+
+def _course(run: PowerOutcome, of: Callable[[Step], float]) -> Sequence[tuple[float, float]]:
+    every = max(1, len(run.steps) // BINS)
+    begin_ms = run.steps[0].at_ms
+    points = []
+    for place in range(0, len(run.steps), every):
+        part = run.steps[place : place + every]
+        hours = (part[0].at_ms - begin_ms) / HOUR_MS
+        points.append((hours, sum(map(of, part)) / len(part)))
+    return points

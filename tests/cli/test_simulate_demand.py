@@ -1,0 +1,96 @@
+"""`baton simulate --demand`: its rows, its plot, and what it says of what cannot be."""
+
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coordinator.cli.main import cli
+from coordinator.cli.simulate_demand import OURS, POWER_POLICIES
+
+FLEET = "nodes = 12\ngpus_per_node = 8\nbusy_w = 1000\nidle_w = 400\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A week of demand that breathes with the day, and a fleet."""
+    lines = ["time,demand"]
+    for step in range(7 * 144):
+        day, minute = divmod(step * 10, 1440)
+        gpus = 48 - 32 * math.cos(2 * math.pi * minute / 1440)
+        lines.append(f"2026-03-{day + 1:02}T{minute // 60:02}:{minute % 60:02},{gpus:.0f}")
+    (tmp_path / "demand.csv").write_text("\n".join(lines))
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    return tmp_path
+
+
+def asked(folder: Path, *arguments: str) -> Result:
+    named = [
+        str(folder / each) if each.endswith((".csv", ".toml", ".svg")) else each
+        for each in arguments
+    ]
+    return CliRunner().invoke(cli, ["simulate", *named])
+
+
+def test_rows_of_all_policies_and_the_command_that_replays_them(folder: Path) -> None:
+    common = ("--demand", "demand.csv", "--fleet", "fleet.toml", "--warm-up", "72")
+    found = asked(folder, *common, "--plot", "out.svg")
+    assert found.exit_code == 0, found.output
+    for name in (OURS, *POWER_POLICIES):
+        assert f"{name} " in found.output
+    assert "no policy can have more than that off" in found.output
+    assert "--policy baton --policy always-on" in found.output
+    root = ElementTree.parse(folder / "out.svg").getroot()  # noqa: S314 (our own)
+    titles = [each.text for each in root.iter() if each.get("font-weight") == "bold"]
+    assert titles == ["Demand", "Nodes: baton", "Energy of nodes"]
+
+
+def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(folder: Path) -> None:
+    common = ("--demand", "demand.csv", "--fleet", "fleet.toml", "--warm-up", "72", "--json")
+    rows = {row["policy"]: row for row in json.loads(asked(folder, *common).stdout)}
+    assert rows["always-on"]["saved_ratio"] == 0
+    assert 0 < rows["baton"]["saved_ratio"] <= rows["clairvoyant"]["saved_ratio"]
+    assert rows["clairvoyant"]["waiting_ratio"] == 0
+    assert rows["baton"]["waiting_ratio"] < rows["idle-timeout"]["waiting_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--demand", "demand.csv", "--policy", "fifo"), "decides over jobs"),
+        (("--demand", "demand.csv", "--warm-up", "168"), "leave nothing"),
+        (("--demand", "demand.csv", "--column", "gpus"), "no column 'gpus'"),
+        (("--demand", "demand.csv", "--add-nodes", "4xH200"), "add_nodes says nothing"),
+        (("--demand", "none.csv"), "cannot read"),
+        (("--policy", "clairvoyant"), "needs --demand"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    folder: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    found = asked(folder, *arguments)
+    assert found.exit_code == 2
+    assert sentence in found.output
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("boot = 3", "boot"),
+        ("boot_s = 0", "boots within a day"),
+        ("idle_w = 2000", "takes most when busy"),
+        ("wait_usd_per_gpu_h = 0", "nothing to decide"),
+        ("spares = -1", "negative"),
+        ("off_w = inf", "infinite"),
+    ],
+)
+def test_a_fleet_that_makes_no_sense_is_refused(folder: Path, line: str, sentence: str) -> None:
+    key = line.split(" ")[0]
+    kept = [each for each in FLEET.splitlines() if not each.startswith(key)]
+    (folder / "fleet.toml").write_text("\n".join([*kept, line]))
+    found = asked(folder, "--demand", "demand.csv", "--fleet", "fleet.toml", "--warm-up", "72")
+    assert found.exit_code == 2
+    assert sentence in found.output

@@ -1,0 +1,86 @@
+"""The maximum of demand: what is known by hand, how often it is exceeded, and what is no demand."""
+
+import math
+from random import Random
+
+import numpy as np
+import pytest
+
+from coordinator.forecast.maximum import MaximumForecaster
+from coordinator.forecast.quantiles import LEVELS, Floats
+
+
+def told(values: list[float], ahead: int, per_hour: int = 6) -> tuple[MaximumForecaster, Floats]:
+    """A forecaster that has seen all of it, and what it said at each step."""
+    forecaster = MaximumForecaster(ahead, per_hour)
+    said = []
+    for gpus in values:
+        forecaster.observe(gpus)
+        said.append(forecaster.forecast())
+    return forecaster, np.array(said)
+
+
+def walk(days: int, seed: int, *, wild: bool = False) -> list[float]:
+    """Demand that goes up and down at random; `wild` only in the second half of each day."""
+    chance, gpus, values = Random(seed), 300.0, []
+    for step in range(144 * days):
+        size = 12.0 if wild and step % 144 > 72 else 2.0
+        gpus = min(600.0, max(50.0, gpus + size * chance.choice((-2, -1, 0, 1, 2))))
+        values.append(gpus)
+    return values
+
+
+def test_before_anything_is_known_nothing_is_wanted_and_then_something_more() -> None:
+    forecaster = MaximumForecaster(2, 6)
+    assert not forecaster.forecast().any()
+    forecaster.observe(48.0)
+    said = forecaster.forecast()
+    assert said[0] >= 48.0
+    assert list(said) == sorted(said)
+    assert said[-1] == pytest.approx(48.0 + 2.241 * math.sqrt(48 / 3))
+
+
+@pytest.mark.parametrize("ahead", [1, 6])
+@pytest.mark.parametrize("wild", [False, True])
+def test_it_is_exceeded_as_often_as_it_says(ahead: int, wild: bool) -> None:
+    values = walk(40, ahead, wild=wild)
+    _, said = told(values, ahead)
+    steps = range(144 * 10, len(values) - ahead)
+    came = np.array([max(values[step : step + ahead + 1]) for step in steps])
+    within = (came[:, None] <= said[steps.start : steps.stop] + 0.5).mean(axis=0)
+    upper = LEVELS >= 0.75
+    assert np.all(np.abs(within - LEVELS)[upper] < 0.03)
+
+
+def test_a_quiet_hour_needs_less_than_a_wild_one() -> None:
+    values = walk(30, 1, wild=True)
+    _, said = told(values, 3)
+    rise = said[144 * 15 :, -2] - np.array(values[144 * 15 :])
+    by_hour = rise.reshape(-1, 144).mean(axis=0)
+    assert by_hour[40:72].mean() < by_hour[110:140].mean() / 2
+
+
+def test_of_a_gap_nothing_is_learned() -> None:
+    values = walk(10, 2)
+    gap = [*values[:1020], *[math.nan] * 30, *values[1020:]]
+    forecaster, said = told(gap, 2)
+    assert np.all(said[1020:1050] == said[1019])
+    assert not np.isnan(said).any()
+    assert forecaster.coverage is not None
+
+
+def test_coverage_is_known_after_three_days_of_forecasts_and_falls_when_they_are_wrong() -> None:
+    values = walk(3, 3)
+    assert told(values, 1)[0].coverage is None
+    calm, _ = told(walk(8, 3), 1)
+    assert calm.coverage is not None
+    assert calm.coverage > 0.9
+    for step in range(144 * 2):
+        calm.observe(300.0 + 40.0 * step)
+    assert calm.coverage < 0.85
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.inf])
+def test_what_is_no_demand_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="count of GPUs"):
+        MaximumForecaster(1, 6).observe(wrong)
