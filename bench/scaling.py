@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from bench import report
+from bench import report, scaling_leases
 from coordinator.core.scaling import Rules
 from coordinator.forecast.demand_file import read_series
 from coordinator.sim.capacity_checks import check_capacity, check_rails
@@ -185,12 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.say(f"scaling: {case.name}")
         read = read_series(given.demand / case.file, case.column)
         rows += power_rows(Known(case, read.values, read.per_hour), quick=asked.quick)
+    rows += scaling_leases.rows(given.demand, quick=asked.quick)
     notes = (
+        *scaling_leases.NOTES,
         "means over beginnings, lowest and highest beside them; after what is only learned from",
         "the honest limit: who saves against always-on cannot save more than the node-hours that"
         " nobody wants (1 - mean / nodes) at what an idle node takes; clairvoyant is that limit",
     )
-    report.show("Power", rows, asked, notes)
+    report.show("The size of the fleet", rows, asked, notes)
 
 
 if __name__ == "__main__":
