@@ -34,12 +34,11 @@ async def test_the_first_look_is_told_and_each_new_set_also_the_empty_one(
     looks: list[tuple[Callable[..., object], tuple[object, ...]]] = []
     told: list[ProcessesStuck] = []
     over = False
-    monkeypatch.setattr(unkillable, "stuck", lambda shim_pid: here)
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(
         loop, "call_later", lambda delay_s, call, *given: looks.append((call, given))
     )
-    unkillable.watch("7.1", 1, lambda: over, told.append)
+    unkillable.watch("7.1", 1, lambda: over, told.append, find=lambda shim_pid: here)
     for pids in ((), (41, 42), (41, 42), (42,), (), ()):
         here = pids
         look, given = looks.pop()
