@@ -226,7 +226,8 @@ def _carry_out(
 
 
 def _may_go(live: LiveNode) -> bool:
-    if live.phase is not NodePhase.UP:
+    """What was wanted of it may be a while ago: whoever is there now, stays."""
+    if live.phase is not NodePhase.UP or live.attempts or live.strays:
         return False
     its = live.node.power
     fresh = its.phase is Power.ON and live.node.intent is NodeIntent.OPEN

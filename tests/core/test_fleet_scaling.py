@@ -204,6 +204,21 @@ def test_what_is_proposed_is_done_when_a_person_agrees_and_once() -> None:
     assert isinstance(fleet.ask(GetScaleRecord(99)), Refusal)
 
 
+def test_consent_to_what_has_become_wrong_meanwhile_does_nothing() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    (record,) = fleet.page().proposed
+    for _ in NAMES:
+        fleet.submit(job_class=JobClass.GUARANTEED)
+    answer = fleet.ask(ApproveScaling(record.number))
+    assert isinstance(answer, Refusal)
+    assert "the fleet has changed since" in answer.sentence
+    fleet.live(2)
+    assert not fleet.orders
+    assert set(fleet.powers().values()) == {"on"}
+
+
 def test_without_a_driver_the_mode_is_never_act() -> None:
     fleet = ScaledRig.of(Mode.ACT, acts=False)
     fleet.forecast()
