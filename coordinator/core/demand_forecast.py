@@ -11,16 +11,12 @@ import math
 from collections import Counter
 from typing import Final
 
-from coordinator.core import demand_samples, gpu_types, held_ahead
+from coordinator.core import demand_samples, gpu_types, held_ahead, power
 from coordinator.core.capacity_model import Outlook
-from coordinator.core.demand_history import Series
+from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
 from coordinator.core.state import Instant, State
 
-# Until a node that is started now is there, and one decision more: what most servers take to boot.
-SOON_MIN: Final = 11
-# For how long a node has to stay off to be worth it: what it saves then pays for its boot.
-LATER_MIN: Final = 60
 # Forecasts come once a minute; who has missed so many is away.
 FRESH_MS: Final = 300_000
 
@@ -42,8 +38,16 @@ def tick(state: State, now: Instant) -> None:
 
 
 def minutes_ahead(state: State, gpu_type: str) -> tuple[int, int]:
-    """Over how many minutes the maximum of a type is asked for: soon, and later."""
-    return SOON_MIN, LATER_MIN
+    """Over how many minutes the maximum of a type is asked for: until a node that is started now is
+    there and one decision more has been made, and for as long as a node has to stay off to be worth
+    it."""
+    scaling = state.options.scaling
+    boots, guess_ms = power.boot_times(state), state.options.power.boot_guess_ms
+    # One of each kind will do: thousands are alike.
+    nodes = [state.nodes[next(iter(alike))].node for alike in state.indices.kinds.values()]
+    boots_ms = [boots.of(power.model_of(node)) for node in nodes if power.type_of(node) == gpu_type]
+    soon_ms = max(boots_ms, default=guess_ms) + scaling.interval_ms
+    return math.ceil(soon_ms / MINUTE_MS), math.ceil(scaling.rules.later_ms / MINUTE_MS)
 
 
 def made(state: State, now: Instant, event: ForecastMade) -> None:

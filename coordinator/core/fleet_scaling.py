@@ -4,7 +4,7 @@ Problem: `scaling.py` knows boxes and outlooks, and the fleet is nodes that fall
 between two looks, and people who have closed some of it. Whoever translates wrongly switches off
 what is needed.
 
-How, each `interval_ms`:
+How, each `interval_ms`, and sooner where a new job waits while nodes are closed for this:
 1. Every node with GPUs becomes a box. One that a person or its health has closed, or that is not in
    touch without having been switched off, is closed: no capacity, and never touched. One that holds
    what lies nowhere else is `uploading`. A node is idle since the last time that something ran.
@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from coordinator.core import checkpoints, demand_forecast, gpu_types, odds, power, scaling
+from coordinator.core import checkpoints, demand_forecast, odds, power, scaling
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Outlook, Power
 from coordinator.core.capacity_orders import Verb
@@ -31,6 +31,7 @@ from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import JobClass
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
+from coordinator.core.power import Takers
 from coordinator.core.scale_records import (
     RECORDS_MAX,
     Choice,
@@ -56,8 +57,10 @@ from coordinator.core.state import Instant, LiveNode, State
 HISTORY_MS = 14 * 86_400_000
 # A node that is to go and cannot for so long is wanted for something: it stays.
 LEAVE_MS_MAX = 3_600_000
+# Who comes while nodes are closed to new work waits no longer than so for the next plan; a burst of
+# submissions is one look.
+HURRY_MS = 1_000
 RECORDS_SHOWN = 20
-UNKNOWN_TYPE = "no GPUs"
 
 
 # --- each minute ----------------------------------------------------------------------------------
@@ -67,14 +70,15 @@ def tick(state: State, now: Instant) -> None:
     scaler, options = state.scaler, state.options.scaling
     if scaler.due_ms is None:  # a forecast comes with the first minute
         scaler.due_ms = now.now_ms + options.interval_ms
-    if scaler.due_ms > now.now_ms:
+    if scaler.due_ms > now.now_ms and not _hurries(state, now):
         return
+    scaler.seen_job_id = state.last_job_id
     scaler.due_ms = now.now_ms + options.interval_ms
     _note_use(state, now)
     mode, _ = mode_of(state, now)
     outlooks = demand_forecast.outlooks(state, now)
     rules = replace(options.rules, mode=mode, boots=power.boot_times(state))
-    boxes = [box_of(state, now, live) for live in state.nodes.values() if live.node.gpus]
+    boxes = boxes_of(state, now)
     plan = scaling.plan(now.now_ms, boxes, outlooks, rules, scaler.memory)
     scaler.memory, scaler.made = plan.memory, (now.now_ms, now.unix_ms)
     for decision in plan.decisions:
@@ -88,6 +92,14 @@ def tick(state: State, now: Instant) -> None:
         _unmark(state, now)
     _wake_holders(state, now)
     _look_back(state, now)
+
+
+def _hurries(state: State, now: Instant) -> bool:
+    """Somebody new waits, and there are nodes that were closed to new work before he came."""
+    scaler = state.scaler
+    if state.last_job_id == scaler.seen_job_id or not state.queued or not state.indices.switched:
+        return False
+    return scaler.made is not None and now.now_ms - scaler.made[0] >= HURRY_MS
 
 
 def mode_of(state: State, now: Instant) -> tuple[Mode, str]:
@@ -214,7 +226,8 @@ def _carry_out(
 
 
 def _may_go(live: LiveNode) -> bool:
-    if live.phase is not NodePhase.UP:
+    """What was wanted of it may be a while ago: whoever is there now, stays."""
+    if live.phase is not NodePhase.UP or live.attempts or live.strays:
         return False
     its = live.node.power
     fresh = its.phase is Power.ON and live.node.intent is NodeIntent.OPEN
@@ -268,12 +281,6 @@ def _note_use(state: State, now: Instant) -> None:
             live.used_ms = max(1, now.now_ms)
 
 
-def type_of(live: LiveNode) -> str:
-    """Of several that of which there are most."""
-    names = [gpu_types.key_of(gpu.name, gpu.memory_bytes) for gpu in live.node.gpus]
-    return max(names, key=names.count) if names else UNKNOWN_TYPE
-
-
 def is_closed(live: LiveNode) -> bool:
     """A person or its health has closed it, or it is in no touch and was not switched off."""
     node = live.node
@@ -283,7 +290,13 @@ def is_closed(live: LiveNode) -> bool:
     return shut or away or bool(node.closed_for) or all_ill
 
 
-def box_of(state: State, now: Instant, live: LiveNode) -> Box:
+def boxes_of(state: State, now: Instant) -> list[Box]:
+    """Of all nodes that have GPUs."""
+    takers = power.takers_of(state)
+    return [box_of(state, now, live, takers) for live in state.nodes.values() if live.node.gpus]
+
+
+def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
     its = live.node.power
 
     def monotonic_ms(unix_ms: int) -> int:
@@ -295,7 +308,7 @@ def box_of(state: State, now: Instant, live: LiveNode) -> Box:
     return Box(
         live.node.id,
         power.model_of(live.node),
-        type_of(live),
+        power.type_of(live.node),
         len(live.node.gpus) - len(live.node.gpu_cordons),
         its.phase,
         monotonic_ms(its.since_unix_ms),
@@ -303,7 +316,7 @@ def box_of(state: State, now: Instant, live: LiveNode) -> Box:
         held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
         idle_ms=0 if busy or not on else live.used_ms,
         guaranteed=JobClass.GUARANTEED in classes,
-        uploading=on and not busy and bool(power.why_needed(state, live)),
+        uploading=on and not busy and bool(power.why_needed(state, live, takers)),
         closed=is_closed(live),
         starts_ms=tuple(map(monotonic_ms, its.starts_unix_ms)),
         boot_failures=its.boot_failures,
@@ -329,9 +342,8 @@ def plan_page(state: State, now: Instant) -> PlanPage:
     scaler, rules = state.scaler, state.options.scaling.rules
     mode, why = mode_of(state, now)
     boxes: dict[str, list[Box]] = {}
-    for live in state.nodes.values():
-        if live.node.gpus:
-            boxes.setdefault(type_of(live), []).append(box_of(state, now, live))
+    for box in boxes_of(state, now):
+        boxes.setdefault(box.gpu_type, []).append(box)
     outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
     newest = {record.gpu_type: record for record in scaler.records.values()}
     names = sorted(dict.fromkeys([*boxes, *outlooks]))

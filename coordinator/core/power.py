@@ -21,10 +21,12 @@ How:
 How long a boot takes is learnt for each model of node (`boot_times.py`).
 """
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from coordinator.core import checkpoints, health, nodes
+from coordinator.core import checkpoints, gpu_types, health, nodes
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_messages import Actuate, Actuated
 from coordinator.core.capacity_model import Power
@@ -261,11 +263,35 @@ def _note(state: State, live: LiveNode, power: NodePower) -> None:
 # --- who is needed --------------------------------------------------------------------------------
 
 
-def why_needed(state: State, live: LiveNode) -> str:
+@dataclass(frozen=True, slots=True)
+class Takers:
+    """Who takes copies, as far as it matters: the first three of the nodes that are on, and by node
+    the attempts whose copies go there. For many nodes at once; one look at the state is enough."""
+
+    nodes: tuple[str, ...]
+    standbys: Mapping[str, Sequence[str]]
+
+
+def takers_of(state: State) -> Takers:
+    found = (
+        name
+        for name, live in state.nodes.items()
+        if live.phase is NodePhase.UP and live.node.power.phase is Power.ON
+    )
+    standbys: dict[str, list[str]] = {}
+    for attempt_id in state.indices.open_attempts:
+        attempt = state.attempts[attempt_id]
+        if attempt.replica_node:
+            standbys.setdefault(attempt.replica_node, []).append(attempt_id)
+    return Takers(tuple(islice(found, 3)), standbys)
+
+
+def why_needed(state: State, live: LiveNode, takers: Takers | None = None) -> str:
     """Why the node may not lose its power even if nothing runs there; empty: it may."""
     if live.attempts or live.strays:
         return "something runs there"
-    return _only_copy(state, live) or _last_standby(state, live)
+    takers = takers_of(state) if takers is None else takers
+    return _only_copy(state, live) or _last_standby(state, live, takers)
 
 
 def _only_copy(state: State, live: LiveNode) -> str:
@@ -299,20 +325,15 @@ def _holds_on(state: State, name: str) -> bool:
     return there and live is not None and live.node.power.phase in (Power.ON, Power.LEAVING)
 
 
-def _last_standby(state: State, live: LiveNode) -> str:
+def _last_standby(state: State, live: LiveNode, takers: Takers) -> str:
     """A job whose copies go there, and could go to no other node."""
-    stands = [
-        name
-        for name, other in state.nodes.items()
-        if other.phase is NodePhase.UP and other.node.power.phase is Power.ON and other is not live
-    ]
-    if len(stands) > 1:
-        return ""
-    for attempt_id in state.indices.open_attempts:
+    others = [name for name in takers.nodes if name != live.node.id]
+    if len(others) > 1:
+        return ""  # whoever runs on one of them has the other
+    for attempt_id in takers.standbys.get(live.node.id, ()):
         attempt = state.attempts[attempt_id]
-        if attempt.replica_node != live.node.id or stands not in ([], [attempt.node]):
-            continue
-        if state.jobs[attempt.job_id].spec.replication is not Replication.NONE:
+        replicates = state.jobs[attempt.job_id].spec.replication is not Replication.NONE
+        if replicates and others in ([], [attempt.node]):
             return f"it is the only node that can take copies of job {attempt.job_id}"
     return ""
 
@@ -325,6 +346,12 @@ def model_of(node: Node) -> str:
     names = [gpu.name for gpu in node.gpus]
     gpus = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
+
+
+def type_of(node: Node) -> str:
+    """Of several types of GPU that of which it has most; empty where it has none."""
+    names = [gpu_types.key_of(gpu.name, gpu.memory_bytes) for gpu in node.gpus]
+    return max(names, key=names.count) if names else ""
 
 
 def boot_times(state: State) -> BootTimes:

@@ -23,12 +23,14 @@ class ScalingOptions:
 @dataclass(slots=True)
 class Scaler:
     """`records` by number, oldest first; `proposed`: by GPU type the decision that waits for a
-    person. `made`: when the last plan was, by both clocks."""
+    person. `made`: when the last plan was, by both clocks; `seen_job_id`: the
+    newest job then."""
 
     memory: Memory = field(default_factory=Memory)
     due_ms: int | None = None
     made: tuple[int, int] | None = None
     last_number: int = 0
+    seen_job_id: int = 0
     records: dict[int, ScaleRecord] = field(default_factory=dict)
     proposed: dict[str, int] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ off what is needed now. So an old one says that it is old.
 
 from dataclasses import replace
 
-from coordinator.core.demand_forecast import FRESH_MS, LATER_MIN, SOON_MIN, outlooks
+from coordinator.core.demand_forecast import FRESH_MS, outlooks
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast, TypeForecast
 from coordinator.core.messages import Tick
@@ -14,6 +14,8 @@ from coordinator.core.model import JobClass
 from coordinator.core.state import Instant
 from tests.core.training_fleet import A100, H100, Fleet
 
+# A boot of nine minutes and one decision more; two hours off pay for a boot.
+AHEAD_MIN = (10, 120)
 SOON = tuple(float(n) for n in range(9))
 LATER = tuple(float(n) for n in range(1, 10))
 
@@ -32,8 +34,8 @@ def test_with_each_sample_a_forecast_is_asked_for() -> None:
     (asked,) = (effect for effect in rig.handle(Tick()) if isinstance(effect, MakeForecast))
     assert asked.minute == rig.now.unix_ms // MINUTE_MS
     assert asked.types == (
-        AskedType(A100, 7.0, SOON_MIN, LATER_MIN),
-        AskedType(H100, 2.0, SOON_MIN, LATER_MIN),
+        AskedType(A100, 7.0, *AHEAD_MIN),
+        AskedType(H100, 2.0, *AHEAD_MIN),
     )
     assert not any(isinstance(effect, MakeForecast) for effect in rig.handle(Tick()))
 

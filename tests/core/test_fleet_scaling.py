@@ -141,6 +141,17 @@ def test_idle_nodes_go_off_one_by_one_and_come_back_ahead_of_need() -> None:
     assert any(deed.nodes == (gone,) for record in records for deed in record.deeds)
 
 
+def test_who_comes_while_nodes_are_closed_for_going_waits_a_moment() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.forecast()
+    fleet.live(70)
+    assert list(fleet.powers().values()).count("leaving") >= 3
+    jobs = [fleet.submit() for _ in range(3)]
+    fleet.live(3)
+    assert not fleet.rig.core.state.queued, "none of them waits for the next minute"
+    assert len({fleet.rig.core.state.attempts[f"{job}.1"].node for job in jobs}) == 3
+
+
 def test_a_guaranteed_job_keeps_its_node_whatever_is_forecast() -> None:
     fleet = ScaledRig.of(Mode.ACT)
     job = fleet.submit(job_class=JobClass.GUARANTEED)
@@ -191,6 +202,21 @@ def test_what_is_proposed_is_done_when_a_person_agrees_and_once() -> None:
     assert isinstance(again, Refusal)
     assert "proposes nothing that is still to be done" in again.sentence
     assert isinstance(fleet.ask(GetScaleRecord(99)), Refusal)
+
+
+def test_consent_to_what_has_become_wrong_meanwhile_does_nothing() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    (record,) = fleet.page().proposed
+    for _ in NAMES:
+        fleet.submit(job_class=JobClass.GUARANTEED)
+    answer = fleet.ask(ApproveScaling(record.number))
+    assert isinstance(answer, Refusal)
+    assert "the fleet has changed since" in answer.sentence
+    fleet.live(2)
+    assert not fleet.orders
+    assert set(fleet.powers().values()) == {"on"}
 
 
 def test_without_a_driver_the_mode_is_never_act() -> None:
