@@ -21,6 +21,20 @@ class StandbyWatch:
     better_since_ms: int | None = None
 
 
+# How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).
+Rank = tuple[bool, bool, bool, int, int, str]
+
+
+@dataclass(slots=True)
+class StandbyWalk:
+    """A look through all nodes for a standby of one attempt, and how far it has come: to the node
+    at `place`, the best of those before it is `found`."""
+
+    attempt: str
+    place: int = 0
+    found: Rank | None = None
+
+
 @dataclass(slots=True)
 class LiveGpu:
     """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:

@@ -24,11 +24,13 @@ from enum import IntEnum
 from heapq import heapify, heappop
 
 from coordinator.core import readings, shares
-from coordinator.core.model import CLASS_RANK, Job, Replication
+from coordinator.core.live import Rank, StandbyWatch
+from coordinator.core.live import StandbyWalk as Walk
+from coordinator.core.model import CLASS_RANK, Attempt, Job, Replication
 from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.shares import Hold
-from coordinator.core.state import Instant, LiveNode, StandbyWatch, State
+from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import could_hold, suits
 
 # A node is often free for some seconds between two jobs of one queue.
@@ -36,7 +38,7 @@ SETTLED_MS = 10_000
 # A large state takes a minute over 1 Gbit/s; a standby that moved oftener would never have it all.
 INTERVAL_MS = 60_000
 # Nodes looked at in one tick, by all reviews: five milliseconds, four times a second. A small fleet
-# is reviewed at every tick; who looks at thousands for one attempt looks at no other for a while.
+# is reviewed at every tick; of thousands of nodes each tick looks at some.
 LOOKS_PER_TICK_MAX = 400
 
 
@@ -60,7 +62,7 @@ class Candidate:
     load: int = 0
 
     @property
-    def rank(self) -> tuple[bool, bool, bool, int, int, str]:
+    def rank(self) -> Rank:
         """The least is the best. Who could not take it now anyway had better hold it already."""
         closed, able = self.fit is Fit.CLOSED, self.fit >= Fit.DISPLACING
         return (closed, not able, not self.holds, -self.fit, self.load, self.node)
@@ -197,31 +199,60 @@ def aim(state: State, attempt_id: str) -> str:
 
 
 def review(state: State, now: Instant) -> list[tuple[str, str]]:
-    """Look at some attempts, all in turn; returns which standbys move, and where to."""
+    """Look at some attempts, all in turn; returns which standbys move, and where to. Where there
+    are more nodes than may be looked at in one tick, the next one goes on with the same attempt."""
     running = list(state.indices.open_attempts)
-    begin, seen = state.reviewed, 0
-    looks = LOOKS_PER_TICK_MAX - state.looks_owed
-    moves = []
+    nodes = list(state.nodes.values())
+    looks, seen, moves = LOOKS_PER_TICK_MAX, 0, []
     while seen < len(running) and looks > 0:
-        attempt_id = running[(begin + seen) % len(running)]
-        seen += 1
-        looks -= 1
+        attempt_id = running[state.reviewed % len(running)]
+        begun, state.walk = state.walk, None
+        walk = begun if begun is not None and begun.attempt == attempt_id else Walk(attempt_id)
         attempt = state.attempts[attempt_id]
-        job = state.jobs[attempt.job_id]
-        present = _present(state, job, attempt.replica_node, attempt.rank)
-        if attempt.phase is not AttemptPhase.RUNNING or present is None:
-            continue  # without a standby `checkpoints.retarget` finds one as soon as there is any
-        others: list[Candidate] = []
-        if present.fit is not Fit.FREE:
-            others = candidates(state, job, attempt.node, attempt.rank)
-            looks -= len(state.nodes)
-        watch = state.standby_watches.get(attempt_id, StandbyWatch())
-        state.standby_watches[attempt_id], found = move(now.now_ms, watch, present, others)
-        if found is not None:
-            moves.append((attempt_id, found.node))
-    state.reviewed = (begin + seen) % max(1, len(running))
-    state.looks_owed = max(0, -looks)
+        looks = _look(state, attempt, walk, nodes, looks - 1)
+        if walk.place < len(nodes):
+            state.walk = walk
+            break
+        moves += _moved(state, now, attempt, walk)
+        seen += 1
+        state.reviewed = (state.reviewed + 1) % len(running)
     return moves
+
+
+def _look(state: State, attempt: Attempt, walk: Walk, nodes: Sequence[LiveNode], looks: int) -> int:
+    """Go on with a walk as far as `looks` go; returns how many are left. Nobody is looked at for an
+    attempt whose standby could take it at once."""
+    job = state.jobs[attempt.job_id]
+    present = _present(state, job, attempt.replica_node, attempt.rank)
+    if attempt.phase is not AttemptPhase.RUNNING or present is None or present.fit is Fit.FREE:
+        walk.place = len(nodes)
+        return looks
+    part = nodes[walk.place : walk.place + looks]
+    asked = [
+        candidate(state, job, live, attempt.rank)
+        for live in part
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node
+    ]
+    found = better(present, asked)
+    if found is not None and (walk.found is None or found.rank < walk.found):
+        walk.found = found.rank
+    walk.place += len(part)
+    return looks - len(part)
+
+
+def _moved(state: State, now: Instant, attempt: Attempt, walk: Walk) -> list[tuple[str, str]]:
+    """What follows from a walk that has come to its end; who was the best on the way is looked at
+    once more."""
+    job = state.jobs[attempt.job_id]
+    present = _present(state, job, attempt.replica_node, attempt.rank)
+    if attempt.phase is not AttemptPhase.RUNNING or present is None:
+        return []  # without a standby `checkpoints.retarget` finds one as soon as there is any
+    live = None if walk.found is None else state.nodes.get(walk.found[-1])
+    there = live is not None and live.phase is NodePhase.UP and may_be(live)
+    others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
+    watch = state.standby_watches.get(attempt.id, StandbyWatch())
+    state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)
+    return [] if found is None else [(attempt.id, found.node)]
 
 
 def _present(state: State, job: Job, node_id: str, rank: int) -> Candidate | None:

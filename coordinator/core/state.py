@@ -21,8 +21,8 @@ from coordinator.core.kept_rooms import KeptRooms
 from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
 from coordinator.core.live import LiveNode as LiveNode
+from coordinator.core.live import StandbyWalk, Switching
 from coordinator.core.live import StandbyWatch as StandbyWatch
-from coordinator.core.live import Switching
 from coordinator.core.messages import (
     AgentOrder,
     AppendEvent,
@@ -133,7 +133,8 @@ class State:
         # Cordons for health, (when, of how many GPUs); and GPUs that should have one and do not.
         self.cordons_ms: list[tuple[int, int]] = []
         self.held_back: dict[str, str] = {}
-        self.reviewed = self.looks_owed = 0  # of the rounds of standbys (`standby.py`)
+        self.reviewed = 0  # of the rounds of standbys (`standby.py`)
+        self.walk: StandbyWalk | None = None
         self.last_tick_ms: int | None = None
         # What the next placement has to look at: everything, or else these new jobs alone.
         self.dirty = True

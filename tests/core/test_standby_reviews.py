@@ -1,34 +1,64 @@
 """What looking for better standbys may cost a tick."""
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.core import standby
 from coordinator.core.messages import Tick
 from coordinator.core.model import Job
-from coordinator.core.state import Options, State
+from coordinator.core.state import LiveNode, Options, State
 from tests.core.test_gpu_health import Fleet
 
 NODES = ("n1", "n2", "n3", "n4")
 
 
 def test_a_review_looks_at_no_more_nodes_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All attempts in turn, and of a fleet that is too large for one tick one in several."""
-    looked: list[str] = []
-    find = standby.candidates
-
-    def counted(state: State, job: Job, node_id: str, rank: int = 0) -> list[standby.Candidate]:
-        looked.append(node_id)
-        return find(state, job, node_id, rank)
-
+    """All attempts in turn; of a fleet that is too large for one tick each tick looks at a part."""
     fleet = Fleet(dict.fromkeys(NODES, 1), Options(suspect_ms=60_000, lease_ms=60_000))
     for _ in NODES:
         fleet.submit()
-    monkeypatch.setattr(standby, "LOOKS_PER_TICK_MAX", 2)
-    monkeypatch.setattr(standby, "candidates", counted)
-    ticks = 40
-    for _ in range(ticks):
+    looked: list[tuple[int, str]] = []
+    ask = standby.candidate
+
+    def counted(state: State, job: Job, live: LiveNode, rank: int = 0) -> standby.Candidate:
+        looked.append((job.id, live.node.id))
+        return ask(state, job, live, rank)
+
+    monkeypatch.setattr(standby, "LOOKS_PER_TICK_MAX", 3)
+    monkeypatch.setattr(standby, "candidate", counted)
+    seen: set[tuple[int, str]] = set()
+    for _ in range(40):
         fleet.rig.now_ms += 250
+        looked.clear()
         fleet.rig.handle(Tick())
-    # One attempt costs its own look and one at each node.
-    assert ticks * 2 // (1 + len(NODES)) - 1 <= len(looked) <= ticks * 2 // len(NODES)
-    assert set(looked) == set(NODES)
+        # Of an attempt its present standby as well, where a look goes on and where it ends.
+        assert len(looked) <= 3 + 2
+        seen.update(looked)
+    where = {
+        job.id: fleet.rig.core.state.current(job) for job in fleet.rig.core.state.jobs.values()
+    }
+    for job_id, attempt in where.items():
+        assert attempt is not None
+        assert {node for job, node in seen if job == job_id} == set(NODES) - {attempt.node}
+
+
+def test_a_better_standby_is_found_over_several_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same one as in a look at all of them at once, as long after."""
+    found = []
+    for looks in (400, 2):
+        monkeypatch.setattr(standby, "LOOKS_PER_TICK_MAX", looks)
+        fleet = Fleet(dict.fromkeys(NODES, 1), Options(suspect_ms=60_000, lease_ms=60_000))
+        first = fleet.submit()
+        for _ in range(2):
+            fleet.submit()
+        state = fleet.rig.core.state
+        taken = {attempt.node for attempt in state.attempts.values()}
+        free = (set(NODES) - taken).pop()
+        attempt = state.attempts[f"{first}.1"]
+        state.put_attempt(replace(attempt, replica_node=(taken - {attempt.node}).pop()))
+        for _ in range(2 * standby.SETTLED_MS // 250):
+            fleet.rig.now_ms += 250
+            fleet.rig.handle(Tick())
+        found.append(state.attempts[f"{first}.1"].replica_node == free)
+    assert found == [True, True]

@@ -19,7 +19,8 @@ from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
-SERVICES = {f"baton.v1.{noun}Service" for noun in ("Job", "Node", "Agent", "Checkpoint", "Demand")}
+NOUNS = ("Job", "Node", "Agent", "Checkpoint", "Demand", "Capacity")
+SERVICES = {f"baton.v1.{noun}Service" for noun in NOUNS}
 
 
 @pytest.fixture(scope="module")

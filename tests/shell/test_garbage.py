@@ -42,7 +42,7 @@ class _Knot:
 
 
 async def test_old_cycles_that_add_up_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = gc.get_threshold()
+    monkeypatch.setattr(garbage, "YOUNG_INTERVAL_S", 0.0)
     monkeypatch.setattr(garbage, "LOOK_INTERVAL_S", 0.0)
     monkeypatch.setattr(garbage, "NEW_MIN", 100)
     monkeypatch.setattr(garbage, "_collect", found := _Collections())
@@ -57,17 +57,38 @@ async def test_old_cycles_that_add_up_are_found(monkeypatch: pytest.MonkeyPatch)
     assert found.left[1] >= 100
     collecting.cancel()
     await asyncio.gather(collecting, return_exceptions=True)
-    assert gc.get_threshold() == rule
+    assert gc.isenabled(), "Python's own rule holds again"
 
 
-async def test_young_cycles_do_not_wait_for_that() -> None:
+async def test_young_cycles_do_not_wait_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that was refused holds its request."""
+    monkeypatch.setattr(garbage, "YOUNG_INTERVAL_S", 0.0)
     collecting = asyncio.create_task(garbage.collect_seldom())
     await asyncio.sleep(0)
-    for _ in range(3 * gc.get_threshold()[0]):
+    for _ in range(100):
         _Knot()
-    held = sum(isinstance(one, _Knot) for one in gc.get_objects())
-    assert held <= 2 * gc.get_threshold()[0]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not any(isinstance(one, _Knot) for one in gc.get_objects())
+    collecting.cancel()
+    await asyncio.gather(collecting, return_exceptions=True)
+
+
+async def test_what_is_replaced_all_the_time_does_not_add_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many go as come, so Python's own rule would never look through them."""
+    monkeypatch.setattr(garbage, "YOUNG_INTERVAL_S", 0.0)
+    collecting = asyncio.create_task(garbage.collect_seldom())
+    await asyncio.sleep(0)
+    kept: list[list[int]] = [[] for _ in range(500)]
+    for _ in range(5):
+        for place in range(len(kept)):
+            kept[place] = [place]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        young = {id(one) for one in gc.get_objects(generation=0)}
+        assert not any(id(one) in young for one in kept)
     collecting.cancel()
     await asyncio.gather(collecting, return_exceptions=True)
 
