@@ -231,7 +231,7 @@ def _look(state: State, attempt: Attempt, walk: Walk, nodes: Sequence[LiveNode],
     asked = [
         candidate(state, job, live, attempt.rank)
         for live in part
-        if live.phase is NodePhase.UP and live.node.id != attempt.node
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node
     ]
     found = better(present, asked)
     if found is not None and (walk.found is None or found.rank < walk.found):
@@ -248,7 +248,7 @@ def _moved(state: State, now: Instant, attempt: Attempt, walk: Walk) -> list[tup
     if attempt.phase is not AttemptPhase.RUNNING or present is None:
         return []  # without a standby `checkpoints.retarget` finds one as soon as there is any
     live = None if walk.found is None else state.nodes.get(walk.found[-1])
-    there = live is not None and live.phase is NodePhase.UP
+    there = live is not None and live.phase is NodePhase.UP and may_be(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
     watch = state.standby_watches.get(attempt.id, StandbyWatch())
     state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)

@@ -19,7 +19,7 @@ from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
-NOUNS = ("Job", "Node", "Agent", "Checkpoint", "Cost", "Demand")
+NOUNS = ("Job", "Node", "Agent", "Checkpoint", "Cost", "Demand", "Capacity")
 SERVICES = {f"baton.v1.{noun}Service" for noun in NOUNS}
 
 
