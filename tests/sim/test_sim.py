@@ -194,7 +194,7 @@ def test_a_drained_gang_sends_ahead_and_stops_together() -> None:
     assert outcome.fired["scenario"] == 1
     ahead = [n for n, line in enumerate(outcome.lines) if "attempt.precopy" in line]
     moved = [n for n, line in enumerate(outcome.lines) if "attempt.accepted attempt=1.2.0" in line]
-    kept = [n for n, line in enumerate(outcome.lines) if "checkpoint.committed" in line]
+    kept = [n for n, line in enumerate(outcome.lines) if "checkpoint.committed job=1 " in line]
     assert len(ahead) == 2, "one for each rank"
     assert sum(ahead[0] < number < moved[0] for number in kept) == 2, "one ahead, one at the end"
 
