@@ -21,7 +21,6 @@ import gzip
 import math
 import os
 import random
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from coordinator.core.estimates import (
     Place,
 )
 from coordinator.core.rates import place_prior
+from coordinator.sim.gavel import family
 
 GOAL = 0.2
 BAND_PERCENT_MIN = 75.0  # of a band that is said to hold 80
@@ -73,11 +73,6 @@ def read(path: Path) -> Table:
             place = Place(GPU_TYPES[row["gpu_type"]], int(row["scale_factor"]))
             table.setdefault(row["model"], {})[place] = rate
     return table
-
-
-def family(job: str) -> str:
-    """The model without its batch size."""
-    return re.sub(r" \(batch size \d+\)", "", job)
 
 
 def measure(chance: random.Random, place: Place, rate: float, seconds: float) -> Measurement:

@@ -25,7 +25,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import report, scheduling_pairs, scheduling_scale, scheduling_speed
+from bench import (
+    report,
+    scheduling_learning,
+    scheduling_pairs,
+    scheduling_scale,
+    scheduling_speed,
+)
 from coordinator.core.allocation import Aims
 from coordinator.sim import checks, gavel
 from coordinator.sim.engine import simulate
@@ -80,6 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         rows += _rows(trace, {each.name: each.figures for each in ran})
     if traces and not asked.quick:
         rows += scheduling_pairs.rows(Path(parsed.gavel), asked)
+    if traces:
+        rows += scheduling_learning.rows(Path(parsed.gavel), asked)
     rows += scheduling_scale.rows(asked.quick)
     if not asked.quick:
         rows += scheduling_speed.rows()

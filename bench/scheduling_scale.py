@@ -3,15 +3,21 @@
 The fleet has nine GPU types; each job can run on all of them, at rates drawn by a seed, and half of
 the GPUs' worth of jobs run already. Measured is all of a decision, from jobs as the core sees them
 to grants and sentences, in seconds of one core.
+
+The linear program's bound counts jobs in part. Where eleven GPUs of a type are shared by gangs of
+up to four, whole jobs do not reach it, so at the smallest size the value is also given beside the
+best in whole jobs, which is searched for until it is proven.
 """
 
 import random
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
 
 from bench import report
 from coordinator.core.allocation import Aims, Allocation, Contender, Option, Solve, allocate
-from coordinator.solver import solve
+from coordinator.solver import EXHAUSTIVE, solve
 
 TYPES = tuple(f"type{number}" for number in range(9))
 SIZES = (100, 1_000, 10_000)
@@ -19,6 +25,7 @@ GOALS_S = {1_000: 0.3, 10_000: 3.0}
 VALUE_GOAL = 0.999
 NOW_MS = 100 * 3_600_000
 SEEDS = (1, 2, 3)
+SEEDS_BEST = range(1, 9)
 
 
 def rows(quick: bool) -> list[report.Row]:
@@ -48,7 +55,18 @@ def rows(quick: bool) -> list[report.Row]:
                     more_is_better=True,
                 )
             )
-    return found
+    return [*found, _beside_the_best(SIZES[0])]
+
+
+def _beside_the_best(size: int) -> report.Row:
+    """Production's value over that of the proven best."""
+    values = []
+    for seed in SEEDS_BEST:
+        contenders = jobs(size, seed)
+        best = _decide(contenders, size, partial(solve, search=EXHAUSTIVE))
+        values.append(_decide(contenders, size, solve).value / best.value)
+    row = report.row_of(f"value, {size:,} GPUs and jobs", values, "of the best in whole jobs")
+    return replace(row, goal=VALUE_GOAL, more_is_better=True)
 
 
 def jobs(count: int, seed: int) -> list[Contender]:

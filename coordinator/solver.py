@@ -12,6 +12,8 @@ and, of more than `FEW_COLUMNS_MAX`, only where jobs in part are worth more than
 The package is an extra (`gpu-baton[scheduling]`).
 """
 
+import math
+from dataclasses import dataclass
 from typing import Final
 
 import highspy
@@ -26,19 +28,30 @@ TOLERANCE: Final = 1e-6
 
 # Beyond that the jobs that come out in part are a ten-thousandth of the value.
 WHOLE_COLUMNS_MAX: Final = 20_000
-# A column that falls short of its price by more than this is in no allocation that is nearly best.
-NEAR_RATIO: Final = 0.05
-NODES_MAX: Final = 50
 # Where columns are more than so many, jobs in part that are worth less than this of all are not
 # worth a search.
 FEW_COLUMNS_MAX: Final = 1_000
 PARTS_RATIO_MIN: Final = 3e-3
-WHOLE_GAP_RATIO: Final = 1e-4
 
 Floats = NDArray[np.float64]
 
 
-def solve(columns: Columns) -> Solved:
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How hard whole jobs are looked for: a column that falls short of its price by more than
+    `near_ratio` is in no allocation that is nearly best."""
+
+    near_ratio: float = 0.05
+    nodes_max: int = 50
+    gap_ratio: float = 1e-4
+
+
+PRODUCTION: Final = Search()
+# To the proven best, however long it takes: what a benchmark measures the other by.
+EXHAUSTIVE: Final = Search(math.inf, 1_000_000, 0.0)
+
+
+def solve(columns: Columns, search: Search = PRODUCTION) -> Solved:
     """The allocation that is worth most, in parts of jobs; each job at most once."""
     values = np.asarray(columns.values, dtype=np.float64)
     jobs = np.asarray(columns.jobs, dtype=np.int32)
@@ -67,19 +80,19 @@ def solve(columns: Columns) -> Solved:
     least = 0.0 if count <= FEW_COLUMNS_MAX else PARTS_RATIO_MIN * bound
     if count <= WHOLE_COLUMNS_MAX and values @ parts > least:
         paid = prices[jobs] + entries[1::2] * prices[columns.job_count + types]
-        shares = _whole(lp, values >= paid - NEAR_RATIO * np.abs(values), shares)
+        shares = _whole(lp, values >= paid - search.near_ratio * np.abs(values), shares, search)
     return Solved(shares.tolist(), np.maximum(0.0, prices[columns.job_count :]).tolist(), bound)
 
 
-def _whole(lp: highspy.HighsLp, near: NDArray[np.bool_], shares: Floats) -> Floats:
+def _whole(lp: highspy.HighsLp, near: NDArray[np.bool_], shares: Floats, search: Search) -> Floats:
     """The best in whole jobs among the columns that are `near`; `shares` where none is found."""
     count = len(shares)
     lp.col_upper_ = near.astype(np.float64)
     lp.integrality_ = [highspy.HighsVarType.kInteger] * count
     highs = Silent()
     highs.setOptionValue("threads", 1)
-    highs.setOptionValue("mip_max_nodes", NODES_MAX)
-    highs.setOptionValue("mip_rel_gap", WHOLE_GAP_RATIO)
+    highs.setOptionValue("mip_max_nodes", search.nodes_max)
+    highs.setOptionValue("mip_rel_gap", search.gap_ratio)
     highs.passModel(lp)
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:

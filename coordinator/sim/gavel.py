@@ -8,6 +8,7 @@ is part of Baton.
 
 import csv
 import gzip
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ def read_trace(path: Path, rates: Rates, restart_s: float) -> list[SimJob]:
             )
         )
     return jobs
+
+
+def family(model: str) -> str:
+    """A model without its batch size."""
+    return re.sub(r" \(batch size \d+\)", "", model)
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from coordinator.core.allocation import Columns
-from coordinator.solver import level, solve
+from coordinator.solver import EXHAUSTIVE, level, solve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +30,15 @@ def test_what_comes_out_in_part_is_decided_whole() -> None:
     found = solve(Columns([0, 1, 2], [0, 0, 0], [2, 2, 3], [2.2, 2.1, 3.0], 3, [5]))
     assert found.shares == pytest.approx([1, 0, 1])
     assert found.bound == pytest.approx(2.2 + 2.1 + 1.0), "the bound is that of parts"
+
+
+def test_an_exhaustive_search_also_takes_what_its_price_does_not_pay_for() -> None:
+    """Three jobs of two GPUs each share five in parts, at 2 a GPU. The fifth goes to one that is
+    worth less than that: which production leaves to the core's filling up."""
+    columns = Columns([0, 1, 2, 3], [0] * 4, [2, 2, 2, 1], [4.0, 4.0, 4.0, 1.5], 4, [5])
+    worth = [np.dot(solve(columns).shares, columns.values)]
+    worth.append(np.dot(solve(columns, EXHAUSTIVE).shares, columns.values))
+    assert worth == pytest.approx([8.0, 9.5])
 
 
 def test_the_worst_off_is_as_well_off_as_can_be() -> None:
