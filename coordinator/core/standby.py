@@ -209,25 +209,28 @@ def review(state: State, now: Instant) -> list[tuple[str, str]]:
         begun, state.walk = state.walk, None
         walk = begun if begun is not None and begun.attempt == attempt_id else Walk(attempt_id)
         attempt = state.attempts[attempt_id]
-        looks = _look(state, attempt, walk, nodes, looks - 1)
-        if walk.place < len(nodes):
-            state.walk = walk
-            break
-        moves += _moved(state, now, attempt, walk)
+        looks -= 1
+        present = _present(state, state.jobs[attempt.job_id], attempt.replica_node, attempt.rank)
+        # Without a standby `checkpoints.retarget` finds one as soon as there is any.
+        if attempt.phase is AttemptPhase.RUNNING and present is not None:
+            if present.fit is not Fit.FREE:  # else nobody is better
+                part = nodes[walk.place : walk.place + looks]
+                looks -= len(part)
+                _look(state, attempt, present, walk, part)
+                if walk.place < len(nodes):
+                    state.walk = walk
+                    break
+            moves += _moved(state, now, attempt, present, walk)
         seen += 1
         state.reviewed = (state.reviewed + 1) % len(running)
     return moves
 
 
-def _look(state: State, attempt: Attempt, walk: Walk, nodes: Sequence[LiveNode], looks: int) -> int:
-    """Go on with a walk as far as `looks` go; returns how many are left. Nobody is looked at for an
-    attempt whose standby could take it at once."""
+def _look(
+    state: State, attempt: Attempt, present: Candidate, walk: Walk, part: Sequence[LiveNode]
+) -> None:
+    """Go on with a walk through the next nodes."""
     job = state.jobs[attempt.job_id]
-    present = _present(state, job, attempt.replica_node, attempt.rank)
-    if attempt.phase is not AttemptPhase.RUNNING or present is None or present.fit is Fit.FREE:
-        walk.place = len(nodes)
-        return looks
-    part = nodes[walk.place : walk.place + looks]
     asked = [
         candidate(state, job, live, attempt.rank)
         for live in part
@@ -237,16 +240,14 @@ def _look(state: State, attempt: Attempt, walk: Walk, nodes: Sequence[LiveNode],
     if found is not None and (walk.found is None or found.rank < walk.found):
         walk.found = found.rank
     walk.place += len(part)
-    return looks - len(part)
 
 
-def _moved(state: State, now: Instant, attempt: Attempt, walk: Walk) -> list[tuple[str, str]]:
+def _moved(
+    state: State, now: Instant, attempt: Attempt, present: Candidate, walk: Walk
+) -> list[tuple[str, str]]:
     """What follows from a walk that has come to its end; who was the best on the way is looked at
     once more."""
     job = state.jobs[attempt.job_id]
-    present = _present(state, job, attempt.replica_node, attempt.rank)
-    if attempt.phase is not AttemptPhase.RUNNING or present is None:
-        return []  # without a standby `checkpoints.retarget` finds one as soon as there is any
     live = None if walk.found is None else state.nodes.get(walk.found[-1])
     there = live is not None and live.phase is NodePhase.UP and may_be(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
