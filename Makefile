@@ -1,6 +1,7 @@
 # The commands of this project. Each sets up what it needs and says what it does while it does it.
 #
 #   make demo            a fine-tuning job loses its node and finishes on another one; DEMO_ARGS="..." is passed on
+#   make demo-scaling    a small fleet follows a real day of demand in six minutes; DEMO_ARGS likewise
 #   make test            everything that must hold (what .ci/run runs)
 #   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
@@ -45,10 +46,10 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256s
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test check gates fast-tests bench sim torture soak deb systemd-test vm-test protos clean
+.PHONY: help setup demo demo-scaling test check gates fast-tests bench sim torture soak deb systemd-test vm-test protos clean
 
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,16s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -106,6 +107,9 @@ $(BUF): Makefile
 # exec: Ctrl-C reaches the program itself, which ends what it started, and make has nothing left to kill.
 demo: $(STAMP)
 	@exec $(BIN)/python -m tests.e2e.demo $(DEMO_ARGS)
+
+demo-scaling: $(STAMP)
+	@exec $(BIN)/python -m tests.e2e.demo_scaling $(DEMO_ARGS)
 
 gates: $(STAMP) $(BUF)
 	@run() { echo "check: $$1"; shift; "$$@"; }

@@ -247,6 +247,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds after which a node that was ordered off and is heard stays on, 1000 to "
         "14400000."
     )] = 600_000
+    demand_minute_ms: Annotated[int, says(
+        "How many milliseconds a minute of demand and of the plan lasts, 250 to 60000. For "
+        "demonstrations and tests, with a state directory of their own: scaling_idle_ms, "
+        "scaling_up_ms and all that the rule calls hours and days go by in such minutes, and every "
+        "page that shows demand takes them for real ones."
+    )] = 60_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "

@@ -309,6 +309,7 @@ def _options(config: Config) -> Options:
         reservation_ms=config.reservation_ms,
         power=power_options(config),
         scaling=scaling_options(config),
+        demand_minute_ms=config.demand_minute_ms,
     )
 
 

@@ -8,6 +8,7 @@ has these, and leaves the rest as the plan has it (`docs/scaling.md` names every
 from typing import TYPE_CHECKING, Final
 
 from coordinator.core.boot_times import BootTimes
+from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.guard_rails import Bounds
 from coordinator.core.node_power import PowerOptions
 from coordinator.core.scaler import ScalingOptions
@@ -21,6 +22,7 @@ MODES: Final = ("", *(mode.value for mode in Mode))
 DAY_MS: Final = 86_400_000
 RATIO_MAX: Final = 10_000  # beyond it the quantile is the most that a forecast knows
 SPARES_MAX: Final = 10_000
+MINUTE_MS_MIN: Final = 250  # a round of the loop: more samples than rounds there cannot be
 CYCLES_MAX: Final = 16  # starts of a day that are kept
 
 
@@ -33,6 +35,7 @@ def scaling_problems(config: "Config") -> list[str]:
         "scaling_boot_ms": (config.scaling_boot_ms, 1_000, 7_200_000),
         "scaling_boot_deadline_ms": (config.scaling_boot_deadline_ms, 1_000, 14_400_000),
         "scaling_stop_deadline_ms": (config.scaling_stop_deadline_ms, 1_000, 14_400_000),
+        "demand_minute_ms": (config.demand_minute_ms, MINUTE_MS_MIN, MINUTE_MS),
         "scaling_wait_ratio": (config.scaling_wait_ratio, 1, RATIO_MAX),
         "scaling_spares": (config.scaling_spares, 0, SPARES_MAX),
         "scaling_cycles_per_day": (config.scaling_cycles_per_day, 1, CYCLES_MAX),

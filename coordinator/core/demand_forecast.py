@@ -47,7 +47,8 @@ def minutes_ahead(state: State, gpu_type: str) -> tuple[int, int]:
     nodes = [state.nodes[next(iter(alike))].node for alike in state.indices.kinds.values()]
     boots_ms = [boots.of(power.model_of(node)) for node in nodes if power.type_of(node) == gpu_type]
     soon_ms = max(boots_ms, default=guess_ms) + scaling.interval_ms
-    return math.ceil(soon_ms / MINUTE_MS), math.ceil(scaling.rules.later_ms / MINUTE_MS)
+    soon_min = math.ceil(soon_ms / state.options.demand_minute_ms)
+    return soon_min, math.ceil(scaling.rules.later_ms / MINUTE_MS)
 
 
 def made(state: State, now: Instant, event: ForecastMade) -> None:

@@ -17,6 +17,9 @@ How it is kept, in bounded memory:
    in a commit that happens anyway, another every ten. What a crash loses is what the last commit
    did not have; those minutes are unknown.
 
+A minute is a number: wall time over `Options.demand_minute_ms`. It has sixty seconds wherever
+demand is real; a demonstration lets a day pass in minutes, and all here is told in its own.
+
 The clock. Steps are wall time, and wall time jumps: `ClockWatch` compares it with the monotonic
 clock. While it is not known which of both is right nothing is sampled.
 """
@@ -162,10 +165,10 @@ class ClockWatch:
     doubted: tuple[int, int] | None = None
     behind_since_ms: int | None = None
 
-    def believes(self, now_ms: int, unix_ms: int, newest_minute: int | None) -> bool:
+    def believes(self, now_ms: int, unix_ms: int, newest_unix_ms: int | None) -> bool:
         """Call it at each tick. A clock that is far behind is believed after a day: then it was
         wrong before, and what was sampled then has to go."""
-        newest_ms = unix_ms if newest_minute is None else newest_minute * MINUTE_MS
+        newest_ms = unix_ms if newest_unix_ms is None else newest_unix_ms
         if newest_ms - unix_ms > DAY_MS:
             if self.behind_since_ms is None:
                 self.behind_since_ms = now_ms

@@ -43,8 +43,9 @@ def read(state: State, now: Instant, asked: GetDemand) -> DemandSeries:
     which = Series(gpu_type, asked.project, asked.job_class)
     gpus = history.read(period_min, newest - count + 1, count, which)
     first = next((place for place, value in enumerate(gpus) if value is not None), count)
-    begin_unix_ms = (newest - count + 1 + first) * period_min * 60_000
+    begin_min = (newest - count + 1 + first) * period_min
     held, ahead = held_ahead(state, now, which, asked.ahead_min)
+    begin_unix_ms = begin_min * state.options.demand_minute_ms
     return DemandSeries(begin_unix_ms, period_min, tuple(gpus[first:]), gpu_type, held, ahead)
 
 

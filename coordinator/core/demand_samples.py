@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.core import gpu_types, shares
-from coordinator.core.demand_history import MINUTE_MS, OTHER, Series
+from coordinator.core.demand_history import OTHER, Series
 from coordinator.core.model import Attempt, GpuFacts, JobClass, JobSpec
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
@@ -34,8 +34,10 @@ DIGITS: Final = 6  # of a GPU: what sums of shares lose is beyond
 def tick(state: State, now: Instant) -> int | None:
     """A sample, where a new minute has begun and the clock is believed: then its minute."""
     history = state.demand_history
+    minute_ms, newest = state.options.demand_minute_ms, history.newest_minute
+    newest_unix_ms = None if newest is None else newest * minute_ms
     doubted = history.clock.doubts
-    if not history.clock.believes(now.now_ms, now.unix_ms, history.newest_minute):
+    if not history.clock.believes(now.now_ms, now.unix_ms, newest_unix_ms):
         if not doubted:
             sentence = (
                 "wall time has jumped, or is more than a day before the newest sample of demand;"
@@ -43,7 +45,7 @@ def tick(state: State, now: Instant) -> int | None:
             )
             state.log("warning", "demand.clock_doubted", reason=sentence)
         return None
-    minute, newest = now.unix_ms // MINUTE_MS, history.newest_minute
+    minute = now.unix_ms // minute_ms
     if newest is not None and newest - minute >= 1_440:
         state.records.append(history.rewind(minute - 1))
     elif newest is not None and minute <= newest:

@@ -15,6 +15,8 @@ How, each `interval_ms`, and sooner where a new job waits while nodes are closed
 4. A queued job whose last checkpoint lies only on nodes that are off gets one of them started, in
    any mode: that is no matter of demand.
 
+The plan has a time of its own (`plan_time.py`): all that it is told is in that.
+
 The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unless one is
 configured; without a driver it is never `act`.
 """
@@ -23,7 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from coordinator.core import checkpoints, demand_forecast, odds, power, scaling
+from coordinator.core import checkpoints, demand_forecast, odds, plan_time, power, scaling
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Outlook, Power
 from coordinator.core.capacity_orders import Verb
@@ -76,10 +78,7 @@ def tick(state: State, now: Instant) -> None:
     scaler.due_ms = now.now_ms + options.interval_ms
     _note_use(state, now)
     mode, _ = mode_of(state, now)
-    outlooks = demand_forecast.outlooks(state, now)
-    rules = replace(options.rules, mode=mode, boots=power.boot_times(state))
-    boxes = boxes_of(state, now)
-    plan = scaling.plan(now.now_ms, boxes, outlooks, rules, scaler.memory)
+    plan = _plan(state, now, mode)
     scaler.memory, scaler.made = plan.memory, (now.now_ms, now.unix_ms)
     for decision in plan.decisions:
         if decision.alternatives or _deeds(plan, decision):  # else nobody could weigh anything
@@ -92,6 +91,18 @@ def tick(state: State, now: Instant) -> None:
         _unmark(state, now)
     _wake_holders(state, now)
     _look_back(state, now)
+
+
+def _plan(state: State, now: Instant, mode: Mode) -> Plan:
+    options = state.options
+    boots = plan_time.boots(options, power.boot_times(state))
+    return scaling.plan(
+        plan_time.plan_ms(options, now.now_ms),
+        boxes_of(state, now),
+        [plan_time.outlook(options, each) for each in demand_forecast.outlooks(state, now)],
+        replace(options.scaling.rules, mode=mode, boots=boots),
+        state.scaler.memory,
+    )
 
 
 def _hurries(state: State, now: Instant) -> bool:
@@ -119,7 +130,8 @@ def _history_ms(state: State, now: Instant) -> int:
     """Since the oldest minute that is known of the last fourteen days, if that long."""
     count = HISTORY_MS // MINUTE_MS
     oldest = state.demand_history.oldest_minute
-    return 0 if oldest is None else min(count, now.unix_ms // MINUTE_MS - oldest) * MINUTE_MS
+    minute = now.unix_ms // state.options.demand_minute_ms
+    return 0 if oldest is None else min(count, minute - oldest) * MINUTE_MS
 
 
 def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mode) -> None:
@@ -260,7 +272,7 @@ def _look_back(state: State, now: Instant) -> None:
     rules = state.options.scaling.rules
     newest = state.demand_history.newest_minute
     for record in [each for each in state.scaler.records.values() if each.hindsight is None]:
-        first = record.unix_ms // MINUTE_MS + 1
+        first = record.unix_ms // state.options.demand_minute_ms + 1
         if newest is None or not record.minutes or first + record.minutes > newest:
             continue
         if newest - first > HISTORY_MS // MINUTE_MS:
@@ -300,7 +312,10 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
     its = live.node.power
 
     def monotonic_ms(unix_ms: int) -> int:
-        return now.now_ms - max(0, now.unix_ms - unix_ms)
+        return in_plan_ms(now.now_ms - max(0, now.unix_ms - unix_ms))
+
+    def in_plan_ms(now_ms: int) -> int:
+        return plan_time.plan_ms(state.options, now_ms)
 
     classes = [state.jobs[state.attempts[one].job_id].spec.job_class for one in live.attempts]
     busy = bool(live.attempts or live.strays)
@@ -314,7 +329,7 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
         monotonic_ms(its.since_unix_ms),
         its.source,
         held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
-        idle_ms=0 if busy or not on else live.used_ms,
+        idle_ms=0 if busy or not on else in_plan_ms(live.used_ms),
         guaranteed=JobClass.GUARANTEED in classes,
         uploading=on and not busy and bool(power.why_needed(state, live, takers)),
         closed=is_closed(live),

@@ -21,9 +21,8 @@ from coordinator.core.demand_messages import HeldAhead
 from coordinator.core.model import Attempt
 from coordinator.core.state import Instant, State
 
-MINUTE_MS: Final = 60_000
 # Whoever has just begun has not lived for no time at all: most that fail do so within it.
-AGE_MS_MIN: Final = MINUTE_MS
+AGE_MS_MIN: Final = 60_000
 # Where it is asked each minute, in the loop: of more than these every second is looked at, or every
 # third, and so on, some microseconds each.
 HOLDERS_MAX: Final = 1_000
@@ -47,12 +46,13 @@ def held_ahead(
     state: State, now: Instant, which: Series, ahead_min: Sequence[int]
 ) -> tuple[float, tuple[HeldAhead, ...]]:
     """How many are held now, and for each of these minutes how many then are."""
+    minute_ms = state.options.demand_minute_ms
     holders = [holder for _, holder in _holders(state, now, which)]
     found = []
     for minutes in ahead_min:
         certain = expected = 0.0
         for holder in holders:
-            stays, likely = _chances(holder, minutes * MINUTE_MS)
+            stays, likely = _chances(holder, minutes * minute_ms)
             certain += holder.gpus * stays
             expected += holder.gpus * likely
         found.append(HeldAhead(minutes, round(certain, 3), round(expected, 3)))
@@ -62,6 +62,7 @@ def held_ahead(
 def frees_ms(state: State, now: Instant, needed: Mapping[str, float]) -> dict[str, int]:
     """By GPU type: after how long so many GPUs of those that are held are expected to have come
     free for somebody else. What is not expected within a week is left out."""
+    minute_ms = state.options.demand_minute_ms
     every = 1 + len(state.demand_history.counted.held) // HOLDERS_MAX
     by_type: dict[str, list[_Holder]] = {gpu_type: [] for gpu_type in needed}
     for gpu_type, holder in _holders(state, now, Series(), every) if needed else ():
@@ -72,12 +73,12 @@ def frees_ms(state: State, now: Instant, needed: Mapping[str, float]) -> dict[st
         earlier_min, had = 0, 0.0
         for minutes in LOOKS_MIN:
             freed = sum(
-                holder.gpus * (1.0 - _chances(holder, minutes * MINUTE_MS)[1])
+                holder.gpus * (1.0 - _chances(holder, minutes * minute_ms)[1])
                 for holder in by_type[gpu_type]
             )
             if freed >= gpus:
                 part = (gpus - had) / (freed - had)
-                found[gpu_type] = round((earlier_min + part * (minutes - earlier_min)) * MINUTE_MS)
+                found[gpu_type] = round((earlier_min + part * (minutes - earlier_min)) * minute_ms)
                 break
             earlier_min, had = minutes, freed
     return found

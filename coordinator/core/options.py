@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.core.allocation import Aims, Solve
+from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.node_power import PowerOptions
 from coordinator.core.quotas import Quota
 from coordinator.core.scaler import ScalingOptions
@@ -49,3 +50,5 @@ class Options:
     burst_nodes: tuple[str, ...] = ()
     power: PowerOptions = field(default_factory=PowerOptions)
     scaling: ScalingOptions = field(default_factory=ScalingOptions)
+    # How long a minute of demand's history and of the plan lasts: less, and a day is over sooner.
+    demand_minute_ms: int = MINUTE_MS

@@ -40,6 +40,15 @@ def test_with_each_sample_a_forecast_is_asked_for() -> None:
     assert not any(isinstance(effect, MakeForecast) for effect in rig.handle(Tick()))
 
 
+def test_a_boot_is_as_many_minutes_as_it_lasts() -> None:
+    here = fleet()
+    here.state.options = replace(here.state.options, demand_minute_ms=30_000)
+    here.rig.now_ms += 30_000
+    effects = here.rig.handle(Tick())
+    (asked,) = (effect for effect in effects if isinstance(effect, MakeForecast))
+    assert [(one.soon_min, one.later_min) for one in asked.types] == [(20, 120)] * 2
+
+
 def test_an_outlook_has_the_present_and_the_newest_forecast_with_its_age() -> None:
     here = fleet()
     rig = here.rig

@@ -44,7 +44,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import Attempt, JobSpec
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.shares import shareable_bytes
-from coordinator.core.state import Instant, State
+from coordinator.core.state import Instant, Options, State
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Rig
 from tests.core.training_fleet import A100, H100, Fleet
 
@@ -208,19 +208,19 @@ def test_a_clock_that_jumps_to_and_fro_costs_only_the_minutes_between() -> None:
 
 
 def test_a_coordinator_that_was_away_for_a_month_waits_for_the_time_server() -> None:
-    clock, newest = ClockWatch(), 1_440
-    assert not clock.believes(0, 32 * DAY_MS, newest)
-    assert clock.believes(SETTLE_MS, 32 * DAY_MS + SETTLE_MS, newest)
-    assert ClockWatch().believes(0, 8 * DAY_MS, newest)
+    clock, newest_ms = ClockWatch(), DAY_MS
+    assert not clock.believes(0, 32 * DAY_MS, newest_ms)
+    assert clock.believes(SETTLE_MS, 32 * DAY_MS + SETTLE_MS, newest_ms)
+    assert ClockWatch().believes(0, 8 * DAY_MS, newest_ms)
 
 
 def test_a_clock_far_behind_is_believed_after_a_day() -> None:
     """1970, as after a reset: nothing is sampled, nothing is forgotten."""
-    clock, newest = ClockWatch(), 30 * 1_440
-    assert not clock.believes(0, 0, newest)
-    assert not clock.believes(DAY_MS - 1, DAY_MS - 1, newest)
+    clock, newest_ms = ClockWatch(), 30 * DAY_MS
+    assert not clock.believes(0, 0, newest_ms)
+    assert not clock.believes(DAY_MS - 1, DAY_MS - 1, newest_ms)
     assert clock.doubts
-    assert clock.believes(DAY_MS, DAY_MS, newest)
+    assert clock.believes(DAY_MS, DAY_MS, newest_ms)
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -254,6 +254,22 @@ def test_one_sample_a_minute_and_none_twice() -> None:
     ticked(rig, begin_ms + 400_000)
     history = rig.core.state.demand_history
     assert history.read(1, BEGIN, 7) == [0.0, 0.0, None, None, None, None, 0.0]
+
+
+def test_a_minute_lasts_as_long_as_is_said() -> None:
+    rig = Rig(Options(demand_minute_ms=250))
+    begin = BEGIN * MINUTE_MS // 250
+    for rig.now_ms in range(0, 1_000, 125):
+        sampled = ticked(rig, begin * 250 + rig.now_ms)
+        assert [type(e) for e in sampled] == [PutDemand] * (rig.now_ms % 250 == 0)
+    rig.restart()
+    rig.now_ms = 2_000
+    ticked(rig, begin * 250 + 2_000)
+    history = rig.core.state.demand_history
+    assert history.read(1, begin, 9) == [0.0] * 4 + [None] * 4 + [0.0]
+    assert asked(rig, GetDemand(period_min=1)) == DemandSeries(
+        begin * 250, 1, (*(0.0,) * 4, *(None,) * 4, 0.0)
+    )
 
 
 def test_a_jump_is_said_once_and_what_follows_is_sampled_again() -> None:

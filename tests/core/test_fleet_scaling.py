@@ -116,6 +116,27 @@ def decisions(effects: list[Effect]) -> list[str]:
     return [e.event for e in effects if isinstance(e, Log) and e.event == "scale.decided"]
 
 
+def test_a_plan_with_shorter_minutes_is_the_same_plan_sooner() -> None:
+    """An hour of it is a minute here: idle for that long, and one of four in a sixth of it."""
+    rules = Rules(idle_ms_min=3_600_000, bounds=Bounds(spares_min=0, up_ms_min=7_200_000))
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.rig.options = replace(
+        fleet.rig.options, demand_minute_ms=1_000, scaling=ScalingOptions(rules, Mode.ACT, 5_000)
+    )
+    fleet.rig.restart()
+    for name in NAMES:
+        fleet.hello(name)
+    fleet.forecast()
+    fleet.live(64)
+    assert not fleet.orders
+    fleet.live(9)
+    assert [order.verb for order in fleet.orders] == [Verb.SUSPEND]
+    fleet.live(12)
+    assert [order.verb for order in fleet.orders] == [Verb.SUSPEND] * 2
+    (record, *_) = fleet.rig.disk.scaled.values()
+    assert record.minutes == 120
+
+
 def test_idle_nodes_go_off_one_by_one_and_come_back_ahead_of_need() -> None:
     fleet = ScaledRig.of(Mode.ACT)
     fleet.submit()

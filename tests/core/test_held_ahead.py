@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from coordinator.core import held_ahead as module
-from coordinator.core.demand_history import Series
+from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.demand_messages import GetDemand
-from coordinator.core.held_ahead import MINUTE_MS, frees_ms, held_ahead
+from coordinator.core.held_ahead import frees_ms, held_ahead
 from coordinator.core.keeps import Reservation
 from coordinator.core.messages import CancelJob, Refusal, Reply, Request
 from coordinator.core.model import JobClass

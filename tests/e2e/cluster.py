@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -56,6 +57,29 @@ _Found = TypeVar("_Found")
 
 class ClusterError(AssertionError):
     """A program did not do what it must; the text says which and shows the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that it takes to start a program of a cluster."""
+
+    command: list[str]
+    directory: str
+    environment: dict[str, str]
+    log: str
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """In a session of its own, and with its log appended to."""
+        with Path(self.log).open("ab") as log:
+            return subprocess.Popen(
+                self.command,
+                cwd=self.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
 
 class Cluster:
@@ -128,7 +152,8 @@ class Cluster:
             "state_directory": str(self.directory / "coordinator"),
             **config,
         }
-        self.address = self._start("coordinator", "coordinator", values, {})
+        launch = self._prepare("coordinator", "coordinator", values, {})
+        self.address = self._start("coordinator", launch)
 
     def start_agent(
         self, node: str, fake_gpus: Sequence[FakeGpu] | None = (), **config: object
@@ -139,6 +164,12 @@ class Cluster:
         `fake_gpus` are what the stand-in for NVML shows; `None` means the machine's real ones.
         `config` are fields of `agent.config.Config`, such as `gpus`, which limits what jobs see.
         """
+        self._start(node, self.prepare_agent(node, fake_gpus, **config))
+
+    def prepare_agent(
+        self, node: str, fake_gpus: Sequence[FakeGpu] | None = (), **config: object
+    ) -> "Launch":
+        """The same, for somebody else who starts it and ends it; `stop` ends it in any case."""
         variables = {}
         if fake_gpus is not None:
             library = build()
@@ -155,7 +186,7 @@ class Cluster:
             "trainer_environment": {**kept, **TRAINER_VARIABLES},
             "warm_start": False,  # seconds of a core for each agent; who wants it says so
         }
-        self._start(node, "agent", {**values, **config}, variables)
+        return self._prepare(node, "agent", {**values, **config}, variables)
 
     def stop_agent(self, node: str) -> None:
         """SIGTERM, as an upgrade does: it says goodbye, and its trainers go on."""
@@ -221,28 +252,28 @@ class Cluster:
         }
         return {**inherited, **TRAINER_VARIABLES, guardian.MARK: f"{self.runtime_directory}/"}
 
-    def _start(
+    def _prepare(
         self, name: str, package: str, values: dict[str, object], variables: dict[str, str]
-    ) -> str:
-        if self.is_running(name):
-            raise ClusterError(f"{name} runs already")
+    ) -> "Launch":
         port_file = self.runtime_directory / f"{name}.port"
-        port_file.unlink(missing_ok=True)
         config = self.runtime_directory / f"{name}.toml"
         pairs = {**values, "port_file": str(port_file), "log_format": "json"}
         config.write_text("".join(f"{key} = {toml_value(pairs[key])}\n" for key in pairs), "utf-8")
         # What a node's processes are known by is the node's own runtime directory.
         mark = f"{self.runtime_directory}/{name}/"
-        with self.log_path(name).open("ab") as log:
-            self._programs[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", package, "--config", config],
-                cwd=self.runtime_directory,
-                env={**self.helper_environment(), **variables, guardian.MARK: mark},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        return Launch(
+            [sys.executable, "-P", "-m", package, "--config", str(config)],
+            str(self.runtime_directory),
+            {**self.helper_environment(), **variables, guardian.MARK: mark},
+            str(self.log_path(name)),
+        )
+
+    def _start(self, name: str, launch: "Launch") -> str:
+        if self.is_running(name):
+            raise ClusterError(f"{name} runs already")
+        port_file = self.runtime_directory / f"{name}.port"
+        port_file.unlink(missing_ok=True)
+        self._programs[name] = launch.start()
 
         def address() -> str:
             return port_file.read_text("ascii").strip() if port_file.exists() else ""

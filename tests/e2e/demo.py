@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; see the module for the exit status."""
     try:
         for number in ENDING_SIGNALS:
-            signal.signal(number, _leave)
+            signal.signal(number, leave)
         options = _parser().parse_args(arguments)
         from tests.e2e import demo_story  # gRPC and rich: half a second in which Ctrl-C may come
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + interrupted.number
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
+def leave(number: int, frame: FrameType | None) -> NoReturn:
     """Once: what is being ended then must not be interrupted again."""
     for other in ENDING_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
@@ -56,17 +56,17 @@ def _parser() -> argparse.ArgumentParser:
         "make demo", description="A fine-tuning job loses its node and finishes on another one."
     )
     parser.add_argument(
-        "--steps", type=_positive, help="of the fine-tuning job (default: 600, on a GPU 6000)"
+        "--steps", type=positive, help="of the fine-tuning job (default: 600, on a GPU 6000)"
     )
     parser.add_argument(
-        "--lease-ms", type=_positive, help="the coordinator's lease (default: its own, 8000)"
+        "--lease-ms", type=positive, help="the coordinator's lease (default: its own, 8000)"
     )
     parser.add_argument("--keep", action="store_true", help="leave logs and state in .demo/")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

@@ -62,7 +62,7 @@ class Watched:
 def run(*, steps: int | None, lease_ms: int | None, keep: bool, as_json: bool) -> int:
     """Tell the whole story. Returns the exit status."""
     with View(as_json=as_json) as view:
-        _sweep()
+        sweep()
         directory = DATA / f"run-{os.getpid()}"
         cluster = Cluster(directory)
         held = False
@@ -77,10 +77,10 @@ def run(*, steps: int | None, lease_ms: int | None, keep: bool, as_json: bool) -
             if as_json:
                 sys.stdout.write(json.dumps(summary.document()) + "\n")
         except (ClusterError, BuildError, demo_report.ReportError, grpc.RpcError) as error:
-            failures = [_sentence(error)]
+            failures = [sentence(error)]
         finally:
             view.end_table()
-            _sweep()
+            sweep()
             if held and not keep:
                 shutil.rmtree(directory, ignore_errors=True)
         view.text()
@@ -313,7 +313,7 @@ def _real_gpus(directory: Path) -> Sequence[GpuFacts]:
         return probe.gpu_facts()
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Remove what demos that were killed have left: their state, and half-made folders."""
     if not DATA.is_dir():
         return
@@ -327,7 +327,7 @@ def _sweep() -> None:
             path.unlink(missing_ok=True)
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
         return f"the coordinator did not answer: {error.details()}"
     return str(error)

@@ -1,0 +1,96 @@
+"""`make demo-scaling` in short: nodes go off, come back, and no job is lost; and what it says.
+
+The demo runs as its own process with a part of the day at a higher speed; nothing of it is
+replaced. That the day went well is its own verdict (its exit status); here stands that the verdict
+is about the right things, and that nothing is left running.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from coordinator.sim.capacity_replay import Switch
+from tests.e2e.cluster import ROOT
+from tests.e2e.scaling_day import ACTIVE, JOB_STEPS_MAX, STEPS_PER_DAY, scaled, wishes
+from tests.e2e.scaling_report import Day, Sample, drawing, lines
+from tests.e2e.test_demo import left_by
+
+TIMEOUT_S = 300
+# Two hours of the night, and the morning after which a third more is wanted.
+ARGUMENTS = ("--first-step", "10", "--steps", "22", "--step-minutes", "4")
+
+NIGHT = Sample(0.0, 2, 0, 4, 0, 2, (1.0,) * 9)
+MORNING = Sample(90.0, 4, 0, 4, 0, 0, (4.0,) * 9)
+EVENING = Sample(119.0, 4, 2, 4, 2, 0, ())
+
+
+def day(*samples: Sample, **others: object) -> Day:
+    values = {"switches": (), "boots_min": (), "lost": (), "moved": 0, "waits_min": (1.0,)}
+    return Day(nodes=3, gpus_per_node=2, samples=samples, jobs=1, **{**values, **others})  # type: ignore[arg-type]
+
+
+def test_jobs_add_up_to_the_day() -> None:
+    assert len(ACTIVE) == 3 * STEPS_PER_DAY
+    course = scaled(12)[-STEPS_PER_DAY:]
+    jobs = wishes(course)
+    held = [sum(job.begin <= step < job.end for job in jobs) for step in range(STEPS_PER_DAY)]
+    assert held == list(course)
+    assert all(0 < job.end - job.begin <= JOB_STEPS_MAX for job in jobs)
+
+
+def test_a_day_without_a_node_that_went_and_came_fails() -> None:
+    stop, up = Switch(1, "n1", "stop"), Switch(2, "n1", "up")
+    assert day(NIGHT).failures() == ["no node went off"]
+    assert day(NIGHT, switches=(stop,)).failures() == ["no node that went off came back"]
+    assert day(NIGHT, switches=(stop, up)).failures() == []
+    assert day(NIGHT, switches=(stop, up), lost=("job-1: x",)).failures() == [
+        "a job was lost: job-1: x"
+    ]
+
+
+def test_the_table_counts_what_was_seen() -> None:
+    said = lines(day(NIGHT, MORNING, EVENING))
+    seen = said[1].split()
+    # Two of three nodes for 119 minutes, and a third that starts in the last one.
+    assert float(seen[-5]) == pytest.approx((2 * 119 + 3) / 60, abs=0.06)
+    assert seen[-2] == "0.8%", "three are wanted in that minute, and two are on"
+    always = said[3].split()
+    assert always[:2] == ["always", "on"]
+    assert float(always[2]) == 6.0
+    drawn = drawing(day(NIGHT, MORNING, EVENING))
+    ElementTree.fromstring(drawn)  # noqa: S314 (we have written it)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(TIMEOUT_S)
+@pytest.mark.xdist_group("demo")
+def test_nodes_follow_the_morning_and_no_job_is_lost(tmp_path: Path) -> None:
+    plot = tmp_path / "day.svg"
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.demo_scaling", *ARGUMENTS, "--plot", str(plot)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        told, _ = demo.communicate(timeout=TIMEOUT_S)
+    finally:
+        demo.kill()
+        demo.communicate()
+
+    assert demo.returncode == 0, told
+    for words in ("is off", "is ordered on", "idle timeout 1 h, replayed", "lost: 0", str(plot)):
+        assert words in told
+    assert "Traceback" not in told
+    text = plot.read_text("utf-8")
+    ElementTree.fromstring(text)  # noqa: S314 (we have written it)
+    for words in ("running and waiting", "90%", "needed", "idle"):
+        assert words in text
+    assert left_by(demo.pid) == []
+    assert not Path(ROOT, ".demo", f"run-{demo.pid}").exists()
