@@ -247,6 +247,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Milliseconds after which a node that was ordered off and is heard stays on, 1000 to "
         "14400000."
     )] = 600_000
+    scaling_budget_usd_per_day: Annotated[int, says(
+        "US dollars a day for nodes that are rented by the hour ('burst' in 'capacity'), 0 to "
+        "10000000. 0: nothing is ever rented."
+    )] = 0
+    scaling_spends_alone: Annotated[bool, says(
+        "Rent within that budget without asking. false: a person agrees, `baton scale approve`."
+    )] = False
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
