@@ -20,6 +20,7 @@ GROUP_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 GROUPS_MAX: Final = 1_000  # a fleet has a handful
 DEADLINE_MS_MIN: Final = 1_000  # less, and a busy BMC is always late
 DEADLINE_MS_MAX: Final = 7_200_000  # two hours; who takes longer to be switched is broken
+GPUS_PER_NODE_MAX: Final = 64  # a rented node has 16 at most
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 MAC: Final = re.compile(r"[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}")
 AUTHENTICATIONS: Final = ("session", "basic")
@@ -30,7 +31,7 @@ NEEDED: Final[Mapping[str, tuple[str, ...]]] = {
     "redfish": ("address", "credentials_file"),
     "ipmi": ("address", "credentials_file"),
     "wake": ("addresses", "suspend_program"),
-    "burst": ("create_program", "delete_program"),
+    "burst": ("create_program", "delete_program", "gpu_type", "gpus_per_node"),
     "simulated": (),
 }
 OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = {
@@ -52,7 +53,8 @@ PATHS: Final = (
 
 class CapacityGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Nodes and how they are switched (docs/capacity.md). `address` is where a node's controller
-    is, with `{node}` for its name; `addresses` are those of single nodes that differ from it."""
+    is, with `{node}` for its name; `addresses` are those of single nodes that differ from it.
+    `gpu_type` and `gpus_per_node` are what a rented node has."""
 
     nodes: str = ""
     driver: str = ""
@@ -71,6 +73,8 @@ class CapacityGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ca_file: str = ""
     graceful_ms: int = 120_000
     broadcast: str = "255.255.255.255:9"
+    gpu_type: str = ""
+    gpus_per_node: int = 0
 
     def names(self) -> list[str]:
         """Its nodes. Raises `ValueError`."""
@@ -98,6 +102,13 @@ def capacity_problems(groups: Mapping[str, CapacityGroup]) -> list[str]:
         if both is not None:
             found.append(f"'{name}' and '{owner[both]}' in 'capacity' both have the node {both}")
         owner.update(dict.fromkeys(nodes, name))
+    rented: dict[str, str] = {}
+    for name, group in groups.items():
+        if group.gpu_type in rented:
+            both = f"'{name}' and '{rented[group.gpu_type]}' in 'capacity'"
+            found.append(f"{both} both rent {group.gpu_type}; one group holds all names of a type")
+        elif group.gpu_type:
+            rented[group.gpu_type] = name
     return found
 
 
@@ -110,6 +121,7 @@ def _group_problems(group: CapacityGroup) -> list[str]:
         range_problem("deadline_ms", group.deadline_ms, DEADLINE_MS_MIN, DEADLINE_MS_MAX),
         choice_problem("authentication", group.authentication, AUTHENTICATIONS),
         address_problem("broadcast", group.broadcast, port_min=1),
+        range_problem("gpus_per_node", group.gpus_per_node, 0, GPUS_PER_NODE_MAX),
     ]
     has = set(COMMON) | set(NEEDED[group.driver]) | set(OPTIONAL[group.driver])
     defaults = CapacityGroup()

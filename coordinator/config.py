@@ -253,6 +253,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "scaling_up_ms and all that the rule calls hours and days go by in such minutes, and every "
         "page that shows demand takes them for real ones."
     )] = 60_000
+    scaling_budget_usd_per_day: Annotated[int, says(
+        "US dollars a day for nodes that are rented by the hour ('burst' in 'capacity'), 0 to "
+        "10000000. 0: nothing is ever rented."
+    )] = 0
+    scaling_spends_alone: Annotated[bool, says(
+        "Rent within that budget without asking. false: a person agrees, `baton scale approve`."
+    )] = False
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "

@@ -42,7 +42,7 @@ from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.rpc import add_services
-from coordinator.scaling_settings import power_options, scaling_options
+from coordinator.scaling_settings import power_options, rented_names, scaling_options
 from coordinator.shell import TICK_MS, CoordinatorShell
 from coordinator.store.sqlite import SqliteStore
 from coordinator.transport import TransportError, listen, open_channel
@@ -303,7 +303,7 @@ def _options(config: Config) -> Options:
             config.tariffs, config.energy_usd_per_mwh, config.power_overhead_percent
         ),
         leases=config_tariffs.leases(config.leases),
-        burst_nodes=tuple(config.burst_nodes),
+        burst_nodes=(*config.burst_nodes, *rented_names(config)),
         moves_per_hour=config.moves_per_hour,
         reservation_wait_ms=config.reservation_wait_ms,
         reservation_ms=config.reservation_ms,

@@ -57,6 +57,7 @@ def _type_plan(plan: TypePlan) -> pb.TypePlan:
         coverage_ratio=plan.coverage,
         stale=plan.stale,
         sentence=plan.sentence,
+        rented_gpus=plan.rented_gpus,
     )
     message.boot.FromMilliseconds(plan.boot_ms)
     return message

@@ -79,6 +79,7 @@ class TypePlan(msgspec.Struct, frozen=True, kw_only=True):
     coverage_ratio: float | None
     stale: bool
     sentence: str
+    rented_gpus: int
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +154,7 @@ def _type_plan(said: pb.TypePlan) -> TypePlan:
         coverage_ratio=said.coverage_ratio if said.HasField("coverage_ratio") else None,
         stale=said.stale,
         sentence=said.sentence,
+        rented_gpus=said.rented_gpus,
     )
 
 

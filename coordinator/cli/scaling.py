@@ -112,6 +112,8 @@ def _row(one: "TypePlan") -> tuple[object, ...]:
 
 
 def _remarks(one: "TypePlan") -> Iterator[str]:
+    if one.rented_gpus:
+        yield f"{one.rented_gpus} are rented by the hour"
     if one.failed_gpus:
         yield f"{one.failed_gpus} did not start"
     if one.closed_gpus:

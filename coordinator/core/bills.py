@@ -133,10 +133,12 @@ def _stays(
         return
     live = state.nodes.get(attempt.node)
     facts = {gpu.uuid: gpu for gpu in (live.node.gpus if live is not None else ())}
+    # Of a rented node that is gone the type is still known.
+    unknown = (live.node.power.gpu_type if live is not None else "") or UNKNOWN_TYPE
     by_type: dict[str, float] = {}
     for uuid in attempt.gpu_uuids:
         gpu = facts.get(uuid)
-        name = UNKNOWN_TYPE if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
+        name = unknown if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
         by_type[name] = by_type.get(name, 0.0) + _part(job, gpu)
     # Rank 0 speaks for its gang; what one step was on several types is told once.
     queued = attempt.times.queued_unix_ms

@@ -20,12 +20,14 @@ HOURS_KEPT = 24
 @dataclass(frozen=True, slots=True)
 class Burst:
     """Capacity by the hour, of one GPU type: dollars an hour of a GPU, how many a node has, and for
-    how many hours one is paid at least. An idle node is given back after `idle_ms`."""
+    how many hours one is paid at least. An idle node is given back after `idle_ms`.
+    `nodes_max`: so many more can be rented."""
 
     usd_per_gpu_h: float
     gpus_per_node: int = 8
     hours_min: float = 1.0
     idle_ms: int = 600_000
+    nodes_max: int = 1_000_000_000
 
     @property
     def usd_min(self) -> float:
@@ -35,7 +37,7 @@ class Burst:
 
 def worth_gpus(outlook: Outlook, missing_gpus: int, burst: Burst, wait_usd_per_gpu_h: float) -> int:
     """How many of those that are missing are worth to be rented."""
-    waiting = min(missing_gpus, outlook.queued_gpus)
+    waiting = min(missing_gpus, outlook.urgent_gpus)
     if outlook.frees_ms is not None:
         wait_usd = wait_usd_per_gpu_h * outlook.frees_ms / MS_PER_H
         if wait_usd > burst.usd_min:

@@ -62,7 +62,8 @@ class Outlook:
     `coverage`: how much of what came lay within the 95% bands over three days, if known. `stale`:
     what it is made of is too old, or a clock has jumped. `frees_ms`: after which a node is expected
     to free, by the ages of what runs; None: nobody knows. `late_gpus`: so many of those that wait
-    would miss a deadline by waiting for it."""
+    would miss a deadline by waiting for it. `rentable_gpus`: so many of those that wait may be a
+    reason to rent; None: all."""
 
     gpu_type: str
     running_gpus: int
@@ -74,3 +75,10 @@ class Outlook:
     stale: bool = False
     frees_ms: int | None = None
     late_gpus: int = 0
+    rentable_gpus: int | None = None
+
+    @property
+    def urgent_gpus(self) -> int:
+        """Of those that wait, the ones for which GPUs may be rented."""
+        waiting = self.queued_gpus
+        return waiting if self.rentable_gpus is None else min(waiting, self.rentable_gpus)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from coordinator.core.capacity_model import Power
 from coordinator.core.model import CLASS_ORDER, JobClass
-from coordinator.core.node_power import silent
+from coordinator.core.node_power import is_gone, silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.state import LiveNode, State
 
@@ -58,7 +58,9 @@ def census(state: State, unix_ms: int) -> Census:
     nodes = Counter(
         (live.phase._value_, live.node.intent._value_) for live in lives if not _is_off(live)
     )
-    powers = Counter(live.node.power.phase._value_ for live in lives)
+    powers = Counter(
+        live.node.power.phase._value_ for live in lives if not is_gone(live.node.power)
+    )
     return Census(
         tuple(
             ((one, phase), jobs[one.value, phase.value])

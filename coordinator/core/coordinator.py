@@ -183,7 +183,11 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case SetTelemetryRate():
             return _set_rate(state, now, body)
         case ListNodes():
-            views = [_node_view(state, now, live) for _, live in sorted(state.nodes.items())]
+            views = [
+                _node_view(state, now, live)
+                for _, live in sorted(state.nodes.items())
+                if not node_power.is_gone(live.node.power)
+            ]
             return NodePage(tuple(views))
         case CordonNode():
             return _intend(state, now, body.node, NodeIntent.CORDONED)

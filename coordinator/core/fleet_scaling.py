@@ -25,13 +25,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from coordinator.core import checkpoints, demand_forecast, odds, plan_time, power, scaling
+from coordinator.core import (
+    checkpoints,
+    demand_forecast,
+    odds,
+    plan_time,
+    power,
+    rentals,
+    scaling,
+)
 from coordinator.core.boot_times import BootTimes
-from coordinator.core.capacity_model import Box, Outlook, Power
+from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import JobClass
+from coordinator.core.node_power import is_gone
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from coordinator.core.power import Takers
 from coordinator.core.scale_records import (
@@ -95,14 +104,18 @@ def tick(state: State, now: Instant) -> None:
 
 def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     options = state.options
+    rentals.look(state, now)
+    seen = rentals.outlooks(state, now, demand_forecast.outlooks(state, now))
     boots = plan_time.boots(options, power.boot_times(state))
-    return scaling.plan(
+    rules = replace(options.scaling.rules, mode=mode, boots=boots)
+    plan = scaling.plan(
         plan_time.plan_ms(options, now.now_ms),
         boxes_of(state, now),
-        [plan_time.outlook(options, each) for each in demand_forecast.outlooks(state, now)],
-        replace(options.scaling.rules, mode=mode, boots=boots),
-        state.scaler.memory,
+        [plan_time.outlook(options, each) for each in seen],
+        rentals.with_names(state, now, rules),
+        rentals.remembered(state, now, state.scaler.memory),
     )
+    return rentals.named(state, now, plan)
 
 
 def _hurries(state: State, now: Instant) -> bool:
@@ -230,8 +243,10 @@ def _carry_out(
         its = None if live is None else live.node.power.phase
         if live is not None and verb is Verb.RESUME and its is Power.OFF:
             power.start(state, now, live, why)
-        elif live is not None and verb is Verb.SUSPEND and _may_go(live):
+        elif live is not None and verb in (Verb.SUSPEND, Verb.DELETE) and _may_go(live):
             power.go(state, now, live, why)
+        elif verb is Verb.CREATE and rentals.rent(state, now, name, why):
+            pass
         else:
             left.append(name)
     return left
@@ -261,7 +276,8 @@ def _wake_holders(state: State, now: Instant) -> None:
             if any(live.node.power.phase is Power.STARTING for live in holders):
                 continue
             for live in holders:
-                if live.node.power.phase is Power.OFF and live.node.power.ours:
+                its = live.node.power
+                if its.phase is Power.OFF and its.ours and its.source is not Source.BURST:
                     why = f"the last checkpoint of job {job_id} lies on no node that is on"
                     power.start(state, now, live, why)
                     break
@@ -298,14 +314,18 @@ def is_closed(live: LiveNode) -> bool:
     node = live.node
     shut = node.intent is not NodeIntent.OPEN and not node.power.ours
     away = live.phase is not NodePhase.UP and node.power.phase in (Power.ON, Power.LEAVING)
-    all_ill = len(node.gpu_cordons) >= len(node.gpus)
+    all_ill = bool(node.gpus) and len(node.gpu_cordons) >= len(node.gpus)
     return shut or away or bool(node.closed_for) or all_ill
 
 
 def boxes_of(state: State, now: Instant) -> list[Box]:
-    """Of all nodes that have GPUs."""
+    """Of all nodes that have GPUs, and of rented ones that will."""
     takers = power.takers_of(state)
-    return [box_of(state, now, live, takers) for live in state.nodes.values() if live.node.gpus]
+    return [
+        box_of(state, now, live, takers)
+        for live in state.nodes.values()
+        if (live.node.gpus or live.node.power.gpus) and not is_gone(live.node.power)
+    ]
 
 
 def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
@@ -324,10 +344,10 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
         live.node.id,
         power.model_of(live.node),
         power.type_of(live.node),
-        len(live.node.gpus) - len(live.node.gpu_cordons),
+        (len(live.node.gpus) or its.gpus) - len(live.node.gpu_cordons),
         its.phase,
         monotonic_ms(its.since_unix_ms),
-        its.source,
+        rentals.source_of(state, live.node),
         held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
         idle_ms=0 if busy or not on else in_plan_ms(live.used_ms),
         guaranteed=JobClass.GUARANTEED in classes,
@@ -419,6 +439,7 @@ def _type_plan(
         outlook.coverage,
         outlook.stale,
         "" if record is None else f"{record.id}: {record.sentence}",
+        sum(box.gpus for box in boxes if box.source is Source.BURST),
     )
 
 

@@ -25,6 +25,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from coordinator.core.model import GpuFacts
+
 PRICES_SOURCE = "lambda.ai and openrelay.inc 2026-09-20, runpod.io 2026-10-07, on demand"
 
 GIB = 1024**3
@@ -100,3 +102,10 @@ def key_of(name: str, memory_bytes: int = 0) -> str:
     """What observations of it are filed under: the table's word, or the name of an unknown type."""
     known = find(name, memory_bytes)
     return known.key if known is not None else name
+
+
+def facts_of(key: str, count: int) -> tuple[GpuFacts, ...]:
+    """What a node with so many GPUs of a type will have, as far as the table says."""
+    known = next((one for one in TYPES if one.key == key), None)
+    memory_bytes = 0 if known is None else known.memory_gib * GIB
+    return tuple(GpuFacts(str(place), key, memory_bytes) for place in range(count))

@@ -39,6 +39,7 @@ class Rail(Enum):
     COVERAGE = "forecasts were wrong too often for three days"
     NO_FORECAST = "there is no forecast yet"
     BUDGET = "the budget of a day is used up"
+    NAMES = "no name is free for one more rented node, or the last one did not come"
     APPROVAL = "a person has to agree to what raises spend"
 
 

@@ -101,7 +101,11 @@ class Given:
 
 @dataclass(slots=True)
 class Switching:
-    """Orders under way by node; boot times as they are until one more has been seen."""
+    """Orders under way by node; boot times as they are until one more has been seen. Of rented
+    nodes: when by GPU type one did not come last, and of whom it was said that nobody here can
+    give it back."""
 
     given: dict[str, Given] = field(default_factory=dict)
     boots: BootTimes | None = None
+    unrented_ms: dict[str, int] = field(default_factory=dict)
+    unmanaged: dict[str, None] = field(default_factory=dict)

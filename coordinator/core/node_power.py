@@ -41,12 +41,23 @@ class PowerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Rent:
+    """A node was paid for by the hour, from the order until it was gone; `end_unix_ms` is `None`
+    while it is. `usd_per_h` is of the whole node."""
+
+    begin_unix_ms: int
+    usd_per_h: float
+    end_unix_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodePower:
     """`changes` counts changes of phase; `since_unix_ms` is when the last one was. `ours`: we have
     closed the node for this, and open it when it is back; a person who closes it meanwhile makes it
     his. `reason` is why it is in its phase, a sentence without its subject. `starts_unix_ms` are
     the starts of the last day, `boots_ms` how long the last ones took, both oldest first;
-    `boot_failures` are those in a row."""
+    `boot_failures` are those in a row. Of a rented node `gpu_type` and `gpus` are what was ordered,
+    and `rents` those of the last day, oldest first."""
 
     phase: Power = Power.ON
     changes: int = 0
@@ -57,6 +68,25 @@ class NodePower:
     boots_ms: tuple[int, ...] = ()
     boot_failures: int = 0
     source: Source = Source.OWNED
+    gpu_type: str = ""
+    gpus: int = 0
+    rents: tuple[Rent, ...] = ()
+
+
+def is_gone(power: NodePower) -> bool:
+    """It is a name alone, for a node that could be rented: there is no such machine."""
+    return power.source is Source.BURST and power.phase is Power.OFF
+
+
+def rents_from(power: NodePower, unix_ms: int, usd_per_h: float | None) -> tuple[Rent, ...]:
+    """Those of the last day, and the one that begins now unless one goes on; of an own node none.
+    Without a price it is as the last one was."""
+    if power.source is not Source.BURST or (power.rents and power.rents[-1].end_unix_ms is None):
+        return power.rents
+    kept = [each for each in power.rents if (each.end_unix_ms or 0) > unix_ms - DAY_MS]
+    if usd_per_h is None:
+        usd_per_h = power.rents[-1].usd_per_h if power.rents else 0.0
+    return (*kept, Rent(unix_ms, usd_per_h))
 
 
 def silent(power: NodePower) -> bool:

@@ -115,12 +115,14 @@ POWER_TRANSITIONS: Mapping[Power, tuple[Power, ...]] = {
     P.ON: (P.LEAVING,),
     # Back to ON: it is wanted after all, a person says so, or it has died meanwhile.
     P.LEAVING: (P.STOPPING, P.ON),
-    # Back to ON: it was ordered off and is heard all the same.
-    P.STOPPING: (P.OFF, P.ON),
+    # Back to ON: it was ordered off and is heard all the same. FAILED: a rented one of which nobody
+    # knows that it is gone.
+    P.STOPPING: (P.OFF, P.ON, P.FAILED),
     # ON without STARTING: a person has pressed the button.
     P.OFF: (P.STARTING, P.ON),
-    P.STARTING: (P.ON, P.FAILED),
-    P.FAILED: (P.STARTING, P.ON),
+    # To STOPPING: what there may be of a rented one that did not come is given back.
+    P.STARTING: (P.ON, P.FAILED, P.STOPPING),
+    P.FAILED: (P.STARTING, P.ON, P.STOPPING),
 }
 
 JOB_ENDED = (J.SUCCEEDED, J.FAILED, J.CANCELLED)

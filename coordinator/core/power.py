@@ -15,7 +15,10 @@ How:
 3. Nothing is switched off that somebody needs: a node with an attempt, a stray, or a checkpoint
    that lies nowhere else in reach, or the last one that could take others' copies (`why_needed`).
 4. Silence on purpose is no alarm, and no death (`node_power.silent`).
-5. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
+5. A rented node is created and deleted instead. What may be there costs money: one that did not
+   come in time is deleted, never created twice, and only whom its driver has seen gone is `off`;
+   then it is a name alone (`rentals.py`).
+6. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
    person has closed is never touched here, and a node that he switches on is on.
 
 How long a boot takes is learnt for each model of node (`boot_times.py`).
@@ -26,15 +29,32 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from coordinator.core import checkpoints, gpu_types, health, nodes
+from coordinator.core import checkpoints, gpu_types, health, node_power, nodes, parts
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_messages import Actuate, Actuated
-from coordinator.core.capacity_model import Power
+from coordinator.core.capacity_model import Power, Source
 from coordinator.core.capacity_orders import CapacityOrder, Verb
 from coordinator.core.live import Given
 from coordinator.core.messages import Refusal, RefusalKind
-from coordinator.core.model import SHARED, Checkpoint, Job, Node, Part, Replication, WaitingPart
-from coordinator.core.node_power import BOOTS_MAX, DARK, DAY_MS, STARTS_MAX, NodePower, minutes
+from coordinator.core.model import (
+    SHARED,
+    Checkpoint,
+    HostFacts,
+    Job,
+    Node,
+    Part,
+    Replication,
+    WaitingPart,
+)
+from coordinator.core.node_power import (
+    BOOTS_MAX,
+    DARK,
+    DAY_MS,
+    STARTS_MAX,
+    NodePower,
+    Rent,
+    minutes,
+)
 from coordinator.core.phases import (
     JOB_ENDED,
     POWER_TRANSITIONS,
@@ -46,6 +66,7 @@ from coordinator.core.state import Instant, LiveNode, State, cut
 from coordinator.core.validate import could_hold
 
 _VERBS = {Power.STOPPING: Verb.SUSPEND, Power.STARTING: Verb.RESUME}
+_VERBS_RENTED = {Power.STOPPING: Verb.DELETE, Power.STARTING: Verb.CREATE}
 
 
 def leave(state: State, now: Instant, live: LiveNode, why: str) -> None:
@@ -74,15 +95,28 @@ def stay(state: State, now: Instant, live: LiveNode, why: str) -> None:
 
 
 def start(state: State, now: Instant, live: LiveNode, why: str) -> None:
-    """Of a node that is off, or did not come up before."""
+    """Of a node that is off, or did not come up before; of one that is gone it is the order to rent
+    it, and it is paid for from now on."""
     power = live.node.power
     since_unix_ms = now.unix_ms - DAY_MS
     starts = [at for at in power.starts_unix_ms if at > since_unix_ms][1 - STARTS_MAX :]
     _change(
         state, now, live, Power.STARTING, why,
-        starts_unix_ms=(*starts, now.unix_ms), boot_failures=0,
+        starts_unix_ms=(*starts, now.unix_ms), boot_failures=0, rents=_rented(state, now, live),
     )  # fmt: skip
     _given(state, now, live, fresh=True)
+
+
+def give_back(state: State, now: Instant, live: LiveNode, why: str) -> None:
+    """A rented node that is of no use to anybody any more, or of which that is not known."""
+    assert live.node.power.source is Source.BURST, "an own node is kept"
+    if live.node.power.phase is Power.ON:
+        _change(state, now, live, Power.LEAVING, why, ours=True)
+    _change(state, now, live, Power.STOPPING, why, ours=True, boot_failures=0)
+    if live.node.intent is NodeIntent.OPEN:  # it may still come, and takes nothing any more
+        nodes.set_intent(state, now, live, NodeIntent.CORDONED)
+    _given(state, now, live, fresh=True)
+    checkpoints.retarget(state)
 
 
 def person_says(
@@ -105,8 +139,13 @@ def person_says(
     if power.phase is not Power.STARTING and not state.options.power.acts:
         sentence = f"{name} is off, and nobody here can switch it on: no driver is configured"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if power.source is Source.BURST and power.phase is Power.OFF:
+        sentence = f"{name} is not rented; the plan rents, and `baton scale approve` agrees to it"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
     _note(state, live, replace(power, ours=True))
-    if power.phase is not Power.STARTING:
+    if power.source is Source.BURST and power.phase is Power.FAILED:
+        give_back(state, now, live, "a person wants to know that it is gone")
+    elif power.phase is not Power.STARTING:
         start(state, now, live, "a person wants it")
     return None
 
@@ -131,6 +170,7 @@ def hello(state: State, now: Instant, live: LiveNode) -> None:
     _change(
         state, now, live, Power.ON, why,
         ours=False, boots_ms=boots_ms, starts_unix_ms=starts, boot_failures=0,
+        rents=_rented(state, now, live),
     )  # fmt: skip
     if power.ours:
         nodes.set_intent(state, now, live, NodeIntent.OPEN)
@@ -180,7 +220,9 @@ def _leaving(state: State, now: Instant, live: LiveNode) -> None:
 def _stopping(state: State, now: Instant, live: LiveNode) -> None:
     given = _given(state, now, live)
     late = now.now_ms - given.at_ms >= state.options.power.stop_deadline_ms
-    if live.phase is NodePhase.LOST:
+    if live.phase is NodePhase.LOST and live.node.power.source is Source.BURST:
+        _given_back(state, now, live, given, late=late)
+    elif live.phase is NodePhase.LOST:
         if given.done is not None or late:
             _change(state, now, live, Power.OFF, live.node.power.reason)
     elif live.phase is NodePhase.UP:
@@ -188,6 +230,48 @@ def _stopping(state: State, now: Instant, live: LiveNode) -> None:
         refused = given.done is False and now.now_ms - given.answered_ms >= state.options.lease_ms
         if refused or late:
             _stays_on(state, now, live, given)
+
+
+def _given_back(state: State, now: Instant, live: LiveNode, given: Given, *, late: bool) -> None:
+    """It is silent. Only its driver can tell whether it is still paid for."""
+    options, name = state.options.power, live.node.id
+    if given.done:
+        _is_gone(state, now, live)
+        return
+    if given.done is None and not late:
+        return
+    since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
+    tries = live.node.power.boot_failures + 1
+    why = given.reason or f"nobody said within {options.stop_deadline_ms // 1000} s that it is gone"
+    if tries > options.boot_retries:
+        reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
+        _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
+        state.log("error", "node.rent_failed", node=name, reason=reason)
+    elif since_ms >= options.boot_retry_ms:
+        reason = f"{why}; try {tries + 1} of {options.boot_retries + 1}"
+        _change(state, now, live, Power.STOPPING, reason, boot_failures=tries)
+        _given(state, now, live, fresh=True)
+
+
+def _is_gone(state: State, now: Instant, live: LiveNode) -> None:
+    """There is no such machine any more, nor what lay there: a name is left."""
+    power, name = live.node.power, live.node.id
+    rents = [replace(each, end_unix_ms=each.end_unix_ms or now.unix_ms) for each in power.rents]
+    _change(state, now, live, Power.OFF, power.reason, boot_failures=0, rents=tuple(rents))
+    job_ids = state.indices.jobs_of(live.digests)
+    checkpoints.reconcile_copies(state, name, {}, job_ids)
+    parts.reconcile(state, name, {}, job_ids)
+    fresh = Node(name, "", "", HostFacts(), (), intent=live.node.intent, power=live.node.power)
+    live.gpus, live.telemetry, live.used_ms = {}, None, 0
+    state.put_node(fresh)
+    state.rooms.stale[name] = None
+
+
+def _rented(state: State, now: Instant, live: LiveNode) -> tuple[Rent, ...]:
+    power = live.node.power
+    burst = state.options.scaling.rules.bursts.get(power.gpu_type)
+    usd_per_h = None if burst is None else burst.usd_per_gpu_h * power.gpus
+    return node_power.rents_from(power, now.unix_ms, usd_per_h)
 
 
 def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
@@ -211,6 +295,14 @@ def _starting(state: State, now: Instant, live: LiveNode) -> None:
         return
     why = given.reason if given.done is False else ""
     why = why or f"it did not say hello within {options.boot_deadline_ms // 1000} s"
+    if live.node.power.source is Source.BURST:
+        state.log(
+            "warning", "node.power_failed", node=live.node.id, power=Power.STARTING.value,
+            reason=why,
+        )  # fmt: skip
+        state.switching.unrented_ms[live.node.power.gpu_type] = now.now_ms
+        give_back(state, now, live, f"{why}; what there may be of it is deleted")
+        return
     tries = live.node.power.boot_failures + 1
     if tries > options.boot_retries:
         reason = f"{why}; tried {tries} times, `baton uncordon {live.node.id}` tries again"
@@ -234,8 +326,9 @@ def _given(state: State, now: Instant, live: LiveNode, *, fresh: bool = False) -
         key = f"{node_id}.{power.changes}"
         given = state.switching.given[node_id] = Given(key, now.now_ms, again=not fresh)
         if state.options.power.acts:
-            gpu_type = live.node.gpus[0].name if live.node.gpus else ""
-            order = CapacityOrder(key, _VERBS[power.phase], (node_id,), gpu_type)
+            gpu_type = live.node.gpus[0].name if live.node.gpus else power.gpu_type
+            verbs = _VERBS_RENTED if power.source is Source.BURST else _VERBS
+            order = CapacityOrder(key, verbs[power.phase], (node_id,), gpu_type)
             state.commands.append(Actuate(order))
     return given
 
@@ -343,6 +436,8 @@ def _last_standby(state: State, live: LiveNode, takers: Takers) -> str:
 
 def model_of(node: Node) -> str:
     """What kind of node it is, in words; those of one kind boot alike."""
+    if node.power.source is Source.BURST:
+        return f"{node.power.gpus}x {node.power.gpu_type}, rented"
     names = [gpu.name for gpu in node.gpus]
     gpus = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
@@ -351,7 +446,7 @@ def model_of(node: Node) -> str:
 def type_of(node: Node) -> str:
     """Of several types of GPU that of which it has most; empty where it has none."""
     names = [gpu_types.key_of(gpu.name, gpu.memory_bytes) for gpu in node.gpus]
-    return max(names, key=names.count) if names else ""
+    return max(names, key=names.count) if names else node.power.gpu_type
 
 
 def boot_times(state: State) -> BootTimes:
@@ -378,6 +473,9 @@ def coming(state: State, now: Instant, job: Job) -> str:
     for node_id in state.indices.switched:
         node = state.nodes[node_id].node
         fits = could_hold(job.spec, node.gpus, node.host.memory_bytes)
+        if not node.gpus and node.power.gpus:  # a rented one has never said hello
+            facts = gpu_types.facts_of(node.power.gpu_type, node.power.gpus)
+            fits = could_hold(job.spec, facts, job.spec.memory_bytes)
         if node.power.phase is Power.STARTING and job.spec.gpus and fits:
             past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
             found.append((boot_ms(state, node) - past_ms, node_id))

@@ -35,7 +35,8 @@ class ApproveScaling:
 class TypePlan:
     """A GPU type as the last plan saw it, in GPUs: those of nodes by their power, those that are
     free on nodes that are on, what runs, waits and is needed, and what the plan wants on.
-    `boot_ms`: how long a start takes. `sentence`: what the newest decision about it says."""
+    `boot_ms`: how long a start takes. `sentence`: what the newest decision about it says.
+    `rented_gpus`: of all these, those that are paid for by the hour."""
 
     gpu_type: str
     on_gpus: int
@@ -57,6 +58,7 @@ class TypePlan:
     coverage: float | None = None
     stale: bool = False
     sentence: str = ""
+    rented_gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ the decisions that people ask for. Only the records are durable: a restarted coo
 nodes that it has switched within ten minutes anew, and says a decision that still holds once more.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
@@ -13,11 +14,13 @@ from coordinator.core.scaling import Memory, Mode, Rules
 
 @dataclass(frozen=True, slots=True)
 class ScalingOptions:
-    """`mode` is `None` where the age of the history decides."""
+    """`mode` is `None` where the age of the history decides. `names` by GPU type: those that rented
+    nodes may have."""
 
     rules: Rules = field(default_factory=Rules)
     mode: Mode | None = None
     interval_ms: int = 60_000
+    names: Mapping[str, Mapping[str, None]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

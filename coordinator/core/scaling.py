@@ -345,10 +345,11 @@ def _rent(draft: _Draft, outlook: Outlook, missing_gpus: int) -> _Done:
     affordable = bursts.affordable(
         burst, spent_usd, draft.rented_usd_per_h, rules.budget_usd_per_day
     )
-    nodes = min(wanted, affordable, draft.ups)
+    nodes = min(wanted, affordable, burst.nodes_max, draft.ups)
     rail = None
     if nodes < wanted:
-        rail = Rail.BUDGET if nodes == affordable else Rail.UP_RATE
+        rail = Rail.NAMES if nodes == burst.nodes_max else Rail.UP_RATE
+        rail = Rail.BUDGET if nodes == affordable else rail
     if nodes == 0:
         return _Done(rail=rail)
     names = tuple(f"burst-{draft.next_id}-{number}" for number in range(1, nodes + 1))
@@ -367,7 +368,10 @@ def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: _Wanted)
     burst = rules.bursts.get(outlook.gpu_type)
     back: tuple[Box, ...] = ()
     if burst is not None:
-        idle = bursts.unneeded(wanted.there, wanted.there_gpus - wanted.now_gpus)
+        # Whoever waits, and is no reason to rent one, is no reason to keep one either.
+        patient_gpus = outlook.queued_gpus - outlook.urgent_gpus
+        spare_gpus = wanted.there_gpus - wanted.now_gpus + patient_gpus
+        idle = bursts.unneeded(wanted.there, spare_gpus)
         chosen = which_nodes.to_stop(idle, draft.downs, now_ms, burst.idle_ms, marked=marked)
         draft.add(Verb.DELETE, chosen.names, outlook.gpu_type)
         draft.downs -= len(chosen.boxes)
@@ -400,7 +404,7 @@ def _decide(
     about = f"{done.verbs} {done.rail.name if done.rail else ''}".strip()
     repeats = draft.said.get(name, "") == about
     draft.said[name] = about
-    acts = draft.rules.mode is Mode.ACT and bool(done.verbs)
+    acts = any(action.decision == draft.next_id for action in draft.actions)
     if not about or (repeats and not acts):
         return
     draft.decisions.append(

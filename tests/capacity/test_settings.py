@@ -8,6 +8,8 @@ import pytest
 from coordinator.capacity.opening import open_groups
 from coordinator.capacity_settings import NEEDED
 from coordinator.config import Config, ConfigError, load, print_config
+from coordinator.core.bursts import Burst
+from coordinator.scaling_settings import rented_names, scaling_options
 from tests.capacity.bench import VirtualClock
 
 PROGRAMS = "driver='programs', resume_program='/r', suspend_program='/s'"
@@ -57,7 +59,10 @@ def test_a_misspelt_key_names_the_right_one() -> None:
         (f"nodes='n1', {PROGRAMS}, state_program='s'", "'state_program' must be an absolute path"),
         (f"nodes='n1', {PROGRAMS}, ca_file='/c'", "the driver 'programs' has no 'ca_file'"),
         (f"nodes='n1', {PROGRAMS}, deadline_ms=1", "'deadline_ms' must be 1000 to 7200000, not 1"),
-        ("nodes='n1', driver='burst', create_program='/c'", "needs 'delete_program'"),
+        (
+            "nodes='n1', driver='burst', create_program='/c', gpu_type='H100', gpus_per_node=8",
+            "needs 'delete_program'",
+        ),
         ("nodes='n1', driver='ipmi', address='b'", "the driver 'ipmi' needs 'credentials_file'"),
         (
             "nodes='n1', driver='ipmi', address='-x', credentials_file='/c'",
@@ -99,6 +104,35 @@ def test_a_node_belongs_to_one_group() -> None:
     assert refusals(f"a={{nodes='n[1-3]', {PROGRAMS}}}", f"b={{nodes='n[3-4]', {PROGRAMS}}}") == (
         "'b' and 'a' in 'capacity' both have the node n3",
     )
+
+
+RENTS = "driver='burst', create_program='/c', delete_program='/d', gpus_per_node=8"
+
+
+def test_what_is_rented_has_a_type_a_price_and_one_group() -> None:
+    (said,) = refusals(f"a={{nodes='r1', {RENTS}}}")
+    assert "the driver 'burst' needs 'gpu_type'" in said
+    (said,) = refusals(f"a={{nodes='r1', {RENTS}, gpu_type='X9'}}")
+    assert "'a' in 'capacity' rents X9, which has no price: say 'burst_usd'" in said
+    groups = [f"{name}={{nodes='{name}1', {RENTS}, gpu_type='H100'}}" for name in "ab"]
+    assert refusals(*groups) == (
+        "'b' and 'a' in 'capacity' both rent H100; one group holds all names of a type",
+    )
+    (said,) = refusals(f"rack={{nodes='n1', {PROGRAMS}, gpu_type='H100'}}")
+    assert "the driver 'programs' has no 'gpu_type'" in said
+
+
+def test_what_may_be_rented_is_as_configured_and_nothing_by_default() -> None:
+    plain = scaling_options(read(f"rack={{nodes='n1', {PROGRAMS}}}"))
+    assert (plain.rules.bursts, plain.names, plain.rules.budget_usd_per_day) == ({}, {}, 0)
+    group = f"a={{nodes='r[1-2]', {RENTS}, gpu_type='H100'}}"
+    arguments = ["--config", "", f"--capacity={group}", "--tariffs=H100={burst_usd=3.5}"]
+    config = load([*arguments, "--scaling-budget-usd-per-day=50"], {}).config
+    found = scaling_options(config)
+    assert found.rules.bursts == {"H100": Burst(3.5, gpus_per_node=8)}
+    assert found.names == {"H100": {"r1": None, "r2": None}}
+    assert (found.rules.budget_usd_per_day, found.rules.spends_alone) == (50, False)
+    assert rented_names(config) == ("r1", "r2")
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:

@@ -27,12 +27,13 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     assert result.exit_code == 0
     _, row = result.stdout.splitlines()
     assert row.split()[:6] == ["H100", "1", "2", "3", "4", "5"]
-    assert "6 did not start; 7 are closed or lost" in row
+    assert "14 are rented by the hour; 6 did not start; 7 are closed or lost" in row
     assert "mode advise: as it is configured" in result.stderr
     assert "`baton scale approve scale-7` carries out: suspend n3" in result.stderr
     document = json.loads(baton("plan", "--json").stdout)
     assert document["types"][0]["coverage_ratio"] is None
     assert document["types"][0]["boot_s"] == 540
+    assert document["types"][0]["rented_gpus"] == 14
 
 
 def test_the_plot_shows_demand_and_what_is_on(

@@ -4,7 +4,8 @@ Problem: an order to switch a node off is the one that can cost everything: a jo
 checkpoint that lies nowhere else. So a plan without any sense chooses here whom to empty and whom
 to start, at any moment, among all the other faults; and its driver does what it was told, or
 nothing, or does it without a word, or says so without doing it. All invariants of the other
-machine hold, every job ends, and those that are named here.
+machine hold, every job ends, and those that are named here. The same with a node that is rented:
+it is made and deleted, and what lay there is gone with it.
 """
 
 from dataclasses import dataclass, replace
@@ -14,16 +15,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 
-from coordinator.core import costs, power
+from coordinator.core import costs, power, rentals
+from coordinator.core.bursts import Burst
 from coordinator.core.capacity_messages import Actuate, Actuated
-from coordinator.core.capacity_model import Power
+from coordinator.core.capacity_model import Power, Source
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import AttemptExited, Effect, Event, SessionClosed, Tick
 from coordinator.core.model import SHARED
-from coordinator.core.node_power import DARK, PowerOptions
+from coordinator.core.node_power import DARK, PowerOptions, is_gone
 from coordinator.core.phases import JOB_ENDED, NodeIntent, NodePhase
+from coordinator.core.scaler import ScalingOptions
+from coordinator.core.scaling import Rules
 from coordinator.core.state import Instant
+from tests.core.coordinator_fleet import FakeNode
 from tests.core.coordinator_harness import Rig
 from tests.core.test_coordinator_machine import NODES, OPTIONS, Fleet
 
@@ -44,8 +49,10 @@ class WishedRig(Rig):
     def ask_core(self, core: Coordinator, now: Instant, event: Event) -> list[Effect]:
         if not isinstance(event, Wish):
             return super().ask_core(core, now, event)
-        live = core.state.nodes[event.node]
-        if event.on:
+        live = core.state.nodes.get(event.node)
+        if live is None or (event.on and is_gone(live.node.power)):
+            rentals.rent(core.state, now, event.node, "a plan")
+        elif event.on:
             power.start(core.state, now, live, "a plan")
         else:
             power.go(core.state, now, live, "a plan")
@@ -98,11 +105,13 @@ class SwitchedFleet(Fleet):
         node = self.nodes[name]
         if fate in ("do", "silent", "again"):
             session = node.session
-            if order.verb is Verb.RESUME:
+            if order.verb in (Verb.RESUME, Verb.CREATE):
                 if session is None:
                     self.dial(node)
             else:
                 node.die()
+                if order.verb is Verb.DELETE:
+                    node.wipe()
                 self.close(session, SessionClosed())
         if fate not in ("silent", "again"):
             outcome = CapacityOutcome(order.key, name, fate != "refuse", "no" * (fate == "refuse"))
@@ -120,12 +129,14 @@ class SwitchedFleet(Fleet):
                 continue
             (name,) = effect.order.nodes
             its = self.rig.disk.nodes[name].power
-            phases = {Verb.SUSPEND: Power.STOPPING, Verb.RESUME: Power.STARTING}
+            rented = {Verb.DELETE: Power.STOPPING, Verb.CREATE: Power.STARTING}
+            phases = {Verb.SUSPEND: Power.STOPPING, Verb.RESUME: Power.STARTING, **rented}
+            assert (effect.order.verb in rented) is (its.source is Source.BURST)
             if its.phase is phases[effect.order.verb]:  # it may have been over in the same batch
                 assert effect.order.key == f"{name}.{its.changes}", "ordered, and not recorded"
             same = self.given.setdefault(effect.order.key, effect.order)
             assert same == effect.order, "one key, two deeds"
-            if effect.order.verb is Verb.SUSPEND:
+            if effect.order.verb in (Verb.SUSPEND, Verb.DELETE):
                 self.check_nobody_needs(name)
             self.orders[name] = effect.order
 
@@ -166,4 +177,48 @@ def test_nothing_that_anybody_needs_is_switched_off() -> None:
         patch.setattr(costs, "RESTART_S_DEFAULT", 0.1)
         run_state_machine_as_test(
             SwitchedFleet, settings=settings(max_examples=60, stateful_step_count=50)
+        )
+
+
+RENTED = "n2"
+
+
+class RentingFleet(SwitchedFleet):
+    """One of the nodes is rented before it is heard first."""
+
+    def new_rig(self) -> Rig:
+        rules = Rules(bursts={"A100 40GB": Burst(2.0, gpus_per_node=2)}, budget_usd_per_day=100.0)
+        scaling = ScalingOptions(rules, names={"A100 40GB": {RENTED: None}})
+        return WishedRig(replace(OPTIONS, power=SWITCHED, scaling=scaling))
+
+    def dial(self, node: FakeNode) -> None:
+        if node.name == RENTED and RENTED not in self.state.nodes:
+            self.apply(Wish(RENTED, on=True))  # type: ignore[arg-type]  # for this rig alone
+        super().dial(node)
+
+    @invariant()
+    def it_is_paid_for_while_it_may_be_there(self) -> None:
+        node = self.rig.disk.nodes[RENTED]
+        assert node.power.source is Source.BURST
+        assert node.power.rents
+        ended = [each.end_unix_ms is not None for each in node.power.rents]
+        assert ended[:-1] == [True] * len(ended[:-1])
+        assert ended[-1] is is_gone(node.power)
+
+    @invariant()
+    def nothing_is_left_of_who_is_gone(self) -> None:
+        node = self.rig.disk.nodes[RENTED]
+        if not is_gone(node.power):
+            return
+        assert not node.gpus
+        for job_id in self.state.jobs:
+            for kept in self.state.checkpoints.get(job_id, ()):
+                assert all(RENTED not in piece.replicas for piece in kept.pieces)
+
+
+def test_a_rented_node_is_paid_for_until_it_is_gone_and_nothing_is_lost_with_it() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "RESTART_S_DEFAULT", 0.1)
+        run_state_machine_as_test(
+            RentingFleet, settings=settings(max_examples=60, stateful_step_count=50)
         )

@@ -17,18 +17,22 @@ from coordinator.capacity.actuator import Actuator, Group
 from coordinator.capacity.driver import State
 from coordinator.capacity.journal import Journal
 from coordinator.capacity.simulated import Fault, Simulated, Wrong
-from coordinator.core import power
+from coordinator.core import power, rentals
+from coordinator.core.bursts import Burst
 from coordinator.core.capacity_model import Power
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import Heartbeat, Hello
 from coordinator.core.model import GpuFacts, HostFacts
 from coordinator.core.node_power import PowerOptions
+from coordinator.core.scaler import ScalingOptions
+from coordinator.core.scaling import Rules
 from coordinator.core.state import Instant, Options
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
 
 NAMES = ("n1", "n2", "n3")
+RENTED = "r1"
 STEP_MS = 250
 DEADLINE_MS = 600_000
 # Virtual minutes pass while a thread writes the journal; they must not be anybody's deadline.
@@ -78,13 +82,15 @@ class House:
         options = PowerOptions(
             acts=True, boot_deadline_ms=PATIENCE_MS, stop_deadline_ms=PATIENCE_MS
         )
-        core = Coordinator(Options(power=options))
+        rules = Rules(bursts={"H100": Burst(2.0, gpus_per_node=1)}, budget_usd_per_day=100.0)
+        scaling = ScalingOptions(rules, names={"H100": {RENTED: None}})
+        core = Coordinator(Options(power=options, scaling=scaling))
         core.load(await store.open(), self.clock.now_ms())
         shell = CoordinatorShell(core, store, self.clock, lambda level, event, fields: None)
         journal = Journal(self.folder / "capacity.jsonl")
         journal.open()
         group = Group("rack", self.driver, DEADLINE_MS)
-        groups = dict.fromkeys(NAMES, group)
+        groups = dict.fromkeys((*NAMES, RENTED), group)
         actuator = Actuator(
             groups,
             journal,
@@ -114,6 +120,10 @@ class House:
         now = Instant(self.clock.now_ms(), self.clock.unix_ms())
         power.go(state, now, state.nodes[name], "demand is low")
 
+    def rent(self) -> None:
+        now = Instant(self.clock.now_ms(), self.clock.unix_ms())
+        assert rentals.rent(self.core.state, now, RENTED, "a queue")
+
     def start(self, name: str) -> None:
         state = self.core.state
         now = Instant(self.clock.now_ms(), self.clock.unix_ms())
@@ -132,8 +142,8 @@ class House:
 
     def _agents(self) -> None:
         self.beats += 1
-        for name in NAMES:
-            on = self.driver.states[name] is State.ON
+        for name in (*NAMES, RENTED):
+            on = self.driver.states.get(name) is State.ON
             if not on and name in self.sessions:
                 self.shell.close_session(self.sessions.pop(name))
             elif on and name not in self.sessions:
@@ -196,3 +206,48 @@ async def test_a_coordinator_that_dies_after_the_order_switches_nothing_twice(ho
         await house.until(lambda: house.power("n3") is Power.OFF)
         await house.live(60_000)
     assert house.driver.deeds == [("n3", Verb.SUSPEND)]
+
+
+@pytest.mark.parametrize("wrong", [None, *Wrong])
+async def test_a_rented_machine_is_heard_or_there_is_none(
+    house: House, wrong: Wrong | None
+) -> None:
+    """Whatever its driver does while it is made. Who says "done" and did nothing, and who hangs, is
+    abandoned at the deadline, and what there may be is deleted."""
+    house.driver.faults = [] if wrong is None else [Fault(RENTED, Verb.CREATE, wrong)]
+    async with house.serving():
+        house.rent()
+        await house.until(lambda: house.power(RENTED) in (Power.ON, Power.OFF))
+        assert (house.driver.states.get(RENTED) is State.ON) is (house.power(RENTED) is Power.ON)
+        came = wrong in (None, Wrong.LATE, Wrong.TWICE)
+        assert house.power(RENTED) is (Power.ON if came else Power.OFF)
+    assert [verb for _, verb in house.driver.deeds].count(Verb.CREATE) <= 2
+    assert all(fault.fired for fault in house.driver.faults)
+
+
+@pytest.mark.parametrize("wrong", [None, *Wrong])
+async def test_a_rented_machine_is_paid_for_as_long_as_it_is_there(
+    house: House, wrong: Wrong | None
+) -> None:
+    house.driver.faults = [] if wrong is None else [Fault(RENTED, Verb.DELETE, wrong)]
+    async with house.serving():
+        house.rent()
+        await house.until(lambda: house.power(RENTED) is Power.ON)
+        house.go(RENTED)
+        await house.until(lambda: house.power(RENTED) in (Power.ON, Power.OFF, Power.FAILED))
+        its = house.core.state.nodes[RENTED].node.power
+        there = house.driver.states[RENTED] is State.ON
+        assert (its.rents[-1].end_unix_ms is None) is there
+        assert (its.phase is Power.OFF) is not there
+
+
+async def test_a_coordinator_that_dies_after_the_order_rents_no_second_machine(
+    house: House,
+) -> None:
+    async with house.serving():
+        house.rent()
+        await house.until(lambda: (RENTED, Verb.CREATE) in house.driver.deeds)
+    async with house.serving():
+        await house.until(lambda: house.power(RENTED) is Power.ON)
+        await house.live(60_000)
+    assert house.driver.deeds == [(RENTED, Verb.CREATE)]

@@ -18,7 +18,7 @@ RECORD = ScaleRecord(
 )  # fmt: skip
 PLAN = TypePlan(
     "H100", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
-    boot_ms=540_000, soon_gpus=(9.0,), sentence="scale-7: so",
+    boot_ms=540_000, soon_gpus=(9.0,), sentence="scale-7: so", rented_gpus=14,
 )  # fmt: skip
 
 
