@@ -34,12 +34,15 @@ def describe(cluster: Cluster, node: str, launch: Launch) -> None:
 def written(cluster: Cluster) -> dict[str, str]:
     """Write both scripts; returns fields of a `[capacity]` table."""
     found = {}
+    # Whoever ends the cluster ends a script that is about to start one of its agents as well.
+    mark = f"export {guardian.MARK}={shlex.quote(f'{cluster.runtime_directory}/')}"
     for verb in ("resume", "suspend"):
         script = cluster.directory / verb
         words = [sys.executable, "-m", "tests.e2e.scaling_switch", verb]
         words += [str(cluster.directory), str(cluster.runtime_directory)]
         script.write_text(
-            f'#!/bin/sh\ncd {shlex.quote(str(ROOT))} && exec {shlex.join(words)} "$1"\n', "utf-8"
+            f'#!/bin/sh\n{mark}\ncd {shlex.quote(str(ROOT))} && exec {shlex.join(words)} "$1"\n',
+            "utf-8",
         )
         script.chmod(0o700)
         found[f"{verb}_program"] = str(script)

@@ -27,9 +27,18 @@ MORNING = Sample(90.0, 4, 0, 4, 0, 0, (4.0,) * 9)
 EVENING = Sample(119.0, 4, 2, 4, 2, 0, ())
 
 
-def day(*samples: Sample, **others: object) -> Day:
-    values = {"switches": (), "boots_min": (), "lost": (), "moved": 0, "waits_min": (1.0,)}
-    return Day(nodes=3, gpus_per_node=2, samples=samples, jobs=1, **{**values, **others})  # type: ignore[arg-type]
+def day(*samples: Sample, switches: tuple[Switch, ...] = (), lost: tuple[str, ...] = ()) -> Day:
+    return Day(
+        nodes=3,
+        gpus_per_node=2,
+        samples=samples,
+        switches=switches,
+        boots_min=(),
+        jobs=1,
+        lost=lost,
+        moved=0,
+        waits_min=(1.0,),
+    )
 
 
 def test_jobs_add_up_to_the_day() -> None:
