@@ -48,11 +48,13 @@ def keep(state: State, now: Instant, job: Job, wait_ms: int) -> bool:
     types: dict[str, None] = {}
     nodes: dict[str, None] = {}
     for rank in state.gang(job):
-        live = state.nodes[rank.node]
+        live = state.nodes.get(rank.node)
         nodes[rank.node] = None
         for uuid in rank.gpu_uuids:
-            facts = live.gpus[uuid].facts
-            types[gpu_types.key_of(facts.name, facts.memory_bytes)] = None
+            gpu = None if live is None else live.gpus.get(uuid)
+            if gpu is None:  # its node has come back without it, or not at all
+                return False
+            types[gpu_types.key_of(gpu.facts.name, gpu.facts.memory_bytes)] = None
     if len(types) != 1 or until_ms < now.now_ms + wait_ms:
         return False
     (gpu_type,) = types

@@ -7,11 +7,12 @@ what nobody thought of: a job that has two of them, or two jobs with one each on
 from random import Random
 
 from coordinator.core import messages as m
-from coordinator.core.model import JobClass, JobSpec
+from coordinator.core.model import GpuFacts, JobClass, JobSpec
 from coordinator.core.options import Options
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.quotas import Quota
-from tests.core.training_fleet import A100, H100, Fleet, training
+from tests.core.coordinator_harness import gpus_of
+from tests.core.training_fleet import A100, H100, HOST, Fleet, training
 
 WAIT_MS = Options().reservation_wait_ms
 
@@ -155,3 +156,44 @@ def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
     assert fleet.job(gang).phase is JobPhase.QUEUED
     small = fleet.submit(job_class=JobClass.SPARE)
     assert fleet.job(small).phase is JobPhase.ACTIVE
+
+
+def say_hello(fleet: Fleet, session: int, node: str, gpus: tuple[GpuFacts, ...]) -> None:
+    """Its agent is back, with what it had and these GPUs."""
+    held = tuple(
+        m.HeldAttempt(one.id, one.gpu_uuids)
+        for one in fleet.state.attempts.values()
+        if one.node == node and one.ended_unix_ms is None
+    )
+    live = fleet.state.nodes.get(node)
+    known = 0 if live is None else live.node.acknowledged
+    hello = m.Hello(node, f"{node}-1", f"{node}:1", HOST, gpus, held, (), known)
+    fleet.rig.handle(m.FromAgent(session, hello))
+
+
+def test_nothing_is_kept_of_a_gpu_that_is_gone_from_its_node() -> None:
+    """It is gone before a restart of the coordinator; the job is then out of reach, others are
+    stopped for it elsewhere, and it comes back only to fail."""
+    fleet = Fleet("1xA100:80")
+    fleet.tick_ms = 1_000
+    job_id = fleet.submit(training(9_000))
+    fleet.run(30, saving=False)
+    say_hello(fleet, 2, "n2", gpus_of("n2", "1xA100:80"))
+    fleet.submit(job_class=JobClass.SPARE)
+    fleet.run(30, saving=False)
+    say_hello(fleet, 10, "n1", ())
+    fleet.rig.restart()
+    say_hello(fleet, 11, "n2", gpus_of("n2", "1xA100:80"))
+    spare = fleet.state.nodes["n2"]
+    while not fleet.stops():
+        fleet.rig.now_ms += 1_000
+        fleet.beats += 1
+        held = tuple(
+            m.HeldAttempt(one, fleet.state.attempts[one].gpu_uuids) for one in spare.attempts
+        )
+        fleet.rig.handle(m.FromAgent(11, m.Heartbeat(fleet.beats, None, (), held, ())))
+        fleet.rig.handle(m.Tick())
+    say_hello(fleet, 12, "n1", ())
+    fleet.say("1.1", m.AttemptExited(None, 9))
+    assert fleet.job(job_id).phase is JobPhase.QUEUED
+    assert job_id not in fleet.state.standing.promises
