@@ -168,7 +168,7 @@ def _note(entrant: Entrant, worth: Sequence[float], prices: Mapping[str, float])
 def forget(state: State, now: Instant) -> None:
     """Promises that were kept, or cannot be any more, and moves of more than an hour ago."""
     standing = state.standing
-    claims.forget(state, now)
+    claims.forget(state)
     for job_id, promise in list(standing.promises.items()):
         job = state.jobs.get(job_id)
         waits = job is not None and (job.phase is JobPhase.QUEUED or leaves(state, job))

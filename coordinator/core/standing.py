@@ -80,10 +80,10 @@ class Standing:
     know. `order`: for each job the types that are worth most for it first, with its speed there.
     `turn`: of those who wait and say how much they have left, whether they were granted GPUs, and
     what they are worth a GPU. `notes`: what the price says of a wait. `moves_ms`: when somebody was
-    stopped for a better allocation; `made_room_ms`: when last for whom (`claims.py`). `tenants`:
-    what each project counted. `since_ms`: when jobs were submitted and attempts assigned, by the
-    monotonic clock. `latest_ms`: by then those that have a deadline must run to keep it
-    (`deadlines.py`); infinite where nobody knows."""
+    stopped for a better allocation; `made_room_ms`: when for whom, and in which of its epochs
+    (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were submitted and
+    attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a deadline must
+    run to keep it (`deadlines.py`); infinite where nobody knows."""
 
     decided_ms: int | None = None
     stale_ms: int | None = None
@@ -96,7 +96,7 @@ class Standing:
     notes: dict[int, str] = field(default_factory=dict)
     promises: dict[int, Promise] = field(default_factory=dict)
     moves_ms: list[int] = field(default_factory=list)
-    made_room_ms: dict[int, int] = field(default_factory=dict)
+    made_room_ms: dict[int, tuple[int, int]] = field(default_factory=dict)
     since_ms: dict[int | str, int] = field(default_factory=dict)
     latest_ms: dict[int, float] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)

@@ -147,6 +147,25 @@ def test_it_is_kept_for_a_while_and_not_for_ever() -> None:
     assert fleet.rig.now_ms - began_ms > 500_000
 
 
+def test_who_cannot_start_at_all_has_one_claim_and_no_more() -> None:
+    """Else each job that is stopped for it again gives it another ten minutes of idle GPUs."""
+    fleet, small, gang = displacing()
+    idle_s = 0
+    for _ in range(3_600):
+        if fleet.job(gang).phase is JobPhase.ACTIVE:
+            fail_to_start(fleet, gang)
+        fleet.tick_ms = 1_000
+        fleet.run(1)
+        idle_s += all(fleet.job(one).phase is JobPhase.QUEUED for one in small)
+    assert idle_s < 900
+
+
+def fail_to_start(fleet: Fleet, job_id: int) -> None:
+    for rank in fleet.state.gang(fleet.job(job_id)):
+        if rank.phase is AttemptPhase.ASSIGNED:
+            fleet.say(rank.id, m.AttemptRefused("the disk is full"))
+
+
 def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
     fleet = Fleet("2xA100:80")
     gang = fleet.submit(gpus=1, ranks=2)
