@@ -67,7 +67,8 @@ def keep(state: State, now: Instant, job: Job, wait_ms: int) -> bool:
     if len(types) != 1 or until_ms < now.now_ms + wait_ms:
         return False
     (gpu_type,) = types
-    state.standing.promises[job.id] = Promise(gpu_type, until_ms, now.now_ms, tuple(nodes))
+    promise = Promise(gpu_type, until_ms, now.now_ms, tuple(nodes), claim=True)
+    state.standing.promises[job.id] = promise
     return True
 
 

@@ -195,16 +195,18 @@ def leaving(state: State) -> list[Job]:
 
 def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> list[Job]:
     """By class, in each those first that have a promise, and then those within their quotas; of
-    these whose latest start has come."""
+    these whose latest start has come. What is kept for another try of a job beyond its quota comes
+    after those within theirs."""
     standing = state.standing
     late = deadlines.late(state)
 
     def tier(job: Job) -> tuple[int, int, bool, bool]:
         promise = standing.promises.get(job.id)
+        is_lent = job.id in lent and (promise is None or promise.claim)
         # Who can go to some nodes alone chooses before who may go to any of a type.
-        after = 2 if promise is None else int(not promise.nodes)
+        after = 2 if promise is None or is_lent else int(not promise.nodes)
         rank = CLASS_RANK[job.spec.job_class]
-        return rank, after, promise is None and job.id in lent, job.id not in late
+        return rank, after, is_lent, job.id not in late
 
     ordered = sorted(waiting, key=lambda job: (*tier(job), -late.get(job.id, 0.0), job.id))
     places: dict[tuple[int, int, bool, bool], list[int]] = {}

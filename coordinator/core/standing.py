@@ -65,13 +65,15 @@ class Speeds:
 @dataclass(frozen=True, slots=True)
 class Promise:
     """A type of GPU that is kept for a job, since others or itself have been stopped for that; with
-    `nodes` it is there. `note` is what a job that waits for it is told."""
+    `nodes` it is there. `note` is what a job that waits for it is told. `claim`: it is for another
+    try of a job that ended badly (`claims.py`), which lifts nobody over a quota."""
 
     gpu_type: str
     until_ms: int
     since_ms: int
     nodes: tuple[str, ...] = ()
     note: str = ""
+    claim: bool = False
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ Problem: each keeps room for somebody by rules of its own, and each has its test
 what nobody thought of: a job that has two of them, or two jobs with one each on the same GPUs.
 """
 
+from dataclasses import replace
 from random import Random
 
 from coordinator.core import messages as m
@@ -147,23 +148,54 @@ def test_it_is_kept_for_a_while_and_not_for_ever() -> None:
     assert fleet.rig.now_ms - began_ms > 500_000
 
 
+def refusing(fleet: Fleet, **asks: object) -> int:
+    """A job of two GPUs comes that no node can start."""
+    fleet.tick_ms = 1_000
+    spec = replace(JobSpec(command=("train",), gpus=2), **asks)  # type: ignore[arg-type]
+    fleet.rig.handle(m.Request(1, m.Submit(spec)))
+    return fleet.state.last_job_id
+
+
+def pass_second(fleet: Fleet, refused: int) -> None:
+    """In which it is refused if it is tried, and everybody else does what he is told."""
+    for attempt in list(fleet.state.attempts.values()):
+        if attempt.job_id == refused and attempt.phase is AttemptPhase.ASSIGNED:
+            fleet.say(attempt.id, m.AttemptRefused("the disk is full"))
+    fleet.obey()
+    fleet.rig.now_ms += 1_000
+    fleet.train(1.0, save=False)
+    fleet.rig.handle(m.Tick())
+
+
 def test_who_cannot_start_at_all_has_one_claim_and_no_more() -> None:
     """Else each job that is stopped for it again gives it another ten minutes of idle GPUs."""
-    fleet, small, gang = displacing()
+    fleet = Fleet("2xA100:80")
+    small = [fleet.submit(job_class=JobClass.SPARE) for _ in range(2)]
+    fleet.run(30)
+    large = refusing(fleet)
     idle_s = 0
     for _ in range(3_600):
-        if fleet.job(gang).phase is JobPhase.ACTIVE:
-            fail_to_start(fleet, gang)
-        fleet.tick_ms = 1_000
-        fleet.run(1)
+        pass_second(fleet, large)
         idle_s += all(fleet.job(one).phase is JobPhase.QUEUED for one in small)
-    assert idle_s < 900
+    assert 500 < idle_s < 1_200
 
 
-def fail_to_start(fleet: Fleet, job_id: int) -> None:
-    for rank in fleet.state.gang(fleet.job(job_id)):
-        if rank.phase is AttemptPhase.ASSIGNED:
-            fleet.say(rank.id, m.AttemptRefused("the disk is full"))
+def test_what_is_kept_for_who_is_beyond_a_quota_goes_first_to_who_is_within_his() -> None:
+    """Of the same class: and who waits beside it is told for whom it is kept."""
+    fleet = Fleet("2xA100:80", options=Options(projects={"a": Quota(gpu_hours=48.0)}))
+    for _ in range(2):
+        fleet.submit(job_class=JobClass.SPARE)
+    fleet.run(30)
+    beyond = refusing(fleet, project="b")
+    for _ in range(60):
+        pass_second(fleet, beyond)
+    other = fleet.submit(gpus=2, project="b")
+    assert fleet.job(other).phase is JobPhase.QUEUED
+    assert f"2 GPUs on n1 are kept for job {beyond}" in fleet.state.waits[other]
+    within = fleet.submit(gpus=2, project="a")
+    for _ in range(10):
+        pass_second(fleet, beyond)
+    assert fleet.job(within).phase is JobPhase.ACTIVE
 
 
 def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
