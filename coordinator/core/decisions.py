@@ -25,7 +25,7 @@ the order of submission, class by class.
 from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.core import claims, contenders, deadlines, moves, projects
-from coordinator.core.allocation import Allocation, allocate, latest_start_ms, worths
+from coordinator.core.allocation import Allocation, allocate, is_late, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
 from coordinator.core.model import CLASS_RANK, Job, JobIntent
@@ -71,7 +71,7 @@ def decide(state: State, now: Instant) -> None:
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
     standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
-    standing.latest_ms = {}
+    standing.latest_ms, standing.late_ms = {}, {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
@@ -93,6 +93,11 @@ def decide(state: State, now: Instant) -> None:
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in field.entrants
         if now.now_ms < (entrant.contender.deadline_ms or 0)
+    }
+    standing.late_ms = {
+        entrant.job.id: standing.latest_ms[entrant.job.id]
+        for entrant in field.entrants
+        if is_late(entrant.contender, now.now_ms)
     }
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation)

@@ -85,7 +85,8 @@ class Standing:
     stopped for a better allocation; `made_room_ms`: when for whom, and in which of its epochs
     (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were submitted and
     attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a deadline must
-    run to keep it (`deadlines.py`); infinite where nobody knows."""
+    run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that
+    of those whose time has come, and is not over."""
 
     decided_ms: int | None = None
     stale_ms: int | None = None
@@ -101,4 +102,5 @@ class Standing:
     made_room_ms: dict[int, tuple[int, int]] = field(default_factory=dict)
     since_ms: dict[int | str, int] = field(default_factory=dict)
     latest_ms: dict[int, float] = field(default_factory=dict)
+    late_ms: dict[int, float] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)
