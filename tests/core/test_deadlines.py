@@ -194,3 +194,16 @@ def test_who_has_lost_his_deadline_gives_way_to_who_can_keep_one() -> None:
     fleet.run(120)
     assert fleet.job(kept).phase is JobPhase.ACTIVE
     assert fleet.job(lost).phase is JobPhase.QUEUED
+
+
+@pytest.mark.parametrize("slack_s", [300, 400, 600])
+def test_who_could_not_be_back_in_time_is_not_stopped_for_an_ordinary_job(slack_s: int) -> None:
+    fleet = measured("1xH100")
+    fleet.end(2)
+    runs = training(5_000, deadline_unix_ms=by(fleet, 5_000 + slack_s))
+    job_id = fleet.submit(runs, 5_000)
+    fleet.run(700)
+    fleet.submit(training(1_500), 1_500)
+    fleet.run(300)
+    assert fleet.job(job_id).phase is JobPhase.ACTIVE
+    assert fleet.stops() == []
