@@ -207,3 +207,12 @@ def test_who_could_not_be_back_in_time_is_not_stopped_for_an_ordinary_job(slack_
     fleet.run(300)
     assert fleet.job(job_id).phase is JobPhase.ACTIVE
     assert fleet.stops() == []
+
+
+def test_who_has_to_run_now_is_not_told_that_he_may_wait() -> None:
+    fleet = measured("1xH100")
+    asks = training(2_000, flexible_ms=36_000_000, deadline_unix_ms=by(fleet, 2_100))
+    job_id = fleet.submit(asks)
+    fleet.run(30)
+    assert "to keep its deadline" in told(fleet, job_id)
+    assert "it may wait for" not in told(fleet, job_id)
