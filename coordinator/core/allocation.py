@@ -22,12 +22,13 @@ Where it is not known how much is left, the more a job has had, the more it is t
 - A job that runs is worth more where it is (`stay_ratio`), and elsewhere less, by the part of its
   next stay that a restart would take. Within its class it cannot be displaced at all before it has
   run for `run_s_min`, or ten times what its restart takes.
-- A job whose latest start has come goes first in its class until its deadline, the latest first.
+- A job whose latest start has come goes first in its class while its deadline can still be kept,
+  whose came last first. A deadline that is lost counts as none.
 - What the solver returns is rounded, filled up, and a gang that was left out changes places with
   small jobs that are worth less; in the end no GPU is free that a waiting job could use. Without a
   solver the filling up is all there is (the greedy).
 - The solver's prices, of one GPU of each type, decide over a job that comes before the next
-  decision (`at_prices`), and are the numbers in the sentence of one that waits.
+  decision (`backlog.at_prices`), and are the numbers in the sentence of one that waits.
 """
 
 import math
@@ -45,6 +46,10 @@ RUN_PER_RESTART_MIN: Final = 10.0
 LEFT_GPU_H_MIN: Final = 1 / 60
 # However dear a restart is: who waits and may run is worth something.
 LOST_RATIO_MAX: Final = 0.9
+# Speeds are estimates: a deadline is not given up before its job would have to be faster than it is
+# taken to be by more than this, or by a minute in all.
+FASTER_RATIO_MAX: Final = 0.1
+LOST_MS_MIN: Final = 60_000
 # What a solver calls 1: it computes with a tolerance of 1e-7.
 WHOLE_MIN: Final = 1 - 1e-6
 # Of the two terms of a job's value; chosen on Gavel's continuous trace, as `Aims` was.
@@ -320,6 +325,15 @@ def latest_start_ms(contender: Contender) -> float:
     return contender.deadline_ms - need_s * MS_PER_S
 
 
+def is_late(contender: Contender, now_ms: int) -> bool:
+    """Whether it has to run now to keep its deadline, and may still keep it."""
+    latest_ms = latest_start_ms(contender)
+    if latest_ms > now_ms or contender.deadline_ms is None or now_ms >= contender.deadline_ms:
+        return False
+    margin_ms = max(LOST_MS_MIN, FASTER_RATIO_MAX * (contender.deadline_ms - latest_ms))
+    return now_ms <= latest_ms + margin_ms
+
+
 def _tiers(
     group: Sequence[Contender], worth: list[list[float]], free: dict[str, int]
 ) -> list[_Class]:
@@ -338,7 +352,7 @@ def _keep_late(state: _Class, now_ms: int) -> None:
     late = [
         (-latest_start_ms(contender), index)
         for index, contender in enumerate(state.contenders)
-        if latest_start_ms(contender) <= now_ms < (contender.deadline_ms or 0)
+        if is_late(contender, now_ms)
     ]
     for _, index in sorted(late):
         worth = state.worth[index]
@@ -448,23 +462,6 @@ def _exchange(state: _Class, kept: Mapping[int, Grant]) -> None:
             state.give_back(grant)
         del placed[option.gpu_type][: len(leaving)]
         state.take(index, choice)
-
-
-def at_prices(
-    worth: Sequence[float],
-    options: Sequence[Option],
-    free: Mapping[str, int],
-    prices: Mapping[str, float],
-) -> Option | None:
-    """What a job that has just come starts with before the next decision: of the options that fit
-    the one that is worth most above its price, and at least its price."""
-    found = [
-        (value - option.gpus * prices.get(option.gpu_type, 0.0), -place)
-        for place, (value, option) in enumerate(zip(worth, options, strict=True))
-        if value > 0 and option.gpus <= free.get(option.gpu_type, 0)
-    ]
-    surplus, place = max(found, default=(-1.0, 0))
-    return options[-place] if surplus >= 0 else None
 
 
 def _reasons(state: _Class, prices: Mapping[str, float]) -> dict[int, str]:

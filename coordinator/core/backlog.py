@@ -12,10 +12,10 @@ head of one of few heaps.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.core.allocation import Aims, Allocation, Contender, Option, at_prices, worths
+from coordinator.core.allocation import Aims, Allocation, Contender, Option, worths
 from coordinator.core.horizon import Horizon
 
 Tier = tuple[int, bool]  # class, and whether what it runs on is lent
@@ -126,3 +126,20 @@ def backlog_of(
         else:
             found.run(contender, grant.option)
     return found
+
+
+def at_prices(
+    worth: Sequence[float],
+    options: Sequence[Option],
+    free: Mapping[str, int],
+    prices: Mapping[str, float],
+) -> Option | None:
+    """What a job that has just come starts with before the next decision: of the options that fit
+    the one that is worth most above its price, and at least its price."""
+    found = [
+        (value - option.gpus * prices.get(option.gpu_type, 0.0), -place)
+        for place, (value, option) in enumerate(zip(worth, options, strict=True))
+        if value > 0 and option.gpus <= free.get(option.gpu_type, 0)
+    ]
+    surplus, place = max(found, default=(-1.0, 0))
+    return options[-place] if surplus >= 0 else None

@@ -5,14 +5,16 @@ port that is taken, a disk that is full) is tried again after a few seconds, and
 left for it are back on its GPUs: all was for nothing, and they may not be stopped again before they
 have run for their minimum.
 
-How: for `CLAIM_MS_MAX` after others were last stopped for a job it is known that they were. If a
-try of it ends badly meanwhile, what it had is promised to it for its wait, as after a move
-(`moves.py`), and no longer; of a gang from the moment on when its first rank has ended. When it is
-tried again it may go elsewhere, where its last node is the one to avoid.
+How: if within `CLAIM_MS_MAX` after others were stopped for a job a try of it ends badly, what it
+had is promised to it for its wait, as after a move (`moves.py`), and no longer; of a gang from the
+moment on when its first rank has ended. When it is tried again it may go elsewhere, where its last
+node is the one to avoid. A job that cannot start at all must not keep GPUs idle for ever: the time
+counts from the first stop, and not anew before the job has committed something.
 """
 
 from coordinator.core import gpu_types
 from coordinator.core.model import Job
+from coordinator.core.phases import JOB_ENDED
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 
@@ -25,38 +27,48 @@ KILLED_MS_MAX = 30_000
 
 
 def note(state: State, now: Instant, job_id: int) -> None:
-    """Somebody is stopped for it."""
-    state.standing.made_room_ms[job_id] = now.now_ms
+    """Somebody is stopped for it, the first time since it has saved anything."""
+    made_room = (now.now_ms, state.jobs[job_id].epoch)
+    state.standing.made_room_ms.setdefault(job_id, made_room)
 
 
-def forget(state: State, now: Instant) -> None:
-    """What was long ago."""
+def forget(state: State) -> None:
+    """Those that have come further since, or are over."""
     known = state.standing.made_room_ms
     state.standing.made_room_ms = {
-        job_id: at_ms
-        for job_id, at_ms in known.items()
-        if now.now_ms - at_ms < CLAIM_MS_MAX and job_id in state.jobs
+        job_id: (at_ms, epoch)
+        for job_id, (at_ms, epoch) in known.items()
+        if (job := state.jobs.get(job_id)) is not None and not _is_through(state, job, epoch)
     }
+
+
+def _is_through(state: State, job: Job, epoch: int) -> bool:
+    if job.phase in JOB_ENDED:
+        return True
+    return job.epoch > epoch and any(rank.commits for rank in state.gang(job))
 
 
 def keep(state: State, now: Instant, job: Job, wait_ms: int) -> bool:
     """A try has ended badly, and the next one comes after a wait: whether what it had is kept."""
-    made_room_ms = state.standing.made_room_ms.get(job.id)
-    if made_room_ms is None:
+    made_room = state.standing.made_room_ms.get(job.id)
+    if made_room is None:
         return False
-    until_ms = min(now.now_ms + wait_ms + SLACK_MS, made_room_ms + CLAIM_MS_MAX)
+    until_ms = min(now.now_ms + wait_ms + SLACK_MS, made_room[0] + CLAIM_MS_MAX)
     types: dict[str, None] = {}
     nodes: dict[str, None] = {}
     for rank in state.gang(job):
-        live = state.nodes[rank.node]
+        live = state.nodes.get(rank.node)
         nodes[rank.node] = None
         for uuid in rank.gpu_uuids:
-            facts = live.gpus[uuid].facts
-            types[gpu_types.key_of(facts.name, facts.memory_bytes)] = None
+            gpu = None if live is None else live.gpus.get(uuid)
+            if gpu is None:  # its node has come back without it, or not at all
+                return False
+            types[gpu_types.key_of(gpu.facts.name, gpu.facts.memory_bytes)] = None
     if len(types) != 1 or until_ms < now.now_ms + wait_ms:
         return False
     (gpu_type,) = types
-    state.standing.promises[job.id] = Promise(gpu_type, until_ms, now.now_ms, tuple(nodes))
+    promise = Promise(gpu_type, until_ms, now.now_ms, tuple(nodes), claim=True)
+    state.standing.promises[job.id] = promise
     return True
 
 

@@ -6,12 +6,13 @@ still needs is known of a training that says its steps and was measured, here or
 decision over all jobs (`decisions.py`) says by when each must run at the latest, on the GPUs that
 are best for it and with the cost of a restart (`allocation.latest_start_ms`).
 
-From then on it is *late*, and goes first in its class, after those that were promised what others
-have left for it; who runs may be stopped for it as for any better allocation (`moves.py`). Of
-several that are late whoever became it last comes first: his deadline can still be kept, that of
-the others less and less. When the deadline has passed there is nothing left to keep, and a job is
-as any other. A deadline that cannot be kept is told where it is seen: to whoever submits it, and to
-whoever asks.
+From then on it is *late* while its deadline can still be kept (`allocation.is_late`: speeds are
+estimates, so a tenth of what it needs is allowed for), and goes first in its class, after those
+that were promised what others have left for it; who runs may be stopped for it as for any better
+allocation (`moves.py`). Of several that are late whoever became it last comes first: his deadline
+can still be kept, that of the others less and less. When it is lost there is nothing left to keep,
+and a job is as any other: it may be stopped for one that can be in time. A deadline that cannot be
+kept is told where it is seen: to whoever submits it, and to whoever asks.
 """
 
 import math
@@ -37,16 +38,15 @@ def refuse(now: Instant, spec: JobSpec) -> str:
 
 
 def late(state: State) -> dict[int, float]:
-    """Those whose latest start had come at the last decision, and when that was."""
-    decided_ms = state.standing.decided_ms
-    if decided_ms is None:
-        return {}
-    known = state.standing.latest_ms
-    return {job_id: latest_ms for job_id, latest_ms in known.items() if latest_ms <= decided_ms}
+    """Those whose latest start had come at the last decision, and when that was; not those whose
+    deadline was lost."""
+    return state.standing.late_ms
 
 
-def is_close(state: State, now: Instant, job: Job) -> bool:
-    return state.standing.latest_ms.get(job.id, math.inf) <= now.now_ms + CLOSE_MS
+def is_close(state: State, now: Instant, job: Job, within_ms: float = CLOSE_MS) -> bool:
+    """Whether it has to run now, or within that time, to keep a deadline."""
+    latest_ms = state.standing.latest_ms.get(job.id, math.inf)
+    return job.id in late(state) or now.now_ms < latest_ms <= now.now_ms + within_ms
 
 
 def must_start(now: Instant, job: Job) -> str:
@@ -95,18 +95,22 @@ def describe(state: State, now: Instant, job: Job) -> str:
             f"; nobody knows when it has to start for its deadline {at}: it does not say how many"
             " steps it has, or no such training was measured"
         )
-    return _of_waiting(now, latest_ms, at)
+    return _of_waiting(now, latest_ms, at, is_late=job.id in late(state))
 
 
-def _of_waiting(now: Instant, latest_ms: float, at: str) -> str:
+def _of_waiting(now: Instant, latest_ms: float, at: str, *, is_late: bool) -> str:
     if latest_ms > now.now_ms:
         start = foresight.moment(now, round(latest_ms))
-        return (
-            f"; it goes first in its class from {start.removeprefix('at ')}, for its deadline {at}"
-        )
+        when = f"from {start.removeprefix('at ')}" if start.startswith("at ") else start
+        return f"; it goes first in its class {when}, for its deadline {at}"
     behind_ms = now.now_ms - latest_ms - DEADLINE_MARGIN_MS
     if behind_ms > 0:
         behind = foresight.seconds(behind_ms / 1000)
+        if not is_late:
+            return (
+                f"; its deadline {at} cannot be kept: it would end about {behind} after it if it"
+                " started now, and goes on as any other"
+            )
         return (
             f"; it goes first in its class, and would end about {behind} after its deadline {at} if"
             " it started now"

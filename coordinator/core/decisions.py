@@ -25,7 +25,7 @@ the order of submission, class by class.
 from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.core import claims, contenders, deadlines, moves, projects
-from coordinator.core.allocation import Allocation, allocate, latest_start_ms, worths
+from coordinator.core.allocation import Allocation, allocate, is_late, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
 from coordinator.core.model import CLASS_RANK, Job, JobIntent
@@ -71,7 +71,7 @@ def decide(state: State, now: Instant) -> None:
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
     standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
-    standing.latest_ms = {}
+    standing.latest_ms, standing.late_ms = {}, {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
@@ -93,6 +93,11 @@ def decide(state: State, now: Instant) -> None:
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in field.entrants
         if now.now_ms < (entrant.contender.deadline_ms or 0)
+    }
+    standing.late_ms = {
+        entrant.job.id: standing.latest_ms[entrant.job.id]
+        for entrant in field.entrants
+        if is_late(entrant.contender, now.now_ms)
     }
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation)
@@ -168,7 +173,7 @@ def _note(entrant: Entrant, worth: Sequence[float], prices: Mapping[str, float])
 def forget(state: State, now: Instant) -> None:
     """Promises that were kept, or cannot be any more, and moves of more than an hour ago."""
     standing = state.standing
-    claims.forget(state, now)
+    claims.forget(state)
     for job_id, promise in list(standing.promises.items()):
         job = state.jobs.get(job_id)
         waits = job is not None and (job.phase is JobPhase.QUEUED or leaves(state, job))
@@ -195,16 +200,18 @@ def leaving(state: State) -> list[Job]:
 
 def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> list[Job]:
     """By class, in each those first that have a promise, and then those within their quotas; of
-    these whose latest start has come."""
+    these whose latest start has come. What is kept for another try of a job beyond its quota comes
+    after those within theirs."""
     standing = state.standing
     late = deadlines.late(state)
 
     def tier(job: Job) -> tuple[int, int, bool, bool]:
         promise = standing.promises.get(job.id)
+        is_lent = job.id in lent and (promise is None or promise.claim)
         # Who can go to some nodes alone chooses before who may go to any of a type.
-        after = 2 if promise is None else int(not promise.nodes)
+        after = 2 if promise is None or is_lent else int(not promise.nodes)
         rank = CLASS_RANK[job.spec.job_class]
-        return rank, after, promise is None and job.id in lent, job.id not in late
+        return rank, after, is_lent, job.id not in late
 
     ordered = sorted(waiting, key=lambda job: (*tier(job), -late.get(job.id, 0.0), job.id))
     places: dict[tuple[int, int, bool, bool], list[int]] = {}

@@ -7,7 +7,8 @@ it: who runs on the one node can run as well on the other, and loses no more tha
 How, with each decision over all jobs (`decisions.py`), in the order of the queue:
 
 1. Only a job of several GPUs is looked at, for which nobody leaves already, and only where enough
-   GPUs of one type are free for it, over nodes that have not enough each.
+   GPUs of one type are free for it, over nodes that have not enough each. Nobody moves for one
+   that may wait (`flexible.py`), unless it has to run now for a deadline.
 2. Who moves is of its class or a lower one, is smaller than it, runs as one rank on that type, has
    a checkpoint to go on from, has run for its minimum (`allocation.run_s_min`), and has time to do
    so before a deadline. He goes to another node where GPUs of the same type are free that nobody
@@ -30,6 +31,7 @@ from coordinator.core import (
     contenders,
     costs,
     deadlines,
+    flexible,
     foresight,
     gangs,
     moves,
@@ -124,6 +126,7 @@ class _Round:
         self.known = {room.offer.node: room for room in self.rooms}
         self.keeps = reserved.keeps(state, now)
         self.lent = projects.standing_of(state, now).lent
+        self.late = deadlines.late(state)
         self.stake_of = costs.stakes(state, now)
         self.fleet = state.standing.fleet or contenders.fleet_of(state)
         for need in moves.promised(state):
@@ -139,6 +142,7 @@ class _Round:
         for job in queue_of.in_turn(state, state.queued, self.lent)[:LOOKED_AT_MAX]:
             if job.id in state.standing.promises or queue_of.blocked(state, self.now, job):
                 continue
+            waits_ms = flexible.left_ms(job, self.now.unix_ms)
             need = queue_of.need_of(state, self.now, job, self.lent)
             kept = kept_from(need, self.keeps)
             key = (*request_key(need), *(keep.job_id for keep in kept))
@@ -148,7 +152,7 @@ class _Round:
                 if self._fits(need):
                     continue
                 refused[key] = None
-                if _is_large(job):
+                if _is_large(job) and (not waits_ms or job.id in self.late):
                     self._make_room(job, need)
             if self.sought >= SOUGHT_MAX or self.left <= 0:
                 return

@@ -36,7 +36,9 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
     sentence = _reason(state, now, job)
     if job.phase is JobPhase.QUEUED:
         coming = power.coming(state, now, job)
-        sentence += flexible.describe(job, now.unix_ms) + (f"; {coming}" if coming else "")
+        # Who has to run now for a deadline is urgent, whatever he said before.
+        patience = "" if job.id in deadlines.late(state) else flexible.describe(job, now.unix_ms)
+        sentence += patience + (f"; {coming}" if coming else "")
     sentence += deadlines.describe(state, now, job)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from coordinator.core import attempts, checkpoints, claims, costs, deadlines, gangs, reserved
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
-from coordinator.core.contenders import Entrant, Field
+from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant, Field
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
 from coordinator.core.horizon import Horizon
 from coordinator.core.keeps import Keep, hidden
@@ -241,7 +241,12 @@ class _Plan:
         gang = self.state.gang(entrant.job)
         ran_s = (self.now.now_ms - contender.since_ms) / 1000
         running = all(rank.phase is AttemptPhase.RUNNING for rank in gang)
-        return running and ran_s >= run_s_min(contender.restart_s, self.state.options.aims)
+        least_s = run_s_min(contender.restart_s, self.state.options.aims)
+        # Whoever gets its GPUs has them for his minimum: it could not be back before.
+        away_ms = round((least_s + contender.restart_s) * 1000) + DEADLINE_MARGIN_MS
+        if deadlines.is_close(self.state, self.now, entrant.job, away_ms):
+            return False
+        return running and ran_s >= least_s
 
     def _is_worth(self, wish: Wish, victims: Sequence[int]) -> bool:
         """Whether it gains more than those of its class lose; nobody is asked to give way to one of

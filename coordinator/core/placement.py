@@ -45,7 +45,7 @@ from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Place, Room, Tenant, open_room
-from coordinator.core.shortfalls import listed, why_not
+from coordinator.core.shortfalls import kept_for, listed, why_not
 from coordinator.core.validate import gigabytes
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
@@ -140,11 +140,12 @@ def place_in(
     # request.
     refused: dict[tuple[object, ...], str] = {}
     placed = 0
+    held: list[tuple[int, Spread]] = []
     for need in needs:
         kept = kept_from(need, keeps)
         if need.leaving:
             with hidden(kept, known):
-                keep_room(need, rooms)
+                held.append((need.job_id, keep_room(need, rooms) or []))
             continue
         key = (*request_key(need), *(keep.job_id for keep in kept))
         sentence = refused.get(key)
@@ -157,7 +158,7 @@ def place_in(
                 continue
             displacements += victims
             if not victims and not sentence:
-                sentence = _refusal(need, rooms, known, kept)
+                sentence = _refusal(need, rooms, known, kept) + kept_for(need.spec, held)
                 refused[key] = sentence
         waits.append((need.job_id, sentence or "is next in line; the present round is full"))
     return Plan(tuple(starts), tuple(displacements), tuple(waits))

@@ -7,6 +7,7 @@ sentence is made here, from the same rooms that the job was refused by.
 
 from collections.abc import Iterable, Sequence
 
+from coordinator.core.displacement import Spread
 from coordinator.core.model import JobSpec
 from coordinator.core.rooms import Room, most_left_bytes
 from coordinator.core.shares import SHARERS_MAX
@@ -50,6 +51,22 @@ def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
         )
         return f"{need}; {taken}"
     return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
+
+
+def kept_for(spec: JobSpec, held: Iterable[tuple[int, Spread]]) -> str:
+    """What is kept for whom of that which it could use; empty for nothing."""
+    sentence = ""
+    for job_id, spread in held:
+        uuids = {uuid: None for _, shares in spread for share in shares for uuid in share}
+        count = sum(
+            1 for room, _ in spread for gpu in room.offer.gpus
+            if gpu.uuid in uuids and suits(spec, gpu)
+        )  # fmt: skip
+        if spec.gpus and count:
+            nodes = [room.offer.node for room, _ in spread][:NODES_NAMED_MAX]
+            noun, verb = ("GPU", "is") if count == 1 else ("GPUs", "are")
+            sentence += f"; {count} {noun} on {listed(nodes)} {verb} kept for job {job_id}"
+    return sentence
 
 
 def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:

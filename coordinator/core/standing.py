@@ -65,13 +65,15 @@ class Speeds:
 @dataclass(frozen=True, slots=True)
 class Promise:
     """A type of GPU that is kept for a job, since others or itself have been stopped for that; with
-    `nodes` it is there. `note` is what a job that waits for it is told."""
+    `nodes` it is there. `note` is what a job that waits for it is told. `claim`: it is for another
+    try of a job that ended badly (`claims.py`), which lifts nobody over a quota."""
 
     gpu_type: str
     until_ms: int
     since_ms: int
     nodes: tuple[str, ...] = ()
     note: str = ""
+    claim: bool = False
 
 
 @dataclass(slots=True)
@@ -80,10 +82,11 @@ class Standing:
     know. `order`: for each job the types that are worth most for it first, with its speed there.
     `turn`: of those who wait and say how much they have left, whether they were granted GPUs, and
     what they are worth a GPU. `notes`: what the price says of a wait. `moves_ms`: when somebody was
-    stopped for a better allocation; `made_room_ms`: when last for whom (`claims.py`). `tenants`:
-    what each project counted. `since_ms`: when jobs were submitted and attempts assigned, by the
-    monotonic clock. `latest_ms`: by then those that have a deadline must run to keep it
-    (`deadlines.py`); infinite where nobody knows."""
+    stopped for a better allocation; `made_room_ms`: when for whom, and in which of its epochs
+    (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were submitted and
+    attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a deadline must
+    run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that
+    of those whose time has come, and is not over."""
 
     decided_ms: int | None = None
     stale_ms: int | None = None
@@ -96,7 +99,8 @@ class Standing:
     notes: dict[int, str] = field(default_factory=dict)
     promises: dict[int, Promise] = field(default_factory=dict)
     moves_ms: list[int] = field(default_factory=list)
-    made_room_ms: dict[int, int] = field(default_factory=dict)
+    made_room_ms: dict[int, tuple[int, int]] = field(default_factory=dict)
     since_ms: dict[int | str, int] = field(default_factory=dict)
     latest_ms: dict[int, float] = field(default_factory=dict)
+    late_ms: dict[int, float] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)

@@ -148,6 +148,8 @@ def _ending(spec: JobSpec) -> str:
             f"flexible is {spec.flexible_ms} ms; it must be between 0 and {FLEXIBLE_MS_MAX} ms (30"
             " days)"
         )
+    if spec.flexible_ms and not spec.gpus:
+        return "nothing is kept or rented for a job without GPUs; leave flexible out"
     if not 0 <= spec.max_restarts <= MAX_RESTARTS_MAX:
         return f"max restarts is {spec.max_restarts}; it must be between 0 and {MAX_RESTARTS_MAX}"
     if not 1 <= spec.keep_checkpoints <= KEEP_CHECKPOINTS_MAX:

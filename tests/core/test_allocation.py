@@ -26,8 +26,8 @@ from coordinator.core.allocation import (
     Solve,
     Solved,
     allocate,
-    at_prices,
 )
+from coordinator.core.backlog import at_prices
 from coordinator.solver import solve
 
 NOW_MS = 100 * 3_600_000
@@ -200,7 +200,7 @@ def test_a_deadline_that_has_come_goes_first(solver: Solve | None) -> None:
     assert where(decide([late, jobs[1]], {"H100": 1}, solver)) == {1: "H100"}
     hopeless = replace(job(3, "H100:1", hours=30), deadline_ms=NOW_MS + 10 * 3_600_000)
     assert where(decide([hopeless, late], {"H100": 1}, solver)) == {1: "H100"}
-    assert where(decide([hopeless, jobs[1]], {"H100": 1}, solver)) == {3: "H100"}
+    assert where(decide([hopeless, jobs[1]], {"H100": 1}, solver)) == {2: "H100"}, "lost"
     over = replace(long, deadline_ms=NOW_MS)
     assert where(decide([over, jobs[1]], {"H100": 1}, solver)) == {2: "H100"}, "nothing to keep"
 

@@ -4,14 +4,16 @@ Problem: each keeps room for somebody by rules of its own, and each has its test
 what nobody thought of: a job that has two of them, or two jobs with one each on the same GPUs.
 """
 
+from dataclasses import replace
 from random import Random
 
 from coordinator.core import messages as m
-from coordinator.core.model import JobClass, JobSpec
+from coordinator.core.model import GpuFacts, JobClass, JobSpec
 from coordinator.core.options import Options
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.quotas import Quota
-from tests.core.training_fleet import A100, H100, Fleet, training
+from tests.core.coordinator_harness import gpus_of
+from tests.core.training_fleet import A100, H100, HOST, Fleet, training
 
 WAIT_MS = Options().reservation_wait_ms
 
@@ -146,6 +148,56 @@ def test_it_is_kept_for_a_while_and_not_for_ever() -> None:
     assert fleet.rig.now_ms - began_ms > 500_000
 
 
+def refusing(fleet: Fleet, **asks: object) -> int:
+    """A job of two GPUs comes that no node can start."""
+    fleet.tick_ms = 1_000
+    spec = replace(JobSpec(command=("train",), gpus=2), **asks)  # type: ignore[arg-type]
+    fleet.rig.handle(m.Request(1, m.Submit(spec)))
+    return fleet.state.last_job_id
+
+
+def pass_second(fleet: Fleet, refused: int) -> None:
+    """In which it is refused if it is tried, and everybody else does what he is told."""
+    for attempt in list(fleet.state.attempts.values()):
+        if attempt.job_id == refused and attempt.phase is AttemptPhase.ASSIGNED:
+            fleet.say(attempt.id, m.AttemptRefused("the disk is full"))
+    fleet.obey()
+    fleet.rig.now_ms += 1_000
+    fleet.train(1.0, save=False)
+    fleet.rig.handle(m.Tick())
+
+
+def test_who_cannot_start_at_all_has_one_claim_and_no_more() -> None:
+    """Else each job that is stopped for it again gives it another ten minutes of idle GPUs."""
+    fleet = Fleet("2xA100:80")
+    small = [fleet.submit(job_class=JobClass.SPARE) for _ in range(2)]
+    fleet.run(30)
+    large = refusing(fleet)
+    idle_s = 0
+    for _ in range(3_600):
+        pass_second(fleet, large)
+        idle_s += all(fleet.job(one).phase is JobPhase.QUEUED for one in small)
+    assert 500 < idle_s < 1_200
+
+
+def test_what_is_kept_for_who_is_beyond_a_quota_goes_first_to_who_is_within_his() -> None:
+    """Of the same class: and who waits beside it is told for whom it is kept."""
+    fleet = Fleet("2xA100:80", options=Options(projects={"a": Quota(gpu_hours=48.0)}))
+    for _ in range(2):
+        fleet.submit(job_class=JobClass.SPARE)
+    fleet.run(30)
+    beyond = refusing(fleet, project="b")
+    for _ in range(60):
+        pass_second(fleet, beyond)
+    other = fleet.submit(gpus=2, project="b")
+    assert fleet.job(other).phase is JobPhase.QUEUED
+    assert f"2 GPUs on n1 are kept for job {beyond}" in fleet.state.waits[other]
+    within = fleet.submit(gpus=2, project="a")
+    for _ in range(10):
+        pass_second(fleet, beyond)
+    assert fleet.job(within).phase is JobPhase.ACTIVE
+
+
 def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
     fleet = Fleet("2xA100:80")
     gang = fleet.submit(gpus=1, ranks=2)
@@ -155,3 +207,44 @@ def test_who_took_nothing_from_anybody_keeps_nothing() -> None:
     assert fleet.job(gang).phase is JobPhase.QUEUED
     small = fleet.submit(job_class=JobClass.SPARE)
     assert fleet.job(small).phase is JobPhase.ACTIVE
+
+
+def say_hello(fleet: Fleet, session: int, node: str, gpus: tuple[GpuFacts, ...]) -> None:
+    """Its agent is back, with what it had and these GPUs."""
+    held = tuple(
+        m.HeldAttempt(one.id, one.gpu_uuids)
+        for one in fleet.state.attempts.values()
+        if one.node == node and one.ended_unix_ms is None
+    )
+    live = fleet.state.nodes.get(node)
+    known = 0 if live is None else live.node.acknowledged
+    hello = m.Hello(node, f"{node}-1", f"{node}:1", HOST, gpus, held, (), known)
+    fleet.rig.handle(m.FromAgent(session, hello))
+
+
+def test_nothing_is_kept_of_a_gpu_that_is_gone_from_its_node() -> None:
+    """It is gone before a restart of the coordinator; the job is then out of reach, others are
+    stopped for it elsewhere, and it comes back only to fail."""
+    fleet = Fleet("1xA100:80")
+    fleet.tick_ms = 1_000
+    job_id = fleet.submit(training(9_000))
+    fleet.run(30, saving=False)
+    say_hello(fleet, 2, "n2", gpus_of("n2", "1xA100:80"))
+    fleet.submit(job_class=JobClass.SPARE)
+    fleet.run(30, saving=False)
+    say_hello(fleet, 10, "n1", ())
+    fleet.rig.restart()
+    say_hello(fleet, 11, "n2", gpus_of("n2", "1xA100:80"))
+    spare = fleet.state.nodes["n2"]
+    while not fleet.stops():
+        fleet.rig.now_ms += 1_000
+        fleet.beats += 1
+        held = tuple(
+            m.HeldAttempt(one, fleet.state.attempts[one].gpu_uuids) for one in spare.attempts
+        )
+        fleet.rig.handle(m.FromAgent(11, m.Heartbeat(fleet.beats, None, (), held, ())))
+        fleet.rig.handle(m.Tick())
+    say_hello(fleet, 12, "n1", ())
+    fleet.say("1.1", m.AttemptExited(None, 9))
+    assert fleet.job(job_id).phase is JobPhase.QUEUED
+    assert job_id not in fleet.state.standing.promises

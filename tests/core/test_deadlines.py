@@ -44,11 +44,11 @@ def answer(fleet: Fleet, body: RequestBody) -> object:
 
 
 @pytest.mark.parametrize(
-    ("within_s", "first"), [(0, "short"), (2_600, "short"), (2_130, "long"), (1_000, "long")]
+    ("within_s", "first"), [(0, "short"), (2_600, "short"), (2_130, "long"), (1_000, "short")]
 )
 def test_whose_latest_start_has_come_goes_first(within_s: int, first: str) -> None:
     """It needs 2,000 s, a minute of which may be lost by a restart; and it is looked a minute
-    before. Without a deadline, or with time, the short one comes first."""
+    before. Without a deadline, with time, or when it is lost, the short one comes first."""
     fleet = measured("1xH100")
     deadline_unix_ms = by(fleet, within_s + 40) if within_s else 0
     long = fleet.submit(training(2_000, deadline_unix_ms=deadline_unix_ms))
@@ -104,7 +104,7 @@ def test_when_it_has_passed_it_is_as_any_other() -> None:
     long = fleet.submit(training(2_000, deadline_unix_ms=by(fleet, 300)))
     short = fleet.submit(training(200))
     fleet.run(100)
-    assert "it goes first in its class, and would end about" in told(fleet, long)
+    assert "cannot be kept: it would end about" in told(fleet, long)
     fleet.run(300)
     assert "its deadline has passed 100 s ago, and it goes on as any other" in told(fleet, long)
     fleet.end(2)
@@ -173,3 +173,46 @@ def test_nobody_is_moved_to_make_room_who_has_to_go_on_for_a_deadline(
     fleet.submit(gpus=2)
     fleet.run(300)
     assert len(fleet.stops()) == moved
+
+
+def test_nobody_is_stopped_for_a_deadline_that_is_lost() -> None:
+    fleet = measured("1xH100")
+    fleet.end(2)
+    fleet.submit(training(3_000))
+    fleet.run(700)
+    fleet.submit(training(50_000, deadline_unix_ms=by(fleet, 9_000)))
+    fleet.run(120)
+    assert fleet.stops() == []
+
+
+def test_who_has_lost_his_deadline_gives_way_to_who_can_keep_one() -> None:
+    fleet = measured("1xH100")
+    fleet.end(2)
+    lost = fleet.submit(training(100_000, deadline_unix_ms=by(fleet, 32_400)), 100_000)
+    fleet.run(700)
+    kept = fleet.submit(training(2_000, deadline_unix_ms=by(fleet, 2_150)), 2_000)
+    fleet.run(120)
+    assert fleet.job(kept).phase is JobPhase.ACTIVE
+    assert fleet.job(lost).phase is JobPhase.QUEUED
+
+
+@pytest.mark.parametrize("slack_s", [300, 400, 600])
+def test_who_could_not_be_back_in_time_is_not_stopped_for_an_ordinary_job(slack_s: int) -> None:
+    fleet = measured("1xH100")
+    fleet.end(2)
+    runs = training(5_000, deadline_unix_ms=by(fleet, 5_000 + slack_s))
+    job_id = fleet.submit(runs, 5_000)
+    fleet.run(700)
+    fleet.submit(training(1_500), 1_500)
+    fleet.run(300)
+    assert fleet.job(job_id).phase is JobPhase.ACTIVE
+    assert fleet.stops() == []
+
+
+def test_who_has_to_run_now_is_not_told_that_he_may_wait() -> None:
+    fleet = measured("1xH100")
+    asks = training(2_000, flexible_ms=36_000_000, deadline_unix_ms=by(fleet, 2_100))
+    job_id = fleet.submit(asks)
+    fleet.run(30)
+    assert "to keep its deadline" in told(fleet, job_id)
+    assert "it may wait for" not in told(fleet, job_id)

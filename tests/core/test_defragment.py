@@ -255,3 +255,11 @@ def test_rooms_are_as_before_where_nothing_comes_of_it(monkeypatch: pytest.Monke
     assert 1 in seen
     assert fleet.job(large).phase is JobPhase.QUEUED
     assert fleet.submit(JobSpec(command=("x",), gpus=2)) in runs(fleet)
+
+
+def test_nobody_moves_for_a_job_that_may_wait() -> None:
+    fleet = scattered()
+    large = fleet.submit(gpus=4, flexible_ms=24 * 3_600_000)
+    fleet.run(600)
+    assert fleet.stops() == []
+    assert fleet.job(large).phase is JobPhase.QUEUED

@@ -86,3 +86,8 @@ def test_what_is_left_falls_and_never_exceeds_what_was_said(
 @pytest.mark.parametrize("wrong_ms", [-1, validate.FLEXIBLE_MS_MAX + 1])
 def test_a_wait_that_cannot_be_is_refused(wrong_ms: int) -> None:
     assert "flexible is" in validate.refuse_spec(replace(LARGE, flexible_ms=wrong_ms))
+
+
+def test_a_job_without_gpus_is_told_that_it_means_nothing() -> None:
+    found = validate.refuse_spec(replace(LARGE, gpus=0, ranks=1, flexible_ms=HOUR_MS))
+    assert found == "nothing is kept or rented for a job without GPUs; leave flexible out"
