@@ -20,7 +20,12 @@ from coordinator.cli.finite import Finite
 from coordinator.cli.fit import Price
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
-from coordinator.cli.simulate_demand import POWER_POLICIES, demand_options, replay_demand
+from coordinator.cli.simulate_demand import (
+    POWER_POLICIES,
+    demand_options,
+    refuse_demand_options,
+    replay_demand,
+)
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims, Solve
@@ -175,6 +180,7 @@ def simulate(**given: Any) -> None:
     if given["demand"] is not None:
         replay_demand(context, given, _again)
         return
+    refuse_demand_options(context)
     cases = _cases(given)
     found: Results = {
         name: {
