@@ -16,7 +16,7 @@ import json
 import math
 import re
 import tomllib
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +77,9 @@ def read(path: Path) -> JobFile:
     unknown = [_unknown(key, known) for key in document if key not in known]
     if unknown:
         raise BadInput(f"{path}: {'; '.join(unknown)}")
+    # TOML has times and days of its own, which mean what they mean in quotes.
+    if isinstance(deadline := document.get("deadline"), date):
+        document["deadline"] = deadline.isoformat()
     try:
         return msgspec.convert(document, JobFile)
     except msgspec.ValidationError as error:
@@ -269,6 +272,8 @@ def _sentence(error: str) -> str:
         message = f"expected {expected}, got {got}"
         if key == "command":
             message += '; write the words apart: command = ["python", "train.py"]'
+        if key == "deadline":
+            message += "; write it like 2026-11-30T09:00:00"
         if key in ("grace", "flexible"):
             message += f'; write it with its unit: {key} = "120s"'
     return f"{key}: {_lower_first(message)}" if key else _lower_first(message)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coordinator.cli.finite import PRICE, Finite
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
@@ -45,12 +46,12 @@ PAST_DAYS = 31
 @click.option("--column", default="demand", show_default=True, help="Of the CSV: the GPUs.")
 @click.option("--gpu-type", default="H100", show_default=True, help="Of the CSV: for its prices.")
 @click.option("--owned", type=click.IntRange(0), default=0, help="Of the CSV: GPUs of your own.")
-@click.option("--lease-usd", type=float, help="Of one GPU, an hour, by the month.")
-@click.option("--burst-usd", type=float, help="Of one GPU, an hour, by the hour.")
+@click.option("--lease-usd", type=PRICE, help="Of one GPU, an hour, by the month.")
+@click.option("--burst-usd", type=PRICE, help="Of one GPU, an hour, by the hour.")
 @click.option(
     "--flexible",
     "flexible_ratio",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.0,
     show_default=True,
     help="Part of the work that may wait for a day. Needs gpu-baton[scheduling].",
@@ -166,11 +167,11 @@ def _table(gpu_type: str) -> _Known:
 def _terms(said: _Known, known: _Known, node_gpus: int) -> "Terms | None":
     from coordinator.core.leasing import Terms
 
-    lease_usd, burst_usd = (own or other for own, other in zip(said, known, strict=True))
+    lease_usd, burst_usd = (
+        other if own is None else own for own, other in zip(said, known, strict=True)
+    )
     if not lease_usd or not burst_usd:
         return None
-    if lease_usd < 0 or burst_usd < 0:
-        raise click.UsageError("a price is more than nothing")
     return Terms(lease_usd, burst_usd, unit_gpus=node_gpus)
 
 

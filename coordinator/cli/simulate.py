@@ -9,7 +9,6 @@ the production core where the policy is Baton's.
 """
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.cli.finite import Finite
 from coordinator.cli.fit import Price
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
-from coordinator.cli.simulate_demand import POWER_POLICIES, demand_options, replay_demand
+from coordinator.cli.simulate_demand import (
+    POWER_POLICIES,
+    demand_options,
+    refuse_demand_options,
+    replay_demand,
+)
 
 if TYPE_CHECKING:
     from coordinator.core.allocation import Aims, Solve
@@ -67,9 +72,7 @@ _CHANCE = {
 
 def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, help_text in reversed(_CHANCE.items()):
-        option = click.option(
-            f"--{name.replace('_', '-')}", name, type=click.FloatRange(0), help=help_text
-        )
+        option = click.option(f"--{name.replace('_', '-')}", name, type=Finite(0), help=help_text)
         command = option(command)
     return command
 
@@ -117,7 +120,7 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--balance",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.3,
     show_default=True,
     help="Baton's: 0 the shortest mean completion, 1 the earliest end of all.",
@@ -177,6 +180,7 @@ def simulate(**given: Any) -> None:
     if given["demand"] is not None:
         replay_demand(context, given, _again)
         return
+    refuse_demand_options(context)
     cases = _cases(given)
     found: Results = {
         name: {
@@ -261,9 +265,6 @@ def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
     inputs = None if given["fleet"] is None else read_fleet(given["fleet"], given["seed"])
     chance = Chance(seed=given["seed"]) if inputs is None else inputs.chance
     told = {name: given[name] for name in (*_CHANCE, "node_gpus") if given[name] is not None}
-    for name, number in told.items():
-        if not math.isfinite(number):
-            raise BadInput(f"--{name.replace('_', '-')} is {number}, not a number")
     chance = dataclasses.replace(chance, **told, blind=given["blind"] or chance.blind)
     if 0 < chance.node_mtbf_h < MTBF_H_MIN:
         raise BadInput(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from coordinator.sim.capacity_report import PowerFigures
 
 OURS = "baton"
+# The options that say something with --demand; those of the second line say nothing without.
+OF_BOTH = ("demand", "fleet", "policies")
+OF_DEMAND = ("column", "warm_up_h", "plot")
 POWER_POLICIES = ("always-on", "idle-timeout", "clairvoyant")
 _COLUMNS = (
     Column("POLICY"),
@@ -69,15 +72,30 @@ def replay_demand(
     context: click.Context, given: Mapping[str, Any], again: Callable[[click.Context], str]
 ) -> None:
     """What `simulate` does with a series; `again` says how it was called."""
-    for name in ("trace", "journal", "plots", "pairs", "add_nodes", "remove", "quota", "prices"):
-        if given[name]:
-            raise BadInput(f"--demand replays nodes, not jobs: {name} says nothing there")
+    for flag in _said(context, [name for name in given if name not in OF_BOTH + OF_DEMAND]):
+        raise BadInput(f"--demand replays nodes, not jobs: {flag} says nothing there")
     if context.get_parameter_source("policies") is click.core.ParameterSource.DEFAULT:
         context.params["policies"] = (OURS, *POWER_POLICIES)
     as_json = settings_of(context).as_json
     _simulate(given, context.params["policies"], as_json=as_json)
     if not as_json:
         write_notice(f"again: {again(context)}")
+
+
+def refuse_demand_options(context: click.Context) -> None:
+    """For jobs these would be passed over in silence."""
+    for flag in _said(context, OF_DEMAND):
+        raise BadInput(f"{flag} is about a series of demand: it says nothing without --demand")
+
+
+def _said(context: click.Context, names: Sequence[str]) -> list[str]:
+    """Those that stand on the command line or in the environment, as people write them."""
+    default = click.core.ParameterSource.DEFAULT
+    return [
+        parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is not default
+    ]
 
 
 def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: bool) -> None:

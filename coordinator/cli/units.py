@@ -29,6 +29,10 @@ _DURATION_PART = re.compile(r"(\d+)(ms|[dhms])", re.ASCII)
 _DURATION_UNITS_MS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
 
 
+# All that `datetime.fromisoformat` takes for the day's first moment: a month, a week, or shorter.
+_DATE_ALONE = re.compile(r"\d{4}-?(\d{2}-?\d{2}|W\d{2}(-?\d)?)")
+
+
 def parse_size(text: str) -> int:
     """Bytes of "40GiB", "40GB", "1.5TiB" or "1024". Raises `ValueError` with a sentence."""
     match = _SIZE.fullmatch(text)
@@ -81,11 +85,15 @@ def parse_time(text: str, now: datetime) -> datetime:
     try:
         if duration_ms is not None:
             return now + timedelta(milliseconds=duration_ms)
-        return datetime.fromisoformat(text.strip()).astimezone(UTC)
+        found = datetime.fromisoformat(text.strip())
+        if _DATE_ALONE.fullmatch(text.strip()) is None:
+            return found.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise ValueError(
             f"{text!r} is no time; write it like 6h, 2026-11-30T09:00 or 2026-11-30T09:00Z"
         ) from error
+    day = found.date().isoformat()
+    raise ValueError(f"{text!r} names a day and no time of it; write it like {day}T18:00")
 
 
 def format_duration(duration_ms: int) -> str:

@@ -37,6 +37,23 @@ def test_the_document(baton: Baton, demand: Path) -> None:
     assert len(found["quantiles"]) == 9
 
 
+@pytest.mark.parametrize("amount", ["nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("option", ["--lease-usd", "--burst-usd"])
+def test_a_price_that_is_none_is_refused(
+    baton: Baton, demand: Path, option: str, amount: str
+) -> None:
+    """And not replaced: a recommendation by another price than was said is worse than none."""
+    result = baton("leases", "--demand", str(demand), option, amount)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert option in result.stderr
+
+
+@pytest.mark.parametrize("part", ["nan", "inf", "1.5"])
+def test_a_part_that_is_none_is_refused(baton: Baton, demand: Path, part: str) -> None:
+    result = baton("leases", "--demand", str(demand), "--flexible", part)
+    assert (result.exit_code, "--flexible" in result.stderr) == (2, True)
+
+
 def test_from_the_coordinator(baton: Baton, fake: FakeCoordinator) -> None:
     """Before its first attempt it knows nothing, and that is not a demand of none."""
     answer = pb.GetCostsResponse()

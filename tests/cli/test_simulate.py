@@ -194,7 +194,8 @@ def test_a_question_that_cannot_be_asked_is_said(files: tuple[Path, Path]) -> No
         ("--add-nodes", "K80", "is no number of GPUs of one type, like 4xH200"),
         ("--quota", "c=x2", "no job is of project 'c'; there are a, b"),
         ("--policy", "packing", "--pairs FILE.csv"),
-        ("--rate-error", "nan", "--rate-error is nan, not a number"),
+        ("--balance", "nan", "nan is not a finite number"),
+        ("--rate-error", "nan", "nan is not a finite number"),
         ("--journal", "some.sqlite3", "give TRACE or --journal, not both"),
     ):
         result = baton(files, option, text)

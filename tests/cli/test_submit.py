@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -370,6 +372,16 @@ def test_a_share_stands_in_a_job_file(baton: Baton, fake: FakeCoordinator, here:
     assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 10**9)
 
 
+@pytest.fixture
+def local_west(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three hours behind UTC."""
+    monkeypatch.setenv("TZ", "<-03>3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
 @pytest.mark.parametrize("flags", [("--deadline", "2026-11-30T09:00+02:00"), ("job.toml",)])
 def test_a_deadline_is_a_time(
     baton: Baton, fake: FakeCoordinator, here: Path, flags: tuple[str, ...]
@@ -377,6 +389,44 @@ def test_a_deadline_is_a_time(
     (here / "job.toml").write_text('gpus = 1\ndeadline = "2026-11-30T07:00Z"\n')
     assert baton("submit", *flags, "--", "true").exit_code == 0
     assert sent(fake).deadline.ToJsonString() == "2026-11-30T07:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ("2026-12-30T09:00:00Z", "2026-12-30T09:00:00Z"),
+        ("2026-12-30 09:00:00+02:00", "2026-12-30T07:00:00Z"),
+        ("2026-12-30T09:00:00", "2026-12-30T12:00:00Z"),
+    ],
+)
+def test_a_deadline_may_be_a_time_of_toml(
+    baton: Baton, fake: FakeCoordinator, here: Path, local_west: None, said: str, text: str
+) -> None:
+    """Without an offset it is the local time, as where it stands in quotes."""
+    (here / "job.toml").write_text(f"gpus = 1\ndeadline = {said}\n")
+    assert baton("submit", "job.toml", "--", "true").exit_code == 0
+    assert sent(fake).deadline.ToJsonString() == text
+
+
+@pytest.mark.parametrize("day", ["2026-12-01", "20261201", "2026-W49", "2026-W49-2"])
+def test_a_deadline_that_is_a_day_is_refused(
+    baton: Baton, fake: FakeCoordinator, here: Path, day: str
+) -> None:
+    """Its first moment is what is meant least often."""
+    result = baton("submit", "--gpus", "1", "--deadline", day, "--", "true")
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert "no time of it" in result.stderr
+
+
+@pytest.mark.parametrize("said", ["2026-12-01", "09:00:00", "6"])
+def test_a_deadline_of_toml_without_a_day_or_a_time_is_refused(
+    baton: Baton, fake: FakeCoordinator, here: Path, said: str
+) -> None:
+    (here / "job.toml").write_text(f"gpus = 1\ndeadline = {said}\n")
+    result = baton("submit", "job.toml", "--", "true")
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert "deadline: " in result.stderr
+    assert "write it like 2026-1" in result.stderr
 
 
 def test_a_deadline_may_be_so_long_from_now(baton: Baton, fake: FakeCoordinator) -> None:

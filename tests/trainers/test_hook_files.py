@@ -164,3 +164,29 @@ def test_a_tree_is_linked_and_links_are_followed(tmp_path: Path) -> None:
     assert (tmp_path / "copy/optimizer.pt").stat().st_ino == (source / "optimizer.pt").stat().st_ino
     assert not (tmp_path / "copy/link").is_symlink()
     assert (tmp_path / "copy/link").read_bytes() == (source / "optimizer.pt").read_bytes()
+
+
+def test_two_nodes_lay_out_into_one_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other begins and ends while this one is at its last file."""
+    found = resume.committed(make_checkpoint(tmp_path / "restore", 4), 0)
+    assert found is not None
+    output = tmp_path / "output"
+    names = iter(("node-a", "node-b"))
+    monkeypatch.setattr("socket.gethostname", lambda: next(names))
+    rename = Path.rename
+    turns: list[Path] = []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        turns.append(self)
+        if len(turns) == 1:
+            resume.lay_out(found, output)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    resume.lay_out(found, output)
+    assert len(set(turns)) == 2
+    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]
+    laid = {path.name for path in (output / "checkpoint-4").iterdir()}
+    assert laid == {path.name for path in found.path.iterdir()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from baton_hook import states
+from baton_hook import resume, states
 
 RANKS = 2
 RANKS_S_MAX = 200
@@ -54,6 +54,20 @@ def test_states_that_are_not_there_or_too_large_are_left_out(tmp_path: Path) -> 
     (tmp_path / states.name_of(1)).write_bytes(b"x" * (states.BYTES_MAX + 1))
     assert states.read(tmp_path, 1) == b""
     (tmp_path / states.name_of(0)).write_bytes(b"own")
-    states.add([b"other", b"", b"two"], tmp_path)
+    states.add([b"", b"", b"two"], tmp_path)
     assert states.read(tmp_path, 0) == b"own"
     assert states.read(tmp_path, 2) == b"two"
+
+
+def test_a_state_of_an_earlier_attempt_gives_way_and_is_not_written_into(tmp_path: Path) -> None:
+    """Rank 1 ran on this node then; what the script has keeps its bytes."""
+    saved = tmp_path / "checkpoint-100"
+    saved.mkdir()
+    (saved / states.name_of(0)).write_bytes(b"new 0")
+    (saved / states.name_of(1)).write_bytes(b"old 1")
+    staged = tmp_path / "staged"
+    resume.link_tree(saved, staged)
+    states.add([b"new 0", b"new 1"], staged)
+    assert [states.read(staged, rank) for rank in range(RANKS)] == [b"new 0", b"new 1"]
+    assert states.read(saved, 1) == b"old 1"
+    assert len(list(staged.iterdir())) == RANKS

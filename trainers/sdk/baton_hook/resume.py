@@ -17,6 +17,7 @@ Hugging Face's (`MARK_NAME`); a restored checkpoint is for that call alone.
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def link_tree(source: Path, target: Path) -> None:
     """The same files under another directory: by hard links, which cost nothing, or by copies
     where the two lie on different file systems. `target` appears whole or not at all. Raises
     OSError."""
-    partial = target.with_name(_PARTIAL + target.name)
+    # Nodes may share the directory, and each begins at the same moment.
+    writer = f"{socket.gethostname()}-{os.getpid()}-"
+    partial = target.with_name(_PARTIAL + writer + target.name)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for path in _files(source):
@@ -145,8 +148,13 @@ def lay_out(restored: Found, output_directory: Path) -> None:
     sources |= {output_directory / path.name: path for path in torn.numbered(best)}
     output_directory.mkdir(parents=True, exist_ok=True)
     for target, source in sources.items():
-        if not target.exists():
+        if target.exists():
+            continue
+        try:
             link_tree(source, target)
+        except OSError:
+            if not target.is_dir():  # else another node was faster
+                raise
 
 
 def _files(source: Path) -> Iterator[Path]:

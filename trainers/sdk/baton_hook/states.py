@@ -6,7 +6,7 @@ nodes each has written into a directory of its own node, and a training that goe
 alone draws other numbers on all other ranks.
 
 How: the files are small, so the ranks tell each other the bytes, where they meet after a save
-anyway, and rank 0 adds what it lacks. Nothing is unpickled. What ranks write besides (shards of
+anyway, and rank 0 hands over those. Nothing is unpickled. What ranks write besides (shards of
 FSDP or DeepSpeed) is not small, and asks for a directory that all nodes see.
 """
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from baton_hook.guard import say
+
+_PARTIAL = ".baton-"
 
 BYTES_MAX = 1 << 20
 """Of one rank: some kilobytes for the host and each of its GPUs."""
@@ -51,8 +53,13 @@ def gather(torch: Any, device: Any, own: bytes) -> list[bytes]:
 
 
 def add(states: list[bytes], staged: Path) -> None:
-    """Those that are not there. Raises OSError."""
+    """Each as its rank has just sent it. Raises OSError.
+
+    What lies there may be of an earlier attempt, whose rank ran on this node, and may be the
+    script's own file under a second name: it is replaced, and never written into."""
     for rank, data in enumerate(states):
-        path = staged / name_of(rank)
-        if data and not path.exists():
-            path.write_bytes(data)
+        if data:
+            path = staged / name_of(rank)
+            partial = path.with_name(_PARTIAL + path.name)
+            partial.write_bytes(data)
+            partial.replace(path)
