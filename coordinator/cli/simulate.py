@@ -171,7 +171,6 @@ def simulate(**given: Any) -> None:
       makespan       the earliest end of all
 
     \b
-      baton simulate jobs.csv --fleet fleet.toml --policy baton --policy fifo
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
       baton simulate --journal /var/lib/baton/coordinator/baton.sqlite3 --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
@@ -179,15 +178,17 @@ def simulate(**given: Any) -> None:
     context = click.get_current_context()
     if given["demand"] is not None:
         replay_demand(context, given, _again)
-        return
-    refuse_demand_options(context)
+    else:
+        refuse_demand_options(context)
+        _simulate(context, given)
+
+
+def _simulate(context: click.Context, given: Mapping[str, Any]) -> None:
     cases = _cases(given)
-    found: Results = {
-        name: {
-            when: _run(each, _policy(name, given["balance"], each)) for when, each in cases.items()
-        }
-        for name in dict.fromkeys(given["policies"])
-    }
+    found: Results = {}
+    for name in dict.fromkeys(given["policies"]):
+        policies = {when: _policy(name, given["balance"], each) for when, each in cases.items()}
+        found[name] = {when: _run(each, policies[when]) for when, each in cases.items()}
     if given["plots"] is not None:
         _write_plots(given["plots"], found, cases)
     if settings_of(context).as_json:

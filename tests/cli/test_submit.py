@@ -399,8 +399,9 @@ def test_a_deadline_is_a_time(
         ("2026-12-30T09:00:00", "2026-12-30T12:00:00Z"),
     ],
 )
+@pytest.mark.usefixtures("local_west")
 def test_a_deadline_may_be_a_time_of_toml(
-    baton: Baton, fake: FakeCoordinator, here: Path, local_west: None, said: str, text: str
+    baton: Baton, fake: FakeCoordinator, here: Path, said: str, text: str
 ) -> None:
     """Without an offset it is the local time, as where it stands in quotes."""
     (here / "job.toml").write_text(f"gpus = 1\ndeadline = {said}\n")

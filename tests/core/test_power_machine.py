@@ -220,5 +220,5 @@ def test_a_rented_node_is_paid_for_until_it_is_gone_and_nothing_is_lost_with_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "RESTART_S_DEFAULT", 0.1)
         run_state_machine_as_test(
-            RentingFleet, settings=settings(max_examples=60, stateful_step_count=50)
+            RentingFleet, settings=settings(max_examples=20, stateful_step_count=40)
         )
