@@ -12,10 +12,7 @@ How, each `interval_ms`, and sooner where a new job waits while nodes are closed
 3. Only where the mode is `act` anything follows: nodes that are to take no new work are closed to
    it, those that may go are drained by handoff and ordered off, those that are needed are started
    (`power.py`). In `advise` the same is proposed, and done when a person agrees.
-4. A queued job whose last checkpoint lies only on nodes that are off gets one of them started, in
-   any mode: that is no matter of demand.
-
-The plan has a time of its own (`plan_time.py`): all that it is told is in that.
+4. What somebody cannot do without is started in any mode (`wakes.py`).
 
 The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unless one is
 configured; without a driver it is never `act`.
@@ -26,13 +23,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from coordinator.core import (
-    checkpoints,
     demand_forecast,
     odds,
     plan_time,
     power,
     rentals,
     scaling,
+    wakes,
 )
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
@@ -98,7 +95,7 @@ def tick(state: State, now: Instant) -> None:
             _carry_out(state, now, action.verb, action.nodes, _why(state, action))
     else:
         _unmark(state, now)
-    _wake_holders(state, now)
+    wakes.tick(state, now)
     _look_back(state, now)
 
 
@@ -259,28 +256,6 @@ def _may_go(live: LiveNode) -> bool:
     its = live.node.power
     fresh = its.phase is Power.ON and live.node.intent is NodeIntent.OPEN
     return fresh or (its.phase is Power.LEAVING and its.ours)
-
-
-def _wake_holders(state: State, now: Instant) -> None:
-    if not state.options.power.acts or not state.indices.switched:
-        return
-    for job_id in state.queued:
-        job = state.jobs[job_id]
-        if not checkpoints.head_within_reach(state, job):
-            continue
-        head = state.good_checkpoints(job)[0]
-        for piece in head.pieces:
-            if state.piece_reachable(piece):
-                continue
-            holders = [state.nodes[name] for name in piece.replicas if name in state.nodes]
-            if any(live.node.power.phase is Power.STARTING for live in holders):
-                continue
-            for live in holders:
-                its = live.node.power
-                if its.phase is Power.OFF and its.ours and its.source is not Source.BURST:
-                    why = f"the last checkpoint of job {job_id} lies on no node that is on"
-                    power.start(state, now, live, why)
-                    break
 
 
 def _look_back(state: State, now: Instant) -> None:

@@ -301,6 +301,21 @@ def test_a_job_whose_checkpoint_lies_on_nodes_that_are_off_gets_one_back() -> No
     assert f"{other} is starting" in told.sentence
 
 
+@pytest.mark.parametrize(
+    ("gpus", "phase"), [(4, Power.STARTING), (2, Power.STARTING), (8, Power.OFF)]
+)
+def test_who_fits_no_node_that_is_on_gets_one_back(gpus: int, phase: Power) -> None:
+    """GPUs are counted by type: those of small nodes are none to who wants them on one."""
+    fleet = ScaledRig.of(Mode.OBSERVE)
+    fleet.hello("n4", "4xH100")
+    fleet.off("n4")
+    fleet.live(61)
+    assert fleet.power("n4") is Power.OFF
+    fleet.ask(Submit(JobSpec(command=("train",), gpus=gpus, job_class=JobClass.GUARANTEED)))
+    fleet.live(61)
+    assert fleet.power("n4") is phase, "eight of them are nowhere"
+
+
 def test_records_outlive_the_coordinator() -> None:
     fleet = ScaledRig.of(Mode.ADVISE)
     fleet.forecast()

@@ -1,0 +1,90 @@
+"""Nodes that are started, or stay, since somebody who waits cannot do without them.
+
+Problem: a plan counts GPUs by type. A job that goes on from a checkpoint needs the node where it
+lies; one that wants eight GPUs on one node has no use for eight nodes of one, and a node of two
+types is counted as the first of them. Such a job would wait for ever beside a node that is off.
+
+Both hold in any mode: they are no matter of demand. Only whom we have switched off, or are
+emptying, is touched, and nothing is rented for this.
+"""
+
+from itertools import islice
+
+from coordinator.core import checkpoints, power
+from coordinator.core.capacity_model import Power, Source
+from coordinator.core.demand import ask_of
+from coordinator.core.fragmentation import Ask
+from coordinator.core.live import LiveNode
+from coordinator.core.model import JobSpec
+from coordinator.core.phases import NodeIntent, NodePhase
+from coordinator.core.state import Instant, State
+from coordinator.core.validate import could_hold
+
+# Different requests that are looked at for whom they fit, in one plan.
+ASKS_MAX = 50
+
+
+def tick(state: State, now: Instant) -> None:
+    if state.options.power.acts and state.indices.switched:
+        _for_checkpoints(state, now)
+        _for_room(state, now)
+
+
+def _for_checkpoints(state: State, now: Instant) -> None:
+    for job_id in state.queued:
+        job = state.jobs[job_id]
+        if not checkpoints.head_within_reach(state, job):
+            continue
+        head = state.good_checkpoints(job)[0]
+        for piece in head.pieces:
+            if state.piece_reachable(piece):
+                continue
+            holders = [state.nodes[name] for name in piece.replicas if name in state.nodes]
+            if any(live.node.power.phase is Power.STARTING for live in holders):
+                continue
+            for live in holders:
+                its = live.node.power
+                if its.phase is Power.OFF and its.ours and its.source is not Source.BURST:
+                    why = f"the last checkpoint of job {job_id} lies on no node that is on"
+                    power.start(state, now, live, why)
+                    break
+
+
+def _for_room(state: State, now: Instant) -> None:
+    """Who fits no node that takes work, not even an empty one, gets one back that he fits."""
+    specs: dict[Ask, JobSpec] = {}
+    for job_id in state.queued:
+        spec = state.jobs[job_id].spec
+        if spec.gpus:
+            specs.setdefault(ask_of(spec), spec)
+    for spec in islice(specs.values(), ASKS_MAX):
+        if not any(_is_there(live) and _could_hold(live, spec) for live in state.nodes.values()):
+            _one_back(state, now, spec)
+
+
+def _one_back(state: State, now: Instant, spec: JobSpec) -> None:
+    why = f"no node that takes work could hold {spec.gpus} such GPUs, which somebody waits for"
+    for node_id in list(state.indices.switched):
+        live = state.nodes[node_id]
+        its = live.node.power
+        if not its.ours or its.source is Source.BURST or not _could_hold(live, spec):
+            continue
+        if its.phase is Power.LEAVING and live.phase is NodePhase.UP:
+            power.stay(state, now, live, why)
+            return
+        if its.phase is Power.OFF:
+            power.start(state, now, live, why)
+            return
+
+
+def _is_there(live: LiveNode) -> bool:
+    """It takes work, or will once it has come up."""
+    node = live.node
+    if node.power.phase is Power.STARTING:
+        return node.power.ours
+    open_ = node.intent is NodeIntent.OPEN and node.power.phase is Power.ON
+    return open_ and live.phase is NodePhase.UP
+
+
+def _could_hold(live: LiveNode, spec: JobSpec) -> bool:
+    return could_hold(spec, live.node.gpus, live.node.host.memory_bytes)
