@@ -245,8 +245,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = 1_200_000
     scaling_stop_deadline_ms: Annotated[int, says(
         "Milliseconds after which a node that was ordered off and is heard stays on, 1000 to "
-        "14400000."
-    )] = 600_000
+        "14400000: more than 'deadline_ms' of every table in 'capacity', or a late driver could "
+        "switch it off after it has taken work again."
+    )] = 900_000
     demand_minute_ms: Annotated[int, says(
         "How many milliseconds a minute of demand and of the plan lasts, 250 to 60000. For "
         "demonstrations and tests, with a state directory of their own: scaling_idle_ms, "

@@ -49,8 +49,19 @@ def scaling_problems(config: "Config") -> list[str]:
     }
     found = [range_problem(name, value, low, high) for name, (value, low, high) in times.items()]
     found += _rent_problems(config)
+    found += _late_problems(config)
     found.append(choice_problem("scaling_mode", config.scaling_mode, MODES))
     return [sentence for sentence in found if sentence]
+
+
+def _late_problems(config: "Config") -> list[str | None]:
+    """A driver that is slower than the coordinator is patient switches off who works again."""
+    return [
+        f"'scaling_stop_deadline_ms' must be more than the {group.deadline_ms} of 'deadline_ms' of "
+        f"'{name}' in 'capacity': until then an order may still be carried out"
+        for name, group in config.capacity.items()
+        if group.deadline_ms >= config.scaling_stop_deadline_ms
+    ]
 
 
 def _rent_problems(config: "Config") -> list[str | None]:

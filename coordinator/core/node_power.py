@@ -35,7 +35,7 @@ class PowerOptions:
     boot_deadline_ms: int = 1_200_000
     boot_retries: int = 2
     boot_retry_ms: int = 60_000
-    stop_deadline_ms: int = 600_000
+    stop_deadline_ms: int = 900_000
     # Of a node model that has never been started: a server's firmware tests its memory for as long.
     boot_guess_ms: int = 540_000
 

@@ -135,6 +135,14 @@ def test_what_may_be_rented_is_as_configured_and_nothing_by_default() -> None:
     assert rented_names(config) == ("r1", "r2")
 
 
+def test_nobody_is_given_work_while_an_order_may_still_switch_him_off() -> None:
+    slow = f"rack1={{nodes='n1', {PROGRAMS}, deadline_ms=900000}}"
+    (sentence,) = refusals(slow)
+    assert "must be more than the 900000 of 'deadline_ms' of 'rack1'" in sentence
+    patient = ["--config", "", f"--capacity={slow}", "--scaling-stop-deadline-ms=900001"]
+    assert load(patient, {}).config.scaling_stop_deadline_ms == 900_001
+
+
 def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     (said,) = refusals(
         "rack={nodes='n1', driver='redfish', address='https://root:calvin@bmc',"

@@ -52,7 +52,7 @@ CONFIG = {
     "scaling_interval_ms": 1_000,
     "scaling_boot_ms": 2_000,
     "scaling_boot_deadline_ms": 30_000,
-    "scaling_stop_deadline_ms": 30_000,
+    "scaling_stop_deadline_ms": 40_000,
     "scaling_spares": 0,
     "heartbeat_interval_ms": 500,
     "closed_grace_ms": 1_000,
