@@ -89,6 +89,7 @@ def tick(state: State, now: Instant) -> None:
     for decision in plan.decisions:
         if decision.alternatives or _deeds(plan, decision):  # else nobody could weigh anything
             _record(state, now, plan, decision, mode)
+    _renounce(state, plan)
     if mode is Mode.ACT:
         _mark(state, now, plan)
         for action in plan.actions:
@@ -194,6 +195,25 @@ def _deeds(plan: Plan, decision: Decision) -> tuple[Deed, ...]:
         for action in actions
         if action.decision == decision.id
     )
+
+
+def _renounce(state: State, plan: Plan) -> None:
+    """What the present plan would not do any more is not proposed any more."""
+    scaler = state.scaler
+    wanted = {(action.verb.value, name) for action in plan.proposed for name in action.nodes}
+    for gpu_type, number in list(scaler.proposed.items()):
+        record = scaler.records.get(number)
+        deeds = () if record is None else record.deeds
+        if not any((deed.verb, name) in wanted for deed in deeds for name in deed.nodes):
+            _propose_anew(state, gpu_type)
+
+
+def _propose_anew(state: State, gpu_type: str) -> None:
+    """What the next plan wants of a type is said, also if it is what the last one said."""
+    scaler = state.scaler
+    scaler.proposed.pop(gpu_type, None)
+    said = tuple(each for each in scaler.memory.said if each[0] != gpu_type)
+    scaler.memory = replace(scaler.memory, said=said)
 
 
 def _why(state: State, action: Action) -> str:
@@ -446,7 +466,7 @@ def approve(state: State, now: Instant, body: ApproveScaling) -> ScalePage | Ref
     if not state.options.power.acts:
         sentence = f"{record.id} cannot be carried out: no driver is configured"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
-    del state.scaler.proposed[record.gpu_type]
+    _propose_anew(state, record.gpu_type)
     deeds = []
     for deed in record.deeds:
         why = f"{record.id}, approved by a person"

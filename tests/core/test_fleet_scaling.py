@@ -240,6 +240,30 @@ def test_consent_to_what_has_become_wrong_meanwhile_does_nothing() -> None:
     assert set(fleet.powers().values()) == {"on"}
 
 
+def test_what_no_plan_wants_any_more_is_not_proposed_any_more() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    (record,) = fleet.page().proposed
+    fleet.soon = fleet.later = float(len(NAMES))
+    fleet.live(180)
+    assert not fleet.page().proposed
+    assert isinstance(fleet.ask(ApproveScaling(record.number)), Refusal)
+    fleet.live(2)
+    assert not fleet.orders
+
+
+def test_who_has_agreed_once_is_asked_again() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(300)
+    for _ in range(3):
+        (record,) = fleet.page().proposed
+        assert isinstance(fleet.ask(ApproveScaling(record.number)), ScalePage)
+        fleet.live(180)
+    assert len(fleet.orders) == 3
+
+
 def test_without_a_driver_the_mode_is_never_act() -> None:
     fleet = ScaledRig.of(Mode.ACT, acts=False)
     fleet.forecast()
