@@ -243,7 +243,8 @@ class Cluster:
     def log_lines(self, name: str) -> list[dict[str, Any]]:
         """What a program has logged so far, in all its lives."""
         text = self.log_path(name).read_text("utf-8")
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        whole = text.split("\n")[:-1]  # the last one may still be on its way
+        return [json.loads(line) for line in whole if line.startswith("{")]
 
     def helper_environment(self) -> dict[str, str]:
         """For other programs that must not outlive this cluster."""
