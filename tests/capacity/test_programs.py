@@ -102,8 +102,8 @@ async def test_at_the_deadline_the_whole_group_is_killed(
     outcomes = await bench.reported(len(NODES))
     assert not any(outcome.done for outcome in outcomes)
     await asyncio.to_thread(psutil.wait_procs, [child])
+    await bench.actuator.close()  # only then has the program itself, our child, been reaped
     assert not psutil.pid_exists(call["pid"])
-    await bench.actuator.close()
 
 
 async def test_of_what_it_prints_the_end_is_kept(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_full_store_refuses_and_recovers(cluster: Cluster, tmp_path: Path) -> No
         cluster.start_coordinator(store_path=store_path)
         for _ in range(3):
             assert submit_until_refused() is None
+        for call in calls.values():
+            call.result(work.DEADLINE_S)
         filler = fill(disk)
         refusal = cluster.wait_until(submit_until_refused, work.DEADLINE_S, "a refusal")
         assert refusal.code() is grpc.StatusCode.UNAVAILABLE
