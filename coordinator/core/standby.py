@@ -37,9 +37,12 @@ from coordinator.core.validate import could_hold, suits
 SETTLED_MS = 10_000
 # A large state takes a minute over 1 Gbit/s; a standby that moved oftener would never have it all.
 INTERVAL_MS = 60_000
-# Nodes looked at in one tick, by all reviews: five milliseconds, four times a second. A small fleet
-# is reviewed at every tick; of thousands of nodes each tick looks at some.
+# Nodes looked at in one tick, by all reviews: five milliseconds, four times a second. Of thousands
+# of nodes each tick looks at some.
 LOOKS_PER_TICK_MAX = 400
+# Each attempt's turn comes once in so many ticks: a second late is nothing to what must have been
+# so for ten.
+TICKS_PER_TURN = 4
 
 
 class Fit(IntEnum):
@@ -199,12 +202,12 @@ def aim(state: State, attempt_id: str) -> str:
 
 
 def review(state: State, now: Instant) -> list[tuple[str, str]]:
-    """Look at some attempts, all in turn; returns which standbys move, and where to. Where there
+    """Look at a few attempts, all in turn; returns which standbys move, and where to. Where there
     are more nodes than may be looked at in one tick, the next one goes on with the same attempt."""
     running = list(state.indices.open_attempts)
     nodes = list(state.nodes.values())
     looks, seen, moves = LOOKS_PER_TICK_MAX, 0, []
-    while seen < len(running) and looks > 0:
+    while TICKS_PER_TURN * seen < len(running) and looks > 0:
         attempt_id = running[state.reviewed % len(running)]
         begun, state.walk = state.walk, None
         walk = begun if begun is not None and begun.attempt == attempt_id else Walk(attempt_id)
