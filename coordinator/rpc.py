@@ -4,7 +4,6 @@ Nothing is decided here. A request becomes a value, waits for the shell's answer
 says no becomes the one status code that fits it, with the core's sentence unchanged.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import wire, wire_explain, wire_fit, wire_nodes, wire_projects
+from coordinator.agent_session import Context, Session
 from coordinator.capacity_rpc import add_capacity_service
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
 from coordinator.core import messages as m
@@ -38,12 +38,6 @@ from protos.baton.v1 import (
 )
 
 EVENTS_MAX = 1_000  # lines of history per answer, as jobs.proto says
-# Orders for an agent that does not read them; it is cut off and told again when it returns.
-ORDERS_MAX = 8_192
-# How long a session that has been closed may take to hear why before it is cut.
-CLOSE_GRACE_S = 2.0
-
-Context = grpc.aio.ServicerContext[object, object]
 
 _STATUS = {
     m.RefusalKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -265,84 +259,17 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
-    """One call is one session: the reader posts what the agent says, the writer sends orders."""
+    """One call is one session."""
 
     def __init__(self, shell: CoordinatorShell) -> None:
         self._shell = shell
 
-    async def Session(
+    # A coroutine that reads and writes by itself is the other form that grpc.aio takes; the types
+    # that are generated know generators alone.
+    async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[agent_pb2.SessionRequest], context: Context
-    ) -> AsyncIterator[agent_pb2.SessionResponse]:
-        orders: asyncio.Queue[m.AgentOrder | None] = asyncio.Queue(ORDERS_MAX + 1)
-        ending: list[tuple[grpc.StatusCode, str]] = []
-
-        handler = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-
-        def close(reason: str) -> None:
-            if ending:
-                return
-            ending.append((grpc.StatusCode.ABORTED, reason))
-            reader.cancel()
-            self._shell.close_session(session)
-            if orders.full():
-                orders.get_nowait()
-            orders.put_nowait(None)
-            # An agent that does not read holds this handler in `yield`, where no order reaches it.
-            if handler is not None:
-                loop.call_later(CLOSE_GRACE_S, handler.cancel)
-
-        def send(order: m.AgentOrder) -> None:
-            if orders.qsize() >= ORDERS_MAX:
-                close(f"{ORDERS_MAX} orders were not read")
-            else:
-                orders.put_nowait(order)
-
-        async def read() -> None:
-            try:
-                async for request in request_iterator:
-                    message = wire.decode(request)
-                    stranger = _stranger(context, message)
-                    if stranger:
-                        ending.append((grpc.StatusCode.PERMISSION_DENIED, stranger))
-                        return
-                    self._shell.from_agent(session, message)
-                ending.append((grpc.StatusCode.OK, ""))
-            except wire.WireError as error:
-                ending.append((grpc.StatusCode.INVALID_ARGUMENT, str(error)))
-            finally:
-                if not orders.full():
-                    orders.put_nowait(None)
-
-        session = self._shell.open_session(send, close)
-        reader = asyncio.create_task(read())
-        try:
-            while (order := await orders.get()) is not None:
-                yield wire.encode(order)
-        finally:
-            reader.cancel()
-            self._shell.close_session(session)
-        code, reason = ending[0] if ending else (grpc.StatusCode.OK, "")
-        if code is not grpc.StatusCode.OK:
-            await _abort(context, code, reason)
-
-
-def _stranger(context: Context, message: m.AgentMessage) -> str:
-    """Under TLS a node's certificate must name it, or any user's could pose as a node and be sent
-    other people's jobs. Empty when it does, or when there is no TLS."""
-    if not isinstance(message, m.Hello):
-        return ""
-    facts = context.auth_context()
-    if b"ssl" not in facts.get("transport_security_type", []):
-        return ""
-    names = [*facts.get("x509_common_name", []), *facts.get("x509_subject_alternative_name", [])]
-    known = [name.decode("utf-8", "replace") for name in names]
-    if message.node in known:
-        return ""
-    return (
-        f"the certificate names {', '.join(known) or 'nobody'}, not node {message.node}: give the"
-        " agent one with the node's name as common name or DNS name"
-    )
+    ) -> None:
+        await Session(self._shell, context).serve()
 
 
 async def add_services(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 import pytest
 
-from coordinator import rpc
+from coordinator import agent_session, rpc
 from coordinator.core import messages as m
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
@@ -67,7 +67,7 @@ async def test_an_agent_that_does_not_read_is_cut_off(world: World) -> None:
         session = await world.shell.begun.get()
         peer = world.shell._peers[session]
         order = m.KeepCheckpoints(tuple("0" * 64 for _ in range(256)))
-        for _ in range(rpc.ORDERS_MAX * 2):
+        for _ in range(agent_session.ORDERS_MAX * 2):
             peer.send(order)
         assert await world.shell.ended.get() == session
         assert session not in world.shell._peers
