@@ -295,15 +295,15 @@ def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:
     return m.Heartbeat(
         beat.sequence,
         host,
-        tuple(_telemetry(gpu) for gpu in beat.gpus),
+        tuple(_reading(gpu) for gpu in beat.gpus),
         tuple(_held(held) for held in beat.attempts),
         tuple((_attempt_id(item.attempt), _progress(item.progress)) for item in beat.progress),
     )
 
 
-def _telemetry(gpu: types.GpuTelemetry) -> model.GpuTelemetry:
+def _reading(gpu: types.GpuTelemetry) -> model.GpuReading:
     try:
-        return wire_nodes.decode_telemetry(gpu)
+        return wire_nodes.decode_reading(gpu)
     except ValueError as error:
         raise WireError(str(error)) from None
 

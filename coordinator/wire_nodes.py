@@ -1,30 +1,16 @@
 """Nodes and their GPUs on the wire: the part of the translation that is about machines.
 
-Problem: what a driver does not say must not become a zero on the way. A field of telemetry is
-absent where it is `None`, and `optional` in the contract.
+Problem: what a driver does not say must not become a zero on the way. So the figures of a GPU are
+shown in the words in which its agent said them: what is absent there is absent here.
 """
-
-from dataclasses import asdict, fields
-from typing import Any, Final
-
-from google.protobuf.duration_pb2 import Duration
 
 from coordinator import wire_health
 from coordinator.core import model
 from coordinator.core.node_power import silent
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
-from coordinator.core.windows import GpuWindow, Spread
 from protos.baton.v1 import types_pb2 as types
 
 AGE_MS_MAX = 10**12  # thirty years; what has grown from it can still be said on the wire
-_DETAILS: Final[tuple[Any, ...]] = tuple(field.name for field in fields(model.GpuDetails))
-_FIGURES: Final = (
-    "utilization_ratio", "memory_used_bytes", "temperature_celsius", "power_mw", "energy_mj",
-    "sm_clock_mhz", "memory_clock_mhz",
-)  # fmt: skip
-_SPREADS: Final[tuple[Any, ...]] = tuple(
-    field.name for field in fields(GpuWindow) if field.name != "readings"
-)
 
 
 def encode_node(view: model.NodeView) -> types.Node:
@@ -77,55 +63,18 @@ def decode_rate(rate: types.TelemetryRate.ValueType) -> model.TelemetryRate:
     return model.TelemetryRate.__members__.get(name, model.TelemetryRate.OWN)
 
 
-def decode_telemetry(said: types.GpuTelemetry) -> model.GpuTelemetry:
+def decode_reading(said: types.GpuTelemetry) -> model.GpuReading:
     """Raises `ValueError` with a sentence."""
-    has = said.HasField
-    age_ms = said.age.ToMilliseconds()
-    if age_ms < 0:
-        raise ValueError(f"{age_ms} ms is no age; it must not be negative")
-    # Of ten thousand nodes 16,000 a second: only of a zero it is asked whether it was said.
-    return model.GpuTelemetry(
-        said.uuid,
-        said.utilization_ratio or (0.0 if has("utilization_ratio") else None),
-        said.memory_used_bytes or (0 if has("memory_used_bytes") else None),
-        said.temperature_celsius or (0 if has("temperature_celsius") else None),
-        said.power_mw or (0 if has("power_mw") else None),
-        said.energy_mj or (0 if has("energy_mj") else None),
-        said.sm_clock_mhz or (0 if has("sm_clock_mhz") else None),
-        said.memory_clock_mhz or (0 if has("memory_clock_mhz") else None),
-        said.error,
-        decode_details(said.details) if has("details") else None,
-        min(age_ms, AGE_MS_MAX),
-        _window(said.window) if has("window") else None,
-    )
-
-
-def _window(said: types.GpuWindow) -> GpuWindow:
-    spreads = {}
-    for name in _SPREADS:
-        if said.HasField(name):
-            spread: types.Spread = getattr(said, name)
-            spreads[name] = Spread(spread.min, spread.mean, spread.max)
-    return GpuWindow(said.readings, **spreads)
-
-
-def _encode_window(window: GpuWindow) -> types.GpuWindow:
-    spreads = {name: getattr(window, name) for name in _SPREADS}
-    return types.GpuWindow(
-        readings=window.readings,
-        **{name: types.Spread(**asdict(one)) for name, one in spreads.items() if one is not None},
-    )
-
-
-def _duration(span_ms: int) -> Duration:
-    duration = Duration()
-    duration.FromMilliseconds(span_ms)
-    return duration
-
-
-def decode_details(said: types.GpuDetails) -> model.GpuDetails:
-    return model.GpuDetails(
-        **{name: getattr(said, name) if said.HasField(name) else None for name in _DETAILS}
+    age_ms = 0
+    if said.HasField("age"):
+        age_ms = said.age.ToMilliseconds()
+        if age_ms < 0:
+            raise ValueError(f"{age_ms} ms is no age; it must not be negative")
+    between, used_ratio = said.HasField("window"), None
+    if between and said.window.HasField("utilization_ratio"):
+        used_ratio = said.window.utilization_ratio.mean
+    return model.GpuReading(
+        said.uuid, said.error, min(age_ms, AGE_MS_MAX), between, used_ratio, said
     )
 
 
@@ -157,16 +106,7 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
         ],
     )
     wire_health.add_health(message, gpu)
-    read = gpu.telemetry
-    if read is not None:
-        message.telemetry.CopyFrom(
-            types.GpuTelemetry(
-                uuid=read.uuid,
-                **{name: getattr(read, name) for name in _FIGURES},
-                error=read.error,
-                details=None if read.details is None else types.GpuDetails(**asdict(read.details)),
-                age=_duration(read.age_ms),
-                window=None if read.window is None else _encode_window(read.window),
-            )
-        )
+    if isinstance(gpu.figures, types.GpuTelemetry):
+        message.telemetry.CopyFrom(gpu.figures)
+        message.telemetry.age.FromMilliseconds(gpu.age_ms)
     return message

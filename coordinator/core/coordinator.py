@@ -233,7 +233,7 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
     gpus = tuple(
         GpuView(
             gpu.facts, gpu.phase, "" if shared else "".join(gpu.holders[:1]),
-            readings.shown(now, gpu), judged.get(uuid), closed.get(uuid, ""),
+            gpu.figures, now.now_ms - gpu.read_ms, judged.get(uuid), closed.get(uuid, ""),
             state.held_back.get(uuid, ""), shared,
         )
         for uuid, gpu in sorted(live.gpus.items())

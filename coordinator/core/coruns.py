@@ -128,10 +128,7 @@ def _gpu(state: State, attempt: Attempt) -> GpuFacts | None:
 
 def _utilization(state: State, attempt: Attempt) -> float | None:
     """By how much of the time its GPU was in use between the last two reports."""
-    telemetry = state.nodes[attempt.node].gpus[attempt.gpu_uuids[0]].telemetry
-    window = None if telemetry is None else telemetry.window
-    spread = None if window is None else window.utilization_ratio
-    return None if spread is None else spread.mean
+    return state.nodes[attempt.node].gpus[attempt.gpu_uuids[0]].used_ratio
 
 
 def _alone_per_s(state: State, now: Instant, attempt: Attempt, gpu: GpuFacts) -> float | None:

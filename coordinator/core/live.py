@@ -8,7 +8,7 @@ it anew; so it lies apart from what is durable (`model.py`).
 from dataclasses import dataclass, field
 
 from coordinator.core.boot_times import BootTimes
-from coordinator.core.model import GpuFacts, GpuTelemetry, HostTelemetry, Node
+from coordinator.core.model import GpuFacts, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
 
@@ -38,13 +38,15 @@ class StandbyWalk:
 @dataclass(slots=True)
 class LiveGpu:
     """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
-    why it gets no work, where it was not read since `unread_since_ms`. `read_ms`: when what its
-    telemetry says was read, or at least told."""
+    why it gets no work, where it was not read since `unread_since_ms`. `figures` are what was
+    said of it last, `used_ratio` is how much it was in use before, and `read_ms` when that was
+    read, or at least told."""
 
     facts: GpuFacts
     phase: GpuPhase
     holders: tuple[str, ...] = ()
-    telemetry: GpuTelemetry | None = None
+    figures: object = None
+    used_ratio: float | None = None
     read_ms: int = 0
     unread_since_ms: int | None = None
     unread: str = ""

@@ -36,7 +36,7 @@ from coordinator.core.model import (
     CheckpointView,
     GpuFacts,
     GpuHealth,
-    GpuTelemetry,
+    GpuReading,
     HostFacts,
     HostTelemetry,
     Job,
@@ -194,7 +194,7 @@ class Hello:
 class Heartbeat:
     sequence: int
     host: HostTelemetry | None = None
-    gpus: tuple[GpuTelemetry, ...] = ()
+    gpus: tuple[GpuReading, ...] = ()
     attempts: tuple[HeldAttempt, ...] = ()
     progress: tuple[tuple[str, Progress], ...] = ()
 

@@ -17,8 +17,7 @@ from coordinator.core.node_power import NodePower
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.stretches import Stretch
-from coordinator.core.telemetry import GpuDetails as GpuDetails  # a part of the nouns
-from coordinator.core.telemetry import GpuTelemetry as GpuTelemetry
+from coordinator.core.telemetry import GpuReading as GpuReading  # a part of the nouns
 from coordinator.core.telemetry import HostTelemetry as HostTelemetry
 
 SHARED = "shared"  # stands for the shared directory wherever a replica's node is named
@@ -399,12 +398,13 @@ class Accounting:
 class GpuView:
     """A GPU as a reply shows it. `cordon`: why it gets no work; `held_back`: why it still does.
     `shares`: the attempts that it is shared by, with the most that each may take; then `attempt` is
-    empty."""
+    empty. `figures` are as old as `age_ms` by now."""
 
     facts: GpuFacts
     phase: GpuPhase
     attempt: str = ""
-    telemetry: GpuTelemetry | None = None
+    figures: object = None
+    age_ms: int = 0
     health: GpuHealth | None = None
     cordon: str = ""
     held_back: str = ""

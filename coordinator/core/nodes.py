@@ -267,9 +267,9 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
         state.set_node_phase(live, NodePhase.UP, "")
         leases.watch(state, live)
     live.telemetry = body.host or live.telemetry
-    for telemetry in body.gpus:
-        if telemetry.uuid in live.gpus:
-            readings.heard(state, now, live, telemetry)
+    for reading in body.gpus:
+        if reading.uuid in live.gpus:
+            readings.heard(state, now, live, reading)
     for attempt_id, progress in body.progress:
         if attempt_id in live.attempts:
             attempts.progressed(state, now, state.attempts[attempt_id], progress)

@@ -11,27 +11,27 @@ it is open again, by itself. A GPU that is not read by order has no error and st
 report is not due says nothing, and nothing follows from that.
 """
 
-from coordinator.core.model import GpuTelemetry
-from coordinator.core.state import Instant, LiveGpu, LiveNode, State, cut
+from coordinator.core.model import GpuReading
+from coordinator.core.state import Instant, LiveNode, State, cut
 
 # Ten missed deadlines: a driver that was busy with one GPU, or loaded anew, has answered by then.
 UNREAD_MS = 30_000
 REPORTS_UNREAD = 3  # where they come so seldom that one or two would be enough for that
 
 
-def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -> None:
+def heard(state: State, now: Instant, live: LiveNode, reading: GpuReading) -> None:
     """What a report says of a GPU of this node. One that was read since the report before was not
     silent, though the last try has failed."""
-    gpu = live.gpus[telemetry.uuid]
-    gpu.telemetry = telemetry
-    gpu.read_ms = now.now_ms - telemetry.age_ms
-    if not telemetry.error or telemetry.window is not None:
+    gpu = live.gpus[reading.uuid]
+    gpu.figures, gpu.used_ratio = reading.figures, reading.used_ratio
+    gpu.read_ms = now.now_ms - reading.age_ms
+    if not reading.error or reading.read_between:
         gpu.unread_since_ms = None
         if gpu.unread:
             gpu.unread = ""
             state.rooms.stale[live.node.id] = None
             state.dirty = True
-            state.log("info", "gpu.read_again", node=live.node.id, gpu=telemetry.uuid)
+            state.log("info", "gpu.read_again", node=live.node.id, gpu=reading.uuid)
         return
     if gpu.unread_since_ms is None:
         gpu.unread_since_ms = now.now_ms
@@ -40,13 +40,13 @@ def heard(state: State, now: Instant, live: LiveNode, telemetry: GpuTelemetry) -
         return
     fresh = not gpu.unread
     gpu.unread = (
-        f"gpu {telemetry.uuid} has not been read for {silent_ms // 1000} s, "
-        f"{limit_ms // 1000} s is the limit: {cut(telemetry.error)}"
+        f"gpu {reading.uuid} has not been read for {silent_ms // 1000} s, "
+        f"{limit_ms // 1000} s is the limit: {cut(reading.error)}"
     )
     if fresh:
         state.rooms.stale[live.node.id] = None
         state.dirty = True  # who waits for it hears why
-        state.log("warning", "gpu.unread", node=live.node.id, gpu=telemetry.uuid, reason=gpu.unread)
+        state.log("warning", "gpu.unread", node=live.node.id, gpu=reading.uuid, reason=gpu.unread)
 
 
 def unread_ms(state: State) -> int:
@@ -54,13 +54,6 @@ def unread_ms(state: State) -> int:
     options = state.options
     interval_ms = max(options.report_interval_ms, options.heartbeat_interval_ms)
     return max(UNREAD_MS, REPORTS_UNREAD * interval_ms)
-
-
-def shown(now: Instant, gpu: LiveGpu) -> GpuTelemetry | None:
-    """What was said of it last, as old as it is by now."""
-    if gpu.telemetry is None:
-        return None
-    return gpu.telemetry._replace(age_ms=now.now_ms - gpu.read_ms)
 
 
 def closed(live: LiveNode) -> dict[str, str]:

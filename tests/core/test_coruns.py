@@ -16,7 +16,7 @@ from coordinator.core import coruns, history, offers
 from coordinator.core import messages as m
 from coordinator.core.model import (
     Attempt,
-    GpuTelemetry,
+    GpuReading,
     HostFacts,
     JobSpec,
     Progress,
@@ -26,7 +26,6 @@ from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_S
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.rooms import Offer
 from coordinator.core.state import LiveNode, Options, State
-from coordinator.core.windows import GpuWindow, Spread
 from tests.core.coordinator_checks import check_gpu
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
 
@@ -379,8 +378,7 @@ def test_how_much_a_gpu_is_used_alone_is_remembered() -> None:
     world.rig.handle(m.Request(1, m.Submit(spec(0, 8))))
     world.obey()
     (attempt,) = world.running()
-    window = GpuWindow(5, Spread(0.2, 0.4, 0.5))
-    read = (GpuTelemetry(attempt.gpu_uuids[0], 0.5, window=window),)
+    read = (GpuReading(attempt.gpu_uuids[0], used_ratio=0.4),)
     for _ in range(13):
         world.beat()
         said = m.Heartbeat(10**6 + world.beats, None, read, world.held(attempt.node))

@@ -15,11 +15,10 @@ from coordinator.core.messages import (
     Tick,
     Welcome,
 )
-from coordinator.core.model import GpuTelemetry, GpuVerdict, TelemetryRate
+from coordinator.core.model import GpuReading, GpuVerdict, TelemetryRate
 from coordinator.core.node_requests import SetTelemetryRate
 from coordinator.core.readings import REPORTS_UNREAD, UNREAD_MS
 from coordinator.core.state import Options
-from coordinator.core.windows import GpuWindow
 from tests.core.test_gpu_health import Fleet
 
 BEAT_MS = 5_000
@@ -34,7 +33,7 @@ class Read(Fleet):
         self.beats = 0
 
     def beat(
-        self, *unread: str, error: str = LATE, window: GpuWindow | None = None, age_ms: int = 0
+        self, *unread: str, error: str = LATE, read_between: bool = False, age_ms: int = 0
     ) -> list[Effect]:
         """One heartbeat of each node, `BEAT_MS` after the one before."""
         self.rig.now_ms += BEAT_MS
@@ -42,11 +41,12 @@ class Read(Fleet):
         effects = self.rig.handle(Tick())
         for name, session in self.sessions.items():
             gpus = tuple(
-                GpuTelemetry(
+                GpuReading(
                     gpu.uuid,
                     error=error if gpu.uuid in unread else "",
-                    window=window,
                     age_ms=age_ms,
+                    read_between=read_between,
+                    figures=f"beat {self.beats}",
                 )
                 for gpu in self.rig.core.state.nodes[name].node.gpus
             )
@@ -94,7 +94,7 @@ def test_a_gpu_that_is_not_read_by_order_stays_open() -> None:
 def test_a_gpu_that_was_read_between_two_failures_stays_open() -> None:
     fleet = Read({"n1": 1})
     for _ in range(20):
-        fleet.beat("n1-g0", window=GpuWindow(readings=1))
+        fleet.beat("n1-g0", read_between=True)
     assert fleet.where(fleet.submit()) == "n1-g0"
 
 
@@ -116,16 +116,12 @@ def test_a_reading_grows_old_until_the_next_report() -> None:
     """Heartbeats without a report in between renew the lease, and nothing else."""
     fleet = Read({"n1": 1})
     fleet.beat(age_ms=700)
-    shown = fleet.gpu("n1-g0").telemetry
-    assert shown is not None
-    assert shown.age_ms == 700
+    assert fleet.gpu("n1-g0").age_ms == 700
     fleet.rig.now_ms += 2_000
     fleet.beats += 1
     fleet.rig.handle(FromAgent(fleet.sessions["n1"], Heartbeat(fleet.beats)))
-    shown = fleet.gpu("n1-g0").telemetry
-    assert shown is not None
-    assert shown.age_ms == 2_700
-    assert shown.error == ""
+    assert fleet.gpu("n1-g0").age_ms == 2_700
+    assert fleet.gpu("n1-g0").figures == "beat 1"
 
 
 def test_what_runs_on_it_goes_on() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator import garbage
 from coordinator.core.messages import AttemptMilestone, FromAgent, Heartbeat
-from coordinator.core.model import GpuTelemetry
+from coordinator.core.model import GpuReading
 from tests.core.test_gpu_health import Fleet
 
 
@@ -113,7 +113,9 @@ def test_reports_and_events_leave_nothing_to_be_found() -> None:
     gc.disable()
     for number in range(1, 20):
         for name, session in fleet.sessions.items():
-            read = tuple(GpuTelemetry(f"{name}-g{index}", number / 20) for index in range(2))
+            read = tuple(
+                GpuReading(f"{name}-g{index}", used_ratio=number / 20) for index in range(2)
+            )
             beat = Heartbeat(number, gpus=read, attempts=fleet.held(name))
             fleet.rig.handle(FromAgent(session, beat))
         fleet.event(node, f"{job}.1", AttemptMilestone(f"m{number}"))

@@ -52,7 +52,7 @@ def shown(sample: av.GpuSample) -> GpuDetails | None:
     view = model.NodeView(
         model.Node("n1", "j1", "", host, (facts,)),
         NodePhase.UP,
-        (model.GpuView(facts, GpuPhase.FREE, telemetry=heard.gpus[0]),),
+        (model.GpuView(facts, GpuPhase.FREE, figures=heard.gpus[0].figures),),
         (),
         "",
     )
