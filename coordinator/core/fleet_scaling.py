@@ -24,6 +24,7 @@ from coordinator.core import (
     demand_forecast,
     plan_time,
     power,
+    power_memory,
     rentals,
     scaling,
     wakes,
@@ -84,8 +85,10 @@ def tick(state: State, now: Instant) -> None:
 
 
 def _plan(state: State, now: Instant, mode: Mode) -> Plan:
-    options = state.options
+    options, scaler = state.options, state.scaler
     rentals.look(state, now)
+    if scaler.made is None:
+        count(state, now, *power_memory.lately(state, now))
     seen = rentals.outlooks(state, now, demand_forecast.outlooks(state, now))
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)
@@ -94,9 +97,15 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
         boxes_of(state, now),
         [plan_time.outlook(options, each) for each in seen],
         rentals.with_names(state, now, rules),
-        rentals.remembered(state, now, state.scaler.memory),
+        rentals.remembered(state, now, scaler.memory),
     )
     return rentals.named(state, now, plan)
+
+
+def count(state: State, now: Instant, off: int, on: int) -> None:
+    """So many nodes were switched now, whoever wanted it: the next plan may switch fewer."""
+    at_ms = plan_time.plan_ms(state.options, now.now_ms)
+    state.scaler.memory = scaling.counted(state.scaler.memory, at_ms, off, on)
 
 
 def _hurries(state: State, now: Instant) -> bool:
@@ -241,7 +250,7 @@ def carry_out(
     for name in names:
         live = state.nodes.get(name)
         its = None if live is None else live.node.power.phase
-        if live is not None and verb is Verb.RESUME and its is Power.OFF:
+        if live is not None and verb is Verb.RESUME and its is Power.OFF and not is_closed(live):
             power.start(state, now, live, why)
         elif live is not None and verb in (Verb.SUSPEND, Verb.DELETE) and _may_go(live):
             power.go(state, now, live, why)
@@ -309,12 +318,10 @@ def boxes_of(state: State, now: Instant) -> list[Box]:
 def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
     its = live.node.power
 
-    def monotonic_ms(unix_ms: int) -> int:
-        return in_plan_ms(now.now_ms - max(0, now.unix_ms - unix_ms))
-
     def in_plan_ms(now_ms: int) -> int:
         return plan_time.plan_ms(state.options, now_ms)
 
+    starts_ms, since_ms = power_memory.starts_ms(state, now, live)
     classes = [state.jobs[state.attempts[one].job_id].spec.job_class for one in live.attempts]
     busy = bool(live.attempts or live.strays)
     on = its.phase in (Power.ON, Power.LEAVING)
@@ -324,13 +331,14 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
         power.type_of(live.node),
         (len(live.node.gpus) or its.gpus) - len(live.node.gpu_cordons),
         its.phase,
-        monotonic_ms(its.since_unix_ms),
+        in_plan_ms(since_ms),
         rentals.source_of(state, live.node),
         held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
         idle_ms=0 if busy or not on else in_plan_ms(live.used_ms),
         guaranteed=JobClass.GUARANTEED in classes,
         uploading=on and not busy and bool(power.why_needed(state, live, takers)),
         closed=is_closed(live),
-        starts_ms=tuple(map(monotonic_ms, its.starts_unix_ms)),
+        starts_ms=tuple(map(in_plan_ms, starts_ms)),
         boot_failures=its.boot_failures,
+        refused=power_memory.is_refused(state, now, live),
     )

@@ -1,8 +1,8 @@
 """What people ask of the fleet's size: the plan as it stands, its decisions, and their consent.
 
 Problem: a person who agrees has read a sentence of some minutes ago, and the fleet goes on. So only
-what the present plan still proposes can be agreed to, and of that only what may still be done is
-done.
+what the present plan still proposes can be agreed to, of that only what still may be done is done,
+and it counts towards the bounds of the next plan as if that had done it.
 """
 
 import math
@@ -152,6 +152,11 @@ def approve(state: State, now: Instant, body: ApproveScaling) -> ScalePage | Ref
     if not any(deed.nodes for deed in deeds):
         sentence = f"the fleet has changed since {record.id}: nothing of it is left to be done"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    off, on = (
+        sum(len(deed.nodes) for deed in deeds if Verb(deed.verb) in verbs)
+        for verbs in ((Verb.SUSPEND, Verb.DELETE), (Verb.RESUME, Verb.CREATE))
+    )
+    fleet_scaling.count(state, now, off, on)
     record = replace(record, deeds=tuple(deeds))
     fleet_scaling.put(state, record)
     return ScalePage((record,))
