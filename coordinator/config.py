@@ -240,13 +240,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "7200000, of a model of which not twenty starts have been seen."
     )] = 540_000
     scaling_boot_deadline_ms: Annotated[int, says(
-        "Milliseconds after which a start has failed, 1000 to 14400000; it is tried twice more, "
-        "then the node is left to a person."
+        "Milliseconds after which a start has failed, 1000 to 14400000, and more than "
+        "'scaling_boot_ms'; it is tried twice more, then the node is left to a person."
     )] = 1_200_000
     scaling_stop_deadline_ms: Annotated[int, says(
-        "Milliseconds after which a node that was ordered off and is heard stays on, 1000 to "
-        "14400000: more than 'deadline_ms' of every table in 'capacity', or a late driver could "
-        "switch it off after it has taken work again."
+        "Milliseconds after which a node that was ordered off and is heard stays on, once its "
+        "driver has answered, 1000 to 14400000: more than 'deadline_ms' of every table in "
+        "'capacity', or a late driver could switch it off after it has taken work again."
     )] = 900_000
     demand_minute_ms: Annotated[int, says(
         "How many milliseconds a minute of demand and of the plan lasts, 250 to 60000. For "

@@ -50,6 +50,11 @@ def scaling_problems(config: "Config") -> list[str]:
     found = [range_problem(name, value, low, high) for name, (value, low, high) in times.items()]
     found += _rent_problems(config)
     found += _late_problems(config)
+    if config.scaling_boot_ms >= config.scaling_boot_deadline_ms:
+        found.append(
+            f"'scaling_boot_deadline_ms' must be more than the {config.scaling_boot_ms} of "
+            "'scaling_boot_ms', or every start fails"
+        )
     found.append(choice_problem("scaling_mode", config.scaling_mode, MODES))
     return [sentence for sentence in found if sentence]
 

@@ -8,6 +8,8 @@ An order falls into pieces: a list of nodes for a driver that takes lists, else 
 each piece, in a task of its own:
 
 1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places.
+   One to switch off that has waited for `STALE_RATIO` deadlines is not begun any more: the core may
+   have given it up, and its node taken work again.
 2. "Begun" is noted in the journal. A node whose key is noted as ended never gets here: its outcome
    is reported again. One that is noted as begun, of a coordinator that is no more, is looked at
    first; where it is not as ordered the deed is done again, but for CREATE: it fails.
@@ -38,6 +40,8 @@ from coordinator.ports import Clock
 
 PIECES_MAX: Final = 16  # at once; a management network and a provider's limits take no more
 WAITING_MAX: Final = 1_000  # pieces; guard rails let through a fraction of a fleet in ten minutes
+# Deadlines; with the one that it then has, less than what the core waits for a word of it.
+STALE_RATIO: Final = 2
 LOOK_MS: Final = 2_000  # between two looks at a node that is not yet as ordered
 CLOSE_S: Final = 3.0  # a stop must not wait for somebody else's device
 
@@ -57,12 +61,14 @@ class Group:
 
 @dataclass(slots=True)
 class _Piece:
-    """`left`: what is wrong with each node, as far as is known; empty where it is as ordered.
-    `unseen`: nodes that may be at work, for all that is known."""
+    """`given_ms`: when it was ordered, in this process. `left`: what is wrong with each node, as
+    far as is known; empty where it is as ordered. `unseen`: nodes that may be at work, for all that
+    is known."""
 
     group: Group
     order: CapacityOrder
     begun_before: bool
+    given_ms: int
     left: _Reasons = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
 
@@ -112,7 +118,8 @@ class Actuator:
                 part = "" if group.driver.takes_lists else node
                 pieces.setdefault((group.name, part, seen is not None), (group, []))[1].append(node)
         for (_, _, begun_before), (group, nodes) in pieces.items():
-            self._start(_Piece(group, replace(order, nodes=tuple(nodes)), begun_before))
+            part_of_it = replace(order, nodes=tuple(nodes))
+            self._start(_Piece(group, part_of_it, begun_before, self._clock.now_ms()))
 
     async def close(self) -> None:
         """Abandon what runs; the journal knows it as begun."""
@@ -155,7 +162,9 @@ class Actuator:
             await asyncio.wait(earlier)
         async with self._places:
             order = piece.order
-            problem = await self._note([Deed(order.key, node, Stage.BEGUN) for node in order.nodes])
+            problem = self._why_stale(piece) or await self._note(
+                [Deed(order.key, node, Stage.BEGUN) for node in order.nodes]
+            )
             if problem:
                 reasons = dict.fromkeys(order.nodes, problem)
             else:
@@ -174,6 +183,14 @@ class Actuator:
                     reasons = await self._without_remains(piece, reasons)
             await self._finish(piece, reasons)
             return reasons
+
+    def _why_stale(self, piece: _Piece) -> str:
+        """Empty, or why it is not begun any more."""
+        waited_ms = self._clock.now_ms() - piece.given_ms
+        late = waited_ms > STALE_RATIO * piece.group.deadline_ms
+        if not late or piece.order.verb not in (Verb.SUSPEND, Verb.DELETE):
+            return ""
+        return f"it waited for its turn for {waited_ms // 1000} s, and is not begun any more"
 
     async def _reasons(self, piece: _Piece) -> _Reasons:
         problem = await self._within(piece.group, self._deed(piece))

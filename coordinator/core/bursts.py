@@ -71,7 +71,7 @@ def unneeded(boxes: Sequence[Box], spare_gpus: int) -> tuple[Box, ...]:
         for box in boxes
         if box.source is Source.BURST
         and box.power in (Power.ON, Power.LEAVING)
-        and not (box.closed or box.guaranteed or box.uploading)
+        and not (box.closed or box.guaranteed or box.uploading or box.refused)
     ]
     taken = []
     for box in sorted(rented, key=lambda box: (box.held_gpus, box.idle_ms, box.node)):

@@ -36,7 +36,8 @@ class Box:
     phase. `idle_ms`: since when nothing has run there, 0 while something does. `guaranteed`: a
     guaranteed job is there. `uploading`: it has a checkpoint that lies nowhere else yet. `closed`:
     a person or its health has closed it; it is no capacity and is never touched. `starts_ms`: when
-    it was switched on during the last day. `boot_failures`: in a row."""
+    it was switched on during the last day, or before. `boot_failures`: in a row. `refused`: it was
+    ordered off lately and stayed on."""
 
     node: str
     model: str
@@ -52,6 +53,7 @@ class Box:
     closed: bool = False
     starts_ms: tuple[int, ...] = ()
     boot_failures: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

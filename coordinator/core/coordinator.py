@@ -33,6 +33,7 @@ from coordinator.core import (
     reservations,
     retention,
     rounds,
+    scale_answers,
     stuck,
 )
 from coordinator.core.capacity_model import Power
@@ -179,7 +180,7 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FindCheckpoint():
             return retention.find(state, body)
         case GetPlan() | ListScaleRecords() | GetScaleRecord() | ApproveScaling():
-            return fleet_scaling.answer(state, now, body)
+            return scale_answers.answer(state, now, body)
         case SetTelemetryRate():
             return _set_rate(state, now, body)
         case ListNodes():

@@ -18,24 +18,20 @@ The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unl
 configured; without a driver it is never `act`.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from coordinator.core import (
     demand_forecast,
-    odds,
     plan_time,
     power,
+    power_memory,
     rentals,
     scaling,
     wakes,
 )
-from coordinator.core.boot_times import BootTimes
-from coordinator.core.capacity_model import Box, Outlook, Power, Source
+from coordinator.core.capacity_model import Box, Power
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.demand_history import MINUTE_MS, Series
-from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import JobClass
 from coordinator.core.node_power import is_gone
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
@@ -48,18 +44,7 @@ from coordinator.core.scale_records import (
     ScaleRecord,
     hindsight,
 )
-from coordinator.core.scale_requests import (
-    ApproveScaling,
-    GetPlan,
-    GetScaleRecord,
-    ListScaleRecords,
-    PlanPage,
-    ScaleAnswer,
-    ScalePage,
-    ScaleRequest,
-    TypePlan,
-)
-from coordinator.core.scaling import Action, Decision, Mode, Plan, Rules
+from coordinator.core.scaling import Action, Decision, Mode, Plan
 from coordinator.core.state import Instant, LiveNode, State
 
 HISTORY_MS = 14 * 86_400_000
@@ -68,7 +53,6 @@ LEAVE_MS_MAX = 3_600_000
 # Who comes while nodes are closed to new work waits no longer than so for the next plan; a burst of
 # submissions is one look.
 HURRY_MS = 1_000
-RECORDS_SHOWN = 20
 
 
 # --- each minute ----------------------------------------------------------------------------------
@@ -93,7 +77,7 @@ def tick(state: State, now: Instant) -> None:
     if mode is Mode.ACT:
         _mark(state, now, plan)
         for action in plan.actions:
-            _carry_out(state, now, action.verb, action.nodes, _why(state, action))
+            carry_out(state, now, action.verb, action.nodes, _why(state, action))
     else:
         _unmark(state, now)
     wakes.tick(state, now)
@@ -101,8 +85,10 @@ def tick(state: State, now: Instant) -> None:
 
 
 def _plan(state: State, now: Instant, mode: Mode) -> Plan:
-    options = state.options
+    options, scaler = state.options, state.scaler
     rentals.look(state, now)
+    if scaler.made is None:
+        count(state, now, *power_memory.lately(state, now))
     seen = rentals.outlooks(state, now, demand_forecast.outlooks(state, now))
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)
@@ -111,9 +97,15 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
         boxes_of(state, now),
         [plan_time.outlook(options, each) for each in seen],
         rentals.with_names(state, now, rules),
-        rentals.remembered(state, now, state.scaler.memory),
+        rentals.remembered(state, now, scaler.memory),
     )
     return rentals.named(state, now, plan)
+
+
+def count(state: State, now: Instant, off: int, on: int) -> None:
+    """So many nodes were switched now, whoever wanted it: the next plan may switch fewer."""
+    at_ms = plan_time.plan_ms(state.options, now.now_ms)
+    state.scaler.memory = scaling.counted(state.scaler.memory, at_ms, off, on)
 
 
 def _hurries(state: State, now: Instant) -> bool:
@@ -170,7 +162,7 @@ def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mo
         _deeds(plan, decision),
         state.options.scaling.rules.later_ms // MINUTE_MS,
     )
-    _put(state, record)
+    put(state, record)
     scaler.proposed.pop(record.gpu_type, None)
     if any(deed.state == "proposed" for deed in record.deeds):
         scaler.proposed[record.gpu_type] = record.number
@@ -180,7 +172,7 @@ def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mo
     )  # fmt: skip
 
 
-def _put(state: State, record: ScaleRecord) -> None:
+def put(state: State, record: ScaleRecord) -> None:
     records = state.scaler.records
     records[record.number] = record
     if len(records) > RECORDS_MAX:
@@ -205,10 +197,10 @@ def _renounce(state: State, plan: Plan) -> None:
         record = scaler.records.get(number)
         deeds = () if record is None else record.deeds
         if not any((deed.verb, name) in wanted for deed in deeds for name in deed.nodes):
-            _propose_anew(state, gpu_type)
+            propose_anew(state, gpu_type)
 
 
-def _propose_anew(state: State, gpu_type: str) -> None:
+def propose_anew(state: State, gpu_type: str) -> None:
     """What the next plan wants of a type is said, also if it is what the last one said."""
     scaler = state.scaler
     scaler.proposed.pop(gpu_type, None)
@@ -250,7 +242,7 @@ def _unmark(state: State, now: Instant) -> None:
             power.stay(state, now, live, "it is needed, or nobody wants it off any more")
 
 
-def _carry_out(
+def carry_out(
     state: State, now: Instant, verb: Verb, names: tuple[str, ...], why: str
 ) -> list[str]:
     """Returns the nodes for which there was nothing to do any more."""
@@ -258,7 +250,7 @@ def _carry_out(
     for name in names:
         live = state.nodes.get(name)
         its = None if live is None else live.node.power.phase
-        if live is not None and verb is Verb.RESUME and its is Power.OFF:
+        if live is not None and verb is Verb.RESUME and its is Power.OFF and not is_closed(live):
             power.start(state, now, live, why)
         elif live is not None and verb in (Verb.SUSPEND, Verb.DELETE) and _may_go(live):
             power.go(state, now, live, why)
@@ -291,7 +283,7 @@ def _look_back(state: State, now: Instant) -> None:
         came = state.demand_history.read(1, first, record.minutes, Series(record.gpu_type))
         found = hindsight(record, came, rules.wait_usd_per_gpu_h, rules.idle_usd_per_gpu_h)
         if found is not None:
-            _put(state, replace(record, hindsight=found))
+            put(state, replace(record, hindsight=found))
 
 
 # --- what a plan sees -----------------------------------------------------------------------------
@@ -326,12 +318,10 @@ def boxes_of(state: State, now: Instant) -> list[Box]:
 def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
     its = live.node.power
 
-    def monotonic_ms(unix_ms: int) -> int:
-        return in_plan_ms(now.now_ms - max(0, now.unix_ms - unix_ms))
-
     def in_plan_ms(now_ms: int) -> int:
         return plan_time.plan_ms(state.options, now_ms)
 
+    starts_ms, since_ms = power_memory.starts_ms(state, now, live)
     classes = [state.jobs[state.attempts[one].job_id].spec.job_class for one in live.attempts]
     busy = bool(live.attempts or live.strays)
     on = its.phase in (Power.ON, Power.LEAVING)
@@ -341,141 +331,14 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
         power.type_of(live.node),
         (len(live.node.gpus) or its.gpus) - len(live.node.gpu_cordons),
         its.phase,
-        monotonic_ms(its.since_unix_ms),
+        in_plan_ms(since_ms),
         rentals.source_of(state, live.node),
         held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
         idle_ms=0 if busy or not on else in_plan_ms(live.used_ms),
         guaranteed=JobClass.GUARANTEED in classes,
         uploading=on and not busy and bool(power.why_needed(state, live, takers)),
         closed=is_closed(live),
-        starts_ms=tuple(map(monotonic_ms, its.starts_unix_ms)),
+        starts_ms=tuple(map(in_plan_ms, starts_ms)),
         boot_failures=its.boot_failures,
+        refused=power_memory.is_refused(state, now, live),
     )
-
-
-# --- what people ask ------------------------------------------------------------------------------
-
-
-def answer(state: State, now: Instant, body: ScaleRequest) -> ScaleAnswer | Refusal:
-    match body:
-        case GetPlan():
-            return plan_page(state, now)
-        case ListScaleRecords():
-            return list_records(state, body)
-        case GetScaleRecord():
-            return get_record(state, body)
-        case ApproveScaling():
-            return approve(state, now, body)
-
-
-def plan_page(state: State, now: Instant) -> PlanPage:
-    scaler, rules = state.scaler, state.options.scaling.rules
-    mode, why = mode_of(state, now)
-    boxes: dict[str, list[Box]] = {}
-    for box in boxes_of(state, now):
-        boxes.setdefault(box.gpu_type, []).append(box)
-    outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
-    newest = {record.gpu_type: record for record in scaler.records.values()}
-    names = sorted(dict.fromkeys([*boxes, *outlooks]))
-    boots = power.boot_times(state)
-    return PlanPage(
-        mode.value,
-        why,
-        state.options.power.acts,
-        rules.level,
-        tuple(
-            _type_plan(
-                name, boxes.get(name, []), outlooks, newest.get(name), rules=rules, boots=boots
-            )
-            for name in names
-        ),
-        tuple(scaler.records[number] for number in scaler.proposed.values()),
-        None if scaler.made is None else scaler.made[1],
-    )
-
-
-def _type_plan(
-    name: str,
-    boxes: list[Box],
-    outlooks: Mapping[str, Outlook],
-    record: ScaleRecord | None,
-    *,
-    rules: Rules,
-    boots: BootTimes,
-) -> TypePlan:
-    outlook = outlooks.get(name, Outlook(name, 0, 0, 0))
-    able = [box for box in boxes if not box.closed]
-    by_power = {p: sum(box.gpus for box in able if box.power is p) for p in Power}
-    need = max(outlook.guaranteed_gpus, outlook.running_gpus + outlook.queued_gpus)
-    keep = need
-    if outlook.soon_gpus and not outlook.stale:
-        need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)))
-    if outlook.later_gpus and not outlook.stale:
-        keep = max(need, math.ceil(odds.at_level(outlook.later_gpus, rules.level)))
-    there = by_power[Power.ON] + by_power[Power.LEAVING] + by_power[Power.STARTING]
-    return TypePlan(
-        name,
-        by_power[Power.ON],
-        sum(box.gpus - box.held_gpus for box in able if box.power is Power.ON),
-        by_power[Power.LEAVING] + by_power[Power.STOPPING],
-        by_power[Power.STARTING],
-        by_power[Power.OFF],
-        by_power[Power.FAILED],
-        sum(box.gpus for box in boxes if box.closed),
-        outlook.running_gpus,
-        outlook.queued_gpus,
-        outlook.guaranteed_gpus,
-        need,
-        keep,
-        min(max(need, min(there, keep)), there + by_power[Power.OFF]),
-        max((boots.of(box.model) for box in boxes), default=0),
-        outlook.soon_gpus,
-        outlook.later_gpus,
-        outlook.coverage,
-        outlook.stale,
-        "" if record is None else f"{record.id}: {record.sentence}",
-        sum(box.gpus for box in boxes if box.source is Source.BURST),
-    )
-
-
-def list_records(state: State, body: ListScaleRecords) -> ScalePage:
-    found = [
-        record
-        for record in reversed(state.scaler.records.values())
-        if body.gpu_type in ("", record.gpu_type)
-    ]
-    return ScalePage(tuple(found[: body.count or RECORDS_SHOWN]))
-
-
-def get_record(state: State, body: GetScaleRecord) -> ScalePage | Refusal:
-    record = state.scaler.records.get(body.number)
-    if record is None:
-        kept = f"the newest {RECORDS_MAX} decisions are kept"
-        return Refusal(RefusalKind.NOT_FOUND, f"there is no decision scale-{body.number}; {kept}")
-    return ScalePage((record,))
-
-
-def approve(state: State, now: Instant, body: ApproveScaling) -> ScalePage | Refusal:
-    """What the newest decision about a GPU type proposes; an older one went by an older fleet."""
-    record = state.scaler.records.get(body.number)
-    if record is None:
-        return get_record(state, GetScaleRecord(body.number))
-    if state.scaler.proposed.get(record.gpu_type) != record.number:
-        sentence = f"{record.id} proposes nothing that is still to be done"
-        return Refusal(RefusalKind.WRONG_PHASE, sentence)
-    if not state.options.power.acts:
-        sentence = f"{record.id} cannot be carried out: no driver is configured"
-        return Refusal(RefusalKind.WRONG_PHASE, sentence)
-    _propose_anew(state, record.gpu_type)
-    deeds = []
-    for deed in record.deeds:
-        why = f"{record.id}, approved by a person"
-        left = _carry_out(state, now, Verb(deed.verb), deed.nodes, why)
-        done = tuple(name for name in deed.nodes if name not in left)
-        deeds.append(replace(deed, nodes=done, state="approved"))
-    if not any(deed.nodes for deed in deeds):
-        sentence = f"the fleet has changed since {record.id}: nothing of it is left to be done"
-        return Refusal(RefusalKind.WRONG_PHASE, sentence)
-    record = replace(record, deeds=tuple(deeds))
-    _put(state, record)
-    return ScalePage((record,))

@@ -28,6 +28,7 @@ class Rail(Enum):
     UPLOADING = "a checkpoint lies nowhere else yet"
     CLOSED = "a person or its health has closed it"
     FLAKY = "it did not come up the last time"
+    REFUSED = "it was ordered off and stayed on, and is not tried again yet"
     UP_TIME = "it has not been up for long enough"
     CYCLES = "it was switched on too often today"
     DOWN_RATE = "enough nodes went off in the last ten minutes"
@@ -80,6 +81,8 @@ def of_node(box: Box, now_ms: int, bounds: Bounds) -> Rail | None:
         return Rail.UPLOADING
     if box.boot_failures:
         return Rail.FLAKY
+    if box.refused:
+        return Rail.REFUSED
     if any(at_ms > now_ms - bounds.up_ms_min for at_ms in box.starts_ms):
         return Rail.UP_TIME
     if cycles(box, now_ms) >= bounds.cycles_per_day_max:

@@ -14,10 +14,19 @@ from coordinator.core.capacity_model import Power, Source
 # Boot times of one node that are kept: enough for a p95 of a fleet's worth of like nodes, and a
 # node whose firmware was mended is believed after so many.
 BOOTS_MAX = 16
-# Starts that are kept, of those within a day. Whoever has been switched on oftener than so is long
-# beyond every limit that a plan may have.
+# Starts that are kept. Whoever has been switched on oftener than so in a day is long beyond every
+# limit that a plan may have.
 STARTS_MAX = 16
 DAY_MS = 86_400_000
+# After an order off that came to nothing (no driver knows the node, its controller is broken) the
+# next one waits for so long, twice as long each time: else it would take the place of every other
+# node's, for ever. Once a day is often enough to see that somebody has mended it.
+REFUSED_MS = 3_600_000
+REFUSED_MS_MAX = DAY_MS
+# What is not begun within two deadlines of its driver is never begun, and what is has ended after a
+# third (`coordinator/capacity/actuator.py`); ours is longer than each of them. So after four of
+# ours nothing comes of an order any more, and whose driver has said no word takes work again.
+UNANSWERED_RATIO = 4
 # On purpose there is no word of it, or need not be.
 SILENT = (Power.STOPPING, Power.OFF, Power.STARTING, Power.FAILED)
 # It has no power, as far as we know.
@@ -29,7 +38,8 @@ class PowerOptions:
     """What an operator may set. `acts`: there is somebody who switches nodes; without, nothing is
     ever ordered. A start that has not led to a hello within `boot_deadline_ms` has failed, and is
     tried `boot_retries` times more, each `boot_retry_ms` after the last one failed at the
-    earliest. A node that is heard `stop_deadline_ms` after it was ordered off stays on."""
+    earliest. A node that is heard `stop_deadline_ms` after it was ordered off stays on, once the
+    driver has spoken: until then it may still be switched off."""
 
     acts: bool = False
     boot_deadline_ms: int = 1_200_000
@@ -55,7 +65,7 @@ class NodePower:
     """`changes` counts changes of phase; `since_unix_ms` is when the last one was. `ours`: we have
     closed the node for this, and open it when it is back; a person who closes it meanwhile makes it
     his. `reason` is why it is in its phase, a sentence without its subject. `starts_unix_ms` are
-    the starts of the last day, `boots_ms` how long the last ones took, both oldest first;
+    the last starts, `boots_ms` how long the last ones took, both oldest first;
     `boot_failures` are those in a row. Of a rented node `gpu_type` and `gpus` are what was ordered,
     and `rents` those of the last day, oldest first."""
 

@@ -8,7 +8,8 @@ How:
 1. A node goes `on` -> `leaving` (closed to new work, then drained by handoff) -> `stopping` ->
    `off` -> `starting` -> `on`. The phase is durable before anything is ordered, and the order is
    made of the phase: its key is the node and its count of changes. So a successor makes the same
-   order again, and one key is one deed. No node has two orders under way.
+   order again, and one key is one deed. No node has two orders under way, and none that is ordered
+   off takes work before the driver has spoken.
 2. What a driver says hurries things and proves nothing. A node is off when it has fallen silent, on
    when it says hello. One that was ordered off and is heard after the deadline stays on; one that
    does not come up in time is tried again, and after that left to a person (`failed`).
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from coordinator.core import checkpoints, gpu_types, health, node_power, nodes, parts
+from coordinator.core import checkpoints, gpu_types, health, node_power, nodes, parts, power_memory
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_messages import Actuate, Actuated
 from coordinator.core.capacity_model import Power, Source
@@ -49,8 +50,8 @@ from coordinator.core.model import (
 from coordinator.core.node_power import (
     BOOTS_MAX,
     DARK,
-    DAY_MS,
     STARTS_MAX,
+    UNANSWERED_RATIO,
     NodePower,
     Rent,
     minutes,
@@ -98,11 +99,10 @@ def start(state: State, now: Instant, live: LiveNode, why: str) -> None:
     """Of a node that is off, or did not come up before; of one that is gone it is the order to rent
     it, and it is paid for from now on."""
     power = live.node.power
-    since_unix_ms = now.unix_ms - DAY_MS
-    starts = [at for at in power.starts_unix_ms if at > since_unix_ms][1 - STARTS_MAX :]
+    starts = (*power.starts_unix_ms, now.unix_ms)[-STARTS_MAX:]
     _change(
         state, now, live, Power.STARTING, why,
-        starts_unix_ms=(*starts, now.unix_ms), boot_failures=0, rents=_rented(state, now, live),
+        starts_unix_ms=starts, boot_failures=0, rents=_rented(state, now, live),
     )  # fmt: skip
     _given(state, now, live, fresh=True)
 
@@ -218,31 +218,32 @@ def _leaving(state: State, now: Instant, live: LiveNode) -> None:
 
 
 def _stopping(state: State, now: Instant, live: LiveNode) -> None:
-    given = _given(state, now, live)
-    late = now.now_ms - given.at_ms >= state.options.power.stop_deadline_ms
-    if live.phase is NodePhase.LOST and live.node.power.source is Source.BURST:
-        _given_back(state, now, live, given, late=late)
-    elif live.phase is NodePhase.LOST:
-        if given.done is not None or late:
-            _change(state, now, live, Power.OFF, live.node.power.reason)
-    elif live.phase is NodePhase.UP:
+    given, options = _given(state, now, live), state.options
+    since_ms = now.now_ms - given.at_ms
+    late = since_ms >= options.power.stop_deadline_ms
+    # What the driver has not answered yet it may still do; so who is silent only for us is not off.
+    unanswered_ms = options.power.stop_deadline_ms * (UNANSWERED_RATIO if options.power.acts else 1)
+    over = given.done is not None or since_ms >= unanswered_ms
+    if live.phase is NodePhase.LOST and over and live.node.power.source is Source.BURST:
+        _given_back(state, now, live, given)
+    elif live.phase is NodePhase.LOST and over:
+        _change(state, now, live, Power.OFF, live.node.power.reason)
+    elif live.phase is NodePhase.UP and over:
         # It may say no and go down all the same, a little later.
-        refused = given.done is False and now.now_ms - given.answered_ms >= state.options.lease_ms
-        if refused or late:
+        settled = given.done is None or now.now_ms - given.answered_ms >= options.lease_ms
+        if settled and (late or not given.done):
             _stays_on(state, now, live, given)
 
 
-def _given_back(state: State, now: Instant, live: LiveNode, given: Given, *, late: bool) -> None:
+def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> None:
     """It is silent. Only its driver can tell whether it is still paid for."""
     options, name = state.options.power, live.node.id
     if given.done:
         _is_gone(state, now, live)
         return
-    if given.done is None and not late:
-        return
     since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
     tries = live.node.power.boot_failures + 1
-    why = given.reason or f"nobody said within {options.stop_deadline_ms // 1000} s that it is gone"
+    why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
     if tries > options.boot_retries:
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
         _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
@@ -281,6 +282,7 @@ def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
         "warning", "node.power_failed", node=live.node.id, power=Power.STOPPING.value, reason=why
     )
     ours = live.node.power.ours
+    power_memory.note_refused(state, now, live)
     _change(state, now, live, Power.ON, why, ours=False)
     if ours:
         nodes.set_intent(state, now, live, NodeIntent.OPEN)
@@ -344,6 +346,7 @@ def _change(
     )  # fmt: skip
     state.switching.given.pop(live.node.id, None)
     _note(state, live, changed)
+    power_memory.note_change(state, now, live)
     state.dirty = True
     state.log("info", "node.power", node=live.node.id, power=phase.value, reason=reason)
 

@@ -1,8 +1,9 @@
 """What the plan of the fleet's size goes by while the coordinator runs, and what an operator sets.
 
 Problem: a plan is a value and forgets; somebody has to keep what the next one needs to know, and
-the decisions that people ask for. Only the records are durable: a restarted coordinator counts the
-nodes that it has switched within ten minutes anew, and says a decision that still holds once more.
+the decisions that people ask for. Only the records are durable: how many nodes were switched within
+ten minutes a restarted coordinator takes from theirs (`power_memory.py`), and a decision that still
+holds it says once more.
 """
 
 from collections.abc import Mapping

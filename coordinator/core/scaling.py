@@ -247,6 +247,11 @@ class _Draft:
         )
 
 
+def counted(memory: Memory, now_ms: int, off: int, on: int) -> Memory:
+    """With nodes that were switched, and not by a plan."""
+    return replace(memory, off=_with(memory.off, now_ms, off), on=_with(memory.on, now_ms, on))
+
+
 def _with(switched: tuple[Switched, ...], now_ms: int, nodes: int) -> tuple[Switched, ...]:
     kept = guard_rails.recent(switched, now_ms)
     return (*kept, Switched(now_ms, nodes)) if nodes else kept

@@ -168,6 +168,26 @@ async def test_an_order_waits_for_the_one_before_it_at_its_node(rig: Rig) -> Non
     assert [(outcome.key, outcome.done) for outcome in outcomes] == [("k1", False), ("k2", True)]
 
 
+@pytest.mark.parametrize("verb", Verb)
+async def test_an_order_off_that_has_waited_for_too_long_is_not_begun(rig: Rig, verb: Verb) -> None:
+    """The node may have taken work again; one to switch it on harms nobody."""
+    rig.driver.faults = [Fault("n01", Verb.RESUME, Wrong.HANG, times=3)]
+    for key in ("k1", "k2", "k3"):
+        rig.bench.give(key, Verb.RESUME, "n01")
+    rig.bench.give("k4", verb, "n01")
+    for count in (1, 2, 3):
+        await rig.bench.clock.until(partial(rig.bench.clock.are_sleeping, 1))
+        rig.bench.clock.pass_deadlines()
+        await rig.bench.reported(count)
+    await rig.bench.reported(4)
+    (outcome,) = [each for each in rig.bench.outcomes if each.key == "k4"]
+    begun = verb in (Verb.RESUME, Verb.CREATE)
+    assert outcome.done is begun
+    assert (("n01", verb) in rig.driver.deeds) is begun
+    assert outcome.reason.endswith("is not begun any more") is not begun
+    assert await rig.restarted().ordered("k4", verb, "n01") == [outcome], "nor by a successor"
+
+
 async def test_one_that_hangs_does_not_hold_up_the_others(rig: Rig) -> None:
     rig.driver.faults = [Fault("n03", Verb.RESUME, Wrong.HANG)]
     rig.bench.give("k1", Verb.RESUME, *NODES)
@@ -273,8 +293,11 @@ async def test_one_that_does_not_heed_its_cancellation_is_left_behind(tmp_path: 
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_whatever_goes_wrong_each_order_has_one_outcome(tmp_path: Path, seed: int) -> None:
+async def test_whatever_goes_wrong_each_order_has_one_outcome(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every order is answered once, and what was done is said to be done."""
+    monkeypatch.setattr(actuator_module, "STALE_RATIO", 10**6)  # each step is a deadline here
     faults = drawn(seed, NODES, 0.4)
     driver = Simulated(faults=faults)
     bench = Bench(driver, NODES, tmp_path / "capacity.jsonl", VirtualClock())

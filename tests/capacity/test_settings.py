@@ -180,3 +180,12 @@ def test_the_examples_of_the_page_are_right(tmp_path: Path) -> None:
     drivers = {group.driver for group in config.capacity.values()}
     assert drivers == set(NEEDED) - {"simulated"}
     assert open_groups(config, VirtualClock())["h016"].name == "rack2"
+
+
+def test_a_start_has_time_to_succeed() -> None:
+    arguments = ["--config", "", "--scaling-boot-ms=600000"]
+    with pytest.raises(ConfigError) as said:
+        load([*arguments, "--scaling-boot-deadline-ms=600000"], {})
+    assert "must be more than the 600000 of 'scaling_boot_ms'" in str(said.value)
+    config = load([*arguments, "--scaling-boot-deadline-ms=600001"], {}).config
+    assert config.scaling_boot_deadline_ms == 600_001

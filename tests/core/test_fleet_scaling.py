@@ -57,6 +57,7 @@ class ScaledRig(SwitchedRig):
     beats: int = 0
     soon: float = 0.0
     later: float = 0.0
+    deaf: str = ""  # the node of whom the driver knows nothing
 
     @classmethod
     def of(cls, mode: Mode | None, **power: object) -> "ScaledRig":
@@ -91,7 +92,9 @@ class ScaledRig(SwitchedRig):
     def obey(self, name: str) -> None:
         """The driver switches the node off."""
         session = self.rig.core.state.nodes[name].session
-        if session is not None:
+        if name == self.deaf:
+            self.answer(name, done=False, reason="no group has the node")
+        elif session is not None:
             self.answer(name)
             self.hang_up(session)
 
@@ -261,7 +264,53 @@ def test_who_has_agreed_once_is_asked_again() -> None:
         (record,) = fleet.page().proposed
         assert isinstance(fleet.ask(ApproveScaling(record.number)), ScalePage)
         fleet.live(180)
+        assert not fleet.page().proposed, "what was agreed to counts: one of four in ten minutes"
+        fleet.live(540)
     assert len(fleet.orders) == 3
+
+
+def test_a_person_who_has_closed_a_node_meanwhile_is_not_overruled_by_his_consent() -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.forecast()
+    fleet.live(60)
+    fleet.off("n4")
+    for name in NAMES[:3]:
+        fleet.hello(name)
+    fleet.soon = fleet.later = float(len(NAMES))
+    fleet.live(180)
+    (record,) = fleet.page().proposed
+    assert record.deeds[0].nodes == ("n4",)
+    fleet.ask(CordonNode("n4"))
+    answer = fleet.ask(ApproveScaling(record.number))
+    assert isinstance(answer, Refusal)
+    assert fleet.power("n4") is Power.OFF
+
+
+def test_a_node_that_cannot_be_switched_off_takes_no_other_ones_place() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.deaf = "n1"
+    fleet.forecast()
+    fleet.live(2_600)
+    assert list(fleet.powers().values()) == ["on", "off", "off", "off"]
+    assert [order.nodes for order in fleet.orders].count(("n1",)) == 1
+    fleet.live(1_500)
+    assert [order.nodes for order in fleet.orders].count(("n1",)) == 2, "after an hour once more"
+
+
+def test_a_successor_knows_who_went_off_within_ten_minutes() -> None:
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.forecast()
+    fleet.live(240)
+    (gone,) = [name for name in NAMES if fleet.power(name) is Power.OFF]
+    fleet.rig.restart()
+    for name in NAMES:
+        if name != gone:
+            fleet.hello(name)
+    fleet.forecast()
+    fleet.live(300)
+    assert len(fleet.orders) == 1
+    fleet.live(420)
+    assert len(fleet.orders) == 2
 
 
 def test_without_a_driver_the_mode_is_never_act() -> None:

@@ -48,6 +48,7 @@ def acted(
         ({"uploading": True}, Rail.UPLOADING),
         ({"closed": True}, Rail.CLOSED),
         ({"boot_failures": 1}, Rail.FLAKY),
+        ({"refused": True}, Rail.REFUSED),
         ({"starts_ms": (NOW - 2 * HOUR + 1,)}, Rail.UP_TIME),
         ({"starts_ms": tuple(NOW - hour * HOUR for hour in (5, 9, 14, 23))}, Rail.CYCLES),
     ],
@@ -144,6 +145,7 @@ def test_what_waits_gets_nodes_though_forecasts_were_wrong_but_not_by_old_number
     waits = replace(CALM, queued_gpus=8, soon_gpus=(72.0,) * len(LEVELS))
     assert len(acted(off, replace(waits, coverage=0.5)).actions[0].nodes) == 1
     assert not acted(off, replace(waits, stale=True)).actions
+    assert not acted(off, replace(waits, coverage=0.5, queued_gpus=0)).actions, "only forecast"
 
 
 def test_what_rented_nodes_cost_is_counted_over_a_day() -> None:
@@ -187,6 +189,7 @@ def some_box(number: int, chance: Random) -> Box:
             NOW - chance.randint(1, 1_500) * MINUTE for _ in range(chance.choice((0, 0, 1, 4)))
         ),
         boot_failures=chance.choice((0, 0, 1, 4)) if power is Power.OFF else 0,
+        refused=up and chance.random() < 0.1,
     )
 
 
@@ -267,7 +270,8 @@ def _spares_nobody(found: Plan, boxes: Sequence[Box], now_ms: int, bounds: Bound
     at = {box.node: box for box in boxes}
     for node in (*stopped(found), *found.leaving):
         box = at[node]
-        assert (box.guaranteed, box.uploading, box.closed) == (False, False, False)
+        marks = (box.guaranteed, box.uploading, box.closed, box.refused)
+        assert not any(marks)
         assert box.source is Source.BURST or guard_rails.of_node(box, now_ms, bounds) is None
     for node in stopped(found):
         assert (at[node].held_gpus, at[node].power) == (0, Power.LEAVING)

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import power
+from coordinator.core import fleet_scaling, guard_rails, power, power_memory
 from coordinator.core.capacity_messages import Actuated
-from coordinator.core.capacity_model import Power
+from coordinator.core.capacity_model import Power, Source
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
+from coordinator.core.guard_rails import Bounds, Rail
+from coordinator.core.live import LiveNode
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -37,7 +39,10 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import SHARED, JobClass, JobSpec, Replication
+from coordinator.core.node_power import REFUSED_MS, STARTS_MAX, UNANSWERED_RATIO
 from coordinator.core.phases import AttemptPhase, NodeIntent
+from coordinator.core.state import Options
+from tests.core import coordinator_harness
 from tests.core.switched_fleet import ACTS, SwitchedRig
 
 
@@ -179,6 +184,95 @@ def test_a_node_that_is_heard_after_its_deadline_stays_on(fleet: SwitchedRig) ->
     assert fleet.power("n3") is Power.ON
     assert fleet.node("n3").intent is NodeIntent.OPEN
     assert "node.power_failed" in logged(effects)
+
+
+@pytest.mark.parametrize("acts", [True, False])
+def test_who_is_ordered_off_takes_no_work_before_the_driver_has_spoken(acts: bool) -> None:
+    fleet = SwitchedRig.new(Options(power=replace(ACTS, acts=acts)))
+    fleet.hello("n1")
+    fleet.leave("n1")
+    dead_s = (UNANSWERED_RATIO if acts else 1) * ACTS.stop_deadline_ms // 1_000
+    for number in range(1, dead_s + 1):
+        assert fleet.power("n1") is Power.STOPPING, "an order may wait for its turn"
+        fleet.wait(1_000)
+        beat(fleet, "n1", number)
+    assert fleet.power("n1") is Power.ON
+    assert fleet.node("n1").intent is NodeIntent.OPEN
+
+
+def test_a_late_word_of_the_driver_ends_the_wait(fleet: SwitchedRig) -> None:
+    fleet.leave("n3")
+    for number in range(1, 50):
+        fleet.wait(1_000)
+        beat(fleet, "n3", number)
+    fleet.answer("n3")
+    assert fleet.power("n3") is Power.STOPPING, "what it has done may take a moment"
+    for number in range(50, 60):
+        fleet.wait(1_000)
+        beat(fleet, "n3", number)
+    assert fleet.power("n3") is Power.ON
+
+
+def test_who_is_silent_only_for_us_is_not_off_before_the_driver_has_spoken(
+    fleet: SwitchedRig,
+) -> None:
+    """It would come back, and take work under an order that is still to be carried out."""
+    fleet.leave("n3")
+    fleet.wait(ACTS.stop_deadline_ms + 1_000)
+    fleet.hello("n3")
+    assert fleet.power("n3") is Power.STOPPING
+    assert fleet.node("n3").intent is not NodeIntent.OPEN
+    fleet.wait(UNANSWERED_RATIO * ACTS.stop_deadline_ms)
+    assert fleet.power("n3") is Power.OFF
+
+
+def test_who_stayed_on_is_left_alone_for_longer_each_time(fleet: SwitchedRig) -> None:
+    state = fleet.rig.core.state
+    live = state.nodes["n3"]
+
+    def waits_ms(of: LiveNode) -> int:
+        power_memory.note_refused(state, fleet.rig.now, of)
+        at_ms = fleet.rig.now_ms
+        found_ms = state.switching.refused[of.node.id][1]
+        fleet.rig.now_ms = at_ms + found_ms - 1
+        assert power_memory.is_refused(state, fleet.rig.now, of)
+        fleet.rig.now_ms += 1
+        assert not power_memory.is_refused(state, fleet.rig.now, of)
+        return found_ms
+
+    hours = [waits_ms(live) // REFUSED_MS for _ in range(7)]
+    assert hours == [1, 2, 4, 8, 16, 24, 24]
+    rented = replace(live.node, power=replace(live.node.power, source=Source.BURST))
+    assert waits_ms(replace(live, node=rented)) == REFUSED_MS, "its bill goes on meanwhile"
+    fleet.hello("n3")
+    fleet.off("n3")
+    assert not state.switching.refused
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_jumps_ends_no_minimum_uptime(
+    fleet: SwitchedRig, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.off("n3")
+    fleet.start("n3")
+    fleet.hello("n3")
+    up_ms = fleet.rig.now_ms
+    jumped = coordinator_harness.UNIX_MS_AT_START + hours * 3_600_000
+    monkeypatch.setattr(coordinator_harness, "UNIX_MS_AT_START", jumped)
+    fleet.wait(1_000)
+    state = fleet.rig.core.state
+    box = fleet_scaling.box_of(state, fleet.rig.now, state.nodes["n3"])
+    assert box.since_ms == up_ms
+    assert guard_rails.of_node(box, fleet.rig.now_ms, Bounds()) is Rail.UP_TIME
+
+
+def test_what_is_remembered_of_a_node_is_bounded(fleet: SwitchedRig) -> None:
+    for _ in range(STARTS_MAX + 2):
+        fleet.off("n3")
+        fleet.start("n3")
+        fleet.hello("n3")
+    assert len(fleet.node("n3").power.starts_unix_ms) == STARTS_MAX
+    assert len(fleet.rig.core.state.switching.at_ms["n3"]) <= STARTS_MAX + 1
 
 
 def test_a_driver_that_says_no_is_believed_only_while_the_node_is_heard(

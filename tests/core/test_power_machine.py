@@ -23,7 +23,13 @@ from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Ver
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import AttemptExited, Effect, Event, SessionClosed, Tick
 from coordinator.core.model import SHARED
-from coordinator.core.node_power import DARK, PowerOptions, is_gone
+from coordinator.core.node_power import (
+    DARK,
+    STARTS_MAX,
+    UNANSWERED_RATIO,
+    PowerOptions,
+    is_gone,
+)
 from coordinator.core.phases import JOB_ENDED, NodeIntent, NodePhase
 from coordinator.core.scaler import ScalingOptions
 from coordinator.core.scaling import Rules
@@ -63,6 +69,7 @@ class SwitchedFleet(Fleet):
     def __init__(self) -> None:
         self.orders: dict[str, CapacityOrder] = {}  # the last one to each node
         self.given: dict[str, CapacityOrder] = {}  # all, by key
+        self.given_ms: dict[str, int] = {}  # when first, by key
         super().__init__()
 
     def new_rig(self) -> Rig:
@@ -136,6 +143,7 @@ class SwitchedFleet(Fleet):
                 assert effect.order.key == f"{name}.{its.changes}", "ordered, and not recorded"
             same = self.given.setdefault(effect.order.key, effect.order)
             assert same == effect.order, "one key, two deeds"
+            self.given_ms.setdefault(effect.order.key, self.rig.now_ms)
             if effect.order.verb in (Verb.SUSPEND, Verb.DELETE):
                 self.check_nobody_needs(name)
             self.orders[name] = effect.order
@@ -165,6 +173,21 @@ class SwitchedFleet(Fleet):
                 assert live.phase is NodePhase.LOST
             if phase is not Power.ON:
                 assert live.node.intent is not NodeIntent.OPEN
+
+    @invariant()
+    def nobody_works_where_an_order_off_may_still_be_carried_out(self) -> None:
+        dead_ms = UNANSWERED_RATIO * SWITCHED.stop_deadline_ms
+        for name, order in self.orders.items():
+            off = order.verb in (Verb.SUSPEND, Verb.DELETE)
+            if off and self.rig.now_ms - self.given_ms[order.key] < dead_ms:
+                assert self.state.nodes[name].node.power.phase is Power.STOPPING
+
+    @invariant()
+    def what_is_remembered_of_power_is_bounded(self) -> None:
+        switching = self.state.switching
+        assert all(len(found) <= STARTS_MAX + 1 for found in switching.at_ms.values())
+        for name in switching.refused:
+            assert self.state.nodes[name].node.power.phase is not Power.OFF
 
     @invariant()
     def the_store_knows_the_power(self) -> None:

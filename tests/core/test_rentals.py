@@ -176,7 +176,7 @@ def test_who_is_not_known_to_be_gone_is_paid_for_until_a_person_has_looked(says:
     rentals.rent(state, fleet.rig.now, "r1", "a test")
     fleet.wait(1_000)
     fleet.answer("r1", done=False, reason="sold out")
-    for _ in range(40):
+    for _ in range(80):
         if says == "no" and fleet.power("r1") is Power.STOPPING:
             fleet.answer("r1", done=False, reason="no such token")
         fleet.wait(5_000)

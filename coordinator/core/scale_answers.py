@@ -1,0 +1,162 @@
+"""What people ask of the fleet's size: the plan as it stands, its decisions, and their consent.
+
+Problem: a person who agrees has read a sentence of some minutes ago, and the fleet goes on. So only
+what the present plan still proposes can be agreed to, of that only what still may be done is done,
+and it counts towards the bounds of the next plan as if that had done it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from coordinator.core import demand_forecast, fleet_scaling, odds, power
+from coordinator.core.boot_times import BootTimes
+from coordinator.core.capacity_model import Box, Outlook, Power, Source
+from coordinator.core.capacity_orders import Verb
+from coordinator.core.messages import Refusal, RefusalKind
+from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
+from coordinator.core.scale_requests import (
+    ApproveScaling,
+    GetPlan,
+    GetScaleRecord,
+    ListScaleRecords,
+    PlanPage,
+    ScaleAnswer,
+    ScalePage,
+    ScaleRequest,
+    TypePlan,
+)
+from coordinator.core.scaling import Rules
+from coordinator.core.state import Instant, State
+
+RECORDS_SHOWN = 20
+
+
+def answer(state: State, now: Instant, body: ScaleRequest) -> ScaleAnswer | Refusal:
+    match body:
+        case GetPlan():
+            return plan_page(state, now)
+        case ListScaleRecords():
+            return list_records(state, body)
+        case GetScaleRecord():
+            return get_record(state, body)
+        case ApproveScaling():
+            return approve(state, now, body)
+
+
+def plan_page(state: State, now: Instant) -> PlanPage:
+    scaler, rules = state.scaler, state.options.scaling.rules
+    mode, why = fleet_scaling.mode_of(state, now)
+    boxes: dict[str, list[Box]] = {}
+    for box in fleet_scaling.boxes_of(state, now):
+        boxes.setdefault(box.gpu_type, []).append(box)
+    outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
+    newest = {record.gpu_type: record for record in scaler.records.values()}
+    names = sorted(dict.fromkeys([*boxes, *outlooks]))
+    boots = power.boot_times(state)
+    return PlanPage(
+        mode.value,
+        why,
+        state.options.power.acts,
+        rules.level,
+        tuple(
+            _type_plan(
+                name, boxes.get(name, []), outlooks, newest.get(name), rules=rules, boots=boots
+            )
+            for name in names
+        ),
+        tuple(scaler.records[number] for number in scaler.proposed.values()),
+        None if scaler.made is None else scaler.made[1],
+    )
+
+
+def _type_plan(
+    name: str,
+    boxes: list[Box],
+    outlooks: Mapping[str, Outlook],
+    record: ScaleRecord | None,
+    *,
+    rules: Rules,
+    boots: BootTimes,
+) -> TypePlan:
+    outlook = outlooks.get(name, Outlook(name, 0, 0, 0))
+    able = [box for box in boxes if not box.closed]
+    by_power = {p: sum(box.gpus for box in able if box.power is p) for p in Power}
+    need = max(outlook.guaranteed_gpus, outlook.running_gpus + outlook.queued_gpus)
+    keep = need
+    if outlook.soon_gpus and not outlook.stale:
+        need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)))
+    if outlook.later_gpus and not outlook.stale:
+        keep = max(need, math.ceil(odds.at_level(outlook.later_gpus, rules.level)))
+    there = by_power[Power.ON] + by_power[Power.LEAVING] + by_power[Power.STARTING]
+    return TypePlan(
+        name,
+        by_power[Power.ON],
+        sum(box.gpus - box.held_gpus for box in able if box.power is Power.ON),
+        by_power[Power.LEAVING] + by_power[Power.STOPPING],
+        by_power[Power.STARTING],
+        by_power[Power.OFF],
+        by_power[Power.FAILED],
+        sum(box.gpus for box in boxes if box.closed),
+        outlook.running_gpus,
+        outlook.queued_gpus,
+        outlook.guaranteed_gpus,
+        need,
+        keep,
+        min(max(need, min(there, keep)), there + by_power[Power.OFF]),
+        max((boots.of(box.model) for box in boxes), default=0),
+        outlook.soon_gpus,
+        outlook.later_gpus,
+        outlook.coverage,
+        outlook.stale,
+        "" if record is None else f"{record.id}: {record.sentence}",
+        sum(box.gpus for box in boxes if box.source is Source.BURST),
+    )
+
+
+def list_records(state: State, body: ListScaleRecords) -> ScalePage:
+    found = [
+        record
+        for record in reversed(state.scaler.records.values())
+        if body.gpu_type in ("", record.gpu_type)
+    ]
+    return ScalePage(tuple(found[: body.count or RECORDS_SHOWN]))
+
+
+def get_record(state: State, body: GetScaleRecord) -> ScalePage | Refusal:
+    record = state.scaler.records.get(body.number)
+    if record is None:
+        kept = f"the newest {RECORDS_MAX} decisions are kept"
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no decision scale-{body.number}; {kept}")
+    return ScalePage((record,))
+
+
+def approve(state: State, now: Instant, body: ApproveScaling) -> ScalePage | Refusal:
+    """What the newest decision about a GPU type proposes; an older one went by an older fleet."""
+    record = state.scaler.records.get(body.number)
+    if record is None:
+        return get_record(state, GetScaleRecord(body.number))
+    if state.scaler.proposed.get(record.gpu_type) != record.number:
+        sentence = f"{record.id} proposes nothing that is still to be done"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if not state.options.power.acts:
+        sentence = f"{record.id} cannot be carried out: no driver is configured"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    fleet_scaling.propose_anew(state, record.gpu_type)
+    deeds = []
+    for deed in record.deeds:
+        why = f"{record.id}, approved by a person"
+        left = fleet_scaling.carry_out(state, now, Verb(deed.verb), deed.nodes, why)
+        done = tuple(name for name in deed.nodes if name not in left)
+        deeds.append(replace(deed, nodes=done, state="approved"))
+    if not any(deed.nodes for deed in deeds):
+        sentence = f"the fleet has changed since {record.id}: nothing of it is left to be done"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    off, on = (
+        sum(len(deed.nodes) for deed in deeds if Verb(deed.verb) in verbs)
+        for verbs in ((Verb.SUSPEND, Verb.DELETE), (Verb.RESUME, Verb.CREATE))
+    )
+    fleet_scaling.count(state, now, off, on)
+    record = replace(record, deeds=tuple(deeds))
+    fleet_scaling.put(state, record)
+    return ScalePage((record,))
