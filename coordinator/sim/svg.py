@@ -99,7 +99,7 @@ def round_step(least: float) -> float:
 
 def draw(chart: Chart) -> str:
     """The text of an SVG file."""
-    height = max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * (len(chart.curves) + len(chart.bands)))
+    height = _height(chart)
     points = [point for curve in chart.curves for line in curve.lines for point in line]
     points += [(x, high) for band in chart.bands for x, _, high in band.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -121,6 +121,23 @@ def draw(chart: Chart) -> str:
     for number, curve in enumerate(chart.curves):
         parts += _curve(curve, number, x_scale, y_scale)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def stack(charts: Sequence[Chart]) -> str:
+    """The text of an SVG file with charts below one another."""
+    parts, top = [], 0
+    for chart in charts:
+        parts.append(f'<g transform="translate(0 {top})">{draw(chart)}</g>')
+        top += _height(chart)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}"'
+        f' viewBox="0 0 {WIDTH} {top}">\n' + "\n".join(parts) + "</svg>\n"
+    )
+
+
+def _height(chart: Chart) -> int:
+    """As much as the legend needs, at least."""
+    return max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * (len(chart.curves) + len(chart.bands)))
 
 
 def _scale_x(xs: Sequence[float], log: bool) -> _Scale:
