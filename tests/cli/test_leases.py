@@ -119,4 +119,7 @@ def test_before_anything_has_run(baton: Baton, fake: FakeCoordinator) -> None:
 
 def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
     result = baton("leases", "--demand", str(tmp_path / "none.csv"))
-    assert (result.exit_code, "cannot read" in result.stderr) == (2, True)
+    assert (result.exit_code, "cannot be read (No such file or directory)" in result.stderr) == (
+        2,
+        True,
+    )
