@@ -161,7 +161,7 @@ def _remarks(costs: "Costs") -> list[str]:
         found.append(f"no baselines: {costs.baselines_why}")
     if costs.total.unpriced_gpu_hours:
         found.append(
-            f"{costs.total.unpriced_gpu_hours:.1f} GPU-hours have no price and are in no sum but"
+            f"{costs.total.unpriced_gpu_hours:.3g} GPU-hours have no price and are in no sum but"
             " for their energy; say 'owned_usd' in the coordinator's tariffs"
         )
     if costs.prices_source:

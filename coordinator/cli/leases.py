@@ -227,6 +227,8 @@ def _solver() -> "SolveLinear":
 
 
 def _show(found: "list[Recommendation]") -> None:
+    if not found:
+        return
     rows = [
         (
             each.gpu_type,

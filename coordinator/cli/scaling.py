@@ -156,6 +156,10 @@ def list_(context: click.Context, count: int, gpu_type: str) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
+    if not found:
+        what = f" about {gpu_type}" if gpu_type else ""
+        write_notice(f"there is no decision{what} yet; one is written when nodes have to change")
+        return
     write_table(
         _DECISION_COLUMNS,
         [

@@ -115,6 +115,7 @@ def test_before_anything_has_run(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["GetCosts"] = [pb.GetCostsResponse()]
     result = baton("leases")
     assert (result.exit_code, "nothing is known of demand yet" in result.stderr) == (0, True)
+    assert result.stdout == "", "no table without a line"
 
 
 def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:

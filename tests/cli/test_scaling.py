@@ -79,6 +79,13 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert document["alternatives"][0]["realised_usd"] == 0.0
 
 
+def test_no_decision_is_said_and_no_empty_table(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse()]
+    result = baton("scale", "list", "--gpu-type", "H100")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "there is no decision about H100 yet" in result.stderr
+
+
 def test_the_list_and_the_consent(baton: Baton, fake: FakeCoordinator) -> None:
     said = wire_capacity.encode_decision(JUDGED)
     fake.answers["ListDecisions"] = [pb.ListDecisionsResponse(decisions=[said])]
