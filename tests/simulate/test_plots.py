@@ -9,7 +9,7 @@ from coordinator.sim.model import Chance, Fleet, SimJob
 from coordinator.sim.plots import Shown, files
 from coordinator.sim.policies import Fifo
 from coordinator.sim.report import figures
-from coordinator.sim.svg import Chart, Curve, draw, round_step, stack
+from coordinator.sim.svg import Band, Chart, Curve, draw, round_step, stack
 
 FLEET = Fleet({"A100": 1, "K80": 2}, {"A100": 2.0, "K80": 0.5})
 SVG = "{http://www.w3.org/2000/svg}"
@@ -123,3 +123,18 @@ def test_charts_below_one_another_do_not_overlap() -> None:
     ]
     assert heights[0] > heights[1]
     assert int(root.attrib["height"]) == sum(heights)
+
+
+def test_no_name_of_the_legend_is_cut_and_bands_look_there_as_they_do_in_the_plot() -> None:
+    line = [(0.0, 1.0), (1.0, 2.0)]
+    name = "NVIDIA RTX 6000 Ada Generation: should be on"
+    area = [(x, y, y + 1) for x, y in line]
+    bands = [Band("90%", area), Band("50%", area)]
+    root = parsed(draw(Chart("Long", "time, h", "GPUs", [Curve(name, line)], bands=bands)))
+    (said,) = (each for each in root.iter(f"{SVG}text") if each.text == name)
+    assert int(root.attrib["width"]) >= float(said.attrib["x"]) + 6.5 * len(name)
+    boxes = [each for each in root.iter(f"{SVG}rect") if "fill-opacity" in each.attrib]
+    places = [box.attrib["y"] for box in boxes]
+    assert [places.count(place) for place in sorted(set(places), key=float)] == [1, 2]
+    short = parsed(draw(Chart("Short", "time, h", "GPUs", [Curve("on", line)])))
+    assert short.attrib["width"] == "900"
