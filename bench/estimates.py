@@ -19,10 +19,8 @@ tables share the values of several GPUs. Constants were chosen on the first, wit
 import csv
 import gzip
 import math
-import os
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +45,7 @@ HIDDEN_PERCENTS = (50, 80)
 MINUTES_S = 120.0  # of the job itself
 HISTORY_S = 3_600.0  # of what is in the table
 MODELS = ("prior", "additive", "completed")
-VARIABLE = "BATON_BENCH_GAVEL"
+DATA = replace(report.GAVEL, flag="--tables", what="Gavel's tables")
 GPU_TYPES = {"v100": "V100", "p100": "P100", "k80": "K80"}
 
 Table = dict[str, dict[Place, float]]
@@ -184,24 +182,13 @@ def rows_of(table: Table, name: str, seeds: int) -> list[report.Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--tables",
-        type=Path,
-        default=os.environ.get(VARIABLE),
-        help=f"folder with Gavel's tables, {TABLES[0]}.csv.gz and so on [{VARIABLE}]",
-    )
+    report.data_option(parser, DATA)
     given = parser.parse_args(arguments)
     asked = report.options(given)
     names = TABLES[:1] if asked.quick else TABLES
     missing = [n for n in names if not given.tables or not (given.tables / f"{n}.csv.gz").is_file()]
     if missing:
-        report.say(
-            f"bench.estimates needs {missing[0]}.csv.gz of Gavel (see the head of"
-            f" bench/estimates.py): say where with --tables FOLDER or {VARIABLE}; nothing was"
-            " measured"
-        )
-        if asked.json:
-            sys.stdout.write("[]\n")
+        report.nothing_measured("estimates", f"{missing[0]}.csv.gz", DATA, asked)
         return
     rows = []
     for name in names:

@@ -10,9 +10,7 @@ public traces. They are not part of Baton: --demand or BATON_BENCH_DEMAND says w
 """
 
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from coordinator.forecast.backtest import Score, backtest
 from coordinator.forecast.demand_file import Series, read_series
 from coordinator.forecast.forecaster import Forecaster
 
-VARIABLE = "BATON_BENCH_DEMAND"
 AHEAD_H = (1, 6, 24)
 GOALS = {1: 0.87, 6: 0.82, 24: 0.90}
 WORST_GOAL = 1.05
@@ -140,21 +137,11 @@ def rows_of(judged: dict[str, dict[int, Score]]) -> list[report.Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--demand",
-        type=Path,
-        default=os.environ.get(VARIABLE),
-        help=f"folder with the series as CSV [{VARIABLE}]",
-    )
+    report.data_option(parser, report.DEMAND)
     given = parser.parse_args(arguments)
     asked = report.options(given)
     if not given.demand or not (given.demand / EARTH).is_file():
-        report.say(
-            f"bench.forecast needs {EARTH} and its like (see the head of bench/forecast.py): say"
-            f" where with --demand FOLDER or {VARIABLE}; nothing was measured"
-        )
-        if asked.json:
-            sys.stdout.write("[]\n")
+        report.nothing_measured("forecast", EARTH, report.DEMAND, asked)
         return
     judged: dict[str, dict[int, Score]] = {}
     last: Named | None = None

@@ -21,7 +21,6 @@ or in BATON_BENCH_OPENB. They are in github.com/alibaba/clusterdata, cluster-tra
 """
 
 import csv
-import os
 import random
 import sys
 import tarfile
@@ -37,7 +36,7 @@ from bench import report
 from coordinator.core.demand import Demand
 from coordinator.core.fragmentation import PARTS, Ask, Box, Kind, Mix, afters_of
 
-VARIABLE = "BATON_BENCH_OPENB"
+DATA = report.Data("--data", "BATON_BENCH_OPENB", "openb_*.csv, or their archive")
 NODES = "openb_node_list_gpu_node.csv"
 TRACES, TRACES_QUICK = ("default", "gpushare40", "gpuspec33"), ("default",)
 SEEDS, SEEDS_QUICK = (1, 2, 3), (1,)
@@ -69,17 +68,19 @@ class Workload:
 
 def main(arguments: Sequence[str]) -> int:
     made = report.parser(__doc__)
-    made.add_argument("--data", default=os.environ.get(VARIABLE, ""), help="openb_*.csv")
+    report.data_option(made, DATA)
     made.add_argument("--trace", action="append", choices=TRACES, help="one of them; repeat it")
     parsed = made.parse_args(arguments)
     asked = report.options(parsed)
     if not parsed.data:
-        report.say(f"fragmentation: left out; it needs the traces, with --data or in {VARIABLE}")
+        report.say(
+            f"fragmentation: left out; it needs the traces, with --data or in {DATA.variable}"
+        )
         report.show("How full a cluster gets", [], asked)
         return 0
     traces = parsed.trace or (TRACES_QUICK if asked.quick else TRACES)
     try:
-        workloads = {trace: read(Path(parsed.data), trace) for trace in traces}
+        workloads = {trace: read(parsed.data, trace) for trace in traces}
     except (OSError, KeyError, tarfile.ReadError) as error:
         report.say(f"fragmentation: {parsed.data} is not the archive or the folder: {error}")
         return 1

@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +64,20 @@ class Options:
     quick: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Data that is not part of Baton: the option that names its folder, the variable that does so
+    for all benchmarks, and what lies there."""
+
+    flag: str
+    variable: str
+    what: str
+
+
+DEMAND = Data("--demand", "BATON_BENCH_DEMAND", "the series as CSV")
+GAVEL = Data("--gavel", "BATON_BENCH_GAVEL", "Gavel's traces and tables")
+
+
 def parser(module_docstring: str | None) -> argparse.ArgumentParser:
     """The common arguments; a benchmark may add its own."""
     title = (module_docstring or "").strip().split("\n")[0]
@@ -74,6 +89,26 @@ def parser(module_docstring: str | None) -> argparse.ArgumentParser:
 
 def options(arguments: argparse.Namespace) -> Options:
     return Options(arguments.json, arguments.quick)
+
+
+def data_option(made: argparse.ArgumentParser, data: Data) -> None:
+    """A `Path`, or None where neither flag nor variable names one."""
+    made.add_argument(
+        data.flag,
+        type=Path,
+        default=os.environ.get(data.variable) or None,
+        help=f"folder with {data.what} [{data.variable}]",
+    )
+
+
+def nothing_measured(bench: str, file: str, data: Data, asked: Options) -> None:
+    """What `bench` says where the folder does not have its data, of which `file` is one."""
+    say(
+        f"bench.{bench} needs {file} (see the head of bench/{bench}.py): say where with"
+        f" {data.flag} FOLDER or {data.variable}; nothing was measured"
+    )
+    if asked.json:
+        print("[]")
 
 
 def row_of(name: str, samples: Sequence[float], unit: str) -> Row:

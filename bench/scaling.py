@@ -11,13 +11,10 @@ what is saved.
 The series are not part of Baton: --demand or BATON_BENCH_DEMAND says where they lie.
 """
 
-import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from bench import report, scaling_leases
@@ -28,7 +25,6 @@ from coordinator.sim.capacity_policies import BatonPower, Clairvoyant, IdleTimeo
 from coordinator.sim.capacity_replay import Boxes, PowerPolicy, replay
 from coordinator.sim.capacity_report import PowerFigures, figures
 
-VARIABLE = "BATON_BENCH_DEMAND"
 LEARNED: Final = (5, 12)  # of each series
 # The fleet is all on at a beginning, so each is another history.
 BEGINNINGS: Final = 3
@@ -163,22 +159,12 @@ def _pair(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--demand",
-        type=Path,
-        default=os.environ.get(VARIABLE),
-        help=f"folder with the series as CSV [{VARIABLE}]",
-    )
+    report.data_option(parser, report.DEMAND)
     given = parser.parse_args(arguments)
     asked = report.options(given)
     cases = CASES[:1] if asked.quick else CASES
     if not given.demand or not all((given.demand / case.file).is_file() for case in cases):
-        report.say(
-            f"bench.scaling needs {CASES[0].file} and its like (see the head of bench/scaling.py):"
-            f" say where with --demand FOLDER or {VARIABLE}; nothing was measured"
-        )
-        if asked.json:
-            sys.stdout.write("[]\n")
+        report.nothing_measured("scaling", CASES[0].file, report.DEMAND, asked)
         return
     rows: list[report.Row] = []
     for case in cases:

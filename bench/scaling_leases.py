@@ -16,9 +16,7 @@ traces. They are not part of Baton: --demand or BATON_BENCH_DEMAND says where th
 """
 
 import math
-import os
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +30,6 @@ from coordinator.lease_solver import solve
 from coordinator.sim.clairvoyant import hindsight
 from coordinator.sim.lease_replay import BASELINES, baseline, bill, replayed
 
-VARIABLE = "BATON_BENCH_DEMAND"
 TERMS = Terms(lease_usd=1.0, burst_usd=2.0)
 FLEXIBLE = Flexible(ratio=0.3, wait_h=24)
 MONTH_DAYS = 30
@@ -194,22 +191,12 @@ NOTES = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--demand",
-        type=Path,
-        default=os.environ.get(VARIABLE),
-        help=f"folder with the series as CSV [{VARIABLE}]",
-    )
+    report.data_option(parser, report.DEMAND)
     given = parser.parse_args(arguments)
     asked = report.options(given)
-    found = rows(Path(given.demand), quick=asked.quick) if given.demand else []
+    found = rows(given.demand, quick=asked.quick) if given.demand else []
     if not found:
-        report.say(
-            f"bench.scaling_leases needs {CASES[0].file} and its like: say where with --demand"
-            f" FOLDER or {VARIABLE}; nothing was measured"
-        )
-        if asked.json:
-            sys.stdout.write("[]\n")
+        report.nothing_measured("scaling_leases", CASES[0].file, report.DEMAND, asked)
         return
     exact = (f"{row.name}: {row.value:.4f}" for row in found if row.unit == "ratio")
     report.show("Leases and burst over demand that has been", found, asked, (*exact, *NOTES))

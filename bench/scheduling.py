@@ -15,7 +15,6 @@ The traces are not part of Baton: `--gavel FOLDER`, or BATON_BENCH_GAVEL, names 
 github.com/stanford-futuredata/gavel, as CSV).
 """
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +42,6 @@ from coordinator.sim.rounds import Goal, Rounds
 from coordinator.solver import solve
 
 RESTART_S = 60.0
-VARIABLE = "BATON_BENCH_GAVEL"
 SOURCE = "best of ten Gavel policies, no restart cost"
 WIDTH = 170
 
@@ -66,28 +64,28 @@ class Trace:
 
 def main(arguments: Sequence[str]) -> int:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--gavel", default=os.environ.get(VARIABLE, ""), help=f"Gavel's traces (or {VARIABLE})"
-    )
+    report.data_option(parser, report.GAVEL)
     parsed = parser.parse_args(arguments)
     asked = report.options(parsed)
     rows = []
     try:
-        traces = _traces(Path(parsed.gavel)) if parsed.gavel else []
+        traces = _traces(parsed.gavel) if parsed.gavel else []
     except gavel.NoTrace as error:
         report.say(f"scheduling: {error}")
         return 1
     if not traces:
-        report.say(f"scheduling: no traces (give --gavel FOLDER or set {VARIABLE}); scale only")
+        report.say(
+            "scheduling: no traces (give --gavel FOLDER or set BATON_BENCH_GAVEL); scale only"
+        )
     for trace in traces:
         ran = [_run(trace, policy) for policy in _policies(trace.pairs)]
         if not asked.json:
             _show(trace, ran)
         rows += _rows(trace, {each.name: each.figures for each in ran})
     if traces and not asked.quick:
-        rows += scheduling_pairs.rows(Path(parsed.gavel), asked)
+        rows += scheduling_pairs.rows(parsed.gavel, asked)
     if traces:
-        rows += scheduling_learning.rows(Path(parsed.gavel), asked)
+        rows += scheduling_learning.rows(parsed.gavel, asked)
     rows += scheduling_scale.rows(asked.quick)
     if not asked.quick:
         rows += scheduling_speed.rows()

@@ -23,7 +23,6 @@ CC BY 4.0) or `helios_venus_10min.csv` (from SenseTime's Helios) with columns `t
 
 import csv
 import math
-import os
 import random
 import statistics
 import sys
@@ -50,7 +49,6 @@ from coordinator.sim.report import Figures, figures
 from coordinator.sim.rounds import Goal, Rounds
 from coordinator.solver import solve
 
-VARIABLE = "BATON_BENCH_DEMAND"
 SERIES = {"philly": "philly_jobs_10min.csv", "helios": "helios_venus_10min.csv"}
 COUNTS = {"H100": 8, "H200": 4, "A100 80GB": 8, "RTX 4090": 16}
 BIN_S = 600
@@ -109,17 +107,15 @@ class Composed:
 
 def main(arguments: Sequence[str]) -> int:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--demand", default=os.environ.get(VARIABLE, ""), help=f"folder of series (or {VARIABLE})"
-    )
+    report.data_option(parser, report.DEMAND)
     parser.add_argument("--series", choices=SERIES, default="philly", help="whose arrivals")
     parsed = parser.parse_args(arguments)
     asked = report.options(parsed)
     if not parsed.demand:
-        report.say(f"scheduling_modern: no series (give --demand FOLDER or set {VARIABLE})")
+        report.say("scheduling_modern: no series (give --demand FOLDER or set BATON_BENCH_DEMAND)")
         return 1
     try:
-        series = read_series(Path(parsed.demand) / SERIES[parsed.series])
+        series = read_series(parsed.demand / SERIES[parsed.series])
     except (OSError, ValueError, KeyError) as error:
         report.say(f"scheduling_modern: {error}")
         return 1

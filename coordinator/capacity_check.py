@@ -2,7 +2,8 @@
 
 Problem: a wrong address or password should be found before the night in which a node is switched.
 This asks each node's driver how it sees the node, and says what a resume and a suspend would do. It
-switches nothing, and needs no coordinator.
+switches nothing, and needs no coordinator. It says which configuration it went by, since a node
+that is in no group is mostly one that another file has.
 
 Exit status: 0, 1 where a driver cannot say, 2 for wrong usage.
 """
@@ -10,7 +11,7 @@ Exit status: 0, 1 where a driver cannot say, 2 for wrong usage.
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from coordinator.capacity import hostlist
@@ -22,20 +23,50 @@ from coordinator.core.capacity_orders import CapacityOrder, Verb
 from coordinator.main import SystemClock
 
 STATE_S: Final = 30.0  # for one answer; a BMC that needs longer is as good as none
-USAGE: Final = "usage: python -m coordinator.capacity_check NODES [flags of baton-coordinator]\n"
+PROGRAM: Final = "python -m coordinator.capacity_check"
+USAGE: Final = f"usage: {PROGRAM} NODES [flags of baton-coordinator]\n"
+HELP: Final = f"""{USAGE}
+Ask the driver of each node how it sees the node, and print what it would do. Nothing is switched,
+and no coordinator has to run.
+
+  NODES          as Slurm writes them: n1, or 'n[01-03,07]'
+  --config PATH  the coordinator's TOML file, with its tables [capacity.NAME];
+                 default: /etc/baton/coordinator.toml when it exists
+  -h, --help     print this
+
+All other flags of baton-coordinator, and BATON_COORDINATOR_* in the environment, count as well.
+Run this as who the coordinator runs as: it has to read the same passwords.
+
+  {PROGRAM} 'n[01-40]' --config /etc/baton/coordinator.toml
+
+Exit status: 0; 1 where a driver cannot say, or a node is in no group; 2 for wrong usage.
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
+    if "-h" in arguments or "--help" in arguments:
+        sys.stdout.write(HELP)
+        return 0
     if not arguments or arguments[0].startswith("-"):
-        sys.stderr.write(USAGE)
+        sys.stderr.write(f"{USAGE}NODES comes first; --help says more\n")
         return 2
-    config = from_command_line(arguments[1:], os.environ).config
     try:
         nodes = hostlist.read(arguments[0])
     except ValueError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"capacity_check: {error}\n")
         return 2
-    return asyncio.run(_show(nodes, config))
+    loaded = from_command_line(arguments[1:], os.environ)
+    sys.stderr.write(f"capacity_check: {_source(loaded.sources)}\n")
+    return asyncio.run(_show(nodes, loaded.config))
+
+
+def _source(sources: Mapping[str, str]) -> str:
+    """What the drivers are taken from, in a sentence."""
+    if sources["capacity"] != "default":
+        return f"'capacity' is from {sources['capacity']}"
+    files = [source for source in sources.values() if source.startswith("file ")]
+    read = files[0] if files else "no file"
+    return f"there is no 'capacity': {read} was read; --config PATH names another"
 
 
 async def _show(nodes: Sequence[str], config: Config) -> int:

@@ -6,12 +6,12 @@ absent in the message. A decision is named as people name it, `scale-7`.
 
 import re
 
+from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.scale_requests import PlanPage, TypePlan
 from protos.baton.v1 import capacity_pb2 as pb
 
 _ID = re.compile(r"(?:scale-)?(\d{1,18})")
-MINUTE_MS = 60_000
 
 
 def decode_id(text: str) -> int:

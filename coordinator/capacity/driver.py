@@ -91,6 +91,13 @@ def reverse(order: CapacityOrder) -> CapacityOrder:
     return replace(order, key=f"{order.key}.back", verb=REVERSE[order.verb])
 
 
+def is_resume(driver: str, order: CapacityOrder) -> bool:
+    """Of a driver that switches nodes and makes none. Raises `CapacityError` for other verbs."""
+    if order.verb not in (Verb.RESUME, Verb.SUSPEND):
+        raise unknown_verb(driver, order)
+    return order.verb is Verb.RESUME
+
+
 def unknown_verb(driver: str, order: CapacityOrder) -> CapacityError:
     """What a driver answers to a verb that is none of its own."""
     return CapacityError(f"the driver '{driver}' does not {order.verb.value} nodes")

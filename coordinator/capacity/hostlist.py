@@ -42,6 +42,9 @@ def written(names: Iterable[str]) -> str:
 def read(text: str) -> list[str]:
     """The names, each once. Raises `ValueError` with a sentence."""
     names: dict[str, None] = {}
+    for bracket, other in ("[]", "]["):
+        if text.count(bracket) > text.count(other):
+            raise ValueError(f"'{text:.40}' has a '{bracket}' without its '{other}'")
     position = 0
     while position < len(text):
         match = PART.match(text, position)

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Final
 
 from coordinator.capacity import credentials
-from coordinator.capacity.driver import CapacityError, State, reverse, unknown_verb
+from coordinator.capacity.driver import CapacityError, State, is_resume, reverse
 from coordinator.capacity.graceful import switch_off
 from coordinator.capacity.running import succeed
-from coordinator.core.capacity_orders import CapacityOrder, Verb
+from coordinator.core.capacity_orders import CapacityOrder
 from coordinator.ports import Clock
 
 PROGRAM: Final = "ipmitool"
@@ -36,16 +36,16 @@ class Ipmi:
     takes_lists: bool = False
 
     def plan(self, order: CapacityOrder) -> list[str]:
-        words = "power on" if self._is_resume(order) else "power soft, and power off if need be"
+        words = "power on" if is_resume("ipmi", order) else "power soft, and power off if need be"
         return [f"ask {self.address_of(node)} of {node} for {words}" for node in order.nodes]
 
     async def state(self, nodes: Sequence[str]) -> Mapping[str, State]:
         return {node: await self._state(node) for node in nodes}
 
     async def apply(self, order: CapacityOrder) -> None:
-        is_resume = self._is_resume(order)
+        on = is_resume("ipmi", order)
         for node in order.nodes:
-            if is_resume:
+            if on:
                 await self._power(node, "on")
             elif await self._state(node) is not State.OFF:
                 await switch_off(
@@ -58,11 +58,6 @@ class Ipmi:
 
     async def roll_back(self, order: CapacityOrder) -> None:
         await self.apply(reverse(order))
-
-    def _is_resume(self, order: CapacityOrder) -> bool:
-        if order.verb not in (Verb.RESUME, Verb.SUSPEND):
-            raise unknown_verb("ipmi", order)
-        return order.verb is Verb.RESUME
 
     async def _power(self, node: str, word: str) -> None:
         await self._ask(node, word)

@@ -25,9 +25,9 @@ import aiohttp
 import orjson
 
 from coordinator.capacity import credentials
-from coordinator.capacity.driver import CapacityError, State, reverse, unknown_verb
+from coordinator.capacity.driver import CapacityError, State, is_resume, reverse
 from coordinator.capacity.graceful import switch_off
-from coordinator.core.capacity_orders import CapacityOrder, Verb
+from coordinator.core.capacity_orders import CapacityOrder
 from coordinator.ports import Clock
 
 ROOT: Final = "/redfish/v1/"
@@ -63,8 +63,8 @@ class Redfish:
     takes_lists: bool = False
 
     def plan(self, order: CapacityOrder) -> list[str]:
-        is_resume = self._is_resume(order)
-        words = "On" if is_resume else "GracefulShutdown, and ForceOff if need be"
+        off = "GracefulShutdown, and ForceOff if need be"
+        words = "On" if is_resume("redfish", order) else off
         return [f"ask {self.address_of(node)} of {node} for {words}" for node in order.nodes]
 
     async def state(self, nodes: Sequence[str]) -> Mapping[str, State]:
@@ -75,7 +75,7 @@ class Redfish:
         return found
 
     async def apply(self, order: CapacityOrder) -> None:
-        wanted = State.ON if self._is_resume(order) else State.OFF
+        wanted = State.ON if is_resume("redfish", order) else State.OFF
         for node in order.nodes:
             async with self._open(node) as bmc:
                 path = await self._system(bmc, node)
@@ -95,11 +95,6 @@ class Redfish:
 
     async def roll_back(self, order: CapacityOrder) -> None:
         await self.apply(reverse(order))
-
-    def _is_resume(self, order: CapacityOrder) -> bool:
-        if order.verb not in (Verb.RESUME, Verb.SUSPEND):
-            raise unknown_verb("redfish", order)
-        return order.verb is Verb.RESUME
 
     async def _system(self, bmc: "_Bmc", node: str) -> str:
         if self.system:

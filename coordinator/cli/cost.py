@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
-from coordinator.cli.settings import BadInput, common_options, settings_of
+from coordinator.cli.settings import CommandFailed, common_options, settings_of
 from coordinator.cli.units import parse_duration
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _remarks(costs: "Costs") -> list[str]:
         found.append(f"no baselines: {costs.baselines_why}")
     if costs.total.unpriced_gpu_hours:
         found.append(
-            f"{costs.total.unpriced_gpu_hours:.1f} GPU-hours have no price and are in no sum but"
+            f"{costs.total.unpriced_gpu_hours:.3g} GPU-hours have no price and are in no sum but"
             " for their energy; say 'owned_usd' in the coordinator's tariffs"
         )
     if costs.prices_source:
@@ -208,11 +208,14 @@ def _write_plot(path: Path, costs: "Costs", begin: datetime, end: datetime) -> N
         for name, points in parts.items()
         if any(usd for _, usd in points)
     ]
-    chart = Chart("Money a day", f"days since {begin:%Y-%m-%d %H:%M} UTC", "US dollars", curves)
+    chart = Chart(
+        "Money a day", f"days since {begin:%Y-%m-%d %H:%M} UTC", "US dollars a day", curves
+    )
     try:
         path.write_text(draw(chart), encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
+    write_notice(f"plot: {path}")
 
 
 def _end_days(begin: datetime, end: datetime) -> float:

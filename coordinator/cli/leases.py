@@ -37,15 +37,16 @@ _ALTERNATIVES = (
 )
 # What the rule looks back to, and a day for a first hour that is not whole.
 PAST_DAYS = 31
+TYPE_OF_FILE = "H100"
 
 
 @click.command(short_help="Recommend what to lease by the month; nothing is leased.")
 @click.option(
     "--demand", type=click.Path(path_type=Path), help="CSV: time, GPUs wanted; instead of asking."
 )
-@click.option("--column", default="demand", show_default=True, help="Of the CSV: the GPUs.")
-@click.option("--gpu-type", default="H100", show_default=True, help="Of the CSV: for its prices.")
-@click.option("--owned", type=click.IntRange(0), default=0, help="Of the CSV: GPUs of your own.")
+@click.option("--column", help="Of the CSV: the GPUs.  [default: demand]")
+@click.option("--gpu-type", help="This type alone; of a CSV, for its prices.  [there: H100]")
+@click.option("--owned", type=click.IntRange(0), help="Of the CSV: GPUs of your own.")
 @click.option("--lease-usd", type=PRICE, help="Of one GPU, an hour, by the month.")
 @click.option("--burst-usd", type=PRICE, help="Of one GPU, an hour, by the hour.")
 @click.option(
@@ -62,10 +63,10 @@ PAST_DAYS = 31
 def leases(
     context: click.Context,
     demand: Path | None,
-    column: str,
-    gpu_type: str,
+    column: str | None,
+    gpu_type: str | None,
     *,
-    owned: int,
+    owned: int | None,
     lease_usd: float | None,
     burst_usd: float | None,
     flexible_ratio: float,
@@ -73,11 +74,12 @@ def leases(
 ) -> None:
     """Say what is worth leasing today, for each type of GPU.
 
-    LEVEL is how many GPUs are needed for more of the time than a lease costs of burst; of what is
-    missing to it a tenth is leased a day at most. ONE MORE is what one GPU more would save in an
-    hour, with what there is. Prices and leases that run are those of the coordinator's
-    configuration (docs/cost.md); without a file demand is what its attempts have held and waited
-    for.
+    LEVEL is how many GPUs are needed for more of the time than a lease costs of burst. What is
+    missing to it is leased in lots, one a day and each a tenth of LEVEL at most: with a LEVEL of
+    495 and 400 owned, 49 of the 95 that are missing. ONE MORE is what one GPU more would save in
+    an hour, with what there is; BOUND BY the rule that had the last word. Prices and leases that
+    run are those of the coordinator's configuration; without a file demand is what its attempts
+    have held and waited for. docs/cost.md has it all.
 
     \b
       baton leases
@@ -86,20 +88,31 @@ def leases(
     from coordinator.core.leasing import Fleet
 
     prices = (lease_usd, burst_usd)
+    if gpu_type is not None:
+        gpu_type = _known_type(gpu_type, prices)
     if demand is not None:
-        cases = [(_hours(demand, column), Fleet(gpu_type, owned), _table(gpu_type))]
+        name = gpu_type or TYPE_OF_FILE
+        cases = [(_hours(demand, column or "demand"), Fleet(name, owned or 0), _table(name))]
     else:
-        cases = _asked(context)
+        for flag, given in (("--column", column), ("--owned", owned)):
+            if given is not None:
+                raise click.UsageError(f"{flag} is about a file: it says nothing without --demand")
+        cases = [each for each in _asked(context) if gpu_type in (None, each[1].gpu_type)]
     solve = _solver() if flexible_ratio else None
     found = []
     for hours, fleet, known in cases:
         terms = _terms(prices, known, node_gpus)
         if terms is None:
-            write_notice(f"{fleet.gpu_type}: there is no price by the month and by the hour")
+            why = f"{fleet.gpu_type}: no price by the month and by the hour is known; give"
+            why += " --lease-usd and --burst-usd"
+            if demand is not None:
+                raise BadInput(why)
+            write_notice(why)
             continue
         found.append(_recommended(hours, fleet, terms, flexible_ratio, solve))
     if not cases:
-        write_notice("nothing is known of demand yet: no GPU was held in a whole hour")
+        what = f" of {gpu_type}" if gpu_type else ""
+        write_notice(f"nothing is known of demand{what} yet: no GPU was held in a whole hour")
     if settings_of(context).as_json:
         write_json(found)
         return
@@ -107,6 +120,21 @@ def leases(
 
 
 _Known = tuple[float | None, float | None]
+
+
+def _known_type(said: str, prices: _Known) -> str:
+    """As the table calls it; a type that it does not have needs both prices."""
+    from coordinator.core import gpu_types
+
+    keys = [each.key for each in gpu_types.TYPES]
+    known = next((key for key in keys if key.lower() == said.lower()), None)
+    found = gpu_types.find(said) if known is None else None
+    if known is None and found is None and None in prices:
+        raise BadInput(
+            f"--gpu-type {said}: there is no such type; known are {', '.join(keys)} (any other with"
+            " --lease-usd and --burst-usd)"
+        )
+    return known or (said if found is None else found.key)
 
 
 def _asked(context: click.Context) -> "list[tuple[list[float], Fleet, _Known]]":
@@ -199,6 +227,8 @@ def _solver() -> "SolveLinear":
 
 
 def _show(found: "list[Recommendation]") -> None:
+    if not found:
+        return
     rows = [
         (
             each.gpu_type,
@@ -222,6 +252,6 @@ def _show(found: "list[Recommendation]") -> None:
                     for one in each.alternatives
                 ],
             )
-    if found:
+    if any(each.alternatives for each in found):
         days = found[0].terms.days
         write_notice(f"expected over {days} days, if demand is as it was; nothing was leased")

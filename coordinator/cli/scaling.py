@@ -156,6 +156,10 @@ def list_(context: click.Context, count: int, gpu_type: str) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
+    if not found:
+        what = f" about {gpu_type}" if gpu_type else ""
+        write_notice(f"there is no decision{what} yet; one is written when nodes have to change")
+        return
     write_table(
         _DECISION_COLUMNS,
         [
@@ -235,7 +239,7 @@ def _show(one: "Decision") -> None:
             said = ", ".join(
                 f"{level} {value:.4g}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
-            click.echo(f"maximum demand {name}: {said}")
+            click.echo(f"maximum demand {name}, GPUs: {said}")
     if one.coverage_ratio is not None:
         click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
     click.echo(f"held back by: {one.rail_reason or 'nothing'}")
@@ -288,8 +292,9 @@ def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:
         raise CommandFailed("there is no demand to be drawn yet: the first step takes ten minutes")
     try:
         path.write_text(
-            draw(Chart("Demand and the fleet", "hours before now", "GPUs", curves)),
+            draw(Chart("Demand and the fleet", "time from now, h", "GPUs", curves)),
             encoding="utf-8",
         )
     except OSError as error:
         raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
+    write_notice(f"plot: {path}")

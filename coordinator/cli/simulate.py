@@ -8,70 +8,46 @@ judged by the simulator's checkers; one that fails them is an error, not a row. 
 the production core where the policy is Baton's.
 """
 
-import dataclasses
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.cli.again import again
 from coordinator.cli.finite import Finite
 from coordinator.cli.fit import Price
-from coordinator.cli.render import Column, write_json, write_notice, write_table
-from coordinator.cli.settings import BadInput, CommandFailed, common_options, settings_of
+from coordinator.cli.render import write_notice
+from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.cli.simulate_cases import CHANCE, read_cases
 from coordinator.cli.simulate_demand import (
     POWER_POLICIES,
     demand_options,
     refuse_demand_options,
     replay_demand,
 )
+from coordinator.cli.simulate_report import (
+    write_figures,
+    write_plots,
+    write_projects,
+    write_rows,
+)
 
 if TYPE_CHECKING:
+    from coordinator.cli.simulate_report import Results
     from coordinator.core.allocation import Aims, Solve
-    from coordinator.sim.journal import Recorded
     from coordinator.sim.model import Outcome, Policy
     from coordinator.sim.report import Figures
-    from coordinator.sim.whatif import Case, Question
-
-    Results = dict[str, dict[str, tuple[Figures, Outcome]]]
+    from coordinator.sim.whatif import Case
 
 POLICIES = (
     "baton", "baton-greedy", "fifo", "fifo-aware", "static", "packing", "per-dollar", "max-min",
     "max-min-blind", "fairness", "makespan",
 )  # fmt: skip
-MS_PER_H = 3_600_000
-LEFT_OUT_NAMED_MAX = 4  # jobs that fit nowhere; more is a list that nobody reads
-MTBF_H_MIN = 0.1  # below, nodes fail faster than anything ends, and the run would not end either
-RATE_ERROR_MAX = 3.0  # beyond that rates are believed twenty times too high or too low
-BEFORE, AFTER, CHANGE = "as it is", "as asked", "change"
-
-_COLUMNS = (
-    Column("MEAN H", right=True),
-    Column("P99 H", right=True),
-    Column("WORST H", right=True),
-    Column("MAKESPAN H", right=True),
-    Column("FAIRNESS P99", right=True),
-    Column("WORST", right=True),
-    Column("BUSY", right=True),
-    Column("WHILE ONE WAITS", right=True),
-    Column("COST", right=True),
-    Column("RESTARTS", right=True),
-    Column("TRACE"),
-)
-# Options of the same names as `[chance]` of a fleet's file has keys.
-_CHANCE = {
-    "node_mtbf_h": "A node fails so often, in hours; 0: never.",
-    "mend_h": "It is mended after so long.",
-    "boot_s": "And boots for so long, as do nodes that are added.",
-    "checkpoint_s": "A job saves after so much training; 0: only when it is stopped.",
-    "save_s": "And stands still for so long meanwhile.",
-    "rate_error": "Deviation of the logarithm of believed rates; 0: they are right.",
-}
 
 
 def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for name, help_text in reversed(_CHANCE.items()):
+    for name, help_text in reversed(CHANCE.items()):
         option = click.option(f"--{name.replace('_', '-')}", name, type=Finite(0), help=help_text)
         command = option(command)
     return command
@@ -177,136 +153,27 @@ def simulate(**given: Any) -> None:
     """
     context = click.get_current_context()
     if given["demand"] is not None:
-        replay_demand(context, given, _again)
+        replay_demand(context, given)
     else:
         refuse_demand_options(context)
         _simulate(context, given)
 
 
 def _simulate(context: click.Context, given: Mapping[str, Any]) -> None:
-    cases = _cases(given)
+    cases = read_cases(given)
     found: Results = {}
     for name in dict.fromkeys(given["policies"]):
         policies = {when: _policy(name, given["balance"], each) for when, each in cases.items()}
         found[name] = {when: _run(each, policies[when]) for when, each in cases.items()}
     if given["plots"] is not None:
-        _write_plots(given["plots"], found, cases)
+        write_plots(given["plots"], found, cases)
     if settings_of(context).as_json:
-        _write_json(found)
+        write_figures(found)
         return
-    _write_table(found)
+    write_rows(found)
     if given["quota"]:
-        _write_projects(found, cases)
-    write_notice(f"again: {_again(context)}")
-
-
-def _cases(given: Mapping[str, Any]) -> "dict[str, Case]":
-    """The fleet as it is, and as it would be where that is asked."""
-    from coordinator.sim.inputs import BadFile
-    from coordinator.sim.whatif import BadQuestion, asked, check_prices, fitting, with_prices
-
-    for name in POWER_POLICIES:
-        if name in given["policies"]:
-            raise BadInput(f"{name} decides which nodes are on: it needs --demand")
-    if "packing" in given["policies"] and given["pairs"] is None:
-        raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
-    prices = dict(given["prices"])
-    try:
-        question = _question(given)
-        case = _case(given, [each.name for each in question.added])
-        case = dataclasses.replace(case, fleet=with_prices(case.fleet, prices))
-        cases = {BEFORE: dataclasses.replace(case, jobs=fitting(case.jobs, case.fleet))}
-        if question.asks:
-            cases[AFTER] = after = asked(case, question, prices)
-            rest = [job for job in case.jobs if job.job_id not in after.left_out]
-            cases[BEFORE] = dataclasses.replace(case, jobs=fitting(rest, case.fleet))
-            _say_of(question, case, cases[AFTER], given["policies"])
-        check_prices(prices, cases.get(AFTER, cases[BEFORE]).fleet)
-    except (BadFile, BadQuestion) as error:
-        raise BadInput(str(error)) from error
-    return cases
-
-
-def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequence[str]) -> None:
-    """What the figures rest on that nobody has told."""
-    for why in list(after.left_out.values())[:LEFT_OUT_NAMED_MAX]:
-        write_notice(f"{why}; it is left out of both")
-    if len(after.left_out) > LEFT_OUT_NAMED_MAX:
-        write_notice(f"so are {len(after.left_out) - LEFT_OUT_NAMED_MAX} jobs more")
-    for name in after.fleet.gpus:
-        if name not in case.fleet.gpus:
-            usd = after.fleet.prices_per_h.get(name, 0.0)
-            write_notice(f"{name}: ${usd:g} an hour each (--price says otherwise)")
-    for project in question.weights:
-        if project not in case.quotas:
-            write_notice(
-                f"project {project} has no quota in --fleet ([projects.{project}]): its jobs count"
-                f" {question.weights[project]:g} times as much instead"
-            )
-    if question.weights and not any(name.startswith("baton") for name in policies):
-        write_notice("--quota changes nothing here: of all policies only Baton's know projects")
-
-
-def _question(given: Mapping[str, Any]) -> "Question":
-    from coordinator.sim.whatif import Question, read_gpus, read_weight
-
-    return Question(
-        added=[read_gpus(text) for text in given["add_nodes"]],
-        removed=[read_gpus(text) for text in given["remove"]],
-        weights=dict(read_weight(text) for text in given["quota"]),
-    )
-
-
-def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
-    """The fleet and the jobs as they are; of types that are added, rates where they are known."""
-    from coordinator.sim.inputs import read_fleet, read_jobs, read_pairs
-    from coordinator.sim.model import Chance
-    from coordinator.sim.whatif import Case
-
-    inputs = None if given["fleet"] is None else read_fleet(given["fleet"], given["seed"])
-    chance = Chance(seed=given["seed"]) if inputs is None else inputs.chance
-    told = {name: given[name] for name in (*_CHANCE, "node_gpus") if given[name] is not None}
-    chance = dataclasses.replace(chance, **told, blind=given["blind"] or chance.blind)
-    if 0 < chance.node_mtbf_h < MTBF_H_MIN:
-        raise BadInput(
-            f"node_mtbf_h is {chance.node_mtbf_h:g}: {MTBF_H_MIN:g} hours at least, or 0"
-        )
-    if chance.rate_error > RATE_ERROR_MAX:
-        raise BadInput(f"rate_error is {chance.rate_error:g}: {RATE_ERROR_MAX:g} at most")
-    pairs = {} if given["pairs"] is None else read_pairs(given["pairs"])
-    if given["journal"] is not None:
-        if given["trace"] is not None:
-            raise BadInput("give TRACE or --journal, not both")
-        types = [] if inputs is None else list(inputs.fleet.gpus)
-        seen = _journal(given["journal"], [*types, *added])
-        fleet = seen.fleet if inputs is None else inputs.fleet
-        quotas = {} if inputs is None else inputs.quotas
-        return Case(seen.jobs, fleet, chance, pairs=pairs, quotas=quotas)
-    if given["trace"] is None or inputs is None:
-        raise BadInput("give TRACE and --fleet, or --journal")
-    jobs = read_jobs(given["trace"], inputs, added)
-    return Case(jobs, inputs.fleet, chance, pairs=pairs, quotas=inputs.quotas)
-
-
-def _journal(path: Path, types: list[str]) -> "Recorded":
-    from coordinator.ports import StoreUnavailable
-    from coordinator.sim.journal import recorded
-    from coordinator.store.reading import read_journal
-
-    try:
-        seen = recorded(read_journal(path), types)
-    except StoreUnavailable as error:
-        raise BadInput(str(error)) from error
-    if not seen.jobs:
-        out = ", ".join(f"{count} {why}" for why, count in seen.left_out.items())
-        raise BadInput(f"{path} has no job to simulate{f' ({out})' if out else ''}")
-    gpus = ", ".join(f"{count} x {name}" for name, count in seen.fleet.gpus.items())
-    out = "".join(f"; {count} left out that {why}" for why, count in seen.left_out.items())
-    write_notice(
-        f"journal: {len(seen.jobs)} jobs on {gpus}; {seen.measured} rates measured,"
-        f" {seen.guessed} estimated; {seen.typical} jobs taken to be as long as others{out}"
-    )
-    return seen
+        write_projects(found, cases)
+    write_notice(f"again: {again(context)}")
 
 
 def _policy(name: str, balance: float, case: "Case") -> "Policy":
@@ -372,129 +239,3 @@ def _run(case: "Case", policy: "Policy") -> "tuple[Figures, Outcome]":
     if wrong:
         raise CommandFailed(f"{policy.name}: the simulation is wrong: {wrong[0]}")
     return report.figures(outcome, known, case.fleet), outcome
-
-
-def _write_json(found: "Results") -> None:
-    rows = []
-    for name, by_case in found.items():
-        for when, (each, _) in by_case.items():
-            where = {"fleet": when} if AFTER in by_case else {}
-            rows.append({"policy": name, **where, **dataclasses.asdict(each)})
-    write_json(rows)
-
-
-def _write_table(found: "Results") -> None:
-    """With a question, what changes by it stands below."""
-    asks = any(AFTER in by_case for by_case in found.values())
-    rows: list[tuple[object, ...]] = []
-    for name, by_case in found.items():
-        for when, (each, _) in by_case.items():
-            rows.append((name, *((when,) if asks else ()), *_cells(each)))
-        if asks:
-            rows.append((name, CHANGE, *_changes(by_case[BEFORE][0], by_case[AFTER][0])))
-    named = (Column("POLICY"), *((Column("FLEET"),) if asks else ()))
-    write_table((*named, *_COLUMNS), rows)
-
-
-def _write_projects(found: "Results", cases: "Mapping[str, Case]") -> None:
-    """Whose jobs gain by a quota, and whose lose: mean completion by project."""
-    columns = [Column("POLICY"), Column("PROJECT"), Column("JOBS", right=True)]
-    columns += [Column(f"MEAN H {words.upper()}", right=True) for words in (BEFORE, AFTER, CHANGE)]
-    rows = []
-    projects = sorted({job.project for job in cases[BEFORE].jobs})
-    for name, by_case in found.items():
-        for project in projects:
-            jobs = [job for job in cases[BEFORE].jobs if job.project == project]
-            before, after = (
-                sum(by_case[when][1].finished_ms[job.job_id] - job.arrival_ms for job in jobs)
-                / len(jobs)
-                / MS_PER_H
-                for when in (BEFORE, AFTER)
-            )
-            change = f"{after / before - 1:+.1%}" if before else None
-            cells = (f"{before:.2f}", f"{after:.2f}", change)
-            rows.append((name, project, len(jobs), *cells))
-    write_table(columns, rows)
-
-
-def _write_plots(folder: Path, found: "Results", cases: "Mapping[str, Case]") -> None:
-    from coordinator.sim import plots
-
-    runs = []
-    for name, by_case in found.items():
-        for when, (_, outcome) in by_case.items():
-            case = cases[when]
-            known = {job.job_id: job for job in case.jobs}
-            label = f"{name}, {when}" if AFTER in cases else name
-            runs.append(plots.Shown(label, outcome, known, case.fleet))
-    drawn = plots.files(runs)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in drawn.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{folder} cannot be written ({error.strerror or error})") from error
-    write_notice(f"plots: {len(drawn)} files in {folder}")
-
-
-def _cells(found: "Figures") -> tuple[object, ...]:
-    return (
-        *(f"{hours:.2f}" for hours in _hours(found)),
-        *(f"{ratio:.2f}" for ratio in (found.fairness.p99, found.fairness.worst)),
-        *(f"{ratio:.1%}" for ratio in (found.busy_ratio, found.busy_waiting_ratio)),
-        f"{found.provisioned_cost:.0f}",
-        found.restarts,
-        found.trace_hash,
-    )
-
-
-def _hours(found: "Figures") -> tuple[float, ...]:
-    spread = found.completion_h
-    return spread.mean, spread.p99, spread.worst, found.makespan_h
-
-
-def _changes(before: "Figures", after: "Figures") -> tuple[object, ...]:
-    """Percent of what it was; of shares of time, points."""
-
-    def relative(one: float, other: float) -> str | None:
-        return f"{other / one - 1:+.1%}" if one else None
-
-    pairs = zip(_hours(before), _hours(after), strict=True)
-    return (
-        *(relative(one, other) for one, other in pairs),
-        relative(before.fairness.p99, after.fairness.p99),
-        relative(before.fairness.worst, after.fairness.worst),
-        f"{100 * (after.busy_ratio - before.busy_ratio):+.1f}",
-        f"{100 * (after.busy_waiting_ratio - before.busy_waiting_ratio):+.1f}",
-        relative(before.provisioned_cost, after.provisioned_cost),
-        f"{after.restarts - before.restarts:+d}",
-        "",
-    )
-
-
-def _again(context: click.Context) -> str:
-    """The command with everything that it was given, and the seed whether or not it was."""
-    words = ["baton simulate"]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        always = parameter.name in ("policies", "seed", "balance")
-        if parameter.name is None or value is None or value is False or not parameter.expose_value:
-            continue
-        given = context.get_parameter_source(parameter.name)
-        if given is click.core.ParameterSource.DEFAULT and not always:
-            continue
-        words += _said(parameter, value)
-    return " ".join(words)
-
-
-def _said(parameter: click.Parameter, value: Any) -> list[str]:
-    if isinstance(parameter, click.Argument):
-        return [shlex.quote(str(value))]
-    flag = parameter.opts[0]
-    if value is True:
-        return [flag]
-    found = []
-    for each in value if parameter.multiple else (value,):
-        text = "=".join(map(str, each)) if isinstance(each, tuple) else f"{each}"
-        found.append(f"{flag} {shlex.quote(text)}")
-    return found

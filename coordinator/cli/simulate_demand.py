@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coordinator.cli.again import again
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
 
@@ -68,16 +69,15 @@ def demand_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def replay_demand(
-    context: click.Context, given: Mapping[str, Any], again: Callable[[click.Context], str]
-) -> None:
-    """What `simulate` does with a series; `again` says how it was called."""
+def replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
+    """What `simulate` does with a series."""
     for flag in _said(context, [name for name in given if name not in OF_BOTH + OF_DEMAND]):
         raise BadInput(f"--demand replays nodes, not jobs: {flag} says nothing there")
+    policies = given["policies"]
     if context.get_parameter_source("policies") is click.core.ParameterSource.DEFAULT:
-        context.params["policies"] = (OURS, *POWER_POLICIES)
+        policies = (OURS, *POWER_POLICIES)
     as_json = settings_of(context).as_json
-    _simulate(given, context.params["policies"], as_json=as_json)
+    _simulate(given, policies, as_json=as_json)
     if not as_json:
         write_notice(f"again: {again(context)}")
 
@@ -102,7 +102,7 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
     """Replay the series under these policies, and print a row for each."""
     from coordinator.forecast.demand_file import BadDemand, read_series
     from coordinator.sim.capacity_inputs import read_boxes
-    from coordinator.sim.inputs import BadFile
+    from coordinator.sim.toml_file import BadFile
 
     for name in policies:
         if name not in (OURS, *POWER_POLICIES):

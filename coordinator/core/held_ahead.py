@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.core import foresight
-from coordinator.core.demand_history import Series, matches
+from coordinator.core.demand_history import MINUTE_MS, Series, matches
 from coordinator.core.demand_messages import HeldAhead
 from coordinator.core.model import Attempt
 from coordinator.core.state import Instant, State
 
 # Whoever has just begun has not lived for no time at all: most that fail do so within it.
-AGE_MS_MIN: Final = 60_000
+AGE_MS_MIN: Final = MINUTE_MS
 # Where it is asked each minute, in the loop: of more than these every second is looked at, or every
 # third, and so on, some microseconds each.
 HOLDERS_MAX: Final = 1_000

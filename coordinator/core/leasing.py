@@ -13,9 +13,11 @@ the next that it was the wrong one. So, once a day and for each type of GPU:
    of the last term as its lease would have cost is leased although the level is lower; and none is
    that was not worth its lease over the last day, whatever the level says. The first follows a
    rise, the second stops at once when demand collapses.
-3. *Staggered.* Of what is missing to the level a tenth of it is leased a day at most, so what is
-   leased runs out a bit each day as well, and nothing is renewed above the level. More than a
-   seventh would bet a month on a day or two.
+3. *Staggered.* What is missing to the level is leased in lots, one a day and each a tenth of the
+   level at most (and always as much as can be leased at all): at a level of 495 with 400 owned, 49
+   of the 95 missing ones today and the rest tomorrow. So what is leased runs out a bit each day as
+   well, and nothing is renewed above the level. More than a seventh would bet a month on a day or
+   two.
 
 `DAYS` and `LOT_RATIO` are among the best on one series (Venus, `bench/scaling_leases.py`), not on
 the one with the collapse.
@@ -101,8 +103,8 @@ class Alternative:
 class Recommendation:
     """`quantiles` are those of demand at `LEVELS`; `level_gpus` counts what is owned. `lease_gpus`
     more should be leased today. `bound` is the rule that has the last word: "level", "break-even
-    rise", "break-even fall", "a part a day", or "no history". `worth_usd` is of one GPU more, an
-    hour."""
+    rise", "break-even fall", "a part a day", "whole lots", "price" or "no history" (docs/cost.md
+    explains them). `worth_usd` is of one GPU more, an hour."""
 
     gpu_type: str
     unix_ms: int
@@ -172,7 +174,8 @@ def recommend(
             fleet.gpu_type, unix_ms, terms, fleet.owned_gpus, leased, 0, there, "no history", said
         )
     day = _Day(hours, likely(hours), fleet, leased, terms, flexible or Flexible(), solve)
-    level, rule = _level(day)
+    found = _level(day)
+    level = found.gpus
     wanted = _units(level - day.there, terms.unit_gpus)
     # A part of a small level may be less than what can be leased at all.
     lease = min(wanted, max(terms.unit_gpus, _units(level * terms.lot_ratio, terms.unit_gpus)))
@@ -184,8 +187,8 @@ def recommend(
         leased,
         lease,
         round(level),
-        "a part a day" if lease < wanted else rule,
-        _sentence(day, round(level), lease, rule),
+        _bound(day, found, lease, wanted),
+        _sentence(day, found, lease),
         _worth_usd(day),
         tuple(day.demand.quantile(ratio) for ratio in LEVELS),
         _alternatives(day, round(level), lease),
@@ -210,18 +213,36 @@ class _Day:
         return self.fleet.owned_gpus + self.leased
 
 
-def _level(day: _Day) -> tuple[float, str]:
-    """How many GPUs are worth having without burst, and which rule says so."""
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """How many GPUs are worth having without burst, which rule says so, and how many it were before
+    a fall."""
+
+    gpus: float
+    rule: str
+    before_gpus: float
+
+
+def _level(day: _Day) -> _Level:
     if day.terms.used_ratio >= 1:
-        return 0.0, "level"
-    level, bound = _level_over(day, DAYS), "level"
+        return _Level(0.0, "price", 0.0)
+    level, rule = _level_over(day, DAYS), "level"
     rise = _level_over(day, (day.terms.days,))
     if rise > level:
-        level, bound = rise, "break-even rise"
+        level, rule = rise, "break-even rise"
     fall = _level_over(day, DAYS[:1]) if _last(day.hours, DAYS[0]) else level
     if fall < level:
-        level, bound = fall, "break-even fall"
-    return level, bound
+        return _Level(fall, "break-even fall", level)
+    return _Level(level, rule, level)
+
+
+def _bound(day: _Day, level: _Level, lease: int, wanted: int) -> str:
+    """The rule that has the last word."""
+    if lease < wanted:
+        return "a part a day"
+    # Less is missing than can be leased at all.
+    is_less = not wanted and round(level.gpus) > day.there
+    return "whole lots" if is_less else level.rule
 
 
 def _level_over(day: _Day, days: Sequence[int]) -> float:
@@ -280,24 +301,33 @@ def _expected_usd(day: _Day, leased: int) -> float:
     return hours * (day.terms.lease_usd * leased + day.terms.burst_usd * over)
 
 
-def _sentence(day: _Day, level: int, lease: int, rule: str) -> str:
-    terms, there = day.terms, day.there
+def _sentence(day: _Day, level: _Level, lease: int) -> str:
+    terms, gpus = day.terms, round(level.gpus)
     have = f"{day.fleet.owned_gpus} are owned and {day.leased} leased"
-    level_said = (
-        f"{level} GPUs are needed for more than {100 * min(1.0, terms.used_ratio):.0f}% of the time"
-    )
+    if level.rule == "price":
+        return (
+            f"lease nothing: a lease at ${terms.lease_usd:.2f} an hour is no cheaper than burst at"
+            f" ${terms.burst_usd:.2f}, which is paid for only while it is used; {have}"
+        )
     why = {
         "break-even rise": ", counting the last term alone",
-        "break-even fall": " of the last day, fewer than before",
+        "break-even fall": f" of the last day, and before that it was {level.before_gpus:.0f}",
         "level": "",
-    }[rule]
-    if not lease:
-        return f"lease nothing: {level_said}{why}; {have}"
-    more = f" of {level - there} that are missing" if lease < level - there else ""
-    return (
-        f"lease {lease}{more} for {terms.days} days at ${terms.lease_usd:.2f} an hour: "
-        f"{level_said}{why}, where burst at ${terms.burst_usd:.2f} is dearer; {have}"
-    )
+    }[level.rule]
+    needed = f"{gpus} GPUs are needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
+    missing = gpus - day.there
+    if lease:
+        more = f" of {missing} that are missing" if lease < missing else ""
+        return (
+            f"lease {lease}{more} for {terms.days} days at ${terms.lease_usd:.2f} an hour: "
+            f"{needed}, where burst at ${terms.burst_usd:.2f} is dearer; {have}"
+        )
+    if missing > 0:
+        return f"lease nothing: {missing} are missing, fewer than a lot of {terms.unit_gpus}: " + (
+            f"{needed}; {have}"
+        )
+    by = " by break-even" if level.before_gpus > max(day.there, level.gpus) else ""
+    return f"lease nothing{by}: {needed}; {have}"
 
 
 def _last(hours: Sequence[float], days: int) -> list[float]:

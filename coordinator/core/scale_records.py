@@ -17,7 +17,6 @@ from dataclasses import dataclass
 # The newest are kept: a fleet of a few types that changes every ten minutes fills a day with some
 # hundreds. Two kilobytes each.
 RECORDS_MAX = 1_000
-MINUTE_MS = 60_000
 MINUTES_PER_H = 60
 # What came is known well enough to judge by when most of its minutes are.
 KNOWN_RATIO_MIN = 0.8

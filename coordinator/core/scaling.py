@@ -461,9 +461,11 @@ def _alternatives(
 def _sentence(draft: _Draft, outlook: Outlook, wanted: _Wanted, done: _Done) -> str:
     name, rules = outlook.gpu_type, draft.rules
     parts = []
-    for boxes, verb in zip(done.boxes, ("start", "go off", "are given back"), strict=True):
+    verbs = (("starts", "start"), ("goes off", "go off"), ("is given back", "are given back"))
+    for boxes, (one, several) in zip(done.boxes, verbs, strict=True):
         if boxes:
-            parts.append(f"{len(boxes)} of {name} {verb} ({_names(boxes)})")
+            does = f"node of {name} {one}" if len(boxes) == 1 else f"nodes of {name} {several}"
+            parts.append(f"{len(boxes)} {does} ({_names(boxes)})")
     if done.rented_gpus:
         parts.append(f"{done.rented_gpus} GPUs of {name} are rented by the hour")
     said = "; ".join(parts) or f"nothing of {name} is switched"

@@ -38,7 +38,7 @@ def backtest(
     ahead = forecaster.ahead
     losses, persistence_losses, demand = [], [], []
     covered = 0
-    for step, gpus in enumerate(values[: len(values) - ahead]):
+    for step, gpus in enumerate(values[: max(0, len(values) - ahead)]):
         forecaster.observe(gpus)
         actual = values[step + ahead]
         full_hour = (first_step + step + 1) % per_hour == 0

@@ -4,14 +4,15 @@
     2026-03-01T00:00,602
     2026-03-01T00:10,599
 
-An empty cell is a gap: an outage, or a collector that was away. A missing line is one too. What is
-not a number, not in order or not on the grid is an error that names the line.
+Times are by UTC, or say their offset from it. An empty cell is a gap: an outage, or a collector
+that was away. A missing line is one too. What is not a number, not in order or not on the grid is
+an error that names the line.
 """
 
 import csv
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -42,7 +43,7 @@ class Series:
 def read_series(path: Path, column: str = "demand") -> Series:
     """The series in this column."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             names = list(reader.fieldnames or [])
             for needed in ("time", column):
@@ -54,8 +55,10 @@ def read_series(path: Path, column: str = "demand") -> Series:
                 (_time(path, reader.line_num, row), _gpus(path, reader.line_num, row, column))
                 for row in reader
             ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadDemand(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise BadDemand(f"{path} cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadDemand(f"{path} is no CSV file in UTF-8") from error
     if len(rows) < 3:
         raise BadDemand(f"{path} has {len(rows)} lines; a series needs three at least")
     return _on_grid(path, rows)
@@ -87,8 +90,9 @@ def _on_grid(path: Path, rows: list[tuple[datetime, float]]) -> Series:
 
 def _time(path: Path, line: int, row: dict[str, str]) -> datetime:
     try:
-        return datetime.fromisoformat(row["time"])
-    except (TypeError, ValueError):
+        at = datetime.fromisoformat(row["time"])
+        return at.astimezone(UTC).replace(tzinfo=None) if at.tzinfo else at
+    except (TypeError, ValueError, OverflowError):
         raise BadDemand(f"{path}, line {line}: {row['time']!r} is not an ISO time") from None
 
 

@@ -24,9 +24,12 @@ import msgspec
 from coordinator.core.guard_rails import Bounds
 from coordinator.core.scaling import Rules
 from coordinator.sim.capacity_replay import BUSY_W, IDLE_W, OFF_W, Boxes
-from coordinator.sim.inputs import BadFile
+from coordinator.sim.toml_file import BadFile, check_number, read_toml
 
 NODES_MAX: Final = 10_000  # each is looked at at each step
+BOOT_S_MAX: Final = 86_400.0
+# Where waiting or idling costs nothing, there is nothing to decide.
+ABOVE_0: Final = ("gpus_per_node", "boot_s", "busy_w", "wait_usd_per_gpu_h", "idle_usd_per_gpu_h")
 
 
 class BoxesFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,17 +56,18 @@ class PowerInputs:
 
 def read_boxes(path: Path | None, most_gpus: float) -> PowerInputs:
     """The fleet of this file, or one of the defaults that holds the most that is wanted."""
-    said = BoxesFile() if path is None else _read(path)
+    said = BoxesFile() if path is None else read_toml(path, BoxesFile)
     named = path or "the fleet"
-    numbers = [each for each in msgspec.structs.astuple(said) if not isinstance(each, str)]
-    if not all(0 <= number < math.inf for number in numbers):
-        raise BadFile(f"{named}: no number is negative or infinite")
-    if said.gpus_per_node < 1 or not 0 < said.boot_s <= 86_400:
-        raise BadFile(f"{named}: a node has a GPU at least, and boots within a day")
-    if said.idle_usd_per_gpu_h == 0 or said.wait_usd_per_gpu_h == 0:
-        raise BadFile(f"{named}: waiting and idling cost something, or there is nothing to decide")
-    if not said.off_w <= said.idle_w <= said.busy_w or said.busy_w == 0:
-        raise BadFile(f"{named}: a node takes most when busy (busy_w) and least when off (off_w)")
+    for key, value in msgspec.structs.asdict(said).items():
+        if not isinstance(value, str):
+            check_number(named, key, value, above=key in ABOVE_0)
+    if said.boot_s > BOOT_S_MAX:
+        raise BadFile(f"{named}: boot_s is {said.boot_s:g}; a node boots within a day")
+    if not said.off_w <= said.idle_w <= said.busy_w:
+        raise BadFile(
+            f"{named}: busy_w is {said.busy_w:g}, idle_w {said.idle_w:g} and off_w {said.off_w:g};"
+            " a node takes most when busy and least when off"
+        )
     nodes = said.nodes or max(1, math.ceil(most_gpus / said.gpus_per_node))
     if nodes > NODES_MAX:
         raise BadFile(f"{named}: {nodes} nodes; {NODES_MAX} at most")
@@ -83,12 +87,3 @@ def read_boxes(path: Path | None, most_gpus: float) -> PowerInputs:
         bounds=Bounds(spares_min=said.spares),
     )
     return PowerInputs(fleet, rules)
-
-
-def _read(path: Path) -> BoxesFile:
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=BoxesFile)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except msgspec.DecodeError as error:
-        raise BadFile(f"{path}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Final
 
 from coordinator.sim.capacity_replay import HOUR_MS, Boxes, PowerOutcome, Step
 from coordinator.sim.capacity_report import DAY_H, power_w
-from coordinator.sim.svg import HEIGHT, WIDTH, Chart, Curve, draw
+from coordinator.sim.svg import Chart, Curve, stack
 
 BINS: Final = 300
 TIME: Final = "time since the replay began, h"
@@ -40,14 +40,7 @@ def drawing(runs: Mapping[str, PowerOutcome], fleet: Boxes) -> str:
         Chart(f"Nodes: {name}", TIME, "nodes", detail, y_max=fleet.nodes * 1.05),
         Chart("Energy of nodes", TIME, "US dollars a day", money),
     )
-    parts = [
-        f'<g transform="translate(0 {HEIGHT * n})">{draw(c)}</g>' for n, c in enumerate(charts)
-    ]
-    height = HEIGHT * len(charts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
-        f' viewBox="0 0 {WIDTH} {height}">\n' + "\n".join(parts) + "</svg>\n"
-    )
+    return stack(charts)
 
 
 def _course(run: PowerOutcome, of: Callable[[Step], float]) -> Sequence[tuple[float, float]]:

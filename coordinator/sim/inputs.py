@@ -25,7 +25,6 @@ an empty cell: it cannot run there.
 
 import csv
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ import msgspec
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.quotas import Quota
 from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
+from coordinator.sim.toml_file import BadFile, check_number, read_toml
 
 JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
 # A job that takes longer where it is fastest is a mistake in a rate; the clock would tick for ever.
@@ -45,10 +45,6 @@ CLASSES: Final = {each.value: rank for each, rank in CLASS_RANK.items()}
 REQUIRED: Final = ("job", "arrival_s", "gpus", "steps")
 PAIR_COLUMNS: Final = ("gpu_type", "model", "beside", "steps_per_s")
 OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
-
-
-class BadFile(ValueError):
-    """A file cannot be used; the text is a sentence that names the place."""
 
 
 class GpuType(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,35 +95,33 @@ class Inputs:
 
 def read_fleet(path: Path, seed: int) -> Inputs:
     """The fleet, and its chances with this seed."""
-    try:
-        said = msgspec.toml.decode(path.read_bytes(), type=FleetFile)
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except msgspec.DecodeError as error:
-        raise BadFile(f"{path}: {error}") from error
-    table = said.chance
-    if not said.gpus or any(
-        each.count < 1 or not 0 <= each.price_per_h < math.inf for each in said.gpus.values()
-    ):
-        raise BadFile(f"{path}: each GPU type needs a count of 1 or more and no negative price")
-    if not all(0 <= number < math.inf for number in msgspec.structs.astuple(table)):
-        raise BadFile(f"{path}: every number in [chance] is 0 or more")
-    if table.node_gpus < 1 or not 0 <= said.restart_s < math.inf:
-        raise BadFile(f"{path}: node_gpus is 1 or more, restart_s is not negative")
-    if any(each.gpu_hours_per_day < 0 or each.weight <= 0 for each in said.projects.values()):
-        raise BadFile(f"{path}: a project has no negative hours, and a weight above 0")
-    for name in said.gpus:
-        if name in (*REQUIRED, *OPTIONAL):
-            raise BadFile(f"{path}: a GPU type cannot be called {name!r}, as a column is")
+    said = read_toml(path, FleetFile)
+    _check_fleet(path, said)
     fleet = Fleet(
         {name: each.count for name, each in said.gpus.items()},
         {name: each.price_per_h for name, each in said.gpus.items()},
     )
-    chance = Chance(seed=seed, **msgspec.structs.asdict(table))
+    chance = Chance(seed=seed, **msgspec.structs.asdict(said.chance))
     quotas = {
         name: Quota(each.gpu_hours_per_day, each.weight) for name, each in said.projects.items()
     }
     return Inputs(fleet, chance, said.restart_s, quotas)
+
+
+def _check_fleet(path: Path, said: FleetFile) -> None:
+    if not said.gpus:
+        raise BadFile(f"{path}: there is no GPU type; [gpus.NAME] is one")
+    for name, each in said.gpus.items():
+        if name in (*REQUIRED, *OPTIONAL):
+            raise BadFile(f"{path}: a GPU type cannot be called {name!r}, as a column is")
+        check_number(path, f"gpus.{name}.count", each.count, above=True)
+        check_number(path, f"gpus.{name}.price_per_h", each.price_per_h)
+    for key, number in msgspec.structs.asdict(said.chance).items():
+        check_number(path, f"chance.{key}", number, above=key == "node_gpus")
+    check_number(path, "restart_s", said.restart_s)
+    for name, quota in said.projects.items():
+        check_number(path, f"projects.{name}.gpu_hours_per_day", quota.gpu_hours_per_day)
+        check_number(path, f"projects.{name}.weight", quota.weight, above=True)
 
 
 def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[SimJob]:

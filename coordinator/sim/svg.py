@@ -16,6 +16,10 @@ WIDTH, HEIGHT = 900, 460
 LEFT, RIGHT, TOP, BOTTOM = 76, 230, 48, 58
 TICKS: Final = 6
 LEGEND_LINE: Final = 20
+LEGEND_X: Final = WIDTH - RIGHT + 16
+# A character is so wide at most, on average, in the legend and in the title; fonts differ.
+LEGEND_PX: Final = 8.0
+TITLE_PX: Final = 11.0
 COLOURS: Final = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b0a000",
 )  # fmt: skip
@@ -99,7 +103,7 @@ def round_step(least: float) -> float:
 
 def draw(chart: Chart) -> str:
     """The text of an SVG file."""
-    height = max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * (len(chart.curves) + len(chart.bands)))
+    height, width = _height(chart), _width(chart)
     points = [point for curve in chart.curves for line in curve.lines for point in line]
     points += [(x, high) for band in chart.bands for x, _, high in band.points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
@@ -107,20 +111,46 @@ def draw(chart: Chart) -> str:
     y_high = chart.y_max or max(ys, default=0.0) * 1.05 or 1.0
     y_scale = _Scale(0.0, y_high, height - BOTTOM, TOP)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
-        f' viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+        f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         _text(LEFT, 28, chart.title, "start", 'font-size="16" font-weight="bold"'),
         *_axes(chart, x_scale, y_scale, height),
     ]
     for number, band in enumerate(chart.bands):
-        parts += _band(band, len(chart.curves) + number, x_scale, y_scale)
+        lines = _band(band, len(chart.curves) + number, x_scale, y_scale)
+        parts += [*lines[:-1], *lines[-2:-1] * number, lines[-1]]
     if chart.mark_x is not None and x_scale.low < chart.mark_x < x_scale.high:
         x = x_scale.at(chart.mark_x)
         parts.append(_line(x, TOP, x, height - BOTTOM, "#888888"))
     for number, curve in enumerate(chart.curves):
         parts += _curve(curve, number, x_scale, y_scale)
     return "\n".join([*parts, "</svg>", ""])
+
+
+def stack(charts: Sequence[Chart]) -> str:
+    """The text of an SVG file with charts below one another."""
+    parts, top = [], 0
+    width = max(map(_width, charts), default=WIDTH)
+    for chart in charts:
+        parts.append(f'<g transform="translate(0 {top})">{draw(chart)}</g>')
+        top += _height(chart)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}"'
+        f' viewBox="0 0 {width} {top}">\n' + "\n".join(parts) + "</svg>\n"
+    )
+
+
+def _height(chart: Chart) -> int:
+    """As much as the legend needs, at least."""
+    return max(HEIGHT, TOP + BOTTOM + LEGEND_LINE * (len(chart.curves) + len(chart.bands)))
+
+
+def _width(chart: Chart) -> int:
+    """As much as the longest word of the legend and the title need, at least."""
+    names = [curve.name for curve in chart.curves] + [band.name for band in chart.bands]
+    legend = LEGEND_X + 33 + LEGEND_PX * max(map(len, names), default=0)
+    return max(WIDTH, math.ceil(legend), math.ceil(LEFT + TITLE_PX * len(chart.title)))
 
 
 def _scale_x(xs: Sequence[float], log: bool) -> _Scale:
@@ -158,7 +188,7 @@ def _curve(curve: Curve, index: int, x_scale: _Scale, y_scale: _Scale) -> list[s
         f'fill="none" stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="1.8"'
         f' stroke-dasharray="{dash}" stroke-linejoin="round"'
     )
-    x, y = WIDTH - RIGHT + 16, TOP + 8 + LEGEND_LINE * index
+    x, y = LEGEND_X, TOP + 8 + LEGEND_LINE * index
     drawn = [
         f'<polyline points="{_path(line, curve.steps, x_scale, y_scale)}" {style}/>'
         for line in curve.lines
@@ -185,7 +215,7 @@ def _band(band: Band, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]
     upper = [(x, high) for x, _, high in band.points]
     lower = [(x, low) for x, low, _ in reversed(band.points)]
     style = f'fill="{BAND_COLOUR}" fill-opacity="{BAND_OPACITY}" stroke="none"'
-    x, y = WIDTH - RIGHT + 16, TOP + 8 + LEGEND_LINE * index
+    x, y = LEGEND_X, TOP + 8 + LEGEND_LINE * index
     return [
         f'<polygon points="{_path([*upper, *lower], False, x_scale, y_scale)}" {style}/>',
         f'<rect x="{x}" y="{y - 6}" width="26" height="12" {style}/>',

@@ -40,6 +40,38 @@ def test_what_cannot_be_seen_is_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "n2: in no group of 'capacity'"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config="], ["n[", "--config="]])
-def test_wrong_usage_is_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "NODES comes first"),
+        (["--config="], "NODES comes first"),
+        (["n[01-02", "--config="], "'n[01-02' has a '[' without its ']'"),
+        (["n1]", "--config="], "'n1]' has a ']' without its '['"),
+    ],
+)
+def test_wrong_usage_is_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["n1", "--help"]])
+def test_help_is_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert ("--config PATH" in said.out, "Exit status" in said.out, said.err) == (True, True, "")
+
+
+def test_the_configuration_that_was_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "coordinator.toml"
+    path.write_text("log_level = 'info'\n")
+    assert main(["n1", "--config", str(path)]) == 1
+    assert f"there is no 'capacity': file {path} was read" in capsys.readouterr().err
+    path.write_text("[capacity.all]\nnodes = 'n1'\ndriver = 'simulated'\n")
+    assert main(["n1", "--config", str(path)]) == 0
+    assert f"'capacity' is from file {path}\n" in capsys.readouterr().err
+    assert main(["n1", "--config="]) == 1
+    assert "no file was read" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_lists_of_others_are_read(text: str, names: str) -> None:
     "text", ["n[", "n]", "n[]", "n[2-1]", "n[a]", "a,", ",a", "a b", "n[1-2", f"n[0-{HOSTS_MAX}]"]
 )
 def test_what_is_no_list_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"list|range|brackets|comma"):
+    with pytest.raises(ValueError, match=r"list|range|brackets|comma|without its"):
         read(text)
 
 

@@ -125,7 +125,7 @@ def test_the_plot(baton: Baton, fake: FakeCoordinator, tmp_path: Path) -> None:
 def test_a_plot_that_cannot_be_written(baton: Baton, fake: FakeCoordinator, tmp_path: Path) -> None:
     fake.answers["GetCosts"] = [answer()]
     result = baton("cost", "--plot", str(tmp_path / "no" / "out.svg"), *SPAN)
-    assert (result.exit_code, "cannot write" in result.stderr) == (2, True)
+    assert (result.exit_code, "cannot be written" in result.stderr) == (1, True)
 
 
 def test_a_span_that_cannot_be(baton: Baton) -> None:

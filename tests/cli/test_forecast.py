@@ -70,6 +70,17 @@ def test_one_that_has_not_seen_much_is_asked_for_minutes(
     assert "once a minute and has seen 0 so far" in result.stderr
 
 
+@pytest.mark.parametrize("steps", [3, 40, 59, 60, 61])
+def test_a_series_shorter_than_the_horizon_is_too_short_to_be_judged(
+    baton: Baton, fake: FakeCoordinator, steps: int
+) -> None:
+    """By the minute an hour is sixty steps; a coordinator of its first hour has fewer."""
+    fake.answers["GetDemand"] = [told(*[4.0] * steps, period_min=1)]
+    result = baton("forecast", "--ahead", "1")
+    assert result.exit_code == 0, result.output
+    assert "the series is too short to judge forecasts of 1 h" in result.stderr
+
+
 def test_what_is_saved_is_read_again(baton: Baton, fake: FakeCoordinator, tmp_path: Path) -> None:
     fake.answers["GetDemand"] = [told(*days(3))]
     path = tmp_path / "demand.csv"

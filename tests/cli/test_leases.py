@@ -28,6 +28,39 @@ def test_from_a_file(baton: Baton, demand: Path) -> None:
     assert "nothing was leased" in result.stderr
 
 
+def test_a_type_that_nobody_knows_is_wrong_usage(baton: Baton, demand: Path) -> None:
+    """And no empty answer; with both prices any type will do."""
+    result = baton("leases", "--demand", str(demand), "--gpu-type", "Foo")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--gpu-type Foo: there is no such type; known are B200, H200 NVL, H200" in result.stderr
+    asked = baton("leases", "--gpu-type", "Foo")
+    assert (asked.exit_code, "known are B200" in asked.stderr) == (2, True)
+    prices = ("--lease-usd", "1", "--burst-usd", "2")
+    other = baton("leases", "--demand", str(demand), "--gpu-type", "Foo", *prices)
+    assert (other.exit_code, "Foo: lease 10 of 100" in other.stdout) == (0, True)
+
+
+def test_a_known_type_without_a_public_price_asks_for_yours(baton: Baton, demand: Path) -> None:
+    result = baton("leases", "--demand", str(demand), "--gpu-type", "l40s")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "L40S: no price" in result.stderr
+    assert "--lease-usd and --burst-usd" in result.stderr
+
+
+def test_a_lease_that_is_dearer_than_burst_is_said_to_be(baton: Baton, demand: Path) -> None:
+    prices = ("--lease-usd", "3", "--burst-usd", "2")
+    said = baton("leases", "--demand", str(demand), *prices).stdout
+    assert "a lease at $3.00 an hour is no cheaper than burst at $2.00" in said
+
+
+@pytest.mark.parametrize("option", [("--owned", "3"), ("--column", "gpus")])
+def test_what_is_about_a_file_says_nothing_without_one(
+    baton: Baton, option: tuple[str, str]
+) -> None:
+    result = baton("leases", *option)
+    assert (result.exit_code, "nothing without --demand" in result.stderr) == (2, True)
+
+
 def test_the_document(baton: Baton, demand: Path) -> None:
     said = ("--lease-usd", "1", "--burst-usd", "2", "--node-gpus", "8", "--flexible", "0.5")
     (found,) = json.loads(baton("leases", "--json", "--demand", str(demand), *said).stdout)
@@ -71,15 +104,23 @@ def test_from_the_coordinator(baton: Baton, fake: FakeCoordinator) -> None:
     (found,) = json.loads(result.stdout)
     assert (found["owned_gpus"], found["leased_gpus"], found["level_gpus"]) == (10, 20, 50)
     assert found["lease_gpus"] == 5
-    assert "Frobnicator: there is no price" in result.stderr
+    assert "Frobnicator: no price" in result.stderr
+    (one,) = json.loads(baton("leases", "--json", "--gpu-type", "h100").stdout)
+    assert one["gpu_type"] == "H100"
+    other = baton("leases", "--gpu-type", "A10")
+    assert "nothing is known of demand of A10 yet" in other.stderr
 
 
 def test_before_anything_has_run(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["GetCosts"] = [pb.GetCostsResponse()]
     result = baton("leases")
     assert (result.exit_code, "nothing is known of demand yet" in result.stderr) == (0, True)
+    assert result.stdout == "", "no table without a line"
 
 
 def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
     result = baton("leases", "--demand", str(tmp_path / "none.csv"))
-    assert (result.exit_code, "cannot read" in result.stderr) == (2, True)
+    assert (result.exit_code, "cannot be read (No such file or directory)" in result.stderr) == (
+        2,
+        True,
+    )

@@ -62,10 +62,10 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     result = baton("scale", "explain", "scale-7")
     assert result.exit_code == 0
     for part in (
-        "scale-7: 1 of H100 go off (n3)",
+        "scale-7: 1 node of H100 goes off (n3)",
         "4 on or starting, 1 run, 2 wait, 3 of them guaranteed",
         "planned for 0.95 of cases: 5 needed, 6 kept on",
-        "maximum demand later: 2.5% 1, 5% 2",
+        "maximum demand later, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",
         "proposed: suspend n3",
     ):
@@ -77,6 +77,13 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert [line.split()[-1] for line in judged.stdout.splitlines()[-2:]] == ["0.00", "0.75"]
     document = json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
     assert document["alternatives"][0]["realised_usd"] == 0.0
+
+
+def test_no_decision_is_said_and_no_empty_table(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse()]
+    result = baton("scale", "list", "--gpu-type", "H100")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "there is no decision about H100 yet" in result.stderr
 
 
 def test_the_list_and_the_consent(baton: Baton, fake: FakeCoordinator) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -42,7 +43,11 @@ def test_rows_of_all_policies_and_the_command_that_replays_them(folder: Path) ->
     for name in (OURS, *POWER_POLICIES):
         assert f"{name} " in found.output
     assert "no policy can have more than that off" in found.output
-    assert "--policy baton --policy always-on" in found.output
+    (again,) = (line for line in found.stderr.splitlines() if "again: " in line)
+    words = shlex.split(again.partition("again: ")[2])
+    plot = str(folder / "out.svg")
+    assert words[-4:] == ["--warm-up", "72", "--plot", plot], "nothing that was not typed"
+    assert CliRunner().invoke(cli, words[1:]).stdout == found.stdout
     root = ElementTree.parse(folder / "out.svg").getroot()  # noqa: S314 (our own)
     titles = [each.text for each in root.iter() if each.get("font-weight") == "bold"]
     assert titles == ["Demand", "Nodes: baton", "Energy of nodes"]
@@ -73,7 +78,7 @@ def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(folder: Path)
         (("jobs.csv", "--fleet", "fleet.toml", "--warm-up", "336"), "nothing without --demand"),
         (("jobs.csv", "--fleet", "fleet.toml", "--column", "demand"), "nothing without --demand"),
         (("jobs.csv", "--fleet", "fleet.toml", "--plot", "out.svg"), "nothing without --demand"),
-        (("--demand", "none.csv"), "cannot read"),
+        (("--demand", "none.csv"), "cannot be read (No such file or directory)"),
         (("--policy", "clairvoyant"), "needs --demand"),
     ],
 )
@@ -88,12 +93,18 @@ def test_what_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("boot = 3", "boot"),
-        ("boot_s = 0", "boots within a day"),
+        ("boot = 3", "unknown key 'boot'; did you mean 'boot_s'?"),
+        ("colour = 3", "unknown key 'colour'; the keys are nodes, gpus_per_node"),
+        ("boot_s = 0", "boot_s is 0; it must be above 0"),
+        ("boot_s = 90000", "boot_s is 90000; a node boots within a day"),
         ("idle_w = 2000", "takes most when busy"),
-        ("wait_usd_per_gpu_h = 0", "nothing to decide"),
-        ("spares = -1", "negative"),
-        ("off_w = inf", "infinite"),
+        ("wait_usd_per_gpu_h = 0", "wait_usd_per_gpu_h is 0; it must be above 0"),
+        ("spares = -1", "spares is -1; it must be 0 or more"),
+        ("spares = 1.5", "spares must be a whole number, not 1.5"),
+        ("off_w = inf", "off_w is inf; it must be 0 or more, and finite"),
+        ("gpu_type = 8", "gpu_type must be a string, not 8"),
+        ('nodes = "twelve"', "nodes must be a whole number, not 'twelve'"),
+        ("nodes = ", "is no TOML"),
     ],
 )
 def test_a_fleet_that_makes_no_sense_is_refused(folder: Path, line: str, sentence: str) -> None:

@@ -111,7 +111,10 @@ def test_nothing_is_leased_on_the_day_on_which_demand_has_collapsed() -> None:
     assert said.lease_gpus == 0
     assert said.bound == "break-even fall"
     assert said.level_gpus == 3
-    assert "3 GPUs are needed for more than 50% of the time of the last day" in said.sentence
+    assert said.sentence == (
+        "lease nothing by break-even: 3 GPUs are needed for more than 50% of the time of the last"
+        " day, and before that it was 100; 5 are owned and 0 leased"
+    )
 
 
 def test_what_was_rented_for_as_long_as_its_lease_costs_is_leased() -> None:
@@ -126,7 +129,24 @@ def test_what_was_rented_for_as_long_as_its_lease_costs_is_leased() -> None:
 
 def test_a_lease_that_costs_as_much_as_burst_is_not_taken() -> None:
     said = recommend(0, [50.0] * 30 * H_PER_DAY, Fleet("H100"), Terms(2.0, 2.0))
-    assert (said.lease_gpus, said.level_gpus) == (0, 0)
+    assert (said.lease_gpus, said.level_gpus, said.bound) == (0, 0, "price")
+    assert said.sentence == (
+        "lease nothing: a lease at $2.00 an hour is no cheaper than burst at $2.00, which is paid"
+        " for only while it is used; 0 are owned and 0 leased"
+    )
+
+
+def test_a_lot_is_a_tenth_of_the_level_and_not_of_what_is_missing() -> None:
+    said = recommend(0, [495.0] * 30 * H_PER_DAY, Fleet("H100", 400), TERMS)
+    assert (said.level_gpus, said.lease_gpus, said.bound) == (495, 49, "a part a day")
+    tomorrow = recommend(0, [495.0] * 30 * H_PER_DAY, Fleet("H100", 449), TERMS)
+    assert (tomorrow.lease_gpus, tomorrow.bound) == (46, "level")
+
+
+def test_less_than_a_lot_is_not_leased_and_the_sentence_says_so() -> None:
+    said = recommend(0, [45.0] * 30 * H_PER_DAY, Fleet("H100", 40), replace(TERMS, unit_gpus=8))
+    assert (said.lease_gpus, said.bound) == (0, "whole lots")
+    assert said.sentence.startswith("lease nothing: 5 are missing, fewer than a lot of 8: 45 GPUs")
 
 
 def test_a_record_has_its_numbers_and_a_sentence() -> None:

@@ -39,6 +39,7 @@ def test_what_will_be_needed_comes_up_at_once() -> None:
     found = decided(boxes, outlook(8, soon=20, later=20))
     assert [(each.verb, each.nodes) for each in found.actions] == [(Verb.RESUME, ("n02", "n03"))]
     assert found.decisions[0].need_gpus == 20
+    assert found.decisions[0].sentence.startswith("2 nodes of H100 start (n02, n03): 20 GPUs")
 
 
 def test_what_boots_is_counted_and_what_did_not_come_up_is_not() -> None:
@@ -62,6 +63,7 @@ def test_the_emptiest_takes_no_new_work_and_goes_off_when_it_is_ripe() -> None:
     marked = [replace(each, power=Power.LEAVING) for each in boxes if each.node in found.leaving]
     found = decided([boxes[0], *marked], outlook(8, soon=8, later=8))
     assert [(each.verb, each.nodes) for each in found.actions] == [(Verb.SUSPEND, ("n03",))]
+    assert "1 node of H100 goes off (n03)" in found.decisions[0].sentence
 
 
 def test_who_leaves_is_back_when_needed() -> None:

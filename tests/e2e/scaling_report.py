@@ -16,7 +16,7 @@ from coordinator.core.tariffs import Prices
 from coordinator.sim.capacity_policies import AlwaysOn, IdleTimeout
 from coordinator.sim.capacity_replay import Boxes, PowerOutcome, Step, Switch, replay
 from coordinator.sim.capacity_report import figures
-from coordinator.sim.svg import HEIGHT, WIDTH, Band, Chart, Curve, draw
+from coordinator.sim.svg import Band, Chart, Curve, stack
 
 MINUTE_MS = 60_000
 MINUTES_PER_H = 60
@@ -166,11 +166,4 @@ def drawing(day: Day) -> str:
               bands=bands),
         Chart("Nodes", TIME, "nodes", curves, y_max=day.nodes * 1.05),
     )  # fmt: skip
-    parts = [
-        f'<g transform="translate(0 {HEIGHT * n})">{draw(c)}</g>' for n, c in enumerate(charts)
-    ]
-    height = HEIGHT * len(charts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
-        f' viewBox="0 0 {WIDTH} {height}">\n' + "\n".join(parts) + "</svg>\n"
-    )
+    return stack(charts)

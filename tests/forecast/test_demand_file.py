@@ -77,4 +77,25 @@ def test_the_command_says_bands_and_record(tmp_path: Path) -> None:
     assert sum(told["weights"].values()) == pytest.approx(1)
     ran = CliRunner().invoke(cli, ["forecast", "--demand", str(tmp_path / "none.csv")])
     assert ran.exit_code == 2
-    assert "none.csv" in ran.output
+    assert (
+        ran.output == f"baton: {tmp_path / 'none.csv'} cannot be read (No such file or directory)\n"
+    )
+
+
+def test_a_file_of_something_else_is_said_to_be_none(tmp_path: Path) -> None:
+    path = tmp_path / "picture.csv"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(BadDemand, match=r"picture\.csv is no CSV file in UTF-8"):
+        read_series(path)
+
+
+def test_times_with_an_offset_are_those_of_utc(tmp_path: Path) -> None:
+    """A day on which the clocks change has its hours, and no two of them are one."""
+    path = written(
+        tmp_path,
+        "2026-10-25T02:00+02:00,1",
+        "2026-10-25T02:00+01:00,2",
+        "2026-10-25T02:00,3",
+    )
+    series = read_series(path)
+    assert (series.values, series.begin.isoformat()) == ((1, 2, 3), "2026-10-25T00:00:00")

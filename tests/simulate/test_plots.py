@@ -9,7 +9,7 @@ from coordinator.sim.model import Chance, Fleet, SimJob
 from coordinator.sim.plots import Shown, files
 from coordinator.sim.policies import Fifo
 from coordinator.sim.report import figures
-from coordinator.sim.svg import Chart, Curve, draw, round_step
+from coordinator.sim.svg import Band, Chart, Curve, draw, round_step, stack
 
 FLEET = Fleet({"A100": 1, "K80": 2}, {"A100": 2.0, "K80": 0.5})
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,3 +107,34 @@ def test_many_curves_are_told_apart() -> None:
     lines = parsed(text).findall(f"{SVG}polyline")
     styles = {(each.attrib["stroke"], each.attrib["stroke-dasharray"]) for each in lines}
     assert len(styles) == 24
+
+
+def test_charts_below_one_another_do_not_overlap() -> None:
+    """The first has more curves than fit beside a chart of the usual height, and is taller."""
+    many = [Curve(f"curve {number}", [(0.0, 1.0), (1.0, 2.0)]) for number in range(30)]
+    tall = Chart("Many", "time, h", "GPUs", many)
+    low = Chart("Few", "time, h", "GPUs", many[:1])
+    root = parsed(stack([tall, low]))
+    groups = root.findall(f"{SVG}g")
+    heights = [int(group[0].attrib["height"]) for group in groups]
+    assert [group.attrib["transform"] for group in groups] == [
+        "translate(0 0)",
+        f"translate(0 {heights[0]})",
+    ]
+    assert heights[0] > heights[1]
+    assert int(root.attrib["height"]) == sum(heights)
+
+
+def test_no_name_of_the_legend_is_cut_and_bands_look_there_as_they_do_in_the_plot() -> None:
+    line = [(0.0, 1.0), (1.0, 2.0)]
+    name = "NVIDIA RTX 6000 Ada Generation: should be on"
+    area = [(x, y, y + 1) for x, y in line]
+    bands = [Band("90%", area), Band("50%", area)]
+    root = parsed(draw(Chart("Long", "time, h", "GPUs", [Curve(name, line)], bands=bands)))
+    (said,) = (each for each in root.iter(f"{SVG}text") if each.text == name)
+    assert int(root.attrib["width"]) >= float(said.attrib["x"]) + 6.5 * len(name)
+    boxes = [each for each in root.iter(f"{SVG}rect") if "fill-opacity" in each.attrib]
+    places = [box.attrib["y"] for box in boxes]
+    assert [places.count(place) for place in sorted(set(places), key=float)] == [1, 2]
+    short = parsed(draw(Chart("Short", "time, h", "GPUs", [Curve("on", line)])))
+    assert short.attrib["width"] == "900"

@@ -10,7 +10,7 @@ from coordinator.core.scale_requests import PlanPage, TypePlan
 from protos.baton.v1 import capacity_pb2 as pb
 
 RECORD = ScaleRecord(
-    7, 1_790_000_000_123, "H100", "advise", "1 of H100 go off (n3)", 0.95, 1, 2, 3, 4, 5, 6,
+    7, 1_790_000_000_123, "H100", "advise", "1 node of H100 goes off (n3)", 0.95, 1, 2, 3, 4, 5, 6,
     soon_gpus=(1.0, 2.0), later_gpus=(3.0, 4.0), coverage=0.0,
     alternatives=(Choice("do nothing", 4, 1.5), Choice("chosen", 3, 0.5)),
     rail="down_rate", rail_words="enough nodes went off",
