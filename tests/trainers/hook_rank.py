@@ -3,9 +3,11 @@ ranks on different nodes have them: `python -m tests.trainers.hook_rank PLAY DIR
 
 `stopped`: it trains undisturbed, then is stopped, then goes on from what rank 0 has handed over.
 `newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
-death of the other node; then one that is newer than none. Prints one line of JSON.
+death of the other node; then one that is newer than none. `alone`: rank 0 talks to its agent
+itself. Prints one line of JSON.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import torch
 from transformers import TrainerCallback
 from transformers import trainer as module
 
+import baton_sdk
 from baton_hook import torn
 from baton_hook import trainer as bridge
 from tests.trainers.test_hook import EVERY, STEPS, Room, losses, make_trainer, weights
@@ -73,6 +76,14 @@ def newer(room: Room, directory: Path, rank: int) -> dict[str, object]:
     return told
 
 
+def alone(room: Room, _directory: Path, rank: int) -> dict[str, object]:
+    trainer = make_trainer(room.directory / "output")
+    with baton_sdk.connect() if rank == 0 else contextlib.nullcontext():
+        trainer.train()
+    saved = [message for message in room.all() if message["type"] == "checkpoint"]
+    return {"done": trainer.state.global_step == STEPS, "handed_over_count": len(saved)}
+
+
 def stop(output: Path, step: int) -> object:
     """Train up to a stop, of this rank or of another; the status of the program."""
     try:
@@ -98,7 +109,7 @@ def main(play: str, directory: Path, rank: int) -> None:
     room = Room(node, patch)
     bridge.install(module)
     room.attempt()
-    told = {"stopped": stopped, "newer": newer}[play](room, directory, rank)
+    told = {"stopped": stopped, "newer": newer, "alone": alone}[play](room, directory, rank)
     room.end()
     room.agent.stop()
     patch.undo()

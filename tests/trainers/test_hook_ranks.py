@@ -77,6 +77,14 @@ def test_what_one_node_alone_has_is_not_resumed_from(tmp_path: Path) -> None:
         assert "resuming from" not in err.replace(said[0], "")
 
 
+def test_where_one_rank_is_left_alone_all_are(tmp_path: Path) -> None:
+    """What ranks decide together would wait for it for ever."""
+    (first, first_err), (second, second_err) = play("alone", tmp_path)
+    assert first == second == {"done": True, "handed_over_count": 0}
+    assert "the script talks to Baton itself" in first_err
+    assert "another rank's Trainer is left alone, so this one is as well" in second_err
+
+
 @pytest.mark.parametrize(
     ("steps", "committed", "begun"),
     [

@@ -14,7 +14,7 @@ where the one before it ended, because a job's steps only grow. A call before th
 restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
 over, as that would be a step back.
 
-With several ranks, they agree on what they resume from (`agreement`), a
+With several ranks, all are followed or none; they agree on what they resume from (`agreement`), a
 stop is decided by all of them at the same step, rank 0 hands over when all have written, with their
 random states (`states`), and all leave together.
 
@@ -77,9 +77,13 @@ class Program:
         _set_handlers(self._ours)
         return True
 
+    def let_go(self) -> None:
+        """Give the signals back."""
+        guarded("giving signals back", lambda: _set_handlers(self._theirs), None)
+
     def end(self, steps: int) -> None:
         """A call is over: give the signals back, and count its steps."""
-        guarded("giving signals back", lambda: _set_handlers(self._theirs), None)
+        self.let_go()
         self.calls_count += 1
         self.steps_before += steps
 
@@ -98,7 +102,11 @@ def install(module: ModuleType) -> None:
         go_on = functools.partial(original, self)
         # A trial of a hyper-parameter search is one of many, each with a directory of its own.
         in_search = keywords.get("trial", arguments[0] if arguments else None) is not None
-        if in_search or not guarded("connecting to the agent", _program.begin, False):
+        ours = not in_search and guarded("connecting to the agent", _program.begin, False)
+        if not guarded("asking the other ranks", lambda: _all_of_ranks(self.args, ours), ours):
+            if ours:
+                say("another rank's Trainer is left alone, so this one is as well")
+                _program.let_go()
             return go_on(resume_from_checkpoint, *arguments, **keywords)
         return _train(module, self, resume_from_checkpoint, go_on, (arguments, keywords))
 
@@ -313,6 +321,13 @@ def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
 def _lay_out(args: Any, restored: resume.Found) -> None:
     if getattr(args, "load_best_model_at_end", False):
         resume.lay_out(restored, Path(args.output_dir))
+
+
+def _all_of_ranks(args: Any, ours: bool) -> bool:
+    """Whether every rank's Trainer is ours to follow. What ranks decide together needs all of them,
+    up to the last step: one that is left alone would be waited for."""
+    (left_alone,) = _highest_of_ranks(args, (int(not ours),))
+    return not left_alone
 
 
 def _highest_of_ranks(args: Any, numbers: tuple[int, ...]) -> tuple[int, ...]:
