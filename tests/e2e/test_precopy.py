@@ -1,5 +1,5 @@
 """A drain of a job with a large frozen part, to a node that has nothing of it: what does not change
-travels while it trains, and once."""
+travels while it trains, and once; so do the parts of a job of several ranks."""
 
 import itertools
 import sys
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-precopy")]
 
 FROZEN_MB = 100  # a second over the network that an agent believes in before it has timed one
 FROZEN_BYTES = FROZEN_MB * 1_000_000
+HEARD_STEPS = 100
+NO_PRECOPY = "gang.no_precopy"
 
 
 def fleet(cluster: Cluster, *nodes: str) -> None:
@@ -25,10 +27,10 @@ def fleet(cluster: Cluster, *nodes: str) -> None:
     cluster.wait_for_nodes(*nodes)
 
 
-def submit(cluster: Cluster, witness: Path, *more: str) -> int:
+def submit(cluster: Cluster, witness: Path, *more: str, ranks: int = 1) -> int:
     words = [sys.executable, str(work.TRAINERS / "backbone.py"), "--witness", str(witness)]
     words += ["--frozen-mb", str(FROZEN_MB), *more]
-    return work.submit(cluster, words, gpus=1)
+    return work.submit(cluster, words, gpus=1, ranks=ranks)
 
 
 def drained(cluster: Cluster, job_id: int) -> types_pb2.Attempt:
@@ -50,6 +52,25 @@ def wait_steps(cluster: Cluster, witness: Path, step: int) -> None:
         work.DEADLINE_S,
         f"step {step}",
     )
+
+
+def transferred(cluster: Cluster, node: str, direction: str) -> list[int]:
+    """The bytes of each checkpoint that this node has moved so, in their order."""
+    return [
+        line["size_bytes"]
+        for line in cluster.log_lines(node)
+        if line["event"] == "checkpoint.transferred" and line["direction"] == direction
+    ]
+
+
+def wait_heard(cluster: Cluster, job_id: int) -> list[types_pb2.Attempt]:
+    """The ranks, once heartbeats have told of so many steps: two seconds of them, so each agent has
+    said what its rank would gain by a checkpoint ahead of its stop."""
+
+    def heard(job: types_pb2.Job) -> bool:
+        return job.progress.step >= HEARD_STEPS
+
+    return list(work.wait_job(cluster, job_id, heard, "heard of some steps").attempts)
 
 
 def test_what_is_frozen_travels_before_the_stop_and_once(cluster: Cluster, tmp_path: Path) -> None:
@@ -75,12 +96,47 @@ def test_what_is_frozen_travels_before_the_stop_and_once(cluster: Cluster, tmp_p
     taken = [step for step, _ in steps_of(witness)]
     assert taken == list(range(1, len(taken) + 1)), "a step was lost, or done twice"
     # The frozen part went once, though two checkpoints did; and the new node had nothing to fetch.
-    sent = [line for line in cluster.log_lines("n1") if line["event"] == "checkpoint.transferred"]
-    sizes = [line["size_bytes"] for line in sent if line["direction"] == "push"]
-    assert sizes[0] > FROZEN_BYTES
-    assert sum(sizes[1:]) < FROZEN_BYTES / 100
-    got = [line for line in cluster.log_lines("n2") if line["event"] == "checkpoint.transferred"]
-    assert all(line["direction"] != "fetch" for line in got)
+    first_bytes, *rest_bytes = transferred(cluster, "n1", "push")
+    assert first_bytes > FROZEN_BYTES
+    assert sum(rest_bytes) < FROZEN_BYTES / 100
+    assert transferred(cluster, "n2", "fetch") == []
+
+
+def test_a_gang_sends_what_is_frozen_ahead_and_stops_together(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Each rank its own part, from its own node, to the one that is free."""
+    fleet(cluster, "n1", "n2", "n3")
+    witness = tmp_path / "steps"
+    job_id = submit(cluster, witness, ranks=2)
+    before = {attempt.node for attempt in wait_heard(cluster, job_id)}
+    (free,) = {"n1", "n2", "n3"} - before
+    left = drained(cluster, job_id).restored_step
+    wait_steps(cluster, witness, left + 1)
+    moved = [attempt for attempt in cluster.job(job_id).attempts if attempt.epoch == 2]
+    assert [attempt.restored_step for attempt in moved] == [left, left]
+    assert free in {attempt.node for attempt in moved}
+    assert cluster.baton("cancel", str(job_id)).returncode == 0
+    assert not [line for line in cluster.log_lines("coordinator") if line["event"] == NO_PRECOPY]
+    # All trained on after the request, saved at one step, and left after another one.
+    asked: list[int] = []
+    for rank in range(2):
+        found = work.lines(cluster, job_id, rank)[:6]
+        events = [line["event"] for line in found]
+        assert events == ["began", "asked", "saved", "told", "saved", "left"]
+        asked.append(found[1]["step"])
+        assert asked[rank] < found[3]["step"] == found[5]["step"] == left
+    assert asked[0] == asked[1]
+    taken = [step for step, _ in steps_of(witness)]
+    assert taken == list(range(1, len(taken) + 1)), "a step was lost, or done twice"
+    # Each frozen part went once, though two checkpoints did.
+    for node in before:
+        reason = work.wait_log(cluster, node, "attempt.precopy")["reason"]
+        assert reason == "all ranks do, and stop together"
+        first_bytes, *rest_bytes = transferred(cluster, node, "push")
+        assert first_bytes > FROZEN_BYTES
+        assert sum(rest_bytes) < FROZEN_BYTES / 100
+    assert transferred(cluster, free, "fetch") == []
 
 
 def test_a_plain_trainer_is_asked_to_stop_at_once(cluster: Cluster, tmp_path: Path) -> None:

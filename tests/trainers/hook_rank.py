@@ -1,61 +1,121 @@
 """One rank of an unmodified `Trainer` script, with an agent and an output directory of its own, as
-ranks on different nodes have them: `python -m tests.trainers.hook_rank DIRECTORY`.
+ranks on different nodes have them: `python -m tests.trainers.hook_rank PLAY DIRECTORY`.
 
-It trains undisturbed, then is stopped, then goes on from what rank 0 has handed over. Prints one
-line of JSON.
+`stopped`: it trains undisturbed, then is stopped, then goes on from what rank 0 has handed over.
+`newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
+death of the other node; then one that is newer than none. `alone`: rank 0 talks to its agent
+itself. Prints one line of JSON.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers import trainer as module
 
+import baton_sdk
+from baton_hook import torn
 from baton_hook import trainer as bridge
-from tests.trainers.test_hook import STEPS, Room, losses, make_trainer, weights
+from tests.trainers.test_hook import EVERY, STEPS, Room, losses, make_trainer, weights
 
 STOPPED_AT = 5
 
 
-def main(directory: Path, rank: int) -> None:
+class Follower(TrainerCallback):
+    """After which step training began."""
+
+    began: int | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = state.global_step if self.began is None else self.began
+
+
+def stopped(room: Room, directory: Path, rank: int) -> dict[str, object]:
+    undisturbed = make_trainer(room.directory / "undisturbed")
+    undisturbed.train()
+    expected = torch.rand(1).item()
+    room.attempt()
+    status = stop(room.directory / "first", STOPPED_AT if rank == 1 else 0)
+    room.attempt(committed(room, directory, rank, STOPPED_AT))
+    again = make_trainer(room.directory / "second")
+    again.train(resume_from_checkpoint=True)
+    return {
+        "status": status,
+        "done": again.state.global_step == STEPS,
+        "weights": weights(again) == weights(undisturbed),
+        "losses": losses(again) == losses(undisturbed),
+        "draws": torch.rand(1).item() == expected,
+    }
+
+
+def newer(room: Room, directory: Path, rank: int) -> dict[str, object]:
+    undisturbed = make_trainer(room.directory / "undisturbed")
+    undisturbed.train()
+    output = room.directory / "output"
+    told: dict[str, object] = {}
+    room.attempt()
+    stop(output, 3 * EVERY)
+    restored = committed(room, directory, rank, 2 * EVERY)  # the node died before the last commit
+    for name in ("committed", "nothing"):
+        room.attempt(restored if name == "committed" else "")
+        follower = Follower()
+        again = make_trainer(output)
+        again.add_callback(follower)
+        own = [path.name for path in torn.numbered(output) if not torn.problem(path)]
+        again.train(resume_from_checkpoint=True)
+        same = weights(again) == weights(undisturbed)
+        told[name] = {"own": own[:1], "began": follower.began, "same": same}
+        room.patch.delenv("BATON_RESTORE_DIR", raising=False)
+    return told
+
+
+def alone(room: Room, _directory: Path, rank: int) -> dict[str, object]:
+    trainer = make_trainer(room.directory / "output")
+    with baton_sdk.connect() if rank == 0 else contextlib.nullcontext():
+        trainer.train()
+    saved = [message for message in room.all() if message["type"] == "checkpoint"]
+    return {"done": trainer.state.global_step == STEPS, "handed_over_count": len(saved)}
+
+
+def stop(output: Path, step: int) -> object:
+    """Train up to a stop, of this rank or of another; the status of the program."""
+    try:
+        make_trainer(output, stop_at=step).train()
+    except SystemExit as left:
+        return left.code
+    return "not stopped"
+
+
+def committed(room: Room, directory: Path, rank: int, step: int) -> str:
+    """Where every rank finds what rank 0 has handed over at this step."""
+    handed = directory / "handed"
+    if rank == 0:
+        shutil.copytree(Path(room.agent.checkpoints(step)[-1]["path"]), handed)
+    torch.distributed.barrier()
+    return str(handed)
+
+
+def main(play: str, directory: Path, rank: int) -> None:
     node = directory / f"node-{rank}"
     node.mkdir()
     patch = pytest.MonkeyPatch()
     room = Room(node, patch)
     bridge.install(module)
     room.attempt()
-    undisturbed = make_trainer(node / "undisturbed")
-    undisturbed.train()
-    expected = torch.rand(1).item()
-    room.attempt()
-    status: object = "not stopped"
-    try:
-        make_trainer(node / "first", stop_at=STOPPED_AT if rank == 1 else 0).train()
-    except SystemExit as left:
-        status = left.code
-    if rank == 0:
-        handed = Path(room.agent.checkpoints(STOPPED_AT)[-1]["path"])
-        shutil.copytree(handed, directory / "handed")
-    torch.distributed.barrier()
-    room.attempt(str(directory / "handed"))
-    again = make_trainer(node / "second")
-    again.train(resume_from_checkpoint=True)
-    same = {
-        "weights": weights(again) == weights(undisturbed),
-        "losses": losses(again) == losses(undisturbed),
-        "draws": torch.rand(1).item() == expected,
-    }
-    step = again.state.global_step
+    told = {"stopped": stopped, "newer": newer, "alone": alone}[play](room, directory, rank)
     room.end()
     room.agent.stop()
     patch.undo()
-    sys.stdout.write(json.dumps({"status": status, "done": step == STEPS, **same}) + "\n")
+    sys.stdout.write(json.dumps(told) + "\n")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ["RANK"]))
+    main(sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"]))

@@ -94,7 +94,7 @@ def test_the_newest_whole_one_is_found_behind_two_torn_ones(
     (tmp_path / "checkpoint-10" / torn.STATE_NAME).unlink()
     (tmp_path / "torn-checkpoint-11").mkdir()  # of an earlier accident
     chosen = resume.choose(True, tmp_path, None, may_move=True)
-    assert chosen == str(tmp_path / "checkpoint-9")
+    assert chosen.answer == str(tmp_path / "checkpoint-9")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-9", "torn-checkpoint-10", "torn-checkpoint-11", "torn-checkpoint-11-2",
     ]  # fmt: skip
@@ -106,7 +106,8 @@ def test_the_newest_whole_one_is_found_behind_two_torn_ones(
 def test_one_of_several_processes_renames(tmp_path: Path) -> None:
     cut(make_checkpoint(tmp_path, 4) / "optimizer.pt")
     make_checkpoint(tmp_path, 2)
-    assert resume.choose(True, tmp_path, None, may_move=False) == str(tmp_path / "checkpoint-2")
+    chosen = resume.choose(True, tmp_path, None, may_move=False)
+    assert chosen.answer == str(tmp_path / "checkpoint-2")
     assert (tmp_path / "checkpoint-4").is_dir()
 
 
@@ -139,13 +140,17 @@ def test_the_higher_step_wins(
         asked = str(output / asked)
     answers = {"local": str(mine), "restored": str(theirs), "path": asked}
     chosen = resume.choose(asked, output, found, may_move=True)
-    assert chosen == (answers[wanted] if isinstance(wanted, str) else wanted)
+    assert chosen.answer == (answers[wanted] if isinstance(wanted, str) else wanted)
+    begins = {"local": local, "restored": restored}
+    assert chosen.step == (begins.get(wanted, 0) if isinstance(wanted, str) else 0)
 
 
 def test_all_torn_means_from_the_beginning(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 4)
     (path / torn.STATE_NAME).unlink()
-    assert resume.choose(str(path), tmp_path, None, may_move=True) is None
+    chosen = resume.choose(str(path), tmp_path, None, may_move=True)
+    assert chosen.answer is None
+    assert "starts from the beginning" in chosen.sentence
 
 
 def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) 
     path = tmp_path / "checkpoint-4"
     cut(path / "model.safetensors")
     chosen = resume.choose(path, tmp_path, None, may_move=True)
-    assert chosen == str(tmp_path / "checkpoint-2")
+    assert chosen.answer == str(tmp_path / "checkpoint-2")
 
 
 def test_a_tree_is_linked_and_links_are_followed(tmp_path: Path) -> None:

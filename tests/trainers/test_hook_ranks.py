@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from baton_hook import resume, states
+from baton_hook import agreement, resume, states
+from tests.trainers.test_hook import EVERY, STEPS
 
 RANKS = 2
 RANKS_S_MAX = 200
@@ -17,36 +19,104 @@ RANKS_S_MAX = 200
 pytestmark = pytest.mark.timeout(2 * RANKS_S_MAX + 20)
 
 
-def test_ranks_on_two_nodes_go_on_bit_for_bit(tmp_path: Path) -> None:
-    """Each with its own random numbers: a dropout that begins anew is another training."""
+def play(name: str, tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
+    """What each rank of a play of `hook_rank` has told, and said on stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.hook_rank", str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-m", "tests.trainers.hook_rank", name, str(tmp_path)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(RANKS)
     ]
+    found = []
     try:
         for rank in ranks:
             out, err = rank.communicate(timeout=RANKS_S_MAX)
             assert rank.returncode == 0, err
-            told = json.loads(out.splitlines()[-1])
-            wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
-            assert told == {"status": 75, **wanted}, err
+            found.append((json.loads(out.splitlines()[-1]), err))
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
+    return found
+
+
+def test_ranks_on_two_nodes_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Each with its own random numbers: a dropout that begins anew is another training."""
+    wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
+    for told, err in play("stopped", tmp_path):
+        assert told == {"status": 75, **wanted}, err
     handed = {path.name for path in (tmp_path / "handed").iterdir()}
     assert {states.name_of(rank) for rank in range(RANKS)} <= handed
     assert not (tmp_path / "node-0" / "first" / "checkpoint-5" / states.name_of(1)).exists()
+
+
+def test_what_one_node_alone_has_is_not_resumed_from(tmp_path: Path) -> None:
+    """Nor is the other rank left with a script that finds nothing, which Trainer refuses."""
+    own = ([f"checkpoint-{3 * EVERY}"], [f"checkpoint-{STEPS}"])
+    for rank, (told, err) in enumerate(play("newer", tmp_path)):
+        expected = [own[0], own[1]] if rank == 0 else [[], []]
+        assert [told[name]["own"] for name in ("committed", "nothing")] == expected, err
+        assert [told[name]["began"] for name in ("committed", "nothing")] == [2 * EVERY, 0], err
+        assert told["committed"]["same"], err
+        assert told["nothing"]["same"], err
+        said = [line for line in err.splitlines() if "would begin after" in line]
+        steps = f"the ranks would begin after different steps, {2 * EVERY} to {3 * EVERY}"
+        assert said == [
+            f"baton_hook: resuming from step {2 * EVERY}, the last committed checkpoint: {steps}",
+            "baton_hook: training starts from the beginning: the ranks would begin after different"
+            f" steps, 0 to {STEPS}, and no committed one is there for all",
+        ]
+        assert "resuming from" not in err.replace(said[0], "")
+
+
+def test_where_one_rank_is_left_alone_all_are(tmp_path: Path) -> None:
+    """What ranks decide together would wait for it for ever."""
+    (first, first_err), (second, second_err) = play("alone", tmp_path)
+    assert first == second == {"done": True, "handed_over_count": 0}
+    assert "the script talks to Baton itself" in first_err
+    assert "another rank's Trainer is left alone, so this one is as well" in second_err
+
+
+@pytest.mark.parametrize(
+    ("steps", "committed", "begun"),
+    [
+        ((120, 100), (100, 100), (100, 100)),
+        ((120, 0), (None, None), (0, 0)),
+        ((120, 100), (None, 100), (0, 0)),  # one agent could not lay it out
+        ((120, 100), (90, 100), (0, 0)),
+        ((120, 120), (100, 100), (120, 120)),
+        ((0, 0), (None, None), (0, 0)),
+        ((100, agreement.UNKNOWN), (100, 100), (100, 100)),
+        ((100, agreement.UNKNOWN), (100, None), (0, 0)),
+        ((agreement.UNKNOWN,) * 2, (100, None), (agreement.UNKNOWN,) * 2),
+        ((100,), (None,), (100,)),
+    ],
+)
+def test_ranks_conclude_the_same(
+    steps: tuple[int, ...], committed: tuple[int | None, ...], begun: tuple[int, ...]
+) -> None:
+    owns = [resume.Choice(f"own/checkpoint-{step}", step) for step in steps]
+    restored = [None if step is None else resume.Found(Path("in"), step) for step in committed]
+    ranks = [agreement.numbers_of(*rank) for rank in zip(owns, restored, strict=True)]
+    highest = [max(numbers) for numbers in zip(*ranks, strict=True)]
+    chosen = [
+        agreement.conclude(own, found, highest) for own, found in zip(owns, restored, strict=True)
+    ]
+    assert tuple(choice.step for choice in chosen) == begun
+    for own, choice in zip(owns, chosen, strict=True):
+        differ = len({*steps}) > 1
+        assert (choice == own) is not differ
+        answer = "in" if begun[0] else None
+        assert choice.answer == (answer if differ else own.answer)
+        assert bool(choice.sentence) is differ
 
 
 def test_states_that_are_not_there_or_too_large_are_left_out(tmp_path: Path) -> None:

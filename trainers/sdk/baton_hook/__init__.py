@@ -11,7 +11,8 @@ the environment's own `sitecustomize`, and is done. Nothing more happens until s
 `transformers.trainer`. Then `trainer.install` wraps one public method, `Trainer.train`:
 
 1. before it, `resume.choose` decides what to resume from: the script's own checkpoint, or the last
-   committed one if that is newer; `torn` moves aside what a crash left half written;
+   committed one if that is newer; `torn` moves aside what a crash left half written, and where
+   there are several ranks they agree on one step (`agreement`);
 2. during it, a `TrainerCallback` reports progress, hands over every checkpoint that the script
    saves, and answers a stop request with a save and the end of the training;
 3. after a stop, when the agent has the checkpoint, the program leaves with status 75.

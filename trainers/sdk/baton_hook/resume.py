@@ -8,7 +8,8 @@ resuming from those would repeat work, or leave the history that was committed.
 The rule: the higher step wins, and on a tie the committed one, whose bytes were verified. What the
 script asks for counts if it exists and is whole; a torn one is set aside, and the one before it
 counts in its place. If all that there was is torn, training starts from the beginning, which is
-what was true before the first save.
+what was true before the first save. Where other ranks come to other steps this is not the last word
+(`agreement`), so what was chosen is said and laid out only afterwards.
 
 A program may call `train` several times. Which call a checkpoint belongs to stands in a file beside
 Hugging Face's (`MARK_NAME`); a restored checkpoint is for that call alone.
@@ -41,6 +42,17 @@ class Found:
     step: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What `Trainer.train` is given as `resume_from_checkpoint`."""
+
+    answer: object
+    step: int
+    """After which training begins; 0 is the beginning."""
+    sentence: str = ""
+    """For the log, where the choice is not simply what the script asked for."""
+
+
 def committed(directory: Path | None, call: int) -> Found | None:
     """What the agent has laid out, if it is a Trainer's and of this call of `train`."""
     if directory is None or not (directory / torn.STATE_NAME).is_file():
@@ -59,24 +71,26 @@ def marked_call(directory: Path | None) -> int:
 
 def choose(
     asked: object, output_directory: Path, restored: Found | None, *, may_move: bool
-) -> object:
+) -> Choice:
     """What to give `Trainer.train` as `resume_from_checkpoint`, whatever the script gave.
 
     `may_move` is for one process of several on a machine; the others see what it left.
     """
     if asked is None or asked is False:
-        return str(restored.path) if restored else asked
+        return _of_committed(restored, "") if restored is not None else Choice(asked, 0)
     local, torn_count = _asked_for(asked, output_directory, may_move)
     if restored is not None and (local is None or local.step <= restored.step):
-        if local is not None or torn_count:
-            say(f"resuming from step {restored.step}, which is committed, not from {asked}")
-        return str(restored.path)
+        return _of_committed(restored, f", and not from {local.path}" if local is not None else "")
     if local is not None:
-        return str(local.path)
+        return Choice(str(local.path), local.step)
     if torn_count:
-        say("no whole checkpoint is left: training starts from the beginning")
-        return None
-    return asked  # there is nothing; what Trainer says to that is right
+        return Choice(None, 0, "no whole checkpoint is left: training starts from the beginning")
+    return Choice(asked, 0)  # there is nothing; what Trainer says to that is right
+
+
+def _of_committed(restored: Found, more: str) -> Choice:
+    sentence = f"resuming from step {restored.step}, the last committed checkpoint{more}"
+    return Choice(str(restored.path), restored.step, sentence)
 
 
 def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[Found | None, int]:

@@ -14,8 +14,9 @@ where the one before it ended, because a job's steps only grow. A call before th
 restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
 over, as that would be a step back.
 
-With several ranks, a stop is decided by all of them at the same step, rank 0 hands over when all
-have written, with their random states (`states`), and all leave together.
+With several ranks, all are followed or none; they agree on what they resume from (`agreement`), a
+stop is decided by all of them at the same step, rank 0 hands over when all have written, with their
+random states (`states`), and all leave together.
 
 Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
 `add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
@@ -33,12 +34,15 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import resume, states
+from baton_hook import agreement, resume, states
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
 NOTHING, SAVE, STOP = 0, 1, 2
 """What is wished for after a step; of several ranks' wishes the highest counts."""
+
+_Found = tuple[resume.Choice, resume.Found | None]
+"""A rank's own choice, and the committed checkpoint that it has."""
 
 
 class Program:
@@ -73,9 +77,13 @@ class Program:
         _set_handlers(self._ours)
         return True
 
+    def let_go(self) -> None:
+        """Give the signals back."""
+        guarded("giving signals back", lambda: _set_handlers(self._theirs), None)
+
     def end(self, steps: int) -> None:
         """A call is over: give the signals back, and count its steps."""
-        guarded("giving signals back", lambda: _set_handlers(self._theirs), None)
+        self.let_go()
         self.calls_count += 1
         self.steps_before += steps
 
@@ -94,7 +102,11 @@ def install(module: ModuleType) -> None:
         go_on = functools.partial(original, self)
         # A trial of a hyper-parameter search is one of many, each with a directory of its own.
         in_search = keywords.get("trial", arguments[0] if arguments else None) is not None
-        if in_search or not guarded("connecting to the agent", _program.begin, False):
+        ours = not in_search and guarded("connecting to the agent", _program.begin, False)
+        if not guarded("asking the other ranks", lambda: _all_of_ranks(self.args, ours), ours):
+            if ours:
+                say("another rank's Trainer is left alone, so this one is as well")
+                _program.let_go()
             return go_on(resume_from_checkpoint, *arguments, **keywords)
         return _train(module, self, resume_from_checkpoint, go_on, (arguments, keywords))
 
@@ -202,28 +214,34 @@ class Bridge:
         self._hands_over = True
 
     def choose(self, args: Any, asked: object) -> object:
-        """See `resume.choose`. One rank sets aside what is torn, then the others look."""
-        chosen = asked
+        """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
+        others look."""
+        found: _Found = (resume.Choice(asked, agreement.UNKNOWN), None)
         first = args.local_process_index == 0
         for turn in (True, False):
             if first is turn:
-                chosen = guarded(
-                    "choosing a checkpoint", lambda: self._choose(args, asked, first), asked
+                found = guarded(
+                    "choosing a checkpoint", lambda: self._find(args, asked, first), found
                 )
             guarded("waiting for the other ranks", lambda: _barrier(args), None)
-        return chosen
+        own, restored = found
+        numbers = agreement.numbers_of(own, restored)
+        highest = guarded(
+            "agreeing on a checkpoint", lambda: _highest_of_ranks(args, numbers), numbers
+        )
+        chosen = agreement.conclude(own, restored, highest)
+        if chosen.sentence:
+            say(chosen.sentence)
+        if restored is not None and chosen.answer == str(restored.path) and first:
+            guarded("laying out a checkpoint", lambda: _lay_out(args, restored), None)
+        return chosen.answer
 
-    def _choose(self, args: Any, asked: object, first: bool) -> object:
+    def _find(self, args: Any, asked: object, first: bool) -> _Found:
         directory = self.session.restore_directory
         self._hands_over = resume.marked_call(directory) <= self._call
         restored = resume.committed(directory, self._call)
-        output_directory = Path(args.output_dir)
-        chosen = resume.choose(asked, output_directory, restored, may_move=first)
-        if restored is not None and chosen == str(restored.path):
-            say(f"resuming from step {restored.step}, the last committed checkpoint")
-            if first and getattr(args, "load_best_model_at_end", False):
-                resume.lay_out(restored, output_directory)
-        return chosen
+        own = resume.choose(asked, Path(args.output_dir), restored, may_move=first)
+        return own, restored
 
     def report(self, state: Any) -> None:
         """After every step."""
@@ -246,7 +264,8 @@ class Bridge:
         every rank. A training that is complete is not stopped: what is left is the script's own
         end."""
         asked = SAVE if self.session.take_save_request() else NOTHING
-        wish = _highest_of_ranks(args, asked if self.session.stop_requested is None else STOP)
+        own = asked if self.session.stop_requested is None else STOP
+        (wish,) = _highest_of_ranks(args, (own,))
         complete = state.global_step >= state.max_steps
         self.stopping = wish == STOP and not complete
         return NOTHING if complete else wish
@@ -299,13 +318,27 @@ def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _highest_of_ranks(args: Any, wish: int) -> int:
+def _lay_out(args: Any, restored: resume.Found) -> None:
+    if getattr(args, "load_best_model_at_end", False):
+        resume.lay_out(restored, Path(args.output_dir))
+
+
+def _all_of_ranks(args: Any, ours: bool) -> bool:
+    """Whether every rank's Trainer is ours to follow. What ranks decide together needs all of them,
+    up to the last step: one that is left alone would be waited for."""
+    (left_alone,) = _highest_of_ranks(args, (int(not ours),))
+    return not left_alone
+
+
+def _highest_of_ranks(args: Any, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Of each number the highest that any rank has."""
     distributed = _distributed(args)
     if distributed is None:
-        return wish
-    highest = sys.modules["torch"].tensor(wish, device=args.device)
+        return numbers
+    torch = sys.modules["torch"]
+    highest = torch.tensor(numbers, dtype=torch.int64, device=args.device)
     distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
-    return int(highest.item())
+    return tuple(highest.tolist())
 
 
 def _saved(args: Any, state: Any) -> Path:
