@@ -45,6 +45,8 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256s
 # One thread per trainer and per test process: on two cores, more of them only fight.
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start our programs hundreds of times; each would compile its sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo demo-scaling test check gates fast-tests bench sim torture soak deb systemd-test vm-test protos clean
 
@@ -122,7 +124,7 @@ gates: $(STAMP) $(BUF)
 	else
 	  echo "check: contract (buf lint) SKIPPED: npm and node are not installed here (sudo apt-get install npm)"
 	fi
-	run "types" $(BIN)/mypy --no-error-summary
+	run "types" $(BIN)/mypy --no-error-summary -n 2
 
 fast-tests: $(STAMP)
 	@echo "check: fast tests"

@@ -50,6 +50,15 @@ def test_the_tree_is_seen() -> None:
     assert any(source.is_generated for source in project_sources())
 
 
+def test_the_tests_of_a_group_go_to_one_worker(request: pytest.FixtureRequest) -> None:
+    """They share what is dear to start, such as a cluster. xdist names a group in the ids of its
+    tests; where pytest does not take that, they are spread all the same, each worker starts all of
+    it, and everything passes, only far later."""
+    if request.config.getoption("loadgroup", False):
+        marked = [item for item in request.session.items if item.get_closest_marker("xdist_group")]
+        assert not [item.nodeid for item in marked if "@" not in item.nodeid]
+
+
 @pytest.mark.parametrize("rule", PYTHON_RULES, ids=lambda rule: rule.__name__)
 def test_python(rule: Rule) -> None:
     complain([finding for source in python_sources() for finding in rule(source)])
