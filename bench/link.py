@@ -14,6 +14,9 @@ CPU is what the kernel charged the coordinator for a window of time, in percent 
 agents share the machine with it, so latencies include theirs; what they take of a core in the same
 window is shown, and how late their own event loop was. They make no garbage in cycles and do not
 look for it, since a look at ten thousand agents is a second in which none of them hears anything.
+
+At the end the largest fleet talks to `link_plain.py`, a server that decides and keeps nothing: the
+floor of gRPC on this machine in this hour, which the figures stand beside.
 """
 
 import asyncio
@@ -21,6 +24,7 @@ import gc
 import itertools
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,11 +46,10 @@ CONNECT_S_MAX = 180.0
 SETTLE_S = HEARTBEAT_MS / 1000
 SEED = 7
 
-CPU_GOAL, CPU_FLOOR = 50.0, 31.0
-RSS_GOAL_GB, RSS_FLOOR_GB = 1.4, 1.0
-P99_GOAL_MS, P99_FLOOR_MS = 20.0, 0.74
+CPU_GOAL, RSS_GOAL_GB, P99_GOAL_MS = 50.0, 1.4, 20.0
 RECONNECT_FLOOR_S = 13.8
-FLOOR = "plain grpc.aio, 9,900 streams"
+FLOOR = "plain grpc.aio, the same agents"
+FLOOR_ELSEWHERE = "plain grpc.aio, 9,900 streams, elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,17 @@ class Found:
     lost: int
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """What a server that only answers did with `agents` of them."""
+
+    agents: int
+    cpu_percent: float
+    rss_gb: float
+    event_ms: list[float]
+    renewal_ms: list[float]
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--agents", type=int, action="append", help="this many; may be repeated")
@@ -86,12 +100,15 @@ def main(arguments: Sequence[str]) -> int:
         ):
             window_s = WINDOW_QUICK_S if asked.quick else WINDOW_S
             found.append(asyncio.run(measure(cluster, size, window_s)))
-    report.show("The link", [row for one in found for row in rows(one)], asked, notes(found))
+    report.say("link: plain grpc.aio instead of the coordinator")
+    plain = asyncio.run(measure_plain(max(sizes), WINDOW_QUICK_S if asked.quick else WINDOW_S))
+    shown = [row for one in found for row in rows(one, plain)]
+    report.show("The link", shown, asked, notes(found))
     return 0
 
 
-def rows(found: Found) -> list[report.Row]:
-    whole = found.agents == max(SIZES)
+def rows(found: Found, plain: Plain) -> list[report.Row]:
+    whole, beside = found.agents == max(SIZES), found.agents == plain.agents
     who = f"{found.agents:,} agents"
     return [
         report.Row(
@@ -99,7 +116,7 @@ def rows(found: Found) -> list[report.Row]:
             value=found.cpu_percent,
             unit="% of a core",
             goal=CPU_GOAL if whole else None,
-            reference=CPU_FLOOR if whole else None,
+            reference=plain.cpu_percent if beside else None,
             reference_source=FLOOR,
         ),
         report.Row(
@@ -117,7 +134,7 @@ def rows(found: Found) -> list[report.Row]:
             value=found.rss_gb,
             unit="GB",
             goal=RSS_GOAL_GB if whole else None,
-            reference=RSS_FLOOR_GB if whole else None,
+            reference=plain.rss_gb if beside else None,
             reference_source=FLOOR,
         ),
         report.Row(
@@ -125,18 +142,22 @@ def rows(found: Found) -> list[report.Row]:
             value=report.percentile(found.event_ms, 0.99),
             unit="ms",
             goal=P99_GOAL_MS if whole else None,
-            reference=P99_FLOOR_MS if whole else None,
+            reference=report.percentile(plain.event_ms, 0.99) if beside else None,
             reference_source=FLOOR,
         ),
         report.Row(
             name=f"{who}: the same, p50",
             value=report.percentile(found.event_ms, 0.5),
             unit="ms",
+            reference=report.percentile(plain.event_ms, 0.5) if beside else None,
+            reference_source=FLOOR,
         ),
         report.Row(
             name=f"{who}: report to renewal, p99 of {len(found.renewal_ms)}",
             value=report.percentile(found.renewal_ms, 0.99),
             unit="ms",
+            reference=report.percentile(plain.renewal_ms, 0.99) if beside else None,
+            reference_source=FLOOR,
         ),
         report.Row(name=f"{who}: all joined a new coordinator in", value=found.join_s, unit="s"),
         report.Row(
@@ -144,7 +165,7 @@ def rows(found: Found) -> list[report.Row]:
             value=found.reconnect_s,
             unit="s",
             reference=RECONNECT_FLOOR_S if whole else None,
-            reference_source=FLOOR,
+            reference_source=FLOOR_ELSEWHERE,
         ),
         report.Row(
             name=f"{who}: CPU of the coordinator until then", value=found.restart_cpu_s, unit="s"
@@ -217,6 +238,31 @@ async def measure(cluster: Cluster, size: int, window_s: float) -> Found:
         size, cpu_percent, own_cpu_percent, late_ms, rss_gb, event_ms, renewal_ms, reports_per_s,
         join_s, reconnect_s, rss_peak_gb, restart_cpu_s, in_line, dropped, lost,
     )  # fmt: skip
+
+
+async def measure_plain(size: int, window_s: float) -> Plain:
+    """The same agents and events, and nobody behind the stream."""
+    command = [sys.executable, "-m", "bench.link_plain", str(HEARTBEAT_MS // 1000)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+    try:
+        assert server.stdout is not None
+        port = await asyncio.to_thread(server.stdout.readline)
+        herd = Herd(f"127.0.0.1:{int(port)}", SEED)
+        herd.grow(size)
+        await herd.all_connected(CONNECT_S_MAX)
+        await asyncio.sleep(SETTLE_S)
+        herd.tally.clear()
+        cpu_s, began_s = _cpu_s(server.pid), time.perf_counter()
+        await _tell_events([(agent, "1.1") for agent in herd.agents[:JOBS]], window_s)
+        cpu_percent = 100 * (_cpu_s(server.pid) - cpu_s) / (time.perf_counter() - began_s)
+        rss_gb = _memory_gb(server.pid, "VmRSS")
+        await herd.stop()
+    finally:
+        server.kill()
+        server.wait()
+    event_ms = [1000 * span_s for span_s in herd.tally.event_s]
+    renewal_ms = [1000 * span_s for span_s in herd.tally.renewal_s]
+    return Plain(size, cpu_percent, rss_gb, event_ms, renewal_ms)
 
 
 def _submit(cluster: Cluster) -> None:
