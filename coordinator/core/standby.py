@@ -207,6 +207,8 @@ def review(state: State, now: Instant) -> list[tuple[str, str]]:
     running = list(state.indices.open_attempts)
     nodes = list(state.nodes.values())
     looks, seen, moves = LOOKS_PER_TICK_MAX, 0, []
+    if state.walk is not None and state.walk.attempt in state.indices.open_attempts:
+        state.reviewed = running.index(state.walk.attempt)  # others before it may have ended
     while TICKS_PER_TURN * seen < len(running) and looks > 0:
         attempt_id = running[state.reviewed % len(running)]
         begun, state.walk = state.walk, None

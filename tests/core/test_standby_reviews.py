@@ -62,3 +62,25 @@ def test_a_better_standby_is_found_over_several_ticks(monkeypatch: pytest.Monkey
             fleet.rig.handle(Tick())
         found.append(state.attempts[f"{first}.1"].replica_node == free)
     assert found == [True, True]
+
+
+def test_a_walk_goes_on_when_somebody_earlier_in_the_line_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or where work ends all the time, no walk would ever come to its end."""
+    monkeypatch.setattr(standby, "LOOKS_PER_TICK_MAX", 2)
+    fleet = Fleet(dict.fromkeys(NODES, 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    for _ in NODES:
+        fleet.submit()
+    state = fleet.rig.core.state
+    open_attempts = list(state.indices.open_attempts)
+    state.reviewed = len(open_attempts) - 1
+    standby.review(state, fleet.rig.now)
+    begun = state.walk
+    assert begun is not None
+    assert begun.attempt == open_attempts[-1]
+    place = begun.place
+    state.indices.open_attempts.pop(open_attempts[0])
+    standby.review(state, fleet.rig.now)
+    assert state.walk is begun
+    assert begun.place > place
