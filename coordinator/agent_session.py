@@ -56,8 +56,12 @@ class Session:
             self._shell.close_session(self._number)
 
     def _end(self, code: grpc.StatusCode, reason: str = "") -> None:
-        if not self._ended.done():
-            self._ended.set_result((code, reason))
+        if self._ended.done():
+            return
+        self._ended.set_result((code, reason))
+        # An agent that does not read holds the writer, and `serve` with it.
+        if self._handler is not None:
+            self._loop.call_later(CLOSE_GRACE_S, self._handler.cancel)
 
     # --- from the agent ---------------------------------------------------------------------------
 
@@ -98,19 +102,19 @@ class Session:
         try:
             while self._orders:
                 await self._context.write(wire.encode(self._orders.popleft()))
+            self._writer = None
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             self._end(grpc.StatusCode.OK)  # there is nobody left to be told
-        finally:
-            self._writer = None
+        except BaseException:
+            # An order was lost: the agent comes back and is told again, and `serve` says why.
+            self._end(grpc.StatusCode.INTERNAL, "an order could not be written")
+            raise
 
     def _close(self, reason: str) -> None:
         if self._ended.done():
             return
         self._end(grpc.StatusCode.ABORTED, reason)
         self._shell.close_session(self._number)
-        # An agent that does not read holds the writer, and `serve` with it.
-        if self._handler is not None:
-            self._loop.call_later(CLOSE_GRACE_S, self._handler.cancel)
 
 
 def _stranger(context: Context, message: m.AgentMessage) -> str:

@@ -100,3 +100,27 @@ async def test_whoever_reads_hears_why(world: World) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="a newer session") as caught:
             await call.read()
         assert caught.value.code() is grpc.StatusCode.ABORTED
+
+
+async def test_an_agent_that_has_ended_and_does_not_read_is_cut_off(world: World) -> None:
+    call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
+    await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
+    async with asyncio.timeout(DEADLINE_S):
+        session = await world.shell.begun.get()
+        order = m.KeepCheckpoints(tuple("0" * 64 for _ in range(256)))
+        for _ in range(500):
+            world.shell._peers[session].send(order)
+        await call.done_writing()
+        assert await world.shell.ended.get() == session
+
+
+async def test_an_order_that_cannot_be_written_ends_the_session(world: World) -> None:
+    """The agent comes back, and is told again."""
+    call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
+    await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
+    async with asyncio.timeout(DEADLINE_S):
+        session = await world.shell.begun.get()
+        world.shell._peers[session].send(m.EventAck(1 << 70))
+        assert await world.shell.ended.get() == session
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
