@@ -10,6 +10,7 @@ from coordinator.core.node_power import silent
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from protos.baton.v1 import types_pb2 as types
 
+FIGURES_BYTES_MAX = 65_536  # a hundred times what there is to say
 AGE_MS_MAX = 10**12  # thirty years; what has grown from it can still be said on the wire
 
 
@@ -64,7 +65,13 @@ def decode_rate(rate: types.TelemetryRate.ValueType) -> model.TelemetryRate:
 
 
 def decode_reading(said: types.GpuTelemetry) -> model.GpuReading:
-    """Raises `ValueError` with a sentence."""
+    """Raises `ValueError` with a sentence. What is kept of it is bytes: a part of a message keeps
+    the whole of it in memory."""
+    figures = said.SerializeToString()
+    if len(figures) > FIGURES_BYTES_MAX:
+        raise ValueError(
+            f"{len(figures)} bytes are no reading of a GPU; {FIGURES_BYTES_MAX} is the limit"
+        )
     age_ms = 0
     if said.HasField("age"):
         age_ms = said.age.ToMilliseconds()
@@ -74,7 +81,7 @@ def decode_reading(said: types.GpuTelemetry) -> model.GpuReading:
     if between and said.window.HasField("utilization_ratio"):
         used_ratio = said.window.utilization_ratio.mean
     return model.GpuReading(
-        said.uuid, said.error, min(age_ms, AGE_MS_MAX), between, used_ratio, said
+        said.uuid, said.error, min(age_ms, AGE_MS_MAX), between, used_ratio, figures
     )
 
 
@@ -106,7 +113,7 @@ def _gpu(gpu: model.GpuView) -> types.Gpu:
         ],
     )
     wire_health.add_health(message, gpu)
-    if isinstance(gpu.figures, types.GpuTelemetry):
-        message.telemetry.CopyFrom(gpu.figures)
+    if gpu.figures:
+        message.telemetry.MergeFromString(gpu.figures)
         message.telemetry.age.FromMilliseconds(gpu.age_ms)
     return message

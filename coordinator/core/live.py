@@ -45,7 +45,7 @@ class LiveGpu:
     facts: GpuFacts
     phase: GpuPhase
     holders: tuple[str, ...] = ()
-    figures: object = None
+    figures: bytes = b""
     used_ratio: float | None = None
     read_ms: int = 0
     unread_since_ms: int | None = None

@@ -403,7 +403,7 @@ class GpuView:
     facts: GpuFacts
     phase: GpuPhase
     attempt: str = ""
-    figures: object = None
+    figures: bytes = b""
     age_ms: int = 0
     health: GpuHealth | None = None
     cordon: str = ""

@@ -12,15 +12,16 @@ from typing import NamedTuple
 class GpuReading(NamedTuple):
     """`error`: why the last try to read it failed. `read_between`: it was read since the report
     before. `used_ratio`: how much it was in use since then; `None` where nobody says, never zero.
-    `age_ms`: it was read so long ago. `figures`: all that was said, in the words of the contract. A
-    tuple, since one is made for each GPU of each report: a dataclass takes three times as long."""
+    `age_ms`: it was read so long ago. `figures`: all that was said, as the bytes of the contract,
+    empty where nothing was. A tuple, since one is made for each GPU of each report: a dataclass
+    takes three times as long."""
 
     uuid: str
     error: str = ""
     age_ms: int = 0
     read_between: bool = False
     used_ratio: float | None = None
-    figures: object = None
+    figures: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

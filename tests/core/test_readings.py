@@ -46,7 +46,7 @@ class Read(Fleet):
                     error=error if gpu.uuid in unread else "",
                     age_ms=age_ms,
                     read_between=read_between,
-                    figures=f"beat {self.beats}",
+                    figures=b"beat %d" % self.beats,
                 )
                 for gpu in self.rig.core.state.nodes[name].node.gpus
             )
@@ -121,7 +121,7 @@ def test_a_reading_grows_old_until_the_next_report() -> None:
     fleet.beats += 1
     fleet.rig.handle(FromAgent(fleet.sessions["n1"], Heartbeat(fleet.beats)))
     assert fleet.gpu("n1-g0").age_ms == 2_700
-    assert fleet.gpu("n1-g0").figures == "beat 1"
+    assert fleet.gpu("n1-g0").figures == b"beat 1"
 
 
 def test_what_runs_on_it_goes_on() -> None:

@@ -176,8 +176,7 @@ FIGURES = (
 def arrived(reading: model.GpuReading) -> av.GpuSample:
     """A reading as its agent had it, out of the few fields of the core and what is kept as it
     came."""
-    said = reading.figures
-    assert isinstance(said, types.GpuTelemetry)
+    said = types.GpuTelemetry.FromString(reading.figures)
 
     def optional(of: Any, name: str) -> Any:
         return getattr(of, name) if of.HasField(name) else None
@@ -461,6 +460,25 @@ def test_the_coordinator_says_what_is_wrong(message: pb.SessionRequest, sentence
 def test_what_is_no_attempt_id(attempt: str) -> None:
     with pytest.raises(agent_wire.WireError, match="is no attempt id"):
         agent_wire.decode(pb.SessionResponse(stop_attempt=pb.StopAttempt(attempt=attempt)))
+
+
+def test_a_reading_without_end_is_refused() -> None:
+    """It is kept as it came."""
+    said = types.GpuTelemetry(uuid="g", error="x" * wire_nodes.FIGURES_BYTES_MAX)
+    beat = pb.SessionRequest(heartbeat=pb.Heartbeat(sequence=1, gpus=[said]))
+    with pytest.raises(coordinator_wire.WireError, match="is the limit"):
+        coordinator_wire.decode(beat)
+
+
+def test_of_a_heartbeat_no_more_is_kept_than_was_said_of_its_gpus() -> None:
+    gpu = types.GpuTelemetry(uuid="g", power_mw=300_000)
+    beat = pb.SessionRequest(heartbeat=pb.Heartbeat(sequence=1, gpus=[gpu]))
+    for number in range(500):
+        progress = beat.heartbeat.progress.add(attempt=f"{number + 1}.1").progress
+        progress.metrics[f"metric-{number}"] = 1.0
+    heard = coordinator_wire.decode(beat)
+    assert isinstance(heard, cm.Heartbeat)
+    assert heard.gpus[0].figures == gpu.SerializeToString()
 
 
 def test_an_absurd_age_is_an_old_one() -> None:
