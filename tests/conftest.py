@@ -6,9 +6,13 @@ examples in every run, because a commit that changed nothing must not turn red, 
 deadline, because the speed of a shared machine is not a property of the code. To search for new
 examples, say so: `HYPOTHESIS_PROFILE=explore pytest tests/core`; what it finds becomes an
 `@example` or a golden file.
+
+What the tests inherit is made the same everywhere: no hub of models is asked for anything, since
+where there is no way out each question takes seconds of new attempts; and Ctrl-C is not ignored.
 """
 
 import os
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -24,6 +28,14 @@ settings.register_profile(
     "explore", deadline=None, max_examples=2_000, suppress_health_check=_UNHURRIED, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+# Read when a library is imported, so before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what runs in the background with SIGINT ignored, Python then leaves it so, and so
+# does every program that a test starts and interrupts: it would never end.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

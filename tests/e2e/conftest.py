@@ -2,6 +2,10 @@
 
 A test that kills a node or changes a program's configuration takes `cluster`, which is empty until
 it starts something. Files whose tests leave the cluster as they found it make one for the file.
+
+A test here starts several programs and waits for one thing after another. Each of these waits has a
+deadline of its own that says what did not happen and shows the programs' logs; the suite's timeout
+for a whole test must not come before it on a machine that is only slow.
 """
 
 import subprocess
@@ -13,6 +17,17 @@ import pytest
 
 from tests.e2e.cluster import Cluster
 from tests.e2e.work import DEADLINE_S, TRAINERS, Gate
+
+# A cluster's start and the waits of the longest test here, where one of them meets its deadline and
+# the others take half of theirs.
+TEST_TIMEOUT_S = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of real programs their time, where they do not say theirs."""
+    for item in items:
+        if item.get_closest_marker("e2e") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S))
 
 
 @pytest.fixture

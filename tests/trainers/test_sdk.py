@@ -19,7 +19,6 @@ import numpy
 import pytest
 
 import baton_sdk
-from agent.slabs import Slabs
 from baton_sdk.mailbox import UNANSWERED_MAX, Mailbox
 from tests.trainers.fake_agent import DEADLINE_S, FakeAgent, until
 
@@ -301,68 +300,6 @@ def test_numbers_of_numpy_arrive_and_odd_names_harm_nothing(
         session.progress(1.5)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def generous(tmp_path: Path) -> Iterator[FakeAgent]:
-    """An agent that gives slabs."""
-    desk = Slabs(0.5, lambda: 1_000_000_000)
-    fake = FakeAgent(tmp_path / "generous.sock", slabs=desk)
-    fake.start()
-    yield fake
-    if fake.path.exists():
-        fake.stop()
-    desk.close()
-
-
-def put(session: baton_sdk.Session, slab: baton_sdk.Slab, step: int) -> baton_sdk.Ticket:
-    """Capture a few bytes."""
-    slot = slab.free_slot()
-    assert slot is not None
-    slab.begin(slot)
-    begin = slab.offset_bytes(slot)
-    slab.mapping[begin : begin + 4] = b"data"
-    return session.capture(slab, slot, [("data", 0, 4)], step)
-
-
-def test_a_slab_is_asked_for_mapped_and_used(generous: FakeAgent) -> None:
-    with baton_sdk.connect(environment(generous)) as session:
-        slab = session.slab(100_000, DEADLINE_S)
-        assert slab is not None
-        assert (slab.slots, slab.slot_bytes >= 100_000) == (2, True)
-        assert session.slab(100_000) is slab, "asked for once"
-        tickets = [put(session, slab, step) for step in (1, 2)]
-        assert slab.free_slot() is None
-        assert slab.wait_free_slot(0.0) is None
-        sent = [generous.expect("checkpoint") for _ in range(2)]
-        assert [(line["id"], line["slab"], line["step"]) for line in sent] == [
-            (ticket.id, ticket.sequence, ticket.step) for ticket in tickets
-        ]
-        generous.send(type="stored", id=tickets[0].id, digest="aa")
-        assert slab.wait_free_slot(DEADLINE_S) == 0
-        generous.send(type="refused", id=tickets[1].id, reason="superseded")
-        until(lambda: tickets[1].state is baton_sdk.TicketState.REFUSED, "not refused")
-        assert slab.free_slot() == 0
-        larger = session.slab(10_000_000, DEADLINE_S)
-        assert larger is not None
-        assert larger is not slab
-        assert session.slab(10**9, DEADLINE_S) is None, "the agent refused it"
-
-
-def test_after_an_agent_restart_the_slab_is_offered_before_what_lies_in_it(
-    generous: FakeAgent,
-) -> None:
-    with baton_sdk.connect(environment(generous)) as session:
-        slab = session.slab(1000, DEADLINE_S)
-        assert slab is not None
-        ticket = put(session, slab, 5)
-        generous.expect("checkpoint")
-        generous.stop()
-        generous.start()
-        generous.expect("hello")
-        offer = generous.received.get(timeout=DEADLINE_S)
-        assert (offer["type"], offer["offered"], offer["slots"]) == ("slab", True, 2)
-        assert generous.expect("checkpoint")["slab"] == ticket.sequence
-
-
 def test_an_older_agent_is_told_nothing_of_slabs(
     agent: FakeAgent, session: baton_sdk.Session
 ) -> None:
@@ -370,23 +307,6 @@ def test_an_older_agent_is_told_nothing_of_slabs(
     assert session.slab(1000, DEADLINE_S) is None
     session.close()
     assert "slab" not in [message["type"] for message in _all(agent)]
-
-
-def test_captures_for_an_agent_that_was_replaced_by_an_older_one_are_refused(
-    generous: FakeAgent,
-) -> None:
-    with baton_sdk.connect(environment(generous)) as session:
-        slab = session.slab(1000, DEADLINE_S)
-        assert slab is not None
-        ticket = put(session, slab, 5)
-        generous.expect("checkpoint")
-        generous.stop()
-        generous.slabs = None
-        generous.start()
-        until(lambda: ticket.state is baton_sdk.TicketState.REFUSED, "not refused")
-        put(session, slab, 6)  # into the other one
-        assert slab.free_slot() == 0
-        assert session.slab(1000) is None
 
 
 def _sections(messages: list[dict[str, Any]]) -> list[tuple[str, int]]:

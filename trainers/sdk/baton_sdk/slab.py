@@ -175,7 +175,8 @@ class SlabDesk:
         self._mailbox = mailbox
         self._changed = threading.Condition()
         self._slab: Slab | None = None
-        self._wanted_bytes = 0
+        self._wanted_bytes = 0  # with room beyond; 0 where no request is open
+        self._asked_bytes = 0  # of the open request, without that room
         self._unsent = False
         self._refused_until_s = 0.0
         self._refused_bytes = 0
@@ -184,25 +185,27 @@ class SlabDesk:
 
     def slab(self, slot_bytes: int, wait_s: float) -> Slab | None:
         """The slab whose slots hold so many bytes, if it is there within ``wait_s`` seconds. Asks
-        for it where that has not been done; None also where the agent refused it."""
+        for it where that has not been done; None, and at once, also where the agent refuses it."""
         with self._changed:
-            slab = self._slab
-            if slab is not None and slab.slot_bytes >= slot_bytes:
+            slab = self._fitting(slot_bytes)
+            if slab is not None or not self._may_ask(slot_bytes):
                 return slab
-            if not self._may_ask(slot_bytes):
-                return None
             if self._wanted_bytes < slot_bytes:
                 self._wanted_bytes = slot_bytes + int(slot_bytes * GROWTH_RATIO) + GROWTH_BYTES
+                self._asked_bytes = slot_bytes
                 self._unsent = True
         self._mailbox.nudge()
         until_s = time.monotonic() + wait_s
         with self._changed:
-            while self._may_ask(slot_bytes) and time.monotonic() < until_s:
-                slab = self._slab
-                if slab is not None and slab.slot_bytes >= slot_bytes:
-                    return slab
-                self._changed.wait(max(0.0, until_s - time.monotonic()))
-            slab = self._slab
+            while (slab := self._fitting(slot_bytes)) is None:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0 or not self._wanted_bytes or not self._understood:
+                    break
+                self._changed.wait(left_s)
+        return slab
+
+    def _fitting(self, slot_bytes: int) -> Slab | None:
+        slab = self._slab
         return slab if slab is not None and slab.slot_bytes >= slot_bytes else None
 
     def next_sequence(self) -> int:
@@ -259,9 +262,11 @@ class SlabDesk:
     def refused(self, message: Mapping[str, object]) -> None:
         """No memory for us, or the memory that we offered is not taken."""
         with self._changed:
-            self._refused_bytes = self._wanted_bytes
+            # Who asks for the same again would have the same room added, and hear the same.
+            self._refused_bytes = self._asked_bytes
             self._refused_until_s = time.monotonic() + REFUSAL_HOLDS_S
-            self._wanted_bytes = 0
+            self._wanted_bytes = self._asked_bytes = 0
+            self._unsent = False
             offered = message.get("offered") is True
             if offered:
                 self._slab = None
@@ -278,7 +283,8 @@ class SlabDesk:
             return
         with self._changed:
             former, self._slab = self._slab, slab
-            self._wanted_bytes = 0
+            if slab.slot_bytes >= self._wanted_bytes:  # else it has grown meanwhile, and is open
+                self._wanted_bytes = self._asked_bytes = 0
             self._changed.notify_all()
         if former is not None:
             former.close()
