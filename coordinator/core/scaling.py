@@ -324,7 +324,7 @@ def _of_type(draft: _Draft, outlook: Outlook, mine: Sequence[Box]) -> None:
     if unknown in (Rail.STALE, Rail.CLOCK):
         _decide(draft, outlook, mine, wanted, _Done(rail=unknown))
         return
-    missing = wanted.need_gpus - wanted.there_gpus
+    missing = max(wanted.need_gpus - wanted.there_gpus, outlook.late_gpus)
     starts = which_nodes.to_start(
         mine, missing, draft.ups, now_ms, boots=rules.boots, bounds=rules.bounds
     )
@@ -466,7 +466,7 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     for boxes, (one, several) in zip(done.boxes, verbs, strict=True):
         if boxes:
             does = f"node of {name} {one}" if len(boxes) == 1 else f"nodes of {name} {several}"
-            parts.append(f"{len(boxes)} {does} ({_names(boxes)})")
+            parts.append(f"{len(boxes)} {does} ({_some([box.node for box in boxes])})")
     if done.rented_gpus:
         parts.append(f"{done.rented_gpus} GPUs of {name} are rented by the hour")
     said = "; ".join(parts) or f"nothing of {name} is switched"
@@ -474,10 +474,21 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     if wanted.trusted:
         wants += f" at {100 * rules.level:.3g}%, {wanted.keep_gpus} stay on"
     held = f"; held back: {done.rail.value}" if done.rail else ""
-    return f"{said}: {wants}, {wanted.there_gpus} are there{held}"
+    return f"{said}: {wants}, {wanted.there_gpus} are there{_late(outlook)}{held}"
 
 
-def _names(boxes: Sequence[Box]) -> str:
-    shown = ", ".join(box.node for box in boxes[:NAMED_MAX])
-    more = len(boxes) - NAMED_MAX
+def _late(outlook: Outlook) -> str:
+    """Whose deadlines are a reason; empty where nobody's is."""
+    if not outlook.late_jobs:
+        return ""
+    whose = _some([str(job_id) for job_id in outlook.late_jobs])
+    one = len(outlook.late_jobs) == 1
+    does = f"job {whose} would miss its" if one else f"jobs {whose} would miss their"
+    gpus = f"{outlook.late_gpus} GPU{'s' if outlook.late_gpus > 1 else ''} more"
+    return f", and {does} deadline{'' if one else 's'} by waiting, which {gpus} would keep"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED_MAX])
+    more = len(names) - NAMED_MAX
     return shown if more <= 0 else f"{shown} and {more} more"
