@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from coordinator.core import messages as m
+from coordinator.core import power
 from coordinator.core.bursts import Burst
 from coordinator.core.capacity_messages import Actuated
 from coordinator.core.capacity_model import LEVELS, Power, Source
@@ -80,11 +81,14 @@ class RentingFleet(Fleet):
         self.rig.handle(ForecastMade(minute, (TypeForecast(H100, nothing, nothing),)))
 
     def _obey(self, key: str, name: str, phase: Power) -> None:
-        """What is ordered comes, or is sold out; what is deleted is gone."""
+        """What is ordered comes, or is sold out; what is deleted, or switched off, is gone."""
+        session = self.state.nodes[name].session
         comes = phase is Power.STARTING and not self.sold_out
         done = comes or phase is Power.STOPPING
         reason = "" if done else "sold out"
         self.rig.handle(Actuated(CapacityOutcome(key, name, done, reason)))
+        if phase is Power.STOPPING and session is not None:
+            self.rig.handle(m.FromAgent(session, m.SessionClosed()))
         if comes:
             self.sessions += 1
             hello = m.Hello(name, f"{name}-1", f"{name}:1", HOST, gpus_of(name, "1xH100"), ())
@@ -152,6 +156,28 @@ def test_nothing_is_rented_where_an_own_gpu_is_free_in_time() -> None:
     assert fleet.rented() == []
     assert fleet.node_of(job) == "n1"
     assert fleet.steps_of(job) >= STEPS
+
+
+def test_nothing_is_rented_where_an_own_node_can_boot_in_time() -> None:
+    fleet = RentingFleet("1xH100", "1xH100")
+    power.go(fleet.state, fleet.rig.now, fleet.state.nodes["n2"], "a test")
+    fleet.submit(name="filler")
+    fleet.live(60)
+    assert fleet.state.nodes["n2"].node.power.phase is Power.OFF
+    job = fleet.due(3_500)
+    fleet.live(300)
+    assert fleet.rented() == []
+    assert fleet.node_of(job) == "n2"
+
+
+def test_what_is_rented_is_given_back_when_the_job_is_over() -> None:
+    fleet = full()
+    job = fleet.due(3_500)
+    fleet.live(300)
+    fleet.end(job)
+    fleet.live(900)
+    assert fleet.rented() == ["r1"]
+    assert is_gone(fleet.state.nodes["r1"].node.power)
 
 
 def test_nothing_is_rented_without_a_deadline_or_for_one_that_nobody_knows() -> None:
