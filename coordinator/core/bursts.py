@@ -37,12 +37,12 @@ class Burst:
 
 def worth_gpus(outlook: Outlook, missing_gpus: int, burst: Burst, wait_usd_per_gpu_h: float) -> int:
     """How many of those that are missing are worth to be rented."""
-    waiting = min(missing_gpus, outlook.urgent_gpus)
+    late_gpus = min(missing_gpus, outlook.late_gpus)
     if outlook.frees_ms is not None:
         wait_usd = wait_usd_per_gpu_h * outlook.frees_ms / MS_PER_H
         if wait_usd > burst.usd_min:
-            return waiting
-    return min(waiting, outlook.late_gpus)
+            return max(late_gpus, min(missing_gpus, outlook.urgent_gpus))
+    return late_gpus
 
 
 def nodes_of(gpus: int, burst: Burst) -> int:

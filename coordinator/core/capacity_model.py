@@ -63,9 +63,10 @@ class Outlook:
     maximum over the time in which a node that is switched off now has to stay off to be worth it.
     `coverage`: how much of what came lay within the 95% bands over three days, if known. `stale`:
     what it is made of is too old, or a clock has jumped. `frees_ms`: after which a node is expected
-    to free, by the ages of what runs; None: nobody knows. `late_gpus`: so many of those that wait
-    would miss a deadline by waiting for it. `rentable_gpus`: so many of those that wait may be a
-    reason to rent; None: all."""
+    to free, by the ages of what runs; None: nobody knows. `late_gpus`: so many more keep the
+    deadlines of `late_jobs`, which would miss them by waiting for it (`in_time.py`); they may wait
+    for another type, too. `rentable_gpus`: so many of those that wait may be a reason to rent;
+    None: all."""
 
     gpu_type: str
     running_gpus: int
@@ -77,6 +78,7 @@ class Outlook:
     stale: bool = False
     frees_ms: int | None = None
     late_gpus: int = 0
+    late_jobs: tuple[int, ...] = ()
     rentable_gpus: int | None = None
 
     @property

@@ -134,6 +134,14 @@ def newcomer(state: State, now: Instant, job: Job, fleet: Fleet) -> Entrant:
     return _entrant(state, now, job, rates, "")
 
 
+def imagined(
+    state: State, now: Instant, job: Job, types: tuple[str, ...], allowance: Allowance
+) -> Contender:
+    """One that waits, on types that the fleet may not have, or not switched on."""
+    rates = speeds.of(state, now, job, types, allowance, where="imagined")
+    return _entrant(state, now, job, rates, "").contender
+
+
 def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
     """The type that all of a job's ranks are on; empty where it is on several, or on what takes no
     work; `None` where it is on none, or about to leave."""

@@ -43,6 +43,15 @@ def late(state: State) -> dict[int, float]:
     return state.standing.late_ms
 
 
+def first(state: State) -> dict[int, tuple[int, float]]:
+    """Those that go first in their class, and in which order: before those that are late, and also
+    before their latest start, those for whom a node was rented, or it would be somebody else's when
+    it comes. Of these all are in time if whoever has to run soonest comes first."""
+    found = {job_id: (1, -latest_ms) for job_id, latest_ms in late(state).items()}
+    rented_for = state.scaler.rented_for
+    return {**found, **{job_id: (0, each.latest_ms) for job_id, each in rented_for.items()}}
+
+
 def is_close(state: State, now: Instant, job: Job, within_ms: float = CLOSE_MS) -> bool:
     """Whether it has to run now, or within that time, to keep a deadline."""
     latest_ms = state.standing.latest_ms.get(job.id, math.inf)
@@ -87,6 +96,10 @@ def describe(state: State, now: Instant, job: Job) -> str:
         early = foresight.seconds(abs(deadline_ms - end_ms) / 1000)
         side = "before" if end_ms <= deadline_ms else "after"
         return f"; it is expected to end {early} {side} its deadline {at}"
+    rented = state.scaler.rented_for.get(job.id)
+    if rented is not None:
+        nodes = "a node was" if rented.nodes < 2 else f"{rented.nodes} nodes were"
+        return f"; {nodes} rented by the hour for its deadline {at}, and it goes first in its class"
     latest_ms = state.standing.latest_ms.get(job.id)
     if latest_ms is None:
         return f"; its deadline is {at}"

@@ -200,10 +200,10 @@ def leaving(state: State) -> list[Job]:
 
 def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> list[Job]:
     """By class, in each those first that have a promise, and then those within their quotas; of
-    these whose latest start has come. What is kept for another try of a job beyond its quota comes
-    after those within theirs."""
+    these whose latest start has come, or for whom a node was rented. What is kept for another try
+    of a job beyond its quota comes after those within theirs."""
     standing = state.standing
-    late = deadlines.late(state)
+    first = deadlines.first(state)
 
     def tier(job: Job) -> tuple[int, int, bool, bool]:
         promise = standing.promises.get(job.id)
@@ -211,12 +211,12 @@ def in_turn(state: State, waiting: Iterable[Job], lent: Mapping[int, None]) -> l
         # Who can go to some nodes alone chooses before who may go to any of a type.
         after = 2 if promise is None or is_lent else int(not promise.nodes)
         rank = CLASS_RANK[job.spec.job_class]
-        return rank, after, is_lent, job.id not in late
+        return rank, after, is_lent, job.id not in first
 
-    ordered = sorted(waiting, key=lambda job: (*tier(job), -late.get(job.id, 0.0), job.id))
+    ordered = sorted(waiting, key=lambda job: (*tier(job), first.get(job.id, (0, 0.0)), job.id))
     places: dict[tuple[int, int, bool, bool], list[int]] = {}
     for place, job in enumerate(ordered):
-        if job.id in standing.turn and job.id not in standing.promises and job.id not in late:
+        if job.id in standing.turn and job.id not in standing.promises and job.id not in first:
             places.setdefault(tier(job), []).append(place)
     for some in places.values():
         jobs = [ordered[place] for place in some]

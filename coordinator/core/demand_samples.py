@@ -18,6 +18,7 @@ How:
    that have come and gone; equal requests are looked at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,6 +85,16 @@ def present(state: State) -> dict[str, Present]:
         )
         for gpu_type, gpus in all_gpus.items()
     }
+
+
+def homes(state: State, job_ids: Iterable[int]) -> dict[int, str]:
+    """The GPU type that each of these, which wait, counts to."""
+    fleet, found = _Fleet(state), {}
+    for job_id in job_ids:
+        preferred = state.standing.order.get(job_id)
+        first = preferred[0][0] if preferred else ""
+        found[job_id] = fleet.waits_for(state.jobs[job_id].spec, first)[0].gpu_type
+    return found
 
 
 def resume(state: State) -> None:

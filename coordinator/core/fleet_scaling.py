@@ -21,6 +21,7 @@ configured; without a driver it is never `act`.
 from dataclasses import replace
 
 from coordinator.core import (
+    deadline_rentals,
     demand_forecast,
     plan_time,
     power,
@@ -89,12 +90,14 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     rentals.look(state, now)
     if scaler.made is None:
         count(state, now, *power_memory.lately(state, now))
+    boxes = boxes_of(state, now)
     seen = rentals.outlooks(state, now, demand_forecast.outlooks(state, now))
+    seen = deadline_rentals.outlooks(state, now, boxes, seen)
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)
     plan = scaling.plan(
         plan_time.plan_ms(options, now.now_ms),
-        boxes_of(state, now),
+        boxes,
         [plan_time.outlook(options, each) for each in seen],
         rentals.with_names(state, now, rules),
         rentals.remembered(state, now, scaler.memory),
@@ -255,7 +258,7 @@ def carry_out(
         elif live is not None and verb in (Verb.SUSPEND, Verb.DELETE) and _may_go(live):
             power.go(state, now, live, why)
         elif verb is Verb.CREATE and rentals.rent(state, now, name, why):
-            pass
+            deadline_rentals.rented(state, now, state.nodes[name].node.power.gpu_type)
         else:
             left.append(name)
     return left

@@ -11,7 +11,7 @@ last as long again as not, so after `k` more it is there with the chance `age / 
 that waits is taken by it when it comes free.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,26 +62,45 @@ def held_ahead(
 def frees_ms(state: State, now: Instant, needed: Mapping[str, float]) -> dict[str, int]:
     """By GPU type: after how long so many GPUs of those that are held are expected to have come
     free for somebody else. What is not expected within a week is left out."""
+    freed = freed_ahead(state, now, needed)
+    found = {gpu_type: after_ms(freed[gpu_type], gpus) for gpu_type, gpus in needed.items()}
+    return {gpu_type: at_ms for gpu_type, at_ms in found.items() if at_ms is not None}
+
+
+def freed_ahead(
+    state: State, now: Instant, gpu_types: Iterable[str]
+) -> dict[str, list[tuple[int, float]]]:
+    """By GPU type: after how long how many are expected to have come free, at each look."""
     minute_ms = state.options.demand_minute_ms
     every = 1 + len(state.demand_history.counted.held) // HOLDERS_MAX
-    by_type: dict[str, list[_Holder]] = {gpu_type: [] for gpu_type in needed}
-    for gpu_type, holder in _holders(state, now, Series(), every) if needed else ():
+    by_type: dict[str, list[_Holder]] = {gpu_type: [] for gpu_type in gpu_types}
+    for gpu_type, holder in _holders(state, now, Series(), every) if by_type else ():
         if gpu_type in by_type:
             by_type[gpu_type].append(holder)
-    found: dict[str, int] = {}
-    for gpu_type, gpus in needed.items():
-        earlier_min, had = 0, 0.0
-        for minutes in LOOKS_MIN:
-            freed = sum(
-                holder.gpus * (1.0 - _chances(holder, minutes * minute_ms)[1])
-                for holder in by_type[gpu_type]
+    return {
+        gpu_type: [
+            (
+                minutes * minute_ms,
+                sum(
+                    holder.gpus * (1.0 - _chances(holder, minutes * minute_ms)[1])
+                    for holder in holders
+                ),
             )
-            if freed >= gpus:
-                part = (gpus - had) / (freed - had)
-                found[gpu_type] = round((earlier_min + part * (minutes - earlier_min)) * minute_ms)
-                break
-            earlier_min, had = minutes, freed
-    return found
+            for minutes in LOOKS_MIN
+        ]
+        for gpu_type, holders in by_type.items()
+    }
+
+
+def after_ms(freed: Sequence[tuple[int, float]], gpus: float) -> int | None:
+    """When as many have come free; `None`: not within a week. Between two looks, evenly."""
+    earlier_ms, had = 0, 0.0
+    for at_ms, count in freed:
+        if count >= gpus:
+            part = (gpus - had) / (count - had)
+            return round(earlier_ms + part * (at_ms - earlier_ms))
+        earlier_ms, had = at_ms, count
+    return None
 
 
 def _chances(holder: _Holder, ahead_ms: int) -> tuple[float, float]:

@@ -440,10 +440,14 @@ def _last_standby(state: State, live: LiveNode, takers: Takers) -> str:
 def model_of(node: Node) -> str:
     """What kind of node it is, in words; those of one kind boot alike."""
     if node.power.source is Source.BURST:
-        return f"{node.power.gpus}x {node.power.gpu_type}, rented"
+        return rented_model(node.power.gpus, node.power.gpu_type)
     names = [gpu.name for gpu in node.gpus]
     gpus = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
+
+
+def rented_model(gpus: int, gpu_type: str) -> str:
+    return f"{gpus}x {gpu_type}, rented"
 
 
 def type_of(node: Node) -> str:

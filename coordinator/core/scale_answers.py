@@ -5,11 +5,17 @@ what the present plan still proposes can be agreed to, of that only what still m
 and it counts towards the bounds of the next plan as if that had done it.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import demand_forecast, fleet_scaling, odds, power
+from coordinator.core import (
+    demand_forecast,
+    fleet_scaling,
+    guard_rails,
+    plan_time,
+    power,
+    scaling,
+)
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
@@ -26,7 +32,7 @@ from coordinator.core.scale_requests import (
     ScaleRequest,
     TypePlan,
 )
-from coordinator.core.scaling import Rules
+from coordinator.core.scaling import Wanted
 from coordinator.core.state import Instant, State
 
 RECORDS_SHOWN = 20
@@ -52,45 +58,46 @@ def plan_page(state: State, now: Instant) -> PlanPage:
         boxes.setdefault(box.gpu_type, []).append(box)
     outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
     newest = {record.gpu_type: record for record in scaler.records.values()}
-    names = sorted(dict.fromkeys([*boxes, *outlooks]))
     boots = power.boot_times(state)
+    types = []
+    for name in sorted(dict.fromkeys([*boxes, *outlooks])):
+        outlook, mine = outlooks.get(name, Outlook(name, 0, 0, 0)), boxes.get(name, [])
+        wanted = _wanted(state, now, outlook, mine)
+        types.append(_type_plan(outlook, mine, wanted, newest.get(name), boots=boots))
     return PlanPage(
         mode.value,
         why,
         state.options.power.acts,
         rules.level,
-        tuple(
-            _type_plan(
-                name, boxes.get(name, []), outlooks, newest.get(name), rules=rules, boots=boots
-            )
-            for name in names
-        ),
+        tuple(types),
         tuple(scaler.records[number] for number in scaler.proposed.values()),
         None if scaler.made is None else scaler.made[1],
     )
 
 
+def _wanted(state: State, now: Instant, outlook: Outlook, mine: Sequence[Box]) -> Wanted:
+    """By the plan's own arithmetic: what is shown is what it acts by."""
+    now_ms = plan_time.plan_ms(state.options, now.now_ms)
+    boots = plan_time.boots(state.options, power.boot_times(state))
+    rules = replace(state.options.scaling.rules, boots=boots)
+    unknown = guard_rails.of_knowledge(outlook, now_ms, state.scaler.memory.at_ms, rules.bounds)
+    return scaling.wanted_of(outlook, mine, now_ms, rules, trusted=unknown is None)
+
+
 def _type_plan(
-    name: str,
-    boxes: list[Box],
-    outlooks: Mapping[str, Outlook],
+    outlook: Outlook,
+    boxes: Sequence[Box],
+    wanted: Wanted,
     record: ScaleRecord | None,
     *,
-    rules: Rules,
     boots: BootTimes,
 ) -> TypePlan:
-    outlook = outlooks.get(name, Outlook(name, 0, 0, 0))
     able = [box for box in boxes if not box.closed]
     by_power = {p: sum(box.gpus for box in able if box.power is p) for p in Power}
-    need = max(outlook.guaranteed_gpus, outlook.running_gpus + outlook.queued_gpus)
-    keep = need
-    if outlook.soon_gpus and not outlook.stale:
-        need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)))
-    if outlook.later_gpus and not outlook.stale:
-        keep = max(need, math.ceil(odds.at_level(outlook.later_gpus, rules.level)))
+    need, keep = wanted.need_gpus, wanted.keep_gpus
     there = by_power[Power.ON] + by_power[Power.LEAVING] + by_power[Power.STARTING]
     return TypePlan(
-        name,
+        outlook.gpu_type,
         by_power[Power.ON],
         sum(box.gpus - box.held_gpus for box in able if box.power is Power.ON),
         by_power[Power.LEAVING] + by_power[Power.STOPPING],

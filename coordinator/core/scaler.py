@@ -25,10 +25,31 @@ class ScalingOptions:
 
 
 @dataclass(slots=True)
+class Awaited:
+    """A job that so many nodes more would keep the deadline of, and when it has to run there."""
+
+    job_id: int
+    nodes: int
+    latest_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RentedFor:
+    """So many nodes of a type were ordered for a job's deadline, the last one `at_ms`; 0: it is to
+    have what others leave on theirs. `latest_ms`: when it has to run."""
+
+    gpu_type: str
+    nodes: int
+    at_ms: int
+    latest_ms: float
+
+
+@dataclass(slots=True)
 class Scaler:
     """`records` by number, oldest first; `proposed`: by GPU type the decision that waits for a
     person. `made`: when the last plan was, by both clocks; `seen_job_id`: the
-    newest job then."""
+    newest job then. `awaited` by GPU type: whose deadlines ask for nodes of it, as the last plan
+    has it; `rented_for`: by job, what was ordered for its deadline (`deadline_rentals.py`)."""
 
     memory: Memory = field(default_factory=Memory)
     due_ms: int | None = None
@@ -37,6 +58,8 @@ class Scaler:
     seen_job_id: int = 0
     records: dict[int, ScaleRecord] = field(default_factory=dict)
     proposed: dict[str, int] = field(default_factory=dict)
+    awaited: dict[str, list[Awaited]] = field(default_factory=dict)
+    rented_for: dict[int, RentedFor] = field(default_factory=dict)
 
     def load(self, records: tuple[ScaleRecord, ...]) -> None:
         """Take over what is durable. What was proposed has to be proposed anew."""

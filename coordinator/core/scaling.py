@@ -282,7 +282,7 @@ _NOTHING = _Done()
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
     """Of one GPU type, in GPUs on nodes that can be counted on; `trusted`: the forecast counts."""
 
     there: tuple[Box, ...]
@@ -296,9 +296,10 @@ class _Wanted:
         return sum(box.gpus for box in self.there)
 
 
-def _wanted(outlook: Outlook, mine: Sequence[Box], draft: _Draft, *, trusted: bool) -> _Wanted:
-    rules = draft.rules
-    there = [box for box in mine if which_nodes.is_there(box, draft.now_ms, rules.boots)]
+def wanted_of(
+    outlook: Outlook, mine: Sequence[Box], now_ms: int, rules: Rules, *, trusted: bool
+) -> Wanted:
+    there = [box for box in mine if which_nodes.is_there(box, now_ms, rules.boots)]
     counted = {box.node for box in there}
     elsewhere = sum(box.held_gpus for box in mine if box.node not in counted)
     # What waits although so many GPUs are free beside others' work does not fit there.
@@ -312,18 +313,18 @@ def _wanted(outlook: Outlook, mine: Sequence[Box], draft: _Draft, *, trusted: bo
         likely = math.ceil(odds.at_level(outlook.later_gpus, rules.keep_level))
         later = max(need, likely - elsewhere)
         keep = math.ceil(later * (1 + rules.margin_ratio))
-    return _Wanted(tuple(there), now_gpus, need, keep, trusted)
+    return Wanted(tuple(there), now_gpus, need, keep, trusted)
 
 
 def _of_type(draft: _Draft, outlook: Outlook, mine: Sequence[Box]) -> None:
     """The decision of one GPU type."""
     rules, now_ms = draft.rules, draft.now_ms
     unknown = guard_rails.of_knowledge(outlook, now_ms, draft.memory.at_ms, rules.bounds)
-    wanted = _wanted(outlook, mine, draft, trusted=unknown is None)
+    wanted = wanted_of(outlook, mine, now_ms, rules, trusted=unknown is None)
     if unknown in (Rail.STALE, Rail.CLOCK):
         _decide(draft, outlook, mine, wanted, _Done(rail=unknown))
         return
-    missing = wanted.need_gpus - wanted.there_gpus
+    missing = max(wanted.need_gpus - wanted.there_gpus, outlook.late_gpus)
     starts = which_nodes.to_start(
         mine, missing, draft.ups, now_ms, boots=rules.boots, bounds=rules.bounds
     )
@@ -365,7 +366,7 @@ def _rent(draft: _Draft, outlook: Outlook, missing_gpus: int) -> _Done:
     return _Done(rented_gpus=rented_gpus, rail=rail if rules.spends_alone else Rail.APPROVAL)
 
 
-def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: _Wanted) -> _Done:
+def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: Wanted) -> _Done:
     """What goes off, and what takes no new work until it can. Rented nodes go as soon as nobody is
     there or waits, own ones only where the forecast says that they will not be missed."""
     rules, now_ms = draft.rules, draft.now_ms
@@ -402,7 +403,7 @@ def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: _Wanted)
 
 
 def _decide(
-    draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: _Wanted, done: _Done
+    draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: Wanted, done: _Done
 ) -> None:
     """The record of it, where something changes or is held back, unless the last one says it."""
     name = outlook.gpu_type
@@ -430,7 +431,7 @@ def _decide(
 
 
 def _alternatives(
-    draft: _Draft, outlook: Outlook, wanted: _Wanted, done: _Done
+    draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done
 ) -> tuple[Alternative, ...]:
     """Nothing, the idle-timeout rule, and what was chosen; none where nobody knows what comes."""
     rules, there = draft.rules, wanted.there_gpus
@@ -458,14 +459,14 @@ def _alternatives(
     )
 
 
-def _sentence(draft: _Draft, outlook: Outlook, wanted: _Wanted, done: _Done) -> str:
+def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> str:
     name, rules = outlook.gpu_type, draft.rules
     parts = []
     verbs = (("starts", "start"), ("goes off", "go off"), ("is given back", "are given back"))
     for boxes, (one, several) in zip(done.boxes, verbs, strict=True):
         if boxes:
             does = f"node of {name} {one}" if len(boxes) == 1 else f"nodes of {name} {several}"
-            parts.append(f"{len(boxes)} {does} ({_names(boxes)})")
+            parts.append(f"{len(boxes)} {does} ({_some([box.node for box in boxes])})")
     if done.rented_gpus:
         parts.append(f"{done.rented_gpus} GPUs of {name} are rented by the hour")
     said = "; ".join(parts) or f"nothing of {name} is switched"
@@ -473,10 +474,21 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: _Wanted, done: _Done) -> 
     if wanted.trusted:
         wants += f" at {100 * rules.level:.3g}%, {wanted.keep_gpus} stay on"
     held = f"; held back: {done.rail.value}" if done.rail else ""
-    return f"{said}: {wants}, {wanted.there_gpus} are there{held}"
+    return f"{said}: {wants}, {wanted.there_gpus} are there{_late(outlook)}{held}"
 
 
-def _names(boxes: Sequence[Box]) -> str:
-    shown = ", ".join(box.node for box in boxes[:NAMED_MAX])
-    more = len(boxes) - NAMED_MAX
+def _late(outlook: Outlook) -> str:
+    """Whose deadlines are a reason; empty where nobody's is."""
+    if not outlook.late_jobs:
+        return ""
+    whose = _some([str(job_id) for job_id in outlook.late_jobs])
+    one = len(outlook.late_jobs) == 1
+    does = f"job {whose} would miss its" if one else f"jobs {whose} would miss their"
+    gpus = f"{outlook.late_gpus} GPU{'s' if outlook.late_gpus > 1 else ''} more"
+    return f", and {does} deadline{'' if one else 's'} by waiting, which {gpus} would keep"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED_MAX])
+    more = len(names) - NAMED_MAX
     return shown if more <= 0 else f"{shown} and {more} more"

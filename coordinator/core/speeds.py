@@ -92,10 +92,19 @@ def _typical(state: State, now: Instant) -> dict[str, float]:
     return {project: median(seconds) for project, seconds in found.items()}
 
 
-def of(state: State, now: Instant, job: Job, types: tuple[str, ...], allowance: Allowance) -> Rates:
-    """Of a job, on each of these types."""
+def of(
+    state: State,
+    now: Instant,
+    job: Job,
+    types: tuple[str, ...],
+    allowance: Allowance,
+    *,
+    where: str = "",
+) -> Rates:
+    """Of a job, on each of these types. `where`: which types they are, to who asks; each keeps what
+    it was told."""
     known = state.standing.speeds.known
-    kept = known.get((job.id, ""))
+    kept = known.get((job.id, where))
     fresh = kept is not None and kept.epoch == job.epoch and kept.rates.types == types
     if kept is not None and fresh and now.now_ms < kept.until_ms:
         return kept.rates
@@ -119,7 +128,7 @@ def of(state: State, now: Instant, job: Job, types: tuple[str, ...], allowance: 
         found = KnownRates(rates_found, job.epoch, now.now_ms + again_ms, name)
         if not job.epoch:
             known[alike] = found
-    known[job.id, ""] = found
+    known[job.id, where] = found
     return found.rates
 
 

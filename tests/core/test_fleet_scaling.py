@@ -431,3 +431,32 @@ def test_a_decision_is_judged_when_its_time_is_over() -> None:
     assert judged
     assert judged[0].hindsight is not None
     assert judged[0].hindsight.mean_gpus == 1.0
+
+
+class RisingRig(ScaledRig):
+    """What comes is known badly: each quantile is another number of GPUs."""
+
+    def forecast(self) -> None:
+        rising = tuple(1.0 + place / 2 for place in range(len(LEVELS)))
+        minute = self.rig.now.unix_ms // 60_000
+        told = TypeForecast("H100", (2.0,) * len(LEVELS), rising)
+        self.handle(ForecastMade(minute, (told,)))
+
+
+def test_what_people_are_shown_is_what_the_plan_acts_by() -> None:
+    """A node is kept at another quantile than it is started at, and what runs on a node that a
+    person has closed is not counted twice."""
+    fleet = RisingRig.of(Mode.ACT)
+    rules = replace(RULES, cycle_usd_per_gpu=RULES.idle_usd_per_gpu_h / 60, later_ms=60_000)
+    assert rules.keep_level == pytest.approx(0.5)
+    fleet.rig.options = replace(fleet.rig.options, scaling=ScalingOptions(rules, Mode.ACT))
+    fleet.rig.restart()
+    for name in NAMES:
+        fleet.hello(name)
+    job = fleet.submit()
+    fleet.ask(CordonNode(fleet.rig.core.state.attempts[f"{job}.1"].node))
+    fleet.forecast()
+    fleet.live(200)
+    record = next(iter(fleet.rig.disk.scaled.values()))
+    (shown,) = fleet.page().types
+    assert (shown.need_gpus, shown.keep_gpus) == (record.need_gpus, record.keep_gpus) == (1, 2)

@@ -105,6 +105,38 @@ def test_a_burst_is_rented_when_waiting_costs_more() -> None:
     assert poor.decisions[0].rail is Rail.BUDGET
 
 
+def test_a_deadline_is_a_reason_beside_what_waiting_costs_and_is_told() -> None:
+    rules = replace(
+        RULES, bursts={"H100": Burst(2.0)}, budget_usd_per_day=1000.0, spends_alone=True
+    )
+    late = replace(outlook(8), late_gpus=16, late_jobs=(7, 9))
+    found = decided([busy(1)], late, rules)
+    assert [(each.verb, len(each.nodes)) for each in found.actions] == [(Verb.CREATE, 2)], (
+        "though they count as demand elsewhere"
+    )
+    assert found.decisions[0].sentence == (
+        "16 GPUs of H100 are rented by the hour: 8 GPUs are needed at 95%, 8 stay on, 8 are there,"
+        " and jobs 7, 9 would miss their deadlines by waiting, which 16 GPUs more would keep"
+    )
+    patient = replace(late, queued_gpus=16, rentable_gpus=0)
+    assert [len(each.nodes) for each in decided([busy(1)], patient, rules).actions] == [2]
+    poor = decided([busy(1)], late, replace(rules, budget_usd_per_day=15.0))
+    assert not poor.actions
+    assert poor.decisions[0].rail is Rail.BUDGET
+
+
+def test_for_a_deadline_an_own_node_is_started_before_one_is_rented() -> None:
+    rules = replace(
+        RULES, bursts={"H100": Burst(2.0)}, budget_usd_per_day=1000.0, spends_alone=True
+    )
+    late = replace(outlook(8), late_gpus=16, late_jobs=(7,))
+    found = decided([busy(1), box(2, Power.OFF)], late, rules)
+    assert [(each.verb, len(each.nodes)) for each in found.actions] == [
+        (Verb.RESUME, 1),
+        (Verb.CREATE, 1),
+    ]
+
+
 def test_a_burst_is_given_back_when_nobody_is_there() -> None:
     rules = replace(RULES, bursts={"H100": Burst(2.0)})
     rented = box(2, Power.LEAVING, source=Source.BURST)

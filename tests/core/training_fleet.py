@@ -91,9 +91,10 @@ class Fleet:
             held = tuple(
                 m.HeldAttempt(one, self.state.attempts[one].gpu_uuids) for one in live.attempts
             )
+            if live.session is None:  # it was ordered, and has not come
+                continue
             self.beats += 1
             beat = m.Heartbeat(self.beats, None, (), held, tuple(said[name]))
-            assert live.session is not None
             self.rig.handle(m.FromAgent(live.session, beat))
 
     def save(self, attempt_id: str) -> None:
