@@ -19,8 +19,9 @@ How:
 5. A rented node is created and deleted instead. What may be there costs money: one that did not
    come in time is deleted, never created twice, and only whom its driver has seen gone is `off`;
    then it is a name alone (`rentals.py`).
-6. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
-   person has closed is never touched here, and a node that he switches on is on.
+6. What we have closed is ours to open (`ours`), unless its health has closed it, which opens it
+   when it is well. What a person says of the node makes it his; what a person has closed is never
+   touched here, and a node that he switches on is on.
 
 How long a boot takes is learnt for each model of node (`boot_times.py`).
 """
@@ -172,7 +173,7 @@ def hello(state: State, now: Instant, live: LiveNode) -> None:
         ours=False, boots_ms=boots_ms, starts_unix_ms=starts, boot_failures=0,
         rents=_rented(state, now, live),
     )  # fmt: skip
-    if power.ours:
+    if power.ours and not live.node.closed_for:
         nodes.set_intent(state, now, live, NodeIntent.OPEN)
 
 
@@ -285,7 +286,8 @@ def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
     power_memory.note_refused(state, now, live)
     _change(state, now, live, Power.ON, why, ours=False)
     if ours:
-        nodes.set_intent(state, now, live, NodeIntent.OPEN)
+        if not live.node.closed_for:
+            nodes.set_intent(state, now, live, NodeIntent.OPEN)
         health.react(state, now, live)
 
 
