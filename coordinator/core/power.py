@@ -184,6 +184,7 @@ def actuated(state: State, now: Instant, event: Actuated) -> None:
     if live is None or given is None or given.key != outcome.key or given.done is not None:
         return
     given.done, given.answered_ms, given.reason = outcome.done, now.now_ms, cut(outcome.reason)
+    given.postponed = outcome.postponed
     if not outcome.done:
         state.log(
             "warning", "node.power_failed", node=live.node.id,
@@ -243,7 +244,7 @@ def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> Non
         _is_gone(state, now, live)
         return
     since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
-    tries = live.node.power.boot_failures + 1
+    tries = live.node.power.boot_failures + (not given.postponed)
     why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
     if tries > options.boot_retries:
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
@@ -283,7 +284,8 @@ def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
         "warning", "node.power_failed", node=live.node.id, power=Power.STOPPING.value, reason=why
     )
     ours = live.node.power.ours
-    power_memory.note_refused(state, now, live)
+    if not given.postponed:
+        power_memory.note_refused(state, now, live)
     _change(state, now, live, Power.ON, why, ours=False)
     if ours:
         if not live.node.closed_for:

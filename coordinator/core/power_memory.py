@@ -6,7 +6,8 @@ how long ago it is, and from then on the monotonic clock goes on; only a restart
 nothing better than the wall clock.
 
 And an order that comes to nothing would be given again each minute, in the place of every other
-node's: a node that stayed on is left alone for a while, longer each time.
+node's: a node that stayed on is left alone for a while, longer each time. Not so one whose driver
+was never asked, for others had all the places.
 
 Of each node there is no more than its last starts, so it is all bounded by the nodes there are.
 """

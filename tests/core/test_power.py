@@ -293,6 +293,21 @@ def test_a_driver_that_says_no_is_believed_only_while_the_node_is_heard(
     assert fleet.node("n2").power.reason == "the BMC does not answer"
 
 
+@pytest.mark.parametrize("postponed", [True, False])
+def test_a_node_whose_driver_was_not_asked_has_not_refused(
+    fleet: SwitchedRig, postponed: bool
+) -> None:
+    fleet.leave("n3")
+    fleet.answer("n3", done=False, reason="it waited for its turn", postponed=postponed)
+    for number in range(1, 12):
+        fleet.wait(1_000)
+        beat(fleet, "n3", number)
+    state = fleet.rig.core.state
+    assert fleet.power("n3") is Power.ON
+    assert fleet.node("n3").intent is NodeIntent.OPEN
+    assert power_memory.is_refused(state, fleet.rig.now, state.nodes["n3"]) is not postponed
+
+
 def test_a_start_is_tried_three_times_each_with_a_key_of_its_own(fleet: SwitchedRig) -> None:
     fleet.off("n3")
     fleet.start("n3")

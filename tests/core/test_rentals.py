@@ -197,6 +197,21 @@ def test_who_is_not_known_to_be_gone_is_paid_for_until_a_person_has_looked(says:
     assert fleet.node("r1").power.rents[-1].end_unix_ms is not None
 
 
+def test_a_deletion_of_which_nobody_was_asked_is_none_of_its_tries() -> None:
+    fleet = RentingRig.renting()
+    rentals.rent(fleet.rig.core.state, fleet.rig.now, "r1", "a test")
+    fleet.wait(1_000)
+    fleet.answer("r1", done=False, reason="sold out")
+    for _ in range(ACTS.boot_retries + 2):
+        fleet.wait(1_000)
+        fleet.answer("r1", done=False, reason="it waited for its turn", postponed=True)
+        fleet.wait(ACTS.boot_retry_ms)
+        assert fleet.power("r1") is Power.STOPPING
+    deletes = [verb for _, verb in fleet.verbs()].count("delete")
+    assert deletes == ACTS.boot_retries + 3, "each with a key of its own"
+    assert len({order.key for order in fleet.orders}) == len(fleet.orders)
+
+
 def test_a_successor_gives_the_same_order_and_knows_what_was_spent() -> None:
     fleet = RentingRig.renting()
     state = fleet.rig.core.state
