@@ -7,7 +7,8 @@ order may be restarted in between. None of this may cost a heartbeat or a second
 An order falls into pieces: a list of nodes for a driver that takes lists, else one node each. For
 each piece, in a task of its own:
 
-1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places.
+1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places of its group: one
+   whose devices hang holds up no other.
    One to switch off that has waited for `STALE_RATIO` deadlines is not begun any more: the core may
    have given it up, and its node taken work again. That is no failure of the node's: it is reported
    as postponed, and is not noted, so that a successor which still wants it begins it. One that was
@@ -40,7 +41,8 @@ from coordinator.capacity.journal import Deed, Journal, Stage
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
 from coordinator.ports import Clock
 
-PIECES_MAX: Final = 16  # at once; a management network and a provider's limits take no more
+# At once, of a group; a management network and a provider's limits take no more.
+PIECES_MAX: Final = 16
 WAITING_MAX: Final = 1_000  # pieces; guard rails let through a fraction of a fleet in ten minutes
 # Deadlines; with the one that it then has, less than what the core waits for a word of it.
 STALE_RATIO: Final = 2
@@ -96,7 +98,8 @@ class Actuator:
         self._report = report
         self._is_up = is_up
         self._log = log
-        self._places = asyncio.Semaphore(PIECES_MAX)
+        names = dict.fromkeys(group.name for group in groups.values())
+        self._places = {name: asyncio.Semaphore(PIECES_MAX) for name in names}
         self._writing = asyncio.Lock()
         self._running: dict[tuple[str, str], asyncio.Task[_Reasons]] = {}  # by key and node
         self._latest: dict[str, asyncio.Task[_Reasons]] = {}  # by node
@@ -166,7 +169,7 @@ class Actuator:
     ) -> _Reasons:
         if earlier:
             await asyncio.wait(earlier)
-        async with self._places:
+        async with self._places[piece.group.name]:
             order = piece.order
             problem = self._why_stale(piece) or await self._note(
                 [Deed(order.key, node, Stage.BEGUN) for node in order.nodes]

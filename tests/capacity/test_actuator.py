@@ -232,6 +232,16 @@ async def test_no_more_than_so_many_run_at_once(rig: Rig) -> None:
     assert sum(fault.fired for fault in rig.driver.faults) == len(NODES)
 
 
+async def test_a_group_that_hangs_takes_no_other_ones_places(tmp_path: Path) -> None:
+    driver = Simulated(faults=[Fault(node, Verb.SUSPEND, Wrong.HANG) for node in NODES])
+    bench = Bench(driver, NODES, tmp_path / "journal", VirtualClock(), others=("r1",))
+    bench.give("k1", Verb.SUSPEND, *NODES)
+    bench.give("k2", Verb.DELETE, "r1")
+    (outcome,) = await bench.reported(1)
+    assert (outcome.node, outcome.done) == ("r1", True)
+    await bench.actuator.close()
+
+
 async def test_more_than_can_wait_are_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actuator_module, "WAITING_MAX", 1)
     rig.driver.faults = [Fault("n00", Verb.RESUME, Wrong.HANG)]
