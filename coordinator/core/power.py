@@ -52,7 +52,6 @@ from coordinator.core.node_power import (
     BOOTS_MAX,
     DARK,
     STARTS_MAX,
-    UNANSWERED_RATIO,
     NodePower,
     Rent,
     minutes,
@@ -135,7 +134,10 @@ def person_says(
         _note(state, live, replace(power, ours=False))
         return intent
     if power.phase is Power.STOPPING:
-        sentence = f"{name} is being switched off; once it is, `baton uncordon {name}` starts it"
+        left_ms = power_memory.stopping_ms_max(state, now, live)
+        at_most = "" if left_ms is None else f", and closed for that for {minutes(left_ms)} at most"
+        then = f"once it is off, `baton uncordon {name}` starts it"
+        sentence = f"{name} is being switched off{at_most}; {then}"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
     if power.phase is not Power.STARTING and not state.options.power.acts:
         sentence = f"{name} is off, and nobody here can switch it on: no driver is configured"
@@ -224,8 +226,7 @@ def _stopping(state: State, now: Instant, live: LiveNode) -> None:
     since_ms = now.now_ms - given.at_ms
     late = since_ms >= options.power.stop_deadline_ms
     # What the driver has not answered yet it may still do; so who is silent only for us is not off.
-    unanswered_ms = options.power.stop_deadline_ms * (UNANSWERED_RATIO if options.power.acts else 1)
-    over = given.done is not None or since_ms >= unanswered_ms
+    over = given.done is not None or since_ms >= options.power.unanswered_ms
     if live.phase is NodePhase.LOST and over and live.node.power.source is Source.BURST:
         _given_back(state, now, live, given)
     elif live.phase is NodePhase.LOST and over:
