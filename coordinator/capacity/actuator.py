@@ -7,9 +7,12 @@ order may be restarted in between. None of this may cost a heartbeat or a second
 An order falls into pieces: a list of nodes for a driver that takes lists, else one node each. For
 each piece, in a task of its own:
 
-1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places.
+1. It waits for earlier orders for its nodes, and for one of `PIECES_MAX` places of its group: one
+   whose devices hang holds up no other.
    One to switch off that has waited for `STALE_RATIO` deadlines is not begun any more: the core may
-   have given it up, and its node taken work again.
+   have given it up, and its node taken work again. That is no failure of the node's: it is reported
+   as postponed, and is not noted, so that a successor which still wants it begins it. One that was
+   begun before a restart is late in the same way, but may have been done: it has failed.
 2. "Begun" is noted in the journal. A node whose key is noted as ended never gets here: its outcome
    is reported again. One that is noted as begun, of a coordinator that is no more, is looked at
    first; where it is not as ordered the deed is done again, but for CREATE: it fails.
@@ -38,7 +41,8 @@ from coordinator.capacity.journal import Deed, Journal, Stage
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
 from coordinator.ports import Clock
 
-PIECES_MAX: Final = 16  # at once; a management network and a provider's limits take no more
+# At once, of a group; a management network and a provider's limits take no more.
+PIECES_MAX: Final = 16
 WAITING_MAX: Final = 1_000  # pieces; guard rails let through a fraction of a fleet in ten minutes
 # Deadlines; with the one that it then has, less than what the core waits for a word of it.
 STALE_RATIO: Final = 2
@@ -63,7 +67,7 @@ class Group:
 class _Piece:
     """`given_ms`: when it was ordered, in this process. `left`: what is wrong with each node, as
     far as is known; empty where it is as ordered. `unseen`: nodes that may be at work, for all that
-    is known."""
+    is known. `postponed`: it was not begun, for no reason of its nodes."""
 
     group: Group
     order: CapacityOrder
@@ -71,6 +75,7 @@ class _Piece:
     given_ms: int
     left: _Reasons = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    postponed: bool = False
 
 
 class Actuator:
@@ -93,7 +98,8 @@ class Actuator:
         self._report = report
         self._is_up = is_up
         self._log = log
-        self._places = asyncio.Semaphore(PIECES_MAX)
+        names = dict.fromkeys(group.name for group in groups.values())
+        self._places = {name: asyncio.Semaphore(PIECES_MAX) for name in names}
         self._writing = asyncio.Lock()
         self._running: dict[tuple[str, str], asyncio.Task[_Reasons]] = {}  # by key and node
         self._latest: dict[str, asyncio.Task[_Reasons]] = {}  # by node
@@ -113,7 +119,8 @@ class Actuator:
                 reason = f"no group of 'capacity' in the configuration has the node {node}"
                 self._answer(order.key, node, reason)
             elif len(self._running) >= WAITING_MAX:
-                self._answer(order.key, node, f"{len(self._running)} nodes wait for their drivers")
+                reason = f"{len(self._running)} nodes wait for their drivers"
+                self._answer(order.key, node, reason, postponed=True)
             else:
                 part = "" if group.driver.takes_lists else node
                 pieces.setdefault((group.name, part, seen is not None), (group, []))[1].append(node)
@@ -131,8 +138,10 @@ class Actuator:
         if self._abandoned:
             await asyncio.wait(list(self._abandoned.values()), timeout=CLOSE_S)
 
-    def _answer(self, key: str, node: str, reason: str, *, done: bool = False) -> None:
-        outcome = CapacityOutcome(key, node, done, reason)
+    def _answer(
+        self, key: str, node: str, reason: str, *, done: bool = False, postponed: bool = False
+    ) -> None:
+        outcome = CapacityOutcome(key, node, done, reason, postponed)
         asyncio.get_running_loop().call_soon(self._report, outcome)
 
     def _start(self, piece: _Piece) -> None:
@@ -153,18 +162,19 @@ class Actuator:
                 del self._latest[node]
         if not task.cancelled():
             for node, reason in task.result().items():
-                self._report(CapacityOutcome(key, node, not reason, reason))
+                self._report(CapacityOutcome(key, node, not reason, reason, piece.postponed))
 
     async def _carry_out(
         self, piece: _Piece, earlier: Sequence[asyncio.Task[_Reasons]]
     ) -> _Reasons:
         if earlier:
             await asyncio.wait(earlier)
-        async with self._places:
+        async with self._places[piece.group.name]:
             order = piece.order
             problem = self._why_stale(piece) or await self._note(
                 [Deed(order.key, node, Stage.BEGUN) for node in order.nodes]
             )
+            piece.postponed = bool(problem) and not piece.begun_before
             if problem:
                 reasons = dict.fromkeys(order.nodes, problem)
             else:
@@ -190,7 +200,10 @@ class Actuator:
         late = waited_ms > STALE_RATIO * piece.group.deadline_ms
         if not late or piece.order.verb not in (Verb.SUSPEND, Verb.DELETE):
             return ""
-        return f"it waited for its turn for {waited_ms // 1000} s, and is not begun any more"
+        waited = f"it waited for its turn for {waited_ms // 1000} s"
+        if piece.begun_before:
+            return f"{waited} after a restart, and is not begun again"
+        return f"{waited}, and is not begun any more"
 
     async def _reasons(self, piece: _Piece) -> _Reasons:
         problem = await self._within(piece.group, self._deed(piece))
@@ -297,9 +310,11 @@ class Actuator:
         deeds = [
             Deed(order.key, node, Stage.FAILED if reasons[node] else Stage.DONE, reasons[node])
             for node in order.nodes
+            if not piece.postponed
         ]
         # Where this cannot be written, it is looked at again after a restart: nothing is lost.
-        await self._note(deeds)
+        if deeds:
+            await self._note(deeds)
         verb = order.verb.value
         for reason in dict.fromkeys(reasons.values()):
             nodes = hostlist.written(node for node in order.nodes if reasons[node] == reason)

@@ -28,9 +28,12 @@ class CapacityOrder:
 
 @dataclass(frozen=True, slots=True)
 class CapacityOutcome:
-    """Of one node of an order. `done`: the driver says so; `reason` is a sentence where not."""
+    """Of one node of an order. `done`: the driver says so; `reason` is a sentence where not.
+    `postponed`: nothing was begun, for no reason of the node's or its driver's; it may be ordered
+    again."""
 
     key: str
     node: str
     done: bool
     reason: str = ""
+    postponed: bool = False

@@ -240,7 +240,7 @@ def _unmark(state: State, now: Instant) -> None:
         its = live.node.power
         if its.phase is not Power.LEAVING or not its.ours:
             continue
-        tried_ms = now.unix_ms - its.since_unix_ms
+        tried_ms = now.now_ms - power_memory.starts_ms(state, now, live)[1]
         if live.node.intent is NodeIntent.CORDONED or tried_ms > LEAVE_MS_MAX:
             power.stay(state, now, live, "it is needed, or nobody wants it off any more")
 

@@ -24,6 +24,7 @@ own start where that was later, which errs to the side of closing less.
 from dataclasses import replace
 
 from coordinator.core import attempts, nodes, readings
+from coordinator.core.capacity_model import Power
 from coordinator.core.model import GpuCordon, GpuHealth, GpuVerdict
 from coordinator.core.phases import NodeIntent
 from coordinator.core.state import Instant, LiveNode, State, cut
@@ -126,7 +127,8 @@ def _react_to_node(state: State, now: Instant, live: LiveNode) -> None:
     asking = [said for said in asking if said.uuid not in live.node.waived]
     if live.node.closed_for:
         unsure = any(said.verdict is V.UNKNOWN for said in live.node.health)
-        if not asking and not unsure:
+        # One that is ordered off may still go: whether it opens is asked again when it stays on.
+        if not asking and not unsure and live.node.power.phase is Power.ON:
             state.put_node(replace(live.node, closed_for=""))
             nodes.set_intent(state, now, live, NodeIntent.OPEN)
             state.log("info", "node.uncordoned", node=live.node.id)

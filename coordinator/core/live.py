@@ -91,7 +91,8 @@ class LiveNode:
 @dataclass(slots=True)
 class Given:
     """The order that a node's phase has led to, in this process. `again`: it is the repetition of
-    an order of whom came before us. `done`: what the driver said; `None` until it does."""
+    an order of whom came before us. `done`: what the driver said; `None` until it does.
+    `postponed`: it was not asked, and that says nothing of the node."""
 
     key: str
     at_ms: int
@@ -99,6 +100,7 @@ class Given:
     done: bool | None = None
     answered_ms: int = 0
     reason: str = ""
+    postponed: bool = False
 
 
 @dataclass(slots=True)

@@ -49,6 +49,11 @@ class PowerOptions:
     # Of a node model that has never been started: a server's firmware tests its memory for as long.
     boot_guess_ms: int = 540_000
 
+    @property
+    def unanswered_ms(self) -> int:
+        """After so long nothing comes any more of an order off that no driver has answered."""
+        return self.stop_deadline_ms * (UNANSWERED_RATIO if self.acts else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Rent:

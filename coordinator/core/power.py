@@ -19,8 +19,9 @@ How:
 5. A rented node is created and deleted instead. What may be there costs money: one that did not
    come in time is deleted, never created twice, and only whom its driver has seen gone is `off`;
    then it is a name alone (`rentals.py`).
-6. What we have closed is ours to open (`ours`). What a person says of the node makes it his; what a
-   person has closed is never touched here, and a node that he switches on is on.
+6. What we have closed is ours to open (`ours`), unless its health has closed it, which opens it
+   when it is well. What a person says of the node makes it his; what a person has closed is never
+   touched here, and a node that he switches on is on.
 
 How long a boot takes is learnt for each model of node (`boot_times.py`).
 """
@@ -51,7 +52,6 @@ from coordinator.core.node_power import (
     BOOTS_MAX,
     DARK,
     STARTS_MAX,
-    UNANSWERED_RATIO,
     NodePower,
     Rent,
     minutes,
@@ -134,7 +134,10 @@ def person_says(
         _note(state, live, replace(power, ours=False))
         return intent
     if power.phase is Power.STOPPING:
-        sentence = f"{name} is being switched off; once it is, `baton uncordon {name}` starts it"
+        left_ms = power_memory.stopping_ms_max(state, now, live)
+        at_most = "" if left_ms is None else f", and closed for that for {minutes(left_ms)} at most"
+        then = f"once it is off, `baton uncordon {name}` starts it"
+        sentence = f"{name} is being switched off{at_most}; {then}"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
     if power.phase is not Power.STARTING and not state.options.power.acts:
         sentence = f"{name} is off, and nobody here can switch it on: no driver is configured"
@@ -172,7 +175,7 @@ def hello(state: State, now: Instant, live: LiveNode) -> None:
         ours=False, boots_ms=boots_ms, starts_unix_ms=starts, boot_failures=0,
         rents=_rented(state, now, live),
     )  # fmt: skip
-    if power.ours:
+    if power.ours and not live.node.closed_for:
         nodes.set_intent(state, now, live, NodeIntent.OPEN)
 
 
@@ -183,6 +186,7 @@ def actuated(state: State, now: Instant, event: Actuated) -> None:
     if live is None or given is None or given.key != outcome.key or given.done is not None:
         return
     given.done, given.answered_ms, given.reason = outcome.done, now.now_ms, cut(outcome.reason)
+    given.postponed = outcome.postponed
     if not outcome.done:
         state.log(
             "warning", "node.power_failed", node=live.node.id,
@@ -222,8 +226,7 @@ def _stopping(state: State, now: Instant, live: LiveNode) -> None:
     since_ms = now.now_ms - given.at_ms
     late = since_ms >= options.power.stop_deadline_ms
     # What the driver has not answered yet it may still do; so who is silent only for us is not off.
-    unanswered_ms = options.power.stop_deadline_ms * (UNANSWERED_RATIO if options.power.acts else 1)
-    over = given.done is not None or since_ms >= unanswered_ms
+    over = given.done is not None or since_ms >= options.power.unanswered_ms
     if live.phase is NodePhase.LOST and over and live.node.power.source is Source.BURST:
         _given_back(state, now, live, given)
     elif live.phase is NodePhase.LOST and over:
@@ -242,7 +245,7 @@ def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> Non
         _is_gone(state, now, live)
         return
     since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
-    tries = live.node.power.boot_failures + 1
+    tries = live.node.power.boot_failures + (not given.postponed)
     why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
     if tries > options.boot_retries:
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
@@ -282,10 +285,12 @@ def _stays_on(state: State, now: Instant, live: LiveNode, given: Given) -> None:
         "warning", "node.power_failed", node=live.node.id, power=Power.STOPPING.value, reason=why
     )
     ours = live.node.power.ours
-    power_memory.note_refused(state, now, live)
+    if not given.postponed:
+        power_memory.note_refused(state, now, live)
     _change(state, now, live, Power.ON, why, ours=False)
     if ours:
-        nodes.set_intent(state, now, live, NodeIntent.OPEN)
+        if not live.node.closed_for:
+            nodes.set_intent(state, now, live, NodeIntent.OPEN)
         health.react(state, now, live)
 
 

@@ -6,7 +6,10 @@ how long ago it is, and from then on the monotonic clock goes on; only a restart
 nothing better than the wall clock.
 
 And an order that comes to nothing would be given again each minute, in the place of every other
-node's: a node that stayed on is left alone for a while, longer each time.
+node's: a node that stayed on is left alone for a while, longer each time. Not so one whose driver
+was never asked, for others had all the places.
+
+And whoever is told that a node is being switched off wants to know for how long that may last.
 
 Of each node there is no more than its last starts, so it is all bounded by the nodes there are.
 """
@@ -16,6 +19,7 @@ from coordinator.core.capacity_model import Power, Source
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.guard_rails import WINDOW_MS
 from coordinator.core.node_power import REFUSED_MS, REFUSED_MS_MAX
+from coordinator.core.phases import NodePhase
 from coordinator.core.state import Instant, LiveNode, State
 
 
@@ -40,6 +44,22 @@ def is_refused(state: State, now: Instant, live: LiveNode) -> bool:
     """Whether it was ordered off lately, and stayed on."""
     at_ms, wait_ms = state.switching.refused.get(live.node.id, (0, 0))
     return plan_time.plan_ms(state.options, now.now_ms - at_ms) < wait_ms
+
+
+def stopping_ms_max(state: State, now: Instant, live: LiveNode) -> int | None:
+    """For how long a node that is ordered off is neither off nor open, at most. `None`: of a rented
+    one that is silent only its driver can tell, and may be asked again."""
+    options, given = state.options, state.switching.given.get(live.node.id)
+    if live.node.power.source is Source.BURST and live.phase is not NodePhase.UP:
+        return None
+    if given is None:
+        return options.power.unanswered_ms + options.lease_ms
+    # Whoever answers at the last moment may have done it, and has a lease to be seen.
+    end_ms = given.at_ms + options.power.unanswered_ms
+    if given.done is not None:
+        late_ms = given.at_ms + options.power.stop_deadline_ms
+        end_ms = max(late_ms, given.answered_ms) if given.done else given.answered_ms
+    return max(0, end_ms + options.lease_ms - now.now_ms)
 
 
 def starts_ms(state: State, now: Instant, live: LiveNode) -> tuple[tuple[int, ...], int]:

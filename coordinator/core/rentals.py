@@ -14,7 +14,8 @@ How:
 3. Only those who wait, who would fit on a rented node, and who do not say that they can wait longer
    (`flexible.py`) are a reason to rent (`outlooks`).
 4. A rented node that is lost for as long as a boot may take, or that its health has emptied, is
-   given back, unless something lies only there (`look`).
+   given back, unless something lies only there (`look`). An ill one whose provider refuses stays
+   closed, and is given back again when some time has passed.
 5. An own node with such a name is nobody's to delete, and a rented one whose name is not configured
    any more cannot be deleted from here. Both are said once, and left alone.
 """
@@ -22,7 +23,7 @@ How:
 from collections.abc import Sequence
 from dataclasses import replace
 
-from coordinator.core import flexible, plan_time, power
+from coordinator.core import flexible, plan_time, power, power_memory
 from coordinator.core.bursts import MS_PER_H
 from coordinator.core.capacity_model import Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
@@ -180,6 +181,7 @@ def _why_useless(state: State, now: Instant, live: LiveNode) -> str:
         gone = now.now_ms - heard_ms >= state.options.power.boot_deadline_ms
         return f"it is lost, and paid for: {live.note}" if gone else ""
     ill = bool(live.node.closed_for) and live.node.intent is NodeIntent.DRAINED
+    ill = ill and not power_memory.is_refused(state, now, live)
     return f"it is rented and ill: {live.node.closed_for}" if ill else ""
 
 

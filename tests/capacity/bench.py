@@ -67,9 +67,17 @@ class VirtualClock:
 
 
 class Bench:
-    """An actuator over `driver`, with its journal at `path`. `up`: nodes that have said hello."""
+    """An actuator over `driver`, with its journal at `path`. `up`: nodes that have said hello.
+    `others` are nodes of another group."""
 
-    def __init__(self, driver: Driver, nodes: Sequence[str], path: Path, clock: VirtualClock):
+    def __init__(
+        self,
+        driver: Driver,
+        nodes: Sequence[str],
+        path: Path,
+        clock: VirtualClock,
+        others: Sequence[str] = (),
+    ) -> None:
         self.clock = clock
         self.up: list[str] = []
         self.outcomes: list[CapacityOutcome] = []
@@ -77,9 +85,10 @@ class Bench:
         self._reported = asyncio.Event()
         journal = Journal(path)
         journal.open()
-        group = Group(GROUP, driver, DEADLINE_MS)
+        groups = dict.fromkeys(nodes, Group(GROUP, driver, DEADLINE_MS))
+        groups |= dict.fromkeys(others, Group("others", driver, DEADLINE_MS))
         self.actuator = Actuator(
-            dict.fromkeys(nodes, group),
+            groups,
             journal,
             clock,
             self._report,

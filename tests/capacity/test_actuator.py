@@ -185,7 +185,30 @@ async def test_an_order_off_that_has_waited_for_too_long_is_not_begun(rig: Rig, 
     assert outcome.done is begun
     assert (("n01", verb) in rig.driver.deeds) is begun
     assert outcome.reason.endswith("is not begun any more") is not begun
-    assert await rig.restarted().ordered("k4", verb, "n01") == [outcome], "nor by a successor"
+    assert outcome.postponed is not begun
+    await rig.restarted().ordered("k4", verb, "n01")
+    assert rig.driver.deeds.count(("n01", verb)) == 1, "a successor that still wants it has it"
+
+
+async def test_an_order_off_that_was_begun_before_a_restart_is_not_begun_again_so_late(
+    rig: Rig,
+) -> None:
+    await hang(rig, Verb.SUSPEND, Wrong.HANG)
+    bench = rig.restarted()
+    rig.driver.states["n01"] = State.ON
+    rig.driver.faults = [Fault("n01", Verb.RESUME, Wrong.HANG, times=3)]
+    for key in ("k2", "k3", "k4"):
+        bench.give(key, Verb.RESUME, "n01")
+    bench.give("k1", Verb.SUSPEND, "n01")
+    for count in (1, 2, 3):
+        await bench.clock.until(partial(bench.clock.are_sleeping, 1))
+        bench.clock.pass_deadlines()
+        await bench.reported(count)
+    await bench.reported(4)
+    outcome = bench.outcomes[-1]
+    assert outcome.reason.endswith("s after a restart, and is not begun again")
+    assert not outcome.postponed, "it may have been done"
+    assert ("n01", Verb.SUSPEND) not in rig.driver.deeds
 
 
 async def test_one_that_hangs_does_not_hold_up_the_others(rig: Rig) -> None:
@@ -209,12 +232,23 @@ async def test_no_more_than_so_many_run_at_once(rig: Rig) -> None:
     assert sum(fault.fired for fault in rig.driver.faults) == len(NODES)
 
 
+async def test_a_group_that_hangs_takes_no_other_ones_places(tmp_path: Path) -> None:
+    driver = Simulated(faults=[Fault(node, Verb.SUSPEND, Wrong.HANG) for node in NODES])
+    bench = Bench(driver, NODES, tmp_path / "journal", VirtualClock(), others=("r1",))
+    bench.give("k1", Verb.SUSPEND, *NODES)
+    bench.give("k2", Verb.DELETE, "r1")
+    (outcome,) = await bench.reported(1)
+    assert (outcome.node, outcome.done) == ("r1", True)
+    await bench.actuator.close()
+
+
 async def test_more_than_can_wait_are_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actuator_module, "WAITING_MAX", 1)
     rig.driver.faults = [Fault("n00", Verb.RESUME, Wrong.HANG)]
     rig.bench.give("k1", Verb.RESUME, "n00")
     (outcome,) = await rig.bench.ordered("k2", Verb.RESUME, "n01")
     assert outcome.reason == "1 nodes wait for their drivers"
+    assert outcome.postponed
     await rig.bench.actuator.close()
 
 
@@ -222,6 +256,7 @@ async def test_a_node_of_no_group_is_refused(rig: Rig) -> None:
     (outcome,) = await rig.bench.ordered("k1", Verb.RESUME, "stranger")
     assert not outcome.done
     assert outcome.reason == "no group of 'capacity' in the configuration has the node stranger"
+    assert not outcome.postponed
 
 
 async def test_what_cannot_be_noted_is_not_begun(rig: Rig) -> None:
@@ -229,6 +264,7 @@ async def test_what_cannot_be_noted_is_not_begun(rig: Rig) -> None:
     rig.path.mkdir()
     (outcome,) = await rig.bench.ordered("k1", Verb.CREATE, "n01")
     assert outcome.reason == "the journal of capacity orders cannot be written: Is a directory"
+    assert outcome.postponed
     assert rig.driver.deeds == []
 
 

@@ -64,10 +64,12 @@ class SwitchedRig:
         power.start(state, self.rig.now, state.nodes[name], why)
         return self.handle(Tick())
 
-    def answer(self, name: str, done: bool = True, reason: str = "") -> list[Effect]:
+    def answer(
+        self, name: str, done: bool = True, reason: str = "", *, postponed: bool = False
+    ) -> list[Effect]:
         """What the driver says of the node's last order."""
         key = next(order.key for order in reversed(self.orders) if name in order.nodes)
-        return self.handle(Actuated(CapacityOutcome(key, name, done, reason)))
+        return self.handle(Actuated(CapacityOutcome(key, name, done, reason, postponed)))
 
     def hang_up(self, session: int) -> None:
         self.handle(FromAgent(session, SessionClosed()))

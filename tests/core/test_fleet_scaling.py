@@ -44,6 +44,7 @@ from coordinator.core.scale_requests import (
 from coordinator.core.scaler import ScalingOptions
 from coordinator.core.scaling import Mode, Rules
 from coordinator.core.state import Options
+from tests.core import coordinator_harness
 from tests.core.switched_fleet import ACTS, SwitchedRig
 
 NAMES = ("n1", "n2", "n3", "n4")
@@ -241,6 +242,22 @@ def test_consent_to_what_has_become_wrong_meanwhile_does_nothing() -> None:
     fleet.live(2)
     assert not fleet.orders
     assert set(fleet.powers().values()) == {"on"}
+
+
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_a_clock_that_jumps_revokes_no_consent(hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = ScaledRig.of(Mode.ADVISE)
+    fleet.soon = fleet.later = float(len(NAMES))
+    fleet.forecast()
+    fleet.submit()
+    (attempt,) = fleet.rig.core.state.attempts.values()
+    fleet.leave(attempt.node, "a person has agreed")
+    jumped = coordinator_harness.UNIX_MS_AT_START + hours * 3_600_000
+    monkeypatch.setattr(coordinator_harness, "UNIX_MS_AT_START", jumped)
+    fleet.live(fleet_scaling.LEAVE_MS_MAX // 1_000 - 120)
+    assert fleet.power(attempt.node) is Power.LEAVING
+    fleet.live(240)
+    assert fleet.power(attempt.node) is Power.ON, "it cannot get away"
 
 
 def test_what_no_plan_wants_any_more_is_not_proposed_any_more() -> None:

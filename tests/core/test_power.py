@@ -39,7 +39,7 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import SHARED, JobClass, JobSpec, Replication
-from coordinator.core.node_power import REFUSED_MS, STARTS_MAX, UNANSWERED_RATIO
+from coordinator.core.node_power import REFUSED_MS, STARTS_MAX, UNANSWERED_RATIO, minutes
 from coordinator.core.phases import AttemptPhase, NodeIntent
 from coordinator.core.state import Options
 from tests.core import coordinator_harness
@@ -293,6 +293,21 @@ def test_a_driver_that_says_no_is_believed_only_while_the_node_is_heard(
     assert fleet.node("n2").power.reason == "the BMC does not answer"
 
 
+@pytest.mark.parametrize("postponed", [True, False])
+def test_a_node_whose_driver_was_not_asked_has_not_refused(
+    fleet: SwitchedRig, postponed: bool
+) -> None:
+    fleet.leave("n3")
+    fleet.answer("n3", done=False, reason="it waited for its turn", postponed=postponed)
+    for number in range(1, 12):
+        fleet.wait(1_000)
+        beat(fleet, "n3", number)
+    state = fleet.rig.core.state
+    assert fleet.power("n3") is Power.ON
+    assert fleet.node("n3").intent is NodeIntent.OPEN
+    assert power_memory.is_refused(state, fleet.rig.now, state.nodes["n3"]) is not postponed
+
+
 def test_a_start_is_tried_three_times_each_with_a_key_of_its_own(fleet: SwitchedRig) -> None:
     fleet.off("n3")
     fleet.start("n3")
@@ -398,12 +413,26 @@ def test_a_person_who_speaks_of_a_leaving_node_has_it(
     assert fleet.node(name).intent.value == wanted
 
 
-def test_a_node_that_is_being_switched_off_cannot_be_opened(fleet: SwitchedRig) -> None:
+@pytest.mark.parametrize("says", ["yes", "no", "nothing"])
+def test_a_node_that_is_being_switched_off_cannot_be_opened(fleet: SwitchedRig, says: str) -> None:
+    """And whoever asks hears for how long at most that is so."""
+    state = fleet.rig.core.state
     fleet.leave("n3")
+    fleet.wait(1_000)
+    if says != "nothing":
+        fleet.answer("n3", done=says == "yes")
+    left_ms = power_memory.stopping_ms_max(state, fleet.rig.now, state.nodes["n3"])
+    assert left_ms is not None
     effects = fleet.handle(Request(1, UncordonNode("n3")))
     answer = next(effect.answer for effect in effects if isinstance(effect, Reply))
     assert isinstance(answer, Refusal)
-    assert "once it is, `baton uncordon n3` starts it" in answer.sentence
+    assert f"closed for that for {minutes(left_ms)} at most" in answer.sentence
+    assert "once it is off, `baton uncordon n3` starts it" in answer.sentence
+    for number in range(1, left_ms // 1_000 + 1):
+        fleet.wait(1_000)
+        beat(fleet, "n3", number)
+    assert fleet.power("n3") is Power.ON
+    assert fleet.node("n3").intent is NodeIntent.OPEN
 
 
 def test_a_node_that_dies_while_it_is_emptied_is_a_dead_node(fleet: SwitchedRig) -> None:

@@ -18,6 +18,7 @@ from coordinator.core.messages import (
     CordonNode,
     Effect,
     FromAgent,
+    GpuHealthChanged,
     ListNodes,
     Log,
     NodePage,
@@ -25,8 +26,8 @@ from coordinator.core.messages import (
     Submit,
     UncordonNode,
 )
-from coordinator.core.model import JobSpec
-from coordinator.core.node_power import DAY_MS, NodePower, Rent
+from coordinator.core.model import GpuHealth, GpuVerdict, JobSpec
+from coordinator.core.node_power import DAY_MS, REFUSED_MS, NodePower, Rent
 from coordinator.core.phases import NodeIntent
 from coordinator.core.scale_requests import ApproveScaling, ScalePage
 from coordinator.core.scaler import ScalingOptions
@@ -104,8 +105,11 @@ def rented(mode: Mode = Mode.ACT) -> RentingRig:
 
 def end_all(fleet: RentingRig) -> None:
     """Every job is over; its attempt's node says so."""
-    for job_id in list(fleet.rig.core.state.jobs):
+    state = fleet.rig.core.state
+    for job_id in list(state.jobs):
         fleet.ask(CancelJob(job_id))
+    for attempt_id in list(state.indices.open_attempts):
+        _exit(fleet, attempt_id)
 
 
 def test_a_queue_in_front_of_a_full_fleet_rents_and_an_idle_one_is_given_back() -> None:
@@ -193,6 +197,21 @@ def test_who_is_not_known_to_be_gone_is_paid_for_until_a_person_has_looked(says:
     assert fleet.node("r1").power.rents[-1].end_unix_ms is not None
 
 
+def test_a_deletion_of_which_nobody_was_asked_is_none_of_its_tries() -> None:
+    fleet = RentingRig.renting()
+    rentals.rent(fleet.rig.core.state, fleet.rig.now, "r1", "a test")
+    fleet.wait(1_000)
+    fleet.answer("r1", done=False, reason="sold out")
+    for _ in range(ACTS.boot_retries + 2):
+        fleet.wait(1_000)
+        fleet.answer("r1", done=False, reason="it waited for its turn", postponed=True)
+        fleet.wait(ACTS.boot_retry_ms)
+        assert fleet.power("r1") is Power.STOPPING
+    deletes = [verb for _, verb in fleet.verbs()].count("delete")
+    assert deletes == ACTS.boot_retries + 3, "each with a key of its own"
+    assert len({order.key for order in fleet.orders}) == len(fleet.orders)
+
+
 def test_a_successor_gives_the_same_order_and_knows_what_was_spent() -> None:
     fleet = RentingRig.renting()
     state = fleet.rig.core.state
@@ -278,8 +297,6 @@ def test_an_idle_one_is_given_back_and_its_name_is_free_again() -> None:
     fleet.live(30)
     end_all(fleet)
     state = fleet.rig.core.state
-    for attempt_id in list(state.attempts):
-        _exit(fleet, attempt_id)
     fleet.live(600)
     assert ("r1", "delete") in fleet.verbs()
     assert fleet.power("r1") is Power.OFF
@@ -319,6 +336,65 @@ def test_a_rented_node_that_is_lost_is_deleted_and_an_own_one_is_not() -> None:
     fleet.wait(80_000)
     assert [verb for _, verb in fleet.verbs()][:2] == ["create", "delete"]
     assert fleet.power("n1") is Power.ON
+
+
+def _judge(fleet: RentingRig, name: str, verdict: GpuVerdict) -> None:
+    live = fleet.rig.core.state.nodes[name]
+    assert live.session is not None
+    said = tuple(GpuHealth(gpu.uuid, verdict, "as it is") for gpu in live.node.gpus)
+    number = live.node.acknowledged + 1
+    event = AgentEvent(number, fleet.rig.now.unix_ms, "", GpuHealthChanged(said))
+    fleet.handle(FromAgent(live.session, event))
+
+
+def ill_and_refused() -> RentingRig:
+    """`r1` wants a reboot, has been ordered off, and its provider has said no."""
+    fleet = rented()
+    end_all(fleet)
+    _judge(fleet, "r1", GpuVerdict.NEEDS_REBOOT)
+    fleet.wait(1_000)
+    assert fleet.node("r1").intent is NodeIntent.DRAINED
+    rentals.look(fleet.rig.core.state, fleet.rig.now)
+    fleet.wait(1_000)
+    assert fleet.verbs() == [("r1", "create"), ("r1", "delete")]
+    fleet.answer("r1", done=False, reason="the provider says no")
+    return fleet
+
+
+def test_an_ill_one_that_its_provider_keeps_is_not_opened_and_deleted_again_later() -> None:
+    fleet = ill_and_refused()
+    ScaledRig.live(fleet, 60)
+    assert fleet.power("r1") is Power.ON
+    assert fleet.node("r1").intent is NodeIntent.DRAINED
+    fleet.queue(1, 2, 3)
+    ScaledRig.live(fleet, REFUSED_MS // 1000 - 180)
+    assert not fleet.rig.core.state.nodes["r1"].attempts
+    assert fleet.verbs().count(("r1", "delete")) == 1, "not each minute"
+    end_all(fleet)
+    ScaledRig.live(fleet, 240)
+    assert fleet.verbs().count(("r1", "delete")) == 2
+
+
+def test_an_ill_one_that_is_well_again_opens_once_it_is_known_to_stay() -> None:
+    fleet = ill_and_refused()
+    _judge(fleet, "r1", GpuVerdict.HEALTHY)
+    assert fleet.power("r1") is Power.STOPPING
+    assert fleet.node("r1").intent is NodeIntent.DRAINED, "it may still go"
+    ScaledRig.live(fleet, 60)
+    assert fleet.power("r1") is Power.ON
+    assert fleet.node("r1").intent is NodeIntent.OPEN
+
+
+def test_an_ill_one_that_is_heard_when_nobody_expects_it_is_still_ill() -> None:
+    fleet = ill_and_refused()
+    for _ in range(80):
+        if fleet.power("r1") is Power.STOPPING:
+            fleet.answer("r1", done=False, reason="the provider says no")
+        fleet.wait(5_000)
+    assert fleet.power("r1") is Power.FAILED
+    fleet.hello("r1", "2xH100")
+    assert fleet.power("r1") is Power.ON
+    assert fleet.node("r1").intent is NodeIntent.DRAINED
 
 
 def test_an_own_node_with_a_rented_ones_name_is_never_touched() -> None:
