@@ -31,6 +31,9 @@ BEST_NAME = "baton_best"
 """Folder with the best checkpoint so far, for those who load it at the end. It has a level of its
 own below, because Trainer takes a direct folder with adapter weights for an adapter."""
 
+UNKNOWN = -1
+"""No step: below all that there are."""
+
 _PARTIAL = ".baton-"
 
 
@@ -48,7 +51,7 @@ class Choice:
 
     answer: object
     step: int
-    """After which training begins; 0 is the beginning."""
+    """After which training begins; 0 is the beginning, `UNKNOWN` is left to `Trainer`."""
     sentence: str = ""
     """For the log, where the choice is not simply what the script asked for."""
 
@@ -85,7 +88,8 @@ def choose(
         return Choice(str(local.path), local.step)
     if torn_count:
         return Choice(None, 0, "no whole checkpoint is left: training starts from the beginning")
-    return Choice(asked, 0)  # there is nothing; what Trainer says to that is right
+    # There is nothing, and what Trainer says to that is right, unless another rank has something.
+    return Choice(asked, UNKNOWN)
 
 
 def _of_committed(restored: Found, more: str) -> Choice:

@@ -216,7 +216,7 @@ class Bridge:
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
         others look."""
-        found: _Found = (resume.Choice(asked, agreement.UNKNOWN), None)
+        found: _Found = (resume.Choice(asked, resume.UNKNOWN), None)
         first = args.local_process_index == 0
         for turn in (True, False):
             if first is turn:
