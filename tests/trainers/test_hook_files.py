@@ -154,6 +154,31 @@ def test_all_torn_means_from_the_beginning(tmp_path: Path) -> None:
     assert "starts from the beginning" in chosen.sentence
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_what_was_set_aside_is_no_error_later(tmp_path: Path, named: bool) -> None:
+    """Neither for the next process on this machine nor for the next attempt."""
+    path = make_checkpoint(tmp_path, 4)
+    cut(path / "model.safetensors")
+    asked = path if named else True
+    first = resume.choose(asked, tmp_path, None, may_move=True)
+    assert not path.exists()
+    for may_move in (False, True):
+        assert resume.choose(asked, tmp_path, None, may_move=may_move) == first
+    assert (first.answer, first.step) == (None, 0)
+    other = tmp_path / "checkpoint-5"  # of which there is no trace
+    assert resume.choose(other, tmp_path, None, may_move=True).answer == other
+
+
+def test_all_processes_find_the_one_before_a_named_one_that_was_set_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    path = tmp_path / "checkpoint-4"
+    cut(path / "model.safetensors")
+    for may_move in (True, False):
+        chosen = resume.choose(path, tmp_path, None, may_move=may_move)
+        assert chosen.answer == str(tmp_path / "checkpoint-2")
+
+
 def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         make_checkpoint(tmp_path, step)
