@@ -4,16 +4,19 @@ All of it is decided by files alone, so these tests make files: whole ones that 
 with, and what a kill or a power cut leaves of them.
 """
 
+import errno
 import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from baton_hook import resume, torn
+from baton_hook import guard, resume, torn
+from baton_hook import trainer as bridge
 
 
 def safetensors(data_bytes: int) -> bytes:
@@ -186,6 +189,34 @@ def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) 
     cut(path / "model.safetensors")
     chosen = resume.choose(path, tmp_path, None, may_move=True)
     assert chosen.answer == str(tmp_path / "checkpoint-2")
+
+
+def test_a_rank_that_cannot_search_takes_the_committed_one_like_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(_: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    said: list[tuple[int, ...]] = []
+
+    def highest(_: object, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        said.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(bridge, "_highest_of_ranks", highest)
+    restored = make_checkpoint(tmp_path, 100)
+    session: Any = SimpleNamespace(restore_directory=restored)
+    args = SimpleNamespace(output_dir=str(tmp_path / "output"), local_process_index=0, world_size=1)
+    one, other = (bridge.Bridge(bridge.Program(), session) for _ in range(2))
+    assert one.choose(args, True) == str(restored)
+    monkeypatch.setattr(torn, "numbered", stale)
+    assert other.choose(args, True) == str(restored)
+    assert said[0] == said[1]  # so there is nothing for them to settle
+    assert "looking for the script's checkpoints failed" in capsys.readouterr().err
+    session.restore_directory = None
+    assert other.choose(args, True) is True
+    assert said[2][0] == resume.UNKNOWN
 
 
 def test_a_tree_is_linked_and_links_are_followed(tmp_path: Path) -> None:

@@ -81,10 +81,10 @@ def choose(
     `may_move` is for one process of several on a machine; the others see what it left.
     """
     if asked is None or asked is False:
-        return _of_committed(restored, "") if restored is not None else Choice(asked, 0)
+        return of_committed(restored) if restored is not None else Choice(asked, 0)
     local, was_torn = _asked_for(asked, output_directory, may_move)
     if restored is not None and (local is None or local.step <= restored.step):
-        return _of_committed(restored, f", and not from {local.path}" if local is not None else "")
+        return of_committed(restored, f", and not from {local.path}" if local is not None else "")
     if local is not None:
         return Choice(str(local.path), local.step)
     if was_torn:
@@ -93,7 +93,8 @@ def choose(
     return Choice(asked, UNKNOWN)
 
 
-def _of_committed(restored: Found, more: str) -> Choice:
+def of_committed(restored: Found, more: str = "") -> Choice:
+    """To resume from the committed one; `more` ends the sentence."""
     sentence = f"resuming from step {restored.step}, the last committed checkpoint{more}"
     return Choice(str(restored.path), restored.step, sentence)
 
