@@ -3,8 +3,9 @@ ranks on different nodes have them: `python -m tests.trainers.hook_rank PLAY DIR
 
 `stopped`: it trains undisturbed, then is stopped, then goes on from what rank 0 has handed over.
 `newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
-death of the other node; then one that is newer than none. `alone`: rank 0 talks to its agent
-itself. Prints one line of JSON.
+death of the other node; then one that is newer than none. `torn_on_one_node`: both have one
+directory, with a torn checkpoint and nothing else; `torn_on_one_of_two`: so has rank 0, and the
+other's is empty. `alone`: rank 0 talks to its agent itself. Prints one line of JSON.
 """
 
 import contextlib
@@ -76,6 +77,23 @@ def newer(room: Room, directory: Path, rank: int) -> dict[str, object]:
     return told
 
 
+def torn_on_one_node(_room: Room, directory: Path, rank: int) -> dict[str, object]:
+    return begin_after_a_tear(directory / "output", rank)
+
+
+def torn_on_one_of_two(room: Room, _directory: Path, rank: int) -> dict[str, object]:
+    return begin_after_a_tear(room.directory / "output", rank)
+
+
+def begin_after_a_tear(output: Path, rank: int) -> dict[str, object]:
+    if rank == 0:
+        (output / f"checkpoint-{EVERY}").mkdir(parents=True)
+    trainer, follower = make_trainer(output), Follower()
+    trainer.add_callback(follower)
+    trainer.train(resume_from_checkpoint=True)
+    return {"began": follower.began, "done": trainer.state.global_step == STEPS}
+
+
 def alone(room: Room, _directory: Path, rank: int) -> dict[str, object]:
     trainer = make_trainer(room.directory / "output")
     with baton_sdk.connect() if rank == 0 else contextlib.nullcontext():
@@ -102,6 +120,15 @@ def committed(room: Room, directory: Path, rank: int, step: int) -> str:
     return str(handed)
 
 
+PLAYS = {
+    "stopped": stopped,
+    "newer": newer,
+    "torn_on_one_node": torn_on_one_node,
+    "torn_on_one_of_two": torn_on_one_of_two,
+    "alone": alone,
+}
+
+
 def main(play: str, directory: Path, rank: int) -> None:
     node = directory / f"node-{rank}"
     node.mkdir()
@@ -109,7 +136,7 @@ def main(play: str, directory: Path, rank: int) -> None:
     room = Room(node, patch)
     bridge.install(module)
     room.attempt()
-    told = {"stopped": stopped, "newer": newer, "alone": alone}[play](room, directory, rank)
+    told = PLAYS[play](room, directory, rank)
     room.end()
     room.agent.stop()
     patch.undo()

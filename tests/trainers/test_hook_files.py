@@ -4,16 +4,19 @@ All of it is decided by files alone, so these tests make files: whole ones that 
 with, and what a kill or a power cut leaves of them.
 """
 
+import errno
 import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from baton_hook import resume, torn
+from baton_hook import guard, resume, torn
+from baton_hook import trainer as bridge
 
 
 def safetensors(data_bytes: int) -> bytes:
@@ -142,7 +145,8 @@ def test_the_higher_step_wins(
     chosen = resume.choose(asked, output, found, may_move=True)
     assert chosen.answer == (answers[wanted] if isinstance(wanted, str) else wanted)
     begins = {"local": local, "restored": restored}
-    assert chosen.step == (begins.get(wanted, 0) if isinstance(wanted, str) else 0)
+    nothing = resume.UNKNOWN if wanted else 0
+    assert chosen.step == (begins.get(wanted, nothing) if isinstance(wanted, str) else nothing)
 
 
 def test_all_torn_means_from_the_beginning(tmp_path: Path) -> None:
@@ -153,6 +157,31 @@ def test_all_torn_means_from_the_beginning(tmp_path: Path) -> None:
     assert "starts from the beginning" in chosen.sentence
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_what_was_set_aside_is_no_error_later(tmp_path: Path, named: bool) -> None:
+    """Neither for the next process on this machine nor for the next attempt."""
+    path = make_checkpoint(tmp_path, 4)
+    cut(path / "model.safetensors")
+    asked = path if named else True
+    first = resume.choose(asked, tmp_path, None, may_move=True)
+    assert not path.exists()
+    for may_move in (False, True):
+        assert resume.choose(asked, tmp_path, None, may_move=may_move) == first
+    assert (first.answer, first.step) == (None, 0)
+    other = tmp_path / "checkpoint-5"  # of which there is no trace
+    assert resume.choose(other, tmp_path, None, may_move=True).answer == other
+
+
+def test_all_processes_find_the_one_before_a_named_one_that_was_set_aside(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    path = tmp_path / "checkpoint-4"
+    cut(path / "model.safetensors")
+    for may_move in (True, False):
+        chosen = resume.choose(path, tmp_path, None, may_move=may_move)
+        assert chosen.answer == str(tmp_path / "checkpoint-2")
+
+
 def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         make_checkpoint(tmp_path, step)
@@ -160,6 +189,34 @@ def test_a_named_torn_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) 
     cut(path / "model.safetensors")
     chosen = resume.choose(path, tmp_path, None, may_move=True)
     assert chosen.answer == str(tmp_path / "checkpoint-2")
+
+
+def test_a_rank_that_cannot_search_takes_the_committed_one_like_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(_: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    said: list[tuple[int, ...]] = []
+
+    def highest(_: object, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        said.append(numbers)
+        return numbers
+
+    monkeypatch.setattr(guard, "_said", set())
+    monkeypatch.setattr(bridge, "_highest_of_ranks", highest)
+    restored = make_checkpoint(tmp_path, 100)
+    session: Any = SimpleNamespace(restore_directory=restored)
+    args = SimpleNamespace(output_dir=str(tmp_path / "output"), local_process_index=0, world_size=1)
+    one, other = (bridge.Bridge(bridge.Program(), session) for _ in range(2))
+    assert one.choose(args, True) == str(restored)
+    monkeypatch.setattr(torn, "numbered", stale)
+    assert other.choose(args, True) == str(restored)
+    assert said[0] == said[1]  # so there is nothing for them to settle
+    assert "looking for the script's checkpoints failed" in capsys.readouterr().err
+    session.restore_directory = None
+    assert other.choose(args, True) is True
+    assert said[2][0] == resume.UNKNOWN
 
 
 def test_a_tree_is_linked_and_links_are_followed(tmp_path: Path) -> None:

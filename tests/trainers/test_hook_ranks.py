@@ -1,4 +1,4 @@
-"""Unmodified `Trainer` scripts of several ranks, none of which sees another's files."""
+"""Unmodified `Trainer` scripts of several ranks, most of which see nothing of another's files."""
 
 import json
 import os
@@ -19,7 +19,9 @@ RANKS_S_MAX = 200
 pytestmark = pytest.mark.timeout(2 * RANKS_S_MAX + 20)
 
 
-def play(name: str, tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
+def play(
+    name: str, tmp_path: Path, local_ranks: tuple[int, ...] = (0,) * RANKS
+) -> list[tuple[dict[str, Any], str]]:
     """What each rank of a play of `hook_rank` has told, and said on stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -28,12 +30,12 @@ def play(name: str, tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.trainers.hook_rank", name, str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": "0"},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank, local_rank in enumerate(local_ranks)
     ]
     found = []
     try:
@@ -77,6 +79,18 @@ def test_what_one_node_alone_has_is_not_resumed_from(tmp_path: Path) -> None:
         assert "resuming from" not in err.replace(said[0], "")
 
 
+@pytest.mark.parametrize(
+    ("name", "local_ranks"), [("torn_on_one_node", (0, 1)), ("torn_on_one_of_two", (0, 0))]
+)
+def test_where_all_is_torn_every_rank_starts_from_the_beginning(
+    tmp_path: Path, name: str, local_ranks: tuple[int, ...]
+) -> None:
+    """Once one rank has set it aside, another finds nothing that it could call torn."""
+    for told, err in play(name, tmp_path, local_ranks):
+        assert told == {"began": 0, "done": True}, err
+        assert "training starts from the beginning" in err
+
+
 def test_where_one_rank_is_left_alone_all_are(tmp_path: Path) -> None:
     """What ranks decide together would wait for it for ever."""
     (first, first_err), (second, second_err) = play("alone", tmp_path)
@@ -94,9 +108,10 @@ def test_where_one_rank_is_left_alone_all_are(tmp_path: Path) -> None:
         ((120, 100), (90, 100), (0, 0)),
         ((120, 120), (100, 100), (120, 120)),
         ((0, 0), (None, None), (0, 0)),
-        ((100, agreement.UNKNOWN), (100, 100), (100, 100)),
-        ((100, agreement.UNKNOWN), (100, None), (0, 0)),
-        ((agreement.UNKNOWN,) * 2, (100, None), (agreement.UNKNOWN,) * 2),
+        ((100, resume.UNKNOWN), (100, 100), (100, 100)),
+        ((100, resume.UNKNOWN), (100, None), (0, 0)),
+        ((0, resume.UNKNOWN), (None, None), (0, 0)),
+        ((resume.UNKNOWN,) * 2, (100, None), (resume.UNKNOWN,) * 2),
         ((100,), (None,), (100,)),
     ],
 )

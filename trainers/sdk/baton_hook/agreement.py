@@ -8,16 +8,13 @@ begin at different steps wait for each other for ever, or train a model that is 
 How: each rank says at which step it would begin, and of which step the committed checkpoint is that
 its agent has laid out. The highest and the lowest of both, found in one collective, are the same
 for all, so all conclude the same: each its own choice where they begin at one step; else the
-committed one, where all have the same; else none. A rank whose own search failed has no step, and
-takes part like the others, which wait for it.
+committed one, where all have the same; else none. A rank whose own search failed, or found nothing
+of what the script asks for, has no step, and takes part like the others, which wait for it.
 """
 
 from collections.abc import Sequence
 
-from baton_hook.resume import Choice, Found
-
-UNKNOWN = -1
-"""No step: below all that there are."""
+from baton_hook.resume import UNKNOWN, Choice, Found
 
 
 def numbers_of(own: Choice, restored: Found | None) -> tuple[int, ...]:
@@ -34,7 +31,9 @@ def conclude(own: Choice, restored: Found | None, highest: Sequence[int]) -> Cho
     )  # fmt: skip
     if first == last:
         return own
-    found = f"the ranks would begin after different steps, {max(first, 0)} to {last}"
+    found = f"the ranks would begin after different steps, {first} to {last}"
+    if first == UNKNOWN:
+        found = f"a rank has nothing to begin from, where another would begin after step {last}"
     if restored is not None and committed_first == committed_last:
         sentence = f"resuming from step {restored.step}, the last committed checkpoint: {found}"
         return Choice(str(restored.path), restored.step, sentence)

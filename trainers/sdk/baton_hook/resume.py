@@ -8,7 +8,8 @@ resuming from those would repeat work, or leave the history that was committed.
 The rule: the higher step wins, and on a tie the committed one, whose bytes were verified. What the
 script asks for counts if it exists and is whole; a torn one is set aside, and the one before it
 counts in its place. If all that there was is torn, training starts from the beginning, which is
-what was true before the first save. Where other ranks come to other steps this is not the last word
+what was true before the first save; that it was torn is known by its new name, to other processes
+and in later attempts. Where other ranks come to other steps this is not the last word
 (`agreement`), so what was chosen is said and laid out only afterwards.
 
 A program may call `train` several times. Which call a checkpoint belongs to stands in a file beside
@@ -31,6 +32,9 @@ BEST_NAME = "baton_best"
 """Folder with the best checkpoint so far, for those who load it at the end. It has a level of its
 own below, because Trainer takes a direct folder with adapter weights for an adapter."""
 
+UNKNOWN = -1
+"""No step: below all that there are."""
+
 _PARTIAL = ".baton-"
 
 
@@ -48,7 +52,7 @@ class Choice:
 
     answer: object
     step: int
-    """After which training begins; 0 is the beginning."""
+    """After which training begins; 0 is the beginning, `UNKNOWN` is left to `Trainer`."""
     sentence: str = ""
     """For the log, where the choice is not simply what the script asked for."""
 
@@ -77,53 +81,57 @@ def choose(
     `may_move` is for one process of several on a machine; the others see what it left.
     """
     if asked is None or asked is False:
-        return _of_committed(restored, "") if restored is not None else Choice(asked, 0)
-    local, torn_count = _asked_for(asked, output_directory, may_move)
+        return of_committed(restored) if restored is not None else Choice(asked, 0)
+    local, was_torn = _asked_for(asked, output_directory, may_move)
     if restored is not None and (local is None or local.step <= restored.step):
-        return _of_committed(restored, f", and not from {local.path}" if local is not None else "")
+        return of_committed(restored, f", and not from {local.path}" if local is not None else "")
     if local is not None:
         return Choice(str(local.path), local.step)
-    if torn_count:
+    if was_torn:
         return Choice(None, 0, "no whole checkpoint is left: training starts from the beginning")
-    return Choice(asked, 0)  # there is nothing; what Trainer says to that is right
+    # There is nothing, and what Trainer says to that is right, unless another rank has something.
+    return Choice(asked, UNKNOWN)
 
 
-def _of_committed(restored: Found, more: str) -> Choice:
+def of_committed(restored: Found, more: str = "") -> Choice:
+    """To resume from the committed one; `more` ends the sentence."""
     sentence = f"resuming from step {restored.step}, the last committed checkpoint{more}"
     return Choice(str(restored.path), restored.step, sentence)
 
 
-def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[Found | None, int]:
-    """The newest whole checkpoint that answers the script's wish, and how many were torn."""
+def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[Found | None, bool]:
+    """The newest whole checkpoint that answers the script's wish, and where there is none, whether
+    one was torn, now or earlier."""
     if asked is True:
-        return _newest_whole(list(torn.numbered(output_directory)), may_move)
+        candidates = list(torn.numbered(output_directory))
+        local = _newest_whole(candidates, may_move)
+        return local, bool(candidates) or torn.any_set_aside(output_directory)
     if not isinstance(asked, str | os.PathLike):
-        return None, 0
+        return None, False
     path = Path(os.fspath(asked))
-    if not path.is_dir():
-        return None, 0
     match = torn.NAME.fullmatch(path.name)
+    if not path.is_dir() and not (match and torn.was_set_aside(path)):
+        return None, False
     if match is None:
         # Not Trainer's naming, so not for us to rename or to look for an older one.
-        return Found(path, torn.step_of(path)), 0
+        return Found(path, torn.step_of(path)), False
     older = [
         other
         for other in torn.numbered(path.parent)
         if int(other.name.rpartition("-")[2]) < int(match.group(1))
     ]
-    return _newest_whole([path, *older], may_move)
+    candidates = [path, *older] if path.is_dir() else older
+    return _newest_whole(candidates, may_move), True
 
 
-def _newest_whole(candidates: list[Path], may_move: bool) -> tuple[Found | None, int]:
-    torn_count = 0
+def _newest_whole(candidates: list[Path], may_move: bool) -> Found | None:
     for path in candidates:
         wrong = torn.problem(path)
         if not wrong:
-            return Found(path, torn.step_of(path)), torn_count
-        torn_count += 1
+            return Found(path, torn.step_of(path))
         if may_move:
             _move_aside(path, wrong)
-    return None, torn_count
+    return None
 
 
 def _move_aside(path: Path, wrong: str) -> None:

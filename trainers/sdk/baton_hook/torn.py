@@ -34,6 +34,7 @@ HEADER_BYTES_MAX = 100_000_000
 JSON_BYTES_MAX = 256 * 1024 * 1024
 """A trainer_state.json holds one line per logged step; a quarter of a gigabyte is a mistake."""
 
+_ASIDE_NAME = re.compile(r"torn-checkpoint-\d+(-\d+)?")
 _LENGTH_BYTES = 8
 _PICKLE_FIRST = b"\x80"
 _ZIP_FIRST = b"PK"
@@ -100,6 +101,18 @@ def set_aside(directory: Path) -> Path:
         number += 1
     directory.rename(target)
     return target
+
+
+def was_set_aside(directory: Path) -> bool:
+    """Whether this `checkpoint-N` was torn, in this attempt or in an earlier one."""
+    return _torn_name(directory, 1).is_dir()
+
+
+def any_set_aside(directory: Path) -> bool:
+    """Whether any checkpoint in `directory` was."""
+    return directory.is_dir() and any(
+        _ASIDE_NAME.fullmatch(entry.name) and entry.is_dir() for entry in os.scandir(directory)
+    )
 
 
 def _torn_name(directory: Path, number: int) -> Path:

@@ -216,7 +216,7 @@ class Bridge:
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
         others look."""
-        found: _Found = (resume.Choice(asked, agreement.UNKNOWN), None)
+        found: _Found = (resume.Choice(asked, resume.UNKNOWN), None)
         first = args.local_process_index == 0
         for turn in (True, False):
             if first is turn:
@@ -240,7 +240,15 @@ class Bridge:
         directory = self.session.restore_directory
         self._hands_over = resume.marked_call(directory) <= self._call
         restored = resume.committed(directory, self._call)
-        own = resume.choose(asked, Path(args.output_dir), restored, may_move=first)
+        otherwise = resume.Choice(asked, resume.UNKNOWN)
+        if restored is not None:
+            # A directory of the script's that cannot be read is no reason to lose what is held.
+            otherwise = resume.of_committed(restored)
+        own = guarded(
+            "looking for the script's checkpoints",
+            lambda: resume.choose(asked, Path(args.output_dir), restored, may_move=first),
+            otherwise,
+        )
         return own, restored
 
     def report(self, state: Any) -> None:
