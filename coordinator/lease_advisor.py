@@ -150,6 +150,8 @@ async def _call(url: str, document: bytes, timeout_s: float) -> _Failed | None:
             status = answer.status
     except TimeoutError:
         return _Failed(f"no answer within {timeout_s:g} s")
+    except aiohttp.ClientConnectorCertificateError as error:
+        return _Failed(f"its certificate is refused: {error.certificate_error}")
     except aiohttp.ClientConnectorError as error:
         return _Failed(error.os_error.strerror or type(error.os_error).__name__)
     except (aiohttp.ClientError, OSError) as error:

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import json
 import os
+import ssl
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,12 +18,21 @@ import pytest
 from aiohttp import web
 
 from coordinator import lease_advisor
+from coordinator.core import bills
+from coordinator.core.coordinator import Coordinator
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.lease_messages import LeasesMade, PublishLeases
 from coordinator.core.leasing import Fleet, Recommendation, Terms, recommend
-from coordinator.core.messages import Tick
+from coordinator.core.messages import PutAttempt, PutJob, PutNode, Tick
+from coordinator.core.model import Attempt, HostFacts, Job, JobSpec, Node
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.state import Options
 from coordinator.lease_advisor import RETRY_MS, TRIES_MAX, LeaseAdvisor, Outlets
+from coordinator.shell import CoordinatorShell
+from coordinator.store.memory import MemoryDisk, MemoryStore
 from tests.core.test_lease_days import asked, rig_of
+from tests.e2e.certificates import Authority
+from tests.shell.test_demand_shell import GPUS, VirtualClock
 
 FOUND = (
     recommend(20_000 * 86_400_000, [float(50 + n % 24) for n in range(720)], Fleet("H100"),
@@ -54,15 +64,17 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving(receiver: Receiver) -> AsyncIterator[Receiver]:
+async def receiving(
+    receiver: Receiver, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Receiver]:
     app = web.Application()
     app.router.add_post("/{path:.*}", receiver.answer)
     runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     port = runner.addresses[0][1]
-    receiver.url = f"http://127.0.0.1:{port}/hooks/{SECRET}"
+    receiver.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/hooks/{SECRET}"
     try:
         yield receiver
     finally:
@@ -233,6 +245,21 @@ async def test_one_that_is_not_there_is_named_without_its_path() -> None:
     assert SECRET not in str(bench.lines)
 
 
+async def test_one_that_nobody_vouches_for_gets_nothing(tmp_path: Path) -> None:
+    files = Authority(tmp_path / "ca").issue("n1")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.cert, files.key)
+    async with (
+        receiving(Receiver(), tls) as receiver,
+        advising(Outlets(webhook=receiver.url)) as bench,
+    ):
+        bench.advisor.publish(PublishLeases(FOUND))
+        event, fields = await bench.logged()
+    assert (event, receiver.bodies) == ("leases.not_posted", [])
+    assert str(fields["reason"]).startswith("its certificate is refused")
+    assert SECRET not in str(bench.lines)
+
+
 async def test_a_new_day_takes_the_place_of_one_that_still_waits() -> None:
     newer = (recommend(0, [7.0] * 720, Fleet("A100"), Terms(1.0, 2.0)),)
     async with (
@@ -275,3 +302,48 @@ def test_a_host_is_shown_without_what_lets_one_in() -> None:
     shown = lease_advisor._shown
     assert shown("https://hooks.example:8443/a/b?key=c") == "https://hooks.example:8443"
     assert shown("http://[::1]/x") == "http://[::1]"
+
+
+async def test_the_coordinator_writes_it_once_a_day_also_over_a_restart(tmp_path: Path) -> None:
+    """The real loop, its store and its advisor, over virtual minutes."""
+    file, clock, disk = tmp_path / "leases.json", VirtualClock(), MemoryDisk()
+    begun_ms = clock.unix_ms() - 20 * bills.MS_PER_DAY
+    uuids = tuple(gpu.uuid for gpu in GPUS[:3])
+    disk.commit(
+        [
+            PutNode(Node("n1", "j", "a", HostFacts(), GPUS)),
+            PutJob(Job(1, JobSpec(command=("x",), gpus=3), JobPhase.ACTIVE, begun_ms, epoch=1)),
+            PutAttempt(Attempt(1, 1, "n1", uuids, AttemptPhase.RUNNING, begun_ms)),
+        ]
+    )
+    async with deciding(disk, clock, file) as logged:
+        while "leases.recommended" not in logged or not file.exists():
+            await clock.run_to(clock.passed_ms // MINUTE_MS + 1)
+    (found,) = json.loads(file.read_bytes())
+    assert (found["gpu_type"], found["level_gpus"]) == ("H100", 3)
+    file.unlink()
+    async with deciding(disk, clock, file) as logged:
+        await clock.run_to(clock.passed_ms // MINUTE_MS + 5)
+        assert (logged.count("leases.recommended"), file.exists()) == (0, False)
+
+
+@asynccontextmanager
+async def deciding(disk: MemoryDisk, clock: VirtualClock, file: Path) -> AsyncIterator[list[str]]:
+    """As `main.py` puts it together; the names of what is logged."""
+    store, core, logged = MemoryStore(disk), Coordinator(Options()), list[str]()
+    core.load(await store.open(), clock.now_ms())
+
+    def log(level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        logged.append(event)
+
+    shell = CoordinatorShell(core, store, clock, log)
+    advisor = LeaseAdvisor(shell.leases_made, Outlets(str(file)), clock, log)
+    shell.lease_by(advisor)
+    beside = [asyncio.create_task(shell.run()), asyncio.create_task(advisor.run())]
+    try:
+        yield logged
+    finally:
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        await store.close()
