@@ -7,7 +7,6 @@ that must fit one another. `sources.py` reads them from file, environment and fl
 `systemd/coordinator.toml` say the same words.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import msgspec
 from coordinator import config_tariffs
 from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
 from coordinator.config_tariffs import Lease, Tariff
+from coordinator.endpoints import otel_problem, webhook_problem
 from coordinator.scaling_settings import scaling_problems
 from coordinator.sources import (
     LOG_FORMATS,
@@ -58,7 +58,6 @@ __all__ = [
 # a restart, which costs no training.
 RELOADABLE: Final = frozenset({"log_level"})
 
-OTLP_MODULE: Final = "opentelemetry.exporter.otlp.proto.http"
 STORE_NAME: Final = "baton.sqlite3"
 HEARTBEAT_INTERVAL_MS_MIN: Final = 100  # ten thousand agents at more would keep a core busy
 HEARTBEAT_INTERVAL_MS_MAX: Final = 60_000  # slower, and what people see is history
@@ -200,6 +199,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "nodes as a pattern of their names, and usd for each GPU and hour. Paid for whether used "
         "or not; nothing is ever leased by Baton. Default (empty): nothing."
     )] = msgspec.field(default_factory=dict)
+    lease_file: Annotated[str, says(
+        "File that gets, once a day, what is worth leasing, as `baton leases --json` prints it "
+        "(docs/cost.md); readable for its owner alone. One in the state directory needs no change "
+        "of the unit. Default (empty): none; the log has it in any case."
+    )] = ""
+    lease_webhook: Annotated[str, says(
+        "http(s)://HOST[:PORT]/PATH that gets the same as the body of a POST; it has ten seconds, "
+        "and is tried up to eight times within some ten minutes. Who reads this file reads its "
+        "path. Default (empty): none."
+    )] = ""
     burst_nodes: Annotated[list[str], says(
         "Patterns of the names of nodes that are rented by the hour, as cloud-*. All that are "
         "neither these nor leased are your own. Default (empty): none."
@@ -299,7 +308,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
             or _listen_problem(self.listen, self.tls()),
             self._metrics_problem(),
-            self.otel_endpoint and _otel_problem(self.otel_endpoint),
+            self.otel_endpoint and otel_problem(self.otel_endpoint),
             path_problem("state_directory", self.state_directory),
             path_problem("store_path", self.store_path),
             range_problem(
@@ -328,6 +337,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             *capacity_problems(self.capacity),
             *config_tariffs.problems(self.tariffs),
             *config_tariffs.lease_problems(self.leases),
+            self.lease_file and path_problem("lease_file", self.lease_file),
+            self.lease_webhook and webhook_problem("lease_webhook", self.lease_webhook),
             range_problem(
                 "energy_usd_per_mwh",
                 self.energy_usd_per_mwh,
@@ -462,25 +473,6 @@ def _listen_problem(address: str, tls: "Tls | None") -> str | None:
         check_listen(address, tls)
     except TransportError as error:
         return str(error)
-    return None
-
-
-def _otel_problem(endpoint: str) -> str | None:
-    scheme, _, address = endpoint.partition("://")
-    if scheme not in ("http", "https") or address_problem("otel_endpoint", address, port_min=1):
-        return (
-            "'otel_endpoint' must be http://HOST:PORT or https://HOST:PORT, without a path, "
-            f"not '{endpoint}'"
-        )
-    try:
-        found = importlib.util.find_spec(OTLP_MODULE)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        return (
-            "'otel_endpoint' is set, but what exports spans is not installed here: "
-            "`pip install 'gpu-baton[otel]'`, or leave it empty"
-        )
     return None
 
 

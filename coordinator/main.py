@@ -11,7 +11,7 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from coordinator.events import EVENTS
 from coordinator.forecast.live import LiveForecaster, Past
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
 from coordinator.journald import journal_of, stderr_is_journal
+from coordinator.lease_advisor import LeaseAdvisor, Outlets
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -128,6 +129,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
         _forecast(stack, core, shell)
+        _advise(stack, config, shell, clock)
         if config.capacity:
             _open_capacity(stack, config, shell, clock)
         address = f"{config.listen.rpartition(':')[0]}:{port}"
@@ -200,19 +202,43 @@ def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell)
             past[gpu_type] = Past(newest, gpus)
     forecaster = LiveForecaster(past, shell.forecast_made)
     shell.forecast_by(forecaster)
-    beside = asyncio.create_task(forecaster.run())
 
-    def ended(task: asyncio.Task[None]) -> None:
-        """A bug of ours; forecasts become stale, and nothing is planned by them."""
+    def ended(reason: str) -> None:
+        """Forecasts become stale, and nothing is planned by them."""
+        text = f"forecasts have stopped: {reason}"
+        logging_setup.emit("error", "forecast.stopped", (("reason", text),))
+
+    _beside(stack, forecaster.run(), ended)
+
+
+def _advise(
+    stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
+) -> None:
+    outlets = Outlets(config.lease_file, config.lease_webhook)
+    advisor = LeaseAdvisor(shell.leases_made, outlets, clock, logging_setup.emit)
+    shell.lease_by(advisor)
+
+    def ended(reason: str) -> None:
+        logging_setup.emit("error", "leases.stopped", (("reason", reason),))
+
+    _beside(stack, advisor.run(), ended)
+
+
+def _beside(
+    stack: AsyncExitStack, work: Coroutine[None, None, None], ended: Callable[[str], None]
+) -> None:
+    """Beside the loop, until we leave; what ends it earlier is a bug of ours, and is told."""
+    beside = asyncio.create_task(work)
+
+    def done(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            reason = f"forecasts have stopped: {task.exception()!r}"
-            logging_setup.emit("error", "forecast.stopped", (("reason", reason),))
+            ended(repr(task.exception()))
 
     async def end() -> None:
         beside.cancel()
         await asyncio.gather(beside, return_exceptions=True)
 
-    beside.add_done_callback(ended)
+    beside.add_done_callback(done)
     stack.push_async_callback(end)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from coordinator.core.capacity_orders import CapacityOrder
-from coordinator.core.messages import MakeForecast, Record
+from coordinator.core.messages import MakeForecast, MakeLeases, PublishLeases, Record
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
 from coordinator.counts import Counts
 
@@ -64,6 +64,16 @@ class Forecasting(Protocol):
 
     def make(self, asked: MakeForecast) -> None:
         """Returns at once, whatever becomes of it."""
+        ...
+
+
+class Leasing(Protocol):
+    """Who says beside the loop what is worth leasing, which comes back through the shell's inbox,
+    and hands it on. Both calls return at once, whatever becomes of it."""
+
+    def make(self, asked: MakeLeases) -> None: ...
+    def publish(self, told: PublishLeases) -> None:
+        """What was told is durable."""
         ...
 
 

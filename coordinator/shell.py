@@ -23,7 +23,7 @@ from coordinator.core.coordinator import Coordinator
 from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
-from coordinator.ports import Actuator, Clock, Forecasting, Store, StoreUnavailable, Tracer
+from coordinator.ports import Actuator, Clock, Forecasting, Leasing, Store, StoreUnavailable, Tracer
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
 BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
@@ -75,6 +75,7 @@ class CoordinatorShell:
         self._tracer: Tracer | None = None
         self._actuator: Actuator | None = None
         self._forecasting: Forecasting | None = None
+        self._leasing: Leasing | None = None
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
 
     # --- what others call -------------------------------------------------------------------------
@@ -154,6 +155,14 @@ class CoordinatorShell:
         self._forecasting = forecasting
 
     def forecast_made(self, made: m.ForecastMade) -> None:
+        """Call it in the loop's thread."""
+        self._post(made)
+
+    def lease_by(self, leasing: Leasing) -> None:
+        """Ask once a day what is worth leasing from now on."""
+        self._leasing = leasing
+
+    def leases_made(self, made: m.LeasesMade) -> None:
         """Call it in the loop's thread."""
         self._post(made)
 
@@ -288,5 +297,11 @@ class CoordinatorShell:
             case m.MakeForecast():
                 if self._forecasting is not None:
                     self._forecasting.make(command)
+            case m.MakeLeases():
+                if self._leasing is not None:
+                    self._leasing.make(command)
+            case m.PublishLeases():
+                if self._leasing is not None:
+                    self._leasing.publish(command)
             case m.Log():
                 self._log(command.level, command.event, command.fields)

@@ -6,7 +6,6 @@ So a recommendation is a record with all of that, from the hours that the coordi
 add up to, or from a series in a file. Nothing is leased by it.
 """
 
-import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
 if TYPE_CHECKING:
+    from coordinator.core.lease_advice import Case
     from coordinator.core.leasing import Fleet, Recommendation, Terms
     from coordinator.core.linear import SolveLinear
 
@@ -35,8 +35,6 @@ _ALTERNATIVES = (
     Column("LEASED", right=True),
     Column("EXPECTED $", right=True),
 )
-# What the rule looks back to, and a day for a first hour that is not whole.
-PAST_DAYS = 31
 TYPE_OF_FILE = "H100"
 
 
@@ -85,6 +83,7 @@ def leases(
       baton leases
       baton leases --demand demand.csv --gpu-type H100 --owned 64 --flexible 0.3
     """
+    from coordinator.core.lease_advice import Case, no_price
     from coordinator.core.leasing import Fleet
 
     prices = (lease_usd, burst_usd)
@@ -92,24 +91,24 @@ def leases(
         gpu_type = _known_type(gpu_type, prices)
     if demand is not None:
         name = gpu_type or TYPE_OF_FILE
-        cases = [(_hours(demand, column or "demand"), Fleet(name, owned or 0), _table(name))]
+        hours = _hours(demand, column or "demand")
+        cases = [Case(hours, Fleet(name, owned or 0), *_table(name))]
     else:
         for flag, given in (("--column", column), ("--owned", owned)):
             if given is not None:
                 raise click.UsageError(f"{flag} is about a file: it says nothing without --demand")
-        cases = [each for each in _asked(context) if gpu_type in (None, each[1].gpu_type)]
+        cases = [each for each in _asked(context) if gpu_type in (None, each.fleet.gpu_type)]
     solve = _solver() if flexible_ratio else None
     found = []
-    for hours, fleet, known in cases:
-        terms = _terms(prices, known, node_gpus)
+    for case in cases:
+        terms = _terms(prices, case, node_gpus)
         if terms is None:
-            why = f"{fleet.gpu_type}: no price by the month and by the hour is known; give"
-            why += " --lease-usd and --burst-usd"
+            why = f"{no_price(case.fleet.gpu_type)}; give --lease-usd and --burst-usd"
             if demand is not None:
                 raise BadInput(why)
             write_notice(why)
             continue
-        found.append(_recommended(hours, fleet, terms, flexible_ratio, solve))
+        found.append(_recommended(case.hours, case.fleet, terms, flexible_ratio, solve))
     if not cases:
         what = f" of {gpu_type}" if gpu_type else ""
         write_notice(f"nothing is known of demand{what} yet: no GPU was held in a whole hour")
@@ -137,43 +136,44 @@ def _known_type(said: str, prices: _Known) -> str:
     return known or (said if found is None else found.key)
 
 
-def _asked(context: click.Context) -> "list[tuple[list[float], Fleet, _Known]]":
+def _asked(context: click.Context) -> "list[Case]":
     """Of each type that was held in the last weeks."""
     from coordinator.cli.cost_client import CostClient  # grpc takes its time
-    from coordinator.core.leasing import Fleet, Lot
+    from coordinator.core.cost_requests import HourlyUse, TypeFleet
+    from coordinator.core.lease_advice import PAST_DAYS, cases
 
     settings = settings_of(context)
     settings.check()
     now = datetime.now(UTC)
     with CostClient(settings) as client:
         costs = client.costs(now - timedelta(days=PAST_DAYS), now, "gpu-type", "")
-    fleets = {fleet.gpu_type: fleet for fleet in costs.fleets}
-    found = []
-    for use in costs.uses:
-        fleet = fleets.get(use.gpu_type)
-        lots = [] if fleet is None else fleet.lots
-        there = Fleet(
+    uses = [
+        HourlyUse(
             use.gpu_type,
-            0 if fleet is None else fleet.owned_gpus,
-            tuple(
-                Lot(lot.gpus, round(lot.end_time.timestamp() * 1000))
-                for lot in lots
-                if lot.end_time is not None
-            ),
+            _unix_ms(use.begin_time) or 0,
+            tuple(use.gpus),
+            use.lease_usd,
+            use.burst_usd,
+            tuple(use.wanted_gpus),
         )
-        begun = _since(costs.kept_since_time, use.begin_time)
-        found.append((use.wanted_gpus[begun:], there, (use.lease_usd, use.burst_usd)))
-    return found
+        for use in costs.uses
+    ]
+    fleets = [
+        TypeFleet(
+            fleet.gpu_type,
+            fleet.owned_gpus,
+            tuple((lot.gpus, _unix_ms(lot.end_time) or 0) for lot in fleet.lots),
+        )
+        for fleet in costs.fleets
+    ]
+    return list(cases(uses, fleets, _unix_ms(costs.kept_since_time)))
 
 
-def _since(kept: datetime | None, begin: datetime | None) -> int:
-    """Hours before the first attempt that is kept say nothing."""
-    if kept is None or begin is None:
-        return 0
-    return max(0, math.ceil((kept - begin).total_seconds() / 3600))
+def _unix_ms(time: datetime | None) -> int | None:
+    return None if time is None else round(time.timestamp() * 1000)
 
 
-def _hours(path: Path, column: str) -> list[float]:
+def _hours(path: Path, column: str) -> tuple[float, ...]:
     from coordinator.forecast.demand_file import BadDemand, read_series
 
     try:
@@ -182,7 +182,8 @@ def _hours(path: Path, column: str) -> list[float]:
         raise BadInput(str(error)) from error
     per_hour = series.per_hour
     steps = series.values[len(series.values) % per_hour :]
-    return [sum(steps[at : at + per_hour]) / per_hour for at in range(0, len(steps), per_hour)]
+    starts = range(0, len(steps), per_hour)
+    return tuple(sum(steps[at : at + per_hour]) / per_hour for at in starts)
 
 
 def _table(gpu_type: str) -> _Known:
@@ -192,19 +193,19 @@ def _table(gpu_type: str) -> _Known:
     return tariff.lease_usd, tariff.burst_usd
 
 
-def _terms(said: _Known, known: _Known, node_gpus: int) -> "Terms | None":
-    from coordinator.core.leasing import Terms
+def _terms(said: _Known, case: "Case", node_gpus: int) -> "Terms | None":
+    from coordinator.core.lease_advice import terms_of
 
-    lease_usd, burst_usd = (
-        other if own is None else own for own, other in zip(said, known, strict=True)
+    lease_usd, burst_usd = said
+    return terms_of(
+        case.lease_usd if lease_usd is None else lease_usd,
+        case.burst_usd if burst_usd is None else burst_usd,
+        node_gpus,
     )
-    if not lease_usd or not burst_usd:
-        return None
-    return Terms(lease_usd, burst_usd, unit_gpus=node_gpus)
 
 
 def _recommended(
-    hours: list[float],
+    hours: tuple[float, ...],
     fleet: "Fleet",
     terms: "Terms",
     flexible_ratio: float,

@@ -20,7 +20,7 @@ of a span is the sum of what these stays have in it. A bill of two days is the s
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, Protocol
 
 from coordinator.core import gpu_types, workload
 from coordinator.core.accounting import end_unix_ms
@@ -36,8 +36,9 @@ from coordinator.core.cost_requests import (
     TypeFleet,
 )
 from coordinator.core.messages import Refusal, RefusalKind
-from coordinator.core.model import Attempt, GpuFacts, Job
-from coordinator.core.state import Instant, State
+from coordinator.core.model import Attempt, GpuFacts, Job, Node
+from coordinator.core.options import Options
+from coordinator.core.state import Instant
 from coordinator.core.tariffs import Lease, Prices
 
 MS_PER_H: Final = 3_600_000
@@ -51,6 +52,28 @@ BEFORE_MS: Final = 30 * MS_PER_DAY
 UNKNOWN_TYPE: Final = "unknown"
 WATTS_PER_KW: Final = 1_000.0
 ENERGY_SOURCE: Final = "own GPUs under load by the table of watts; what was measured is not kept"
+
+
+class KnownNode(Protocol):
+    @property
+    def node(self) -> Node: ...
+
+
+class Books(Protocol):
+    """What a bill is made of: the core's state, or a copy of these parts of it for another
+    thread."""
+
+    @property
+    def options(self) -> Options: ...
+    @property
+    def jobs(self) -> Mapping[int, Job]: ...
+    @property
+    def attempts(self) -> Mapping[str, Attempt]: ...
+    @property
+    def job_attempts(self) -> Mapping[int, Sequence[str]]: ...
+    @property
+    def nodes(self) -> Mapping[str, KnownNode]: ...
+    def attempts_of(self, job_id: int) -> list[Attempt]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +93,7 @@ class Stay:
     lease: str = ""
 
 
-def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
+def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
     """Ten thousand jobs of three attempts each take less than a second of a core."""
     begin, end = body.begin_unix_ms, min(body.end_unix_ms, now.unix_ms)
     if not 0 <= begin < body.end_unix_ms or end - begin > SPAN_MS_MAX:
@@ -113,7 +136,7 @@ def answer(state: State, now: Instant, body: GetCosts) -> CostPage | Refusal:
 # --- stays ----------------------------------------------------------------------------------------
 
 
-def stays_of(state: State, unix_ms: int, since_ms: int) -> Iterator[Stay]:
+def stays_of(state: Books, unix_ms: int, since_ms: int) -> Iterator[Stay]:
     """Of all attempts that are kept and were not over by then; one that goes on stays until
     now."""
     for job_id in sorted(state.job_attempts):
@@ -126,7 +149,7 @@ def stays_of(state: State, unix_ms: int, since_ms: int) -> Iterator[Stay]:
 
 
 def _stays(
-    state: State, job: Job, attempt: Attempt, unix_ms: int, tokens_per_step: int
+    state: Books, job: Job, attempt: Attempt, unix_ms: int, tokens_per_step: int
 ) -> Iterator[Stay]:
     begin, end = attempt.assigned_unix_ms, end_unix_ms(attempt, unix_ms)
     if end <= begin or not attempt.gpu_uuids:
@@ -151,7 +174,7 @@ def _stays(
         yield from _sourced(state, attempt.node, whole)
 
 
-def _sourced(state: State, node: str, whole: Stay) -> Iterator[Stay]:
+def _sourced(state: Books, node: str, whole: Stay) -> Iterator[Stay]:
     """A stay cut where a lease begins and ends. The first lease that names the node counts."""
     prices, options = state.options.prices, state.options
     tariff = prices.of(whole.gpu_type)
@@ -319,7 +342,7 @@ def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> None:
         gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
 
 
-def fleets_of(state: State, unix_ms: int) -> Iterator[TypeFleet]:
+def fleets_of(state: Books, unix_ms: int) -> Iterator[TypeFleet]:
     """By type: own GPUs of nodes that are known, and leases that run."""
     options = state.options
     leases = [

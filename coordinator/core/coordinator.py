@@ -23,6 +23,7 @@ from coordinator.core import (
     gangs,
     health,
     jobs,
+    lease_days,
     leases,
     node_power,
     nodes,
@@ -72,6 +73,7 @@ from coordinator.core.messages import (
     Heartbeat,
     Hello,
     HoldJob,
+    LeasesMade,
     ListJobs,
     ListNodes,
     NodePage,
@@ -138,6 +140,8 @@ class Coordinator:
             fleet_scaling.tick(state, now)
         elif isinstance(event, ForecastMade):
             demand_forecast.made(state, now, event)
+        elif isinstance(event, LeasesMade):
+            lease_days.made(state, event)
         else:  # Decide
             arrivals.let_in(state, now)
             if state.undecided:

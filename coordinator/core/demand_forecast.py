@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from typing import Final
 
-from coordinator.core import demand_samples, gpu_types, held_ahead, power
+from coordinator.core import demand_samples, gpu_types, held_ahead, lease_days, power
 from coordinator.core.capacity_model import Outlook
 from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
@@ -22,10 +22,11 @@ FRESH_MS: Final = 300_000
 
 
 def tick(state: State, now: Instant) -> None:
-    """A sample, where one is due, and a forecast of what follows from it."""
+    """A sample, where one is due, and what is asked with it: a forecast, and leases once a day."""
     minute = demand_samples.tick(state, now)
     if minute is None:
         return
+    lease_days.tick(state, now)
     history = state.demand_history
     asked = tuple(
         AskedType(gpu_type, gpus, *minutes_ahead(state, gpu_type))

@@ -43,6 +43,7 @@ LOT_RATIO_MAX: Final = 1 / 7
 HISTORY_DAYS_MIN: Final = 7
 H_PER_DAY: Final = 24
 MS_PER_H: Final = 3_600_000
+NO_HISTORY: Final = "no history"
 # Sums of weights differ in the last digits.
 TINY: Final = 1e-9
 
@@ -171,7 +172,7 @@ def recommend(
         said = f"{known_days:.1f} days of demand are known, and {HISTORY_DAYS_MIN} are needed"
         there = fleet.owned_gpus + leased
         return Recommendation(
-            fleet.gpu_type, unix_ms, terms, fleet.owned_gpus, leased, 0, there, "no history", said
+            fleet.gpu_type, unix_ms, terms, fleet.owned_gpus, leased, 0, there, NO_HISTORY, said
         )
     day = _Day(hours, likely(hours), fleet, leased, terms, flexible or Flexible(), solve)
     found = _level(day)

@@ -26,6 +26,10 @@ from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
+from coordinator.core.lease_messages import LeasesMade as LeasesMade
+from coordinator.core.lease_messages import MakeLeases as MakeLeases
+from coordinator.core.lease_messages import PublishLeases as PublishLeases
+from coordinator.core.lease_messages import PutLeaseDay as PutLeaseDay
 from coordinator.core.link_messages import ComeLater as ComeLater
 from coordinator.core.link_messages import EventAck as EventAck
 from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
@@ -295,7 +299,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Actuated | Tick | Decide | ForecastMade
+Event = Request | FromAgent | Actuated | Tick | Decide | ForecastMade | LeasesMade
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -413,6 +417,7 @@ class AppendEvent:
 Record = (
     PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutPart | DropPart | PutNode
     | AppendEvent | PutDemandSeries | PutDemand | DropDemand | PutScaleRecord
+    | PutLeaseDay
 )  # fmt: skip
 
 
@@ -488,5 +493,5 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast
+Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast | MakeLeases | PublishLeases
 Effect = Record | Command

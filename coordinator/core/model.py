@@ -457,3 +457,4 @@ class Snapshot:
     parts: tuple[WaitingPart, ...] = ()
     demand: DemandLog = field(default_factory=DemandLog)
     scale_records: tuple[ScaleRecord, ...] = ()
+    lease_days: tuple[int, ...] = ()

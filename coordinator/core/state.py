@@ -18,6 +18,7 @@ from coordinator.core.demand_history import DemandHistory
 from coordinator.core.indices import Indices
 from coordinator.core.keeps import Reservation
 from coordinator.core.kept_rooms import KeptRooms
+from coordinator.core.lease_messages import LeaseDays
 from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
 from coordinator.core.live import LiveNode as LiveNode
@@ -96,6 +97,7 @@ class State:
         self.demand = Demand()
         self.demand_history = DemandHistory()
         self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
+        self.lease_days = LeaseDays()
         self.standing = Standing()
         self.jobs: dict[int, Job] = {}
         self.attempts: dict[str, Attempt] = {}
@@ -154,6 +156,7 @@ class State:
         self.last_job_id = snapshot.last_job_id
         self.demand_history.load(snapshot.demand)
         self.scaler.load(snapshot.scale_records)
+        self.lease_days.made = snapshot.lease_days
         for node in snapshot.nodes:
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from coordinator.core.demand_history import DemandLog
+from coordinator.core.lease_messages import with_day
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
@@ -27,6 +28,7 @@ from coordinator.core.messages import (
     PutDemand,
     PutDemandSeries,
     PutJob,
+    PutLeaseDay,
     PutNode,
     PutPart,
     PutScaleRecord,
@@ -100,6 +102,7 @@ class MemoryDisk:
     demand_series: dict[int, str] = field(default_factory=dict)
     demand: dict[tuple[int, int], str] = field(default_factory=dict)
     scale_records: dict[int, str] = field(default_factory=dict)
+    lease_days: tuple[int, ...] = ()
     commits: int = 0
     failures: int = 0
     _failures_left: int = 0
@@ -156,6 +159,7 @@ class MemoryDisk:
                 rows.scale_record_decoder.decode(self.scale_records[number])
                 for number in sorted(self.scale_records)
             ),
+            lease_days=self.lease_days,
         )
 
     def _apply(self, record: Record, text: str) -> None:
@@ -181,6 +185,8 @@ class MemoryDisk:
                 gone = max(self.scale_records) - RECORDS_MAX
                 for old in [each for each in self.scale_records if each <= gone]:
                     del self.scale_records[old]
+            case PutLeaseDay(day):
+                self.lease_days = with_day(self.lease_days, day)
             case PutDemandSeries(number):
                 self.demand_series[number] = text
             case PutDemand(row):
@@ -229,7 +235,7 @@ def _document(record: Record) -> str:
             return rows.document(record)
         case PutDemand(row):
             return rows.document(row)
-        case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
+        case PutLeaseDay() | DropJob() | DropCheckpoint() | DropPart() | DropDemand():
             return ""
         case _:
             assert_never(record)

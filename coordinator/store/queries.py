@@ -62,6 +62,9 @@ class Queries:
     list_scale_records: str
     put_scale_record: str
     trim_scale_records: str
+    list_lease_days: str
+    put_lease_day: str
+    trim_lease_days: str
 
 
 def load_queries() -> Queries:

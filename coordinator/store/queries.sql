@@ -218,3 +218,15 @@ ON CONFLICT (record_number) DO UPDATE SET document = excluded.document;
 -- name: trim_scale_records
 -- Forget the decisions up to this one.
 DELETE FROM scale_records WHERE record_number <= :last_number;
+
+-- name: list_lease_days
+-- The days on which it was said what is worth leasing, in order.
+SELECT day FROM lease_days ORDER BY day;
+
+-- name: put_lease_day
+-- Note such a day; a repeated batch notes it again.
+INSERT INTO lease_days (day) VALUES (:day) ON CONFLICT (day) DO NOTHING;
+
+-- name: trim_lease_days
+-- Forget the days that are far from the newest one.
+DELETE FROM lease_days WHERE day < :first_day OR day > :last_day;

@@ -20,6 +20,7 @@ from typing import assert_never
 import msgspec
 
 from coordinator.core.demand_history import KEPT_STEPS, DemandRow
+from coordinator.core.lease_messages import days_kept
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
@@ -31,6 +32,7 @@ from coordinator.core.messages import (
     PutDemand,
     PutDemandSeries,
     PutJob,
+    PutLeaseDay,
     PutNode,
     PutPart,
     PutScaleRecord,
@@ -92,6 +94,7 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     series: dict[int, PutDemandSeries] = {}
     demand: dict[tuple[int, int], DemandRow] = {}
     scaled: dict[int, ScaleRecord] = {}
+    lease_days: list[int] = []
     for record in records:
         match record:
             case PutJob(job):
@@ -112,6 +115,8 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
                 demand[row.period_min, row.step] = row
             case PutScaleRecord(decided):
                 scaled[decided.number] = decided
+            case PutLeaseDay(day):
+                lease_days.append(day)
             case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
                 raise AssertionError(f"{record} among puts")
             case _:
@@ -146,6 +151,14 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     if scaled:
         yield queries.put_scale_record, [_scale_row(record) for record in scaled.values()]
         yield queries.trim_scale_records, [{"last_number": max(scaled) - RECORDS_MAX}]
+    for day in lease_days:  # which are kept depends on their order
+        yield from _lease_day_statements(queries, day)
+
+
+def _lease_day_statements(queries: Queries, day: int) -> Iterator[Statement]:
+    first, last = days_kept(day)
+    yield queries.put_lease_day, [{"day": day}]
+    yield queries.trim_lease_days, [{"first_day": first, "last_day": last}]
 
 
 def _drop_statements(queries: Queries, run: Iterable[Record]) -> Iterator[Statement]:

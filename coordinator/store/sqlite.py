@@ -362,6 +362,7 @@ def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
         scale_records=tuple(
             map(rows.scale_record_decoder.decode, documents(queries.list_scale_records))
         ),
+        lease_days=tuple(row[0] for row in connection.execute(queries.list_lease_days)),
         demand=DemandLog(
             tuple(map(rows.series_decoder.decode, documents(queries.list_demand_series))),
             tuple(map(rows.demand_decoder.decode, documents(queries.list_demand))),

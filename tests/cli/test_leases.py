@@ -3,11 +3,19 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from coordinator import cost_rpc
+from coordinator.core import bills
+from coordinator.core.cost_requests import CostPage, GetCosts, Grouping
+from coordinator.core.demand_history import MINUTE_MS
+from coordinator.core.lease_advice import PAST_DAYS, advise
+from coordinator.core.messages import Tick
 from protos.baton.v1 import costs_pb2 as pb
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator
+from tests.core.test_lease_days import asked, rig_of
 
 DAY_S = 86_400
 
@@ -124,3 +132,19 @@ def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
         2,
         True,
     )
+
+
+def test_by_hand_and_each_day_the_numbers_are_the_same(baton: Baton, fake: FakeCoordinator) -> None:
+    """Of one history: asked for over the wire, and found by the coordinator itself."""
+    rig = rig_of(days=20)
+    rig.now_ms += MINUTE_MS
+    (question,) = asked(rig.handle(Tick()))
+    begin_ms = question.unix_ms - PAST_DAYS * bills.MS_PER_DAY
+    body = GetCosts(begin_ms, question.unix_ms, Grouping.GPU_TYPE)
+    page = bills.answer(rig.core.state, rig.now, body)
+    assert isinstance(page, CostPage)
+    fake.answers["GetCosts"] = [cost_rpc.encode(page)]
+    (by_hand,) = json.loads(baton("leases", "--json").stdout)
+    (by_itself,) = json.loads(msgspec.json.encode(advise(question).found))
+    assert by_hand.pop("unix_ms") != by_itself.pop("unix_ms")
+    assert by_hand == by_itself

@@ -19,6 +19,7 @@ from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow
 from coordinator.core.demand_messages import DemandSeries
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.launch import Gang
+from coordinator.core.lease_messages import with_day
 from coordinator.core.messages import (
     Actuate,
     Answer,
@@ -40,12 +41,15 @@ from coordinator.core.messages import (
     LeaseRenewal,
     Log,
     MakeForecast,
+    MakeLeases,
     NodePage,
+    PublishLeases,
     PutAttempt,
     PutCheckpoint,
     PutDemand,
     PutDemandSeries,
     PutJob,
+    PutLeaseDay,
     PutNode,
     PutPart,
     PutScaleRecord,
@@ -83,6 +87,7 @@ GIGABYTE = 10**9
 _RECORDS = (
     PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
     AppendEvent, PutDemandSeries, PutDemand, DropDemand, PutScaleRecord,
+    PutLeaseDay,
 )  # fmt: skip
 
 
@@ -101,6 +106,7 @@ class Disk:
     series: dict[int, PutDemandSeries] = field(default_factory=dict)
     demand: dict[tuple[int, int], DemandRow] = field(default_factory=dict)
     scaled: dict[int, ScaleRecord] = field(default_factory=dict)
+    lease_days: tuple[int, ...] = ()
 
     def write(self, record: Record) -> None:
         match record:
@@ -125,6 +131,8 @@ class Disk:
                 self._drop(job_id)
             case PutScaleRecord(record_of_plan):
                 self.scaled[record_of_plan.number] = record_of_plan
+            case PutLeaseDay(day):
+                self.lease_days = with_day(self.lease_days, day)
             case PutDemandSeries(number):
                 self.series[number] = record
             case PutDemand(row):
@@ -157,6 +165,7 @@ class Disk:
                 tuple(self.demand[key] for key in sorted(self.demand)),
             ),
             tuple(self.scaled[number] for number in sorted(self.scaled)),
+            self.lease_days,
         )
 
 
@@ -264,6 +273,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return f"put  {_record(effect)}"
         case PutScaleRecord():
             return ""  # its decision is logged
+        case MakeLeases() | PublishLeases() | PutLeaseDay():
+            return ""  # once a day: tests/core/test_lease_days.py
         case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
             return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):
@@ -317,6 +328,8 @@ def _record(record: Record) -> str:
         case DropJob(job_id):
             return f"drop job {job_id}"
         case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand() | PutScaleRecord():
+            raise AssertionError("told elsewhere")
+        case PutLeaseDay():
             raise AssertionError("told elsewhere")
 
 

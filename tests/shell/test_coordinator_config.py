@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-import coordinator.config
+import coordinator.endpoints
 from coordinator.config import Config, ConfigError, load, prepare_directories
 from coordinator.core.state import Options
 from coordinator.transport import Tls, TransportError, check_listen, listen, open_channel
@@ -137,11 +137,31 @@ def test_spans_go_nowhere_unless_told_and_able_to(monkeypatch: pytest.MonkeyPatc
             "'otel_endpoint' must be http://HOST:PORT or https://HOST:PORT, without a path, "
             f"not '{wrong}'"
         )
-    monkeypatch.setattr(coordinator.config, "OTLP_MODULE", "opentelemetry_that_is_not.there")
+    monkeypatch.setattr(coordinator.endpoints, "OTLP_MODULE", "opentelemetry_that_is_not.there")
     assert refusals(endpoint) == (
         "'otel_endpoint' is set, but what exports spans is not installed here: "
         "`pip install 'gpu-baton[otel]'`, or leave it empty",
     )
+
+
+def test_recommendations_go_nowhere_unless_told() -> None:
+    assert (read().lease_file, read().lease_webhook) == ("", "")
+    assert refusals("--lease-file=leases.json") == (
+        "'lease_file' must be an absolute path, not 'leases.json'",
+    )
+    for right in ("http://hooks/x", "https://hooks.example:8443/a/b?c=d", "http://[::1]:1/"):
+        assert read(f"--lease-webhook={right}").lease_webhook == right
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["hooks/x", "ftp://hooks/x", "http:///S3CRET", "http://me:S3CRET@hooks/x", "http://h:0/S3CRET",
+     "http://h:S3CRET/", "http://h/S3 CRET", "http://h/x#S3CRET", "http://h/" + 2_048 * "S3CRET"],
+)  # fmt: skip
+def test_a_webhook_that_cannot_be_one_is_refused_without_its_path(wrong: str) -> None:
+    (sentence,) = refusals(f"--lease-webhook={wrong}")
+    assert sentence.startswith("'lease_webhook' must be http://HOST[:PORT]/PATH or https://")
+    assert "S3" not in sentence
 
 
 async def test_a_server_listens_and_a_channel_reaches_it() -> None:

@@ -25,6 +25,7 @@ from coordinator.core.messages import (
     PutDemand,
     PutDemandSeries,
     PutJob,
+    PutLeaseDay,
     PutNode,
     PutPart,
     PutScaleRecord,
@@ -106,6 +107,7 @@ def records() -> st.SearchStrategy[Record]:
         st.builds(PutDemand, of_dataclass(DemandRow, period_min=_PERIODS, step=_STEPS)),
         st.builds(PutScaleRecord, of_dataclass(ScaleRecord, number=st.integers(0, 3))),
         st.builds(DropDemand, st.integers(90, 8_000)),
+        st.builds(PutLeaseDay, st.integers(0, 90)),
     )
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.demand_history import KEPT_STEPS, DemandLog, DemandRow, Series
+from coordinator.core.lease_messages import DAYS_KEPT
 from coordinator.core.messages import (
     AppendEvent,
     DropCheckpoint,
@@ -26,6 +27,7 @@ from coordinator.core.messages import (
     PutDemand,
     PutDemandSeries,
     PutJob,
+    PutLeaseDay,
     PutNode,
     PutPart,
     PutScaleRecord,
@@ -91,6 +93,7 @@ class Expected:
         self.series: dict[int, PutDemandSeries] = {}
         self.demand: dict[tuple[int, int], DemandRow] = {}
         self.scaled: dict[int, ScaleRecord] = {}
+        self.lease_days: list[int] = []
         for batch in batches:
             for record in batch:
                 self.take(record)
@@ -118,6 +121,9 @@ class Expected:
             self.checkpoints.pop((record.job_id, record.digest), None)
         elif isinstance(record, PutScaleRecord):
             self.scaled[record.record.number] = record.record
+        elif isinstance(record, PutLeaseDay):
+            near = [day for day in self.lease_days if abs(day - record.day) <= DAYS_KEPT]
+            self.lease_days = sorted({*near, record.day})
         elif isinstance(record, PutDemandSeries):
             self.series[record.number] = record
         elif isinstance(record, PutDemand):
@@ -154,6 +160,7 @@ class Expected:
                 tuple(self.demand[key] for key in sorted(self.demand)),
             ),
             scale_records=tuple(self.scaled[number] for number in sorted(self.scaled)),
+            lease_days=tuple(self.lease_days),
         )
 
     def history(self, job_id: int) -> list[JobEvent]:
@@ -331,6 +338,15 @@ async def test_the_oldest_decisions_leave_the_store(world: World) -> None:
     await write_all(world, [decided(3)])  # what is judged late is written again
     kept = [record.number for record in (await read_all(world)).scale_records]
     assert kept == [3, RECORDS_MAX + 2]
+
+
+async def test_days_far_from_the_newest_leave_the_store(world: World) -> None:
+    """Also those that a wrong clock had: the newest is the last that was written."""
+    await write_all(world, [PutLeaseDay(100), PutLeaseDay(101), PutLeaseDay(101)])
+    await write_all(world, [PutLeaseDay(101 + DAYS_KEPT)])
+    assert (await read_all(world)).lease_days == (101, 101 + DAYS_KEPT)
+    await write_all(world, [PutLeaseDay(900), PutLeaseDay(102)])
+    assert (await read_all(world)).lease_days == (102,)
 
 
 @pytest.mark.parametrize("period_min", KEPT_STEPS)

@@ -24,6 +24,7 @@ RELEASED = {
     "0002.pre.gangs.sql": "ac374de366bf85bb65b3030749d15cf545b612558c6dca90286aa2aabe032ec4",
     "0003.pre.demand.sql": "bbf5ec670e3fbfc9e114e8036b290ceb4142013d7d3803932daa0ea1840dbee6",
     "0004.pre.scaling.sql": "aa2aaae52efa27defa6117465d12943e25446aa3024e019de91be6ecb7a60767",
+    "0005.pre.lease_days.sql": "cae17e3449b957816a273d5b74324c26a9b64971eab4556f22fb9cf8196585ed",
 }
 
 
@@ -63,7 +64,7 @@ def test_statements_of_a_migration_are_its_text() -> None:
     created = [name for part in statements for name in re.findall(r"CREATE TABLE (\w+)", part)]
     assert created == [
         *("leader", "counters", "jobs", "attempts", "checkpoints", "nodes", "events"),
-        *("ranks", "parts", "demand_series", "demand", "scale_records"),
+        *("ranks", "parts", "demand_series", "demand", "scale_records", "lease_days"),
     ]
     assert all(len(re.findall(r";$", part, re.MULTILINE)) == 1 for part in statements)
 
