@@ -5,7 +5,7 @@ do that, and was it right. One table, one record with everything that it went by
 it beside what was expected. All counts are GPUs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 
 if TYPE_CHECKING:
-    from coordinator.cli.capacity_client import CapacityClient, Decision, TypePlan
+    from coordinator.cli.capacity_client import CapacityClient, Decision, Deed, TypePlan
+    from coordinator.cli.values import Node
 
 LEVELS_SHOWN = ("2.5%", "5%", "10%", "25%", "50%", "75%", "90%", "95%", "97.5%")
 PERIOD_MIN = 10
@@ -193,12 +194,17 @@ def explain(context: click.Context, decision: str) -> None:
     Example:
       baton scale explain scale-7
     """
+    as_json = settings_of(context).as_json
     with _connect(context) as client:
         found = client.decision(decision)
-    if settings_of(context).as_json:
+        ordered_on = not as_json and any(_is_order_on(deed) for deed in found.deeds)
+        nodes = {node.id: node for node in client.nodes()} if ordered_on else {}
+    if as_json:
         write_json(found)
         return
     _show(found)
+    for sentence in _not_up(found, nodes):
+        write_notice(sentence)
 
 
 @scale.command()
@@ -227,6 +233,22 @@ def approve(context: click.Context, decision: str) -> None:
 def _deeds(decision: "Decision") -> str:
     told = [f"{one.verb} {' '.join(one.nodes)}" for one in decision.deeds if one.nodes]
     return "; ".join(told) or "nothing"
+
+
+def _is_order_on(deed: "Deed") -> bool:
+    return deed.verb in ("resume", "create") and deed.state != "proposed"
+
+
+def _not_up(decision: "Decision", nodes: "Mapping[str, Node]") -> Iterator[str]:
+    """Of nodes that were ordered on, those that are not on now: the order is no start yet."""
+    for deed in filter(_is_order_on, decision.deeds):
+        for name in deed.nodes:
+            node = nodes.get(name)
+            if node is None:
+                yield f"{name} is not there any more"
+            elif node.power not in ("on", "leaving"):
+                why = f": {node.reason}" if node.reason else ""
+                yield f"{name} is {node.power or 'unknown'} now{why}"
 
 
 def _show(one: "Decision") -> None:

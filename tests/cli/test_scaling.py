@@ -7,10 +7,10 @@ from pathlib import Path
 import grpc
 
 from coordinator import wire_capacity
-from coordinator.core.scale_records import Hindsight
+from coordinator.core.scale_records import Deed, Hindsight
 from coordinator.core.scale_requests import PlanPage
 from protos.baton.v1 import capacity_pb2 as pb
-from protos.baton.v1 import demand_pb2
+from protos.baton.v1 import demand_pb2, nodes_pb2, types_pb2
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
 from tests.wire.test_capacity_wire import PLAN, RECORD
@@ -77,6 +77,26 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert [line.split()[-1] for line in judged.stdout.splitlines()[-2:]] == ["0.00", "0.75"]
     document = json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
     assert document["alternatives"][0]["realised_usd"] == 0.0
+
+
+def test_a_node_that_was_ordered_on_and_is_not_up_is_named(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    deeds = (Deed("resume", ("n1", "n2", "n3"), "done"), Deed("suspend", ("n4",), "done"))
+    decided = wire_capacity.encode_decision(replace(WHOLE, deeds=deeds))
+    fake.answers["GetDecision"] = [pb.GetDecisionResponse(decision=decided)]
+    failed = types_pb2.Node(
+        id="n1", power=types_pb2.NODE_POWER_FAILED, reason="it did not start: no hello"
+    )
+    up = types_pb2.Node(id="n2", power=types_pb2.NODE_POWER_ON)
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[failed, up])]
+    said = baton("scale", "explain", "scale-7")
+    assert "done: resume n1 n2 n3" in said.stdout
+    assert "baton: n1 is failed now: it did not start: no hello\n" in said.stderr
+    assert "baton: n3 is not there any more\n" in said.stderr
+    assert ("n2 is" in said.stderr, "n4" in said.stderr) == (False, False)
+    json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
+    assert len(fake.requests) == 3, "a document is the decision alone"
 
 
 def test_digits_that_say_nothing_are_not_shown(baton: Baton, fake: FakeCoordinator) -> None:
