@@ -381,7 +381,7 @@ def prepare_directories(config: Config) -> None:
         found.append(f"the shared directory {place} is missing: mount or make it")
     if place.startswith("s3://") and importlib.util.find_spec("s3fs") is None:
         found.append(f"{place} needs the extra 'objects': pip install 'gpu-baton[objects]'")
-    problems = [sentence for sentence in found if sentence]
+    problems = [sentence for sentence in dict.fromkeys(found) if sentence]
     if problems:
         raise ConfigError(problems)
 

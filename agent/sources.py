@@ -368,10 +368,11 @@ def path_problem(name: str, path: str) -> str | None:
 
 
 def choice_problem(name: str, value: str, choices: tuple[str, ...]) -> str | None:
-    """One of `choices`."""
+    """One of `choices`, of which one may be empty."""
     if value in choices:
         return None
-    return f"'{name}' must be one of {', '.join(choices)}, not '{value}'"
+    named = ", ".join(choice for choice in choices if choice)
+    return f"'{name}' must be one of {named}{', or empty' * ('' in choices)}, not '{value}'"
 
 
 def with_credentials(

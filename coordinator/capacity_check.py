@@ -3,9 +3,10 @@
 Problem: a wrong address or password should be found before the night in which a node is switched.
 This asks each node's driver how it sees the node, and says what a resume and a suspend would do. It
 switches nothing, and needs no coordinator. It says which configuration it went by, since a node
-that is in no group is mostly one that another file has.
+that is in no group is mostly one that another file has. A site's programs are looked at and not
+run: one that is not there would be found out in that night.
 
-Exit status: 0, 1 where a driver cannot say, 2 for wrong usage.
+Exit status: 0, 1 where a driver cannot say or a program is missing, 2 for wrong usage.
 """
 
 import asyncio
@@ -16,13 +17,24 @@ from typing import Final
 
 from coordinator.capacity import hostlist
 from coordinator.capacity.actuator import Group
-from coordinator.capacity.driver import CapacityError
+from coordinator.capacity.driver import CapacityError, State
 from coordinator.capacity.opening import open_groups
+from coordinator.capacity_settings import OPTIONAL, CapacityGroup
 from coordinator.config import Config, from_command_line
 from coordinator.core.capacity_orders import CapacityOrder, Verb
 from coordinator.main import SystemClock
 
 STATE_S: Final = 30.0  # for one answer; a BMC that needs longer is as good as none
+SWITCHED: Final = (Verb.RESUME, Verb.SUSPEND)
+RENTED: Final = (Verb.CREATE, Verb.DELETE)  # a group that names a `gpu_type`
+# A `state_program` is run here, and says itself what is wrong with it.
+PROGRAMS: Final = (
+    "resume_program",
+    "suspend_program",
+    "resume_fail_program",
+    "create_program",
+    "delete_program",
+)
 PROGRAM: Final = "python -m coordinator.capacity_check"
 USAGE: Final = f"usage: {PROGRAM} NODES [flags of baton-coordinator]\n"
 HELP: Final = f"""{USAGE}
@@ -39,7 +51,8 @@ Run this as who the coordinator runs as: it has to read the same passwords.
 
   {PROGRAM} 'n[01-40]' --config /etc/baton/coordinator.toml
 
-Exit status: 0; 1 where a driver cannot say, or a node is in no group; 2 for wrong usage.
+Exit status: 0; 1 where a driver cannot say, a program does not exist or is not executable, or a
+node is in no group; 2 for wrong usage.
 """
 
 
@@ -78,24 +91,52 @@ async def _show(nodes: Sequence[str], config: Config) -> int:
             sys.stdout.write(f"{node}: in no group of 'capacity'\n")
             is_well = False
             continue
+        settings = config.capacity[group.name]
         try:
             states = await asyncio.wait_for(group.driver.state((node,)), STATE_S)
-            sys.stdout.write(f"{node} ({group.name}): {states[node].value}\n")
+            seen = _seen(states[node], settings)
         except (CapacityError, TimeoutError) as error:
-            sys.stdout.write(f"{node} ({group.name}): {str(error) or 'no answer'}\n")
+            seen = str(error) or "no answer"
             is_well = False
-        sys.stdout.writelines(f"  {sentence}\n" for sentence in _plans(node, group))
+        sys.stdout.write(f"{node} ({group.name}): {seen}\n")
+        sys.stdout.writelines(f"  {sentence}\n" for sentence in _plans(node, group, settings))
+        missing = _missing(settings)
+        sys.stdout.writelines(f"  {sentence}\n" for sentence in missing)
+        is_well = is_well and not missing
     return 0 if is_well else 1
 
 
-def _plans(node: str, group: Group) -> list[str]:
+def _seen(state: State, settings: CapacityGroup) -> str:
+    """With the reason where nobody can say."""
+    if state is not State.UNKNOWN or "state_program" not in OPTIONAL[settings.driver]:
+        return state.value
+    if settings.state_program:
+        return f"{state.value}: {settings.state_program} says nothing of it"
+    return f"{state.value}: there is no 'state_program', so its agent's word alone counts"
+
+
+def _plans(node: str, group: Group, settings: CapacityGroup) -> list[str]:
     found = []
-    for verb in Verb:
+    for verb in RENTED if settings.gpu_type else SWITCHED:
         try:
             steps = group.driver.plan(CapacityOrder("check", verb, (node,)))
         except CapacityError:
             continue
         found.append(f"{verb.value}: {'; then '.join(steps)}")
+    return found
+
+
+def _missing(settings: CapacityGroup) -> list[str]:
+    """Programs that could not be started, as sentences."""
+    found = []
+    for name in PROGRAMS:
+        path = getattr(settings, name)
+        if not path:
+            continue
+        if not os.access(path, os.F_OK):
+            found.append(f"{name}: '{path}' does not exist")
+        elif not os.path.isfile(path) or not os.access(path, os.X_OK):
+            found.append(f"{name}: '{path}' is not executable")
     return found
 
 

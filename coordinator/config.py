@@ -447,7 +447,7 @@ def prepare_directories(config: Config) -> None:
     store_directory = os.path.dirname(config.store_path)
     if not os.path.isdir(store_directory):
         found.append(own_directory(store_directory))
-    problems = [sentence for sentence in found if sentence]
+    problems = [sentence for sentence in dict.fromkeys(found) if sentence]
     if problems:
         raise ConfigError(problems)
 

@@ -59,7 +59,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "attempt {attempt} has exited on {node}: {reason}",
           "As its agent reports it; what becomes of the job is a line of its own."),
     Event("attempt.lost", "info", "job attempt node reason",
-          "attempt {attempt} on {node} is lost: {reason}",
+          "attempt {attempt} is lost on {node}: {reason}",
           "It may not commit any more, whatever it does."),
     Event("attempt.measured", "info", "job attempt node reason",
           "attempt {attempt} on {node}: {reason}",

@@ -109,7 +109,7 @@ class CapacityClient(Client):
             mode=_mode(answer.mode),
             why=answer.why,
             acts=answer.acts,
-            level=answer.level,
+            level=_ratio(answer.level),
             made=time_of(answer, "made_time"),
             types=[_type_plan(one) for one in answer.types],
             proposed=_decisions(answer.proposed),
@@ -126,6 +126,11 @@ class CapacityClient(Client):
     def approve(self, name: str) -> Decision:
         request = pb.ApproveDecisionRequest(id=name)
         return _decision(self._call(self._capacity.ApproveDecision, request).decision)
+
+
+def _ratio(computed: float) -> float:
+    """Without the last digits, which a division has left."""
+    return round(computed, 9)
 
 
 def _mode(number: int) -> str | None:
@@ -170,7 +175,7 @@ def _decision(said: pb.ScaleDecision) -> Decision:
         gpu_type=said.gpu_type,
         mode=_mode(said.mode),
         sentence=said.sentence,
-        level=said.level,
+        level=_ratio(said.level),
         running_gpus=said.running_gpus,
         queued_gpus=said.queued_gpus,
         guaranteed_gpus=said.guaranteed_gpus,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
@@ -81,7 +82,7 @@ def cost(
     """
     from coordinator.cli.cost_client import CostClient  # grpc takes its time
 
-    span = _span(last, begin, end)
+    span = _span(context, last, begin, end)
     settings = settings_of(context)
     settings.check()
     with CostClient(settings) as client:
@@ -96,7 +97,13 @@ def cost(
     _show(costs, by)
 
 
-def _span(last: str, begin: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
+def _span(
+    context: click.Context, last: str, begin: datetime | None, end: datetime | None
+) -> tuple[datetime, datetime]:
+    from coordinator.core.cost_requests import SPAN_DAYS_MAX
+
+    if begin is not None and context.get_parameter_source("last") is not ParameterSource.DEFAULT:
+        raise click.UsageError("--from and --last both say where the span begins: leave one out")
     until = datetime.now(UTC) if end is None else end.replace(tzinfo=UTC)
     if begin is not None:
         since = begin.replace(tzinfo=UTC)
@@ -107,6 +114,9 @@ def _span(last: str, begin: datetime | None, end: datetime | None) -> tuple[date
             raise click.BadParameter(str(error), param_hint="--last") from error
     if since >= until:
         raise click.BadParameter("the span ends before it begins", param_hint="--from")
+    if min(until, datetime.now(UTC)) - since > timedelta(days=SPAN_DAYS_MAX):
+        hint = "--last" if begin is None else "--from"
+        raise click.BadParameter(f"a span is {SPAN_DAYS_MAX} days at most", param_hint=hint)
     return since, until
 
 
@@ -156,7 +166,7 @@ def _show(costs: "Costs", by: str) -> None:
 
 def _remarks(costs: "Costs") -> list[str]:
     """What a reader has to know to believe it."""
-    found = []
+    found = [f"from {costs.begin_time:%Y-%m-%d %H:%M} to {costs.end_time:%Y-%m-%d %H:%M} UTC"]
     if costs.baselines_why:
         found.append(f"no baselines: {costs.baselines_why}")
     if costs.total.unpriced_gpu_hours:

@@ -84,9 +84,11 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """`usd` counts leases that idled. `baselines` is null where they were not asked for, and
-    `baselines_why` says why there are none."""
+    """Of the span that was asked for. `usd` counts leases that idled. `baselines` is null where
+    they were not asked for, and `baselines_why` says why there are none."""
 
+    begin_time: datetime
+    end_time: datetime
     usd: float
     total: Money
     idle_lease_usd: float
@@ -115,12 +117,14 @@ class CostClient(Client):
         request = pb.GetCostsRequest(grouping=GROUPINGS[by], project=project)
         request.begin_time.FromDatetime(begin)
         request.end_time.FromDatetime(end)
-        return _costs(self._call(self._costs.GetCosts, request))
+        return _costs(self._call(self._costs.GetCosts, request), begin, end)
 
 
-def _costs(answer: pb.GetCostsResponse) -> Costs:
+def _costs(answer: pb.GetCostsResponse, begin: datetime, end: datetime) -> Costs:
     total = _money(answer.total)
     return Costs(
+        begin_time=begin,
+        end_time=end,
         usd=total.usd + answer.idle_lease_usd,
         total=total,
         idle_lease_usd=answer.idle_lease_usd,

@@ -104,7 +104,7 @@ def from_flags(flags: dict[str, Any]) -> JobFile:
 
 def overlay(below: JobFile, above: JobFile) -> JobFile:
     """`above` where it says something, else `below`. Environments are merged; a new command or
-    trainer replaces both."""
+    trainer replaces both, and so do whole GPUs or a share of one."""
     changes: dict[str, Any] = {
         name: getattr(above, name)
         for name in above.__struct_fields__
@@ -116,6 +116,8 @@ def overlay(below: JobFile, above: JobFile) -> JobFile:
         changes |= {"trainer": UNSET, "config": UNSET}
     if above.trainer is not UNSET:
         changes |= {"command": UNSET}
+    if (above.gpus is UNSET) != (above.share_gpu is UNSET):
+        changes |= {"share_gpu" if above.share_gpu is UNSET else "gpus": UNSET}
     return msgspec.structs.replace(below, **changes)
 
 
@@ -123,9 +125,15 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     """The request that goes to the coordinator; relative paths are taken from `here`, an absolute
     path.
 
-    Raises `BadInput` for what this side can know: sizes, durations, a configuration that cannot be
-    read.
+    Raises `BadInput` for what this side can know: sizes, durations, a configuration that is missing
+    or cannot be read.
     """
+    if job.gpus is not UNSET and job.share_gpu is not UNSET:
+        raise BadInput("--share-gpu is in place of --gpus: leave one of them out")
+    if job.trainer and job.config is UNSET:
+        raise BadInput(
+            "--trainer needs --config FILE, which names at least its model and train_data"
+        )
     # A configuration means its paths from where it lies, as it does for the trainer run by hand.
     default = (here / job.config).parent if isinstance(job.config, str) else here
     workdir = _or(job.workdir, str(default))

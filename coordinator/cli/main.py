@@ -2,7 +2,7 @@
 
 Problem: scripts act on exit statuses and people on sentences, so every command must end in the same
 way. Commands raise (`CommandFailed`, click's `UsageError`), and `_Baton.invoke` turns that into one
-line on stderr and a status:
+line on stderr and a status; `main` does it for an answer that cannot be written:
 
     0 success   1 refused or failed   2 wrong usage   3 coordinator not reachable   130 Ctrl-C   141
     reader went away
@@ -12,6 +12,7 @@ and the standard library only; gRPC, msgspec and rich are imported inside the fu
 them.
 """
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -36,6 +37,7 @@ from coordinator.cli import (
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import (
     EXIT_BROKEN_PIPE,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     CommandFailed,
     group_options,
@@ -73,9 +75,7 @@ class _Baton(click.Group):
         except KeyboardInterrupt as interrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from interrupt
         except BrokenPipeError as error:
-            # The interpreter flushes stdout once more at exit; let that go nowhere instead of
-            # failing aloud.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise click.exceptions.Exit(EXIT_BROKEN_PIPE) from error
 
 
@@ -133,7 +133,22 @@ for _command in (
 
 def main() -> None:
     """The console script. Never returns."""
-    cli.main(prog_name="baton")
+    try:
+        cli.main(prog_name="baton")
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Only a write has no file's name: to a full disk, or past a quota. stderr may be there too.
+        with contextlib.suppress(OSError):
+            write_notice(f"the answer cannot be written: {error.strerror}")
+        _drop_output()
+        raise SystemExit(EXIT_FAILED) from error
+
+
+def _drop_output() -> None:
+    """The interpreter flushes stdout once more at exit; let that go nowhere instead of failing
+    aloud."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

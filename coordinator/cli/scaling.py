@@ -5,7 +5,7 @@ do that, and was it right. One table, one record with everything that it went by
 it beside what was expected. All counts are GPUs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 
 if TYPE_CHECKING:
-    from coordinator.cli.capacity_client import CapacityClient, Decision, TypePlan
+    from coordinator.cli.capacity_client import CapacityClient, Decision, Deed, TypePlan
+    from coordinator.cli.values import Node
 
 LEVELS_SHOWN = ("2.5%", "5%", "10%", "25%", "50%", "75%", "90%", "95%", "97.5%")
 PERIOD_MIN = 10
@@ -86,7 +87,9 @@ def plan(context: click.Context, plot: Path | None) -> None:
         write_json(found)
         return
     write_table(_COLUMNS, map(_row, found.types))
-    write_notice(f"mode {found.mode}: {found.why}; the plan is for {found.level:.3g} of cases")
+    write_notice(
+        f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
+    )
     for one in found.types:
         if one.sentence:
             write_notice(one.sentence)
@@ -168,7 +171,7 @@ def list_(context: click.Context, count: int, gpu_type: str) -> None:
                 f"{one.time:%Y-%m-%d %H:%M}" if one.time else None,
                 one.gpu_type,
                 one.mode,
-                None if one.regret_usd is None else f"{one.regret_usd:.2f} $",
+                None if one.regret_usd is None else f"${one.regret_usd:.2f}",
                 one.sentence,
             )
             for one in found
@@ -191,12 +194,17 @@ def explain(context: click.Context, decision: str) -> None:
     Example:
       baton scale explain scale-7
     """
+    as_json = settings_of(context).as_json
     with _connect(context) as client:
         found = client.decision(decision)
-    if settings_of(context).as_json:
+        ordered_on = not as_json and any(_is_order_on(deed) for deed in found.deeds)
+        nodes = {node.id: node for node in client.nodes()} if ordered_on else {}
+    if as_json:
         write_json(found)
         return
     _show(found)
+    for sentence in _not_up(found, nodes):
+        write_notice(sentence)
 
 
 @scale.command()
@@ -218,7 +226,8 @@ def approve(context: click.Context, decision: str) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
-    click.echo(f"{found.id}: {_deeds(found)}")
+    click.echo(f"{found.id}: ordered: {_deeds(found)}")
+    write_notice("`baton plan` shows what comes of it")
 
 
 def _deeds(decision: "Decision") -> str:
@@ -226,18 +235,33 @@ def _deeds(decision: "Decision") -> str:
     return "; ".join(told) or "nothing"
 
 
+def _is_order_on(deed: "Deed") -> bool:
+    return deed.verb in ("resume", "create") and deed.state != "proposed"
+
+
+def _not_up(decision: "Decision", nodes: "Mapping[str, Node]") -> Iterator[str]:
+    """Of nodes that were ordered on, those that are not on now: the order is no start yet."""
+    for deed in filter(_is_order_on, decision.deeds):
+        for name in deed.nodes:
+            node = nodes.get(name)
+            if node is None:
+                yield f"{name} is not there any more"
+            elif node.power not in ("on", "leaving"):
+                why = f": {node.reason}" if node.reason else ""
+                yield f"{name} is {node.power or 'unknown'} now{why}"
+
+
 def _show(one: "Decision") -> None:
     click.echo(f"{one.id}: {one.sentence}")
     click.echo(f"{one.time:%Y-%m-%d %H:%M:%S} UTC, mode {one.mode}, {one.gpu_type}")
     there = f"{one.there_gpus} on or starting, {one.running_gpus} run, {one.queued_gpus} wait"
     click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
-    click.echo(
-        f"planned for {one.level:.3g} of cases: {one.need_gpus} needed, {one.keep_gpus} kept on"
-    )
+    cases = f"{_percent(one.level)} of cases"
+    click.echo(f"planned for {cases}: {one.need_gpus} needed, {one.keep_gpus} kept on")
     for name, gpus in (("until a start is there", one.soon_gpus), ("later", one.later_gpus)):
         if gpus:
             said = ", ".join(
-                f"{level} {value:.4g}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
+                f"{level} {_gpus(value)}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
             click.echo(f"maximum demand {name}, GPUs: {said}")
     if one.coverage_ratio is not None:
@@ -260,7 +284,16 @@ def _show(one: "Decision") -> None:
     if one.regret_usd is None:
         write_notice(f"what came of it is known {one.holds_s / 3600:.1f} h after the decision")
     else:
-        write_notice(f"{one.mean_gpus:.1f} GPUs were wanted; regret {one.regret_usd:.2f} $")
+        write_notice(f"{one.mean_gpus:.1f} GPUs were wanted; regret ${one.regret_usd:.2f}")
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g}%"
+
+
+def _gpus(forecast: float) -> str:
+    """More digits of a forecast say nothing."""
+    return f"{forecast:.0f}" if forecast >= 10 else f"{forecast:.2g}"
 
 
 def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:

@@ -116,7 +116,7 @@ def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
         quotas = {} if inputs is None else inputs.quotas
         return Case(seen.jobs, fleet, chance, pairs=pairs, quotas=quotas)
     if given["trace"] is None or inputs is None:
-        raise BadInput("give TRACE and --fleet, or --journal")
+        raise BadInput("give TRACE and --fleet, or --journal, or --demand")
     jobs = read_jobs(given["trace"], inputs, added)
     return Case(jobs, inputs.fleet, chance, pairs=pairs, quotas=inputs.quotas)
 

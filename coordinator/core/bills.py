@@ -26,6 +26,7 @@ from coordinator.core import gpu_types, workload
 from coordinator.core.accounting import end_unix_ms
 from coordinator.core.capacity_model import Source
 from coordinator.core.cost_requests import (
+    SPAN_DAYS_MAX,
     CostDay,
     CostLine,
     CostPage,
@@ -43,10 +44,10 @@ from coordinator.core.tariffs import Lease, Prices
 
 MS_PER_H: Final = 3_600_000
 MS_PER_DAY: Final = 24 * MS_PER_H
-# A year and a day; more hours of use would be more than a message holds.
-SPAN_MS_MAX: Final = 366 * MS_PER_DAY
+SPAN_MS_MAX: Final = SPAN_DAYS_MAX * MS_PER_DAY
 # Lines of an answer; what is cheaper is in the total alone.
 LINES_MAX: Final = 1_000
+NAMES_SHOWN_MAX: Final = 20
 # Of use before the span, for those who would have leased by the month before.
 BEFORE_MS: Final = 30 * MS_PER_DAY
 UNKNOWN_TYPE: Final = "unknown"
@@ -96,10 +97,8 @@ class Stay:
 def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
     """Ten thousand jobs of three attempts each take less than a second of a core."""
     begin, end = body.begin_unix_ms, min(body.end_unix_ms, now.unix_ms)
-    if not 0 <= begin < body.end_unix_ms or end - begin > SPAN_MS_MAX:
-        most = SPAN_MS_MAX // MS_PER_DAY
-        sentence = f"a span begins before it ends, and is {most} days at most"
-        return Refusal(RefusalKind.INVALID, sentence)
+    if wrong := _wrong(state, body, end):
+        return Refusal(RefusalKind.INVALID, wrong)
     end = max(begin, end)
     stays = [
         stay
@@ -131,6 +130,23 @@ def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
         ENERGY_SOURCE,
         () if body.project else tuple(fleets_of(state, now.unix_ms)),
     )
+
+
+def _wrong(state: State, body: GetCosts, end_ms: int) -> str:
+    """Why there is no such bill, or nothing."""
+    if not 0 <= body.begin_unix_ms < body.end_unix_ms:
+        return "a span begins before it ends"
+    if end_ms - body.begin_unix_ms > SPAN_MS_MAX:
+        return f"a span is {SPAN_DAYS_MAX} days at most"
+    if not body.project:
+        return ""
+    of_jobs = [job.spec.project for job in state.jobs.values()]
+    known = sorted(dict.fromkeys([*state.options.projects, *of_jobs]))
+    if body.project in known:
+        return ""
+    more = f" and {len(known) - NAMES_SHOWN_MAX} more" if len(known) > NAMES_SHOWN_MAX else ""
+    named = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
+    return f"no job of project {body.project!r} is kept; there are {named}{more}"
 
 
 # --- stays ----------------------------------------------------------------------------------------

@@ -7,6 +7,10 @@ All money is in US dollars. What nobody has a price for is counted in GPU-hours 
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
+
+# A year and a day; more hours of use would be more than a message holds.
+SPAN_DAYS_MAX: Final = 366
 
 
 class Grouping(Enum):

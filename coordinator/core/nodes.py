@@ -378,7 +378,7 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
         live.session = None
     state.set_node_phase(live, NodePhase.LOST, why)
     if not silent(live.node.power):
-        state.log("error", "node.lost", node=live.node.id, reason=reason)
+        state.log("error", "node.lost", node=live.node.id, reason=why)
     for attempt_id in list(live.attempts):
         attempts.unreachable(state, now, state.attempts[attempt_id], reason)
     live.strays = {}  # if it ever comes back, its hello lists them again

@@ -24,6 +24,7 @@ GPUS_MAX = 64
 RANKS_MAX = 1_024
 GPU_TYPES_MAX = 16
 GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_NAME_V2_BUFFER_SIZE)
+TYPES_NAMED_MAX = 20  # in a sentence
 PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
 GRACE_MS_MAX = 7 * 24 * 3_600_000
 FLEXIBLE_MS_MAX = 30 * 24 * 3_600_000  # the term of a lease
@@ -171,8 +172,12 @@ def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
         return False
     if spec.shared_gpu_memory_bytes > shareable_bytes(gpu):
         return False
-    name = gpu.name.lower()
-    return not spec.gpu_types or any(kind.lower() in name for kind in spec.gpu_types)
+    return is_of_type(spec, gpu.name)
+
+
+def is_of_type(spec: JobSpec, name: str) -> bool:
+    """Whether a GPU of this name is one of the types that the job accepts."""
+    return not spec.gpu_types or any(kind.lower() in name.lower() for kind in spec.gpu_types)
 
 
 def could_hold(spec: JobSpec, gpus: Sequence[GpuFacts], memory_bytes: int) -> bool:
@@ -217,6 +222,13 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
     nodes = list(fleet)
     if not nodes:
         return ""
+    names = sorted(dict.fromkeys(gpu.name for _, gpus in nodes for gpu in gpus))
+    if spec.gpu_types and names and not any(is_of_type(spec, name) for name in names):
+        more = f" and {len(names) - TYPES_NAMED_MAX} more" if len(names) > TYPES_NAMED_MAX else ""
+        return (
+            f"no node has a GPU of type {' or '.join(spec.gpu_types)}; there are"
+            f" {', '.join(names[:TYPES_NAMED_MAX])}{more}"
+        )
     fitting = [sum(1 for gpu in gpus if suits(spec, gpu)) for _, gpus in nodes]
     if max(fitting) < spec.gpus:
         if spec.shared_gpu_memory_bytes:

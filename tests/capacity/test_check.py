@@ -26,8 +26,39 @@ def test_states_and_plans_are_shown(site: Site, capsys: pytest.CaptureFixture[st
         "n01 (rack1): off",
         f"  resume: run {resume} n01",
         f"  suspend: run {suspend} n01",
-        f"  create: run {resume} n01",
-        f"  delete: run {suspend} n01",
+    ]
+    assert site.calls() == []
+
+
+def test_what_is_rented_is_made_and_deleted(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    create, delete = (site.program(name) for name in ("create", "delete"))
+    table = (
+        f"cloud={{nodes='c1', driver='burst', create_program='{create}',"
+        f" delete_program='{delete}', gpu_type='H100', gpus_per_node=8}}"
+    )
+    assert main(["c1", "--config=", f"--capacity={table}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "c1 (cloud): unknown: there is no 'state_program', so its agent's word alone counts",
+        f"  create: run {create} c1",
+        f"  delete: run {delete} c1",
+    ]
+
+
+def test_a_program_that_cannot_be_started_is_1(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "suspend"
+    plain.write_text("#!/bin/sh\n")
+    states = site.program("states")
+    table = (
+        f"rack1={{nodes='n1', driver='programs', resume_program='{tmp_path}/resum',"
+        f" suspend_program='{plain}', resume_fail_program='{tmp_path}', state_program='{states}'}}"
+    )
+    assert main(["n1", "--config=", f"--capacity={table}"]) == 1
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"  resume_program: '{tmp_path}/resum' does not exist",
+        f"  suspend_program: '{plain}' is not executable",
+        f"  resume_fail_program: '{tmp_path}' is not executable",
     ]
     assert site.calls() == []
 

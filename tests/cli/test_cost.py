@@ -63,6 +63,7 @@ def test_the_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
     assert other == ["8", "1.0", "0.50", "0.50", "0.00", "0.00", "0.00", "0.0", "-"]
     assert idle == ["(idle lease)", "-", "12.50", "-", "12.50", "-", "-", "-", "-"]
     assert total[:3] == ["(total)", "30.0", "74.50"]
+    assert "baton: from 2026-11-01 00:00 to 2026-11-03 00:00 UTC\n" in result.stderr
     assert "prices: a table" in result.stderr
     (asked,) = fake.requests
     assert asked.grouping == pb.COST_GROUPING_JOB
@@ -73,6 +74,10 @@ def test_the_document(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["GetCosts"] = [answer()]
     document = json.loads(baton("cost", "--json", *SPAN).stdout)
     assert document["usd"] == 74.5
+    assert (document["begin_time"], document["end_time"]) == (
+        "2026-11-01T00:00:00Z",
+        "2026-11-03T00:00:00Z",
+    )
     assert document["lines"][0]["money"]["usd_per_million_tokens"] == 12.5
     assert document["lines"][1]["money"]["tokens"] is None, "none is not 0"
     assert document["baselines"] is None
@@ -131,3 +136,20 @@ def test_a_plot_that_cannot_be_written(baton: Baton, fake: FakeCoordinator, tmp_
 def test_a_span_that_cannot_be(baton: Baton) -> None:
     assert baton("cost", "--last", "12").exit_code == 2
     assert baton("cost", "--from", "2026-11-03", "--to", "2026-11-01").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--last 400d", "--last: a span is 366 days at most"),
+        ("--from 2020-01-01 --to 2022-01-01", "--from: a span is 366 days at most"),
+        ("--from 2026-11-01 --last 30d", "--from and --last both say where the span begins"),
+    ],
+)
+def test_a_span_that_is_refused_says_why(
+    baton: Baton, fake: FakeCoordinator, flags: str, said: str
+) -> None:
+    result = baton("cost", *flags.split())
+    assert (result.exit_code, fake.requests) == (2, [])
+    assert said in " ".join(result.stderr.split())
+    assert "before" not in result.stderr

@@ -188,6 +188,25 @@ def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None
         assert (process.wait(DEADLINE_S), said) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    "arguments", ["nodes", "nodes --json", "logs 12", "--help", "nodes --help", "completion bash"]
+)
+def test_a_full_disk_is_1_and_one_line(fake: FakeCoordinator, arguments: str) -> None:
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"step 1\n")]]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [*BATON, *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "BATON_COORDINATOR": fake.address},
+            timeout=DEADLINE_S,
+            check=False,
+        )
+    said = b"baton: the answer cannot be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
 def on_terminal(fake: FakeCoordinator, columns: int, *arguments: str, **environment: str) -> str:
     """What a terminal of that width is sent."""
     ours, theirs = pty.openpty()

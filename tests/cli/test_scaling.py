@@ -7,10 +7,10 @@ from pathlib import Path
 import grpc
 
 from coordinator import wire_capacity
-from coordinator.core.scale_records import Hindsight
+from coordinator.core.scale_records import Deed, Hindsight
 from coordinator.core.scale_requests import PlanPage
 from protos.baton.v1 import capacity_pb2 as pb
-from protos.baton.v1 import demand_pb2
+from protos.baton.v1 import demand_pb2, nodes_pb2, types_pb2
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
 from tests.wire.test_capacity_wire import PLAN, RECORD
@@ -28,7 +28,7 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     _, row = result.stdout.splitlines()
     assert row.split()[:6] == ["H100", "1", "2", "3", "4", "5"]
     assert "14 are rented by the hour; 6 did not start; 7 are closed or lost" in row
-    assert "mode advise: as it is configured" in result.stderr
+    assert "mode advise: as it is configured; the plan is for 95% of cases" in result.stderr
     assert "`baton scale approve scale-7` carries out: suspend n3" in result.stderr
     document = json.loads(baton("plan", "--json").stdout)
     assert document["types"][0]["coverage_ratio"] is None
@@ -64,7 +64,7 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     for part in (
         "scale-7: 1 node of H100 goes off (n3)",
         "4 on or starting, 1 run, 2 wait, 3 of them guaranteed",
-        "planned for 0.95 of cases: 5 needed, 6 kept on",
+        "planned for 95% of cases: 5 needed, 6 kept on",
         "maximum demand later, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",
         "proposed: suspend n3",
@@ -73,10 +73,41 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert "what came of it is known 2.0 h after the decision" in result.stderr
     assert [line.split()[-1] for line in result.stdout.splitlines()[-2:]] == ["-", "-"]
     judged = baton("scale", "explain", "scale-7")
-    assert "2.5 GPUs were wanted; regret 0.75 $" in judged.stderr
+    assert "2.5 GPUs were wanted; regret $0.75" in judged.stderr
     assert [line.split()[-1] for line in judged.stdout.splitlines()[-2:]] == ["0.00", "0.75"]
     document = json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
     assert document["alternatives"][0]["realised_usd"] == 0.0
+
+
+def test_a_node_that_was_ordered_on_and_is_not_up_is_named(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    deeds = (Deed("resume", ("n1", "n2", "n3"), "done"), Deed("suspend", ("n4",), "done"))
+    decided = wire_capacity.encode_decision(replace(WHOLE, deeds=deeds))
+    fake.answers["GetDecision"] = [pb.GetDecisionResponse(decision=decided)]
+    failed = types_pb2.Node(
+        id="n1", power=types_pb2.NODE_POWER_FAILED, reason="it did not start: no hello"
+    )
+    up = types_pb2.Node(id="n2", power=types_pb2.NODE_POWER_ON)
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[failed, up])]
+    said = baton("scale", "explain", "scale-7")
+    assert "done: resume n1 n2 n3" in said.stdout
+    assert "baton: n1 is failed now: it did not start: no hello\n" in said.stderr
+    assert "baton: n3 is not there any more\n" in said.stderr
+    assert ("n2 is" in said.stderr, "n4" in said.stderr) == (False, False)
+    json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
+    assert len(fake.requests) == 3, "a document is the decision alone"
+
+
+def test_digits_that_say_nothing_are_not_shown(baton: Baton, fake: FakeCoordinator) -> None:
+    soon = (0.1234, *(37.418 + 50 * n for n in range(1, 8)), 1234.4)
+    said = replace(RECORD, level=0.95 + 1e-16, soon_gpus=soon, later_gpus=())
+    decision = pb.GetDecisionResponse(decision=wire_capacity.encode_decision(said))
+    fake.answers["GetDecision"] = [decision, decision]
+    shown = baton("scale", "explain", "scale-7").stdout
+    assert "GPUs: 2.5% 0.12, 5% 87, 10% 137" in shown
+    assert "97.5% 1234\n" in shown
+    assert json.loads(baton("scale", "explain", "scale-7", "--json").stdout)["level"] == 0.95
 
 
 def test_no_decision_is_said_and_no_empty_table(baton: Baton, fake: FakeCoordinator) -> None:
@@ -91,13 +122,15 @@ def test_the_list_and_the_consent(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListDecisions"] = [pb.ListDecisionsResponse(decisions=[said])]
     listed = baton("scale", "list", "--count", "5", "--gpu-type", "H100")
     assert "scale-7" in listed.stdout
-    assert "0.75 $" in listed.stdout
+    assert " $0.75 " in listed.stdout
     assert (fake.requests[-1].count, fake.requests[-1].gpu_type) == (5, "H100")
     fake.answers["ApproveDecision"] = [
         pb.ApproveDecisionResponse(decision=said),
         Refusal(grpc.StatusCode.FAILED_PRECONDITION, "scale-7 proposes nothing"),
     ]
-    assert baton("scale", "approve", "scale-7").stdout == "scale-7: suspend n3\n"
+    approved = baton("scale", "approve", "scale-7")
+    assert approved.stdout == "scale-7: ordered: suspend n3\n"
+    assert "`baton plan` shows what comes of it" in approved.stderr
     again = baton("scale", "approve", "scale-7")
     assert again.exit_code == 1
     assert "scale-7 proposes nothing" in again.stderr

@@ -151,6 +151,12 @@ def test_a_spreadsheet_s_first_byte_is_no_column(files: tuple[Path, Path]) -> No
     assert baton(files, "--policy", "fifo").exit_code == 0
 
 
+def test_alone_it_says_all_that_it_can_be_given() -> None:
+    result = CliRunner().invoke(cli, ["simulate"], prog_name="baton")
+    assert result.exit_code == 2
+    assert result.stderr == "baton: give TRACE and --fleet, or --journal, or --demand\n"
+
+
 def test_without_prices_the_fastest_type_is_the_cheapest(files: tuple[Path, Path]) -> None:
     files[1].write_text(FLEET.replace("price_per_h = 2.0", "").replace("price_per_h = 0.5", ""))
     result = baton(files, "--policy", "per-dollar", "--json")

@@ -212,6 +212,8 @@ def test_a_wrong_job_file_is_answered_with_a_sentence(
         ("--signal KILL -- true", "'KILL' is not one of"),
         (f"--request-id {'x' * 65} -- true", "--request-id has 1 to 64 characters"),
         ("--trainer t --config none.json", "cannot read"),
+        ("--trainer finetune", "--trainer needs --config FILE"),
+        ("--gpus 1 --share-gpu 8GiB -- true", "--share-gpu is in place of --gpus"),
     ],
 )
 def test_wrong_usage(baton: Baton, fake: FakeCoordinator, arguments: str, said: str) -> None:
@@ -358,11 +360,8 @@ def test_silence_is_not_retried_but_says_how_to_go_on(baton: Baton, fake: FakeCo
     assert "; to try again without submitting twice, add --request-id mine" in result.stderr
 
 
-@pytest.mark.parametrize("words", [("--share-gpu", "8GiB"), ("--share-gpu", "8GiB", "--gpus", "1")])
-def test_a_share_of_a_gpu_is_one_gpu(
-    baton: Baton, fake: FakeCoordinator, words: tuple[str, ...]
-) -> None:
-    assert baton("submit", *words, "--", "true").exit_code == 0
+def test_a_share_of_a_gpu_is_one_gpu(baton: Baton, fake: FakeCoordinator) -> None:
+    assert baton("submit", "--share-gpu", "8GiB", "--", "true").exit_code == 0
     assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 2**30)
 
 
@@ -370,6 +369,25 @@ def test_a_share_stands_in_a_job_file(baton: Baton, fake: FakeCoordinator, here:
     (here / "job.toml").write_text('command = ["true"]\nshare_gpu = "8GB"\n')
     assert baton("submit", "job.toml").exit_code == 0
     assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (1, 8 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("said", "flags", "gpus", "share_bytes"),
+    [("gpus = 2", "--share-gpu 8GiB", 1, 8 * 2**30), ('share_gpu = "8GB"', "--gpus 2", 2, 0)],
+)
+def test_a_flag_replaces_a_files_share_or_whole_gpus(
+    baton: Baton,
+    fake: FakeCoordinator,
+    here: Path,
+    *,
+    said: str,
+    flags: str,
+    gpus: int,
+    share_bytes: int,
+) -> None:
+    (here / "job.toml").write_text(f'command = ["true"]\n{said}\n')
+    assert baton("submit", "job.toml", *flags.split()).exit_code == 0
+    assert (sent(fake).gpus, sent(fake).shared_gpu_memory_bytes) == (gpus, share_bytes)
 
 
 @pytest.fixture

@@ -194,11 +194,29 @@ def test_one_that_goes_on_stays_until_now() -> None:
     assert len(page.days) == 1
 
 
-@pytest.mark.parametrize("span", [(0, 0), (5, 4), (-1, 4), (0, bills.SPAN_MS_MAX + 1)])
-def test_a_span_that_cannot_be_is_refused(span: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("span", "sentence"),
+    [
+        ((0, 0), "a span begins before it ends"),
+        ((5, 4), "a span begins before it ends"),
+        ((-1, 4), "a span begins before it ends"),
+        ((0, bills.SPAN_MS_MAX + 1), "a span is 366 days at most"),
+    ],
+)
+def test_a_span_that_cannot_be_is_refused(span: tuple[int, int], sentence: str) -> None:
     found = bills.answer(state_of([], []), Instant(0, 10**15), GetCosts(*span))
     assert isinstance(found, Refusal)
-    assert found.sentence == "a span begins before it ends, and is 366 days at most"
+    assert found.sentence == sentence
+
+
+def test_a_project_that_nobody_has_is_refused_with_those_there_are() -> None:
+    state = state_of([job(1, "vision"), job(2, "audio")], [])
+    asked = GetCosts(BEGIN, BEGIN + DAY_MS, project="visoin")
+    found = bills.answer(state, Instant(0, BEGIN + DAY_MS), asked)
+    assert isinstance(found, Refusal)
+    assert found.sentence == "no job of project 'visoin' is kept; there are audio, vision"
+    known = bills.answer(state, Instant(0, BEGIN + DAY_MS), replace(asked, project="vision"))
+    assert not isinstance(known, Refusal), "of one that has used nothing the bill is 0"
 
 
 def test_what_was_waited_for_was_wanted() -> None:

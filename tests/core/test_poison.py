@@ -278,6 +278,15 @@ def test_a_limit_that_ends_the_job_gives_back_what_was_set_aside() -> None:
     assert line.kept() == [newest]
 
 
+def test_a_job_that_failed_before_its_first_checkpoint_says_where_its_output_is() -> None:
+    line = Line(restarts=0)
+    line.begin()
+    line.run(lambda head: 3, every=10)
+    assert line.job.phase is JobPhase.FAILED
+    assert line.explained().startswith("job 1 has failed: ")
+    assert line.explained().endswith("; `baton logs 1` shows what it wrote")
+
+
 def test_what_is_set_aside_stays_while_it_may_be_wanted() -> None:
     line = Line(restarts=9, keep=2)
     line.begin()

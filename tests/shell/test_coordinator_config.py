@@ -101,6 +101,21 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     )
 
 
+def test_a_choice_that_may_be_empty_is_named() -> None:
+    assert refusals("--scaling-mode", "auto") == (
+        "'scaling_mode' must be one of observe, advise, act, or empty, not 'auto'",
+    )
+
+
+def test_a_directory_that_cannot_be_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        prepare_directories(read(f"--state-directory={tmp_path}/file/state"))
+    assert caught.value.sentences == (
+        f"the directory {tmp_path}/file/state cannot be used: Not a directory",
+    )
+
+
 def test_listening_beyond_loopback_needs_tls() -> None:
     sentence = (
         "listening on 0.0.0.0:7070 needs mutual TLS: "
