@@ -31,11 +31,10 @@ from coordinator.config import (
 )
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
-from coordinator.core.demand_history import KEPT_STEPS, Series
 from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
-from coordinator.forecast.live import LiveForecaster, Past
+from coordinator.forecast.live import LiveForecaster, pasts
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
 from coordinator.journald import journal_of, stderr_is_journal
 from coordinator.lease_advisor import LeaseAdvisor, Outlets
@@ -193,14 +192,7 @@ def _open_capacity(
 
 
 def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell) -> None:
-    history = core.state.demand_history
-    newest, kept = history.newest_minute, KEPT_STEPS[1]
-    past = {}
-    if newest is not None:
-        for gpu_type in history.gpu_types():
-            gpus = history.read(1, newest - kept + 1, kept, Series(gpu_type))
-            past[gpu_type] = Past(newest, gpus)
-    forecaster = LiveForecaster(past, shell.forecast_made)
+    forecaster = LiveForecaster(pasts(core.state.demand_history), shell.forecast_made)
     shell.forecast_by(forecaster)
 
     def ended(reason: str) -> None:

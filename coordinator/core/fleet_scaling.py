@@ -14,6 +14,10 @@ How, each `interval_ms`, and sooner where a new job waits while nodes are closed
    (`power.py`). In `advise` the same is proposed, and done when a person agrees.
 4. What somebody cannot do without is started in any mode (`wakes.py`).
 
+After our own restart the first plan waits, within the grace that nodes have then, for those that
+were on: before they have said hello they are no capacity, and others would be started in their
+place.
+
 The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unless one is
 configured; without a driver it is never `act`.
 """
@@ -64,6 +68,8 @@ def tick(state: State, now: Instant) -> None:
     if scaler.due_ms is None:  # a forecast comes with the first minute
         scaler.due_ms = now.now_ms + options.interval_ms
     if scaler.due_ms > now.now_ms and not _hurries(state, now):
+        return
+    if scaler.made is None and any(map(_is_expected, state.nodes.values())):
         return
     scaler.seen_job_id = state.last_job_id
     scaler.due_ms = now.now_ms + options.interval_ms
@@ -117,6 +123,12 @@ def _hurries(state: State, now: Instant) -> bool:
     if state.last_job_id == scaler.seen_job_id or not state.queued or not state.indices.switched:
         return False
     return scaler.made is not None and now.now_ms - scaler.made[0] >= HURRY_MS
+
+
+def _is_expected(live: LiveNode) -> bool:
+    """It was on when our predecessor ended, has not said hello to us, and has time left to."""
+    unheard = live.phase is NodePhase.SUSPECT and live.newest_session < 0
+    return unheard and live.node.power.phase in (Power.ON, Power.LEAVING)
 
 
 def mode_of(state: State, now: Instant) -> tuple[Mode, str]:

@@ -6,7 +6,9 @@ goes back through the inbox. A thread that is slow makes fewer forecasts, not la
 catches up with all samples and speaks of the newest.
 
 After a restart the last two weeks are told over again, from what is durable, so that what was
-learned, and how often the bands have held, is there at once.
+learned, and how often the bands have held, is there at once. Within these two weeks a restart
+changes no forecast: minutes have their own numbers, and a type is known since something of it was
+wanted, as for whoever was there. What was learned of older ones is forgotten by it.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast, TypeForecast
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
 # Two hours of samples that nobody has taken; the oldest go, and are unknown.
 QUEUE_MAX: Final = 120
-KEPT_MIN: Final = 14 * 1_440  # of a type, in case that it is asked for another time ahead
+KEPT_MIN: Final = KEPT_STEPS[1]  # of a type, in case that it is asked for another time ahead
 # Times ahead follow what nodes take to boot, and a model is of one time: it is taken up to the next
 # of these, and kept until it is off by more than twice as much.
 AHEAD_STEP_MIN: Final = 5
@@ -41,23 +44,49 @@ class Maximum(Protocol):
     def coverage(self) -> float | None: ...
 
 
+# Of a time ahead in minutes, and of a series that begins with this minute.
+Make = Callable[[int, int], Maximum]
+
+
 @dataclass(frozen=True, slots=True)
 class Past:
     """What is known of a type before the first sample; `None` is unknown. The last value is of
-    `newest_minute`."""
+    `newest_minute`. Where the first one is unknown, all that was ever seen came later."""
 
     newest_minute: int
     gpus: Sequence[float | None]
+
+
+def pasts(history: DemandHistory) -> dict[str, Past]:
+    """By GPU type, what a successor is told of what its predecessor saw."""
+    newest = history.newest_minute
+    if newest is None:
+        return {}
+    first = newest - KEPT_MIN + 1
+    return {
+        gpu_type: Past(newest, history.read(1, first, KEPT_MIN, Series(gpu_type)))
+        for gpu_type in history.gpu_types()
+    }
+
+
+def _since_wanted(past: Sequence[float | None]) -> list[float]:
+    """NaN is unknown. Nobody samples a type before something of it is wanted, so those zeros are
+    unknown, but for a type that was known before the first of these minutes."""
+    values = [math.nan if gpus is None else gpus for gpus in past]
+    if not past or past[0] is not None:
+        return values
+    first = next((place for place, gpus in enumerate(values) if gpus > 0), len(values))
+    return [math.nan] * first + values[first:]
 
 
 class _Type:
     """One GPU type: what is remembered of it, and a model for each time ahead, `soon` and
     `later`."""
 
-    def __init__(self, make: Callable[[int], Maximum], past: Past, ending: threading.Event) -> None:
+    def __init__(self, make: Make, past: Past, ending: threading.Event) -> None:
         self._make = make
         self._ending = ending
-        self._values = array("d", [math.nan if gpus is None else gpus for gpus in past.gpus])
+        self._values = array("d", _since_wanted(past.gpus))
         self.newest = past.newest_minute
         self._models: dict[str, tuple[int, Maximum]] = {}
 
@@ -77,8 +106,9 @@ class _Type:
         known = self._models.get(name)
         if known is None or not ahead_min <= known[0] <= ahead_min + 2 * AHEAD_STEP_MIN:
             steps = -(-ahead_min // AHEAD_STEP_MIN) * AHEAD_STEP_MIN
-            known = self._models[name] = steps, self._make(steps)
-            for gpus in self._values[-KEPT_MIN:]:
+            values = self._values[-KEPT_MIN:]
+            known = self._models[name] = steps, self._make(steps, self.newest - len(values) + 1)
+            for gpus in values:
                 if self._ending.is_set():
                     break  # who leaves does not wait for a model that nobody will ask
                 known[1].observe(gpus)
@@ -93,7 +123,7 @@ class LiveForecaster:
         self,
         past: Mapping[str, Past],
         post: Callable[[ForecastMade], None],
-        make: Callable[[int], Maximum] | None = None,
+        make: Make | None = None,
     ) -> None:
         self._past = dict(past)
         self._post = post
@@ -148,10 +178,10 @@ class LiveForecaster:
         )
 
 
-def _maximum(ahead_min: int) -> Maximum:
+def _maximum(ahead_min: int, first_minute: int) -> Maximum:
     """Imported at the first sample of a GPU that is wanted, and in the thread: numpy is 25 MB and a
     tenth of a second, which a fleet without jobs on GPUs does not pay for."""
     from coordinator.forecast.maximum import MaximumForecaster
 
     # The minute that has begun is one of them.
-    return MaximumForecaster(ahead_min + 1, 60)
+    return MaximumForecaster(ahead_min + 1, 60, first_minute)

@@ -9,8 +9,11 @@ the last quarter of an hour, hours and days: a regression of the logarithm, fitt
 What is left, rises in units of that scale, has quantiles that hold at any hour; the newer ones
 count more. They are moved a little after each outcome, up where it was above and down where not,
 so that in the long run each is exceeded as often as it says (Gibbs and Candes, Adaptive Conformal
-Inference Under Distribution Shift, NeurIPS 2021). On the first day rises are taken to be those of
-a random walk whose step of an hour is a root of demand.
+Inference Under Distribution Shift, NeurIPS 2021). Before a day is known rises are taken to be those
+of a random walk whose step of an hour is a root of demand.
+
+What is learned, and when, follows from the numbers of the steps, not from where somebody began to
+look: whoever is told the same series anew says the same.
 """
 
 import math
@@ -66,9 +69,10 @@ class Fit:
 
 
 class MaximumForecaster:
-    """Of one series over the next `ahead` steps, the present one included."""
+    """Of one series over the next `ahead` steps, the present one included. A day of steps begins
+    with each number that it divides; `first_step` is that of the first observation."""
 
-    def __init__(self, ahead: int, per_hour: int) -> None:
+    def __init__(self, ahead: int, per_hour: int, first_step: int = 0) -> None:
         if ahead < 1 or per_hour < 1:
             raise ValueError("a maximum is over one step at least, of an hour at most")
         self._ahead, self._per_hour = ahead, per_hour
@@ -83,7 +87,8 @@ class MaximumForecaster:
         self._newest = math.nan
         self._fit: Fit | None = None
         self._offsets = np.zeros(len(LEVELS))
-        self._steps = 0
+        self._steps = first_step
+        self._known_steps = 0
 
     def observe(self, gpus: float) -> None:
         """Demand of the next step; NaN where nobody knows. Negative or infinite is an error."""
@@ -96,7 +101,9 @@ class MaximumForecaster:
             change = 0.0 if math.isnan(self._newest) else abs(gpus - self._newest)
             self._grow_nervous(change)
             self._newest = gpus
-        if self._steps % (DAY_H * self._per_hour) == 0:
+            self._known_steps += 1
+        day = DAY_H * self._per_hour
+        if self._known_steps >= day and (self._fit is None or self._steps % day == 0):
             self._learn()
         learns = self._steps % self._every == 0
         said = self.forecast() if self._fit is not None else None
@@ -154,9 +161,9 @@ class MaximumForecaster:
         self._covered.append(bool(low and held[OUTER_HIGH]))
 
     def _learn(self) -> None:
-        rises = np.array(self._rises)
-        if len(rises) < DAY_H * self._per_hour // self._every // 2:
+        if len(self._rises) < DAY_H * self._per_hour // self._every // 2:
             return
+        rises = np.array(self._rises)
         features = np.stack(list(self._features))
         ages_days = np.arange(len(rises), 0, -1) * self._every / (DAY_H * self._per_hour)
         weights = 0.5 ** (ages_days / HALF_LIFE_DAYS)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from coordinator.core.demand_history import DemandHistory, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
-from coordinator.forecast.live import QUEUE_MAX, LiveForecaster, Maximum, Past
+from coordinator.forecast.live import QUEUE_MAX, LiveForecaster, Maximum, Past, pasts
 from coordinator.forecast.maximum import MaximumForecaster
 from coordinator.forecast.quantiles import LEVELS
 
@@ -87,10 +88,40 @@ async def test_a_restart_knows_the_past_and_how_right_it_was() -> None:
     made = await told(Bench({"H100": past}), [asked(BEGIN, values[-1])])
     (h100,) = made.types
     assert h100.coverage == pytest.approx(0.97, abs=0.03)
-    fresh = MaximumForecaster(SOON_STEPS, 60)
+    fresh = MaximumForecaster(SOON_STEPS, 60, BEGIN - len(values) - 2)
     for gpus in [math.nan, math.nan, *values, values[-1]]:
         fresh.observe(gpus)
     assert h100.soon_gpus == pytest.approx(tuple(fresh.forecast()))
+
+
+IDLE_MIN, AWAY_MIN = 300, 3  # before anything was wanted, and while the coordinator restarts
+
+
+@pytest.mark.parametrize("hours", [3.5, 13.5, 23.5, 25.0, 50.0])
+async def test_a_restart_says_what_would_have_been_said_without_it(hours: float) -> None:
+    """One that has seen all of it itself, and one that was told of it by what is durable."""
+    history, lived = DemandHistory(), Bench()
+    values = [float(max(0, gpus - 55) // 4) for gpus in walk(5, int(60 * hours))]
+    values[0] = 2.0
+    for minute in range(IDLE_MIN):
+        history.put(BEGIN + minute, {})
+    began = BEGIN + IDLE_MIN
+    running = [asyncio.create_task(lived.forecaster.run())]
+    for minute, gpus in enumerate(values, began):
+        history.put(minute, {Series("H100", "lab", "elastic"): gpus})
+        lived.forecaster.make(asked(minute, gpus))
+        if minute % QUEUE_MAX == 0:
+            await lived.until(minute)
+    successor = Bench(pasts(history))
+    running.append(asyncio.create_task(successor.forecaster.run()))
+    for later in range(AWAY_MIN, AWAY_MIN + 12):
+        sample = asked(began + len(values) + later, 0.0)
+        for bench in (lived, successor):
+            bench.forecaster.make(sample)
+        assert await successor.until(sample.minute) == await lived.until(sample.minute)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 async def test_what_was_said_wrongly_shows() -> None:
@@ -163,7 +194,7 @@ async def test_a_queue_that_nobody_takes_from_is_bounded() -> None:
 
 
 async def test_a_bug_in_a_model_ends_the_forecasts_and_is_raised() -> None:
-    def broken(ahead_min: int) -> Maximum:
+    def broken(ahead_min: int, first_minute: int) -> Maximum:
         raise ZeroDivisionError
 
     made: list[ForecastMade] = []
@@ -186,7 +217,7 @@ async def test_who_leaves_does_not_wait_for_a_model_that_learns() -> None:
     loop = asyncio.get_running_loop()
     past = Past(BEGIN - 1, [5.0] * MINUTES_PER_DAY)
     made: list[ForecastMade] = []
-    forecaster = LiveForecaster({"H100": past}, made.append, lambda ahead_min: Slow(ahead_min, 60))
+    forecaster = LiveForecaster({"H100": past}, made.append, lambda *_: Slow(SOON_STEPS, 60))
     forecaster.make(asked(BEGIN, 5.0))
     running = asyncio.create_task(forecaster.run())
     await asyncio.gather(running, return_exceptions=True)

@@ -40,6 +40,23 @@ def test_before_anything_is_known_nothing_is_wanted_and_then_something_more() ->
     assert said[-1] == pytest.approx(48.0 + 2.241 * math.sqrt(48 / 3))
 
 
+def test_within_the_first_day_nothing_is_learned_whenever_it_began() -> None:
+    buffer = 2.241 * math.sqrt(1 / 3)
+    for unknown in (0, 1, 100, 143):
+        _, said = told([math.nan] * unknown + [3.0, *[0.0] * 143], 2)
+        assert said[-2][-1] == pytest.approx(buffer), unknown
+        assert said[-1][-1] != pytest.approx(buffer, rel=0.01), unknown
+
+
+def test_whoever_begins_elsewhere_learns_the_same_at_the_same_steps() -> None:
+    values = walk(4, 5)
+    whole, _ = told([math.nan] * 37 + values, 2)
+    later = MaximumForecaster(2, 6, first_step=37)
+    for gpus in values:
+        later.observe(gpus)
+    assert list(later.forecast()) == list(whole.forecast())
+
+
 @pytest.mark.parametrize("ahead", [1, 6])
 @pytest.mark.parametrize("wild", [False, True])
 def test_it_is_exceeded_as_often_as_it_says(ahead: int, wild: bool) -> None:
