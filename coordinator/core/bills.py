@@ -132,7 +132,7 @@ def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
     )
 
 
-def _wrong(state: State, body: GetCosts, end_ms: int) -> str:
+def _wrong(state: Books, body: GetCosts, end_ms: int) -> str:
     """Why there is no such bill, or nothing."""
     if not 0 <= body.begin_unix_ms < body.end_unix_ms:
         return "a span begins before it ends"
