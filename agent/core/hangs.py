@@ -53,7 +53,7 @@ def entered(state: State, now: Instant, live: LiveAttempt, said: TrainerSection)
 def advanced(state: State, now: Instant, live: LiveAttempt, step: int) -> None:
     """Progress: whoever gets further is not hung, however large the section that it announced."""
     if live.progress is not None and step > live.progress.step:
-        live.sections.restart(now.now_ms)
+        live.sections.advance(now.now_ms)
         _alive(state, now, live)
 
 

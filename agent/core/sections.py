@@ -21,7 +21,7 @@ Times are the caller's monotonic milliseconds. Nothing here acts; `hangs.py` doe
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Durations of one section that are remembered: an hour or so of steps that take seconds; long
 # enough to hold what happens every few hundred steps.
@@ -74,11 +74,13 @@ def limit_ms(name: str, history: History | None, floor_ms: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """Where one connection's trainer is. `whole`: we have seen all of it since it was entered."""
+    """Where one connection's trainer is. `whole`: we have seen all of it since it was entered.
+    `advanced_ms`: when it last got further."""
 
     name: str
     since_ms: int
     whole: bool = True
+    advanced_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,18 @@ class Sections:
         for source, present in self.present.items():
             self.present[source] = Present(present.name, now_ms, whole=False)
 
+    def advance(self, now_ms: int) -> None:
+        """Somebody has got further: nobody is judged by what was before, and how long it all takes
+        is learned as ever."""
+        for source, present in self.present.items():
+            self.present[source] = replace(present, advanced_ms=now_ms)
+
     def overdue(self, now_ms: int, floor_ms: int) -> Overdue | None:
         """The section that has been over its limit for the longest time, if there is one."""
         found: list[Overdue] = []
         for present in self.present.values():
             limit = limit_ms(present.name, self.histories.get(present.name), floor_ms)
-            taken_ms = now_ms - present.since_ms
+            taken_ms = now_ms - max(present.since_ms, present.advanced_ms)
             if taken_ms > limit:
                 found.append(Overdue(present.name, taken_ms, limit))
         return max(found, key=lambda one: one.taken_ms - one.limit_ms, default=None)

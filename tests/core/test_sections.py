@@ -188,6 +188,19 @@ def test_progress_shows_life_and_repeated_progress_does_not() -> None:
     assert len(dumps(said)) == 1
 
 
+def test_steps_are_learned_though_each_tells_its_progress() -> None:
+    """It is told at a step's end, before the next one is entered: of every step, then."""
+    node = Node()
+    for step in range(20):
+        node.enter("step")
+        node.wait(100)
+        node.handle(m.FromTrainer("1.1", TrainerProgress(step, None, ())))
+    node.enter("step")
+    history = node.core.state.attempts["1.1"].sections.histories["step"]
+    assert list(history.recent_ms) == [100.0] * 20
+    assert len(dumps(node.wait(2 * FLOOR_MS))) == 1
+
+
 def test_each_rank_is_looked_at_alone() -> None:
     """One of two hangs, the other goes on for a while."""
     node = Node()
