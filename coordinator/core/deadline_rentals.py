@@ -244,7 +244,7 @@ def _rooms(state: State, now: Instant, boxes: Sequence[Box], claims: Sequence[Cl
             room = Room(box.gpu_type, free_gpus, ready_ms, memory_bytes=memory_bytes, rented=rented)
             found.append(room)
     at_once = max(1, guard_rails.up_max(len(boxes), (), plan_ms, bounds))
-    window_ms = guard_rails.WINDOW_MS * options.demand_minute_ms // 60_000
+    window_ms = plan_time.wall_ms(options, guard_rails.WINDOW_MS)
     for place, (boot_ms, _, box, memory_bytes) in enumerate(sorted(asleep, key=lambda a: a[:2])):
         ready_ms = boot_ms + place // at_once * window_ms
         found.append(Room(box.gpu_type, box.gpus, ready_ms, off=True, memory_bytes=memory_bytes))

@@ -16,9 +16,14 @@ from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.options import Options
 
 
-def plan_ms(options: Options, wall_ms: int) -> int:
+def plan_ms(options: Options, in_wall_ms: int) -> int:
     """So many milliseconds of the plan."""
-    return wall_ms * MINUTE_MS // options.demand_minute_ms
+    return in_wall_ms * MINUTE_MS // options.demand_minute_ms
+
+
+def wall_ms(options: Options, in_plan_ms: int) -> int:
+    """The other way."""
+    return in_plan_ms * options.demand_minute_ms // MINUTE_MS
 
 
 def boots(options: Options, seen: BootTimes) -> BootTimes:

@@ -16,7 +16,6 @@ Of each node there is no more than its last starts, so it is all bounded by the 
 
 from coordinator.core import plan_time
 from coordinator.core.capacity_model import Power, Source
-from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.guard_rails import WINDOW_MS
 from coordinator.core.node_power import REFUSED_MS, REFUSED_MS_MAX
 from coordinator.core.phases import NodePhase
@@ -78,7 +77,7 @@ def starts_ms(state: State, now: Instant, live: LiveNode) -> tuple[tuple[int, ..
 def lately(state: State, now: Instant) -> tuple[int, int]:
     """How many nodes went off and came on within the time that bounds count over, by their records:
     for a coordinator that has made no plan yet."""
-    since_unix_ms = now.unix_ms - WINDOW_MS * state.options.demand_minute_ms // MINUTE_MS
+    since_unix_ms = now.unix_ms - plan_time.wall_ms(state.options, WINDOW_MS)
     powers = [live.node.power for live in state.nodes.values()]
     went = (Power.STOPPING, Power.OFF)
     off = sum(its.phase in went and its.since_unix_ms > since_unix_ms for its in powers)

@@ -27,7 +27,6 @@ from coordinator.core import flexible, plan_time, power, power_memory
 from coordinator.core.bursts import MS_PER_H
 from coordinator.core.capacity_model import Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
-from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.gpu_types import facts_of
 from coordinator.core.live import LiveNode
 from coordinator.core.model import HostFacts, Node
@@ -117,7 +116,7 @@ def remembered(state: State, now: Instant, memory: Memory) -> Memory:
         return memory
     plan_ms = plan_time.plan_ms(state.options, now.now_ms)
     past_ms = 0 if memory.at_ms is None else plan_ms - memory.at_ms
-    past_ms = past_ms * state.options.demand_minute_ms // MINUTE_MS
+    past_ms = plan_time.wall_ms(state.options, past_ms)
     usd = sum(spent_usd(state, live.node.power, now, past_ms) for live in state.nodes.values())
     return replace(memory, spent_usd=((plan_ms // MS_PER_H, usd),))
 
