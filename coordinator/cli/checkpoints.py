@@ -44,10 +44,10 @@ _COLUMNS = (
     Column("STEP", right=True),
     Column("AGE", right=True),
     Column("SIZE", right=True),
-    Column("COPIES ON"),
+    Column("COPIES ON", wrap=True),
     Column("PINNED"),
     Column("USED BY"),
-    Column("NOTE", shorten=True),
+    Column("NOTE", wrap=True),
 )
 
 

@@ -31,7 +31,7 @@ _COLUMNS = (
     Column("PERSISTENCE %", right=True),
     Column("RATIO", right=True),
     Column("95% HELD", right=True),
-    Column("MODELS"),
+    Column("MODELS", wrap=True),
 )
 AHEAD_H_MAX = 168
 HEARD_MIN = 0.05  # a model that counts less is not named

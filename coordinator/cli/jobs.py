@@ -61,7 +61,7 @@ _ATTEMPT_COLUMNS = (
     Column("FROM STEP", right=True),
     Column("EXIT", right=True),
     Column("STANDBY"),
-    Column("REASON", shorten=True),
+    Column("REASON", wrap=True),
 )
 _EVENT_COLUMNS = (
     Column("TIME"),
@@ -69,7 +69,7 @@ _EVENT_COLUMNS = (
     Column("EVENT"),
     Column("ATTEMPT"),
     Column("NODE"),
-    Column("MESSAGE", shorten=True),
+    Column("MESSAGE", wrap=True),
 )
 
 

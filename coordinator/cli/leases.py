@@ -28,7 +28,7 @@ _COLUMNS = (
     Column("LEVEL", right=True),
     Column("LEASE TODAY", right=True),
     Column("ONE MORE $/H", right=True),
-    Column("BOUND BY"),
+    Column("BOUND BY", wrap=True),
 )
 _ALTERNATIVES = (
     Column("ALTERNATIVE"),

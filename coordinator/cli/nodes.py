@@ -28,13 +28,13 @@ _COLUMNS = (
     Column("NODE"),
     Column("PHASE"),
     Column("INTENT"),
-    Column("GPUS FREE"),
+    Column("GPUS FREE", wrap=True),
     Column("UTIL", right=True),
     Column("MEMORY", right=True),
     Column("TEMP", right=True),
     Column("POWER", right=True),
     Column("ATTEMPTS"),
-    Column("REASON", shorten=True),
+    Column("REASON", wrap=True),
 )
 
 

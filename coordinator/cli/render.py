@@ -2,10 +2,10 @@
 for a program.
 
 Problem: a table that is made to fit a terminal cuts things off, and in a pipe a cut id or reason is
-a wrong id or reason. So there are two writers. On a terminal there is colour (rich), and only
-columns that say so (a name, a sentence) may be shortened; ids never are. In a pipe every cell is
-written whole, in columns two spaces apart, without a single escape code, and rich is not even
-imported. What is not known is "-", never 0.
+a wrong id or reason. So there are two writers. On a terminal there is colour, and what is too wide
+gives way (`terminal.py`); ids and figures never do. In a pipe every cell is written whole, in
+columns two spaces apart, without a single escape code, and rich is not even imported. What is not
+known is "-", never 0.
 
 Texts come from jobs and nodes, so control characters are shown as U+FFFD: a job must not be able to
 drive a terminal.
@@ -20,9 +20,6 @@ import click
 UNKNOWN = "-"
 
 GAP = "  "
-
-# Below this, the beginning of a sentence says nothing any more.
-SHORTENED_WIDTH_MIN = 16
 
 # What a phase or an intent looks like on a terminal; everything else is plain.
 _STYLES = {
@@ -49,13 +46,16 @@ _CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "�") | {
 
 
 class Column(NamedTuple):
-    """One column. `shorten`: may lose its end on a narrow terminal. `width_max`: of such a column,
-    in cells."""
+    """One column. On a narrow terminal `shorten` may lose its end, and `wrap` go on in a next line.
+    `width_max`: of such a column, in cells. `key`: names the row, as the first column always does.
+    """
 
     title: str
     right: bool = False
     shorten: bool = False
     width_max: int | None = None
+    wrap: bool = False
+    key: bool = False
 
 
 def text(value: object) -> str:
@@ -81,7 +81,9 @@ def write_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
     """A table on stdout."""
     cells = [[text(value) for value in row] for row in rows]
     if sys.stdout.isatty():
-        _write_rich(columns, cells)
+        from coordinator.cli import terminal  # rich takes its time
+
+        terminal.write(columns, cells, GAP, _STYLES)
     else:
         _write_plain(columns, cells)
 
@@ -115,40 +117,6 @@ def _write_plain(columns: Sequence[Column], rows: list[list[str]]) -> None:
             for column, cell, width in zip(columns, line, widths, strict=True)
         ]
         click.echo(GAP.join(padded).rstrip())
-
-
-def _write_rich(columns: Sequence[Column], rows: list[list[str]]) -> None:
-    """Our own layout: rich's table gives up whole columns, ids among them, on a narrow terminal.
-
-    When even the shortest form is too wide, the terminal breaks the line, and nothing is lost.
-    """
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    titles = [column.title for column in columns]
-    widths = [
-        min(max(cell_len(line[index]) for line in [titles, *rows]), column.width_max or sys.maxsize)
-        for index, column in enumerate(columns)
-    ]
-    excess = sum(widths) + len(GAP) * (len(widths) - 1) - console.width
-    for index in reversed(range(len(columns))):
-        if columns[index].shorten and excess > 0:
-            given_up = min(excess, max(0, widths[index] - SHORTENED_WIDTH_MIN))
-            widths[index] -= given_up
-            excess -= given_up
-    for number, line in enumerate([titles, *rows]):
-        parts = []
-        for column, cell, width in zip(columns, line, widths, strict=True):
-            # Text and not str: a name such as "[red]" is a name, not markup.
-            part = Text(cell, style="bold" if number == 0 else _STYLES.get(cell, ""))
-            part.truncate(width, overflow="ellipsis")
-            part.align("right" if column.right else "left", width)
-            parts.append(part)
-        whole = Text(GAP).join(parts)
-        whole.rstrip()
-        console.print(whole, soft_wrap=True)
 
 
 def count_words(words: Sequence[str]) -> str:

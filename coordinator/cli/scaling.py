@@ -33,7 +33,7 @@ _COLUMNS = (
     Column("NEEDED", right=True),
     Column("KEPT", right=True),
     Column("WANTED", right=True),
-    Column("REMARK", shorten=True),
+    Column("REMARK", wrap=True),
 )
 _DECISION_COLUMNS = (
     Column("ID"),
@@ -41,7 +41,7 @@ _DECISION_COLUMNS = (
     Column("GPU TYPE"),
     Column("MODE"),
     Column("REGRET", right=True),
-    Column("DECISION", shorten=True),
+    Column("DECISION", wrap=True),
 )
 _ALTERNATIVE_COLUMNS = (
     Column("ALTERNATIVE"),

@@ -56,13 +56,13 @@ def write_rows(found: "Results") -> None:
             rows.append((name, *((when,) if asks else ()), *_cells(each)))
         if asks:
             rows.append((name, CHANGE, *_changes(by_case[BEFORE][0], by_case[AFTER][0])))
-    named = (Column("POLICY"), *((Column("FLEET"),) if asks else ()))
+    named = (Column("POLICY"), *((Column("FLEET", key=True),) if asks else ()))
     write_table((*named, *_COLUMNS), rows)
 
 
 def write_projects(found: "Results", cases: "Mapping[str, Case]") -> None:
     """Whose jobs gain by a quota, and whose lose: mean completion by project."""
-    columns = [Column("POLICY"), Column("PROJECT"), Column("JOBS", right=True)]
+    columns = [Column("POLICY"), Column("PROJECT", key=True), Column("JOBS", right=True)]
     columns += [Column(f"MEAN H {words.upper()}", right=True) for words in (BEFORE, AFTER, CHANGE)]
     rows = []
     projects = sorted({job.project for job in cases[BEFORE].jobs})

@@ -1,0 +1,103 @@
+"""Tables on a narrow terminal: what is too wide gives way, and nothing is lost."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli.main import cli
+from coordinator.cli.render import Column, write_table
+from tests.cli.test_simulate import FLEET, TRACE
+
+SENTENCE = "needs 8 GPUs on one node; the largest free block is 6 on n14, which is kept for job 7"
+
+
+Shown = Callable[[Callable[[], object]], list[str]]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """What somebody writes on a terminal of 80 columns, by lines."""
+
+    def lines(write: Callable[[], object]) -> list[str]:
+        terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("TERM", "dumb")
+        write()
+        found = terminal.getvalue().splitlines()
+        assert max(map(len, found)) <= 80, found
+        return found
+
+    return lines
+
+
+def words(lines: list[str]) -> list[str]:
+    return " ".join(lines).split()
+
+
+def test_a_sentence_goes_on_below_and_is_whole(shown: Shown) -> None:
+    columns = (Column("NODE"), Column("POWER", right=True), Column("REASON", wrap=True))
+    rows = [("n1", "310 W", SENTENCE), ("n2", "12 W", "")]
+    title, *lines = shown(lambda: write_table(columns, rows))
+    assert title == "NODE  POWER  REASON"
+    assert lines[0].startswith("n1    310 W  needs 8 GPUs")
+    assert lines[1].startswith(" " * 13)
+    assert words(lines[:2]) == ["n1", "310", "W", *SENTENCE.split()]
+    assert lines[2] == "n2     12 W  -"
+
+
+def test_titles_break_before_a_figure_would(shown: Shown) -> None:
+    columns = (Column("POLICY"), *(Column(f"WHILE ONE WAITS {n}", right=True) for n in range(6)))
+    row = ("baton", *(f"{n}00.0%" for n in range(1, 7)))
+    lines = shown(lambda: write_table(columns, [row]))
+    assert [line.split()[0] for line in lines] == ["WHILE", "ONE", "WAITS", "POLICY", "baton"]
+    assert lines[-1].split() == list(row)
+
+
+def test_columns_without_a_place_stand_below_beside_their_row(
+    shown: Shown,
+) -> None:
+    figures = [f"{n}234567.89" for n in range(1, 10)]
+    columns = [Column("POLICY"), Column("FLEET", key=True)]
+    columns += [Column(f"F{n}", right=True) for n in range(1, 10)]
+    table = [("baton", "as it is", *figures), ("fifo", "as asked", *figures)]
+    lines = shown(lambda: write_table(columns, table))
+    between = lines.index("")
+    assert lines[0].split()[:3] == ["POLICY", "FLEET", "F1"]
+    assert lines[between + 1].split()[:2] == ["POLICY", "FLEET"]
+    rows = [line for line in lines if line.startswith("baton")]
+    assert [
+        word for row in rows for word in row.removeprefix("baton   as it is").split()
+    ] == figures
+
+
+def test_a_name_loses_its_end_with_a_sign(shown: Shown) -> None:
+    columns = (Column("NAME", shorten=True), Column("JOBS", right=True))
+    lines = shown(lambda: write_table(columns, [("x" * 200, 3)]))
+    assert lines[1].split() == ["x" * 73 + "…", "3"]
+
+
+def test_what_is_asked_of_jobs_fits(tmp_path: Path, shown: Shown) -> None:
+    (tmp_path / "jobs.csv").write_text(TRACE)
+    (tmp_path / "fleet.toml").write_text(FLEET)
+    files = [str(tmp_path / "jobs.csv"), "--fleet", str(tmp_path / "fleet.toml")]
+    asked = [*files, "--policy", "fifo", "--add-nodes", "1xA100"]
+    lines = shown(lambda: cli.main(["simulate", *asked], standalone_mode=False))
+    assert sum(line.startswith("fifo") for line in lines) == 6
+    assert "RESTARTS" in words(lines)
+
+
+def test_a_forecast_fits(tmp_path: Path, shown: Shown) -> None:
+    lines = ["time,demand"]
+    for hour in range(24 * 21):
+        day, rest = divmod(hour, 24)
+        gpus = 800 - 400 * math.cos(2 * math.pi * rest / 24)
+        lines.append(f"2026-03-{day + 1:02}T{rest:02}:00,{gpus:.0f}")
+    (tmp_path / "demand.csv").write_text("\n".join(lines))
+    asked = ["forecast", "--demand", str(tmp_path / "demand.csv"), "--ahead", "24"]
+    lines = shown(lambda: cli.main(asked, standalone_mode=False))
+    assert sum(line.lstrip().startswith("24 h") for line in lines) == 2
