@@ -3,11 +3,13 @@
 Problem: a plot is wanted on whatever machine the question was asked on, and a plotting library is
 fifty times as large as this program. A chart of curves needs two scales, some lines and some text.
 The file is the same for the same curves. Colours are those of Okabe and Ito, which people tell
-apart who see fewer; who comes after the eighth is dashed.
+apart who see fewer; who comes after the eighth is dashed. Curves may be equal for hours, and who is
+drawn last would be alone there: so it is drawn with gaps, through which the others are seen.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from xml.sax.saxutils import escape
@@ -26,17 +28,26 @@ COLOURS: Final = (
 BAND_COLOUR: Final = "#56b4e9"
 BAND_OPACITY: Final = 0.3
 DASHES: Final = ("none", "6 3", "2 3", "9 3 2 3")
+LINE_PX: Final = 1.8
+# A curve hides another if it lies on it for so long, the width of a sample in the legend. Then it
+# is drawn in strokes, with a wider gap for each that is below it.
+HIDES_PX: Final = 26
+STROKE_PX: Final = 7
+GAP_PX: Final = 6
+BELOW_MAX: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """`points` are in the order of x. `steps`: y holds until the next point. `parts`, where there
-    are any, are drawn instead, with a hole between them."""
+    are any, are drawn instead, with a hole between them. `look`: a place in COLOURS, and beyond
+    them in DASHES, for one that means the same in several charts; else its place in the chart."""
 
     name: str
     points: Sequence[tuple[float, float]]
     steps: bool = False
     parts: Sequence[Sequence[tuple[float, float]]] = ()
+    look: int | None = None
 
     @property
     def lines(self) -> list[Sequence[tuple[float, float]]]:
@@ -123,8 +134,9 @@ def draw(chart: Chart) -> str:
     if chart.mark_x is not None and x_scale.low < chart.mark_x < x_scale.high:
         x = x_scale.at(chart.mark_x)
         parts.append(_line(x, TOP, x, height - BOTTOM, "#888888"))
-    for number, curve in enumerate(chart.curves):
-        parts += _curve(curve, number, x_scale, y_scale)
+    hides = _hides(chart.curves, x_scale, y_scale)
+    for number, (curve, below) in enumerate(zip(chart.curves, hides, strict=True)):
+        parts += _curve(curve, number, below, x_scale, y_scale)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -182,10 +194,37 @@ def _axes(chart: Chart, x_scale: _Scale, y_scale: _Scale, height: int) -> list[s
     return parts
 
 
-def _curve(curve: Curve, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:
-    dash = DASHES[index // len(COLOURS) % len(DASHES)]
+def _hides(curves: Sequence[Curve], x_scale: _Scale, y_scale: _Scale) -> list[int]:
+    """How many of those before it each curve lies on for a while."""
+    drawn = [_columns(curve, x_scale, y_scale) for curve in curves]
+
+    def lies_on(over: Mapping[int, float], under: Mapping[int, float]) -> bool:
+        on = sum(abs(y - under[x]) < LINE_PX for x, y in over.items() if x in under)
+        return on >= HIDES_PX
+
+    return [
+        sum(lies_on(over, under) for under in drawn[:number]) for number, over in enumerate(drawn)
+    ]
+
+
+def _columns(curve: Curve, x_scale: _Scale, y_scale: _Scale) -> dict[int, float]:
+    """Where it is in each column of pixels."""
+    found: dict[int, float] = {}
+    for line in curve.lines:
+        points = _points(line, curve.steps, x_scale, y_scale)
+        for (x1, y1), (x2, y2) in itertools.pairwise(points):
+            for x in range(math.ceil(x1), math.floor(x2) + 1):
+                found[x] = y1 + (y2 - y1) * ((x - x1) / (x2 - x1) if x2 > x1 else 1.0)
+    return found
+
+
+def _curve(curve: Curve, index: int, below: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:
+    look = index if curve.look is None else curve.look
+    dash = DASHES[look // len(COLOURS) % len(DASHES)]
+    if below and look < len(COLOURS):  # the others have gaps already
+        dash = f"{STROKE_PX} {GAP_PX * min(below, BELOW_MAX)}"
     style = (
-        f'fill="none" stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="1.8"'
+        f'fill="none" stroke="{COLOURS[look % len(COLOURS)]}" stroke-width="{LINE_PX}"'
         f' stroke-dasharray="{dash}" stroke-linejoin="round"'
     )
     x, y = LEGEND_X, TOP + 8 + LEGEND_LINE * index
@@ -200,15 +239,21 @@ def _curve(curve: Curve, index: int, x_scale: _Scale, y_scale: _Scale) -> list[s
     ]
 
 
-def _path(
+def _points(
     line: Sequence[tuple[float, float]], steps: bool, x_scale: _Scale, y_scale: _Scale
-) -> str:
+) -> list[tuple[float, float]]:
     points: list[tuple[float, float]] = []
     for x, y in line:
         if steps and points:
             points.append((x_scale.at(x), points[-1][1]))
         points.append((x_scale.at(x), y_scale.at(y)))
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return points
+
+
+def _path(
+    line: Sequence[tuple[float, float]], steps: bool, x_scale: _Scale, y_scale: _Scale
+) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in _points(line, steps, x_scale, y_scale))
 
 
 def _band(band: Band, index: int, x_scale: _Scale, y_scale: _Scale) -> list[str]:

@@ -50,7 +50,23 @@ def test_rows_of_all_policies_and_the_command_that_replays_them(folder: Path) ->
     assert CliRunner().invoke(cli, words[1:]).stdout == found.stdout
     root = ElementTree.parse(folder / "out.svg").getroot()  # noqa: S314 (our own)
     titles = [each.text for each in root.iter() if each.get("font-weight") == "bold"]
-    assert titles == ["Demand", "Nodes: baton", "Energy of nodes"]
+    assert titles == ["Demand", "Nodes on or booting", "Energy of nodes"]
+    of_nodes, of_money = map(_colours, root[1:])
+    for name in (OURS, *POWER_POLICIES):
+        assert of_nodes[f"on, {name}"] == of_money[name], "a policy has one colour"
+    assert _colours(root[0])["running and waiting"] == of_nodes["needed"]
+    assert len(set(of_money.values())) == len(of_money)
+
+
+def _colours(panel: ElementTree.Element) -> dict[str, str]:
+    """By the legend, in which a sample stands before its name."""
+    found, colour = {}, ""
+    for each in panel[0]:
+        if each.tag.endswith("polyline"):
+            colour = each.attrib["stroke"]
+        elif colour:
+            found[str(each.text)], colour = colour, ""
+    return found
 
 
 def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(folder: Path) -> None:

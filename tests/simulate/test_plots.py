@@ -109,6 +109,18 @@ def test_many_curves_are_told_apart() -> None:
     assert len(styles) == 24
 
 
+def test_a_curve_that_lies_on_others_lets_them_through() -> None:
+    flat = [(0.0, 1.0), (10.0, 1.0)]
+    apart = [(0.0, 0.5), (10.0, 0.5)]
+    crossing = [(0.0, 0.0), (10.0, 2.0)]
+    named = [("a", flat), ("b", flat), ("c", apart), ("d", crossing), ("e", flat)]
+    text = draw(Chart("t", "x", "y", [Curve(name, points) for name, points in named]))
+    lines = parsed(text).findall(f"{SVG}polyline")
+    dashes = [each.attrib["stroke-dasharray"] for each in lines[::2]]
+    assert dashes == ["none", "7 6", "none", "none", "7 12"]
+    assert [each.attrib["stroke-dasharray"] for each in lines[1::2]] == dashes, "as in the legend"
+
+
 def test_charts_below_one_another_do_not_overlap() -> None:
     """The first has more curves than fit beside a chart of the usual height, and is taller."""
     many = [Curve(f"curve {number}", [(0.0, 1.0), (1.0, 2.0)]) for number in range(30)]
