@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LEVELS_SHOWN = ("2.5%", "5%", "10%", "25%", "50%", "75%", "90%", "95%", "97.5%")
 PERIOD_MIN = 10
 HOURS_SHOWN = 48
+# What is on now is no history: it stands right of now, on such a part of what is shown.
+NOW_PART = 1 / 12
 _COLUMNS = (
     Column("GPU TYPE"),
     Column("ON", right=True),
@@ -297,7 +299,7 @@ def _gpus(forecast: float) -> str:
 
 
 def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:
-    """Demand of the last days by type, and lines for what is on now. Raises `CommandFailed`."""
+    """Demand of the last days by type, and from now on what is on. Raises `CommandFailed`."""
     from coordinator.cli.demand_client import DemandClient
     from coordinator.sim.svg import Chart, Curve, draw
 
@@ -315,19 +317,18 @@ def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:
             known = [part for part in parts if part]
             if not known:
                 continue
-            first = known[0][0][0]
             curves.append(Curve(f"{one.gpu_type}: wanted", [], parts=known))
-            up = one.on_gpus + one.leaving_gpus
-            curves.append(Curve(f"{one.gpu_type}: on now", [(first, up), (0.0, up)]))
-            wanted = [(first, one.wanted_gpus), (0.0, one.wanted_gpus)]
-            curves.append(Curve(f"{one.gpu_type}: should be on", wanted))
+            until_h = max(PERIOD_MIN / 60, -known[0][0][0] * NOW_PART)
+            for what, here in (
+                ("on now", one.on_gpus + one.leaving_gpus),
+                ("should be on", one.wanted_gpus),
+            ):
+                curves.append(Curve(f"{one.gpu_type}: {what}", [(0.0, here), (until_h, here)]))
     if not curves:
         raise CommandFailed("there is no demand to be drawn yet: the first step takes ten minutes")
+    chart = Chart("Demand and the fleet", "time from now, h", "GPUs", curves, mark_x=0.0)
     try:
-        path.write_text(
-            draw(Chart("Demand and the fleet", "time from now, h", "GPUs", curves)),
-            encoding="utf-8",
-        )
+        path.write_text(draw(chart), encoding="utf-8")
     except OSError as error:
         raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
     write_notice(f"plot: {path}")

@@ -1,6 +1,7 @@
 """`baton plan` and `baton scale`: tables in a pipe, documents, the plot, and what is not known."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def test_the_plot_shows_demand_and_what_is_on(
     assert text.rstrip().endswith("</svg>")
     assert "H100: wanted" in text
     assert "H100: should be on" in text
+    points = re.findall(r'polyline points="([^"]*)"', text)
+    past = [float(pair.split(",")[0]) for part in points[:2] for pair in part.split()]
+    on_now = [float(pair.split(",")[0]) for pair in points[3].split()]
+    assert min(on_now) == max(past), "what is on now is no history"
     empty = baton("plan", "--plot", str(path))
     assert empty.exit_code == 1
     assert "there is no demand to be drawn yet" in empty.stderr
