@@ -141,10 +141,13 @@ def number(value: float) -> str:
 
 
 def _sentences(fits: "list[Fit]") -> dict[str, list[str]]:
-    """Each reason once, with the types that it is about."""
+    """Each reason once, with the types that it is about; one that another begins with, not at
+    all."""
     found: dict[str, list[str]] = {}
     for one in fits:
-        for sentence in dict.fromkeys([one.memory_why, one.speed_why, one.unsuited]):
-            if sentence:
+        reasons = dict.fromkeys([one.memory_why, one.speed_why, one.unsuited])
+        for sentence in reasons:
+            longer = any(other != sentence and other.startswith(sentence) for other in reasons)
+            if sentence and not longer:
                 found.setdefault(sentence, []).append(one.gpu_type)
     return found

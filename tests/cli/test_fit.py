@@ -58,6 +58,17 @@ prices that --price does not give: a provider 2026-09-20
 """
 
 
+def test_why_memory_is_not_known_is_not_said_again_of_speed(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    why = "unknown: a command does not say how much work a step is"
+    more = f"{why}, and no job like it has run in this project yet"
+    fits = [jobs_pb2.Fit(gpu_type="H100", memory_why=why, speed_why=more)]
+    fake.answers["FitJob"] = [jobs_pb2.FitJobResponse(fits=fits)]
+    _, _, *below = baton("fit", job_file(tmp_path, 'command = ["x"]\n')).stdout.splitlines()
+    assert below == [f"H100: {more}"]
+
+
 def folder(tmp_path: Path, config: dict[str, Any], shapes: dict[str, list[int]] | None) -> Path:
     made = tmp_path / "model"
     made.mkdir()
