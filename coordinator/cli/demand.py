@@ -59,6 +59,16 @@ def save(path: Path, series: "Series") -> None:
     _write(path, "\n".join([*lines, ""]))
 
 
+def saved(path: Path, series: "Series", *, asked: bool) -> str:
+    """What stands in that file, in words; `asked`: the coordinator, which has seen each minute."""
+    step_min = 60 // series.per_hour
+    said = f"{len(series.values)} steps of {step_min} min in {path}"
+    if asked and step_min > 1:
+        fine_h = STEPS_MIN * step_min // 60
+        said += f", each the mean of its minutes: only a series of less than {fine_h} h has those"
+    return said
+
+
 def plot(path: Path, series: "Series", ahead_h: int, what: str) -> None:
     """Demand, and the bands that were said of it `ahead_h` hours before. Raises `CommandFailed`."""
     from coordinator.forecast.course import course

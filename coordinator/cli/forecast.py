@@ -6,7 +6,7 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,9 @@ HEARD_MIN = 0.05  # a model that counts less is not named
     help="The same of a class of jobs.",
 )
 @click.option(
-    "--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the series to this CSV."
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the series to this CSV: up to 12 h by the minute, beyond by ten minutes.",
 )
 @click.option(
     "--plot",
@@ -101,8 +103,10 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
     series, what, known = _series(context, given, ahead_h)
     if given["save"] is not None:
         demand.save(given["save"], series)
-        write_notice(f"{len(series.values)} steps in {given['save']}")
+        write_notice(demand.saved(given["save"], series, asked=known is not None))
     told = [_tell(series, hours, given["warm_up_h"]) for hours in ahead_h]
+    for sentence in _unjudged(told):
+        write_notice(sentence)
     if known is not None:
         held = {one.ahead_h: one for one in known.held}
         told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
@@ -113,12 +117,13 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         write_json([dataclasses.asdict(each) for each in told])
         return
     write_table(_COLUMNS, [_row(each) for each in told])
-    if known is not None and known.held_gpus:
-        for one in known.held:
-            write_notice(
-                f"of {known.held_gpus:.0f} GPUs that are held now, {one.certain_gpus:.0f} are held"
-                f" for certain in {one.ahead_h} h, and {one.expected_gpus:.0f} are expected to be"
-            )
+    if known is not None and known.held_gpus and known.held:
+        parts = [
+            f"in {one.ahead_h} h {one.certain_gpus:.0f} are held for certain, and"
+            f" {one.expected_gpus:.0f} are expected to be"
+            for one in known.held
+        ]
+        write_notice(f"of {known.held_gpus:.0f} GPUs that are held now, {'; '.join(parts)}")
 
 
 def _series(
@@ -144,14 +149,15 @@ def _series(
 
 @dataclasses.dataclass(frozen=True)
 class _Told:
-    """Of one horizon. `gpus` are by quantile; `backtest` is None where the series is too short,
-    `held` where no coordinator was asked."""
+    """Of one horizon. `gpus` are by quantile; `backtest` is None where `unjudged` says why, `held`
+    where no coordinator was asked."""
 
     ahead_h: int
     gpus: dict[str, float]
     weights: dict[str, float]
     backtest: "Score | None"
     held: "Held | None" = None
+    unjudged: str = ""
 
 
 def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:
@@ -164,12 +170,19 @@ def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:
         forecaster.observe(gpus)
     said = forecaster.forecast()
     by_level = {f"{level:g}": float(gpus) for level, gpus in zip(LEVELS, said, strict=True)}
-    score = None
+    score, unjudged = None, ""
     try:
         score = backtest(series.values, series.per_hour, hours, warm_up_h, series.first_step)
     except ValueError as error:
-        write_notice(str(error))
-    return _Told(hours, by_level, forecaster.weights(), score)
+        unjudged = str(error)
+    return _Told(hours, by_level, forecaster.weights(), score, unjudged=unjudged)
+
+
+def _unjudged(told: Sequence[_Told]) -> Iterator[str]:
+    """Each reason once, with the horizons that it is about."""
+    for why in dict.fromkeys(each.unjudged for each in told if each.unjudged):
+        horizons = ", ".join(f"{each.ahead_h} h" for each in told if each.unjudged == why)
+        yield f"forecasts of {horizons} ahead are not judged: {why}"
 
 
 def _row(told: _Told) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ class Score:
 def backtest(
     values: Sequence[float], per_hour: int, ahead_h: int, warm_up_h: int, first_step: int = 0
 ) -> Score:
-    """Judge a series, NaN where nobody knows. Raises ValueError where it is too short."""
+    """Judge a series, NaN where nobody knows. Raises ValueError where it is too short, with a
+    sentence that does not name the horizon: it is the same for several."""
     forecaster = Forecaster(ahead_h, per_hour, first_step)
     ahead = forecaster.ahead
     losses, persistence_losses, demand = [], [], []
@@ -56,8 +57,8 @@ def backtest(
         raise ValueError("nothing was wanted at all after the warm-up: there is no loss to compare")
     if not losses:
         raise ValueError(
-            f"the series is too short to judge forecasts of {ahead_h} h: it has"
-            f" {len(values) / per_hour:.0f} h, and {warm_up_h} h are needed before the first"
+            f"the series is too short: it has {len(values) / per_hour:.0f} h, of which"
+            f" {warm_up_h} h are only learned from"
         )
     total = sum(demand)
     return Score(

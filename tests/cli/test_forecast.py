@@ -50,7 +50,7 @@ def test_what_is_known_of_the_future_stands_below(baton: Baton, fake: FakeCoordi
     answer.held_ahead.add(ahead_minutes=360, certain_gpus=11, expected_gpus=23.4)
     fake.answers["GetDemand"] = [answer]
     assert baton("forecast", "--ahead", "6").stderr.splitlines()[-1] == (
-        "baton: of 40 GPUs that are held now, 11 are held for certain in 6 h, and 23 are expected"
+        "baton: of 40 GPUs that are held now, in 6 h 11 are held for certain, and 23 are expected"
         " to be"
     )
     (told_of,) = json.loads(baton("forecast", "--ahead", "6", "--json").stdout)
@@ -78,7 +78,43 @@ def test_a_series_shorter_than_the_horizon_is_too_short_to_be_judged(
     fake.answers["GetDemand"] = [told(*[4.0] * steps, period_min=1)]
     result = baton("forecast", "--ahead", "1")
     assert result.exit_code == 0, result.output
-    assert "the series is too short to judge forecasts of 1 h" in result.stderr
+    assert "forecasts of 1 h ahead are not judged: the series is too short" in result.stderr
+
+
+def test_what_is_so_for_several_horizons_is_said_once(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    fake.answers["GetDemand"] = [told(*days(2))]
+    assert baton("forecast").stderr.splitlines() == [
+        "baton: forecasts of 1 h, 6 h, 24 h ahead are not judged: the series is too short: it has"
+        " 48 h, of which 336 h are only learned from"
+    ]
+    (first, *_) = json.loads(baton("forecast", "--json").stdout)
+    assert first["unjudged"].startswith("the series is too short")
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (
+            [told(*days(2))],
+            "288 steps of 10 min in {}, each the mean of its minutes: only a series of less than"
+            " 12 h has those",
+        ),
+        ([told(4, 4, 5), told(4, 4, 4, 6, 5, period_min=1)], "5 steps of 1 min in {}"),
+    ],
+)
+def test_what_is_saved_says_how_fine_it_is(
+    baton: Baton,
+    fake: FakeCoordinator,
+    tmp_path: Path,
+    answers: list[demand_pb2.GetDemandResponse],
+    said: str,
+) -> None:
+    fake.answers["GetDemand"] = answers
+    path = tmp_path / "demand.csv"
+    lines = baton("forecast", "--save", str(path)).stderr.splitlines()
+    assert lines[0] == f"baton: {said.format(path)}"
 
 
 def test_what_is_saved_is_read_again(baton: Baton, fake: FakeCoordinator, tmp_path: Path) -> None:
