@@ -21,7 +21,7 @@ from coordinator.core import messages as m
 from coordinator.core import traces
 from coordinator.core.fit_requests import FitPage
 from coordinator.core.model import JobSpec, JobView, NodeView
-from coordinator.core.node_requests import SetTelemetryRate
+from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.cost_rpc import add_cost_service
 from coordinator.demand_rpc import add_demand_service
@@ -256,6 +256,12 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         view = await self._node(context, SetTelemetryRate(request.node, rate))
         return nodes_pb2.SetTelemetryRateResponse(node=wire_nodes.encode_node(view))
+
+    async def ForgetNode(
+        self, request: nodes_pb2.ForgetNodeRequest, context: Context
+    ) -> nodes_pb2.ForgetNodeResponse:
+        view = await self._node(context, ForgetNode(request.node, request.lose_checkpoints))
+        return nodes_pb2.ForgetNodeResponse(node=wire_nodes.encode_node(view))
 
 
 class AgentService(agent_pb2_grpc.AgentServiceServicer):

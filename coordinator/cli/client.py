@@ -269,6 +269,11 @@ class Client:
         request = nodes_pb2.SetTelemetryRateRequest(node=node, rate=wanted)
         return decode_node(self._call(self._nodes.SetTelemetryRate, request).node)
 
+    def forget(self, node: str, *, lose_checkpoints: bool) -> values.Node:
+        """Take a lost node out of all lists; returns it as it was."""
+        request = nodes_pb2.ForgetNodeRequest(node=node, lose_checkpoints=lose_checkpoints)
+        return decode_node(self._call(self._nodes.ForgetNode, request).node)
+
     def _call(
         self, method: "grpc.UnaryUnaryMultiCallable[Any, _Answer]", request: Message
     ) -> _Answer:

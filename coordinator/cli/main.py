@@ -121,6 +121,7 @@ for _command in (
     nodes.cordon,
     nodes.drain,
     nodes.uncordon,
+    nodes.forget,
     nodes.telemetry,
     scaling.plan,
     scaling.scale,

@@ -1,4 +1,4 @@
-"""`baton nodes`, `cordon`, `drain`, `uncordon`: what the operator of a fleet does.
+"""`baton nodes`, `cordon`, `drain`, `uncordon`, `forget`: what the operator of a fleet does.
 
 A node's figures are sums or extremes over its GPUs. A sum is shown only if every GPU answers: "310
 W" for a node of which one GPU is silent would be a wrong number, and "-" is a true one; so it is
@@ -116,6 +116,31 @@ uncordon = _verb(
       baton uncordon n3
     """,
 )
+
+
+@click.command()
+@click.argument("node")
+@click.option(
+    "--lose-checkpoints", is_flag=True, help="Also with checkpoints that lie nowhere else."
+)
+@common_options
+@click.pass_context
+def forget(context: click.Context, node: str, *, lose_checkpoints: bool) -> None:
+    """Take NODE, which is lost for good, out of the fleet.
+
+    Refused while it is connected, may still run something, or alone has a checkpoint. What ran
+    there stays in `baton cost`. If its agent says hello again, it joins as a new node does.
+
+    \b
+    Example:
+      baton forget n3
+    """
+    with connect(context) as client:
+        was = client.forget(node, lose_checkpoints=lose_checkpoints)
+    if settings_of(context).as_json:
+        write_json(was)
+        return
+    click.echo(f"node {was.id}: forgotten")
 
 
 @click.command()

@@ -74,6 +74,8 @@ class Books(Protocol):
     def job_attempts(self) -> Mapping[int, Sequence[str]]: ...
     @property
     def nodes(self) -> Mapping[str, KnownNode]: ...
+    @property
+    def forgotten(self) -> Mapping[str, KnownNode]: ...
     def attempts_of(self, job_id: int) -> list[Attempt]: ...
 
 
@@ -170,7 +172,7 @@ def _stays(
     begin, end = attempt.assigned_unix_ms, end_unix_ms(attempt, unix_ms)
     if end <= begin or not attempt.gpu_uuids:
         return
-    live = state.nodes.get(attempt.node)
+    live = state.nodes.get(attempt.node) or state.forgotten.get(attempt.node)
     facts = {gpu.uuid: gpu for gpu in (live.node.gpus if live is not None else ())}
     # Of a rented node that is gone the type is still known.
     unknown = (live.node.power.gpu_type if live is not None else "") or UNKNOWN_TYPE

@@ -20,6 +20,7 @@ from coordinator.core import (
     demand_samples,
     fit,
     fleet_scaling,
+    forgetting,
     gangs,
     health,
     jobs,
@@ -90,7 +91,7 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import GpuView, NodeView, Snapshot
-from coordinator.core.node_requests import SetTelemetryRate
+from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
 from coordinator.core.phases import ATTEMPT_ENDED, NodeIntent
 from coordinator.core.project_requests import ListProjects
 from coordinator.core.scale_requests import (
@@ -187,6 +188,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return scale_answers.answer(state, now, body)
         case SetTelemetryRate():
             return _set_rate(state, now, body)
+        case ForgetNode():
+            return _forget(state, now, body)
         case ListNodes():
             views = [
                 _node_view(state, now, live)
@@ -230,6 +233,16 @@ def _set_rate(state: State, now: Instant, body: SetTelemetryRate) -> NodeView | 
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
     nodes.set_rate(state, live, body.rate)
     return _node_view(state, now, live)
+
+
+def _forget(state: State, now: Instant, body: ForgetNode) -> NodeView | Refusal:
+    """Answers with the node as it was."""
+    live = state.nodes.get(body.node)
+    if live is None or node_power.is_gone(live.node.power):
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
+    view = _node_view(state, now, live)
+    why = forgetting.forget(state, live, lose_checkpoints=body.lose_checkpoints)
+    return Refusal(RefusalKind.WRONG_PHASE, why) if why else view
 
 
 def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:

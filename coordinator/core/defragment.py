@@ -48,7 +48,7 @@ from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import Need, find, keep_free, keep_room, kept_from, request_key
 from coordinator.core.rooms import Place, Room, Tenant
-from coordinator.core.shortfalls import listed
+from coordinator.core.sentences import listed
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits

@@ -17,7 +17,8 @@ from coordinator.core.model import Attempt, JobSpec
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import Need, find, request_key
 from coordinator.core.rooms import Place, Room
-from coordinator.core.shortfalls import NODES_NAMED_MAX, listed
+from coordinator.core.sentences import listed
+from coordinator.core.shortfalls import NODES_NAMED_MAX
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import gigabytes
 

@@ -122,6 +122,7 @@ def _too_large(state: State, job: Job, attempt: Attempt) -> list[TooLarge]:
 def _gpus(state: State, attempt: Attempt) -> list[GpuFacts]:
     """Those that it had; none where they are not known any more."""
     live = state.nodes.get(attempt.node)
-    if live is None:
-        return []
-    return [gpu.facts for uuid, gpu in live.gpus.items() if uuid in attempt.gpu_uuids]
+    gone = state.forgotten.get(attempt.node)
+    facts = [gpu.facts for gpu in live.gpus.values()] if live is not None else []
+    facts += gone.node.gpus if gone is not None else ()
+    return [gpu for gpu in facts if gpu.uuid in attempt.gpu_uuids]

@@ -50,13 +50,22 @@ class Indices:
         known = self._facts.get(node.id)
         if known is not None and known[0] is node.host and known[1] is node.gpus:
             return  # as after each of its events
-        if known is not None:
-            alike = self.kinds[kind(*known)]
-            del alike[node.id]
-            if not alike:
-                del self.kinds[kind(*known)]
+        self._drop_kind(node.id)
         self._facts[node.id] = node.host, node.gpus
         self.kinds.setdefault(kind(node.host, node.gpus), {})[node.id] = None
+
+    def drop_node(self, node_id: str) -> None:
+        for index in (self.draining, self.switched, self.keep_changed):
+            index.pop(node_id, None)
+        self._drop_kind(node_id)
+
+    def _drop_kind(self, node_id: str) -> None:
+        known = self._facts.pop(node_id, None)
+        if known is not None:
+            alike = self.kinds[kind(*known)]
+            del alike[node_id]
+            if not alike:
+                del self.kinds[kind(*known)]
 
     def put_attempt(self, attempt: Attempt) -> None:
         """After its phase may have changed."""

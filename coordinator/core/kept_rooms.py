@@ -42,6 +42,11 @@ class KeptRooms:
         if self._rooms.pop(node, None) is not None:
             self._by_name = None
 
+    def forget(self, node: str) -> None:
+        """There is no such node any more."""
+        self.stale.pop(node, None)
+        self.drop(node)
+
     def open(self, mix: Mix) -> list[Room]:
         """All of them by name, as no pass had been."""
         if self._by_name is None:

@@ -68,4 +68,5 @@ def _kept(state: State) -> KeptBooks:
         dict(state.attempts),
         {job_id: tuple(attempts) for job_id, attempts in state.job_attempts.items()},
         {name: KeptNode(live.node) for name, live in state.nodes.items()},
+        dict(state.forgotten),
     )

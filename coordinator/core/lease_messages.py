@@ -32,6 +32,7 @@ class KeptBooks:
     attempts: Mapping[str, Attempt]
     job_attempts: Mapping[int, Sequence[str]]
     nodes: Mapping[str, KeptNode]
+    forgotten: Mapping[str, KeptNode]
 
     def attempts_of(self, job_id: int) -> list[Attempt]:
         return [self.attempts[attempt_id] for attempt_id in self.job_attempts[job_id]]

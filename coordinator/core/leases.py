@@ -85,8 +85,9 @@ def due(state: State, now: Instant) -> list[LiveNode]:
     found = []
     while state.watched and state.watched[0][0] <= now.now_ms:
         due_ms, node_id = heappop(state.watched)
-        live = state.nodes[node_id]
-        if live.watched_ms == due_ms:  # else a sooner entry has taken its place
+        live = state.nodes.get(node_id)
+        # Else it has been forgotten, or a sooner entry has taken its place.
+        if live is not None and live.watched_ms == due_ms:
             live.watched_ms = None
             found.append(live)
     return found

@@ -117,3 +117,10 @@ class Switching:
     at_ms: dict[str, dict[int, int]] = field(default_factory=dict)
     unrented_ms: dict[str, int] = field(default_factory=dict)
     unmanaged: dict[str, None] = field(default_factory=dict)
+
+    def forget(self, node_id: str) -> None:
+        self.given.pop(node_id, None)
+        self.refused.pop(node_id, None)
+        self.at_ms.pop(node_id, None)
+        self.unmanaged.pop(node_id, None)
+        self.boots = None

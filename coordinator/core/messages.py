@@ -52,7 +52,8 @@ from coordinator.core.model import (
     Progress,
     WaitingPart,
 )
-from coordinator.core.node_requests import SetTelemetryRate
+from coordinator.core.node_requests import DropNode as DropNode
+from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
 from coordinator.core.phases import JobPhase
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
@@ -148,6 +149,7 @@ RequestBody = (
     | DrainNode
     | UncordonNode
     | SetTelemetryRate
+    | ForgetNode
     | ScaleRequest
 )
 
@@ -417,7 +419,7 @@ class AppendEvent:
 Record = (
     PutJob | DropJob | PutAttempt | PutCheckpoint | DropCheckpoint | PutPart | DropPart | PutNode
     | AppendEvent | PutDemandSeries | PutDemand | DropDemand | PutScaleRecord
-    | PutLeaseDay
+    | PutLeaseDay | DropNode
 )  # fmt: skip
 
 

@@ -341,7 +341,8 @@ class TelemetryRate(Enum):
 class Node:
     """What is durable of a node. `acknowledged` is the sequence of its last event whose effects are
     durable. `health` is what its agent said last; `closed_for` why we have drained it, empty where
-    a person did or nobody; `waived` are GPUs that a person has opened as they are."""
+    a person did or nobody; `waived` are GPUs that a person has opened as they are. `forgotten`: it
+    is of no fleet any more, and kept for what ran on it (`forgetting.py`)."""
 
     id: str
     journal_id: str
@@ -356,6 +357,7 @@ class Node:
     waived: tuple[str, ...] = ()
     telemetry_rate: TelemetryRate = TelemetryRate.OWN
     power: NodePower = field(default_factory=NodePower)
+    forgotten: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """What people ask of nodes beside taking them in and out of service, a part of what `messages.py`
-says goes into the core: how often their GPUs are read."""
+says goes into the core: how often their GPUs are read, and that one is forgotten."""
 
 from dataclasses import dataclass
 
@@ -10,3 +10,18 @@ from coordinator.core.model import TelemetryRate
 class SetTelemetryRate:
     node: str
     rate: TelemetryRate
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetNode:
+    """It is not coming back. `lose_checkpoints`: also those that lie nowhere else."""
+
+    node: str
+    lose_checkpoints: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DropNode:
+    """The record that nothing is kept of a node."""
+
+    node: str

@@ -112,6 +112,11 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         acknowledged=body.acknowledged,
     )  # fmt: skip
     if live is None:
+        past = state.forgotten.get(body.node)
+        if past is not None and past.node.journal_id == body.journal_id:
+            # What it did was counted before somebody took it out of the fleet.
+            counted = max(body.acknowledged, past.node.acknowledged)
+            node = replace(node, acknowledged=counted)
         live = LiveNode(node, NodePhase.SUSPECT, 0)
         state.nodes[body.node] = live
         state.put_node(node)

@@ -45,7 +45,8 @@ from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Place, Room, Tenant, open_room
-from coordinator.core.shortfalls import kept_for, listed, why_not
+from coordinator.core.sentences import listed
+from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.validate import gigabytes
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by

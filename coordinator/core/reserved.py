@@ -8,7 +8,7 @@ how it is made.
 from coordinator.core import foresight, projects
 from coordinator.core.keeps import Keep, Reservation
 from coordinator.core.model import CLASS_RANK, Job
-from coordinator.core.shortfalls import listed
+from coordinator.core.sentences import listed
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 

@@ -10,15 +10,12 @@ from collections.abc import Iterable, Sequence
 from coordinator.core.displacement import Spread
 from coordinator.core.model import JobSpec
 from coordinator.core.rooms import Room, most_left_bytes
+from coordinator.core.sentences import listed
 from coordinator.core.shares import SHARERS_MAX
 from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
 
 # Of the nodes that have places for a gang; a sentence that names all of a large fleet is not read.
 NODES_NAMED_MAX = 4
-
-
-def listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:

@@ -18,7 +18,7 @@ from coordinator.core.demand_history import DemandHistory
 from coordinator.core.indices import Indices
 from coordinator.core.keeps import Reservation
 from coordinator.core.kept_rooms import KeptRooms
-from coordinator.core.lease_messages import LeaseDays
+from coordinator.core.lease_messages import KeptNode, LeaseDays
 from coordinator.core.ledger import Ledger
 from coordinator.core.live import LiveGpu as LiveGpu  # parts of the state
 from coordinator.core.live import LiveNode as LiveNode
@@ -30,6 +30,7 @@ from coordinator.core.messages import (
     Command,
     DropCheckpoint,
     DropJob,
+    DropNode,
     DropPart,
     Effect,
     ForecastMade,
@@ -105,6 +106,7 @@ class State:
         self.checkpoints: dict[int, list[Checkpoint]] = {}
         self.parts: dict[int, list[WaitingPart]] = {}
         self.nodes: dict[str, LiveNode] = {}
+        self.forgotten: dict[str, KeptNode] = {}  # for what ran there; in no list of nodes
         self.sessions: dict[int, str] = {}
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
         self.admission = Admission()
@@ -157,7 +159,10 @@ class State:
         self.demand_history.load(snapshot.demand)
         self.scaler.load(snapshot.scale_records)
         self.lease_days.made = snapshot.lease_days
+        self.forgotten = {node.id: KeptNode(node) for node in snapshot.nodes if node.forgotten}
         for node in snapshot.nodes:
+            if node.forgotten:
+                continue
             live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"
             if node.power.phase in DARK:
@@ -267,8 +272,9 @@ class State:
         if attempt.stretches and (known is None or known.stretches != attempt.stretches):
             self.indices.put_stretches(attempt.id)
         self.attempts[attempt.id] = attempt
-        live, spec = self.nodes.get(attempt.node), self.jobs[attempt.job_id].spec
-        self.ledger.attempt(attempt, spec, live.node.gpus if live is not None else ())
+        spec = self.jobs[attempt.job_id].spec
+        there = self.nodes.get(attempt.node) or self.forgotten.get(attempt.node)
+        self.ledger.attempt(attempt, spec, there.node.gpus if there is not None else ())
 
     def _forget_attempt(self, gone: str) -> None:
         self.attempts.pop(gone, None)
@@ -334,10 +340,22 @@ class State:
                 self.indices.keep_changed[node_id] = None
 
     def put_node(self, node: Node) -> None:
+        self.forgotten.pop(node.id, None)
         self.nodes[node.id].node = node
         self.indices.put_node(node)
         self.rooms.stale[node.id] = None
         self.changed_nodes[node.id] = None
+
+    def take_out_node(self, node_id: str, *, keep: bool) -> None:
+        """It is none of the fleet's any more; who calls this has seen to what it had. `keep`: as
+        one that somebody ran on."""
+        node = self.nodes.pop(node_id).node
+        if keep:
+            self.forgotten[node_id] = KeptNode(replace(node, forgotten=True))
+        self.indices.drop_node(node_id)
+        self.rooms.forget(node_id)
+        self.changed_nodes[node_id] = None
+        self.dirty = True
 
     def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
         """Append a line to the job's history, and to the log. `where` is attempt and node."""
@@ -357,7 +375,9 @@ class State:
         effects += [
             PutAttempt(self.attempts[i]) for i in self.changed_attempts if i in self.attempts
         ]
-        effects += [PutNode(self.nodes[i].node) for i in self.changed_nodes]
+        for node_id in self.changed_nodes:
+            there = self.nodes.get(node_id) or self.forgotten.get(node_id)
+            effects.append(DropNode(node_id) if there is None else PutNode(there.node))
         effects += self.records
         effects += self.commands
         self.changed_jobs, self.changed_attempts, self.changed_nodes = {}, {}, {}

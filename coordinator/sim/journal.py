@@ -252,7 +252,7 @@ def _gpus(
         for gpu in node.gpus:
             name = gpu_types.key_of(gpu.name, gpu.memory_bytes)
             type_of[gpu.uuid] = name
-            if node.intent not in _CLOSED and gpu.uuid not in closed:
+            if not node.forgotten and node.intent not in _CLOSED and gpu.uuid not in closed:
                 facts.setdefault(name, gpu)
                 counts[name] += 1
     return dict(sorted(facts.items())), dict(sorted(counts.items())), type_of

@@ -22,6 +22,7 @@ from coordinator.core.messages import (
     DropCheckpoint,
     DropDemand,
     DropJob,
+    DropNode,
     DropPart,
     PutAttempt,
     PutCheckpoint,
@@ -197,6 +198,8 @@ class MemoryDisk:
                 self._keep_demand(lambda period, step: (step + 1) * period <= minute + 1)
             case DropJob(job_id):
                 self.jobs.pop(job_id, None)
+            case DropNode(node_id):
+                self.nodes.pop(node_id, None)
             case DropCheckpoint(job_id, digest):
                 if job_id in self.jobs:
                     self.jobs[job_id].checkpoints.pop(digest, None)
@@ -235,7 +238,7 @@ def _document(record: Record) -> str:
             return rows.document(record)
         case PutDemand(row):
             return rows.document(row)
-        case PutLeaseDay() | DropJob() | DropCheckpoint() | DropPart() | DropDemand():
+        case PutLeaseDay() | DropJob() | DropNode() | DropCheckpoint() | DropPart() | DropDemand():
             return ""
         case _:
             assert_never(record)

@@ -49,6 +49,7 @@ class Queries:
     drop_parts: str
     list_nodes: str
     put_node: str
+    drop_node: str
     list_events: str
     put_event: str
     trim_events: str

@@ -142,6 +142,10 @@ SELECT document FROM nodes ORDER BY id;
 INSERT INTO nodes (id, document) VALUES (:id, :document)
 ON CONFLICT (id) DO UPDATE SET document = excluded.document;
 
+-- name: drop_node
+-- Forget a node.
+DELETE FROM nodes WHERE id = :id;
+
 -- name: list_events
 -- A page of a job's history, oldest first.
 SELECT job_id, sequence, unix_ms, name, attempt, node, message FROM events

@@ -26,6 +26,7 @@ from coordinator.core.messages import (
     DropCheckpoint,
     DropDemand,
     DropJob,
+    DropNode,
     DropPart,
     PutAttempt,
     PutCheckpoint,
@@ -81,7 +82,7 @@ def statements(queries: Queries, records: Sequence[Record]) -> Iterator[Statemen
         yield from (_drop_statements if drops else _put_statements)(queries, run)
 
 
-_Drop = DropJob | DropCheckpoint | DropPart | DropDemand
+_Drop = DropJob | DropCheckpoint | DropPart | DropNode | DropDemand
 
 
 def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Statement]:
@@ -117,7 +118,7 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
                 scaled[decided.number] = decided
             case PutLeaseDay(day):
                 lease_days.append(day)
-            case DropJob() | DropCheckpoint() | DropPart() | DropDemand():
+            case DropJob() | DropCheckpoint() | DropPart() | DropNode() | DropDemand():
                 raise AssertionError(f"{record} among puts")
             case _:
                 assert_never(record)
@@ -188,6 +189,9 @@ def _drop_statements(queries: Queries, run: Iterable[Record]) -> Iterator[Statem
         yield queries.drop_checkpoint, checkpoint_rows
     if part_rows:
         yield queries.drop_part, part_rows
+    node_rows: list[Row] = [{"id": drop.node} for drop in records if isinstance(drop, DropNode)]
+    if node_rows:
+        yield queries.drop_node, node_rows
 
 
 def _job_row(job: Job) -> Row:

@@ -38,6 +38,7 @@ METHODS = (
         "UncordonNode",
     ),
     "SetTelemetryRate",
+    "ForgetNode",
 )
 CAPACITY_METHODS = ("GetPlan", "ListDecisions", "GetDecision", "ApproveDecision")
 CHECKPOINT_METHODS = ("ListCheckpoints", "PinCheckpoint", "UnpinCheckpoint")

@@ -257,6 +257,22 @@ def test_verbs_of_a_node(
     assert baton(verb, "n1").stderr == "baton: there is no node n1\n"
 
 
+def test_a_node_is_forgotten(baton: Baton, fake: FakeCoordinator) -> None:
+    node = types_pb2.Node(id="n1", phase=types_pb2.NODE_PHASE_LOST)
+    fake.answers["ForgetNode"] = [nodes_pb2.ForgetNodeResponse(node=node)]
+    result = baton("forget", "n1")
+    assert (result.exit_code, result.stdout) == (0, "node n1: forgotten\n")
+    assert json.loads(baton("forget", "n1", "--lose-checkpoints", "--json").stdout)["id"] == "n1"
+    assert fake.requests == [
+        nodes_pb2.ForgetNodeRequest(node="n1"),
+        nodes_pb2.ForgetNodeRequest(node="n1", lose_checkpoints=True),
+    ]
+    sentence = "n1 is connected, and would join again at once"
+    fake.answers["ForgetNode"] = [Refusal(grpc.StatusCode.FAILED_PRECONDITION, sentence)]
+    result = baton("forget", "n1")
+    assert (result.exit_code, result.stderr) == (1, f"baton: {sentence}\n")
+
+
 def test_the_rate_of_a_nodes_telemetry(baton: Baton, fake: FakeCoordinator) -> None:
     node = types_pb2.Node(id="n1", telemetry_rate=types_pb2.TELEMETRY_RATE_WATCH, reason="drained")
     fake.answers["SetTelemetryRate"] = [nodes_pb2.SetTelemetryRateResponse(node=node)]

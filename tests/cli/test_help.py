@@ -17,7 +17,7 @@ COMMANDS = sorted(cli.commands)
 def test_the_commands() -> None:
     expected = (
         "submit fit jobs job logs cancel hold release requeue events explain checkpoint "
-        "projects cost leases nodes cordon drain uncordon telemetry plan scale "
+        "projects cost leases nodes cordon drain uncordon forget telemetry plan scale "
         "simulate forecast completion"
     )
     assert list(cli.commands) == expected.split()

@@ -216,6 +216,12 @@ STOPPED_FOR = re.compile(r"moves to |gives way to job (?P<job>\d+)")
 MAKES_ROOM = re.compile(r"to make room on \S+ for job (?P<job>\d+)")
 HOUR_MS = 3_600_000
 
+# Told when the head moves though nothing was committed; what was set aside is put back at rest.
+HEAD_MOVES = (
+    *("checkpoint.skipped", "checkpoint.abandoned", "checkpoint.verified", "checkpoint.set_aside"),
+    *("job.quarantined", "job.failed", "job.cancelled"),
+)
+
 
 @dataclass
 class Moves:

@@ -31,6 +31,7 @@ from coordinator.core.messages import (
     DropCheckpoint,
     DropDemand,
     DropJob,
+    DropNode,
     DropPart,
     Effect,
     Event,
@@ -86,7 +87,7 @@ GIGABYTE = 10**9
 
 _RECORDS = (
     PutJob, DropJob, PutAttempt, PutCheckpoint, DropCheckpoint, PutPart, DropPart, PutNode,
-    AppendEvent, PutDemandSeries, PutDemand, DropDemand, PutScaleRecord,
+    DropNode, AppendEvent, PutDemandSeries, PutDemand, DropDemand, PutScaleRecord,
     PutLeaseDay,
 )  # fmt: skip
 
@@ -125,6 +126,8 @@ class Disk:
                 self.parts.pop((job_id, rank, digest))
             case PutNode(node):
                 self.nodes[node.id] = node
+            case DropNode(name):
+                self.nodes.pop(name)
             case AppendEvent(event):
                 self.events.append(event)
             case DropJob(job_id):
@@ -269,7 +272,7 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
     match effect:
         case PutJob() | PutAttempt() | PutCheckpoint() | DropCheckpoint() | PutNode() | DropJob():
             return f"put  {_record(effect)}"
-        case PutPart() | DropPart():
+        case PutPart() | DropPart() | DropNode():
             return f"put  {_record(effect)}"
         case PutScaleRecord():
             return ""  # its decision is logged
@@ -327,6 +330,8 @@ def _record(record: Record) -> str:
             return f"node {node.id} {node.intent.value}{power} acknowledged={node.acknowledged}"
         case DropJob(job_id):
             return f"drop job {job_id}"
+        case DropNode(name):
+            return f"drop node {name}"
         case AppendEvent() | PutDemandSeries() | PutDemand() | DropDemand() | PutScaleRecord():
             raise AssertionError("told elsewhere")
         case PutLeaseDay():

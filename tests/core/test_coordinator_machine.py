@@ -53,6 +53,7 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import Job, JobClass, JobSpec, Replication
+from coordinator.core.node_requests import ForgetNode
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
@@ -65,6 +66,7 @@ from coordinator.core.phases import (
 from coordinator.core.state import Options, State
 from coordinator.core.validate import refuse_fleet
 from tests.core.coordinator_checks import (
+    HEAD_MOVES,
     Moves,
     check_gang,
     check_gpu,
@@ -81,11 +83,6 @@ TICK_MS = 500
 HEALED_TICKS_MAX = 7_200
 
 NODES = st.sampled_from(sorted(FLEET))
-# Told when the head moves though nothing was committed; what was set aside is put back at rest.
-HEAD_MOVES = (
-    *("checkpoint.skipped", "checkpoint.abandoned", "checkpoint.verified", "checkpoint.set_aside"),
-    *("job.quarantined", "job.failed", "job.cancelled"),
-)
 JOBS_MAX = 10
 # Who has run for two seconds may be moved; `test_moves_machine.py` has many who are.
 OPTIONS = Options(aims=Aims(run_s_min=2.0), moves_per_hour=4)
@@ -221,8 +218,10 @@ class Fleet(RuleBasedStateMachine):
         self.ask(wish(job))
         self.ask(RequeueJob(job, abandon_unreachable_checkpoints=True))
 
-    @rule(name=NODES, wish=st.sampled_from([CordonNode, DrainNode, UncordonNode, UncordonNode]))
-    def operate(self, name: str, wish: type[CordonNode | DrainNode | UncordonNode]) -> None:
+    @rule(
+        name=NODES, wish=st.sampled_from([CordonNode, DrainNode, *2 * [UncordonNode], ForgetNode])
+    )
+    def operate(self, name: str, wish: "type[CordonNode | DrainNode | ForgetNode]") -> None:
         self.ask(wish(name))
 
     @rule(seconds=st.sampled_from([1, 1, 2, 4, 9]), flowing=st.sampled_from([True, True, False]))
@@ -359,7 +358,7 @@ class Fleet(RuleBasedStateMachine):
         for node in self.rig.disk.nodes.values():
             counted = self.counted.get(node.journal_id, 0)
             assert node.acknowledged >= counted, "an event was counted twice"
-            self.counted[node.journal_id] = node.acknowledged
+        self.counted = {n.journal_id: n.acknowledged for n in self.rig.disk.nodes.values()}
         for job in self.rig.disk.jobs.values():
             history = self.histories.setdefault(job.id, History())
             assert job.epoch >= history.epoch, "an epoch went back"

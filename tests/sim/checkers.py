@@ -17,6 +17,7 @@ from agent.core.messages import AgentEvent, AttemptExited
 from coordinator.core.messages import (
     DropCheckpoint,
     DropJob,
+    DropNode,
     DropPart,
     PutAttempt,
     PutCheckpoint,
@@ -118,6 +119,8 @@ class Checkers:
                     self.kept.pop((record.job_id, record.digest), None)
                 case PutNode(node=node):
                     self.cordons[node.id] = {cordon.uuid: None for cordon in node.gpu_cordons}
+                case DropNode():
+                    self.cordons.pop(record.node, None)
                 case PutPart() | DropPart():
                     pass  # what waits for other parts is no checkpoint yet
                 case DropJob():

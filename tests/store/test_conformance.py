@@ -21,6 +21,7 @@ from coordinator.core.messages import (
     DropCheckpoint,
     DropDemand,
     DropJob,
+    DropNode,
     DropPart,
     PutAttempt,
     PutCheckpoint,
@@ -115,6 +116,8 @@ class Expected:
             self.parts.pop((record.job_id, (record.rank, record.digest)), None)
         elif isinstance(record, PutNode):
             self.nodes[record.node.id] = record.node
+        elif isinstance(record, DropNode):
+            self.nodes.pop(record.node, None)
         elif isinstance(record, AppendEvent):
             self.events[record.event.job_id, record.event.sequence] = record.event
         elif isinstance(record, DropCheckpoint):

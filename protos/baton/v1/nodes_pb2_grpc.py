@@ -59,6 +59,11 @@ class NodeServiceStub:
                 request_serializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.FromString,
                 _registered_method=True)
+        self.ForgetNode = channel.unary_unary(
+                '/baton.v1.NodeService/ForgetNode',
+                request_serializer=baton_dot_v1_dot_nodes__pb2.ForgetNodeRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_nodes__pb2.ForgetNodeResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServiceServicer:
@@ -98,6 +103,15 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetNode(self, request, context):
+        """Takes a lost node out of all lists: it is not coming back. If it says hello all the same, it
+        joins as a new node does. FAILED_PRECONDITION while it is connected, may still run something,
+        or has a checkpoint that lies nowhere else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +139,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.SetTelemetryRate,
                     request_deserializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.FromString,
                     response_serializer=baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.SerializeToString,
+            ),
+            'ForgetNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetNode,
+                    request_deserializer=baton_dot_v1_dot_nodes__pb2.ForgetNodeRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_nodes__pb2.ForgetNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +281,33 @@ class NodeService:
             '/baton.v1.NodeService/SetTelemetryRate',
             baton_dot_v1_dot_nodes__pb2.SetTelemetryRateRequest.SerializeToString,
             baton_dot_v1_dot_nodes__pb2.SetTelemetryRateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.NodeService/ForgetNode',
+            baton_dot_v1_dot_nodes__pb2.ForgetNodeRequest.SerializeToString,
+            baton_dot_v1_dot_nodes__pb2.ForgetNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

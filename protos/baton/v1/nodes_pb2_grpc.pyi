@@ -43,6 +43,11 @@ class NodeServiceStub:
     """Takes work again."""
     SetTelemetryRate: _grpc.UnaryUnaryMultiCallable[_nodes_pb2.SetTelemetryRateRequest, _nodes_pb2.SetTelemetryRateResponse]
     """How often its GPUs are read from now on, also after a restart of either side."""
+    ForgetNode: _grpc.UnaryUnaryMultiCallable[_nodes_pb2.ForgetNodeRequest, _nodes_pb2.ForgetNodeResponse]
+    """Takes a lost node out of all lists: it is not coming back. If it says hello all the same, it
+    joins as a new node does. FAILED_PRECONDITION while it is connected, may still run something,
+    or has a checkpoint that lies nowhere else.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -56,6 +61,11 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Takes work again."""
     SetTelemetryRate: _aio.UnaryUnaryMultiCallable[_nodes_pb2.SetTelemetryRateRequest, _nodes_pb2.SetTelemetryRateResponse]  # type: ignore[assignment]
     """How often its GPUs are read from now on, also after a restart of either side."""
+    ForgetNode: _aio.UnaryUnaryMultiCallable[_nodes_pb2.ForgetNodeRequest, _nodes_pb2.ForgetNodeResponse]  # type: ignore[assignment]
+    """Takes a lost node out of all lists: it is not coming back. If it says hello all the same, it
+    joins as a new node does. FAILED_PRECONDITION while it is connected, may still run something,
+    or has a checkpoint that lies nowhere else.
+    """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -96,5 +106,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_nodes_pb2.SetTelemetryRateResponse, _abc.Awaitable[_nodes_pb2.SetTelemetryRateResponse]]:
         """How often its GPUs are read from now on, also after a restart of either side."""
+
+    @_abc_1.abstractmethod
+    def ForgetNode(
+        self,
+        request: _nodes_pb2.ForgetNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_nodes_pb2.ForgetNodeResponse, _abc.Awaitable[_nodes_pb2.ForgetNodeResponse]]:
+        """Takes a lost node out of all lists: it is not coming back. If it says hello all the same, it
+        joins as a new node does. FAILED_PRECONDITION while it is connected, may still run something,
+        or has a checkpoint that lies nowhere else.
+        """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
