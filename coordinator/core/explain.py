@@ -9,12 +9,12 @@ runs when he is expected to end and whom he gives way to.
 
 from coordinator.core import (
     advice,
+    coming,
     coruns,
     deadlines,
     flexible,
     foresight,
     poison,
-    power,
     projects,
     reserved,
     standby,
@@ -35,10 +35,10 @@ def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
     if job.phase is JobPhase.QUEUED:
-        coming = power.coming(state, now, job)
+        starting = coming.coming(state, now, job)
         # Who has to run now for a deadline is urgent, whatever he said before.
         patience = "" if job.id in deadlines.late(state) else flexible.describe(job, now.unix_ms)
-        sentence += patience + (f"; {coming}" if coming else "")
+        sentence += patience + (f"; {starting}" if starting else "")
     sentence += deadlines.describe(state, now, job)
     if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
@@ -92,8 +92,8 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
         leaving = state.current(state.jobs[leaver])
         if leaving is not None and leaving.phase is AttemptPhase.STOPPING:
             sentence += " at the latest"
-    suggestions, coming = advice.suggest(state, now, job, queue)
-    if not coming and suggestions:
+    suggestions, comes = advice.suggest(state, now, job, queue)
+    if not comes and suggestions:
         sentence += f"; {', or '.join(suggestion.words for suggestion in suggestions)}"
     return Explanation(cut(sentence), start, None, suggestions)
 

@@ -64,7 +64,6 @@ from coordinator.core.phases import (
     advance,
 )
 from coordinator.core.state import Instant, LiveNode, State, cut
-from coordinator.core.validate import could_hold
 
 _VERBS = {Power.STOPPING: Verb.SUSPEND, Power.STARTING: Verb.RESUME}
 _VERBS_RENTED = {Power.STOPPING: Verb.DELETE, Power.STARTING: Verb.CREATE}
@@ -477,23 +476,3 @@ def boot_times(state: State) -> BootTimes:
 def boot_ms(state: State, node: Node) -> int:
     """How long it takes from the order until the node is there, at most in 95 of 100 cases."""
     return boot_times(state).of(model_of(node))
-
-
-def coming(state: State, now: Instant, job: Job) -> str:
-    """Nodes that are starting and could take the job; empty: there is none."""
-    found: list[tuple[int, str]] = []
-    for node_id in state.indices.switched:
-        node = state.nodes[node_id].node
-        fits = could_hold(job.spec, node.gpus, node.host.memory_bytes)
-        if not node.gpus and node.power.gpus:  # a rented one has never said hello
-            facts = gpu_types.facts_of(node.power.gpu_type, node.power.gpus)
-            fits = could_hold(job.spec, facts, job.spec.memory_bytes)
-        if node.power.phase is Power.STARTING and job.spec.gpus and fits:
-            past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
-            found.append((boot_ms(state, node) - past_ms, node_id))
-    if not found:
-        return ""
-    left_ms, node_id = min(found)
-    when = f"is expected within {minutes(left_ms)}" if left_ms > 0 else "is overdue"
-    more = f", as are {len(found) - 1} more" if len(found) > 1 else ""
-    return f"{node_id} is starting{more} and {when}"

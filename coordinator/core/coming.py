@@ -1,0 +1,70 @@
+"""What a waiting job is told of nodes that are being switched on and could take it.
+
+Problem: a start takes minutes, and may fail and be tried again. Who waits wants to know when it is
+there, and that it has failed already: "is starting" for half an hour is a lie.
+"""
+
+from coordinator.core import gpu_types, power
+from coordinator.core.capacity_model import Power
+from coordinator.core.live import Given
+from coordinator.core.model import Job, Node
+from coordinator.core.node_power import minutes
+from coordinator.core.state import Instant, State
+from coordinator.core.validate import could_hold
+
+
+def coming(state: State, now: Instant, job: Job) -> str:
+    """Empty: there is none. Of those that start the one that is there first, then one whose start
+    has failed and is tried again; where there is neither, one that was given up."""
+    found: list[tuple[int, str]] = []
+    failing: list[str] = []
+    given_up: list[str] = []
+    for node_id in state.indices.switched if job.spec.gpus else ():
+        node = state.nodes[node_id].node
+        if node.power.phase not in (Power.STARTING, Power.FAILED) or not _fits(job, node):
+            continue
+        given = state.switching.given.get(node_id)
+        if node.power.phase is Power.FAILED:
+            given_up.append(f"{node_id} did not start: {node.power.reason}")
+        elif given is not None and given.done is False:
+            failing.append(_fails(state, now, node, given))
+        else:
+            past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
+            found.append((power.boot_ms(state, node) - past_ms, node_id))
+    said = failing[:1]
+    if found:
+        left_ms, node_id = min(found)
+        others = "is 1" if len(found) == 2 else f"are {len(found) - 1}"
+        when = f"is expected within {minutes(left_ms)}" if left_ms > 0 else "is overdue"
+        more = f", as {others} more" if len(found) > 1 else ""
+        tried = _tried(state.nodes[node_id].node)
+        said.insert(0, f"{node_id} is starting{more} and {when}{tried}")
+    return "; ".join(said or given_up[:1])
+
+
+def _fits(job: Job, node: Node) -> bool:
+    if not node.gpus and node.power.gpus:  # a rented one has never said hello
+        facts = gpu_types.facts_of(node.power.gpu_type, node.power.gpus)
+        return could_hold(job.spec, facts, job.spec.memory_bytes)
+    return could_hold(job.spec, node.gpus, node.host.memory_bytes)
+
+
+def _tried(node: Node) -> str:
+    """Of one whose start has failed before; the reason says how, and which try this is."""
+    failed = node.power.boot_failures
+    return f" (it has failed {_times(failed)}: {node.power.reason})" if failed else ""
+
+
+def _fails(state: State, now: Instant, node: Node, given: Given) -> str:
+    options = state.options.power
+    left_ms = max(1_000, given.at_ms + options.boot_retry_ms - now.now_ms)
+    times = _times(node.power.boot_failures + 1)
+    why = given.reason or "its driver does not say why"
+    return (
+        f"the start of {node.id} has failed {times}: {why}; it is tried again within"
+        f" {minutes(left_ms)}, {options.boot_retries + 1} times in all"
+    )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
