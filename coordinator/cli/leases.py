@@ -255,4 +255,6 @@ def _show(found: "list[Recommendation]") -> None:
             )
     if any(each.alternatives for each in found):
         days = found[0].terms.days
-        write_notice(f"expected over {days} days, if demand is as it was; nothing was leased")
+        waits = found[0].flexible_ratio
+        part = f" and {waits:.0%} of it waits for a day where that is cheaper" if waits else ""
+        write_notice(f"expected over {days} days, if demand is as it was{part}; nothing was leased")

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.core.capacity_model import LEVELS
-from coordinator.core.deferral import Flexible, add_demand
+from coordinator.core.deferral import Flexible, add_demand, burst_hours
 from coordinator.core.linear import Draft, SolveLinear
 
 DAYS: Final = (1, 7, 28)
@@ -297,9 +297,20 @@ def _alternatives(day: _Day, level: int, lease: int) -> tuple[Alternative, ...]:
 
 
 def _expected_usd(day: _Day, leased: int) -> float:
-    over = day.demand.above(day.fleet.owned_gpus + leased)[1]
+    over = _mean_burst(day, day.fleet.owned_gpus + leased)
     hours = day.terms.days * H_PER_DAY
     return hours * (day.terms.lease_usd * leased + day.terms.burst_usd * over)
+
+
+def _mean_burst(day: _Day, supply: int) -> float:
+    """GPUs of burst, on average of all hours: what may wait waits, in each span for itself."""
+    if not day.flexible.ratio:
+        return day.demand.above(supply)[1]
+    spans = [span for span in (_last(day.hours, count) for count in DAYS) if span]
+    means = [
+        sum(burst_hours(span, [supply] * len(span), day.flexible)) / len(span) for span in spans
+    ]
+    return sum(means) / len(means)
 
 
 def _sentence(day: _Day, level: _Level, lease: int) -> str:

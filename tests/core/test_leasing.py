@@ -90,6 +90,39 @@ def test_work_that_may_wait_is_served_on_fewer_gpus() -> None:
     assert waiting.level_gpus == round(100 * 14 / 24)
 
 
+def test_alternatives_let_the_same_work_wait() -> None:
+    """By day 100 GPUs are wanted and by night none. On 58 all of it is done if it waits, and no
+    burst is paid for; whoever let nothing wait would pay for 42 of burst by day."""
+    hours = [100.0 if hour % 24 < 14 else 0.0 for hour in range(40 * H_PER_DAY)]
+    said = recommend(0, hours, Fleet("H100", 58), TERMS, flexible=Flexible(1.0), solve=solve)
+    by_name = {one.name: one.expected_usd for one in said.alternatives}
+    burst_h = max(0.0, 100 * 14 - 58 * 24)  # of a day
+    assert by_name["nothing new"] == pytest.approx(30 * 2.0 * burst_h, rel=0.1)
+    urgent = recommend(0, hours, Fleet("H100", 58), TERMS)
+    at_once = {one.name: one.expected_usd for one in urgent.alternatives}
+    assert at_once["nothing new"] == pytest.approx(30 * 2.0 * 42 * 14)
+
+
+@given(demands, st.sampled_from([0.2, 0.7, 1.0]))
+@settings(max_examples=10, deadline=None)
+def test_no_alternative_is_dearer_when_work_may_wait_and_the_level_is_the_cheapest(
+    hours: list[float], ratio: float
+) -> None:
+    terms = replace(TERMS, lot_ratio=LOT_RATIO_MAX)
+    flexible = Flexible(ratio)
+    waits = recommend(0, hours, Fleet("H100"), terms, flexible=flexible, solve=solve)
+    urgent = recommend(0, hours, Fleet("H100"), terms)
+    names = {one.name: one for one in urgent.alternatives}
+    for one in waits.alternatives:
+        known = names[one.name]
+        if one.leased_gpus == known.leased_gpus:
+            assert one.expected_usd <= known.expected_usd + 1e-6, one.name
+    if waits.bound in ("level", "a part a day"):
+        costs = {one.name: one.expected_usd for one in waits.alternatives}
+        unit = terms.lease_usd * terms.days * H_PER_DAY  # the level is rounded to whole GPUs
+        assert costs["the level at once"] <= min(costs.values()) + unit
+
+
 def test_worth_of_one_more_falls_as_there_are_more() -> None:
     hours = [float(hour % 24) for hour in range(30 * H_PER_DAY)]
     worth = [
