@@ -14,6 +14,7 @@ from agent.core.messages import Order, Upward
 from agent.core.state import Record
 from agent.core.values import (
     DriverLoaded,
+    Gang,
     GpuFacts,
     GpuOccupancy,
     HostFacts,
@@ -222,8 +223,11 @@ class Chunks(Protocol):
         """Send what the target lacks, and its manifest last. Raises `ChunkError`."""
         ...
 
-    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
-        """Fetch what is missing, verify everything, lay the files out under `directory`. A
+    async def restore(
+        self, candidates: Sequence[RestoreCandidate], directory: str, gang: Gang | None = None
+    ) -> Restored:
+        """Fetch what is missing, verify it, lay the files out under `directory`: everything, but
+        for what is for another rank alone where as many ranks as wrote it read it again. A
         candidate is skipped only when this node and each of its sources answered that they have no
         good copy. Raises `ChunkError` when a source did not answer, or when this node could not do
         it (the disk is full): progress does not go back for that; try again later or elsewhere."""

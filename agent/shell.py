@@ -329,7 +329,7 @@ class AgentShell:
         try:
             await ports.in_thread(ports.workspace.prepare, command.attempt)
             directory = ports.workspace.restore_directory(command.attempt)
-            restored = await ports.chunks.restore(command.candidates, directory)
+            restored = await ports.chunks.restore(command.candidates, directory, command.gang)
         except (ChunkError, StartError) as error:
             self.post(m.RestoreFailed(command.attempt, str(error)))
         else:

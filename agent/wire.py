@@ -175,6 +175,7 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                     ],
                     restore=None if body.restore_ms is None else _duration(body.restore_ms),
                     start=None if body.start_ms is None else _duration(body.start_ms),
+                    held_ranks=body.held_ranks,
                 )
             )
         case m.AttemptExited():

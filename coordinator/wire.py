@@ -326,6 +326,7 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
                 started.pid, started.restored_digest, started.restored_step, skipped,
                 _milliseconds(started.restore) if started.HasField("restore") else None,
                 _milliseconds(started.start) if started.HasField("start") else None,
+                tuple(started.held_ranks),
             )  # fmt: skip
         case "exited":
             ended = event.exited

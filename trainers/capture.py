@@ -266,14 +266,15 @@ class Capturer:
 
     def _plan(self, live: checkpoint.Snapshot) -> bool:
         """Bring the layouts up to date; False for a state that only files can hold."""
-        for part in checkpoint.TENSOR_FILES:
-            tensors: checkpoint.Tensors = getattr(live, part)
-            known = self._layouts.get(part)
-            if known is None or known.key != key_of(tensors):
-                fresh = layout_of(tensors)
-                if fresh is None:
+        layouts = {}
+        for file in live.files():
+            layout = self._layouts.get(file.name)
+            if layout is None or layout.key != key_of(file.tensors):
+                layout = layout_of(file.tensors)
+                if layout is None:
                     return False
-                self._layouts[part] = fresh
+            layouts[file.name] = layout
+        self._layouts = layouts
         return True
 
     def _slot_bytes(self, text: bytes) -> int:
@@ -285,10 +286,9 @@ class Capturer:
         last one."""
         files = []
         offset = 0
-        for part in checkpoint.TENSOR_FILES:
-            size_bytes = self._layouts[part].size_bytes
-            files.append((f"{part}.safetensors", offset, size_bytes))
-            offset += _aligned(size_bytes)
+        for name, layout in self._layouts.items():
+            files.append((name, offset, layout.size_bytes))
+            offset += _aligned(layout.size_bytes)
         return [*files, (checkpoint.STATE_FILE, offset, text_bytes)]
 
     def _pairs(
@@ -299,15 +299,16 @@ class Capturer:
         at_once: list[overlap.Pair] = []
         can_wait: list[overlap.Pair] = []
         offset = 0
-        for part in checkpoint.TENSOR_FILES:
-            tensors: checkpoint.Tensors = getattr(live, part)
-            layout = self._layouts[part]
-            if part != "frozen" or whole or not memory.holds(slot, tensors):
+        held = not whole and memory.holds(slot, live.frozen)
+        for file in live.files():
+            tensors, layout = file.tensors, self._layouts[file.name]
+            if file.part != "frozen" or not held:
                 views = memory.views((slot, offset), layout, tensors)
                 for name, view in zip(layout.names, views, strict=True):
-                    waits = part == "optimizer" or isinstance(tensors[name], torch.nn.Parameter)
+                    of_optimizer = file.part == "optimizer"
+                    waits = of_optimizer or isinstance(tensors[name], torch.nn.Parameter)
                     (can_wait if waits else at_once).append((tensors[name], view))
-                if part == "frozen":
+                if file.part == "frozen":
                     memory.forget(slot)
             offset += _aligned(layout.size_bytes)
         return at_once, can_wait

@@ -14,6 +14,9 @@ JSON header), one is JSON:
     random.safetensors      torch (CPU, CUDA), numpy and Python generators
     state.json              step, samples, schedule, hyper-parameters of the optimizer
 
+Of a model that is spread over ranks each has a directory of its own, where its rows are in further
+files, ``of-this-rank-model.safetensors`` and so on; what all have the same is in rank 0's.
+
 The same state gives the same bytes: tensors in the order that safetensors defines, JSON keys
 sorted, no clock, no path. Tied weights are one parameter and are stored once. The directory gets
 its name last, after every file is on disk, so that a name means a whole checkpoint. Reading
@@ -29,7 +32,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import safetensors
@@ -63,6 +66,29 @@ class Snapshot:
     state: dict[str, Any]
     """JSON values: ``format``, ``optimizer`` (groups and scalars), ``progress`` (the loop's),
     ``extra`` (what belongs to the objects of ``extra.py``)."""
+
+    rows: frozenset[str] = frozenset()
+    """Which tensors, as ``<part>/<name>``, are this rank's rows of one that is spread."""
+
+    def files(self) -> list["TensorFile"]:
+        """What is written, in that order; of rows only where there are any."""
+        found = []
+        for part in TENSOR_FILES:
+            tensors: Tensors = getattr(self, part)
+            own = {n: tensor for n, tensor in tensors.items() if f"{part}/{n}" in self.rows}
+            others = {n: tensor for n, tensor in tensors.items() if n not in own}
+            found.append(TensorFile(manifest.file_name(part), part, others))
+            if own:
+                found.append(TensorFile(manifest.file_name(part, rows=True), part, own))
+        return found
+
+
+class TensorFile(NamedTuple):
+    """A file of a checkpoint, and what it has of which part."""
+
+    name: str
+    part: str
+    tensors: Tensors
 
 
 def capture(
@@ -108,6 +134,7 @@ def copied(snapshot: Snapshot) -> Snapshot:
         random=snapshot.random,
         # Through JSON and back: a copy, and the same value as the one that is read from a file.
         state=json.loads(json.dumps(snapshot.state)),
+        rows=snapshot.rows,
     )
 
 
@@ -164,8 +191,8 @@ def write(snapshot: Snapshot, directory: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for part in TENSOR_FILES:
-            save_file(getattr(snapshot, part), partial / f"{part}.safetensors")
+        for made in snapshot.files():
+            save_file(made.tensors, partial / made.name)
         (partial / STATE_FILE).write_bytes(encode_state(snapshot.state))
         for file in (*partial.iterdir(), partial):
             _sync(file)
@@ -205,7 +232,7 @@ def read(directory: Path) -> Snapshot:
 
 def read_tensors(directory: Path, part: str) -> Tensors:
     """One of the four files of tensors. Raises CheckpointError."""
-    file = directory / f"{part}.safetensors"
+    file = directory / manifest.file_name(part)
     try:
         return load_file(file)
     except FileNotFoundError:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+import baton_sdk
 from trainers import exactness
 from trainers.exactness import Fingerprint, Level
 
@@ -189,6 +190,12 @@ Place = tuple[int, tuple[int, ...]]
 """Of rows: the number of the first one, and the shape of the tensor that they are of."""
 
 
+def file_name(part: str, *, rows: bool = False) -> str:
+    """Where the tensors of a part are. What is one rank's ``rows`` of them is beside the others:
+    no other rank reads it, and as many ranks as wrote a checkpoint are not sent each other's."""
+    return f"{baton_sdk.OF_THIS_RANK}-{part}.safetensors" if rows else f"{part}.safetensors"
+
+
 def layout(parts: Mapping[str, Mapping[str, torch.Tensor]], places: Mapping[str, Place]) -> Layout:
     """The same where some are rows of a logical tensor: those that have a place."""
     return _layout(
@@ -207,7 +214,8 @@ def _layout(
     found = {}
     for part, name, dtype, size, place in described:
         start, shape = place or (0, tuple(size))
-        shards = (Shard(f"{part}.safetensors", name, start, start + rows_of(size)),)
+        file = file_name(part, rows=place is not None)
+        shards = (Shard(file, name, start, start + rows_of(size)),)
         found[f"{part}/{name}"] = LogicalTensor(dtype_name(dtype), shape, shards)
     return Layout(found)
 

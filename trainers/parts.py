@@ -10,6 +10,9 @@ alone: the ranks' parts lie on different nodes, so that equal chunks would be st
 and be copied to a slab once a rank. The small JSON state is in all of them, so that each part says
 what it belongs to.
 
+Rows are in files of their own (``manifest.file_name``), for what only this rank reads again is not
+sent to the nodes of the others.
+
 Back, each rank reads its rows of the world that there is now, whatever the world that wrote them,
 and what is common from rank 0's part. Random generators go on where they were if the world is the
 same. Otherwise there is nothing to go on from, and the loop seeds them anew.
@@ -41,7 +44,8 @@ def part_of(live: checkpoint.Snapshot, world: World) -> tuple[checkpoint.Snapsho
                     places[f"{part}/{name}"] = (start, tuple(tensor.shape))
             elif world.first or part == "random":
                 held[part][name] = tensor
-    return replace(live, **held), manifest.layout(held, places)
+    own = replace(live, rows=frozenset(places), **held)
+    return own, manifest.layout(held, places)
 
 
 def read(directory: Path, world: World, model: torch.nn.Module) -> checkpoint.Snapshot:

@@ -16,12 +16,19 @@ It is laid out as one, a directory for each rank, and is as good as its worst pa
 them the others are worth nothing, also where a source of a third one keeps silent. Ranks that
 start on one node restore the same parts at the same time, so each part is fetched by one of them
 and found by the others.
+
+Each rank's part lies where that rank goes on, and nowhere near the others: all parts for every rank
+would be a full transfer after each stop. So a file whose name, or that of a directory above it,
+begins with `of-this-rank` is laid out for the rank that wrote it alone, if as many ranks read as
+wrote. The rank whose part it is verifies it; all together have verified everything. With other
+numbers of ranks nobody can say here who reads what, and all of it is laid out for everybody.
 """
 
 import asyncio
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -47,11 +54,13 @@ from agent.chunks.shared_storage import SHARED_NODE, SharedStorage
 from agent.chunks.store import ChunkStore, Writing
 from agent.chunks.threads import Threads
 from agent.chunks.tree import lay_out
-from agent.core.values import ReplicaSource, RestoreCandidate, Restored
+from agent.core.values import Gang, ReplicaSource, RestoreCandidate, Restored
 from agent.ports import ChunkError
 
 # The second try covers a connection that had gone stale.
 TRIES_MAX = 2
+# How the names of files begin that no other rank reads; docs/trainers.md promises it to users.
+OF_THIS_RANK = "of-this-rank"
 
 _log = structlog.get_logger("baton.chunks")
 
@@ -59,6 +68,16 @@ _log = structlog.get_logger("baton.chunks")
 def part_name(rank: int) -> str:
     """The directory of one rank's part, beside those of the others."""
     return f"rank-{rank:05d}"
+
+
+def common(manifest: Manifest) -> Manifest:
+    """What of a rank's part the other ranks read."""
+    read = (entry for entry in manifest.files if not _of_its_rank(entry.path))
+    return replace(manifest, files=tuple(read))
+
+
+def _of_its_rank(path: str) -> bool:
+    return any(name.startswith(OF_THIS_RANK) for name in path.split("/"))
 
 
 class Restorer:
@@ -81,13 +100,15 @@ class Restorer:
         # By digest, while it is restored for somebody.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
+    async def restore(
+        self, candidates: Sequence[RestoreCandidate], directory: str, gang: Gang | None = None
+    ) -> Restored:
         """See `Chunks.restore`. `directory` is replaced. Raises `Unreachable`, `DiskFull` and other
         `ChunkError`s, and falls back to an older checkpoint for none of them."""
         skipped = []
         for candidate in candidates:
             try:
-                await self._restore_one(candidate, Path(directory))
+                held = await self._restore_one(candidate, Path(directory), gang)
             except DiskFull:
                 await self._threads.run(self._store.give_back)
                 raise
@@ -97,24 +118,33 @@ class Restorer:
                 )
                 skipped.append((candidate.digest, str(error)))
             else:
-                return Restored(candidate.digest, candidate.step, directory, tuple(skipped))
+                return Restored(candidate.digest, candidate.step, directory, tuple(skipped), held)
         return Restored("", 0, "", tuple(skipped))
 
-    async def _restore_one(self, candidate: RestoreCandidate, directory: Path) -> None:
+    async def _restore_one(
+        self, candidate: RestoreCandidate, directory: Path, gang: Gang | None
+    ) -> tuple[int, ...]:
+        """The ranks whose parts are here then, as in `Restored`."""
         fresh = directory.with_name(directory.name + ".partial")
         try:
             await self._threads.run(_make_fresh, fresh)
+            held: tuple[int, ...] = ()
             if candidate.parts:
-                await self._lay_out_parts(candidate, fresh)
+                same_world = gang is not None and gang.world_size == len(candidate.parts) + 1
+                own = gang.rank if gang is not None and same_world else None
+                held = await self._lay_out_parts(candidate, fresh, own)
             else:
                 await self._lay_out(candidate, fresh)
             await self._threads.run(_put_in_place, fresh, directory)
+            return held
         finally:
             await self._threads.run(shutil.rmtree, fresh, ignore_errors=True)
 
-    async def _lay_out_parts(self, candidate: RestoreCandidate, into: Path) -> None:
-        """All of them, or it raises what is wrong with one, by its rank; of one that is lost before
-        one that is out of reach."""
+    async def _lay_out_parts(
+        self, candidate: RestoreCandidate, into: Path, own: int | None
+    ) -> tuple[int, ...]:
+        """All of them, for rank `own` what it reads, `None`: everything; or it raises what is wrong
+        with one, by its rank; of one that is lost before one that is out of reach."""
         pieces = [
             RestoreCandidate(candidate.digest, candidate.step, candidate.sources),
             *(
@@ -122,11 +152,14 @@ class Restorer:
                 for part in candidate.parts
             ),
         ]
+        held: list[int] = []
         unanswered: ChunkError | None = None
         for rank, piece in enumerate(pieces):
             try:
                 await self._threads.run(_make_fresh, into / part_name(rank))
-                await self._lay_out(piece, into / part_name(rank))
+                for_all = own is not None and rank != own
+                if await self._lay_out(piece, into / part_name(rank), for_all=for_all):
+                    held.append(rank)
             except DiskFull:
                 raise
             except DEFINITE as error:
@@ -135,13 +168,18 @@ class Restorer:
                 unanswered = unanswered or type(error)(f"rank {rank}: {error}")
         if unanswered is not None:
             raise unanswered
+        return () if len(held) == len(pieces) else tuple(held)
 
-    async def _lay_out(self, candidate: RestoreCandidate, into: Path) -> None:
-        """One that is whole, or one part."""
+    async def _lay_out(
+        self, candidate: RestoreCandidate, into: Path, *, for_all: bool = False
+    ) -> bool:
+        """One that is whole, or one part; `for_all`: no more of it than all ranks read. Whether all
+        of it lies here then: else no manifest may say so."""
         lock = self._locks.setdefault(candidate.digest, asyncio.Lock())
         async with lock:
             with self._store.writing() as writing:
-                data, manifest = await self._find_manifest(candidate)
+                data, whole = await self._find_manifest(candidate)
+                manifest = common(whole) if for_all else whole
                 await self._threads.run(pin_all, writing, manifest)
                 wrong = await self._threads.run(lay_out, self._store, manifest, into)
                 if wrong:
@@ -150,7 +188,9 @@ class Restorer:
                     if still:
                         # It was given, and this disk did not keep it: another node's may.
                         raise ChunkError(f"repaired in vain: {next(iter(still.values()))}")
-                await self._threads.run(writing.publish, candidate.digest, data)
+                if manifest == whole:
+                    await self._threads.run(writing.publish, candidate.digest, data)
+                return manifest == whole
 
     async def _find_manifest(self, candidate: RestoreCandidate) -> tuple[bytes, Manifest]:
         """Raises `Absent` when nobody has it, `Unreachable` when somebody may."""

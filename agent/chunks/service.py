@@ -29,7 +29,13 @@ from agent.chunks.shared_storage import SHARED_NODE, SharedStorage
 from agent.chunks.store import ChunkStore
 from agent.chunks.threads import Threads
 from agent.chunks.tree import ingest, ingest_capture
-from agent.core.values import ReplicaSource, RestoreCandidate, Restored, StoredCheckpoint
+from agent.core.values import (
+    Gang,
+    ReplicaSource,
+    RestoreCandidate,
+    Restored,
+    StoredCheckpoint,
+)
 from agent.ports import CaptureSource, ChunkError
 
 # The second try covers a chunk swept or damaged between question and upload, and a connection that
@@ -159,10 +165,12 @@ class ChunkService:
                 )
             await asyncio.sleep(self._retry_pause_s)
 
-    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
+    async def restore(
+        self, candidates: Sequence[RestoreCandidate], directory: str, gang: Gang | None = None
+    ) -> Restored:
         """See `Chunks.restore`. `directory` is replaced. Raises `Unreachable`, `DiskFull` and other
         `ChunkError`s, and falls back to an older checkpoint for none of them."""
-        return await self._restorer.restore(candidates, directory)
+        return await self._restorer.restore(candidates, directory, gang)
 
     async def collect(self, keep: frozenset[str]) -> int:
         """See `Chunks.collect`. How long what is spared is the store's `grace_s` and `orphan_s`."""

@@ -91,6 +91,7 @@ class AttemptRecord:
     restored_step: int = 0
     restored_directory: str = ""
     skipped: tuple[tuple[str, str], ...] = ()
+    held_ranks: tuple[int, ...] = ()
     head: str = ""
     committed: str = ""
     pending: Pending | None = None

@@ -278,7 +278,8 @@ class Heartbeat:
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
     """`restore_ms` is what fetching and laying out its checkpoint took, `start_ms` the rest from
-    the order to the running program; `None` after an agent's restart in between."""
+    the order to the running program; `None` after an agent's restart in between. `held_ranks` as in
+    `Restored`."""
 
     pid: int
     restored_digest: str = ""
@@ -286,6 +287,7 @@ class AttemptStarted:
     skipped: tuple[tuple[str, str], ...] = ()
     restore_ms: int | None = None
     start_ms: int | None = None
+    held_ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,8 +367,11 @@ class RegisterTrainer:
 
 @dataclass(frozen=True, slots=True)
 class RestoreCheckpoint:
+    """`gang`: the place of the rank that will read it; `None` where it is the only one."""
+
     attempt: str
     candidates: tuple[RestoreCandidate, ...]
+    gang: Gang | None = None
 
 
 @dataclass(frozen=True, slots=True)

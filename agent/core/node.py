@@ -232,7 +232,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         _refuse(state, now, live, refusal, permanent=False)
         return
     state.log("info", "attempt.accepted", attempt=record.id, gpus=list(record.gpu_uuids))
-    state.commands.append(RestoreCheckpoint(record.id, record.candidates))
+    state.commands.append(RestoreCheckpoint(record.id, record.candidates, record.gang))
 
 
 def _refuse(state: State, now: Instant, live: LiveAttempt, reason: str, permanent: bool) -> None:
@@ -304,7 +304,7 @@ def _opened(state: State, now: Instant, event: Opened) -> None:
         if record.phase is not Phase.ENDED:
             state.commands.append(RegisterTrainer(record.id, record.token))
         if record.phase is Phase.ACCEPTED:
-            state.commands.append(RestoreCheckpoint(record.id, record.candidates))
+            state.commands.append(RestoreCheckpoint(record.id, record.candidates, record.gang))
         elif record.phase is Phase.STARTING:
             _order_again(state, now, live, record.id in alive)
         elif record.phase is Phase.RUNNING:
@@ -361,6 +361,7 @@ def _restored(state: State, now: Instant, live: LiveAttempt, restored: Restored)
         restored_step=restored.step,
         restored_directory=restored.directory,
         skipped=skipped,
+        held_ranks=restored.held_ranks,
         head=restored.digest,
         committed=restored.digest,
     )
@@ -384,13 +385,9 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
     restore_ms, start_ms = live.restore_ms, None
     if live.accepted_ms is not None:
         start_ms = now.now_ms - live.accepted_ms - (restore_ms or 0)
-    state.spool_event(
-        now,
-        record.id,
-        AttemptStarted(
-            pid, record.restored_digest, record.restored_step, record.skipped, restore_ms, start_ms
-        ),
-    )
+    restored = record.restored_digest, record.restored_step, record.skipped
+    body = AttemptStarted(pid, *restored, restore_ms, start_ms, record.held_ranks)
+    state.spool_event(now, record.id, body)
     state.log("info", "attempt.started", attempt=record.id, pid=pid, step=record.restored_step)
     _carry_out_stop(state, now, live)
     pipeline.advance_pipeline(state, live)

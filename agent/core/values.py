@@ -357,9 +357,11 @@ class Restored:
     not.
 
     `digest` is empty when the job starts from nothing. `skipped` holds (digest, reason) pairs.
+    `held_ranks` are those whose parts lie here whole and verified; empty: all there is.
     """
 
     digest: str
     step: int
     directory: str
     skipped: tuple[tuple[str, str], ...] = ()
+    held_ranks: tuple[int, ...] = ()

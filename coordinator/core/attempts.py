@@ -39,7 +39,9 @@ def assign(state: State, now: Instant, start: Start) -> None:
     said = None if old is None else state.progress.get(old.id)
     times = accounting.following(job, old, said)
     job = state.put_job(replace(job, phase=JobPhase.ACTIVE, epoch=job.epoch + 1, reason=start.why))
-    for number, place in enumerate(start.places):
+    good = state.good_checkpoints(job)
+    places = gangs.by_parts(start.places, good[0].pieces if good else ())
+    for number, place in enumerate(places):
         attempt = Attempt(
             job.id,
             job.epoch,
@@ -99,7 +101,7 @@ def started(
         return  # said twice; what it has committed since stands
     job = state.jobs[attempt.job_id]
     resumes = checkpoints.fall_back(state, now, attempt, body)
-    checkpoints.note_copy(state, job.id, body.restored_digest, attempt.node)
+    checkpoints.note_copy(state, job.id, body.restored_digest, attempt.node, body.held_ranks)
     for digest, reason in body.skipped:
         state.tell(
             now.unix_ms, job.id, "checkpoint.skipped", f"{digest[:12]}: {cut(reason)}",
@@ -109,6 +111,7 @@ def started(
     attempt = ranks.change(
         state, now, attempt, phase, started_unix_ms=unix_ms,
         restored_digest=body.restored_digest, restored_step=body.restored_step,
+        held_ranks=body.held_ranks,
         times=replace(attempt.times, restore_ms=body.restore_ms, start_ms=body.start_ms),
     )  # fmt: skip
     where = f"from step {body.restored_step}" if body.restored_digest else "from the beginning"

@@ -147,7 +147,9 @@ def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted
     """The head did not verify anywhere and an older checkpoint, or none, was used: what is newer
     than that one is never offered again. False when the attempt resumed from elsewhere though the
     head was not found bad, or from nothing though a checkpoint is set aside: that one is the head
-    then. What verified for one rank of a gang is good, whatever others found, before or after."""
+    then. What verified for one rank of a gang is good, whatever others found, before or after, if
+    it looked at all parts: who looked at its own says nothing of the one that another rank lacks.
+    """
     job = state.jobs[attempt.job_id]
     if body.restored_digest == job.head:
         return True
@@ -155,7 +157,9 @@ def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted
     others = [rank for rank in gang if rank.rank != attempt.rank and rank.started_unix_ms]
     if any(rank.restored_digest == body.restored_digest for rank in others):
         return True  # what they have committed since is what they all continue
-    if any(rank.restored_digest == job.head for rank in others):
+    if any(rank.restored_digest == job.head and not rank.held_ranks for rank in others):
+        if body.held_ranks:
+            return False
         return _stands_again(state, now, job, attempt, body.restored_digest)
     reasons = dict(body.skipped)
     good = {checkpoint.digest: checkpoint for checkpoint in state.good_checkpoints(job)}
@@ -188,15 +192,18 @@ def _stands_again(state: State, now: Instant, job: Job, attempt: Attempt, digest
     return False
 
 
-def note_copy(state: State, job_id: int, digest: str, node_id: str) -> None:
-    """Whoever resumed from a checkpoint holds all of it: one copy more, should another rot."""
+def note_copy(
+    state: State, job_id: int, digest: str, node_id: str, held_ranks: Sequence[int] = ()
+) -> None:
+    """Whoever resumed from a checkpoint holds all of it, or the parts of these ranks: one copy
+    more, should another rot."""
     for checkpoint in list(state.checkpoints.get(job_id, [])):
         if checkpoint.digest == digest:
             pieces = [
                 piece
-                if node_id in piece.replicas
+                if node_id in piece.replicas or (held_ranks and rank not in held_ranks)
                 else replace(piece, replicas=(*piece.replicas, node_id))
-                for piece in checkpoint.pieces
+                for rank, piece in enumerate(checkpoint.pieces)
             ]
             _put_pieces(state, checkpoint, pieces)
 

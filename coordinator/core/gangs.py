@@ -17,6 +17,7 @@ over all ranks of the try (those of the highest epoch; a job of one rank is a ga
    itself just now, the others get as long to return as after a restart of the coordinator. If all
    are out of reach, the job is queued as any other: the ranks go on if they all come back first.
 6. Ranks that resumed from different checkpoints are no training: that, too, breaks the gang.
+7. Of the places of a new try each rank gets the one where its part of the last checkpoint lies.
 
 Whether a gang is broken follows from what is recorded of its ranks, so a coordinator that restarts
 repeats the same orders. The only time that counts, of rule 4, then begins anew.
@@ -38,7 +39,7 @@ from coordinator.core import (
 )
 from coordinator.core.launch import Gang
 from coordinator.core.messages import StartAttempt
-from coordinator.core.model import Attempt, Job, JobIntent
+from coordinator.core.model import Attempt, Job, JobIntent, Part
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     ATTEMPT_LIVE,
@@ -46,6 +47,7 @@ from coordinator.core.phases import (
     JobPhase,
     NodePhase,
 )
+from coordinator.core.rooms import Place
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import GRACE_MS_MAX
 
@@ -61,6 +63,33 @@ SIGKILL = 9
 GRACE_PER_SAVE = 2
 LEFT_BEHIND = "some of its ranks ended and the others had to be stopped"
 PARTS_MISSING = "its gang has ended before all parts were there"
+
+
+def by_parts(places: Sequence[Place], pieces: Sequence[Part]) -> tuple[Place, ...]:
+    """By rank, such that ranks go where their parts of the last checkpoint lie, those on one node
+    still follow one another. From rank 0 on, the node that holds most of what comes next is taken,
+    and of several the one that holds least of the rest: whoever was sent the parts of all can take
+    any rank."""
+    if len(pieces) != len(places):
+        return tuple(places)
+    blocks: dict[str, list[Place]] = {}
+    for place in places:
+        blocks.setdefault(place.node, []).append(place)
+    held: dict[str, dict[int, None]] = {node: {} for node in blocks}
+    for rank, piece in enumerate(pieces):
+        for node in piece.replicas:
+            held.get(node, {})[rank] = None
+    ordered: list[Place] = []
+    while blocks:
+        first = len(ordered)
+
+        def order(node: str, first: int = first) -> tuple[int, int]:
+            mine = range(first, first + len(blocks[node]))
+            here = sum(rank in held[node] for rank in mine)
+            return -here, len(held[node])
+
+        ordered += blocks.pop(min(blocks, key=order))
+    return tuple(ordered)
 
 
 # --- what a rank is told --------------------------------------------------------------------------

@@ -207,12 +207,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
+    """`held_ranks`: whose parts its node holds whole; empty: all of what it resumed from."""
+
     pid: int
     restored_digest: str = ""
     restored_step: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
     restore_ms: int | None = None
     start_ms: int | None = None
+    held_ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,9 @@ class AttemptTimes:
 class Attempt:
     """One execution of a job, or of one of its `ranks`. `stop_reason` is empty until it is told to
     stop; `precopy_ms` is how long it may save before that. `replica_node` is its standby: the node
-    that gets its checkpoints and would take it next. `permanent`: any node would refuse it."""
+    that gets its checkpoints and would take it next. `permanent`: any node would refuse it. Of what
+    it was restored from, `held_ranks` are those whose parts were verified on its node; empty: all.
+    """
 
     job_id: int
     epoch: int
@@ -195,6 +197,7 @@ class Attempt:
     stop_reason: str = ""
     restored_digest: str = ""
     restored_step: int = 0
+    held_ranks: tuple[int, ...] = ()
     commits: int = 0
     replica_node: str = ""
     precopy_ms: int | None = None

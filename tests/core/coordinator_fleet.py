@@ -10,7 +10,6 @@ a test may lose, repeat and reorder them.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from coordinator.core.launch import RestoreCandidate
 from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
@@ -218,7 +217,7 @@ class FakeNode:
         if twin or not all(self._has_room(run, uuid) for uuid in order.gpu_uuids):
             self.end(run, AttemptRefused("still in use"))
             return
-        self._restore(run, order.candidates, holds)
+        self._restore(run, order, holds)
 
     def _has_room(self, run: Run, uuid: str) -> bool:
         holds = [run, *(one for one in self.living() if uuid in one.gpu_uuids and one is not run)]
@@ -226,20 +225,24 @@ class FakeNode:
         facts = next(gpu for gpu in self.gpus if gpu.uuid == uuid)
         return len(holds) == 1 or (all(held_shares) and sum(held_shares) <= facts.memory_bytes)
 
-    def _restore(
-        self, run: Run, candidates: tuple[RestoreCandidate, ...], holds: Callable[[str, str], bool]
-    ) -> None:
+    def _restore(self, run: Run, order: StartAttempt, holds: Callable[[str, str], bool]) -> None:
+        """Of every other job each rank has files that no other rank reads."""
+        job_id, _, rank = numbers(order.attempt)
+        held: tuple[int, ...] = ()
         skipped: list[tuple[str, str]] = []
-        for candidate in candidates:
+        for candidate in order.candidates:
             pieces = [(candidate.digest, candidate.sources)]
             pieces += [(part.digest, part.sources) for part in candidate.parts]
+            held = (rank,) if candidate.parts and job_id % 2 else ()
+            pieces = pieces[rank : rank + 1] if held else pieces
             if all(any(holds(s.node, digest) for s in sources) for digest, sources in pieces):
                 self.disk.update(dict.fromkeys([digest for digest, _ in pieces], True))
                 run.head = run.committed = candidate.digest
                 run.step = candidate.step
                 break
             skipped.append((candidate.digest, "it does not verify"))
-        self.report(run.attempt, AttemptStarted(1, run.head, run.step, tuple(skipped)))
+        started = AttemptStarted(1, run.head, run.step, tuple(skipped))
+        self.report(run.attempt, replace(started, held_ranks=held if run.head else ()))
 
     def _stop(self, order: StopAttempt) -> None:
         job_id, epoch, rank = numbers(order.attempt)

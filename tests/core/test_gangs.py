@@ -1,6 +1,10 @@
 """Gangs where scenarios do not reach: hundreds of ranks, many of them on few nodes, time that
-counts once, and ports."""
+counts once, ports, and parts that are elsewhere."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.core.gangs import by_parts
 from coordinator.core.messages import (
     AgentEvent,
     AttemptExited,
@@ -19,8 +23,9 @@ from coordinator.core.messages import (
     Submit,
     Tick,
 )
-from coordinator.core.model import HostFacts, JobSpec, JobView, Progress
+from coordinator.core.model import HostFacts, JobSpec, JobView, Part, Progress
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.rooms import Place
 from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Rig
 
@@ -178,3 +183,45 @@ def test_a_gang_fails_where_it_was_and_not_where_the_silent_rank_was() -> None:
     trouble = box.rig.core.state.jobs[1].trouble
     assert trouble is not None
     assert trouble.step == 150
+
+
+# --- which rank goes where ------------------------------------------------------------------------
+
+
+def placed(nodes: str, *held: str) -> str:
+    """By rank, of places on these nodes (a letter each), with who holds each rank's part."""
+    places = [Place(node, (str(number),)) for number, node in enumerate(nodes)]
+    pieces = [Part(f"r{rank}", 1, tuple(holders)) for rank, holders in enumerate(held)]
+    found = by_parts(places, pieces)
+    assert sorted(found, key=lambda place: place.gpu_uuids) == places, "no place lost, none twice"
+    for node in nodes:  # of one node in their order, so GPUs and local ranks agree
+        mine = [place.gpu_uuids for place in found if place.node == node]
+        assert mine == sorted(mine)
+    return "".join(place.node for place in found)
+
+
+def test_ranks_go_where_their_parts_lie() -> None:
+    # a is gone: its part lies on c, which was the standby of both ranks; b stays with its own.
+    assert placed("bc", "ac", "bc") == "cb"
+    # b is gone.
+    assert placed("ac", "ac", "bc") == "ac"
+    # d has all parts, and takes the rank that nobody else could take.
+    assert placed("abd", "ad", "cd", "bd") == "adb"
+    # Two ranks a node, of four on a, b; b is gone, and c was sent its ranks' parts.
+    assert placed("aacc", "ac", "ac", "bc", "bc") == "aacc"
+    assert placed("ccdd", "ad", "ad", "bc", "bc") == "ddcc"
+
+
+def test_places_stay_as_they_are_where_parts_say_nothing() -> None:
+    assert placed("bca", "", "", "") == "bca"  # held by nobody that is left
+    assert placed("bca") == "bca"  # no checkpoint yet
+    assert placed("bca", "a") == "bca"  # one that rank 0 keeps for all
+    assert placed("bca", "xs", "ys", "zs") == "bca"  # elsewhere
+
+
+@given(st.permutations("abcdef"), st.lists(st.sampled_from("abcdefx"), min_size=6, max_size=6))
+def test_who_stays_with_its_part_gets_its_rank_again(nodes: list[str], held: list[str]) -> None:
+    """Where each part lies on one node, no order has more ranks beside their parts."""
+    found = placed("".join(nodes), *held)
+    beside = sum(node == holder for node, holder in zip(found, held, strict=True))
+    assert beside == len({holder for holder in held if holder != "x"})

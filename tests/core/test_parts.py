@@ -29,6 +29,7 @@ from coordinator.core.messages import (
     Request,
     Send,
     SessionClosed,
+    StartAttempt,
     Submit,
     Tick,
 )
@@ -50,6 +51,7 @@ class Gang:
     sequences: list[int] = field(default_factory=lambda: [0] * RANKS)
     answers: dict[str, list[CommitResult]] = field(default_factory=dict)
     kept: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    starts: list[StartAttempt] = field(default_factory=list)
     sessions: int = 0
 
     def begin(self, **wishes: object) -> "Gang":
@@ -89,6 +91,8 @@ class Gang:
                 self.answers.setdefault(effect.order.digest, []).append(effect.order)
             elif isinstance(effect, Send) and isinstance(effect.order, KeepCheckpoints):
                 self.kept[effect.session % RANKS] = effect.order.digests
+            elif isinstance(effect, Send) and isinstance(effect.order, StartAttempt):
+                self.starts.append(effect.order)
 
     def part(self, rank: int, step: int, parent: str = "", name: str = "") -> str:
         digest = name or f"r{rank}s{step}"
@@ -115,6 +119,16 @@ class Gang:
     def end(self) -> None:
         for rank in range(RANKS):
             self.say(rank, AttemptExited(75))
+
+    def again(self) -> list[StartAttempt]:
+        """All are killed, and after a while there is another try."""
+        for rank in range(RANKS):
+            self.say(rank, AttemptExited(None, 9))
+        self.starts.clear()
+        self.rig.now_ms += 120_000
+        self.dial()
+        self.take(Tick())
+        return self.starts
 
 
 def test_a_checkpoint_is_committed_when_the_last_part_is_there() -> None:
@@ -201,6 +215,56 @@ def test_parts_of_ranks_that_are_at_odds_make_nothing() -> None:
     assert gang.answered("r1s20") == gang.answered("r2s20") == AT_ODDS
     assert gang.head is not None
     assert gang.head.digest == "r0s10"
+
+
+def moved(second: AttemptStarted, first: AttemptStarted, *, first_rank: int) -> Gang:
+    """A gang with commits at 10 and 20 that goes on; two of its ranks say from where."""
+    gang = Gang().begin()
+    for step in (10, 20):
+        for rank in range(RANKS):
+            gang.part(rank, step)
+    gang.end()
+    gang.say(first_rank, first)
+    gang.say(1 - first_rank, second)
+    return gang
+
+
+TORN = (("r0s20", "rank 1: rotten"),)
+
+
+@pytest.mark.parametrize("first_rank", [0, 1])
+def test_a_part_that_its_own_rank_finds_torn_is_nobodys_checkpoint(first_rank: int) -> None:
+    """Others have looked at their own parts alone, before or after it, and say nothing of this
+    one: without it the next try would be at odds again, and so for ever."""
+    words = {0: AttemptStarted(1, "r0s20", 20, held_ranks=(0,)),
+             1: AttemptStarted(1, "r0s10", 10, TORN, held_ranks=(1,))}  # fmt: skip
+    gang = moved(words[1 - first_rank], words[first_rank], first_rank=first_rank)
+    assert gang.head is not None
+    assert gang.head.digest == "r0s10"
+    again = gang.again()
+    assert {order.candidates[0].digest for order in again} == {"r0s10"}
+
+
+@pytest.mark.parametrize("first_rank", [0, 1])
+def test_a_checkpoint_that_one_rank_has_verified_whole_stands(first_rank: int) -> None:
+    """As where all parts are laid out for all: somebody has a good copy of each of them."""
+    words = {0: AttemptStarted(1, "r0s20", 20),
+             1: AttemptStarted(1, "r0s10", 10, TORN)}  # fmt: skip
+    gang = moved(words[1 - first_rank], words[first_rank], first_rank=first_rank)
+    assert gang.head is not None
+    assert gang.head.digest == "r0s20"
+
+
+def test_who_holds_one_part_is_not_asked_for_the_others() -> None:
+    gang = moved(
+        AttemptStarted(1, "r0s20", 20, held_ranks=(1,)),
+        AttemptStarted(1, "r0s20", 20),
+        first_rank=0,
+    )
+    assert gang.head is not None
+    held = [piece.replicas for piece in gang.head.pieces]
+    assert ["n0" in replicas for replicas in held] == [True, True, True]
+    assert ["n1" in replicas for replicas in held] == [True, True, False]  # 0 it held before
 
 
 def test_ranks_that_skip_steps_neither_stop_nor_fill_the_store() -> None:

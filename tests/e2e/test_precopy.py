@@ -134,9 +134,18 @@ def test_a_gang_sends_what_is_frozen_ahead_and_stops_together(
         reason = work.wait_log(cluster, node, "attempt.precopy")["reason"]
         assert reason == "all ranks do, and stop together"
         first_bytes, *rest_bytes = transferred(cluster, node, "push")
-        assert first_bytes > FROZEN_BYTES
+        assert first_bytes >= FROZEN_BYTES  # the heads are equal: who comes second has it there
         assert sum(rest_bytes) < FROZEN_BYTES / 100
-    assert transferred(cluster, free, "fetch") == []
+    # And the restore fetched no frozen part: each lies where its rank goes on, and nowhere else.
+    for attempt in moved:
+        assert sum(transferred(cluster, attempt.node, "fetch")) < FROZEN_BYTES / 100
+    gone = min(before - {attempt.node for attempt in moved})
+    (stayed,) = before - {gone}
+    drained_rank = next(one.rank for one in cluster.job(job_id).attempts if one.node == gone)
+    assert {attempt.rank: attempt.node for attempt in moved} == {
+        drained_rank: free,
+        1 - drained_rank: stayed,
+    }
 
 
 def test_a_plain_trainer_is_asked_to_stop_at_once(cluster: Cluster, tmp_path: Path) -> None:

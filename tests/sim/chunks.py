@@ -8,7 +8,13 @@ and reading a scratched copy fails as a real one's verification does.
 import hashlib
 from collections.abc import Sequence
 
-from agent.core.values import ReplicaSource, RestoreCandidate, Restored, StoredCheckpoint
+from agent.core.values import (
+    Gang,
+    ReplicaSource,
+    RestoreCandidate,
+    Restored,
+    StoredCheckpoint,
+)
 from agent.ports import CaptureSource, ChunkError
 from tests.sim.box import Box, Copy, SimSource
 from tests.sim.checkers import Content
@@ -67,32 +73,36 @@ class SimChunks:
         if known is None or not known.intact:
             peer.disk.copies[digest] = Copy(copy.content, copy.size_bytes, around.now_ms())
 
-    async def restore(self, candidates: Sequence[RestoreCandidate], directory: str) -> Restored:
-        """As the real one: skipped only where everybody answered."""
+    async def restore(
+        self, candidates: Sequence[RestoreCandidate], directory: str, gang: Gang | None = None
+    ) -> Restored:
+        """As the real one: skipped only where everybody answered. Of every other checkpoint in
+        parts a rank reads its own alone."""
         disk = self._box.disk
         skipped: list[tuple[str, str]] = []
         await self._box.around.pause_ms(10, 600)
         for candidate in candidates:
-            contents = [
-                self._find(digest, sources)
-                for digest, sources in (
-                    (candidate.digest, candidate.sources),
-                    *((part.digest, part.sources) for part in candidate.parts),
-                )
+            pieces = [
+                (candidate.digest, candidate.sources),
+                *((part.digest, part.sources) for part in candidate.parts),
             ]
+            held: tuple[int, ...] = ()
+            if gang is not None and candidate.parts and int(candidate.digest[0], 16) % 2:
+                held = (gang.rank,)
+                pieces = [pieces[gang.rank]]
+            contents = [self._find(digest, sources) for digest, sources in pieces]
             found = [content for content in contents if content is not None]
             if len(found) == len(contents):
-                self._take(candidate, found)
+                self._take([digest for digest, _ in pieces], found)
                 for content in found:
                     disk.staging[f"{directory}/{content.rank}"] = content
-                return Restored(candidate.digest, candidate.step, directory, tuple(skipped))
+                return Restored(candidate.digest, candidate.step, directory, tuple(skipped), held)
             skipped.append((candidate.digest, "nobody has a good copy"))
         return Restored("", 0, "", tuple(skipped))
 
-    def _take(self, candidate: RestoreCandidate, contents: Sequence[Content]) -> None:
+    def _take(self, digests: Sequence[str], contents: Sequence[Content]) -> None:
         """What was fetched lies here too from now on."""
         disk, now_ms = self._box.disk, self._box.around.now_ms()
-        digests = [candidate.digest, *(part.digest for part in candidate.parts)]
         for digest, content in zip(digests, contents, strict=True):
             known = disk.copies.get(digest)
             if known is None or not known.intact:

@@ -81,7 +81,10 @@ def written(directory: Path, world_size: int) -> Path:
         place = directory / ranges.name_of_part(rank)
         place.mkdir()
         for part, held in parts.items():
-            save_file(held, place / f"{part}.safetensors")
+            own = {n: tensor for n, tensor in held.items() if f"{part}/{n}" in places}
+            rest = {n: tensor for n, tensor in held.items() if n not in own}
+            save_file(own, place / f"of-this-rank-{part}.safetensors")
+            save_file(rest, place / f"{part}.safetensors")
         seal(place, described(manifest.layout(parts, places), world_size, rank))
     return directory
 
@@ -283,16 +286,17 @@ def test_the_parts_of_twice_the_ranks_are_twice_the_work() -> None:
 
 def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     directory = written(tmp_path, 2)
-    first, second = (directory / f"rank-0000{rank}" / "model.safetensors" for rank in range(2))
+    name = "of-this-rank-model.safetensors"
+    first, second = (directory / f"rank-0000{rank}" / name for rank in range(2))
     kept = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    with pytest.raises(ManifestError, match=r"rank-00000/model.* (is \[3, 3\]|does not hold)"):
+    with pytest.raises(ManifestError, match=f"0/{name}.* (is .3, 3.|does not hold)"):
         ranges.verify(directory)
     first.write_bytes(kept[:-1])
-    with pytest.raises(ManifestError, match=r"rank-00000/model\.safetensors does not hold"):
+    with pytest.raises(ManifestError, match=f"rank-00000/{name} does not hold"):
         ranges.verify(directory)
     first.unlink()
-    with pytest.raises(ManifestError, match=r"rank-00000/model\.safetensors does not hold"):
+    with pytest.raises(ManifestError, match=f"rank-00000/{name} does not hold"):
         ranges.verify(directory)
 
 

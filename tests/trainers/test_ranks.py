@@ -290,14 +290,17 @@ def test_a_torn_part_is_named_and_all_take_the_one_before(
     """Only the second rank needs the rows that are cut off."""
     kept = tmp_path / "kept"
     shutil.copytree(straight[2][1], kept)
-    torn = kept / f"checkpoint-{STEPS:09d}" / "rank-00001" / "optimizer.safetensors"
+    torn = kept / f"checkpoint-{STEPS:09d}" / "rank-00001" / "of-this-rank-optimizer.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     chosen = {**PLAIN, "batch_size": 2, "accumulate": 4, "checkpoint_directory": str(kept)}
     ranks = host.run(2, **chosen)
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].err
     assert ranks[0].event("started")["step"] == SAVED
     for rank in ranks:
-        assert "rank 1: rank-00001/optimizer.safetensors" in rank.event("warning")["message"]
+        assert (
+            "rank 1: rank-00001/of-this-rank-optimizer.safetensors"
+            in rank.event("warning")["message"]
+        )
 
 
 def test_ranks_with_different_checkpoints_do_not_go_on(
@@ -409,8 +412,10 @@ def test_what_is_captured_are_the_parts_that_would_be_written(host: Host, tmp_pa
     host.run(2, **RANDOM, checkpoint_directory=str(tmp_path / "kept"))
     written = tmp_path / "kept" / f"checkpoint-{STEPS:09d}"
     for place in captured:
-        for part in checkpoint.TENSOR_FILES:
-            name = f"{part}.safetensors"
+        names = {file.name for file in place.iterdir()}
+        assert names == {file.name for file in (written / place.name).iterdir()}
+        assert {f"of-this-rank-{part}.safetensors" for part in ("model", "optimizer")} < names
+        for name in names - {checkpoint.STATE_FILE}:
             same_bytes = (place / name).read_bytes() == (written / place.name / name).read_bytes()
             assert same_bytes, f"{place.name}/{name}"
     assert ranges.verify(tmp_path).step == STEPS

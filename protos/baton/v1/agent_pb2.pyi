@@ -463,6 +463,7 @@ class AttemptStarted(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     RESTORE_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    HELD_RANKS_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     restored_digest: _builtins.str
     """The checkpoint it resumes from; empty: from nothing."""
@@ -479,6 +480,12 @@ class AttemptStarted(_message.Message):
     def start(self) -> _duration_pb2.Duration:
         """From the order to the running program, without `restore`. Absent: not known."""
 
+    @_builtins.property
+    def held_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a checkpoint in parts: the ranks whose parts lie on this node whole and verified, in order;
+        of the others it has what every rank reads. Empty: all of it lies here.
+        """
+
     def __init__(
         self,
         *,
@@ -488,10 +495,11 @@ class AttemptStarted(_message.Message):
         skipped: _abc.Iterable[Global___SkippedCheckpoint] | None = ...,
         restore: _duration_pb2.Duration | None = ...,
         start: _duration_pb2.Duration | None = ...,
+        held_ranks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_restore", b"_restore", "_start", b"_start", "restore", b"restore", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restore", b"_restore", "_start", b"_start", "pid", b"pid", "restore", b"restore", "restored_digest", b"restored_digest", "restored_step", b"restored_step", "skipped", b"skipped", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_restore", b"_restore", "_start", b"_start", "held_ranks", b"held_ranks", "pid", b"pid", "restore", b"restore", "restored_digest", b"restored_digest", "restored_step", b"restored_step", "skipped", b"skipped", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__restore: _TypeAlias = _typing.Literal["restore"]  # noqa: Y015
     _WhichOneofArgType__restore: _TypeAlias = _typing.Literal["_restore", b"_restore"]  # noqa: Y015

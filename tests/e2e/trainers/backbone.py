@@ -3,8 +3,8 @@
 It captures into its slab after a while, when it is asked to save, and when it is asked to leave;
 steps take their time by themselves. What it does it says with times, so that whoever moves it sees
 for how long nobody trained. `--plain` never looks for a request to save, as an older program. Of
-several ranks each has a frozen part of its own and hands over its part of a checkpoint; rank 0 says
-after which step, as ranks that compute together would agree on it.
+several ranks each has a frozen part of its own, which no other reads, and hands over its part of a
+checkpoint; rank 0 says after which step, as ranks that compute together would agree on it.
 
 A line on standard output is a JSON object: `event` (began, asked, saved, told, left), `step`,
 `unix_ns`; steps go to the witness file, one number a line, with the epoch and the time.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import baton_sdk
 
-FROZEN_NAME, HEAD_NAME = "frozen.bin", "head.json"
+FROZEN_NAME, HEAD_NAME = f"{baton_sdk.OF_THIS_RANK}.frozen", "head.json"
 HEAD_BYTES = 1 << 20
 MEGABYTE = 1_000_000
 ON, SAVE, STOP = "on", "save", "stop"
@@ -82,6 +82,10 @@ class Training:
             kept = self.session.restore_directory / part
             self.step = json.loads((kept / HEAD_NAME).read_bytes())["step"]
             assert (kept / FROZEN_NAME).stat().st_size == len(self.frozen)
+            for other in range(self.session.world_size) if part else ():
+                kept = self.session.restore_directory / f"rank-{other:05d}"
+                assert json.loads((kept / HEAD_NAME).read_bytes())["step"] == self.step
+                assert (kept / FROZEN_NAME).exists() == (other == self.session.rank)
         say("began", self.step)
         slab = self.session.slab(len(self.frozen) + HEAD_BYTES, WAIT_S)
         assert slab is not None, "no slab"

@@ -20,12 +20,20 @@ into any training environment.
 """
 
 from baton_sdk.mailbox import Ticket, TicketState
-from baton_sdk.session import DUMP_SIGNAL, EXIT_RUN_AGAIN, Session, StopRequest, connect
+from baton_sdk.session import (
+    DUMP_SIGNAL,
+    EXIT_RUN_AGAIN,
+    OF_THIS_RANK,
+    Session,
+    StopRequest,
+    connect,
+)
 from baton_sdk.slab import Slab
 
 __all__ = [
     "DUMP_SIGNAL",
     "EXIT_RUN_AGAIN",
+    "OF_THIS_RANK",
     "Session",
     "Slab",
     "StopRequest",

@@ -37,6 +37,10 @@ from baton_sdk.slab import Slab, SlabDesk
 EXIT_RUN_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: "checkpointed, run me again"."""
 
+OF_THIS_RANK = "of-this-rank"
+"""How the name of a file or directory of one rank's part begins that no other rank reads. Resuming
+with as many ranks as wrote it, each finds its own of these, and all find everything else."""
+
 GRACE_MS = 120_000
 """What a stop allows when neither the message nor BATON_GRACE_MS says: the contract's default."""
 
