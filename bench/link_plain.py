@@ -2,11 +2,15 @@
 
 Problem: a floor that was measured on another machine, another day, with another load says little
 about this one. So in the same run the same agents talk to a server that decides nothing, keeps
-nothing and answers everything at once, with the collector on the same rule as the coordinator's.
+nothing and answers everything at once, with the collector on the same rule as the coordinator's,
+and the same poller (`coordinator/__main__.py`).
 """
 
 import asyncio
+import os
 import sys
+
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
 
 import grpc
 from google.protobuf.duration_pb2 import Duration

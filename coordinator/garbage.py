@@ -22,7 +22,7 @@ import asyncio
 import gc
 import sys
 
-YOUNG_INTERVAL_S = 0.25  # 500 reports of the largest fleet, of some fifty objects each
+YOUNG_INTERVAL_S = 0.1  # 200 reports of the largest fleet, of some fifty objects each
 LOOK_INTERVAL_S = 10.0
 # A second's pause of the largest fleet once an hour is a thirtieth of a percent.
 SECONDS_MAX = 3_600.0

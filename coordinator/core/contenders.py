@@ -16,11 +16,11 @@ What one is in terms of the other is said here, and nowhere else:
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from coordinator.core import costs, gpu_types, readings, speeds, workload
+from coordinator.core import costs, gpu_types, speeds, workload
 from coordinator.core.allocation import Contender, Option
 from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobIntent, JobSpec
-from coordinator.core.offers import is_open
-from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase
+from coordinator.core.offers import open_rooms
+from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.speeds import Allowance
 from coordinator.core.standing import Fleet, Rates
 from coordinator.core.state import Instant, State
@@ -57,24 +57,17 @@ def competes(spec: JobSpec) -> bool:
 
 
 def fleet_of(state: State) -> Fleet:
-    """GPUs of open nodes that may get work, whoever has them."""
+    """GPUs of open nodes that may get work, whoever has them. Of a node that has not changed since
+    the last pass, nothing is looked through again (`kept_rooms.py`)."""
     facts: dict[str, dict[tuple[str, int], GpuFacts]] = {}
     counts: dict[str, list[int]] = {}
     type_of: dict[str, str] = {}
-    for _, live in sorted(state.nodes.items()):
-        if not is_open(live):
-            continue
-        closed = readings.closed(live)
-        here: dict[str, int] = {}
-        for uuid, gpu in live.gpus.items():
-            if uuid in closed or gpu.phase is GpuPhase.ABSENT:
-                continue
-            name, memory_bytes = gpu.facts.name, gpu.facts.memory_bytes
-            gpu_type = gpu_types.key_of(name, memory_bytes)
-            facts.setdefault(gpu_type, {}).setdefault((name, memory_bytes), gpu.facts)
-            here[gpu_type] = here.get(gpu_type, 0) + 1
-            type_of[uuid] = gpu_type
-        for gpu_type, count in here.items():
+    for room in open_rooms(state):
+        stock = room.by_type()
+        type_of.update(stock.type_of)
+        for kind, gpu in stock.kinds.items():
+            facts.setdefault(gpu_types.key_of(*kind), {}).setdefault(kind, gpu)
+        for gpu_type, count in stock.counts.items():
             counts.setdefault(gpu_type, []).append(count)
     return Fleet(
         {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())},
@@ -120,8 +113,9 @@ def field_of(
         if at:
             held.update(dict.fromkeys(u for rank in state.gang(job) for u in rank.gpu_uuids))
     capacity = {gpu_type: sum(counts) for gpu_type, counts in fleet.counts.items()}
-    for _, live in sorted(state.nodes.items()):
-        for uuid, gpu in live.gpus.items():
+    for live in state.nodes.values():
+        # Whoever holds a GPU is an attempt of the node, or a stray.
+        for uuid, gpu in live.gpus.items() if live.attempts or live.strays else ():
             gpu_type = fleet.type_of.get(uuid)
             if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
                 capacity[gpu_type] -= 1

@@ -348,7 +348,7 @@ def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = N
         its.phase,
         in_plan_ms(since_ms),
         rentals.source_of(state, live.node),
-        held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()),
+        held_gpus=sum(gpu.phase is GpuPhase.HELD for gpu in live.gpus.values()) if busy else 0,
         idle_ms=0 if busy or not on else in_plan_ms(live.used_ms),
         guaranteed=JobClass.GUARANTEED in classes,
         uploading=on and not busy and bool(power.why_needed(state, live, takers)),

@@ -104,6 +104,19 @@ def key_of(name: str, memory_bytes: int = 0) -> str:
     return known.key if known is not None else name
 
 
+@lru_cache(maxsize=KEYS_KEPT)
+def most_of(kinds: tuple[tuple[str, int], ...]) -> str:
+    """Of GPUs by name and memory, the type of which there are most; empty where there is none."""
+    keys = [key_of(*kind) for kind in kinds]
+    return max(keys, key=keys.count, default="")
+
+
+@lru_cache(maxsize=KEYS_KEPT)
+def counted(names: tuple[str, ...]) -> str:
+    """These GPUs in words."""
+    return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+
+
 def facts_of(key: str, count: int) -> tuple[GpuFacts, ...]:
     """What a node with so many GPUs of a type will have, as far as the table says."""
     known = next((one for one in TYPES if one.key == key), None)

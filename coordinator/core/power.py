@@ -391,7 +391,8 @@ def why_needed(state: State, live: LiveNode, takers: Takers | None = None) -> st
     if live.attempts or live.strays:
         return "something runs there"
     takers = takers_of(state) if takers is None else takers
-    return _only_copy(state, live) or _last_standby(state, live, takers)
+    only = _only_copy(state, live) if live.digests else ""
+    return only or _last_standby(state, live, takers)
 
 
 def _only_copy(state: State, live: LiveNode) -> str:
@@ -427,10 +428,11 @@ def _holds_on(state: State, name: str) -> bool:
 
 def _last_standby(state: State, live: LiveNode, takers: Takers) -> str:
     """A job whose copies go there, and could go to no other node."""
-    others = [name for name in takers.nodes if name != live.node.id]
+    its = takers.standbys.get(live.node.id, ())
+    others = [name for name in takers.nodes if its and name != live.node.id]
     if len(others) > 1:
         return ""  # whoever runs on one of them has the other
-    for attempt_id in takers.standbys.get(live.node.id, ()):
+    for attempt_id in its:
         attempt = state.attempts[attempt_id]
         replicates = state.jobs[attempt.job_id].spec.replication is not Replication.NONE
         if replicates and others in ([], [attempt.node]):
@@ -445,8 +447,7 @@ def model_of(node: Node) -> str:
     """What kind of node it is, in words; those of one kind boot alike."""
     if node.power.source is Source.BURST:
         return rented_model(node.power.gpus, node.power.gpu_type)
-    names = [gpu.name for gpu in node.gpus]
-    gpus = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+    gpus = gpu_types.counted(tuple([gpu.name for gpu in node.gpus]))
     return f"{gpus or 'no GPUs'}, {node.host.cpu_count} CPUs"
 
 
@@ -456,8 +457,8 @@ def rented_model(gpus: int, gpu_type: str) -> str:
 
 def type_of(node: Node) -> str:
     """Of several types of GPU that of which it has most; empty where it has none."""
-    names = [gpu_types.key_of(gpu.name, gpu.memory_bytes) for gpu in node.gpus]
-    return max(names, key=names.count) if names else node.power.gpu_type
+    kinds = tuple([(gpu.name, gpu.memory_bytes) for gpu in node.gpus])
+    return gpu_types.most_of(kinds) or node.power.gpu_type
 
 
 def boot_times(state: State) -> BootTimes:

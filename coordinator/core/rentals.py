@@ -45,7 +45,7 @@ FREES_MS_MAX = 7 * DAY_MS
 def source_of(state: State, node: Node) -> Source:
     """As a plan may treat it. What nobody here can give back, or switch off, it takes as leased."""
     names = state.options.scaling.names
-    is_named = any(node.id in each for each in names.values())
+    is_named = bool(names) and any(node.id in each for each in names.values())
     if node.power.source is Source.BURST:
         return Source.BURST if is_named else Source.LEASED
     return Source.LEASED if is_named else node.power.source

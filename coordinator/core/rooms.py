@@ -6,6 +6,7 @@ frozen value, and `Room` is what a pass has made of it so far; `without` answers
 room of its own. What a room was asked it remembers until it changes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,12 +69,22 @@ class Offer:
     strays: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """The GPUs of an offer, free or not, by type. `kinds` are one of each that differs in name or
+    memory, `type_of` is by uuid."""
+
+    counts: Mapping[str, int]
+    kinds: Mapping[tuple[str, int], GpuFacts]
+    type_of: Mapping[str, str]
+
+
 @dataclass(slots=True)
 class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
     is kept for somebody in this pass. `mix`: what is asked for lately. `changed`: it is not any
     more as it was opened. `increases`, `counts` and `whole_box` are what was answered since the
-    last change; `types` those of its GPUs, once asked for."""
+    last change; `stock` is of its offer, once asked for."""
 
     offer: Offer
     free: dict[str, GpuFacts]
@@ -88,13 +99,16 @@ class Room:
         default_factory=dict, compare=False
     )
     whole_box: Box | None = field(default=None, compare=False)
-    types: tuple[str, ...] | None = field(default=None, compare=False)
+    stock: "Stock | None" = field(default=None, compare=False)
 
     def has_type(self, gpu_type: str) -> bool:
         """Whether any of its GPUs, free or not, is of that type."""
-        if self.types is None:
-            self.types = tuple(dict.fromkeys(map(_type_of, self.offer.gpus)))
-        return gpu_type in self.types
+        return gpu_type in self.by_type().counts
+
+    def by_type(self) -> "Stock":
+        if self.stock is None:
+            self.stock = stock_of(self.offer.gpus)
+        return self.stock
 
     def types_of(self, uuids: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
@@ -254,6 +268,14 @@ class Room:
 
 def _type_of(gpu: GpuFacts) -> str:
     return gpu_types.key_of(gpu.name, gpu.memory_bytes)
+
+
+def stock_of(gpus: Sequence[GpuFacts]) -> Stock:
+    kinds: dict[tuple[str, int], GpuFacts] = {}
+    for gpu in gpus:
+        kinds.setdefault((gpu.name, gpu.memory_bytes), gpu)
+    type_of = {gpu.uuid: _type_of(gpu) for gpu in gpus}
+    return Stock(Counter(type_of.values()), kinds, type_of)
 
 
 def open_room(offer: Offer, mix: Mix | None = None) -> Room:

@@ -26,7 +26,7 @@ from heapq import heapify, heappop
 from coordinator.core import readings, shares
 from coordinator.core.live import Rank, StandbyWatch
 from coordinator.core.live import StandbyWalk as Walk
-from coordinator.core.model import CLASS_RANK, Attempt, Job, Replication
+from coordinator.core.model import CLASS_RANK, SHARED, Attempt, Job, Replication
 from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.shares import Hold
@@ -220,8 +220,7 @@ def review(state: State, now: Instant) -> list[tuple[str, str]]:
         if attempt.phase is AttemptPhase.RUNNING and present is not None:
             if present.fit is not Fit.FREE:  # else nobody is better
                 part = nodes[walk.place : walk.place + looks]
-                looks -= len(part)
-                _look(state, attempt, present, walk, part)
+                looks -= _look(state, attempt, present, walk, part)
                 if walk.place < len(nodes):
                     state.walk = walk
                     break
@@ -233,18 +232,31 @@ def review(state: State, now: Instant) -> list[tuple[str, str]]:
 
 def _look(
     state: State, attempt: Attempt, present: Candidate, walk: Walk, part: Sequence[LiveNode]
-) -> None:
-    """Go on with a walk through the next nodes."""
+) -> int:
+    """Go on with a walk through the next nodes; returns how many were looked at. It is at its end
+    with the first that is `_perfect`: in a fleet of thousands with idle nodes that is soon."""
     job = state.jobs[attempt.job_id]
-    asked = [
-        candidate(state, job, live, attempt.rank)
-        for live in part
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node
-    ]
-    found = better(present, asked)
-    if found is not None and (walk.found is None or found.rank < walk.found):
-        walk.found = found.rank
-    walk.place += len(part)
+    perfect = _perfect(state, job, attempt)
+    for looked, live in enumerate(part, start=1):
+        walk.place += 1
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node:
+            asked = candidate(state, job, live, attempt.rank)
+            if asked.fit > present.fit and (walk.found is None or asked.rank < walk.found):
+                walk.found = asked.rank
+                if asked.rank[:-1] == perfect:
+                    walk.place = len(state.nodes)
+                    return looked
+    return len(part)
+
+
+def _perfect(state: State, job: Job, attempt: Attempt) -> tuple[bool, bool, bool, int, int]:
+    """The rank, but for the name, that nobody who might take over can surpass: a free and empty
+    node, with the last checkpoint where any other has it."""
+    good = state.good_checkpoints(job)
+    pieces = good[0].pieces if good else ()
+    holders = pieces[attempt.rank].replicas if attempt.rank < len(pieces) else ()
+    held = any(name not in (attempt.node, attempt.replica_node, SHARED) for name in holders)
+    return Candidate("", Fit.FREE, holds=held).rank[:-1]
 
 
 def _moved(

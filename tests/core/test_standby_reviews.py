@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.core import standby
 from coordinator.core.messages import Tick
-from coordinator.core.model import Job
+from coordinator.core.model import Checkpoint, Job
 from coordinator.core.state import LiveNode, Options, State
 from tests.core.test_gpu_health import Fleet
 
@@ -84,3 +84,34 @@ def test_a_walk_goes_on_when_somebody_earlier_in_the_line_ends(
     standby.review(state, fleet.rig.now)
     assert state.walk is begun
     assert begun.place > place
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_walk_ends_with_the_first_that_nobody_could_surpass(
+    monkeypatch: pytest.MonkeyPatch, *, held: bool
+) -> None:
+    """The other idle nodes of a large fleet need not be asked, unless one has the checkpoint."""
+    names = [f"n{number:02}" for number in range(50)]
+    fleet = Fleet(dict.fromkeys(names, 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    job_id, other = fleet.submit(), fleet.submit()
+    state = fleet.rig.core.state
+    attempt, taken = state.attempts[f"{job_id}.1"], state.attempts[f"{other}.1"].node
+    state.put_attempt(replace(attempt, replica_node=taken))
+    if held:
+        holders = (attempt.node, taken, names[-1])
+        state.checkpoints[job_id] = [Checkpoint(job_id, "d", "", 1, 1, 1, holders, 1)]
+    looked: dict[str, None] = {}
+    ask = standby.candidate
+
+    def counted(state: State, job: Job, live: LiveNode, rank: int = 0) -> standby.Candidate:
+        if job.id == job_id:
+            looked[live.node.id] = None
+        return ask(state, job, live, rank)
+
+    monkeypatch.setattr(standby, "candidate", counted)
+    for _ in range(2 * standby.SETTLED_MS // 250):
+        fleet.rig.now_ms += 250
+        fleet.rig.handle(Tick())
+    idle = [name for name in names if name not in (attempt.node, taken)]
+    assert state.attempts[attempt.id].replica_node == idle[-1 if held else 0]
+    assert len(looked) == (len(names) - 1 if held else 2)
