@@ -11,6 +11,7 @@ fixed number of times; where jobs are many, evenly drawn ones say it for all.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -52,40 +53,51 @@ def horizon(works: Sequence[Work], longest_h: float, capacity: Mapping[str, int]
     """Of all this work on so many GPUs."""
     gpus = {name: count for name, count in capacity.items() if count > 0}
     total = sum(gpus.values())
-    able = [work for work in works if any(gpus.get(name, 0) >= work.gpus for name in work.relative)]
+    able = [hours for work in works if (hours := _hours(work, gpus))]
     if not able:
         return Horizon(longest_h, longest_h)
     drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
-    prices = dict.fromkeys(gpus, 1.0)
+    prices = [1.0] * len(gpus)
     best, best_prices = -1.0, prices
     for round_number in range(ROUNDS):
-        loads, cost = _loads(drawn, gpus, prices)
+        loads, cost = _loads(drawn, prices)
         if cost > best:
             best, best_prices = cost, prices
         even = cost / total
         power = STEP / (1.0 + round_number / 4)
-        moved = {
-            name: price * ((loads[name] / gpus[name] + even) / (2 * even)) ** power
-            for name, price in prices.items()
-        }
-        scale = total / sum(gpus[name] * price for name, price in moved.items())
-        prices = {name: price * scale for name, price in moved.items()}
-    _, cost = _loads(able, gpus, best_prices)
-    return Horizon(max(longest_h, cost / total), longest_h, best_prices)
+        moved = [
+            price * ((load / count + even) / (2 * even)) ** power
+            for price, load, count in zip(prices, loads, gpus.values(), strict=True)
+        ]
+        earns = sum(map(operator.mul, gpus.values(), moved))
+        prices = [price * total / earns for price in moved]
+    _, cost = _loads(able, best_prices)
+    named = dict(zip(gpus, best_prices, strict=True))
+    return Horizon(max(longest_h, cost / total), longest_h, named)
+
+
+def _hours(work: Work, gpus: Mapping[str, int]) -> list[tuple[int, float]]:
+    """The GPU-hours that it takes on each type with room for it, by the type's place in `gpus`."""
+    return [
+        (place, work.gpu_hours / work.relative[name])
+        for place, (name, count) in enumerate(gpus.items())
+        if count >= work.gpus and name in work.relative
+    ]
 
 
 def _loads(
-    works: Sequence[Work], gpus: Mapping[str, int], prices: Mapping[str, float]
-) -> tuple[dict[str, float], float]:
-    """GPU-hours of each type where all work goes where it is cheapest, and what it costs."""
-    loads = dict.fromkeys(prices, 0.0)
+    works: Sequence[Sequence[tuple[int, float]]], prices: Sequence[float]
+) -> tuple[list[float], float]:
+    """GPU-hours of each type where all work goes where it is cheapest, and what it costs. One loop
+    and no small objects in it: this is the larger part of a decision over a thousand jobs."""
+    loads = [0.0] * len(prices)
     total = 0.0
     for work in works:
-        cost, name = min(
-            (prices[name] / ratio, name)
-            for name, ratio in work.relative.items()
-            if gpus.get(name, 0) >= work.gpus
-        )
-        loads[name] += work.gpu_hours / work.relative[name]
-        total += work.gpu_hours * cost
+        least, where, longs = math.inf, 0, 0.0
+        for place, hours in work:
+            cost = prices[place] * hours
+            if cost < least:
+                least, where, longs = cost, place, hours
+        loads[where] += longs
+        total += least
     return loads, total
