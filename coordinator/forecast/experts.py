@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.forecast.grid import HOURS_PER_DAY, HOURS_PER_WEEK, Grid
+from coordinator.forecast.columns import all_of_it
+from coordinator.forecast.grid import HOURS_PER_DAY, Grid
 from coordinator.forecast.quantiles import Floats, of_samples
 
 WINDOW_DAYS: Final = 42  # that is learned from: six of each weekday
@@ -128,24 +129,6 @@ def ridge(taught: Lesson, trust: Floats, ahead: int) -> Callable[[Grid], Floats]
     """Its distance from several means, and what followed a day and a week ago."""
 
     return _regression(taught, trust, lambda grid: all_of_it(grid, ahead), ahead)
-
-
-def all_of_it(grid: Grid, ahead: int) -> Floats:
-    """The distance from several means, what followed a day and a week ago, and the time."""
-    columns = [grid.known - grid.mean(hours) for hours in (3, 12, 24, 72, 168)]
-    columns += [_change_before(grid, ahead, hours) for hours in (24, 168) if ahead]
-    waves = grid.nervousness[:, -6:] * grid.mean(HOURS_PER_WEEK)[:, None]
-    return np.concatenate([np.stack(columns, axis=1), waves], axis=1)
-
-
-def _change_before(grid: Grid, ahead: int, hours: int) -> Floats:
-    """What followed within `ahead` steps so many hours ago; zero where that is not known."""
-    back = hours * grid.per_hour
-    change = np.zeros(len(grid.values))
-    if ahead <= back < len(change):
-        then = np.arange(back, len(change)) - back
-        change[back:] = grid.known[then + ahead] - grid.known[then]
-    return change
 
 
 def _regression(

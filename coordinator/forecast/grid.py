@@ -53,6 +53,14 @@ class Grid:
             self._means[hours] = _trailing(self.known, hours * self.per_hour)
         return self._means[hours]
 
+    def least(self, hours: int) -> Floats:
+        """From `hours` ago until each step, both included; of fewer at the beginning."""
+        return _trailing_least(self.known, hours * self.per_hour + 1)
+
+    def most(self, hours: int) -> Floats:
+        """Like `least`."""
+        return -_trailing_least(-self.known, hours * self.per_hour + 1)
+
     def change_ahead(self, ahead: int) -> Floats:
         """By how much demand changes within `ahead` steps; NaN where that is not known (yet)."""
         change = np.full(len(self.values), np.nan)
@@ -83,3 +91,14 @@ def _trailing(values: Floats, steps: int) -> Floats:
     starts = np.maximum(0, ends - steps)
     mean: Floats = (summed[ends] - summed[starts]) / (ends - starts)
     return mean
+
+
+def _trailing_least(values: Floats, steps: int) -> Floats:
+    """In a time that does not grow with `steps`: of two blocks that a window touches, what is least
+    from its begin on, and up to its end (van Herk, Pattern Recognition Letters 13, 1992)."""
+    filler = np.full(-len(values) % steps, np.inf)
+    blocks = np.concatenate([np.full(steps, np.inf), values, filler]).reshape(-1, steps)
+    until = np.minimum.accumulate(blocks, axis=1).ravel()
+    since = np.minimum.accumulate(blocks[:, ::-1], axis=1)[:, ::-1].ravel()
+    ends = np.arange(steps, steps + len(values))
+    return np.minimum(since[ends - steps + 1], until[ends])

@@ -20,12 +20,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.forecast.columns import and_lately, from_means
 from coordinator.forecast.experts import (
     SCALE_TAILS,
     SMALL_GPUS,
     SMALL_RATIO,
     Lesson,
-    all_of_it,
 )
 from coordinator.forecast.grid import CHANGE_MIN, HOURS_PER_DAY, HOURS_PER_WEEK, Grid
 from coordinator.forecast.quantiles import LEVELS, Floats, of_samples
@@ -91,8 +91,8 @@ def returning(taught: Lesson, ahead: int) -> Skewed:
 
 
 def regressed(taught: Lesson, ahead: int) -> Skewed:
-    """With all that the ridge regression looks at."""
-    return fit(taught, lambda grid: all_of_it(grid, ahead), ahead)
+    """With all that the ridge regression looks at, and what came and left lately."""
+    return fit(taught, lambda grid: and_lately(grid, ahead), ahead)
 
 
 def aged(taught: Lesson, ahead: int) -> Skewed:
@@ -107,12 +107,6 @@ def aged(taught: Lesson, ahead: int) -> Skewed:
         return np.concatenate([from_means(grid), leaving(grid)[:, None]], axis=1)
 
     return fit(kept, columns, ahead, leaving)
-
-
-def from_means(grid: Grid) -> Floats:
-    """How far demand is from the means of the last day and week; a row a step."""
-    far = [grid.known - grid.mean(hours) for hours in (HOURS_PER_DAY, HOURS_PER_WEEK)]
-    return np.stack(far, axis=1)
 
 
 def _nothing(grid: Grid) -> Floats:
