@@ -139,11 +139,13 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
         yield queries.put_node, [{"id": n.id, "document": document(n)} for n in nodes.values()]
     if events:
         yield queries.put_event, [_event_row(event) for event in events.values()]
-        job_ids = dict.fromkeys(job_id for job_id, _ in events)
-        yield (
-            queries.trim_events,
-            [{"job_id": job_id, "events_max": EVENTS_PER_JOB_MAX} for job_id in job_ids],
-        )
+        # Lines are counted from 1: whoever has not come so far has no more than that.
+        long = dict.fromkeys(job_id for job_id, line in events if line > EVENTS_PER_JOB_MAX)
+        if long:
+            yield (
+                queries.trim_events,
+                [{"job_id": job_id, "events_max": EVENTS_PER_JOB_MAX} for job_id in long],
+            )
     if series:
         yield queries.put_demand_series, [_series_row(value) for value in series.values()]
     if demand:
