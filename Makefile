@@ -133,9 +133,10 @@ fast-tests: $(STAMP)
 check: gates
 	@$(MAKE) fast-tests
 
+# Three on two cores: those that start real processes wait as long as they compute.
 test: gates
-	@echo "test: everything, two at a time"
-	exec $(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	@echo "test: everything, three at a time"
+	exec $(BIN)/python -m pytest tests -n 3 --dist loadgroup
 
 bench: $(STAMP)
 	@for path in bench/[a-z]*.py; do

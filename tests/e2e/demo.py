@@ -1,6 +1,6 @@
 """`make demo`: a fine-tuning job loses its node in the middle and finishes on another one.
 
-    python -m tests.e2e.demo [--steps N] [--lease-ms N] [--keep] [--json]
+    python -m tests.e2e.demo [--steps N] [--lease-ms N] [--no-comparison] [--keep] [--json]
 
 This file is the way in and out: the flags, the exit status, and what Ctrl-C does at any moment,
 also while the slow imports are under way. What happens in between stands in `demo_story.py`, what
@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tests.e2e import demo_story  # gRPC and rich: half a second in which Ctrl-C may come
 
         return demo_story.run(
-            steps=options.steps, lease_ms=options.lease_ms, keep=options.keep, as_json=options.json
+            steps=options.steps,
+            lease_ms=options.lease_ms,
+            comparison=options.comparison,
+            keep=options.keep,
+            as_json=options.json,
         )
     except Interrupted as interrupted:
         sys.stderr.write("\nstopped; nothing is left running\n")
@@ -60,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--lease-ms", type=positive, help="the coordinator's lease (default: its own, 8000)"
+    )
+    parser.add_argument(
+        "--no-comparison",
+        dest="comparison",
+        action="store_false",
+        help="leave out whether anything was transferred, for which three heads are trained",
     )
     parser.add_argument("--keep", action="store_true", help="leave logs and state in .demo/")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")

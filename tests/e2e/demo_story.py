@@ -59,7 +59,9 @@ class Watched:
     said: dict[str, str] = field(default_factory=dict)
 
 
-def run(*, steps: int | None, lease_ms: int | None, keep: bool, as_json: bool) -> int:
+def run(
+    *, steps: int | None, lease_ms: int | None, comparison: bool, keep: bool, as_json: bool
+) -> int:
     """Tell the whole story. Returns the exit status."""
     with View(as_json=as_json) as view:
         sweep()
@@ -68,6 +70,7 @@ def run(*, steps: int | None, lease_ms: int | None, keep: bool, as_json: bool) -
         held = False
         try:
             with cluster:
+                _prepare(cluster, view, comparison=comparison)
                 summary = _tell(cluster, view, steps=steps, lease_ms=lease_ms)
             view.text()
             for line in demo_report.lines(summary):
@@ -93,13 +96,17 @@ def run(*, steps: int | None, lease_ms: int | None, keep: bool, as_json: bool) -
         return 0 if held else 1
 
 
+def _prepare(cluster: Cluster, view: View, *, comparison: bool) -> None:
+    view.title("Preparing model and data (once, offline; about half a minute)")
+    _helper(cluster, view, "trainers.prepare", "--out", str(DATA))
+    if comparison:
+        view.title("Was anything transferred? The same head, trained on three backbones")
+        _helper(cluster, view, "trainers.compare", "--data", str(DATA))
+
+
 def _tell(
     cluster: Cluster, view: View, *, steps: int | None, lease_ms: int | None
 ) -> demo_report.Summary:
-    view.title("Preparing model and data (once, offline; about half a minute)")
-    _helper(cluster, view, "trainers.prepare", "--out", str(DATA))
-    view.title("Was anything transferred? The same head, trained on three backbones")
-    _helper(cluster, view, "trainers.compare", "--data", str(DATA))
     gpus = _real_gpus(cluster.directory)
     _start_fleet(cluster, view, gpus, lease_ms)
     view.title("Submitting two jobs")

@@ -108,7 +108,7 @@ def test_job_of_a_dead_node_finishes_elsewhere_and_demo_says_how(
 def test_interrupted_in_the_middle_of_training_leaves_no_process(
     number: signal.Signals, demos: list[subprocess.Popen[str]]
 ) -> None:
-    demo = start_demo()
+    demo = start_demo("--no-comparison")
     demos.append(demo)
     assert demo.stdout is not None
     told = []

@@ -10,7 +10,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, what
         nothing.wait(POLL_S)
+
+
+def line_of(message: Mapping[str, Any]) -> bytes:
+    """As it goes over the socket."""
+    return json.dumps(message).encode() + b"\n"
 
 
 class FakeAgent:
@@ -80,7 +85,7 @@ class FakeAgent:
         return self._connection is not None
 
     def send(self, **message: Any) -> None:
-        self.send_bytes(json.dumps(message).encode() + b"\n")
+        self.send_bytes(line_of(message))
 
     def send_bytes(self, data: bytes) -> None:
         assert self._connection is not None
@@ -125,7 +130,10 @@ class FakeAgent:
                     self._connection = None
 
     def _read(self, connection: socket.socket, lines: Any) -> None:
+        """Answers go where the message came from: a test may cut ``self._connection`` meanwhile."""
         for line in lines:
+            if not line.endswith(b"\n"):
+                return  # the program was killed in the middle of it
             message = json.loads(line)
             if message["type"] == "hello":
                 assert message["version"] == 1
@@ -138,15 +146,15 @@ class FakeAgent:
                 self._grant(connection, self.slabs, message["bytes"])
             if message["type"] == "checkpoint" and self.stores:
                 # A program that ends does not wait for answers; what it said before is still read.
+                stored = {"type": "stored", "id": message["id"], "digest": "ab"}
                 with contextlib.suppress(OSError):
-                    self.send(type="stored", id=message["id"], digest="ab")
+                    connection.sendall(line_of(stored))
             self.received.put(message)
 
     def _grant(self, connection: socket.socket, slabs: agent_slabs.Slabs, size: int) -> None:
         granted = slabs.grant("1.1", size)
         if isinstance(granted, str):
-            self.send(type="slab_refused", reason=granted)
+            connection.sendall(line_of({"type": "slab_refused", "reason": granted}))
             return
         line = {"type": "slab", "bytes": granted.slot_bytes, "slots": granted.slots}
-        data = json.dumps(line).encode() + b"\n"
-        socket.send_fds(connection, [data], [granted.descriptor])
+        socket.send_fds(connection, [line_of(line)], [granted.descriptor])

@@ -1,11 +1,7 @@
-"""Ranks as real processes that talk over loopback, and a host that starts them in no time.
+"""Gangs of ranks that talk over loopback, each forked from one host (``forking``).
 
-A process that imports torch and transformers takes seconds, and these tests need dozens of ranks.
-So one host imports them once and computes nothing; each rank is forked from it, which is how agents
-start trainers too. A rank runs what a user's rank runs, ``start.run``, with its configuration in a
-file, and a tiny task that can be told to fail.
-
-    python -m tests.trainers.gang        one JSON line in for each gang, one out with its statuses
+A rank runs what a user's rank runs, ``start.run``, with its configuration in a file, and a tiny
+task that can be told to fail.
 """
 
 import contextlib
@@ -13,9 +9,6 @@ import json
 import math
 import os
 import signal
-import socket
-import subprocess
-import sys
 import unittest.mock
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +20,14 @@ import transformers
 
 import baton_sdk
 from agent import slabs as agent_slabs
-from tests.trainers import tasks
+from tests.trainers import forking, tasks
+from tests.trainers.forking import Ended
 from tests.trainers.test_capture import PLENTY, DeskSession, files_of
 from trainers import adapters, loop, models, ranks, sharding, start
 from trainers.causal import CausalTextTask
 from trainers.classify import Classifier, ClassifyTask, make_head
 from trainers.configuration import LoopOptions
 from trainers.lora import LoraOptions
-
-RANKS_S_MAX = 100
-"""Of a rank that hangs, on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,94 +173,27 @@ def build(options: GangOptions, folder: Path) -> loop.Task:
     return Faulty(tasks.Noisy(task) if options.noisy else task, options)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A rank that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in self.events if line["event"] == "step"]
-
-    def event(self, name: str) -> dict[str, Any]:
-        """The only one of this name."""
-        (found,) = [line for line in self.events if line["event"] == name]
-        return found
-
-
-class Host:
+class Host(forking.Host):
     """Starts gangs, one after another."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._process: subprocess.Popen[str]
-        self._gangs = 0
-
-    def __enter__(self) -> "Host":
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.gang"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(RANKS_S_MAX) == 0
+        super().__init__(folder, "tests.trainers.gang")
 
     def run(
         self, size: int, environments: Sequence[Mapping[str, str]] = (), **options: Any
     ) -> list[Ended]:
         """Run a gang of so many ranks to its end; what became of each."""
-        self._gangs += 1
-        place = self.folder / f"gang-{self._gangs}"
-        place.mkdir()
+        place = self.place()
         (place / "config.json").write_text(json.dumps(options))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-        told = {
-            "place": str(place),
-            "environments": [
-                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **dict(own)}
-                for rank, own in enumerate(environments or [{}] * size)
-            ],
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(told) + "\n")
-        self._process.stdin.flush()
-        statuses = json.loads(self._process.stdout.readline())
-        texts = [
-            [(place / f"{name}-{rank}").read_text() for name in ("out", "err")]
-            for rank in range(size)
-        ]
-        return [Ended(status, *text) for status, text in zip(statuses, texts, strict=True)]
+        return self.run_in(place, environments or [{}] * size)
 
 
-def run_rank(place: Path, environment: dict[str, str]) -> int:
+def run_rank(place: Path) -> int:
     """In a forked process."""
-    os.environ.update(environment)
-    rank = environment["RANK"]
-    for number, name in ((1, "out"), (2, "err")):
-        opened = os.open(place / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY)
-        os.dup2(opened, number)
-    signal.alarm(RANKS_S_MAX)
     arguments = ["--config", str(place / "config.json")]
-    if not environment.get("GANG_DESK"):
+    if not os.environ.get("GANG_DESK"):
         return start.run(GangOptions, lambda: build, arguments)
-    return run_with_desk(Path(environment["GANG_DESK"]), arguments)
+    return run_with_desk(Path(os.environ["GANG_DESK"]), arguments)
 
 
 class Answering(DeskSession):
@@ -295,20 +219,5 @@ def run_with_desk(target: Path, arguments: Sequence[str]) -> int:
     return status
 
 
-def serve() -> None:
-    """Fork the ranks that are asked for, until nobody asks any more."""
-    for line in sys.stdin:
-        told = json.loads(line)
-        children = []
-        for environment in told["environments"]:
-            child = os.fork()
-            if child == 0:
-                start.leave(run_rank(Path(told["place"]), environment))
-            children.append(child)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        sys.stdout.write(json.dumps(statuses) + "\n")
-        sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    serve()
+    forking.serve(run_rank, start.leave)

@@ -1,5 +1,6 @@
 """One rank of an unmodified `Trainer` script, with an agent and an output directory of its own, as
-ranks on different nodes have them: `python -m tests.trainers.hook_rank PLAY DIRECTORY`.
+ranks on different nodes have them. It is forked (``forking``), and its environment says what it
+plays, in `PLAY`, and where, in `PLAY_DIRECTORY`.
 
 `stopped`: it trains undisturbed, then is stopped, then goes on from what rank 0 has handed over.
 `newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
@@ -24,7 +25,9 @@ from transformers import trainer as module
 import baton_sdk
 from baton_hook import torn
 from baton_hook import trainer as bridge
+from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS, Room, losses, make_trainer, weights
+from trainers import start
 
 STOPPED_AT = 5
 
@@ -129,20 +132,23 @@ PLAYS = {
 }
 
 
-def main(play: str, directory: Path, rank: int) -> None:
+def run_rank(_place: Path) -> int:
+    """In a forked process."""
+    directory, rank = Path(os.environ["PLAY_DIRECTORY"]), int(os.environ["RANK"])
     node = directory / f"node-{rank}"
     node.mkdir()
     patch = pytest.MonkeyPatch()
     room = Room(node, patch)
     bridge.install(module)
     room.attempt()
-    told = PLAYS[play](room, directory, rank)
+    told = PLAYS[os.environ["PLAY"]](room, directory, rank)
     room.end()
     room.agent.stop()
     patch.undo()
     sys.stdout.write(json.dumps(told) + "\n")
     torch.distributed.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"]))
+    forking.serve(run_rank, start.leave)

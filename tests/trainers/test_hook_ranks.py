@@ -1,69 +1,55 @@
 """Unmodified `Trainer` scripts of several ranks, most of which see nothing of another's files."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from baton_hook import agreement, resume, states
+from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
 RANKS = 2
 RANKS_S_MAX = 200
 
-pytestmark = pytest.mark.timeout(2 * RANKS_S_MAX + 20)
+pytestmark = [pytest.mark.timeout(2 * RANKS_S_MAX + 20), pytest.mark.xdist_group("hook-ranks")]
+"""One host."""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forking.Host]:
+    plays = tmp_path_factory.mktemp("plays")
+    with forking.Host(plays, "tests.trainers.hook_rank", RANKS_S_MAX) as made:
+        yield made
 
 
 def play(
-    name: str, tmp_path: Path, local_ranks: tuple[int, ...] = (0,) * RANKS
+    host: forking.Host, name: str, tmp_path: Path, local_ranks: tuple[int, ...] = (0,) * RANKS
 ) -> list[tuple[dict[str, Any], str]]:
     """What each rank of a play of `hook_rank` has told, and said on stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainers.hook_rank", name, str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, local_rank in enumerate(local_ranks)
-    ]
-    found = []
-    try:
-        for rank in ranks:
-            out, err = rank.communicate(timeout=RANKS_S_MAX)
-            assert rank.returncode == 0, err
-            found.append((json.loads(out.splitlines()[-1]), err))
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return found
+    common = {"PLAY": name, "PLAY_DIRECTORY": str(tmp_path)}
+    ranks = host.run_in(host.place(), [{**common, "LOCAL_RANK": str(n)} for n in local_ranks])
+    for rank in ranks:
+        assert rank.status == 0, rank.err
+    return [(json.loads(rank.out.splitlines()[-1]), rank.err) for rank in ranks]
 
 
-def test_ranks_on_two_nodes_go_on_bit_for_bit(tmp_path: Path) -> None:
+def test_ranks_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path) -> None:
     """Each with its own random numbers: a dropout that begins anew is another training."""
     wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
-    for told, err in play("stopped", tmp_path):
+    for told, err in play(host, "stopped", tmp_path):
         assert told == {"status": 75, **wanted}, err
     handed = {path.name for path in (tmp_path / "handed").iterdir()}
     assert {states.name_of(rank) for rank in range(RANKS)} <= handed
     assert not (tmp_path / "node-0" / "first" / "checkpoint-5" / states.name_of(1)).exists()
 
 
-def test_what_one_node_alone_has_is_not_resumed_from(tmp_path: Path) -> None:
+def test_what_one_node_alone_has_is_not_resumed_from(host: forking.Host, tmp_path: Path) -> None:
     """Nor is the other rank left with a script that finds nothing, which Trainer refuses."""
     own = ([f"checkpoint-{3 * EVERY}"], [f"checkpoint-{STEPS}"])
-    for rank, (told, err) in enumerate(play("newer", tmp_path)):
+    for rank, (told, err) in enumerate(play(host, "newer", tmp_path)):
         expected = [own[0], own[1]] if rank == 0 else [[], []]
         assert [told[name]["own"] for name in ("committed", "nothing")] == expected, err
         assert [told[name]["began"] for name in ("committed", "nothing")] == [2 * EVERY, 0], err
@@ -83,17 +69,17 @@ def test_what_one_node_alone_has_is_not_resumed_from(tmp_path: Path) -> None:
     ("name", "local_ranks"), [("torn_on_one_node", (0, 1)), ("torn_on_one_of_two", (0, 0))]
 )
 def test_where_all_is_torn_every_rank_starts_from_the_beginning(
-    tmp_path: Path, name: str, local_ranks: tuple[int, ...]
+    host: forking.Host, tmp_path: Path, name: str, local_ranks: tuple[int, ...]
 ) -> None:
     """Once one rank has set it aside, another finds nothing that it could call torn."""
-    for told, err in play(name, tmp_path, local_ranks):
+    for told, err in play(host, name, tmp_path, local_ranks):
         assert told == {"began": 0, "done": True}, err
         assert "training starts from the beginning" in err
 
 
-def test_where_one_rank_is_left_alone_all_are(tmp_path: Path) -> None:
+def test_where_one_rank_is_left_alone_all_are(host: forking.Host, tmp_path: Path) -> None:
     """What ranks decide together would wait for it for ever."""
-    (first, first_err), (second, second_err) = play("alone", tmp_path)
+    (first, first_err), (second, second_err) = play(host, "alone", tmp_path)
     assert first == second == {"done": True, "handed_over_count": 0}
     assert "the script talks to Baton itself" in first_err
     assert "another rank's Trainer is left alone, so this one is as well" in second_err

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from agent import slabs as agent_slabs
 from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent
-from tests.trainers.gang import Ended, Host
+from tests.trainers.forking import Ended
+from tests.trainers.gang import Host
 from trainers import checkpoint, export, microbatch, ranges, weights
 from trainers.ranks import ALONE, NO_STOP_S, Decision, Vote, World, decide, world_of
 

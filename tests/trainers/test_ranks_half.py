@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.trainers import tasks
-from tests.trainers.gang import Ended, Host
+from tests.trainers.forking import Ended
+from tests.trainers.gang import Host
 from tests.trainers.test_ranks import PLAIN, RANDOM, SAVED, STEPS, only, parts
 
 pytestmark = pytest.mark.xdist_group("ranks")

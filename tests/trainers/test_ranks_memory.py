@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainers import tasks
-from tests.trainers.gang import Ended, Host
+from tests.trainers.forking import Ended
+from tests.trainers.gang import Host
 from tests.trainers.test_ranks import PLAIN, RANDOM, SAVED, STEPS, close, only, parts
 from trainers import microbatch, start
 from trainers.guard import Guard
