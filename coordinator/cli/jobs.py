@@ -24,6 +24,7 @@ from coordinator.cli.render import (
     write_table,
 )
 from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -391,7 +392,7 @@ def _phase(job: "Job", now: datetime) -> str:
 
 def _request(job: "Job") -> str:
     spec = job.spec
-    wishes = [f"{spec.gpus} GPU{'' if spec.gpus == 1 else 's'}"]
+    wishes = [quantity(spec.gpus, "GPU")]
     if spec.shared_gpu_memory_bytes:
         wishes = [f"{units.format_size(spec.shared_gpu_memory_bytes)} of a shared GPU"]
     if spec.ranks > 1:

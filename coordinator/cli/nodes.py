@@ -13,6 +13,7 @@ import click
 from coordinator.cli import units
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import common_options, connect, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -243,7 +244,7 @@ def _free(gpus: "list[Gpu]") -> str:
 
 def _sharers(shares: "list[GpuShare]") -> str:
     memory = units.format_size(sum(share.memory_bytes for share in shares))
-    return f"1 job shares {memory}" if len(shares) == 1 else f"{len(shares)} jobs share {memory}"
+    return f"{quantity(len(shares), 'job shares', 'jobs share')} {memory}"
 
 
 def _memory(gpus: "list[Gpu]") -> str | None:

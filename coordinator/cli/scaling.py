@@ -13,6 +13,7 @@ import click
 
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.capacity_client import CapacityClient, Decision, Deed, TypePlan
@@ -118,11 +119,11 @@ def _row(one: "TypePlan") -> tuple[object, ...]:
 
 def _remarks(one: "TypePlan") -> Iterator[str]:
     if one.rented_gpus:
-        yield f"{one.rented_gpus} are rented by the hour"
+        yield f"{quantity(one.rented_gpus, 'is', 'are')} rented by the hour"
     if one.failed_gpus:
         yield f"{one.failed_gpus} did not start"
     if one.closed_gpus:
-        yield f"{one.closed_gpus} are closed or lost"
+        yield f"{quantity(one.closed_gpus, 'is', 'are')} closed or lost"
     if one.stale:
         yield "what is known is too old"
     elif not one.soon_gpus:
@@ -256,7 +257,11 @@ def _not_up(decision: "Decision", nodes: "Mapping[str, Node]") -> Iterator[str]:
 def _show(one: "Decision") -> None:
     click.echo(f"{one.id}: {one.sentence}")
     click.echo(f"{one.time:%Y-%m-%d %H:%M:%S} UTC, mode {one.mode}, {one.gpu_type}")
-    there = f"{one.there_gpus} on or starting, {one.running_gpus} run, {one.queued_gpus} wait"
+    run, wait = (
+        quantity(one.running_gpus, "runs", "run"),
+        quantity(one.queued_gpus, "waits", "wait"),
+    )
+    there = f"{one.there_gpus} on or starting, {run}, {wait}"
     click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
     cases = f"{_percent(one.level)} of cases"
     click.echo(f"planned for {cases}: {one.need_gpus} needed, {one.keep_gpus} kept on")

@@ -17,6 +17,7 @@ import click
 from coordinator.cli.again import again
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.forecast.demand_file import Series
@@ -130,8 +131,8 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
     write_table(_COLUMNS, [_cells(name, row) for name, (row, _) in found.items()])
     limit = next(iter(found.values()))[0].limit_ratio
     write_notice(
-        f"limit: {inputs.fleet.nodes} nodes, of which demand leaves {limit:.1%} unused on average:"
-        " no policy can have more than that off without letting work wait"
+        f"limit: {quantity(inputs.fleet.nodes, 'node')}, of which demand leaves {limit:.1%} unused"
+        " on average: no policy can have more than that off without letting work wait"
     )
 
 

@@ -68,7 +68,7 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert result.exit_code == 0
     for part in (
         "scale-7: 1 node of H100 goes off (n3)",
-        "4 on or starting, 1 run, 2 wait, 3 of them guaranteed",
+        "4 on or starting, 1 runs, 2 wait, 3 of them guaranteed",
         "planned for 95% of cases: 5 needed, 6 kept on",
         "maximum demand later, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",
