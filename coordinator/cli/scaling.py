@@ -84,12 +84,14 @@ def plan(context: click.Context, plot: Path | None) -> None:
     """
     with _connect(context) as client:
         found = client.plan()
+    # Demand from before any node had joined is of no type; --json has it all the same.
+    types = [one for one in found.types if any(_row(one)[1:-1])] or found.types
     if plot is not None:
-        _draw(context, plot, found.types)
+        _draw(context, plot, types)
     if settings_of(context).as_json:
         write_json(found)
         return
-    write_table(_COLUMNS, map(_row, found.types))
+    write_table(_COLUMNS, map(_row, types))
     write_notice(
         f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
     )

@@ -119,7 +119,11 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
     judged = sum(not math.isnan(gpus) for gpus in series.values[begin:])
     if judged == 0:
         hours = len(series.values) / series.per_hour
-        raise BadInput(f"{hours:g} h of demand leave nothing after --warm-up {given['warm_up_h']}")
+        warm_up_h = given["warm_up_h"]
+        raise BadInput(
+            f"the series has {hours:.3g} h, and nothing is known after the first {warm_up_h} h,"
+            " which are only learned from; --warm-up takes fewer"
+        )
     found = {name: _run(name, series, inputs, begin) for name in dict.fromkeys(policies)}
     if given["plot"] is not None:
         _write_plot(given["plot"], {name: each[1] for name, each in found.items()}, inputs)
