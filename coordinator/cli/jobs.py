@@ -21,6 +21,7 @@ from coordinator.cli.render import (
     write_fields,
     write_json,
     write_notice,
+    write_sentence,
     write_table,
 )
 from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
@@ -171,7 +172,7 @@ def _show_change(context: click.Context, call: "Callable[[Client], Job]") -> Non
         write_json(changed)
         return
     tail = f"; {changed.reason}" if changed.reason else ""
-    click.echo(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
+    write_sentence(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
 
 
 cancel = _verb(
@@ -289,7 +290,7 @@ def explain(context: click.Context, job_id: int) -> None:
     if settings_of(context).as_json:
         write_json(explanation)
     else:
-        click.echo(text(explanation.sentence))
+        write_sentence(text(explanation.sentence))
 
 
 def local_time(time: datetime | None) -> str:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import units
-from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    write_json,
+    write_notice,
+    write_sentence,
+    write_table,
+)
 from coordinator.cli.settings import common_options, connect, settings_of
 from coordinator.core.sentences import quantity
 
@@ -78,7 +85,7 @@ def _verb(name: str, call: "Callable[[Client, str], Node]", help_text: str) -> c
             write_json(changed)
             return
         tail = f"; {changed.reason}" if changed.reason else ""
-        click.echo(f"node {changed.id}: {changed.intent or UNKNOWN}{tail}")
+        write_sentence(f"node {changed.id}: {changed.intent or UNKNOWN}{tail}")
 
     return command
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 from coordinator.core.sentences import quantity
 
@@ -257,7 +257,7 @@ def _not_up(decision: "Decision", nodes: "Mapping[str, Node]") -> Iterator[str]:
 
 
 def _show(one: "Decision") -> None:
-    click.echo(f"{one.id}: {one.sentence}")
+    write_sentence(f"{one.id}: {one.sentence}")
     click.echo(f"{one.time:%Y-%m-%d %H:%M:%S} UTC, mode {one.mode}, {one.gpu_type}")
     run, wait = (
         quantity(one.running_gpus, "runs", "run"),
@@ -272,7 +272,7 @@ def _show(one: "Decision") -> None:
             said = ", ".join(
                 f"{level} {_gpus(value)}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
-            click.echo(f"maximum demand {name}, GPUs: {said}")
+            write_sentence(f"maximum demand {name}, GPUs: {said}")
     if one.coverage_ratio is not None:
         click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
     click.echo(f"held back by: {one.rail_reason or 'nothing'}")

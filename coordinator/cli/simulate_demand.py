@@ -80,7 +80,7 @@ def replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
     as_json = settings_of(context).as_json
     _simulate(given, policies, as_json=as_json)
     if not as_json:
-        write_notice(f"again: {again(context)}")
+        write_notice(f"again: {again(context)}", whole=True)
 
 
 def refuse_demand_options(context: click.Context) -> None:
