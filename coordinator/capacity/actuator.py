@@ -39,6 +39,7 @@ from coordinator.capacity import hostlist
 from coordinator.capacity.driver import WANTED, CapacityError, Driver, State, verify
 from coordinator.capacity.journal import Deed, Journal, Stage
 from coordinator.core.capacity_orders import CapacityOrder, CapacityOutcome, Verb
+from coordinator.core.sentences import quantity
 from coordinator.ports import Clock
 
 # At once, of a group; a management network and a provider's limits take no more.
@@ -119,7 +120,7 @@ class Actuator:
                 reason = f"no group of 'capacity' in the configuration has the node {node}"
                 self._answer(order.key, node, reason)
             elif len(self._running) >= WAITING_MAX:
-                reason = f"{len(self._running)} nodes wait for their drivers"
+                reason = f"{quantity(len(self._running), 'node waits', 'nodes wait')} for a driver"
                 self._answer(order.key, node, reason, postponed=True)
             else:
                 part = "" if group.driver.takes_lists else node

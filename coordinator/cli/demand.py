@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli.settings import CommandFailed, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.demand_client import Told
@@ -62,7 +63,7 @@ def save(path: Path, series: "Series") -> None:
 def saved(path: Path, series: "Series", *, asked: bool) -> str:
     """What stands in that file, in words; `asked`: the coordinator, which has seen each minute."""
     step_min = 60 // series.per_hour
-    said = f"{len(series.values)} steps of {step_min} min in {path}"
+    said = f"{quantity(len(series.values), 'step')} of {step_min} min in {path}"
     if asked and step_min > 1:
         fine_h = STEPS_MIN * step_min // 60
         said += f", each the mean of its minutes: only a series of less than {fine_h} h has those"

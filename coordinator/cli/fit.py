@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli.goodput import duration
-from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    write_json,
+    write_notice,
+    write_sentence,
+    write_table,
+)
 from coordinator.cli.settings import common_options, connect, settings_of
 from coordinator.cli.submit import here
 
@@ -99,9 +106,9 @@ def _write(report: "FitReport") -> None:
         write_notice("no node with a GPU has joined yet; start baton-agent on a machine")
         return
     for sentence, types in _sentences(report.fits).items():
-        click.echo(f"{', '.join(types)}: {sentence}")
+        write_sentence(f"{', '.join(types)}: {sentence}")
     if any(one.usd_per_hour is not None for one in report.fits) and report.prices_source:
-        click.echo(f"prices that --price does not give: {report.prices_source}")
+        write_sentence(f"prices that --price does not give: {report.prices_source}")
 
 
 def _row(one: "Fit") -> list[object]:

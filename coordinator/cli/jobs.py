@@ -21,9 +21,11 @@ from coordinator.cli.render import (
     write_fields,
     write_json,
     write_notice,
+    write_sentence,
     write_table,
 )
 from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -170,7 +172,7 @@ def _show_change(context: click.Context, call: "Callable[[Client], Job]") -> Non
         write_json(changed)
         return
     tail = f"; {changed.reason}" if changed.reason else ""
-    click.echo(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
+    write_sentence(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
 
 
 cancel = _verb(
@@ -288,7 +290,7 @@ def explain(context: click.Context, job_id: int) -> None:
     if settings_of(context).as_json:
         write_json(explanation)
     else:
-        click.echo(text(explanation.sentence))
+        write_sentence(text(explanation.sentence))
 
 
 def local_time(time: datetime | None) -> str:
@@ -391,7 +393,7 @@ def _phase(job: "Job", now: datetime) -> str:
 
 def _request(job: "Job") -> str:
     spec = job.spec
-    wishes = [f"{spec.gpus} GPU{'' if spec.gpus == 1 else 's'}"]
+    wishes = [quantity(spec.gpus, "GPU")]
     if spec.shared_gpu_memory_bytes:
         wishes = [f"{units.format_size(spec.shared_gpu_memory_bytes)} of a shared GPU"]
     if spec.ranks > 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli.finite import PRICE, Finite
-from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ def _show(found: "list[Recommendation]") -> None:
     ]
     write_table(_COLUMNS, rows)
     for each in found:
-        click.echo(f"\n{each.gpu_type}: {each.sentence}")
+        click.echo()
+        write_sentence(f"{each.gpu_type}: {each.sentence}")
         if each.alternatives:
             write_table(
                 _ALTERNATIVES,

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import units
-from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    write_json,
+    write_notice,
+    write_sentence,
+    write_table,
+)
 from coordinator.cli.settings import common_options, connect, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -77,7 +85,7 @@ def _verb(name: str, call: "Callable[[Client, str], Node]", help_text: str) -> c
             write_json(changed)
             return
         tail = f"; {changed.reason}" if changed.reason else ""
-        click.echo(f"node {changed.id}: {changed.intent or UNKNOWN}{tail}")
+        write_sentence(f"node {changed.id}: {changed.intent or UNKNOWN}{tail}")
 
     return command
 
@@ -243,7 +251,7 @@ def _free(gpus: "list[Gpu]") -> str:
 
 def _sharers(shares: "list[GpuShare]") -> str:
     memory = units.format_size(sum(share.memory_bytes for share in shares))
-    return f"1 job shares {memory}" if len(shares) == 1 else f"{len(shares)} jobs share {memory}"
+    return f"{quantity(len(shares), 'job shares', 'jobs share')} {memory}"
 
 
 def _memory(gpus: "list[Gpu]") -> str | None:

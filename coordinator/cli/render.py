@@ -11,15 +11,21 @@ Texts come from jobs and nodes, so control characters are shown as U+FFFD: a job
 drive a terminal.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import click
 
 UNKNOWN = "-"
 
 GAP = "  "
+
+# Less than this, and no line has two words.
+WIDTH_MIN = 20
+_COMMAND = re.compile(r"`[^`]*`")
+_GLUE = "\ue000"  # of nobody's alphabet
 
 # What a phase or an intent looks like on a terminal; everything else is plain.
 _STYLES = {
@@ -72,9 +78,33 @@ def write_json(document: Any) -> None:
     click.echo(msgspec.json.encode(document))
 
 
-def write_notice(sentence: str) -> None:
-    """A sentence of Baton's own beside the answer: stderr."""
-    click.echo(f"baton: {sentence.translate(_CONTROL)}", err=True)
+def write_notice(sentence: str, *, whole: bool = False) -> None:
+    """A sentence of Baton's own beside the answer: stderr. `whole`: to be copied as it is."""
+    said = f"baton: {sentence.translate(_CONTROL)}"
+    click.echo(said if whole else _wrapped(said, sys.stderr), err=True)
+
+
+def write_sentence(sentence: str) -> None:
+    """An answer in words: stdout."""
+    click.echo(_wrapped(sentence.translate(_CONTROL), sys.stdout))
+
+
+def _wrapped(sentence: str, stream: TextIO) -> str:
+    """On a terminal lines break between words, and in no `command`, which somebody may copy."""
+    if not stream.isatty():
+        return sentence
+    import shutil
+    import textwrap
+
+    glued = _COMMAND.sub(lambda found: found[0].replace(" ", _GLUE), sentence)
+    lines = textwrap.wrap(
+        glued,
+        max(WIDTH_MIN, shutil.get_terminal_size().columns),
+        subsequent_indent=GAP,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines).replace(_GLUE, " ")
 
 
 def write_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:

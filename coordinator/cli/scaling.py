@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.capacity_client import CapacityClient, Decision, Deed, TypePlan
@@ -83,12 +84,14 @@ def plan(context: click.Context, plot: Path | None) -> None:
     """
     with _connect(context) as client:
         found = client.plan()
+    # Demand from before any node had joined is of no type; --json has it all the same.
+    types = [one for one in found.types if any(_row(one)[1:-1])] or found.types
     if plot is not None:
-        _draw(context, plot, found.types)
+        _draw(context, plot, types)
     if settings_of(context).as_json:
         write_json(found)
         return
-    write_table(_COLUMNS, map(_row, found.types))
+    write_table(_COLUMNS, map(_row, types))
     write_notice(
         f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
     )
@@ -118,11 +121,11 @@ def _row(one: "TypePlan") -> tuple[object, ...]:
 
 def _remarks(one: "TypePlan") -> Iterator[str]:
     if one.rented_gpus:
-        yield f"{one.rented_gpus} are rented by the hour"
+        yield f"{quantity(one.rented_gpus, 'is', 'are')} rented by the hour"
     if one.failed_gpus:
         yield f"{one.failed_gpus} did not start"
     if one.closed_gpus:
-        yield f"{one.closed_gpus} are closed or lost"
+        yield f"{quantity(one.closed_gpus, 'is', 'are')} closed or lost"
     if one.stale:
         yield "what is known is too old"
     elif not one.soon_gpus:
@@ -254,9 +257,13 @@ def _not_up(decision: "Decision", nodes: "Mapping[str, Node]") -> Iterator[str]:
 
 
 def _show(one: "Decision") -> None:
-    click.echo(f"{one.id}: {one.sentence}")
+    write_sentence(f"{one.id}: {one.sentence}")
     click.echo(f"{one.time:%Y-%m-%d %H:%M:%S} UTC, mode {one.mode}, {one.gpu_type}")
-    there = f"{one.there_gpus} on or starting, {one.running_gpus} run, {one.queued_gpus} wait"
+    run, wait = (
+        quantity(one.running_gpus, "runs", "run"),
+        quantity(one.queued_gpus, "waits", "wait"),
+    )
+    there = f"{one.there_gpus} on or starting, {run}, {wait}"
     click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
     cases = f"{_percent(one.level)} of cases"
     click.echo(f"planned for {cases}: {one.need_gpus} needed, {one.keep_gpus} kept on")
@@ -265,7 +272,7 @@ def _show(one: "Decision") -> None:
             said = ", ".join(
                 f"{level} {_gpus(value)}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
-            click.echo(f"maximum demand {name}, GPUs: {said}")
+            write_sentence(f"maximum demand {name}, GPUs: {said}")
     if one.coverage_ratio is not None:
         click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
     click.echo(f"held back by: {one.rail_reason or 'nothing'}")

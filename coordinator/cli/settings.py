@@ -36,7 +36,14 @@ TIMEOUT_S_MAX = 86_400.0
 # int64 on the wire.
 JOB_ID_MAX = 2**63 - 1
 
-JOB_ID = click.IntRange(1, JOB_ID_MAX)
+
+class JobId(click.IntRange):
+    """click says of what is none: "not a valid job number"."""
+
+    name = "job number"
+
+
+JOB_ID = JobId(1, JOB_ID_MAX)
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 

@@ -173,7 +173,7 @@ def _simulate(context: click.Context, given: Mapping[str, Any]) -> None:
     write_rows(found)
     if given["quota"]:
         write_projects(found, cases)
-    write_notice(f"again: {again(context)}")
+    write_notice(f"again: {again(context)}", whole=True)
 
 
 def _policy(name: str, balance: float, case: "Case") -> "Policy":

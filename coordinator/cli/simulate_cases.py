@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from coordinator.cli.render import write_notice
 from coordinator.cli.settings import BadInput
 from coordinator.cli.simulate_demand import POWER_POLICIES
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.sim.journal import Recorded
@@ -65,7 +66,8 @@ def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequenc
     for why in list(after.left_out.values())[:LEFT_OUT_NAMED_MAX]:
         write_notice(f"{why}; it is left out of both")
     if len(after.left_out) > LEFT_OUT_NAMED_MAX:
-        write_notice(f"so are {len(after.left_out) - LEFT_OUT_NAMED_MAX} jobs more")
+        more = len(after.left_out) - LEFT_OUT_NAMED_MAX
+        write_notice("so is 1 job more" if more == 1 else f"so are {more} jobs more")
     for name in after.fleet.gpus:
         if name not in case.fleet.gpus:
             usd = after.fleet.prices_per_h.get(name, 0.0)
@@ -136,7 +138,9 @@ def _journal(path: Path, types: list[str]) -> "Recorded":
     gpus = ", ".join(f"{count} x {name}" for name, count in seen.fleet.gpus.items())
     out = "".join(f"; {count} left out that {why}" for why, count in seen.left_out.items())
     write_notice(
-        f"journal: {len(seen.jobs)} jobs on {gpus}; {seen.measured} rates measured,"
-        f" {seen.guessed} estimated; {seen.typical} jobs taken to be as long as others{out}"
+        f"journal: {quantity(len(seen.jobs), 'job')} on {gpus};"
+        f" {quantity(seen.measured, 'rate')} measured,"
+        f" {seen.guessed} estimated; {quantity(seen.typical, 'job')} taken to be as long as"
+        f" others{out}"
     )
     return seen

@@ -17,6 +17,7 @@ import click
 from coordinator.cli.again import again
 from coordinator.cli.render import Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.forecast.demand_file import Series
@@ -79,7 +80,7 @@ def replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
     as_json = settings_of(context).as_json
     _simulate(given, policies, as_json=as_json)
     if not as_json:
-        write_notice(f"again: {again(context)}")
+        write_notice(f"again: {again(context)}", whole=True)
 
 
 def refuse_demand_options(context: click.Context) -> None:
@@ -118,7 +119,11 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
     judged = sum(not math.isnan(gpus) for gpus in series.values[begin:])
     if judged == 0:
         hours = len(series.values) / series.per_hour
-        raise BadInput(f"{hours:g} h of demand leave nothing after --warm-up {given['warm_up_h']}")
+        warm_up_h = given["warm_up_h"]
+        raise BadInput(
+            f"the series has {hours:.3g} h, and nothing is known after the first {warm_up_h} h,"
+            " which are only learned from; --warm-up takes fewer"
+        )
     found = {name: _run(name, series, inputs, begin) for name in dict.fromkeys(policies)}
     if given["plot"] is not None:
         _write_plot(given["plot"], {name: each[1] for name, each in found.items()}, inputs)
@@ -130,8 +135,8 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
     write_table(_COLUMNS, [_cells(name, row) for name, (row, _) in found.items()])
     limit = next(iter(found.values()))[0].limit_ratio
     write_notice(
-        f"limit: {inputs.fleet.nodes} nodes, of which demand leaves {limit:.1%} unused on average:"
-        " no policy can have more than that off without letting work wait"
+        f"limit: {quantity(inputs.fleet.nodes, 'node')}, of which demand leaves {limit:.1%} unused"
+        " on average: no policy can have more than that off without letting work wait"
     )
 
 

@@ -6,9 +6,9 @@ there, and that it has failed already: "is starting" for half an hour is a lie.
 
 from coordinator.core import gpu_types, power
 from coordinator.core.capacity_model import Power
-from coordinator.core.live import Given
 from coordinator.core.model import Job, Node
 from coordinator.core.node_power import minutes
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import could_hold
 
@@ -23,11 +23,10 @@ def coming(state: State, now: Instant, job: Job) -> str:
         node = state.nodes[node_id].node
         if node.power.phase not in (Power.STARTING, Power.FAILED) or not _fits(job, node):
             continue
-        given = state.switching.given.get(node_id)
         if node.power.phase is Power.FAILED:
             given_up.append(f"{node_id} did not start: {node.power.reason}")
-        elif given is not None and given.done is False:
-            failing.append(_fails(state, now, node, given))
+        elif fails := failed(state, now, node):
+            failing.append(f"the start of {node_id} {fails}")
         else:
             past_ms = max(0, now.unix_ms - node.power.since_unix_ms)
             found.append((power.boot_ms(state, node) - past_ms, node_id))
@@ -51,20 +50,23 @@ def _fits(job: Job, node: Node) -> bool:
 
 def _tried(node: Node) -> str:
     """Of one whose start has failed before; the reason says how, and which try this is."""
-    failed = node.power.boot_failures
-    return f" (it has failed {_times(failed)}: {node.power.reason})" if failed else ""
+    count = node.power.boot_failures
+    return f" (it has failed {_times(count)}: {node.power.reason})" if count else ""
 
 
-def _fails(state: State, now: Instant, node: Node, given: Given) -> str:
-    options = state.options.power
+def failed(state: State, now: Instant, node: Node) -> str:
+    """Of a start that has failed and is tried again soon: how, and when; else empty."""
+    given, options = state.switching.given.get(node.id), state.options.power
+    if node.power.phase is not Power.STARTING or given is None or given.done is not False:
+        return ""
     left_ms = max(1_000, given.at_ms + options.boot_retry_ms - now.now_ms)
     times = _times(node.power.boot_failures + 1)
     why = given.reason or "its driver does not say why"
     return (
-        f"the start of {node.id} has failed {times}: {why}; it is tried again within"
-        f" {minutes(left_ms)}, {options.boot_retries + 1} times in all"
+        f"has failed {times}: {why}; it is tried again within {minutes(left_ms)},"
+        f" {quantity(options.boot_retries + 1, 'time')} in all"
     )
 
 
 def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+    return "once" if count == 1 else quantity(count, "time")

@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     bills,
     checkpoints,
+    coming,
     decisions,
     defragment,
     demand_forecast,
@@ -258,15 +259,17 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reasons = (_why_closed(state, live) or health.describe(state, live), stuck.describe(live))
+    reasons = (_why_closed(state, now, live) or health.describe(state, live), stuck.describe(live))
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
 
-def _why_closed(state: State, live: LiveNode) -> str:
+def _why_closed(state: State, now: Instant, live: LiveNode) -> str:
     if live.node.power.phase is Power.ON:
         return nodes.why_closed(live)
+    fails = coming.failed(state, now, live.node)
     reason = node_power.describe(live.node.power, power.boot_ms(state, live.node))
+    reason = f"its start {fails}" if fails else reason
     return "; ".join(filter(None, (reason, nodes.leaving(live))))
 
 

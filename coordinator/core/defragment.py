@@ -48,7 +48,7 @@ from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import Need, find, keep_free, keep_room, kept_from, request_key
 from coordinator.core.rooms import Place, Room, Tenant
-from coordinator.core.sentences import listed
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
@@ -320,7 +320,7 @@ class _Round:
             restart = foresight.seconds(move.stake_gpu_s / mover.spec.gpus)
             reason = (
                 f"moves to {move.target} to make room on {move.source} for job {job.id}, which"
-                f" {wait.words} for {gpus} GPUs; a restart takes about {restart} here"
+                f" {wait.words} for {quantity(gpus, 'GPU')}; a restart takes about {restart} here"
             )
             moves.send_away(state, now, mover, reason, move.target)
         until_ms = moves.until_left_ms(state, now, [move.job_id for move in found])

@@ -29,6 +29,7 @@ from coordinator.core.history import History, Run, TooLarge, names
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import refuse_spec, suits
 from coordinator.core.workload import ModelFacts, Training
@@ -85,8 +86,8 @@ def _too_many(state: State, spec: JobSpec) -> str:
     places = sum(count // spec.gpus for count in counts)
     if most and spec.ranks > places:
         return (
-            f"the job asks for {spec.ranks} ranks of {spec.gpus} GPUs each, and the whole fleet has"
-            f" places for {places}: ask for fewer"
+            f"the job asks for {spec.ranks} ranks of {quantity(spec.gpus, 'GPU')} each, and the"
+            f" whole fleet has places for {places}: ask for fewer"
         )
     return ""
 
@@ -198,12 +199,12 @@ class _Judge:
         own = [one for one in self.kin if one.job == self.job]
         here = sum(1 for one in own if one.measurement.place == place)
         if here:
-            return f"measured: {_times(here)} of this job there"
+            return f"measured: {quantity(here, 'run')} of this job there"
         parts = []
         if own:
-            parts.append(f"{_times(len(own))} of this job elsewhere")
+            parts.append(f"{quantity(len(own), 'run')} of this job elsewhere")
         if len(self.kin) > len(own):
-            parts.append(f"{_times(len(self.kin) - len(own))} of its kind")
+            parts.append(f"{quantity(len(self.kin) - len(own), 'run')} of its kind")
         if place.gpu_type in self.knowledge.types:
             parts.append("other jobs on this type")
         if any(known.key == place.gpu_type for known in gpu_types.TYPES):
@@ -302,7 +303,3 @@ def _unsuited(spec: JobSpec, kind: Kind) -> str:
 
 def _gb(size_bytes: int) -> str:
     return f"{size_bytes / GIGABYTE:.1f} GB"
-
-
-def _times(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"

@@ -17,7 +17,7 @@ from coordinator.core.model import Attempt, JobSpec
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import Need, find, request_key
 from coordinator.core.rooms import Place, Room
-from coordinator.core.sentences import listed
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.shortfalls import NODES_NAMED_MAX
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import gigabytes
@@ -105,7 +105,7 @@ def where(spec: JobSpec, places: Sequence[Place], rooms: Sequence[Room]) -> str:
         else:
             words.append(f"{len(names)} x {kinds} on {node}" if names else node)
     if len(words) > NODES_NAMED_MAX:
-        words = [*words[:NODES_NAMED_MAX], f"{len(words) - NODES_NAMED_MAX} nodes more"]
+        words = [*words[:NODES_NAMED_MAX], f"{quantity(len(words) - NODES_NAMED_MAX, 'node')} more"]
     return listed(words)
 
 

@@ -18,7 +18,7 @@ from coordinator.core.capacity_model import Power, Source
 from coordinator.core.gangs import RUNNING_JOB
 from coordinator.core.model import Attempt
 from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
-from coordinator.core.sentences import counted, listed
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.state import LiveNode, State
 
 # Of forgotten nodes that somebody ran on; of those before them the GPUs' type is not known any
@@ -82,7 +82,7 @@ def _why_not(state: State, live: LiveNode) -> str:
         return ""
     jobs = list(dict.fromkeys(attempt.job_id for attempt in holds))
     return (
-        f"{name} may still run {counted(len(holds), 'attempt')}, of {_jobs(jobs)}: wait until they"
+        f"{name} may still run {quantity(len(holds), 'attempt')}, of {_jobs(jobs)}: wait until they"
         " go on elsewhere, or `baton cancel` them"
     )
 

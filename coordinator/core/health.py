@@ -27,6 +27,7 @@ from coordinator.core import attempts, nodes, readings
 from coordinator.core.capacity_model import Power
 from coordinator.core.model import GpuCordon, GpuHealth, GpuVerdict
 from coordinator.core.phases import NodeIntent
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, LiveNode, State, cut
 
 V = GpuVerdict
@@ -184,7 +185,7 @@ def _breaker(state: State, now: Instant, count: int) -> str:
     if made == 0 or made + count <= limit:
         return ""
     return (
-        f"not cordoned: {made} of the fleet's {total} GPUs were within "
+        f"not cordoned: {made} of the fleet's {quantity(total, 'GPU')} were within "
         f"{options.cordon_window_ms // 60_000} min, and {limit} is the limit"
     )
 

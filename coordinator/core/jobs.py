@@ -26,6 +26,7 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import Job, JobIntent, JobSpec, JobView
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
 from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
 
@@ -49,7 +50,9 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
         return _invalid(sentence)
     open_count = len(state.jobs) - len(state.ended)
     if open_count >= JOBS_OPEN_MAX:
-        limit = f"{open_count} jobs are open and {JOBS_OPEN_MAX} is the limit"
+        limit = (
+            f"{quantity(open_count, 'job is', 'jobs are')} open and {JOBS_OPEN_MAX} is the limit"
+        )
         return Refusal(
             RefusalKind.EXHAUSTED, f"{limit}; cancel some, or wait until some have ended"
         )
@@ -171,7 +174,7 @@ def _abandon(state: State, now: Instant, job: Job) -> Answer:
     count = checkpoints.abandon_unreachable(state, state.jobs[job.id])
     state.waits.pop(job.id, None)
     job = state.jobs[job.id]
-    what = f"{count} checkpoint{'s' if count > 1 else ''} out of reach"
+    what = f"{quantity(count, 'checkpoint')} out of reach"
     where = f"goes on from step {job.head_step}" if job.head else "begins again"
     state.tell(
         now.unix_ms, job.id, "checkpoint.abandoned",

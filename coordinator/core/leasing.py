@@ -35,6 +35,7 @@ from typing import Final
 from coordinator.core.capacity_model import LEVELS
 from coordinator.core.deferral import Flexible, add_demand, burst_hours
 from coordinator.core.linear import Draft, SolveLinear
+from coordinator.core.sentences import quantity
 
 DAYS: Final = (1, 7, 28)
 LOT_RATIO: Final = 0.1
@@ -315,7 +316,7 @@ def _mean_burst(day: _Day, supply: int) -> float:
 
 def _sentence(day: _Day, level: _Level, lease: int) -> str:
     terms, gpus = day.terms, round(level.gpus)
-    have = f"{day.fleet.owned_gpus} are owned and {day.leased} leased"
+    have = f"{quantity(day.fleet.owned_gpus, 'is', 'are')} owned and {day.leased} leased"
     if level.rule == "price":
         return (
             f"lease nothing: a lease at ${terms.lease_usd:.2f} an hour is no cheaper than burst at"
@@ -326,7 +327,8 @@ def _sentence(day: _Day, level: _Level, lease: int) -> str:
         "break-even fall": f" of the last day, and before that it was {level.before_gpus:.0f}",
         "level": "",
     }[level.rule]
-    needed = f"{gpus} GPUs are needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
+    many = quantity(gpus, "GPU is", "GPUs are")
+    needed = f"{many} needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
     missing = gpus - day.there
     if lease:
         more = f" of {missing} that are missing" if lease < missing else ""
@@ -335,8 +337,9 @@ def _sentence(day: _Day, level: _Level, lease: int) -> str:
             f"{needed}, where burst at ${terms.burst_usd:.2f} is dearer; {have}"
         )
     if missing > 0:
-        return f"lease nothing: {missing} are missing, fewer than a lot of {terms.unit_gpus}: " + (
-            f"{needed}; {have}"
+        few = quantity(missing, "is", "are")
+        return (
+            f"lease nothing: {few} missing, fewer than a lot of {terms.unit_gpus}: {needed}; {have}"
         )
     by = " by break-even" if level.before_gpus > max(day.there, level.gpus) else ""
     return f"lease nothing{by}: {needed}; {have}"

@@ -45,6 +45,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, LiveGpu, LiveNode, State
 
 ABSENCE_MS_MAX = 600_000  # a polite agent may announce ten minutes of absence; longer is a drain
@@ -115,8 +116,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         past = state.forgotten.get(body.node)
         if past is not None and past.node.journal_id == body.journal_id:
             # What it did was counted before somebody took it out of the fleet.
-            counted = max(body.acknowledged, past.node.acknowledged)
-            node = replace(node, acknowledged=counted)
+            heard = max(body.acknowledged, past.node.acknowledged)
+            node = replace(node, acknowledged=heard)
         live = LiveNode(node, NodePhase.SUSPECT, 0)
         state.nodes[body.node] = live
         state.put_node(node)
@@ -434,4 +435,4 @@ def leaving(live: LiveNode) -> str:
     count = len(live.attempts) + len(live.strays)
     if live.node.intent is not NodeIntent.DRAINING or not count:
         return ""
-    return f"{count} attempt{'s are' if count > 1 else ' is'} still leaving"
+    return f"{quantity(count, 'attempt is', 'attempts are')} still leaving"

@@ -19,6 +19,7 @@ from coordinator.core import checkpoints, claims, poison
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 
 # Between two tries of a failing job: doubling from one second, so that a broken job costs little
@@ -85,7 +86,7 @@ def failed(state: State, now: Instant, attempt: Attempt, how: str, *, own: bool)
         poison.quarantine(state, now, replace(job, failures=failures), how)
         return
     if failures > job.spec.max_restarts:
-        times = f"{failures} failure{'s' if failures > 1 else ''} in a row"
+        times = f"{quantity(failures, 'failure')} in a row"
         reason = f"{how}; {times} without a further checkpoint, and {job.spec.max_restarts} allowed"
         end_job(state, now, job, JobPhase.FAILED, reason)
         return

@@ -45,7 +45,7 @@ from coordinator.core.fragmentation import PARTS, Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Offer, Place, Room, Tenant, open_room
-from coordinator.core.sentences import listed
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.validate import gigabytes
 
@@ -384,7 +384,7 @@ def _why_here(need: Need, spread: Spread) -> str:
     if need.spec.shared_gpu_memory_bytes:
         cap = gigabytes(need.spec.shared_gpu_memory_bytes)
         others = len(room.holds.get(gpu_uuids[0], ()))
-        beside = f" beside {others} other{'s' if others > 1 else ''}" if others else ""
+        beside = f" beside {quantity(others, 'other')}" if others else ""
         where_ = f"{cap} of a shared {', '.join(names)} on {node}{beside}"
     if node in need.replicas:
         return f"runs on {where_}, where its last checkpoint lies"

@@ -30,6 +30,7 @@ from enum import Enum
 
 from coordinator.core.model import Attempt, Checkpoint, Job, JobIntent, Trouble
 from coordinator.core.phases import JobPhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State, cut
 
 # From one checkpoint, at one step. One may be chance.
@@ -90,7 +91,7 @@ def step_back(state: State, now: Instant, job: Job) -> str:
     bad, before = state.good_checkpoints(job)[:2]
     assert job.trouble is not None
     times = job.trouble.tried.count((bad.digest, bad.step))
-    why = f"{times} attempts from it failed at step {job.trouble.step}"
+    why = f"{quantity(times, 'attempt')} from it failed at step {job.trouble.step}"
     state.put_checkpoint(replace(bad, bad=f"set aside: {why}"))
     trouble = replace(job.trouble, set_aside=bad.digest)
     state.put_job(replace(job, head=before.digest, head_step=before.step, trouble=trouble))
@@ -109,7 +110,7 @@ def quarantine(state: State, now: Instant, job: Job, how: str) -> None:
     job = put_back(state, job)
     assert job.trouble is not None
     sentence = (
-        f"quarantined: {how} at step {job.trouble.step}, {count} times, {tried};"
+        f"quarantined: {how} at step {job.trouble.step}, {quantity(count, 'time')}, {tried};"
         f" `baton logs {job.id}` shows what it wrote, and `baton requeue {job.id}` runs it again"
         f" from step {job.head_step}"
     )

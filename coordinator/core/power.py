@@ -63,6 +63,7 @@ from coordinator.core.phases import (
     NodePhase,
     advance,
 )
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, LiveNode, State, cut
 
 _VERBS = {Power.STOPPING: Verb.SUSPEND, Power.STARTING: Verb.RESUME}
@@ -311,7 +312,9 @@ def _starting(state: State, now: Instant, live: LiveNode) -> None:
         return
     tries = live.node.power.boot_failures + 1
     if tries > options.boot_retries:
-        reason = f"{why}; tried {tries} times, `baton uncordon {live.node.id}` tries again"
+        reason = (
+            f"{why}; tried {quantity(tries, 'time')}, `baton uncordon {live.node.id}` tries again"
+        )
         _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
         state.log("error", "node.boot_failed", node=live.node.id, reason=reason)
     elif since_ms >= options.boot_retry_ms:

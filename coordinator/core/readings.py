@@ -12,6 +12,7 @@ report is not due says nothing, and nothing follows from that.
 """
 
 from coordinator.core.model import GpuReading
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, LiveNode, State, cut
 
 # Ten missed deadlines: a driver that was busy with one GPU, or loaded anew, has answered by then.
@@ -68,8 +69,8 @@ def shortage(state: State) -> str:
     unread = sum(bool(gpu.unread) for live in state.nodes.values() for gpu in live.gpus.values())
     some = ""
     if cordoned:
-        counted = "1 is cordoned for its" if cordoned == 1 else f"{cordoned} are cordoned for their"
-        some = f"; {counted} health"
+        ill = quantity(cordoned, "is cordoned for its", "are cordoned for their")
+        some = f"; {ill} health"
     if unread:
         some += f"; {unread} cannot be read"
     return some

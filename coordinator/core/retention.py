@@ -25,6 +25,7 @@ from coordinator.core.checkpoint_requests import (
 from coordinator.core.messages import Answer, CheckpointPage, Refusal, RefusalKind
 from coordinator.core.model import Checkpoint, CheckpointView, Job
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 
 # Somebody who wants more wants an archive: export them.
@@ -79,8 +80,8 @@ def _refuse_pin(state: State, job: Job) -> str:
     everywhere = sum(pins(state, known) for known in state.checkpoints)
     if everywhere >= PINS_MAX:
         return (
-            f"{everywhere} checkpoints are pinned and {PINS_MAX} is the limit of the fleet; unpin"
-            " some, or export them"
+            f"{quantity(everywhere, 'checkpoint is', 'checkpoints are')} pinned and {PINS_MAX} is"
+            " the limit of the fleet; unpin some, or export them"
         )
     return ""
 
@@ -117,7 +118,8 @@ def _fitting(state: State, job: Job, choice: CheckpointChoice) -> list[Checkpoin
             return Refusal(RefusalKind.INVALID, f"digest {choice.digest!r} is too short; {least}")
         found = [one for one in kept if one.digest.startswith(choice.digest)]
         if len(found) > 1:
-            many = f"{len(found)} checkpoints of job {job.id} begin with {choice.digest!r}"
+            of_it = f"of job {job.id} begin with {choice.digest!r}"
+            many = f"{quantity(len(found), 'checkpoint')} {of_it}"
             return Refusal(RefusalKind.INVALID, f"{many}; give more digits")
         wish = f"a checkpoint {choice.digest[:12]}"
     elif choice.step is not None:

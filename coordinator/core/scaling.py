@@ -34,6 +34,7 @@ from coordinator.core.bursts import MS_PER_H, Burst
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.guard_rails import Bounds, Rail, Switched
+from coordinator.core.sentences import quantity
 
 NAMED_MAX: Final = 3  # of the nodes of a sentence
 
@@ -465,16 +466,20 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     verbs = (("starts", "start"), ("goes off", "go off"), ("is given back", "are given back"))
     for boxes, (one, several) in zip(done.boxes, verbs, strict=True):
         if boxes:
-            does = f"node of {name} {one}" if len(boxes) == 1 else f"nodes of {name} {several}"
-            parts.append(f"{len(boxes)} {does} ({_some([box.node for box in boxes])})")
+            does = quantity(len(boxes), f"node of {name} {one}", f"nodes of {name} {several}")
+            parts.append(f"{does} ({_some([box.node for box in boxes])})")
     if done.rented_gpus:
-        parts.append(f"{done.rented_gpus} GPUs of {name} are rented by the hour")
+        rented = quantity(done.rented_gpus, f"GPU of {name} is", f"GPUs of {name} are")
+        parts.append(f"{rented} rented by the hour")
     said = "; ".join(parts) or f"nothing of {name} is switched"
-    wants = f"{wanted.need_gpus} GPUs are needed"
+    wants = f"{quantity(wanted.need_gpus, 'GPU is', 'GPUs are')} needed"
     if wanted.trusted:
-        wants += f" at {100 * rules.level:.3g}%, {wanted.keep_gpus} stay on"
+        stay = quantity(wanted.keep_gpus, "stays", "stay")
+        wants += f" at {100 * rules.level:.3g}%, {stay} on"
     held = f"; held back: {done.rail.value}" if done.rail else ""
-    return f"{said}: {wants}, {wanted.there_gpus} are there{_late(outlook)}{held}"
+    return (
+        f"{said}: {wants}, {quantity(wanted.there_gpus, 'is', 'are')} there{_late(outlook)}{held}"
+    )
 
 
 def _late(outlook: Outlook) -> str:
@@ -484,7 +489,7 @@ def _late(outlook: Outlook) -> str:
     whose = _some([str(job_id) for job_id in outlook.late_jobs])
     one = len(outlook.late_jobs) == 1
     does = f"job {whose} would miss its" if one else f"jobs {whose} would miss their"
-    gpus = f"{outlook.late_gpus} GPU{'s' if outlook.late_gpus > 1 else ''} more"
+    gpus = f"{quantity(outlook.late_gpus, 'GPU')} more"
     return f", and {does} deadline{'' if one else 's'} by waiting, which {gpus} would keep"
 
 

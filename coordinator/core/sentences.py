@@ -7,7 +7,7 @@ of it by itself.
 from collections.abc import Sequence
 
 
-def counted(count: int, one: str, several: str = "") -> str:
+def quantity(count: int, one: str, several: str = "") -> str:
     """ "1 GPU", "2 GPUs"; `several` where that is not `one` with an s: "1 process", "processes"."""
     return f"{count} {one if count == 1 else several or f'{one}s'}"
 

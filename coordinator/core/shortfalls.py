@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from coordinator.core.displacement import Spread
 from coordinator.core.model import JobSpec
 from coordinator.core.rooms import Room, most_left_bytes
-from coordinator.core.sentences import listed
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.shares import SHARERS_MAX
 from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
 
@@ -29,7 +29,8 @@ def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
     if spec.gpus == 0:
         slots = sum(max(0, room.slots) for room in rooms)
         most = _most_memory(room for room in rooms if room.slots > 0)
-        return f"{need}; {slots} places are free, and at most {most} of memory beside one"
+        free = quantity(slots, "place is", "places are")
+        return f"{need}; {free} free, and at most {most} of memory beside one"
     counts = [
         (sum(1 for gpu in room.free.values() if suits(spec, gpu)), room.offer.node)
         for room in rooms
@@ -70,7 +71,7 @@ def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
     need = f"needs {describe_need(spec)}"
     knowing = [room for room in rooms if room.offer.shares]
     outdated = len(rooms) - len(knowing)
-    which, them = ("1 node runs", "it") if outdated == 1 else (f"{outdated} nodes run", "them")
+    which, them = quantity(outdated, "node runs", "nodes run"), "it" if outdated == 1 else "them"
     tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
     total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
     if total == 0:
@@ -84,7 +85,7 @@ def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
     if not jobs:
         taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
         return f"{need}; {taken} taken{tail}"
-    beside = f"beside {jobs} job{'s' if jobs > 1 else ''} ({SHARERS_MAX} at most)"
+    beside = f"beside {quantity(jobs, 'job')} ({SHARERS_MAX} at most)"
     left = gigabytes(left_bytes)
     return f"{need}; the most that is left of one is {left}, on {node} {beside}{tail}"
 
@@ -92,7 +93,7 @@ def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
 def _why_not_all(spec: JobSpec, rooms: Sequence[Room]) -> str:
     outdated = [room.offer for room in rooms if not room.offer.gangs]
     count = sum(1 for offer in outdated if could_hold(spec, offer.gpus, offer.memory_bytes))
-    which, them = ("1 node runs", "it") if count == 1 else (f"{count} nodes run", "them")
+    which, them = quantity(count, "node runs", "nodes run"), "it" if count == 1 else "them"
     tail = f"; {which} an agent from before gangs: upgrade {them}" if count else ""
     return _which_places(spec, rooms) + tail
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
+from coordinator.core.sentences import quantity
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
 
 TRAINERS = ("transfer", "finetune", "lora")
@@ -193,7 +194,7 @@ def describe_need(spec: JobSpec) -> str:
     else:
         share = spec.shared_gpu_memory_bytes
         need = f"{gigabytes(share)} of " if share else ""
-        need += "a shared GPU" if share else f"{spec.gpus} GPU{'s' if spec.gpus > 1 else ''}"
+        need += "a shared GPU" if share else quantity(spec.gpus, "GPU")
         if spec.gpu_types:
             need += f" of type {' or '.join(spec.gpu_types)}"
         if spec.gpu_memory_bytes_min:

@@ -57,7 +57,7 @@ def backtest(
         raise ValueError("nothing was wanted at all after the warm-up: there is no loss to compare")
     if not losses:
         raise ValueError(
-            f"the series is too short: it has {len(values) / per_hour:.0f} h, of which"
+            f"the series is too short: it has {len(values) / per_hour:.0f} h, and the first"
             f" {warm_up_h} h are only learned from"
         )
     total = sum(demand)

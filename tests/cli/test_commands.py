@@ -257,6 +257,11 @@ def test_verbs_of_a_node(
     assert baton(verb, "n1").stderr == "baton: there is no node n1\n"
 
 
+def test_what_is_no_job_number_is_called_so(baton: Baton) -> None:
+    result = baton("job", "x")
+    assert (result.exit_code, "'x' is not a valid job number" in result.stderr) == (2, True)
+
+
 def test_a_node_is_forgotten(baton: Baton, fake: FakeCoordinator) -> None:
     node = types_pb2.Node(id="n1", phase=types_pb2.NODE_PHASE_LOST)
     fake.answers["ForgetNode"] = [nodes_pb2.ForgetNodeResponse(node=node)]

@@ -114,7 +114,7 @@ def test_no_answer_in_time_is_3(baton: Baton, fake: FakeCoordinator) -> None:
         ("--tls-cert /no/such/file jobs", "does not exist"),
         ("job 0", "0 is not in the range"),
         ("job 9223372036854775808", "is not in the range"),
-        ("job twelve", "'twelve' is not a valid integer"),
+        ("job twelve", "'twelve' is not a valid job number"),
         ("job", "Missing argument 'JOB'"),
         ("jobs --phase lost", "'lost' is not one of"),
         ("jobs --all --phase held", "--all and --phase contradict each other"),

@@ -87,7 +87,7 @@ def test_what_is_so_for_several_horizons_is_said_once(
     fake.answers["GetDemand"] = [told(*days(2))]
     assert baton("forecast").stderr.splitlines() == [
         "baton: forecasts of 1 h, 6 h, 24 h ahead are not judged: the series is too short: it has"
-        " 48 h, of which 336 h are only learned from"
+        " 48 h, and the first 336 h are only learned from"
     ]
     (first, *_) = json.loads(baton("forecast", "--json").stdout)
     assert first["unjudged"].startswith("the series is too short")

@@ -37,6 +37,15 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     assert document["types"][0]["rented_gpus"] == 14
 
 
+def test_a_type_of_which_there_is_nothing_has_no_row(baton: Baton, fake: FakeCoordinator) -> None:
+    """Demand from before any node had joined."""
+    answer = wire_capacity.encode_plan(PAGE)
+    answer.types.add(gpu_type="other")
+    fake.answers["GetPlan"] = [answer]
+    assert [line.split()[0] for line in baton("plan").stdout.splitlines()] == ["GPU", "H100"]
+    assert len(json.loads(baton("plan", "--json").stdout)["types"]) == 2
+
+
 def test_the_plot_shows_demand_and_what_is_on(
     baton: Baton, fake: FakeCoordinator, tmp_path: Path
 ) -> None:
@@ -68,7 +77,7 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert result.exit_code == 0
     for part in (
         "scale-7: 1 node of H100 goes off (n3)",
-        "4 on or starting, 1 run, 2 wait, 3 of them guaranteed",
+        "4 on or starting, 1 runs, 2 wait, 3 of them guaranteed",
         "planned for 95% of cases: 5 needed, 6 kept on",
         "maximum demand later, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",

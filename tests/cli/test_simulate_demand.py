@@ -82,7 +82,7 @@ def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(folder: Path)
     ("arguments", "sentence"),
     [
         (("--demand", "demand.csv", "--policy", "fifo"), "decides over jobs"),
-        (("--demand", "demand.csv", "--warm-up", "168"), "leave nothing"),
+        (("--demand", "demand.csv", "--warm-up", "168"), "nothing is known after the first 168 h"),
         (("--demand", "demand.csv", "--column", "gpus"), "no column 'gpus'"),
         (("--demand", "demand.csv", "--add-nodes", "4xH200"), "--add-nodes says nothing"),
         (("jobs.csv", "--demand", "demand.csv"), "TRACE says nothing"),

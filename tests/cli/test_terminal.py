@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.cli.main import cli
-from coordinator.cli.render import Column, write_table
+from coordinator.cli.render import Column, write_notice, write_sentence, write_table
 from tests.cli.test_simulate import FLEET, TRACE
 
 SENTENCE = "needs 8 GPUs on one node; the largest free block is 6 on n14, which is kept for job 7"
@@ -79,6 +79,25 @@ def test_a_name_loses_its_end_with_a_sign(shown: Shown) -> None:
     columns = (Column("NAME", shorten=True), Column("JOBS", right=True))
     lines = shown(lambda: write_table(columns, [("x" * 200, 3)]))
     assert lines[1].split() == ["x" * 73 + "…", "3"]
+
+
+def test_a_sentence_breaks_between_words_and_in_no_command(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"job 3 waits: {SENTENCE}; or `baton submit --gpus 4 --class guaranteed` once more"
+    lines = shown(lambda: write_sentence(said))
+    assert words(lines) == said.split()
+    assert all(line.count("`") % 2 == 0 for line in lines), lines
+    assert [line.startswith("  ") for line in lines] == [False, *[True] * (len(lines) - 1)]
+    notices = io.StringIO()
+    monkeypatch.setattr("sys.stderr", notices)
+    write_notice(said)
+    assert notices.getvalue() == f"baton: {said}\n", "a pipe gets one line"
+    monkeypatch.setattr(notices, "isatty", lambda: True, raising=False)
+    write_notice(said)
+    write_notice(f"again: {said}", whole=True)
+    assert max(map(len, notices.getvalue().splitlines()[1:-1])) <= 80
+    assert notices.getvalue().splitlines()[-1] == f"baton: again: {said}"
 
 
 def test_what_is_asked_of_jobs_fits(tmp_path: Path, shown: Shown) -> None:

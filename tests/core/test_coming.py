@@ -5,6 +5,7 @@ from coordinator.core.explanations import Explanation
 from coordinator.core.messages import CordonNode, ExplainJob, Reply, Request, Submit
 from coordinator.core.model import JobSpec
 from tests.core.switched_fleet import ACTS, SwitchedRig
+from tests.core.test_power import shown
 
 
 def test_who_waits_is_told_that_a_start_fails_from_the_first_time_on() -> None:
@@ -30,6 +31,10 @@ def test_who_waits_is_told_that_a_start_fails_from_the_first_time_on() -> None:
     assert told().endswith(
         "; the start of n3 has failed once: no route to the BMC; it is tried again within 4 s,"
         " 3 times in all"
+    )
+    assert shown(fleet, "n3") == (
+        "its start has failed once: no route to the BMC; it is tried again within 4 s, 3 times in"
+        " all"
     )
     fleet.wait(ACTS.boot_retry_ms)
     assert told().endswith(
