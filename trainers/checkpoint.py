@@ -214,7 +214,7 @@ def write(snapshot: Snapshot, directory: Path) -> None:
 
 def read(directory: Path) -> Snapshot:
     """The snapshot in a directory. Raises CheckpointError for a missing or damaged file."""
-    tensors = {part: read_tensors(directory, part) for part in TENSOR_FILES}
+    tensors: dict[str, Any] = {part: read_tensors(directory, part) for part in TENSOR_FILES}
     try:
         state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
