@@ -63,7 +63,7 @@ def horizon(
     """Of all this work on so many GPUs, where the last job came `silence_h` ago."""
     gpus = {name: count for name, count in capacity.items() if count > 0}
     total = sum(gpus.values())
-    able = [hours for work in works if (hours := _hours(work, gpus))]
+    able = [places for work in works if (places := _hours(work, gpus))]
     if not able:
         return Horizon(longest_h, longest_h, {}, _quiet(silence_h, longest_h))
     drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
