@@ -9,6 +9,10 @@ the core's greedy decides.
 Where jobs are few a job in part is much, so up to `WHOLE_COLUMNS_MAX` columns are then searched for
 the best in whole jobs: among the columns that the prices nearly pay for, with a bound on the nodes,
 and, of more than `FEW_COLUMNS_MAX`, only where jobs in part are worth more than a few thousandths.
+
+Each decision starts cold. From the basis of the last decision HiGHS needs more iterations, not
+fewer, where there are thousands of jobs (`bench/scheduling_warm.py`), and ends at other prices
+where several are right: a coordinator that has just started, and a replay, would decide otherwise.
 The package is an extra (`gpu-baton[scheduling]`).
 """
 
@@ -53,35 +57,43 @@ EXHAUSTIVE: Final = Search(math.inf, 1_000_000, 0.0)
 
 def solve(columns: Columns, search: Search = PRODUCTION) -> Solved:
     """The allocation that is worth most, in parts of jobs; each job at most once."""
+    lp = program(columns)
+    found = maximise(lp)
+    if found is None:
+        return unsolved(columns)
+    shares, prices, bound = found
     values = np.asarray(columns.values, dtype=np.float64)
-    jobs = np.asarray(columns.jobs, dtype=np.int32)
-    types = np.asarray(columns.types, dtype=np.int32)
     count = len(values)
+    parts = np.where((shares > TOLERANCE) & (shares < 1 - TOLERANCE), shares, 0.0)
+    least = 0.0 if count <= FEW_COLUMNS_MAX else PARTS_RATIO_MIN * bound
+    of_gpus = prices[columns.job_count :]
+    if count <= WHOLE_COLUMNS_MAX and values @ parts > least:
+        paid = prices[np.asarray(columns.jobs)]
+        paid = paid + np.asarray(columns.gpus) * of_gpus[np.asarray(columns.types)]
+        shares = _whole(lp, values >= paid - search.near_ratio * np.abs(values), shares, search)
+    return Solved(shares.tolist(), np.maximum(0.0, of_gpus).tolist(), bound)
+
+
+def program(columns: Columns) -> highspy.HighsLp:
+    """The linear program: a row for each job, then one for each type."""
+    count = len(columns.values)
     rows = columns.job_count + len(columns.capacity)
-    upper = np.concatenate([np.ones(columns.job_count), np.asarray(columns.capacity, np.float64)])
     index = np.empty(2 * count, dtype=np.int32)
-    index[0::2], index[1::2] = jobs, columns.job_count + types
+    index[0::2] = np.asarray(columns.jobs, dtype=np.int32)
+    index[1::2] = columns.job_count + np.asarray(columns.types, dtype=np.int32)
     entries = np.ones(2 * count)
     entries[1::2] = np.asarray(columns.gpus, dtype=np.float64)
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = count, rows
     lp.sense_ = highspy.ObjSense.kMaximize
-    lp.col_cost_ = values
+    lp.col_cost_ = np.asarray(columns.values, dtype=np.float64)
     lp.col_lower_, lp.col_upper_ = np.zeros(count), np.ones(count)
-    lp.row_lower_, lp.row_upper_ = np.full(rows, -highspy.kHighsInf), upper
+    lp.row_lower_ = np.full(rows, -highspy.kHighsInf)
+    lp.row_upper_ = np.append(np.ones(columns.job_count), np.asarray(columns.capacity, np.float64))
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_ = np.arange(0, 2 * count + 1, 2, dtype=np.int32)
     lp.a_matrix_.index_, lp.a_matrix_.value_ = index, entries
-    found = maximise(lp)
-    if found is None:
-        return unsolved(columns)
-    shares, prices, bound = found
-    parts = np.where((shares > TOLERANCE) & (shares < 1 - TOLERANCE), shares, 0.0)
-    least = 0.0 if count <= FEW_COLUMNS_MAX else PARTS_RATIO_MIN * bound
-    if count <= WHOLE_COLUMNS_MAX and values @ parts > least:
-        paid = prices[jobs] + entries[1::2] * prices[columns.job_count + types]
-        shares = _whole(lp, values >= paid - search.near_ratio * np.abs(values), shares, search)
-    return Solved(shares.tolist(), np.maximum(0.0, prices[columns.job_count :]).tolist(), bound)
+    return lp
 
 
 def _whole(lp: highspy.HighsLp, near: NDArray[np.bool_], shares: Floats, search: Search) -> Floats:

@@ -11,8 +11,9 @@ and the sum of the values of what runs is made as large as the fleet permits. Th
 brackets ends short jobs first (the mean completion time), the second keeps long ones from being
 left to the end (the last completion); `balance` says how much of the second. A job is long by the
 hours that the fleet needs for all work of its class (`horizon.py`), or those of its longest job:
-where there is work for days, five hours can wait. At a balance of 1 only the end of all counts:
-then an hour's work is worth what it costs the fleet, and long jobs come first by little.
+where there is work for days, five hours can wait. Where none come any more, the longest will end
+last and count for more (`Horizon.quiet`). At a balance of 1 only the end of all counts: then an
+hour's work is worth what it costs the fleet, and long jobs come first by little.
 
 Where it is not known how much is left, the more a job has had, the more it is taken to need
 (two-dimensional least attained service), and at least what its project's jobs typically take.
@@ -208,7 +209,7 @@ def allocate(
     for contender in sorted(contenders, key=lambda c: (c.rank, c.submitted_ms, c.job_id)):
         by_rank.setdefault(contender.rank, []).append(contender)
     for rank, group in by_rank.items():
-        ahead[rank] = work_ahead(group, free)
+        ahead[rank] = work_ahead(group, free, now_ms)
         worth = worths(group, now_ms, aims, tenants or {}, ahead[rank])
         tiers = _tiers(group, worth, free)
         for place, tier in enumerate(tiers):
@@ -255,20 +256,22 @@ def worths(
         weight = age * tenants.get(contender.project, 1.0) * best.gpus
         part = min(1.0, hours / best.gpus / max(ahead.hours, LEFT_GPU_H_MIN))
         urgency = URGENCY * ahead.cost(_relative(contender, best)) ** end * part**power
+        urgency /= 1.0 - (1.0 - end) * ahead.quiet * part
         value = (1.0 - aims.balance) * hours**-SHORT_POWER + aims.balance * urgency
         found.append(_worth(contender, best, hours, weight * value, aims))
     return found
 
 
-def work_ahead(contenders: Sequence[Contender], capacity: Mapping[str, int]) -> Horizon:
+def work_ahead(group: Sequence[Contender], capacity: Mapping[str, int], now_ms: int) -> Horizon:
     """Of these jobs, on what there is."""
-    works, longest_h = [], 0.0
-    for contender in contenders:
+    works, longest_h, came_ms = [], 0.0, 0
+    for contender in group:
         best = _best(contender)
         hours = _hours_left(contender, best)
         longest_h = max(longest_h, hours / best.gpus)
+        came_ms = max(came_ms, contender.submitted_ms)
         works.append(Work(hours, best.gpus, _relative(contender, best)))
-    return horizon(works, longest_h, capacity)
+    return horizon(works, longest_h, capacity, (now_ms - came_ms) / MS_PER_S / S_PER_H)
 
 
 def _hours_left(contender: Contender, best: Option) -> float:

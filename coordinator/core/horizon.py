@@ -8,6 +8,10 @@ all work, over what the fleet earns in an hour, is a bound on the hours that it 
 program that would end everything at once, these are the dual values), and the prices that make the
 bound highest are the right ones. Dear types become dearer, and those that nobody wants cheaper, a
 fixed number of times; where jobs are many, evenly drawn ones say it for all.
+
+And whether the last of these jobs to end is the last of all depends on who is still to come. Nobody
+knows, but the longer nobody has come, the less likely somebody does before the work is done
+(`Horizon.quiet`).
 """
 
 import math
@@ -21,6 +25,8 @@ ROUNDS: Final = 40
 STEP: Final = 1.0
 # Prices are those of this many jobs; some milliseconds on nine types.
 PRICED_MAX: Final = 256
+# However long nobody has come: the longest job counts for up to twenty times as much by it.
+QUIET_MAX: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +42,13 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Horizon:
     """`hours` are those that the work takes at least; `prices` of a GPU-hour are 1 on average over
-    the GPUs. `longest_h`: no job takes longer on its best type."""
+    the GPUs. `longest_h`: no job takes longer on its best type. `quiet` is near 0 while jobs come,
+    up to `QUIET_MAX` where none has come for much longer than all work takes."""
 
     hours: float
     longest_h: float = 0.0
     prices: Mapping[str, float] = field(default_factory=dict)
+    quiet: float = 0.0
 
     def cost(self, relative: Mapping[str, float]) -> float:
         """What a GPU-hour of such a job's work on its best type costs where that is cheapest, in
@@ -49,13 +57,15 @@ class Horizon:
         return min(costs, default=1.0)
 
 
-def horizon(works: Sequence[Work], longest_h: float, capacity: Mapping[str, int]) -> Horizon:
-    """Of all this work on so many GPUs."""
+def horizon(
+    works: Sequence[Work], longest_h: float, capacity: Mapping[str, int], silence_h: float = 0.0
+) -> Horizon:
+    """Of all this work on so many GPUs, where the last job came `silence_h` ago."""
     gpus = {name: count for name, count in capacity.items() if count > 0}
     total = sum(gpus.values())
-    able = [hours for work in works if (hours := _hours(work, gpus))]
+    able = [places for work in works if (places := _hours(work, gpus))]
     if not able:
-        return Horizon(longest_h, longest_h)
+        return Horizon(longest_h, longest_h, {}, _quiet(silence_h, longest_h))
     drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
     prices = [1.0] * len(gpus)
     best, best_prices = -1.0, prices
@@ -73,7 +83,15 @@ def horizon(works: Sequence[Work], longest_h: float, capacity: Mapping[str, int]
         prices = [price * total / earns for price in moved]
     _, cost = _loads(able, best_prices)
     named = dict(zip(gpus, best_prices, strict=True))
-    return Horizon(max(longest_h, cost / total), longest_h, named)
+    hours = max(longest_h, cost / total)
+    return Horizon(hours, longest_h, named, _quiet(silence_h, hours))
+
+
+def _quiet(silence_h: float, hours: float) -> float:
+    """The chance that nobody comes for so many hours, where a silence is expected to last as long
+    again as it has lasted (Lindy's law: Pareto's distribution with shape 2)."""
+    lasts = silence_h / (silence_h + hours) if silence_h > 0 else 0.0
+    return min(QUIET_MAX, lasts**2)
 
 
 def _hours(work: Work, gpus: Mapping[str, int]) -> list[tuple[int, float]]:

@@ -154,6 +154,41 @@ def test_short_jobs_go_first_and_with_all_balance_long_ones(solver: Solve | None
 
 
 @both_ways
+def test_where_nobody_comes_any_more_the_longest_is_not_left_to_the_end(
+    solver: Solve | None,
+) -> None:
+    """Of two that run, one has the better GPU. Which one depends on the silence, but for who wants
+    nothing but the mean, or nothing but the end."""
+
+    def best_gpu(age_h: int, aims: Aims, *others: Contender) -> int:
+        submitted_ms = NOW_MS - age_h * 3_600_000
+        jobs = [
+            job(n, "H100:4 K80:1", hours=hours, submitted_ms=submitted_ms)
+            for n, hours in ((1, 5), (2, 1))
+        ]
+        found = where(decide([*jobs, *others], {"H100": 1, "K80": 1}, solver, aims))
+        return next(n for n, name in found.items() if name == "H100")
+
+    somebody = job(3, "K80:1", hours=0.1)
+    assert [best_gpu(age_h, AIMS) for age_h in (0, 20)] == [2, 1]
+    assert best_gpu(20, AIMS, somebody) == 2, "who comes may not be the last"
+    assert [best_gpu(age_h, Aims(balance=0)) for age_h in (0, 20)] == [2, 2]
+    both = [times_the_worth(age_h, Aims(balance=1)) for age_h in (0, 20)]
+    assert both[0] == pytest.approx(both[1]), "the end is all that counts anyhow"
+
+
+def times_the_worth(age_h: int, aims: Aims) -> float:
+    """How many times as much the longer of two is worth, on the same GPU."""
+    jobs = [
+        job(n, "H100:1", hours=hours, submitted_ms=NOW_MS - age_h * 3_600_000)
+        for n, hours in ((1, 5), (2, 1))
+    ]
+    ahead = allocation.work_ahead(jobs, {"H100": 1}, NOW_MS)
+    (long,), (short,) = allocation.worths(jobs, NOW_MS, aims, {}, ahead)
+    return long / short
+
+
+@both_ways
 def test_a_class_is_never_outweighed(solver: Solve | None) -> None:
     """Nothing that a thousand spare jobs could be worth moves a guaranteed one, however young they
     are where they run."""
@@ -304,5 +339,7 @@ def test_two_hash_seeds_decide_the_same() -> None:
 
 
 def test_remaining_work_is_counted_on_the_best_type() -> None:
-    ahead = allocation.work_ahead([job(1, "H100:4 K80:1", gpus=2, hours=3)], {"H100": 2, "K80": 2})
+    ahead = allocation.work_ahead(
+        [job(1, "H100:4 K80:1", gpus=2, hours=3)], {"H100": 2, "K80": 2}, 0
+    )
     assert ahead.longest_h == pytest.approx(3)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core.horizon import PRICED_MAX, Horizon, Work, horizon
+from coordinator.core.horizon import PRICED_MAX, QUIET_MAX, Horizon, Work, horizon
 
 FLEET = {"H100": 2, "K80": 6}
 
@@ -52,6 +52,14 @@ def test_many_jobs_are_priced_by_some_and_counted_all() -> None:
     few = horizon(works(*[(1.0, 3.0)] * PRICED_MAX), 0.0, FLEET)
     many = horizon(works(*[(1.0, 3.0)] * (5 * PRICED_MAX)), 0.0, FLEET)
     assert many.hours == pytest.approx(5 * few.hours)
+
+
+def test_the_longer_nobody_comes_the_less_likely_somebody_does() -> None:
+    """Before ten hours of work are done: after ten without a job the chance is three quarters."""
+    quiet = [horizon(works((9.0, 1.0)), 10.0, FLEET, h).quiet for h in (-1.0, 0.0, 10.0, 20.0)]
+    assert quiet == pytest.approx([0, 0, 1 / 4, 4 / 9])
+    assert horizon(works((9.0, 1.0)), 10.0, FLEET, 1e9).quiet == QUIET_MAX
+    assert horizon([], 10.0, FLEET, 10.0).quiet == pytest.approx(1 / 4)
 
 
 @given(
