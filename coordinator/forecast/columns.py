@@ -34,10 +34,11 @@ def all_of_it(grid: Grid, ahead: int) -> Floats:
 
 
 def and_lately(grid: Grid, ahead: int) -> Floats:
-    """All of it, what is young, what has just left, and what usually follows."""
+    """All of it, what is young, what has just left, and what is usual at the time it is about."""
     columns = [grid.known - grid.least(hours) for hours in YOUNG_HOURS]
     columns += [grid.most(hours) - grid.known for hours in YOUNG_HOURS]
     columns += [_usual_change(grid, ahead, days) for days in USUAL_DAYS]
+    columns += [_from_usual(grid, ahead, days) for days in USUAL_DAYS]
     return np.concatenate([all_of_it(grid, ahead), np.stack(columns, axis=1)], axis=1)
 
 
@@ -53,7 +54,26 @@ def change_before(grid: Grid, ahead: int, hours: int) -> Floats:
 
 def _usual_change(grid: Grid, ahead: int, days: int) -> Floats:
     """What followed at the same time of the last `days`, as a mean of those that are known."""
+    hours = _hours_known(grid, ahead, days)
+    changes = [change_before(grid, ahead, each) for each in hours]
+    return np.mean(changes, axis=0) if hours else np.zeros(len(grid.values))
+
+
+def _from_usual(grid: Grid, ahead: int, days: int) -> Floats:
+    """How far demand is from what was wanted on the last `days` at the time that is asked about."""
+    hours = _hours_known(grid, ahead, days)
+    since = [grid.known - _before(grid, each * grid.per_hour - ahead) for each in hours]
+    return np.mean(since, axis=0) if hours else np.zeros(len(grid.values))
+
+
+def _hours_known(grid: Grid, ahead: int, days: int) -> list[int]:
+    """So many hours ago it was the same time of day, and what followed is known by now."""
     hours = [HOURS_PER_DAY * day for day in range(1, days + 1)]
-    known = [each for each in hours if each * grid.per_hour >= ahead]
-    changes = [change_before(grid, ahead, each) for each in known]
-    return np.mean(changes, axis=0) if changes else np.zeros(len(grid.values))
+    return [each for each in hours if each * grid.per_hour >= ahead]
+
+
+def _before(grid: Grid, steps: int) -> Floats:
+    """Demand so many steps ago; demand now where that is not known."""
+    before = grid.known.copy()
+    before[steps:] = grid.known[: max(0, len(before) - steps)]
+    return before

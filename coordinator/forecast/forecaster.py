@@ -69,6 +69,7 @@ KINDS: Final = (
     Kind("profile", _spread(experts.profile, scaled=True), WEEK_H, 0.0),
     Kind("skewed return", skewed.returning, WEEK_H, 0.0),
     Kind("skewed regression", skewed.regressed, TEN_DAYS_H, 0.0),
+    Kind("free regression", skewed.freely, TEN_DAYS_H, 0.0),
     Kind("ages", skewed.aged, WEEK_H, 0.0, needs_told=True),
     Kind("ridge", _spread(experts.ridge, scaled=True), THREE_WEEKS_H, 0.0),
 )

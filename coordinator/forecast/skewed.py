@@ -36,6 +36,7 @@ REACH_RIDGE_HOURS: Final = 60.0
 # Of a loss whose unit is how far demand usually goes.
 PENALTY: Final = 0.03
 PENALTY_POWER: Final = 0.8  # of the hours ahead
+FREE_RATIO: Final = 0.25
 # A miss within so much of the usual reach is a square, not an angle: it has a least.
 ROUND_RATIO: Final = 0.05
 QUIET_RATIO: Final = 0.2  # a reach of less counts as this much there
@@ -95,6 +96,11 @@ def regressed(taught: Lesson, ahead: int) -> Skewed:
     return fit(taught, lambda grid: and_lately(grid, ahead), ahead)
 
 
+def freely(taught: Lesson, ahead: int) -> Skewed:
+    """The same, held less: where demand breathes by the day there is more to learn."""
+    return fit(taught, lambda grid: and_lately(grid, ahead), ahead, held_ratio=FREE_RATIO)
+
+
 def aged(taught: Lesson, ahead: int) -> Skewed:
     """From those who are there now and were told to stay (`Grid.told`): what comes besides."""
     there = ~np.isnan(taught.grid.told[taught.past])
@@ -113,8 +119,15 @@ def _nothing(grid: Grid) -> Floats:
     return np.zeros(len(grid.values))
 
 
-def fit(taught: Lesson, columns: Columns, ahead: int, due: Columns = _nothing) -> Skewed:
-    """Learn from every half hour of the lesson. `due` is a change that is expected anyway."""
+def fit(
+    taught: Lesson,
+    columns: Columns,
+    ahead: int,
+    due: Columns = _nothing,
+    held_ratio: float = 1.0,
+) -> Skewed:
+    """Learn from every half hour of the lesson. `due` is a change that is expected anyway;
+    `held_ratio` is of the usual penalty."""
     grid = taught.grid
     apart = max(1, grid.per_hour // ROWS_PER_HOUR)
     taken = (len(grid.values) - taught.past) % apart == 0
@@ -136,7 +149,7 @@ def fit(taught: Lesson, columns: Columns, ahead: int, due: Columns = _nothing) -
             changes / unit_gpus,
             weights / weights.sum(),
             ROUND_RATIO * np.maximum(reach.mean(axis=1), QUIET_RATIO),
-            PENALTY * (ahead / grid.per_hour) ** PENALTY_POWER,
+            held_ratio * PENALTY * (ahead / grid.per_hour) ** PENALTY_POWER,
         ),
         begin,
     )

@@ -72,7 +72,26 @@ def test_quantiles_rise_and_no_less_than_nothing_is_wanted() -> None:
     values = bursts(24 * 20, seed=3)
     grid = Grid(np.array(values), 1)
     for ahead in (1, 6, 24):
-        for fit in (skewed.returning, skewed.regressed):
+        for fit in (skewed.returning, skewed.regressed, skewed.freely):
             said = fit(experts.lesson(grid, ahead), ahead).forecast(grid)
             assert np.all(np.diff(said) >= 0)
             assert said[0] >= 0
+
+
+def test_what_breathes_by_the_day_is_learned_faster_where_less_is_held() -> None:
+    """Three weeks of demand that is each day what it was the day before, and some noise."""
+    chance, ahead = random.Random(4), 6
+    values = [
+        200 + 80 * float(np.sin(2 * np.pi * hour / 24)) + chance.gauss(0, 5)
+        for hour in range(24 * 28)
+    ]
+    learned = 24 * 21
+    lesson = experts.lesson(Grid(np.array(values[:learned]), 1), ahead)
+    losses = []
+    for model in (skewed.regressed(lesson, ahead), skewed.freely(lesson, ahead)):
+        losses.append(0.0)
+        for step in range(learned, len(values) - ahead):
+            grid = Grid(np.array(values[step - 24 * 9 : step + 1]), 1, step - 24 * 9)
+            losses[-1] += float(pinball(values[step + ahead], model.forecast(grid)).mean())
+    held, free = losses
+    assert free < 0.95 * held
