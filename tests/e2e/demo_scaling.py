@@ -22,9 +22,6 @@ from pathlib import Path
 from tests.e2e.demo import ENDING_SIGNALS, Interrupted, leave, positive
 from tests.e2e.scaling_day import MINUTES_PER_STEP, STEPS_PER_DAY
 
-# From midnight until half past ten in the evening: with all around it that is six minutes.
-STEPS = 135
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; see the module for the exit status."""
@@ -59,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ten minutes of the day to begin at (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=positive, default=STEPS, help="how many (default: %(default)s)"
+        "--steps", type=positive, default=STEPS_PER_DAY, help="how many (default: %(default)s)"
     )
     parser.add_argument(
         "--step-minutes",
