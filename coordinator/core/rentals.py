@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.core import flexible, plan_time, power, power_memory
-from coordinator.core.bursts import MS_PER_H
+from coordinator.core.bursts import MS_PER_H, ranks_nodes
 from coordinator.core.capacity_model import Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.gpu_types import facts_of
@@ -139,6 +139,7 @@ def outlooks(state: State, now: Instant, found: Sequence[Outlook]) -> list[Outlo
     """With how many of those that wait may be a reason to rent, where anything can be rented."""
     bursts = state.options.scaling.rules.bursts
     waiting = dict.fromkeys(bursts, 0)
+    gangs: dict[str, list[int]] = {gpu_type: [] for gpu_type in bursts}
     for job_id in state.queued if bursts else ():
         job = state.jobs[job_id]
         if not job.spec.gpus or flexible.left_ms(job, now.unix_ms):
@@ -147,10 +148,13 @@ def outlooks(state: State, now: Instant, found: Sequence[Outlook]) -> list[Outlo
             facts = facts_of(gpu_type, burst.gpus_per_node)
             if could_hold(job.spec, facts, job.spec.memory_bytes):
                 waiting[gpu_type] += job.spec.gpus * job.spec.ranks
+                nodes = ranks_nodes(job.spec.ranks, job.spec.gpus, burst)
+                gangs[gpu_type] += [nodes] if nodes > 1 else []
     return [
         replace(
             each,
             rentable_gpus=waiting[each.gpu_type],
+            rentable_gangs=tuple(gangs[each.gpu_type]),
             frees_ms=FREES_MS_MAX if each.frees_ms is None else each.frees_ms,
         )
         if each.gpu_type in waiting

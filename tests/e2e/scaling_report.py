@@ -22,6 +22,8 @@ MINUTE_MS = 60_000
 MINUTES_PER_H = 60
 S_PER_MINUTE = 60
 GPU_TYPE = "H100"
+# A day in which nobody was worth to be moved is none that shows it; a part of one may be.
+WHOLE_MINUTES = 20 * MINUTES_PER_H
 TIME = "time since the beginning, h of the plan"
 # Places of a forecast's quantiles (`coordinator.core.capacity_model.LEVELS`).
 BAND_90, BAND_50 = (1, 7), (3, 5)
@@ -68,7 +70,8 @@ class Day:
             found.append("no node went off")
         elif "up" not in verbs:
             found.append("no node that went off came back")
-        if "stop" in verbs and not self.moved:
+        whole = self.samples[-1].minute >= WHOLE_MINUTES
+        if whole and "stop" in verbs and not self.moved:
             found.append("nobody was handed off so that a node could go off")
         return found
 
