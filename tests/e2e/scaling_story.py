@@ -45,7 +45,7 @@ TAIL_S = 60.0
 ABSENCE_MS = 500
 TICK_MS, CHECKPOINT_MS = 500, 1_000
 # Of a job that is not its work: from its submission until its first step, and its last checkpoint.
-AROUND_MS = 750
+AROUND_MS = 1_500
 CONFIG = {
     "demand_minute_ms": MINUTE_MS,
     "scaling_mode": "act",
@@ -265,11 +265,15 @@ class _Story:
             boots_min=tuple(self.boots_min),
             jobs=len(self.submitted),
             lost=tuple(lost),
-            moved=sum(
-                CAN_GO_OFF in attempt.reason for job in self.ended for attempt in job.attempts
-            ),
+            moved=self._moved(),
             waits_min=tuple(waits_min),
         )
+
+    def _moved(self) -> int:
+        """A listed job has its last attempt alone; so who began again is asked for."""
+        ids = [job.id for job in self.ended if job.epoch > 1]
+        jobs = [self.cluster.jobs.GetJob(jobs_pb2.GetJobRequest(job_id=one)).job for one in ids]
+        return sum(CAN_GO_OFF in attempt.reason for job in jobs for attempt in job.attempts)
 
 
 def _conclude(view: View, day: Day, plot: Path) -> list[str]:
