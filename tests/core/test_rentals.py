@@ -123,19 +123,6 @@ def test_a_queue_in_front_of_a_full_fleet_rents_and_an_idle_one_is_given_back() 
     assert ("create", ("r1",)) in [(deed.verb, deed.nodes) for deed in record.deeds]
 
 
-@pytest.mark.parametrize(("budget_usd", "nodes"), [(7.9, 0), (8.0, 2)])
-def test_a_gang_gets_all_of_its_nodes_or_none(budget_usd: float, nodes: int) -> None:
-    """Two ranks of two GPUs, a node each, of which an hour costs four dollars."""
-    fleet = RentingRig.renting(budget_usd=budget_usd)
-    fleet.hello("n2", "4xH100")
-    for spec in (JobSpec(command=("train",), gpus=4), JobSpec(command=("go",), gpus=2, ranks=2)):
-        fleet.ask(Submit(replace(spec, gpu_types=("H100",))))
-    fleet.live(305)
-    assert [verb for _, verb in fleet.verbs()].count("create") == nodes
-    rails = [record.rail for record in fleet.rig.disk.scaled.values()]
-    assert rails[0] == ("" if nodes else "budget")
-
-
 def test_who_is_not_rented_is_nowhere_in_the_fleet() -> None:
     fleet = RentingRig.renting()
     assert fleet.nodes_shown() == ["n1"]
