@@ -67,7 +67,8 @@ class Outlook:
     deadlines of `late_jobs`, which would miss them by waiting for it (`in_time.py`); they may wait
     for another type, too. `rentable_gpus`: so many of those that wait may be a reason to rent;
     None: all. `rentable_gangs`: of these the jobs that take several rented nodes, as how many each;
-    `late_gangs` of those of `late_jobs`."""
+    `late_gangs` of those of `late_jobs`. `patient_gpus` wait beside those that are counted, and may
+    for longer than a node takes to be there (`patience.py`)."""
 
     gpu_type: str
     running_gpus: int
@@ -83,6 +84,7 @@ class Outlook:
     rentable_gpus: int | None = None
     rentable_gangs: tuple[int, ...] = ()
     late_gangs: tuple[int, ...] = ()
+    patient_gpus: int = 0
 
     @property
     def urgent_gpus(self) -> int:

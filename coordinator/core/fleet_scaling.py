@@ -29,6 +29,7 @@ from coordinator.core import (
     consolidation,
     deadline_rentals,
     demand_forecast,
+    patience,
     plan_time,
     power,
     power_memory,
@@ -101,7 +102,7 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
         count(state, now, *power_memory.lately(state, now))
     boxes = boxes_of(state, now)
     seen = consolidation.settled(state, demand_forecast.outlooks(state, now))
-    seen = rentals.outlooks(state, now, seen)
+    seen = rentals.outlooks(state, now, patience.outlooks(state, now, seen))
     seen = deadline_rentals.outlooks(state, now, boxes, seen)
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)

@@ -474,6 +474,8 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     wants = f"{wanted.need_gpus} GPUs are needed"
     if wanted.trusted:
         wants += f" at {100 * rules.level:.3g}%, {wanted.keep_gpus} stay on"
+    if outlook.patient_gpus:
+        wants += f", {outlook.patient_gpus} more may wait"
     held = f"; held back: {done.rail.value}" if done.rail else ""
     return f"{said}: {wants}, {wanted.there_gpus} are there{_late(outlook)}{held}"
 
