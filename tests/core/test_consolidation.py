@@ -5,6 +5,7 @@ drive the real core over fleets that train, and look at who is moved, where he g
 it, and that nobody is moved where it costs more, or where one of a node has no place.
 """
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,55 @@ def test_a_plan_empties_and_switches_off_what_one_job_keeps_on() -> None:
     assert len(fleet.stops()) == 1
     live(20, 8.0)
     assert len(fleet.stops()) == 1, "and that is all"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_leaves_and_comes_nobody_loses_more_than_a_restart(seed: int) -> None:
+    """Jobs come and end, nodes are to go and are needed again: whoever moves goes on where it was
+    kept a place for him, from his last save, and no GPU is promised twice."""
+    chance = random.Random(seed)
+    fleet = Fleet(FOUR, FOUR, FOUR, options=ALONE)
+    fleet.tick_ms = 5_000
+    names, moved = ("n1", "n2", "n3"), 0
+    first = [fleet.submit(total=LONG) for _ in range(12)]
+    fleet.run(720)
+    for job_id in chance.sample(first, 6):  # packed as they were, there is no room beside others
+        fleet.end(job_id)
+    for _ in range(16):
+        active = [job.id for job in fleet.state.jobs.values() if job.phase is JobPhase.ACTIVE]
+        what = chance.choice(("end", "submit", "leave", "leave", "leave", "stay"))
+        busy = [name for name in names if on(fleet, name)]
+        name = min(busy, key=lambda one: (len(on(fleet, one)), one))  # as a plan does
+        live = fleet.state.nodes[name]
+        leaving = live.node.power.phase is Power.LEAVING
+        if what == "end" and len(active) > 2:
+            fleet.end(chance.choice(active))
+        elif what == "submit":
+            fleet.submit(total=LONG, gpus=chance.choice((1, 2)))
+        elif what == "leave" and not leaving:
+            for other in fleet.state.nodes.values():
+                if other.node.power.phase is Power.LEAVING:
+                    power.stay(fleet.state, fleet.rig.now, other, "it is needed")
+            before = {job_id: fleet.job(job_id).head_step for job_id in on(fleet, name)}
+            leave(fleet, name)
+            promises = fleet.state.standing.promises
+            gone = [job_id for job_id in before if job_id in promises]
+            assert gone in ([], list(before)), "all of them or none"
+            fleet.run(10)
+            for job_id in gone:
+                assert job_id not in on(fleet, name)
+                attempt = fleet.state.current(fleet.job(job_id))
+                assert attempt is not None, "its place was kept"
+                assert attempt.restored_step is not None
+                assert attempt.restored_step >= before[job_id]
+            moved += len(gone)
+        elif what == "stay" and leaving:
+            power.stay(fleet.state, fleet.rig.now, live, "it is needed")
+        fleet.run(chance.choice((60, 300, 700)))
+        for live in fleet.state.nodes.values():
+            assert all(len(gpu.holders) <= 1 for gpu in live.gpus.values())
+    assert moved, "else the test says nothing"
+    assert moved == len([told for told in fleet.stops() if "can go off" in told])
 
 
 @given(
