@@ -9,8 +9,9 @@ coordinator, agents whose processes a resume and a suspend script start and end,
 checkpoints, and the demand, which a fleet of 420 nodes had (`scaling_day.py`). What happens stands
 in `scaling_story.py`, what is concluded from it in `scaling_report.py`.
 
-Exit status: 0 when no job was lost and nodes really went off and came back, 1 with a sentence when
-not, 128 + N when a signal ended it.
+Exit status: 0 when no job was lost, nodes really went off and came back, and, over a whole day,
+jobs were handed off so that one could go off; 1 with a sentence when not, 128 + N when a signal
+ended it.
 """
 
 import argparse
