@@ -35,14 +35,35 @@ class Burst:
         return self.usd_per_gpu_h * self.hours_min
 
 
-def worth_gpus(outlook: Outlook, missing_gpus: int, burst: Burst, wait_usd_per_gpu_h: float) -> int:
-    """How many of those that are missing are worth to be rented."""
+def worth_gpus(
+    outlook: Outlook, missing_gpus: int, burst: Burst, wait_usd_per_gpu_h: float
+) -> tuple[int, tuple[int, ...]]:
+    """How many of those that are missing are worth to be rented, and for which gangs."""
     late_gpus = min(missing_gpus, outlook.late_gpus)
     if outlook.frees_ms is not None:
         wait_usd = wait_usd_per_gpu_h * outlook.frees_ms / MS_PER_H
         if wait_usd > burst.usd_min:
-            return max(late_gpus, min(missing_gpus, outlook.urgent_gpus))
-    return late_gpus
+            gpus = max(late_gpus, min(missing_gpus, outlook.urgent_gpus))
+            return gpus, outlook.rentable_gangs or outlook.late_gangs
+    return late_gpus, outlook.late_gangs
+
+
+def ranks_nodes(ranks: int, gpus: int, burst: Burst) -> int:
+    """How many nodes a job of so many ranks takes, which one holds."""
+    return math.ceil(ranks / (burst.gpus_per_node // gpus))
+
+
+def whole(wanted: int, possible: int, gangs: Sequence[int]) -> int:
+    """How many of the wanted nodes are rented where no more are possible: a part of a gang's would
+    be paid for and hold nobody. What is for no gang goes after them."""
+    if wanted <= possible:
+        return wanted
+    taken = 0
+    for nodes in gangs:
+        # The rest of it is there already.
+        nodes = min(nodes, wanted)
+        taken += nodes if taken + nodes <= possible else 0
+    return taken + min(possible - taken, max(0, wanted - sum(gangs)))
 
 
 def nodes_of(gpus: int, burst: Burst) -> int:

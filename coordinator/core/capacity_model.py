@@ -66,7 +66,9 @@ class Outlook:
     to free, by the ages of what runs; None: nobody knows. `late_gpus`: so many more keep the
     deadlines of `late_jobs`, which would miss them by waiting for it (`in_time.py`); they may wait
     for another type, too. `rentable_gpus`: so many of those that wait may be a reason to rent;
-    None: all."""
+    None: all. `rentable_gangs`: of these the jobs that take several rented nodes, as how many each;
+    `late_gangs` of those of `late_jobs`. `patient_gpus` wait beside those that are counted, and may
+    for longer than a node takes to be there (`patience.py`)."""
 
     gpu_type: str
     running_gpus: int
@@ -80,6 +82,9 @@ class Outlook:
     late_gpus: int = 0
     late_jobs: tuple[int, ...] = ()
     rentable_gpus: int | None = None
+    rentable_gangs: tuple[int, ...] = ()
+    late_gangs: tuple[int, ...] = ()
+    patient_gpus: int = 0
 
     @property
     def urgent_gpus(self) -> int:

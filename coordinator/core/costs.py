@@ -4,7 +4,8 @@ Problem: the same stop costs one job a second and another one an hour. Who saves
 just done so loses nothing; who saves once an hour, or never, loses everything since. So a restart
 is what this job's restarts have taken: to come up again from a checkpoint and to be where it was,
 to save, and the steps since the last checkpoint, which it may not get to save. Before it has come
-up from a checkpoint once, `RESTART_S_DEFAULT` stands for the first.
+up from a checkpoint once, `RESTART_S_DEFAULT` stands for the first, in the plan's own time where a
+minute of that is shorter (`plan_time.py`).
 
 Wall time is right here, as in `accounting.py`: all of it is written down with the attempts, and a
 changed clock makes a stop look dearer or cheaper, no more.
@@ -12,7 +13,7 @@ changed clock makes a stop look dearer or cheaper, no more.
 
 from collections.abc import Callable, Iterable
 
-from coordinator.core import accounting
+from coordinator.core import accounting, plan_time
 from coordinator.core.model import Attempt, Job, Progress
 from coordinator.core.phases import ATTEMPT_ENDED
 from coordinator.core.rooms import Tenant
@@ -28,7 +29,8 @@ def restart_s(state: State, now: Instant, job: Job) -> float:
     """Until it would be where it is now, if it were stopped now."""
     own = _own(state, job)
     back = [_back_s(state, now, attempt) for attempt in own if attempt.restored_digest]
-    back_s = sum(back) / len(back) if back else RESTART_S_DEFAULT
+    guess_s = plan_time.wall_ms(state.options, round(RESTART_S_DEFAULT * 1_000)) / 1_000
+    back_s = sum(back) / len(back) if back else guess_s
     return back_s + save_s(state, job) + at_risk_s(state, now, job)
 
 

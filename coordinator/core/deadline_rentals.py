@@ -80,8 +80,13 @@ def outlooks(
     by_type = {each.gpu_type: each for each in seen}
     for gpu_type, count in gpus.items():
         outlook = by_type.get(gpu_type) or _unseen(gpu_type, seen)
-        job_ids = tuple(each.job_id for each in scaler.awaited[gpu_type])
-        by_type[gpu_type] = replace(outlook, late_gpus=count, late_jobs=job_ids)
+        awaited = scaler.awaited[gpu_type]
+        by_type[gpu_type] = replace(
+            outlook,
+            late_gpus=count,
+            late_jobs=tuple(each.job_id for each in awaited),
+            late_gangs=tuple(each.nodes for each in awaited if each.nodes > 1),
+        )
     return [by_type[gpu_type] for gpu_type in sorted(by_type)]
 
 

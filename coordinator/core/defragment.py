@@ -33,7 +33,6 @@ from coordinator.core import (
     deadlines,
     flexible,
     foresight,
-    gangs,
     moves,
     projects,
     reservations,
@@ -43,9 +42,8 @@ from coordinator.core import needs as queue_of
 from coordinator.core.allocation import run_s_min
 from coordinator.core.displacement import Givers, Spread, Way, find_way
 from coordinator.core.keeps import hidden
-from coordinator.core.model import CLASS_RANK, Job, JobIntent
+from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.offers import open_rooms
-from coordinator.core.phases import AttemptPhase
 from coordinator.core.placement import Need, find, keep_free, keep_room, kept_from, request_key
 from coordinator.core.rooms import Place, Room, Tenant
 from coordinator.core.sentences import listed, quantity
@@ -274,19 +272,13 @@ class _Round:
         state, now = self.state, self.now
         attempt = state.attempts[tenant.attempt]
         job = state.jobs[attempt.job_id]
-        small = job.spec.ranks == 1 and contenders.competes(job.spec) and job.spec.gpus < size
+        small = job.spec.gpus < size
         below = (CLASS_RANK[job.spec.job_class], job.id in self.lent) >= rank
-        runs = attempt.phase is AttemptPhase.RUNNING and job.intent is JobIntent.RUN
-        if not (small and below and runs and state.good_checkpoints(job)):
+        if not (small and below and moves.may_follow(state, now, attempt)):
             return False
-        grace_ms = gangs.grace_ms(state, job) or 0
         ran_s = max(0, now.unix_ms - attempt.assigned_unix_ms) / 1000
-        return (
-            job.id not in state.standing.promises
-            and not deadlines.is_close(state, now, job)
-            and grace_ms <= moves.PROMISE_MS_MAX - moves.SLACK_MS
-            and contenders.place_of(state, job, self.fleet) == gpu_type
-            and ran_s >= run_s_min(costs.restart_s(state, now, job), state.options.aims)
+        return contenders.place_of(state, job, self.fleet) == gpu_type and ran_s >= run_s_min(
+            costs.restart_s(state, now, job), state.options.aims
         )
 
     # --- what it is worth -------------------------------------------------------------------------

@@ -10,8 +10,9 @@ How, each `interval_ms`, and sooner where a new job waits while nodes are closed
    what lies nowhere else is `uploading`. A node is idle since the last time that something ran.
 2. The plan is made, its decisions become records (`scale_records.py`), and are logged.
 3. Only where the mode is `act` anything follows: nodes that are to take no new work are closed to
-   it, those that may go are drained by handoff and ordered off, those that are needed are started
-   (`power.py`). In `advise` the same is proposed, and done when a person agrees.
+   it and emptied by handoff where that pays (`consolidation.py`), those that may go are drained and
+   ordered off, those that are needed are started (`power.py`). In `advise` the same is proposed but
+   for handoffs, and done when a person agrees.
 4. What somebody cannot do without is started in any mode (`wakes.py`).
 
 After our own restart the first plan waits, within the grace that nodes have then, for those that
@@ -25,8 +26,10 @@ configured; without a driver it is never `act`.
 from dataclasses import replace
 
 from coordinator.core import (
+    consolidation,
     deadline_rentals,
     demand_forecast,
+    patience,
     plan_time,
     power,
     power_memory,
@@ -85,6 +88,7 @@ def tick(state: State, now: Instant) -> None:
         _mark(state, now, plan)
         for action in plan.actions:
             carry_out(state, now, action.verb, action.nodes, _why(state, action))
+        consolidation.tick(state, now, plan.leaving)
     else:
         _unmark(state, now)
     wakes.tick(state, now)
@@ -97,7 +101,8 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     if scaler.made is None:
         count(state, now, *power_memory.lately(state, now))
     boxes = boxes_of(state, now)
-    seen = rentals.outlooks(state, now, demand_forecast.outlooks(state, now))
+    seen = consolidation.settled(state, demand_forecast.outlooks(state, now))
+    seen = rentals.outlooks(state, now, patience.outlooks(state, now, seen))
     seen = deadline_rentals.outlooks(state, now, boxes, seen)
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)

@@ -39,7 +39,7 @@ class Rail(Enum):
     CLOCK = "this clock has jumped, or no plan was made for too long"
     COVERAGE = "forecasts were wrong too often for three days"
     NO_FORECAST = "there is no forecast yet"
-    BUDGET = "the budget of a day is used up"
+    BUDGET = "the budget of a day does not suffice"
     NAMES = "no name is free for one more rented node, or the last one did not come"
     APPROVAL = "a person has to agree to what raises spend"
 

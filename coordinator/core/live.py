@@ -107,13 +107,14 @@ class Given:
 class Switching:
     """Orders under way by node; boot times as they are until one more has been seen. `refused`: by
     node when its last order off came to nothing, and for how long of the plan's time it is left
-    alone for that. `at_ms`: when changes were by the monotonic clock, by node and wall time. Of
-    rented nodes: when by GPU type one did not come last, and of whom it was said that nobody here
-    can give it back."""
+    alone for that. `postponed`: by node how often in a row its last order was not begun. `at_ms`:
+    when changes were by the monotonic clock, by node and wall time. Of rented nodes: when by GPU
+    type one did not come last, and of whom it was said that nobody here can give it back."""
 
     given: dict[str, Given] = field(default_factory=dict)
     boots: BootTimes | None = None
     refused: dict[str, tuple[int, int]] = field(default_factory=dict)
+    postponed: dict[str, int] = field(default_factory=dict)
     at_ms: dict[str, dict[int, int]] = field(default_factory=dict)
     unrented_ms: dict[str, int] = field(default_factory=dict)
     unmanaged: dict[str, None] = field(default_factory=dict)

@@ -27,11 +27,11 @@ from dataclasses import dataclass
 
 from coordinator.core import attempts, checkpoints, claims, costs, deadlines, gangs, reserved
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
-from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant, Field
+from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant, Field, competes
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
 from coordinator.core.horizon import Horizon
 from coordinator.core.keeps import Keep, hidden
-from coordinator.core.model import Job, Replication
+from coordinator.core.model import Attempt, Job, JobIntent, Replication
 from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.placement import Need, keep_free, keep_room, kept_from
@@ -90,6 +90,22 @@ def send_away(state: State, now: Instant, job: Job, reason: str, node: str) -> N
         attempt = checkpoints.send_copies_to(state, attempt, node)
     state.standing.moves_ms.append(now.now_ms)
     attempts.stop(state, now, attempt, reason, attempts.PRECOPY_PREEMPTION_MS)
+
+
+def may_follow(state: State, now: Instant, attempt: Attempt) -> bool:
+    """Whether a job of one rank that runs loses no more than a restart by going on elsewhere on
+    GPUs of the same type, for others' sake."""
+    job = state.jobs[attempt.job_id]
+    runs = attempt.phase is AttemptPhase.RUNNING and job.intent is JobIntent.RUN
+    return (
+        runs
+        and job.spec.ranks == 1
+        and competes(job.spec)
+        and bool(state.good_checkpoints(job))
+        and job.id not in state.standing.promises
+        and not deadlines.is_close(state, now, job)
+        and (gangs.grace_ms(state, job) or 0) <= PROMISE_MS_MAX - SLACK_MS
+    )
 
 
 def until_left_ms(state: State, now: Instant, leaving: Sequence[int]) -> int:

@@ -23,6 +23,9 @@ DAY_MS = 86_400_000
 # node's, for ever. Once a day is often enough to see that somebody has mended it.
 REFUSED_MS = 3_600_000
 REFUSED_MS_MAX = DAY_MS
+# An order to delete a rented node that had no turn is given again so many times, each after twice
+# as long: with the default of a minute that is four hours, and then a person is told.
+POSTPONED_MAX = 8
 # What is not begun within two deadlines of its driver is never begun, and what is has ended after a
 # third (`coordinator/capacity/actuator.py`); ours is longer than each of them. So after four of
 # ours nothing comes of an order any more, and whose driver has said no word takes work again.

@@ -51,18 +51,13 @@ from coordinator.core.model import (
 from coordinator.core.node_power import (
     BOOTS_MAX,
     DARK,
+    POSTPONED_MAX,
     STARTS_MAX,
     NodePower,
     Rent,
     minutes,
 )
-from coordinator.core.phases import (
-    JOB_ENDED,
-    POWER_TRANSITIONS,
-    NodeIntent,
-    NodePhase,
-    advance,
-)
+from coordinator.core.phases import JOB_ENDED, POWER_TRANSITIONS, NodeIntent, NodePhase, advance
 from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, LiveNode, State, cut
 
@@ -187,7 +182,7 @@ def actuated(state: State, now: Instant, event: Actuated) -> None:
         return
     given.done, given.answered_ms, given.reason = outcome.done, now.now_ms, cut(outcome.reason)
     given.postponed = outcome.postponed
-    if not outcome.done:
+    if power_memory.note_answer(state, live, postponed=outcome.postponed) and not outcome.done:
         state.log(
             "warning", "node.power_failed", node=live.node.id,
             power=live.node.power.phase.value, reason=given.reason,
@@ -246,13 +241,15 @@ def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> Non
         return
     since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
     tries = live.node.power.boot_failures + (not given.postponed)
+    put_off = state.switching.postponed.get(name, 0)
     why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
-    if tries > options.boot_retries:
+    if tries > options.boot_retries or put_off > POSTPONED_MAX:
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
         _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
         state.log("error", "node.rent_failed", node=name, reason=reason)
-    elif since_ms >= options.boot_retry_ms:
-        reason = f"{why}; try {tries + 1} of {options.boot_retries + 1}"
+    elif since_ms >= power_memory.retry_ms(state, name):
+        nth = f"put off {put_off} times" if put_off else f"try {tries + 1}"
+        reason = f"{why}; {nth} of {POSTPONED_MAX if put_off else options.boot_retries + 1}"
         _change(state, now, live, Power.STOPPING, reason, boot_failures=tries)
         _given(state, now, live, fresh=True)
 

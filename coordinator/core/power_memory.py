@@ -7,7 +7,7 @@ nothing better than the wall clock.
 
 And an order that comes to nothing would be given again each minute, in the place of every other
 node's: a node that stayed on is left alone for a while, longer each time. Not so one whose driver
-was never asked, for others had all the places.
+was never asked, for others had all the places; that is counted by itself.
 
 And whoever is told that a node is being switched off wants to know for how long that may last.
 
@@ -26,6 +26,8 @@ def note_change(state: State, now: Instant, live: LiveNode) -> None:
     """Its phase began this moment. Who went off has not refused."""
     if live.node.power.phase is Power.OFF:
         state.switching.refused.pop(live.node.id, None)
+    if live.node.power.phase is not Power.STOPPING:
+        state.switching.postponed.pop(live.node.id, None)
     state.switching.at_ms.setdefault(live.node.id, {})[now.unix_ms] = now.now_ms
     starts_ms(state, now, live)
 
@@ -37,6 +39,20 @@ def note_refused(state: State, now: Instant, live: LiveNode) -> None:
     most_ms = REFUSED_MS if live.node.power.source is Source.BURST else REFUSED_MS_MAX
     wait_ms = max(REFUSED_MS, min(most_ms, 2 * before_ms))
     state.switching.refused[live.node.id] = (now.now_ms, wait_ms)
+
+
+def note_answer(state: State, live: LiveNode, *, postponed: bool) -> bool:
+    """A driver has spoken; returns whether that is news: not so, if it has no turn once more."""
+    before = state.switching.postponed.pop(live.node.id, 0)
+    if postponed:
+        state.switching.postponed[live.node.id] = before + 1
+    return not (postponed and before)
+
+
+def retry_ms(state: State, name: str) -> int:
+    """After how long it is ordered again: twice as long each time that there was no turn."""
+    put_off = state.switching.postponed.get(name, 0)
+    return state.options.power.boot_retry_ms << max(0, put_off - 1)
 
 
 def is_refused(state: State, now: Instant, live: LiveNode) -> bool:

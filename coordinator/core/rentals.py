@@ -20,16 +20,16 @@ How:
    any more cannot be deleted from here. Both are said once, and left alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import flexible, plan_time, power, power_memory
-from coordinator.core.bursts import MS_PER_H
+from coordinator.core.bursts import MS_PER_H, Burst, ranks_nodes
 from coordinator.core.capacity_model import Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.gpu_types import facts_of
 from coordinator.core.live import LiveNode
-from coordinator.core.model import HostFacts, Node
+from coordinator.core.model import HostFacts, JobSpec, Node
 from coordinator.core.node_power import DAY_MS, NodePower, is_gone
 from coordinator.core.phases import NodeIntent, NodePhase
 from coordinator.core.scaling import Action, Memory, Plan, Rules
@@ -139,24 +139,42 @@ def outlooks(state: State, now: Instant, found: Sequence[Outlook]) -> list[Outlo
     """With how many of those that wait may be a reason to rent, where anything can be rented."""
     bursts = state.options.scaling.rules.bursts
     waiting = dict.fromkeys(bursts, 0)
+    gangs: dict[str, list[int]] = {gpu_type: [] for gpu_type in bursts}
+    # Of ten thousand that wait, most ask for the same.
+    taken_by: dict[tuple[object, ...], dict[str, int]] = {}
     for job_id in state.queued if bursts else ():
         job = state.jobs[job_id]
-        if not job.spec.gpus or flexible.left_ms(job, now.unix_ms):
+        spec = job.spec
+        if not spec.gpus or flexible.left_ms(job, now.unix_ms):
             continue
-        for gpu_type, burst in bursts.items():
-            facts = facts_of(gpu_type, burst.gpus_per_node)
-            if could_hold(job.spec, facts, job.spec.memory_bytes):
-                waiting[gpu_type] += job.spec.gpus * job.spec.ranks
+        asks = (spec.gpus, spec.ranks, spec.gpu_types, spec.gpu_memory_bytes_min)
+        key = (*asks, spec.shared_gpu_memory_bytes)
+        if key not in taken_by:
+            taken_by[key] = _nodes_of(spec, bursts)
+        for gpu_type, nodes in taken_by[key].items():
+            waiting[gpu_type] += spec.gpus * spec.ranks
+            gangs[gpu_type] += [nodes] if nodes > 1 else []
     return [
         replace(
             each,
             rentable_gpus=waiting[each.gpu_type],
+            rentable_gangs=tuple(gangs[each.gpu_type]),
             frees_ms=FREES_MS_MAX if each.frees_ms is None else each.frees_ms,
         )
         if each.gpu_type in waiting
         else each
         for each in found
     ]
+
+
+def _nodes_of(spec: JobSpec, bursts: Mapping[str, Burst]) -> dict[str, int]:
+    """How many rented nodes it takes, by type of those that can hold it. What memory their hosts
+    have is not known."""
+    return {
+        gpu_type: ranks_nodes(spec.ranks, spec.gpus, burst)
+        for gpu_type, burst in bursts.items()
+        if could_hold(spec, facts_of(gpu_type, burst.gpus_per_node), spec.memory_bytes)
+    }
 
 
 def look(state: State, now: Instant) -> None:

@@ -346,17 +346,18 @@ def _rent(draft: _Draft, outlook: Outlook, missing_gpus: int) -> _Done:
     burst = rules.bursts.get(outlook.gpu_type)
     if burst is None or missing_gpus <= 0:
         return _NOTHING
-    gpus = bursts.worth_gpus(outlook, missing_gpus, burst, rules.wait_usd_per_gpu_h)
+    gpus, gangs = bursts.worth_gpus(outlook, missing_gpus, burst, rules.wait_usd_per_gpu_h)
     wanted = bursts.nodes_of(gpus, burst)
     spent_usd = sum(usd for _, usd in draft.spent_usd)
     affordable = bursts.affordable(
         burst, spent_usd, draft.rented_usd_per_h, rules.budget_usd_per_day
     )
-    nodes = min(wanted, affordable, burst.nodes_max, draft.ups)
+    whole = bursts.whole(wanted, min(affordable, burst.nodes_max), gangs)
+    nodes = min(whole, draft.ups)  # the others within minutes
     rail = None
     if nodes < wanted:
-        rail = Rail.NAMES if nodes == burst.nodes_max else Rail.UP_RATE
-        rail = Rail.BUDGET if nodes == affordable else rail
+        rail = Rail.NAMES if affordable > burst.nodes_max else Rail.BUDGET
+        rail = Rail.UP_RATE if nodes < whole else rail
     if nodes == 0:
         return _Done(rail=rail)
     names = tuple(f"burst-{draft.next_id}-{number}" for number in range(1, nodes + 1))
@@ -476,6 +477,8 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     if wanted.trusted:
         stay = quantity(wanted.keep_gpus, "stays", "stay")
         wants += f" at {100 * rules.level:.3g}%, {stay} on"
+    if outlook.patient_gpus:
+        wants += f", {outlook.patient_gpus} more may wait"
     held = f"; held back: {done.rail.value}" if done.rail else ""
     return (
         f"{said}: {wants}, {quantity(wanted.there_gpus, 'is', 'are')} there{_late(outlook)}{held}"

@@ -5,12 +5,14 @@ lies; one that wants eight GPUs on one node has no use for eight nodes of one, a
 types is counted as the first of them. Such a job would wait for ever beside a node that is off.
 
 Both hold in any mode: they are no matter of demand. Only whom we have switched off, or are
-emptying, is touched, and nothing is rented for this.
+emptying, is touched, and nothing is rented for this. Who may wait is looked at in his time
+(`patience.py`).
 """
 
+from collections.abc import Sequence
 from itertools import islice
 
-from coordinator.core import checkpoints, power
+from coordinator.core import checkpoints, patience, power
 from coordinator.core.capacity_model import Power, Source
 from coordinator.core.demand import ask_of
 from coordinator.core.fragmentation import Ask
@@ -26,12 +28,14 @@ ASKS_MAX = 50
 
 def tick(state: State, now: Instant) -> None:
     if state.options.power.acts and state.indices.switched:
-        _for_checkpoints(state, now)
-        _for_room(state, now)
+        patients = patience.patients(state, now)
+        urgent = [job_id for job_id in state.queued if job_id not in patients]
+        _for_checkpoints(state, now, urgent)
+        _for_room(state, now, urgent)
 
 
-def _for_checkpoints(state: State, now: Instant) -> None:
-    for job_id in state.queued:
+def _for_checkpoints(state: State, now: Instant, urgent: Sequence[int]) -> None:
+    for job_id in urgent:
         job = state.jobs[job_id]
         if not checkpoints.head_within_reach(state, job):
             continue
@@ -50,10 +54,10 @@ def _for_checkpoints(state: State, now: Instant) -> None:
                     break
 
 
-def _for_room(state: State, now: Instant) -> None:
+def _for_room(state: State, now: Instant, urgent: Sequence[int]) -> None:
     """Who fits no node that takes work, not even an empty one, gets one back that he fits."""
     specs: dict[Ask, JobSpec] = {}
-    for job_id in state.queued:
+    for job_id in urgent:
         spec = state.jobs[job_id].spec
         if spec.gpus:
             specs.setdefault(ask_of(spec), spec)

@@ -25,6 +25,7 @@ from coordinator.core.messages import AttemptExited, Effect, Event, SessionClose
 from coordinator.core.model import SHARED
 from coordinator.core.node_power import (
     DARK,
+    POSTPONED_MAX,
     STARTS_MAX,
     UNANSWERED_RATIO,
     PowerOptions,
@@ -101,11 +102,12 @@ class SwitchedFleet(Fleet):
 
     @rule(
         name=NODES,
-        fate=st.sampled_from(["do", "do", "do", "lie", "refuse", "silent", "again"]),
+        fate=st.sampled_from(["do", "do", "do", "lie", "refuse", "silent", "again", "postpone"]),
         seconds=st.sampled_from([0, 0, 9, 13]),
     )
     def drive(self, name: str, fate: str, seconds: int) -> None:
-        """The driver takes the node's last order; `again` is another time."""
+        """The driver takes the node's last order; `again` is another time, and to `postpone` is not
+        to begin it."""
         order = self.orders.get(name)
         if order is None:
             return
@@ -121,7 +123,8 @@ class SwitchedFleet(Fleet):
                     node.wipe()
                 self.close(session, SessionClosed())
         if fate not in ("silent", "again"):
-            outcome = CapacityOutcome(order.key, name, fate != "refuse", "no" * (fate == "refuse"))
+            done, postponed = fate in ("do", "lie"), fate == "postpone"
+            outcome = CapacityOutcome(order.key, name, done, "no" * (not done), postponed)
             self.apply(Actuated(outcome))
         if fate != "again":
             self.orders.pop(name, None)
@@ -186,6 +189,9 @@ class SwitchedFleet(Fleet):
     def what_is_remembered_of_power_is_bounded(self) -> None:
         switching = self.state.switching
         assert all(len(found) <= STARTS_MAX + 1 for found in switching.at_ms.values())
+        for name, times in switching.postponed.items():
+            assert self.state.nodes[name].node.power.phase in (Power.STOPPING, Power.STARTING)
+            assert 0 < times <= POSTPONED_MAX + 1
         for name in switching.refused:
             assert self.state.nodes[name].node.power.phase is not Power.OFF
 

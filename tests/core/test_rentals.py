@@ -27,13 +27,13 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import GpuHealth, GpuVerdict, JobSpec
-from coordinator.core.node_power import DAY_MS, REFUSED_MS, NodePower, Rent
+from coordinator.core.node_power import DAY_MS, POSTPONED_MAX, REFUSED_MS, NodePower, Rent
 from coordinator.core.phases import NodeIntent
 from coordinator.core.scale_requests import ApproveScaling, ScalePage
 from coordinator.core.scaler import ScalingOptions
 from coordinator.core.scaling import Mode
 from coordinator.core.state import Instant, Options
-from tests.core.switched_fleet import ACTS
+from tests.core.switched_fleet import ACTS, TICK_MS
 from tests.core.test_fleet_scaling import RULES, ScaledRig
 
 HOUR_MS = 3_600_000
@@ -197,19 +197,39 @@ def test_who_is_not_known_to_be_gone_is_paid_for_until_a_person_has_looked(says:
     assert fleet.node("r1").power.rents[-1].end_unix_ms is not None
 
 
-def test_a_deletion_of_which_nobody_was_asked_is_none_of_its_tries() -> None:
+def test_a_deletion_that_has_no_turn_is_tried_more_and_more_seldom_and_then_told() -> None:
     fleet = RentingRig.renting()
     rentals.rent(fleet.rig.core.state, fleet.rig.now, "r1", "a test")
     fleet.wait(1_000)
     fleet.answer("r1", done=False, reason="sold out")
-    for _ in range(ACTS.boot_retries + 2):
+    said: list[str] = []
+    waits_ms = []
+    for _ in range(POSTPONED_MAX):
         fleet.wait(1_000)
-        fleet.answer("r1", done=False, reason="it waited for its turn", postponed=True)
-        fleet.wait(ACTS.boot_retry_ms)
+        effects = fleet.answer("r1", done=False, reason="it waited for its turn", postponed=True)
+        begun_ms, orders = fleet.rig.now_ms, len(fleet.orders)
+        while len(fleet.orders) == orders:
+            effects += fleet.wait(TICK_MS)
+        waits_ms.append(fleet.rig.now_ms - begun_ms)
+        said += [effect.event for effect in effects if isinstance(effect, Log)]
         assert fleet.power("r1") is Power.STOPPING
-    deletes = [verb for _, verb in fleet.verbs()].count("delete")
-    assert deletes == ACTS.boot_retries + 3, "each with a key of its own"
+    assert waits_ms == [ACTS.boot_retry_ms << times for times in range(POSTPONED_MAX)]
+    assert said.count("node.power_failed") == 1, "not with each"
+    assert "node.rent_failed" not in said
+    assert fleet.node("r1").power.boot_failures == 0
     assert len({order.key for order in fleet.orders}) == len(fleet.orders)
+    fleet.wait(1_000)
+    effects = fleet.answer("r1", done=False, reason="it waited for its turn", postponed=True)
+    assert fleet.power("r1") is Power.FAILED
+    (told,) = [e for e in effects if isinstance(e, Log) and e.event == "node.rent_failed"]
+    assert "`baton uncordon r1` has it deleted again" in str(dict(told.fields)["reason"])
+    fleet.wait(600_000)
+    assert fleet.power("r1") is Power.FAILED
+    fleet.ask(UncordonNode("r1"))
+    assert fleet.power("r1") is Power.STOPPING
+    fleet.wait(1_000)
+    fleet.answer("r1")
+    assert fleet.power("r1") is Power.OFF
 
 
 def test_a_successor_gives_the_same_order_and_knows_what_was_spent() -> None:

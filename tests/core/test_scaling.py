@@ -1,7 +1,13 @@
 """Who is switched on and off: cases known by hand."""
 
 from dataclasses import replace
+from itertools import combinations
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.core import bursts
 from coordinator.core.bursts import Burst
 from coordinator.core.capacity_model import LEVELS, Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
@@ -103,6 +109,52 @@ def test_a_burst_is_rented_when_waiting_costs_more() -> None:
     poor = decided([busy(1)], longer, replace(rules, budget_usd_per_day=15.0))
     assert not poor.actions
     assert poor.decisions[0].rail is Rail.BUDGET
+
+
+@pytest.mark.parametrize("wait_pays", [True, False], ids=["for its wait", "for its deadline"])
+def test_a_gang_is_rented_all_of_its_nodes_or_none(wait_pays: bool) -> None:
+    """Three nodes for one job, and eight GPUs for others; a node costs 16 dollars."""
+    rules = replace(RULES, bursts={"H100": Burst(2.0)}, spends_alone=True)
+    waits = replace(outlook(8, queued=32), frees_ms=5 * HOUR, rentable_gangs=(3,))
+    if not wait_pays:
+        waits = replace(outlook(8), late_gpus=32, late_jobs=(7, 9), late_gangs=(3,))
+    boxes = [busy(number) for number in range(1, 21)]  # four of them come within ten minutes
+    waits = replace(waits, running_gpus=160)
+
+    def rented(usd: float, fleet: list[Box]) -> tuple[int, Rail | None]:
+        found = decided(fleet, waits, replace(rules, budget_usd_per_day=usd))
+        return sum(len(each.nodes) for each in found.actions), found.decisions[0].rail
+
+    assert rented(15.0, boxes) == (0, Rail.BUDGET)
+    assert rented(47.0, boxes) == (1, Rail.BUDGET), "the other one's"
+    assert rented(48.0, boxes) == (3, Rail.BUDGET)
+    assert rented(64.0, boxes) == (4, None)
+    few = replace(rules, bursts={"H100": Burst(2.0, nodes_max=2)}, budget_usd_per_day=64.0)
+    assert [len(each.nodes) for each in decided(boxes, waits, few).actions] == [1]
+    waits = replace(waits, running_gpus=8)
+    assert rented(64.0, boxes[:1]) == (2, Rail.UP_RATE), "the others follow, and are paid for"
+
+
+@given(
+    wanted=st.integers(0, 40),
+    possible=st.integers(0, 40),
+    gangs=st.lists(st.integers(2, 12), max_size=5),
+)
+def test_what_is_rented_in_part_is_whole_gangs_and_others(
+    wanted: int, possible: int, gangs: list[int]
+) -> None:
+    nodes = bursts.whole(wanted, possible, gangs)
+    assert 0 <= nodes <= min(wanted, possible)
+    if wanted <= possible:
+        assert nodes == wanted
+        return
+    sizes = [min(each, wanted) for each in gangs]
+    others = max(0, wanted - sum(gangs))
+    sums = {sum(chosen) for count in range(len(sizes) + 1) for chosen in combinations(sizes, count)}
+    assert any(0 <= nodes - each <= others for each in sums)
+    if sizes and sizes[0] <= possible:
+        assert nodes >= sizes[0], "the first in the queue"
+    assert nodes == possible or others < possible
 
 
 def test_a_deadline_is_a_reason_beside_what_waiting_costs_and_is_told() -> None:

@@ -1,14 +1,17 @@
 """The demand that `make demo-scaling` plays: three real days, and jobs that add up to the last one.
 
 Problem: a made-up curve makes any rule look good. So this is what a fleet really had: `ACTIVE`, the
-mean number of nodes with at least one busy GPU in each ten minutes from 2017-10-22 to 24, of some
-420. It is derived from the node sequence of the Microsoft Philly traces
+mean number of nodes with at least one busy GPU in each ten minutes from 2017-10-13 to 15, of 420.
+It is derived from the node sequence of the Microsoft Philly traces
 (https://github.com/msr-fiddle/philly-traces, CC BY 4.0, Jeon et al., USENIX ATC 2019), as published
 in https://github.com/S-Lab-System-Group/HeliosArtifact. Changed: means of ten minutes, rounded.
 
-The first two days are the past that a forecast learns from, the third is played. The series says
-how many GPUs are held, not by whom: so the oldest job ends where it falls, one begins where it
-rises, and none is longer than `JOB_STEPS_MAX`, so that there are always some that end.
+The first two days are the past that a forecast learns from; the third, a Sunday, is played: at
+seven in the morning a third less is wanted within the hour, and most of that is back at night.
+
+The series says how many GPUs are held, not by whom. So jobs last from half an hour to eight hours,
+each length twice the one before and as frequent, as lives of jobs differ by orders of magnitude.
+Where demand falls below that, those end that would have ended next.
 """
 
 from collections.abc import Sequence
@@ -17,33 +20,33 @@ from dataclasses import dataclass
 KNOWN_NODES = 420
 STEPS_PER_DAY = 144
 MINUTES_PER_STEP = 10
-JOB_STEPS_MAX = 7
+JOB_STEPS = (3, 48, 12, 6, 24)
 # fmt: off
 ACTIVE = (
-    336, 333, 337, 329, 335, 347, 333, 351, 350, 344, 336, 336, 329, 329, 328, 324, 328, 326,
-    325, 324, 324, 324, 323, 324, 319, 318, 316, 316, 316, 318, 314, 315, 314, 313, 314, 314,
-    313, 311, 313, 313, 311, 308, 311, 314, 312, 312, 313, 311, 310, 312, 310, 311, 307, 303,
-    303, 304, 305, 304, 307, 306, 305, 305, 306, 307, 307, 310, 345, 356, 356, 356, 357, 358,
-    359, 358, 359, 359, 362, 361, 360, 364, 364, 361, 363, 362, 360, 358, 361, 362, 364, 338,
-    286, 283, 268, 264, 278, 272, 263, 260, 256, 258, 256, 256, 259, 260, 265, 267, 267, 269,
-    270, 272, 271, 271, 279, 283, 302, 325, 340, 351, 357, 349, 355, 360, 359, 355, 356, 354,
-    359, 356, 357, 356, 358, 360, 364, 366, 358, 361, 356, 359, 354, 364, 356, 236, 236, 255,
-    277, 286, 306, 309, 299, 276, 301, 305, 301, 302, 303, 308, 310, 310, 312, 310, 312, 313,
-    323, 332, 333, 330, 327, 331, 329, 331, 329, 331, 336, 335, 334, 333, 333, 337, 338, 341,
-    340, 353, 356, 350, 348, 348, 347, 345, 341, 338, 350, 348, 349, 346, 344, 345, 337, 334,
-    335, 332, 333, 334, 342, 344, 342, 339, 341, 328, 329, 329, 328, 336, 333, 334, 336, 336,
-    337, 332, 330, 325, 327, 330, 330, 332, 331, 329, 332, 328, 328, 327, 330, 330, 331, 328,
-    328, 329, 328, 329, 334, 332, 330, 330, 331, 330, 328, 328, 330, 331, 333, 331, 330, 335,
-    332, 330, 337, 333, 325, 331, 329, 329, 320, 319, 320, 323, 323, 324, 327, 328, 324, 321,
-    314, 321, 317, 323, 324, 322, 325, 332, 326, 320, 320, 321, 319, 324, 264, 224, 223, 219,
-    221, 218, 221, 227, 225, 220, 221, 221, 221, 221, 221, 226, 228, 229, 229, 233, 234, 237,
-    237, 245, 265, 294, 302, 313, 321, 321, 327, 332, 327, 330, 331, 333, 335, 332, 323, 331,
-    333, 336, 336, 330, 331, 331, 331, 332, 328, 328, 327, 326, 321, 325, 324, 325, 330, 331,
-    336, 331, 340, 338, 344, 346, 342, 346, 340, 344, 341, 343, 343, 344, 343, 340, 342, 342,
-    342, 344, 342, 340, 340, 336, 334, 336, 335, 335, 337, 338, 336, 334, 336, 336, 339, 335,
-    329, 332, 333, 330, 338, 331, 334, 331, 328, 330, 329, 331, 322, 330, 327, 296, 317, 330,
-    331, 335, 327, 303, 284, 280, 278, 334, 332, 317, 336, 339, 326, 335, 336, 315, 321, 339,
-    339, 333, 333, 304, 309, 329, 318, 331, 321, 332, 331, 348, 333, 337, 338, 332, 333, 332,
+    378, 381, 379, 378, 380, 380, 380, 379, 379, 378, 378, 379, 379, 379, 380, 379, 380, 381,
+    380, 380, 380, 378, 378, 373, 372, 367, 364, 365, 365, 364, 366, 365, 366, 367, 368, 371,
+    373, 369, 367, 368, 369, 370, 369, 369, 369, 368, 369, 369, 369, 368, 368, 368, 369, 369,
+    369, 370, 368, 367, 369, 367, 369, 372, 372, 376, 379, 384, 384, 384, 381, 380, 380, 374,
+    375, 372, 375, 376, 377, 377, 373, 370, 352, 352, 343, 366, 372, 375, 375, 377, 375, 375,
+    375, 377, 376, 375, 372, 368, 374, 373, 372, 367, 371, 369, 368, 366, 366, 369, 372, 374,
+    376, 376, 380, 385, 382, 382, 383, 381, 380, 383, 380, 381, 381, 382, 382, 381, 380, 380,
+    382, 380, 379, 378, 378, 376, 375, 378, 380, 378, 377, 379, 379, 379, 379, 377, 377, 380,
+    377, 375, 377, 377, 377, 376, 378, 378, 379, 379, 377, 378, 378, 373, 377, 378, 374, 376,
+    376, 378, 380, 381, 379, 378, 378, 378, 376, 375, 376, 376, 378, 382, 384, 388, 388, 387,
+    385, 386, 386, 386, 386, 386, 388, 389, 386, 384, 383, 384, 382, 379, 378, 375, 373, 369,
+    370, 369, 369, 370, 373, 373, 373, 370, 373, 372, 372, 370, 372, 372, 368, 369, 369, 366,
+    366, 364, 366, 368, 372, 374, 375, 375, 375, 375, 373, 373, 381, 379, 379, 382, 379, 382,
+    380, 379, 381, 379, 377, 379, 379, 380, 380, 380, 379, 380, 377, 376, 378, 376, 374, 376,
+    373, 372, 373, 373, 373, 374, 379, 377, 375, 379, 380, 380, 380, 380, 378, 375, 378, 374,
+    373, 367, 369, 368, 367, 366, 365, 366, 365, 365, 365, 364, 366, 364, 367, 367, 368, 367,
+    368, 368, 363, 368, 372, 370, 368, 365, 364, 365, 367, 367, 365, 366, 363, 360, 359, 359,
+    357, 355, 355, 356, 354, 351, 356, 358, 359, 358, 354, 346, 355, 352, 356, 357, 350, 348,
+    348, 352, 352, 351, 352, 349, 266, 222, 231, 224, 221, 221, 217, 217, 220, 222, 226, 229,
+    230, 231, 229, 229, 230, 231, 232, 229, 230, 227, 228, 224, 228, 230, 226, 230, 238, 237,
+    238, 240, 241, 244, 247, 248, 248, 247, 248, 249, 250, 251, 250, 254, 253, 252, 254, 258,
+    258, 256, 254, 253, 252, 253, 252, 252, 253, 253, 256, 259, 261, 262, 262, 261, 259, 260,
+    261, 260, 260, 259, 257, 262, 260, 264, 262, 267, 272, 276, 288, 285, 283, 276, 270, 266,
+    267, 272, 281, 317, 333, 333, 333, 331, 300, 295, 295, 301, 297, 300, 304, 306, 305, 302,
 )
 # fmt: on
 
@@ -64,11 +67,15 @@ def scaled(gpus: int) -> tuple[int, ...]:
 def wishes(course: Sequence[int]) -> list[Wish]:
     """Jobs that hold as many GPUs in each step as it says, if none waits; by their begin."""
     found: list[Wish] = []
-    running: list[int] = []  # begins, the oldest first
+    running: list[tuple[int, int]] = []  # planned end and begin, the next to end first
+    begun = 0
     for step, gpus in enumerate((*course, 0)):
-        leaving = [begin for begin in running if step - begin >= JOB_STEPS_MAX]
-        leaving += running[len(leaving) :][: max(0, len(running) - len(leaving) - gpus)]
-        found += [Wish(begin, step) for begin in leaving]
-        running = running[len(leaving) :]
-        running += [step] * (gpus - len(running))
+        over = sum(end <= step for end, _ in running)
+        leaving = max(over, len(running) - gpus)
+        found += [Wish(begin, step) for _, begin in running[:leaving]]
+        running = running[leaving:]
+        while len(running) < gpus:
+            running.append((step + JOB_STEPS[begun % len(JOB_STEPS)], step))
+            begun += 1
+        running.sort()
     return sorted(found, key=lambda wish: (wish.begin, wish.end))

@@ -2,10 +2,10 @@
 
 Problem: "it saved energy" says nothing without "against what". So the samples that were taken of
 the live fleet become the steps of a replay (`coordinator/sim/capacity_replay.py`), and the same
-demand is replayed against a fleet that is always on, and against one that goes off after an idle
-hour and on when work waits, with the boots that were seen. All are counted in the same way, in the
-plan's own hours. A replay packs work into whole nodes, which the live fleet cannot always: what is
-compared is rather too good for the other two.
+demand is replayed against a fleet that is always on, against one that goes off after an idle hour
+and on when work waits, and against one that knows the day, with the boots that were seen. All are
+counted in the same way, in the plan's own hours. A replay packs work into whole nodes, which the
+live fleet cannot always: what is compared is rather too good for the others.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.core.tariffs import Prices
-from coordinator.sim.capacity_policies import AlwaysOn, IdleTimeout
+from coordinator.sim.capacity_policies import AlwaysOn, Clairvoyant, IdleTimeout
 from coordinator.sim.capacity_replay import Boxes, PowerOutcome, Step, Switch, replay
 from coordinator.sim.capacity_report import figures
 from coordinator.sim.svg import Band, Chart, Curve, stack
@@ -22,6 +22,8 @@ MINUTE_MS = 60_000
 MINUTES_PER_H = 60
 S_PER_MINUTE = 60
 GPU_TYPE = "H100"
+# A day in which nobody was worth to be moved is none that shows it; a part of one may be.
+WHOLE_MINUTES = 20 * MINUTES_PER_H
 TIME = "time since the beginning, h of the plan"
 # Places of a forecast's quantiles (`coordinator.core.capacity_model.LEVELS`).
 BAND_90, BAND_50 = (1, 7), (3, 5)
@@ -47,7 +49,8 @@ class Sample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Day:
     """All that was seen. `boots_min` are minutes of the plan from an order until a node was on;
-    `waits_min` those of jobs before their first start."""
+    `waits_min` those of jobs before their first start. `moved`: jobs that went on elsewhere so that
+    a node could go off."""
 
     nodes: int
     gpus_per_node: int
@@ -67,6 +70,9 @@ class Day:
             found.append("no node went off")
         elif "up" not in verbs:
             found.append("no node that went off came back")
+        whole = self.samples[-1].minute >= WHOLE_MINUTES
+        if whole and "stop" in verbs and not self.moved:
+            found.append("nobody was handed off so that a node could go off")
         return found
 
 
@@ -112,29 +118,37 @@ def lines(day: Day) -> list[str]:
     seen = _seen(day, fleet)
     gpus = [step.gpus for step in seen.steps]
     runs = [seen]
-    runs += [replay(gpus, MINUTES_PER_H, fleet, rule) for rule in (IdleTimeout(), AlwaysOn())]
+    rules = (IdleTimeout(), AlwaysOn(), Clairvoyant(gpus, MINUTES_PER_H, fleet))
+    runs += [replay(gpus, MINUTES_PER_H, fleet, rule) for rule in rules]
     hours = len(seen.steps) / MINUTES_PER_H
-    names = {"baton": "baton, as it was", "idle-timeout": "idle timeout 1 h, replayed"}
+    names = {
+        "baton": "baton, as it was",
+        "idle-timeout": "idle timeout 1 h, replayed",
+        "clairvoyant": "clairvoyant, replayed",
+    }
     out = [
-        f"  {'':<28}{'node-hours on':>14}{'energy kWh':>12}{'saved':>8}{'waiting':>9}{'starts':>8}"
+        f"  {'':<28}{'node-hours on':>14}{'off':>8}{'energy kWh':>12}{'saved':>8}{'waiting':>9}"
+        f"{'starts':>8}"
     ]
     for run in runs:
         its = figures(run, fleet)
         node_h = (1 - its.off_ratio) * fleet.nodes * hours
         starts = sum(switch.what == "start" for switch in run.switches)
         out.append(
-            f"  {names.get(run.policy, 'always on'):<28}{node_h:>14.1f}{its.energy_kwh:>12.1f}"
-            f"{its.saved_ratio:>8.1%}{its.waiting_ratio:>9.1%}{starts:>8}"
+            f"  {names.get(run.policy, 'always on'):<28}{node_h:>14.1f}{its.off_ratio:>8.1%}"
+            f"{its.energy_kwh:>12.1f}{its.saved_ratio:>8.1%}{its.waiting_ratio:>9.1%}{starts:>8}"
         )
     limit = figures(seen, fleet).limit_ratio
     quick = sum(wait <= 2 for wait in day.waits_min)
     return [
         *out,
-        "  (waiting: minutes in which more nodes were wanted than were on; energy by "
-        f"{fleet.busy_w:.0f} W busy and {fleet.idle_w:.0f} W idle a node)",
+        "  (off: of all node-hours; saved: of energy, by "
+        f"{fleet.busy_w:.0f} W busy and {fleet.idle_w:.0f} W idle a node; waiting: minutes in "
+        "which more nodes were wanted than were on)",
         f"  No rule can have more than {limit:.1%} of the node-hours off without work that waits.",
-        f"  {day.jobs} jobs, lost: {len(day.lost)}, moved: {day.moved}; {quick} began within two "
-        f"minutes of the plan, the last after {max(day.waits_min, default=0.0):.0f}",
+        f"  {day.jobs} jobs, lost: {len(day.lost)}; {quick} began within two minutes of the plan, "
+        f"the last after {max(day.waits_min, default=0.0):.0f}",
+        f"  {day.moved} were handed off so that their node could go off",
         f"  a boot took {fleet.boot_s / S_PER_MINUTE:.0f} minutes of the plan",
     ]
 

@@ -33,7 +33,7 @@ from tests.e2e.trainers import ticking
 from tests.e2e.work import ENDED, submit
 from tests.fakenvml.build import BuildError, h100
 
-NODES = ("n1", "n2", "n3", "n4", "n5", "n6")
+NODES = tuple(f"n{number}" for number in range(1, 11))
 GPUS_PER_NODE = 2
 MINUTE_MS = 250
 # Time for a coordinator and its agents to start, on a busy machine as well.
@@ -43,9 +43,9 @@ SAY_EVERY_MINUTES = 60
 TAIL_S = 60.0
 # Whoever is switched off comes back no sooner than it is told to: nobody has to wait for it.
 ABSENCE_MS = 500
-TICK_MS, CHECKPOINT_MS = 250, 3_000
+TICK_MS, CHECKPOINT_MS = 500, 1_000
 # Of a job that is not its work: from its submission until its first step, and its last checkpoint.
-AROUND_MS = 750
+AROUND_MS = 1_500
 CONFIG = {
     "demand_minute_ms": MINUTE_MS,
     "scaling_mode": "act",
@@ -65,6 +65,7 @@ POWERS = {
     types_pb2.NODE_POWER_STARTING: "is ordered on",
     types_pb2.NODE_POWER_FAILED: "did not come up",
 }
+CAN_GO_OFF = "can go off"  # so says who is moved for it (`consolidation.py`)
 SWITCHES = {types_pb2.NODE_POWER_STARTING: "start", types_pb2.NODE_POWER_STOPPING: "stop"}
 
 
@@ -98,7 +99,7 @@ def run(*, first_step: int, steps: int, step_minutes: int, plot: Path, keep: boo
 def _tell(cluster: Cluster, view: View, first_step: int, steps: int, step_minutes: int) -> Day:
     course = scaling_day.scaled(len(NODES) * GPUS_PER_NODE)
     begin = len(course) - scaling_day.STEPS_PER_DAY + first_step
-    view.title("Starting one coordinator, which knows two days of demand, and six agents")
+    view.title("Starting one coordinator, which knows two days of demand, and ten agents")
     begins_s = _remember(cluster, course[:begin], step_minutes)
     _start_fleet(cluster)
     view.text(f"  {len(NODES)} nodes with {GPUS_PER_NODE} GPUs (stand-ins for NVML), all on")
@@ -188,7 +189,8 @@ class _Story:
 
     def _submit(self, wish: scaling_day.Wish) -> None:
         number = len(self.submitted) + 1
-        duration_ms = (wish.end - wish.begin) * self.step_minutes * MINUTE_MS - AROUND_MS
+        end_s = self.begins_s + wish.end * _step_s(self.step_minutes)
+        duration_ms = round((end_s - time.time()) * 1_000) - AROUND_MS
         words = [sys.executable, ticking.__file__, "--file", self._witness(number)]
         words += ["--steps", max(1, duration_ms // TICK_MS), "--step-ms", TICK_MS]
         words += ["--checkpoint-ms", CHECKPOINT_MS]
@@ -263,9 +265,15 @@ class _Story:
             boots_min=tuple(self.boots_min),
             jobs=len(self.submitted),
             lost=tuple(lost),
-            moved=sum(job.epoch > 1 for job in self.ended),
+            moved=self._moved(),
             waits_min=tuple(waits_min),
         )
+
+    def _moved(self) -> int:
+        """A listed job has its last attempt alone; so who began again is asked for."""
+        ids = [job.id for job in self.ended if job.epoch > 1]
+        jobs = [self.cluster.jobs.GetJob(jobs_pb2.GetJobRequest(job_id=one)).job for one in ids]
+        return sum(CAN_GO_OFF in attempt.reason for job in jobs for attempt in job.attempts)
 
 
 def _conclude(view: View, day: Day, plot: Path) -> list[str]:
