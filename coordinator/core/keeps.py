@@ -3,9 +3,9 @@
 Problem: what a pass keeps for a job is forgotten with the pass, which is right for room that
 somebody is about to leave, and too short for a gang that gathers GPUs while small jobs come and go.
 So a *keep* names GPUs and host memory, and for whom. Jobs of the same class do not see them, unless
-they are expected to be gone before the room is complete, were submitted before its job, or are
-within their projects' quotas and it is not. Higher classes see everything, since
-nobody waits for a lower class; lower ones may use it, since they give way.
+they are expected to be gone before the room is complete, were submitted before its job, have to run
+now to keep a deadline, or are within their projects' quotas and it is not. Higher classes see
+everything, since nobody waits for a lower class; lower ones may use it, since they give way.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,8 @@ class Reservation:
 class Keep:
     """`rank` is that of the job's class; `places` are nodes with GPUs, and `memory_bytes` of the
     host by node. `free_in_ms`: all of it is expected to be free then; `None`: nobody knows. `until`
-    is for a sentence. `lent`: the job is beyond its project's quota."""
+    is for a sentence. `lent`: the job is beyond its project's quota. `urgent` are jobs that
+    have to run now."""
 
     job_id: int
     rank: int
@@ -38,11 +39,14 @@ class Keep:
     free_in_ms: int | None
     until: str
     lent: bool = False
+    urgent: tuple[int, ...] = ()
 
     def hides_from(self, job_id: int, rank: int, lasts_ms: int | None, *, lent: bool) -> bool:
         """`lasts_ms`: how long that job is expected to run. Who was there before sees all of it:
         those are few, and would never run behind large ones that keep coming."""
         if job_id <= self.job_id or rank != self.rank or (self.lent and not lent):
+            return False
+        if job_id in self.urgent:
             return False
         return lasts_ms is None or self.free_in_ms is None or lasts_ms > self.free_in_ms
 
