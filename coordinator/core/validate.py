@@ -116,6 +116,8 @@ def _request(spec: JobSpec) -> str:
 
 def _share(spec: JobSpec) -> str:
     share_bytes = spec.shared_gpu_memory_bytes
+    if spec.share_automatic and not share_bytes:
+        return "whether a GPU can be shared depends on memory; say how much of it the job takes"
     if not share_bytes:
         return ""
     if share_bytes < SHARE_BYTES_MIN:

@@ -104,7 +104,12 @@ SPECS = st.builds(
 )
 SHARES = st.sampled_from([8 * GIGABYTE, 20 * GIGABYTE, 70 * GIGABYTE])
 SHARING_SPECS = st.builds(
-    lambda spec, share: replace(spec, gpus=1, ranks=1, shared_gpu_memory_bytes=share), SPECS, SHARES
+    lambda spec, share, automatic: replace(
+        spec, gpus=1, ranks=1, shared_gpu_memory_bytes=share, share_automatic=automatic
+    ),
+    SPECS,
+    SHARES,
+    st.sampled_from([False, False, True]),
 )
 ANY_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 
