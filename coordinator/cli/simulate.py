@@ -72,6 +72,12 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="May be given several times.",
 )
 @demand_options
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="The coordinator's configuration (/etc/baton/coordinator.toml), for its quotas alone; "
+    "projects of --fleet are in the place of all of these.",
+)
 @click.option("--pairs", type=click.Path(path_type=Path), help="CSV: rates of jobs that share.")
 @click.option("--add-nodes", multiple=True, help="What if there were: 4xH200, or 2x8xH200.")
 @click.option("--remove", multiple=True, help="What if these were not there: 2xA100.")
@@ -124,8 +130,8 @@ def simulate(**given: Any) -> None:
 
     Every key of [chance] is an option, too. FAIRNESS is how long a job took over what it would have
     taken had the fleet been shared equally at every moment. COST is that of the whole fleet until
-    the last job's end. What Baton does with quotas of projects is seen with a table of each in the
-    fleet's file:
+    the last job's end. What Baton does with quotas of projects is seen with --config, or with a
+    table of each in the fleet's file:
 
     \b
       [projects.vision]
@@ -148,7 +154,7 @@ def simulate(**given: Any) -> None:
 
     \b
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
-      baton simulate --journal /var/lib/baton/coordinator/baton.sqlite3 --quota demo=x2
+      baton simulate --journal baton.sqlite3 --config coordinator.toml --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
     """
     context = click.get_current_context()
