@@ -120,7 +120,7 @@ def _write(state: State, now: Instant, attempt: Attempt, stretch: Stretch) -> No
         other = state.attempts[stretch.beside[0]]
         if fresh and _beside(other, attempt) is not None:
             state.tell(
-                now.unix_ms, attempt.job_id, "attempt.measured", _judgement(attempt, other),
+                now.unix_ms, attempt.job_id, "attempt.measured", _judgement(state, attempt, other),
                 attempt=attempt.id, node=attempt.node,
             )  # fmt: skip
         _part(state, now, attempt, other)
@@ -263,13 +263,17 @@ def describe(state: State, job: Job) -> str:
     if _kept(attempt, other) is None:
         what = f"it takes {TRIAL_S:.0f} s of both to say what that costs"
         return f"beside job {other.job_id}; {_hope(state, job, other)}{what}"
-    return _judgement(attempt, other)
+    return _judgement(state, attempt, other)
 
 
-def _judgement(attempt: Attempt, other: Attempt) -> str:
+def _judgement(state: State, attempt: Attempt, other: Attempt) -> str:
     """The verdict, and what follows from it."""
-    leaves = "; one of the two leaves when a GPU is free" if _too_slow(attempt, other) else ""
-    return _verdict(attempt, other) + leaves
+    verdict = _verdict(attempt, other)
+    if not _too_slow(attempt, other):
+        return verdict
+    both = [state.jobs[one.job_id] for one in (attempt, other)]
+    at_once = any(job.spec.share_automatic for job in both)
+    return f"{verdict}; one of the two leaves when {'it has saved' if at_once else 'a GPU is free'}"
 
 
 def _hope(state: State, job: Job, attempt: Attempt) -> str:

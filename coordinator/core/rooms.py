@@ -284,6 +284,6 @@ def most_left_bytes(spec: JobSpec, rooms: Sequence[Room]) -> tuple[int, int, str
         (shares.left_for(spec, gpu, holds), len(holds), room.offer.node)
         for room in rooms
         for gpu, holds in room.shareable(spec)
-        if all(hold.share_bytes for hold in holds)
+        if not shares.closed(holds)
     ]
     return max(found, default=(0, 0, ""))

@@ -46,10 +46,15 @@ def shareable_bytes(gpu: GpuFacts) -> int:
 
 def left_bytes(gpu: GpuFacts, holds: Sequence[Hold]) -> int:
     """The largest share that one more job could have of this GPU."""
-    most = 2 if any(hold.in_pairs for hold in holds) else SHARERS_MAX
-    if len(holds) >= most or any(not hold.share_bytes for hold in holds):
+    if len(holds) >= SHARERS_MAX or closed(holds):
         return 0
     return max(0, shareable_bytes(gpu) - sum(hold.share_bytes for hold in holds))
+
+
+def closed(holds: Sequence[Hold]) -> bool:
+    """Whether nobody joins these, whatever they leave: one has it alone, or they are a pair."""
+    pair = len(holds) > 1 and any(hold.in_pairs for hold in holds)
+    return pair or any(not hold.share_bytes for hold in holds)
 
 
 def left_for(spec: JobSpec, gpu: GpuFacts, holds: Sequence[Hold]) -> int:

@@ -25,7 +25,7 @@ def test_a_share_where_that_pays(
     )
 
 
-def fits(*answers: tuple[int, int, str]) -> jobs_pb2.FitJobResponse:
+def fits(*answers: tuple[jobs_pb2.Fitting.ValueType, int, str]) -> jobs_pb2.FitJobResponse:
     found = [jobs_pb2.Fit(fitting=f, memory_needed_bytes=n, memory_why=w) for f, n, w in answers]
     return jobs_pb2.FitJobResponse(fits=found)
 

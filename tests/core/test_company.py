@@ -100,7 +100,7 @@ def test_two_that_are_fast_enough_stay_and_nobody_joins_them() -> None:
         job_id = submit(world, one)
         assert state.jobs[job_id].phase is JobPhase.QUEUED
         assert told(world, job_id).startswith(
-            f"job {job_id} waits: needs 8.0 GB of a shared GPU; the most that is left"
+            f"job {job_id} waits: needs 8.0 GB of a shared GPU; all 3 that fit are taken"
         )
     assert world.parted == []
 
