@@ -119,7 +119,9 @@ class Actuator:
                 reason = f"no group of 'capacity' in the configuration has the node {node}"
                 self._answer(order.key, node, reason)
             elif len(self._running) >= WAITING_MAX:
-                reason = f"{len(self._running)} nodes wait for their drivers"
+                count = len(self._running)
+                reason = f"{count} nodes wait for their drivers"
+                reason = reason if count > 1 else "1 node waits for its driver"
                 self._answer(order.key, node, reason, postponed=True)
             else:
                 part = "" if group.driver.takes_lists else node

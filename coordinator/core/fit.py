@@ -30,7 +30,7 @@ from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from coordinator.core.state import Instant, State
-from coordinator.core.validate import refuse_spec, suits
+from coordinator.core.validate import gpus_of, refuse_spec, suits
 from coordinator.core.workload import ModelFacts, Training
 
 # What a driver and a display leave of a GPU's memory.
@@ -85,8 +85,8 @@ def _too_many(state: State, spec: JobSpec) -> str:
     places = sum(count // spec.gpus for count in counts)
     if most and spec.ranks > places:
         return (
-            f"the job asks for {spec.ranks} ranks of {spec.gpus} GPUs each, and the whole fleet has"
-            f" places for {places}: ask for fewer"
+            f"the job asks for {spec.ranks} ranks of {gpus_of(spec.gpus)} each, and the whole fleet"
+            f" has places for {places}: ask for fewer"
         )
     return ""
 

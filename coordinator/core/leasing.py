@@ -35,6 +35,7 @@ from typing import Final
 from coordinator.core.capacity_model import LEVELS
 from coordinator.core.deferral import Flexible, add_demand
 from coordinator.core.linear import Draft, SolveLinear
+from coordinator.core.validate import gpus_are
 
 DAYS: Final = (1, 7, 28)
 LOT_RATIO: Final = 0.1
@@ -315,7 +316,7 @@ def _sentence(day: _Day, level: _Level, lease: int) -> str:
         "break-even fall": f" of the last day, and before that it was {level.before_gpus:.0f}",
         "level": "",
     }[level.rule]
-    needed = f"{gpus} GPUs are needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
+    needed = f"{gpus_are(gpus)} needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
     missing = gpus - day.there
     if lease:
         more = f" of {missing} that are missing" if lease < missing else ""

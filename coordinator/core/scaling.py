@@ -34,6 +34,7 @@ from coordinator.core.bursts import MS_PER_H, Burst
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.guard_rails import Bounds, Rail, Switched
+from coordinator.core.validate import gpus_are, gpus_of
 
 NAMED_MAX: Final = 3  # of the nodes of a sentence
 
@@ -468,9 +469,11 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
             does = f"node of {name} {one}" if len(boxes) == 1 else f"nodes of {name} {several}"
             parts.append(f"{len(boxes)} {does} ({_some([box.node for box in boxes])})")
     if done.rented_gpus:
-        parts.append(f"{done.rented_gpus} GPUs of {name} are rented by the hour")
+        rented = gpus_of(done.rented_gpus)
+        verb = "is" if done.rented_gpus == 1 else "are"
+        parts.append(f"{rented} of {name} {verb} rented by the hour")
     said = "; ".join(parts) or f"nothing of {name} is switched"
-    wants = f"{wanted.need_gpus} GPUs are needed"
+    wants = f"{gpus_are(wanted.need_gpus)} needed"
     if wanted.trusted:
         wants += f" at {100 * rules.level:.3g}%, {wanted.keep_gpus} stay on"
     held = f"; held back: {done.rail.value}" if done.rail else ""

@@ -195,7 +195,7 @@ def describe_need(spec: JobSpec) -> str:
     else:
         share = spec.shared_gpu_memory_bytes
         need = f"{gigabytes(share)} of " if share else ""
-        need += "a shared GPU" if share else f"{spec.gpus} GPU{'s' if spec.gpus > 1 else ''}"
+        need += "a shared GPU" if share else gpus_of(spec.gpus)
         if spec.gpu_types:
             need += f" of type {' or '.join(spec.gpu_types)}"
         if spec.gpu_memory_bytes_min:
@@ -209,6 +209,16 @@ def describe_need(spec: JobSpec) -> str:
 def describe_ranks(spec: JobSpec) -> str:
     """The same of a gang: "4 ranks of 1 GPU each"."""
     return f"{spec.ranks} ranks of {describe_need(spec)} each"
+
+
+def gpus_of(count: int) -> str:
+    """ "1 GPU", "4 GPUs"."""
+    return f"{count} GPU{'' if count == 1 else 's'}"
+
+
+def gpus_are(count: int) -> str:
+    """ "1 GPU is", "4 GPUs are"."""
+    return f"{gpus_of(count)} {'is' if count == 1 else 'are'}"
 
 
 def gigabytes(count_bytes: int) -> str:

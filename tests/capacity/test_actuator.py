@@ -247,7 +247,7 @@ async def test_more_than_can_wait_are_refused(rig: Rig, monkeypatch: pytest.Monk
     rig.driver.faults = [Fault("n00", Verb.RESUME, Wrong.HANG)]
     rig.bench.give("k1", Verb.RESUME, "n00")
     (outcome,) = await rig.bench.ordered("k2", Verb.RESUME, "n01")
-    assert outcome.reason == "1 nodes wait for their drivers"
+    assert outcome.reason == "1 node waits for its driver"
     assert outcome.postponed
     await rig.bench.actuator.close()
 

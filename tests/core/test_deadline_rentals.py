@@ -140,7 +140,7 @@ def test_a_node_is_rented_for_a_deadline_and_it_is_kept() -> None:
     assert fleet.rented() == ["r1"]
     assert fleet.node_of(job) == "r1"
     (sentence,) = [one for one in fleet.said() if "rented" in one]
-    assert sentence.startswith("1 GPUs of H100 are rented by the hour: ")
+    assert sentence.startswith("1 GPU of H100 is rented by the hour: ")
     assert f"job {job} would miss its deadline by waiting, which 1 GPU more would keep" in sentence
     fleet.live(2_200)
     assert fleet.steps_of(job) >= STEPS, "before its deadline"
