@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = "as it is", "as asked"
 LEFT_OUT_NAMED_MAX = 4  # jobs that fit nowhere; more is a list that nobody reads
+PACKING = ("packing", "baton-pairs")
 MODELS_NAMED_MAX = 8
 MTBF_H_MIN = 0.1  # below, nodes fail faster than anything ends, and the run would not end either
 RATE_ERROR_MAX = 3.0  # beyond that rates are believed twenty times too high or too low
@@ -42,8 +43,11 @@ def read_cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     for name in POWER_POLICIES:
         if name in given["policies"]:
             raise BadInput(f"{name} decides which nodes are on: it needs --demand")
-    if "packing" in given["policies"] and given["pairs"] is None:
-        raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
+    packing = [name for name in given["policies"] if name in PACKING]
+    if packing and given["pairs"] is None:
+        raise BadInput(
+            f"{packing[0]} needs to know what jobs make beside each other: --pairs FILE.csv"
+        )
     prices = dict(given["prices"])
     try:
         question = _question(given)
@@ -51,8 +55,10 @@ def read_cases(given: Mapping[str, Any]) -> "dict[str, Case]":
         case = dataclasses.replace(case, fleet=with_prices(case.fleet, prices))
         cases = {BEFORE: dataclasses.replace(case, jobs=fitting(case.jobs, case.fleet))}
         types = [*case.fleet.gpus, *(each.name for each in question.added)]
-        if "packing" in given["policies"]:
+        if packing:
             _check_pairs(given["pairs"], case, types)
+        if "baton-pairs" in packing and case.quotas:
+            raise BadInput("baton-pairs knows no quotas: leave [projects] and --config out")
         if question.asks:
             cases[AFTER] = after = asked(case, question, prices)
             rest = [job for job in case.jobs if job.job_id not in after.left_out]
@@ -71,7 +77,7 @@ def _check_pairs(path: Path, case: "Case", types: Sequence[str]) -> None:
     if not known:
         raise BadInput(
             f"{path} has pairs on {', '.join(there) or 'no GPU type'}, and the fleet has"
-            f" {', '.join(types)}: packing would share none of them"
+            f" {', '.join(types)}: none of them would be shared"
         )
     models = dict.fromkeys(job.model for job in case.jobs)
     if not any(one in models and other in models for _, one, other in case.pairs):
@@ -79,7 +85,7 @@ def _check_pairs(path: Path, case: "Case", types: Sequence[str]) -> None:
         raise BadInput(f"{path} has no pair of two models of the jobs, which are {named}")
     for name in types:
         if name not in there:
-            write_notice(f"{path} has no pairs on {name}: packing shares none of these")
+            write_notice(f"{path} has no pairs on {name}: none of these is shared")
     for name in there:
         if name not in types:
             write_notice(f"{path} has pairs on {name}, of which the fleet has none")
