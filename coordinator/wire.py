@@ -89,6 +89,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible_ms=_milliseconds(spec.flexible) if spec.HasField("flexible") else 0,
         deadline_unix_ms=_deadline(spec),
+        share_automatic=spec.share_automatic,
     )
 
 
@@ -126,6 +127,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
         deadline=_timestamp(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
+        share_automatic=spec.share_automatic,
     )
 
 

@@ -369,6 +369,7 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
         deadline=None if spec.deadline is None else _timestamp(spec.deadline),
+        share_automatic=spec.share_automatic,
     )
 
 
@@ -414,6 +415,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
         flexible_ms=spec.flexible.ToMilliseconds(),
         deadline=time_of(spec, "deadline"),
+        share_automatic=spec.share_automatic,
     )
 
 

@@ -88,9 +88,13 @@ def fit(context: click.Context, job_file: Path, prices: tuple[tuple[str, float],
       baton fit job.toml --price H100=2.50 --price 4090=0.35
       baton fit job.toml --json | jq -r '.fits[] | select(.fitting == "fits") | .gpu_type'
     """
+    import msgspec
+
     from coordinator.cli import jobfile, model_folder
 
     spec = jobfile.to_spec(jobfile.read(job_file), here())
+    if spec.share_automatic:  # what it does on a GPU of its own
+        spec = msgspec.structs.replace(spec, share_automatic=False, shared_gpu_memory_bytes=0)
     model = model_folder.of_job(spec) if spec.trainer else ""
     with connect(context) as client:
         report = client.fit(spec, model, dict(prices))

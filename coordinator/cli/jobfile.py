@@ -25,6 +25,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from coordinator.cli import values
 from coordinator.cli.settings import BadInput
+from coordinator.cli.share import parse_share
 from coordinator.cli.units import parse_duration, parse_size, parse_time
 
 # A job file is written by hand; the coordinator takes a trainer configuration of at most 64 KiB in
@@ -137,7 +138,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     # A configuration means its paths from where it lies, as it does for the trainer run by hand.
     default = (here / job.config).parent if isinstance(job.config, str) else here
     workdir = _or(job.workdir, str(default))
-    share_bytes = _size("share_gpu", _or(job.share_gpu, 0))
+    automatic, share_bytes = _share(_or(job.share_gpu, 0))
     return values.JobSpec(
         name=_or(job.name, ""),
         project=_or(job.project, ""),
@@ -147,7 +148,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         trainer_config_json="" if job.config is UNSET else _config_json(job.config, here),
         environment=_or(job.env, {}),
         working_directory=str(here / workdir) if workdir else "",
-        gpus=_or(job.gpus, 1 if share_bytes else 0),
+        gpus=_or(job.gpus, 1 if share_bytes or automatic else 0),
         gpu_types=_or(job.gpu_types, []),
         gpu_memory_bytes_min=_size("gpu_memory_min", _or(job.gpu_memory_min, 0)),
         memory_bytes=_size("memory", _or(job.memory, 0)),
@@ -163,6 +164,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         shared_gpu_memory_bytes=share_bytes,
         flexible_ms=0 if job.flexible is UNSET else _duration_ms("flexible", job.flexible),
         deadline=None if job.deadline is UNSET else _deadline(job.deadline),
+        share_automatic=automatic,
     )
 
 
@@ -176,6 +178,13 @@ def _size(key: str, value: int | str) -> int:
         return parse_size(str(value))
     except ValueError as error:
         raise BadInput(f"{key}: {error}") from error
+
+
+def _share(value: int | str) -> tuple[bool, int]:
+    try:
+        return parse_share(str(value))
+    except ValueError as error:
+        raise BadInput(f"share_gpu: {error}") from error
 
 
 def _duration_ms(key: str, value: str) -> int:

@@ -396,6 +396,8 @@ def _request(job: "Job") -> str:
     wishes = [quantity(spec.gpus, "GPU")]
     if spec.shared_gpu_memory_bytes:
         wishes = [f"{units.format_size(spec.shared_gpu_memory_bytes)} of a shared GPU"]
+    if spec.share_automatic:
+        wishes[0] += " where that pays"
     if spec.ranks > 1:
         wishes = [f"{spec.ranks} ranks of {wishes[0]} each"]
     if spec.gpu_types:

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from coordinator.cli.simulate_report import Results
     from coordinator.core.allocation import Aims, Solve
     from coordinator.sim.model import Outcome, Policy
+    from coordinator.sim.ours import Ours
     from coordinator.sim.report import Figures
     from coordinator.sim.whatif import Case
 
 POLICIES = (
-    "baton", "baton-greedy", "fifo", "fifo-aware", "static", "packing", "per-dollar", "max-min",
-    "max-min-blind", "fairness", "makespan",
+    "baton", "baton-greedy", "baton-pairs", "fifo", "fifo-aware", "static", "packing", "per-dollar",
+    "max-min", "max-min-blind", "fairness", "makespan",
 )  # fmt: skip
 
 
@@ -72,6 +73,12 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="May be given several times.",
 )
 @demand_options
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="The coordinator's configuration (/etc/baton/coordinator.toml), for its quotas alone; "
+    "projects of --fleet are in the place of all of these.",
+)
 @click.option("--pairs", type=click.Path(path_type=Path), help="CSV: rates of jobs that share.")
 @click.option("--add-nodes", multiple=True, help="What if there were: 4xH200, or 2x8xH200.")
 @click.option("--remove", multiple=True, help="What if these were not there: 2xA100.")
@@ -124,8 +131,8 @@ def simulate(**given: Any) -> None:
 
     Every key of [chance] is an option, too. FAIRNESS is how long a job took over what it would have
     taken had the fleet been shared equally at every moment. COST is that of the whole fleet until
-    the last job's end. What Baton does with quotas of projects is seen with a table of each in the
-    fleet's file:
+    the last job's end. What Baton does with quotas of projects is seen with --config, or with a
+    table of each in the fleet's file:
 
     \b
       [projects.vision]
@@ -136,6 +143,7 @@ def simulate(**given: Any) -> None:
     \b
       baton          Baton's allocation, with its solver
       baton-greedy   the same without a solver
+      baton-pairs    baton, as if all jobs of one GPU said --share-gpu auto (--pairs)
       fifo           first come, first served, on the type with most free GPUs
       fifo-aware     the same, on the type that the job is fastest on
       static         each team owns GPUs of one type
@@ -148,7 +156,7 @@ def simulate(**given: Any) -> None:
 
     \b
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
-      baton simulate --journal /var/lib/baton/coordinator/baton.sqlite3 --quota demo=x2
+      baton simulate --journal baton.sqlite3 --config coordinator.toml --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
     """
     context = click.get_current_context()
@@ -196,6 +204,7 @@ def _solved(name: str, aims: "Aims", case: "Case") -> "Policy":
     """A policy that solves linear programs, for which an extra has to be there."""
     try:
         from coordinator.sim.rounds import Goal, Rounds
+        from coordinator.sim.sharing import Sharing, fitting_pairs
         from coordinator.solver import solve
     except ImportError as error:
         raise CommandFailed(
@@ -208,10 +217,12 @@ def _solved(name: str, aims: "Aims", case: "Case") -> "Policy":
         "fairness": Goal.FINISH_TIME_FAIRNESS,
         "makespan": Goal.MAKESPAN,
     }
+    if name == "baton-pairs":
+        return Sharing(_ours(aims, case, solve), fitting_pairs(case.pairs))
     return _ours(aims, case, solve) if name == "baton" else Rounds(goals[name])
 
 
-def _ours(aims: "Aims", case: "Case", solve: "Solve | None") -> "Policy":
+def _ours(aims: "Aims", case: "Case", solve: "Solve | None") -> "Ours":
     from coordinator.sim.ours import Ours
 
     return Ours(aims, solve, tenants=case.weights, quotas=case.quotas)
@@ -221,7 +232,9 @@ def _run(case: "Case", policy: "Policy") -> "tuple[Figures, Outcome]":
     """Judged."""
     from coordinator.core.quotas import PARTS, weight_parts
     from coordinator.sim import checks, engine, report
+    from coordinator.sim.model import PACE_S
     from coordinator.sim.ours import Ours
+    from coordinator.sim.sharing import Sharing
 
     known = {job.job_id: job for job in case.jobs}
     try:
@@ -233,6 +246,9 @@ def _run(case: "Case", policy: "Policy") -> "tuple[Figures, Outcome]":
         *checks.check_work(outcome, known, case.pairs, case.chance),
         *checks.check_completions(outcome, known),
     ]
+    if isinstance(policy, Sharing):
+        trial_s = PACE_S + policy.tick_ms / 1000
+        wrong += checks.check_pairs(outcome, known, case.pairs, trial_s)
     if case.quotas and isinstance(policy, Ours):
         weights = {name: weight_parts(name) / PARTS for name in case.fleet.gpus}
         wrong += checks.check_quotas(outcome, known, case.fleet, case.quotas, weights)

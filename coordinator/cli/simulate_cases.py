@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BEFORE, AFTER = "as it is", "as asked"
 LEFT_OUT_NAMED_MAX = 4  # jobs that fit nowhere; more is a list that nobody reads
+PACKING = ("packing", "baton-pairs")
+MODELS_NAMED_MAX = 8
 MTBF_H_MIN = 0.1  # below, nodes fail faster than anything ends, and the run would not end either
 RATE_ERROR_MAX = 3.0  # beyond that rates are believed twenty times too high or too low
 # Options of the same names as `[chance]` of a fleet's file has keys.
@@ -42,14 +44,22 @@ def read_cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     for name in POWER_POLICIES:
         if name in given["policies"]:
             raise BadInput(f"{name} decides which nodes are on: it needs --demand")
-    if "packing" in given["policies"] and given["pairs"] is None:
-        raise BadInput("packing needs to know what jobs make beside each other: --pairs FILE.csv")
+    packing = [name for name in given["policies"] if name in PACKING]
+    if packing and given["pairs"] is None:
+        raise BadInput(
+            f"{packing[0]} needs to know what jobs make beside each other: --pairs FILE.csv"
+        )
     prices = dict(given["prices"])
     try:
         question = _question(given)
         case = _case(given, [each.name for each in question.added])
         case = dataclasses.replace(case, fleet=with_prices(case.fleet, prices))
         cases = {BEFORE: dataclasses.replace(case, jobs=fitting(case.jobs, case.fleet))}
+        types = [*case.fleet.gpus, *(each.name for each in question.added)]
+        if packing:
+            _check_pairs(given["pairs"], case, types)
+        if "baton-pairs" in packing and case.quotas:
+            raise BadInput("baton-pairs knows no quotas: leave [projects] and --config out")
         if question.asks:
             cases[AFTER] = after = asked(case, question, prices)
             rest = [job for job in case.jobs if job.job_id not in after.left_out]
@@ -59,6 +69,27 @@ def read_cases(given: Mapping[str, Any]) -> "dict[str, Case]":
     except (BadFile, BadQuestion) as error:
         raise BadInput(str(error)) from error
     return cases
+
+
+def _check_pairs(path: Path, case: "Case", types: Sequence[str]) -> None:
+    """That they are of these GPUs and jobs: else nobody is packed, in silence."""
+    there = dict.fromkeys(gpu_type for gpu_type, _, _ in case.pairs)
+    known = [name for name in types if name in there]
+    if not known:
+        raise BadInput(
+            f"{path} has pairs on {', '.join(there) or 'no GPU type'}, and the fleet has"
+            f" {', '.join(types)}: none of them would be shared"
+        )
+    models = dict.fromkeys(job.model for job in case.jobs)
+    if not any(one in models and other in models for _, one, other in case.pairs):
+        named = ", ".join(sorted(models)[:MODELS_NAMED_MAX])
+        raise BadInput(f"{path} has no pair of two models of the jobs, which are {named}")
+    for name in types:
+        if name not in there:
+            write_notice(f"{path} has no pairs on {name}: none of these is shared")
+    for name in there:
+        if name not in types:
+            write_notice(f"{path} has pairs on {name}, of which the fleet has none")
 
 
 def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequence[str]) -> None:
@@ -75,7 +106,8 @@ def _say_of(question: "Question", case: "Case", after: "Case", policies: Sequenc
     for project in question.weights:
         if project not in case.quotas:
             write_notice(
-                f"project {project} has no quota in --fleet ([projects.{project}]): its jobs count"
+                f"project {project} has no quota in --config or --fleet"
+                f" ([projects.{project}]): its jobs count"
                 f" {question.weights[project]:g} times as much instead"
             )
     if question.weights and not any(name.startswith("baton") for name in policies):
@@ -94,7 +126,7 @@ def _question(given: Mapping[str, Any]) -> "Question":
 
 def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
     """The fleet and the jobs as they are; of types that are added, rates where they are known."""
-    from coordinator.sim.inputs import read_fleet, read_jobs, read_pairs
+    from coordinator.sim.inputs import read_fleet, read_jobs, read_pairs, read_quotas
     from coordinator.sim.model import Chance
     from coordinator.sim.whatif import Case
 
@@ -109,18 +141,20 @@ def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
     if chance.rate_error > RATE_ERROR_MAX:
         raise BadInput(f"rate_error is {chance.rate_error:g}: {RATE_ERROR_MAX:g} at most")
     pairs = {} if given["pairs"] is None else read_pairs(given["pairs"])
+    quotas = {} if given["config"] is None else read_quotas(given["config"])
+    if inputs is not None and inputs.quotas:
+        quotas = inputs.quotas
     if given["journal"] is not None:
         if given["trace"] is not None:
             raise BadInput("give TRACE or --journal, not both")
         types = [] if inputs is None else list(inputs.fleet.gpus)
         seen = _journal(given["journal"], [*types, *added])
         fleet = seen.fleet if inputs is None else inputs.fleet
-        quotas = {} if inputs is None else inputs.quotas
         return Case(seen.jobs, fleet, chance, pairs=pairs, quotas=quotas)
     if given["trace"] is None or inputs is None:
         raise BadInput("give TRACE and --fleet, or --journal, or --demand")
     jobs = read_jobs(given["trace"], inputs, added)
-    return Case(jobs, inputs.fleet, chance, pairs=pairs, quotas=inputs.quotas)
+    return Case(jobs, inputs.fleet, chance, pairs=pairs, quotas=quotas)
 
 
 def _journal(path: Path, types: list[str]) -> "Recorded":

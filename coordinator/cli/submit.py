@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coordinator.cli import units
+from coordinator.cli import share, units
 from coordinator.cli.render import UNKNOWN, write_json, write_notice
 from coordinator.cli.settings import (
     EXIT_FAILED,
@@ -45,6 +45,19 @@ class _Size(click.ParamType[int]):
             return units.parse_size(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class _Share(click.ParamType[str]):
+    """Checked here, converted where a job file's are."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            share.parse_share(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class _Duration(click.ParamType[str]):
@@ -177,9 +190,10 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 )
 @click.option(
     "--share-gpu",
-    type=_Size(),
+    type=_Share(),
     help="Share a GPU with others and take at most this much of its memory, in place of --gpus: "
-    "8GiB.",
+    "8GiB. auto:8GiB: with one other at most, only where no GPU is free and both together are "
+    "fast enough. auto: the size is counted, for a trainer of language models.",
 )
 @click.option(
     "--deadline",
@@ -287,7 +301,7 @@ def submit(
     spec = jobfile.to_spec(wanted, here())
     as_json = settings_of(context).as_json
     with connect(context) as client:
-        submission = client.submit(spec, request_id)
+        submission = client.submit(share.with_size(client, spec), request_id)
         sentence = f"job {submission.job_id} submitted"
         if submission.reason:
             sentence += f"; {submission.reason}"

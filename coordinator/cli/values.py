@@ -43,6 +43,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     shared_gpu_memory_bytes: int = 0
     flexible_ms: int = 0
     deadline: datetime | None = None
+    share_automatic: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

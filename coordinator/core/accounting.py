@@ -22,7 +22,8 @@ one job do not overlap. The frame is cut in this order, each part at most as lon
 
 A program that says milestones or progress is starting until it says that it is ready. One that does
 not say its times gets all that is left after its start as steps, and the account says that this was
-not measured.
+not measured. If it has failed, and neither said a step nor committed anything, nothing is known to
+have come of that: it is idle.
 
 The ranks of a gang spend the same time together, so a try counts once in a job's sum: as rank 0
 tells it (`jobs.accounted`). Each rank's own account is shown beside it.
@@ -40,7 +41,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from coordinator.core.model import Accounting, Attempt, AttemptTimes, Job, Progress, TrainerTime
-from coordinator.core.phases import JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase
 
 PARTS = (
     "productive_s",
@@ -126,6 +127,8 @@ def account(attempt: Attempt, progress: Progress | None, unix_ms: int) -> Accoun
     if times.speaks and times.ready_ms is None and times.trainer is None:
         return replace(frame, restore_s=restore_s, start_s=start_s + left_s)
     measured = times.trainer is not None
+    if not measured and _came_to_nothing(attempt, times):
+        return replace(frame, restore_s=restore_s, start_s=start_s + loading_s, idle_s=left_s)
     if not measured:
         told = TrainerTime(step_s=left_s)
     overstated_ratio = max(1.0, _told_s(told) / left_s) if left_s > 0 else 1.0
@@ -168,6 +171,11 @@ def end_unix_ms(attempt: Attempt, unix_ms: int) -> int:
         if known is not None:
             return known
     return unix_ms
+
+
+def _came_to_nothing(attempt: Attempt, times: AttemptTimes) -> bool:
+    made_steps = (times.step or 0) > attempt.restored_step
+    return attempt.phase is AttemptPhase.FAILED and not attempt.commits and not made_steps
 
 
 def _told_s(time: TrainerTime) -> float:

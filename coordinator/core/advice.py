@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from coordinator.core import claims, costs, projects, reservations, reserved
+from coordinator.core import claims, company, costs, projects, reservations, reserved
 from coordinator.core import needs as queue_of
 from coordinator.core.explanations import Suggestion
 from coordinator.core.foresight import where
@@ -55,7 +55,7 @@ def suggest(
     with hidden(kept_from(own, keeps), {room.offer.node: room for room in rooms}):
         variants = list(_variants(job.spec, rooms))
     for change, spec in variants:
-        altered = Need(state.last_job_id + 1, spec)
+        altered = _altered(state, now, job, spec)
         places = _seen(altered, rooms, keeps)
         if places is not None:
             found.append(Suggestion(change, f"now on {where(spec, places, rooms)}"))
@@ -65,6 +65,12 @@ def suggest(
     if not reservations.others_in_line(state, now, job):
         found += _closed_node(state, now, own, before, rooms)
     return tuple(found[:SUGGESTIONS_MAX]), False
+
+
+def _altered(state: State, now: Instant, job: Job, spec: JobSpec) -> Need:
+    """Of a new submission, which is beside others what the job would be."""
+    refused = company.refused(state, now, replace(job, spec=spec))
+    return Need(state.last_job_id + 1, spec, refused=refused)
 
 
 def _left_by(
@@ -128,7 +134,7 @@ def _less_memory(
             if fits(smaller):
                 yield f"--gpu-memory-min {size}GB", smaller
                 break
-    if spec.gpus == 1 and spec.ranks == 1:
+    if spec.gpus == 1 and spec.ranks == 1 and not spec.share_automatic:
         # What is left of one for the smallest share of all: as much may be had.
         least = replace(spec, shared_gpu_memory_bytes=GIGABYTE)
         able = [room for room in rooms if room.offer.shares and room.takes(least)]
@@ -156,7 +162,7 @@ def _higher_class(
         ahead = [o for o in others if CLASS_RANK[o.spec.job_class] <= CLASS_RANK[job_class]]
         rooms = _left_by(state, now, ahead)
         spec = replace(job.spec, job_class=job_class)
-        need = Need(state.last_job_id + 1, spec)
+        need = _altered(state, now, job, spec)
         change = f"--class {job_class.value}"
         keeps = reserved.keeps(state, now)
         places = _seen(need, rooms, keeps)

@@ -17,6 +17,9 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    last: only where there is nothing else. It has asked to share a GPU, so it does not wait. What
    the two did themselves is not outweighed by others of their names: these may have been better
    together, and two that were parted would be put together again and again.
+4. A job that shares only where it pays (`company.py`) leaves in any case when it does not, free GPU
+   or not; and when it does, once a GPU is free that nobody waits for and it has run for its
+   minimum: alone is faster.
 
 What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
 Three and more on a GPU are not judged: whose fault it is, nobody can tell.
@@ -26,10 +29,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from coordinator.core import attempts, gpu_types, history, pairs, shares
+from coordinator.core import attempts, costs, gpu_types, history, pairs, shares
+from coordinator.core.allocation import run_s_min
 from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
 from coordinator.core.offers import open_rooms
-from coordinator.core.pairs import TRIAL_S, Lessons, Member, Sight
+from coordinator.core.pairs import KEPT_RATIO_MIN, TRIAL_S, Forecast, Lessons, Member, Sight
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.state import Instant, State
 from coordinator.core.stretches import Stretch, Watch
@@ -107,6 +111,8 @@ def _write(state: State, now: Instant, attempt: Attempt, stretch: Stretch) -> No
         stretch = replace(stretch, kept_ratio=kept)
     else:
         stretch = replace(stretch, utilization_ratio=_utilization(state, attempt))
+        # Now it is known how fast it is alone, which somebody may wait for.
+        state.dirty = state.dirty or (fresh and bool(state.queued))
     others = [one for one in attempt.stretches if one.beside != stretch.beside]
     newest = (*others, stretch)[-STRETCHES_MAX:]
     attempt = state.put_attempt(replace(attempt, stretches=newest))
@@ -114,7 +120,7 @@ def _write(state: State, now: Instant, attempt: Attempt, stretch: Stretch) -> No
         other = state.attempts[stretch.beside[0]]
         if fresh and _beside(other, attempt) is not None:
             state.tell(
-                now.unix_ms, attempt.job_id, "attempt.measured", _judgement(attempt, other),
+                now.unix_ms, attempt.job_id, "attempt.measured", _judgement(state, attempt, other),
                 attempt=attempt.id, node=attempt.node,
             )  # fmt: skip
         _part(state, now, attempt, other)
@@ -184,20 +190,38 @@ def _kept(attempt: Attempt, other: Attempt) -> tuple[float | None, float | None]
 
 def _too_slow(attempt: Attempt, other: Attempt) -> bool:
     """Whether that is known of two."""
-    one, its = _kept(attempt, other) or (None, None)
-    return one is not None and its is not None and not pairs.confirms(one, its)
+    known = [kept for kept in _kept(attempt, other) or () if kept is not None]
+    if len(known) == 2:
+        return not pairs.confirms(*known)
+    # Of one that is that much slower it does not matter how fast the other is.
+    return any(kept < KEPT_RATIO_MIN for kept in known)
 
 
 def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
-    """Of two that lose by one another one leaves for a free GPU, the later one if it may."""
-    if not _too_slow(attempt, other):
-        return
+    """Of two that lose by one another one leaves, the later one if it may."""
+    slow = _too_slow(attempt, other)
+    may = slow or all(_has_run(state, now, one) for one in (attempt, other))
     for leaving, staying in _later_first(attempt, other):
         job = state.jobs[leaving.job_id]
-        if job.head and _free_elsewhere(state, job, leaving):
-            why = f"{_verdict(leaving, staying)}; another GPU is free"
+        automatic = job.spec.share_automatic
+        if not job.head or not (slow or (automatic and may)):
+            continue
+        why = ""
+        if _free_elsewhere(state, job, leaving):
+            why = "another GPU is free"
+        elif slow and automatic:
+            why = "it shares only where that pays"
+        if why:
+            why = f"{_verdict(leaving, staying)}; {why}"
             attempts.stop(state, now, leaving, why, attempts.PRECOPY_PREEMPTION_MS)
             return
+
+
+def _has_run(state: State, now: Instant, attempt: Attempt) -> bool:
+    """For its minimum, as whoever is moved has to."""
+    restart_s = costs.restart_s(state, now, state.jobs[attempt.job_id])
+    ran_s = (now.unix_ms - attempt.assigned_unix_ms) / 1000
+    return ran_s >= run_s_min(restart_s, state.options.aims)
 
 
 def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
@@ -231,19 +255,34 @@ def describe(state: State, job: Job) -> str:
     live = state.nodes.get(attempt.node)
     there = None if live is None else live.gpus.get(attempt.gpu_uuids[0])
     others = () if there is None else [one for one in there.holders if one != attempt.id]
+    if job.spec.share_automatic and not others:
+        return "it has its GPU to itself, and shares it with one other where that pays"
     if len(others) != 1 or others[0] not in state.attempts:
         return f"beside {len(others)} jobs, and of more than two none is judged" if others else ""
     other = state.attempts[others[0]]
     if _kept(attempt, other) is None:
         what = f"it takes {TRIAL_S:.0f} s of both to say what that costs"
-        return f"beside job {other.job_id}; {what}"
-    return _judgement(attempt, other)
+        return f"beside job {other.job_id}; {_hope(state, job, other)}{what}"
+    return _judgement(state, attempt, other)
 
 
-def _judgement(attempt: Attempt, other: Attempt) -> str:
+def _judgement(state: State, attempt: Attempt, other: Attempt) -> str:
     """The verdict, and what follows from it."""
-    leaves = "; one of the two leaves when a GPU is free" if _too_slow(attempt, other) else ""
-    return _verdict(attempt, other) + leaves
+    verdict = _verdict(attempt, other)
+    if not _too_slow(attempt, other):
+        return verdict
+    both = [state.jobs[one.job_id] for one in (attempt, other)]
+    at_once = any(job.spec.share_automatic for job in both)
+    return f"{verdict}; one of the two leaves when {'it has saved' if at_once else 'a GPU is free'}"
+
+
+def _hope(state: State, job: Job, attempt: Attempt) -> str:
+    """Why the two are tried; empty for those who asked to share whatever comes of it."""
+    pays = job.spec.share_automatic or state.jobs[attempt.job_id].spec.share_automatic
+    if not pays:
+        return ""
+    ratio = forecast(state, job, attempt).combined_ratio
+    return f"together {ratio:.2f} times one alone are expected; "
 
 
 def _verdict(attempt: Attempt, other: Attempt) -> str:
@@ -256,7 +295,12 @@ def _verdict(attempt: Attempt, other: Attempt) -> str:
     if one is None or its is None:
         verb = "is" if len(unknown) == 1 else "are"
         who = " and ".join(unknown)
-        return f"{with_whom}; how fast {who} {verb} alone is not known, so it is not judged"
+        alone = f"how fast {who} {verb} alone is not known"
+        if _too_slow(attempt, other):
+            slow = one if one is not None else its
+            which = "it" if one is not None else f"job {other.job_id}"
+            return f"{with_whom}: {which} keeps {slow:.2f} of its speed; {alone}"
+        return f"{with_whom}; {alone}, so it is not judged"
     told = f"together {one + its:.2g} times one alone"
     return f"{with_whom}, {told}: it keeps {one:.2f} of its speed, job {other.job_id} {its:.2f}"
 
@@ -267,11 +311,14 @@ def _verdict(attempt: Attempt, other: Attempt) -> str:
 def shunned(state: State, job: Job) -> tuple[str, ...]:
     """The attempts beside which a job goes last: what it did beside these jobs, or its like beside
     theirs, was too little."""
+    if job.spec.share_automatic:
+        # A GPU of its own comes first, wherever that is.
+        return tuple(each for each in state.indices.open_attempts if state.share_bytes(each))
     if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
         return ()
     lessons = _lessons(state)
     who = member(job.spec)
-    was_beside = _too_slow_beside(state, job)
+    was_beside = too_slow_beside(state, job)
     found: list[str] = []
     for attempt_id in state.indices.open_attempts:
         if not state.share_bytes(attempt_id):
@@ -283,7 +330,19 @@ def shunned(state: State, job: Job) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _too_slow_beside(state: State, job: Job) -> dict[int, None]:
+def forecast(state: State, job: Job, attempt: Attempt) -> Forecast:
+    """Of a job beside one that runs."""
+    beside = member(state.jobs[attempt.job_id].spec)
+    return _lessons(state).about(member(job.spec), beside, _type(state, attempt))
+
+
+def is_known_alone(state: State, now: Instant, attempt: Attempt) -> bool:
+    """Whether it is known how fast it is without company: else nobody can say what one costs."""
+    gpu = _gpu(state, attempt)
+    return gpu is not None and _alone_per_s(state, now, attempt, gpu) is not None
+
+
+def too_slow_beside(state: State, job: Job) -> dict[int, None]:
     """The jobs beside which one of its attempts was that."""
     found: dict[int, None] = {}
     for attempt in state.attempts_of(job.id):

@@ -7,7 +7,15 @@ and gets the same job.
 
 from dataclasses import replace
 
-from coordinator.core import accounting, attempts, checkpoints, deadlines, outcomes, retention
+from coordinator.core import (
+    accounting,
+    attempts,
+    checkpoints,
+    deadlines,
+    outcomes,
+    retention,
+    trainer_keys,
+)
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
     Answer,
@@ -45,7 +53,8 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     names = state.nodes if spec.ranks > 1 else map(next, map(iter, state.indices.kinds.values()))
     nodes = [state.nodes[name].node for name in names]
     fleet = [(node.host, node.gpus) for node in nodes]
-    sentence = refuse_spec(spec) or refuse_fleet(spec, fleet) or deadlines.refuse(now, spec)
+    sentence = refuse_spec(spec) or trainer_keys.misspelt(spec)
+    sentence = sentence or refuse_fleet(spec, fleet) or deadlines.refuse(now, spec)
     if sentence:
         return _invalid(sentence)
     open_count = len(state.jobs) - len(state.ended)

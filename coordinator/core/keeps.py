@@ -3,9 +3,12 @@
 Problem: what a pass keeps for a job is forgotten with the pass, which is right for room that
 somebody is about to leave, and too short for a gang that gathers GPUs while small jobs come and go.
 So a *keep* names GPUs and host memory, and for whom. Jobs of the same class do not see them, unless
-they are expected to be gone before the room is complete, were submitted before its job, or are
-within their projects' quotas and it is not. Higher classes see everything, since
-nobody waits for a lower class; lower ones may use it, since they give way.
+they are expected to be gone before the room is complete, were submitted before its job, have to run
+now to keep a deadline, or are within their projects' quotas and it is not. Higher classes see
+everything, since nobody waits for a lower class; lower ones may use it, since they give way.
+
+In the same way those are hidden from a job with whom it shall not share a GPU (`company.py`): they
+have theirs alone, until they leave.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +32,9 @@ class Reservation:
 class Keep:
     """`rank` is that of the job's class; `places` are nodes with GPUs, and `memory_bytes` of the
     host by node. `free_in_ms`: all of it is expected to be free then; `None`: nobody knows. `until`
-    is for a sentence. `lent`: the job is beyond its project's quota."""
+    is for a sentence. `lent`: the job is beyond its project's quota. `urgent` are jobs that
+    have to run now. With `alone` it is nobody's: these attempts count as having their GPUs alone,
+    and `why` is the sentence."""
 
     job_id: int
     rank: int
@@ -38,17 +43,29 @@ class Keep:
     free_in_ms: int | None
     until: str
     lent: bool = False
+    urgent: tuple[int, ...] = ()
+    alone: tuple[str, ...] = ()
+    why: str = ""
 
-    def hides_from(self, job_id: int, rank: int, lasts_ms: int | None, *, lent: bool) -> bool:
+    @property
+    def key(self) -> tuple[int, tuple[str, ...]]:
+        """Equal where the same is hidden."""
+        return self.job_id, self.alone
+
+    def hides_from(self, rank: int, job_id: int, lasts_ms: int | None, *, lent: bool) -> bool:
         """`lasts_ms`: how long that job is expected to run. Who was there before sees all of it:
         those are few, and would never run behind large ones that keep coming."""
         if job_id <= self.job_id or rank != self.rank or (self.lent and not lent):
+            return False
+        if job_id in self.urgent:
             return False
         return lasts_ms is None or self.free_in_ms is None or lasts_ms > self.free_in_ms
 
     @property
     def note(self) -> str:
         """For who would fit otherwise."""
+        if self.alone:
+            return self.why
         nodes = list(dict.fromkeys(node for node, _ in self.places))
         on = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
         return f"there is room on {on} that is reserved for job {self.job_id} until {self.until}"
@@ -57,10 +74,13 @@ class Keep:
 @contextmanager
 def hidden(keeps: Sequence[Keep], rooms: Mapping[str, Room]) -> Iterator[None]:
     """As those see the rooms who may not use what is kept."""
-    undo = [_hide(keep, rooms) for keep in keeps]
+    undo = [_hide(keep, rooms) for keep in keeps if not keep.alone]
+    shared = [each for keep in keeps for each in _set_alone(keep, rooms)]
     try:
         yield
     finally:
+        for room, uuid, hold in shared:
+            _share_again(room, uuid, hold)
         for changes in reversed(undo):
             for room, uuid, holds, was_free, memory_bytes in reversed(changes):
                 _show(room, uuid, holds, was_free=was_free)
@@ -86,6 +106,26 @@ def _hide(keep: Keep, rooms: Mapping[str, Room]) -> list[_Change]:
             room.holds[uuid] = (*holds, Hold(""))
             changes.append((room, uuid, holds, was_free, 0))
     return changes
+
+
+def _set_alone(keep: Keep, rooms: Mapping[str, Room]) -> Iterator[tuple[Room, str, Hold]]:
+    for node, gpu_uuids in keep.places if keep.alone else ():
+        room = rooms.get(node)
+        for uuid in gpu_uuids if room is not None else ():
+            for hold in room.holds.get(uuid, ()) if room is not None else ():
+                if hold.attempt in keep.alone and room is not None:
+                    _put(room, uuid, hold, Hold(hold.attempt))
+                    yield room, uuid, hold
+
+
+def _share_again(room: Room, uuid: str, hold: Hold) -> None:
+    """Whatever was taken there meanwhile stays taken."""
+    _put(room, uuid, Hold(hold.attempt), hold)
+
+
+def _put(room: Room, uuid: str, before: Hold, after: Hold) -> None:
+    room.forget()
+    room.holds[uuid] = tuple(after if hold == before else hold for hold in room.holds[uuid])
 
 
 def _show(room: Room, uuid: str, holds: tuple[Hold, ...], *, was_free: bool) -> None:

@@ -125,12 +125,13 @@ class Ledger:
 
 
 def gpu_parts(spec: JobSpec, gpu: GpuFacts | None) -> int:
-    """What a job's hour on this GPU counts; of a shared one its share of the memory does. One that
-    is not known any more counts as an unknown type."""
+    """What a job's hour on this GPU counts; of a shared one its share of the memory does, of one
+    that has a GPU to itself where it can all of it. One that is not known any more counts as an
+    unknown type."""
     if gpu is None:
         return PARTS
     parts = weight_parts(gpu.name, gpu.memory_bytes)
-    if spec.shared_gpu_memory_bytes:
+    if spec.shared_gpu_memory_bytes and not spec.share_automatic:
         return max(1, parts * spec.shared_gpu_memory_bytes // max(1, gpu.memory_bytes))
     return parts
 

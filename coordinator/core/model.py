@@ -64,8 +64,9 @@ RUN_AGAIN_EXIT_CODES_DEFAULT = (75, 85)
 class JobSpec:
     """What a job asks for; `validate.py` says what is allowed. Exactly one of `command` and
     `trainer` is set. `gpus` and `memory_bytes` are each rank's. With `shared_gpu_memory_bytes` its
-    GPU is shared, of which it takes so much at most (`shares.py`). `flexible_ms`: `flexible.py`. By
-    `deadline_unix_ms` it wants to have ended (`deadlines.py`); 0: whenever."""
+    GPU is shared, of which it takes so much at most (`shares.py`); if `share_automatic`, only where
+    that pays (`company.py`). `flexible_ms`: `flexible.py`. By `deadline_unix_ms` it wants to have
+    ended (`deadlines.py`); 0: whenever."""
 
     name: str = ""
     project: str = "default"
@@ -91,6 +92,7 @@ class JobSpec:
     shared_gpu_memory_bytes: int = 0
     flexible_ms: int = 0
     deadline_unix_ms: int = 0
+    share_automatic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

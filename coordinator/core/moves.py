@@ -12,7 +12,8 @@ decision says only steps are taken, and each by itself has to be worth it:
    estimate.
 3. It goes where there is room now, or where those leave whom the decision has there no more; it is
    worth more there than they all are where they are, less what they are worth where they go. Who
-   has to start now to keep a deadline is worth that in any case (`deadlines.py`).
+   has to start now to keep a deadline is worth that in any case (`deadlines.py`), and for him all
+   may have to leave: the decision counts GPUs by type, and whom it stops may be on several nodes.
 4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are.
 5. What somebody was stopped for is promised to him, for as long as those who leave may take to
    save, and not longer: then he is one of many again. Rooms are taken as they are promised, so that
@@ -64,7 +65,7 @@ def make(state: State, now: Instant, field: Field, allocation: Allocation) -> No
     budget = state.options.moves_per_hour - len(state.standing.moves_ms)
     plan = _Plan(state, now, field, allocation)
     moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
-    if budget <= 0 or not plan.wishes or not (moving or plan.may_go):
+    if budget <= 0 or not plan.wishes or not (moving or plan.stoppable):
         return
     plan.open(budget)
     for wish in plan.wishes:
@@ -136,7 +137,9 @@ class _Plan:
         self.late = deadlines.late(state)
         self.entrants = {entrant.job.id: entrant for entrant in field.entrants}
         self.grants = {job_id: grant.option for job_id, grant in allocation.grants.items()}
-        self.may_go = {e.job.id: e for e in field.entrants if self._may_go(e)}
+        asked = [e for e in field.entrants if self.late or self._is_moved(e)]
+        self.stoppable = {e.job.id: e for e in asked if self._may_stop(e)}
+        self.may_go = {job_id: e for job_id, e in self.stoppable.items() if self._is_moved(e)}
         wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
         self.wishes = sorted(
             wishes,
@@ -180,13 +183,14 @@ class _Plan:
         runs = wish.entrant.contender.at is not None
         own = int(runs and job.id not in self.stops)
         victims: list[int] = []
+        givers = self.stoppable if job.id in self.late else self.may_go
 
         def accept(tenants: Sequence[Tenant]) -> bool:
             victims[:] = [self.state.attempts[one.attempt].job_id for one in tenants]
             return self._is_worth(wish, victims) and own + len(victims) <= self.left
 
         def may_leave(tenant: Tenant) -> bool:
-            who = self.may_go.get(self.state.attempts[tenant.attempt].job_id)
+            who = givers.get(self.state.attempts[tenant.attempt].job_id)
             return who is not None and who.contender.rank >= wish.entrant.contender.rank
 
         if own > self.left or (runs and job.id in self.promised):
@@ -199,7 +203,7 @@ class _Plan:
         if spread is None:
             return
         for victim in victims:
-            self._stop(victim, self._gives_way(wish, self.may_go[victim]))
+            self._stop(victim, self._gives_way(wish, givers[victim]))
         if own:
             self._stop(job.id, self._moves(wish, victims))
         if runs or victims:
@@ -245,14 +249,14 @@ class _Plan:
             return None
         return Wish(entrant, option, gain)
 
-    def _may_go(self, entrant: Entrant) -> bool:
+    def _is_moved(self, entrant: Entrant) -> bool:
         """Whether the decision has it elsewhere, or nowhere."""
-        at = entrant.contender.at
-        return at is not None and self.grants.get(entrant.job.id) != at and self._may_stop(entrant)
+        return self.grants.get(entrant.job.id) != entrant.contender.at
 
     def _may_stop(self, entrant: Entrant) -> bool:
         contender = entrant.contender
-        if not entrant.known or entrant.job.id in self.state.standing.promises:
+        promised = entrant.job.id in self.state.standing.promises
+        if not entrant.known or contender.at is None or promised:
             return False
         gang = self.state.gang(entrant.job)
         ran_s = (self.now.now_ms - contender.since_ms) / 1000

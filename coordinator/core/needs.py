@@ -6,7 +6,7 @@ must see the same queue, or what is explained is not what is decided.
 
 from collections.abc import Iterable, Mapping
 
-from coordinator.core import checkpoints, claims, coruns, decisions
+from coordinator.core import checkpoints, claims, company, coruns, decisions
 from coordinator.core.model import Job
 from coordinator.core.phases import JobPhase
 from coordinator.core.placement import Need
@@ -50,6 +50,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         on=() if anywhere or promise is None else promise.nodes,
         leaving=keeps or job.phase is not JobPhase.QUEUED,
         lasts_ms=_lasts_ms(state, job),
+        refused=company.refused(state, now, job),
     )
 
 

@@ -75,4 +75,5 @@ def _tenant(state: State, attempt_id: str) -> Tenant:
         f"{attempt.job_id}.{attempt.epoch}",
         spec.shared_gpu_memory_bytes,
         lent=attempt.job_id in state.rooms.recallable,
+        in_pairs=spec.share_automatic,
     )

@@ -41,7 +41,7 @@ TRIAL_S = 120.0
 # and both two minutes at less than full speed; a pair that is good is so for hours.
 TRIAL_CHANCE_MIN = 0.25
 SIGHTS_MAX = 64  # pairs that are learned from, the newest; the work grows with their cube
-ANSWERS_MAX = 50_000  # remembered by lessons, some 200 bytes each
+ANSWERS_MAX = 10_000  # remembered by lessons, some 600 bytes each
 
 UTILIZATION_UNKNOWN = 0.88  # of each: both get 0.57 of their speed, the table's mean of logs
 SENSITIVITY_VARIANCE = 0.01
@@ -156,7 +156,7 @@ def prior_log(one: float | None = None, other: float | None = None) -> float:
 class Lessons:
     """What `learn` has made of sights: the inverse of their covariances, and what each is worth.
     `measured` is what was kept in all of them; `used` by how much of the time each training uses
-    the GPU alone, by its name. `answers` are those of `poor` so far: who waits is asked about
+    the GPU alone, by its name. `answers` are those of `about` so far: who waits is asked about
     everybody who shares a GPU, and most of these are alike."""
 
     sights: tuple[Sight, ...] = ()
@@ -164,7 +164,7 @@ class Lessons:
     used: Mapping[str, float] = field(default_factory=dict)
     inverse: Matrix | None = None
     weights: Vector | None = None
-    answers: dict[tuple[str, str, str], bool] = field(
+    answers: dict[tuple[str, str, str], Forecast] = field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -172,11 +172,15 @@ class Lessons:
         """Whether something that was seen speaks against these two."""
         if not self.sights:
             return False
+        said = self.about(one, other, gpu_type)
+        return said.informed and not said.worth_trying
+
+    def about(self, one: Member, other: Member, gpu_type: str) -> Forecast:
+        """The forecast, made once."""
         key = one.name, other.name, gpu_type
         found = self.answers.get(key)
         if found is None:
-            said = self.forecast(one, other, gpu_type)
-            found = said.informed and not said.worth_trying
+            found = self.forecast(one, other, gpu_type)
             if len(self.answers) >= ANSWERS_MAX:
                 self.answers.clear()
             self.answers[key] = found

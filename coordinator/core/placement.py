@@ -69,7 +69,8 @@ class Need:
     most for it first, each with how fast it is there; empty where all are alike. With `only` it has
     been promised that type, and with `on` some of these nodes; and while it is `leaving` another
     place for that, room is kept for it.
-    `lasts_ms` is how long it is expected to run, if anybody knows."""
+    `lasts_ms` is how long it is expected to run, if anybody knows. `refused` are those with whom it
+    does not share a GPU."""
 
     job_id: int
     spec: JobSpec
@@ -83,6 +84,7 @@ class Need:
     on: tuple[str, ...] = ()
     leaving: bool = False
     lasts_ms: int | None = None
+    refused: tuple[Keep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ def place_in(
             with hidden(kept, known):
                 held.append((need.job_id, keep_room(need, rooms) or []))
             continue
-        key = (*request_key(need), *(keep.job_id for keep in kept))
+        key = (*request_key(need), *(keep.key for keep in kept))
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
             with hidden(kept, known):
@@ -181,10 +183,8 @@ def _place_one(
 
 def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
     """What it does not see."""
-    rank = CLASS_RANK[need.spec.job_class]
-    return [
-        keep for keep in keeps if keep.hides_from(need.job_id, rank, need.lasts_ms, lent=need.lent)
-    ]
+    rank, own = CLASS_RANK[need.spec.job_class], (need.job_id, need.lasts_ms)
+    return [*need.refused, *(k for k in keeps if k.hides_from(rank, *own, lent=need.lent))]
 
 
 def _refusal(
@@ -193,7 +193,7 @@ def _refusal(
     with hidden(kept, known):
         sentence = why_not(need.spec, rooms)
     if kept and find(need, rooms) is not None:
-        sentence += "".join(f"; {keep.note}" for keep in kept)
+        sentence += "".join(f"; {keep.note}" for keep in kept if keep.note)
     return sentence
 
 
@@ -206,7 +206,7 @@ def request_key(need: Need) -> tuple[object, ...]:
         spec.gpus,
         spec.gpu_types,
         spec.gpu_memory_bytes_min,
-        spec.shared_gpu_memory_bytes,
+        (spec.shared_gpu_memory_bytes, spec.share_automatic),
         spec.memory_bytes,
         need.avoid,
     )

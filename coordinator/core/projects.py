@@ -205,7 +205,8 @@ def _waiting(state: State, now: Instant) -> Iterable[Claim]:
         spec = state.jobs[job_id].spec
         if not spec.gpus or state.eligible_ms.get(job_id, 0) > now.now_ms:
             continue
-        key = (spec.gpu_types, spec.gpu_memory_bytes_min, spec.shared_gpu_memory_bytes)
+        share = (spec.shared_gpu_memory_bytes, spec.share_automatic)
+        key = (spec.gpu_types, spec.gpu_memory_bytes_min, *share)
         if key not in known:
             suited = [gpu_parts(spec, gpu) for gpu in kinds if suits(spec, gpu)]
             known[key] = max(suited, default=PARTS)  # it shall not start to be recalled at once

@@ -5,7 +5,7 @@ Problem: rounds, moves and explanations all have to see the same room, and who m
 how it is made.
 """
 
-from coordinator.core import foresight, projects
+from coordinator.core import deadlines, foresight, projects
 from coordinator.core.keeps import Keep, Reservation
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.sentences import listed
@@ -23,6 +23,7 @@ def keeps(state: State, now: Instant) -> tuple[Keep, ...]:
         return ()
     ends_ms = foresight.ends(state, now)
     lent = projects.standing_of(state, now).lent
+    late = deadlines.late(state)
     found = []
     for rank, kept in sorted(state.reservations.items()):
         spec = state.jobs[kept.job_id].spec
@@ -36,6 +37,7 @@ def keeps(state: State, now: Instant) -> tuple[Keep, ...]:
             Keep(
                 kept.job_id, rank, tuple((node, tuple(uuids)) for node, uuids in by_node.items()),
                 spec.memory_bytes * most, free_in_ms, _until(now, kept), kept.job_id in lent,
+                () if kept.job_id in late else tuple(late),
             )
         )  # fmt: skip
     return tuple(found)

@@ -33,8 +33,8 @@ class Place:
 class Tenant:
     """An attempt on a node, `rank` that of its class. `stopping` ones are about to give back what
     they hold. `gang` is what the ranks of one gang have in common; empty: it stands for itself.
-    With `share_bytes` it has its GPU together with others. `lent`: it gives way to those of its
-    class that are within their projects' quotas."""
+    With `share_bytes` it has its GPU together with others, with one at most if `in_pairs`. `lent`:
+    it gives way to those of its class that are within their projects' quotas."""
 
     attempt: str
     rank: int
@@ -45,6 +45,7 @@ class Tenant:
     gang: str = ""
     share_bytes: int = 0
     lent: bool = False
+    in_pairs: bool = False
 
     @property
     def whole(self) -> str:
@@ -150,7 +151,7 @@ class Room:
             spec.gpu_types,
             spec.gpu_memory_bytes_min,
             spec.memory_bytes,
-            spec.shared_gpu_memory_bytes,
+            (spec.shared_gpu_memory_bytes, spec.share_automatic),
         )
         found = self.counts.get(key)
         if found is None:
@@ -187,7 +188,7 @@ class Room:
         """What it costs those who come next when ranks of a job get these GPUs."""
         if self.mix is None or not self.mix.total:
             return 0
-        key = (spec.memory_bytes, spec.shared_gpu_memory_bytes, *ranks)
+        key = (spec.memory_bytes, spec.shared_gpu_memory_bytes, spec.share_automatic, *ranks)
         found = self.increases.get(key)
         if found is None:
             found = self.mix.increase(self.box(), self.box(spec, ranks))
@@ -203,7 +204,7 @@ class Room:
         for gpu in self.offer.gpus:
             holds = self.holds.get(gpu.uuid, ())
             if spec is not None and gpu.uuid in taken:
-                holds = (*holds, Hold("", spec.shared_gpu_memory_bytes))
+                holds = (*holds, shares.taken(spec, holds))
             parts = PARTS if gpu.uuid in self.free and not holds else 0
             if holds and self.offer.shares:
                 left_bytes = shares.left_bytes(gpu, holds)
@@ -226,8 +227,8 @@ class Room:
         self.forget()
         for uuid in gpu_uuids:
             self.free.pop(uuid, None)
-            hold = Hold("", spec.shared_gpu_memory_bytes)
-            self.holds[uuid] = (*self.holds.get(uuid, ()), hold)
+            holds = self.holds.get(uuid, ())
+            self.holds[uuid] = (*holds, shares.taken(spec, holds))
         self.memory_bytes -= spec.memory_bytes
         self.slots -= 1 if spec.gpus == 0 else 0
 
@@ -284,7 +285,7 @@ def open_room(offer: Offer, mix: Mix | None = None) -> Room:
     used_slots = sum(1 for tenant in offer.tenants if not tenant.gpu_uuids)
     holds: dict[str, tuple[Hold, ...]] = {uuid: (Hold(""),) for uuid in offer.strays}
     for tenant in offer.tenants:
-        hold = Hold(tenant.attempt, tenant.share_bytes)
+        hold = Hold(tenant.attempt, tenant.share_bytes, tenant.in_pairs)
         for uuid in tenant.gpu_uuids:
             holds[uuid] = (*holds.get(uuid, ()), hold)
     return Room(
@@ -302,9 +303,9 @@ def most_left_bytes(spec: JobSpec, rooms: Sequence[Room]) -> tuple[int, int, str
     """Of all GPUs that would do for a share: the largest that is left of one, beside how many jobs,
     and on which node."""
     found = [
-        (shares.left_bytes(gpu, holds), len(holds), room.offer.node)
+        (shares.left_for(spec, gpu, holds), len(holds), room.offer.node)
         for room in rooms
         for gpu, holds in room.shareable(spec)
-        if all(hold.share_bytes for hold in holds)
+        if not shares.closed(holds)
     ]
     return max(found, default=(0, 0, ""))

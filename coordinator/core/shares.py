@@ -10,6 +10,8 @@ So a job says the most that it will take, and is held to it by its node's agent.
    `SHARERS_MAX`. A job that has its GPU alone stands beside nobody.
 2. A job goes where there are sharers already, and of a node's GPUs to the one that it fits
    tightest; else to the smallest free one. So whole GPUs stay free for those who need whole ones.
+3. Who shares only where it pays stands beside one other at most, of whom it is known who he is:
+   nobody can tell what three do to one another.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,10 +32,11 @@ SHARE_BYTES_MIN = 256 * 1024**2
 @dataclass(frozen=True, slots=True)
 class Hold:
     """Who has a GPU, or a share of it; with no `share_bytes` he has it alone. An empty `attempt` is
-    somebody who does not leave within a pass."""
+    somebody who does not leave within a pass. `in_pairs`: beside one other at most."""
 
     attempt: str
     share_bytes: int = 0
+    in_pairs: bool = False
 
 
 def shareable_bytes(gpu: GpuFacts) -> int:
@@ -43,9 +46,29 @@ def shareable_bytes(gpu: GpuFacts) -> int:
 
 def left_bytes(gpu: GpuFacts, holds: Sequence[Hold]) -> int:
     """The largest share that one more job could have of this GPU."""
-    if len(holds) >= SHARERS_MAX or any(not hold.share_bytes for hold in holds):
+    if len(holds) >= SHARERS_MAX or closed(holds):
         return 0
     return max(0, shareable_bytes(gpu) - sum(hold.share_bytes for hold in holds))
+
+
+def closed(holds: Sequence[Hold]) -> bool:
+    """Whether nobody joins these, whatever they leave: one has it alone, or they are a pair."""
+    pair = len(holds) > 1 and any(hold.in_pairs for hold in holds)
+    return pair or any(not hold.share_bytes for hold in holds)
+
+
+def left_for(spec: JobSpec, gpu: GpuFacts, holds: Sequence[Hold]) -> int:
+    """The largest share that this job could have of it."""
+    if spec.share_automatic and (len(holds) > 1 or any(not hold.attempt for hold in holds)):
+        return 0
+    return left_bytes(gpu, holds)
+
+
+def taken(spec: JobSpec, holds: Sequence[Hold]) -> Hold:
+    """What is kept of a GPU for a job beside these. Nobody joins a pair, and nobody whose partner
+    has not started yet: what they would do to one another is asked of those who run."""
+    alone = spec.share_automatic or any(hold.in_pairs for hold in holds)
+    return Hold("", 0 if alone else spec.shared_gpu_memory_bytes)
 
 
 def rank(gpu: GpuFacts, holds: Sequence[Hold], share_bytes: int) -> tuple[int, int]:
@@ -61,7 +84,7 @@ def choose(
     """The GPU that the share would be of, beside one of `shunned` last; `None` where there is no
     room for it."""
     share_bytes = spec.shared_gpu_memory_bytes
-    able = [(gpu, holds) for gpu, holds in fitting if left_bytes(gpu, holds) >= share_bytes]
+    able = [(gpu, holds) for gpu, holds in fitting if left_for(spec, gpu, holds) >= share_bytes]
     if not able:
         return None
 
@@ -83,5 +106,5 @@ def gives_room(
     if not spec.shared_gpu_memory_bytes:
         return not holds, not staying
     needed = spec.shared_gpu_memory_bytes
-    present = left_bytes(gpu, [hold for hold, _ in holds]) >= needed
-    return present, left_bytes(gpu, staying) >= needed
+    present = left_for(spec, gpu, [hold for hold, _ in holds]) >= needed
+    return present, left_for(spec, gpu, staying) >= needed

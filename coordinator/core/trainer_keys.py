@@ -2,8 +2,9 @@
 one.
 
 Problem: `baton fit` that answers for `batchsize = 64` as if it stood there for nothing is believed,
-and the trainer itself says that it knows no such key only after the queue. A coordinator cannot
-import `trainers/`, so the keys stand here again, and a test holds them equal.
+and the trainer itself says that it knows no such key only after the queue. So both `baton fit` and
+`baton submit` refuse it. A coordinator cannot import `trainers/`, so the keys stand here again, and
+a test holds them equal.
 """
 
 import difflib

@@ -117,6 +117,8 @@ def _request(spec: JobSpec) -> str:
 
 def _share(spec: JobSpec) -> str:
     share_bytes = spec.shared_gpu_memory_bytes
+    if spec.share_automatic and not share_bytes:
+        return "whether a GPU can be shared depends on memory; say how much of it the job takes"
     if not share_bytes:
         return ""
     if share_bytes < SHARE_BYTES_MIN:
@@ -208,6 +210,16 @@ def describe_need(spec: JobSpec) -> str:
 def describe_ranks(spec: JobSpec) -> str:
     """The same of a gang: "4 ranks of 1 GPU each"."""
     return f"{spec.ranks} ranks of {describe_need(spec)} each"
+
+
+def gpus_of(count: int) -> str:
+    """ "1 GPU", "4 GPUs"."""
+    return f"{count} GPU{'' if count == 1 else 's'}"
+
+
+def gpus_are(count: int) -> str:
+    """ "1 GPU is", "4 GPUs are"."""
+    return f"{gpus_of(count)} {'is' if count == 1 else 'are'}"
 
 
 def gigabytes(count_bytes: int) -> str:

@@ -35,7 +35,7 @@ import msgspec
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.quotas import Quota
 from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
-from coordinator.sim.toml_file import BadFile, check_number, read_toml
+from coordinator.sim.toml_file import BadFile, check_number, read_table, read_toml
 
 JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
 # A job that takes longer where it is fastest is a mistake in a rate; the clock would tick for ever.
@@ -102,10 +102,24 @@ def read_fleet(path: Path, seed: int) -> Inputs:
         {name: each.price_per_h for name, each in said.gpus.items()},
     )
     chance = Chance(seed=seed, **msgspec.structs.asdict(said.chance))
-    quotas = {
-        name: Quota(each.gpu_hours_per_day, each.weight) for name, each in said.projects.items()
-    }
-    return Inputs(fleet, chance, said.restart_s, quotas)
+    return Inputs(fleet, chance, said.restart_s, _quotas(said.projects))
+
+
+def read_quotas(path: Path) -> Mapping[str, Quota]:
+    """Those of a coordinator's configuration, of which nothing else is looked at."""
+    projects = read_table(path, "projects", ProjectTable)
+    _check_projects(path, projects)
+    return _quotas(projects)
+
+
+def _quotas(projects: Mapping[str, ProjectTable]) -> dict[str, Quota]:
+    return {name: Quota(each.gpu_hours_per_day, each.weight) for name, each in projects.items()}
+
+
+def _check_projects(path: Path, projects: Mapping[str, ProjectTable]) -> None:
+    for name, quota in projects.items():
+        check_number(path, f"projects.{name}.gpu_hours_per_day", quota.gpu_hours_per_day)
+        check_number(path, f"projects.{name}.weight", quota.weight, above=True)
 
 
 def _check_fleet(path: Path, said: FleetFile) -> None:
@@ -119,9 +133,7 @@ def _check_fleet(path: Path, said: FleetFile) -> None:
     for key, number in msgspec.structs.asdict(said.chance).items():
         check_number(path, f"chance.{key}", number, above=key == "node_gpus")
     check_number(path, "restart_s", said.restart_s)
-    for name, quota in said.projects.items():
-        check_number(path, f"projects.{name}.gpu_hours_per_day", quota.gpu_hours_per_day)
-        check_number(path, f"projects.{name}.weight", quota.weight, above=True)
+    _check_projects(path, said.projects)
 
 
 def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[SimJob]:

@@ -29,17 +29,30 @@ class BadFile(ValueError):
 
 def read_toml(path: Path, kind: type[_Said]) -> _Said:
     """The file as this struct. Raises `BadFile`."""
-    try:
-        document = msgspec.toml.decode(path.read_bytes())
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} is no TOML: {error}") from error
+    document = _document(path)
     _check(path, "", document, kind)
     try:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:  # a key without a default is missing
         raise BadFile(f"{path}: {error}") from error
+
+
+def read_table(path: Path, name: str, kind: type[_Said]) -> dict[str, _Said]:
+    """Of a file whose other keys are others' business: the tables `[name.KEY]`, each as this
+    struct. Raises `BadFile`."""
+    tables = _document(path).get(name, {})
+    _check(path, f"{name}.", tables, dict[str, kind])  # type: ignore[valid-type]
+    return {key: msgspec.convert(each, kind) for key, each in tables.items()}
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} is no TOML: {error}") from error
+    return found
 
 
 def check_number(path: Path | str, key: str, number: float, *, above: bool = False) -> None:

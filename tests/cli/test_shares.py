@@ -40,3 +40,7 @@ def test_a_job_says_what_it_has_of_a_gpu(baton: Baton, fake: FakeCoordinator) ->
     fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
     fake.answers["ListJobEvents"] = [jobs_pb2.ListJobEventsResponse()]
     assert "8 GiB of a shared GPU" in baton("job", "3").stdout
+    job.spec.share_automatic = True
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+    fake.answers["ListJobEvents"] = [jobs_pb2.ListJobEventsResponse()]
+    assert "8 GiB of a shared GPU where that pays" in baton("job", "3").stdout

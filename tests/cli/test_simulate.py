@@ -265,6 +265,48 @@ def test_every_key_of_chance_is_an_option_and_the_seed_decides(files: tuple[Path
     assert hashed("--seed", "1") == expected, "in the file it means the same"
 
 
+def test_what_it_would_be_if_all_shared_where_that_pays(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two jobs of an hour on one GPU: together at 0.8 of their speeds they end after 1 h 15."""
+    trace, fleet = files
+    trace.write_text("job,arrival_s,gpus,steps,model,A100\n1,0,1,3600,m,1\n2,0,1,3600,m,1\n")
+    fleet.write_text("restart_s = 0\n[gpus.A100]\ncount = 1\n")
+    pairs = tmp_path / "pairs.csv"
+    asks = ("--policy", "baton", "--policy", "baton-pairs", "--pairs", str(pairs), "--json")
+    for kept, makespan_h in ((0.8, 1.25), (0.5, 2.0)):
+        pairs.write_text(f"gpu_type,model,beside,steps_per_s\nA100,m,m,{kept}\n")
+        result = baton(files, *asks)
+        assert result.exit_code == 0, result.output
+        alone, paired = json.loads(result.stdout)
+        assert alone["makespan_h"] == pytest.approx(2.0)
+        assert paired["makespan_h"] == pytest.approx(makespan_h, abs=0.05)
+    fleet.write_text(f"{fleet.read_text()}[projects.a]\ngpu_hours_per_day = 24\n")
+    assert "knows no quotas" in baton(files, *asks).stderr
+
+
+def test_pairs_that_say_nothing_here_are_said(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    columns = "gpu_type,model,beside,steps_per_s\n"
+    files[0].write_text("job,arrival_s,gpus,steps,model,A100\n1,0,1,60,m,2\n2,0,1,60,m,2\n")
+    more = ("--policy", "packing", "--pairs", str(pairs))
+    pairs.write_text(f"{columns}V100,m,m,1.5\n")
+    result = baton(files, *more)
+    assert result.exit_code == 2
+    assert "has pairs on V100, and the fleet has A100, K80: none of them would be" in (
+        result.stderr
+    )
+    pairs.write_text(f"{columns}A100,m,n,1.5\n")
+    result = baton(files, *more)
+    assert result.exit_code == 2
+    assert "has no pair of two models of the jobs, which are m" in result.stderr
+    pairs.write_text(f"{columns}A100,m,m,1.5\nV100,m,m,1.5\n")
+    result = baton(files, *more)
+    assert result.exit_code == 0
+    assert "has no pairs on K80: none of these is shared" in result.stderr
+    assert "has pairs on V100, of which the fleet has none" in result.stderr
+
+
 def test_pairs_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("gpu_type,model,beside,steps_per_s\nA100,m,m,1.5\n")
@@ -277,6 +319,31 @@ def test_pairs_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert "line 2: steps_per_s is no number" in baton(files, *more).stderr
     pairs.write_text("type,model\n")
     assert "the columns are not gpu_type, model, beside" in baton(files, *more).stderr
+
+
+def test_quotas_are_those_of_the_coordinator(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two jobs at once on one GPU: the project with a quota is first, whoever came first."""
+    config = tmp_path / "coordinator.toml"
+    config.write_text('listen = "127.0.0.1:1"\n[projects.b]\ngpu_hours_per_day = 48\n')
+    files[0].write_text(
+        "job,arrival_s,gpus,steps,project,A100\n1,0,1,7200,a,2\n2,0,1,7200,b,2\n3,0,1,60,a,2\n"
+    )
+    asks = ("--policy", "baton-greedy", "--quota", "b=x2")
+
+    def mean_h(*more: str) -> float:
+        result = baton(files, *asks, *more)
+        assert result.exit_code == 0, result.output
+        (line,) = [line for line in result.stdout.splitlines() if " b " in line]
+        return float(line.split()[-2])
+
+    assert mean_h("--config", str(config)) < mean_h()
+    config.write_text("[projects.b]\ngpu_hours_a_day = 48\n")
+    result = baton(files, *asks, "--config", str(config))
+    assert result.exit_code == 2
+    assert "unknown key 'projects.b.gpu_hours_a_day'; did you mean 'gpu_hours_per_day'?" in (
+        result.stderr
+    )
+    assert baton(files, "--config", str(tmp_path / "none.toml")).exit_code == 2
 
 
 def test_every_policy_is_in_the_help() -> None:

@@ -14,7 +14,7 @@ from coordinator.core import decisions, standby
 from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
 from coordinator.core.messages import AppendEvent, Effect
-from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobClass, Part
+from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobClass, JobSpec, Part
 from coordinator.core.offers import offers_of, open_rooms
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
@@ -185,14 +185,21 @@ def _places_beside(state: State, live: LiveNode, job: Job, disturbing: bool) -> 
             continue  # a stray leaves some time
         beside = [held_share(state, holder) for holder in gpu.holders if holder in staying]
         total_bytes = sum(beside) + job.spec.shared_gpu_memory_bytes
+        pairs = [job.spec, *(spec_of(state, one) for one in gpu.holders if one in staying)]
+        if beside and any(spec.share_automatic for spec in pairs):
+            continue  # whether they are put together is not a matter of room
         fits = total_bytes * 100 <= gpu.facts.memory_bytes * SHARES_PERCENT_MAX
         if all(beside) and len(beside) < SHARERS_MAX and fits:
             return 1
     return 0
 
 
+def spec_of(state: State, attempt_id: str) -> JobSpec:
+    return state.jobs[state.attempts[attempt_id].job_id].spec
+
+
 def held_share(state: State, attempt_id: str) -> int:
-    return state.jobs[state.attempts[attempt_id].job_id].spec.shared_gpu_memory_bytes
+    return spec_of(state, attempt_id).shared_gpu_memory_bytes
 
 
 def check_gpu(state: State, live: LiveNode, uuid: str) -> None:
@@ -207,6 +214,10 @@ def check_gpu(state: State, live: LiveNode, uuid: str) -> None:
         held_shares = [held_share(state, one) for one in promised]
         assert all(held_shares), f"{uuid} is promised twice: {promised}"
         assert len(promised) <= SHARERS_MAX
+        specs = [spec_of(state, one) for one in promised]
+        if any(spec.share_automatic for spec in specs):
+            assert len({spec.job_class for spec in specs}) == 1, f"{uuid}: a pair of two classes"
+            assert len(specs) == 2, f"{uuid}: more than a pair"
         memory_bytes = live.gpus[uuid].facts.memory_bytes
         assert sum(held_shares) * 100 <= memory_bytes * SHARES_PERCENT_MAX, "beyond its memory"
 

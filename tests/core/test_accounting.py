@@ -129,6 +129,27 @@ def test_a_program_that_says_nothing_gets_all_of_it() -> None:
     assert not found.measured
 
 
+@pytest.mark.parametrize(
+    ("more", "progress", "part"),
+    [
+        ({}, None, "idle"),
+        ({"restored_step": 120}, Progress(120), "idle"),
+        ({"commits": 1}, None, "productive"),
+        ({"phase": AttemptPhase.SUCCEEDED}, None, "productive"),
+        ({"phase": AttemptPhase.RUNNING}, None, "productive"),
+    ],
+)
+def test_one_that_says_nothing_and_fails_was_not_productive(
+    more: dict[str, object], progress: Progress | None, part: str
+) -> None:
+    silent = replace(RUN, times=replace(RUN.times, ready_ms=None, step=None, reached_step=0))
+    failed = replace(silent, phase=AttemptPhase.FAILED, commits=0, restored_step=0)
+    found = account(replace(failed, **more), progress, 38_000)  # type: ignore[arg-type]
+    assert [name for name in ("idle", "productive") if name in parts(found)] == [part]
+    assert found.measured is (part == "idle"), "nothing of it is taken to be steps"
+    check(found)
+
+
 def test_one_that_speaks_is_starting_until_it_is_ready() -> None:
     loading = replace(RUN, times=replace(RUN.times, ready_ms=None, speaks=True))
     found = account(loading, None, 38_000)

@@ -100,9 +100,8 @@ SPECS = st.builds(
     grace_ms=st.sampled_from([2_000, 120_000]),
 )
 SHARES = st.sampled_from([8 * GIGABYTE, 20 * GIGABYTE, 70 * GIGABYTE])
-SHARING_SPECS = st.builds(
-    lambda spec, share: replace(spec, gpus=1, ranks=1, shared_gpu_memory_bytes=share), SPECS, SHARES
-)
+SHARED = {"shared_gpu_memory_bytes": SHARES, "share_automatic": st.sampled_from([False, True])}
+SHARING_SPECS = st.builds(replace, SPECS, gpus=st.just(1), ranks=st.just(1), **SHARED)
 ANY_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 
 

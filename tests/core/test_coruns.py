@@ -38,10 +38,12 @@ Kept = tuple[tuple[float, ...], ...]  # of its speed, by training and by the one
 ERROR_RATIO = 0.02
 
 
-def spec(training: int, share_gb: int) -> JobSpec:
+def spec(training: int, share_gb: int, *, automatic: bool = False) -> JobSpec:
     share_bytes = share_gb * GIGABYTE
     command = (f"train {training}",)
-    return JobSpec(command=command, gpus=1, shared_gpu_memory_bytes=share_bytes)
+    return JobSpec(
+        command=command, gpus=1, shared_gpu_memory_bytes=share_bytes, share_automatic=automatic
+    )
 
 
 @dataclass
@@ -141,9 +143,12 @@ class World:
             self.rig.handle(m.FromAgent(self.sessions[name], message))
         for attempt in self.running():
             if attempt.phase is AttemptPhase.STOPPING and attempt.id in before:
-                assert "another GPU is free" in attempt.stop_reason
-                assert could[attempt.id], f"{attempt.id} was fast enough: {attempt.stop_reason}"
-                assert free, "there is no place for it"
+                elsewhere = "another GPU is free" in attempt.stop_reason
+                automatic = self.rig.core.state.jobs[attempt.job_id].spec.share_automatic
+                assert elsewhere or (automatic and "only where that pays" in attempt.stop_reason)
+                fast = not could[attempt.id]
+                assert not fast or (automatic and elsewhere), f"fast: {attempt.stop_reason}"
+                assert free or not elsewhere, "there is no place for it"
                 self.parted.append(attempt.id)
         self.save()
         self.obey()

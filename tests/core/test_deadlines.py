@@ -13,6 +13,7 @@ from coordinator.core.explain import explain
 from coordinator.core.messages import Refusal, Reply, RequestBody, Submitted
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import JobPhase
+from coordinator.core.state import Options
 from tests.core.training_fleet import Fleet, training
 
 MEASURED = 60  # seconds of training after which the fleet knows how fast such a training is
@@ -76,6 +77,51 @@ def test_who_runs_is_stopped_for_it_and_told_why() -> None:
     assert fleet.stops()[0].startswith(
         f"gives way to job {late}, which has to run now to keep its deadline at "
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "of_two"), [(2, (9_300, 9_000, 9_100, 9_200)), (4, (8_000, 9_000) * 4)]
+)
+def test_one_of_several_gpus_has_them_on_one_node(gpus: int, of_two: tuple[int, ...]) -> None:
+    """Who is worth least is on the one node and on the other, so the decision would stop some on
+    each; for a deadline all of one node go, whoever they are, and nobody else."""
+    fleet = Fleet(f"{gpus}xH100", f"{gpus}xH100")
+    fleet.tick_ms = 2_000
+    for width in (1, gpus):
+        fleet.submit(training(MEASURED, gpus=width))
+        fleet.run(MEASURED)
+        fleet.end(fleet.state.last_job_id)
+    runs = [fleet.submit(training(steps)) for steps in of_two]
+    fleet.run(700)
+    late = fleet.submit(training(5_000, gpus=gpus, deadline_unix_ms=by(fleet, 5_600)))
+    while late not in deadlines.late(fleet.state):
+        fleet.run(30)
+    fleet.run(90)
+    assert fleet.job(late).phase is JobPhase.ACTIVE
+    assert len(fleet.stops()) == gpus
+    assert all("which has to run now" in why for why in fleet.stops())
+    assert sum(fleet.job(one).phase is JobPhase.ACTIVE for one in runs) == gpus
+
+
+def test_no_reservation_keeps_gpus_from_who_has_to_run_now() -> None:
+    fleet = Fleet("2xH100", options=Options(reservation_wait_ms=60_000))
+    fleet.tick_ms = 1_000
+    for _ in range(2):
+        first = fleet.submit(training(MEASURED))
+        fleet.run(MEASURED)
+        fleet.end(first)
+    filler = fleet.submit(name="filler")
+    large = fleet.submit(gpus=2)
+    fleet.run(100)
+    assert [kept.job_id for kept in fleet.state.reservations.values()] == [large]
+    ordinary = fleet.submit(training(2_000))
+    fleet.run(70)
+    assert fleet.job(ordinary).phase is JobPhase.QUEUED, "the free GPU is reserved"
+    late = fleet.submit(training(2_000, deadline_unix_ms=by(fleet, 2_130)))
+    fleet.run(70)
+    assert fleet.job(late).phase is JobPhase.ACTIVE
+    assert fleet.job(filler).phase is JobPhase.ACTIVE
+    assert fleet.stops() == []
 
 
 def test_no_higher_class_is_stopped_for_a_deadline() -> None:

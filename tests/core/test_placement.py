@@ -39,6 +39,7 @@ SPECS = st.builds(
     gpu_types=st.sampled_from([(), ("H100",)]),
     memory_bytes=st.sampled_from([0, 0, 60 * GIGABYTE]),
     shared_gpu_memory_bytes=st.sampled_from([8 * GIGABYTE, 30 * GIGABYTE, 72 * GIGABYTE]),
+    share_automatic=st.sampled_from([False, False, True]),
 )
 
 
@@ -68,7 +69,9 @@ def _offer(draw: st.DrawFn, node: str) -> Offer:
             share_bytes = draw(st.sampled_from([4, 12, 20])) * GIGABYTE
             rank, stopping = draw(st.integers(0, 2)), draw(st.booleans())
             name = f"{uuid}{number}.1"
-            tenants.append(Tenant(name, rank, 9, (uuid,), 0, stopping, "", share_bytes))
+            pairs = number == 0 and draw(st.sampled_from([False, False, True]))
+            tenant = Tenant(name, rank, 9, (uuid,), 0, stopping, "", share_bytes, in_pairs=pairs)
+            tenants.append(tenant)
     held = [uuid for tenant in tenants for uuid in tenant.gpu_uuids]
     free = tuple(gpu.uuid for gpu in gpus if gpu.uuid not in held)
     knows = draw(st.sampled_from([True, True, True, False]))
@@ -151,6 +154,8 @@ def test_nothing_is_placed_over_capacity(
                 assert offer.shares, "its agent would start it as if it were alone"
                 assert all(beside), "beside a job that has the GPU alone"
                 assert len(beside) <= SHARERS_MAX
+                pairs = any(t.in_pairs for t in offer.tenants if uuid in t.gpu_uuids)
+                assert len(beside) <= 2 or not (pairs or spec.share_automatic)
                 assert sum(beside) * 100 <= facts[uuid].memory_bytes * SHARES_PERCENT_MAX
 
 

@@ -20,7 +20,8 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     verdict n1-g0 node=n1 is=needs_reset reason="needs a reset (xid 95)"
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
-           keep=2 ranks=4 share=8 steps=900 deadline=3600 (seconds after the script's begin)
+           keep=2 ranks=4 share=8 pays=yes steps=900 config='{"model": "m"}'
+           deadline=3600 (seconds after the script's begin)
     cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
@@ -282,6 +283,7 @@ def _spec(words: Words) -> JobSpec:
         ranks=int(words.get("ranks", 1)),
         shared_gpu_memory_bytes=int(words.get("share", 0)) * GIGABYTE,
         deadline_unix_ms=_deadline(words),
+        share_automatic="pays" in words,
     )
 
 
@@ -291,7 +293,9 @@ def _deadline(words: Words) -> int:
 
 def _configuration(words: Words) -> str:
     """Trainings of one model, which differ in nothing but how long they are."""
-    return json.dumps({"model": "m", "steps": int(words["steps"])}) if "steps" in words else ""
+    if "steps" in words:
+        return json.dumps({"model": "m", "steps": int(words["steps"])})
+    return words.get("config", "")
 
 
 def _choice(words: Words) -> CheckpointChoice:

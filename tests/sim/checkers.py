@@ -222,6 +222,10 @@ class Checkers:
                 parts = [self._share_bytes(other.job_id) for other in here]
                 if sum(parts) > GPU_MEMORY_BYTES * SHARES_PERCENT_MAX // 100:
                     self._fail(f"{uuid} is promised beyond its memory, to {here}")
+                specs = [self.jobs[other.job_id].spec for other in here]
+                pairs = len(specs) > 1 and any(spec.share_automatic for spec in specs)
+                if pairs and (len(specs) > 2 or specs[0].job_class is not specs[1].job_class):
+                    self._fail(f"{uuid} has more than a pair of one class: {here}")
 
     def _share_bytes(self, job_id: int) -> int:
         return self.jobs[job_id].spec.shared_gpu_memory_bytes

@@ -75,6 +75,7 @@ class Program:
     deaf: bool
     doomed: bool
     crash_at: int
+    picky: bool = False  # of those that share a GPU: only where that pays
 
     @property
     def shared_gpu_memory_bytes(self) -> int:
@@ -82,6 +83,10 @@ class Program:
         if (self.gpus, self.ranks) != (1, 1) or self.at_ms % 2:
             return 0
         return GPU_MEMORY_BYTES * (2 + self.steps % 2) // 10
+
+    @property
+    def share_automatic(self) -> bool:
+        return self.picky and bool(self.shared_gpu_memory_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,17 @@ def test_safety_and_liveness_hold_for_every_seed(first: int) -> None:
         assert not missed, f"seed {seed}: {missed} never fired; {replay}"
 
 
+@pytest.mark.parametrize("first", range(0, 40, CHUNK))
+def test_they_hold_where_jobs_share_only_where_that_pays(first: int) -> None:
+    """Who waits for a GPU of its own is where a fault does not look for it, so not all fire."""
+    shared = 0
+    for seed in range(first, first + CHUNK):
+        programs = tuple(replace(each, picky=True) for each in plan(seed).programs)
+        shared += sum(each.share_automatic for each in programs)
+        assert not run(replace(plan(seed), programs=programs)), f"seed {seed}"
+    assert shared
+
+
 def test_the_seeds_cover_every_kind_of_fault() -> None:
     """A planned fault has fired, or the seeds' own test fails; so planning covers firing."""
     planned = {fault.kind for seed in range(SEEDS) for fault in plan(seed).faults}

@@ -288,6 +288,7 @@ def specify(wanted: Program, request_id: str) -> JobSpec:
         gpus=wanted.gpus,
         ranks=wanted.ranks,
         shared_gpu_memory_bytes=wanted.shared_gpu_memory_bytes,
+        share_automatic=wanted.share_automatic,
         grace_ms=wanted.grace_ms,
         max_restarts=1_000,
         replication=Replication(wanted.replication),

@@ -121,6 +121,7 @@ SPEC = st.builds(
     gpu_types=many(TEXT),
     gpu_memory_bytes_min=COUNT,
     shared_gpu_memory_bytes=COUNT,
+    share_automatic=st.booleans(),
     memory_bytes=COUNT,
     grace_ms=DURATION_MS,
     stop_signal=st.sampled_from(model.StopSignal),

@@ -431,6 +431,7 @@ class JobSpec(_message.Message):
     SHARED_GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FLEXIBLE_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    SHARE_AUTOMATIC_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -475,6 +476,12 @@ class JobSpec(_message.Message):
     """Above 0 the job, which has 1 GPU and 1 rank, shares that GPU with others of its kind and takes
     at most this much of its memory: at least 256 MiB. The shares of a GPU are at most 8 and add up
     to at most 90% of its memory. 0: it has its GPUs alone.
+    """
+    share_automatic: _builtins.bool
+    """The job shares its GPU only where that pays, with one other of its class at most: it has one of
+    its own while one is free, then beside somebody for a trial of two minutes, and it leaves where
+    both together are slower than 1.15 times one alone or one keeps less than 0.7 of its speed.
+    Needs `shared_gpu_memory_bytes`. Absent: false.
     """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -545,10 +552,11 @@ class JobSpec(_message.Message):
         shared_gpu_memory_bytes: _builtins.int = ...,
         flexible: _duration_pb2.Duration | None = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
+        share_automatic: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "deadline", b"deadline", "flexible", b"flexible", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "deadline", b"deadline", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "deadline", b"deadline", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "share_automatic", b"share_automatic", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015

@@ -1,0 +1,239 @@
+"""Jobs that share a GPU only where that pays: whose company is tried, for how long, and what else.
+
+Problem: "only where it pays" is a promise to both: to who has the GPU, that nobody slows him down
+for long, and to who comes, that he waits no longer than for a GPU of his own. So the truth is known
+here (`test_coruns.py`), the agents tell the steps that follow from it, and what comes of that is
+compared with the rules, in stories and over random histories.
+"""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.core import messages as m
+from coordinator.core.explain import explain
+from coordinator.core.model import GpuFacts, JobClass, JobSpec
+from coordinator.core.phases import JobPhase
+from coordinator.core.shares import Hold, left_bytes, left_for, taken
+from tests.core.coordinator_harness import GIGABYTE
+from tests.core.test_coruns import MATRICES, Kept, World, spec
+
+LONG = 16  # beats after which all that is there has been measured
+GOOD: Kept = ((0.9,) * 3,) * 3
+BAD: Kept = ((0.5,) * 3,) * 3
+
+
+def submit(world: World, asked: JobSpec) -> int:
+    world.rig.handle(m.Request(1, m.Submit(asked)))
+    world.obey()
+    return world.rig.core.state.last_job_id
+
+
+def automatic(training: int, share_gb: int = 8, **asks: object) -> JobSpec:
+    return replace(spec(training, share_gb, automatic=True), **asks)  # type: ignore[arg-type]
+
+
+def full(kept: Kept, beats: int = LONG) -> World:
+    """Each of the three GPUs has one, who is known by then."""
+    world = World(kept)
+    for _ in range(3):
+        submit(world, automatic(0))
+    for _ in range(beats):
+        world.beat()
+    return world
+
+
+def told(world: World, job_id: int) -> str:
+    state = world.rig.core.state
+    return explain(state, world.rig.now, state.jobs[job_id]).sentence
+
+
+def beside(world: World, job_id: int) -> list[int]:
+    attempt = world.rig.core.state.current(world.rig.core.state.jobs[job_id])
+    assert attempt is not None
+    return [other.job_id for other in world.neighbours(attempt)]
+
+
+def end(world: World, job_id: int) -> None:
+    attempt = world.rig.core.state.current(world.rig.core.state.jobs[job_id])
+    assert attempt is not None
+    world.steps.pop(attempt.id)
+    world.say(attempt, m.AttemptExited(0))
+    world.obey()
+
+
+def test_each_has_a_gpu_of_its_own_while_there_are_some() -> None:
+    world = full(GOOD)
+    assert len({attempt.gpu_uuids for attempt in world.running()}) == 3
+    assert "it has its GPU to itself, and shares it with one other where that pays" in told(
+        world, 1
+    )
+
+
+def test_nobody_is_tried_beside_one_who_is_not_known_alone() -> None:
+    world = full(GOOD, beats=3)
+    job_id = submit(world, automatic(0))
+    state = world.rig.core.state
+    assert state.jobs[job_id].phase is JobPhase.QUEUED
+    assert "not beside job 1 on n2: how fast that one is alone is not known yet" in told(
+        world, job_id
+    )
+    assert "nor beside 1 more" in told(world, job_id)
+    for _ in range(LONG):
+        world.beat()
+    assert state.jobs[job_id].phase is JobPhase.ACTIVE
+    assert len(beside(world, job_id)) == 1
+
+
+def test_two_that_are_fast_enough_stay_and_nobody_joins_them() -> None:
+    world = full(GOOD)
+    guests = [submit(world, automatic(0)) for _ in range(3)]
+    assert "times one alone are expected; it takes 120 s" in told(world, guests[0])
+    for _ in range(LONG):
+        world.beat()
+    assert sorted(len(beside(world, job_id)) for job_id in range(1, 7)) == [1] * 6
+    assert "together 1.8 times one alone" in told(world, guests[0])
+    state = world.rig.core.state
+    for one in (automatic(0), spec(0, 8)):
+        job_id = submit(world, one)
+        assert state.jobs[job_id].phase is JobPhase.QUEUED
+        assert told(world, job_id).startswith(
+            f"job {job_id} waits: needs 8.0 GB of a shared GPU; all 3 that fit are taken"
+        )
+    assert world.parted == []
+
+
+def test_two_that_are_too_slow_are_parted_without_a_free_gpu_and_stay_apart() -> None:
+    world = full(BAD)
+    guest = submit(world, automatic(1))
+    for _ in range(10 * LONG):
+        world.beat()
+    state = world.rig.core.state
+    assert len(world.parted) == 1, "the like of the host is not tried again, nor is the host"
+    assert state.jobs[guest].phase is JobPhase.QUEUED
+    assert "they were too slow together" in told(world, guest)
+    end(world, 2)
+    assert state.jobs[guest].phase is JobPhase.ACTIVE
+    assert beside(world, guest) == []
+
+
+def test_who_is_good_together_goes_apart_when_a_gpu_is_free_for_long() -> None:
+    world = full(GOOD)
+    guest = submit(world, automatic(0))
+    (host,) = beside(world, guest)
+    end(world, next(job_id for job_id in (1, 2, 3) if job_id != host))
+    for _ in range(30):
+        world.beat()
+    assert world.parted == [], "it has not run for its minimum"
+    for _ in range(60):
+        world.beat()
+    assert world.parted == [f"{guest}.1"]
+    assert beside(world, guest) == []
+    assert beside(world, host) == []
+
+
+def test_only_its_own_class_is_company() -> None:
+    world = full(GOOD)
+    spare = submit(world, automatic(0, job_class=JobClass.SPARE))
+    assert world.rig.core.state.jobs[spare].phase is JobPhase.QUEUED
+    assert "not beside job 1 on n2: that one is standard" in told(world, spare)
+
+
+def test_who_asked_to_share_is_no_company_for_one_who_would_lose_by_it() -> None:
+    world = full(BAD)
+    known = submit(world, automatic(0))
+    for _ in range(LONG):
+        world.beat()
+    assert world.parted == [f"{known}.1"]
+    asked = submit(world, spec(0, 8))
+    assert world.rig.core.state.jobs[asked].phase is JobPhase.QUEUED
+    assert "kept 0.50 and 0.50 of their speeds" in told(world, asked)
+
+
+def test_a_higher_class_displaces_who_would_be_no_company() -> None:
+    world = full(BAD)
+    job_id = submit(world, automatic(0, job_class=JobClass.GUARANTEED))
+    assert world.rig.core.state.jobs[job_id].phase is JobPhase.ACTIVE
+    assert beside(world, job_id) == []
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_pair_has_two(pairs: bool) -> None:
+    gpu = GpuFacts("g", "H100", 80 * GIGABYTE)
+    size = 8 * GIGABYTE
+    two = [Hold("1.1", size, pairs), Hold("2.1", size)]
+    assert (left_bytes(gpu, two) == 0) is pairs
+    assert left_for(automatic(0), gpu, two) == 0
+    assert left_for(automatic(0), gpu, two[:1]) == 64 * GIGABYTE
+    assert left_for(automatic(0), gpu, [Hold("", size)]) == 0, "who that is, nobody knows"
+    assert taken(spec(0, 8), two[:1]) == Hold("", 0 if pairs else size)
+    assert taken(automatic(0), ()) == Hold("")
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.integers(0, 2), st.booleans()),
+        st.tuples(st.just("spare"), st.integers(0, 2), st.booleans()),
+        st.tuples(st.just("end"), st.integers(0, 5), st.just(False)),
+        st.tuples(st.just("pass"), st.sampled_from([3, 14, 30]), st.just(False)),
+        st.tuples(st.just("pass"), st.sampled_from([14, 80]), st.just(False)),
+        st.tuples(st.just("restart"), st.just(0), st.just(False)),
+    ),
+    min_size=4,
+    max_size=16,
+)
+
+
+@given(kept=MATRICES, steps=STEPS)
+@settings(max_examples=30, deadline=None)
+def test_pairs_are_of_one_class_and_two_and_not_made_twice(
+    kept: Kept, steps: list[tuple[str, int, bool]]
+) -> None:
+    """Safety: the rules of a pair; `World` checks who is parted, and that no GPU is promised beyond
+    its memory. Liveness: nobody of them waits beside a free GPU."""
+    world = World(kept)
+    parted: set[frozenset[int]] = set()
+
+    def look() -> None:
+        state = world.rig.core.state
+        for attempt in world.running():
+            job = state.jobs[attempt.job_id]
+            others = world.neighbours(attempt)
+            if not job.spec.share_automatic:
+                continue
+            assert len(others) <= 1
+            for other in others:
+                assert state.jobs[other.job_id].spec.job_class is job.spec.job_class
+                assert frozenset((job.id, other.job_id)) not in parted
+        waiting = [state.jobs[job_id] for job_id in state.queued]
+        assert not (world.free() and any(job.spec.share_automatic for job in waiting))
+
+    def beat() -> None:
+        state, known = world.rig.core.state, len(world.parted)
+        pairs = {a.id: [o.job_id for o in world.neighbours(a)] for a in world.running()}
+        slow = {a.id for a in world.running() if world.too_slow(a)}
+        world.beat()
+        for attempt_id in world.parted[known:]:
+            job_id = state.attempts[attempt_id].job_id
+            if attempt_id in slow and "pays" in state.attempts[attempt_id].stop_reason:
+                parted.update(frozenset((job_id, other)) for other in pairs[attempt_id])
+        look()
+
+    for what, number, flag in [("submit", 0, True)] * 3 + [("pass", 14, False)] + steps:
+        if what in ("submit", "spare"):
+            job_class = JobClass.SPARE if what == "spare" else JobClass.STANDARD
+            submit(world, replace(spec(number, 8, automatic=flag), job_class=job_class))
+        elif what == "end" and world.running():
+            mine = world.running()
+            end(world, mine[number % len(mine)].job_id)
+        elif what == "pass":
+            for _ in range(number):
+                beat()
+        elif what == "restart":
+            world.rig.restart()
+            world.dial()
+        look()
+    for before, after in world.rig.replayed():
+        assert before == after
