@@ -31,7 +31,7 @@ from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.phases import GpuPhase, NodeIntent, NodePhase
 from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
-from coordinator.core.validate import gpus_of, refuse_spec, suits
+from coordinator.core.validate import refuse_spec, suits
 from coordinator.core.workload import ModelFacts, Training
 
 # What a driver and a display leave of a GPU's memory.

@@ -212,16 +212,6 @@ def describe_ranks(spec: JobSpec) -> str:
     return f"{spec.ranks} ranks of {describe_need(spec)} each"
 
 
-def gpus_of(count: int) -> str:
-    """ "1 GPU", "4 GPUs"."""
-    return f"{count} GPU{'' if count == 1 else 's'}"
-
-
-def gpus_are(count: int) -> str:
-    """ "1 GPU is", "4 GPUs are"."""
-    return f"{gpus_of(count)} {'is' if count == 1 else 'are'}"
-
-
 def gigabytes(count_bytes: int) -> str:
     return f"{count_bytes / 1e9:.1f} GB"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.core.quotas import Quota
-from coordinator.core.validate import gpus_of
+from coordinator.core.sentences import quantity
 from coordinator.sim.guesses import known_as, public, with_types
 from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
 
@@ -158,8 +158,8 @@ def never_runs(job: SimJob, fleet: Fleet) -> str:
     if most >= job.gpus:
         return ""
     return (
-        f"job {job.job_id} could never run: it needs {gpus_of(job.gpus)} of one type of those that"
-        f" can run it ({', '.join(able)}), and there would be {most}"
+        f"job {job.job_id} could never run: it needs {quantity(job.gpus, 'GPU')} of one type of those"
+        f" that can run it ({', '.join(able)}), and there would be {most}"
     )
 
 
