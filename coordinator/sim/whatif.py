@@ -158,8 +158,8 @@ def never_runs(job: SimJob, fleet: Fleet) -> str:
     if most >= job.gpus:
         return ""
     return (
-        f"job {job.job_id} could never run: it needs {quantity(job.gpus, 'GPU')} of one type of those"
-        f" that can run it ({', '.join(able)}), and there would be {most}"
+        f"job {job.job_id} could never run: it needs {quantity(job.gpus, 'GPU')} of one type of"
+        f" those that can run it ({', '.join(able)}), and there would be {most}"
     )
 
 
