@@ -13,7 +13,7 @@ key only the last counts; drops commute with drops. Hence a batch is cut where p
 alternate, and inside a piece there is one statement per kind.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import assert_never
 
@@ -138,14 +138,7 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
     if nodes:
         yield queries.put_node, [{"id": n.id, "document": document(n)} for n in nodes.values()]
     if events:
-        yield queries.put_event, [_event_row(event) for event in events.values()]
-        # Lines are counted from 1: whoever has not come so far has no more than that.
-        long = dict.fromkeys(job_id for job_id, line in events if line > EVENTS_PER_JOB_MAX)
-        if long:
-            yield (
-                queries.trim_events,
-                [{"job_id": job_id, "events_max": EVENTS_PER_JOB_MAX} for job_id in long],
-            )
+        yield from _event_statements(queries, events)
     if series:
         yield queries.put_demand_series, [_series_row(value) for value in series.values()]
     if demand:
@@ -156,6 +149,17 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
         yield queries.trim_scale_records, [{"last_number": max(scaled) - RECORDS_MAX}]
     for day in lease_days:  # which are kept depends on their order
         yield from _lease_day_statements(queries, day)
+
+
+def _event_statements(
+    queries: Queries, events: Mapping[tuple[int, int], JobEvent]
+) -> Iterator[Statement]:
+    yield queries.put_event, [_event_row(event) for event in events.values()]
+    # Lines are counted from 1: a history that has not come so far has no more than that.
+    long = dict.fromkeys(job_id for job_id, line in events if line > EVENTS_PER_JOB_MAX)
+    if long:
+        kept: list[Row] = [{"job_id": each, "events_max": EVENTS_PER_JOB_MAX} for each in long]
+        yield queries.trim_events, kept
 
 
 def _lease_day_statements(queries: Queries, day: int) -> Iterator[Statement]:
