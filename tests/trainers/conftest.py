@@ -1,11 +1,16 @@
-"""A session installs signal handlers; each test gives back those that it found."""
+"""A session installs signal handlers, each test gives back those that it found; and the host of
+ranks, which imports for seconds, is one for all files."""
 
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from baton_sdk.session import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from tests.trainers.gang import Host
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +19,12 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Host]":
+    """Of gangs."""
+    from tests.trainers.gang import Host  # torch, which most tests here do without
+
+    with Host(tmp_path_factory.mktemp("gangs")) as made:
+        yield made

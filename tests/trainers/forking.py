@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 RANKS_S_MAX = 100
 """Of ranks that hang, on a busy machine, where nothing else is said."""
@@ -55,7 +55,7 @@ class Host:
         self._process: subprocess.Popen[str]
         self._sets = 0
 
-    def __enter__(self) -> "Host":
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE,

@@ -25,7 +25,7 @@ from trainers import checkpoint, export, microbatch, ranges, weights
 from trainers.ranks import ALONE, NO_STOP_S, Decision, Vote, World, decide, world_of
 
 pytestmark = pytest.mark.xdist_group("ranks")
-"""One host, and one set of uninterrupted runs."""
+"""One set of uninterrupted runs."""
 
 STEPS, SAVED = 8, 4
 ROUNDING = 1e-5
@@ -44,12 +44,6 @@ PLAIN: dict[str, Any] = {
     "collective_timeout_s": 60.0,
 }
 RANDOM: dict[str, Any] = {**PLAIN, "dropout": 0.2, "noisy": True}
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with Host(tmp_path_factory.mktemp("gangs")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

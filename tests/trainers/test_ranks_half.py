@@ -1,6 +1,5 @@
 """float16 on several ranks: an overflow that one of them finds is everybody's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 FIRST_SCALE = 65536.0
 """torch's own."""
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with Host(tmp_path_factory.mktemp("half-ranks")) as made:
-        yield made
 
 
 def scales(rank: Ended) -> list[float]:

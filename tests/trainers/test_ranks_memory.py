@@ -1,7 +1,6 @@
 """Out of memory on one of several ranks: all take less at once, and train the same."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from trainers.guard import Guard
 from trainers.ranks import ALONE, Vote, World, decide
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    with Host(tmp_path_factory.mktemp("full-ranks")) as made:
-        yield made
 
 
 @given(batch=st.integers(2, 64), size=st.integers(1, 64), ranks=st.integers(2, 8))
