@@ -5,7 +5,8 @@ in an hour does not show it. What a fleet needs until a node could boot is the q
 *maximum*, and it is asked for each minute, so it has to be cheap.
 
 How: the maximum is demand now plus a rise. How large rises are follows how nervous demand was in
-the last quarter of an hour, hours and days: a regression of the logarithm, fitted anew once a day.
+the last quarter of an hour, hours and days, and the time of day and week: a regression of the
+logarithm, fitted anew once a day.
 What is left, rises in units of that scale, has quantiles that hold at any hour; the newer ones
 count more. They are moved a little after each outcome, up where it was above and down where not,
 so that in the long run each is exceeded as often as it says (Gibbs and Candes, Adaptive Conformal
@@ -26,6 +27,8 @@ import numpy as np
 from coordinator.forecast.quantiles import LEVELS, Floats, of_samples
 
 NERVOUS_H: Final = (0.25, 1.0, 3.0, 12.0, 72.0)
+# A day, half of one, and a week.
+WAVES_H: Final = (24, 12, 168)
 # Rises are learned from every ten minutes at most, over two months.
 LESSONS_PER_H: Final = 6
 KEPT_DAYS: Final = 60
@@ -35,6 +38,7 @@ COVERED_DAYS: Final = 3
 # Half a GPU: a rise of none has a logarithm, and nearer than this is no miss.
 RISE_MIN: Final = 0.5
 RIDGE_HOURS: Final = 3.0
+WAVES_RIDGE_HOURS: Final = 30.0  # a wave of two days is none yet
 # A scale is not taken further than where most of what was seen was.
 SCALE_TAILS: Final = (0.02, 0.99)
 # A miss moves a quantile by this part of the distance from the median to the outermost.
@@ -127,8 +131,17 @@ class MaximumForecaster:
         return sum(self._covered) / len(self._covered) if full else None
 
     def _now(self) -> Floats:
+        """A constant, how nervous demand is, and the time."""
         nervous = self._nervous or [0.0] * len(NERVOUS_H)
-        return np.array([1.0, *(math.log(each + RISE_MIN) for each in nervous)])
+        turn = 2 * math.pi * self._steps / self._per_hour
+        waves = [wave(turn / hours) for hours in WAVES_H for wave in (math.sin, math.cos)]
+        return np.array(
+            [
+                1.0,
+                *(math.log(each + RISE_MIN) for each in nervous),
+                *waves,
+            ]
+        )
 
     def _grow_nervous(self, change: float) -> None:
         """Means of the change of a step, forgotten within so many hours."""
@@ -169,7 +182,9 @@ class MaximumForecaster:
         weights = 0.5 ** (ages_days / HALF_LIFE_DAYS)
         target = np.log(rises + RISE_MIN)
         weighed = features * weights[:, None]
-        penalty = np.full(features.shape[1], RIDGE_HOURS * self._per_hour / self._every)
+        lessons_per_h = self._per_hour / self._every
+        penalty = np.full(features.shape[1], RIDGE_HOURS * lessons_per_h)
+        penalty[1 + len(NERVOUS_H) :] = WAVES_RIDGE_HOURS * lessons_per_h
         penalty[0] = 1e-6  # the constant is free
         square = weighed.T @ features + np.diag(penalty)
         found = np.asarray(np.linalg.solve(square, weighed.T @ target), np.float64)

@@ -26,8 +26,8 @@ MEMORY_H, MEMORY_H_PER_HOUR = 240.0, 10.0
 MUTE_MEMORY_H: Final = 504.0
 DRIFT_MEMORY_H, DRIFT_MEMORY_H_PER_HOUR = 48.0, 4.0
 DRIFT_RATIO, CALM_RATIO = 1.2, 1.05
-# One percent worse: a fifth less weight. Less a day ahead, of which less is known.
-SHARPNESS, LESS_SHARP_H = 25.0, 48.0
+# One percent worse: a fifth less weight. Half as much a day ahead, of which less is known.
+SHARPNESS, LESS_SHARP_H = 20.0, 24.0
 # So many hours of being as good as persistence everybody begins with.
 BEGIN_H: Final = 24.0
 JUDGED_H_MIN: Final = 48.0  # before anybody is muted
