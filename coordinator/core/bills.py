@@ -39,6 +39,7 @@ from coordinator.core.cost_requests import (
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import Attempt, GpuFacts, Job, Node
 from coordinator.core.options import Options
+from coordinator.core.sentences import some
 from coordinator.core.state import Instant
 from coordinator.core.tariffs import Lease, Prices
 
@@ -146,9 +147,8 @@ def _wrong(state: Books, body: GetCosts, end_ms: int) -> str:
     known = sorted(dict.fromkeys([*state.options.projects, *of_jobs]))
     if body.project in known:
         return ""
-    more = f" and {len(known) - NAMES_SHOWN_MAX} more" if len(known) > NAMES_SHOWN_MAX else ""
-    named = ", ".join(known[:NAMES_SHOWN_MAX]) or "none"
-    return f"no job of project {body.project!r} is kept; there are {named}{more}"
+    named = some(known, NAMES_SHOWN_MAX) or "none"
+    return f"no job of project {body.project!r} is kept; there are {named}"
 
 
 # --- stays ----------------------------------------------------------------------------------------

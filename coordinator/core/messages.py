@@ -52,8 +52,11 @@ from coordinator.core.model import (
     Progress,
     WaitingPart,
 )
+from coordinator.core.node_requests import CordonNode as CordonNode
+from coordinator.core.node_requests import DrainNode as DrainNode
 from coordinator.core.node_requests import DropNode as DropNode
 from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
+from coordinator.core.node_requests import UncordonNode as UncordonNode
 from coordinator.core.phases import JobPhase
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
@@ -110,21 +113,6 @@ class ExplainJob:
 @dataclass(frozen=True, slots=True)
 class ListNodes:
     pass
-
-
-@dataclass(frozen=True, slots=True)
-class CordonNode:
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class DrainNode:
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class UncordonNode:
-    node: str
 
 
 RequestBody = (

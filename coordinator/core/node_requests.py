@@ -1,9 +1,24 @@
-"""What people ask of nodes beside taking them in and out of service, a part of what `messages.py`
-says goes into the core: how often their GPUs are read, and that one is forgotten."""
+"""What people ask of nodes, a part of what `messages.py` says goes into the core: that they go out of
+service and come back, how often their GPUs are read, and that one is forgotten."""
 
 from dataclasses import dataclass
 
 from coordinator.core.model import TelemetryRate
+
+
+@dataclass(frozen=True, slots=True)
+class CordonNode:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainNode:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class UncordonNode:
+    node: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from coordinator.core.bursts import MS_PER_H, Burst
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.guard_rails import Bounds, Rail, Switched
-from coordinator.core.sentences import quantity
+from coordinator.core.sentences import quantity, some
 
 NAMED_MAX: Final = 3  # of the nodes of a sentence
 
@@ -468,7 +468,7 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
     for boxes, (one, several) in zip(done.boxes, verbs, strict=True):
         if boxes:
             does = quantity(len(boxes), f"node of {name} {one}", f"nodes of {name} {several}")
-            parts.append(f"{does} ({_some([box.node for box in boxes])})")
+            parts.append(f"{does} ({some([box.node for box in boxes], NAMED_MAX)})")
     if done.rented_gpus:
         rented = quantity(done.rented_gpus, f"GPU of {name} is", f"GPUs of {name} are")
         parts.append(f"{rented} rented by the hour")
@@ -489,14 +489,8 @@ def _late(outlook: Outlook) -> str:
     """Whose deadlines are a reason; empty where nobody's is."""
     if not outlook.late_jobs:
         return ""
-    whose = _some([str(job_id) for job_id in outlook.late_jobs])
+    whose = some([str(job_id) for job_id in outlook.late_jobs], NAMED_MAX)
     one = len(outlook.late_jobs) == 1
     does = f"job {whose} would miss its" if one else f"jobs {whose} would miss their"
     gpus = f"{quantity(outlook.late_gpus, 'GPU')} more"
     return f", and {does} deadline{'' if one else 's'} by waiting, which {gpus} would keep"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:NAMED_MAX])
-    more = len(names) - NAMED_MAX
-    return shown if more <= 0 else f"{shown} and {more} more"

@@ -15,3 +15,10 @@ def quantity(count: int, one: str, several: str = "") -> str:
 def listed(words: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def some(names: Sequence[str], named_max: int) -> str:
+    """ "a, b and 3 more": as many as a sentence bears."""
+    shown = ", ".join(names[:named_max])
+    more = len(names) - named_max
+    return shown if more <= 0 else f"{shown} and {more} more"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
-from coordinator.core.sentences import quantity
+from coordinator.core.sentences import quantity, some
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
 
 TRAINERS = ("transfer", "finetune", "lora")
@@ -227,10 +227,9 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
         return ""
     names = sorted(dict.fromkeys(gpu.name for _, gpus in nodes for gpu in gpus))
     if spec.gpu_types and names and not any(is_of_type(spec, name) for name in names):
-        more = f" and {len(names) - TYPES_NAMED_MAX} more" if len(names) > TYPES_NAMED_MAX else ""
         return (
             f"no node has a GPU of type {' or '.join(spec.gpu_types)}; there are"
-            f" {', '.join(names[:TYPES_NAMED_MAX])}{more}"
+            f" {some(names, TYPES_NAMED_MAX)}"
         )
     fitting = [sum(1 for gpu in gpus if suits(spec, gpu)) for _, gpus in nodes]
     if max(fitting) < spec.gpus:

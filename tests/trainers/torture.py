@@ -100,7 +100,13 @@ def snapshot_of(step: int) -> checkpoint.Snapshot:
         "optimizer": {"groups": [{"lr": 1 / (1 + step)}]},
         "progress": {"step": step},
     }
-    return checkpoint.Snapshot(**tensors, state=manifest.seal(described, state))
+    return checkpoint.Snapshot(
+        frozen=tensors["frozen"],
+        model=tensors["model"],
+        optimizer=tensors["optimizer"],
+        random=tensors["random"],
+        state=manifest.seal(described, state),
+    )
 
 
 def directories(root: Path) -> list[Path]:
