@@ -1,5 +1,5 @@
-"""What people ask of nodes, a part of what `messages.py` says goes into the core: that they go out of
-service and come back, how often their GPUs are read, and that one is forgotten."""
+"""What people ask of nodes, a part of what `messages.py` says goes into the core: that they go out
+of service and come back, how often their GPUs are read, and that one is forgotten."""
 
 from dataclasses import dataclass
 
