@@ -88,10 +88,13 @@ def _why_not(state: State, live: LiveNode) -> str:
 
 
 def _counts(state: State, attempt: Attempt) -> bool:
-    """It has not ended, or its gang has not."""
+    """It has not ended, or its gang has not, which also waits while all who are left of it are out
+    of reach."""
     job = state.jobs[attempt.job_id]
-    present = attempt.epoch == job.epoch and job.phase in RUNNING_JOB
-    return present or attempt.phase not in ATTEMPT_ENDED
+    present = attempt.epoch == job.epoch
+    gang = state.gang(job) if present else [attempt]
+    running = present and job.phase in RUNNING_JOB
+    return running or any(rank.phase not in ATTEMPT_ENDED for rank in gang)
 
 
 def _has_alone(state: State, live: LiveNode) -> list[int]:

@@ -30,7 +30,9 @@ def open_rooms(state: State, recallable: Mapping[int, None] | None = None) -> li
         before, state.rooms.recallable = state.rooms.recallable, recallable
         for job_id in (*before, *recallable):
             if (job_id in before) != (job_id in recallable):
-                state.rooms.stale |= {each.node: None for each in state.attempts_of(job_id)}
+                nodes = [each.node for each in state.attempts_of(job_id)]
+                # One that it ran on before may have been forgotten.
+                state.rooms.stale |= {name: None for name in nodes if name in state.nodes}
     for node_id in state.rooms.take_stale():
         live = state.nodes[node_id]
         if is_open(live):

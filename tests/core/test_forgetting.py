@@ -11,7 +11,9 @@ from coordinator.core.fit_requests import FitJob, FitPage
 from coordinator.core.forgetting import FORGOTTEN_MAX
 from coordinator.core.model import JobSpec, Node, NodeView
 from coordinator.core.node_requests import DropNode, ForgetNode
+from coordinator.core.options import Options
 from coordinator.core.phases import JobPhase, NodeIntent, NodePhase
+from coordinator.core.quotas import Quota
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 from tests.core.training_fleet import A100, HOST, Fleet
 
@@ -19,16 +21,17 @@ LEASE_S = 10
 ONE = "1xH100:80"
 
 
-def lose(fleet: Fleet, name: str) -> None:
-    """Its connection closes, and nobody comes back within the grace."""
-    session = fleet.state.nodes[name].session
-    assert session is not None
-    fleet.rig.handle(m.FromAgent(session, m.SessionClosed()))
+def lose(fleet: Fleet, *names: str) -> None:
+    """Their connections close, and nobody comes back within the grace."""
+    for name in names:
+        session = fleet.state.nodes[name].session
+        assert session is not None
+        fleet.rig.handle(m.FromAgent(session, m.SessionClosed()))
     for _ in range(LEASE_S):
         fleet.rig.now_ms += 1_000
         fleet.train(0.0, save=False)  # the others are heard
         fleet.rig.handle(m.Tick())
-    assert fleet.state.nodes[name].phase is NodePhase.LOST
+    assert {fleet.state.nodes[name].phase for name in names} == {NodePhase.LOST}
 
 
 def asked(fleet: Fleet, body: m.RequestBody) -> m.Answer:
@@ -110,6 +113,43 @@ def test_what_may_still_run_there_holds_it() -> None:
     forgotten(fleet, "n1")
 
 
+def test_a_gang_that_may_go_on_holds_the_node_of_a_rank_that_has_ended() -> None:
+    """It waits, for all who are left are out of reach; one of them is back, and another is not."""
+    fleet = Fleet(ONE, ONE, ONE)
+    job = fleet.submit(ranks=3, grace_ms=3_600_000)
+    fleet.run(5, saving=False)
+    ended, back, _ = fleet.state.gang(fleet.job(job))
+    fleet.say(ended.id, m.AttemptExited(0))
+    lose(fleet, "n1", "n2", "n3")
+    assert fleet.job(job).phase is JobPhase.QUEUED
+    assert "may still run 1 attempt, of job 1" in refused(fleet, ended.node)
+    held = (m.HeldAttempt(back.id, back.gpu_uuids),)
+    hello(fleet, 7, back.node, attempts=held)
+    assert fleet.job(job).phase is JobPhase.ACTIVE
+    fleet.rig.now_ms += 1_000
+    fleet.rig.handle(m.Tick())
+    asked(fleet, m.CancelJob(job))
+    fleet.say(back.id, m.AttemptExited(0))
+    assert fleet.job(job).phase is JobPhase.CANCELLED
+    forgotten(fleet, ended.node)
+
+
+def test_who_ran_there_gives_back_what_is_lent_to_him_elsewhere() -> None:
+    fleet = Fleet(ONE, ONE, options=Options(projects={"vision": Quota(gpu_hours=240.0)}))
+    fleet.tick_ms = 5_000
+    job = fleet.submit(project="others")
+    fleet.run(5, saving=False)
+    (first,) = fleet.state.attempts_of(job)
+    lose(fleet, first.node)
+    fleet.run(10)
+    forgotten(fleet, first.node)
+    waits = fleet.submit(project="vision")
+    assert "has GPUs that are lent to others" in fleet.state.waits[waits]
+    fleet.run(3_600)
+    assert fleet.job(job).phase is JobPhase.QUEUED
+    assert fleet.job(waits).phase is JobPhase.ACTIVE
+
+
 def test_a_last_checkpoint_is_lost_only_by_a_word_that_says_so() -> None:
     fleet = Fleet(ONE)
     job = fleet.submit()
@@ -139,9 +179,10 @@ def test_copies_elsewhere_are_enough_and_it_is_no_source_any_more() -> None:
     assert [kept.replicas for kept in fleet.state.checkpoints[job]] == [(other,)]
 
 
-def hello(fleet: Fleet, session: int, name: str, *digests: str, acknowledged: int = 0) -> None:
+def hello(fleet: Fleet, session: int, name: str, *digests: str, **more: object) -> None:
     body = m.Hello(name, f"{name}-1", f"{name}:1", HOST, gpus_of(name, ONE), (), digests)
-    fleet.rig.handle(m.FromAgent(session, replace(body, acknowledged=acknowledged)))
+    body = replace(body, **more)  # type: ignore[arg-type]
+    fleet.rig.handle(m.FromAgent(session, body))
 
 
 def test_it_simply_joins_again_with_what_it_has() -> None:
