@@ -125,7 +125,7 @@ def settled(state: State, outlooks: Sequence[Outlook]) -> list[Outlook]:
     that run."""
     moving: dict[str, int] = {}
     for job_id, promise in state.standing.promises.items():
-        if promise.nodes and not promise.claim and job_id in state.queued:
+        if promise.is_on_its_way and job_id in state.queued:
             spec = state.jobs[job_id].spec
             moving[promise.gpu_type] = moving.get(promise.gpu_type, 0) + spec.gpus * spec.ranks
     found = []
@@ -179,12 +179,11 @@ class _Look:
         for attempt_id in live.attempts:
             attempt = self.state.attempts[attempt_id]
             job = self.state.jobs[attempt.job_id]
-            types = {
-                gpu_types.key_of(gpu.facts.name, gpu.facts.memory_bytes): None
-                for gpu in (live.gpus[uuid] for uuid in attempt.gpu_uuids)
-            }
+            gpus = [live.gpus[uuid] for uuid in attempt.gpu_uuids if uuid in live.gpus]
+            types = {gpu_types.key_of(gpu.facts.name, gpu.facts.memory_bytes): None for gpu in gpus}
             follower = self._follower(job, attempt)
-            if follower is None or len(types) != 1:
+            # Of a GPU that its node does not list any more the type may not be known.
+            if follower is None or len(types) != 1 or len(gpus) < len(attempt.gpu_uuids):
                 return []
             found.append((job, next(iter(types)), follower))
         return sorted(found, key=lambda one: (-one[0].spec.gpus, one[0].id))

@@ -47,11 +47,14 @@ def left_ms(state: State, now: Instant, job: Job) -> int:
 
 
 def patients(state: State, now: Instant) -> dict[int, Patient]:
-    """Those that wait and are not demand yet."""
+    """Those that wait and are not demand yet; not who is on his way to a place, and is taken out of
+    the demand for that (`consolidation.settled`)."""
+    promises = state.standing.promises
+    moving = {each: None for each, promise in promises.items() if promise.is_on_its_way}
     able = {
         job_id: left
         for job_id in state.queued
-        if (left := left_ms(state, now, state.jobs[job_id])) > 0
+        if job_id not in moving and (left := left_ms(state, now, state.jobs[job_id])) > 0
     }
     found: dict[int, Patient] = {}
     ahead_ms: dict[str, tuple[int, int]] = {}

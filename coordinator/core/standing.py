@@ -75,6 +75,11 @@ class Promise:
     note: str = ""
     claim: bool = False
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether whoever has it waits for no node, but for the room that he was stopped for."""
+        return bool(self.nodes) and not self.claim
+
 
 @dataclass(slots=True)
 class Standing:

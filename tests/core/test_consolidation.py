@@ -17,13 +17,14 @@ from coordinator.core.capacity_model import LEVELS, Outlook, Power
 from coordinator.core.consolidation import Follower, worth
 from coordinator.core.demand_messages import ForecastMade, TypeForecast
 from coordinator.core.guard_rails import Bounds
-from coordinator.core.messages import Tick
+from coordinator.core.messages import FromAgent, HeldAttempt, Hello, Tick
 from coordinator.core.phases import JobPhase, NodeIntent
 from coordinator.core.scaler import ScalingOptions
 from coordinator.core.scaling import Mode, Rules
 from coordinator.core.state import Options
+from tests.core.coordinator_harness import gpus_of
 from tests.core.switched_fleet import ACTS
-from tests.core.training_fleet import Fleet
+from tests.core.training_fleet import HOST, Fleet
 
 HOUR_MS = 3_600_000
 FOUR = "4xH100"
@@ -147,6 +148,30 @@ def test_who_has_just_begun_is_not_moved_again() -> None:
     fleet = thinned(FOUR, FOUR, keep={"n1": 1, "n2": 2}, seconds=590)
     leave(fleet, "n1")
     assert fleet.stops() == []
+
+
+def test_who_has_a_gpu_that_its_node_does_not_list_any_more_stays() -> None:
+    """It fell off the bus, and the coordinator has restarted since: of what type it was is not
+    known."""
+    fleet = thinned(FOUR, FOUR, keep={"n1": 1, "n2": 2})
+    (attempt_id,) = fleet.state.nodes["n1"].attempts
+    (gone,) = fleet.state.attempts[attempt_id].gpu_uuids
+    for session in (10, 20):
+        for name in ("n1", "n2"):
+            live = fleet.state.nodes[name]
+            held = [HeldAttempt(one, fleet.state.attempts[one].gpu_uuids) for one in live.attempts]
+            body = Hello(
+                name, f"{name}-1", f"{name}:1", HOST,
+                tuple(gpu for gpu in gpus_of(name, FOUR) if gpu.uuid != gone), tuple(held),
+                tuple(live.digests), live.node.acknowledged,
+            )  # fmt: skip
+            fleet.rig.handle(FromAgent(session + int(name[1]), body))
+        if session == 10:
+            fleet.rig.restart()
+    assert gone not in fleet.state.nodes["n1"].gpus
+    leave(fleet, "n1")
+    assert fleet.stops() == []
+    assert list(fleet.state.nodes["n1"].attempts) == [attempt_id]
 
 
 def test_moves_of_an_hour_are_bounded_for_all_reasons() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core import patience
+from coordinator.core import consolidation, patience
 from coordinator.core.capacity_model import LEVELS, Outlook, Power
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.messages import (
@@ -24,6 +24,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import JobClass
 from coordinator.core.phases import JobPhase
 from coordinator.core.scaling import Mode
+from coordinator.core.standing import Promise
 from tests.core.switched_fleet import ACTS
 from tests.core.test_fleet_scaling import ScaledRig
 
@@ -111,6 +112,22 @@ def test_who_may_wait_and_has_a_deadline_of_which_nobody_knows_is_urgent(fleet: 
     assert patience.left_ms(state, fleet.rig.now, job) == 5 * MINUTE_MS
     state.standing.latest_ms[job_id] = fleet.rig.now_ms + 5 * HALF_AN_HOUR_MS
     assert patience.left_ms(state, fleet.rig.now, job) == HALF_AN_HOUR_MS
+
+
+def test_who_is_on_his_way_to_a_place_is_taken_from_the_demand_once(fleet: ScaledRig) -> None:
+    """A node is emptied, and one who may wait and one who may not were on it."""
+    job_id = fleet.submit(flexible_ms=HALF_AN_HOUR_MS)
+    fleet.submit()
+    state, now = fleet.rig.core.state, fleet.rig.now
+    found = patience.patients(state, now)
+    assert list(found) == [job_id]
+    gpu_type = found[job_id].gpu_type
+    for claim in (True, False):
+        promise = Promise(gpu_type, now.now_ms + 1_000, now.now_ms, ("n1",), claim=claim)
+        state.standing.promises[job_id] = promise
+        seen = consolidation.settled(state, [Outlook(gpu_type, 2, 2, 0)])
+        (left,) = patience.outlooks(state, now, seen)
+        assert left.queued_gpus == 1, "who may not wait"
 
 
 def test_it_is_told_that_it_waits_by_its_own_wish_and_until_when(fleet: ScaledRig) -> None:
