@@ -29,14 +29,26 @@ NAMED_MAX = 2
 
 
 def refused(state: State, now: Instant, job: Job) -> tuple[Keep, ...]:
-    """Those who share a GPU, and with whom this one does not."""
-    spec = job.spec
+    """Those who share a GPU, and with whom this one does not. Of many who wait most are alike, and
+    between two events nothing changes."""
+    spec, indices = job.spec, state.indices
     if not spec.shared_gpu_memory_bytes:
         return ()
+    if indices.refused_ms != now.now_ms:
+        indices.refused_ms = now.now_ms
+        indices.refusals.clear()
+    parted = coruns.too_slow_beside(state, job)
+    key = spec.job_class, spec.share_automatic, coruns.member(spec), tuple(parted)
+    if key not in indices.refusals:
+        indices.refusals[key] = _refused(state, now, job, parted)
+    return indices.refusals[key]
+
+
+def _refused(state: State, now: Instant, job: Job, parted: Mapping[int, None]) -> tuple[Keep, ...]:
+    spec = job.spec
     places: dict[tuple[str, str], None] = {}
     alone: list[str] = []
     reasons: list[str] = []
-    parted = coruns.too_slow_beside(state, job)
     for attempt_id in state.indices.open_attempts:
         attempt = state.attempts[attempt_id]
         its = state.jobs[attempt.job_id].spec

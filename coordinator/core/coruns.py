@@ -43,8 +43,11 @@ from coordinator.core.validate import suits
 STEPS_MIN = 5
 # Of an attempt; who comes and leaves more often than that leaves the newest behind.
 STRETCHES_MAX = 8
-# A place elsewhere is looked for so often: it takes a look at the whole fleet.
+# A place elsewhere is looked for so often, and what others did alone: either takes a look at the
+# whole fleet.
 LOOK_MS = 10_000
+# Where there are more attempts than that, less often: it is two milliseconds in the largest fleet.
+LOOKERS_MAX = 1_000
 # What a job is called takes its configuration apart; it is asked of all that share a GPU, and again
 # for each that waits.
 MEMBERS_KEPT = 4096
@@ -72,9 +75,13 @@ def heard(state: State, now: Instant, attempt_id: str, progress: Progress) -> No
     if steps >= STEPS_MIN and seconds >= max(TRIAL_S, 2 * watch.written_s):
         state.watches[attempt_id] = replace(watch, written_s=seconds)
         _write(state, now, attempt, Stretch(beside, steps, seconds))
-    elif watch.written_s and len(beside) == 1 and now.now_ms - watch.looked_ms >= LOOK_MS:
+    elif watch.written_s and len(beside) == 1 and now.now_ms - watch.looked_ms >= _look_ms(state):
         state.watches[attempt_id] = replace(watch, looked_ms=now.now_ms)
         _part(state, now, attempt, state.attempts[beside[0]])
+
+
+def _look_ms(state: State) -> int:
+    return LOOK_MS * (1 + len(state.indices.open_attempts) // LOOKERS_MAX)
 
 
 def _spent_s(now: Instant, progress: Progress) -> float:
@@ -143,22 +150,38 @@ def _alone_per_s(state: State, now: Instant, attempt: Attempt, gpu: GpuFacts) ->
     own = [one for one in attempt.stretches if not one.beside]
     if own:
         return own[-1].steps / own[-1].seconds
-    _, name = history.names(state.jobs[attempt.job_id].spec)
-    gpu_type = gpu_types.key_of(gpu.name, gpu.memory_bytes)
-    found = [
-        (one.seconds, one.steps / one.seconds)
-        for other, job in _measured(state)
-        if history.names(job.spec)[1] == name and _type(state, other) == gpu_type
-        for one in other.stretches
-        if not one.beside
-    ]
-    if not found:
-        found = [
-            (run.seconds, run.steps_per_s)
-            for run in history.seen(state, now).runs
-            if run.job == name and (run.place.gpu_type, run.place.gpus) == (gpu_type, 1)
-        ]
-    return max(found)[1] if found else None
+    name = member(state.jobs[attempt.job_id].spec).name
+    kind = name, gpu_types.key_of(gpu.name, gpu.memory_bytes)
+    found = _of_stretches(state).get(kind) or _of_history(state, now).get(kind)
+    return None if found is None else found[1]
+
+
+def _of_stretches(state: State) -> dict[tuple[str, str], tuple[float, float]]:
+    """What was measured without company, the longest: seconds and steps a second by training and
+    type of GPU."""
+    indices = state.indices
+    if indices.alone is None:
+        indices.alone = {}
+        for attempt, job in _measured(state):
+            kind = member(job.spec).name, _type(state, attempt)
+            for one in attempt.stretches if kind[1] else ():
+                if not one.beside:
+                    told = one.seconds, one.steps / one.seconds
+                    indices.alone[kind] = max(told, indices.alone.get(kind, told))
+    return indices.alone
+
+
+def _of_history(state: State, now: Instant) -> dict[tuple[str, str], tuple[float, float]]:
+    """The same of those who have asked for a GPU of their own, as it was at the last look."""
+    indices = state.indices
+    if indices.seen is None or now.now_ms - indices.seen[0] >= LOOK_MS:
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for run in history.seen(state, now).runs:
+            if run.place.gpus == 1:
+                told, kind = (run.seconds, run.steps_per_s), (run.job, run.place.gpu_type)
+                found[kind] = max(told, found.get(kind, told))
+        indices.seen = now.now_ms, found
+    return indices.seen[1]
 
 
 def _type(state: State, attempt: Attempt) -> str:
@@ -313,7 +336,10 @@ def shunned(state: State, job: Job) -> tuple[str, ...]:
     theirs, was too little."""
     if job.spec.share_automatic:
         # A GPU of its own comes first, wherever that is.
-        return tuple(each for each in state.indices.open_attempts if state.share_bytes(each))
+        if state.indices.sharers is None:
+            known = [each for each in state.indices.open_attempts if state.share_bytes(each)]
+            state.indices.sharers = tuple(known)
+        return state.indices.sharers
     if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
         return ()
     lessons = _lessons(state)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from coordinator.core.capacity_model import Power
+from coordinator.core.keeps import Keep
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
 from coordinator.core.pairs import Lessons
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
@@ -29,8 +30,10 @@ class Indices:
     checkpoints to keep has changed; attempts that have not ended, and those of them that are out of
     reach. `pieces`: by digest the jobs with a checkpoint or a waiting part of which it is a piece,
     and how many. `kinds`: the nodes that are alike for `validate.refuse_fleet`. `stretched`:
-    attempts of which it is known what sharing a GPU cost them (`coruns.py`), and `lessons` is what
-    follows from them; None until it is asked for."""
+    attempts of which it is known what sharing a GPU cost them (`coruns.py`), and `lessons` and
+    `alone` are what follows from them; None until it is asked for. `seen`: likewise of all other
+    attempts, and when that was. `sharers` are those that share a GPU, and `refusals` who of them is
+    no company for whom (`company.py`), as long as nothing of that has changed."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -39,6 +42,11 @@ class Indices:
     unreachable: dict[str, None] = field(default_factory=dict)
     stretched: dict[str, None] = field(default_factory=dict)
     lessons: Lessons | None = None
+    alone: dict[tuple[str, str], tuple[float, float]] | None = None
+    seen: tuple[int, dict[tuple[str, str], tuple[float, float]]] | None = None
+    sharers: tuple[str, ...] | None = None
+    refusals: dict[object, tuple[Keep, ...]] = field(default_factory=dict)
+    refused_ms: int = 0
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
@@ -69,19 +77,26 @@ class Indices:
 
     def put_attempt(self, attempt: Attempt) -> None:
         """After its phase may have changed."""
+        self._forget_company()
         _put(self.open_attempts, attempt.id, member=attempt.phase not in ATTEMPT_ENDED)
         _put(self.unreachable, attempt.id, member=attempt.phase is AttemptPhase.UNREACHABLE)
 
     def put_stretches(self, attempt_id: str) -> None:
         self.stretched[attempt_id] = None
-        self.lessons = None
+        self.lessons = self.alone = None
+        self._forget_company()
+
+    def _forget_company(self) -> None:
+        self.sharers = None
+        self.refusals.clear()
 
     def forget_attempt(self, attempt_id: str) -> None:
+        self._forget_company()
         self.open_attempts.pop(attempt_id, None)
         self.unreachable.pop(attempt_id, None)
         if attempt_id in self.stretched:
             del self.stretched[attempt_id]
-            self.lessons = None
+            self.lessons = self.alone = None
 
     def count_piece(self, digest: str, job_id: int, change: int) -> None:
         jobs = self.pieces.setdefault(digest, {})

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.core import coruns, history
 from coordinator.core import messages as m
 from coordinator.core.explain import explain
 from coordinator.core.model import GpuFacts, JobClass, JobSpec
@@ -132,6 +133,63 @@ def test_who_is_good_together_goes_apart_when_a_gpu_is_free_for_long() -> None:
     assert world.parted == [f"{guest}.1"]
     assert beside(world, guest) == []
     assert beside(world, host) == []
+
+
+def test_a_round_looks_once_at_what_the_fleet_has_seen_however_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, looks = full(GOOD, beats=0), 0
+    state = world.rig.core.state
+    for training in range(10):
+        submit(world, automatic(training % 2))
+    world.rig.now_ms += coruns.LOOK_MS
+    seen, why_not, asked = history.seen, coruns.forecast, 0
+
+    def look(*given: object) -> history.History:
+        nonlocal looks
+        looks += 1
+        return seen(*given)  # type: ignore[arg-type]
+
+    def ask(*given: object) -> object:
+        nonlocal asked
+        asked += 1
+        return why_not(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(history, "seen", look)
+    monkeypatch.setattr(coruns, "forecast", ask)
+    state.dirty = True
+    world.rig.handle(m.Decide(), decide=False)
+    assert len(state.queued) == 10
+    assert looks == 1, "not for each of them beside each that runs"
+    assert asked == 2 * 3, "of two kinds beside three"
+
+
+def test_where_many_run_a_place_elsewhere_is_looked_for_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def looks_of(lookers_max: int) -> int:
+        monkeypatch.setattr(coruns, "LOOKERS_MAX", lookers_max)
+        world, looks = full(GOOD), 0
+        for _ in range(3):
+            submit(world, automatic(0))
+        for _ in range(LONG):
+            world.beat()
+        part = coruns._part
+
+        def look(*given: object) -> None:
+            nonlocal looks
+            looks += 1
+            part(*given)  # type: ignore[arg-type]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(coruns, "_part", look)
+            for _ in range(70):
+                world.beat()
+        return looks
+
+    many, few = looks_of(1_000), looks_of(1)
+    assert many >= 6 * 60
+    assert 0 < few <= many // 5, "once in seven beats, and when a stretch is written"
 
 
 def test_only_its_own_class_is_company() -> None:
