@@ -157,10 +157,11 @@ def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted
     others = [rank for rank in gang if rank.rank != attempt.rank and rank.started_unix_ms]
     if any(rank.restored_digest == body.restored_digest for rank in others):
         return True  # what they have committed since is what they all continue
-    if any(rank.restored_digest == job.head and not rank.held_ranks for rank in others):
-        if body.held_ranks:
-            return False
-        return _stands_again(state, now, job, attempt, body.restored_digest)
+    of_head = [rank for rank in others if rank.restored_digest == job.head]
+    if of_head and not body.held_ranks:
+        _stand_again(state, now, job, attempt, body.restored_digest)
+    if any(not rank.held_ranks for rank in of_head):
+        return False
     reasons = dict(body.skipped)
     good = {checkpoint.digest: checkpoint for checkpoint in state.good_checkpoints(job)}
     if job.head not in reasons or body.restored_digest not in ("", *good):
@@ -176,7 +177,7 @@ def fall_back(state: State, now: Instant, attempt: Attempt, body: AttemptStarted
     return bool(body.restored_digest) or not poison.put_back(state, job).head
 
 
-def _stands_again(state: State, now: Instant, job: Job, attempt: Attempt, digest: str) -> bool:
+def _stand_again(state: State, now: Instant, job: Job, attempt: Attempt, digest: str) -> None:
     """A rank has resumed from what another rank of its gang could not verify: it is the last
     checkpoint again. Never in time for this try, whose ranks are at odds."""
     kept = state.checkpoints.get(job.id, [])
@@ -189,7 +190,6 @@ def _stands_again(state: State, now: Instant, job: Job, attempt: Attempt, digest
         state.tell(
             now.unix_ms, job.id, "checkpoint.verified", what, attempt=attempt.id, node=attempt.node
         )
-    return False
 
 
 def note_copy(

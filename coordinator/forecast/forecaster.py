@@ -155,6 +155,8 @@ class Forecaster:
         if clean_h < DAY_H or len(self._values) < 2 * self.ahead:
             return {}
         grid = self._grid()
+        if np.isnan(grid.values).all():
+            return {}  # an outage of more than a week
         day = HOURS_PER_DAY * self._per_hour
         if not self._fitted or self._next - self._fitted_at >= day:
             taught = experts.lesson(grid, self.ahead)

@@ -245,11 +245,15 @@ def test_a_part_that_its_own_rank_finds_torn_is_nobodys_checkpoint(first_rank: i
     assert {order.candidates[0].digest for order in again} == {"r0s10"}
 
 
+@pytest.mark.parametrize("held", [(), (1,)])
 @pytest.mark.parametrize("first_rank", [0, 1])
-def test_a_checkpoint_that_one_rank_has_verified_whole_stands(first_rank: int) -> None:
-    """As where all parts are laid out for all: somebody has a good copy of each of them."""
+def test_a_checkpoint_that_one_rank_has_verified_whole_stands(
+    first_rank: int, held: tuple[int, ...]
+) -> None:
+    """As where all parts are laid out for all, be it by an older agent: somebody has a good copy of
+    each of them."""
     words = {0: AttemptStarted(1, "r0s20", 20),
-             1: AttemptStarted(1, "r0s10", 10, TORN)}  # fmt: skip
+             1: AttemptStarted(1, "r0s10", 10, TORN, held_ranks=held)}  # fmt: skip
     gang = moved(words[1 - first_rank], words[first_rank], first_rank=first_rank)
     assert gang.head is not None
     assert gang.head.digest == "r0s20"

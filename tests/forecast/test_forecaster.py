@@ -86,6 +86,15 @@ def test_an_outage_is_not_learned_from() -> None:
     assert zeros[-1] - zeros[0] > 1.1 * band
 
 
+def test_an_outage_of_more_than_a_week_ends_in_what_was_known_last() -> None:
+    """Nothing that models look at is known then; those that were fitted in it are asked at once."""
+    forecaster = told(Forecaster(6, 1), wandering(24 * 8, seed=3))
+    for hours in (24 * 10, 1):
+        told(forecaster, iter([math.nan] * hours))
+        said = forecaster.forecast()
+        assert said[0] < 200 < said[-1]
+
+
 def test_when_something_changes_persistence_speaks_until_it_is_over() -> None:
     mixture = Mixture({"persistence": 0.0, "other": 0.0})
     near, far = np.full(len(LEVELS), 100.0), np.full(len(LEVELS), 160.0)
