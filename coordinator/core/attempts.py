@@ -101,7 +101,8 @@ def started(
         return  # said twice; what it has committed since stands
     job = state.jobs[attempt.job_id]
     resumes = checkpoints.fall_back(state, now, attempt, body)
-    checkpoints.note_copy(state, job.id, body.restored_digest, attempt.node, body.held_ranks)
+    held_ranks = body.held_ranks[: attempt.ranks]
+    checkpoints.note_copy(state, job.id, body.restored_digest, attempt.node, held_ranks)
     for digest, reason in body.skipped:
         state.tell(
             now.unix_ms, job.id, "checkpoint.skipped", f"{digest[:12]}: {cut(reason)}",
@@ -111,7 +112,7 @@ def started(
     attempt = ranks.change(
         state, now, attempt, phase, started_unix_ms=unix_ms,
         restored_digest=body.restored_digest, restored_step=body.restored_step,
-        held_ranks=body.held_ranks,
+        held_ranks=held_ranks,
         times=replace(attempt.times, restore_ms=body.restore_ms, start_ms=body.start_ms),
     )  # fmt: skip
     where = f"from step {body.restored_step}" if body.restored_digest else "from the beginning"

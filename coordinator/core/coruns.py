@@ -134,9 +134,11 @@ def _write(state: State, now: Instant, attempt: Attempt, stretch: Stretch) -> No
 
 
 def _gpu(state: State, attempt: Attempt) -> GpuFacts | None:
-    live = state.nodes.get(attempt.node)
+    live, gone = state.nodes.get(attempt.node), state.forgotten.get(attempt.node)
     there = None if live is None else live.gpus.get(attempt.gpu_uuids[0])
-    return None if there is None else there.facts
+    if there is not None or gone is None:
+        return None if there is None else there.facts
+    return next((gpu for gpu in gone.node.gpus if gpu.uuid == attempt.gpu_uuids[0]), None)
 
 
 def _utilization(state: State, attempt: Attempt) -> float | None:

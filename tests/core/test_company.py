@@ -135,6 +135,31 @@ def test_who_is_good_together_goes_apart_when_a_gpu_is_free_for_long() -> None:
     assert beside(world, host) == []
 
 
+def test_what_two_did_on_a_node_that_is_forgotten_is_still_known() -> None:
+    world = full(BAD)
+    guest = submit(world, automatic(0))
+    for _ in range(LONG):
+        world.beat()
+    assert len(world.parted) == 1
+    state = world.rig.core.state
+    node = state.attempts[world.parted[0]].node
+    mine = [attempt.job_id for attempt in world.running(node)]
+    for job_id in mine:
+        end(world, job_id)
+    for attempt in list(world.running(node)):  # whoever took the place
+        end(world, attempt.job_id)
+    job, other = state.jobs[guest], next(one for one in world.running() if one.job_id != guest)
+
+    def measured() -> tuple[float, float] | None:
+        state.indices.lessons = None  # as after a restart
+        return coruns.forecast(state, job, other).measured
+
+    before = measured()
+    assert before is not None
+    state.take_out_node(node, keep=True)
+    assert measured() == before
+
+
 def test_a_round_looks_once_at_what_the_fleet_has_seen_however_many_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -199,10 +199,12 @@ class Fleet(RuleBasedStateMachine):
     def submit(self, spec: JobSpec, kind: str, prompt: bool) -> None:
         """Each job twice, since the client asks again; `prompt`: the orders arrive at once."""
         last = self.state.last_job_id
-        if last == JOBS_MAX:
+        if last == JOBS_MAX or not self.state.nodes:  # a fleet of nobody refuses nothing
             return
         spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else ())
-        if refuse_fleet(spec, [(HOST, node.gpus) for node in self.nodes.values()]):
+        # What was forgotten and has not come back is no place for anybody.
+        known = [node for node in self.nodes.values() if node.name in self.state.nodes]
+        if refuse_fleet(spec, [(HOST, node.gpus) for node in known]):
             self.ask(Submit(spec, request_id=f"r{last}"))
             assert self.state.last_job_id == last, "accepted, and can never run"
             return

@@ -105,6 +105,13 @@ def test_the_master_is_named_without_brackets_and_its_port_is_another_on_each_tr
     assert second.master_port == first.master_port + 1
 
 
+def test_who_names_more_ranks_than_there_are_is_cut_short() -> None:
+    box = Box("n0:1")
+    box.submit(3)
+    box.say("1.1.0", AttemptStarted(1, held_ranks=tuple(range(100_000))))
+    assert box.rig.disk.attempts["1.1.0"].held_ranks == (0, 1, 2)
+
+
 def test_the_time_of_a_gang_counts_once() -> None:
     box = Box("n0:1")
     box.submit(3)
