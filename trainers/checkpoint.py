@@ -215,6 +215,12 @@ def write(snapshot: Snapshot, directory: Path) -> None:
 def read(directory: Path) -> Snapshot:
     """The snapshot in a directory. Raises CheckpointError for a missing or damaged file."""
     tensors: dict[str, Any] = {part: read_tensors(directory, part) for part in TENSOR_FILES}
+    rows: set[str] = set()
+    for part in TENSOR_FILES:
+        if (directory / manifest.file_name(part, rows=True)).exists():
+            own = read_tensors(directory, part, rows=True)
+            tensors[part] |= own
+            rows |= {f"{part}/{name}" for name in own}
     try:
         state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -227,12 +233,12 @@ def read(directory: Path) -> Snapshot:
             manifest.check_hash(state)
         except manifest.ManifestError as error:
             raise CheckpointError(f"{STATE_FILE} in {directory} is damaged: {error}") from error
-    return Snapshot(state=state, **tensors)
+    return Snapshot(state=state, rows=frozenset(rows), **tensors)
 
 
-def read_tensors(directory: Path, part: str) -> Tensors:
-    """One of the four files of tensors. Raises CheckpointError."""
-    file = directory / manifest.file_name(part)
+def read_tensors(directory: Path, part: str, *, rows: bool = False) -> Tensors:
+    """One of the four files of tensors, or of one rank's ``rows``. Raises CheckpointError."""
+    file = directory / manifest.file_name(part, rows=rows)
     try:
         return load_file(file)
     except FileNotFoundError:

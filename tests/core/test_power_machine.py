@@ -197,8 +197,10 @@ class SwitchedFleet(Fleet):
 
     @invariant()
     def the_store_knows_the_power(self) -> None:
-        for name, node in self.rig.disk.nodes.items():
-            assert node.power == self.state.nodes[name].node.power
+        kept = {n: node for n, node in self.rig.disk.nodes.items() if not node.forgotten}
+        assert {n: node.power for n, node in kept.items()} == {
+            n: live.node.power for n, live in self.state.nodes.items()
+        }
 
 
 def test_nothing_that_anybody_needs_is_switched_off() -> None:
