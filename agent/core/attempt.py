@@ -55,7 +55,7 @@ def advance(present: Phase, following: Phase, attempt_id: str) -> Phase:
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A checkpoint that is durable here and not yet proposed. `trainer_id` is the trainer's number
-    for it."""
+    for it. `restored`: a rank's part of what it began with, on its way to another node."""
 
     digest: str
     step: int
@@ -63,6 +63,7 @@ class Pending:
     parent: str
     trainer_id: int
     parts: int = 1
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

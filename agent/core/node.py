@@ -389,6 +389,7 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
     body = AttemptStarted(pid, *restored, restore_ms, start_ms, record.held_ranks)
     state.spool_event(now, record.id, body)
     state.log("info", "attempt.started", attempt=record.id, pid=pid, step=record.restored_step)
+    pipeline.copy_restored(state, now, live)
     _carry_out_stop(state, now, live)
     pipeline.advance_pipeline(state, live)
 

@@ -179,7 +179,8 @@ def _discard(state: State, live: LiveAttempt, path: str) -> None:
 def advance_pipeline(state: State, live: LiveAttempt) -> None:
     """Take the next station, if the one ahead is free."""
     record = live.record
-    busy = live.storing is not None or record.pending is not None or live.offered is None
+    pending = record.pending is not None and not record.pending.restored
+    busy = live.storing is not None or pending or live.offered is None
     # Not before it is known to run: the coordinator hears of the start first.
     if busy or record.phase not in (Phase.RUNNING, Phase.SETTLING):
         return
@@ -264,6 +265,24 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
         propose(state, now, live, ())
 
 
+def copy_restored(state: State, now: Instant, live: LiveAttempt) -> None:
+    """A rank has started, and no other node has got its part by that. Where its standby has none
+    either, since the node before has died, its only copy may be here until the first commit, which
+    may be an hour. So it is sent at once; what the rank stores meanwhile takes its place, and what
+    it has in common with that need not be sent again."""
+    record, target = live.record, target_of(state, live)
+    if not record.held_ranks or record.gang is None or target is None:
+        return
+    restored = next(one for one in record.candidates if one.digest == record.restored_digest)
+    pieces = [(restored.digest, restored.sources), *((p.digest, p.sources) for p in restored.parts)]
+    digest, sources = pieces[record.gang.rank]
+    if all(source.node != target.node for source in sources):
+        parts, parent = len(pieces), record.head
+        pending = Pending(digest, restored.step, 0, parent, 0, parts, restored=True)
+        state.put(live, pending=pending)
+        replicate(state, now, live)
+
+
 def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
     """Where its copies go; `None`: nowhere."""
     if live.record.spec.replication == "none":
@@ -278,6 +297,8 @@ def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationD
     if live.record.pending is not None and live.record.pending.digest == done.digest:
         _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
+    else:
+        replicate(state, now, live)  # what was stored while this was on its way
 
 
 def _note_copy(now: Instant, live: LiveAttempt, node: str) -> None:
@@ -296,6 +317,7 @@ def replication_failed(
     tried, live.replicating = live.replicating, None
     record = live.record
     if record.pending is None or record.pending.digest != failed.digest:
+        replicate(state, now, live)
         return
     state.log(
         "warning",
@@ -317,7 +339,8 @@ def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ..
     if pending is None:
         return
     parent = live.record.head
-    live.unanswered[pending.digest] = Proposal(pending.trainer_id, parent)
+    trainer_id = None if pending.restored else pending.trainer_id
+    live.unanswered[pending.digest] = Proposal(trainer_id, parent)
     replicas = (state.options.node, *copies)
     state.put(live, pending=None, head=pending.digest)
     body = CheckpointProposed(
@@ -367,13 +390,13 @@ def _follows(live: LiveAttempt, digest: str) -> bool:
 def settle(state: State, now: Instant, live: LiveAttempt) -> None:
     """Once the process is gone and its last checkpoint proposed, say how it ended."""
     record = live.record
-    waiting = live.storing is not None or live.offered is not None or record.pending is not None
-    waiting = waiting or live.searching
+    waiting = live.storing is not None or live.offered is not None or live.searching
+    waiting = waiting or (record.pending is not None and not record.pending.restored)
     if record.phase is not Phase.SETTLING or waiting:
         return
     body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason)
     sequence = state.spool_event(now, record.id, body)
-    state.put(live, Phase.ENDED, last_sequence=sequence)
+    state.put(live, Phase.ENDED, last_sequence=sequence, pending=None)
     live.settle_ms = None
     if live.slab:
         live.slab = False

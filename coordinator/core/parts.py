@@ -40,6 +40,8 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
         )  # fmt: skip
         _answer(state, job, attempt.rank, body.digest, refusal)
     elif _committed(state, job, attempt.rank, body.digest):
+        for node_id in body.replicas:  # it may have been copied since
+            checkpoints.note_copy(state, job.id, job.head, node_id, (attempt.rank,))
         _answer(state, job, attempt.rank, body.digest)
     elif body.parts > 1:
         _wait(state, now, job, attempt, body)

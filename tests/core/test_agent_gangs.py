@@ -180,3 +180,72 @@ def test_parts_of_a_candidate_are_kept_and_looked_for_where_this_node_finds_them
     )
     [collect] = [effect for effect in effects if isinstance(effect, m.CollectCheckpoints)]
     assert sorted(collect.keep) == ["aa", "bb", "cc"]
+
+
+# --- the only copy of a part ----------------------------------------------------------------------
+
+OTHER = v.ReplicaSource("n3", "n3:1")
+COPY = m.ReplicateCheckpoint("7.2.1", "bb", PEER)
+
+
+class Restored:
+    """Rank 1 of two has started from a checkpoint in parts, of which it holds its own, "bb". Its
+    standby is `PEER`."""
+
+    def __init__(self, *sources: v.ReplicaSource, held: tuple[int, ...] = (1,)) -> None:
+        self.core = NodeCore(OPTIONS, MemoryJournal().memory())
+        candidate = v.RestoreCandidate("aa", 5, (PEER,), (v.RestorePart("bb", sources),))
+        spec, gang = m.JobSpec(command=("x",)), v.Gang(1, 2, 0, 1, 1, ("n2", "n1"), "n2", 20_000)
+        order = m.StartAttempt("7.2.1", spec, (), (candidate,), PEER, gang=gang)
+        self.hear(m.Opened((), HOST, ()), m.Connected(()))
+        for said in (m.Welcome(1, 1_000, 8_000, 0), order):
+            self.hear(m.FromCoordinator(said, "token"))
+        self.hear(m.RestoreDone("7.2.1", v.Restored("aa", 5, "/restored", (), held)))
+        self.began = self.hear(m.ProcessStarted("7.2.1", 100))
+
+    def hear(self, *events: m.Event) -> list[s.Effect]:
+        now = s.Instant(0, 0)
+        return [effect for event in events for effect in self.core.handle(now, event)]
+
+    def save(self) -> list[s.Effect]:
+        """Its part of step 6, "cc", which its trainer hands over."""
+        offer = t.TrainerCheckpoint(1, "/staging/6", 6, 2)
+        self.hear(m.FromTrainer("7.2.1", offer))
+        return self.hear(m.StoreDone("7.2.1", v.StoredCheckpoint("cc", 6, 10, 10)))
+
+
+def told(effects: list[s.Effect]) -> list[object]:
+    return [effect.event.body for effect in effects if isinstance(effect, s.SpoolEvent)]
+
+
+def test_a_part_that_lies_here_alone_is_copied_at_once() -> None:
+    rank = Restored(OTHER)
+    assert COPY in rank.began
+    copied = rank.hear(m.ReplicationDone("7.2.1", "bb", "n2"))
+    assert told(copied) == [m.CheckpointProposed("bb", "aa", 5, 0, ("n1", "n2"), 2)]
+
+
+@pytest.mark.parametrize("known", [Restored(OTHER, PEER), Restored(OTHER, held=())])
+def test_what_the_standby_has_or_every_rank_was_sent_is_not(known: Restored) -> None:
+    assert not [effect for effect in known.began if isinstance(effect, m.ReplicateCheckpoint)]
+
+
+def test_the_next_part_takes_the_place_of_a_copy_under_way() -> None:
+    rank = Restored(OTHER)
+    assert not [one for one in rank.save() if isinstance(one, m.ReplicateCheckpoint)]
+    copied = rank.hear(m.ReplicationDone("7.2.1", "bb", "n2"))
+    assert m.ReplicateCheckpoint("7.2.1", "cc", PEER) in copied
+    assert not told(copied)
+
+
+def test_the_next_part_is_copied_when_the_copy_before_it_has_failed() -> None:
+    rank = Restored(OTHER)
+    rank.save()
+    failed = rank.hear(m.ReplicationFailed("7.2.1", "bb", "no"))
+    assert m.ReplicateCheckpoint("7.2.1", "cc", PEER) in failed
+
+
+def test_an_end_does_not_wait_for_a_copy_of_what_was_there_before() -> None:
+    rank = Restored(OTHER)
+    [ended] = told(rank.hear(m.ProcessEnded(v.ProcessExit("7.2.1", 1, None, ""))))
+    assert isinstance(ended, m.AttemptExited)

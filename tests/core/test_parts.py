@@ -271,6 +271,19 @@ def test_who_holds_one_part_is_not_asked_for_the_others() -> None:
     assert ["n1" in replicas for replicas in held] == [True, True, False]  # 0 it held before
 
 
+def test_a_part_that_has_been_copied_since_its_commit_has_a_copy_more() -> None:
+    gang = moved(
+        AttemptStarted(1, "r0s20", 20, held_ranks=(1,)),
+        AttemptStarted(1, "r0s20", 20, held_ranks=(0,)),
+        first_rank=0,
+    )
+    gang.answers.clear()
+    gang.say(1, CheckpointProposed("r1s20", "r0s20", 20, 0, ("n1", "elsewhere"), RANKS))
+    assert gang.answered("r1s20") == ""
+    assert gang.head is not None
+    assert ["elsewhere" in piece.replicas for piece in gang.head.pieces] == [False, True, False]
+
+
 def test_ranks_that_skip_steps_neither_stop_nor_fill_the_store() -> None:
     """Rank 1 saves between the others' steps: nothing is ever complete, and each rank may always
     hand over another."""
