@@ -1,7 +1,7 @@
 # The commands of this project. Each sets up what it needs and says what it does while it does it.
 #
 #   make demo            a fine-tuning job loses its node and finishes on another one; DEMO_ARGS="..." is passed on
-#   make demo-scaling    a small fleet follows a real day of demand in six minutes; DEMO_ARGS likewise
+#   make demo-scaling    a small fleet follows a real day of demand in seven minutes; DEMO_ARGS likewise
 #   make test            everything that must hold (what .ci/run runs)
 #   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import baton_sdk
+from agent.chunks import restoring
 from agent.chunks.manifest import Unreachable, digest_of
 from agent.core.values import Gang, ReplicaSource, RestoreCandidate, RestorePart, StoredCheckpoint
 from tests.agent.chunk_worlds import NOBODY, Node, candidate, files_under, flip, running
+from trainers import ranges
 
 PARTS = [{"state": bytes([rank]) * 3000, "sub/rows": b"rows" * (rank + 1)} for rank in range(3)]
 LAID_OUT = {
@@ -239,3 +242,11 @@ async def test_ranks_on_one_node_have_both_parts_there(one: Node, two: Node) -> 
         assert files_under(restored.directory) == seen_by(rank, 2)
     assert len(two.client.fetched) == len(set(two.client.fetched)) == 12
     assert len(await two.chunks.checkpoints()) == 2
+
+
+def test_names_of_ranks_are_the_same_for_agents_and_trainers() -> None:
+    """Neither program imports the other, and each reads what the other has written."""
+    assert restoring.OF_THIS_RANK == baton_sdk.OF_THIS_RANK
+    assert [restoring.part_name(rank) for rank in (0, 7, 12_345)] == [
+        ranges.name_of_part(rank) for rank in (0, 7, 12_345)
+    ]
