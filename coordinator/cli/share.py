@@ -27,7 +27,10 @@ def parse_share(text: str) -> tuple[bool, int]:
     "auto:8GiB". Raises `ValueError` with a sentence."""
     word, colon, size = text.partition(":")
     if word != AUTOMATIC:
-        return False, parse_size(text)
+        try:
+            return False, parse_size(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; or auto, or auto:8GiB") from None
     if not colon:
         return True, 0
     size_bytes = parse_size(size)

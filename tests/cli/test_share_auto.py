@@ -75,3 +75,10 @@ def test_what_is_no_share(baton: Baton, fake: FakeCoordinator, here: Path, wrong
     for words in (["--share-gpu", wrong, "--", "true"], ["job.toml"]):
         done = baton("submit", *words)
         assert (done.exit_code, fake.requests) == (2, [])
+
+
+def test_a_misspelt_auto_is_told_of_auto(baton: Baton, fake: FakeCoordinator) -> None:
+    done = baton("submit", "--share-gpu", "autp", "--", "true")
+    assert done.exit_code == 2
+    assert "auto:8GiB" in done.stderr
+    assert not fake.requests
