@@ -40,12 +40,17 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -58,7 +63,7 @@ enum {
     LOOK_AGAIN_US = 1000, /* how soon a call that hangs sees that it need not */
     MAX_FILE_BYTES = 1 << 18, /* MAX_GPUS lines of 4 KiB */
     MAX_XIDS = 64,   /* per GPU in one file; a storm is written in pieces */
-    LOOK_FOR_EVENTS_US = 10000, /* how late an event may be; the driver interrupts */
+    LOOK_FOR_EVENTS_MS = 10, /* how late an event may be where the file cannot be watched */
     XID_EVENT = 8,   /* nvmlEventTypeXidCriticalError */
     TEXT_BYTES = 96, /* NVML_DEVICE_UUID_V2_BUFFER_SIZE and NVML_DEVICE_NAME_V2_BUFFER_SIZE */
 };
