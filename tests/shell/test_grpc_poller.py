@@ -1,12 +1,18 @@
-"""How gRPC polls for the coordinator's server (`coordinator/__main__.py`)."""
+"""How gRPC polls for the coordinator's server and for an agent (their `__main__.py`)."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
 NAME = "GRPC_EXPERIMENTS"
-SERVE = """
-import asyncio, os
+LEFT = f"""
+import os
+print(os.environ.get({NAME!r}, ""))
+"""
+SERVE = f"""
+import asyncio
 import coordinator.__main__
 import grpc
 
@@ -17,25 +23,34 @@ async def serve():
     await server.stop(0)
 
 asyncio.run(serve())
-print(os.environ["GRPC_EXPERIMENTS"])
-"""
+{LEFT}"""
+DIAL = f"""
+import agent.__main__
+import grpc
+
+with grpc.insecure_channel("127.0.0.1:1"):
+    pass
+{LEFT}"""
 
 
-def served(**variables: str) -> tuple[str, str]:
-    """What is in force, and what gRPC has said."""
+def said(script: str, **variables: str) -> tuple[str, str]:
+    """What is in the environment then, and what gRPC has said."""
     kept = {name: value for name, value in os.environ.items() if name != NAME}
-    command = [sys.executable, "-P", "-c", SERVE]
+    command = [sys.executable, "-P", "-c", script]
     done = subprocess.run(
         command, env={**kept, **variables}, capture_output=True, text=True, check=True
     )
     return done.stdout.strip(), done.stderr
 
 
-def test_this_version_of_grpc_knows_the_choice() -> None:
-    """With one that does not, measure again (`bench.link`), and take the line away."""
-    assert served() == ("-event_engine_listener", "")
-    assert "Unknown experiment" in served(GRPC_EXPERIMENTS="-no_such_thing")[1]
+@pytest.mark.parametrize(("script", "left"), [(SERVE, "-event_engine_listener"), (DIAL, "")])
+def test_this_version_of_grpc_knows_the_choice(script: str, left: str) -> None:
+    """With one that does not, measure again (`bench.link`, `bench.agent`), and take the line away.
+    What an agent chooses is not for the jobs that it starts."""
+    assert said(script) == (left, "")
+    assert "Unknown experiment" in said(script, GRPC_EXPERIMENTS="-no_such_thing")[1]
 
 
-def test_an_operator_s_own_choice_stands() -> None:
-    assert served(GRPC_EXPERIMENTS="event_engine_listener")[0] == "event_engine_listener"
+@pytest.mark.parametrize("script", [SERVE, DIAL])
+def test_an_operator_s_own_choice_stands(script: str) -> None:
+    assert said(script, GRPC_EXPERIMENTS="event_engine_listener")[0] == "event_engine_listener"
