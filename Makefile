@@ -6,6 +6,7 @@
 #   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
+#   make week            the same for a week, with a fault every five minutes (half an hour of CPU)
 #   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
 #   make soak            an hour of ordinary work, and whether the programs' memory grows
 #   make deb             the Debian package of both programs (DEB_VERSION=... for another version), in build/deb
@@ -48,10 +49,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start our programs hundreds of times; each would compile its sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-scaling test check gates fast-tests bench sim torture soak deb systemd-test vm-test protos clean
+.PHONY: help setup demo demo-scaling test check gates fast-tests bench sim week torture soak deb systemd-test vm-test protos clean
 
 help:
-	@sed -n '3,16s/^# \{0,1\}//p' Makefile
+	@sed -n '3,17s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -148,6 +149,9 @@ bench: $(STAMP)
 
 sim: $(STAMP)
 	@exec $(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+week: $(STAMP)
+	@exec $(BIN)/python -m tests.sim.week
 
 torture: $(STAMP)
 	@$(BIN)/python -m tests.trainers.torture

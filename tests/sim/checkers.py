@@ -76,6 +76,9 @@ class Checkers:
         self.submitted_ids: dict[str, int] = {}
         self.started: dict[str, str] = {}
         self.exits: dict[str, str] = {}
+        self.steps: dict[str, tuple[int, int]] = {}
+        """The first and the last of each process that has ended."""
+        self._live: dict[str, Attempt] = {}
         self.abandoned: dict[int, None] = {}
         self.requeued: dict[int, None] = {}
         self.doomed: dict[str, None] = {}
@@ -112,6 +115,9 @@ class Checkers:
                 case PutAttempt(attempt=attempt):
                     self._placed(attempt)
                     self.attempts[attempt.id] = attempt
+                    self._live.pop(attempt.id, None)
+                    if attempt.phase not in ATTEMPT_ENDED:
+                        self._live[attempt.id] = attempt
                     jobs[attempt.job_id] = None
                 case PutCheckpoint(checkpoint=checkpoint):
                     self._checkpoint(checkpoint)
@@ -205,7 +211,7 @@ class Checkers:
         if job.head != head and not forgotten:
             self._fail(f"job {job_id}'s head is {job.head[:12]}; its commits end at {head[:12]}")
         self.heads[job_id] = job.head
-        live = [a for a in self.attempts.values() if a.phase not in ATTEMPT_ENDED]
+        live = list(self._live.values())
         mine = [attempt for attempt in live if attempt.job_id == job_id]
         newest = self._newest(job) if job.epoch else []
         if any(attempt.id not in newest for attempt in mine):
@@ -269,6 +275,7 @@ class Checkers:
 
     def process_ended(self, trainer: "Trainer", why: str) -> None:
         self.exits[trainer.attempt_id] = why
+        self.steps[trainer.attempt_id] = (trainer.first_step, trainer.step)
 
     def signalled(self, node: str, attempt_id: str, signal_name: str) -> None:
         """An agent signals a trainer; somebody must have wanted that, durably."""

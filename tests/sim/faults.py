@@ -96,6 +96,8 @@ class Plan:
     programs: tuple[Program, ...]
     faults: tuple[Fault, ...]
     gpu_names: tuple[str, ...] = ("NVIDIA H100",)  # of the nodes, in turn
+    faults_ms_max: int = 400_000  # until the last one is over
+    feed_ms: int = 8_000  # while faults strike somebody must be there to be struck
 
 
 def plan(seed: int) -> Plan:

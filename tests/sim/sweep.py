@@ -136,10 +136,9 @@ class Sweep:
         world, host = self._world, self._world.coordinator
         if host.core is not None and host.store is not None and not host.store.busy:
             for job_id, job in host.core.state.jobs.items():
-                if world.checkers.jobs.get(job_id) != job:
-                    world.fail(
-                        f"job {job_id} is {job} and {world.checkers.jobs.get(job_id)} on disk"
-                    )
+                written = world.checkers.jobs.get(job_id)
+                if written is not job and written != job:
+                    world.fail(f"job {job_id} is {job} and {written} on disk")
         for name, agent in world.agents.items():
             core, journal = agent.core, agent.journal
             if core is None or journal is None or journal.busy:

@@ -26,10 +26,11 @@ from coordinator.core import attempts, checkpoints, costs, gangs, leases, nodes,
 from coordinator.core import messages as cm
 from coordinator.core.messages import CheckpointProposed, PutJob, Record
 from coordinator.core.model import Attempt, Checkpoint, Job, Part
-from coordinator.core.phases import NodePhase
+from coordinator.core.phases import JobPhase, NodePhase
 from coordinator.core.state import LiveNode
 from coordinator.core.state import State as CoordinatorState
 from coordinator.store.memory import MemoryDisk
+from tests.sim import week
 from tests.sim.faults import KINDS, Fault, Plan, Program, plan
 from tests.sim.injector import run_plan
 from tests.sim.world import Outcome, World, simulate
@@ -467,3 +468,13 @@ def test_a_gang_started_anew_beside_what_is_left_of_it_is_caught(
 ) -> None:
     monkeypatch.setattr(gangs, "ATTEMPT_LIVE", ())
     found(gangs_of_two("trainer_kill"), "at once")
+
+
+def test_a_short_week_keeps_every_rule_and_says_what_it_cost() -> None:
+    plan_of_week = week.week(seed=3, days=0.01, every_s=60)
+    outcome, trainings, jobs = week.live(plan_of_week)
+    assert not outcome.failure
+    assert [training.phase for training in trainings] == [JobPhase.SUCCEEDED] * 4
+    assert sum(training.attempts for training in trainings) > 4, "nothing was ever interrupted"
+    assert all(training.took_ms > training.alone_ms for training in trainings)
+    assert "every rule held" in week.report(plan_of_week, outcome, trainings, jobs)

@@ -34,8 +34,6 @@ GPUS_PER_NODE = 2
 # After the last fault: leases, a settle of two minutes for a copy that cannot be made, a minute of
 # retry back-off, and then the jobs themselves, one after the other on what is left of the fleet.
 HEALED_MS_MAX = 900_000
-FAULTS_MS_MAX = 400_000
-FEED_MS = 8_000  # while faults strike somebody must be there to be struck
 OPEN_JOBS_MAX = 9
 
 
@@ -169,7 +167,7 @@ class World:
     async def feed(self) -> None:
         """More work, as long as faults wait for somebody to strike."""
         while True:
-            await asyncio.sleep(FEED_MS / 1000)
+            await asyncio.sleep(self.plan.feed_ms / 1000)
             open_jobs = [j for j in self.checkers.jobs.values() if j.phase not in JOB_ENDED]
             if len(open_jobs) < OPEN_JOBS_MAX:
                 await self.submit(program(self.chance, 0))
@@ -195,7 +193,7 @@ class World:
             feeding = group.create_task(self.feed())
             users = [group.create_task(self._submit_at(wanted)) for wanted in self.plan.programs]
             try:
-                async with asyncio.timeout(FAULTS_MS_MAX / 1000):
+                async with asyncio.timeout(self.plan.faults_ms_max / 1000):
                     await strike(self)
             except TimeoutError:
                 self.fail("a fault of the plan never fired")
