@@ -98,6 +98,7 @@ class Plan:
     gpu_names: tuple[str, ...] = ("NVIDIA H100",)  # of the nodes, in turn
     faults_ms_max: int = 400_000  # until the last one is over
     feed_ms: int = 8_000  # while faults strike somebody must be there to be struck
+    rounds_max: int = 3_000_000  # of the loop: a virtual second of a small fleet takes about 100
 
 
 def plan(seed: int) -> Plan:

@@ -13,7 +13,7 @@ rounds without time passing is a *livelock*; and the number of rounds is bounded
 import asyncio
 from typing import Any
 
-# Rounds of the loop in one run: some hundred virtual seconds of a small fleet take about 100,000.
+# Rounds of the loop in one run, unless it says otherwise.
 ROUNDS_MAX = 3_000_000
 # Rounds in which time did not move: a batch of everything takes a few hundred.
 ROUNDS_STANDING_MAX = 20_000
@@ -33,8 +33,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     # Set by BaseEventLoop; typeshed does not know it.
     _scheduled: list[asyncio.TimerHandle]
 
-    def __init__(self) -> None:
+    def __init__(self, rounds_max: int = ROUNDS_MAX) -> None:
         super().__init__()
+        self._rounds_max = rounds_max
         self._now_s = 0.0
         self._selector = self  # what BaseEventLoop asks how long to wait
         self._rounds = 0
@@ -48,7 +49,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Instead of waiting: jump to the next timer. Raises `Deadlock` and `Livelock`."""
         self._rounds += 1
         self._rounds_standing += 1
-        if self._rounds > ROUNDS_MAX:
+        if self._rounds > self._rounds_max:
             raise Livelock(f"{self._rounds} rounds and no end at {self._now_s:.3f} s")
         if self._rounds_standing > ROUNDS_STANDING_MAX:
             raise Livelock(f"time stands at {self._now_s:.3f} s for {self._rounds_standing} rounds")

@@ -80,8 +80,9 @@ def week(seed: int, days: float, every_s: float = EVERY_S) -> Plan:
         for job_class, gpus, ranks in LONG_JOBS.values()
     )
     return Plan(
-        seed, NODES, programs, tuple(faults), faults_ms_max=end_ms + DAY_MS // 4, feed_ms=1_800_000
-    )
+        seed, NODES, programs, tuple(faults),
+        faults_ms_max=end_ms + DAY_MS // 4, feed_ms=1_800_000, rounds_max=end_ms,
+    )  # fmt: skip
 
 
 class Careful(Injector):

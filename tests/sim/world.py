@@ -313,7 +313,7 @@ def simulate(plan: Plan, strike: Strike) -> Outcome:
         if world is not None:
             world.fail(f"a program stopped: {error!r}")
 
-    loop = VirtualLoop()
+    loop = VirtualLoop(plan.rounds_max)
     loop.set_exception_handler(bug)
     try:
         loop.run_until_complete(main())
