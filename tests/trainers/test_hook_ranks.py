@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from baton_hook import agreement, resume, states
+from baton_hook import agreement, resume, states, torn
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
@@ -62,6 +62,8 @@ def test_shards_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Pat
         random_states = {states.name_of(other) for other in range(RANKS)} if rank == 0 else set()
         assert {path.name for path in part.glob("rng_state_*")} == random_states
         assert (part / "trainer_state.json").exists() is (rank == 0)
+        saved = tmp_path / f"node-{rank}" / "first"
+        assert [torn.is_part(path) for path in torn.numbered(saved)] == [True] * 3
 
 
 def test_shards_in_one_directory_are_one_checkpoint(host: forking.Host, tmp_path: Path) -> None:

@@ -135,6 +135,24 @@ def test_a_shard_that_nobody_has_written_is_not_handed_over(tmp_path: Path) -> N
         shards.check(saved, Share(2, own, own))
 
 
+def test_one_nodes_part_is_passed_over_and_left_for_trainer_to_rotate(tmp_path: Path) -> None:
+    """DeepSpeed resumes without its optimizer where shards are missing, and says nothing."""
+    older, newer = (make_sharded(tmp_path, step, 2) for step in (3, 6))
+    shards.mark(newer, Share(2, frozenset(), frozenset(), speaks=False))
+    assert torn.problem(newer) == ""
+    assert torn.PART_NAME not in shards.look(newer)
+    for asked in (True, str(newer)):
+        assert resume.choose(asked, tmp_path, None, may_move=True).answer == str(older)
+    assert newer.is_dir()
+    resume.link_tree(newer, tmp_path / "linked")
+    assert not torn.is_part(tmp_path / "linked")
+    # The same step is saved again, and now all ranks are on this node.
+    shards.mark(newer, Share(1, frozenset(), frozenset(), speaks=False))
+    assert torn.is_part(newer)
+    shards.mark(newer, Share(1, frozenset(), frozenset()))
+    assert resume.choose(True, tmp_path, None, may_move=True).answer == str(newer)
+
+
 def test_every_tear_of_shards_is_recognised(tmp_path: Path) -> None:
     made = make_sharded(tmp_path, 3, 2)
     assert torn.problem(made) == ""

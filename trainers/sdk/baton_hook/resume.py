@@ -132,6 +132,9 @@ def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[F
 
 def _newest_whole(candidates: list[Path], may_move: bool) -> Found | None:
     for path in candidates:
+        if torn.is_part(path):
+            say(f"{path} is passed over: the rest of it lies on other nodes")
+            continue
         wrong = torn.problem(path)
         if not wrong:
             return Found(path, torn.step_of(path))
@@ -223,7 +226,7 @@ def _files(source: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(source):
         if Path(folder) == source:
             folders[:] = [name for name in folders if name != BEST_NAME]
-            names = [name for name in names if name != MARK_NAME]
+            names = [name for name in names if name not in (MARK_NAME, torn.PART_NAME)]
         yield from (Path(folder, name) for name in names)
 
 

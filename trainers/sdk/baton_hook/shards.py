@@ -81,7 +81,8 @@ def look(directory: Path) -> dict[str, tuple[int, int, int]]:
     for folder, _, names in os.walk(directory, onerror=_raise):
         for name in names:
             path = Path(folder, name)
-            if states.NAME.fullmatch(name) and path.parent == directory:
+            others = states.NAME.fullmatch(name) or name == torn.PART_NAME
+            if others and path.parent == directory:
                 continue
             stat = path.stat()
             known = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -143,6 +144,15 @@ def _owners(told: Iterable[tuple[int, Said]]) -> dict[str, int]:
         for path in said.paths or ():
             owners.setdefault(path, number)
     return owners
+
+
+def mark(saved: Path, share: Share) -> None:
+    """That what lies here is a part, or is not any more, for whoever looks for a checkpoint to
+    resume from. Raises OSError."""
+    if share.parts > 1 and saved.is_dir():
+        (saved / torn.PART_NAME).touch()
+    elif share.parts == 1 and share.speaks:
+        (saved / torn.PART_NAME).unlink(missing_ok=True)
 
 
 def check(saved: Path, share: Share) -> None:

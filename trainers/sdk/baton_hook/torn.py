@@ -29,6 +29,9 @@ from typing import Any
 
 STATE_NAME = "trainer_state.json"
 SHARDS_INDEX_NAME = ".metadata"
+PART_NAME = ".baton-part"
+"""A file beside what one node has of a checkpoint that several have written."""
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 HEADER_BYTES_MAX = 100_000_000
@@ -80,6 +83,11 @@ def problem(directory: Path) -> str:
     except Torn as error:
         return str(error)
     return ""
+
+
+def is_part(directory: Path) -> bool:
+    """Whether the rest of it lies on other nodes: by its shape it may be whole."""
+    return (directory / PART_NAME).exists()
 
 
 def numbered(directory: Path) -> Iterator[Path]:

@@ -338,10 +338,12 @@ class Bridge:
         """Give the agent what Trainer has just saved, or this rank's part of it, and each rank's
         random states. Raises OSError, and `Torn` where a shard is missing."""
         self._ticket = None
-        staging = self.session.staging_directory
-        if share is None or not share.speaks or not self._hands_over or staging is None:
+        if share is None:
             return
-        saved = _saved(args, state)
+        saved, staging = _saved(args, state), self.session.staging_directory
+        shards.mark(saved, share)
+        if not share.speaks or not self._hands_over or staging is None:
+            return
         shards.check(saved, share)
         # A launcher may start several processes in one attempt, one after another.
         self._program.saves_count += 1
