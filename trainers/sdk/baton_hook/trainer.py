@@ -220,8 +220,6 @@ class Bridge:
         self._hands_over = True
         self._before: tuple[int, shards.Seen] = (0, {})
         """The step that may be saved next, and what lay in its directory."""
-        self._parts: dict[str, shards.Share] = {}
-        """Of checkpoints that were handed over in parts, by the names of their directories."""
 
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
@@ -348,31 +346,22 @@ class Bridge:
         # A launcher may start several processes in one attempt, one after another.
         self._program.saves_count += 1
         staged = staging / f"huggingface-{os.getpid()}-{self._program.saves_count}"
-        best = Path(state.best_model_checkpoint or saved)
-        self._parts = {name: kept for name, kept in self._parts.items() if name == best.name}
-        if share.parts > 1:
-            self._parts[saved.name] = share
-        self._link(saved, staged)
+        if share.parts == 1:
+            resume.link_tree(saved, staged)
+        else:
+            resume.link_files({Path(path): saved / path for path in sorted(share.paths)}, staged)
         if state.is_world_process_zero:
             states.add(random_states, staged)
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
-        # One that was whole, or is from before this attempt, is whole on the first node.
-        ours = best.name in self._parts or state.is_world_process_zero
-        wanted = ours and getattr(args, "load_best_model_at_end", False) and best != saved
-        if wanted and best.is_dir():
+        best = Path(state.best_model_checkpoint or saved)
+        wanted = getattr(args, "load_best_model_at_end", False) and best != saved
+        # Of one in parts no node has all, and Trainer itself could not load it in the end.
+        if wanted and share.parts == 1 and best.is_dir() and not torn.is_part(best):
             (staged / resume.BEST_NAME).mkdir()
-            self._link(best, staged / resume.BEST_NAME / best.name)
+            resume.link_tree(best, staged / resume.BEST_NAME / best.name)
         step = self._steps_before + state.global_step
         self._ticket = self.session.checkpoint(staged, step, parts=share.parts)
-
-    def _link(self, saved: Path, target: Path) -> None:
-        """This process's files of a checkpoint that was handed over in parts, else all."""
-        share = self._parts.get(saved.name)
-        if share is None:
-            resume.link_tree(saved, target)
-        else:
-            resume.link_files({Path(path): saved / path for path in sorted(share.paths)}, target)
 
     def leave(self, args: Any) -> NoReturn:
         """End the program once the agent has the last checkpoint, or the grace is over."""
