@@ -109,6 +109,49 @@ def test_a_trainer_script_survives_its_node(
     assert f"resuming from step {2 * EVERY}, the last committed checkpoint" in said
 
 
+@pytest.mark.timeout(400)
+def test_shards_of_two_nodes_survive_one_of_them(cluster: Cluster, gate: Gate) -> None:
+    """Nobody has all of the model, and the half of it that lay on the lost node goes on elsewhere.
+    What was trained after the checkpoint is trained again, to the same last bit."""
+    cluster.start_coordinator(**HASTY)
+    for name in ("n1", "n2", "n3"):
+        cluster.start_agent(name, h100(1, node=name))
+    cluster.wait_for_nodes("n1", "n2", "n3")
+    reached = 2 * EVERY + 2
+    gate.open_to(reached)
+    command = [*SCRIPT, "--gate", str(gate.path), "--sharded"]
+    job_id = work.submit(cluster, command, gpus=1, ranks=2)
+
+    def safe(job: types_pb2.Job) -> bool:
+        own, parts = job.checkpoint.replicas, [part.replicas for part in job.checkpoint.parts]
+        copied = [len(replicas) for replicas in (own, *parts)] == [2, 2]
+        return job.checkpoint.step == 2 * EVERY and copied
+
+    job = work.wait_job(cluster, job_id, safe, "two copies", deadline_s=SCRIPT_DEADLINE_S)
+    before = work.wait_step(cluster, job_id, reached)
+    first, second = (attempt.node for attempt in job.attempts)
+    assert first != second
+    cluster.kill_node(second)
+    gate.open_to(STEPS)
+    job = work.wait_job(cluster, job_id, ended_well, "done", deadline_s=SCRIPT_DEADLINE_S)
+    assert second not in {attempt.node for attempt in job.attempts if attempt.epoch == 2}
+    assert job.checkpoint.step == STEPS
+    after = work.lines(cluster, job_id)
+    assert [line["step"] for line in work.events_named(after, "begin")][-1] == 2 * EVERY
+    again = losses_of_last_try(after)
+    assert sorted(again) == list(range(2 * EVERY + 1, STEPS + 1))
+    repeated = {step: loss for step, loss in losses_in(before).items() if step in again}
+    assert repeated == {step: again[step] for step in (reached - 1, reached)}
+    said = work.output(cluster, job_id)
+    assert f"resuming from step {2 * EVERY}, the last committed checkpoint" in said
+
+
+def losses_of_last_try(found: list[dict[str, Any]]) -> dict[int, float]:
+    """By step, from where it began."""
+    begun = max(number for number, line in enumerate(found) if line["event"] == "begin")
+    return losses_in(found[begun:])
+
+
 def ended_well(job: types_pb2.Job) -> bool:
     return job.phase == types_pb2.JOB_PHASE_SUCCEEDED
 

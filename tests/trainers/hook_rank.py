@@ -6,7 +6,9 @@ plays, in `PLAY`, and where, in `PLAY_DIRECTORY`.
 `newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
 death of the other node; then one that is newer than none. `torn_on_one_node`: both have one
 directory, with a torn checkpoint and nothing else; `torn_on_one_of_two`: so has rank 0, and the
-other's is empty. `alone`: rank 0 talks to its agent itself. Prints one line of JSON.
+other's is empty. `alone`: rank 0 talks to its agent itself. `sharded`: as `stopped`, with FSDP, so
+that each rank has half of the model, and hands over a part. `sharded_on_one_node`: both have one
+directory. Prints one line of JSON.
 """
 
 import contextlib
@@ -25,11 +27,13 @@ from transformers import trainer as module
 import baton_sdk
 from baton_hook import torn
 from baton_hook import trainer as bridge
+from tests.e2e.scripts.hf_script import SHARDED, shard_on_cpus
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS, Room, losses, make_trainer, weights
+from tests.trainers.test_hook_ranks import FOLDERS, STOPPED_AT
 from trainers import start
 
-STOPPED_AT = 5
+STALE = b"of an earlier attempt"
 
 
 class Follower(TrainerCallback):
@@ -56,6 +60,56 @@ def stopped(room: Room, directory: Path, rank: int) -> dict[str, object]:
         "weights": weights(again) == weights(undisturbed),
         "losses": losses(again) == losses(undisturbed),
         "draws": torch.rand(1).item() == expected,
+    }
+
+
+def sharded(room: Room, directory: Path, rank: int) -> dict[str, object]:
+    """Before, the ranks had run here the other way round, and had saved that step."""
+    shard_on_cpus()
+    room.patch.setenv("BATON_RANK", str(rank))
+    room.patch.setenv("BATON_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    undisturbed = make_trainer(room.directory / "undisturbed", **SHARDED)
+    undisturbed.train()
+    expected = torch.rand(1).item()
+    room.attempt()
+    for folder in FOLDERS:
+        older = room.directory / "first" / f"checkpoint-{STOPPED_AT}" / folder
+        older.mkdir(parents=True)
+        (older / f"__{1 - rank}_0.distcp").write_bytes(STALE)
+    status = stop(room.directory / "first", STOPPED_AT if rank == 1 else 0, **SHARDED)
+    own = room.agent.checkpoints(STOPPED_AT)[-1]
+    handed = directory / "handed"
+    shutil.copytree(own["path"], handed / f"rank-{rank:05d}")
+    torch.distributed.barrier()
+    room.attempt(str(handed))
+    again = make_trainer(room.directory / "second", **SHARDED)
+    again.train(resume_from_checkpoint=True)
+    return {
+        "status": status,
+        "parts": own["parts"],
+        "done": again.state.global_step == STEPS,
+        "weights": own_rows(again) == own_rows(undisturbed),
+        "losses": losses(again) == losses(undisturbed),
+        "draws": torch.rand(1).item() == expected,
+    }
+
+
+def own_rows(trainer: Any) -> dict[str, list[float]]:
+    """Of parameters that are spread over the ranks."""
+    return {name: rows.to_local().tolist() for name, rows in trainer.model.state_dict().items()}
+
+
+def sharded_on_one_node(room: Room, directory: Path, rank: int) -> dict[str, object]:
+    shard_on_cpus()
+    room.patch.setenv("BATON_RANK", str(rank))
+    room.patch.setenv("BATON_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    status = stop(directory / "output", STOPPED_AT if rank == 0 else 0, **SHARDED)
+    saved = [message for message in room.all() if message["type"] == "checkpoint"]
+    paths = sorted(Path(saved[-1]["path"]).rglob("*.distcp")) if saved else []
+    return {
+        "status": status,
+        "parts": [message.get("parts", 1) for message in saved],
+        "shards": [f"{path.parent.name}/{path.name}" for path in paths],
     }
 
 
@@ -105,10 +159,10 @@ def alone(room: Room, _directory: Path, rank: int) -> dict[str, object]:
     return {"done": trainer.state.global_step == STEPS, "handed_over_count": len(saved)}
 
 
-def stop(output: Path, step: int) -> object:
+def stop(output: Path, step: int, **arguments: Any) -> object:
     """Train up to a stop, of this rank or of another; the status of the program."""
     try:
-        make_trainer(output, stop_at=step).train()
+        make_trainer(output, stop_at=step, **arguments).train()
     except SystemExit as left:
         return left.code
     return "not stopped"
@@ -129,6 +183,8 @@ PLAYS = {
     "torn_on_one_node": torn_on_one_node,
     "torn_on_one_of_two": torn_on_one_of_two,
     "alone": alone,
+    "sharded": sharded,
+    "sharded_on_one_node": sharded_on_one_node,
 }
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
-from baton_hook import agreement, resume, states
+from baton_hook import agreement, resume, states, torn
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
 RANKS = 2
 RANKS_S_MAX = 200
+STOPPED_AT = 5
+FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
+"""Where FSDP's shards are in a checkpoint."""
 
 pytestmark = [pytest.mark.timeout(2 * RANKS_S_MAX + 20), pytest.mark.xdist_group("hook-ranks")]
 """One host."""
@@ -44,6 +47,30 @@ def test_ranks_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path
     handed = {path.name for path in (tmp_path / "handed").iterdir()}
     assert {states.name_of(rank) for rank in range(RANKS)} <= handed
     assert not (tmp_path / "node-0" / "first" / "checkpoint-5" / states.name_of(1)).exists()
+
+
+def test_shards_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path) -> None:
+    """Each node has half of the model and of the optimizer, and nobody has the whole."""
+    wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
+    for told, err in play(host, "sharded", tmp_path):
+        assert told == {"status": 75, "parts": RANKS, **wanted}, err
+        assert f"stopped after step {STOPPED_AT}, with its checkpoint" in err
+    for rank in range(RANKS):
+        part = tmp_path / "handed" / f"rank-{rank:05d}"
+        shards_there = {path.relative_to(part).as_posix() for path in part.rglob("*.distcp")}
+        assert shards_there == {f"{folder}/__{rank}_0.distcp" for folder in FOLDERS}
+        random_states = {states.name_of(other) for other in range(RANKS)} if rank == 0 else set()
+        assert {path.name for path in part.glob("rng_state_*")} == random_states
+        assert (part / "trainer_state.json").exists() is (rank == 0)
+        saved = tmp_path / f"node-{rank}" / "first"
+        assert [torn.is_part(path) for path in torn.numbered(saved)] == [True] * 3
+
+
+def test_shards_in_one_directory_are_one_checkpoint(host: forking.Host, tmp_path: Path) -> None:
+    (first, _), (second, _) = play(host, "sharded_on_one_node", tmp_path, (0, 1))
+    shards_there = [f"{folder}/__{rank}_0.distcp" for folder in FOLDERS[::-1] for rank in (0, 1)]
+    assert first == {"status": 75, "parts": [1, 1, 1], "shards": shards_there}
+    assert second == {"status": 75, "parts": [], "shards": []}
 
 
 def test_what_one_node_alone_has_is_not_resumed_from(host: forking.Host, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 It trains a tiny GPT-2 with dropout on tokens from a seed, and prints the loss of every step and, in
 the end, a digest of the weights. `--gate FILE` holds it at the step that the file names, so that a
-test decides how far it gets before something happens; a real script has no such thing.
+test decides how far it gets before something happens; a real script has no such thing. With
+`--sharded` each of several ranks has a part of the model (FSDP).
 """
 
 import argparse
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,6 +30,10 @@ from transformers import (
 
 VOCABULARY, WINDOW, SAMPLES = 64, 16, 48
 POLL_S = 0.02
+SHARDED: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"},
+}
 
 
 def say(**line: Any) -> None:
@@ -67,6 +75,19 @@ class Log(TrainerCallback):
             say(event="step", step=state.global_step, loss=logs["loss"])
 
 
+def shard_on_cpus() -> None:
+    """Accelerate has FSDP for accelerators only: on CPUs it trains with DDP, and says nothing. So
+    it is told that there are some; all that follows is Trainer's and Accelerate's own."""
+    original = PartialState.__init__
+
+    def begin(self: PartialState, *arguments: Any, **keywords: Any) -> None:
+        original(self, *arguments, **keywords)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = begin
+
+
 def main() -> None:
     """Train."""
     parser = argparse.ArgumentParser()
@@ -75,7 +96,10 @@ def main() -> None:
     parser.add_argument("--output", default="output")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--gate", type=Path)
+    parser.add_argument("--sharded", action="store_true")
     given = parser.parse_args()
+    if given.sharded:
+        shard_on_cpus()
     set_seed(3)
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -94,13 +118,15 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        **(SHARDED if given.sharded else {}),
     )
     trainer = Trainer(model, arguments, train_dataset=Tokens(SAMPLES), callbacks=[Log(given.gate)])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=True if given.resume else None)
     digest = hashlib.sha256()
     for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.numpy().tobytes())
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(own.numpy().tobytes())
     say(event="end", step=trainer.state.global_step, digest=digest.hexdigest())
 
 

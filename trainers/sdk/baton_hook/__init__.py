@@ -14,7 +14,8 @@ the environment's own `sitecustomize`, and is done. Nothing more happens until s
    committed one if that is newer; `torn` moves aside what a crash left half written, and where
    there are several ranks they agree on one step (`agreement`);
 2. during it, a `TrainerCallback` reports progress, hands over every checkpoint that the script
-   saves, and answers a stop request with a save and the end of the training;
+   saves, of several ranks what each has written (`states`, `shards`), and answers a stop request
+   with a save and the end of the training;
 3. after a stop, when the agent has the checkpoint, the program leaves with status 75.
 
 Nothing here imports torch or transformers: they are the program's, and what is needed of them is

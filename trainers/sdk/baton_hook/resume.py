@@ -16,11 +16,13 @@ A program may call `train` several times. Which call a checkpoint belongs to sta
 Hugging Face's (`MARK_NAME`); a restored checkpoint is for that call alone.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +34,14 @@ BEST_NAME = "baton_best"
 """Folder with the best checkpoint so far, for those who load it at the end. It has a level of its
 own below, because Trainer takes a direct folder with adapter weights for an adapter."""
 
+PART_NAME = re.compile(r"rank-\d{5,}")
+"""Where the agent lays out what each rank has handed over."""
+
 UNKNOWN = -1
 """No step: below all that there are."""
 
 _PARTIAL = ".baton-"
+_TOGETHER_NAME = "restored"
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,9 @@ def _asked_for(asked: object, output_directory: Path, may_move: bool) -> tuple[F
 
 def _newest_whole(candidates: list[Path], may_move: bool) -> Found | None:
     for path in candidates:
+        if torn.is_part(path):
+            say(f"{path} is passed over: the rest of it lies on other nodes")
+            continue
         wrong = torn.problem(path)
         if not wrong:
             return Found(path, torn.step_of(path))
@@ -143,8 +152,38 @@ def _move_aside(path: Path, wrong: str) -> None:
         say(f"{path} is torn ({wrong}); it is now {target.name}, and the one before it is used")
 
 
+def put_together(directory: Path, into: Path) -> Path:
+    """The files of all parts of a restored checkpoint in one directory, in `into`; of a whole one
+    its own directory. What several parts have is taken from the first. Raises OSError."""
+    parts = sorted(path for path in directory.iterdir() if PART_NAME.fullmatch(path.name))
+    together = into / _TOGETHER_NAME
+    if not parts:
+        return directory
+    files: dict[Path, Path] = {}
+    for part in parts:
+        for path in part.rglob("*"):
+            if not path.is_dir():
+                files.setdefault(path.relative_to(part), path)
+    if not together.is_dir():
+        _link_once(files, together)
+    return together
+
+
+def _link_once(files: Mapping[Path, Path], target: Path) -> None:
+    try:
+        link_files(files, target)
+    except OSError:
+        if not target.is_dir():  # else another process, or node, was faster
+            raise
+
+
 def link_tree(source: Path, target: Path) -> None:
-    """The same files under another directory: by hard links, which cost nothing, or by copies
+    """The same files under another directory, without what is ours; see `link_files`."""
+    link_files(_tree(source), target)
+
+
+def link_files(files: Mapping[Path, Path], target: Path) -> None:
+    """Files under other names below `target`: by hard links, which cost nothing, or by copies
     where the two lie on different file systems. `target` appears whole or not at all. Raises
     OSError."""
     # Nodes may share the directory, and each begins at the same moment.
@@ -152,8 +191,9 @@ def link_tree(source: Path, target: Path) -> None:
     partial = target.with_name(_PARTIAL + writer + target.name)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        for path in _files(source):
-            copy = partial / path.relative_to(source)
+        partial.mkdir(parents=True)
+        for name, path in files.items():
+            copy = partial / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             _link(path, copy)
         partial.rename(target)
@@ -170,13 +210,15 @@ def lay_out(restored: Found, output_directory: Path) -> None:
     sources |= {output_directory / path.name: path for path in torn.numbered(best)}
     output_directory.mkdir(parents=True, exist_ok=True)
     for target, source in sources.items():
-        if target.exists():
-            continue
-        try:
-            link_tree(source, target)
-        except OSError:
-            if not target.is_dir():  # else another node was faster
-                raise
+        if not target.exists():
+            _link_once(_tree(source), target)
+
+
+def _tree(source: Path) -> dict[Path, Path]:
+    files = {path.relative_to(source): path for path in _files(source)}
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "no files", str(source))
+    return files
 
 
 def _files(source: Path) -> Iterator[Path]:
@@ -184,7 +226,7 @@ def _files(source: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(source):
         if Path(folder) == source:
             folders[:] = [name for name in folders if name != BEST_NAME]
-            names = [name for name in names if name != MARK_NAME]
+            names = [name for name in names if name not in (MARK_NAME, torn.PART_NAME)]
         yield from (Path(folder, name) for name in names)
 
 

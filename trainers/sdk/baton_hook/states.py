@@ -7,13 +7,16 @@ alone draws other numbers on all other ranks.
 
 How: the files are small, so the ranks tell each other the bytes, where they meet after a save
 anyway, and rank 0 hands over those. Nothing is unpickled. What ranks write besides (shards of
-FSDP or DeepSpeed) is not small, and asks for a directory that all nodes see.
+FSDP or DeepSpeed) is not small, and stays where it is (`shards`).
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from baton_hook.guard import say
+
+NAME = re.compile(r"rng_state_\d+\.pth")
 
 _PARTIAL = ".baton-"
 
@@ -50,6 +53,18 @@ def gather(torch: Any, device: Any, own: bytes) -> list[bytes]:
     parts = [torch.empty_like(padded) for _ in range(count)]
     distributed.all_gather(parts, padded)
     return [bytes(part[:length].tolist()) for part, length in zip(parts, lengths, strict=True)]
+
+
+def of_first(torch: Any, device: Any, own: bytes) -> bytes:
+    """What the first rank has, on all of them. A collective of `torch.distributed`."""
+    distributed = torch.distributed
+    size = torch.tensor([len(own)], dtype=torch.int64, device=device)
+    distributed.broadcast(size, src=0)
+    data = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
+    if distributed.get_rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    distributed.broadcast(data, src=0)
+    return bytes(data.tolist())
 
 
 def add(states: list[bytes], staged: Path) -> None:

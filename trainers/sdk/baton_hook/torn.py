@@ -9,7 +9,9 @@ to find out costs minutes, and would mean to unpickle; so only the containers ar
 - `trainer_state.json` is there, is JSON and knows its step;
 - a safetensors file is exactly as long as its header says;
 - a file of `torch.save` is a ZIP archive, whose directory is at its end: a short one has none;
-- an index names only files that are there, and there are weights at all.
+- an index names only files that are there, and there are weights at all;
+- so does `.metadata` beside shards of `torch.distributed.checkpoint`, which ends its folder's save.
+  It is a pickle, whose strings are plain bytes in it: they are searched for, and nothing is loaded.
 
 Bytes that changed in the middle of a file are not seen here; Baton's own copies carry digests.
 
@@ -26,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 STATE_NAME = "trainer_state.json"
+SHARDS_INDEX_NAME = ".metadata"
+PART_NAME = ".baton-part"
+"""A file beside what one node has of a checkpoint that several have written."""
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 HEADER_BYTES_MAX = 100_000_000
@@ -44,6 +50,8 @@ _TORCH_FILE = re.compile(
     r"(pytorch_model|adapter_model|training_args|optimizer|pytorch_model_fsdp)"
     r"(-\d+-of-\d+)?\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth"
 )
+_SHARD = re.compile(rb"__\d+_\d+\.distcp")
+_SHARDS = "*.distcp"
 _WEIGHTS = re.compile(r"(model|adapter_model|pytorch_model).*\.(safetensors|bin)")
 
 
@@ -75,6 +83,11 @@ def problem(directory: Path) -> str:
     except Torn as error:
         return str(error)
     return ""
+
+
+def is_part(directory: Path) -> bool:
+    """Whether the rest of it lies on other nodes: by its shape it may be whole."""
+    return (directory / PART_NAME).exists()
 
 
 def numbered(directory: Path) -> Iterator[Path]:
@@ -124,7 +137,27 @@ def _check(path: Path) -> None:
         _check_safetensors(path)
     elif path.name.endswith(".index.json"):
         _check_index(path)
+    elif path.is_dir():
+        _check_shards(path)
     elif _TORCH_FILE.fullmatch(path.name) and path.is_file():
+        _check_torch(path)
+
+
+def named_shards(index: Path) -> list[str]:
+    """What a `.metadata` names, in order. Raises OSError."""
+    return sorted({name.decode() for name in _SHARD.findall(index.read_bytes())})
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / SHARDS_INDEX_NAME
+    if not index.is_file():
+        if any(folder.glob(_SHARDS)):
+            raise Torn(f"{folder.name} has shards and no {SHARDS_INDEX_NAME}")
+        return
+    for name in named_shards(index):
+        path = folder / name
+        if not path.is_file():
+            raise Torn(f"{folder.name}/{SHARDS_INDEX_NAME} names {name}, which is missing")
         _check_torch(path)
 
 

@@ -16,7 +16,8 @@ over, as that would be a step back.
 
 With several ranks, all are followed or none; they agree on what they resume from (`agreement`), a
 stop is decided by all of them at the same step, rank 0 hands over when all have written, with their
-random states (`states`), and all leave together.
+random states (`states`), or each does where each node has files of its own (`shards`), and all
+leave together.
 
 Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
 `add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
@@ -25,6 +26,7 @@ Names that are used of transformers: Trainer, its `args`, `state`, `callback_han
 import atexit
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -34,7 +36,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import agreement, resume, states
+from baton_hook import agreement, resume, shards, states, torn
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
@@ -174,6 +176,7 @@ class _Callback:
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         guarded("reporting progress", lambda: self._bridge.report(state), None)
+        guarded("looking for older files", lambda: self._bridge.look(args, state), None)
         # Every rank asks at every step, whatever else went wrong: the answer is found together.
         wish = guarded("asking for a stop", lambda: self._bridge.wish(args, state), NOTHING)
         if wish != NOTHING:
@@ -193,9 +196,12 @@ class _Callback:
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         # all have written when this has returned
         nothing: list[bytes] = []
+        share = guarded("dividing a checkpoint", lambda: self._bridge.divide(args, state), None)
         told = guarded("asking for random states", lambda: _random_states(args, state), nothing)
         guarded(
-            "handing over a checkpoint", lambda: self._bridge.hand_over(args, state, told), None
+            "handing over a checkpoint",
+            lambda: self._bridge.hand_over(args, state, share, told),
+            None,
         )
 
 
@@ -212,6 +218,8 @@ class Bridge:
         self._metrics: dict[str, float] = {}
         self._ticket: baton_sdk.Ticket | None = None
         self._hands_over = True
+        self._before: tuple[int, shards.Seen] = (0, {})
+        """The step that may be saved next, and what lay in its directory."""
 
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
@@ -237,7 +245,7 @@ class Bridge:
         return chosen.answer
 
     def _find(self, args: Any, asked: object, first: bool) -> _Found:
-        directory = self.session.restore_directory
+        directory = self._restored()
         self._hands_over = resume.marked_call(directory) <= self._call
         restored = resume.committed(directory, self._call)
         otherwise = resume.Choice(asked, resume.UNKNOWN)
@@ -250,6 +258,50 @@ class Bridge:
             otherwise,
         )
         return own, restored
+
+    def _restored(self) -> Path | None:
+        """What the agent has laid out, of several parts one checkpoint. Raises SystemExit where
+        that is none: to begin again would lose what an older one has, which comes after the second
+        failure from this one."""
+        directory, staging = self.session.restore_directory, self.session.staging_directory
+        if directory is None or staging is None:
+            return directory
+        try:
+            together = resume.put_together(directory, staging)
+            wrong = torn.problem(together) if together != directory else ""
+        except OSError as error:
+            wrong = f"{error.filename}: {error.strerror}"
+        if not wrong:
+            return together
+        say(f"the committed checkpoint of step {self.session.restore_step} is no use: {wrong}")
+        sys.exit(1)
+
+    def look(self, args: Any, state: Any) -> None:
+        """Before a save, when no rank has begun with it: see `shards`."""
+        self._before = (state.global_step, {})
+        if _distributed(args) is not None and _saved(args, state).is_dir():
+            self._before = (state.global_step, shards.look(_saved(args, state)))
+
+    def divide(self, args: Any, state: Any) -> shards.Share:
+        """What this process hands over of what all have saved. Raises `Scattered`, in all of
+        them."""
+        if _distributed(args) is None:
+            return shards.alone(state.is_world_process_zero)
+        torch = sys.modules["torch"]
+        _barrier(args)  # of processes of one node, the last may still write
+        step, before = self._before
+        seen = guarded(
+            "looking for what was saved",
+            lambda: shards.written(
+                _saved(args, state), before if step == state.global_step else {}
+            ),
+            None,
+        )
+        own = shards.Said(self.session.rank, seen)
+        first = shards.decode(states.of_first(torch, args.device, shards.encode(own)))
+        told = states.gather(torch, args.device, shards.encode(own.besides(first)))
+        others = [shards.decode(data) for data in told]
+        return shards.divide(first, others, args.process_index, self.session.world_size)
 
     def report(self, state: Any) -> None:
         """After every step."""
@@ -278,36 +330,49 @@ class Bridge:
         self.stopping = wish == STOP and not complete
         return NOTHING if complete else wish
 
-    def hand_over(self, args: Any, state: Any, random_states: list[bytes]) -> None:
-        """Give the agent what Trainer has just saved, and each rank's random states. Raises
-        OSError."""
+    def hand_over(
+        self, args: Any, state: Any, share: shards.Share | None, random_states: list[bytes]
+    ) -> None:
+        """Give the agent what Trainer has just saved, or this rank's part of it, and each rank's
+        random states. Raises OSError, and `Torn` where a shard is missing."""
         self._ticket = None
-        staging = self.session.staging_directory
-        if not state.is_world_process_zero or not self._hands_over or staging is None:
+        if share is None:
             return
-        saved = _saved(args, state)
+        saved, staging = _saved(args, state), self.session.staging_directory
+        shards.mark(saved, share)
+        if not share.speaks or not self._hands_over or staging is None:
+            return
+        shards.check(saved, share)
         # A launcher may start several processes in one attempt, one after another.
         self._program.saves_count += 1
         staged = staging / f"huggingface-{os.getpid()}-{self._program.saves_count}"
-        resume.link_tree(saved, staged)
-        states.add(random_states, staged)
+        if share.parts == 1:
+            resume.link_tree(saved, staged)
+        else:
+            resume.link_files({Path(path): saved / path for path in sorted(share.paths)}, staged)
+        if state.is_world_process_zero:
+            states.add(random_states, staged)
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
         best = Path(state.best_model_checkpoint or saved)
-        if getattr(args, "load_best_model_at_end", False) and best.is_dir() and best != saved:
+        wanted = getattr(args, "load_best_model_at_end", False) and best != saved
+        # Of one in parts no node has all, and Trainer itself could not load it in the end.
+        if wanted and share.parts == 1 and best.is_dir() and not torn.is_part(best):
             (staged / resume.BEST_NAME).mkdir()
             resume.link_tree(best, staged / resume.BEST_NAME / best.name)
         step = self._steps_before + state.global_step
-        self._ticket = self.session.checkpoint(staged, step)
+        self._ticket = self.session.checkpoint(staged, step, parts=share.parts)
 
     def leave(self, args: Any) -> NoReturn:
         """End the program once the agent has the last checkpoint, or the grace is over."""
         stop, ticket = self.session.stop_requested, self._ticket
-        if args.process_index != 0:
+        own: tuple[int, ...] = (math.ceil(stop.remaining_s) if stop is not None else 0,)
+        (left_s,) = guarded("asking for the grace", lambda: _highest_of_ranks(args, own), own)
+        if ticket is None and args.process_index != 0:
             say("stopped, as rank 0 was, which has the checkpoint")
-        elif ticket is None or stop is None:
+        elif ticket is None:
             say("stopped, without a checkpoint of the last steps")
-        elif ticket.wait_stored(stop.remaining_s):
+        elif ticket.wait_stored(left_s):
             say(f"stopped after step {ticket.step}, with its checkpoint: run me again")
         else:
             reason = ticket.reason or "the grace is over"
