@@ -52,6 +52,31 @@ def check_gang(state: State, job: Job) -> None:
     assert all(part.epoch == job.epoch for part in here)
 
 
+def limit_of(job: Job) -> int:
+    return int(job.spec.array.partition("%")[2] or 0)
+
+
+def check_arrays(state: State, written: Iterable[Job]) -> None:
+    """By what is durable no array runs more than its limit; those that wait for room count, and
+    whoever waits for his turn waits because there are as many, or because he could not start."""
+    jobs = list(written)
+    placed = Counter(
+        job.array_id
+        for job in jobs
+        if job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING) or job.id in state.queued
+    )
+    for job in jobs:
+        limit = limit_of(job)
+        if not limit:
+            assert (job.phase is JobPhase.QUEUED) == (job.id in state.queued)
+            continue
+        assert placed[job.array_id] <= limit, f"{placed[job.array_id]} of array {job.array_id}"
+        if job.phase is JobPhase.QUEUED and job.id not in state.queued:
+            good = state.good_checkpoints(job)
+            could = not good or state.reachable(good[0])
+            assert placed[job.array_id] == limit or not could, f"job {job.id} is forgotten"
+
+
 def check_index(state: State) -> None:
     """What is kept along the way is what a walk through everything finds."""
     pieces: dict[str, dict[int, int]] = {}

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from coordinator.core import costs
 from coordinator.core.allocation import Aims
+from coordinator.core.arrays import parse
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import (
     AgentMessage,
@@ -68,11 +69,13 @@ from coordinator.core.validate import refuse_fleet
 from tests.core.coordinator_checks import (
     HEAD_MOVES,
     Moves,
+    check_arrays,
     check_gang,
     check_gpu,
     check_guaranteed,
     check_index,
     check_promises,
+    limit_of,
 )
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
@@ -102,6 +105,7 @@ SPECS = st.builds(
 SHARES = st.sampled_from([8 * GIGABYTE, 20 * GIGABYTE, 70 * GIGABYTE])
 SHARED = {"shared_gpu_memory_bytes": SHARES, "share_automatic": st.sampled_from([False, True])}
 SHARING_SPECS = st.builds(replace, SPECS, gpus=st.just(1), ranks=st.just(1), **SHARED)
+ARRAYS = st.sampled_from(["", "", "", "1-2", "0-2%1", "5-8%2"])
 ANY_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 
 
@@ -195,13 +199,19 @@ class Fleet(RuleBasedStateMachine):
         for spec in specs:
             self.submit(spec, "", prompt=True)
 
-    @rule(spec=ANY_SPECS, kind=st.sampled_from(["", "H100", "A100"]), prompt=st.booleans())
-    def submit(self, spec: JobSpec, kind: str, prompt: bool) -> None:
+    @rule(
+        spec=ANY_SPECS,
+        kind=st.sampled_from(["", "H100", "A100"]),
+        prompt=st.booleans(),
+        array=ARRAYS,
+    )
+    def submit(self, spec: JobSpec, kind: str, prompt: bool, array: str = "") -> None:
         """Each job twice, since the client asks again; `prompt`: the orders arrive at once."""
         last = self.state.last_job_id
-        if last == JOBS_MAX or not self.state.nodes:  # a fleet of nobody refuses nothing
+        if last >= JOBS_MAX or not self.state.nodes:  # a fleet of nobody refuses nothing
             return
-        spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else ())
+        spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else (), array=array)
+        count = len(parse(array or "0").indices)
         # What was forgotten and has not come back is no place for anybody.
         known = [node for node in self.nodes.values() if node.name in self.state.nodes]
         if refuse_fleet(spec, [(HOST, node.gpus) for node in known]):
@@ -210,13 +220,21 @@ class Fleet(RuleBasedStateMachine):
             return
         for _ in range(2):
             self.ask(Submit(spec, request_id=f"r{last}"))
-            assert self.state.last_job_id == last + 1, "an id was used twice, or a job made twice"
+            assert self.state.last_job_id == last + count, (
+                "an id was used twice, or a job made twice"
+            )
         if prompt:
             self.flow()
 
-    @rule(job=JOBS, wish=st.sampled_from([CancelJob, HoldJob, ReleaseJob, RequeueJob]))
-    def wish(self, job: int, wish: type[CancelJob | HoldJob | ReleaseJob | RequeueJob]) -> None:
-        self.ask(wish(job))
+    @rule(
+        job=JOBS,
+        wish=st.sampled_from([CancelJob, HoldJob, ReleaseJob, RequeueJob]),
+        whole=st.sampled_from([False, False, True]),
+    )
+    def wish(
+        self, job: int, wish: type[CancelJob | HoldJob | ReleaseJob | RequeueJob], whole: bool
+    ) -> None:
+        self.ask(wish(job, array=whole))
         self.ask(RequeueJob(job, abandon_unreachable_checkpoints=True))
 
     @rule(
@@ -387,6 +405,10 @@ class Fleet(RuleBasedStateMachine):
             assert (good[0].digest if good else "") == job.head
 
     @invariant()
+    def no_more_trials_have_a_place_than_was_asked_for(self) -> None:
+        check_arrays(self.state, self.rig.disk.jobs.values())
+
+    @invariant()
     def a_gang_runs_whole_or_is_being_ended(self) -> None:
         for job in self.state.jobs.values():
             check_gang(self.state, job)
@@ -437,7 +459,15 @@ class Fleet(RuleBasedStateMachine):
         assert theirs.last_job_id == ours.last_job_id
         assert theirs.parts == ours.parts
         assert sorted(theirs.finish_ms) == sorted(ours.finish_ms)
-        assert (theirs.queued, theirs.ended) == (ours.queued, ours.ended)
+        assert theirs.ended == ours.ended
+        # Who of those that wait has a place of his array is decided in the first round.
+        free = [
+            {job_id: None for job_id in one.queued if not limit_of(one.jobs[job_id])}
+            for one in (theirs, ours)
+        ]
+        assert free[0] == free[1]
+        for array_id, array in ours.indices.arrays.by_id.items():
+            assert theirs.indices.arrays.by_id[array_id].tally() == array.tally()
         assert theirs.requests == ours.requests
         assert sorted(theirs.nodes) == sorted(ours.nodes)
         for name, live in ours.nodes.items():
