@@ -26,7 +26,7 @@ from coordinator.core.model import Job, JobSpec
 from coordinator.core.phases import JobPhase
 
 # What Slurm takes unless it is told otherwise (MaxArraySize, slurm.conf(5)). So many are made
-# within one event, while nobody else is heard: docs/benchmarks.md says for how long.
+# within one event, while nobody else is heard: some 50 ms of a core, and one commit.
 TRIALS_MAX: Final = 1_001
 INDEX_MAX: Final = 4_000_000  # Slurm's own bound
 TEXT_CHARACTERS_MAX: Final = 1_024
@@ -108,7 +108,7 @@ class Array:
         room = waits - len(self.behind)
         return (
             f"{runs} of its array's {trials} trials {'runs' if runs == 1 else 'run'}"
-            + (f" and {room} {'waits' if room == 1 else 'wait'} for room" if room else "")
+            + (f" and {room} {'waits' if room == 1 else 'wait'} to start" if room else "")
             + f", as --array {self.text} allows; {_are(len(self.behind), 'waits', 'wait')}"
             + (f", {_are(held, 'is held', 'are held')}" if held else "")
             + (f", {_are(over, 'is over', 'are over')}" if over else "")

@@ -93,7 +93,9 @@ def each(
     if array is None:
         which = f"there is no job {body.job_id}" if job is None else f"job {job.id} is of no array"
         return Refusal(RefusalKind.NOT_FOUND, which)
-    answers = [verb(state, now, replace(body, job_id=each, array=False)) for each in array.phases]
+    answers = [
+        verb(state, now, replace(body, job_id=each, array=False)) for each in sorted(array.phases)
+    ]
     views = [answer for answer in answers if isinstance(answer, JobView)]
     return replace(views[0], changed=len(views)) if views else answers[0]
 

@@ -215,7 +215,7 @@ def test_who_has_a_place_and_no_room_is_told_so() -> None:
     assert list(fleet.state.queued) == [3]
     assert "all 2 that fit are taken" in sentence(fleet.rig, 3)
     assert (
-        "2 of its array's 10 trials run and 1 waits for room, as --array 0-9%3 allows; 7 wait"
+        "2 of its array's 10 trials run and 1 waits to start, as --array 0-9%3 allows; 7 wait"
         in (sentence(fleet.rig, 9))
     )
 
