@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import arrays, demand_forecast, demand_samples, foresight, jobs
+from coordinator.core import arrays, contenders, demand_forecast, demand_samples, foresight, jobs
 from coordinator.core.census import census
 from coordinator.core.demand_history import Series
 from coordinator.core.held_ahead import frees_ms, held_ahead
@@ -25,7 +25,6 @@ from coordinator.core.messages import (
     Heartbeat,
     HoldJob,
     JobPage,
-    JobView,
     ListJobs,
     Refusal,
     ReleaseJob,
@@ -40,7 +39,7 @@ from coordinator.core.messages import (
     Submitted,
     Tick,
 )
-from coordinator.core.model import JobClass, JobSpec, Progress
+from coordinator.core.model import JobClass, JobSpec, JobView, Progress
 from coordinator.core.phases import AttemptPhase, JobPhase
 from tests.core import test_fleet_scaling
 from tests.core.coordinator_harness import Rig
@@ -308,6 +307,7 @@ def test_who_waits_for_his_turn_is_no_demand() -> None:
     fleet.submit(array="0-9%3")
     assert sum(demand_samples.wanted(fleet.state).values()) == 3.0
     assert demand_samples.present(fleet.state)[H100].queued_gpus == 1.0
+    assert [job.id for job in contenders.contending(fleet.state)] == [1, 2, 3]
     found = census(fleet.state, fleet.rig.now.unix_ms)
     assert dict(found.queued)[JobClass.STANDARD] == 1
     assert dict(found.jobs)[JobClass.STANDARD, JobPhase.QUEUED] == 8
