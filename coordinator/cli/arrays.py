@@ -27,7 +27,7 @@ def name_of(job: "Job", trial: "Trial") -> str:
 def standing(trial: "Trial") -> str:
     """ "8 run, 41 wait, 51 are over"."""
     words = [
-        f"{count} {one if count == 1 else several}"
+        quantity(count, one, several)
         for count, one, several in (
             (trial.running, "runs", "run"),
             (trial.waiting, "waits", "wait"),

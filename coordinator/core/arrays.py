@@ -17,13 +17,13 @@ The notation, its bounds and the variables are those of Slurm's `sbatch --array`
 
 import re
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
 from coordinator.core.model import Job, JobSpec
 from coordinator.core.phases import JobPhase
+from coordinator.core.sentences import quantity
 
 # What Slurm takes unless it is told otherwise (MaxArraySize, slurm.conf(5)). So many are made
 # within one event, while nobody else is heard: some 50 ms of a core, and one commit.
@@ -34,7 +34,6 @@ ENDED_MAX: Final = 16  # trials that say how long one takes
 INDEX: Final = "{index}"  # in a command or a trainer's configuration: the trial's own
 _PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")
 _RUNS = (JobPhase.ACTIVE, JobPhase.CANCELLING)
-_Phases = Mapping[JobPhase, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +107,11 @@ class Array:
         room = waits - len(self.behind)
         return (
             f"{runs} of its array's {trials} trials {'runs' if runs == 1 else 'run'}"
-            + (f" and {room} {'waits' if room == 1 else 'wait'} to start" if room else "")
-            + f", as --array {self.text} allows; {_are(len(self.behind), 'waits', 'wait')}"
-            + (f", {_are(held, 'is held', 'are held')}" if held else "")
-            + (f", {_are(over, 'is over', 'are over')}" if over else "")
+            + (f" and {quantity(room, 'waits', 'wait')} to start" if room else "")
+            + f", as --array {self.text} allows; {quantity(len(self.behind), 'waits', 'wait')}"
+            + (f", {quantity(held, 'is held', 'are held')}" if held else "")
+            + (f", {quantity(over, 'is over', 'are over')}" if over else "")
         )
-
-
-def _are(count: int, one: str, several: str) -> str:
-    return f"{count} {one if count == 1 else several}"
 
 
 class Arrays:
@@ -141,7 +136,9 @@ class Arrays:
         place."""
         if not job.array_id:
             return False
-        array = self.by_id.setdefault(job.array_id, Array(job.spec.array))
+        array = self.of(job)
+        if array is None:
+            array = self.by_id[job.array_id] = Array(job.spec.array)
         old = array.phases.get(job.id)
         if old is not None:
             array.counts[old] -= 1

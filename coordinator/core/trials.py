@@ -1,9 +1,9 @@
 """What becomes of the trials of an array (`arrays.py`): who gets a place, and what is asked of all.
 
-Problem: a place that has come free must be somebody's at once, and the same somebody's after a
-restart. A trial that cannot start, since its checkpoint is out of reach for nobody knows how long,
-must not keep one from the others. And whoever plans for the time after the trials that run must
-know that others of their array follow them.
+Problem: a place that has come free must be somebody's at once, and nobody else's while an attempt
+of his may still run on a node that is away, over restarts as well. A trial that cannot start, since
+its checkpoint is out of reach for nobody knows how long, must not keep one from the others. And
+whoever plans for the time after the trials that run must know that others of their array follow.
 
 How: at the begin of each round free places are given to those behind, those first that have begun
 before, then in the order of their indices; not to who cannot start. Who waits for a checkpoint out
