@@ -13,8 +13,6 @@ from typing import Final
 from prometheus_client.metrics_core import Metric
 
 from coordinator.core.census import Census
-from coordinator.core.model import CLASS_ORDER
-from coordinator.core.phases import JobPhase
 from coordinator.counts import Counts, View
 from coordinator.exposition import Described
 from coordinator.histogram import Histogram
@@ -163,9 +161,8 @@ def figures(view: View, lag: Histogram, store_bytes: int | None) -> Iterator[Met
 
 
 def _fleet_figures(census: Census) -> Iterator[Metric]:
-    jobs = dict(census.jobs)
     yield from JOBS.of(((one.value, phase.value), n) for (one, phase), n in census.jobs)
-    yield from QUEUE.of(((one.value,), jobs[one, JobPhase.QUEUED]) for one in CLASS_ORDER)
+    yield from QUEUE.of(((one.value,), n) for one, n in census.queued)
     yield from QUEUE_WAIT.one(census.waiting_s)
     yield from ATTEMPTS.of(((phase.value,), n) for phase, n in census.attempts)
     yield from NODES.of(((phase.value, intent.value), n) for (phase, intent), n in census.nodes)

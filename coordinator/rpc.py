@@ -95,7 +95,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         answer = await _ask(self._shell, context, m.Submit(spec, request.request_id))
         if not isinstance(answer, m.Submitted):
             raise TypeError(f"expected a submission, got {type(answer).__name__}")
-        return jobs_pb2.SubmitResponse(job_id=answer.job_id, reason=answer.reason)
+        return jobs_pb2.SubmitResponse(job_id=answer.job_id, reason=answer.reason, jobs=answer.jobs)
 
     async def _job(self, context: Context, body: m.RequestBody) -> JobView:
         return _view(await _ask(self._shell, context, body))
@@ -113,7 +113,9 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             phases = wire.decode_phases(list(request.phases))
         except wire.WireError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        body = m.ListJobs(phases, request.project, request.page_size, request.before_job_id)
+        body = m.ListJobs(
+            phases, request.project, request.page_size, request.before_job_id, request.fold_arrays
+        )
         answer = await _ask(self._shell, context, body)
         if not isinstance(answer, m.JobPage):
             raise TypeError(f"expected jobs, got {type(answer).__name__}")
@@ -125,27 +127,27 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     async def CancelJob(
         self, request: jobs_pb2.CancelJobRequest, context: Context
     ) -> jobs_pb2.CancelJobResponse:
-        view = await self._job(context, m.CancelJob(request.job_id))
-        return jobs_pb2.CancelJobResponse(job=wire.encode_job(view))
+        view = await self._job(context, m.CancelJob(request.job_id, request.array))
+        return jobs_pb2.CancelJobResponse(job=wire.encode_job(view), jobs=view.changed)
 
     async def HoldJob(
         self, request: jobs_pb2.HoldJobRequest, context: Context
     ) -> jobs_pb2.HoldJobResponse:
-        view = await self._job(context, m.HoldJob(request.job_id))
-        return jobs_pb2.HoldJobResponse(job=wire.encode_job(view))
+        view = await self._job(context, m.HoldJob(request.job_id, request.array))
+        return jobs_pb2.HoldJobResponse(job=wire.encode_job(view), jobs=view.changed)
 
     async def ReleaseJob(
         self, request: jobs_pb2.ReleaseJobRequest, context: Context
     ) -> jobs_pb2.ReleaseJobResponse:
-        view = await self._job(context, m.ReleaseJob(request.job_id))
-        return jobs_pb2.ReleaseJobResponse(job=wire.encode_job(view))
+        view = await self._job(context, m.ReleaseJob(request.job_id, request.array))
+        return jobs_pb2.ReleaseJobResponse(job=wire.encode_job(view), jobs=view.changed)
 
     async def RequeueJob(
         self, request: jobs_pb2.RequeueJobRequest, context: Context
     ) -> jobs_pb2.RequeueJobResponse:
-        body = m.RequeueJob(request.job_id, request.abandon_unreachable_checkpoints)
-        view = await self._job(context, body)
-        return jobs_pb2.RequeueJobResponse(job=wire.encode_job(view))
+        abandon = request.abandon_unreachable_checkpoints
+        view = await self._job(context, m.RequeueJob(request.job_id, abandon, request.array))
+        return jobs_pb2.RequeueJobResponse(job=wire.encode_job(view), jobs=view.changed)
 
     async def ExplainJob(
         self, request: jobs_pb2.ExplainJobRequest, context: Context

@@ -17,6 +17,7 @@ from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
+TALLY = ("trials", "running", "waiting", "held", "over")  # of an array, as `Array.tally` has it
 STUCK_PIDS_MAX = 16  # of an attempt; as many as a person looks at
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -90,6 +91,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
         flexible_ms=_milliseconds(spec.flexible) if spec.HasField("flexible") else 0,
         deadline_unix_ms=_deadline(spec),
         share_automatic=spec.share_automatic,
+        array=spec.array,
     )
 
 
@@ -128,6 +130,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
         deadline=_timestamp(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
         share_automatic=spec.share_automatic,
+        array=spec.array,
     )
 
 
@@ -160,6 +163,10 @@ def encode_job(view: model.JobView) -> types.Job:
         message.checkpoint.CopyFrom(encode_checkpoint(view.checkpoint))
     if view.progress is not None:
         message.progress.CopyFrom(wire_time.encode_progress(view.progress))
+    if view.trials is not None:
+        message.trial.CopyFrom(types.Trial(array_job_id=job.array_id, index=job.array_index))
+        for name, count in zip(TALLY, view.trials, strict=True):
+            setattr(message.trial, name, count)
     wire_time.add_accounts(message, view)
     return message
 

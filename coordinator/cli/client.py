@@ -36,10 +36,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
 from coordinator.cli.decoding import (
+    decode_attempt,
+    decode_change,
+    decode_event,
     decode_explanation,
     decode_fit,
     decode_node,
     decode_project,
+    decode_trial,
     said,
     time_of,
     word_of,
@@ -139,8 +143,9 @@ class Client:
                         failed.exit_code,
                     ) from error
                 raise failed from error
+            jobs = answer.jobs or 1  # an older coordinator does not say
             return values.Submission(
-                job_id=answer.job_id, request_id=request_id, reason=answer.reason
+                job_id=answer.job_id, request_id=request_id, reason=answer.reason, jobs=jobs
             )
 
     def job(self, job_id: int) -> values.Job:
@@ -148,9 +153,11 @@ class Client:
         request = jobs_pb2.GetJobRequest(job_id=job_id)
         return _job(self._call(self._jobs.GetJob, request).job)
 
-    def jobs(self, phases: list[str], project: str, limit: int) -> tuple[list[values.Job], bool]:
+    def jobs(
+        self, phases: list[str], project: str, limit: int, *, fold: bool = False
+    ) -> tuple[list[values.Job], bool]:
         """The newest `limit` jobs in one of `phases` (empty: any), newest first, and whether there
-        are more."""
+        are more; `fold`: of an array the newest trial alone."""
         found: list[values.Job] = []
         before_job_id = 0
         while len(found) < limit:
@@ -163,6 +170,7 @@ class Client:
                     project=project,
                     page_size=min(limit - len(found), JOBS_PAGE_SIZE_MAX),
                     before_job_id=before_job_id,
+                    fold_arrays=fold,
                 ),
             )
             found.extend(_job(job) for job in answer.jobs)
@@ -171,25 +179,27 @@ class Client:
                 return found[:limit], len(found) > limit
         return found[:limit], True
 
-    def cancel(self, job_id: int) -> values.Job:
-        """End a job for good."""
-        request = jobs_pb2.CancelJobRequest(job_id=job_id)
-        return _job(self._call(self._jobs.CancelJob, request).job)
+    def cancel(self, job_id: int, array: bool) -> "Changed":
+        """End a job, or all of its array, for good."""
+        request = jobs_pb2.CancelJobRequest(job_id=job_id, array=array)
+        return _changed(self._call(self._jobs.CancelJob, request), array)
 
-    def hold(self, job_id: int) -> values.Job:
+    def hold(self, job_id: int, array: bool) -> "Changed":
         """Keep a job from running."""
-        request = jobs_pb2.HoldJobRequest(job_id=job_id)
-        return _job(self._call(self._jobs.HoldJob, request).job)
+        request = jobs_pb2.HoldJobRequest(job_id=job_id, array=array)
+        return _changed(self._call(self._jobs.HoldJob, request), array)
 
-    def release(self, job_id: int) -> values.Job:
+    def release(self, job_id: int, array: bool) -> "Changed":
         """Put a held job back to its old place in the queue."""
-        request = jobs_pb2.ReleaseJobRequest(job_id=job_id)
-        return _job(self._call(self._jobs.ReleaseJob, request).job)
+        request = jobs_pb2.ReleaseJobRequest(job_id=job_id, array=array)
+        return _changed(self._call(self._jobs.ReleaseJob, request), array)
 
-    def requeue(self, job_id: int, abandon: bool) -> values.Job:
+    def requeue(self, job_id: int, array: bool, abandon: bool) -> "Changed":
         """Stop a job with its work saved and queue it again."""
-        request = jobs_pb2.RequeueJobRequest(job_id=job_id, abandon_unreachable_checkpoints=abandon)
-        return _job(self._call(self._jobs.RequeueJob, request).job)
+        request = jobs_pb2.RequeueJobRequest(
+            job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array
+        )
+        return _changed(self._call(self._jobs.RequeueJob, request), array)
 
     def explain(self, job_id: int) -> values.Explanation:
         """One sentence with numbers, and the figures of it."""
@@ -224,7 +234,7 @@ class Client:
             page = self._call(self._jobs.ListJobEvents, request).events
             if not page:
                 return
-            yield from map(_event, page)
+            yield from map(decode_event, page)
             after_sequence = page[-1].sequence
 
     def logs(
@@ -324,6 +334,19 @@ class Client:
 _UNSETTLED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 
+Changed = values.Job | values.ArrayChange
+_Changes = (
+    jobs_pb2.CancelJobResponse
+    | jobs_pb2.HoldJobResponse
+    | jobs_pb2.ReleaseJobResponse
+    | jobs_pb2.RequeueJobResponse
+)
+
+
+def _changed(answer: _Changes, array: bool) -> Changed:
+    return decode_change(answer.job, answer.jobs) if array else _job(answer.job)
+
+
 def _open_channel(settings: Settings) -> grpc.Channel:
     if not (settings.tls_cert and settings.tls_key and settings.tls_ca):
         return grpc.insecure_channel(settings.coordinator, options=_CHANNEL_OPTIONS)
@@ -370,6 +393,7 @@ def _spec_to_wire(spec: values.JobSpec) -> types_pb2.JobSpec:
         flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
         deadline=None if spec.deadline is None else _timestamp(spec.deadline),
         share_automatic=spec.share_automatic,
+        array=spec.array,
     )
 
 
@@ -416,6 +440,7 @@ def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
         flexible_ms=spec.flexible.ToMilliseconds(),
         deadline=time_of(spec, "deadline"),
         share_automatic=spec.share_automatic,
+        array=spec.array,
     )
 
 
@@ -426,13 +451,14 @@ def _job(job: types_pb2.Job) -> values.Job:
         phase=word_of(types_pb2.JobPhase, "JOB_PHASE_", job.phase),
         reason=job.reason,
         epoch=job.epoch,
-        attempts=[_attempt(attempt) for attempt in job.attempts],
+        attempts=[decode_attempt(attempt) for attempt in job.attempts],
         checkpoint=decode_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
         failures=job.failures,
         submit_time=time_of(job, "submit_time"),
         end_time=time_of(job, "end_time"),
         progress=_progress(job.progress) if job.HasField("progress") else None,
         accounting=values.Accounting.of(said(job, "accounting")),
+        trial=decode_trial(job),
     )
 
 
@@ -459,37 +485,4 @@ def decode_checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
             )
             for part in checkpoint.parts
         ],
-    )
-
-
-def _attempt(attempt: types_pb2.Attempt) -> values.Attempt:
-    return values.Attempt(
-        id=attempt.id,
-        epoch=attempt.epoch,
-        node=attempt.node,
-        gpu_uuids=list(attempt.gpu_uuids),
-        phase=word_of(types_pb2.AttemptPhase, "ATTEMPT_PHASE_", attempt.phase),
-        assign_time=time_of(attempt, "assign_time"),
-        start_time=time_of(attempt, "start_time"),
-        end_time=time_of(attempt, "end_time"),
-        exit_code=said(attempt, "exit_code"),
-        signal=said(attempt, "signal"),
-        reason=attempt.reason,
-        restored_step=said(attempt, "restored_step"),
-        replica_node=attempt.replica_node,
-        accounting=values.Accounting.of(said(attempt, "accounting")),
-        rank=attempt.rank,
-        trace_id=attempt.trace_id,
-    )
-
-
-def _event(event: types_pb2.JobEvent) -> values.JobEvent:
-    return values.JobEvent(
-        job_id=event.job_id,
-        sequence=event.sequence,
-        time=time_of(event, "time"),
-        name=event.name,
-        attempt=event.attempt,
-        node=event.node,
-        message=event.message,
     )

@@ -8,11 +8,13 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
+from coordinator.cli.settings import CommandFailed
 from protos.baton.v1 import jobs_pb2, types_pb2
 
 
@@ -34,6 +36,22 @@ def time_of(message: Message, field: str) -> datetime | None:
 
 def said(message: Message, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
+
+
+def decode_trial(job: types_pb2.Job) -> values.Trial | None:
+    return None if (told := said(job, "trial")) is None else msgspec.convert(
+        told, values.Trial, from_attributes=True
+    )  # fmt: skip
+
+
+def decode_change(job: types_pb2.Job, jobs: int) -> values.ArrayChange:
+    """Of what was asked of a whole array. Raises `CommandFailed`."""
+    trial = decode_trial(job)
+    if trial is None:
+        raise CommandFailed(
+            f"only job {job.id} was changed: the coordinator knows no arrays; is it older?"
+        )
+    return values.ArrayChange(array_job_id=trial.array_job_id, trials=trial.trials, jobs=jobs)
 
 
 def decode_explanation(job_id: int, answer: jobs_pb2.ExplainJobResponse) -> values.Explanation:
@@ -205,4 +223,37 @@ def decode_node(node: types_pb2.Node) -> values.Node:
         or "own",
         power=word_of(types_pb2.NodePower, "NODE_POWER_", node.power),
         power_since=time_of(node, "power_since"),
+    )
+
+
+def decode_event(event: types_pb2.JobEvent) -> values.JobEvent:
+    return values.JobEvent(
+        job_id=event.job_id,
+        sequence=event.sequence,
+        time=time_of(event, "time"),
+        name=event.name,
+        attempt=event.attempt,
+        node=event.node,
+        message=event.message,
+    )
+
+
+def decode_attempt(attempt: types_pb2.Attempt) -> values.Attempt:
+    return values.Attempt(
+        id=attempt.id,
+        epoch=attempt.epoch,
+        node=attempt.node,
+        gpu_uuids=list(attempt.gpu_uuids),
+        phase=word_of(types_pb2.AttemptPhase, "ATTEMPT_PHASE_", attempt.phase),
+        assign_time=time_of(attempt, "assign_time"),
+        start_time=time_of(attempt, "start_time"),
+        end_time=time_of(attempt, "end_time"),
+        exit_code=said(attempt, "exit_code"),
+        signal=said(attempt, "signal"),
+        reason=attempt.reason,
+        restored_step=said(attempt, "restored_step"),
+        replica_node=attempt.replica_node,
+        accounting=values.Accounting.of(said(attempt, "accounting")),
+        rank=attempt.rank,
+        trace_id=attempt.trace_id,
     )

@@ -64,6 +64,7 @@ class JobFile(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     hold: bool | UnsetType = UNSET
     keep_checkpoints: Int32 | UnsetType = UNSET
     deadline: str | UnsetType = UNSET
+    array: str | UnsetType = UNSET
 
 
 def read(path: Path) -> JobFile:
@@ -165,6 +166,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         flexible_ms=0 if job.flexible is UNSET else _duration_ms("flexible", job.flexible),
         deadline=None if job.deadline is UNSET else _deadline(job.deadline),
         share_automatic=automatic,
+        array=_or(job.array, ""),
     )
 
 

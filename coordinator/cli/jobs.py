@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coordinator.cli import goodput, units
+from coordinator.cli import arrays, goodput, units
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
@@ -28,7 +28,7 @@ from coordinator.cli.settings import JOB_ID, common_options, connect, settings_o
 from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
-    from coordinator.cli.client import Client
+    from coordinator.cli.client import Changed, Client
     from coordinator.cli.values import Attempt, Checkpoint, Job
 
 OPEN_PHASES = ("queued", "held", "active", "cancelling")
@@ -92,15 +92,24 @@ _EVENT_COLUMNS = (
     show_default=True,
     help="At most this many.",
 )
+@click.option("--trials", is_flag=True, help="A line for each trial of an array.")
 @common_options
 @click.pass_context
 def jobs(
-    context: click.Context, everything: bool, project: str, phases: tuple[str, ...], limit: int
+    context: click.Context,
+    /,
+    *,
+    everything: bool,
+    project: str,
+    phases: tuple[str, ...],
+    limit: int,
+    trials: bool,
 ) -> None:
     """List jobs, newest first. `baton ps` is the same.
 
     Shows all open jobs and the 20 newest that have ended. STEP is the step reached of all steps,
-    where the trainer says so. AGE is the time since submission. With --json: one list.
+    where the trainer says so. AGE is the time since submission. An array is one line, and its STEP
+    the trials that are over of all. With --json: one list, of all trials as well.
 
     \b
     Example:
@@ -110,20 +119,28 @@ def jobs(
     """
     if everything and phases:
         raise click.UsageError("--all and --phase contradict each other: give one of them")
+    fold = not (trials or settings_of(context).as_json)
     with connect(context) as client:
         if everything or phases:
-            found, more = client.jobs(list(phases), project, limit)
+            found, more = client.jobs(list(phases), project, limit, fold=fold)
         else:
-            found, more = client.jobs(list(OPEN_PHASES), project, limit)
+            found, more = client.jobs(list(OPEN_PHASES), project, limit, fold=fold)
             room = min(ENDED_SHOWN, limit - len(found))
             if room:
-                found += client.jobs(list(ENDED_PHASES), project, room)[0]
+                found += client.jobs(list(ENDED_PHASES), project, room, fold=fold)[0]
+                found = arrays.once(found) if fold else found
                 found.sort(key=lambda job: job.id, reverse=True)
     if settings_of(context).as_json:
         write_json(found)
     else:
         now = datetime.now(UTC)
-        write_table(_LIST_COLUMNS, [_row(job, now) for job in found])
+        write_table(
+            _LIST_COLUMNS,
+            [
+                arrays.row(job, job.trial, now) if fold and job.trial else _row(job, now)
+                for job in found
+            ],
+        )
     if more:
         write_notice(f"there are more than {limit} such jobs; see --limit")
 
@@ -152,24 +169,35 @@ def job(context: click.Context, job_id: int) -> None:
         write_job(found, datetime.now(UTC))
 
 
-def _verb(name: str, call: "Callable[[Client, int], Job]", help_text: str) -> click.Command:
+_ARRAY = click.option("--array", is_flag=True, help="All trials of the array of which JOB is one.")
+
+
+def _verb(
+    name: str, call: "Callable[[Client, int, bool], Changed]", help_text: str
+) -> click.Command:
     """One command that takes a job and shows what became of it."""
 
     @click.command(name, help=help_text)
     @click.argument("job_id", metavar="JOB", type=JOB_ID)
+    @_ARRAY
     @common_options
     @click.pass_context
-    def command(context: click.Context, job_id: int) -> None:
-        _show_change(context, lambda client: call(client, job_id))
+    def command(context: click.Context, job_id: int, array: bool) -> None:
+        _show_change(context, lambda client: call(client, job_id, array))
 
     return command
 
 
-def _show_change(context: click.Context, call: "Callable[[Client], Job]") -> None:
+def _show_change(context: click.Context, call: "Callable[[Client], Changed]") -> None:
+    from coordinator.cli.values import ArrayChange
+
     with connect(context) as client:
         changed = call(client)
     if settings_of(context).as_json:
         write_json(changed)
+        return
+    if isinstance(changed, ArrayChange):
+        write_sentence(arrays.changed(str(context.info_name), changed))
         return
     tail = f"; {changed.reason}" if changed.reason else ""
     write_sentence(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
@@ -177,7 +205,7 @@ def _show_change(context: click.Context, call: "Callable[[Client], Job]") -> Non
 
 cancel = _verb(
     "cancel",
-    lambda client, job_id: client.cancel(job_id),
+    lambda client, job_id, array: client.cancel(job_id, array),
     """End JOB for good.
 
     A queued job ends at once. An active one gets its stop signal and its grace to save and leave.
@@ -185,11 +213,13 @@ cancel = _verb(
     \b
     Example:
       baton cancel 12
+      baton cancel 12_3           (the trial with index 3 of array 12)
+      baton cancel --array 12
     """,
 )
 hold = _verb(
     "hold",
-    lambda client, job_id: client.hold(job_id),
+    lambda client, job_id, array: client.hold(job_id, array),
     """Keep JOB from running until `baton release`.
 
     An active job is checkpointed and stopped first.
@@ -201,7 +231,7 @@ hold = _verb(
 )
 release = _verb(
     "release",
-    lambda client, job_id: client.release(job_id),
+    lambda client, job_id, array: client.release(job_id, array),
     """Put a held JOB back to its old place in the queue.
 
     \b
@@ -218,9 +248,10 @@ release = _verb(
     is_flag=True,
     help="Give up checkpoints that lie only on lost nodes, and go on from the newest within reach.",
 )
+@_ARRAY
 @common_options
 @click.pass_context
-def requeue(context: click.Context, job_id: int, abandon: bool) -> None:
+def requeue(context: click.Context, job_id: int, abandon: bool, array: bool) -> None:
     """Run JOB again from its last checkpoint.
 
     An active job is checkpointed, stopped and queued again; one that has ended, or is quarantined,
@@ -231,7 +262,7 @@ def requeue(context: click.Context, job_id: int, abandon: bool) -> None:
       baton requeue 12
       baton requeue --abandon 12
     """
-    _show_change(context, lambda client: client.requeue(job_id, abandon))
+    _show_change(context, lambda client: client.requeue(job_id, array, abandon))
 
 
 @click.command()
@@ -410,6 +441,9 @@ def _request(job: "Job") -> str:
         wishes.append(f"may wait {units.format_duration(spec.flexible_ms)}")
     if spec.deadline is not None:
         wishes.append(f"ended by {spec.deadline.isoformat(sep=' ', timespec='minutes')}")
+    if job.trial is not None:
+        of = f"trial {job.trial.index} of array {arrays.name_of(job, job.trial)}"
+        wishes.append(f"{of}, of which {arrays.standing(job.trial)}")
     return ", ".join(wishes)
 
 

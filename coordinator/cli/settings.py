@@ -10,10 +10,12 @@ needs mutual TLS, and is refused without it before a byte is sent.
 """
 
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 
@@ -37,10 +39,24 @@ TIMEOUT_S_MAX = 86_400.0
 JOB_ID_MAX = 2**63 - 1
 
 
+class TrialName(NamedTuple):
+    """A trial by its index in the array whose first job is `array_id`: `12_3`, as Slurm has it."""
+
+    array_id: int
+    array_index: int
+
+
 class JobId(click.IntRange):
-    """click says of what is none: "not a valid job number"."""
+    """click says of what is none: "not a valid job number". Python would take `12_3` for 123."""
 
     name = "job number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if named := re.fullmatch("([0-9]{1,18})_([0-9]{1,9})", str(value)):
+            return TrialName(int(named[1]), int(named[2]))
+        if "_" in str(value):
+            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 JOB_ID = JobId(1, JOB_ID_MAX)
@@ -192,8 +208,35 @@ def _json_option() -> Callable[[_Decorated], _Decorated]:
     )
 
 
-def common_options(function: _Decorated) -> _Decorated:
-    """Give a command the options that all commands have."""
+def common_options(command: _Decorated) -> _Decorated:
+    """Give a command the options that all commands have; a trial's name becomes its job's id."""
+
+    @wraps(command)
+    def function(*arguments: Any, **named: Any) -> Any:
+        if isinstance(named.get("job_id"), TrialName):
+            named["job_id"] = _trial_id(click.get_current_context(), named["job_id"])
+        return command(*arguments, **named)
+
+    return _with_options(cast("_Decorated", function))
+
+
+def _trial_id(context: click.Context, name: TrialName) -> int:
+    """Ids of trials follow one another in the order of their indices."""
+    from coordinator.core import arrays
+
+    with connect(context) as client:
+        first = client.job(name.array_id)
+    if first.trial is None or first.trial.array_job_id != first.id:
+        raise CommandFailed(f"job {first.id} is not the first of an array; give a job number")
+    indices = arrays.parse(first.spec.array).indices
+    if name.array_index not in indices:
+        raise CommandFailed(
+            f"array {first.id} is {first.spec.array}; it has no index {name.array_index}"
+        )
+    return first.id + indices.index(name.array_index)
+
+
+def _with_options(function: _Decorated) -> _Decorated:
     for option in [_json_option(), *reversed(_connection_options(hidden=True))]:
         function = option(function)
     return function

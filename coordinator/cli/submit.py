@@ -27,6 +27,7 @@ from coordinator.cli.settings import (
     connect,
     settings_of,
 )
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -130,6 +131,7 @@ Example:
   baton submit --gpus 1 --trainer finetune --config finetune.toml
   baton submit --ranks 4 --gpus 1 -- python train_ddp.py
   baton submit --share-gpu 8GiB -- python evaluate.py
+  baton submit --array 0-99%8 --gpus 1 -- python train.py --seed {index}
 
 The command is run as given, without a shell, in the directory where you stand now; that
 directory must exist on the node too. Relative paths are taken from there.
@@ -147,8 +149,8 @@ A job file has the keys of the options, with underscores, and flags override it:
   env = { WANDB_MODE = "offline" }
 
 The others are project, trainer, config (a path or a table), workdir, ranks, memory, signal,
-share_gpu, flexible, deadline, max_restarts, run_again_exit_codes, replication, slurm_env, hold and
-keep_checkpoints.
+share_gpu, flexible, deadline, max_restarts, run_again_exit_codes, replication, slurm_env, hold,
+keep_checkpoints and array.
 
 With --follow, the job's output goes to stdout, Baton's own remarks to stderr, and the exit
 status is 0 only if the job succeeds. With --json and --follow: one line for the submission,
@@ -200,6 +202,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     type=_Time(),
     help="When it should have ended: 6h from now, or 2026-11-30T09:00. From when it must run for "
     "that, which is known of a training that says its steps, it goes first in its class.",
+)
+@click.option(
+    "--array",
+    metavar="INDICES",
+    help="A job for each index, as Slurm has it: 0-99%8 is a hundred, of which at most 8 run at "
+    "once; 1,3,8-16:4. {index} in the command stands for it, and BATON_ARRAY_INDEX is set to it.",
 )
 @click.option("--memory", type=_Size(), help="Host memory set aside for the job: 64GiB.")
 @click.option(
@@ -299,10 +307,17 @@ def submit(
     if job_file is not None:
         wanted = jobfile.overlay(jobfile.read(job_file), wanted)
     spec = jobfile.to_spec(wanted, here())
+    if spec.array and follow:
+        raise click.UsageError("--follow shows one job; follow a trial: baton logs -f JOB_INDEX")
     as_json = settings_of(context).as_json
     with connect(context) as client:
         submission = client.submit(share.with_size(client, spec), request_id)
         sentence = f"job {submission.job_id} submitted"
+        if spec.array:
+            last_id = submission.job_id + submission.jobs - 1
+            count = quantity(submission.jobs, "trial")
+            first_id = submission.job_id
+            sentence = f"array {first_id} submitted: {count}, jobs {first_id} to {last_id}"
         if submission.reason:
             sentence += f"; {submission.reason}"
         if as_json:

@@ -44,6 +44,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     flexible_ms: int = 0
     deadline: datetime | None = None
     share_automatic: bool = False
+    array: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +156,27 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     trace_id: str = ""
 
 
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """A job's place in an array, whose first trial is job `array_job_id`; and how many trials it
+    has, and how many of them run, wait, are held and are over."""
+
+    array_job_id: int
+    index: int
+    trials: int
+    running: int
+    waiting: int
+    held: int
+    over: int
+
+
+class ArrayChange(msgspec.Struct, frozen=True, kw_only=True):
+    """For how many of the trials of an array a verb was carried out."""
+
+    array_job_id: int
+    trials: int
+    jobs: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job; in lists with its newest attempt only (of a gang all ranks of it), and without
     accounts."""
@@ -171,6 +193,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     end_time: datetime | None
     progress: Progress | None
     accounting: Accounting | None
+    trial: Trial | None = None
 
 
 class GpuDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -321,12 +344,14 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that is durable. `reason` says why it does not start at once; empty when nothing is
-    known against it."""
+    """A job that is durable, or `jobs` trials of an array, the first of which is `job_id`; the
+    others' ids follow it. `reason` says why it does not start at once; empty when nothing is known
+    against it."""
 
     job_id: int
     request_id: str
     reason: str
+    jobs: int = 1
 
 
 class ExpectedStart(msgspec.Struct, frozen=True, kw_only=True):

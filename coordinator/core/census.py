@@ -33,9 +33,11 @@ class Shares:
 class Census:
     """Numbers of things by what they are; what there could be is there with a zero, but for types
     of GPUs. `waiting_s`: how long the job that was queued first has been queued; `None` when none
-    is. Ended jobs and attempts are counted as long as they are kept."""
+    is. `queued` are those that wait for room, and not for others of their array. Ended jobs and
+    attempts are counted as long as they are kept."""
 
     jobs: tuple[tuple[tuple[JobClass, JobPhase], int], ...]
+    queued: tuple[tuple[JobClass, int], ...]
     attempts: tuple[tuple[AttemptPhase, int], ...]
     nodes: tuple[tuple[tuple[NodePhase, NodeIntent], int], ...]
     powers: tuple[tuple[Power, int], ...]
@@ -53,6 +55,7 @@ def census(state: State, unix_ms: int) -> Census:
     """The state as it is; one step for each job, attempt and GPU."""
     # By the values of enumerations: their members are hashed by a function in Python.
     jobs = Counter((job.spec.job_class._value_, job.phase._value_) for job in state.jobs.values())
+    queued = Counter(state.jobs[job_id].spec.job_class._value_ for job_id in state.queued)
     attempts = Counter(attempt.phase._value_ for attempt in state.attempts.values())
     lives = state.nodes.values()
     nodes = Counter(
@@ -67,6 +70,7 @@ def census(state: State, unix_ms: int) -> Census:
             for one in CLASS_ORDER
             for phase in JobPhase
         ),
+        tuple((one, queued[one.value]) for one in CLASS_ORDER),
         tuple((phase, attempts[phase.value]) for phase in AttemptPhase),
         tuple(
             ((phase, intent), nodes[phase.value, intent.value])

@@ -18,6 +18,7 @@ from coordinator.core import (
     projects,
     reserved,
     standby,
+    trials,
 )
 from coordinator.core import needs as queue_of
 from coordinator.core.explanations import ExpectedStart, Explanation
@@ -34,13 +35,13 @@ WAITING_MAX = 1_000
 def explain(state: State, now: Instant, job: Job) -> Explanation:
     """The sentence, and the figures in it."""
     sentence = _reason(state, now, job)
-    if job.phase is JobPhase.QUEUED:
+    if job.id in state.queued:
         starting = coming.coming(state, now, job)
         # Who has to run now for a deadline is urgent, whatever he said before.
         patience = "" if job.id in deadlines.late(state) else flexible.describe(job, now.unix_ms)
         sentence += patience + (f"; {starting}" if starting else "")
     sentence += deadlines.describe(state, now, job)
-    if job.phase is JobPhase.QUEUED and not queue_of.blocked(state, now, job):
+    if job.id in state.queued and not queue_of.blocked(state, now, job):
         return _outlook(state, now, job, sentence)
     attempt = state.current(job)
     runs = job.phase is JobPhase.ACTIVE and attempt is not None
@@ -71,7 +72,11 @@ def _outlook(state: State, now: Instant, job: Job, sentence: str) -> Explanation
     kept = kept_from(need, reserved.keeps(state, now))
     sentence += reserved.outlook(state, now, job)
     found = None
-    ends_ms = foresight.ends(state, now)
+    ends_ms = {
+        whole: at_ms
+        for whole, at_ms in foresight.ends(state, now).items()
+        if not trials.followed(state, whole, job)
+    }
     back_ms = {
         whole: at_ms
         for whole, at_ms in projects.gives_back_ms(state, now, tenancy, job).items()
@@ -107,6 +112,8 @@ def _reason(state: State, now: Instant, job: Job) -> str:
     aside = poison.describe(state, job)
     tail = f"; {aside}" if aside and "set aside" not in reason else ""
     if job.phase is JobPhase.QUEUED:
+        if job.id not in state.queued:  # of its array; and then it may not be able to, either
+            reason = queue_of.blocked(state, now, job) or reason
         return f"job {job.id} waits: {reason}{tail}"
     if job.phase is JobPhase.HELD:
         if job.trouble is not None and job.trouble.quarantined:

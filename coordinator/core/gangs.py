@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.core import (
+    arrays,
     checkpoints,
     claims,
     costs,
@@ -99,7 +100,7 @@ def start_order(state: State, attempt: Attempt) -> StartAttempt:
     job = state.jobs[attempt.job_id]
     return StartAttempt(
         attempt.id,
-        job.spec,
+        arrays.launched(job),
         attempt.gpu_uuids,
         checkpoints.candidates(state, job, attempt.node),
         checkpoints.replica_target(state, attempt),

@@ -8,14 +8,16 @@ known (`foresight.py`): it is held for certain until then, and not after. Of one
 the age is known, and that is all: jobs whose lives differ by orders of magnitude are as likely to
 last as long again as not, so after `k` more it is there with the chance `age / (age + k)` (as
 `reservations.py` takes it; for a Pareto tail of index one it is exact). What is reserved for a job
-that waits is taken by it when it comes free.
+that waits is taken by it when it comes free, and what a trial leaves by those of its array that are
+behind it: until they are over, as long as its last trials took, what they are on is nobody else's
+(`trials.py`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.core import foresight
+from coordinator.core import foresight, trials
 from coordinator.core.demand_history import MINUTE_MS, Series, matches
 from coordinator.core.demand_messages import HeldAhead
 from coordinator.core.model import Attempt
@@ -33,13 +35,15 @@ LOOKS_MIN: Final = (1, 2, 5, 10, 20, 30, 60, 120, 240, 480, 960, 1_440, 2_880, 5
 @dataclass(frozen=True, slots=True)
 class _Holder:
     """`end_ms`: when it leaves, in milliseconds from now; `None`: nobody knows, but it is `age_ms`
-    old. `kept_ratio` of its GPUs are reserved for somebody else until `kept_ms` from now."""
+    old. `kept_ratio` of its GPUs are reserved for somebody else until `kept_ms` from now; others of
+    its array are expected to follow it for `refill_ms`."""
 
     gpus: float
     end_ms: int | None
     age_ms: int
     kept_ratio: float
     kept_ms: int
+    refill_ms: int
 
 
 def held_ahead(
@@ -105,10 +109,11 @@ def after_ms(freed: Sequence[tuple[int, float]], gpus: float) -> int | None:
 
 def _chances(holder: _Holder, ahead_ms: int) -> tuple[float, float]:
     """For certain, and with which chance, of each of its GPUs."""
+    left_ms = max(0, ahead_ms - holder.refill_ms)
     if holder.end_ms is None:
-        stays, likely = 0.0, holder.age_ms / (holder.age_ms + ahead_ms)
+        stays, likely = 0.0, holder.age_ms / (holder.age_ms + left_ms)
     else:
-        stays = likely = float(holder.end_ms > ahead_ms)
+        stays, likely = float(holder.end_ms > ahead_ms), float(holder.end_ms > left_ms)
     if holder.kept_ms > ahead_ms:
         stays += (1.0 - stays) * holder.kept_ratio
     likely += (1.0 - likely) * holder.kept_ratio
@@ -125,7 +130,7 @@ def _holders(
         for place in reservation.places
         for uuid in place.gpu_uuids
     }
-    found = []
+    found, refills = [], trials.refills(state, now)
     for attempt_id in list(state.demand_history.counted.held)[::every]:
         job_id, counts = state.demand_history.counted.held[attempt_id]
         attempt = state.attempts.get(attempt_id)
@@ -136,8 +141,10 @@ def _holders(
         end_ms = _end_ms(state, now, attempt)
         age_ms = max(AGE_MS_MIN, now.unix_ms - attempt.assigned_unix_ms)
         ratio = len(kept) / len(attempt.gpu_uuids)
+        refill = refills.get(state.jobs[job_id].array_id, trials.NO_REFILL)
+        refill_ms = refill.lasts_ms(age_ms + (end_ms or 0))
         for series, gpus in mine:
-            holder = _Holder(gpus * every, end_ms, age_ms, ratio, min(kept, default=0))
+            holder = _Holder(gpus * every, end_ms, age_ms, ratio, min(kept, default=0), refill_ms)
             found.append((series.gpu_type, holder))
     return found
 

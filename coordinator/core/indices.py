@@ -9,6 +9,7 @@ and the few kinds of nodes that there are.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from coordinator.core.arrays import Arrays
 from coordinator.core.capacity_model import Power
 from coordinator.core.keeps import Keep
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
@@ -33,7 +34,8 @@ class Indices:
     attempts of which it is known what sharing a GPU cost them (`coruns.py`), and `lessons` and
     `alone` are what follows from them; None until it is asked for. `seen`: likewise of all other
     attempts, and when that was. `sharers` are those that share a GPU, and `refusals` who of them is
-    no company for whom (`company.py`), as long as nothing of that has changed."""
+    no company for whom (`company.py`), as long as nothing of that has changed. `arrays`: their
+    trials, and who of them is behind."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Indices:
     refused_ms: int = 0
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=Arrays)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
 
     def put_node(self, node: Node) -> None:

@@ -2,19 +2,22 @@
 
 Every answer is a value: a refusal is an answer too, with a sentence that says what to change.
 Submission is idempotent by the caller's request id, so a client that lost the answer may ask again
-and gets the same job.
+and gets the same job. An array (`arrays.py`) is made within one event, so all of its trials become
+durable together; its first one stands for it.
 """
 
 from dataclasses import replace
 
 from coordinator.core import (
     accounting,
+    arrays,
     attempts,
     checkpoints,
     deadlines,
     outcomes,
     retention,
     trainer_keys,
+    trials,
 )
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
@@ -47,7 +50,8 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
         return _invalid(f"request_id is longer than {REQUEST_ID_CHARACTERS_MAX} characters")
     known = state.requests.get(body.request_id) if body.request_id else None
     if known is not None:
-        return Submitted(known, state.wait_reason(state.jobs[known]))
+        job = state.jobs[known]
+        return Submitted(known, state.wait_reason(job), len(_indices(job.spec)))
     spec = _named(body.spec)
     # One node of each kind stands for all; ranks of a gang are counted over all nodes.
     names = state.nodes if spec.ranks > 1 else map(next, map(iter, state.indices.kinds.values()))
@@ -58,7 +62,8 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     if sentence:
         return _invalid(sentence)
     open_count = len(state.jobs) - len(state.ended)
-    if open_count >= JOBS_OPEN_MAX:
+    indices = _indices(spec)
+    if open_count + len(indices) > JOBS_OPEN_MAX:
         limit = (
             f"{quantity(open_count, 'job is', 'jobs are')} open and {JOBS_OPEN_MAX} is the limit"
         )
@@ -66,17 +71,34 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
             RefusalKind.EXHAUSTED, f"{limit}; cancel some, or wait until some have ended"
         )
     _forget_oldest(state)
-    state.last_job_id += 1
+    job = _make(state, now, replace(body, spec=spec), indices)
+    reason = job.reason or ("" if fleet else "no node has joined the fleet yet")
+    warning = deadlines.warning(state, now, job) if fleet else ""
+    return Submitted(job.id, "; ".join(filter(None, (reason, warning))), len(indices))
+
+
+def _indices(spec: JobSpec) -> tuple[int, ...]:
+    return arrays.parse(spec.array).indices if spec.array else (0,)
+
+
+def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) -> Job:
+    """One, or the trials of an array, under ids that follow one another; returns the first."""
+    spec, first_id = body.spec, state.last_job_id + 1
+    array_id = first_id if spec.array else 0
     phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
     reason = "submitted on hold; `baton release` lets it start" if spec.hold else ""
     intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
-    job = Job(state.last_job_id, spec, phase, now.unix_ms, body.request_id, intent, reason)
-    state.put_job(job)
-    state.tell(now.unix_ms, job.id, "job.submitted", reason or f"{spec.job_class.value} job")
-    if not fleet:
-        reason = reason or "no node has joined the fleet yet"
-    warning = deadlines.warning(state, now, job) if fleet else ""
-    return Submitted(job.id, "; ".join(filter(None, (reason, warning))))
+    first = Job(
+        first_id, spec, phase, now.unix_ms, body.request_id, intent, reason, array_id=array_id
+    )
+    for job_id, index in enumerate(indices, first_id):
+        # A request is known by its first job.
+        request_id = body.request_id if job_id == first_id else ""
+        state.put_job(replace(first, id=job_id, request_id=request_id, array_index=index))
+        what = f"trial {index} of array {first_id}" if array_id else "job"
+        state.tell(now.unix_ms, job_id, "job.submitted", reason or f"{spec.job_class.value} {what}")
+    state.last_job_id += len(indices)
+    return first
 
 
 def _named(spec: JobSpec) -> JobSpec:
@@ -94,6 +116,8 @@ def _forget_oldest(state: State) -> None:
 
 
 def cancel(state: State, now: Instant, body: CancelJob) -> Answer:
+    if body.array:
+        return trials.each(state, now, body, cancel)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
@@ -111,6 +135,8 @@ def cancel(state: State, now: Instant, body: CancelJob) -> Answer:
 
 
 def hold(state: State, now: Instant, body: HoldJob) -> Answer:
+    if body.array:
+        return trials.each(state, now, body, hold)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
@@ -128,6 +154,8 @@ def hold(state: State, now: Instant, body: HoldJob) -> Answer:
 
 
 def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
+    if body.array:
+        return trials.each(state, now, body, release)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
@@ -149,6 +177,8 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
 
 
 def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
+    if body.array:
+        return trials.each(state, now, body, requeue)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
@@ -210,11 +240,19 @@ def list_jobs(state: State, body: ListJobs) -> Answer:
         return _invalid(f"page_size is {size}; it must be between 1 and {PAGE_MAX}, or 0")
     before = body.before_job_id or state.last_job_id + 1
     page: list[JobView] = []
-    for job_id in sorted((known for known in state.jobs if known < before), reverse=True):
+    shown: dict[int, None] = {}
+    asked = (known for known in state.jobs if body.fold_arrays or known < before)
+    for job_id in sorted(asked, reverse=True):
         job = state.jobs[job_id]
         if body.phases and job.phase not in body.phases:
             continue
         if body.project and job.spec.project != body.project:
+            continue
+        if body.fold_arrays and job.array_id:
+            if job.array_id in shown:
+                continue
+            shown[job.array_id] = None  # on this page, or on one before
+        if job_id >= before:
             continue
         if len(page) == size:
             return JobPage(tuple(page), page[-1].job.id)
@@ -234,8 +272,10 @@ def view(state: State, job: Job, newest_only: bool = False) -> JobView:
         progress = state.progress.get(attempt.id)
         if progress is not None or attempt.phase not in ATTEMPT_ENDED:
             break
+    array = state.indices.arrays.of(job)
+    tally = None if array is None else array.tally()
     job = replace(job, reason=state.wait_reason(job))
-    return JobView(job, tuple(shown), good[0] if good else None, progress)
+    return JobView(job, tuple(shown), good[0] if good else None, progress, trials=tally)
 
 
 def accounted(state: State, now: Instant, answer: Answer) -> Answer:

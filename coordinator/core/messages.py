@@ -82,27 +82,34 @@ class ListJobs:
     project: str = ""
     page_size: int = 0
     before_job_id: int = 0
+    fold_arrays: bool = False  # of an array its newest trial alone
 
 
 @dataclass(frozen=True, slots=True)
 class CancelJob:
+    """`array`, here and below: the whole array of which the job is a trial."""
+
     job_id: int
+    array: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class HoldJob:
     job_id: int
+    array: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
     job_id: int
+    array: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RequeueJob:
     job_id: int
     abandon_unreachable_checkpoints: bool = False
+    array: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +452,11 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
+    """`jobs`: how many, of an array; the others' ids follow that of the first."""
+
     job_id: int
     reason: str
+    jobs: int = 1
 
 
 @dataclass(frozen=True, slots=True)

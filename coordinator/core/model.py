@@ -66,7 +66,7 @@ class JobSpec:
     `trainer` is set. `gpus` and `memory_bytes` are each rank's. With `shared_gpu_memory_bytes` its
     GPU is shared, of which it takes so much at most (`shares.py`); if `share_automatic`, only where
     that pays (`company.py`). `flexible_ms`: `flexible.py`. By `deadline_unix_ms` it wants to have
-    ended (`deadlines.py`); 0: whenever."""
+    ended (`deadlines.py`); 0: whenever. `array`: `arrays.py`; empty: it is one job."""
 
     name: str = ""
     project: str = "default"
@@ -93,6 +93,7 @@ class JobSpec:
     flexible_ms: int = 0
     deadline_unix_ms: int = 0
     share_automatic: bool = False
+    array: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ class Job:
     """`epoch` is the highest given out; `head` the digest of the last committed checkpoint, empty
     before the first. `failures` counts failures in a row without a commit further on, `yields`
     likewise for "run me again". `event_count` is the sequence of the job's newest history line.
-    `queued_unix_ms`: since when it waits for its next attempt; `None` before the first one."""
+    `queued_unix_ms`: since when it waits for its next attempt; `None` before the first one. Of a
+    trial `array_id` is the id of its array's first one; 0: it is none."""
 
     id: int
     spec: JobSpec
@@ -131,6 +133,8 @@ class Job:
     event_count: int = 0
     trouble: Trouble | None = None
     queued_unix_ms: int | None = None
+    array_id: int = 0
+    array_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,7 +437,8 @@ class NodeView:
 @dataclass(frozen=True, slots=True)
 class JobView:
     """A job as a reply shows it. `accounts` are its attempts' and `accounting` is their sum; a list
-    of jobs is shown without either."""
+    of jobs is shown without either. `trials`: `Array.tally` of a trial's array; `changed`: how many
+    jobs of it a verb was carried out for."""
 
     job: Job
     attempts: tuple[Attempt, ...] = ()
@@ -441,6 +446,8 @@ class JobView:
     progress: Progress | None = None
     accounts: tuple[Accounting, ...] = ()
     accounting: Accounting | None = None
+    trials: tuple[int, int, int, int, int] | None = None
+    changed: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from coordinator.core import (
     readings,
     reservations,
     reserved,
+    trials,
 )
 from coordinator.core import needs as queue_of
 from coordinator.core.offers import is_open, open_rooms
@@ -35,6 +36,7 @@ def decide(state: State, now: Instant) -> None:
     whole pass knows.
     """
     state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
+    trials.admit(state)
     decisions.note(state, now)
     decisions.forget(state, now)
     whole = state.dirty or _leaving(state) or bool(state.standing.promises)
@@ -51,6 +53,7 @@ def decide(state: State, now: Instant) -> None:
             needs.append(queue_of.need_of(state, now, job, tenancy.lent))
         if blocked and job.id in state.queued:  # and not one that still has to leave another place
             waits[job.id] = blocked
+            trials.step_back(state, now, job)
     if whole:
         reservations.review(state, now)
     # Nodes come and go, and report, far more often than somebody waits for them.

@@ -210,7 +210,7 @@ class State:
     def _index_job(self, job: Job) -> None:
         if job.request_id:
             self.requests[job.request_id] = job.id
-        if job.phase is JobPhase.QUEUED:
+        if not self.indices.arrays.put(job) and job.phase is JobPhase.QUEUED:
             self.queued[job.id] = None
         else:
             self.queued.pop(job.id, None)
@@ -224,6 +224,7 @@ class State:
         """An ended job leaves memory and store; its id is never given out again."""
         job = self.jobs.pop(job_id)
         self.ended.pop(job_id, None)
+        self.indices.arrays.drop(job)
         self.requests.pop(job.request_id, None)
         self.eligible_ms.pop(job_id, None)
         self.avoid.pop(job_id, None)
@@ -477,7 +478,8 @@ class State:
     def wait_reason(self, job: Job) -> str:
         if job.phase is not JobPhase.QUEUED:
             return job.reason
-        return self.waits.get(job.id) or job.reason or "it is looked at in the next round"
+        behind = self.indices.arrays.why_behind(job)
+        return behind or self.waits.get(job.id) or job.reason or "it is looked at in the next round"
 
 
 def _in_order(kept: list[Checkpoint], head: str) -> list[Checkpoint]:

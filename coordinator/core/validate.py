@@ -8,6 +8,7 @@ that is a wait reason of `placement.py`.
 import re
 from collections.abc import Iterable, Sequence
 
+from coordinator.core import arrays
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.sentences import quantity, some
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
@@ -45,7 +46,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def refuse_spec(spec: JobSpec) -> str:
     """A sentence that says what to change; empty when the job is well formed."""
-    for check in (_labels, _program, _environment, _request, _share, _deadline, _ending):
+    for check in (_labels, _program, _environment, _request, _share, _deadline, _ending, _array):
         sentence = check(spec)
         if sentence:
             return sentence
@@ -166,6 +167,14 @@ def _ending(spec: JobSpec) -> str:
     for code in spec.run_again_exit_codes:
         if not 1 <= code <= 255:
             return f"exit status {code} cannot mean 'run me again'; it must be between 1 and 255"
+    return ""
+
+
+def _array(spec: JobSpec) -> str:
+    try:
+        arrays.parse(spec.array or "0")
+    except ValueError as error:
+        return str(error)
     return ""
 
 

@@ -11,6 +11,8 @@ much of it was seen:
 - *Work* of a job that has ended is what it made, less what it made twice. One that still runs or
   waits needs the steps that its configuration says, or as long as jobs of its project typically
   do, and no less than it has had.
+- *Trials* that the limit of their array held back come when they began: in a trace that knows no
+  arrays, that is when their owner wanted them. Those that have not begun come when the records end.
 - *Restarts* take a job's own median of restoring and starting, or the fleet's.
 
 Left out are jobs that ask for no GPU, that ended or are held without having trained, and that no
@@ -25,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from coordinator.core import accounting, estimates, gpu_types, history, rates, workload
+from coordinator.core import accounting, arrays, estimates, gpu_types, history, rates, workload
 from coordinator.core.estimates import Knowledge, Measurement, Observation, Place
 from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobSpec, Snapshot
 from coordinator.core.options import Options
@@ -71,6 +73,7 @@ class _Story:
     steps: float | None
     restarts_s: Sequence[float]
     total_steps: int = 0
+    came_unix_ms: int = 0
 
     @property
     def total_s(self) -> float:
@@ -141,7 +144,7 @@ class _Recorder:
             model=_model(spec),
             project=spec.project,
             rank=CLASS_RANK[spec.job_class],
-            arrival_ms=max(0, job.submitted_unix_ms - begin_ms),
+            arrival_ms=max(0, story.came_unix_ms - begin_ms),
             restart_s=fleets if own is None else own,
         )
 
@@ -231,7 +234,16 @@ def _story(state: State, job: Job, type_of: Mapping[str, str], now_unix_ms: int)
     half = training.half if isinstance(training, Training) else halves(trained_s)
     measured = [measurement(place, rate, s, half=half) for place, rate, s in told]
     steps = float(reached) if reached else None
-    return _Story(job, gpus, half, trained_s, measured, steps, restarts_s, total_steps)
+    came = _came_unix_ms(state, job, now_unix_ms)
+    return _Story(job, gpus, half, trained_s, measured, steps, restarts_s, total_steps, came)
+
+
+def _came_unix_ms(state: State, job: Job, now_unix_ms: int) -> int:
+    limit = arrays.parse(job.spec.array).limit if job.array_id else 0
+    if not limit or job.id < job.array_id + limit:
+        return job.submitted_unix_ms
+    tries = state.attempts_of(job.id)
+    return tries[0].assigned_unix_ms if tries else now_unix_ms
 
 
 def _type_of(attempt: Attempt, type_of: Mapping[str, str]) -> str | None:

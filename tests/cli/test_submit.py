@@ -81,6 +81,7 @@ def test_a_reason_and_json(baton: Baton, fake: FakeCoordinator) -> None:
             "job_id": 12,
             "request_id": fake.requests[-1].request_id,
             "reason": "needs 8 GPUs",
+            "jobs": 1,
         }
 
 

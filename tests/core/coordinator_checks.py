@@ -52,6 +52,61 @@ def check_gang(state: State, job: Job) -> None:
     assert all(part.epoch == job.epoch for part in here)
 
 
+def limit_of(job: Job) -> int:
+    return int(job.spec.array.partition("%")[2] or 0)
+
+
+def check_arrays(state: State, written: Iterable[Job]) -> None:
+    """By what is durable no array runs more than its limit; those that wait for room count, and
+    whoever waits for his turn waits because there are as many, or because he could not start."""
+    jobs = list(written)
+    placed = Counter(
+        job.array_id
+        for job in jobs
+        if job.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING) or job.id in state.queued
+    )
+    for job in jobs:
+        limit = limit_of(job)
+        if not limit:
+            assert (job.phase is JobPhase.QUEUED) == (job.id in state.queued)
+            continue
+        assert placed[job.array_id] <= limit, f"{placed[job.array_id]} of array {job.array_id}"
+        if job.phase is JobPhase.QUEUED and job.id not in state.queued:
+            good = state.good_checkpoints(job)
+            could = not good or state.reachable(good[0])
+            assert placed[job.array_id] == limit or not could, f"job {job.id} is forgotten"
+
+
+def check_store(ours: State, theirs: State) -> None:
+    """What a restart from the store finds is what there was."""
+    assert theirs.jobs == ours.jobs
+    assert theirs.attempts == ours.attempts
+    assert theirs.job_attempts == ours.job_attempts
+    assert theirs.ledger == ours.ledger, "a restart finds that something else was used"
+    assert theirs.last_job_id == ours.last_job_id
+    assert theirs.parts == ours.parts
+    assert sorted(theirs.finish_ms) == sorted(ours.finish_ms)
+    assert theirs.ended == ours.ended
+    # Who of those that wait has a place of his array is decided in the first round.
+    free = [
+        {job_id: None for job_id in one.queued if not limit_of(one.jobs[job_id])}
+        for one in (theirs, ours)
+    ]
+    assert free[0] == free[1]
+    for array_id, array in ours.indices.arrays.by_id.items():
+        assert theirs.indices.arrays.by_id[array_id].tally() == array.tally()
+    assert theirs.requests == ours.requests
+    assert sorted(theirs.nodes) == sorted(ours.nodes)
+    for name, live in ours.nodes.items():
+        assert theirs.nodes[name].node == live.node
+        assert sorted(theirs.nodes[name].attempts) == sorted(live.attempts)
+        assert theirs.nodes[name].digests == live.digests
+    for job in ours.jobs.values():
+        assert theirs.good_checkpoints(job) == ours.good_checkpoints(job)
+        kept = sorted(ours.checkpoints.get(job.id, []), key=lambda c: c.digest)
+        assert sorted(theirs.checkpoints.get(job.id, []), key=lambda c: c.digest) == kept
+
+
 def check_index(state: State) -> None:
     """What is kept along the way is what a walk through everything finds."""
     pieces: dict[str, dict[int, int]] = {}

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 
 from coordinator.core import costs
 from coordinator.core.allocation import Aims
+from coordinator.core.arrays import parse
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import (
     AgentMessage,
@@ -68,11 +69,13 @@ from coordinator.core.validate import refuse_fleet
 from tests.core.coordinator_checks import (
     HEAD_MOVES,
     Moves,
+    check_arrays,
     check_gang,
     check_gpu,
     check_guaranteed,
     check_index,
     check_promises,
+    check_store,
 )
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
@@ -102,7 +105,9 @@ SPECS = st.builds(
 SHARES = st.sampled_from([8 * GIGABYTE, 20 * GIGABYTE, 70 * GIGABYTE])
 SHARED = {"shared_gpu_memory_bytes": SHARES, "share_automatic": st.sampled_from([False, True])}
 SHARING_SPECS = st.builds(replace, SPECS, gpus=st.just(1), ranks=st.just(1), **SHARED)
-ANY_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
+ARRAYS = st.sampled_from(["", "", "", "1-2", "0-2%1", "5-8%2"])
+_SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
+ANY_SPECS = st.builds(replace, _SPECS, array=ARRAYS)
 
 
 @dataclass
@@ -199,9 +204,10 @@ class Fleet(RuleBasedStateMachine):
     def submit(self, spec: JobSpec, kind: str, prompt: bool) -> None:
         """Each job twice, since the client asks again; `prompt`: the orders arrive at once."""
         last = self.state.last_job_id
-        if last == JOBS_MAX or not self.state.nodes:  # a fleet of nobody refuses nothing
+        if last >= JOBS_MAX or not self.state.nodes:  # a fleet of nobody refuses nothing
             return
         spec = replace(spec, gpu_types=(kind,) if kind and spec.gpus else ())
+        count = len(parse(spec.array or "0").indices)
         # What was forgotten and has not come back is no place for anybody.
         known = [node for node in self.nodes.values() if node.name in self.state.nodes]
         if refuse_fleet(spec, [(HOST, node.gpus) for node in known]):
@@ -210,13 +216,19 @@ class Fleet(RuleBasedStateMachine):
             return
         for _ in range(2):
             self.ask(Submit(spec, request_id=f"r{last}"))
-            assert self.state.last_job_id == last + 1, "an id was used twice, or a job made twice"
+            assert self.state.last_job_id == last + count, "an id used twice, or a job made twice"
         if prompt:
             self.flow()
 
-    @rule(job=JOBS, wish=st.sampled_from([CancelJob, HoldJob, ReleaseJob, RequeueJob]))
-    def wish(self, job: int, wish: type[CancelJob | HoldJob | ReleaseJob | RequeueJob]) -> None:
-        self.ask(wish(job))
+    @rule(
+        job=JOBS,
+        wish=st.sampled_from([CancelJob, HoldJob, ReleaseJob, RequeueJob]),
+        whole=st.sampled_from([False, False, True]),
+    )
+    def wish(
+        self, job: int, wish: type[CancelJob | HoldJob | ReleaseJob | RequeueJob], whole: bool
+    ) -> None:
+        self.ask(wish(job, array=whole))
         self.ask(RequeueJob(job, abandon_unreachable_checkpoints=True))
 
     @rule(
@@ -387,6 +399,10 @@ class Fleet(RuleBasedStateMachine):
             assert (good[0].digest if good else "") == job.head
 
     @invariant()
+    def no_more_trials_have_a_place_than_was_asked_for(self) -> None:
+        check_arrays(self.state, self.rig.disk.jobs.values())
+
+    @invariant()
     def a_gang_runs_whole_or_is_being_ended(self) -> None:
         for job in self.state.jobs.values():
             check_gang(self.state, job)
@@ -429,25 +445,7 @@ class Fleet(RuleBasedStateMachine):
     def the_store_tells_the_same(self) -> None:
         fresh = Coordinator(self.rig.options)
         fresh.load(self.rig.disk.snapshot(), self.rig.now_ms)
-        ours, theirs = self.state, fresh.state
-        assert theirs.jobs == ours.jobs
-        assert theirs.attempts == ours.attempts
-        assert theirs.job_attempts == ours.job_attempts
-        assert theirs.ledger == ours.ledger, "a restart finds that something else was used"
-        assert theirs.last_job_id == ours.last_job_id
-        assert theirs.parts == ours.parts
-        assert sorted(theirs.finish_ms) == sorted(ours.finish_ms)
-        assert (theirs.queued, theirs.ended) == (ours.queued, ours.ended)
-        assert theirs.requests == ours.requests
-        assert sorted(theirs.nodes) == sorted(ours.nodes)
-        for name, live in ours.nodes.items():
-            assert theirs.nodes[name].node == live.node
-            assert sorted(theirs.nodes[name].attempts) == sorted(live.attempts)
-            assert theirs.nodes[name].digests == live.digests
-        for job in ours.jobs.values():
-            assert theirs.good_checkpoints(job) == ours.good_checkpoints(job)
-            kept = sorted(ours.checkpoints.get(job.id, []), key=lambda c: c.digest)
-            assert sorted(theirs.checkpoints.get(job.id, []), key=lambda c: c.digest) == kept
+        check_store(self.state, fresh.state)
 
     def check_determinism(self) -> None:
         for then, again in self.rig.replayed():

@@ -42,12 +42,14 @@ class Fleet:
         return self.rig.core.state
 
     def submit(self, spec: JobSpec | None = None, total: int = 0, **asks: object) -> int:
-        """A job; with `total` it says how many steps it has."""
+        """A job, or an array, whose first one is returned; with `total` it says how many steps it
+        has."""
         spec = spec or JobSpec(command=("train",), gpus=1)
         spec = replace(spec, **asks)  # type: ignore[arg-type]
+        job_id = self.state.last_job_id + 1
         self.rig.handle(m.Request(1, m.Submit(spec)))
-        job_id = self.state.last_job_id
-        self.totals[job_id] = total
+        made = range(job_id, self.state.last_job_id + 1)
+        self.totals.update(dict.fromkeys(made, total))
         self.run(0)
         return job_id
 

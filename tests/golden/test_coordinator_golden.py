@@ -21,8 +21,9 @@ The scripts' language, a command a line (`#` begins a comment; values with blank
     submit gpus=1 class=spare type=H100 gpumemory=80 memory=64 name=x hold=yes replication=required
            restarts=3 grace=120000 request=r1 command="python train.py" trainer= project=
            keep=2 ranks=4 share=8 pays=yes steps=900 config='{"model": "m"}'
-           deadline=3600 (seconds after the script's begin)
-    cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   explain 1   job 1   jobs
+           deadline=3600 (seconds after the script's begin) array=0-5%2
+    cancel 1   hold 1   release 1   requeue 1 [abandon=yes]   (each: array=yes, all of it)
+    explain 1   job 1   jobs [fold=yes]
     checkpoints 1   pin 1 [digest=aaaaaa] [step=10]   unpin 1 [step=10]
     cordon n1   drain n1   uncordon n1   nodes
     quotas demo=48 beta=24             (a restart with these, in weighted GPU-hours a day)
@@ -284,6 +285,7 @@ def _spec(words: Words) -> JobSpec:
         shared_gpu_memory_bytes=int(words.get("share", 0)) * GIGABYTE,
         deadline_unix_ms=_deadline(words),
         share_automatic="pays" in words,
+        array=words.get("array", ""),
     )
 
 
@@ -331,14 +333,16 @@ def _exited(words: Words) -> AttemptExited:
 
 _REQUESTS: dict[str, Callable[[str, Words], RequestBody]] = {
     "submit": lambda _, words: Submit(_spec(words), words.get("request", "")),
-    "cancel": lambda name, _: CancelJob(int(name)),
-    "hold": lambda name, _: HoldJob(int(name)),
-    "release": lambda name, _: ReleaseJob(int(name)),
-    "requeue": lambda name, words: RequeueJob(int(name), "abandon" in words),
+    "cancel": lambda name, words: CancelJob(int(name), "array" in words),
+    "hold": lambda name, words: HoldJob(int(name), "array" in words),
+    "release": lambda name, words: ReleaseJob(int(name), "array" in words),
+    "requeue": lambda name, words: RequeueJob(int(name), "abandon" in words, "array" in words),
     "explain": lambda name, _: ExplainJob(int(name)),
     "job": lambda name, _: GetJob(int(name)),
     "jobs": lambda _, words: ListJobs(
-        page_size=int(words.get("size", 0)), before_job_id=int(words.get("before", 0))
+        page_size=int(words.get("size", 0)),
+        before_job_id=int(words.get("before", 0)),
+        fold_arrays="fold" in words,
     ),
     "checkpoints": lambda name, _: ListCheckpoints(int(name)),
     "pin": lambda name, words: PinCheckpoint(int(name), _choice(words)),

@@ -91,8 +91,8 @@ class Checkers:
 
     # --- answers to users -------------------------------------------------------------------------
 
-    def submitted(self, request_id: str, job_id: int) -> None:
-        """The coordinator has promised this job to a user."""
+    def submitted(self, request_id: str, job_id: int, jobs: int = 1) -> None:
+        """The coordinator has promised this job to a user, or an array of so many."""
         known = self.submitted_ids.setdefault(request_id, job_id)
         if known != job_id:
             self._fail(f"request {request_id} was given job {known} and then job {job_id}")
@@ -101,6 +101,9 @@ class Checkers:
         job = self.jobs.get(job_id)
         if job is None or job.request_id != request_id:
             self._fail(f"job {job_id} was acknowledged before it was durable")
+        there = [one for one in self.jobs.values() if job_id in (one.id, one.array_id)]
+        if len(there) != jobs:
+            self._fail(f"{jobs} jobs from {job_id} on were acknowledged, and {len(there)} are kept")
 
     # --- what became durable ----------------------------------------------------------------------
 
@@ -143,6 +146,8 @@ class Checkers:
     def _job(self, job: Job) -> None:
         old = self.jobs.get(job.id)
         self.jobs[job.id] = job
+        if job.array_id:
+            self._array(job)
         if old is None:
             return
         again = job.phase is JobPhase.QUEUED and job.id in self.requeued
@@ -155,8 +160,19 @@ class Checkers:
                 how = self.exits.get(attempt_id, "nothing")
                 if how != "exit 0 signal None":
                     self._fail(f"job {job.id} succeeded though {attempt_id} ended with {how}")
-        if job.phase is JobPhase.FAILED and job.request_id not in self.doomed:
+        if job.phase is JobPhase.FAILED and job.spec.name not in self.doomed:
             self._fail(f"job {job.id} has failed and could have run: {job.reason}")
+
+    def _array(self, job: Job) -> None:
+        """Of its trials as many have an attempt as its owner wants, and no more."""
+        limit = int(job.spec.array.partition("%")[2])
+        runs = [
+            one.id
+            for one in self.jobs.values()
+            if one.array_id == job.array_id and one.phase in (JobPhase.ACTIVE, JobPhase.CANCELLING)
+        ]
+        if len(runs) > limit:
+            self._fail(f"{runs} of array {job.array_id} run, and {limit} may")
 
     @staticmethod
     def _newest(job: Job) -> list[str]:

@@ -88,6 +88,11 @@ class Program:
     def share_automatic(self) -> bool:
         return self.picky and bool(self.shared_gpu_memory_bytes)
 
+    @property
+    def array(self) -> str:
+        """Every fifth is an array of four trials, of which two run at a time."""
+        return "0-3%2" if self.at_ms % 5 == 3 else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

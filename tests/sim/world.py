@@ -154,7 +154,7 @@ class World:
             self.fail(f"{request_id} was refused: {answer}")
             return
         self.trace(f"user {request_id} is job {answer.job_id}")
-        self.checkers.submitted(request_id, answer.job_id)
+        self.checkers.submitted(request_id, answer.job_id, answer.jobs)
 
     def _fleet_is_whole(self) -> bool:
         core = self.coordinator.core
@@ -290,6 +290,7 @@ def specify(wanted: Program, request_id: str) -> JobSpec:
         grace_ms=wanted.grace_ms,
         max_restarts=1_000,
         replication=Replication(wanted.replication),
+        array=wanted.array,
     )
 
 

@@ -195,3 +195,21 @@ def test_who_says_how_many_steps_there_are_is_as_long_as_that() -> None:
     )
     assert (open_.steps, ended.steps) == (50_000, 1_000)
     assert read((job(1, JobPhase.QUEUED), [told])).typical == 0
+
+
+def test_a_trial_that_its_arrays_limit_held_back_comes_when_it_began() -> None:
+    """Of four at two a time: the first two came with the array, the third began when one of them
+    had ended, and the fourth has not begun when the records end."""
+    phases = [JobPhase.SUCCEEDED] * 3 + [JobPhase.QUEUED]
+    trials = [
+        replace(job(n, phase, 100, spec(array="0-3%2")), array_id=1, array_index=n - 1)
+        for n, phase in enumerate(phases, start=1)
+    ]
+    runs = [[attempt(1, A, 110, 300)], [attempt(2, A, 120, 500)], [attempt(3, A, 420, 900)], []]
+    seen = read(*zip(trials, runs, strict=True), (done(9, 0), [attempt(9, B, 0, 60)]))
+    assert {one.job_id: one.arrival_ms for one in seen.jobs} == {
+        9: 0, 1: 100_000, 2: 100_000, 3: 420_000, 4: 1_320_000,
+    }  # fmt: skip
+    free = [replace(one, spec=spec(array="0-3")) for one in trials]
+    seen = read(*zip(free, runs, strict=True), (done(9, 0), [attempt(9, B, 0, 60)]))
+    assert [one.arrival_ms for one in seen.jobs if one.job_id < 9] == [100_000] * 4

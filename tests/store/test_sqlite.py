@@ -3,6 +3,7 @@ other versions, damage."""
 
 import errno
 import filecmp
+import json
 import os
 import shutil
 import sqlite3
@@ -12,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from coordinator.core.messages import AppendEvent, PutAttempt, PutJob, Record
-from coordinator.core.model import Attempt
+from coordinator.core.model import Attempt, JobSpec
 from coordinator.core.phases import AttemptPhase
 from coordinator.ports import StoreUnavailable
 from coordinator.store.queries import load_queries
@@ -344,3 +346,21 @@ async def test_our_own_mistake_is_not_called_unavailable(path: Path) -> None:
         with pytest.raises(sqlite3.OperationalError, match="no such table: events"):
             await store.commit(batch)
     assert (await read_all(SqliteWorld(path))).jobs == ()
+
+
+async def test_a_job_of_the_version_before_is_of_no_array(path: Path) -> None:
+    """Its document lacks what was added, and no row has to be written anew for that."""
+    kept = replace(job(1), spec=JobSpec(command=("train",), gpus=1))
+    await write_all(SqliteWorld(path), [PutJob(kept)])
+    with writing_by_hand(path) as shell:
+        (text,) = shell.execute("SELECT document FROM jobs").fetchone()
+        document = json.loads(text)
+        for name in ("array_id", "array_index"):
+            del document[name]
+        del document["spec"]["array"]
+        shell.execute("UPDATE jobs SET document = ?", (json.dumps(document),))
+    (found,) = (await read_all(SqliteWorld(path))).jobs
+    assert found == kept
+    trial = replace(kept, spec=replace(kept.spec, array="0-99%8"), array_id=1, array_index=7)
+    await write_all(SqliteWorld(path), [PutJob(trial)])
+    assert (await read_all(SqliteWorld(path))).jobs == (trial,)

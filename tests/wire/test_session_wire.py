@@ -133,6 +133,7 @@ SPEC = st.builds(
     keep_checkpoints=SMALL,
     ranks=st.integers(1, 2**31 - 1),
     deadline_unix_ms=st.integers(0, 253_402_300_799_999),
+    array=TEXT,
 )
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ORDER = st.one_of(

@@ -84,20 +84,27 @@ class SubmitResponse(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
+    """Of an array its first trial's, which stands for the array; the others' ids follow it without a
+    gap, in the order of their indices.
+    """
     reason: _builtins.str
     """Why it does not start at once, and that its deadline cannot be kept, where that is known
     already; otherwise empty.
     """
+    jobs: _builtins.int
+    """How many jobs there are of it: 1, or the trials of an array."""
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         reason: _builtins.str = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "jobs", b"jobs", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -150,12 +157,15 @@ class ListJobsRequest(_message.Message):
     PROJECT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     BEFORE_JOB_ID_FIELD_NUMBER: _builtins.int
+    FOLD_ARRAYS_FIELD_NUMBER: _builtins.int
     project: _builtins.str
     """Only this project; empty: all."""
     page_size: _builtins.int
     """1 to 1000; 0: 100."""
     before_job_id: _builtins.int
     """Only jobs with an id below this one (newest come first); 0: from the newest."""
+    fold_arrays: _builtins.bool
+    """Of an array only the newest of the trials that are asked for."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.JobPhase.ValueType]:
         """Only these phases; empty: all."""
@@ -167,10 +177,11 @@ class ListJobsRequest(_message.Message):
         project: _builtins.str = ...,
         page_size: _builtins.int = ...,
         before_job_id: _builtins.int = ...,
+        fold_arrays: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_job_id", b"before_job_id", "page_size", b"page_size", "phases", b"phases", "project", b"project"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_job_id", b"before_job_id", "fold_arrays", b"fold_arrays", "page_size", b"page_size", "phases", b"phases", "project", b"project"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -209,15 +220,21 @@ class CancelJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
+    array: _builtins.bool
+    """Here and in the requests below: all trials of the array of which the job is one, as far as the
+    request makes sense for them; refused where it does for none.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
+        array: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,16 +245,22 @@ class CancelJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
+    """Here and in the responses below: for how many jobs it was carried out."""
     @_builtins.property
-    def job(self) -> _types_pb2.Job: ...
+    def job(self) -> _types_pb2.Job:
+        """Of several the first."""
+
     def __init__(
         self,
         *,
         job: _types_pb2.Job | None = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,15 +271,18 @@ class HoldJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
+    array: _builtins.bool
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
+        array: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,16 +293,19 @@ class HoldJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
     @_builtins.property
     def job(self) -> _types_pb2.Job: ...
     def __init__(
         self,
         *,
         job: _types_pb2.Job | None = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,15 +316,18 @@ class ReleaseJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
+    array: _builtins.bool
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
+        array: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,16 +338,19 @@ class ReleaseJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
     @_builtins.property
     def job(self) -> _types_pb2.Job: ...
     def __init__(
         self,
         *,
         job: _types_pb2.Job | None = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,20 +362,23 @@ class RequeueJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     ABANDON_UNREACHABLE_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     abandon_unreachable_checkpoints: _builtins.bool
     """Give up checkpoints that lie only on lost nodes, and go on from the newest one within reach, or
     from nothing.
     """
+    array: _builtins.bool
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         abandon_unreachable_checkpoints: _builtins.bool = ...,
+        array: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon_unreachable_checkpoints", b"abandon_unreachable_checkpoints", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon_unreachable_checkpoints", b"abandon_unreachable_checkpoints", "array", b"array", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,16 +389,19 @@ class RequeueJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
+    jobs: _builtins.int
     @_builtins.property
     def job(self) -> _types_pb2.Job: ...
     def __init__(
         self,
         *,
         job: _types_pb2.Job | None = ...,
+        jobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

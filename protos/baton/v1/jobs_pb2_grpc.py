@@ -100,7 +100,8 @@ class JobServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Submit(self, request, context):
-        """Answers after the job is durable. The same request_id again answers with the same job.
+        """Answers after the job, or every trial of an array, is durable; it is all of them or none. The
+        same request_id again answers with the same job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

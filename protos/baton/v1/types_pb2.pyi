@@ -432,6 +432,7 @@ class JobSpec(_message.Message):
     FLEXIBLE_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
     SHARE_AUTOMATIC_FIELD_NUMBER: _builtins.int
+    ARRAY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """For people; 1 to 128 characters, no control characters. Empty: the command's or the trainer's
     name.
@@ -482,6 +483,14 @@ class JobSpec(_message.Message):
     its own while one is free, then beside somebody for a trial of two minutes, and it leaves where
     both together are slower than 1.15 times one alone or one keeps less than 0.7 of its speed.
     Needs `shared_gpu_memory_bytes`. Absent: false.
+    """
+    array: _builtins.str
+    """Many trials of this request, each a job with an id of its own, as in Slurm's `sbatch --array`:
+    "0-99%8" is one for each index from 0 to 99, of which at most 8 run at once; "1,3,8-16:4" has
+    the indices 1, 3, 8, 12 and 16, and no limit. At most 1001 indices, each at most 4000000. In
+    the command and in the trainer's configuration "{index}" stands for the trial's own; its
+    environment has BATON_ARRAY_INDEX, BATON_ARRAY_COUNT and BATON_ARRAY_JOB_ID, and with
+    `slurm_environment` SLURM_ARRAY_TASK_ID and its like. Empty: one job.
     """
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -553,10 +562,11 @@ class JobSpec(_message.Message):
         flexible: _duration_pb2.Duration | None = ...,
         deadline: _timestamp_pb2.Timestamp | None = ...,
         share_automatic: _builtins.bool = ...,
+        array: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "deadline", b"deadline", "flexible", b"flexible", "grace", b"grace", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "command", b"command", "deadline", b"deadline", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "share_automatic", b"share_automatic", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints", "_max_restarts", b"_max_restarts", "array", b"array", "command", b"command", "deadline", b"deadline", "environment", b"environment", "flexible", b"flexible", "gpu_memory_bytes_min", b"gpu_memory_bytes_min", "gpu_types", b"gpu_types", "gpus", b"gpus", "grace", b"grace", "hold", b"hold", "job_class", b"job_class", "keep_checkpoints", b"keep_checkpoints", "max_restarts", b"max_restarts", "memory_bytes", b"memory_bytes", "name", b"name", "project", b"project", "ranks", b"ranks", "replication", b"replication", "run_again_exit_codes", b"run_again_exit_codes", "share_automatic", b"share_automatic", "shared_gpu_memory_bytes", b"shared_gpu_memory_bytes", "slurm_environment", b"slurm_environment", "stop_signal", b"stop_signal", "trainer", b"trainer", "trainer_config_json", b"trainer_config_json", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__keep_checkpoints: _TypeAlias = _typing.Literal["keep_checkpoints"]  # noqa: Y015
     _WhichOneofArgType__keep_checkpoints: _TypeAlias = _typing.Literal["_keep_checkpoints", b"_keep_checkpoints"]  # noqa: Y015
@@ -585,6 +595,7 @@ class Job(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     phase: Global___JobPhase.ValueType
     reason: _builtins.str
@@ -619,6 +630,10 @@ class Job(_message.Message):
         before the first attempt and in lists.
         """
 
+    @_builtins.property
+    def trial(self) -> Global___Trial:
+        """Absent: it is no trial of an array."""
+
     def __init__(
         self,
         *,
@@ -634,10 +649,11 @@ class Job(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         progress: Global___Progress | None = ...,
         accounting: Global___Accounting | None = ...,
+        trial: Global___Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "accounting", b"accounting", "checkpoint", b"checkpoint", "end_time", b"end_time", "progress", b"progress", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "_trial", b"_trial", "accounting", b"accounting", "checkpoint", b"checkpoint", "end_time", b"end_time", "progress", b"progress", "spec", b"spec", "submit_time", b"submit_time", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "accounting", b"accounting", "attempts", b"attempts", "checkpoint", b"checkpoint", "end_time", b"end_time", "epoch", b"epoch", "failures", b"failures", "id", b"id", "phase", b"phase", "progress", b"progress", "reason", b"reason", "spec", b"spec", "submit_time", b"submit_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accounting", b"_accounting", "_checkpoint", b"_checkpoint", "_progress", b"_progress", "_trial", b"_trial", "accounting", b"accounting", "attempts", b"attempts", "checkpoint", b"checkpoint", "end_time", b"end_time", "epoch", b"epoch", "failures", b"failures", "id", b"id", "phase", b"phase", "progress", b"progress", "reason", b"reason", "spec", b"spec", "submit_time", b"submit_time", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__accounting: _TypeAlias = _typing.Literal["accounting"]  # noqa: Y015
     _WhichOneofArgType__accounting: _TypeAlias = _typing.Literal["_accounting", b"_accounting"]  # noqa: Y015
@@ -645,14 +661,59 @@ class Job(_message.Message):
     _WhichOneofArgType__checkpoint: _TypeAlias = _typing.Literal["_checkpoint", b"_checkpoint"]  # noqa: Y015
     _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
     _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    _WhichOneofReturnType__trial: _TypeAlias = _typing.Literal["trial"]  # noqa: Y015
+    _WhichOneofArgType__trial: _TypeAlias = _typing.Literal["_trial", b"_trial"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__accounting) -> _WhichOneofReturnType__accounting | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint) -> _WhichOneofReturnType__checkpoint | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trial) -> _WhichOneofReturnType__trial | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Trial(_message.Message):
+    """A job's place in its array, and how the array stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRAY_JOB_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    OVER_FIELD_NUMBER: _builtins.int
+    array_job_id: _builtins.int
+    """The id of the array's first trial."""
+    index: _builtins.int
+    trials: _builtins.int
+    """How many trials the array has, and how many of them run, wait, are held, and are over."""
+    running: _builtins.int
+    waiting: _builtins.int
+    held: _builtins.int
+    over: _builtins.int
+    def __init__(
+        self,
+        *,
+        array_job_id: _builtins.int = ...,
+        index: _builtins.int = ...,
+        trials: _builtins.int = ...,
+        running: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        held: _builtins.int = ...,
+        over: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array_job_id", b"array_job_id", "held", b"held", "index", b"index", "over", b"over", "running", b"running", "trials", b"trials", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trial: _TypeAlias = Trial  # noqa: Y015
 
 @_typing.final
 class Attempt(_message.Message):
