@@ -68,7 +68,9 @@ class Outlook:
     for another type, too. `rentable_gpus`: so many of those that wait may be a reason to rent;
     None: all. `rentable_gangs`: of these the jobs that take several rented nodes, as how many each;
     `late_gangs` of those of `late_jobs`. `patient_gpus` wait beside those that are counted, and may
-    for longer than a node takes to be there (`patience.py`)."""
+    for longer than a node takes to be there (`patience.py`). Of those that run
+    `ending_gpus` come free before such a node, as far as that is believed, and so many as
+    `ended_later_gpus` need not be kept for later (`known_ends.py`)."""
 
     gpu_type: str
     running_gpus: int
@@ -85,6 +87,8 @@ class Outlook:
     rentable_gangs: tuple[int, ...] = ()
     late_gangs: tuple[int, ...] = ()
     patient_gpus: int = 0
+    ending_gpus: int = 0
+    ended_later_gpus: int = 0
 
     @property
     def urgent_gpus(self) -> int:

@@ -29,6 +29,7 @@ from coordinator.core import (
     consolidation,
     deadline_rentals,
     demand_forecast,
+    known_ends,
     patience,
     plan_time,
     power,
@@ -101,7 +102,8 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     if scaler.made is None:
         count(state, now, *power_memory.lately(state, now))
     boxes = boxes_of(state, now)
-    seen = consolidation.settled(state, demand_forecast.outlooks(state, now))
+    seen = known_ends.outlooks(state, now, boxes, demand_forecast.outlooks(state, now))
+    seen = consolidation.settled(state, seen)
     seen = rentals.outlooks(state, now, patience.outlooks(state, now, seen))
     seen = deadline_rentals.outlooks(state, now, boxes, seen)
     boots = plan_time.boots(options, power.boot_times(state))

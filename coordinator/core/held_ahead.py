@@ -13,7 +13,7 @@ behind it: until they are over, as long as its last trials took, what they are o
 (`trials.py`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,7 @@ from coordinator.core import foresight, trials
 from coordinator.core.demand_history import MINUTE_MS, Series, matches
 from coordinator.core.demand_messages import HeldAhead
 from coordinator.core.model import Attempt
+from coordinator.core.phases import AttemptPhase
 from coordinator.core.state import Instant, State
 
 # Whoever has just begun has not lived for no time at all: most that fail do so within it.
@@ -94,6 +95,27 @@ def freed_ahead(
         ]
         for gpu_type, holders in by_type.items()
     }
+
+
+def ending_gpus(
+    state: State, now: Instant, ahead_ms: Mapping[str, int], nodes: Container[str]
+) -> dict[str, float]:
+    """By GPU type: how many, of those that are held on these nodes, are known to come free within
+    so long. Of who is overdue nothing is known; who is being stopped may go on elsewhere."""
+    held = state.demand_history.counted.held
+    every = 1 + len(held) // HOLDERS_MAX
+    found: dict[str, float] = {}
+    for attempt_id in list(held)[::every]:
+        job_id, counts = held[attempt_id]
+        attempt = state.attempts.get(attempt_id)
+        if attempt is None or attempt.node not in nodes or job_id in state.queued:
+            continue
+        runs = attempt.phase is AttemptPhase.RUNNING
+        end_ms = _end_ms(state, now, attempt) if runs else None
+        for series, gpus in counts if end_ms else ():
+            if end_ms is not None and end_ms <= ahead_ms.get(series.gpu_type, 0):
+                found[series.gpu_type] = found.get(series.gpu_type, 0.0) + gpus * every
+    return found
 
 
 def after_ms(freed: Sequence[tuple[int, float]], gpus: float) -> int | None:

@@ -6,11 +6,15 @@ ten minutes a restarted coordinator takes from theirs (`power_memory.py`), and a
 holds it says once more.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.core.scaling import Memory, Mode, Rules
+
+ENDS_SEEN_MAX: Final = 200  # of which a tenth may be wrong, and is known to a few percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +48,33 @@ class RentedFor:
     latest_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class EndsClaim:
+    """So many GPUs were said to be free from minute `first` on; until `last` demand is not to be
+    above `bound_gpus`, less of these a share that is found out (`known_ends.py`)."""
+
+    first: int
+    last: int
+    bound_gpus: float
+    ending_gpus: float
+
+
+@dataclass(slots=True)
+class EndsRecord:
+    """What is waited for, and of what came the share that would have held, and of how many
+    GPUs."""
+
+    claim: EndsClaim | None = None
+    seen: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=ENDS_SEEN_MAX))
+
+
 @dataclass(slots=True)
 class Scaler:
     """`records` by number, oldest first; `proposed`: by GPU type the decision that waits for a
     person. `made`: when the last plan was, by both clocks; `seen_job_id`: the
     newest job then. `awaited` by GPU type: whose deadlines ask for nodes of it, as the last plan
-    has it; `rented_for`: by job, what was ordered for its deadline (`deadline_rentals.py`)."""
+    has it; `rented_for`: by job, what was ordered for its deadline (`deadline_rentals.py`).
+    `ends`: by GPU type, of what is needed soon and later."""
 
     memory: Memory = field(default_factory=Memory)
     due_ms: int | None = None
@@ -60,6 +85,7 @@ class Scaler:
     proposed: dict[str, int] = field(default_factory=dict)
     awaited: dict[str, list[Awaited]] = field(default_factory=dict)
     rented_for: dict[int, RentedFor] = field(default_factory=dict)
+    ends: dict[tuple[str, str], EndsRecord] = field(default_factory=dict)
 
     def load(self, records: tuple[ScaleRecord, ...]) -> None:
         """Take over what is durable. What was proposed has to be proposed anew."""

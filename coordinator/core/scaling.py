@@ -307,13 +307,14 @@ def wanted_of(
     scattered = sum(box.gpus - box.held_gpus for box in there if box.held_gpus)
     unfit = min(scattered, outlook.queued_gpus)
     now_gpus = max(0, outlook.running_gpus - elsewhere) + outlook.queued_gpus + unfit
-    need = max(outlook.guaranteed_gpus - elsewhere, now_gpus)
-    keep = need
+    guaranteed = outlook.guaranteed_gpus - elsewhere
+    need = keep = max(guaranteed, now_gpus)
     if trusted:
         need = max(need, math.ceil(odds.at_level(outlook.soon_gpus, rules.level)) - elsewhere)
         likely = math.ceil(odds.at_level(outlook.later_gpus, rules.keep_level))
-        later = max(need, likely - elsewhere)
+        later = max(need, likely - elsewhere - outlook.ended_later_gpus)
         keep = math.ceil(later * (1 + rules.margin_ratio))
+        need = max(0, guaranteed, need - outlook.ending_gpus)
     return Wanted(tuple(there), now_gpus, need, keep, trusted)
 
 
@@ -479,6 +480,8 @@ def _sentence(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> s
         wants += f" at {100 * rules.level:.3g}%, {stay} on"
     if outlook.patient_gpus:
         wants += f", {outlook.patient_gpus} more may wait"
+    if wanted.trusted and outlook.ending_gpus:
+        wants += f", {outlook.ending_gpus} more come free first"
     held = f"; held back: {done.rail.value}" if done.rail else ""
     return (
         f"{said}: {wants}, {quantity(wanted.there_gpus, 'is', 'are')} there{_late(outlook)}{held}"

@@ -76,6 +76,26 @@ KINDS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """Demand of which outcomes were learned, rising, and how many outcomes that have nothing in
+    common there are up to each."""
+
+    gpus: Floats
+    outcomes: Floats
+
+    @classmethod
+    def of(cls, taught: Lesson, ahead: int) -> "Levels":
+        gpus = taught.grid.values[taught.past]
+        order = np.argsort(gpus, kind="stable")
+        return cls(gpus[order], np.cumsum(taught.weights[order]) / ahead)
+
+    def as_low(self, gpus: float) -> float:
+        """How many there are of demand that was no more than this."""
+        place = int(np.searchsorted(self.gpus, gpus, side="right"))
+        return float(self.outcomes[place - 1]) if place else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """A forecast that waits for what comes; `step` is what it was about."""
 
@@ -99,6 +119,7 @@ class Forecaster:
         self._mixture = Mixture({kind.name: kind.handicap for kind in KINDS}, ahead_h)
         self._fitted: dict[str, Expert] = {}
         self._fitted_at = -1
+        self._levels: Levels | None = None
         self._said: deque[Said] = deque()
         self._asked: tuple[int, dict[str, Floats]] = (-1, {})
 
@@ -169,7 +190,10 @@ class Forecaster:
                 if (told_h if kind.needs_told else clean_h) >= kind.clean_h_min
             }
             self._fitted_at = self._next
-            self._mixture.outcomes = float(taught.weights.sum()) / self.ahead
+            self._levels = Levels.of(taught, self.ahead)
+            self._mixture.outcomes = float(self._levels.outcomes[-1])
+        if self._levels is not None:
+            self._mixture.outcomes_as_low = self._levels.as_low(float(grid.known[-1]))
         asleep = {kind.name for kind in KINDS if kind.needs_told and math.isnan(self._told[-1])}
         return {
             name: fitted.forecast(grid)

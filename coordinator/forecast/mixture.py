@@ -6,6 +6,12 @@ that is hard to beat; whoever was worse than `MUTE_RATIO` of it over three weeks
 where the mixture itself has been clearly worse than persistence for two days, something has
 changed, and persistence speaks until it is not so any more.
 
+A record speaks of where demand has been. Models say that it comes back, and where it has fallen
+below all that they have learned from, as when a project ends, nobody has seen that it does. So
+there persistence counts more: two thirds, where no outcome is known of demand as low as that, and
+the less the more are. Not all, for some dips are outages, and over soon. Above all that was seen
+nothing is done: what piles up is worked off.
+
 What remains wrong is taken out online: each quantile is moved a little up whenever demand was above
 it, and down when not, so that in the long run it is exceeded as often as it says (Gibbs and Candes,
 Adaptive Conformal Inference Under Distribution Shift, NeurIPS 2021).
@@ -39,6 +45,9 @@ STEP_RATIO: Final = 0.001
 # used up about half; the first day is not a hundred times as wide as the others for it.
 USED_UP: Final = 0.5
 OUTCOMES_MIN: Final = 4.0
+# Of demand as low as now, with which persistence has half as much as where there are none.
+LOW_OUTCOMES: Final = 0.5
+ALONE_MAX: Final = 2 / 3  # persistence has so much where there are none at all
 # Demand is counted in whole GPUs: nearer than half of one is no miss.
 EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9
@@ -83,6 +92,7 @@ class Mixture:
     handicaps: dict[str, float]
     ahead_h: float = 1.0
     outcomes: float = math.inf  # that have nothing in common, of which the models learned
+    outcomes_as_low: float = math.inf  # of these, those of demand that was as low as it is now
     records: dict[str, Record] = field(default_factory=dict)
     offsets: Floats = field(default_factory=lambda: np.zeros(len(LEVELS)))
     drifted: bool = False
@@ -116,7 +126,12 @@ class Mixture:
             for name, ratio in ratios.items()
         }
         total = sum(raw.values())
-        return {name: each / total for name, each in raw.items()}
+        alone = ALONE_MAX * LOW_OUTCOMES / (LOW_OUTCOMES + self.outcomes_as_low)
+        persistence = next(iter(self.handicaps))
+        return {
+            name: (1.0 - alone) * each / total + alone * (name == persistence)
+            for name, each in raw.items()
+        }
 
     def learn(self, actual: float, forecasts: dict[str, Floats], mixed: Floats) -> None:
         """What came, once it is known, and what had been said of it; once an hour."""

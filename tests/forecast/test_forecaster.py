@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.forecast.backtest import backtest
 from coordinator.forecast.forecaster import KINDS, Forecaster
-from coordinator.forecast.mixture import Mixture
+from coordinator.forecast.mixture import ALONE_MAX, LOW_OUTCOMES, Mixture
 from coordinator.forecast.quantiles import LEVELS, of_samples, pinball
 
 MEDIAN = len(LEVELS) // 2
@@ -156,3 +156,34 @@ def test_bands_are_wider_where_few_outcomes_were_seen() -> None:
     widths = [np.ptp(each) for each in said.values()]
     assert widths == sorted(widths, reverse=True)
     assert widths[0] < 2 * widths[-1]
+
+
+def fallen(days: int, seed: int) -> list[float]:
+    """A project that wanders for so many days, and then has ended but for a rest."""
+    wanders = list(wandering(24 * days, seed, pull=0.1))
+    return wanders + [40.0 + hour % 3 for hour in range(24 * 4)]
+
+
+def test_below_all_that_was_seen_persistence_speaks_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has seen demand come back from there; where somebody has, models are heard again."""
+    values = fallen(20, seed=11)
+    guarded = backtest(values, 1, 24, 24 * 20)
+    monkeypatch.setattr("coordinator.forecast.mixture.LOW_OUTCOMES", 1e-9)
+    assert guarded.loss < 0.98 * backtest(values, 1, 24, 24 * 20).loss
+    monkeypatch.undo()
+    forecaster = Forecaster(24, 1)
+    heard = []
+    for gpus in values:
+        forecaster.observe(gpus)
+        if gpus < 100:
+            forecaster.forecast()
+            heard.append(1.0 - forecaster.weights()["persistence"])
+    assert heard[0] <= 1.0 - ALONE_MAX
+    assert heard[-1] > 1.5 * heard[0]
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 9.0])
+def test_models_count_as_many_outcomes_as_they_know_from_there(known: float) -> None:
+    both = Mixture({"persistence": 0.0, "other": 0.0}, outcomes_as_low=known)
+    heard = 1.0 - ALONE_MAX * LOW_OUTCOMES / (known + LOW_OUTCOMES)
+    assert both.weights(["other", "persistence"])["other"] == pytest.approx(0.5 * heard)
