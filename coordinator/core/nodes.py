@@ -149,7 +149,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.gangs, live.shares = body.gangs, body.shares
-    state.rooms.stale[live.node.id] = None
+    state.rooms.touch(live.node.id)
     live.heartbeat_sequence = 0
     leases.heard(state, now, live)
     if live.phase is not NodePhase.UP:
