@@ -8,10 +8,13 @@ all of them together, it is done where the stakes are least of the highest class
 next; where nothing is known of stakes, where the GPUs are fewest.
 
 Who displaces one rank of a gang displaces, and counts, all of it.
+
+Many who ask for the same are each told of another node, and of all others the answer is the same
+again: what was found of a room is `Known` as long as nothing has changed there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Room, Tenant
@@ -37,13 +40,49 @@ def nothing_known(_: Tenant) -> float:
     return 0.0
 
 
+# Which stakes it harms of which tier, likewise how many GPUs, how many leave, and where.
+Harm = tuple[list[float], list[int], int, str]
+Victims = tuple[Harm, list[Tenant]]
+
+
+@dataclass(slots=True)
+class Known:
+    """What one pass over `rooms` has found out. `counts` and `least` are by request and room, with
+    what the room was then (`Room.version`, `Room.alone`): how many ranks fit when those have left
+    who are stopping, and the least harm on it."""
+
+    rooms: Sequence[Room]
+    counts: dict[Hashable, tuple[Hashable, int]] = field(default_factory=dict)
+    least: dict[Hashable, tuple[Hashable, Victims | None]] = field(default_factory=dict)
+    _homes: dict[str, list[Room]] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)
+
+    def homes(self, whole: str) -> list[Room]:
+        """Where it is."""
+        if not self._homes:
+            for room in self.rooms:
+                for tenant in room.tenants.values():
+                    size = max(1, len(tenant.gpu_uuids))
+                    self._sizes[tenant.whole] = self._sizes.get(tenant.whole, 0) + size
+                    self._homes.setdefault(tenant.whole, []).append(room)
+        return self._homes.get(whole, [])
+
+    def size(self, whole: str) -> int:
+        """How many GPUs leave with it."""
+        self.homes(whole)
+        return self._sizes[whole]
+
+
 @dataclass(frozen=True, slots=True)
 class Givers:
-    """Who may leave, what they have to lose, and whether it is accepted that these do."""
+    """Who may leave, what they have to lose, and whether it is accepted that these do. Whoever asks
+    with an equal `request`, and has the same to give, is told what is `known`."""
 
     may_leave: MayLeave
     stake_of: StakeOf = nothing_known
     accept: Callable[[Sequence[Tenant]], bool] = lambda _: True
+    request: Hashable = None
+    known: Known | None = None
 
 
 NOBODY = Givers(lambda _: False)
@@ -55,22 +94,36 @@ def find_way(
     """The cheapest way to make room, on one node or, for a gang, on several; none where nobody's
     leaving would do. Attempts that are stopping already count as given. With `gpu_type` only GPUs
     of that type count."""
-    sizes: dict[str, int] = {}
+    known = givers.known or Known(rooms)
+    request = givers.request, gpu_type
+    found: list[tuple[Harm, list[Tenant], list[Room]]] = []
     for room in rooms:
-        for tenant in room.tenants.values():
-            size = max(1, len(tenant.gpu_uuids))
-            sizes[tenant.whole] = sizes.get(tenant.whole, 0) + size
-    best: tuple[tuple[list[float], list[int], int, str], Way] | None = None
-    for within in [[room] for room in rooms] + ([list(rooms)] if spec.ranks > 1 else []):
-        for victims in _victims(_Tally(spec, gpu_type, within), within, givers):
-            harmed = [[t for t in victims if (t.rank, t.lent) == tier] for tier in TIERS]
-            # The highest class first: a spare one more weighs less than a standard one.
-            stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
-            gpus = [sum(sizes[tenant.whole] for tenant in some) for some in harmed]
-            key = (stakes, gpus, len(victims), within[0].offer.node)
-            if best is None or key < best[0]:
-                best = (key, _way(victims, within, spread_of))
-    return None if best is None else best[1]
+        key, now = (request, room.offer.node), (room.version, room.alone)
+        before = known.least.get(key)
+        if before is None or before[0] != now:
+            before = now, _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
+            known.least[key] = before
+        if before[1] is not None:
+            found.append((*before[1], [room]))
+    if spec.ranks > 1:
+        least = _least(_Tally(spec, gpu_type, rooms, request, known), rooms, givers)
+        found += [(*least, list(rooms))] if least is not None else []
+    if not found:
+        return None
+    _, victims, within = min(found, key=lambda one: one[0])
+    return _way(victims, within, spread_of)
+
+
+def _least(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Victims | None:
+    """Whose leaving does the least harm."""
+    found: list[Victims] = []
+    for victims in _victims(tally, rooms, givers):
+        harmed = [[t for t in victims if (t.rank, t.lent) == tier] for tier in TIERS]
+        # The highest class first: a spare one more weighs less than a standard one.
+        stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
+        gpus = [sum(tally.known.size(tenant.whole) for tenant in some) for some in harmed]
+        found.append(((stakes, gpus, len(victims), rooms[0].offer.node), victims))
+    return min(found, key=lambda one: one[0], default=None)
 
 
 def way_in_order(
@@ -82,12 +135,14 @@ def way_in_order(
 ) -> Way | None:
     """The first in this order that have to leave, beside those that leave already. With `gpu_type`
     only GPUs of that type count."""
-    victims = _first(_Tally(spec, gpu_type, rooms), order)
+    victims = _first(_Tally(spec, gpu_type, rooms, None, Known(rooms)), order)
     return None if victims is None else _way(victims, rooms, spread_of)
 
 
-def leave(rooms: Sequence[Room], wholes: Sequence[str]) -> None:
+def leave(rooms: Sequence[Room], wholes: Sequence[str], known: Known | None = None) -> None:
     """From now on these count as leaving."""
+    if known is not None:
+        rooms = [room for whole in wholes for room in known.homes(whole)]
     for room in rooms:
         for tenant in list(room.tenants.values()):
             if tenant.whole in wholes:
@@ -154,7 +209,15 @@ def _first(tally: "_Tally", ordered: Sequence[Tenant]) -> list[Tenant] | None:
 class _Tally:
     """How many ranks fit when some have left; a room is counted anew only when it has changed."""
 
-    def __init__(self, spec: JobSpec, gpu_type: str, rooms: Sequence[Room]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        gpu_type: str,
+        rooms: Sequence[Room],
+        request: Hashable,
+        known: Known,
+    ) -> None:
+        self.known = known
         self._spec = spec
         self._gpu_type = gpu_type
         self._rooms = rooms
@@ -163,8 +226,16 @@ class _Tally:
         for index, room in enumerate(rooms):
             for tenant in room.tenants.values():
                 self._homes.setdefault(tenant.whole, []).append(index)
-        self._counts = [self._count(index) for index in range(len(rooms))]
+        self._counts = [self._known_count(request, index) for index in range(len(rooms))]
         self._total = sum(self._counts)
+
+    def _known_count(self, request: Hashable, index: int) -> int:
+        room = self._rooms[index]
+        key, now = (request, room.offer.node), (room.version, room.alone)
+        before = self.known.counts.get(key)
+        if before is None or before[0] != now:
+            before = self.known.counts[key] = now, self._count(index)
+        return before[1]
 
     @property
     def fits(self) -> bool:
