@@ -42,18 +42,20 @@ def nothing_known(_: Tenant) -> float:
 
 # Which stakes it harms of which tier, likewise how many GPUs, how many leave, and where.
 Harm = tuple[list[float], list[int], int, str]
-Victims = tuple[Harm, list[Tenant]]
+Victims = tuple[Harm, list[Tenant], list[Room]]
 
 
 @dataclass(slots=True)
 class Known:
     """What one pass over `rooms` has found out. `counts` and `least` are by request and room, with
     what the room was then (`Room.version`, `Room.alone`): how many ranks fit when those have left
-    who are stopping, and the least harm on it."""
+    who are stopping, and the least harm on it. `orders` is by request who may leave, of all rooms:
+    whoever has less to lose first."""
 
     rooms: Sequence[Room]
     counts: dict[Hashable, tuple[Hashable, int]] = field(default_factory=dict)
     least: dict[Hashable, tuple[Hashable, Victims | None]] = field(default_factory=dict)
+    orders: dict[Hashable, list[Tenant]] = field(default_factory=dict)
     _homes: dict[str, list[Room]] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
 
@@ -96,7 +98,7 @@ def find_way(
     of that type count."""
     known = givers.known or Known(rooms)
     request = givers.request, gpu_type
-    found: list[tuple[Harm, list[Tenant], list[Room]]] = []
+    found: list[Victims] = []
     for room in rooms:
         key, now = (request, room.offer.node), (room.version, room.alone)
         before = known.least.get(key)
@@ -104,10 +106,10 @@ def find_way(
             before = now, _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
             known.least[key] = before
         if before[1] is not None:
-            found.append((*before[1], [room]))
+            found.append(before[1])
     if spec.ranks > 1:
         least = _least(_Tally(spec, gpu_type, rooms, request, known), rooms, givers)
-        found += [(*least, list(rooms))] if least is not None else []
+        found += [least] if least is not None else []
     if not found:
         return None
     _, victims, within = min(found, key=lambda one: one[0])
@@ -122,7 +124,9 @@ def _least(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Victims | 
         # The highest class first: a spare one more weighs less than a standard one.
         stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
         gpus = [sum(tally.known.size(tenant.whole) for tenant in some) for some in harmed]
-        found.append(((stakes, gpus, len(victims), rooms[0].offer.node), victims))
+        harm = (stakes, gpus, len(victims), rooms[0].offer.node)
+        # Of many rooms few have places then, and those are asked once more for the best of them.
+        found.append((harm, victims, tally.places if len(rooms) > 1 else list(rooms)))
     return min(found, key=lambda one: one[0], default=None)
 
 
@@ -143,6 +147,8 @@ def leave(rooms: Sequence[Room], wholes: Sequence[str], known: Known | None = No
     """From now on these count as leaving."""
     if known is not None:
         rooms = [room for whole in wholes for room in known.homes(whole)]
+        for request, order in known.orders.items():
+            known.orders[request] = [tenant for tenant in order if tenant.whole not in wholes]
     for room in rooms:
         for tenant in list(room.tenants.values()):
             if tenant.whole in wholes:
@@ -161,15 +167,7 @@ def _way(victims: Sequence[Tenant], rooms: Sequence[Room], spread_of: SpreadOf) 
 def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator[list[Tenant]]:
     """Sets of tenants that make room, one for each gang among them, without any that is not needed:
     the cheapest together, and on one node also the cheapest that is enough alone."""
-    wholes: dict[str, Tenant] = {}
-    for room in rooms:
-        for tenant in room.tenants.values():
-            if not tenant.stopping and givers.may_leave(tenant):
-                wholes.setdefault(tenant.whole, tenant)
-    # Of those who have the same to lose the one that has run the shortest.
-    ordered = sorted(
-        wholes.values(), key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order)
-    )
+    ordered = _ordered(tally, rooms, givers)
     victims = _first(tally, ordered)
     if victims is None:
         return
@@ -185,6 +183,26 @@ def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator
         if enough:
             yield [tenant]
             return
+
+
+def _ordered(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Sequence[Tenant]:
+    """Who may leave, one for each gang, and who has the least to lose first."""
+    all_of_them = len(rooms) == len(tally.known.rooms) > 1
+    found = tally.known.orders.get(tally.request) if all_of_them else None
+    if found is None:
+        wholes: dict[str, Tenant] = {}
+        for room in rooms:
+            for tenant in room.tenants.values():
+                if not tenant.stopping and givers.may_leave(tenant):
+                    wholes.setdefault(tenant.whole, tenant)
+        # Of those who have the same to lose the one that has run the shortest.
+        found = sorted(
+            wholes.values(),
+            key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order),
+        )
+        if all_of_them:
+            tally.known.orders[tally.request] = found
+    return found
 
 
 def _first(tally: "_Tally", ordered: Sequence[Tenant]) -> list[Tenant] | None:
@@ -218,20 +236,23 @@ class _Tally:
         known: Known,
     ) -> None:
         self.known = known
+        self.request = request
         self._spec = spec
         self._gpu_type = gpu_type
         self._rooms = rooms
         self._gone: dict[str, None] = {}
-        self._homes: dict[str, list[int]] = {}
-        for index, room in enumerate(rooms):
-            for tenant in room.tenants.values():
-                self._homes.setdefault(tenant.whole, []).append(index)
-        self._counts = [self._known_count(request, index) for index in range(len(rooms))]
+        self._places = {room.offer.node: index for index, room in enumerate(rooms)}
+        self._counts = [self._known_count(index) for index in range(len(rooms))]
         self._total = sum(self._counts)
 
-    def _known_count(self, request: Hashable, index: int) -> int:
+    @property
+    def places(self) -> list[Room]:
+        """The rooms where some would fit."""
+        return [room for room, count in zip(self._rooms, self._counts, strict=True) if count]
+
+    def _known_count(self, index: int) -> int:
         room = self._rooms[index]
-        key, now = (request, room.offer.node), (room.version, room.alone)
+        key, now = (self.request, room.offer.node), (room.version, room.alone)
         before = self.known.counts.get(key)
         if before is None or before[0] != now:
             before = self.known.counts[key] = now, self._count(index)
@@ -250,7 +271,10 @@ class _Tally:
         self._recount(whole)
 
     def _recount(self, whole: str) -> None:
-        for index in dict.fromkeys(self._homes[whole]):
+        homes = [self._places.get(room.offer.node) for room in self.known.homes(whole)]
+        for index in dict.fromkeys(homes):
+            if index is None:
+                continue  # a room that is not asked
             count = self._count(index)
             self._total += count - self._counts[index]
             self._counts[index] = count
