@@ -68,7 +68,7 @@ def _refused(state: State, now: Instant, job: Job, parted: Mapping[int, None]) -
         return ()
     said = "; ".join([*named, *([f"nor beside {rest} more"] if rest else [])])
     by_node = tuple((node, frozenset(some)) for node, some in alone.items())
-    return (Keep(0, CLASS_RANK[job.spec.job_class], (), 0, None, "", alone=by_node, why=said),)
+    return (Keep(0, CLASS_RANK[job.spec.job_class], (), 0, None, "", apart=by_node, why=said),)
 
 
 def _may_be(

@@ -34,7 +34,7 @@ class Keep:
     """`rank` is that of the job's class; `places` are nodes with GPUs, and `memory_bytes` of the
     host by node. `free_in_ms`: all of it is expected to be free then; `None`: nobody knows. `until`
     is for a sentence. `lent`: the job is beyond its project's quota. `urgent` are jobs that
-    have to run now. With `alone` it is nobody's: these attempts of each node count as having their
+    have to run now. With `apart` it is nobody's: these attempts of each node count as having their
     GPUs alone, and `why` is the sentence."""
 
     job_id: int
@@ -45,13 +45,13 @@ class Keep:
     until: str
     lent: bool = False
     urgent: tuple[int, ...] = ()
-    alone: tuple[tuple[str, frozenset[str]], ...] = ()
+    apart: tuple[tuple[str, frozenset[str]], ...] = ()
     why: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal where the same is hidden."""
-        return self.job_id, self.alone
+        return self.job_id, self.apart
 
     def hides_from(self, rank: int, job_id: int, lasts_ms: int | None, *, lent: bool) -> bool:
         """`lasts_ms`: how long that job is expected to run. Who was there before sees all of it:
@@ -65,7 +65,7 @@ class Keep:
     @property
     def note(self) -> str:
         """For who would fit otherwise."""
-        if self.alone:
+        if self.apart:
             return self.why
         nodes = list(dict.fromkeys(node for node, _ in self.places))
         on = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
@@ -75,7 +75,7 @@ class Keep:
 @contextmanager
 def hidden(keeps: Sequence[Keep], rooms: Mapping[str, Room]) -> Iterator[None]:
     """As those see the rooms who may not use what is kept."""
-    undo = [_hide(keep, rooms) for keep in keeps if not keep.alone]
+    undo = [_hide(keep, rooms) for keep in keeps if not keep.apart]
     before = [each for keep in keeps for each in _set_alone(keep, rooms)]
     try:
         yield
@@ -111,7 +111,7 @@ def _hide(keep: Keep, rooms: Mapping[str, Room]) -> list[_Change]:
 
 def _set_alone(keep: Keep, rooms: Mapping[str, Room]) -> Iterator[tuple[Room, frozenset[str]]]:
     """With who had that before."""
-    for node, attempts in keep.alone:
+    for node, attempts in keep.apart:
         room = rooms.get(node)
         if room is not None:
             yield room, room.alone

@@ -1,4 +1,4 @@
-"""Crowds: twice as many who come at once cost about twice as much, counted in calls and not in time.
+"""Crowds: twice as many who come at once cost about twice as much, in calls and not in time.
 
 Problem: a decision in which each of those who came asks all others is right, passes all tests of
 what it says, and stops a coordinator for ten seconds on the day when five hundred come. Seconds are
