@@ -61,8 +61,8 @@ SHAPES = {
 class Fleet:
     """A coordinator's core, the clock that it is told, and agents that do what they must."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.core = Coordinator(Options(hellos_per_s=len(snapshot.nodes) + 1))
+    def __init__(self, snapshot: Snapshot, options: Options | None = None) -> None:
+        self.core = Coordinator(options or Options(hellos_per_s=len(snapshot.nodes) + 1))
         self.core.load(snapshot, 0)
         self._now_ms = 0
         self._sequence = 0
@@ -72,6 +72,9 @@ class Fleet:
         self._now_ms += 1
         now = Instant(self._now_ms, UNIX_MS + self._now_ms)
         return [effect for event in (*events, Decide()) for effect in self.core.handle(now, event)]
+
+    def pass_ms(self, milliseconds: int) -> None:
+        self._now_ms += milliseconds
 
     def end(self, session: int, attempt: str) -> None:
         """Its agent says that it has succeeded."""

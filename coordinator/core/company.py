@@ -20,8 +20,8 @@ from collections.abc import Mapping
 
 from coordinator.core import coruns
 from coordinator.core.keeps import Keep
-from coordinator.core.model import CLASS_RANK, Attempt, Job
-from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_CHANCE_MIN
+from coordinator.core.model import CLASS_RANK, Job
+from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_CHANCE_MIN, Sharer
 from coordinator.core.state import Instant, State
 
 # Of those who were refused, in a sentence.
@@ -37,68 +37,76 @@ def refused(state: State, now: Instant, job: Job) -> tuple[Keep, ...]:
     if indices.refused_ms != now.now_ms:
         indices.refused_ms = now.now_ms
         indices.refusals.clear()
+        indices.known_alone.clear()
     parted = coruns.too_slow_beside(state, job)
-    key = spec.job_class, spec.share_automatic, coruns.member(spec), tuple(parted)
+    key = spec.job_class, spec.share_automatic, coruns.kind(state, spec), tuple(parted)
     if key not in indices.refusals:
         indices.refusals[key] = _refused(state, now, job, parted)
     return indices.refusals[key]
 
 
 def _refused(state: State, now: Instant, job: Job, parted: Mapping[int, None]) -> tuple[Keep, ...]:
-    spec = job.spec
-    places: dict[tuple[str, str], None] = {}
-    alone: list[str] = []
-    reasons: list[str] = []
-    for attempt_id in state.indices.open_attempts:
-        attempt = state.attempts[attempt_id]
-        its = state.jobs[attempt.job_id].spec
-        pays = spec.share_automatic or its.share_automatic
-        if not its.shared_gpu_memory_bytes or not pays:
+    alone: dict[str, list[str]] = {}
+    named: list[str] = []
+    rest = 0
+    for other in coruns.sharers(state).every:
+        its = state.jobs[other.job_id].spec
+        pays = job.spec.share_automatic or its.share_automatic
+        if not pays or _may_be(state, now, job, other, parted):
             continue
-        why = _why_not(state, now, job, attempt, parted)
-        if not why:
+        attempt = state.attempts[other.attempt]
+        alone.setdefault(attempt.node, []).append(attempt.id)
+        live = state.nodes[attempt.node].gpus.get(attempt.gpu_uuids[0])
+        if live is None or live.holders != (attempt.id,):  # beside two nobody would be put
             continue
-        alone.append(attempt_id)
-        node, uuid = attempt.node, attempt.gpu_uuids[0]
-        places[node, uuid] = None
-        live = state.nodes[node].gpus.get(uuid)
-        if live is not None and live.holders == (attempt_id,):  # beside two nobody would be put
-            reasons.append(f"not beside job {attempt.job_id} on {node}: {why}")
+        if len(named) < NAMED_MAX:
+            why = _why_not(state, job, other, parted)
+            named.append(f"not beside job {attempt.job_id} on {attempt.node}: {why}")
+        else:
+            rest += 1
     if not alone:
         return ()
-    rest = len(reasons) - NAMED_MAX
-    said = "; ".join([*reasons[:NAMED_MAX], *([f"nor beside {rest} more"] if rest > 0 else [])])
-    by_gpu = tuple((node, (uuid,)) for node, uuid in places)
-    rank = CLASS_RANK[spec.job_class]
-    return (Keep(0, rank, by_gpu, 0, None, "", alone=tuple(alone), why=said),)
+    said = "; ".join([*named, *([f"nor beside {rest} more"] if rest else [])])
+    by_node = tuple((node, frozenset(some)) for node, some in alone.items())
+    return (Keep(0, CLASS_RANK[job.spec.job_class], (), 0, None, "", apart=by_node, why=said),)
 
 
-def _why_not(
-    state: State, now: Instant, job: Job, attempt: Attempt, parted: Mapping[int, None]
-) -> str:
-    """Why the two are not put together; empty where they may be."""
-    other = state.jobs[attempt.job_id]
-    if other.spec.job_class is not job.spec.job_class:
-        return f"that one is {other.spec.job_class.value}"
-    if other.id in parted:
+def _may_be(
+    state: State, now: Instant, job: Job, other: Sharer, parted: Mapping[int, None]
+) -> bool:
+    """Whether the two may be put together."""
+    if state.jobs[other.job_id].spec.job_class is not job.spec.job_class:
+        return False
+    if other.job_id in parted or not coruns.forecast(state, job, other).worth_trying:
+        return False
+    known = state.indices.known_alone
+    if other.attempt not in known:
+        known[other.attempt] = coruns.is_known_alone(state, now, state.attempts[other.attempt])
+    return known[other.attempt]
+
+
+def _why_not(state: State, job: Job, other: Sharer, parted: Mapping[int, None]) -> str:
+    """Of two that may not."""
+    its = state.jobs[other.job_id].spec
+    if its.job_class is not job.spec.job_class:
+        return f"that one is {its.job_class.value}"
+    if other.job_id in parted:
         return "they were too slow together"
-    said = coruns.forecast(state, job, attempt)
-    if said.measured is not None and not said.worth_trying:
-        one, its = said.measured
+    said = coruns.forecast(state, job, other)
+    if said.worth_trying:
+        return "how fast that one is alone is not known yet"
+    if said.measured is not None:
+        one, kept = said.measured
         return (
-            f"two of their kinds kept {one:.2f} and {its:.2f} of their speeds, and"
+            f"two of their kinds kept {one:.2f} and {kept:.2f} of their speeds, and"
             f" {KEPT_RATIO_MIN} is the least"
         )
-    if not said.worth_trying and said.combined_ratio < COMBINED_RATIO_MIN:
+    if said.combined_ratio < COMBINED_RATIO_MIN:
         return (
             f"together they are expected to do {said.combined_ratio:.2f} times what one does alone,"
             f" and {COMBINED_RATIO_MIN} is the least"
         )
-    if not said.worth_trying:
-        return (
-            f"that each keeps {KEPT_RATIO_MIN} of its speed is {100 * said.chance:.0f}% likely, and"
-            f" {100 * TRIAL_CHANCE_MIN:.0f}% is the least"
-        )
-    if not coruns.is_known_alone(state, now, attempt):
-        return "how fast that one is alone is not known yet"
-    return ""
+    return (
+        f"that each keeps {KEPT_RATIO_MIN} of its speed is {100 * said.chance:.0f}% likely, and"
+        f" {100 * TRIAL_CHANCE_MIN:.0f}% is the least"
+    )

@@ -33,7 +33,16 @@ from coordinator.core import attempts, costs, gpu_types, history, pairs, shares
 from coordinator.core.allocation import run_s_min
 from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
 from coordinator.core.offers import open_rooms
-from coordinator.core.pairs import KEPT_RATIO_MIN, TRIAL_S, Forecast, Lessons, Member, Sight
+from coordinator.core.pairs import (
+    KEPT_RATIO_MIN,
+    TRIAL_S,
+    Forecast,
+    Lessons,
+    Member,
+    Sharer,
+    Sharers,
+    Sight,
+)
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.state import Instant, State
 from coordinator.core.stretches import Stretch, Watch
@@ -51,6 +60,8 @@ LOOKERS_MAX = 1_000
 # What a job is called takes its configuration apart; it is asked of all that share a GPU, and again
 # for each that waits.
 MEMBERS_KEPT = 4096
+# Of how much a GPU is used, as drivers say it: with more, no two trainings would be alike.
+UTILIZATION_DIGITS = 2
 
 # --- what is measured -----------------------------------------------------------------------------
 
@@ -306,7 +317,8 @@ def _hope(state: State, job: Job, attempt: Attempt) -> str:
     pays = job.spec.share_automatic or state.jobs[attempt.job_id].spec.share_automatic
     if not pays:
         return ""
-    ratio = forecast(state, job, attempt).combined_ratio
+    beside = member(state.jobs[attempt.job_id].spec)
+    ratio = _lessons(state).about(member(job.spec), beside, _type(state, attempt)).combined_ratio
     return f"together {ratio:.2f} times one alone are expected; "
 
 
@@ -333,35 +345,51 @@ def _verdict(attempt: Attempt, other: Attempt) -> str:
 # --- what is expected -----------------------------------------------------------------------------
 
 
-def shunned(state: State, job: Job) -> tuple[str, ...]:
+def shunned(state: State, job: Job) -> frozenset[str]:
     """The attempts beside which a job goes last: what it did beside these jobs, or its like beside
-    theirs, was too little."""
-    if job.spec.share_automatic:
-        # A GPU of its own comes first, wherever that is.
-        if state.indices.sharers is None:
-            known = [each for each in state.indices.open_attempts if state.share_bytes(each)]
-            state.indices.sharers = tuple(known)
-        return state.indices.sharers
-    if not job.spec.shared_gpu_memory_bytes or not state.indices.stretched:
-        return ()
-    lessons = _lessons(state)
-    who = member(job.spec)
+    theirs, was too little. Of many who wait most are alike. (Who shares only where that pays goes
+    beside all of them last: `shares.shuns`.)"""
+    spec, indices = job.spec, state.indices
+    if not spec.shared_gpu_memory_bytes or spec.share_automatic or not indices.stretched:
+        return frozenset()
     was_beside = too_slow_beside(state, job)
-    found: list[str] = []
-    for attempt_id in state.indices.open_attempts:
-        if not state.share_bytes(attempt_id):
-            continue
-        other = state.attempts[attempt_id]
-        beside = member(state.jobs[other.job_id].spec)
-        if other.job_id in was_beside or lessons.poor(who, beside, _type(state, other)):
-            found.append(attempt_id)
-    return tuple(found)
+    key = kind(state, spec), tuple(was_beside)
+    if key not in indices.shunned:
+        who, lessons = member(spec), _lessons(state)
+        indices.shunned[key] = frozenset(
+            each.attempt
+            for each in sharers(state).every
+            if each.job_id in was_beside or lessons.poor(who, each.who, each.gpu_type)
+        )
+    return indices.shunned[key]
 
 
-def forecast(state: State, job: Job, attempt: Attempt) -> Forecast:
+def sharers(state: State) -> Sharers:
+    """Who shares a GPU, the earliest first."""
+    if state.indices.sharers is None:
+        found = []
+        for attempt_id in state.indices.open_attempts:
+            if state.share_bytes(attempt_id):
+                attempt = state.attempts[attempt_id]
+                who = member(state.jobs[attempt.job_id].spec)
+                found.append(Sharer(attempt_id, attempt.job_id, who, _type(state, attempt)))
+        names = dict.fromkeys(each.who.name for each in found)
+        families = dict.fromkeys(each.who.family for each in found if each.who.family)
+        state.indices.sharers = Sharers(tuple(found), names, families)
+    return state.indices.sharers
+
+
+def kind(state: State, spec: JobSpec) -> tuple[object, ...]:
+    """Equal for jobs of which the same is forecast beside everybody who shares a GPU now."""
+    who, there = member(spec), sharers(state)
+    name = who.name if who.name in there.names else ""
+    family = who.family if who.family in there.families else ""
+    return name, family, _lessons(state).alike(who)
+
+
+def forecast(state: State, job: Job, other: Sharer) -> Forecast:
     """Of a job beside one that runs."""
-    beside = member(state.jobs[attempt.job_id].spec)
-    return _lessons(state).about(member(job.spec), beside, _type(state, attempt))
+    return _lessons(state).about(member(job.spec), other.who, other.gpu_type)
 
 
 def is_known_alone(state: State, now: Instant, attempt: Attempt) -> bool:
@@ -391,7 +419,7 @@ def _lessons(state: State) -> Lessons:
     """Learned anew when something was written down since."""
     if state.indices.lessons is None:
         used = {
-            member(job.spec).name: one.utilization_ratio
+            member(job.spec).name: round(one.utilization_ratio, UTILIZATION_DIGITS)
             for attempt, job in _measured(state)
             for one in attempt.stretches
             if one.utilization_ratio is not None

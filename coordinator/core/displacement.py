@@ -8,10 +8,13 @@ all of them together, it is done where the stakes are least of the highest class
 next; where nothing is known of stakes, where the GPUs are fewest.
 
 Who displaces one rank of a gang displaces, and counts, all of it.
+
+Many who ask for the same are each told of another node, and of all others the answer is the same
+again: what was found of a room is `Known` as long as nothing has changed there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Room, Tenant
@@ -37,13 +40,51 @@ def nothing_known(_: Tenant) -> float:
     return 0.0
 
 
+# Which stakes it harms of which tier, likewise how many GPUs, how many leave, and where.
+Harm = tuple[list[float], list[int], int, str]
+Victims = tuple[Harm, list[Tenant], list[Room]]
+
+
+@dataclass(slots=True)
+class Known:
+    """What one pass over `rooms` has found out. `counts` and `least` are by request and room, with
+    what the room was then (`Room.version`, `Room.alone`): how many ranks fit when those have left
+    who are stopping, and the least harm on it. `orders` is by request who may leave, of all rooms:
+    whoever has less to lose first."""
+
+    rooms: Sequence[Room]
+    counts: dict[Hashable, tuple[Hashable, int]] = field(default_factory=dict)
+    least: dict[Hashable, tuple[Hashable, Victims | None]] = field(default_factory=dict)
+    orders: dict[Hashable, list[Tenant]] = field(default_factory=dict)
+    _homes: dict[str, list[Room]] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)
+
+    def homes(self, whole: str) -> list[Room]:
+        """Where it is."""
+        if not self._homes:
+            for room in self.rooms:
+                for tenant in room.tenants.values():
+                    size = max(1, len(tenant.gpu_uuids))
+                    self._sizes[tenant.whole] = self._sizes.get(tenant.whole, 0) + size
+                    self._homes.setdefault(tenant.whole, []).append(room)
+        return self._homes.get(whole, [])
+
+    def size(self, whole: str) -> int:
+        """How many GPUs leave with it."""
+        self.homes(whole)
+        return self._sizes[whole]
+
+
 @dataclass(frozen=True, slots=True)
 class Givers:
-    """Who may leave, what they have to lose, and whether it is accepted that these do."""
+    """Who may leave, what they have to lose, and whether it is accepted that these do. Whoever asks
+    with an equal `request`, and has the same to give, is told what is `known`."""
 
     may_leave: MayLeave
     stake_of: StakeOf = nothing_known
     accept: Callable[[Sequence[Tenant]], bool] = lambda _: True
+    request: Hashable = None
+    known: Known | None = None
 
 
 NOBODY = Givers(lambda _: False)
@@ -55,22 +96,38 @@ def find_way(
     """The cheapest way to make room, on one node or, for a gang, on several; none where nobody's
     leaving would do. Attempts that are stopping already count as given. With `gpu_type` only GPUs
     of that type count."""
-    sizes: dict[str, int] = {}
+    known = givers.known or Known(rooms)
+    request = givers.request, gpu_type
+    found: list[Victims] = []
     for room in rooms:
-        for tenant in room.tenants.values():
-            size = max(1, len(tenant.gpu_uuids))
-            sizes[tenant.whole] = sizes.get(tenant.whole, 0) + size
-    best: tuple[tuple[list[float], list[int], int, str], Way] | None = None
-    for within in [[room] for room in rooms] + ([list(rooms)] if spec.ranks > 1 else []):
-        for victims in _victims(_Tally(spec, gpu_type, within), within, givers):
-            harmed = [[t for t in victims if (t.rank, t.lent) == tier] for tier in TIERS]
-            # The highest class first: a spare one more weighs less than a standard one.
-            stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
-            gpus = [sum(sizes[tenant.whole] for tenant in some) for some in harmed]
-            key = (stakes, gpus, len(victims), within[0].offer.node)
-            if best is None or key < best[0]:
-                best = (key, _way(victims, within, spread_of))
-    return None if best is None else best[1]
+        key, now = (request, room.offer.node), (room.version, room.alone)
+        before = known.least.get(key)
+        if before is None or before[0] != now:
+            before = now, _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
+            known.least[key] = before
+        if before[1] is not None:
+            found.append(before[1])
+    if spec.ranks > 1:
+        least = _least(_Tally(spec, gpu_type, rooms, request, known), rooms, givers)
+        found += [least] if least is not None else []
+    if not found:
+        return None
+    _, victims, within = min(found, key=lambda one: one[0])
+    return _way(victims, within, spread_of)
+
+
+def _least(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Victims | None:
+    """Whose leaving does the least harm."""
+    found: list[Victims] = []
+    for victims in _victims(tally, rooms, givers):
+        harmed = [[t for t in victims if (t.rank, t.lent) == tier] for tier in TIERS]
+        # The highest class first: a spare one more weighs less than a standard one.
+        stakes = [sum(givers.stake_of(tenant) for tenant in some) for some in harmed]
+        gpus = [sum(tally.known.size(tenant.whole) for tenant in some) for some in harmed]
+        harm = (stakes, gpus, len(victims), rooms[0].offer.node)
+        # Of many rooms few have places then, and those are asked once more for the best of them.
+        found.append((harm, victims, tally.places if len(rooms) > 1 else list(rooms)))
+    return min(found, key=lambda one: one[0], default=None)
 
 
 def way_in_order(
@@ -82,12 +139,16 @@ def way_in_order(
 ) -> Way | None:
     """The first in this order that have to leave, beside those that leave already. With `gpu_type`
     only GPUs of that type count."""
-    victims = _first(_Tally(spec, gpu_type, rooms), order)
+    victims = _first(_Tally(spec, gpu_type, rooms, None, Known(rooms)), order)
     return None if victims is None else _way(victims, rooms, spread_of)
 
 
-def leave(rooms: Sequence[Room], wholes: Sequence[str]) -> None:
+def leave(rooms: Sequence[Room], wholes: Sequence[str], known: Known | None = None) -> None:
     """From now on these count as leaving."""
+    if known is not None:
+        rooms = [room for whole in wholes for room in known.homes(whole)]
+        for request, order in known.orders.items():
+            known.orders[request] = [tenant for tenant in order if tenant.whole not in wholes]
     for room in rooms:
         for tenant in list(room.tenants.values()):
             if tenant.whole in wholes:
@@ -106,15 +167,7 @@ def _way(victims: Sequence[Tenant], rooms: Sequence[Room], spread_of: SpreadOf) 
 def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator[list[Tenant]]:
     """Sets of tenants that make room, one for each gang among them, without any that is not needed:
     the cheapest together, and on one node also the cheapest that is enough alone."""
-    wholes: dict[str, Tenant] = {}
-    for room in rooms:
-        for tenant in room.tenants.values():
-            if not tenant.stopping and givers.may_leave(tenant):
-                wholes.setdefault(tenant.whole, tenant)
-    # Of those who have the same to lose the one that has run the shortest.
-    ordered = sorted(
-        wholes.values(), key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order)
-    )
+    ordered = _ordered(tally, rooms, givers)
     victims = _first(tally, ordered)
     if victims is None:
         return
@@ -130,6 +183,26 @@ def _victims(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Iterator
         if enough:
             yield [tenant]
             return
+
+
+def _ordered(tally: "_Tally", rooms: Sequence[Room], givers: Givers) -> Sequence[Tenant]:
+    """Who may leave, one for each gang, and who has the least to lose first."""
+    all_of_them = len(rooms) == len(tally.known.rooms) > 1
+    found = tally.known.orders.get(tally.request) if all_of_them else None
+    if found is None:
+        wholes: dict[str, Tenant] = {}
+        for room in rooms:
+            for tenant in room.tenants.values():
+                if not tenant.stopping and givers.may_leave(tenant):
+                    wholes.setdefault(tenant.whole, tenant)
+        # Of those who have the same to lose the one that has run the shortest.
+        found = sorted(
+            wholes.values(),
+            key=lambda one: (-one.rank, not one.lent, givers.stake_of(one), -one.order),
+        )
+        if all_of_them:
+            tally.known.orders[tally.request] = found
+    return found
 
 
 def _first(tally: "_Tally", ordered: Sequence[Tenant]) -> list[Tenant] | None:
@@ -154,17 +227,36 @@ def _first(tally: "_Tally", ordered: Sequence[Tenant]) -> list[Tenant] | None:
 class _Tally:
     """How many ranks fit when some have left; a room is counted anew only when it has changed."""
 
-    def __init__(self, spec: JobSpec, gpu_type: str, rooms: Sequence[Room]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        gpu_type: str,
+        rooms: Sequence[Room],
+        request: Hashable,
+        known: Known,
+    ) -> None:
+        self.known = known
+        self.request = request
         self._spec = spec
         self._gpu_type = gpu_type
         self._rooms = rooms
         self._gone: dict[str, None] = {}
-        self._homes: dict[str, list[int]] = {}
-        for index, room in enumerate(rooms):
-            for tenant in room.tenants.values():
-                self._homes.setdefault(tenant.whole, []).append(index)
-        self._counts = [self._count(index) for index in range(len(rooms))]
+        self._places = {room.offer.node: index for index, room in enumerate(rooms)}
+        self._counts = [self._known_count(index) for index in range(len(rooms))]
         self._total = sum(self._counts)
+
+    @property
+    def places(self) -> list[Room]:
+        """The rooms where some would fit."""
+        return [room for room, count in zip(self._rooms, self._counts, strict=True) if count]
+
+    def _known_count(self, index: int) -> int:
+        room = self._rooms[index]
+        key, now = (self.request, room.offer.node), (room.version, room.alone)
+        before = self.known.counts.get(key)
+        if before is None or before[0] != now:
+            before = self.known.counts[key] = now, self._count(index)
+        return before[1]
 
     @property
     def fits(self) -> bool:
@@ -179,7 +271,10 @@ class _Tally:
         self._recount(whole)
 
     def _recount(self, whole: str) -> None:
-        for index in dict.fromkeys(self._homes[whole]):
+        homes = [self._places.get(room.offer.node) for room in self.known.homes(whole)]
+        for index in dict.fromkeys(homes):
+            if index is None:
+                continue  # a room that is not asked
             count = self._count(index)
             self._total += count - self._counts[index]
             self._counts[index] = count

@@ -13,7 +13,7 @@ from coordinator.core.arrays import Arrays
 from coordinator.core.capacity_model import Power
 from coordinator.core.keeps import Keep
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
-from coordinator.core.pairs import Lessons
+from coordinator.core.pairs import Lessons, Sharers
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
 
 # Memory and cores of the host, and of each GPU name and memory.
@@ -33,9 +33,10 @@ class Indices:
     and how many. `kinds`: the nodes that are alike for `validate.refuse_fleet`. `stretched`:
     attempts of which it is known what sharing a GPU cost them (`coruns.py`), and `lessons` and
     `alone` are what follows from them; None until it is asked for. `seen`: likewise of all other
-    attempts, and when that was. `sharers` are those that share a GPU, and `refusals` who of them is
-    no company for whom (`company.py`), as long as nothing of that has changed. `arrays`: their
-    trials, and who of them is behind."""
+    attempts, and when that was. `sharers` are those that share a GPU; `shunned` are beside whom a
+    training goes last, `known_alone` whether it is known of one how fast he is without company, and
+    `refusals` who is no company for whom (`company.py`), as long as nothing of that has changed.
+    `arrays`: their trials, and who of them is behind."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -46,8 +47,10 @@ class Indices:
     lessons: Lessons | None = None
     alone: dict[tuple[str, str], tuple[float, float]] | None = None
     seen: tuple[int, dict[tuple[str, str], tuple[float, float]]] | None = None
-    sharers: tuple[str, ...] | None = None
+    sharers: Sharers | None = None
+    shunned: dict[object, frozenset[str]] = field(default_factory=dict)
     refusals: dict[object, tuple[Keep, ...]] = field(default_factory=dict)
+    known_alone: dict[str, bool] = field(default_factory=dict)
     refused_ms: int = 0
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
@@ -61,6 +64,7 @@ class Indices:
         known = self._facts.get(node.id)
         if known is not None and known[0] is node.host and known[1] is node.gpus:
             return  # as after each of its events
+        self._forget_company()
         self._drop_kind(node.id)
         self._facts[node.id] = node.host, node.gpus
         self.kinds.setdefault(kind(node.host, node.gpus), {})[node.id] = None
@@ -68,6 +72,7 @@ class Indices:
     def drop_node(self, node_id: str) -> None:
         for index in (self.draining, self.switched, self.keep_changed):
             index.pop(node_id, None)
+        self._forget_company()
         self._drop_kind(node_id)
 
     def _drop_kind(self, node_id: str) -> None:
@@ -91,7 +96,9 @@ class Indices:
 
     def _forget_company(self) -> None:
         self.sharers = None
+        self.shunned.clear()
         self.refusals.clear()
+        self.known_alone.clear()
 
     def forget_attempt(self, attempt_id: str) -> None:
         self._forget_company()

@@ -53,12 +53,12 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
         job = state.jobs[known]
         return Submitted(known, state.wait_reason(job), len(_indices(job.spec)))
     spec = _named(body.spec)
-    # One node of each kind stands for all; ranks of a gang are counted over all nodes.
-    names = state.nodes if spec.ranks > 1 else map(next, map(iter, state.indices.kinds.values()))
-    nodes = [state.nodes[name].node for name in names]
-    fleet = [(node.host, node.gpus) for node in nodes]
+    # One node of each kind stands for all.
+    kinds = state.indices.kinds.values()
+    nodes = [state.nodes[next(iter(alike))].node for alike in kinds]
+    fleet, counts = [(node.host, node.gpus) for node in nodes], [len(alike) for alike in kinds]
     sentence = refuse_spec(spec) or trainer_keys.misspelt(spec)
-    sentence = sentence or refuse_fleet(spec, fleet) or deadlines.refuse(now, spec)
+    sentence = sentence or refuse_fleet(spec, fleet, counts) or deadlines.refuse(now, spec)
     if sentence:
         return _invalid(sentence)
     open_count = len(state.jobs) - len(state.ended)

@@ -7,8 +7,9 @@ they are expected to be gone before the room is complete, were submitted before 
 now to keep a deadline, or are within their projects' quotas and it is not. Higher classes see
 everything, since nobody waits for a lower class; lower ones may use it, since they give way.
 
-In the same way those are hidden from a job with whom it shall not share a GPU (`company.py`): they
-have theirs alone, until they leave.
+Those with whom a job shall not share a GPU (`company.py`) count for it as having theirs alone,
+until they leave. There may be as many of them as GPUs, and as many who ask: so nothing of a room is
+changed for it but who counts as alone (`Room.alone`), and what it remembers stays true.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +34,8 @@ class Keep:
     """`rank` is that of the job's class; `places` are nodes with GPUs, and `memory_bytes` of the
     host by node. `free_in_ms`: all of it is expected to be free then; `None`: nobody knows. `until`
     is for a sentence. `lent`: the job is beyond its project's quota. `urgent` are jobs that
-    have to run now. With `alone` it is nobody's: these attempts count as having their GPUs alone,
-    and `why` is the sentence."""
+    have to run now. With `apart` it is nobody's: these attempts of each node count as having their
+    GPUs alone, and `why` is the sentence."""
 
     job_id: int
     rank: int
@@ -44,13 +45,13 @@ class Keep:
     until: str
     lent: bool = False
     urgent: tuple[int, ...] = ()
-    alone: tuple[str, ...] = ()
+    apart: tuple[tuple[str, frozenset[str]], ...] = ()
     why: str = ""
 
     @property
-    def key(self) -> tuple[int, tuple[str, ...]]:
+    def key(self) -> tuple[object, ...]:
         """Equal where the same is hidden."""
-        return self.job_id, self.alone
+        return self.job_id, self.apart
 
     def hides_from(self, rank: int, job_id: int, lasts_ms: int | None, *, lent: bool) -> bool:
         """`lasts_ms`: how long that job is expected to run. Who was there before sees all of it:
@@ -64,7 +65,7 @@ class Keep:
     @property
     def note(self) -> str:
         """For who would fit otherwise."""
-        if self.alone:
+        if self.apart:
             return self.why
         nodes = list(dict.fromkeys(node for node, _ in self.places))
         on = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
@@ -74,13 +75,13 @@ class Keep:
 @contextmanager
 def hidden(keeps: Sequence[Keep], rooms: Mapping[str, Room]) -> Iterator[None]:
     """As those see the rooms who may not use what is kept."""
-    undo = [_hide(keep, rooms) for keep in keeps if not keep.alone]
-    shared = [each for keep in keeps for each in _set_alone(keep, rooms)]
+    undo = [_hide(keep, rooms) for keep in keeps if not keep.apart]
+    before = [each for keep in keeps for each in _set_alone(keep, rooms)]
     try:
         yield
     finally:
-        for room, uuid, hold in shared:
-            _share_again(room, uuid, hold)
+        for room, alone in reversed(before):
+            room.alone = alone
         for changes in reversed(undo):
             for room, uuid, holds, was_free, memory_bytes in reversed(changes):
                 _show(room, uuid, holds, was_free=was_free)
@@ -108,24 +109,13 @@ def _hide(keep: Keep, rooms: Mapping[str, Room]) -> list[_Change]:
     return changes
 
 
-def _set_alone(keep: Keep, rooms: Mapping[str, Room]) -> Iterator[tuple[Room, str, Hold]]:
-    for node, gpu_uuids in keep.places if keep.alone else ():
+def _set_alone(keep: Keep, rooms: Mapping[str, Room]) -> Iterator[tuple[Room, frozenset[str]]]:
+    """With who had that before."""
+    for node, attempts in keep.apart:
         room = rooms.get(node)
-        for uuid in gpu_uuids if room is not None else ():
-            for hold in room.holds.get(uuid, ()) if room is not None else ():
-                if hold.attempt in keep.alone and room is not None:
-                    _put(room, uuid, hold, Hold(hold.attempt))
-                    yield room, uuid, hold
-
-
-def _share_again(room: Room, uuid: str, hold: Hold) -> None:
-    """Whatever was taken there meanwhile stays taken."""
-    _put(room, uuid, Hold(hold.attempt), hold)
-
-
-def _put(room: Room, uuid: str, before: Hold, after: Hold) -> None:
-    room.forget()
-    room.holds[uuid] = tuple(after if hold == before else hold for hold in room.holds[uuid])
+        if room is not None:
+            yield room, room.alone
+            room.alone = attempts | room.alone if room.alone else attempts
 
 
 def _show(room: Room, uuid: str, holds: tuple[Hold, ...], *, was_free: bool) -> None:

@@ -4,9 +4,9 @@ Problem: of ten thousand nodes one or two change between two passes, and a pass 
 it places somebody on. Who makes an offer and a room of every node for each start of a job pays for
 ten thousand, a tenth of a second of a core that everybody else's events wait for.
 
-How: whoever changes something that an offer is made of names the node as `stale`, and only of these
+How: whoever changes something that an offer is made of says so (`touch`), and only of these nodes
 an offer is made again. A room that a pass has changed says so (`Room.changed`) and is opened anew
-from its offer before the next one. What a room remembers (`Room.counts`, its box) it keeps.
+from its offer before the next one. What a room remembers (`Room.answers`, its box) it keeps.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,21 @@ from coordinator.core.rooms import Offer, Room, open_room
 
 class KeptRooms:
     """`stale` are the nodes whose offer may have changed since they were put here; `recallable` the
-    jobs that give way within their class in the last pass."""
+    jobs that give way within their class in the last pass. `fits` is how soon a node could go on
+    with a request (`standby.py`), of those that were asked since they changed."""
 
     def __init__(self) -> None:
         self.stale: dict[str, None] = {}
+        self.fits: dict[str, dict[object, int]] = {}
         self.recallable: Mapping[int, None] = {}
         self._rooms: dict[str, Room] = {}
         self._by_name: list[Room] | None = None
         self._positions: dict[str, int] = {}
+
+    def touch(self, node: str) -> None:
+        """Something that its offer is made of may have changed."""
+        self.stale[node] = None
+        self.fits.pop(node, None)
 
     def take_stale(self) -> Iterator[str]:
         """Each of them is to be `put` or `drop`ped."""
@@ -45,6 +52,7 @@ class KeptRooms:
     def forget(self, node: str) -> None:
         """There is no such node any more."""
         self.stale.pop(node, None)
+        self.fits.pop(node, None)
         self.drop(node)
 
     def open(self, mix: Mix) -> list[Room]:

@@ -149,7 +149,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     state.sessions[session] = body.node
     live.session = live.newest_session = session
     live.gangs, live.shares = body.gangs, body.shares
-    state.rooms.stale[live.node.id] = None
+    state.rooms.touch(live.node.id)
     live.heartbeat_sequence = 0
     leases.heard(state, now, live)
     if live.phase is not NodePhase.UP:
@@ -306,6 +306,7 @@ def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
         live.deadline_ms = now.now_ms
         _close(state, live, "its agent has left")
         expire(state, now, live, "its agent has left for good")
+        checkpoints.retarget(state)
         return
     absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
     live.deadline_ms = now.now_ms + absence_ms
@@ -342,8 +343,10 @@ def tick(state: State, now: Instant) -> None:
     if gap_ms > TICK_GAP_MS:
         state.log("warning", "coordinator.away", gap_ms=gap_ms)
         leases.put_off(state, gap_ms)
-    for live in leases.due(state, now):
-        _look(state, now, live)
+    # Where many are lost at once, those who send copies there are asked once, not for each.
+    lost = [live for live in leases.due(state, now) if _look(state, now, live)]
+    if lost:
+        checkpoints.retarget(state)
     for node_id in list(state.indices.draining):
         settle_drain(state, state.nodes[node_id])
     changed, state.indices.keep_changed = state.indices.keep_changed, {}
@@ -360,23 +363,25 @@ def tick(state: State, now: Instant) -> None:
             state.dirty = True
 
 
-def _look(state: State, now: Instant, live: LiveNode) -> None:
-    """Its silence may have lasted long enough to mean something."""
+def _look(state: State, now: Instant, live: LiveNode) -> bool:
+    """Its silence may have lasted long enough to mean something; whether it is lost now."""
     if live.phase is NodePhase.LOST:
-        return
+        return False
     quiet = f"it has not been heard for {now.now_ms - live.heard_ms} ms"
     if live.deadline_ms <= now.now_ms:
         expire(state, now, live, live.note if live.session is None and live.note else quiet)
-        return
+        return True
     if live.phase is NodePhase.UP and live.suspect_ms <= now.now_ms:
         state.set_node_phase(live, NodePhase.SUSPECT, quiet)
         if not silent(live.node.power):
             state.log("warning", "node.suspect", node=live.node.id, reason=quiet)
     leases.watch(state, live)
+    return False
 
 
 def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
-    """The lease has ended: the node is lost and its jobs return to the queue at their old place."""
+    """The lease has ended: the node is lost and its jobs return to the queue at their old place.
+    Copies that went there are for the caller to send elsewhere."""
     reason = f"{live.node.id} is lost: {why}"
     if live.session is not None:
         state.commands.append(CloseSession(live.session, "the lease has ended"))
@@ -390,7 +395,6 @@ def expire(state: State, now: Instant, live: LiveNode, why: str) -> None:
     live.strays = {}  # if it ever comes back, its hello lists them again
     for uuid, gpu in live.gpus.items():
         state.set_gpu(live, uuid, GpuPhase.ABSENT, gpu.holders)
-    checkpoints.retarget(state)
 
 
 def set_intent(

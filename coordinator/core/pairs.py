@@ -30,6 +30,7 @@ forecasts it does not, since the mean of a sum is known better than its parts.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from coordinator.core.matrices import Matrix, Vector, dot, solve_many
 
@@ -68,6 +69,23 @@ class Member:
 
 
 Cell = tuple[Member, Member, str]  # who, beside whom, on which type of GPU
+
+
+class Sharer(NamedTuple):
+    """An attempt that shares a GPU of that type."""
+
+    attempt: str
+    job_id: int
+    who: Member
+    gpu_type: str
+
+
+class Sharers(NamedTuple):
+    """All of them, with the names and families that are among them."""
+
+    every: tuple[Sharer, ...]
+    names: Mapping[str, None]
+    families: Mapping[str, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +174,18 @@ def prior_log(one: float | None = None, other: float | None = None) -> float:
 class Lessons:
     """What `learn` has made of sights: the inverse of their covariances, and what each is worth.
     `measured` is what was kept in all of them; `used` by how much of the time each training uses
-    the GPU alone, by its name. `answers` are those of `about` so far: who waits is asked about
-    everybody who shares a GPU, and most of these are alike."""
+    the GPU alone, by its name; `names` and `families` are those that were seen. `answers` are those
+    of `about` so far: who waits is asked about everybody who shares a GPU, and most of these are
+    alike."""
 
     sights: tuple[Sight, ...] = ()
     measured: Mapping[Cell, float] = field(default_factory=dict)
     used: Mapping[str, float] = field(default_factory=dict)
+    names: Mapping[str, None] = field(default_factory=dict)
+    families: Mapping[str, None] = field(default_factory=dict)
     inverse: Matrix | None = None
     weights: Vector | None = None
-    answers: dict[tuple[str, str, str], Forecast] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    answers: dict[object, Forecast] = field(default_factory=dict, compare=False, repr=False)
 
     def poor(self, one: Member, other: Member, gpu_type: str) -> bool:
         """Whether something that was seen speaks against these two."""
@@ -175,9 +194,15 @@ class Lessons:
         said = self.about(one, other, gpu_type)
         return said.informed and not said.worth_trying
 
+    def alike(self, one: Member) -> tuple[str, str, float | None]:
+        """Equal for those of whom the same is said beside anybody but their own kin."""
+        name = one.name if one.name in self.names else ""
+        return name, one.family if one.family in self.families else "", self.used.get(one.name)
+
     def about(self, one: Member, other: Member, gpu_type: str) -> Forecast:
-        """The forecast, made once."""
-        key = one.name, other.name, gpu_type
+        """The forecast, made once of those who are alike."""
+        kin = one.name == other.name, bool(one.family) and one.family == other.family
+        key = self.alike(one), self.alike(other), kin, gpu_type
         found = self.answers.get(key)
         if found is None:
             found = self.forecast(one, other, gpu_type)
@@ -231,7 +256,10 @@ def learn(sights: Iterable[Sight], used: Mapping[str, float] | None = None) -> L
     logs = [math.log(one.kept_ratio) for one in merged]
     surprises = [log - said for log, said in zip(logs, before, strict=True)]
     weights = [dot(row, surprises) for row in inverse]
-    return Lessons(merged, measured, used, inverse, weights)
+    seen = [member for who, beside, _ in measured for member in (who, beside)]
+    names = dict.fromkeys(member.name for member in seen)
+    families = dict.fromkeys(member.family for member in seen if member.family)
+    return Lessons(merged, measured, used, names, families, inverse, weights)
 
 
 def _merged(sights: Sequence[Sight]) -> tuple[Sight, ...]:

@@ -33,6 +33,7 @@ from heapq import nsmallest
 from coordinator.core.displacement import (
     NOBODY,
     Givers,
+    Known,
     Spread,
     StakeOf,
     Way,
@@ -41,10 +42,10 @@ from coordinator.core.displacement import (
     nothing_known,
     way_in_order,
 )
-from coordinator.core.fragmentation import PARTS, Mix
+from coordinator.core.fragmentation import Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Offer, Place, Room, Tenant, open_room
+from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, open_room
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.validate import gigabytes
@@ -58,6 +59,9 @@ WEIGHED_MAX = 64
 # Who has a checkpoint goes where it lies, on a type that is half as fast as the best: what it needs
 # is there already, and the next decision over all jobs may move it, with time to copy.
 NEAR_SPEED_RATIO = 0.5
+
+
+Offered = tuple[Room, Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ class Need:
     avoid: str = ""
     near: tuple[str, ...] = ()
     lent: bool = False
-    shunned: tuple[str, ...] = ()
+    shunned: frozenset[str] = frozenset()
     types: tuple[tuple[str, float], ...] = ()
     only: str = ""
     on: tuple[str, ...] = ()
@@ -142,6 +146,7 @@ def place_in(
     # Within one pass room only shrinks: what did not fit once need not be tried again for an equal
     # request.
     refused: dict[tuple[object, ...], str] = {}
+    ways = Known(rooms)
     placed = 0
     held: list[tuple[int, Spread]] = []
     for need in needs:
@@ -154,7 +159,7 @@ def place_in(
         sentence = refused.get(key)
         if sentence is None and placed < STARTS_PER_PASS_MAX:
             with hidden(kept, known):
-                start, victims, sentence = _place_one(need, rooms, stake_of)
+                start, victims, sentence = _place_one(need, rooms, stake_of, ways)
             if start is not None:
                 starts.append(start)
                 placed += len(start.places)
@@ -168,16 +173,16 @@ def place_in(
 
 
 def _place_one(
-    need: Need, rooms: Sequence[Room], stake_of: StakeOf
+    need: Need, rooms: Sequence[Room], stake_of: StakeOf, ways: Known
 ) -> tuple[Start | None, list[Displace], str]:
     """Its start, or who has to leave for it and a sentence about that; who can have nothing of the
     type that it was promised is as any other."""
     start = _start(need, rooms)
     if start is not None:
         return start, [], ""
-    victims, sentence = _displace(need, rooms, stake_of)
+    victims, sentence = _displace(need, rooms, stake_of, ways)
     if need.only and not sentence:
-        return _place_one(replace(need, only="", on=()), rooms, stake_of)
+        return _place_one(replace(need, only="", on=()), rooms, stake_of, ways)
     return None, victims, sentence
 
 
@@ -276,21 +281,25 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
     hopes.sort(key=lambda room: _left(spec, room, 1))
     if need.avoid or need.replicas or need.near:
         hopes.sort(key=lambda room: _far(need, room))
-    found: Spread = []
+    found: list[Offered] = []
     for room in hopes:
         if found and _far(need, room) != _far(need, found[0][0]):
             break
         shares = room.takes(spec, need.only)
         if shares:
-            found.append((room, shares))
+            found.append((room, Answer(shares)))
             if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
                 break
-    return [min(found, key=lambda pair: _tightness(need, *pair))] if found else None
+    if not found:
+        return None
+    room, answer = min(found, key=lambda pair: _tightness(need, *pair))
+    return [(room, answer.ranks)]
 
 
 def best_of_all(need: Need, rooms: Sequence[Room]) -> Spread | None:
-    able = [room for room in rooms if room.count(need.spec, need.only)[0]]
-    others = [room for room in able if room.offer.node != need.avoid]
+    answers = [(room, room.answer(need.spec, need.only, need.shunned)) for room in rooms]
+    able = [offered for offered in answers if offered[1].ranks]
+    others = [offered for offered in able if offered[0].offer.node != need.avoid]
     for usable in (others, able):
         spread = _fewest_nodes(need, usable)
         if spread is not None:
@@ -298,18 +307,18 @@ def best_of_all(need: Need, rooms: Sequence[Room]) -> Spread | None:
     return None
 
 
-def _fewest_nodes(need: Need, able: Sequence[Room]) -> Spread | None:
+def _fewest_nodes(need: Need, able: Sequence[Offered]) -> Spread | None:
     """The fullest offers first; what is then left goes where it fits tightest. No smaller number of
     nodes has as many places."""
-    by_count: dict[int, list[Room]] = {}
-    for room in able:
-        by_count.setdefault(room.count(need.spec, need.only)[0], []).append(room)
-    for count, rooms in by_count.items():
-        by_count[count] = _foremost(need, rooms, count, WEIGHED_MAX + need.spec.ranks)
+    by_count: dict[int, list[Offered]] = {}
+    for offered in able:
+        by_count.setdefault(len(offered[1].ranks), []).append(offered)
+    for count, some in by_count.items():
+        by_count[count] = list(_foremost(need, some, count, WEIGHED_MAX + need.spec.ranks))
     chosen: Spread = []
     left = need.spec.ranks
     while left:
-        enough = [room for count, rooms in by_count.items() if count >= left for room in rooms]
+        enough = [each for count, some in by_count.items() if count >= left for each in some]
         if enough:
             chosen.append(_tightest(need, enough, left))
             break
@@ -318,43 +327,37 @@ def _fewest_nodes(need: Need, able: Sequence[Room]) -> Spread | None:
         most = max(by_count)
         chosen.append(_tightest(need, by_count[most], most))
         left -= most
-        rest = [room for room in by_count.pop(most) if room is not chosen[-1][0]]
+        rest = [offered for offered in by_count.pop(most) if offered[0] is not chosen[-1][0]]
         by_count.update({most: rest} if rest else {})
     return sorted(chosen, key=lambda pair: pair[0].offer.node)
 
 
-def _tightest(need: Need, rooms: Sequence[Room], ranks: int) -> tuple[Room, list[tuple[str, ...]]]:
-    foremost = _foremost(need, rooms, ranks, WEIGHED_MAX)
-    offered = [(room, room.takes(need.spec, need.only, need.shunned)[:ranks]) for room in foremost]
-    return min(offered, key=lambda pair: _tightness(need, *pair))
+def _tightest(
+    need: Need, offered: Sequence[Offered], ranks: int
+) -> tuple[Room, list[tuple[str, ...]]]:
+    foremost = _foremost(need, offered, ranks, WEIGHED_MAX)
+    cut = [(room, answer._replace(ranks=answer.ranks[:ranks])) for room, answer in foremost]
+    room, answer = min(cut, key=lambda pair: _tightness(need, *pair))
+    return room, answer.ranks
 
 
-def _foremost(need: Need, rooms: Sequence[Room], ranks: int, most: int) -> list[Room]:
+def _foremost(need: Need, offered: Sequence[Offered], ranks: int, most: int) -> Sequence[Offered]:
     """Those that would be the tightest if nobody asked what others lose by it."""
 
-    def order(room: Room) -> tuple[object, ...]:
-        _, opens, fit = room.count(need.spec, need.only)
+    def order(pair: Offered) -> tuple[object, ...]:
+        room, (_, shuns, opens, fit) = pair
         left = _left(need.spec, room, ranks)
-        shuns = bool(need.shunned) and _shuns(
-            need, room, room.takes(need.spec, need.only, need.shunned)
-        )
         return (shuns, *_nearness(need, room), opens, fit, left, room.offer.node)
 
-    return nsmallest(most, rooms, key=order) if len(rooms) > most else list(rooms)
+    return nsmallest(most, offered, key=order) if len(offered) > most else offered
 
 
 def _tightness(
-    need: Need, room: Room, shares: Sequence[tuple[str, ...]]
+    need: Need, room: Room, answer: Answer
 ) -> tuple[bool, bool, bool, int, int, int, int, str]:
-    spec = need.spec
-    shuns = _shuns(need, room, shares)
-    opens, fit = room.share_rank(spec, shares[0][0]) if spec.shared_gpu_memory_bytes else (0, 0)
-    increase, left = room.increase(spec, shares), _left(spec, room, len(shares))
+    shares, shuns, opens, fit = answer
+    increase, left = room.increase(need.spec, shares), _left(need.spec, room, len(shares))
     return (shuns, *_nearness(need, room), opens, increase, fit, left, room.offer.node)
-
-
-def _shuns(need: Need, room: Room, shares: Sequence[tuple[str, ...]]) -> bool:
-    return bool(need.shunned) and room.shuns(shares[0][0], need.shunned)
 
 
 def _nearness(need: Need, room: Room) -> tuple[bool, bool]:
@@ -392,7 +395,7 @@ def _why_here(need: Need, spread: Spread) -> str:
         return f"runs on {where_}, where most of its last checkpoint lies"
     if need.spec.gpus == 0 and not (need.spec.memory_bytes and room.mix and room.mix.total):
         return f"runs on {where_}, which has the most free places"
-    leaves = _leaves(need.spec, room, shares)
+    leaves = room.describe_rest(need.spec, shares)
     if leaves:
         return f"runs on {where_} and leaves {leaves}"
     if need.spec.gpus == 0:
@@ -404,7 +407,9 @@ def _why_type(need: Need, spread: Spread) -> str:
     """What the choice of its type means for its speed; empty where nothing is known of that, or
     where it runs on several."""
     speeds = dict(need.types)
-    types = [name for name in speeds if any(name in _types(*pair) for pair in spread)]
+    taken = [uuid for _, shares in spread for gpu_uuids in shares for uuid in gpu_uuids]
+    here_ = [name for room, _ in spread for name in room.types_of(taken)]
+    types = [name for name in speeds if name in here_]
     if len(types) != 1 or len(set(speeds.values())) == 1:
         return ""
     here = speeds.pop(types[0])
@@ -416,28 +421,19 @@ def _why_type(need: Need, spread: Spread) -> str:
     return f"; it is about {here / speeds[than]:.1f} times as fast there as on {than}"
 
 
-def _types(room: Room, shares: Sequence[tuple[str, ...]]) -> list[str]:
-    taken = [uuid for gpu_uuids in shares for uuid in gpu_uuids]
-    return room.types_of(taken)
-
-
-def _leaves(spec: JobSpec, room: Room, shares: Sequence[tuple[str, ...]]) -> str:
-    """What is then free of the node, and to whom it is of use: why it is this node. Empty where
-    nobody can say, or nothing is left: nothing fits tighter."""
-    after = room.box(spec, shares)
-    if room.mix is None or not room.mix.total or not after.left:
-        return ""
-    percent = 100 * room.mix.fitting(after) // room.mix.total
-    gpus = f"{after.left / PARTS:.2f}" if after.left % PARTS else str(after.left // PARTS)
-    unit = "GPU" if after.left == PARTS else "GPUs"
-    return f"{gpus} {unit} there, of use to {percent}% of recent requests"
-
-
-def _displace(need: Need, rooms: Sequence[Room], stake_of: StakeOf) -> tuple[list[Displace], str]:
+def _displace(
+    need: Need, rooms: Sequence[Room], stake_of: StakeOf, ways: Known
+) -> tuple[list[Displace], str]:
     """The attempts that must give way for this job where that costs least, and whom it waits for;
     none when nowhere would do. The room is then kept for this job for the rest of the pass."""
     own = CLASS_RANK[need.spec.job_class], need.lent
-    way = make_way(need, rooms, Givers(lambda tenant: (tenant.rank, tenant.lent) > own, stake_of))
+    givers = Givers(
+        lambda tenant: (tenant.rank, tenant.lent) > own,
+        stake_of,
+        request=request_key(need),
+        known=ways,
+    )
+    way = make_way(need, rooms, givers)
     if way is None:
         return [], ""
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
@@ -452,19 +448,18 @@ def make_way(need: Need, rooms: Sequence[Room], givers: Givers) -> Way | None:
     way = find_way(need.spec, need.only, able, givers, lambda some: _spread(need, some))
     if way is None or (way.victims and not givers.accept(way.victims)):
         return None
-    leave(rooms, [tenant.whole for tenant in way.victims])
+    leave(rooms, [tenant.whole for tenant in way.victims], givers.known)
     return way
 
 
 def keep_room(need: Need, rooms: Sequence[Room], givers: Givers = NOBODY) -> Spread | None:
     """Keep for it what it would get now, or when those have left that are leaving or may."""
     spread = keep_free(need, rooms)
-    if spread is None:
-        way = make_way(need, rooms, givers)
-        if way is not None:
-            take(need.spec, way.spread)
-            return way.spread
-    return spread
+    way = make_way(need, rooms, givers) if spread is None else None
+    if way is None:
+        return spread
+    take(need.spec, way.spread)
+    return way.spread
 
 
 def keep_free(need: Need, rooms: Sequence[Room]) -> Spread | None:

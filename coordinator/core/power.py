@@ -265,7 +265,7 @@ def _is_gone(state: State, now: Instant, live: LiveNode) -> None:
     fresh = Node(name, "", "", HostFacts(), (), intent=live.node.intent, power=live.node.power)
     live.gpus, live.telemetry, live.used_ms = {}, None, 0
     state.put_node(fresh)
-    state.rooms.stale[name] = None
+    state.rooms.touch(name)
 
 
 def _rented(state: State, now: Instant, live: LiveNode) -> tuple[Rent, ...]:

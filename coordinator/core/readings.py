@@ -30,7 +30,7 @@ def heard(state: State, now: Instant, live: LiveNode, reading: GpuReading) -> No
         gpu.unread_since_ms = None
         if gpu.unread:
             gpu.unread = ""
-            state.rooms.stale[live.node.id] = None
+            state.rooms.touch(live.node.id)
             state.dirty = True
             state.log("info", "gpu.read_again", node=live.node.id, gpu=reading.uuid)
         return
@@ -45,7 +45,7 @@ def heard(state: State, now: Instant, live: LiveNode, reading: GpuReading) -> No
         f"{limit_ms // 1000} s is the limit: {cut(reading.error)}"
     )
     if fresh:
-        state.rooms.stale[live.node.id] = None
+        state.rooms.touch(live.node.id)
         state.dirty = True  # who waits for it hears why
         state.log("warning", "gpu.unread", node=live.node.id, gpu=reading.uuid, reason=gpu.unread)
 

@@ -7,8 +7,9 @@ room of its own. What a room was asked it remembers until it changes.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from coordinator.core import gpu_types, shares
 from coordinator.core.fragmentation import PARTS, Box, Mix
@@ -16,9 +17,9 @@ from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
 from coordinator.core.validate import suits
 
-# Kinds of requests whose counts a room remembers, some 100 bytes each; many more are seldom asked
+# Kinds of requests whose answers a room remembers, some 200 bytes each; many more are seldom asked
 # for at a time.
-COUNTS_MAX = 32
+ANSWERS_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,23 @@ class Stock:
     type_of: Mapping[str, str]
 
 
+class Answer(NamedTuple):
+    """The GPUs that each rank would get; of a share also whether that is beside somebody `shunned`,
+    and how well it would do (`shares.rank`)."""
+
+    ranks: list[tuple[str, ...]]
+    shuns: bool = False
+    opens: int = 0
+    fit: int = 0
+
+
 @dataclass(slots=True)
 class Room:
     """What is left of an offer. `holds` are of GPUs that are not free: those of tenants, and what
-    is kept for somebody in this pass. `mix`: what is asked for lately. `changed`: it is not any
-    more as it was opened. `increases`, `counts` and `whole_box` are what was answered since the
-    last change; `stock` is of its offer, once asked for."""
+    is kept for somebody in this pass; who is `alone` counts as having his by himself, for whoever
+    asks for a share now. `mix`: what is asked for lately. `changed`: it is not any more as it was
+    opened, and `version` counts its changes. `increases`, `answers` and `whole_box` are what was
+    answered since the last change; `stock` is of its offer, once asked for."""
 
     offer: Offer
     free: dict[str, GpuFacts]
@@ -95,10 +107,10 @@ class Room:
     holds: dict[str, tuple[Hold, ...]] = field(default_factory=dict)
     mix: Mix | None = None
     changed: bool = False
+    version: int = field(default=0, compare=False)
+    alone: frozenset[str] = frozenset()
     increases: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False)
-    counts: dict[tuple[object, ...], tuple[int, int, int]] = field(
-        default_factory=dict, compare=False
-    )
+    answers: dict[tuple[object, ...], Answer] = field(default_factory=dict, compare=False)
     whole_box: Box | None = field(default=None, compare=False)
     stock: "Stock | None" = field(default=None, compare=False)
 
@@ -115,7 +127,7 @@ class Room:
         return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
 
     def takes(
-        self, spec: JobSpec, gpu_type: str = "", shunned: Sequence[str] = ()
+        self, spec: JobSpec, gpu_type: str = "", shunned: Collection[str] = ()
     ) -> list[tuple[str, ...]]:
         """The GPUs that each of the ranks that fit here would get now, smallest memory first: at
         most as many as the job has. With `gpu_type` no others than of that type; with the attempts
@@ -142,8 +154,10 @@ class Room:
         starts = range(0, count * spec.gpus, spec.gpus)
         return [tuple(uuids[start : start + spec.gpus]) for start in starts]
 
-    def count(self, spec: JobSpec, gpu_type: str = "") -> tuple[int, int, int]:
-        """How many ranks of a job fit here, and how well a share would do (`share_rank`)."""
+    def answer(
+        self, spec: JobSpec, gpu_type: str = "", shunned: frozenset[str] = frozenset()
+    ) -> Answer:
+        """What `takes` says, remembered."""
         key = (
             gpu_type,
             spec.ranks,
@@ -152,37 +166,45 @@ class Room:
             spec.gpu_memory_bytes_min,
             spec.memory_bytes,
             (spec.shared_gpu_memory_bytes, spec.share_automatic),
+            self.alone,
+            shunned,
         )
-        found = self.counts.get(key)
+        found = self.answers.get(key)
         if found is None:
-            ranks = self.takes(spec, gpu_type)
-            shared = ranks and spec.shared_gpu_memory_bytes
-            found = (len(ranks), *(self.share_rank(spec, ranks[0][0]) if shared else (0, 0)))
-            if len(self.counts) >= COUNTS_MAX:
-                self.counts.clear()
-            self.counts[key] = found
+            found = Answer(self.takes(spec, gpu_type, shunned))
+            if found.ranks and spec.shared_gpu_memory_bytes:
+                found = Answer(found.ranks, *self._share_rank(spec, found.ranks[0][0], shunned))
+            if len(self.answers) >= ANSWERS_MAX:
+                self.answers.clear()
+            self.answers[key] = found
         return found
+
+    def _share_rank(
+        self, spec: JobSpec, uuid: str, shunned: Collection[str]
+    ) -> tuple[bool, int, int]:
+        gpu = next(gpu for gpu in self.offer.gpus if gpu.uuid == uuid)
+        holds = self.holds.get(uuid, ())
+        order = shares.rank(gpu, holds, spec.shared_gpu_memory_bytes)
+        return shares.shuns(spec, holds, shunned), *order
 
     def shareable(self, spec: JobSpec) -> list[tuple[GpuFacts, tuple[Hold, ...]]]:
         """The GPUs that would do for a job, free or with those who have them."""
         return [
-            (gpu, self.holds.get(gpu.uuid, ()))
+            (gpu, self._seen(gpu.uuid))
             for gpu in self.offer.gpus
             if (gpu.uuid in self.free or gpu.uuid in self.holds) and suits(spec, gpu)
         ]
 
-    def shuns(self, uuid: str, shunned: Sequence[str]) -> bool:
-        """Whether one of these attempts has a GPU."""
-        return any(hold.attempt in shunned for hold in self.holds.get(uuid, ()))
+    def _seen(self, uuid: str) -> tuple[Hold, ...]:
+        """By who asks for a share."""
+        holds = self.holds.get(uuid, ())
+        if not self.alone:
+            return holds
+        return tuple(Hold(one.attempt) if one.attempt in self.alone else one for one in holds)
 
     def has_share(self, spec: JobSpec) -> bool:
         """Whatever else the node lacks."""
         return shares.choose(spec, self.shareable(spec)) is not None
-
-    def share_rank(self, spec: JobSpec, uuid: str) -> tuple[int, int]:
-        """How well a share of this GPU would do; the least is the best."""
-        gpu = next(gpu for gpu in self.offer.gpus if gpu.uuid == uuid)
-        return shares.rank(gpu, self.holds.get(uuid, ()), spec.shared_gpu_memory_bytes)
 
     def increase(self, spec: JobSpec, ranks: Sequence[tuple[str, ...]]) -> int:
         """What it costs those who come next when ranks of a job get these GPUs."""
@@ -217,11 +239,22 @@ class Room:
             self.whole_box = box
         return box
 
+    def describe_rest(self, spec: JobSpec, ranks: Sequence[tuple[str, ...]]) -> str:
+        """What is then free of the node, and to whom it is of use: why it is this node. Empty where
+        nobody can say, or nothing is left: nothing fits tighter."""
+        after = self.box(spec, ranks)
+        if self.mix is None or not self.mix.total or not after.left:
+            return ""
+        percent = 100 * self.mix.fitting(after) // self.mix.total
+        gpus = f"{after.left / PARTS:.2f}" if after.left % PARTS else str(after.left // PARTS)
+        unit = "GPU" if after.left == PARTS else "GPUs"
+        return f"{gpus} {unit} there, of use to {percent}% of recent requests"
+
     def forget(self) -> None:
         """It is not any more as it was when it answered."""
-        self.changed, self.whole_box = True, None
+        self.changed, self.whole_box, self.version = True, None, self.version + 1
         self.increases.clear()
-        self.counts.clear()
+        self.answers.clear()
 
     def take(self, spec: JobSpec, gpu_uuids: tuple[str, ...]) -> None:
         self.forget()
@@ -234,7 +267,7 @@ class Room:
 
     def saved(self) -> "Room":
         """As it is now, to `restore`."""
-        return replace(self, free=dict(self.free), holds=dict(self.holds), counts={}, increases={})
+        return replace(self, free=dict(self.free), holds=dict(self.holds), answers={}, increases={})
 
     def restore(self, saved: "Room") -> None:
         self.forget()
@@ -243,7 +276,7 @@ class Room:
 
     def dismiss(self, attempt: str) -> None:
         """From here on it counts as stopping."""
-        self.changed = True
+        self.changed, self.version = True, self.version + 1
         self.tenants = {**self.tenants, attempt: replace(self.tenants[attempt], stopping=True)}
 
     def without(self, leaves: Callable[[Tenant], bool]) -> "Room":
@@ -264,7 +297,9 @@ class Room:
                         free[uuid] = facts[uuid]
             memory_bytes += tenant.memory_bytes
             slots += 0 if tenant.gpu_uuids else 1
-        return Room(self.offer, free, memory_bytes, slots, holds=holds, mix=self.mix)
+        return Room(
+            self.offer, free, memory_bytes, slots, holds=holds, alone=self.alone, mix=self.mix
+        )
 
 
 def _type_of(gpu: GpuFacts) -> str:

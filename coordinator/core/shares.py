@@ -14,7 +14,7 @@ So a job says the most that it will take, and is held to it by its node's agent.
    nobody can tell what three do to one another.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from coordinator.core.model import GpuFacts, JobSpec
@@ -78,8 +78,18 @@ def rank(gpu: GpuFacts, holds: Sequence[Hold], share_bytes: int) -> tuple[int, i
     return 1, gpu.memory_bytes
 
 
+def shuns(spec: JobSpec, holds: Sequence[Hold], shunned: Collection[str]) -> bool:
+    """Whether it goes beside these last. Who shares only where that pays has a GPU of its own while
+    there is one, wherever that is."""
+    if spec.share_automatic:
+        return bool(holds)
+    return any(hold.attempt in shunned for hold in holds)
+
+
 def choose(
-    spec: JobSpec, fitting: Iterable[tuple[GpuFacts, Sequence[Hold]]], shunned: Sequence[str] = ()
+    spec: JobSpec,
+    fitting: Iterable[tuple[GpuFacts, Sequence[Hold]]],
+    shunned: Collection[str] = (),
 ) -> str | None:
     """The GPU that the share would be of, beside one of `shunned` last; `None` where there is no
     room for it."""
@@ -90,8 +100,7 @@ def choose(
 
     def order(pair: tuple[GpuFacts, Sequence[Hold]]) -> tuple[bool, int, int, str]:
         gpu, holds = pair
-        shuns = any(hold.attempt in shunned for hold in holds)
-        return (shuns, *rank(gpu, holds, share_bytes), gpu.uuid)
+        return (shuns(spec, holds, shunned), *rank(gpu, holds, share_bytes), gpu.uuid)
 
     gpu, _ = min(able, key=order)
     return gpu.uuid

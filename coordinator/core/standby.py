@@ -43,6 +43,8 @@ LOOKS_PER_TICK_MAX = 400
 # Each attempt's turn comes once in so many ticks: a second late is nothing to what must have been
 # so for ten.
 TICKS_PER_TURN = 4
+# Kinds of requests that a node is remembered for, some 200 bytes each.
+FITS_MAX = 32
 
 
 class Fit(IntEnum):
@@ -131,14 +133,19 @@ def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     return "" if found is None else found.node
 
 
-def candidates(state: State, job: Job, node_id: str, rank: int = 0) -> list[Candidate]:
-    """Every node that is up, but for the one that this rank of the job runs on."""
+def candidates(
+    state: State, job: Job, node_id: str, rank: int = 0, present: Candidate | None = None
+) -> list[Candidate]:
+    """Every node that is up, but for the one that this rank of the job runs on, and those that fit
+    no better than the `present` standby."""
     if job.spec.replication is Replication.NONE:
         return []
+    alike, least = _alike(job), -1 if present is None else present.fit
     return [
         candidate(state, job, live, rank)
         for live in state.nodes.values()
         if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id
+        if _known_fit(state, job, live, alike) > least
     ]
 
 
@@ -150,6 +157,29 @@ def candidate(state: State, job: Job, live: LiveNode, rank: int = 0) -> Candidat
 
 
 def fit(state: State, job: Job, live: LiveNode) -> Fit:
+    return Fit(_known_fit(state, job, live, _alike(job)))
+
+
+def _alike(job: Job) -> tuple[object, ...]:
+    """Equal for jobs that fit equally."""
+    spec = job.spec
+    request = (spec.gpus, spec.gpu_types, spec.gpu_memory_bytes_min, spec.memory_bytes)
+    share = (spec.shared_gpu_memory_bytes, spec.share_automatic)
+    return spec.job_class, spec.ranks > 1, request, share
+
+
+def _known_fit(state: State, job: Job, live: LiveNode, alike: tuple[object, ...]) -> int:
+    """Remembered until the node changes: when many start or leave, each of them asks all nodes."""
+    known = state.rooms.fits.setdefault(live.node.id, {})
+    found = known.get(alike)
+    if found is None:
+        if len(known) >= FITS_MAX:
+            known.clear()
+        found = known[alike] = _fit(state, job, live)
+    return found
+
+
+def _fit(state: State, job: Job, live: LiveNode) -> Fit:
     if live.node.intent is not NodeIntent.OPEN:
         return Fit.CLOSED
     spec = job.spec
@@ -197,7 +227,9 @@ def aim(state: State, attempt_id: str) -> str:
     attempt = state.attempts[attempt_id]
     job = state.jobs[attempt.job_id]
     present = _present(state, job, attempt.replica_node, attempt.rank)
-    found = better(present, candidates(state, job, attempt.node, attempt.rank))
+    if present is not None and present.fit is Fit.FREE:
+        return attempt.replica_node  # nobody fits better
+    found = better(present, candidates(state, job, attempt.node, attempt.rank, present))
     return attempt.replica_node if found is None else found.node
 
 

@@ -170,7 +170,7 @@ class State:
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
             self.indices.put_node(node)
-            self.rooms.stale[node.id] = None
+            self.rooms.touch(node.id)
         # In the order in which they ended, since the first to end is the first to be forgotten.
         for job in sorted(snapshot.jobs, key=lambda job: (job.ended_unix_ms or 0, job.id)):
             self.jobs[job.id] = job
@@ -256,7 +256,7 @@ class State:
             else:
                 live.attempts[attempt.id] = None
             self.indices.put_attempt(attempt)
-            self.rooms.stale[attempt.node] = None
+            self.rooms.touch(attempt.node)
         self.changed_attempts[attempt.id] = None
         return attempt
 
@@ -344,7 +344,7 @@ class State:
         self.forgotten.pop(node.id, None)
         self.nodes[node.id].node = node
         self.indices.put_node(node)
-        self.rooms.stale[node.id] = None
+        self.rooms.touch(node.id)
         self.changed_nodes[node.id] = None
 
     def take_out_node(self, node_id: str, *, keep: bool) -> None:
@@ -405,7 +405,7 @@ class State:
     def set_node_phase(self, live: LiveNode, phase: NodePhase, note: str) -> None:
         live.phase = advance(NODE_TRANSITIONS, live.phase, phase, f"node {live.node.id}")
         live.note = note
-        self.rooms.stale[live.node.id] = None
+        self.rooms.touch(live.node.id)
         self.dirty = True
 
     def set_gpu(
@@ -414,7 +414,7 @@ class State:
         gpu = live.gpus[uuid]
         gpu.phase = advance(GPU_TRANSITIONS, gpu.phase, phase, f"gpu {uuid}")
         gpu.holders = holders
-        self.rooms.stale[live.node.id] = None
+        self.rooms.touch(live.node.id)
         self.dirty = True
 
     def hold_gpu(self, live: LiveNode, uuid: str, attempt_id: str) -> None:

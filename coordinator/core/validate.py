@@ -5,6 +5,7 @@ request is judged when it is made, and a refusal says what to change. "Not now" 
 that is a wait reason of `placement.py`.
 """
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 
@@ -225,9 +226,13 @@ def gigabytes(count_bytes: int) -> str:
     return f"{count_bytes / 1e9:.1f} GB"
 
 
-def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts, ...]]]) -> str:
+def refuse_fleet(
+    spec: JobSpec,
+    fleet: Iterable[tuple[HostFacts, tuple[GpuFacts, ...]]],
+    counts: Sequence[int] = (),
+) -> str:
     """Whether any node that was ever seen, wholly free, could run the job. A fleet that nobody has
-    joined refuses nothing.
+    joined refuses nothing. `counts`: so many nodes are like each; one where it is not said.
 
     Lost and drained nodes count: they may come back.
     """
@@ -262,11 +267,13 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
             f"needs {gigabytes(spec.memory_bytes)} of host memory; the most that a node with"
             f" enough GPUs has is {gigabytes(max(able))}: ask for less memory"
         )
-    return _refuse_gang(spec, nodes) if spec.ranks > 1 else ""
+    if spec.ranks == 1:
+        return ""
+    each = [_places(spec, host, gpus) for host, gpus in nodes]
+    return _refuse_gang(spec, sum(map(operator.mul, each, counts or [1] * len(each))))
 
 
-def _refuse_gang(spec: JobSpec, nodes: Sequence[tuple[HostFacts, tuple[GpuFacts, ...]]]) -> str:
-    places = sum(_places(spec, host, gpus) for host, gpus in nodes)
+def _refuse_gang(spec: JobSpec, places: int) -> str:
     if places >= spec.ranks:
         return ""
     return (

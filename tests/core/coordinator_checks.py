@@ -151,7 +151,7 @@ def check_rooms(state: State) -> None:
     for mine, other in zip(kept, anew, strict=True):
         assert mine.box() == other.box()
         for job in state.jobs.values():
-            assert mine.count(job.spec) == other.count(job.spec)
+            assert mine.answer(job.spec) == other.answer(job.spec)
             ranks = mine.takes(job.spec)
             assert mine.increase(job.spec, ranks) == other.increase(job.spec, ranks)
 
@@ -160,6 +160,8 @@ def _check_standby(state: State, attempt: Attempt) -> None:
     """Who is named after a few were asked is who would be named after all were."""
     job = state.jobs[attempt.job_id]
     best = standby.best(standby.candidates(state, job, attempt.node, attempt.rank))
+    for live in state.nodes.values():
+        assert standby.fit(state, job, live) is standby._fit(state, job, live), live.node.id
     found = standby.choose(state, job, attempt.node, attempt.rank)
     assert found == ("" if best is None else best.node)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from coordinator.core import coruns, history
 from coordinator.core import messages as m
+from coordinator.core.company import NAMED_MAX
 from coordinator.core.explain import explain
 from coordinator.core.model import GpuFacts, JobClass, JobSpec
 from coordinator.core.phases import JobPhase
@@ -152,7 +153,8 @@ def test_what_two_did_on_a_node_that_is_forgotten_is_still_known() -> None:
 
     def measured() -> tuple[float, float] | None:
         state.indices.lessons = None  # as after a restart
-        return coruns.forecast(state, job, other).measured
+        (beside,) = [one for one in coruns.sharers(state).every if one.attempt == other.id]
+        return coruns.forecast(state, job, beside).measured
 
     before = measured()
     assert before is not None
@@ -186,7 +188,7 @@ def test_a_round_looks_once_at_what_the_fleet_has_seen_however_many_wait(
     world.rig.handle(m.Decide(), decide=False)
     assert len(state.queued) == 10
     assert looks == 1, "not for each of them beside each that runs"
-    assert asked == 2 * 3, "of two kinds beside three"
+    assert asked == 2 * (3 + NAMED_MAX), "of two kinds beside three, and for a sentence"
 
 
 def test_where_many_run_a_place_elsewhere_is_looked_for_less_often(

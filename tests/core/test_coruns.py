@@ -290,10 +290,10 @@ def test_two_that_were_parted_stay_so_whatever_others_of_their_names_did() -> No
         world.beat()
     assert world.parted == ["4.1"]
     state = world.rig.core.state
-    assert coruns.shunned(state, state.jobs[3]) == ("4.2",)
-    assert coruns.shunned(state, state.jobs[4]) == ("3.1",)
+    assert coruns.shunned(state, state.jobs[3]) == {"4.2"}
+    assert coruns.shunned(state, state.jobs[4]) == {"3.1"}
     world.rig.handle(m.Request(1, m.Submit(spec(2, 8))))
-    assert coruns.shunned(state, state.jobs[5]) == (), "of the name nothing bad is expected"
+    assert coruns.shunned(state, state.jobs[5]) == set(), "of the name nothing bad is expected"
 
 
 def test_two_that_are_fast_enough_stay() -> None:
@@ -374,7 +374,7 @@ def test_what_those_who_share_are_called_is_worked_out_once_for_all_that_wait(
     coruns.member.cache_clear()
     state = world.rig.core.state
     for job in state.jobs.values():
-        assert {"1.1", "2.2"} <= set(coruns.shunned(state, job))
+        assert {"1.1", "2.2"} <= coruns.shunned(state, job)
     assert sorted(one.command for one in named) == [("train 0",), ("train 1",), ("train 2",)]
 
 

@@ -119,6 +119,24 @@ def test_what_is_seen_narrows_and_its_order_says_nothing(
     assert said.combined_variance >= 0
 
 
+@given(
+    seen=st.lists(SIGHTS, max_size=6),
+    used=st.dictionaries(st.sampled_from(["bert", "lstm", "new"]), st.floats(0.1, 1.0)),
+)
+def test_who_is_taken_for_alike_is_told_what_he_would_be_told_himself(
+    seen: list[Sight], used: dict[str, float]
+) -> None:
+    lessons = learn(seen, used)
+    strangers = [Member("new"), Member("other"), Member("third", "kin"), Member("fourth", "kin")]
+    everybody = [RESNET, RESNET_LARGER, BERT, LSTM, ALONE, *strangers]
+    for one in everybody:
+        for other in everybody:
+            told, own = (ask(one, other, "A100") for ask in (lessons.about, lessons.forecast))
+            assert (told.one, told.other) == (own.one, own.other)
+            assert (told.measured, told.informed) == (own.measured, own.informed)
+    assert len(lessons.answers) < len(everybody) ** 2
+
+
 def test_of_many_the_newest_are_learned_from_and_all_are_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

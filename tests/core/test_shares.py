@@ -135,7 +135,7 @@ def test_a_standby_s_gpu_has_room_or_gets_it(
 
 def test_beside_one_that_is_shunned_is_where_a_job_goes_last() -> None:
     node = offer("80 80", ("7.1", 0, 20, *STAYING))
-    need = Need(1, share(10), shunned=("7.1",))
+    need = Need(1, share(10), shunned=frozenset({"7.1"}))
     assert chosen(place([Need(1, share(10))], [node])) == {1: "g0"}
     assert chosen(place([need], [node])) == {1: "g1"}
     full = offer("80", ("7.1", 0, 20, *STAYING))
@@ -148,5 +148,5 @@ def test_it_leaves_its_last_checkpoint_behind_for_that() -> None:
     need = Need(1, share(10), replicas=("n1",), near=("n1",))
     (start,) = place([need], [here, there]).starts
     assert start.places[0].node == "n1"
-    (start,) = place([replace(need, shunned=("7.1",))], [here, there]).starts
+    (start,) = place([replace(need, shunned=frozenset({"7.1"}))], [here, there]).starts
     assert start.places[0].node == "n2"
