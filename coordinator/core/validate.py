@@ -61,8 +61,10 @@ def _labels(spec: JobSpec) -> str:
 
 
 def _program(spec: JobSpec) -> str:
-    if bool(spec.command) == bool(spec.trainer):
+    if spec.command and spec.trainer:
         return "give either a command or a built-in trainer, and not both"
+    if not spec.command and not spec.trainer:
+        return "nothing to run: give a command or a built-in trainer"
     if spec.trainer and spec.trainer not in TRAINERS:
         return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(TRAINERS)}"
     if spec.command and not spec.command[0]:
@@ -124,6 +126,7 @@ def _share(spec: JobSpec) -> str:
     if share_bytes < SHARE_BYTES_MIN:
         return (
             f"the share of a GPU is {share_bytes} bytes; it must be 0 or at least {SHARE_BYTES_MIN}"
+            f" ({SHARE_BYTES_MIN >> 20} MiB)"
         )
     if spec.gpus != 1 or spec.ranks != 1:
         return (
