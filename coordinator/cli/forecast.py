@@ -124,8 +124,8 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
             f" {one.expected_gpus:.0f} as expected"
             for one in known.held
         ]
-        held = quantity(round(known.held_gpus), "GPU is", "GPUs are")
-        write_notice(f"{held} held now; of these {'; '.join(parts)}")
+        now = quantity(round(known.held_gpus), "GPU is", "GPUs are")
+        write_notice(f"{now} held now; of these {'; '.join(parts)}")
 
 
 def _series(
