@@ -32,7 +32,7 @@ def demand(tmp_path: Path) -> Path:
 def test_from_a_file(baton: Baton, demand: Path) -> None:
     result = baton("leases", "--demand", str(demand), "--owned", "40")
     assert result.exit_code == 0
-    assert "lease 10 of 60 that are missing for 30 days at $2.79 an hour" in result.stdout
+    assert "lease 10 of the 60 that are missing, for 30 days at $2.79 an hour" in result.stdout
     assert "nothing was leased" in result.stderr
 
 
