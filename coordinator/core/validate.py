@@ -229,6 +229,11 @@ def refuse_fleet(spec: JobSpec, fleet: Iterable[tuple[HostFacts, tuple[GpuFacts,
     if not nodes:
         return ""
     names = sorted(dict.fromkeys(gpu.name for _, gpus in nodes for gpu in gpus))
+    if spec.gpus and not names:
+        return (
+            f"needs {describe_need(spec)}, and no node has a GPU that its agent can read; the log"
+            " of an agent says why (`gpu.absent`)"
+        )
     if spec.gpu_types and names and not any(is_of_type(spec, name) for name in names):
         return (
             f"no node has a GPU of type {' or '.join(spec.gpu_types)}; there are"
