@@ -109,9 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(_serve(config, given))
     except _NOT_STARTED as error:
-        logging_setup.emit("critical", "agent.not_started", (("reason", str(error)),))
+        logging_setup.emit("critical", "agent.not_started", (("reason", _in_words(error)),))
         return 1
     return 0
+
+
+def _in_words(error: Exception) -> str:
+    """Without the number that Python puts before a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.strerror, error.filename) if part)
+    return str(error)
 
 
 def _log_to_stderr(config: Config) -> None:

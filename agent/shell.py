@@ -439,7 +439,7 @@ class AgentShell:
         self._outbox.clear()
         self._session = session
         self._counts.sessions += 1
-        talked = False
+        talked, reason = False, "the session ended"
         sender = asyncio.create_task(self._send_all(session))
         try:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
@@ -452,14 +452,15 @@ class AgentShell:
                     self._pulse.link_ms += min(order.wait_ms, WAIT_MS_MAX)
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
         except (LinkClosed, ChunkError) as error:
-            return str(error), talked
+            reason = str(error)
+            return reason, talked
         finally:
             self._session = None
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sender
             await session.close()
-            self.post(m.Disconnected("the session ended"))
+            self.post(m.Disconnected(reason))
 
     async def _send_all(self, session: Session) -> None:
         try:

@@ -7,7 +7,9 @@ and authority are given, and then callers need a certificate from that authority
 are plain PEM, so any certificate authority serves.
 """
 
+import errno
 import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ def listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         credentials = grpc.ssl_server_credentials([pair], _read(tls.ca_path), True)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise TransportError(f"cannot listen on {address}: {error}") from error
+        raise TransportError(f"cannot listen on {address}: {_why(address, error)}") from error
 
 
 def open_channel(
@@ -72,6 +74,21 @@ def open_channel(
         _read(tls.ca_path), _read(tls.key_path), _read(tls.cert_path)
     )
     return grpc.aio.secure_channel(address, credentials, merged)
+
+
+def _why(address: str, error: RuntimeError) -> str:
+    """gRPC says that it could not, and nothing of the reason; the system does when asked again."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as plain:
+        if plain.errno == errno.EADDRINUSE:
+            return "another program listens there already"
+        return plain.strerror or str(plain)
+    except ValueError:
+        pass
+    return str(error)
 
 
 def _is_loopback(address: str) -> bool:

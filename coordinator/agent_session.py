@@ -126,7 +126,7 @@ def _stranger(context: Context, message: m.AgentMessage) -> str:
     if b"ssl" not in facts.get("transport_security_type", []):
         return ""
     names = [*facts.get("x509_common_name", []), *facts.get("x509_subject_alternative_name", [])]
-    known = [name.decode("utf-8", "replace") for name in names]
+    known = list(dict.fromkeys(name.decode("utf-8", "replace") for name in names))
     if message.node in known:
         return ""
     return (

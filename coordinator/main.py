@@ -89,9 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging_setup.emit("critical", "leader.lost", (("reason", str(error)),))
         return 1
     except (ConfigError, TransportError, StoreUnavailable, OSError) as error:
-        logging_setup.emit("critical", "coordinator.not_started", (("reason", str(error)),))
+        logging_setup.emit("critical", "coordinator.not_started", (("reason", _in_words(error)),))
         return 1
     return 0
+
+
+def _in_words(error: Exception) -> str:
+    """Without the number that Python puts before a system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.strerror, error.filename) if part)
+    return str(error)
 
 
 def _log_to_stderr(config: Config) -> None:

@@ -33,6 +33,7 @@ from trainers import weights
 FORMATS = ("huggingface", "safetensors", "dcp")
 ABOUT_FILE = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
+FILES_NAMED_MAX = 8  # of a checkpoint that is not ours; more is a list that nobody reads
 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -60,6 +61,13 @@ def export(
 ) -> None:
     """Write the weights of a checkpoint directory to the new directory `target`. Raises
     ExportError, WeightsError and OSError."""
+    ours = (*weights.CHECKPOINT_FILES, weights.FIRST_PART)
+    if not any((checkpoint / name).exists() for name in ours):
+        there = sorted(path.name for path in checkpoint.iterdir())[:FILES_NAMED_MAX]
+        raise ExportError(
+            f"the checkpoint is not a built-in trainer's, and has {', '.join(there)};"
+            " --format raw copies its files as they are"
+        )
     found = weights.of_checkpoint(checkpoint)
     if not found:
         raise ExportError(f"{checkpoint} holds no weights")

@@ -65,7 +65,7 @@ def connected(state: State, now: Instant, event: Connected) -> None:
 
 
 def disconnected(state: State, event: Disconnected) -> None:
-    if state.connected:
+    if state.welcomed:  # else there was none, and who dials has said why
         state.log("warning", "link.lost", reason=event.reason)
     state.connected = state.welcomed = False
     state.heartbeat_due_ms = state.resend_due_ms = None

@@ -186,13 +186,13 @@ def _remarks(costs: "Costs") -> list[str]:
 def _cells(money: "Money") -> tuple[str | None, ...]:
     tokens = money.usd_per_million_tokens
     return (
-        f"{money.gpu_hours:.1f}",
+        f"{money.gpu_hours:.2f}",
         _dollars(money.usd),
         _dollars(money.owned_usd),
         _dollars(money.lease_usd),
         _dollars(money.burst_usd),
         _dollars(money.energy_usd),
-        f"{money.energy_kwh:.1f}",
+        f"{money.energy_kwh:.2f}",
         None if tokens is None else f"{tokens:.3g}",
     )
 

@@ -15,6 +15,7 @@ import click
 from coordinator.cli import demand
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, common_options, settings_of
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.demand_client import Held, Told
@@ -119,11 +120,12 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
     write_table(_COLUMNS, [_row(each) for each in told])
     if known is not None and known.held_gpus and known.held:
         parts = [
-            f"in {one.ahead_h} h {one.certain_gpus:.0f} are held for certain, and"
-            f" {one.expected_gpus:.0f} are expected to be"
+            f"in {one.ahead_h} h {one.certain_gpus:.0f} for certain and"
+            f" {one.expected_gpus:.0f} as expected"
             for one in known.held
         ]
-        write_notice(f"of {known.held_gpus:.0f} GPUs that are held now, {'; '.join(parts)}")
+        now = quantity(round(known.held_gpus), "GPU is", "GPUs are")
+        write_notice(f"{now} held now; of these {'; '.join(parts)}")
 
 
 def _series(

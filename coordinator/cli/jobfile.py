@@ -132,6 +132,9 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     """
     if job.gpus is not UNSET and job.share_gpu is not UNSET:
         raise BadInput("--share-gpu is in place of --gpus: leave one of them out")
+    if job.ranks is not UNSET and job.ranks < 1:
+        # On the wire 0 is unsaid, and would be one rank.
+        raise BadInput(f"--ranks is {job.ranks}; a job has 1 at least")
     if job.trainer and job.config is UNSET:
         raise BadInput(
             "--trainer needs --config FILE, which names at least its model and train_data"

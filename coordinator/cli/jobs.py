@@ -199,8 +199,10 @@ def _show_change(context: click.Context, call: "Callable[[Client], Changed]") ->
     if isinstance(changed, ArrayChange):
         write_sentence(arrays.changed(str(context.info_name), changed))
         return
-    tail = f"; {changed.reason}" if changed.reason else ""
-    write_sentence(f"job {changed.id}: {changed.phase or UNKNOWN}{tail}")
+    # Why it runs where it runs is no answer to "hold it".
+    leaving = [one.node for one in changed.attempts if one.phase == "stopping"]
+    said = f"saves, and leaves {count_words(leaving)}" if leaving else changed.reason
+    write_sentence("; ".join(filter(None, (f"job {changed.id}: {changed.phase or UNKNOWN}", said))))
 
 
 cancel = _verb(

@@ -160,7 +160,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 
 @click.command(cls=_SubmitCommand, help=_HELP)
 @click.argument("words", nargs=-1)
-@click.option("--name", help="For people.  [default: the command's or trainer's name]")
+@click.option("--name", help="For people.  [default: that of script, program or trainer]")
 @click.option("--project", help="Accounting label.  [default: default]")
 @click.option(
     "--class",

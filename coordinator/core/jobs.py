@@ -6,7 +6,10 @@ and gets the same job. An array (`arrays.py`) is made within one event, so all o
 durable together; its first one stands for it.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from coordinator.core import (
     accounting,
@@ -44,6 +47,10 @@ from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, r
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
 
+# Of a hundred jobs that are all called "python" nobody finds his own.
+_INTERPRETER = re.compile(r"python[\d.]*|bash|sh|torchrun|accelerate|deepspeed")
+_SCRIPTS = (".py", ".sh")
+
 
 def submit(state: State, now: Instant, body: Submit) -> Answer:
     if len(body.request_id) > REQUEST_ID_CHARACTERS_MAX:
@@ -57,7 +64,7 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     kinds = state.indices.kinds.values()
     nodes = [state.nodes[next(iter(alike))].node for alike in kinds]
     fleet, counts = [(node.host, node.gpus) for node in nodes], [len(alike) for alike in kinds]
-    sentence = refuse_spec(spec) or trainer_keys.misspelt(spec)
+    sentence = refuse_spec(spec) or trainer_keys.refuse(spec)
     sentence = sentence or refuse_fleet(spec, fleet, counts) or deadlines.refuse(now, spec)
     if sentence:
         return _invalid(sentence)
@@ -104,8 +111,20 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 def _named(spec: JobSpec) -> JobSpec:
     if spec.name:
         return spec
-    name = spec.trainer or (spec.command[0].rsplit("/", 1)[-1] if spec.command else "")
-    return replace(spec, name=name[:128])
+    return replace(spec, name=(spec.trainer or _title(spec.command))[:128])
+
+
+def _title(command: Sequence[str]) -> str:
+    """What people call it: its script or module, where an interpreter is told of one."""
+    program = command[0].rsplit("/", 1)[-1] if command else ""
+    if not _INTERPRETER.fullmatch(program):
+        return program
+    for before, word in pairwise(command):
+        if before == "-m":
+            return word
+        if word.endswith(_SCRIPTS):
+            return word.rsplit("/", 1)[-1]
+    return program
 
 
 def _forget_oldest(state: State) -> None:
@@ -306,4 +325,5 @@ def _not_found(job_id: int) -> Refusal:
 
 
 def _wrong(job: Job, why: str) -> Refusal:
-    return Refusal(RefusalKind.WRONG_PHASE, f"job {job.id} is {job.phase.value}: {why}")
+    verb = "has" if job.phase in (JobPhase.FAILED, JobPhase.SUCCEEDED) else "is"
+    return Refusal(RefusalKind.WRONG_PHASE, f"job {job.id} {verb} {job.phase.value}: {why}")

@@ -331,7 +331,7 @@ def _sentence(day: _Day, level: _Level, lease: int) -> str:
     needed = f"{many} needed for more than {100 * terms.used_ratio:.0f}% of the time{why}"
     missing = gpus - day.there
     if lease:
-        more = f" of {missing} that are missing" if lease < missing else ""
+        more = f" of the {missing} that are missing," if lease < missing else ""
         return (
             f"lease {lease}{more} for {terms.days} days at ${terms.lease_usd:.2f} an hour: "
             f"{needed}, where burst at ${terms.burst_usd:.2f} is dearer; {have}"

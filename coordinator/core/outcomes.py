@@ -74,7 +74,7 @@ def failed(state: State, now: Instant, attempt: Attempt, how: str, *, own: bool)
     own = own and (attempt.ranks == 1 or job.failures > 0)
     hopeless = own and not (attempt.commits or attempt.restored_digest)
     if hopeless:
-        reason = f"{how} before its first checkpoint; it would again"
+        reason = f"{how} before its first checkpoint; it would fail again"
         end_job(state, now, job, JobPhase.FAILED, reason)
         return
     failures = job.failures + 1

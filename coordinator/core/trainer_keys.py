@@ -74,22 +74,41 @@ KEYS = {
     "finetune": (*_LOOP, *_FINETUNE),
     "lora": (*_LOOP, *_FINETUNE, *_LORA),
 }
+# What has no default.
+_ALWAYS = ("steps", "model", "train_data")
+REQUIRED = {"transfer": (*_ALWAYS, "evaluation_data"), "finetune": _ALWAYS, "lora": _ALWAYS}
+
+
+def refuse(spec: JobSpec) -> str:
+    """What keeps its trainer from starting, as far as keys tell; empty where nothing does."""
+    return misspelt(spec) or _missing(spec)
+
+
+def _missing(spec: JobSpec) -> str:
+    given = _given(spec)
+    if given is None:
+        return ""
+    lacks = [f"'{key}'" for key in REQUIRED[spec.trainer] if key not in given]
+    return f"the trainer's configuration lacks {', '.join(lacks)}" if lacks else ""
 
 
 def misspelt(spec: JobSpec) -> str:
     """What is wrong with the keys of a trainer's configuration, as its trainer would say it; empty
     where nothing is, or where it is not a table of keys at all (`workload.read` says that)."""
-    known = KEYS.get(spec.trainer)
-    try:
-        given = json.loads(spec.trainer_config_json or "{}")
-    except (ValueError, RecursionError):
-        return ""
-    if known is None or not isinstance(given, dict):
-        return ""
+    known = KEYS.get(spec.trainer, ())
     found = []
-    for key in given:
+    for key in _given(spec) or ():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
             found.append(f"unknown key '{key[:64]}'; {hint}")
     return f"the trainer's configuration: {'; '.join(found[:4])}" if found else ""
+
+
+def _given(spec: JobSpec) -> dict[str, object] | None:
+    """Nothing where there is no trainer of ours, or no table of keys."""
+    try:
+        given = json.loads(spec.trainer_config_json or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return given if spec.trainer in KEYS and isinstance(given, dict) else None

@@ -63,8 +63,10 @@ def _labels(spec: JobSpec) -> str:
 
 
 def _program(spec: JobSpec) -> str:
-    if bool(spec.command) == bool(spec.trainer):
+    if spec.command and spec.trainer:
         return "give either a command or a built-in trainer, and not both"
+    if not spec.command and not spec.trainer:
+        return "nothing to run: give a command or a built-in trainer"
     if spec.trainer and spec.trainer not in TRAINERS:
         return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(TRAINERS)}"
     if spec.command and not spec.command[0]:
@@ -126,6 +128,7 @@ def _share(spec: JobSpec) -> str:
     if share_bytes < SHARE_BYTES_MIN:
         return (
             f"the share of a GPU is {share_bytes} bytes; it must be 0 or at least {SHARE_BYTES_MIN}"
+            f" ({SHARE_BYTES_MIN >> 20} MiB)"
         )
     if spec.gpus != 1 or spec.ranks != 1:
         return (
@@ -240,6 +243,11 @@ def refuse_fleet(
     if not nodes:
         return ""
     names = sorted(dict.fromkeys(gpu.name for _, gpus in nodes for gpu in gpus))
+    if spec.gpus and not names:
+        return (
+            f"needs {describe_need(spec)}, and no node has a GPU that its agent can read; the log"
+            " of an agent says why (`gpu.absent`)"
+        )
     if spec.gpu_types and names and not any(is_of_type(spec, name) for name in names):
         return (
             f"no node has a GPU of type {' or '.join(spec.gpu_types)}; there are"

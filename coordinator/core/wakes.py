@@ -19,6 +19,7 @@ from coordinator.core.fragmentation import Ask
 from coordinator.core.live import LiveNode
 from coordinator.core.model import JobSpec
 from coordinator.core.phases import NodeIntent, NodePhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import could_hold
 
@@ -67,7 +68,8 @@ def _for_room(state: State, now: Instant, urgent: Sequence[int]) -> None:
 
 
 def _one_back(state: State, now: Instant, spec: JobSpec) -> None:
-    why = f"no node that takes work could hold {spec.gpus} such GPUs, which somebody waits for"
+    gpus = quantity(spec.gpus, "such GPU")
+    why = f"no node that takes work could hold {gpus}, which somebody waits for"
     for node_id in list(state.indices.switched):
         live = state.nodes[node_id]
         its = live.node.power

@@ -7,6 +7,7 @@ name, and an unknown key is answered with the nearest right one.
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
@@ -19,6 +20,10 @@ WORDS: Final[Mapping[Any, str]] = {
     bool: "true or false",
     str: "a string",
 }
+
+_MISSING: Final = re.compile(
+    r"Object missing required field `(?P<key>\w+)`(?: - at `\$(?P<place>.*)`)?"
+)
 
 _Said = TypeVar("_Said", bound=msgspec.Struct)
 
@@ -34,7 +39,7 @@ def read_toml(path: Path, kind: type[_Said]) -> _Said:
     try:
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:  # a key without a default is missing
-        raise BadFile(f"{path}: {error}") from error
+        raise BadFile(f"{path}: {_missing(error)}") from error
 
 
 def read_table(path: Path, name: str, kind: type[_Said]) -> dict[str, _Said]:
@@ -53,6 +58,15 @@ def _document(path: Path) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadFile(f"{path} is no TOML: {error}") from error
     return found
+
+
+def _missing(error: msgspec.ValidationError) -> str:
+    """The decoder's "Object missing required field `count` - at `$.gpus[...]`", in our words."""
+    match = _MISSING.fullmatch(str(error))
+    if match is None:
+        return str(error)
+    place = (match["place"] or "").replace("[...]", ".NAME").removeprefix(".")
+    return f"{'.'.join(filter(None, (place, match['key'])))} is missing"
 
 
 def check_number(path: Path | str, key: str, number: float, *, above: bool = False) -> None:

@@ -211,6 +211,7 @@ async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
     store = ChunkStore(tmp_path)
     first = PeerServer(store, no_log, address="127.0.0.1:0", tls=None)
     address = f"127.0.0.1:{await first.open()}"
-    with pytest.raises(TransportError, match=f"cannot listen on {address}"):
+    said = f"cannot listen on {address}: another program listens there already"
+    with pytest.raises(TransportError, match=said):
         await PeerServer(store, no_log, address=address, tls=None).open()
     await first.close()

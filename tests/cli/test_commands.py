@@ -223,6 +223,12 @@ def test_verbs_of_a_job(
     assert (result.exit_code, result.stdout) == (0, "job 12: cancelling; has 120 s to save\n")
     assert fake.requests == [request_type(job_id=12)]
     assert json.loads(baton(verb, "12", "--json").stdout)["phase"] == "cancelling"
+    stopping = types_pb2.Attempt(id="12.1", node="n1", phase=types_pb2.ATTEMPT_PHASE_STOPPING)
+    active = types_pb2.Job(
+        id=12, phase=types_pb2.JOB_PHASE_ACTIVE, reason="runs on n1", attempts=[stopping]
+    )
+    fake.answers[method] = [response(job=active)]
+    assert baton(verb, "12").stdout == "job 12: active; saves, and leaves n1\n"
     sentence = "job 12 has ended: cancelled"
     fake.answers[method] = [Refusal(grpc.StatusCode.FAILED_PRECONDITION, sentence)]
     result = baton(verb, "12")

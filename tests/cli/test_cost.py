@@ -59,10 +59,10 @@ def test_the_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
     result = baton("cost", "--by", "job", *SPAN)
     assert result.exit_code == 0
     _, train, other, idle, total = rows_of(result.stdout)
-    assert train == ["7 train", "30.0", "62.00", "0.00", "40.00", "20.00", "2.00", "10.0", "12.5"]
-    assert other == ["8", "1.0", "0.50", "0.50", "0.00", "0.00", "0.00", "0.0", "-"]
+    assert train == ["7 train", "30.00", "62.00", "0.00", "40.00", "20.00", "2.00", "10.00", "12.5"]
+    assert other == ["8", "1.00", "0.50", "0.50", "0.00", "0.00", "0.00", "0.00", "-"]
     assert idle == ["(idle lease)", "-", "12.50", "-", "12.50", "-", "-", "-", "-"]
-    assert total[:3] == ["(total)", "30.0", "74.50"]
+    assert total[:3] == ["(total)", "30.00", "74.50"]
     assert "baton: from 2026-11-01 00:00 to 2026-11-03 00:00 UTC\n" in result.stderr
     assert "prices: a table" in result.stderr
     (asked,) = fake.requests

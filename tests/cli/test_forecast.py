@@ -50,8 +50,7 @@ def test_what_is_known_of_the_future_stands_below(baton: Baton, fake: FakeCoordi
     answer.held_ahead.add(ahead_minutes=360, certain_gpus=11, expected_gpus=23.4)
     fake.answers["GetDemand"] = [answer]
     assert baton("forecast", "--ahead", "6").stderr.splitlines()[-1] == (
-        "baton: of 40 GPUs that are held now, in 6 h 11 are held for certain, and 23 are expected"
-        " to be"
+        "baton: 40 GPUs are held now; of these in 6 h 11 for certain and 23 as expected"
     )
     (told_of,) = json.loads(baton("forecast", "--ahead", "6", "--json").stdout)
     assert told_of["held"] == {"ahead_h": 6, "certain_gpus": 11.0, "expected_gpus": 23.4}

@@ -57,6 +57,16 @@ def test_ranks_are_asked_for(
     assert [request.spec.ranks for request in fake.requests] == [4, 3, 0]
 
 
+@pytest.mark.parametrize("ranks", ["0", "-2"])
+def test_no_rank_at_all_is_no_job(baton: Baton, fake: FakeCoordinator, ranks: str) -> None:
+    said = baton("submit", "--ranks", ranks, "--", "train")
+    assert (said.exit_code, said.stderr) == (
+        2,
+        f"baton: --ranks is {ranks}; a job has 1 at least\n",
+    )
+    assert fake.requests == []
+
+
 def test_a_list_has_the_nodes_of_all_ranks(baton: Baton, fake: FakeCoordinator) -> None:
     shown = gang()
     del shown.attempts[:3]  # a list has the newest try alone

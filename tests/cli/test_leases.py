@@ -32,7 +32,7 @@ def demand(tmp_path: Path) -> Path:
 def test_from_a_file(baton: Baton, demand: Path) -> None:
     result = baton("leases", "--demand", str(demand), "--owned", "40")
     assert result.exit_code == 0
-    assert "lease 10 of 60 that are missing for 30 days at $2.79 an hour" in result.stdout
+    assert "lease 10 of the 60 that are missing, for 30 days at $2.79 an hour" in result.stdout
     assert "nothing was leased" in result.stderr
 
 
@@ -45,7 +45,7 @@ def test_a_type_that_nobody_knows_is_wrong_usage(baton: Baton, demand: Path) -> 
     assert (asked.exit_code, "known are B200" in asked.stderr) == (2, True)
     prices = ("--lease-usd", "1", "--burst-usd", "2")
     other = baton("leases", "--demand", str(demand), "--gpu-type", "Foo", *prices)
-    assert (other.exit_code, "Foo: lease 10 of 100" in other.stdout) == (0, True)
+    assert (other.exit_code, "Foo: lease 10 of the 100" in other.stdout) == (0, True)
 
 
 def test_a_known_type_without_a_public_price_asks_for_yours(baton: Baton, demand: Path) -> None:

@@ -364,3 +364,33 @@ def test_more_gpus_than_there_are_are_refused(gpus: int, ranks: int, sentence: s
     said = answer(fleet.state, fleet.rig.now, FitJob(asked))
     assert isinstance(said, Refusal) == bool(sentence)
     assert not isinstance(said, Refusal) or sentence in said.sentence
+
+
+@pytest.mark.parametrize(
+    ("config", "lacking"),
+    [
+        ("", "'steps', 'model', 'train_data', 'evaluation_data'"),
+        ('{"model": "m", "train_data": "d", "evaluation_data": "d"}', "'steps'"),
+    ],
+)
+def test_what_a_trainer_cannot_start_without_is_asked_for_before_the_queue(
+    config: str, lacking: str
+) -> None:
+    wanted = JobSpec(trainer="transfer", trainer_config_json=config, gpus=1)
+    assert trainer_keys.refuse(wanted) == f"the trainer's configuration lacks {lacking}"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kind"),
+    [("finetune", FinetuneOptions), ("lora", LoraOptions), ("transfer", TransferOptions)],
+)
+def test_the_keys_that_are_asked_for_are_those_without_a_default(
+    trainer: str, kind: type[LoopOptions]
+) -> None:
+    missing = dataclasses.MISSING
+    theirs = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is missing and field.default_factory is missing
+    }
+    assert theirs == set(trainer_keys.REQUIRED[trainer])

@@ -138,7 +138,7 @@ def test_a_first_failure_of_a_gang_proves_nothing_and_a_second_one_does() -> Non
     box.say("1.2.1", AttemptExited(None, 9))
     job = box.rig.core.state.jobs[1]
     assert job.phase is JobPhase.FAILED
-    assert "it would again" in job.reason
+    assert "it would fail again" in job.reason
 
 
 def test_first_jobs_of_two_fleets_on_one_host_do_not_meet() -> None:

@@ -188,8 +188,8 @@ def test_a_record_has_its_numbers_and_a_sentence() -> None:
     said = recommend(0, hours, Fleet("H100", 40, lots), TERMS)
     assert said.leased_gpus == 20, "what has run out is no lease"
     assert said.sentence == (
-        "lease 11 of 51 that are missing for 30 days at $1.00 an hour: 111 GPUs are needed for more"
-        " than 50% of the time, where burst at $2.00 is dearer; 40 are owned and 20 leased"
+        "lease 11 of the 51 that are missing, for 30 days at $1.00 an hour: 111 GPUs are needed for"
+        " more than 50% of the time, where burst at $2.00 is dearer; 40 are owned and 20 leased"
     )
     costs = {each.name: each.expected_usd for each in said.alternatives}
     assert costs["the level at once"] == min(costs.values())

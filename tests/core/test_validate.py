@@ -90,3 +90,9 @@ def test_what_no_node_could_run_is_refused_and_nothing_else(
     spec = replace(GOOD, gpus=gpus, memory_bytes=memory * GIGABYTE)
     possible = not nodes or any(count >= gpus and size >= memory for count, size in nodes)
     assert (validate.refuse_fleet(spec, fleet) == "") == possible
+
+
+def test_a_fleet_without_gpus_is_no_reason_to_ask_for_fewer() -> None:
+    said = validate.refuse_fleet(replace(GOOD, gpus=2), [(HostFacts(), ())])
+    assert said.startswith("needs 2 GPUs, and no node has a GPU that its agent can read")
+    assert validate.refuse_fleet(replace(GOOD, gpus=0), [(HostFacts(), ())]) == ""

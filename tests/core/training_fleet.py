@@ -145,6 +145,6 @@ class Fleet:
 
 def training(steps: int, **asks: object) -> JobSpec:
     """Of one model: the second is known by what the first has done."""
-    told = json.dumps({"model": "m", "steps": steps})
+    told = json.dumps({"model": "m", "train_data": "d", "steps": steps})
     spec = JobSpec(trainer="finetune", trainer_config_json=told, gpus=1)
     return replace(spec, **asks)  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def test_agent_is_only_the_node_that_its_certificate_names(fleet: Fleet) -> None
     fleet.cluster.start_agent("n3", (), **fleet.authority.issue("not-n3").config())
     closed = work.wait_log(fleet.cluster, "n3", "link.closed")
     assert "not-n3" in str(closed["reason"])
-    assert "not node n3: give the agent one with the node's name" in str(closed["reason"])
+    assert "names not-n3, localhost, 127.0.0.1, not node n3: give the" in str(closed["reason"])
     assert "n3" not in fleet.cluster.node_phases()
     fleet.cluster.stop_agent("n3")
 

@@ -296,7 +296,7 @@ def _deadline(words: Words) -> int:
 def _configuration(words: Words) -> str:
     """Trainings of one model, which differ in nothing but how long they are."""
     if "steps" in words:
-        return json.dumps({"model": "m", "steps": int(words["steps"])})
+        return json.dumps({"model": "m", "train_data": "d", "steps": int(words["steps"])})
     return words.get("config", "")
 
 

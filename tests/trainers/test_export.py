@@ -241,6 +241,12 @@ def test_a_start_from_nothing_is_answered_with_a_sentence(tmp_path: Path) -> Non
         causal.build(options, tmp_path)
 
 
+def test_a_checkpoint_that_somebody_elses_script_wrote_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"a pickle")
+    with pytest.raises(export.ExportError, match=r"has state\.pt; --format raw copies its files"):
+        export.export(tmp_path, "safetensors", tmp_path / "made", about=ABOUT)
+
+
 def test_the_program_ends_with_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "trainers.export", "--weights", str(tmp_path)]
     command += ["--format", "safetensors", "--to", str(tmp_path / "made")]
