@@ -336,6 +336,7 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
                 ended.exit_code if ended.HasField("exit_code") else None,
                 ended.signal if ended.HasField("signal") else None,
                 ended.reason,
+                ended.by_itself,
             )
         case "refused":
             body = m.AttemptRefused(event.refused.reason, event.refused.permanent)

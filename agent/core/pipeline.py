@@ -394,7 +394,9 @@ def settle(state: State, now: Instant, live: LiveAttempt) -> None:
     waiting = waiting or (record.pending is not None and not record.pending.restored)
     if record.phase is not Phase.SETTLING or waiting:
         return
-    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason)
+    # What comes after its end stops nothing, and is not noted.
+    by_itself = not record.stop_reason
+    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason, by_itself)
     sequence = state.spool_event(now, record.id, body)
     state.put(live, Phase.ENDED, last_sequence=sequence, pending=None)
     live.settle_ms = None

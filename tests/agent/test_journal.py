@@ -63,7 +63,7 @@ RECORDS = st.builds(
 )
 BODIES = st.one_of(
     st.builds(m.AttemptStarted, INT, TEXT, INT, st.tuples(st.tuples(TEXT, TEXT))),
-    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT),
+    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT, st.booleans()),
     st.builds(m.AttemptRefused, TEXT, st.booleans()),
     st.builds(m.AttemptMilestone, TEXT),
     st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT), INT),

@@ -542,22 +542,28 @@ class AttemptExited(_message.Message):
     EXIT_CODE_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    BY_ITSELF_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     """Absent when a signal ended it or nobody saw it end."""
     signal: _builtins.int
     """Absent unless a signal ended it."""
     reason: _builtins.str
     """One sentence where neither says enough."""
+    by_itself: _builtins.bool
+    """No order to stop it had come by then, so whatever ended it was not one. False, also from an
+    older agent: one had, or that is not known.
+    """
     def __init__(
         self,
         *,
         exit_code: _builtins.int | None = ...,
         signal: _builtins.int | None = ...,
         reason: _builtins.str = ...,
+        by_itself: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "signal", b"signal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "by_itself", b"by_itself", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
