@@ -310,6 +310,7 @@ def _gang(gang: pb.Gang) -> Gang:
         gang.master_host,
         gang.master_port,
         tuple(gang.node_gpu_uuids),
+        gang.own_parts,
     )
 
 

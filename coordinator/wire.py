@@ -475,6 +475,7 @@ def _gang(gang: launch.Gang) -> pb.Gang:
         master_host=gang.master_host,
         master_port=gang.master_port,
         node_gpu_uuids=gang.node_gpu_uuids,
+        own_parts=True,
     )
 
 

@@ -81,6 +81,7 @@ BODY = st.one_of(
         many(st.tuples(DIGEST, TEXT)),
         maybe(DURATION_MS),
         maybe(DURATION_MS),
+        many(SMALL),
     ),
     st.builds(am.AttemptExited, maybe(SMALL), maybe(SMALL), TEXT, st.booleans()),
     st.builds(am.AttemptRefused, TEXT, st.booleans()),

@@ -891,6 +891,7 @@ class Gang(_message.Message):
     MASTER_HOST_FIELD_NUMBER: _builtins.int
     MASTER_PORT_FIELD_NUMBER: _builtins.int
     NODE_GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    OWN_PARTS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     world_size: _builtins.int
     local_rank: _builtins.int
@@ -901,6 +902,11 @@ class Gang(_message.Message):
     master_host: _builtins.str
     """Where rank 0 listens for the others."""
     master_port: _builtins.int
+    own_parts: _builtins.bool
+    """`AttemptStarted.held_ranks` is understood: this rank may be given its own part of a checkpoint
+    alone. False, from an older coordinator: it is given all parts, since its node would be taken
+    for a holder of all.
+    """
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """By node rank."""
@@ -921,10 +927,11 @@ class Gang(_message.Message):
         master_host: _builtins.str = ...,
         master_port: _builtins.int = ...,
         node_gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        own_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_rank", b"local_rank", "local_world_size", b"local_world_size", "master_host", b"master_host", "master_port", b"master_port", "node_gpu_uuids", b"node_gpu_uuids", "node_rank", b"node_rank", "nodes", b"nodes", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_rank", b"local_rank", "local_world_size", b"local_world_size", "master_host", b"master_host", "master_port", b"master_port", "node_gpu_uuids", b"node_gpu_uuids", "node_rank", b"node_rank", "nodes", b"nodes", "own_parts", b"own_parts", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
