@@ -26,7 +26,7 @@ def note_change(state: State, now: Instant, live: LiveNode) -> None:
     """Its phase began this moment. Who went off has not refused."""
     if live.node.power.phase is Power.OFF:
         state.switching.refused.pop(live.node.id, None)
-    if live.node.power.phase is not Power.STOPPING:
+    if live.node.power.phase not in (Power.STOPPING, Power.STARTING):
         state.switching.postponed.pop(live.node.id, None)
     state.switching.at_ms.setdefault(live.node.id, {})[now.unix_ms] = now.now_ms
     starts_ms(state, now, live)
