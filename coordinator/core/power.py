@@ -236,13 +236,18 @@ def _stopping(state: State, now: Instant, live: LiveNode) -> None:
 
 def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> None:
     """It is silent. Only its driver can tell whether it is still paid for."""
-    name = live.node.id
+    options, name = state.options.power, live.node.id
     if given.done:
         _is_gone(state, now, live)
         return
     since_ms = _since_ms(now, given)
     why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
-    if _order_again(state, now, live, given, why):
+    # Who had the others may have been lost since it was ordered the first time.
+    only = _only_copy(state, live) if live.digests else ""
+    if only and since_ms < options.unanswered_ms:
+        return
+    why = only or why
+    if only or _order_again(state, now, live, given, why):
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
         _change(state, now, live, Power.FAILED, reason, boot_failures=_tries(live, given))
         state.log("error", "node.rent_failed", node=name, reason=reason)
