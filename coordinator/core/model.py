@@ -183,7 +183,8 @@ class Attempt:
     stop, `ended_by_itself`: it ended before its node had heard of that; `precopy_ms` is how long it
     may save before. `replica_node` is its standby: the node that gets its checkpoints and would
     take it next. `permanent`: any node would refuse it. Of what it was restored from, `held_ranks`
-    are those whose parts were verified on its node; empty: all.
+    are those whose parts were verified on its node; empty: all. `quota_parts` is what its GPUs
+    count for quotas, in thousandths (`ledger.py`); `None`: an older coordinator has not said.
     """
 
     job_id: int
@@ -210,6 +211,7 @@ class Attempt:
     ranks: int = 1
     permanent: bool = False
     stretches: tuple[Stretch, ...] = ()
+    quota_parts: int | None = None
 
     @property
     def id(self) -> str:
