@@ -82,7 +82,7 @@ def starts_ms(state: State, now: Instant, live: LiveNode) -> tuple[tuple[int, ..
     once for each: a clock that jumps later makes nothing older."""
     its = live.node.power
     known = state.switching.at_ms.get(live.node.id, {})
-    if not its.starts_unix_ms and its.since_unix_ms in known:
+    if not its.starts_unix_ms and list(known) == [its.since_unix_ms]:
         return (), known[its.since_unix_ms]  # of most nodes, each minute
     found = {
         unix_ms: known.get(unix_ms, now.now_ms - max(0, now.unix_ms - unix_ms))
