@@ -11,6 +11,7 @@ The nodes are those of `coordinator_fleet.py`. At the end all faults stop; then 
 Safety and liveness are named so. `HYPOTHESIS_PROFILE=explore pytest <this file>` searches further.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pytest
@@ -115,11 +116,15 @@ class History:
 
 
 class Fleet(RuleBasedStateMachine):
+    fleet: Mapping[str, str] = FLEET
+
     def __init__(self) -> None:
         super().__init__()
         self.rig = self.new_rig()
         self.moves = Moves(OPTIONS.moves_per_hour)
-        self.nodes = {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
+        self.nodes = {
+            name: FakeNode(name, gpus_of(name, text)) for name, text in self.fleet.items()
+        }
         self.sessions = 0
         self.histories: dict[int, History] = {}
         self.counted: dict[str, int] = {}
