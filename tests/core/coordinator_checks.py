@@ -235,6 +235,15 @@ HEAD_MOVES = (
 
 
 @dataclass
+class History:
+    """What a job's commits must look like from outside."""
+
+    epoch: int = 0
+    head: str = ""
+    head_step: int = 0
+
+
+@dataclass
 class Moves:
     """Who was stopped for somebody of his class, or to run better: within an hour few are. A
     coordinator that restarts counts anew."""

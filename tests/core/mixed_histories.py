@@ -92,8 +92,6 @@ STOPS = {
 class Mixed(SwitchedFleet):
     """`level` is how much of the fleet the forecast wants; `seen` what has happened, how often."""
 
-    fleet = FLEET
-
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.seen: Counter[str] = Counter()
@@ -105,6 +103,9 @@ class Mixed(SwitchedFleet):
 
     def new_rig(self) -> Rig:
         return WishedRig(OPTIONS)
+
+    def new_nodes(self) -> dict[str, FakeNode]:
+        return {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
 
     def judge(self, effects: list[Effect]) -> None:
         super().judge(effects)

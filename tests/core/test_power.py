@@ -39,17 +39,11 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import SHARED, JobClass, JobSpec, Replication
-from coordinator.core.node_power import (
-    POSTPONED_MAX,
-    REFUSED_MS,
-    STARTS_MAX,
-    UNANSWERED_RATIO,
-    minutes,
-)
+from coordinator.core.node_power import REFUSED_MS, STARTS_MAX, UNANSWERED_RATIO, minutes
 from coordinator.core.phases import AttemptPhase, NodeIntent
 from coordinator.core.state import Options
 from tests.core import coordinator_harness
-from tests.core.switched_fleet import ACTS, TICK_MS, SwitchedRig
+from tests.core.switched_fleet import ACTS, SwitchedRig
 
 
 @pytest.fixture
@@ -352,41 +346,6 @@ def test_a_driver_that_fails_at_once_is_not_asked_thrice_in_a_second(fleet: Swit
     fleet.wait(ACTS.boot_retry_ms)
     assert fleet.orders[-1].key == "n3.5"
     assert "no route to the BMC" in fleet.node("n3").power.reason
-
-
-def test_a_start_that_has_no_turn_is_no_failed_boot(fleet: SwitchedRig) -> None:
-    """It is ordered again, more and more seldom, and left to a person in the end."""
-    fleet.off("n3")
-    fleet.start("n3")
-    waits_ms = []
-    for _ in range(POSTPONED_MAX):
-        fleet.answer("n3", done=False, reason="it waited for its turn", postponed=True)
-        assert "is put off: it waited for its turn; it is ordered again" in shown(fleet, "n3")
-        begun_ms, orders = fleet.rig.now_ms, len(fleet.orders)
-        while len(fleet.orders) == orders:
-            fleet.wait(TICK_MS)
-        waits_ms.append(fleet.rig.now_ms - begun_ms)
-        assert fleet.power("n3") is Power.STARTING
-        assert fleet.node("n3").power.boot_failures == 0
-    assert waits_ms == [ACTS.boot_retry_ms << times for times in range(POSTPONED_MAX)]
-    assert f"put off {POSTPONED_MAX} times of {POSTPONED_MAX}" in fleet.node("n3").power.reason
-    fleet.answer("n3", done=False, reason="it waited for its turn", postponed=True)
-    assert fleet.power("n3") is Power.FAILED
-    assert "never begun, `baton uncordon n3` tries again" in fleet.node("n3").power.reason
-
-
-def test_a_turn_that_was_waited_for_counts_as_no_try(fleet: SwitchedRig) -> None:
-    fleet.off("n3")
-    fleet.start("n3")
-    fleet.answer("n3", done=False, reason="it waited for its turn", postponed=True)
-    fleet.wait(ACTS.boot_retry_ms)
-    for _ in range(ACTS.boot_retries):
-        fleet.answer("n3", done=False, reason="no route to the BMC")
-        fleet.wait(ACTS.boot_retry_ms)
-    assert fleet.power("n3") is Power.STARTING
-    fleet.hello("n3")
-    assert fleet.power("n3") is Power.ON
-    assert not fleet.rig.core.state.switching.postponed
 
 
 def test_an_answer_to_an_order_that_is_over_counts_for_nothing(fleet: SwitchedRig) -> None:

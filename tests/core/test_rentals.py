@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import bills, power, rentals
+from coordinator.core import bills, rentals
 from coordinator.core.bursts import Burst
 from coordinator.core.capacity_model import Power, Source
 from coordinator.core.capacity_orders import Verb
@@ -14,9 +14,7 @@ from coordinator.core.cost_requests import CostPage, GetCosts, Grouping
 from coordinator.core.messages import (
     AgentEvent,
     AttemptExited,
-    AttemptStarted,
     CancelJob,
-    CheckpointProposed,
     CordonNode,
     Effect,
     FromAgent,
@@ -29,20 +27,12 @@ from coordinator.core.messages import (
     UncordonNode,
 )
 from coordinator.core.model import GpuHealth, GpuVerdict, JobSpec
-from coordinator.core.node_power import (
-    DAY_MS,
-    POSTPONED_MAX,
-    REFUSED_MS,
-    NodePower,
-    Rent,
-    is_gone,
-)
+from coordinator.core.node_power import DAY_MS, POSTPONED_MAX, REFUSED_MS, NodePower, Rent
 from coordinator.core.phases import NodeIntent
 from coordinator.core.scale_requests import ApproveScaling, ScalePage
 from coordinator.core.scaler import ScalingOptions
 from coordinator.core.scaling import Mode
 from coordinator.core.state import Instant, Options
-from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
 from tests.core.switched_fleet import ACTS, TICK_MS
 from tests.core.test_fleet_scaling import RULES, ScaledRig
 
@@ -119,7 +109,7 @@ def end_all(fleet: RentingRig) -> None:
     for job_id in list(state.jobs):
         fleet.ask(CancelJob(job_id))
     for attempt_id in list(state.indices.open_attempts):
-        _exit(fleet, attempt_id)
+        exit_of(fleet, attempt_id)
 
 
 def test_a_queue_in_front_of_a_full_fleet_rents_and_an_idle_one_is_given_back() -> None:
@@ -343,7 +333,7 @@ def test_an_idle_one_is_given_back_and_its_name_is_free_again() -> None:
     assert page.total.burst_usd > 0
 
 
-def _exit(fleet: RentingRig, attempt_id: str) -> None:
+def exit_of(fleet: RentingRig, attempt_id: str) -> None:
     attempt = fleet.rig.core.state.attempts[attempt_id]
     live = fleet.rig.core.state.nodes[attempt.node]
     assert live.session is not None
@@ -481,68 +471,3 @@ def test_a_machine_that_comes_too_late_is_rented_all_the_same() -> None:
     assert fleet.node("r1").power.rents[-1].end_unix_ms is None
     fleet.live(1_200)
     assert fleet.verbs()[-1] == ("r1", "delete")
-
-
-def test_a_restart_counts_what_was_used_on_a_rented_node_that_is_gone_as_before() -> None:
-    fleet = rented()
-    state = fleet.rig.core.state
-    _exit(fleet, next(iter(state.nodes["r1"].attempts)))
-    fleet.submit(shared_gpu_memory_bytes=20 * GIGABYTE)
-    shared = state.jobs[state.last_job_id]
-    assert state.gang(shared)[0].node == "r1"
-    fleet.wait(5_000)
-    end_all(fleet)
-    booked, before = state.ledger.ended, bill(fleet)
-    assert state.ledger.parts(f"{shared.id}.1") == 250, "a part of a GPU"
-    power.give_back(state, fleet.rig.now, state.nodes["r1"], "a test")
-    fleet.wait(1_000)
-    fleet.obey("r1")
-    fleet.wait(20_000)
-    assert is_gone(fleet.node("r1").power)
-    assert bill(fleet) == pytest.approx(before, rel=0.01), "of a part by the memory of its type"
-    fleet.rig.restart()
-    assert fleet.rig.core.state.ledger.ended == booked
-
-
-def bill(fleet: RentingRig) -> float:
-    """The hours of all jobs."""
-    page = fleet.ask(GetCosts(UNIX_MS_AT_START, UNIX_MS_AT_START + DAY_MS))
-    assert isinstance(page, CostPage)
-    return sum(line.money.gpu_hours for line in page.lines)
-
-
-@pytest.mark.parametrize("returns", [True, False])
-def test_a_deletion_is_not_ordered_again_while_only_that_node_has_a_checkpoint(
-    returns: bool,
-) -> None:
-    """It was ordered when another node had a copy, and that one has been lost since."""
-    fleet = rented()
-    state = fleet.rig.core.state
-    (attempt_id,) = state.nodes["n1"].attempts
-    session, rented_session = state.nodes["n1"].session, state.nodes["r1"].session
-    assert session is not None
-    assert rented_session is not None
-    for sequence, body in enumerate(
-        (AttemptStarted(7), CheckpointProposed("c1", "", 10, 1, ("n1", "r1"))), start=1
-    ):
-        fleet.handle(FromAgent(session, AgentEvent(sequence, 0, attempt_id, body)))
-    for other in list(state.nodes["r1"].attempts):
-        _exit(fleet, other)
-    power.give_back(state, fleet.rig.now, state.nodes["r1"], "a test")
-    fleet.wait(1_000)
-    fleet.answer("r1", done=False, reason="no such token")
-    for each in (session, rented_session):
-        fleet.hang_up(each)
-    fleet.wait(60_000)
-    deletions, mine = [("r1", "create"), ("r1", "delete")], ("r1",)
-    assert fleet.verbs(mine) == deletions
-    assert fleet.power("r1") is Power.STOPPING
-    if returns:
-        fleet.hello("n1", checkpoints=("c1",))
-        fleet.wait(1_000)
-        assert fleet.verbs(mine) == [*deletions, ("r1", "delete")]
-        return
-    fleet.wait(ACTS.unanswered_ms)
-    assert fleet.verbs(mine) == deletions
-    assert fleet.power("r1") is Power.FAILED
-    assert fleet.node("r1").power.reason.startswith("a checkpoint of job 1 lies nowhere else; it")
