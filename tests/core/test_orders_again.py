@@ -12,7 +12,13 @@ import pytest
 from coordinator.core import power
 from coordinator.core.capacity_model import Power
 from coordinator.core.cost_requests import CostPage, GetCosts
-from coordinator.core.messages import AgentEvent, AttemptStarted, CheckpointProposed, FromAgent
+from coordinator.core.messages import (
+    AgentEvent,
+    AgentEventBody,
+    AttemptStarted,
+    CheckpointProposed,
+    FromAgent,
+)
 from coordinator.core.node_power import DAY_MS, POSTPONED_MAX, is_gone
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
 from tests.core.switched_fleet import ACTS, TICK_MS, SwitchedRig
@@ -112,9 +118,9 @@ def test_a_deletion_is_not_ordered_again_while_only_that_node_has_a_checkpoint(
     session, rented_session = state.nodes["n1"].session, state.nodes["r1"].session
     assert session is not None
     assert rented_session is not None
-    for sequence, body in enumerate(
-        (AttemptStarted(7), CheckpointProposed("c1", "", 10, 1, ("n1", "r1"))), start=1
-    ):
+    saved = CheckpointProposed("c1", "", 10, 1, ("n1", "r1"))
+    told: list[AgentEventBody] = [AttemptStarted(7), saved]
+    for sequence, body in enumerate(told, start=1):
         fleet.handle(FromAgent(session, AgentEvent(sequence, 0, attempt_id, body)))
     for other in list(state.nodes["r1"].attempts):
         exit_of(fleet, other)
