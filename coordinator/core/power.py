@@ -141,6 +141,9 @@ def person_says(
     if power.source is Source.BURST and power.phase is Power.OFF:
         sentence = f"{name} is not rented; the plan rents, and `baton scale approve` agrees to it"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if power.source is Source.BURST and (only := _only_copy(state, live)):
+        sentence = f"{only}; `baton requeue --abandon` gives it up, for its job"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
     _note(state, live, replace(power, ours=True))
     if power.source is Source.BURST and power.phase is Power.FAILED:
         give_back(state, now, live, "a person wants to know that it is gone")

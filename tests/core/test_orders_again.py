@@ -18,6 +18,9 @@ from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
     FromAgent,
+    Refusal,
+    RequeueJob,
+    UncordonNode,
 )
 from coordinator.core.node_power import DAY_MS, POSTPONED_MAX, is_gone
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
@@ -142,3 +145,11 @@ def test_a_deletion_is_not_ordered_again_while_only_that_node_has_a_checkpoint(
     assert fleet.verbs(mine) == deletions
     assert fleet.power("r1") is Power.FAILED
     assert fleet.node("r1").power.reason.startswith("a checkpoint of job 1 lies nowhere else; it")
+    refused = fleet.ask(UncordonNode("r1"))
+    assert isinstance(refused, Refusal)
+    assert refused.sentence.endswith(
+        "nowhere else; `baton requeue --abandon` gives it up, for its job"
+    )
+    fleet.ask(RequeueJob(1, abandon_unreachable_checkpoints=True))
+    fleet.ask(UncordonNode("r1"))
+    assert fleet.verbs(mine) == [*deletions, ("r1", "delete")]
