@@ -287,7 +287,7 @@ def check_promises(state: State) -> None:
         stopping = any(rank.phase is AttemptPhase.STOPPING for rank in state.gang(job))
         if job.phase is JobPhase.QUEUED or stopping:
             promised[promise.gpu_type] += job.spec.ranks * job.spec.gpus
-            if len(promise.nodes) == 1:
+            if len(promise.nodes) == 1 and promise.nodes[0] in state.nodes:  # else forgotten since
                 by_node[promise.nodes[0]] += job.spec.ranks * job.spec.gpus
     gpus = [gpu for live in state.nodes.values() for gpu in live.node.gpus]
     there = Counter(key_of(gpu.name, gpu.memory_bytes) for gpu in gpus)
