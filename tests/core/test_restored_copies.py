@@ -12,7 +12,17 @@ from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.node import NodeCore
-from coordinator.core.messages import AttemptStarted, CheckpointProposed, CommitResult
+from coordinator.core.messages import (
+    AttemptStarted,
+    CheckpointProposed,
+    CommitResult,
+    FromAgent,
+    Goodbye,
+    Hello,
+    Request,
+)
+from coordinator.core.model import HostFacts
+from coordinator.core.node_requests import ForgetNode
 from tests.core.agent_box import HOST, OPTIONS, PEER
 from tests.core.agent_memory import MemoryJournal
 from tests.core.test_agent_gangs import told
@@ -116,3 +126,17 @@ def test_the_coordinator_knows_of_a_copy_that_was_made_since() -> None:
     assert [order.accepted for order in box.sent if isinstance(order, CommitResult)] == [True]
     (kept,) = box.rig.core.state.checkpoints[1]
     assert (kept.replicas, kept.size_bytes) == (("n0", "n1"), 10)
+
+
+def test_a_copy_that_was_made_on_a_forgotten_node_is_kept_when_it_joins_again() -> None:
+    box = Box("n0:1", "n1:1")
+    box.submit(1)
+    state = box.rig.core.state
+    gone = "n1" if state.attempts["1.1"].node == "n0" else "n0"
+    box.take(FromAgent(int(gone[1:]), Goodbye(None)))
+    box.take(Request(1, ForgetNode(gone)))
+    assert gone not in state.nodes
+    box.say("1.1", AttemptStarted(1))
+    box.say("1.1", CheckpointProposed("aa", "", 5, 10, (state.attempts["1.1"].node, gone)))
+    box.take(FromAgent(7, Hello(gone, "j", f"{gone}:1", HostFacts(cpu_count=4), (), (), ("aa",))))
+    assert state.nodes[gone].digests == {"aa": 1}, "it is told to keep it"
