@@ -180,7 +180,12 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
             )
         case m.AttemptExited():
             message.exited.CopyFrom(
-                pb.AttemptExited(exit_code=body.exit_code, signal=body.signal, reason=body.reason)
+                pb.AttemptExited(
+                    exit_code=body.exit_code,
+                    signal=body.signal,
+                    reason=body.reason,
+                    by_itself=body.by_itself,
+                )
             )
         case m.AttemptRefused():
             message.refused.CopyFrom(
@@ -305,6 +310,7 @@ def _gang(gang: pb.Gang) -> Gang:
         gang.master_host,
         gang.master_port,
         tuple(gang.node_gpu_uuids),
+        gang.own_parts,
     )
 
 

@@ -343,6 +343,7 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
                 ended.exit_code if ended.HasField("exit_code") else None,
                 ended.signal if ended.HasField("signal") else None,
                 ended.reason,
+                ended.by_itself,
             )
         case "refused":
             body = m.AttemptRefused(event.refused.reason, event.refused.permanent)
@@ -481,6 +482,7 @@ def _gang(gang: launch.Gang) -> pb.Gang:
         master_host=gang.master_host,
         master_port=gang.master_port,
         node_gpu_uuids=gang.node_gpu_uuids,
+        own_parts=True,
     )
 
 

@@ -21,7 +21,8 @@ Each rank's part lies where that rank goes on, and nowhere near the others: all 
 would be a full transfer after each stop. So a file whose name, or that of a directory above it,
 begins with `of-this-rank` is laid out for the rank that wrote it alone, if as many ranks read as
 wrote. The rank whose part it is verifies it; all together have verified everything. With other
-numbers of ranks nobody can say here who reads what, and all of it is laid out for everybody.
+numbers of ranks nobody can say here who reads what, and all of it is laid out for everybody; so it
+is for a coordinator from before that, which takes whoever resumed for a holder of all parts.
 """
 
 import asyncio
@@ -130,9 +131,7 @@ class Restorer:
             await self._threads.run(_make_fresh, fresh)
             held: tuple[int, ...] = ()
             if candidate.parts:
-                same_world = gang is not None and gang.world_size == len(candidate.parts) + 1
-                own = gang.rank if gang is not None and same_world else None
-                held = await self._lay_out_parts(candidate, fresh, own)
+                held = await self._lay_out_parts(candidate, fresh, _own_part(candidate, gang))
             else:
                 await self._lay_out(candidate, fresh)
             await self._threads.run(_put_in_place, fresh, directory)
@@ -315,6 +314,13 @@ class Restorer:
             else:
                 await self._keep(source, chunk, data, writing)
         return refused
+
+
+def _own_part(candidate: RestoreCandidate, gang: Gang | None) -> int | None:
+    """The rank that gets its part alone, beside what all read; `None`: it gets all parts."""
+    if gang is None or not gang.own_parts or gang.world_size != len(candidate.parts) + 1:
+        return None
+    return gang.rank
 
 
 def _not_had(candidate: RestoreCandidate, failures: Collection[Sequence[ChunkError]]) -> ChunkError:

@@ -192,8 +192,7 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
         case SetReplicaTarget():
             live = state.attempts.get(order.attempt)
             if live is not None:
-                state.put(live, replica_target=order.target, replica_required=order.required)
-                pipeline.replicate(state, now, live)
+                pipeline.retarget(state, now, live, order)
         case CommitResult():
             live = state.attempts.get(order.attempt)
             if live is not None:

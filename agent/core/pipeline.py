@@ -34,6 +34,7 @@ from agent.core.messages import (
     ReplicateCheckpoint,
     ReplicationDone,
     ReplicationFailed,
+    SetReplicaTarget,
     StoreCheckpoint,
     StoreDone,
     StoreFailed,
@@ -266,20 +267,36 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
 
 
 def copy_restored(state: State, now: Instant, live: LiveAttempt) -> None:
-    """A rank has started, and no other node has got its part by that. Where its standby has none
-    either, since the node before has died, its only copy may be here until the first commit, which
-    may be an hour. So it is sent at once; what the rank stores meanwhile takes its place, and what
+    """It has started from a checkpoint that its standby has not got: the node before has died, say.
+    Then the only copy may be here until the first commit, which may be an hour away. So it is sent
+    at once, unless ranks on other nodes have it; what is stored meanwhile takes its place, and what
     it has in common with that need not be sent again."""
     record, target = live.record, target_of(state, live)
-    if not record.held_ranks or record.gang is None or target is None:
+    if not record.restored_digest or target is None or record.phase is not Phase.RUNNING:
         return
+    everywhere = not record.held_ranks and record.gang is not None and len(record.gang.nodes) > 1
     restored = next(one for one in record.candidates if one.digest == record.restored_digest)
     pieces = [(restored.digest, restored.sources), *((p.digest, p.sources) for p in restored.parts)]
-    digest, sources = pieces[record.gang.rank]
+    rank = 0 if record.gang is None else record.gang.rank
+    if everywhere or rank >= len(pieces):
+        return
+    digest, sources = pieces[rank]
     if all(source.node != target.node for source in sources):
         parts, parent = len(pieces), record.head
         pending = Pending(digest, restored.step, 0, parent, 0, parts, restored=True)
         state.put(live, pending=pending)
+        replicate(state, now, live)
+
+
+def retarget(state: State, now: Instant, live: LiveAttempt, order: SetReplicaTarget) -> None:
+    """Its copies go elsewhere; what it began with does too, as long as it has stored nothing."""
+    before = target_of(state, live)
+    state.put(live, replica_target=order.target, replica_required=order.required)
+    target, record = target_of(state, live), live.record
+    moved = target is not None and (before is None or before.node != target.node)
+    if moved and record.pending is None and not record.stored_digest:
+        copy_restored(state, now, live)
+    else:
         replicate(state, now, live)
 
 
@@ -313,7 +330,7 @@ def replication_failed(
     state: State, now: Instant, live: LiveAttempt, failed: ReplicationFailed
 ) -> None:
     """A job that requires a copy waits for one; for any other the local checkpoint counts, unless
-    there is another node to try by now."""
+    there is another node to try by now. What it began with is known here: it waits for one."""
     tried, live.replicating = live.replicating, None
     record = live.record
     if record.pending is None or record.pending.digest != failed.digest:
@@ -330,7 +347,7 @@ def replication_failed(
         replicate(state, now, live)
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
-    else:
+    elif not record.pending.restored:
         propose(state, now, live, ())
 
 
@@ -381,7 +398,7 @@ def _follows(live: LiveAttempt, digest: str) -> bool:
     head = live.record.head
     while head != digest:
         proposal = live.unanswered.get(head)
-        if proposal is None:
+        if proposal is None or proposal.parent == head:  # a copy of what it began with
             return False
         head = proposal.parent
     return True
@@ -394,7 +411,9 @@ def settle(state: State, now: Instant, live: LiveAttempt) -> None:
     waiting = waiting or (record.pending is not None and not record.pending.restored)
     if record.phase is not Phase.SETTLING or waiting:
         return
-    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason)
+    # What comes after its end stops nothing, and is not noted.
+    by_itself = not record.stop_reason
+    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason, by_itself)
     sequence = state.spool_event(now, record.id, body)
     state.put(live, Phase.ENDED, last_sequence=sequence, pending=None)
     live.settle_ms = None

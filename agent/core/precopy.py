@@ -165,7 +165,7 @@ def _known(state: State, live: LiveAttempt) -> Known:
     target = pipeline.target_of(state, live)
     hung = bool(live.record.exit_reason)
     where = "" if target is None else target.node
-    has_it = live.copied_to == where if live.stored_bytes else where in _sources(live)
+    has_it = live.copied_to == where or (not live.stored_bytes and where in _sources(live))
     return Known(
         heeds=live.heeds_saves and not hung,
         captures=live.slab,

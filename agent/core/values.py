@@ -338,7 +338,8 @@ class RestoreCandidate:
 class Gang:
     """One rank's place among those that start together. Ranks count through `nodes`, so those of
     one node follow one another; `local_rank` counts those on this node, and `node_gpu_uuids` are
-    the GPUs of all of them, in that order. Rank 0 listens at `master_host` and `master_port`."""
+    the GPUs of all of them, in that order. Rank 0 listens at `master_host` and `master_port`.
+    `own_parts`: the coordinator knows that a node may hold some parts of a checkpoint only."""
 
     rank: int
     world_size: int
@@ -349,6 +350,7 @@ class Gang:
     master_host: str
     master_port: int
     node_gpu_uuids: tuple[str, ...] = ()
+    own_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,9 +102,7 @@ def list_command(context: click.Context, job_id: int) -> None:
     """
     with _connect(context) as client:
         found = client.checkpoints(job_id)
-    _show(context, found)
-    if not found and not settings_of(context).as_json:
-        write_notice(f"job {job_id} has no checkpoint")
+    _show(context, found, job_id)
 
 
 @checkpoint.command()
@@ -125,7 +123,7 @@ def pin(context: click.Context, job_id: int, which: tuple[str, int | None] | Non
     """
     digest, step = which or ("", None)
     with _connect(context) as client:
-        _show(context, client.pin(job_id, digest, step))
+        _show(context, client.pin(job_id, digest, step), job_id)
 
 
 @checkpoint.command()
@@ -144,7 +142,7 @@ def unpin(context: click.Context, job_id: int, which: tuple[str, int | None] | N
     """
     digest, step = which or ("", None)
     with _connect(context) as client:
-        _show(context, client.unpin(job_id, digest, step))
+        _show(context, client.unpin(job_id, digest, step), job_id)
 
 
 _PYTHON = click.option(
@@ -337,9 +335,12 @@ def _convert(python: str | None, arguments: list[str], made: Path) -> None:
         raise CommandFailed(f"the conversion failed: {said[-1]}")
 
 
-def _show(context: click.Context, found: "list[KeptCheckpoint]") -> None:
+def _show(context: click.Context, found: "list[KeptCheckpoint]", job_id: int) -> None:
     if settings_of(context).as_json:
         write_json(found)
+        return
+    if not found:
+        write_notice(f"job {job_id} has no checkpoint")
         return
     now = datetime.now(UTC)
     write_table(_COLUMNS, [_row(kept, now) for kept in found])

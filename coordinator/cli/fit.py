@@ -105,10 +105,10 @@ def fit(context: click.Context, job_file: Path, prices: tuple[tuple[str, float],
 
 
 def _write(report: "FitReport") -> None:
-    write_table(_COLUMNS, map(_row, report.fits))
     if not report.fits:
         write_notice("no node with a GPU has joined yet; start baton-agent on a machine")
         return
+    write_table(_COLUMNS, map(_row, report.fits))
     for sentence, types in _sentences(report.fits).items():
         write_sentence(f"{', '.join(types)}: {sentence}")
     if any(one.usd_per_hour is not None for one in report.fits) and report.prices_source:

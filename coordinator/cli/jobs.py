@@ -132,6 +132,9 @@ def jobs(
                 found.sort(key=lambda job: job.id, reverse=True)
     if settings_of(context).as_json:
         write_json(found)
+    elif not found:
+        asked = phases or project
+        write_notice("there is no such job" if asked else "no job yet; see `baton submit --help`")
     else:
         now = datetime.now(UTC)
         write_table(

@@ -66,8 +66,9 @@ def nodes(context: click.Context) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
-    write_table(_COLUMNS, map(_row, found))
-    if not found:
+    if found:
+        write_table(_COLUMNS, map(_row, found))
+    else:
         write_notice("no node has joined yet; start baton-agent on a machine")
 
 

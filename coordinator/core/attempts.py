@@ -10,6 +10,7 @@ one.
 from dataclasses import replace
 
 from coordinator.core import accounting, checkpoints, gangs, outcomes, pace, parts, ranks, standby
+from coordinator.core.ledger import attempt_parts
 from coordinator.core.messages import AttemptExited, AttemptRefused, AttemptStarted
 from coordinator.core.model import Attempt, Job, JobIntent, Progress
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
@@ -53,6 +54,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
             times=times,
             rank=number,
             ranks=job.spec.ranks,
+            quota_parts=attempt_parts(job.spec, place.gpu_uuids, state.nodes[place.node].node.gpus),
         )
         state.put_attempt(attempt)
         state.nodes[place.node].used_ms = now.now_ms
@@ -171,6 +173,7 @@ def exited(state: State, now: Instant, unix_ms: int, attempt: Attempt, body: Att
     attempt = ranks.change(
         state, now, attempt, phase,
         exit_code=body.exit_code, signal=body.signal, reason=cut(reason),
+        ended_by_itself=body.by_itself,
         times=replace(attempt.times, silent_unix_ms=unix_ms),
     )  # fmt: skip
     state.tell(

@@ -176,11 +176,12 @@ def _stays(
     facts = {gpu.uuid: gpu for gpu in (live.node.gpus if live is not None else ())}
     # Of a rented node that is gone the type is still known.
     unknown = (live.node.power.gpu_type if live is not None else "") or UNKNOWN_TYPE
+    (typical,) = gpu_types.facts_of(unknown, 1)
     by_type: dict[str, float] = {}
     for uuid in attempt.gpu_uuids:
         gpu = facts.get(uuid)
         name = unknown if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
-        by_type[name] = by_type.get(name, 0.0) + _part(job, gpu)
+        by_type[name] = by_type.get(name, 0.0) + _part(job, gpu or typical)
     # Rank 0 speaks for its gang; what one step was on several types is told once.
     queued = attempt.times.queued_unix_ms
     wanted = begin if queued is None else min(begin, queued)
@@ -227,9 +228,9 @@ def lease_usd(lease: Lease, prices: Prices) -> float | None:
     return prices.of(lease.gpu_type).lease_usd if lease.usd is None else lease.usd
 
 
-def _part(job: Job, gpu: GpuFacts | None) -> float:
+def _part(job: Job, gpu: GpuFacts) -> float:
     share_bytes = job.spec.shared_gpu_memory_bytes
-    if not share_bytes or gpu is None or not gpu.memory_bytes:
+    if not share_bytes or not gpu.memory_bytes:
         return 1.0
     return min(1.0, share_bytes / gpu.memory_bytes)
 

@@ -51,9 +51,12 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     twice. What ranks of a gang hand over: `parts.py`."""
     job = state.jobs[attempt.job_id]
     refusal = _refuse_commit(job, attempt, body)
-    if not refusal and body.digest != job.head:
+    if not refusal and body.digest == job.head:
+        for node_id in body.replicas:  # it may have been copied since
+            note_copy(state, job.id, job.head, node_id)
+    elif not refusal:
         commit(state, attempt, proposed(job, attempt, body, now.unix_ms))
-    elif refusal:
+    else:
         state.log(
             "warning", "checkpoint.refused", job=job.id, attempt=attempt.id,
             digest=body.digest, reason=refusal,

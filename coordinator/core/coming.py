@@ -4,7 +4,7 @@ Problem: a start takes minutes, and may fail and be tried again. Who waits wants
 there, and that it has failed already: "is starting" for half an hour is a lie.
 """
 
-from coordinator.core import gpu_types, power
+from coordinator.core import gpu_types, power, power_memory
 from coordinator.core.capacity_model import Power
 from coordinator.core.model import Job, Node
 from coordinator.core.node_power import minutes
@@ -59,9 +59,12 @@ def failed(state: State, now: Instant, node: Node) -> str:
     given, options = state.switching.given.get(node.id), state.options.power
     if node.power.phase is not Power.STARTING or given is None or given.done is not False:
         return ""
-    left_ms = max(1_000, given.at_ms + options.boot_retry_ms - now.now_ms)
-    times = _times(node.power.boot_failures + 1)
+    again_ms = given.answered_ms + power_memory.retry_ms(state, node.id)
+    left_ms = max(1_000, again_ms - now.now_ms)
     why = given.reason or "its driver does not say why"
+    if given.postponed:
+        return f"is put off: {why}; it is ordered again within {minutes(left_ms)}"
+    times = _times(node.power.boot_failures + 1)
     return (
         f"has failed {times}: {why}; it is tried again within {minutes(left_ms)},"
         f" {quantity(options.boot_retries + 1, 'time')} in all"

@@ -31,7 +31,7 @@ from functools import lru_cache
 
 from coordinator.core import attempts, costs, gpu_types, history, pairs, shares
 from coordinator.core.allocation import run_s_min
-from coordinator.core.model import Attempt, GpuFacts, Job, JobSpec, Progress
+from coordinator.core.model import Attempt, GpuFacts, Job, JobIntent, JobSpec, Progress
 from coordinator.core.offers import open_rooms
 from coordinator.core.pairs import (
     KEPT_RATIO_MIN,
@@ -266,8 +266,11 @@ def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
 
 
 def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
-    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits."""
+    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits. Who
+    saves to go on elsewhere has his first."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
+    leaving = _leaving(state)
+    ahead = sum(one.gpus for one in leaving)
     for room in open_rooms(state):
         given_back = job.spec.memory_bytes if room.offer.node == attempt.node else 0
         if not room.offer.shares or room.memory_bytes + given_back < job.spec.memory_bytes:
@@ -275,9 +278,20 @@ def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
         for gpu in room.free.values():
             alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
             able = alone and shares.left_bytes(gpu, ()) >= job.spec.shared_gpu_memory_bytes
-            if able and not any(one.gpus and suits(one, gpu) for one in waiting):
+            if not able or any(one.gpus and suits(one, gpu) for one in waiting):
+                continue
+            if not ahead or not any(suits(one, gpu) for one in leaving):
                 return True
+            ahead -= 1
     return False
+
+
+def _leaving(state: State) -> list[JobSpec]:
+    """What those ask for, by attempt, who were told to stop and are to run on."""
+    found = [state.attempts[each] for each in state.indices.open_attempts]
+    stopping = [each for each in found if each.phase is AttemptPhase.STOPPING]
+    jobs = [state.jobs[each.job_id] for each in stopping]
+    return [job.spec for job in jobs if job.intent is JobIntent.RUN and job.spec.gpus]
 
 
 # --- what is said ---------------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
 
 
 def _is_killed(rank: Attempt) -> bool:
-    return bool(rank.stop_reason) and rank.signal == SIGKILL
+    return bool(rank.stop_reason) and rank.signal == SIGKILL and not rank.ended_by_itself
 
 
 def _as_one(gang: Sequence[Attempt], cause: Attempt) -> Attempt:

@@ -50,11 +50,9 @@ class Ledger:
         """After it has changed; `gpus` are its node's. One that is out of reach has ended when it
         was silent, unless it comes back."""
         known = self.stays.get(attempt.id)
-        if known is None:
-            facts = {gpu.uuid: gpu for gpu in gpus}
-            parts = sum(gpu_parts(spec, facts.get(uuid)) for uuid in attempt.gpu_uuids)
-        else:
-            parts = known.parts
+        parts = attempt.quota_parts if known is None else known.parts
+        if parts is None:
+            parts = attempt_parts(spec, attempt.gpu_uuids, gpus)
         ends = (attempt.times.over_unix_ms, attempt.ended_unix_ms)
         end_ms = next((end for end in ends if end is not None), None)
         self.note(attempt.id, Stay(spec.project, parts, attempt.assigned_unix_ms, end_ms))
@@ -122,6 +120,13 @@ class Ledger:
                     del booked[hour]
         if not booked:
             del self.ended[stay.project]
+
+
+def attempt_parts(spec: JobSpec, gpu_uuids: Iterable[str], gpus: Iterable[GpuFacts]) -> int:
+    """Of all that it has, as it is written down when it is promised: its node may list them no more
+    when the attempt is counted anew."""
+    facts = {gpu.uuid: gpu for gpu in gpus}
+    return sum(gpu_parts(spec, facts.get(uuid)) for uuid in gpu_uuids)
 
 
 def gpu_parts(spec: JobSpec, gpu: GpuFacts | None) -> int:

@@ -215,9 +215,12 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptExited:
+    """`by_itself`: no order to stop it had reached its node; false where that is not known."""
+
     exit_code: int | None = None
     signal: int | None = None
     reason: str = ""
+    by_itself: bool = False
 
 
 @dataclass(frozen=True, slots=True)

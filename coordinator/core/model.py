@@ -184,9 +184,11 @@ class AttemptTimes:
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One execution of a job, or of one of its `ranks`. `stop_reason` is empty until it is told to
-    stop; `precopy_ms` is how long it may save before that. `replica_node` is its standby: the node
-    that gets its checkpoints and would take it next. `permanent`: any node would refuse it. Of what
-    it was restored from, `held_ranks` are those whose parts were verified on its node; empty: all.
+    stop, `ended_by_itself`: it ended before its node had heard of that; `precopy_ms` is how long it
+    may save before. `replica_node` is its standby: the node that gets its checkpoints and would
+    take it next. `permanent`: any node would refuse it. Of what it was restored from, `held_ranks`
+    are those whose parts were verified on its node; empty: all. `quota_parts` is what its GPUs
+    count for quotas, in thousandths (`ledger.py`); `None`: an older coordinator has not said.
     """
 
     job_id: int
@@ -201,6 +203,7 @@ class Attempt:
     signal: int | None = None
     reason: str = ""
     stop_reason: str = ""
+    ended_by_itself: bool = False
     restored_digest: str = ""
     restored_step: int = 0
     held_ranks: tuple[int, ...] = ()
@@ -212,6 +215,7 @@ class Attempt:
     ranks: int = 1
     permanent: bool = False
     stretches: tuple[Stretch, ...] = ()
+    quota_parts: int | None = None
 
     @property
     def id(self) -> str:

@@ -120,6 +120,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             node = replace(node, acknowledged=heard)
         live = LiveNode(node, NodePhase.SUSPECT, 0)
         state.nodes[body.node] = live
+        _count_copies(state, live)
         state.put_node(node)
     else:
         if live.session is not None and live.session != session:
@@ -156,6 +157,16 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         state.set_node_phase(live, NodePhase.UP, "")
     leases.watch(state, live)
     return live
+
+
+def _count_copies(state: State, live: LiveNode) -> None:
+    """What was said to lie on a node while it was forgotten; else it would not be told to keep
+    it."""
+    for job_id in state.indices.jobs_of(state.indices.pieces):
+        kept = [piece for one in state.checkpoints.get(job_id, ()) for piece in one.pieces]
+        for piece in (*kept, *state.parts.get(job_id, ())):
+            if live.node.id in piece.replicas:
+                live.digests[piece.digest] = live.digests.get(piece.digest, 0) + 1
 
 
 def _forgotten(state: State, now: Instant, live: LiveNode, body: Hello) -> None:

@@ -107,6 +107,7 @@ def give_back(state: State, now: Instant, live: LiveNode, why: str) -> None:
     assert live.node.power.source is Source.BURST, "an own node is kept"
     if live.node.power.phase is Power.ON:
         _change(state, now, live, Power.LEAVING, why, ours=True)
+    state.switching.postponed.pop(live.node.id, None)  # of the order to rent it
     _change(state, now, live, Power.STOPPING, why, ours=True, boot_failures=0)
     if live.node.intent is NodeIntent.OPEN:  # it may still come, and takes nothing any more
         nodes.set_intent(state, now, live, NodeIntent.CORDONED)
@@ -139,6 +140,9 @@ def person_says(
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
     if power.source is Source.BURST and power.phase is Power.OFF:
         sentence = f"{name} is not rented; the plan rents, and `baton scale approve` agrees to it"
+        return Refusal(RefusalKind.WRONG_PHASE, sentence)
+    if power.source is Source.BURST and (only := _only_copy(state, live)):
+        sentence = f"{only}; `baton requeue --abandon` gives it up, for its job"
         return Refusal(RefusalKind.WRONG_PHASE, sentence)
     _note(state, live, replace(power, ours=True))
     if power.source is Source.BURST and power.phase is Power.FAILED:
@@ -239,19 +243,40 @@ def _given_back(state: State, now: Instant, live: LiveNode, given: Given) -> Non
     if given.done:
         _is_gone(state, now, live)
         return
-    since_ms = now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
-    tries = live.node.power.boot_failures + (not given.postponed)
-    put_off = state.switching.postponed.get(name, 0)
+    since_ms = _since_ms(now, given)
     why = given.reason or f"nobody said within {since_ms // 1000} s that it is gone"
-    if tries > options.boot_retries or put_off > POSTPONED_MAX:
+    # Who had the others may have been lost since it was ordered the first time.
+    only = _only_copy(state, live) if live.digests else ""
+    if only and since_ms < options.unanswered_ms:
+        return
+    why = only or why
+    if only or _order_again(state, now, live, given, why):
         reason = f"{why}; it may still be paid for, `baton uncordon {name}` has it deleted again"
-        _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
+        _change(state, now, live, Power.FAILED, reason, boot_failures=_tries(live, given))
         state.log("error", "node.rent_failed", node=name, reason=reason)
-    elif since_ms >= power_memory.retry_ms(state, name):
+
+
+def _order_again(state: State, now: Instant, live: LiveNode, given: Given, why: str) -> bool:
+    """What has come to nothing is ordered once more when its time has come; whether it has been
+    often enough. An order that had no turn says nothing of the node, and is counted by itself."""
+    options, name = state.options.power, live.node.id
+    tries, put_off = _tries(live, given), state.switching.postponed.get(name, 0)
+    if tries > options.boot_retries or put_off > POSTPONED_MAX:
+        return True
+    if _since_ms(now, given) >= power_memory.retry_ms(state, name):
         nth = f"put off {put_off} times" if put_off else f"try {tries + 1}"
         reason = f"{why}; {nth} of {POSTPONED_MAX if put_off else options.boot_retries + 1}"
-        _change(state, now, live, Power.STOPPING, reason, boot_failures=tries)
+        _change(state, now, live, live.node.power.phase, reason, boot_failures=tries)
         _given(state, now, live, fresh=True)
+    return False
+
+
+def _tries(live: LiveNode, given: Given) -> int:
+    return live.node.power.boot_failures + (not given.postponed)
+
+
+def _since_ms(now: Instant, given: Given) -> int:
+    return now.now_ms - (given.at_ms if given.done is None else given.answered_ms)
 
 
 def _is_gone(state: State, now: Instant, live: LiveNode) -> None:
@@ -307,17 +332,12 @@ def _starting(state: State, now: Instant, live: LiveNode) -> None:
         state.switching.unrented_ms[live.node.power.gpu_type] = now.now_ms
         give_back(state, now, live, f"{why}; what there may be of it is deleted")
         return
-    tries = live.node.power.boot_failures + 1
-    if tries > options.boot_retries:
-        reason = (
-            f"{why}; tried {quantity(tries, 'time')}, `baton uncordon {live.node.id}` tries again"
-        )
+    if _order_again(state, now, live, given, why):
+        tries = _tries(live, given)
+        count = f"tried {quantity(tries, 'time')}" if tries else "never begun"
+        reason = f"{why}; {count}, `baton uncordon {live.node.id}` tries again"
         _change(state, now, live, Power.FAILED, reason, boot_failures=tries)
         state.log("error", "node.boot_failed", node=live.node.id, reason=reason)
-    elif since_ms >= options.boot_retry_ms:
-        reason = f"{why}; try {tries + 1} of {options.boot_retries + 1}"
-        _change(state, now, live, Power.STARTING, reason, boot_failures=tries)
-        _given(state, now, live, fresh=True)
 
 
 # --- orders ---------------------------------------------------------------------------------------

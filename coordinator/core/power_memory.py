@@ -26,7 +26,7 @@ def note_change(state: State, now: Instant, live: LiveNode) -> None:
     """Its phase began this moment. Who went off has not refused."""
     if live.node.power.phase is Power.OFF:
         state.switching.refused.pop(live.node.id, None)
-    if live.node.power.phase is not Power.STOPPING:
+    if live.node.power.phase not in (Power.STOPPING, Power.STARTING):
         state.switching.postponed.pop(live.node.id, None)
     state.switching.at_ms.setdefault(live.node.id, {})[now.unix_ms] = now.now_ms
     starts_ms(state, now, live)
@@ -82,7 +82,7 @@ def starts_ms(state: State, now: Instant, live: LiveNode) -> tuple[tuple[int, ..
     once for each: a clock that jumps later makes nothing older."""
     its = live.node.power
     known = state.switching.at_ms.get(live.node.id, {})
-    if not its.starts_unix_ms and its.since_unix_ms in known:
+    if not its.starts_unix_ms and list(known) == [its.since_unix_ms]:
         return (), known[its.since_unix_ms]  # of most nodes, each minute
     found = {
         unix_ms: known.get(unix_ms, now.now_ms - max(0, now.unix_ms - unix_ms))

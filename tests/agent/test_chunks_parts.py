@@ -8,6 +8,7 @@ with that rank, and no node says that it holds what it has some of.
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,8 @@ def seen_by(rank: int | None, ranks: int = 3) -> dict[str, bytes]:
 
 
 def place(rank: int, world_size: int = 3) -> Gang:
-    return Gang(rank, world_size, 0, 1, rank, ("n1", "n2", "n3"), "127.0.0.1", 20_000)
+    nodes = ("n1", "n2", "n3")
+    return Gang(rank, world_size, 0, 1, rank, nodes, "127.0.0.1", 20_000, own_parts=True)
 
 
 async def shards(nodes: Sequence[Node]) -> list[StoredCheckpoint]:
@@ -187,8 +189,11 @@ async def test_a_rank_gets_its_own_part_and_of_the_others_what_all_read(
     assert files_under(again.directory) == seen_by(rank)
 
 
-@pytest.mark.parametrize("gang", [None, place(0, 2), place(0, 4), place(0, 1)])
-async def test_another_number_of_ranks_gets_all_of_it(
+OLDER = replace(place(0), own_parts=False)  # its coordinator takes it for a holder of all parts
+
+
+@pytest.mark.parametrize("gang", [None, place(0, 2), place(0, 4), place(0, 1), OLDER])
+async def test_another_number_of_ranks_and_an_older_coordinator_get_all_of_it(
     one: Node, two: Node, gang: Gang | None
 ) -> None:
     stored = await shards([one, one, one])

@@ -36,7 +36,9 @@ INT = st.integers(0, 2**62)
 SOURCES = st.builds(ReplicaSource, TEXT, TEXT)
 PARTS = st.tuples(st.builds(RestorePart, TEXT, st.tuples(SOURCES)))
 CANDIDATES = st.builds(RestoreCandidate, TEXT, INT, st.tuples(SOURCES), st.just(()) | PARTS)
-GANGS = st.builds(Gang, INT, INT, INT, INT, INT, st.tuples(TEXT), TEXT, INT, st.tuples(TEXT))
+GANGS = st.builds(
+    Gang, INT, INT, INT, INT, INT, st.tuples(TEXT), TEXT, INT, st.tuples(TEXT), st.booleans()
+)
 SPECS = st.builds(
     m.JobSpec, TEXT, st.tuples(TEXT), environment=st.tuples(st.tuples(TEXT, TEXT)), grace_ms=INT
 )
@@ -63,7 +65,7 @@ RECORDS = st.builds(
 )
 BODIES = st.one_of(
     st.builds(m.AttemptStarted, INT, TEXT, INT, st.tuples(st.tuples(TEXT, TEXT))),
-    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT),
+    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT, st.booleans()),
     st.builds(m.AttemptRefused, TEXT, st.booleans()),
     st.builds(m.AttemptMilestone, TEXT),
     st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT), INT),

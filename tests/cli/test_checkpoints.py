@@ -56,7 +56,8 @@ def test_the_list_for_people_and_for_programs(baton: Baton, fake: FakeCoordinato
 
 def test_no_checkpoint_is_said(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListCheckpoints"] = [pb.ListCheckpointsResponse()]
-    assert baton("checkpoint", "list", "12").stderr == "baton: job 12 has no checkpoint\n"
+    said = baton("checkpoint", "list", "12")
+    assert (said.stdout, said.stderr) == ("", "baton: job 12 has no checkpoint\n")
     result = baton("checkpoint", "list", "12", "--json")
     assert (result.stdout, result.stderr) == ("[]\n", "")
 

@@ -151,9 +151,13 @@ def test_an_empty_fleet(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse()]
     fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
     assert baton("jobs", "--json").stdout == "[]\n"
-    assert baton("jobs").stdout.split()[:2] == ["JOB", "NAME"]
+    said = baton("jobs")
+    assert (said.stdout, said.stderr) == ("", "baton: no job yet; see `baton submit --help`\n")
+    assert baton("jobs", "--phase", "held").stderr == "baton: there is no such job\n"
     assert baton("nodes", "--json").stdout == "[]\n"
-    assert "no node has joined yet" in baton("nodes").stderr
+    said = baton("nodes")
+    assert said.stdout == "", "no headings over nothing"
+    assert "no node has joined yet" in said.stderr
 
 
 def test_job_shows_everything(baton: Baton, fake: FakeCoordinator) -> None:

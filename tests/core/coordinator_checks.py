@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 
-from coordinator.core import decisions, standby
+from coordinator.core import decisions, projects, standby
 from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
 from coordinator.core.messages import AppendEvent, Effect
@@ -27,9 +27,10 @@ from coordinator.core.phases import (
 )
 from coordinator.core.placement import rooms_of
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
-from coordinator.core.state import LiveNode, State
+from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import suits
 from tests.core.coordinator_fleet import HOST
+from tests.core.coordinator_harness import UNIX_MS_AT_START
 
 # Whoever is left of a gang after one of these hangs in a collective operation.
 SPOILING = (AttemptPhase.FAILED, AttemptPhase.REFUSED, AttemptPhase.LOST)
@@ -205,7 +206,8 @@ def places_for(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
 def check_guaranteed(state: State, now_ms: int) -> None:
     """The first guaranteed job in line either has who must leave for it leaving already, or
     nobody's leaving would help."""
-    for job in decisions.in_turn(state, map(state.jobs.__getitem__, state.queued), {}):
+    lent = projects.standing_of(state, Instant(now_ms, UNIX_MS_AT_START + now_ms)).lent
+    for job in decisions.in_turn(state, map(state.jobs.__getitem__, state.queued), lent):
         good = state.good_checkpoints(job)
         blocked = state.eligible_ms.get(job.id, 0) > now_ms or (
             good and not state.reachable(good[0])
@@ -292,6 +294,15 @@ HEAD_MOVES = (
 
 
 @dataclass
+class History:
+    """What a job's commits must look like from outside."""
+
+    epoch: int = 0
+    head: str = ""
+    head_step: int = 0
+
+
+@dataclass
 class Moves:
     """Who was stopped for somebody of his class, or to run better: within an hour few are. A
     coordinator that restarts counts anew."""
@@ -335,7 +346,7 @@ def check_promises(state: State) -> None:
         stopping = any(rank.phase is AttemptPhase.STOPPING for rank in state.gang(job))
         if job.phase is JobPhase.QUEUED or stopping:
             promised[promise.gpu_type] += job.spec.ranks * job.spec.gpus
-            if len(promise.nodes) == 1:
+            if len(promise.nodes) == 1 and promise.nodes[0] in state.nodes:  # else forgotten since
                 by_node[promise.nodes[0]] += job.spec.ranks * job.spec.gpus
     gpus = [gpu for live in state.nodes.values() for gpu in live.node.gpus]
     there = Counter(key_of(gpu.name, gpu.memory_bytes) for gpu in gpus)

@@ -136,6 +136,23 @@ def test_who_is_good_together_goes_apart_when_a_gpu_is_free_for_long() -> None:
     assert beside(world, host) == []
 
 
+def test_who_is_good_together_stays_while_another_one_saves_to_go_where_a_gpu_is_free() -> None:
+    world = full(GOOD)
+    guest = submit(world, automatic(0))
+    (host,) = beside(world, guest)
+    gone, world.saving = (job_id for job_id in (1, 2, 3) if job_id != host)
+    end(world, gone)
+    world.rig.handle(m.Request(1, m.RequeueJob(world.saving)))
+    for _ in range(90):
+        world.beat()
+    assert world.parted == [], "that one has the GPU first"
+    world.saving = 0
+    world.obey()
+    for _ in range(LONG):
+        world.beat()
+    assert world.parted == [f"{guest}.1"], "and leaves its own to them"
+
+
 def test_what_two_did_on_a_node_that_is_forgotten_is_still_known() -> None:
     world = full(BAD)
     guest = submit(world, automatic(0))

@@ -11,7 +11,7 @@ The nodes are those of `coordinator_fleet.py`. At the end all faults stop; then 
 Safety and liveness are named so. `HYPOTHESIS_PROFILE=explore pytest <this file>` searches further.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -68,6 +68,7 @@ from coordinator.core.state import Options, State
 from coordinator.core.validate import refuse_fleet
 from tests.core.coordinator_checks import (
     HEAD_MOVES,
+    History,
     Moves,
     check_arrays,
     check_gang,
@@ -110,21 +111,12 @@ _SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 ANY_SPECS = st.builds(replace, _SPECS, array=ARRAYS)
 
 
-@dataclass
-class History:
-    """What a job's commits must look like from outside."""
-
-    epoch: int = 0
-    head: str = ""
-    head_step: int = 0
-
-
 class Fleet(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.rig = self.new_rig()
         self.moves = Moves(OPTIONS.moves_per_hour)
-        self.nodes = {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
+        self.nodes = self.new_nodes()
         self.sessions = 0
         self.histories: dict[int, History] = {}
         self.counted: dict[str, int] = {}
@@ -137,6 +129,9 @@ class Fleet(RuleBasedStateMachine):
 
     def new_rig(self) -> Rig:
         return Rig(OPTIONS)
+
+    def new_nodes(self) -> dict[str, FakeNode]:
+        return {name: FakeNode(name, gpus_of(name, text)) for name, text in FLEET.items()}
 
     # --- the world's mechanics --------------------------------------------------------------------
 

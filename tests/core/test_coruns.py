@@ -60,6 +60,7 @@ class World:
     beats: int = 0
     dials: int = 0
     parted: list[str] = field(default_factory=list)
+    saving: int = 0  # this job takes its time to stop
 
     def __post_init__(self) -> None:
         self.dial()
@@ -114,7 +115,7 @@ class World:
                     self.steps[attempt.id], self.trained_s[attempt.id] = job.head_step, 0.0
                     self.say(attempt, m.AttemptStarted(7, job.head, job.head_step))
                     break
-                if attempt.phase is AttemptPhase.STOPPING:
+                if attempt.phase is AttemptPhase.STOPPING and attempt.job_id != self.saving:
                     self.steps.pop(attempt.id)
                     self.say(attempt, m.AttemptExited(75))
                     break

@@ -141,6 +141,17 @@ def test_a_first_failure_of_a_gang_proves_nothing_and_a_second_one_does() -> Non
     assert "it would fail again" in job.reason
 
 
+def test_a_rank_that_was_killed_before_its_stop_arrived_may_be_why_the_others_failed() -> None:
+    """Rank 0 is out of touch and killed from outside; its peer's end is heard first, twice."""
+    box = Box("n0:1")
+    box.submit(2)
+    for epoch in (1, 2):
+        box.say(f"1.{epoch}.1", AttemptExited(1, by_itself=True))
+        box.say(f"1.{epoch}.0", AttemptExited(None, 9, by_itself=True))
+    job = box.rig.core.state.jobs[1]
+    assert (job.phase, job.failures) == (JobPhase.QUEUED, 2)
+
+
 def test_first_jobs_of_two_fleets_on_one_host_do_not_meet() -> None:
     ports = []
     for later_ms in (0, 7):

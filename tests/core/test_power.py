@@ -249,6 +249,18 @@ def test_who_stayed_on_is_left_alone_for_longer_each_time(fleet: SwitchedRig) ->
     assert not state.switching.refused
 
 
+def test_a_node_that_is_to_go_and_stays_again_and_again_is_remembered_once(
+    fleet: SwitchedRig,
+) -> None:
+    state = fleet.rig.core.state
+    for _ in range(2 * STARTS_MAX):
+        power.leave(state, fleet.rig.now, state.nodes["n3"], "demand is low")
+        fleet.wait(1_000)
+        power.stay(state, fleet.rig.now, state.nodes["n3"], "it is needed")
+        fleet.wait(1_000)
+    assert len(state.switching.at_ms["n3"]) == 1
+
+
 @pytest.mark.parametrize("hours", [-3, 3])
 def test_a_clock_that_jumps_ends_no_minimum_uptime(
     fleet: SwitchedRig, hours: int, monkeypatch: pytest.MonkeyPatch

@@ -144,10 +144,11 @@ class SwitchedFleet(Fleet):
             assert (effect.order.verb in rented) is (its.source is Source.BURST)
             if its.phase is phases[effect.order.verb]:  # it may have been over in the same batch
                 assert effect.order.key == f"{name}.{its.changes}", "ordered, and not recorded"
+            again = effect.order.key in self.given  # a successor's, of what may be done already
             same = self.given.setdefault(effect.order.key, effect.order)
             assert same == effect.order, "one key, two deeds"
             self.given_ms.setdefault(effect.order.key, self.rig.now_ms)
-            if effect.order.verb in (Verb.SUSPEND, Verb.DELETE):
+            if effect.order.verb in (Verb.SUSPEND, Verb.DELETE) and not again:
                 self.check_nobody_needs(name)
             self.orders[name] = effect.order
 

@@ -109,7 +109,7 @@ def end_all(fleet: RentingRig) -> None:
     for job_id in list(state.jobs):
         fleet.ask(CancelJob(job_id))
     for attempt_id in list(state.indices.open_attempts):
-        _exit(fleet, attempt_id)
+        exit_of(fleet, attempt_id)
 
 
 def test_a_queue_in_front_of_a_full_fleet_rents_and_an_idle_one_is_given_back() -> None:
@@ -333,7 +333,7 @@ def test_an_idle_one_is_given_back_and_its_name_is_free_again() -> None:
     assert page.total.burst_usd > 0
 
 
-def _exit(fleet: RentingRig, attempt_id: str) -> None:
+def exit_of(fleet: RentingRig, attempt_id: str) -> None:
     attempt = fleet.rig.core.state.attempts[attempt_id]
     live = fleet.rig.core.state.nodes[attempt.node]
     assert live.session is not None

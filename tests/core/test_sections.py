@@ -123,7 +123,7 @@ def test_the_end_says_what_it_hung_in() -> None:
     effects = node.handle(m.ProcessEnded(ProcessExit("1.1", None, 9)))
     (told,) = [effect.event.body for effect in effects if isinstance(effect, SpoolEvent)]
     said = "hung in step for 3 s (limit 2 s); stacks are in its log"
-    assert told == m.AttemptExited(None, 9, said)
+    assert told == m.AttemptExited(None, 9, said, by_itself=True)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ class SimChunks:
                 *((part.digest, part.sources) for part in candidate.parts),
             ]
             held: tuple[int, ...] = ()
-            if gang is not None and candidate.parts and int(candidate.digest[0], 16) % 2:
+            apart = gang is not None and gang.own_parts
+            if gang is not None and apart and candidate.parts and int(candidate.digest[0], 16) % 2:
                 held = (gang.rank,)
                 pieces = [pieces[gang.rank]]
             contents = [self._find(digest, sources) for digest, sources in pieces]

@@ -28,6 +28,7 @@ MAY_CATCH_ALL: Mapping[str, str] = {
     "agent/processes/forkserver.py": "the outermost frame of a forked trainer, as an interpreter's",
     "agent/shell.py": "the agent's only loop",
     "coordinator/shell.py": "the coordinator's only loop",
+    "tests/core/mixed_histories.py": "a search: whatever breaks is a finding, and it goes on",
     "trainers/sdk/baton_hook/guard.py": "a guest in a user's program, which must not end it",
     "trainers/sdk/baton_hook/path/sitecustomize.py": "the same, before the guard is imported",
     "trainers/prefetch.py": "a thread's only loop; what make() raised is raised by next()",

@@ -1,10 +1,12 @@
 """What the demonstration is made of, without the making, which takes a minute."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from trainers import configuration, prepare
+from trainers import configuration, prepare, pretrained
 from trainers.finetune import FinetuneOptions
 from trainers.lora import LoraOptions
 from trainers.transfer import TransferOptions
@@ -48,15 +50,30 @@ def test_the_configurations_are_right() -> None:
     assert jobs["transfer-scratch.json"]["freeze"] is False
 
 
+def test_where_all_is_made_torch_is_not_loaded(tmp_path: Path) -> None:
+    for what in ("digits", "text"):
+        (tmp_path / f"{what}-{prepare.RECIPE_VERSION}").mkdir()
+    program = (
+        "import sys\nfrom trainers import prepare\n"
+        f"prepare.main(['--out', {str(tmp_path)!r}])\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "transfer.json").is_file()
+
+
 def test_texts_are_at_hand_with_and_without_the_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(prepare.standard_library()) == prepare.CORPUS_BYTES
-    monkeypatch.setattr(prepare, "LICENCES", tmp_path / "absent")
-    corpus = prepare.licences()
+    assert len(pretrained.standard_library()) == pretrained.CORPUS_BYTES
+    monkeypatch.setattr(pretrained, "LICENCES", tmp_path / "absent")
+    corpus = pretrained.licences()
     assert sum(len(text) for text in corpus.values()) > 50_000
     assert len(set(corpus.values())) == len(corpus)
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent" / "GPL").write_text("text")
     (tmp_path / "absent" / "GPL-3").symlink_to("GPL")
-    assert prepare.licences() == {"GPL": "text"}
+    assert pretrained.licences() == {"GPL": "text"}

@@ -27,6 +27,7 @@ def test_a_rank_hears_its_place_and_all_parts() -> None:
     assert told.attempt == "1.2.5"
     assert told.spec.ranks == 8
     gang = told.gang
+    assert gang.own_parts
     place = (gang.rank, gang.world_size, gang.local_rank, gang.local_world_size, gang.node_rank)
     assert place == (5, 8, 1, 4, 1)
     assert (gang.master_host, gang.master_port) == ("10.0.0.1", 20_063)

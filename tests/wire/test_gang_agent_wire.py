@@ -44,6 +44,8 @@ def test_a_rank_hears_its_place_and_the_parts() -> None:
     heard = wire.decode(start())
     assert isinstance(heard, m.StartAttempt)
     assert heard.attempt == "7.2.3"
+    assert heard.gang is not None
+    assert not heard.gang.own_parts, "nobody has said that the coordinator knows of that"
     assert heard.gang == Gang(3, 4, 1, 2, 1, ("n1", "n2"), "n1.example", 29_500, ("GPU-a", "GPU-b"))
     parts = (RestorePart("bb", (ReplicaSource("n2", "n2:1"),)), RestorePart("cc", ()))
     assert heard.candidates == (RestoreCandidate("aa", 10, (ReplicaSource("n1", "n1:1"),), parts),)

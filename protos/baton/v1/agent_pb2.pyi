@@ -542,22 +542,28 @@ class AttemptExited(_message.Message):
     EXIT_CODE_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    BY_ITSELF_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     """Absent when a signal ended it or nobody saw it end."""
     signal: _builtins.int
     """Absent unless a signal ended it."""
     reason: _builtins.str
     """One sentence where neither says enough."""
+    by_itself: _builtins.bool
+    """No order to stop it had come by then, so whatever ended it was not one. False, also from an
+    older agent: one had, or that is not known.
+    """
     def __init__(
         self,
         *,
         exit_code: _builtins.int | None = ...,
         signal: _builtins.int | None = ...,
         reason: _builtins.str = ...,
+        by_itself: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "signal", b"signal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "by_itself", b"by_itself", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -885,6 +891,7 @@ class Gang(_message.Message):
     MASTER_HOST_FIELD_NUMBER: _builtins.int
     MASTER_PORT_FIELD_NUMBER: _builtins.int
     NODE_GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    OWN_PARTS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     world_size: _builtins.int
     local_rank: _builtins.int
@@ -895,6 +902,11 @@ class Gang(_message.Message):
     master_host: _builtins.str
     """Where rank 0 listens for the others."""
     master_port: _builtins.int
+    own_parts: _builtins.bool
+    """`AttemptStarted.held_ranks` is understood: this rank may be given its own part of a checkpoint
+    alone. False, from an older coordinator: it is given all parts, since its node would be taken
+    for a holder of all.
+    """
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """By node rank."""
@@ -915,10 +927,11 @@ class Gang(_message.Message):
         master_host: _builtins.str = ...,
         master_port: _builtins.int = ...,
         node_gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        own_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_rank", b"local_rank", "local_world_size", b"local_world_size", "master_host", b"master_host", "master_port", b"master_port", "node_gpu_uuids", b"node_gpu_uuids", "node_rank", b"node_rank", "nodes", b"nodes", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_rank", b"local_rank", "local_world_size", b"local_world_size", "master_host", b"master_host", "master_port", b"master_port", "node_gpu_uuids", b"node_gpu_uuids", "node_rank", b"node_rank", "nodes", b"nodes", "own_parts", b"own_parts", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

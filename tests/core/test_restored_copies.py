@@ -1,0 +1,142 @@
+"""What an attempt began with is copied to its standby where that has not got it.
+
+Problem: after a handoff the node that wrote the last checkpoint is dead, so its only copy is on the
+node that goes on with it, up to the first commit, which may be an hour away. Of the ranks of a gang
+`test_agent_gangs.py` says the same.
+"""
+
+import pytest
+
+from agent.core import messages as m
+from agent.core import state as s
+from agent.core import trainer_messages as t
+from agent.core import values as v
+from agent.core.node import NodeCore
+from coordinator.core.messages import (
+    AttemptStarted,
+    CheckpointProposed,
+    CommitResult,
+    FromAgent,
+    Goodbye,
+    Hello,
+    Request,
+)
+from coordinator.core.model import HostFacts
+from coordinator.core.node_requests import ForgetNode
+from tests.core.agent_box import HOST, OPTIONS, PEER
+from tests.core.agent_memory import MemoryJournal
+from tests.core.test_agent_gangs import told
+from tests.core.test_gangs import Box
+
+DEAD = v.ReplicaSource("n9", "n9:1")
+OTHER = v.ReplicaSource("n3", "n3:1")
+COPIED = m.CheckpointProposed("aa", "aa", 5, 0, ("n1", "n2"), 1)
+
+
+def copies(effects: list[s.Effect]) -> list[tuple[str, str]]:
+    found = [one for one in effects if isinstance(one, m.ReplicateCheckpoint)]
+    return [(one.digest, one.target.node) for one in found]
+
+
+class Alone:
+    """An attempt that has started from "aa", which `sources` had. Its standby is `PEER`."""
+
+    def __init__(self, *sources: v.ReplicaSource, gang: v.Gang | None = None) -> None:
+        self.core = NodeCore(OPTIONS, MemoryJournal().memory())
+        self.name = "7.2" if gang is None else f"7.2.{gang.rank}"
+        candidate = v.RestoreCandidate("aa", 5, sources)
+        spec = m.JobSpec(command=("x",))
+        order = m.StartAttempt(self.name, spec, (), (candidate,), PEER, gang=gang)
+        self.hear(m.Opened((), HOST, ()), m.Connected(()))
+        self.order(m.Welcome(1, 1_000, 8_000, 0), order)
+        self.hear(m.RestoreDone(self.name, v.Restored("aa", 5, "/restored")))
+        self.began = self.hear(m.ProcessStarted(self.name, 100))
+
+    def hear(self, *events: m.Event) -> list[s.Effect]:
+        now = s.Instant(0, 0)
+        return [effect for event in events for effect in self.core.handle(now, event)]
+
+    def order(self, *orders: m.Order) -> list[s.Effect]:
+        return self.hear(*(m.FromCoordinator(order, "token") for order in orders))
+
+    def aim(self, target: v.ReplicaSource) -> list[s.Effect]:
+        return self.order(m.SetReplicaTarget(self.name, target, required=False))
+
+    def save(self) -> list[s.Effect]:
+        self.hear(m.FromTrainer(self.name, t.TrainerCheckpoint(1, "/staging/6", 6)))
+        return self.hear(m.StoreDone(self.name, v.StoredCheckpoint("bb", 6, 10, 10)))
+
+
+def gang(rank: int, *nodes: str) -> v.Gang:
+    return v.Gang(rank, 2, rank, 2 // len(nodes), 0, nodes, "n1", 20_000)
+
+
+def test_what_lies_here_alone_is_copied_at_once_and_said() -> None:
+    job = Alone(DEAD)
+    assert copies(job.began) == [("aa", "n2")]
+    assert told(job.hear(m.ReplicationDone("7.2", "aa", "n2"))) == [COPIED]
+    assert copies(job.save()) == [("bb", "n2")]
+
+
+@pytest.mark.parametrize(
+    ("place", "copied"),
+    [(gang(0, "n1"), True), (gang(1, "n1"), False), (gang(0, "n1", "n3"), False)],
+)
+def test_what_rank_0_keeps_for_all_is_copied_where_they_are_on_one_node(
+    place: v.Gang, copied: bool
+) -> None:
+    assert copies(Alone(DEAD, gang=place).began) == [("aa", "n2")] * copied
+
+
+def test_what_the_standby_has_is_not() -> None:
+    assert not copies(Alone(DEAD, PEER).began)
+
+
+def test_a_copy_that_failed_goes_to_the_next_standby() -> None:
+    job = Alone(DEAD)
+    failed = job.hear(m.ReplicationFailed("7.2", "aa", "no route"))
+    assert (copies(failed), told(failed)) == ([], [])
+    assert copies(job.aim(OTHER)) == [("aa", "n3")]
+
+
+def test_a_standby_that_is_named_anew_gets_it_as_long_as_nothing_is_stored() -> None:
+    job = Alone(DEAD, PEER)
+    assert not copies(job.aim(PEER))
+    assert copies(job.aim(OTHER)) == [("aa", "n3")]
+    job.hear(m.ReplicationDone("7.2", "aa", "n3"))
+    job.save()
+    job.hear(m.ReplicationDone("7.2", "bb", "n3"))
+    assert not copies(job.aim(PEER)), "the next checkpoint goes there"
+
+
+def test_an_answer_to_nothing_that_was_asked_is_looked_for_once() -> None:
+    """The copy's proposal follows itself."""
+    job = Alone(DEAD)
+    job.hear(m.ReplicationDone("7.2", "aa", "n2"))
+    job.order(m.CommitResult("7.2", "zz", accepted=False, reason="no", head="yy"))
+    assert job.core.state.attempts["7.2"].record.head == "aa"
+
+
+def test_the_coordinator_knows_of_a_copy_that_was_made_since() -> None:
+    box = Box("n0:1", "n1:1")
+    box.submit(1)
+    box.say("1.1", AttemptStarted(1))
+    box.say("1.1", CheckpointProposed("aa", "", 5, 10, ("n0",)))
+    box.say("1.1", CheckpointProposed("aa", "aa", 5, 0, ("n0", "n1")))
+    assert [order.accepted for order in box.sent if isinstance(order, CommitResult)] == [True]
+    (kept,) = box.rig.core.state.checkpoints[1]
+    assert (kept.replicas, kept.size_bytes) == (("n0", "n1"), 10)
+
+
+def test_a_copy_that_was_made_on_a_forgotten_node_is_kept_when_it_joins_again() -> None:
+    box = Box("n0:1", "n1:1")
+    box.submit(1)
+    state = box.rig.core.state
+    gone = "n1" if state.attempts["1.1"].node == "n0" else "n0"
+    box.take(FromAgent(int(gone[1:]), Goodbye(None)))
+    box.take(Request(1, ForgetNode(gone)))
+    assert gone not in state.nodes
+    box.say("1.1", AttemptStarted(1))
+    box.say("1.1", CheckpointProposed("aa", "", 5, 10, (state.attempts["1.1"].node, gone)))
+    box.take(FromAgent(7, Hello(gone, "j", f"{gone}:1", HostFacts(cpu_count=4), (), (), ("aa",))))
+    assert state.nodes[gone].digests == {"aa": 1}, "it is told to keep it"
