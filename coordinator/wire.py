@@ -17,7 +17,6 @@ from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
-TALLY = ("trials", "running", "waiting", "held", "over")  # of an array, as `Array.tally` has it
 STUCK_PIDS_MAX = 16  # of an attempt; as many as a person looks at
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -164,9 +163,8 @@ def encode_job(view: model.JobView) -> types.Job:
     if view.progress is not None:
         message.progress.CopyFrom(wire_time.encode_progress(view.progress))
     if view.trials is not None:
-        message.trial.CopyFrom(types.Trial(array_job_id=job.array_id, index=job.array_index))
-        for name, count in zip(TALLY, view.trials, strict=True):
-            setattr(message.trial, name, count)
+        message.trial.CopyFrom(types.Trial(**view.trials._asdict()))
+        message.trial.array_job_id, message.trial.index = job.array_id, job.array_index
     wire_time.add_accounts(message, view)
     return message
 

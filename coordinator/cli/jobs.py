@@ -137,13 +137,7 @@ def jobs(
         write_notice("there is no such job" if asked else "no job yet; see `baton submit --help`")
     else:
         now = datetime.now(UTC)
-        write_table(
-            _LIST_COLUMNS,
-            [
-                arrays.row(job, job.trial, now) if fold and job.trial else _row(job, now)
-                for job in found
-            ],
-        )
+        write_table(_LIST_COLUMNS, [_row(job, now, fold=fold) for job in found])
     if more:
         write_notice(f"there are more than {limit} such jobs; see --limit")
 
@@ -381,7 +375,9 @@ def newest_nodes(job: "Job") -> list[str]:
     return [attempt.node for attempt in newest_try(job)]
 
 
-def _row(job: "Job", now: datetime) -> tuple[object, ...]:
+def _row(job: "Job", now: datetime, *, fold: bool) -> tuple[object, ...]:
+    if fold and job.trial:
+        return arrays.row(job, job.trial, now)
     here = count_words(newest_nodes(job)) if job.phase not in ("queued", "held") else None
     step = None
     if job.progress is not None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
-from coordinator.core.model import Job, JobSpec
+from coordinator.core.model import Job, JobSpec, Tally
 from coordinator.core.phases import JobPhase
 from coordinator.core.sentences import quantity
 
@@ -94,12 +94,12 @@ class Array:
         placed = sum(self.counts[phase] for phase in (*_RUNS, JobPhase.QUEUED)) - len(self.behind)
         return max(0, self.plan.limit - placed)
 
-    def tally(self) -> tuple[int, int, int, int, int]:
-        """Trials in all, that run, wait, are held and are over; who is over may be forgotten."""
+    def tally(self) -> Tally:
+        """Who is over may be forgotten, and counts."""
         known = self.counts
         runs, waits = sum(known[phase] for phase in _RUNS), known[JobPhase.QUEUED]
         held, trials = known[JobPhase.HELD], len(self.plan.indices)
-        return trials, runs, waits, held, trials - runs - waits - held
+        return Tally(trials, runs, waits, held, trials - runs - waits - held)
 
     def why_behind(self) -> str:
         """For who is."""

@@ -25,6 +25,14 @@ from coordinator.core.demand_messages import ForecastMade as ForecastMade
 from coordinator.core.demand_messages import MakeForecast as MakeForecast
 from coordinator.core.explanations import Explanation as Explanation
 from coordinator.core.fit_requests import FitJob, FitPage
+from coordinator.core.job_requests import CancelJob as CancelJob
+from coordinator.core.job_requests import ExplainJob as ExplainJob
+from coordinator.core.job_requests import GetJob as GetJob
+from coordinator.core.job_requests import HoldJob as HoldJob
+from coordinator.core.job_requests import ListJobs as ListJobs
+from coordinator.core.job_requests import ReleaseJob as ReleaseJob
+from coordinator.core.job_requests import RequeueJob as RequeueJob
+from coordinator.core.job_requests import Submit as Submit
 from coordinator.core.launch import Gang, PeerAddress, RestoreCandidate
 from coordinator.core.lease_messages import LeasesMade as LeasesMade
 from coordinator.core.lease_messages import MakeLeases as MakeLeases
@@ -57,64 +65,11 @@ from coordinator.core.node_requests import DrainNode as DrainNode
 from coordinator.core.node_requests import DropNode as DropNode
 from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
 from coordinator.core.node_requests import UncordonNode as UncordonNode
-from coordinator.core.phases import JobPhase
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
 from coordinator.core.scale_requests import ScaleAnswer, ScaleRequest
 
 # --- requests -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    spec: JobSpec
-    request_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class GetJob:
-    job_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class ListJobs:
-    phases: tuple[JobPhase, ...] = ()
-    project: str = ""
-    page_size: int = 0
-    before_job_id: int = 0
-    fold_arrays: bool = False  # of an array its newest trial alone
-
-
-@dataclass(frozen=True, slots=True)
-class CancelJob:
-    """`array`, here and below: the whole array of which the job is a trial."""
-
-    job_id: int
-    array: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class HoldJob:
-    job_id: int
-    array: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseJob:
-    job_id: int
-    array: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RequeueJob:
-    job_id: int
-    abandon_unreachable_checkpoints: bool = False
-    array: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainJob:
-    job_id: int
 
 
 @dataclass(frozen=True, slots=True)

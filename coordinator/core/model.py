@@ -11,6 +11,7 @@ Two times appear. `*_unix_ms` is wall time, kept for people. Everything that is 
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from coordinator.core.demand_history import DemandLog
 from coordinator.core.node_power import NodePower
@@ -438,10 +439,20 @@ class NodeView:
     telemetry: HostTelemetry | None = None
 
 
+class Tally(NamedTuple):
+    """How many trials an array has, and how many of them run, wait, are held and are over."""
+
+    trials: int
+    running: int
+    waiting: int
+    held: int
+    over: int
+
+
 @dataclass(frozen=True, slots=True)
 class JobView:
     """A job as a reply shows it. `accounts` are its attempts' and `accounting` is their sum; a list
-    of jobs is shown without either. `trials`: `Array.tally` of a trial's array; `changed`: how many
+    of jobs is shown without either. `trials`: of a trial's array; `changed`: how many
     jobs of it a verb was carried out for."""
 
     job: Job
@@ -450,7 +461,7 @@ class JobView:
     progress: Progress | None = None
     accounts: tuple[Accounting, ...] = ()
     accounting: Accounting | None = None
-    trials: tuple[int, int, int, int, int] | None = None
+    trials: Tally | None = None
     changed: int = 1
 
 

@@ -170,10 +170,13 @@ def test_a_trial_is_told_which_it_is() -> None:
 
 def test_a_built_in_trainer_gets_its_index_as_a_number() -> None:
     fleet = Fleet("4xH100")
-    config = '{"model": "m-{index}", "train_data": "d", "seed": "{index}"}'
+    config = '{"model": "m-{index}", "train_data": "d", "steps": 9, "seed": "{index}"}'
+    filled = '{"model": "m-7", "train_data": "d", "steps": 9, "seed": 7}'
     asked = JobSpec(trainer="finetune", trainer_config_json=config, gpus=1, array="7")
     (order,) = starts(fleet, Submit(asked))
-    assert order.spec.trainer_config_json == ('{"model": "m-7", "train_data": "d", "seed": 7}')
+    assert order.spec.trainer_config_json == (
+        '{"model": "m-7", "train_data": "d", "steps": 9, "seed": 7}'
+    )
 
 
 # --- so many at once ------------------------------------------------------------------------------

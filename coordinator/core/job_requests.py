@@ -1,0 +1,58 @@
+"""What people ask of jobs, a part of what `messages.py` says goes into the core."""
+
+from dataclasses import dataclass
+
+from coordinator.core.model import JobSpec
+from coordinator.core.phases import JobPhase
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    spec: JobSpec
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GetJob:
+    job_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListJobs:
+    phases: tuple[JobPhase, ...] = ()
+    project: str = ""
+    page_size: int = 0
+    before_job_id: int = 0
+    fold_arrays: bool = False  # of an array its newest trial alone
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    """`array`, here and below: the whole array of which the job is a trial."""
+
+    job_id: int
+    array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HoldJob:
+    job_id: int
+    array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseJob:
+    job_id: int
+    array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RequeueJob:
+    job_id: int
+    abandon_unreachable_checkpoints: bool = False
+    array: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainJob:
+    job_id: int
