@@ -192,7 +192,7 @@ def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None
     "arguments", ["nodes", "nodes --json", "logs 12", "--help", "nodes --help", "completion bash"]
 )
 def test_a_full_disk_is_1_and_one_line(fake: FakeCoordinator, arguments: str) -> None:
-    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=samples.nodes())]
     fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"step 1\n")]]
     with open("/dev/full", "wb") as full:
         ended = subprocess.run(

@@ -174,9 +174,7 @@ def test_a_built_in_trainer_gets_its_index_as_a_number() -> None:
     filled = '{"model": "m-7", "train_data": "d", "steps": 9, "seed": 7}'
     asked = JobSpec(trainer="finetune", trainer_config_json=config, gpus=1, array="7")
     (order,) = starts(fleet, Submit(asked))
-    assert order.spec.trainer_config_json == (
-        '{"model": "m-7", "train_data": "d", "steps": 9, "seed": 7}'
-    )
+    assert order.spec.trainer_config_json == filled
 
 
 # --- so many at once ------------------------------------------------------------------------------
