@@ -94,6 +94,10 @@ class Array:
         placed = sum(self.counts[phase] for phase in (*_RUNS, JobPhase.QUEUED)) - len(self.behind)
         return max(0, self.plan.limit - placed)
 
+    @property
+    def is_open(self) -> bool:
+        return any(self.counts[phase] for phase in (*_RUNS, JobPhase.QUEUED, JobPhase.HELD))
+
     def tally(self) -> tuple[int, int, int, int, int]:
         """Trials in all, that run, wait, are held and are over; who is over may be forgotten."""
         known = self.counts
@@ -124,6 +128,12 @@ class Arrays:
 
     def of(self, job: Job) -> Array | None:
         return self.by_id.get(job.array_id)
+
+    def stands_for_others(self, job: Job) -> bool:
+        """It is the first of an array that is not over: by it the array is known, in requests that
+        are repeated and for whoever means another trial."""
+        array = self.of(job) if job.id == job.array_id else None
+        return array is not None and array.is_open
 
     def why_behind(self, job: Job) -> str:
         """Empty: it is not, or a place is free and its turn comes when it can start."""

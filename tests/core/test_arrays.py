@@ -449,8 +449,32 @@ def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> 
         fleet.end(job_id)
         fleet.run(0)
     ask(fleet.rig, Submit(SPEC))
-    assert 1 not in fleet.state.jobs
+    assert 2 not in fleet.state.jobs
     assert fleet.state.indices.arrays.by_id[1].tally() == (4, 1, 0, 0, 3)
     fleet.rig.restart()
     assert fleet.state.indices.arrays.by_id[1].tally() == (4, 1, 0, 0, 3)
     assert fleet.state.attempts["4.1"].phase is not AttemptPhase.SUCCEEDED
+
+
+def test_the_first_trial_is_remembered_while_others_are_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request that is repeated makes no second array, and `1_1` is found by job 1; but where
+    there is nobody else to forget, history is bounded all the same."""
+    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 2)
+    fleet = Fleet("2xH100")
+    body = Submit(replace(SPEC, array="0-1%1"), "r1")
+    ask(fleet.rig, body)
+    fleet.totals[1] = fleet.totals[2] = 0
+    fleet.run(0)
+    fleet.end(1)
+    for job_id in (3, 4, 5):
+        ask(fleet.rig, Submit(SPEC))
+        ask(fleet.rig, CancelJob(job_id, array=False))
+        fleet.rig.restart()
+    again = ask(fleet.rig, body)
+    assert isinstance(again, Submitted)
+    assert (again.job_id, again.jobs) == (1, 2)
+    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 1)
+    ask(fleet.rig, Submit(SPEC))
+    assert not fleet.state.ended
