@@ -140,6 +140,10 @@ def test_what_does_not_fit_into_the_queue_is_refused_whole(monkeypatch: pytest.M
     bad = ask(rig, Submit(replace(SPEC, array="3-1")))
     assert isinstance(bad, Refusal)
     assert "has no index in it" in bad.sentence
+    words = ("train", "x" * 60_000)
+    large = ask(rig, Submit(replace(SPEC, command=words, array="0-299")))
+    assert isinstance(large, Refusal)
+    assert "of 300 trials have 18001500 bytes together" in large.sentence
 
 
 def starts(fleet: Fleet, body: RequestBody) -> Iterator[StartAttempt]:
