@@ -33,6 +33,8 @@ TEXT_CHARACTERS_MAX: Final = 1_024
 ENDED_MAX: Final = 16  # trials that say how long one takes
 INDEX: Final = "{index}"  # in a command or a trainer's configuration: the trial's own
 _PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")
+# A value of its own in JSON, and not the end of a longer one.
+_VALUE = re.compile(r'(?<!\\)"\{index\}"')
 _RUNS = (JobPhase.ACTIVE, JobPhase.CANCELLING)
 
 
@@ -193,7 +195,7 @@ def launched(job: Job) -> JobSpec:
             "SLURM_ARRAY_TASK_MIN": str(plan.indices[0]),
             "SLURM_ARRAY_TASK_MAX": str(plan.indices[-1]),
         }
-    config = spec.trainer_config_json.replace(f'"{INDEX}"', index)  # a value of its own: a number
+    config = _VALUE.sub(index, spec.trainer_config_json)  # a number
     return replace(
         spec,
         command=tuple(word.replace(INDEX, index) for word in spec.command),

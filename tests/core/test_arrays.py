@@ -4,6 +4,7 @@ nobody's demand.
 Random histories with every fault: `test_coordinator_machine.py`.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -174,10 +175,11 @@ def test_a_trial_is_told_which_it_is() -> None:
 
 def test_a_built_in_trainer_gets_its_index_as_a_number() -> None:
     fleet = Fleet("4xH100")
-    config = '{"model": "m-{index}", "train_data": "d", "seed": "{index}"}'
+    config = '{"model": "m-{index}", "train_data": "d \\"{index}", "seed": "{index}"}'
     asked = JobSpec(trainer="finetune", trainer_config_json=config, gpus=1, array="7")
     (order,) = starts(fleet, Submit(asked))
-    assert order.spec.trainer_config_json == ('{"model": "m-7", "train_data": "d", "seed": 7}')
+    said = json.loads(order.spec.trainer_config_json)
+    assert said == {"model": "m-7", "train_data": 'd "7', "seed": 7}
 
 
 # --- so many at once ------------------------------------------------------------------------------
