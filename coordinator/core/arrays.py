@@ -33,6 +33,8 @@ TEXT_CHARACTERS_MAX: Final = 1_024
 ENDED_MAX: Final = 16  # trials that say how long one takes
 INDEX: Final = "{index}"  # in a command or a trainer's configuration: the trial's own
 _PART = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?")
+# A value of its own in JSON, and not the end of a longer one.
+_VALUE = re.compile(r'(?<!\\)"\{index\}"')
 _RUNS = (JobPhase.ACTIVE, JobPhase.CANCELLING)
 
 
@@ -94,6 +96,10 @@ class Array:
         placed = sum(self.counts[phase] for phase in (*_RUNS, JobPhase.QUEUED)) - len(self.behind)
         return max(0, self.plan.limit - placed)
 
+    @property
+    def is_open(self) -> bool:
+        return any(self.counts[phase] for phase in (*_RUNS, JobPhase.QUEUED, JobPhase.HELD))
+
     def tally(self) -> Tally:
         """Who is over may be forgotten, and counts."""
         known = self.counts
@@ -124,6 +130,12 @@ class Arrays:
 
     def of(self, job: Job) -> Array | None:
         return self.by_id.get(job.array_id)
+
+    def stands_for_others(self, job: Job) -> bool:
+        """It is the first of an array that is not over: by it the array is known, in requests that
+        are repeated and for whoever means another trial."""
+        array = self.of(job) if job.id == job.array_id else None
+        return array is not None and array.is_open
 
     def why_behind(self, job: Job) -> str:
         """Empty: it is not, or a place is free and its turn comes when it can start."""
@@ -183,7 +195,7 @@ def launched(job: Job) -> JobSpec:
             "SLURM_ARRAY_TASK_MIN": str(plan.indices[0]),
             "SLURM_ARRAY_TASK_MAX": str(plan.indices[-1]),
         }
-    config = spec.trainer_config_json.replace(f'"{INDEX}"', index)  # a value of its own: a number
+    config = _VALUE.sub(index, spec.trainer_config_json)  # a number
     return replace(
         spec,
         command=tuple(word.replace(INDEX, index) for word in spec.command),

@@ -7,7 +7,7 @@ durable together; its first one stands for it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -128,10 +128,18 @@ def _title(command: Sequence[str]) -> str:
 
 
 def _forget_oldest(state: State) -> None:
-    """History is bounded: of the ended jobs without a pin the one that ended first makes room."""
+    """History is bounded: of the ended jobs without a pin the one that ended first makes room, and
+    one that stands for an open array only where there is no other."""
+    stands = state.indices.arrays.stands_for_others
     while len(state.ended) >= JOBS_ENDED_MAX:
+        others = (known for known in _unpinned(state) if not stands(state.jobs[known]))
+        oldest = next(others, None)
         # There is one: PINS_MAX is below JOBS_ENDED_MAX.
-        state.drop_job(next(known for known in state.ended if not retention.pins(state, known)))
+        state.drop_job(next(_unpinned(state)) if oldest is None else oldest)
+
+
+def _unpinned(state: State) -> Iterator[int]:
+    return (known for known in state.ended if not retention.pins(state, known))
 
 
 def cancel(state: State, now: Instant, body: CancelJob) -> Answer:

@@ -38,6 +38,9 @@ SLOTS_PER_CPU = 4
 # A node's list of what it keeps has 4,096 places; a job that takes more than these crowds others
 # out.
 KEEP_CHECKPOINTS_MAX = 64
+# Of the programs of an array's trials together: each is written and kept with its own. Written in a
+# tenth of a second, while nobody else is heard; a script takes more, and a name of it no room.
+ARRAY_BYTES_MAX = 16 << 20
 
 _PROJECT = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 # The variables of Baton's that are the user's: 0 leaves an unmodified script alone, and a hung one.
@@ -176,10 +179,26 @@ def _ending(spec: JobSpec) -> str:
 
 def _array(spec: JobSpec) -> str:
     try:
-        arrays.parse(spec.array or "0")
+        trials = len(arrays.parse(spec.array or "0").indices)
     except ValueError as error:
         return str(error)
+    size_bytes = trials * sum(map(len, _texts(spec)))
+    if spec.array and size_bytes > ARRAY_BYTES_MAX:
+        return (
+            f"command, environment and configuration of {quantity(trials, 'trial')} have"
+            f" {size_bytes} bytes together, and {ARRAY_BYTES_MAX} is the limit: put them into a"
+            " file, or submit fewer at once"
+        )
     return ""
+
+
+def _texts(spec: JobSpec) -> Iterable[bytes]:
+    words = [
+        *spec.command,
+        spec.trainer_config_json,
+        *(word for pair in spec.environment for word in pair),
+    ]
+    return (word.encode() for word in words)
 
 
 def suits(spec: JobSpec, gpu: GpuFacts) -> bool:

@@ -31,28 +31,56 @@ def tick(state: State, now: Instant) -> None:
     if state.options.power.acts and state.indices.switched:
         patients = patience.patients(state, now)
         urgent = [job_id for job_id in state.queued if job_id not in patients]
-        _for_checkpoints(state, now, urgent)
+        _for_checkpoints(state, now, [*urgent, *_trials(state)])
         _for_room(state, now, urgent)
+
+
+def _trials(state: State) -> list[int]:
+    """Of each array as many as have a place and lack their checkpoint alone: they are not among
+    those who wait (`trials.py`), and whatever is not started for them is not started at all."""
+    found: list[int] = []
+    arrays = state.indices.arrays
+    for array in (arrays.by_id[array_id] for array_id in arrays.wanting):
+        able = (job_id for job_id in array.behind if _may_come_back(state, job_id))
+        found.extend(islice(able, array.free))
+    return found
+
+
+def _may_come_back(state: State, job_id: int) -> bool:
+    """Whether its checkpoint is out of reach, and on a node that comes, or could be started."""
+    return any(
+        live.node.power.phase is Power.STARTING or _could_start(live)
+        for holders in _out_of_reach(state, job_id)
+        for live in holders
+    )
 
 
 def _for_checkpoints(state: State, now: Instant, urgent: Sequence[int]) -> None:
     for job_id in urgent:
-        job = state.jobs[job_id]
-        if not checkpoints.head_within_reach(state, job):
-            continue
-        head = state.good_checkpoints(job)[0]
-        for piece in head.pieces:
-            if state.piece_reachable(piece):
-                continue
-            holders = [state.nodes[name] for name in piece.replicas if name in state.nodes]
+        for holders in _out_of_reach(state, job_id):
             if any(live.node.power.phase is Power.STARTING for live in holders):
                 continue
-            for live in holders:
-                its = live.node.power
-                if its.phase is Power.OFF and its.ours and its.source is not Source.BURST:
-                    why = f"the last checkpoint of job {job_id} lies on no node that is on"
-                    power.start(state, now, live, why)
-                    break
+            for live in filter(_could_start, holders):
+                why = f"the last checkpoint of job {job_id} lies on no node that is on"
+                power.start(state, now, live, why)
+                break
+
+
+def _out_of_reach(state: State, job_id: int) -> list[list[LiveNode]]:
+    """Who holds what of its last checkpoint, of each piece that nobody has who is there."""
+    job = state.jobs[job_id]
+    if not checkpoints.head_within_reach(state, job):
+        return []
+    return [
+        [state.nodes[name] for name in piece.replicas if name in state.nodes]
+        for piece in state.good_checkpoints(job)[0].pieces
+        if not state.piece_reachable(piece)
+    ]
+
+
+def _could_start(live: LiveNode) -> bool:
+    its = live.node.power
+    return its.phase is Power.OFF and its.ours and its.source is not Source.BURST
 
 
 def _for_room(state: State, now: Instant, urgent: Sequence[int]) -> None:

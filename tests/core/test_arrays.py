@@ -4,6 +4,7 @@ nobody's demand.
 Random histories with every fault: `test_coordinator_machine.py`.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -140,6 +141,10 @@ def test_what_does_not_fit_into_the_queue_is_refused_whole(monkeypatch: pytest.M
     bad = ask(rig, Submit(replace(SPEC, array="3-1")))
     assert isinstance(bad, Refusal)
     assert "has no index in it" in bad.sentence
+    words = ("train", "x" * 60_000)
+    large = ask(rig, Submit(replace(SPEC, command=words, array="0-299")))
+    assert isinstance(large, Refusal)
+    assert "of 300 trials have 18001500 bytes together" in large.sentence
 
 
 def starts(fleet: Fleet, body: RequestBody) -> Iterator[StartAttempt]:
@@ -170,11 +175,11 @@ def test_a_trial_is_told_which_it_is() -> None:
 
 def test_a_built_in_trainer_gets_its_index_as_a_number() -> None:
     fleet = Fleet("4xH100")
-    config = '{"model": "m-{index}", "train_data": "d", "steps": 9, "seed": "{index}"}'
-    filled = '{"model": "m-7", "train_data": "d", "steps": 9, "seed": 7}'
+    config = '{"model": "m-{index}", "train_data": "d \\"{index}", "steps": 9, "seed": "{index}"}'
     asked = JobSpec(trainer="finetune", trainer_config_json=config, gpus=1, array="7")
     (order,) = starts(fleet, Submit(asked))
-    assert order.spec.trainer_config_json == filled
+    said = json.loads(order.spec.trainer_config_json)
+    assert said == {"model": "m-7", "train_data": 'd "7', "steps": 9, "seed": 7}
 
 
 # --- so many at once ------------------------------------------------------------------------------
@@ -450,8 +455,32 @@ def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> 
         fleet.end(job_id)
         fleet.run(0)
     ask(fleet.rig, Submit(SPEC))
-    assert 1 not in fleet.state.jobs
+    assert 2 not in fleet.state.jobs
     assert fleet.state.indices.arrays.by_id[1].tally() == (4, 1, 0, 0, 3)
     fleet.rig.restart()
     assert fleet.state.indices.arrays.by_id[1].tally() == (4, 1, 0, 0, 3)
     assert fleet.state.attempts["4.1"].phase is not AttemptPhase.SUCCEEDED
+
+
+def test_the_first_trial_is_remembered_while_others_are_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A request that is repeated makes no second array, and `1_1` is found by job 1; but where
+    there is nobody else to forget, history is bounded all the same."""
+    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 2)
+    fleet = Fleet("2xH100")
+    body = Submit(replace(SPEC, array="0-1%1"), "r1")
+    ask(fleet.rig, body)
+    fleet.totals[1] = fleet.totals[2] = 0
+    fleet.run(0)
+    fleet.end(1)
+    for job_id in (3, 4, 5):
+        ask(fleet.rig, Submit(SPEC))
+        ask(fleet.rig, CancelJob(job_id, array=False))
+        fleet.rig.restart()
+    again = ask(fleet.rig, body)
+    assert isinstance(again, Submitted)
+    assert (again.job_id, again.jobs) == (1, 2)
+    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 1)
+    ask(fleet.rig, Submit(SPEC))
+    assert not fleet.state.ended

@@ -15,6 +15,7 @@ from coordinator.core.demand_messages import ForecastMade, TypeForecast
 from coordinator.core.guard_rails import Bounds
 from coordinator.core.messages import (
     AgentEvent,
+    AttemptExited,
     AttemptStarted,
     CheckpointProposed,
     CordonNode,
@@ -23,8 +24,10 @@ from coordinator.core.messages import (
     Explanation,
     FromAgent,
     Heartbeat,
+    HoldJob,
     Log,
     Refusal,
+    ReleaseJob,
     Reply,
     Request,
     RequestBody,
@@ -373,6 +376,35 @@ def test_a_job_whose_checkpoint_lies_on_nodes_that_are_off_gets_one_back() -> No
     told = fleet.ask(ExplainJob(job))
     assert isinstance(told, Explanation)
     assert f"{other} is starting" in told.sentence
+
+
+def test_a_trial_with_a_place_gets_the_node_of_its_checkpoint_back() -> None:
+    """It was held, and is not among those who wait for room when its turn has come."""
+    fleet = ScaledRig.of(Mode.OBSERVE)
+    fleet.submit(array="0-1%1")
+    nodes, attempts = fleet.rig.core.state.nodes, fleet.rig.core.state.attempts
+    home, other = attempts["1.1"].node, attempts["1.1"].replica_node
+    session = nodes[home].session
+    assert session is not None
+    proposal = CheckpointProposed("aa", "", 10, 100, (home, other))
+    fleet.handle(FromAgent(session, AgentEvent(1, 0, "1.1", AttemptStarted(7))))
+    fleet.handle(FromAgent(session, AgentEvent(2, 0, "1.1", proposal)))
+    fleet.leave(other)
+    fleet.ask(CordonNode(home))  # so that the second trial goes elsewhere
+    fleet.ask(HoldJob(1))
+    fleet.handle(FromAgent(session, AgentEvent(3, 0, "1.1", AttemptExited(75))))
+    fleet.live(20)
+    fleet.hang_up(session)  # it dies, with the other copy
+    fleet.ask(ReleaseJob(1))
+    fleet.live(60)
+    assert fleet.power(other) is Power.OFF, "the place is the second trial's"
+    session = nodes[attempts["2.1"].node].session
+    assert session is not None
+    fleet.handle(FromAgent(session, AgentEvent(1, 0, "2.1", AttemptStarted(7))))
+    fleet.handle(FromAgent(session, AgentEvent(2, 0, "2.1", AttemptExited(0))))
+    fleet.live(60)
+    assert fleet.power(other) is Power.STARTING
+    assert "last checkpoint of job 1 lies on no node that is on" in fleet.node(other).power.reason
 
 
 @pytest.mark.parametrize(

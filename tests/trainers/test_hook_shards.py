@@ -3,6 +3,7 @@ and how parts become one directory again. Files and pure functions only; with th
 `test_hook_ranks.py`.
 """
 
+import errno
 import os
 import pickle
 import zipfile
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import baton_sdk
 from baton_hook import guard, resume, shards, states, torn
 from baton_hook import trainer as bridge
 from baton_hook.shards import Said, Share
@@ -189,6 +191,38 @@ def test_parts_are_put_together_and_the_first_counts(tmp_path: Path) -> None:
     assert resume.put_together(parts / "rank-00000", tmp_path) == parts / "rank-00000"
 
 
+def status_of_choosing(parts: Path, staging: Path) -> object:
+    """Of a rank that leaves before it trains."""
+    session = SimpleNamespace(
+        restore_directory=parts, restore_step=3, staging_directory=staging, close=lambda: None
+    )
+    arguments = SimpleNamespace(output_dir=str(staging), local_process_index=0, world_size=1)
+    followed = bridge.Bridge(bridge.Program(), session)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as left:
+        followed.choose(arguments, None)
+    return left.value.code
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_is_no_fault_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """Two failures from a checkpoint set it aside (`coordinator/core/poison.py`)."""
+    parts = lay_out_parts(tmp_path, 3)
+    monkeypatch.setattr(guard, "_said", set())
+    with monkeypatch.context() as broken:
+
+        def link(_source: Path, target: Path) -> None:
+            raise OSError(code, os.strerror(code), str(target))
+
+        broken.setattr(resume, "_link", link)
+        assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
+    assert os.strerror(code) in capsys.readouterr().err
+    # Another rank's disk, and this one's is in order.
+    monkeypatch.setattr(bridge, "_highest_of_ranks", lambda _, numbers: (*numbers[:-1], 1))
+    assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
+
+
 def test_parts_without_a_shard_end_the_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,13 +231,6 @@ def test_parts_without_a_shard_end_the_attempt(
     parts = lay_out_parts(tmp_path, 3)
     (parts / "rank-00001" / shard(1)).unlink()
     monkeypatch.setattr(guard, "_said", set())
-    session = SimpleNamespace(
-        restore_directory=parts, restore_step=3, staging_directory=tmp_path, rank=0
-    )
-    arguments = SimpleNamespace(output_dir=str(tmp_path), local_process_index=0, world_size=1)
-    followed = bridge.Bridge(bridge.Program(), session)  # type: ignore[arg-type]
-    with pytest.raises(SystemExit) as left:
-        followed.choose(arguments, None)
-    assert left.value.code == 1
+    assert status_of_choosing(parts, tmp_path) == 1
     sentence = f"the committed checkpoint of step 3 is no use: {INDEX} names __1_0.distcp, which"
     assert sentence in capsys.readouterr().err

@@ -218,6 +218,7 @@ class Bridge:
         self._metrics: dict[str, float] = {}
         self._ticket: baton_sdk.Ticket | None = None
         self._hands_over = True
+        self._unreadable = False
         self._before: tuple[int, shards.Seen] = (0, {})
         """The step that may be saved next, and what lay in its directory."""
 
@@ -233,10 +234,15 @@ class Bridge:
                 )
             guarded("waiting for the other ranks", lambda: _barrier(args), None)
         own, restored = found
-        numbers = agreement.numbers_of(own, restored)
+        numbers = (*agreement.numbers_of(own, restored), int(self._unreadable))
         highest = guarded(
             "agreeing on a checkpoint", lambda: _highest_of_ranks(args, numbers), numbers
         )
+        if highest[-1]:
+            guarded("waiting for the other ranks", lambda: _barrier(args), None)
+            say("a rank cannot read the committed checkpoint where it is: run all of us again")
+            self.session.close()
+            sys.exit(baton_sdk.EXIT_RUN_AGAIN)
         chosen = agreement.conclude(own, restored, highest)
         if chosen.sentence:
             say(chosen.sentence)
@@ -245,7 +251,13 @@ class Bridge:
         return chosen.answer
 
     def _find(self, args: Any, asked: object, first: bool) -> _Found:
-        directory = self._restored()
+        try:
+            directory = self._restored()
+        except OSError as error:
+            # A full disk, or a broken one: two failures from it would set aside what is good.
+            self._unreadable = True
+            say(f"reading the committed checkpoint: {error}")
+            return resume.Choice(asked, resume.UNKNOWN), None
         self._hands_over = resume.marked_call(directory) <= self._call
         restored = resume.committed(directory, self._call)
         otherwise = resume.Choice(asked, resume.UNKNOWN)
@@ -262,15 +274,12 @@ class Bridge:
     def _restored(self) -> Path | None:
         """What the agent has laid out, of several parts one checkpoint. Raises SystemExit where
         that is none: to begin again would lose what an older one has, which comes after the second
-        failure from this one."""
+        failure from this one; and OSError."""
         directory, staging = self.session.restore_directory, self.session.staging_directory
         if directory is None or staging is None:
             return directory
-        try:
-            together = resume.put_together(directory, staging)
-            wrong = torn.problem(together) if together != directory else ""
-        except OSError as error:
-            wrong = f"{error.filename}: {error.strerror}"
+        together = resume.put_together(directory, staging)
+        wrong = torn.problem(together) if together != directory else ""
         if not wrong:
             return together
         say(f"the committed checkpoint of step {self.session.restore_step} is no use: {wrong}")
