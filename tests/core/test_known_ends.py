@@ -183,3 +183,17 @@ def test_what_a_trial_leaves_is_free_when_those_behind_it_are_over() -> None:
         here.run(60, saving=False)
     ending = held_ahead.ending_gpus(here.state, here.rig.now, ahead_ms, ("n1", "n2"))
     assert ending == {H100: 8.0}, "it is the last one"
+
+
+def test_a_clock_that_is_set_back_leaves_no_words_that_are_never_judged() -> None:
+    here = fleet()
+    here.submit(gpus=8, gpu_types=(H100,), total=120)
+    here.run(60, saving=False)
+    look(here)
+    record = here.state.scaler.ends[H100, "soon"]
+    said = record.claim
+    assert said is not None
+    far = 365 * 1_440
+    record.claim = replace(said, first=said.first + far, last=said.last + far)
+    look(here)
+    assert record.claim == said
