@@ -47,6 +47,9 @@ from agent.core.values import ReplicaSource, RestoreCandidate
 # first station, so that an outage of days holds this many on disk and not thousands.
 UNANSWERED_MAX = 8
 REPLICA_RETRY_MS = 5_000
+# Likewise of what an attempt began with, which nobody waits for: when many nodes die at once, those
+# who go on elsewhere may all ask the same standby, which takes some tens of copies at a time.
+RESTORED_RETRY_MS = 30_000
 # After its process has ended an attempt waits this long for a required copy, then reports its end
 # without that checkpoint: the GPUs are needed.
 SETTLE_MS_MAX = 120_000
@@ -310,10 +313,13 @@ def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
 
 
 def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
-    live.replicating = None
-    if live.record.pending is not None and live.record.pending.digest == done.digest:
+    live.replicating, pending = None, live.record.pending
+    if pending is not None and pending.digest == done.digest:
         _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
+        target = target_of(state, live)
+        if pending.restored and target is not None and target.node != done.node:
+            copy_restored(state, now, live)  # named while that was on its way
     else:
         replicate(state, now, live)  # what was stored while this was on its way
 
@@ -330,7 +336,7 @@ def replication_failed(
     state: State, now: Instant, live: LiveAttempt, failed: ReplicationFailed
 ) -> None:
     """A job that requires a copy waits for one; for any other the local checkpoint counts, unless
-    there is another node to try by now. What it began with is known here: it waits for one."""
+    there is another node to try by now. What it began with is known here: it is tried again."""
     tried, live.replicating = live.replicating, None
     record = live.record
     if record.pending is None or record.pending.digest != failed.digest:
@@ -347,7 +353,9 @@ def replication_failed(
         replicate(state, now, live)
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
-    elif not record.pending.restored:
+    elif record.pending.restored:
+        live.replica_retry_ms = now.now_ms + RESTORED_RETRY_MS
+    else:
         propose(state, now, live, ())
 
 

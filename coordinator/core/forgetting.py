@@ -21,8 +21,8 @@ from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.state import LiveNode, State
 
-# Of forgotten nodes that somebody ran on; of those before them the GPUs' type is not known any
-# more. Some 2 kB each.
+# Of forgotten nodes that somebody ran on, or that were switched; of those before them neither the
+# GPUs' type nor which orders were given (their keys count on) is known any more. Some 2 kB each.
 FORGOTTEN_MAX = 1_000
 JOBS_SHOWN_MAX = 5
 RETURNED = "once its provider has taken it back it leaves the list by itself"
@@ -58,8 +58,8 @@ def _take_out(state: State, live: LiveNode) -> None:
     for rank, kept in list(state.reservations.items()):
         if any(place.node == name for place in kept.places):
             del state.reservations[rank]
-    keep = any(attempt.node == name for attempt in state.attempts.values())
-    state.take_out_node(name, keep=keep)
+    ran = any(attempt.node == name for attempt in state.attempts.values())
+    state.take_out_node(name, keep=ran or live.node.power.changes > 0)
     for oldest in list(state.forgotten)[:-FORGOTTEN_MAX]:
         del state.forgotten[oldest]
         state.changed_nodes[oldest] = None

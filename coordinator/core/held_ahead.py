@@ -101,7 +101,9 @@ def ending_gpus(
     state: State, now: Instant, ahead_ms: Mapping[str, int], nodes: Container[str]
 ) -> dict[str, float]:
     """By GPU type: how many, of those that are held on these nodes, are known to come free within
-    so long. Of who is overdue nothing is known; who is being stopped may go on elsewhere."""
+    so long. Of who is overdue nothing is known; who is being stopped may go on elsewhere. What a
+    trial leaves is free when those behind it are over."""
+    refills = trials.refills(state, now)
     held = state.demand_history.counted.held
     every = 1 + len(held) // HOLDERS_MAX
     found: dict[str, float] = {}
@@ -112,8 +114,11 @@ def ending_gpus(
             continue
         runs = attempt.phase is AttemptPhase.RUNNING
         end_ms = _end_ms(state, now, attempt) if runs else None
-        for series, gpus in counts if end_ms else ():
-            if end_ms is not None and end_ms <= ahead_ms.get(series.gpu_type, 0):
+        if not end_ms:
+            continue
+        free_ms = end_ms + _refill_ms(state, now, refills, attempt, end_ms)
+        for series, gpus in counts:
+            if free_ms <= ahead_ms.get(series.gpu_type, 0):
                 found[series.gpu_type] = found.get(series.gpu_type, 0.0) + gpus * every
     return found
 
@@ -161,14 +166,29 @@ def _holders(
             continue
         kept = [kept_ms[uuid] for uuid in attempt.gpu_uuids if uuid in kept_ms] if kept_ms else []
         end_ms = _end_ms(state, now, attempt)
-        age_ms = max(AGE_MS_MIN, now.unix_ms - attempt.assigned_unix_ms)
+        age_ms = _age_ms(now, attempt)
         ratio = len(kept) / len(attempt.gpu_uuids)
-        refill = refills.get(state.jobs[job_id].array_id, trials.NO_REFILL)
-        refill_ms = refill.lasts_ms(age_ms + (end_ms or 0))
+        refill_ms = _refill_ms(state, now, refills, attempt, end_ms or 0)
         for series, gpus in mine:
             holder = _Holder(gpus * every, end_ms, age_ms, ratio, min(kept, default=0), refill_ms)
             found.append((series.gpu_type, holder))
     return found
+
+
+def _age_ms(now: Instant, attempt: Attempt) -> int:
+    return max(AGE_MS_MIN, now.unix_ms - attempt.assigned_unix_ms)
+
+
+def _refill_ms(
+    state: State,
+    now: Instant,
+    refills: Mapping[int, trials.Refill],
+    attempt: Attempt,
+    end_ms: int,
+) -> int:
+    """For how long others of its array follow who ends then."""
+    refill = refills.get(state.jobs[attempt.job_id].array_id, trials.NO_REFILL)
+    return refill.lasts_ms(_age_ms(now, attempt) + end_ms)
 
 
 def _end_ms(state: State, now: Instant, attempt: Attempt) -> int | None:

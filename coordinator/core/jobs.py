@@ -120,6 +120,8 @@ def _title(command: Sequence[str]) -> str:
     if not _INTERPRETER.fullmatch(program):
         return program
     for before, word in pairwise(command):
+        if not word.isprintable():
+            continue  # lines of a program, as after -c, are no name
         if before == "-m":
             return word
         if word.endswith(_SCRIPTS):

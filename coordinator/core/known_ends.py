@@ -33,6 +33,9 @@ from coordinator.core.model import JobClass
 from coordinator.core.scaler import EndsClaim, EndsRecord
 from coordinator.core.state import Instant, State
 
+# A claim that is still to be judged so long after those of now is of before the clock was set back
+# (by a day at least, `demand_samples.py`), and would be waited for as long.
+AHEAD_MIN_MAX: Final = 1_440
 # At the plan's usual level one of twenty may be wrong, and one of them has to be seen to be known.
 SAID_MIN: Final = 20
 
@@ -98,6 +101,8 @@ def _shares(
         ("later", max(soon_min, later_min), rules.keep_level, outlook.later_gpus),
     ):
         record = state.scaler.ends.setdefault((outlook.gpu_type, name), EndsRecord())
+        if record.claim is not None and record.claim.last - last >= AHEAD_MIN_MAX:
+            record.claim = None
         _judge(state, record, minute, outlook.gpu_type)
         found.append(allowed_share(record.seen, gpus, level) if gpus else 0.0)
         if gpus and record.claim is None:

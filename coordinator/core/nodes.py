@@ -35,7 +35,7 @@ from coordinator.core.messages import (
     Welcome,
 )
 from coordinator.core.model import Attempt, Node, TelemetryRate
-from coordinator.core.node_power import silent
+from coordinator.core.node_power import NodePower, silent
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
     INTENT_TRANSITIONS,
@@ -114,6 +114,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     )  # fmt: skip
     if live is None:
         past = state.forgotten.get(body.node)
+        if past is not None:
+            node = replace(node, power=NodePower(changes=past.node.power.changes))
         if past is not None and past.node.journal_id == body.journal_id:
             # What it did was counted before somebody took it out of the fleet.
             heard = max(body.acknowledged, past.node.acknowledged)

@@ -106,7 +106,7 @@ class State:
         self.checkpoints: dict[int, list[Checkpoint]] = {}
         self.parts: dict[int, list[WaitingPart]] = {}
         self.nodes: dict[str, LiveNode] = {}
-        self.forgotten: dict[str, KeptNode] = {}  # for what ran there; in no list of nodes
+        self.forgotten: dict[str, KeptNode] = {}  # in no list of nodes
         self.sessions: dict[int, str] = {}
         self.watched: list[tuple[int, str]] = []  # when to look at which node: a heap
         self.admission = Admission()
@@ -349,7 +349,7 @@ class State:
 
     def take_out_node(self, node_id: str, *, keep: bool) -> None:
         """It is none of the fleet's any more; who calls this has seen to what it had. `keep`: as
-        one that somebody ran on."""
+        one that somebody ran on, or that was switched."""
         node = self.nodes.pop(node_id).node
         if keep:
             self.forgotten[node_id] = KeptNode(replace(node, forgotten=True))

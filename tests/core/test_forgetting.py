@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import messages as m
+from coordinator.core.capacity_model import Power
 from coordinator.core.census import census
 from coordinator.core.cost_requests import CostPage, GetCosts, Grouping
 from coordinator.core.fit_requests import FitJob, FitPage
@@ -15,6 +16,7 @@ from coordinator.core.options import Options
 from coordinator.core.phases import JobPhase, NodeIntent, NodePhase
 from coordinator.core.quotas import Quota
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
+from tests.core.switched_fleet import SwitchedRig
 from tests.core.training_fleet import A100, HOST, Fleet
 
 LEASE_S = 10
@@ -263,3 +265,27 @@ def test_a_node_in_an_old_record_is_not_forgotten() -> None:
     rig.disk.nodes["n1"] = Node("n1", "j", "n1:1", HOST, ())
     rig.restart()
     assert list(rig.core.state.nodes) == ["n1"]
+
+
+def test_a_forgotten_node_that_joins_again_gives_no_key_a_second_time() -> None:
+    """The journal of deeds still knows them: it would answer that the order is carried out."""
+    fleet = SwitchedRig.new()
+    for name in ("n1", "n2", "n3"):
+        fleet.hello(name)
+
+    def go_off() -> None:
+        fleet.leave("n3")
+        session = fleet.rig.core.state.nodes["n3"].session
+        assert session is not None
+        fleet.answer("n3")
+        fleet.hang_up(session)
+        fleet.wait(10_000)
+        assert fleet.power("n3") is Power.OFF
+
+    go_off()
+    fleet.handle(m.Request(1, ForgetNode("n3")))
+    assert "n3" not in fleet.rig.core.state.nodes
+    fleet.hello("n3")
+    assert fleet.power("n3") is Power.ON
+    go_off()
+    assert len({order.key for order in fleet.orders}) == len(fleet.orders) == 2

@@ -20,7 +20,9 @@ from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus
 GPT2 = ModelFacts(
     parameters=124_439_808, layers=12, hidden=768, intermediate=3072, vocabulary=50_257
 )
-CONFIG = json.dumps({"model": "gpt2", "steps": 1000, "window_tokens": 512, "batch_size": 8})
+CONFIG = json.dumps(
+    {"model": "gpt2", "train_data": "d", "steps": 1000, "window_tokens": 512, "batch_size": 8}
+)
 SPEC = JobSpec(
     trainer="finetune", trainer_config_json=CONFIG, gpus=1, gpu_types=("H100",),
     working_directory="/data",

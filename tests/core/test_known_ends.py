@@ -170,3 +170,30 @@ def test_who_is_overdue_is_stopped_or_runs_on_a_closed_node_ends_at_no_known_tim
     assert ending(tuple({"n1", "n2"} - {node})) == {}
     here.rig.now_ms += 240_000
     assert ending() == {}
+
+
+def test_what_a_trial_leaves_is_free_when_those_behind_it_are_over() -> None:
+    here = fleet()
+    ahead_ms = {H100: BOOT_MIN * MINUTE_MS}
+    job_id = here.submit(gpus=8, gpu_types=(H100,), array="0-2%1", total=120)
+    here.run(60, saving=False)
+    assert held_ahead.ending_gpus(here.state, here.rig.now, ahead_ms, ("n1", "n2")) == {}
+    for trial in range(2):
+        here.end(job_id + trial)
+        here.run(60, saving=False)
+    ending = held_ahead.ending_gpus(here.state, here.rig.now, ahead_ms, ("n1", "n2"))
+    assert ending == {H100: 8.0}, "it is the last one"
+
+
+def test_a_clock_that_is_set_back_leaves_no_words_that_are_never_judged() -> None:
+    here = fleet()
+    here.submit(gpus=8, gpu_types=(H100,), total=120)
+    here.run(60, saving=False)
+    look(here)
+    record = here.state.scaler.ends[H100, "soon"]
+    said = record.claim
+    assert said is not None
+    far = 365 * 1_440
+    record.claim = replace(said, first=said.first + far, last=said.last + far)
+    look(here)
+    assert record.claim == said

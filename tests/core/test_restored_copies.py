@@ -12,6 +12,7 @@ from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.node import NodeCore
+from agent.core.pipeline import RESTORED_RETRY_MS
 from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
@@ -43,6 +44,7 @@ class Alone:
 
     def __init__(self, *sources: v.ReplicaSource, gang: v.Gang | None = None) -> None:
         self.core = NodeCore(OPTIONS, MemoryJournal().memory())
+        self.now_ms = 0
         self.name = "7.2" if gang is None else f"7.2.{gang.rank}"
         candidate = v.RestoreCandidate("aa", 5, sources)
         spec = m.JobSpec(command=("x",))
@@ -53,7 +55,7 @@ class Alone:
         self.began = self.hear(m.ProcessStarted(self.name, 100))
 
     def hear(self, *events: m.Event) -> list[s.Effect]:
-        now = s.Instant(0, 0)
+        now = s.Instant(self.now_ms, self.now_ms)
         return [effect for event in events for effect in self.core.handle(now, event)]
 
     def order(self, *orders: m.Order) -> list[s.Effect]:
@@ -97,6 +99,28 @@ def test_a_copy_that_failed_goes_to_the_next_standby() -> None:
     failed = job.hear(m.ReplicationFailed("7.2", "aa", "no route"))
     assert (copies(failed), told(failed)) == ([], [])
     assert copies(job.aim(OTHER)) == [("aa", "n3")]
+
+
+def test_a_copy_that_failed_is_tried_again_until_something_is_stored() -> None:
+    job = Alone(DEAD)
+    for _ in range(3):
+        assert not copies(job.hear(m.ReplicationFailed("7.2", "aa", "64 transfers are open")))
+        assert not copies(job.hear(m.Tick()))
+        job.now_ms += RESTORED_RETRY_MS
+        assert copies(job.hear(m.Tick())) == [("aa", "n2")]
+    job.hear(m.ReplicationFailed("7.2", "aa", "64 transfers are open"))
+    assert copies(job.save()) == [("bb", "n2")]
+    job.hear(m.ReplicationDone("7.2", "bb", "n2"))
+    job.now_ms += RESTORED_RETRY_MS
+    assert not copies(job.hear(m.Tick()))
+
+
+def test_a_standby_that_is_named_while_a_copy_is_on_its_way_gets_one_too() -> None:
+    """The one before may have died just after it had got all."""
+    job = Alone(DEAD)
+    assert not copies(job.aim(OTHER)), "not two at once"
+    assert copies(job.hear(m.ReplicationDone("7.2", "aa", "n2"))) == [("aa", "n3")]
+    assert not copies(job.hear(m.ReplicationDone("7.2", "aa", "n3")))
 
 
 def test_a_standby_that_is_named_anew_gets_it_as_long_as_nothing_is_stored() -> None:

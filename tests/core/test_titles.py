@@ -16,6 +16,7 @@ from tests.core.coordinator_harness import Rig
         (("torchrun", "--nproc-per-node=8", "train.py", "other.py"), "train.py"),
         (("bash", "run.sh"), "run.sh"),
         (("bash", "-c", "echo"), "bash"),
+        (("bash", "-c", "set -e\npython train.py"), "bash"),
         (("python",), "python"),
         (("sleep", "x.py"), "sleep"),
     ],
