@@ -59,8 +59,7 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A node that is up. `holds` the last checkpoint; `load` is how many attempts it has, and
-    of how many it is the standby: else all would send their copies to the same one."""
+    """A node that is up. `holds` the last checkpoint; `load` is how many attempts it has."""
 
     node: str
     fit: Fit
@@ -122,7 +121,7 @@ def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     hopes = []
     for live in state.nodes.values():
         if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id:
-            name, load = live.node.id, _load(state, job, live)
+            name, load = live.node.id, len(live.attempts)
             closed = live.node.intent is not NodeIntent.OPEN
             sooner = Fit.CLOSED if closed else Fit.FREE
             hopes.append((closed, closed, name not in holders, -sooner, load, name))
@@ -154,13 +153,7 @@ def candidate(state: State, job: Job, live: LiveNode, rank: int = 0) -> Candidat
     good = state.good_checkpoints(job)
     pieces = good[0].pieces if good else ()
     holds = rank < len(pieces) and live.node.id in pieces[rank].replicas
-    return Candidate(live.node.id, fit(state, job, live), holds, _load(state, job, live))
-
-
-def _load(state: State, job: Job, live: LiveNode) -> int:
-    """The ranks of a gang stay together, as they would go on."""
-    alone = job.spec.ranks == 1
-    return len(live.attempts) + (state.indices.standbys[live.node.id] if alone else 0)
+    return Candidate(live.node.id, fit(state, job, live), holds, len(live.attempts))
 
 
 def fit(state: State, job: Job, live: LiveNode) -> Fit:
