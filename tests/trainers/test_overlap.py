@@ -235,7 +235,7 @@ def test_until_it_is_published_the_capture_before_it_counts(
         pieces += 1
     assert pieces > 100
     assert files_of(desk) == before, "copied, but nobody has looked yet"
-    live.settle(wait=False)
+    live.settle()  # and waits: the last piece is copied a moment before its thread has returned
     assert files_of(desk) == expected
     newest = desk.newest(ATTEMPT)
     assert newest is not None
