@@ -145,6 +145,6 @@ def wait_for_the_guardian(pid: int) -> None:
             descriptor = os.pidfd_open(guardian)
         except ProcessLookupError:
             continue
-        ready, _, _ = select.select([descriptor], [], [], 30.0)
+        ready, _, _ = select.select([descriptor], [], [], 120.0)
         os.close(descriptor)
         assert ready, "the guardian did not finish"
