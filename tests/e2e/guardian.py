@@ -48,8 +48,9 @@ def _is_marked(pid: int, marks: tuple[bytes, ...], within: bytes) -> bool:
     if any(entry.startswith(marks) for entry in entries):
         return True
     words = proc.read_bytes(pid, "cmdline").split(b"\0")
-    shim = len(words) >= 5 and words[1:3] == [b"-I", b"-S"]
-    return shim and words[3].startswith(within) and b"/shim." in words[3]
+    shim = len(words) >= 5 and words[1:3] == [b"-I", b"-S"] and b"shim." in words[3]
+    # One that was forked names its attempt's directory after the bare name of its program.
+    return shim and any(word.startswith(within) for word in words[3:5])
 
 
 def end(runtime_directory: Path, state_directory: Path) -> int:
