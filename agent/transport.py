@@ -83,11 +83,10 @@ def _why(address: str, error: RuntimeError) -> str:
     try:
         socket.create_server((host.strip("[]"), int(port)), family=family).close()
     except OSError as plain:
-        if plain.errno == errno.EADDRINUSE:
-            return "another program listens there already"
-        return plain.strerror or str(plain)
-    except ValueError:
-        pass
+        in_use = plain.errno == errno.EADDRINUSE
+        return "another program listens there already" if in_use else plain.strerror or str(plain)
+    except ValueError:  # its port is no number
+        return str(error)
     return str(error)
 
 
