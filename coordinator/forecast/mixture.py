@@ -99,10 +99,15 @@ class Mixture:
     recent: float = 0.0
     recent_persistence: float = 0.0
 
+    @property
+    def _baseline(self) -> str:
+        """Persistence, by its name here."""
+        return next(iter(self.handicaps))
+
     def combine(self, forecasts: dict[str, Floats]) -> Floats:
         """By `LEVELS`, rising, not below zero. `forecasts` has persistence at least."""
-        persistence = next(iter(self.handicaps))
-        heard = {persistence: forecasts[persistence]} if self.drifted else forecasts
+        alone = {self._baseline: forecasts[self._baseline]}
+        heard = alone if self.drifted else forecasts
         weights = self.weights(list(heard))
         mixed = _widened(
             np.sum([weights[name] * forecast for name, forecast in heard.items()], axis=0),
@@ -127,16 +132,15 @@ class Mixture:
         }
         total = sum(raw.values())
         alone = ALONE_MAX * LOW_OUTCOMES / (LOW_OUTCOMES + self.outcomes_as_low)
-        persistence = next(iter(self.handicaps))
         return {
-            name: (1.0 - alone) * each / total + alone * (name == persistence)
+            name: (1.0 - alone) * each / total + alone * (name == self._baseline)
             for name, each in raw.items()
         }
 
     def learn(self, actual: float, forecasts: dict[str, Floats], mixed: Floats) -> None:
         """What came, once it is known, and what had been said of it; once an hour."""
         losses = {name: pinball(actual, forecast) for name, forecast in forecasts.items()}
-        persistence = losses[next(iter(self.handicaps))]
+        persistence = losses[self._baseline]
         memory_h = MEMORY_H + MEMORY_H_PER_HOUR * self.ahead_h
         for name, loss in losses.items():
             self.records.setdefault(name, Record()).add(loss, persistence, memory_h)
@@ -145,7 +149,7 @@ class Mixture:
         self.recent = self.recent * keep + float(pinball(actual, mixed).sum())
         self.recent_persistence = self.recent_persistence * keep + float(persistence.sum())
         bound = CALM_RATIO if self.drifted else DRIFT_RATIO
-        known = self.records[next(iter(self.handicaps))].hours >= drift_memory_h
+        known = self.records[self._baseline].hours >= drift_memory_h
         self.drifted = known and self.recent > bound * self.recent_persistence
         missed = np.abs(actual - mixed) > EXACT_GPUS
         step_ratio = STEP_RATIO / np.sqrt(self.ahead_h)
