@@ -97,7 +97,11 @@ def each(
         verb(state, now, replace(body, job_id=each, array=False)) for each in sorted(array.phases)
     ]
     views = [answer for answer in answers if isinstance(answer, JobView)]
-    return replace(views[0], changed=len(views)) if views else answers[0]
+    if views:
+        return replace(views[0], changed=len(views))
+    no = next(answer for answer in answers if isinstance(answer, Refusal))
+    array_id = state.jobs[body.job_id].array_id
+    return Refusal(no.kind, f"of array {array_id} there is no trial for it; {no.sentence}")
 
 
 def followed(state: State, whole: str, job: Job) -> bool:

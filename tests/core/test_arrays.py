@@ -417,6 +417,7 @@ def test_the_whole_array_is_held_released_cancelled_and_run_again() -> None:
     assert phases(fleet) == ["cancelled"] * 4 + ["active"]
     over = ask(fleet.rig, CancelJob(1, array=True))
     assert isinstance(over, Refusal)
+    assert over.sentence.startswith("of array 1 there is no trial for it; job 1 is cancelled")
     assert "has ended already" in over.sentence
     again = ask(fleet.rig, RequeueJob(4, array=True))
     assert isinstance(again, JobView)
