@@ -166,7 +166,8 @@ def _look(cluster: Cluster, view: View, watched: Watched) -> bool:
             tail = f": {node.reason}" if node.reason else ""
             _say_once(view, watched, node.id, f"{node.id} is {node.phase}{tail}")
     jobs = [cluster.job(watched.job_id), cluster.job(watched.other_id)]
-    rows = [_row(job) for job in jobs]
+    lost = [node.id for node in nodes if node.phase == "lost"]
+    rows = [_row(job, lost) for job in jobs]
     for job, row in zip(jobs, rows, strict=True):
         _say_changes(view, watched, job, row)
     finetune, row = jobs[0], rows[0]
@@ -215,7 +216,8 @@ def _say_once(view: View, watched: Watched, about: str, line: str) -> None:
         view.happened(line)
 
 
-def _row(job: types_pb2.Job) -> JobRow:
+def _row(job: types_pb2.Job, lost: Sequence[str]) -> JobRow:
+    """Copies on `lost` nodes are known, and of no use before these return."""
     progress = job.progress if job.HasField("progress") else None
     loss = progress.metrics.get("loss") if progress else None
     return JobRow(
@@ -227,7 +229,7 @@ def _row(job: types_pb2.Job) -> JobRow:
         total_steps=progress.total_steps if progress else 0,
         loss=loss,
         checkpoint_step=job.checkpoint.step,
-        replicas=tuple(job.checkpoint.replicas),
+        replicas=tuple(node for node in job.checkpoint.replicas if node not in lost),
     )
 
 
