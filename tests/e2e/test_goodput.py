@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-goodput")]
 
 NODES = ("n1", "n2")
 # A checkpoint lasts longer than what is said of the progress, or none would ever be seen behind it.
-STEPS, EVERY = 4_000, 400
+STEPS, EVERY = 2_000, 400
 PARTS = tuple(
     field.name
     for field in types_pb2.Accounting.DESCRIPTOR.fields

@@ -1,7 +1,8 @@
 """Compiled steps: the same names, the same bits after a resume, and no need of a compiler.
 
-Each training here compiles with a cache of its own, as on a node that has never seen it; the model
-is a head on features that are known, so that compiling takes seconds.
+A node that has never seen a model compiles it, which a training that goes on there does for real;
+the others find what the first has compiled, as jobs of one node do. The model is a head on features
+that are known, so that compiling takes seconds.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ COMPILED = replace(tasks.OPTIONS, compile=True, steps=7)
 CPU = torch.device("cpu")
 STOP_AT = 3
 
+# One worker compiles for all.
+pytestmark = pytest.mark.xdist_group("compiling")
 needs_compiler = pytest.mark.skipif(
     not compiling.found(CPU), reason="there is no C++ compiler, which torch.compile needs on a CPU"
 )
@@ -73,31 +76,38 @@ def advance_to(trainer: loop.Trainer, step: int) -> list[float]:
     return losses
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of this file have compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def new_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Nothing was compiled here yet; returns where it will be kept."""
+def on_node(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A process that begins there has compiled nothing; returns where its node keeps that."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # helpers would import torch
 
     def move(name: str) -> Path:
         inductor.clear_caches()
         torch.compiler.reset()
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
-        return tmp_path / name
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kept / name))
+        return kept / name
 
     return move
 
 
 @needs_compiler
 def test_a_compiled_training_goes_on_bit_for_bit(
-    new_node: Callable[[str], Path], tmp_path: Path
+    on_node: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    new_node("first")
+    on_node("first")
     session = Told()
     straight = started(session)
     expected = advance_to(straight, STOP_AT)
     saved = tasks.as_read(tmp_path / "checkpoint", straight.snapshot())
     expected += advance_to(straight, COMPILED.steps)
     assert [name for name in session.sections if name != "eval"] == ["compile"] + ["step"] * 6
-    cache = new_node("second")
+    cache = on_node("second")
     second = started(Told())
     second.resume(saved)
     assert second.resumed is not None
@@ -109,9 +119,9 @@ def test_a_compiled_training_goes_on_bit_for_bit(
 
 @needs_compiler
 def test_a_checkpoint_of_compiled_steps_is_one_like_any_other(
-    new_node: Callable[[str], Path], tmp_path: Path
+    on_node: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    new_node("first")
+    on_node("first")
     compiled = started(Told())
     advance_to(compiled, STOP_AT)
     saved = tasks.as_read(tmp_path / "checkpoint", compiled.snapshot())
@@ -128,9 +138,9 @@ def test_a_checkpoint_of_compiled_steps_is_one_like_any_other(
 
 @needs_compiler
 def test_smaller_pieces_are_compiled_anew_and_said_to_be(
-    new_node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    on_node: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_node("first")
+    on_node("first")
     session = Told()
     trainer = started(session)
     whole: Any = trainer.task.loss
