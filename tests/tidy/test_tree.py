@@ -8,6 +8,9 @@ from protos.generate import drift
 from tests.tidy import bans, layout, purity, shape
 from tests.tidy.source import ROOT, Finding, Source, project_sources
 
+# One worker reads and parses all files, once.
+pytestmark = pytest.mark.xdist_group("tidy")
+
 Rule = Callable[[Source], Iterator[Finding]]
 
 PYTHON_RULES: list[Rule] = [
