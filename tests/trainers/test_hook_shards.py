@@ -219,7 +219,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
         assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
     assert os.strerror(code) in capsys.readouterr().err
     # Another rank's disk, and this one's is in order.
-    monkeypatch.setattr(bridge, "_highest_of_ranks", lambda _, numbers: (*numbers[:-1], 1))
+    monkeypatch.setattr("baton_hook.ranks.highest", lambda _, numbers: (*numbers[:-1], 1))
     assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
 
 

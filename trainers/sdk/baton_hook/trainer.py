@@ -36,7 +36,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import agreement, resume, shards, states, torn
+from baton_hook import agreement, ranks, resume, shards, states, torn
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
@@ -232,14 +232,12 @@ class Bridge:
                 found = guarded(
                     "choosing a checkpoint", lambda: self._find(args, asked, first), found
                 )
-            guarded("waiting for the other ranks", lambda: _barrier(args), None)
+            guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
         own, restored = found
         numbers = (*agreement.numbers_of(own, restored), int(self._unreadable))
-        highest = guarded(
-            "agreeing on a checkpoint", lambda: _highest_of_ranks(args, numbers), numbers
-        )
+        highest = guarded("agreeing on a checkpoint", lambda: ranks.highest(args, numbers), numbers)
         if highest[-1]:
-            guarded("waiting for the other ranks", lambda: _barrier(args), None)
+            guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
             say("a rank cannot read the committed checkpoint where it is: run all of us again")
             self.session.close()
             sys.exit(baton_sdk.EXIT_RUN_AGAIN)
@@ -288,16 +286,16 @@ class Bridge:
     def look(self, args: Any, state: Any) -> None:
         """Before a save, when no rank has begun with it: see `shards`."""
         self._before = (state.global_step, {})
-        if _distributed(args) is not None and _saved(args, state).is_dir():
+        if ranks.distributed(args) is not None and _saved(args, state).is_dir():
             self._before = (state.global_step, shards.look(_saved(args, state)))
 
     def divide(self, args: Any, state: Any) -> shards.Share:
         """What this process hands over of what all have saved. Raises `Scattered`, in all of
         them."""
-        if _distributed(args) is None:
+        if ranks.distributed(args) is None:
             return shards.alone(state.is_world_process_zero)
         torch = sys.modules["torch"]
-        _barrier(args)  # of processes of one node, the last may still write
+        ranks.barrier(args)  # of processes of one node, the last may still write
         step, before = self._before
         seen = guarded(
             "looking for what was saved",
@@ -334,7 +332,7 @@ class Bridge:
         end."""
         asked = SAVE if self.session.take_save_request() else NOTHING
         own = asked if self.session.stop_requested is None else STOP
-        (wish,) = _highest_of_ranks(args, (own,))
+        (wish,) = ranks.highest(args, (own,))
         complete = state.global_step >= state.max_steps
         self.stopping = wish == STOP and not complete
         return NOTHING if complete else wish
@@ -376,7 +374,7 @@ class Bridge:
         """End the program once the agent has the last checkpoint, or the grace is over."""
         stop, ticket = self.session.stop_requested, self._ticket
         own: tuple[int, ...] = (math.ceil(stop.remaining_s) if stop is not None else 0,)
-        (left_s,) = guarded("asking for the grace", lambda: _highest_of_ranks(args, own), own)
+        (left_s,) = guarded("asking for the grace", lambda: ranks.highest(args, own), own)
         if ticket is None and args.process_index != 0:
             say("stopped, as rank 0 was, which has the checkpoint")
         elif ticket is None:
@@ -387,7 +385,7 @@ class Bridge:
             reason = ticket.reason or "the grace is over"
             say(f"stopped after step {ticket.step}, whose checkpoint is lost: {reason}")
         # A launcher ends the other ranks as soon as one has left.
-        guarded("waiting for the other ranks", lambda: _barrier(args), None)
+        guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
         self.session.close()
         self.left = True
         sys.exit(baton_sdk.EXIT_RUN_AGAIN)
@@ -408,19 +406,8 @@ def _lay_out(args: Any, restored: resume.Found) -> None:
 def _all_of_ranks(args: Any, ours: bool) -> bool:
     """Whether every rank's Trainer is ours to follow. What ranks decide together needs all of them,
     up to the last step: one that is left alone would be waited for."""
-    (left_alone,) = _highest_of_ranks(args, (int(not ours),))
+    (left_alone,) = ranks.highest(args, (int(not ours),))
     return not left_alone
-
-
-def _highest_of_ranks(args: Any, numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """Of each number the highest that any rank has."""
-    distributed = _distributed(args)
-    if distributed is None:
-        return numbers
-    torch = sys.modules["torch"]
-    highest = torch.tensor(numbers, dtype=torch.int64, device=args.device)
-    distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
-    return tuple(highest.tolist())
 
 
 def _saved(args: Any, state: Any) -> Path:
@@ -430,22 +417,7 @@ def _saved(args: Any, state: Any) -> Path:
 
 def _random_states(args: Any, state: Any) -> list[bytes]:
     """Of all ranks, where there are several."""
-    if _distributed(args) is None:
+    if ranks.distributed(args) is None:
         return []
     own = states.read(_saved(args, state), args.process_index)
     return states.gather(sys.modules["torch"], args.device, own)
-
-
-def _barrier(args: Any) -> None:
-    distributed = _distributed(args)
-    if distributed is not None:
-        distributed.barrier()
-
-
-def _distributed(args: Any) -> Any:
-    """torch.distributed where there are several ranks, else None."""
-    if args.world_size < 2:
-        return None
-    distributed = sys.modules["torch"].distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed if ready else None
