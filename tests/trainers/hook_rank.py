@@ -6,9 +6,9 @@ plays, in `PLAY`, and where, in `PLAY_DIRECTORY`.
 `newer`: rank 0's directory holds a checkpoint that is newer than the committed one, as after the
 death of the other node; then one that is newer than none. `torn_on_one_node`: both have one
 directory, with a torn checkpoint and nothing else; `torn_on_one_of_two`: so has rank 0, and the
-other's is empty. `alone`: rank 0 talks to its agent itself. `sharded`: as `stopped`, with FSDP, so
-that each rank has half of the model, and hands over a part. `sharded_on_one_node`: both have one
-directory. Prints one line of JSON.
+other's is empty. `alone`: their hooks are of different versions; then rank 0 talks to its agent
+itself. `sharded`: as `stopped`, with FSDP, so that each rank has half of the model, and hands over
+a part. `sharded_on_one_node`: both have one directory. Prints one line of JSON.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers import trainer as module
 
 import baton_sdk
-from baton_hook import torn
+from baton_hook import torn, versions
 from baton_hook import trainer as bridge
 from tests.e2e.scripts.hf_script import SHARDED, shard_on_cpus
 from tests.trainers import forking
@@ -153,10 +153,26 @@ def begin_after_a_tear(output: Path, rank: int) -> dict[str, object]:
 
 def alone(room: Room, _directory: Path, rank: int) -> dict[str, object]:
     trainer = make_trainer(room.directory / "output")
+    room.patch.setenv("BATON_NODE", f"n{rank + 1}")
+    protocols = (versions.PROTOCOL + 1, versions.UNNUMBERED)
+    statuses = [status_of_upgraded(room, trainer, protocol, rank) for protocol in protocols]
     with baton_sdk.connect() if rank == 0 else contextlib.nullcontext():
         trainer.train()
     saved = [message for message in room.all() if message["type"] == "checkpoint"]
-    return {"done": trainer.state.global_step == STEPS, "handed_over_count": len(saved)}
+    done = trainer.state.global_step == STEPS
+    return {"statuses": statuses, "done": done, "handed_over_count": len(saved)}
+
+
+def status_of_upgraded(room: Room, trainer: Any, protocol: int, rank: int) -> object:
+    """Where the second rank's hook speaks another protocol than the first's, how the call of
+    `train` ends, which no rank may hang in."""
+    with room.patch.context() as patched:
+        if rank == 1:
+            patched.setattr(versions, "PROTOCOL", protocol)
+        with pytest.raises(SystemExit) as left:
+            trainer.train()
+    room.attempt()
+    return left.value.code
 
 
 def stop(output: Path, step: int, **arguments: Any) -> object:

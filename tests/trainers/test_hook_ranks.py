@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from baton_hook import agreement, resume, states, torn
+from baton_hook import agreement, resume, states, torn, versions
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
@@ -105,9 +105,13 @@ def test_where_all_is_torn_every_rank_starts_from_the_beginning(
 
 
 def test_where_one_rank_is_left_alone_all_are(host: forking.Host, tmp_path: Path) -> None:
-    """What ranks decide together would wait for it for ever."""
+    """What ranks decide together would wait for it for ever; so would hooks of two versions."""
     (first, first_err), (second, second_err) = play(host, "alone", tmp_path)
-    assert first == second == {"done": True, "handed_over_count": 0}
+    assert first == second == {"statuses": [1, 1], "done": True, "handed_over_count": 0}
+    spoken = f"speak different protocols, {versions.PROTOCOL} on n1, {versions.PROTOCOL + 1} on n2"
+    for err in (first_err, second_err):
+        assert f"the hooks of this job's ranks {spoken}: upgrade the agent on n1\n" in err
+    assert "upgrade the agents on the other nodes of this job\n" in first_err
     assert "the script talks to Baton itself" in first_err
     assert "another rank's Trainer is left alone, so this one is as well" in second_err
 
@@ -145,6 +149,16 @@ def test_ranks_conclude_the_same(
         answer = "in" if begun[0] else None
         assert choice.answer == (answer if differ else own.answer)
         assert bool(choice.sentence) is differ
+
+
+def test_where_hooks_differ_the_older_nodes_are_named() -> None:
+    words = [b'["n1", 2]', b'["n2", 1]', b'["n2", 1]', b'["n3", 2]', b'["n4", 1]']
+    spoken = "2 on n1, 1 on n2, 2 on n3, 1 on n4"
+    assert versions.problem(words) == (
+        f"the hooks of this job's ranks speak different protocols, {spoken}: upgrade the agent on"
+        " n2 and n4"
+    )
+    assert versions.problem(words[1:3]) == versions.problem([versions.second_word("n1")]) == ""
 
 
 def test_states_that_are_not_there_or_too_large_are_left_out(tmp_path: Path) -> None:

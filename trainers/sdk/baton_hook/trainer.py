@@ -14,10 +14,10 @@ where the one before it ended, because a job's steps only grow. A call before th
 restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
 over, as that would be a step back.
 
-With several ranks, all are followed or none; they agree on what they resume from (`agreement`), a
-stop is decided by all of them at the same step, rank 0 hands over when all have written, with their
-random states (`states`), or each does where each node has files of its own (`shards`), and all
-leave together.
+With several ranks, all are followed or none, and only where their hooks understand one another
+(`versions`); they agree on what they resume from (`agreement`), a stop is decided by all of them at
+the same step, rank 0 hands over when all have written, with their random states (`states`), or each
+does where each node has files of its own (`shards`), and all leave together.
 
 Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
 `add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
@@ -36,12 +36,14 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import agreement, ranks, resume, shards, states, torn
+from baton_hook import agreement, ranks, resume, shards, states, torn, versions
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
 NOTHING, SAVE, STOP = 0, 1, 2
 """What is wished for after a step; of several ranks' wishes the highest counts."""
+
+UNREADABLE = "a rank cannot read the committed checkpoint where it is"
 
 _Found = tuple[resume.Choice, resume.Found | None]
 """A rank's own choice, and the committed checkpoint that it has."""
@@ -238,9 +240,7 @@ class Bridge:
         highest = guarded("agreeing on a checkpoint", lambda: ranks.highest(args, numbers), numbers)
         if highest[-1]:
             guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
-            say("a rank cannot read the committed checkpoint where it is: run all of us again")
-            self.session.close()
-            sys.exit(baton_sdk.EXIT_RUN_AGAIN)
+            _end(self.session, baton_sdk.EXIT_RUN_AGAIN, f"{UNREADABLE}: run all of us again")
         chosen = agreement.conclude(own, restored, highest)
         if chosen.sentence:
             say(chosen.sentence)
@@ -278,10 +278,10 @@ class Bridge:
             return directory
         together = resume.put_together(directory, staging)
         wrong = torn.problem(together) if together != directory else ""
-        if not wrong:
-            return together
-        say(f"the committed checkpoint of step {self.session.restore_step} is no use: {wrong}")
-        sys.exit(1)
+        if wrong:
+            step = self.session.restore_step
+            _end(self.session, 1, f"the committed checkpoint of step {step} is no use: {wrong}")
+        return together
 
     def look(self, args: Any, state: Any) -> None:
         """Before a save, when no rank has begun with it: see `shards`."""
@@ -405,9 +405,28 @@ def _lay_out(args: Any, restored: resume.Found) -> None:
 
 def _all_of_ranks(args: Any, ours: bool) -> bool:
     """Whether every rank's Trainer is ours to follow. What ranks decide together needs all of them,
-    up to the last step: one that is left alone would be waited for."""
-    (left_alone,) = ranks.highest(args, (int(not ours),))
-    return not left_alone
+    up to the last step: one that is left alone would be waited for. Raises SystemExit where they
+    would not understand one another."""
+    (highest,) = ranks.highest(args, (versions.first_word(ours),))
+    if highest >= versions.LEFT_ALONE:
+        return False
+    if ranks.distributed(args) is None:
+        return True
+    node = os.environ.get("BATON_NODE", "")
+    assert _program.session is not None
+    if highest == versions.UNNUMBERED:
+        _end(_program.session, 1, versions.unnumbered(node))
+    words = states.gather(sys.modules["torch"], args.device, versions.second_word(node))
+    if wrong := versions.problem(words):
+        _end(_program.session, 1, wrong)
+    return True
+
+
+def _end(session: baton_sdk.Session, status: int, sentence: str) -> NoReturn:
+    """End the program before it has trained."""
+    say(sentence)
+    session.close()
+    sys.exit(status)
 
 
 def _saved(args: Any, state: Any) -> Path:
