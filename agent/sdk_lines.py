@@ -14,6 +14,7 @@ from agent.core.trainer_messages import (
     PARTS_MAX,
     TrainerCheckpoint,
     TrainerHeedsSaves,
+    TrainerLeaving,
     TrainerMessage,
     TrainerMilestone,
     TrainerProgress,
@@ -22,6 +23,8 @@ from agent.core.trainer_messages import (
 
 METRICS_MAX = 64  # what a person can look at; each becomes a series of its own
 NAME_CHARACTERS_MAX = 128  # a metric or milestone name is a label, not a text
+STATUS_MAX = 255  # wait(2) keeps eight bits
+REASON_CHARACTERS_MAX = 1024  # a sentence in a job's history
 INTEGER_MAX = 2**63 - 1  # what every store and wire format holds
 SECONDS_MAX = 10**9  # thirty years; no process lives longer
 TIME_NAMES = tuple(field.name for field in fields_of(TrainerTime))
@@ -45,6 +48,8 @@ def parse(fields: dict[str, object], staging_directory: str) -> TrainerMessage:
             return checkpoint(fields, _staged_path(fields.get("path"), staging_directory))
         case "heeds_saves":
             return TrainerHeedsSaves()
+        case "leaving":
+            return TrainerLeaving(integer(fields, "status", STATUS_MAX), _reason(fields))
         case "hello":
             raise LineRefused("a second hello on one connection")
         case other:
@@ -62,12 +67,19 @@ def parse_object(line: bytes) -> dict[str, object]:
     return fields
 
 
-def integer(fields: dict[str, object], name: str) -> int:
-    """The field of this name, 0 to `INTEGER_MAX`. Raises `LineRefused`."""
+def integer(fields: dict[str, object], name: str, most: int = INTEGER_MAX) -> int:
+    """The field of this name, 0 to `most`. Raises `LineRefused`."""
     value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= INTEGER_MAX:
-        raise LineRefused(f"{name} must be an integer from 0 to {INTEGER_MAX}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise LineRefused(f"{name} must be an integer from 0 to {most}")
     return value
+
+
+def _reason(fields: dict[str, object]) -> str:
+    value = fields.get("reason", "")
+    if isinstance(value, str) and len(value) <= REASON_CHARACTERS_MAX and value.isprintable():
+        return value
+    raise LineRefused(f"a reason must be printable text of at most {REASON_CHARACTERS_MAX}")
 
 
 def checkpoint(fields: dict[str, object], path: str) -> TrainerCheckpoint:

@@ -38,8 +38,13 @@ stop (`core/precopy.py`); its answer is a checkpoint:
     -> {"type":"heeds_saves"}
     <- {"type":"save","reason":"n1 is being drained"}
 
-The welcome says `"slabs":true`, `"sections":true` and `"saves":true`, so that a trainer says none
-of this to an agent that is older.
+Its last word may be with what status it leaves, since a launcher has one of its own
+(`core/endings.py`):
+
+    -> {"type":"leaving","status":75,"reason":"the disk is full"}
+
+The welcome says `"slabs":true`, `"sections":true`, `"saves":true` and `"leaving":true`, so that a
+trainer says none of this to an agent that is older.
 """
 
 import asyncio
@@ -336,7 +341,7 @@ class SdkServer:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
         self._unknown.discard(connection)
         registration.join(connection, pid)
-        known = ("sections", "saves", *(() if self._slabs is None else ("slabs",)))
+        known = ("sections", "saves", "leaving", *(() if self._slabs is None else ("slabs",)))
         welcome = {"type": "welcome", "version": PROTOCOL_VERSION, **dict.fromkeys(known, True)}
         connection.send(_encode(welcome))
         self._flush(registration, connection)

@@ -193,13 +193,19 @@ def test_parts_are_put_together_and_the_first_counts(tmp_path: Path) -> None:
 
 def status_of_choosing(parts: Path, staging: Path) -> object:
     """Of a rank that leaves before it trains."""
+    said: list[object] = []
     session = SimpleNamespace(
-        restore_directory=parts, restore_step=3, staging_directory=staging, close=lambda: None
+        restore_directory=parts,
+        restore_step=3,
+        staging_directory=staging,
+        leaving=lambda status, _reason: said.append(status),
+        close=lambda: None,
     )
     arguments = SimpleNamespace(output_dir=str(staging), local_process_index=0, world_size=1)
     followed = bridge.Bridge(bridge.Program(), session)  # type: ignore[arg-type]
     with pytest.raises(SystemExit) as left:
         followed.choose(arguments, None)
+    assert said == [left.value.code]
     return left.value.code
 
 
