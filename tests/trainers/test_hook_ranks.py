@@ -51,18 +51,20 @@ def test_ranks_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path
 
 def test_shards_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path) -> None:
     """Each node has half of the model and of the optimizer, and nobody has the whole."""
-    wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
+    wanted = dict.fromkeys(("done", "weights", "best", "losses", "draws"), True)
     for told, err in play(host, "sharded", tmp_path):
         assert told == {"status": 75, "parts": RANKS, **wanted}, err
         assert f"stopped after step {STOPPED_AT}, with its checkpoint" in err
     for rank in range(RANKS):
         part = tmp_path / "handed" / f"rank-{rank:05d}"
         shards_there = {path.relative_to(part).as_posix() for path in part.rglob("*.distcp")}
-        assert shards_there == {f"{folder}/__{rank}_0.distcp" for folder in FOLDERS}
+        best = f"{resume.BEST_NAME}/checkpoint-{EVERY}/"
+        own = [f"{folder}/__{rank}_0.distcp" for folder in FOLDERS]
+        assert shards_there == {*own, *(best + shard for shard in own)}
         random_states = {states.name_of(other) for other in range(RANKS)} if rank == 0 else set()
         assert {path.name for path in part.glob("rng_state_*")} == random_states
         assert (part / "trainer_state.json").exists() is (rank == 0)
-        saved = tmp_path / f"node-{rank}" / "first"
+        saved = tmp_path / f"node-{rank}" / "before"
         assert [torn.is_part(path) for path in torn.numbered(saved)] == [True] * 3
 
 

@@ -191,6 +191,19 @@ def test_parts_are_put_together_and_the_first_counts(tmp_path: Path) -> None:
     assert resume.put_together(parts / "rank-00000", tmp_path) == parts / "rank-00000"
 
 
+def test_one_nodes_part_gives_way_to_the_whole(tmp_path: Path) -> None:
+    """The best one, on a node where a rank has stayed."""
+    parts, output = lay_out_parts(tmp_path, 6), tmp_path / "output"
+    (parts / "rank-00000" / resume.BEST_NAME).mkdir()
+    make_sharded(parts / "rank-00000" / resume.BEST_NAME, 3, 2)
+    own = make_sharded(output, 3, 2)
+    (own / shard(1)).unlink()
+    (own / torn.PART_NAME).touch()
+    resume.lay_out(resume.Found(resume.put_together(parts, tmp_path), 6), output)
+    assert not torn.is_part(own)
+    assert [torn.problem(output / f"checkpoint-{step}") for step in (3, 6)] == ["", ""]
+
+
 def status_of_choosing(parts: Path, staging: Path) -> object:
     """Of a rank that leaves before it trains."""
     said: list[object] = []

@@ -43,6 +43,10 @@ from baton_sdk.session import STOP_SIGNALS
 NOTHING, SAVE, STOP = 0, 1, 2
 """What is wished for after a step; of several ranks' wishes the highest counts."""
 
+BEST_IN_PARTS = (
+    "load_best_model_at_end: each node has its own part of a checkpoint, which Trainer cannot load"
+    " in the end; give all nodes one output_dir. After a handoff the best one is there whole"
+)
 UNREADABLE = "a rank cannot read the committed checkpoint where it is"
 
 _Found = tuple[resume.Choice, resume.Found | None]
@@ -205,6 +209,10 @@ class _Callback:
             lambda: self._bridge.hand_over(args, state, share, told),
             None,
         )
+        if self._bridge.stopping:
+            # Trainer would load the best model before it returns, which takes its time, and cannot
+            # be done where each node has a part of it. Which one it is has just been written.
+            state.best_model_checkpoint = None
 
 
 class Bridge:
@@ -223,6 +231,8 @@ class Bridge:
         self._unreadable = False
         self._before: tuple[int, shards.Seen] = (0, {})
         """The step that may be saved next, and what lay in its directory."""
+        self._best: tuple[Path, shards.Share] | None = None
+        """The best checkpoint that this attempt has written, and what of it is this process's."""
 
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
@@ -347,6 +357,8 @@ class Bridge:
             return
         saved, staging = _saved(args, state), self.session.staging_directory
         shards.mark(saved, share)
+        if getattr(state, "best_global_step", None) == state.global_step:
+            self._best = saved, share  # Trainer itself names it when its directory is there
         if not share.speaks or not self._hands_over or staging is None:
             return
         shards.check(saved, share)
@@ -361,14 +373,28 @@ class Bridge:
             states.add(random_states, staged)
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
-        best = Path(state.best_model_checkpoint or saved)
-        wanted = getattr(args, "load_best_model_at_end", False) and best != saved
-        # Of one in parts no node has all, and Trainer itself could not load it in the end.
-        if wanted and share.parts == 1 and best.is_dir() and not torn.is_part(best):
-            (staged / resume.BEST_NAME).mkdir()
-            resume.link_tree(best, staged / resume.BEST_NAME / best.name)
+        if getattr(args, "load_best_model_at_end", False):
+            self._add_best(state, saved, share, staged)
         step = self._steps_before + state.global_step
         self._ticket = self.session.checkpoint(staged, step, parts=share.parts)
+
+    def _add_best(self, state: Any, saved: Path, share: shards.Share, staged: Path) -> None:
+        """The best checkpoint, unless it is this one: what this process has written of it, of a
+        whole one all. Raises OSError."""
+        if share.parts > 1:
+            say(BEST_IN_PARTS)
+        best = Path(state.best_model_checkpoint or saved)
+        if best == saved or not best.is_dir():
+            return
+        target = staged / resume.BEST_NAME / best.name
+        if not torn.is_part(best):
+            if state.is_world_process_zero:
+                resume.link_tree(best, target)
+        elif self._best is not None and self._best[0] == best:
+            mine = sorted(self._best[1].paths)
+            resume.link_files({Path(path): best / path for path in mine}, target)
+        else:
+            say(f"{best} is in parts of an earlier attempt, and does not come along")
 
     def leave(self, args: Any) -> NoReturn:
         """End the program once the agent has the last checkpoint, or the grace is over."""
