@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from baton_hook import agreement, resume, states, torn, versions
+from baton_hook import agreement, ranks, resume, states, torn, versions
+from baton_hook import trainer as bridge
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
@@ -161,6 +163,27 @@ def test_where_hooks_differ_the_older_nodes_are_named() -> None:
         " n2 and n4"
     )
     assert versions.problem(words[1:3]) == versions.problem([versions.second_word("n1")]) == ""
+
+
+def test_a_group_of_one_is_ended_with_the_program_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group: Any = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(group, "get_world_size", lambda: RANKS)
+        ranks.end_group_of_one()
+    assert group.is_initialized()
+    at_exit: list[object] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    monkeypatch.delenv("BATON_SOCKET", raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("signal.signal", lambda *_: None)
+        bridge.Program().begin()
+    assert ranks.end_group_of_one in at_exit
+    for _ in range(2):
+        ranks.end_group_of_one()
+    assert not group.is_initialized()
 
 
 def test_states_that_are_not_there_or_too_large_are_left_out(tmp_path: Path) -> None:

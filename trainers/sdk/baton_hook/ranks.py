@@ -7,6 +7,8 @@ what the program has imported, and one rank alone gets its own answers.
 import sys
 from typing import Any
 
+from baton_hook.guard import guarded
+
 
 def distributed(args: Any) -> Any:
     """torch.distributed where there are several ranks, else None; `args` are Trainer's."""
@@ -32,3 +34,15 @@ def highest(args: Any, numbers: tuple[int, ...]) -> tuple[int, ...]:
     found = torch.tensor(numbers, dtype=torch.int64, device=args.device)
     group.all_reduce(found, op=group.ReduceOp.MAX)
     return tuple(found.tolist())
+
+
+def end_group_of_one() -> None:
+    """At the end of the program. Of the variables that a job of one rank has, too, Accelerate makes
+    a group of one on GPUs, and torch warns of one that is left. That of several is not ours to end:
+    it may wait for the others."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available():
+        return
+    group = torch.distributed
+    if group.is_initialized() and group.get_world_size() == 1:
+        guarded("ending a group of one", group.destroy_process_group, None)

@@ -78,6 +78,7 @@ class Program:
             self.session = baton_sdk.connect()
             self._ours = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             atexit.register(self.session.close)
+            atexit.register(ranks.end_group_of_one)
             return True
         if self._pid != os.getpid():
             return False  # a fork; the thread that talks to the agent is the parent's
