@@ -413,7 +413,7 @@ class Bridge:
             say(f"stopped after step {ticket.step}, whose checkpoint is lost: {reason}")
         # A launcher ends the other ranks as soon as one has left.
         guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
-        self.session.leaving(baton_sdk.EXIT_RUN_AGAIN)
+        _tell(self.session, baton_sdk.EXIT_RUN_AGAIN)
         self.session.close()
         self.left = True
         sys.exit(baton_sdk.EXIT_RUN_AGAIN)
@@ -455,9 +455,14 @@ def _all_of_ranks(args: Any, ours: bool) -> bool:
 def _end(session: baton_sdk.Session, status: int, sentence: str) -> NoReturn:
     """End the program before it has trained."""
     say(sentence)
-    session.leaving(status, sentence)
+    _tell(session, status, sentence)
     session.close()
     sys.exit(status)
+
+
+def _tell(session: baton_sdk.Session, status: int, sentence: str = "") -> None:
+    """The environment's own SDK may be older than this."""
+    guarded("telling the agent", lambda: session.leaving(status, sentence), None)
 
 
 def _saved(args: Any, state: Any) -> Path:
