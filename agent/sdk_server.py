@@ -38,8 +38,13 @@ stop (`core/precopy.py`); its answer is a checkpoint:
     -> {"type":"heeds_saves"}
     <- {"type":"save","reason":"n1 is being drained"}
 
-The welcome says `"slabs":true`, `"sections":true` and `"saves":true`, so that a trainer says none
-of this to an agent that is older.
+Its last word may be with what status it leaves, since a launcher has one of its own
+(`core/endings.py`):
+
+    -> {"type":"leaving","status":75,"reason":"the disk is full"}
+
+The welcome says `"slabs":true`, `"sections":true`, `"saves":true` and `"leaving":true`, so that a
+trainer says none of this to an agent that is older.
 """
 
 import asyncio
@@ -47,43 +52,31 @@ import contextlib
 import errno
 import hmac
 import json
-import math
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
 from agent.core.trainer_messages import (
-    PARTS_MAX,
-    TrainerCheckpoint,
-    TrainerHeedsSaves,
     TrainerHello,
     TrainerMessage,
-    TrainerMilestone,
-    TrainerProgress,
     TrainerSection,
     TrainerSlab,
-    TrainerTime,
 )
 from agent.sdk_connection import CHECKPOINT_BITS, Connection, LineTooLong, Registration
+from agent.sdk_lines import LineRefused, checkpoint, integer, label, parse, parse_object
 
 PROTOCOL_VERSION = 1
 LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
-METRICS_MAX = 64  # what a person can look at; each becomes a series of its own
-NAME_CHARACTERS_MAX = 128  # a metric or milestone name is a label, not a text
 CONNECTIONS_PER_ATTEMPT_MAX = 16  # the ranks of one box's trainer, each with a reconnect on its way
 CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
 HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
 SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
 ACCEPT_PAUSE_S = 1.0  # when the process is out of descriptors, as asyncio's own servers do
 LISTEN_BACKLOG = 128  # all trainers of a node reconnect at once after the agent's restart
-INTEGER_MAX = 2**63 - 1  # what every store and wire format holds
-SECONDS_MAX = 10**9  # thirty years; no process lives longer
-TIME_NAMES = tuple(field.name for field in fields_of(TrainerTime))
 WRITE_BUFFER_BYTES_MAX = 1024 * 1024  # a trainer that does not read its answers is cut off here
 
 log = structlog.get_logger()
@@ -106,10 +99,6 @@ class SlabDesk(Protocol):
     def grant(self, attempt_id: str, slot_bytes: int) -> Granted | str: ...
     def adopt(self, attempt_id: str, descriptor: int, slot_bytes: int, slots: int) -> str: ...
     def name(self, attempt_id: str, sequence: int) -> str: ...
-
-
-class LineRefused(Exception):
-    """A line that breaks the contract; the text is the sentence sent back."""
 
 
 class SdkServer:
@@ -256,7 +245,7 @@ class SdkServer:
                 registration = self._registrations.get(attempt_id)
                 if registration is None or connection not in registration.connections:
                     return  # unregistered meanwhile
-                self._take(attempt_id, registration, connection, _parse_object(line))
+                self._take(attempt_id, registration, connection, parse_object(line))
         except LineRefused as refusal:
             log.warning("trainer.line_refused", attempt=attempt_id, reason=str(refusal))
             connection.send(_encode({"type": "error", "reason": str(refusal)}))
@@ -282,18 +271,18 @@ class SdkServer:
     ) -> None:
         """One line after the hello. Raises `LineRefused`."""
         if fields.get("type") == "checkpoint":
-            number = _integer(fields, "id")
+            number = integer(fields, "id")
             if number >> CHECKPOINT_BITS:
                 raise LineRefused(f"id must be below 2^{CHECKPOINT_BITS}")
             fields["id"] = connection.program << CHECKPOINT_BITS | number
         if self._slabs is not None and fields.get("type") == "slab":
             self._slab(self._slabs, attempt_id, connection, fields)
         elif self._slabs is not None and "slab" in fields and fields.get("type") == "checkpoint":
-            name = self._slabs.name(attempt_id, _integer(fields, "slab"))
-            self._on_message(attempt_id, _checkpoint(fields, name))
+            name = self._slabs.name(attempt_id, integer(fields, "slab"))
+            self._on_message(attempt_id, checkpoint(fields, name))
         elif fields.get("type") == "section":
-            section = _name(fields["name"]) if fields.get("name") else ""
-            source, count = connection.number, _integer(fields, "count")
+            section = label(fields["name"]) if fields.get("name") else ""
+            source, count = connection.number, integer(fields, "count")
             self._on_message(attempt_id, TrainerSection(source, section, count))
             connection.in_sections = True
         else:
@@ -302,9 +291,9 @@ class SdkServer:
     def _slab(
         self, slabs: SlabDesk, attempt_id: str, connection: Connection, fields: dict[str, object]
     ) -> None:
-        slot_bytes = _integer(fields, "bytes")
+        slot_bytes = integer(fields, "bytes")
         if fields.get("offered") is True:
-            slots, descriptor = _integer(fields, "slots"), connection.take_descriptor()
+            slots, descriptor = integer(fields, "slots"), connection.take_descriptor()
             if descriptor is None:
                 raise LineRefused("a slab is offered without its descriptor")
             refusal = slabs.adopt(attempt_id, descriptor, slot_bytes, slots)
@@ -337,12 +326,12 @@ class SdkServer:
             raise LineRefused(f"no hello within {HELLO_TIMEOUT_S:.0f} s") from None
         if line is None:
             raise ConnectionResetError("closed before its hello")
-        fields = _parse_object(line)
+        fields = parse_object(line)
         if fields.get("type") != "hello":
             raise LineRefused("the first line must be a hello")
-        if _integer(fields, "version") != PROTOCOL_VERSION:
+        if integer(fields, "version") != PROTOCOL_VERSION:
             raise LineRefused(f"this agent speaks version {PROTOCOL_VERSION}")
-        pid = _integer(fields, "pid")
+        pid = integer(fields, "pid")
         token = fields.get("token")
         attempt_id = self._find(token) if isinstance(token, str) else None
         if attempt_id is None:
@@ -352,9 +341,9 @@ class SdkServer:
             raise LineRefused(f"more than {CONNECTIONS_PER_ATTEMPT_MAX} connections of one attempt")
         self._unknown.discard(connection)
         registration.join(connection, pid)
-        welcome: dict[str, object] = {"version": PROTOCOL_VERSION, "sections": True, "saves": True}
-        slabs = {} if self._slabs is None else {"slabs": True}
-        connection.send(_encode({"type": "welcome", **welcome, **slabs}))
+        known = ("sections", "saves", "leaving", *(() if self._slabs is None else ("slabs",)))
+        welcome = {"type": "welcome", "version": PROTOCOL_VERSION, **dict.fromkeys(known, True)}
+        connection.send(_encode(welcome))
         self._flush(registration, connection)
         self._on_message(attempt_id, TrainerHello(pid))
         return attempt_id
@@ -368,112 +357,12 @@ class SdkServer:
         return None
 
 
-def parse(fields: dict[str, object], staging_directory: str) -> TrainerMessage:
-    """The object of one line after the hello, as a value. Raises `LineRefused`."""
-    match fields.get("type"):
-        case "progress":
-            known = fields.get("total_steps") is not None
-            total_steps = _integer(fields, "total_steps") if known else None
-            metrics, time = _metrics(fields), _time(fields)
-            return TrainerProgress(_integer(fields, "step"), total_steps, metrics, time)
-        case "milestone":
-            return TrainerMilestone(_name(fields.get("name")), _integer(fields, "unix_ms"))
-        case "checkpoint":
-            return _checkpoint(fields, _staged_path(fields.get("path"), staging_directory))
-        case "heeds_saves":
-            return TrainerHeedsSaves()
-        case "hello":
-            raise LineRefused("a second hello on one connection")
-        case other:
-            raise LineRefused(f"unknown type {str(other)[:NAME_CHARACTERS_MAX]!r}")
-
-
 async def _read_line(connection: Connection) -> bytes | None:
     """The next whole line; None at the end. Raises `LineRefused`."""
     try:
         return await connection.read_line()
     except LineTooLong:
         raise LineRefused(f"a line of more than {LINE_BYTES_MAX} bytes") from None
-
-
-def _parse_object(line: bytes) -> dict[str, object]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):  # not UTF-8 is a ValueError, too
-        raise LineRefused("not a JSON object in UTF-8") from None
-    if not isinstance(fields, dict):
-        raise LineRefused("not a JSON object")
-    return fields
-
-
-def _integer(fields: dict[str, object], name: str) -> int:
-    value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= INTEGER_MAX:
-        raise LineRefused(f"{name} must be an integer from 0 to {INTEGER_MAX}")
-    return value
-
-
-def _checkpoint(fields: dict[str, object], path: str) -> TrainerCheckpoint:
-    parts = _integer(fields, "parts") if "parts" in fields else 1
-    if not 1 <= parts <= PARTS_MAX:
-        raise LineRefused(f"parts must be an integer from 1 to {PARTS_MAX}")
-    return TrainerCheckpoint(_integer(fields, "id"), path, _integer(fields, "step"), parts)
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= NAME_CHARACTERS_MAX:
-        raise LineRefused(f"a name must be text of 1 to {NAME_CHARACTERS_MAX} characters")
-    if not value.isprintable():
-        raise LineRefused("a name must be printable")
-    return value
-
-
-def _metrics(fields: dict[str, object]) -> tuple[tuple[str, float], ...]:
-    metrics = fields.get("metrics") or {}
-    if not isinstance(metrics, dict) or len(metrics) > METRICS_MAX:
-        raise LineRefused(f"metrics must be an object of at most {METRICS_MAX} names")
-    return tuple((_name(name), _number(value)) for name, value in metrics.items())
-
-
-def _time(fields: dict[str, object]) -> TrainerTime | None:
-    """Names that we do not know are a newer trainer's, and are passed over."""
-    told = fields.get("time")
-    if told is None:
-        return None
-    if not isinstance(told, dict) or len(told) > METRICS_MAX:
-        raise LineRefused(f"time must be an object of at most {METRICS_MAX} names")
-    return TrainerTime(**{name: _seconds(told[name]) for name in TIME_NAMES if name in told})
-
-
-def _seconds(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= SECONDS_MAX:
-        return float(value)
-    raise LineRefused(f"a time must be a number of seconds from 0 to {SECONDS_MAX}")
-
-
-def _number(value: object) -> float:
-    """Also NaN and infinities: a loss that diverged is a fact, and Python's JSON writes it so."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise LineRefused("a metric must be a number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _staged_path(value: object, staging_directory: str) -> str:
-    if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
-        raise LineRefused("path must be an absolute path")
-    try:
-        # One that is gone passes, if its place is right: a trainer that did not hear the answer
-        # offers again what has been stored and cleared away, and is told so by the core.
-        real = os.path.realpath(value)
-        gone = not os.path.lexists(real)
-    except (OSError, ValueError):  # ValueError: text that is no file name (a lone surrogate)
-        raise LineRefused("path is no file name") from None
-    if not real.startswith(staging_directory + os.sep) or not (gone or os.path.isdir(real)):
-        raise LineRefused("path is not a directory inside the attempt's staging directory")
-    return real
 
 
 def _encode(message: Mapping[str, object]) -> bytes:

@@ -185,6 +185,7 @@ def _event(event: m.AgentEvent) -> pb.AgentEvent:
                     signal=body.signal,
                     reason=body.reason,
                     by_itself=body.by_itself,
+                    said_exit_code=body.said_exit_code,
                 )
             )
         case m.AttemptRefused():

@@ -340,9 +340,9 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
             body = m.AttemptExited(
                 ended.exit_code if ended.HasField("exit_code") else None,
                 ended.signal if ended.HasField("signal") else None,
-                ended.reason,
-                ended.by_itself,
-            )
+                ended.reason, ended.by_itself,
+                ended.said_exit_code if ended.HasField("said_exit_code") else None,
+            )  # fmt: skip
         case "refused":
             body = m.AttemptRefused(event.refused.reason, event.refused.permanent)
         case "milestone":

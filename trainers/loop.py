@@ -421,6 +421,7 @@ class Trainer:
             stored = self._saver.wait_stored(stop.remaining_s - GRACE_MARGIN_S)
         self._report_progress()
         emit("stopped", step=self.step, checkpoint_step=self._saved_step, stored=stored)
+        self.session.leaving(baton_sdk.EXIT_RUN_AGAIN)
         return baton_sdk.EXIT_RUN_AGAIN
 
     def finish(self) -> int:

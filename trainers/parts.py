@@ -7,8 +7,10 @@ captured, hashed and sent like any other.
 
 What all ranks have the same (buffers, step counters, the objects of ``extra``) is in rank 0's part
 alone: the ranks' parts lie on different nodes, so that equal chunks would be stored once a node,
-and be copied to a slab once a rank. The small JSON state is in all of them, so that each part says
-what it belongs to.
+and be copied to a slab once a rank, and each rank's standby would be sent them. So a node that was
+not rank 0's fetches them after a stop (of ``transfer``, whose ranks share no rows, that is all of
+the state): once a handoff, where the other would be at every checkpoint. The small JSON state is in
+all of them, so that each part says what it belongs to.
 
 Rows are in files of their own (``manifest.file_name``), for what only this rank reads again is not
 sent to the nodes of the others.

@@ -29,6 +29,11 @@ import torch
 
 from trainers import launcher
 
+PROTOCOL = 1
+"""What ranks tell each other, in which order and form; one higher with each change of that. Each
+node's agent brings its own trainers, so in the middle of an upgrade ranks may have two of them.
+That this is compared first, as a text like any, is the same in all."""
+
 TEXT_BYTES_MAX = 1024
 """Of what one rank tells the others: a sentence. Longer ones are cut."""
 
@@ -38,6 +43,10 @@ NO_STOP_S = math.inf
 
 class RankError(RuntimeError):
     """The ranks cannot go on together; the sentence says which one, and why."""
+
+
+class ProtocolError(RankError):
+    """They cannot before a node is upgraded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,7 @@ class World:
 
     def open(self, device: torch.device, timeout_s: float) -> None:
         """Meet the others. Raises RuntimeError when they do not come within ``timeout_s``, which is
-        also what each collective waits for a rank that is gone."""
+        also what each collective waits for a rank that is gone, and ProtocolError."""
         if self.alone:
             return
         from torch import distributed
@@ -132,6 +141,11 @@ class World:
             world_size=self.size,
             timeout=timedelta(seconds=timeout_s),
         )
+        try:
+            what = "the protocol of the trainers (upgrade the agent of the rank with the older one)"
+            self.check_same(what, str(PROTOCOL))
+        except RankError as error:
+            raise ProtocolError(str(error)) from None
 
     def decide(self, vote: Vote) -> Decision:
         """The same on every rank. A collective."""

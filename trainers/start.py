@@ -96,6 +96,10 @@ def _train(
     except microbatch.TooLargeError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_OUT_OF_MEMORY
+    except ranks.ProtocolError as error:
+        sys.stderr.write(f"{error}\n")
+        session.leaving(baton_sdk.EXIT_RUN_AGAIN, str(error))
+        return baton_sdk.EXIT_RUN_AGAIN
     except ranks.RankError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILURE

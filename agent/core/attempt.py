@@ -73,7 +73,8 @@ class AttemptRecord:
     `committed` the last one that the coordinator accepted. `last_sequence` is the spooled end.
     `stored_id` and `stored_path` are the trainer's words for the checkpoint stored last, and
     `stored_digest` what was made of it, for a trainer that did not hear the answer. `past_capture`
-    is the newest capture that is stored, or was handed over before what is. `gang` is its place
+    is the newest capture that is stored, or was handed over before what is. `said_exit_code` and
+    `said_reason` are the trainer's last word (`endings.py`). `gang` is its place
     among the ranks of its job, if it has others; `traceparent` is its trace, or empty;
     `gpus_before` is what its GPUs were like while nothing ran on them; and `gpu_memory_ratio` is
     how much of its GPU it may take, where it shares it."""
@@ -106,6 +107,8 @@ class AttemptRecord:
     exit_code: int | None = None
     exit_signal: int | None = None
     exit_reason: str = ""
+    said_exit_code: int | None = None
+    said_reason: str = ""
     milestones: int = 0
     last_sequence: int = 0
     gang: Gang | None = None

@@ -13,21 +13,17 @@ we come that much too late (`LATE_MS`) all time begins again. A trainer that say
 the pause is not killed; the limit that it broke has been learned by then.
 """
 
-from dataclasses import replace
-
 from agent.core.attempt import LiveAttempt, Phase
 from agent.core.messages import DumpStacks
 from agent.core.sections import Overdue
 from agent.core.state import Instant, State
 from agent.core.trainer_messages import TrainerSection
-from agent.core.values import ProcessExit
 
 CHECK_MS = 1_000  # a hang costs minutes; to find it a second earlier is worth nothing
 LATE_MS = 5_000  # what a loaded host delays a tick by is far less
 # Writing stacks takes milliseconds; the flight recorder looks at its pipe about once a second, and
 # writes some megabytes.
 DUMP_MS = 5_000
-SHELL_SIGNAL_BASE = 128  # a shell's status for a program that a signal has ended is above this
 
 # A job's own variable: 0 means that no section of it has a limit.
 SWITCH = "BATON_HANG_LIMIT"
@@ -82,14 +78,6 @@ def check(state: State, now: Instant) -> None:
             if found is not None:
                 _hung(state, now, live, found)
     state.section_check_ms = now.now_ms + CHECK_MS if watched else None
-
-
-def exit_of(live: LiveAttempt, ended: ProcessExit) -> ProcessExit:
-    """Its end as it is reported: with what it hung in, if that is why a signal ended it."""
-    code = ended.exit_code
-    killed = code is None or code > SHELL_SIGNAL_BASE
-    reason = live.record.exit_reason
-    return replace(ended, reason=reason) if reason and killed else ended
 
 
 def _hung(state: State, now: Instant, live: LiveAttempt, found: Overdue) -> None:

@@ -292,12 +292,14 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptExited:
-    """`by_itself`: no order to stop it had come by then."""
+    """`by_itself`: no order to stop it had come by then. `said_exit_code`: what the trainer below a
+    launcher has left with, by its own word."""
 
     exit_code: int | None = None
     signal: int | None = None
     reason: str = ""
     by_itself: bool = False
+    said_exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

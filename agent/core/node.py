@@ -8,7 +8,7 @@ the commands. `next_wake_ms` says when time alone will matter next.
 
 from dataclasses import replace
 
-from agent.core import clean, gpus, hangs, link, pipeline, precopy, shares, stuck
+from agent.core import clean, endings, gpus, hangs, link, pipeline, precopy, shares, stuck
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.gpu_messages import GpusInspected, Sampled
@@ -69,6 +69,7 @@ from agent.core.trainer_messages import (
     TrainerCheckpoint,
     TrainerHeedsSaves,
     TrainerHello,
+    TrainerLeaving,
     TrainerMilestone,
     TrainerProgress,
     TrainerSection,
@@ -396,6 +397,7 @@ def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
 def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrainer) -> None:
     match event.message:
         case TrainerHello():
+            endings.begun(state, live)
             if live.precopy_until_ms is not None:
                 precopy.ask(state, live)
             elif live.record.stop_reason:
@@ -417,6 +419,8 @@ def _from_trainer(state: State, now: Instant, live: LiveAttempt, event: FromTrai
             live.heeds_saves = True
         case TrainerSection():
             hangs.entered(state, now, live, event.message)
+        case TrainerLeaving():
+            endings.said(state, live, event.message)
 
 
 def _carry_out_stop_again(state: State, live: LiveAttempt) -> None:
@@ -435,7 +439,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         return
     if live.progress is not None:
         link.heartbeat(state, now)  # its last progress, before its end is told
-    ended = hangs.exit_of(live, ended)
+    ended = endings.exit_of(live.record, ended)
     live.kill_ms = live.precopy_until_ms = None
     live.settle_ms = now.now_ms + pipeline.SETTLE_MS_MAX
     state.put(

@@ -20,6 +20,7 @@ a kill at any instant loses what was done since the last capture, and nothing be
 
 from dataclasses import replace
 
+from agent.core import endings
 from agent.core.attempt import LiveAttempt, Offered, Pending, Phase, Proposal
 from agent.core.messages import (
     AttemptExited,
@@ -421,7 +422,8 @@ def settle(state: State, now: Instant, live: LiveAttempt) -> None:
         return
     # What comes after its end stops nothing, and is not noted.
     by_itself = not record.stop_reason
-    body = AttemptExited(record.exit_code, record.exit_signal, record.exit_reason, by_itself)
+    code, signal, reason = record.exit_code, record.exit_signal, record.exit_reason
+    body = AttemptExited(code, signal, reason, by_itself, endings.said_of(record))
     sequence = state.spool_event(now, record.id, body)
     state.put(live, Phase.ENDED, last_sequence=sequence, pending=None)
     live.settle_ms = None

@@ -91,6 +91,15 @@ class TrainerHeedsSaves:
     """The trainer looks for requests to save after its steps, and so may be sent one."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerLeaving:
+    """The last word of a program: it, and whatever runs beside it below one launcher, will end with
+    this status, 0 to 255. `reason` is a sentence, or empty."""
+
+    status: int
+    reason: str = ""
+
+
 TrainerMessage = (
     TrainerHello
     | TrainerProgress
@@ -99,6 +108,7 @@ TrainerMessage = (
     | TrainerSlab
     | TrainerSection
     | TrainerHeedsSaves
+    | TrainerLeaving
 )
 
 _CAPTURE = "slab:"

@@ -170,12 +170,14 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptExited:
-    """`by_itself`: no order to stop it had reached its node; false where that is not known."""
+    """`by_itself`: no order to stop it had reached its node; false where that is not known.
+    `said_exit_code`: what the trainer below a launcher has left with, by its own word."""
 
     exit_code: int | None = None
     signal: int | None = None
     reason: str = ""
     by_itself: bool = False
+    said_exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,12 +36,13 @@ AGAIN = "asked to be run again"
 
 def judge(job: Job, attempt: Attempt, body: AttemptExited) -> AttemptPhase:
     """An attempt's end: cancelled if its owner wished so; 0 is success; a stop request or a "run
-    me again" status is a yield; everything else is a failure."""
+    me again" status, also of a trainer below a launcher, is a yield; everything else a failure."""
     if job.intent is JobIntent.CANCEL:
         return AttemptPhase.CANCELLED
     if body.exit_code == 0:
         return AttemptPhase.SUCCEEDED
-    if attempt.stop_reason or body.exit_code in job.spec.run_again_exit_codes:
+    statuses = {body.exit_code, body.said_exit_code}
+    if attempt.stop_reason or not statuses.isdisjoint(job.spec.run_again_exit_codes):
         return AttemptPhase.YIELDED
     return AttemptPhase.FAILED
 
@@ -103,6 +104,8 @@ def failed(state: State, now: Instant, attempt: Attempt, how: str, *, own: bool)
 def describe_exit(body: AttemptExited) -> str:
     if body.exit_code is not None:
         how = f"exit status {body.exit_code}"
+        if body.said_exit_code is not None:
+            how += f", {body.said_exit_code} below its launcher"
         if body.exit_code > SIGNAL_STATUS_BASE:
             how += f", signal {body.exit_code - SIGNAL_STATUS_BASE} under a shell"
     elif body.signal is not None:

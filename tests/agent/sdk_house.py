@@ -8,7 +8,7 @@ from agent.core.trainer_messages import TrainerHello, TrainerMessage
 from agent.sdk_server import SdkServer
 
 SECRET = "secret"
-WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True}
+WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True, "leaving": True}
 DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
 
 

@@ -61,11 +61,14 @@ RECORDS = st.builds(
     stop_grace_ms=st.none() | INT,
     exit_code=st.none() | INT,
     exit_signal=st.none() | INT,
+    said_exit_code=st.none() | INT,
     gang=st.none() | GANGS,
 )
 BODIES = st.one_of(
     st.builds(m.AttemptStarted, INT, TEXT, INT, st.tuples(st.tuples(TEXT, TEXT))),
-    st.builds(m.AttemptExited, st.none() | INT, st.none() | INT, TEXT, st.booleans()),
+    st.builds(
+        m.AttemptExited, st.none() | INT, st.none() | INT, TEXT, st.booleans(), st.none() | INT
+    ),
     st.builds(m.AttemptRefused, TEXT, st.booleans()),
     st.builds(m.AttemptMilestone, TEXT),
     st.builds(m.CheckpointProposed, TEXT, TEXT, INT, INT, st.tuples(TEXT, TEXT), INT),

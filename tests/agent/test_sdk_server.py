@@ -15,6 +15,7 @@ from agent.core.trainer_messages import (
     TrainerCheckpoint,
     TrainerHeedsSaves,
     TrainerHello,
+    TrainerLeaving,
     TrainerMilestone,
     TrainerProgress,
     TrainerSection,
@@ -449,6 +450,18 @@ async def test_who_looks_for_requests_to_save_says_so_and_is_sent_one(house: Hou
     assert await house.message() == ("1.1", TrainerHeedsSaves())
     house.server.tell("1.1", {"type": "save", "reason": "n1 is being drained"})
     assert await trainer.receive() == {"type": "save", "reason": "n1 is being drained"}
+
+
+async def test_a_last_word_is_a_status_and_a_sentence(house: House) -> None:
+    trainer = await house.greeted()
+    trainer.send({"type": "leaving", "status": 75, "reason": "the disk is full"})
+    assert await house.message() == ("1.1", TrainerLeaving(75, "the disk is full"))
+    trainer.send({"type": "leaving", "status": 0})
+    assert await house.message() == ("1.1", TrainerLeaving(0))
+    for wrong in ({"status": 256}, {"reason": ""}, {"status": 1, "reason": "two\nlines"}):
+        refused = await house.greeted()
+        refused.send({"type": "leaving", **wrong})
+        assert await refused.refusal()
 
 
 async def test_sections_are_of_one_connection_and_end_with_it(house: House) -> None:

@@ -307,8 +307,8 @@ def test_what_is_set_aside_stays_while_it_may_be_wanted() -> None:
     assert bad not in line.kept()
 
 
-@pytest.mark.parametrize("status", [1, 75])
-def test_saving_the_same_step_again_is_no_progress(status: int) -> None:
+@pytest.mark.parametrize(("status", "said"), [(1, None), (75, None), (1, 75), (1, 2)])
+def test_saving_the_same_step_again_is_no_progress(status: int, said: int | None) -> None:
     """A trainer that saves on its way out makes a new checkpoint each time, and comes no further:
     it waits between its tries, and there is an end to them."""
     line = Line(restarts=1_000)
@@ -320,13 +320,14 @@ def test_saving_the_same_step_again_is_no_progress(status: int) -> None:
         line.wait_active()
         line.say(AttemptStarted(100, line.job.head, 20))
         line.commit(20, "n1")
-        line.say(AttemptExited(status))
-    if status == 75:
+        line.say(AttemptExited(status, said_exit_code=said))
+    if 75 in (status, said):
         assert line.job.phase is JobPhase.FAILED
         assert "21 times in a row without a further checkpoint" in line.job.reason
     else:
         assert line.job.phase is JobPhase.HELD
-        assert "quarantined: exit status 1 at step 20, 3 times" in line.job.reason
+        below = f", {said} below its launcher" if said else ""
+        assert f"quarantined: exit status 1{below} at step 20, 3 times" in line.job.reason
     assert line.rig.now_ms > 1_000
     assert line.job.head == f"{line.made:064x}"
 

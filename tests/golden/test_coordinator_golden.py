@@ -328,7 +328,8 @@ def _proposed(words: Words) -> CheckpointProposed:
 def _exited(words: Words) -> AttemptExited:
     code = int(words["code"]) if "code" in words else None
     signal = int(words["signal"]) if "signal" in words else None
-    return AttemptExited(code, signal, words.get("reason", ""))
+    said = int(words["said"]) if "said" in words else None
+    return AttemptExited(code, signal, words.get("reason", ""), said_exit_code=said)
 
 
 _REQUESTS: dict[str, Callable[[str, Words], RequestBody]] = {

@@ -46,6 +46,8 @@ class FakeAgent:
         """Whether it knows of sections; a test that wants an older agent says no."""
         self.saves = True
         """Whether it knows of requests to save."""
+        self.leaving = True
+        """Whether it knows of a program's last word."""
         self.path = path
         self.stores = stores
         self.token = "secret"
@@ -141,6 +143,7 @@ class FakeAgent:
                 known = b"" if self.slabs is None else b',"slabs":true'
                 known += b',"sections":true' if self.sections else b""
                 known += b',"saves":true' if self.saves else b""
+                known += b',"leaving":true' if self.leaving else b""
                 connection.sendall(b'{"type":"welcome","version":1%b}\n' % known)
             if message["type"] == "slab" and not message.get("offered") and self.slabs is not None:
                 self._grant(connection, self.slabs, message["bytes"])

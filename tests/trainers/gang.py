@@ -58,6 +58,9 @@ class GangOptions(LoopOptions):
     other_rank: int = -1
     """Has another model than the others."""
 
+    newer_rank: int = -1
+    """Has newer trainers than the others."""
+
     output_directory: str = ""
 
 
@@ -138,6 +141,8 @@ def build_transfer(options: GangOptions) -> loop.Task:
 
 def build(options: GangOptions, folder: Path) -> loop.Task:
     """The task; one step is one pass in the configurations that count passes."""
+    if int(os.environ["RANK"]) == options.newer_rank:
+        ranks.PROTOCOL += 1
     if options.task not in ("finetune", "lora"):
         return build_transfer(options)
     tokens = torch.randint(0, 256, (30, 16), dtype=torch.uint8)

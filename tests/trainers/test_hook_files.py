@@ -204,7 +204,7 @@ def test_a_rank_that_cannot_search_takes_the_committed_one_like_the_others(
         return numbers
 
     monkeypatch.setattr(guard, "_said", set())
-    monkeypatch.setattr(bridge, "_highest_of_ranks", highest)
+    monkeypatch.setattr("baton_hook.ranks.highest", highest)
     restored = make_checkpoint(tmp_path, 100)
     session: Any = SimpleNamespace(restore_directory=restored, staging_directory=tmp_path)
     args = SimpleNamespace(output_dir=str(tmp_path / "output"), local_process_index=0, world_size=1)

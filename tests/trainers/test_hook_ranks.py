@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from baton_hook import agreement, resume, states, torn
+from baton_hook import agreement, ranks, resume, states, torn, versions
+from baton_hook import trainer as bridge
 from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
@@ -51,18 +53,20 @@ def test_ranks_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path
 
 def test_shards_on_two_nodes_go_on_bit_for_bit(host: forking.Host, tmp_path: Path) -> None:
     """Each node has half of the model and of the optimizer, and nobody has the whole."""
-    wanted = dict.fromkeys(("done", "weights", "losses", "draws"), True)
+    wanted = dict.fromkeys(("done", "weights", "best", "losses", "draws"), True)
     for told, err in play(host, "sharded", tmp_path):
         assert told == {"status": 75, "parts": RANKS, **wanted}, err
         assert f"stopped after step {STOPPED_AT}, with its checkpoint" in err
     for rank in range(RANKS):
         part = tmp_path / "handed" / f"rank-{rank:05d}"
         shards_there = {path.relative_to(part).as_posix() for path in part.rglob("*.distcp")}
-        assert shards_there == {f"{folder}/__{rank}_0.distcp" for folder in FOLDERS}
+        best = f"{resume.BEST_NAME}/checkpoint-{EVERY}/"
+        own = [f"{folder}/__{rank}_0.distcp" for folder in FOLDERS]
+        assert shards_there == {*own, *(best + shard for shard in own)}
         random_states = {states.name_of(other) for other in range(RANKS)} if rank == 0 else set()
         assert {path.name for path in part.glob("rng_state_*")} == random_states
         assert (part / "trainer_state.json").exists() is (rank == 0)
-        saved = tmp_path / f"node-{rank}" / "first"
+        saved = tmp_path / f"node-{rank}" / "before"
         assert [torn.is_part(path) for path in torn.numbered(saved)] == [True] * 3
 
 
@@ -105,9 +109,13 @@ def test_where_all_is_torn_every_rank_starts_from_the_beginning(
 
 
 def test_where_one_rank_is_left_alone_all_are(host: forking.Host, tmp_path: Path) -> None:
-    """What ranks decide together would wait for it for ever."""
+    """What ranks decide together would wait for it for ever; so would hooks of two versions."""
     (first, first_err), (second, second_err) = play(host, "alone", tmp_path)
-    assert first == second == {"done": True, "handed_over_count": 0}
+    assert first == second == {"statuses": [75, 1], "done": True, "handed_over_count": 0}
+    spoken = f"speak different protocols, {versions.PROTOCOL} on n1, {versions.PROTOCOL + 1} on n2"
+    for err in (first_err, second_err):
+        assert f"the hooks of this job's ranks {spoken}: upgrade the agent on n1\n" in err
+    assert "upgrade the agents on the other nodes of this job\n" in first_err
     assert "the script talks to Baton itself" in first_err
     assert "another rank's Trainer is left alone, so this one is as well" in second_err
 
@@ -145,6 +153,37 @@ def test_ranks_conclude_the_same(
         answer = "in" if begun[0] else None
         assert choice.answer == (answer if differ else own.answer)
         assert bool(choice.sentence) is differ
+
+
+def test_where_hooks_differ_the_older_nodes_are_named() -> None:
+    words = [b'["n1", 2]', b'["n2", 1]', b'["n2", 1]', b'["n3", 2]', b'["n4", 1]']
+    spoken = "2 on n1, 1 on n2, 2 on n3, 1 on n4"
+    assert versions.problem(words) == (
+        f"the hooks of this job's ranks speak different protocols, {spoken}: upgrade the agent on"
+        " n2 and n4"
+    )
+    assert versions.problem(words[1:3]) == versions.problem([versions.second_word("n1")]) == ""
+
+
+def test_a_group_of_one_is_ended_with_the_program_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group: Any = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(group, "get_world_size", lambda: RANKS)
+        ranks.end_group_of_one()
+    assert group.is_initialized()
+    at_exit: list[object] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    monkeypatch.delenv("BATON_SOCKET", raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("signal.signal", lambda *_: None)
+        bridge.Program().begin()
+    assert ranks.end_group_of_one in at_exit
+    for _ in range(2):
+        ranks.end_group_of_one()
+    assert not group.is_initialized()
 
 
 def test_states_that_are_not_there_or_too_large_are_left_out(tmp_path: Path) -> None:

@@ -191,15 +191,34 @@ def test_parts_are_put_together_and_the_first_counts(tmp_path: Path) -> None:
     assert resume.put_together(parts / "rank-00000", tmp_path) == parts / "rank-00000"
 
 
+def test_one_nodes_part_gives_way_to_the_whole(tmp_path: Path) -> None:
+    """The best one, on a node where a rank has stayed."""
+    parts, output = lay_out_parts(tmp_path, 6), tmp_path / "output"
+    (parts / "rank-00000" / resume.BEST_NAME).mkdir()
+    make_sharded(parts / "rank-00000" / resume.BEST_NAME, 3, 2)
+    own = make_sharded(output, 3, 2)
+    (own / shard(1)).unlink()
+    (own / torn.PART_NAME).touch()
+    resume.lay_out(resume.Found(resume.put_together(parts, tmp_path), 6), output)
+    assert not torn.is_part(own)
+    assert [torn.problem(output / f"checkpoint-{step}") for step in (3, 6)] == ["", ""]
+
+
 def status_of_choosing(parts: Path, staging: Path) -> object:
     """Of a rank that leaves before it trains."""
+    said: list[object] = []
     session = SimpleNamespace(
-        restore_directory=parts, restore_step=3, staging_directory=staging, close=lambda: None
+        restore_directory=parts,
+        restore_step=3,
+        staging_directory=staging,
+        leaving=lambda status, _reason: said.append(status),
+        close=lambda: None,
     )
     arguments = SimpleNamespace(output_dir=str(staging), local_process_index=0, world_size=1)
     followed = bridge.Bridge(bridge.Program(), session)  # type: ignore[arg-type]
     with pytest.raises(SystemExit) as left:
         followed.choose(arguments, None)
+    assert said == [left.value.code]
     return left.value.code
 
 
@@ -219,7 +238,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
         assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
     assert os.strerror(code) in capsys.readouterr().err
     # Another rank's disk, and this one's is in order.
-    monkeypatch.setattr(bridge, "_highest_of_ranks", lambda _, numbers: (*numbers[:-1], 1))
+    monkeypatch.setattr("baton_hook.ranks.highest", lambda _, numbers: (*numbers[:-1], 1))
     assert status_of_choosing(parts, tmp_path) == baton_sdk.EXIT_RUN_AGAIN
 
 

@@ -129,6 +129,7 @@ def test_no_rank_leaves_before_the_checkpoint_of_all_is_stored(
         stopped = rank.event("stopped")
         assert (stopped["checkpoint_step"], stopped["stored"]) == (3, stores)
     assert agent.expect("checkpoint")["step"] == 3
+    assert agent.expect("leaving")["status"] == 75, "which the launcher makes a 1 of"
 
 
 def test_what_one_rank_cannot_write_none_has_written(

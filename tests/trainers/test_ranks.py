@@ -22,7 +22,7 @@ from tests.trainers.fake_agent import FakeAgent
 from tests.trainers.forking import Ended
 from tests.trainers.gang import Host
 from trainers import checkpoint, export, microbatch, ranges, weights
-from trainers.ranks import ALONE, NO_STOP_S, Decision, Vote, World, decide, world_of
+from trainers.ranks import ALONE, NO_STOP_S, PROTOCOL, Decision, Vote, World, decide, world_of
 
 pytestmark = pytest.mark.xdist_group("ranks")
 """One set of uninterrupted runs."""
@@ -420,3 +420,11 @@ def test_ranks_with_different_models_do_not_begin(host: Host) -> None:
     for rank in host.run(2, **PLAIN, other_rank=1):
         assert rank.status == 1
         assert "the model differs" in rank.err
+
+
+def test_ranks_with_different_trainers_do_not_begin(host: Host) -> None:
+    """In the middle of an upgrade, which is no failure of the job's."""
+    for rank in host.run(2, **PLAIN, newer_rank=1):
+        assert rank.status == 75
+        older, newer = PROTOCOL, PROTOCOL + 1
+        assert f"one) differs: '{older}' on rank 0, '{newer}' on rank 1\n" in rank.err

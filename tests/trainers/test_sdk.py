@@ -273,6 +273,21 @@ def test_a_checkpoint_that_the_agent_may_own_is_never_removed(tmp_path: Path) ->
     assert all((tmp_path / str(step)).exists() for step in range(UNANSWERED_MAX))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_last_word_comes_to_those_who_know_of_it(
+    *, agent: FakeAgent, tmp_path: Path, known: bool
+) -> None:
+    agent.leaving = known
+    with baton_sdk.connect(environment(agent)) as session:
+        session.checkpoint(tmp_path, 3)
+        session.leaving(75, "the disk\nis full")
+    until(lambda: not agent.connected, "the agent has read to the end")
+    messages = agent.rest()
+    assert [message["type"] for message in messages[:2]] == ["hello", "checkpoint"]
+    word = {"type": "leaving", "status": 75, "reason": "the disk is full"}
+    assert messages[2:] == ([word] if known else [])
+
+
 def test_times_arrive_without_what_is_no_time(agent: FakeAgent, session: baton_sdk.Session) -> None:
     agent.expect("hello")
     seconds: dict[str, SupportsFloat] = {

@@ -83,7 +83,7 @@ BODY = st.one_of(
         maybe(DURATION_MS),
         many(SMALL),
     ),
-    st.builds(am.AttemptExited, maybe(SMALL), maybe(SMALL), TEXT, st.booleans()),
+    st.builds(am.AttemptExited, maybe(SMALL), maybe(SMALL), TEXT, st.booleans(), maybe(SMALL)),
     st.builds(am.AttemptRefused, TEXT, st.booleans()),
     st.builds(am.AttemptMilestone, TEXT),
     st.builds(am.CheckpointProposed, DIGEST, st.just("") | DIGEST, COUNT, COUNT, many(NODE)),

@@ -543,6 +543,7 @@ class AttemptExited(_message.Message):
     SIGNAL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     BY_ITSELF_FIELD_NUMBER: _builtins.int
+    SAID_EXIT_CODE_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     """Absent when a signal ended it or nobody saw it end."""
     signal: _builtins.int
@@ -553,6 +554,10 @@ class AttemptExited(_message.Message):
     """No order to stop it had come by then, so whatever ended it was not one. False, also from an
     older agent: one had, or that is not known.
     """
+    said_exit_code: _builtins.int
+    """Below a launcher, whose own status is 1 whatever its workers left with: what they did, by their
+    own word. 0 to 255. Absent: they did not say, or the status is another one.
+    """
     def __init__(
         self,
         *,
@@ -560,17 +565,22 @@ class AttemptExited(_message.Message):
         signal: _builtins.int | None = ...,
         reason: _builtins.str = ...,
         by_itself: _builtins.bool = ...,
+        said_exit_code: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "signal", b"signal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_said_exit_code", b"_said_exit_code", "_signal", b"_signal", "exit_code", b"exit_code", "said_exit_code", b"said_exit_code", "signal", b"signal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_signal", b"_signal", "by_itself", b"by_itself", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_said_exit_code", b"_said_exit_code", "_signal", b"_signal", "by_itself", b"by_itself", "exit_code", b"exit_code", "reason", b"reason", "said_exit_code", b"said_exit_code", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__said_exit_code: _TypeAlias = _typing.Literal["said_exit_code"]  # noqa: Y015
+    _WhichOneofArgType__said_exit_code: _TypeAlias = _typing.Literal["_said_exit_code", b"_said_exit_code"]  # noqa: Y015
     _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
     _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__said_exit_code) -> _WhichOneofReturnType__said_exit_code | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
 

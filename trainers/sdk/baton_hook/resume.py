@@ -204,12 +204,15 @@ def link_files(files: Mapping[Path, Path], target: Path) -> None:
 
 def lay_out(restored: Found, output_directory: Path) -> None:
     """Put a restored checkpoint, and the best one that came with it, where `Trainer` looks for
-    them in the end, unless something lies there. Raises OSError."""
+    them in the end, unless something lies there; what is one node's part gives way, since all of it
+    is in what was restored. Raises OSError."""
     best = restored.path / BEST_NAME
     sources = {output_directory / f"checkpoint-{restored.step}": restored.path}
     sources |= {output_directory / path.name: path for path in torn.numbered(best)}
     output_directory.mkdir(parents=True, exist_ok=True)
     for target, source in sources.items():
+        if torn.is_part(target):
+            shutil.rmtree(target)
         if not target.exists():
             _link_once(_tree(source), target)
 

@@ -16,7 +16,11 @@ below a launcher are one rank to Baton, and the first of them speaks for it.
 
 To resume, the files of all parts are put together again in one directory, as `Trainer` expects it.
 Of torch's format each process reads rows that it does not keep itself (state that all have the same
-is written by one of them, whichever has least to write), so all of it is on every node then.
+is written by one of them, whichever has least to write), so all of it is on every node then. Of
+DeepSpeed's a process reads its own files and the common ones (0.19.8, `_get_all_zero_checkpoint_
+state_dicts` in its engine.py), but not with `elastic_checkpoint`, and only its names tell which
+they are; nor does a part have them where two ranks had one node, or in a checkpoint that is laid
+out for `Trainer` to find. One file that is wanted and not there costs more than to fetch them all.
 """
 
 import json

@@ -14,10 +14,10 @@ where the one before it ended, because a job's steps only grow. A call before th
 restored checkpoint belongs to runs again, as its results died with the node, and hands nothing
 over, as that would be a step back.
 
-With several ranks, all are followed or none; they agree on what they resume from (`agreement`), a
-stop is decided by all of them at the same step, rank 0 hands over when all have written, with their
-random states (`states`), or each does where each node has files of its own (`shards`), and all
-leave together.
+With several ranks, all are followed or none, and only where their hooks understand one another
+(`versions`); they agree on what they resume from (`agreement`), a stop is decided by all of them at
+the same step, rank 0 hands over when all have written, with their random states (`states`), or each
+does where each node has files of its own (`shards`), and all leave together.
 
 Names that are used of transformers: Trainer, its `args`, `state`, `callback_handler`,
 `add_callback` and `remove_callback`, TrainerCallback, and PREFIX_CHECKPOINT_DIR's value.
@@ -36,12 +36,18 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import baton_sdk
-from baton_hook import agreement, resume, shards, states, torn
+from baton_hook import agreement, ranks, resume, shards, states, torn, versions
 from baton_hook.guard import guarded, say
 from baton_sdk.session import STOP_SIGNALS
 
 NOTHING, SAVE, STOP = 0, 1, 2
 """What is wished for after a step; of several ranks' wishes the highest counts."""
+
+BEST_IN_PARTS = (
+    "load_best_model_at_end: each node has its own part of a checkpoint, which Trainer cannot load"
+    " in the end; give all nodes one output_dir. After a handoff the best one is there whole"
+)
+UNREADABLE = "a rank cannot read the committed checkpoint where it is"
 
 _Found = tuple[resume.Choice, resume.Found | None]
 """A rank's own choice, and the committed checkpoint that it has."""
@@ -72,6 +78,7 @@ class Program:
             self.session = baton_sdk.connect()
             self._ours = {number: signal.getsignal(number) for number in STOP_SIGNALS}
             atexit.register(self.session.close)
+            atexit.register(ranks.end_group_of_one)
             return True
         if self._pid != os.getpid():
             return False  # a fork; the thread that talks to the agent is the parent's
@@ -203,6 +210,10 @@ class _Callback:
             lambda: self._bridge.hand_over(args, state, share, told),
             None,
         )
+        if self._bridge.stopping:
+            # Trainer would load the best model before it returns, which takes its time, and cannot
+            # be done where each node has a part of it. Which one it is has just been written.
+            state.best_model_checkpoint = None
 
 
 class Bridge:
@@ -221,6 +232,8 @@ class Bridge:
         self._unreadable = False
         self._before: tuple[int, shards.Seen] = (0, {})
         """The step that may be saved next, and what lay in its directory."""
+        self._best: tuple[Path, shards.Share] | None = None
+        """The best checkpoint that this attempt has written, and what of it is this process's."""
 
     def choose(self, args: Any, asked: object) -> object:
         """What all ranks resume from: see `agreement`. One rank sets aside what is torn, then the
@@ -232,17 +245,13 @@ class Bridge:
                 found = guarded(
                     "choosing a checkpoint", lambda: self._find(args, asked, first), found
                 )
-            guarded("waiting for the other ranks", lambda: _barrier(args), None)
+            guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
         own, restored = found
         numbers = (*agreement.numbers_of(own, restored), int(self._unreadable))
-        highest = guarded(
-            "agreeing on a checkpoint", lambda: _highest_of_ranks(args, numbers), numbers
-        )
+        highest = guarded("agreeing on a checkpoint", lambda: ranks.highest(args, numbers), numbers)
         if highest[-1]:
-            guarded("waiting for the other ranks", lambda: _barrier(args), None)
-            say("a rank cannot read the committed checkpoint where it is: run all of us again")
-            self.session.close()
-            sys.exit(baton_sdk.EXIT_RUN_AGAIN)
+            guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
+            _end(self.session, baton_sdk.EXIT_RUN_AGAIN, f"{UNREADABLE}: run all of us again")
         chosen = agreement.conclude(own, restored, highest)
         if chosen.sentence:
             say(chosen.sentence)
@@ -280,24 +289,24 @@ class Bridge:
             return directory
         together = resume.put_together(directory, staging)
         wrong = torn.problem(together) if together != directory else ""
-        if not wrong:
-            return together
-        say(f"the committed checkpoint of step {self.session.restore_step} is no use: {wrong}")
-        sys.exit(1)
+        if wrong:
+            step = self.session.restore_step
+            _end(self.session, 1, f"the committed checkpoint of step {step} is no use: {wrong}")
+        return together
 
     def look(self, args: Any, state: Any) -> None:
         """Before a save, when no rank has begun with it: see `shards`."""
         self._before = (state.global_step, {})
-        if _distributed(args) is not None and _saved(args, state).is_dir():
+        if ranks.distributed(args) is not None and _saved(args, state).is_dir():
             self._before = (state.global_step, shards.look(_saved(args, state)))
 
     def divide(self, args: Any, state: Any) -> shards.Share:
         """What this process hands over of what all have saved. Raises `Scattered`, in all of
         them."""
-        if _distributed(args) is None:
+        if ranks.distributed(args) is None:
             return shards.alone(state.is_world_process_zero)
         torch = sys.modules["torch"]
-        _barrier(args)  # of processes of one node, the last may still write
+        ranks.barrier(args)  # of processes of one node, the last may still write
         step, before = self._before
         seen = guarded(
             "looking for what was saved",
@@ -334,7 +343,7 @@ class Bridge:
         end."""
         asked = SAVE if self.session.take_save_request() else NOTHING
         own = asked if self.session.stop_requested is None else STOP
-        (wish,) = _highest_of_ranks(args, (own,))
+        (wish,) = ranks.highest(args, (own,))
         complete = state.global_step >= state.max_steps
         self.stopping = wish == STOP and not complete
         return NOTHING if complete else wish
@@ -349,6 +358,8 @@ class Bridge:
             return
         saved, staging = _saved(args, state), self.session.staging_directory
         shards.mark(saved, share)
+        if getattr(state, "best_global_step", None) == state.global_step:
+            self._best = saved, share  # Trainer itself names it when its directory is there
         if not share.speaks or not self._hands_over or staging is None:
             return
         shards.check(saved, share)
@@ -363,20 +374,34 @@ class Bridge:
             states.add(random_states, staged)
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
-        best = Path(state.best_model_checkpoint or saved)
-        wanted = getattr(args, "load_best_model_at_end", False) and best != saved
-        # Of one in parts no node has all, and Trainer itself could not load it in the end.
-        if wanted and share.parts == 1 and best.is_dir() and not torn.is_part(best):
-            (staged / resume.BEST_NAME).mkdir()
-            resume.link_tree(best, staged / resume.BEST_NAME / best.name)
+        if getattr(args, "load_best_model_at_end", False):
+            self._add_best(state, saved, share, staged)
         step = self._steps_before + state.global_step
         self._ticket = self.session.checkpoint(staged, step, parts=share.parts)
+
+    def _add_best(self, state: Any, saved: Path, share: shards.Share, staged: Path) -> None:
+        """The best checkpoint, unless it is this one: what this process has written of it, of a
+        whole one all. Raises OSError."""
+        if share.parts > 1:
+            say(BEST_IN_PARTS)
+        best = Path(state.best_model_checkpoint or saved)
+        if best == saved or not best.is_dir():
+            return
+        target = staged / resume.BEST_NAME / best.name
+        if not torn.is_part(best):
+            if state.is_world_process_zero:
+                resume.link_tree(best, target)
+        elif self._best is not None and self._best[0] == best:
+            mine = sorted(self._best[1].paths)
+            resume.link_files({Path(path): best / path for path in mine}, target)
+        else:
+            say(f"{best} is in parts of an earlier attempt, and does not come along")
 
     def leave(self, args: Any) -> NoReturn:
         """End the program once the agent has the last checkpoint, or the grace is over."""
         stop, ticket = self.session.stop_requested, self._ticket
         own: tuple[int, ...] = (math.ceil(stop.remaining_s) if stop is not None else 0,)
-        (left_s,) = guarded("asking for the grace", lambda: _highest_of_ranks(args, own), own)
+        (left_s,) = guarded("asking for the grace", lambda: ranks.highest(args, own), own)
         if ticket is None and args.process_index != 0:
             say("stopped, as rank 0 was, which has the checkpoint")
         elif ticket is None:
@@ -387,7 +412,8 @@ class Bridge:
             reason = ticket.reason or "the grace is over"
             say(f"stopped after step {ticket.step}, whose checkpoint is lost: {reason}")
         # A launcher ends the other ranks as soon as one has left.
-        guarded("waiting for the other ranks", lambda: _barrier(args), None)
+        guarded("waiting for the other ranks", lambda: ranks.barrier(args), None)
+        _tell(self.session, baton_sdk.EXIT_RUN_AGAIN)
         self.session.close()
         self.left = True
         sys.exit(baton_sdk.EXIT_RUN_AGAIN)
@@ -407,20 +433,36 @@ def _lay_out(args: Any, restored: resume.Found) -> None:
 
 def _all_of_ranks(args: Any, ours: bool) -> bool:
     """Whether every rank's Trainer is ours to follow. What ranks decide together needs all of them,
-    up to the last step: one that is left alone would be waited for."""
-    (left_alone,) = _highest_of_ranks(args, (int(not ours),))
-    return not left_alone
+    up to the last step: one that is left alone would be waited for. Raises SystemExit where they
+    would not understand one another."""
+    (highest,) = ranks.highest(args, (versions.first_word(ours),))
+    if highest >= versions.LEFT_ALONE:
+        return False
+    if ranks.distributed(args) is None:
+        return True
+    node = os.environ.get("BATON_NODE", "")
+    assert _program.session is not None
+    if highest == versions.UNNUMBERED:
+        # It waits for us in what comes next, and is ended at once where another rank has failed.
+        _end(_program.session, 1, versions.unnumbered(node))
+    words = states.gather(sys.modules["torch"], args.device, versions.second_word(node))
+    if wrong := versions.problem(words):
+        # An upgrade under way is no failure of the job's, nor of its checkpoint.
+        _end(_program.session, baton_sdk.EXIT_RUN_AGAIN, wrong)
+    return True
 
 
-def _highest_of_ranks(args: Any, numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """Of each number the highest that any rank has."""
-    distributed = _distributed(args)
-    if distributed is None:
-        return numbers
-    torch = sys.modules["torch"]
-    highest = torch.tensor(numbers, dtype=torch.int64, device=args.device)
-    distributed.all_reduce(highest, op=distributed.ReduceOp.MAX)
-    return tuple(highest.tolist())
+def _end(session: baton_sdk.Session, status: int, sentence: str) -> NoReturn:
+    """End the program before it has trained."""
+    say(sentence)
+    _tell(session, status, sentence)
+    session.close()
+    sys.exit(status)
+
+
+def _tell(session: baton_sdk.Session, status: int, sentence: str = "") -> None:
+    """The environment's own SDK may be older than this."""
+    guarded("telling the agent", lambda: session.leaving(status, sentence), None)
 
 
 def _saved(args: Any, state: Any) -> Path:
@@ -430,22 +472,7 @@ def _saved(args: Any, state: Any) -> Path:
 
 def _random_states(args: Any, state: Any) -> list[bytes]:
     """Of all ranks, where there are several."""
-    if _distributed(args) is None:
+    if ranks.distributed(args) is None:
         return []
     own = states.read(_saved(args, state), args.process_index)
     return states.gather(sys.modules["torch"], args.device, own)
-
-
-def _barrier(args: Any) -> None:
-    distributed = _distributed(args)
-    if distributed is not None:
-        distributed.barrier()
-
-
-def _distributed(args: Any) -> Any:
-    """torch.distributed where there are several ranks, else None."""
-    if args.world_size < 2:
-        return None
-    distributed = sys.modules["torch"].distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return distributed if ready else None

@@ -38,6 +38,9 @@ SECONDS_MAX = 1e9
 METRIC_NAME_CHARACTERS_MAX = 100
 """64 names of 100 characters and their numbers stay under a fifth of the line limit."""
 
+REASON_CHARACTERS_MAX = 500
+"""What the agent takes of a sentence; people read no more."""
+
 MILESTONES_MAX = 64
 """The contract names four; more than 64 is a loop that mistakes milestones for progress."""
 
@@ -122,6 +125,9 @@ class Mailbox:
         self._heeds_saves = False
         self._heeds_saves_unsent = False
         self._saves_wanted = False
+        self._leaving: dict[str, object] | None = None
+        self._leaving_unsent = False
+        self._leaving_wanted = False
         self._milestones: OrderedDict[str, dict[str, object]] = OrderedDict()
         self._milestones_sent: set[str] = set()
         self._unanswered: OrderedDict[int, Ticket] = OrderedDict()
@@ -184,6 +190,13 @@ class Mailbox:
         with self._lock:
             self._heeds_saves = self._heeds_saves_unsent = True
 
+    def put_leaving(self, status: int, reason: str) -> None:
+        """With what status this process will end, and why; each agent is told once."""
+        reason = "".join(c for c in " ".join(reason.split()) if c.isprintable())
+        told = {"type": "leaving", "status": status, "reason": reason[:REASON_CHARACTERS_MAX]}
+        with self._lock:
+            self._leaving, self._leaving_unsent = told, True
+
     def put_checkpoint(
         self,
         path: Path | None,
@@ -219,6 +232,7 @@ class Mailbox:
             self._section_unsent, self._sections_ended = bool(self._section), 0
             self._section_sent_at_s, self._sections_wanted = -math.inf, False
             self._heeds_saves_unsent, self._saves_wanted = self._heeds_saves, False
+            self._leaving_unsent, self._leaving_wanted = self._leaving is not None, False
 
     def refuse_captures(self, reason: str) -> None:
         """The agent that is there now cannot read them: their slots are free again, and the next
@@ -233,11 +247,12 @@ class Mailbox:
             ticket.settle(TicketState.REFUSED, reason=reason)
 
     def welcomed(self, message: Mapping[str, object]) -> None:
-        """An agent that knows nothing of sections, or of requests to save, says nothing of them,
-        and is told nothing."""
+        """An agent that knows nothing of sections, of requests to save, or of leaving, says nothing
+        of them, and is told nothing."""
         with self._lock:
             self._sections_wanted = message.get("sections") is True
             self._saves_wanted = message.get("saves") is True
+            self._leaving_wanted = message.get("leaving") is True
 
     def take(self, now_s: float, *, everything: bool = False) -> list[bytes]:
         """The lines to send now. ``everything`` ignores the rate limit of progress."""
@@ -262,13 +277,17 @@ class Mailbox:
                 messages.append(self._progress)
                 self._progress = None
                 self._progress_sent_at_s = now_s
+            if self._leaving is not None and self._leaving_unsent and self._leaving_wanted:
+                messages.append(self._leaving)
+                self._leaving_unsent = False
         return [encode(message) for message in messages]
 
     def seconds_until_due(self, now_s: float) -> float | None:
         """How long until something may be sent; None while there is nothing."""
         with self._lock:
             heeds_saves = self._heeds_saves_unsent and self._saves_wanted
-            if self._milestones or self._unsent or heeds_saves:
+            leaving = self._leaving_unsent and self._leaving_wanted
+            if self._milestones or self._unsent or heeds_saves or leaving:
                 return 0.0
             due_s = []
             if self._progress is not None:

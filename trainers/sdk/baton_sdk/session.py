@@ -306,6 +306,19 @@ class Session:
             self.close()
             sys.exit(EXIT_RUN_AGAIN)
 
+    def leaving(self, status: int, reason: str = "") -> None:
+        """Say with what status, 0 to 255, this process will end, and why in one sentence. A
+        launcher above it has a status of its own for workers that left with any: of torchrun's 1
+        the agent knows then that it was ``EXIT_RUN_AGAIN``, and the reason stands in the job's
+        history.
+
+        To be said last, and only where all processes below the launcher leave for this reason:
+        which of them the launcher's status is about, nobody can tell.
+        """
+        if self._link is not None:
+            self._mailbox.put_leaving(operator.index(status), reason)
+            self._link.wake()
+
     def close(self, flush_timeout_s: float = FLUSH_TIMEOUT_S) -> None:
         """Send what waits, for at most ``flush_timeout_s`` seconds, and end the link."""
         if self._link is not None:
