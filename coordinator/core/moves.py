@@ -102,6 +102,7 @@ def may_follow(state: State, now: Instant, attempt: Attempt) -> bool:
         runs
         and job.spec.ranks == 1
         and competes(job.spec)
+        and not job.spec.shared_gpu_memory_bytes
         and bool(state.good_checkpoints(job))
         and job.id not in state.standing.promises
         and not deadlines.is_close(state, now, job)
