@@ -49,10 +49,12 @@ class Entrant:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """All of them, and what there is to have of each type."""
+    """All of them, and what there is to have of each type. `aside` are those that are not weighed,
+    since they share a GPU, and have a deadline."""
 
     entrants: tuple[Entrant, ...]
     capacity: Mapping[str, int]
+    aside: tuple[Job, ...] = ()
 
 
 def competes(spec: JobSpec) -> bool:
@@ -99,6 +101,7 @@ def field_of(
     allowance = Allowance()
     suited: dict[tuple[object, ...], tuple[str, ...]] = {}
     entrants: list[Entrant] = []
+    aside: list[Job] = []
     held: dict[str, None] = {}
     for job in jobs:
         spec = job.spec
@@ -107,7 +110,8 @@ def field_of(
         if request not in suited:
             suited[request] = types_for(spec, fleet)
         at = place_of(state, job, fleet)
-        if at == "" and job.phase is JobPhase.ACTIVE:
+        if not competes(spec) or (at == "" and job.phase is JobPhase.ACTIVE):
+            aside += [job] if spec.shared_gpu_memory_bytes and spec.deadline_unix_ms else []
             continue  # where it is nobody else could be, or nobody can say what that is worth
         rates = speeds.of(state, now, job, suited[request], allowance)
         entrant = _entrant(state, now, job, rates, at or "")
@@ -123,12 +127,14 @@ def field_of(
             gpu_type = fleet.type_of.get(uuid)
             if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
                 capacity[gpu_type] -= 1
-    return Field(tuple(entrants), capacity)
+    return Field(tuple(entrants), capacity, tuple(aside))
 
 
-def newcomer(state: State, now: Instant, job: Job, fleet: Fleet) -> Entrant:
+def newcomer(
+    state: State, now: Instant, job: Job, fleet: Fleet, allowance: Allowance | None = None
+) -> Entrant:
     """One that has come since the last decision, by facts if its estimate is dear."""
-    rates = speeds.of(state, now, job, types_for(job.spec, fleet), Allowance(1))
+    rates = speeds.of(state, now, job, types_for(job.spec, fleet), allowance or Allowance(1))
     return _entrant(state, now, job, rates, "")
 
 
@@ -169,7 +175,7 @@ def since_ms(state: State, now: Instant, key: int | str, unix_ms: int) -> int:
 
 
 def contending(state: State) -> list[Job]:
-    """In the order of submission."""
+    """In the order of submission, also those that are not weighed and have a deadline."""
     ids = dict(state.queued)
     for attempt_id in state.indices.open_attempts:
         ids[state.attempts[attempt_id].job_id] = None
@@ -177,7 +183,7 @@ def contending(state: State) -> list[Job]:
     return [
         job
         for job in jobs
-        if competes(job.spec)
+        if (competes(job.spec) or job.spec.deadline_unix_ms)
         and job.intent is JobIntent.RUN
         and job.phase in (JobPhase.QUEUED, JobPhase.ACTIVE)
     ]

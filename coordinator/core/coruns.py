@@ -62,6 +62,7 @@ LOOKERS_MAX = 1_000
 MEMBERS_KEPT = 4096
 # Of how much a GPU is used, as drivers say it: with more, no two trainings would be alike.
 UTILIZATION_DIGITS = 2
+STRANGER = Member("")
 
 # --- what is measured -----------------------------------------------------------------------------
 
@@ -81,6 +82,7 @@ def heard(state: State, now: Instant, attempt_id: str, progress: Progress) -> No
     same = watch is not None and (watch.beside, watch.timed) == (beside, timed)
     if watch is None or not same or progress.step < watch.step:
         state.watches[attempt_id] = Watch(beside, progress.step, spent_s, timed)
+        state.paces.pop(attempt_id, None)  # with this company it may have another
         return
     steps, seconds = progress.step - watch.step, spent_s - watch.spent_s
     if steps >= STEPS_MIN and seconds >= max(TRIAL_S, 2 * watch.written_s):
@@ -425,6 +427,11 @@ def kept_ratio(state: State, attempt: Attempt, other: Attempt) -> float:
         return kept
     one, its = (member(state.jobs[each.job_id].spec) for each in (attempt, other))
     return _lessons(state).about(one, its, type_of(state, attempt)).one.expected_ratio
+
+
+def kept_ratio_expected(state: State, job: Job) -> float:
+    """Of its speed beside one of whom nothing is known."""
+    return _lessons(state).about(member(job.spec), STRANGER, "").one.expected_ratio
 
 
 def is_known_alone(state: State, now: Instant, attempt: Attempt) -> bool:
