@@ -433,7 +433,7 @@ class Hurried(World):
 
 
 @given(kept=MATRICES, steps=HURRIED)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_who_has_to_be_alone_for_a_deadline_is_and_costs_nobody_more_than_he_may(
     kept: Kept, steps: list[tuple[str, Any]]
 ) -> None:
