@@ -11,6 +11,7 @@ judged after two minutes (`coruns.py`):
    and each 0.7 of its speed with a likelihood of a quarter. What was measured decides for itself.
 3. Only beside one of whom it is known how fast he is alone: what cannot be judged is not tried.
 4. Two that were parted are not put together again.
+5. Not beside one who has to run alone, now or soon, to keep a deadline (`apart.py`).
 
 For placement whoever is refused has his GPU alone, until he leaves (`keeps.py`). Who waits is told
 why, of those who have a GPU that he could share.
@@ -18,7 +19,7 @@ why, of those who have a GPU that he could share.
 
 from collections.abc import Mapping
 
-from coordinator.core import coruns
+from coordinator.core import coruns, deadlines
 from coordinator.core.keeps import Keep
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_CHANCE_MIN, Sharer
@@ -60,7 +61,7 @@ def _refused(state: State, now: Instant, job: Job, parted: Mapping[int, None]) -
         if live is None or live.holders != (attempt.id,):  # beside two nobody would be put
             continue
         if len(named) < NAMED_MAX:
-            why = _why_not(state, job, other, parted)
+            why = _why_not(state, now, job, other, parted)
             named.append(f"not beside job {attempt.job_id} on {attempt.node}: {why}")
         else:
             rest += 1
@@ -77,6 +78,8 @@ def _may_be(
     """Whether the two may be put together."""
     if state.jobs[other.job_id].spec.job_class is not job.spec.job_class:
         return False
+    if _hurries(state, now, other):
+        return False
     if other.job_id in parted or not coruns.forecast(state, job, other).worth_trying:
         return False
     known = state.indices.known_alone
@@ -85,11 +88,20 @@ def _may_be(
     return known[other.attempt]
 
 
-def _why_not(state: State, job: Job, other: Sharer, parted: Mapping[int, None]) -> str:
+def _hurries(state: State, now: Instant, other: Sharer) -> bool:
+    its = state.jobs[other.job_id]
+    return its.spec.share_automatic and deadlines.is_close(state, now, its)
+
+
+def _why_not(
+    state: State, now: Instant, job: Job, other: Sharer, parted: Mapping[int, None]
+) -> str:
     """Of two that may not."""
     its = state.jobs[other.job_id].spec
     if its.job_class is not job.spec.job_class:
         return f"that one is {its.job_class.value}"
+    if _hurries(state, now, other):
+        return "that one has to run alone to keep its deadline"
     if other.job_id in parted:
         return "they were too slow together"
     said = coruns.forecast(state, job, other)

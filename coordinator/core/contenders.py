@@ -10,7 +10,10 @@ What one is in terms of the other is said here, and nowhere else:
   configuration does, and it or the same training has been measured. Of a job where it is not known
   nothing is guessed from how long it has run, and it stays where it is: to its class it is as one
   that has just begun. Who would not gain by it for certain is not moved.
-- Jobs without GPUs and jobs that share one are no contenders: placement alone decides over them.
+- A job that shares a GPU only where that pays is as any other of one GPU while it has one to
+  itself, and while it waits. Once it has company the two are no contenders: whether they stay
+  together is decided where they are (`coruns.py`).
+- Jobs without GPUs and others that share one are no contenders: placement alone decides over them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.core import costs, gpu_types, speeds, workload
 from coordinator.core.allocation import Contender, Option
-from coordinator.core.model import CLASS_RANK, GpuFacts, Job, JobIntent, JobSpec
+from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobIntent, JobSpec
 from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.speeds import Allowance
@@ -46,14 +49,16 @@ class Entrant:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """All of them, and what there is to have of each type."""
+    """All of them, and what there is to have of each type. `aside` are those that are not weighed,
+    since they share a GPU, and have a deadline."""
 
     entrants: tuple[Entrant, ...]
     capacity: Mapping[str, int]
+    aside: tuple[Job, ...] = ()
 
 
 def competes(spec: JobSpec) -> bool:
-    return spec.gpus > 0 and not spec.shared_gpu_memory_bytes
+    return spec.gpus > 0 and (spec.share_automatic or not spec.shared_gpu_memory_bytes)
 
 
 def fleet_of(state: State) -> Fleet:
@@ -96,14 +101,17 @@ def field_of(
     allowance = Allowance()
     suited: dict[tuple[object, ...], tuple[str, ...]] = {}
     entrants: list[Entrant] = []
+    aside: list[Job] = []
     held: dict[str, None] = {}
     for job in jobs:
         spec = job.spec
-        request = (spec.gpus, spec.ranks, spec.gpu_types, spec.gpu_memory_bytes_min)
+        size = spec.gpu_memory_bytes_min, spec.shared_gpu_memory_bytes
+        request = (spec.gpus, spec.ranks, spec.gpu_types, *size)
         if request not in suited:
             suited[request] = types_for(spec, fleet)
         at = place_of(state, job, fleet)
-        if at == "" and job.phase is JobPhase.ACTIVE:
+        if not competes(spec) or (at == "" and job.phase is JobPhase.ACTIVE):
+            aside += [job] if spec.shared_gpu_memory_bytes and spec.deadline_unix_ms else []
             continue  # where it is nobody else could be, or nobody can say what that is worth
         rates = speeds.of(state, now, job, suited[request], allowance)
         entrant = _entrant(state, now, job, rates, at or "")
@@ -119,12 +127,14 @@ def field_of(
             gpu_type = fleet.type_of.get(uuid)
             if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
                 capacity[gpu_type] -= 1
-    return Field(tuple(entrants), capacity)
+    return Field(tuple(entrants), capacity, tuple(aside))
 
 
-def newcomer(state: State, now: Instant, job: Job, fleet: Fleet) -> Entrant:
+def newcomer(
+    state: State, now: Instant, job: Job, fleet: Fleet, allowance: Allowance | None = None
+) -> Entrant:
     """One that has come since the last decision, by facts if its estimate is dear."""
-    rates = speeds.of(state, now, job, types_for(job.spec, fleet), Allowance(1))
+    rates = speeds.of(state, now, job, types_for(job.spec, fleet), allowance or Allowance(1))
     return _entrant(state, now, job, rates, "")
 
 
@@ -138,13 +148,22 @@ def imagined(
 
 def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
     """The type that all of a job's ranks are on; empty where it is on several, or on what takes no
-    work; `None` where it is on none, or about to leave."""
+    work, or beside somebody; `None` where it is on none, or about to leave."""
     gang = state.gang(job)
     if job.phase is not JobPhase.ACTIVE or any(rank.phase not in RUNS for rank in gang):
         return None
+    if job.spec.shared_gpu_memory_bytes and beside(state, gang[0]):
+        return ""
     uuids = [uuid for rank in gang for uuid in rank.gpu_uuids]
     types = list(dict.fromkeys(fleet.type_of.get(uuid, "") for uuid in uuids))
     return types[0] if len(types) == 1 else ""
+
+
+def beside(state: State, attempt: Attempt) -> tuple[str, ...]:
+    """The attempts that have its GPU with it."""
+    live = state.nodes.get(attempt.node)
+    gpu = None if live is None else live.gpus.get(attempt.gpu_uuids[0])
+    return () if gpu is None else tuple(one for one in gpu.holders if one != attempt.id)
 
 
 def since_ms(state: State, now: Instant, key: int | str, unix_ms: int) -> int:
@@ -156,7 +175,7 @@ def since_ms(state: State, now: Instant, key: int | str, unix_ms: int) -> int:
 
 
 def contending(state: State) -> list[Job]:
-    """In the order of submission."""
+    """In the order of submission, also those that are not weighed and have a deadline."""
     ids = dict(state.queued)
     for attempt_id in state.indices.open_attempts:
         ids[state.attempts[attempt_id].job_id] = None
@@ -164,7 +183,7 @@ def contending(state: State) -> list[Job]:
     return [
         job
         for job in jobs
-        if competes(job.spec)
+        if (competes(job.spec) or job.spec.deadline_unix_ms)
         and job.intent is JobIntent.RUN
         and job.phase in (JobPhase.QUEUED, JobPhase.ACTIVE)
     ]

@@ -18,18 +18,18 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    the two did themselves is not outweighed by others of their names: these may have been better
    together, and two that were parted would be put together again and again.
 4. A job that shares only where it pays (`company.py`) leaves in any case when it does not, free GPU
-   or not; and when it does, once a GPU is free that nobody waits for and it has run for its
-   minimum: alone is faster.
+   or not; and when it does, once a GPU is free that nobody waits for, it has run for its minimum,
+   and is faster there alone.
 
 What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
 Three and more on a GPU are not judged: whose fault it is, nobody can tell.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from coordinator.core import attempts, costs, gpu_types, history, pairs, shares
+from coordinator.core import attempts, contenders, costs, gpu_types, history, pairs, speeds
 from coordinator.core.allocation import run_s_min
 from coordinator.core.model import Attempt, GpuFacts, Job, JobIntent, JobSpec, Progress
 from coordinator.core.offers import open_rooms
@@ -62,6 +62,7 @@ LOOKERS_MAX = 1_000
 MEMBERS_KEPT = 4096
 # Of how much a GPU is used, as drivers say it: with more, no two trainings would be alike.
 UTILIZATION_DIGITS = 2
+STRANGER = Member("")
 
 # --- what is measured -----------------------------------------------------------------------------
 
@@ -81,6 +82,7 @@ def heard(state: State, now: Instant, attempt_id: str, progress: Progress) -> No
     same = watch is not None and (watch.beside, watch.timed) == (beside, timed)
     if watch is None or not same or progress.step < watch.step:
         state.watches[attempt_id] = Watch(beside, progress.step, spent_s, timed)
+        state.paces.pop(attempt_id, None)  # with this company it may have another
         return
     steps, seconds = progress.step - watch.step, spent_s - watch.spent_s
     if steps >= STEPS_MIN and seconds >= max(TRIAL_S, 2 * watch.written_s):
@@ -176,7 +178,7 @@ def _of_stretches(state: State) -> dict[tuple[str, str], tuple[float, float]]:
     if indices.alone is None:
         indices.alone = {}
         for attempt, job in _measured(state):
-            kind = member(job.spec).name, _type(state, attempt)
+            kind = member(job.spec).name, type_of(state, attempt)
             for one in attempt.stretches if kind[1] else ():
                 if not one.beside:
                     told = one.seconds, one.steps / one.seconds
@@ -197,7 +199,7 @@ def _of_history(state: State, now: Instant) -> dict[tuple[str, str], tuple[float
     return indices.seen[1]
 
 
-def _type(state: State, attempt: Attempt) -> str:
+def type_of(state: State, attempt: Attempt) -> str:
     gpu = _gpu(state, attempt)
     return "" if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
 
@@ -236,14 +238,16 @@ def _too_slow(attempt: Attempt, other: Attempt) -> bool:
 def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
     """Of two that lose by one another one leaves, the later one if it may."""
     slow = _too_slow(attempt, other)
-    may = slow or all(_has_run(state, now, one) for one in (attempt, other))
+    may = slow or all(has_run(state, now, one) for one in (attempt, other))
     for leaving, staying in _later_first(attempt, other):
         job = state.jobs[leaving.job_id]
         automatic = job.spec.share_automatic
         if not job.head or not (slow or (automatic and may)):
             continue
         why = ""
-        if _free_elsewhere(state, job, leaving):
+        if free_elsewhere(state, job, leaving) and (
+            slow or free_elsewhere(state, job, leaving, _slower_alone(state, now, leaving, staying))
+        ):
             why = "another GPU is free"
         elif slow and automatic:
             why = "it shares only where that pays"
@@ -253,7 +257,7 @@ def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
             return
 
 
-def _has_run(state: State, now: Instant, attempt: Attempt) -> bool:
+def has_run(state: State, now: Instant, attempt: Attempt) -> bool:
     """For its minimum, as whoever is moved has to."""
     restart_s = costs.restart_s(state, now, state.jobs[attempt.job_id])
     ran_s = (now.unix_ms - attempt.assigned_unix_ms) / 1000
@@ -265,9 +269,19 @@ def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
     return [(both[0], both[1]), (both[1], both[0])]
 
 
-def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
-    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits. Who
-    saves to go on elsewhere has his first."""
+def _slower_alone(state: State, now: Instant, attempt: Attempt, other: Attempt) -> Sequence[str]:
+    """The types of GPU on which it would do less alone than here beside the other."""
+    job = state.jobs[attempt.job_id]
+    fleet = state.standing.fleet or contenders.fleet_of(state)
+    rates = speeds.of(state, now, job, contenders.types_for(job.spec, fleet), speeds.Allowance(1))
+    by_type = dict(zip(rates.types, rates.mean, strict=True))
+    here = kept_ratio(state, attempt, other) * by_type.get(type_of(state, attempt), 0.0)
+    return [gpu_type for gpu_type, rate in by_type.items() if rate < here]
+
+
+def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str] = ()) -> bool:
+    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits; `but`
+    of these types. Who saves to go on elsewhere has his first."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
     leaving = _leaving(state)
     ahead = sum(one.gpus for one in leaving)
@@ -277,7 +291,7 @@ def _free_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
             continue
         for gpu in room.free.values():
             alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
-            able = alone and shares.left_bytes(gpu, ()) >= job.spec.shared_gpu_memory_bytes
+            able = alone and gpu_types.key_of(gpu.name, gpu.memory_bytes) not in but
             if not able or any(one.gpus and suits(one, gpu) for one in waiting):
                 continue
             if not ahead or not any(suits(one, gpu) for one in leaving):
@@ -332,7 +346,7 @@ def _hope(state: State, job: Job, attempt: Attempt) -> str:
     if not pays:
         return ""
     beside = member(state.jobs[attempt.job_id].spec)
-    ratio = _lessons(state).about(member(job.spec), beside, _type(state, attempt)).combined_ratio
+    ratio = _lessons(state).about(member(job.spec), beside, type_of(state, attempt)).combined_ratio
     return f"together {ratio:.2f} times one alone are expected; "
 
 
@@ -386,7 +400,7 @@ def sharers(state: State) -> Sharers:
             if state.share_bytes(attempt_id):
                 attempt = state.attempts[attempt_id]
                 who = member(state.jobs[attempt.job_id].spec)
-                found.append(Sharer(attempt_id, attempt.job_id, who, _type(state, attempt)))
+                found.append(Sharer(attempt_id, attempt.job_id, who, type_of(state, attempt)))
         names = dict.fromkeys(each.who.name for each in found)
         families = dict.fromkeys(each.who.family for each in found if each.who.family)
         state.indices.sharers = Sharers(tuple(found), names, families)
@@ -404,6 +418,20 @@ def kind(state: State, spec: JobSpec) -> tuple[object, ...]:
 def forecast(state: State, job: Job, other: Sharer) -> Forecast:
     """Of a job beside one that runs."""
     return _lessons(state).about(member(job.spec), other.who, other.gpu_type)
+
+
+def kept_ratio(state: State, attempt: Attempt, other: Attempt) -> float:
+    """Of its speed beside this one: measured, or as it is expected."""
+    kept, _ = _kept(attempt, other) or (None, None)
+    if kept is not None:
+        return kept
+    one, its = (member(state.jobs[each.job_id].spec) for each in (attempt, other))
+    return _lessons(state).about(one, its, type_of(state, attempt)).one.expected_ratio
+
+
+def kept_ratio_expected(state: State, job: Job) -> float:
+    """Of its speed beside one of whom nothing is known."""
+    return _lessons(state).about(member(job.spec), STRANGER, "").one.expected_ratio
 
 
 def is_known_alone(state: State, now: Instant, attempt: Attempt) -> bool:
@@ -444,7 +472,7 @@ def _lessons(state: State) -> Lessons:
 
 def _sights(state: State) -> Iterator[Sight]:
     for attempt, job in _measured(state):
-        gpu_type = _type(state, attempt)
+        gpu_type = type_of(state, attempt)
         for one in attempt.stretches:
             other = state.attempts.get(one.beside[0]) if len(one.beside) == 1 else None
             if other is not None and one.kept_ratio and gpu_type:

@@ -13,15 +13,23 @@ allocation (`moves.py`). Of several that are late whoever became it last comes f
 can still be kept, that of the others less and less. When it is lost there is nothing left to keep,
 and a job is as any other: it may be stopped for one that can be in time. A deadline that cannot be
 kept is told where it is seen: to whoever submits it, and to whoever asks.
+
+Who shares a GPU whatever comes of it (`--share-gpu SIZE`) is taken to be as fast as beside one of
+whom nothing is known. Who shares it only where that pays has it alone when that has to be
+(`apart.py`): he is taken to be as fast as alone, where he is or would be.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-from coordinator.core import contenders, foresight
+from coordinator.core import contenders, coruns, foresight
 from coordinator.core.allocation import latest_start_ms
-from coordinator.core.contenders import DEADLINE_MARGIN_MS
-from coordinator.core.model import Job, JobSpec
+from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
+from coordinator.core.model import Attempt, Job, JobSpec
 from coordinator.core.phases import ATTEMPT_LIVE, JobPhase
+from coordinator.core.speeds import Allowance
+from coordinator.core.standing import Fleet
 from coordinator.core.state import Instant, State
 
 # Nobody is moved who would have to start so soon: a move takes minutes.
@@ -58,10 +66,40 @@ def is_close(state: State, now: Instant, job: Job, within_ms: float = CLOSE_MS) 
     return job.id in late(state) or now.now_ms < latest_ms <= now.now_ms + within_ms
 
 
-def must_start(now: Instant, job: Job) -> str:
+def must_start(now: Instant, job: Job, *, alone: bool = False) -> str:
     """For who gives way to it."""
     at = foresight.moment(now, _deadline_ms(now, job))
-    return f"which has to run now to keep its deadline {at}"
+    return f"which has to run {'alone ' if alone else ''}now to keep its deadline {at}"
+
+
+def entrants(state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet) -> list[Entrant]:
+    """Of jobs that share their GPUs, or will, as fast as each could be there; of who shares his
+    whatever comes of it nothing follows any more once he runs."""
+    allowance = Allowance()
+    found = []
+    for job in jobs:
+        attempt = state.current(job) if job.phase is JobPhase.ACTIVE else None
+        if attempt is not None and not job.spec.share_automatic:
+            continue
+        entrant = contenders.newcomer(state, now, job, fleet, allowance)
+        if attempt is None:
+            entrant = _slowed(state, entrant)
+        else:
+            entrant = _there(entrant, coruns.type_of(state, attempt))
+        if entrant.contender.options:
+            found.append(entrant)
+    return found
+
+
+def _slowed(state: State, entrant: Entrant) -> Entrant:
+    ratio = coruns.kept_ratio_expected(state, entrant.job)
+    options = [replace(each, rate=ratio * each.rate) for each in entrant.contender.options]
+    return replace(entrant, contender=replace(entrant.contender, options=tuple(options)))
+
+
+def _there(entrant: Entrant, gpu_type: str) -> Entrant:
+    options = tuple(each for each in entrant.contender.options if each.gpu_type == gpu_type)
+    return replace(entrant, contender=replace(entrant.contender, options=options))
 
 
 def warning(state: State, now: Instant, job: Job) -> str:
@@ -69,14 +107,27 @@ def warning(state: State, now: Instant, job: Job) -> str:
     can, and where nobody knows."""
     if not job.spec.deadline_unix_ms:
         return ""
-    entrant = contenders.newcomer(state, now, job, contenders.fleet_of(state))
-    latest_ms = latest_start_ms(entrant.contender)
-    if not entrant.contender.options or latest_ms + DEADLINE_MARGIN_MS >= now.now_ms:
-        return ""
-    best = max(entrant.contender.options, key=lambda option: option.rate)
-    need = foresight.seconds((entrant.contender.steps_left or 0.0) / best.rate)
     at = foresight.moment(now, _deadline_ms(now, job))
-    return f"its deadline {at} cannot be kept: it needs about {need} on {best.gpu_type}, the best"
+    alone = contenders.newcomer(state, now, job, contenders.fleet_of(state))
+    needs = _needs_too_long(now, alone)
+    if needs:
+        return f"its deadline {at} cannot be kept: it needs {needs}, the best"
+    if not job.spec.shared_gpu_memory_bytes or job.spec.share_automatic:
+        return ""
+    needs = _needs_too_long(now, _slowed(state, alone))
+    return (
+        needs and f"its deadline {at} may be missed: beside others it is expected to need {needs}"
+    )
+
+
+def _needs_too_long(now: Instant, entrant: Entrant) -> str:
+    """For how long it would run on the best GPUs, if that is until after its deadline."""
+    contender = entrant.contender
+    if not contender.options or latest_start_ms(contender) + DEADLINE_MARGIN_MS >= now.now_ms:
+        return ""
+    best = max(contender.options, key=lambda option: option.rate)
+    need = foresight.seconds((contender.steps_left or 0.0) / best.rate)
+    return f"about {need} on {best.gpu_type}"
 
 
 def describe(state: State, now: Instant, job: Job) -> str:
@@ -94,8 +145,10 @@ def describe(state: State, now: Instant, job: Job) -> str:
         if end_ms is None:
             return f"; its deadline is {at}"
         early = foresight.seconds(abs(deadline_ms - end_ms) / 1000)
-        side = "before" if end_ms <= deadline_ms else "after"
-        return f"; it is expected to end {early} {side} its deadline {at}"
+        if end_ms <= deadline_ms:
+            return f"; it is expected to end {early} before its deadline {at}"
+        because = _of_company(state, now, job, attempt)
+        return f"; it is expected to end {early} after its deadline {at}{because}"
     rented = state.scaler.rented_for.get(job.id)
     if rented is not None:
         nodes = "a node was" if rented.nodes < 2 else f"{rented.nodes} nodes were"
@@ -108,7 +161,25 @@ def describe(state: State, now: Instant, job: Job) -> str:
             f"; nobody knows when it has to start for its deadline {at}: it does not say how many"
             " steps it has, or no such training was measured"
         )
-    return _of_waiting(now, latest_ms, at, is_late=job.id in late(state))
+    told = _of_waiting(now, latest_ms, at, is_late=job.id in late(state))
+    if job.spec.shared_gpu_memory_bytes and not job.spec.share_automatic:
+        told += f", at {coruns.kept_ratio_expected(state, job):.2f} of its speed, since it shares"
+    return told
+
+
+def _of_company(state: State, now: Instant, job: Job, attempt: Attempt) -> str:
+    """What comes of it for who shares a GPU and is too slow there; empty for any other."""
+    if not job.spec.shared_gpu_memory_bytes or not contenders.beside(state, attempt):
+        return ""
+    if not job.spec.share_automatic:
+        return ", beside others: nobody leaves for it, since it does not share by `auto`"
+    latest_ms = state.standing.latest_ms.get(job.id, math.inf)
+    if latest_ms == math.inf:
+        return ""
+    if latest_ms <= (state.standing.decided_ms or 0) and job.id not in late(state):
+        return ", also alone"
+    when = foresight.moment(now, round(latest_ms)) if latest_ms > now.now_ms else "now"
+    return f" with company, and is to run alone {when}"
 
 
 def _of_waiting(now: Instant, latest_ms: float, at: str, *, is_late: bool) -> str:

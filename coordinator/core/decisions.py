@@ -24,7 +24,7 @@ the order of submission, class by class.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.core import claims, contenders, deadlines, moves, projects
+from coordinator.core import apart, claims, contenders, deadlines, moves, projects
 from coordinator.core.allocation import Allocation, allocate, is_late, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
@@ -89,18 +89,20 @@ def decide(state: State, now: Instant) -> None:
         solve=state.options.solve,
     )
     standing.prices, standing.ahead = allocation.prices, allocation.ahead
+    aside = deadlines.entrants(state, now, field.aside, standing.fleet)
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
-        for entrant in field.entrants
+        for entrant in (*field.entrants, *aside)
         if now.now_ms < (entrant.contender.deadline_ms or 0)
     }
     standing.late_ms = {
         entrant.job.id: standing.latest_ms[entrant.job.id]
-        for entrant in field.entrants
+        for entrant in (*field.entrants, *aside)
         if is_late(entrant.contender, now.now_ms)
     }
     _remember(state, now, field, allocation)
-    moves.make(state, now, field, allocation)
+    moves.make(state, now, field, allocation, aside)
+    apart.make(state, now, aside)
     state.dirty = bool(state.queued) or state.dirty
 
 

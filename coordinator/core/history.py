@@ -30,8 +30,7 @@ EXIT_OUT_OF_MEMORY = 12
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What an attempt did: `family` and `job` as `names` says, on `gpu_name` with
-    `gpu_memory_bytes`."""
+    """What an attempt did: `family` and `job` as `names` says, where it had `gpu_memory_bytes`."""
 
     family: str
     job: str
@@ -91,23 +90,31 @@ def seen(state: State, now: Instant) -> History:
 
 def run_of(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None:
     """`None` where it has not told enough, or where it ran is not known any more."""
-    if attempt.rank or not attempt.gpu_uuids or job.spec.shared_gpu_memory_bytes:
-        return None  # rank 0 speaks for its gang; a share says nothing of a whole GPU
-    progress = state.progress.get(attempt.id)
-    step = progress.step if progress is not None else attempt.times.step
-    steps = (step or 0) - attempt.restored_step
+    if attempt.rank or not attempt.gpu_uuids:
+        return None  # rank 0 speaks for its gang
+    steps, seconds = _spent(state, now, job, attempt)
     if steps < STEPS_MIN:
         return None
-    spent = accounting.account(attempt, progress, now.unix_ms)
-    seconds = spent.productive_s + spent.recompute_s + spent.input_wait_s
     facts = _gpus(state, attempt)
     types = {gpu_types.key_of(gpu.name, gpu.memory_bytes): None for gpu in facts}
     if seconds < SECONDS_MIN or len(types) != 1:
         return None
     family, name = names(job.spec)
     place = Place(next(iter(types)), attempt.ranks * len(attempt.gpu_uuids))
-    least = min(gpu.memory_bytes for gpu in facts)
+    least = job.spec.shared_gpu_memory_bytes or min(gpu.memory_bytes for gpu in facts)
     return Run(family, name, job.spec, place, least, steps / seconds, seconds)
+
+
+def _spent(state: State, now: Instant, job: Job, attempt: Attempt) -> tuple[int, float]:
+    """Steps and seconds of training; of who shares his GPU those without company."""
+    if job.spec.shared_gpu_memory_bytes:
+        alone = [one for one in attempt.stretches if not one.beside]
+        return (alone[-1].steps, alone[-1].seconds) if alone else (0, 0.0)
+    progress = state.progress.get(attempt.id)
+    step = progress.step if progress is not None else attempt.times.step
+    steps = (step or 0) - attempt.restored_step
+    spent = accounting.account(attempt, progress, now.unix_ms)
+    return steps, spent.productive_s + spent.recompute_s + spent.input_wait_s
 
 
 def _too_large(state: State, job: Job, attempt: Attempt) -> list[TooLarge]:

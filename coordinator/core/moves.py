@@ -60,10 +60,13 @@ class Wish:
     gain: float
 
 
-def make(state: State, now: Instant, field: Field, allocation: Allocation) -> None:
-    """Stop whom the decision has elsewhere, as far as it is worth that."""
+def make(
+    state: State, now: Instant, field: Field, allocation: Allocation, aside: Sequence[Entrant] = ()
+) -> None:
+    """Stop whom the decision has elsewhere, as far as it is worth that. Of those `aside`, over whom
+    it does not decide, whoever has to start now may go where others leave for him."""
     budget = state.options.moves_per_hour - len(state.standing.moves_ms)
-    plan = _Plan(state, now, field, allocation)
+    plan = _Plan(state, now, field, allocation, aside)
     moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
     if budget <= 0 or not plan.wishes or not (moving or plan.stoppable):
         return
@@ -102,6 +105,7 @@ def may_follow(state: State, now: Instant, attempt: Attempt) -> bool:
         runs
         and job.spec.ranks == 1
         and competes(job.spec)
+        and not job.spec.shared_gpu_memory_bytes
         and bool(state.good_checkpoints(job))
         and job.id not in state.standing.promises
         and not deadlines.is_close(state, now, job)
@@ -130,7 +134,14 @@ class _Plan:
     reason for each that is stopped, `promised` the type and who has to leave for it, `targets` the
     node."""
 
-    def __init__(self, state: State, now: Instant, field: Field, allocation: Allocation) -> None:
+    def __init__(
+        self,
+        state: State,
+        now: Instant,
+        field: Field,
+        allocation: Allocation,
+        aside: Sequence[Entrant],
+    ) -> None:
         self.state = state
         self.now = now
         self.ahead = allocation.ahead
@@ -141,6 +152,7 @@ class _Plan:
         self.stoppable = {e.job.id: e for e in asked if self._may_stop(e)}
         self.may_go = {job_id: e for job_id, e in self.stoppable.items() if self._is_moved(e)}
         wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
+        wishes += [wish for entrant in aside if (wish := self._wish_aside(entrant)) is not None]
         self.wishes = sorted(
             wishes,
             key=lambda w: (
@@ -248,6 +260,13 @@ class _Plan:
         if gain <= 0 or not sure or not self._may_stop(entrant):
             return None
         return Wish(entrant, option, gain)
+
+    def _wish_aside(self, entrant: Entrant) -> Wish | None:
+        job, options = entrant.job, entrant.contender.options
+        waits = job.phase is JobPhase.QUEUED and job.id not in self.state.standing.promises
+        if not waits or job.id not in self.late:
+            return None
+        return Wish(entrant, max(options, key=lambda option: option.rate), 0.0)
 
     def _is_moved(self, entrant: Entrant) -> bool:
         """Whether the decision has it elsewhere, or nowhere."""

@@ -46,9 +46,9 @@ from coordinator.core.fragmentation import Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, open_room
-from coordinator.core.sentences import listed, quantity
+from coordinator.core.shares import alone
 from coordinator.core.shortfalls import kept_for, why_not
-from coordinator.core.validate import gigabytes
+from coordinator.core.why_here import faster, where
 
 # More starts in one pass than this would delay the replies of the same batch; the rest is placed by
 # the next pass.
@@ -221,7 +221,7 @@ def _start(need: Need, rooms: Sequence[Room]) -> Start | None:
     spread = _spread(need, rooms)
     if spread is None:
         return None
-    why = _why_here(need, spread) + _why_type(need, spread)
+    why = where(need.spec, need.replicas, need.near, spread) + faster(need.types, spread)
     return Start(need.job_id, take(need.spec, spread), why)
 
 
@@ -245,7 +245,13 @@ def take(spec: JobSpec, spread: Spread) -> tuple[Place, ...]:
 def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
     """Where all ranks fit: where its last checkpoint lies or most of it, if it is not much slower
     there; else on GPUs of the first type that has room for them, or of several; without the node to
-    avoid if that will do. `None` where they do not."""
+    avoid if that will do. Who shares a GPU only where that pays has one of his own before that, and
+    of a type that he was promised nothing else. `None` where they do not."""
+    own = _own(need)
+    if own is not need:
+        spread = _spread(own, rooms)
+        if spread is not None or need.only:
+            return spread
     if need.types and not need.only:
         others = [room for room in rooms if room.offer.node != need.avoid]
         holds = [room for room in others if room.offer.node in need.replicas]
@@ -258,6 +264,11 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
             if spread is not None:
                 return spread
     return _search(need, rooms)
+
+
+def _own(need: Need) -> Need:
+    automatic = need.spec.share_automatic and need.spec.shared_gpu_memory_bytes
+    return replace(need, spec=alone(need.spec)) if automatic else need
 
 
 def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
@@ -373,54 +384,6 @@ def _left(spec: JobSpec, room: Room, ranks: int) -> int:
     return len(room.free) - ranks * spec.gpus if spec.gpus else -room.slots
 
 
-def _why_here(need: Need, spread: Spread) -> str:
-    if len(spread) > 1:
-        first, *rest = [(len(shares), room.offer.node) for room, shares in spread]
-        where = [f"{first[0]} of its {need.spec.ranks} ranks on {first[1]}"]
-        where += [f"{count} on {node}" for count, node in rest]
-        return f"runs with {listed(where)}, the fewest nodes that have room"
-    room, shares = spread[0]
-    node = room.offer.node
-    gpu_uuids = [uuid for share in shares for uuid in share]
-    names = sorted({gpu.name for gpu in room.offer.gpus if gpu.uuid in gpu_uuids})
-    where_ = f"{len(gpu_uuids)} x {', '.join(names)} on {node}" if names else node
-    if need.spec.shared_gpu_memory_bytes:
-        cap = gigabytes(need.spec.shared_gpu_memory_bytes)
-        others = len(room.holds.get(gpu_uuids[0], ()))
-        beside = f" beside {quantity(others, 'other')}" if others else ""
-        where_ = f"{cap} of a shared {', '.join(names)} on {node}{beside}"
-    if node in need.replicas:
-        return f"runs on {where_}, where its last checkpoint lies"
-    if node in need.near:
-        return f"runs on {where_}, where most of its last checkpoint lies"
-    if need.spec.gpus == 0 and not (need.spec.memory_bytes and room.mix and room.mix.total):
-        return f"runs on {where_}, which has the most free places"
-    leaves = room.describe_rest(need.spec, shares)
-    if leaves:
-        return f"runs on {where_} and leaves {leaves}"
-    if need.spec.gpus == 0:
-        return f"runs on {where_}, where no GPU is free that could need its memory"
-    return f"runs on {where_}, the tightest fit"
-
-
-def _why_type(need: Need, spread: Spread) -> str:
-    """What the choice of its type means for its speed; empty where nothing is known of that, or
-    where it runs on several."""
-    speeds = dict(need.types)
-    taken = [uuid for _, shares in spread for gpu_uuids in shares for uuid in gpu_uuids]
-    here_ = [name for room, _ in spread for name in room.types_of(taken)]
-    types = [name for name in speeds if name in here_]
-    if len(types) != 1 or len(set(speeds.values())) == 1:
-        return ""
-    here = speeds.pop(types[0])
-    best = max(speeds, key=lambda name: speeds[name])
-    slower = [name for name in speeds if speeds[name] < here]
-    if speeds[best] > here:
-        return f"; on {best} it would be about {speeds[best] / here:.1f} times as fast"
-    than = max(slower, key=lambda name: speeds[name])
-    return f"; it is about {here / speeds[than]:.1f} times as fast there as on {than}"
-
-
 def _displace(
     need: Need, rooms: Sequence[Room], stake_of: StakeOf, ways: Known
 ) -> tuple[list[Displace], str]:
@@ -444,6 +407,8 @@ def _displace(
 def make_way(need: Need, rooms: Sequence[Room], givers: Givers) -> Way | None:
     """Who has to leave so that the job fits, none where those do that leave already; if that is
     accepted they count as leaving from then on."""
+    if need.only:
+        need = _own(need)
     able = _promised(need, rooms)
     way = find_way(need.spec, need.only, able, givers, lambda some: _spread(need, some))
     if way is None or (way.victims and not givers.accept(way.victims)):

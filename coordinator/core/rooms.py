@@ -134,8 +134,12 @@ class Room:
         `shunned` it shares one last."""
         if spec.memory_bytes > self.memory_bytes or (spec.ranks > 1 and not self.offer.gangs):
             return []
+        if (spec.shared_gpu_memory_bytes or spec.share_automatic) and not self.offer.shares:
+            return []
         if spec.shared_gpu_memory_bytes:
-            able = self.shareable(spec) if self.offer.shares else []
+            able = self.shareable(spec)
+            if gpu_type:
+                able = [(gpu, holds) for gpu, holds in able if _type_of(gpu) == gpu_type]
             chosen = shares.choose(spec, able, shunned)
             return [] if chosen is None else [(chosen,)]
         count = spec.ranks

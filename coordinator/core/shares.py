@@ -15,7 +15,7 @@ So a job says the most that it will take, and is held to it by its node's agent.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.core.model import GpuFacts, JobSpec
 
@@ -42,6 +42,14 @@ class Hold:
 def shareable_bytes(gpu: GpuFacts) -> int:
     """What all shares of a GPU may add up to."""
     return gpu.memory_bytes * SHARES_PERCENT_MAX // 100
+
+
+def alone(spec: JobSpec) -> JobSpec:
+    """As who shares only where that pays asks for a GPU of his own, of which his share is to be a
+    share that others may be beside later."""
+    least = -(-spec.shared_gpu_memory_bytes * 100 // SHARES_PERCENT_MAX)
+    least = max(spec.gpu_memory_bytes_min, least)
+    return replace(spec, shared_gpu_memory_bytes=0, gpu_memory_bytes_min=least)
 
 
 def left_bytes(gpu: GpuFacts, holds: Sequence[Hold]) -> int:

@@ -144,11 +144,8 @@ def _share(spec: JobSpec) -> str:
 def _deadline(spec: JobSpec) -> str:
     if spec.deadline_unix_ms < 0:
         return "the deadline is before 1970; leave it out, or give a time to come"
-    if spec.deadline_unix_ms and (not spec.gpus or spec.shared_gpu_memory_bytes):
-        return (
-            "a deadline is kept for jobs that have GPUs of their own alone; set gpus to 1 or more,"
-            " or leave it out"
-        )
+    if spec.deadline_unix_ms and not spec.gpus:
+        return "only jobs with GPUs have a deadline; set gpus to 1 or more, or leave it out"
     return ""
 
 

@@ -160,7 +160,13 @@ class Mixed(SwitchedFleet):
         if kind == "share" and (gpus, ranks) == (1, 1):
             size_bytes = chance.choice((8, 20)) * GIGABYTE
             automatic = chance.random() < 0.7
-            return replace(spec, shared_gpu_memory_bytes=size_bytes, share_automatic=automatic)
+            in_ms = chance.choice((0, 0, 20_000, 60_000))
+            return replace(
+                spec,
+                shared_gpu_memory_bytes=size_bytes,
+                share_automatic=automatic,
+                deadline_unix_ms=now_unix_ms + in_ms if in_ms else 0,
+            )
         if kind == "deadline" and gpus:
             in_ms = chance.choice((20_000, 60_000, 200_000))
             return replace(spec, deadline_unix_ms=now_unix_ms + in_ms)

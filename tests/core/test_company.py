@@ -6,21 +6,22 @@ here (`test_coruns.py`), the agents tell the steps that follow from it, and what
 compared with the rules, in stories and over random histories.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import coruns, history
+from coordinator.core import coruns, costs, deadlines, history
 from coordinator.core import messages as m
 from coordinator.core.company import NAMED_MAX
 from coordinator.core.explain import explain
-from coordinator.core.model import GpuFacts, JobClass, JobSpec
-from coordinator.core.phases import JobPhase
+from coordinator.core.model import Attempt, GpuFacts, Job, JobClass, JobSpec
+from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.shares import Hold, left_bytes, left_for, taken
 from tests.core.coordinator_harness import GIGABYTE
-from tests.core.test_coruns import MATRICES, Kept, World, spec
+from tests.core.test_coruns import ERROR_RATIO, MATRICES, PER_S, Kept, World, spec
 
 LONG = 16  # beats after which all that is there has been measured
 GOOD: Kept = ((0.9,) * 3,) * 3
@@ -339,3 +340,128 @@ def test_pairs_are_of_one_class_and_two_and_not_made_twice(
         look()
     for before, after in world.rig.replayed():
         assert before == after
+
+
+HURRY = st.tuples(
+    st.booleans(), st.sampled_from([300, 900]), st.sampled_from([1.15, 1.3, 1.6]), st.integers(0, 2)
+)
+HURRIED = st.lists(
+    st.one_of(
+        st.tuples(st.just("hurry"), HURRY),
+        st.tuples(st.just("submit"), st.integers(0, 2)),
+        st.tuples(st.just("end"), st.integers(0, 5)),
+        st.tuples(st.just("pass"), st.sampled_from([14, 30, 60])),
+    ),
+    min_size=3,
+    max_size=9,
+)
+SLACK_S = 75  # a minute before a deadline a job is to have ended, and a beat and a half
+
+
+@dataclass
+class Hurried(World):
+    """Some have a deadline, and decisions over all jobs are made."""
+
+    alone: list[str] = field(default_factory=list)  # who was stopped so that somebody is
+
+    def beat(self) -> None:
+        super().beat()
+        before = {attempt.id: attempt.phase for attempt in self.running()}
+        free = self.free()
+        self.rig.handle(m.Tick())
+        for attempt in self.running():
+            stops = attempt.phase is not before[attempt.id]
+            if stops and "alone" in attempt.stop_reason:
+                (neighbour,) = self.neighbours(attempt)
+                assert f"gives way to job {neighbour.job_id}," in attempt.stop_reason
+                self.loses_no_more_than_it_may(attempt)
+                self.had_to_be_alone(neighbour)
+                self.alone.append(attempt.id)
+            elif stops and "to itself" in attempt.stop_reason:
+                assert free
+                self.had_to_be_alone(attempt)
+                self.alone.append(attempt.id)
+        self.nobody_is_late_beside_one_who_may_leave()
+        self.obey()
+
+    def job(self, attempt: Attempt) -> Job:
+        return self.rig.core.state.jobs[attempt.job_id]
+
+    def loses_no_more_than_it_may(self, attempt: Attempt) -> None:
+        job, now = self.job(attempt), self.rig.now
+        assert job.spec.share_automatic
+        assert job.head
+        assert now.unix_ms - attempt.assigned_unix_ms >= 600_000
+        assert self.needs_s(attempt) is None or not self.is_near(attempt)
+
+    def had_to_be_alone(self, attempt: Attempt) -> None:
+        """By the truth it would be late beside the other, and may be in time alone."""
+        job = self.job(attempt)
+        assert job.spec.share_automatic
+        needs_s, left_s = self.needs_s(attempt), self.left_s(attempt)
+        assert needs_s is not None
+        # It counts what it has kept as it was written down last.
+        assert needs_s / (self.ratio(attempt) - ERROR_RATIO) > left_s - SLACK_S
+        assert needs_s <= 1.1 * left_s + SLACK_S
+
+    def nobody_is_late_beside_one_who_may_leave(self) -> None:
+        state = self.rig.core.state
+        for attempt in self.running():
+            others = self.neighbours(attempt)
+            if attempt.job_id not in deadlines.late(state) or len(others) != 1:
+                continue
+            (other,) = others
+            both = attempt.phase is other.phase is AttemptPhase.RUNNING
+            decided = state.standing.decided_ms == self.rig.now_ms
+            ran_s = (self.rig.now.unix_ms - other.assigned_unix_ms) / 1000
+            automatic = all(self.job(one).spec.share_automatic for one in (attempt, other))
+            needs_s = (self.needs_s(attempt) or 0) / (self.ratio(attempt) + ERROR_RATIO)
+            if both and decided and automatic and needs_s > self.left_s(attempt):
+                young = ran_s < 10 * costs.restart_s(state, self.rig.now, self.job(other))
+                assert ran_s < 600 or young or self.is_near(other), attempt.id
+
+    def needs_s(self, attempt: Attempt) -> float | None:
+        """Alone."""
+        total = self.totals.get(attempt.job_id)
+        return None if total is None else (total - self.steps[attempt.id]) / PER_S
+
+    def left_s(self, attempt: Attempt) -> float:
+        return (self.job(attempt).spec.deadline_unix_ms - self.rig.now.unix_ms) / 1000
+
+    def is_near(self, attempt: Attempt) -> bool:
+        return deadlines.is_close(self.rig.core.state, self.rig.now, self.job(attempt))
+
+
+@given(kept=MATRICES, steps=HURRIED)
+@settings(max_examples=4, deadline=None)
+def test_who_has_to_be_alone_for_a_deadline_is_and_costs_nobody_more_than_he_may(
+    kept: Kept, steps: list[tuple[str, Any]]
+) -> None:
+    hurried(kept, steps)
+
+
+def hurried(kept: Kept, steps: list[tuple[str, Any]]) -> Hurried:
+    """Three whose speed is known have the GPUs."""
+    world = Hurried(kept)
+    first: list[tuple[str, Any]] = [("submit", number) for number in range(3)]
+    for what, asked_for in [*first, ("pass", 14), *steps]:
+        if what == "submit":
+            submit(world, automatic(asked_for))
+        elif what == "hurry":
+            asked, needs_s, slack, training = asked_for
+            deadline_unix_ms = world.rig.now.unix_ms + round(needs_s * slack + 180) * 1000
+            world.totals[world.rig.core.state.last_job_id + 1] = round(needs_s * PER_S)
+            share = spec(training, 8) if asked else automatic(training)
+            submit(world, replace(share, deadline_unix_ms=deadline_unix_ms))
+        elif what == "end" and world.running():
+            mine = world.running()
+            end(world, mine[asked_for % len(mine)].job_id)
+        elif what == "pass":
+            for _ in range(asked_for):
+                world.beat()
+                for attempt in world.running():
+                    if world.steps[attempt.id] >= world.totals.get(attempt.job_id, 10**9):
+                        end(world, attempt.job_id)
+    for before, after in world.rig.replayed():
+        assert before == after
+    return world

@@ -61,6 +61,7 @@ class World:
     dials: int = 0
     parted: list[str] = field(default_factory=list)
     saving: int = 0  # this job takes its time to stop
+    totals: dict[int, int] = field(default_factory=dict)  # steps of those that say it
 
     def __post_init__(self) -> None:
         self.dial()
@@ -136,7 +137,11 @@ class World:
             told = tuple(
                 (
                     a.id,
-                    Progress(int(self.steps[a.id]), time=TrainerTime(step_s=self.trained_s[a.id])),
+                    Progress(
+                        int(self.steps[a.id]),
+                        self.totals.get(a.job_id, 0),
+                        time=TrainerTime(step_s=self.trained_s[a.id]),
+                    ),
                 )
                 for a in self.running(name)
             )

@@ -5,23 +5,27 @@ late is missed, and one that cannot be kept must be told before the night is ove
 the real core through hours of training, with one job that has to be done by a time.
 """
 
+from dataclasses import replace
+
 import pytest
 
-from coordinator.core import deadlines
+from coordinator.core import coruns, deadlines
 from coordinator.core import messages as m
 from coordinator.core.explain import explain
 from coordinator.core.messages import Refusal, Reply, RequestBody, Submitted
 from coordinator.core.model import JobClass, JobSpec
-from coordinator.core.phases import JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Options
+from tests.core.coordinator_harness import GIGABYTE
 from tests.core.training_fleet import Fleet, training
 
 MEASURED = 60  # seconds of training after which the fleet knows how fast such a training is
+SHARE_BYTES = 8 * GIGABYTE
 
 
-def measured(*gpus: str) -> Fleet:
+def measured(*gpus: str, kept: float = 1.0) -> Fleet:
     """A fleet that has seen the training, and where one of a length that nobody knows runs."""
-    fleet = Fleet(*gpus)
+    fleet = Fleet(*gpus, kept=kept)
     fleet.tick_ms = 1_000
     first = fleet.submit(training(MEASURED))
     fleet.run(MEASURED)
@@ -262,3 +266,147 @@ def test_who_has_to_run_now_is_not_told_that_he_may_wait() -> None:
     fleet.run(30)
     assert "to keep its deadline" in told(fleet, job_id)
     assert "it may wait for" not in told(fleet, job_id)
+
+
+# --- jobs that share a GPU ------------------------------------------------------------------------
+
+
+def light(steps: int, within_s: float = 0, fleet: Fleet | None = None) -> JobSpec:
+    """With that deadline, if any, and a share of a GPU whatever comes of it."""
+    deadline_unix_ms = by(fleet, within_s) if fleet is not None else 0
+    return training(steps, shared_gpu_memory_bytes=SHARE_BYTES, deadline_unix_ms=deadline_unix_ms)
+
+
+def automatic(steps: int, within_s: float = 0, fleet: Fleet | None = None) -> JobSpec:
+    return replace(light(steps, within_s, fleet), share_automatic=True)
+
+
+def beside_strangers_s(fleet: Fleet, steps: int) -> float:
+    """How long a light job is taken to need for so many steps."""
+    fleet.submit(light(steps), hold=True)
+    job = fleet.job(fleet.state.last_job_id)
+    return steps / coruns.kept_ratio_expected(fleet.state, job)
+
+
+@pytest.mark.parametrize(("slack_s", "first"), [(150, "light"), (1_500, "short"), (-500, "short")])
+def test_who_shares_goes_first_from_when_it_has_to_at_the_speed_of_who_shares(
+    slack_s: int, first: str
+) -> None:
+    """It is in time alone in each case."""
+    fleet = measured("1xH100")
+    within_s = beside_strangers_s(fleet, 2_000) + slack_s
+    assert within_s > 2_200
+    short = fleet.submit(training(200))
+    waits = fleet.submit(light(2_000, within_s, fleet))
+    fleet.run(100)
+    fleet.end(2)
+    fleet.run(5)
+    expected = {"light": waits, "short": short}[first]
+    assert fleet.job(expected).phase is JobPhase.ACTIVE
+    other = ({waits, short} - {expected}).pop()
+    assert fleet.job(other).phase is JobPhase.QUEUED
+
+
+def test_who_runs_is_stopped_for_one_who_shares_and_has_to_run_now() -> None:
+    fleet = measured("1xH100")
+    fleet.end(2)
+    runs = fleet.submit(training(30_000))
+    fleet.run(700)
+    within_s = beside_strangers_s(fleet, 2_000) + 150
+    late = fleet.submit(light(2_000, within_s, fleet))
+    fleet.run(90)
+    assert fleet.job(late).phase is JobPhase.ACTIVE
+    assert fleet.job(runs).phase is JobPhase.QUEUED
+    assert len(fleet.stops()) == 1
+    assert f"gives way to job {late}, which has to run now to keep" in fleet.stops()[0]
+
+
+def test_who_shares_is_told_by_which_speed_that_is_and_what_may_come_of_it() -> None:
+    fleet = measured("1xH100")
+    asked = answer(fleet, m.Submit(light(2_000, 2_500, fleet)))
+    assert isinstance(asked, Submitted)
+    assert "may be missed: beside others it is expected to need about 5" in asked.reason
+    job_id = fleet.submit(light(2_000, 9_000, fleet))
+    fleet.run(70)
+    assert "; it goes first in its class from " in told(fleet, job_id)
+    assert " of its speed, since it shares" in told(fleet, job_id)
+
+
+def pair(
+    within_s: float, *, kept: float, host: JobSpec, host_within_s: float = 0, before_s: int = 150
+) -> tuple[Fleet, int]:
+    """The host has a GPU for some time, and then beside it a job with a deadline; the other GPU has
+    job 2 alone."""
+    fleet = measured("1xH100", "1xH100", kept=kept)
+    fleet.tick_ms = 5_000
+    if host_within_s:
+        host = replace(host, deadline_unix_ms=by(fleet, host_within_s))
+    fleet.submit(host)
+    fleet.run(before_s)
+    guest = fleet.submit(automatic(2_000, within_s, fleet), 2_000)
+    assert fleet.state.attempts[f"{guest}.1"].gpu_uuids == fleet.state.attempts["3.1"].gpu_uuids
+    return fleet, guest
+
+
+def test_company_leaves_when_it_would_cost_a_deadline_that_is_kept_alone() -> None:
+    """At 0.75 it would need 2,667 s. Alone it has to be after 1,520 s, and then it is in time."""
+    fleet, guest = pair(2_500, kept=0.75, host=automatic(20_000))
+    fleet.run(1_400)
+    assert fleet.stops() == []
+    assert " after its deadline at " in told(fleet, guest)
+    assert " with company, and is to run alone at " in told(fleet, guest)
+    fleet.run(200)
+    assert len(fleet.stops()) == 1
+    assert f"gives way to job {guest}, which has to run alone now to keep" in fleet.stops()[0]
+    assert fleet.job(3).phase is JobPhase.QUEUED
+    assert f"not beside job {guest} on n2: that one has to run alone to keep" in told(fleet, 3)
+    fleet.run(840)
+    assert fleet.steps[f"{guest}.1"] >= 2_000
+    assert len(fleet.stops()) == 1
+
+
+@pytest.mark.parametrize(
+    ("within_s", "kept", "why"),
+    [
+        (2_900, 0.75, "with company it is in time"),
+        (1_500, 0.75, "it is not in time alone"),
+    ],
+)
+def test_company_does_not_leave_for_nothing(within_s: float, kept: float, why: str) -> None:
+    fleet, _ = pair(within_s, kept=kept, host=automatic(20_000))
+    fleet.run(round(within_s))
+    assert fleet.stops() == [], why
+
+
+def test_company_with_a_deadline_of_its_own_near_does_not_leave() -> None:
+    """It would be back too late: a quarter of an hour before that it was not, when they met."""
+    fleet, guest = pair(2_500, kept=0.75, host=automatic(20_000), host_within_s=21_100)
+    fleet.run(1_700)
+    assert guest in deadlines.late(fleet.state)
+    assert fleet.stops() == []
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
+    """Who asked to share whatever comes of it stays, and who has not run for its minimum."""
+    host, before_s = (light(20_000), 700) if asked else (automatic(20_000), 150)
+    fleet, guest = pair(2_160, kept=0.9, host=host, before_s=before_s)
+    fleet.run(420)
+    assert fleet.stops() == [], "there is no other GPU"
+    assert " with company, and is to run alone now" in told(fleet, guest)
+    fleet.end(2)
+    fleet.run(70)
+    assert fleet.stops() == ["moves to where it has a GPU to itself, to keep its deadline"]
+    assert fleet.state.attempts[f"{guest}.2"].node == "n1"
+    assert fleet.state.attempts["3.1"].phase is AttemptPhase.RUNNING
+
+
+def test_nobody_leaves_for_one_who_shares_whatever_comes_of_it() -> None:
+    fleet = measured("1xH100", "1xH100", kept=0.75)
+    fleet.tick_ms = 5_000
+    fleet.submit(light(20_000))
+    fleet.run(700)
+    guest = fleet.submit(light(2_000, 2_500, fleet), 2_000)
+    fleet.run(1_800)
+    assert fleet.stops() == []
+    assert "beside others: nobody leaves for it" in told(fleet, guest)

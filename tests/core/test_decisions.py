@@ -24,15 +24,22 @@ from coordinator.solver import solve
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START
 from tests.core.training_fleet import A100, H100, Fleet, training
 
+AUTOMATIC = JobSpec(
+    command=("train",), gpus=1, shared_gpu_memory_bytes=8 * GIGABYTE, share_automatic=True
+)
+
 ROOT = Path(__file__).parents[2]
 
 
 # --- types ----------------------------------------------------------------------------------------
 
 
-def test_a_job_takes_the_type_that_facts_call_faster_and_others_what_is_left() -> None:
+@pytest.mark.parametrize("spec", [JobSpec(command=("train",), gpus=1), AUTOMATIC])
+def test_a_job_takes_the_type_that_facts_call_faster_and_others_what_is_left(
+    spec: JobSpec,
+) -> None:
     fleet = Fleet("2xA100:80", "1xH100")
-    jobs = [fleet.submit() for _ in range(3)]
+    jobs = [fleet.submit(spec) for _ in range(3)]
     assert [fleet.type_of(job_id) for job_id in jobs] == [H100, A100, A100]
     assert "it is about 2.5 times as fast there as on A100 80GB" in fleet.job(1).reason
     assert "on H100 it would be about 2.5 times as fast" in fleet.job(2).reason
@@ -75,18 +82,23 @@ def test_a_gang_is_of_one_type_where_one_has_room_and_whole_in_any_case() -> Non
 # --- moves ----------------------------------------------------------------------------------------
 
 
-def on_the_slower(options: Options | None = None, total: int = 100_000) -> Fleet:
+def on_the_slower(
+    options: Options | None = None, total: int = 100_000, spec: JobSpec | None = None
+) -> Fleet:
     """Job 1 has just ended on the H100; job 2 has run on the A100 for a quarter of an hour."""
     fleet = Fleet("1xA100:80", "1xH100", options=options)
     fleet.submit(name="first")
-    fleet.submit(name="second", total=total)
+    fleet.submit(spec, total, name="second")
     fleet.run(900)
     fleet.end(1)
     return fleet
 
 
-def test_a_job_moves_to_the_faster_type_and_goes_on_from_its_checkpoint() -> None:
-    fleet = on_the_slower()
+@pytest.mark.parametrize("spec", [None, AUTOMATIC])
+def test_a_job_moves_to_the_faster_type_and_goes_on_from_its_checkpoint(
+    spec: JobSpec | None,
+) -> None:
+    fleet = on_the_slower(spec=spec)
     fleet.run(30)
     assert fleet.type_of(2) == H100
     assert fleet.stops() == ["moves to H100, where it is 2.5 times as fast as on A100 80GB"]
@@ -95,6 +107,42 @@ def test_a_job_moves_to_the_faster_type_and_goes_on_from_its_checkpoint() -> Non
     assert attempt.restored_step >= 360
     fleet.run(900)
     assert len(fleet.stops()) == 1, "it is where it is best"
+
+
+def pair_on_the_faster(*others: str) -> Fleet:
+    """Job 1 and job 2 share the H100; on the other GPUs somebody has just ended."""
+    fleet = Fleet("1xH100", *others)
+    fleet.submit(AUTOMATIC)
+    fillers = [fleet.submit() for _ in others]
+    fleet.run(150)
+    guest = fleet.submit(AUTOMATIC)
+    attempt = fleet.state.current(fleet.job(guest))
+    assert attempt is not None
+    assert len(contenders.beside(fleet.state, attempt)) == 1
+    fleet.run(700)
+    for job_id in fillers:
+        fleet.end(job_id)
+    fleet.run(60)
+    return fleet
+
+
+@pytest.mark.parametrize(("others", "type_after"), [(("1xA100:80",), ""), (("1xH100",), H100)])
+def test_two_on_a_gpu_come_apart_only_where_that_is_faster(
+    others: tuple[str, ...], type_after: str
+) -> None:
+    """Beside one another they do 0.9 of what each does alone, and an A100 does 0.4."""
+    fleet = pair_on_the_faster(*others)
+    assert len(fleet.stops()) == bool(type_after)
+    assert [fleet.type_of(job_id) for job_id in (1, 3)] == [H100, H100]
+
+
+def test_who_has_company_is_no_contender_and_what_it_has_is_not_there_to_have() -> None:
+    fleet = pair_on_the_faster("1xA100:80")
+    state, now = fleet.state, fleet.rig.now
+    seen = contenders.fleet_of(state)
+    field = contenders.field_of(state, now, seen, contenders.contending(state), {})
+    assert field.entrants == ()
+    assert field.capacity == {A100: 1, H100: 0}
 
 
 def test_who_does_not_say_how_much_is_left_is_not_moved() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from coordinator.core import placement
 from coordinator.core.demand import ask_of, parts_of
 from coordinator.core.fragmentation import Mix
+from coordinator.core.gpu_types import key_of
 from coordinator.core.model import CLASS_RANK, GpuFacts, JobClass, JobSpec
 from coordinator.core.placement import Need, Plan, place
 from coordinator.core.rooms import Offer, Place, Tenant, open_room
@@ -453,3 +454,20 @@ def test_where_the_checkpoint_lies_comes_before_a_type_that_is_a_little_faster()
     assert node(0.6, near=("n2",)) == "n2"
     assert node(0.6, replicas=("n3",), near=("n2",)) == "n3"
     assert node(0.4, replicas=("n3",)) == "n1"
+
+
+@pytest.mark.parametrize("promised", [False, True])
+def test_who_was_promised_a_type_waits_for_a_gpu_of_his_own_there(promised: bool) -> None:
+    gpus = gpus_of("n1", "2xH100:80")
+    size = 8 * GIGABYTE
+    tenants = (
+        Tenant("1.1", 1, 0, (gpus[0].uuid,), 0, False, share_bytes=size, in_pairs=True),
+        Tenant("2.1", 1, 0, (gpus[1].uuid,), 0, True),
+    )
+    spec = JobSpec(command=("x",), gpus=1, shared_gpu_memory_bytes=size, share_automatic=True)
+    only = key_of(gpus[0].name, gpus[0].memory_bytes) if promised else ""
+    plan = place([Need(3, spec, only=only)], [Offer("n1", gpus, (), 0, 1, tenants)])
+    if promised:
+        assert plan.waits == ((3, "2.1 has to save and leave n1 first"),)
+    else:
+        assert [start.places for start in plan.starts] == [(Place("n1", (gpus[0].uuid,)),)]

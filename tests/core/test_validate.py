@@ -30,6 +30,7 @@ AT_THE_BOUND = [
     replace(GOOD, run_again_exit_codes=CODES),
     replace(GOOD, gpus=1, shared_gpu_memory_bytes=shares.SHARE_BYTES_MIN),
     replace(GOOD, gpus=1, deadline_unix_ms=1),
+    replace(GOOD, gpus=1, shared_gpu_memory_bytes=GIGABYTE, deadline_unix_ms=1),
 ]
 BEYOND = [
     replace(GOOD, name="n" * (validate.NAME_CHARACTERS_MAX + 1)),
@@ -55,7 +56,6 @@ BEYOND = [
     replace(GOOD, gpus=1, ranks=2, shared_gpu_memory_bytes=GIGABYTE),
     replace(GOOD, gpus=1, deadline_unix_ms=-1),
     replace(GOOD, gpus=0, deadline_unix_ms=1),
-    replace(GOOD, gpus=1, shared_gpu_memory_bytes=GIGABYTE, deadline_unix_ms=1),
     replace(GOOD, trainer_config_json="x" * (validate.CONFIG_BYTES_MAX + 1)),
 ]
 

@@ -22,12 +22,15 @@ HOST = HostFacts("box", "", 8, 256 * GIGABYTE)
 
 
 class Fleet:
-    """Nodes that do what they are told, and trainers that make `speed` steps a second on H100 and
-    `slow` times that elsewhere."""
+    """Nodes that do what they are told, and trainers that make a step a second on H100, `slow`
+    times that elsewhere, and `kept` times it beside others."""
 
-    def __init__(self, *gpus: str, options: Options | None = None, slow: float = 0.4) -> None:
+    def __init__(
+        self, *gpus: str, options: Options | None = None, slow: float = 0.4, kept: float = 0.9
+    ) -> None:
         self.rig = Rig(options or Options())
         self.slow = slow
+        self.kept = kept
         self.beats = 0
         self.tick_ms = 500
         self.steps: dict[str, float] = {}
@@ -82,7 +85,9 @@ class Fleet:
                 continue
             gpus = self.state.nodes[attempt.node].gpus
             fast = all(gpus[uuid].facts.name == H100 for uuid in attempt.gpu_uuids)
-            self.steps[attempt.id] += seconds * (1.0 if fast else self.slow)
+            beside = any(len(gpus[uuid].holders) > 1 for uuid in attempt.gpu_uuids)
+            speed = (1.0 if fast else self.slow) * (self.kept if beside else 1.0)
+            self.steps[attempt.id] += seconds * speed
             spent = TrainerTime(step_s=(self.rig.now.unix_ms - attempt.assigned_unix_ms) / 1000)
             total = self.totals[attempt.job_id]
             told = Progress(int(self.steps[attempt.id]), total, time=spent)

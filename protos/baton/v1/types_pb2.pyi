@@ -530,8 +530,7 @@ class JobSpec(_message.Message):
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """When it should have ended. From its latest start on, which is known of a training that says how
-        many steps it has, it goes first in its class; only for jobs that have GPUs of their own.
-        Absent: whenever.
+        many steps it has, it goes first in its class; only for jobs with GPUs. Absent: whenever.
         """
 
     def __init__(
