@@ -26,8 +26,11 @@ def begun(state: State, live: LiveAttempt) -> None:
 
 
 def said(state: State, live: LiveAttempt, word: TrainerLeaving) -> None:
-    """Journalled: the agent may be gone when the end comes."""
-    state.put(live, said_exit_code=word.status, said_reason=sentence(word.reason))
+    """Journalled: the agent may be gone when the end comes. Once, where eight ranks say the
+    same."""
+    reason = sentence(word.reason)
+    if (live.record.said_exit_code, live.record.said_reason) != (word.status, reason):
+        state.put(live, said_exit_code=word.status, said_reason=reason)
 
 
 def exit_of(record: AttemptRecord, ended: ProcessExit) -> ProcessExit:
@@ -42,5 +45,7 @@ def exit_of(record: AttemptRecord, ended: ProcessExit) -> ProcessExit:
 
 
 def said_of(record: AttemptRecord) -> int | None:
-    """The status of those below a launcher, as far as it is known."""
-    return record.said_exit_code if record.exit_code == LAUNCHER_STATUS else None
+    """The status of those below a launcher, as far as it is known. Where it is the launcher's own,
+    there may be none, and nothing is to be added."""
+    said = record.said_exit_code
+    return said if record.exit_code == LAUNCHER_STATUS != said else None

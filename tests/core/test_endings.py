@@ -47,6 +47,17 @@ def test_another_status_speaks_for_itself(status: int | None, reason: str) -> No
     assert (ended.exit_code, ended.reason, ended.said_exit_code) == (status, reason, None)
 
 
+def test_a_program_that_leaves_with_1_itself_has_no_launcher() -> None:
+    ended = end(Node(), 1, TrainerLeaving(1, FULL))
+    assert ended == m.AttemptExited(1, None, FULL, by_itself=True)
+
+
+def test_the_same_word_of_many_ranks_is_written_once() -> None:
+    node = Node()
+    words = [m.FromTrainer("1.1", TrainerLeaving(status, FULL)) for status in (75, 75, 1, 1)]
+    assert [len(node.handle(word)) for word in words] == [1, 0, 1, 0]
+
+
 def test_what_the_supervisor_says_is_not_replaced() -> None:
     ended = end(Node(), 1, TrainerLeaving(75, FULL), reason="no memory was left")
     assert (ended.reason, ended.said_exit_code) == ("no memory was left", 75)

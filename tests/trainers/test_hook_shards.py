@@ -6,6 +6,7 @@ and how parts become one directory again. Files and pure functions only; with th
 import errno
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,17 +192,86 @@ def test_parts_are_put_together_and_the_first_counts(tmp_path: Path) -> None:
     assert resume.put_together(parts / "rank-00000", tmp_path) == parts / "rank-00000"
 
 
-def test_one_nodes_part_gives_way_to_the_whole(tmp_path: Path) -> None:
-    """The best one, on a node where a rank has stayed."""
-    parts, output = lay_out_parts(tmp_path, 6), tmp_path / "output"
+def restored_with_best(tmp_path: Path) -> resume.Found:
+    """Step 6, with step 3 as the best."""
+    parts = lay_out_parts(tmp_path, 6)
     (parts / "rank-00000" / resume.BEST_NAME).mkdir()
     make_sharded(parts / "rank-00000" / resume.BEST_NAME, 3, 2)
+    return resume.Found(resume.put_together(parts, tmp_path), 6)
+
+
+@pytest.mark.parametrize("left", ["part", "part_elsewhere", "torn", "other_is_faster"])
+def test_what_is_not_whole_gives_way_to_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """The best one, on a node where a rank has stayed, or where an earlier attempt has died."""
+    restored, output = restored_with_best(tmp_path), tmp_path / "output"
     own = make_sharded(output, 3, 2)
-    (own / shard(1)).unlink()
-    (own / torn.PART_NAME).touch()
-    resume.lay_out(resume.Found(resume.put_together(parts, tmp_path), 6), output)
+    cut(own / shard(1))
+    if left != "torn":
+        (own / torn.PART_NAME).touch()
+    if left == "part_elsewhere":
+        own.rename(tmp_path / "elsewhere")
+        own.symlink_to(tmp_path / "elsewhere")
+    if left == "other_is_faster":  # another rank of this node, since we have looked
+        is_part = torn.is_part
+
+        def interrupted(target: Path) -> bool:
+            found = is_part(target)
+            if found:
+                monkeypatch.setattr(torn, "is_part", is_part)
+                shutil.rmtree(target)
+            return found
+
+        monkeypatch.setattr(torn, "is_part", interrupted)
+    resume.lay_out(restored, output)
     assert not torn.is_part(own)
     assert [torn.problem(output / f"checkpoint-{step}") for step in (3, 6)] == ["", ""]
+    kept = {"torn-checkpoint-3"} if left == "torn" else set()
+    assert {path.name for path in output.iterdir()} == {"checkpoint-3", "checkpoint-6", *kept}
+    assert (tmp_path / "elsewhere").is_dir() is (left == "part_elsewhere")
+
+
+def test_a_best_one_that_lacks_a_part_is_not_laid_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank handed over nothing of it. Trainer goes on without the best one, and raises in the end
+    over one that it cannot load."""
+    restored, output = restored_with_best(tmp_path), tmp_path / "output"
+    (restored.path / resume.BEST_NAME / "checkpoint-3" / shard(1)).unlink()
+    resume.lay_out(restored, output)
+    assert [path.name for path in output.iterdir()] == ["checkpoint-6"]
+    assert f"{INDEX} names __1_0.distcp, which is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [shard(1), ""])
+def test_no_checkpoint_is_lost_over_the_best_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    """Of which the script has removed something meanwhile, or whose copy fills the disk."""
+    best, saved = (make_sharded(tmp_path / "output", step, 2) for step in (3, 6))
+    handed: list[tuple[Path, int]] = []
+
+    def take(staged: Path, step: int, parts: int) -> None:
+        handed.append((staged, parts))
+
+    session = SimpleNamespace(staging_directory=tmp_path / "staging", rank=1, checkpoint=take)
+    followed = bridge.Bridge(bridge.Program(), session)  # type: ignore[arg-type]
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "output"), load_best_model_at_end=True)
+    for step in (3, 6):
+        share = Share(2, frozenset((shard(1),)), frozenset((shard(0), shard(1))))
+        state = SimpleNamespace(
+            global_step=step, best_global_step=3, best_model_checkpoint=str(best),
+            is_world_process_zero=False,
+        )  # fmt: skip
+        followed.hand_over(arguments, state, share, [])
+        if step == 3 and lost:
+            (best / lost).unlink()
+    ((_, _), (staged, parts)) = handed
+    assert parts == 2
+    assert (staged / shard(1)).samefile(saved / shard(1))
+    assert (staged / resume.BEST_NAME / "checkpoint-3").is_dir() is not bool(lost)
+    assert ("does not come along" in capsys.readouterr().err) is bool(lost)
 
 
 def status_of_choosing(parts: Path, staging: Path) -> object:

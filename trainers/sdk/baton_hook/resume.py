@@ -143,13 +143,13 @@ def _newest_whole(candidates: list[Path], may_move: bool) -> Found | None:
     return None
 
 
-def _move_aside(path: Path, wrong: str) -> None:
+def _move_aside(path: Path, wrong: str, instead: str = "the one before it") -> None:
     try:
         target = torn.set_aside(path)
     except OSError as error:
         say(f"{path} is torn ({wrong}) and is passed over; cannot rename it: {error.strerror}")
     else:
-        say(f"{path} is torn ({wrong}); it is now {target.name}, and the one before it is used")
+        say(f"{path} is torn ({wrong}); it is now {target.name}, and {instead} is used")
 
 
 def put_together(directory: Path, into: Path) -> Path:
@@ -186,9 +186,7 @@ def link_files(files: Mapping[Path, Path], target: Path) -> None:
     """Files under other names below `target`: by hard links, which cost nothing, or by copies
     where the two lie on different file systems. `target` appears whole or not at all. Raises
     OSError."""
-    # Nodes may share the directory, and each begins at the same moment.
-    writer = f"{socket.gethostname()}-{os.getpid()}-"
-    partial = target.with_name(_PARTIAL + writer + target.name)
+    partial = _partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -202,19 +200,46 @@ def link_files(files: Mapping[Path, Path], target: Path) -> None:
         raise
 
 
+def _partial_of(target: Path) -> Path:
+    """This process's own name beside it: nodes may share the directory, and begin at once."""
+    writer = f"{socket.gethostname()}-{os.getpid()}-"
+    return target.with_name(_PARTIAL + writer + target.name)
+
+
 def lay_out(restored: Found, output_directory: Path) -> None:
     """Put a restored checkpoint, and the best one that came with it, where `Trainer` looks for
     them in the end, unless something lies there; what is one node's part gives way, since all of it
-    is in what was restored. Raises OSError."""
+    is in what was restored, and what is torn. Raises OSError."""
     best = restored.path / BEST_NAME
     sources = {output_directory / f"checkpoint-{restored.step}": restored.path}
     sources |= {output_directory / path.name: path for path in torn.numbered(best)}
     output_directory.mkdir(parents=True, exist_ok=True)
     for target, source in sources.items():
-        if torn.is_part(target):
-            shutil.rmtree(target)
+        # A whole one was verified, and may be of a script's own kind.
+        wrong = torn.problem(source)
+        if wrong and restored.path.name == _TOGETHER_NAME:
+            # Of the best one a rank may have had nothing; Trainer raises over what it cannot load.
+            say(f"{source.name} was restored, and is no use: {wrong}")
+            continue
+        _make_way(target, may_judge=not wrong)
         if not target.exists():
             _link_once(_tree(source), target)
+
+
+def _make_way(target: Path, *, may_judge: bool) -> None:
+    """Another process, or node, may be at it as well, so it goes in one step."""
+    try:
+        if torn.is_part(target):
+            away = _partial_of(target)
+            target.rename(away)
+            if away.is_symlink():
+                away.unlink()
+            else:
+                shutil.rmtree(away)
+        elif may_judge and target.is_dir() and (wrong := torn.problem(target)):
+            _move_aside(target, wrong, "the restored one")
+    except FileNotFoundError:
+        return
 
 
 def _tree(source: Path) -> dict[Path, Path]:

@@ -375,7 +375,10 @@ class Bridge:
         mark = {"version": 1, "call": self._call}
         (staged / resume.MARK_NAME).write_text(json.dumps(mark), "utf-8")
         if getattr(args, "load_best_model_at_end", False):
-            self._add_best(state, saved, share, staged)
+            try:
+                self._add_best(state, saved, share, staged)
+            except OSError as error:
+                say(f"the best checkpoint does not come along: {error}")
         step = self._steps_before + state.global_step
         self._ticket = self.session.checkpoint(staged, step, parts=share.parts)
 

@@ -47,6 +47,9 @@ GRACE_MS = 120_000
 FLUSH_TIMEOUT_S = 5.0
 """How long the end of a job may wait for an absent agent to hear the last progress."""
 
+STATUS_BITS = 0xFF
+"""What wait(2) keeps of a status. An agent closes the connection on which it is told another."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 DUMP_SIGNAL = signal.SIGRTMIN + 5
@@ -307,16 +310,16 @@ class Session:
             sys.exit(EXIT_RUN_AGAIN)
 
     def leaving(self, status: int, reason: str = "") -> None:
-        """Say with what status, 0 to 255, this process will end, and why in one sentence. A
-        launcher above it has a status of its own for workers that left with any: of torchrun's 1
-        the agent knows then that it was ``EXIT_RUN_AGAIN``, and the reason stands in the job's
-        history.
+        """Say with what status this process will end, and why in one sentence. A launcher above it
+        has a status of its own for workers that left with any: of torchrun's 1 the agent knows then
+        that it was ``EXIT_RUN_AGAIN``, and the reason stands in the job's history. Of the status
+        eight bits count, as for exit(3).
 
         To be said last, and only where all processes below the launcher leave for this reason:
         which of them the launcher's status is about, nobody can tell.
         """
         if self._link is not None:
-            self._mailbox.put_leaving(operator.index(status), reason)
+            self._mailbox.put_leaving(operator.index(status) & STATUS_BITS, reason)
             self._link.wake()
 
     def close(self, flush_timeout_s: float = FLUSH_TIMEOUT_S) -> None:
