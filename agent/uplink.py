@@ -24,6 +24,8 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
+    # No pings to learn how much the line would take, which both ends pay for: as at the other end.
+    ("grpc.http2.bdp_probe", 0),
     # Our own back-off paces the dials; gRPC's would add up to two minutes to it. The least of its
     # pauses is its limit for a handshake, too: as long as a dial may take.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -18,7 +18,6 @@ What the peer itself refuses is one of the chunk store's errors with the peer's 
 """
 
 import asyncio
-import http.client
 import socket
 import ssl
 import threading
@@ -28,12 +27,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.chunks.http_server import REFUSAL_HEADER
 from agent.chunks.manifest import Absent, Altered, DiskFull, Invalid, short
 from agent.core.values import ReplicaSource
 from agent.ports import ChunkError
+
+if TYPE_CHECKING:  # imported with a node's first transfer: with the parsers of mail, a megabyte
+    import http.client
 
 # Four fill a 25 Gbit link where one core hashes or decrypts 1 to 2 GB/s; more only take turns on
 # the disk. A transfer holds twice as many chunks in memory, 32 MiB.
@@ -173,7 +175,7 @@ class Link:
         view = memoryview(data)
         got_bytes = 0
 
-        def once(connection: http.client.HTTPConnection) -> None:
+        def once(connection: "http.client.HTTPConnection") -> None:
             nonlocal got_bytes
             part = {"Range": f"bytes={got_bytes}-"} if got_bytes else {}
             connection.request("GET", f"/chunks/{digest}", headers=self._authorized() | part)
@@ -197,7 +199,7 @@ class Link:
         return data
 
     def _put(self, digest: str, data: bytes) -> None:
-        def once(connection: http.client.HTTPConnection) -> None:
+        def once(connection: "http.client.HTTPConnection") -> None:
             connection.request("PUT", f"/chunks/{digest}", data, self._authorized())
             response = connection.getresponse()
             self._check(response, 201)
@@ -208,9 +210,11 @@ class Link:
         self._insist(once, lambda: 0)
 
     def _insist(
-        self, once: Callable[[http.client.HTTPConnection], None], progress: Callable[[], int]
+        self, once: "Callable[[http.client.HTTPConnection], None]", progress: Callable[[], int]
     ) -> None:
         """Until it succeeds, or has failed too often since the last progress."""
+        import http.client
+
         failures = 0
         while True:
             before = progress()
@@ -230,7 +234,7 @@ class Link:
             if self._closed.wait(pause_s):
                 raise Broken(f"{self._name}: given up")
 
-    def _on_a_connection(self, once: Callable[[http.client.HTTPConnection], None]) -> None:
+    def _on_a_connection(self, once: "Callable[[http.client.HTTPConnection], None]") -> None:
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -247,8 +251,10 @@ class Link:
                 self._open.pop(connection, None)
                 connection.close()
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self) -> "http.client.HTTPConnection":
         """Raises `Broken` where trying again within a second cannot help."""
+        import http.client
+
         host, port, context = self._access.host, self._access.port, self._access.context
         connection = (
             http.client.HTTPConnection(host, port, timeout=CONNECT_DEADLINE_S)
@@ -270,7 +276,7 @@ class Link:
     def _authorized(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._access.token}"}
 
-    def _check(self, response: http.client.HTTPResponse, status: int) -> None:
+    def _check(self, response: "http.client.HTTPResponse", status: int) -> None:
         """Raises what a refusal means."""
         if response.status == status:
             return

@@ -18,7 +18,6 @@ posix_spawn(3); what comes of it is told in lines over a pipe. Nothing is polled
 import asyncio
 import contextlib
 import os
-import py_compile
 import shutil
 import signal
 import sys
@@ -35,7 +34,7 @@ from agent.ports import StartError
 from agent.processes import proc, records, remains, shim, stacks, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.retention import LOG_BYTES_MAX, Retention
-from agent.processes.spawn import spawn_shim
+from agent.processes.spawn import spawn_shim, write_program
 from agent.processes.units import Units, is_unit
 
 # a network file system may be slow to hand out a program; a start order is not kept for longer
@@ -114,8 +113,7 @@ class Supervisor:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (self._state, self._root):
             directory.chmod(0o700)
-        # Once here, or every start would compile it again, for half as long as the rest takes.
-        py_compile.compile(shim.__file__, cfile=str(self._program), doraise=True)
+        write_program(self._program)
         self._program.chmod(0o600)
         settled: list[Path] = []
         for directory in sorted(self._root.iterdir()):

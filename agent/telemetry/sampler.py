@@ -32,7 +32,13 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any, Final
+
+if __name__ == "__main__":
+    # The binding imports `find_library` from there, for Windows; with what that imports, 1 MiB.
+    sys.modules["ctypes.util"] = ModuleType("ctypes.util")
+    sys.modules["ctypes.util"].__dict__["find_library"] = None
 
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.nvml import NvmlGpus

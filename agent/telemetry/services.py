@@ -10,23 +10,22 @@ counts as ours: memory decides then (`core/clean.py`). What a job has had anothe
 container say, is not found.
 """
 
-from pathlib import Path
-
-PROC = Path("/proc")
+PROC = "/proc"
 UNIT_SUFFIXES = (".service", ".scope")
 JOB_UNIT_PREFIX = "baton-job-"  # as `processes/launcher.py` names them
 
 
-def is_of_another_service(pid: int, proc: Path = PROC) -> bool:
+def is_of_another_service(pid: int, proc: str = PROC) -> bool:
     """Whether this process is of a service that is neither ours nor a job's."""
-    own, its = _unit(proc / "self"), _unit(proc / str(pid))
+    own, its = _unit(f"{proc}/self"), _unit(f"{proc}/{pid}")
     return bool(own and its) and its != own and not its.startswith(JOB_UNIT_PREFIX)
 
 
-def _unit(process: Path) -> str:
+def _unit(process: str) -> str:
     """The innermost unit that it is in; empty where there is none, or the process has gone."""
     try:
-        lines = (process / "cgroup").read_text(errors="replace").splitlines()
+        with open(f"{process}/cgroup", errors="replace") as file:
+            lines = file.read().splitlines()
     except OSError:
         return ""
     for line in lines:

@@ -30,4 +30,4 @@ def test_services(tmp_path: Path, own: str, its: str | None, other: bool) -> Non
         (tmp_path / name).mkdir()
         if text is not None:
             (tmp_path / name / "cgroup").write_text(text)
-    assert is_of_another_service(17, tmp_path) == other
+    assert is_of_another_service(17, str(tmp_path)) == other
