@@ -1,29 +1,28 @@
 """Read the host: who it is, and how busy.
 
-Problem: how busy the cores are is a ratio of counters over a span, and psutil keeps the last
-reading by thread. Readings run in a pool of worker threads, so it would answer zero now and then,
-and over spans that nobody chose. So the two last readings of the kernel's counters are kept here,
-and the ratio is taken between them. All in all three lines of /proc are wanted (proc_meminfo(5),
-proc_stat(5)), for which a library would be a megabyte in every agent.
+Problem: `psutil.cpu_percent(interval=None)` answers for the time since the *same thread* last
+asked, and 0.0 the first time. Readings run in a pool of worker threads, so it would answer zero now
+and then, and over spans that nobody chose. So the two last readings of the kernel's counters are
+kept here, and the ratio is taken between them.
 
-Memory in use is what a new process cannot have without swapping (total less available), not what
-the kernel counts as used: the page cache is free for the taking, a tmpfs is not.
+Memory in use is what a new process cannot have without swapping (total less available), not
+psutil's `used`, which leaves out shared memory on some kernels: the page cache is free for the
+taking, a tmpfs is not.
 """
 
 import os
-import shutil
 import socket
 import sys
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from agent.core.values import HostFacts, HostSample
 
 _DISTRIBUTION: Final = "gpu_baton"  # as installers write it where they put it
 _VERSION_UNKNOWN: Final = "0.0.0+unknown"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_MEMORY: Final = Path("/proc/meminfo")
-_CPU: Final = Path("/proc/stat")
 
 
 class Host:
@@ -34,64 +33,57 @@ class Host:
 
     def __init__(self, state_directory: Path) -> None:
         self._state_directory = state_directory
-        self._busy = self._total = 0
+        self._busy_s = 0.0
+        self._total_s = 0.0
         self._cpu_utilization_ratio = 0.0
 
     def open(self) -> None:
         """Take the first reading of the counters, so that the first sample has a span."""
-        self._busy, self._total = _cpu_ticks()
+        self._busy_s, self._total_s = _cpu_times_s()
 
     def facts(self, *, driver_version: str) -> HostFacts:
         """What stays until the next boot. `boot_id` is empty where the kernel does not say."""
         return HostFacts(
             hostname=socket.gethostname(),
             boot_id=boot_id(),
-            cpu_count=os.cpu_count() or 1,
-            memory_bytes=_memory_bytes()[0],
+            cpu_count=psutil.cpu_count() or 1,
+            memory_bytes=psutil.virtual_memory().total,
             driver_version=driver_version,
             agent_version=_agent_version(),
         )
 
     def sample(self) -> HostSample:
         """CPU over the span since the last sample; memory, disk and load now."""
-        total_bytes, available_bytes = _memory_bytes()
+        memory = psutil.virtual_memory()
         return HostSample(
             cpu_utilization_ratio=self._advance_cpu(),
-            memory_used_bytes=total_bytes - available_bytes,
+            memory_used_bytes=memory.total - memory.available,
             disk_free_bytes=_disk_free_bytes(self._state_directory),
             load_1min=os.getloadavg()[0],
         )
 
     def _advance_cpu(self) -> float:
-        busy, total = _cpu_ticks()
-        span = total - self._total
-        if span > 0:  # a hundred a second: two readings within a tick say nothing new
-            ratio = (busy - self._busy) / span
+        busy_s, total_s = _cpu_times_s()
+        span_s = total_s - self._total_s
+        if span_s > 0.0:  # the counters tick at 100 Hz: two readings within a tick say nothing new
+            ratio = (busy_s - self._busy_s) / span_s
             self._cpu_utilization_ratio = min(1.0, max(0.0, ratio))  # iowait may run backwards
-            self._busy, self._total = busy, total
+            self._busy_s, self._total_s = busy_s, total_s
         return self._cpu_utilization_ratio
 
 
-def _cpu_ticks() -> tuple[int, int]:
-    """Busy and total of all CPUs since boot. Guest time is in `user` already."""
-    with _CPU.open(encoding="ascii") as file:
-        all_cpus = file.readline().split()
-    user, nice, system, idle, iowait, irq, softirq, steal = map(int, all_cpus[1:9])
-    busy = user + nice + system + irq + softirq + steal
-    return busy, busy + idle + iowait
-
-
-def _memory_bytes() -> tuple[int, int]:
-    """Total and available."""
-    said = dict(line.split(":", 1) for line in _MEMORY.read_text("ascii").splitlines())
-    total_kib, available_kib = (int(said[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
-    return total_kib << 10, available_kib << 10
+def _cpu_times_s() -> tuple[float, float]:
+    """Busy and total time of all CPUs since boot. Guest time is in `user` already."""
+    times = psutil.cpu_times()
+    idle_s = times.idle + times.iowait
+    busy_s = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    return busy_s, busy_s + idle_s
 
 
 def _disk_free_bytes(directory: Path) -> int:
     """What an ordinary user may still write; 0 where the directory cannot be asked or used."""
     try:
-        return int(shutil.disk_usage(directory).free)
+        return int(psutil.disk_usage(str(directory)).free)
     except OSError:
         return 0
 

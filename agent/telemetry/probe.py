@@ -1,4 +1,4 @@
-"""The production `GpuProbe`: the sampler process for the GPUs, `host.py` for the host.
+"""The production `GpuProbe`: the sampler process for the GPUs, psutil for the host.
 
 Problem: a sick driver can block a call for ever, and neither a heartbeat nor a restart of the
 agent may wait for it. So a reading takes a deadline at most (`remote.py`), and runs in a worker

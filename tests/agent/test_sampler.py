@@ -416,4 +416,4 @@ def test_the_sampler_imports_little_and_the_agent_no_binding() -> None:
         "agent.telemetry.usage",
         "agent.telemetry.xid_events",
     }
-    assert not imported("agent.main") & {"pynvml", "psutil", "email", "importlib.metadata"}
+    assert not imported("agent.main") & {"pynvml", "email", "importlib.metadata"}

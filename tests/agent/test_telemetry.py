@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,6 @@ import psutil
 import pytest
 
 from agent.ports import GpuProbe
-from agent.telemetry import host as host_module
 from agent.telemetry.host import Host
 from agent.telemetry.probe import NvmlProbe
 from tests.fakenvml.build import (
@@ -409,28 +409,27 @@ def test_a_state_directory_that_is_gone_has_no_room(tmp_path: Path) -> None:
     assert host.sample().disk_free_bytes == 0
 
 
+CpuTimes = namedtuple("CpuTimes", "user nice system idle iowait irq softirq steal guest guest_nice")
+
+
 def test_cpu_ratio_is_of_the_span_whichever_thread_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counters = tmp_path / "stat"
-    monkeypatch.setattr(host_module, "_CPU", counters)
+    readings = iter(
+        [
+            CpuTimes(100, 0, 50, 1000, 10, 0, 0, 0, 90, 0),
+            CpuTimes(102, 0, 51, 1006, 11, 0, 0, 0, 92, 0),  # 3 s busy of 10 s
+            CpuTimes(102, 0, 51, 1006, 11, 0, 0, 0, 92, 0),  # no tick since: the last answer
+            CpuTimes(112, 0, 51, 1006, 11, 0, 0, 0, 99, 0),  # nothing but busy
+            CpuTimes(112, 0, 51, 1018, 9, 0, 0, 0, 99, 0),  # idle; iowait ran backwards
+        ]
+    )
+    monkeypatch.setattr(psutil, "cpu_times", lambda: next(readings))
     host = Host(tmp_path)
-    ratios: list[float] = []
-
-    def look() -> None:
-        ratios.append(host.sample().cpu_utilization_ratio)
-
-    # user nice system idle iowait irq softirq steal guest guest_nice (proc_stat(5))
-    counters.write_text("cpu  100 0 50 1000 10 0 0 0 90 0\ncpu0 1 0 0 0 0 0 0 0 0 0\n")
     host.open()
-    for line in (
-        "cpu  102 0 51 1006 11 0 0 0 92 0",  # 3 ticks busy of 10
-        "cpu  102 0 51 1006 11 0 0 0 92 0",  # no tick since: the last answer
-        "cpu  112 0 51 1006 11 0 0 0 99 0",  # nothing but busy
-        "cpu  112 0 51 1018 9 0 0 0 99 0",  # idle; iowait ran backwards
-    ):
-        counters.write_text(f"{line}\ncpu0 1 0 0 0 0 0 0 0 0 0\n")
-        thread = threading.Thread(target=look)
+    ratios: list[float] = []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: ratios.append(host.sample().cpu_utilization_ratio))
         thread.start()
         thread.join()
     assert ratios == [0.3, 0.3, 1.0, 0.0]
