@@ -448,6 +448,21 @@ def test_a_list_has_one_line_for_an_array_on_whichever_page() -> None:
     assert plain.trials is None
 
 
+def test_an_array_is_on_one_page_although_its_trials_change_between_two() -> None:
+    fleet = Fleet("3xH100")
+    fleet.submit()
+    fleet.submit()
+    array_id = fleet.submit(array="0-4%1")
+    body = ListJobs((JobPhase.ACTIVE, JobPhase.QUEUED), page_size=1, fold_arrays=True)
+    first = ask(fleet.rig, body)
+    assert isinstance(first, JobPage)
+    assert [view.job.id for view in first.jobs] == [array_id + 4]
+    ask(fleet.rig, CancelJob(array_id + 4))
+    second = ask(fleet.rig, replace(body, before_job_id=first.next_before_job_id))
+    assert isinstance(second, JobPage)
+    assert [view.job.id for view in second.jobs] == [array_id - 1], "not the array once more"
+
+
 def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 2)
     fleet = Fleet("2xH100")
