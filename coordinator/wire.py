@@ -422,22 +422,13 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
             )
             return pb.SessionResponse(stop_attempt=stop)
         case m.SetReplicaTarget():
-            target = None if order.target is None else _address(order.target)
-            return pb.SessionResponse(
-                set_replica_target=pb.SetReplicaTarget(
-                    attempt=order.attempt, target=target, required=order.required
-                )
-            )
+            return pb.SessionResponse(set_replica_target=_replica_target(order))
         case m.CommitResult():
-            return pb.SessionResponse(
-                commit_result=pb.CommitResult(
-                    attempt=order.attempt,
-                    digest=order.digest,
-                    accepted=order.accepted,
-                    reason=order.reason,
-                    head=order.head,
-                )
-            )
+            result = pb.CommitResult(
+                attempt=order.attempt, digest=order.digest, accepted=order.accepted,
+                reason=order.reason, head=order.head,
+            )  # fmt: skip
+            return pb.SessionResponse(commit_result=result)
         case m.KeepCheckpoints():
             keep = pb.KeepCheckpoints(digests=order.digests)
             return pb.SessionResponse(keep_checkpoints=keep)
@@ -482,6 +473,15 @@ def _gang(gang: launch.Gang) -> pb.Gang:
         node_gpu_uuids=gang.node_gpu_uuids,
         own_parts=True,
     )
+
+
+def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
+    message = pb.SetReplicaTarget(attempt=order.attempt, required=order.required)
+    if order.target is not None:
+        message.target.CopyFrom(_address(order.target))
+    if (lone := order.lone) is not None:
+        message.lone.digest, message.lone.step, message.lone.parts = lone.digest, lone.step, lone.parts
+    return message
 
 
 def _address(address: launch.PeerAddress) -> pb.PeerAddress:

@@ -315,6 +315,16 @@ class ReplicaSource:
 
 
 @dataclass(frozen=True, slots=True)
+class LoneCheckpoint:
+    """A committed checkpoint, or a rank's part of one, of which no other node within reach has a
+    copy. `parts`: of how many the checkpoint is."""
+
+    digest: str
+    step: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
 class RestorePart:
     """What a rank other than 0 wrote of a checkpoint, and where it may be had, best first."""
 
