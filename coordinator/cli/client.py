@@ -38,6 +38,7 @@ from coordinator.cli import values
 from coordinator.cli.decoding import (
     decode_attempt,
     decode_change,
+    decode_requeue,
     decode_event,
     decode_explanation,
     decode_fit,
@@ -194,12 +195,13 @@ class Client:
         request = jobs_pb2.ReleaseJobRequest(job_id=job_id, array=array)
         return _changed(self._call(self._jobs.ReleaseJob, request), array)
 
-    def requeue(self, job_id: int, array: bool, abandon: bool) -> "Changed":
+    def requeue(self, job_id: int, array: bool, abandon: bool, every: bool) -> "Changed":
         """Stop a job with its work saved and queue it again."""
         request = jobs_pb2.RequeueJobRequest(
-            job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array
+            job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array, all_trials=every
         )
-        return _changed(self._call(self._jobs.RequeueJob, request), array)
+        answer = self._call(self._jobs.RequeueJob, request)
+        return decode_requeue(answer) if array else _job(answer.job)
 
     def explain(self, job_id: int) -> values.Explanation:
         """One sentence with numbers, and the figures of it."""
@@ -339,7 +341,6 @@ _Changes = (
     jobs_pb2.CancelJobResponse
     | jobs_pb2.HoldJobResponse
     | jobs_pb2.ReleaseJobResponse
-    | jobs_pb2.RequeueJobResponse
 )
 
 

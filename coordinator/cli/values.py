@@ -177,6 +177,13 @@ class ArrayChange(msgspec.Struct, frozen=True, kw_only=True):
     jobs: int
 
 
+class ArrayRequeue(ArrayChange, frozen=True, kw_only=True):
+    """And how many were left alone since they run, and since they have succeeded."""
+
+    left_running: int
+    left_succeeded: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job; in lists with its newest attempt only (of a gang all ranks of it), and without
     accounts."""

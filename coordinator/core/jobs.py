@@ -207,7 +207,8 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
 
 def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
     if body.array:
-        return trials.each(state, now, body, requeue)
+        leave = () if body.all_trials else (JobPhase.ACTIVE, JobPhase.SUCCEEDED)
+        return trials.each(state, now, body, requeue, leave)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)

@@ -428,6 +428,26 @@ def test_the_whole_array_is_held_released_cancelled_and_run_again() -> None:
     assert fleet.job(other).phase is JobPhase.ACTIVE
 
 
+def test_trials_that_run_or_have_succeeded_are_run_again_by_demand_alone() -> None:
+    fleet = Fleet("2xH100")
+    array_id = fleet.submit(array="0-3%2")
+    fleet.end(array_id)
+    ask(fleet.rig, CancelJob(array_id + 3))
+    assert phases(fleet) == ["succeeded", "active", "active", "cancelled"]
+    again = ask(fleet.rig, RequeueJob(array_id, array=True))
+    assert isinstance(again, JobView)
+    assert (again.job.id, again.changed, again.left) == (array_id + 3, 1, (2, 1))
+    ask(fleet.rig, CancelJob(array_id + 3))
+    fleet.end(array_id + 1)
+    fleet.end(array_id + 2)
+    ask(fleet.rig, RequeueJob(array_id + 3))
+    none = ask(fleet.rig, RequeueJob(array_id, array=True))
+    assert isinstance(none, Refusal)
+    every = ask(fleet.rig, RequeueJob(array_id, array=True, all_trials=True))
+    assert isinstance(every, JobView)
+    assert (every.changed, every.left) == (4, (0, 0))
+
+
 def test_a_list_has_one_line_for_an_array_on_whichever_page() -> None:
     fleet = Fleet("8xH100")
     for array in ("", "0-4%2", "", "0-2"):
