@@ -84,6 +84,7 @@ def _host(host: HostFacts) -> types.HostFacts:
         memory_bytes=host.memory_bytes,
         driver_version=host.driver_version,
         agent_version=host.agent_version,
+        gpu_absence=host.gpu_absence,
     )
 
 

@@ -258,13 +258,9 @@ def _hello(hello: pb.Hello) -> m.Hello:
         hello.journal_id,
         hello.peer_address,
         model.HostFacts(
-            host.hostname,
-            host.boot_id,
-            host.cpu_count,
-            host.memory_bytes,
-            host.driver_version,
-            host.agent_version,
-        ),
+            host.hostname, host.boot_id, host.cpu_count, host.memory_bytes,
+            host.driver_version, host.agent_version, host.gpu_absence,
+        ),  # fmt: skip
         tuple(model.GpuFacts(gpu.uuid, gpu.name, gpu.memory_bytes) for gpu in hello.gpus),
         tuple(_held(held) for held in hello.attempts),
         tuple(_digest(digest) for digest in hello.checkpoints),

@@ -211,6 +211,7 @@ def decode_node(node: types_pb2.Node) -> values.Node:
             memory_bytes=node.host.memory_bytes,
             driver_version=node.host.driver_version,
             agent_version=node.host.agent_version,
+            gpu_absence=node.host.gpu_absence,
         )
     if node.HasField("telemetry"):
         telemetry = values.HostTelemetry(

@@ -290,6 +290,7 @@ class HostFacts:
     memory_bytes: int = 0
     driver_version: str = ""
     agent_version: str = ""
+    gpu_absence: str = ""
 
 
 @dataclass(frozen=True, slots=True)

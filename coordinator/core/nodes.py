@@ -46,7 +46,7 @@ from coordinator.core.phases import (
     advance,
 )
 from coordinator.core.sentences import quantity
-from coordinator.core.state import Instant, LiveGpu, LiveNode, State
+from coordinator.core.state import Instant, LiveGpu, LiveNode, State, cut
 
 ABSENCE_MS_MAX = 600_000  # a polite agent may announce ten minutes of absence; longer is a drain
 # A tick that comes this late means that we were away (suspended, swapped out), not that every node
@@ -108,8 +108,9 @@ def set_rate(state: State, live: LiveNode, rate: TelemetryRate) -> None:
 
 def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     live = state.nodes.get(body.node)
+    host = replace(body.host, gpu_absence=cut(body.host.gpu_absence))
     node = Node(
-        body.node, body.journal_id, body.peer_address, body.host, body.gpus,
+        body.node, body.journal_id, body.peer_address, host, body.gpus,
         acknowledged=body.acknowledged,
     )  # fmt: skip
     if live is None:

@@ -320,7 +320,7 @@ def test_nodes_show_what_is_not_known_as_a_dash(baton: Baton) -> None:
             *("n3", "lost", "open", "0/0 H100 80GB HBM3 (1 absent)", "-", "-", "-", "-", "-"),
             "not heard for 34 s",
         ],
-        ["n4", "up", "open", "-", "-", "-", "-", "-", "-", "-"],
+        ["n4", "up", "open", *"------", "no GPUs: Driver Not Loaded"],
     ]
 
 

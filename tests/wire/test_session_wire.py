@@ -91,7 +91,7 @@ BODY = st.one_of(
 UPWARD = st.one_of(
     st.builds(
         am.Hello, NODE, TEXT.filter(bool), TEXT,
-        st.builds(av.HostFacts, TEXT, TEXT, SMALL, COUNT, TEXT, TEXT),
+        st.builds(av.HostFacts, TEXT, TEXT, SMALL, COUNT, TEXT, TEXT, TEXT),
         many(st.builds(av.GpuFacts, TEXT, TEXT, COUNT)), many(HELD), many(DIGEST), COUNT,
         many(HEALTH),
     ),
