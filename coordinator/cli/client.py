@@ -128,11 +128,13 @@ class Client:
         """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable."""
         request = jobs_pb2.SubmitRequest(request_id=request_id, spec=_spec_to_wire(spec))
         pauses_s = list(RETRY_PAUSES_S)
+        unsettled = False
         while True:
             try:
                 answer = self._jobs.Submit(request, timeout=self._settings.timeout_s)
             except grpc.RpcError as error:
-                unsettled = error.code() in _UNSETTLED
+                sent = not _NOT_SENT.search(error.details() or "")
+                unsettled = unsettled or (sent and error.code() in _UNSETTLED)
                 if error.code() is grpc.StatusCode.UNAVAILABLE and pauses_s:
                     self._pause(pauses_s.pop(0))
                     continue
@@ -334,6 +336,11 @@ class Client:
 
 
 _UNSETTLED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+# There was no connection that a request could have gone over.
+_NOT_SENT = re.compile(
+    r"failed to connect to all addresses|resolution failed|errors resolving|name not found",
+    re.IGNORECASE,
+)
 
 
 Changed = values.Job | values.ArrayChange
