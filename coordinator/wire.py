@@ -258,8 +258,13 @@ def _hello(hello: pb.Hello) -> m.Hello:
         hello.journal_id,
         hello.peer_address,
         model.HostFacts(
-            host.hostname, host.boot_id, host.cpu_count, host.memory_bytes,
-            host.driver_version, host.agent_version, host.gpu_absence,
+            host.hostname,
+            host.boot_id,
+            host.cpu_count,
+            host.memory_bytes,
+            host.driver_version,
+            host.agent_version,
+            host.gpu_absence,
         ),  # fmt: skip
         tuple(model.GpuFacts(gpu.uuid, gpu.name, gpu.memory_bytes) for gpu in hello.gpus),
         tuple(_held(held) for held in hello.attempts),
@@ -476,7 +481,11 @@ def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
     if order.target is not None:
         message.target.CopyFrom(_address(order.target))
     if (lone := order.lone) is not None:
-        message.lone.digest, message.lone.step, message.lone.parts = lone.digest, lone.step, lone.parts
+        message.lone.digest, message.lone.step, message.lone.parts = (
+            lone.digest,
+            lone.step,
+            lone.parts,
+        )
     return message
 
 

@@ -116,9 +116,7 @@ class NvmlProbe:
         yet."""
         with self._lock:
             gpus = self._gpus
-            return self._host.facts(
-                driver_version=gpus.driver_version, gpu_absence=gpus.absence
-            )
+            return self._host.facts(driver_version=gpus.driver_version, gpu_absence=gpus.absence)
 
     def gpu_facts(self) -> tuple[GpuFacts, ...]:
         """Every GPU seen since `open`. Enumerates again, to find a driver or GPU that came late."""

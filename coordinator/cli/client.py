@@ -344,11 +344,7 @@ _NOT_SENT = re.compile(
 
 
 Changed = values.Job | values.ArrayChange
-_Changes = (
-    jobs_pb2.CancelJobResponse
-    | jobs_pb2.HoldJobResponse
-    | jobs_pb2.ReleaseJobResponse
-)
+_Changes = jobs_pb2.CancelJobResponse | jobs_pb2.HoldJobResponse | jobs_pb2.ReleaseJobResponse
 
 
 def _changed(answer: _Changes, array: bool) -> Changed:

@@ -103,7 +103,9 @@ release = _verb(
 )
 @common_options
 @click.pass_context
-def requeue(context: click.Context, job_id: int, *, abandon: bool, array: bool, every: bool) -> None:
+def requeue(
+    context: click.Context, job_id: int, *, abandon: bool, array: bool, every: bool
+) -> None:
     """Run JOB again from its last checkpoint.
 
     An active job is checkpointed, stopped and queued again; one that has ended, or is quarantined,
