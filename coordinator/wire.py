@@ -252,20 +252,16 @@ def _hello(hello: pb.Hello) -> m.Hello:
         raise WireError("the hello has no journal id")
     if hello.acknowledged_sequence < 0:
         raise WireError(f"{hello.acknowledged_sequence} is no sequence")
-    host = hello.host
+    told = hello.host
+    host = model.HostFacts(
+        told.hostname, told.boot_id, told.cpu_count, told.memory_bytes,
+        told.driver_version, told.agent_version, told.gpu_absence,
+    )  # fmt: skip
     return m.Hello(
         hello.node,
         hello.journal_id,
         hello.peer_address,
-        model.HostFacts(
-            host.hostname,
-            host.boot_id,
-            host.cpu_count,
-            host.memory_bytes,
-            host.driver_version,
-            host.agent_version,
-            host.gpu_absence,
-        ),  # fmt: skip
+        host,
         tuple(model.GpuFacts(gpu.uuid, gpu.name, gpu.memory_bytes) for gpu in hello.gpus),
         tuple(_held(held) for held in hello.attempts),
         tuple(_digest(digest) for digest in hello.checkpoints),
@@ -481,11 +477,8 @@ def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
     if order.target is not None:
         message.target.CopyFrom(_address(order.target))
     if (lone := order.lone) is not None:
-        message.lone.digest, message.lone.step, message.lone.parts = (
-            lone.digest,
-            lone.step,
-            lone.parts,
-        )
+        wire = pb.LoneCheckpoint(digest=lone.digest, step=lone.step, parts=lone.parts)
+        message.lone.CopyFrom(wire)
     return message
 
 

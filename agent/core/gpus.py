@@ -94,8 +94,8 @@ def sampled(state: State, now: Instant, sample: Sample) -> None:
 
 
 def _take_late(state: State, now: Instant, sample: Sample) -> None:
-    """GPUs that a slow driver has named after the start, or why there is none. Only a hello tells of
-    them, so the session begins anew."""
+    """GPUs that a slow driver has named after the start, or why there is none. Only a hello tells
+    of either, so the session begins anew."""
     if state.host is None:
         return  # the start itself is not over
     before, version = state.host, sample.driver_version or state.host.driver_version

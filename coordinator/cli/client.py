@@ -38,12 +38,12 @@ from coordinator.cli import values
 from coordinator.cli.decoding import (
     decode_attempt,
     decode_change,
-    decode_requeue,
     decode_event,
     decode_explanation,
     decode_fit,
     decode_node,
     decode_project,
+    decode_requeue,
     decode_trial,
     said,
     time_of,
