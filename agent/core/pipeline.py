@@ -265,7 +265,7 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
         state.commands.append(ReplicateCheckpoint(record.id, record.pending.digest, target))
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
-    else:
+    elif not record.pending.restored:
         propose(state, now, live, ())
 
 

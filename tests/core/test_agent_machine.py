@@ -164,7 +164,8 @@ class AgentMachine(RuleBasedStateMachine):
         live = self.journal.attempts[attempt]
         before = self.proposals.setdefault(attempt, [])
         assert body.parent in (before[-1] if before else "", live.committed)
-        assert body.digest not in before
+        if body.digest in before:
+            assert (before[-1], len(body.replicas)) == (body.digest, 2), "again, with a copy"
         before.append(body.digest)
         if live.spec.replication == "required":
             assert len(body.replicas) == 2
@@ -271,7 +272,10 @@ class AgentMachine(RuleBasedStateMachine):
     def retarget(self, data: st.DataObject, near: bool) -> None:
         order = data.draw(st.sampled_from(self.starts))
         required = order.spec.replication == "required"
-        self.order(m.SetReplicaTarget(order.attempt, PEER if near else None, required))
+        record = self.journal.attempts.get(order.attempt)
+        lone = v.LoneCheckpoint(record.committed, 1, 1) if record and record.committed else None
+        target = PEER if near else None
+        self.order(m.SetReplicaTarget(order.attempt, target, required, lone))
 
     def order(self, order: m.Order) -> None:
         if self.connected:
