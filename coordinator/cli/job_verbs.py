@@ -109,8 +109,8 @@ def requeue(
     """Run JOB again from its last checkpoint.
 
     An active job is checkpointed, stopped and queued again; one that has ended, or is quarantined,
-    is queued again. With --array those trials are that have failed, were cancelled or are
-    quarantined.
+    is queued again. With --array this is done for the trials that have failed, were cancelled or
+    are quarantined.
 
     \b
     Examples:

@@ -86,6 +86,7 @@ _EVENT_COLUMNS = (
     "--limit",
     type=click.IntRange(1, LIMIT_MAX),
     default=LIMIT_DEFAULT,
+    metavar="N",
     show_default=True,
     help="At most this many.",
 )

@@ -65,6 +65,9 @@ def projects(context: click.Context) -> None:
         )
         for project in report.projects
     ]
+    if not rows:
+        write_notice("no project has a job yet, and none has a quota")
+        return
     write_table(_COLUMNS, rows)
     write_notice(f"half of what was used is forgotten after {report.half_life_hours:.1f} h")
 

@@ -109,7 +109,8 @@ def each(
     for no in (answer for answer in answers if isinstance(answer, Refusal)):
         return Refusal(no.kind, f"{none}; {no.sentence}")
     runs, over = quantity(left[0], "runs", "run"), quantity(left[1], "has", "have")
-    return Refusal(RefusalKind.WRONG_PHASE, f"{none}; {runs} and {over} succeeded: see --all")
+    words = [runs] * bool(left[0]) + [f"{over} succeeded"] * bool(left[1])
+    return Refusal(RefusalKind.WRONG_PHASE, f"{none}; {' and '.join(words)}: see --all")
 
 
 def followed(state: State, whole: str, job: Job) -> bool:

@@ -34,6 +34,13 @@ def test_the_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
     assert rows == [BETA, DEMO]
 
 
+def test_where_there_is_none_there_are_no_headings(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListProjects"] = [jobs_pb2.ListProjectsResponse(half_life_hours=1)]
+    said = baton("projects")
+    assert (said.exit_code, said.stdout) == (0, "")
+    assert said.stderr == "baton: no project has a job yet, and none has a quota\n"
+
+
 def test_the_document(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListProjects"] = [ANSWER]
     document = json.loads(baton("projects", "--json").stdout)

@@ -443,6 +443,9 @@ def test_trials_that_run_or_have_succeeded_are_run_again_by_demand_alone() -> No
     ask(fleet.rig, RequeueJob(array_id + 3))
     none = ask(fleet.rig, RequeueJob(array_id, array=True))
     assert isinstance(none, Refusal)
+    assert none.sentence == (
+        f"of array {array_id} there is no trial for it; 1 runs and 3 have succeeded: see --all"
+    )
     every = ask(fleet.rig, RequeueJob(array_id, array=True, all_trials=True))
     assert isinstance(every, JobView)
     assert (every.changed, every.left) == (4, (0, 0))
