@@ -431,6 +431,14 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
     }
 
 
+def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["StreamLogs"] = [[]]
+    for more in ((), ("--json",)):
+        result = baton("logs", "12", *more)
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert result.stderr == "baton: job 12 has no output so far\n"
+
+
 def test_what_a_job_says_of_itself_cannot_drive_a_terminal(
     baton: Baton, fake: FakeCoordinator
 ) -> None:
