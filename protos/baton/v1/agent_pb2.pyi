@@ -1082,8 +1082,8 @@ class SetReplicaTarget(_message.Message):
 
     @_builtins.property
     def lone(self) -> Global___LoneCheckpoint:
-        """What of the job's last checkpoint lies on this node alone, of the nodes that are within reach: it
-        is copied to the target at once. Absent: nothing. An older agent copies its next checkpoint.
+        """What of the job's last checkpoint lies on this node alone, of the nodes within reach: it is
+        copied to the target at once. Absent: nothing. An older agent copies its next checkpoint.
         """
 
     def __init__(
