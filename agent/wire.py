@@ -20,6 +20,7 @@ from agent.core.values import (
     GpuSample,
     HostFacts,
     HostSample,
+    LoneCheckpoint,
     ReplicaSource,
     RestoreCandidate,
     RestorePart,
@@ -83,6 +84,7 @@ def _host(host: HostFacts) -> types.HostFacts:
         memory_bytes=host.memory_bytes,
         driver_version=host.driver_version,
         agent_version=host.agent_version,
+        gpu_absence=host.gpu_absence,
     )
 
 
@@ -245,9 +247,7 @@ def decode(message: pb.SessionResponse) -> m.Order:
         case "stop_attempt":
             return _stop(message.stop_attempt)
         case "set_replica_target":
-            order = message.set_replica_target
-            target = _source(order.target) if order.HasField("target") else None
-            return m.SetReplicaTarget(_attempt_id(order.attempt), target, order.required)
+            return _replica_target(message.set_replica_target)
         case "commit_result":
             result = message.commit_result
             return m.CommitResult(
@@ -336,6 +336,14 @@ def _stop(order: pb.StopAttempt) -> m.StopAttempt:
     grace_ms = _milliseconds(order.grace) if order.HasField("grace") else None
     precopy_ms = _milliseconds(order.precopy) if order.HasField("precopy") else None
     return m.StopAttempt(_attempt_id(order.attempt), grace_ms, order.reason, precopy_ms)
+
+
+def _replica_target(order: pb.SetReplicaTarget) -> m.SetReplicaTarget:
+    target = _source(order.target) if order.HasField("target") else None
+    lone = None
+    if order.HasField("lone"):
+        lone = LoneCheckpoint(order.lone.digest, order.lone.step, order.lone.parts)
+    return m.SetReplicaTarget(_attempt_id(order.attempt), target, order.required, lone)
 
 
 def _sources(addresses: Iterable[pb.PeerAddress]) -> tuple[ReplicaSource, ...]:

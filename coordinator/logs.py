@@ -127,10 +127,12 @@ def configure(
         logger_factory=lambda *_: writer,
         cache_logger_on_first_use=False,  # module-level loggers follow a later `configure`
     )
-    # grpc and asyncio speak through `logging`; below a warning they talk about themselves.
+    # grpc and asyncio speak through `logging`, and so do `warnings` when they are told to; below a
+    # warning they talk about themselves.
     logging.basicConfig(
         level=max(_LEVELS[level], logging.WARNING), handlers=[_Library()], force=True
     )
+    logging.captureWarnings(True)
     logger: FilteringBoundLogger = structlog.get_logger()
     return logger
 

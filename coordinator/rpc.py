@@ -146,8 +146,12 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         self, request: jobs_pb2.RequeueJobRequest, context: Context
     ) -> jobs_pb2.RequeueJobResponse:
         abandon = request.abandon_unreachable_checkpoints
-        view = await self._job(context, m.RequeueJob(request.job_id, abandon, request.array))
-        return jobs_pb2.RequeueJobResponse(job=wire.encode_job(view), jobs=view.changed)
+        body = m.RequeueJob(request.job_id, abandon, request.array, request.all_trials)
+        view = await self._job(context, body)
+        return jobs_pb2.RequeueJobResponse(
+            job=wire.encode_job(view), jobs=view.changed,
+            left_running=view.left[0], left_succeeded=view.left[1],
+        )  # fmt: skip
 
     async def ExplainJob(
         self, request: jobs_pb2.ExplainJobRequest, context: Context

@@ -252,19 +252,16 @@ def _hello(hello: pb.Hello) -> m.Hello:
         raise WireError("the hello has no journal id")
     if hello.acknowledged_sequence < 0:
         raise WireError(f"{hello.acknowledged_sequence} is no sequence")
-    host = hello.host
+    told = hello.host
+    host = model.HostFacts(
+        told.hostname, told.boot_id, told.cpu_count, told.memory_bytes,
+        told.driver_version, told.agent_version, told.gpu_absence,
+    )  # fmt: skip
     return m.Hello(
         hello.node,
         hello.journal_id,
         hello.peer_address,
-        model.HostFacts(
-            host.hostname,
-            host.boot_id,
-            host.cpu_count,
-            host.memory_bytes,
-            host.driver_version,
-            host.agent_version,
-        ),
+        host,
         tuple(model.GpuFacts(gpu.uuid, gpu.name, gpu.memory_bytes) for gpu in hello.gpus),
         tuple(_held(held) for held in hello.attempts),
         tuple(_digest(digest) for digest in hello.checkpoints),
@@ -422,22 +419,13 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
             )
             return pb.SessionResponse(stop_attempt=stop)
         case m.SetReplicaTarget():
-            target = None if order.target is None else _address(order.target)
-            return pb.SessionResponse(
-                set_replica_target=pb.SetReplicaTarget(
-                    attempt=order.attempt, target=target, required=order.required
-                )
-            )
+            return pb.SessionResponse(set_replica_target=_replica_target(order))
         case m.CommitResult():
-            return pb.SessionResponse(
-                commit_result=pb.CommitResult(
-                    attempt=order.attempt,
-                    digest=order.digest,
-                    accepted=order.accepted,
-                    reason=order.reason,
-                    head=order.head,
-                )
-            )
+            result = pb.CommitResult(
+                attempt=order.attempt, digest=order.digest, accepted=order.accepted,
+                reason=order.reason, head=order.head,
+            )  # fmt: skip
+            return pb.SessionResponse(commit_result=result)
         case m.KeepCheckpoints():
             keep = pb.KeepCheckpoints(digests=order.digests)
             return pb.SessionResponse(keep_checkpoints=keep)
@@ -482,6 +470,16 @@ def _gang(gang: launch.Gang) -> pb.Gang:
         node_gpu_uuids=gang.node_gpu_uuids,
         own_parts=True,
     )
+
+
+def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
+    message = pb.SetReplicaTarget(attempt=order.attempt, required=order.required)
+    if order.target is not None:
+        message.target.CopyFrom(_address(order.target))
+    if (lone := order.lone) is not None:
+        wire = pb.LoneCheckpoint(digest=lone.digest, step=lone.step, parts=lone.parts)
+        message.lone.CopyFrom(wire)
+    return message
 
 
 def _address(address: launch.PeerAddress) -> pb.PeerAddress:

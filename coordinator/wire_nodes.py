@@ -28,6 +28,7 @@ def encode_node(view: model.NodeView) -> types.Node:
             memory_bytes=node.host.memory_bytes,
             driver_version=node.host.driver_version,
             agent_version=node.host.agent_version,
+            gpu_absence=node.host.gpu_absence,
         ),
         gpus=[_gpu(gpu) for gpu in view.gpus],
         attempts=view.attempts,

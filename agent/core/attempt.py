@@ -55,8 +55,8 @@ def advance(present: Phase, following: Phase, attempt_id: str) -> Phase:
 @dataclass(frozen=True, slots=True)
 class Pending:
     """A checkpoint that is durable here and not yet proposed. `trainer_id` is the trainer's number
-    for it. `restored`: what it began with, or its rank's part of that, on its way to another
-    node."""
+    for it. `restored`: what counts already, since it began with it or has proposed it, or its
+    rank's part of that, on its way to another node."""
 
     digest: str
     step: int

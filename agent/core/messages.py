@@ -22,6 +22,7 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
+    LoneCheckpoint,
     ProcessesStuck,
     ProcessExit,
     ReplicaSource,
@@ -63,6 +64,7 @@ class SetReplicaTarget:
     attempt: str
     target: ReplicaSource | None
     required: bool
+    lone: LoneCheckpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,8 @@ from agent.core.values import ReplicaSource, RestoreCandidate
 # first station, so that an outage of days holds this many on disk and not thousands.
 UNANSWERED_MAX = 8
 REPLICA_RETRY_MS = 5_000
-# Likewise of what an attempt began with, which nobody waits for: when many nodes die at once, those
-# who go on elsewhere may all ask the same standby, which takes some tens of copies at a time.
+# Likewise of what counts already, which nobody waits for: when many nodes die at once, those who go
+# on elsewhere may all ask the same standby, which takes some tens of copies at a time.
 RESTORED_RETRY_MS = 30_000
 # After its process has ended an attempt waits this long for a required copy, then reports its end
 # without that checkpoint: the GPUs are needed.
@@ -266,7 +266,7 @@ def replicate(state: State, now: Instant, live: LiveAttempt) -> None:
         state.commands.append(ReplicateCheckpoint(record.id, record.pending.digest, target))
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
-    else:
+    elif not record.pending.restored:
         propose(state, now, live, ())
 
 
@@ -293,15 +293,20 @@ def copy_restored(state: State, now: Instant, live: LiveAttempt) -> None:
 
 
 def retarget(state: State, now: Instant, live: LiveAttempt, order: SetReplicaTarget) -> None:
-    """Its copies go elsewhere; what it began with does too, as long as it has stored nothing."""
+    """Its copies go elsewhere; what it began with does too, as long as it has stored nothing, and
+    its last commit where no other node has that any more. An older word of the coordinator knows of
+    another last commit."""
     before = target_of(state, live)
     state.put(live, replica_target=order.target, replica_required=order.required)
     target, record = target_of(state, live), live.record
     moved = target is not None and (before is None or before.node != target.node)
-    if moved and record.pending is None and not record.stored_digest:
+    lone = order.lone if record.phase is Phase.RUNNING and record.pending is None else None
+    if lone is not None and lone.digest == record.head:
+        pending = Pending(lone.digest, lone.step, 0, lone.digest, 0, lone.parts, restored=True)
+        state.put(live, pending=pending)
+    elif moved and record.pending is None and not record.stored_digest:
         copy_restored(state, now, live)
-    else:
-        replicate(state, now, live)
+    replicate(state, now, live)
 
 
 def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
@@ -319,8 +324,10 @@ def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationD
         _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
         target = target_of(state, live)
-        if pending.restored and target is not None and target.node != done.node:
-            copy_restored(state, now, live)  # named while that was on its way
+        named = target is not None and target.node != done.node  # while that was on its way
+        if pending.restored and named and live.record.phase is Phase.RUNNING:
+            state.put(live, pending=pending)
+            replicate(state, now, live)
     else:
         replicate(state, now, live)  # what was stored while this was on its way
 
@@ -337,7 +344,7 @@ def replication_failed(
     state: State, now: Instant, live: LiveAttempt, failed: ReplicationFailed
 ) -> None:
     """A job that requires a copy waits for one; for any other the local checkpoint counts, unless
-    there is another node to try by now. What it began with is known here: it is tried again."""
+    there is another node to try by now. What counts is tried again until something is stored."""
     tried, live.replicating = live.replicating, None
     record = live.record
     if record.pending is None or record.pending.digest != failed.digest:
@@ -354,10 +361,12 @@ def replication_failed(
         replicate(state, now, live)
     elif record.replica_required:
         live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
-    elif record.pending.restored:
-        live.replica_retry_ms = now.now_ms + RESTORED_RETRY_MS
     else:
-        propose(state, now, live, ())
+        if not record.pending.restored:
+            propose(state, now, live, ())
+        if live.record.phase is Phase.RUNNING:
+            state.put(live, pending=replace(record.pending, restored=True))
+            live.replica_retry_ms = now.now_ms + RESTORED_RETRY_MS
 
 
 def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ...]) -> None:
@@ -366,7 +375,8 @@ def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ..
         return
     parent = live.record.head
     trainer_id = None if pending.restored else pending.trainer_id
-    live.unanswered[pending.digest] = Proposal(trainer_id, parent)
+    if not pending.restored or pending.digest not in live.unanswered:
+        live.unanswered[pending.digest] = Proposal(trainer_id, parent)
     replicas = (state.options.node, *copies)
     state.put(live, pending=None, head=pending.digest)
     body = CheckpointProposed(
@@ -388,7 +398,9 @@ def answered(state: State, live: LiveAttempt, result: CommitResult) -> None:
             state.tell(live.record.id, type="committed", id=trainer_id, digest=result.digest)
     else:
         if follows:
-            state.put(live, head=result.head, committed=result.head)
+            pending = live.record.pending
+            pending = None if pending is not None and pending.restored else pending
+            state.put(live, head=result.head, committed=result.head, pending=pending)
         state.log(
             "warning",
             "checkpoint.refused",

@@ -173,7 +173,8 @@ class GpuOccupancy:
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What the agent says of its box in its hello. `boot_id` is the kernel's."""
+    """What the agent says of its box in its hello. `boot_id` is the kernel's. `gpu_absence`: why it
+    has no GPU, or one less than its driver counts; else empty."""
 
     hostname: str
     boot_id: str
@@ -181,6 +182,7 @@ class HostFacts:
     memory_bytes: int
     driver_version: str
     agent_version: str
+    gpu_absence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +210,15 @@ class Reading:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Host and GPUs, read together. `reading` is how that went. `facts` are of every GPU that the
-    driver has named by now, `driver_version` is empty where it has not said that."""
+    driver has named by now, `driver_version` is empty where it has not said that, `gpu_absence` as
+    in `HostFacts`."""
 
     host: HostSample
     gpus: tuple[GpuSample, ...]
     reading: Reading = Reading()
     facts: tuple[GpuFacts, ...] = ()
     driver_version: str = ""
+    gpu_absence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +316,16 @@ class ReplicaSource:
 
     node: str
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoneCheckpoint:
+    """A committed checkpoint, or a rank's part of one, of which no other node within reach has a
+    copy. `parts`: of how many the checkpoint is."""
+
+    digest: str
+    step: int
+    parts: int
 
 
 @dataclass(frozen=True, slots=True)

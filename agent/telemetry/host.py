@@ -41,7 +41,7 @@ class Host:
         """Take the first reading of the counters, so that the first sample has a span."""
         self._busy_s, self._total_s = _cpu_times_s()
 
-    def facts(self, *, driver_version: str) -> HostFacts:
+    def facts(self, *, driver_version: str, gpu_absence: str) -> HostFacts:
         """What stays until the next boot. `boot_id` is empty where the kernel does not say."""
         return HostFacts(
             hostname=socket.gethostname(),
@@ -50,6 +50,7 @@ class Host:
             memory_bytes=psutil.virtual_memory().total,
             driver_version=driver_version,
             agent_version=_agent_version(),
+            gpu_absence=gpu_absence,
         )
 
     def sample(self) -> HostSample:

@@ -73,7 +73,7 @@ class NvmlGpus:
                 # else a box whose every GPU is lost could not say its driver version
                 pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
             except pynvml.NVMLError as error:
-                self.absence = f"no GPUs: {error}"
+                self.absence = _no_gpus(error)
                 return False
             self._initialised = True
             self.absence = ""
@@ -105,9 +105,9 @@ class NvmlGpus:
         try:
             count = min(pynvml.nvmlDeviceGetCount(), _GPUS_MAX)
         except pynvml.NVMLError as error:
-            self.absence = f"no GPUs: {error}"
+            self.absence = _no_gpus(error)
             return
-        self.absence = ""
+        self.absence = "" if count else "no GPUs: the driver counts none"
         for index in range(count):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -207,6 +207,20 @@ class NvmlGpus:
         if failure and all(value is None for value in values.values()):
             return GpuSample(uuid=uuid, error=f"{uuid} answers nothing: {failure}")
         return GpuSample(uuid=uuid, condition=read_condition(self._driver, handle), **values)
+
+
+def _no_gpus(error: pynvml.NVMLError) -> str:
+    hint = _HINTS.get(error.value, "")
+    return f"no GPUs: {str(error).rstrip('.')}{hint and f' ({hint})'}"
+
+
+# What an operator would look up.
+_HINTS: Final = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no driver is installed",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "see `modprobe nvidia`",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the driver was upgraded: reboot",
+    pynvml.NVML_ERROR_NO_PERMISSION: "the agent may not open /dev/nvidiactl",
+}
 
 
 def _utilization_ratio(handle: Handle) -> float:

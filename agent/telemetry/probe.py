@@ -115,7 +115,8 @@ class NvmlProbe:
         """Of the host; `driver_version` is empty where there is no NVML, no driver, or no answer
         yet."""
         with self._lock:
-            return self._host.facts(driver_version=self._gpus.driver_version)
+            gpus = self._gpus
+            return self._host.facts(driver_version=gpus.driver_version, gpu_absence=gpus.absence)
 
     def gpu_facts(self) -> tuple[GpuFacts, ...]:
         """Every GPU seen since `open`. Enumerates again, to find a driver or GPU that came late."""
@@ -135,6 +136,7 @@ class NvmlProbe:
                 reading=self._gpus.reading(),
                 facts=self._gpus.facts(),
                 driver_version=self._gpus.driver_version,
+                gpu_absence=self._gpus.absence,
             )
 
     def set_rate(self, rate: str) -> None:

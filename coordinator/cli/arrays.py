@@ -70,4 +70,18 @@ def once(jobs: "list[Job]") -> "list[Job]":
 def changed(verb: str, change: "ArrayChange") -> str:
     """For who asked it of all."""
     trials = quantity(change.trials, "trial")
-    return f"array {change.array_job_id}: {verb} for {change.jobs} of its {trials}"
+    left = _left(change)
+    return f"array {change.array_job_id}: {verb} for {change.jobs} of its {trials}{left}"
+
+
+def _left(change: "ArrayChange") -> str:
+    from coordinator.cli.values import ArrayRequeue
+
+    if not isinstance(change, ArrayRequeue):
+        return ""
+    words = []
+    if change.left_running:
+        words.append(quantity(change.left_running, "runs", "run"))
+    if change.left_succeeded:
+        words.append(f"{quantity(change.left_succeeded, 'has', 'have')} succeeded")
+    return f"; {' and '.join(words)}: see --all" if words else ""

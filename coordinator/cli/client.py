@@ -43,6 +43,7 @@ from coordinator.cli.decoding import (
     decode_fit,
     decode_node,
     decode_project,
+    decode_requeue,
     decode_trial,
     said,
     time_of,
@@ -127,11 +128,13 @@ class Client:
         """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable."""
         request = jobs_pb2.SubmitRequest(request_id=request_id, spec=_spec_to_wire(spec))
         pauses_s = list(RETRY_PAUSES_S)
+        unsettled = False
         while True:
             try:
                 answer = self._jobs.Submit(request, timeout=self._settings.timeout_s)
             except grpc.RpcError as error:
-                unsettled = error.code() in _UNSETTLED
+                sent = not _NOT_SENT.search(error.details() or "")
+                unsettled = unsettled or (sent and error.code() in _UNSETTLED)
                 if error.code() is grpc.StatusCode.UNAVAILABLE and pauses_s:
                     self._pause(pauses_s.pop(0))
                     continue
@@ -194,12 +197,13 @@ class Client:
         request = jobs_pb2.ReleaseJobRequest(job_id=job_id, array=array)
         return _changed(self._call(self._jobs.ReleaseJob, request), array)
 
-    def requeue(self, job_id: int, array: bool, abandon: bool) -> "Changed":
+    def requeue(self, job_id: int, array: bool, abandon: bool, every: bool) -> "Changed":
         """Stop a job with its work saved and queue it again."""
         request = jobs_pb2.RequeueJobRequest(
-            job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array
+            job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array, all_trials=every
         )
-        return _changed(self._call(self._jobs.RequeueJob, request), array)
+        answer = self._call(self._jobs.RequeueJob, request)
+        return decode_requeue(answer) if array else _job(answer.job)
 
     def explain(self, job_id: int) -> values.Explanation:
         """One sentence with numbers, and the figures of it."""
@@ -332,15 +336,15 @@ class Client:
 
 
 _UNSETTLED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+# There was no connection that a request could have gone over.
+_NOT_SENT = re.compile(
+    r"failed to connect to all addresses|resolution failed|errors resolving|name not found",
+    re.IGNORECASE,
+)
 
 
 Changed = values.Job | values.ArrayChange
-_Changes = (
-    jobs_pb2.CancelJobResponse
-    | jobs_pb2.HoldJobResponse
-    | jobs_pb2.ReleaseJobResponse
-    | jobs_pb2.RequeueJobResponse
-)
+_Changes = jobs_pb2.CancelJobResponse | jobs_pb2.HoldJobResponse | jobs_pb2.ReleaseJobResponse
 
 
 def _changed(answer: _Changes, array: bool) -> Changed:

@@ -45,12 +45,26 @@ MILLION = 1e6
     help="A line for each.",
 )
 @click.option("--project", default="", help="Of one project alone, without leases that idled.")
-@click.option("--last", default="30d", show_default=True, help="A span until now, as 12h or 30d.")
 @click.option(
-    "--from", "begin", type=click.DateTime(["%Y-%m-%d"]), help="The first day, by UTC, instead."
+    "--last",
+    default="30d",
+    metavar="DURATION",
+    show_default=True,
+    help="A span until now, as 12h or 30d.",
 )
 @click.option(
-    "--to", "end", type=click.DateTime(["%Y-%m-%d"]), help="The day after the last one; else now."
+    "--from",
+    "begin",
+    type=click.DateTime(["%Y-%m-%d"]),
+    metavar="YYYY-MM-DD",
+    help="The first day, by UTC, instead.",
+)
+@click.option(
+    "--to",
+    "end",
+    type=click.DateTime(["%Y-%m-%d"]),
+    metavar="YYYY-MM-DD",
+    help="The day after the last one; else now.",
 )
 @click.option("--compare", is_flag=True, help="Beside named baselines and the clairvoyant.")
 @click.option(
@@ -77,6 +91,7 @@ def cost(
     the coordinator's configuration (docs/cost.md), else of a dated table.
 
     \b
+    Examples:
       baton cost --by job --last 7d
       baton cost --from 2026-11-01 --to 2026-12-01 --plot november.svg
     """

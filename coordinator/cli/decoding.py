@@ -54,6 +54,16 @@ def decode_change(job: types_pb2.Job, jobs: int) -> values.ArrayChange:
     return values.ArrayChange(array_job_id=trial.array_job_id, trials=trial.trials, jobs=jobs)
 
 
+def decode_requeue(answer: jobs_pb2.RequeueJobResponse) -> values.ArrayRequeue:
+    """Likewise. An older coordinator leaves none."""
+    change = decode_change(answer.job, answer.jobs)
+    return values.ArrayRequeue(
+        **msgspec.structs.asdict(change),
+        left_running=answer.left_running,
+        left_succeeded=answer.left_succeeded,
+    )
+
+
 def decode_explanation(job_id: int, answer: jobs_pb2.ExplainJobResponse) -> values.Explanation:
     """As told; an older coordinator tells the sentence alone."""
     start = None
@@ -201,6 +211,7 @@ def decode_node(node: types_pb2.Node) -> values.Node:
             memory_bytes=node.host.memory_bytes,
             driver_version=node.host.driver_version,
             agent_version=node.host.agent_version,
+            gpu_absence=node.host.gpu_absence,
         )
     if node.HasField("telemetry"):
         telemetry = values.HostTelemetry(

@@ -1,12 +1,10 @@
-"""`baton jobs`, `job`, `cancel`, `hold`, `release`, `requeue`, `events`, `explain`: jobs after
-their submission.
+"""`baton jobs`, `job`, `events`, `explain`: a look at jobs after their submission.
 
 Problem: a list of all jobs ever is useless, and a list of open jobs alone hides the one that failed
 a minute ago. So `baton jobs` shows every open job and the newest few that have ended, newest first,
 in one list. Every bound says so on stderr when it cuts something off.
 """
 
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -28,7 +26,6 @@ from coordinator.cli.settings import JOB_ID, common_options, connect, settings_o
 from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
-    from coordinator.cli.client import Changed, Client
     from coordinator.cli.values import Attempt, Checkpoint, Job
 
 OPEN_PHASES = ("queued", "held", "active", "cancelling")
@@ -89,6 +86,7 @@ _EVENT_COLUMNS = (
     "--limit",
     type=click.IntRange(1, LIMIT_MAX),
     default=LIMIT_DEFAULT,
+    metavar="N",
     show_default=True,
     help="At most this many.",
 )
@@ -164,104 +162,6 @@ def job(context: click.Context, job_id: int) -> None:
         write_json(found)
     else:
         write_job(found, datetime.now(UTC))
-
-
-_ARRAY = click.option("--array", is_flag=True, help="All trials of the array of which JOB is one.")
-
-
-def _verb(
-    name: str, call: "Callable[[Client, int, bool], Changed]", help_text: str
-) -> click.Command:
-    """One command that takes a job and shows what became of it."""
-
-    @click.command(name, help=help_text)
-    @click.argument("job_id", metavar="JOB", type=JOB_ID)
-    @_ARRAY
-    @common_options
-    @click.pass_context
-    def command(context: click.Context, job_id: int, array: bool) -> None:
-        _show_change(context, lambda client: call(client, job_id, array))
-
-    return command
-
-
-def _show_change(context: click.Context, call: "Callable[[Client], Changed]") -> None:
-    from coordinator.cli.values import ArrayChange
-
-    with connect(context) as client:
-        changed = call(client)
-    if settings_of(context).as_json:
-        write_json(changed)
-        return
-    if isinstance(changed, ArrayChange):
-        write_sentence(arrays.changed(str(context.info_name), changed))
-        return
-    # Why it runs where it runs is no answer to "hold it".
-    leaving = [one.node for one in changed.attempts if one.phase == "stopping"]
-    said = f"saves, and leaves {count_words(leaving)}" if leaving else changed.reason
-    write_sentence("; ".join(filter(None, (f"job {changed.id}: {changed.phase or UNKNOWN}", said))))
-
-
-cancel = _verb(
-    "cancel",
-    lambda client, job_id, array: client.cancel(job_id, array),
-    """End JOB for good.
-
-    A queued job ends at once. An active one gets its stop signal and its grace to save and leave.
-
-    \b
-    Example:
-      baton cancel 12
-      baton cancel 12_3           (the trial with index 3 of array 12)
-      baton cancel --array 12
-    """,
-)
-hold = _verb(
-    "hold",
-    lambda client, job_id, array: client.hold(job_id, array),
-    """Keep JOB from running until `baton release`.
-
-    An active job is checkpointed and stopped first.
-
-    \b
-    Example:
-      baton hold 12
-    """,
-)
-release = _verb(
-    "release",
-    lambda client, job_id, array: client.release(job_id, array),
-    """Put a held JOB back to its old place in the queue.
-
-    \b
-    Example:
-      baton release 12
-    """,
-)
-
-
-@click.command("requeue")
-@click.argument("job_id", metavar="JOB", type=JOB_ID)
-@click.option(
-    "--abandon",
-    is_flag=True,
-    help="Give up checkpoints that lie only on lost nodes, and go on from the newest within reach.",
-)
-@_ARRAY
-@common_options
-@click.pass_context
-def requeue(context: click.Context, job_id: int, abandon: bool, array: bool) -> None:
-    """Run JOB again from its last checkpoint.
-
-    An active job is checkpointed, stopped and queued again; one that has ended, or is quarantined,
-    is queued again.
-
-    \b
-    Examples:
-      baton requeue 12
-      baton requeue --abandon 12
-    """
-    _show_change(context, lambda client: client.requeue(job_id, array, abandon))
 
 
 @click.command()

@@ -80,6 +80,7 @@ def leases(
     have held and waited for. docs/cost.md has it all.
 
     \b
+    Examples:
       baton leases
       baton leases --demand demand.csv --gpu-type H100 --owned 64 --flexible 0.3
     """

@@ -54,19 +54,22 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
       baton logs --rank 3 12
     """
     with connect(context) as client:
-        write_parts(
+        any_parts = write_parts(
             client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank),
             as_json=settings_of(context).as_json,
         )
+    if not any_parts:
+        write_notice(f"job {job_id} has no output so far")
 
 
-def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> None:
-    """Write parts as they come: bytes to stdout and notices to stderr, or all as JSON lines."""
+def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> bool:
+    """Write parts as they come: bytes to stdout and notices to stderr, or all as JSON lines.
+    Returns whether there were any."""
     if as_json:
-        _write_json_lines(parts)
-        return
-    stdout = sys.stdout.buffer
+        return _write_json_lines(parts)
+    stdout, any_parts = sys.stdout.buffer, False
     for part in parts:
+        any_parts = any_parts or bool(part.data or part.notice)
         if part.notice:
             stdout.flush()
             write_notice(part.notice)
@@ -74,9 +77,10 @@ def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> None:
         # Somebody is watching, and parts are up to 64 KiB already: nothing is won by holding one
         # back.
         stdout.flush()
+    return any_parts
 
 
-def _write_json_lines(parts: "Iterable[LogPart]") -> None:
+def _write_json_lines(parts: "Iterable[LogPart]") -> bool:
     from coordinator.cli.values import LogLine
 
     decoders: dict[str, codecs.IncrementalDecoder] = {}
@@ -93,3 +97,4 @@ def _write_json_lines(parts: "Iterable[LogPart]") -> None:
         rest = decoder.decode(b"", final=True)
         if rest:
             write_json(LogLine(attempt=attempt, node=nodes[attempt], text=rest, notice=""))
+    return bool(decoders)

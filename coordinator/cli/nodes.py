@@ -205,7 +205,8 @@ def _row(node: "Node") -> tuple[object, ...]:
 
 def _remarks(node: "Node") -> str:
     rate = "" if node.telemetry_rate == "own" else f"telemetry {node.telemetry_rate}, by order"
-    return "; ".join(filter(None, (node.reason, rate, _staleness(node.gpus))))
+    absence = node.host.gpu_absence if node.host is not None and node.phase == "up" else ""
+    return "; ".join(filter(None, (node.reason, absence, rate, _staleness(node.gpus))))
 
 
 def _fresh(gpu: "Gpu") -> "GpuTelemetry | None":

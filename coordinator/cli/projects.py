@@ -65,12 +65,15 @@ def projects(context: click.Context) -> None:
         )
         for project in report.projects
     ]
+    if not rows:
+        write_notice("no project has a job yet, and none has a quota")
+        return
     write_table(_COLUMNS, rows)
     write_notice(f"half of what was used is forgotten after {report.half_life_hours:.1f} h")
 
 
 def _number(value: float | None) -> str | None:
-    """One digit behind the point, and none where it is 0 or the number is large."""
+    """One digit behind the point, and none where that is 0 or the number is large."""
     if value is None:
         return None
-    return f"{value:.1f}" if 0 < value < 99.95 and value % 1 else f"{value:.0f}"
+    return f"{value:.1f}".removesuffix(".0") if value < 99.95 else f"{value:.0f}"

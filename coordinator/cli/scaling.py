@@ -91,7 +91,10 @@ def plan(context: click.Context, plot: Path | None) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
-    write_table(_COLUMNS, map(_row, types))
+    if types:
+        write_table(_COLUMNS, map(_row, types))
+    else:
+        write_notice("there is nothing to plan yet: no GPU, and nobody who wants one")
     write_notice(
         f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
     )

@@ -177,6 +177,13 @@ class ArrayChange(msgspec.Struct, frozen=True, kw_only=True):
     jobs: int
 
 
+class ArrayRequeue(ArrayChange, frozen=True, kw_only=True):
+    """And how many were left alone since they run, and since they have succeeded."""
+
+    left_running: int
+    left_succeeded: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job; in lists with its newest attempt only (of a gang all ranks of it), and without
     accounts."""
@@ -294,7 +301,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """What a node said of itself when it joined. `driver_version` is empty where there is no
-    driver."""
+    driver; `gpu_absence` says why it has no GPU, or one less than its driver counts."""
 
     hostname: str
     boot_id: str
@@ -302,6 +309,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     driver_version: str
     agent_version: str
+    gpu_absence: str
 
 
 class HostTelemetry(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from coordinator.core.messages import (
     CheckpointProposed,
     CommitResult,
     KeepCheckpoints,
+    LoneCheckpoint,
     SetReplicaTarget,
 )
 from coordinator.core.model import (
@@ -307,22 +308,39 @@ def replica_target(state: State, attempt: Attempt) -> PeerAddress | None:
     return None if live is None else PeerAddress(live.node.id, live.node.peer_address)
 
 
-def retarget(state: State) -> None:
+def retarget(state: State, job_ids: Iterable[int] = ()) -> None:
     """After a node came or went: every attempt whose copies have nowhere to go gets another node
-    for them."""
+    for them. Of these jobs it had copies: where that leaves one, it is copied to the standby."""
+    fewer = dict.fromkeys(job_ids)
     for attempt_id in list(state.indices.open_attempts):
         attempt = state.attempts[attempt_id]
         target = state.nodes.get(attempt.replica_node)
-        if target is not None and standby.may_be(target):
-            continue
         job = state.jobs[attempt.job_id]
+        if target is not None and standby.may_be(target):
+            if attempt.job_id in fewer and lone(state, job, attempt) is not None:
+                state.send(attempt.node, target_order(state, job, attempt))
+            continue
         chosen = standby.choose(state, job, attempt.node, attempt.rank)
         if chosen != attempt.replica_node:
             send_copies_to(state, attempt, chosen)
 
 
+def lone(state: State, job: Job, attempt: Attempt) -> LoneCheckpoint | None:
+    """What of the last commit this attempt's node has alone, of the nodes that are within reach.
+    Copied with the next commit only, it would be alone for an hour where commits are so seldom."""
+    head, target = state.good_checkpoints(job)[:1], state.nodes.get(attempt.replica_node)
+    pieces = head[0].pieces if head else ()
+    if target is None or attempt.rank >= len(pieces):
+        return None
+    piece = pieces[attempt.rank]
+    others = tuple(name for name in piece.replicas if name != attempt.node)
+    if others == piece.replicas or state.piece_reachable(replace(piece, replicas=others)):
+        return None
+    return LoneCheckpoint(piece.digest, head[0].step, len(pieces))
+
+
 def send_copies_to(state: State, attempt: Attempt, standby_node: str) -> Attempt:
-    """From the next checkpoint on."""
+    """From the next checkpoint on, and the last one at once where there is no other copy."""
     attempt = state.put_attempt(replace(attempt, replica_node=standby_node))
     state.send(attempt.node, target_order(state, state.jobs[attempt.job_id], attempt))
     return attempt
@@ -348,7 +366,8 @@ def tell_new_address(state: State, node_id: str) -> None:
 
 def target_order(state: State, job: Job, attempt: Attempt) -> SetReplicaTarget:
     required = job.spec.replication is Replication.REQUIRED
-    return SetReplicaTarget(attempt.id, replica_target(state, attempt), required)
+    target = replica_target(state, attempt)
+    return SetReplicaTarget(attempt.id, target, required, lone(state, job, attempt))
 
 
 def reconcile_copies(

@@ -133,8 +133,9 @@ def _reason(state: State, now: Instant, job: Job) -> str:
         return f"job {job.id} {reason}; attempt {attempt.id}, for {age}{tail}"
     if job.phase is JobPhase.CANCELLING and attempt is not None:
         return f"job {job.id} is being cancelled: attempt {attempt.id} is leaving {attempt.node}"
-    if job.phase is JobPhase.FAILED and job.epoch:
-        tail = f"; `baton logs {job.id}` shows what it wrote"
+    if job.phase is JobPhase.FAILED:
+        ran = any(known.started_unix_ms is not None for known in state.attempts_of(job.id))
+        tail = f"; `baton logs {job.id}` shows what it wrote" if ran else ""
         return f"job {job.id} has failed: {reason}{tail}"
     return f"job {job.id} has {job.phase.value}: {reason}"
 

@@ -6,6 +6,7 @@ by name; in the order in which they came to be. Likewise the few checkpoints tha
 and the few kinds of nodes that there are.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -36,7 +37,8 @@ class Indices:
     attempts, and when that was. `sharers` are those that share a GPU; `shunned` are beside whom a
     training goes last, `known_alone` whether it is known of one how fast he is without company, and
     `refusals` who is no company for whom (`company.py`), as long as nothing of that has changed.
-    `arrays`: their trials, and who of them is behind."""
+    `arrays`: their trials, and who of them is behind. `standbys`: how many open attempts send their
+    copies to a node; `few_copies`, by what jobs ask for, that number of the standby found last."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -55,6 +57,9 @@ class Indices:
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
     arrays: Arrays = field(default_factory=Arrays)
+    standbys: Counter[str] = field(default_factory=Counter)
+    few_copies: dict[object, int] = field(default_factory=dict)
+    _standby_of: dict[str, str] = field(default_factory=dict)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
 
     def put_node(self, node: Node) -> None:
@@ -88,6 +93,17 @@ class Indices:
         self._forget_company()
         _put(self.open_attempts, attempt.id, member=attempt.phase not in ATTEMPT_ENDED)
         _put(self.unreachable, attempt.id, member=attempt.phase is AttemptPhase.UNREACHABLE)
+        self._count_standby(attempt.id, attempt.replica_node * (attempt.phase not in ATTEMPT_ENDED))
+
+    def _count_standby(self, attempt_id: str, node_id: str) -> None:
+        before = self._standby_of.pop(attempt_id, "")
+        if before:
+            self.standbys[before] -= 1
+            if not self.standbys[before]:
+                del self.standbys[before]
+        if node_id:
+            self._standby_of[attempt_id] = node_id
+            self.standbys[node_id] += 1
 
     def put_stretches(self, attempt_id: str) -> None:
         self.stretched[attempt_id] = None
@@ -104,6 +120,7 @@ class Indices:
         self._forget_company()
         self.open_attempts.pop(attempt_id, None)
         self.unreachable.pop(attempt_id, None)
+        self._count_standby(attempt_id, "")
         if attempt_id in self.stretched:
             del self.stretched[attempt_id]
             self.lessons = self.alone = None

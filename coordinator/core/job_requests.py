@@ -48,9 +48,12 @@ class ReleaseJob:
 
 @dataclass(frozen=True, slots=True)
 class RequeueJob:
+    """`all_trials`: also those of the array that run or have succeeded."""
+
     job_id: int
     abandon_unreachable_checkpoints: bool = False
     array: bool = False
+    all_trials: bool = False
 
 
 @dataclass(frozen=True, slots=True)

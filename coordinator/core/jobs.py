@@ -207,7 +207,8 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
 
 def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
     if body.array:
-        return trials.each(state, now, body, requeue)
+        leave = () if body.all_trials else (JobPhase.ACTIVE, JobPhase.SUCCEEDED)
+        return trials.each(state, now, body, requeue, leave)
     job = state.jobs.get(body.job_id)
     if job is None:
         return _not_found(body.job_id)
@@ -269,22 +270,21 @@ def list_jobs(state: State, body: ListJobs) -> Answer:
         return _invalid(f"page_size is {size}; it must be between 1 and {PAGE_MAX}, or 0")
     before = body.before_job_id or state.last_job_id + 1
     page: list[JobView] = []
-    shown: dict[int, None] = {}
-    asked = (known for known in state.jobs if body.fold_arrays or known < before)
-    for job_id in sorted(asked, reverse=True):
+    place = 0
+    for job_id in sorted((known for known in state.jobs if known < before), reverse=True):
         job = state.jobs[job_id]
         if body.phases and job.phase not in body.phases:
             continue
         if body.project and job.spec.project != body.project:
             continue
-        if body.fold_arrays and job.array_id:
-            if job.array_id in shown:
-                continue
-            shown[job.array_id] = None  # on this page, or on one before
-        if job_id >= before:
+        # An array has its place by its first trial: which is the newest that is asked for may be
+        # another one when the next page is.
+        array_id = job.array_id if body.fold_arrays else 0
+        if array_id and array_id == place:
             continue
         if len(page) == size:
-            return JobPage(tuple(page), page[-1].job.id)
+            return JobPage(tuple(page), place)
+        place = array_id or job_id
         page.append(view(state, job, newest_only=True))
     return JobPage(tuple(page), 0)
 

@@ -22,7 +22,7 @@ class StandbyWatch:
 
 
 # How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).
-Rank = tuple[bool, bool, bool, int, int, str]
+Rank = tuple[bool, bool, bool, int, int, int, str]
 
 
 @dataclass(slots=True)

@@ -287,10 +287,23 @@ class StopAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class LoneCheckpoint:
+    """A committed checkpoint, or a rank's part of one, of which no other node within reach has a
+    copy. `parts`: of how many the checkpoint is."""
+
+    digest: str
+    step: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetReplicaTarget:
+    """`lone` is to be copied there at once."""
+
     attempt: str
     target: PeerAddress | None
     required: bool
+    lone: LoneCheckpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -290,6 +290,7 @@ class HostFacts:
     memory_bytes: int = 0
     driver_version: str = ""
     agent_version: str = ""
+    gpu_absence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,7 +454,8 @@ class Tally(NamedTuple):
 class JobView:
     """A job as a reply shows it. `accounts` are its attempts' and `accounting` is their sum; a list
     of jobs is shown without either. `trials`: of a trial's array; `changed`: how many
-    jobs of it a verb was carried out for."""
+    jobs of it a verb was carried out for, `left` how many it leaves alone that run, and that have
+    succeeded."""
 
     job: Job
     attempts: tuple[Attempt, ...] = ()
@@ -463,6 +465,7 @@ class JobView:
     accounting: Accounting | None = None
     trials: Tally | None = None
     changed: int = 1
+    left: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from coordinator.core.phases import (
     advance,
 )
 from coordinator.core.sentences import quantity
-from coordinator.core.state import Instant, LiveGpu, LiveNode, State
+from coordinator.core.state import Instant, LiveGpu, LiveNode, State, cut
 
 ABSENCE_MS_MAX = 600_000  # a polite agent may announce ten minutes of absence; longer is a drain
 # A tick that comes this late means that we were away (suspended, swapped out), not that every node
@@ -71,7 +71,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     _settle_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)
     precopy.heard(live, body.attempts)
-    checkpoints.retarget(state)
+    checkpoints.retarget(state, job_ids)
     if moved:
         checkpoints.tell_new_address(state, live.node.id)
     for attempt_id in list(live.attempts):
@@ -108,8 +108,9 @@ def set_rate(state: State, live: LiveNode, rate: TelemetryRate) -> None:
 
 def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     live = state.nodes.get(body.node)
+    host = replace(body.host, gpu_absence=cut(body.host.gpu_absence))
     node = Node(
-        body.node, body.journal_id, body.peer_address, body.host, body.gpus,
+        body.node, body.journal_id, body.peer_address, host, body.gpus,
         acknowledged=body.acknowledged,
     )  # fmt: skip
     if live is None:
@@ -319,7 +320,7 @@ def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
         live.deadline_ms = now.now_ms
         _close(state, live, "its agent has left")
         expire(state, now, live, "its agent has left for good")
-        checkpoints.retarget(state)
+        checkpoints.retarget(state, state.indices.jobs_of(live.digests))
         return
     absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
     live.deadline_ms = now.now_ms + absence_ms
@@ -359,7 +360,8 @@ def tick(state: State, now: Instant) -> None:
     # Where many are lost at once, those who send copies there are asked once, not for each.
     lost = [live for live in leases.due(state, now) if _look(state, now, live)]
     if lost:
-        checkpoints.retarget(state)
+        pieces = dict.fromkeys(digest for live in lost for digest in live.digests)
+        checkpoints.retarget(state, state.indices.jobs_of(pieces))
     for node_id in list(state.indices.draining):
         settle_drain(state, state.nodes[node_id])
     changed, state.indices.keep_changed = state.indices.keep_changed, {}

@@ -83,8 +83,13 @@ def _waiting_of_first(state: State, job: Job) -> list[str]:
 
 def _wait(state: State, now: Instant, job: Job, attempt: Attempt, body: CheckpointProposed) -> None:
     waiting = state.parts.get(job.id, [])
-    if any((part.rank, part.digest) == (attempt.rank, body.digest) for part in waiting):
-        return
+    for known in waiting:
+        if (known.rank, known.digest) == (attempt.rank, body.digest):
+            copies = dict.fromkeys(
+                (*known.replicas, *body.replicas)
+            )  # it may have been copied since
+            state.put_part(replace(known, replicas=tuple(copies)))
+            return
     part = WaitingPart(
         job.id, attempt.epoch, attempt.rank, body.step, body.digest, body.parent,
         body.size_bytes, body.replicas, 1 + max((p.sequence for p in waiting), default=0),

@@ -8,8 +8,8 @@ none lie where nobody can use them. So the standby moves, in five lines:
 
 1. A node fits better the sooner it could go on with the job: free GPUs, then such as lower classes
    hold, then such as nobody gives up, then none; a node that takes no work comes last.
-2. Only a node that fits strictly better takes over; having the last checkpoint, and then little to
-   do, decides between those that fit equally.
+2. Only a node that fits strictly better takes over; having the last checkpoint, then little to do,
+   and then the copies of few others, decides between those that fit equally.
 3. It must have been better for `SETTLED_MS`, so that a gap between two short jobs moves nothing.
 4. A standby stays for `INTERVAL_MS`.
 5. Before a drain or a preemption the copy is needed at once: then only 1 and 2 hold.
@@ -59,18 +59,20 @@ class Fit(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A node that is up. `holds` the last checkpoint; `load` is how many attempts it has."""
+    """A node that is up. `holds` the last checkpoint; `load` is how many attempts it has, and
+    `copies` of how many others it is the standby."""
 
     node: str
     fit: Fit
     holds: bool = False
     load: int = 0
+    copies: int = 0
 
     @property
     def rank(self) -> Rank:
         """The least is the best. Who could not take it now anyway had better hold it already."""
         closed, able = self.fit is Fit.CLOSED, self.fit >= Fit.DISPLACING
-        return (closed, not able, not self.holds, -self.fit, self.load, self.node)
+        return (closed, not able, not self.holds, -self.fit, self.load, self.copies, self.node)
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -124,7 +126,8 @@ def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
             name, load = live.node.id, len(live.attempts)
             closed = live.node.intent is not NodeIntent.OPEN
             sooner = Fit.CLOSED if closed else Fit.FREE
-            hopes.append((closed, closed, name not in holders, -sooner, load, name))
+            copies = _copies(state, job, name)
+            hopes.append((closed, closed, name not in holders, -sooner, load, copies, name))
     heapify(hopes)
     found: Candidate | None = None
     while hopes and (found is None or hopes[0] < found.rank):
@@ -153,7 +156,13 @@ def candidate(state: State, job: Job, live: LiveNode, rank: int = 0) -> Candidat
     good = state.good_checkpoints(job)
     pieces = good[0].pieces if good else ()
     holds = rank < len(pieces) and live.node.id in pieces[rank].replicas
-    return Candidate(live.node.id, fit(state, job, live), holds, len(live.attempts))
+    copies = _copies(state, job, live.node.id)
+    return Candidate(live.node.id, fit(state, job, live), holds, len(live.attempts), copies)
+
+
+def _copies(state: State, job: Job, node_id: str) -> int:
+    """The ranks of a gang stay together, as they would go on."""
+    return state.indices.standbys[node_id] if job.spec.ranks == 1 else 0
 
 
 def fit(state: State, job: Job, live: LiveNode) -> Fit:
@@ -266,29 +275,30 @@ def _look(
     state: State, attempt: Attempt, present: Candidate, walk: Walk, part: Sequence[LiveNode]
 ) -> int:
     """Go on with a walk through the next nodes; returns how many were looked at. It is at its end
-    with the first that is `_perfect`: in a fleet of thousands with idle nodes that is soon."""
+    with the first that is `_perfect` and has no more copies than the one that the last such walk
+    found: in a fleet of thousands with idle nodes that is soon."""
     job = state.jobs[attempt.job_id]
-    perfect = _perfect(state, job, attempt)
+    perfect, few = _perfect(state, job, attempt), state.indices.few_copies.get(_alike(job), 0)
     for looked, live in enumerate(part, start=1):
         walk.place += 1
         if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node:
             asked = candidate(state, job, live, attempt.rank)
             if asked.fit > present.fit and (walk.found is None or asked.rank < walk.found):
                 walk.found = asked.rank
-                if asked.rank[:-1] == perfect:
+                if asked.rank[:-2] == perfect and asked.copies <= few:
                     walk.place = len(state.nodes)
                     return looked
     return len(part)
 
 
 def _perfect(state: State, job: Job, attempt: Attempt) -> tuple[bool, bool, bool, int, int]:
-    """The rank, but for the name, that nobody who might take over can surpass: a free and empty
-    node, with the last checkpoint where any other has it."""
+    """The rank, but for copies and name, that nobody who might take over can surpass: a free and
+    empty node, with the last checkpoint where any other has it."""
     good = state.good_checkpoints(job)
     pieces = good[0].pieces if good else ()
     holders = pieces[attempt.rank].replicas if attempt.rank < len(pieces) else ()
     held = any(name not in (attempt.node, attempt.replica_node, SHARED) for name in holders)
-    return Candidate("", Fit.FREE, holds=held).rank[:-1]
+    return Candidate("", Fit.FREE, holds=held).rank[:-2]
 
 
 def _moved(
@@ -298,6 +308,11 @@ def _moved(
     once more."""
     job = state.jobs[attempt.job_id]
     live = None if walk.found is None else state.nodes.get(walk.found[-1])
+    if walk.found is not None:
+        few = state.indices.few_copies
+        if len(few) >= FITS_MAX:
+            few.clear()
+        few[_alike(job)] = walk.found[-2]
     there = live is not None and live.phase is NodePhase.UP and may_be(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
     watch = state.standby_watches.get(attempt.id, StandbyWatch())

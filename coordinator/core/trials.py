@@ -13,7 +13,7 @@ succeeded.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final, TypeVar
@@ -30,7 +30,8 @@ from coordinator.core.messages import (
     RequeueJob,
 )
 from coordinator.core.model import CLASS_RANK, Job, JobView
-from coordinator.core.phases import ATTEMPT_ENDED
+from coordinator.core.phases import ATTEMPT_ENDED, JobPhase
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 
 # For so long others wait for a node that is away, as for a gang that fails at its start: longer
@@ -85,23 +86,31 @@ def step_back(state: State, now: Instant, job: Job) -> None:
 
 
 def each(
-    state: State, now: Instant, body: _Verb, verb: Callable[[State, Instant, _Verb], Answer]
+    state: State,
+    now: Instant,
+    body: _Verb,
+    verb: Callable[[State, Instant, _Verb], Answer],
+    leave: Collection[JobPhase] = (),
 ) -> Answer:
-    """The same of all trials; refused where there is none for whom it makes sense."""
+    """The same of all trials, but for those in a phase to `leave`; refused where there is none for
+    whom it makes sense."""
     job = state.jobs.get(body.job_id)
     array = None if job is None else state.indices.arrays.of(job)
     if array is None:
         which = f"there is no job {body.job_id}" if job is None else f"job {job.id} is of no array"
         return Refusal(RefusalKind.NOT_FOUND, which)
-    answers = [
-        verb(state, now, replace(body, job_id=each, array=False)) for each in sorted(array.phases)
-    ]
+    asked = [each for each, phase in sorted(array.phases.items()) if phase not in leave]
+    left = array.counts[JobPhase.ACTIVE], array.counts[JobPhase.SUCCEEDED]
+    answers = [verb(state, now, replace(body, job_id=each, array=False)) for each in asked]
     views = [answer for answer in answers if isinstance(answer, JobView)]
     if views:
-        return replace(views[0], changed=len(views))
-    no = next(answer for answer in answers if isinstance(answer, Refusal))
-    array_id = state.jobs[body.job_id].array_id
-    return Refusal(no.kind, f"of array {array_id} there is no trial for it; {no.sentence}")
+        return replace(views[0], changed=len(views), left=left if leave else (0, 0))
+    none = f"of array {state.jobs[body.job_id].array_id} there is no trial for it"
+    for no in (answer for answer in answers if isinstance(answer, Refusal)):
+        return Refusal(no.kind, f"{none}; {no.sentence}")
+    runs, over = quantity(left[0], "runs", "run"), quantity(left[1], "has", "have")
+    words = [runs] * bool(left[0]) + [f"{over} succeeded"] * bool(left[1])
+    return Refusal(RefusalKind.WRONG_PHASE, f"{none}; {' and '.join(words)}: see --all")
 
 
 def followed(state: State, whole: str, job: Job) -> bool:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ def logs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     before, handlers, level = structlog.get_config(), logging.root.handlers[:], logging.root.level
     monkeypatch.setattr(request.param, "_direct", None)  # restored in the end
     yield request.param
+    logging.captureWarnings(False)
     structlog.configure(**before)
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
@@ -206,6 +208,16 @@ def test_libraries_are_heard(logs: ModuleType, file: File) -> None:
     assert (first["event"], first["level"], first["node"]) == ("library", "error", "n1")
     assert (first["logger"], first["text"]) == ("asyncio", "Task failed")
     assert second["text"] == "%d"
+
+
+def test_warnings_are_lines_as_well(logs: ModuleType, file: File) -> None:
+    logs.configure("info", "json", registered(logs), descriptor=file.descriptor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("this way is old", DeprecationWarning, stacklevel=1)
+    (line,) = file.lines()
+    assert (line["event"], line["level"], line["logger"]) == ("library", "warning", "py.warnings")
+    assert "DeprecationWarning: this way is old" in line["text"]
 
 
 def test_the_console_is_for_people(logs: ModuleType, file: File) -> None:

@@ -121,7 +121,8 @@ def test_zero_gpus_miss_nothing(box: Box) -> None:
     with capture_logs() as logs:
         gpus.open()
         assert [gpus.samples() for _ in range(MISSES_MAX)] == [()] * MISSES_MAX
-    assert (gpus.facts(), gpus.absence, gpus.driver_version) == ((), "", DRIVER_VERSION)
+    absence = "no GPUs: the driver counts none"
+    assert (gpus.facts(), gpus.absence, gpus.driver_version) == ((), absence, DRIVER_VERSION)
     assert logs == []
     gpus.close()
 
@@ -133,7 +134,7 @@ def test_no_library_is_an_answer(box: Box, monkeypatch: pytest.MonkeyPatch) -> N
     with capture_logs() as logs:
         gpus.open()
         (sample,) = gpus.samples()
-    assert gpus.absence == "no GPUs: NVML Shared Library Not Found"
+    assert gpus.absence == "no GPUs: NVML Shared Library Not Found (no driver is installed)"
     assert sample.error == f"GPU-x cannot be read: {gpus.absence}"
     assert logs == []
     gpus.close()
@@ -144,7 +145,9 @@ def test_a_library_of_another_version_than_the_driver(box: Box) -> None:
     gpus = box.gpus("GPU-x", deadlines=Deadlines())
     gpus.open()
     assert (gpus.facts(), gpus.driver_version) == ((), "")
-    assert gpus.absence == "no GPUs: RM has detected an NVML/RM version mismatch."
+    assert gpus.absence == (
+        "no GPUs: RM has detected an NVML/RM version mismatch (the driver was upgraded: reboot)"
+    )
     assert gpus.samples()[0].error == f"GPU-x cannot be read: {gpus.absence}"
     gpus.close()
 

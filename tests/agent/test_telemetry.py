@@ -39,6 +39,7 @@ from tests.fakenvml.build import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_LIBRARY = "no GPUs: NVML Shared Library Not Found (no driver is installed)"
 CHILD_S_MAX = 60  # it answers in milliseconds; a child that hangs must not hang the run
 
 BUSY = FakeGpu(
@@ -311,7 +312,9 @@ def test_a_driver_without_gpus(described: Path) -> None:
     with probe(build(), described) as child:
         assert child.ask("gpu_facts") == []
         assert child.gpus() == []
-        assert child.ask("host_facts")["driver_version"] == DRIVER_VERSION
+        host = child.ask("host_facts")
+        assert host["driver_version"] == DRIVER_VERSION
+        assert host["gpu_absence"] == "no GPUs: the driver counts none"
 
 
 def test_a_library_without_a_driver_until_it_is_loaded(described: Path) -> None:
@@ -319,7 +322,7 @@ def test_a_library_without_a_driver_until_it_is_loaded(described: Path) -> None:
     with probe(build(), described) as child:
         assert child.gpus() == []
         assert child.ask("host_facts")["driver_version"] == ""
-        assert child.ask("absence") == "no GPUs: Driver Not Loaded"
+        assert child.ask("absence") == "no GPUs: Driver Not Loaded (see `modprobe nvidia`)"
 
         describe(h100(1), described)
         assert [fact["uuid"] for fact in child.ask("gpu_facts")] == [h100(1)[0].uuid]
@@ -335,13 +338,13 @@ def test_no_library_is_zero_gpus(described: Path) -> None:
         assert child.ask("gpu_facts") == []
         assert child.gpus() == []
         assert child.ask("host_facts")["driver_version"] == ""
-        assert child.ask("absence") == "no GPUs: NVML Shared Library Not Found"
+        assert child.ask("absence") == child.ask("host_facts")["gpu_absence"] == NO_LIBRARY
 
 
 def test_no_library_tells_of_allowed_gpus_why(described: Path) -> None:
     (described.parent / SONAME).write_bytes(b"")
     with probe(described.parent, described, allowed=[BUSY.uuid]) as child:
-        reason = f"{BUSY.uuid} cannot be read: no GPUs: NVML Shared Library Not Found"
+        reason = f"{BUSY.uuid} cannot be read: {NO_LIBRARY}"
         assert [gpu["error"] for gpu in child.gpus()] == [reason]
 
 

@@ -193,7 +193,12 @@ def nodes() -> list[t.Node]:
             gpus=[_gpu("GPU-5", t.GPU_PHASE_ABSENT, None)],
             reason="not heard for 34 s",
         ),
-        t.Node(id="n4", phase=t.NODE_PHASE_UP, intent=t.NODE_INTENT_OPEN),
+        t.Node(
+            id="n4",
+            phase=t.NODE_PHASE_UP,
+            intent=t.NODE_INTENT_OPEN,
+            host=t.HostFacts(gpu_absence="no GPUs: Driver Not Loaded"),
+        ),
     ]
 
 

@@ -111,8 +111,21 @@ def test_a_verb_for_the_whole_array(baton: Baton, fake: FakeCoordinator, verb: s
     said = baton(verb, "--array", "12")
     assert (said.exit_code, said.stdout) == (0, f"array 12: {verb} for 49 of its 100 trials\n")
     document = json.loads(baton(verb, "12", "--array", "--json").stdout)
-    assert document == {"array_job_id": 12, "trials": 100, "jobs": 49}
+    left = {"left_running": 0, "left_succeeded": 0} if verb == "requeue" else {}
+    assert document == {"array_job_id": 12, "trials": 100, "jobs": 49, **left}
     assert [(request.job_id, request.array) for request in fake.requests] == [(12, True)] * 2
+
+
+def test_a_requeue_says_whom_it_leaves(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["RequeueJob"] = [
+        jobs_pb2.RequeueJobResponse(job=trial(12), jobs=3, left_running=1, left_succeeded=4)
+    ]
+    assert baton("requeue", "--array", "12").stdout == (
+        "array 12: requeue for 3 of its 100 trials; 1 runs and 4 have succeeded: see --all\n"
+    )
+    baton("requeue", "--array", "--all", "12")
+    assert [request.all_trials for request in fake.requests] == [False, True]
+    assert baton("requeue", "--all", "12").exit_code == 2
 
 
 def test_an_older_coordinator_has_changed_one_job_alone(

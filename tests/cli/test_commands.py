@@ -320,7 +320,7 @@ def test_nodes_show_what_is_not_known_as_a_dash(baton: Baton) -> None:
             *("n3", "lost", "open", "0/0 H100 80GB HBM3 (1 absent)", "-", "-", "-", "-", "-"),
             "not heard for 34 s",
         ],
-        ["n4", "up", "open", "-", "-", "-", "-", "-", "-", "-"],
+        ["n4", "up", "open", *"------", "no GPUs: Driver Not Loaded"],
     ]
 
 
@@ -429,6 +429,14 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
         "text": "other\n",
         "notice": "12.2 goes on from step 100",
     }
+
+
+def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["StreamLogs"] = [[]]
+    for more in ((), ("--json",)):
+        result = baton("logs", "12", *more)
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert result.stderr == "baton: job 12 has no output so far\n"
 
 
 def test_what_a_job_says_of_itself_cannot_drive_a_terminal(

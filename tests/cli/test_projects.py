@@ -15,13 +15,14 @@ ANSWER = jobs_pb2.ListProjectsResponse(
         ),
         jobs_pb2.Project(
             name="demo", quota_gpu_hours_per_day=48, weight=2, used_gpu_hours=40.96,
-            entitled_gpus=3.6, running_gpus=0.215, lent_gpus=1.785, running_jobs=1,
+            entitled_gpus=3.6, running_gpus=0.215, borrowed_gpus=0.04, lent_gpus=1.785,
+            running_jobs=1,
         ),
     ],
     half_life_hours=16.6355,
 )  # fmt: skip
 BETA = ["beta", "-", "123", "0", "2", "2", "0", "8", "2+1"]
-DEMO = ["demo", "48", "41.0", "3.6", "0.2", "0", "1.8", "0", "1+0"]
+DEMO = ["demo", "48", "41", "3.6", "0.2", "0", "1.8", "0", "1+0"]
 
 
 def test_the_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
@@ -31,6 +32,13 @@ def test_the_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
     assert result.stderr == "baton: half of what was used is forgotten after 16.6 h\n"
     _, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()]
     assert rows == [BETA, DEMO]
+
+
+def test_where_there_is_none_there_are_no_headings(baton: Baton, fake: FakeCoordinator) -> None:
+    fake.answers["ListProjects"] = [jobs_pb2.ListProjectsResponse(half_life_hours=1)]
+    said = baton("projects")
+    assert (said.exit_code, said.stdout) == (0, "")
+    assert said.stderr == "baton: no project has a job yet, and none has a quota\n"
 
 
 def test_the_document(baton: Baton, fake: FakeCoordinator) -> None:

@@ -38,7 +38,8 @@ HOST = HostFacts("box1", "boot1", 8, 64 << 30, "570.1", "0.1.0")
 class Node:
     """One node's core under a clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, facts: tuple[GpuFacts, ...] = FACTS) -> None:
+        self.facts = facts
         self.journal = MemoryJournal()
         self.now_ms = 1_000_000
         self.begin()
@@ -47,7 +48,7 @@ class Node:
         launch = LaunchOptions("n1", "/run/a.sock", "/attempts", "python", ())
         options = s.Options("n1:7000", launch, xids=load_table())
         self.core = NodeCore(options, self.journal.memory())
-        self.do(m.Opened((), HOST, FACTS))
+        self.do(m.Opened((), HOST, self.facts))
         self.do(m.Connected(()))
         self.do(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
 
@@ -190,6 +191,17 @@ def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None
     assert hello.gpus == more
     assert hello.host.driver_version == "575.1"
     assert not [effect for effect in node.do(late(more)) if isinstance(effect, m.CloseLink)]
+
+
+def test_why_there_is_no_gpu_is_told_of_in_a_new_hello() -> None:
+    node = Node(())
+    read = Sample(HostSample(0.1, 1, 1, 0.1), (), gpu_absence="no GPUs: Driver Not Loaded")
+    assert [type(effect) for effect in node.do(Sampled(read))].count(m.CloseLink) == 1
+    node.do(m.Disconnected("that is to be told of"))
+    (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
+    assert isinstance(hello, m.Hello)
+    assert hello.host.gpu_absence == "no GPUs: Driver Not Loaded"
+    assert m.CloseLink not in [type(effect) for effect in node.do(Sampled(read))]
 
 
 def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:

@@ -161,13 +161,12 @@ class AgentMachine(RuleBasedStateMachine):
                     self.check_proposal(event.attempt, event.body)
 
     def check_proposal(self, attempt: str, body: m.CheckpointProposed) -> None:
-        live = self.journal.attempts[attempt]
-        before = self.proposals.setdefault(attempt, [])
+        live, before = self.journal.attempts[attempt], self.proposals.setdefault(attempt, [])
         assert body.parent in (before[-1] if before else "", live.committed)
-        assert body.digest not in before
+        if body.digest in before:
+            assert (before[-1], len(body.replicas)) == (body.digest, 2), "again, with a copy"
         before.append(body.digest)
-        if live.spec.replication == "required":
-            assert len(body.replicas) == 2
+        assert live.spec.replication != "required" or len(body.replicas) == 2
 
     def act(self, command: m.Command) -> None:
         match command:
@@ -271,7 +270,9 @@ class AgentMachine(RuleBasedStateMachine):
     def retarget(self, data: st.DataObject, near: bool) -> None:
         order = data.draw(st.sampled_from(self.starts))
         required = order.spec.replication == "required"
-        self.order(m.SetReplicaTarget(order.attempt, PEER if near else None, required))
+        record, target = self.journal.attempts.get(order.attempt), PEER if near else None
+        lone = v.LoneCheckpoint(record.committed, 1, 1) if record and record.committed else None
+        self.order(m.SetReplicaTarget(order.attempt, target, required, lone))
 
     def order(self, order: m.Order) -> None:
         if self.connected:

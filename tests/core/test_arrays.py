@@ -22,17 +22,13 @@ from coordinator.core.messages import (
     ExplainJob,
     Explanation,
     FromAgent,
-    GetJob,
     Heartbeat,
     HoldJob,
-    JobPage,
-    ListJobs,
     Refusal,
     ReleaseJob,
     Reply,
     Request,
     RequestBody,
-    RequeueJob,
     Send,
     SessionClosed,
     StartAttempt,
@@ -40,7 +36,7 @@ from coordinator.core.messages import (
     Submitted,
     Tick,
 )
-from coordinator.core.model import JobClass, JobSpec, JobView, Progress
+from coordinator.core.model import JobClass, JobSpec, Progress
 from coordinator.core.phases import AttemptPhase, JobPhase
 from tests.core import test_fleet_scaling
 from tests.core.coordinator_harness import Rig
@@ -391,61 +387,6 @@ def test_who_waits_behind_an_array_is_not_told_an_hour_that_is_not_his() -> None
 
 
 # --- what people ask of all -----------------------------------------------------------------------
-
-
-def phases(fleet: Fleet) -> list[str]:
-    return [job.phase.value for job in fleet.state.jobs.values()]
-
-
-def test_the_whole_array_is_held_released_cancelled_and_run_again() -> None:
-    fleet = Fleet("4xH100")
-    fleet.submit(array="0-3%2")
-    other = fleet.submit()
-    held = ask(fleet.rig, HoldJob(3, array=True))
-    assert isinstance(held, JobView)
-    assert held.changed == 4
-    fleet.run(5)
-    assert phases(fleet) == ["held"] * 4 + ["active"]
-    assert fleet.state.indices.arrays.by_id[1].tally() == (4, 0, 0, 4, 0)
-    ask(fleet.rig, ReleaseJob(1, array=True))
-    fleet.run(0)
-    assert phases(fleet) == ["active"] * 2 + ["queued"] * 2 + ["active"]
-    ask(fleet.rig, CancelJob(2))
-    cancelled = ask(fleet.rig, CancelJob(1, array=True))
-    assert isinstance(cancelled, JobView)
-    fleet.run(5)
-    assert phases(fleet) == ["cancelled"] * 4 + ["active"]
-    over = ask(fleet.rig, CancelJob(1, array=True))
-    assert isinstance(over, Refusal)
-    assert over.sentence.startswith("of array 1 there is no trial for it; job 1 is cancelled")
-    assert "has ended already" in over.sentence
-    again = ask(fleet.rig, RequeueJob(4, array=True))
-    assert isinstance(again, JobView)
-    assert again.changed == 4
-    assert phases(fleet) == ["active"] * 2 + ["queued"] * 2 + ["active"]
-    for wrong in (other, 99):
-        assert isinstance(ask(fleet.rig, CancelJob(wrong, array=True)), Refusal)
-    assert fleet.job(other).phase is JobPhase.ACTIVE
-
-
-def test_a_list_has_one_line_for_an_array_on_whichever_page() -> None:
-    fleet = Fleet("8xH100")
-    for array in ("", "0-4%2", "", "0-2"):
-        fleet.submit(array=array)
-    shown: list[list[int]] = []
-    before = 0
-    while not shown or before:
-        page = ask(fleet.rig, ListJobs(page_size=2, before_job_id=before, fold_arrays=True))
-        assert isinstance(page, JobPage)
-        shown.append([view.job.id for view in page.jobs])
-        before = page.next_before_job_id
-    assert shown == [[10, 7], [6, 1]]
-    view = ask(fleet.rig, GetJob(6))
-    assert isinstance(view, JobView)
-    assert view.trials == (5, 2, 3, 0, 0)
-    plain = ask(fleet.rig, GetJob(1))
-    assert isinstance(plain, JobView)
-    assert plain.trials is None
 
 
 def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from coordinator.core.messages import (
     AgentEvent,
     AgentEventBody,
     AttemptExited,
+    AttemptRefused,
     AttemptStarted,
     CancelJob,
     CheckpointProposed,
@@ -285,6 +286,13 @@ def test_a_job_that_failed_before_its_first_checkpoint_says_where_its_output_is(
     assert line.job.phase is JobPhase.FAILED
     assert line.explained().startswith("job 1 has failed: ")
     assert line.explained().endswith("; `baton logs 1` shows what it wrote")
+
+
+def test_a_job_that_never_ran_has_written_nothing() -> None:
+    line = Line(restarts=0)
+    line.begin()
+    line.say(AttemptRefused("no such file: /x", permanent=True))
+    assert line.explained() == "job 1 has failed: no such file: /x"
 
 
 def test_what_is_set_aside_stays_while_it_may_be_wanted() -> None:

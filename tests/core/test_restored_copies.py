@@ -1,7 +1,8 @@
-"""What an attempt began with is copied to its standby where that has not got it.
+"""What counts already is copied to the standby where it lies on its attempt's node alone.
 
 Problem: after a handoff the node that wrote the last checkpoint is dead, so its only copy is on the
-node that goes on with it, up to the first commit, which may be an hour away. Of the ranks of a gang
+node that goes on with it, up to the first commit, which may be an hour away; likewise when the
+standby dies, or could not take its copy, up to the next one. Of the ranks of a gang
 `test_agent_gangs.py` says the same.
 """
 
@@ -13,6 +14,8 @@ from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.node import NodeCore
 from agent.core.pipeline import RESTORED_RETRY_MS
+from coordinator.core import checkpoints
+from coordinator.core.launch import PeerAddress
 from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
@@ -20,7 +23,9 @@ from coordinator.core.messages import (
     FromAgent,
     Goodbye,
     Hello,
+    LoneCheckpoint,
     Request,
+    SetReplicaTarget,
 )
 from coordinator.core.model import HostFacts
 from coordinator.core.node_requests import ForgetNode
@@ -61,8 +66,9 @@ class Alone:
     def order(self, *orders: m.Order) -> list[s.Effect]:
         return self.hear(*(m.FromCoordinator(order, "token") for order in orders))
 
-    def aim(self, target: v.ReplicaSource) -> list[s.Effect]:
-        return self.order(m.SetReplicaTarget(self.name, target, required=False))
+    def aim(self, target: v.ReplicaSource, lone: str = "") -> list[s.Effect]:
+        alone = v.LoneCheckpoint(lone, 6, 1) if lone else None
+        return self.order(m.SetReplicaTarget(self.name, target, required=False, lone=alone))
 
     def save(self) -> list[s.Effect]:
         self.hear(m.FromTrainer(self.name, t.TrainerCheckpoint(1, "/staging/6", 6)))
@@ -133,6 +139,36 @@ def test_a_standby_that_is_named_anew_gets_it_as_long_as_nothing_is_stored() -> 
     assert not copies(job.aim(PEER)), "the next checkpoint goes there"
 
 
+def test_the_last_commit_is_copied_at_once_where_its_other_copy_is_lost() -> None:
+    job = Alone(DEAD, PEER)
+    job.save()
+    job.hear(m.ReplicationDone("7.2", "bb", "n2"))
+    assert not copies(job.aim(OTHER, lone="aa")), "said before the last one was known"
+    job.aim(PEER)
+    assert copies(job.aim(OTHER, lone="bb")) == [("bb", "n3")]
+    assert not copies(job.aim(OTHER, lone="bb")), "said twice"
+    assert told(job.hear(m.ReplicationDone("7.2", "bb", "n3"))) == [
+        m.CheckpointProposed("bb", "bb", 6, 0, ("n1", "n3"), 1)
+    ]
+    committed = job.order(m.CommitResult("7.2", "bb", accepted=True, head="bb"))
+    words = [dict(one.message) for one in committed if isinstance(one, m.TellTrainer)]
+    assert words == [{"type": "committed", "id": 1, "digest": "bb"}], "it waited for that"
+
+
+def test_a_commit_that_could_not_be_copied_is_tried_again() -> None:
+    job = Alone(DEAD, PEER)
+    job.save()
+    assert told(job.hear(m.ReplicationFailed("7.2", "bb", "64 transfers are open"))) == [
+        m.CheckpointProposed("bb", "aa", 6, 10, ("n1",), 1)
+    ]
+    assert not copies(job.hear(m.Tick()))
+    job.now_ms += RESTORED_RETRY_MS
+    assert copies(job.hear(m.Tick())) == [("bb", "n2")]
+    job.order(m.CommitResult("7.2", "bb", accepted=False, reason="no", head="aa"))
+    assert not told(job.hear(m.ReplicationDone("7.2", "bb", "n2"))), "it counts no more"
+    assert job.core.state.attempts["7.2"].record.head == "aa"
+
+
 def test_an_answer_to_nothing_that_was_asked_is_looked_for_once() -> None:
     """The copy's proposal follows itself."""
     job = Alone(DEAD)
@@ -150,6 +186,29 @@ def test_the_coordinator_knows_of_a_copy_that_was_made_since() -> None:
     assert [order.accepted for order in box.sent if isinstance(order, CommitResult)] == [True]
     (kept,) = box.rig.core.state.checkpoints[1]
     assert (kept.replicas, kept.size_bytes) == (("n0", "n1"), 10)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_what_a_lost_node_leaves_alone_is_ordered_to_the_standby(moved: bool) -> None:
+    """Also where that was another one already: it would get the next checkpoint only."""
+    box = Box("n0:1", "n1:1", "n2:1")
+    box.submit(1)
+    state = box.rig.core.state
+    attempt = state.attempts["1.1"]
+    gone = attempt.replica_node
+    (left,) = {"n0", "n1", "n2"} - {attempt.node, gone}
+    box.say("1.1", AttemptStarted(1))
+    box.say("1.1", CheckpointProposed("aa", "", 5, 10, (attempt.node, gone)))
+    if moved:
+        checkpoints.send_copies_to(state, state.attempts["1.1"], left)
+    box.take(FromAgent(int(gone[1:]), Goodbye(None)))
+    orders = [order for order in box.sent if isinstance(order, SetReplicaTarget)]
+    where = PeerAddress(left, f"{left}:1")
+    assert orders[moved:] == [SetReplicaTarget("1.1", where, False, LoneCheckpoint("aa", 5, 1))]
+    box.say("1.1", CheckpointProposed("aa", "aa", 5, 0, (attempt.node, left)))
+    hello = Hello(gone, "j", f"{gone}:1", HostFacts(cpu_count=4), (), (), ("aa",))
+    box.take(FromAgent(int(gone[1:]), hello))
+    assert not [order for order in box.sent if isinstance(order, SetReplicaTarget)]
 
 
 def test_a_copy_that_was_made_on_a_forgotten_node_is_kept_when_it_joins_again() -> None:

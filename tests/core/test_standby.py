@@ -4,6 +4,7 @@ Safety. A standby moves to nothing that fits no better, at most once in `INTERVA
 an advantage that has not lasted. Liveness. For one that lasts it moves.
 """
 
+from collections import Counter
 from itertools import pairwise
 
 from hypothesis import given
@@ -22,6 +23,7 @@ from coordinator.core.standby import (
     move,
 )
 from coordinator.core.state import StandbyWatch
+from tests.core.training_fleet import Fleet
 
 TICK_MS = 1_000
 NODES = ("n1", "n2", "n3")
@@ -103,3 +105,18 @@ def test_a_job_goes_on_at_its_standby_where_it_can() -> None:
     alone = place([Need(1, spec, ("n0",), near=near)], offers).starts[0]
     assert alone.places[0].node == "n3"
     assert alone.why == "runs on 1 x H100 on n3, where most of its last checkpoint lies"
+
+
+def test_copies_of_many_jobs_are_spread_over_the_nodes_that_are_free() -> None:
+    """Once the last of them has started all want those, and one disk would have to hold all."""
+    there = Fleet(*["4xH100:80"] * 6)
+    for _ in range(16):
+        there.submit(gpus=1)
+    there.run(90)
+    spread = Counter(attempt.replica_node for attempt in there.state.attempts.values())
+    assert there.state.indices.standbys == spread
+    assert (len(spread), sum(spread.values())) == (2, 16)
+    assert max(spread.values()) <= 10
+    for job_id in range(1, 17):
+        there.end(job_id)
+    assert not there.state.indices.standbys

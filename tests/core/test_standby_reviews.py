@@ -97,6 +97,7 @@ def test_a_walk_ends_with_the_first_that_nobody_could_surpass(
     state = fleet.rig.core.state
     attempt, taken = state.attempts[f"{job_id}.1"], state.attempts[f"{other}.1"].node
     state.put_attempt(replace(attempt, replica_node=taken))
+    state.put_attempt(replace(state.attempts[f"{other}.1"], replica_node=attempt.node))
     if held:
         holders = (attempt.node, taken, names[-1])
         state.checkpoints[job_id] = [Checkpoint(job_id, "d", "", 1, 1, 1, holders, 1)]

@@ -91,7 +91,7 @@ BODY = st.one_of(
 UPWARD = st.one_of(
     st.builds(
         am.Hello, NODE, TEXT.filter(bool), TEXT,
-        st.builds(av.HostFacts, TEXT, TEXT, SMALL, COUNT, TEXT, TEXT),
+        st.builds(av.HostFacts, TEXT, TEXT, SMALL, COUNT, TEXT, TEXT, TEXT),
         many(st.builds(av.GpuFacts, TEXT, TEXT, COUNT)), many(HELD), many(DIGEST), COUNT,
         many(HEALTH),
     ),
@@ -151,7 +151,10 @@ ORDER = st.one_of(
         maybe(ADDRESS), SMALL, traceparent=st.sampled_from(("", TRACEPARENT)),
     ),
     st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
-    st.builds(cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans()),
+    st.builds(
+        cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans(),
+        maybe(st.builds(cm.LoneCheckpoint, DIGEST, COUNT, SMALL)),
+    ),
     st.builds(cm.CommitResult, ATTEMPT, DIGEST, st.booleans(), TEXT),
     st.builds(cm.KeepCheckpoints, many(DIGEST)),
 )  # fmt: skip

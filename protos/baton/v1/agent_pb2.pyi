@@ -1082,6 +1082,7 @@ class SetReplicaTarget(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     REQUIRED_FIELD_NUMBER: _builtins.int
+    LONE_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     required: _builtins.bool
     """False: commit without a replica."""
@@ -1089,22 +1090,63 @@ class SetReplicaTarget(_message.Message):
     def target(self) -> Global___PeerAddress:
         """Absent: nowhere to go at present."""
 
+    @_builtins.property
+    def lone(self) -> Global___LoneCheckpoint:
+        """What of the job's last checkpoint lies on this node alone, of the nodes within reach: it is
+        copied to the target at once. Absent: nothing. An older agent copies its next checkpoint.
+        """
+
     def __init__(
         self,
         *,
         attempt: _builtins.str = ...,
         target: Global___PeerAddress | None = ...,
         required: _builtins.bool = ...,
+        lone: Global___LoneCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_target", b"_target", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lone", b"_lone", "_target", b"_target", "lone", b"lone", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target", b"_target", "attempt", b"attempt", "required", b"required", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lone", b"_lone", "_target", b"_target", "attempt", b"attempt", "lone", b"lone", "required", b"required", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lone: _TypeAlias = _typing.Literal["lone"]  # noqa: Y015
+    _WhichOneofArgType__lone: _TypeAlias = _typing.Literal["_lone", b"_lone"]  # noqa: Y015
     _WhichOneofReturnType__target: _TypeAlias = _typing.Literal["target"]  # noqa: Y015
     _WhichOneofArgType__target: _TypeAlias = _typing.Literal["_target", b"_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lone) -> _WhichOneofReturnType__lone | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__target) -> _WhichOneofReturnType__target | None: ...
 
 Global___SetReplicaTarget: _TypeAlias = SetReplicaTarget  # noqa: Y015
+
+@_typing.final
+class LoneCheckpoint(_message.Message):
+    """A committed checkpoint, or a rank's part of one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of its manifest, in hexadecimal."""
+    step: _builtins.int
+    parts: _builtins.int
+    """Of how many parts the checkpoint is; 1: it is whole."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        step: _builtins.int = ...,
+        parts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "parts", b"parts", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoneCheckpoint: _TypeAlias = LoneCheckpoint  # noqa: Y015
 
 @_typing.final
 class CommitResult(_message.Message):

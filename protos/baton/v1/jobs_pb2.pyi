@@ -165,7 +165,7 @@ class ListJobsRequest(_message.Message):
     before_job_id: _builtins.int
     """Only jobs with an id below this one (newest come first); 0: from the newest."""
     fold_arrays: _builtins.bool
-    """Of an array only the newest of the trials that are asked for."""
+    """Of an array only the newest of the trials that are asked for, at the place of its first one."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.JobPhase.ValueType]:
         """Only these phases; empty: all."""
@@ -363,22 +363,27 @@ class RequeueJobRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     ABANDON_UNREACHABLE_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
+    ALL_TRIALS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     abandon_unreachable_checkpoints: _builtins.bool
     """Give up checkpoints that lie only on lost nodes, and go on from the newest one within reach, or
     from nothing.
     """
     array: _builtins.bool
+    """Of an array those that have failed or were cancelled, and those in quarantine."""
+    all_trials: _builtins.bool
+    """With `array`: also those that run, which are stopped for it, and those that have succeeded."""
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         abandon_unreachable_checkpoints: _builtins.bool = ...,
         array: _builtins.bool = ...,
+        all_trials: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon_unreachable_checkpoints", b"abandon_unreachable_checkpoints", "array", b"array", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon_unreachable_checkpoints", b"abandon_unreachable_checkpoints", "all_trials", b"all_trials", "array", b"array", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -390,7 +395,14 @@ class RequeueJobResponse(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
+    LEFT_RUNNING_FIELD_NUMBER: _builtins.int
+    LEFT_SUCCEEDED_FIELD_NUMBER: _builtins.int
     jobs: _builtins.int
+    left_running: _builtins.int
+    """Of an array without `all_trials`: how many were left alone since they run, and since they have
+    succeeded.
+    """
+    left_succeeded: _builtins.int
     @_builtins.property
     def job(self) -> _types_pb2.Job: ...
     def __init__(
@@ -398,10 +410,12 @@ class RequeueJobResponse(_message.Message):
         *,
         job: _types_pb2.Job | None = ...,
         jobs: _builtins.int = ...,
+        left_running: _builtins.int = ...,
+        left_succeeded: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "jobs", b"jobs", "left_running", b"left_running", "left_succeeded", b"left_succeeded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

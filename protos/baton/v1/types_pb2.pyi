@@ -1631,6 +1631,7 @@ class HostFacts(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DRIVER_VERSION_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    GPU_ABSENCE_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     boot_id: _builtins.str
     """The kernel's, new at each boot."""
@@ -1639,6 +1640,8 @@ class HostFacts(_message.Message):
     driver_version: _builtins.str
     """Empty where there is no driver."""
     agent_version: _builtins.str
+    gpu_absence: _builtins.str
+    """Why it has no GPU, or one less than its driver counts, in one sentence; empty: it has them all."""
     def __init__(
         self,
         *,
@@ -1648,10 +1651,11 @@ class HostFacts(_message.Message):
         memory_bytes: _builtins.int = ...,
         driver_version: _builtins.str = ...,
         agent_version: _builtins.str = ...,
+        gpu_absence: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "cpu_count", b"cpu_count", "driver_version", b"driver_version", "hostname", b"hostname", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "cpu_count", b"cpu_count", "driver_version", b"driver_version", "gpu_absence", b"gpu_absence", "hostname", b"hostname", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
