@@ -83,6 +83,7 @@ def _train(
 
     session.milestone("imports")
     if session.stop_requested is not None:
+        session.leaving(baton_sdk.EXIT_RUN_AGAIN)
         return baton_sdk.EXIT_RUN_AGAIN
     loop.seed_everything(options.seed)
     task = build(options, folder)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,25 @@ def test_the_command_says_when_nothing_fits(
     arguments = ["--config", str(text_folder / "job.json")]
     assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_OUT_OF_MEMORY
     assert "out of memory in step 1 with a single sample: shorten" in capsys.readouterr().err
+
+
+def test_a_stop_during_the_imports_is_said_to_the_agent(
+    text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come from outside and below a launcher, whose 1 without a checkpoint ends a job."""
+    said: list[int] = []
+
+    def slow_imports() -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return import_builder()
+
+    monkeypatch.delenv("BATON_SOCKET", raising=False)
+    monkeypatch.setattr(baton_sdk.Session, "leaving", lambda _, status: said.append(status))
+    job = {"model": "model", "tokenizer": "bytes", "train_data": "text", "window_tokens": 16}
+    (text_folder / "job.json").write_text(json.dumps({**job, "steps": 2}))
+    arguments = ["--config", str(text_folder / "job.json")]
+    assert start.run(FinetuneOptions, slow_imports, arguments) == baton_sdk.EXIT_RUN_AGAIN
+    assert said == [baton_sdk.EXIT_RUN_AGAIN]
 
 
 def test_the_trained_model_is_a_folder_that_opens(text_folder: Path) -> None:
