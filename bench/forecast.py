@@ -82,7 +82,7 @@ def judge(each: Named, ahead_h: int) -> Score:
     """A month is too short for three weeks of warm-up."""
     hours = len(each.values) / each.per_hour
     warm_up_h = 24 * 14 if hours <= SHORT_H else 24 * 21
-    return backtest(each.values, each.per_hour, ahead_h, warm_up_h)
+    return backtest(Forecaster(ahead_h, each.per_hour), each.values, warm_up_h)
 
 
 def cost(each: Named) -> tuple[list[float], list[float]]:
