@@ -6,6 +6,7 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from coordinator.cli.demand_client import Held, Told
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
-    from coordinator.forecast.forecaster import Forecaster
+    from coordinator.forecast.forecaster import Forecaster, Kind
 
 _COLUMNS = (
     Column("AHEAD", right=True),
@@ -37,6 +38,7 @@ _COLUMNS = (
 )
 AHEAD_H_MAX = 168
 HEARD_MIN = 0.05  # a model that counts less is not named
+BOOSTING_MODULE = "lightgbm"
 
 
 @click.command(short_help="Forecast demand from a series, with its bands and its record.")
@@ -166,9 +168,18 @@ class _Told:
 
 def _maker(series: "Series") -> "Callable[[int], Forecaster]":
     """New forecasters of it, by hours ahead."""
-    from coordinator.forecast.forecaster import Forecaster
+    from coordinator.forecast.forecaster import KINDS, THREE_WEEKS_H, Forecaster
 
-    return lambda hours: Forecaster(hours, series.per_hour, series.first_step)
+    kinds: tuple[Kind, ...] = KINDS
+    enough = len(series.values) >= THREE_WEEKS_H * series.per_hour
+    if enough and importlib.util.find_spec(BOOSTING_MODULE) is not None:
+        try:
+            from coordinator.forecast.boosted import KIND
+        except (ImportError, OSError) as error:  # it needs an OpenMP that its wheel does not have
+            write_notice(f"{BOOSTING_MODULE} cannot be loaded, and is not heard: {error}")
+        else:
+            kinds = (*kinds, KIND)
+    return lambda hours: Forecaster(hours, series.per_hour, series.first_step, kinds)
 
 
 def _tell(forecaster: "Forecaster", series: "Series", hours: int, warm_up_h: int) -> _Told:

@@ -9,7 +9,8 @@ one below:
     one to three weeks   bands by how nervous demand is; the hour of the day; each quantile by
                          itself (`skewed.py`), and from ten days on with all that is known; who of
                          those that hold GPUs stays, where that is told (`survival.py`)
-    beyond that          a ridge regression on all of it
+    beyond that          a ridge regression on all of it, and trees where their library is installed
+                         and somebody asks for them (`boosted.py`)
 
 Persistence stays among them all the way up, and `mixture.py` weighs them. Experts are fitted anew
 once a day, on a bounded window; an observation costs microseconds, a forecast a millisecond or two.
