@@ -165,17 +165,16 @@ def test_a_refusal_and_a_mixture_of_both_are_said(
 
 
 @pytest.mark.parametrize(
-    ("missing", "trees", "said"),
+    ("missing", "said"),
     [
-        (None, True, ""),
-        ("lightgbm", False, ""),
-        ("coordinator.forecast.boosted", False, "lightgbm cannot be loaded, and is not heard"),
+        (None, ""),
+        ("lightgbm", ""),
+        ("coordinator.forecast.boosted", "lightgbm cannot be loaded, and is not heard"),
     ],
 )
 def test_the_extra_is_one_model_more_and_nothing_needs_it(
-    tmp_path: Path, baton: Baton, monkeypatch: pytest.MonkeyPatch, missing: str | None,
-    trees: bool, said: str,
-) -> None:  # fmt: skip
+    tmp_path: Path, baton: Baton, monkeypatch: pytest.MonkeyPatch, missing: str | None, said: str
+) -> None:
     """There, not installed, and installed without the libraries that it needs."""
     monkeypatch.setattr("coordinator.forecast.forecaster.KINDS", KINDS[:1])
     if missing is not None:
@@ -187,6 +186,6 @@ def test_the_extra_is_one_model_more_and_nothing_needs_it(
     path.write_text("time,demand\n" + "\n".join(lines) + "\n", encoding="utf-8")
     result = baton("forecast", "--demand", str(path), "--ahead", "1", "--json")
     (told_of,) = json.loads(result.stdout)
-    assert set(told_of["weights"]) == {"persistence", *["boosted trees"] * trees}
+    assert set(told_of["weights"]) == {"persistence", *["boosted trees"] * (missing is None)}
     assert said in result.stderr
     assert bool(said) == bool(result.stderr)
