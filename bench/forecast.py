@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import forecast_ages, report
 from coordinator.forecast.backtest import Score, backtest
 from coordinator.forecast.demand_file import Series, read_series
-from coordinator.forecast.forecaster import Forecaster
+from coordinator.forecast.forecaster import KINDS, Forecaster, Kind
 
 AHEAD_H = (1, 6, 24)
 GOALS = {1: 0.87, 6: 0.82, 24: 0.90}
@@ -78,18 +78,18 @@ def series(folder: Path, *, quick: bool) -> Iterator[Named]:
         yield Named(f"Philly {project}", list(read.values), read.per_hour)
 
 
-def judge(each: Named, ahead_h: int) -> Score:
+def judge(each: Named, ahead_h: int, kinds: Sequence[Kind]) -> Score:
     """A month is too short for three weeks of warm-up."""
     hours = len(each.values) / each.per_hour
     warm_up_h = 24 * 14 if hours <= SHORT_H else 24 * 21
-    return backtest(each.values, each.per_hour, ahead_h, warm_up_h)
+    return backtest(Forecaster(ahead_h, each.per_hour, kinds=kinds), each.values, warm_up_h)
 
 
-def cost(each: Named) -> tuple[list[float], list[float]]:
+def cost(each: Named, kinds: Sequence[Kind]) -> tuple[list[float], list[float]]:
     """Milliseconds of CPU, of refits of all models and of forecasts without one."""
     refits: list[float] = []
     forecasts: list[float] = []
-    forecaster = Forecaster(24, each.per_hour)
+    forecaster = Forecaster(24, each.per_hour, kinds=kinds)
     for gpus in each.values[-TIMED_DAYS * 24 * each.per_hour :]:
         begin = time.process_time()
         forecaster.observe(gpus)
@@ -135,23 +135,33 @@ def rows_of(judged: dict[str, dict[int, Score]]) -> list[report.Row]:
     return rows
 
 
+def _trees() -> Kind:
+    from coordinator.forecast import boosted
+
+    return boosted.KIND
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     report.data_option(parser, report.DEMAND)
+    parser.add_argument(
+        "--trees", action="store_true", help="with the model of the extra `forecast` (lightgbm)"
+    )
     given = parser.parse_args(arguments)
     asked = report.options(given)
     if not given.demand or not (given.demand / EARTH).is_file():
         report.nothing_measured("forecast", EARTH, report.DEMAND, asked)
         return
+    kinds = (*KINDS, _trees()) if given.trees else KINDS
     judged: dict[str, dict[int, Score]] = {}
     last: Named | None = None
     for each in series(given.demand, quick=asked.quick):
         report.say(f"forecast: {each.name}, {len(each.values) / each.per_hour:.0f} h")
-        judged[each.name] = {ahead_h: judge(each, ahead_h) for ahead_h in AHEAD_H}
+        judged[each.name] = {ahead_h: judge(each, ahead_h, kinds) for ahead_h in AHEAD_H}
         last = last or each
     rows = rows_of(judged)
     if last is not None:
-        refits, forecasts = cost(last)
+        refits, forecasts = cost(last, kinds)
         rows += [
             report.row_of(f"a refit of one series ({last.name})", refits, "ms of CPU"),
             report.row_of("a forecast and an observation", forecasts, "ms of CPU"),

@@ -18,6 +18,7 @@ from coordinator.core.sentences import quantity
 if TYPE_CHECKING:
     from coordinator.cli.demand_client import Told
     from coordinator.forecast.demand_file import Series
+    from coordinator.forecast.forecaster import Forecaster
 
 # Ten minutes a step, unless there is less of them than this: half a day.
 STEPS_MIN = 72
@@ -70,12 +71,14 @@ def saved(path: Path, series: "Series", *, asked: bool) -> str:
     return said
 
 
-def plot(path: Path, series: "Series", ahead_h: int, what: str) -> None:
-    """Demand, and the bands that were said of it `ahead_h` hours before. Raises `CommandFailed`."""
+def plot(path: Path, series: "Series", forecaster: "Forecaster", what: str) -> None:
+    """Demand, and the bands that a new forecaster says of it so many hours before. Raises
+    `CommandFailed`."""
     from coordinator.forecast.course import course
     from coordinator.sim.svg import Band, Chart, Curve, draw
 
-    points = course(series.values, series.per_hour, ahead_h, SHOWN_H_MAX, series.first_step)
+    points = course(forecaster, series.values, SHOWN_H_MAX)
+    ahead_h = forecaster.ahead // forecaster.per_hour
     said = [point for point in points if point.quantiles]
     bands = [
         Band(name, [(p.hours, p.quantiles[low], p.quantiles[high]) for p in said])

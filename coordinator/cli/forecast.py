@@ -6,7 +6,8 @@ persistence, at each hour as if nothing later were known.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from coordinator.cli.demand_client import Held, Told
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
+    from coordinator.forecast.forecaster import Forecaster, Kind
 
 _COLUMNS = (
     Column("AHEAD", right=True),
@@ -36,6 +38,7 @@ _COLUMNS = (
 )
 AHEAD_H_MAX = 168
 HEARD_MIN = 0.05  # a model that counts less is not named
+BOOSTING_MODULE = "lightgbm"
 
 
 @click.command(short_help="Forecast demand from a series, with its bands and its record.")
@@ -105,14 +108,15 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
     if given["save"] is not None:
         demand.save(given["save"], series)
         write_notice(demand.saved(given["save"], series, asked=known is not None))
-    told = [_tell(series, hours, given["warm_up_h"]) for hours in ahead_h]
+    new = _maker(series)
+    told = [_tell(new(hours), series, hours, given["warm_up_h"]) for hours in ahead_h]
     for sentence in _unjudged(told):
         write_notice(sentence)
     if known is not None:
         held = {one.ahead_h: one for one in known.held}
         told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
     if given["plot"] is not None:
-        demand.plot(given["plot"], series, ahead_h[0], what)
+        demand.plot(given["plot"], series, new(ahead_h[0]), what)
         write_notice(f"plot: {given['plot']}")
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
@@ -162,21 +166,33 @@ class _Told:
     unjudged: str = ""
 
 
-def _tell(series: "Series", hours: int, warm_up_h: int) -> _Told:
+def _maker(series: "Series") -> "Callable[[int], Forecaster]":
+    """New forecasters of it, by hours ahead."""
+    from coordinator.forecast.forecaster import KINDS, THREE_WEEKS_H, Forecaster
+
+    kinds: tuple[Kind, ...] = KINDS
+    enough = len(series.values) >= THREE_WEEKS_H * series.per_hour
+    if enough and importlib.util.find_spec(BOOSTING_MODULE) is not None:
+        try:
+            from coordinator.forecast.boosted import KIND
+        except (ImportError, OSError) as error:  # it needs an OpenMP that its wheel does not have
+            write_notice(f"{BOOSTING_MODULE} cannot be loaded, and is not heard: {error}")
+        else:
+            kinds = (*kinds, KIND)
+    return lambda hours: Forecaster(hours, series.per_hour, series.first_step, kinds)
+
+
+def _tell(forecaster: "Forecaster", series: "Series", hours: int, warm_up_h: int) -> _Told:
     from coordinator.forecast.backtest import backtest
-    from coordinator.forecast.forecaster import Forecaster
     from coordinator.forecast.quantiles import LEVELS
 
-    forecaster = Forecaster(hours, series.per_hour, series.first_step)
-    for gpus in series.values:
-        forecaster.observe(gpus)
-    said = forecaster.forecast()
-    by_level = {f"{level:g}": float(gpus) for level, gpus in zip(LEVELS, said, strict=True)}
     score, unjudged = None, ""
     try:
-        score = backtest(series.values, series.per_hour, hours, warm_up_h, series.first_step)
+        score = backtest(forecaster, series.values, warm_up_h)
     except ValueError as error:
         unjudged = str(error)
+    said = forecaster.forecast()
+    by_level = {f"{level:g}": float(gpus) for level, gpus in zip(LEVELS, said, strict=True)}
     return _Told(hours, by_level, forecaster.weights(), score, unjudged=unjudged)
 
 

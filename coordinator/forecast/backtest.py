@@ -30,19 +30,17 @@ class Score:
         return self.loss / self.persistence_loss if self.persistence_loss else 1.0
 
 
-def backtest(
-    values: Sequence[float], per_hour: int, ahead_h: int, warm_up_h: int, first_step: int = 0
-) -> Score:
-    """Judge a series, NaN where nobody knows. Raises ValueError where it is too short, with a
-    sentence that does not name the horizon: it is the same for several."""
-    forecaster = Forecaster(ahead_h, per_hour, first_step)
-    ahead = forecaster.ahead
+def backtest(forecaster: Forecaster, values: Sequence[float], warm_up_h: int) -> Score:
+    """Judge a series, NaN where nobody knows; `forecaster` is new, and afterwards has been told all
+    of it. Raises ValueError where it is too short, with a sentence that does not name the horizon:
+    it is the same for several."""
+    ahead, per_hour = forecaster.ahead, forecaster.per_hour
     losses, persistence_losses, demand = [], [], []
     covered = 0
-    for step, gpus in enumerate(values[: max(0, len(values) - ahead)]):
+    for step, gpus in enumerate(values):
         forecaster.observe(gpus)
-        actual = values[step + ahead]
-        full_hour = (first_step + step + 1) % per_hour == 0
+        actual = values[step + ahead] if step + ahead < len(values) else math.nan
+        full_hour = forecaster.steps % per_hour == 0
         if not full_hour or step < warm_up_h * per_hour or math.isnan(gpus) or math.isnan(actual):
             continue
         models = forecaster.by_model()

@@ -22,12 +22,11 @@ class Point:
     gpus: float | None
 
 
-def course(
-    values: Sequence[float], per_hour: int, ahead_h: int, shown_h: int, first_step: int = 0
-) -> list[Point]:
-    """The last `shown_h` hours and the `ahead_h` that follow, each `per_hour`th step said of."""
-    forecaster = Forecaster(ahead_h, per_hour, first_step)
-    last, ahead = len(values) - 1, ahead_h * per_hour
+def course(forecaster: Forecaster, values: Sequence[float], shown_h: int) -> list[Point]:
+    """The last `shown_h` hours and those that are ahead, of each `per_hour`th step what was said;
+    `forecaster` is new."""
+    per_hour = forecaster.per_hour
+    last, ahead = len(values) - 1, forecaster.ahead
     said: dict[int, tuple[float, ...]] = {}
     for step, gpus in enumerate(values):
         forecaster.observe(gpus)

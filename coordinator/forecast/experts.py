@@ -80,11 +80,11 @@ def lesson(grid: Grid, ahead: int) -> Lesson:
 
 def fit(taught: Lesson, drift: Drift, ahead: int, *, scaled: bool) -> Fitted:
     """An expert with this drift."""
-    usual = _scale(taught, taught.changes)(taught.grid)[taught.past]
+    usual = scale_of(taught, taught.changes)(taught.grid)[taught.past]
     trust = taught.weights * np.minimum(QUIET_MAX, np.median(usual) / usual)
     drifts = drift(taught, trust, ahead)
     wrong = taught.changes - drifts(taught.grid)[taught.past]
-    scale = _scale(taught, wrong) if scaled else _level
+    scale = scale_of(taught, wrong) if scaled else _level
     relative = wrong / scale(taught.grid)[taught.past]
     return Fitted(drifts, scale, of_samples(relative, taught.weights))
 
@@ -93,7 +93,7 @@ def _level(grid: Grid) -> Floats:
     return np.ones(len(grid.values))
 
 
-def _scale(taught: Lesson, wrong: Floats) -> Callable[[Grid], Floats]:
+def scale_of(taught: Lesson, wrong: Floats) -> Callable[[Grid], Floats]:
     """How far from zero `wrong` usually is, by how nervous demand was."""
     size = np.abs(wrong)
     target = np.log(size + SMALL_RATIO * np.median(size) + SMALL_GPUS)

@@ -9,7 +9,8 @@ one below:
     one to three weeks   bands by how nervous demand is; the hour of the day; each quantile by
                          itself (`skewed.py`), and from ten days on with all that is known; who of
                          those that hold GPUs stays, where that is told (`survival.py`)
-    beyond that          a ridge regression on all of it
+    beyond that          a ridge regression on all of it, and trees where their library is installed
+                         and somebody asks for them (`boosted.py`)
 
 Persistence stays among them all the way up, and `mixture.py` weighs them. Experts are fitted anew
 once a day, on a bounded window; an observation costs microseconds, a forecast a millisecond or two.
@@ -17,7 +18,7 @@ once a day, on a bounded window; an observation costs microseconds, a forecast a
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -105,18 +106,22 @@ class Said:
 
 
 class Forecaster:
-    """Of one series and one horizon. `first_step` counts from the beginning of a day."""
+    """Of one series and one horizon. `first_step` counts from the beginning of a day; of `kinds`,
+    persistence is the first."""
 
-    def __init__(self, ahead_h: int, per_hour: int, first_step: int = 0) -> None:
+    def __init__(
+        self, ahead_h: int, per_hour: int, first_step: int = 0, kinds: Sequence[Kind] = KINDS
+    ) -> None:
         if ahead_h < 1 or per_hour < 1:
             raise ValueError("a forecast is an hour ahead at least, of a step of an hour at most")
         self.ahead = ahead_h * per_hour
-        self._per_hour = per_hour
+        self.per_hour = per_hour
+        self._kinds = tuple(kinds)
         self._values: deque[float] = deque(maxlen=KEPT_DAYS * HOURS_PER_DAY * per_hour)
         self._told: deque[float] = deque(maxlen=self._values.maxlen)
-        self._next = first_step
+        self.steps = first_step  # that were told, and those before the first
         self._clean = 0
-        self._mixture = Mixture({kind.name: kind.handicap for kind in KINDS}, ahead_h)
+        self._mixture = Mixture({kind.name: kind.handicap for kind in kinds}, ahead_h)
         self._fitted: dict[str, Expert] = {}
         self._fitted_at = -1
         self._levels: Levels | None = None
@@ -132,14 +137,14 @@ class Forecaster:
                 raise ValueError(f"demand is a count of GPUs, not {count}")
         self._values.append(gpus)
         self._told.append(known_gpus)
-        self._next += 1
+        self.steps += 1
         self._clean += not math.isnan(gpus)
         self._judge(gpus)
-        if self._next % self._per_hour == 0 and not math.isnan(gpus):
+        if self.steps % self.per_hour == 0 and not math.isnan(gpus):
             forecasts = self._ask()
             if forecasts:
                 mixed = self._mixture.combine(forecasts)
-                self._said.append(Said(self._next + self.ahead, forecasts, mixed))
+                self._said.append(Said(self.steps + self.ahead, forecasts, mixed))
 
     def forecast(self) -> Floats:
         """By `LEVELS`, of demand `ahead_h` after the newest observation; zeros before the first."""
@@ -154,12 +159,12 @@ class Forecaster:
     @property
     def just_fitted(self) -> bool:
         """Whether the newest forecast came from models that were fitted for it."""
-        return bool(self._fitted) and self._fitted_at == self._next
+        return bool(self._fitted) and self._fitted_at == self.steps
 
     def _judge(self, gpus: float) -> None:
-        while self._said and self._said[0].step <= self._next:
+        while self._said and self._said[0].step <= self.steps:
             said = self._said.popleft()
-            if said.step == self._next and not math.isnan(gpus):
+            if said.step == self.steps and not math.isnan(gpus):
                 self._mixture.learn(gpus, said.forecasts, said.mixed)
 
     def by_model(self) -> dict[str, Floats]:
@@ -167,34 +172,36 @@ class Forecaster:
         return self._ask()
 
     def _ask(self) -> dict[str, Floats]:
-        if self._asked[0] != self._next:
-            self._asked = (self._next, self._compute())
+        if self._asked[0] != self.steps:
+            self._asked = (self.steps, self._compute())
         return self._asked[1]
 
     def _compute(self) -> dict[str, Floats]:
-        clean_h = self._clean / self._per_hour
+        clean_h = self._clean / self.per_hour
         if clean_h < DAY_H or len(self._values) < 2 * self.ahead:
             return {}
         grid = self._grid()
         if np.isnan(grid.values).all():
             return {}  # an outage of more than a week
-        day = HOURS_PER_DAY * self._per_hour
-        if not self._fitted or self._next - self._fitted_at >= day:
+        day = HOURS_PER_DAY * self.per_hour
+        if not self._fitted or self.steps - self._fitted_at >= day:
             taught = experts.lesson(grid, self.ahead)
-            if len(taught.past) < self._per_hour * HOURS_PER_DAY // 2:
+            if len(taught.past) < self.per_hour * HOURS_PER_DAY // 2:
                 return {}
-            told_h = int(np.count_nonzero(~np.isnan(grid.told[taught.past]))) / self._per_hour
+            told_h = int(np.count_nonzero(~np.isnan(grid.told[taught.past]))) / self.per_hour
             self._fitted = {
                 kind.name: kind.fit(taught, self.ahead)
-                for kind in KINDS
+                for kind in self._kinds
                 if (told_h if kind.needs_told else clean_h) >= kind.clean_h_min
             }
-            self._fitted_at = self._next
+            self._fitted_at = self.steps
             self._levels = Levels.of(taught, self.ahead)
             self._mixture.outcomes = float(self._levels.outcomes[-1])
         if self._levels is not None:
             self._mixture.outcomes_as_low = self._levels.as_low(float(grid.known[-1]))
-        asleep = {kind.name for kind in KINDS if kind.needs_told and math.isnan(self._told[-1])}
+        asleep = {
+            kind.name for kind in self._kinds if kind.needs_told and math.isnan(self._told[-1])
+        }
         return {
             name: fitted.forecast(grid)
             for name, fitted in self._fitted.items()
@@ -203,15 +210,15 @@ class Forecaster:
 
     def _grid(self) -> Grid:
         """What is needed now: all of it where experts learn, a week and more where they speak."""
-        day = HOURS_PER_DAY * self._per_hour
-        learns = not self._fitted or self._next - self._fitted_at >= day
+        day = HOURS_PER_DAY * self.per_hour
+        learns = not self._fitted or self.steps - self._fitted_at >= day
         taken = slice(None) if learns else slice(-9 * day, None)
         values, told = (np.array(list(each)[taken]) for each in (self._values, self._told))
-        return Grid(values, self._per_hour, self._next - len(values), told)
+        return Grid(values, self.per_hour, self.steps - len(values), told)
 
     def _reactive(self) -> Floats:
         known = [gpus for gpus in self._values if not math.isnan(gpus)]
         newest = known[-1] if known else 0.0
-        hours = self.ahead / self._per_hour
+        hours = self.ahead / self.per_hour
         step = REACTIVE_RATIO * math.sqrt(max(1.0, newest) * hours)
         return np.maximum(0.0, newest + step * NORMAL) if known else np.zeros(len(LEVELS))

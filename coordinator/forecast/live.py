@@ -8,7 +8,8 @@ catches up with all samples and speaks of the newest.
 After a restart the last two weeks are told over again, from what is durable, so that what was
 learned, and how often the bands have held, is there at once. Within these two weeks a restart
 changes no forecast: minutes have their own numbers, and a type is known since something of it was
-wanted, as for whoever was there. What was learned of older ones is forgotten by it.
+wanted, as for whoever was there. What was learned of older ones is learned again from their means
+of ten minutes, which is nearly the same.
 """
 
 import asyncio
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # Two hours of samples that nobody has taken; the oldest go, and are unknown.
 QUEUE_MAX: Final = 120
 KEPT_MIN: Final = KEPT_STEPS[1]  # of a type, in case that it is asked for another time ahead
+OLDER_PERIOD_MIN: Final = 10
+OLDER_STEPS: Final = 60 * 144  # two months: a maximum remembers no more
 # Times ahead follow what nodes take to boot, and a model is of one time: it is taken up to the next
 # of these, and kept until it is off by more than twice as much.
 AHEAD_STEP_MIN: Final = 5
@@ -39,6 +42,7 @@ class Maximum(Protocol):
     """A forecaster of the maximum over a time ahead; a step is a minute."""
 
     def observe(self, gpus: float) -> None: ...
+    def tell_older(self, means: Sequence[float], first_step: int) -> None: ...
     def forecast(self) -> "Floats": ...
     @property
     def coverage(self) -> float | None: ...
@@ -51,10 +55,13 @@ Make = Callable[[int, int], Maximum]
 @dataclass(frozen=True, slots=True)
 class Past:
     """What is known of a type before the first sample; `None` is unknown. The last value is of
-    `newest_minute`. Where the first one is unknown, all that was ever seen came later."""
+    `newest_minute`. Where the first one is unknown, all that was ever seen came later. `older` are
+    means of ten minutes, some of them of the same days; the last is of the step `newest_older`."""
 
     newest_minute: int
     gpus: Sequence[float | None]
+    newest_older: int = 0
+    older: Sequence[float | None] = ()
 
 
 def pasts(history: DemandHistory) -> dict[str, Past]:
@@ -62,9 +69,14 @@ def pasts(history: DemandHistory) -> dict[str, Past]:
     newest = history.newest_minute
     if newest is None:
         return {}
-    first = newest - KEPT_MIN + 1
+    older = history.newest_step(OLDER_PERIOD_MIN) or 0
     return {
-        gpu_type: Past(newest, history.read(1, first, KEPT_MIN, Series(gpu_type)))
+        gpu_type: Past(
+            newest,
+            history.read(1, newest - KEPT_MIN + 1, KEPT_MIN, Series(gpu_type)),
+            older,
+            history.read(OLDER_PERIOD_MIN, older - OLDER_STEPS + 1, OLDER_STEPS, Series(gpu_type)),
+        )
         for gpu_type in history.gpu_types()
     }
 
@@ -75,8 +87,12 @@ def _since_wanted(past: Sequence[float | None]) -> list[float]:
     values = [math.nan if gpus is None else gpus for gpus in past]
     if not past or past[0] is not None:
         return values
-    first = next((place for place, gpus in enumerate(values) if gpus > 0), len(values))
+    first = _first_wanted(values)
     return [math.nan] * first + values[first:]
+
+
+def _first_wanted(values: Sequence[float]) -> int:
+    return next((place for place, gpus in enumerate(values) if gpus > 0), len(values))
 
 
 class _Type:
@@ -87,6 +103,10 @@ class _Type:
         self._make = make
         self._ending = ending
         self._values = array("d", _since_wanted(past.gpus))
+        older = array("d", (math.nan if gpus is None else gpus for gpus in past.older))
+        # Nobody knows whether the type was there before something of it was wanted.
+        self._older = older[_first_wanted(older) :]
+        self._first_older = past.newest_older - len(self._older) + 1
         self.newest = past.newest_minute
         self._models: dict[str, tuple[int, Maximum]] = {}
 
@@ -112,6 +132,8 @@ class _Type:
                 if self._ending.is_set():
                     break  # who leaves does not wait for a model that nobody will ask
                 known[1].observe(gpus)
+            if self._older and not self._ending.is_set():
+                known[1].tell_older(self._older, self._first_older)
         return known[1]
 
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
 
 from coordinator.forecast.demand_file import read_series
+from coordinator.forecast.forecaster import KINDS
 from protos.baton.v1 import demand_pb2, types_pb2
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
@@ -160,3 +162,30 @@ def test_a_refusal_and_a_mixture_of_both_are_said(
     assert (result.exit_code, sentence in result.stderr) == (1, True)
     both = baton("forecast", "--gpu-type", "B200", "--demand", str(tmp_path / "x.csv"))
     assert (both.exit_code, "asked of the coordinator" in both.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        (None, ""),
+        ("lightgbm", ""),
+        ("coordinator.forecast.boosted", "lightgbm cannot be loaded, and is not heard"),
+    ],
+)
+def test_the_extra_is_one_model_more_and_nothing_needs_it(
+    tmp_path: Path, baton: Baton, monkeypatch: pytest.MonkeyPatch, missing: str | None, said: str
+) -> None:
+    """There, not installed, and installed without the libraries that it needs."""
+    monkeypatch.setattr("coordinator.forecast.forecaster.KINDS", KINDS[:1])
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    path = tmp_path / "demand.csv"
+    lines = (
+        f"{BEGIN + timedelta(hours=hour):%Y-%m-%dT%H:%M},{40 + hour % 24}" for hour in range(552)
+    )
+    path.write_text("time,demand\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    result = baton("forecast", "--demand", str(path), "--ahead", "1", "--json")
+    (told_of,) = json.loads(result.stdout)
+    assert set(told_of["weights"]) == {"persistence", *["boosted trees"] * (missing is None)}
+    assert said in result.stderr
+    assert bool(said) == bool(result.stderr)

@@ -57,18 +57,18 @@ def test_each_rung_needs_its_hours_of_clean_history() -> None:
 
 
 def test_demand_that_comes_back_to_its_mean_is_forecast_better_than_as_it_is() -> None:
-    score = backtest(list(wandering(24 * 50, 1, pull=0.1)), 1, 24, 24 * 14)
+    score = backtest(Forecaster(24, 1), list(wandering(24 * 50, 1, pull=0.1)), 24 * 14)
     assert score.ratio < 0.9
     assert 0.9 <= score.covered_95_ratio <= 0.99
 
 
 def test_demand_that_breathes_is_forecast_by_the_hour_of_the_day() -> None:
     values = list(wandering(24 * 35, 4, pull=0.3, daily=80.0))
-    assert backtest(values, 1, 6, 24 * 14).ratio < 0.6
+    assert backtest(Forecaster(6, 1), values, 24 * 14).ratio < 0.6
 
 
 def test_where_nothing_can_be_known_little_is_lost() -> None:
-    score = backtest(list(wandering(24 * 40, 5, pull=0.0)), 1, 6, 24 * 14)
+    score = backtest(Forecaster(6, 1), list(wandering(24 * 40, 5, pull=0.0)), 24 * 14)
     assert score.ratio < 1.05
 
 
@@ -167,9 +167,9 @@ def fallen(days: int, seed: int) -> list[float]:
 def test_below_all_that_was_seen_persistence_speaks_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has seen demand come back from there; where somebody has, models are heard again."""
     values = fallen(20, seed=11)
-    guarded = backtest(values, 1, 24, 24 * 20)
+    guarded = backtest(Forecaster(24, 1), values, 24 * 20)
     monkeypatch.setattr("coordinator.forecast.mixture.LOW_OUTCOMES", 1e-9)
-    assert guarded.loss < 0.98 * backtest(values, 1, 24, 24 * 20).loss
+    assert guarded.loss < 0.98 * backtest(Forecaster(24, 1), values, 24 * 20).loss
     monkeypatch.undo()
     forecaster = Forecaster(24, 1)
     heard = []

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from coordinator.core.demand_history import DemandHistory, Series
+from coordinator.core.demand_history import (
+    DemandHistory,
+    DemandLog,
+    DemandRow,
+    PutDemandSeries,
+    Series,
+)
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
 from coordinator.forecast.live import QUEUE_MAX, LiveForecaster, Maximum, Past, pasts
 from coordinator.forecast.maximum import MaximumForecaster
@@ -122,6 +128,27 @@ async def test_a_restart_says_what_would_have_been_said_without_it(hours: float)
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_days_before_those_by_the_minute_are_told_by_ten_minutes() -> None:
+    """From the first on which the type was wanted, as far back as a maximum remembers."""
+    step = BEGIN // 10
+    rows = [
+        *(DemandRow(10, step - 8_000 + at, (0,), (4.0 * (at >= 2_000),)) for at in range(8_000)),
+        *(DemandRow(1, BEGIN - 100 + at, (0,), (4.0,)) for at in range(100)),
+    ]
+    history = DemandHistory()
+    history.load(DemandLog((PutDemandSeries(0, Series("H100", "lab", "spare")),), tuple(rows)))
+    heard: list[tuple[int, int, int]] = []
+
+    class Listening(MaximumForecaster):
+        def tell_older(self, means: Sequence[float], first_step: int) -> None:
+            heard.append((self._steps, len(means), first_step))
+
+    made: list[ForecastMade] = []
+    forecaster = LiveForecaster(pasts(history), made.append, lambda _, at: Listening(16, 60, at))
+    forecaster._work([asked(BEGIN, 4.0)])
+    assert heard == [(BEGIN + 1, 6_000, step - 6_000)] * 2
 
 
 async def test_what_was_said_wrongly_shows() -> None:

@@ -110,6 +110,53 @@ def test_coverage_is_known_after_three_days_of_forecasts_and_falls_when_they_are
     assert calm.coverage < 0.85
 
 
+OLD_DAYS, NEW_DAYS, PER_HOUR = 20, 4, 12
+
+
+def mornings() -> tuple[list[float], list[float]]:
+    """By five minutes, and means of ten: on the older days work came and went from eight to eleven,
+    lately none did. It ends before eight."""
+    chance, values, comes = Random(6), [], False
+    for step in range((OLD_DAYS + NEW_DAYS) * 288 + 94):
+        if step % 3 == 0:
+            comes = step % 288 in range(96, 132) and step < OLD_DAYS * 288 and chance.random() < 0.5
+        values.append(100.0 + chance.randrange(3) + 40.0 * comes)
+    return values, [sum(values[at : at + 2]) / 2 for at in range(0, len(values) - 1, 2)]
+
+
+def test_older_days_that_are_known_by_means_count_nearly_as_if_they_had_been_seen() -> None:
+    values, means = mornings()
+    whole, _ = told(values, 3, PER_HOUR)
+    recent = values[OLD_DAYS * 288 :]
+    forgetful, by_both = (MaximumForecaster(3, PER_HOUR, OLD_DAYS * 288) for _ in range(2))
+    for gpus in recent:
+        forgetful.observe(gpus)
+        by_both.observe(gpus)
+    by_both.tell_older(means, 0)
+    rises = [each.forecast()[-1] - values[-1] for each in (forgetful, by_both, whole)]
+    assert rises[0] < 5 < rises[1]
+    assert rises[1] == pytest.approx(rises[2], rel=0.2)
+
+
+@pytest.mark.parametrize("first_step", [OLD_DAYS * 144, OLD_DAYS * 144 + 250])
+def test_means_of_the_same_days_teach_nothing_more(first_step: int) -> None:
+    values, means = mornings()
+    once, again = (MaximumForecaster(3, PER_HOUR, OLD_DAYS * 288) for _ in range(2))
+    for gpus in values[OLD_DAYS * 288 :]:
+        once.observe(gpus)
+        again.observe(gpus)
+    again.tell_older(means[first_step:], first_step)
+    assert list(again.forecast()) == list(once.forecast())
+
+
+def test_what_cannot_be_compared_teaches_nothing() -> None:
+    """Of older days whose means end before the first observation nobody knows what they hide."""
+    values, means = mornings()
+    forecaster, said = told(values[-200:], 3, PER_HOUR)
+    forecaster.tell_older(means[: 144 * OLD_DAYS], -144 * OLD_DAYS)
+    assert list(forecaster.forecast()) == list(said[-1])
+
+
 @pytest.mark.parametrize("wrong", [-1.0, math.inf])
 def test_what_is_no_demand_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match="count of GPUs"):
