@@ -154,6 +154,8 @@ def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[Sim
     with _csv(path) as reader:
         _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
         for row in reader:
+            if not any(row.values()):
+                continue
             place = f"{path}, line {reader.line_num}"
             job = _job(place, row, inputs, added)
             if job.job_id in jobs:
@@ -220,6 +222,8 @@ def _number(text: str) -> float | None:
 
 
 def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> None:
+    if not any(name in columns for name in REQUIRED):
+        raise BadFile(f"{path}: its first line names none of the columns {', '.join(REQUIRED)}")
     known = {name.casefold(): name for name in (*REQUIRED, *OPTIONAL, *types)}
     for column in columns:
         if known.get(column.casefold()) != column:
@@ -263,19 +267,21 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
     # Of a type that is added, an empty cell means that nobody knows: it is estimated.
     rates = {name: number(name, 0.0) for name in there}
     rates |= {name: number(name) for name in added if name not in there and row.get(name)}
-    gpus = whole("gpus")
+    gpus, steps = whole("gpus"), number("steps")
     if gpus < 1:
         raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more; leave such a job out")
     able = [rate for name, rate in rates.items() if rate > 0 and there.get(name, 0) >= gpus]
     if not able:
-        raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}")
-    hours = number("steps") / max(able) / 3600
+        named = ", ".join(f"{there.get(n, 0)} x {n}" for n, rate in rates.items() if rate > 0)
+        where = f"it has a rate on {named}" if named else "it has no rate on any"
+        raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}; {where}")
+    hours = steps / max(able) / 3600
     if hours > HOURS_MAX:
         raise BadFile(f"{place}: it takes {hours:.3g} hours where it is fastest")
     return SimJob(
         job_id=whole("job"),
         gpus=gpus,
-        steps=number("steps"),
+        steps=steps,
         rates={name: rate for name, rate in rates.items() if rate > 0},
         model=row.get("model") or "",
         project=row.get("project") or "",

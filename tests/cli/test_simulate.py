@@ -133,6 +133,14 @@ def test_a_project_within_its_quota_comes_first(files: tuple[Path, Path]) -> Non
             "user,A",
             "'user' is no column and no GPU type of the fleet; lea",
         ),
+        (
+            "jobs.csv",
+            TRACE,
+            "job_id,num_gpus\n1,1\n",
+            "line names none of the columns job, arrival_s",
+        ),
+        ("jobs.csv", "1,0,1,7200,standard,a,2,1", "1,0,1", "line 2: steps is '', not a number"),
+        ("jobs.csv", "3,1800,2", "3,1800,4", "run it on 4; it has a rate on 2 x K80"),
         ("jobs.csv", "A100,K80", "model", "no column of a GPU type of the fleet (A100, K80)"),
         ("jobs.csv", "1,0,1,", "a,0,1,", "line 2: job is 'a', not a number of 0 or more; number"),
         ("jobs.csv", "1,0,1,", "1,2026-03-01T00:00,1,", "not a number of 0 or more; seconds since"),
@@ -171,7 +179,7 @@ def test_a_file_is_read_as_it_is_meant(files: tuple[Path, Path]) -> None:
     plain = baton(files, "--policy", "fifo", "--json").stdout
     lines = [line.split(",") for line in TRACE.splitlines()]
     turned = [", ".join(reversed(line)) for line in (lines[0], *reversed(lines[1:]))]
-    files[0].write_bytes(("\ufeff" + "\r\n".join(turned)).encode())
+    files[0].write_bytes(("\ufeff" + "\r\n".join(turned) + "\r\n,,,,\r\n").encode())
     assert baton(files, "--policy", "fifo", "--json").stdout == plain
     files[0].write_text(TRACE, encoding="utf-16")
     assert "is not text in UTF-8; save it as CSV in UTF-8" in baton(files).stderr
@@ -190,6 +198,7 @@ def test_a_clock_that_began_long_ago_and_jobs_of_nothing_are_as_good(
     for one, other in zip(early, late, strict=True):
         assert other["makespan_h"] == pytest.approx(one["makespan_h"])
         assert other["restarts"] == one["restarts"]
+        assert one["fairness"]["worst"] < 10, "what takes no time is not late"
 
 
 def test_a_gpu_type_on_which_nobody_runs_is_said(files: tuple[Path, Path]) -> None:
