@@ -42,7 +42,7 @@ from coordinator.core.rates import Work, place_prior
 from coordinator.core.workload import ModelFacts, Training
 from coordinator.sim import checks
 from coordinator.sim.engine import simulate
-from coordinator.sim.model import Fleet, PairRates, Policy, SimJob
+from coordinator.sim.model import Chance, Fleet, PairRates, Policy, SimJob
 from coordinator.sim.ours import Ours
 from coordinator.sim.policies import Fifo, Packing, PerDollar, StaticPartition
 from coordinator.sim.report import Figures, figures
@@ -227,12 +227,14 @@ def policies(pairs: PairRates) -> dict[str, Callable[[], Policy]]:
     }
 
 
-def run(made: Composed, fleet: Fleet, name: str, policy: Policy) -> Figures:
+def run(
+    made: Composed, fleet: Fleet, name: str, policy: Policy, chance: Chance | None = None
+) -> Figures:
     """Judged."""
-    outcome = simulate(made.jobs.values(), fleet, policy, pairs=made.pairs)
+    outcome = simulate(made.jobs.values(), fleet, policy, chance, made.pairs)
     found = [
         *checks.check_capacity(outcome, fleet),
-        *checks.check_work(outcome, made.jobs, made.pairs),
+        *checks.check_work(outcome, made.jobs, made.pairs, chance),
         *checks.check_completions(outcome, made.jobs),
     ]
     if isinstance(policy, Ours):

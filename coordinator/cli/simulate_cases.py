@@ -154,6 +154,9 @@ def _case(given: Mapping[str, Any], added: list[str]) -> "Case":
     if given["trace"] is None or inputs is None:
         raise BadInput("give TRACE and --fleet, or --journal, or --demand")
     jobs = read_jobs(given["trace"], inputs, added)
+    for name in inputs.fleet.gpus:
+        if not any(name in job.rates for job in jobs):
+            write_notice(f"{name}: nobody runs there, since no job of the trace has a rate there")
     return Case(jobs, inputs.fleet, chance, pairs=pairs, quotas=quotas)
 
 

@@ -8,8 +8,8 @@ jobs are weighed against each other at every decision. Each way to run a job has
     x ((1 - balance) / GPU-hours left ^ 0.6 + balance x (hours left / hours of all work) ^ power)
 
 and the sum of the values of what runs is made as large as the fleet permits. The first term in the
-brackets ends short jobs first (the mean completion time), the second keeps long ones from being
-left to the end (the last completion); `balance` says how much of the second. A job is long by the
+brackets ends short jobs first, short beside the others (`Horizon.scaled`), the second keeps long
+ones from being the last to end; `balance` says how much of the second. A job is long by the
 hours that the fleet needs for all work of its class (`horizon.py`), or those of its longest job:
 where there is work for days, five hours can wait. Where none come any more, the longest will end
 last and count for more (`Horizon.quiet`). At a balance of 1 only the end of all counts: then an
@@ -257,7 +257,7 @@ def worths(
         part = min(1.0, hours / best.gpus / max(ahead.hours, LEFT_GPU_H_MIN))
         urgency = URGENCY * ahead.cost(_relative(contender, best)) ** end * part**power
         urgency /= 1.0 - (1.0 - end) * ahead.quiet * part
-        value = (1.0 - aims.balance) * hours**-SHORT_POWER + aims.balance * urgency
+        value = (1.0 - aims.balance) * ahead.scaled(hours) ** -SHORT_POWER + aims.balance * urgency
         found.append(_worth(contender, best, hours, weight * value, aims))
     return found
 

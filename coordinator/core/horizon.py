@@ -27,6 +27,8 @@ STEP: Final = 1.0
 PRICED_MAX: Final = 256
 # However long nobody has come: the longest job counts for up to twenty times as much by it.
 QUIET_MAX: Final = 0.95
+# What jobs have left on average on Gavel's continuous trace, by the mean that it makes shortest.
+TYPICAL_GPU_H: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,19 @@ class Work:
 class Horizon:
     """`hours` are those that the work takes at least; `prices` of a GPU-hour are 1 on average over
     the GPUs. `longest_h`: no job takes longer on its best type. `quiet` is near 0 while jobs come,
-    up to `QUIET_MAX` where none has come for much longer than all work takes."""
+    up to `QUIET_MAX` where none has come for much longer than all work takes. `mean_gpu_h`: of what
+    a job has left."""
 
     hours: float
     longest_h: float = 0.0
     prices: Mapping[str, float] = field(default_factory=dict)
     quiet: float = 0.0
+    mean_gpu_h: float = TYPICAL_GPU_H
+
+    def scaled(self, gpu_hours: float) -> float:
+        """A job's GPU-hours as they would be were the jobs here as long as those on which balances
+        were chosen: what is short is a question about the others, not about the hour."""
+        return gpu_hours * TYPICAL_GPU_H / self.mean_gpu_h
 
     def cost(self, relative: Mapping[str, float]) -> float:
         """What a GPU-hour of such a job's work on its best type costs where that is cheapest, in
@@ -63,9 +72,10 @@ def horizon(
     """Of all this work on so many GPUs, where the last job came `silence_h` ago."""
     gpus = {name: count for name, count in capacity.items() if count > 0}
     total = sum(gpus.values())
+    mean_gpu_h = sum(work.gpu_hours for work in works) / len(works) if works else TYPICAL_GPU_H
     able = [places for work in works if (places := _hours(work, gpus))]
     if not able:
-        return Horizon(longest_h, longest_h, {}, _quiet(silence_h, longest_h))
+        return Horizon(longest_h, longest_h, {}, _quiet(silence_h, longest_h), mean_gpu_h)
     drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
     prices = [1.0] * len(gpus)
     best, best_prices = -1.0, prices
@@ -84,7 +94,7 @@ def horizon(
     _, cost = _loads(able, best_prices)
     named = dict(zip(gpus, best_prices, strict=True))
     hours = max(longest_h, cost / total)
-    return Horizon(hours, longest_h, named, _quiet(silence_h, hours))
+    return Horizon(hours, longest_h, named, _quiet(silence_h, hours), mean_gpu_h)
 
 
 def _quiet(silence_h: float, hours: float) -> float:

@@ -89,12 +89,13 @@ class _Engine:
     decide_all: bool = True
 
     def run(self, jobs: Mapping[int, SimJob]) -> None:
-        arrivals = _believed(list(jobs.values()), self.chance)
-        self._boot(min((job.arrival_ms for job in jobs.values()), default=0))
+        arrivals = _believed(list(jobs.values()), self.fleet, self.chance)
+        begin_ms = min((job.arrival_ms for job in jobs.values()), default=0)
+        self._boot(begin_ms)
         for job in jobs.values():
             heapq.heappush(self.heap, (job.arrival_ms, _ARRIVE, job.job_id, 0))
         if self.chance.node_mtbf_h:
-            self._plan_failure(0)
+            self._plan_failure(begin_ms)
         idle_ticks, tick_ms = 0, -1
         while self.heap and len(self.finished_ms) < len(jobs):
             now_ms = self.heap[0][0]
@@ -392,20 +393,21 @@ def _steps_at(marks: Sequence[tuple[float, float]], trained_s: float) -> float:
     return marks[-1][1] if trained_s >= marks[-1][0] else marks[0][1]
 
 
-def _believed(jobs: Sequence[SimJob], chance: Chance) -> dict[int, _Run]:
-    """Each with what policies are told of it."""
+def _believed(jobs: Sequence[SimJob], fleet: Fleet, chance: Chance) -> dict[int, _Run]:
+    """Each with what policies are told of it: of types with enough GPUs, as production does."""
     chooser = random.Random(chance.seed)
     lengths_s = [job.steps / max(job.rates.values()) for job in jobs] if chance.blind else []
     typical_s = statistics.median(lengths_s) if lengths_s else 0.0
     runs = {}
     for job in jobs:
-        told = job
+        rates = job.rates
         if chance.rate_error:
             rates = {
                 name: rate * math.exp(chooser.gauss(0.0, chance.rate_error))
                 for name, rate in sorted(job.rates.items())
             }
-            told = replace(told, rates=rates)
+        able = {name: rate for name, rate in rates.items() if fleet.gpus.get(name, 0) >= job.gpus}
+        told = job if able == job.rates else replace(job, rates=able)
         if chance.blind:
             told = replace(told, steps=typical_s * max(told.rates.values()))
         runs[job.job_id] = _Run(job, told)

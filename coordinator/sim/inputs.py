@@ -25,7 +25,8 @@ an empty cell: it cannot run there.
 
 import csv
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,7 +43,17 @@ JOBS_MAX: Final = 1_000_000  # some 500 MB; a mistyped path may name anything
 NUMBER_MAX: Final = 1e15
 HOURS_MAX: Final = 10 * 8760
 CLASSES: Final = {each.value: rank for each, rank in CLASS_RANK.items()}
-REQUIRED: Final = ("job", "arrival_s", "gpus", "steps")
+REQUIRED: Final = {
+    "job": "its number",
+    "arrival_s": "seconds",
+    "gpus": "how many it takes",
+    "steps": "how many it makes: its seconds, where its rate is 1",
+}
+HINTS: Final = {
+    "job": "; number the jobs",
+    "arrival_s": "; seconds since any time that is the same for all",
+}
+SEPARATORS: Final = {";": "semicolons", "\t": "tabs"}
 PAIR_COLUMNS: Final = ("gpu_type", "model", "beside", "steps_per_s")
 OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
 
@@ -140,21 +151,20 @@ def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[Sim
     """The jobs of a trace, in the order of the file. Types that may be `added` may have a
     column."""
     jobs: dict[int, SimJob] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, restval="")
-            _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
-            for number, row in enumerate(reader, start=2):
-                job = _job(f"{path}, line {number}", row, inputs, added)
-                if job.job_id in jobs:
-                    raise BadFile(f"{path}, line {number}: job {job.job_id} is there twice")
-                if len(jobs) >= JOBS_MAX:
-                    raise BadFile(f"{path} has more than {JOBS_MAX:,} jobs")
-                jobs[job.job_id] = job
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadFile(f"{path} is no CSV file: {error}") from error
+    with _csv(path) as reader:
+        _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
+        for row in reader:
+            if not any(row.values()):
+                continue
+            place = f"{path}, line {reader.line_num}"
+            job = _job(place, row, inputs, added)
+            if job.job_id in jobs:
+                raise BadFile(
+                    f"{place}: job {job.job_id} is there twice; each needs its own number"
+                )
+            if len(jobs) >= JOBS_MAX:
+                raise BadFile(f"{path} has more than {JOBS_MAX:,} jobs")
+            jobs[job.job_id] = job
     if not jobs:
         raise BadFile(f"{path} has no jobs")
     return list(jobs.values())
@@ -163,21 +173,44 @@ def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[Sim
 def read_pairs(path: Path) -> PairRates:
     """What jobs of one GPU make beside each other: columns gpu_type, model, beside, steps_per_s."""
     found: dict[tuple[str, str, str], float] = {}
+    with _csv(path) as reader:
+        if sorted(reader.fieldnames or ()) != sorted(PAIR_COLUMNS):
+            raise BadFile(f"{path}: the columns are not {', '.join(PAIR_COLUMNS)}")
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            rate = _number(row["steps_per_s"])
+            if rate is None or None in row:
+                raise BadFile(f"{place}: steps_per_s is no number of 0 or more")
+            pair = row["gpu_type"], row["model"], row["beside"]
+            if pair in found:
+                raise BadFile(f"{place}: {' beside '.join(pair[1:])} on {pair[0]} is there twice")
+            found[pair] = rate
+    return found
+
+
+@contextmanager
+def _csv(path: Path) -> Iterator["csv.DictReader[str]"]:
+    """The lines of a file, as spreadsheets and people write them: with a mark of its encoding, any
+    ends of lines, spaces after commas."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, restval="")
-            if tuple(reader.fieldnames or ()) != PAIR_COLUMNS:
-                raise BadFile(f"{path}: the columns are not {', '.join(PAIR_COLUMNS)}")
-            for number, row in enumerate(reader, start=2):
-                rate = _number(row["steps_per_s"])
-                if rate is None or None in row:
-                    raise BadFile(f"{path}, line {number}: steps_per_s is no number of 0 or more")
-                found[row["gpu_type"], row["model"], row["beside"]] = rate
+            reader = csv.DictReader(lines, restval="", skipinitialspace=True)
+            _check_header(path, reader.fieldnames or ())
+            yield reader
     except OSError as error:
         raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path} is not text in UTF-8; save it as CSV in UTF-8") from error
+    except csv.Error as error:
         raise BadFile(f"{path} is no CSV file: {error}") from error
-    return found
+
+
+def _check_header(path: Path, columns: Sequence[str]) -> None:
+    if not columns:
+        raise BadFile(f"{path} is empty; its first line names the columns")
+    for mark, name in SEPARATORS.items():
+        if len(columns) == 1 and mark in columns[0]:
+            raise BadFile(f"{path}: {name} separate its columns; write commas")
 
 
 def _number(text: str) -> float | None:
@@ -189,18 +222,25 @@ def _number(text: str) -> float | None:
 
 
 def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> None:
-    known = (*REQUIRED, *OPTIONAL, *types)
+    if not any(name in columns for name in REQUIRED):
+        raise BadFile(f"{path}: its first line names none of the columns {', '.join(REQUIRED)}")
+    known = {name.casefold(): name for name in (*REQUIRED, *OPTIONAL, *types)}
     for column in columns:
-        if column not in known:
-            near = difflib.get_close_matches(column, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise BadFile(f"{path}: {column!r} is no column and no GPU type of the fleet{hint}")
+        if known.get(column.casefold()) != column:
+            near = difflib.get_close_matches(column.casefold(), known, 1)
+            hint = f"did you mean {known[near[0]]}? Else leave it out" if near else "leave it out"
+            raise BadFile(f"{path}: {column!r} is no column and no GPU type of the fleet; {hint}")
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
-        raise BadFile(f"{path}: the column {missing[0]} is missing")
+        raise BadFile(f"{path}: the column {missing[0]} is missing: {REQUIRED[missing[0]]}")
     twice = [column for column in columns if columns.count(column) > 1]
     if twice:
         raise BadFile(f"{path}: the column {twice[0]} is there twice")
+    if not any(name in columns for name in types):
+        raise BadFile(
+            f"{path}: there is no column of a GPU type of the fleet ({', '.join(types)}), with the"
+            " steps a second that a job makes there"
+        )
 
 
 def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str]) -> SimJob:
@@ -211,7 +251,8 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
         text = row.get(column) or ""
         value = _number(text) if text or default is None else default
         if value is None:
-            raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more")
+            hint = HINTS.get(column, "")
+            raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more{hint}")
         return value
 
     def whole(column: str) -> int:
@@ -226,18 +267,21 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
     # Of a type that is added, an empty cell means that nobody knows: it is estimated.
     rates = {name: number(name, 0.0) for name in there}
     rates |= {name: number(name) for name in added if name not in there and row.get(name)}
-    gpus = whole("gpus")
+    gpus, steps = whole("gpus"), number("steps")
     if gpus < 1:
-        raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more")
-    if not any(rate > 0 and there.get(name, 0) >= gpus for name, rate in rates.items()):
-        raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}")
-    hours = number("steps") / max(rates.values()) / 3600
+        raise BadFile(f"{place}: gpus is {row['gpus']!r}, not 1 or more; leave such a job out")
+    able = [rate for name, rate in rates.items() if rate > 0 and there.get(name, 0) >= gpus]
+    if not able:
+        named = ", ".join(f"{there.get(n, 0)} x {n}" for n, rate in rates.items() if rate > 0)
+        where = f"it has a rate on {named}" if named else "it has no rate on any"
+        raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}; {where}")
+    hours = steps / max(able) / 3600
     if hours > HOURS_MAX:
         raise BadFile(f"{place}: it takes {hours:.3g} hours where it is fastest")
     return SimJob(
         job_id=whole("job"),
         gpus=gpus,
-        steps=number("steps"),
+        steps=steps,
         rates={name: rate for name, rate in rates.items() if rate > 0},
         model=row.get("model") or "",
         project=row.get("project") or "",

@@ -53,10 +53,12 @@ def figures(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> Figur
     begin_ms = min(job.arrival_ms for job in jobs.values())
     makespan_h = (max(outcome.finished_ms.values()) - begin_ms) / MS_PER_H
     use = _use(outcome, jobs, fleet)
+    # A job of no steps would have taken no time: there is nothing to compare.
+    fair = [took_ms[n] / max(1.0, fluid_ms[n]) for n, job in jobs.items() if job.steps > 0]
     gpus = sum(fleet.gpus.values())
     return Figures(
         completion_h=spread([ms / MS_PER_H for ms in took_ms.values()]),
-        fairness=spread([took_ms[n] / max(1.0, fluid_ms[n]) for n in took_ms]),
+        fairness=spread(fair or [1.0]),
         makespan_h=makespan_h,
         busy_ratio=use.held_ms / (makespan_h * MS_PER_H * gpus),
         busy_waiting_ratio=use.held_waiting_ms / use.waiting_ms if use.waiting_ms else 1.0,

@@ -127,11 +127,13 @@ class Rounds:
         part = np.minimum(1.0, capacity.sum() / len(view.jobs) / gpus)
         alone_s = np.array([seen.job.steps for seen in view.jobs]) / equal / part
         since_s = np.array([(view.now_ms - seen.job.arrival_ms) / 1000 for seen in view.jobs])
+        # For whom it is too late already gets a round, or nobody could have anything.
+        lost = FAIRNESS_RATIO_MAX * alone_s <= since_s
         low, high = 0.0, FAIRNESS_RATIO_MAX
         best = np.zeros_like(rates)
         for _ in range(BISECTIONS):
             ratio = (low + high) / 2
-            room_s = ratio * alone_s - since_s
+            room_s = np.where(lost, self.tick_ms / 1000, ratio * alone_s - since_s)
             found = None
             if room_s.min() > 0:
                 found = level(rates, left_s / room_s, gpus, capacity)

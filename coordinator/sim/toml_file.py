@@ -8,6 +8,7 @@ name, and an unknown key is answered with the nearest right one.
 import difflib
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
@@ -52,7 +53,7 @@ def read_table(path: Path, name: str, kind: type[_Said]) -> dict[str, _Said]:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = msgspec.toml.decode(path.read_bytes())
+        found: dict[str, Any] = msgspec.toml.decode(path.read_bytes().removeprefix(BOM_UTF8))
     except OSError as error:
         raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

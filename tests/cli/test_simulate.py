@@ -117,6 +117,34 @@ def test_a_project_within_its_quota_comes_first(files: tuple[Path, Path]) -> Non
         ("jobs.csv", "b,2,", "b,2,,7", "line 3: there are more cells than columns"),
         ("jobs.csv", "A100,K80", "A100,A100", "the column A100 is there twice"),
         ("jobs.csv", "7200", "1e14", "line 2: it takes 1.39e+10 hours where it is fastest"),
+        ("jobs.csv", TRACE, "", "jobs.csv is empty; its first line names the columns"),
+        ("jobs.csv", TRACE, TRACE.splitlines(True)[0], "jobs.csv has no jobs"),
+        ("jobs.csv", TRACE, TRACE.replace(",", ";"), "semicolons separate its columns; write"),
+        ("jobs.csv", "job,", "Job,", "'Job' is no column and no GPU type of the fleet; did you"),
+        (
+            "jobs.csv",
+            "K80",
+            "H100,K80",
+            "'H100' is no column and no GPU type of the fleet; did you",
+        ),
+        (
+            "jobs.csv",
+            "project,A",
+            "user,A",
+            "'user' is no column and no GPU type of the fleet; lea",
+        ),
+        (
+            "jobs.csv",
+            TRACE,
+            "job_id,num_gpus\n1,1\n",
+            "line names none of the columns job, arrival_s",
+        ),
+        ("jobs.csv", "1,0,1,7200,standard,a,2,1", "1,0,1", "line 2: steps is '', not a number"),
+        ("jobs.csv", "3,1800,2", "3,1800,4", "run it on 4; it has a rate on 2 x K80"),
+        ("jobs.csv", "A100,K80", "model", "no column of a GPU type of the fleet (A100, K80)"),
+        ("jobs.csv", "1,0,1,", "a,0,1,", "line 2: job is 'a', not a number of 0 or more; number"),
+        ("jobs.csv", "1,0,1,", "1,2026-03-01T00:00,1,", "not a number of 0 or more; seconds since"),
+        ("jobs.csv", "2,0,1,3600", "\n\n2,0,1,x", "line 5: steps is 'x', not a number"),
         ("fleet.toml", "[gpus.K80]", "[gpus.model]", "cannot be called 'model', as a column is"),
         (
             "fleet.toml",
@@ -146,9 +174,36 @@ def test_a_file_that_cannot_be_used_is_named(
     assert name in result.stderr
 
 
-def test_a_spreadsheet_s_first_byte_is_no_column(files: tuple[Path, Path]) -> None:
-    files[0].write_text("\ufeff" + TRACE)
-    assert baton(files, "--policy", "fifo").exit_code == 0
+def test_a_file_is_read_as_it_is_meant(files: tuple[Path, Path]) -> None:
+    """A spreadsheet's first byte and ends of lines, spaces, columns and jobs in another order."""
+    plain = baton(files, "--policy", "fifo", "--json").stdout
+    lines = [line.split(",") for line in TRACE.splitlines()]
+    turned = [", ".join(reversed(line)) for line in (lines[0], *reversed(lines[1:]))]
+    files[0].write_bytes(("\ufeff" + "\r\n".join(turned) + "\r\n,,,,\r\n").encode())
+    assert baton(files, "--policy", "fifo", "--json").stdout == plain
+    files[0].write_text(TRACE, encoding="utf-16")
+    assert "is not text in UTF-8; save it as CSV in UTF-8" in baton(files).stderr
+
+
+def test_a_clock_that_began_long_ago_and_jobs_of_nothing_are_as_good(
+    files: tuple[Path, Path],
+) -> None:
+    """Seconds of Unix time; nodes that fail do so from the first job on."""
+    more = ("--policy", "fifo", "--policy", "baton-greedy", "--node-mtbf-h", "1", "--json")
+    text = TRACE.replace("1,0,1,7200", "1,0,1,0")
+    files[0].write_text(text)
+    early = json.loads(baton(files, *more).stdout)
+    files[0].write_text(text.replace(",0,1,", ",1800000000,1,").replace(",1800,2", ",1800001800,2"))
+    late = json.loads(baton(files, *more).stdout)
+    for one, other in zip(early, late, strict=True):
+        assert other["makespan_h"] == pytest.approx(one["makespan_h"])
+        assert other["restarts"] == one["restarts"]
+        assert one["fairness"]["worst"] < 10, "what takes no time is not late"
+
+
+def test_a_gpu_type_on_which_nobody_runs_is_said(files: tuple[Path, Path]) -> None:
+    files[0].write_text("job,arrival_s,gpus,steps,A100\n1,0,1,3600,1\n")
+    assert "K80: nobody runs there, since no job" in baton(files, "--policy", "fifo").stderr
 
 
 def test_alone_it_says_all_that_it_can_be_given() -> None:
@@ -317,6 +372,8 @@ def test_pairs_are_packed(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert queued["makespan_h"] == pytest.approx(2.0)
     pairs.write_text("gpu_type,model,beside,steps_per_s\nA100,m,m,fast\n")
     assert "line 2: steps_per_s is no number" in baton(files, *more).stderr
+    pairs.write_text("steps_per_s,gpu_type,model,beside\n1,A100,m,m\n1,A100,m,m\n")
+    assert "line 3: m beside m on A100 is there twice" in baton(files, *more).stderr
     pairs.write_text("type,model\n")
     assert "the columns are not gpu_type, model, beside" in baton(files, *more).stderr
 

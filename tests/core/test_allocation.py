@@ -177,10 +177,17 @@ def test_where_nobody_comes_any_more_the_longest_is_not_left_to_the_end(
     assert both[0] == pytest.approx(both[1]), "the end is all that counts anyhow"
 
 
-def times_the_worth(age_h: int, aims: Aims) -> float:
+def test_what_is_short_is_short_beside_the_others() -> None:
+    """Jobs of minutes and of weeks are weighed as jobs of hours are, whatever the balance."""
+    assert times_the_worth(0, AIMS) < 1, "the shorter of two goes first"
+    for unit in (1 / 6, 10, 100):
+        assert times_the_worth(0, AIMS, unit) == pytest.approx(times_the_worth(0, AIMS))
+
+
+def times_the_worth(age_h: int, aims: Aims, unit: float = 1.0) -> float:
     """How many times as much the longer of two is worth, on the same GPU."""
     jobs = [
-        job(n, "H100:1", hours=hours, submitted_ms=NOW_MS - age_h * 3_600_000)
+        job(n, "H100:1", hours=hours * unit, submitted_ms=NOW_MS - age_h * 3_600_000)
         for n, hours in ((1, 5), (2, 1))
     ]
     ahead = allocation.work_ahead(jobs, {"H100": 1}, NOW_MS)

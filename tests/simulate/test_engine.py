@@ -150,6 +150,14 @@ def test_makespan_gives_each_type_what_it_loses_least_on() -> None:
     assert ends_h(outcome) == {1: 2, 2: 2}
 
 
+def test_who_is_too_late_for_fairness_does_not_end_it_for_the_others() -> None:
+    """A job of no steps waits for both GPUs: three others take turns all the same."""
+    jobs = [job(1), job(2), job(3), job(4, hours=0, gpus=2)]
+    outcome = simulate(jobs, Fleet({"A100": 2}), Rounds(Goal.FINISH_TIME_FAIRNESS))
+    assert any(line.what == "stop" for line in outcome.lines)
+    assert ends_h(outcome)[3] < 1.8, "in turn it would be 2"
+
+
 def test_the_fluid_fleet_is_shared_equally() -> None:
     jobs = [job(1, hours=1), job(2, hours=2, arrival_ms=HOUR_MS // 2)]
     took = fluid_completions_ms(jobs, ONE)

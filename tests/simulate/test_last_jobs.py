@@ -13,7 +13,7 @@ from coordinator.sim.report import Figures, figures
 from coordinator.solver import solve
 
 FLEET = Fleet({"A100": 2, "K80": 4})
-SEEDS = (1, 2, 4)
+SEEDS = (1, 2, 3, 4)
 
 
 def queue(seed: int) -> dict[int, SimJob]:
@@ -38,6 +38,7 @@ def test_a_queue_to_which_nobody_comes_ends_sooner(monkeypatch: pytest.MonkeyPat
     heard = [run(queue(seed)) for seed in SEEDS]
     monkeypatch.setattr(horizon, "QUIET_MAX", 0.0)
     deaf = [run(queue(seed)) for seed in SEEDS]
+    assert sum(one.makespan_h for one in heard) < 0.975 * sum(one.makespan_h for one in deaf)
     for one, other in zip(heard, deaf, strict=True):
-        assert one.makespan_h < 0.98 * other.makespan_h
-        assert one.completion_h.mean < 1.025 * other.completion_h.mean
+        assert one.makespan_h < other.makespan_h
+        assert one.completion_h.mean < 1.035 * other.completion_h.mean
