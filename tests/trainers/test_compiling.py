@@ -24,8 +24,10 @@ COMPILED = replace(tasks.OPTIONS, compile=True, steps=7)
 CPU = torch.device("cpu")
 STOP_AT = 3
 
+# Compilers get what other tests leave of the machine; nothing here waits for anything.
+COMPILING_TIMEOUT_S = 400
 # One worker compiles for all.
-pytestmark = pytest.mark.xdist_group("compiling")
+pytestmark = [pytest.mark.xdist_group("compiling"), pytest.mark.timeout(COMPILING_TIMEOUT_S)]
 needs_compiler = pytest.mark.skipif(
     not compiling.found(CPU), reason="there is no C++ compiler, which torch.compile needs on a CPU"
 )
