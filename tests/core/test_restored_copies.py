@@ -104,6 +104,7 @@ def test_a_copy_that_failed_goes_to_the_next_standby() -> None:
     job = Alone(DEAD)
     failed = job.hear(m.ReplicationFailed("7.2", "aa", "no route"))
     assert (copies(failed), told(failed)) == ([], [])
+    assert not [one for one in failed if isinstance(one, s.PutAttempt)], "nothing has changed"
     assert copies(job.aim(OTHER)) == [("aa", "n3")]
 
 
