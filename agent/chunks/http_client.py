@@ -213,7 +213,10 @@ class Link:
         self, once: "Callable[[http.client.HTTPConnection], None]", progress: Callable[[], int]
     ) -> None:
         """Until it succeeds, or has failed too often since the last progress."""
-        import http.client
+        try:
+            import http.client
+        except (ImportError, OSError) as error:  # no descriptor is left, say: gRPC has its own
+            raise Broken(f"{self._name}: {self.scheme}: {error}") from error
 
         failures = 0
         while True:

@@ -95,16 +95,17 @@ def sampled(state: State, now: Instant, sample: Sample) -> None:
 
 def _take_late(state: State, now: Instant, sample: Sample) -> None:
     """GPUs that a slow driver has named after the start, or why there is none. Only a hello tells
-    of either, so the session begins anew."""
+    of either, so the session begins anew; also once what it said of a GPU less is over."""
     if state.host is None:
         return  # the start itself is not over
     before, version = state.host, sample.driver_version or state.host.driver_version
-    if (before.driver_version, before.gpu_absence) != (version, sample.gpu_absence):
-        state.host = replace(before, driver_version=version, gpu_absence=sample.gpu_absence)
-        if state.connected and not (state.gpus or sample.facts):
-            state.commands.append(CloseLink("why it has no GPU is to be told of"))
     known = {facts.uuid: True for facts in state.gpus}
     late = tuple(facts for facts in sample.facts if facts.uuid not in known)
+    if (before.driver_version, before.gpu_absence) != (version, sample.gpu_absence):
+        state.host = replace(before, driver_version=version, gpu_absence=sample.gpu_absence)
+        over = before.gpu_absence and not sample.gpu_absence
+        if state.connected and not late and (over or not state.gpus):
+            state.commands.append(CloseLink("whether a GPU is missing is to be told of"))
     if not late:
         return
     state.gpus = (*state.gpus, *late)

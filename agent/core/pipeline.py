@@ -365,7 +365,8 @@ def replication_failed(
         if not record.pending.restored:
             propose(state, now, live, ())
         if live.record.phase is Phase.RUNNING:
-            state.put(live, pending=replace(record.pending, restored=True))
+            if not record.pending.restored:
+                state.put(live, pending=replace(record.pending, restored=True))
             live.replica_retry_ms = now.now_ms + RESTORED_RETRY_MS
 
 

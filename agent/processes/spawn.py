@@ -9,17 +9,21 @@ import importlib.util
 import marshal
 import os
 import signal
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from agent.processes import shim
+
+if TYPE_CHECKING:
+    from importlib.abc import InspectLoader
 
 
 def write_program(program: Path) -> None:
     """The shim, compiled, where every start finds it: each would compile it again, for half as long
     as the rest takes. Nor is it compiled here: it has been for the import, and the compiler's
     memory, 1.5 MiB, would stay ours. Raises OSError."""
-    code = SourceFileLoader(shim.__name__, shim.__file__).get_code(shim.__name__)
+    loader = cast("InspectLoader", shim.__spec__.loader)  # there may be no source
+    code = loader.get_code(shim.__name__)
     new = program.with_suffix(".new")
     # A .pyc that is executed by path is taken as it is; its source is not looked for.
     new.write_bytes(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))

@@ -132,6 +132,17 @@ def commit(state: State, attempt: Attempt, checkpoint: Checkpoint) -> None:
         replicas=list(checkpoint.replicas), **several,
     )  # fmt: skip
     retain(state, state.jobs[job.id])
+    _copy_again(state, state.jobs[job.id], checkpoint)
+
+
+def _copy_again(state: State, job: Job, checkpoint: Checkpoint) -> None:
+    """Who got a copy may have been lost before that came here: then `retarget` asked for what was
+    the last commit until now."""
+    for rank in state.gang(job):
+        its = checkpoint.pieces[rank.rank : rank.rank + 1]
+        copied = any(len(piece.replicas) > 1 for piece in its) and rank.phase not in ATTEMPT_ENDED
+        if copied and lone(state, job, rank) is not None:
+            state.send(rank.node, target_order(state, job, rank))
 
 
 def retain(state: State, job: Job) -> None:

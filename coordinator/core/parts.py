@@ -85,9 +85,8 @@ def _wait(state: State, now: Instant, job: Job, attempt: Attempt, body: Checkpoi
     waiting = state.parts.get(job.id, [])
     for known in waiting:
         if (known.rank, known.digest) == (attempt.rank, body.digest):
-            copies = dict.fromkeys(
-                (*known.replicas, *body.replicas)
-            )  # it may have been copied since
+            # It may have been copied since.
+            copies = dict.fromkeys((*known.replicas, *body.replicas))
             state.put_part(replace(known, replicas=tuple(copies)))
             return
     part = WaitingPart(

@@ -5,19 +5,22 @@ Real processes; each test waits for a condition, never for a time.
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
+import py_compile
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
 
 import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import logs, proc, records, shim, supervisor
+from agent.processes import logs, proc, records, shim, spawn, supervisor
 from agent.processes.forks import ForkServers, Warmth, settings
 from agent.processes.supervisor import Supervisor
 
@@ -305,3 +308,18 @@ def test_settings_are_what_is_read_while_loading() -> None:
     late = {"BATON_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "GPU-1", "RANK": "0", "USER": "me"}
     early = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "/p", "HF_HUB_OFFLINE": "1", "LD_PRELOAD": "x"}
     assert settings({**late, **early}) == early
+
+
+def test_the_program_of_a_start_needs_no_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image may be built with bytecode alone (`compileall -b`)."""
+    bare, program = tmp_path / "shim.pyc", tmp_path / "program.pyc"
+    py_compile.compile(shim.__file__, str(bare), doraise=True)
+    spec = importlib.util.spec_from_file_location(shim.__name__, bare)
+    assert spec is not None
+    monkeypatch.setattr(spawn, "shim", importlib.util.module_from_spec(spec))
+    spawn.write_program(program)
+    name = shim.__name__
+    kept, made = (SourcelessFileLoader(name, str(path)).get_code(name) for path in (bare, program))
+    assert kept == made

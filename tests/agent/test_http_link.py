@@ -7,6 +7,7 @@ gRPC. Safety: what looks like an answer and is none says nothing of the bytes.
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from contextlib import suppress
@@ -109,6 +110,16 @@ async def test_what_always_breaks_without_progress_is_given_up(world: World) -> 
         with pytest.raises(Broken, match=r"n2 \(127\.0\.0\.1:7\): http: "):
             await all_over(relay.port, token)
     assert len(relay.heads) <= len(WANTED) * (http_client.FAILURES_MAX + 1)
+
+
+async def test_what_cannot_be_imported_by_now_costs_only_the_http(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module comes with the first transfer: a file that has to be opened then."""
+    token = world.transfers.grant(FETCH, *world.keep(DATA), LIFE_MS)
+    monkeypatch.setitem(sys.modules, "http.client", None)
+    with pytest.raises(Broken, match=r"n2 \(127\.0\.0\.1:7\): http: import of http.client"):
+        await all_over(world.port, token)
 
 
 async def test_a_chunk_that_is_not_there_costs_only_itself(world: World) -> None:

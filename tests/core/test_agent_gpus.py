@@ -204,6 +204,16 @@ def test_why_there_is_no_gpu_is_told_of_in_a_new_hello() -> None:
     assert m.CloseLink not in [type(effect) for effect in node.do(Sampled(read))]
 
 
+def test_a_driver_that_was_slow_at_the_start_is_not_told_of_for_ever(node: Node) -> None:
+    """Those of before are the node's then, so no GPU comes late; its hello says it all the same."""
+    host = HostSample(0.1, 1, 1, 0.1)
+    slow = Sample(host, (), facts=FACTS, gpu_absence="the driver did not answer within 2000 ms")
+    assert m.CloseLink not in [type(effect) for effect in node.do(Sampled(slow))]
+    well = Sampled(Sample(host, (), facts=FACTS))
+    assert [type(effect) for effect in node.do(well)].count(m.CloseLink) == 1
+    assert m.CloseLink not in [type(effect) for effect in node.do(well)]
+
+
 def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
     instances = tuple(GpuFacts(f"MIG-{index}", "1g", 10 << 30, "0000:7b:00") for index in (0, 1))
     node.do(late((*FACTS, *instances)))

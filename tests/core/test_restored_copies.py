@@ -104,6 +104,7 @@ def test_a_copy_that_failed_goes_to_the_next_standby() -> None:
     job = Alone(DEAD)
     failed = job.hear(m.ReplicationFailed("7.2", "aa", "no route"))
     assert (copies(failed), told(failed)) == ([], [])
+    assert not [one for one in failed if isinstance(one, s.PutAttempt)], "nothing has changed"
     assert copies(job.aim(OTHER)) == [("aa", "n3")]
 
 
@@ -209,6 +210,40 @@ def test_what_a_lost_node_leaves_alone_is_ordered_to_the_standby(moved: bool) ->
     hello = Hello(gone, "j", f"{gone}:1", HostFacts(cpu_count=4), (), (), ("aa",))
     box.take(FromAgent(int(gone[1:]), hello))
     assert not [order for order in box.sent if isinstance(order, SetReplicaTarget)]
+
+
+def test_a_commit_that_comes_after_its_copy_was_lost_is_ordered_to_the_standby() -> None:
+    """The coordinator was away, say, when its standby got it and died."""
+    box = Box("n0:1", "n1:1", "n2:1")
+    box.submit(1)
+    attempt = box.rig.core.state.attempts["1.1"]
+    gone = attempt.replica_node
+    (left,) = {"n0", "n1", "n2"} - {attempt.node, gone}
+    box.say("1.1", AttemptStarted(1))
+    box.take(FromAgent(int(gone[1:]), Goodbye(None)))
+    box.say("1.1", CheckpointProposed("aa", "", 5, 10, (attempt.node, gone)))
+    orders = [order for order in box.sent if isinstance(order, SetReplicaTarget)]
+    where = PeerAddress(left, f"{left}:1")
+    assert orders == [SetReplicaTarget("1.1", where, False, LoneCheckpoint("aa", 5, 1))]
+    box.say("1.1", CheckpointProposed("bb", "aa", 6, 10, (attempt.node,)))
+    later = [order for order in box.sent if isinstance(order, SetReplicaTarget)]
+    assert not later, "its agent knows, and tries again by itself"
+
+
+def test_a_part_whose_copy_was_lost_while_it_waited_is_ordered_to_the_standby() -> None:
+    box = Box("n0:1", "n1:1", "n2:1", "n3:1")
+    box.submit(2)
+    first, second = (box.rig.core.state.attempts[name] for name in ("1.1.0", "1.1.1"))
+    gone = second.replica_node
+    for name in ("1.1.0", "1.1.1"):
+        box.say(name, AttemptStarted(1))
+    box.say("1.1.1", CheckpointProposed("bb", "", 5, 10, (second.node, gone), 2))
+    box.take(FromAgent(int(gone[1:]), Goodbye(None)))
+    box.say("1.1.0", CheckpointProposed("aa", "", 5, 10, (first.node,), 2))
+    orders = [order for order in box.sent if isinstance(order, SetReplicaTarget)]
+    assert [(order.attempt, order.lone) for order in orders] == [
+        ("1.1.1", LoneCheckpoint("bb", 5, 2))
+    ]
 
 
 def test_a_copy_that_was_made_on_a_forgotten_node_is_kept_when_it_joins_again() -> None:
