@@ -17,11 +17,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from agent.chunks.http_server import FETCH, PUSH, Busy, ChunkHttpServer, Transfers
 from agent.chunks.manifest import (
@@ -299,6 +298,25 @@ class _Assembly:
             raise Invalid(f"the upload ended within chunk {short(self.digest)}")
 
 
+class Reflection(grpc.GenericRpcHandler):
+    """gRPC's server reflection, of which each agent's first question brings the modules: a person
+    with a stock tool may ask one of five hundred agents, and it is a megabyte in each."""
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        if not handler_call_details.method.startswith("/grpc.reflection.v1alpha."):
+            return None
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        return grpc.stream_stream_rpc_method_handler(
+            reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+
+
 class PeerServer:
     """`PeerService`, health and reflection on one address; chunks over HTTP on `chunk_port` of its
     host, 0 for a free one. `open` before use, `close` after."""
@@ -350,9 +368,7 @@ class PeerServer:
         health_pb2_grpc.add_HealthServicer_to_server(serving, server)
         for name in ("", SERVICE_NAME):
             await serving.set(name, health_pb2.HealthCheckResponse.SERVING)
-        reflection.enable_server_reflection(
-            (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        server.add_generic_rpc_handlers((Reflection(),))
         await server.start()
         self._server = server
         return port
