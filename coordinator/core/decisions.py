@@ -71,7 +71,7 @@ def decide(state: State, now: Instant) -> None:
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
     standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
-    standing.latest_ms, standing.late_ms = {}, {}
+    standing.latest_ms, standing.late_ms, standing.alone_ms = {}, {}, {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
@@ -100,6 +100,7 @@ def decide(state: State, now: Instant) -> None:
         for entrant in (*field.entrants, *aside)
         if is_late(entrant.contender, now.now_ms)
     }
+    standing.alone_ms = deadlines.alone_by(now, (*field.entrants, *aside))
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation, aside)
     apart.make(state, now, aside)

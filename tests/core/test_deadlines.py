@@ -365,6 +365,26 @@ def test_company_leaves_when_it_would_cost_a_deadline_that_is_kept_alone() -> No
     assert len(fleet.stops()) == 1
 
 
+def test_company_that_has_left_does_not_come_back_where_another_type_is_faster() -> None:
+    """Alone it needs 2,800 s on the A100, where it is, and 1,120 s on the H100, which is not to be
+    had."""
+    fleet = Fleet("1xH100", "1xA100:80", kept=0.75)
+    fleet.tick_ms = 5_000
+    fleet.submit(training(100))
+    fleet.submit(training(100))
+    fleet.run(300)
+    for job_id in (1, 2):
+        fleet.end(job_id)
+    fleet.submit(training(20_000), job_class=JobClass.GUARANTEED)
+    host = fleet.submit(automatic(20_000))
+    fleet.run(150)
+    guest = fleet.submit(automatic(1_120, 3_200, fleet), 1_120)
+    fleet.run(3_100)
+    assert len(fleet.stops()) == 1
+    assert f"not beside job {guest} on n2: that one has to run alone to keep" in told(fleet, host)
+    assert fleet.steps[f"{guest}.1"] >= 1_120
+
+
 @pytest.mark.parametrize(
     ("within_s", "kept", "why"),
     [
