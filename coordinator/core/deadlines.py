@@ -20,7 +20,7 @@ whom nothing is known. Who shares it only where that pays has it alone when that
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import contenders, coruns, foresight
@@ -93,9 +93,12 @@ def must_start(now: Instant, job: Job, *, alone: bool = False) -> str:
     return f"which has to run {'alone ' if alone else ''}now to keep its deadline {at}"
 
 
-def entrants(state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet) -> list[Entrant]:
+def entrants(
+    state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet, lent: Mapping[int, None]
+) -> list[Entrant]:
     """Of jobs that share their GPUs, or will, as fast as each could be there; of who shares his
-    whatever comes of it nothing follows any more once he runs."""
+    whatever comes of it nothing follows any more once he runs. `lent` are those beyond their
+    projects' quotas."""
     allowance = Allowance()
     found = []
     for job in jobs:
@@ -108,7 +111,8 @@ def entrants(state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet) -> l
         else:
             entrant = _there(entrant, coruns.type_of(state, attempt))
         if entrant.contender.options:
-            found.append(entrant)
+            contender = replace(entrant.contender, lent=job.id in lent)
+            found.append(replace(entrant, contender=contender))
     return found
 
 

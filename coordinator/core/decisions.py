@@ -89,7 +89,7 @@ def decide(state: State, now: Instant) -> None:
         solve=state.options.solve,
     )
     standing.prices, standing.ahead = allocation.prices, allocation.ahead
-    aside = deadlines.entrants(state, now, field.aside, standing.fleet)
+    aside = deadlines.entrants(state, now, field.aside, standing.fleet, lent)
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in (*field.entrants, *aside)
@@ -103,7 +103,7 @@ def decide(state: State, now: Instant) -> None:
     standing.alone_ms = deadlines.alone_by(now, (*field.entrants, *aside))
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation, aside)
-    apart.make(state, now, aside)
+    apart.make(state, now, aside, lent)
     state.dirty = bool(state.queued) or state.dirty
 
 

@@ -15,6 +15,7 @@ from coordinator.core.explain import explain
 from coordinator.core.messages import Refusal, Reply, RequestBody, Submitted
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
 from tests.core.coordinator_harness import GIGABYTE
 from tests.core.training_fleet import Fleet, training
@@ -404,6 +405,26 @@ def test_company_with_a_deadline_of_its_own_near_does_not_leave() -> None:
     fleet.run(1_700)
     assert guest in deadlines.late(fleet.state)
     assert fleet.stops() == []
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_nobody_within_its_quota_leaves_for_one_in_a_hurry_who_is_beyond_his(shares: bool) -> None:
+    """It would have its place back at once, and both had lost a restart."""
+    fleet = Fleet("1xH100", kept=0.75, options=Options(projects={"own": Quota(48.0)}))
+    for project in ("lent", "own"):
+        fleet.submit(training(MEASURED), project=project)
+        fleet.run(MEASURED)
+        fleet.end(fleet.state.last_job_id)
+    fleet.tick_ms = 5_000
+    runs = fleet.submit(automatic(20_000) if shares else training(20_000), project="own")
+    fleet.run(150 if shares else 700)
+    within_s = 2_500 if shares else beside_strangers_s(fleet, 2_000) + 150
+    spec = automatic(2_000, within_s, fleet) if shares else light(2_000, within_s, fleet)
+    hurries = fleet.submit(spec, 2_000, project="lent")
+    fleet.run(1_700 if shares else 90)
+    assert fleet.stops() == []
+    assert hurries in deadlines.late(fleet.state)
+    assert fleet.job(runs).phase is JobPhase.ACTIVE
 
 
 @pytest.mark.parametrize("asked", [True, False])
