@@ -442,6 +442,18 @@ def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
     assert fleet.state.attempts["3.1"].phase is AttemptPhase.RUNNING
 
 
+@pytest.mark.parametrize(("left_steps", "parted"), [(30, False), (1_000, True)])
+def test_who_ends_soon_does_not_leave_company_for_a_gpu_that_is_free(
+    left_steps: int, parted: bool
+) -> None:
+    """At 0.9 of its speed it loses 3 s, and 111 s; a restart takes a minute."""
+    fleet, _ = pair(100_000, kept=0.9, host=automatic(20_000), before_s=700)
+    fleet.run(round((2_000 - left_steps) / 0.9))
+    fleet.end(2)
+    fleet.run(60)
+    assert bool(fleet.stops()) is parted
+
+
 def test_nobody_leaves_for_one_who_shares_whatever_comes_of_it() -> None:
     fleet = measured("1xH100", "1xH100", kept=0.75)
     fleet.tick_ms = 5_000
