@@ -10,6 +10,7 @@ would not be in time as fast as they are beside the other:
    any move within its class (`moves.py`): it has run for its minimum and has saved, nothing is
    promised to it, and it has no deadline near. That costs the one in a hurry nothing.
 2. Else it leaves itself, if it has saved and a GPU is free, of a type on which it may be in time.
+   That is promised to it.
 3. Else they stay, and the next decision looks again.
 
 Nobody comes beside it then (`company.py`). Each that leaves counts among the moves of an hour. Who
@@ -31,6 +32,7 @@ from coordinator.core.allocation import (
 from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
 from coordinator.core.model import CLASS_RANK, Attempt, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 
 
@@ -64,9 +66,13 @@ def _part(
     within = entrant.contender.lent and other.job_id not in lent
     if not within and _may_leave(state, now, entrant, other):
         moves.send_away(state, now, state.jobs[other.job_id], f"gives way to {why}", "")
-    elif job.head and coruns.free_elsewhere(state, job, attempt, _too_slow(now, entrant)):
+        return
+    free = coruns.free_elsewhere(state, job, attempt, _too_slow(now, entrant)) if job.head else ""
+    if free:
         why = "moves to where it has a GPU to itself, to keep its deadline"
         moves.send_away(state, now, job, why, "")
+        until_ms = moves.until_left_ms(state, now, [job.id])
+        state.standing.promises[job.id] = Promise(free, until_ms, now.now_ms)
 
 
 def _in_time(now: Instant, contender: Contender, rate: float) -> bool:

@@ -293,9 +293,9 @@ def _no_gain(state: State, now: Instant, attempt: Attempt, other: Attempt) -> Se
     return [name for name, rate in by_type.items() if rate * trains_ratio < here]
 
 
-def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str] = ()) -> bool:
-    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits; `but`
-    of these types. Who saves to go on elsewhere has his first."""
+def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str] = ()) -> str:
+    """The type of a GPU for it that nobody has, and that would do for nobody who waits; `but` of
+    these types. Who saves to go on elsewhere has his first. Empty where there is none."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
     leaving = _leaving(state)
     ahead = sum(one.gpus for one in leaving)
@@ -304,14 +304,14 @@ def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str
         if not room.offer.shares or room.memory_bytes + given_back < job.spec.memory_bytes:
             continue
         for gpu in room.free.values():
-            alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
-            able = alone and gpu_types.key_of(gpu.name, gpu.memory_bytes) not in but
+            gpu_type = gpu_types.key_of(gpu.name, gpu.memory_bytes)
+            able = gpu.uuid not in room.holds and suits(job.spec, gpu) and gpu_type not in but
             if not able or any(one.gpus and suits(one, gpu) for one in waiting):
                 continue
             if not ahead or not any(suits(one, gpu) for one in leaving):
-                return True
+                return gpu_type
             ahead -= 1
-    return False
+    return ""
 
 
 def _leaving(state: State) -> list[JobSpec]:

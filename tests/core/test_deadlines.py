@@ -442,6 +442,21 @@ def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
     assert fleet.state.attempts["3.1"].phase is AttemptPhase.RUNNING
 
 
+def test_nobody_takes_the_gpu_meanwhile_for_which_company_is_left() -> None:
+    fleet, guest = pair(2_160, kept=0.9, host=light(20_000), before_s=700)
+    fleet.run(420)
+    fleet.end(2)
+    while fleet.state.attempts[f"{guest}.1"].phase is AttemptPhase.RUNNING:
+        fleet.rig.now_ms += 5_000
+        fleet.rig.handle(m.Tick())
+    other = fleet.state.last_job_id + 1
+    fleet.rig.handle(m.Request(1, m.Submit(training(100))))
+    fleet.rig.handle(m.Decide())
+    assert fleet.job(other).phase is JobPhase.QUEUED
+    fleet.run(20)
+    assert fleet.state.attempts[f"{guest}.2"].node == "n1"
+
+
 @pytest.mark.parametrize(("left_steps", "parted"), [(30, False), (1_000, True)])
 def test_who_ends_soon_does_not_leave_company_for_a_gpu_that_is_free(
     left_steps: int, parted: bool
