@@ -6,17 +6,18 @@ is asked at each decision over all jobs, of those for which it is late (`deadlin
 would not be in time as fast as they are beside the other:
 
 1. The other one leaves by checkpoint, if it shares only where that pays, too, which is never one of
-   a higher class. It must not lose more than by any move within its class (`moves.py`): it has run
-   for its minimum and has saved, nothing is promised to it, and it has no deadline near. That costs
-   the one in a hurry nothing.
+   a higher class, nor one within its project's quota for one beyond. It must not lose more than by
+   any move within its class (`moves.py`): it has run for its minimum and has saved, nothing is
+   promised to it, and it has no deadline near. That costs the one in a hurry nothing.
 2. Else it leaves itself, if it has saved and a GPU is free, of a type on which it may be in time.
+   That is promised to it.
 3. Else they stay, and the next decision looks again.
 
 Nobody comes beside it then (`company.py`). Each that leaves counts among the moves of an hour. Who
 asked to share whatever comes of it is neither sent away for that, nor gets out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import contenders, coruns, costs, deadlines, moves
@@ -31,11 +32,13 @@ from coordinator.core.allocation import (
 from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
 from coordinator.core.model import CLASS_RANK, Attempt, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 
 
-def make(state: State, now: Instant, aside: Sequence[Entrant]) -> None:
-    """Of these, who share a GPU or will, each that has to run alone now."""
+def make(state: State, now: Instant, aside: Sequence[Entrant], lent: Mapping[int, None]) -> None:
+    """Of these, who share a GPU or will, each that has to run alone now; `lent` are the jobs beyond
+    their projects' quotas."""
     late = deadlines.late(state)
     for entrant in aside:
         job, attempt = entrant.job, state.current(entrant.job)
@@ -43,10 +46,12 @@ def make(state: State, now: Instant, aside: Sequence[Entrant]) -> None:
             return
         runs = job.phase is JobPhase.ACTIVE and attempt is not None
         if runs and attempt is not None and job.id in late and job.spec.share_automatic:
-            _part(state, now, entrant, attempt)
+            _part(state, now, entrant, attempt, lent)
 
 
-def _part(state: State, now: Instant, entrant: Entrant, attempt: Attempt) -> None:
+def _part(
+    state: State, now: Instant, entrant: Entrant, attempt: Attempt, lent: Mapping[int, None]
+) -> None:
     others = [state.attempts.get(holder) for holder in contenders.beside(state, attempt)]
     other = others[0] if len(others) == 1 else None
     if other is None or any(
@@ -58,11 +63,16 @@ def _part(state: State, now: Instant, entrant: Entrant, attempt: Attempt) -> Non
     if _in_time(now, entrant.contender, here.rate * coruns.kept_ratio(state, attempt, other)):
         return
     why = f"job {job.id}, {deadlines.must_start(now, job, alone=True)}"
-    if _may_leave(state, now, entrant, other):
+    within = entrant.contender.lent and other.job_id not in lent
+    if not within and _may_leave(state, now, entrant, other):
         moves.send_away(state, now, state.jobs[other.job_id], f"gives way to {why}", "")
-    elif job.head and coruns.free_elsewhere(state, job, attempt, _too_slow(now, entrant)):
+        return
+    free = coruns.free_elsewhere(state, job, attempt, _too_slow(now, entrant)) if job.head else ""
+    if free:
         why = "moves to where it has a GPU to itself, to keep its deadline"
         moves.send_away(state, now, job, why, "")
+        until_ms = moves.until_left_ms(state, now, [job.id])
+        state.standing.promises[job.id] = Promise(free, until_ms, now.now_ms)
 
 
 def _in_time(now: Instant, contender: Contender, rate: float) -> bool:

@@ -90,7 +90,7 @@ def _may_be(
 
 def _hurries(state: State, now: Instant, other: Sharer) -> bool:
     its = state.jobs[other.job_id]
-    return its.spec.share_automatic and deadlines.is_close(state, now, its)
+    return its.spec.share_automatic and deadlines.must_be_alone(state, now, its)
 
 
 def _why_not(

@@ -19,17 +19,27 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    together, and two that were parted would be put together again and again.
 4. A job that shares only where it pays (`company.py`) leaves in any case when it does not, free GPU
    or not; and when it does, once a GPU is free that nobody waits for, it has run for its minimum,
-   and is faster there alone.
+   and is faster there alone by more than its restart costs.
 
 What the fleet has seen of pairs is a function of the attempts that it keeps, as all its history.
 Three and more on a GPU are not judged: whose fault it is, nobody can tell.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from coordinator.core import attempts, contenders, costs, gpu_types, history, pairs, speeds
+from coordinator.core import (
+    attempts,
+    contenders,
+    costs,
+    foresight,
+    gpu_types,
+    history,
+    pairs,
+    speeds,
+)
 from coordinator.core.allocation import run_s_min
 from coordinator.core.model import Attempt, GpuFacts, Job, JobIntent, JobSpec, Progress
 from coordinator.core.offers import open_rooms
@@ -246,7 +256,7 @@ def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
             continue
         why = ""
         if free_elsewhere(state, job, leaving) and (
-            slow or free_elsewhere(state, job, leaving, _slower_alone(state, now, leaving, staying))
+            slow or free_elsewhere(state, job, leaving, _no_gain(state, now, leaving, staying))
         ):
             why = "another GPU is free"
         elif slow and automatic:
@@ -269,19 +279,23 @@ def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:
     return [(both[0], both[1]), (both[1], both[0])]
 
 
-def _slower_alone(state: State, now: Instant, attempt: Attempt, other: Attempt) -> Sequence[str]:
-    """The types of GPU on which it would do less alone than here beside the other."""
+def _no_gain(state: State, now: Instant, attempt: Attempt, other: Attempt) -> Sequence[str]:
+    """The types of GPU on which it would do less alone than here beside the other, or not so much
+    more that its restart is made up for until one of them ends, as far as that is known."""
     job = state.jobs[attempt.job_id]
     fleet = state.standing.fleet or contenders.fleet_of(state)
     rates = speeds.of(state, now, job, contenders.types_for(job.spec, fleet), speeds.Allowance(1))
     by_type = dict(zip(rates.types, rates.mean, strict=True))
     here = kept_ratio(state, attempt, other) * by_type.get(type_of(state, attempt), 0.0)
-    return [gpu_type for gpu_type, rate in by_type.items() if rate < here]
+    ends_ms = [foresight.end_ms(state, now, one) for one in (attempt, other)]
+    left_ms = min((end - now.now_ms for end in ends_ms if end is not None), default=math.inf)
+    trains_ratio = 1 - costs.restart_s(state, now, job) * 1000 / max(1, left_ms)
+    return [name for name, rate in by_type.items() if rate * trains_ratio < here]
 
 
-def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str] = ()) -> bool:
-    """Whether there is a GPU for it that nobody has, and that would do for nobody who waits; `but`
-    of these types. Who saves to go on elsewhere has his first."""
+def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str] = ()) -> str:
+    """The type of a GPU for it that nobody has, and that would do for nobody who waits; `but` of
+    these types. Who saves to go on elsewhere has his first. Empty where there is none."""
     waiting = [state.jobs[job_id].spec for job_id in state.queued]
     leaving = _leaving(state)
     ahead = sum(one.gpus for one in leaving)
@@ -290,14 +304,14 @@ def free_elsewhere(state: State, job: Job, attempt: Attempt, but: Collection[str
         if not room.offer.shares or room.memory_bytes + given_back < job.spec.memory_bytes:
             continue
         for gpu in room.free.values():
-            alone = gpu.uuid not in room.holds and suits(job.spec, gpu)
-            able = alone and gpu_types.key_of(gpu.name, gpu.memory_bytes) not in but
+            gpu_type = gpu_types.key_of(gpu.name, gpu.memory_bytes)
+            able = gpu.uuid not in room.holds and suits(job.spec, gpu) and gpu_type not in but
             if not able or any(one.gpus and suits(one, gpu) for one in waiting):
                 continue
             if not ahead or not any(suits(one, gpu) for one in leaving):
-                return True
+                return gpu_type
             ahead -= 1
-    return False
+    return ""
 
 
 def _leaving(state: State) -> list[JobSpec]:

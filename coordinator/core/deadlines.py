@@ -20,11 +20,11 @@ whom nothing is known. Who shares it only where that pays has it alone when that
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from coordinator.core import contenders, coruns, foresight
-from coordinator.core.allocation import latest_start_ms
+from coordinator.core.allocation import is_late, latest_start_ms
 from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
 from coordinator.core.model import Attempt, Job, JobSpec
 from coordinator.core.phases import ATTEMPT_LIVE, JobPhase
@@ -66,15 +66,39 @@ def is_close(state: State, now: Instant, job: Job, within_ms: float = CLOSE_MS) 
     return job.id in late(state) or now.now_ms < latest_ms <= now.now_ms + within_ms
 
 
+def must_be_alone(state: State, now: Instant, job: Job) -> bool:
+    """Whether nobody may come beside one who shares only where that pays."""
+    alone_ms = state.standing.alone_ms.get(job.id, math.inf)
+    return is_close(state, now, job) or alone_ms <= now.now_ms + CLOSE_MS
+
+
+def alone_by(now: Instant, entrants: Iterable[Entrant]) -> dict[int, float]:
+    """By when those of them who share only where that pays must run alone, where they are and no
+    faster type, to keep a deadline that can still be kept there."""
+    found = {}
+    for entrant in entrants:
+        here = entrant.contender
+        if not entrant.job.spec.share_automatic or not here.deadline_ms:
+            continue
+        here = here if here.at is None else replace(here, options=(here.at,))
+        latest_ms = latest_start_ms(here)
+        if latest_ms > now.now_ms or is_late(here, now.now_ms):
+            found[entrant.job.id] = latest_ms
+    return found
+
+
 def must_start(now: Instant, job: Job, *, alone: bool = False) -> str:
     """For who gives way to it."""
     at = foresight.moment(now, _deadline_ms(now, job))
     return f"which has to run {'alone ' if alone else ''}now to keep its deadline {at}"
 
 
-def entrants(state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet) -> list[Entrant]:
+def entrants(
+    state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet, lent: Mapping[int, None]
+) -> list[Entrant]:
     """Of jobs that share their GPUs, or will, as fast as each could be there; of who shares his
-    whatever comes of it nothing follows any more once he runs."""
+    whatever comes of it nothing follows any more once he runs. `lent` are those beyond their
+    projects' quotas."""
     allowance = Allowance()
     found = []
     for job in jobs:
@@ -87,7 +111,8 @@ def entrants(state: State, now: Instant, jobs: Sequence[Job], fleet: Fleet) -> l
         else:
             entrant = _there(entrant, coruns.type_of(state, attempt))
         if entrant.contender.options:
-            found.append(entrant)
+            contender = replace(entrant.contender, lent=job.id in lent)
+            found.append(replace(entrant, contender=contender))
     return found
 
 

@@ -71,7 +71,7 @@ def decide(state: State, now: Instant) -> None:
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
     standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
-    standing.latest_ms, standing.late_ms = {}, {}
+    standing.latest_ms, standing.late_ms, standing.alone_ms = {}, {}, {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
@@ -89,7 +89,7 @@ def decide(state: State, now: Instant) -> None:
         solve=state.options.solve,
     )
     standing.prices, standing.ahead = allocation.prices, allocation.ahead
-    aside = deadlines.entrants(state, now, field.aside, standing.fleet)
+    aside = deadlines.entrants(state, now, field.aside, standing.fleet, lent)
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in (*field.entrants, *aside)
@@ -100,9 +100,10 @@ def decide(state: State, now: Instant) -> None:
         for entrant in (*field.entrants, *aside)
         if is_late(entrant.contender, now.now_ms)
     }
+    standing.alone_ms = deadlines.alone_by(now, (*field.entrants, *aside))
     _remember(state, now, field, allocation)
     moves.make(state, now, field, allocation, aside)
-    apart.make(state, now, aside)
+    apart.make(state, now, aside, lent)
     state.dirty = bool(state.queued) or state.dirty
 
 

@@ -202,8 +202,15 @@ class _Plan:
             return self._is_worth(wish, victims) and own + len(victims) <= self.left
 
         def may_leave(tenant: Tenant) -> bool:
-            who = givers.get(self.state.attempts[tenant.attempt].job_id)
-            return who is not None and who.contender.rank >= wish.entrant.contender.rank
+            who, mine = (
+                givers.get(self.state.attempts[tenant.attempt].job_id),
+                wish.entrant.contender,
+            )
+            if who is None or who.contender.rank < mine.rank:
+                return False
+            # Who is within its quota would be given the place back at once.
+            lent = who.contender.lent or not mine.lent or who.contender.rank > mine.rank
+            return lent or who.job.id in self.may_go
 
         if own > self.left or (runs and job.id in self.promised):
             return

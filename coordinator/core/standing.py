@@ -91,7 +91,8 @@ class Standing:
     (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were submitted and
     attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a deadline must
     run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that
-    of those whose time has come, and is not over."""
+    of those whose time has come, and is not over; `alone_ms` by when who may have company must have
+    none, where he is."""
 
     decided_ms: int | None = None
     stale_ms: int | None = None
@@ -108,4 +109,5 @@ class Standing:
     since_ms: dict[int | str, int] = field(default_factory=dict)
     latest_ms: dict[int, float] = field(default_factory=dict)
     late_ms: dict[int, float] = field(default_factory=dict)
+    alone_ms: dict[int, float] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)

@@ -440,11 +440,17 @@ def test_who_has_to_be_alone_for_a_deadline_is_and_costs_nobody_more_than_he_may
     hurried(kept, steps)
 
 
+def test_of_those_histories_some_have_one_who_has_to_be_alone() -> None:
+    assert hurried(((0.75,) * 3,) * 3, []).alone == ["2.1"]
+
+
 def hurried(kept: Kept, steps: list[tuple[str, Any]]) -> Hurried:
-    """Three whose speed is known have the GPUs."""
+    """Three whose speed is known have had the GPUs for their minimum, and one comes who may be in
+    time alone."""
     world = Hurried(kept)
     first: list[tuple[str, Any]] = [("submit", number) for number in range(3)]
-    for what, asked_for in [*first, ("pass", 14), *steps]:
+    hurry = "hurry", (False, 900, 1.08, 0)
+    for what, asked_for in [*first, ("pass", 62), hurry, ("pass", 62), *steps]:
         if what == "submit":
             submit(world, automatic(asked_for))
         elif what == "hurry":

@@ -15,6 +15,7 @@ from coordinator.core.explain import explain
 from coordinator.core.messages import Refusal, Reply, RequestBody, Submitted
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.quotas import Quota
 from coordinator.core.state import Options
 from tests.core.coordinator_harness import GIGABYTE
 from tests.core.training_fleet import Fleet, training
@@ -365,6 +366,26 @@ def test_company_leaves_when_it_would_cost_a_deadline_that_is_kept_alone() -> No
     assert len(fleet.stops()) == 1
 
 
+def test_company_that_has_left_does_not_come_back_where_another_type_is_faster() -> None:
+    """Alone it needs 2,800 s on the A100, where it is, and 1,120 s on the H100, which is not to be
+    had."""
+    fleet = Fleet("1xH100", "1xA100:80", kept=0.75)
+    fleet.tick_ms = 5_000
+    fleet.submit(training(100))
+    fleet.submit(training(100))
+    fleet.run(300)
+    for job_id in (1, 2):
+        fleet.end(job_id)
+    fleet.submit(training(20_000), job_class=JobClass.GUARANTEED)
+    host = fleet.submit(automatic(20_000))
+    fleet.run(150)
+    guest = fleet.submit(automatic(1_120, 3_200, fleet), 1_120)
+    fleet.run(3_100)
+    assert len(fleet.stops()) == 1
+    assert f"not beside job {guest} on n2: that one has to run alone to keep" in told(fleet, host)
+    assert fleet.steps[f"{guest}.1"] >= 1_120
+
+
 @pytest.mark.parametrize(
     ("within_s", "kept", "why"),
     [
@@ -386,6 +407,26 @@ def test_company_with_a_deadline_of_its_own_near_does_not_leave() -> None:
     assert fleet.stops() == []
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_nobody_within_its_quota_leaves_for_one_in_a_hurry_who_is_beyond_his(shares: bool) -> None:
+    """It would have its place back at once, and both had lost a restart."""
+    fleet = Fleet("1xH100", kept=0.75, options=Options(projects={"own": Quota(48.0)}))
+    for project in ("lent", "own"):
+        fleet.submit(training(MEASURED), project=project)
+        fleet.run(MEASURED)
+        fleet.end(fleet.state.last_job_id)
+    fleet.tick_ms = 5_000
+    runs = fleet.submit(automatic(20_000) if shares else training(20_000), project="own")
+    fleet.run(150 if shares else 700)
+    within_s = 2_500 if shares else beside_strangers_s(fleet, 2_000) + 150
+    spec = automatic(2_000, within_s, fleet) if shares else light(2_000, within_s, fleet)
+    hurries = fleet.submit(spec, 2_000, project="lent")
+    fleet.run(1_700 if shares else 90)
+    assert fleet.stops() == []
+    assert hurries in deadlines.late(fleet.state)
+    assert fleet.job(runs).phase is JobPhase.ACTIVE
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
     """Who asked to share whatever comes of it stays, and who has not run for its minimum."""
@@ -399,6 +440,33 @@ def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
     assert fleet.stops() == ["moves to where it has a GPU to itself, to keep its deadline"]
     assert fleet.state.attempts[f"{guest}.2"].node == "n1"
     assert fleet.state.attempts["3.1"].phase is AttemptPhase.RUNNING
+
+
+def test_nobody_takes_the_gpu_meanwhile_for_which_company_is_left() -> None:
+    fleet, guest = pair(2_160, kept=0.9, host=light(20_000), before_s=700)
+    fleet.run(420)
+    fleet.end(2)
+    while fleet.state.attempts[f"{guest}.1"].phase is AttemptPhase.RUNNING:
+        fleet.rig.now_ms += 5_000
+        fleet.rig.handle(m.Tick())
+    other = fleet.state.last_job_id + 1
+    fleet.rig.handle(m.Request(1, m.Submit(training(100))))
+    fleet.rig.handle(m.Decide())
+    assert fleet.job(other).phase is JobPhase.QUEUED
+    fleet.run(20)
+    assert fleet.state.attempts[f"{guest}.2"].node == "n1"
+
+
+@pytest.mark.parametrize(("left_steps", "parted"), [(30, False), (1_000, True)])
+def test_who_ends_soon_does_not_leave_company_for_a_gpu_that_is_free(
+    left_steps: int, parted: bool
+) -> None:
+    """At 0.9 of its speed it loses 3 s, and 111 s; a restart takes a minute."""
+    fleet, _ = pair(100_000, kept=0.9, host=automatic(20_000), before_s=700)
+    fleet.run(round((2_000 - left_steps) / 0.9))
+    fleet.end(2)
+    fleet.run(60)
+    assert bool(fleet.stops()) is parted
 
 
 def test_nobody_leaves_for_one_who_shares_whatever_comes_of_it() -> None:
