@@ -261,8 +261,8 @@ def refuse_fleet(
     names = sorted(dict.fromkeys(gpu.name for _, gpus in nodes for gpu in gpus))
     if spec.gpus and not names:
         return (
-            f"needs {describe_need(spec)}, and no node has a GPU that its agent can read; the log"
-            " of an agent says why (`gpu.absent`)"
+            f"needs {describe_need(spec)}, and no node has a GPU that its agent can read;"
+            " `baton nodes` says why"
         )
     if spec.gpu_types and names and not any(is_of_type(spec, name) for name in names):
         return (
