@@ -204,7 +204,7 @@ def _of_company(state: State, now: Instant, job: Job, attempt: Attempt) -> str:
     if latest_ms <= (state.standing.decided_ms or 0) and job.id not in late(state):
         return ", also alone"
     when = foresight.moment(now, round(latest_ms)) if latest_ms > now.now_ms else "now"
-    return f" with company, and is to run alone {when}"
+    return f" with company, and in time if it begins to run alone {when}"
 
 
 def _of_waiting(now: Instant, latest_ms: float, at: str, *, is_late: bool) -> str:

@@ -355,7 +355,7 @@ def test_company_leaves_when_it_would_cost_a_deadline_that_is_kept_alone() -> No
     fleet.run(1_400)
     assert fleet.stops() == []
     assert " after its deadline at " in told(fleet, guest)
-    assert " with company, and is to run alone at " in told(fleet, guest)
+    assert " with company, and in time if it begins to run alone at " in told(fleet, guest)
     fleet.run(200)
     assert len(fleet.stops()) == 1
     assert f"gives way to job {guest}, which has to run alone now to keep" in fleet.stops()[0]
@@ -434,7 +434,7 @@ def test_company_that_stays_is_left_for_a_gpu_that_is_free(asked: bool) -> None:
     fleet, guest = pair(2_160, kept=0.9, host=host, before_s=before_s)
     fleet.run(420)
     assert fleet.stops() == [], "there is no other GPU"
-    assert " with company, and is to run alone now" in told(fleet, guest)
+    assert " with company, and in time if it begins to run alone now" in told(fleet, guest)
     fleet.end(2)
     fleet.run(70)
     assert fleet.stops() == ["moves to where it has a GPU to itself, to keep its deadline"]
