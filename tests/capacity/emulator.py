@@ -2,7 +2,8 @@
 
 What it says is the emulator's own; what stands before it can hang, swallow a reset, or refuse it,
 counts the resets, asks for a password as the emulator does, and may offer sessions, which the
-emulator does not have. Its fake systems take some seconds to change: by the clock that the test
+emulator does not have. One request at a time goes through to the emulator: two first ones at once
+both make its databases, and SQLite refuses one of them without waiting. Its fake systems take some seconds to change: by the clock that the test
 moves.
 """
 
@@ -42,6 +43,7 @@ class Service:
         self.deaf = False
         self._has_sessions = has_sessions
         self._ended = threading.Event()
+        self._turn = threading.Lock()
         path = folder / "htpasswd"
         digest = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
         path.write_text(f"{USER}:{digest}\n")
@@ -78,7 +80,8 @@ class Service:
                 return _answer(start, "204 No Content")
             environment["wsgi.input"] = _Again(body)
         app = self._open if has_token else self._guarded
-        answer: Iterable[bytes] = app(environment, start)
+        with self._turn:
+            answer: Iterable[bytes] = app(environment, start)
         return answer
 
     def _sessions(self, environment: dict[str, Any], start: Start) -> Iterable[bytes]:
