@@ -3,8 +3,8 @@
 What it says is the emulator's own; what stands before it can hang, swallow a reset, or refuse it,
 counts the resets, asks for a password as the emulator does, and may offer sessions, which the
 emulator does not have. One request at a time goes through to the emulator: two first ones at once
-both make its databases, and SQLite refuses one of them without waiting. Its fake systems take some seconds to change: by the clock that the test
-moves.
+both make its databases, and SQLite refuses one of them without waiting. Its fake systems take some
+seconds to change: by the clock that the test moves.
 """
 
 import json
