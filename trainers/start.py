@@ -100,6 +100,7 @@ def _train(
         return EXIT_FAILURE
     except microbatch.TooLargeError as error:
         sys.stderr.write(f"{error}\n")
+        session.leaving(EXIT_OUT_OF_MEMORY, str(error))
         return EXIT_OUT_OF_MEMORY
     except ranks.ProtocolError as error:
         sys.stderr.write(f"{error}\n")

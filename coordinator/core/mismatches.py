@@ -35,7 +35,8 @@ def told(job: Job, attempt: Attempt, body: AttemptExited) -> bool:
     """Whether it has ended for this. A program that leaves with that status for a reason of its own
     has said no sentence, or its owner has said what the status means."""
     ours = EXIT_PROTOCOL not in job.spec.run_again_exit_codes
-    return ours and attempt.ranks > 1 and body.exit_code == EXIT_PROTOCOL and bool(body.reason)
+    said = EXIT_PROTOCOL in (body.exit_code, body.said_exit_code) and bool(body.reason)
+    return ours and said and attempt.ranks > 1
 
 
 def found(job: Job, gang: Sequence[Attempt]) -> Attempt | None:
