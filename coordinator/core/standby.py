@@ -30,6 +30,7 @@ from coordinator.core.live import StandbyWalk as Walk
 from coordinator.core.model import CLASS_RANK, SHARED, Attempt, Job, Replication
 from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.sentences import quantity
 from coordinator.core.shares import Hold
 from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import could_hold, suits
@@ -361,5 +362,8 @@ def describe(state: State, job: Job, node_id: str, standby: str) -> str:
     if live is None:
         return ""
     if live.phase is NodePhase.UP and fit(state, job, live) >= Fit.DISPLACING:
-        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go"
+        # There may be one node that is free, and then it is everybody's.
+        others = max(0, state.indices.standbys[standby] - 1)
+        too = f", as do those of {quantity(others, 'other attempt')}" if others else ""
+        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go{too}"
     return f"its checkpoints go to {standby}, which could not take it now"
