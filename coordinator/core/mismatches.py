@@ -57,7 +57,7 @@ def wait_ms(state: State, job: Job) -> int:
 def alike(state: State, job: Job) -> tuple[tuple[str, ...], ...]:
     """The nodes that take ranks, by the version of their agents, most of them first; empty where
     the job's last try has not ended for this, and where all are of one version."""
-    if found(job, state.gang(job)) is None:
+    if job.spec.ranks == 1 or found(job, state.gang(job)) is None:
         return ()
     by_version = _by_version(state)
     return tuple(map(tuple, by_version.values())) if len(by_version) > 1 else ()

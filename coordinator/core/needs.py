@@ -51,7 +51,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         leaving=keeps or job.phase is not JobPhase.QUEUED,
         lasts_ms=_lasts_ms(state, job),
         refused=company.refused(state, now, job),
-        alike=mismatches.alike(state, job) if job.spec.ranks > 1 else (),
+        alike=mismatches.alike(state, job),
     )
 
 
