@@ -97,6 +97,7 @@ def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
         live=held.live,
         stuck=stuck,
         precopy_gain=None if gain_ms is None else _duration(gain_ms),
+        copies_failed=held.copies_failed,
     )
 
 

@@ -283,8 +283,9 @@ def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
     stuck = tuple(held.stuck.pids[:STUCK_PIDS_MAX]) if held.HasField("stuck") else None
     gain_ms = _milliseconds(held.precopy_gain) if held.HasField("precopy_gain") else None
     return m.HeldAttempt(
-        _attempt_id(held.attempt), tuple(held.gpu_uuids), held.live, stuck, gain_ms
-    )
+        _attempt_id(held.attempt), tuple(held.gpu_uuids), held.live, stuck, gain_ms,
+        held.copies_failed,
+    )  # fmt: skip
 
 
 def _heartbeat(beat: pb.Heartbeat) -> m.Heartbeat:

@@ -5,7 +5,8 @@ lost, and a misspelt key should be answered at once and not after those seconds.
 are run (``transfer``, ``finetune``, ``lora``) import nothing slow; they hand over a function that
 does.
 
-Exit statuses: 0 done, 2 wrong configuration, 1 anything else, 75 "checkpointed, run me again".
+Exit statuses: 0 done, 2 wrong configuration, 1 anything else, 12 out of memory, 75 "checkpointed,
+run me again", 76 "the ranks speak different protocols".
 """
 
 import argparse
@@ -27,6 +28,9 @@ EXIT_USAGE = 2
 # ENOMEM, as errno(3) numbers it. The coordinator learns from it: of a job of one rank not even one
 # sample fits.
 EXIT_OUT_OF_MEMORY = 12
+
+# EX_PROTOCOL of sysexits.h. To the coordinator it is no failure (`coordinator/core/mismatches.py`).
+EXIT_PROTOCOL = 76
 
 
 def run(
@@ -96,11 +100,12 @@ def _train(
         return EXIT_FAILURE
     except microbatch.TooLargeError as error:
         sys.stderr.write(f"{error}\n")
+        session.leaving(EXIT_OUT_OF_MEMORY, str(error))
         return EXIT_OUT_OF_MEMORY
     except ranks.ProtocolError as error:
         sys.stderr.write(f"{error}\n")
-        session.leaving(baton_sdk.EXIT_RUN_AGAIN, str(error))
-        return baton_sdk.EXIT_RUN_AGAIN
+        session.leaving(EXIT_PROTOCOL, str(error))
+        return EXIT_PROTOCOL
     except ranks.RankError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_FAILURE

@@ -161,7 +161,8 @@ class LiveAttempt:
     stop waits for a copy, and no longer than until then. `slab_bytes` is a slot's. `stored_bytes`
     is the size of the checkpoint stored last, `change_bytes` what of it was new. `copied_to` is
     who got the last copy; `copy_since_ms` when the present copy began, `copy_bytes_per_ms` how fast
-    the last one was that was large enough to tell."""
+    the last one was that was large enough to tell. `copies_failed` are the tries in a row in which
+    nothing arrived there where copies go now."""
 
     record: AttemptRecord
     storing: Offered | None = None
@@ -190,6 +191,7 @@ class LiveAttempt:
     copied_to: str = ""
     copy_since_ms: int = 0
     copy_bytes_per_ms: int = 0
+    copies_failed: int = 0
 
     @property
     def live(self) -> bool:

@@ -1,8 +1,9 @@
 """How an attempt has ended, where more is known of it than the status of its process.
 
 Problem: a status says little. Of a trainer that was killed since it hung it says "signal 9". Of
-workers that have left with 75, to be run again, a launcher's says 1, as of any failure (torchrun,
-and what is made with it). So what a section's limit or the trainer itself has said goes with it.
+workers that have left with 75, to be run again, or with 12, out of memory, a launcher's says 1, as
+of any failure (torchrun, and what is made with it). So what a section's limit or the trainer itself
+has said goes with it.
 
 A trainer's word counts within its attempt, until another program of that says hello: launchers
 start their workers again. It says what a launcher's 1 is about, and nothing of any other status.

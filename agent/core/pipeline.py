@@ -51,6 +51,9 @@ REPLICA_RETRY_MS = 5_000
 # Likewise of what counts already, which nobody waits for: when many nodes die at once, those who go
 # on elsewhere may all ask the same standby, which takes some tens of copies at a time.
 RESTORED_RETRY_MS = 30_000
+# Each try in a row that fails doubles the wait, up to here: a full disk stays full for hours, and
+# the coordinator names another standby where there is one.
+COPY_RETRY_MS_MAX = 300_000
 # After its process has ended an attempt waits this long for a required copy, then reports its end
 # without that checkpoint: the GPUs are needed.
 SETTLE_MS_MAX = 120_000
@@ -299,6 +302,7 @@ def retarget(state: State, now: Instant, live: LiveAttempt, order: SetReplicaTar
     before = target_of(state, live)
     state.put(live, replica_target=order.target, replica_required=order.required)
     target, record = target_of(state, live), live.record
+    live.copies_failed = live.copies_failed if target == before else 0
     moved = target is not None and (before is None or before.node != target.node)
     lone = order.lone if record.phase is Phase.RUNNING and record.pending is None else None
     if lone is not None and lone.digest == record.head:
@@ -320,6 +324,7 @@ def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
 
 def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
     live.replicating, pending = None, live.record.pending
+    live.copies_failed = 0
     if pending is not None and pending.digest == done.digest:
         _note_copy(now, live, done.node)
         propose(state, now, live, (done.node,))
@@ -347,6 +352,7 @@ def replication_failed(
     there is another node to try by now. What counts is tried again until something is stored."""
     tried, live.replicating = live.replicating, None
     record = live.record
+    live.copies_failed += tried == target_of(state, live)
     if record.pending is None or record.pending.digest != failed.digest:
         replicate(state, now, live)
         return
@@ -360,14 +366,18 @@ def replication_failed(
     if target_of(state, live) not in (None, tried):
         replicate(state, now, live)
     elif record.replica_required:
-        live.replica_retry_ms = now.now_ms + REPLICA_RETRY_MS
+        live.replica_retry_ms = now.now_ms + _copy_wait_ms(live, REPLICA_RETRY_MS)
     else:
         if not record.pending.restored:
             propose(state, now, live, ())
         if live.record.phase is Phase.RUNNING:
             if not record.pending.restored:
                 state.put(live, pending=replace(record.pending, restored=True))
-            live.replica_retry_ms = now.now_ms + RESTORED_RETRY_MS
+            live.replica_retry_ms = now.now_ms + _copy_wait_ms(live, RESTORED_RETRY_MS)
+
+
+def _copy_wait_ms(live: LiveAttempt, first_ms: int) -> int:
+    return min(COPY_RETRY_MS_MAX, first_ms << min(10, max(0, live.copies_failed - 1)))
 
 
 def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ...]) -> None:

@@ -108,6 +108,8 @@ def held(state: State) -> tuple[HeldAttempt, ...]:
             live.live,
             live.stuck if live.live else (),
             _gain_of_rank_ms(state, live),
+            # Of a shared directory no other node would help.
+            0 if state.options.shared_directory else live.copies_failed,
         )
         for live in state.attempts.values()
     )

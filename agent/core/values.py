@@ -263,13 +263,15 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
     """What hello and heartbeat list. `stuck` are its processes that a kill did not end; `None`:
-    nobody has looked yet. `precopy_gain_ms` is of a rank of several (`precopy.py`)."""
+    nobody has looked yet. `precopy_gain_ms` is of a rank of several (`precopy.py`).
+    `copies_failed` are the tries in a row in which nothing arrived at its standby."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool
     stuck: tuple[int, ...] | None = None
     precopy_gain_ms: int | None = None
+    copies_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

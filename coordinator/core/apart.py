@@ -20,7 +20,7 @@ asked to share whatever comes of it is neither sent away for that, nor gets out.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.core import contenders, coruns, costs, deadlines, moves
+from coordinator.core import contenders, coruns, costs, deadlines, moves, stop_bounds
 from coordinator.core.allocation import (
     MS_PER_S,
     Contender,
@@ -42,7 +42,7 @@ def make(state: State, now: Instant, aside: Sequence[Entrant], lent: Mapping[int
     late = deadlines.late(state)
     for entrant in aside:
         job, attempt = entrant.job, state.current(entrant.job)
-        if state.options.moves_per_hour <= len(state.standing.moves_ms):
+        if stop_bounds.left(state) <= 0:
             return
         runs = job.phase is JobPhase.ACTIVE and attempt is not None
         if runs and attempt is not None and job.id in late and job.spec.share_automatic:
@@ -90,7 +90,7 @@ def _may_leave(state: State, now: Instant, entrant: Entrant, other: Attempt) -> 
         and job.intent is JobIntent.RUN
         and bool(job.head)
         and job.id not in state.standing.promises
-        and coruns.has_run(state, now, other)
+        and stop_bounds.has_run(state, now, other)
         and not deadlines.is_close(state, now, job, away_s * MS_PER_S + DEADLINE_MARGIN_MS)
     )
 

@@ -172,7 +172,7 @@ def exited(state: State, now: Instant, unix_ms: int, attempt: Attempt, body: Att
     reason = f"{how}; {attempt.stop_reason}" if attempt.stop_reason else how
     attempt = ranks.change(
         state, now, attempt, phase,
-        exit_code=body.exit_code, signal=body.signal, reason=cut(reason),
+        exit_code=body.said_exit_code or body.exit_code, signal=body.signal, reason=cut(reason),
         ended_by_itself=body.by_itself,
         times=replace(attempt.times, silent_unix_ms=unix_ms),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
     CommitResult,
+    HeldAttempt,
     KeepCheckpoints,
     LoneCheckpoint,
     SetReplicaTarget,
@@ -363,6 +364,24 @@ def move_standbys(state: State, now: Instant) -> None:
         reason = f"{node_id} could go on with it sooner than {attempt.replica_node}"
         send_copies_to(state, attempt, node_id)
         state.log("info", "standby.moved", attempt=attempt_id, node=node_id, reason=reason)
+
+
+def heard(state: State, now: Instant, held: Sequence[HeldAttempt]) -> None:
+    """A heartbeat has listed what its node holds: who has a standby at which nothing arrives gets
+    another one."""
+    for item in held:
+        attempt = state.attempts.get(item.attempt)
+        if item.copies_failed < standby.COPIES_FAILED_MAX or attempt is None:
+            continue
+        if attempt.phase is not AttemptPhase.RUNNING or attempt.replica_node not in state.nodes:
+            continue
+        node_id = standby.instead(state, now, attempt)
+        if node_id:
+            failed = (
+                f"{item.copies_failed} copies in a row did not arrive at {attempt.replica_node}"
+            )
+            send_copies_to(state, attempt, node_id)
+            state.log("warning", "standby.failed", attempt=attempt.id, node=node_id, reason=failed)
 
 
 def tell_new_address(state: State, node_id: str) -> None:

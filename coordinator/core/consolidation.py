@@ -33,6 +33,7 @@ from coordinator.core import (
     plan_time,
     projects,
     reserved,
+    stop_bounds,
 )
 from coordinator.core import needs as queue_of
 from coordinator.core.allocation import RUN_PER_RESTART_MIN
@@ -111,7 +112,7 @@ class _Move:
 
 def tick(state: State, now: Instant, leaving: Sequence[str]) -> None:
     """After a plan; `leaving` are the nodes that it wants off, the emptiest first."""
-    left = state.options.moves_per_hour - len(state.standing.moves_ms)
+    left = stop_bounds.left(state)
     if left <= 0 or state.queued:
         return
     nodes = [state.nodes[name] for name in leaving if name in state.nodes]

@@ -11,8 +11,9 @@ agent tells the steps of its trainers once a second. What is missing is somebody
    company, or against what the same training did alone on such a GPU, also in another job. Where
    neither is known it is not judged, and `baton explain` says so.
 3. Two whose speeds are known are confirmed or not by the rule of `pairs.py`. If not, the later one
-   leaves by checkpoint as soon as a GPU is free that nobody waits for, else the earlier one. Who
-   has never saved is left alone: it might lose more than it gains.
+   leaves by checkpoint as soon as a GPU is free that nobody waits for, else the earlier one, within
+   the bounds of `stop_bounds.py`. Who has never saved is left alone: it might lose more than it
+   gains.
 4. Whoever has been bad beside another, or is expected to be by what their like did, goes beside it
    last: only where there is nothing else. It has asked to share a GPU, so it does not wait. What
    the two did themselves is not outweighed by others of their names: these may have been better
@@ -39,8 +40,8 @@ from coordinator.core import (
     history,
     pairs,
     speeds,
+    stop_bounds,
 )
-from coordinator.core.allocation import run_s_min
 from coordinator.core.model import Attempt, GpuFacts, Job, JobIntent, JobSpec, Progress
 from coordinator.core.offers import open_rooms
 from coordinator.core.pairs import (
@@ -248,7 +249,8 @@ def _too_slow(attempt: Attempt, other: Attempt) -> bool:
 def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
     """Of two that lose by one another one leaves, the later one if it may."""
     slow = _too_slow(attempt, other)
-    may = slow or all(has_run(state, now, one) for one in (attempt, other))
+    may = slow or all(stop_bounds.has_run(state, now, one) for one in (attempt, other))
+    may = may and (slow or stop_bounds.left(state) > 0)
     for leaving, staying in _later_first(attempt, other):
         job = state.jobs[leaving.job_id]
         automatic = job.spec.share_automatic
@@ -261,17 +263,13 @@ def _part(state: State, now: Instant, attempt: Attempt, other: Attempt) -> None:
             why = "another GPU is free"
         elif slow and automatic:
             why = "it shares only where that pays"
+        if why and slow and not stop_bounds.may_part(state, now, leaving):
+            return  # it will, and the other one is not to leave in its place
         if why:
             why = f"{_verdict(leaving, staying)}; {why}"
+            stop_bounds.note(state, now)
             attempts.stop(state, now, leaving, why, attempts.PRECOPY_PREEMPTION_MS)
             return
-
-
-def has_run(state: State, now: Instant, attempt: Attempt) -> bool:
-    """For its minimum, as whoever is moved has to."""
-    restart_s = costs.restart_s(state, now, state.jobs[attempt.job_id])
-    ran_s = (now.unix_ms - attempt.assigned_unix_ms) / 1000
-    return ran_s >= run_s_min(restart_s, state.options.aims)
 
 
 def _later_first(one: Attempt, other: Attempt) -> list[tuple[Attempt, Attempt]]:

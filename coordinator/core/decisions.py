@@ -24,7 +24,7 @@ the order of submission, class by class.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.core import apart, claims, contenders, deadlines, moves, projects
+from coordinator.core import apart, claims, contenders, deadlines, moves, projects, stop_bounds
 from coordinator.core.allocation import Allocation, allocate, is_late, latest_start_ms, worths
 from coordinator.core.contenders import Entrant, Field
 from coordinator.core.horizon import Horizon
@@ -182,7 +182,7 @@ def forget(state: State, now: Instant) -> None:
         waits = job is not None and (job.phase is JobPhase.QUEUED or leaves(state, job))
         if not waits or promise.until_ms <= now.now_ms:
             del standing.promises[job_id]
-    standing.moves_ms = [at for at in standing.moves_ms if now.now_ms - at < moves.HOUR_MS]
+    stop_bounds.forget(state, now)
 
 
 # --- what rounds ask ------------------------------------------------------------------------------

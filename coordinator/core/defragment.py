@@ -37,6 +37,7 @@ from coordinator.core import (
     projects,
     reservations,
     reserved,
+    stop_bounds,
 )
 from coordinator.core import needs as queue_of
 from coordinator.core.allocation import run_s_min
@@ -84,7 +85,7 @@ class _Wait:
 
 def tick(state: State, now: Instant) -> None:
     """After each decision over all jobs."""
-    left = state.options.moves_per_hour - len(state.standing.moves_ms)
+    left = stop_bounds.left(state)
     if state.standing.decided_ms != now.now_ms or left <= 0:
         return
     if any(_is_large(state.jobs[job_id]) for job_id in state.queued):

@@ -31,6 +31,7 @@ from coordinator.core import (
     checkpoints,
     claims,
     costs,
+    mismatches,
     outcomes,
     parts,
     precopy,
@@ -192,15 +193,17 @@ def _stop(
 def grace_ms(state: State, job: Job) -> int | None:
     """How long a rank that is stopped has to save: what its owner allows, and twice what saving has
     taken. `None`: none, since it could not."""
-    if broken(state.gang(job)):
+    if broken(job, state.gang(job)):
         return None
     saves_ms = round(GRACE_PER_SAVE * costs.save_s(state, job) * 1000)
     return max(job.spec.grace_ms, min(saves_ms, GRACE_MS_MAX))
 
 
-def broken(gang: Sequence[Attempt]) -> bool:
+def broken(job: Job, gang: Sequence[Attempt]) -> bool:
     """Whether those that are left can neither go on nor save."""
-    return any(rank.phase in _BREAKING for rank in gang) or checkpoints.at_odds(gang)
+    if any(rank.phase in _BREAKING for rank in gang) or checkpoints.at_odds(gang):
+        return True
+    return mismatches.found(job, gang) is not None
 
 
 # --- what happens to a rank -----------------------------------------------------------------------
@@ -241,8 +244,9 @@ def ended(state: State, now: Instant, attempt: Attempt) -> None:
             parts.forget(state, job, PARTS_MISSING)  # it was queued, and nobody comes back
     elif not any(rank.phase in ATTEMPT_LIVE for rank in gang):
         _conclude(state, now, job, gang)
-    elif broken(gang):
-        claims.keep(state, now, job, claims.KILLED_MS_MAX)
+    elif broken(job, gang):
+        if mismatches.found(job, gang) is None:
+            claims.keep(state, now, job, claims.KILLED_MS_MAX)
         _stop_rest(state, now, job, _story_of(attempt))
     elif not attempt.stop_reason:
         state.finish_ms.setdefault(job.id, now.now_ms + job.spec.grace_ms)
@@ -268,7 +272,7 @@ def returned(state: State, now: Instant, attempt: Attempt) -> None:
         return
     gang = state.gang(job)
     reasons = [rank.stop_reason for rank in gang if rank.stop_reason]
-    if reasons or broken(gang):
+    if reasons or broken(job, gang):
         _stop(state, now, job, [attempt], reasons[0] if reasons else "its gang has ended")
     elif any(rank.phase in ATTEMPT_ENDED for rank in gang):
         state.finish_ms.setdefault(job.id, now.now_ms + job.spec.grace_ms)
@@ -285,7 +289,7 @@ def resume(state: State, now_ms: int) -> None:
         gang = state.gang(job)
         left = any(rank.phase in ATTEMPT_LIVE and not rank.stop_reason for rank in gang)
         over = any(rank.phase in ATTEMPT_ENDED and not rank.stop_reason for rank in gang)
-        if left and over and not broken(gang):
+        if left and over and not broken(job, gang):
             state.finish_ms[job.id] = now_ms + job.spec.grace_ms
 
 
@@ -339,7 +343,7 @@ def _conclude(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> 
     """No rank is left that anybody is in touch with."""
     state.finish_ms.pop(job.id, None)
     away = [rank for rank in gang if rank.phase is AttemptPhase.UNREACHABLE]
-    if away and job.intent is JobIntent.RUN and not broken(gang):
+    if away and job.intent is JobIntent.RUN and not broken(job, gang):
         outcomes.requeue(state, now, job, away[0].reason)  # or they are back first
         return
     for rank in away:
@@ -354,7 +358,7 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
         return next((rank for rank in gang if rank.phase is phase), None)
 
     failed, refused = first(AttemptPhase.FAILED), first(AttemptPhase.REFUSED)
-    lost = first(AttemptPhase.LOST)
+    lost, mismatched = first(AttemptPhase.LOST), mismatches.found(job, gang)
     stopped = next((rank for rank in gang if rank.stop_reason), None)
     done = [rank for rank in gang if rank.phase is AttemptPhase.SUCCEEDED]
     if len(done) == len(gang):
@@ -364,6 +368,9 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
     elif lost is not None:
         # The others see their connections break, and fail, before anybody knows that a node died.
         outcomes.requeue(state, now, job, lost.reason)
+    elif mismatched is not None:
+        # Of the others some may have seen a connection break, or have been killed as they waited.
+        outcomes.mismatched(state, now, job, _story_of(mismatched))
     elif failed is not None:
         # A rank that a signal ended may be why the others failed, whoever was heard first; but for
         # those that we had killed.

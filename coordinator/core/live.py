@@ -14,11 +14,12 @@ from coordinator.core.phases import GpuPhase, NodePhase
 
 @dataclass(frozen=True, slots=True)
 class StandbyWatch:
-    """Of one attempt (`standby.py`): when its standby moved last, and since when a node fits
-    better."""
+    """Of one attempt (`standby.py`): when its standby moved last, since when a node fits better,
+    and at which nodes no copies of it arrive."""
 
     moved_ms: int | None = None
     better_since_ms: int | None = None
+    failed: tuple[str, ...] = ()
 
 
 # How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).

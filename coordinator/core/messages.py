@@ -118,13 +118,15 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class HeldAttempt:
     """An attempt that a node answers for; `live` until its process has ended. `stuck.py`; `None`:
-    the node does not know. `precopy.py`; `None`: the node does not say."""
+    the node does not know. `precopy.py`; `None`: the node does not say. `copies_failed`: tries in a
+    row in which nothing arrived at its standby."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
     live: bool = True
     stuck: tuple[int, ...] | None = None
     precopy_gain_ms: int | None = None
+    copies_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ decision says only steps are taken, and each by itself has to be worth it:
    worth more there than they all are where they are, less what they are worth where they go. Who
    has to start now to keep a deadline is worth that in any case (`deadlines.py`), and for him all
    may have to leave: the decision counts GPUs by type, and whom it stops may be on several nodes.
-4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are.
+4. Each that is stopped counts, and within an hour no more than `moves_per_hour` are
+   (`stop_bounds.py`).
 5. What somebody was stopped for is promised to him, for as long as those who leave may take to
    save, and not longer: then he is one of many again. Rooms are taken as they are promised, so that
    nothing is promised twice, and of what is free enough is left for those who were granted it and
@@ -26,7 +27,16 @@ The stop is that of a preemption, with a pre-copy.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from coordinator.core import attempts, checkpoints, claims, costs, deadlines, gangs, reserved
+from coordinator.core import (
+    attempts,
+    checkpoints,
+    claims,
+    costs,
+    deadlines,
+    gangs,
+    reserved,
+    stop_bounds,
+)
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
 from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant, Field, competes
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
@@ -40,7 +50,6 @@ from coordinator.core.rooms import Room, Tenant
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
 
-HOUR_MS = 3_600_000
 # Between the last moment of a grace and the start of who waits for it: reports, and a batch.
 SLACK_MS = 30_000
 # However long somebody may take to save: what is kept for a job does nothing meanwhile.
@@ -65,7 +74,7 @@ def make(
 ) -> None:
     """Stop whom the decision has elsewhere, as far as it is worth that. Of those `aside`, over whom
     it does not decide, whoever has to start now may go where others leave for him."""
-    budget = state.options.moves_per_hour - len(state.standing.moves_ms)
+    budget = stop_bounds.left(state)
     plan = _Plan(state, now, field, allocation, aside)
     moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
     if budget <= 0 or not plan.wishes or not (moving or plan.stoppable):
@@ -92,7 +101,7 @@ def send_away(state: State, now: Instant, job: Job, reason: str, node: str) -> N
     copied = job.spec.ranks == 1 and job.spec.replication is not Replication.NONE
     if copied and node not in ("", attempt.node, attempt.replica_node):
         attempt = checkpoints.send_copies_to(state, attempt, node)
-    state.standing.moves_ms.append(now.now_ms)
+    stop_bounds.note(state, now)
     attempts.stop(state, now, attempt, reason, attempts.PRECOPY_PREEMPTION_MS)
 
 

@@ -6,7 +6,7 @@ must see the same queue, or what is explained is not what is decided.
 
 from collections.abc import Iterable, Mapping
 
-from coordinator.core import checkpoints, claims, company, coruns, decisions
+from coordinator.core import checkpoints, claims, company, coruns, decisions, mismatches
 from coordinator.core.model import Job
 from coordinator.core.phases import JobPhase
 from coordinator.core.placement import Need
@@ -51,6 +51,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         leaving=keeps or job.phase is not JobPhase.QUEUED,
         lasts_ms=_lasts_ms(state, job),
         refused=company.refused(state, now, job),
+        alike=mismatches.alike(state, job),
     )
 
 

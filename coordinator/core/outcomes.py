@@ -1,9 +1,10 @@
 """What becomes of a job when a try has ended: success, failure, or another try, and when.
 
 Problem: the same exit status means different things. 143 after a stop request is obedience, 143 out
-of the blue is a failure; 75 says "run me again"; a process that dies at its first line will die
-again. So an ending is judged from the attempt's whole story, in one place, and every verdict is a
-sentence in the job's history. Of a gang all of this happens once, when its last rank has ended
+of the blue is a failure; 75 says "run me again", 76 of a gang that its ranks do not understand one
+another (`mismatches.py`); a process that dies at its first line will die again. So an ending is
+judged from the attempt's whole story, in one place, and every verdict is a sentence in the job's
+history. Of a gang all of this happens once, when its last rank has ended
 (`gangs.py`), and the story is that of the rank that ended it.
 
 Failures in a row without a commit further on are bounded by the job's `max_restarts`; within that
@@ -15,7 +16,7 @@ again: a missing module stays missing.
 
 from dataclasses import replace
 
-from coordinator.core import checkpoints, claims, poison
+from coordinator.core import checkpoints, claims, mismatches, poison
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -42,7 +43,8 @@ def judge(job: Job, attempt: Attempt, body: AttemptExited) -> AttemptPhase:
     if body.exit_code == 0:
         return AttemptPhase.SUCCEEDED
     statuses = {body.exit_code, body.said_exit_code}
-    if attempt.stop_reason or not statuses.isdisjoint(job.spec.run_again_exit_codes):
+    again = not statuses.isdisjoint(job.spec.run_again_exit_codes)
+    if attempt.stop_reason or again or mismatches.told(job, attempt, body):
         return AttemptPhase.YIELDED
     return AttemptPhase.FAILED
 
@@ -59,6 +61,13 @@ def yielded(state: State, now: Instant, job: Job, attempt: Attempt, why: str = A
         return
     job = state.put_job(replace(job, yields=yields))
     retry(state, now, job, f"{why} without having saved anything further")
+
+
+def mismatched(state: State, now: Instant, job: Job, how: str) -> None:
+    """Its ranks did not understand one another, which is counted as nothing."""
+    wait_ms = mismatches.wait_ms(state, job)
+    state.eligible_ms[job.id] = now.now_ms + wait_ms
+    requeue(state, now, job, f"{how}; tried again after {wait_ms / 1000:g} s")
 
 
 def _came_further(job: Job, attempt: Attempt) -> bool:

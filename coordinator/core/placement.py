@@ -74,7 +74,8 @@ class Need:
     been promised that type, and with `on` some of these nodes; and while it is `leaving` another
     place for that, room is kept for it.
     `lasts_ms` is how long it is expected to run, if anybody knows. `refused` are those with whom it
-    does not share a GPU."""
+    does not share a GPU. `alike` are nodes whose ranks understand one another, where that was not
+    so: nobody leaves for it on others (`mismatches.py`)."""
 
     job_id: int
     spec: JobSpec
@@ -89,6 +90,7 @@ class Need:
     leaving: bool = False
     lasts_ms: int | None = None
     refused: tuple[Keep, ...] = ()
+    alike: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,8 @@ def _place_one(
 ) -> tuple[Start | None, list[Displace], str]:
     """Its start, or who has to leave for it and a sentence about that; who can have nothing of the
     type that it was promised is as any other."""
+    if need.alike:
+        return _place_alike(need, rooms, stake_of, ways)
     start = _start(need, rooms)
     if start is not None:
         return start, [], ""
@@ -184,6 +188,22 @@ def _place_one(
     if need.only and not sentence:
         return _place_one(replace(need, only="", on=()), rooms, stake_of, ways)
     return None, victims, sentence
+
+
+def _place_alike(
+    need: Need, rooms: Sequence[Room], stake_of: StakeOf, ways: Known
+) -> tuple[Start | None, list[Displace], str]:
+    """On nodes that are alike, else where nobody has to leave for it."""
+    tries = [replace(need, alike=(), only="", on=nodes) for nodes in need.alike]
+    for one in tries:
+        start = _start(one, rooms)
+        if start is not None:
+            return start, [], ""
+    for one in tries:
+        victims, sentence = _displace(one, rooms, stake_of, ways)
+        if sentence:
+            return None, victims, sentence
+    return _start(replace(need, alike=(), only="", on=()), rooms), [], ""
 
 
 def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
@@ -214,6 +234,7 @@ def request_key(need: Need) -> tuple[object, ...]:
         (spec.shared_gpu_memory_bytes, spec.share_automatic),
         spec.memory_bytes,
         need.avoid,
+        bool(need.alike),
     )
 
 

@@ -198,7 +198,7 @@ def choose(
     ]
     places = [[room] for room in able[:NODES_TRIED_MAX]]
     if need.spec.ranks > 1:
-        places.append(able)
+        places += [[r for r in able if r.offer.node in nodes] for nodes in need.alike] or [able]
     found = [_look(need, within, ends_ms, now) for within in places if within]
     return min((one for one in found if one is not None), key=lambda one: one.cost, default=None)
 

@@ -11,6 +11,7 @@ from coordinator.core import (
     claims,
     costs,
     decisions,
+    mismatches,
     projects,
     readings,
     reservations,
@@ -79,7 +80,7 @@ def decide(state: State, now: Instant) -> None:
                 sentence += lacks + state.standing.notes.get(job_id, "")
             promise = state.standing.promises.get(job_id)
             sentence += promise.note if promise is not None else ""
-            sentence += reserved.describe(state, now, job)
+            sentence += reserved.describe(state, now, job) + mismatches.describe(state, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

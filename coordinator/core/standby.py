@@ -4,7 +4,7 @@ Problem: a handoff is fast when the checkpoint is where the job goes. So each at
 the node that gets its checkpoints. It is chosen as a node that could go on with the job, and then
 the fleet changes: its GPUs are taken by somebody who may not be displaced, it is cordoned, a better
 one comes free. Copies that follow every change would carry whole states about; copies that follow
-none lie where nobody can use them. So the standby moves, in five lines:
+none lie where nobody can use them. So the standby moves, in six lines:
 
 1. A node fits better the sooner it could go on with the job: free GPUs, then such as lower classes
    hold, then such as nobody gives up, then none; a node that takes no work comes last.
@@ -13,6 +13,7 @@ none lie where nobody can use them. So the standby moves, in five lines:
 3. It must have been better for `SETTLED_MS`, so that a gap between two short jobs moves nothing.
 4. A standby stays for `INTERVAL_MS`.
 5. Before a drain or a preemption the copy is needed at once: then only 1 and 2 hold.
+6. Where `COPIES_FAILED_MAX` copies in a row have not arrived, another takes over, if there is one.
 
 The next checkpoint goes to the new one first. Only chunks travel that it lacks, so what is frozen
 travels once.
@@ -29,6 +30,7 @@ from coordinator.core.live import StandbyWalk as Walk
 from coordinator.core.model import CLASS_RANK, SHARED, Attempt, Job, Replication
 from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
+from coordinator.core.sentences import quantity
 from coordinator.core.shares import Hold
 from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import could_hold, suits
@@ -37,6 +39,10 @@ from coordinator.core.validate import could_hold, suits
 SETTLED_MS = 10_000
 # A large state takes a minute over 1 Gbit/s; a standby that moved oftener would never have it all.
 INTERVAL_MS = 60_000
+# With the agent's waits, of half a minute first, that is some two minutes: a restart is no reason.
+COPIES_FAILED_MAX = 3
+# Where none arrived; so many are remembered for an attempt.
+FAILED_MAX = 8
 # Nodes looked at in one tick, by all reviews: five milliseconds, four times a second. Of thousands
 # of nodes each tick looks at some.
 LOOKS_PER_TICK_MAX = 400
@@ -100,7 +106,7 @@ def move(
     stays = watch.moved_ms is not None and now_ms - watch.moved_ms < INTERVAL_MS
     if stays or now_ms - since_ms < SETTLED_MS:
         return replace(watch, better_since_ms=since_ms), None
-    return StandbyWatch(moved_ms=now_ms), found
+    return StandbyWatch(moved_ms=now_ms, failed=watch.failed), found
 
 
 # --- of the state ---------------------------------------------------------------------------------
@@ -111,10 +117,10 @@ def may_be(live: LiveNode) -> bool:
     return live.phase is not NodePhase.LOST and not silent(live.node.power)
 
 
-def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
-    """The standby of a new attempt on `node_id`; empty when the job wants none or no other node is
-    up. It takes long to say how soon a node could go on with the job, so only those are asked that
-    would be the best if it were at once."""
+def choose(state: State, job: Job, node_id: str, rank: int = 0, but: Sequence[str] = ()) -> str:
+    """The standby of an attempt on `node_id`, any `but` these; empty when the job wants none or no
+    such node is up. It takes long to say how soon a node could go on with the job, so only those
+    are asked that would be the best if it were at once."""
     if job.spec.replication is Replication.NONE:
         return ""
     good = state.good_checkpoints(job)
@@ -122,7 +128,7 @@ def choose(state: State, job: Job, node_id: str, rank: int = 0) -> str:
     holders = pieces[rank].replicas if rank < len(pieces) else ()
     hopes = []
     for live in state.nodes.values():
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id:
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id not in (node_id, *but):
             name, load = live.node.id, len(live.attempts)
             closed = live.node.intent is not NodeIntent.OPEN
             sooner = Fit.CLOSED if closed else Fit.FREE
@@ -238,8 +244,27 @@ def aim(state: State, attempt_id: str) -> str:
     present = _present(state, job, attempt.replica_node, attempt.rank)
     if present is not None and present.fit is Fit.FREE:
         return attempt.replica_node  # nobody fits better
-    found = better(present, candidates(state, job, attempt.node, attempt.rank, present))
+    failed = _watch(state, attempt).failed
+    able = candidates(state, job, attempt.node, attempt.rank, present)
+    found = better(present, [each for each in able if each.node not in failed])
     return attempt.replica_node if found is None else found.node
+
+
+def instead(state: State, now: Instant, attempt: Attempt) -> str:
+    """The node that takes over from a standby at which no copies arrive: one where that has not
+    been so, else where that is longest ago, since it may have been mended. Empty where there is no
+    other, or one has just taken over: the agent may not have heard of it yet."""
+    watch, job = _watch(state, attempt), state.jobs[attempt.job_id]
+    if watch.moved_ms is not None and now.now_ms - watch.moved_ms < INTERVAL_MS:
+        return ""
+    others = [name for name in watch.failed if name != attempt.replica_node]
+    failed = *others[1 - FAILED_MAX :], attempt.replica_node
+    chosen = choose(state, job, attempt.node, attempt.rank, failed)
+    while not chosen and len(failed) > 1:
+        failed = failed[1:]
+        chosen = choose(state, job, attempt.node, attempt.rank, failed)
+    state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=failed)
+    return chosen
 
 
 def review(state: State, now: Instant) -> list[tuple[str, str]]:
@@ -278,10 +303,11 @@ def _look(
     with the first that is `_perfect` and has no more copies than the one that the last such walk
     found: in a fleet of thousands with idle nodes that is soon."""
     job = state.jobs[attempt.job_id]
+    closed = (attempt.node, *_watch(state, attempt).failed)
     perfect, few = _perfect(state, job, attempt), state.indices.few_copies.get(_alike(job), 0)
     for looked, live in enumerate(part, start=1):
         walk.place += 1
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id != attempt.node:
+        if live.phase is NodePhase.UP and may_be(live) and live.node.id not in closed:
             asked = candidate(state, job, live, attempt.rank)
             if asked.fit > present.fit and (walk.found is None or asked.rank < walk.found):
                 walk.found = asked.rank
@@ -315,9 +341,13 @@ def _moved(
         few[_alike(job)] = walk.found[-2]
     there = live is not None and live.phase is NodePhase.UP and may_be(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
-    watch = state.standby_watches.get(attempt.id, StandbyWatch())
+    watch = _watch(state, attempt)
     state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)
     return [] if found is None else [(attempt.id, found.node)]
+
+
+def _watch(state: State, attempt: Attempt) -> StandbyWatch:
+    return state.standby_watches.get(attempt.id, StandbyWatch())
 
 
 def _present(state: State, job: Job, node_id: str, rank: int) -> Candidate | None:
@@ -332,5 +362,8 @@ def describe(state: State, job: Job, node_id: str, standby: str) -> str:
     if live is None:
         return ""
     if live.phase is NodePhase.UP and fit(state, job, live) >= Fit.DISPLACING:
-        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go"
+        # There may be one node that is free, and then it is everybody's.
+        others = max(0, state.indices.standbys[standby] - 1)
+        too = f", as do those of {quantity(others, 'other attempt')}" if others else ""
+        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go{too}"
     return f"its checkpoints go to {standby}, which could not take it now"

@@ -6,14 +6,15 @@ restarts; the agents tell the steps that follow from that. Whoever is parted mus
 by the truth, and with room for it elsewhere; whoever is too slow and could go must not stay.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import coruns, history, offers
+from coordinator.core import coruns, history, offers, stop_bounds
 from coordinator.core import messages as m
+from coordinator.core.allocation import Aims
 from coordinator.core.model import (
     Attempt,
     GpuReading,
@@ -26,6 +27,7 @@ from coordinator.core.pairs import COMBINED_RATIO_MIN, KEPT_RATIO_MIN, TRIAL_S
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.rooms import Offer
 from coordinator.core.state import LiveNode, Options, State
+from coordinator.core.stretches import Stretch
 from tests.core.coordinator_checks import check_gpu
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
 
@@ -189,8 +191,12 @@ class World:
         for attempt in self.running():
             stuck = self.too_slow(attempt, -ERROR_RATIO) and self.free() and not state.queued
             others = self.neighbours(attempt)
+            pair = (attempt, *others)
+            # As it was heard, before the last save; ten times that and a beat are no matter.
+            heard = replace(self.rig.now, unix_ms=self.rig.now.unix_ms - 11 * BEAT_MS)
+            stuck = stuck and all(stop_bounds.may_part(state, heard, a) for a in pair)
             measured = [
-                s for a in (attempt, *others) for s in a.stretches
+                s for a in pair for s in a.stretches
                 if s.beside and s.kept_ratio is not None and s.seconds > TRIAL_S + 30
                 and {a.id, *s.beside} == {attempt.id, *(o.id for o in others)}
             ]  # fmt: skip
@@ -256,9 +262,10 @@ def test_who_is_parted_was_too_slow_and_who_is_too_slow_is_parted(
 SLOW: Kept = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0.5, 0.5, 0.9))
 
 
-def two(training: int, kept: Kept = SLOW) -> World:
+def two(training: int, kept: Kept = SLOW, moves_per_hour: int = 60) -> World:
     """One alone for long enough to be known, then its like beside it for as long."""
-    world = World(kept)
+    options = Options(suspect_ms=10**9, lease_ms=10**9, moves_per_hour=moves_per_hour)
+    world = World(kept, Rig(options))
     for _ in range(2):
         world.rig.handle(m.Request(1, m.Submit(spec(training, 8))))
         world.obey()
@@ -278,6 +285,42 @@ def test_two_that_are_too_slow_are_parted_and_not_put_together_again() -> None:
     world.rig.handle(m.Request(1, m.Submit(spec(0, 8))))
     world.obey()
     assert world.neighbours(world.running()[-1]), "who has asked to share does not wait"
+
+
+def test_who_is_parted_counts_among_the_moves() -> None:
+    world = two(0)
+    assert len(world.rig.core.state.standing.moves_ms) == len(world.parted) == 1
+
+
+def test_where_nobody_is_to_be_moved_two_that_are_too_slow_part_after_their_minimum() -> None:
+    """Else both stay slower than need be for as long as they run."""
+    world = two(0, moves_per_hour=0)
+    state = world.rig.core.state
+    assert coruns.too_slow_beside(state, state.jobs[2]) == {1: None}
+    while not stop_bounds.has_run(state, world.rig.now, state.attempts["2.1"]):
+        assert world.parted == []
+        world.beat()
+    for _ in range(11):
+        world.beat()
+    assert world.parted == ["2.1"]
+
+
+def test_a_job_that_is_no_company_for_anybody_is_not_tried_beside_one_after_the_other() -> None:
+    world = two(0)
+    state, now = world.rig.core.state, world.rig.now
+    attempt = state.attempts["2.2"]
+    assert stop_bounds.may_part(state, now, attempt), "it was parted once"
+    stretch = Stretch(("1.1",), 300, 120.0)
+    for epoch in range(3, 3 + stop_bounds.HURRIES_PER_HOUR):
+        attempt = replace(attempt, epoch=epoch, stretches=(stretch,))
+        state.put_attempt(attempt)
+        state.put_job(replace(state.jobs[2], epoch=epoch))
+    assert not stop_bounds.may_part(state, now, attempt)
+    earlier = replace(attempt, assigned_unix_ms=now.unix_ms - 1000 * round(Aims().run_s_min))
+    assert stop_bounds.may_part(state, now, earlier), "it has run for its minimum"
+    later = replace(attempt, assigned_unix_ms=now.unix_ms + stop_bounds.HOUR_MS)
+    now = replace(now, unix_ms=later.assigned_unix_ms + 1)
+    assert stop_bounds.may_part(state, now, later), "the hour is over"
 
 
 def test_two_that_were_parted_stay_so_whatever_others_of_their_names_did() -> None:

@@ -4,6 +4,7 @@ counts once, ports, and parts that are elsewhere."""
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core import mismatches
 from coordinator.core.gangs import by_parts
 from coordinator.core.messages import (
     AgentEvent,
@@ -24,6 +25,7 @@ from coordinator.core.messages import (
     Tick,
 )
 from coordinator.core.model import HostFacts, JobSpec, JobView, Part, Progress
+from coordinator.core.outcomes import YIELDS_MAX
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.rooms import Place
 from coordinator.core.state import ATTEMPTS_SHOWN_MAX
@@ -46,6 +48,13 @@ class Box:
 
     def take(self, event: FromAgent | Request | Tick) -> None:
         self.sent = [e.order for e in self.rig.handle(event) if isinstance(e, Send)]
+
+    def pass_ms(self, ms: int) -> None:
+        """Time in which all nodes are heard."""
+        self.rig.now_ms += ms
+        for number in range(len(self.sequences)):
+            self.take(FromAgent(number, Heartbeat(self.rig.now_ms)))
+        self.take(Tick())
 
     def submit(self, ranks: int) -> list[StartAttempt]:
         self.take(Request(1, Submit(JobSpec(command=("x",), ranks=ranks))))
@@ -74,6 +83,25 @@ def test_a_gang_of_hundreds_is_kept_whole_and_ends_as_one() -> None:
     live = [rank for rank in state.gang(state.jobs[1]) if rank.phase is AttemptPhase.STOPPING]
     assert len(live) == RANKS - 1
     assert state.jobs[1].phase is JobPhase.ACTIVE
+
+
+def test_ranks_that_do_not_understand_one_another_are_tried_as_long_as_that_takes() -> None:
+    """Each node's agent brings the trainers, and an upgrade takes hours. Who leaves with that
+    status for a reason of his own has failed."""
+    box = Box("n0:1", "n1:1")
+    box.submit(2)
+    for epoch in range(1, 2 * YIELDS_MAX):
+        job = box.rig.core.state.jobs[1]
+        assert (job.phase, job.epoch) == (JobPhase.ACTIVE, epoch)
+        for rank in range(2):
+            box.say(f"1.{epoch}.{rank}", AttemptExited(76, reason="upgrade n0"))
+        assert box.rig.core.state.jobs[1].phase is JobPhase.QUEUED
+        box.pass_ms(mismatches.RETRY_MS_FIRST if epoch == 1 else mismatches.RETRY_MS)
+    job = box.rig.core.state.jobs[1]
+    assert (job.phase, job.failures, job.yields) == (JobPhase.ACTIVE, 0, 0)
+    for rank in range(2):
+        box.say(f"1.{job.epoch}.{rank}", AttemptExited(76))
+    assert box.rig.core.state.jobs[1].failures == 1
 
 
 def test_ranks_are_numbered_through_the_nodes() -> None:

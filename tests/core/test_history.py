@@ -106,13 +106,14 @@ def test_a_few_steps_are_no_speed() -> None:
     assert history.seen(rig.core.state, rig.now) == history.History()
 
 
-def test_a_training_that_was_out_of_memory_is_remembered() -> None:
+@pytest.mark.parametrize(("status", "said"), [(12, None), (1, 12)])
+def test_a_training_that_was_out_of_memory_is_remembered(status: int, said: int | None) -> None:
+    """Also below a launcher, whose own status is 1."""
     rig = rig_with_fleet()
     ask(rig, m.Submit(SPEC))
     run(rig, "1.1", step=0, step_s=1)
-    ended = m.AgentEvent(
-        2, UNIX_MS_AT_START + rig.now_ms, "1.1", m.AttemptExited(history.EXIT_OUT_OF_MEMORY)
-    )
+    body = m.AttemptExited(status, said_exit_code=said)
+    ended = m.AgentEvent(2, UNIX_MS_AT_START + rig.now_ms, "1.1", body)
     rig.handle(m.FromAgent(1, ended))
     rig.restart()
     (failed,) = history.seen(rig.core.state, rig.now).too_large

@@ -9,11 +9,12 @@ standby dies, or could not take its copy, up to the next one. Of the ranks of a 
 import pytest
 
 from agent.core import messages as m
+from agent.core import precopy
 from agent.core import state as s
 from agent.core import trainer_messages as t
 from agent.core import values as v
 from agent.core.node import NodeCore
-from agent.core.pipeline import RESTORED_RETRY_MS
+from agent.core.pipeline import COPY_RETRY_MS_MAX, REPLICA_RETRY_MS, RESTORED_RETRY_MS
 from coordinator.core import checkpoints
 from coordinator.core.launch import PeerAddress
 from coordinator.core.messages import (
@@ -110,16 +111,39 @@ def test_a_copy_that_failed_goes_to_the_next_standby() -> None:
 
 def test_a_copy_that_failed_is_tried_again_until_something_is_stored() -> None:
     job = Alone(DEAD)
-    for _ in range(3):
+    for wait_ms in (RESTORED_RETRY_MS, 2 * RESTORED_RETRY_MS, 4 * RESTORED_RETRY_MS):
         assert not copies(job.hear(m.ReplicationFailed("7.2", "aa", "64 transfers are open")))
+        job.now_ms += wait_ms - 1
         assert not copies(job.hear(m.Tick()))
-        job.now_ms += RESTORED_RETRY_MS
+        job.now_ms += 1
         assert copies(job.hear(m.Tick())) == [("aa", "n2")]
     job.hear(m.ReplicationFailed("7.2", "aa", "64 transfers are open"))
     assert copies(job.save()) == [("bb", "n2")]
     job.hear(m.ReplicationDone("7.2", "bb", "n2"))
     job.now_ms += RESTORED_RETRY_MS
     assert not copies(job.hear(m.Tick()))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_each_failure_in_a_row_doubles_the_wait_and_is_told(required: bool) -> None:
+    """Or a full disk is asked every few seconds for as long as it is full, and nobody hears it."""
+    job, waits_ms = Alone(DEAD), []
+    job.order(m.SetReplicaTarget(job.name, PEER, required=required))
+    for failures in range(1, 12):
+        job.hear(m.ReplicationFailed("7.2", "aa", "the disk is full"))
+        (held,) = precopy.held(job.core.state)
+        assert held.copies_failed == failures
+        retry_ms = job.core.state.attempts[job.name].replica_retry_ms
+        assert retry_ms is not None
+        waits_ms.append(retry_ms - job.now_ms)
+        job.now_ms = retry_ms
+        assert copies(job.hear(m.Tick())) == [("aa", "n2")]
+    first_ms = REPLICA_RETRY_MS if required else RESTORED_RETRY_MS
+    assert waits_ms[:3] == [first_ms, 2 * first_ms, 4 * first_ms]
+    assert waits_ms[-1] == COPY_RETRY_MS_MAX
+    job.aim(OTHER)
+    job.hear(m.ReplicationFailed("7.2", "aa", "the disk is full"))
+    assert precopy.held(job.core.state)[0].copies_failed == 0, "of the other there is none yet"
 
 
 def test_a_standby_that_is_named_while_a_copy_is_on_its_way_gets_one_too() -> None:

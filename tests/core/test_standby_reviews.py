@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import standby
-from coordinator.core.messages import Tick
+from coordinator.core.messages import Effect, FromAgent, Heartbeat, Log, Tick
 from coordinator.core.model import Checkpoint, Job
 from coordinator.core.state import LiveNode, Options, State
 from tests.core.test_gpu_health import Fleet
@@ -116,3 +116,37 @@ def test_a_walk_ends_with_the_first_that_nobody_could_surpass(
     idle = [name for name in names if name not in (attempt.node, taken)]
     assert state.attempts[attempt.id].replica_node == idle[-1 if held else 0]
     assert len(looked) == (len(names) - 1 if held else 2)
+
+
+def test_where_copies_do_not_arrive_another_takes_over_and_each_in_turn() -> None:
+    """Safety: one at a time, and none of them again before all others. Liveness: where all have
+    failed they are tried anew, since one may have been mended."""
+    fleet = Fleet(dict.fromkeys(NODES, 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    fleet.submit()
+    state, beats, told = fleet.rig.core.state, 0, []
+
+    def beat(copies_failed: int) -> list[Effect]:
+        nonlocal beats
+        beats += 1
+        (held,) = fleet.held("n1")
+        body = Heartbeat(beats, attempts=(replace(held, copies_failed=copies_failed),))
+        return fleet.rig.handle(FromAgent(fleet.sessions["n1"], body))
+
+    standbys = [state.attempts["1.1"].replica_node]
+    for _ in range(5):
+        assert not logged(beat(standby.COPIES_FAILED_MAX - 1), "standby.failed")
+        told += logged(beat(standby.COPIES_FAILED_MAX), "standby.failed")
+        standbys.append(state.attempts["1.1"].replica_node)
+        assert not logged(beat(standby.COPIES_FAILED_MAX + 1), "standby.failed"), "it has moved"
+        for name in NODES:
+            fleet.rig.now_ms += standby.INTERVAL_MS // len(NODES)
+            fleet.rig.handle(Tick())
+            fleet.hello(name) if name != "n1" else beat(0)
+    assert len(told) == len(standbys) - 1
+    for three in zip(standbys, standbys[1:], standbys[2:], strict=False):
+        assert set(three) == {"n2", "n3", "n4"}
+    assert state.standby_watches["1.1"].failed
+
+
+def logged(effects: list[Effect], name: str) -> list[Log]:
+    return [one for one in effects if isinstance(one, Log) and one.event == name]

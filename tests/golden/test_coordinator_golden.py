@@ -210,6 +210,8 @@ class Scenario:
         if "memory" in words or "cpus" in words:
             memory_bytes = int(words.get("memory", 256)) * GIGABYTE
             speaker.host = HostFacts("box", "", int(words.get("cpus", 8)), memory_bytes)
+        if "version" in words:
+            speaker.host = replace(speaker.host, agent_version=words["version"])
         return Hello(
             name, speaker.journal, f"{name}:7001", speaker.host, speaker.gpus,
             self._held(speaker, words), _listed(words.get("checkpoints", "")),

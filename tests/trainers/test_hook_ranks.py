@@ -111,7 +111,7 @@ def test_where_all_is_torn_every_rank_starts_from_the_beginning(
 def test_where_one_rank_is_left_alone_all_are(host: forking.Host, tmp_path: Path) -> None:
     """What ranks decide together would wait for it for ever; so would hooks of two versions."""
     (first, first_err), (second, second_err) = play(host, "alone", tmp_path)
-    assert first == second == {"statuses": [75, 1], "done": True, "handed_over_count": 0}
+    assert first == second == {"statuses": [76, 76], "done": True, "handed_over_count": 0}
     spoken = f"speak different protocols, {versions.PROTOCOL} on n1, {versions.PROTOCOL + 1} on n2"
     for err in (first_err, second_err):
         assert f"the hooks of this job's ranks {spoken}: upgrade the agent on n1\n" in err

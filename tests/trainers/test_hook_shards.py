@@ -244,6 +244,28 @@ def test_a_best_one_that_lacks_a_part_is_not_laid_out(
     assert f"{INDEX} names __1_0.distcp, which is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_best_one_of_deepspeed_that_lacks_a_part_is_not_laid_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: int
+) -> None:
+    """It writes no list of its shards, so those of the later one say what there has to be."""
+    restored, output = restored_with_best(tmp_path), tmp_path / "output"
+    best = restored.path / resume.BEST_NAME / "checkpoint-3"
+    names = ["mp_rank_00_model_states.pt"]
+    names += [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)]
+    for folder in (restored.path / "global_step6", best / "global_step3"):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(b"\x80")
+    resume.lay_out(restored, tmp_path / "whole")
+    assert (tmp_path / "whole/checkpoint-3").is_dir()
+    (best / "global_step3" / names[lost]).unlink()
+    resume.lay_out(restored, output)
+    assert [path.name for path in output.iterdir()] == ["checkpoint-6"]
+    sentence = f"checkpoint-3 was restored, and is no use: {names[lost]} is missing"
+    assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("lost", [shard(1), ""])
 def test_no_checkpoint_is_lost_over_the_best_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], lost: str

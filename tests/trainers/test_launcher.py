@@ -10,7 +10,7 @@ from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent
 from tests.trainers.gang import Host
 from tests.trainers.test_ranks import PLAIN, RANDOM, SAVED, STEPS
-from trainers import checkpoint, launcher, ranges, ranks
+from trainers import checkpoint, launcher, ranges, ranks, start
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -130,6 +130,17 @@ def test_no_rank_leaves_before_the_checkpoint_of_all_is_stored(
         assert (stopped["checkpoint_step"], stopped["stored"]) == (3, stores)
     assert agent.expect("checkpoint")["step"] == 3
     assert agent.expect("leaving")["status"] == 75, "which the launcher makes a 1 of"
+
+
+def test_ranks_that_are_out_of_memory_say_so_of_the_status_of_their_launcher(
+    agent: FakeAgent, host: Host, tmp_path: Path
+) -> None:
+    full = {**PLAIN, "full_rank": 1, "full_from": 1, "fitting": 0}
+    found = host.run(2, [told_by(agent, tmp_path)] * 2, **full)
+    assert [rank.status for rank in found] == [start.EXIT_OUT_OF_MEMORY] * 2, found[0].err
+    word = agent.expect("leaving")
+    assert word["status"] == start.EXIT_OUT_OF_MEMORY, "which the launcher makes a 1 of"
+    assert "with a single sample on each rank" in word["reason"]
 
 
 def test_what_one_rank_cannot_write_none_has_written(

@@ -56,7 +56,7 @@ def maybe(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 METRICS = st.dictionaries(TEXT, RATIO, max_size=3).map(lambda d: tuple(sorted(d.items())))
 PIDS = many(st.integers(1, 2**22))
 HELD = st.builds(
-    am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans(), maybe(PIDS), maybe(DURATION_MS)
+    am.HeldAttempt, ATTEMPT, many(TEXT), st.booleans(), maybe(PIDS), maybe(DURATION_MS), SMALL
 )
 SECONDS = st.floats(0, 1e9)
 TRAINER_TIME = st.builds(at.TrainerTime, SECONDS, SECONDS, SECONDS, SECONDS, SECONDS)

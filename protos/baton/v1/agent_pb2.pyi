@@ -248,9 +248,14 @@ class HeldAttempt(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     STUCK_FIELD_NUMBER: _builtins.int
     PRECOPY_GAIN_FIELD_NUMBER: _builtins.int
+    COPIES_FAILED_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     live: _builtins.bool
     """False once its process has ended and only its last events wait to be acknowledged."""
+    copies_failed: _builtins.int
+    """Tries in a row in which no copy of its checkpoint arrived at its standby. 0, also from an older
+    agent: the last one did, or none was made; so it is of a shared directory, too.
+    """
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -272,10 +277,11 @@ class HeldAttempt(_message.Message):
         live: _builtins.bool = ...,
         stuck: Global___StuckProcesses | None = ...,
         precopy_gain: _duration_pb2.Duration | None = ...,
+        copies_failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "gpu_uuids", b"gpu_uuids", "live", b"live", "precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "copies_failed", b"copies_failed", "gpu_uuids", b"gpu_uuids", "live", b"live", "precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

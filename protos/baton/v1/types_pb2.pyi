@@ -739,7 +739,9 @@ class Attempt(_message.Message):
     node: _builtins.str
     phase: Global___AttemptPhase.ValueType
     exit_code: _builtins.int
-    """Absent while it runs, and when a signal ended it."""
+    """Absent while it runs, and when a signal ended it. Below a launcher, what its trainer said that
+    it left with.
+    """
     signal: _builtins.int
     """Absent unless a signal ended it."""
     reason: _builtins.str

@@ -216,8 +216,9 @@ def lay_out(restored: Found, output_directory: Path) -> None:
     output_directory.mkdir(parents=True, exist_ok=True)
     for target, source in sources.items():
         # A whole one was verified, and may be of a script's own kind.
-        wrong = torn.problem(source)
-        if wrong and restored.path.name == _TOGETHER_NAME:
+        wrong, together = torn.problem(source), restored.path.name == _TOGETHER_NAME
+        wrong = wrong or (torn.lacking(source, restored.path) if together else "")
+        if wrong and together:
             # Of the best one a rank may have had nothing; Trainer raises over what it cannot load.
             say(f"{source.name} was restored, and is no use: {wrong}")
             continue

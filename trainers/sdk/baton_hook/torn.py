@@ -52,6 +52,7 @@ _TORCH_FILE = re.compile(
 )
 _SHARD = re.compile(rb"__\d+_\d+\.distcp")
 _SHARDS = "*.distcp"
+_DEEPSPEED = "global_step*/*"
 _WEIGHTS = re.compile(r"(model|adapter_model|pytorch_model).*\.(safetensors|bin)")
 
 
@@ -159,6 +160,18 @@ def _check_shards(folder: Path) -> None:
         if not path.is_file():
             raise Torn(f"{folder.name}/{SHARDS_INDEX_NAME} names {name}, which is missing")
         _check_torch(path)
+
+
+def lacking(directory: Path, other: Path) -> str:
+    """What of DeepSpeed's `directory` lacks that `other` has, a checkpoint of the same training:
+    whatever has been put together of parts may lack one, and DeepSpeed writes no list of them."""
+    here = _deepspeed_names(directory)
+    missing = [name for name in _deepspeed_names(other) if name not in here]
+    return f"{missing[0]} is missing" if missing else ""
+
+
+def _deepspeed_names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob(_DEEPSPEED))
 
 
 def _check_safetensors(path: Path) -> None:

@@ -446,12 +446,12 @@ def _all_of_ranks(args: Any, ours: bool) -> bool:
     node = os.environ.get("BATON_NODE", "")
     assert _program.session is not None
     if highest == versions.UNNUMBERED:
-        # It waits for us in what comes next, and is ended at once where another rank has failed.
-        _end(_program.session, 1, versions.unnumbered(node))
+        # It waits for us in what comes next, and is ended at once where another rank says this.
+        _end(_program.session, versions.EXIT_PROTOCOL, versions.unnumbered(node))
     words = states.gather(sys.modules["torch"], args.device, versions.second_word(node))
     if wrong := versions.problem(words):
         # An upgrade under way is no failure of the job's, nor of its checkpoint.
-        _end(_program.session, baton_sdk.EXIT_RUN_AGAIN, wrong)
+        _end(_program.session, versions.EXIT_PROTOCOL, wrong)
     return True
 
 

@@ -8,8 +8,8 @@ How: the protocol has a number, and the first collective of a call of `train`, b
 are left alone are found since the first hook, carries it: a number, of which the highest of all
 ranks counts. One that is left alone says 1, and hooks from before the numbers say 0, so what is
 below 0 are numbers alone. Then each says its number and its node, and where they differ all leave
-with the same sentence, to be run again. These two steps, and the form of what is said in them, stay
-as they are in every later protocol.
+with the same sentence and a status of its own, to be run again for as long as that takes. These two
+steps, and the form of what is said in them, stay as they are in every later protocol.
 """
 
 import json
@@ -18,6 +18,9 @@ from collections.abc import Sequence
 PROTOCOL = 1
 """What ranks tell each other, in which order and form (`trainer`, `agreement`, `shards`,
 `states`). One higher with each change of that."""
+
+EXIT_PROTOCOL = 76
+"""EX_PROTOCOL of sysexits.h, as of the built-in trainers: no failure of the job's."""
 
 LEFT_ALONE = 1
 UNNUMBERED = 0

@@ -312,8 +312,8 @@ class Session:
     def leaving(self, status: int, reason: str = "") -> None:
         """Say with what status this process will end, and why in one sentence. A launcher above it
         has a status of its own for workers that left with any: of torchrun's 1 the agent knows then
-        that it was ``EXIT_RUN_AGAIN``, and the reason stands in the job's history. Of the status
-        eight bits count, as for exit(3).
+        that it was ``EXIT_RUN_AGAIN``, say, and the reason stands in the job's history. Of the
+        status eight bits count, as for exit(3).
 
         To be said last, and only where all processes below the launcher leave for this reason:
         which of them the launcher's status is about, nobody can tell.
