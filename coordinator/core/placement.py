@@ -45,7 +45,7 @@ from coordinator.core.displacement import (
 from coordinator.core.fragmentation import Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, open_room
+from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, of_type, open_room
 from coordinator.core.shares import alone
 from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.why_here import faster, where
@@ -253,9 +253,8 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
         if spread is not None or need.only:
             return spread
     if need.types and not need.only:
-        others = [room for room in rooms if room.offer.node != need.avoid]
-        holds = [room for room in others if room.offer.node in need.replicas]
-        near = [room for room in others if room.offer.node in need.near]
+        others = [r for r in rooms if r.offer.node != need.avoid] if need.avoid else rooms
+        holds, near = _at(need.replicas, others), _at(need.near, others)
         fastest = max(speed for _, speed in need.types)
         quick = [name for name, speed in need.types if speed >= NEAR_SPEED_RATIO * fastest]
         tries = [(some, name) for some in (holds, near) if some for name in quick]
@@ -264,6 +263,10 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
             if spread is not None:
                 return spread
     return _search(need, rooms)
+
+
+def _at(nodes: Sequence[str], rooms: Sequence[Room]) -> list[Room]:
+    return [room for room in rooms if room.offer.node in nodes] if nodes else []
 
 
 def _own(need: Need) -> Need:
@@ -279,9 +282,8 @@ def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
 
 
 def _promised(need: Need, rooms: Sequence[Room]) -> Sequence[Room]:
-    if need.on:
-        rooms = [room for room in rooms if room.offer.node in need.on]
-    return [room for room in rooms if room.has_type(need.only)] if need.only else rooms
+    rooms = _at(need.on, rooms) if need.on else rooms
+    return of_type(rooms, need.only) if need.only else rooms
 
 
 def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
@@ -289,16 +291,16 @@ def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
     it fits: so rooms are asked in that order, and of a large fleet most are not."""
     spec = need.spec
     hopes = [room for room in rooms if len(room.free) >= spec.gpus]  # by name
-    hopes.sort(key=lambda room: _left(spec, room, 1))
+    hopes.sort(key=lambda room: len(room.free) if spec.gpus else -room.slots)
     if need.avoid or need.replicas or need.near:
         hopes.sort(key=lambda room: _far(need, room))
     found: list[Offered] = []
     for room in hopes:
         if found and _far(need, room) != _far(need, found[0][0]):
             break
-        shares = room.takes(spec, need.only)
-        if shares:
-            found.append((room, Answer(shares)))
+        answer = room.answer(spec, need.only)
+        if answer.ranks:
+            found.append((room, answer))
             if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
                 break
     if not found:

@@ -114,10 +114,6 @@ class Room:
     whole_box: Box | None = field(default=None, compare=False)
     stock: "Stock | None" = field(default=None, compare=False)
 
-    def has_type(self, gpu_type: str) -> bool:
-        """Whether any of its GPUs, free or not, is of that type."""
-        return gpu_type in self.by_type().counts
-
     def by_type(self) -> "Stock":
         if self.stock is None:
             self.stock = stock_of(self.offer.gpus)
@@ -304,6 +300,11 @@ class Room:
         return Room(
             self.offer, free, memory_bytes, slots, holds=holds, alone=self.alone, mix=self.mix
         )
+
+
+def of_type(rooms: Sequence[Room], gpu_type: str) -> list[Room]:
+    """Those with a GPU, free or not, of that type."""
+    return [room for room in rooms if gpu_type in (room.stock or room.by_type()).counts]
 
 
 def _type_of(gpu: GpuFacts) -> str:
