@@ -49,10 +49,15 @@ class KnownRates:
     name: str
 
 
+# Types, how many GPUs, and whether it computes in half precision.
+FactsRequest = tuple[tuple[str, ...], int, bool]
+
+
 @dataclass(slots=True)
 class Speeds:
     """What the fleet has seen, as it was looked at last (`speeds.py`). `typical_s` is for how long
-    jobs of a project have run, on the GPUs that they asked for."""
+    jobs of a project have run, on the GPUs that they asked for; `by_facts` what facts and
+    `knowledge` say of whom nothing is measured."""
 
     seen_ms: int | None = None
     learned_ms: int | None = None
@@ -61,6 +66,7 @@ class Speeds:
     by_family: dict[str, list[Observation]] = field(default_factory=dict)
     typical_s: dict[str, float] = field(default_factory=dict)
     known: dict[tuple[int, str], KnownRates] = field(default_factory=dict)
+    by_facts: dict[FactsRequest, Rates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
