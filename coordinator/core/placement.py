@@ -208,7 +208,7 @@ def request_key(need: Need) -> tuple[object, ...]:
     """Equal for jobs that fit where the other does."""
     spec = need.spec
     return (
-        (spec.job_class, need.lent),
+        (CLASS_RANK[spec.job_class], need.lent),
         spec.ranks,
         spec.gpus,
         spec.gpu_types,

@@ -122,6 +122,18 @@ class Room:
             self.stock = stock_of(self.offer.gpus)
         return self.stock
 
+    def suiting(self, spec: JobSpec) -> tuple[int, int]:
+        """How many of its GPUs would do for a job: of those that are free, and of all."""
+        kinds = self.by_type().kinds
+        suited = [kind for kind, gpu in kinds.items() if suits(spec, gpu)]
+        if not suited or len(suited) == len(kinds):  # as on nearly all nodes
+            return (len(self.free), len(self.offer.gpus)) if suited else (0, 0)
+        free, there = (
+            sum((gpu.name, gpu.memory_bytes) in suited for gpu in gpus)
+            for gpus in (self.free.values(), self.offer.gpus)
+        )
+        return free, there
+
     def types_of(self, uuids: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
 
