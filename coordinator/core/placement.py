@@ -26,9 +26,9 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
+from itertools import islice
 
 from coordinator.core.displacement import (
     NOBODY,
@@ -62,8 +62,9 @@ NEAR_SPEED_RATIO = 0.5
 
 
 Offered = tuple[Room, Answer]
-# What counts before what others lose by it, and after that; no two nodes' are equal.
-Tightness = tuple[tuple[bool, bool, bool, int], tuple[int, int, str]]
+# Shunned, far from its checkpoint and from most of it, how many it opens; what others lose comes
+# between these and its fit, and what is left.
+Tightness = tuple[bool, bool, bool, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,13 +327,13 @@ def _fewest_nodes(need: Need, offered: Sequence[Offered]) -> Spread | None:
         by_count.setdefault(len(one[1].ranks), []).append(one)
     for count, some in by_count.items():
         most = WEIGHED_MAX + need.spec.ranks
-        by_count[count] = [one for _, one in _foremost(need, some, count, most)]
+        by_count[count] = _by_name(one for _, one in _foremost(need, some, count, most))
     chosen: Spread = []
     left = need.spec.ranks
     while left:
         enough = [each for count, some in by_count.items() if count >= left for each in some]
         if enough:
-            chosen.append(_tightest(need, enough, left))
+            chosen.append(_tightest(need, _by_name(enough), left))
             break
         if not by_count:
             return None
@@ -344,12 +345,17 @@ def _fewest_nodes(need: Need, offered: Sequence[Offered]) -> Spread | None:
     return sorted(chosen, key=lambda pair: pair[0].offer.node)
 
 
+def _by_name(offered: Iterable[Offered]) -> list[Offered]:
+    return sorted(offered, key=lambda pair: pair[0].offer.node)
+
+
 def _tightest(
     need: Need, offered: Sequence[Offered], ranks: int
 ) -> tuple[Room, list[tuple[str, ...]]]:
     def tightness(pair: tuple[Tightness, Offered]) -> tuple[object, ...]:
-        (first, then), (room, answer) = pair
-        return first, room.increase(need.spec, answer.ranks[:ranks]), then
+        tight, (room, answer) = pair
+        increase = room.increase(need.spec, answer.ranks[:ranks])
+        return tight[:4], increase, tight[4:], room.offer.node
 
     _, (room, answer) = min(_foremost(need, offered, ranks, WEIGHED_MAX), key=tightness)
     return room, answer.ranks[:ranks]
@@ -357,22 +363,18 @@ def _tightest(
 
 def _foremost(
     need: Need, offered: Sequence[Offered], ranks: int, most: int
-) -> list[tuple[Tightness, Offered]]:
-    """Those that would be the tightest if nobody asked what others lose by it. Who is near and has
-    not got the last checkpoint has most of it from those before."""
+) -> Iterator[tuple[Tightness, Offered]]:
+    """Those that would be the tightest if nobody asked what others lose by it, of equal ones the
+    first by name, as they are `offered`. Who is near and has not got the last checkpoint has most
+    of it from those before."""
     gpus, replicas, near = ranks * need.spec.gpus, need.replicas, need.near
-    weighed = [
-        (
-            (
-                (shuns, room.offer.node not in replicas, room.offer.node not in near, opens),
-                (fit, len(room.free) - gpus if gpus else -room.slots, room.offer.node),
-            ),
-            one,
-        )
-        for one in offered
-        for room, (_, shuns, opens, fit) in (one,)
-    ]
-    return nsmallest(most, weighed) if len(weighed) > most else weighed
+    alike: dict[Tightness, list[Offered]] = {}
+    for one in offered:
+        room, (_, shuns, opens, fit) = one
+        node, left = room.offer.node, len(room.free) - gpus if gpus else -room.slots
+        tight = (shuns, node not in replicas, node not in near, opens, fit, left)
+        alike.setdefault(tight, []).append(one)
+    return islice(((tight, one) for tight in sorted(alike) for one in alike[tight]), most)
 
 
 def _far(need: Need, room: Room) -> tuple[bool, bool, bool]:
