@@ -16,7 +16,8 @@ What one is in terms of the other is said here, and nowhere else:
 - Jobs without GPUs and others that share one are no contenders: placement alone decides over them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.core import costs, gpu_types, speeds, workload
@@ -24,6 +25,7 @@ from coordinator.core.allocation import Contender, Option
 from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobIntent, JobSpec
 from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.rooms import Room
 from coordinator.core.speeds import Allowance
 from coordinator.core.standing import Fleet, Rates
 from coordinator.core.state import Instant, State
@@ -62,24 +64,28 @@ def competes(spec: JobSpec) -> bool:
 
 
 def fleet_of(state: State) -> Fleet:
-    """GPUs of open nodes that may get work, whoever has them. Of a node that has not changed since
-    the last pass, nothing is looked through again (`kept_rooms.py`)."""
+    """GPUs of open nodes that may get work, whoever has them; looked through again only when nodes
+    have come, gone or changed (`kept_rooms.py`)."""
+    rooms, kinds = open_rooms(state), len(state.indices.kinds)
+    known = state.rooms.fleet
+    if known is None or known.kinds != kinds:
+        known = state.rooms.fleet = _fleet(rooms, kinds)
+    return known
+
+
+def _fleet(rooms: Sequence[Room], kinds: int) -> Fleet:
     facts: dict[str, dict[tuple[str, int], GpuFacts]] = {}
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, Counter[int]] = {}
     type_of: dict[str, str] = {}
-    for room in open_rooms(state):
+    for room in rooms:
         stock = room.by_type()
         type_of.update(stock.type_of)
         for kind, gpu in stock.kinds.items():
             facts.setdefault(gpu_types.key_of(*kind), {}).setdefault(kind, gpu)
         for gpu_type, count in stock.counts.items():
-            counts.setdefault(gpu_type, []).append(count)
-    return Fleet(
-        {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())},
-        {gpu_type: tuple(some) for gpu_type, some in sorted(counts.items())},
-        type_of,
-        len(state.indices.kinds),
-    )
+            counts.setdefault(gpu_type, Counter())[count] += 1
+    kinds_of = {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())}
+    return Fleet(kinds_of, dict(sorted(counts.items())), type_of, kinds)
 
 
 def types_for(spec: JobSpec, fleet: Fleet) -> tuple[str, ...]:
@@ -88,7 +94,7 @@ def types_for(spec: JobSpec, fleet: Fleet) -> tuple[str, ...]:
         gpu_type
         for gpu_type, counts in fleet.counts.items()
         if any(suits(spec, gpu) for gpu in fleet.facts[gpu_type])
-        and sum(count // spec.gpus for count in counts) >= spec.ranks
+        and sum(count // spec.gpus * nodes for count, nodes in counts.items()) >= spec.ranks
     )
 
 
@@ -120,7 +126,7 @@ def field_of(
         entrants.append(entrant)
         if at:
             held.update(dict.fromkeys(u for rank in state.gang(job) for u in rank.gpu_uuids))
-    capacity = {gpu_type: sum(counts) for gpu_type, counts in fleet.counts.items()}
+    capacity = {gpu_type: sum(counts.elements()) for gpu_type, counts in fleet.counts.items()}
     for live in state.nodes.values():
         # Whoever holds a GPU is an attempt of the node, or a stray.
         for uuid, gpu in live.gpus.items() if live.attempts or live.strays else ():

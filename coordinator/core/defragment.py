@@ -46,7 +46,7 @@ from coordinator.core.keeps import hidden
 from coordinator.core.model import CLASS_RANK, Job
 from coordinator.core.offers import open_rooms
 from coordinator.core.placement import Need, find, keep_free, keep_room, kept_from, request_key
-from coordinator.core.rooms import Place, Room, Tenant
+from coordinator.core.rooms import Place, Room, Tenant, of_type
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.standing import Promise
 from coordinator.core.state import Instant, State
@@ -196,8 +196,8 @@ class _Round:
         one = Need(job.id, replace(job.spec, ranks=1), only=gpu_type)
         able = [
             room
-            for room in self.rooms
-            if room.has_type(gpu_type) and (job.spec.ranks == 1 or room.offer.gangs)
+            for room in of_type(self.rooms, gpu_type)
+            if job.spec.ranks == 1 or room.offer.gangs
         ]
         found: list[Move] = []
         places: list[Place] = []

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Room, Tenant
+from coordinator.core.rooms import Room, Tenant, able
 
 # Rooms and the GPUs that ranks of one job get there; ranks count through them in this order.
 Spread = list[tuple[Room, list[tuple[str, ...]]]]
@@ -103,8 +103,10 @@ def find_way(
         key, now = (request, room.offer.node), (room.version, room.alone)
         before = known.least.get(key)
         if before is None or before[0] != now:
-            before = now, _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
-            known.least[key] = before
+            least = None  # where nobody leaves it does not fit: that was asked before
+            if any(one.stopping or givers.may_leave(one) for one in room.tenants.values()):
+                least = _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
+            before = known.least[key] = now, least
         if before[1] is not None:
             found.append(before[1])
     if spec.ranks > 1:
@@ -242,7 +244,13 @@ class _Tally:
         self._rooms = rooms
         self._gone: dict[str, None] = {}
         self._places = {room.offer.node: index for index, room in enumerate(rooms)}
-        self._counts = [self._known_count(index) for index in range(len(rooms))]
+        now = {room.offer.node: len(answer.ranks) for room, answer in able(rooms, spec, gpu_type)}
+        self._counts = [
+            self._known_count(index)
+            if any(tenant.stopping for tenant in room.tenants.values())
+            else now.get(room.offer.node, 0)
+            for index, room in enumerate(rooms)
+        ]
         self._total = sum(self._counts)
 
     @property

@@ -16,6 +16,7 @@ from coordinator.core.keeps import Keep
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
 from coordinator.core.pairs import Lessons, Sharers
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, NodeIntent
+from coordinator.core.standby_order import StandbyOrder
 
 # Memory and cores of the host, and of each GPU name and memory.
 Kind = tuple[int, int, tuple[tuple[str, int], ...]]
@@ -38,7 +39,8 @@ class Indices:
     training goes last, `known_alone` whether it is known of one how fast he is without company, and
     `refusals` who is no company for whom (`company.py`), as long as nothing of that has changed.
     `arrays`: their trials, and who of them is behind. `standbys`: how many open attempts send their
-    copies to a node; `few_copies`, by what jobs ask for, that number of the standby found last."""
+    copies to a node; `few_copies`, by what jobs ask for, that number of the standby found last;
+    `standby_order`: in which jobs ask nodes for that."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Indices:
     arrays: Arrays = field(default_factory=Arrays)
     standbys: Counter[str] = field(default_factory=Counter)
     few_copies: dict[object, int] = field(default_factory=dict)
+    standby_order: StandbyOrder = field(default_factory=StandbyOrder)
     _standby_of: dict[str, str] = field(default_factory=dict)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class Indices:
         """After its intent or what it consists of may have changed."""
         _put(self.draining, node.id, member=node.intent is NodeIntent.DRAINING)
         _put(self.switched, node.id, member=node.power.phase is not Power.ON)
+        self.standby_order.touch(node.id)
         known = self._facts.get(node.id)
         if known is not None and known[0] is node.host and known[1] is node.gpus:
             return  # as after each of its events
@@ -77,6 +81,7 @@ class Indices:
     def drop_node(self, node_id: str) -> None:
         for index in (self.draining, self.switched, self.keep_changed):
             index.pop(node_id, None)
+        self.standby_order.touch(node_id)
         self._forget_company()
         self._drop_kind(node_id)
 
@@ -91,12 +96,15 @@ class Indices:
     def put_attempt(self, attempt: Attempt) -> None:
         """After its phase may have changed."""
         self._forget_company()
+        self.standby_order.touch(attempt.node)
         _put(self.open_attempts, attempt.id, member=attempt.phase not in ATTEMPT_ENDED)
         _put(self.unreachable, attempt.id, member=attempt.phase is AttemptPhase.UNREACHABLE)
         self._count_standby(attempt.id, attempt.replica_node * (attempt.phase not in ATTEMPT_ENDED))
 
     def _count_standby(self, attempt_id: str, node_id: str) -> None:
         before = self._standby_of.pop(attempt_id, "")
+        for node in (before, node_id) if before != node_id else ():
+            self.standby_order.touch(node)
         if before:
             self.standbys[before] -= 1
             if not self.standbys[before]:

@@ -13,17 +13,20 @@ from collections.abc import Iterator, Mapping
 
 from coordinator.core.fragmentation import Mix
 from coordinator.core.rooms import Offer, Room, open_room
+from coordinator.core.standing import Fleet
 
 
 class KeptRooms:
     """`stale` are the nodes whose offer may have changed since they were put here; `recallable` the
     jobs that give way within their class in the last pass. `fits` is how soon a node could go on
-    with a request (`standby.py`), of those that were asked since they changed."""
+    with a request (`standby.py`), of those that were asked since they changed. `fleet` is what all
+    GPUs here come to (`contenders.py`), until others are here."""
 
     def __init__(self) -> None:
         self.stale: dict[str, None] = {}
         self.fits: dict[str, dict[object, int]] = {}
         self.recallable: Mapping[int, None] = {}
+        self.fleet: Fleet | None = None
         self._rooms: dict[str, Room] = {}
         self._by_name: list[Room] | None = None
         self._positions: dict[str, int] = {}
@@ -47,7 +50,7 @@ class KeptRooms:
     def drop(self, node: str) -> None:
         """It takes no work now."""
         if self._rooms.pop(node, None) is not None:
-            self._by_name = None
+            self._by_name = self.fleet = None
 
     def forget(self, node: str) -> None:
         """There is no such node any more."""
@@ -70,7 +73,12 @@ class KeptRooms:
 
     def _keep(self, room: Room) -> None:
         node = room.offer.node
-        if self._by_name is not None and node in self._rooms:
+        before = self._rooms.get(node)
+        if before is not None and before.offer.gpus == room.offer.gpus:
+            room.stock = before.stock
+        else:
+            self.fleet = None
+        if self._by_name is not None and before is not None:
             self._by_name[self._positions[node]] = room
         else:
             self._by_name = None

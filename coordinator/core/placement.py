@@ -26,9 +26,9 @@ The order by class first and never by weights follows from the invariant that no
 waits for a spare one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import nsmallest
+from itertools import islice
 
 from coordinator.core.displacement import (
     NOBODY,
@@ -45,7 +45,7 @@ from coordinator.core.displacement import (
 from coordinator.core.fragmentation import Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
-from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, open_room
+from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, able, of_type, open_room
 from coordinator.core.shares import alone
 from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.why_here import faster, where
@@ -62,6 +62,9 @@ NEAR_SPEED_RATIO = 0.5
 
 
 Offered = tuple[Room, Answer]
+# Shunned, far from its checkpoint and from most of it, how many it opens; what others lose comes
+# between these and its fit, and what is left.
+Tightness = tuple[bool, bool, bool, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +229,7 @@ def request_key(need: Need) -> tuple[object, ...]:
     """Equal for jobs that fit where the other does."""
     spec = need.spec
     return (
-        (spec.job_class, need.lent),
+        (CLASS_RANK[spec.job_class], need.lent),
         spec.ranks,
         spec.gpus,
         spec.gpu_types,
@@ -274,9 +277,8 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
         if spread is not None or need.only:
             return spread
     if need.types and not need.only:
-        others = [room for room in rooms if room.offer.node != need.avoid]
-        holds = [room for room in others if room.offer.node in need.replicas]
-        near = [room for room in others if room.offer.node in need.near]
+        others = [r for r in rooms if r.offer.node != need.avoid] if need.avoid else rooms
+        holds, near = _at(need.replicas, others), _at(need.near, others)
         fastest = max(speed for _, speed in need.types)
         quick = [name for name, speed in need.types if speed >= NEAR_SPEED_RATIO * fastest]
         tries = [(some, name) for some in (holds, near) if some for name in quick]
@@ -285,6 +287,10 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
             if spread is not None:
                 return spread
     return _search(need, rooms)
+
+
+def _at(nodes: Sequence[str], rooms: Sequence[Room]) -> list[Room]:
+    return [room for room in rooms if room.offer.node in nodes] if nodes else []
 
 
 def _own(need: Need) -> Need:
@@ -300,109 +306,101 @@ def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
 
 
 def _promised(need: Need, rooms: Sequence[Room]) -> Sequence[Room]:
-    if need.on:
-        rooms = [room for room in rooms if room.offer.node in need.on]
-    return [room for room in rooms if room.has_type(need.only)] if need.only else rooms
+    rooms = _at(need.on, rooms) if need.on else rooms
+    return of_type(rooms, need.only) if need.only else rooms
 
 
 def first_that_takes(need: Need, rooms: Sequence[Room]) -> Spread | None:
     """Of a job of one rank how near and how tight it would be is known before it is known whether
     it fits: so rooms are asked in that order, and of a large fleet most are not."""
-    spec = need.spec
+    spec, prefers = need.spec, bool(need.avoid or need.replicas or need.near)
     hopes = [room for room in rooms if len(room.free) >= spec.gpus]  # by name
-    hopes.sort(key=lambda room: _left(spec, room, 1))
-    if need.avoid or need.replicas or need.near:
+    hopes.sort(key=lambda room: len(room.free) if spec.gpus else -room.slots)
+    if prefers:
         hopes.sort(key=lambda room: _far(need, room))
     found: list[Offered] = []
-    for room in hopes:
-        if found and _far(need, room) != _far(need, found[0][0]):
+    for room, answer in able(hopes, spec, need.only):
+        if prefers and found and _far(need, room) != _far(need, found[0][0]):
             break
-        shares = room.takes(spec, need.only)
-        if shares:
-            found.append((room, Answer(shares)))
-            if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
-                break
-    if not found:
-        return None
-    room, answer = min(found, key=lambda pair: _tightness(need, *pair))
-    return [(room, answer.ranks)]
+        found.append((room, answer))
+        if room.mix is None or not room.mix.total or len(found) >= WEIGHED_MAX:
+            break
+    return [_tightest(need, found, 1)] if found else None
 
 
 def best_of_all(need: Need, rooms: Sequence[Room]) -> Spread | None:
-    answers = [(room, room.answer(need.spec, need.only, need.shunned)) for room in rooms]
-    able = [offered for offered in answers if offered[1].ranks]
-    others = [offered for offered in able if offered[0].offer.node != need.avoid]
-    for usable in (others, able):
+    offered = list(able(rooms, need.spec, need.only, need.shunned))
+    others = [one for one in offered if one[0].offer.node != need.avoid] if need.avoid else offered
+    for usable in (others, offered):
         spread = _fewest_nodes(need, usable)
         if spread is not None:
             return spread
     return None
 
 
-def _fewest_nodes(need: Need, able: Sequence[Offered]) -> Spread | None:
+def _fewest_nodes(need: Need, offered: Sequence[Offered]) -> Spread | None:
     """The fullest offers first; what is then left goes where it fits tightest. No smaller number of
     nodes has as many places."""
+    if need.spec.ranks == 1:
+        return [_tightest(need, offered, 1)] if offered else None
     by_count: dict[int, list[Offered]] = {}
-    for offered in able:
-        by_count.setdefault(len(offered[1].ranks), []).append(offered)
+    for one in offered:
+        by_count.setdefault(len(one[1].ranks), []).append(one)
     for count, some in by_count.items():
-        by_count[count] = list(_foremost(need, some, count, WEIGHED_MAX + need.spec.ranks))
+        most = WEIGHED_MAX + need.spec.ranks
+        by_count[count] = _by_name(one for _, one in _foremost(need, some, count, most))
     chosen: Spread = []
     left = need.spec.ranks
     while left:
         enough = [each for count, some in by_count.items() if count >= left for each in some]
         if enough:
-            chosen.append(_tightest(need, enough, left))
+            chosen.append(_tightest(need, _by_name(enough), left))
             break
         if not by_count:
             return None
         most = max(by_count)
         chosen.append(_tightest(need, by_count[most], most))
         left -= most
-        rest = [offered for offered in by_count.pop(most) if offered[0] is not chosen[-1][0]]
+        rest = [one for one in by_count.pop(most) if one[0] is not chosen[-1][0]]
         by_count.update({most: rest} if rest else {})
     return sorted(chosen, key=lambda pair: pair[0].offer.node)
+
+
+def _by_name(offered: Iterable[Offered]) -> list[Offered]:
+    return sorted(offered, key=lambda pair: pair[0].offer.node)
 
 
 def _tightest(
     need: Need, offered: Sequence[Offered], ranks: int
 ) -> tuple[Room, list[tuple[str, ...]]]:
-    foremost = _foremost(need, offered, ranks, WEIGHED_MAX)
-    cut = [(room, answer._replace(ranks=answer.ranks[:ranks])) for room, answer in foremost]
-    room, answer = min(cut, key=lambda pair: _tightness(need, *pair))
-    return room, answer.ranks
+    def tightness(pair: tuple[Tightness, Offered]) -> tuple[object, ...]:
+        tight, (room, answer) = pair
+        increase = room.increase(need.spec, answer.ranks[:ranks])
+        return tight[:4], increase, tight[4:], room.offer.node
+
+    _, (room, answer) = min(_foremost(need, offered, ranks, WEIGHED_MAX), key=tightness)
+    return room, answer.ranks[:ranks]
 
 
-def _foremost(need: Need, offered: Sequence[Offered], ranks: int, most: int) -> Sequence[Offered]:
-    """Those that would be the tightest if nobody asked what others lose by it."""
-
-    def order(pair: Offered) -> tuple[object, ...]:
-        room, (_, shuns, opens, fit) = pair
-        left = _left(need.spec, room, ranks)
-        return (shuns, *_nearness(need, room), opens, fit, left, room.offer.node)
-
-    return nsmallest(most, offered, key=order) if len(offered) > most else offered
-
-
-def _tightness(
-    need: Need, room: Room, answer: Answer
-) -> tuple[bool, bool, bool, int, int, int, int, str]:
-    shares, shuns, opens, fit = answer
-    increase, left = room.increase(need.spec, shares), _left(need.spec, room, len(shares))
-    return (shuns, *_nearness(need, room), opens, increase, fit, left, room.offer.node)
-
-
-def _nearness(need: Need, room: Room) -> tuple[bool, bool]:
-    """Who is near and has not got the last checkpoint has most of it from those before."""
-    return room.offer.node not in need.replicas, room.offer.node not in need.near
+def _foremost(
+    need: Need, offered: Sequence[Offered], ranks: int, most: int
+) -> Iterator[tuple[Tightness, Offered]]:
+    """Those that would be the tightest if nobody asked what others lose by it, of equal ones the
+    first by name, as they are `offered`. Who is near and has not got the last checkpoint has most
+    of it from those before."""
+    gpus, replicas, near = ranks * need.spec.gpus, need.replicas, need.near
+    alike: dict[Tightness, list[Offered]] = {}
+    for one in offered:
+        room, (_, shuns, opens, fit) = one
+        node, left = room.offer.node, len(room.free) - gpus if gpus else -room.slots
+        tight = (shuns, node not in replicas, node not in near, opens, fit, left)
+        alike.setdefault(tight, []).append(one)
+    return islice(((tight, one) for tight in sorted(alike) for one in alike[tight]), most)
 
 
 def _far(need: Need, room: Room) -> tuple[bool, bool, bool]:
-    return (room.offer.node == need.avoid, *_nearness(need, room))
-
-
-def _left(spec: JobSpec, room: Room, ranks: int) -> int:
-    return len(room.free) - ranks * spec.gpus if spec.gpus else -room.slots
+    node = room.offer.node
+    return node == need.avoid, node not in need.replicas, node not in need.near
 
 
 def _displace(

@@ -6,13 +6,14 @@ frozen value, and `Room` is what a pass has made of it so far; `without` answers
 room of its own. What a room was asked it remembers until it changes.
 """
 
+from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from coordinator.core import gpu_types, shares
-from coordinator.core.fragmentation import PARTS, Box, Mix
+from coordinator.core.fragmentation import PARTS, Box, Kind, Mix
 from coordinator.core.model import GpuFacts, JobSpec
 from coordinator.core.shares import Hold
 from coordinator.core.validate import suits
@@ -110,18 +111,28 @@ class Room:
     version: int = field(default=0, compare=False)
     alone: frozenset[str] = frozenset()
     increases: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False)
-    answers: dict[tuple[object, ...], Answer] = field(default_factory=dict, compare=False)
+    answers: dict[tuple[str, frozenset[str], frozenset[str]], Answer] = field(
+        default_factory=dict, compare=False
+    )
     whole_box: Box | None = field(default=None, compare=False)
     stock: "Stock | None" = field(default=None, compare=False)
-
-    def has_type(self, gpu_type: str) -> bool:
-        """Whether any of its GPUs, free or not, is of that type."""
-        return gpu_type in self.by_type().counts
 
     def by_type(self) -> "Stock":
         if self.stock is None:
             self.stock = stock_of(self.offer.gpus)
         return self.stock
+
+    def suiting(self, spec: JobSpec) -> tuple[int, int]:
+        """How many of its GPUs would do for a job: of those that are free, and of all."""
+        kinds = self.by_type().kinds
+        suited = [kind for kind, gpu in kinds.items() if suits(spec, gpu)]
+        if not suited or len(suited) == len(kinds):  # as on nearly all nodes
+            return (len(self.free), len(self.offer.gpus)) if suited else (0, 0)
+        free, there = (
+            sum((gpu.name, gpu.memory_bytes) in suited for gpu in gpus)
+            for gpus in (self.free.values(), self.offer.gpus)
+        )
+        return free, there
 
     def types_of(self, uuids: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(_type_of(gpu) for gpu in self.offer.gpus if gpu.uuid in uuids))
@@ -158,29 +169,14 @@ class Room:
         starts = range(0, count * spec.gpus, spec.gpus)
         return [tuple(uuids[start : start + spec.gpus]) for start in starts]
 
-    def answer(
-        self, spec: JobSpec, gpu_type: str = "", shunned: frozenset[str] = frozenset()
-    ) -> Answer:
-        """What `takes` says, remembered."""
-        key = (
-            gpu_type,
-            spec.ranks,
-            spec.gpus,
-            spec.gpu_types,
-            spec.gpu_memory_bytes_min,
-            spec.memory_bytes,
-            (spec.shared_gpu_memory_bytes, spec.share_automatic),
-            self.alone,
-            shunned,
-        )
-        found = self.answers.get(key)
-        if found is None:
-            found = Answer(self.takes(spec, gpu_type, shunned))
-            if found.ranks and spec.shared_gpu_memory_bytes:
-                found = Answer(found.ranks, *self._share_rank(spec, found.ranks[0][0], shunned))
-            if len(self.answers) >= ANSWERS_MAX:
-                self.answers.clear()
-            self.answers[key] = found
+    def ask(self, request: str, spec: JobSpec, gpu_type: str, shunned: frozenset[str]) -> Answer:
+        """What `takes` says, remembered by `request_of` and by who counts as alone."""
+        found = Answer(self.takes(spec, gpu_type, shunned))
+        if found.ranks and spec.shared_gpu_memory_bytes:
+            found = Answer(found.ranks, *self._share_rank(spec, found.ranks[0][0], shunned))
+        if len(self.answers) >= ANSWERS_MAX:
+            self.answers.clear()
+        self.answers[request, shunned, self.alone] = found
         return found
 
     def _share_rank(
@@ -223,25 +219,31 @@ class Room:
 
     def box(self, spec: JobSpec | None = None, ranks: Sequence[tuple[str, ...]] = ()) -> Box:
         """What is left; with a job, what would be if its ranks had these GPUs as well."""
-        if spec is None and self.whole_box is not None:
+        if self.whole_box is None:
+            left = [self._part(gpu, self.holds.get(gpu.uuid, ())) for gpu in self.offer.gpus]
+            gpus = tuple(sorted(part for part in left if part[1]))
+            self.whole_box = Box((max(0, self.memory_bytes),), gpus)
+        if spec is None:
             return self.whole_box
         taken = [uuid for gpu_uuids in ranks for uuid in gpu_uuids]
-        gpus = []
-        for gpu in self.offer.gpus:
-            holds = self.holds.get(gpu.uuid, ())
-            if spec is not None and gpu.uuid in taken:
-                holds = (*holds, shares.taken(spec, holds))
-            parts = PARTS if gpu.uuid in self.free and not holds else 0
-            if holds and self.offer.shares:
-                left_bytes = shares.left_bytes(gpu, holds)
-                parts = left_bytes * PARTS // max(1, shares.shareable_bytes(gpu))
-            if parts:
-                gpus.append(((gpu.memory_bytes, gpu.name), parts))
-        need_bytes = spec.memory_bytes * len(ranks) if spec is not None else 0
-        box = Box((max(0, self.memory_bytes - need_bytes),), tuple(sorted(gpus)))
-        if spec is None:
-            self.whole_box = box
-        return box
+        parts = list(self.whole_box.gpus)
+        for gpu in self.offer.gpus if taken else ():
+            if gpu.uuid in taken:
+                holds = self.holds.get(gpu.uuid, ())
+                before = self._part(gpu, holds)
+                if before[1]:
+                    parts.remove(before)
+                insort(parts, self._part(gpu, (*holds, shares.taken(spec, holds))))
+        memory_bytes = max(0, self.memory_bytes - spec.memory_bytes * len(ranks))
+        return Box((memory_bytes,), tuple(part for part in parts if part[1]))
+
+    def _part(self, gpu: GpuFacts, holds: Sequence[Hold]) -> tuple[Kind, int]:
+        """What is left of a GPU beside these holds."""
+        parts = PARTS if gpu.uuid in self.free and not holds else 0
+        if holds and self.offer.shares:
+            left_bytes = shares.left_bytes(gpu, holds)
+            parts = left_bytes * PARTS // max(1, shares.shareable_bytes(gpu))
+        return (gpu.memory_bytes, gpu.name), parts
 
     def describe_rest(self, spec: JobSpec, ranks: Sequence[tuple[str, ...]]) -> str:
         """What is then free of the node, and to whom it is of use: why it is this node. Empty where
@@ -304,6 +306,30 @@ class Room:
         return Room(
             self.offer, free, memory_bytes, slots, holds=holds, alone=self.alone, mix=self.mix
         )
+
+
+def request_of(spec: JobSpec, gpu_type: str = "") -> str:
+    """Equal for who would get the same; a string, since that remembers its hash."""
+    size = spec.gpu_memory_bytes_min, spec.memory_bytes, spec.shared_gpu_memory_bytes
+    return repr((gpu_type, spec.ranks, spec.gpus, spec.gpu_types, size, spec.share_automatic))
+
+
+def able(
+    rooms: Iterable[Room], spec: JobSpec, gpu_type: str = "", shunned: frozenset[str] = frozenset()
+) -> Iterator[tuple[Room, Answer]]:
+    """Those where some ranks would fit, and what they would get (`Room.takes`)."""
+    request = request_of(spec, gpu_type)
+    for room in rooms:
+        answer = room.answers.get((request, shunned, room.alone))
+        if answer is None:
+            answer = room.ask(request, spec, gpu_type, shunned)
+        if answer.ranks:
+            yield room, answer
+
+
+def of_type(rooms: Sequence[Room], gpu_type: str) -> list[Room]:
+    """Those with a GPU, free or not, of that type."""
+    return [room for room in rooms if gpu_type in (room.stock or room.by_type()).counts]
 
 
 def _type_of(gpu: GpuFacts) -> str:

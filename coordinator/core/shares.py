@@ -61,8 +61,8 @@ def left_bytes(gpu: GpuFacts, holds: Sequence[Hold]) -> int:
 
 def closed(holds: Sequence[Hold]) -> bool:
     """Whether nobody joins these, whatever they leave: one has it alone, or they are a pair."""
-    pair = len(holds) > 1 and any(hold.in_pairs for hold in holds)
-    return pair or any(not hold.share_bytes for hold in holds)
+    several = len(holds) > 1
+    return any(not hold.share_bytes or (several and hold.in_pairs) for hold in holds)
 
 
 def left_for(spec: JobSpec, gpu: GpuFacts, holds: Sequence[Hold]) -> int:

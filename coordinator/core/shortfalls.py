@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from coordinator.core.displacement import Spread
 from coordinator.core.model import JobSpec
-from coordinator.core.rooms import Room, most_left_bytes
+from coordinator.core.rooms import Room, able, most_left_bytes
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.shares import SHARERS_MAX
 from coordinator.core.validate import could_hold, describe_need, describe_ranks, gigabytes, suits
@@ -31,15 +31,11 @@ def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
         most = _most_memory(room for room in rooms if room.slots > 0)
         free = quantity(slots, "place is", "places are")
         return f"{need}; {free} free, and at most {most} of memory beside one"
-    counts = [
-        (sum(1 for gpu in room.free.values() if suits(spec, gpu)), room.offer.node)
-        for room in rooms
-    ]
-    largest, node = max(counts, key=lambda pair: pair[0])
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in rooms)
+    counts = [(*room.suiting(spec), room) for room in rooms]
+    largest, _, where = max(counts, key=lambda one: one[0])
+    total = sum(there for _, there, _ in counts)
     if largest >= spec.gpus:
-        able = zip(rooms, counts, strict=True)
-        most = _most_memory(room for room, (count, _) in able if count >= spec.gpus)
+        most = _most_memory(room for free, _, room in counts if free >= spec.gpus)
         return f"{need}; the GPUs are free, but at most {most} of memory is where they are"
     if total == 0:
         return f"{need}; no node that takes work at present has any"
@@ -48,7 +44,7 @@ def why_not(spec: JobSpec, rooms: Sequence[Room]) -> str:
             "the only one that fits is taken" if total == 1 else f"all {total} that fit are taken"
         )
         return f"{need}; {taken}"
-    return f"{need}; the largest free block is {largest} on {node}, of {total} that fit"
+    return f"{need}; the largest free block is {largest} on {where.offer.node}, of {total} that fit"
 
 
 def kept_for(spec: JobSpec, held: Iterable[tuple[int, Spread]]) -> str:
@@ -73,15 +69,13 @@ def _why_no_share(spec: JobSpec, rooms: Sequence[Room]) -> str:
     outdated = len(rooms) - len(knowing)
     which, them = quantity(outdated, "node runs", "nodes run"), "it" if outdated == 1 else "them"
     tail = f"; {which} an agent that cannot share GPUs: upgrade {them}" if outdated else ""
-    total = sum(sum(1 for gpu in room.offer.gpus if suits(spec, gpu)) for room in knowing)
+    total = sum(room.suiting(spec)[1] for room in knowing)
     if total == 0:
         return f"{need}; no node that takes work at present has one{tail}"
     left_bytes, jobs, node = most_left_bytes(spec, knowing)
     if left_bytes >= spec.shared_gpu_memory_bytes:
-        able = [room for room in knowing if room.has_share(spec)]
-        return (
-            f"{need}; the share is free, but at most {_most_memory(able)} of memory is where it is"
-        )
+        most = _most_memory(room for room in knowing if room.has_share(spec))
+        return f"{need}; the share is free, but at most {most} of memory is where it is"
     if not jobs:
         taken = "the only one that fits is" if total == 1 else f"all {total} that fit are"
         return f"{need}; {taken} taken{tail}"
@@ -102,8 +96,8 @@ def _which_places(spec: JobSpec, rooms: Sequence[Room]) -> str:
     need = f"needs {describe_ranks(spec)}"
     if not rooms:
         return f"{need}; no node takes work at present"
-    counts = [(len(room.takes(spec)), room.offer.node) for room in rooms]
-    free = sorted((pair for pair in counts if pair[0]), key=lambda pair: (-pair[0], pair[1]))
+    counts = [(len(answer.ranks), room.offer.node) for room, answer in able(rooms, spec)]
+    free = sorted(counts, key=lambda pair: (-pair[0], pair[1]))
     total = sum(count for count, _ in free)
     if not total:
         return f"{need}; a place for none of them is free"

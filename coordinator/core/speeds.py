@@ -25,7 +25,7 @@ from coordinator.core import costs, estimates, fit, history, rates, workload
 from coordinator.core.estimates import Estimate, Observation, Place
 from coordinator.core.model import Job
 from coordinator.core.phases import JobPhase
-from coordinator.core.standing import KnownRates, Rates, Speeds
+from coordinator.core.standing import FactsRequest, KnownRates, Rates, Speeds
 from coordinator.core.state import Instant, State
 
 SEEN_MS = 60_000
@@ -42,6 +42,8 @@ AGAIN_MS_MIN = 30_000
 AGAIN_MS_WAITING = 600_000
 # That condition on measurements, in one decision: some 50 ms.
 ESTIMATES_MAX = 64
+# Kinds of requests for which what facts say is remembered, some 500 bytes each.
+BY_FACTS_MAX = 256
 # Ended jobs that say what is typical of their project, the newest.
 ENDED_MAX = 500
 
@@ -68,7 +70,7 @@ def refresh(state: State, now: Instant) -> None:
             speeds.by_family.setdefault(run.family, []).append(observation)
     if speeds.learned_ms is None or now.now_ms - speeds.learned_ms >= LEARNED_MS:
         speeds.learned_ms = now.now_ms
-        speeds.knowledge = estimates.learn(observations[-LEARNED_MAX:])
+        speeds.knowledge, speeds.by_facts = estimates.learn(observations[-LEARNED_MAX:]), {}
     speeds.typical_s = _typical(state, now)
     # Who waits may be known by now, as the same training that somebody else has begun.
     fresh = [name for name in speeds.by_job if name not in before]
@@ -148,12 +150,25 @@ def _kin(state: State, now: Instant, job: Job, family: str, name: str) -> list[O
 def _estimated(
     speeds: Speeds, job: Job, types: tuple[str, ...], name: str, kin: Sequence[Observation]
 ) -> Rates:
+    """By facts alone it is the same for all who ask for as many GPUs."""
     training = workload.read(job.spec)
     half = isinstance(training, workload.Training) and training.half
+    request = types, job.spec.ranks * job.spec.gpus, half
+    if kin:
+        return _by_kin(speeds, request, name, kin)
+    if request not in speeds.by_facts:
+        if len(speeds.by_facts) >= BY_FACTS_MAX:
+            speeds.by_facts.clear()
+        speeds.by_facts[request] = _by_kin(speeds, request, name, kin)
+    return speeds.by_facts[request]
+
+
+def _by_kin(speeds: Speeds, request: FactsRequest, name: str, kin: Sequence[Observation]) -> Rates:
+    types, gpus, half = request
     absolute = any(one.job == name for one in kin)
     said: list[Estimate | None] = []
     for gpu_type in types:
-        place = Place(gpu_type, job.spec.ranks * job.spec.gpus)
+        place = Place(gpu_type, gpus)
         prior = rates.place_prior(place, half=half)
         if not absolute:  # nobody knows the work, and ratios do not depend on it
             prior = replace(prior, work_known=True)

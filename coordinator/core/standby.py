@@ -22,7 +22,6 @@ travels once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from heapq import heapify, heappop
 
 from coordinator.core import readings, shares
 from coordinator.core.live import Rank, StandbyWatch
@@ -32,6 +31,7 @@ from coordinator.core.node_power import silent
 from coordinator.core.phases import AttemptPhase, GpuPhase, NodeIntent, NodePhase
 from coordinator.core.sentences import quantity
 from coordinator.core.shares import Hold
+from coordinator.core.standby_order import Place
 from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import could_hold, suits
 
@@ -119,43 +119,50 @@ def may_be(live: LiveNode) -> bool:
 
 def choose(state: State, job: Job, node_id: str, rank: int = 0, but: Sequence[str] = ()) -> str:
     """The standby of an attempt on `node_id`, any `but` these; empty when the job wants none or no
-    such node is up. It takes long to say how soon a node could go on with the job, so only those
-    are asked that would be the best if it were at once."""
+    such node is up."""
+    return _best_of_all(state, job, (node_id, *but), rank, -1)
+
+
+def _best_of_all(state: State, job: Job, but: Sequence[str], rank: int, least: int) -> str:
+    """The best of those that fit better than `least`, any `but` these; empty where there is none.
+    It takes long to say how soon a node could go on with the job, so of those without its last
+    checkpoint no more are asked than up to the first that could at once."""
     if job.spec.replication is Replication.NONE:
         return ""
     good = state.good_checkpoints(job)
     pieces = good[0].pieces if good else ()
     holders = pieces[rank].replicas if rank < len(pieces) else ()
-    hopes = []
-    for live in state.nodes.values():
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id not in (node_id, *but):
-            name, load = live.node.id, len(live.attempts)
-            closed = live.node.intent is not NodeIntent.OPEN
-            sooner = Fit.CLOSED if closed else Fit.FREE
-            copies = _copies(state, job, name)
-            hopes.append((closed, closed, name not in holders, -sooner, load, copies, name))
-    heapify(hopes)
-    found: Candidate | None = None
-    while hopes and (found is None or hopes[0] < found.rank):
-        asked = candidate(state, job, state.nodes[heappop(hopes)[-1]], rank)
-        found = asked if found is None or asked.rank < found.rank else found
-    return "" if found is None else found.node
+    first, soonest, alike = "", least, _alike(job)
+    for place in _in_order(state, job):
+        name = place[-1]
+        live = state.nodes[name]
+        if live.phase is NodePhase.UP and name not in but and name not in holders:
+            found = _known_fit(state, job, live, alike)
+            if found > soonest:
+                first, soonest = name, found
+            if found == Fit.FREE:
+                break
+    others = [state.nodes[name] for name in (first, *holders) if name in state.nodes]
+    able = [live for live in others if _takes_copies(live) and live.node.id not in but]
+    asked = [candidate(state, job, live, rank) for live in able]
+    chosen = best([each for each in asked if each.fit > least])
+    return "" if chosen is None else chosen.node
 
 
-def candidates(
-    state: State, job: Job, node_id: str, rank: int = 0, present: Candidate | None = None
-) -> list[Candidate]:
-    """Every node that is up, but for the one that this rank of the job runs on, and those that fit
-    no better than the `present` standby."""
-    if job.spec.replication is Replication.NONE:
-        return []
-    alike, least = _alike(job), -1 if present is None else present.fit
-    return [
-        candidate(state, job, live, rank)
-        for live in state.nodes.values()
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id != node_id
-        if _known_fit(state, job, live, alike) > least
-    ]
+def _takes_copies(live: LiveNode) -> bool:
+    return live.phase is NodePhase.UP and may_be(live)
+
+
+def _in_order(state: State, job: Job) -> Sequence[Place]:
+    """Nodes that may be its standby once they are up, by how much they have to do."""
+
+    def place_of(name: str) -> Place | None:
+        live = state.nodes.get(name)
+        if live is None or silent(live.node.power):
+            return None
+        return len(live.attempts), state.indices.standbys[name], name
+
+    return state.indices.standby_order.places(place_of, gang=job.spec.ranks > 1)
 
 
 def candidate(state: State, job: Job, live: LiveNode, rank: int = 0) -> Candidate:
@@ -180,7 +187,7 @@ def _alike(job: Job) -> tuple[object, ...]:
     spec = job.spec
     request = (spec.gpus, spec.gpu_types, spec.gpu_memory_bytes_min, spec.memory_bytes)
     share = (spec.shared_gpu_memory_bytes, spec.share_automatic)
-    return spec.job_class, spec.ranks > 1, request, share
+    return CLASS_RANK[spec.job_class], spec.ranks > 1, request, share
 
 
 def _known_fit(state: State, job: Job, live: LiveNode, alike: tuple[object, ...]) -> int:
@@ -244,10 +251,9 @@ def aim(state: State, attempt_id: str) -> str:
     present = _present(state, job, attempt.replica_node, attempt.rank)
     if present is not None and present.fit is Fit.FREE:
         return attempt.replica_node  # nobody fits better
-    failed = _watch(state, attempt).failed
-    able = candidates(state, job, attempt.node, attempt.rank, present)
-    found = better(present, [each for each in able if each.node not in failed])
-    return attempt.replica_node if found is None else found.node
+    least = -1 if present is None else present.fit
+    but = (attempt.node, *_watch(state, attempt).failed)
+    return _best_of_all(state, job, but, attempt.rank, least) or attempt.replica_node
 
 
 def instead(state: State, now: Instant, attempt: Attempt) -> str:
@@ -307,7 +313,7 @@ def _look(
     perfect, few = _perfect(state, job, attempt), state.indices.few_copies.get(_alike(job), 0)
     for looked, live in enumerate(part, start=1):
         walk.place += 1
-        if live.phase is NodePhase.UP and may_be(live) and live.node.id not in closed:
+        if _takes_copies(live) and live.node.id not in closed:
             asked = candidate(state, job, live, attempt.rank)
             if asked.fit > present.fit and (walk.found is None or asked.rank < walk.found):
                 walk.found = asked.rank
@@ -339,7 +345,7 @@ def _moved(
         if len(few) >= FITS_MAX:
             few.clear()
         few[_alike(job)] = walk.found[-2]
-    there = live is not None and live.phase is NodePhase.UP and may_be(live)
+    there = live is not None and _takes_copies(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
     watch = _watch(state, attempt)
     state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)

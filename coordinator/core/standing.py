@@ -6,6 +6,7 @@ hold until it is made again, for jobs that it knows and for those that have come
 volatile: a coordinator that restarts knows nothing of it, and decides anew.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,11 +17,11 @@ from coordinator.core.model import GpuFacts
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """GPUs that take work, by type: what they are, and how many each node has that has any.
+    """GPUs that take work, by type: what they are, and how many nodes there are that have so many.
     `type_of` is by uuid. `kinds`: how many kinds of node there were when it was looked at."""
 
     facts: Mapping[str, tuple[GpuFacts, ...]] = field(default_factory=dict)
-    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    counts: Mapping[str, Counter[int]] = field(default_factory=dict)
     type_of: Mapping[str, str] = field(default_factory=dict)
     kinds: int = 0
 
@@ -48,10 +49,15 @@ class KnownRates:
     name: str
 
 
+# Types, how many GPUs, and whether it computes in half precision.
+FactsRequest = tuple[tuple[str, ...], int, bool]
+
+
 @dataclass(slots=True)
 class Speeds:
     """What the fleet has seen, as it was looked at last (`speeds.py`). `typical_s` is for how long
-    jobs of a project have run, on the GPUs that they asked for."""
+    jobs of a project have run, on the GPUs that they asked for; `by_facts` what facts and
+    `knowledge` say of whom nothing is measured."""
 
     seen_ms: int | None = None
     learned_ms: int | None = None
@@ -60,6 +66,7 @@ class Speeds:
     by_family: dict[str, list[Observation]] = field(default_factory=dict)
     typical_s: dict[str, float] = field(default_factory=dict)
     known: dict[tuple[int, str], KnownRates] = field(default_factory=dict)
+    by_facts: dict[FactsRequest, Rates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ that is a wait reason of `placement.py`.
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from coordinator.core import arrays
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
@@ -209,7 +210,12 @@ def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
 
 def is_of_type(spec: JobSpec, name: str) -> bool:
     """Whether a GPU of this name is one of the types that the job accepts."""
-    return not spec.gpu_types or any(kind.lower() in name.lower() for kind in spec.gpu_types)
+    return not spec.gpu_types or _is_of_type(spec.gpu_types, name)
+
+
+@lru_cache(maxsize=1_024)  # each GPU of a fleet is asked, of which there are a few kinds
+def _is_of_type(gpu_types: tuple[str, ...], name: str) -> bool:
+    return any(kind.lower() in name.lower() for kind in gpu_types)
 
 
 def could_hold(spec: JobSpec, gpus: Sequence[GpuFacts], memory_bytes: int) -> bool:

@@ -14,7 +14,16 @@ from coordinator.core import decisions, projects, standby
 from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
 from coordinator.core.messages import AppendEvent, Effect
-from coordinator.core.model import CLASS_RANK, Attempt, GpuFacts, Job, JobClass, JobSpec, Part
+from coordinator.core.model import (
+    CLASS_RANK,
+    Attempt,
+    GpuFacts,
+    Job,
+    JobClass,
+    JobSpec,
+    Part,
+    Replication,
+)
 from coordinator.core.offers import offers_of, open_rooms
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
@@ -26,6 +35,7 @@ from coordinator.core.phases import (
     NodePhase,
 )
 from coordinator.core.placement import rooms_of
+from coordinator.core.rooms import able
 from coordinator.core.shares import SHARERS_MAX, SHARES_PERCENT_MAX
 from coordinator.core.state import Instant, LiveNode, State
 from coordinator.core.validate import suits
@@ -152,7 +162,7 @@ def check_rooms(state: State) -> None:
     for mine, other in zip(kept, anew, strict=True):
         assert mine.box() == other.box()
         for job in state.jobs.values():
-            assert mine.answer(job.spec) == other.answer(job.spec)
+            assert list(able([mine], job.spec)) == list(able([other], job.spec))
             ranks = mine.takes(job.spec)
             assert mine.increase(job.spec, ranks) == other.increase(job.spec, ranks)
 
@@ -160,11 +170,20 @@ def check_rooms(state: State) -> None:
 def _check_standby(state: State, attempt: Attempt) -> None:
     """Who is named after a few were asked is who would be named after all were."""
     job = state.jobs[attempt.job_id]
-    best = standby.best(standby.candidates(state, job, attempt.node, attempt.rank))
+    asked: list[standby.Candidate] = []
     for live in state.nodes.values():
         assert standby.fit(state, job, live) is standby._fit(state, job, live), live.node.id
+        if live.phase is NodePhase.UP and standby.may_be(live) and live.node.id != attempt.node:
+            asked.append(standby.candidate(state, job, live, attempt.rank))
+    asked = asked if job.spec.replication is not Replication.NONE else []
+    best = standby.best(asked)
     found = standby.choose(state, job, attempt.node, attempt.rank)
     assert found == ("" if best is None else best.node)
+    present = state.nodes.get(attempt.replica_node)
+    now = None if present is None else standby.candidate(state, job, present, attempt.rank)
+    better = standby.better(now, asked)
+    aim = standby.aim(state, attempt.id)
+    assert aim == (attempt.replica_node if better is None else better.node)
 
 
 def takes_work(live: LiveNode) -> bool:

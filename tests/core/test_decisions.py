@@ -342,7 +342,7 @@ def test_what_others_hold_is_not_there_to_have() -> None:
     jobs = contenders.contending(fleet.state)
     field = contenders.field_of(fleet.state, fleet.rig.now, looked, jobs, {})
     assert field.entrants == ()
-    assert dict(looked.counts) == {A100: (2,), H100: (2, 2)}
+    assert dict(looked.counts) == {A100: {2: 1}, H100: {2: 2}}
     assert sum(field.capacity.values()) == 6 - 1 - 3
 
 
