@@ -33,7 +33,6 @@ _BASELINE_COLUMNS = (
 )
 IDLE_LEASE = "(idle lease)"
 TOTAL = "(total)"
-MILLION = 1e6
 
 
 @click.command(short_help="Show what work has cost, and what idled.")
