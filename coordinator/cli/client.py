@@ -101,8 +101,9 @@ class Client:
         self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> Self:
-        """Opens the channel; nothing is sent yet. Raises `BadInput` for an unreadable
-        certificate."""
+        """Opens the channel; nothing is sent yet. Raises `click.UsageError` for settings that
+        cannot be used, `BadInput` for an unreadable certificate."""
+        self._settings.check()
         self._channel = _open_channel(self._settings)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._nodes = nodes_pb2_grpc.NodeServiceStub(self._channel)
