@@ -23,7 +23,7 @@ from agent.chunks.manifest import (
 from agent.chunks.peers import PeerClient, Route
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
-from agent.core.values import ReplicaSource
+from agent.core.values import Origin, ReplicaSource
 from agent.ports import ChunkError
 from agent.transport import Tls
 from tests.agent.chunk_worlds import (
@@ -278,7 +278,7 @@ async def test_a_peer_that_may_not_be_called_says_nothing_of_the_bytes(
         with pytest.raises(Unreachable, match=r"cannot read .*ca\.pem"):
             await service.restore([candidate(stored, one.source)], str(tmp_path / "out"))
         copy = await service.store(
-            str(written(tmp_path / "in", {"file": b"x"})), job_id=1, epoch=1, step=1, parent=""
+            str(written(tmp_path / "in", {"file": b"x"})), Origin(1, 1, 1, "")
         )
         with pytest.raises(Denied, match=r"n1 .*cannot read"):
             await service.replicate(copy.digest, one.source)
