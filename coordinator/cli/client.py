@@ -18,7 +18,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -95,9 +95,8 @@ _KNOWN_TROUBLE = (
 class Client:
     """Speaks to one coordinator. A context manager; the constructor only stores."""
 
-    def __init__(self, settings: Settings, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._pause = pause
         self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> Self:
@@ -130,7 +129,7 @@ class Client:
                 sent = not _NOT_SENT.search(error.details() or "")
                 unsettled = unsettled or (sent and error.code() in _UNSETTLED)
                 if error.code() is grpc.StatusCode.UNAVAILABLE and pauses_s:
-                    self._pause(pauses_s.pop(0))
+                    time.sleep(pauses_s.pop(0))
                     continue
                 failed = self._failed(error)
                 if unsettled:
