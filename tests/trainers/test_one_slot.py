@@ -14,6 +14,7 @@ from agent import slabs as agent_slabs
 from agent.chunks.manifest import decode
 from agent.chunks.store import ChunkStore
 from agent.chunks.tree import ingest_capture, lay_out
+from agent.core.values import Origin
 from tests.trainers import tasks
 from tests.trainers.test_capture import ATTEMPT, DeskSession, bytes_of, files_of
 from tests.trainers.test_overlap import Copier, copier, state_of, trainer
@@ -51,7 +52,7 @@ def drain(desk: agent_slabs.Slabs, store: ChunkStore) -> str:
     found = desk.newest(ATTEMPT)
     assert found is not None
     with desk.reading(ATTEMPT, found.name) as source:
-        return ingest_capture(store, source, job_id=1, epoch=1, step=found.step, parent="").digest
+        return ingest_capture(store, source, Origin(1, 1, found.step, "")).digest
 
 
 def restored(store: ChunkStore, digest: str, into: Path) -> dict[str, bytes]:
