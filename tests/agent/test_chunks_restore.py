@@ -7,7 +7,7 @@ copy, the checkpoint before it is used, with a sentence that says why.
 """
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,18 +48,6 @@ FREE_TOTAL_BYTES = 1 << 30
 def way(request: pytest.FixtureRequest) -> str:
     """Each test runs over both ways of moving chunks."""
     return str(request.param)
-
-
-@pytest.fixture
-async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1", way=way) as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2", way=way) as node:
-        yield node
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:

@@ -8,7 +8,7 @@ is as doing it once.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,18 +44,6 @@ from tests.agent.chunk_worlds import (
 def way(request: pytest.FixtureRequest) -> str:
     """Each test runs over both ways of moving chunks."""
     return str(request.param)
-
-
-@pytest.fixture
-async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1", way=way) as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2", way=way) as node:
-        yield node
 
 
 def test_the_service_is_the_port(tmp_path: Path) -> None:
