@@ -28,18 +28,18 @@ _NO_INVENTORY: Final = GpuInventory("")
 _Figure = Callable[[GpuUsage, GpuInventory], float | None]
 
 
-def _of_gpu(name: str, text: str, kind: Kind = "gauge", *labels: str) -> Described:
+def of_gpu(name: str, text: str, kind: Kind = "gauge", *labels: str) -> Described:
     return Described(name, kind, text, (*_GPU, *labels))
 
 
 # What is described, and by the values of its own labels, how it is answered.
 _TABLE: Final[tuple[tuple[Described, dict[tuple[str, ...], _Figure]], ...]] = (
     (
-        _of_gpu("baton_gpu_processes", "Processes that compute on the GPU."),
+        of_gpu("baton_gpu_processes", "Processes that compute on the GPU."),
         {(): lambda usage, _: None if usage.processes is None else len(usage.processes)},
     ),
     (
-        _of_gpu(
+        of_gpu(
             "baton_gpu_ecc_errors_total",
             "Memory errors since the driver was loaded, by kind: corrected or uncorrected.",
             "counter",
@@ -51,15 +51,15 @@ _TABLE: Final[tuple[tuple[Described, dict[tuple[str, ...], _Figure]], ...]] = (
         },
     ),
     (
-        _of_gpu("baton_gpu_memory_temperature_celsius", "Temperature of the memory."),
+        of_gpu("baton_gpu_memory_temperature_celsius", "Temperature of the memory."),
         {(): lambda usage, _: usage.memory_temperature_celsius},
     ),
     (
-        _of_gpu("baton_gpu_pcie_replays_total", "Transfers that PCIe had to repeat.", "counter"),
+        of_gpu("baton_gpu_pcie_replays_total", "Transfers that PCIe had to repeat.", "counter"),
         {(): lambda usage, _: usage.pcie_replays},
     ),
     (
-        _of_gpu(
+        of_gpu(
             "baton_gpu_remapped_rows",
             "Rows of memory that were replaced for good, by kind of error.",
             "gauge",
@@ -71,37 +71,35 @@ _TABLE: Final[tuple[tuple[Described, dict[tuple[str, ...], _Figure]], ...]] = (
         },
     ),
     (
-        _of_gpu(
-            "baton_gpu_nvlinks", "NVLinks that there are; state: up or down.", "gauge", "state"
-        ),
+        of_gpu("baton_gpu_nvlinks", "NVLinks that there are; state: up or down.", "gauge", "state"),
         {
             ("up",): lambda _, inventory: inventory.nvlinks_up,
             ("down",): lambda _, inventory: inventory.nvlinks_down,
         },
     ),
     (
-        _of_gpu("baton_gpu_pcie_lanes", "Lanes of PCIe in use."),
+        of_gpu("baton_gpu_pcie_lanes", "Lanes of PCIe in use."),
         {(): lambda _, inventory: inventory.pcie_width},
     ),
     (
-        _of_gpu("baton_gpu_pcie_lanes_max", "Lanes of PCIe that the GPU and its slot have."),
+        of_gpu("baton_gpu_pcie_lanes_max", "Lanes of PCIe that the GPU and its slot have."),
         {(): lambda _, inventory: inventory.pcie_width_max},
     ),
     (
-        _of_gpu("baton_gpu_sm_activity_ratio", "Share of busy multiprocessors (GPM), 0 to 1."),
+        of_gpu("baton_gpu_sm_activity_ratio", "Share of busy multiprocessors (GPM), 0 to 1."),
         {(): lambda _, inventory: inventory.sm_activity_ratio},
     ),
     (
-        _of_gpu(
+        of_gpu(
             "baton_gpu_tensor_activity_ratio", "Share of time with tensor operations (GPM), 0 to 1."
         ),
         {(): lambda _, inventory: inventory.tensor_activity_ratio},
     ),
 )
-HEALTHY: Final = _of_gpu(
+HEALTHY: Final = of_gpu(
     "baton_gpu_healthy", "Whether the verdict on the GPU is healthy (1) or not (0)."
 )
-XIDS: Final = _of_gpu(
+XIDS: Final = of_gpu(
     "baton_gpu_xid_errors",
     "Errors of the driver (XIDs) that are not over, by code.",
     "gauge",
@@ -112,60 +110,60 @@ DETAIL_METRICS: Final = (HEALTHY, XIDS, *(described for described, _ in _TABLE))
 _DCGM_LABELS: Final = ("gpu", "UUID", "modelName", "Hostname")
 
 
-def _dcgm(name: str, text: str, kind: Kind = "gauge") -> Described:
+def dcgm(name: str, text: str, kind: Kind = "gauge") -> Described:
     return Described(f"DCGM_FI_{name}", kind, text, _DCGM_LABELS)
 
 
 # Of kind unknown are counters there; a counter's name has to end in _total.
 _DCGM_TABLE: Final[tuple[tuple[Described, _Figure], ...]] = (
     (
-        _dcgm("DEV_MEMORY_TEMP", "Memory temperature (in C)."),
+        dcgm("DEV_MEMORY_TEMP", "Memory temperature (in C)."),
         lambda usage, _: usage.memory_temperature_celsius,
     ),
     (
-        _dcgm("DEV_PCIE_REPLAY_COUNTER", "Total number of PCIe retries.", "unknown"),
+        dcgm("DEV_PCIE_REPLAY_COUNTER", "Total number of PCIe retries.", "unknown"),
         lambda usage, _: usage.pcie_replays,
     ),
     (
-        _dcgm("DEV_ECC_SBE_VOL_TOTAL", "Single-bit volatile ECC errors.", "unknown"),
+        dcgm("DEV_ECC_SBE_VOL_TOTAL", "Single-bit volatile ECC errors.", "unknown"),
         lambda usage, _: usage.ecc_volatile_corrected,
     ),
     (
-        _dcgm("DEV_ECC_DBE_VOL_TOTAL", "Double-bit volatile ECC errors.", "unknown"),
+        dcgm("DEV_ECC_DBE_VOL_TOTAL", "Double-bit volatile ECC errors.", "unknown"),
         lambda usage, _: usage.ecc_volatile_uncorrected,
     ),
     (
-        _dcgm("DEV_ECC_SBE_AGG_TOTAL", "Single-bit persistent ECC errors.", "unknown"),
+        dcgm("DEV_ECC_SBE_AGG_TOTAL", "Single-bit persistent ECC errors.", "unknown"),
         lambda usage, _: usage.ecc_aggregate_corrected,
     ),
     (
-        _dcgm("DEV_ECC_DBE_AGG_TOTAL", "Double-bit persistent ECC errors.", "unknown"),
+        dcgm("DEV_ECC_DBE_AGG_TOTAL", "Double-bit persistent ECC errors.", "unknown"),
         lambda usage, _: usage.ecc_aggregate_uncorrected,
     ),
     (
-        _dcgm(
+        dcgm(
             "DEV_UNCORRECTABLE_REMAPPED_ROWS", "Rows remapped for uncorrectable errors.", "unknown"
         ),
         lambda _, inventory: inventory.remapped_rows_uncorrected,
     ),
     (
-        _dcgm("DEV_CORRECTABLE_REMAPPED_ROWS", "Rows remapped for correctable errors.", "unknown"),
+        dcgm("DEV_CORRECTABLE_REMAPPED_ROWS", "Rows remapped for correctable errors.", "unknown"),
         lambda _, inventory: inventory.remapped_rows_corrected,
     ),
     (
-        _dcgm("DEV_ROW_REMAP_FAILURE", "Whether remapping of rows has failed."),
+        dcgm("DEV_ROW_REMAP_FAILURE", "Whether remapping of rows has failed."),
         lambda _, inventory: inventory.remapped_rows_failed,
     ),
     (
-        _dcgm("PROF_SM_ACTIVE", "Ratio of cycles in which an SM has a warp assigned."),
+        dcgm("PROF_SM_ACTIVE", "Ratio of cycles in which an SM has a warp assigned."),
         lambda _, inventory: inventory.sm_activity_ratio,
     ),
     (
-        _dcgm("PROF_PIPE_TENSOR_ACTIVE", "Ratio of cycles in which the tensor pipe is active."),
+        dcgm("PROF_PIPE_TENSOR_ACTIVE", "Ratio of cycles in which the tensor pipe is active."),
         lambda _, inventory: inventory.tensor_activity_ratio,
     ),
 )
-_DCGM_XID: Final = _dcgm("DEV_XID_ERRORS", "Value of the last XID error that is not over, or 0.")
+_DCGM_XID: Final = dcgm("DEV_XID_ERRORS", "Value of the last XID error that is not over, or 0.")
 DCGM_DETAIL_METRICS: Final = (_DCGM_XID, *(described for described, _ in _DCGM_TABLE))
 
 

@@ -17,13 +17,15 @@ from prometheus_client.metrics_core import Metric
 
 from agent.core.values import GpuFacts, GpuSample
 from agent.counts import Counts, View
-from agent.exposition import Described, Kind
+from agent.exposition import Described
 from agent.gpu_metrics import (
     DCGM_DETAIL_METRICS,
     DETAIL_METRICS,
+    dcgm,
     dcgm_detail_figures,
     detail_figures,
     health_figures,
+    of_gpu,
 )
 from agent.histogram import Histogram
 
@@ -32,28 +34,21 @@ from agent.histogram import Histogram
 SAMPLE_AGE_MS_MAX: Final = 300_000
 MEBIBYTE: Final = 1 << 20
 
-_GPU: Final = ("uuid", "name")
-
-
-def _of_gpu(name: str, text: str, kind: Kind = "gauge", *labels: str) -> Described:
-    return Described(name, kind, text, (*_GPU, *labels))
-
-
-GPU_UP = _of_gpu("baton_gpu_up", "Whether the GPU answered when it was last read (1) or not (0).")
-GPU_FAILURES = _of_gpu(
+GPU_UP = of_gpu("baton_gpu_up", "Whether the GPU answered when it was last read (1) or not (0).")
+GPU_FAILURES = of_gpu(
     "baton_gpu_reading_failures_total", "Readings that the GPU answered nothing of.", "counter"
 )
-GPU_UTILIZATION = _of_gpu(
+GPU_UTILIZATION = of_gpu(
     "baton_gpu_utilization_ratio", "Share of the time in which some kernel ran, 0 to 1."
 )
-GPU_MEMORY_USED = _of_gpu("baton_gpu_memory_used_bytes", "Memory that is allocated.")
-GPU_MEMORY_TOTAL = _of_gpu("baton_gpu_memory_total_bytes", "Memory that there is.")
-GPU_TEMPERATURE = _of_gpu("baton_gpu_temperature_celsius", "Temperature of the chip.")
-GPU_POWER = _of_gpu("baton_gpu_power_watts", "Power that the board draws.")
-GPU_ENERGY = _of_gpu(
+GPU_MEMORY_USED = of_gpu("baton_gpu_memory_used_bytes", "Memory that is allocated.")
+GPU_MEMORY_TOTAL = of_gpu("baton_gpu_memory_total_bytes", "Memory that there is.")
+GPU_TEMPERATURE = of_gpu("baton_gpu_temperature_celsius", "Temperature of the chip.")
+GPU_POWER = of_gpu("baton_gpu_power_watts", "Power that the board draws.")
+GPU_ENERGY = of_gpu(
     "baton_gpu_energy_joules_total", "Energy since the driver was loaded.", "counter"
 )
-GPU_CLOCK = _of_gpu("baton_gpu_clock_hertz", "Clock; its kind is sm or memory.", "gauge", "kind")
+GPU_CLOCK = of_gpu("baton_gpu_clock_hertz", "Clock; its kind is sm or memory.", "gauge", "kind")
 
 SAMPLE_AGE = Described("baton_agent_sample_age_seconds", "gauge", "Since GPUs and host were read.")
 SAMPLE_DURATION = Described(
@@ -148,23 +143,18 @@ METRICS: Final = (
     *DETAIL_METRICS,
 )  # fmt: skip
 
-_DCGM_LABELS: Final = ("gpu", "UUID", "modelName", "Hostname")
-
-
-def _dcgm(field: str, text: str, kind: Kind = "gauge") -> Described:
-    return Described(f"DCGM_FI_DEV_{field}", kind, text, _DCGM_LABELS)
-
-
-DCGM_UTILIZATION = _dcgm("GPU_UTIL", "GPU utilization (in %).")
-DCGM_USED = _dcgm("FB_USED", "Framebuffer memory used (in MiB).")
-DCGM_FREE = _dcgm("FB_FREE", "Framebuffer memory free (in MiB): all that there is, less the used.")
-DCGM_TEMPERATURE = _dcgm("GPU_TEMP", "GPU temperature (in C).")
-DCGM_POWER = _dcgm("POWER_USAGE", "Power draw (in W).")
+DCGM_UTILIZATION = dcgm("DEV_GPU_UTIL", "GPU utilization (in %).")
+DCGM_USED = dcgm("DEV_FB_USED", "Framebuffer memory used (in MiB).")
+DCGM_FREE = dcgm(
+    "DEV_FB_FREE", "Framebuffer memory free (in MiB): all that there is, less the used."
+)
+DCGM_TEMPERATURE = dcgm("DEV_GPU_TEMP", "GPU temperature (in C).")
+DCGM_POWER = dcgm("DEV_POWER_USAGE", "Power draw (in W).")
 # It only grows, but a counter's name has to end in _total, and this is not our name. rate() does
 # not ask.
-DCGM_ENERGY = _dcgm("TOTAL_ENERGY_CONSUMPTION", "Energy since boot (in mJ).", "unknown")
-DCGM_SM_CLOCK = _dcgm("SM_CLOCK", "SM clock frequency (in MHz).")
-DCGM_MEMORY_CLOCK = _dcgm("MEM_CLOCK", "Memory clock frequency (in MHz).")
+DCGM_ENERGY = dcgm("DEV_TOTAL_ENERGY_CONSUMPTION", "Energy since boot (in mJ).", "unknown")
+DCGM_SM_CLOCK = dcgm("DEV_SM_CLOCK", "SM clock frequency (in MHz).")
+DCGM_MEMORY_CLOCK = dcgm("DEV_MEM_CLOCK", "Memory clock frequency (in MHz).")
 
 DCGM_METRICS: Final = (
     DCGM_UTILIZATION, DCGM_USED, DCGM_FREE, DCGM_TEMPERATURE, DCGM_POWER, DCGM_ENERGY,

@@ -39,7 +39,7 @@ from agent.chunks.manifest import (
     digest_of,
     short,
 )
-from agent.chunks.peers import deadline_s
+from agent.chunks.peers import deadline_s, pieces
 from agent.chunks.store import ChunkStore, Writing
 from agent.core.ids import find_attempt_id
 from agent.ports import ChunkError
@@ -153,11 +153,8 @@ class PeerService(PeerServiceServicer):
                 raise Invalid(f"{len(digests)} digests; at most {DIGESTS_MAX} are allowed")
             for digest in digests:
                 data = await self._run(self._store.read_chunk, digest)
-                for start in range(0, len(data), PIECE_BYTES_MAX):
-                    piece = data[start : start + PIECE_BYTES_MAX]
-                    yield peer_pb2.GetChunksResponse(
-                        chunk=peer_pb2.Chunk(digest=digest, data=piece, size_bytes=len(data))
-                    )
+                for piece in pieces(digest, data):
+                    yield peer_pb2.GetChunksResponse(chunk=piece)
         except ChunkError as error:
             await _abort(context, _as_absent(error))
 

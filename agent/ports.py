@@ -19,6 +19,7 @@ from agent.core.values import (
     GpuOccupancy,
     HostFacts,
     Launch,
+    Origin,
     ProcessesStuck,
     ProcessExit,
     ReplicaSource,
@@ -184,32 +185,13 @@ class Chunks(Protocol):
     """The content-addressed checkpoint store of this node, and its traffic with peers and the
     shared directory."""
 
-    async def store(
-        self,
-        directory: str,
-        *,
-        job_id: int,
-        epoch: int,
-        step: int,
-        parent: str,
-        rank: int | None = None,
-    ) -> StoredCheckpoint:
-        """Hash and keep every file under `directory`, durably; the directory stays as it is. It is
-        the part of this rank of a gang, or a whole checkpoint where `rank` is `None`. Doing
+    async def store(self, directory: str, origin: Origin) -> StoredCheckpoint:
+        """Hash and keep every file under `directory`, durably; the directory stays as it is. Doing
         it again with the same arguments gives the same digest and writes nothing new. Raises
         `ChunkError`, e.g. when the disk is full."""
         ...
 
-    async def store_capture(
-        self,
-        source: CaptureSource,
-        *,
-        job_id: int,
-        epoch: int,
-        step: int,
-        parent: str,
-        rank: int | None = None,
-    ) -> StoredCheckpoint:
+    async def store_capture(self, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
         """The same for the files of a capture, from memory. Raises `ChunkError`."""
         ...
 

@@ -34,6 +34,7 @@ from agent.core.trainer_messages import (
 from agent.core.values import (
     DriverLoaded,
     GpuOccupancy,
+    Origin,
     ProcessExit,
     ReplicaSource,
     Sample,
@@ -369,17 +370,12 @@ class AgentShell:
     async def _stored(self, command: m.StoreCheckpoint) -> StoredCheckpoint:
         """Raises `ChunkError`."""
         named = parse_attempt_id(command.attempt)
-        job_id, epoch, step, parent = named.job_id, named.epoch, command.step, command.parent
         rank = named.rank if command.part else None
-        chunks = self._ports.chunks
+        origin = Origin(named.job_id, named.epoch, command.step, command.parent, rank)
         if not is_capture(command.path):
-            return await chunks.store(
-                command.path, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
-            )
+            return await self._ports.chunks.store(command.path, origin)
         with self._ports.slabs.reading(command.attempt, command.path) as source:
-            return await chunks.store_capture(
-                source, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank
-            )
+            return await self._ports.chunks.store_capture(source, origin)
 
     async def _replicate(self, command: m.ReplicateCheckpoint) -> None:
         target: ReplicaSource = command.target

@@ -43,6 +43,7 @@ import baton_sdk
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
+from agent.core.values import Origin
 from agent.slabs import Slabs
 from bench import report
 from bench.checkpoint_others import SAFETENSORS, Pool, Save, durable, others
@@ -168,9 +169,7 @@ def drain_child(words: list[str]) -> None:
         for line in iter(sys.stdin.readline, ""):
             name, step = line.split()
             with desk.reading(ATTEMPT, name) as source:
-                stored = await service.store_capture(
-                    source, job_id=1, epoch=1, step=int(step), parent=parent
-                )
+                stored = await service.store_capture(source, Origin(1, 1, int(step), parent))
             parent = stored.digest
             print(json.dumps({"digest": stored.digest}), flush=True)
             await service.collect(frozenset([parent]))

@@ -51,9 +51,9 @@ class Notifier:
         request."""
         return self._send("RELOADING=1", f"MONOTONIC_USEC={self._monotonic_usec()}")
 
-    def stopping(self, status: str = "") -> bool:
+    def stopping(self) -> bool:
         """SIGTERM was seen."""
-        return self._send("STOPPING=1", *_status(status))
+        return self._send("STOPPING=1")
 
     def watchdog(self) -> bool:
         """The loop turned; call it every `watchdog_interval_ms`."""

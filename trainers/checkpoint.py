@@ -91,25 +91,16 @@ class TensorFile(NamedTuple):
     tensors: Tensors
 
 
-def capture(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Mapping[str, Any],
-    objects: Mapping[str, extra.Object] | None = None,
-) -> Snapshot:
-    """Copy everything that decides how the training goes on. ``progress`` is JSON of the loop;
-    ``objects`` are schedulers, scalers, generators and the like, by names of the caller's."""
-    return copied(live(model, optimizer, progress, objects))
-
-
 def live(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Mapping[str, Any],
     objects: Mapping[str, extra.Object] | None = None,
 ) -> Snapshot:
-    """The same without a copy: the tensors are those of the model and the optimizer, and change
-    with the next step. For whoever copies them elsewhere at once."""
+    """Everything that decides how the training goes on. ``progress`` is JSON of the loop;
+    ``objects`` are schedulers, scalers, generators and the like, by names of the caller's. The
+    tensors are those of the model and the optimizer, and change with the next step: for whoever
+    copies them at once."""
     frozen, trained = _model_tensors(model)
     tensors, described = _capture_optimizer(model, optimizer)
     extra_tensors, extra_described = extra.describe(objects or {})

@@ -181,11 +181,6 @@ def split_rows(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rows, rank * each), min(rows, (rank + 1) * each)
 
 
-def whole(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> Layout:
-    """Logical tensors ``<part>/<name>``, each of which lies whole in ``<part>.safetensors``."""
-    return layout(parts, {})
-
-
 Place = tuple[int, tuple[int, ...]]
 """Of rows: the number of the first one, and the shape of the tensor that they are of."""
 
@@ -197,7 +192,8 @@ def file_name(part: str, *, rows: bool = False) -> str:
 
 
 def layout(parts: Mapping[str, Mapping[str, torch.Tensor]], places: Mapping[str, Place]) -> Layout:
-    """The same where some are rows of a logical tensor: those that have a place."""
+    """Logical tensors ``<part>/<name>``, each of which lies whole in ``<part>.safetensors``, or is
+    rows of one: those that have a place."""
     return _layout(
         tuple(
             (part, name, tensor.dtype, tensor.shape, places.get(f"{part}/{name}"))

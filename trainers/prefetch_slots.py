@@ -104,9 +104,6 @@ class Ring:
         self._table = table
         self._states = [State.FREE] * depth
 
-    def state_of(self, slot: int) -> State:
-        return self._states[slot]
-
     def allows(self, slot: int, action: Action) -> bool:
         """Is this action legal now?"""
         return (self._states[slot], action) in self._table

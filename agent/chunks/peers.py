@@ -230,7 +230,7 @@ class PeerClient:
                 # Raised when the peer ended the call before hearing all of it; the status says why.
                 with suppress(asyncio.InvalidStateError):
                     async for chunk_digest, data in chunks:
-                        for piece in _pieces(chunk_digest, data):
+                        for piece in pieces(chunk_digest, data):
                             await call.write(peer_pb2.PutCheckpointRequest(chunk=piece))
                         route.moved("grpc", len(data))
                     last = peer_pb2.Manifest(digest=digest, data=manifest)
@@ -406,7 +406,8 @@ def _sensible(leave: peer_pb2.OpenTransferResponse) -> bool:
     )
 
 
-def _pieces(digest: str, data: bytes) -> Iterator[peer_pb2.Chunk]:
+def pieces(digest: str, data: bytes) -> Iterator[peer_pb2.Chunk]:
+    """A chunk as it travels over gRPC, either way."""
     for start in range(0, len(data), PIECE_BYTES_MAX):
         piece = data[start : start + PIECE_BYTES_MAX]
         yield peer_pb2.Chunk(digest=digest, data=piece, size_bytes=len(data))

@@ -17,7 +17,6 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -31,6 +30,7 @@ from agent.chunks.threads import Threads
 from agent.chunks.tree import ingest, ingest_capture
 from agent.core.values import (
     Gang,
+    Origin,
     ReplicaSource,
     RestoreCandidate,
     Restored,
@@ -91,38 +91,17 @@ class ChunkService:
         """Digests of the checkpoints on this node, newest first, bounded for the hello."""
         return await self._threads.list(self._store.checkpoints)
 
-    async def store(
-        self,
-        directory: str,
-        *,
-        job_id: int,
-        epoch: int,
-        step: int,
-        parent: str,
-        rank: int | None = None,
-    ) -> StoredCheckpoint:
+    async def store(self, directory: str, origin: Origin) -> StoredCheckpoint:
         """See `Chunks.store`."""
 
         def take() -> StoredCheckpoint:
-            source = self._checked_source(directory)
-            take_in = partial(ingest, self._store, source, job_id=job_id, epoch=epoch)
-            return take_in(step=step, parent=parent, rank=rank)
+            return ingest(self._store, self._checked_source(directory), origin)
 
         return await self._threads.drain(take)
 
-    async def store_capture(
-        self,
-        source: CaptureSource,
-        *,
-        job_id: int,
-        epoch: int,
-        step: int,
-        parent: str,
-        rank: int | None = None,
-    ) -> StoredCheckpoint:
+    async def store_capture(self, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
         """See `Chunks.store_capture`."""
-        take = partial(ingest_capture, self._store, source, job_id=job_id, epoch=epoch)
-        return await self._threads.drain(take, step=step, parent=parent, rank=rank)
+        return await self._threads.drain(ingest_capture, self._store, source, origin)
 
     async def discard(self, directory: str) -> None:
         """See `Chunks.discard`."""

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import LifoQueue
@@ -45,7 +44,7 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.reflink import clone
 from agent.chunks.store import ChunkStore, Writing
-from agent.core.values import StoredCheckpoint
+from agent.core.values import Origin, StoredCheckpoint
 from agent.ports import CapturedFile, CaptureSource
 
 # Of the files of a capture, which no umask has had a say in: a job's data is nobody else's
@@ -61,16 +60,7 @@ WRITERS = 4
 _File = tuple[str, int, Iterator[tuple[mmap.mmap, int]]]
 
 
-def ingest(
-    store: ChunkStore,
-    directory: Path,
-    *,
-    job_id: int,
-    epoch: int,
-    step: int,
-    parent: str,
-    rank: int | None = None,
-) -> StoredCheckpoint:
+def ingest(store: ChunkStore, directory: Path, origin: Origin) -> StoredCheckpoint:
     """Keep every regular file under `directory`, durably; the directory stays as it is. Empty
     directories are not kept.
 
@@ -79,20 +69,10 @@ def ingest(
     """
     buffers = _Buffers()
     files = _files_of(directory, scan(directory), buffers)
-    empty = Manifest(job_id, epoch, step, parent, (), rank)
-    return _ingest(store, files, buffers, empty, check=_nothing)
+    return _ingest(store, files, buffers, origin, check=_nothing)
 
 
-def ingest_capture(
-    store: ChunkStore,
-    source: CaptureSource,
-    *,
-    job_id: int,
-    epoch: int,
-    step: int,
-    parent: str,
-    rank: int | None = None,
-) -> StoredCheckpoint:
+def ingest_capture(store: ChunkStore, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
     """Keep the files of a capture, durably. Raises `Invalid` for a name that could land outside a
     directory, `DiskFull` after giving back what was written, and `ChunkError`, also when the
     capture was overwritten while it was read: then no checkpoint names what was kept of it."""
@@ -101,8 +81,7 @@ def ingest_capture(
         (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry, buffers))
         for entry in source.files
     )
-    empty = Manifest(job_id, epoch, step, parent, (), rank)
-    return _ingest(store, files, buffers, empty, check=source.check)
+    return _ingest(store, files, buffers, origin, check=source.check)
 
 
 def scan(directory: Path) -> list[str]:
@@ -194,11 +173,11 @@ def _ingest(
     store: ChunkStore,
     files: Iterable[_File],
     buffers: _Buffers,
-    empty: Manifest,
+    origin: Origin,
     *,
     check: Callable[[], None],
 ) -> StoredCheckpoint:
-    """Keep the files and publish them as `empty` with these files; `check` is asked in between."""
+    """Keep the files and publish them as a checkpoint; `check` is asked in between."""
     try:
         # The inner threads take this one's priority over; all of them have ended before a failure
         # gives back what they wrote.
@@ -207,7 +186,7 @@ def _ingest(
             check()
             # Sorted, whoever lists them: the same files are the same manifest.
             entries.sort(key=lambda entry: entry.path)
-            manifest = replace(empty, files=tuple(entries))
+            manifest = Manifest(files=tuple(entries), **origin._asdict())
             data = encode(manifest)
             digest = digest_of(data)
             writing.publish(digest, data)

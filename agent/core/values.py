@@ -7,6 +7,7 @@ say" and "zero watts" are different facts.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +296,18 @@ class ProcessExit:
     exit_code: int | None
     signal: int | None
     reason: str = ""
+
+
+class Origin(NamedTuple):
+    """Of a checkpoint: the job that saved it, under `epoch` at `step`, after the one with the
+    digest `parent` (empty: after none). `rank`: whose part of a gang's it is; `None`: it is whole.
+    """
+
+    job_id: int
+    epoch: int
+    step: int
+    parent: str
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import structlog
 
 from agent.core.values import Launch
 from agent.processes import forkserver
+from agent.processes.spawn import INTERPRETER
 
 RESTART_FIRST_S = 1.0
 # a server that cannot stay up is worth a look a minute: it costs seconds of a core each time
@@ -191,14 +191,9 @@ class ForkServer:
 class ForkServers:
     """The one for supervisors, and the warm one, if there is to be one."""
 
-    def __init__(
-        self,
-        warmth: Warmth | None = None,
-        *,
-        interpreter: str = os.path.realpath(sys.executable),
-    ) -> None:
+    def __init__(self, warmth: Warmth | None = None) -> None:
         kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-        self.plain = ForkServer("plain", (interpreter, "-I", "-S"), (), kept)
+        self.plain = ForkServer("plain", (INTERPRETER, "-I", "-S"), (), kept)
         self._warmth = warmth
         self.warm: ForkServer | None = None
         if warmth is not None:

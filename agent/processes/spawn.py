@@ -9,6 +9,7 @@ import importlib.util
 import marshal
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,9 @@ from agent.processes import shim
 
 if TYPE_CHECKING:
     from importlib.abc import InspectLoader
+
+# The one below a virtual environment, which the shim has no use for and would look through.
+INTERPRETER = os.path.realpath(sys.executable)
 
 
 def write_program(program: Path) -> None:
@@ -30,7 +34,7 @@ def write_program(program: Path) -> None:
     new.replace(program)
 
 
-def spawn_shim(interpreter: str, program: Path, directory: Path, status_fd: int) -> int:
+def spawn_shim(program: Path, directory: Path, status_fd: int) -> int:
     """Returns its pid. Raises OSError."""
     errors = str(directory / "shim.err")
     file_actions = [
@@ -42,8 +46,8 @@ def spawn_shim(interpreter: str, program: Path, directory: Path, status_fd: int)
     # A Python that is built shared may need this one to start; nothing else is handed on.
     kept = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     return os.posix_spawn(
-        interpreter,
-        [interpreter, "-I", "-S", str(program), str(directory)],
+        INTERPRETER,
+        [INTERPRETER, "-I", "-S", str(program), str(directory)],
         kept,
         file_actions=file_actions,
         setsid=True,

@@ -82,8 +82,6 @@ class Supervisor:
         self,
         state_directory: Path,
         *,
-        # the one below a virtual environment, which the shim has no use for and would look through
-        interpreter: str = os.path.realpath(sys.executable),
         log_bytes_max: int = LOG_BYTES_MAX,
         forks: ForkServers | None = None,
         units: Units | None = None,
@@ -91,7 +89,6 @@ class Supervisor:
         self._state = state_directory
         self._forks = forks
         self._units = units
-        self._interpreter = interpreter
         self._attempts: dict[str, _Attempt] = {}
         self._retention = Retention(
             self._root,
@@ -262,9 +259,7 @@ class Supervisor:
             if attempt.server:
                 asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._hurry, attempt)
             else:
-                attempt.shim_pid = spawn_shim(
-                    self._interpreter, self._program, attempt.directory, status_write
-                )
+                attempt.shim_pid = spawn_shim(self._program, attempt.directory, status_write)
                 attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
                 self._watch(attempt)
         except OSError:

@@ -55,6 +55,11 @@ class Call:
     name: str
     read: Callable[[Handle], Any]
 
+    @classmethod
+    def of(cls, name: str, *arguments: object) -> "Call":
+        """The binding's function of this name; the arguments follow the handle."""
+        return cls(name, lambda handle: getattr(pynvml, name)(handle, *arguments))
+
 
 class Driver:
     """What is known of this driver, and how often it failed."""

@@ -66,4 +66,4 @@ def _recovery_action(handle: Handle) -> pynvml.c_nvmlFieldValue_t | None:
 
 
 _ACTION: Final = Call("nvmlDeviceGetFieldValues", _recovery_action)
-_PCI: Final = Call("nvmlDeviceGetPciInfo_v3", lambda handle: pynvml.nvmlDeviceGetPciInfo_v3(handle))
+_PCI: Final = Call.of("nvmlDeviceGetPciInfo_v3")

@@ -19,9 +19,7 @@ from agent.core.values import GpuInventory
 from agent.telemetry.calls import Asking, Call, Driver, Handle
 
 _BATCH: Final = (pynvml.NVML_FI_DEV_ECC_CURRENT, pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT)
-_FIELDS: Final = Call(
-    "nvmlDeviceGetFieldValues", lambda handle: pynvml.nvmlDeviceGetFieldValues(handle, _BATCH)
-)
+_FIELDS: Final = Call.of("nvmlDeviceGetFieldValues", _BATCH)
 # By field of `GpuInventory`: the call that answers it.
 _PLAIN: Final = {
     "pcie_generation": "nvmlDeviceGetCurrPcieLinkGeneration",
@@ -31,9 +29,7 @@ _PLAIN: Final = {
     "vbios_version": "nvmlDeviceGetVbiosVersion",
     "serial": "nvmlDeviceGetSerial",
 }
-_REMAPPED: Final = Call(
-    "nvmlDeviceGetRemappedRows", lambda handle: pynvml.nvmlDeviceGetRemappedRows(handle)
-)
+_REMAPPED: Final = Call.of("nvmlDeviceGetRemappedRows")
 _GPM_SUPPORT: Final = Call(
     "nvmlGpmQueryDeviceSupport",
     lambda handle: pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice,
@@ -57,9 +53,7 @@ class InventoryReader:
     def read(self, uuid: str, handle: Handle) -> GpuInventory:
         asking = Asking(self._driver, handle)
         fields = asking.fields(_FIELDS)
-        values: dict[str, Any] = {
-            name: asking.say(Call(call, getattr(pynvml, call))) for name, call in _PLAIN.items()
-        }
+        values: dict[str, Any] = {name: asking.say(Call.of(call)) for name, call in _PLAIN.items()}
         has_ecc = fields.get(pynvml.NVML_FI_DEV_ECC_CURRENT) == pynvml.NVML_FEATURE_ENABLED
         values |= _remapped(asking, has_ecc=has_ecc)
         link_count = int(fields.get(pynvml.NVML_FI_DEV_NVLINK_LINK_COUNT, 0))

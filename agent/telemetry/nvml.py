@@ -21,7 +21,7 @@ Source: NVML API Reference Guide (docs.nvidia.com/deploy/nvml-api). It deprecate
 own reservation as used.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
 import pynvml
@@ -223,87 +223,40 @@ _HINTS: Final = {
 }
 
 
+def _memory_bytes(field: str) -> tuple[Call, ...]:
+    def read(*version: object) -> Callable[[Handle], int]:
+        return lambda handle: int(getattr(pynvml.nvmlDeviceGetMemoryInfo(handle, *version), field))
+
+    return (
+        Call("nvmlDeviceGetMemoryInfo_v2", read(pynvml.nvmlMemory_v2)),
+        Call("nvmlDeviceGetMemoryInfo", read()),
+    )
+
+
 def _utilization_ratio(handle: Handle) -> float:
     return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100.0
 
 
-def _memory_bytes_v2(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).total)
-
-
-def _memory_bytes_v1(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-
-
-def _memory_used_bytes_v2(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2).used)
-
-
-def _memory_used_bytes_v1(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-
-def _temperature_celsius(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetTemperatureV(handle, pynvml.NVML_TEMPERATURE_GPU))
-
-
-def _temperature_celsius_old(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-
-
-def _power_mw(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetPowerUsage(handle))
-
-
-def _energy_mj(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-
-
-def _sm_clock_mhz(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-
-
-def _memory_clock_mhz(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM))
-
-
-def _clock_event_reasons(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
-
-
-def _clock_event_reasons_old(handle: Handle) -> int:
-    return int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-
-
 _INSTANCE_NUMBERS: Final = (
-    Call("nvmlDeviceGetGpuInstanceId", lambda handle: pynvml.nvmlDeviceGetGpuInstanceId(handle)),
-    Call(
-        "nvmlDeviceGetComputeInstanceId",
-        lambda handle: pynvml.nvmlDeviceGetComputeInstanceId(handle),
-    ),
+    Call.of("nvmlDeviceGetGpuInstanceId"),
+    Call.of("nvmlDeviceGetComputeInstanceId"),
 )
-_MIG_MODE: Final = Call("nvmlDeviceGetMigMode", lambda handle: pynvml.nvmlDeviceGetMigMode(handle))
-_MEMORY: Final = (
-    Call("nvmlDeviceGetMemoryInfo_v2", _memory_bytes_v2),
-    Call("nvmlDeviceGetMemoryInfo", _memory_bytes_v1),
-)
+_MIG_MODE: Final = Call.of("nvmlDeviceGetMigMode")
+_MEMORY: Final = _memory_bytes("total")
 # By field of `GpuSample`, newest call first.
 _SAMPLED: Final[dict[str, tuple[Call, ...]]] = {
     "utilization_ratio": (Call("nvmlDeviceGetUtilizationRates", _utilization_ratio),),
-    "memory_used_bytes": (
-        Call("nvmlDeviceGetMemoryInfo_v2", _memory_used_bytes_v2),
-        Call("nvmlDeviceGetMemoryInfo", _memory_used_bytes_v1),
-    ),
+    "memory_used_bytes": _memory_bytes("used"),
     "temperature_celsius": (
-        Call("nvmlDeviceGetTemperatureV", _temperature_celsius),
-        Call("nvmlDeviceGetTemperature", _temperature_celsius_old),
+        Call.of("nvmlDeviceGetTemperatureV", pynvml.NVML_TEMPERATURE_GPU),
+        Call.of("nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU),
     ),
-    "power_mw": (Call("nvmlDeviceGetPowerUsage", _power_mw),),
-    "energy_mj": (Call("nvmlDeviceGetTotalEnergyConsumption", _energy_mj),),
-    "sm_clock_mhz": (Call("nvmlDeviceGetClockInfo", _sm_clock_mhz),),
-    "memory_clock_mhz": (Call("nvmlDeviceGetClockInfo", _memory_clock_mhz),),
+    "power_mw": (Call.of("nvmlDeviceGetPowerUsage"),),
+    "energy_mj": (Call.of("nvmlDeviceGetTotalEnergyConsumption"),),
+    "sm_clock_mhz": (Call.of("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),),
+    "memory_clock_mhz": (Call.of("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),),
     "clock_event_reasons": (
-        Call("nvmlDeviceGetCurrentClocksEventReasons", _clock_event_reasons),
-        Call("nvmlDeviceGetCurrentClocksThrottleReasons", _clock_event_reasons_old),
+        Call.of("nvmlDeviceGetCurrentClocksEventReasons"),
+        Call.of("nvmlDeviceGetCurrentClocksThrottleReasons"),
     ),
 }

@@ -106,11 +106,6 @@ class NvmlProbe:
         """Why there are fewer GPUs than there could be, as a sentence for the log; else empty."""
         return self._gpus.absence
 
-    @property
-    def sampler_pid(self) -> int:
-        """Of the process that calls the driver; 0 when there is none."""
-        return self._gpus.pid()
-
     def host_facts(self) -> HostFacts:
         """Of the host; `driver_version` is empty where there is no NVML, no driver, or no answer
         yet."""

@@ -31,9 +31,7 @@ _BATCH: Final = (
     pynvml.NVML_FI_DEV_MEMORY_TEMP,
     pynvml.NVML_FI_DEV_PCIE_REPLAY_COUNTER,
 )
-_FIELDS: Final = Call(
-    "nvmlDeviceGetFieldValues", lambda handle: pynvml.nvmlDeviceGetFieldValues(handle, _BATCH)
-)
+_FIELDS: Final = Call.of("nvmlDeviceGetFieldValues", _BATCH)
 _ECC: Final = {
     "ecc_volatile_corrected": pynvml.NVML_FI_DEV_ECC_SBE_VOL_TOTAL,
     "ecc_volatile_uncorrected": pynvml.NVML_FI_DEV_ECC_DBE_VOL_TOTAL,
@@ -41,24 +39,12 @@ _ECC: Final = {
     "ecc_aggregate_uncorrected": pynvml.NVML_FI_DEV_ECC_DBE_AGG_TOTAL,
 }
 _PROCESSES: Final = (
-    Call(
-        "nvmlDeviceGetComputeRunningProcesses_v3",
-        lambda handle: pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle),
-    ),
-    Call(
-        "nvmlDeviceGetComputeRunningProcesses_v2",
-        lambda handle: pynvml.nvmlDeviceGetComputeRunningProcesses_v2(handle),
-    ),
+    Call.of("nvmlDeviceGetComputeRunningProcesses_v3"),
+    Call.of("nvmlDeviceGetComputeRunningProcesses_v2"),
 )
 _GRAPHICS: Final = (
-    Call(
-        "nvmlDeviceGetGraphicsRunningProcesses_v3",
-        lambda handle: pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3(handle),
-    ),
-    Call(
-        "nvmlDeviceGetGraphicsRunningProcesses_v2",
-        lambda handle: pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2(handle),
-    ),
+    Call.of("nvmlDeviceGetGraphicsRunningProcesses_v3"),
+    Call.of("nvmlDeviceGetGraphicsRunningProcesses_v2"),
 )
 # By field: the driver's buffer, and what its figures are divided by.
 _BUFFERS: Final = {
@@ -153,12 +139,7 @@ def _ecc_one_by_one(asking: Asking) -> dict[str, int | None]:
     counters = {"volatile": pynvml.NVML_VOLATILE_ECC, "aggregate": pynvml.NVML_AGGREGATE_ECC}
     return {
         f"ecc_{since}_{kind}": asking.say(
-            Call(
-                "nvmlDeviceGetTotalEccErrors",
-                lambda handle, kind_=kinds[kind], since_=counters[since]: (  # type: ignore[misc]
-                    pynvml.nvmlDeviceGetTotalEccErrors(handle, kind_, since_)
-                ),
-            )
+            Call.of("nvmlDeviceGetTotalEccErrors", kinds[kind], counters[since])
         )
         for since in counters
         for kind in kinds

@@ -1,13 +1,13 @@
 """The plan of the fleet's size over gRPC, as values that print and serialise."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Self
 
 import msgspec
 
 from coordinator.cli.client import Client
-from coordinator.cli.decoding import time_of, word_of
+from coordinator.cli.decoding import decode, time_of
 from protos.baton.v1 import capacity_pb2 as pb
 from protos.baton.v1 import capacity_pb2_grpc
 
@@ -105,13 +105,11 @@ class CapacityClient(Client):
 
     def plan(self) -> Plan:
         answer = self._call(self._capacity.GetPlan, pb.GetPlanRequest())
-        return Plan(
-            mode=_mode(answer.mode),
-            why=answer.why,
-            acts=answer.acts,
+        return decode(
+            answer,
+            Plan,
             level=_ratio(answer.level),
             made=time_of(answer, "made_time"),
-            types=[_type_plan(one) for one in answer.types],
             proposed=_decisions(answer.proposed),
         )
 
@@ -133,71 +131,16 @@ def _ratio(computed: float) -> float:
     return round(computed, 9)
 
 
-def _mode(number: int) -> str | None:
-    return word_of(pb.ScalingMode, "SCALING_MODE_", number)
-
-
-def _type_plan(said: pb.TypePlan) -> TypePlan:
-    return TypePlan(
-        gpu_type=said.gpu_type,
-        on_gpus=said.on_gpus,
-        idle_gpus=said.idle_gpus,
-        leaving_gpus=said.leaving_gpus,
-        starting_gpus=said.starting_gpus,
-        off_gpus=said.off_gpus,
-        failed_gpus=said.failed_gpus,
-        closed_gpus=said.closed_gpus,
-        running_gpus=said.running_gpus,
-        queued_gpus=said.queued_gpus,
-        guaranteed_gpus=said.guaranteed_gpus,
-        need_gpus=said.need_gpus,
-        keep_gpus=said.keep_gpus,
-        wanted_gpus=said.wanted_gpus,
-        boot_s=said.boot.ToMilliseconds() / 1000,
-        soon_gpus=list(said.soon_gpus),
-        later_gpus=list(said.later_gpus),
-        coverage_ratio=said.coverage_ratio if said.HasField("coverage_ratio") else None,
-        stale=said.stale,
-        sentence=said.sentence,
-        rented_gpus=said.rented_gpus,
-    )
-
-
 def _decisions(said: Sequence[pb.ScaleDecision]) -> list[Decision]:
     return [_decision(one) for one in said]
 
 
 def _decision(said: pb.ScaleDecision) -> Decision:
     seen = said.HasField("hindsight")
-    return Decision(
-        id=said.id,
-        time=said.time.ToDatetime(tzinfo=UTC),
-        gpu_type=said.gpu_type,
-        mode=_mode(said.mode),
-        sentence=said.sentence,
+    return decode(
+        said,
+        Decision,
         level=_ratio(said.level),
-        running_gpus=said.running_gpus,
-        queued_gpus=said.queued_gpus,
-        guaranteed_gpus=said.guaranteed_gpus,
-        there_gpus=said.there_gpus,
-        need_gpus=said.need_gpus,
-        keep_gpus=said.keep_gpus,
-        soon_gpus=list(said.soon_gpus),
-        later_gpus=list(said.later_gpus),
-        coverage_ratio=said.coverage_ratio if said.HasField("coverage_ratio") else None,
-        alternatives=[
-            Alternative(
-                name=one.name,
-                gpus=one.gpus,
-                expected_usd=one.expected_usd,
-                realised_usd=one.realised_usd if one.HasField("realised_usd") else None,
-            )
-            for one in said.alternatives
-        ],
-        rail=said.rail,
-        rail_reason=said.rail_reason,
-        deeds=[Deed(verb=one.verb, nodes=list(one.nodes), state=one.state) for one in said.deeds],
-        holds_s=said.holds.ToMilliseconds() / 1000,
         mean_gpus=said.hindsight.mean_gpus if seen else None,
         regret_usd=said.hindsight.regret_usd if seen else None,
     )

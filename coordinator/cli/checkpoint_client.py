@@ -18,7 +18,8 @@ import grpc
 from blake3 import blake3
 
 from coordinator.cli import values
-from coordinator.cli.client import Client, decode_checkpoint
+from coordinator.cli.client import Client
+from coordinator.cli.decoding import decode
 from coordinator.cli.settings import CommandFailed
 from protos.baton.v1 import checkpoints_pb2 as pb
 from protos.baton.v1 import checkpoints_pb2_grpc, peer_pb2
@@ -79,18 +80,16 @@ def _choice(digest: str, step: int | None) -> pb.CheckpointChoice:
 
 
 def _kept(checkpoints: Iterable[pb.KeptCheckpoint]) -> list[values.KeptCheckpoint]:
-    found = []
-    for kept in checkpoints:
-        shown = decode_checkpoint(kept.checkpoint)
-        found.append(
-            values.KeptCheckpoint(
-                **{name: getattr(shown, name) for name in shown.__struct_fields__},
-                pinned=kept.pinned,
-                bad=kept.bad,
-                used_by=list(kept.used_by),
-            )
+    return [
+        decode(
+            kept.checkpoint,
+            values.KeptCheckpoint,
+            pinned=kept.pinned,
+            bad=kept.bad,
+            used_by=list(kept.used_by),
         )
-    return found
+        for kept in checkpoints
+    ]
 
 
 def _receive(responses: Iterator[pb.ReadCheckpointResponse], target: Path) -> tuple[str, int]:

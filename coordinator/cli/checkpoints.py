@@ -271,14 +271,10 @@ def import_command(
         )
 
 
-@contextlib.contextmanager
-def _connect(context: click.Context) -> "Iterator[CheckpointClient]":
+def _connect(context: click.Context) -> "CheckpointClient":
     from coordinator.cli.checkpoint_client import CheckpointClient  # grpc takes its time
 
-    settings = settings_of(context)
-    settings.check()
-    with CheckpointClient(settings) as client:
-        yield client
+    return CheckpointClient(settings_of(context))
 
 
 def _new(target: Path) -> Path:

@@ -18,7 +18,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -36,18 +36,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import values
 from coordinator.cli.decoding import (
-    decode_attempt,
+    decode,
     decode_change,
-    decode_event,
-    decode_explanation,
-    decode_fit,
+    decode_job,
     decode_node,
-    decode_project,
     decode_requeue,
-    decode_trial,
-    said,
-    time_of,
-    word_of,
 )
 from coordinator.cli.settings import EXIT_UNREACHABLE, BadInput, CommandFailed, Settings
 from protos.baton.v1 import jobs_pb2, jobs_pb2_grpc, nodes_pb2, nodes_pb2_grpc, types_pb2
@@ -102,14 +95,14 @@ _KNOWN_TROUBLE = (
 class Client:
     """Speaks to one coordinator. A context manager; the constructor only stores."""
 
-    def __init__(self, settings: Settings, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._pause = pause
         self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> Self:
-        """Opens the channel; nothing is sent yet. Raises `BadInput` for an unreadable
-        certificate."""
+        """Opens the channel; nothing is sent yet. Raises `click.UsageError` for settings that
+        cannot be used, `BadInput` for an unreadable certificate."""
+        self._settings.check()
         self._channel = _open_channel(self._settings)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._nodes = nodes_pb2_grpc.NodeServiceStub(self._channel)
@@ -136,7 +129,7 @@ class Client:
                 sent = not _NOT_SENT.search(error.details() or "")
                 unsettled = unsettled or (sent and error.code() in _UNSETTLED)
                 if error.code() is grpc.StatusCode.UNAVAILABLE and pauses_s:
-                    self._pause(pauses_s.pop(0))
+                    time.sleep(pauses_s.pop(0))
                     continue
                 failed = self._failed(error)
                 if unsettled:
@@ -147,14 +140,12 @@ class Client:
                     ) from error
                 raise failed from error
             jobs = answer.jobs or 1  # an older coordinator does not say
-            return values.Submission(
-                job_id=answer.job_id, request_id=request_id, reason=answer.reason, jobs=jobs
-            )
+            return decode(answer, values.Submission, request_id=request_id, jobs=jobs)
 
     def job(self, job_id: int) -> values.Job:
         """Everything about one job."""
         request = jobs_pb2.GetJobRequest(job_id=job_id)
-        return _job(self._call(self._jobs.GetJob, request).job)
+        return decode_job(self._call(self._jobs.GetJob, request).job)
 
     def jobs(
         self, phases: list[str], project: str, limit: int, *, fold: bool = False
@@ -176,7 +167,7 @@ class Client:
                     fold_arrays=fold,
                 ),
             )
-            found.extend(_job(job) for job in answer.jobs)
+            found.extend(decode_job(job) for job in answer.jobs)
             before_job_id = answer.next_before_job_id
             if before_job_id == 0:
                 return found[:limit], len(found) > limit
@@ -203,12 +194,12 @@ class Client:
             job_id=job_id, abandon_unreachable_checkpoints=abandon, array=array, all_trials=every
         )
         answer = self._call(self._jobs.RequeueJob, request)
-        return decode_requeue(answer) if array else _job(answer.job)
+        return decode_requeue(answer) if array else decode_job(answer.job)
 
     def explain(self, job_id: int) -> values.Explanation:
         """One sentence with numbers, and the figures of it."""
         answer = self._call(self._jobs.ExplainJob, jobs_pb2.ExplainJobRequest(job_id=job_id))
-        return decode_explanation(job_id, answer)
+        return decode(answer, values.Explanation, job_id=job_id)
 
     def fit(
         self, spec: values.JobSpec, model: values.ModelFacts | str, prices: dict[str, float]
@@ -220,15 +211,12 @@ class Client:
         else:
             request.model.CopyFrom(jobs_pb2.ModelFacts(**msgspec.structs.asdict(model)))
         answer = self._call(self._jobs.FitJob, request)
-        return values.FitReport(
-            fits=[decode_fit(fit) for fit in answer.fits], prices_source=answer.prices_source
-        )
+        return decode(answer, values.FitReport)
 
     def projects(self) -> values.ProjectReport:
         """How projects stand by their quotas."""
         answer = self._call(self._jobs.ListProjects, jobs_pb2.ListProjectsRequest())
-        projects = [decode_project(project) for project in answer.projects]
-        return values.ProjectReport(projects=projects, half_life_hours=answer.half_life_hours)
+        return decode(answer, values.ProjectReport)
 
     def events(self, job_id: int) -> Iterator[values.JobEvent]:
         """A job's history, oldest first."""
@@ -238,7 +226,7 @@ class Client:
             page = self._call(self._jobs.ListJobEvents, request).events
             if not page:
                 return
-            yield from map(decode_event, page)
+            yield from (decode(event, values.JobEvent) for event in page)
             after_sequence = page[-1].sequence
 
     def logs(
@@ -250,9 +238,7 @@ class Client:
         )
         try:
             for part in self._jobs.StreamLogs(request):
-                yield values.LogPart(
-                    attempt=part.attempt, node=part.node, data=part.data, notice=part.notice
-                )
+                yield decode(part, values.LogPart)
         except grpc.RpcError as error:
             raise self._failed(error) from error
 
@@ -348,7 +334,7 @@ _Changes = jobs_pb2.CancelJobResponse | jobs_pb2.HoldJobResponse | jobs_pb2.Rele
 
 
 def _changed(answer: _Changes, array: bool) -> Changed:
-    return decode_change(answer.job, answer.jobs) if array else _job(answer.job)
+    return decode_change(answer.job, answer.jobs) if array else decode_job(answer.job)
 
 
 def _open_channel(settings: Settings) -> grpc.Channel:
@@ -415,78 +401,3 @@ def _duration(duration_ms: int) -> Duration:
     duration = Duration()
     duration.FromMilliseconds(duration_ms)
     return duration
-
-
-def _spec(spec: types_pb2.JobSpec) -> values.JobSpec:
-    return values.JobSpec(
-        name=spec.name,
-        project=spec.project,
-        job_class=word_of(types_pb2.JobClass, "JOB_CLASS_", spec.job_class),
-        command=list(spec.command),
-        trainer=spec.trainer,
-        trainer_config_json=spec.trainer_config_json,
-        environment=dict(sorted(spec.environment.items())),
-        working_directory=spec.working_directory,
-        gpus=spec.gpus,
-        gpu_types=list(spec.gpu_types),
-        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
-        memory_bytes=spec.memory_bytes,
-        grace_ms=spec.grace.ToMilliseconds() if spec.HasField("grace") else None,
-        stop_signal=word_of(types_pb2.StopSignal, "STOP_SIGNAL_", spec.stop_signal),
-        max_restarts=said(spec, "max_restarts"),
-        run_again_exit_codes=list(spec.run_again_exit_codes),
-        replication=word_of(types_pb2.Replication, "REPLICATION_", spec.replication),
-        slurm_environment=spec.slurm_environment,
-        hold=spec.hold,
-        keep_checkpoints=said(spec, "keep_checkpoints"),
-        ranks=spec.ranks or 1,
-        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
-        flexible_ms=spec.flexible.ToMilliseconds(),
-        deadline=time_of(spec, "deadline"),
-        share_automatic=spec.share_automatic,
-        array=spec.array,
-    )
-
-
-def _job(job: types_pb2.Job) -> values.Job:
-    return values.Job(
-        id=job.id,
-        spec=_spec(job.spec),
-        phase=word_of(types_pb2.JobPhase, "JOB_PHASE_", job.phase),
-        reason=job.reason,
-        epoch=job.epoch,
-        attempts=[decode_attempt(attempt) for attempt in job.attempts],
-        checkpoint=decode_checkpoint(job.checkpoint) if job.HasField("checkpoint") else None,
-        failures=job.failures,
-        submit_time=time_of(job, "submit_time"),
-        end_time=time_of(job, "end_time"),
-        progress=_progress(job.progress) if job.HasField("progress") else None,
-        accounting=values.Accounting.of(said(job, "accounting")),
-        trial=decode_trial(job),
-    )
-
-
-def _progress(progress: types_pb2.Progress) -> values.Progress:
-    return values.Progress(
-        step=progress.step,
-        total_steps=progress.total_steps or None,
-        metrics=dict(sorted(progress.metrics.items())),
-    )
-
-
-def decode_checkpoint(checkpoint: types_pb2.Checkpoint) -> values.Checkpoint:
-    return values.Checkpoint(
-        digest=checkpoint.digest,
-        parent=checkpoint.parent,
-        epoch=checkpoint.epoch,
-        step=checkpoint.step,
-        size_bytes=checkpoint.size_bytes,
-        replicas=list(checkpoint.replicas),
-        commit_time=time_of(checkpoint, "commit_time"),
-        parts=[
-            values.CheckpointPart(
-                digest=part.digest, size_bytes=part.size_bytes, replicas=list(part.replicas)
-            )
-            for part in checkpoint.parts
-        ],
-    )

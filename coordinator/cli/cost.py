@@ -33,7 +33,6 @@ _BASELINE_COLUMNS = (
 )
 IDLE_LEASE = "(idle lease)"
 TOTAL = "(total)"
-MILLION = 1e6
 
 
 @click.command(short_help="Show what work has cost, and what idled.")
@@ -98,15 +97,13 @@ def cost(
     from coordinator.cli.cost_client import CostClient  # grpc takes its time
 
     span = _span(context, last, begin, end)
-    settings = settings_of(context)
-    settings.check()
-    with CostClient(settings) as client:
+    with CostClient(settings_of(context)) as client:
         costs = client.costs(*span, by, project)
     if compare:
         costs = _compared(costs, span[0], project)
     if plot is not None:
         _write_plot(plot, costs, *span)
-    if settings.as_json:
+    if settings_of(context).as_json:
         write_json(costs)
         return
     _show(costs, by)

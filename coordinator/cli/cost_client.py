@@ -10,7 +10,7 @@ from typing import Self
 import msgspec
 
 from coordinator.cli.client import Client
-from coordinator.cli.decoding import said, time_of
+from coordinator.cli.decoding import decode
 from protos.baton.v1 import costs_pb2 as pb
 from protos.baton.v1 import costs_pb2_grpc
 
@@ -122,58 +122,25 @@ class CostClient(Client):
 
 def _costs(answer: pb.GetCostsResponse, begin: datetime, end: datetime) -> Costs:
     total = _money(answer.total)
-    return Costs(
+    return decode(
+        answer,
+        Costs,
         begin_time=begin,
         end_time=end,
         usd=total.usd + answer.idle_lease_usd,
         total=total,
-        idle_lease_usd=answer.idle_lease_usd,
-        lines=[
-            Line(key=line.key, name=line.name, money=_money(line.money)) for line in answer.lines
-        ],
-        days=[
-            Day(
-                begin_time=time_of(day, "begin_time"),
-                money=_money(day.money),
-                idle_lease_usd=day.idle_lease_usd,
-            )
-            for day in answer.days
-        ],
-        uses=[
-            Use(
-                gpu_type=use.gpu_type,
-                begin_time=time_of(use, "begin_time"),
-                gpus=list(use.gpus),
-                lease_usd=said(use, "lease_usd"),
-                burst_usd=said(use, "burst_usd"),
-                wanted_gpus=list(use.wanted_gpus),
-            )
-            for use in answer.uses
-        ],
-        kept_since_time=time_of(answer, "kept_since_time"),
-        prices_source=answer.prices_source,
-        energy_source=answer.energy_source,
-        fleets=[
-            Fleet(
-                gpu_type=fleet.gpu_type,
-                owned_gpus=fleet.owned_gpus,
-                lots=[Lot(gpus=lot.gpus, end_time=time_of(lot, "end_time")) for lot in fleet.lots],
-            )
-            for fleet in answer.fleets
-        ],
+        lines=[decode(line, Line, money=_money(line.money)) for line in answer.lines],
+        days=[decode(day, Day, money=_money(day.money)) for day in answer.days],
+        baselines=None,
+        baselines_why="",
     )
 
 
 def _money(money: pb.Money) -> Money:
-    return Money(
-        gpu_hours=money.gpu_hours,
+    return decode(
+        money,
+        Money,
         usd=money.owned_usd + money.lease_usd + money.burst_usd + money.energy_usd,
-        owned_usd=money.owned_usd,
-        lease_usd=money.lease_usd,
-        burst_usd=money.burst_usd,
-        energy_usd=money.energy_usd,
-        energy_kwh=money.energy_kwh,
-        unpriced_gpu_hours=money.unpriced_gpu_hours,
         tokens=money.tokens or None,
         usd_per_million_tokens=money.token_usd / money.tokens * MILLION if money.tokens else None,
     )

@@ -36,9 +36,7 @@ def ask(
     from coordinator.cli.demand_client import DemandClient
     from coordinator.forecast.demand_file import Series
 
-    settings = settings_of(context)
-    settings.check()
-    with DemandClient(settings) as client:
+    with DemandClient(settings_of(context)) as client:
         for period_min in PERIODS_MIN:
             told = client.demand(*asked, period_min, ahead_h=ahead_h)
             if len(told.gpus) >= STEPS_MIN:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Self
 
 from coordinator.cli.client import Client
+from coordinator.cli.decoding import time_of
 from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import demand_pb2_grpc, types_pb2
 
@@ -59,9 +60,7 @@ class DemandClient(Client):
             ahead_minutes=[60 * hours for hours in ahead_h],
         )
         answer = self._call(self._demand.GetDemand, request)
-        begin = None
-        if answer.HasField("begin_time"):
-            begin = answer.begin_time.ToDatetime(tzinfo=UTC)
+        begin = time_of(answer, "begin_time")
         held = tuple(
             Held(one.ahead_minutes // 60, one.certain_gpus, one.expected_gpus)
             for one in answer.held_ahead

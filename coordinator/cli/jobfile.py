@@ -16,9 +16,10 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -32,6 +33,7 @@ from coordinator.cli.units import parse_duration, parse_size, parse_time
 # it.
 FILE_BYTES_MAX = 1024 * 1024
 
+_Parsed = TypeVar("_Parsed")
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
@@ -142,7 +144,7 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     # A configuration means its paths from where it lies, as it does for the trainer run by hand.
     default = (here / job.config).parent if isinstance(job.config, str) else here
     workdir = _or(job.workdir, str(default))
-    automatic, share_bytes = _share(_or(job.share_gpu, 0))
+    automatic, share_bytes = _parsed("share_gpu", job.share_gpu, (False, 0), parse_share)
     return values.JobSpec(
         name=_or(job.name, ""),
         project=_or(job.project, ""),
@@ -154,9 +156,9 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         working_directory=str(here / workdir) if workdir else "",
         gpus=_or(job.gpus, 1 if share_bytes or automatic else 0),
         gpu_types=_or(job.gpu_types, []),
-        gpu_memory_bytes_min=_size("gpu_memory_min", _or(job.gpu_memory_min, 0)),
-        memory_bytes=_size("memory", _or(job.memory, 0)),
-        grace_ms=None if job.grace is UNSET else _duration_ms("grace", job.grace),
+        gpu_memory_bytes_min=_parsed("gpu_memory_min", job.gpu_memory_min, 0, parse_size),
+        memory_bytes=_parsed("memory", job.memory, 0, parse_size),
+        grace_ms=_parsed("grace", job.grace, None, parse_duration),
         stop_signal=None if job.signal is UNSET else job.signal.lower(),
         max_restarts=_or(job.max_restarts, None),
         run_again_exit_codes=_or(job.run_again_exit_codes, []),
@@ -166,8 +168,10 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         keep_checkpoints=_or(job.keep_checkpoints, None),
         ranks=_or(job.ranks, 1),
         shared_gpu_memory_bytes=share_bytes,
-        flexible_ms=0 if job.flexible is UNSET else _duration_ms("flexible", job.flexible),
-        deadline=None if job.deadline is UNSET else _deadline(job.deadline),
+        flexible_ms=_parsed("flexible", job.flexible, 0, parse_duration),
+        deadline=_parsed(
+            "deadline", job.deadline, None, lambda text: parse_time(text, datetime.now(UTC))
+        ),
         share_automatic=automatic,
         array=_or(job.array, ""),
     )
@@ -177,33 +181,15 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is UNSET else value
 
 
-def _size(key: str, value: int | str) -> int:
+def _parsed(key: str, value: Any, default: _Parsed, parse: Callable[[str], _Parsed]) -> _Parsed:
+    """What `parse` makes of it. A size may be a number, and goes through the same gate, so that
+    both spellings have the same bounds."""
+    if value is UNSET:
+        return default
     try:
-        # A number goes through the same gate, so that both spellings have the same bounds.
-        return parse_size(str(value))
+        return parse(str(value))
     except ValueError as error:
         raise BadInput(f"{key}: {error}") from error
-
-
-def _share(value: int | str) -> tuple[bool, int]:
-    try:
-        return parse_share(str(value))
-    except ValueError as error:
-        raise BadInput(f"share_gpu: {error}") from error
-
-
-def _duration_ms(key: str, value: str) -> int:
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise BadInput(f"{key}: {error}") from error
-
-
-def _deadline(value: str) -> datetime:
-    try:
-        return parse_time(value, datetime.now(UTC))
-    except ValueError as error:
-        raise BadInput(f"deadline: {error}") from error
 
 
 def _config_json(config: str | dict[str, Any], here: Path) -> str:

@@ -143,10 +143,8 @@ def _asked(context: click.Context) -> "list[Case]":
     from coordinator.core.cost_requests import HourlyUse, TypeFleet
     from coordinator.core.lease_advice import PAST_DAYS, cases
 
-    settings = settings_of(context)
-    settings.check()
     now = datetime.now(UTC)
-    with CostClient(settings) as client:
+    with CostClient(settings_of(context)) as client:
         costs = client.costs(now - timedelta(days=PAST_DAYS), now, "gpu-type", "")
     uses = [
         HourlyUse(

@@ -57,9 +57,7 @@ _ALTERNATIVE_COLUMNS = (
 def _connect(context: click.Context) -> "CapacityClient":
     from coordinator.cli.capacity_client import CapacityClient
 
-    settings = settings_of(context)
-    settings.check()
-    return CapacityClient(settings)
+    return CapacityClient(settings_of(context))
 
 
 @click.command(short_help="Show what the fleet should be now.")

@@ -135,18 +135,11 @@ def settings_of(context: click.Context) -> Settings:
 
 
 def connect(context: click.Context) -> "Client":
-    """A client for the coordinator that the settings name; use it as a context manager.
+    """A client for the coordinator that the settings name; use it as a context manager."""
+    # grpc takes as long to import as everything else together
+    from coordinator.cli.client import Client
 
-    Raises `click.UsageError` for settings that cannot be used, `BadInput` for certificates that
-    cannot be read.
-    """
-    from coordinator.cli.client import (
-        Client,
-    )  # grpc takes as long to import as everything else together
-
-    settings = settings_of(context)
-    settings.check()
-    return Client(settings)
+    return Client(settings_of(context))
 
 
 def _store(context: click.Context, parameter: click.Parameter, value: Any) -> None:

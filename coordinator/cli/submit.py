@@ -11,6 +11,7 @@ shared file system gives; `--workdir ''` asks for a directory of the attempt's o
 """
 
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,43 +49,24 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-class _Share(click.ParamType[str]):
-    """Checked here, converted where a job file's are."""
+class _Checked(click.ParamType[str]):
+    """Checked here by `parse`, converted where a job file's are."""
 
-    name = "size"
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
-            share.parse_share(str(value))
+            self._parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
         return str(value)
 
 
-class _Duration(click.ParamType[str]):
-    """Checked here, converted where a job file's are."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            units.parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
-
-
-class _Time(click.ParamType[str]):
-    """Likewise."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            units.parse_time(str(value), datetime.now(UTC))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
+_DURATION = _Checked("duration", units.parse_duration)
+_SHARE = _Checked("size", share.parse_share)
+_TIME = _Checked("time", lambda text: units.parse_time(text, datetime.now(UTC)))
 
 
 class _Pair(click.ParamType[tuple[str, str]]):
@@ -192,14 +174,14 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 )
 @click.option(
     "--share-gpu",
-    type=_Share(),
+    type=_SHARE,
     help="Share a GPU with others and take at most this much of its memory, in place of --gpus: "
     "8GiB. auto:8GiB: with one other at most, only where no GPU is free and both together are "
     "fast enough. auto: the size is counted, for a trainer of language models.",
 )
 @click.option(
     "--deadline",
-    type=_Time(),
+    type=_TIME,
     help="When it should have ended: 6h from now, or 2026-11-30T09:00. From when it must run for "
     "that, which is known of a training that says its steps, it goes first in its class.",
 )
@@ -223,12 +205,12 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 @click.option("--config", metavar="FILE", help="Its configuration: .json or .toml.")
 @click.option(
     "--grace",
-    type=_Duration(),
+    type=_DURATION,
     help="From the stop request to SIGKILL: 120s, 5m, 2h.  [default: 120s]",
 )
 @click.option(
     "--flexible",
-    type=_Duration(),
+    type=_DURATION,
     help="It may wait so long when GPUs are dear: until then none is kept free or rented by the "
     "hour for it. 24h, 2d.  [default: 0s]",
 )

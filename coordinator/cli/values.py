@@ -98,11 +98,6 @@ class Accounting(msgspec.Struct, frozen=True, kw_only=True):
     overstated_ratio: float
     measured: bool
 
-    @classmethod
-    def of(cls, said: object) -> "Accounting | None":
-        """From an answer's message, whose fields have the same names."""
-        return None if said is None else msgspec.convert(said, cls, from_attributes=True)
-
     @property
     def goodput_ratio(self) -> float | None:
         """Productive time of wall time; `None` before any has passed."""

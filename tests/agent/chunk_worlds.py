@@ -21,7 +21,7 @@ from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
 from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S
 from agent.chunks.tree import ingest
-from agent.core.values import ReplicaSource, RestoreCandidate, StoredCheckpoint
+from agent.core.values import Origin, ReplicaSource, RestoreCandidate, StoredCheckpoint
 from agent.peer import PeerServer
 
 LONG_AGO_S = 1_000_000_000
@@ -50,7 +50,7 @@ def kept(
     epoch: int = 1,
     rank: int | None = None,
 ) -> StoredCheckpoint:
-    return ingest(store, directory, job_id=job_id, epoch=epoch, step=step, parent=parent, rank=rank)
+    return ingest(store, directory, Origin(job_id, epoch, step, parent, rank))
 
 
 def objects(store: ChunkStore) -> list[Path]:
@@ -154,9 +154,7 @@ class Node:
         for path, data in files.items():
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             (directory / path).write_bytes(data)
-        stored = await self.chunks.store(
-            str(directory), job_id=1, epoch=1, step=step, parent="", rank=rank
-        )
+        stored = await self.chunks.store(str(directory), Origin(1, 1, step, "", rank))
         assert {path: (directory / path).read_bytes() for path in files} == files, "left as it is"
         await self.chunks.discard(str(directory))
         assert not directory.exists()

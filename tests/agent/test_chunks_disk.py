@@ -17,6 +17,7 @@ from agent.chunks.disk import DIRECT_BYTES
 from agent.chunks.manifest import CHUNK_BYTES_MAX, decode
 from agent.chunks.threads import Threads
 from agent.chunks.tree import ingest_capture, lay_out
+from agent.core.values import Origin
 from agent.ports import CapturedFile, ChunkError
 from tests.agent.chunk_worlds import check_whole, kept, objects, opened, written
 
@@ -100,7 +101,7 @@ def test_the_next_file_is_read_while_the_one_before_is_written(
 
     monkeypatch.setattr(disk.Unnamed, "write", held)
     store = opened(tmp_path / "store")
-    stored = ingest_capture(store, Capture(), job_id=1, epoch=1, step=1, parent="")
+    stored = ingest_capture(store, Capture(), Origin(1, 1, 1, ""))
     assert waited[:2] == [True, True]
     assert len(objects(store)) == 2
     assert [entry.path for entry in decode(store.read_manifest(stored.digest)).files] == ["a", "b"]

@@ -30,18 +30,6 @@ OLD = {"whole": b"old"}
 
 
 @pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1") as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2") as node:
-        yield node
-
-
-@pytest.fixture
 async def three(tmp_path: Path) -> AsyncIterator[Node]:
     async with running(tmp_path, "n3") as node:
         yield node

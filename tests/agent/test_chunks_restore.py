@@ -7,7 +7,7 @@ copy, the checkpoint before it is used, with a sentence that says why.
 """
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from agent.chunks.manifest import (
 from agent.chunks.peers import PeerClient, Route
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
-from agent.core.values import ReplicaSource
+from agent.core.values import Origin, ReplicaSource
 from agent.ports import ChunkError
 from agent.transport import Tls
 from tests.agent.chunk_worlds import (
@@ -48,18 +48,6 @@ FREE_TOTAL_BYTES = 1 << 30
 def way(request: pytest.FixtureRequest) -> str:
     """Each test runs over both ways of moving chunks."""
     return str(request.param)
-
-
-@pytest.fixture
-async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1", way=way) as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2", way=way) as node:
-        yield node
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
@@ -278,7 +266,7 @@ async def test_a_peer_that_may_not_be_called_says_nothing_of_the_bytes(
         with pytest.raises(Unreachable, match=r"cannot read .*ca\.pem"):
             await service.restore([candidate(stored, one.source)], str(tmp_path / "out"))
         copy = await service.store(
-            str(written(tmp_path / "in", {"file": b"x"})), job_id=1, epoch=1, step=1, parent=""
+            str(written(tmp_path / "in", {"file": b"x"})), Origin(1, 1, 1, "")
         )
         with pytest.raises(Denied, match=r"n1 .*cannot read"):
             await service.replicate(copy.digest, one.source)

@@ -8,7 +8,7 @@ is as doing it once.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
 from agent.chunks.threads import THREADS_MAX
-from agent.core.values import ReplicaSource
+from agent.core.values import Origin, ReplicaSource
 from agent.ports import ChunkError, Chunks
 from tests.agent.chunk_worlds import (
     FILES,
@@ -44,18 +44,6 @@ from tests.agent.chunk_worlds import (
 def way(request: pytest.FixtureRequest) -> str:
     """Each test runs over both ways of moving chunks."""
     return str(request.param)
-
-
-@pytest.fixture
-async def one(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1", way=way) as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path, way: str) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2", way=way) as node:
-        yield node
 
 
 def test_the_service_is_the_port(tmp_path: Path) -> None:
@@ -160,15 +148,15 @@ async def test_only_directories_below_staging_are_taken_in(one: Node, path: str)
     (one.root / "other").mkdir()
     (one.root / "other" / "precious").write_bytes(b"x")
     with pytest.raises(ChunkError, match="lies outside"):
-        await one.chunks.store(path.format(root=one.root), job_id=1, epoch=1, step=1, parent="")
+        await one.chunks.store(path.format(root=one.root), Origin(1, 1, 1, ""))
     assert (one.root / "other" / "precious").exists()
 
 
 async def test_storing_a_directory_again_writes_nothing_new(one: Node) -> None:
     directory = written(one.root / "staging" / "ckpt", {"file": b"x"})
-    first = await one.chunks.store(str(directory), job_id=1, epoch=1, step=1, parent="")
+    first = await one.chunks.store(str(directory), Origin(1, 1, 1, ""))
     before = {path: path.stat().st_ino for path in one.store.root.rglob("*") if path.is_file()}
-    again = await one.chunks.store(str(directory), job_id=1, epoch=1, step=1, parent="")
+    again = await one.chunks.store(str(directory), Origin(1, 1, 1, ""))
     assert (again.digest, again.size_bytes, again.new_bytes) == (first.digest, 1, 0)
     after = {path: path.stat().st_ino for path in one.store.root.rglob("*") if path.is_file()}
     assert after == before
@@ -218,9 +206,7 @@ async def test_a_link_in_staging_leads_nowhere(one: Node) -> None:
     (one.root / "staging" / "out").symlink_to(one.root / "other")
     for path in ("out", "out/sub"):
         with pytest.raises(ChunkError, match=r"lies outside|not a directory"):
-            await one.chunks.store(
-                str(one.root / "staging" / path), job_id=1, epoch=1, step=1, parent=""
-            )
+            await one.chunks.store(str(one.root / "staging" / path), Origin(1, 1, 1, ""))
     assert (one.root / "other" / "sub").exists()
 
 
@@ -274,7 +260,7 @@ async def test_the_hello_does_not_wait_behind_checkpoints_that_are_hashed(
     monkeypatch.setattr(service_module, "ingest", slow)
     directory = str(one.root / "staging" / "more")
     storing = [
-        asyncio.create_task(one.chunks.store(directory, job_id=1, epoch=1, step=2, parent=""))
+        asyncio.create_task(one.chunks.store(directory, Origin(1, 1, 2, "")))
         for _ in range(THREADS_MAX)
     ]
     for _ in storing:

@@ -308,6 +308,7 @@ import os, sys, threading
 from pathlib import Path
 from agent.chunks.store import ChunkStore
 from agent.chunks.tree import ingest
+from agent.core.values import Origin
 store = ChunkStore(Path(sys.argv[1]))
 store.open()
 left = int(sys.argv[3])
@@ -322,7 +323,7 @@ def dying(real):
         real(*arguments)
     return call
 os.fsync, os.rename = dying(os.fsync), dying(os.rename)
-ingest(store, Path(sys.argv[2]), job_id=1, epoch=1, step=1, parent="")
+ingest(store, Path(sys.argv[2]), Origin(1, 1, 1, ""))
 """
 
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,29 +44,6 @@ from tests.agent.http_worlds import (
     relayed,
     transfers_in,
 )
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    made.store.open()
-    made.server.bind()
-    made.port = made.server.start()
-    yield made
-    made.server.close()
-    made.transfers.close()
-
-
-@pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1") as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2") as node:
-        yield node
 
 
 async def all_over(port: int, token: str) -> list[tuple[str, bytes | bytearray]]:

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,18 +59,6 @@ from tests.agent.http_worlds import (
     transfers_in,
 )
 from tests.agent.test_transport import Authority
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    made.store.open()
-    made.server.bind()
-    made.port = made.server.start()
-    yield made
-    made.server.close()
-    made.transfers.close()
-
 
 # --- tokens ---------------------------------------------------------------------------------------
 

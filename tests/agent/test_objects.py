@@ -9,7 +9,7 @@ copy is gone.
 import http.client
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -29,7 +29,7 @@ from agent.chunks.objects import REQUESTS_MAX, ObjectStore
 from agent.config import Config, ConfigError, prepare_directories
 from agent.core.values import ReplicaSource, StoredCheckpoint
 from agent.ports import ChunkError
-from tests.agent.chunk_worlds import Node, candidate, files_under, objects, running
+from tests.agent.chunk_worlds import Node, candidate, files_under, objects
 from tests.agent.http_worlds import made_of
 
 BUCKET = "fleet"
@@ -100,18 +100,6 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     made.reset()
     yield made
     made.demand_credentials(False)
-
-
-@pytest.fixture
-async def one(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n1") as node:
-        yield node
-
-
-@pytest.fixture
-async def two(tmp_path: Path) -> AsyncIterator[Node]:
-    async with running(tmp_path, "n2") as node:
-        yield node
 
 
 def key_of(data: bytes) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.cli import goodput
+from coordinator.cli.decoding import decode
 from coordinator.cli.values import Accounting
 from protos.baton.v1 import jobs_pb2, types_pb2
 from tests.cli import samples
@@ -35,9 +36,7 @@ that)
 def values(**seconds: float) -> Accounting:
     """An account with these parts."""
     said = types_pb2.Accounting(**seconds, overstated_ratio=1)  # type: ignore[arg-type]
-    account = Accounting.of(said)
-    assert account is not None
-    return account
+    return decode(said, Accounting)
 
 
 def test_the_bar_in_a_pipe(baton: Baton, fake: FakeCoordinator) -> None:
@@ -73,9 +72,7 @@ def test_the_bar_on_a_terminal(
     monkeypatch.setenv("COLORTERM", "")
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    account = Accounting.of(samples.account())
-    assert account is not None
-    goodput.write_goodput(account)
+    goodput.write_goodput(decode(samples.account(), Accounting))
     shown = capsys.readouterr().out
     assert "goodput 77.8% of 1h00m" in shown
     bar = shown.splitlines()[1]

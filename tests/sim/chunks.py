@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from agent.core.values import (
     Gang,
+    Origin,
     ReplicaSource,
     RestoreCandidate,
     Restored,
@@ -28,7 +29,7 @@ class SimChunks:
     def __init__(self, box: Box) -> None:
         self._box = box
 
-    async def store(self, directory: str, **origin: int | str | None) -> StoredCheckpoint:
+    async def store(self, directory: str, origin: Origin) -> StoredCheckpoint:
         around = self._box.around
         await around.pause_ms(10, 400)
         content = self._box.disk.staging.get(directory)
@@ -36,9 +37,7 @@ class SimChunks:
             raise ChunkError(f"{directory} is not there")
         return await self._keep(content, f"{origin} {content}")
 
-    async def store_capture(
-        self, source: CaptureSource, **origin: int | str | None
-    ) -> StoredCheckpoint:
+    async def store_capture(self, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
         assert isinstance(source, SimSource)
         await self._box.around.pause_ms(10, 400)
         source.check()

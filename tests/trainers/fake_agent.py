@@ -57,6 +57,10 @@ class FakeAgent:
         self._connection: socket.socket | None = None
         self._stopping = False
 
+    def environment(self, **more: str) -> dict[str, str]:
+        """What a trainer is started with, and more."""
+        return {"BATON_SOCKET": str(self.path), "BATON_TOKEN": self.token, **more}
+
     def start(self) -> None:
         self._stopping = False
         self.path.unlink(missing_ok=True)

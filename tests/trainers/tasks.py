@@ -150,6 +150,19 @@ def trainer(task: loop.Task, environment: Mapping[str, str] | None = None) -> lo
     return made
 
 
+def started(task: loop.Task, options: LoopOptions) -> loop.Trainer:
+    """Alone, and ready for its first step."""
+    made = loop.Trainer(task, options, baton_sdk.Session({}))
+    loop.seed_everything(options.seed)
+    made.prepare()
+    return made
+
+
+def advance(trainer: loop.Trainer, steps: int) -> list[float]:
+    """The losses."""
+    return [trainer.advance() for _ in range(steps)]
+
+
 def differences(left: checkpoint.Snapshot, right: checkpoint.Snapshot) -> list[str]:
     """Every component in which two whole states differ, bit for bit; empty when none does."""
     found = []

@@ -132,7 +132,9 @@ class Training:
 
     def capture(self) -> checkpoint.Snapshot:
         progress = {"samples": self.samples}
-        return checkpoint.capture(self.model, self.optimizer, progress, self.objects())
+        return checkpoint.copied(
+            checkpoint.live(self.model, self.optimizer, progress, self.objects())
+        )
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         progress = checkpoint.restore(snapshot, self.model, self.optimizer, self.objects())
@@ -401,7 +403,7 @@ def test_other_objects_than_the_stored_ones_are_refused_and_nothing_is_changed(
 ) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    snapshot = checkpoint.capture(model, optimizer, {}, theirs)
+    snapshot = checkpoint.copied(checkpoint.live(model, optimizer, {}, theirs))
     with torch.no_grad():
         model.weight.add_(1)
     before = model.weight.clone()

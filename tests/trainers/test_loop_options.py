@@ -13,22 +13,11 @@ import torch
 import baton_sdk
 from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent
+from tests.trainers.tasks import advance, started
 from trainers import checkpoint, classify, features, loop, order
-from trainers.configuration import LoopOptions
 from trainers.transfer import TransferOptions
 
 CPU = torch.device("cpu")
-
-
-def started(task: loop.Task, options: LoopOptions) -> loop.Trainer:
-    trainer = loop.Trainer(task, options, baton_sdk.Session({}))
-    loop.seed_everything(options.seed)
-    trainer.prepare()
-    return trainer
-
-
-def advance(trainer: loop.Trainer, steps: int) -> list[float]:
-    return [trainer.advance() for _ in range(steps)]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -94,11 +83,7 @@ def test_the_wait_for_input_is_told_to_people_and_to_the_agent(
 ) -> None:
     agent = FakeAgent(tmp_path / "agent.sock", stores=True)
     agent.start()
-    environment = {
-        "BATON_SOCKET": str(agent.path),
-        "BATON_TOKEN": agent.token,
-        "BATON_STAGING_DIR": str(tmp_path / "staging"),
-    }
+    environment = agent.environment(BATON_STAGING_DIR=str(tmp_path / "staging"))
     trainer = tasks.trainer(tasks.finetune_task(), environment)
     with trainer.session:
         trainer.session.open()

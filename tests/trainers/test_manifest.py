@@ -101,7 +101,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def test_the_document_survives_json_and_keeps_the_state_beside_it() -> None:
-    whole = manifest.whole({"part": tensors()})
+    whole = manifest.layout({"part": tensors()}, {})
     before = described(whole)
     document = json.loads(json.dumps(manifest.seal(before, STATE)))
     manifest.check_hash(document)
@@ -137,7 +137,7 @@ def changed(value: Any) -> Any:
 
 
 def test_every_altered_value_is_recognised() -> None:
-    document = manifest.seal(described(manifest.whole({"p": tensors()})), STATE)
+    document = manifest.seal(described(manifest.layout({"p": tensors()}, {})), STATE)
     places = 0
     stack: list[tuple[Any, ...]] = [(key,) for key in document]
     while stack:
@@ -175,7 +175,7 @@ def test_every_altered_value_is_recognised() -> None:
     ids=lambda value: "/".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_document_that_means_nothing_is_refused(path: Any, value: Any, why: str) -> None:
-    whole = manifest.whole({"p": {"w": torch.ones(2)}})
+    whole = manifest.layout({"p": {"w": torch.ones(2)}}, {})
     document = manifest.seal(described(whole), STATE)
     document = copy.deepcopy(document)  # the tensors in it are those of every such layout
     holder = document["manifest"]
@@ -303,7 +303,7 @@ def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
 def test_a_hashed_file_with_another_bit_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "p.safetensors")
     file = tmp_path / "p.safetensors"
-    plain = described(manifest.whole({"p": {"w": torch.ones(2)}}))
+    plain = described(manifest.layout({"p": {"w": torch.ones(2)}}, {}))
     seal(tmp_path, replace(plain, files={file.name: manifest.file_hash(file)}))
     ranges.verify(tmp_path)
     content = bytearray(file.read_bytes())

@@ -4,7 +4,6 @@ Safety: at whichever piece of a copy a process is killed, the generation before 
 Liveness: a capture that was put off is taken as soon as the agent has stored the one before it.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,13 @@ from agent import slabs as agent_slabs
 from agent.chunks.manifest import decode
 from agent.chunks.store import ChunkStore
 from agent.chunks.tree import ingest_capture, lay_out
+from agent.core.values import Origin
 from tests.trainers import tasks
-from tests.trainers.test_capture import ATTEMPT, DeskSession, bytes_of, files_of
+from tests.trainers.test_capture import ATTEMPT, DeskSession, bytes_of, desk, files_of
 from tests.trainers.test_overlap import Copier, copier, state_of, trainer
 from trainers import checkpoint
 
-__all__ = ["copier"]
-
-PLENTY = 1 << 30
+__all__ = ["copier", "desk"]
 
 
 class OneSlot(DeskSession):
@@ -30,13 +28,6 @@ class OneSlot(DeskSession):
     def slab(self, slot_bytes: int, wait_s: float = 0.0) -> baton_sdk.Slab | None:
         self.desk._available_bytes = lambda: agent_slabs.PAYLOAD_OFFSET + slot_bytes * 3 // 2
         return super().slab(slot_bytes, wait_s)
-
-
-@pytest.fixture
-def desk() -> Iterator[agent_slabs.Slabs]:
-    made = agent_slabs.Slabs(1.0, lambda: PLENTY)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -51,7 +42,7 @@ def drain(desk: agent_slabs.Slabs, store: ChunkStore) -> str:
     found = desk.newest(ATTEMPT)
     assert found is not None
     with desk.reading(ATTEMPT, found.name) as source:
-        return ingest_capture(store, source, job_id=1, epoch=1, step=found.step, parent="").digest
+        return ingest_capture(store, source, Origin(1, 1, found.step, "")).digest
 
 
 def restored(store: ChunkStore, digest: str, into: Path) -> dict[str, bytes]:

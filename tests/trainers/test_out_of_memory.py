@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import baton_sdk
 from tests.trainers import tasks
+from tests.trainers.tasks import advance, started
 from trainers import guard, loop, microbatch, ranks
-from trainers.configuration import LoopOptions
 
 ACCUMULATE_1 = replace(tasks.OPTIONS, batch_size=8, accumulate=1)
 STEPS = 6
@@ -43,17 +42,6 @@ class Greedy(tasks.Around):
         if self.evaluation_batch > self.samples_max:
             raise self.error
         return super().evaluate(device, world)
-
-
-def started(task: loop.Task, options: LoopOptions) -> loop.Trainer:
-    trainer = loop.Trainer(task, options, baton_sdk.Session({}))
-    loop.seed_everything(options.seed)
-    trainer.prepare()
-    return trainer
-
-
-def advance(trainer: loop.Trainer, steps: int) -> list[float]:
-    return [trainer.advance() for _ in range(steps)]
 
 
 def warnings(text: str) -> list[str]:

@@ -13,9 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +26,15 @@ from agent import slabs as agent_slabs
 from tests.trainers import tasks
 from tests.trainers.test_capture import (
     ATTEMPT,
-    PLENTY,
     TASKS,
     DeskSession,
+    desk,
     files_of,
+    session,
 )
 from trainers import capture, checkpoint, loop, overlap, timing
+
+__all__ = ["desk", "session"]
 
 OPTIONS = replace(tasks.OPTIONS, checkpoint_every_steps=1)
 DEADLINE_S = 60.0
@@ -121,19 +123,6 @@ def copier(monkeypatch: pytest.MonkeyPatch) -> Copier:
     monkeypatch.setattr(overlap.Helper, "begin", beginning)
     monkeypatch.setattr(overlap.Copying, "wait", waiting)
     return made
-
-
-@pytest.fixture
-def desk() -> Iterator[agent_slabs.Slabs]:
-    made = agent_slabs.Slabs(1.0, lambda: PLENTY)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def session(desk: agent_slabs.Slabs, tmp_path: Path) -> DeskSession:
-    (tmp_path / "staging").mkdir()
-    return DeskSession(desk, tmp_path / "staging")
 
 
 class Letting(tasks.Around):

@@ -129,11 +129,7 @@ def test_a_stop_is_obeyed_with_a_checkpoint_and_the_next_attempt_finishes(
 ) -> None:
     agent = FakeAgent(tmp_path / "agent.sock", stores=True)
     agent.start()
-    environment = {
-        "BATON_SOCKET": str(agent.path),
-        "BATON_TOKEN": agent.token,
-        "BATON_STAGING_DIR": str(tmp_path / "staging"),
-    }
+    environment = agent.environment(BATON_STAGING_DIR=str(tmp_path / "staging"))
     first = stopping_after(3, tasks.trainer(tasks.finetune_task(), environment), agent)
     with first.session:
         first.session.open()

@@ -25,11 +25,7 @@ def agent(tmp_path: Path) -> Iterator[FakeAgent]:
 
 @pytest.fixture
 def session(agent: FakeAgent, tmp_path: Path) -> Iterator[baton_sdk.Session]:
-    variables = {
-        "BATON_SOCKET": str(agent.path),
-        "BATON_TOKEN": agent.token,
-        "BATON_STAGING_DIR": str(tmp_path),
-    }
+    variables = agent.environment(BATON_STAGING_DIR=str(tmp_path))
     with baton_sdk.connect(variables) as opened:
         yield opened
 

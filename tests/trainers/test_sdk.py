@@ -32,13 +32,9 @@ def agent(tmp_path: Path) -> Iterator[FakeAgent]:
         fake.stop()
 
 
-def environment(agent: FakeAgent, **more: str) -> dict[str, str]:
-    return {"BATON_SOCKET": str(agent.path), "BATON_TOKEN": agent.token, **more}
-
-
 @pytest.fixture
 def session(agent: FakeAgent) -> Iterator[baton_sdk.Session]:
-    with baton_sdk.connect(environment(agent)) as opened:
+    with baton_sdk.connect(agent.environment()) as opened:
         yield opened
 
 
@@ -77,7 +73,7 @@ def test_a_program_that_ends_without_closing_has_said_all(
     (tmp_path / "saved").mkdir()
     lines = "import sys, baton_sdk; s = baton_sdk.connect(); s.progress(7, 7)"
     program = f"{lines}; s.checkpoint({str(tmp_path / 'saved')!r}, 7){last}"
-    told = {**os.environ, **environment(agent)}
+    told = {**os.environ, **agent.environment()}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=told, capture_output=True, timeout=DEADLINE_S
     )
@@ -278,7 +274,7 @@ def test_the_last_word_comes_to_those_who_know_of_it(
     *, agent: FakeAgent, tmp_path: Path, known: bool
 ) -> None:
     agent.leaving = known
-    with baton_sdk.connect(environment(agent)) as session:
+    with baton_sdk.connect(agent.environment()) as session:
         session.checkpoint(tmp_path, 3)
         session.leaving(75 - 256, "the disk\nis full")  # exit(3) takes it, and an agent does not
     until(lambda: not agent.connected, "the agent has read to the end")
@@ -394,7 +390,7 @@ def test_a_new_connection_hears_the_section_again_and_no_count(
 
 def test_an_older_agent_hears_nothing_of_sections(agent: FakeAgent) -> None:
     agent.sections = False
-    with baton_sdk.connect(environment(agent)) as session:
+    with baton_sdk.connect(agent.environment()) as session:
         session.enter("step")
         session.progress(1)
         agent.expect("progress")
@@ -419,7 +415,7 @@ def test_stacks_are_written_when_asked_for(agent: FakeAgent) -> None:
         "here()\n"
         "session.close()\n"
     )
-    variables = {**os.environ, **environment(agent)}
+    variables = {**os.environ, **agent.environment()}
     ended = subprocess.run(
         [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True
     )

@@ -24,14 +24,10 @@ def agent(tmp_path: Path) -> Iterator[FakeAgent]:
     desk.close()
 
 
-def environment(agent: FakeAgent, **more: str) -> dict[str, str]:
-    return {"BATON_SOCKET": str(agent.path), "BATON_TOKEN": agent.token, **more}
-
-
 def test_a_part_says_of_how_many_on_the_line_and_in_its_header(
     agent: FakeAgent, tmp_path: Path
 ) -> None:
-    with baton_sdk.connect(environment(agent)) as session:
+    with baton_sdk.connect(agent.environment()) as session:
         slab = session.slab(1000, DEADLINE_S)
         assert slab is not None
         assert agent.slabs is not None
@@ -58,7 +54,7 @@ def test_only_rank_0_has_baton_save_after_a_step(agent: FakeAgent, tmp_path: Pat
     saved: list[Path] = []
     for rank in ("0", "1"):
         more = {"BATON_RANK": rank, "BATON_WORLD_SIZE": "2", "BATON_STAGING_DIR": str(tmp_path)}
-        with baton_sdk.connect(environment(agent, **more)) as session:
+        with baton_sdk.connect(agent.environment(**more)) as session:
             if rank == "0":
                 session.after_step(1, saved.append, every_steps=1)
                 assert "parts" not in agent.expect("checkpoint")

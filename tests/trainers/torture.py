@@ -92,7 +92,7 @@ def snapshot_of(step: int) -> checkpoint.Snapshot:
             data_seed=1,
         ),
         level=None,
-        tensors=manifest.whole(tensors),
+        tensors=manifest.layout(tensors, {}),
         files={},
     )
     state = {

@@ -1,0 +1,47 @@
+"""Nodes with a chunk store and a peer service, for the tests of what goes between them."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # most tests here do without gRPC
+    from tests.agent.chunk_worlds import Node
+    from tests.agent.http_worlds import World
+
+
+@pytest.fixture
+def way() -> str:
+    """In which chunks are moved; a module that tests both has parameters instead."""
+    return "http"
+
+
+@pytest.fixture
+async def one(tmp_path: Path, way: str) -> "AsyncIterator[Node]":
+    from tests.agent.chunk_worlds import running
+
+    async with running(tmp_path, "n1", way=way) as node:
+        yield node
+
+
+@pytest.fixture
+async def two(tmp_path: Path, way: str) -> "AsyncIterator[Node]":
+    from tests.agent.chunk_worlds import running
+
+    async with running(tmp_path, "n2", way=way) as node:
+        yield node
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> "Iterator[World]":
+    """A server of chunks, alone."""
+    from tests.agent.http_worlds import World
+
+    made = World(tmp_path)
+    made.store.open()
+    made.server.bind()
+    made.port = made.server.start()
+    yield made
+    made.server.close()
+    made.transfers.close()
