@@ -180,8 +180,11 @@ async def test_failures_to_start_are_sentences(tmp_path: Path) -> None:
     headless.write_text("echo hello\n")
     for path in (orphan_script, headless):
         path.chmod(0o755)
+    moved = ("PATH", str(tmp_path))
     cases = [
         (("train-nowhere",), "/", "no such file: train-nowhere (looked in PATH=/usr/local/bin"),
+        (("plain.txt",), str(tmp_path), "no such file: plain.txt (looked in PATH=/usr/local/bin"),
+        (("script",), "/", f"not executable: {orphan_script} (the interpreter"),
         (("/no/such/train",), "/", "no such file: /no/such/train"),
         ((str(plain),), "/", f"not executable: {plain}"),
         ((str(orphan_script),), "/", f"not executable: {orphan_script} (the interpreter"),
@@ -194,7 +197,8 @@ async def test_failures_to_start_are_sentences(tmp_path: Path) -> None:
         (("tr\0ue",), "/", "the command or its working directory contains a NUL byte"),
     ]
     for number, (arguments, directory, sentence) in enumerate(cases, 1):
-        launch = Launch(f"1.{number}", arguments, (PATH,), directory)
+        path = moved if arguments == ("script",) else PATH
+        launch = Launch(f"1.{number}", arguments, (path,), directory)
         for _ in range(2):  # the second call is told the same
             with pytest.raises(StartError) as caught:
                 await supervisor.start(launch)
