@@ -314,10 +314,10 @@ def submit(
         submission = client.submit(share.with_size(client, spec), request_id)
         sentence = f"job {submission.job_id} submitted"
         if spec.array:
-            last_id = submission.job_id + submission.jobs - 1
-            count = quantity(submission.jobs, "trial")
             first_id = submission.job_id
-            sentence = f"array {first_id} submitted: {count}, jobs {first_id} to {last_id}"
+            sentence = f"array {first_id} submitted: {quantity(submission.jobs, 'trial')}"
+            if submission.jobs > 1:
+                sentence += f", jobs {first_id} to {first_id + submission.jobs - 1}"
         if submission.reason:
             sentence += f"; {submission.reason}"
         if as_json:
