@@ -133,6 +133,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
     tls = config.tls()
+    if tls is not None and (doubt := https.doubt(tls)):
+        logging_setup.emit("warning", "tls.doubted", (("reason", doubt),))
     xids = load_table(config.xid_table)
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
