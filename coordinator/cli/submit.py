@@ -365,6 +365,9 @@ def _follow(client: "Client", job_id: int, *, as_json: bool) -> None:
         raise CommandFailed(
             f"{failed}; job {job_id} goes on: baton logs -f {job_id}", failed.exit_code
         ) from failed
+    except KeyboardInterrupt:
+        write_notice(f"job {job_id} goes on: baton logs -f {job_id}; baton cancel {job_id} ends it")
+        raise
     if as_json:
         write_json(job)
     if job.phase == "succeeded":
