@@ -95,7 +95,10 @@ _KNOWN_TROUBLE = (
         "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca and",
     ),
     (re.compile(r"no route|unreachable", re.IGNORECASE), "no route to it; see"),
-    (re.compile(r"closed|reset|goaway", re.IGNORECASE), "the connection broke; see --tls-cert and"),
+    (
+        re.compile(r"closed|reset|goaway", re.IGNORECASE),
+        "the connection broke; does it restart, or want TLS? see --tls-cert and",
+    ),
 )
 
 

@@ -68,6 +68,26 @@ def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None
     assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
 
 
+def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    def stop() -> jobs_pb2.StreamLogsResponse:
+        threading.Thread(target=fake.stop).start()
+        return jobs_pb2.StreamLogsResponse()
+
+    gone = threading.Event()
+
+    def wait() -> jobs_pb2.StreamLogsResponse:
+        gone.wait(DEADLINE_S)
+        return jobs_pb2.StreamLogsResponse()
+
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n"), stop, wait]]
+    result = baton("logs", "-f", "12")
+    gone.set()
+    assert (result.exit_code, result.stdout) == (3, "1\n")
+    assert result.stderr.endswith("; go on with: baton logs -f --tail-bytes 2000 12\n")
+
+
 def test_unavailable_said_by_the_coordinator_is_1(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListNodes"] = [Refusal(grpc.StatusCode.UNAVAILABLE, "not durable\nnow")]
     result = baton("nodes")
