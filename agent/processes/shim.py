@@ -394,11 +394,9 @@ def execute(launch: Launch) -> None:
         path = (directory or b".") + b"/" + program
         try:
             os.execve(path, launch.arguments, launch.environment)  # noqa: S606 - as above
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if os.path.exists(path):  # its interpreter does not: an environment that was moved
-                denied = error
-        except PermissionError as error:  # as execvp(3): a later directory may have a usable one
-            denied = error
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if os.path.exists(path):  # and not its interpreter, or the right to it is missing
+                denied = error  # as execvp(3): a later directory may have a usable one
     raise denied or FileNotFoundError(2, "not on the path", program)
 
 
