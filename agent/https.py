@@ -11,6 +11,8 @@ from pathlib import Path
 
 from agent.transport import Tls, TransportError
 
+FLIGHTS = 3  # of a handshake, each way
+
 
 def context(protocol: int, tls: Tls) -> ssl.SSLContext:
     """Of `ssl.PROTOCOL_TLS_SERVER`: nobody without a certificate gets in. Of
@@ -27,8 +29,43 @@ def context(protocol: int, tls: Tls) -> ssl.SSLContext:
             raise TransportError(f"cannot read {path}: {error.strerror}") from error
     try:
         made.load_verify_locations(tls.ca_path)
-        made.load_cert_chain(tls.cert_path, tls.key_path)
     except ssl.SSLError as error:
-        files = f"{tls.cert_path}, {tls.key_path} and {tls.ca_path}"
-        raise TransportError(f"no TLS with {files}: {error.reason or error}") from error
+        raise TransportError(f"{tls.ca_path} has no certificate in PEM") from error
+    try:
+        # With a password OpenSSL would ask for it at the terminal.
+        made.load_cert_chain(tls.cert_path, tls.key_path, password="")
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            said = f"{tls.key_path} is not the key of the certificate in {tls.cert_path}"
+        else:
+            said = (
+                f"{tls.cert_path} is no certificate, or {tls.key_path} no key without a password, "
+                "in PEM"
+            )
+        raise TransportError(said) from error
     return made
+
+
+def doubt(tls: Tls, *, serves: bool = True) -> str:
+    """Why peers that trust the same authority would refuse this certificate: it has expired, say.
+    Empty when they would not. `serves`: it is shown to callers too, not only when calling.
+
+    gRPC binds to a port with any certificate, and who calls hears of a broken connection. Raises
+    `TransportError` for files that do not serve at all.
+    """
+    server = context(ssl.PROTOCOL_TLS_SERVER, tls)
+    client = context(ssl.PROTOCOL_TLS_CLIENT, tls)
+    client.check_hostname = False
+    if not serves:
+        client.verify_mode = ssl.CERT_NONE
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True))
+    for end in ends * FLIGHTS:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLError as error:
+            why = getattr(error, "verify_message", "") or error.reason or str(error)
+            return f"{tls.cert_path}, by {tls.ca_path}: {why}"
+    return ""

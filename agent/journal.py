@@ -5,13 +5,20 @@ that the coordinator has not acknowledged. A file of our own with checksums and 
 a database written again; SQLite in WAL mode with `synchronous=FULL` is one that others have broken
 and mended for twenty years. One batch is one transaction, and so one fsync.
 
+A second agent on the same file, started by hand beside the service, would adopt the same trainers
+and take the session from the first one, which takes it back. `<file>.lock` is locked while the
+journal is open. It is a POSIX lock, which no child inherits: trainers outlive their agent.
+
 Documents are JSON made by msgspec from the core's dataclasses. Its SQL lives in `queries.sql`.
 """
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -66,11 +73,18 @@ def load_queries() -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-class SqliteJournal:
-    """`await open(fresh_id)` once, then `commit`. All of SQLite runs in one thread of its own."""
+LOCK_WAIT_S = 10.0  # an agent that was told to stop says goodbye first
+LOCK_POLL_S = 0.1
 
-    def __init__(self, path: Path) -> None:
+
+class SqliteJournal:
+    """`await open(fresh_id)` once, then `commit`. All of SQLite runs in one thread of its own.
+    `lock_wait_s`: for an agent that is leaving, seconds."""
+
+    def __init__(self, path: Path, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self._path = path
+        self._lock_wait_s = lock_wait_s
+        self._lock_fd: int | None = None
         self._queries = load_queries()
         self._connection: sqlite3.Connection | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -91,6 +105,9 @@ class SqliteJournal:
         if self._connection is not None:
             await self._run(self._connection.close)
             self._connection = None
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -107,6 +124,7 @@ class SqliteJournal:
             raise JournalUnavailable(f"{self._path} is damaged: {error}") from error
 
     def _open(self, fresh_id: str) -> Memory:
+        self._lock()
         self._path.touch(mode=0o600)  # before there is anything in it to read
         connection = sqlite3.connect(
             self._path, isolation_level=None, check_same_thread=False, timeout=5.0
@@ -137,6 +155,26 @@ class SqliteJournal:
             msgspec.json.decode(meta.get("gpus_mended", "[]"), type=tuple[tuple[str, int], ...]),
             msgspec.json.decode(meta.get("gpus_left", "[]"), type=tuple[GpuLeft, ...]),
         )
+
+    def _lock(self) -> None:
+        self._lock_fd = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        give_up_at = time.monotonic() + self._lock_wait_s
+        while True:
+            try:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() < give_up_at:
+                    time.sleep(LOCK_POLL_S)
+                    continue
+                holder = os.pread(self._lock_fd, 20, 0).decode(errors="replace") or "unknown"
+                raise JournalUnavailable(
+                    f"{self._path} is in use by another agent, pid {holder}: stop that one, or "
+                    "give this one a state_directory of its own"
+                ) from error
+            with contextlib.suppress(OSError):  # for people alone, and the disk may be full
+                os.ftruncate(self._lock_fd, 0)
+                os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+            return
 
     def _put_meta(self, key: str, value: str) -> None:
         self._execute("put_meta", {"key": key, "value": value})

@@ -54,7 +54,7 @@ from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.xid_table import TableError, load_table
 from agent.telemetry.xids import Xids
-from agent.transport import TransportError
+from agent.transport import Tls, TransportError
 from agent.uplink import GrpcUplink
 from agent.waiver import waive
 from agent.workspace import AttemptDirectories
@@ -129,10 +129,18 @@ def _log_to_stderr(config: Config) -> None:
     )
 
 
+def _checked(tls: Tls | None) -> Tls | None:
+    """The same. Raises `TransportError` for files that do not serve, and warns of a certificate
+    that others will refuse."""
+    if tls is not None and (doubt := https.doubt(tls)):
+        logging_setup.emit("warning", "tls.doubted", (("reason", doubt),))
+    return tls
+
+
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
-    tls = config.tls()
+    tls = _checked(config.tls())
     xids = load_table(config.xid_table)
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")

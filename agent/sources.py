@@ -208,6 +208,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([message])
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version  # a megabyte, for who asks
+
+        sys.stdout.write(f"{parser.prog}, version {version('gpu-baton')}\n")
+        parser.exit()
+
+
 def _read_flags(
     program: Program[Config], arguments: Sequence[str], problems: list[str]
 ) -> dict[str, Any]:
@@ -226,6 +234,7 @@ def _read_flags(
     parser.add_argument(
         "--print-config", action="store_true", help="Print what is in force, and from where."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="Print the version.")
     meanings = program.meanings()
     for name, hint in program.types().items():
         kind = get_origin(hint) or hint
@@ -240,7 +249,8 @@ def _read_flags(
     for item in [word for word in unknown if word.startswith("-")] or unknown:
         if item.startswith("-"):
             flag = item.partition("=")[0]
-            flags = [program.flag(name) for name in (*meanings, "config", "print_config", "help")]
+            names = (*meanings, "config", "print_config", "version", "help")
+            flags = [program.flag(name) for name in names]
             hint = _nearest(program, flag, flags)
             problems.append(f"flag {flag}: there is no such flag; {hint}")
         else:
@@ -270,7 +280,8 @@ def _read_file(
         return []
     path = program.path if given is None else Path(str(given))
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        # Some editors mark UTF-8.
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         problems.append(f"file {path}: cannot be read: {error.strerror}")
         return []

@@ -96,7 +96,8 @@ class GrpcUplink:
                 await channel.channel_ready()
         except TimeoutError:
             await channel.close()
-            raise LinkClosed(f"no coordinator answers at {self._address}") from None
+            beside = ", or TLS with it fails" if self._tls else ""
+            raise LinkClosed(f"no coordinator answers at {self._address}{beside}") from None
         except asyncio.CancelledError:
             with contextlib.suppress(asyncio.CancelledError):
                 await channel.close()

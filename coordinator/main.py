@@ -114,6 +114,8 @@ def _log_to_stderr(config: Config) -> None:
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     tls = config.tls()
+    if tls is not None and (doubt := https.doubt(tls)):
+        logging_setup.emit("warning", "tls.doubted", (("reason", doubt),))
     clock = SystemClock()
     async with AsyncExitStack() as stack:
         store = SqliteStore(Path(config.store_path))

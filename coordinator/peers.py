@@ -64,9 +64,6 @@ class _Reading:
     broken: str = ""
     answered: bool = False
 
-    def piece(self, data: bytes) -> LogPiece:
-        return LogPiece(self.attempt.id, self.attempt.node, data)
-
     def notice(self, sentence: str) -> LogPiece:
         return LogPiece(self.attempt.id, self.attempt.node, notice=sentence)
 
@@ -125,9 +122,9 @@ class LogReader:
                 yield reading.notice(f"{name} is lost, and {reading.output()} with it")
                 return
             reading.broken, reading.answered = "", False
-            async for data in self._read(reading, live.node.peer_address, fleet):
+            async for piece in self._read(reading, live.node.peer_address, fleet):
                 told, tries_after_end = False, 0
-                yield reading.piece(data)
+                yield piece
             if not reading.broken:
                 return
             over = await _is_over(reading.attempt, fleet)
@@ -142,20 +139,28 @@ class LogReader:
                 told = True
             await self._sleep(LOOK_S)
 
-    async def _read(self, reading: _Reading, address: str, fleet: Fleet) -> AsyncIterator[bytes]:
+    async def _read(self, reading: _Reading, address: str, fleet: Fleet) -> AsyncIterator[LogPiece]:
         """What one call brings. Sets `broken` when it ended before the output did."""
+        tail_bytes = 0 if reading.offset else reading.tail_bytes
         request = peer_pb2.ReadLogRequest(
             attempt=reading.attempt.id,
             offset=reading.offset,
             follow=reading.follow,
-            tail_bytes=0 if reading.offset else reading.tail_bytes,
+            tail_bytes=tail_bytes,
         )
         async with self._open_channel(address) as channel:
             call = peer_pb2_grpc.PeerServiceStub(channel).ReadLog(request)
             try:
                 async for response in self._responses(call, reading, fleet):
+                    gone_bytes = response.offset - reading.offset
+                    if gone_bytes > 0 and not tail_bytes:
+                        yield reading.notice(
+                            f"here {gone_bytes} bytes of the output of attempt "
+                            f"{reading.attempt.id} are missing: a node keeps the newest of it"
+                        )
+                    tail_bytes = 0
                     reading.offset = response.offset + len(response.data)
-                    yield response.data
+                    yield LogPiece(reading.attempt.id, reading.attempt.node, response.data)
             except grpc.aio.AioRpcError as error:
                 # A server that stops ends its calls politely, and the output goes on after it.
                 reading.answered = error.code() in _AGENT_ANSWERS

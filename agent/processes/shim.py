@@ -391,13 +391,12 @@ def execute(launch: Launch) -> None:
         os.execve(program, launch.arguments, launch.environment)  # noqa: S606
     denied: OSError | None = None
     for directory in search_path(launch).split(b":"):
+        path = (directory or b".") + b"/" + program
         try:
-            path = (directory or b".") + b"/" + program
             os.execve(path, launch.arguments, launch.environment)  # noqa: S606 - as above
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except PermissionError as error:  # as execvp(3): a later directory may have a usable one
-            denied = error
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            if os.path.exists(path):  # and not its interpreter, or the right to it is missing
+                denied = error  # as execvp(3): a later directory may have a usable one
     raise denied or FileNotFoundError(2, "not on the path", program)
 
 
@@ -415,10 +414,11 @@ def explain(error: OSError, launch: Launch) -> str:
         if isinstance(error, NotADirectoryError):
             return f"not a directory: {subject}"
         return f"cannot enter directory {subject}: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and b"/" not in error.filename:
+        there = f"; there is ./{subject}" if os.path.exists(error.filename) else ""
+        return f"no such file: {subject} (looked in PATH={os.fsdecode(search_path(launch))}{there})"
     if isinstance(error, FileNotFoundError) and os.path.exists(error.filename):
         return f"not executable: {subject} (the interpreter of its first line does not exist)"
-    if isinstance(error, FileNotFoundError) and b"/" not in launch.arguments[0]:
-        return f"no such file: {subject} (looked in PATH={os.fsdecode(search_path(launch))})"
     if isinstance(error, FileNotFoundError):
         return f"no such file: {subject}"
     if isinstance(error, PermissionError):

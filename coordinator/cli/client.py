@@ -88,7 +88,10 @@ _KNOWN_TROUBLE = (
         "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca and",
     ),
     (re.compile(r"no route|unreachable", re.IGNORECASE), "no route to it; see"),
-    (re.compile(r"closed|reset|goaway", re.IGNORECASE), "the connection broke; see --tls-cert and"),
+    (
+        re.compile(r"closed|reset|goaway", re.IGNORECASE),
+        "the connection broke; does it restart, or want TLS? see --tls-cert and",
+    ),
 )
 
 
@@ -289,9 +292,10 @@ class Client:
         code = error.code()
         if code is grpc.StatusCode.UNAVAILABLE and not self._is_connected():
             trouble = next((said for known, said in _KNOWN_TROUBLE if known.search(details)), None)
+            doubt = self._settings.tls_doubt()
             return CommandFailed(
-                f"cannot reach the coordinator at {address}: "
-                f"{trouble or details + '; see'} --coordinator",
+                f"cannot reach the coordinator at {address}: {trouble or details + '; see'} "
+                f"--coordinator{f' ({doubt})' if doubt else ''}",
                 EXIT_UNREACHABLE,
             )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:

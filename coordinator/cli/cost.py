@@ -7,7 +7,7 @@ nobody has said is "-", and a saving is shown only beside the rule that it is a 
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -35,6 +35,18 @@ IDLE_LEASE = "(idle lease)"
 TOTAL = "(total)"
 
 
+class _Day(click.ParamType[datetime]):
+    name = "day"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        try:
+            return datetime.strptime(str(value), "%Y-%m-%d")
+        except ValueError:
+            self.fail(f"{value!r} is no day; write it like 2026-11-01", param, ctx)
+
+
 @click.command(short_help="Show what work has cost, and what idled.")
 @click.option(
     "--by",
@@ -54,14 +66,14 @@ TOTAL = "(total)"
 @click.option(
     "--from",
     "begin",
-    type=click.DateTime(["%Y-%m-%d"]),
+    type=_Day(),
     metavar="YYYY-MM-DD",
     help="The first day, by UTC, instead.",
 )
 @click.option(
     "--to",
     "end",
-    type=click.DateTime(["%Y-%m-%d"]),
+    type=_Day(),
     metavar="YYYY-MM-DD",
     help="The day after the last one; else now.",
 )
@@ -124,10 +136,10 @@ def _span(
             since = until - timedelta(milliseconds=parse_duration(last))
         except (ValueError, OverflowError) as error:
             raise click.BadParameter(str(error), param_hint="--last") from error
+    hint = "--last" if begin is None else "--from"
     if since >= until:
-        raise click.BadParameter("the span ends before it begins", param_hint="--from")
+        raise click.BadParameter("the span ends where it begins, or earlier", param_hint=hint)
     if min(until, datetime.now(UTC)) - since > timedelta(days=SPAN_DAYS_MAX):
-        hint = "--last" if begin is None else "--from"
         raise click.BadParameter(f"a span is {SPAN_DAYS_MAX} days at most", param_hint=hint)
     return since, until
 

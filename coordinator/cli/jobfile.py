@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -134,6 +134,8 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
     """
     if job.gpus is not UNSET and job.share_gpu is not UNSET:
         raise BadInput("--share-gpu is in place of --gpus: leave one of them out")
+    if job.array == "":  # on the wire it is unsaid, and would be one job
+        raise BadInput("--array is empty; write it like 0-99, 0-99%8 or 1,3,8-16:4")
     if job.ranks is not UNSET and job.ranks < 1:
         # On the wire 0 is unsaid, and would be one rank.
         raise BadInput(f"--ranks is {job.ranks}; a job has 1 at least")
@@ -239,7 +241,7 @@ def _read_text(path: Path) -> str:
             content = file.read(FILE_BYTES_MAX + 1)
         if len(content) > FILE_BYTES_MAX:
             raise BadInput(f"{path}: larger than {FILE_BYTES_MAX} bytes")
-        return content.decode()
+        return content.decode("utf-8-sig")  # some editors mark UTF-8
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -258,7 +260,7 @@ _TYPE_WORDS = {
     "int": "a whole number",
     "str": "a string",
     "bool": "true or false",
-    "float": "a number",
+    "float": "a number with a decimal point",
     "array": "a list",
     "object": "a table",
     "date": "a date",
@@ -284,7 +286,17 @@ def _sentence(error: str) -> str:
             message += "; write it like 2026-11-30T09:00:00"
         if key in ("grace", "flexible"):
             message += f'; write it with its unit: {key} = "120s"'
+        if key.startswith("env["):
+            message += '; write each value in quotes: NAME = "1"'
+    elif message.startswith("Invalid enum value"):
+        message = f"{message.removeprefix('Invalid enum value ')} is none of {_choices(key)}"
+    message = message.replace("`int`", _TYPE_WORDS["int"])
     return f"{key}: {_lower_first(message)}" if key else _lower_first(message)
+
+
+def _choices(key: str) -> str:
+    kind = {field.encode_name: field.type for field in msgspec.structs.fields(JobFile)}[key]
+    return ", ".join(get_args(get_args(kind)[0]))
 
 
 def _lower_first(sentence: str) -> str:

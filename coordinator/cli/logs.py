@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli.render import write_json, write_notice
-from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+from coordinator.cli.settings import (
+    EXIT_UNREACHABLE,
+    JOB_ID,
+    CommandFailed,
+    common_options,
+    connect,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from coordinator.cli.values import LogPart
@@ -54,10 +61,14 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
       baton logs --rank 3 12
     """
     with connect(context) as client:
-        any_parts = write_parts(
-            client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank),
-            as_json=settings_of(context).as_json,
-        )
+        parts = client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank)
+        try:
+            any_parts = write_parts(parts, as_json=settings_of(context).as_json)
+        except CommandFailed as failed:
+            if not follow or failed.exit_code != EXIT_UNREACHABLE:
+                raise
+            again = f"go on with: baton logs -f --tail-bytes 2000 {job_id}"
+            raise CommandFailed(f"{failed}; {again}", failed.exit_code) from failed
     if not any_parts:
         write_notice(f"job {job_id} has no output so far")
 

@@ -135,6 +135,10 @@ for _command in (
 
 def main() -> None:
     """The console script. Never returns."""
+    if sys.stdout is None:  # closed by who called: he wants no answer, and the deed is done
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         cli.main(prog_name="baton")
     except OSError as error:

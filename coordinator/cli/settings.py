@@ -93,10 +93,30 @@ class Settings:
     timeout_s: float = TIMEOUT_S_DEFAULT
     as_json: bool = False
 
+    def tls_doubt(self) -> str:
+        """What is wrong with the TLS files, as far as it can be seen here; empty without them."""
+        from coordinator import https
+        from coordinator.transport import Tls, TransportError
+
+        if not (self.tls_cert and self.tls_key and self.tls_ca):
+            return ""
+        files = Tls(str(self.tls_cert), str(self.tls_key), str(self.tls_ca))
+        try:
+            return https.doubt(files, serves=False)
+        except TransportError as error:
+            return str(error)
+
     def check(self) -> None:
         """Raises `click.UsageError` with a sentence when these settings cannot be used together."""
         host, colon, port = self.coordinator.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        if not (
+            host
+            and colon
+            and "/" not in host
+            and port.isascii()
+            and port.isdigit()
+            and 0 < int(port) < 65536
+        ):
             raise click.UsageError(
                 f"--coordinator must be HOST:PORT, like {ADDRESS_DEFAULT}; got {self.coordinator!r}"
             )

@@ -126,6 +126,9 @@ def simulate(**given: Any) -> None:
       [gpus.A100]
       count = 8
       price_per_h = 1.9
+      [gpus.K80]
+      count = 4
+      price_per_h = 0.45
       [chance]
       node_mtbf_h = 2000
 

@@ -296,10 +296,10 @@ def submit(
         submission = client.submit(share.with_size(client, spec), request_id)
         sentence = f"job {submission.job_id} submitted"
         if spec.array:
-            last_id = submission.job_id + submission.jobs - 1
-            count = quantity(submission.jobs, "trial")
             first_id = submission.job_id
-            sentence = f"array {first_id} submitted: {count}, jobs {first_id} to {last_id}"
+            sentence = f"array {first_id} submitted: {quantity(submission.jobs, 'trial')}"
+            if submission.jobs > 1:
+                sentence += f", jobs {first_id} to {first_id + submission.jobs - 1}"
         if submission.reason:
             sentence += f"; {submission.reason}"
         if as_json:
@@ -347,6 +347,9 @@ def _follow(client: "Client", job_id: int, *, as_json: bool) -> None:
         raise CommandFailed(
             f"{failed}; job {job_id} goes on: baton logs -f {job_id}", failed.exit_code
         ) from failed
+    except KeyboardInterrupt:
+        write_notice(f"job {job_id} goes on: baton logs -f {job_id}; baton cancel {job_id} ends it")
+        raise
     if as_json:
         write_json(job)
     if job.phase == "succeeded":

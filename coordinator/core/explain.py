@@ -137,7 +137,8 @@ def _reason(state: State, now: Instant, job: Job) -> str:
         ran = any(known.started_unix_ms is not None for known in state.attempts_of(job.id))
         tail = f"; `baton logs {job.id}` shows what it wrote" if ran else ""
         return f"job {job.id} has failed: {reason}{tail}"
-    return f"job {job.id} has {job.phase.value}: {reason}"
+    verb = "is" if job.phase is JobPhase.CANCELLED else "has"
+    return f"job {job.id} {verb} {job.phase.value}: {reason}"
 
 
 def _lent(state: State, now: Instant, job: Job) -> str:

@@ -111,7 +111,8 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 def _named(spec: JobSpec) -> JobSpec:
     if spec.name:
         return spec
-    return replace(spec, name=(spec.trainer or _title(spec.command))[:128])
+    title = "".join(filter(str.isprintable, spec.trainer or _title(spec.command)))
+    return replace(spec, name=title[:128])
 
 
 def _title(command: Sequence[str]) -> str:

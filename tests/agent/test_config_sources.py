@@ -90,10 +90,19 @@ def test_flags_win_over_environment_over_file(side: Side, write: Callable[[str],
         assert loaded.sources["listen"] == (told[names[-1]] if names else "default")
 
 
+def test_the_version_is_said(side: Side, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        side.refusals(["--version"], {})
+    assert (ended.value.code, capsys.readouterr().out.split(", version ")[0]) == (
+        0,
+        side.config.PROGRAM.name,
+    )
+
+
 def test_a_misspelt_key_is_answered_with_the_right_one(
     side: Side, write: Callable[[str], str]
 ) -> None:
-    path = write('log-level = "info"\n[tls]\nca = "x"\n')
+    path = write('\ufefflog-level = "info"\n[tls]\nca = "x"\n')
     sentences = side.refusals(["--config", path, "--lissten", "x"], {side.prefix + "LOG_LEVL": "x"})
     assert sentences == [
         "flag --lissten: there is no such flag; did you mean '--listen'?",

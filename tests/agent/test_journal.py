@@ -170,6 +170,30 @@ async def test_sequences_go_on_after_the_spool_is_empty(path: Path) -> None:
     assert (memory.journal_id, memory.spool, memory.next_sequence) == ("j1", (), 3)
 
 
+@pytest.fixture
+def other(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An agent that has the journal open until it is told to end."""
+    lock = f"import fcntl; f = open('{path}.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    tell = "; f.write('4711'); f.flush(); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", lock + tell], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+async def test_a_second_agent_does_not_open_it(path: Path, other: subprocess.Popen[bytes]) -> None:
+    second = SqliteJournal(path, lock_wait_s=0)
+    with pytest.raises(JournalUnavailable, match="in use by another agent, pid 4711: stop"):
+        await second.open("j1")
+    await second.close()
+    other.communicate(b"\n")
+    await second.open("j1")
+    await second.close()
+
+
 async def test_nobody_else_can_read_it(path: Path) -> None:
     journal = SqliteJournal(path)
     await journal.open("j1")
@@ -177,7 +201,7 @@ async def test_nobody_else_can_read_it(path: Path) -> None:
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()}
     await journal.close()
     assert set(modes.values()) == {"0o600"}
-    assert len(modes) == 3, "the file, its log and its index"
+    assert len(modes) == 4, "the file, its lock, its log and its index"
 
 
 @pytest.fixture

@@ -172,19 +172,19 @@ async def test_starting_twice_is_starting_once(tmp_path: Path) -> None:
 async def test_failures_to_start_are_sentences(tmp_path: Path) -> None:
     before = zombies()
     supervisor, exits, _ = await opened(tmp_path / "state")
-    plain = tmp_path / "plain.txt"
+    plain, orphan, headless = (tmp_path / name for name in ("plain", "orphan", "headless"))
     plain.write_text("not a program\n")
-    orphan_script = tmp_path / "script"
-    orphan_script.write_text("#!/no/such/interpreter\n")
-    headless = tmp_path / "headless"
+    orphan.write_text("#!/no/such/interpreter\n")
     headless.write_text("echo hello\n")
-    for path in (orphan_script, headless):
-        path.chmod(0o755)
+    for script in (orphan, headless):
+        script.chmod(0o755)
+    path = ("PATH", f"{PATH[1]}:{tmp_path}")
     cases = [
         (("train-nowhere",), "/", "no such file: train-nowhere (looked in PATH=/usr/local/bin"),
+        (("group",), "/etc", f"no such file: group (looked in PATH={path[1]}; there is ./group)"),
         (("/no/such/train",), "/", "no such file: /no/such/train"),
         ((str(plain),), "/", f"not executable: {plain}"),
-        ((str(orphan_script),), "/", f"not executable: {orphan_script} (the interpreter"),
+        (("orphan",), "/", f"not executable: {orphan} (the interpreter"),
         ((str(headless),), "/", f"not executable: {headless} (neither a program"),
         (("true",), "/no/such/directory", "no such directory: /no/such/directory"),
         (("true",), str(plain), f"not a directory: {plain}"),
@@ -194,7 +194,7 @@ async def test_failures_to_start_are_sentences(tmp_path: Path) -> None:
         (("tr\0ue",), "/", "the command or its working directory contains a NUL byte"),
     ]
     for number, (arguments, directory, sentence) in enumerate(cases, 1):
-        launch = Launch(f"1.{number}", arguments, (PATH,), directory)
+        launch = Launch(f"1.{number}", arguments, (path,), directory)
         for _ in range(2):  # the second call is told the same
             with pytest.raises(StartError) as caught:
                 await supervisor.start(launch)

@@ -5,7 +5,7 @@ Safety: a caller without a certificate, or with one from another authority, reac
 client does not talk to a server from another authority either.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -18,6 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+import agent.https
+import coordinator.https
+import coordinator.transport
 from agent.chunks.peers import PeerClient
 from agent.chunks.store import ChunkStore
 from agent.core.values import ReplicaSource
@@ -205,6 +208,27 @@ async def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         open_channel("127.0.0.1:1", tls)
     with pytest.raises(TransportError, match=r"cannot read .*no\.key: No such file"):
         listen(grpc.aio.server(), "0.0.0.0:0", tls)
+
+
+@pytest.mark.parametrize("doubt", [agent.https.doubt, coordinator.https.doubt])
+def test_what_no_peer_would_take_is_named_before_anybody_calls(
+    doubt: Callable[..., str], ours: Authority, theirs: Authority, tmp_path: Path
+) -> None:
+    good, other = ours.issue("good"), ours.issue("other")
+    foreign = theirs.issue("foreign", trusting=ours)
+    for serves in (False, True):
+        assert doubt(good, serves=serves) == ""
+        said = f"{foreign.cert_path}, by {ours.ca_path}: unable to get local issuer certificate"
+        assert doubt(foreign, serves=serves) == said
+    wrong = tmp_path / "wrong.pem"
+    wrong.write_text("nothing\n")
+    for files, said in (
+        (replace(good, key_path=other.key_path), f"{other.key_path} is not the key of the"),
+        (replace(good, cert_path=str(wrong)), f"{wrong} is no certificate, or"),
+        (replace(good, ca_path=str(wrong)), f"{wrong} has no certificate in PEM"),
+    ):
+        with pytest.raises((TransportError, coordinator.transport.TransportError), match=said):
+            doubt(files)
 
 
 async def test_an_address_in_use_is_named(tmp_path: Path) -> None:

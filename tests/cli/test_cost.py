@@ -141,6 +141,8 @@ def test_a_span_that_cannot_be(baton: Baton) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        ("--last 0d", "--last: the span ends where it begins, or earlier"),
+        ("--from yesterday", "'yesterday' is no day; write it like 2026-11-01"),
         ("--last 400d", "--last: a span is 366 days at most"),
         ("--from 2020-01-01 --to 2022-01-01", "--from: a span is 366 days at most"),
         ("--from 2026-11-01 --last 30d", "--from and --last both say where the span begins"),

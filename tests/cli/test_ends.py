@@ -68,6 +68,26 @@ def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None
     assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
 
 
+def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    def stop() -> jobs_pb2.StreamLogsResponse:
+        threading.Thread(target=fake.stop).start()
+        return jobs_pb2.StreamLogsResponse()
+
+    gone = threading.Event()
+
+    def wait() -> jobs_pb2.StreamLogsResponse:
+        gone.wait(DEADLINE_S)
+        return jobs_pb2.StreamLogsResponse()
+
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n"), stop, wait]]
+    result = baton("logs", "-f", "12")
+    gone.set()
+    assert (result.exit_code, result.stdout) == (3, "1\n")
+    assert result.stderr.endswith("; go on with: baton logs -f --tail-bytes 2000 12\n")
+
+
 def test_unavailable_said_by_the_coordinator_is_1(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["ListNodes"] = [Refusal(grpc.StatusCode.UNAVAILABLE, "not durable\nnow")]
     result = baton("nodes")
@@ -154,7 +174,21 @@ def start(fake: FakeCoordinator, *arguments: str) -> "subprocess.Popen[bytes]":
     )
 
 
-def test_ctrl_c_is_130_and_quiet(fake: FakeCoordinator) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "remark"),
+    [
+        ("logs -f 12", b""),
+        (
+            "submit --follow -- true",
+            b"baton: job 12 submitted\n"
+            b"baton: job 12 goes on: baton logs -f 12; baton cancel 12 ends it\n",
+        ),
+    ],
+)
+def test_ctrl_c_is_130_and_says_what_goes_on(
+    fake: FakeCoordinator, arguments: str, remark: bytes
+) -> None:
+    fake.answers["Submit"] = [jobs_pb2.SubmitResponse(job_id=12)]
     gone = threading.Event()
 
     def wait() -> jobs_pb2.StreamLogsResponse:
@@ -162,7 +196,7 @@ def test_ctrl_c_is_130_and_quiet(fake: FakeCoordinator) -> None:
         return jobs_pb2.StreamLogsResponse()
 
     fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"step 1\n"), wait]]
-    with start(fake, "logs", "-f", "12") as process:
+    with start(fake, *arguments.split()) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"step 1\n"
@@ -171,7 +205,22 @@ def test_ctrl_c_is_130_and_quiet(fake: FakeCoordinator) -> None:
         finally:
             gone.set()
             process.kill()
-    assert (process.returncode, rest, said) == (130, b"", b"")
+    assert (process.returncode, rest, said) == (130, b"", remark)
+
+
+@pytest.mark.parametrize(("closed", "exit_code"), [("1", 0), ("2", 1)])
+def test_closed_streams_are_no_failure(fake: FakeCoordinator, closed: str, exit_code: int) -> None:
+    reply = nodes_pb2.ListNodesResponse(nodes=samples.nodes())
+    fake.answers["ListNodes"] = [Refusal(grpc.StatusCode.INTERNAL, "no") if exit_code else reply]
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *BATON, "nodes"],
+        capture_output=True,
+        env={**os.environ, "BATON_COORDINATOR": fake.address},
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert ended.returncode == exit_code
+    assert b"Traceback" not in ended.stderr
 
 
 def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None:

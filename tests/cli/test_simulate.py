@@ -55,6 +55,16 @@ def baton(files: tuple[Path, Path], *more: str) -> Result:
     return CliRunner().invoke(cli, ["simulate", str(trace), "--fleet", str(fleet), *more])
 
 
+def test_the_files_that_the_help_shows_run(files: tuple[Path, Path]) -> None:
+    paragraphs = CliRunner().invoke(cli, ["simulate", "--help"]).stdout.split("\n\n")
+    shown = {words[0]: words for text in paragraphs if (words := text.split("\n"))}
+    for path, first in zip(files, ("    job,arrival", "    restart_s"), strict=True):
+        (lines,) = [words for word, words in shown.items() if word.startswith(first)]
+        path.write_text("\n".join(line.strip() for line in lines))
+    ran = baton(files, "--policy", "fifo")
+    assert ran.exit_code == 0, ran.stderr
+
+
 def test_fifo_by_hand(files: tuple[Path, Path]) -> None:
     """The first takes a K80 (most are free) for two hours, the second the A100 for half of one; the
     third waits for both K80, its class notwithstanding, and takes them for a quarter."""

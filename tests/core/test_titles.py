@@ -11,6 +11,7 @@ from tests.core.coordinator_harness import Rig
     ("command", "name"),
     [
         (("./train",), "train"),
+        (("./two\nlines",), "twolines"),
         (("/usr/bin/python3.11", "-u", "work/train.py", "--epochs", "3"), "train.py"),
         (("python", "-m", "trainers.finetune", "--config", "a.py"), "trainers.finetune"),
         (("torchrun", "--nproc-per-node=8", "train.py", "other.py"), "train.py"),

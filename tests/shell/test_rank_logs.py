@@ -1,13 +1,14 @@
-"""Which rank's output is read, over the tries of a gang; where it lies is all lost here, so that
-each attempt that is asked for leaves its sentence."""
+"""Which rank's output is read, over the tries of a gang, where it lies is all lost, so that each
+attempt that is asked for leaves its sentence; and what is said of output that is kept no more."""
 
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 import pytest
 
-from coordinator.core.model import Attempt, Job, JobSpec, JobView, NodeView
-from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.model import Attempt, HostFacts, Job, JobSpec, JobView, Node, NodeView
+from coordinator.core.phases import AttemptPhase, JobPhase, NodePhase
 from coordinator.peers import Fleet, LogReader
+from protos.baton.v1 import peer_pb2
 
 TRIES = 2
 RANKS = 3
@@ -42,3 +43,48 @@ async def test_one_rank_is_read_as_if_there_were_no_other(rank: int, follow: boo
     assert all("is lost" in piece.notice for piece in said)
     tail = [p async for p in reader.stream(fleet, follow=follow, tail_bytes=9, rank=rank)]
     assert [piece.attempt for piece in tail] == [f"1.{TRIES}.{rank}"]
+
+
+class Agent:
+    """A channel to an agent that keeps bytes 7 to 10, and 15 and 16 when these are asked for."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def unary_unary(self, *_: Any, **__: Any) -> None:
+        """Nobody asks."""
+
+    stream_unary = stream_stream = unary_unary
+
+    def unary_stream(self, *_: Any, **__: Any) -> Any:
+        return self._call
+
+    def _call(self, request: peer_pb2.ReadLogRequest) -> Self:
+        first = 9 if request.tail_bytes else 7
+        kept = [(first, b"789a"[first - 7 :]), (15, b"fg")]
+        self._pieces = [peer_pb2.ReadLogResponse(offset=at, data=data) for at, data in kept]
+        return self
+
+    async def read(self) -> peer_pb2.ReadLogResponse | None:
+        return self._pieces.pop(0) if self._pieces else None
+
+    def cancel(self) -> None:
+        """It has ended."""
+
+
+async def somewhere(node_id: str) -> NodeView | None:
+    return NodeView(Node(node_id, "j", "n0:1", HostFacts(), ()), NodePhase.UP, (), (), "")
+
+
+async def test_what_is_kept_no_more_leaves_a_sentence_and_no_silent_gap() -> None:
+    reader = LogReader(lambda _: Agent())  # type: ignore[arg-type,return-value]
+    fleet = Fleet(job, somewhere)
+    told = [p async for p in reader.stream(fleet, follow=False, tail_bytes=0)]
+    words = [piece.data.decode() or piece.notice for piece in told[: len(told) // TRIES]]
+    gap = "bytes of the output of attempt 1.1.0 are missing: a node keeps the newest of it"
+    assert words == [f"here 7 {gap}", "789a", f"here 4 {gap}", "fg"]
+    tail = [p async for p in reader.stream(fleet, follow=False, tail_bytes=4)]
+    assert [bool(piece.notice) for piece in tail] == [False, True, False]
