@@ -43,18 +43,19 @@ def nothing_known(_: Tenant) -> float:
 # Which stakes it harms of which tier, likewise how many GPUs, how many leave, and where.
 Harm = tuple[list[float], list[int], int, str]
 Victims = tuple[Harm, list[Tenant], list[Room]]
+Counts = tuple[Hashable, dict[frozenset[str], int]]
 
 
 @dataclass(slots=True)
 class Known:
-    """What one pass over `rooms` has found out. `counts` and `least` are by request and room, with
-    what the room was then (`Room.version`, `Room.alone`): how many ranks fit when those have left
-    who are stopping, and the least harm on it. `orders` is by request who may leave, of all rooms:
-    whoever has less to lose first."""
+    """What one pass over `rooms` has found out. `counts` and `least` are by request and node, with
+    what its room was then (`Room.version`, `Room.alone`): how many ranks fit, by who has left, and
+    the least harm on it. `orders` is by request who may leave, of all rooms: whoever has less to
+    lose first."""
 
     rooms: Sequence[Room]
-    counts: dict[Hashable, tuple[Hashable, int]] = field(default_factory=dict)
-    least: dict[Hashable, tuple[Hashable, Victims | None]] = field(default_factory=dict)
+    counts: dict[Hashable, dict[str, Counts]] = field(default_factory=dict)
+    least: dict[Hashable, dict[str, tuple[Hashable, Victims | None]]] = field(default_factory=dict)
     orders: dict[Hashable, list[Tenant]] = field(default_factory=dict)
     _homes: dict[str, list[Room]] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)
@@ -98,15 +99,16 @@ def find_way(
     of that type count."""
     known = givers.known or Known(rooms)
     request = givers.request, gpu_type
+    known_least = known.least.setdefault(request, {})
     found: list[Victims] = []
     for room in rooms:
-        key, now = (request, room.offer.node), (room.version, room.alone)
-        before = known.least.get(key)
+        node, now = room.offer.node, (room.version, room.alone)
+        before = known_least.get(node)
         if before is None or before[0] != now:
             least = None  # where nobody leaves it does not fit: that was asked before
             if any(one.stopping or givers.may_leave(one) for one in room.tenants.values()):
                 least = _least(_Tally(spec, gpu_type, [room], request, known), [room], givers)
-            before = known.least[key] = now, least
+            before = known_least[node] = now, least
         if before[1] is not None:
             found.append(before[1])
     if spec.ranks > 1:
@@ -239,6 +241,7 @@ class _Tally:
     ) -> None:
         self.known = known
         self.request = request
+        self._known_counts = known.counts.setdefault(request, {})
         self._spec = spec
         self._gpu_type = gpu_type
         self._rooms = rooms
@@ -246,7 +249,7 @@ class _Tally:
         self._places = {room.offer.node: index for index, room in enumerate(rooms)}
         now = {room.offer.node: len(answer.ranks) for room, answer in able(rooms, spec, gpu_type)}
         self._counts = [
-            self._known_count(index)
+            self._count(index)
             if any(tenant.stopping for tenant in room.tenants.values())
             else now.get(room.offer.node, 0)
             for index, room in enumerate(rooms)
@@ -257,14 +260,6 @@ class _Tally:
     def places(self) -> list[Room]:
         """The rooms where some would fit."""
         return [room for room, count in zip(self._rooms, self._counts, strict=True) if count]
-
-    def _known_count(self, index: int) -> int:
-        room = self._rooms[index]
-        key, now = (self.request, room.offer.node), (room.version, room.alone)
-        before = self.known.counts.get(key)
-        if before is None or before[0] != now:
-            before = self.known.counts[key] = now, self._count(index)
-        return before[1]
 
     @property
     def fits(self) -> bool:
@@ -289,7 +284,13 @@ class _Tally:
 
     def _count(self, index: int) -> int:
         """Of a room as it would be then."""
-        room = self._rooms[index].without(
-            lambda tenant: tenant.stopping or tenant.whole in self._gone
-        )
-        return len(room.takes(self._spec, self._gpu_type))
+        room = self._rooms[index]
+        there, now = room.tenants.values(), (room.version, room.alone)
+        gone = frozenset(t.attempt for t in there if t.stopping or t.whole in self._gone)
+        counts = self._known_counts.get(room.offer.node)
+        if counts is None or counts[0] != now:
+            counts = self._known_counts[room.offer.node] = now, {}
+        if gone not in counts[1]:
+            left = room.without(lambda tenant: tenant.attempt in gone)
+            counts[1][gone] = len(left.takes(self._spec, self._gpu_type))
+        return counts[1][gone]

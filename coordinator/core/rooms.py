@@ -288,12 +288,11 @@ class Room:
     def without(self, leaves: Callable[[Tenant], bool]) -> "Room":
         """As it would be when these tenants have left; what is kept for others in this pass stays
         kept."""
-        facts = {gpu.uuid: gpu for gpu in self.offer.gpus}
+        gone = [tenant for tenant in self.tenants.values() if leaves(tenant)]
+        facts = {gpu.uuid: gpu for gpu in self.offer.gpus} if gone else {}
         free, holds = dict(self.free), dict(self.holds)
         memory_bytes, slots = self.memory_bytes, self.slots
-        for tenant in self.tenants.values():
-            if not leaves(tenant):
-                continue
+        for tenant in gone:
             for uuid in tenant.gpu_uuids:
                 rest = tuple(h for h in holds.get(uuid, ()) if h.attempt != tenant.attempt)
                 holds[uuid] = rest

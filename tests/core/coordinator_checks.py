@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 
-from coordinator.core import decisions, projects, standby
+from coordinator.core import contenders, decisions, projects, standby
 from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
 from coordinator.core.messages import AppendEvent, Effect
@@ -24,6 +24,7 @@ from coordinator.core.model import (
     Part,
     Replication,
 )
+from coordinator.core.node_power import silent
 from coordinator.core.offers import offers_of, open_rooms
 from coordinator.core.phases import (
     ATTEMPT_ENDED,
@@ -157,10 +158,13 @@ def check_rooms(state: State) -> None:
     # Whoever opens rooms may renew the mix; at which pass that happens is for the passes to say.
     demand, state.demand = state.demand, copy(state.demand)
     kept, anew = open_rooms(state), rooms_of(offers_of(state), state.demand.mix())
+    fleet = contenders.fleet_of(state)
     state.demand = demand
     assert kept == anew
+    assert fleet == contenders._fleet(anew, len(state.indices.kinds))
     for mine, other in zip(kept, anew, strict=True):
         assert mine.box() == other.box()
+        assert mine.by_type() == other.by_type()
         for job in state.jobs.values():
             assert list(able([mine], job.spec)) == list(able([other], job.spec))
             ranks = mine.takes(job.spec)
@@ -170,6 +174,12 @@ def check_rooms(state: State) -> None:
 def _check_standby(state: State, attempt: Attempt) -> None:
     """Who is named after a few were asked is who would be named after all were."""
     job = state.jobs[attempt.job_id]
+    places = [
+        (len(live.attempts), standby._copies(state, job, name), name)
+        for name, live in state.nodes.items()
+        if not silent(live.node.power)
+    ]
+    assert standby._in_order(state, job) == sorted(places)
     asked: list[standby.Candidate] = []
     for live in state.nodes.values():
         assert standby.fit(state, job, live) is standby._fit(state, job, live), live.node.id

@@ -16,9 +16,9 @@ from bench import crowds
 from coordinator.core.messages import Event, Tick
 
 SIZE = 160
-# Twice as much, and what else grows: a sort, and that each of them looks at each node, which has
-# eight GPUs. Where each asked each it would be four.
-GROWTH_MAX = 2.7
+# Twice as much, and what else grows: a sort, and up to 64 nodes that are weighed for each of them,
+# of which a small fleet has not as many. Where each asked each it would be four.
+GROWTH_MAX = 2.3
 
 
 def calls_of(name: str, size: int) -> int:
