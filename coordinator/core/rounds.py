@@ -35,7 +35,6 @@ def decide(state: State, now: Instant) -> None:
     While somebody is leaving for somebody else, what is free may be kept for that job, and only a
     whole pass knows.
     """
-    state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     trials.admit(state)
     decisions.note(state, now)
     decisions.forget(state, now)
