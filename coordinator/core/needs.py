@@ -26,11 +26,11 @@ def blocked(state: State, now: Instant, job: Job) -> str:
     """Why it could not start anywhere at present; empty where it could."""
     if state.eligible_ms.get(job.id, 0) > now.now_ms:
         return job.reason
-    return checkpoints.head_within_reach(state, job)
+    return checkpoints.head_within_reach(state, job) if job.epoch else ""
 
 
 def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> Need:
-    good = state.good_checkpoints(job)
+    good = state.good_checkpoints(job) if job.epoch else []  # most who wait have never run
     pieces = good[0].pieces if good else ()
     replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
     last = state.gang(job) if replicas else []
@@ -56,7 +56,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
 
 def _lasts_ms(state: State, job: Job) -> int | None:
     """How long it would run, by the pace of its last attempt; `None`: nobody knows."""
-    before = state.current(job)
+    before = state.current(job) if job.epoch else None
     pace = None if before is None else state.paces.get(before.id)
     lasts_ms = None if pace is None else pace.remaining_ms(job.head_step)
     return None if lasts_ms is None else round(lasts_ms)

@@ -188,6 +188,8 @@ def _place_one(
 
 def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
     """What it does not see."""
+    if not keeps:
+        return list(need.refused)
     rank, own = CLASS_RANK[need.spec.job_class], (need.job_id, need.lasts_ms)
     return [*need.refused, *(k for k in keeps if k.hides_from(rank, *own, lent=need.lent))]
 

@@ -76,9 +76,9 @@ def decide(state: State, now: Instant) -> None:
             job = state.jobs[job_id]
             if job.spec.gpus:
                 sentence += lacks + state.standing.notes.get(job_id, "")
-            promise = state.standing.promises.get(job_id)
-            sentence += promise.note if promise is not None else ""
-            sentence += reserved.describe(state, now, job)
+                promise = state.standing.promises.get(job_id)
+                sentence += promise.note if promise is not None else ""
+                sentence += reserved.describe(state, now, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

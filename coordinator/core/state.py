@@ -60,6 +60,7 @@ from coordinator.core.node_power import DARK
 from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.pace import Pace
 from coordinator.core.phases import (
+    ATTEMPT_BEGINS,
     ATTEMPT_ENDED,
     GPU_TRANSITIONS,
     JOB_ENDED,
@@ -224,12 +225,10 @@ class State:
     def drop_job(self, job_id: int) -> None:
         """An ended job leaves memory and store; its id is never given out again."""
         job = self.jobs.pop(job_id)
-        self.ended.pop(job_id, None)
         self.indices.arrays.drop(job)
         self.requests.pop(job.request_id, None)
-        self.eligible_ms.pop(job_id, None)
-        self.avoid.pop(job_id, None)
-        self.standing.order.pop(job_id, None)
+        for known in (self.ended, self.eligible_ms, self.avoid, self.standing.order):
+            known.pop(job_id, None)
         for gone in self.job_attempts.pop(job_id, []):
             self._forget_attempt(gone)
             self.ordered_ms.pop(gone, None)
@@ -244,8 +243,9 @@ class State:
         """The phase has been checked by the caller through `advance`, since only it knows the old
         one's meaning."""
         old = self.attempts.get(attempt.id)
-        if old is None or old.phase is not attempt.phase:
-            self.dirty = True
+        before = None if old is None else old.phase
+        begins = (before, attempt.phase) == ATTEMPT_BEGINS and not attempt.gpu_uuids
+        self.dirty |= before is not attempt.phase and not begins
         self._remember(attempt)
         live = self.nodes.get(attempt.node)
         if live is not None:
