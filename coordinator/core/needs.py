@@ -30,10 +30,7 @@ def blocked(state: State, now: Instant, job: Job) -> str:
 
 
 def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> Need:
-    good = state.good_checkpoints(job) if job.epoch else []  # most who wait have never run
-    pieces = good[0].pieces if good else ()
-    replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
-    last = state.gang(job) if replicas else []
+    replicas, near = _where_it_was(state, job) if job.epoch else ((), ())  # most have never run
     promise = state.standing.promises.get(job.id)
     keeps = claims.waits_out(state, now, job)
     anywhere = promise is None or (job.id in state.avoid and not keeps)
@@ -42,7 +39,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         job.spec,
         replicas,
         state.avoid.get(job.id, ""),
-        tuple(name for rank in last for name in (rank.node, rank.replica_node)),
+        near,
         lent=job.id in lent,
         shunned=coruns.shunned(state, job),
         types=decisions.order_of(state, now, job),
@@ -52,6 +49,15 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         lasts_ms=_lasts_ms(state, job),
         refused=company.refused(state, now, job),
     )
+
+
+def _where_it_was(state: State, job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who holds its last checkpoint, and the nodes of its last attempt with their standbys."""
+    good = state.good_checkpoints(job)
+    pieces = good[0].pieces if good else ()
+    replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
+    last = state.gang(job) if replicas else []
+    return replicas, tuple(name for rank in last for name in (rank.node, rank.replica_node))
 
 
 def _lasts_ms(state: State, job: Job) -> int | None:

@@ -64,7 +64,7 @@ NEAR_SPEED_RATIO = 0.5
 Offered = tuple[Room, Answer]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would be a fourth of a round over a long queue
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
