@@ -13,8 +13,9 @@ _CHARACTERS_MAX = 128
 
 
 def title(trainer: str, command: Sequence[str]) -> str:
-    """Its trainer, or its script or module, where an interpreter is told of one."""
-    return (trainer or _program(command))[:_CHARACTERS_MAX]
+    """Its trainer, or its script or module, where an interpreter is told of one; what cannot be
+    printed is left out."""
+    return "".join(filter(str.isprintable, trainer or _program(command)))[:_CHARACTERS_MAX]
 
 
 def _program(command: Sequence[str]) -> str:
