@@ -2,9 +2,10 @@
 
 Problem: to say what group commit is worth, the same process must be measured with and without it,
 and neither the shell nor the store has a switch for working badly. So two names are replaced in the
-process that is measured. `--one-each` sets the shell's largest batch to one event: each submission
-has a commit of its own, as in a program without group commit. `--slower-ms` sleeps before each
-commit, which is what a disk with a slower fsync does (network disks take 2 to 10 ms).
+process that is measured, which is else the one that users start. `--one-each` sets the shell's
+largest batch to one event: each submission has a commit of its own, as in a program without group
+commit. `--slower-ms` sleeps before each commit, which is what a disk with a slower fsync does
+(network disks take 2 to 10 ms).
 
 Started as `python -c "from bench.counted_coordinator import main; main()" OPTIONS -- ARGUMENTS`,
 with the coordinator's own arguments behind the dashes. After SIGTERM the number of commits, which
@@ -17,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from coordinator import main as program
 from coordinator import shell
+from coordinator.__main__ import main as run_program  # it says how gRPC polls, before that comes
 from coordinator.core.messages import Record
 from coordinator.store.sqlite import SqliteStore
 
@@ -47,7 +48,8 @@ def main() -> None:
     if asked.one_each:
         shell.BATCH_MAX = 1
     CountedStore.slower_ms = asked.slower_ms
-    setattr(program, "SqliteStore", CountedStore)  # noqa: B010 - main imports it for itself
-    status = program.main(asked.arguments)
+    # There by its own name.
+    setattr(sys.modules[run_program.__module__], "SqliteStore", CountedStore)  # noqa: B010
+    status = run_program(asked.arguments)
     asked.count_file.write_text(str(CountedStore.commits), encoding="utf-8")
     sys.exit(status)

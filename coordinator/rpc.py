@@ -65,9 +65,10 @@ async def _ask(shell: CoordinatorShell, context: Context, body: m.RequestBody) -
 
 def _in_trace(spec: JobSpec, context: Context) -> JobSpec:
     """With the caller's trace, as instrumented clients send it, unless the job names one itself."""
-    given = dict(context.invocation_metadata() or ()).get("traceparent", "")
-    named = any(name == traces.VARIABLE for name, _ in spec.environment)
-    if named or not isinstance(given, str) or not traces.is_traceparent(given):
+    given = dict(context.invocation_metadata() or ()).get("traceparent")
+    if not isinstance(given, str) or not traces.is_traceparent(given):
+        return spec
+    if any(name == traces.VARIABLE for name, _ in spec.environment):
         return spec
     return replace(spec, environment=(*spec.environment, (traces.VARIABLE, given)))
 

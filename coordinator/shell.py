@@ -213,16 +213,16 @@ class CoordinatorShell:
             effects += self._core.handle(now, m.Tick())
         effects += self._core.handle(now, m.Decide())
         begun_ms = self._clock.now_ms()
-        if not await self._commit([effect for effect in effects if isinstance(effect, m.Record)]):
+        records, commands = m.divide(effects)
+        if not await self._commit(records):
             return
         commit_ms = self._clock.now_ms() - begun_ms
         if self._tracer is not None:
             self._trace(self._tracer, effects, now)
-        for effect in effects:
-            if not isinstance(effect, m.Record):
-                self._act(effect)
+        for command in commands:
+            self._act(command)
         self.progress_ms = now.now_ms
-        answered = sum(1 for effect in effects if isinstance(effect, m.Reply))
+        answered = sum(isinstance(command, m.Reply) for command in commands)
         if answered > 1 and commit_ms >= SLOW_COMMIT_MS:
             await self._gather(answered, commit_ms)
 

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator import wire_health, wire_nodes, wire_time
-from coordinator.core import launch, model, traces
+from coordinator.core import launch, model, titles, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
 from protos.baton.v1 import agent_pb2 as pb
@@ -65,7 +65,7 @@ def decode_spec(spec: types.JobSpec) -> model.JobSpec:
     restarts = spec.max_restarts if spec.HasField("max_restarts") else model.MAX_RESTARTS_DEFAULT
     said = spec.HasField("keep_checkpoints")
     return model.JobSpec(
-        name=spec.name,
+        name=spec.name or titles.title(spec.trainer, spec.command),
         project=spec.project or "default",
         job_class=_CLASSES[spec.job_class],
         command=tuple(spec.command),

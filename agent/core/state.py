@@ -189,6 +189,8 @@ class State:
         self.section_check_ms: int | None = None  # while some trainer is in a section
         self.sent_sequence = 0  # the newest event that was sent in this session
         self.records: list[Record] = []
+        # With the next record: what is said again until then is known, and nobody waits for it.
+        self.dropped: DropSpooled | None = None
         self.commands: list[Command] = []
         for event in self.spool.values():
             self._await_answer(event)
@@ -204,6 +206,9 @@ class State:
 
     def take(self) -> list[Effect]:
         """Everything that has come up since the last call, records first."""
+        if self.records and self.dropped is not None:
+            self.records.append(self.dropped)
+            self.dropped = None
         effects: list[Effect] = [*self.records, *self.commands]
         self.records, self.commands = [], []
         return effects
@@ -269,9 +274,12 @@ class State:
         sequence = min(sequence, self.next_sequence - 1)
         if sequence <= self.acknowledged_sequence:
             return
-        for known in [known for known in self.spool if known <= sequence]:
-            del self.spool[known]
-        self.records.append(DropSpooled(sequence))
+        acknowledged = [known for known in self.spool if known <= sequence]
+        gone = [self.spool.pop(known).body for known in acknowledged]
+        self.dropped = DropSpooled(sequence)
+        if any(isinstance(body, CheckpointProposed) for body in gone):
+            self.records.append(self.dropped)  # else we would wait for its answer after a restart
+            self.dropped = None
         self.resend_due_ms = None
         self.flow(now)
 

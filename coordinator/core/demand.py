@@ -10,6 +10,7 @@ eighth of the window is new, and then at the next pass: a burst of submissions c
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from coordinator.core import shares
 from coordinator.core.fragmentation import PARTS, Ask, Kind, Mix
@@ -19,6 +20,14 @@ from coordinator.core.validate import suits
 # A day or a week of most fleets; of one that is busier, what it does now.
 REQUESTS_MAX = 1_024
 RENEWALS = 8  # of a window
+
+
+class _Wants(NamedTuple):
+    """Of which GPU, and what of it, as a job's specification says."""
+
+    gpu_types: tuple[str, ...]
+    gpu_memory_bytes_min: int
+    shared_gpu_memory_bytes: int
 
 
 class Demand:
@@ -55,19 +64,14 @@ class Demand:
 
 def ask_of(spec: JobSpec) -> Ask:
     """What one rank asks for. Nothing else of a job matters here, and so equal asks are one."""
-    wants = JobSpec(
-        gpus=spec.gpus,
-        gpu_types=spec.gpu_types,
-        gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
-        shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
-    )
+    wants = _Wants(spec.gpu_types, spec.gpu_memory_bytes_min, spec.shared_gpu_memory_bytes)
     return Ask(spec.gpus, (spec.memory_bytes,), wants)
 
 
 def parts_of(ask: Ask, kind: Kind) -> int:
     """What of such a GPU a job takes; 0 where it does not do."""
     wants = ask.wants
-    assert isinstance(wants, JobSpec), "asks of jobs are made of their specifications"
+    assert isinstance(wants, _Wants), "asks of jobs are made of their specifications"
     memory_bytes, name = kind
     gpu = GpuFacts("", name, memory_bytes)
     if not suits(wants, gpu):

@@ -6,10 +6,8 @@ and gets the same job. An array (`arrays.py`) is made within one event, so all o
 durable together; its first one stands for it.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 from coordinator.core import (
     accounting,
@@ -22,6 +20,7 @@ from coordinator.core import (
     trainer_keys,
     trials,
 )
+from coordinator.core.demand import ask_of
 from coordinator.core.explain import explain
 from coordinator.core.messages import (
     Answer,
@@ -47,10 +46,6 @@ from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, r
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
 
-# Of a hundred jobs that are all called "python" nobody finds his own.
-_INTERPRETER = re.compile(r"python[\d.]*|bash|sh|torchrun|accelerate|deepspeed")
-_SCRIPTS = (".py", ".sh")
-
 
 def submit(state: State, now: Instant, body: Submit) -> Answer:
     if len(body.request_id) > REQUEST_ID_CHARACTERS_MAX:
@@ -59,7 +54,7 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     if known is not None:
         job = state.jobs[known]
         return Submitted(known, state.wait_reason(job), len(_indices(job.spec)))
-    spec = _named(body.spec)
+    spec = body.spec
     # One node of each kind stands for all.
     kinds = state.indices.kinds.values()
     nodes = [state.nodes[next(iter(alike))].node for alike in kinds]
@@ -78,7 +73,7 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
             RefusalKind.EXHAUSTED, f"{limit}; cancel some, or wait until some have ended"
         )
     _forget_oldest(state)
-    job = _make(state, now, replace(body, spec=spec), indices)
+    job = _make(state, now, body, indices)
     reason = job.reason or ("" if fleet else "no node has joined the fleet yet")
     warning = deadlines.warning(state, now, job) if fleet else ""
     return Submitted(job.id, "; ".join(filter(None, (reason, warning))), len(indices))
@@ -95,39 +90,20 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
     phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
     reason = "submitted on hold; `baton release` lets it start" if spec.hold else ""
     intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
-    first = Job(
-        first_id, spec, phase, now.unix_ms, body.request_id, intent, reason, array_id=array_id
-    )
     for job_id, index in enumerate(indices, first_id):
         # A request is known by its first job.
         request_id = body.request_id if job_id == first_id else ""
-        state.put_job(replace(first, id=job_id, request_id=request_id, array_index=index))
+        job = Job(
+            job_id, spec, phase, now.unix_ms, request_id, intent, reason,
+            event_count=1, array_id=array_id, array_index=index,
+        )  # fmt: skip
         what = f"trial {index} of array {first_id}" if array_id else "job"
-        state.tell(now.unix_ms, job_id, "job.submitted", reason or f"{spec.job_class.value} {what}")
+        state.put_job(job)
+        line = reason or f"{spec.job_class.value} {what}"
+        state.write_line(job, now.unix_ms, "job.submitted", line)
+    state.demand.note(ask_of(spec), spec.ranks * len(indices))
     state.last_job_id += len(indices)
-    return first
-
-
-def _named(spec: JobSpec) -> JobSpec:
-    if spec.name:
-        return spec
-    title = "".join(filter(str.isprintable, spec.trainer or _title(spec.command)))
-    return replace(spec, name=title[:128])
-
-
-def _title(command: Sequence[str]) -> str:
-    """What people call it: its script or module, where an interpreter is told of one."""
-    program = command[0].rsplit("/", 1)[-1] if command else ""
-    if not _INTERPRETER.fullmatch(program):
-        return program
-    for before, word in pairwise(command):
-        if not word.isprintable():
-            continue  # lines of a program, as after -c, are no name
-        if before == "-m":
-            return word
-        if word.endswith(_SCRIPTS):
-            return word.rsplit("/", 1)[-1]
-    return program
+    return state.jobs[first_id]
 
 
 def _forget_oldest(state: State) -> None:

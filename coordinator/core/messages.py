@@ -6,7 +6,9 @@ which may leave the process only after the records of their batch are. The core 
 either.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from coordinator.core.capacity_messages import Actuate as Actuate
 from coordinator.core.capacity_messages import Actuated as Actuated
@@ -473,3 +475,16 @@ class Log:
 
 Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast | MakeLeases | PublishLeases
 Effect = Record | Command
+
+
+# A frozenset of them is asked in one look, and all of them in a row for each effect are not.
+_RECORDS = frozenset(get_args(Record))
+
+
+def divide(effects: Iterable[Effect]) -> tuple[list[Record], list[Command]]:
+    """Records and commands, each in their order."""
+    records: list[Record] = []
+    commands: list[Command] = []
+    for effect in effects:
+        (records if type(effect) in _RECORDS else commands).append(effect)  # type: ignore[arg-type]
+    return records, commands

@@ -29,6 +29,9 @@ class JobClass(Enum):
     STANDARD = "standard"
     SPARE = "spare"
 
+    # Looked up for each waiting job in each round; that of `Enum` hashes the name, in Python.
+    __hash__ = object.__hash__
+
 
 CLASS_ORDER = (JobClass.GUARANTEED, JobClass.STANDARD, JobClass.SPARE)
 CLASS_RANK = {job_class: rank for rank, job_class in enumerate(CLASS_ORDER)}

@@ -26,14 +26,11 @@ def blocked(state: State, now: Instant, job: Job) -> str:
     """Why it could not start anywhere at present; empty where it could."""
     if state.eligible_ms.get(job.id, 0) > now.now_ms:
         return job.reason
-    return checkpoints.head_within_reach(state, job)
+    return checkpoints.head_within_reach(state, job) if job.epoch else ""
 
 
 def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> Need:
-    good = state.good_checkpoints(job)
-    pieces = good[0].pieces if good else ()
-    replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
-    last = state.gang(job) if replicas else []
+    replicas, near = _where_it_was(state, job) if job.epoch else ((), ())  # most have never run
     promise = state.standing.promises.get(job.id)
     keeps = claims.waits_out(state, now, job)
     anywhere = promise is None or (job.id in state.avoid and not keeps)
@@ -42,7 +39,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
         job.spec,
         replicas,
         state.avoid.get(job.id, ""),
-        tuple(name for rank in last for name in (rank.node, rank.replica_node)),
+        near,
         lent=job.id in lent,
         shunned=coruns.shunned(state, job),
         types=decisions.order_of(state, now, job),
@@ -55,9 +52,18 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
     )
 
 
+def _where_it_was(state: State, job: Job) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who holds its last checkpoint, and the nodes of its last attempt with their standbys."""
+    good = state.good_checkpoints(job)
+    pieces = good[0].pieces if good else ()
+    replicas = tuple(dict.fromkeys(name for piece in pieces for name in piece.replicas))
+    last = state.gang(job) if replicas else []
+    return replicas, tuple(name for rank in last for name in (rank.node, rank.replica_node))
+
+
 def _lasts_ms(state: State, job: Job) -> int | None:
     """How long it would run, by the pace of its last attempt; `None`: nobody knows."""
-    before = state.current(job)
+    before = state.current(job) if job.epoch else None
     pace = None if before is None else state.paces.get(before.id)
     lasts_ms = None if pace is None else pace.remaining_ms(job.head_step)
     return None if lasts_ms is None else round(lasts_ms)

@@ -129,6 +129,9 @@ JOB_ENDED = (J.SUCCEEDED, J.FAILED, J.CANCELLED)
 ATTEMPT_ENDED = _ATTEMPT_ENDS
 # On a node that is in touch, as far as anybody knows.
 ATTEMPT_LIVE = (A.ASSIGNED, A.RUNNING, A.STOPPING)
+# Its room is taken already: nobody else can start for that, and where it has no GPUs nothing else
+# that people are told changes either.
+ATTEMPT_BEGINS = (A.ASSIGNED, A.RUNNING)
 
 
 def advance(

@@ -67,7 +67,7 @@ Offered = tuple[Room, Answer]
 Tightness = tuple[bool, bool, bool, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would be a fourth of a round over a long queue
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
     refused it just now, or where it got no further; `near` are where its last attempt ran and
@@ -211,6 +211,8 @@ def _place_alike(
 
 def kept_from(need: Need, keeps: Sequence[Keep]) -> list[Keep]:
     """What it does not see."""
+    if not keeps:
+        return list(need.refused)
     rank, own = CLASS_RANK[need.spec.job_class], (need.job_id, need.lasts_ms)
     return [*need.refused, *(k for k in keeps if k.hides_from(rank, *own, lent=need.lent))]
 

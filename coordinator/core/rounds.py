@@ -36,7 +36,6 @@ def decide(state: State, now: Instant) -> None:
     While somebody is leaving for somebody else, what is free may be kept for that job, and only a
     whole pass knows.
     """
-    state.demand.note_jobs(state.jobs[job_id] for job_id in state.fresh if job_id in state.jobs)
     trials.admit(state)
     decisions.note(state, now)
     decisions.forget(state, now)
@@ -78,9 +77,10 @@ def decide(state: State, now: Instant) -> None:
             job = state.jobs[job_id]
             if job.spec.gpus:
                 sentence += lacks + state.standing.notes.get(job_id, "")
-            promise = state.standing.promises.get(job_id)
-            sentence += promise.note if promise is not None else ""
-            sentence += reserved.describe(state, now, job) + mismatches.describe(state, job)
+                promise = state.standing.promises.get(job_id)
+                sentence += promise.note if promise is not None else ""
+                sentence += reserved.describe(state, now, job)
+            sentence += mismatches.describe(state, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

@@ -60,6 +60,7 @@ from coordinator.core.node_power import DARK
 from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.pace import Pace
 from coordinator.core.phases import (
+    ATTEMPT_BEGINS,
     ATTEMPT_ENDED,
     GPU_TRANSITIONS,
     JOB_ENDED,
@@ -197,11 +198,12 @@ class State:
         old = self.jobs.get(job.id)
         if old is not None:
             advance(JOB_TRANSITIONS, old.phase, job.phase, f"job {job.id}")
-            job = replace(job, event_count=max(job.event_count, old.event_count))
-        if old is None:
+            if job.event_count < old.event_count:
+                job = replace(job, event_count=old.event_count)
+            if old.phase is not job.phase or job.phase is JobPhase.QUEUED:
+                self.dirty = True  # a commit alone lets nobody start
+        if old is None and job.phase is JobPhase.QUEUED:
             self.fresh[job.id] = None
-        elif old.phase is not job.phase or job.phase is JobPhase.QUEUED:
-            self.dirty = True  # a commit alone lets nobody start
         self.jobs[job.id] = job
         self._index_job(job)
         self.changed_jobs[job.id] = None
@@ -223,12 +225,10 @@ class State:
     def drop_job(self, job_id: int) -> None:
         """An ended job leaves memory and store; its id is never given out again."""
         job = self.jobs.pop(job_id)
-        self.ended.pop(job_id, None)
         self.indices.arrays.drop(job)
         self.requests.pop(job.request_id, None)
-        self.eligible_ms.pop(job_id, None)
-        self.avoid.pop(job_id, None)
-        self.standing.order.pop(job_id, None)
+        for known in (self.ended, self.eligible_ms, self.avoid, self.standing.order):
+            known.pop(job_id, None)
         for gone in self.job_attempts.pop(job_id, []):
             self._forget_attempt(gone)
             self.ordered_ms.pop(gone, None)
@@ -243,8 +243,9 @@ class State:
         """The phase has been checked by the caller through `advance`, since only it knows the old
         one's meaning."""
         old = self.attempts.get(attempt.id)
-        if old is None or old.phase is not attempt.phase:
-            self.dirty = True
+        before = None if old is None else old.phase
+        begins = (before, attempt.phase) == ATTEMPT_BEGINS and not attempt.gpu_uuids
+        self.dirty |= before is not attempt.phase and not begins
         self._remember(attempt)
         live = self.nodes.get(attempt.node)
         if live is not None:
@@ -360,22 +361,23 @@ class State:
 
     def tell(self, unix_ms: int, job_id: int, name: str, message: str, **where: str) -> None:
         """Append a line to the job's history, and to the log. `where` is attempt and node."""
-        job = self.jobs[job_id]
-        job = replace(job, event_count=job.event_count + 1)
+        job = replace(self.jobs[job_id], event_count=self.jobs[job_id].event_count + 1)
         self.jobs[job_id] = job
         self.changed_jobs[job_id] = None
-        event = JobEvent(job_id, job.event_count, unix_ms, name, message=message, **where)
+        self.write_line(job, unix_ms, name, message, **where)
+
+    def write_line(self, job: Job, unix_ms: int, name: str, message: str, **where: str) -> None:
+        """The newest line that the job counts."""
+        event = JobEvent(job.id, job.event_count, unix_ms, name, message=message, **where)
         self.records.append(AppendEvent(event))
-        fields: dict[str, object] = {"job": job_id, **where, "reason": message}
-        self.log("info", name, **fields)
+        self.log("info", name, job=job.id, **where, reason=message)
 
     def take(self) -> list[Effect]:
         """Everything that has come up since the last call: records first, each changed value once,
         then commands."""
         effects: list[Effect] = [PutJob(self.jobs[i]) for i in self.changed_jobs if i in self.jobs]
-        effects += [
-            PutAttempt(self.attempts[i]) for i in self.changed_attempts if i in self.attempts
-        ]
+        attempts = self.attempts
+        effects += [PutAttempt(attempts[i]) for i in self.changed_attempts if i in attempts]
         for node_id in self.changed_nodes:
             there = self.nodes.get(node_id) or self.forgotten.get(node_id)
             effects.append(DropNode(node_id) if there is None else PutNode(there.node))
@@ -394,8 +396,7 @@ class State:
         self.commands.append(Log(level, event, tuple(fields.items())))
 
     def send(self, node_id: str, order: AgentOrder) -> None:
-        """To the node's present session; with none, the order is made again from the state when it
-        says hello."""
+        """To the node's present session; without one the order is made again at its hello."""
         session = self.nodes[node_id].session
         if session is not None:
             self.commands.append(Send(session, order))
@@ -443,8 +444,7 @@ class State:
         return self.attempts.get(attempt_id(job.id, job.epoch, 0, job.spec.ranks))
 
     def gang(self, job: Job) -> list[Attempt]:
-        """All ranks of the highest epoch, in order; one for a job of one, none before the first
-        try."""
+        """All ranks of the highest epoch, in order; none before the first try."""
         ranks = job.spec.ranks
         ids = [attempt_id(job.id, job.epoch, rank, ranks) for rank in range(ranks)]
         return [self.attempts[known] for known in ids if known in self.attempts]

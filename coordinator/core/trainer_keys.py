@@ -81,7 +81,7 @@ REQUIRED = {"transfer": (*_ALWAYS, "evaluation_data"), "finetune": _ALWAYS, "lor
 
 def refuse(spec: JobSpec) -> str:
     """What keeps its trainer from starting, as far as keys tell; empty where nothing does."""
-    return misspelt(spec) or _missing(spec)
+    return (misspelt(spec) or _missing(spec)) if spec.trainer else ""
 
 
 def _missing(spec: JobSpec) -> str:

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 from coordinator.core import arrays
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
@@ -176,12 +177,14 @@ def _ending(spec: JobSpec) -> str:
 
 
 def _array(spec: JobSpec) -> str:
+    if not spec.array:
+        return ""
     try:
-        trials = len(arrays.parse(spec.array or "0").indices)
+        trials = len(arrays.parse(spec.array).indices)
     except ValueError as error:
         return str(error)
     size_bytes = trials * sum(map(len, _texts(spec)))
-    if spec.array and size_bytes > ARRAY_BYTES_MAX:
+    if size_bytes > ARRAY_BYTES_MAX:
         return (
             f"command, environment and configuration of {quantity(trials, 'trial')} have"
             f" {size_bytes} bytes together, and {ARRAY_BYTES_MAX} is the limit: put them into a"
@@ -199,7 +202,20 @@ def _texts(spec: JobSpec) -> Iterable[bytes]:
     return (word.encode() for word in words)
 
 
-def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
+class GpuNeed(Protocol):
+    """What `JobSpec` says of each of its GPUs."""
+
+    @property
+    def gpu_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def gpu_memory_bytes_min(self) -> int: ...
+
+    @property
+    def shared_gpu_memory_bytes(self) -> int: ...
+
+
+def suits(spec: GpuNeed, gpu: GpuFacts) -> bool:
     """Whether this GPU, free, could serve the job."""
     if gpu.memory_bytes < spec.gpu_memory_bytes_min:
         return False
@@ -208,7 +224,7 @@ def suits(spec: JobSpec, gpu: GpuFacts) -> bool:
     return is_of_type(spec, gpu.name)
 
 
-def is_of_type(spec: JobSpec, name: str) -> bool:
+def is_of_type(spec: GpuNeed, name: str) -> bool:
     """Whether a GPU of this name is one of the types that the job accepts."""
     return not spec.gpu_types or _is_of_type(spec.gpu_types, name)
 

@@ -62,7 +62,9 @@ def test_two_of_five_trials_run_at_a_time(fleet: Cluster, tmp_path: Path) -> Non
     work.wait_succeeded(fleet, 1)
     work.wait_running(fleet, 3)
     assert running(fleet, 1, 5) == [2, 3]
-    assert work.output(fleet, 3).strip() == "6 of 5 in 1: 6 1 10 6"
+    # It runs a moment before it has said anything.
+    said_by_it = fleet.wait_until(lambda: work.output(fleet, 3).strip(), work.DEADLINE_S, "a line")
+    assert said_by_it == "6 of 5 in 1: 6 1 10 6"
 
     for index in (4, 6):
         (gates / str(index)).touch()

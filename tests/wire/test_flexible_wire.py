@@ -5,7 +5,7 @@ from coordinator.core.model import JobSpec
 
 
 def test_it_arrives() -> None:
-    spec = JobSpec(command=("true",), gpus=1, flexible_ms=86_400_000)
+    spec = JobSpec("a", command=("true",), gpus=1, flexible_ms=86_400_000)
     sent = wire.encode_spec(spec)
     assert sent.flexible.seconds == 86_400
     assert wire.decode_spec(sent) == spec

@@ -110,7 +110,7 @@ UPWARD = st.one_of(
 ADDRESS = st.builds(launch.PeerAddress, TEXT, TEXT)
 SPEC = st.builds(
     model.JobSpec,
-    name=TEXT,
+    name=TEXT.filter(bool),
     project=TEXT.filter(bool),
     job_class=st.sampled_from(model.JobClass),
     command=many(TEXT),

@@ -19,7 +19,7 @@ from coordinator.core.phases import GpuPhase, NodePhase
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
-SPEC = JobSpec(command=("true",), gpus=1, shared_gpu_memory_bytes=8 * 2**30)
+SPEC = JobSpec("a", command=("true",), gpus=1, shared_gpu_memory_bytes=8 * 2**30)
 
 
 def test_a_request_comes_back_as_it_went() -> None:

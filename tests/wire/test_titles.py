@@ -2,9 +2,9 @@
 
 import pytest
 
-from coordinator.core.messages import Request, Submit
-from coordinator.core.model import JobSpec
-from tests.core.coordinator_harness import Rig
+from coordinator.core.titles import title
+from coordinator.wire import decode_spec
+from protos.baton.v1 import types_pb2
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ from tests.core.coordinator_harness import Rig
     ],
 )
 def test_it_is_called_by_its_script(command: tuple[str, ...], name: str) -> None:
-    rig = Rig()
-    rig.handle(Request(1, Submit(JobSpec(command=command))))
-    assert rig.core.state.jobs[1].spec.name == name
+    assert title("", command) == name
+    assert decode_spec(types_pb2.JobSpec(command=command)).name == name
+
+
+def test_it_is_called_by_its_trainer_and_by_nothing_that_is_too_long() -> None:
+    assert decode_spec(types_pb2.JobSpec(trainer="lora")).name == "lora"
+    assert decode_spec(types_pb2.JobSpec(name="mine", trainer="lora")).name == "mine"
+    assert title("", ("x" * 200,)) == "x" * 128
