@@ -33,7 +33,7 @@ from bench import report, scheduling_learning, scheduling_modern
 from bench.scheduling_modern import Composed
 from coordinator.sim import gavel
 from coordinator.sim.learning import Learning
-from coordinator.sim.model import Chance, Fleet, Policy, SimJob
+from coordinator.sim.model import Chance, Fleet, Placement, Policy, Seen, SimJob, View
 from coordinator.sim.ours import Ours
 from coordinator.sim.report import Figures
 from coordinator.solver import solve
@@ -46,6 +46,7 @@ PHILLY_VC = "103959"  # the one whose jobs this fleet could keep up with
 SHORTER = 0.25
 GAVEL_SIZES = {1: 0.7, 2: 0.1, 4: 0.15, 8: 0.05}
 STEPS_SIGMA = 0.4
+LIES = 1000
 PRICES = gavel.PHYSICAL_FLEET.prices_per_h
 COLUMNS: Mapping[str, Callable[[Figures], float]] = {
     "mean": lambda each: each.completion_h.mean,
@@ -70,12 +71,39 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`table`: what is known of rates beforehand, where not all of them are."""
+    """`table`: what is known of rates beforehand, where not all of them are. `liar`: a job that
+    says that it is `LIES` times as long as it is, to every policy."""
 
     made: Composed
     fleet: Fleet = gavel.PHYSICAL_FLEET
     chance: Chance | None = None
     table: scheduling_learning.Table | None = None
+    liar: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deceived:
+    """A policy that one job lies to."""
+
+    policy: Policy
+    liar: int
+
+    @property
+    def name(self) -> str:
+        return self.policy.name
+
+    @property
+    def tick_ms(self) -> int:
+        return self.policy.tick_ms
+
+    def decide(self, view: View) -> Mapping[int, Placement]:
+        jobs = [self._said(seen) if seen.job.job_id == self.liar else seen for seen in view.jobs]
+        return self.policy.decide(replace(view, jobs=jobs))
+
+    @staticmethod
+    def _said(seen: Seen) -> Seen:
+        left = seen.job.steps if seen.steps_left is None else seen.steps_left
+        return replace(seen, steps_left=left + (LIES - 1) * seen.job.steps)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -137,8 +165,15 @@ def run(setting: Setting) -> dict[str, Figures]:
     ours = Ours(solve=solve)
     table = setting.table
     makers["Baton"] = lambda: ours if table is None else Learning(ours, table, _families(table))
+    liar = setting.liar
     return {
-        name: scheduling_modern.run(setting.made, setting.fleet, name, make(), setting.chance)
+        name: scheduling_modern.run(
+            setting.made,
+            setting.fleet,
+            name,
+            make() if liar is None else Deceived(make(), liar),
+            setting.chance,
+        )
         for name, make in makers.items()
     }
 
@@ -298,6 +333,11 @@ def _hidden(data: Data, draw: random.Random) -> Setting:
     return replace(_arrivals(100, 7.5)(data, draw), table=table)
 
 
+def _lying(data: Data, draw: random.Random) -> Setting:
+    made = _arrivals(100, 7.5)(data, draw)
+    return replace(made, liar=draw.choice(sorted(made.made.jobs)[:30]))
+
+
 def _failing(data: Data, draw: random.Random) -> Setting:
     chance = Chance(seed=draw.randrange(1 << 30), node_mtbf_h=100.0, save_s=10.0)
     return replace(_arrivals(100, 7.5)(data, draw), chance=chance)
@@ -343,6 +383,7 @@ SETTINGS: Mapping[str, Callable[[Data, random.Random], Setting]] = {
     "three bursts": _bursts,
     "nobody says how long": _blind,
     "65% of rates hidden": _hidden,
+    "one lies about its length": _lying,
     "nodes fail": _failing,
     "Philly's jobs and arrivals": _philly,
     "modern fleet": _modern,

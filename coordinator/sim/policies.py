@@ -5,11 +5,12 @@ are run today, each as simple as it is described: FIFO with and without an eye f
 teams that own their GPUs, pairs of jobs on one GPU (Gandiva), and the most work for a dollar.
 """
 
+import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from coordinator.sim.model import PairRates, Placement, SimJob, View
+from coordinator.sim.model import News, PairRates, Placement, SimJob, View
 
 # Gandiva keeps a pair when the two together do more than one alone.
 PAIR_RATIO_MIN: Final = 1.0
@@ -46,18 +47,26 @@ def fitting(job: SimJob, free: Mapping[str, int]) -> list[str]:
     return sorted(able, key=lambda name: (-free[name], name))
 
 
+def first_place(job: SimJob, free: Mapping[str, int], aware: bool) -> Placement | None:
+    """Where it starts now; `aware`: where it is fastest."""
+    able = fitting(job, free)
+    if not able:
+        return None
+    name = max(able, key=lambda each: job.rates[each]) if aware else able[0]
+    return Placement(name, job.gpus)
+
+
 def first_come(
     waiting: Iterable[SimJob], free: dict[str, int], aware: bool
 ) -> dict[int, Placement]:
     """The head of the queue and whoever follows, until one does not fit."""
     placed = {}
     for job in waiting:
-        able = fitting(job, free)
-        if not able:
+        place = first_place(job, free, aware)
+        if place is None:
             break
-        name = max(able, key=lambda each: job.rates[each]) if aware else able[0]
-        free[name] -= job.gpus
-        placed[job.job_id] = Placement(name, job.gpus)
+        free[place.gpu_type] -= place.gpus
+        placed[job.job_id] = place
     return placed
 
 
@@ -67,21 +76,52 @@ def waiting_jobs(view: View) -> list[SimJob]:
     return sorted(found, key=lambda job: job.rank)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fifo:
-    """`aware`: the head of the queue gets the GPUs it is fastest on, of those that are free."""
+    """`aware`: the head of the queue gets the GPUs it is fastest on, of those that are free. News
+    is answered from the queue as it is known, a heap by class and order: a long queue costs no
+    more than a short one."""
 
     aware: bool = False
     tick_ms: int = 0
+    queue: list[tuple[int, int, SimJob]] = field(default_factory=list)
+    places: int = 0
+    free: dict[str, int] = field(default_factory=dict)
+    held: dict[int, Placement] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return "FIFO, type-aware" if self.aware else "FIFO, type-blind"
 
     def decide(self, view: View) -> Mapping[int, Placement]:
-        placed = running(view)
-        placed.update(first_come(waiting_jobs(view), free_gpus(view, placed), self.aware))
-        return placed
+        self.held = running(view)
+        self.free = free_gpus(view, self.held)
+        self.queue, self.places = [], 0
+        self._come(seen.job for seen in view.jobs if seen.placement is None)
+        self._start()
+        return dict(self.held)
+
+    def hear(self, news: News) -> Mapping[int, Placement]:
+        for job_id in news.ended:
+            place = self.held.pop(job_id)
+            self.free[place.gpu_type] += place.gpus
+        self._come(news.came)
+        return self._start()
+
+    def _come(self, jobs: Iterable[SimJob]) -> None:
+        for job in jobs:
+            self.places += 1
+            heapq.heappush(self.queue, (job.rank, self.places, job))
+
+    def _start(self) -> dict[int, Placement]:
+        """The head of the queue and whoever follows, until one does not fit."""
+        started = {}
+        while self.queue and (place := first_place(self.queue[0][2], self.free, self.aware)):
+            _, _, job = heapq.heappop(self.queue)
+            self.free[place.gpu_type] -= place.gpus
+            started[job.job_id] = place
+        self.held.update(started)
+        return started
 
 
 @dataclass(frozen=True, slots=True)

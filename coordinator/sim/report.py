@@ -9,6 +9,7 @@ policies). The ratio of the two is finish-time fairness: above 1, a job paid for
 issue of idle GPUs arises while somebody waits, so both are also given for that time alone.
 """
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -131,30 +132,38 @@ def _use(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> _Use:
 
 def fluid_completions_ms(jobs: Sequence[SimJob], fleet: Fleet) -> dict[int, float]:
     """How long each job takes, from its arrival, where at every moment each of those present has an
-    equal part of each type, and none more than the GPUs it asks for."""
+    equal part of each type, and none more than the GPUs it asks for. Jobs that ask for as many go
+    equally fast beside what they would alone, so these have one clock: each ends when it shows what
+    it showed on its arrival, and the time that the job would take alone."""
     total = sum(fleet.gpus.values())
     arrivals = sorted(jobs, key=lambda job: (job.arrival_ms, job.job_id))
-    left: dict[int, float] = {}
-    known = {job.job_id: job for job in jobs}
-    mixed = {
-        job.job_id: sum(fleet.gpus.get(n, 0) * r for n, r in job.rates.items()) / total / MS_PER_S
-        for job in jobs
-    }
+    clocks_ms: dict[int, float] = {}  # by the GPUs that are asked for, as are those who end by it
+    ends: dict[int, list[tuple[float, int]]] = {}
+    came_ms = {job.job_id: job.arrival_ms for job in jobs}
     took: dict[int, float] = {}
     now_ms, place = 0.0, 0
-    while place < len(arrivals) or left:
-        speed = {n: mixed[n] * min(1.0, total / len(left) / known[n].gpus) for n in left}
-        ends = min(((left[n] / speed[n], n) for n in left), default=(float("inf"), 0))
+    while len(took) < len(arrivals):
+        present = place - len(took)
+        speeds = {gpus: min(1.0, total / present / gpus) for gpus, line in ends.items() if line}
+        next_ms, job_id, size = min(
+            (
+                ((ends[gpus][0][0] - clocks_ms[gpus]) / speed, ends[gpus][0][1], gpus)
+                for gpus, speed in speeds.items()
+            ),
+            default=(float("inf"), 0, 0),
+        )
         comes_ms = arrivals[place].arrival_ms if place < len(arrivals) else float("inf")
-        step_ms = min(ends[0], comes_ms - now_ms)
-        for n in left:
-            left[n] -= speed[n] * step_ms
+        step_ms = min(next_ms, comes_ms - now_ms)
+        for gpus, speed in speeds.items():
+            clocks_ms[gpus] += speed * step_ms
         now_ms += step_ms
-        if ends[0] <= step_ms:
-            del left[ends[1]]
-            took[ends[1]] = now_ms - known[ends[1]].arrival_ms
+        if next_ms <= step_ms:
+            heapq.heappop(ends[size])
+            took[job_id] = now_ms - came_ms[job_id]
         else:
             job = arrivals[place]
-            left[job.job_id] = job.steps
+            mixed = sum(fleet.gpus.get(n, 0) * rate for n, rate in job.rates.items()) / total
+            end_ms = clocks_ms.setdefault(job.gpus, 0.0) + job.steps / mixed * MS_PER_S
+            heapq.heappush(ends.setdefault(job.gpus, []), (end_ms, job.job_id))
             place += 1
     return took

@@ -184,6 +184,22 @@ def test_what_is_short_is_short_beside_the_others() -> None:
         assert times_the_worth(0, AIMS, unit) == pytest.approx(times_the_worth(0, AIMS))
 
 
+def test_one_that_lies_about_its_length_does_not_change_how_the_others_are_ranked() -> None:
+    """It says that it is a thousand times as long: all ends with it, so what is long among the
+    others counts for nothing any more, and for no more than that."""
+    honest = [job(n, "H100:4 K80:1", hours=0.5 + n / 5) for n in range(1, 25)]
+    liar = job(12, "H100:4 K80:1", hours=1000 * (0.5 + 12 / 5))
+    before, after = (
+        [max(worth) for n, worth in enumerate(found) if n != 11]
+        for jobs in (honest, [*honest[:11], liar, *honest[12:]])
+        for ahead in [allocation.work_ahead(jobs, {"H100": 2, "K80": 6}, NOW_MS)]
+        for found in [allocation.worths(jobs, NOW_MS, AIMS, {}, ahead)]
+    )
+    assert before == sorted(before, reverse=True) and after == sorted(after, reverse=True)
+    moved = [(b / a) / (before[0] / after[0]) for b, a in zip(before, after, strict=True)]
+    assert max(moved) < 1.3 and min(moved) > 1 / 1.3
+
+
 def times_the_worth(age_h: int, aims: Aims, unit: float = 1.0) -> float:
     """How many times as much the longer of two is worth, on the same GPU."""
     jobs = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.scheduling_speed import rows, trace
 from coordinator.core.allocation import Aims
-from coordinator.sim import checks
+from coordinator.sim import checks, policies
 from coordinator.sim.engine import BrokenPolicy, simulate
 from coordinator.sim.model import (
     Chance,
@@ -166,6 +166,17 @@ def test_the_fluid_fleet_is_shared_equally() -> None:
     assert took[2] == pytest.approx(2.5 * HOUR_MS)
 
 
+def test_the_fluid_fleet_gives_nobody_more_than_it_asks_for() -> None:
+    """One of three has a GPU and no more; of two that ask for both, each has what half is."""
+    two = Fleet({"A100": 2})
+    jobs = [job(1), *(job(n, gpus=2) for n in (2, 3))]
+    took = fluid_completions_ms(jobs, two)
+    # A third of two GPUs each: jobs 2 and 3 at a third of their speed, job 1 at two thirds.
+    assert took[1] == pytest.approx(1.5 * HOUR_MS)
+    assert took[2] == took[3] == pytest.approx(2.5 * HOUR_MS)
+    assert fluid_completions_ms([job(4)], two)[4] == pytest.approx(HOUR_MS), "not two GPUs"
+
+
 def test_percentiles_are_those_of_numpy() -> None:
     found = spread([float(n) for n in range(1, 101)])
     assert [found.mean, found.p99, found.worst] == pytest.approx([50.5, 99.01, 100])
@@ -251,6 +262,34 @@ class Counted:
 
     def hear(self, news: News) -> Mapping[int, Placement] | None:
         return self.ours.hear(news)
+
+
+@dataclass
+class Plain:
+    """FIFO that looks through all jobs each time."""
+
+    aware: bool
+    name: str = "plain"
+    tick_ms: int = 0
+
+    def decide(self, view: View) -> Mapping[int, Placement]:
+        placed = policies.running(view)
+        free = policies.free_gpus(view, placed)
+        return placed | policies.first_come(policies.waiting_jobs(view), free, self.aware)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_fifo_starts_by_news_whom_it_starts_when_it_sees_all(aware: bool) -> None:
+    """With classes, gangs and failures, after which it does see all."""
+    jobs = [
+        job(n, "A100:4 K80:1", 0.3 + n % 5, gpus=1 + n % 2, rank=n % 3, arrival_ms=n // 4 * 999_000)
+        for n in range(1, 60)
+    ]
+    fleet, chance = Fleet({"A100": 3, "K80": 4}), Chance(seed=2, node_mtbf_h=20.0, node_gpus=1)
+    news, plain = (simulate(jobs, fleet, each, chance) for each in (Fifo(aware), Plain(aware)))
+    assert any(line.what == "kill" for line in news.lines)
+    assert news.finished_ms == plain.finished_ms
+    assert sorted(line[:6] for line in news.lines) == sorted(line[:6] for line in plain.lines)
 
 
 @dataclass
