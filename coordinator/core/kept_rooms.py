@@ -11,6 +11,7 @@ from its offer before the next one. What a room remembers (`Room.answers`, its b
 
 from collections.abc import Iterator, Mapping
 
+from coordinator.core.capacity_model import Box
 from coordinator.core.fragmentation import Mix
 from coordinator.core.rooms import Offer, Room, open_room
 
@@ -18,20 +19,26 @@ from coordinator.core.rooms import Offer, Room, open_room
 class KeptRooms:
     """`stale` are the nodes whose offer may have changed since they were put here; `recallable` the
     jobs that give way within their class in the last pass. `fits` is how soon a node could go on
-    with a request (`standby.py`), of those that were asked since they changed."""
+    with a request (`standby.py`), of those that were asked since they changed; `boxes` are what a
+    plan of the fleet's size sees of those that have not changed since that was looked at, `unboxed`
+    all others (`fleet_scaling.py`)."""
 
     def __init__(self) -> None:
         self.stale: dict[str, None] = {}
         self.fits: dict[str, dict[object, int]] = {}
+        self.boxes: dict[str, Box] = {}
+        self.unboxed: dict[str, None] = {}
         self.recallable: Mapping[int, None] = {}
         self._rooms: dict[str, Room] = {}
         self._by_name: list[Room] | None = None
         self._positions: dict[str, int] = {}
 
     def touch(self, node: str) -> None:
-        """Something that its offer is made of may have changed."""
+        """Something that its offer is made of may have changed, or its box."""
         self.stale[node] = None
         self.fits.pop(node, None)
+        self.boxes.pop(node, None)
+        self.unboxed[node] = None
 
     def take_stale(self) -> Iterator[str]:
         """Each of them is to be `put` or `drop`ped."""
@@ -53,6 +60,8 @@ class KeptRooms:
         """There is no such node any more."""
         self.stale.pop(node, None)
         self.fits.pop(node, None)
+        self.boxes.pop(node, None)
+        self.unboxed.pop(node, None)
         self.drop(node)
 
     def open(self, mix: Mix) -> list[Room]:
