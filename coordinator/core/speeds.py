@@ -69,6 +69,7 @@ def refresh(state: State, now: Instant) -> None:
     if speeds.learned_ms is None or now.now_ms - speeds.learned_ms >= LEARNED_MS:
         speeds.learned_ms = now.now_ms
         speeds.knowledge = estimates.learn(observations[-LEARNED_MAX:])
+        speeds.by_facts = {}
     speeds.typical_s = _typical(state, now)
     # Who waits may be known by now, as the same training that somebody else has begun.
     fresh = [name for name in speeds.by_job if name not in before]
@@ -103,23 +104,29 @@ def of(
 ) -> Rates:
     """Of a job, on each of these types. `where`: which types they are, to who asks; each keeps what
     it was told."""
-    known = state.standing.speeds.known
+    speeds = state.standing.speeds
+    known = speeds.known
     kept = known.get((job.id, where))
     fresh = kept is not None and kept.epoch == job.epoch and kept.rates.types == types
     if kept is not None and fresh and now.now_ms < kept.until_ms:
         return kept.rates
+    if job.epoch and allowance.left <= 0:
+        if kept is None or not fresh:
+            return _by_facts(speeds, job, types)
+        if kept.rates.absolute:
+            return kept.rates
     family, name = history.names(job.spec)
     # The same training on the same GPUs, where nobody has begun with it.
-    alike = (0, json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
+    alike = (0, "" if job.epoch else json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
     found = None if job.epoch else known.get(alike)
     if found is None or now.now_ms >= found.until_ms:
         kin = _kin(state, now, job, family, name)
         if kin and allowance.left <= 0:
-            if kept is not None and fresh:
-                return kept.rates
-            return _estimated(state.standing.speeds, job, types, name, [])
+            return kept.rates if kept is not None and fresh else _by_facts(speeds, job, types)
         allowance.left -= bool(kin)
-        rates_found = _estimated(state.standing.speeds, job, types, name, kin)
+        rates_found = (
+            _estimated(speeds, job, types, name, kin) if kin else _by_facts(speeds, job, types)
+        )
         again_ms = AGAIN_MS_WAITING
         current = state.current(job)
         if current is not None:
@@ -145,11 +152,24 @@ def _kin(state: State, now: Instant, job: Job, family: str, name: str) -> list[O
     return [*kin, *(others[-room:] if room > 0 else [])]
 
 
+def _by_facts(speeds: Speeds, job: Job, types: tuple[str, ...]) -> Rates:
+    """Of one that nothing is measured of: the same for all that ask for as much, so it is estimated
+    once until more is known of types."""
+    key = types, job.spec.ranks * job.spec.gpus, _is_half(job)
+    if key not in speeds.by_facts:
+        speeds.by_facts[key] = _estimated(speeds, job, types, "", ())
+    return speeds.by_facts[key]
+
+
+def _is_half(job: Job) -> bool:
+    training = workload.read(job.spec)
+    return isinstance(training, workload.Training) and training.half
+
+
 def _estimated(
     speeds: Speeds, job: Job, types: tuple[str, ...], name: str, kin: Sequence[Observation]
 ) -> Rates:
-    training = workload.read(job.spec)
-    half = isinstance(training, workload.Training) and training.half
+    half = _is_half(job)
     absolute = any(one.job == name for one in kin)
     said: list[Estimate | None] = []
     for gpu_type in types:

@@ -51,7 +51,8 @@ class KnownRates:
 @dataclass(slots=True)
 class Speeds:
     """What the fleet has seen, as it was looked at last (`speeds.py`). `typical_s` is for how long
-    jobs of a project have run, on the GPUs that they asked for."""
+    jobs of a project have run, on the GPUs that they asked for. `by_facts`: the rates of jobs of
+    which nothing was measured, by types, GPUs, and whether they compute in 16 bits."""
 
     seen_ms: int | None = None
     learned_ms: int | None = None
@@ -60,6 +61,7 @@ class Speeds:
     by_family: dict[str, list[Observation]] = field(default_factory=dict)
     typical_s: dict[str, float] = field(default_factory=dict)
     known: dict[tuple[int, str], KnownRates] = field(default_factory=dict)
+    by_facts: dict[tuple[tuple[str, ...], int, bool], Rates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
