@@ -66,10 +66,10 @@ def fleet_of(state: State) -> Fleet:
     the last pass, nothing is looked through again (`kept_rooms.py`)."""
     facts: dict[str, dict[tuple[str, int], GpuFacts]] = {}
     counts: dict[str, list[int]] = {}
-    type_of: dict[str, str] = {}
+    types_on: dict[str, Mapping[str, str]] = {}
     for room in open_rooms(state):
         stock = room.by_type()
-        type_of.update(stock.type_of)
+        types_on[room.offer.node] = stock.type_of
         for kind, gpu in stock.kinds.items():
             facts.setdefault(gpu_types.key_of(*kind), {}).setdefault(kind, gpu)
         for gpu_type, count in stock.counts.items():
@@ -77,7 +77,7 @@ def fleet_of(state: State) -> Fleet:
     return Fleet(
         {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())},
         {gpu_type: tuple(some) for gpu_type, some in sorted(counts.items())},
-        type_of,
+        types_on,
         len(state.indices.kinds),
     )
 
@@ -124,7 +124,7 @@ def field_of(
     for live in state.nodes.values():
         # Whoever holds a GPU is an attempt of the node, or a stray.
         for uuid, gpu in live.gpus.items() if live.attempts or live.strays else ():
-            gpu_type = fleet.type_of.get(uuid)
+            gpu_type = fleet.type_of(live.node.id, uuid)
             if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
                 capacity[gpu_type] -= 1
     return Field(tuple(entrants), capacity, tuple(aside))
@@ -154,8 +154,8 @@ def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
         return None
     if job.spec.shared_gpu_memory_bytes and beside(state, gang[0]):
         return ""
-    uuids = [uuid for rank in gang for uuid in rank.gpu_uuids]
-    types = list(dict.fromkeys(fleet.type_of.get(uuid, "") for uuid in uuids))
+    held = ((rank.node, uuid) for rank in gang for uuid in rank.gpu_uuids)
+    types = list(dict.fromkeys(fleet.type_of(node, uuid) for node, uuid in held))
     return types[0] if len(types) == 1 else ""
 
 
