@@ -9,7 +9,8 @@ an offer is made again. A room that a pass has changed says so (`Room.changed`) 
 from its offer before the next one. What a room remembers (`Room.answers`, its box) it keeps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import islice
 
 from coordinator.core.capacity_model import Box
 from coordinator.core.fragmentation import Mix
@@ -40,10 +41,12 @@ class KeptRooms:
         self.boxes.pop(node, None)
         self.unboxed[node] = None
 
-    def take_stale(self) -> Iterator[str]:
-        """Each of them is to be `put` or `drop`ped."""
-        stale, self.stale = self.stale, {}
-        yield from stale
+    def take_stale(self, count: int) -> list[str]:
+        """So many of them; each is to be `put` or `drop`ped."""
+        taken = list(islice(self.stale, count))
+        for node in taken:
+            del self.stale[node]
+        return taken
 
     def put(self, offer: Offer) -> None:
         known = self._rooms.get(offer.node)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import fleet_scaling, placement
+from coordinator.core import fleet_scaling, offers, placement
 from coordinator.core.capacity_model import Box
 from coordinator.core.demand import RENEWALS
 from coordinator.core.kept_rooms import KeptRooms
@@ -71,6 +71,24 @@ def test_a_plan_looks_again_at_nodes_alone_that_have_changed(
     boxes = fleet_scaling.boxes_of(fleet.rig.core.state, fleet.rig.now)
     assert [box.node for box in boxes if box.closed] == ["n4"]
     assert [box.node for box in boxes if box.held_gpus] == [held.node]
+
+
+def test_where_many_have_changed_the_next_pass_has_few_of_them_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offers, "CHANGED_MAX", 2)
+    monkeypatch.setattr(offers, "AHEAD_MAX", 3)
+    fleet = Read({f"n{number}": 1 for number in range(8)})
+    state = fleet.rig.core.state
+    for name in state.nodes:
+        state.rooms.touch(name)
+    left = []
+    for _ in range(4):
+        offers.tick(state)
+        left.append(len(state.rooms.stale))
+    assert left == [5, 2, 2, 2]
+    check_rooms(state)
+    assert not state.rooms.stale
 
 
 def test_an_agent_that_comes_back_as_an_older_one_is_offered_less() -> None:
