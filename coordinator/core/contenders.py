@@ -76,16 +76,16 @@ def fleet_of(state: State) -> Fleet:
 def _fleet(rooms: Sequence[Room], kinds: int) -> Fleet:
     facts: dict[str, dict[tuple[str, int], GpuFacts]] = {}
     counts: dict[str, Counter[int]] = {}
-    type_of: dict[str, str] = {}
+    types_on: dict[str, Mapping[str, str]] = {}
     for room in rooms:
         stock = room.by_type()
-        type_of.update(stock.type_of)
+        types_on[room.offer.node] = stock.type_of
         for kind, gpu in stock.kinds.items():
             facts.setdefault(gpu_types.key_of(*kind), {}).setdefault(kind, gpu)
         for gpu_type, count in stock.counts.items():
             counts.setdefault(gpu_type, Counter())[count] += 1
     kinds_of = {gpu_type: tuple(some.values()) for gpu_type, some in sorted(facts.items())}
-    return Fleet(kinds_of, dict(sorted(counts.items())), type_of, kinds)
+    return Fleet(kinds_of, dict(sorted(counts.items())), types_on, kinds)
 
 
 def types_for(spec: JobSpec, fleet: Fleet) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def field_of(
     for live in state.nodes.values():
         # Whoever holds a GPU is an attempt of the node, or a stray.
         for uuid, gpu in live.gpus.items() if live.attempts or live.strays else ():
-            gpu_type = fleet.type_of.get(uuid)
+            gpu_type = fleet.type_of(live.node.id, uuid)
             if gpu_type and gpu.holders and uuid not in held and not _leaves(state, gpu.holders):
                 capacity[gpu_type] -= 1
     return Field(tuple(entrants), capacity, tuple(aside))
@@ -160,8 +160,8 @@ def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
         return None
     if job.spec.shared_gpu_memory_bytes and beside(state, gang[0]):
         return ""
-    uuids = [uuid for rank in gang for uuid in rank.gpu_uuids]
-    types = list(dict.fromkeys(fleet.type_of.get(uuid, "") for uuid in uuids))
+    held = ((rank.node, uuid) for rank in gang for uuid in rank.gpu_uuids)
+    types = list(dict.fromkeys(fleet.type_of(node, uuid) for node, uuid in held))
     return types[0] if len(types) == 1 else ""
 
 

@@ -29,6 +29,7 @@ from coordinator.core import (
     leases,
     node_power,
     nodes,
+    offers,
     parts,
     power,
     projects,
@@ -135,6 +136,7 @@ class Coordinator:
             health.tick(state, now)
             projects.tick(state, now)
             arrivals.tick(state, now)
+            offers.tick(state)
             decisions.tick(state, now)
             defragment.tick(state, now)
             reservations.tick(state, now)

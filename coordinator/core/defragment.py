@@ -183,7 +183,7 @@ class _Round:
     def _is_scattered(self, need: Need, gpu_type: str) -> bool:
         spec = need.spec
         free = sum(
-            self.fleet.type_of.get(uuid) == gpu_type and suits(spec, gpu)
+            self.fleet.type_of(room.offer.node, uuid) == gpu_type and suits(spec, gpu)
             for room in self.rooms
             for uuid, gpu in room.free.items()
         )

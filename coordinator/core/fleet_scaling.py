@@ -24,6 +24,7 @@ configured; without a driver it is never `act`.
 """
 
 from dataclasses import replace
+from itertools import islice
 
 from coordinator.core import (
     consolidation,
@@ -62,6 +63,9 @@ LEAVE_MS_MAX = 3_600_000
 # Who comes while nodes are closed to new work waits no longer than so for the next plan; a burst of
 # submissions is one look.
 HURRY_MS = 1_000
+# Nodes that are looked at in a tick for the next plan: a millisecond; ten thousand in half a
+# minute.
+AHEAD_MAX = 100
 
 
 # --- each minute ----------------------------------------------------------------------------------
@@ -71,6 +75,7 @@ def tick(state: State, now: Instant) -> None:
     scaler, options = state.scaler, state.options.scaling
     if scaler.due_ms is None:  # a forecast comes with the first minute
         scaler.due_ms = now.now_ms + options.interval_ms
+    _box_ahead(state, now, scaler.due_ms)
     if scaler.due_ms > now.now_ms and not _hurries(state, now):
         return
     if scaler.made is None and any(map(_is_expected, state.nodes.values())):
@@ -314,8 +319,11 @@ def _look_back(state: State, now: Instant) -> None:
 def _note_use(state: State, now: Instant) -> None:
     """Who is used now; `attempts.assign` says it of whoever comes and ends in between."""
     for live in state.nodes.values():
-        if live.attempts or live.strays or not live.used_ms:
+        busy = live.attempts or live.strays
+        if busy or not 0 < live.used_ms <= now.now_ms:
             live.used_ms = max(1, now.now_ms)
+            if not busy:  # new, or a plan has come sooner than it was looked at for
+                state.rooms.boxes.pop(live.node.id, None)
 
 
 def is_closed(live: LiveNode) -> bool:
@@ -328,13 +336,57 @@ def is_closed(live: LiveNode) -> bool:
 
 
 def boxes_of(state: State, now: Instant) -> list[Box]:
-    """Of all nodes that have GPUs, and of rented ones that will."""
-    takers = power.takers_of(state)
-    return [
-        box_of(state, now, live, takers)
-        for live in state.nodes.values()
-        if (live.node.gpus or live.node.power.gpus) and not is_gone(live.node.power)
-    ]
+    """Of all nodes that have GPUs, and of rented ones that will. Of ten thousand few have changed
+    since they were looked at last; the others have the box that they had (`kept_rooms.py`)."""
+    kept, standbys = state.rooms.boxes, state.indices.standbys
+    takers: Takers | None = None
+    found = []
+    for node_id, live in state.nodes.items():
+        box = kept.get(node_id)
+        # What most nodes are is said here, too: a call for each of them is most of a look.
+        sure = live.attempts or not (live.digests or node_id in standbys)
+        if box is None or live.strays or not sure or node_id in state.switching.refused:
+            if not has_box(live):
+                continue
+            takers = takers or power.takers_of(state)
+            box = _boxed(state, now, live, takers)
+        found.append(box)
+    return found
+
+
+def _box_ahead(state: State, now: Instant, due_ms: int) -> None:
+    """Some of those that have changed, for the next plan, which then has few left: all of them, as
+    after a restart, are a tenth of a second in which nothing else is decided."""
+    for node_id in list(islice(state.rooms.unboxed, AHEAD_MAX)):
+        live = state.nodes[node_id]
+        if has_box(live) and _lasts(state, live):
+            live.used_ms = live.used_ms or max(now.now_ms, due_ms)  # as that plan will have it
+            _boxed(state, now, live)
+        state.rooms.unboxed.pop(node_id, None)
+
+
+def _boxed(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
+    """Its box, which is kept where it lasts."""
+    box, node_id = box_of(state, now, live, takers), live.node.id
+    state.rooms.boxes.pop(node_id, None)
+    if _lasts(state, live):
+        state.rooms.boxes[node_id] = box
+        state.rooms.unboxed.pop(node_id, None)
+    return box
+
+
+def _lasts(state: State, live: LiveNode) -> bool:
+    """Whether its box is as it was until something touches the node: neither has the time a say in
+    it, nor what is elsewhere, as of a copy or of who could take one (`box_of`)."""
+    node_id = live.node.id
+    if live.strays or node_id in state.switching.refused:
+        return False
+    return bool(live.attempts) or not (live.digests or node_id in state.indices.standbys)
+
+
+def has_box(live: LiveNode) -> bool:
+    its = live.node.power
+    return bool(live.node.gpus or its.gpus) and not is_gone(its)
 
 
 def box_of(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:

@@ -106,13 +106,16 @@ def run_of(state: State, now: Instant, job: Job, attempt: Attempt) -> Run | None
 
 
 def _spent(state: State, now: Instant, job: Job, attempt: Attempt) -> tuple[int, float]:
-    """Steps and seconds of training; of who shares his GPU those without company."""
+    """Steps and seconds of training, where these are enough to tell anything; of who shares his GPU
+    those without company."""
     if job.spec.shared_gpu_memory_bytes:
         alone = [one for one in attempt.stretches if not one.beside]
         return (alone[-1].steps, alone[-1].seconds) if alone else (0, 0.0)
     progress = state.progress.get(attempt.id)
     step = progress.step if progress is not None else attempt.times.step
     steps = (step or 0) - attempt.restored_step
+    if steps < STEPS_MIN:  # as of most in a fleet whose programs say nothing
+        return steps, 0.0
     spent = accounting.account(attempt, progress, now.unix_ms)
     return steps, spent.productive_s + spent.recompute_s + spent.input_wait_s
 

@@ -9,8 +9,10 @@ an offer is made again. A room that a pass has changed says so (`Room.changed`) 
 from its offer before the next one. What a room remembers (`Room.answers`, its box) it keeps.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import islice
 
+from coordinator.core.capacity_model import Box
 from coordinator.core.fragmentation import Mix
 from coordinator.core.rooms import Offer, Room, open_room
 from coordinator.core.standing import Fleet
@@ -20,11 +22,15 @@ class KeptRooms:
     """`stale` are the nodes whose offer may have changed since they were put here; `recallable` the
     jobs that give way within their class in the last pass. `fits` is how soon a node could go on
     with a request (`standby.py`), of those that were asked since they changed. `fleet` is what all
-    GPUs here come to (`contenders.py`), until others are here."""
+    GPUs here come to (`contenders.py`), until others are here. `boxes` are what a plan of the
+    fleet's size sees of those that have not changed since that was looked at, `unboxed` all others
+    (`fleet_scaling.py`)."""
 
     def __init__(self) -> None:
         self.stale: dict[str, None] = {}
         self.fits: dict[str, dict[object, int]] = {}
+        self.boxes: dict[str, Box] = {}
+        self.unboxed: dict[str, None] = {}
         self.recallable: Mapping[int, None] = {}
         self.fleet: Fleet | None = None
         self._rooms: dict[str, Room] = {}
@@ -32,14 +38,18 @@ class KeptRooms:
         self._positions: dict[str, int] = {}
 
     def touch(self, node: str) -> None:
-        """Something that its offer is made of may have changed."""
+        """Something that its offer is made of may have changed, or its box."""
         self.stale[node] = None
         self.fits.pop(node, None)
+        self.boxes.pop(node, None)
+        self.unboxed[node] = None
 
-    def take_stale(self) -> Iterator[str]:
-        """Each of them is to be `put` or `drop`ped."""
-        stale, self.stale = self.stale, {}
-        yield from stale
+    def take_stale(self, count: int) -> list[str]:
+        """So many of them; each is to be `put` or `drop`ped."""
+        taken = list(islice(self.stale, count))
+        for node in taken:
+            del self.stale[node]
+        return taken
 
     def put(self, offer: Offer) -> None:
         known = self._rooms.get(offer.node)
@@ -56,6 +66,8 @@ class KeptRooms:
         """There is no such node any more."""
         self.stale.pop(node, None)
         self.fits.pop(node, None)
+        self.boxes.pop(node, None)
+        self.unboxed.pop(node, None)
         self.drop(node)
 
     def open(self, mix: Mix) -> list[Room]:

@@ -27,11 +27,12 @@ from dataclasses import replace
 from typing import Final
 
 from coordinator.core import demand_forecast, held_ahead, odds
-from coordinator.core.capacity_model import Box, Outlook, Power
+from coordinator.core.capacity_model import Box, Outlook
 from coordinator.core.demand_history import Series
 from coordinator.core.model import JobClass
 from coordinator.core.scaler import EndsClaim, EndsRecord
 from coordinator.core.state import Instant, State
+from coordinator.core.which_nodes import UP
 
 # A claim that is still to be judged so long after those of now is of before the clock was set back
 # (by a day at least, `demand_samples.py`), and would be waited for as long.
@@ -69,9 +70,7 @@ def outlooks(
         gpu_type: soon_min * options.demand_minute_ms - options.scaling.interval_ms
         for gpu_type, (soon_min, _) in ahead_min.items()
     }
-    counted = {
-        box.node: None for box in boxes if box.power in (Power.ON, Power.LEAVING) and not box.closed
-    }
+    counted = {box.node: None for box in boxes if box.power in UP and not box.closed}
     ending = held_ahead.ending_gpus(state, now, boot_ms, counted)
     risks = any(state.jobs[job_id].spec.job_class is JobClass.GUARANTEED for job_id in state.queued)
     found = []

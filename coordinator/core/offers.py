@@ -13,6 +13,10 @@ from coordinator.core.rooms import Offer, Room, Tenant
 from coordinator.core.state import LiveNode, State
 from coordinator.core.validate import SLOTS_PER_CPU
 
+# Nodes whose rooms a pass makes anew at most, some 25 ms, if ticks have the time; and in a tick.
+CHANGED_MAX = 1_000
+AHEAD_MAX = 100
+
 
 def is_open(live: LiveNode) -> bool:
     return live.phase is NodePhase.UP and live.node.intent is NodeIntent.OPEN
@@ -33,13 +37,25 @@ def open_rooms(state: State, recallable: Mapping[int, None] | None = None) -> li
                 nodes = [each.node for each in state.attempts_of(job_id)]
                 # One that it ran on before may have been forgotten.
                 state.rooms.stale |= {name: None for name in nodes if name in state.nodes}
-    for node_id in state.rooms.take_stale():
+    _renew(state, len(state.rooms.stale))
+    return state.rooms.open(state.demand.mix())
+
+
+def tick(state: State) -> None:
+    """Where so many have changed that the next pass would be long, as all have after a restart,
+    some of them are seen to before it."""
+    if len(state.rooms.stale) > CHANGED_MAX:
+        _renew(state, AHEAD_MAX)
+
+
+def _renew(state: State, count: int) -> None:
+    """So many of the rooms whose offers may have changed."""
+    for node_id in state.rooms.take_stale(count):
         live = state.nodes[node_id]
         if is_open(live):
             state.rooms.put(offer_of(state, live))
         else:
             state.rooms.drop(node_id)
-    return state.rooms.open(state.demand.mix())
 
 
 def offer_of(state: State, live: LiveNode) -> Offer:

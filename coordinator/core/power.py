@@ -410,9 +410,10 @@ def why_needed(state: State, live: LiveNode, takers: Takers | None = None) -> st
     """Why the node may not lose its power even if nothing runs there; empty: it may."""
     if live.attempts or live.strays:
         return "something runs there"
-    takers = takers_of(state) if takers is None else takers
     only = _only_copy(state, live) if live.digests else ""
-    return only or _last_standby(state, live, takers)
+    if only or live.node.id not in state.indices.standbys:
+        return only
+    return _last_standby(state, live, takers_of(state) if takers is None else takers)
 
 
 def _only_copy(state: State, live: LiveNode) -> str:

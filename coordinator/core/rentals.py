@@ -179,7 +179,10 @@ def _nodes_of(spec: JobSpec, bursts: Mapping[str, Burst]) -> dict[str, int]:
 
 def look(state: State, now: Instant) -> None:
     """What is rented and of no use is given back; what is nobody's here is said."""
+    named, owned = bool(state.options.scaling.names), Source.OWNED
     for live in list(state.nodes.values()):
+        if live.node.power.source is owned and not named:
+            continue  # of ten thousand, each minute
         source = source_of(state, live.node)
         if source is Source.BURST:
             why = _why_useless(state, now, live)

@@ -236,7 +236,7 @@ class _Draft:
         failed = tuple(
             box.node
             for box in boxes
-            if box.power is Power.OFF and not box.closed and guard_rails.exhausted(box, bounds)
+            if guard_rails.exhausted(box, bounds) and box.power is Power.OFF and not box.closed
         )
         return Plan(
             tuple(self.actions),

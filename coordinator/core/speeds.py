@@ -105,23 +105,28 @@ def of(
 ) -> Rates:
     """Of a job, on each of these types. `where`: which types they are, to who asks; each keeps what
     it was told."""
-    known = state.standing.speeds.known
+    speeds = state.standing.speeds
+    known = speeds.known
     kept = known.get((job.id, where))
     fresh = kept is not None and kept.epoch == job.epoch and kept.rates.types == types
     if kept is not None and fresh and now.now_ms < kept.until_ms:
         return kept.rates
+    if job.epoch and allowance.left <= 0:
+        if kept is None or not fresh:
+            return _by_facts(speeds, _request(job, types))
+        if kept.rates.absolute:
+            return kept.rates
     family, name = history.names(job.spec)
     # The same training on the same GPUs, where nobody has begun with it.
-    alike = (0, json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
+    alike = (0, "" if job.epoch else json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
     found = None if job.epoch else known.get(alike)
     if found is None or now.now_ms >= found.until_ms:
-        kin = _kin(state, now, job, family, name)
+        kin, request = _kin(state, now, job, family, name), _request(job, types)
         if kin and allowance.left <= 0:
-            if kept is not None and fresh:
-                return kept.rates
-            return _estimated(state.standing.speeds, job, types, name, [])
+            return kept.rates if kept is not None and fresh else _by_facts(speeds, request)
         allowance.left -= bool(kin)
-        rates_found = _estimated(state.standing.speeds, job, types, name, kin)
+        by_kin = _estimated(speeds, request, name, kin) if kin else None
+        rates_found = by_kin or _by_facts(speeds, request)
         again_ms = AGAIN_MS_WAITING
         current = state.current(job)
         if current is not None:
@@ -147,23 +152,25 @@ def _kin(state: State, now: Instant, job: Job, family: str, name: str) -> list[O
     return [*kin, *(others[-room:] if room > 0 else [])]
 
 
-def _estimated(
-    speeds: Speeds, job: Job, types: tuple[str, ...], name: str, kin: Sequence[Observation]
-) -> Rates:
-    """By facts alone it is the same for all who ask for as many GPUs."""
-    training = workload.read(job.spec)
-    half = isinstance(training, workload.Training) and training.half
-    request = types, job.spec.ranks * job.spec.gpus, half
-    if kin:
-        return _by_kin(speeds, request, name, kin)
+def _by_facts(speeds: Speeds, request: FactsRequest) -> Rates:
+    """Of one that nothing is measured of: the same for all that ask for as much, so it is estimated
+    once until more is known of types."""
     if request not in speeds.by_facts:
         if len(speeds.by_facts) >= BY_FACTS_MAX:
             speeds.by_facts.clear()
-        speeds.by_facts[request] = _by_kin(speeds, request, name, kin)
+        speeds.by_facts[request] = _estimated(speeds, request, "", ())
     return speeds.by_facts[request]
 
 
-def _by_kin(speeds: Speeds, request: FactsRequest, name: str, kin: Sequence[Observation]) -> Rates:
+def _request(job: Job, types: tuple[str, ...]) -> FactsRequest:
+    training = workload.read(job.spec)
+    half = isinstance(training, workload.Training) and training.half
+    return types, job.spec.ranks * job.spec.gpus, half
+
+
+def _estimated(
+    speeds: Speeds, request: FactsRequest, name: str, kin: Sequence[Observation]
+) -> Rates:
     types, gpus, half = request
     absolute = any(one.job == name for one in kin)
     said: list[Estimate | None] = []

@@ -18,12 +18,17 @@ from coordinator.core.model import GpuFacts
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """GPUs that take work, by type: what they are, and how many nodes there are that have so many.
-    `type_of` is by uuid. `kinds`: how many kinds of node there were when it was looked at."""
+    `types_on` is by node and uuid. `kinds`: how many kinds of node there were when it was looked
+    at."""
 
     facts: Mapping[str, tuple[GpuFacts, ...]] = field(default_factory=dict)
     counts: Mapping[str, Counter[int]] = field(default_factory=dict)
-    type_of: Mapping[str, str] = field(default_factory=dict)
+    types_on: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     kinds: int = 0
+
+    def type_of(self, node: str, uuid: str) -> str:
+        """Empty where it takes no work."""
+        return self.types_on.get(node, {}).get(uuid, "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Power, Source
 from coordinator.core.guard_rails import Bounds, Rail
 
+UP = (Power.ON, Power.LEAVING)
 OVERDUE = 2  # a boot that takes so many times as long as 19 of 20 is not counted on
 
 
@@ -36,12 +37,10 @@ class Chosen:
 
 def is_there(box: Box, now_ms: int, boots: BootTimes) -> bool:
     """Whether it can be counted on: it is up, or comes up, as far as anybody knows."""
-    if box.closed:
-        return False
-    if box.power is Power.STARTING:
-        late = now_ms - box.since_ms > OVERDUE * boots.of(box.model)
-        return not (box.boot_failures or late)
-    return box.power in (Power.ON, Power.LEAVING)
+    if box.closed or box.power in UP:
+        return not box.closed
+    late = now_ms - box.since_ms > OVERDUE * boots.of(box.model)
+    return box.power is Power.STARTING and not (box.boot_failures or late)
 
 
 def to_start(
@@ -54,6 +53,8 @@ def to_start(
     bounds: Bounds,
 ) -> Chosen:
     """As many as these GPUs take, within bounds."""
+    if gpus <= 0:
+        return Chosen(())
     off = [
         box
         for box in boxes
@@ -99,9 +100,7 @@ def to_leave(
     queued may take is not empty for long. A bound is told of only where a node would otherwise be
     ripe (`is_ripe`)."""
     there = [
-        box
-        for box in boxes
-        if box.power in (Power.ON, Power.LEAVING) and box.source is Source.OWNED and not box.closed
+        box for box in boxes if box.power in UP and box.source is Source.OWNED and not box.closed
     ]
     empty = sum(box.held_gpus == 0 for box in there)
     gpu_type = there[0].gpu_type if there else ""

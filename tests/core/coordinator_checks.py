@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 
-from coordinator.core import contenders, decisions, projects, standby
+from coordinator.core import contenders, decisions, fleet_scaling, projects, standby
 from coordinator.core.gpu_types import key_of
 from coordinator.core.indices import Kind, kind
 from coordinator.core.messages import AppendEvent, Effect
@@ -150,6 +150,16 @@ def check_index(state: State) -> None:
     for attempt_id in state.indices.open_attempts:
         _check_standby(state, state.attempts[attempt_id])
     check_rooms(state)
+    check_boxes(state)
+
+
+def check_boxes(state: State) -> None:
+    """What a plan of the fleet's size sees of nodes that nothing has touched is what they are."""
+    now_ms = state.last_tick_ms or 0
+    now = Instant(now_ms, UNIX_MS_AT_START + now_ms)
+    every = [live for live in state.nodes.values() if fleet_scaling.has_box(live)]
+    fresh = [fleet_scaling.box_of(state, now, live) for live in every]
+    assert fleet_scaling.boxes_of(state, now) == fresh
 
 
 def check_rooms(state: State) -> None:

@@ -195,9 +195,11 @@ def test_one_that_lies_about_its_length_does_not_change_how_the_others_are_ranke
         for ahead in [allocation.work_ahead(jobs, {"H100": 2, "K80": 6}, NOW_MS)]
         for found in [allocation.worths(jobs, NOW_MS, AIMS, {}, ahead)]
     )
-    assert before == sorted(before, reverse=True) and after == sorted(after, reverse=True)
+    assert before == sorted(before, reverse=True)
+    assert after == sorted(after, reverse=True)
     moved = [(b / a) / (before[0] / after[0]) for b, a in zip(before, after, strict=True)]
-    assert max(moved) < 1.3 and min(moved) > 1 / 1.3
+    assert max(moved) < 1.3
+    assert min(moved) > 1 / 1.3
 
 
 def times_the_worth(age_h: int, aims: Aims, unit: float = 1.0) -> float:

@@ -6,16 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import placement
+from coordinator.core import fleet_scaling, offers, placement
+from coordinator.core.capacity_model import Box
 from coordinator.core.demand import RENEWALS
 from coordinator.core.kept_rooms import KeptRooms
-from coordinator.core.messages import FromAgent, Hello, Request, Submit
+from coordinator.core.messages import CordonNode, FromAgent, Hello, Request, Submit
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.offers import open_rooms
 from coordinator.core.placement import Need, place, place_in
+from coordinator.core.power import Takers
 from coordinator.core.rooms import Offer, Tenant, open_room
+from coordinator.core.scaling import Mode
+from coordinator.core.state import Instant, LiveNode, State
 from tests.core.coordinator_checks import check_rooms
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
+from tests.core.test_fleet_scaling import NAMES, ScaledRig
 from tests.core.test_placement import _mix_of
 from tests.core.test_readings import Read
 
@@ -38,6 +43,52 @@ def test_a_gpu_that_is_not_read_leaves_its_room_and_comes_back() -> None:
     assert [len(room.free) for room in open_rooms(state)] == [0, 1]
     fleet.beat()
     assert [len(room.free) for room in open_rooms(state)] == [1, 1]
+
+
+def test_a_plan_looks_again_at_nodes_alone_that_have_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All were looked at before their first plan, a few in each tick."""
+    looked: list[str] = []
+    box_of = fleet_scaling.box_of
+
+    def look(state: State, now: Instant, live: LiveNode, takers: Takers | None = None) -> Box:
+        looked.append(live.node.id)
+        return box_of(state, now, live, takers)
+
+    monkeypatch.setattr(fleet_scaling, "box_of", look)
+    fleet = ScaledRig.of(Mode.OBSERVE)
+    fleet.live(50)
+    assert sorted(looked) == sorted(NAMES)
+    fleet.live(80)
+    assert len(looked) == len(NAMES), "and two plans were made since"
+    fleet.submit()
+    fleet.ask(CordonNode("n4"))
+    fleet.live(70)
+    (held,) = fleet.rig.core.state.attempts.values()
+    # What is there of a node that takes copies depends on others, and is looked at each time.
+    assert {held.node, held.replica_node, "n4"} == {*looked[len(NAMES) :]} < {*NAMES}
+    boxes = fleet_scaling.boxes_of(fleet.rig.core.state, fleet.rig.now)
+    assert [box.node for box in boxes if box.closed] == ["n4"]
+    assert [box.node for box in boxes if box.held_gpus] == [held.node]
+
+
+def test_where_many_have_changed_the_next_pass_has_few_of_them_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offers, "CHANGED_MAX", 2)
+    monkeypatch.setattr(offers, "AHEAD_MAX", 3)
+    fleet = Read({f"n{number}": 1 for number in range(8)})
+    state = fleet.rig.core.state
+    for name in state.nodes:
+        state.rooms.touch(name)
+    left = []
+    for _ in range(4):
+        offers.tick(state)
+        left.append(len(state.rooms.stale))
+    assert left == [5, 2, 2, 2]
+    check_rooms(state)
+    assert not state.rooms.stale
 
 
 def test_an_agent_that_comes_back_as_an_older_one_is_offered_less() -> None:
