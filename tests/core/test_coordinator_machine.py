@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from coordinator.core import costs
 from coordinator.core.allocation import Aims
 from coordinator.core.arrays import parse
+from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import (
     AgentMessage,
@@ -454,8 +455,9 @@ class Fleet(RuleBasedStateMachine):
         for node in self.nodes.values():
             self.dial(node)
             self.settle(node)
-            self.ask(UncordonNode(node.name))
+        asked = [node.name for node in self.nodes.values() if not self._uncordon(node.name)]
         for _ in range(HEALED_TICKS_MAX):
+            asked = [name for name in asked if not self._uncordon(name)]
             if all(job.phase in JOB_ENDED for job in self.state.jobs.values()) and not any(
                 node.living() for node in self.nodes.values()
             ):
@@ -477,6 +479,10 @@ class Fleet(RuleBasedStateMachine):
             assert not live.attempts
             assert not live.strays
             assert all(gpu.phase is GpuPhase.FREE for gpu in live.gpus.values())
+
+    def _uncordon(self, name: str) -> bool:
+        self.ask(UncordonNode(name))  # refused while it is being switched off
+        return self.state.nodes[name].node.power.phase is not Power.STOPPING
 
     def _let_go_on(self, job: Job) -> None:
         if job.intent.value == "hold":
