@@ -1,9 +1,9 @@
 """Where the programs log, found in their syntax trees.
 
 Problem: a name that is logged is a string in a call, in one of a handful of forms: a method of a
-logger, a core's `log(level, event, ...)` and the coordinator's `tell(unix_ms, job, event, ...)`,
-`emit` and the shells' port with pairs, a `Notice`. All of them are read here; what cannot be read
-is a finding, except in the functions that pass on what they were given.
+logger, a core's `log(level, event, ...)`, the coordinator's `tell(unix_ms, job, event, ...)` and
+`write_line`, `emit` and the shells' port with pairs, a `Notice`. All of them are read here; what
+cannot be read is a finding, except in the functions that pass on what they were given.
 
 A name may be an f-string, which stands for every registered name of its level that fits it, or a
 variable that the same module assigns. A starred argument makes the fields open: then more may be
@@ -19,7 +19,7 @@ from tests.tidy.source import Source
 
 LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
 # Functions that pass a name on; `line` and `emit` of logs.py among them.
-FORWARDERS = frozenset({"tell", "log", "emit", "_act", "_tell", "_do"})
+FORWARDERS = frozenset({"tell", "write_line", "log", "emit", "_act", "_tell", "_do"})
 _LOGGERS = frozenset({"log", "_log"})
 _PAIRS = frozenset({"logging_setup.emit", "emit", "self._ports.log", "self._log", "ports.log"})
 _ANY = r"\w+"
@@ -74,7 +74,7 @@ def _site(call: ast.Call, where: str, values: Mapping[str, list[ast.expr]]) -> S
         return _of_keywords(where, method, arguments[0], call, values)
     if called in ("state.log", "self.log"):
         return _of_keywords(where, _text(arguments[0]), arguments[1], call, values)
-    if called == "state.tell" and len(arguments) == _TELL_ARGUMENTS:
+    if called in ("state.tell", "state.write_line") and len(arguments) == _TELL_ARGUMENTS:
         return _of_keywords(where, "info", arguments[2], call, values, more=_TELL_FIELDS)
     if (called in _PAIRS and len(arguments) >= 2) or called == "Notice":
         level = _text(arguments[0]) if isinstance(arguments[0], ast.Constant) else ""
