@@ -316,7 +316,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "By the coordinator's order, or own: as the configuration says."),
     Event("tls.doubted", "warning", "reason",
           "peers will refuse our certificate: {reason}",
-          "It has expired, is not valid yet, or is not of the authority in tls_ca."),
+          "It has expired, is not valid yet, is not of the authority in tls_ca, or is too weak."),
     Event("trainer.connection_closed", "debug", "attempt",
           "the connection of attempt {attempt} is closed",
           "By the agent, which is leaving."),

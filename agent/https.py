@@ -14,6 +14,10 @@ from agent.transport import Tls, TransportError
 FLIGHTS = 3  # of a handshake, each way
 
 
+class TooWeakError(TransportError):
+    """A short key or an old hash, which gRPC takes and OpenSSL does not."""
+
+
 def context(protocol: int, tls: Tls) -> ssl.SSLContext:
     """Of `ssl.PROTOCOL_TLS_SERVER`: nobody without a certificate gets in. Of
     `ssl.PROTOCOL_TLS_CLIENT`: the server's certificate must carry the name that was dialled. Raises
@@ -21,6 +25,7 @@ def context(protocol: int, tls: Tls) -> ssl.SSLContext:
     made = ssl.SSLContext(protocol)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     made.verify_mode = ssl.CERT_REQUIRED
+    made.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority below a root, as in gRPC
     for path in (tls.ca_path, tls.key_path, tls.cert_path):
         # OpenSSL's own error does not say which file it was.
         try:
@@ -35,6 +40,8 @@ def context(protocol: int, tls: Tls) -> ssl.SSLContext:
         # With a password OpenSSL would ask for it at the terminal.
         made.load_cert_chain(tls.cert_path, tls.key_path, password="")
     except ssl.SSLError as error:
+        if "_TOO_" in (error.reason or ""):  # EE_KEY_TOO_SMALL, CA_MD_TOO_WEAK
+            raise TooWeakError(f"{tls.cert_path}, by OpenSSL: {error.reason}") from error
         if error.reason == "KEY_VALUES_MISMATCH":
             said = f"{tls.key_path} is not the key of the certificate in {tls.cert_path}"
         else:
@@ -53,8 +60,11 @@ def doubt(tls: Tls, *, serves: bool = True) -> str:
     gRPC binds to a port with any certificate, and who calls hears of a broken connection. Raises
     `TransportError` for files that do not serve at all.
     """
-    server = context(ssl.PROTOCOL_TLS_SERVER, tls)
-    client = context(ssl.PROTOCOL_TLS_CLIENT, tls)
+    try:
+        server = context(ssl.PROTOCOL_TLS_SERVER, tls)
+        client = context(ssl.PROTOCOL_TLS_CLIENT, tls)
+    except TooWeakError as error:
+        return str(error)
     client.check_hostname = False
     if not serves:
         client.verify_mode = ssl.CERT_NONE

@@ -312,7 +312,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "Nothing is acknowledged until it can. Look at the disk."),
     Event("tls.doubted", "warning", "reason",
           "peers will refuse our certificate: {reason}",
-          "It has expired, is not valid yet, or is not of the authority in tls_ca."),
+          "It has expired, is not valid yet, is not of the authority in tls_ca, or is too weak."),
     Event("tracing.away", "warning", "url reason",
           "spans do not get to {url}: {reason}",
           "They are dropped and counted until `tracing.back`. Training and scheduling go on."),

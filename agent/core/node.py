@@ -271,6 +271,7 @@ def _stop(state: State, now: Instant, order: StopAttempt) -> None:
     precopy.begin(state, now, live, None if kill_now else order.precopy_ms)
     _carry_out_stop(state, now, live)
     pipeline.advance_pipeline(state, live)
+    pipeline.hurry(state, now, live)
 
 
 def _carry_out_stop(state: State, now: Instant, live: LiveAttempt) -> None:
@@ -461,6 +462,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
     pipeline.search_slab(state, live)
     pipeline.advance_pipeline(state, live)
     pipeline.settle(state, now, live)
+    pipeline.hurry(state, now, live)
 
 
 def _forget_settled(state: State) -> None:

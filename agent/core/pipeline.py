@@ -192,8 +192,7 @@ def advance_pipeline(state: State, live: LiveAttempt) -> None:
     # Not before it is known to run: the coordinator hears of the start first.
     if busy or record.phase not in (Phase.RUNNING, Phase.SETTLING):
         return
-    leaving = record.stop_reason or record.phase is Phase.SETTLING
-    if len(live.unanswered) >= UNANSWERED_MAX and not leaving:
+    if len(live.unanswered) >= UNANSWERED_MAX and not _leaves(live):
         return
     live.storing, live.offered = live.offered, None
     storing = live.storing
@@ -209,18 +208,12 @@ def stored(state: State, now: Instant, live: LiveAttempt, done: StoreDone) -> No
     if offered is None or live.record.phase is Phase.ENDED:
         return
     live.storing = None
-    kept = done.stored
+    kept, head = done.stored, live.record.head
     # Of a job's first checkpoint all is new, which says nothing of how much will change.
-    live.change_bytes = kept.new_bytes if live.record.head else 0
+    live.change_bytes = kept.new_bytes if head else 0
     live.stored_bytes = kept.size_bytes
-    pending = Pending(
-        kept.digest,
-        kept.step,
-        kept.size_bytes,
-        live.record.head,
-        offered.trainer_id,
-        offered.parts,
-    )
+    about = kept.digest, kept.step, kept.size_bytes, head
+    pending = Pending(*about, offered.trainer_id, offered.parts)
     state.put(
         live,
         pending=pending,
@@ -377,7 +370,19 @@ def replication_failed(
 
 
 def _copy_wait_ms(live: LiveAttempt, first_ms: int) -> int:
-    return min(COPY_RETRY_MS_MAX, first_ms << min(10, max(0, live.copies_failed - 1)))
+    doublings = 0 if _leaves(live) else min(10, max(0, live.copies_failed - 1))
+    return min(COPY_RETRY_MS_MAX, first_ms << doublings)
+
+
+def hurry(state: State, now: Instant, live: LiveAttempt) -> None:
+    """It leaves: a copy that it waits for is tried now, for its last checkpoint is behind that."""
+    pending = live.record.pending
+    if live.replica_retry_ms is not None and pending is not None and not pending.restored:
+        replicate(state, now, live)
+
+
+def _leaves(live: LiveAttempt) -> bool:
+    return bool(live.record.stop_reason) or live.record.phase is Phase.SETTLING
 
 
 def propose(state: State, now: Instant, live: LiveAttempt, copies: tuple[str, ...]) -> None:

@@ -366,22 +366,22 @@ def move_standbys(state: State, now: Instant) -> None:
         state.log("info", "standby.moved", attempt=attempt_id, node=node_id, reason=reason)
 
 
-def heard(state: State, now: Instant, held: Sequence[HeldAttempt]) -> None:
+def heard(state: State, now: Instant, node_id: str, held: Sequence[HeldAttempt]) -> None:
     """A heartbeat has listed what its node holds: who has a standby at which nothing arrives gets
-    another one."""
+    another one. Of what runs elsewhere a node's word is nothing."""
     for item in held:
         attempt = state.attempts.get(item.attempt)
         if item.copies_failed < standby.COPIES_FAILED_MAX or attempt is None:
             continue
         if attempt.phase is not AttemptPhase.RUNNING or attempt.replica_node not in state.nodes:
             continue
-        node_id = standby.instead(state, now, attempt)
-        if node_id:
+        other = standby.instead(state, now, attempt) if attempt.node == node_id else ""
+        if other:
             failed = (
                 f"{item.copies_failed} copies in a row did not arrive at {attempt.replica_node}"
             )
-            send_copies_to(state, attempt, node_id)
-            state.log("warning", "standby.failed", attempt=attempt.id, node=node_id, reason=failed)
+            send_copies_to(state, attempt, other)
+            state.log("warning", "standby.failed", attempt=attempt.id, node=other, reason=failed)
 
 
 def tell_new_address(state: State, node_id: str) -> None:

@@ -5,7 +5,9 @@ hours, a gang may have ranks of two kinds. They find that out before they train,
 one status. That says nothing of the job, so no number of such tries may end it; and each of them
 has GPUs for nothing, so they must cost nobody anything.
 
-1. Such a try counts neither as a failure nor as a round of "run me again".
+1. Such a try counts neither as a failure nor as a round of "run me again", unless no upgrade is
+   why: where the agents of all its nodes are of one version, it is such a round. Else a job that
+   always leaves so would make others leave for it for ever.
 2. The next one comes soon, in case an agent was just being replaced, and each one after that
    `RETRY_MS`, as long as it takes: as Kubernetes does it, whose waits grow to five minutes and go
    on (https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#restart-policy). Nothing is
@@ -48,10 +50,18 @@ def found(job: Job, gang: Sequence[Attempt]) -> Attempt | None:
     return next((rank for rank in itself if rank.exit_code == EXIT_PROTOCOL), None)
 
 
-def wait_ms(state: State, job: Job) -> int:
-    """Until the next try, after one that has ended for this."""
+def again(state: State, job: Job) -> bool:
+    """Whether the try before the last one has ended for this too."""
     before = [one for one in state.attempts_of(job.id) if one.epoch == job.epoch - 1]
-    return RETRY_MS_FIRST if found(job, before) is None else RETRY_MS
+    return found(job, before) is not None
+
+
+def unexplained(state: State, job: Job) -> bool:
+    """Whether no upgrade is why: the agents of all its nodes are of one version. They are asked as
+    they are now, and one may have been replaced during the last try; so this is of two in a row."""
+    nodes = [state.nodes.get(rank.node) for rank in state.gang(job)]
+    versions = {"" if live is None else live.node.host.agent_version for live in nodes}
+    return again(state, job) and len(versions) == 1 and "" not in versions
 
 
 def alike(state: State, job: Job) -> tuple[tuple[str, ...], ...]:

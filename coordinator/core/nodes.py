@@ -298,7 +298,7 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     _hold_stray_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)
     precopy.heard(live, body.attempts)
-    checkpoints.heard(state, now, body.attempts)
+    checkpoints.heard(state, now, live.node.id, body.attempts)
     if live.session is not None:
         state.send(live.node.id, LeaseRenewal(body.sequence))
 

@@ -64,8 +64,15 @@ def yielded(state: State, now: Instant, job: Job, attempt: Attempt, why: str = A
 
 
 def mismatched(state: State, now: Instant, job: Job, how: str) -> None:
-    """Its ranks did not understand one another, which is counted as nothing."""
-    wait_ms = mismatches.wait_ms(state, job)
+    """Its ranks did not understand one another, which is counted as nothing where an upgrade may be
+    why."""
+    if mismatches.unexplained(state, job):
+        if job.yields >= YIELDS_MAX:
+            often = f"{job.yields + 1} times in a row on nodes with one version of the agent"
+            end_job(state, now, job, JobPhase.FAILED, f"{how}; {often}")
+            return
+        job = state.put_job(replace(job, yields=job.yields + 1))
+    wait_ms = mismatches.RETRY_MS if mismatches.again(state, job) else mismatches.RETRY_MS_FIRST
     state.eligible_ms[job.id] = now.now_ms + wait_ms
     requeue(state, now, job, f"{how}; tried again after {wait_ms / 1000:g} s")
 

@@ -259,9 +259,11 @@ def aim(state: State, attempt_id: str) -> str:
 def instead(state: State, now: Instant, attempt: Attempt) -> str:
     """The node that takes over from a standby at which no copies arrive: one where that has not
     been so, else where that is longest ago, since it may have been mended. Empty where there is no
-    other, or one has just taken over: the agent may not have heard of it yet."""
+    other, or one has just taken over: the agent may not have heard of it yet. Each that has failed
+    makes the next one later, for it may be the attempt's own node that is at fault."""
     watch, job = _watch(state, attempt), state.jobs[attempt.job_id]
-    if watch.moved_ms is not None and now.now_ms - watch.moved_ms < INTERVAL_MS:
+    wait_ms = INTERVAL_MS * max(1, len(watch.failed))
+    if watch.moved_ms is not None and now.now_ms - watch.moved_ms < wait_ms:
         return ""
     others = [name for name in watch.failed if name != attempt.replica_node]
     failed = *others[1 - FAILED_MAX :], attempt.replica_node

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 import agent.https
@@ -32,6 +32,7 @@ from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
 from tests.wire.slow_link import slow_link
 
 DIGEST = "ab" * 32
+Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 class Authority:
@@ -48,8 +49,8 @@ class Authority:
         certificate = builder.sign(self.key, hashes.SHA256())
         self.ca_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, trusting: "Authority | None" = None) -> Tls:
-        key = ec.generate_private_key(ec.SECP256R1())
+    def issue(self, name: str, trusting: "Authority | None" = None, key: Key | None = None) -> Tls:
+        key = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = x509.SubjectAlternativeName(
             [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
@@ -68,9 +69,7 @@ class Authority:
         )
         return Tls(str(cert_path), str(key_path), str((trusting or self).ca_path))
 
-    def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey
-    ) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: Key) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
@@ -229,6 +228,34 @@ def test_what_no_peer_would_take_is_named_before_anybody_calls(
     ):
         with pytest.raises((TransportError, coordinator.transport.TransportError), match=said):
             doubt(files)
+
+
+@pytest.mark.parametrize("doubt", [agent.https.doubt, coordinator.https.doubt])
+async def test_what_grpc_takes_stops_nobody(
+    doubt: Callable[..., str], ours: Authority, theirs: Authority
+) -> None:
+    """An authority below a root that is not in the file; a key too short for OpenSSL."""
+    below = theirs._builder(ours.name, ours.key).add_extension(
+        x509.BasicConstraints(ca=True, path_length=0), critical=True
+    )
+    certificate = below.sign(theirs.key, hashes.SHA256())
+    ours.ca_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files = ours.issue("good")
+    assert await channel_opens(files)
+    assert doubt(files) == ""
+    weak = ours.issue("weak", key=rsa.generate_private_key(65537, 1024))  # noqa: S505 - on purpose
+    assert await channel_opens(weak)
+    assert doubt(weak) == f"{weak.cert_path}, by OpenSSL: EE_KEY_TOO_SMALL"
+
+
+async def channel_opens(tls: Tls) -> bool:
+    server = grpc.aio.server()
+    port = listen(server, "127.0.0.1:0", tls)
+    await server.start()
+    async with open_channel(f"127.0.0.1:{port}", tls) as channel:
+        await channel.channel_ready()
+    await server.stop(None)
+    return True
 
 
 async def test_an_address_in_use_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Gangs where scenarios do not reach: hundreds of ranks, many of them on few nodes, time that
 counts once, ports, and parts that are elsewhere."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,12 +39,13 @@ HOST = HostFacts(cpu_count=RANKS)
 class Box:
     """A rig with nodes that say what a test has them say."""
 
-    def __init__(self, *addresses: str) -> None:
+    def __init__(self, *addresses: str, versions: tuple[str, ...] = ()) -> None:
         self.rig = Rig()
         self.sequences = [0] * len(addresses)
         self.sent: list[object] = []
         for number, address in enumerate(addresses):
-            hello = Hello(f"n{number}", "j", address, HOST, ())
+            host = HostFacts(cpu_count=1, agent_version=versions[number]) if versions else HOST
+            hello = Hello(f"n{number}", "j", address, host, ())
             self.take(FromAgent(number, hello))
 
     def take(self, event: FromAgent | Request | Tick) -> None:
@@ -102,6 +104,24 @@ def test_ranks_that_do_not_understand_one_another_are_tried_as_long_as_that_take
     for rank in range(2):
         box.say(f"1.{job.epoch}.{rank}", AttemptExited(76))
     assert box.rig.core.state.jobs[1].failures == 1
+
+
+@pytest.mark.parametrize("versions", [("1.0", "1.0"), ("1.0", "1.1")])
+def test_where_no_upgrade_is_why_they_are_not_tried_for_ever(versions: tuple[str, ...]) -> None:
+    """Others leave for such a job, each time. A coordinator that restarts goes on counting."""
+    box = Box("n0:1", "n1:1", versions=versions)
+    box.submit(5)  # more than one node takes
+    alike = len(set(versions)) == 1
+    for epoch in range(1, YIELDS_MAX + 3):
+        job = box.rig.core.state.jobs[1]
+        assert (job.phase, job.epoch) == (JobPhase.ACTIVE, epoch)
+        assert job.yields == (max(0, epoch - 2) if alike else 0)
+        for rank in range(5):
+            box.say(f"1.{epoch}.{rank}", AttemptExited(76, reason="another protocol"))
+        box.pass_ms(mismatches.RETRY_MS_FIRST if epoch == 1 else mismatches.RETRY_MS)
+    job = box.rig.core.state.jobs[1]
+    assert job.phase is (JobPhase.FAILED if alike else JobPhase.ACTIVE)
+    assert job.reason.endswith("21 times in a row on nodes with one version of the agent") is alike
 
 
 def test_ranks_are_numbered_through_the_nodes() -> None:

@@ -146,6 +146,31 @@ def test_each_failure_in_a_row_doubles_the_wait_and_is_told(required: bool) -> N
     assert precopy.held(job.core.state)[0].copies_failed == 0, "of the other there is none yet"
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_who_leaves_does_not_wait_minutes_for_the_copy_that_its_last_one_is_behind(
+    stopped: bool,
+) -> None:
+    """The standby's disk was full for long, and there is no other. It has room again, and then the
+    job leaves: its last checkpoint is copied well before it is given up."""
+    job = Alone(DEAD, PEER)
+    job.order(m.SetReplicaTarget(job.name, PEER, required=True))
+    assert copies(job.save()) == [("bb", "n2")]
+    for _ in range(10):
+        job.hear(m.ReplicationFailed(job.name, "bb", "the disk is full"))
+        job.now_ms += COPY_RETRY_MS_MAX
+        assert copies(job.hear(m.Tick())) == [("bb", "n2")]
+    job.hear(m.ReplicationFailed(job.name, "bb", "the disk is full"))
+    job.now_ms += 1
+    if stopped:
+        leaves = job.order(m.StopAttempt(job.name, 120_000, "its node is drained"))
+    else:
+        leaves = job.hear(m.ProcessEnded(v.ProcessExit(job.name, 0, None)))
+    assert copies(leaves) == [("bb", "n2")]
+    job.hear(m.ReplicationFailed(job.name, "bb", "the disk is full"))
+    job.now_ms += REPLICA_RETRY_MS
+    assert copies(job.hear(m.Tick())) == [("bb", "n2")], "as often as it can be"
+
+
 def test_a_standby_that_is_named_while_a_copy_is_on_its_way_gets_one_too() -> None:
     """The one before may have died just after it had got all."""
     job = Alone(DEAD)

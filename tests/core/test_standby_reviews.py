@@ -125,23 +125,26 @@ def test_where_copies_do_not_arrive_another_takes_over_and_each_in_turn() -> Non
     fleet.submit()
     state, beats, told = fleet.rig.core.state, 0, []
 
-    def beat(copies_failed: int) -> list[Effect]:
+    def beat(copies_failed: int, node: str = "n1") -> list[Effect]:
         nonlocal beats
         beats += 1
         (held,) = fleet.held("n1")
         body = Heartbeat(beats, attempts=(replace(held, copies_failed=copies_failed),))
-        return fleet.rig.handle(FromAgent(fleet.sessions["n1"], body))
+        return fleet.rig.handle(FromAgent(fleet.sessions[node], body))
 
     standbys = [state.attempts["1.1"].replica_node]
-    for _ in range(5):
+    assert not logged(beat(standby.COPIES_FAILED_MAX, "n2"), "standby.failed"), "not n2's to say"
+    for move in range(5):
         assert not logged(beat(standby.COPIES_FAILED_MAX - 1), "standby.failed")
         told += logged(beat(standby.COPIES_FAILED_MAX), "standby.failed")
         standbys.append(state.attempts["1.1"].replica_node)
         assert not logged(beat(standby.COPIES_FAILED_MAX + 1), "standby.failed"), "it has moved"
-        for name in NODES:
-            fleet.rig.now_ms += standby.INTERVAL_MS // len(NODES)
-            fleet.rig.handle(Tick())
-            fleet.hello(name) if name != "n1" else beat(0)
+        for turn in range(min(2, 1 + move)):  # two of three have failed from the second one on
+            assert not turn or not logged(beat(standby.COPIES_FAILED_MAX), "standby.failed")
+            for name in NODES:
+                fleet.rig.now_ms += standby.INTERVAL_MS // len(NODES)
+                fleet.rig.handle(Tick())
+                fleet.hello(name) if name != "n1" else beat(0)
     assert len(told) == len(standbys) - 1
     for three in zip(standbys, standbys[1:], standbys[2:], strict=False):
         assert set(three) == {"n2", "n3", "n4"}
