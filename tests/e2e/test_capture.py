@@ -52,7 +52,7 @@ def test_a_trainer_killed_from_outside_while_its_agent_is_busy_loses_nothing(
     job_id = submit(cluster, gate, 9)
     gate.open_to(2)
     work.wait_committed(cluster, job_id, 2)
-    pid = work.events_named(work.lines(cluster, job_id), "started")[0]["pid"]
+    pid = work.wait_pid(cluster, job_id)
     cluster.signal("n1", signal.SIGSTOP)
     gate.open_to(4)
     log = next(cluster.node_directory("n1").glob(f"attempts/{job_id}.1/**/*.log*"), None)
@@ -74,7 +74,7 @@ def test_the_slab_outlives_its_agent(cluster: Cluster, gate: Gate) -> None:
     job_id = submit(cluster, gate, 6)
     gate.open_to(2)
     work.wait_committed(cluster, job_id, 2)
-    pid = work.events_named(work.lines(cluster, job_id), "started")[0]["pid"]
+    pid = work.wait_pid(cluster, job_id)
     cluster.kill_agent("n1")
     gate.open_to(3)  # a capture that no agent hears of
     cluster.start_agent("n1", h100(1))

@@ -45,8 +45,7 @@ def began(fleet: Cluster, gate: Gate, *, steps: int = 6, every: int = 2) -> tupl
     gate.open_to(2)
     job_id = work.submit(fleet, gate.job(steps=steps, every=every), gpus=1)
     work.wait_committed(fleet, job_id, 2)
-    started = work.events_named(work.lines(fleet, job_id), "started")
-    return job_id, started[0]["pid"]
+    return job_id, work.wait_pid(fleet, job_id)
 
 
 def finished_undisturbed(fleet: Cluster, gate: Gate, job_id: int, steps: int = 6) -> None:

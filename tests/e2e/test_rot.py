@@ -70,7 +70,7 @@ def test_altered_everywhere_falls_back_and_says_so(cluster: Cluster, gate: Gate)
     for name in replicas:
         flip(chunk_of(cluster, name, 3))
         truncate(chunk_of(cluster, name, 2))
-    work.end_process(work.lines(cluster, job_id)[0]["pid"])
+    work.end_process(work.wait_pid(cluster, job_id))
     again = work.wait_running(cluster, job_id, 2)
     assert again.restored_step == 1
     logged = [

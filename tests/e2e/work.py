@@ -130,6 +130,14 @@ def wait_output(
     return cluster.wait_until(look, DEADLINE_S, f"job {job_id} wrote {what}")
 
 
+def wait_pid(cluster: Cluster, job_id: int) -> int:
+    """The process that a counting job began in. Its output goes through its supervisor, and a
+    commit may be there before it."""
+    found = wait_output(cluster, job_id, lambda it: bool(events_named(it, "started")), "its start")
+    pid: int = events_named(found, "started")[0]["pid"]
+    return pid
+
+
 def wait_step(cluster: Cluster, job_id: int, step: int) -> list[dict[str, Any]]:
     """Until a counting job has said that it did this step."""
 
