@@ -332,7 +332,7 @@ def retarget(state: State, job_ids: Iterable[int] = ()) -> None:
             if attempt.job_id in fewer and lone(state, job, attempt) is not None:
                 state.send(attempt.node, target_order(state, job, attempt))
             continue
-        chosen = standby.choose(state, job, attempt.node, attempt.rank)
+        chosen = standby.in_place(state, job, attempt)
         if chosen != attempt.replica_node:
             send_copies_to(state, attempt, chosen)
 

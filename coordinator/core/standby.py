@@ -266,13 +266,27 @@ def instead(state: State, now: Instant, attempt: Attempt) -> str:
     if watch.moved_ms is not None and now.now_ms - watch.moved_ms < wait_ms:
         return ""
     others = [name for name in watch.failed if name != attempt.replica_node]
-    failed = *others[1 - FAILED_MAX :], attempt.replica_node
-    chosen = choose(state, job, attempt.node, attempt.rank, failed)
-    while not chosen and len(failed) > 1:
-        failed = failed[1:]
-        chosen = choose(state, job, attempt.node, attempt.rank, failed)
-    state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=failed)
+    present = attempt.replica_node
+    chosen, failed = _another(state, job, attempt, others[1 - FAILED_MAX :], (present,))
+    state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=(*failed, present))
     return chosen
+
+
+def in_place(state: State, job: Job, attempt: Attempt) -> str:
+    """The node that takes over from a standby that is not there any more."""
+    return _another(state, job, attempt, _watch(state, attempt).failed)[0]
+
+
+def _another(
+    state: State, job: Job, attempt: Attempt, failed: Sequence[str], but: Sequence[str] = ()
+) -> tuple[str, Sequence[str]]:
+    """Any `but` these: one that has not failed, else the one that did so longest ago. With it those
+    that count as failed after that."""
+    chosen = choose(state, job, attempt.node, attempt.rank, (*failed, *but))
+    while not chosen and failed:
+        failed = failed[1:]
+        chosen = choose(state, job, attempt.node, attempt.rank, (*failed, *but))
+    return chosen, failed
 
 
 def review(state: State, now: Instant) -> list[tuple[str, str]]:

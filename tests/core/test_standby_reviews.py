@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import standby
-from coordinator.core.messages import Effect, FromAgent, Heartbeat, Log, Tick
+from coordinator.core.messages import Effect, FromAgent, Heartbeat, Log, SessionClosed, Tick
 from coordinator.core.model import Checkpoint, Job
 from coordinator.core.state import LiveNode, Options, State
 from tests.core.test_gpu_health import Fleet
@@ -149,6 +149,26 @@ def test_where_copies_do_not_arrive_another_takes_over_and_each_in_turn() -> Non
     for three in zip(standbys, standbys[1:], standbys[2:], strict=False):
         assert set(three) == {"n2", "n3", "n4"}
     assert state.standby_watches["1.1"].failed
+
+
+def test_when_a_standby_dies_none_takes_over_at_which_copies_failed() -> None:
+    """While there is another; else one of those, for it may have been mended."""
+    fleet = Fleet(dict.fromkeys(NODES, 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    fleet.submit()
+    state, seen = fleet.rig.core.state, []
+    seen.append(state.attempts["1.1"].replica_node)
+    (held,) = fleet.held("n1")
+    beat = Heartbeat(1, attempts=(replace(held, copies_failed=standby.COPIES_FAILED_MAX),))
+    fleet.rig.handle(FromAgent(fleet.sessions["n1"], beat))
+    for _ in range(2):
+        seen.append(state.attempts["1.1"].replica_node)
+        fleet.rig.handle(FromAgent(fleet.sessions[seen[-1]], SessionClosed()))
+        for _ in range(20):
+            fleet.rig.now_ms += state.options.closed_grace_ms // 10
+            fleet.rig.handle(Tick())
+    seen.append(state.attempts["1.1"].replica_node)
+    assert sorted(seen[:3]) == ["n2", "n3", "n4"]
+    assert seen[3] == seen[0]
 
 
 def logged(effects: list[Effect], name: str) -> list[Log]:
