@@ -118,8 +118,8 @@ def of(
             return kept.rates
     family, name = history.names(job.spec)
     # The same training on the same GPUs, where nobody has begun with it.
-    alike = (0, "" if job.epoch else json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
-    found = None if job.epoch else known.get(alike)
+    alike = None if job.epoch else (0, json.dumps([name, job.spec.ranks * job.spec.gpus, types]))
+    found = None if alike is None else known.get(alike)
     if found is None or now.now_ms >= found.until_ms:
         kin, request = _kin(state, now, job, family, name), _request(job, types)
         if kin and allowance.left <= 0:
@@ -133,7 +133,7 @@ def of(
             ran_ms = now.unix_ms - current.assigned_unix_ms if rates_found.absolute else 0
             again_ms = max(AGAIN_MS_MIN, ran_ms)
         found = KnownRates(rates_found, job.epoch, now.now_ms + again_ms, name)
-        if not job.epoch:
+        if alike is not None:
             known[alike] = found
     known[job.id, where] = found
     return found.rates

@@ -37,8 +37,10 @@ class Chosen:
 
 def is_there(box: Box, now_ms: int, boots: BootTimes) -> bool:
     """Whether it can be counted on: it is up, or comes up, as far as anybody knows."""
-    if box.closed or box.power in UP:
-        return not box.closed
+    if box.closed:
+        return False
+    if box.power in UP:
+        return True
     late = now_ms - box.since_ms > OVERDUE * boots.of(box.model)
     return box.power is Power.STARTING and not (box.boot_failures or late)
 
