@@ -4,21 +4,28 @@
     2026-03-01T00:00,602
     2026-03-01T00:10,599
 
-Times are by UTC, or say their offset from it. An empty cell is a gap: an outage, or a collector
-that was away. A missing line is one too. What is not a number, not in order or not on the grid is
-an error that names the line.
+Times are by UTC, or say their offset from it. Traces that are published without dates count from
+their beginning instead: a column `hour` or `minute` in the place of `time`, whose zero is taken to
+be midnight. An empty cell is a gap: an outage, or a collector that was away. A missing line is one
+too. What is not a number, not in order or not on the grid is an error that names the line.
 """
 
 import csv
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 STEPS_MAX: Final = 2_000_000  # almost four years of minutes; a mistyped path may name anything
 HOUR_S: Final = 3600
+# Columns that say when, the first of those that are there; of the others so many seconds are one.
+TIME: Final = "time"
+OFFSETS_S: Final = {"hour": 3600, "minute": 60}
+# Where a series without dates begins: a Saturday, as good as any.
+NO_DATE: Final = datetime(2000, 1, 1)
+COLUMN_HINT: Final = "; --column names another"
 
 
 class BadDemand(ValueError):
@@ -46,13 +53,14 @@ def read_series(path: Path, column: str = "demand") -> Series:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             names = list(reader.fieldnames or [])
-            for needed in ("time", column):
+            when = next((name for name in (TIME, *OFFSETS_S) if name in names), TIME)
+            for needed in (when, column):
                 if needed not in names:
                     there = ", ".join(names) or "none"
-                    hint = "" if needed == "time" else "; --column names another"
+                    hint = "; 'hour' or 'minute' will do" if needed == TIME else COLUMN_HINT
                     raise BadDemand(f"{path} has no column {needed!r}; its columns: {there}{hint}")
             rows = [
-                (_time(path, reader.line_num, row), _gpus(path, reader.line_num, row, column))
+                (_time(path, reader.line_num, row, when), _gpus(path, reader.line_num, row, column))
                 for row in reader
             ]
     except OSError as error:
@@ -88,12 +96,15 @@ def _on_grid(path: Path, rows: list[tuple[datetime, float]]) -> Series:
     return Series(tuple(values), int(HOUR_S // step_s), begin)
 
 
-def _time(path: Path, line: int, row: dict[str, str]) -> datetime:
+def _time(path: Path, line: int, row: dict[str, str], when: str) -> datetime:
     try:
-        at = datetime.fromisoformat(row["time"])
+        if when != TIME:
+            return NO_DATE + timedelta(seconds=float(row[when]) * OFFSETS_S[when])
+        at = datetime.fromisoformat(row[when])
         return at.astimezone(UTC).replace(tzinfo=None) if at.tzinfo else at
     except (TypeError, ValueError, OverflowError):
-        raise BadDemand(f"{path}, line {line}: {row['time']!r} is not an ISO time") from None
+        kind = "an ISO time" if when == TIME else f"a number of {when}s"
+        raise BadDemand(f"{path}, line {line}: {row[when]!r} is not {kind}") from None
 
 
 def _gpus(path: Path, line: int, row: dict[str, str], column: str) -> float:

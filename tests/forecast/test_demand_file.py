@@ -56,6 +56,40 @@ def test_what_cannot_be_used_says_where(tmp_path: Path, lines: list[str], senten
         read_series(written(tmp_path, *lines))
 
 
+@pytest.mark.parametrize(
+    ("head", "lines", "per_hour", "values"),
+    [
+        ("hour,demand", ["6,1", "7,2", "9,4"], 1, [1, 2, None, 4]),
+        ("minute,demand", ["360,1", "370,2", "390,4"], 6, [1, 2, None, 4]),
+        (
+            "hour,time,demand",
+            [f"{hour},2026-03-01T06:{minute},{minute}" for hour, minute in enumerate((10, 20, 30))],
+            6,
+            [10, 20, 30],
+        ),
+    ],
+)
+def test_a_trace_without_dates_counts_from_its_beginning(
+    tmp_path: Path, head: str, lines: list[str], per_hour: int, values: list[float | None]
+) -> None:
+    path = tmp_path / "demand.csv"
+    path.write_text("\n".join([head, *lines, ""]))
+    series = read_series(path)
+    assert (series.per_hour, series.first_step // per_hour) == (per_hour, 6)
+    assert [None if math.isnan(gpus) else gpus for gpus in series.values] == values
+
+
+def test_a_number_of_hours_that_is_none_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "demand.csv"
+    for cell in ("soon", "nan", "1e300", ""):
+        path.write_text(f"hour,demand\n0,1\n{cell},2\n2,3\n")
+        with pytest.raises(BadDemand, match=f"line 3: '{cell}' is not a number of hours"):
+            read_series(path)
+    path.write_text("step,demand\n0,1\n1,2\n2,3\n")
+    with pytest.raises(BadDemand, match="no column 'time'; its columns: step, demand; 'hour'"):
+        read_series(path)
+
+
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(BadDemand, match=r"no column 'gpus'; its columns: time, demand"):
         read_series(written(tmp_path, "2026-03-01T06:00,1"), "gpus")
