@@ -6,9 +6,12 @@ weighted quantile loss over nine quantiles, and persistence has bands from its o
 of the two clusters are series of their own: they are what quotas and classes are about, and harder.
 
 The series: GPU demand of Helios (SenseTime; Venus and Earth) and Philly (Microsoft), derived from
-public traces. They are not part of Baton: --demand or BATON_BENCH_DEMAND says where they lie.
+public traces. They are not part of Baton: --demand or BATON_BENCH_DEMAND says where they lie. Where
+the series of Alibaba's clusters lie there too (`bench/alibaba_series.py` makes them), they are
+judged as well, with a mean of their own with the four clusters. Nothing was chosen on them.
 """
 
+import csv
 import math
 import statistics
 import time
@@ -31,18 +34,29 @@ TIMED_DAYS = 62  # enough for all that is remembered, and those
 EARTH = "helios_earth_may_10min.csv"
 # All clusters of Helios were down; what was counted then is no demand.
 HELIOS_OUTAGE = (datetime(2020, 5, 10), datetime(2020, 5, 13))
+CLUSTERS, PROJECTS, ALIBABA = "clusters", "projects", "Alibaba"
+ALIBABA_FILES = {
+    "spot": "alibaba_spot2026_gpu_type_hourly.csv",
+    "openb": "alibaba_openb2023_hourly.csv",
+    "dlrm": "alibaba_dlrm2025_hourly.csv",
+}
 # The largest of each cluster's projects, by mean demand.
 PROJECTS_EARTH = ("vc6YE", "vcLJZ", "vcpDC", "vcvlY", "vcTJs")
 PROJECTS_PHILLY = ("vc_ee9e8c", "vc_7f04ca", "vc_b436b2", "vc_6214e9", "vc_2869ce")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Named:
     """A series of the bench; NaN where nobody knows."""
 
     name: str
     values: list[float]
     per_hour: int
+    group: str
+
+
+# Scores by hours ahead.
+Judged = dict[Named, dict[int, Score]]
 
 
 def masked(read: Series, values: Sequence[float]) -> list[float]:
@@ -63,19 +77,30 @@ def series(folder: Path, *, quick: bool) -> Iterator[Named]:
             read = read_series(folder / file, column)
             helios = file.startswith("helios")
             values = masked(read, read.values) if helios else list(read.values)
-            yield Named(name, values, read.per_hour)
+            yield Named(name, values, read.per_hour, CLUSTERS)
     earth = folder / EARTH
     whole = read_series(earth)
-    yield Named("Earth", masked(whole, whole.values), whole.per_hour)
+    yield Named("Earth", masked(whole, whole.values), whole.per_hour, CLUSTERS)
     if quick:
         return
     for project in PROJECTS_EARTH:
         parts = [read_series(earth, f"{project}_{what}").values for what in ("running", "queued")]
         both = [sum(pair) for pair in zip(*parts, strict=True)]
-        yield Named(f"Earth {project}", masked(whole, both), whole.per_hour)
+        yield Named(f"Earth {project}", masked(whole, both), whole.per_hour, PROJECTS)
     for project in PROJECTS_PHILLY:
         read = read_series(folder / "philly_jobs_vc_hourly.csv", project)
-        yield Named(f"Philly {project}", list(read.values), read.per_hour)
+        yield Named(f"Philly {project}", list(read.values), read.per_hour, PROJECTS)
+    for name, file in ALIBABA_FILES.items():
+        if (folder / file).is_file():
+            for column in columns(folder / file):
+                read = read_series(folder / file, column)
+                yield Named(f"{name} {column}", list(read.values), read.per_hour, ALIBABA)
+
+
+def columns(path: Path) -> list[str]:
+    """Of a file of series, without the one that says when."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file))[1:]
 
 
 def judge(each: Named, ahead_h: int, kinds: Sequence[Kind]) -> Score:
@@ -100,30 +125,42 @@ def cost(each: Named, kinds: Sequence[Kind]) -> tuple[list[float], list[float]]:
     return refits[-REFITS:], forecasts[-REFITS * 24 :]
 
 
-def rows_of(judged: dict[str, dict[int, Score]]) -> list[report.Row]:
+def _means(judged: Judged, ahead_h: int) -> list[report.Row]:
+    """Of the clusters with their projects, and of the clusters with Alibaba's, where they are."""
+    rows = []
+    there = {each.group for each in judged}
+    for group in (PROJECTS, ALIBABA):
+        if group in there or group == PROJECTS:
+            logs = [
+                math.log(scores[ahead_h].ratio)
+                for each, scores in judged.items()
+                if each.group in (CLUSTERS, group)
+            ]
+            whose = f"{len(logs)} series, clusters and {group}"
+            name = f"{ahead_h} h ahead: geometric mean of loss over persistence, {whose}"
+            mean = math.exp(statistics.fmean(logs))
+            rows.append(report.Row(name=name, value=mean, unit="ratio", goal=GOALS[ahead_h]))
+    return rows
+
+
+def rows_of(judged: Judged) -> list[report.Row]:
     rows = []
     for ahead_h in AHEAD_H:
-        for name, scores in judged.items():
+        for each, scores in judged.items():
             score = scores[ahead_h]
             rows.append(
                 report.Row(
-                    name=f"{name}, {ahead_h} h ahead: loss",
+                    name=f"{each.name}, {ahead_h} h ahead: loss",
                     value=100 * score.loss,
                     unit="% of demand",
                     reference=100 * score.persistence_loss,
                     reference_source="persistence with bands",
                 )
             )
+        rows += _means(judged, ahead_h)
         ratios = [scores[ahead_h].ratio for scores in judged.values()]
         covered = [100 * scores[ahead_h].covered_95_ratio for scores in judged.values()]
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
         rows += [
-            report.Row(
-                name=f"{ahead_h} h ahead: geometric mean of loss over persistence",
-                value=mean,
-                unit="ratio",
-                goal=GOALS[ahead_h],
-            ),
             report.Row(
                 name=f"{ahead_h} h ahead: the worst of them",
                 value=max(ratios),
@@ -147,17 +184,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--trees", action="store_true", help="with the model of the extra `forecast` (lightgbm)"
     )
+    parser.add_argument("--jobs", type=Path, metavar="FILE", help="real jobs (forecast_ages.py)")
     given = parser.parse_args(arguments)
     asked = report.options(given)
     if not given.demand or not (given.demand / EARTH).is_file():
         report.nothing_measured("forecast", EARTH, report.DEMAND, asked)
         return
     kinds = (*KINDS, _trees()) if given.trees else KINDS
-    judged: dict[str, dict[int, Score]] = {}
+    judged: Judged = {}
     last: Named | None = None
     for each in series(given.demand, quick=asked.quick):
         report.say(f"forecast: {each.name}, {len(each.values) / each.per_hour:.0f} h")
-        judged[each.name] = {ahead_h: judge(each, ahead_h, kinds) for ahead_h in AHEAD_H}
+        judged[each] = {ahead_h: judge(each, ahead_h, kinds) for ahead_h in AHEAD_H}
         last = last or each
     rows = rows_of(judged)
     if last is not None:
@@ -169,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not asked.quick:
         report.say("forecast: made-up jobs, with and without their ages")
         rows += forecast_ages.rows((1, 24))
+    if given.jobs is not None:
+        report.say(f"forecast: jobs of {given.jobs}, with and without their ages")
+        rows += forecast_ages.rows(AHEAD_H, given.jobs)
     show_notes = ("asked at each full hour; nothing later is known when it is asked",)
     report.show("Forecasts of demand", rows, asked, show_notes)
 

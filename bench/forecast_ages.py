@@ -1,18 +1,24 @@
-"""What the ages of running jobs add to a forecast of demand, on made-up jobs.
+"""What the ages of running jobs add to a forecast of demand.
 
 Problem: the public series are sums, and the jobs behind them are not among them. So jobs are drawn:
 they come by the hour of the day, most are short and small, lengths are log-normal (half last less
 than a quarter of an hour, one in a hundred for days), and a few take several boxes. Nobody says how
 long he needs. The same forecaster hears the same series twice, once with what a life table says of
-those who are there. That the drawn lengths are like those of a fleet is an assumption; the gain is
-of this mixture of jobs and of no other.
+those who are there. That the drawn lengths are like those of a fleet is an assumption.
+
+Real ones, where a list of them is at hand (`bench.forecast --jobs FILE`): a CSV file with the
+columns `timestamp` (ISO), `duration` (s) and `num_gpus`, such as the list of Philly's jobs in the
+artifacts of Sia (siasosp23/artifacts on GitHub, aaf7a0d, sia-simulator/traces/philly.csv).
 """
 
+import csv
 import heapq
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, time
+from pathlib import Path
 
 from bench import report
 from coordinator.forecast.forecaster import Forecaster
@@ -37,19 +43,51 @@ class Hour:
     stays: tuple[float, ...]
 
 
-def hours(seed: int, ahead_h: tuple[int, ...]) -> Iterator[Hour]:
-    """Of a fleet that has room for all."""
+@dataclass(frozen=True)
+class Job:
+    """In seconds from the beginning of the series."""
+
+    begin_s: float
+    lasts_s: float
+    gpus: int
+
+
+def drawn(seed: int) -> Iterator[Job]:
+    """Without end, as they come."""
     chance = random.Random(seed)
+    next_s = 0.0
+    while True:
+        lasts_s = chance.lognormvariate(math.log(MEDIAN_S), SIGMA)
+        yield Job(next_s, lasts_s, chance.choice(SIZES))
+        wave = 1 + DAILY_RATIO * math.sin(2 * math.pi * next_s / (24 * HOUR_S))
+        next_s += HOUR_S * chance.expovariate(JOBS_PER_HOUR * wave)
+
+
+def listed(path: Path) -> list[Job]:
+    """Of a file, as they came, counted from the midnight after the first tenth of them: the oldest
+    are those that had been there for weeks already."""
+    with path.open(encoding="utf-8", newline="") as file:
+        read = [
+            (datetime.fromisoformat(row["timestamp"]), float(row["duration"]), int(row["num_gpus"]))
+            for row in csv.DictReader(file)
+        ]
+    read.sort(key=lambda job: job[0])
+    begin = datetime.combine(read[len(read) // 10][0].date(), time())
+    jobs = [Job((came - begin).total_seconds(), lasts_s, gpus) for came, lasts_s, gpus in read]
+    return [job for job in jobs if job.begin_s + job.lasts_s > 0]
+
+
+def hours(jobs: Iterable[Job], count: int, ahead_h: tuple[int, ...]) -> Iterator[Hour]:
+    """Of a fleet that has room for all: at the end of each of `count` hours."""
     table = LifeTable()
     there: list[tuple[float, float, int]] = []  # end, begin, GPUs
-    next_s = 0.0
-    for hour in range(1, HOURS):
+    coming = iter(jobs)
+    job = next(coming, None)
+    for hour in range(1, count):
         now_s = hour * HOUR_S
-        while next_s < now_s:
-            lasts_s = chance.lognormvariate(math.log(MEDIAN_S), SIGMA)
-            heapq.heappush(there, (next_s + lasts_s, next_s, chance.choice(SIZES)))
-            wave = 1 + DAILY_RATIO * math.sin(2 * math.pi * next_s / (24 * HOUR_S))
-            next_s += HOUR_S * chance.expovariate(JOBS_PER_HOUR * wave)
+        while job is not None and job.begin_s < now_s:
+            heapq.heappush(there, (job.begin_s + job.lasts_s, job.begin_s, job.gpus))
+            job = next(coming, None)
         while there and there[0][0] <= now_s:
             end_s, begin_s, gpus = heapq.heappop(there)
             table.ended(gpus, end_s - begin_s)
@@ -77,9 +115,14 @@ def _losses(past: list[Hour], ahead_h: int, which: int) -> tuple[list[float], li
     return [loss / demand for loss in losses], [error / demand for error in errors]
 
 
-def rows(ahead_h: tuple[int, ...]) -> list[report.Row]:
-    """Means over the seeds."""
-    pasts = [list(hours(seed, ahead_h)) for seed in SEEDS]
+def rows(ahead_h: tuple[int, ...], file: Path | None = None) -> list[report.Row]:
+    """Means over the seeds, or of the jobs of the file."""
+    if file is None:
+        pasts = [list(hours(drawn(seed), HOURS, ahead_h)) for seed in SEEDS]
+    else:
+        jobs = listed(file)
+        pasts = [list(hours(jobs, int(jobs[-1].begin_s // HOUR_S) + 1, ahead_h))]
+    whose = "made-up jobs" if file is None else f"jobs of {file.name}"
     made = []
     for which, ahead in enumerate(ahead_h):
         told = [_losses(past, ahead, which) for past in pasts]
@@ -87,7 +130,7 @@ def rows(ahead_h: tuple[int, ...]) -> list[report.Row]:
             blind, aged = (sum(each[kind][place] for each in told) / len(told) for place in (0, 1))
             made.append(
                 report.Row(
-                    name=f"made-up jobs, {ahead} h ahead: {name} with ages of jobs",
+                    name=f"{whose}, {ahead} h ahead: {name} with ages of jobs",
                     value=aged,
                     unit="% of demand",
                     reference=blind,
