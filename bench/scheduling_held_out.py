@@ -4,7 +4,7 @@ Problem: constants that were chosen on one trace may be good for that trace alon
 arrivals, mixes of jobs, fleets and states of knowledge, each drawn by a seed and described by one
 line of `SETTINGS`; Baton runs each with the settings that it has when nobody says anything. Nothing
 was chosen on these draws. Where Baton was found worse, the reason was looked for and what was a
-mistake is mended (docs/benchmarks.md says which).
+mistake is mended (docs/experiments.md says which).
 
 Beside it stand the nine other policies of the simulator: for each column the best of the nine, so
 one run of Baton against several others', each at what it is best at. All are charged 60 s for a

@@ -19,7 +19,7 @@ look: whoever is told the same series anew says the same.
 Older days are known by means of ten minutes only (`tell_older`), and a mean hides a part of what
 rises and of how nervous demand was. By how much is seen on the days that are known by both, and by
 so much the older ones are set right; their rises are never made smaller. What it brings:
-docs/benchmarks.md, "The right nodes on".
+docs/experiments.md, "The right nodes on".
 """
 
 import math
