@@ -21,7 +21,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,7 +67,7 @@ Result = TypeVar("Result")
 
 def load_queries() -> dict[str, str]:
     """The statements of `queries.sql` by name."""
-    text = files("agent").joinpath("queries.sql").read_text("utf-8")
+    text = Path(__file__).with_name("queries.sql").read_text("utf-8")
     parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 

@@ -21,13 +21,12 @@ import the other.
 import functools
 import os
 import socket
-import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
 SOCKET_PATH: Final = "/run/systemd/journal/socket"
 # Never changed: the ids of events are derived from it.
-MESSAGE_NAMESPACE: Final = uuid.uuid5(uuid.NAMESPACE_OID, "baton.v1")
+MESSAGE_NAMESPACE: Final = "baton.v1"
 
 _PRIORITIES: Final[Mapping[str, str]] = {  # of syslog(3)
     "debug": "7",
@@ -89,7 +88,9 @@ def journal_of(identifier: str) -> JournalSocket:
 @functools.cache
 def message_id(event: str) -> str:
     """MESSAGE_ID of a kind of event: the same in every version."""
-    return uuid.uuid5(MESSAGE_NAMESPACE, event).hex
+    import uuid  # a quarter of a MiB, for those alone who write to journald
+
+    return uuid.uuid5(uuid.uuid5(uuid.NAMESPACE_OID, MESSAGE_NAMESPACE), event).hex
 
 
 @functools.lru_cache(maxsize=512)  # more than there are events

@@ -12,7 +12,6 @@ import the other.
 """
 
 import argparse
-import difflib
 import json
 import os
 import shlex
@@ -321,8 +320,7 @@ def _table(hint: Any) -> tuple[str, ...]:
 def _check_keys(name: str, entry: Any, known: Sequence[str]) -> None:
     for key in entry if isinstance(entry, dict) else ():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=LIKENESS_MIN)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {' and '.join(known)}"
+            hint = _did_you_mean(key, known) or f"it has {' and '.join(known)}"
             raise _UnknownKey(f"without '{key}' in '{name}'; {hint}")
 
 
@@ -349,8 +347,15 @@ def _from_text(value: Any, kind: Any) -> Any:
 
 
 def _nearest(program: Program[Config], word: str, known: Iterable[str]) -> str:
+    return _did_you_mean(word, known) or f"{program.name} --help lists them"
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Empty where nothing is like it."""
+    import difflib  # only a mistake needs it, and nobody starts with one
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=LIKENESS_MIN)
-    return f"did you mean '{near[0]}'?" if near else f"{program.name} --help lists them"
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 # --- checks for `validate`: a sentence, or None when all is well ---------------------------------

@@ -24,7 +24,6 @@ say what it is: what `ps` shows, and what is looked for in `/proc/<pid>/cmdline`
 be true of it (proc(5), fields 48 to 51 of `stat`).
 """
 
-import ctypes
 import gc
 import os
 import signal
@@ -136,6 +135,8 @@ def run_module(name: str) -> int:
 
 def show(area: int, words: list[bytes]) -> None:
     """Put these where `/proc/self/cmdline` or `environ` is read from, as far as there is room."""
+    import ctypes
+
     fields = shim.stat_fields(os.getpid())
     begin, end = int(fields[area]), int(fields[area + 1])
     text = b"\0".join(words)[: end - begin - 1]
@@ -145,6 +146,8 @@ def show(area: int, words: list[bytes]) -> None:
 def main() -> int:
     """Exit status: 0 when the agent has gone, 3 when a module cannot be imported, 4 when importing
     or forking would leave threads behind."""
+    import ctypes  # noqa: F401 - before the first fork, so that no child waits for it
+
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     signal.signal(

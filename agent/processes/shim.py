@@ -17,17 +17,15 @@ forked by a process that has all this loaded (see `forkserver.py`).
    writes `exit.json`. One ending is different: a stop signal goes to the whole process group, and
    of `bash -c 'python train.py; exit $?'` the shell dies at once while Python is still saving its
    checkpoint. After such an end (see `stop_was_heeded`) what is left has the job's grace to end by
-   itself. Nothing is polled for that: a subreaper that has no children has no descendants either,
-   and the end of each child is a SIGCHLD.
+   itself. Nothing is polled: no children, no descendants; and each child's end is a SIGCHLD.
 
 `launch` is NUL-separated, because that is the only byte that execve(2) cannot carry: working
 directory, number of arguments, arguments, then `NAME=value` entries. It also keeps `json` (7 ms of
 start-up, for `re` and `enum`) out of the way of the first instruction; for the same reason the
-signal calls come from the C module below `signal`. Everything is imported at the start: the
-standard library on disk may be another one when the trainer ends, days later.
+signal calls come from the C module below `signal`. All is imported before the trainer starts: the
+standard library on disk may be another one when it ends, days later.
 """
 
-import ctypes
 import os
 import select
 import sys
@@ -35,6 +33,7 @@ import time
 
 TYPE_CHECKING = False  # `typing` itself would cost 5 ms
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Callable
 
 try:
@@ -96,11 +95,9 @@ class Launch:
 
 
 class OutputLog:
-    """Output in segments named by the offset of their first byte; writing never blocks on, nor
-    fails for, a full disk.
-
-    Offsets count the bytes that were kept, so they are contiguous; what was lost is counted in
-    `lost_bytes_total` and a marker line stands in its place as soon as there is room again.
+    """Output in segments named by the offset of their first byte; a full disk neither blocks nor
+    fails it. Offsets count the bytes that were kept, so they are contiguous; what was lost is in
+    `lost_bytes_total`, and a marker line stands in its place as soon as there is room again.
     """
 
     def __init__(self, directory: bytes) -> None:
@@ -342,7 +339,7 @@ def exit_record(
 
 
 def start_trainer(
-    launch: Launch, output_fd: int, libc: ctypes.CDLL, enter: "Callable[[Launch], None]"
+    launch: Launch, output_fd: int, libc: "ctypes.CDLL", enter: "Callable[[Launch], None]"
 ) -> int:
     """Fork and `enter`; returns the pid once the program runs. Raises `StartFailure`."""
     error_read, error_write = os.pipe2(os.O_CLOEXEC)
@@ -367,8 +364,10 @@ def start_trainer(
     return pid
 
 
-def become_trainer(launch: Launch, output_fd: int, libc: ctypes.CDLL, shim_pid: int) -> None:
+def become_trainer(launch: Launch, output_fd: int, libc: "ctypes.CDLL", shim_pid: int) -> None:
     """In the child: all between fork and exec. Raises OSError with the file in `filename`."""
+    import ctypes  # by `hold`, before the fork
+
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
         # the last two are ignored by Python, and exec keeps what is ignored
@@ -446,6 +445,8 @@ def record_exit(directory: bytes, text: str) -> None:
 
 def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
     """Hold one trainer from start to exit record. `enter` makes a forked child the trainer."""
+    import ctypes  # only where something is held: the agent shares this file, and has no use for it
+
     if os.getsid(0) != os.getpid():
         os.setsid()
     # whatever a library in the agent let through

@@ -7,7 +7,6 @@ refused at start, with a sentence that names the entry, and never half used.
 """
 
 import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -43,7 +42,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_table(path: str = "") -> XidTable:
     """The table of a file; empty: our own. Raises `TableError`."""
     if not path:
-        text = files("agent.telemetry").joinpath("xids.toml").read_text("utf-8")
+        text = Path(__file__).with_name("xids.toml").read_text("utf-8")
         return parse_table(text, "xids.toml")
     try:
         with Path(path).open("rb") as file:
