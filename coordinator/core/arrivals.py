@@ -13,8 +13,9 @@ was told is told again, and does not take the coordinator for dead.
 
 from coordinator.core import admission, health, leases, nodes, power
 from coordinator.core.admission import Waiting
+from coordinator.core.live import Rival
 from coordinator.core.messages import CloseSession, ComeLater, Goodbye, Hello, Send
-from coordinator.core.state import Instant, State
+from coordinator.core.state import Instant, LiveNode, State
 
 # Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
 NODES_MAX = 20_000
@@ -24,6 +25,8 @@ BATCH_MS = 250
 LATE_MS = 1_000
 # A node in line is not lost until so long after what it was told last.
 EXPECTED_MS = 10_000
+# So long after it was turned away last people hear of an agent that has another one's name.
+RIVAL_MS = 60_000
 NEWER = "a newer session took its place"
 
 
@@ -96,12 +99,35 @@ def _refuse(state: State, now: Instant, session: int, body: Hello) -> str:
         return NEWER  # what it says has been overtaken
     other = live.session is not None and live.session != session
     fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
-    if other and fresh and live.node.journal_id != body.journal_id:
-        return (
-            f"another agent is connected as {body.node} (host {live.node.host.hostname});"
-            " give this one a node name of its own"
-        )
-    return ""
+    return _rival(now, live, body) if other and fresh else ""
+
+
+def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
+    """Why an agent may not have the name of one that is connected. With the same journal it is that
+    one, come again, unless its machine is another, or was started anew: no machine starts so fast
+    that the connection from before is still heard."""
+    there, here = live.node.host, body.host
+    same_journal = live.node.journal_id == body.journal_id
+    if same_journal and (there.boot_id == here.boot_id or not (there.boot_id and here.boot_id)):
+        return ""
+    live.rival = Rival(here.hostname, now.now_ms)
+    copied = ", and without the other's state_directory, which it has a copy of"
+    return (
+        f"another agent is connected as {body.node} (host {there.hostname}); give this one"
+        f" (host {here.hostname}) a node name of its own{copied if same_journal else ''}"
+    )
+
+
+def describe_rival(now: Instant, live: LiveNode) -> str:
+    """That its name is claimed by another agent as well, in a sentence for people; empty when it
+    is not."""
+    rival = live.rival
+    if rival is None or now.now_ms - rival.at_ms > RIVAL_MS:
+        return ""
+    return (
+        f"an agent on host {rival.hostname} claims the name {live.node.id} as well, and is turned"
+        " away: give it one of its own"
+    )
 
 
 def _send_away(state: State, session: int, body: Hello, refusal: str) -> None:

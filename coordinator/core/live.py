@@ -36,6 +36,14 @@ class StandbyWalk:
     found: Rank | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another agent that says it is a node which is connected: its host, and when it came last."""
+
+    hostname: str
+    at_ms: int
+
+
 @dataclass(slots=True)
 class LiveGpu:
     """`holders` are the attempts that have it: one, or several that share it, and strays. `unread`:
@@ -87,6 +95,8 @@ class LiveNode:
     used_ms: int = 0
     gangs: bool = True
     shares: bool = True
+    rival: Rival | None = None
+    clock_wrong: bool = False
 
 
 @dataclass(slots=True)
