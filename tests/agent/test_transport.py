@@ -275,7 +275,8 @@ async def test_a_key_that_grpc_does_not_take_is_named(
 ) -> None:
     files = ours.issue("node", key=key)
     assert await channel_opens(files) is taken
-    for doubt in (agent.https.doubt, coordinator.https.doubt):
+    doubts: list[Callable[..., str]] = [agent.https.doubt, coordinator.https.doubt]
+    for doubt in doubts:
         said = doubt(files)
         assert said == ("" if taken else f"{files.cert_path}, by gRPC: {NEITHER}")
 
