@@ -252,7 +252,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`acknowledged_sequence`: events up to this one are not on this disk any more."""
+    """`acknowledged_sequence`: of events up to this one there is nothing left to say."""
 
     node: str
     journal_id: str

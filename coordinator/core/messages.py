@@ -133,9 +133,9 @@ class HeldAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`acknowledged`: events up to this sequence are not on the agent's disk any more, since some
-    coordinator had them. `gangs`: the agent knows ranks of a job of several; `shares`: it knows
-    jobs that share a GPU."""
+    """`acknowledged`: of events up to this sequence the agent has nothing left to say, since some
+    coordinator had them; after a kill it may be less. `gangs`: the agent knows ranks of a job of
+    several; `shares`: it knows jobs that share a GPU."""
 
     node: str
     journal_id: str

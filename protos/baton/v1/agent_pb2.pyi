@@ -167,8 +167,9 @@ class Hello(_message.Message):
     peer_address: _builtins.str
     """Where peers reach this node's peer service, host:port."""
     acknowledged_sequence: _builtins.int
-    """Events up to this sequence are not on the agent's disk any more, since some coordinator had
-    them.
+    """The agent has nothing left to say of events up to this sequence: some coordinator has
+    acknowledged them. What it knows of that is written down with the next thing that it notes, so
+    after a kill it may be less than it was, and the agent says again what was acknowledged already.
     """
     @_builtins.property
     def host(self) -> _types_pb2.HostFacts: ...
