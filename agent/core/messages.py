@@ -336,12 +336,14 @@ SpooledBody = (
 
 @dataclass(frozen=True, slots=True)
 class AgentEvent:
-    """A fact that waits in the spool until the coordinator has it durably."""
+    """A fact that waits in the spool until the coordinator has it durably. `age_ms`: when it was
+    sent."""
 
     sequence: int
     unix_ms: int
     attempt: str
     body: SpooledBody
+    age_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

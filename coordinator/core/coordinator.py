@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     bills,
     checkpoints,
+    clocks,
     coming,
     decisions,
     defragment,
@@ -310,7 +311,7 @@ def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) 
         return  # one before it was dropped; the agent sends them again in order
     if event.sequence == expected:
         state.put_node(replace(live.node, acknowledged=event.sequence))
-        _apply(state, now, live, event)
+        _apply(state, now, live, clocks.ours(state, now, live, event))
         nodes.settle_drain(state, live)
     state.send(live.node.id, EventAck(live.node.acknowledged))
 

@@ -222,12 +222,14 @@ AgentEventBody = (
 
 @dataclass(frozen=True, slots=True)
 class AgentEvent:
-    """`unix_ms` is the agent's wall clock when it happened."""
+    """`unix_ms` is the agent's wall clock when it happened, and so long ago, `age_ms`, that was
+    when it was sent, whatever that clock says; `None`: an older agent does not say."""
 
     sequence: int
     unix_ms: int
     attempt: str
     body: AgentEventBody
+    age_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
