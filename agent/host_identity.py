@@ -65,9 +65,12 @@ def _noted(path: Path) -> dict[str, list[str]]:
 def _note(path: Path, noted: dict[str, list[str]]) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.touch(mode=0o600)
-    partial.write_text(json.dumps(noted, indent=2) + "\n", "utf-8")
-    partial.replace(path)
+    try:
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(noted, indent=2) + "\n", "utf-8")
+        partial.replace(path)
+    except OSError as error:  # that a disk is full comes without a name
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
 def _gpus(root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 same machine is no reason."""
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_new_hardware_in_the_same_machine_is_no_reason(
 ) -> None:
     check(state, machine(tmp_path / "later", gpus, interfaces))
     check(state, tmp_path / "first")  # what could not be seen for a while is not forgotten
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, encoding: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("agent.host_identity._interfaces", lambda root: [BOARD["eth0"]])
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / FILE_NAME}: No space left"):
+        check(tmp_path)
 
 
 def test_what_many_machines_share_or_each_boot_makes_is_no_witness(tmp_path: Path) -> None:
