@@ -306,3 +306,14 @@ async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=said):
         await PeerServer(store, no_log, address=address, tls=None).open()
     await first.close()
+
+
+async def test_why_nobody_can_listen_is_said_in_words(ours: Authority) -> None:
+    """Also where it is no address of this machine (of a documentation's network, RFC 5737), and
+    where the system would take it and gRPC does not."""
+    with pytest.raises(TransportError) as caught:
+        listen(grpc.aio.server(), "203.0.113.7:7071", ours.issue("good"))
+    assert str(caught.value) == "cannot listen on 203.0.113.7:7071: Cannot assign requested address"
+    files = ours.issue("node", key=ed448.Ed448PrivateKey.generate())
+    with pytest.raises(TransportError, match=f"gRPC does not take {files.cert_path} with its key"):
+        listen(grpc.aio.server(), "127.0.0.1:0", files)
