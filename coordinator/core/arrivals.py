@@ -25,7 +25,8 @@ BATCH_MS = 250
 LATE_MS = 1_000
 # A node in line is not lost until so long after what it was told last.
 EXPECTED_MS = 10_000
-# So long after it was turned away last people hear of an agent that has another one's name.
+# So long after it was turned away last people see an agent that has another one's name, and so
+# often the log says it of one that comes again and again.
 RIVAL_MS = 60_000
 NEWER = "a newer session took its place"
 
@@ -40,7 +41,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     if not refusal and body.node not in line.line and len(line.line) >= NODES_MAX:
         refusal = f"{NODES_MAX} agents stand in line already"
     if refusal:
-        _send_away(state, session, body, refusal)
+        _send_away(state, now, session, body, refusal)
     elif not line.line and admission.take_slot(line, now.now_ms, rate):
         _let_in(state, now, session, body)
     else:
@@ -56,7 +57,7 @@ def let_in(state: State, now: Instant) -> None:
         waiting = admission.first(line)
         refusal = _refuse(state, now, waiting.session, waiting.hello)
         if refusal:
-            _send_away(state, waiting.session, waiting.hello, refusal)
+            _send_away(state, now, waiting.session, waiting.hello, refusal)
         else:
             _let_in(state, now, waiting.session, waiting.hello)
 
@@ -110,7 +111,10 @@ def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
     same_journal = live.node.journal_id == body.journal_id
     if same_journal and (there.boot_id == here.boot_id or not (there.boot_id and here.boot_id)):
         return ""
-    live.rival = Rival(here.hostname, now.now_ms)
+    before, said_ms = live.rival, now.now_ms
+    if before is not None and before.journal_id == body.journal_id:
+        said_ms = before.said_ms if said_ms - before.said_ms < RIVAL_MS else said_ms
+    live.rival = Rival(here.hostname, body.journal_id, now.now_ms, said_ms)
     copied = ", and without the other's state_directory, which it has a copy of"
     return (
         f"another agent is connected as {body.node} (host {there.hostname}); give this one"
@@ -130,9 +134,13 @@ def describe_rival(now: Instant, live: LiveNode) -> str:
     )
 
 
-def _send_away(state: State, session: int, body: Hello, refusal: str) -> None:
+def _send_away(state: State, now: Instant, session: int, body: Hello, refusal: str) -> None:
     admission.leave(state.admission, session)
-    state.log("warning", "node.refused", node=body.node, reason=refusal)
+    live = state.nodes.get(body.node)
+    rival = None if live is None else live.rival
+    again = rival is not None and rival.at_ms == now.now_ms and rival.said_ms < now.now_ms
+    if not again:
+        state.log("warning", "node.refused", node=body.node, reason=refusal)
     state.commands.append(CloseSession(session, refusal))
 
 

@@ -38,10 +38,13 @@ class StandbyWalk:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """Another agent that says it is a node which is connected: its host, and when it came last."""
+    """Another agent that says it is a node which is connected: its host and journal, when it came
+    last, and when the log said so."""
 
     hostname: str
+    journal_id: str
     at_ms: int
+    said_ms: int
 
 
 @dataclass(slots=True)

@@ -41,6 +41,10 @@ def test_a_copy_of_a_node_is_turned_away_and_its_jobs_go_on() -> None:
     assert "(host other) a node name of its own, and without the other's state" in closed.reason
     assert len(fleet.rig.disk.attempts) == 1
     assert fleet.held("n1")
+    for _ in range(10):
+        fleet.rig.now_ms += 100
+        again = fleet.come(OTHER)
+        assert [type(one) for one in again] == [CloseSession], "the log has said it"
     fleet.sessions["n1"] = mine
     assert "an agent on host other claims the name n1 as well" in fleet.node("n1").reason
     for _ in range(61):
