@@ -105,11 +105,12 @@ def _refuse(state: State, now: Instant, session: int, body: Hello) -> str:
 
 def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
     """Why an agent may not have the name of one that is connected. With the same journal it is that
-    one, come again, unless its machine is another, or was started anew: no machine starts so fast
-    that the connection from before is still heard."""
+    one, come again, unless its machine (of a container: its name) is another, or was started anew:
+    none starts so fast that the connection from before is still heard."""
     there, here = live.node.host, body.host
     same_journal = live.node.journal_id == body.journal_id
-    if same_journal and (there.boot_id == here.boot_id or not (there.boot_id and here.boot_id)):
+    told = ((there.boot_id, here.boot_id), (there.hostname, here.hostname))
+    if same_journal and all(one == other or not one or not other for one, other in told):
         return ""
     before, said_ms = live.rival, now.now_ms
     if before is not None and before.journal_id == body.journal_id:

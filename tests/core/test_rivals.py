@@ -4,6 +4,8 @@ that is connected keeps the node, and people hear of both.
 
 from dataclasses import replace
 
+import pytest
+
 from coordinator.core.messages import CloseSession, Effect, FromAgent, Hello, SessionClosed
 from coordinator.core.model import HostFacts
 from tests.core.coordinator_harness import gpus_of
@@ -31,10 +33,13 @@ class Claimed(Fleet):
         return self.rig.handle(FromAgent(session, body))
 
 
-def test_a_copy_of_a_node_is_turned_away_and_its_jobs_go_on() -> None:
+@pytest.mark.parametrize(
+    "other", [OTHER, replace(HERE, hostname="other")], ids=["box", "container"]
+)
+def test_a_copy_of_a_node_is_turned_away_and_its_jobs_go_on(other: HostFacts) -> None:
     fleet = Claimed()
     mine = fleet.sessions["n1"]
-    effects = fleet.come(OTHER)
+    effects = fleet.come(other)
     closed = next(effect for effect in effects if isinstance(effect, CloseSession))
     assert closed.session == fleet.sessions["n1"]
     assert "another agent is connected as n1 (host box)" in closed.reason
@@ -43,7 +48,7 @@ def test_a_copy_of_a_node_is_turned_away_and_its_jobs_go_on() -> None:
     assert fleet.held("n1")
     for _ in range(10):
         fleet.rig.now_ms += 100
-        again = fleet.come(OTHER)
+        again = fleet.come(other)
         assert [type(one) for one in again] == [CloseSession], "the log has said it"
     fleet.sessions["n1"] = mine
     assert "an agent on host other claims the name n1 as well" in fleet.node("n1").reason
