@@ -241,10 +241,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tls = tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
         found = [
             self._node_problem(),
-            address_problem("coordinator", self.coordinator, port_min=1),
-            address_problem("listen", self.listen, port_min=0),
-            tls or _listen_problem(self.listen, self.tls()),
-            tls or self._dial_problem(),
+            tls,
+            address_problem("coordinator", self.coordinator, port_min=1)
+            or (None if tls else self._dial_problem()),
+            address_problem("listen", self.listen, port_min=0)
+            or (None if tls else _listen_problem(self.listen, self.tls())),
             self._metrics_problem(),
             range_problem("chunk_port", self.chunk_port, 0, 65_535),
             self._advertise_problem(),

@@ -17,6 +17,7 @@ compares them), because neither may import the other.
 """
 
 import asyncio
+import os
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -118,18 +119,23 @@ class Exporter:
         self._text_until_s: float | None = None
 
     async def open(self) -> str:
-        """Listen; returns the URL. Raises `OSError`."""
+        """Listen; returns the URL. Raises `OSError` with a sentence."""
         host, _, port = self._address.rpartition(":")
-        self._server = await asyncio.start_server(
-            self._connected,
-            host.strip("[]"),
-            int(port),
-            limit=REQUEST_BYTES_MAX,
-            ssl=self._tls,
-            # Left to itself a handshake, or a goodbye, may take half a minute and more.
-            ssl_handshake_timeout=DEADLINE_S if self._tls else None,
-            ssl_shutdown_timeout=DEADLINE_S if self._tls else None,
-        )
+        try:
+            self._server = await asyncio.start_server(
+                self._connected,
+                host.strip("[]"),
+                int(port),
+                limit=REQUEST_BYTES_MAX,
+                ssl=self._tls,
+                # Left to itself a handshake, or a goodbye, may take half a minute and more.
+                ssl_handshake_timeout=DEADLINE_S if self._tls else None,
+                ssl_shutdown_timeout=DEADLINE_S if self._tls else None,
+            )
+        except OSError as error:  # of asyncio, with a tuple for the address
+            why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror
+            where = f"cannot listen on {self._address} for metrics"
+            raise OSError(error.errno, f"{where}: {why}") from error
         self._watching = asyncio.create_task(self._watch())
         bound = self._server.sockets[0].getsockname()[1]
         return f"{'https' if self._tls else 'http'}://{host}:{bound}{PATH}"

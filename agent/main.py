@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from agent import https
+from agent import host_identity, https
 from agent import logs as logging_setup
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
@@ -64,6 +64,7 @@ _NOT_STARTED = (
     ConfigError,
     TableError,
     TransportError,
+    host_identity.HostChanged,
     ChunkError,
     JournalUnavailable,
     OSError,
@@ -140,6 +141,7 @@ def _checked(tls: Tls | None) -> Tls | None:
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
+    host_identity.check(state_directory)
     tls = _checked(config.tls())
     xids = load_table(config.xid_table)
     async with AsyncExitStack() as stack:

@@ -162,7 +162,10 @@ def _trainer_time(time: TrainerTime) -> types.TrainerTime:
 
 def _event(event: m.AgentEvent) -> pb.AgentEvent:
     message = pb.AgentEvent(
-        sequence=event.sequence, time=_timestamp(event.unix_ms), attempt=event.attempt
+        sequence=event.sequence,
+        time=_timestamp(event.unix_ms),
+        attempt=event.attempt,
+        age=_duration(event.age_ms),
     )
     body = event.body
     match body:

@@ -304,8 +304,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def validate(self) -> list[str]:
         """What is wrong, as sentences that say what to change; empty when all is well."""
         found = [
-            address_problem("listen", self.listen, port_min=0),
-            tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
+            address_problem("listen", self.listen, port_min=0)
+            or tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
             or _listen_problem(self.listen, self.tls()),
             self._metrics_problem(),
             self.otel_endpoint and otel_problem(self.otel_endpoint),

@@ -12,6 +12,13 @@ from pathlib import Path
 from coordinator.transport import Tls, TransportError
 
 FLIGHTS = 3  # of a handshake, each way
+# gRPC's own library, BoringSSL, shakes hands with these keys alone: how they begin in a certificate
+# (RFC 3279, RFC 5480). OpenSSL takes others as well, Ed25519 and P-521 among them.
+TAKEN_KEYS = (
+    bytes.fromhex("06092a864886f70d010101"),  # RSA
+    bytes.fromhex("06072a8648ce3d020106082a8648ce3d030107"),  # P-256
+    bytes.fromhex("06072a8648ce3d020106052b81040022"),  # P-384
+)
 
 
 class TooWeakError(TransportError):
@@ -78,4 +85,7 @@ def doubt(tls: Tls, *, serves: bool = True) -> str:
         except ssl.SSLError as error:
             why = getattr(error, "verify_message", "") or error.reason or str(error)
             return f"{tls.cert_path}, by {tls.ca_path}: {why}"
+    shown = ends[0].getpeercert(binary_form=True) or b""
+    if not any(key in shown for key in TAKEN_KEYS):
+        return f"{tls.cert_path}, by gRPC: its key is neither RSA nor ECDSA on P-256 or P-384"
     return ""

@@ -10,6 +10,7 @@ program may import the other; a test compares them.
 
 import errno
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
         credentials = grpc.ssl_server_credentials([pair], _read(tls.ca_path), True)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise TransportError(f"cannot listen on {address}: {_why(address, error)}") from error
+        raise TransportError(f"cannot listen on {address}: {_why(address, tls, error)}") from error
 
 
 def open_channel(
@@ -77,18 +78,21 @@ def open_channel(
     return grpc.aio.secure_channel(address, credentials, merged)
 
 
-def _why(address: str, error: RuntimeError) -> str:
+def _why(address: str, tls: Tls | None, error: RuntimeError) -> str:
     """gRPC says that it could not, and nothing of the reason; the system does when asked again."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host.strip("[]"), int(port)), family=family).close()
     except OSError as plain:
-        in_use = plain.errno == errno.EADDRINUSE
-        return "another program listens there already" if in_use else plain.strerror or str(plain)
+        if plain.errno == errno.EADDRINUSE:
+            return "another program listens there already"
+        # Python adds the address to the text of an error of the system, but not of a name's.
+        number = plain.errno or 0
+        return os.strerror(number) if number > 0 else plain.strerror or str(plain)
     except ValueError:  # its port is no number
         return str(error)
-    return str(error)
+    return f"gRPC does not take {tls.cert_path} with its key" if tls else str(error)
 
 
 def _is_loopback(address: str) -> bool:

@@ -322,6 +322,7 @@ def _progress(progress: types.Progress) -> model.Progress:
 
 def _event(event: pb.AgentEvent) -> m.AgentEvent:
     kind = event.WhichOneof("event")
+    age_ms = _milliseconds(event.age) if event.HasField("age") else None
     body: m.AgentEventBody
     match kind:
         case "started":
@@ -349,10 +350,10 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
             body = _proposed(event.checkpoint_proposed)
         case "gpu_health":
             body = m.GpuHealthChanged(_health(event.gpu_health.gpus))
-            return m.AgentEvent(event.sequence, _milliseconds(event.time), "", body)
         case _:
             raise WireError("an event of a kind that this coordinator does not know; is it older?")
-    return m.AgentEvent(event.sequence, _milliseconds(event.time), _attempt_id(event.attempt), body)
+    attempt = "" if kind == "gpu_health" else _attempt_id(event.attempt)
+    return m.AgentEvent(event.sequence, _milliseconds(event.time), attempt, body, age_ms)
 
 
 def _proposed(proposed: pb.CheckpointProposed) -> m.CheckpointProposed:

@@ -25,6 +25,7 @@ first transfer, and an agent that never moves a checkpoint never pays for it.
 import asyncio
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import ssl
@@ -295,7 +296,8 @@ class ChunkHttpServer:
             )
         except OSError as error:
             where = f"{host}:{self._port}"
-            raise TransportError(f"cannot listen on {where} for chunks: {error}") from error
+            why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror
+            raise TransportError(f"cannot listen on {where} for chunks: {why}") from error
         return int(self._listener.getsockname()[1])
 
     def start(self) -> int:

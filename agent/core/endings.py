@@ -45,6 +45,11 @@ def exit_of(record: AttemptRecord, ended: ProcessExit) -> ProcessExit:
     return ended
 
 
+def plainly(ended: ProcessExit) -> str:
+    """Of one that nothing more is known of."""
+    return f"exit status {ended.exit_code}" if ended.signal is None else f"signal {ended.signal}"
+
+
 def said_of(record: AttemptRecord) -> int | None:
     """The status of those below a launcher, as far as it is known. Where it is the launcher's own,
     there may be none, and nothing is to be added."""

@@ -5,6 +5,10 @@ tried and fails on the next. So nothing is inherited: the environment is compose
 agent's configured base, the job's own variables, and what Baton and the launchers that people come
 from promise (torchrun's rendezvous variables, an opt-in SLURM_* set).
 
+A job of one process runs as if started by hand. Who finds RANK or LOCAL_RANK takes itself for one
+of several: accelerate, and so `Trainer`, makes a process group and wraps the model in DDP for
+LOCAL_RANK=0 of one, many a script does so for RANK, and Lightning starts no processes of its own.
+
 A rank of a gang finds what torchrun would have told it. Where it is alone on its node, or has
 several GPUs, it may be a launcher itself: `torchrun script.py` takes its options from PET_*, and
 counts each rank for a node.
@@ -111,14 +115,10 @@ def _baton(record: AttemptRecord, options: LaunchOptions, directory: str) -> dic
 def _rendezvous(record: AttemptRecord) -> dict[str, str]:
     if record.gang is not None:
         return _gang_rendezvous(record, record.gang)
-    # Bound by jobs that start ranks of their own, and by libraries that make a group of one. Drawn
-    # from the attempt's own chance: several agents, even of several fleets, may be on one host.
+    # For jobs that start ranks of their own, and would all bind the same port. Drawn from the
+    # attempt's own chance: several agents, even of several fleets, may be on one host.
     port = 20_000 + crc32(record.token.encode()) % 10_000
     return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RESTART_COUNT": str(record.restart_count),

@@ -252,7 +252,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`acknowledged_sequence`: events up to this one are not on this disk any more."""
+    """`acknowledged_sequence`: of events up to this one there is nothing left to say."""
 
     node: str
     journal_id: str
@@ -336,12 +336,14 @@ SpooledBody = (
 
 @dataclass(frozen=True, slots=True)
 class AgentEvent:
-    """A fact that waits in the spool until the coordinator has it durably."""
+    """A fact that waits in the spool until the coordinator has it durably. `age_ms`: when it was
+    sent."""
 
     sequence: int
     unix_ms: int
     attempt: str
     body: SpooledBody
+    age_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

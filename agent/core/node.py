@@ -456,7 +456,7 @@ def _ended(state: State, now: Instant, ended: ProcessExit) -> None:
         attempt=ended.attempt_id,
         exit_code=ended.exit_code,
         signal=ended.signal,
-        reason=ended.reason,
+        reason=ended.reason or endings.plainly(ended),
     )
     clean.begin(state, now, live)
     pipeline.search_slab(state, live)

@@ -162,6 +162,7 @@ class State:
         self.journal_id = memory.journal_id
         self.attempts = {record.id: LiveAttempt(record) for record in memory.attempts}
         self.spool: dict[int, AgentEvent] = {event.sequence: event for event in memory.spool}
+        self.spooled_ms: dict[int, int] = {}  # when, for what this process has spooled
         self.next_sequence = memory.next_sequence
         self.fences = {fence.job_id: fence for fence in memory.fences}
         self.leader_epoch = memory.leader_epoch
@@ -261,13 +262,14 @@ class State:
         event = AgentEvent(self.next_sequence, now.unix_ms, attempt_id, body)
         self.next_sequence += 1
         self.spool[event.sequence] = event
+        self.spooled_ms[event.sequence] = now.now_ms
         self.records.append(SpoolEvent(event))
         self.flow(now)
         return event.sequence
 
     @property
     def acknowledged_sequence(self) -> int:
-        """Events up to this one are not here any more: some coordinator had them."""
+        """Of events up to this one there is nothing left to say: some coordinator had them."""
         return next(iter(self.spool), self.next_sequence) - 1
 
     def acknowledge(self, now: Instant, sequence: int) -> None:
@@ -276,6 +278,8 @@ class State:
             return
         acknowledged = [known for known in self.spool if known <= sequence]
         gone = [self.spool.pop(known).body for known in acknowledged]
+        for known in acknowledged:
+            self.spooled_ms.pop(known, None)
         self.dropped = DropSpooled(sequence)
         if any(isinstance(body, CheckpointProposed) for body in gone):
             self.records.append(self.dropped)  # else we would wait for its answer after a restart
@@ -289,10 +293,17 @@ class State:
             return
         for event in islice(self.spool.values(), SPOOL_SENT_MAX):
             if event.sequence > self.sent_sequence:
-                self.send(event)
+                self.send(replace(event, age_ms=self._age_ms(now, event)))
                 self.sent_sequence = event.sequence
         if self.resend_due_ms is None:
             self.resend_due_ms = now.now_ms + RESEND_MS
+
+    def _age_ms(self, now: Instant, event: AgentEvent) -> int:
+        """Of what is from before our restart the wall clock alone tells, if it was not set."""
+        spooled_ms = self.spooled_ms.get(event.sequence)
+        if spooled_ms is None:
+            return max(0, now.unix_ms - event.unix_ms)
+        return now.now_ms - spooled_ms
 
     # --- commands ---------------------------------------------------------------------------------
 

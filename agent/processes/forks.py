@@ -106,7 +106,8 @@ class ForkServer:
             )
         except OSError as error:
             ours.close()
-            self._later(str(error))
+            what = (error.strerror, error.filename)
+            self._later(": ".join(str(part) for part in what if part))
             return
         finally:
             theirs.close()

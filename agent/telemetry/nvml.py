@@ -217,6 +217,7 @@ def _no_gpus(error: pynvml.NVMLError) -> str:
 # What an operator would look up.
 _HINTS: Final = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no driver is installed",
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: "the driver's library is too old",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "see `modprobe nvidia`",
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the driver was upgraded: reboot",
     pynvml.NVML_ERROR_NO_PERMISSION: "the agent may not open /dev/nvidiactl",

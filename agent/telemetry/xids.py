@@ -63,7 +63,7 @@ class Xids:
                 said = await asyncio.to_thread(self._log.history)
             except OSError as error:
                 self._log.close()
-                reason = f"{self._path} cannot be read: {error.strerror}; NVML is the only witness"
+                reason = f"{self._path}: {error.strerror}; NVML is the only witness"
                 log.warning("kernel_log.absent", reason=reason)
             else:
                 self._tell(said)

@@ -13,8 +13,9 @@ was told is told again, and does not take the coordinator for dead.
 
 from coordinator.core import admission, health, leases, nodes, power
 from coordinator.core.admission import Waiting
+from coordinator.core.live import Rival
 from coordinator.core.messages import CloseSession, ComeLater, Goodbye, Hello, Send
-from coordinator.core.state import Instant, State
+from coordinator.core.state import Instant, LiveNode, State
 
 # Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
 NODES_MAX = 20_000
@@ -24,6 +25,9 @@ BATCH_MS = 250
 LATE_MS = 1_000
 # A node in line is not lost until so long after what it was told last.
 EXPECTED_MS = 10_000
+# So long after it was turned away last people see an agent that has another one's name, and so
+# often the log says it of one that comes again and again.
+RIVAL_MS = 60_000
 NEWER = "a newer session took its place"
 
 
@@ -37,7 +41,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     if not refusal and body.node not in line.line and len(line.line) >= NODES_MAX:
         refusal = f"{NODES_MAX} agents stand in line already"
     if refusal:
-        _send_away(state, session, body, refusal)
+        _send_away(state, now, session, body, refusal)
     elif not line.line and admission.take_slot(line, now.now_ms, rate):
         _let_in(state, now, session, body)
     else:
@@ -53,7 +57,7 @@ def let_in(state: State, now: Instant) -> None:
         waiting = admission.first(line)
         refusal = _refuse(state, now, waiting.session, waiting.hello)
         if refusal:
-            _send_away(state, waiting.session, waiting.hello, refusal)
+            _send_away(state, now, waiting.session, waiting.hello, refusal)
         else:
             _let_in(state, now, waiting.session, waiting.hello)
 
@@ -96,17 +100,48 @@ def _refuse(state: State, now: Instant, session: int, body: Hello) -> str:
         return NEWER  # what it says has been overtaken
     other = live.session is not None and live.session != session
     fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
-    if other and fresh and live.node.journal_id != body.journal_id:
-        return (
-            f"another agent is connected as {body.node} (host {live.node.host.hostname});"
-            " give this one a node name of its own"
-        )
-    return ""
+    return _rival(now, live, body) if other and fresh else ""
 
 
-def _send_away(state: State, session: int, body: Hello, refusal: str) -> None:
+def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
+    """Why an agent may not have the name of one that is connected. With the same journal it is that
+    one, come again, unless its machine (of a container: its name) is another, or was started anew:
+    none starts so fast that the connection from before is still heard."""
+    there, here = live.node.host, body.host
+    same_journal = live.node.journal_id == body.journal_id
+    told = ((there.boot_id, here.boot_id), (there.hostname, here.hostname))
+    if same_journal and all(one == other or not one or not other for one, other in told):
+        return ""
+    before, said_ms = live.rival, now.now_ms
+    if before is not None and before.journal_id == body.journal_id:
+        said_ms = before.said_ms if said_ms - before.said_ms < RIVAL_MS else said_ms
+    live.rival = Rival(here.hostname, body.journal_id, now.now_ms, said_ms)
+    copied = ", and without the other's state_directory, which it has a copy of"
+    return (
+        f"another agent is connected as {body.node} (host {there.hostname}); give this one"
+        f" (host {here.hostname}) a node name of its own{copied if same_journal else ''}"
+    )
+
+
+def describe_rival(now: Instant, live: LiveNode) -> str:
+    """That its name is claimed by another agent as well, in a sentence for people; empty when it
+    is not."""
+    rival = live.rival
+    if rival is None or now.now_ms - rival.at_ms > RIVAL_MS:
+        return ""
+    return (
+        f"an agent on host {rival.hostname} claims the name {live.node.id} as well, and is turned"
+        " away: give it one of its own"
+    )
+
+
+def _send_away(state: State, now: Instant, session: int, body: Hello, refusal: str) -> None:
     admission.leave(state.admission, session)
-    state.log("warning", "node.refused", node=body.node, reason=refusal)
+    live = state.nodes.get(body.node)
+    rival = None if live is None else live.rival
+    again = rival is not None and rival.at_ms == now.now_ms and rival.said_ms < now.now_ms
+    if not again:
+        state.log("warning", "node.refused", node=body.node, reason=refusal)
     state.commands.append(CloseSession(session, refusal))
 
 

@@ -384,9 +384,9 @@ def heard(state: State, now: Instant, node_id: str, held: Sequence[HeldAttempt])
             state.log("warning", "standby.failed", attempt=attempt.id, node=other, reason=failed)
 
 
-def tell_new_address(state: State, node_id: str) -> None:
-    """A node has come back at another address: whoever sends it copies must know, or a job that
-    requires one would wait for ever at the old door."""
+def tell_back(state: State, node_id: str) -> None:
+    """A node has come back, maybe at another address: whoever sends it copies tries again at once,
+    and there, or a job that requires one would wait for minutes, or for ever at the old door."""
     for attempt_id in state.indices.open_attempts:
         attempt = state.attempts[attempt_id]
         if attempt.replica_node == node_id:

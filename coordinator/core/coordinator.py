@@ -13,6 +13,7 @@ from coordinator.core import (
     attempts,
     bills,
     checkpoints,
+    clocks,
     coming,
     decisions,
     defragment,
@@ -261,7 +262,8 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reasons = (_why_closed(state, now, live) or health.describe(state, live), stuck.describe(live))
+    why = _why_closed(state, now, live) or health.describe(state, live)
+    reasons = (why, stuck.describe(live), arrivals.describe_rival(now, live))
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
@@ -309,7 +311,7 @@ def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) 
         return  # one before it was dropped; the agent sends them again in order
     if event.sequence == expected:
         state.put_node(replace(live.node, acknowledged=event.sequence))
-        _apply(state, now, live, event)
+        _apply(state, now, live, clocks.ours(state, now, live, event))
         nodes.settle_drain(state, live)
     state.send(live.node.id, EventAck(live.node.acknowledged))
 

@@ -15,11 +15,11 @@ from coordinator.core.phases import GpuPhase, NodePhase
 @dataclass(frozen=True, slots=True)
 class StandbyWatch:
     """Of one attempt (`standby.py`): when its standby moved last, since when a node fits better,
-    and at which nodes no copies of it arrive."""
+    and at which nodes no copies of it arrived, and when that was seen."""
 
     moved_ms: int | None = None
     better_since_ms: int | None = None
-    failed: tuple[str, ...] = ()
+    failed: tuple[tuple[str, int], ...] = ()
 
 
 # How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).
@@ -34,6 +34,17 @@ class StandbyWalk:
     attempt: str
     place: int = 0
     found: Rank | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another agent that says it is a node which is connected: its host and journal, when it came
+    last, and when the log said so."""
+
+    hostname: str
+    journal_id: str
+    at_ms: int
+    said_ms: int
 
 
 @dataclass(slots=True)
@@ -60,7 +71,9 @@ class LiveNode:
     back from being lost, or first to a coordinator that had restarted; `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
-    `expected_ms`: it stands in line, and is not lost before then.
+    `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
+    time without a session.
+    `clock_wrong`: `clocks.py`.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -75,6 +88,7 @@ class LiveNode:
     newest_session: int = -1
     heard_ms: int = 0
     back_ms: int | None = None
+    joined_ms: int = 0
     heartbeat_sequence: int = 0
     note: str = ""
     gpus: dict[str, LiveGpu] = field(default_factory=dict)
@@ -87,6 +101,8 @@ class LiveNode:
     used_ms: int = 0
     gangs: bool = True
     shares: bool = True
+    rival: Rival | None = None
+    clock_wrong: bool = False
 
 
 @dataclass(slots=True)

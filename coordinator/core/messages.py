@@ -133,9 +133,9 @@ class HeldAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """`acknowledged`: events up to this sequence are not on the agent's disk any more, since some
-    coordinator had them. `gangs`: the agent knows ranks of a job of several; `shares`: it knows
-    jobs that share a GPU."""
+    """`acknowledged`: of events up to this sequence the agent has nothing left to say, since some
+    coordinator had them; after a kill it may be less. `gangs`: the agent knows ranks of a job of
+    several; `shares`: it knows jobs that share a GPU."""
 
     node: str
     journal_id: str
@@ -222,12 +222,14 @@ AgentEventBody = (
 
 @dataclass(frozen=True, slots=True)
 class AgentEvent:
-    """`unix_ms` is the agent's wall clock when it happened."""
+    """`unix_ms` is the agent's wall clock when it happened, and so long ago, `age_ms`, that was
+    when it was sent, whatever that clock says; `None`: an older agent does not say."""
 
     sequence: int
     unix_ms: int
     attempt: str
     body: AgentEventBody
+    age_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

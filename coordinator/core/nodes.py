@@ -59,6 +59,8 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     the node says of itself, then order what differs from what it should have."""
     known = state.nodes.get(body.node)
     moved = known is not None and known.node.peer_address != body.peer_address
+    # Not after our own restart, when all come.
+    back = known is not None and known.session is None and known.newest_session >= 0
     live = _join(state, now, session, body)
     _welcome(state, live)
     present = dict.fromkeys(body.checkpoints)
@@ -72,8 +74,8 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     stuck.heard(state, live, body.attempts)
     precopy.heard(live, body.attempts)
     checkpoints.retarget(state, job_ids)
-    if moved:
-        checkpoints.tell_new_address(state, live.node.id)
+    if moved or back:
+        checkpoints.tell_back(state, live.node.id)
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
         job = state.jobs[attempt.job_id]
@@ -131,6 +133,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
             state.commands.append(CloseSession(live.session, "a newer session took its place"))
         if live.phase is NodePhase.LOST or live.newest_session < 0:
             live.back_ms = now.now_ms
+        if live.session is None:
+            live.joined_ms = now.now_ms
         same_journal = live.node.journal_id == body.journal_id
         # A coordinator whose store is older than the agent's journal waits for no event that the
         # agent has dropped.

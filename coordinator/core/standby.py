@@ -14,6 +14,7 @@ none lie where nobody can use them. So the standby moves, in six lines:
 4. A standby stays for `INTERVAL_MS`.
 5. Before a drain or a preemption the copy is needed at once: then only 1 and 2 hold.
 6. Where `COPIES_FAILED_MAX` copies in a row have not arrived, another takes over, if there is one.
+   That is forgotten when the node has been away and is back, and after `FORGOTTEN_MS`.
 
 The next checkpoint goes to the new one first. Only chunks travel that it lacks, so what is frozen
 travels once.
@@ -43,6 +44,8 @@ INTERVAL_MS = 60_000
 COPIES_FAILED_MAX = 3
 # Where none arrived; so many are remembered for an attempt.
 FAILED_MAX = 8
+# A disk is cleared, a link mended. Too soon costs three copies that fail again, and two minutes.
+FORGOTTEN_MS = 3_600_000
 # Nodes looked at in one tick, by all reviews: five milliseconds, four times a second. Of thousands
 # of nodes each tick looks at some.
 LOOKS_PER_TICK_MAX = 400
@@ -252,7 +255,7 @@ def aim(state: State, attempt_id: str) -> str:
     if present is not None and present.fit is Fit.FREE:
         return attempt.replica_node  # nobody fits better
     least = -1 if present is None else present.fit
-    but = (attempt.node, *_watch(state, attempt).failed)
+    but = (attempt.node, *_failed(state, attempt))
     return _best_of_all(state, job, but, attempt.rank, least) or attempt.replica_node
 
 
@@ -262,19 +265,21 @@ def instead(state: State, now: Instant, attempt: Attempt) -> str:
     other, or one has just taken over: the agent may not have heard of it yet. Each that has failed
     makes the next one later, for it may be the attempt's own node that is at fault."""
     watch, job = _watch(state, attempt), state.jobs[attempt.job_id]
-    wait_ms = INTERVAL_MS * max(1, len(watch.failed))
+    times = _failed(state, attempt, now)
+    wait_ms = INTERVAL_MS * max(1, len(times))
     if watch.moved_ms is not None and now.now_ms - watch.moved_ms < wait_ms:
         return ""
-    others = [name for name in watch.failed if name != attempt.replica_node]
     present = attempt.replica_node
-    chosen, failed = _another(state, job, attempt, others[1 - FAILED_MAX :], (present,))
-    state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=(*failed, present))
+    times.pop(present, None)
+    chosen, failed = _another(state, job, attempt, list(times)[1 - FAILED_MAX :], (present,))
+    noted = (*((name, times[name]) for name in failed), (present, now.now_ms))
+    state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=noted)
     return chosen
 
 
 def in_place(state: State, job: Job, attempt: Attempt) -> str:
     """The node that takes over from a standby that is not there any more."""
-    return _another(state, job, attempt, _watch(state, attempt).failed)[0]
+    return _another(state, job, attempt, list(_failed(state, attempt)))[0]
 
 
 def _another(
@@ -325,7 +330,7 @@ def _look(
     with the first that is `_perfect` and has no more copies than the one that the last such walk
     found: in a fleet of thousands with idle nodes that is soon."""
     job = state.jobs[attempt.job_id]
-    closed = (attempt.node, *_watch(state, attempt).failed)
+    closed = (attempt.node, *_failed(state, attempt))
     perfect, few = _perfect(state, job, attempt), state.indices.few_copies.get(_alike(job), 0)
     for looked, live in enumerate(part, start=1):
         walk.place += 1
@@ -363,13 +368,25 @@ def _moved(
         few[_alike(job)] = walk.found[-2]
     there = live is not None and _takes_copies(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
-    watch = _watch(state, attempt)
+    failed = tuple(_failed(state, attempt, now).items())
+    watch = replace(_watch(state, attempt), failed=failed)
     state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)
     return [] if found is None else [(attempt.id, found.node)]
 
 
 def _watch(state: State, attempt: Attempt) -> StandbyWatch:
     return state.standby_watches.get(attempt.id, StandbyWatch())
+
+
+def _failed(state: State, attempt: Attempt, now: Instant | None = None) -> dict[str, int]:
+    """Where no copies of it arrived, and when that was seen, the oldest first: of nodes that have
+    not been away since. `now`: neither after so long a time, which each review looks at."""
+    return {
+        name: at_ms
+        for name, at_ms in _watch(state, attempt).failed
+        if (name not in state.nodes or state.nodes[name].joined_ms <= at_ms)
+        and (now is None or now.now_ms - at_ms < FORGOTTEN_MS)
+    }
 
 
 def _present(state: State, job: Job, node_id: str, rank: int) -> Candidate | None:

@@ -339,6 +339,17 @@ def test_giving_back_never_takes_a_manifest(
     assert check_whole(store) == 2
 
 
+def test_giving_back_takes_what_was_written_before_the_clock_was_set_back(tmp_path: Path) -> None:
+    """Or a disk that is full then stays full for as long as it was ahead."""
+    store = opened(tmp_path / "store")
+    digest = digest_of(b"data")
+    with store.writing() as writing:
+        writing.put_chunk(digest, b"data")
+    a_day_ahead_s = time.time() + 86_400
+    os.utime(store.chunk_path(digest), (a_day_ahead_s, a_day_ahead_s))
+    assert store.give_back() == 4
+
+
 def test_collect_removes_no_chunk_while_a_kept_manifest_cannot_be_read(tmp_path: Path) -> None:
     store = opened(tmp_path / "store")
     stored = kept(store, written(tmp_path / "in", {"a": b"data"}))

@@ -61,10 +61,10 @@ def test_a_node_id_that_no_coordinator_accepts(node: str) -> None:
     "address", ["7070", ":7070", "host:", "host:x", "host:65536", "host:-1", "::1:7070", "h:٣"]
 )
 def test_an_address_that_is_none(address: str) -> None:
-    sentences = refusals("--coordinator", address, *TLS)
-    assert sentences == (
-        f"'coordinator' must be HOST:PORT with a port of 1 to 65535, not '{address}'",
-    )
+    for tls in (TLS, ()):  # without TLS no host is named that may not be one
+        assert refusals("--coordinator", address, *tls) == (
+            f"'coordinator' must be HOST:PORT with a port of 1 to 65535, not '{address}'",
+        )
 
 
 def test_port_0_is_for_listeners_only() -> None:

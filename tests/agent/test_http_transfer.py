@@ -377,8 +377,10 @@ def test_a_port_in_use_is_named_when_the_agent_starts(world: World, tmp_path: Pa
     server = ChunkHttpServer(
         world.store, world.transfers, address="127.0.0.1:0", port=world.port, tls=None
     )
-    with pytest.raises(TransportError, match=f"cannot listen on 127.0.0.1:{world.port}"):
+    with pytest.raises(TransportError, match="cannot listen on") as caught:
         server.bind()
+    where = f"127.0.0.1:{world.port}"
+    assert str(caught.value) == f"cannot listen on {where} for chunks: Address already in use"
 
 
 @asynccontextmanager

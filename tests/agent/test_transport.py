@@ -15,7 +15,7 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 import agent.https
@@ -32,7 +32,17 @@ from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
 from tests.wire.slow_link import slow_link
 
 DIGEST = "ab" * 32
-Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+NEITHER = "its key is neither RSA nor ECDSA on P-256 or P-384"
+READY, TRANSIENT_FAILURE = (
+    grpc.ChannelConnectivity.READY,
+    grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+)
+Key = (
+    ec.EllipticCurvePrivateKey
+    | rsa.RSAPrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+)
 
 
 class Authority:
@@ -248,14 +258,44 @@ async def test_what_grpc_takes_stops_nobody(
     assert doubt(weak) == f"{weak.cert_path}, by OpenSSL: EE_KEY_TOO_SMALL"
 
 
+@pytest.mark.parametrize(
+    ("key", "taken"),
+    [
+        (ec.generate_private_key(ec.SECP256R1()), True),
+        (ec.generate_private_key(ec.SECP384R1()), True),
+        (rsa.generate_private_key(65537, 2048), True),
+        (ec.generate_private_key(ec.SECP521R1()), False),
+        (ed25519.Ed25519PrivateKey.generate(), False),
+        (ed448.Ed448PrivateKey.generate(), False),
+    ],
+    ids=["p256", "p384", "rsa", "p521", "ed25519", "ed448"],
+)
+async def test_a_key_that_grpc_does_not_take_is_named(
+    ours: Authority, key: Key, taken: bool
+) -> None:
+    files = ours.issue("node", key=key)
+    assert await channel_opens(files) is taken
+    doubts: list[Callable[..., str]] = [agent.https.doubt, coordinator.https.doubt]
+    for doubt in doubts:
+        said = doubt(files)
+        assert said == ("" if taken else f"{files.cert_path}, by gRPC: {NEITHER}")
+
+
 async def channel_opens(tls: Tls) -> bool:
+    """Or the server does not listen, or it cannot be talked to."""
     server = grpc.aio.server()
-    port = listen(server, "127.0.0.1:0", tls)
+    try:
+        port = listen(server, "127.0.0.1:0", tls)
+    except TransportError:
+        return False
     await server.start()
     async with open_channel(f"127.0.0.1:{port}", tls) as channel:
-        await channel.channel_ready()
+        state = channel.get_state(try_to_connect=True)
+        while state not in (READY, TRANSIENT_FAILURE):
+            await channel.wait_for_state_change(state)
+            state = channel.get_state()
     await server.stop(None)
-    return True
+    return state is READY
 
 
 async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
@@ -266,3 +306,14 @@ async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=said):
         await PeerServer(store, no_log, address=address, tls=None).open()
     await first.close()
+
+
+async def test_why_nobody_can_listen_is_said_in_words(ours: Authority) -> None:
+    """Also where it is no address of this machine (of a documentation's network, RFC 5737), and
+    where the system would take it and gRPC does not."""
+    with pytest.raises(TransportError) as caught:
+        listen(grpc.aio.server(), "203.0.113.7:7071", ours.issue("good"))
+    assert str(caught.value) == "cannot listen on 203.0.113.7:7071: Cannot assign requested address"
+    files = ours.issue("node", key=ed448.Ed448PrivateKey.generate())
+    with pytest.raises(TransportError, match=f"gRPC does not take {files.cert_path} with its key"):
+        listen(grpc.aio.server(), "127.0.0.1:0", files)

@@ -5,8 +5,19 @@ from dataclasses import replace
 import pytest
 
 from coordinator.core import standby
-from coordinator.core.messages import Effect, FromAgent, Heartbeat, Log, SessionClosed, Tick
+from coordinator.core.launch import PeerAddress
+from coordinator.core.messages import (
+    Effect,
+    FromAgent,
+    Heartbeat,
+    Log,
+    Send,
+    SessionClosed,
+    SetReplicaTarget,
+    Tick,
+)
 from coordinator.core.model import Checkpoint, Job
+from coordinator.core.node_requests import CordonNode
 from coordinator.core.state import LiveNode, Options, State
 from tests.core.test_gpu_health import Fleet
 
@@ -169,6 +180,44 @@ def test_when_a_standby_dies_none_takes_over_at_which_copies_failed() -> None:
     seen.append(state.attempts["1.1"].replica_node)
     assert sorted(seen[:3]) == ["n2", "n3", "n4"]
     assert seen[3] == seen[0]
+
+
+@pytest.mark.parametrize("how", ["away", "in time"])
+def test_a_standby_that_was_mended_is_looked_at_again(how: str) -> None:
+    """It could go on with the job, and the node that took over takes no work."""
+    fleet = Fleet(dict.fromkeys(NODES[:3], 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    fleet.submit()
+    state = fleet.rig.core.state
+    failed = state.attempts["1.1"].replica_node
+    (held,) = fleet.held("n1")
+    beat = Heartbeat(1, attempts=(replace(held, copies_failed=standby.COPIES_FAILED_MAX),))
+    fleet.rig.handle(FromAgent(fleet.sessions["n1"], beat))
+    other = state.attempts["1.1"].replica_node
+    assert {failed, other} == {"n2", "n3"}
+    fleet.ask(CordonNode(other))
+    for turn in range(standby.FORGOTTEN_MS // 10_000 + 30):
+        fleet.pass_ms(10_000)
+        if turn == 29:
+            assert state.attempts["1.1"].replica_node == other, "it is not forgotten"
+            if how == "away":
+                fleet.rig.handle(FromAgent(fleet.sessions[failed], SessionClosed()))
+                fleet.hello(failed)
+        if state.attempts["1.1"].replica_node == failed:
+            break
+    assert state.attempts["1.1"].replica_node == failed
+    assert (turn < 60) is (how == "away")
+
+
+def test_a_standby_that_comes_back_gets_its_copy_at_once() -> None:
+    """The agent tries again ever more seldom, up to five minutes."""
+    fleet = Fleet(dict.fromkeys(NODES[:2], 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    fleet.submit()
+    fleet.rig.handle(FromAgent(fleet.sessions["n2"], SessionClosed()))
+    sent = [one for one in fleet.hello("n2") if isinstance(one, Send)]
+    told = [one.order for one in sent if one.session == fleet.sessions["n1"]]
+    assert told == [SetReplicaTarget("1.1", PeerAddress("n2", "n2:1"), False)]
+    again = [one for one in fleet.hello("n2") if isinstance(one, Send)]
+    assert all(one.session == fleet.sessions["n2"] for one in again), "it was not away"
 
 
 def logged(effects: list[Effect], name: str) -> list[Log]:

@@ -40,6 +40,7 @@ class Undisturbed:
     losses: dict[int, float]
     digest: str
     directory: Path
+    distributed: str
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         capture_output=True, text=True, timeout=SCRIPT_DEADLINE_S,
     )  # fmt: skip
     found = work.parsed(done.stdout)
-    return Undisturbed(losses_in(found), digest_in(found), directory)
+    return Undisturbed(losses_in(found), digest_in(found), directory, distributed_in(found))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,11 @@ def losses_in(found: list[dict[str, Any]]) -> dict[int, float]:
 def digest_in(found: list[dict[str, Any]]) -> str:
     """Of the final weights."""
     return str(work.events_named(found, "end")[0]["digest"])
+
+
+def distributed_in(found: list[dict[str, Any]]) -> str:
+    """What Accelerate takes the training for; "NO": one process without a group."""
+    return str(work.events_named(found, "begin")[0]["distributed"])
 
 
 @pytest.mark.timeout(300)  # three programs that import torch and transformers, one after another
@@ -97,6 +103,7 @@ def test_a_trainer_script_survives_its_node(
     work.wait_job(cluster, job_id, ended_well, "done", deadline_s=SCRIPT_DEADLINE_S)
     after = work.lines(cluster, job_id)
     assert work.events_named(before, "begin")[0]["step"] == 0
+    assert distributed_in(before) == undisturbed.distributed == "NO"
     # Nothing is repeated but the steps since the last save.
     assert work.events_named(after, "begin")[0]["step"] == 2 * EVERY
     assert sorted(losses_in(after)) == list(range(2 * EVERY + 1, STEPS + 1))

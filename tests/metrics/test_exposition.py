@@ -44,6 +44,15 @@ async def serving(source: Source) -> AsyncIterator[int]:
         await exporter.close()
 
 
+async def test_a_port_that_is_taken_is_named_with_what_it_was_for() -> None:
+    async with serving(Source()) as port:
+        other = Exporter(f"127.0.0.1:{port}", Source(), Histogram(SECONDS_BOUNDS), None)
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}") as caught:
+            await other.open()
+    said = f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use"
+    assert caught.value.strerror == said
+
+
 async def ask(port: int, request: bytes) -> tuple[str, bytes]:
     """Status line and body; both empty when it hung up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

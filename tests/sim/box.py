@@ -194,7 +194,7 @@ def _found(pid: int) -> tuple[int, ...]:
 def _restored_part(disk: Disk, launch: Launch) -> Content | None:
     """Of what lies in the attempt's restore directory, the rank's own part, or else the whole."""
     directory = f"/attempts/{launch.attempt_id}/restore"
-    rank = dict(launch.environment)["RANK"]
+    rank = dict(launch.environment).get("RANK", "0")
     return disk.staging.get(f"{directory}/{rank}", disk.staging.get(f"{directory}/0"))
 
 

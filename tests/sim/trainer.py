@@ -64,7 +64,8 @@ class Trainer:
         self.attempt_id = launch.attempt_id
         self.job_id = int(environment["BATON_JOB_ID"])
         self.epoch = int(environment["BATON_EPOCH"])
-        self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        self.rank = int(environment.get("RANK", 0))
+        self.world_size = int(environment.get("WORLD_SIZE", 1))
         self.token = environment["BATON_TOKEN"]
         self.gpu_uuids = _own_gpus(environment)
         self.program: dict[str, int] = json.loads(launch.arguments[1])
@@ -238,5 +239,6 @@ class Trainer:
 def _own_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Ranks with one GPU each see those of all ranks on their node, as torchrun does it."""
     visible = tuple(filter(None, environment["CUDA_VISIBLE_DEVICES"].split(",")))
-    local, count = (int(environment[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    local = int(environment.get("LOCAL_RANK", 0))
+    count = int(environment.get("LOCAL_WORLD_SIZE", 1))
     return visible[local : local + 1] if count > 1 and len(visible) == count else visible

@@ -27,15 +27,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/agent.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12%\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x14.baton.v1.AgentEventH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.baton.v1.GoodbyeH\x00\x42\t\n\x07message\"\xc9\x03\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12/\n\rlease_renewal\x18\x02 \x01(\x0b\x32\x16.baton.v1.LeaseRenewalH\x00\x12\'\n\tevent_ack\x18\x03 \x01(\x0b\x32\x12.baton.v1.EventAckH\x00\x12/\n\rstart_attempt\x18\x04 \x01(\x0b\x32\x16.baton.v1.StartAttemptH\x00\x12-\n\x0cstop_attempt\x18\x05 \x01(\x0b\x32\x15.baton.v1.StopAttemptH\x00\x12\x38\n\x12set_replica_target\x18\x06 \x01(\x0b\x32\x1a.baton.v1.SetReplicaTargetH\x00\x12/\n\rcommit_result\x18\x07 \x01(\x0b\x32\x16.baton.v1.CommitResultH\x00\x12\x35\n\x10keep_checkpoints\x18\x08 \x01(\x0b\x32\x19.baton.v1.KeepCheckpointsH\x00\x12)\n\ncome_later\x18\t \x01(\x0b\x32\x13.baton.v1.ComeLaterH\x00\x42\t\n\x07message\"\xb2\x02\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x14\n\x0cpeer_address\x18\x03 \x01(\t\x12!\n\x04host\x18\x04 \x01(\x0b\x32\x13.baton.v1.HostFacts\x12 \n\x04gpus\x18\x05 \x03(\x0b\x32\x12.baton.v1.GpuFacts\x12\'\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12\x13\n\x0b\x63heckpoints\x18\x07 \x03(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x08 \x01(\x03\x12*\n\x0c\x63\x61pabilities\x18\t \x03(\x0e\x32\x14.baton.v1.Capability\x12#\n\x06health\x18\n \x03(\x0b\x32\x13.baton.v1.GpuHealth\"<\n\x08GpuFacts\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\xb6\x01\n\x0bHeldAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04live\x18\x03 \x01(\x08\x12\'\n\x05stuck\x18\x05 \x01(\x0b\x32\x18.baton.v1.StuckProcesses\x12/\n\x0cprecopy_gain\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rcopies_failed\x18\x07 \x01(\x05J\x04\x08\x04\x10\x05\"\x1e\n\x0eStuckProcesses\x12\x0c\n\x04pids\x18\x01 \x03(\x05\"\xc0\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12%\n\x04host\x18\x02 \x01(\x0b\x32\x17.baton.v1.HostTelemetry\x12$\n\x04gpus\x18\x03 \x03(\x0b\x32\x16.baton.v1.GpuTelemetry\x12\'\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12+\n\x08progress\x18\x05 \x03(\x0b\x32\x19.baton.v1.AttemptProgress\"H\n\x0f\x41ttemptProgress\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12$\n\x08progress\x18\x02 \x01(\x0b\x32\x12.baton.v1.Progress\"\x87\x03\n\nAgentEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\t\x12+\n\x07started\x18\x04 \x01(\x0b\x32\x18.baton.v1.AttemptStartedH\x00\x12)\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x17.baton.v1.AttemptExitedH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.AttemptRefusedH\x00\x12/\n\tmilestone\x18\x07 \x01(\x0b\x32\x1a.baton.v1.AttemptMilestoneH\x00\x12;\n\x13\x63heckpoint_proposed\x18\x08 \x01(\x0b\x32\x1c.baton.v1.CheckpointProposedH\x00\x12\x30\n\ngpu_health\x18\t \x01(\x0b\x32\x1a.baton.v1.GpuHealthChangedH\x00\x42\x07\n\x05\x65vent\"5\n\x10GpuHealthChanged\x12!\n\x04gpus\x18\x01 \x03(\x0b\x32\x13.baton.v1.GpuHealth\"\x85\x02\n\x0e\x41ttemptStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x17\n\x0frestored_digest\x18\x02 \x01(\t\x12\x15\n\rrestored_step\x18\x03 \x01(\x03\x12,\n\x07skipped\x18\x04 \x03(\x0b\x32\x1b.baton.v1.SkippedCheckpoint\x12/\n\x07restore\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12-\n\x05start\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x12\x12\n\nheld_ranks\x18\x07 \x03(\x05\x42\n\n\x08_restoreB\x08\n\x06_start\"3\n\x11SkippedCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa8\x01\n\rAttemptExited\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tby_itself\x18\x04 \x01(\x08\x12\x1b\n\x0esaid_exit_code\x18\x05 \x01(\x05H\x02\x88\x01\x01\x42\x0c\n\n_exit_codeB\t\n\x07_signalB\x11\n\x0f_said_exit_code\"3\n\x0e\x41ttemptRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tpermanent\x18\x02 \x01(\x08\" \n\x10\x41ttemptMilestone\x12\x0c\n\x04name\x18\x01 \x01(\t\"w\n\x12\x43heckpointProposed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08replicas\x18\x05 \x03(\t\x12\r\n\x05parts\x18\x06 \x01(\x05\"F\n\x07Goodbye\x12/\n\x07\x61\x62sence\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\n\n\x08_absence\"\x84\x02\n\x07Welcome\x12\x14\n\x0cleader_epoch\x18\x01 \x01(\x03\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x03\x12/\n\x0etelemetry_rate\x18\x05 \x01(\x0e\x32\x17.baton.v1.TelemetryRate\x12\x32\n\x0freport_interval\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\tComeLater\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"*\n\x0cLeaseRenewal\x12\x1a\n\x12heartbeat_sequence\x18\x01 \x01(\x03\"\x1c\n\x08\x45ventAck\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xa2\x02\n\x0cStartAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12.\n\ncandidates\x18\x04 \x03(\x0b\x32\x1a.baton.v1.RestoreCandidate\x12\x32\n\x0ereplica_target\x18\x05 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x15\n\rrestart_count\x18\x06 \x01(\x05\x12!\n\x04gang\x18\x07 \x01(\x0b\x32\x0e.baton.v1.GangH\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x08 \x01(\tB\x11\n\x0f_replica_targetB\x07\n\x05_gang\"\xcd\x01\n\x04Gang\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x12\n\nlocal_rank\x18\x03 \x01(\x05\x12\x18\n\x10local_world_size\x18\x04 \x01(\x05\x12\x11\n\tnode_rank\x18\x05 \x01(\x05\x12\r\n\x05nodes\x18\x06 \x03(\t\x12\x13\n\x0bmaster_host\x18\x07 \x01(\t\x12\x13\n\x0bmaster_port\x18\x08 \x01(\x05\x12\x16\n\x0enode_gpu_uuids\x18\t \x03(\t\x12\x11\n\town_parts\x18\n \x01(\x08\"~\n\x10RestoreCandidate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12&\n\x07sources\x18\x03 \x03(\x0b\x32\x15.baton.v1.PeerAddress\x12$\n\x05parts\x18\x04 \x03(\x0b\x32\x15.baton.v1.RestorePart\"E\n\x0bRestorePart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12&\n\x07sources\x18\x02 \x03(\x0b\x32\x15.baton.v1.PeerAddress\",\n\x0bPeerAddress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa4\x01\n\x0bStopAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12-\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x07precopy\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x42\x08\n\x06_graceB\n\n\x08_precopy\"\xa2\x01\n\x10SetReplicaTarget\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x10\n\x08required\x18\x03 \x01(\x08\x12+\n\x04lone\x18\x04 \x01(\x0b\x32\x18.baton.v1.LoneCheckpointH\x01\x88\x01\x01\x42\t\n\x07_targetB\x07\n\x05_lone\"=\n\x0eLoneCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05parts\x18\x03 \x01(\x05\"_\n\x0c\x43ommitResult\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04head\x18\x05 \x01(\t\"\"\n\x0fKeepCheckpoints\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t*U\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43\x41PABILITY_GANGS\x10\x01\x12\x15\n\x11\x43\x41PABILITY_SHARES\x10\x02\x32R\n\x0c\x41gentService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/agent.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x0eSessionRequest\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12(\n\theartbeat\x18\x02 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12%\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x14.baton.v1.AgentEventH\x00\x12$\n\x07goodbye\x18\x04 \x01(\x0b\x32\x11.baton.v1.GoodbyeH\x00\x42\t\n\x07message\"\xc9\x03\n\x0fSessionResponse\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.WelcomeH\x00\x12/\n\rlease_renewal\x18\x02 \x01(\x0b\x32\x16.baton.v1.LeaseRenewalH\x00\x12\'\n\tevent_ack\x18\x03 \x01(\x0b\x32\x12.baton.v1.EventAckH\x00\x12/\n\rstart_attempt\x18\x04 \x01(\x0b\x32\x16.baton.v1.StartAttemptH\x00\x12-\n\x0cstop_attempt\x18\x05 \x01(\x0b\x32\x15.baton.v1.StopAttemptH\x00\x12\x38\n\x12set_replica_target\x18\x06 \x01(\x0b\x32\x1a.baton.v1.SetReplicaTargetH\x00\x12/\n\rcommit_result\x18\x07 \x01(\x0b\x32\x16.baton.v1.CommitResultH\x00\x12\x35\n\x10keep_checkpoints\x18\x08 \x01(\x0b\x32\x19.baton.v1.KeepCheckpointsH\x00\x12)\n\ncome_later\x18\t \x01(\x0b\x32\x13.baton.v1.ComeLaterH\x00\x42\t\n\x07message\"\xb2\x02\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x12\n\njournal_id\x18\x02 \x01(\t\x12\x14\n\x0cpeer_address\x18\x03 \x01(\t\x12!\n\x04host\x18\x04 \x01(\x0b\x32\x13.baton.v1.HostFacts\x12 \n\x04gpus\x18\x05 \x03(\x0b\x32\x12.baton.v1.GpuFacts\x12\'\n\x08\x61ttempts\x18\x06 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12\x13\n\x0b\x63heckpoints\x18\x07 \x03(\t\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x08 \x01(\x03\x12*\n\x0c\x63\x61pabilities\x18\t \x03(\x0e\x32\x14.baton.v1.Capability\x12#\n\x06health\x18\n \x03(\x0b\x32\x13.baton.v1.GpuHealth\"<\n\x08GpuFacts\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\xb6\x01\n\x0bHeldAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x11\n\tgpu_uuids\x18\x02 \x03(\t\x12\x0c\n\x04live\x18\x03 \x01(\x08\x12\'\n\x05stuck\x18\x05 \x01(\x0b\x32\x18.baton.v1.StuckProcesses\x12/\n\x0cprecopy_gain\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rcopies_failed\x18\x07 \x01(\x05J\x04\x08\x04\x10\x05\"\x1e\n\x0eStuckProcesses\x12\x0c\n\x04pids\x18\x01 \x03(\x05\"\xc0\x01\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12%\n\x04host\x18\x02 \x01(\x0b\x32\x17.baton.v1.HostTelemetry\x12$\n\x04gpus\x18\x03 \x03(\x0b\x32\x16.baton.v1.GpuTelemetry\x12\'\n\x08\x61ttempts\x18\x04 \x03(\x0b\x32\x15.baton.v1.HeldAttempt\x12+\n\x08progress\x18\x05 \x03(\x0b\x32\x19.baton.v1.AttemptProgress\"H\n\x0f\x41ttemptProgress\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12$\n\x08progress\x18\x02 \x01(\x0b\x32\x12.baton.v1.Progress\"\xaf\x03\n\nAgentEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\t\x12+\n\x07started\x18\x04 \x01(\x0b\x32\x18.baton.v1.AttemptStartedH\x00\x12)\n\x06\x65xited\x18\x05 \x01(\x0b\x32\x17.baton.v1.AttemptExitedH\x00\x12+\n\x07refused\x18\x06 \x01(\x0b\x32\x18.baton.v1.AttemptRefusedH\x00\x12/\n\tmilestone\x18\x07 \x01(\x0b\x32\x1a.baton.v1.AttemptMilestoneH\x00\x12;\n\x13\x63heckpoint_proposed\x18\x08 \x01(\x0b\x32\x1c.baton.v1.CheckpointProposedH\x00\x12\x30\n\ngpu_health\x18\t \x01(\x0b\x32\x1a.baton.v1.GpuHealthChangedH\x00\x12&\n\x03\x61ge\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05\x65vent\"5\n\x10GpuHealthChanged\x12!\n\x04gpus\x18\x01 \x03(\x0b\x32\x13.baton.v1.GpuHealth\"\x85\x02\n\x0e\x41ttemptStarted\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\x17\n\x0frestored_digest\x18\x02 \x01(\t\x12\x15\n\rrestored_step\x18\x03 \x01(\x03\x12,\n\x07skipped\x18\x04 \x03(\x0b\x32\x1b.baton.v1.SkippedCheckpoint\x12/\n\x07restore\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12-\n\x05start\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x12\x12\n\nheld_ranks\x18\x07 \x03(\x05\x42\n\n\x08_restoreB\x08\n\x06_start\"3\n\x11SkippedCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xa8\x01\n\rAttemptExited\x12\x16\n\texit_code\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06signal\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tby_itself\x18\x04 \x01(\x08\x12\x1b\n\x0esaid_exit_code\x18\x05 \x01(\x05H\x02\x88\x01\x01\x42\x0c\n\n_exit_codeB\t\n\x07_signalB\x11\n\x0f_said_exit_code\"3\n\x0e\x41ttemptRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tpermanent\x18\x02 \x01(\x08\" \n\x10\x41ttemptMilestone\x12\x0c\n\x04name\x18\x01 \x01(\t\"w\n\x12\x43heckpointProposed\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08replicas\x18\x05 \x03(\t\x12\r\n\x05parts\x18\x06 \x01(\x05\"F\n\x07Goodbye\x12/\n\x07\x61\x62sence\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x42\n\n\x08_absence\"\x84\x02\n\x07Welcome\x12\x14\n\x0cleader_epoch\x18\x01 \x01(\x03\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x03\x12/\n\x0etelemetry_rate\x18\x05 \x01(\x0e\x32\x17.baton.v1.TelemetryRate\x12\x32\n\x0freport_interval\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\tComeLater\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"*\n\x0cLeaseRenewal\x12\x1a\n\x12heartbeat_sequence\x18\x01 \x01(\x03\"\x1c\n\x08\x45ventAck\x12\x10\n\x08sequence\x18\x01 \x01(\x03\"\xa2\x02\n\x0cStartAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12.\n\ncandidates\x18\x04 \x03(\x0b\x32\x1a.baton.v1.RestoreCandidate\x12\x32\n\x0ereplica_target\x18\x05 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x15\n\rrestart_count\x18\x06 \x01(\x05\x12!\n\x04gang\x18\x07 \x01(\x0b\x32\x0e.baton.v1.GangH\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x08 \x01(\tB\x11\n\x0f_replica_targetB\x07\n\x05_gang\"\xcd\x01\n\x04Gang\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nworld_size\x18\x02 \x01(\x05\x12\x12\n\nlocal_rank\x18\x03 \x01(\x05\x12\x18\n\x10local_world_size\x18\x04 \x01(\x05\x12\x11\n\tnode_rank\x18\x05 \x01(\x05\x12\r\n\x05nodes\x18\x06 \x03(\t\x12\x13\n\x0bmaster_host\x18\x07 \x01(\t\x12\x13\n\x0bmaster_port\x18\x08 \x01(\x05\x12\x16\n\x0enode_gpu_uuids\x18\t \x03(\t\x12\x11\n\town_parts\x18\n \x01(\x08\"~\n\x10RestoreCandidate\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12&\n\x07sources\x18\x03 \x03(\x0b\x32\x15.baton.v1.PeerAddress\x12$\n\x05parts\x18\x04 \x03(\x0b\x32\x15.baton.v1.RestorePart\"E\n\x0bRestorePart\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12&\n\x07sources\x18\x02 \x03(\x0b\x32\x15.baton.v1.PeerAddress\",\n\x0bPeerAddress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa4\x01\n\x0bStopAttempt\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12-\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x07precopy\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x42\x08\n\x06_graceB\n\n\x08_precopy\"\xa2\x01\n\x10SetReplicaTarget\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x15.baton.v1.PeerAddressH\x00\x88\x01\x01\x12\x10\n\x08required\x18\x03 \x01(\x08\x12+\n\x04lone\x18\x04 \x01(\x0b\x32\x18.baton.v1.LoneCheckpointH\x01\x88\x01\x01\x42\t\n\x07_targetB\x07\n\x05_lone\"=\n\x0eLoneCheckpoint\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\r\n\x05parts\x18\x03 \x01(\x05\"_\n\x0c\x43ommitResult\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04head\x18\x05 \x01(\t\"\"\n\x0fKeepCheckpoints\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t*U\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43\x41PABILITY_GANGS\x10\x01\x12\x15\n\x11\x43\x41PABILITY_SHARES\x10\x02\x32R\n\x0c\x41gentService\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CAPABILITY']._serialized_start=4503
-  _globals['_CAPABILITY']._serialized_end=4588
+  _globals['_CAPABILITY']._serialized_start=4543
+  _globals['_CAPABILITY']._serialized_end=4628
   _globals['_SESSIONREQUEST']._serialized_start=122
   _globals['_SESSIONREQUEST']._serialized_end=302
   _globals['_SESSIONRESPONSE']._serialized_start=305
@@ -53,51 +53,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTEMPTPROGRESS']._serialized_start=1547
   _globals['_ATTEMPTPROGRESS']._serialized_end=1619
   _globals['_AGENTEVENT']._serialized_start=1622
-  _globals['_AGENTEVENT']._serialized_end=2013
-  _globals['_GPUHEALTHCHANGED']._serialized_start=2015
-  _globals['_GPUHEALTHCHANGED']._serialized_end=2068
-  _globals['_ATTEMPTSTARTED']._serialized_start=2071
-  _globals['_ATTEMPTSTARTED']._serialized_end=2332
-  _globals['_SKIPPEDCHECKPOINT']._serialized_start=2334
-  _globals['_SKIPPEDCHECKPOINT']._serialized_end=2385
-  _globals['_ATTEMPTEXITED']._serialized_start=2388
-  _globals['_ATTEMPTEXITED']._serialized_end=2556
-  _globals['_ATTEMPTREFUSED']._serialized_start=2558
-  _globals['_ATTEMPTREFUSED']._serialized_end=2609
-  _globals['_ATTEMPTMILESTONE']._serialized_start=2611
-  _globals['_ATTEMPTMILESTONE']._serialized_end=2643
-  _globals['_CHECKPOINTPROPOSED']._serialized_start=2645
-  _globals['_CHECKPOINTPROPOSED']._serialized_end=2764
-  _globals['_GOODBYE']._serialized_start=2766
-  _globals['_GOODBYE']._serialized_end=2836
-  _globals['_WELCOME']._serialized_start=2839
-  _globals['_WELCOME']._serialized_end=3099
-  _globals['_COMELATER']._serialized_start=3101
-  _globals['_COMELATER']._serialized_end=3153
-  _globals['_LEASERENEWAL']._serialized_start=3155
-  _globals['_LEASERENEWAL']._serialized_end=3197
-  _globals['_EVENTACK']._serialized_start=3199
-  _globals['_EVENTACK']._serialized_end=3227
-  _globals['_STARTATTEMPT']._serialized_start=3230
-  _globals['_STARTATTEMPT']._serialized_end=3520
-  _globals['_GANG']._serialized_start=3523
-  _globals['_GANG']._serialized_end=3728
-  _globals['_RESTORECANDIDATE']._serialized_start=3730
-  _globals['_RESTORECANDIDATE']._serialized_end=3856
-  _globals['_RESTOREPART']._serialized_start=3858
-  _globals['_RESTOREPART']._serialized_end=3927
-  _globals['_PEERADDRESS']._serialized_start=3929
-  _globals['_PEERADDRESS']._serialized_end=3973
-  _globals['_STOPATTEMPT']._serialized_start=3976
-  _globals['_STOPATTEMPT']._serialized_end=4140
-  _globals['_SETREPLICATARGET']._serialized_start=4143
-  _globals['_SETREPLICATARGET']._serialized_end=4305
-  _globals['_LONECHECKPOINT']._serialized_start=4307
-  _globals['_LONECHECKPOINT']._serialized_end=4368
-  _globals['_COMMITRESULT']._serialized_start=4370
-  _globals['_COMMITRESULT']._serialized_end=4465
-  _globals['_KEEPCHECKPOINTS']._serialized_start=4467
-  _globals['_KEEPCHECKPOINTS']._serialized_end=4501
-  _globals['_AGENTSERVICE']._serialized_start=4590
-  _globals['_AGENTSERVICE']._serialized_end=4672
+  _globals['_AGENTEVENT']._serialized_end=2053
+  _globals['_GPUHEALTHCHANGED']._serialized_start=2055
+  _globals['_GPUHEALTHCHANGED']._serialized_end=2108
+  _globals['_ATTEMPTSTARTED']._serialized_start=2111
+  _globals['_ATTEMPTSTARTED']._serialized_end=2372
+  _globals['_SKIPPEDCHECKPOINT']._serialized_start=2374
+  _globals['_SKIPPEDCHECKPOINT']._serialized_end=2425
+  _globals['_ATTEMPTEXITED']._serialized_start=2428
+  _globals['_ATTEMPTEXITED']._serialized_end=2596
+  _globals['_ATTEMPTREFUSED']._serialized_start=2598
+  _globals['_ATTEMPTREFUSED']._serialized_end=2649
+  _globals['_ATTEMPTMILESTONE']._serialized_start=2651
+  _globals['_ATTEMPTMILESTONE']._serialized_end=2683
+  _globals['_CHECKPOINTPROPOSED']._serialized_start=2685
+  _globals['_CHECKPOINTPROPOSED']._serialized_end=2804
+  _globals['_GOODBYE']._serialized_start=2806
+  _globals['_GOODBYE']._serialized_end=2876
+  _globals['_WELCOME']._serialized_start=2879
+  _globals['_WELCOME']._serialized_end=3139
+  _globals['_COMELATER']._serialized_start=3141
+  _globals['_COMELATER']._serialized_end=3193
+  _globals['_LEASERENEWAL']._serialized_start=3195
+  _globals['_LEASERENEWAL']._serialized_end=3237
+  _globals['_EVENTACK']._serialized_start=3239
+  _globals['_EVENTACK']._serialized_end=3267
+  _globals['_STARTATTEMPT']._serialized_start=3270
+  _globals['_STARTATTEMPT']._serialized_end=3560
+  _globals['_GANG']._serialized_start=3563
+  _globals['_GANG']._serialized_end=3768
+  _globals['_RESTORECANDIDATE']._serialized_start=3770
+  _globals['_RESTORECANDIDATE']._serialized_end=3896
+  _globals['_RESTOREPART']._serialized_start=3898
+  _globals['_RESTOREPART']._serialized_end=3967
+  _globals['_PEERADDRESS']._serialized_start=3969
+  _globals['_PEERADDRESS']._serialized_end=4013
+  _globals['_STOPATTEMPT']._serialized_start=4016
+  _globals['_STOPATTEMPT']._serialized_end=4180
+  _globals['_SETREPLICATARGET']._serialized_start=4183
+  _globals['_SETREPLICATARGET']._serialized_end=4345
+  _globals['_LONECHECKPOINT']._serialized_start=4347
+  _globals['_LONECHECKPOINT']._serialized_end=4408
+  _globals['_COMMITRESULT']._serialized_start=4410
+  _globals['_COMMITRESULT']._serialized_end=4505
+  _globals['_KEEPCHECKPOINTS']._serialized_start=4507
+  _globals['_KEEPCHECKPOINTS']._serialized_end=4541
+  _globals['_AGENTSERVICE']._serialized_start=4630
+  _globals['_AGENTSERVICE']._serialized_end=4712
 # @@protoc_insertion_point(module_scope)

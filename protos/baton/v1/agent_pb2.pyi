@@ -167,8 +167,9 @@ class Hello(_message.Message):
     peer_address: _builtins.str
     """Where peers reach this node's peer service, host:port."""
     acknowledged_sequence: _builtins.int
-    """Events up to this sequence are not on the agent's disk any more, since some coordinator had
-    them.
+    """The agent has nothing left to say of events up to this sequence: some coordinator has
+    acknowledged them. What it knows of that is written down with the next thing that it notes, so
+    after a kill it may be less than it was, and the agent says some of them again.
     """
     @_builtins.property
     def host(self) -> _types_pb2.HostFacts: ...
@@ -393,6 +394,7 @@ class AgentEvent(_message.Message):
     MILESTONE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_PROPOSED_FIELD_NUMBER: _builtins.int
     GPU_HEALTH_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one within a journal, from 1."""
     attempt: _builtins.str
@@ -414,6 +416,12 @@ class AgentEvent(_message.Message):
     def gpu_health(self) -> Global___GpuHealthChanged:
         """Of the node and not of an attempt: `attempt` is empty."""
 
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """For how long it had been so when this was sent, by a clock that nobody sets. Where `time` does
+        not agree with it the agent's clock is wrong, and this counts. Absent: an older agent.
+        """
+
     def __init__(
         self,
         *,
@@ -426,10 +434,11 @@ class AgentEvent(_message.Message):
         milestone: Global___AttemptMilestone | None = ...,
         checkpoint_proposed: Global___CheckpointProposed | None = ...,
         gpu_health: Global___GpuHealthChanged | None = ...,
+        age: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "started", b"started", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "started", b"started", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "sequence", b"sequence", "started", b"started", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "attempt", b"attempt", "checkpoint_proposed", b"checkpoint_proposed", "event", b"event", "exited", b"exited", "gpu_health", b"gpu_health", "milestone", b"milestone", "refused", b"refused", "sequence", b"sequence", "started", b"started", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "exited", "refused", "milestone", "checkpoint_proposed", "gpu_health"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

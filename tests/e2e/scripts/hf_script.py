@@ -62,7 +62,8 @@ class Log(TrainerCallback):
         self._gate = gate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        say(event="begin", step=state.global_step, pid=os.getpid())
+        kind = PartialState().distributed_type.value
+        say(event="begin", step=state.global_step, pid=os.getpid(), distributed=kind)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         nothing = threading.Event()

@@ -1,0 +1,36 @@
+"""When something happened on a node, by our clock where its own is wrong.
+
+Problem: a node with a dead battery begins in 1970, or a day ahead, until a time server is found.
+What it says of when a trainer began is set against when we ordered that: a day of loading, or of
+silence, would be in the job's account, and such a job would look as if a stop cost it nothing.
+
+How: the agent says beside its time for how long it has been so, by a clock that nobody sets. A
+message is on its way for less than `APART_MS`; where both differ by more its time is not believed.
+Within that it is the better one, for it does not depend on the way.
+"""
+
+from dataclasses import replace
+
+from coordinator.core.live import LiveNode
+from coordinator.core.messages import AgentEvent
+from coordinator.core.sentences import quantity
+from coordinator.core.state import Instant, State
+
+APART_MS = 3_000
+# From here on people hear of it: less may have been a slow link.
+SAID_MS = 30_000
+
+
+def ours(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> AgentEvent:
+    """The event, with a time that can be set against ours."""
+    if event.age_ms is None:
+        return event
+    unix_ms = now.unix_ms - event.age_ms
+    ahead_ms = event.unix_ms - unix_ms
+    wrong = abs(ahead_ms) > SAID_MS
+    if wrong and not live.clock_wrong:
+        side = "ahead of" if ahead_ms > 0 else "behind"
+        reason = f"it is {quantity(abs(ahead_ms) // 1_000, 'second')} {side} ours"
+        state.log("warning", "node.clock", node=live.node.id, reason=reason)
+    live.clock_wrong = wrong
+    return event if abs(ahead_ms) <= APART_MS else replace(event, unix_ms=unix_ms)
