@@ -149,6 +149,7 @@ class Ours:
         self._ticket.settle(baton_sdk.TicketState.STORED, digest=said["digest"])
 
     def close(self) -> None:
+        self._capturer.close()
         self._agent.close()
         self._desk.close()
 
@@ -190,6 +191,7 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
         for number in range(-1, rounds):  # one round that does not count: both slots, caches
             for _ in range(2 if number < 0 else 1):
                 pool.advance()
+                pool.synchronize()
                 began_s = time.perf_counter()
                 ours.save()
                 call_ms = (time.perf_counter() - began_s) * 1000
@@ -210,6 +212,7 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
                     continue
                 path = pool.directory / "other"
                 pool.advance()
+                pool.synchronize()
                 began_s = time.perf_counter()
                 try:
                     rest = save(path)
@@ -303,16 +306,24 @@ def _nothing() -> None:
 
 
 def inflation(pool: Pool, rounds: int) -> list[float]:
-    """How much longer a step is while a checkpoint is drained, as ratios of alternating blocks."""
+    """How much longer a step is while a checkpoint is drained, as ratios of alternating blocks: of
+    small products on a CPU, so that many meet the drain, and of the training itself on a device."""
     left, right = torch.randn(512, 512), torch.randn(512, 512)
+
+    def step() -> None:
+        if pool.device == "cpu":
+            torch.mm(left, right)
+            torch.mm(right, left)
+        else:
+            pool.compute(SHORT_BATCH)
+            pool.synchronize()
 
     def block(until: Callable[[], bool]) -> float:
         """Seconds of the median step."""
         seconds = []
         for number in range(STEPS_PER_BLOCK * 50):
             began_s = time.perf_counter()
-            torch.mm(left, right)
-            torch.mm(right, left)
+            step()
             seconds.append(time.perf_counter() - began_s)
             if number >= STEPS_PER_BLOCK and until():
                 break

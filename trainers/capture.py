@@ -26,8 +26,8 @@ low priority; restoring and exporting know no difference, and unchanged chunks a
 Whoever is killed before 4. has the capture before this one: in the other slot, or where there is
 only one, on the agent's disk, for a slot is free only when what it held is there.
 
-On a GPU the slab is registered as page-locked memory and ``drain`` copies into it, in pieces. The
-last capture of a process has no next step to hide behind, and is copied at once.
+On a GPU the slab is page-locked (``pagelock``) and ``drain`` copies into it, in pieces. The last
+capture of a process has no next step to hide behind, and is copied at once.
 
 How often: with a stall of C for each checkpoint and a mean time M between failures, the time lost
 to both is least at sqrt(2 C M) between checkpoints (J. W. Young, "A first order approximation to
@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 
 import baton_sdk
-from trainers import checkpoint, overlap
+from trainers import checkpoint, overlap, pagelock
 
 ALIGNMENT_BYTES = 4096
 """Of each file in a slot: tensors of any type can be viewed there, and pages are not shared."""
@@ -225,6 +225,13 @@ class Capturer:
         self.stall_s = (self.stall_s or 0.0) + time.perf_counter() - began_s
         return ticket
 
+    def close(self) -> None:
+        """Let go of the memory, where the process goes on without it. No capture is begun."""
+        assert self._begun is None, "a capture was begun and not settled"
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
     def _start(
         self, live: checkpoint.Snapshot, step: int, wait_s: float, *, whole: bool, later: bool
     ) -> bool:
@@ -240,6 +247,7 @@ class Capturer:
         if slab is None:
             return False
         if self._memory is None or self._memory.slab is not slab:
+            self.close()
             self._memory = _Memory(slab)
             self._memory.open()
         slot = slab.wait_free_slot(wait_s)
@@ -334,14 +342,20 @@ class _Memory:
     def __init__(self, slab: baton_sdk.Slab) -> None:
         self.slab = slab
         self._bytes: torch.Tensor
+        self._lock: pagelock.PageLock | None = None
         self._views: dict[tuple[int, int], tuple[Layout, list[torch.Tensor]]] = {}
         self._frozen: dict[int, list[overlap.Seen]] = {}
 
     def open(self) -> None:
-        """Page-lock it, where there is a GPU that copies into it. One that does not is slower."""
+        """Page-lock it, where there is a GPU that copies into it."""
         self._bytes = torch.frombuffer(self.slab.mapping, dtype=torch.uint8)
-        if torch.cuda.is_available():
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
+        self._lock = pagelock.lock(self._bytes)
+
+    def close(self) -> None:
+        """Nothing is copied into it any more, and its mapping may go."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def write(self, slot: int, offset: int, data: bytes) -> None:
         begin = self.slab.offset_bytes(slot) + offset
