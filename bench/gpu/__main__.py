@@ -129,7 +129,7 @@ def run(script: Script, directory: Path, *, quick: bool, limit_s: float) -> Ran:
     ran.said = "\n".join(lines[-SAID_LINES:])
     if script.rows and ran.held:
         try:
-            ran.rows = json.loads(text)
+            ran.rows = json.loads((text.splitlines() or [""])[-1])  # libraries may talk before
         except ValueError:
             ran.verdict = "its rows are not JSON"
     return ran

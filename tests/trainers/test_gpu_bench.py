@@ -21,7 +21,7 @@ ROWS = [
     {**ROW, **PLAIN, "reference_source": "", "name": "a step, highest", "value": 1.02},
     {**ROW, **PLAIN, "reference_source": "", "name": "left | right", "met": False, "goal": 2},
 ]
-GOOD = Script("good", ("-c", f"print({json.dumps(ROWS)!r})"), rows=True)
+GOOD = Script("good", ("-c", f"print('a library talks'); print({json.dumps(ROWS)!r})"), rows=True)
 BAD = Script("bad", ("-c", "raise SystemExit('the driver | says no')"))
 HANGING = Script("hanging", ("-c", "import threading; threading.Event().wait()"))
 
