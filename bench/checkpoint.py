@@ -148,7 +148,6 @@ class Ours:
         self._ticket.settle(baton_sdk.TicketState.STORED, digest=said["digest"])
 
     def close(self) -> None:
-        self._capturer.close()
         self._agent.close()
         self._desk.close()
 

@@ -225,13 +225,6 @@ class Capturer:
         self.stall_s = (self.stall_s or 0.0) + time.perf_counter() - began_s
         return ticket
 
-    def close(self) -> None:
-        """Let go of the memory, where the process goes on without it. No capture is begun."""
-        assert self._begun is None, "a capture was begun and not settled"
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
-
     def _start(
         self, live: checkpoint.Snapshot, step: int, wait_s: float, *, whole: bool, later: bool
     ) -> bool:
@@ -247,7 +240,6 @@ class Capturer:
         if slab is None:
             return False
         if self._memory is None or self._memory.slab is not slab:
-            self.close()
             self._memory = _Memory(slab)
             self._memory.open()
         slot = slab.wait_free_slot(wait_s)
@@ -350,12 +342,6 @@ class _Memory:
         """Page-lock it, where there is a GPU that copies into it."""
         self._bytes = torch.frombuffer(self.slab.mapping, dtype=torch.uint8)
         self._lock = pagelock.lock(self._bytes)
-
-    def close(self) -> None:
-        """Nothing is copied into it any more, and its mapping may go."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def write(self, slot: int, offset: int, data: bytes) -> None:
         begin = self.slab.offset_bytes(slot) + offset

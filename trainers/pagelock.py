@@ -16,6 +16,7 @@ Memory that cannot be locked is no failure: copies go by way of pinned buffers t
 """
 
 import ctypes
+import weakref
 from typing import Any
 
 import torch
@@ -26,15 +27,14 @@ PORTABLE = 1
 
 
 class PageLock:
-    """Of one piece of memory; made by ``lock``."""
+    """Of one piece of memory, which it keeps; made by ``lock``. The pages are let go of with this
+    object, and the memory after that. No copy into it may be under way then."""
 
-    def __init__(self, driver: Any, address: int) -> None:
-        self._driver = driver
-        self._address = address
-
-    def release(self) -> None:
-        """Call it before the memory is unmapped, when no copy into it is under way."""
-        self._driver.cuMemHostUnregister(ctypes.c_void_p(self._address))
+    def __init__(self, driver: Any, memory: torch.Tensor) -> None:
+        self._memory = memory
+        # Runs before what the object holds is dropped. At the process's end the driver does it.
+        address = ctypes.c_void_p(memory.data_ptr())
+        weakref.finalize(self, driver.cuMemHostUnregister, address).atexit = False
 
 
 def lock(memory: torch.Tensor) -> PageLock | None:
@@ -43,11 +43,11 @@ def lock(memory: torch.Tensor) -> PageLock | None:
     if not torch.cuda.is_initialized() or not memory.numel():
         return None
     driver = loaded_driver()
-    address, size_bytes = memory.data_ptr(), memory.numel() * memory.element_size()
-    arguments = ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), ctypes.c_uint(PORTABLE)
+    size_bytes = ctypes.c_size_t(memory.numel() * memory.element_size())
+    arguments = ctypes.c_void_p(memory.data_ptr()), size_bytes, ctypes.c_uint(PORTABLE)
     if driver is None or driver.cuMemHostRegister_v2(*arguments):
         return None
-    return PageLock(driver, address)
+    return PageLock(driver, memory)
 
 
 def loaded_driver() -> Any | None:

@@ -164,8 +164,6 @@ def drained(device: torch.device) -> list[report.Row]:
             replace(report.row_of(f"drain, {kind} memory", rates, "GB/s"), more_is_better=True)
         )
         rows.append(report.row_of(f"drain, {kind} memory: step beside it / alone", ratios, "times"))
-    if lock is not None:
-        lock.release()
     return rows
 
 

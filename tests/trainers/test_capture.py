@@ -368,6 +368,9 @@ def test_memory_is_locked_once_and_let_go_before_it_is_exchanged(
     first, second = places
     released = [] if refuses else [("release", first)]
     assert driver.told == [("lock", first), *released, ("lock", second)]
+    driver.told.clear()
+    del capturer
+    assert driver.told == ([] if refuses else [("release", second)])
 
 
 def test_youngs_rule_within_its_bounds() -> None:
