@@ -5,6 +5,7 @@
 #   make test            everything that must hold (what .ci/run runs)
 #   make check           the fast subset: format, lint, types, import rules, contract, tidy, fast tests
 #   make bench           the comparisons, short versions; BENCH_ARGS="..." is passed on
+#   make gpu             on a machine with a card, all that needs one, in half an hour; GPU_ARGS="..." is passed on
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
 #   make week            the same for a week, with a fault every five minutes (half an hour of CPU)
 #   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
@@ -34,6 +35,7 @@ TORCH_INDEX_URL ?=
 SEEDS ?= 5000
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick
+GPU_ARGS ?=
 DEB_VERSION ?=
 BUF_VERSION := 1.75.0
 
@@ -49,10 +51,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start our programs hundreds of times; each would compile its sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-scaling test check gates fast-tests bench sim week torture soak deb systemd-test vm-test protos clean
+.PHONY: help setup demo demo-scaling test check gates fast-tests bench gpu sim week torture soak deb systemd-test vm-test protos clean
 
 help:
-	@sed -n '3,17s/^# \{0,1\}//p' Makefile
+	@sed -n '3,18s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -147,6 +149,10 @@ bench: $(STAMP)
 	  echo "bench: $$name"
 	  $(BIN)/python -m "bench.$$name" $(BENCH_ARGS)
 	done
+
+# Not one thread: beside a card, batches are made by all of a machine's processors.
+gpu: $(STAMP)
+	@exec env -u OMP_NUM_THREADS $(BIN)/python -m bench.gpu $(GPU_ARGS)
 
 sim: $(STAMP)
 	@exec $(BIN)/python -m tests.sim --seeds $(SEEDS)

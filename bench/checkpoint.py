@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -46,7 +45,7 @@ from agent.chunks.store import ChunkStore
 from agent.core.values import Origin
 from agent.slabs import Slabs
 from bench import report
-from bench.checkpoint_others import SAFETENSORS, Pool, Save, durable, others
+from bench.checkpoint_others import FAILURES, SAFETENSORS, Pool, Save, durable, others, remove
 from trainers import capture
 
 SIZES_GB = (0.05, 0.5, 1.5)
@@ -190,6 +189,7 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
         for number in range(-1, rounds):  # one round that does not count: both slots, caches
             for _ in range(2 if number < 0 else 1):
                 pool.advance()
+                pool.synchronize()
                 began_s = time.perf_counter()
                 ours.save()
                 call_ms = (time.perf_counter() - began_s) * 1000
@@ -210,19 +210,22 @@ def measure(pool: Pool, rounds: int) -> tuple[dict[str, list[float]], dict[str, 
                     continue
                 path = pool.directory / "other"
                 pool.advance()
+                pool.synchronize()
                 began_s = time.perf_counter()
                 try:
                     rest = save(path)
-                except (RuntimeError, ValueError, AssertionError) as error:
-                    failed[name] = str(error).splitlines()[0][:120]
+                    call_ms = (time.perf_counter() - began_s) * 1000
+                    if rest is not None:
+                        rest()
+                except FAILURES as error:
+                    failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
+                    pool.recover()
+                    remove(path)
                     report.say(f"{name} does not run here: {failed[name]}")
                     continue
-                call_ms = (time.perf_counter() - began_s) * 1000
-                if rest is not None:
-                    rest()
                 durable(path)
                 durable_ms = (time.perf_counter() - began_s) * 1000
-                path.unlink() if path.is_file() else shutil.rmtree(path)
+                remove(path)
                 if number >= 0:
                     calls.setdefault(name, []).append(call_ms)
                     durables.setdefault(name, []).append(durable_ms)
@@ -262,9 +265,11 @@ def stalls(pool: Pool, rounds: int, batch: int, ways: dict[str, Save]) -> dict[s
             quiet_ms = step(_nothing, _nothing)
             try:
                 with_ms = step(saving.begin, _nothing)
-            except (RuntimeError, ValueError, AssertionError):
+                saving.end()
+            except FAILURES:
+                pool.recover()
+                remove(pool.directory / "other")
                 break  # said by `measure`
-            saving.end()
             if number >= 0:
                 found.setdefault(f"{name}, lost", []).append(with_ms - quiet_ms)
     return found
@@ -286,7 +291,7 @@ class Saving:
         """Until it is done; what it wrote goes away."""
         if self._rest is not None:
             self._rest()
-        self._path.unlink() if self._path.is_file() else shutil.rmtree(self._path)
+        remove(self._path)
 
 
 def _timed(work: Callable[[], object], seconds: list[float]) -> Callable[[], object]:
@@ -303,16 +308,24 @@ def _nothing() -> None:
 
 
 def inflation(pool: Pool, rounds: int) -> list[float]:
-    """How much longer a step is while a checkpoint is drained, as ratios of alternating blocks."""
+    """How much longer a step is while a checkpoint is drained, as ratios of alternating blocks: of
+    small products on a CPU, so that many meet the drain, and of the training itself on a device."""
     left, right = torch.randn(512, 512), torch.randn(512, 512)
+
+    def step() -> None:
+        if pool.device == "cpu":
+            torch.mm(left, right)
+            torch.mm(right, left)
+        else:
+            pool.compute(SHORT_BATCH)
+            pool.synchronize()
 
     def block(until: Callable[[], bool]) -> float:
         """Seconds of the median step."""
         seconds = []
         for number in range(STEPS_PER_BLOCK * 50):
             began_s = time.perf_counter()
-            torch.mm(left, right)
-            torch.mm(right, left)
+            step()
             seconds.append(time.perf_counter() - began_s)
             if number >= STEPS_PER_BLOCK and until():
                 break

@@ -5,7 +5,9 @@ none: sizes, numbers of tensors, and what changes from step to step decide. So t
 a training by AdamW, of layers as large as those of a small model, of which one half is frozen.
 """
 
+import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from trainers import checkpoint
@@ -82,6 +85,13 @@ class Pool:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
+    def recover(self) -> None:
+        """After a way that failed: what the CUDA runtime refused stays as an error that torch takes
+        for its next kernel's. This one does not count."""
+        if self.device != "cpu":
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device).add_(1)
+
 
 def durable(path: Path) -> None:
     """Sync a file, or all files of a directory."""
@@ -93,6 +103,17 @@ def durable(path: Path) -> None:
         finally:
             os.close(descriptor)
 
+
+def remove(path: Path) -> None:
+    """What was saved, whole or not, or nothing."""
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+FAILURES = (RuntimeError, ValueError, AssertionError, OSError, CheckpointException)
+"""Of a way that does not run on this machine; the others do."""
 
 SAFETENSORS = "safetensors.save_file"
 """The reference."""

@@ -8,7 +8,9 @@ examples, say so: `HYPOTHESIS_PROFILE=explore pytest tests/core`; what it finds 
 `@example` or a golden file.
 
 What the tests inherit is made the same everywhere: no hub of models is asked for anything, since
-where there is no way out each question takes seconds of new attempts; and Ctrl-C is not ignored.
+where there is no way out each question takes seconds of new attempts; Ctrl-C is not ignored; and no
+GPU is seen but by the tests that are marked for one, `pytest -m gpu`: the others would train there,
+round differently, and two ranks would find one card.
 """
 
 import os
@@ -17,6 +19,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+GPU_ALONE = "gpu"  # what `-m` says then
 
 # A busy two-core machine draws slowly; that says nothing about the strategy.
 _UNHURRIED = [HealthCheck.too_slow]
@@ -36,6 +40,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # does every program that a test starts and interrupts: it would never end.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test module is imported, and with it torch."""
+    if config.option.markexpr != GPU_ALONE:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

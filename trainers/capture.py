@@ -26,8 +26,8 @@ low priority; restoring and exporting know no difference, and unchanged chunks a
 Whoever is killed before 4. has the capture before this one: in the other slot, or where there is
 only one, on the agent's disk, for a slot is free only when what it held is there.
 
-On a GPU the slab is registered as page-locked memory and ``drain`` copies into it, in pieces. The
-last capture of a process has no next step to hide behind, and is copied at once.
+On a GPU the slab is page-locked (``pagelock``) and ``drain`` copies into it, in pieces. The last
+capture of a process has no next step to hide behind, and is copied at once.
 
 How often: with a stall of C for each checkpoint and a mean time M between failures, the time lost
 to both is least at sqrt(2 C M) between checkpoints (J. W. Young, "A first order approximation to
@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 
 import baton_sdk
-from trainers import checkpoint, overlap
+from trainers import checkpoint, overlap, pagelock
 
 ALIGNMENT_BYTES = 4096
 """Of each file in a slot: tensors of any type can be viewed there, and pages are not shared."""
@@ -334,14 +334,14 @@ class _Memory:
     def __init__(self, slab: baton_sdk.Slab) -> None:
         self.slab = slab
         self._bytes: torch.Tensor
+        self._lock: pagelock.PageLock | None = None
         self._views: dict[tuple[int, int], tuple[Layout, list[torch.Tensor]]] = {}
         self._frozen: dict[int, list[overlap.Seen]] = {}
 
     def open(self) -> None:
-        """Page-lock it, where there is a GPU that copies into it. One that does not is slower."""
+        """Page-lock it, where there is a GPU that copies into it."""
         self._bytes = torch.frombuffer(self.slab.mapping, dtype=torch.uint8)
-        if torch.cuda.is_available():
-            torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
+        self._lock = pagelock.lock(self._bytes)
 
     def write(self, slot: int, offset: int, data: bytes) -> None:
         begin = self.slab.offset_bytes(slot) + offset

@@ -29,8 +29,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -39,7 +41,7 @@ VERSION_TIMEOUT_S = 10.0
 
 NO_COMPILER = (
     "'compile' is on, and there is no compiler here (a C++ compiler on PATH or in CXX; on a GPU"
-    " Triton and a C compiler): training goes on without"
+    " Triton, a C compiler and Python's headers, of python3-dev): training goes on without"
 )
 
 
@@ -100,8 +102,10 @@ def found(device: torch.device) -> str:
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return ""
+        # Triton compiles a launcher, a module of Python's, for each kernel.
         launcher = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        return f"triton {importlib.metadata.version('triton')}" if launcher else ""
+        headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        return f"triton {importlib.metadata.version('triton')}" if launcher and headers else ""
     return version_of(os.environ.get("CXX", "g++"))
 
 

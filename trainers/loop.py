@@ -144,6 +144,8 @@ class Trainer:
         what there is, for a figure to compare the result with."""
         sharing.keep_to(self.session.gpu_memory_ratio)
         self.device = self.world.device()
+        if unseen := ranks.unseen(os.environ):
+            emit("warning", message=unseen)
         self.world.open(self.device, self.options.collective_timeout_s)
         self._retry.open(self.device)
         self._compiling.open(self.device, emit)

@@ -214,6 +214,19 @@ class World:
 ALONE = World()
 
 
+def unseen(environment: Mapping[str, str]) -> str:
+    """Where this process was given GPUs and torch, which could use them, sees none: the sentence
+    that says so, since a training on the CPU looks like a slow one. Else empty."""
+    given = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if not given or torch.version.cuda is None or torch.cuda.is_available():
+        return ""
+    return (
+        f"CUDA_VISIBLE_DEVICES is {given}, and torch {torch.__version__} sees no GPU: training goes"
+        " on on the CPU. The driver may be older than this CUDA needs, or /dev/nvidia-uvm is not"
+        " there (nvidia-modprobe -u -c 0 makes it)"
+    )
+
+
 def world_of(environment: Mapping[str, str]) -> World:
     """As torchrun and Baton describe it."""
     size = int(environment.get("WORLD_SIZE") or 1)

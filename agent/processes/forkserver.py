@@ -14,7 +14,10 @@ has the same supervisor, signals, output and exit record as any other.
 A fork carries one thread over, and locks that other threads held stay locked for ever: a process
 whose OpenMP or CUDA runtime has worked cannot be forked from. So nothing may be computed here, and
 before each fork the kernel is asked whether there is one thread; if not, this server ends, and the
-agent starts shims the slow way.
+agent starts shims the slow way. CUDA may be at work without a thread: what asks whether there is a
+GPU opens the driver, which then refuses every fork of that process (CUDA C++ Programming Guide,
+"Initialization"), and a training there would go on without its GPU. So no device of the driver may
+be open either.
 
     python [-I -S] forkserver.py SOCKET_DESCRIPTOR MODULES PADDING
 
@@ -43,6 +46,7 @@ READY = b"ready"
 REQUEST_BYTES_MAX = 8192  # a path, PATH_MAX is 4096
 EXIT_NO_MODULE = 3
 EXIT_THREADS = 4
+DEVICES = "/dev/nvidia"  # as they all begin
 TITLE, ENVIRONMENT = 45, 47  # where an area begins, among the fields after the command's name
 
 MODULES: list[str] = []  # what this server has imported; none for supervisors alone
@@ -55,7 +59,7 @@ def serve(channel: socket.socket) -> int:
         data, descriptors, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, 1)
         if not data:
             return 0
-        if thread_count() != 1:
+        if why_not():
             return EXIT_THREADS
         pid = os.fork()
         if pid == 0:
@@ -64,9 +68,28 @@ def serve(channel: socket.socket) -> int:
             os.close(descriptor)
 
 
+def why_not() -> str:
+    """What forbids to fork this process; empty where nothing does."""
+    count = thread_count()
+    if count != 1:
+        return f"{count} threads"
+    return next((f"{path} open" for path in open_files() if path.startswith(DEVICES)), "")
+
+
 def thread_count() -> int:
     """Of this process, as the kernel counts them."""
     return len(os.listdir("/proc/self/task"))
+
+
+def open_files() -> list[str]:
+    """What the descriptors of this process are of."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except FileNotFoundError:
+            continue  # the one that listed them
+    return found
 
 
 def become_shim(directory: bytes, status_fd: int) -> None:
@@ -145,7 +168,7 @@ def show(area: int, words: list[bytes]) -> None:
 
 def main() -> int:
     """Exit status: 0 when the agent has gone, 3 when a module cannot be imported, 4 when importing
-    or forking would leave threads behind."""
+    or forking would leave threads, or the driver, behind."""
     import ctypes  # noqa: F401 - before the first fork, so that no child waits for it
 
     channel = socket.socket(fileno=int(sys.argv[1]))
@@ -159,8 +182,8 @@ def main() -> int:
     except ImportError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_NO_MODULE
-    if thread_count() != 1:
-        sys.stderr.write(f"importing {', '.join(MODULES)} leaves {thread_count()} threads\n")
+    if reason := why_not():
+        sys.stderr.write(f"importing {', '.join(MODULES)} leaves {reason}\n")
         return EXIT_THREADS
     gc.collect()
     gc.freeze()  # what is never looked at is never copied

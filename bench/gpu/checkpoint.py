@@ -8,22 +8,21 @@ device has done them. Exits with 3 where there is none.
 
 import sys
 
-import torch
-
 from bench import checkpoint, report
+from bench.gpu import EXIT_NO_DEVICE, card
 
 
 def main() -> int:
     """Print the table."""
     parser = report.parser(__doc__)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        report.say("no CUDA device here: this comparison needs one")
-        return 3
+    if reason := card.missing():
+        report.say(reason)
+        return EXIT_NO_DEVICE
     asked = report.options(arguments)
     sizes = checkpoint.QUICK_SIZES_GB if asked.quick else checkpoint.SIZES_GB
     found = [row for size in sizes for row in checkpoint.rows(size, asked, "cuda")]
-    notes = [f"device: {torch.cuda.get_device_name()}", *checkpoint.NOTES]
+    notes = [f"device: {card.described()}", *checkpoint.NOTES]
     report.show("Checkpoints on a GPU", found, asked, notes)
     return 0
 

@@ -7,12 +7,15 @@ are ready in ordinary memory, which is the cost of moving them, and with batches
 they are asked for, which is what a training does. Steps are as long as a real one is, 30 ms with
 pictures and 10 ms with tokens, found by trying on this device.
 
-At the end the way out: how fast ``trainers.drain`` empties 1.5 GB, into pinned and into ordinary
-memory, and what a step costs while it does.
+At the end the way out: how fast ``trainers.drain`` empties 1.5 GB, into pinned memory, into the
+agent's (a mapped descriptor, page-locked) and into ordinary one, and what a step costs while it
+does.
 """
 
 import functools
 import itertools
+import mmap
+import os
 import sys
 import threading
 import time
@@ -23,11 +26,11 @@ from typing import Any
 import torch
 
 from bench import prefetch, report
+from bench.gpu import EXIT_NO_DEVICE, card
 from bench.prefetch import CACHED, DEPTH, RING, Case, NextBatch
+from trainers import pagelock
 from trainers.drain import HostMemory, copy_out
 from trainers.prefetch import Prefetcher, map_nested
-
-EXIT_NO_DEVICE = 3
 
 ROUNDS, ROUNDS_QUICK = 7, 3
 STEPS, STEPS_QUICK = 40, 15  # of a block that count
@@ -47,8 +50,8 @@ MakeCase = Callable[..., Case]
 
 def main(arguments: Sequence[str]) -> int:
     asked = report.options(report.parser(__doc__).parse_args(arguments))
-    if not torch.cuda.is_available():
-        report.say("no CUDA device here")
+    if reason := card.missing():
+        report.say(reason)
         return EXIT_NO_DEVICE
     device = torch.device("cuda", torch.cuda.current_device())
     rounds, steps = (ROUNDS_QUICK, STEPS_QUICK) if asked.quick else (ROUNDS, STEPS)
@@ -70,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
             rows += measured(named, device, rounds, steps)
     report.say("drain: 1.5 GB, alone and beside a training")
     rows += drained(device)
-    report.show("A training step with its loader, on a GPU", rows, asked, [described(device)])
+    notes = [f"device: {card.described()}"]
+    report.show("A training step with its loader, on a GPU", rows, asked, notes)
     return 0
 
 
@@ -137,11 +141,17 @@ def drained(device: torch.device) -> list[report.Row]:
     batch = map_nested(case.make(0), lambda leaf: leaf.to(device))
     step_s = timed_ms(case, batch) / 1e3
     rows = []
-    for kind, is_pinned in (("pinned", True), ("ordinary", False)):
-        pairs: list[tuple[torch.Tensor, HostMemory]] = [
-            (source, torch.zeros(DRAIN_TENSOR_BYTES, dtype=torch.uint8, pin_memory=is_pinned))
-            for source in sources
-        ]
+    kinds = {
+        "pinned": torch.zeros(total_bytes, dtype=torch.uint8, pin_memory=True),
+        "the agent's": mapped(total_bytes),
+        "ordinary": torch.zeros(total_bytes, dtype=torch.uint8),
+    }
+    lock = pagelock.lock(kinds["the agent's"])
+    if lock is None:
+        report.say("drain: the driver does not lock the pages of the agent's memory")
+    for kind, memory in kinds.items():
+        targets = torch.split(memory, DRAIN_TENSOR_BYTES)
+        pairs: list[tuple[torch.Tensor, HostMemory]] = list(zip(sources, targets, strict=True))
         rates, ratios = [], []
         for _ in range(DRAIN_TIMES):
             torch.cuda.synchronize()
@@ -155,6 +165,15 @@ def drained(device: torch.device) -> list[report.Row]:
         )
         rows.append(report.row_of(f"drain, {kind} memory: step beside it / alone", ratios, "times"))
     return rows
+
+
+def mapped(size_bytes: int) -> torch.Tensor:
+    """As a slab is made, and touched."""
+    descriptor = os.memfd_create("bench-drain")
+    os.ftruncate(descriptor, size_bytes)
+    memory = torch.frombuffer(mmap.mmap(descriptor, size_bytes), dtype=torch.uint8)
+    os.close(descriptor)
+    return memory.zero_()
 
 
 def beside(
@@ -177,14 +196,6 @@ def beside(
     together_s = timed_s()
     waiting.join()
     return together_s / alone_s
-
-
-def described(device: torch.device) -> str:
-    found = torch.cuda.get_device_properties(device)
-    return (
-        f"device: {found.name}, {found.total_memory / 2**30:.0f} GiB, torch {torch.__version__},"
-        f" CUDA {torch.version.cuda}"
-    )
 
 
 if __name__ == "__main__":

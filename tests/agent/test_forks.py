@@ -290,6 +290,8 @@ async def test_what_is_given_up_is_not_started_later(
     [
         "import no_such_module",
         "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+        # as whoever asks whether there is a GPU does with /dev/nvidiactl
+        "import __main__; __main__.DEVICES = '/dev/zer'; kept = open('/dev/zero')",
     ],
 )
 async def test_what_cannot_be_forked_from_is_not_used(

@@ -1,6 +1,7 @@
 """`make demo`: a fine-tuning job loses its node in the middle and finishes on another one.
 
-    python -m tests.e2e.demo [--steps N] [--lease-ms N] [--no-comparison] [--keep] [--json]
+    python -m tests.e2e.demo [--steps N] [--lease-ms N] [--no-comparison] [--stand-in] [--keep]
+                             [--json]
 
 This file is the way in and out: the flags, the exit status, and what Ctrl-C does at any moment,
 also while the slow imports are under way. What happens in between stands in `demo_story.py`, what
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps=options.steps,
             lease_ms=options.lease_ms,
             comparison=options.comparison,
+            stand_in=options.stand_in,
             keep=options.keep,
             as_json=options.json,
         )
@@ -70,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="comparison",
         action="store_false",
         help="leave out whether anything was transferred, for which three heads are trained",
+    )
+    parser.add_argument(
+        "--stand-in", action="store_true", help="train on the CPU, also where there is a GPU"
     )
     parser.add_argument("--keep", action="store_true", help="leave logs and state in .demo/")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")

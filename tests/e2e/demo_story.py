@@ -3,7 +3,7 @@
 Problem: a demonstration that simulates its disaster demonstrates nothing. Here everything is the
 real thing on loopback: the programs that a fleet runs, the command line that a user types, jobs
 that train, and a node that dies as in a power cut with a broken disk. The one thing that is a
-stand-in is the NVML library, and only where there is no GPU.
+stand-in is the NVML library, and only where there is no GPU, or the tests want to know none.
 """
 
 import json
@@ -60,7 +60,13 @@ class Watched:
 
 
 def run(
-    *, steps: int | None, lease_ms: int | None, comparison: bool, keep: bool, as_json: bool
+    *,
+    steps: int | None,
+    lease_ms: int | None,
+    comparison: bool,
+    stand_in: bool,
+    keep: bool,
+    as_json: bool,
 ) -> int:
     """Tell the whole story. Returns the exit status."""
     with View(as_json=as_json) as view:
@@ -70,8 +76,9 @@ def run(
         held = False
         try:
             with cluster:
+                gpus = () if stand_in else _real_gpus(cluster.directory)
                 _prepare(cluster, view, comparison=comparison)
-                summary = _tell(cluster, view, steps=steps, lease_ms=lease_ms)
+                summary = _tell(cluster, view, gpus, steps=steps, lease_ms=lease_ms)
             view.text()
             for line in demo_report.lines(summary):
                 view.text(line)
@@ -105,9 +112,13 @@ def _prepare(cluster: Cluster, view: View, *, comparison: bool) -> None:
 
 
 def _tell(
-    cluster: Cluster, view: View, *, steps: int | None, lease_ms: int | None
+    cluster: Cluster,
+    view: View,
+    gpus: Sequence[GpuFacts],
+    *,
+    steps: int | None,
+    lease_ms: int | None,
 ) -> demo_report.Summary:
-    gpus = _real_gpus(cluster.directory)
     _start_fleet(cluster, view, gpus, lease_ms)
     view.title("Submitting two jobs")
     config = _finetune_config(steps, on_gpu=bool(gpus))

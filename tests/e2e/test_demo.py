@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TIMEOUT_S), pytest.mark.xdist
 
 def start_demo(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "tests.e2e.demo", "--steps", "120", *arguments],
+        [sys.executable, "-u", "-m", "tests.e2e.demo", "--stand-in", "--steps", "120", *arguments],
         cwd=ROOT,
         env={**os.environ, DAEMON_MARK: str(os.getpid())},
         stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ from agent import slabs as agent_slabs
 from agent.ports import ChunkError
 from baton_sdk import slab as sdk_slab
 from tests.trainers import tasks
-from trainers import capture, checkpoint, configuration, loop, saving
+from trainers import capture, checkpoint, configuration, loop, pagelock, saving
 
 ATTEMPT = "1.1"
 PLENTY = 1 << 40
@@ -325,6 +325,52 @@ def test_a_state_that_outgrows_its_slot_gets_another_slab(
     assert files_of(desk)["model.safetensors"] == save({"w": torch.ones(50_000)})
     first, second = session.tickets
     assert (first.sequence, second.sequence) == (1, 2)
+
+
+class RecordingDriver:
+    """Of CUDA: which memory it was told to lock and to let go."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.told: list[tuple[str, int]] = []
+
+    def cuMemHostRegister_v2(self, address: Any, size_bytes: Any, flags: Any) -> int:
+        assert (size_bytes.value > 0, flags.value) == (True, pagelock.PORTABLE)
+        self.told.append(("lock", address.value))
+        return 304 if self.refuses else 0
+
+    def cuMemHostUnregister(self, address: Any) -> int:
+        # Unmapped while it is locked, it would be taken for locked when something else lies there.
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        assert f"\n{address.value:x}-" in maps
+        self.told.append(("release", address.value))
+        return 0
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_memory_is_locked_once_and_let_go_before_it_is_exchanged(
+    refuses: bool, session: DeskSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = RecordingDriver(refuses=refuses)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(pagelock, "loaded_driver", lambda: driver)
+    session.answers = True
+    capturer = capture.Capturer(session)
+    places = []
+    for step, count in enumerate((7, 7, 50_000, 50_000)):
+        state = checkpoint.Snapshot({}, {"w": torch.ones(count)}, {}, {}, {})
+        assert capturer.take(state, step) is not None
+        slab = session.granted
+        assert slab is not None
+        address = torch.frombuffer(slab.mapping, dtype=torch.uint8).data_ptr()
+        if address not in places:
+            places.append(address)
+    first, second = places
+    released = [] if refuses else [("release", first)]
+    assert driver.told == [("lock", first), *released, ("lock", second)]
+    driver.told.clear()
+    del capturer
+    assert driver.told == ([] if refuses else [("release", second)])
 
 
 def test_youngs_rule_within_its_bounds() -> None:

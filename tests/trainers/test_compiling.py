@@ -223,3 +223,23 @@ def test_without_a_compiler_it_trains_and_says_so(
 def test_what_says_no_version_is_no_compiler() -> None:
     assert compiling.version_of("false") == ""
     assert compiling.version_of("/") == ""
+
+
+def test_a_gpu_wants_triton_a_compiler_and_pythons_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "Python.h").touch()
+    there = {"triton": True, "CC": "gcc", "headers": str(tmp_path)}
+
+    def found(**lacking: Any) -> str:
+        now = {**there, **lacking}
+        with monkeypatch.context() as patched:
+            patched.setattr("importlib.util.find_spec", lambda _: now["triton"] or None)
+            patched.setattr("importlib.metadata.version", lambda _: "3.9.0")
+            patched.setattr("shutil.which", lambda _: now["CC"])
+            patched.setattr("sysconfig.get_path", lambda _: now["headers"])
+            patched.delenv("CC", raising=False)
+            return compiling.found(torch.device("cuda"))
+
+    assert found() == "triton 3.9.0"
+    assert found(triton=None) == found(CC=None) == found(headers=str(tmp_path / "none")) == ""

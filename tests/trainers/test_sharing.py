@@ -75,3 +75,30 @@ def test_the_hook_limits_before_trainer_puts_the_model_there(
     baton_hook.trainer.install(module)
     module.Trainer("model")
     assert calls == ([("limit", 0.25)] if ratio else []) + [("model", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "cuda", "seen", "warns"),
+    [
+        ("GPU-1", "13.0", False, True),
+        ("GPU-1", "13.0", True, False),
+        ("GPU-1", None, False, False),  # this torch has none to lose: the stand-in's GPUs
+        ("", "13.0", False, False),
+    ],
+)
+def test_a_gpu_that_was_given_and_is_not_seen_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+    cuda: str | None,
+    *,
+    seen: bool,
+    warns: bool,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(ranks.World, "device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    tasks.trainer(tasks.finetune_task()).prepare()
+    assert ("CUDA_VISIBLE_DEVICES is GPU-1" in capsys.readouterr().out) == warns
