@@ -15,8 +15,7 @@ from coordinator.core import arrays
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.sentences import quantity, some
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
-
-TRAINERS = ("transfer", "finetune", "lora")
+from coordinator.core.trainer_keys import KEYS
 
 # Bounds. Each is far above real use and far below what would hurt.
 NAME_CHARACTERS_MAX = 128
@@ -72,8 +71,8 @@ def _program(spec: JobSpec) -> str:
         return "give either a command or a built-in trainer, and not both"
     if not spec.command and not spec.trainer:
         return "nothing to run: give a command or a built-in trainer"
-    if spec.trainer and spec.trainer not in TRAINERS:
-        return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(TRAINERS)}"
+    if spec.trainer and spec.trainer not in KEYS:
+        return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(KEYS)}"
     if spec.command and not spec.command[0]:
         return "the command's first word is empty"
     if any("\0" in word for word in (*spec.command, spec.working_directory)):
