@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from coordinator.core import arrays
+from coordinator.core.launch import own_variables
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.sentences import quantity, some
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
@@ -91,12 +92,17 @@ def _program(spec: JobSpec) -> str:
 def _environment(spec: JobSpec) -> str:
     if len(spec.environment) > ENVIRONMENT_ENTRIES_MAX:
         return f"more than {ENVIRONMENT_ENTRIES_MAX} environment variables"
-    size_bytes = 0
+    size_bytes, own = 0, own_variables(spec)
     for name, value in spec.environment:
         if not _VARIABLE.fullmatch(name):
             return f"environment variable {name!r} must match [A-Za-z_][A-Za-z0-9_]*"
         if name.startswith("BATON_") and name not in _USERS_VARIABLES:
             return f"environment variable {name} is Baton's own; choose another name"
+        if name in own:
+            return (
+                f"environment variable {name} is set by Baton: leave it out (of this job Baton sets"
+                f" {', '.join(own)} and BATON_*)"
+            )
         if "\0" in value:
             return f"environment variable {name} contains a NUL character"
         size_bytes += len(name) + len(value.encode()) + 2
