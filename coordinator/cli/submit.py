@@ -11,7 +11,7 @@ shared file system gives; `--workdir ''` asks for a directory of the attempt's o
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
+    from coordinator.cli.values import JobSpec
 
 _COMMAND = "coordinator.cli.submit.command"
 
@@ -302,6 +303,8 @@ def submit(
                 sentence += f", jobs {first_id} to {first_id + submission.jobs - 1}"
         if submission.reason:
             sentence += f"; {submission.reason}"
+        for note in _unfilled(spec):
+            write_notice(note)
         if as_json:
             write_json(submission)
         elif follow:
@@ -310,6 +313,18 @@ def submit(
             click.echo(sentence)
         if follow:
             _follow(client, submission.job_id, as_json=as_json)
+
+
+def _unfilled(spec: "JobSpec") -> Iterator[str]:
+    """Where an index may be meant that nobody fills in. It may not: f-strings have such words."""
+    from coordinator.core.arrays import INDEX
+
+    if not spec.array and any(INDEX in word for word in spec.command):
+        yield f"{INDEX} in the command is left as it is: only with --array it stands for an index"
+    for name, value in spec.environment.items():
+        if INDEX in value:
+            instead = ": the trial's index is in BATON_ARRAY_INDEX" if spec.array else ""
+            yield f"{INDEX} in --env {name} is left as it is{instead}"
 
 
 def here() -> Path:
