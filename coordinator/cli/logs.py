@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job_id", metavar="JOB", type=JOB_ID)
-@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, across its attempts.")
+@click.option(
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="Go on until the job ends, across its attempts and restarts of the coordinator.",
+)
 @click.option(
     "--tail-bytes",
     type=click.IntRange(0, 2**63 - 1),
@@ -96,7 +101,9 @@ def _write_json_lines(parts: "Iterable[LogPart]") -> bool:
 
     decoders: dict[str, codecs.IncrementalDecoder] = {}
     nodes: dict[str, str] = {}
+    any_parts = False
     for part in parts:
+        any_parts = any_parts or bool(part.data or part.notice)
         if part.attempt not in decoders:
             decoders[part.attempt] = codecs.getincrementaldecoder("utf-8")("replace")
         nodes[part.attempt] = part.node
@@ -108,4 +115,4 @@ def _write_json_lines(parts: "Iterable[LogPart]") -> bool:
         rest = decoder.decode(b"", final=True)
         if rest:
             write_json(LogLine(attempt=attempt, node=nodes[attempt], text=rest, notice=""))
-    return bool(decoders)
+    return any_parts

@@ -432,7 +432,8 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
 
 
 def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:
-    fake.answers["StreamLogs"] = [[]]
+    told = jobs_pb2.StreamLogsResponse(attempt="12.1", node="n1", next_offset=-1)
+    fake.answers["StreamLogs"] = [[told]]
     for more in ((), ("--json",)):
         result = baton("logs", "12", *more)
         assert (result.exit_code, result.stdout) == (0, "")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from coordinator.cli import client
 from protos.baton.v1 import jobs_pb2, nodes_pb2
 from tests.cli import samples
 from tests.cli.conftest import Baton
@@ -68,9 +70,11 @@ def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None
     assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
 
 
-def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
-    baton: Baton, fake: FakeCoordinator
+def test_a_log_whose_coordinator_stays_away_is_3_and_says_how_to_go_on(
+    baton: Baton, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(client, "FOLLOW_AWAY_S_MAX", 0.0)
+
     def stop() -> jobs_pb2.StreamLogsResponse:
         threading.Thread(target=fake.stop).start()
         return jobs_pb2.StreamLogsResponse()
@@ -81,11 +85,55 @@ def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
         gone.wait(DEADLINE_S)
         return jobs_pb2.StreamLogsResponse()
 
-    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n"), stop, wait]]
+    part = jobs_pb2.StreamLogsResponse(data=b"1\n", next_offset=2)
+    fake.answers["StreamLogs"] = [[part, stop, wait]]
     result = baton("logs", "-f", "12")
     gone.set()
     assert (result.exit_code, result.stdout) == (3, "1\n")
     assert result.stderr.endswith("; go on with: baton logs -f --tail-bytes 2000 12\n")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_a_followed_log_goes_on_where_its_coordinator_broke_off(
+    baton: Baton, fake: FakeCoordinator, code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FOLLOW_PAUSES_S", (0.0,))
+    part = partial(jobs_pb2.StreamLogsResponse, node="n1")
+    gone = Refusal(code, "gone")
+    fake.answers["StreamLogs"] = [
+        [part(attempt="12.1", data=b"1\n", next_offset=2), gone],
+        gone,
+        [
+            part(attempt="12.1", next_offset=-1),
+            part(attempt="12.2", data=b"2\n", next_offset=2),
+            gone,
+        ],
+        [part(attempt="12.2", data=b"3\n", next_offset=4)],
+    ]  # fmt: skip
+    result = baton("logs", "-f", "--tail-bytes", "9", "--rank", "1", "12")
+    assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n")
+    # Once for each time that it is away.
+    assert result.stderr == "baton: gone; the output goes on when it answers\n" * 2
+    asked = partial(jobs_pb2.StreamLogsRequest, job_id=12, follow=True, tail_bytes=9, rank=1)
+    again = asked(after_attempt="12.1", after_offset=2)
+    assert fake.requests == [asked(), again, again, asked(after_attempt="12.2", after_offset=2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data"),
+    [
+        ("logs -f 12", b"1\n"),  # of an older coordinator, which would begin again
+        ("logs 12", b""),
+    ],
+)
+def test_a_log_that_cannot_go_on_ends(
+    baton: Baton, fake: FakeCoordinator, arguments: str, data: bytes
+) -> None:
+    part = jobs_pb2.StreamLogsResponse(attempt="12.1", node="n1", data=data)
+    fake.answers["StreamLogs"] = [[part, Refusal(grpc.StatusCode.UNAVAILABLE, "gone")]]
+    result = baton(*arguments.split())
+    assert (result.exit_code, result.stdout_bytes) == (1, data)
+    assert result.stderr.startswith("baton: gone")
 
 
 def test_unavailable_said_by_the_coordinator_is_1(baton: Baton, fake: FakeCoordinator) -> None:
