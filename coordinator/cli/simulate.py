@@ -134,8 +134,9 @@ def simulate(**given: Any) -> None:
 
     Every key of [chance] is an option, too. FAIRNESS is how long a job took over what it would have
     taken had the fleet been shared equally at every moment. COST is that of the whole fleet until
-    the last job's end. What Baton does with quotas of projects is seen with --config, or with a
-    table of each in the fleet's file:
+    the last job's end. LATE are those that ended after their deadline_s, which counts as arrival_s
+    does. What Baton does with quotas of projects is seen with --config, or with a table of each in
+    the fleet's file:
 
     \b
       [projects.vision]
