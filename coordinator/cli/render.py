@@ -11,9 +11,10 @@ Texts come from jobs and nodes, so control characters are shown as U+FFFD: a job
 drive a terminal.
 """
 
+import contextlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import click
@@ -87,6 +88,18 @@ def write_notice(sentence: str, *, whole: bool = False) -> None:
 def write_sentence(sentence: str) -> None:
     """An answer in words: stdout."""
     click.echo(_wrapped(sentence.translate(_CONTROL), sys.stdout))
+
+
+@contextlib.contextmanager
+def progress(steps: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, for who waits at a terminal; it is told how many steps more are done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(
+        length=steps, label=what, file=sys.stderr, update_min_steps=max(1, steps // 100)
+    ) as bar:
+        yield bar.update
 
 
 def _wrapped(sentence: str, stream: TextIO) -> str:
