@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli import share, units
+from coordinator.cli.completion import paths
 from coordinator.cli.render import UNKNOWN, write_json, write_notice
 from coordinator.cli.settings import (
     EXIT_FAILED,
@@ -82,6 +83,12 @@ class _Pair(click.ParamType[tuple[str, str]]):
         return name, content
 
 
+def _trainers(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    from coordinator.core.trainer_keys import KEYS
+
+    return [name for name in KEYS if name.startswith(begun)]
+
+
 class _SubmitCommand(click.Command):
     """Takes the command away before click reads the options."""
 
@@ -142,7 +149,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 
 
 @click.command(cls=_SubmitCommand, help=_HELP)
-@click.argument("words", nargs=-1)
+@click.argument("words", nargs=-1, shell_complete=paths("file"))
 @click.option("--name", help="For people.  [default: that of script, program or trainer]")
 @click.option("--project", help="Accounting label.  [default: default]")
 @click.option(
@@ -199,11 +206,22 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 @click.option(
     "--workdir",
     metavar="DIRECTORY",
+    shell_complete=paths("dir"),
     help="Where the command runs, on the node; '' is a directory of the attempt's own, "
     "empty at its start.  [default: the current directory, or that of the --config file]",
 )
-@click.option("--trainer", metavar="NAME", help="A built-in trainer: transfer, finetune or lora.")
-@click.option("--config", metavar="FILE", help="Its configuration: .json or .toml.")
+@click.option(
+    "--trainer",
+    metavar="NAME",
+    shell_complete=_trainers,
+    help="A built-in trainer: transfer, finetune or lora.",
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    shell_complete=paths("file"),
+    help="Its configuration: .json or .toml.",
+)
 @click.option(
     "--grace",
     type=_DURATION,
