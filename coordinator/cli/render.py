@@ -14,6 +14,7 @@ drive a terminal.
 import contextlib
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -153,13 +154,22 @@ def write_fields(fields: Iterable[tuple[str, object]]) -> None:
 
 def _write_plain(columns: Sequence[Column], rows: list[list[str]]) -> None:
     lines = [[column.title for column in columns], *rows]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    widths = [max(_cells(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
-        padded = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for column, cell, width in zip(columns, line, widths, strict=True)
-        ]
+        padded = []
+        for column, cell, width in zip(columns, line, widths, strict=True):
+            space = " " * (width - _cells(cell))
+            padded.append(space + cell if column.right else cell + space)
         click.echo(GAP.join(padded).rstrip())
+
+
+def _cells(cell: str) -> int:
+    """How many places it takes where it is looked at in the end: some letters take two, and marks
+    on a letter none."""
+    if cell.isascii():
+        return len(cell)
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in cell)
+    return len(cell) + wide - sum(map(bool, map(unicodedata.combining, cell)))
 
 
 def count_words(words: Sequence[str]) -> str:
