@@ -23,7 +23,7 @@ from coordinator.cli.settings import (
 )
 
 if TYPE_CHECKING:
-    from coordinator.cli.values import LogPart
+    from coordinator.cli.values import Job, LogPart
 
 
 @click.command()
@@ -66,6 +66,8 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
       baton logs --rank 3 12
     """
     with connect(context) as client:
+        if follow:
+            _say_why_nothing_comes(client.job(job_id))
         parts = client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank)
         try:
             any_parts = write_parts(parts, as_json=settings_of(context).as_json)
@@ -76,6 +78,12 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
             raise CommandFailed(f"{failed}; {again}", failed.exit_code) from failed
     if not any_parts:
         write_notice(f"job {job_id} has no output so far")
+
+
+def _say_why_nothing_comes(job: "Job") -> None:
+    """Who follows a job that waits sees nothing for hours."""
+    if job.phase in ("queued", "held"):
+        write_notice(f"job {job.id} is {job.phase}: {job.reason}; its output follows when it runs")
 
 
 def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> bool:

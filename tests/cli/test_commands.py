@@ -412,10 +412,11 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
             part(attempt="12.1", node="n1", data=b"\xa9\xc3"),
         ]
     ]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
     result = baton("logs", "-f", "--tail-bytes", "7", "12")
     assert result.stdout_bytes == b"\x1b[31mred\x00\xff\r\xc3other\n\xa9\xc3"
     assert result.stderr == "baton: 12.2 goes on from step 100\n"
-    assert fake.requests == [jobs_pb2.StreamLogsRequest(job_id=12, follow=True, tail_bytes=7)]
+    assert fake.requests[1:] == [jobs_pb2.StreamLogsRequest(job_id=12, follow=True, tail_bytes=7)]
     lines = [json.loads(line) for line in baton("logs", "12", "--json").stdout.splitlines()]
     assert [(line["attempt"], line["text"]) for line in lines] == [
         ("12.1", "\x1b[31mred\x00\ufffd\r"),
@@ -429,6 +430,18 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
         "text": "other\n",
         "notice": "12.2 goes on from step 100",
     }
+
+
+def test_who_follows_a_job_that_waits_is_told_why_nothing_comes(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    job = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_QUEUED, reason="needs 9 GPUs")
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n", next_offset=2)]]
+    result = baton("logs", "-f", "12")
+    assert (result.exit_code, result.stdout) == (0, "1\n")
+    said = "baton: job 12 is queued: needs 9 GPUs; its output follows when it runs\n"
+    assert result.stderr == said
 
 
 def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:

@@ -32,6 +32,9 @@ def test_help_has_an_example_and_json(command: str, flag: str) -> None:
     name = "jobs" if command == "ps" else command
     assert f"\n  baton {name}" in result.output.replace("\n    ", "\n  ") or name == "completion"
     assert name != "completion" or "~/.bashrc" in result.output
+    # What is to be copied stays whole.
+    lines = [line for line in result.output.splitlines() if " | jq " not in line]
+    assert name == "completion" or max(map(len, lines)) <= 80
 
 
 def test_the_groups_help_names_commands_and_options() -> None:
