@@ -269,7 +269,8 @@ class Client:
                 if not away.goes_on(error.code()):
                     raise failed from error
                 if away.tries == 1:
-                    notice = f"{failed}; the output goes on when it answers"
+                    address = self._settings.coordinator
+                    notice = f"{address} does not answer; the output goes on when it does"
                     yield msgspec.structs.replace(part, data=b"", notice=notice)
             away.pause()
 

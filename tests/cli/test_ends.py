@@ -115,7 +115,8 @@ def test_a_followed_log_goes_on_where_its_coordinator_broke_off(
     result = baton("logs", "-f", "--tail-bytes", "9", "--rank", "1", "12")
     assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n")
     # Once for each time that it is away.
-    assert result.stderr == "baton: gone; the output goes on when it answers\n" * 2
+    said = f"baton: {fake.address} does not answer; the output goes on when it does\n"
+    assert result.stderr == said * 2
     asked = partial(jobs_pb2.StreamLogsRequest, job_id=12, follow=True, tail_bytes=9, rank=1)
     again = asked(after_attempt="12.1", after_offset=2)
     assert fake.requests[1:] == [asked(), again, again, asked(after_attempt="12.2", after_offset=2)]
