@@ -203,6 +203,29 @@ def test_job_that_ended_and_one_that_waits(baton: Baton, fake: FakeCoordinator) 
     assert "progress" not in waiting
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_of_several_jobs_each_is_asked(
+    baton: Baton, fake: FakeCoordinator, flags: tuple[str, ...]
+) -> None:
+    """Once, in their order, whatever became of those before it."""
+    ended = Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "job 13 is cancelled: it has ended already"
+    )
+    done = [
+        jobs_pb2.CancelJobResponse(job=types_pb2.Job(id=n, phase=types_pb2.JOB_PHASE_CANCELLED))
+        for n in (12, 14)
+    ]
+    fake.answers["CancelJob"] = [done[0], ended, done[1]]
+    result = baton("cancel", "12", "13", "14", "12", *flags)
+    assert [request.job_id for request in fake.requests] == [12, 13, 14]
+    assert (result.exit_code, result.stderr) == (1, f"baton: {ended.sentence}\n")
+    lines = result.stdout.splitlines()
+    if flags:
+        assert [json.loads(line)["id"] for line in lines] == [12, 14]
+    else:
+        assert lines == ["job 12: cancelled", "job 14: cancelled"]
+
+
 @pytest.mark.parametrize(
     ("verb", "method", "response", "request_type"),
     [
