@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from coordinator.cli import client
-from protos.baton.v1 import jobs_pb2, nodes_pb2
+from protos.baton.v1 import jobs_pb2, nodes_pb2, types_pb2
 from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
@@ -287,6 +287,21 @@ def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None
         process.stdout.close()
         said = process.stderr.read()
         assert (process.wait(DEADLINE_S), said) == (141, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_no_part_of_an_answer_is_lost_without_a_word(
+    fake: FakeCoordinator, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers: unbuffered, a write that the system ends early is no error to Python."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    node = types_pb2.Node(id="n1", reason="x" * 1_000_000)
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[node])]
+    with start(fake, "nodes", "--json") as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(DEADLINE_S) == 141
 
 
 @pytest.mark.parametrize(
