@@ -199,6 +199,9 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
         after = None
         if request.after_attempt:
+            if not request.after_attempt.startswith(f"{request.job_id}."):
+                sentence = f"{request.after_attempt!r} is no attempt of job {request.job_id}"
+                await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
             after = Place(request.after_attempt, request.after_offset)
         if request.tail_bytes < 0 or request.after_offset < ALL:
             sentence = "tail_bytes is 0 or more, and after_offset -1 or more"

@@ -242,3 +242,8 @@ def test_stopped_coordinator_answers_again_where_it_was(fleet: Cluster, gate: Ga
         fleet.start_coordinator(**PATIENT)
         work.wait_for_coordinator(fleet)
         finished_undisturbed(fleet, gate, job_id)
+    for wrong in ({"after_attempt": "0.1"}, {"after_offset": -2}, {"tail_bytes": -1}, {"rank": 1}):
+        request = jobs_pb2.StreamLogsRequest(job_id=job_id, **wrong)
+        with pytest.raises(grpc.RpcError) as raised:
+            list(fleet.jobs.StreamLogs(request))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
