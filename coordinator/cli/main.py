@@ -140,9 +140,9 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
     elif isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
         # PYTHONUNBUFFERED: what the system does not take of a write would be lost, with status 0.
+        whole = io.BufferedWriter(sys.stdout.buffer)
         encoding, errors = sys.stdout.encoding, sys.stdout.errors
-        descriptor = sys.stdout.fileno()
-        sys.stdout = open(descriptor, "w", encoding=encoding, errors=errors, closefd=False)  # noqa: SIM115
+        sys.stdout = io.TextIOWrapper(whole, encoding, errors, line_buffering=True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
