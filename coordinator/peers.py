@@ -10,7 +10,7 @@ job has ended. Of a gang one rank's output is read, as if there were no other.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -37,12 +37,27 @@ Channel = grpc.aio.Channel
 ReadCall = grpc.aio.UnaryStreamCall[peer_pb2.ReadLogRequest, peer_pb2.ReadLogResponse]
 
 
+# In place of a byte: all of that attempt has been told.
+ALL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What has been told: everything before this byte of this attempt's output."""
+
+    attempt: str
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class LogPiece:
+    """`next_offset`: of its attempt's output, after it; `ALL`, where there is no more."""
+
     attempt: str
     node: str
     data: bytes = b""
     notice: str = ""
+    next_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +79,12 @@ class _Reading:
     broken: str = ""
     answered: bool = False
 
-    def notice(self, sentence: str) -> LogPiece:
-        return LogPiece(self.attempt.id, self.attempt.node, notice=sentence)
+    def piece(self, data: bytes) -> LogPiece:
+        return LogPiece(self.attempt.id, self.attempt.node, data, next_offset=self.offset)
+
+    def notice(self, sentence: str, *, last: bool = False) -> LogPiece:
+        piece = replace(self.piece(b""), notice=sentence)
+        return replace(piece, next_offset=ALL) if last else piece
 
     def output(self) -> str:
         rest = "the rest of the output" if self.offset else "the output"
@@ -84,12 +103,24 @@ class LogReader:
         self._sleep = sleep
 
     async def stream(
-        self, fleet: Fleet, *, follow: bool, tail_bytes: int, rank: int = 0
+        self,
+        fleet: Fleet,
+        *,
+        follow: bool,
+        tail_bytes: int,
+        rank: int = 0,
+        after: Place | None = None,
     ) -> AsyncIterator[LogPiece]:
-        """Pieces of output, attempt by attempt; ends with the job when it follows it."""
+        """Pieces of output, attempt by attempt; ends with the job when it follows it. `after`: what
+        comes after this place alone, whatever `tail_bytes` is. Of an attempt that is forgotten
+        nothing is left."""
         done_epoch = 0
         view = await fleet.job()
-        if tail_bytes and view.attempts:
+        if after is not None:
+            tail_bytes = 0
+            told = next((one for one in view.attempts if one.id == after.attempt), None)
+            done_epoch = 0 if told is None else told.epoch - (after.offset != ALL)
+        elif tail_bytes and view.attempts:
             done_epoch = view.attempts[-1].epoch - 1
         while True:
             view = await fleet.job()
@@ -100,9 +131,13 @@ class LogReader:
                 if attempt.phase is AttemptPhase.ASSIGNED and newest and follow:
                     break
                 done_epoch = attempt.epoch
-                reading = _Reading(attempt, follow and newest, tail_bytes)
+                begun = after is not None and attempt.id == after.attempt
+                offset = after.offset if after is not None and begun else 0
+                reading = _Reading(attempt, follow and newest, tail_bytes, offset)
                 async for piece in self._attempt(reading, fleet):
                     yield piece
+                if follow:
+                    yield replace(reading.piece(b""), next_offset=ALL)
                 tail_bytes = 0
             ended = view.job.phase in JOB_ENDED and not any(
                 attempt.epoch > done_epoch for attempt in mine
@@ -119,7 +154,7 @@ class LogReader:
         while True:
             live = await fleet.node(name)
             if live is None or live.phase is NodePhase.LOST:
-                yield reading.notice(f"{name} is lost, and {reading.output()} with it")
+                yield reading.notice(f"{name} is lost, and {reading.output()} with it", last=True)
                 return
             reading.broken, reading.answered = "", False
             async for piece in self._read(reading, live.node.peer_address, fleet):
@@ -131,7 +166,8 @@ class LogReader:
             tries_after_end += over
             again = reading.follow and not reading.answered
             if not again or tries_after_end > TRIES_AFTER_END_MAX:
-                yield reading.notice(f"{reading.output()} is on {name}: {reading.broken}")
+                where = f"{reading.output()} is on {name}: {reading.broken}"
+                yield reading.notice(where, last=reading.follow)
                 return
             if not told:
                 waits = "is shown when it does"
@@ -153,14 +189,15 @@ class LogReader:
             try:
                 async for response in self._responses(call, reading, fleet):
                     gone_bytes = response.offset - reading.offset
+                    reading.offset = response.offset
                     if gone_bytes > 0 and not tail_bytes:
                         yield reading.notice(
                             f"here {gone_bytes} bytes of the output of attempt "
                             f"{reading.attempt.id} are missing: a node keeps the newest of it"
                         )
                     tail_bytes = 0
-                    reading.offset = response.offset + len(response.data)
-                    yield LogPiece(reading.attempt.id, reading.attempt.node, response.data)
+                    reading.offset += len(response.data)
+                    yield reading.piece(response.data)
             except grpc.aio.AioRpcError as error:
                 # A server that stops ends its calls politely, and the output goes on after it.
                 reading.answered = error.code() in _AGENT_ANSWERS

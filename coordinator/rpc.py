@@ -5,7 +5,7 @@ says no becomes the one status code that fits it, with the core's sentence uncha
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import NoReturn
 
@@ -25,7 +25,7 @@ from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.cost_rpc import add_cost_service
 from coordinator.demand_rpc import add_demand_service
-from coordinator.peers import Fleet, LogReader
+from coordinator.peers import ALL, Fleet, LogReader, Place
 from coordinator.ports import Store
 from coordinator.shell import CoordinatorShell, Unavailable
 from protos.baton.v1 import (
@@ -197,6 +197,17 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             has = "one rank, 0" if ranks == 1 else f"ranks 0 to {ranks - 1}"
             sentence = f"job {request.job_id} has {has}; there is no rank {request.rank}"
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
+        after = None
+        if request.after_attempt:
+            if not request.after_attempt.startswith(f"{request.job_id}."):
+                sentence = f"{request.after_attempt!r} is no attempt of job {request.job_id}"
+                await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
+            after = Place(request.after_attempt, request.after_offset)
+        if request.tail_bytes < 0 or request.after_offset < ALL:
+            sentence = "tail_bytes is 0 or more, and after_offset -1 or more"
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, sentence)
+        # A job may be silent for hours, and its follower wants to know that it is heard.
+        await context.send_initial_metadata(())
 
         async def look() -> JobView:
             return await self._job(context, m.GetJob(request.job_id))
@@ -211,11 +222,10 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             follow=request.follow,
             tail_bytes=request.tail_bytes,
             rank=request.rank,
+            after=after,
         )
         async for piece in pieces:
-            yield jobs_pb2.StreamLogsResponse(
-                attempt=piece.attempt, node=piece.node, data=piece.data, notice=piece.notice
-            )
+            yield jobs_pb2.StreamLogsResponse(**asdict(piece))
 
 
 class NodeService(nodes_pb2_grpc.NodeServiceServicer):

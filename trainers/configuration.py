@@ -2,17 +2,21 @@
 
 Problem: a misspelt key that is silently ignored costs a night of training with a default. So
 every key must be a field, an unknown one is answered with the nearest right one, a value must
-have the type of its field, and the dataclass itself checks ranges in ``problems``. Relative paths
-in a file are relative to the file, so that a folder with its configuration can be moved.
+have the type of its field, and lie in the range that stands beside it (`Allowed`). Relative
+paths in a file are relative to the file, so that a folder with its configuration can be moved.
+
+The coordinator refuses the same at submission. It cannot import this, so the keys with their types
+and ranges stand there again (``coordinator/core/trainer_keys.py``), and a test holds them equal.
 """
 
 import dataclasses
 import difflib
 import json
+import reprlib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -20,6 +24,14 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PREFETCH_DEPTH_MAX = 8
 """Each batch of the depth takes memory on the host and on the GPU; more than 3 helps nobody."""
 
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple[str, ...]: "a list of words",
+}
 
 AUTOMATIC_S = -1.0
 """Of an interval: nobody has chosen it."""
@@ -30,49 +42,86 @@ class ConfigurationError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """Which values of its type a key takes: numbers from `least` or above `above`, to `most` or
+    below `below`, or `also`; of texts, `words`."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    also: float | None = None
+    words: tuple[str, ...] = ()
+
+    def __contains__(self, value: Any) -> bool:
+        if self.words or value == self.also:
+            return not self.words or value in self.words
+        # As it stands, so that what is no number ("nan") is within no range.
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Said after what kind of value it is; empty for any."""
+        if self.words:
+            return f"one of {', '.join(self.words)}"
+        ends = {
+            "of at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        said = " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None)
+        return said + ("" if self.also is None else f", or {self.also:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """The keys of a job's configuration that concern the loop, whatever the trainer."""
 
-    steps: int
+    steps: Annotated[int, Allowed(least=1)]
     """Optimizer steps in all; a resumed job counts on from its checkpoint."""
 
-    batch_size: int = 16
+    batch_size: Annotated[int, Allowed(least=1)] = 16
     """Samples whose gradients are computed at once; as many as the memory holds. Where they do not
     fit, they are halved, and the step keeps its samples."""
 
-    accumulate: int = 1
+    accumulate: Annotated[int, Allowed(least=1)] = 1
     """Batches in one step, for larger steps than the memory holds."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Allowed(least=0)] = 1e-3
     """The highest one, reached after the warm-up."""
 
-    schedule: str = "cosine"
+    schedule: Annotated[str, Allowed(words=SCHEDULES)] = "cosine"
     """cosine or linear (both to 0 at the last step), or constant."""
 
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Allowed(least=0)] = 0
     """Steps over which the learning rate rises from 0: AdamW's first estimates are noise."""
 
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Allowed(least=0)] = 0.01
     """AdamW's, on weights of two and more dimensions. PyTorch's default."""
 
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Allowed(least=0)] = 1.0
     """Largest norm of the gradient; 0 for no limit. 1 is customary for transformers."""
 
-    evaluate_every: int = 100
+    evaluate_every: Annotated[int, Allowed(least=1)] = 100
     """Steps between evaluations; there is always one at the end."""
 
-    log_every: int = 10
+    log_every: Annotated[int, Allowed(least=1)] = 10
     """Steps between lines in the log."""
 
-    checkpoint_every_steps: int = 0
+    checkpoint_every_steps: Annotated[int, Allowed(least=0)] = 0
     """Steps between checkpoints; 0 for none by count."""
 
-    checkpoint_every_s: float = AUTOMATIC_S
+    checkpoint_every_s: Annotated[float, Allowed(least=0, also=AUTOMATIC_S)] = AUTOMATIC_S
     """Seconds between checkpoints; 0 for none by time. At most this much work is repeated. Left
     out: by Young's rule, from what a checkpoint costs and how often things fail; once a minute at
     least for states under 1 GB."""
 
-    mean_time_between_failures_s: float = 86_400.0
+    mean_time_between_failures_s: Annotated[float, Allowed(least=0)] = 86_400.0
     """For that rule: seconds between failures of what this job runs on. A day is cautious for a box
     of one's own and hopeful for one that others may reclaim; a fleet of 16,384 GPUs had one every
     three hours, which is 9 months for each of its boxes (Llama 3, arXiv 2407.21783, 3.3.4)."""
@@ -80,10 +129,10 @@ class LoopOptions:
     checkpoint_directory: str = ""
     """Outside Baton only: where checkpoints are kept, and resumed from. Empty for none."""
 
-    seed: int = 1
+    seed: Annotated[int, Allowed(least=0)] = 1
     """Of the initial values, the data order and all random generators."""
 
-    precision: str = "float32"
+    precision: Annotated[str, Allowed(words=PRECISIONS)] = "float32"
     """float32; bfloat16 or float16 for matrix products in 16 bits (parameters stay float32).
     bfloat16 where the GPU has it; float16, with a scaled loss, for those before Ampere."""
 
@@ -92,42 +141,22 @@ class LoopOptions:
     than before. Evaluations are not compiled. Needs a compiler on the node, and trains without
     where there is none."""
 
-    early_stop_patience: int = 0
+    early_stop_patience: Annotated[int, Allowed(least=0)] = 0
     """Evaluations in a row without a better figure after which training ends; 0 for never."""
 
-    prefetch_depth: int = 2
+    prefetch_depth: Annotated[int, Allowed(least=1, most=PREFETCH_DEPTH_MAX)] = 2
     """Batches that are made ahead: 2, or 3 where making one takes very different times."""
 
-    collective_timeout_s: float = 600.0
+    collective_timeout_s: Annotated[float, Allowed(above=0)] = 600.0
     """Of several ranks only: how long one waits for another in the middle of a step, or for all to
     come up. Baton ends a rank whose peers are gone long before; outside it, ten minutes are enough
     for the slowest node to load its model, and torch's own 30 are a waste of GPUs."""
 
     def problems(self) -> list[str]:
         """What is wrong, as sentences that say what to change."""
-        found = []
-        for name in ("steps", "batch_size", "accumulate", "evaluate_every", "log_every"):
-            if getattr(self, name) < 1:
-                found.append(f"'{name}' must be at least 1, not {getattr(self, name)}")
-        for name in (
-            "warmup_steps", "weight_decay", "clip_norm", "seed", "learning_rate",
-            "checkpoint_every_steps", "checkpoint_every_s", "early_stop_patience",
-            "mean_time_between_failures_s",
-        ):  # fmt: skip
-            chosen = name != "checkpoint_every_s" or self.checkpoint_every_s != AUTOMATIC_S
-            if chosen and not getattr(self, name) >= 0:
-                found.append(f"'{name}' must not be negative, and is {getattr(self, name)}")
-        if not self.collective_timeout_s > 0:
-            found.append(f"'collective_timeout_s' must be above 0, not {self.collective_timeout_s}")
-        if self.schedule not in SCHEDULES:
-            found.append(f"'schedule' must be one of {SCHEDULES}, not '{self.schedule}'")
-        if self.precision not in PRECISIONS:
-            found.append(f"'precision' must be one of {PRECISIONS}, not '{self.precision}'")
-        if not 1 <= self.prefetch_depth <= PREFETCH_DEPTH_MAX:
-            found.append(
-                f"'prefetch_depth' must be 1 to {PREFETCH_DEPTH_MAX}, not {self.prefetch_depth}"
-            )
-        return found
+        every = keys(type(self)).items()
+        found = (wrong(name, getattr(self, name), *key) for name, key in every)
+        return list(filter(None, found))
 
 
 Options = TypeVar("Options", bound=LoopOptions)
@@ -151,7 +180,7 @@ def load(kind: type[Options], file: Path) -> Options:
 
 def build(kind: type[Options], values: dict[str, Any], *, source: str) -> Options:
     """Make a ``kind`` from plain values. Raises ConfigurationError."""
-    types = get_type_hints(kind)
+    known = keys(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     found: list[str] = []
     for key, value in values.items():
@@ -159,10 +188,8 @@ def build(kind: type[Options], values: dict[str, Any], *, source: str) -> Option
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
             found.append(f"unknown key '{key}'; {hint}")
-        elif not _has_type(value, types[key]):
-            words = types[key] == tuple[str, ...]
-            wanted = "a list of words" if words else f"of type {types[key].__name__}"
-            found.append(f"'{key}' must be {wanted}, not {type(value).__name__} ({value!r})")
+        elif sentence := wrong(key, value, *known[key]):
+            found.append(sentence)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING and name not in values:
             found.append(f"'{name}' is missing")
@@ -178,15 +205,27 @@ def build(kind: type[Options], values: dict[str, Any], *, source: str) -> Option
     raise ConfigurationError(f"{source}: " + "; ".join(found))
 
 
-def _has_type(value: object, wanted: Any) -> bool:
-    if wanted == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(word, str) for word in value)
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    assert isinstance(wanted, type)
-    return isinstance(value, wanted)
+def keys(kind: type[LoopOptions]) -> dict[str, tuple[Any, Allowed]]:
+    """Each with the type and the range of its values."""
+    types, annotated = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    ranges = ((name, getattr(hint, "__metadata__", ())) for name, hint in annotated.items())
+    return {name: (types[name], next(iter(allowed), Allowed())) for name, allowed in ranges}
+
+
+def wrong(key: str, value: Any, kind: Any, allowed: Allowed) -> str:
+    """What is expected in place of this value; empty where it is right."""
+    if _has_type(value, kind) and value in allowed:
+        return ""
+    expected = " ".join(filter(None, ("" if allowed.words else _KINDS[kind], str(allowed))))
+    return f"'{key}' must be {expected}, not {reprlib.repr(value)}"
+
+
+def _has_type(value: object, kind: Any) -> bool:
+    if kind == tuple[str, ...]:
+        return isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def resolve(path: str, base: Path) -> str:

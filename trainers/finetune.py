@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from trainers import start
-from trainers.configuration import LoopOptions
+from trainers.configuration import Allowed, LoopOptions
 
 if TYPE_CHECKING:
     from trainers.loop import Task
@@ -30,16 +30,16 @@ class FinetuneOptions(LoopOptions):
     evaluation_data: str = ""
     """The same for evaluation. Empty: the end of each text in ``train_data`` is held out."""
 
-    held_out_ratio: float = 0.1
+    held_out_ratio: Annotated[float, Allowed(above=0, below=1)] = 0.1
     """How much of each text is held out, when there is no ``evaluation_data``."""
 
     tokenizer: str = ""
     """A folder or hub id, "bytes" for UTF-8 bytes; empty for the tokenizer of the model."""
 
-    window_tokens: int = 128
+    window_tokens: Annotated[int, Allowed(least=2)] = 128
     """Length of a sample; at most what the model's positions allow."""
 
-    evaluation_windows_max: int = 256
+    evaluation_windows_max: Annotated[int, Allowed(least=2)] = 256
     """Held-out windows that are looked at: evaluation stays a small part of the time."""
 
     from_scratch: bool = False
@@ -58,16 +58,6 @@ class FinetuneOptions(LoopOptions):
     def model_precision(self) -> str:
         """What the model is opened in: what is trained, is trained in float32."""
         return "float32"
-
-    def problems(self) -> list[str]:
-        """What is wrong, as sentences that say what to change."""
-        found = super().problems()
-        if not 0 < self.held_out_ratio < 1:
-            found.append(f"'held_out_ratio' must lie between 0 and 1, not {self.held_out_ratio}")
-        for name in ("window_tokens", "evaluation_windows_max"):
-            if getattr(self, name) < 2:
-                found.append(f"'{name}' must be at least 2, not {getattr(self, name)}")
-        return found
 
 
 def import_builder() -> "Callable[[FinetuneOptions, Path], Task]":

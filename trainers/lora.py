@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from trainers import start
+from trainers.configuration import Allowed
 from trainers.finetune import FinetuneOptions
 
 if TYPE_CHECKING:
@@ -24,24 +25,24 @@ BASE_PRECISIONS = ("float32", "bfloat16")
 class LoraOptions(FinetuneOptions):
     """Fine-tune a causal language model with low-rank adapters."""
 
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, Allowed(least=0)] = 2e-4
     """The highest one. Customary for LoRA, with an alpha of twice the rank: about ten times what
     all layers would get."""
 
-    rank: int = 16
+    rank: Annotated[int, Allowed(least=1)] = 16
     """Of the matrices: each layer learns 2 * rank * its width numbers."""
 
-    alpha: int = 32
+    alpha: Annotated[int, Allowed(least=1)] = 32
     """The adapters count by alpha / rank; twice the rank is customary."""
 
-    dropout: float = 0.0
+    dropout: Annotated[float, Allowed(least=0, below=1)] = 0.0
     """Share of the adapters' inputs that is left out in training, against learning by heart."""
 
     target_modules: tuple[str, ...] = ()
     """Names, or ends of names, of the layers that get adapters, such as ["q_proj", "v_proj"].
     Empty: every linear layer but the last."""
 
-    base_precision: str = "float32"
+    base_precision: Annotated[str, Allowed(words=BASE_PRECISIONS)] = "float32"
     """Of the frozen model: float32, or bfloat16 in half of its memory."""
 
     merge: bool = False
@@ -56,16 +57,6 @@ class LoraOptions(FinetuneOptions):
     def problems(self) -> list[str]:
         """What is wrong, as sentences that say what to change."""
         found = super().problems()
-        if self.rank < 1:
-            found.append(f"'rank' must be at least 1, not {self.rank}")
-        if self.alpha < 1:
-            found.append(f"'alpha' must be at least 1, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"'dropout' must be 0 or more and below 1, not {self.dropout}")
-        if self.base_precision not in BASE_PRECISIONS:
-            found.append(
-                f"'base_precision' must be one of {BASE_PRECISIONS}, not '{self.base_precision}'"
-            )
         if self.from_scratch:
             found.append("'from_scratch' leaves the adapters nothing to add to: use finetune")
         if self.merge and not self.output_directory:

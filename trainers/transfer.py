@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from trainers import start
-from trainers.configuration import LoopOptions
+from trainers.configuration import Allowed, LoopOptions
 
 if TYPE_CHECKING:
     from trainers.loop import Task
@@ -43,44 +43,31 @@ class TransferOptions(LoopOptions):
     label_column: str = "y"
     """Array or column of the labels; any values, numbered in sorted order."""
 
-    backbone: str = "pretrained"
+    backbone: Annotated[str, Allowed(words=BACKBONES)] = "pretrained"
     """pretrained, or random: only the architecture is taken from ``model``."""
 
     freeze: bool = True
     """Train the head alone. False trains all layers."""
 
-    head_hidden: int = 0
+    head_hidden: Annotated[int, Allowed(least=0)] = 0
     """Width of a hidden layer in the head; 0 for a linear head."""
 
     pixel_mean: float = 0.0
     """Subtracted from pixels, after integers were divided by ``pixel_scale``."""
 
-    pixel_deviation: float = 1.0
+    pixel_deviation: Annotated[float, Allowed(above=0)] = 1.0
     """Pixels are divided by it, after the mean was subtracted."""
 
-    pixel_scale: float = 255.0
+    pixel_scale: Annotated[float, Allowed(above=0)] = 255.0
     """What integer pixels are divided by: their largest value. Other pixels are left alone."""
 
-    feature_cache_bytes: int = 1 << 30
+    feature_cache_bytes: Annotated[int, Allowed(least=0)] = 1 << 30
     """Memory, on the GPU where there is one, for what a frozen backbone makes of the samples, so
     that each is looked at once: 350,000 samples of 768 numbers in the default of 1 GiB. 0 for
     none."""
 
-    text_tokens_max: int = 256
+    text_tokens_max: Annotated[int, Allowed(least=1)] = 256
     """Longer texts are cut, as the model's positions demand."""
-
-    def problems(self) -> list[str]:
-        """What is wrong, as sentences that say what to change."""
-        found = super().problems()
-        if self.backbone not in BACKBONES:
-            found.append(f"'backbone' must be one of {BACKBONES}, not '{self.backbone}'")
-        for name in ("head_hidden", "feature_cache_bytes"):
-            if getattr(self, name) < 0:
-                found.append(f"'{name}' must not be negative, and is {getattr(self, name)}")
-        for name in ("pixel_deviation", "pixel_scale", "text_tokens_max"):
-            if not getattr(self, name) > 0:
-                found.append(f"'{name}' must be above 0, not {getattr(self, name)}")
-        return found
 
 
 def import_builder() -> "Callable[[TransferOptions, Path], Task]":

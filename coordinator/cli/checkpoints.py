@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import units
+from coordinator.cli.completion import paths
 from coordinator.cli.render import (
     Column,
     count_words,
@@ -148,6 +149,7 @@ def unpin(context: click.Context, job_id: int, which: tuple[str, int | None] | N
 _PYTHON = click.option(
     "--python",
     metavar="FILE",
+    shell_complete=paths("file"),
     envvar="BATON_TRAINER_PYTHON",
     show_envvar=True,
     help="Interpreter with torch, for the conversion.  [default: this program's own]",

@@ -9,6 +9,9 @@ UNAVAILABLE is used by two speakers: by gRPC for "no connection", and by the coo
 durable now". Nothing in the status tells them apart, so the channel is asked: if it is still
 connected, the coordinator said it.
 
+A followed log outlives its coordinator: each part says its place, so who was cut off asks again for
+what follows it, until the coordinator is back or has been away for too long.
+
 A submission whose answer is lost may have happened. Each one carries a request id, the same in
 every try, and the coordinator answers a known id with the job that it made then. The tries are
 bounded; the last sentence says how to go on.
@@ -49,6 +52,11 @@ _Answer = TypeVar("_Answer", bound=Message)
 
 # Between tries of a submission: a coordinator that is restarted is back within a few seconds.
 RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+
+# Between tries to go on with a log, the last one again and again; and for how long. A coordinator
+# is back in seconds, its machine in some minutes.
+FOLLOW_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+FOLLOW_AWAY_S_MAX = 600.0
 
 # The contract's largest page.
 JOBS_PAGE_SIZE_MAX = 1000
@@ -235,15 +243,36 @@ class Client:
     def logs(
         self, job_id: int, *, follow: bool, tail_bytes: int, rank: int = 0
     ) -> Iterator[values.LogPart]:
-        """What a job wrote, in order. No deadline: a followed job may be silent for days."""
+        """What a job wrote, in order. No deadline: a followed job may be silent for days. Once the
+        coordinator has been reached, a follower outlives it."""
         request = jobs_pb2.StreamLogsRequest(
             job_id=job_id, follow=follow, tail_bytes=tail_bytes, rank=rank
         )
-        try:
-            for part in self._jobs.StreamLogs(request):
-                yield decode(part, values.LogPart)
-        except grpc.RpcError as error:
-            raise self._failed(error) from error
+        away = _Away(follow)
+        part = values.LogPart(attempt="", node="", data=b"", notice="")
+        while True:
+            call = self._jobs.StreamLogs(request)
+            try:
+                call.initial_metadata()  # waits until it answers, or nobody does
+                if call.is_active():
+                    away.ends()
+                for answer in call:
+                    # An older coordinator says no place, and would begin again.
+                    away.may_end &= bool(answer.next_offset or not answer.data)
+                    request.after_attempt = answer.attempt
+                    request.after_offset = answer.next_offset
+                    part = decode(answer, values.LogPart)
+                    yield part
+                return
+            except grpc.RpcError as error:
+                failed = self._failed(error)
+                if not away.goes_on(error.code()):
+                    raise failed from error
+                if away.tries == 1:
+                    address = self._settings.coordinator
+                    notice = f"{address} does not answer; the output goes on when it does"
+                    yield msgspec.structs.replace(part, data=b"", notice=notice)
+            away.pause()
 
     def nodes(self) -> list[values.Node]:
         """All nodes, by id."""
@@ -323,6 +352,30 @@ class Client:
         answered.wait(STATE_WAIT_S)
         self._channel.unsubscribe(note)
         return states[:1] == [grpc.ChannelConnectivity.READY]
+
+
+class _Away:
+    """A coordinator that a follower has lost: whether to ask again, and when."""
+
+    def __init__(self, follow: bool) -> None:
+        self.may_end = follow
+        self.tries = 0
+        self._was_here = False
+        self._since_s = 0.0
+
+    def ends(self) -> None:
+        self.tries, self._was_here = 0, True
+
+    def goes_on(self, code: grpc.StatusCode) -> bool:
+        """A server that stops ends its calls in either way; one that was never there is no loss."""
+        lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        self._since_s = self._since_s if self.tries else time.monotonic()
+        self.tries += 1
+        away_s = time.monotonic() - self._since_s
+        return lost and self.may_end and self._was_here and away_s < FOLLOW_AWAY_S_MAX
+
+    def pause(self) -> None:
+        time.sleep(FOLLOW_PAUSES_S[min(self.tries, len(FOLLOW_PAUSES_S)) - 1])
 
 
 _UNSETTLED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})

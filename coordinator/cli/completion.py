@@ -4,10 +4,17 @@ Click brings the scripts and the protocol behind them (`_BATON_COMPLETE`); what 
 command that a person finds.
 """
 
+from collections.abc import Callable
+
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import CompletionItem, get_completion_class
 
 from coordinator.cli.settings import common_options
+
+
+def paths(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """What completes a text that is a path here: a "file" or a "dir"."""
+    return lambda context, parameter, begun: [CompletionItem(begun, type=kind)]
 
 
 @click.command()

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli import demand
-from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    progress,
+    write_json,
+    write_notice,
+    write_table,
+)
 from coordinator.cli.settings import BadInput, common_options, settings_of
 from coordinator.core.sentences import quantity
 
@@ -109,7 +116,8 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         demand.save(given["save"], series)
         write_notice(demand.saved(given["save"], series, asked=known is not None))
     new = _maker(series)
-    told = [_tell(new(hours), series, hours, given["warm_up_h"]) for hours in ahead_h]
+    with progress(len(ahead_h) * len(series.values), "judging forecasts") as passed:
+        told = [_tell(new(hours), series, hours, given["warm_up_h"], passed) for hours in ahead_h]
     for sentence in _unjudged(told):
         write_notice(sentence)
     if known is not None:
@@ -182,13 +190,19 @@ def _maker(series: "Series") -> "Callable[[int], Forecaster]":
     return lambda hours: Forecaster(hours, series.per_hour, series.first_step, kinds)
 
 
-def _tell(forecaster: "Forecaster", series: "Series", hours: int, warm_up_h: int) -> _Told:
+def _tell(
+    forecaster: "Forecaster",
+    series: "Series",
+    hours: int,
+    warm_up_h: int,
+    passed: Callable[[int], None],
+) -> _Told:
     from coordinator.forecast.backtest import backtest
     from coordinator.forecast.quantiles import LEVELS
 
     score, unjudged = None, ""
     try:
-        score = backtest(forecaster, series.values, warm_up_h)
+        score = backtest(forecaster, series.values, warm_up_h, passed)
     except ValueError as error:
         unjudged = str(error)
     said = forecaster.forecast()

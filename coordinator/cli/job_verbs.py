@@ -1,21 +1,31 @@
-"""`baton cancel`, `hold`, `release`, `requeue`: what is asked of a job, or of a whole array.
+"""`baton cancel`, `hold`, `release`, `requeue`: what is asked of jobs, or of whole arrays.
 
 Each answers with one sentence: what the job is now, and who has still to leave; of an array for how
-many of its trials it was done.
+many of its trials it was done. Of several jobs each is asked, whatever became of those before it: a
+job that has just ended keeps nobody from cancelling the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from coordinator.cli import arrays
-from coordinator.cli.render import UNKNOWN, count_words, write_json, write_sentence
-from coordinator.cli.settings import JOB_ID, common_options, connect, settings_of
+from coordinator.cli.render import UNKNOWN, count_words, write_json, write_notice, write_sentence
+from coordinator.cli.settings import (
+    EXIT_FAILED,
+    EXIT_UNREACHABLE,
+    JOB_ID,
+    CommandFailed,
+    common_options,
+    connect,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Changed, Client
 
+_JOBS = click.argument("job_ids", metavar="JOB...", type=JOB_ID, nargs=-1, required=True)
 _ARRAY = click.option("--array", is_flag=True, help="All trials of the array of which JOB is one.")
 
 
@@ -25,21 +35,36 @@ def _verb(
     """One command that takes a job and shows what became of it."""
 
     @click.command(name, help=help_text)
-    @click.argument("job_id", metavar="JOB", type=JOB_ID)
+    @_JOBS
     @_ARRAY
     @common_options
     @click.pass_context
-    def command(context: click.Context, job_id: int, array: bool) -> None:
-        _show_change(context, lambda client: call(client, job_id, array))
+    def command(context: click.Context, job_ids: list[int], array: bool) -> None:
+        _change_each(context, job_ids, lambda client, job_id: call(client, job_id, array))
 
     return command
 
 
-def _show_change(context: click.Context, call: "Callable[[Client], Changed]") -> None:
+def _change_each(
+    context: click.Context, job_ids: Sequence[int], call: "Callable[[Client, int], Changed]"
+) -> None:
+    failed = False
+    with connect(context) as client:
+        for job_id in dict.fromkeys(job_ids):
+            try:
+                _show(context, call(client, job_id))
+            except CommandFailed as refused:
+                if len(job_ids) == 1 or refused.exit_code == EXIT_UNREACHABLE:
+                    raise
+                write_notice(str(refused))
+                failed = True
+    if failed:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _show(context: click.Context, changed: "Changed") -> None:
     from coordinator.cli.values import ArrayChange
 
-    with connect(context) as client:
-        changed = call(client)
     if settings_of(context).as_json:
         write_json(changed)
         return
@@ -62,6 +87,7 @@ cancel = _verb(
     \b
     Example:
       baton cancel 12
+      baton cancel 12 13 14
       baton cancel 12_3           (the trial with index 3 of array 12)
       baton cancel --array 12
     """,
@@ -91,7 +117,7 @@ release = _verb(
 
 
 @click.command("requeue")
-@click.argument("job_id", metavar="JOB", type=JOB_ID)
+@_JOBS
 @click.option(
     "--abandon",
     is_flag=True,
@@ -104,7 +130,7 @@ release = _verb(
 @common_options
 @click.pass_context
 def requeue(
-    context: click.Context, job_id: int, *, abandon: bool, array: bool, every: bool
+    context: click.Context, job_ids: list[int], *, abandon: bool, array: bool, every: bool
 ) -> None:
     """Run JOB again from its last checkpoint.
 
@@ -120,4 +146,6 @@ def requeue(
     """
     if every and not array:
         raise click.UsageError("--all says which trials of --array are meant")
-    _show_change(context, lambda client: client.requeue(job_id, array, abandon, every))
+    _change_each(
+        context, job_ids, lambda client, job_id: client.requeue(job_id, array, abandon, every)
+    )

@@ -23,12 +23,17 @@ from coordinator.cli.settings import (
 )
 
 if TYPE_CHECKING:
-    from coordinator.cli.values import LogPart
+    from coordinator.cli.values import Job, LogPart
 
 
 @click.command()
 @click.argument("job_id", metavar="JOB", type=JOB_ID)
-@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, across its attempts.")
+@click.option(
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="Go on until the job ends, across its attempts and restarts of the coordinator.",
+)
 @click.option(
     "--tail-bytes",
     type=click.IntRange(0, 2**63 - 1),
@@ -61,6 +66,8 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
       baton logs --rank 3 12
     """
     with connect(context) as client:
+        if follow:
+            _say_why_nothing_comes(client.job(job_id))
         parts = client.logs(job_id, follow=follow, tail_bytes=tail_bytes, rank=rank)
         try:
             any_parts = write_parts(parts, as_json=settings_of(context).as_json)
@@ -71,6 +78,12 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
             raise CommandFailed(f"{failed}; {again}", failed.exit_code) from failed
     if not any_parts:
         write_notice(f"job {job_id} has no output so far")
+
+
+def _say_why_nothing_comes(job: "Job") -> None:
+    """Who follows a job that waits sees nothing for hours."""
+    if job.phase in ("queued", "held"):
+        write_notice(f"job {job.id} is {job.phase}: {job.reason}; its output follows when it runs")
 
 
 def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> bool:
@@ -96,7 +109,9 @@ def _write_json_lines(parts: "Iterable[LogPart]") -> bool:
 
     decoders: dict[str, codecs.IncrementalDecoder] = {}
     nodes: dict[str, str] = {}
+    any_parts = False
     for part in parts:
+        any_parts = any_parts or bool(part.data or part.notice)
         if part.attempt not in decoders:
             decoders[part.attempt] = codecs.getincrementaldecoder("utf-8")("replace")
         nodes[part.attempt] = part.node
@@ -108,4 +123,4 @@ def _write_json_lines(parts: "Iterable[LogPart]") -> bool:
         rest = decoder.decode(b"", final=True)
         if rest:
             write_json(LogLine(attempt=attempt, node=nodes[attempt], text=rest, notice=""))
-    return bool(decoders)
+    return any_parts

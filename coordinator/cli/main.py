@@ -13,6 +13,7 @@ them.
 """
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any
@@ -137,6 +138,11 @@ def main() -> None:
     """The console script. Never returns."""
     if sys.stdout is None:  # closed by who called: he wants no answer, and the deed is done
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
+    elif isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        # PYTHONUNBUFFERED: what the system does not take of a write would be lost, with status 0.
+        whole = io.BufferedWriter(sys.stdout.buffer)
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = io.TextIOWrapper(whole, encoding, errors, line_buffering=True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:

@@ -11,9 +11,11 @@ Texts come from jobs and nodes, so control characters are shown as U+FFFD: a job
 drive a terminal.
 """
 
+import contextlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import click
@@ -89,6 +91,18 @@ def write_sentence(sentence: str) -> None:
     click.echo(_wrapped(sentence.translate(_CONTROL), sys.stdout))
 
 
+@contextlib.contextmanager
+def progress(steps: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, for who waits at a terminal; it is told how many steps more are done."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(
+        length=steps, label=what, file=sys.stderr, update_min_steps=max(1, steps // 100)
+    ) as bar:
+        yield bar.update
+
+
 def _wrapped(sentence: str, stream: TextIO) -> str:
     """On a terminal lines break between words, and in no `command`, which somebody may copy."""
     if not stream.isatty():
@@ -140,13 +154,22 @@ def write_fields(fields: Iterable[tuple[str, object]]) -> None:
 
 def _write_plain(columns: Sequence[Column], rows: list[list[str]]) -> None:
     lines = [[column.title for column in columns], *rows]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    widths = [max(_cells(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
-        padded = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for column, cell, width in zip(columns, line, widths, strict=True)
-        ]
+        padded = []
+        for column, cell, width in zip(columns, line, widths, strict=True):
+            space = " " * (width - _cells(cell))
+            padded.append(space + cell if column.right else cell + space)
         click.echo(GAP.join(padded).rstrip())
+
+
+def _cells(cell: str) -> int:
+    """How many places it takes where it is looked at in the end: some letters take two, and marks
+    on a letter none."""
+    if cell.isascii():
+        return len(cell)
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in cell)
+    return len(cell) + wide - sum(map(bool, map(unicodedata.combining, cell)))
 
 
 def count_words(words: Sequence[str]) -> str:

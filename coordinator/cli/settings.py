@@ -228,6 +228,12 @@ def common_options(command: _Decorated) -> _Decorated:
     def function(*arguments: Any, **named: Any) -> Any:
         if isinstance(named.get("job_id"), TrialName):
             named["job_id"] = _trial_id(click.get_current_context(), named["job_id"])
+        if job_ids := named.get("job_ids"):
+            context = click.get_current_context()
+            named["job_ids"] = [
+                _trial_id(context, each) if isinstance(each, TrialName) else each
+                for each in job_ids
+            ]
         return command(*arguments, **named)
 
     return _with_options(cast("_Decorated", function))

@@ -68,9 +68,11 @@ def _chance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "policies",
     multiple=True,
     type=click.Choice((*POLICIES, *POWER_POLICIES)),
+    metavar="NAME",
     default=("baton", "fifo"),
     show_default=True,
-    help="May be given several times.",
+    help="One of those above, or with --demand always-on, idle-timeout and clairvoyant. May be "
+    "given several times.",
 )
 @demand_options
 @click.option(
@@ -134,8 +136,9 @@ def simulate(**given: Any) -> None:
 
     Every key of [chance] is an option, too. FAIRNESS is how long a job took over what it would have
     taken had the fleet been shared equally at every moment. COST is that of the whole fleet until
-    the last job's end. What Baton does with quotas of projects is seen with --config, or with a
-    table of each in the fleet's file:
+    the last job's end. LATE are those that ended after their deadline_s, which counts as arrival_s
+    does. What Baton does with quotas of projects is seen with --config, or with a table of each in
+    the fleet's file:
 
     \b
       [projects.vision]
@@ -146,11 +149,11 @@ def simulate(**given: Any) -> None:
     \b
       baton          Baton's allocation, with its solver
       baton-greedy   the same without a solver
-      baton-pairs    baton, as if all jobs of one GPU said --share-gpu auto (--pairs)
+      baton-pairs    baton, where all jobs of one GPU share (--pairs)
       fifo           first come, first served, on the type with most free GPUs
       fifo-aware     the same, on the type that the job is fastest on
       static         each team owns GPUs of one type
-      packing        fifo-aware, and pairs on one GPU as Gandiva makes them (--pairs)
+      packing        fifo-aware, with pairs on one GPU as Gandiva's (--pairs)
       per-dollar     the most work for a dollar
       max-min        least attained service, by Gavel's linear program
       max-min-blind  the same, blind to the type
@@ -159,7 +162,7 @@ def simulate(**given: Any) -> None:
 
     \b
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
-      baton simulate --journal baton.sqlite3 --config coordinator.toml --quota demo=x2
+      baton simulate --journal baton.sqlite3 --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
     """
     context = click.get_current_context()

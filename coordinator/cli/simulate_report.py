@@ -34,7 +34,6 @@ _COLUMNS = (
     Column("WHILE ONE WAITS", right=True),
     Column("COST", right=True),
     Column("RESTARTS", right=True),
-    Column("TRACE"),
 )
 
 
@@ -48,16 +47,22 @@ def write_figures(found: "Results") -> None:
 
 
 def write_rows(found: "Results") -> None:
-    """With a question, what changes by it stands below."""
+    """With a question, what changes by it stands below. Of deadlines where there are some."""
     asks = any(AFTER in by_case for by_case in found.values())
+    due = any(each.deadlines for by_case in found.values() for each, _ in by_case.values())
     rows: list[tuple[object, ...]] = []
     for name, by_case in found.items():
         for when, (each, _) in by_case.items():
-            rows.append((name, *((when,) if asks else ()), *_cells(each)))
+            late = (f"{each.late} of {each.deadlines}",) if due else ()
+            words = (name, *((when,) if asks else ()))
+            rows.append((*words, *_cells(each), *late, each.trace_hash))
         if asks:
-            rows.append((name, CHANGE, *_changes(by_case[BEFORE][0], by_case[AFTER][0])))
+            before, after = by_case[BEFORE][0], by_case[AFTER][0]
+            late = (f"{after.late - before.late:+d}",) if due else ()
+            rows.append((name, CHANGE, *_changes(before, after), *late, ""))
     named = (Column("POLICY"), *((Column("FLEET", key=True),) if asks else ()))
-    write_table((*named, *_COLUMNS), rows)
+    last = (*((Column("LATE", right=True),) if due else ()), Column("TRACE"))
+    write_table((*named, *_COLUMNS, *last), rows)
 
 
 def write_projects(found: "Results", cases: "Mapping[str, Case]") -> None:
@@ -108,7 +113,6 @@ def _cells(found: "Figures") -> tuple[object, ...]:
         *(f"{ratio:.1%}" for ratio in (found.busy_ratio, found.busy_waiting_ratio)),
         f"{found.provisioned_cost:.0f}",
         found.restarts,
-        found.trace_hash,
     )
 
 
@@ -132,5 +136,4 @@ def _changes(before: "Figures", after: "Figures") -> tuple[object, ...]:
         f"{100 * (after.busy_waiting_ratio - before.busy_waiting_ratio):+.1f}",
         relative(before.provisioned_cost, after.provisioned_cost),
         f"{after.restarts - before.restarts:+d}",
-        "",
     )

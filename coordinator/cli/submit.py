@@ -11,7 +11,7 @@ shared file system gives; `--workdir ''` asks for a directory of the attempt's o
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli import share, units
+from coordinator.cli.completion import paths
 from coordinator.cli.render import UNKNOWN, write_json, write_notice
 from coordinator.cli.settings import (
     EXIT_FAILED,
@@ -32,6 +33,7 @@ from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
+    from coordinator.cli.values import JobSpec
 
 _COMMAND = "coordinator.cli.submit.command"
 
@@ -79,6 +81,12 @@ class _Pair(click.ParamType[tuple[str, str]]):
         if not (name and equals):
             self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
         return name, content
+
+
+def _trainers(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    from coordinator.core.trainer_keys import KEYS
+
+    return [name for name in KEYS if name.startswith(begun)]
 
 
 class _SubmitCommand(click.Command):
@@ -141,7 +149,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 
 
 @click.command(cls=_SubmitCommand, help=_HELP)
-@click.argument("words", nargs=-1)
+@click.argument("words", nargs=-1, shell_complete=paths("file"))
 @click.option("--name", help="For people.  [default: that of script, program or trainer]")
 @click.option("--project", help="Accounting label.  [default: default]")
 @click.option(
@@ -198,11 +206,22 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 @click.option(
     "--workdir",
     metavar="DIRECTORY",
+    shell_complete=paths("dir"),
     help="Where the command runs, on the node; '' is a directory of the attempt's own, "
     "empty at its start.  [default: the current directory, or that of the --config file]",
 )
-@click.option("--trainer", metavar="NAME", help="A built-in trainer: transfer, finetune or lora.")
-@click.option("--config", metavar="FILE", help="Its configuration: .json or .toml.")
+@click.option(
+    "--trainer",
+    metavar="NAME",
+    shell_complete=_trainers,
+    help="A built-in trainer: transfer, finetune or lora.",
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    shell_complete=paths("file"),
+    help="Its configuration: .json or .toml.",
+)
 @click.option(
     "--grace",
     type=_DURATION,
@@ -302,6 +321,8 @@ def submit(
                 sentence += f", jobs {first_id} to {first_id + submission.jobs - 1}"
         if submission.reason:
             sentence += f"; {submission.reason}"
+        for note in _unfilled(spec):
+            write_notice(note)
         if as_json:
             write_json(submission)
         elif follow:
@@ -310,6 +331,18 @@ def submit(
             click.echo(sentence)
         if follow:
             _follow(client, submission.job_id, as_json=as_json)
+
+
+def _unfilled(spec: "JobSpec") -> Iterator[str]:
+    """Where an index may be meant that nobody fills in. It may not: f-strings have such words."""
+    from coordinator.core.arrays import INDEX
+
+    if not spec.array and any(INDEX in word for word in spec.command):
+        yield f"{INDEX} in the command is left as it is: only with --array it stands for an index"
+    for name, value in spec.environment.items():
+        if INDEX in value:
+            instead = ": the trial's index is in BATON_ARRAY_INDEX" if spec.array else ""
+            yield f"{INDEX} in --env {name} is left as it is{instead}"
 
 
 def here() -> Path:

@@ -16,6 +16,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from coordinator.cli.render import UNKNOWN
+
 if TYPE_CHECKING:
     from coordinator.cli.render import Column
 
@@ -31,6 +33,7 @@ class _Need(NamedTuple):
     whole: int
     folded: int
     least: int
+    is_empty: bool
 
 
 def write(
@@ -65,13 +68,15 @@ def _need(column: "Column", cells: Sequence[str]) -> _Need:
     least = folded
     if column.shorten or column.wrap:
         least = min(folded, WRAPPED_WIDTH_MIN if column.wrap else SHORTENED_WIDTH_MIN)
-    return _Need(max(inside, cell_len(column.title)), folded, least)
+    is_empty = set(cells) == {UNKNOWN}
+    return _Need(max(inside, cell_len(column.title)), folded, least, is_empty)
 
 
 def _blocks(
     columns: "Sequence[Column]", needs: Sequence[_Need], width: int, gap: int
 ) -> list[list[tuple[int, int]]]:
-    """The columns that stand beside one another, each with its width."""
+    """The columns that stand beside one another, each with its width. One in which nothing is
+    known, and that has no place beside others, says nothing in a block of its own."""
     keys = [at for at, column in enumerate(columns) if at == 0 or column.key]
     found = [list(keys)]
     for at in range(len(columns)):
@@ -79,6 +84,8 @@ def _blocks(
             continue
         least = sum(needs[each].least + gap for each in [*found[-1], at])
         if least - gap > width and len(found[-1]) > len(keys):
+            if needs[at].is_empty:
+                continue
             found.append(list(keys))
         found[-1].append(at)
     return [

@@ -195,10 +195,14 @@ def launched(job: Job) -> JobSpec:
             "SLURM_ARRAY_TASK_MIN": str(plan.indices[0]),
             "SLURM_ARRAY_TASK_MAX": str(plan.indices[-1]),
         }
-    config = _VALUE.sub(index, spec.trainer_config_json)  # a number
     return replace(
         spec,
         command=tuple(word.replace(INDEX, index) for word in spec.command),
-        trainer_config_json=config.replace(INDEX, index),
+        trainer_config_json=filled(spec.trainer_config_json, job.array_index),
         environment=(*spec.environment, *variables.items()),
     )
+
+
+def filled(config_json: str, index: int) -> str:
+    """A trainer's configuration as the trial of this index has it: alone in quotes, a number."""
+    return _VALUE.sub(str(index), config_json).replace(INDEX, str(index))

@@ -8,12 +8,10 @@ defaults) stands in as one boot more, which speaks until twenty have been seen.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 PERCENT: Final = 95
-# Of one model; older ones are forgotten, since firmware and images change.
-KEPT: Final = 100
 PRIOR_MS: Final = 600_000  # ten minutes: a server with eight GPUs that checks its memory
 
 
@@ -30,8 +28,3 @@ class BootTimes:
         seen = self.seen_ms.get(model, ())
         ordered = sorted((*seen, self.priors_ms.get(model, self.prior_ms)))
         return ordered[math.ceil(len(ordered) * PERCENT / 100) - 1]
-
-    def learnt(self, model: str, took_ms: int) -> "BootTimes":
-        """With one boot more."""
-        seen = (*self.seen_ms.get(model, ()), took_ms)[-KEPT:]
-        return replace(self, seen_ms={**self.seen_ms, model: seen})

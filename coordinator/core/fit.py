@@ -65,7 +65,7 @@ class MemoryEvidence:
 def answer(state: State, now: Instant, asked: FitJob) -> FitPage | Refusal:
     """For the fleet as it is. Only what is wrong with the job as such is refused, and more GPUs
     than there are: what it would wait for is part of the answer."""
-    sentence = refuse_spec(asked.spec) or trainer_keys.misspelt(asked.spec)
+    sentence = refuse_spec(asked.spec) or trainer_keys.wrong(asked.spec)
     if not sentence and not asked.spec.gpus:
         sentence = "the job asks for no GPU (gpus = 0), and this compares types of GPU"
     sentence = sentence or _too_many(state, asked.spec)

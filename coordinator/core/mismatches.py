@@ -45,8 +45,12 @@ def found(job: Job, gang: Sequence[Attempt]) -> Attempt | None:
     """The first rank that has said so; one is enough, whatever became of the others."""
     if EXIT_PROTOCOL in job.spec.run_again_exit_codes:
         return None
-    # Of who was asked to stop the status says less.
-    itself = [rank for rank in gang if rank.phase is AttemptPhase.YIELDED and not rank.stop_reason]
+    # Of who was asked to stop the status says less, and one alone has nobody to understand.
+    itself = [
+        rank
+        for rank in gang
+        if rank.phase is AttemptPhase.YIELDED and not rank.stop_reason and rank.ranks > 1
+    ]
     return next((rank for rank in itself if rank.exit_code == EXIT_PROTOCOL), None)
 
 

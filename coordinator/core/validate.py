@@ -12,11 +12,11 @@ from functools import lru_cache
 from typing import Protocol
 
 from coordinator.core import arrays
+from coordinator.core.launch import own_variables
 from coordinator.core.model import GpuFacts, HostFacts, JobSpec
 from coordinator.core.sentences import quantity, some
 from coordinator.core.shares import SHARE_BYTES_MIN, SHARES_PERCENT_MAX, shareable_bytes
-
-TRAINERS = ("transfer", "finetune", "lora")
+from coordinator.core.trainer_keys import KEYS
 
 # Bounds. Each is far above real use and far below what would hurt.
 NAME_CHARACTERS_MAX = 128
@@ -72,8 +72,8 @@ def _program(spec: JobSpec) -> str:
         return "give either a command or a built-in trainer, and not both"
     if not spec.command and not spec.trainer:
         return "nothing to run: give a command or a built-in trainer"
-    if spec.trainer and spec.trainer not in TRAINERS:
-        return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(TRAINERS)}"
+    if spec.trainer and spec.trainer not in KEYS:
+        return f"unknown trainer {spec.trainer!r}; the built-in ones are {', '.join(KEYS)}"
     if spec.command and not spec.command[0]:
         return "the command's first word is empty"
     if any("\0" in word for word in (*spec.command, spec.working_directory)):
@@ -92,12 +92,17 @@ def _program(spec: JobSpec) -> str:
 def _environment(spec: JobSpec) -> str:
     if len(spec.environment) > ENVIRONMENT_ENTRIES_MAX:
         return f"more than {ENVIRONMENT_ENTRIES_MAX} environment variables"
-    size_bytes = 0
+    size_bytes, own = 0, own_variables(spec)
     for name, value in spec.environment:
         if not _VARIABLE.fullmatch(name):
             return f"environment variable {name!r} must match [A-Za-z_][A-Za-z0-9_]*"
         if name.startswith("BATON_") and name not in _USERS_VARIABLES:
             return f"environment variable {name} is Baton's own; choose another name"
+        if name in own:
+            return (
+                f"environment variable {name} is set by Baton: leave it out (of this job Baton sets"
+                f" {', '.join(own)} and BATON_*)"
+            )
         if "\0" in value:
             return f"environment variable {name} contains a NUL character"
         size_bytes += len(name) + len(value.encode()) + 2

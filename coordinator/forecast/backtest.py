@@ -7,7 +7,7 @@ the quantiles, beside persistence with bands from its own errors, which was aske
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from coordinator.forecast.forecaster import KINDS, Forecaster
@@ -30,15 +30,23 @@ class Score:
         return self.loss / self.persistence_loss if self.persistence_loss else 1.0
 
 
-def backtest(forecaster: Forecaster, values: Sequence[float], warm_up_h: int) -> Score:
+def backtest(
+    forecaster: Forecaster,
+    values: Sequence[float],
+    warm_up_h: int,
+    passed: Callable[[int], None] | None = None,
+) -> Score:
     """Judge a series, NaN where nobody knows; `forecaster` is new, and afterwards has been told all
-    of it. Raises ValueError where it is too short, with a sentence that does not name the horizon:
-    it is the same for several."""
+    of it. `passed` hears how many steps more are done, for whoever waits: it may take a minute.
+    Raises ValueError where it is too short, with a sentence that does not name the horizon: it is
+    the same for several."""
     ahead, per_hour = forecaster.ahead, forecaster.per_hour
     losses, persistence_losses, demand = [], [], []
     covered = 0
     for step, gpus in enumerate(values):
         forecaster.observe(gpus)
+        if passed is not None:
+            passed(1)
         actual = values[step + ahead] if step + ahead < len(values) else math.nan
         full_hour = forecaster.steps % per_hour == 0
         if not full_hour or step < warm_up_h * per_hour or math.isnan(gpus) or math.isnan(actual):

@@ -146,6 +146,7 @@ class _Recorder:
             rank=CLASS_RANK[spec.job_class],
             arrival_ms=max(0, story.came_unix_ms - begin_ms),
             restart_s=fleets if own is None else own,
+            deadline_ms=spec.deadline_unix_ms - begin_ms if spec.deadline_unix_ms else None,
         )
 
     def _why_not(self, story: _Story) -> str:

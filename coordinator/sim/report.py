@@ -33,7 +33,8 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """One policy on one trace. Ratios of use are over all GPU-seconds until the last job's end, and
-    over those while a job waits."""
+    over those while a job waits. `late` jobs ended after their deadline, of `deadlines` that have
+    one."""
 
     completion_h: Spread
     fairness: Spread
@@ -45,6 +46,8 @@ class Figures:
     used_cost: float
     restarts: int
     trace_hash: str
+    deadlines: int
+    late: int
 
 
 def figures(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> Figures:
@@ -57,6 +60,7 @@ def figures(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> Figur
     # A job of no steps would have taken no time: there is nothing to compare.
     fair = [took_ms[n] / max(1.0, fluid_ms[n]) for n, job in jobs.items() if job.steps > 0]
     gpus = sum(fleet.gpus.values())
+    due_ms = {n: job.deadline_ms for n, job in jobs.items() if job.deadline_ms is not None}
     return Figures(
         completion_h=spread([ms / MS_PER_H for ms in took_ms.values()]),
         fairness=spread(fair or [1.0]),
@@ -68,6 +72,8 @@ def figures(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> Figur
         used_cost=use.cost,
         restarts=use.restarts,
         trace_hash=outcome.trace_hash,
+        deadlines=len(due_ms),
+        late=sum(outcome.finished_ms[n] > at_ms for n, at_ms in due_ms.items()),
     )
 
 

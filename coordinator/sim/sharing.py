@@ -16,13 +16,16 @@ pairs. Then:
    forecast is good enough and what it does there is worth more than what the host loses; the most
    gain first.
 3. A GPU that nobody wants goes to a guest: alone is faster.
+
+Who has to run now to keep its deadline, and is not in time beside another, has no company
+(`coordinator/core/apart.py`): the two are parted, and decided over like all others.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from coordinator.core.allocation import Allocation, Contender, worths
+from coordinator.core.allocation import MS_PER_S, Allocation, Contender, is_late, worths
 from coordinator.core.horizon import Horizon
 from coordinator.core.pairs import (
     SIGHT_VARIANCE_MIN,
@@ -66,12 +69,16 @@ class Sharing:
     def decide(self, view: View) -> Mapping[int, Placement]:
         jobs = {seen.job.job_id: seen for seen in view.jobs}
         self._learn(jobs)
+        contenders = {number: self.ours.contender(seen) for number, seen in jobs.items()}
+        hurried = {n: each for n, each in contenders.items() if is_late(each, view.now_ms)}
         guests = {
             guest: host
             for guest, host in self.hosts.items()
-            if guest in jobs and host in jobs and self._stays(jobs[guest], jobs[host])
+            if guest in jobs
+            and host in jobs
+            and self._stays(jobs[guest], jobs[host])
+            and self._in_time(view, jobs[guest].job, jobs[host], hurried)
         }
-        contenders = {number: self.ours.contender(seen) for number, seen in jobs.items()}
         while True:
             asked = [each for number, each in contenders.items() if number not in guests]
             allocation = self.ours.allocation(view, asked, self.ours.tenants or {})
@@ -86,7 +93,7 @@ class Sharing:
         for guest, host in guests.items():
             _join(placed, guest, host)
         worth = self._worth(view, contenders, allocation)
-        self._invite(jobs, placed, worth, guests)
+        self._invite(view, placed, worth, guests, hurried)
         self._spread(view, placed, worth, guests)
         self.hosts = guests
         return placed
@@ -140,13 +147,28 @@ class Sharing:
                 found[each.job_id] = dict(zip(names, row, strict=True))
         return found
 
+    def _in_time(
+        self, view: View, one: SimJob, host: Seen, hurried: Mapping[int, Contender], there: str = ""
+    ) -> bool:
+        """Whether both are beside one another, `there` or where the host is, of these."""
+        name = there or (host.placement.gpu_type if host.placement is not None else "")
+        said = self._forecast(one, host.job, name)
+        for job, kept in ((one, said.one), (host.job, said.other)):
+            if (late := hurried.get(job.job_id)) is not None:
+                need_s = (late.steps_left or 0.0) / (job.rates[name] * kept.expected_ratio)
+                if view.now_ms + need_s * MS_PER_S > (late.deadline_ms or 0):
+                    return False
+        return True
+
     def _invite(
         self,
-        jobs: Mapping[int, Seen],
+        view: View,
         placed: dict[int, Placement],
         worth: Worth,
         guests: dict[int, int],
+        hurried: Mapping[int, Contender],
     ) -> None:
+        jobs = {seen.job.job_id: seen for seen in view.jobs}
         waiting = [seen.job for n, seen in jobs.items() if n not in placed and seen.job.gpus == 1]
         hosts = [n for n, place in placed.items() if place.gpus == 1 and place.partner is None]
         found = []
@@ -154,6 +176,8 @@ class Sharing:
             for host in hosts:
                 other, name = jobs[host].job, placed[host].gpu_type
                 if other.rank != job.rank or (name, job.model, other.model) not in self.fits:
+                    continue
+                if not self._in_time(view, job, jobs[host], hurried, name):
                     continue
                 said = self._forecast(job, other, name)
                 lost = worth[host][name] * (1 - said.other.expected_ratio)

@@ -45,6 +45,7 @@ def test_an_array_is_asked_for(
     assert (said.exit_code, said.stdout) == (
         0, "array 12 submitted: 100 trials, jobs 12 to 111\n",
     )  # fmt: skip
+    assert said.stderr == ""
     (tmp_path / "job.toml").write_text('command = ["train"]\narray = "1-3"\n')
     assert json.loads(baton("submit", "job.toml", "--json").stdout)["jobs"] == 100
     assert baton("submit", "job.toml", "--array", "7").exit_code == 0
@@ -103,6 +104,29 @@ VERBS = {
     "release": jobs_pb2.ReleaseJobResponse,
     "requeue": jobs_pb2.RequeueJobResponse,
 }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (
+            "-- train {index}",
+            "{index} in the command is left as it is: only with --array it stands for an index",
+        ),
+        ("--env A={index} -- train", "{index} in --env A is left as it is"),
+        (
+            "--env A={index} --array 0-99%8 -- train",
+            "{index} in --env A is left as it is: the trial's index is in BATON_ARRAY_INDEX",
+        ),
+    ],
+)
+def test_an_index_that_nobody_fills_in_is_noted_and_no_mistake(
+    baton: Baton, fake: FakeCoordinator, arguments: str, note: str
+) -> None:
+    """A literal {index} is right in the f-string of `python -c`."""
+    fake.answers["Submit"] = [jobs_pb2.SubmitResponse(job_id=12)]
+    said = baton("submit", *arguments.split())
+    assert (said.exit_code, said.stderr) == (0, f"baton: {note}\n")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -203,6 +203,29 @@ def test_job_that_ended_and_one_that_waits(baton: Baton, fake: FakeCoordinator) 
     assert "progress" not in waiting
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_of_several_jobs_each_is_asked(
+    baton: Baton, fake: FakeCoordinator, flags: tuple[str, ...]
+) -> None:
+    """Once, in their order, whatever became of those before it."""
+    ended = Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION, "job 13 is cancelled: it has ended already"
+    )
+    done = [
+        jobs_pb2.CancelJobResponse(job=types_pb2.Job(id=n, phase=types_pb2.JOB_PHASE_CANCELLED))
+        for n in (12, 14)
+    ]
+    fake.answers["CancelJob"] = [done[0], ended, done[1]]
+    result = baton("cancel", "12", "13", "14", "12", *flags)
+    assert [request.job_id for request in fake.requests] == [12, 13, 14]
+    assert (result.exit_code, result.stderr) == (1, f"baton: {ended.sentence}\n")
+    lines = result.stdout.splitlines()
+    if flags:
+        assert [json.loads(line)["id"] for line in lines] == [12, 14]
+    else:
+        assert lines == ["job 12: cancelled", "job 14: cancelled"]
+
+
 @pytest.mark.parametrize(
     ("verb", "method", "response", "request_type"),
     [
@@ -412,10 +435,11 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
             part(attempt="12.1", node="n1", data=b"\xa9\xc3"),
         ]
     ]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
     result = baton("logs", "-f", "--tail-bytes", "7", "12")
     assert result.stdout_bytes == b"\x1b[31mred\x00\xff\r\xc3other\n\xa9\xc3"
     assert result.stderr == "baton: 12.2 goes on from step 100\n"
-    assert fake.requests == [jobs_pb2.StreamLogsRequest(job_id=12, follow=True, tail_bytes=7)]
+    assert fake.requests[1:] == [jobs_pb2.StreamLogsRequest(job_id=12, follow=True, tail_bytes=7)]
     lines = [json.loads(line) for line in baton("logs", "12", "--json").stdout.splitlines()]
     assert [(line["attempt"], line["text"]) for line in lines] == [
         ("12.1", "\x1b[31mred\x00\ufffd\r"),
@@ -431,8 +455,21 @@ def test_logs_are_bytes_and_notices_go_elsewhere(baton: Baton, fake: FakeCoordin
     }
 
 
+def test_who_follows_a_job_that_waits_is_told_why_nothing_comes(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    job = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_QUEUED, reason="needs 9 GPUs")
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n", next_offset=2)]]
+    result = baton("logs", "-f", "12")
+    assert (result.exit_code, result.stdout) == (0, "1\n")
+    said = "baton: job 12 is queued: needs 9 GPUs; its output follows when it runs\n"
+    assert result.stderr == said
+
+
 def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:
-    fake.answers["StreamLogs"] = [[]]
+    told = jobs_pb2.StreamLogsResponse(attempt="12.1", node="n1", next_offset=-1)
+    fake.answers["StreamLogs"] = [[told]]
     for more in ((), ("--json",)):
         result = baton("logs", "12", *more)
         assert (result.exit_code, result.stdout) == (0, "")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from protos.baton.v1 import jobs_pb2, nodes_pb2
+from coordinator.cli import client
+from protos.baton.v1 import jobs_pb2, nodes_pb2, types_pb2
 from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
@@ -68,9 +70,11 @@ def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None
     assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
 
 
-def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
-    baton: Baton, fake: FakeCoordinator
+def test_a_log_whose_coordinator_stays_away_is_3_and_says_how_to_go_on(
+    baton: Baton, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(client, "FOLLOW_AWAY_S_MAX", 0.0)
+
     def stop() -> jobs_pb2.StreamLogsResponse:
         threading.Thread(target=fake.stop).start()
         return jobs_pb2.StreamLogsResponse()
@@ -81,11 +85,59 @@ def test_a_log_whose_coordinator_goes_away_is_3_and_says_how_to_go_on(
         gone.wait(DEADLINE_S)
         return jobs_pb2.StreamLogsResponse()
 
-    fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"1\n"), stop, wait]]
+    part = jobs_pb2.StreamLogsResponse(data=b"1\n", next_offset=2)
+    fake.answers["StreamLogs"] = [[part, stop, wait]]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
     result = baton("logs", "-f", "12")
     gone.set()
     assert (result.exit_code, result.stdout) == (3, "1\n")
     assert result.stderr.endswith("; go on with: baton logs -f --tail-bytes 2000 12\n")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_a_followed_log_goes_on_where_its_coordinator_broke_off(
+    baton: Baton, fake: FakeCoordinator, code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FOLLOW_PAUSES_S", (0.0,))
+    part = partial(jobs_pb2.StreamLogsResponse, node="n1")
+    gone = Refusal(code, "gone")
+    fake.answers["StreamLogs"] = [
+        [part(attempt="12.1", data=b"1\n", next_offset=2), gone],
+        gone,
+        [
+            part(attempt="12.1", next_offset=-1),
+            part(attempt="12.2", data=b"2\n", next_offset=2),
+            gone,
+        ],
+        [part(attempt="12.2", data=b"3\n", next_offset=4)],
+    ]  # fmt: skip
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
+    result = baton("logs", "-f", "--tail-bytes", "9", "--rank", "1", "12")
+    assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n")
+    # Once for each time that it is away.
+    said = f"baton: {fake.address} does not answer; the output goes on when it does\n"
+    assert result.stderr == said * 2
+    asked = partial(jobs_pb2.StreamLogsRequest, job_id=12, follow=True, tail_bytes=9, rank=1)
+    again = asked(after_attempt="12.1", after_offset=2)
+    assert fake.requests[1:] == [asked(), again, again, asked(after_attempt="12.2", after_offset=2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data"),
+    [
+        ("logs -f 12", b"1\n"),  # of an older coordinator, which would begin again
+        ("logs 12", b""),
+    ],
+)
+def test_a_log_that_cannot_go_on_ends(
+    baton: Baton, fake: FakeCoordinator, arguments: str, data: bytes
+) -> None:
+    part = jobs_pb2.StreamLogsResponse(attempt="12.1", node="n1", data=data)
+    fake.answers["StreamLogs"] = [[part, Refusal(grpc.StatusCode.UNAVAILABLE, "gone")]]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
+    result = baton(*arguments.split())
+    assert (result.exit_code, result.stdout_bytes) == (1, data)
+    assert result.stderr.startswith("baton: gone")
 
 
 def test_unavailable_said_by_the_coordinator_is_1(baton: Baton, fake: FakeCoordinator) -> None:
@@ -195,6 +247,7 @@ def test_ctrl_c_is_130_and_says_what_goes_on(
         gone.wait(DEADLINE_S)
         return jobs_pb2.StreamLogsResponse()
 
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=samples.active_job())]
     fake.answers["StreamLogs"] = [[jobs_pb2.StreamLogsResponse(data=b"step 1\n"), wait]]
     with start(fake, *arguments.split()) as process:
         try:
@@ -234,6 +287,21 @@ def test_a_reader_that_goes_away_is_141_and_quiet(fake: FakeCoordinator) -> None
         process.stdout.close()
         said = process.stderr.read()
         assert (process.wait(DEADLINE_S), said) == (141, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_no_part_of_an_answer_is_lost_without_a_word(
+    fake: FakeCoordinator, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers: unbuffered, a write that the system ends early is no error to Python."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    node = types_pb2.Node(id="n1", reason="x" * 1_000_000)
+    fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse(nodes=[node])]
+    with start(fake, "nodes", "--json") as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(DEADLINE_S) == 141
 
 
 @pytest.mark.parametrize(

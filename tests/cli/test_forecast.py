@@ -1,5 +1,6 @@
 """`baton forecast` of what the coordinator has seen: the question, the file, the plot."""
 
+import io
 import json
 import math
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from coordinator.cli import render
+from coordinator.forecast.backtest import backtest
 from coordinator.forecast.demand_file import read_series
-from coordinator.forecast.forecaster import KINDS
+from coordinator.forecast.forecaster import KINDS, Forecaster
 from protos.baton.v1 import demand_pb2, types_pb2
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
@@ -189,3 +192,17 @@ def test_the_extra_is_one_model_more_and_nothing_needs_it(
     assert set(told_of["weights"]) == {"persistence", *["boosted trees"] * (missing is None)}
     assert said in result.stderr
     assert bool(said) == bool(result.stderr)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_who_waits_at_a_terminal_sees_how_far_it_is(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    values = days(3)
+    with render.progress(len(values), "judging forecasts") as passed:
+        backtest(Forecaster(1, 6, 0), values, 24, passed)
+    shown = stderr.getvalue()
+    assert ("judging forecasts" in shown, "100%" in shown) == (terminal, terminal)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -86,6 +87,22 @@ def test_a_table_and_the_command_that_makes_it_again(files: tuple[Path, Path]) -
     assert again.endswith("fleet.toml --policy baton --policy max-min --seed 7")
     words = shlex.split(again.partition("again: ")[2])
     assert CliRunner().invoke(cli, words[1:]).stdout == result.stdout
+
+
+def test_who_is_late_is_counted_where_there_are_deadlines(files: tuple[Path, Path]) -> None:
+    """By hand: they end after 2, .5 and 2.25 h."""
+    lines = TRACE.splitlines()
+    due = [f"{line},{s}" for line, s in zip(lines, ("deadline_s", "7000", "", "9000"), strict=True)]
+    assert "LATE" not in baton(files, "--policy", "fifo").stdout
+    files[0].write_text("\n".join(due))
+    titles, row = (
+        re.split(r"\s{2,}", line) for line in baton(files, "--policy", "fifo").stdout.splitlines()
+    )
+    assert row[titles.index("LATE")] == "1 of 2"
+    (figures,) = json.loads(baton(files, "--policy", "fifo", "--json").stdout)
+    assert (figures["late"], figures["deadlines"]) == (1, 2)
+    change = baton(files, "--policy", "fifo", "--add-nodes", "1xA100").stdout.splitlines()[-1]
+    assert re.split(r"\s{2,}", change)[titles.index("LATE") + 1] == "-1"
 
 
 def test_a_project_within_its_quota_comes_first(files: tuple[Path, Path]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from coordinator.cli.main import cli
 from coordinator.cli.render import Column, write_notice, write_sentence, write_table
@@ -48,6 +49,26 @@ def test_a_sentence_goes_on_below_and_is_whole(shown: Shown) -> None:
     assert lines[1].startswith(" " * 13)
     assert words(lines[:2]) == ["n1", "310", "W", *SENTENCE.split()]
     assert lines[2] == "n2     12 W  -"
+
+
+def test_a_column_without_a_place_in_which_nothing_is_known_is_left_out(shown: Shown) -> None:
+    columns = (Column("NODE"), Column("GPUS"), Column("REASON", wrap=True), Column("NOTE"))
+    rows = [(f"n{n}", "x" * 70, "", "m") for n in range(2)]
+    lines = shown(lambda: write_table(columns, rows))
+    assert [line.split() for line in lines] == [
+        ["NODE", "GPUS"], ["n0", "x" * 70], ["n1", "x" * 70], [],
+        ["NODE", "NOTE"], ["n0", "m"], ["n1", "m"],
+    ]  # fmt: skip
+
+
+def test_in_a_pipe_columns_stand_below_one_another_whatever_the_letters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wide ones take two places where they are looked at, and a mark on a letter none."""
+    names = ("abcdef", "名前", "ü", "e\u0301")
+    write_table((Column("NAME"), Column("N", right=True)), [(name, 1) for name in names])
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell_len(line) for line in lines] == [9] * 5
 
 
 def test_titles_break_before_a_figure_would(shown: Shown) -> None:

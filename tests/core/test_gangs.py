@@ -106,6 +106,16 @@ def test_ranks_that_do_not_understand_one_another_are_tried_as_long_as_that_take
     assert box.rig.core.state.jobs[1].failures == 1
 
 
+def test_one_rank_alone_misunderstands_nobody() -> None:
+    """Below a launcher that it has started, its trainer leaves with that status."""
+    box = Box("n0:1")
+    box.submit(1)
+    box.say("1.1", AttemptExited(75, reason="upgrade n0", said_exit_code=76))
+    job = box.rig.core.state.jobs[1]
+    assert (job.phase, job.yields) == (JobPhase.QUEUED, 1)
+    assert job.reason.startswith("asked to be run again without having saved anything further")
+
+
 @pytest.mark.parametrize("versions", [("1.0", "1.0"), ("1.0", "1.1")])
 def test_where_no_upgrade_is_why_they_are_not_tried_for_ever(versions: tuple[str, ...]) -> None:
     """Others leave for such a job, each time. A coordinator that restarts goes on counting."""

@@ -4,9 +4,12 @@ coordinator, in each order, and restarts of both.
 The lease is long here, so that a slow machine's restart is a restart and not the loss of a node.
 """
 
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -60,6 +63,31 @@ def finished_undisturbed(fleet: Cluster, gate: Gate, job_id: int, steps: int = 6
     assert job.checkpoint.step == steps
     names = work.history(fleet, job_id)
     assert [name for name in names if not name.startswith("attempt.milestone")] == UNDISTURBED
+
+
+@contextlib.contextmanager
+def followed(fleet: Cluster, job_id: int) -> Iterator[None]:
+    """Somebody who follows the job's output all the while sees each line of it once."""
+    heard = fleet.directory / "heard"
+    with (
+        heard.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "coordinator.cli", "logs", "-f", str(job_id)],
+            env={**fleet.helper_environment(), "BATON_COORDINATOR": fleet.address},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as follower,
+    ):
+        try:
+            fleet.wait_until(lambda: heard.read_bytes(), work.DEADLINE_S, "something is heard")
+            yield
+            _, remarks = follower.communicate(timeout=work.DEADLINE_S)
+        finally:
+            follower.kill()
+    assert (follower.returncode, heard.read_text()) == (0, work.output(fleet, job_id))
+    said = f"baton: {fleet.address} does not answer; the output goes on when it does\n"
+    assert remarks == said
 
 
 def test_killed_trainer_resumes_from_its_last_commit(fleet: Cluster, gate: Gate) -> None:
@@ -170,6 +198,13 @@ def submit_held(fleet: Cluster, request_id: str) -> int:
 
 def test_killed_coordinator_loses_nothing_acknowledged(fleet: Cluster, gate: Gate) -> None:
     job_id, pid = began(fleet, gate)
+    with followed(fleet, job_id):
+        killed_under_submitters(fleet, gate, job_id)
+        assert work.lives(pid)
+        finished_undisturbed(fleet, gate, job_id)
+
+
+def killed_under_submitters(fleet: Cluster, gate: Gate, job_id: int) -> None:
     submitters = [Submitter(fleet) for _ in range(SUBMITTERS)]
     moment = random.Random(7).randrange(50, 150)
 
@@ -197,14 +232,18 @@ def test_killed_coordinator_loses_nothing_acknowledged(fleet: Cluster, gate: Gat
         for request_id in submitter.unanswered
     ]
     assert not set(repeated) & {*acknowledged.values(), job_id}
-    assert work.lives(pid)
-    finished_undisturbed(fleet, gate, job_id)
 
 
 def test_stopped_coordinator_answers_again_where_it_was(fleet: Cluster, gate: Gate) -> None:
     job_id, pid = began(fleet, gate)
-    fleet.stop_coordinator()
-    assert work.lives(pid)
-    fleet.start_coordinator(**PATIENT)
-    work.wait_for_coordinator(fleet)
-    finished_undisturbed(fleet, gate, job_id)
+    with followed(fleet, job_id):
+        fleet.stop_coordinator()
+        assert work.lives(pid)
+        fleet.start_coordinator(**PATIENT)
+        work.wait_for_coordinator(fleet)
+        finished_undisturbed(fleet, gate, job_id)
+    for wrong in ({"after_attempt": "0.1"}, {"after_offset": -2}, {"tail_bytes": -1}, {"rank": 1}):
+        request = jobs_pb2.StreamLogsRequest(job_id=job_id, **wrong)
+        with pytest.raises(grpc.RpcError) as raised:
+            list(fleet.jobs.StreamLogs(request))
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -135,6 +135,13 @@ def test_a_restart_takes_what_it_took() -> None:
     assert [each.restart_s for each in seen.jobs] == [30, 30], "the fleet's where it has none"
 
 
+def test_a_deadline_counts_from_where_the_journal_begins() -> None:
+    due = done(2, 30, asks=spec(deadline_unix_ms=T0 + 500_000))
+    seen = read((done(), [attempt(1, A, 0, 100)]), (due, [attempt(2, B, 30, 100)]))
+    ours = [(each.arrival_ms, each.deadline_ms) for each in seen.jobs]
+    assert ours == [(0, None), (30_000, 500_000)]
+
+
 def test_what_cannot_be_simulated_is_counted() -> None:
     seen = read(
         (done(1), [attempt(1, A, 0, 100)]),

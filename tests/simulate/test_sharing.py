@@ -75,6 +75,31 @@ def test_who_does_not_fit_is_not_tried() -> None:
     assert policy.tried == 0
 
 
+@pytest.mark.parametrize(
+    ("due_h", "ends_h_by_job"),
+    [
+        (None, {1: 2.5, 2: 4.5}),  # together, at .8 of the speed
+        (2.6, {1: 2.5, 2: 4.5}),
+        # After an hour together it has to run alone: its latest start has come.
+        (2.2, {1: 2.2, 2: 5.4}),
+        (1.0, {1: 2.5, 2: 4.5}),  # lost in any case
+    ],
+)
+@pytest.mark.parametrize("late", [1, 2])
+def test_who_would_be_late_in_company_runs_alone(
+    late: int, due_h: float | None, ends_h_by_job: dict[int, float]
+) -> None:
+    """Whether it is the host or the guest."""
+    due_ms = None if due_h is None else round(due_h * HOUR_MS)
+    other = 3 - late
+    ours = job(late, 2, deadline_ms=due_ms, restart_s=0.0)
+    jobs = sorted([ours, job(other, 4, restart_s=0.0)], key=lambda each: each.job_id)
+    pairs = table(0.8)
+    outcome = simulate(jobs, ONE, sharing(pairs), pairs=pairs)
+    assert ends_h(outcome) == {late: ends_h_by_job[1], other: ends_h_by_job[2]}
+    assert due_h != 2.2 or outcome.finished_ms[late] <= (due_ms or 0)
+
+
 def test_a_guest_moves_to_a_gpu_that_nobody_wants_and_pays_for_it() -> None:
     """When the third job ends its GPU is free; the guest goes there, and restarts."""
     pairs = table(0.8)

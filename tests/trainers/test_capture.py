@@ -392,7 +392,9 @@ def test_the_operators_interval_counts(session: DeskSession) -> None:
     assert saving.Saver(session, by_rule).due(1, 60.0)
     assert by_rule.problems() == []
     wrong = configuration.LoopOptions(steps=9, checkpoint_every_s=-3.0)
-    assert wrong.problems() == ["'checkpoint_every_s' must not be negative, and is -3.0"]
+    assert wrong.problems() == [
+        "'checkpoint_every_s' must be a number of at least 0, or -1, not -3.0"
+    ]
 
 
 CUDA = pytest.param(

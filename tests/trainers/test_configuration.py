@@ -32,16 +32,19 @@ def test_an_unknown_key_names_the_nearest_right_one() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"steps": 0}, "'steps' must be at least 1, not 0"),
-        ({"steps": "many"}, "'steps' must be of type int, not str ('many')"),
-        ({"steps": True}, "'steps' must be of type int, not bool (True)"),
-        ({"schedule": "cosin"}, "'schedule' must be one of ('cosine', 'linear', 'constant')"),
-        ({"held_out_ratio": 1.0}, "'held_out_ratio' must lie between 0 and 1, not 1.0"),
-        ({"clip_norm": float("nan")}, "'clip_norm' must not be negative, and is nan"),
-        ({"precision": "float8"}, "'precision' must be one of ('float32', 'bfloat16', 'float16')"),
-        ({"early_stop_patience": -1}, "'early_stop_patience' must not be negative, and is -1"),
-        ({"prefetch_depth": 0}, "'prefetch_depth' must be 1 to 8, not 0"),
-        ({"window_tokens": 1}, "'window_tokens' must be at least 2, not 1"),
+        ({"steps": 0}, "'steps' must be a whole number of at least 1, not 0"),
+        ({"steps": "many"}, "'steps' must be a whole number of at least 1, not 'many'"),
+        ({"steps": True}, "'steps' must be a whole number of at least 1, not True"),
+        ({"schedule": "cosin"}, "'schedule' must be one of cosine, linear, constant, not 'cosin'"),
+        ({"held_out_ratio": 1.0}, "'held_out_ratio' must be a number above 0 and below 1, not 1.0"),
+        ({"clip_norm": float("nan")}, "'clip_norm' must be a number of at least 0, not nan"),
+        ({"precision": "float8"}, "'precision' must be one of float32, bfloat16, float16, not"),
+        (
+            {"early_stop_patience": -1},
+            "'early_stop_patience' must be a whole number of at least 0, not -1",
+        ),
+        ({"prefetch_depth": 0}, "a whole number of at least 1 and at most 8, not 0"),
+        ({"window_tokens": 1}, "'window_tokens' must be a whole number of at least 2, not 1"),
     ],
 )
 def test_a_value_out_of_range_is_named(values: dict[str, Any], sentence: str) -> None:

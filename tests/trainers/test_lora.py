@@ -141,14 +141,14 @@ def test_the_command_trains_and_writes_what_others_can_open(
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"rank": 0}, "'rank' must be at least 1, not 0"),
-        ({"alpha": 0}, "'alpha' must be at least 1, not 0"),
-        ({"dropout": 1.0}, "'dropout' must be 0 or more and below 1, not 1.0"),
-        ({"base_precision": "int4"}, "'base_precision' must be one of ('float32', 'bfloat16')"),
+        ({"rank": 0}, "'rank' must be a whole number of at least 1, not 0"),
+        ({"alpha": 0}, "'alpha' must be a whole number of at least 1, not 0"),
+        ({"dropout": 1.0}, "'dropout' must be a number of at least 0 and below 1, not 1.0"),
+        ({"base_precision": "int4"}, "'base_precision' must be one of float32, bfloat16"),
         ({"from_scratch": True}, "use finetune"),
         ({"merge": True}, "'merge' needs an 'output_directory'"),
-        ({"target_modules": "c_attn"}, "must be a list of words, not str ('c_attn')"),
-        ({"target_modules": [1]}, "must be a list of words, not list ([1])"),
+        ({"target_modules": "c_attn"}, "must be a list of words, not 'c_attn'"),
+        ({"target_modules": [1]}, "must be a list of words, not [1]"),
     ],
 )
 def test_a_value_out_of_range_is_named(values: dict[str, Any], sentence: str) -> None:

@@ -968,6 +968,8 @@ class StreamLogsRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     TAIL_BYTES_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    AFTER_ATTEMPT_FIELD_NUMBER: _builtins.int
+    AFTER_OFFSET_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     follow: _builtins.bool
     """Go on as the job goes on, through later attempts, until it ends."""
@@ -977,6 +979,12 @@ class StreamLogsRequest(_message.Message):
     """
     rank: _builtins.int
     """Of a gang: whose log. 0 is also the only rank of a job of one."""
+    after_attempt: _builtins.str
+    """Go on where an answer broke off: `attempt` and `next_offset` of the last part that was heard.
+    Then `tail_bytes` means nothing. Empty: from the beginning.
+    """
+    after_offset: _builtins.int
+    """-1 or more."""
     def __init__(
         self,
         *,
@@ -984,10 +992,12 @@ class StreamLogsRequest(_message.Message):
         follow: _builtins.bool = ...,
         tail_bytes: _builtins.int = ...,
         rank: _builtins.int = ...,
+        after_attempt: _builtins.str = ...,
+        after_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "job_id", b"job_id", "rank", b"rank", "tail_bytes", b"tail_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_attempt", b"after_attempt", "after_offset", b"after_offset", "follow", b"follow", "job_id", b"job_id", "rank", b"rank", "tail_bytes", b"tail_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1001,6 +1011,7 @@ class StreamLogsResponse(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    NEXT_OFFSET_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     node: _builtins.str
     data: _builtins.bytes
@@ -1009,6 +1020,10 @@ class StreamLogsResponse(_message.Message):
     """A sentence of Baton's own, e.g. that a lost node took the log of an attempt with it; otherwise
     empty.
     """
+    next_offset: _builtins.int
+    """Where to go on after this part, in bytes of this attempt's output; -1: with the next attempt,
+    since all of this one is told. A part that only says so has neither data nor notice.
+    """
     def __init__(
         self,
         *,
@@ -1016,10 +1031,11 @@ class StreamLogsResponse(_message.Message):
         node: _builtins.str = ...,
         data: _builtins.bytes = ...,
         notice: _builtins.str = ...,
+        next_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "data", b"data", "node", b"node", "notice", b"notice"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "data", b"data", "next_offset", b"next_offset", "node", b"node", "notice", b"notice"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
