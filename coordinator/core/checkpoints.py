@@ -11,7 +11,7 @@ Copies go to the attempt's standby (`standby.py`), so that a handoff finds them 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.core import accounting, poison, standby
+from coordinator.core import accounting, poison, restored, standby
 from coordinator.core.launch import PeerAddress, RestoreCandidate, RestorePart
 from coordinator.core.messages import (
     AttemptStarted,
@@ -52,7 +52,7 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     """Compare and swap, and tell the agent either way. Saying it twice gives the same answer
     twice. What ranks of a gang hand over: `parts.py`."""
     job = state.jobs[attempt.job_id]
-    refusal = _refuse_commit(job, attempt, body)
+    refusal = _refuse_commit(state, job, attempt, body)
     if not refusal and body.digest == job.head:
         for node_id in body.replicas:  # it may have been copied since
             note_copy(state, job.id, job.head, node_id)
@@ -68,13 +68,14 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     state.send(attempt.node, result)
 
 
-def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+def _refuse_commit(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
     stale = refuse_attempt(job, attempt)
     if stale or body.digest == job.head:
         return stale
     if body.parts > 1:
         return f"it is one of {body.parts} parts, and the job has one rank"
-    if body.parent != job.head:
+    forgotten = restored.follows_forgotten(state, job, attempt, body.parent)
+    if body.parent != job.head and not forgotten:
         return refuse_parent(job, body)
     return refuse_content(job, body)
 

@@ -35,6 +35,7 @@ from coordinator.core import (
     projects,
     readings,
     reservations,
+    restored,
     retention,
     rounds,
     scale_answers,
@@ -262,6 +263,7 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
     reasons = (_why_closed(state, now, live) or health.describe(state, live), stuck.describe(live))
+    reasons += (restored.describe(state, live),)
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
