@@ -262,8 +262,8 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    reasons = (_why_closed(state, now, live) or health.describe(state, live), stuck.describe(live))
-    reasons += (restored.describe(state, live),)
+    closed_for = _why_closed(state, now, live) or health.describe(state, live)
+    reasons = (closed_for, stuck.describe(live), restored.describe(state, live))
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 
