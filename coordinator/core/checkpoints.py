@@ -52,7 +52,9 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     """Compare and swap, and tell the agent either way. Saying it twice gives the same answer
     twice. What ranks of a gang hand over: `parts.py`."""
     job = state.jobs[attempt.job_id]
-    refusal = _refuse_commit(state, job, attempt, body)
+    if restored.follows_forgotten(state, job, attempt, body.parent):
+        body = replace(body, parent=job.head)  # of those between nobody knows any more
+    refusal = _refuse_commit(job, attempt, body)
     if not refusal and body.digest == job.head:
         for node_id in body.replicas:  # it may have been copied since
             note_copy(state, job.id, job.head, node_id)
@@ -68,14 +70,13 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     state.send(attempt.node, result)
 
 
-def _refuse_commit(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
     stale = refuse_attempt(job, attempt)
     if stale or body.digest == job.head:
         return stale
     if body.parts > 1:
         return f"it is one of {body.parts} parts, and the job has one rank"
-    forgotten = restored.follows_forgotten(state, job, attempt, body.parent)
-    if body.parent != job.head and not forgotten:
+    if body.parent != job.head:
         return refuse_parent(job, body)
     return refuse_content(job, body)
 

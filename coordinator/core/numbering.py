@@ -33,6 +33,11 @@ class Numbering:
         """After `epoch`, the job's highest that is known."""
         return max(epoch + 1, self.epoch_floor if job_id <= self.copied_job_id else 0)
 
+    def restarts(self, job_id: int, epoch: int) -> int:
+        """How often the job was started before, as far as is known: the gap is no restart."""
+        above = job_id <= self.copied_job_id and epoch >= self.epoch_floor > 0
+        return epoch - self.epoch_floor + 1 if above else epoch - 1
+
     def may_be_forgotten(self, job_id: int, epoch: int) -> bool:
         """Whether such an attempt may have done what is not known."""
         return job_id <= self.copied_job_id and epoch < self.epoch_floor

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from coordinator.core import ranks, standby
+from coordinator.core.capacity_model import Power
 from coordinator.core.ledger import attempt_parts
-from coordinator.core.messages import AppendEvent, HeldAttempt, PutJob, Record
+from coordinator.core.messages import AppendEvent, HeldAttempt, PutJob, PutNode, Record
 from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
@@ -30,8 +31,14 @@ UNSURE = (
 SHOWN_MAX = 5
 
 
-def held(snapshot: Snapshot, unix_ms: int) -> Iterator[Record]:
-    """What nobody is sure of: it is held, or will be unless its node says that it runs."""
+def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
+    """What nobody is sure of: it is held, or will be unless its node says that it runs. Keys of
+    orders to switch a node go on above those that its driver knows (by `epochs`), but for one under
+    way, which must stay what it is."""
+    for node in snapshot.nodes:
+        if node.power.phase in (Power.ON, Power.OFF, Power.FAILED):
+            changes = node.power.changes + epochs
+            yield PutNode(replace(node, power=replace(node.power, changes=changes)))
     away = {a.job_id: True for a in snapshot.attempts if a.phase is AttemptPhase.UNREACHABLE}
     for job in snapshot.jobs:
         if job.intent is not JobIntent.RUN or job.id in away:

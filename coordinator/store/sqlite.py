@@ -356,7 +356,8 @@ def _put_back(connection: sqlite3.Connection, queries: Queries, snapshot: Snapsh
     epoch_max = max((attempt.epoch for attempt in snapshot.attempts), default=0)
     age_ms = unix_ms - snapshot.copied_unix_ms
     back = put_back(snapshot.numbering, snapshot.last_job_id, epoch_max, age_ms)
-    for statement, parameters in rows.statements(queries, list(restored.held(snapshot, unix_ms))):
+    records = list(restored.held(snapshot, unix_ms, back.leader_epochs))
+    for statement, parameters in rows.statements(queries, records):
         connection.executemany(statement, parameters)
     counters = {
         **asdict(back.numbering), "last_job_id": back.last_job_id, "copied_unix_ms": 0,

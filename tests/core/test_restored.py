@@ -53,7 +53,7 @@ class World:
         if declared:
             epoch_max = max((one.epoch for one in snapshot.attempts), default=0)
             back = put_back(snapshot.numbering, snapshot.last_job_id, epoch_max, AGE_MS)
-            for record in held(snapshot, UNIX_MS_AT_START):
+            for record in held(snapshot, UNIX_MS_AT_START, back.leader_epochs):
                 rig.disk.write(record)
             rig.disk.last_job_id = back.last_job_id
         rig.restart()
@@ -75,6 +75,9 @@ class World:
 
     def started(self) -> list[str]:
         return [order.attempt for order in self.box.sent if isinstance(order, StartAttempt)]
+
+    def restarts(self) -> list[int]:
+        return [order.restart_count for order in self.box.sent if isinstance(order, StartAttempt)]
 
     def why(self) -> str:
         replies = [e for e in self.box.rig.handle(Request(9, ListNodes())) if isinstance(e, Reply)]
@@ -117,6 +120,8 @@ def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     world.box.say("1.3", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
     results = [order for order in world.box.sent if isinstance(order, CommitResult)]
     assert [result.accepted for result in results] == [declared]
+    if declared:
+        assert state.checkpoints[1][0].parent == ""  # the last that is known
     world.box.say("1.3", AttemptExited(0))
     assert world.phase(1) is JobPhase.SUCCEEDED
 
@@ -130,6 +135,9 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     assert (job.phase, job.reason, world.started()) == (JobPhase.HELD, UNSURE, [])
     world.box.take(Request(1, ReleaseJob(1)))
     assert world.started() == [f"1.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
+    assert world.restarts() == [1]
+    # No order to switch a node off has a key that its driver has seen.
+    assert world.box.rig.disk.nodes["n0"].power.changes == EPOCHS_MIN + AGE_MS // 1000
     # Who has run it since, and comes only now, is too late: two would be in one place.
     world.hello("1.2")
     assert "1.2" in world.killed()
@@ -167,4 +175,4 @@ def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
     assert second.numbering.copied_job_id == first.last_job_id + 5
     assert second.last_job_id == first.last_job_id + 5 + JOB_IDS_MIN
     assert second.numbering.epoch_floor == first.numbering.epoch_floor + EPOCHS_MIN
-    assert list(held(Snapshot(), 0)) == []
+    assert list(held(Snapshot(), 0, 1)) == []
