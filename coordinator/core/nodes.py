@@ -137,6 +137,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         # agent has dropped.
         known = live.node.acknowledged if same_journal else 0
         acknowledged = max(known, body.acknowledged)
+        if same_journal and body.acknowledged > known:
+            restored.tell_behind(state, live)
         node = replace(
             live.node,
             journal_id=node.journal_id,

@@ -122,6 +122,17 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     return True
 
 
+def tell_behind(state: State, live: LiveNode) -> None:
+    """Its node was answered for what is not in the store, and nobody is answered before it is. Of a
+    copy that says what it is, that is nothing new."""
+    if state.numbering.remembered_job_id is None:
+        reason = (
+            f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
+            " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` made"
+        )
+        state.log("error", "store.behind", node=live.node.id, reason=reason)
+
+
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:
     """Returns since when its node is known to run it."""
     if attempt not in live.strays:

@@ -15,6 +15,7 @@ from coordinator.core.messages import (
     HeldAttempt,
     Hello,
     ListNodes,
+    Log,
     NodePage,
     ReleaseJob,
     Reply,
@@ -66,6 +67,11 @@ class World:
         hello = Hello("n0", "j", "n0:1", HOST, (), held_attempts, acknowledged=100)
         self.box.sequences[0] = 100
         self.box.take(FromAgent(0, hello))
+        self.told = [
+            effect.event
+            for effect in self.box.rig.handled[-2][2]
+            if isinstance(effect, Log) and effect.event.startswith("store.")
+        ]
 
     def phase(self, job_id: int) -> JobPhase:
         return self.box.rig.core.state.jobs[job_id].phase
@@ -113,6 +119,7 @@ def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     copy = world.copy()
     world.go_back(copy, declared=declared)
     world.hello("1.3")
+    assert world.told == ([] if declared else ["store.behind"])
     assert world.killed() == []
     state = world.box.rig.core.state
     assert (world.phase(1), state.jobs[1].epoch) == (JobPhase.ACTIVE, 3)
