@@ -430,12 +430,12 @@ class AgentShell:
             await self._ports.clock.sleep_ms(wait_ms)
 
     async def _talk(self, session: Session) -> tuple[str, bool]:
-        """One session, from hello to its end; returns how it ended, and whether it was
-        answered."""
+        """One session, from hello to its end; returns how it ended, and whether it was answered by
+        somebody who is obeyed: from a ghost we come back ever more seldom."""
         self._outbox.clear()
         self._session = session
         self._counts.sessions += 1
-        talked, reason = False, "the session ended"
+        talked, ghost, reason = False, False, "the session ended"
         sender = asyncio.create_task(self._send_all(session))
         try:
             self.post(m.Connected(await self._ports.chunks.checkpoints()))
@@ -443,7 +443,9 @@ class AgentShell:
                 order = await session.receive()
                 self._pulse.link_ms = self._ports.clock.now_ms()
                 self._counts.orders_received += 1
-                talked = True
+                known = self._core.state.leader_epoch
+                ghost |= isinstance(order, m.Welcome) and order.leader_epoch < known
+                talked = not ghost
                 if isinstance(order, m.ComeLater):
                     self._pulse.link_ms += min(order.wait_ms, WAIT_MS_MAX)
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))

@@ -103,8 +103,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Where the state lives; made with mode 0700, because submissions hold secrets."
     )] = "/var/lib/baton/coordinator"
     store_path: Annotated[str, says(
-        "The SQLite file; on a local disk, whose fsync can be trusted. Default (empty): "
-        "baton.sqlite3 in the state directory."
+        "The SQLite file; on a local disk, whose fsync can be trusted. `baton-coordinator backup "
+        "FILE` copies it, also while it is used. Default (empty): baton.sqlite3 in the state "
+        "directory."
     )] = ""
     heartbeat_interval_ms: Annotated[int, says(
         "Milliseconds between heartbeats of an agent, 100 to 60000. Once a second makes death "

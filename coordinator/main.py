@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import grpc
 
-from coordinator import config_tariffs, garbage, https
+from coordinator import backup, config_tariffs, garbage, https
 from coordinator import logs as logging_setup
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
@@ -31,7 +32,9 @@ from coordinator.config import (
 )
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
+from coordinator.core.restored import is_unsure
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
 from coordinator.forecast.live import LiveForecaster, pasts
@@ -83,8 +86,10 @@ class SystemClock:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM, 1 when it could not start or another one leads; `SystemExit` 2
-    for a wrong configuration, 0 after printing it."""
+    for a wrong configuration, 0 after printing it. The word `backup` first: `backup.py`."""
     given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] == backup.COMMAND:
+        return backup.command(given[1:], os.environ)
     config = from_command_line(given, os.environ).config
     _log_to_stderr(config)
     try:
@@ -123,6 +128,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         snapshot = await store.open()
         core = Coordinator(_options(config))
         core.load(snapshot, clock.now_ms())
+        if snapshot.copied_unix_ms:
+            _tell_restored(snapshot)
         shell = CoordinatorShell(core, store, clock, logging_setup.emit)
         server = grpc.aio.server(options=SERVER_OPTIONS)
         logs = LogReader(lambda address: open_channel(address, tls))
@@ -157,6 +164,16 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.port_file:
             write_port_file(config.port_file, address)
         await _run(shell, config, arguments)
+
+
+def _tell_restored(snapshot: Snapshot) -> None:
+    made = datetime.fromtimestamp(snapshot.copied_unix_ms / 1000, UTC).isoformat(timespec="seconds")
+    held = sum(is_unsure(job) for job in snapshot.jobs)
+    reason = (
+        f"a copy of {made} was put back: what was submitted and decided since is not known;"
+        f" {held} jobs are held unless their nodes say that they run"
+    )
+    logging_setup.emit("warning", "store.restored", (("reason", reason),))
 
 
 async def _open_metrics(

@@ -29,17 +29,18 @@ def assign(state: State, now: Instant, start: Start) -> None:
     """A new attempt with a higher epoch, or one for each rank. From here on those before are stale,
     whatever their nodes believe."""
     job = state.jobs[start.job_id]
+    epoch = state.numbering.next_epoch(job.id, job.epoch)
     old = state.current(job)
     for rank in state.gang(job):
         if rank.phase is AttemptPhase.UNREACHABLE:
-            reason = f"{job.id}.{job.epoch + 1} takes its place"
+            reason = f"{job.id}.{epoch} takes its place"
             ranks.change(state, now, rank, AttemptPhase.LOST, reason=reason)
             state.tell(now.unix_ms, job.id, "attempt.lost", reason, attempt=rank.id, node=rank.node)
     parts.forget(state, job, "its gang was started anew before all parts were there")
     job = state.jobs[job.id]
     said = None if old is None else state.progress.get(old.id)
     times = accounting.following(job, old, said)
-    job = state.put_job(replace(job, phase=JobPhase.ACTIVE, epoch=job.epoch + 1, reason=start.why))
+    job = state.put_job(replace(job, phase=JobPhase.ACTIVE, epoch=epoch, reason=start.why))
     good = state.good_checkpoints(job)
     places = gangs.by_parts(start.places, good[0].pieces if good else ())
     for number, place in enumerate(places):

@@ -11,7 +11,7 @@ Copies go to the attempt's standby (`standby.py`), so that a handoff finds them 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from coordinator.core import accounting, poison, standby
+from coordinator.core import accounting, poison, restored, standby
 from coordinator.core.launch import PeerAddress, RestoreCandidate, RestorePart
 from coordinator.core.messages import (
     AttemptStarted,
@@ -52,6 +52,8 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     """Compare and swap, and tell the agent either way. Saying it twice gives the same answer
     twice. What ranks of a gang hand over: `parts.py`."""
     job = state.jobs[attempt.job_id]
+    if restored.follows_forgotten(state, job, attempt, body.parent):
+        body = replace(body, parent=job.head)  # of those between nobody knows any more
     refusal = _refuse_commit(job, attempt, body)
     if not refusal and body.digest == job.head:
         for node_id in body.replicas:  # it may have been copied since

@@ -36,6 +36,7 @@ from coordinator.core import (
     projects,
     readings,
     reservations,
+    restored,
     retention,
     rounds,
     scale_answers,
@@ -262,8 +263,12 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         for shared in [_shares(state, gpu.holders)]
     )  # fmt: skip
     held = tuple(sorted({*live.attempts, *live.strays}))
-    why = _why_closed(state, now, live) or health.describe(state, live)
-    reasons = (why, stuck.describe(live), arrivals.describe_rival(now, live))
+    reasons = (
+        _why_closed(state, now, live) or health.describe(state, live),
+        stuck.describe(live),
+        arrivals.describe_rival(now, live),
+        restored.describe(state, live),
+    )
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)
 

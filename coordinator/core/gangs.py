@@ -105,7 +105,7 @@ def start_order(state: State, attempt: Attempt) -> StartAttempt:
         attempt.gpu_uuids,
         checkpoints.candidates(state, job, attempt.node),
         checkpoints.replica_target(state, attempt),
-        restart_count=attempt.epoch - 1,
+        restart_count=state.numbering.restarts(job.id, attempt.epoch),
         gang=_place(state, job, attempt) if attempt.ranks > 1 else None,
         traceparent=traces.traceparent(job, attempt.epoch),
     )

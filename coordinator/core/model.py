@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from coordinator.core.demand_history import DemandLog
 from coordinator.core.node_power import NodePower
+from coordinator.core.numbering import Numbering
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.stretches import Stretch
@@ -481,7 +482,8 @@ class CheckpointView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is durable, as the store has it; `leader_epoch` is ours."""
+    """All that is durable, as the store has it; `leader_epoch` is ours. `copied_unix_ms`: when the
+    copy was made that the store was put back from; 0 but at the first start after that."""
 
     leader_epoch: int = 0
     last_job_id: int = 0
@@ -493,3 +495,5 @@ class Snapshot:
     demand: DemandLog = field(default_factory=DemandLog)
     scale_records: tuple[ScaleRecord, ...] = ()
     lease_days: tuple[int, ...] = ()
+    numbering: Numbering = field(default_factory=Numbering)
+    copied_unix_ms: int = 0

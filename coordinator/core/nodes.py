@@ -22,6 +22,7 @@ from coordinator.core import (
     parts,
     precopy,
     readings,
+    restored,
     stuck,
 )
 from coordinator.core.messages import (
@@ -140,6 +141,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         # agent has dropped.
         known = live.node.acknowledged if same_journal else 0
         acknowledged = max(known, body.acknowledged)
+        if same_journal and body.acknowledged > known:
+            restored.tell_behind(state, live)
         node = replace(
             live.node,
             journal_id=node.journal_id,
@@ -211,6 +214,10 @@ def _reconcile(
         attempt = state.attempts.get(attempt_id)
         if attempt is not None and attempt_id in live.attempts:
             attempts.returned(state, now, attempt)
+            restored.confirm(state, state.jobs[attempt.job_id])
+        elif item.live and restored.is_newer(state, item):
+            if not whole or not restored.take_back(state, now, live, item):
+                strays[attempt_id] = restored.leave_alone(state, now, live, attempt_id)
         elif item.live:
             strays[attempt_id] = _stop_stray(state, now, live, attempt_id)
     for attempt_id in live.strays:
@@ -229,7 +236,8 @@ def _reconcile(
 
 def _missing(state: State, now: Instant, attempt: Attempt, whole: bool) -> None:
     """The node does not list an attempt that it should have."""
-    if attempt.phase is AttemptPhase.ASSIGNED:
+    unsure = restored.is_unsure(state.jobs[attempt.job_id])
+    if attempt.phase is AttemptPhase.ASSIGNED and not unsure:
         if _due(state, now, attempt.id, whole):
             attempts.order_start(state, now, attempt)
     elif attempt.phase is AttemptPhase.STOPPING and attempt.started_unix_ms is None:

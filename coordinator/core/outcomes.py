@@ -16,7 +16,7 @@ again: a missing module stays missing.
 
 from dataclasses import replace
 
-from coordinator.core import checkpoints, claims, mismatches, poison
+from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -178,8 +178,9 @@ def requeue(state: State, now: Instant, job: Job, reason: str) -> None:
         end_job(state, now, job, JobPhase.CANCELLED, "cancelled by its owner")
         return
     if job.intent is JobIntent.HOLD:
-        state.put_job(replace(job, phase=JobPhase.HELD, reason="held by its owner"))
-        state.tell(now.unix_ms, job.id, "job.held", "held by its owner")
+        why = job.reason if restored.is_unsure(job) else "held by its owner"
+        state.put_job(replace(job, phase=JobPhase.HELD, reason=why))
+        state.tell(now.unix_ms, job.id, "job.held", why)
         return
     state.put_job(replace(job, phase=JobPhase.QUEUED, reason=reason, queued_unix_ms=now.unix_ms))
     state.tell(now.unix_ms, job.id, "job.queued", reason)

@@ -57,6 +57,7 @@ from coordinator.core.model import (
     attempt_id,
 )
 from coordinator.core.node_power import DARK
+from coordinator.core.numbering import Numbering
 from coordinator.core.options import Options as Options  # a part of the state's making
 from coordinator.core.pace import Pace
 from coordinator.core.phases import (
@@ -96,6 +97,7 @@ class State:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.leader_epoch = self.last_job_id = 0
+        self.numbering = Numbering()
         self.demand = Demand()
         self.demand_history = DemandHistory()
         self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
@@ -155,19 +157,16 @@ class State:
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what the store holds. Nodes are suspect until they say hello, and lost if they
         do not in time."""
-        self.leader_epoch = snapshot.leader_epoch
-        self.last_job_id = snapshot.last_job_id
+        self.leader_epoch, self.last_job_id = snapshot.leader_epoch, snapshot.last_job_id
+        self.numbering = snapshot.numbering
         self.demand_history.load(snapshot.demand)
         self.scaler.load(snapshot.scale_records)
         self.lease_days.made = snapshot.lease_days
         self.forgotten = {node.id: KeptNode(node) for node in snapshot.nodes if node.forgotten}
-        for node in snapshot.nodes:
-            if node.forgotten:
-                continue
-            live = LiveNode(node, NodePhase.SUSPECT, now_ms + self.options.restart_grace_ms)
+        for node in (node for node in snapshot.nodes if not node.forgotten):
+            phase = NodePhase.LOST if node.power.phase in DARK else NodePhase.SUSPECT
+            live = LiveNode(node, phase, now_ms + self.options.restart_grace_ms)
             live.note = "the coordinator has restarted and the node has not said hello yet"
-            if node.power.phase in DARK:
-                live.phase = NodePhase.LOST
             live.gpus = {gpu.uuid: LiveGpu(gpu, GpuPhase.ABSENT) for gpu in node.gpus}
             self.nodes[node.id] = live
             self.indices.put_node(node)
@@ -227,7 +226,8 @@ class State:
         job = self.jobs.pop(job_id)
         self.indices.arrays.drop(job)
         self.requests.pop(job.request_id, None)
-        for known in (self.ended, self.eligible_ms, self.avoid, self.standing.order):
+        self.ended.pop(job_id, None)
+        for known in (self.eligible_ms, self.finish_ms, self.avoid, self.standing.order):
             known.pop(job_id, None)
         for gone in self.job_attempts.pop(job_id, []):
             self._forget_attempt(gone)
@@ -236,7 +236,6 @@ class State:
             self._index_checkpoint(checkpoint, -1)
         for part in self.parts.pop(job_id, []):
             self._index_piece(part.job_id, part, -1)
-        self.finish_ms.pop(job_id, None)
         self.records.append(DropJob(job_id))
 
     def put_attempt(self, attempt: Attempt) -> Attempt:

@@ -28,7 +28,10 @@ class Queries:
     advance_leader: str
     read_leader: str
     lock_leader: str
-    read_last_job_id: str
+    raise_leader: str
+    list_counters: str
+    put_counter: str
+    mark_copy: str
     raise_last_job_id: str
     list_jobs: str
     put_job: str

@@ -31,9 +31,25 @@ SELECT epoch FROM leader;
 -- row and stop.
 UPDATE leader SET epoch = epoch WHERE epoch = :epoch;
 
--- name: read_last_job_id
--- The highest job id that was ever given out, also when its job has left the store.
-SELECT value FROM counters WHERE name = 'last_job_id';
+-- name: raise_leader
+-- A copy was put back: be above every leader there may have been since it was made.
+UPDATE leader SET epoch = epoch + :epochs;
+
+-- name: list_counters
+-- Single numbers by name. `last_job_id`: the highest id that was ever given out, also when its job
+-- has left the store. Of a store that was a copy: `copied_unix_ms`, when that was made, until it is
+-- opened, then 0; the others as in `core/restored.py`.
+SELECT name, value FROM counters;
+
+-- name: put_counter
+-- Write a single number.
+INSERT INTO counters (name, value) VALUES (:name, :value)
+ON CONFLICT (name) DO UPDATE SET value = excluded.value;
+
+-- name: mark_copy
+-- Say in a copy when it was made; of a copy of a copy that nobody opened, the first one counts.
+INSERT INTO counters (name, value) VALUES ('copied_unix_ms', :unix_ms)
+ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE counters.value = 0;
 
 -- name: raise_last_job_id
 -- Remember a job id as given out; the counter never goes back.

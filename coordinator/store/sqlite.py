@@ -31,15 +31,19 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
+from coordinator.core import restored
 from coordinator.core.demand_history import DemandLog
 from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, JobEvent, Snapshot
+from coordinator.core.numbering import Numbering, put_back
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 from coordinator.store.queries import Queries, load_queries
@@ -182,6 +186,8 @@ class _Opened:
                 _migrate(self._writer, self._queries, migrations)
                 self._writer.execute(self._queries.advance_leader)
                 snapshot = read_snapshot(self._writer, self._queries)
+                if snapshot.copied_unix_ms:
+                    snapshot = _put_back(self._writer, self._queries, snapshot)
             self._leader_epoch = snapshot.leader_epoch
             return snapshot
 
@@ -343,15 +349,41 @@ def _migrate(
         )
 
 
+def _put_back(connection: sqlite3.Connection, queries: Queries, snapshot: Snapshot) -> Snapshot:
+    """The store is a copy that nobody has worked with: what that means is durable before anybody
+    does."""
+    unix_ms = time.time_ns() // 1_000_000
+    epoch_max = max((attempt.epoch for attempt in snapshot.attempts), default=0)
+    age_ms = unix_ms - snapshot.copied_unix_ms
+    back = put_back(snapshot.numbering, snapshot.last_job_id, epoch_max, age_ms)
+    records = list(restored.held(snapshot, unix_ms, back.leader_epochs))
+    for statement, parameters in rows.statements(queries, records):
+        connection.executemany(statement, parameters)
+    counters = {
+        **asdict(back.numbering), "last_job_id": back.last_job_id, "copied_unix_ms": 0,
+    }  # fmt: skip
+    named = [{"name": name, "value": value} for name, value in counters.items()]
+    connection.executemany(queries.put_counter, named)
+    connection.execute(queries.raise_leader, {"epochs": back.leader_epochs})
+    return replace(read_snapshot(connection, queries), copied_unix_ms=snapshot.copied_unix_ms)
+
+
 def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
     """Everything durable, as it is for this connection's transaction."""
 
     def documents(query: str) -> Iterator[str]:
         return (row[0] for row in connection.execute(query))
 
+    counters = dict(connection.execute(queries.list_counters))
     return Snapshot(
         leader_epoch=connection.execute(queries.read_leader).fetchone()[0],
-        last_job_id=connection.execute(queries.read_last_job_id).fetchone()[0],
+        last_job_id=counters["last_job_id"],
+        numbering=Numbering(
+            counters.get("remembered_job_id"),
+            counters.get("copied_job_id", 0),
+            counters.get("epoch_floor", 0),
+        ),
+        copied_unix_ms=counters.get("copied_unix_ms", 0),
         jobs=tuple(map(rows.job_decoder.decode, documents(queries.list_jobs))),
         attempts=_attempts(
             [*documents(queries.list_attempts), *documents(queries.list_ranks)],

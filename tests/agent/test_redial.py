@@ -68,7 +68,7 @@ class Answers:
     async def close(self) -> None: ...
 
 
-def agent(clock: Clock, sessions: list[Answers]) -> AgentShell:
+def agent(clock: Clock, sessions: list[Answers], leader_epoch: int = 0) -> AgentShell:
     async def dial() -> Answers:
         if not sessions:
             raise LinkClosed("no coordinator answers")
@@ -85,7 +85,9 @@ def agent(clock: Clock, sessions: list[Answers]) -> AgentShell:
         log=lambda *_: None,
         sample_interval_ms=1_000,
     )
-    return AgentShell(NodeCore(OPTIONS, Memory("j")), cast("Ports", ports))
+    return AgentShell(
+        NodeCore(OPTIONS, Memory("j", leader_epoch=leader_epoch)), cast("Ports", ports)
+    )
 
 
 async def waits(shell: AgentShell, clock: Clock, count: int) -> list[int]:
@@ -108,6 +110,15 @@ async def test_an_agent_that_is_told_to_wait_stays_and_dials_no_more() -> None:
     jitter_ms = int(FIRST_MS * DRAW)
     assert await waits(shell, clock, 3) == [jitter_ms, jitter_ms, 2 * jitter_ms]
     assert not first.orders, "it heard the welcome on the same stream"
+
+
+async def test_who_is_not_obeyed_is_not_dialled_again_at_once() -> None:
+    """An older coordinator that came up again, beside a restored one or in its place."""
+    clock = Clock()
+    ghosts = [Answers(m.Welcome(2, 1_000, 8_000, 0), m.LeaseRenewal(1)) for _ in range(3)]
+    shell = agent(clock, ghosts, leader_epoch=3)
+    first_ms = int(FIRST_MS * DRAW)
+    assert await waits(shell, clock, 3) == [2 * first_ms, 4 * first_ms, 8 * first_ms]
 
 
 async def test_a_link_that_waits_because_it_was_told_to_does_not_hang() -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -247,3 +248,46 @@ def test_stopped_coordinator_answers_again_where_it_was(fleet: Cluster, gate: Ga
         with pytest.raises(grpc.RpcError) as raised:
             list(fleet.jobs.StreamLogs(request))
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def put_back(fleet: Cluster, copy: Path) -> None:
+    """As docs/operations.md says: nothing of the old database stays beside the copy."""
+    fleet.kill_coordinator()
+    store = fleet.directory / "coordinator" / "baton.sqlite3"
+    for old in store.parent.glob(f"{store.name}*"):
+        old.unlink()
+    copy.rename(store)
+    fleet.start_coordinator(**PATIENT)
+    work.wait_for_coordinator(fleet)
+    fleet.wait_for_nodes("n1")
+
+
+def test_a_copy_of_the_database_put_back_ends_no_training(
+    fleet: Cluster, gate: Gate, tmp_path: Path
+) -> None:
+    """The copy knows neither the second attempt of one job nor that there is another job."""
+    job_id, first_pid = began(fleet, gate)
+    copy = tmp_path / "copy.sqlite3"
+    config = fleet.runtime_directory / "coordinator.toml"
+    words = ["-m", "coordinator", "backup", str(copy), "--config", str(config)]
+    done = subprocess.run([sys.executable, *words], env=fleet.helper_environment(), check=False)
+    assert done.returncode == 0
+    os.kill(first_pid, signal.SIGKILL)
+    work.wait_running(fleet, job_id, 2)
+    found = work.wait_output(
+        fleet, job_id, lambda it: len(work.events_named(it, "started")) > 1, "its second start"
+    )
+    pid = work.events_named(found, "started")[-1]["pid"]
+    other_gate = Gate(tmp_path / "other")
+    other_id, other_pid = began(fleet, other_gate)
+    put_back(fleet, copy)
+    gate.open_to(6)
+    job = work.wait_succeeded(fleet, job_id)
+    assert (job.epoch, job.checkpoint.step, work.lives(other_pid)) == (2, 6, True)
+    assert len(work.events_named(work.lines(fleet, job_id), "started")) == 2
+    assert not work.lives(pid)
+    assert f"runs {other_id}.1: " in work.node(fleet, "n1").reason
+    assert work.submit(fleet, ["true"]) > other_id + 100_000
+    other_gate.open_to(6)
+    exited = work.wait_log(fleet, "n1", "attempt.exited", attempt=f"{other_id}.1")
+    assert exited["exit_code"] == 0

@@ -1,0 +1,170 @@
+"""A store that was put back from a copy knows less than the nodes do; what follows from that.
+
+Problem: what a node lists that the store does not know looks like what is over, and is killed; what
+the store knows and no node lists looks lost, and begins again from a checkpoint of that day, under
+an epoch that has later ones swept. After a copy was put back, both are wrong.
+
+How: numbers go on above all that may have been given (`numbering.py`). Of what is open in the copy,
+a job goes on if its node says that it runs; any other is held until somebody says what is to be
+(`held`). An attempt that can only be of the time after the copy is taken back, if its job is known
+and has one rank; else it is left alone, and shown. So it is, too, where nobody has said that the
+store is a copy: no attempt has a job id or an epoch that was not given.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from coordinator.core import ranks, standby
+from coordinator.core.capacity_model import Power
+from coordinator.core.ledger import attempt_parts
+from coordinator.core.messages import AppendEvent, HeldAttempt, PutJob, PutNode, Record
+from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
+from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
+from coordinator.core.sentences import listed
+from coordinator.core.state import Instant, LiveNode, State
+
+UNSURE = (
+    "the coordinator's database was put back from a copy, and whether this job has run since then"
+    " is not known; `baton release` starts it from the last checkpoint that is known, `baton"
+    " cancel` ends it"
+)
+SHOWN_MAX = 5
+
+
+def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
+    """What nobody is sure of: it is held, or will be unless its node says that it runs. Keys of
+    orders to switch a node go on above those that its driver knows (by `epochs`), but for one under
+    way, which must stay what it is."""
+    for node in snapshot.nodes:
+        if node.power.phase in (Power.ON, Power.OFF, Power.FAILED):
+            changes = node.power.changes + epochs
+            yield PutNode(replace(node, power=replace(node.power, changes=changes)))
+    away = {a.job_id: True for a in snapshot.attempts if a.phase is AttemptPhase.UNREACHABLE}
+    for job in snapshot.jobs:
+        if job.intent is not JobIntent.RUN or job.id in away:
+            continue  # whoever is out of reach has it when it is back, or when it is given up
+        if job.phase is JobPhase.ACTIVE:
+            yield PutJob(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
+        elif job.phase is JobPhase.QUEUED:
+            number = job.event_count + 1
+            yield PutJob(
+                replace(
+                    job, phase=JobPhase.HELD, intent=JobIntent.HOLD, reason=UNSURE,
+                    event_count=number,
+                )
+            )  # fmt: skip
+            yield AppendEvent(JobEvent(job.id, number, unix_ms, "job.held", message=UNSURE))
+
+
+def is_unsure(job: Job) -> bool:
+    """Whether it was open in the copy and nobody has said what became of it."""
+    return job.intent is JobIntent.HOLD and job.reason == UNSURE
+
+
+def confirm(state: State, job: Job) -> None:
+    """A node has said that it runs there. Of several ranks all must be there."""
+    if not is_unsure(job) or job.phase is not JobPhase.ACTIVE:
+        return
+    gang = state.gang(job)
+    there = [state.nodes[rank.node].session is not None for rank in gang]
+    if all(there) and not any(rank.phase in ATTEMPT_ENDED for rank in gang):
+        state.put_job(replace(job, intent=JobIntent.RUN, reason="it has run on since the copy"))
+
+
+def is_newer(state: State, item: HeldAttempt) -> bool:
+    """Whether it can only have been ordered after what the store knows."""
+    job_id, epoch = _named(item.attempt)
+    job = state.jobs.get(job_id)
+    if job is not None:
+        return epoch > job.epoch or _given_up_unseen(state, job, item)
+    remembered = state.numbering.remembered_job_id
+    return job_id > (state.last_job_id if remembered is None else remembered)
+
+
+def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
+    """Its node came too late, and its job is held until somebody says what is to be."""
+    known = state.attempts.get(item.attempt)
+    lost = known is not None and known.phase is AttemptPhase.LOST
+    return lost and job.phase is JobPhase.HELD and is_unsure(job)
+
+
+def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> bool:
+    """An attempt of a known job that was ordered after the copy is its job's from here on. False
+    where that cannot be; then it is left alone."""
+    job_id, epoch = _named(item.attempt)
+    # Its id is not given again, whoever it belongs to.
+    state.last_job_id = max(state.last_job_id, job_id)
+    job = state.jobs.get(job_id)
+    if job is None or job.spec.ranks > 1 or job.phase is JobPhase.CANCELLING:
+        return False
+    for rank in state.gang(job):
+        if rank.phase not in ATTEMPT_ENDED:
+            ranks.lose(state, now, rank, f"{item.attempt} took its place after the copy was made")
+    job = state.jobs[job_id]
+    if job.phase not in (JobPhase.QUEUED, JobPhase.ACTIVE):
+        job = state.put_job(replace(job, phase=JobPhase.QUEUED, ended_unix_ms=None))
+    reason = f"taken back: it runs on {live.node.id} since before the copy was put back"
+    state.put_job(
+        replace(job, phase=JobPhase.ACTIVE, intent=JobIntent.RUN, epoch=epoch, reason=reason)
+    )
+    state.put_attempt(
+        Attempt(
+            job_id, epoch, live.node.id, item.gpu_uuids, AttemptPhase.RUNNING, now.unix_ms,
+            started_unix_ms=now.unix_ms,
+            replica_node=standby.choose(state, job, live.node.id),
+            quota_parts=attempt_parts(job.spec, item.gpu_uuids, live.node.gpus),
+        )
+    )  # fmt: skip
+    state.tell(
+        now.unix_ms, job_id, "attempt.taken_back", reason,
+        attempt=item.attempt, node=live.node.id,
+    )  # fmt: skip
+    return True
+
+
+def tell_behind(state: State, live: LiveNode) -> None:
+    """Its node was answered for what is not in the store, and nobody is answered before it is. Of a
+    copy that says what it is, that is nothing new."""
+    if state.numbering.remembered_job_id is None:
+        reason = (
+            f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
+            " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` made"
+        )
+        state.log("error", "store.behind", node=live.node.id, reason=reason)
+
+
+def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:
+    """Returns since when its node is known to run it."""
+    if attempt not in live.strays:
+        state.log(
+            "error", "attempt.unknown", attempt=attempt, node=live.node.id, reason=_advice(attempt)
+        )
+    return live.strays.get(attempt, now.now_ms)
+
+
+def describe(state: State, live: LiveNode) -> str:
+    """What runs there that nobody knows, for `baton nodes`; empty: nothing."""
+    unknown = [one for one in live.strays if is_newer(state, HeldAttempt(one, ()))]
+    if not unknown:
+        return ""
+    more = f" and {len(unknown) - SHOWN_MAX} more" if len(unknown) > SHOWN_MAX else ""
+    return f"runs {listed(unknown[:SHOWN_MAX])}{more}: {_advice(unknown[0])}"
+
+
+def _advice(attempt: str) -> str:
+    return (
+        "the coordinator's database does not know it, and leaves it alone; it ends by itself, or"
+        f" by `systemctl stop baton-job-{attempt}.service` on its node"
+    )
+
+
+def follows_forgotten(state: State, job: Job, attempt: Attempt, parent: str) -> bool:
+    """Whether an attempt that holds its job may continue a commit that the store has forgotten."""
+    known = any(one.digest == parent for one in state.checkpoints.get(job.id, ()))
+    forgotten = state.numbering.may_be_forgotten(job.id, attempt.epoch)
+    return bool(parent) and not known and forgotten
+
+
+def _named(attempt: str) -> tuple[int, int]:
+    job_id, epoch = attempt.split(".")[:2]
+    return int(job_id), int(epoch)

@@ -1,0 +1,185 @@
+"""A store that was put back from a copy: what the nodes know and it does not is not killed, and no
+number is given twice. The copy is of T0; what happens until T1 the rig's disk then has forgotten.
+With real processes: `tests/e2e/test_restarts.py`."""
+
+from copy import deepcopy
+
+import pytest
+
+from coordinator.core.messages import (
+    AttemptExited,
+    AttemptStarted,
+    CheckpointProposed,
+    CommitResult,
+    FromAgent,
+    HeldAttempt,
+    Hello,
+    ListNodes,
+    Log,
+    NodePage,
+    ReleaseJob,
+    Reply,
+    Request,
+    StartAttempt,
+    StopAttempt,
+    Submit,
+)
+from coordinator.core.model import JobSpec, Snapshot
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
+from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.restored import UNSURE, held
+from tests.core.coordinator_harness import UNIX_MS_AT_START, Disk
+from tests.core.test_gangs import HOST, Box
+
+AGE_MS = 86_400_000
+
+
+class World:
+    """One node, `n0`, and a coordinator on a disk that goes back."""
+
+    def __init__(self) -> None:
+        self.box = Box("n0:1")
+
+    def submit(self, ranks: int = 1) -> None:
+        for order in self.box.submit(ranks):
+            self.box.say(order.attempt, AttemptStarted(1))
+
+    def copy(self) -> Disk:
+        return deepcopy(self.box.rig.disk)
+
+    def go_back(self, copy: Disk, *, declared: bool = True) -> None:
+        """The coordinator starts on the copy, as its store opens one that says what it is."""
+        rig = self.box.rig
+        snapshot, rig.disk = copy.snapshot(), deepcopy(copy)
+        if declared:
+            epoch_max = max((one.epoch for one in snapshot.attempts), default=0)
+            back = put_back(snapshot.numbering, snapshot.last_job_id, epoch_max, AGE_MS)
+            for record in held(snapshot, UNIX_MS_AT_START, back.leader_epochs):
+                rig.disk.write(record)
+            rig.disk.last_job_id = back.last_job_id
+        rig.restart()
+        if declared:
+            rig.core.state.numbering = back.numbering
+
+    def hello(self, *attempts: str) -> None:
+        """Of a node that is in already it says what it has now."""
+        held_attempts = tuple(HeldAttempt(one, ()) for one in attempts)
+        hello = Hello("n0", "j", "n0:1", HOST, (), held_attempts, acknowledged=100)
+        self.box.sequences[0] = 100
+        self.box.take(FromAgent(0, hello))
+        self.told = [
+            effect.event
+            for effect in self.box.rig.handled[-2][2]
+            if isinstance(effect, Log) and effect.event.startswith("store.")
+        ]
+
+    def phase(self, job_id: int) -> JobPhase:
+        return self.box.rig.core.state.jobs[job_id].phase
+
+    def killed(self) -> list[str]:
+        return [order.attempt for order in self.box.sent if isinstance(order, StopAttempt)]
+
+    def started(self) -> list[str]:
+        return [order.attempt for order in self.box.sent if isinstance(order, StartAttempt)]
+
+    def restarts(self) -> list[int]:
+        return [order.restart_count for order in self.box.sent if isinstance(order, StartAttempt)]
+
+    def why(self) -> str:
+        replies = [e for e in self.box.rig.handle(Request(9, ListNodes())) if isinstance(e, Reply)]
+        page = replies[0].answer
+        assert isinstance(page, NodePage)
+        return page.nodes[0].reason
+
+
+def test_what_runs_on_is_kept_and_what_is_unknown_left_alone() -> None:
+    world = World()
+    world.submit()
+    copy = world.copy()
+    world.submit()
+    world.go_back(copy)
+    world.hello("1.1", "2.1")
+    assert world.killed() == []
+    assert world.phase(1) is JobPhase.ACTIVE
+    assert world.box.rig.core.state.jobs[1].reason == "it has run on since the copy"
+    assert "runs 2.1: the coordinator's database does not know it" in world.why()
+    world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
+    assert world.started() == [f"{2 + JOB_IDS_MIN + 10 * AGE_MS // 1000}.1"]
+    world.box.pass_ms(1_000)
+    assert world.killed() == []
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
+    declared: bool,
+) -> None:
+    """Also where nobody has said that the store is a copy; then the first commit may be refused."""
+    world = World()
+    world.submit()
+    copy = world.copy()
+    world.go_back(copy, declared=declared)
+    world.hello("1.3")
+    assert world.told == ([] if declared else ["store.behind"])
+    assert world.killed() == []
+    state = world.box.rig.core.state
+    assert (world.phase(1), state.jobs[1].epoch) == (JobPhase.ACTIVE, 3)
+    assert state.attempts["1.1"].phase is AttemptPhase.LOST
+    world.box.say("1.3", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
+    results = [order for order in world.box.sent if isinstance(order, CommitResult)]
+    assert [result.accepted for result in results] == [declared]
+    if declared:
+        assert state.checkpoints[1][0].parent == ""  # the last that is known
+    world.box.say("1.3", AttemptExited(0))
+    assert world.phase(1) is JobPhase.SUCCEEDED
+
+
+def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> None:
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    world.hello()
+    job = world.box.rig.core.state.jobs[1]
+    assert (job.phase, job.reason, world.started()) == (JobPhase.HELD, UNSURE, [])
+    world.box.take(Request(1, ReleaseJob(1)))
+    assert world.started() == [f"1.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
+    assert world.restarts() == [1]
+    # No order to switch a node off has a key that its driver has seen.
+    assert world.box.rig.disk.nodes["n0"].power.changes == EPOCHS_MIN + AGE_MS // 1000
+    # Who has run it since, and comes only now, is too late: two would be in one place.
+    world.hello("1.2")
+    assert "1.2" in world.killed()
+
+
+def test_a_gang_of_a_later_epoch_is_left_alone_and_not_started_beside_it() -> None:
+    world = World()
+    world.submit(ranks=2)
+    world.go_back(world.copy())
+    world.hello("1.2.0", "1.2.1")
+    assert world.started() == []
+    assert world.killed() == ["1.1.1"]  # with the rank that the copy has beside it
+    assert world.phase(1) is JobPhase.HELD
+    assert "runs 1.2.0 and 1.2.1" in world.why()
+
+
+def test_what_has_been_forgotten_is_still_killed() -> None:
+    """An id that the copy had given, of a job that has left since."""
+    world = World()
+    world.submit()
+    world.box.say("1.1", AttemptExited(0))
+    world.box.rig.core.state.drop_job(1)
+    world.hello("1.1")
+    assert world.killed() == ["1.1"]
+
+
+def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
+    first = put_back(Numbering(), 7, 3, 1_000)
+    again = put_back(Numbering(), 7, 3, 60_000)
+    assert again.last_job_id > first.last_job_id + 500
+    assert again.numbering.epoch_floor > first.numbering.epoch_floor + 50
+    assert again.leader_epochs > first.leader_epochs + 50
+    second = put_back(first.numbering, first.last_job_id + 5, 3, -1)
+    assert second.numbering.remembered_job_id == 7
+    assert second.numbering.copied_job_id == first.last_job_id + 5
+    assert second.last_job_id == first.last_job_id + 5 + JOB_IDS_MIN
+    assert second.numbering.epoch_floor == first.numbering.epoch_floor + EPOCHS_MIN
+    assert list(held(Snapshot(), 0, 1)) == []

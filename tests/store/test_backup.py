@@ -1,0 +1,119 @@
+"""`baton-coordinator backup`: one moment of the store in one file that knows that it is a copy."""
+
+import os
+import sqlite3
+import stat
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.backup import BackupError, backup
+from coordinator.core.messages import AppendEvent, PutJob, Record
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
+from coordinator.core.phases import JobPhase
+from coordinator.core.restored import UNSURE
+from coordinator.main import main
+from tests.store.worlds import SqliteWorld, event, job, leading, read_all, write_all
+
+NOW_MS = time.time_ns() // 1_000_000
+
+
+def whole(job_id: int) -> list[Record]:
+    return [PutJob(replace(job(job_id), event_count=1)), AppendEvent(event(job_id, 1))]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> SqliteWorld:
+    return SqliteWorld(tmp_path / "state" / "baton.sqlite3")
+
+
+async def test_a_copy_is_one_moment_of_a_store_that_is_written(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.sqlite3"
+    async with leading(world) as (store, _):
+        await store.commit(whole(1))
+        with closing(sqlite3.connect(world.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # the commit that is on its way holds nobody up
+            other.execute("DELETE FROM jobs")
+            size_bytes = backup(world.path, copy, NOW_MS)
+            other.rollback()
+        await store.commit(whole(2))
+    assert (size_bytes, stat.S_IMODE(copy.stat().st_mode)) == (copy.stat().st_size, 0o600)
+    assert sorted(os.listdir(tmp_path)) == ["copy.sqlite3", "state"]
+    found = await read_all(SqliteWorld(copy))
+    assert [known.id for known in found.jobs] == [1]
+    assert [known.id for known in (await read_all(world)).jobs] == [1, 2]
+
+
+async def test_who_opens_a_copy_goes_on_above_all_that_was_given(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """Once: the next start finds a store as any other."""
+    copy = SqliteWorld(tmp_path / "copy.sqlite3")
+    await write_all(world, whole(1))
+    backup(world.path, copy.path, NOW_MS - 5_000)
+    for _ in range(3):
+        await read_all(world)
+    first = await read_all(copy)
+    assert first.copied_unix_ms == NOW_MS - 5_000
+    assert first.last_job_id >= 1 + JOB_IDS_MIN + 50
+    assert first.numbering.remembered_job_id == first.numbering.copied_job_id == 1
+    assert first.leader_epoch > EPOCHS_MIN
+    assert (first.jobs[0].phase, first.jobs[0].reason) == (JobPhase.HELD, UNSURE)
+    async with leading(copy) as (store, again):
+        assert [line.name for line in await store.events(1, 0, 9)] == ["test", "job.held"]
+    assert (again.copied_unix_ms, again.last_job_id) == (0, first.last_job_id)
+    assert (again.numbering, again.leader_epoch) == (first.numbering, first.leader_epoch + 1)
+
+
+async def test_a_copy_of_a_copy_is_as_old_as_the_first(world: SqliteWorld, tmp_path: Path) -> None:
+    await write_all(world, whole(1))
+    backup(world.path, tmp_path / "one", NOW_MS - 900_000)
+    backup(tmp_path / "one", tmp_path / "two", NOW_MS)
+    assert (await read_all(SqliteWorld(tmp_path / "two"))).copied_unix_ms == NOW_MS - 900_000
+    backup(tmp_path / "two", tmp_path / "three", NOW_MS)  # it has been opened: a store as any other
+    assert (await read_all(SqliteWorld(tmp_path / "three"))).copied_unix_ms == NOW_MS
+
+
+async def test_what_goes_wrong_leaves_the_copy_of_before(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.sqlite3"
+    with pytest.raises(BackupError, match="there is no such database"):
+        backup(world.path, copy, NOW_MS)
+    await write_all(world, whole(1))
+    backup(world.path, copy, NOW_MS)
+    before = copy.read_bytes()
+    with pytest.raises(BackupError, match="--replace"):
+        backup(world.path, copy, NOW_MS)
+    whole_size = world.path.stat().st_size
+    with world.path.open("r+b") as file:
+        file.seek(whole_size // 2)
+        file.write(b"\xff" * 8_192)
+    with pytest.raises((BackupError, sqlite3.DatabaseError)):
+        backup(world.path, copy, NOW_MS, replace=True)
+    assert copy.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["copy.sqlite3", "state"]
+
+
+async def test_the_command_says_what_it_has_done(
+    world: SqliteWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy.sqlite3"
+    await write_all(world, whole(1))
+    config = tmp_path / "coordinator.toml"
+    tls = [f'tls_{name} = "$CREDENTIALS_DIRECTORY/{name}"\n' for name in ("cert", "key", "ca")]
+    config.write_text(f'store_path = "{world.path}"\n{"".join(tls)}')
+    flags = ["--config", str(config)]  # as the service has it, whose keys nobody else can read
+    assert main(["backup", str(copy), *flags]) == 0
+    assert capsys.readouterr().out.startswith(f"{copy}: {copy.stat().st_size} bytes, {world.path}")
+    assert main(["backup", str(copy), *flags]) == 1
+    assert "`--replace` takes its place" in capsys.readouterr().err
+    assert main(["backup", "--replace", str(copy), *flags]) == 0
+    with pytest.raises(SystemExit) as wrong:
+        main(["backup", *flags])
+    assert wrong.value.code == 2
