@@ -18,7 +18,7 @@ What one is in terms of the other is said here, and nowhere else:
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from coordinator.core import costs, gpu_types, speeds, workload
 from coordinator.core.allocation import Contender, Option
@@ -27,7 +27,7 @@ from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.rooms import Room
 from coordinator.core.speeds import Allowance
-from coordinator.core.standing import Fleet, Rates
+from coordinator.core.standing import Entrant, Field, Fleet, Rates
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 
@@ -37,26 +37,6 @@ TYPICAL_S_DEFAULT = 3_600.0
 # By so much before its deadline a job is to have ended: between two decisions nobody looks.
 DEADLINE_MARGIN_MS = 60_000
 RUNS = (AttemptPhase.ASSIGNED, AttemptPhase.RUNNING)
-
-
-@dataclass(frozen=True, slots=True)
-class Entrant:
-    """A contender with what is not the decision's matter. `known`: how much is left of it is."""
-
-    job: Job
-    contender: Contender
-    rates: Rates
-    known: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """All of them, and what there is to have of each type. `aside` are those that are not weighed,
-    since they share a GPU, and have a deadline."""
-
-    entrants: tuple[Entrant, ...]
-    capacity: Mapping[str, int]
-    aside: tuple[Job, ...] = ()
 
 
 def competes(spec: JobSpec) -> bool:
@@ -150,6 +130,28 @@ def imagined(
     """One that waits, on types that the fleet may not have, or not switched on."""
     rates = speeds.of(state, now, job, types, allowance, where="imagined")
     return _entrant(state, now, job, rates, "").contender
+
+
+def stands(state: State, entrant: Entrant, lent: Mapping[int, None]) -> bool:
+    """Whether it is in the phase in which it was looked at, of the same attempt, and nobody wants
+    anything else of it by now. `lent` are those that are beyond their projects' quotas now."""
+    was, job = entrant.job, state.jobs.get(entrant.job.id)
+    return (
+        job is not None
+        and job.intent is JobIntent.RUN
+        and (job.phase, job.epoch) == (was.phase, was.epoch)
+        and (job.id in lent) is entrant.contender.lent
+        and job.id not in state.standing.promises
+    )
+
+
+def stays(state: State, entrant: Entrant, fleet: Fleet, lent: Mapping[int, None]) -> bool:
+    """And whether it still waits, or still has GPUs of the same type to itself, which take work."""
+    at = entrant.contender.at
+    here = None if at is None else at.gpu_type
+    return (
+        stands(state, entrant, lent) and place_of(state, state.jobs[entrant.job.id], fleet) == here
+    )
 
 
 def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
