@@ -128,13 +128,11 @@ def _note_times(state: State, now: Instant, field: Field, aside: Sequence[Entran
         if is_late(entrant.contender, now.now_ms)
     }
     standing.alone_ms = deadlines.alone_by(now, entrants)
-    kept: dict[int | str, int] = {}
-    for entrant in field.entrants:
-        current = state.current(entrant.job)
-        for key in (entrant.job.id, "" if current is None else current.id):
-            if key in standing.since_ms:
-                kept[key] = standing.since_ms[key]
-    standing.since_ms = kept
+    standing.since_ms = {
+        key: at_ms
+        for key, at_ms in standing.since_ms.items()
+        if key in standing.entrants or key in state.indices.open_attempts
+    }
 
 
 def made(state: State, now: Instant, event: AllocationMade) -> bool:
