@@ -6,6 +6,7 @@ gone.
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -243,14 +244,15 @@ class SimStore:
 
 class SimAllocating:
     """Who decides over all jobs: he answers after a while, now and then never or twice, and tells
-    the successor what an earlier process has asked."""
+    the successor what an earlier process has asked. His chance is his own: a fault strikes whom it
+    struck before there was anything to decide."""
 
-    def __init__(self, host: "CoordinatorHost", around: Around) -> None:
+    def __init__(self, host: "CoordinatorHost", chance: random.Random) -> None:
         self._host = host
-        self._around = around
+        self._chance = chance
 
     def make(self, asked: cm.MakeAllocation) -> None:
-        chance, loop = self._around.chance, asyncio.get_running_loop()
+        chance, loop = self._chance, asyncio.get_running_loop()
         for _ in range(chance.choice((0, 1, 1, 1, 1, 1, 1, 2))):
             loop.call_later(chance.uniform(0.0, 3.0), self._host.do, lambda: self._told(asked))
 
@@ -283,7 +285,7 @@ class CoordinatorHost:
         self.core = Coordinator(CoordinatorOptions())
         self.core.load(snapshot, self.clock.now_ms())
         self.shell = CoordinatorShell(self.core, self.store, self.clock, self._log)
-        self.shell.allocate_by(SimAllocating(self, self._around))
+        self.shell.allocate_by(SimAllocating(self, random.Random(self.clock.now_ms())))
         self.task = asyncio.get_running_loop().create_task(self.shell.run())
         self.task.add_done_callback(self._ended)
         self._around.trace(f"coordinator starts with leader epoch {snapshot.leader_epoch}")
