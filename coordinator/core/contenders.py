@@ -101,7 +101,7 @@ def field_of(
         rates = speeds.of(state, now, job, suited[request], allowance)
         before = state.standing.entrants.get(job.id)
         if before is None or not _is_as_before(state, before, job, rates, job.id in lent):
-            before = _entrant(state, now, job, rates, at or "", before, lent=job.id in lent)
+            before = _entrant(state, now, job, rates, at or "", before=before, lent=job.id in lent)
         entrants.append(before)
         if at:
             held.update(dict.fromkeys(u for rank in state.gang(job) for u in rank.gpu_uuids))
@@ -232,8 +232,8 @@ def _entrant(
     job: Job,
     rates: Rates,
     at: str,
-    before: Entrant | None = None,
     *,
+    before: Entrant | None = None,
     lent: bool = False,
 ) -> Entrant:
     spec, current = job.spec, state.current(job)

@@ -152,7 +152,7 @@ def made(state: State, now: Instant, event: AllocationMade) -> bool:
     standing.notes = event.notes
     lent = projects.standing_of(state, now).lent
     aside = [each for each in asked.aside if contenders.stands(state, each, lent)]
-    moves.make(state, now, asked.field, event.allocation, aside, lent)
+    moves.make(state, now, asked.field, event.allocation, aside=aside, lent=lent)
     apart.make(state, now, aside, lent)
     state.dirty = bool(state.queued) or state.dirty
     return True

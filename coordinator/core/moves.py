@@ -75,6 +75,7 @@ def make(
     now: Instant,
     field: Field,
     allocation: Allocation,
+    *,
     aside: Sequence[Entrant],
     lent: Mapping[int, None],
 ) -> None:
@@ -82,7 +83,7 @@ def make(
     were when it was ordered. Of those `aside`, over whom it does not decide, whoever has to start
     now may go where others leave for him. `lent` are the jobs beyond their projects' quotas."""
     budget = stop_bounds.left(state)
-    plan = _Plan(state, now, field, allocation, aside, lent)
+    plan = _Plan(state, now, field, allocation, aside=aside, lent=lent)
     moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
     if budget <= 0 or not plan.wishes or not (moving or plan.stoppable):
         return
@@ -156,6 +157,7 @@ class _Plan:
         now: Instant,
         field: Field,
         allocation: Allocation,
+        *,
         aside: Sequence[Entrant],
         lent: Mapping[int, None],
     ) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from coordinator.allocator import Allocator
-from coordinator.core.allocation import Aims, Columns, Contender, Option, Solved, unsolved
+from coordinator.core.allocation import Aims, Columns, Contender, Option, Solve, Solved, unsolved
 from coordinator.core.allocation_messages import AllocationMade, MakeAllocation
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.messages import GetJob
@@ -33,11 +33,10 @@ class Weighing:
         self.allocator = Allocator(self.answers.put_nowait)
         self.asked = 0
 
-    def ask(self, solve: object) -> None:
+    def ask(self, solve: Solve) -> None:
         self.asked += 1
-        aims = Aims()
-        order = MakeAllocation((1, self.asked), (WAITS,), {"H100": 1}, 0, aims, {}, solve)  # type: ignore[arg-type]
-        self.allocator.make(order)
+        asking, capacity = (1, self.asked), {"H100": 1}
+        self.allocator.make(MakeAllocation(asking, (WAITS,), capacity, 0, Aims(), {}, solve))
 
 
 async def test_the_loop_goes_on_while_it_is_solved() -> None:
