@@ -18,7 +18,7 @@ from coordinator.core.state import Instant
 from coordinator.core.weighing import answer
 from tests.core.coordinator_checks import check_promises
 from tests.core.coordinator_harness import UNIX_MS_AT_START
-from tests.core.training_fleet import A100, H100, Fleet
+from tests.core.training_fleet import A100, H100, Fleet, training
 
 MOVED = ["moves to H100, where it is 2.5 times as fast as on A100 80GB"]
 
@@ -96,6 +96,28 @@ def test_of_an_answer_only_what_is_still_true_is_taken(happens: str) -> None:
     assert fleet.state.standing.promises == {}
     fleet.run(60)
     assert not [why for why in fleet.stops() if why in MOVED] or fleet.type_of(2) == H100
+
+
+@pytest.mark.parametrize("wish", [None, m.CancelJob(2), m.HoldJob(2)])
+def test_nobody_gives_way_to_one_who_does_not_wait_any_more(
+    wish: m.CancelJob | m.HoldJob | None,
+) -> None:
+    """Job 1 has hours to go, and may be stopped for job 2 once it has run for ten minutes."""
+    fleet = Fleet("1xH100", "1xA100:80")
+    fleet.submit(training(50_000))
+    fleet.run(400)
+    fleet.submit(training(900, gpu_types=(H100,)))
+    fleet.run(240)
+    fleet.rig.answers_at_once = False
+    while not fleet.rig.unanswered:
+        fleet.run(1)
+    found = answer(fleet.rig.unanswered[0]).allocation
+    assert found is not None
+    assert found.grants[2].option.gpu_type == H100
+    if wish is not None:
+        fleet.rig.handle(m.Request(1, wish))
+    told(fleet)
+    assert len(fleet.stops()) == (wish is None)
 
 
 def test_who_comes_meanwhile_goes_by_the_prices_of_the_last_time() -> None:
