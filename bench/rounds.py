@@ -26,6 +26,7 @@ from coordinator.core.messages import (
     FromAgent,
     HeldAttempt,
     Hello,
+    MakeAllocation,
     Request,
     Send,
     StartAttempt,
@@ -34,6 +35,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Job, JobSpec, Node, Snapshot
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Instant, Options
+from coordinator.core.weighing import answer
 
 SIZES, SIZES_QUICK = (1_000, 10_000), (1_000,)
 REPETITIONS, REPETITIONS_QUICK = 20, 10
@@ -68,10 +70,14 @@ class Fleet:
         self._sequence = 0
 
     def batch(self, *events: Event) -> list[Effect]:
-        """As the shell does it: all events, then one decision."""
+        """As the shell does it: all events, then one decision. What is asked of who decides over
+        all jobs is answered at once."""
         self._now_ms += 1
         now = Instant(self._now_ms, UNIX_MS + self._now_ms)
-        return [effect for event in (*events, Decide()) for effect in self.core.handle(now, event)]
+        effects = [effect for event in events for effect in self.core.handle(now, event)]
+        for asked in [effect for effect in effects if isinstance(effect, MakeAllocation)]:
+            effects += self.core.handle(now, answer(asked))
+        return [*effects, *self.core.handle(now, Decide())]
 
     def pass_ms(self, milliseconds: int) -> None:
         self._now_ms += milliseconds

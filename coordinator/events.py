@@ -52,6 +52,10 @@ FIELDS: Final[Mapping[str, str]] = {
 }
 
 EVENTS: Final[Mapping[str, Event]] = registry(
+    Event("allocation.failed", "warning", "reason",
+          "jobs are not weighed against each other now: {reason}",
+          "Nobody is stopped for a better place, and who comes goes by the last prices. It is "
+          "tried again a minute later."),
     Event("attempt.assigned", "info", "job attempt node reason",
           "attempt {attempt} goes to {node}: {reason}",
           "A place was found; the order to start follows."),

@@ -21,6 +21,7 @@ import grpc
 
 from coordinator import backup, config_tariffs, garbage, https
 from coordinator import logs as logging_setup
+from coordinator.allocator import Allocator
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
     RELOADABLE,
@@ -147,6 +148,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             await _open_metrics(stack, config, shell, store)
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
+        _allocate(stack, shell)
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
         if config.capacity:
@@ -219,6 +221,17 @@ def _open_capacity(
     )
     stack.push_async_callback(actuator.close)
     shell.act_through(actuator)
+
+
+def _allocate(stack: AsyncExitStack, shell: CoordinatorShell) -> None:
+    allocator = Allocator(shell.allocation_made)
+    shell.allocate_by(allocator)
+
+    def ended(reason: str) -> None:
+        """Each order is told as failed when nobody has answered."""
+        logging_setup.emit("warning", "allocation.failed", (("reason", reason),))
+
+    _beside(stack, allocator.run(), ended)
 
 
 def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell) -> None:

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from coordinator.core.capacity_orders import CapacityOrder
-from coordinator.core.messages import MakeForecast, MakeLeases, PublishLeases, Record
+from coordinator.core.messages import (
+    MakeAllocation,
+    MakeForecast,
+    MakeLeases,
+    PublishLeases,
+    Record,
+)
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Snapshot
 from coordinator.counts import Counts
 
@@ -56,6 +62,15 @@ class Tracer(Protocol):
 
     def committed(self, job: Job, checkpoint: Checkpoint) -> None:
         """A checkpoint's commit is durable."""
+        ...
+
+
+class Allocating(Protocol):
+    """Who decides over all jobs beside the loop; what comes of it comes back through the shell's
+    inbox."""
+
+    def make(self, asked: MakeAllocation) -> None:
+        """Returns at once, whatever becomes of it."""
         ...
 
 

@@ -23,7 +23,16 @@ from coordinator.core.coordinator import Coordinator
 from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
-from coordinator.ports import Actuator, Clock, Forecasting, Leasing, Store, StoreUnavailable, Tracer
+from coordinator.ports import (
+    Actuator,
+    Allocating,
+    Clock,
+    Forecasting,
+    Leasing,
+    Store,
+    StoreUnavailable,
+    Tracer,
+)
 
 TICK_MS = 250  # how late a lease may be noticed; four wake-ups a second cost nothing measurable
 BATCH_MAX = 2_048  # events per commit; more would only delay the first one's reply
@@ -74,6 +83,7 @@ class CoordinatorShell:
         self._counts = Counts()
         self._tracer: Tracer | None = None
         self._actuator: Actuator | None = None
+        self._allocating: Allocating | None = None
         self._forecasting: Forecasting | None = None
         self._leasing: Leasing | None = None
         self.progress_ms = 0  # when the loop last went round; the watchdog looks at it
@@ -155,6 +165,14 @@ class CoordinatorShell:
         self._forecasting = forecasting
 
     def forecast_made(self, made: m.ForecastMade) -> None:
+        """Call it in the loop's thread."""
+        self._post(made)
+
+    def allocate_by(self, allocating: Allocating) -> None:
+        """Have jobs weighed against each other from now on."""
+        self._allocating = allocating
+
+    def allocation_made(self, made: m.AllocationMade) -> None:
         """Call it in the loop's thread."""
         self._post(made)
 
@@ -294,6 +312,9 @@ class CoordinatorShell:
                 if self._actuator is not None:
                     self._counts.capacity_orders += 1
                     self._actuator.give(command.order)
+            case m.MakeAllocation():
+                if self._allocating is not None:
+                    self._allocating.make(command)
             case m.MakeForecast():
                 if self._forecasting is not None:
                     self._forecasting.make(command)

@@ -29,10 +29,10 @@ from coordinator.core.allocation import (
     latest_start_ms,
     run_s_min,
 )
-from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
+from coordinator.core.contenders import DEADLINE_MARGIN_MS
 from coordinator.core.model import CLASS_RANK, Attempt, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
-from coordinator.core.standing import Promise
+from coordinator.core.standing import Entrant, Promise
 from coordinator.core.state import Instant, State
 
 

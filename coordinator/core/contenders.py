@@ -18,7 +18,6 @@ What one is in terms of the other is said here, and nowhere else:
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from coordinator.core import costs, gpu_types, speeds, workload
 from coordinator.core.allocation import Contender, Option
@@ -27,7 +26,7 @@ from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.rooms import Room
 from coordinator.core.speeds import Allowance
-from coordinator.core.standing import Fleet, Rates
+from coordinator.core.standing import Entrant, Field, Fleet, Rates
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import suits
 
@@ -37,26 +36,6 @@ TYPICAL_S_DEFAULT = 3_600.0
 # By so much before its deadline a job is to have ended: between two decisions nobody looks.
 DEADLINE_MARGIN_MS = 60_000
 RUNS = (AttemptPhase.ASSIGNED, AttemptPhase.RUNNING)
-
-
-@dataclass(frozen=True, slots=True)
-class Entrant:
-    """A contender with what is not the decision's matter. `known`: how much is left of it is."""
-
-    job: Job
-    contender: Contender
-    rates: Rates
-    known: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """All of them, and what there is to have of each type. `aside` are those that are not weighed,
-    since they share a GPU, and have a deadline."""
-
-    entrants: tuple[Entrant, ...]
-    capacity: Mapping[str, int]
-    aside: tuple[Job, ...] = ()
 
 
 def competes(spec: JobSpec) -> bool:
@@ -120,12 +99,13 @@ def field_of(
             aside += [job] if spec.shared_gpu_memory_bytes and spec.deadline_unix_ms else []
             continue  # where it is nobody else could be, or nobody can say what that is worth
         rates = speeds.of(state, now, job, suited[request], allowance)
-        entrant = _entrant(state, now, job, rates, at or "")
-        if job.id in lent:
-            entrant = replace(entrant, contender=replace(entrant.contender, lent=True))
-        entrants.append(entrant)
+        before = state.standing.entrants.get(job.id)
+        if before is None or not _is_as_before(state, before, job, rates, job.id in lent):
+            before = _entrant(state, now, job, rates, at or "", before=before, lent=job.id in lent)
+        entrants.append(before)
         if at:
             held.update(dict.fromkeys(u for rank in state.gang(job) for u in rank.gpu_uuids))
+    state.standing.entrants = {entrant.job.id: entrant for entrant in entrants}
     capacity = {gpu_type: sum(counts.elements()) for gpu_type, counts in fleet.counts.items()}
     for live in state.nodes.values():
         # Whoever holds a GPU is an attempt of the node, or a stray.
@@ -152,11 +132,35 @@ def imagined(
     return _entrant(state, now, job, rates, "").contender
 
 
+def stands(state: State, entrant: Entrant, lent: Mapping[int, None]) -> bool:
+    """Whether it is in the phase in which it was looked at, of the same attempt, and nobody wants
+    anything else of it by now. `lent` are those that are beyond their projects' quotas now."""
+    was, job = entrant.job, state.jobs.get(entrant.job.id)
+    return (
+        job is not None
+        and job.intent is JobIntent.RUN
+        and (job.phase, job.epoch) == (was.phase, was.epoch)
+        and (job.id in lent) is entrant.contender.lent
+        and job.id not in state.standing.promises
+    )
+
+
+def stays(state: State, entrant: Entrant, fleet: Fleet, lent: Mapping[int, None]) -> bool:
+    """And whether it still waits, or still has GPUs of the same type to itself, which take work."""
+    at = entrant.contender.at
+    here = None if at is None else at.gpu_type
+    return (
+        stands(state, entrant, lent) and place_of(state, state.jobs[entrant.job.id], fleet) == here
+    )
+
+
 def place_of(state: State, job: Job, fleet: Fleet) -> str | None:
     """The type that all of a job's ranks are on; empty where it is on several, or on what takes no
     work, or beside somebody; `None` where it is on none, or about to leave."""
+    if job.phase is not JobPhase.ACTIVE:
+        return None
     gang = state.gang(job)
-    if job.phase is not JobPhase.ACTIVE or any(rank.phase not in RUNS for rank in gang):
+    if any(rank.phase not in RUNS for rank in gang):
         return None
     if job.spec.shared_gpu_memory_bytes and beside(state, gang[0]):
         return ""
@@ -201,18 +205,48 @@ def _leaves(state: State, holders: Iterable[str]) -> bool:
     return all(one is not None and one.phase is AttemptPhase.STOPPING for one in attempts)
 
 
-def _entrant(state: State, now: Instant, job: Job, rates: Rates, at: str) -> Entrant:
-    spec = job.spec
-    gpus = spec.ranks * spec.gpus
-    options = tuple(
-        Option(gpu_type, gpus, rate) for gpu_type, rate in zip(rates.types, rates.mean, strict=True)
+def _is_as_before(state: State, before: Entrant, job: Job, rates: Rates, lent: bool) -> bool:
+    """Of one that has never run, and so stays what it was: most of a long queue. A deadline is
+    compared with a clock that may be set."""
+    contender = before.contender
+    return (
+        not job.epoch
+        and before.job is job
+        and before.rates is rates
+        and contender.lent is lent
+        and contender.typical_gpu_s == _typical_gpu_s(state, job.spec)
+        and not job.spec.deadline_unix_ms
+        and contender.at is None
+        and job.id not in state.standing.promises
     )
-    steps_left = _steps_left(state, job) if rates.absolute else None
+
+
+def _typical_gpu_s(state: State, spec: JobSpec) -> float:
+    typical_s = state.standing.speeds.typical_s.get(spec.project, TYPICAL_S_DEFAULT)
+    return spec.ranks * spec.gpus * typical_s
+
+
+def _entrant(
+    state: State,
+    now: Instant,
+    job: Job,
+    rates: Rates,
+    at: str,
+    *,
+    before: Entrant | None = None,
+    lent: bool = False,
+) -> Entrant:
+    spec, current = job.spec, state.current(job)
+    if before is not None and before.rates is rates:
+        options = before.contender.options
+    else:
+        gpus, pairs = spec.ranks * spec.gpus, zip(rates.types, rates.mean, strict=True)
+        options = tuple(Option(gpu_type, gpus, rate) for gpu_type, rate in pairs)
+    steps_left = _steps_left(state, job, current) if rates.absolute else None
     known = steps_left is not None
-    typical_gpu_s = gpus * state.standing.speeds.typical_s.get(spec.project, TYPICAL_S_DEFAULT)
+    typical_gpu_s = _typical_gpu_s(state, spec)
     attained_gpu_s = costs.attained_gpu_s(state.attempts_of(job.id), now)
     began_ms = now.now_ms
-    current = state.current(job)
     promise = state.standing.promises.get(job.id)
     if promise is not None:
         at, began_ms = promise.gpu_type, promise.since_ms
@@ -231,6 +265,7 @@ def _entrant(state: State, now: Instant, job: Job, rates: Rates, at: str) -> Ent
         since_ms=began_ms,
         restart_s=costs.restart_s(state, now, job),
         deadline_ms=_deadline_ms(now, spec),
+        lent=lent,
     )
     return Entrant(job, contender, rates, known)
 
@@ -242,15 +277,14 @@ def _deadline_ms(now: Instant, spec: JobSpec) -> int | None:
     return now.now_ms + spec.deadline_unix_ms - now.unix_ms - DEADLINE_MARGIN_MS
 
 
-def _steps_left(state: State, job: Job) -> float | None:
+def _steps_left(state: State, job: Job, current: Attempt | None) -> float | None:
     """Until its end, from where it is, or where it would go on; `None` where nobody has said how
     many there are."""
-    current = state.current(job)
     said = None if current is None else state.progress.get(current.id)
     total = said.total_steps if said is not None else 0
-    training = workload.read(job.spec)
-    if not total and isinstance(training, workload.Training):
-        total = training.steps
+    if not total:
+        training = workload.read(job.spec)
+        total = training.steps if isinstance(training, workload.Training) else 0
     if not total:
         return None
     done = job.head_step

@@ -56,6 +56,7 @@ from coordinator.core.messages import (
     Actuated,
     AgentEvent,
     AgentMessage,
+    AllocationMade,
     Answer,
     AttemptExited,
     AttemptMilestone,
@@ -140,10 +141,12 @@ class Coordinator:
             arrivals.tick(state, now)
             offers.tick(state)
             decisions.tick(state, now)
-            defragment.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
             fleet_scaling.tick(state, now)
+        elif isinstance(event, AllocationMade):
+            if decisions.made(state, now, event):
+                defragment.make_room(state, now)
         elif isinstance(event, ForecastMade):
             demand_forecast.made(state, now, event)
         elif isinstance(event, LeasesMade):

@@ -31,12 +31,16 @@ def restart_s(state: State, now: Instant, job: Job) -> float:
     back = [_back_s(state, now, attempt) for attempt in own if attempt.restored_digest]
     guess_s = plan_time.wall_ms(state.options, round(RESTART_S_DEFAULT * 1_000)) / 1_000
     back_s = sum(back) / len(back) if back else guess_s
-    return back_s + save_s(state, job) + at_risk_s(state, now, job)
+    return back_s + _save_s(state, own) + at_risk_s(state, now, job)
 
 
 def save_s(state: State, job: Job) -> float:
     """How long it has taken to save, on the average of the attempt where that was longest."""
-    told = [(attempt.commits, _progress(state, attempt)) for attempt in _own(state, job)]
+    return _save_s(state, _own(state, job))
+
+
+def _save_s(state: State, own: Iterable[Attempt]) -> float:
+    told = [(attempt.commits, _progress(state, attempt)) for attempt in own]
     return max(
         (
             progress.time.capture_s / commits

@@ -25,11 +25,11 @@ from dataclasses import replace
 
 from coordinator.core import contenders, coruns, foresight
 from coordinator.core.allocation import is_late, latest_start_ms
-from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant
+from coordinator.core.contenders import DEADLINE_MARGIN_MS
 from coordinator.core.model import Attempt, Job, JobSpec
 from coordinator.core.phases import ATTEMPT_LIVE, JobPhase
 from coordinator.core.speeds import Allowance
-from coordinator.core.standing import Fleet
+from coordinator.core.standing import Entrant, Fleet
 from coordinator.core.state import Instant, State
 
 # Nobody is moved who would have to start so soon: a move takes minutes.

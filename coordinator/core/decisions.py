@@ -1,12 +1,16 @@
 """The decision over all jobs in the live coordinator: when it is made, and what follows from it.
 
 Problem: which job is worth most where can only be said of all jobs together (`allocation.py`), and
-that costs a tenth of a second of a large fleet, a thousand times what a placement may take. So it
+that costs seconds of a core in a large fleet, ten thousand times what a placement may take. So it
 is made beside the rounds, seldom, and they go by what it has left (`standing.py`):
 
-1. It is made every `TICK_MS`, and `QUIET_MS` after something has happened that it does not know;
+1. It is ordered every `TICK_MS`, and `QUIET_MS` after something has happened that it does not know;
    the more jobs and nodes there are, the longer after the one before (`CONTENDER_MS` and `NODE_MS`
-   each): a few percent of a core at most.
+   each): a few percent of a core at most. Somebody beside the loop makes it of what was gathered
+   (`weighing.py`), and until the answer is there all goes by the one before. Of the answer only
+   what is still true is taken: whoever has been started, stopped, ended, cancelled, held or lost
+   since is left out (`contenders.stays`), and what is promised is looked for in the rooms of now.
+   One is asked for at a time; without an answer within `ANSWER_MS_MAX` it is asked for again.
 2. A job takes the first of its types that has room for it: the one that it was granted, then the
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
@@ -24,21 +28,31 @@ the order of submission, class by class.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.core import apart, claims, contenders, deadlines, moves, projects, stop_bounds
-from coordinator.core.allocation import Allocation, allocate, is_late, latest_start_ms, worths
-from coordinator.core.contenders import Entrant, Field
+from coordinator.core import (
+    apart,
+    claims,
+    contenders,
+    deadlines,
+    moves,
+    projects,
+    stop_bounds,
+    weighing,
+)
+from coordinator.core.allocation import is_late, latest_start_ms, worths
+from coordinator.core.allocation_messages import AllocationMade, MakeAllocation
 from coordinator.core.horizon import Horizon
 from coordinator.core.model import CLASS_RANK, Job, JobIntent
 from coordinator.core.phases import AttemptPhase, JobPhase
-from coordinator.core.standing import Fleet
+from coordinator.core.standing import Asked, Entrant, Field, Fleet
 from coordinator.core.state import Instant, State
 
 TICK_MS = 60_000
 QUIET_MS = 1_500
 CONTENDER_MS = 10
 NODE_MS = 1
-# What a price may say of a wait is worth saying where it decides: not for a hundredth.
-DEARER_RATIO = 1.05
+# A hundred times what 20,000 jobs take: a busy machine's answer is worth waiting for, and a thread
+# that hangs is not freed by another question.
+ANSWER_MS_MAX = 300_000
 
 
 # --- when -----------------------------------------------------------------------------------------
@@ -47,12 +61,16 @@ DEARER_RATIO = 1.05
 def note(state: State, now: Instant) -> None:
     """A round is made since something has happened; what a decision has done itself it knows."""
     standing = state.standing
-    if standing.stale_ms is None and standing.decided_ms != now.now_ms:
+    if standing.stale_ms is None and standing.made_ms != now.now_ms:
         standing.stale_ms = now.now_ms
 
 
 def tick(state: State, now: Instant) -> None:
     standing = state.standing
+    if standing.asked is not None:
+        if now.now_ms - standing.asked.at_ms < ANSWER_MS_MAX:
+            return
+        _miss(state, f"no answer has come for {ANSWER_MS_MAX // 1_000} s")
     if standing.decided_ms is None:
         standing.decided_ms = now.now_ms - QUIET_MS
     since_ms = now.now_ms - standing.decided_ms
@@ -67,110 +85,82 @@ def tick(state: State, now: Instant) -> None:
 
 
 def decide(state: State, now: Instant) -> None:
-    """Over all jobs; the round at the end of this batch goes by it."""
+    """Gather all jobs and have them weighed against each other; what comes of it says `made`."""
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
-    standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
     standing.latest_ms, standing.late_ms, standing.alone_ms = {}, {}, {}
     forget(state, now)
     jobs = contenders.contending(state)
     if not jobs:
+        standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
         return
-    standing.fleet = contenders.fleet_of(state)
+    fleet = contenders.fleet_of(state)
     lent = projects.standing_of(state, now).lent
-    standing.tenants = projects.tenants_of(state, now)
-    field = contenders.field_of(state, now, standing.fleet, jobs, lent)
-    allocation = allocate(
-        [entrant.contender for entrant in field.entrants],
-        field.capacity,
-        now.now_ms,
-        state.options.aims,
-        tenants=standing.tenants,
-        solve=state.options.solve,
+    field = contenders.field_of(state, now, fleet, jobs, lent)
+    aside = tuple(deadlines.entrants(state, now, field.aside, fleet, lent))
+    _note_times(state, now, field, aside)
+    asking = state.leader_epoch, now.now_ms
+    standing.asked = Asked(asking, now.now_ms, field, aside, fleet)
+    state.commands.append(
+        MakeAllocation(
+            asking,
+            field.entrants,
+            field.capacity,
+            now.now_ms,
+            state.options.aims,
+            projects.tenants_of(state, now),
+            state.options.solve,
+        )
     )
-    standing.prices, standing.ahead = allocation.prices, allocation.ahead
-    aside = deadlines.entrants(state, now, field.aside, standing.fleet, lent)
+
+
+def _note_times(state: State, now: Instant, field: Field, aside: Sequence[Entrant]) -> None:
+    """Who has to start when, and since when who is there."""
+    standing, entrants = state.standing, (*field.entrants, *aside)
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
-        for entrant in (*field.entrants, *aside)
+        for entrant in entrants
         if now.now_ms < (entrant.contender.deadline_ms or 0)
     }
     standing.late_ms = {
         entrant.job.id: standing.latest_ms[entrant.job.id]
-        for entrant in (*field.entrants, *aside)
+        for entrant in entrants
         if is_late(entrant.contender, now.now_ms)
     }
-    standing.alone_ms = deadlines.alone_by(now, (*field.entrants, *aside))
-    _remember(state, now, field, allocation)
-    moves.make(state, now, field, allocation, aside)
+    standing.alone_ms = deadlines.alone_by(now, entrants)
+    standing.since_ms = {
+        key: at_ms
+        for key, at_ms in standing.since_ms.items()
+        if key in standing.entrants or key in state.indices.open_attempts
+    }
+
+
+def made(state: State, now: Instant, event: AllocationMade) -> bool:
+    """Take what is still true of it; the round at the end of this batch goes by it. An answer that
+    nobody waits for (it comes late, twice, or from a life before this one) changes nothing. Returns
+    whether there is a new decision."""
+    standing, asked = state.standing, state.standing.asked
+    if asked is None or asked.asking != event.asking:
+        return False
+    if event.allocation is None:
+        _miss(state, event.reason)
+        return False
+    standing.asked, standing.made_ms = None, now.now_ms
+    standing.prices, standing.ahead = event.allocation.prices, event.allocation.ahead
+    standing.tenants, standing.fleet = event.tenants, asked.fleet
+    standing.order, standing.turn = dict(event.order), event.turn
+    standing.notes = event.notes
+    lent = projects.standing_of(state, now).lent
+    aside = [each for each in asked.aside if contenders.stands(state, each, lent)]
+    moves.make(state, now, asked.field, event.allocation, aside=aside, lent=lent)
     apart.make(state, now, aside, lent)
     state.dirty = bool(state.queued) or state.dirty
+    return True
 
 
-def _remember(state: State, now: Instant, field: Field, allocation: Allocation) -> None:
-    standing = state.standing
-    kept: dict[int | str, int] = {}
-    for entrant in field.entrants:
-        job, current = entrant.job, state.current(entrant.job)
-        for key in (job.id, "" if current is None else current.id):
-            if key in standing.since_ms:
-                kept[key] = standing.since_ms[key]
-        if job.phase is not JobPhase.QUEUED:
-            continue
-        grant = allocation.grants.get(job.id)
-        granted = "" if grant is None else grant.option.gpu_type
-        worth = _worth(state, now, entrant)
-        standing.order[job.id] = _order(state, entrant, worth, granted)
-        gpus = job.spec.ranks * job.spec.gpus
-        if entrant.known and worth:
-            standing.turn[job.id] = (grant is not None, max(worth) / gpus)
-        if entrant.known and grant is None:
-            standing.notes[job.id] = _note(entrant, worth, standing.prices)
-    standing.since_ms = kept
-
-
-def _worth(state: State, now: Instant, entrant: Entrant) -> list[float]:
-    contender = entrant.contender
-    ahead = state.standing.ahead.get(contender.rank, Horizon(0.0))
-    aims, tenants = state.options.aims, state.standing.tenants
-    return worths([contender], now.now_ms, aims, tenants, ahead)[0]
-
-
-def _order(
-    state: State, entrant: Entrant, worth: Sequence[float], granted: str = ""
-) -> tuple[tuple[str, float], ...]:
-    """Its types, what it was granted first, then by what is left of their worth after the price;
-    empty where there is no choice, or nothing to choose by."""
-    prices, fleet = state.standing.prices, state.standing.fleet
-    rates, options = entrant.rates, entrant.contender.options
-    if fleet is None or len(fleet.counts) < 2 or not rates.told:
-        return ()
-    surplus = [
-        value - option.gpus * prices.get(option.gpu_type, 0.0)
-        for value, option in zip(worth, options, strict=True)
-    ]
-    places = sorted(
-        range(len(options)),
-        key=lambda place: (options[place].gpu_type != granted, -surplus[place], place),
-    )
-    return tuple((options[place].gpu_type, rates.mean[place]) for place in places)
-
-
-def _note(entrant: Entrant, worth: Sequence[float], prices: Mapping[str, float]) -> str:
-    """Where it comes nearest to running, if it is a price that it does not pay there."""
-    options = entrant.contender.options
-    found = [
-        (value / option.gpus - prices.get(option.gpu_type, 0.0), value / option.gpus, place)
-        for place, (value, option) in enumerate(zip(worth, options, strict=True))
-    ]
-    if not found:
-        return ""
-    _, value, place = max(found)
-    gpu_type = options[place].gpu_type
-    price = prices.get(gpu_type, 0.0)
-    if price <= DEARER_RATIO * value:
-        return ""
-    return f"; a GPU of type {gpu_type} is worth {value:.2g} to it, and {price:.2g} to others"
+def _miss(state: State, reason: str) -> None:
+    state.standing.asked = None
+    state.log("warning", "allocation.failed", reason=reason)
 
 
 def forget(state: State, now: Instant) -> None:
@@ -245,9 +235,16 @@ def order_of(state: State, now: Instant, job: Job) -> tuple[tuple[str, float], .
         found, fleet = (), _fleet(state)
         if len(fleet.counts) > 1:
             entrant = contenders.newcomer(state, now, job, fleet)
-            found = _order(state, entrant, _worth(state, now, entrant))
+            found = weighing.order_of(entrant, _worth(state, now, entrant), standing.prices)
         standing.order[job.id] = found
     return found
+
+
+def _worth(state: State, now: Instant, entrant: Entrant) -> list[float]:
+    contender = entrant.contender
+    ahead = state.standing.ahead.get(contender.rank, Horizon(0.0))
+    aims, tenants = state.options.aims, state.standing.tenants
+    return worths([contender], now.now_ms, aims, tenants, ahead)[0]
 
 
 def _fleet(state: State) -> Fleet:

@@ -83,12 +83,10 @@ class _Wait:
         return f"would else wait {duration}" if self.known else f"has waited {duration}"
 
 
-def tick(state: State, now: Instant) -> None:
+def make_room(state: State, now: Instant) -> None:
     """After each decision over all jobs."""
     left = stop_bounds.left(state)
-    if state.standing.decided_ms != now.now_ms or left <= 0:
-        return
-    if any(_is_large(state.jobs[job_id]) for job_id in state.queued):
+    if left > 0 and any(_is_large(state.jobs[job_id]) for job_id in state.queued):
         _Round(state, now, left).look()
 
 

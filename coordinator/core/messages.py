@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
+from coordinator.core.allocation_messages import AllocationMade as AllocationMade
+from coordinator.core.allocation_messages import MakeAllocation as MakeAllocation
 from coordinator.core.capacity_messages import Actuate as Actuate
 from coordinator.core.capacity_messages import Actuated as Actuated
 from coordinator.core.checkpoint_requests import (
@@ -265,7 +267,7 @@ class Decide:
     """The inbox is drained: place what can be placed, once for the whole batch."""
 
 
-Event = Request | FromAgent | Actuated | Tick | Decide | ForecastMade | LeasesMade
+Event = Request | FromAgent | Actuated | Tick | Decide | AllocationMade | ForecastMade | LeasesMade
 
 # --- to agents ------------------------------------------------------------------------------------
 
@@ -475,7 +477,10 @@ class Log:
     fields: tuple[tuple[str, object], ...] = ()
 
 
-Command = Send | CloseSession | Reply | Log | Actuate | MakeForecast | MakeLeases | PublishLeases
+Command = (
+    Send | CloseSession | Reply | Log | Actuate | MakeAllocation | MakeForecast | MakeLeases
+    | PublishLeases
+)  # fmt: skip
 Effect = Record | Command
 
 

@@ -31,6 +31,7 @@ from coordinator.core import (
     attempts,
     checkpoints,
     claims,
+    contenders,
     costs,
     deadlines,
     gangs,
@@ -38,7 +39,7 @@ from coordinator.core import (
     stop_bounds,
 )
 from coordinator.core.allocation import Allocation, Option, run_s_min, worths
-from coordinator.core.contenders import DEADLINE_MARGIN_MS, Entrant, Field, competes
+from coordinator.core.contenders import DEADLINE_MARGIN_MS, competes
 from coordinator.core.displacement import NOBODY, Givers, Spread, StakeOf, leave, nothing_known
 from coordinator.core.horizon import Horizon
 from coordinator.core.keeps import Keep, hidden
@@ -47,7 +48,7 @@ from coordinator.core.offers import open_rooms
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.placement import Need, keep_free, keep_room, kept_from
 from coordinator.core.rooms import Room, Tenant
-from coordinator.core.standing import Promise
+from coordinator.core.standing import Entrant, Field, Promise
 from coordinator.core.state import Instant, State
 
 # Between the last moment of a grace and the start of who waits for it: reports, and a batch.
@@ -70,12 +71,19 @@ class Wish:
 
 
 def make(
-    state: State, now: Instant, field: Field, allocation: Allocation, aside: Sequence[Entrant] = ()
+    state: State,
+    now: Instant,
+    field: Field,
+    allocation: Allocation,
+    *,
+    aside: Sequence[Entrant],
+    lent: Mapping[int, None],
 ) -> None:
-    """Stop whom the decision has elsewhere, as far as it is worth that. Of those `aside`, over whom
-    it does not decide, whoever has to start now may go where others leave for him."""
+    """Stop whom the decision has elsewhere, as far as it is worth that, of those who are as they
+    were when it was ordered. Of those `aside`, over whom it does not decide, whoever has to start
+    now may go where others leave for him. `lent` are the jobs beyond their projects' quotas."""
     budget = stop_bounds.left(state)
-    plan = _Plan(state, now, field, allocation, aside)
+    plan = _Plan(state, now, field, allocation, aside=aside, lent=lent)
     moving = [wish for wish in plan.wishes if wish.entrant.contender.at is not None]
     if budget <= 0 or not plan.wishes or not (moving or plan.stoppable):
         return
@@ -149,18 +157,21 @@ class _Plan:
         now: Instant,
         field: Field,
         allocation: Allocation,
+        *,
         aside: Sequence[Entrant],
+        lent: Mapping[int, None],
     ) -> None:
         self.state = state
         self.now = now
         self.ahead = allocation.ahead
         self.late = deadlines.late(state)
-        self.entrants = {entrant.job.id: entrant for entrant in field.entrants}
         self.grants = {job_id: grant.option for job_id, grant in allocation.grants.items()}
+        fleet = contenders.fleet_of(state)
         asked = [e for e in field.entrants if self.late or self._is_moved(e)]
+        asked = [e for e in asked if contenders.stays(state, e, fleet, lent)]
         self.stoppable = {e.job.id: e for e in asked if self._may_stop(e)}
         self.may_go = {job_id: e for job_id, e in self.stoppable.items() if self._is_moved(e)}
-        wishes = [wish for entrant in field.entrants if (wish := self._wish(entrant)) is not None]
+        wishes = [wish for entrant in asked if (wish := self._wish(entrant)) is not None]
         wishes += [wish for entrant in aside if (wish := self._wish_aside(entrant)) is not None]
         self.wishes = sorted(
             wishes,

@@ -54,6 +54,7 @@ def decide(state: State, now: Instant) -> None:
         if blocked and job.id in state.queued:  # and not one that still has to leave another place
             waits[job.id] = blocked
             trials.step_back(state, now, job)
+    stepped_back = state.dirty
     if whole:
         reservations.review(state, now)
     # Nodes come and go, and report, far more often than somebody waits for them.
@@ -85,7 +86,8 @@ def decide(state: State, now: Instant) -> None:
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.
         placed = sum(len(start.places) for start in plan.starts)
-        state.dirty = placed >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
+        more = placed >= STARTS_PER_PASS_MAX or (not whole and bool(plan.starts))
+        state.dirty = stepped_back or more
     _note_waits(state, waits)
 
 

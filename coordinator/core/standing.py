@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.core.allocation import Contender
 from coordinator.core.estimates import NOTHING, Knowledge, Observation
 from coordinator.core.horizon import Horizon
-from coordinator.core.model import GpuFacts
+from coordinator.core.model import GpuFacts, Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,42 @@ class Rates:
     low: tuple[float, ...]
     absolute: bool = False
     told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A contender with what is not the decision's matter. `known`: how much is left of it is."""
+
+    job: Job
+    contender: Contender
+    rates: Rates
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """All of them, and what there is to have of each type. `aside` are those that are not weighed,
+    since they share a GPU, and have a deadline."""
+
+    entrants: tuple[Entrant, ...]
+    capacity: Mapping[str, int]
+    aside: tuple[Job, ...] = ()
+
+
+# Of an order for a decision: the leader's epoch, and when it was given by the monotonic clock.
+Asking = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A decision that was ordered and is not there yet: over whom, in which fleet. Of who is aside
+    this has what each could be."""
+
+    asking: Asking
+    at_ms: int
+    field: Field
+    aside: tuple[Entrant, ...]
+    fleet: Fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +132,29 @@ class Promise:
 
 @dataclass(slots=True)
 class Standing:
-    """`stale_ms`: since when something has happened that the decision of `decided_ms` does not
-    know. `order`: for each job the types that are worth most for it first, with its speed there.
-    `turn`: of those who wait and say how much they have left, whether they were granted GPUs, and
-    what they are worth a GPU. `notes`: what the price says of a wait. `moves_ms`: when somebody was
-    stopped for a better allocation; `made_room_ms`: when for whom, and in which of its epochs
-    (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were submitted and
-    attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a deadline must
-    run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that
-    of those whose time has come, and is not over; `alone_ms` by when who may have company must have
-    none, where he is."""
+    """`decided_ms`: when the last decision was ordered, `asked` while its answer is not there;
+    `made_ms`: when the last answer came. `stale_ms`: since when something has happened that the
+    decision does not know. `order`: for each job the types that are worth most for it first, with
+    its speed there. `turn`: of those who wait and say how much they have left, whether they were
+    granted GPUs, and what they are worth a GPU. `notes`: what the price says of a wait. `moves_ms`:
+    when somebody was stopped for a better allocation; `made_room_ms`: when for whom, and in which
+    of its epochs (`claims.py`). `tenants`: what each project counted. `since_ms`: when jobs were
+    submitted and attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a
+    deadline must run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that of
+    those whose time has come, and is not over; `alone_ms` by when who may have company must have
+    none, where he is. `entrants` are those of the last decision."""
 
     decided_ms: int | None = None
+    asked: Asked | None = None
+    made_ms: int | None = None
     stale_ms: int | None = None
     fleet: Fleet | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
     ahead: Mapping[int, Horizon] = field(default_factory=dict)
     tenants: Mapping[str, float] = field(default_factory=dict)
     order: dict[int, tuple[tuple[str, float], ...]] = field(default_factory=dict)
-    turn: dict[int, tuple[bool, float]] = field(default_factory=dict)
-    notes: dict[int, str] = field(default_factory=dict)
+    turn: Mapping[int, tuple[bool, float]] = field(default_factory=dict)
+    notes: Mapping[int, str] = field(default_factory=dict)
     promises: dict[int, Promise] = field(default_factory=dict)
     moves_ms: list[int] = field(default_factory=list)
     made_room_ms: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -123,3 +163,4 @@ class Standing:
     late_ms: dict[int, float] = field(default_factory=dict)
     alone_ms: dict[int, float] = field(default_factory=dict)
     speeds: Speeds = field(default_factory=Speeds)
+    entrants: Mapping[int, Entrant] = field(default_factory=dict)

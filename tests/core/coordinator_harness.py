@@ -41,6 +41,7 @@ from coordinator.core.messages import (
     KeepCheckpoints,
     LeaseRenewal,
     Log,
+    MakeAllocation,
     MakeForecast,
     MakeLeases,
     NodePage,
@@ -81,6 +82,7 @@ from coordinator.core.project_requests import ProjectPage, ProjectView
 from coordinator.core.scale_records import ScaleRecord
 from coordinator.core.scale_requests import PlanPage, ScalePage
 from coordinator.core.state import Instant, Options
+from coordinator.core.weighing import answer
 
 UNIX_MS_AT_START = 1_790_000_000_000
 GIGABYTE = 10**9
@@ -179,6 +181,8 @@ class Rig:
         self.options = options or Options()
         self.disk = Disk()
         self.now_ms = 0
+        self.answers_at_once = True
+        self.unanswered: list[MakeAllocation] = []  # also by a coordinator that is no more
         self.restart()
 
     def restart(self) -> None:
@@ -196,6 +200,8 @@ class Rig:
     def handle(self, event: Event, decide: bool = True) -> list[Effect]:
         """One batch of one event: make durable what must be, and return all of it."""
         effects = self._one(event)
+        for asked in [effect for effect in effects if isinstance(effect, MakeAllocation)]:
+            effects += self.weigh(asked)
         if decide:
             effects += self._one(Decide())
         rounds = 0
@@ -204,6 +210,13 @@ class Rig:
             rounds += 1
             assert rounds < 100, "the decision does not come to rest"
         return effects
+
+    def weigh(self, asked: MakeAllocation) -> list[Effect]:
+        """Who decides over all jobs answers at once, or when the test says so."""
+        if self.answers_at_once:
+            return self._one(answer(asked))
+        self.unanswered.append(asked)
+        return []
 
     def crash_on(self, event: Event) -> None:
         """The coordinator dies after it has decided and before anything was written or sent."""
@@ -278,6 +291,8 @@ def _line(effect: Effect, told: dict[tuple[str, str], bool]) -> str:
             return ""  # its decision is logged
         case MakeLeases() | PublishLeases() | PutLeaseDay():
             return ""  # once a day: tests/core/test_lease_days.py
+        case MakeAllocation():
+            return ""  # once a minute and after what happens: tests/core/test_decisions.py
         case PutDemandSeries() | PutDemand() | DropDemand() | MakeForecast():
             return ""  # once a minute, whatever happens: tests/core/test_demand_history.py
         case AppendEvent(event):

@@ -10,7 +10,15 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import arrays, contenders, demand_forecast, demand_samples, foresight, jobs
+from coordinator.core import (
+    arrays,
+    contenders,
+    demand_forecast,
+    demand_samples,
+    foresight,
+    jobs,
+    trials,
+)
 from coordinator.core.census import census
 from coordinator.core.demand_history import Series
 from coordinator.core.held_ahead import frees_ms, held_ahead
@@ -299,6 +307,23 @@ def test_who_waits_for_a_checkpoint_out_of_reach_holds_nobody_up_for_long() -> N
     fleet.end(2)
     pass_time(fleet, 1)
     assert active(fleet) == [3]
+
+
+def test_a_place_that_is_given_up_is_somebodys_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody else is looked at in the same round, and nothing happens after it."""
+    monkeypatch.setattr(trials, "RETURN_MS_MAX", 20_000)
+    fleet = Fleet("1xH100", "1xH100")
+    fleet.submit(array="0-4%1")
+    fleet.run(20)
+    fleet.submit(ranks=2)
+    fleet.rig.answers_at_once = False
+    session = fleet.state.nodes[fleet.state.attempts["1.1"].node].session
+    assert session is not None
+    fleet.rig.handle(FromAgent(session, SessionClosed()))
+    behind = fleet.state.indices.arrays.by_id[1].behind
+    while 1 not in behind:
+        pass_time(fleet, 1)
+    assert 2 not in behind
 
 
 # --- nobody's demand ------------------------------------------------------------------------------

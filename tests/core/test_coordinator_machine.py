@@ -16,13 +16,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import initialize, invariant, rule, run_state_machine_as_test
 
 from coordinator.core import costs
 from coordinator.core.allocation import Aims
@@ -81,6 +75,7 @@ from tests.core.coordinator_checks import (
 )
 from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
+from tests.core.slow_weighing import SlowWeighing
 
 FLEET = {"n1": "2xH100:80", "n2": "2xA100:40", "n3": "1xH100:80", "n4": ""}
 TICK_MS = 500
@@ -112,7 +107,7 @@ _SPECS = st.one_of(SPECS, SPECS, SHARING_SPECS)
 ANY_SPECS = st.builds(replace, _SPECS, array=ARRAYS)
 
 
-class Fleet(RuleBasedStateMachine):
+class Fleet(SlowWeighing):
     def __init__(self) -> None:
         super().__init__()
         self.rig = self.new_rig()

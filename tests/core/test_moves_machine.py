@@ -22,6 +22,7 @@ from coordinator.core.messages import Effect, Event
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import JOB_ENDED, JobPhase
 from coordinator.core.state import Options
+from coordinator.core.weighing import answer
 from tests.core.coordinator_checks import (
     Moves,
     check_gang,
@@ -56,6 +57,7 @@ SPECS = st.builds(
 STEPS = st.one_of(
     SPECS,
     st.sampled_from([5, 40, 40, 150]),
+    st.sampled_from(["weigh 0", "weigh 4", "weigh 30", "weigh never"]),
     st.sampled_from(
         ["end -1", "end 0", "end 1", "cordon n2", "uncordon n2", "cordon n1", "uncordon n1"]
     ),
@@ -63,21 +65,33 @@ STEPS = st.one_of(
 
 
 class Watched(Fleet):
-    """Looked at after every change."""
+    """Looked at after every change. Who decides over all jobs takes `weighs_s` for it; `None`: for
+    ever."""
 
     def __init__(self, gpus: Sequence[str]) -> None:
         super().__init__(*gpus, options=OPTIONS)
         self.moves = Moves(MOVES_PER_HOUR)
         self.tick_ms = 2_000
+        self.weighs_s: int | None = 0
         handle = self.rig.handle
 
         def watched(event: Event, decide: bool = True) -> list[Effect]:
             effects = handle(event, decide)
+            effects += [effect for asked in self.weighed() for effect in handle(answer(asked))]
             if any(isinstance(effect, m.PutJob | m.PutAttempt) for effect in effects):
                 self.judge(effects)
             return effects
 
         self.rig.handle = watched  # type: ignore[method-assign]
+
+    def weighed(self) -> list[m.MakeAllocation]:
+        """What is answered by now."""
+        if self.weighs_s is None:
+            return []
+        until_ms = self.rig.now_ms - 1_000 * self.weighs_s
+        due = [asked for asked in self.rig.unanswered if asked.now_ms <= until_ms]
+        self.rig.unanswered = [asked for asked in self.rig.unanswered if asked not in due]
+        return due
 
     def judge(self, effects: list[Effect]) -> None:
         state = self.state
@@ -96,6 +110,10 @@ class Watched(Fleet):
                 self.submit(step)
         elif isinstance(step, int):
             self.run(step)
+        elif step.startswith("weigh"):
+            said = step.split()[1]
+            self.weighs_s = None if said == "never" else int(said)
+            self.rig.answers_at_once = self.weighs_s == 0
         elif step.startswith("end"):
             active = [j.id for j in self.state.jobs.values() if j.phase is JobPhase.ACTIVE]
             if active:
@@ -108,6 +126,7 @@ class Watched(Fleet):
 
     def finish(self) -> None:
         """Everybody trains to his end; who does not say how long that is, for five minutes."""
+        self.take("weigh 4")
         for node in self.state.nodes:
             self.rig.handle(m.Request(1, m.UncordonNode(node)))
         for _ in range(0, LEFT_S, 60):

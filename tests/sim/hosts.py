@@ -6,6 +6,7 @@ gone.
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from coordinator.core import messages as cm
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.model import JobEvent, Snapshot
 from coordinator.core.state import Options as CoordinatorOptions
+from coordinator.core.weighing import answer
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
@@ -240,6 +242,25 @@ class SimStore:
         await self._inner.close()
 
 
+class SimAllocating:
+    """Who decides over all jobs: he answers after a while, now and then never or twice, and tells
+    the successor what an earlier process has asked. His chance is his own: a fault strikes whom it
+    struck before there was anything to decide."""
+
+    def __init__(self, host: "CoordinatorHost", chance: random.Random) -> None:
+        self._host = host
+        self._chance = chance
+
+    def make(self, asked: cm.MakeAllocation) -> None:
+        chance, loop = self._chance, asyncio.get_running_loop()
+        for _ in range(chance.choice((0, 1, 1, 1, 1, 1, 1, 2))):
+            loop.call_later(chance.uniform(0.0, 3.0), self._host.do, lambda: self._told(asked))
+
+    def _told(self, asked: cm.MakeAllocation) -> None:
+        if self._host.shell is not None:
+            self._host.shell.allocation_made(answer(asked))
+
+
 class CoordinatorHost:
     def __init__(self, around: Around, disk: MemoryDisk) -> None:
         self.disk = disk
@@ -264,6 +285,7 @@ class CoordinatorHost:
         self.core = Coordinator(CoordinatorOptions())
         self.core.load(snapshot, self.clock.now_ms())
         self.shell = CoordinatorShell(self.core, self.store, self.clock, self._log)
+        self.shell.allocate_by(SimAllocating(self, random.Random(self.clock.now_ms())))
         self.task = asyncio.get_running_loop().create_task(self.shell.run())
         self.task.add_done_callback(self._ended)
         self._around.trace(f"coordinator starts with leader epoch {snapshot.leader_epoch}")
