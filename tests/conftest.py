@@ -11,9 +11,10 @@ What the tests inherit is made the same everywhere: no hub of models is asked fo
 where there is no way out each question takes seconds of new attempts; and Ctrl-C is not ignored.
 """
 
+import gc
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +37,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # does every program that a test starts and interrupts: it would never end.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collecting imports torch and makes objects by the hundred thousand, which stay: looking
+    through them for garbage, again and again as they grow in number, was a third of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
