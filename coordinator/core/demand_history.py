@@ -144,6 +144,17 @@ class _Ring:
             return False
         return bool(self._known[step % self.length])
 
+    def oldest(self) -> int | None:
+        """The first step that is known; looked for once a minute, so not step by step."""
+        if self.newest is None:
+            return None
+        first = self.newest - self.length + 1
+        slot = first % self.length
+        found = self._known.find(1, slot)
+        if found < 0:
+            found = self._known.find(1, 0, slot)
+        return None if found < 0 else first + (found - slot) % self.length
+
     def values(self, number: int, steps: Iterable[int]) -> list[float]:
         """Of steps that are known."""
         values = self._gpus.get(number)
@@ -235,11 +246,7 @@ class DemandHistory:
     @property
     def oldest_minute(self) -> int | None:
         """That is known, of those that are kept by the minute."""
-        ring = self._rings[1]
-        if ring.newest is None:
-            return None
-        first = max(0, ring.newest - ring.length + 1)
-        return next(step for step in range(first, ring.newest + 1) if ring.is_known(step))
+        return self._rings[1].oldest()
 
     @property
     def newest_minute(self) -> int | None:

@@ -137,6 +137,18 @@ def test_rings_end() -> None:
     assert history.read(1, BEGIN + 365 * 1_440, 1, NLP) == [0.0]
 
 
+def test_the_oldest_minute_is_the_first_that_is_known_and_not_gone() -> None:
+    history, kept = DemandHistory(), KEPT_STEPS[1]
+    assert history.oldest_minute is None
+    for minute, oldest in ((0, 0), (5, 0), (kept - 1, 0), (kept + 2, 5), (kept + 5, kept - 1)):
+        history.put(BEGIN + minute, {NLP: 8})
+        assert history.oldest_minute == BEGIN + oldest
+    history.rewind(BEGIN + kept)
+    assert history.oldest_minute == BEGIN + kept - 1
+    history.rewind(BEGIN + kept - 2)
+    assert history.oldest_minute is None, "all that is left was never seen"
+
+
 def test_a_restart_reads_what_was_written() -> None:
     history, records = DemandHistory(), []
     for minute in (0, 1, 5, 6, 7, 8, 9, 10):

@@ -8,15 +8,13 @@ deadline of its own that says what did not happen and shows the programs' logs; 
 for a whole test must not come before it on a machine that is only slow.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.cluster import Cluster
-from tests.e2e.work import TRAINERS, Gate
+from tests.e2e.work import Gate
 
 # A cluster's start and the waits of the longest test here, where one of them meets its deadline and
 # the others take half of theirs.
@@ -40,10 +38,10 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models and data, only to be read."""
+    from tests.e2e.trainers import tiny  # torch: a process of its own would import it once more
+
     directory = tmp_path_factory.mktemp("models")
-    command = [sys.executable, str(TRAINERS / "tiny.py"), str(directory)]
-    # It imports what a trainer does, and nothing else tells a hang from a machine that is busy.
-    subprocess.run(command, check=True, timeout=TEST_TIMEOUT_S / 2, capture_output=True)
+    tiny.make(directory)
     return directory
 
 

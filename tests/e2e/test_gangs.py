@@ -36,11 +36,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def start(cluster: Cluster, *nodes: str) -> None:
-    """One GPU each, so ranks of one gang are on different nodes."""
+def start(cluster: Cluster, *nodes: str, warm_start: bool = False) -> None:
+    """One GPU each, so ranks of one gang are on different nodes. `warm_start`: where a node gets
+    more than one of them, it imports once for all."""
     cluster.start_coordinator(closed_grace_ms=500)
     for name in nodes:
-        cluster.start_agent(name, h100(1, node=name))
+        cluster.start_agent(name, h100(1, node=name), warm_start=warm_start)
     cluster.wait_for_nodes(*nodes)
 
 
@@ -85,7 +86,7 @@ def test_a_gang_that_loses_a_node_ends_where_the_undisturbed_one_ends(
     cluster: Cluster, models: Path
 ) -> None:
     """Of three ranks: several survive, and several parts are brought together again."""
-    start(cluster, "n1", "n2", "n3", "n4")
+    start(cluster, "n1", "n2", "n3", "n4", warm_start=True)
     whole_id = submit(cluster, models, 3)
     whole = work.wait_succeeded(cluster, whole_id)
     assert len({attempt.node for attempt in newest(whole)}) == 3

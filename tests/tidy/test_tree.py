@@ -1,5 +1,7 @@
 """Every rule, on this tree. A failure lists each finding as `path:line: sentence`."""
 
+import ast
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -43,6 +45,16 @@ def complain(findings: list[Finding]) -> None:
     """Fail with every finding, not only the first."""
     if findings:
         pytest.fail("\n".join(str(finding) for finding in findings), pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed() -> None:
+    """Millions of nodes that stay are not looked through for garbage, again and again."""
+    gc.disable()
+    for source in python_sources():
+        assert isinstance(source.tree, ast.Module)
+    gc.freeze()
+    gc.enable()
 
 
 def test_the_tree_is_seen() -> None:

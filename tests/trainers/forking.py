@@ -3,11 +3,14 @@
 A process that imports torch and transformers takes seconds, and the tests of several ranks need
 dozens of them. So one host imports once and computes nothing; each rank is forked from it, which is
 how agents start trainers too. What a rank does is its module's affair (`gang.py`, `hook_rank.py`):
-the module is the host's main program, and `serve` there forks.
+the host imports it, and what its `serve_ranks` calls, `serve`, forks.
 
-    python -m MODULE        one JSON line in for each set of ranks, one out with their statuses
+    python -m tests.trainers.forking MODULE    a JSON line in for each set of ranks, one out with
+                                               their statuses
 """
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -57,7 +60,7 @@ class Host:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module],
+            [sys.executable, "-m", "tests.trainers.forking", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -135,3 +138,16 @@ def become(place: Path, environment: Mapping[str, str]) -> None:
     for number, name in ((1, "out"), (2, "err")):
         opened = os.open(place / f"{name}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY)
         os.dup2(opened, number)
+
+
+def main() -> None:
+    """The host: what imports make stays, and is not looked through for garbage."""
+    gc.disable()
+    module = importlib.import_module(sys.argv[1])
+    gc.freeze()
+    gc.enable()
+    module.serve_ranks()
+
+
+if __name__ == "__main__":
+    main()

@@ -224,5 +224,6 @@ def run_with_desk(target: Path, arguments: Sequence[str]) -> int:
     return status
 
 
-if __name__ == "__main__":
+def serve_ranks() -> None:
+    """In the host."""
     forking.serve(run_rank, start.leave)

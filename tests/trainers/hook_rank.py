@@ -254,5 +254,6 @@ def run_rank(_place: Path) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def serve_ranks() -> None:
+    """In the host."""
     forking.serve(run_rank, start.leave)

@@ -1,4 +1,4 @@
-"""Models and data so small that a test can train them twice: `python tiny.py DIRECTORY`.
+"""Models and data so small that a test can train them twice.
 
 Both models have dropout, because a training without random numbers would resume exactly also when
 the state of their generators was lost. The text and the images are made from a seed.
@@ -6,7 +6,6 @@ the state of their generators was lost. The text and the images are made from a 
 
 import random
 import string
-import sys
 from pathlib import Path
 
 import numpy
@@ -49,14 +48,9 @@ def classifier(directory: Path) -> None:
     numpy.savez(directory / "images.npz", x=images.astype(numpy.uint8), y=labels)
 
 
-def main() -> int:
-    """Make both."""
-    directory = Path(sys.argv[1])
-    torch.manual_seed(SEED)
-    language_model(directory)
-    classifier(directory)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def make(directory: Path) -> None:
+    """Both of them. The caller's random numbers are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        language_model(directory)
+        classifier(directory)
