@@ -17,9 +17,7 @@ pytestmark = pytest.mark.xdist_group("tidy")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"].values()
-REQUIREMENTS = [
-    Requirement(text) for group in (PROJECT["dependencies"], *EXTRAS) for text in group
-]
+REQUIREMENTS = [Requirement(text) for group in (PROJECT["dependencies"], *EXTRAS) for text in group]
 PINNED = {
     pin.name: next(iter(pin.specifier)).version
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
