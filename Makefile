@@ -87,7 +87,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$chosen" -m venv --clear $(VENV)
 	fi
 	if [ -n "$(TORCH_INDEX_URL)" ]; then
-	  torch="$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
+	  torch="$$(grep '^torch==' constraints.txt)"
 	  echo "setup: installing $$torch from $(TORCH_INDEX_URL)"
 	  $(BIN)/python -m pip install --quiet --index-url "$(TORCH_INDEX_URL)" "$$torch"
 	elif ! command -v nvidia-smi >/dev/null && ! $(BIN)/python -c 'import torch' 2>/dev/null; then
