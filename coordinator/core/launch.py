@@ -4,8 +4,8 @@ Problem: ranks that are started one by one, each with its own idea of who the ot
 meet. So the coordinator, which alone knows all of them, says to each where it stands and where rank
 0 listens, in the very order that starts it.
 
-Its owner may add to its environment, but what Baton says there counts. One who wants `RANK=3` finds
-`RANK=0` in the log a day later, so that is refused: `own_variables` are those that an agent sets in
+Its owner may add to its environment, but what Baton says there counts. One who wants
+`MASTER_PORT=29500` finds another in the log a day later, so that is refused: `own_variables` are those that an agent sets in
 any case (`agent/core/launch.py`, `agent/processes/mps.py`; a test holds both equal).
 """
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from coordinator.core.model import JobSpec
 
 _EVERYWHERE = (
-    "CUDA_VISIBLE_DEVICES", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-    "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
+    "CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
 )  # fmt: skip
 # PET_* where a rank is alone on its node, or has several GPUs: which of them is not known before.
-_OF_GANGS = ("GROUP_RANK", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+_OF_GANGS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "PET_NNODES",
+    "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT",
+)  # fmt: skip
 # Those of MPS where it runs.
 _OF_SHARES = (
     "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY",

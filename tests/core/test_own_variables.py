@@ -76,8 +76,13 @@ def test_what_is_refused_is_what_would_be_overridden(spec: JobSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "sentence"),
     [
-        ("RANK", {}, "environment variable RANK is set by Baton: leave it out (of this job Baton"),
-        ("CUDA_VISIBLE_DEVICES", {}, "sets CUDA_VISIBLE_DEVICES, RANK, LOCAL_RANK, WORLD_SIZE"),
+        (
+            "RANK",
+            {"ranks": 2},
+            "environment variable RANK is set by Baton: leave it out (of this job Baton",
+        ),
+        ("RANK", {}, ""),
+        ("CUDA_VISIBLE_DEVICES", {}, "sets CUDA_VISIBLE_DEVICES, MASTER_ADDR, MASTER_PORT, TORCH"),
         ("PET_NNODES", {"ranks": 2}, "PET_NNODES is set by Baton"),
         ("PET_NNODES", {}, ""),
         ("SLURM_JOB_ID", {"slurm_environment": True}, "SLURM_JOB_ID is set by Baton"),
