@@ -20,9 +20,11 @@ from coordinator.core.messages import (
     ReleaseJob,
     Reply,
     Request,
+    SessionClosed,
     StartAttempt,
     StopAttempt,
     Submit,
+    Tick,
 )
 from coordinator.core.model import JobSpec, Snapshot
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
@@ -37,8 +39,8 @@ AGE_MS = 86_400_000
 class World:
     """One node, `n0`, and a coordinator on a disk that goes back."""
 
-    def __init__(self) -> None:
-        self.box = Box("n0:1")
+    def __init__(self, *addresses: str) -> None:
+        self.box = Box("n0:1", *addresses)
 
     def submit(self, ranks: int = 1) -> None:
         for order in self.box.submit(ranks):
@@ -61,12 +63,13 @@ class World:
         if declared:
             rig.core.state.numbering = back.numbering
 
-    def hello(self, *attempts: str) -> None:
+    def hello(self, *attempts: str, node: int = 0) -> None:
         """Of a node that is in already it says what it has now."""
         held_attempts = tuple(HeldAttempt(one, ()) for one in attempts)
-        hello = Hello("n0", "j", "n0:1", HOST, (), held_attempts, acknowledged=100)
-        self.box.sequences[0] = 100
-        self.box.take(FromAgent(0, hello))
+        name = f"n{node}"
+        hello = Hello(name, "j", f"{name}:1", HOST, (), held_attempts, acknowledged=100)
+        self.box.sequences[node] = 100
+        self.box.take(FromAgent(node, hello))
         self.told = [
             effect.event
             for effect in self.box.rig.handled[-2][2]
@@ -148,6 +151,42 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     # Who has run it since, and comes only now, is too late: two would be in one place.
     world.hello("1.2")
     assert "1.2" in world.killed()
+
+
+def lost_before_the_copy(ranks: int = 1) -> World:
+    """Both nodes are lost, with job 1, when the copy is made; it waits for one of them."""
+    world = World("n1:1")
+    world.submit(ranks)
+    for node in range(2):
+        world.box.rig.handle(FromAgent(node, SessionClosed()))
+    world.box.rig.now_ms += 600_000
+    world.box.rig.handle(Tick())
+    attempts = world.box.rig.core.state.attempts.values()
+    assert {one.phase for one in attempts} == {AttemptPhase.UNREACHABLE}
+    assert world.phase(1) is JobPhase.QUEUED
+    world.go_back(world.copy())
+    return world
+
+
+def test_what_was_out_of_reach_is_not_started_beside_who_has_taken_its_place() -> None:
+    world = lost_before_the_copy()
+    world.hello(node=1)
+    assert (world.started(), world.phase(1)) == ([], JobPhase.HELD)
+    world.hello("1.2")
+    assert (world.killed(), world.phase(1)) == ([], JobPhase.ACTIVE)
+    assert world.box.rig.core.state.jobs[1].epoch == 2
+
+
+def test_what_was_out_of_reach_goes_on_when_it_is_back() -> None:
+    """Unless another node has its place by then."""
+    world = lost_before_the_copy()
+    world.hello("1.1")
+    assert (world.killed(), world.phase(1)) == ([], JobPhase.ACTIVE)
+    world.hello("1.2", node=1)
+    assert world.phase(1) is JobPhase.ACTIVE
+    assert world.box.rig.core.state.attempts["1.1"].phase is AttemptPhase.LOST
+    world.hello("1.1")
+    assert world.killed() == ["1.1"]
 
 
 def test_a_gang_of_a_later_epoch_is_left_alone_and_not_started_beside_it() -> None:
