@@ -13,6 +13,8 @@ from coordinator.core.messages import (
     AttemptStarted,
     CheckpointProposed,
     CommitResult,
+    ExplainJob,
+    Explanation,
     FromAgent,
     HeldAttempt,
     Hello,
@@ -158,6 +160,9 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     world.hello()
     job = world.box.rig.core.state.jobs[1]
     assert (job.phase, job.reason, world.started()) == (JobPhase.HELD, UNSURE, [])
+    explained = answer(world, ExplainJob(1))
+    assert isinstance(explained, Explanation)
+    assert explained.sentence == f"job 1 is held: {UNSURE}"
     world.box.take(Request(1, ReleaseJob(1)))
     assert world.started() == [f"1.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
     assert world.restarts() == [1]
@@ -221,7 +226,7 @@ def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
     assert isinstance(answer(world, NoteManifests("n9", (), ())), Refusal)
 
 
-def answer(world: World, body: NoteManifests) -> object:
+def answer(world: World, body: NoteManifests | ExplainJob) -> object:
     replies = [e for e in world.box.rig.handle(Request(9, body)) if isinstance(e, Reply)]
     return replies[0].answer
 
