@@ -9,7 +9,7 @@ another. DMI's product UUID only root may read, and cheap boards share a placeho
 How: the state directory keeps what hardware it has seen: the GPUs' UUIDs and the addresses of
 network interfaces. One of either that is still there is enough, so a new mainboard, or all new
 GPUs, go unnoticed. Where nothing is left the agent does not start, until a person says which it is.
-Where nothing can be seen (a container) nothing is said.
+Where no interface can be seen (a container) nothing is said.
 
 Sources: machine-id(5), "First Boot Semantics"; HashiCorp Consul, which keeps a node's id in its
 data directory and refuses a name that another id holds.
@@ -26,6 +26,7 @@ KINDS: Final = ("gpus", "interfaces")
 
 _GPU_UUID: Final = "GPU UUID:"
 _INFINIBAND_BYTES: Final = 20  # of its address the last eight are the port's, others a session's
+_PERMANENT: Final = "0"
 _NO_ADDRESS: Final = "00:00:00:00:00:00"
 
 
@@ -40,7 +41,8 @@ def check(directory: Path, root: Path = Path("/")) -> None:
     before = _noted(path)
     here = {"gpus": _gpus(root), "interfaces": _interfaces(root)}
     known = [kind for kind in KINDS if here[kind] and before.get(kind)]
-    if known and not any(set(here[kind]) & set(before[kind]) for kind in known):
+    # A container sees no interface that is hardware, and may be given other GPUs each time.
+    if "interfaces" in known and not any(set(here[kind]) & set(before[kind]) for kind in known):
         raise HostChanged(
             f"{directory} is the state of another machine ({', '.join(before['hostname'])}): none "
             f"of the {' or '.join(known)} noted in {path} is here. If it came with a copied disk or"
@@ -83,14 +85,18 @@ def _gpus(root: Path) -> list[str]:
 
 def _interfaces(root: Path) -> list[str]:
     """Addresses of those that are hardware. Not on USB, where many a management controller has the
-    same one in every machine, and not functions that are made at each boot."""
+    same one in every machine, and not functions that are made at each boot. Nor what is no address
+    of the hardware: a random one is another at each boot, and one that was set is in a copied
+    configuration too (`addr_assign_type`: sysfs-class-net)."""
     found = set()
     for interface in (root / "sys/class/net").glob("*"):
         device = interface / "device"
         on_usb = os.path.basename(os.path.realpath(device / "subsystem")) == "usb"
         if not device.exists() or on_usb or (device / "physfn").exists():
             continue
-        own = _text(interface / "bonding_slave/perm_hwaddr") or _text(interface / "address")
+        own = _text(interface / "bonding_slave/perm_hwaddr")
+        if not own and _text(interface / "addr_assign_type").strip() in ("", _PERMANENT):
+            own = _text(interface / "address")
         octets = own.strip().split(":")
         address = ":".join(octets[-8:] if len(octets) == _INFINIBAND_BYTES else octets)
         if address not in ("", _NO_ADDRESS):

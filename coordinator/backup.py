@@ -6,11 +6,13 @@ backup makes the copy, which is one moment of the store in one file, and marks i
 the time: whoever opens it knows what it is, and what follows is decided in `core/restored.py`.
 
 The copy is checked, on disk and whole before it has its name; what had the name before is kept
-until then.
+until then. What a copy leaves that is killed goes with the next one of that name.
 """
 
 import argparse
+import glob
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -25,6 +27,8 @@ from coordinator.store.queries import load_queries
 COMMAND = "backup"
 # The copy takes the write lock for no longer than the mark needs; a commit is waited for.
 BUSY_TIMEOUT_S = 10.0
+# What belongs to a store, by the ends of its files' names.
+STORE_ENDS = ("", "-wal", "-shm", "-journal", ".lock")
 
 
 class BackupError(Exception):
@@ -62,8 +66,14 @@ def backup(store: Path, target: Path, unix_ms: int, *, replace: bool = False) ->
     `BackupError`, `OSError` and `sqlite3.DatabaseError`; then `target` is what it was."""
     if not store.is_file():
         raise BackupError("there is no such database")
+    target = Path(os.path.realpath(target))  # a link stays one, whatever it leads to
+    if target in [Path(f"{os.path.realpath(store)}{end}") for end in STORE_ENDS]:
+        raise BackupError("that is the database itself")
+    if target.exists() and not target.is_file():
+        raise BackupError("that is no file")
     if not replace and target.exists():
         raise BackupError("that is there already; `--replace` takes its place")
+    _sweep(target)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     try:
@@ -72,10 +82,18 @@ def backup(store: Path, target: Path, unix_ms: int, *, replace: bool = False) ->
         os.replace(scratch, target)
         _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     finally:
-        for ending in ("", "-wal", "-shm", "-journal"):
+        for end in STORE_ENDS:
             with suppress(FileNotFoundError):
-                os.unlink(f"{scratch}{ending}")
+                os.unlink(f"{scratch}{end}")
     return size_bytes
+
+
+def _sweep(target: Path) -> None:
+    """What copies have left that were killed."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        pid = re.fullmatch(r"\.([0-9]+)(-wal|-shm|-journal)?", left.name[1 + len(target.name) :])
+        if pid and (int(pid[1]) == os.getpid() or not Path("/proc", pid[1]).exists()):
+            left.unlink(missing_ok=True)
 
 
 def _copy(store: Path, scratch: Path, unix_ms: int) -> None:

@@ -98,7 +98,7 @@ class CheckpointReader:
                                 yield Response(chunk=piece)
                             done_count += 1
                 return
-            except _Unusable as error:
+            except Unusable as error:
                 said.append(f"{holder.node.id}: {error}")
             except grpc.aio.AioRpcError as error:
                 details = error.details() if error.code() is grpc.StatusCode.NOT_FOUND else ""
@@ -106,15 +106,20 @@ class CheckpointReader:
         raise NotToBeHad("; ".join(said))
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """A node sent what it was not asked for."""
+
+
+async def read_manifest(channel: grpc.aio.Channel, digest: str) -> bytes:
+    """From one node. Raises `AioRpcError`, and `Unusable` for other bytes than were asked for."""
+    return await _manifest(peer_pb2_grpc.PeerServiceStub(channel), digest)
 
 
 async def _manifest(stub: "PeerServiceAsyncStub", digest: str) -> bytes:
     request = peer_pb2.GetManifestRequest(digest=digest)
     response = await stub.GetManifest(request, timeout=CALL_DEADLINE_S)
     if blake3(response.data).hexdigest() != digest:
-        raise _Unusable(f"sent other than manifest {digest[:12]}")
+        raise Unusable(f"sent other than manifest {digest[:12]}")
     return response.data
 
 
@@ -136,7 +141,7 @@ async def _chunks(
                 size_bytes = size_bytes or min(piece.size_bytes, CHUNK_BYTES_MAX)
                 fits = 1 <= len(piece.data) <= size_bytes - len(data)
                 if (piece.digest, piece.size_bytes) != (digest, size_bytes) or not fits:
-                    raise _Unusable(f"sent other than chunk {digest[:12]}")
+                    raise Unusable(f"sent other than chunk {digest[:12]}")
                 data += piece.data
             yield digest, bytes(data)
     finally:
@@ -150,12 +155,12 @@ def _pieces(digest: str, data: bytes) -> Iterator[peer_pb2.Chunk]:
 
 
 def chunks_of(manifest: bytes) -> list[str]:
-    """Every chunk that a manifest names, once, in order of first use. Raises `_Unusable`."""
+    """Every chunk that a manifest names, once, in order of first use. Raises `Unusable`."""
     try:
         files = json.loads(manifest)["files"]
         return list(dict.fromkeys(str(pair[0]) for entry in files for pair in entry["chunks"]))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _Unusable(f"its manifest makes no sense ({error})") from None
+        raise Unusable(f"its manifest makes no sense ({error})") from None
 
 
 class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):

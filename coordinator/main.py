@@ -33,6 +33,7 @@ from coordinator.config import (
 )
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.found import unread
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
@@ -42,6 +43,7 @@ from coordinator.forecast.live import LiveForecaster, pasts
 from coordinator.histogram import SECONDS_BOUNDS, Histogram
 from coordinator.journald import journal_of, stderr_is_journal
 from coordinator.lease_advisor import LeaseAdvisor, Outlets
+from coordinator.manifests import ManifestReader
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
@@ -49,7 +51,7 @@ from coordinator.rpc import add_services
 from coordinator.scaling_settings import power_options, rented_names, scaling_options
 from coordinator.shell import TICK_MS, CoordinatorShell
 from coordinator.store.sqlite import SqliteStore
-from coordinator.transport import TransportError, listen, open_channel
+from coordinator.transport import Tls, TransportError, listen, open_channel
 
 # Rounds of the loop without which systemd may restart us; a commit that waits for a slow disk still
 # counts as one.
@@ -148,6 +150,8 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             await _open_metrics(stack, config, shell, store)
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
+        if snapshot.numbering.remembered_job_id is not None:
+            _look_for_checkpoints(stack, core, shell, tls)
         _allocate(stack, shell)
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
@@ -172,7 +176,7 @@ def _tell_restored(snapshot: Snapshot) -> None:
     made = datetime.fromtimestamp(snapshot.copied_unix_ms / 1000, UTC).isoformat(timespec="seconds")
     held = sum(is_unsure(job) for job in snapshot.jobs)
     reason = (
-        f"a copy of {made} was put back: what was submitted and decided since is not known;"
+        f"it is a copy of {made}: what was submitted and decided since is not known;"
         f" {held} jobs are held unless their nodes say that they run"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
@@ -221,6 +225,23 @@ def _open_capacity(
     )
     stack.push_async_callback(actuator.close)
     shell.act_through(actuator)
+
+
+def _look_for_checkpoints(
+    stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell, tls: Tls | None
+) -> None:
+    """Those that a store which was put back has forgotten."""
+
+    def ended(reason: str) -> None:
+        """Jobs go on from what the copy knows."""
+        logging_setup.emit("error", "manifests.stopped", (("reason", reason),))
+
+    reader = ManifestReader(
+        lambda: unread(core.state),
+        shell.request,
+        lambda address: open_channel(address, tls, CHANNEL_OPTIONS),
+    )
+    _beside(stack, reader.run(), ended)
 
 
 def _allocate(stack: AsyncExitStack, shell: CoordinatorShell) -> None:

@@ -1,5 +1,6 @@
 """What people ask of checkpoints, a part of what `messages.py` says goes into the core: which are
-kept, keep this one, and one of them for reading."""
+kept, keep this one, and one of them for reading; and what
+lies on nodes of which the store has forgotten."""
 
 from dataclasses import dataclass
 
@@ -29,6 +30,28 @@ class UnpinCheckpoint:
 
     job_id: int
     choice: CheckpointChoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint on a node says of itself; of a job of one rank."""
+
+    digest: str
+    job_id: int
+    epoch: int
+    step: int
+    parent: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteManifests:
+    """Of these digests on a node somebody has read what they are; of some, that they are nothing
+    to us."""
+
+    node: str
+    digests: tuple[str, ...]
+    manifests: tuple[Manifest, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from coordinator.core import (
     fit,
     fleet_scaling,
     forgetting,
+    found,
     gangs,
     health,
     jobs,
@@ -46,6 +47,7 @@ from coordinator.core.capacity_model import Power
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
+    NoteManifests,
     PinCheckpoint,
     UnpinCheckpoint,
 )
@@ -190,6 +192,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
             return retention.pin(state, now, body)
         case UnpinCheckpoint():
             return retention.unpin(state, now, body)
+        case NoteManifests():
+            return _note_manifests(state, now, body)
         case FindCheckpoint():
             return retention.find(state, body)
         case GetPlan() | ListScaleRecords() | GetScaleRecord() | ApproveScaling():
@@ -240,6 +244,14 @@ def _set_rate(state: State, now: Instant, body: SetTelemetryRate) -> NodeView | 
     if live is None:
         return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
     nodes.set_rate(state, live, body.rate)
+    return _node_view(state, now, live)
+
+
+def _note_manifests(state: State, now: Instant, body: NoteManifests) -> NodeView | Refusal:
+    live = state.nodes.get(body.node)
+    if live is None:
+        return Refusal(RefusalKind.NOT_FOUND, f"there is no node {body.node!r}")
+    found.note(state, now, live, body)
     return _node_view(state, now, live)
 
 

@@ -17,6 +17,7 @@ from coordinator.core import (
     poison,
     projects,
     reserved,
+    restored,
     standby,
     trials,
 )
@@ -116,7 +117,7 @@ def _reason(state: State, now: Instant, job: Job) -> str:
             reason = queue_of.blocked(state, now, job) or reason
         return f"job {job.id} waits: {reason}{tail}"
     if job.phase is JobPhase.HELD:
-        if job.trouble is not None and job.trouble.quarantined:
+        if restored.is_unsure(job) or (job.trouble is not None and job.trouble.quarantined):
             return f"job {job.id} is held: {reason}"
         return f"job {job.id} is held: `baton release {job.id}` lets it start"
     attempt = state.current(job)

@@ -73,7 +73,7 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
     time without a session.
-    `clock_wrong`: `clocks.py`.
+    `clock_wrong`: `clocks.py`; `unlisted`: `found.py`.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -103,6 +103,7 @@ class LiveNode:
     shares: bool = True
     rival: Rival | None = None
     clock_wrong: bool = False
+    unlisted: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from coordinator.core.capacity_messages import Actuated as Actuated
 from coordinator.core.checkpoint_requests import (
     FindCheckpoint,
     ListCheckpoints,
+    NoteManifests,
     PinCheckpoint,
     UnpinCheckpoint,
 )
@@ -95,6 +96,7 @@ RequestBody = (
     | ListProjects
     | GetDemand
     | ListCheckpoints
+    | NoteManifests
     | PinCheckpoint
     | UnpinCheckpoint
     | FindCheckpoint

@@ -17,7 +17,14 @@ from dataclasses import replace
 from coordinator.core import ranks, standby
 from coordinator.core.capacity_model import Power
 from coordinator.core.ledger import attempt_parts
-from coordinator.core.messages import AppendEvent, HeldAttempt, PutJob, PutNode, Record
+from coordinator.core.messages import (
+    AppendEvent,
+    HeldAttempt,
+    PutAttempt,
+    PutJob,
+    PutNode,
+    Record,
+)
 from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
@@ -39,10 +46,16 @@ def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
         if node.power.phase in (Power.ON, Power.OFF, Power.FAILED):
             changes = node.power.changes + epochs
             yield PutNode(replace(node, power=replace(node.power, changes=changes)))
-    away = {a.job_id: True for a in snapshot.attempts if a.phase is AttemptPhase.UNREACHABLE}
-    for job in snapshot.jobs:
-        if job.intent is not JobIntent.RUN or job.id in away:
-            continue  # whoever is out of reach has it when it is back, or when it is given up
+    unsure = {job.id: job for job in snapshot.jobs if job.intent is JobIntent.RUN}
+    for attempt in snapshot.attempts:
+        job = unsure.get(attempt.job_id)
+        away = attempt.phase is AttemptPhase.UNREACHABLE
+        if away and job is not None and job.phase is JobPhase.QUEUED:
+            # Another may have its place since. If it is back and nobody has, it is taken back.
+            yield PutAttempt(
+                replace(attempt, phase=AttemptPhase.LOST, ended_unix_ms=unix_ms, reason=UNSURE)
+            )
+    for job in unsure.values():
         if job.phase is JobPhase.ACTIVE:
             yield PutJob(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
         elif job.phase is JobPhase.QUEUED:

@@ -3,6 +3,7 @@ same machine is no reason."""
 
 import asyncio
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,17 @@ def test_a_copied_state_directory_is_refused_until_a_person_says_so(
         (("GPU-x", "GPU-y"), {"eth1": BOARD["eth1"]}),
         ((), BOARD),
         ((), {}),
+        (("GPU-x",), {}),
         (("GPU-????????-????",), BOARD),
     ],
-    ids=["new mainboard", "new gpus", "no driver", "a container", "a driver that has not asked"],
+    ids=[
+        "new mainboard",
+        "new gpus",
+        "no driver",
+        "a container",
+        "with a GPU",
+        "a driver that has not asked",
+    ],
 )
 def test_new_hardware_in_the_same_machine_is_no_reason(
     state: Path, tmp_path: Path, gpus: tuple[str, ...], interfaces: dict[str, str]
@@ -78,8 +87,13 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_many_machines_share_or_each_boot_makes_is_no_witness(tmp_path: Path) -> None:
-    """A management controller on USB, a virtual function, an interface without hardware."""
-    root = machine(tmp_path / "root", (), {"usb0": "aa:00:00:00:00:01", "vf0": "aa:00:00:00:00:02"})
+    """A management controller on USB, a virtual function, an interface without hardware, and one
+    with a random address or one that was set. What a bond has set, it remembers the other of."""
+    names = ("usb0", "vf0", "random", "set", "bonded")
+    addresses = {name: f"aa:00:00:00:00:{number:02x}" for number, name in enumerate(names, start=1)}
+    root = machine(tmp_path / "root", (), addresses)
+    for name, kind in (("random", "1"), ("set", "3"), ("bonded", "3")):
+        (root / f"sys/class/net/{name}/addr_assign_type").write_text(f"{kind}\n")
     (tmp_path / "bus/usb").mkdir(parents=True)
     (root / "sys/class/net/usb0/device/subsystem").symlink_to(tmp_path / "bus/usb")
     (root / "sys/class/net/vf0/device/physfn").mkdir()
@@ -87,6 +101,10 @@ def test_what_many_machines_share_or_each_boot_makes_is_no_witness(tmp_path: Pat
     (root / "sys/class/net/docker0/address").write_text("aa:00:00:00:00:03\n")
     check(tmp_path, root)
     assert not (tmp_path / FILE_NAME).exists()
+    (root / "sys/class/net/bonded/bonding_slave").mkdir()
+    (root / "sys/class/net/bonded/bonding_slave/perm_hwaddr").write_text("3c:ec:ef:00:00:07\n")
+    check(tmp_path, root)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["interfaces"] == ["3c:ec:ef:00:00:07"]
 
 
 def test_a_torn_note_is_written_anew(state: Path, tmp_path: Path) -> None:

@@ -328,6 +328,7 @@ HOUR_MS = 3_600_000
 # Told when the head moves though nothing was committed; what was set aside is put back at rest.
 HEAD_MOVES = (
     *("checkpoint.skipped", "checkpoint.abandoned", "checkpoint.verified", "checkpoint.set_aside"),
+    "checkpoint.found",
     *("job.quarantined", "job.failed", "job.cancelled"),
 )
 

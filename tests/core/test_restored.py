@@ -6,23 +6,30 @@ from copy import deepcopy
 
 import pytest
 
+from coordinator.core.checkpoint_requests import Manifest, NoteManifests
+from coordinator.core.found import unread
 from coordinator.core.messages import (
     AttemptExited,
     AttemptStarted,
     CheckpointProposed,
     CommitResult,
+    ExplainJob,
+    Explanation,
     FromAgent,
     HeldAttempt,
     Hello,
     ListNodes,
     Log,
     NodePage,
+    Refusal,
     ReleaseJob,
     Reply,
     Request,
+    SessionClosed,
     StartAttempt,
     StopAttempt,
     Submit,
+    Tick,
 )
 from coordinator.core.model import JobSpec, Snapshot
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
@@ -37,8 +44,8 @@ AGE_MS = 86_400_000
 class World:
     """One node, `n0`, and a coordinator on a disk that goes back."""
 
-    def __init__(self) -> None:
-        self.box = Box("n0:1")
+    def __init__(self, *addresses: str) -> None:
+        self.box = Box("n0:1", *addresses)
 
     def submit(self, ranks: int = 1) -> None:
         for order in self.box.submit(ranks):
@@ -61,17 +68,30 @@ class World:
         if declared:
             rig.core.state.numbering = back.numbering
 
-    def hello(self, *attempts: str) -> None:
+    def hello(self, *attempts: str, node: int = 0, checkpoints: tuple[str, ...] = ()) -> None:
         """Of a node that is in already it says what it has now."""
         held_attempts = tuple(HeldAttempt(one, ()) for one in attempts)
-        hello = Hello("n0", "j", "n0:1", HOST, (), held_attempts, acknowledged=100)
-        self.box.sequences[0] = 100
-        self.box.take(FromAgent(0, hello))
+        name = f"n{node}"
+        hello = Hello(
+            name, "j", f"{name}:1", HOST, (), held_attempts, checkpoints, acknowledged=100
+        )
+        self.box.sequences[node] = 100
+        self.box.take(FromAgent(node, hello))
         self.told = [
             effect.event
             for effect in self.box.rig.handled[-2][2]
             if isinstance(effect, Log) and effect.event.startswith("store.")
         ]
+
+    def read(self, *manifests: Manifest, node: int = 0) -> tuple[str, ...]:
+        """Somebody has read these there. What of its job the coordinator knows then, the last
+        checkpoint first."""
+        digests = tuple(one.digest for one in manifests)
+        self.box.take(Request(2, NoteManifests(f"n{node}", digests, manifests)))
+        state = self.box.rig.core.state
+        known = tuple(one.digest for one in state.good_checkpoints(state.jobs[1]))
+        assert known[:1] == (state.jobs[1].head,)
+        return known
 
     def phase(self, job_id: int) -> JobPhase:
         return self.box.rig.core.state.jobs[job_id].phase
@@ -140,6 +160,9 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     world.hello()
     job = world.box.rig.core.state.jobs[1]
     assert (job.phase, job.reason, world.started()) == (JobPhase.HELD, UNSURE, [])
+    explained = answer(world, ExplainJob(1))
+    assert isinstance(explained, Explanation)
+    assert explained.sentence == f"job 1 is held: {UNSURE}"
     world.box.take(Request(1, ReleaseJob(1)))
     assert world.started() == [f"1.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
     assert world.restarts() == [1]
@@ -148,6 +171,100 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     # Who has run it since, and comes only now, is too late: two would be in one place.
     world.hello("1.2")
     assert "1.2" in world.killed()
+
+
+def committed_before_the_copy() -> World:
+    world = World("n1:1")
+    world.submit()
+    world.box.say("1.1", CheckpointProposed("aa", "", 5, 1, ("n0", "n1")))
+    world.go_back(world.copy())
+    return world
+
+
+def test_what_was_committed_after_the_copy_is_found_on_nodes() -> None:
+    """By epoch, then by step; what is known has one copy more."""
+    world = committed_before_the_copy()
+    world.hello(checkpoints=("bb", "cc", "dd"))
+    world.hello(checkpoints=("aa", "bb"), node=1)
+    state = world.box.rig.core.state
+    assert unread(state) == [("n0", "n0:1", ("bb", "cc", "dd")), ("n1", "n1:1", ("bb",))]
+    old, bb = Manifest("dd", 1, 1, 4, "", 1), Manifest("bb", 1, 1, 9, "aa", 1)
+    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1), bb, old) == ("cc", "aa")
+    assert unread(state) == [("n1", "n1:1", ("bb",))]
+    assert world.read(bb, node=1) == ("cc", "aa")
+    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1), node=1) == ("cc", "aa")
+    assert state.checkpoints[1][-1].replicas == ("n0", "n1")
+    assert (world.phase(1), state.jobs[1].head_step) == (JobPhase.HELD, 7)
+    world.box.take(Request(1, ReleaseJob(1)))
+    starts = [order for order in world.box.sent if isinstance(order, StartAttempt)]
+    assert [one.digest for one in starts[0].candidates] == ["cc", "aa"]
+    # From here on commits are known, and what else may lie there is of who does not hold the job.
+    assert world.read(Manifest("ee", 1, 3, 99, "cc", 1)) == ("cc", "aa")
+
+
+def test_of_what_runs_its_own_checkpoints_alone_are_found() -> None:
+    """Of another attempt's nobody knows that it held the job; and a gang's are not put together."""
+    world = committed_before_the_copy()
+    world.hello("1.2", checkpoints=("aa", "bb", "cc"))
+    assert world.read(Manifest("bb", 1, 1, 9, "aa", 1)) == ("aa",)
+    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1)) == ("cc", "aa")
+    world.box.say("1.2", CheckpointProposed("dd", "cc", 8, 1, ("n0",)))
+    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1))[0] == "dd"
+    gang = World()
+    gang.submit(ranks=2)
+    gang.go_back(gang.copy())
+    gang.hello()
+    gang.box.take(Request(2, NoteManifests("n0", ("bb",), (Manifest("bb", 1, 1, 9, "", 1),))))
+    assert gang.box.rig.core.state.jobs[1].head == ""
+
+
+def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
+    world = World()
+    world.submit()
+    world.hello("1.1", checkpoints=("aa",))
+    assert unread(world.box.rig.core.state) == []
+    assert isinstance(answer(world, NoteManifests("n9", (), ())), Refusal)
+
+
+def answer(world: World, body: NoteManifests | ExplainJob) -> object:
+    replies = [e for e in world.box.rig.handle(Request(9, body)) if isinstance(e, Reply)]
+    return replies[0].answer
+
+
+def lost_before_the_copy(ranks: int = 1) -> World:
+    """Both nodes are lost, with job 1, when the copy is made; it waits for one of them."""
+    world = World("n1:1")
+    world.submit(ranks)
+    for node in range(2):
+        world.box.rig.handle(FromAgent(node, SessionClosed()))
+    world.box.rig.now_ms += 600_000
+    world.box.rig.handle(Tick())
+    attempts = world.box.rig.core.state.attempts.values()
+    assert {one.phase for one in attempts} == {AttemptPhase.UNREACHABLE}
+    assert world.phase(1) is JobPhase.QUEUED
+    world.go_back(world.copy())
+    return world
+
+
+def test_what_was_out_of_reach_is_not_started_beside_who_has_taken_its_place() -> None:
+    world = lost_before_the_copy()
+    world.hello(node=1)
+    assert (world.started(), world.phase(1)) == ([], JobPhase.HELD)
+    world.hello("1.2")
+    assert (world.killed(), world.phase(1)) == ([], JobPhase.ACTIVE)
+    assert world.box.rig.core.state.jobs[1].epoch == 2
+
+
+def test_what_was_out_of_reach_goes_on_when_it_is_back() -> None:
+    """Unless another node has its place by then."""
+    world = lost_before_the_copy()
+    world.hello("1.1")
+    assert (world.killed(), world.phase(1)) == ([], JobPhase.ACTIVE)
+    world.hello("1.2", node=1)
+    assert world.phase(1) is JobPhase.ACTIVE
+    assert world.box.rig.core.state.attempts["1.1"].phase is AttemptPhase.LOST
+    world.hello("1.1")
+    assert world.killed() == ["1.1"]
 
 
 def test_a_gang_of_a_later_epoch_is_left_alone_and_not_started_beside_it() -> None:

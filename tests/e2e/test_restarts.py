@@ -265,13 +265,18 @@ def put_back(fleet: Cluster, copy: Path) -> None:
 def test_a_copy_of_the_database_put_back_ends_no_training(
     fleet: Cluster, gate: Gate, tmp_path: Path
 ) -> None:
-    """The copy knows neither the second attempt of one job nor that there is another job."""
+    """The copy knows neither the second attempt of one job, nor that another has finished, nor that
+    there is a third."""
     job_id, first_pid = began(fleet, gate)
+    over_gate = Gate(tmp_path / "over")
+    over_id, _ = began(fleet, over_gate)
     copy = tmp_path / "copy.sqlite3"
     config = fleet.runtime_directory / "coordinator.toml"
     words = ["-m", "coordinator", "backup", str(copy), "--config", str(config)]
     done = subprocess.run([sys.executable, *words], env=fleet.helper_environment(), check=False)
     assert done.returncode == 0
+    over_gate.open_to(6)
+    work.wait_succeeded(fleet, over_id)
     os.kill(first_pid, signal.SIGKILL)
     work.wait_running(fleet, job_id, 2)
     found = work.wait_output(
@@ -288,6 +293,12 @@ def test_a_copy_of_the_database_put_back_ends_no_training(
     assert not work.lives(pid)
     assert f"runs {other_id}.1: " in work.node(fleet, "n1").reason
     assert work.submit(fleet, ["true"]) > other_id + 100_000
+    # Of what had finished only the last checkpoint is left, which the copy does not know.
+    work.wait_committed(fleet, over_id, 6)
+    assert fleet.baton("release", str(over_id)).returncode == 0
+    job = work.wait_succeeded(fleet, over_id)
+    assert job.checkpoint.step == 6
+    assert work.events_named(work.lines(fleet, over_id), "started")[-1]["step"] == 6
     other_gate.open_to(6)
     exited = work.wait_log(fleet, "n1", "attempt.exited", attempt=f"{other_id}.1")
     assert exited["exit_code"] == 0

@@ -225,7 +225,7 @@ class Said:
 )
 async def test_a_lie_about_a_size_ends_the_call_at_once(pieces: list[tuple[int, bytes]]) -> None:
     said = Said([*pieces, (10, b"never asked for")])
-    with pytest.raises(checkpoint_rpc._Unusable, match=f"sent other than chunk {CHUNK[:12]}"):
+    with pytest.raises(checkpoint_rpc.Unusable, match=f"sent other than chunk {CHUNK[:12]}"):
         await said.read()
     assert said.left == [(10, b"never asked for")]
     assert said.cancelled
@@ -246,7 +246,7 @@ async def test_crumbs_are_put_together_and_passed_on_in_pieces(
 
 
 def test_a_manifest_without_sense_is_said() -> None:
-    with pytest.raises(checkpoint_rpc._Unusable, match="makes no sense"):
+    with pytest.raises(checkpoint_rpc.Unusable, match="makes no sense"):
         checkpoint_rpc.chunks_of(b"[]")
 
 

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import stat
+import subprocess
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -98,6 +99,47 @@ async def test_what_goes_wrong_leaves_the_copy_of_before(
         backup(world.path, copy, NOW_MS, replace=True)
     assert copy.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["copy.sqlite3", "state"]
+
+
+async def test_nothing_but_a_file_gives_way_and_never_the_store(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    await write_all(world, whole(1))
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path, tmp_path / "pipe", Path("/")):
+        with pytest.raises(BackupError, match="that is no file"):
+            backup(world.path, target, NOW_MS, replace=True)
+    link = tmp_path / "link"
+    link.symlink_to(world.path)
+    for target in (world.path, link, Path(f"{world.path}-wal"), Path(f"{world.path}.lock")):
+        with pytest.raises(BackupError, match="the database itself"):
+            backup(world.path, target, NOW_MS, replace=True)
+    assert (await read_all(world)).copied_unix_ms == 0
+    link.unlink()
+    link.symlink_to("elsewhere")
+    for _ in range(2):
+        backup(world.path, link, NOW_MS, replace=True)
+    assert link.is_symlink()
+    assert (await read_all(SqliteWorld(tmp_path / "elsewhere"))).copied_unix_ms == NOW_MS
+
+
+def ended_pid() -> int:
+    with subprocess.Popen(["true"]) as program:
+        return program.pid
+
+
+async def test_what_a_killed_copy_has_left_goes_with_the_next(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """Also where it had our own pid, as in a container. Who still lives goes on."""
+    await write_all(world, whole(1))
+    pid = ended_pid()
+    left = [f".copy.{pid}", f".copy.{pid}-journal", f".copy.{os.getpid()}"]
+    others = [f".copy.{os.getppid()}", ".copy.swp", f".copy.x.{pid}"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    backup(world.path, tmp_path / "copy", NOW_MS)
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "copy", "state"])
 
 
 async def test_the_command_says_what_it_has_done(
