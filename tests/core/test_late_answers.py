@@ -98,15 +98,18 @@ def test_of_an_answer_only_what_is_still_true_is_taken(happens: str) -> None:
     assert not [why for why in fleet.stops() if why in MOVED] or fleet.type_of(2) == H100
 
 
-@pytest.mark.parametrize("wish", [None, m.CancelJob(2), m.HoldJob(2)])
+@pytest.mark.parametrize(
+    "wishes", [(), (m.CancelJob(2),), (m.HoldJob(2),), (m.HoldJob(2), m.ReleaseJob(2))]
+)
 def test_nobody_gives_way_to_one_who_does_not_wait_any_more(
-    wish: m.CancelJob | m.HoldJob | None,
+    wishes: tuple[m.CancelJob | m.HoldJob | m.ReleaseJob, ...],
 ) -> None:
-    """Job 1 has hours to go, and may be stopped for job 2 once it has run for ten minutes."""
+    """Job 1 has hours to go, and may be stopped for job 2 once it has run for ten minutes. Job 2 is
+    a trial, and whoever is behind gets its place where it is cancelled or held."""
     fleet = Fleet("1xH100", "1xA100:80")
     fleet.submit(training(50_000))
     fleet.run(400)
-    fleet.submit(training(900, gpu_types=(H100,)))
+    fleet.submit(training(900, gpu_types=(H100,), array="0-1%1"))
     fleet.run(240)
     fleet.rig.answers_at_once = False
     while not fleet.rig.unanswered:
@@ -114,10 +117,10 @@ def test_nobody_gives_way_to_one_who_does_not_wait_any_more(
     found = answer(fleet.rig.unanswered[0]).allocation
     assert found is not None
     assert found.grants[2].option.gpu_type == H100
-    if wish is not None:
+    for wish in wishes:
         fleet.rig.handle(m.Request(1, wish))
     told(fleet)
-    assert len(fleet.stops()) == (wish is None)
+    assert len(fleet.stops()) == (not wishes)
 
 
 def test_who_comes_meanwhile_goes_by_the_prices_of_the_last_time() -> None:
