@@ -6,7 +6,9 @@ silence, would be in the job's account, and such a job would look as if a stop c
 
 How: the agent says beside its time for how long it has been so, by a clock that nobody sets. A
 message is on its way for less than `APART_MS`; where both differ by more its time is not believed.
-Within that it is the better one, for it does not depend on the way.
+Within that it is the better one, for it does not depend on the way. Nothing of an attempt was
+before we ordered it: where an agent has been started anew its wall clock alone tells for how long,
+and one that lies may say that it has been so since before there were calendars.
 """
 
 from dataclasses import replace
@@ -25,7 +27,9 @@ def ours(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Agent
     """The event, with a time that can be set against ours."""
     if event.age_ms is None:
         return event
-    unix_ms = now.unix_ms - event.age_ms
+    attempt = state.attempts.get(event.attempt)
+    ordered_ms = 0 if attempt is None else min(attempt.assigned_unix_ms, now.unix_ms)
+    unix_ms = max(ordered_ms, now.unix_ms - event.age_ms)
     ahead_ms = event.unix_ms - unix_ms
     wrong = abs(ahead_ms) > SAID_MS
     if wrong and not live.clock_wrong:
