@@ -93,6 +93,7 @@ def decide(state: State, now: Instant) -> None:
     jobs = contenders.contending(state)
     if not jobs:
         standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
+        standing.entrants, standing.since_ms = {}, {}
         return
     fleet = contenders.fleet_of(state)
     lent = projects.standing_of(state, now).lent
