@@ -10,7 +10,8 @@ is made beside the rounds, seldom, and they go by what it has left (`standing.py
    (`weighing.py`), and until the answer is there all goes by the one before. Of the answer only
    what is still true is taken: whoever has been started, stopped, ended, cancelled, held or lost
    since is left out (`contenders.stays`), and what is promised is looked for in the rooms of now.
-   One is asked for at a time; without an answer within `ANSWER_MS_MAX` it is asked for again.
+   One is asked for at a time; what fails is asked for again in `TICK_MS`, and what is not answered
+   within `ANSWER_MS_MAX` then.
 2. A job takes the first of its types that has room for it: the one that it was granted, then the
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
@@ -145,6 +146,7 @@ def made(state: State, now: Instant, event: AllocationMade) -> bool:
         return False
     if event.allocation is None:
         _miss(state, event.reason)
+        standing.stale_ms = now.now_ms + TICK_MS - QUIET_MS  # whatever happens, not before
         return False
     standing.asked, standing.made_ms = None, now.now_ms
     standing.prices, standing.ahead = event.allocation.prices, event.allocation.ahead
