@@ -67,9 +67,11 @@ def note(state: State, now: Instant) -> None:
 
 
 def tick(state: State, now: Instant) -> None:
-    standing = state.standing
-    if standing.asked is not None:
-        if now.now_ms - standing.asked.at_ms < ANSWER_MS_MAX:
+    standing, asked = state.standing, state.standing.asked
+    if asked is not None:
+        if now.now_ms - asked.at_ms < ANSWER_MS_MAX:
+            if now.now_ms - standing.timed_ms >= TICK_MS:  # no deadline waits for an answer
+                _note_times(state, now, asked.field, asked.aside)
             return
         _miss(state, f"no answer has come for {ANSWER_MS_MAX // 1_000} s")
     if standing.decided_ms is None:
@@ -119,6 +121,7 @@ def decide(state: State, now: Instant) -> None:
 def _note_times(state: State, now: Instant, field: Field, aside: Sequence[Entrant]) -> None:
     """Who has to start when, and since when who is there."""
     standing, entrants = state.standing, (*field.entrants, *aside)
+    standing.timed_ms = now.now_ms
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in entrants

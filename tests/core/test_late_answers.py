@@ -189,6 +189,21 @@ def test_what_is_never_answered_is_asked_for_again() -> None:
     assert fleet.stops() == MOVED
 
 
+def test_a_deadline_comes_due_while_nobody_answers() -> None:
+    """Job 3 has to start after three minutes; the GPU is free after four."""
+    fleet = Fleet("1xH100")
+    fleet.submit(training(400))
+    fleet.run(60)
+    fleet.submit(training(300))
+    fleet.submit(training(900, deadline_unix_ms=fleet.rig.now.unix_ms + 1_160_000))
+    fleet.run(75)
+    fleet.rig.answers_at_once = False
+    fleet.run(120)
+    assert len(fleet.rig.unanswered) == 1
+    fleet.end(1)
+    assert fleet.type_of(3) == H100
+
+
 def test_a_clock_that_is_set_meanwhile_changes_nothing() -> None:
     fleet = asked_whether_to_move()
     tomorrow = Instant(fleet.rig.now_ms, UNIX_MS_AT_START + fleet.rig.now_ms + 86_400_000)
