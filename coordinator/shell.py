@@ -121,7 +121,7 @@ class CoordinatorShell:
     def from_agent(self, session: int, message: m.AgentMessage) -> None:
         self._counts.messages += 1
         if len(self._inbox) < MESSAGES_MAX:
-            self._post(m.FromAgent(session, message))
+            self._post(m.FromAgent(session, message, self._clock.now_ms()))
         else:
             self._counts.messages_lost += 1
 

@@ -134,12 +134,14 @@ def imagined(
 
 def stands(state: State, entrant: Entrant, lent: Mapping[int, None]) -> bool:
     """Whether it is in the phase in which it was looked at, of the same attempt, and nobody wants
-    anything else of it by now. `lent` are those that are beyond their projects' quotas now."""
+    anything else of it by now; a trial that waits still has its place. `lent` are those that are
+    beyond their projects' quotas now."""
     was, job = entrant.job, state.jobs.get(entrant.job.id)
     return (
         job is not None
         and job.intent is JobIntent.RUN
         and (job.phase, job.epoch) == (was.phase, was.epoch)
+        and (job.phase is not JobPhase.QUEUED or job.id in state.queued)
         and (job.id in lent) is entrant.contender.lent
         and job.id not in state.standing.promises
     )

@@ -57,7 +57,6 @@ from coordinator.core.fit_requests import FitJob
 from coordinator.core.messages import (
     Actuated,
     AgentEvent,
-    AgentMessage,
     AllocationMade,
     Answer,
     AttemptExited,
@@ -132,7 +131,7 @@ class Coordinator:
             answer = jobs.accounted(state, now, _answer(state, now, event.body))
             state.commands.append(Reply(event.reply_to, answer))
         elif isinstance(event, FromAgent):
-            _from_agent(state, now, event.session, event.message)
+            _from_agent(state, now, event)
         elif isinstance(event, Actuated):
             power.actuated(state, now, event)
         elif isinstance(event, Tick):
@@ -303,7 +302,8 @@ def _shares(state: State, holders: tuple[str, ...]) -> tuple[tuple[str, int], ..
     return shares if any(share_bytes for _, share_bytes in shares) else ()
 
 
-def _from_agent(state: State, now: Instant, session: int, message: AgentMessage) -> None:
+def _from_agent(state: State, now: Instant, event: FromAgent) -> None:
+    session, message = event.session, event.message
     if isinstance(message, Hello):
         arrivals.hello(state, now, session, message)
         return
@@ -320,10 +320,12 @@ def _from_agent(state: State, now: Instant, session: int, message: AgentMessage)
     elif isinstance(message, Goodbye):
         nodes.goodbye(state, now, live, message)
     else:
-        _agent_event(state, now, live, message)
+        _agent_event(state, now, live, message, event.came_ms)
 
 
-def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> None:
+def _agent_event(
+    state: State, now: Instant, live: LiveNode, event: AgentEvent, came_ms: int | None
+) -> None:
     """Each event counts once: its sequence is acknowledged in the same commit as what follows from
     it."""
     expected = live.node.acknowledged + 1
@@ -331,7 +333,7 @@ def _agent_event(state: State, now: Instant, live: LiveNode, event: AgentEvent) 
         return  # one before it was dropped; the agent sends them again in order
     if event.sequence == expected:
         state.put_node(replace(live.node, acknowledged=event.sequence))
-        _apply(state, now, live, clocks.ours(state, now, live, event))
+        _apply(state, now, live, clocks.ours(state, now, live, event, came_ms))
         nodes.settle_drain(state, live)
     state.send(live.node.id, EventAck(live.node.acknowledged))
 

@@ -10,7 +10,8 @@ is made beside the rounds, seldom, and they go by what it has left (`standing.py
    (`weighing.py`), and until the answer is there all goes by the one before. Of the answer only
    what is still true is taken: whoever has been started, stopped, ended, cancelled, held or lost
    since is left out (`contenders.stays`), and what is promised is looked for in the rooms of now.
-   One is asked for at a time; without an answer within `ANSWER_MS_MAX` it is asked for again.
+   One is asked for at a time; what fails is asked for again in `TICK_MS`, and what is not answered
+   within `ANSWER_MS_MAX` then.
 2. A job takes the first of its types that has room for it: the one that it was granted, then the
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
@@ -66,9 +67,11 @@ def note(state: State, now: Instant) -> None:
 
 
 def tick(state: State, now: Instant) -> None:
-    standing = state.standing
-    if standing.asked is not None:
-        if now.now_ms - standing.asked.at_ms < ANSWER_MS_MAX:
+    standing, asked = state.standing, state.standing.asked
+    if asked is not None:
+        if now.now_ms - asked.at_ms < ANSWER_MS_MAX:
+            if now.now_ms - standing.timed_ms >= TICK_MS:  # no deadline waits for an answer
+                _note_times(state, now, asked.field, asked.aside)
             return
         _miss(state, f"no answer has come for {ANSWER_MS_MAX // 1_000} s")
     if standing.decided_ms is None:
@@ -93,6 +96,7 @@ def decide(state: State, now: Instant) -> None:
     jobs = contenders.contending(state)
     if not jobs:
         standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
+        standing.entrants, standing.since_ms = {}, {}
         return
     fleet = contenders.fleet_of(state)
     lent = projects.standing_of(state, now).lent
@@ -117,6 +121,7 @@ def decide(state: State, now: Instant) -> None:
 def _note_times(state: State, now: Instant, field: Field, aside: Sequence[Entrant]) -> None:
     """Who has to start when, and since when who is there."""
     standing, entrants = state.standing, (*field.entrants, *aside)
+    standing.timed_ms = now.now_ms
     standing.latest_ms = {
         entrant.job.id: latest_start_ms(entrant.contender)
         for entrant in entrants
@@ -144,6 +149,7 @@ def made(state: State, now: Instant, event: AllocationMade) -> bool:
         return False
     if event.allocation is None:
         _miss(state, event.reason)
+        standing.stale_ms = now.now_ms + TICK_MS - QUIET_MS  # whatever happens, not before
         return False
     standing.asked, standing.made_ms = None, now.now_ms
     standing.prices, standing.ahead = event.allocation.prices, event.allocation.ahead

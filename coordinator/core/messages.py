@@ -253,10 +253,12 @@ AgentMessage = Hello | Heartbeat | AgentEvent | Goodbye | SessionClosed
 
 @dataclass(frozen=True, slots=True)
 class FromAgent:
-    """`session` numbers the streams in the order in which the shell accepted them."""
+    """`session` numbers the streams in the order in which the shell accepted them. It came at
+    `came_ms`, which may be long before its batch; `None`: just now."""
 
     session: int
     message: AgentMessage
+    came_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

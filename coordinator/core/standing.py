@@ -142,7 +142,8 @@ class Standing:
     submitted and attempts assigned, by the monotonic clock. `latest_ms`: by then those that have a
     deadline must run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that of
     those whose time has come, and is not over; `alone_ms` by when who may have company must have
-    none, where he is. `entrants` are those of the last decision."""
+    none, where he is; `timed_ms`: when all three were looked at. `entrants` are those of the last
+    decision."""
 
     decided_ms: int | None = None
     asked: Asked | None = None
@@ -162,5 +163,6 @@ class Standing:
     latest_ms: dict[int, float] = field(default_factory=dict)
     late_ms: dict[int, float] = field(default_factory=dict)
     alone_ms: dict[int, float] = field(default_factory=dict)
+    timed_ms: int = 0
     speeds: Speeds = field(default_factory=Speeds)
     entrants: Mapping[int, Entrant] = field(default_factory=dict)

@@ -78,6 +78,16 @@ def test_a_clock_that_was_set_right_is_believed_again_and_a_slow_link_is_no_cloc
     assert watched.says(5_000, -SAID_MS - 1, AttemptMilestone("first_step"))
 
 
+@pytest.mark.parametrize("age_ms", [UNIX_MS, 10**16, 10**21])
+def test_nothing_of_an_attempt_was_before_it_was_ordered(age_ms: int) -> None:
+    """Of what happened in 1970 before the agent was started anew its wall clock alone tells how
+    long ago that was; no calendar, and no database, has what the others say."""
+    watched = Watched()
+    event = AgentEvent(1, 0, "1.1", AttemptStarted(7), age_ms)
+    watched.take(2_000, FromAgent(1, event))
+    assert watched.core.state.attempts["1.1"].started_unix_ms == UNIX_MS
+
+
 @pytest.mark.parametrize("set_by_ms", [0, DAY_MS, -DAY_MS])
 def test_an_agent_knows_how_old_its_events_are_while_its_clock_is_set(set_by_ms: int) -> None:
     """The start was spooled while nobody was connected; then the clock is set."""

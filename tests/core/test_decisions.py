@@ -419,6 +419,18 @@ def decided(solver: object) -> Sequence[object]:
     return [(event.job_id, event.name, event.message) for event in fleet.rig.disk.events]
 
 
+def test_nobody_is_remembered_once_the_last_job_has_ended() -> None:
+    fleet = Fleet("1xH100")
+    fleet.submit()
+    fleet.run(3)
+    standing = fleet.state.standing
+    assert list(standing.entrants) == [1]
+    fleet.end(1)
+    fleet.run(3)
+    assert not standing.entrants
+    assert not standing.since_ms
+
+
 def test_two_hash_seeds_decide_the_same() -> None:
     said = [
         subprocess.run(

@@ -98,15 +98,18 @@ def test_of_an_answer_only_what_is_still_true_is_taken(happens: str) -> None:
     assert not [why for why in fleet.stops() if why in MOVED] or fleet.type_of(2) == H100
 
 
-@pytest.mark.parametrize("wish", [None, m.CancelJob(2), m.HoldJob(2)])
+@pytest.mark.parametrize(
+    "wishes", [(), (m.CancelJob(2),), (m.HoldJob(2),), (m.HoldJob(2), m.ReleaseJob(2))]
+)
 def test_nobody_gives_way_to_one_who_does_not_wait_any_more(
-    wish: m.CancelJob | m.HoldJob | None,
+    wishes: tuple[m.CancelJob | m.HoldJob | m.ReleaseJob, ...],
 ) -> None:
-    """Job 1 has hours to go, and may be stopped for job 2 once it has run for ten minutes."""
+    """Job 1 has hours to go, and may be stopped for job 2 once it has run for ten minutes. Job 2 is
+    a trial, and whoever is behind gets its place where it is cancelled or held."""
     fleet = Fleet("1xH100", "1xA100:80")
     fleet.submit(training(50_000))
     fleet.run(400)
-    fleet.submit(training(900, gpu_types=(H100,)))
+    fleet.submit(training(900, gpu_types=(H100,), array="0-1%1"))
     fleet.run(240)
     fleet.rig.answers_at_once = False
     while not fleet.rig.unanswered:
@@ -114,10 +117,10 @@ def test_nobody_gives_way_to_one_who_does_not_wait_any_more(
     found = answer(fleet.rig.unanswered[0]).allocation
     assert found is not None
     assert found.grants[2].option.gpu_type == H100
-    if wish is not None:
+    for wish in wishes:
         fleet.rig.handle(m.Request(1, wish))
     told(fleet)
-    assert len(fleet.stops()) == (wish is None)
+    assert len(fleet.stops()) == (not wishes)
 
 
 def test_who_comes_meanwhile_goes_by_the_prices_of_the_last_time() -> None:
@@ -166,7 +169,10 @@ def test_what_fails_is_told_and_tried_again_in_a_minute() -> None:
     failed = m.AllocationMade(fleet.rig.unanswered.pop().asking, None, reason="out of memory")
     (log,) = fleet.rig.handle(failed)
     assert log == m.Log("warning", "allocation.failed", (("reason", "out of memory"),))
-    fleet.run(TICK_MS // 1_000 + 1)
+    fleet.submit(gpu_types=("A100",))
+    fleet.run(TICK_MS // 1_000 - 10)
+    assert not fleet.rig.unanswered, "whatever happens: it may be the memory that there is none of"
+    fleet.run(11)
     told(fleet)
     assert fleet.stops() == MOVED
 
@@ -181,6 +187,21 @@ def test_what_is_never_answered_is_asked_for_again() -> None:
     fleet.rig.unanswered.remove(late)
     told(fleet)
     assert fleet.stops() == MOVED
+
+
+def test_a_deadline_comes_due_while_nobody_answers() -> None:
+    """Job 3 has to start after three minutes; the GPU is free after four."""
+    fleet = Fleet("1xH100")
+    fleet.submit(training(400))
+    fleet.run(60)
+    fleet.submit(training(300))
+    fleet.submit(training(900, deadline_unix_ms=fleet.rig.now.unix_ms + 1_160_000))
+    fleet.run(75)
+    fleet.rig.answers_at_once = False
+    fleet.run(120)
+    assert len(fleet.rig.unanswered) == 1
+    fleet.end(1)
+    assert fleet.type_of(3) == H100
 
 
 def test_a_clock_that_is_set_meanwhile_changes_nothing() -> None:
