@@ -253,8 +253,7 @@ AgentMessage = Hello | Heartbeat | AgentEvent | Goodbye | SessionClosed
 
 @dataclass(frozen=True, slots=True)
 class FromAgent:
-    """`session` numbers the streams in the order in which the shell accepted them. It came at
-    `came_ms`, which may be long before its batch; `None`: just now."""
+    """`session` numbers streams in the order of their acceptance. `None`: it came just now."""
 
     session: int
     message: AgentMessage
