@@ -76,8 +76,13 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
                 raise
             again = f"go on with: baton logs -f --tail-bytes 2000 {job_id}"
             raise CommandFailed(f"{failed}; {again}", failed.exit_code) from failed
-    if not any_parts:
-        write_notice(f"job {job_id} has no output so far")
+        job = None if any_parts else client.job(job_id)
+    if job is not None:
+        from coordinator.cli.jobs import ENDED_PHASES
+
+        over = job.phase in ENDED_PHASES
+        why = f", and there is no output of it: {job.reason}" if over else ": it has no output so far"
+        write_notice(f"job {job_id} {'has ' * over or 'is '}{job.phase}{why}")
 
 
 def _say_why_nothing_comes(job: "Job") -> None:
