@@ -5,8 +5,9 @@ meet. So the coordinator, which alone knows all of them, says to each where it s
 0 listens, in the very order that starts it.
 
 Its owner may add to its environment, but what Baton says there counts. One who wants
-`MASTER_PORT=29500` finds another in the log a day later, so that is refused: `own_variables` are those that an agent sets in
-any case (`agent/core/launch.py`, `agent/processes/mps.py`; a test holds both equal).
+`MASTER_PORT=29500` finds another in the log a day later, so that is refused: `own_variables` are
+those that an agent sets in any case (`agent/core/launch.py`, `agent/processes/mps.py`; a test holds
+both equal).
 """
 
 from dataclasses import dataclass
