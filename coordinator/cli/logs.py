@@ -80,9 +80,12 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
     if job is not None:
         from coordinator.cli.jobs import ENDED_PHASES
 
-        over = job.phase in ENDED_PHASES
-        why = f", and there is no output of it: {job.reason}" if over else ": it has no output so far"
-        write_notice(f"job {job_id} {'has ' * over or 'is '}{job.phase}{why}")
+        if job.phase in ENDED_PHASES:
+            became = "is" if job.phase == "cancelled" else "has"
+            said = f"{became} {job.phase}, and there is no output of it: {job.reason}"
+        else:
+            said = f"is {job.phase}: it has no output so far"
+        write_notice(f"job {job_id} {said}")
 
 
 def _say_why_nothing_comes(job: "Job") -> None:
