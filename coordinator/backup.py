@@ -21,7 +21,7 @@ from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from coordinator.config import from_command_line
+from coordinator.config import PROGRAM, from_command_line
 from coordinator.store.queries import load_queries
 
 COMMAND = "backup"
@@ -46,7 +46,7 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="Where the copy goes.")
     parser.add_argument("--replace", action="store_true", help="Take the place of what is there.")
-    said, others = parser.parse_known_args(list(arguments))
+    said, others = parser.parse_known_args(_joined(arguments))
     # Keys are root's, and the service's alone; nothing of TLS is read here.
     environment = {"CREDENTIALS_DIRECTORY": "/", **environment}
     store = Path(from_command_line(others, environment).config.store_path)
@@ -59,6 +59,16 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     moment = datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="seconds")
     sys.stdout.write(f"{said.file}: {size_bytes} bytes, {store} as it was at {moment}\n")
     return 0
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The coordinator's flags in one word with their values, or a value would pass for FILE."""
+    with_value = {PROGRAM.flag(name) for name in (*PROGRAM.types(), "config")}
+    words, joined = list(arguments), []
+    while words:
+        word = words.pop(0)
+        joined.append(f"{word}={words.pop(0)}" if word in with_value and words else word)
+    return joined
 
 
 def backup(store: Path, target: Path, unix_ms: int, *, replace: bool = False) -> int:

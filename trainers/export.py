@@ -61,8 +61,8 @@ def export(
 ) -> None:
     """Write the weights of a checkpoint directory to the new directory `target`. Raises
     ExportError, WeightsError and OSError."""
-    ours = (*weights.CHECKPOINT_FILES, weights.FIRST_PART)
-    if not any((checkpoint / name).exists() for name in ours):
+    whole = all((checkpoint / name).exists() for name in weights.CHECKPOINT_FILES)
+    if not whole and not (checkpoint / weights.FIRST_PART).exists():
         there = sorted(path.name for path in checkpoint.iterdir())[:FILES_NAMED_MAX]
         raise ExportError(
             f"the checkpoint is not a built-in trainer's, and has {', '.join(there)};"

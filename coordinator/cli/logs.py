@@ -76,8 +76,16 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
                 raise
             again = f"go on with: baton logs -f --tail-bytes 2000 {job_id}"
             raise CommandFailed(f"{failed}; {again}", failed.exit_code) from failed
-    if not any_parts:
-        write_notice(f"job {job_id} has no output so far")
+        job = None if any_parts else client.job(job_id)
+    if job is not None:
+        from coordinator.cli.jobs import ENDED_PHASES
+
+        if job.phase in ENDED_PHASES:
+            became = "is" if job.phase == "cancelled" else "has"
+            said = f"{became} {job.phase}, and there is no output of it: {job.reason}"
+        else:
+            said = f"is {job.phase}: it has no output so far"
+        write_notice(f"job {job_id} {said}")
 
 
 def _say_why_nothing_comes(job: "Job") -> None:

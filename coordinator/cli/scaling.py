@@ -128,7 +128,7 @@ def _remarks(one: "TypePlan") -> Iterator[str]:
     if one.closed_gpus:
         yield f"{quantity(one.closed_gpus, 'is', 'are')} closed or lost"
     if one.stale:
-        yield "what is known is too old"
+        yield "its forecast is too old, or not made yet"
     elif not one.soon_gpus:
         yield "no forecast yet"
     if one.coverage_ratio is not None:

@@ -68,4 +68,4 @@ def _why_not(report: "FitReport") -> str:
         return f"{unknown}: no node with a GPU has joined yet"
     if any(one.fitting for one in report.fits):
         return f"it fills a GPU and leaves nothing to share ({report.fits[0].memory_why})"
-    return f"{unknown} ({report.fits[0].memory_why})"
+    return f"{unknown} ({report.fits[0].memory_why.removeprefix('unknown: ')})"

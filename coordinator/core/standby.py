@@ -404,5 +404,5 @@ def describe(state: State, job: Job, node_id: str, standby: str) -> str:
         # There may be one node that is free, and then it is everybody's.
         others = max(0, state.indices.standbys[standby] - 1)
         too = f", as do those of {quantity(others, 'other attempt')}" if others else ""
-        return f"if {node_id} dies it goes on on {standby}, where its checkpoints go{too}"
+        return f"if {node_id} dies it continues on {standby}, where its checkpoints go{too}"
     return f"its checkpoints go to {standby}, which could not take it now"

@@ -105,7 +105,7 @@ def each(
     views = [answer for answer in answers if isinstance(answer, JobView)]
     if views:
         return replace(views[0], changed=len(views), left=left if leave else (0, 0))
-    none = f"of array {state.jobs[body.job_id].array_id} there is no trial for it"
+    none = f"this can be done for no trial of array {state.jobs[body.job_id].array_id}"
     for no in (answer for answer in answers if isinstance(answer, Refusal)):
         return Refusal(no.kind, f"{none}; {no.sentence}")
     runs, over = quantity(left[0], "runs", "run"), quantity(left[1], "has", "have")

@@ -469,11 +469,16 @@ def test_who_follows_a_job_that_waits_is_told_why_nothing_comes(
 
 def test_logs_of_what_never_ran_say_so(baton: Baton, fake: FakeCoordinator) -> None:
     told = jobs_pb2.StreamLogsResponse(attempt="12.1", node="n1", next_offset=-1)
-    fake.answers["StreamLogs"] = [[told]]
-    for more in ((), ("--json",)):
-        result = baton("logs", "12", *more)
-        assert (result.exit_code, result.stdout) == (0, "")
-        assert result.stderr == "baton: job 12 has no output so far\n"
+    queued = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_QUEUED, reason="needs 9 GPUs")
+    failed = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_FAILED, reason="no directory /a")
+    over = "job 12 has failed, and there is no output of it: no directory /a"
+    for job, said in ((queued, "job 12 is queued: it has no output so far"), (failed, over)):
+        fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+        fake.answers["StreamLogs"] = [[told]]
+        for more in ((), ("--json",)):
+            result = baton("logs", "12", *more)
+            assert (result.exit_code, result.stdout) == (0, "")
+            assert result.stderr == f"baton: {said}\n"
 
 
 def test_what_a_job_says_of_itself_cannot_drive_a_terminal(

@@ -51,7 +51,7 @@ def test_how_much_a_training_takes_is_counted(
     ("answer", "why"),
     [
         (fits(), "no node with a GPU has joined yet"),
-        (fits((jobs_pb2.FITTING_UNSPECIFIED, 0, "unknown: a command")), "(unknown: a command)"),
+        (fits((jobs_pb2.FITTING_UNSPECIFIED, 0, "unknown: a command")), "is not known (a command)"),
         (
             fits((jobs_pb2.FITTING_ACCUMULATES, 1, "4 of 8 at once")),
             "it fills a GPU and leaves nothing to share (4 of 8 at once)",

@@ -42,7 +42,7 @@ def test_the_whole_array_is_held_released_cancelled_and_run_again() -> None:
     assert phases(fleet) == ["cancelled"] * 4 + ["active"]
     over = ask(fleet.rig, CancelJob(1, array=True))
     assert isinstance(over, Refusal)
-    assert over.sentence.startswith("of array 1 there is no trial for it; job 1 is cancelled")
+    assert over.sentence.startswith("this can be done for no trial of array 1; job 1 is cancelled")
     assert "has ended already" in over.sentence
     again = ask(fleet.rig, RequeueJob(4, array=True))
     assert isinstance(again, JobView)
@@ -69,7 +69,7 @@ def test_trials_that_run_or_have_succeeded_are_run_again_by_demand_alone() -> No
     none = ask(fleet.rig, RequeueJob(array_id, array=True))
     assert isinstance(none, Refusal)
     assert none.sentence == (
-        f"of array {array_id} there is no trial for it; 1 runs and 3 have succeeded: see --all"
+        f"this can be done for no trial of array {array_id}; 1 runs and 3 have succeeded: see --all"
     )
     every = ask(fleet.rig, RequeueJob(array_id, array=True, all_trials=True))
     assert isinstance(every, JobView)

@@ -79,7 +79,7 @@ def test_what_is_frozen_travels_before_the_stop_and_once(cluster: Cluster, tmp_p
     job_id = submit(cluster, witness)
     wait_steps(cluster, witness, 5)
     sentence = cluster.baton("explain", str(job_id)).stdout
-    assert "if n1 dies it goes on on n2, where its checkpoints go" in sentence
+    assert "if n1 dies it continues on n2, where its checkpoints go" in sentence
     again = drained(cluster, job_id)
     assert again.node == "n2"
     wait_steps(cluster, witness, again.restored_step + 1)

@@ -156,6 +156,8 @@ async def test_the_command_says_what_it_has_done(
     assert main(["backup", str(copy), *flags]) == 1
     assert "`--replace` takes its place" in capsys.readouterr().err
     assert main(["backup", "--replace", str(copy), *flags]) == 0
+    assert main(["backup", *flags, "--replace", str(copy)]) == 0  # the flags may come first
+    assert capsys.readouterr().out.count(f"{world.path} as it was at") == 2
     with pytest.raises(SystemExit) as wrong:
         main(["backup", *flags])
     assert wrong.value.code == 2

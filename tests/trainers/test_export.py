@@ -245,6 +245,9 @@ def test_a_checkpoint_that_somebody_elses_script_wrote_is_named_as_such(tmp_path
     (tmp_path / "state.pt").write_bytes(b"a pickle")
     with pytest.raises(export.ExportError, match=r"has state\.pt; --format raw copies its files"):
         export.export(tmp_path, "safetensors", tmp_path / "made", about=ABOUT)
+    (tmp_path / "model.safetensors").touch()  # Hugging Face's Trainer has a file of this name
+    with pytest.raises(export.ExportError, match=r"has model\.safetensors, state\.pt; --format"):
+        export.export(tmp_path, "safetensors", tmp_path / "made", about=ABOUT)
 
 
 def test_the_program_ends_with_one_sentence(tmp_path: Path) -> None:
