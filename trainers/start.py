@@ -57,6 +57,7 @@ def run(
             return _train(options, import_builder, folder, session, os.environ)
         except configuration.ConfigurationError as error:
             sys.stderr.write(f"{error}\n")
+            session.leaving(EXIT_USAGE, str(error))
             return EXIT_USAGE
 
 
@@ -97,6 +98,7 @@ def _train(
         return loop.Trainer(task, options, session, ranks.world_of(environment)).run()
     except checkpoint.CheckpointError as error:
         sys.stderr.write(f"cannot resume: {error}\n")
+        session.leaving(EXIT_FAILURE, f"cannot resume: {error}")
         return EXIT_FAILURE
     except microbatch.TooLargeError as error:
         sys.stderr.write(f"{error}\n")

@@ -130,9 +130,13 @@ def test_the_command_trains_what_its_file_says(
     assert start.run(FinetuneOptions, import_builder, arguments) == 0
     events = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
     assert events == ["started", "evaluated", "step", "step", "evaluated", "finished"]
+    said: list[tuple[int, str]] = []
+    monkeypatch.setattr(baton_sdk.Session, "leaving", lambda _, *word: said.append(word))
     (text_folder / "job.json").write_text(json.dumps({**job, "steps": 2, "model": "text"}))
     assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_USAGE
-    assert "cannot open model" in capsys.readouterr().err
+    sentence = capsys.readouterr().err.strip()
+    assert "cannot open model" in sentence
+    assert said == [(start.EXIT_USAGE, sentence)], "which stands in the job's history, too"
 
 
 def test_the_command_says_why_it_cannot_resume(
@@ -140,11 +144,15 @@ def test_the_command_says_why_it_cannot_resume(
 ) -> None:
     monkeypatch.delenv("BATON_SOCKET", raising=False)
     monkeypatch.setenv("BATON_RESTORE_DIR", str(text_folder / "text"))
+    said: list[tuple[int, str]] = []
+    monkeypatch.setattr(baton_sdk.Session, "leaving", lambda _, *word: said.append(word))
     job = {"model": "model", "tokenizer": "bytes", "train_data": "text", "window_tokens": 16}
     (text_folder / "job.json").write_text(json.dumps({**job, "steps": 2}))
     arguments = ["--config", str(text_folder / "job.json")]
     assert start.run(FinetuneOptions, import_builder, arguments) == start.EXIT_FAILURE
-    assert "cannot resume: frozen.safetensors is missing" in capsys.readouterr().err
+    sentence = capsys.readouterr().err.strip()
+    assert "cannot resume: frozen.safetensors is missing" in sentence
+    assert said == [(start.EXIT_FAILURE, sentence)]
 
 
 def test_the_command_says_when_nothing_fits(
