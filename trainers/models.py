@@ -33,6 +33,7 @@ def open_backbone(name: str, *, random: bool) -> Any:
 
 def open_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub id."""
+    _refuse_missing("tokenizer", name)
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -53,6 +54,7 @@ def save(model: Any, directory: Path) -> None:
 
 
 def _open(automatic: Any, name: str, *, random: bool, dtype: torch.dtype = torch.float32) -> Any:
+    _refuse_missing("model", name)
     try:
         if random:
             described = transformers.AutoConfig.from_pretrained(name)
@@ -60,3 +62,9 @@ def _open(automatic: Any, name: str, *, random: bool, dtype: torch.dtype = torch
         return automatic.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"cannot open model '{name}': {error}") from error
+
+
+def _refuse_missing(what: str, name: str) -> None:
+    """What is plainly a path is no hub id, as whose transformers would judge it."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+        raise ConfigurationError(f"cannot open {what} '{name}': there is no such folder here")

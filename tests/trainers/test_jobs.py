@@ -104,6 +104,8 @@ def test_finetune_refuses_what_does_not_fit(text_folder: Path) -> None:
         finetune(text_folder, tokenizer="bytes", held_out_ratio=0.001)
     with pytest.raises(refused, match="cannot open model"):
         finetune(text_folder, model="text")
+    with pytest.raises(refused, match="cannot open model '/none': there is no such folder here"):
+        finetune(text_folder, model="/none")
     config = transformers.GPT2Config(vocab_size=100, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(text_folder / "small")
     with pytest.raises(refused, match="vocabulary of the model ends at 99"):
