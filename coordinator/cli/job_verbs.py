@@ -74,7 +74,9 @@ def _show(context: click.Context, changed: "Changed") -> None:
     # Why it runs where it runs is no answer to "hold it".
     leaving = [one.node for one in changed.attempts if one.phase == "stopping"]
     said = f"saves, and leaves {count_words(leaving)}" if leaving else changed.reason
-    write_sentence("; ".join(filter(None, (f"job {changed.id}: {changed.phase or UNKNOWN}", said))))
+    phase = changed.phase or UNKNOWN
+    parts = (phase, said) if not said.startswith(phase) else (said,)  # "held by its owner"
+    write_sentence(f"job {changed.id}: {'; '.join(filter(None, parts))}")
 
 
 cancel = _verb(

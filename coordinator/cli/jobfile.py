@@ -74,7 +74,8 @@ def read(path: Path) -> JobFile:
     try:
         document = tomllib.loads(_read_text(path))
     except ValueError as error:  # also for a number of thousands of digits
-        raise BadInput(f"{path}: not valid TOML: {_lower_first(str(error))}") from error
+        wanted = "not valid TOML, as a job file is"
+        raise BadInput(f"{path}: {wanted}: {_lower_first(str(error))}") from error
     except RecursionError as error:
         raise BadInput(f"{path}: nested too deeply") from error
     known = [field.encode_name for field in msgspec.structs.fields(JobFile)]

@@ -100,8 +100,8 @@ def _environment(spec: JobSpec) -> str:
             return f"environment variable {name} is Baton's own; choose another name"
         if name in own:
             return (
-                f"environment variable {name} is set by Baton: leave it out (of this job Baton sets"
-                f" {', '.join(own)} and BATON_*)"
+                f"environment variable {name} is set by Baton: leave it out (for this job Baton"
+                f" sets {', '.join(own)} and BATON_*)"
             )
         if "\0" in value:
             return f"environment variable {name} contains a NUL character"

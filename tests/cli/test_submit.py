@@ -175,7 +175,7 @@ def test_a_table_in_the_job_file_is_a_configuration(
         ("memory = -1", "memory: '-1' is not a size"),
         ("hold = 1", "job.toml: hold: expected true or false, got a whole number"),
         ("[env]\nA = 1", "job.toml: env[...]: expected a string, got a whole number; write each"),
-        ("name = ", "job.toml: not valid TOML: invalid value (at "),
+        ("name = ", "job.toml: not valid TOML, as a job file is: invalid value (at "),
         ("config = 'none.json'", "cannot read "),
         ("[config]\nwhen = 2026-01-01", "config: when: a date or time has no JSON form; write it"),
         ("[config]\na = [{b = nan}]", "config: a[0].b: nan has no JSON form"),

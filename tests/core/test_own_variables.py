@@ -79,7 +79,7 @@ def test_what_is_refused_is_what_would_be_overridden(spec: JobSpec) -> None:
         (
             "RANK",
             {"ranks": 2},
-            "environment variable RANK is set by Baton: leave it out (of this job Baton",
+            "environment variable RANK is set by Baton: leave it out (for this job Baton",
         ),
         ("RANK", {}, ""),
         ("CUDA_VISIBLE_DEVICES", {}, "sets CUDA_VISIBLE_DEVICES, MASTER_ADDR, MASTER_PORT, TORCH"),
