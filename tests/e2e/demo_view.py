@@ -96,7 +96,12 @@ class View:
         now_s = time.monotonic()
         if now_s - self._figures_s >= FIGURES_EVERY_S:
             self._figures_s = now_s
-            training = [_figures(job) for job in jobs if job.phase == "active" and job.step >= 0]
+            silent = {node.id for node in nodes if node.phase in ("suspect", "lost")}
+            training = [
+                _figures(job)
+                for job in jobs
+                if job.phase == "active" and job.step >= 0 and job.node not in silent
+            ]
             if training:
                 self.happened("; ".join(training))
 
