@@ -8,7 +8,9 @@ How: numbers go on above all that may have been given (`numbering.py`). Of what 
 a job goes on if its node says that it runs; any other is held until somebody says what is to be
 (`held`). An attempt that can only be of the time after the copy is taken back, if its job is known
 and has one rank; else it is left alone, and shown. So it is, too, where nobody has said that the
-store is a copy: no attempt has a job id or an epoch that was not given.
+store is a copy: no attempt has a job id or an epoch that was not given. What is further above than
+any copy's age explains, a node says in error, and it counts for nothing: else one that lies would
+have all ids used up.
 """
 
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from coordinator.core.messages import (
     Record,
 )
 from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
 from coordinator.core.state import Instant, LiveNode, State
@@ -89,9 +92,11 @@ def is_newer(state: State, item: HeldAttempt) -> bool:
     job_id, epoch = _named(item.attempt)
     job = state.jobs.get(job_id)
     if job is not None:
-        return epoch > job.epoch or _given_up_unseen(state, job, item)
+        most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
+        return job.epoch < epoch <= most or _given_up_unseen(state, job, item)
     remembered = state.numbering.remembered_job_id
-    return job_id > (state.last_job_id if remembered is None else remembered)
+    known = state.last_job_id if remembered is None else remembered
+    return known < job_id <= state.last_job_id + JOB_IDS_MIN
 
 
 def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:

@@ -288,6 +288,20 @@ def test_what_has_been_forgotten_is_still_killed() -> None:
     assert world.killed() == ["1.1"]
 
 
+def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
+    """The peer lies, or its disk does: one such attempt may neither have the job of another, nor
+    use up the ids of all that come."""
+    world = World()
+    world.submit()
+    lies = ["1.999999999999999999", "999999999999999999.1"]
+    world.hello("1.1", *lies)
+    assert sorted(world.killed()) == lies
+    job = world.box.rig.core.state.jobs[1]
+    assert (job.epoch, job.phase) == (1, JobPhase.ACTIVE)
+    world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
+    assert world.box.rig.core.state.last_job_id == 2
+
+
 def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
     first = put_back(Numbering(), 7, 3, 1_000)
     again = put_back(Numbering(), 7, 3, 60_000)
