@@ -8,6 +8,7 @@ asked again in the next round, as long as it is connected.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated
 
 import grpc
 import msgspec
@@ -21,19 +22,24 @@ INTERVAL_S = 1.0
 # So many are told in one request, each some hundred bytes.
 TOLD_MAX = 64
 
+# What the store can hold, also of all files together: a node may say anything.
+NUMBER_MAX = 2**62
+
+_Number = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+
 Wanted = Callable[[], list[tuple[str, str, tuple[str, ...]]]]
 
 
 class _File(msgspec.Struct):
-    size_bytes: int
+    size_bytes: _Number
 
 
 class _Manifest(msgspec.Struct):
     """What of it is looked at (agent/chunks/manifest.py). `rank`: it is a part of a gang's."""
 
-    job: int
-    epoch: int
-    step: int
+    job: _Number
+    epoch: _Number
+    step: _Number
     parent: str
     files: list[_File]
     rank: int | None = None
@@ -88,6 +94,6 @@ async def _read(channel: grpc.aio.Channel, digests: Sequence[str]) -> tuple[Mani
         else:
             size_bytes = sum(file.size_bytes for file in said.files)
             place = said.job, said.epoch, said.step
-            if said.rank is None:
+            if said.rank is None and size_bytes <= NUMBER_MAX:
                 found.append(Manifest(digest, *place, said.parent, size_bytes))
     return tuple(found)

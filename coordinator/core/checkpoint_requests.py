@@ -1,6 +1,6 @@
 """What people ask of checkpoints, a part of what `messages.py` says goes into the core: which are
-kept, keep this one, and one of them for reading; and what
-lies on nodes of which the store has forgotten."""
+kept, keep this one, and one of them for reading; and those on nodes that the store has forgotten.
+"""
 
 from dataclasses import dataclass
 

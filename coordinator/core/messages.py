@@ -253,7 +253,7 @@ AgentMessage = Hello | Heartbeat | AgentEvent | Goodbye | SessionClosed
 
 @dataclass(frozen=True, slots=True)
 class FromAgent:
-    """`session` numbers streams in the order of their acceptance. `None`: it came just now."""
+    """`session` numbers streams as they are accepted. `came_ms`: before its batch; `None`: now."""
 
     session: int
     message: AgentMessage

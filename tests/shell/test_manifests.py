@@ -25,7 +25,10 @@ def encoded(step: int, **others: object) -> bytes:
 
 WHOLE = [encoded(step) for step in range(TOLD_MAX)]
 PART, TORN, ALTERED = encoded(1, rank=0), b"{", b"other than what was asked for"
-ON_DISK = {blake3(data).hexdigest(): data for data in (*WHOLE, PART, TORN)}
+# What no store can hold, of an agent that lies.
+HUGE = [encoded(2**70), encoded(1, epoch=-1)]
+HUGE += [encoded(1, files=[{"size_bytes": 2**62}] * 2)]
+ON_DISK = {blake3(data).hexdigest(): data for data in (*WHOLE, PART, TORN, *HUGE)}
 ON_DISK |= {"0" * 64: ALTERED}
 
 
