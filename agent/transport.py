@@ -86,12 +86,17 @@ def _why(address: str, tls: Tls | None, error: RuntimeError) -> str:
     except OSError as plain:
         if plain.errno == errno.EADDRINUSE:
             return "another program listens there already"
-        # Python adds the address to the text of an error of the system, but not of a name's.
-        number = plain.errno or 0
-        return os.strerror(number) if number > 0 else plain.strerror or str(plain)
+        return system_says(plain)
     except ValueError:  # its port is no number
         return str(error)
     return f"gRPC does not take {tls.cert_path} with its key" if tls else str(error)
+
+
+def system_says(error: OSError) -> str:
+    """Why somebody cannot listen. Python and asyncio add the address to the text of an error of the
+    system, but not of a name's."""
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
 def _is_loopback(address: str) -> bool:

@@ -17,7 +17,6 @@ compares them), because neither may import the other.
 """
 
 import asyncio
-import os
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from coordinator.transport import system_says
 
 if TYPE_CHECKING:
     from coordinator.histogram import Histogram
@@ -132,10 +133,9 @@ class Exporter:
                 ssl_handshake_timeout=DEADLINE_S if self._tls else None,
                 ssl_shutdown_timeout=DEADLINE_S if self._tls else None,
             )
-        except OSError as error:  # of asyncio, with a tuple for the address
-            why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror
+        except OSError as error:
             where = f"cannot listen on {self._address} for metrics"
-            raise OSError(error.errno, f"{where}: {why}") from error
+            raise OSError(error.errno, f"{where}: {system_says(error)}") from error
         self._watching = asyncio.create_task(self._watch())
         bound = self._server.sockets[0].getsockname()[1]
         return f"{'https' if self._tls else 'http'}://{host}:{bound}{PATH}"

@@ -25,7 +25,6 @@ first transfer, and an agent that never moves a checkpoint never pays for it.
 import asyncio
 import hashlib
 import hmac
-import os
 import secrets
 import socket
 import ssl
@@ -47,7 +46,7 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.store import ChunkStore, Writing
 from agent.ports import ChunkError
-from agent.transport import Tls, TransportError, check_listen
+from agent.transport import Tls, TransportError, check_listen, system_says
 
 if TYPE_CHECKING:
     import ssl
@@ -296,8 +295,8 @@ class ChunkHttpServer:
             )
         except OSError as error:
             where = f"{host}:{self._port}"
-            why = os.strerror(number) if (number := error.errno or 0) > 0 else error.strerror
-            raise TransportError(f"cannot listen on {where} for chunks: {why}") from error
+            says = system_says(error)
+            raise TransportError(f"cannot listen on {where} for chunks: {says}") from error
         return int(self._listener.getsockname()[1])
 
     def start(self) -> int:
