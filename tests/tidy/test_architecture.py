@@ -1,9 +1,10 @@
-"""ARCHITECTURE.md tells the truth: its diagrams are the tables, its tests and files exist; so do
-the tests that docs/known-failures.md names.
+"""ARCHITECTURE.md tells the truth: its diagrams are the tables, the tests, files and functions that
+it names exist, and every module of a core has a place; so do the tests of docs/known-failures.md.
 
 `python -m tests.tidy.test_architecture` writes the diagrams anew.
 """
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ DIAGRAMS = {
     "gpu": phases.diagram(phases.GPU_TRANSITIONS),
     "power": phases.diagram(phases.POWER_TRANSITIONS),
 }
-NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
+NAMED = re.compile(r"`(\w+/[\w/]+\.py)(?:::(\w+))?`")
 
 
 def drawn(text: str) -> str:
@@ -42,12 +43,22 @@ def test_diagrams_are_the_tables() -> None:
 
 
 @pytest.mark.parametrize("document", [MAP, ROOT / "docs/known-failures.md"])
-def test_every_named_test_exists(document: Path) -> None:
-    named = NAMED_TEST.findall(document.read_text("utf-8"))
+def test_what_is_named_exists(document: Path) -> None:
+    named = NAMED.findall(document.read_text("utf-8"))
     assert len(named) >= 10
     for path, function in named:
         source = (ROOT / path).read_text("utf-8")
-        assert not function or f"{function}" in source, f"{path} has no {function}"
+        assert not function or f"def {function}(" in source, f"{path} has no {function}"
+
+
+@pytest.mark.parametrize("core", ["coordinator/core", "agent/core"])
+def test_every_module_of_a_core_has_a_place(core: str) -> None:
+    table = MAP.read_text("utf-8").split(f"| `{core}/` | modules |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`([\w*]+)`", table)) - {"handle"}
+    modules = {path.stem for path in (ROOT / core).glob("*.py")} - {"__init__"}
+    placed = {name: fnmatch.filter(modules, name) for name in named}
+    assert [name for name, found in placed.items() if not found] == []
+    assert modules - {module for found in placed.values() for module in found} == set()
 
 
 def test_every_top_folder_is_on_the_map() -> None:
