@@ -128,7 +128,6 @@ class Forecast:
 
     one: Kept
     other: Kept
-    covariance: float
     measured: tuple[float, float] | None
     informed: bool
 
@@ -136,12 +135,6 @@ class Forecast:
     def combined_ratio(self) -> float:
         """What both do, of what one does alone."""
         return self.one.expected_ratio + self.other.expected_ratio
-
-    @property
-    def combined_variance(self) -> float:
-        one, other = self.one.expected_ratio, self.other.expected_ratio
-        common = 2 * one * other * self.covariance
-        return one**2 * self.one.variance + other**2 * self.other.variance + common
 
     @property
     def chance(self) -> float:
@@ -216,9 +209,8 @@ class Lessons:
         before = prior_log(self.used.get(one.name), self.used.get(other.name))
         cells = (one, other, gpu_type), (other, one, gpu_type)
         own = [_covariance(cell, cell) for cell in cells]
-        between = _covariance(*cells)
         if self.inverse is None or self.weights is None:
-            return Forecast(Kept(before, own[0]), Kept(before, own[1]), between, None, False)
+            return Forecast(Kept(before, own[0]), Kept(before, own[1]), None, False)
         known = [_cell(sight) for sight in self.sights]
         to_cells = [[_covariance(cell, each) for each in known] for cell in cells]
         pulls = [[dot(row, to_cell) for row in self.inverse] for to_cell in to_cells]
@@ -230,12 +222,11 @@ class Lessons:
             )
             for to_cell, pull, variance in zip(to_cells, pulls, own, strict=True)
         ]
-        covariance = between - dot(to_cells[0], pulls[1])
         informed = any(value > 0 for value in (*to_cells[0], *to_cells[1]))
         measured = None
         if all(cell in self.measured for cell in cells):
             measured = self.measured[cells[0]], self.measured[cells[1]]
-        return Forecast(kept[0], kept[1], covariance, measured, informed)
+        return Forecast(kept[0], kept[1], measured, informed)
 
 
 def learn(sights: Iterable[Sight], used: Mapping[str, float] | None = None) -> Lessons:

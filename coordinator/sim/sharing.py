@@ -230,7 +230,7 @@ def _certain(known: PairRates, one: SimJob, other: SimJob, gpu_type: str) -> For
     ]
     # The least variance that a measurement of hours leaves.
     mine, its = (Kept(math.log(ratio), SIGHT_VARIANCE_MIN) for ratio in kept)
-    return Forecast(mine, its, 0.0, (kept[0], kept[1]), informed=True)
+    return Forecast(mine, its, (kept[0], kept[1]), informed=True)
 
 
 def _is_still_there(host: Seen, placed: Mapping[int, Placement]) -> bool:

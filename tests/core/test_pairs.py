@@ -1,7 +1,5 @@
 """What two trainings do beside one another: what is said before, and what a measurement settles."""
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,8 +29,7 @@ def test_of_two_unknown_trainings_a_trial_is_worth_its_price_and_nothing_is_prom
     assert said.worth_trying
     assert not said.informed
     assert pairs.TRIAL_CHANCE_MIN <= said.chance < 0.5, "more often than not it will be bad"
-    width = math.sqrt(said.combined_variance)
-    assert said.combined_ratio - width < 1 < said.combined_ratio
+    assert said.combined_ratio > 1
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,6 @@ def test_what_is_seen_narrows_and_its_order_says_nothing(
     assert turned.combined_ratio == pytest.approx(said.combined_ratio)
     fewer = learn(seen[:-1]).forecast(one, other, "A100")
     assert said.one.variance <= fewer.one.variance * (1 + 1e-9)
-    assert said.combined_variance >= 0
 
 
 @given(
