@@ -191,9 +191,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = msgspec.field(default_factory=dict)
     tariffs: Annotated[dict[str, Tariff], says(
         "What GPUs cost and draw (docs/cost.md), a table for each type, named as in baton fit: "
-        "lease_usd, burst_usd and owned_usd an hour, idle_watts, loaded_watts, boot_s; what is "
-        "left out is as in the dated table of the package. As a flag: H100={lease_usd=2.1}. "
-        "Default (empty): that table."
+        "lease_usd, burst_usd and owned_usd an hour, and loaded_watts; what is left out is as in "
+        "the dated table of the package. As a flag: H100={lease_usd=2.1}. Default (empty): that "
+        "table."
     )] = msgspec.field(default_factory=dict)
     leases: Annotated[dict[str, Lease], says(
         "What is leased, a table for each lease: gpu_type, gpus, begin and end as days by UTC, "

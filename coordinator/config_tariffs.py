@@ -15,7 +15,6 @@ from coordinator.core import tariffs as core
 
 USD_PER_HOUR_MAX: Final = 1_000.0  # of one GPU; a hundred times the dearest
 WATTS_MAX: Final = 10_000.0  # of one GPU, likewise
-BOOT_S_MAX: Final = 86_400.0  # a day; a box that needs longer does not come
 TARIFFS_MAX: Final = 256  # types of GPU in one fleet; far above real use
 ENERGY_USD_PER_MWH_MAX: Final = 10_000  # ten dollars a kilowatt-hour
 OVERHEAD_PERCENT_MIN: Final = 100  # a box draws what its boards draw, at least
@@ -31,9 +30,7 @@ class Tariff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lease_usd: float | None = None
     burst_usd: float | None = None
     owned_usd: float | None = None
-    idle_watts: float | None = None
     loaded_watts: float | None = None
-    boot_s: float | None = None
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,8 +52,7 @@ def problems(tariffs: Mapping[str, Tariff]) -> Iterator[str]:
     for name, tariff in tariffs.items():
         for key in tariff.__struct_fields__:
             value = getattr(tariff, key)
-            unit = key.rpartition("_")[2]
-            high = {"s": BOOT_S_MAX, "watts": WATTS_MAX, "usd": USD_PER_HOUR_MAX}[unit]
+            high = WATTS_MAX if key == "loaded_watts" else USD_PER_HOUR_MAX
             if value is not None and not 0 <= value <= high:
                 yield f"'{key}' of '{name}' in 'tariffs' must be 0 to {high:.8g}, not {value:g}"
 

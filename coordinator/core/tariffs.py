@@ -1,4 +1,4 @@
-"""What a GPU costs by the month and by the hour, what it draws, and how long its node boots.
+"""What a GPU costs by the month and by the hour, and what it draws.
 
 Problem: money can only be compared where every figure has a source and a date, and a site's own
 figures come before anybody's table. So here is a default for each type of GPU, from public pages,
@@ -15,14 +15,12 @@ https://onestopsystems.com/pages/one-stop-systems-blog, L40 from https://www.mul
 L40 and L40S), L4 from https://grokipedia.com/page/NVIDIA_L4_vs_L40S, B200, P100 and A40 from
 https://hmc-tech.com (its comparisons), RTX 3090, A6000 and 6000 Ada from
 https://huggingface.co/datasets/ohdoking/gpu_spec, A10 and V100 from
-https://huggingface.co/RajBhope/gpu-runtime-predictor. `idle_watts` is 15% of that, the ratio of the
-first page, which calls an idle H100 105 W; one H200 was measured at 74 W
-(https://conservemode.com/case-studies.html), so it is rather too much.
+https://huggingface.co/RajBhope/gpu-runtime-predictor.
 
 `OVERHEAD_RATIO`: what a node draws at its plug over what its boards may draw: 8.4 kW were the most
 that a box with eight H100 drew in training (Latif et al., IEEE Access 2025, arXiv:2412.08602), of
 which boards at their limit are 5.6 kW. `ENERGY_USD_PER_KWH` is the mean of the USA as the first
-page says. `boot_s` has no source: it is what to begin with until boots of the model were seen.
+page says.
 """
 
 from collections.abc import Mapping
@@ -33,11 +31,8 @@ from typing import Final
 from coordinator.core import gpu_types
 
 LEASE_RATIO: Final = 0.7
-IDLE_RATIO: Final = 0.15
 OVERHEAD_RATIO: Final = 1.5
 ENERGY_USD_PER_KWH: Final = 0.12
-BOOT_S: Final = 600.0
-TERM_DAYS: Final = 30
 TYPES_KEPT: Final = 1_024  # of tariffs; a fleet has some tens, and a bill asks for each attempt
 SOURCE: Final = "public pages, 2026-11-29 (coordinator/core/tariffs.py)"
 CONFIGURED: Final = "the coordinator's configuration"
@@ -69,15 +64,13 @@ _LOADED_WATTS: Final[Mapping[str, float]] = {
 @dataclass(frozen=True, slots=True)
 class Tariff:
     """Of one GPU of a type; prices in US dollars an hour. `lease_usd` is that of a lease of
-    `TERM_DAYS`, `burst_usd` of renting by the hour, `owned_usd` what an hour of an own GPU is
+    30 days, `burst_usd` of renting by the hour, `owned_usd` what an hour of an own GPU is
     written off with, beside its energy."""
 
     lease_usd: float | None = None
     burst_usd: float | None = None
     owned_usd: float | None = None
-    idle_watts: float | None = None
     loaded_watts: float | None = None
-    boot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +116,14 @@ def _over(own: Tariff, table: Tariff) -> Tariff:
 
 @lru_cache(maxsize=TYPES_KEPT)
 def public(gpu_type: str) -> Tariff:
-    """What the table says; an unknown type has nothing but a time to boot."""
+    """What the table says; nothing of an unknown type."""
     by_key = next((one for one in gpu_types.TYPES if one.key == gpu_type), None)
     known = by_key or gpu_types.find(gpu_type)
     if known is None:
-        return Tariff(boot_s=BOOT_S)
+        return Tariff()
     burst_usd, watts = known.usd_per_hour, _LOADED_WATTS.get(known.key)
     return Tariff(
         lease_usd=None if burst_usd is None else LEASE_RATIO * burst_usd,
         burst_usd=burst_usd,
-        idle_watts=None if watts is None else IDLE_RATIO * watts,
         loaded_watts=watts,
-        boot_s=BOOT_S,
     )

@@ -30,7 +30,7 @@ DAY_MS = bills.MS_PER_DAY
 BEGIN = 20_000 * DAY_MS  # a midnight
 GIB = 1024**3
 H100, A100 = GpuFacts("", "NVIDIA H100 80GB HBM3", 80 * GIB), GpuFacts("", "A100-SXM4", 80 * GIB)
-OWN = Tariff(lease_usd=2.0, burst_usd=4.0, owned_usd=1.0, idle_watts=100.0, loaded_watts=500.0)
+OWN = Tariff(lease_usd=2.0, burst_usd=4.0, owned_usd=1.0, loaded_watts=500.0)
 LEASE = Lease("november", "H100", 8, BEGIN, BEGIN + 2 * DAY_MS, "lease-*")
 OPTIONS = Options(
     prices=Prices({"H100": OWN}, energy_usd_per_kwh=0.2, overhead_ratio=2.0),

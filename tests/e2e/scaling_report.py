@@ -25,6 +25,10 @@ GPU_TYPE = "H100"
 # A day in which nobody was worth to be moved is none that shows it; a part of one may be.
 WHOLE_MINUTES = 20 * MINUTES_PER_H
 TIME = "time since the beginning, h of the plan"
+# What an idle GPU draws of its limit: https://nemulai.com/blog/gpu-electricity-cost-per-training-run
+# calls an idle H100 105 W of 700; one H200 was measured at 74 W
+# (https://conservemode.com/case-studies.html), so it is rather too much.
+IDLE_RATIO = 0.15
 # Places of a forecast's quantiles (`coordinator.core.capacity_model.LEVELS`).
 BAND_90, BAND_50 = (1, 7), (3, 5)
 
@@ -78,7 +82,7 @@ class Day:
 
 def _fleet(day: Day) -> Boxes:
     tariff, overhead = Prices().of(GPU_TYPE), Prices().overhead_ratio
-    loaded_w, idle_w = tariff.loaded_watts or 0.0, tariff.idle_watts or 0.0
+    loaded_w = tariff.loaded_watts or 0.0
     boot_min = sum(day.boots_min) / len(day.boots_min) if day.boots_min else 1.0
     return Boxes(
         day.nodes,
@@ -86,7 +90,7 @@ def _fleet(day: Day) -> Boxes:
         GPU_TYPE,
         boot_s=boot_min * S_PER_MINUTE,
         busy_w=day.gpus_per_node * loaded_w * overhead,
-        idle_w=day.gpus_per_node * idle_w * overhead,
+        idle_w=day.gpus_per_node * IDLE_RATIO * loaded_w * overhead,
     )
 
 
