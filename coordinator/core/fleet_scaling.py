@@ -98,7 +98,7 @@ def tick(state: State, now: Instant) -> None:
     else:
         _unmark(state, now)
     wakes.tick(state, now)
-    _look_back(state, now)
+    _look_back(state)
 
 
 def _plan(state: State, now: Instant, mode: Mode) -> Plan:
@@ -297,7 +297,7 @@ def _may_go(live: LiveNode) -> bool:
     return fresh or (its.phase is Power.LEAVING and its.ours)
 
 
-def _look_back(state: State, now: Instant) -> None:
+def _look_back(state: State) -> None:
     """Decisions whose time is over are judged by what came."""
     rules = state.options.scaling.rules
     newest = state.demand_history.newest_minute

@@ -324,7 +324,7 @@ def _of_type(draft: _Draft, outlook: Outlook, mine: Sequence[Box]) -> None:
     unknown = guard_rails.of_knowledge(outlook, now_ms, draft.memory.at_ms, rules.bounds)
     wanted = wanted_of(outlook, mine, now_ms, rules, trusted=unknown is None)
     if unknown in (Rail.STALE, Rail.CLOCK):
-        _decide(draft, outlook, mine, wanted, _Done(rail=unknown))
+        _decide(draft, outlook, wanted, _Done(rail=unknown))
         return
     missing = max(wanted.need_gpus - wanted.there_gpus, outlook.late_gpus)
     starts = which_nodes.to_start(
@@ -335,10 +335,10 @@ def _of_type(draft: _Draft, outlook: Outlook, mine: Sequence[Box]) -> None:
     rented = _NOTHING
     if starts.rail is not Rail.UP_RATE:
         rented = _rent(draft, outlook, missing - starts.gpus)
-    stopped = _stop(draft, outlook, mine, wanted)
+    stopped = _stop(draft, outlook, wanted)
     rail = unknown or starts.rail or rented.rail or stopped.rail
     done = replace(stopped, starts=starts.boxes, rented_gpus=rented.rented_gpus, rail=rail)
-    _decide(draft, outlook, mine, wanted, done)
+    _decide(draft, outlook, wanted, done)
 
 
 def _rent(draft: _Draft, outlook: Outlook, missing_gpus: int) -> _Done:
@@ -369,7 +369,7 @@ def _rent(draft: _Draft, outlook: Outlook, missing_gpus: int) -> _Done:
     return _Done(rented_gpus=rented_gpus, rail=rail if rules.spends_alone else Rail.APPROVAL)
 
 
-def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: Wanted) -> _Done:
+def _stop(draft: _Draft, outlook: Outlook, wanted: Wanted) -> _Done:
     """What goes off, and what takes no new work until it can. Rented nodes go as soon as nobody is
     there or waits, own ones only where the forecast says that they will not be missed."""
     rules, now_ms = draft.rules, draft.now_ms
@@ -405,9 +405,7 @@ def _stop(draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: Wanted) 
     return _Done(stops=stops.boxes, back=back, rail=stops.rail or leaving.rail)
 
 
-def _decide(
-    draft: _Draft, outlook: Outlook, mine: Sequence[Box], wanted: Wanted, done: _Done
-) -> None:
+def _decide(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> None:
     """The record of it, where something changes or is held back, unless the last one says it."""
     name = outlook.gpu_type
     about = f"{done.verbs} {done.rail.name if done.rail else ''}".strip()

@@ -33,7 +33,6 @@ GPUS = 8
 SECONDS = 120
 PATIENT = Deadlines(fast_ms=20_000, slow_ms=20_000)  # a shared machine may be slow
 USAGE_VALUES = [field.name for field in fields(GpuUsage) if field.name != "uuid"]
-INVENTORY_VALUES = [field.name for field in fields(GpuInventory) if field.name != "uuid"]
 
 
 class Box:

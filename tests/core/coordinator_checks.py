@@ -349,7 +349,6 @@ class Moves:
 
     most: int
     times_ms: list[int] = field(default_factory=list)
-    made_room: int = 0
 
     def judge(self, effects: Iterable[Effect], jobs: Mapping[int, Job], now_ms: int) -> None:
         for effect in effects:
@@ -364,7 +363,6 @@ class Moves:
                 assert jobs[int(found["job"])].spec.job_class is ours, "a class inversion"
             large = MAKES_ROOM.search(effect.event.message)
             if large is not None:
-                self.made_room += 1
                 its, mover = jobs[int(large["job"])].spec, jobs[effect.event.job_id].spec
                 assert CLASS_RANK[mover.job_class] >= CLASS_RANK[its.job_class], "a class inversion"
                 assert mover.gpus * mover.ranks < its.gpus * its.ranks, "a large one for a small"
