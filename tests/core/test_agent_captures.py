@@ -7,46 +7,35 @@ slab still holds the captures then, and when its process is gone the newest one 
 from typing import Any, cast
 
 from agent.core import messages as m
-from agent.core.launch import LaunchOptions
-from agent.core.node import NodeCore
-from agent.core.state import Instant, Options, Record, SpoolEvent
+from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerCheckpoint, TrainerMessage, TrainerSlab, capture_name
-from agent.core.values import HostFacts, ProcessExit, Restored, StoredCheckpoint
-from tests.core.agent_memory import MemoryJournal
+from agent.core.values import ProcessExit, StoredCheckpoint
+from tests.core import agent_box
 from tests.core.test_agent_machine import AgentMachine
 
-LAUNCH = LaunchOptions("n1", "/run/agent.sock", "/state/attempts", "/venv/bin/python", ())
 ORDER = m.StartAttempt("1.1", m.JobSpec(command=("train",)), ())
 SLAB = TrainerSlab(1_000, 2)
 OLDER, CAPTURE = capture_name(7, 1), capture_name(7, 2)
 DIRECTORY = "/staging/checkpoint-30"
 
 
-class Node:
-    """A core with one running attempt. `storing` is what is being stored; `ended` whether the
-    attempt's end was told; `answers` what its trainer was, by the trainer's number."""
+class Node(agent_box.Node):
+    """With one running attempt. `storing` is what is being stored; `ended` whether the attempt's
+    end was told; `answers` what its trainer was, by the trainer's number."""
 
     def __init__(self) -> None:
-        self.journal = MemoryJournal()
         self.answers: dict[int, str] = {}
         self.searched = self.ended = False
-        self.begin(())
-        self.hears(m.FromCoordinator(ORDER, "1" * 32))
-        self.hears(m.RestoreDone("1.1", Restored("", 0, "")))
-        self.hears(m.ProcessStarted("1.1", 7))
+        super().__init__()
+        self.run(ORDER)
         self.says(SLAB)
 
-    def begin(self, adopted: tuple[str, ...]) -> None:
-        """From the journal, as after a kill; `adopted` still run."""
-        self.core = NodeCore(Options("", LAUNCH), self.journal.memory())
+    def begin(self, adopted: tuple[str, ...] = ()) -> list[Effect]:
         self.storing = ""
-        self.hears(m.Opened(adopted, HostFacts("box", "", 1, 1, "", ""), ()))
-        self.hears(m.Connected(()))
-        self.hears(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
+        return super().begin(adopted)
 
-    def hears(self, event: m.Event) -> None:
-        effects = self.core.handle(Instant(0, 0), event)
-        self.journal.commit([effect for effect in effects if isinstance(effect, Record)])
+    def hear(self, event: m.Event) -> list[Effect]:
+        effects = super().hear(event)
         for effect in effects:
             match effect:
                 case m.StoreCheckpoint():
@@ -58,25 +47,26 @@ class Node:
                     self.searched = True
                 case SpoolEvent(event=m.AgentEvent(body=m.AttemptExited())):
                     self.ended = True
+        return effects
 
     def says(self, message: TrainerMessage) -> None:
-        self.hears(m.FromTrainer("1.1", message))
+        self.hear(m.FromTrainer("1.1", message))
 
     def stores(self) -> None:
         path, self.storing = self.storing, ""
-        self.hears(m.StoreDone("1.1", StoredCheckpoint(f"<{path}>", 1, 1, 1)))
+        self.hear(m.StoreDone("1.1", StoredCheckpoint(f"<{path}>", 1, 1, 1)))
 
     def fails(self) -> None:
         self.storing = ""
-        self.hears(m.StoreFailed("1.1", "disk full"))
+        self.hear(m.StoreFailed("1.1", "disk full"))
 
     def ends(self) -> None:
         self.searched = False
-        self.hears(m.ProcessEnded(ProcessExit("1.1", 75, None)))
+        self.hear(m.ProcessEnded(ProcessExit("1.1", 75, None)))
         assert self.searched
 
     def finds(self, name: str) -> None:
-        self.hears(m.CaptureFound("1.1", name, 20))
+        self.hear(m.CaptureFound("1.1", name, 20))
 
 
 def test_a_stored_capture_is_known_after_a_directory() -> None:

@@ -10,14 +10,11 @@ from agent.core import messages as m
 from agent.core import state as s
 from agent.core.gpu_messages import FollowRate, InspectGpus, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict, Verdict
-from agent.core.launch import LaunchOptions
-from agent.core.node import NodeCore
 from agent.core.values import (
     DriverLoaded,
     GpuCondition,
     GpuFacts,
     GpuSample,
-    HostFacts,
     HostSample,
     Reading,
     Sample,
@@ -25,48 +22,33 @@ from agent.core.values import (
 )
 from agent.journal import decode_event, encode_event
 from agent.telemetry.xid_table import load_table
-from tests.core.agent_memory import MemoryJournal
+from tests.core import agent_box
 
 UNIX_MS = 1_790_000_000_000
 FACTS = tuple(
     GpuFacts(f"GPU-{letter}", "NVIDIA H100", 80 << 30, f"0000:{number}b:00")
     for number, letter in ((3, "a"), (4, "b"))
 )
-HOST = HostFacts("box1", "boot1", 8, 64 << 30, "570.1", "0.1.0")
 
 
-class Node:
-    """One node's core under a clock."""
+class Node(agent_box.Node):
+    """That knows what follows from each of the driver's errors."""
+
+    options = replace(agent_box.OPTIONS, xids=load_table())
+    unix_ms = UNIX_MS
 
     def __init__(self, facts: tuple[GpuFacts, ...] = FACTS) -> None:
-        self.facts = facts
-        self.journal = MemoryJournal()
-        self.now_ms = 1_000_000
-        self.begin()
-
-    def begin(self) -> None:
-        launch = LaunchOptions("n1", "/run/a.sock", "/attempts", "python", ())
-        options = s.Options("n1:7000", launch, xids=load_table())
-        self.core = NodeCore(options, self.journal.memory())
-        self.do(m.Opened((), HOST, self.facts))
-        self.do(m.Connected(()))
-        self.do(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
-
-    def do(self, event: m.Event) -> list[s.Effect]:
-        now = s.Instant(self.now_ms, UNIX_MS + self.now_ms)
-        effects = self.core.handle(now, event)
-        self.journal.commit([effect for effect in effects if isinstance(effect, s.Record)])
-        return effects
+        super().__init__(*facts, now_ms=1_000_000)
 
     def xid(self, code: int, **fields: object) -> list[s.Effect]:
         seen = XidSeen(code, "kernel", UNIX_MS + self.now_ms, pci_bus_id="0000:3b:00")
-        return self.do(replace(seen, **fields))  # type: ignore[arg-type]
+        return self.hear(replace(seen, **fields))  # type: ignore[arg-type]
 
     def read(self, condition: GpuCondition | None = GpuCondition()) -> list[s.Effect]:  # noqa: B008
         self.now_ms += 1_000
         error = "" if condition else f"no answer at {self.now_ms}"
         gpus = tuple(GpuSample(facts.uuid, error=error, condition=condition) for facts in FACTS)
-        return self.do(Sampled(Sample(HostSample(0.1, 1, 1, 0.1), gpus)))
+        return self.hear(Sampled(Sample(HostSample(0.1, 1, 1, 0.1), gpus)))
 
 
 def told(effects: list[s.Effect]) -> list[GpuVerdict]:
@@ -119,7 +101,7 @@ def test_a_storm_is_told_now_and_then(node: Node) -> None:
 
 def test_a_hello_says_all_of_it_again(node: Node) -> None:
     node.xid(95)
-    effects = node.do(m.Connected(()))
+    effects = node.hear(m.Connected(()))
     (hello,) = [e.message for e in effects if isinstance(e, m.Send)]
     assert isinstance(hello, m.Hello)
     assert [gpu.verdict for gpu in hello.health] == [Verdict.NEEDS_RESET, Verdict.HEALTHY]
@@ -142,7 +124,7 @@ def test_what_was_mended_does_not_come_back_from_the_kernels_log(node: Node) -> 
     """On an older driver, which cannot say itself that nothing is needed."""
     node.xid(95)
     old = UNIX_MS + node.now_ms
-    assert told(node.do(DriverLoaded()))
+    assert told(node.hear(DriverLoaded()))
     node.now_ms += 1_000
     node.xid(46)
     ill = UNIX_MS + node.now_ms
@@ -165,7 +147,7 @@ def test_a_silent_driver_is_told_once(node: Node) -> None:
 
 def test_a_driver_that_was_loaded_anew_has_mended_it(node: Node) -> None:
     node.xid(95)
-    assert [gpu.verdict for gpu in told(node.do(DriverLoaded()))] == [Verdict.HEALTHY]
+    assert [gpu.verdict for gpu in told(node.hear(DriverLoaded()))] == [Verdict.HEALTHY]
 
 
 def test_a_gpu_that_is_not_ours_is_said_once(node: Node) -> None:
@@ -181,43 +163,43 @@ def late(facts: tuple[GpuFacts, ...]) -> Sampled:
 
 def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None:
     more = (*FACTS, GpuFacts("GPU-c", "NVIDIA H100", 80 << 30, "0000:5b:00"))
-    effects = node.do(late(more))
+    effects = node.hear(late(more))
     assert "gpu.found_late" in logged(effects)
     assert [type(effect) for effect in effects].count(m.CloseLink) == 1
     assert InspectGpus(("GPU-c",)) in effects
-    node.do(m.Disconnected("a GPU more is to be told of"))
-    (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
+    node.hear(m.Disconnected("a GPU more is to be told of"))
+    (hello,) = [e.message for e in node.hear(m.Connected(())) if isinstance(e, m.Send)]
     assert isinstance(hello, m.Hello)
     assert hello.gpus == more
     assert hello.host.driver_version == "575.1"
-    assert not [effect for effect in node.do(late(more)) if isinstance(effect, m.CloseLink)]
+    assert not [effect for effect in node.hear(late(more)) if isinstance(effect, m.CloseLink)]
 
 
 def test_why_there_is_no_gpu_is_told_of_in_a_new_hello() -> None:
     node = Node(())
     read = Sample(HostSample(0.1, 1, 1, 0.1), (), gpu_absence="no GPUs: Driver Not Loaded")
-    assert [type(effect) for effect in node.do(Sampled(read))].count(m.CloseLink) == 1
-    node.do(m.Disconnected("that is to be told of"))
-    (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
+    assert [type(effect) for effect in node.hear(Sampled(read))].count(m.CloseLink) == 1
+    node.hear(m.Disconnected("that is to be told of"))
+    (hello,) = [e.message for e in node.hear(m.Connected(())) if isinstance(e, m.Send)]
     assert isinstance(hello, m.Hello)
     assert hello.host.gpu_absence == "no GPUs: Driver Not Loaded"
-    assert m.CloseLink not in [type(effect) for effect in node.do(Sampled(read))]
+    assert m.CloseLink not in [type(effect) for effect in node.hear(Sampled(read))]
 
 
 def test_a_driver_that_was_slow_at_the_start_is_not_told_of_for_ever(node: Node) -> None:
     """Those of before are the node's then, so no GPU comes late; its hello says it all the same."""
     host = HostSample(0.1, 1, 1, 0.1)
     slow = Sample(host, (), facts=FACTS, gpu_absence="the driver did not answer within 2000 ms")
-    assert m.CloseLink not in [type(effect) for effect in node.do(Sampled(slow))]
+    assert m.CloseLink not in [type(effect) for effect in node.hear(Sampled(slow))]
     well = Sampled(Sample(host, (), facts=FACTS))
-    assert [type(effect) for effect in node.do(well)].count(m.CloseLink) == 1
-    assert m.CloseLink not in [type(effect) for effect in node.do(well)]
+    assert [type(effect) for effect in node.hear(well)].count(m.CloseLink) == 1
+    assert m.CloseLink not in [type(effect) for effect in node.hear(well)]
 
 
 def test_an_error_of_a_cut_gpu_is_one_of_all_its_instances(node: Node) -> None:
     instances = tuple(GpuFacts(f"MIG-{index}", "1g", 10 << 30, "0000:7b:00") for index in (0, 1))
-    node.do(late((*FACTS, *instances)))
-    node.do(late((*FACTS, *instances)))
+    node.hear(late((*FACTS, *instances)))
+    node.hear(late((*FACTS, *instances)))
     changed = told(node.xid(79, pci_bus_id="0000:7b:00"))
     assert [(gpu.uuid, gpu.verdict) for gpu in changed] == [
         ("MIG-0", Verdict.LOST),
@@ -242,7 +224,7 @@ def rates(effects: list[s.Effect]) -> list[str]:
 def test_the_coordinators_rate_counts_while_the_session_says_so(node: Node) -> None:
     def welcome(rate: str) -> list[s.Effect]:
         order = m.Welcome(1, 1_000, 8_000, 0, rate)
-        return node.do(m.FromCoordinator(order, "c0ffee"))
+        return node.hear(m.FromCoordinator(order, "c0ffee"))
 
     effects = welcome("watch")
     assert rates(effects) == ["watch"]
@@ -250,8 +232,8 @@ def test_the_coordinators_rate_counts_while_the_session_says_so(node: Node) -> N
     assert rates(welcome("watch")) == []
     assert rates(welcome("own")) == ["own"]
     welcome("off")
-    assert rates(node.do(m.Disconnected("cut"))) == ["own"]
-    node.do(m.Connected(()))
+    assert rates(node.hear(m.Disconnected("cut"))) == ["own"]
+    node.hear(m.Connected(()))
     effects = welcome("off")
     assert (rates(effects), "link.up" in logged(effects)) == (["off"], True)
 
@@ -259,7 +241,7 @@ def test_the_coordinators_rate_counts_while_the_session_says_so(node: Node) -> N
 def test_what_is_not_read_by_order_is_unknown_and_says_why(node: Node) -> None:
     gpus = tuple(GpuSample(facts.uuid) for facts in FACTS)
     read = Sample(HostSample(0.1, 1, 1, 0.1), gpus, Reading("off"))
-    changed = [verdict for _ in range(2) for verdict in told(node.do(Sampled(read)))]
+    changed = [verdict for _ in range(2) for verdict in told(node.hear(Sampled(read)))]
     assert {(gpu.verdict, gpu.reason) for gpu in changed} == {
         (Verdict.UNKNOWN, "is unknown: it is not read, by order")
     }

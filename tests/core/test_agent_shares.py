@@ -7,32 +7,26 @@ import pytest
 from agent.core import messages as m
 from agent.core import shares
 from agent.core import values as v
-from agent.core.launch import LaunchOptions
-from agent.core.node import NodeCore
-from agent.core.state import Instant, Options
-from tests.core.agent_memory import MemoryJournal
+from agent.core.state import Effect
+from tests.core import agent_box
 
 GIB = 1024**3
 UUID = "GPU-a"
-HOST = v.HostFacts("box", "boot", 4, 64 * GIB, "550", "1")
-OPTIONS = Options("n1:1", LaunchOptions("n1", "/s", "/a", "python", ()))
 SHARING = v.JobSpec(command=("x",), shared_gpu_memory_bytes=8 * GIB)
 ALONE = v.JobSpec(command=("x",))
 
 
-class Node:
-    """An agent with one GPU of 40 GiB, whose restores succeed at once."""
+class Node(agent_box.Node):
+    """With one GPU of 40 GiB; its restores succeed at once."""
 
     def __init__(self) -> None:
-        self.core = NodeCore(OPTIONS, MemoryJournal().memory())
         self.launched: dict[str, v.Launch] = {}
         self.refused: dict[str, str] = {}
-        self.hear(m.Opened((), HOST, (v.GpuFacts(UUID, "H100", 40 * GIB),)))
-        self.hear(m.Connected(()))
-        self.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), ""))
+        super().__init__(v.GpuFacts(UUID, "H100", 40 * GIB))
 
-    def hear(self, event: m.Event) -> None:
-        for effect in self.core.handle(Instant(0, 0), event):
+    def hear(self, event: m.Event) -> list[Effect]:
+        effects = super().hear(event)
+        for effect in effects:
             match effect:
                 case m.RestoreCheckpoint():
                     self.hear(m.RestoreDone(effect.attempt, v.Restored("", 0, "")))
@@ -41,18 +35,18 @@ class Node:
                     self.hear(m.ProcessStarted(effect.launch.attempt_id, 100))
                 case m.Send(m.AgentEvent(attempt=name, body=m.AttemptRefused() as refused)):
                     self.refused[name] = refused.reason
+        return effects
 
-    def order(self, attempt: str, spec: v.JobSpec) -> None:
-        start = m.StartAttempt(attempt, spec, (UUID,), (), None, 0)
-        self.hear(m.FromCoordinator(start, f"token {attempt}"))
+    def asked(self, attempt: str, spec: v.JobSpec) -> None:
+        self.order(m.StartAttempt(attempt, spec, (UUID,), (), None, 0))
 
 
 def test_those_that_share_stand_beside_one_another_until_it_is_full() -> None:
     node = Node()
     for job_id in range(1, 6):
-        node.order(f"{job_id}.1", SHARING)
+        node.asked(f"{job_id}.1", SHARING)
     assert list(node.launched) == [f"{job_id}.1" for job_id in range(1, 6)]
-    node.order("6.1", SHARING)
+    node.asked("6.1", SHARING)
     assert node.refused["6.1"] == (
         f"GPU {UUID} has {40 * GIB} bytes of memory, {40 * GIB} of them are shared out already,"
         f" and {8 * GIB} more are too much"
@@ -62,15 +56,15 @@ def test_those_that_share_stand_beside_one_another_until_it_is_full() -> None:
 @pytest.mark.parametrize("specs", [(SHARING, ALONE), (ALONE, SHARING), (ALONE, ALONE)])
 def test_who_wants_it_alone_stands_beside_nobody(specs: tuple[v.JobSpec, v.JobSpec]) -> None:
     node = Node()
-    node.order("1.1", specs[0])
-    node.order("2.1", specs[1])
+    node.asked("1.1", specs[0])
+    node.asked("2.1", specs[1])
     assert node.refused == {"2.1": f"GPU {UUID} is still held by attempt 1.1"}
 
 
 def test_its_trainer_is_told_how_much_of_the_gpu_it_may_take() -> None:
     node = Node()
     mine = replace(SHARING, environment=(("XLA_PYTHON_CLIENT_MEM_FRACTION", ".75"),))
-    node.order("1.1", mine)
+    node.asked("1.1", mine)
     launch = node.launched["1.1"]
     environment = dict(launch.environment)
     assert environment["BATON_GPU_MEMORY_RATIO"] == "0.2000"
@@ -80,7 +74,7 @@ def test_its_trainer_is_told_how_much_of_the_gpu_it_may_take() -> None:
 
 def test_who_has_it_alone_is_told_nothing_of_it() -> None:
     node = Node()
-    node.order("1.1", ALONE)
+    node.asked("1.1", ALONE)
     told = dict(node.launched["1.1"].environment)
     assert not {"BATON_GPU_MEMORY_RATIO", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(told)
     assert node.launched["1.1"].shared_gpu_memory_bytes == 0

@@ -2,37 +2,21 @@
 and that a trainer's own times pass through it unchanged."""
 
 from agent.core import messages as m
-from agent.core.launch import LaunchOptions
-from agent.core.node import NodeCore
-from agent.core.state import Effect, Instant, Options, SpoolEvent
+from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerProgress, TrainerTime
-from agent.core.values import HostFacts, Restored
-from tests.core.agent_memory import MemoryJournal
+from agent.core.values import Restored
+from tests.core import agent_box
 
-LAUNCH = LaunchOptions("n1", "/run/agent.sock", "/state/attempts", "/venv/bin/python", ())
 ORDER = m.StartAttempt("1.1", m.JobSpec(command=("train",)), ())
 RESTORED = m.RestoreDone("1.1", Restored("a" * 64, 5, "/state/restored"))
 
 
-class Node:
-    """A core and its journal."""
-
-    def __init__(self) -> None:
-        self.journal = MemoryJournal()
-        self.begin()
-
-    def begin(self) -> None:
-        """From the journal, and welcomed by the coordinator."""
-        self.core = NodeCore(Options("", LAUNCH), self.journal.memory())
-        self.at(0, m.Opened((), HostFacts("box", "", 1, 1, "", ""), ()))
-        self.at(0, m.Connected(()))
-        self.at(0, m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
+class Node(agent_box.Node):
+    """That hears everything at its time."""
 
     def at(self, now_ms: int, event: m.Event) -> list[Effect]:
-        effects = self.core.handle(Instant(now_ms, now_ms), event)
-        records = len(effects) - sum(isinstance(one, m.Command) for one in effects)
-        self.journal.commit(effects[:records])  # type: ignore[arg-type]
-        return effects
+        self.now_ms = now_ms
+        return self.hear(event)
 
     def started(self, now_ms: int) -> m.AttemptStarted:
         for effect in self.at(now_ms, m.ProcessStarted("1.1", 7)):

@@ -16,9 +16,7 @@ from agent.core.clean import (
     next_check_ms,
 )
 from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
-from agent.core.node import NodeCore
-from tests.core.agent_box import HOST, OPTIONS
-from tests.core.agent_memory import MemoryJournal
+from tests.core import agent_box
 
 UUID = "GPU-a"
 GIB = 1024**3
@@ -27,66 +25,50 @@ IDLE = v.GpuOccupancy(UUID, GIB, (7,))  # a display server has always been there
 BUSY = v.GpuOccupancy(UUID, 70 * GIB, (7, 4242))
 
 
-class Node:
-    """A core with one GPU; what its commands are answered with, the test says."""
+class Node(agent_box.Node):
+    """With one GPU; what its commands are answered with, the test says."""
 
     def __init__(self) -> None:
-        self.journal = MemoryJournal()
-        self.now_ms = 0
-        self.host = HOST
-        self.gpus: tuple[v.GpuFacts, ...] = (FACTS,)
-        self.restart()
+        super().__init__(FACTS)
 
-    def restart(self, adopted: tuple[str, ...] = ()) -> list[m.Command]:
-        self.core = NodeCore(OPTIONS, self.journal.memory())
-        commands = self.hear(m.Opened(adopted, self.host, self.gpus))
-        self.hear(m.Connected(()))
-        self.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), ""))
-        return commands
+    def start(self, attempt: str) -> list[s.Effect]:
+        spec = v.JobSpec(command=("train",))
+        return self.order(m.StartAttempt(attempt, spec, (UUID,), (), None, 0))
 
-    def hear(self, event: m.Event) -> list[m.Command]:
-        effects = self.core.handle(s.Instant(self.now_ms, self.now_ms), event)
-        self.journal.commit([effect for effect in effects if isinstance(effect, s.Record)])
-        return [effect for effect in effects if not isinstance(effect, s.Record)]
-
-    def order(self, attempt: str) -> list[m.Command]:
-        start = m.StartAttempt(attempt, v.JobSpec(command=("train",)), (UUID,), (), None, 0)
-        return self.hear(m.FromCoordinator(start, "token"))
-
-    def restored(self, attempt: str) -> list[m.Command]:
+    def restored(self, attempt: str) -> list[s.Effect]:
         return self.hear(m.RestoreDone(attempt, v.Restored("", 0, "")))
 
-    def run(self, attempt: str) -> None:
-        self.order(attempt)
+    def train(self, attempt: str) -> None:
+        self.start(attempt)
         assert starts(self.restored(attempt)) == [attempt]
         self.hear(m.ProcessStarted(attempt, 4242))
 
-    def end(self, attempt: str) -> list[m.Command]:
+    def end(self, attempt: str) -> list[s.Effect]:
         return self.hear(m.ProcessEnded(v.ProcessExit(attempt, 0, None)))
 
-    def inspected(self, usage: v.GpuOccupancy) -> list[m.Command]:
+    def inspected(self, usage: v.GpuOccupancy) -> list[s.Effect]:
         return self.hear(GpusInspected((usage,)))
 
-    def next_look(self) -> list[m.Command]:
+    def next_look(self) -> list[s.Effect]:
         """Let time pass until the GPU is asked for again."""
-        commands: list[m.Command] = []
-        while not any(isinstance(command, InspectGpus) for command in commands):
+        effects: list[s.Effect] = []
+        while not any(isinstance(effect, InspectGpus) for effect in effects):
             wake_ms = self.core.next_wake_ms()
             assert wake_ms is not None
             self.now_ms = max(self.now_ms, wake_ms)
-            commands = self.hear(m.Tick())
-        return commands
+            effects = self.hear(m.Tick())
+        return effects
 
 
-def starts(commands: list[m.Command]) -> list[str]:
+def starts(commands: list[s.Effect]) -> list[str]:
     return [c.launch.attempt_id for c in commands if isinstance(c, m.StartProcess)]
 
 
-def logged(commands: list[m.Command], event: str) -> list[dict[str, object]]:
+def logged(commands: list[s.Effect], event: str) -> list[dict[str, object]]:
     return [dict(c.fields) for c in commands if isinstance(c, m.Log) and c.event == event]
 
 
-def refusals(commands: list[m.Command]) -> list[str]:
+def refusals(commands: list[s.Effect]) -> list[str]:
     bodies = [
         command.message.body
         for command in commands
@@ -99,20 +81,20 @@ def refusals(commands: list[m.Command]) -> list[str]:
 def node() -> Node:
     node = Node()
     node.inspected(IDLE)
-    node.run("1.1")
+    node.train("1.1")
     return node
 
 
 def test_an_agent_that_starts_looks_at_idle_gpus_only() -> None:
     node = Node()
-    assert InspectGpus((UUID,)) in node.restart()
-    node.run("1.1")
-    assert not any(isinstance(command, InspectGpus) for command in node.restart(("1.1",)))
+    assert InspectGpus((UUID,)) in node.begin()
+    node.train("1.1")
+    assert not any(isinstance(command, InspectGpus) for command in node.begin(("1.1",)))
 
 
 def test_the_next_one_waits_until_the_gpu_is_clean(node: Node) -> None:
     assert InspectGpus((UUID,)) in node.end("1.1")
-    node.order("2.1")
+    node.start("2.1")
     assert starts(node.restored("2.1")) == []
     assert starts(node.inspected(BUSY)) == []
     node.next_look()
@@ -124,7 +106,7 @@ def test_the_next_one_waits_until_the_gpu_is_clean(node: Node) -> None:
 
 def test_a_leak_is_told_once_and_holds_the_gpu_until_it_is_clean(node: Node) -> None:
     node.end("1.1")
-    node.order("2.1")
+    node.start("2.1")
     node.restored("2.1")
     told: list[dict[str, object]] = []
     refused: list[str] = []
@@ -138,9 +120,9 @@ def test_a_leak_is_told_once_and_holds_the_gpu_until_it_is_clean(node: Node) -> 
     assert "15 s after attempt 1.1" in str(reason)
     assert "pid 4242" in str(reason)
     assert refused == [reason], "who waited is refused with the same sentence"
-    assert refusals(node.order("3.1")) == [reason]
+    assert refusals(node.start("3.1")) == [reason]
     assert len(logged(node.inspected(IDLE), "gpu.clean")) == 1
-    node.run("4.1")
+    node.train("4.1")
 
 
 def test_memory_that_nobody_owns_is_a_leak(node: Node) -> None:
@@ -155,7 +137,7 @@ def test_what_the_driver_does_not_say_is_no_leak(node: Node) -> None:
     node.now_ms = CHECK_MS_MAX
     commands = node.inspected(v.GpuOccupancy(UUID))
     assert len(logged(commands, "gpu.not_checked")) == 1
-    node.run("2.1")
+    node.train("2.1")
 
 
 def test_a_silent_driver_does_not_lift_a_leak(node: Node) -> None:
@@ -163,15 +145,15 @@ def test_a_silent_driver_does_not_lift_a_leak(node: Node) -> None:
     node.now_ms = CHECK_MS_MAX
     node.inspected(BUSY)
     node.inspected(v.GpuOccupancy(UUID))
-    assert refusals(node.order("2.1"))
+    assert refusals(node.start("2.1"))
 
 
 def test_what_it_was_like_before_outlives_the_agent(node: Node) -> None:
-    node.restart(("1.1",))
+    node.begin(("1.1",))
     node.end("1.1")
     node.now_ms = CHECK_MS_MAX
     assert not logged(node.inspected(IDLE), "gpu.memory_leak")
-    node.run("2.1")
+    node.train("2.1")
 
 
 def test_what_an_idle_gpu_is_like_is_asked_until_the_driver_says() -> None:
@@ -180,7 +162,7 @@ def test_what_an_idle_gpu_is_like_is_asked_until_the_driver_says() -> None:
     assert InspectGpus((UUID,)) in node.next_look()
     node.inspected(IDLE)
     assert next_check_ms(node.core.state) is None
-    node.run("1.1")
+    node.train("1.1")
     node.end("1.1")
     node.now_ms += CHECK_MS_MAX
     assert [f["pids"] for f in logged(node.inspected(BUSY), "gpu.memory_leak")] == [[4242]]
@@ -189,48 +171,48 @@ def test_what_an_idle_gpu_is_like_is_asked_until_the_driver_says() -> None:
 def test_a_gpu_that_nothing_is_known_of_is_not_taken_for_leaking() -> None:
     node = Node()
     node.inspected(v.GpuOccupancy(UUID))
-    node.run("1.1")
+    node.train("1.1")
     node.end("1.1")
     node.inspected(IDLE)
-    node.run("2.1")
+    node.train("2.1")
 
 
 def test_a_monitor_that_began_anew_is_no_leak(node: Node) -> None:
     node.end("1.1")
     node.inspected(v.GpuOccupancy(UUID, GIB, (9,)))
-    node.run("2.1")
+    node.train("2.1")
 
 
 def test_a_restart_does_not_take_a_leftover_for_what_was_there(node: Node) -> None:
     node.end("1.1")
     node.inspected(BUSY)
-    node.order("2.1")
-    assert InspectGpus((UUID,)) in node.restart()
+    node.start("2.1")
+    assert InspectGpus((UUID,)) in node.begin()
     assert starts(node.restored("2.1")) == []
     node.inspected(BUSY)
     node.now_ms += CHECK_MS_MAX
     assert len(logged(node.inspected(BUSY), "gpu.memory_leak")) == 1
-    assert refusals(node.order("3.1"))
-    node.restart()
+    assert refusals(node.start("3.1"))
+    node.begin()
     node.inspected(IDLE)
-    node.run("4.1")
+    node.train("4.1")
     assert node.journal.gpus_left == ()
 
 
 def test_a_boot_forgets_what_was_left(node: Node) -> None:
     node.end("1.1")
     node.inspected(BUSY)
-    node.host = replace(HOST, boot_id="another")
-    node.restart()
+    node.host = replace(node.host, boot_id="another")
+    node.begin()
     node.inspected(BUSY)
-    node.run("2.1")
+    node.train("2.1")
 
 
 def test_a_gpu_that_is_found_late_is_still_not_clean(node: Node) -> None:
     node.end("1.1")
     node.inspected(BUSY)
     node.gpus = ()
-    node.restart()
+    node.begin()
     assert [left.uuid for left in node.journal.gpus_left] == [UUID]
     node.hear(Sampled(v.Sample(v.HostSample(0.0, 0, 0, 0.0), (), facts=(FACTS,))))
     assert UUID in node.core.state.checks
@@ -238,9 +220,9 @@ def test_a_gpu_that_is_found_late_is_still_not_clean(node: Node) -> None:
 
 def test_a_driver_that_never_answers_holds_nobody_up(node: Node) -> None:
     node.end("1.1")
-    node.order("2.1")
+    node.start("2.1")
     node.restored("2.1")
-    commands: list[m.Command] = []
+    commands: list[s.Effect] = []
     while node.now_ms < 2 * CHECK_MS_MAX and not starts(commands):
         wake_ms = node.core.next_wake_ms()
         assert wake_ms is not None

@@ -4,15 +4,12 @@ Safety: a word is believed of a launcher's status and of no other, and only of t
 has said anything. Liveness: it outlives the agent.
 """
 
-from dataclasses import replace
-
 import pytest
 
 from agent.core import messages as m
-from agent.core.node import NodeCore
-from agent.core.state import Effect, Memory, PutAttempt, SpoolEvent
+from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerHello, TrainerLeaving, TrainerMessage
-from agent.core.values import HostFacts, ProcessExit
+from agent.core.values import ProcessExit
 from tests.core.test_sections import Node
 
 FULL = "the disk is full"
@@ -29,9 +26,9 @@ def end(
 ) -> m.AttemptExited:
     """What is reported, once its programs have said this, of an end with this status."""
     for message in messages:
-        node.handle(m.FromTrainer("1.1", message))
+        node.hear(m.FromTrainer("1.1", message))
     signal = 9 if status is None else None
-    return told(node.handle(m.ProcessEnded(ProcessExit("1.1", status, signal, reason))))
+    return told(node.hear(m.ProcessEnded(ProcessExit("1.1", status, signal, reason))))
 
 
 def test_of_a_launcher_the_status_of_those_below_is_told() -> None:
@@ -55,7 +52,7 @@ def test_a_program_that_leaves_with_1_itself_has_no_launcher() -> None:
 def test_the_same_word_of_many_ranks_is_written_once() -> None:
     node = Node()
     words = [m.FromTrainer("1.1", TrainerLeaving(status, FULL)) for status in (75, 75, 1, 1)]
-    assert [len(node.handle(word)) for word in words] == [1, 0, 1, 0]
+    assert [len(node.hear(word)) for word in words] == [1, 0, 1, 0]
 
 
 def test_what_the_supervisor_says_is_not_replaced() -> None:
@@ -68,15 +65,12 @@ def test_the_word_of_a_program_before_is_not_about_the_next_one() -> None:
     ended = end(Node(), 1, TrainerLeaving(75, FULL), TrainerHello(8))
     assert ended == m.AttemptExited(1, by_itself=True)
     node = Node()
-    node.handle(m.FromTrainer("1.2", TrainerLeaving(75)))
+    node.hear(m.FromTrainer("1.2", TrainerLeaving(75)))
     assert end(node, 1) == m.AttemptExited(1, by_itself=True)
 
 
 def test_a_word_outlives_the_agent() -> None:
     node = Node()
-    effects = node.handle(m.FromTrainer("1.1", TrainerLeaving(75, FULL)))
-    (put,) = [effect.record for effect in effects if isinstance(effect, PutAttempt)]
-    state = node.core.state
-    node.core = NodeCore(state.options, replace(Memory("j"), attempts=(put,)))
-    node.handle(m.Opened(("1.1",), HostFacts("box", "", 1, 1, "", ""), ()))
+    node.hear(m.FromTrainer("1.1", TrainerLeaving(75, FULL)))
+    node.begin(("1.1",))
     assert end(node, 1).said_exit_code == 75

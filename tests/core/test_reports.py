@@ -13,68 +13,58 @@ from hypothesis import strategies as st
 from agent.core import messages as m
 from agent.core import state as s
 from agent.core.gpu_messages import InspectGpus, Report, Sampled
-from agent.core.launch import LaunchOptions
 from agent.core.link import phase_ms
-from agent.core.node import NodeCore
 from agent.core.trainer_messages import TrainerProgress
 from agent.core.values import (
     GpuFacts,
     GpuSample,
     GpuWindow,
-    HostFacts,
     HostSample,
     Reading,
-    Restored,
     Sample,
     Spread,
     XidSeen,
 )
 from agent.core.window import FIGURES, Window
 from agent.telemetry.xid_table import load_table
-from tests.core.agent_memory import MemoryJournal, inspected
+from tests.core import agent_box
+from tests.core.agent_memory import inspected
 
 BEAT_MS, REPORT_MS = 1_000, 5_000
 HOST = HostSample(0.1, 1, 1, 0.1)
+GREETING = m.Welcome(1, BEAT_MS, 3_600_000, 0)
 
 
 def sample(power_mw: int | None = 300_000, error: str = "", age_ms: int = 0) -> Sample:
     return Sample(HOST, (GpuSample("GPU-a", power_mw=power_mw, error=error, age_ms=age_ms),))
 
 
-class Node:
-    """A node that is welcome, with a trainer, under a clock; `sent` is (when, what)."""
+class Node(agent_box.Node):
+    """With a trainer; `sent` is (when, what)."""
 
     def __init__(self, name: str = "n1", report_ms: int = REPORT_MS) -> None:
-        self.journal = MemoryJournal()
-        self.now_ms = 0
+        launch = replace(agent_box.LAUNCH, node=name)
+        self.options = replace(agent_box.OPTIONS, launch=launch, xids=load_table())
         self.sent: list[tuple[int, m.Upward]] = []
         self.reports: list[tuple[int, Report]] = []
-        launch = LaunchOptions(name, "/run/a.sock", "/attempts", "python", ())
-        options = s.Options("n1:7000", launch, xids=load_table())
-        self.core = NodeCore(options, self.journal.memory())
-        gpus = (GpuFacts("GPU-a", "NVIDIA H100", 80 << 30, "0000:3b:00"),)
-        self.do(m.Opened((), HostFacts("box1", "boot1", 8, 64 << 30, "", ""), gpus))
-        self.do(m.Connected(()))
-        self.welcome(report_ms)
-        self.do(m.FromCoordinator(m.StartAttempt("1.1", m.JobSpec(command=("t",)), ()), "0" * 32))
-        self.do(m.RestoreDone("1.1", Restored("", 0, "")))
-        self.do(m.ProcessStarted("1.1", 7))
+        self.greeting = replace(GREETING, report_interval_ms=report_ms)
+        super().__init__(GpuFacts("GPU-a", "NVIDIA H100", 80 << 30, "0000:3b:00"))
+        self.run(m.StartAttempt("1.1", m.JobSpec(command=("t",)), ()))
         self.sent, self.reports = [], []
 
     def welcome(self, report_ms: int) -> None:
-        said = m.Welcome(1, BEAT_MS, 3_600_000, 0, report_interval_ms=report_ms)
-        self.do(m.FromCoordinator(said, "0" * 32))
+        self.order(replace(GREETING, report_interval_ms=report_ms))
 
-    def do(self, event: m.Event) -> None:
-        effects = self.core.handle(s.Instant(self.now_ms, self.now_ms), event)
-        self.journal.commit([effect for effect in effects if isinstance(effect, s.Record)])
+    def hear(self, event: m.Event) -> list[s.Effect]:
+        effects = super().hear(event)
         for effect in effects:
             if isinstance(effect, InspectGpus):
-                self.do(inspected(effect))
+                self.hear(inspected(effect))
             elif isinstance(effect, m.Send):
                 self.sent.append((self.now_ms, effect.message))
             elif isinstance(effect, Report):
                 self.reports.append((self.now_ms, effect))
+        return effects
 
     def wait(self, span_ms: int, read: bool = True) -> None:
         """Readings on each full second, ticks when the core asks for them."""
@@ -88,9 +78,9 @@ class Node:
                 return
             self.now_ms = due_ms
             if due_ms == second_ms:
-                self.do(Sampled(sample(100_000 + due_ms)))
+                self.hear(Sampled(sample(100_000 + due_ms)))
             else:
-                self.do(m.Tick())
+                self.hear(m.Tick())
 
     def beats(self) -> list[tuple[int, m.Heartbeat]]:
         return [(at, one) for at, one in self.sent if isinstance(one, m.Heartbeat)]
@@ -143,7 +133,7 @@ def test_who_is_late_keeps_its_phase() -> None:
     before = (state.heartbeat_due_ms % BEAT_MS, state.report_due_ms % REPORT_MS)
     node.now_ms += 12_345
     node.sent = []
-    node.do(m.Tick())
+    node.hear(m.Tick())
     assert len(node.beats()) == 1, "what was missed is not made up for"
     assert (state.heartbeat_due_ms % BEAT_MS, state.report_due_ms % REPORT_MS) == before
     assert 0 < state.heartbeat_due_ms - node.now_ms <= BEAT_MS
@@ -161,7 +151,7 @@ def test_events_and_verdicts_wait_for_no_report() -> None:
     node = Node()
     node.wait(1_234)
     node.sent = []
-    node.do(XidSeen(95, "kernel", node.now_ms, pci_bus_id="0000:3b:00"))
+    node.hear(XidSeen(95, "kernel", node.now_ms, pci_bus_id="0000:3b:00"))
     assert [type(one) for _, one in node.sent] == [m.AgentEvent]
 
 
@@ -169,14 +159,14 @@ def test_progress_is_told_when_it_is_new_and_whole_with_a_report() -> None:
     node = Node()
     node.wait(REPORT_MS)
     node.sent = []
-    node.do(m.FromTrainer("1.1", TrainerProgress(6, None, ())))
+    node.hear(m.FromTrainer("1.1", TrainerProgress(6, None, ())))
     node.wait(2 * REPORT_MS)
     steps = [[one.step for _, one in beat.progress] for _, beat in node.beats()]
     assert steps[0] == [6], "with the next heartbeat"
     assert steps.count([6]) == 3, "once, and with each of two reports"
     node.sent = []
-    node.do(m.Disconnected("cut"))
-    node.do(m.Connected(()))
+    node.hear(m.Disconnected("cut"))
+    node.hear(m.Connected(()))
     node.welcome(REPORT_MS)
     node.wait(BEAT_MS)
     assert [[one.step for _, one in beat.progress] for _, beat in node.beats()] == [[6]], "anew"

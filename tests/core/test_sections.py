@@ -7,13 +7,12 @@ and one check.
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from agent.core import hangs
 from agent.core import messages as m
-from agent.core.launch import LaunchOptions
-from agent.core.node import NodeCore
 from agent.core.sections import (
     FACTOR,
     LONGEST_FACTOR,
@@ -26,34 +25,27 @@ from agent.core.sections import (
     Sections,
     limit_ms,
 )
-from agent.core.state import Effect, Instant, Memory, Options, SpoolEvent
+from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerProgress, TrainerSection
-from agent.core.values import HostFacts, ProcessExit, Restored
+from agent.core.values import ProcessExit
+from tests.core import agent_box
 
 FLOOR_MS = 2_000
-LAUNCH = LaunchOptions("n1", "/run/agent.sock", "/state/attempts", "/venv/bin/python", ())
 
 
-class Node:
-    """A core with one running attempt, away from any coordinator, and a shell's clock."""
+class Node(agent_box.Node):
+    """With one running attempt, away from any coordinator."""
+
+    options = replace(agent_box.OPTIONS, hang_floor_ms=FLOOR_MS)
 
     def __init__(self, *environment: tuple[str, str]) -> None:
-        self.core = NodeCore(Options("", LAUNCH, hang_floor_ms=FLOOR_MS), Memory("j"))
-        self.now_ms = 0
+        super().__init__()
         spec = m.JobSpec(command=("train",), environment=environment)
-        self.handle(m.Opened((), HostFacts("box", "", 1, 1, "", ""), ()))
-        self.handle(m.Connected(()))
-        self.handle(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
-        self.handle(m.FromCoordinator(m.StartAttempt("1.1", spec, ()), "1" * 32))
-        self.handle(m.RestoreDone("1.1", Restored("", 0, "")))
-        self.handle(m.ProcessStarted("1.1", 7))
-        self.handle(m.Disconnected("cut"))
-
-    def handle(self, event: m.Event) -> list[Effect]:
-        return self.core.handle(Instant(self.now_ms, self.now_ms), event)
+        self.run(m.StartAttempt("1.1", spec, ()))
+        self.hear(m.Disconnected("cut"))
 
     def enter(self, name: str, *, count: int = 1, source: int = 1) -> list[Effect]:
-        return self.handle(m.FromTrainer("1.1", TrainerSection(source, name, count)))
+        return self.hear(m.FromTrainer("1.1", TrainerSection(source, name, count)))
 
     def steps(self, durations_ms: list[int]) -> list[Effect]:
         """One after another, with the ticks that the core asks for; everything that it did."""
@@ -68,7 +60,7 @@ class Node:
         effects: list[Effect] = []
         while (wake_ms := self.core.next_wake_ms()) is not None and wake_ms <= until_ms:
             self.now_ms = wake_ms
-            effects += self.handle(m.Tick())
+            effects += self.hear(m.Tick())
         self.now_ms = until_ms
         return effects
 
@@ -120,7 +112,7 @@ def test_the_end_says_what_it_hung_in() -> None:
     node.steps([100] * 20)
     node.enter("step")
     node.wait(20_000)
-    effects = node.handle(m.ProcessEnded(ProcessExit("1.1", None, 9)))
+    effects = node.hear(m.ProcessEnded(ProcessExit("1.1", None, 9)))
     (told,) = [effect.event.body for effect in effects if isinstance(effect, SpoolEvent)]
     said = "hung in step for 3 s (limit 2 s); stacks are in its log"
     assert told == m.AttemptExited(None, 9, said, by_itself=True)
@@ -136,7 +128,7 @@ def test_an_end_of_its_own_is_no_hang(exit_code: int, blamed: bool) -> None:
     node.steps([100] * 20)
     node.enter("step")
     assert dumps(node.wait(FLOOR_MS + 2 * hangs.CHECK_MS))
-    effects = node.handle(m.ProcessEnded(ProcessExit("1.1", exit_code, None)))
+    effects = node.hear(m.ProcessEnded(ProcessExit("1.1", exit_code, None)))
     (told,) = [effect.event.body for effect in effects if isinstance(effect, SpoolEvent)]
     assert isinstance(told, m.AttemptExited)
     assert (told.reason != "") == blamed
@@ -157,7 +149,7 @@ def test_the_silence_of_the_whole_node_is_no_hang() -> None:
     node.steps([100] * 20)
     node.enter("step")
     node.now_ms += 3_600_000  # suspended, and nobody could tick
-    assert dumps(node.handle(m.Tick())) == []
+    assert dumps(node.hear(m.Tick())) == []
     assert dumps(node.wait(FLOOR_MS)) == [], "time begins again"
     assert len(dumps(node.wait(2 * hangs.CHECK_MS))) == 1, "and a hang is still found"
 
@@ -179,11 +171,11 @@ def test_progress_shows_life_and_repeated_progress_does_not() -> None:
     node.enter("step")
     said = []
     for step in range(20):
-        said += node.handle(m.FromTrainer("1.1", TrainerProgress(step, None, ())))
+        said += node.hear(m.FromTrainer("1.1", TrainerProgress(step, None, ())))
         said += node.wait(1_000)
     assert dumps(said) == []
     for _ in range(4):
-        said += node.handle(m.FromTrainer("1.1", TrainerProgress(19, None, ())))
+        said += node.hear(m.FromTrainer("1.1", TrainerProgress(19, None, ())))
         said += node.wait(1_000)
     assert len(dumps(said)) == 1
 
@@ -194,7 +186,7 @@ def test_steps_are_learned_though_each_tells_its_progress() -> None:
     for step in range(20):
         node.enter("step")
         node.wait(100)
-        node.handle(m.FromTrainer("1.1", TrainerProgress(step, None, ())))
+        node.hear(m.FromTrainer("1.1", TrainerProgress(step, None, ())))
     node.enter("step")
     history = node.core.state.attempts["1.1"].sections.histories["step"]
     assert list(history.recent_ms) == [100.0] * 20
@@ -223,13 +215,13 @@ def test_where_there_is_no_limit(how: str) -> None:
     if how == "left":
         node.enter("")
     elif how == "disconnected":
-        node.handle(m.FromTrainer("1.1", TrainerSection(1, ended=True)))
+        node.hear(m.FromTrainer("1.1", TrainerSection(1, ended=True)))
     elif how == "stopping":
-        node.handle(m.Connected(()))
-        node.handle(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
+        node.hear(m.Connected(()))
+        node.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "0" * 32))
         stop = m.StopAttempt("1.1", 10**9, "make room")
-        node.handle(m.FromCoordinator(stop, "2" * 32))
-        node.handle(m.Disconnected("cut"))
+        node.hear(m.FromCoordinator(stop, "2" * 32))
+        node.hear(m.Disconnected("cut"))
     assert dumps(node.wait(UNLEARNED_OTHER_MS * 2 if how == "silent" else 600_000)) == []
 
 
