@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.core import messages as m
 from agent.core.gpu_messages import OWN_RATE
@@ -25,7 +24,13 @@ from agent.core.values import (
     RestoreCandidate,
     RestorePart,
 )
-from agent.wire_health import encode_change, encode_details, encode_health, encode_window
+from agent.wire_health import (
+    encode_change,
+    encode_details,
+    encode_health,
+    encode_time,
+    encode_window,
+)
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -163,7 +168,7 @@ def _trainer_time(time: TrainerTime) -> types.TrainerTime:
 def _event(event: m.AgentEvent) -> pb.AgentEvent:
     message = pb.AgentEvent(
         sequence=event.sequence,
-        time=_timestamp(event.unix_ms),
+        time=encode_time(event.unix_ms),
         attempt=event.attempt,
         age=_duration(event.age_ms),
     )
@@ -378,9 +383,3 @@ def _duration(duration_ms: int) -> Duration:
     duration = Duration()
     duration.FromMilliseconds(duration_ms)
     return duration
-
-
-def _timestamp(unix_ms: int) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromMilliseconds(unix_ms)
-    return timestamp

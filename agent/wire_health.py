@@ -24,8 +24,8 @@ def encode_health(said: GpuVerdict) -> types.GpuHealth:
             types.XidRecord(
                 code=record.code,
                 count=record.count,
-                first_time=_timestamp(record.first_unix_ms),
-                last_time=_timestamp(record.last_unix_ms),
+                first_time=encode_time(record.first_unix_ms),
+                last_time=encode_time(record.last_unix_ms),
                 text=record.text,
             )
             for record in said.xids
@@ -74,7 +74,7 @@ def encode_change(change: GpuHealthChanged) -> pb.GpuHealthChanged:
     return pb.GpuHealthChanged(gpus=[encode_health(said) for said in change.gpus])
 
 
-def _timestamp(unix_ms: int) -> Timestamp:
+def encode_time(unix_ms: int) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromMilliseconds(unix_ms)
     return timestamp

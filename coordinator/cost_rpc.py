@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.core import messages as m
 from coordinator.core.cost_requests import (
@@ -21,6 +20,7 @@ from coordinator.core.cost_requests import (
     Money,
     TypeFleet,
 )
+from coordinator.wire_time import encode_time
 from protos.baton.v1 import costs_pb2 as pb
 from protos.baton.v1 import costs_pb2_grpc
 
@@ -80,7 +80,7 @@ def encode(page: CostPage) -> pb.GetCostsResponse:
         idle_lease_usd=page.idle_lease_usd,
         days=[_day(day) for day in page.days],
         uses=[_use(use) for use in page.uses],
-        kept_since_time=None if kept is None else _time(kept),
+        kept_since_time=None if kept is None else encode_time(kept),
         prices_source=page.prices_source,
         energy_source=page.energy_source,
         fleets=[_fleet(fleet) for fleet in page.fleets],
@@ -93,7 +93,7 @@ def _money(money: Money) -> pb.Money:
 
 def _day(day: CostDay) -> pb.CostDay:
     return pb.CostDay(
-        begin_time=_time(day.begin_unix_ms),
+        begin_time=encode_time(day.begin_unix_ms),
         money=_money(day.money),
         idle_lease_usd=day.idle_lease_usd,
     )
@@ -102,7 +102,7 @@ def _day(day: CostDay) -> pb.CostDay:
 def _use(use: HourlyUse) -> pb.HourlyUse:
     return pb.HourlyUse(
         gpu_type=use.gpu_type,
-        begin_time=_time(use.begin_unix_ms),
+        begin_time=encode_time(use.begin_unix_ms),
         gpus=use.gpus,
         lease_usd=use.lease_usd,
         burst_usd=use.burst_usd,
@@ -111,11 +111,5 @@ def _use(use: HourlyUse) -> pb.HourlyUse:
 
 
 def _fleet(fleet: TypeFleet) -> pb.TypeFleet:
-    lots = [pb.LeasedLot(gpus=gpus, end_time=_time(ends_ms)) for gpus, ends_ms in fleet.lots]
+    lots = [pb.LeasedLot(gpus=gpus, end_time=encode_time(ends_ms)) for gpus, ends_ms in fleet.lots]
     return pb.TypeFleet(gpu_type=fleet.gpu_type, owned_gpus=fleet.owned_gpus, lots=lots)
-
-
-def _time(unix_ms: int) -> Timestamp:
-    found = Timestamp()
-    found.FromMilliseconds(unix_ms)
-    return found

@@ -14,6 +14,7 @@ from coordinator import wire_health, wire_nodes, wire_time
 from coordinator.core import launch, model, titles, traces
 from coordinator.core import messages as m
 from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.wire_time import encode_span, encode_time
 from protos.baton.v1 import agent_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -115,7 +116,7 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         gpu_types=spec.gpu_types,
         gpu_memory_bytes_min=spec.gpu_memory_bytes_min,
         memory_bytes=spec.memory_bytes,
-        grace=_duration(spec.grace_ms),
+        grace=encode_span(spec.grace_ms),
         stop_signal=types.StopSignal.Value(f"STOP_SIGNAL_{spec.stop_signal.name}"),
         max_restarts=spec.max_restarts,
         run_again_exit_codes=spec.run_again_exit_codes,
@@ -126,8 +127,8 @@ def encode_spec(spec: model.JobSpec) -> types.JobSpec:
         # An agent of before gangs is sent what it always was.
         ranks=spec.ranks if spec.ranks > 1 else 0,
         shared_gpu_memory_bytes=spec.shared_gpu_memory_bytes,
-        flexible=_duration(spec.flexible_ms) if spec.flexible_ms else None,
-        deadline=_timestamp(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
+        flexible=encode_span(spec.flexible_ms) if spec.flexible_ms else None,
+        deadline=encode_time(spec.deadline_unix_ms) if spec.deadline_unix_ms else None,
         share_automatic=spec.share_automatic,
         array=spec.array,
     )
@@ -152,12 +153,12 @@ def encode_job(view: model.JobView) -> types.Job:
         epoch=job.epoch,
         attempts=[encode_attempt(attempt) for attempt in view.attempts],
         failures=job.failures,
-        submit_time=_timestamp(job.submitted_unix_ms),
+        submit_time=encode_time(job.submitted_unix_ms),
     )
     for encoded in message.attempts:
         encoded.trace_id = traces.trace_id(job, encoded.epoch)
     if job.ended_unix_ms is not None:
-        message.end_time.CopyFrom(_timestamp(job.ended_unix_ms))
+        message.end_time.CopyFrom(encode_time(job.ended_unix_ms))
     if view.checkpoint is not None:
         message.checkpoint.CopyFrom(encode_checkpoint(view.checkpoint))
     if view.progress is not None:
@@ -176,7 +177,7 @@ def encode_attempt(attempt: model.Attempt) -> types.Attempt:
         node=attempt.node,
         gpu_uuids=attempt.gpu_uuids,
         phase=_attempt_phase(attempt.phase),
-        assign_time=_timestamp(attempt.assigned_unix_ms),
+        assign_time=encode_time(attempt.assigned_unix_ms),
         exit_code=attempt.exit_code,
         signal=attempt.signal,
         reason=attempt.reason,
@@ -185,9 +186,9 @@ def encode_attempt(attempt: model.Attempt) -> types.Attempt:
         rank=attempt.rank,
     )
     if attempt.started_unix_ms is not None:
-        message.start_time.CopyFrom(_timestamp(attempt.started_unix_ms))
+        message.start_time.CopyFrom(encode_time(attempt.started_unix_ms))
     if attempt.ended_unix_ms is not None:
-        message.end_time.CopyFrom(_timestamp(attempt.ended_unix_ms))
+        message.end_time.CopyFrom(encode_time(attempt.ended_unix_ms))
     return message
 
 
@@ -203,7 +204,7 @@ def encode_checkpoint(checkpoint: model.Checkpoint) -> types.Checkpoint:
         step=checkpoint.step,
         size_bytes=checkpoint.size_bytes,
         replicas=checkpoint.replicas,
-        commit_time=_timestamp(checkpoint.committed_unix_ms),
+        commit_time=encode_time(checkpoint.committed_unix_ms),
         parts=[
             types.CheckpointPart(
                 digest=part.digest, size_bytes=part.size_bytes, replicas=part.replicas
@@ -217,7 +218,7 @@ def encode_event(event: model.JobEvent) -> types.JobEvent:
     return types.JobEvent(
         job_id=event.job_id,
         sequence=event.sequence,
-        time=_timestamp(event.unix_ms),
+        time=encode_time(event.unix_ms),
         name=event.name,
         attempt=event.attempt,
         node=event.node,
@@ -397,15 +398,15 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
         case m.Welcome():
             welcome = pb.Welcome(
                 leader_epoch=order.leader_epoch,
-                heartbeat_interval=_duration(order.heartbeat_interval_ms),
-                lease=_duration(order.lease_ms),
+                heartbeat_interval=encode_span(order.heartbeat_interval_ms),
+                lease=encode_span(order.lease_ms),
                 acknowledged_sequence=order.acknowledged_sequence,
                 telemetry_rate=wire_nodes.encode_rate(order.telemetry_rate),
-                report_interval=_duration(order.report_interval_ms),
+                report_interval=encode_span(order.report_interval_ms),
             )
             return pb.SessionResponse(welcome=welcome)
         case m.ComeLater():
-            return pb.SessionResponse(come_later=pb.ComeLater(wait=_duration(order.wait_ms)))
+            return pb.SessionResponse(come_later=pb.ComeLater(wait=encode_span(order.wait_ms)))
         case m.LeaseRenewal():
             renewal = pb.LeaseRenewal(heartbeat_sequence=order.heartbeat_sequence)
             return pb.SessionResponse(lease_renewal=renewal)
@@ -414,8 +415,8 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
         case m.StartAttempt():
             return pb.SessionResponse(start_attempt=_start(order))
         case m.StopAttempt():
-            grace = None if order.grace_ms is None else _duration(order.grace_ms)
-            precopy = None if order.precopy_ms is None else _duration(order.precopy_ms)
+            grace = None if order.grace_ms is None else encode_span(order.grace_ms)
+            precopy = None if order.precopy_ms is None else encode_span(order.precopy_ms)
             stop = pb.StopAttempt(
                 attempt=order.attempt, grace=grace, reason=order.reason, precopy=precopy
             )
@@ -486,15 +487,3 @@ def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
 
 def _address(address: launch.PeerAddress) -> pb.PeerAddress:
     return pb.PeerAddress(node=address.node, address=address.address)
-
-
-def _duration(duration_ms: int) -> Duration:
-    duration = Duration()
-    duration.FromMilliseconds(duration_ms)
-    return duration
-
-
-def _timestamp(unix_ms: int) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromMilliseconds(unix_ms)
-    return timestamp

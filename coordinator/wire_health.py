@@ -7,9 +7,8 @@ believed healthy because its trouble was too long to tell.
 
 from collections.abc import Iterable
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from coordinator.core.model import GpuHealth, GpuVerdict, GpuView, XidRecord
+from coordinator.wire_time import encode_time
 from protos.baton.v1 import types_pb2 as types
 
 GPUS_MAX = 64
@@ -62,17 +61,11 @@ def add_health(message: types.Gpu, view: GpuView) -> None:
                 types.XidRecord(
                     code=record.code,
                     count=record.count,
-                    first_time=_timestamp(record.first_unix_ms),
-                    last_time=_timestamp(record.last_unix_ms),
+                    first_time=encode_time(record.first_unix_ms),
+                    last_time=encode_time(record.last_unix_ms),
                     text=record.text,
                 )
                 for record in said.xids
             ],
         )
     )
-
-
-def _timestamp(unix_ms: int) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromMilliseconds(unix_ms)
-    return timestamp

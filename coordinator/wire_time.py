@@ -7,6 +7,7 @@ is kept. So they are checked here, at the edge, and the core knows finite second
 
 from dataclasses import fields
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.core import model
@@ -28,6 +29,18 @@ def decode_time(timestamp: Timestamp) -> int:
     if not 0 <= timestamp.seconds <= UNIX_S_MAX or not 0 <= timestamp.nanos < 10**9:
         raise ValueError(f"{timestamp.seconds} s after 1970 is no time that is written down")
     return timestamp.ToMilliseconds()
+
+
+def encode_time(unix_ms: int) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromMilliseconds(unix_ms)
+    return timestamp
+
+
+def encode_span(span_ms: int) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(span_ms)
+    return duration
 
 
 def encode_progress(progress: model.Progress) -> types.Progress:
