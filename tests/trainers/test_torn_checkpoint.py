@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainers import torture
+from tests.trainers import faultshim, torture
 from trainers import checkpoint
 
 KILLS = 87
@@ -39,7 +39,11 @@ def test_every_call_can_be_the_last(tmp_path: Path) -> None:
         text=True,
         check=False,
         timeout=TORTURE_S_MAX,
-        env={**os.environ, "TMPDIR": str(MEMORY if MEMORY.is_dir() else tmp_path)},
+        env={
+            **os.environ,
+            "TMPDIR": str(MEMORY if MEMORY.is_dir() else tmp_path),
+            "LD_PRELOAD": str(faultshim.build()),  # else it starts, and imports torch, twice
+        },
     )
     assert run.returncode == 0, run.stdout + run.stderr
     count = json.loads(run.stdout)
