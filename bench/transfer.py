@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,9 @@ from agent.core.values import ReplicaSource
 from agent.peer import PeerServer
 from agent.transport import Tls
 from bench import report
-from tests.agent.test_transport import Authority
+from tests.agent.chunk_worlds import no_log
+from tests.agent.test_transport import issue
+from tests.e2e.certificates import Authority
 
 SIZE_BYTES, SIZE_QUICK_BYTES = 1 << 30, 256 << 20
 ROUNDS, ROUNDS_QUICK = 7, 3
@@ -86,8 +88,8 @@ def measure(
 ) -> tuple[dict[tuple[str, str], list[Cost]], list[float]]:
     """What each way cost, round by round; and CPU seconds per GB of hashing alone."""
     errand, wanted = fill(ChunkStore(scratch / "chunks"), size_bytes)
-    authority = Authority(scratch, "fleet")
-    server_tls, client_tls = authority.issue("server"), authority.issue("client")
+    authority = Authority(scratch / "fleet")
+    server_tls, client_tls = issue(authority, "server"), issue(authority, "client")
     with (
         serving(scratch, "clear", None) as clear,
         serving(scratch, "secure", server_tls) as secure,
@@ -196,13 +198,6 @@ async def serve(settings: Path) -> None:
         stack.push_async_callback(server.close)
         print(await server.open(), flush=True)
         await asyncio.to_thread(sys.stdin.read)
-
-
-async def no_log(
-    attempt: str, offset: int, follow: bool, tail_bytes: int
-) -> AsyncIterator[tuple[int, bytes]]:
-    raise FileNotFoundError(attempt)
-    yield offset, b""
 
 
 def rows(costs: dict[tuple[str, str], list[Cost]], hashing_s: list[float]) -> list[report.Row]:

@@ -58,7 +58,8 @@ from tests.agent.http_worlds import (
     made_of,
     transfers_in,
 )
-from tests.agent.test_transport import Authority
+from tests.agent.test_transport import issue
+from tests.e2e.certificates import Authority
 
 # --- tokens ---------------------------------------------------------------------------------------
 
@@ -396,10 +397,10 @@ async def secured(root: Path, tls: Tls) -> AsyncIterator[tuple[ReplicaSource, Wo
 
 
 async def test_https_has_grpcs_certificates(tmp_path: Path) -> None:
-    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
-    async with secured(tmp_path / "n2", ours.issue("server")) as (peer, world):
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    async with secured(tmp_path / "n2", issue(ours, "server")) as (peer, world):
         digest, manifest = world.keep(DATA)
-        client = PeerClient(ours.issue("client"), http_from_bytes=0)
+        client = PeerClient(issue(ours, "client"), http_from_bytes=0)
         errand = peers_module.Errand(manifest.job_id, manifest.epoch, digest)
         try:
             with capture_logs() as logs:
@@ -413,10 +414,10 @@ async def test_https_has_grpcs_certificates(tmp_path: Path) -> None:
             await client.close()
 
         bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        bare.load_verify_locations(ours.ca_path)
-        stranger = https.context(ssl.PROTOCOL_TLS_CLIENT, theirs.issue("stranger", trusting=ours))
+        bare.load_verify_locations(ours.path)
+        stranger = https.context(ssl.PROTOCOL_TLS_CLIENT, issue(theirs, "stranger", trusting=ours))
         distrusting = https.context(
-            ssl.PROTOCOL_TLS_CLIENT, ours.issue("distrusting", trusting=theirs)
+            ssl.PROTOCOL_TLS_CLIENT, issue(ours, "distrusting", trusting=theirs)
         )
         for context in (None, bare, stranger, distrusting):
             wrong = Access(access.host, access.port, access.token, context, access.deadline_s)

@@ -7,16 +7,11 @@ client does not talk to a server from another authority either.
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.x509.oid import NameOID
 
 import agent.https
 import coordinator.https
@@ -29,6 +24,8 @@ from agent.ports import ChunkError
 from agent.transport import Tls, TransportError, check_listen, listen, open_channel
 from protos.baton.v1 import peer_pb2
 from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
+from tests.agent.chunk_worlds import no_log
+from tests.e2e.certificates import Authority, Key
 from tests.wire.slow_link import slow_link
 
 DIGEST = "ab" * 32
@@ -37,76 +34,24 @@ READY, TRANSIENT_FAILURE = (
     grpc.ChannelConnectivity.READY,
     grpc.ChannelConnectivity.TRANSIENT_FAILURE,
 )
-Key = (
-    ec.EllipticCurvePrivateKey
-    | rsa.RSAPrivateKey
-    | ed25519.Ed25519PrivateKey
-    | ed448.Ed448PrivateKey
-)
 
 
-class Authority:
-    """A certificate authority made up for one test."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory = directory
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        builder = self._builder(self.name, self.key).add_extension(
-            x509.BasicConstraints(ca=True, path_length=0), critical=True
-        )
-        self.ca_path = directory / f"{name}-ca.pem"
-        certificate = builder.sign(self.key, hashes.SHA256())
-        self.ca_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-
-    def issue(self, name: str, trusting: "Authority | None" = None, key: Key | None = None) -> Tls:
-        key = key or ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        names = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
-        )
-        builder = self._builder(subject, key).add_extension(names, critical=False)
-        certificate = builder.sign(self.key, hashes.SHA256())
-        cert_path = self.directory / f"{name}.pem"
-        key_path = self.directory / f"{name}.key"
-        cert_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        key_path.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return Tls(str(cert_path), str(key_path), str((trusting or self).ca_path))
-
-    def _builder(self, subject: x509.Name, key: Key) -> x509.CertificateBuilder:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self.name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
-        )
+def issue(
+    authority: Authority, name: str, trusting: Authority | None = None, key: Key | None = None
+) -> Tls:
+    """What this authority issues, for somebody who trusts it, or another one."""
+    files = authority.issue(name, key)
+    return Tls(str(files.cert), str(files.key), str((trusting or authority).path))
 
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "ours")
+    return Authority(tmp_path / "ours")
 
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "theirs")
-
-
-async def no_log(
-    attempt: str, offset: int, follow: bool, tail_bytes: int
-) -> AsyncIterator[tuple[int, bytes]]:
-    raise FileNotFoundError(attempt)
-    yield offset, b""
+    return Authority(tmp_path / "theirs")
 
 
 @pytest.fixture
@@ -114,7 +59,7 @@ async def peer(tmp_path: Path, ours: Authority) -> AsyncIterator[ReplicaSource]:
     """A peer that listens beyond loopback, under mutual TLS."""
     store = ChunkStore(tmp_path / "chunks")
     store.open()
-    server = PeerServer(store, no_log, address="0.0.0.0:0", tls=ours.issue("server"))
+    server = PeerServer(store, no_log, address="0.0.0.0:0", tls=issue(ours, "server"))
     port = await server.open()
     yield ReplicaSource("n2", f"127.0.0.1:{port}")
     await server.close()
@@ -129,14 +74,14 @@ async def ask(peer: ReplicaSource, tls: Tls | None) -> list[str]:
 
 
 async def test_the_right_certificate_is_accepted(peer: ReplicaSource, ours: Authority) -> None:
-    assert await ask(peer, ours.issue("client")) == [DIGEST]
+    assert await ask(peer, issue(ours, "client")) == [DIGEST]
 
 
 async def test_a_handshake_may_take_longer_than_the_pause_between_tries(
     peer: ReplicaSource, ours: Authority
 ) -> None:
     with slow_link(peer.address) as address:
-        assert await ask(replace(peer, address=address), ours.issue("client")) == [DIGEST]
+        assert await ask(replace(peer, address=address), issue(ours, "client")) == [DIGEST]
 
 
 async def test_no_tls_at_all_is_refused(peer: ReplicaSource) -> None:
@@ -147,7 +92,7 @@ async def test_no_tls_at_all_is_refused(peer: ReplicaSource) -> None:
 async def test_a_client_without_a_certificate_is_refused(
     peer: ReplicaSource, ours: Authority
 ) -> None:
-    credentials = grpc.ssl_channel_credentials(ours.ca_path.read_bytes())
+    credentials = grpc.ssl_channel_credentials(ours.path.read_bytes())
     async with grpc.aio.secure_channel(peer.address, credentials) as channel:
         stub = PeerServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -158,7 +103,7 @@ async def test_a_client_without_a_certificate_is_refused(
 async def test_a_client_of_another_authority_is_refused(
     peer: ReplicaSource, ours: Authority, theirs: Authority
 ) -> None:
-    stranger = theirs.issue("stranger", trusting=ours)
+    stranger = issue(theirs, "stranger", trusting=ours)
     with pytest.raises(ChunkError, match="n2"):
         await ask(peer, stranger)
 
@@ -166,7 +111,7 @@ async def test_a_client_of_another_authority_is_refused(
 async def test_a_server_of_another_authority_is_not_talked_to(
     peer: ReplicaSource, ours: Authority, theirs: Authority
 ) -> None:
-    distrusting = ours.issue("client", trusting=theirs)
+    distrusting = issue(ours, "client", trusting=theirs)
     with pytest.raises(ChunkError, match="n2"):
         await ask(peer, distrusting)
 
@@ -223,11 +168,11 @@ async def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_what_no_peer_would_take_is_named_before_anybody_calls(
     doubt: Callable[..., str], ours: Authority, theirs: Authority, tmp_path: Path
 ) -> None:
-    good, other = ours.issue("good"), ours.issue("other")
-    foreign = theirs.issue("foreign", trusting=ours)
+    good, other = issue(ours, "good"), issue(ours, "other")
+    foreign = issue(theirs, "foreign", trusting=ours)
     for serves in (False, True):
         assert doubt(good, serves=serves) == ""
-        said = f"{foreign.cert_path}, by {ours.ca_path}: unable to get local issuer certificate"
+        said = f"{foreign.cert_path}, by {ours.path}: unable to get local issuer certificate"
         assert doubt(foreign, serves=serves) == said
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("nothing\n")
@@ -245,15 +190,11 @@ async def test_what_grpc_takes_stops_nobody(
     doubt: Callable[..., str], ours: Authority, theirs: Authority
 ) -> None:
     """An authority below a root that is not in the file; a key too short for OpenSSL."""
-    below = theirs._builder(ours.name, ours.key).add_extension(
-        x509.BasicConstraints(ca=True, path_length=0), critical=True
-    )
-    certificate = below.sign(theirs.key, hashes.SHA256())
-    ours.ca_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files = ours.issue("good")
+    theirs.vouch_for(ours)
+    files = issue(ours, "good")
     assert await channel_opens(files)
     assert doubt(files) == ""
-    weak = ours.issue("weak", key=rsa.generate_private_key(65537, 1024))  # noqa: S505 - on purpose
+    weak = issue(ours, "weak", key=rsa.generate_private_key(65537, 1024))  # noqa: S505 - on purpose
     assert await channel_opens(weak)
     assert doubt(weak) == f"{weak.cert_path}, by OpenSSL: EE_KEY_TOO_SMALL"
 
@@ -273,7 +214,7 @@ async def test_what_grpc_takes_stops_nobody(
 async def test_a_key_that_grpc_does_not_take_is_named(
     ours: Authority, key: Key, taken: bool
 ) -> None:
-    files = ours.issue("node", key=key)
+    files = issue(ours, "node", key=key)
     assert await channel_opens(files) is taken
     doubts: list[Callable[..., str]] = [agent.https.doubt, coordinator.https.doubt]
     for doubt in doubts:
@@ -312,8 +253,8 @@ async def test_why_nobody_can_listen_is_said_in_words(ours: Authority) -> None:
     """Also where it is no address of this machine (of a documentation's network, RFC 5737), and
     where the system would take it and gRPC does not."""
     with pytest.raises(TransportError) as caught:
-        listen(grpc.aio.server(), "203.0.113.7:7071", ours.issue("good"))
+        listen(grpc.aio.server(), "203.0.113.7:7071", issue(ours, "good"))
     assert str(caught.value) == "cannot listen on 203.0.113.7:7071: Cannot assign requested address"
-    files = ours.issue("node", key=ed448.Ed448PrivateKey.generate())
+    files = issue(ours, "node", key=ed448.Ed448PrivateKey.generate())
     with pytest.raises(TransportError, match=f"gRPC does not take {files.cert_path} with its key"):
         listen(grpc.aio.server(), "127.0.0.1:0", files)

@@ -1,7 +1,6 @@
 """How commands end: four exit classes, Ctrl-C, a reader that goes away, TLS, and a real
 terminal."""
 
-import ipaddress
 import os
 import pty
 import re
@@ -10,21 +9,18 @@ import socket
 import subprocess
 import sys
 import threading
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from coordinator.cli import client
 from protos.baton.v1 import jobs_pb2, nodes_pb2, types_pb2
 from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
+from tests.e2e.certificates import Authority
 from tests.wire.slow_link import slow_link
 
 # For a real process on a busy machine; a test that needs it has failed.
@@ -63,8 +59,7 @@ def test_a_handshake_may_take_longer_than_the_pause_between_tries(
 
 
 def test_a_name_that_does_not_resolve_is_3(baton: Baton, tmp_path: Path) -> None:
-    authority = Authority("fleet")
-    flags = authority.client_flags(tmp_path)
+    flags = Authority(tmp_path / "fleet").issue("member").flags()
     result = baton("--coordinator", "no-such-host.invalid:1", *flags, "jobs")
     assert result.exit_code == 3
     assert "cannot reach the coordinator at no-such-host.invalid:1: " in result.stderr
@@ -381,70 +376,12 @@ def test_no_terminal_is_too_narrow_for_an_id(fake: FakeCoordinator) -> None:
     assert samples.DIGEST in on_terminal(fake, 20, "job", "12")
 
 
-class Authority:
-    """A certificate authority of a test's own."""
-
-    def __init__(self, name: str) -> None:
-        self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.certificate = self._sign(self.name, self.key, authority=True)
-
-    def issue(self) -> tuple[bytes, bytes]:
-        """A private key and a certificate for 127.0.0.1, PEM."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "member")])
-        pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        return pem, self._sign(name, key, authority=False)
-
-    def client_flags(self, folder: Path) -> list[str]:
-        """Write a client's three files and name them."""
-        key, certificate = self.issue()
-        for name, content in (("key", key), ("cert", certificate), ("ca", self.certificate)):
-            (folder / f"{name}.pem").write_bytes(content)
-        return [
-            part
-            for name in ("key", "cert", "ca")
-            for part in (f"--tls-{name}", str(folder / f"{name}.pem"))
-        ]
-
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """Asks every client for a certificate of this authority."""
-        return grpc.ssl_server_credentials(
-            [self.issue()], root_certificates=self.certificate, require_client_auth=True
-        )
-
-    def _sign(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, authority: bool
-    ) -> bytes:
-        now = datetime.now(UTC)
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self.name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-            .sign(self.key, hashes.SHA256())
-        )
-        return certificate.public_bytes(serialization.Encoding.PEM)
-
-
 def test_mutual_tls(baton: Baton, tmp_path: Path) -> None:
-    fleet, stranger = Authority("fleet"), Authority("stranger")
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "theirs").mkdir()
-    ours = fleet.client_flags(tmp_path / "ours")
-    theirs = stranger.client_flags(tmp_path / "theirs")
+    fleet, stranger = Authority(tmp_path / "fleet"), Authority(tmp_path / "stranger")
+    ours, theirs = fleet.issue("member").flags(), stranger.issue("member").flags()
+    server = fleet.issue("coordinator").server_credentials()
     answers = {"ListNodes": [nodes_pb2.ListNodesResponse()]}
-    with FakeCoordinator(answers=answers, credentials=fleet.server_credentials()) as secured:
+    with FakeCoordinator(answers=answers, credentials=server) as secured:
         assert baton(*ours, "nodes", address=secured.address).exit_code == 0
         assert baton("nodes", *ours, address=secured.address).exit_code == 0
         # A stranger knows the fleet's authority, but has a certificate of another one.
@@ -458,10 +395,10 @@ def test_mutual_tls(baton: Baton, tmp_path: Path) -> None:
 
 
 def test_a_broken_certificate_is_3_and_names_the_options(baton: Baton, tmp_path: Path) -> None:
-    fleet = Authority("fleet")
-    flags = fleet.client_flags(tmp_path)
-    (tmp_path / "ca.pem").write_text("not a certificate")
-    with FakeCoordinator(credentials=fleet.server_credentials()) as secured:
+    fleet = Authority(tmp_path / "fleet")
+    flags, server = fleet.issue("member").flags(), fleet.issue("coordinator").server_credentials()
+    fleet.path.write_text("not a certificate")
+    with FakeCoordinator(credentials=server) as secured:
         result = baton(*flags, "nodes", address=secured.address)
         assert (result.exit_code, secured.requests) == (3, [])
         assert "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca" in result.stderr

@@ -12,11 +12,17 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 LIFE = timedelta(hours=1)
 PEM = serialization.Encoding.PEM
+Key = (
+    ec.EllipticCurvePrivateKey
+    | rsa.RSAPrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,14 @@ class Files:
             self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes()
         )
 
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """For a server of our own, which asks each client for a certificate."""
+        return grpc.ssl_server_credentials(
+            [(self.key.read_bytes(), self.cert.read_bytes())],
+            root_certificates=self.ca.read_bytes(),
+            require_client_auth=True,
+        )
+
 
 class Authority:
     """Signs certificates for programs on this machine, and for their users."""
@@ -50,20 +64,24 @@ class Authority:
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _named(f"authority {directory.name}")
+        self.path = directory / "ca.pem"
+        self.vouch_for(self)
+
+    def vouch_for(self, other: "Authority") -> None:
+        """That the other is one: below this one, or by its own word."""
         certificate = (
-            self._builder(self._name, self._key.public_key())
+            self._builder(other._name, other._key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(self._key, hashes.SHA256())
         )
-        self.path = directory / "ca.pem"
-        self.path.write_bytes(certificate.public_bytes(PEM))
+        other.path.write_bytes(certificate.public_bytes(PEM))
 
-    def issue(self, name: str) -> Files:
+    def issue(self, name: str, key: Key | None = None) -> Files:
         """A certificate with this common name, good for 127.0.0.1 on either side of a call."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
         certificate = (
-            self._builder(_named(name), key.public_key())
+            self._builder(_named(name), key)
             .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -75,15 +93,13 @@ class Authority:
         )
         return Files(cert, secret, self.path)
 
-    def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey
-    ) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: Key) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
-            .public_key(key)
+            .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - LIFE)
             .not_valid_after(now + LIFE)
