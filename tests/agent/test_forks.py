@@ -11,7 +11,7 @@ import os
 import py_compile
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.machinery import SourcelessFileLoader
 from pathlib import Path
@@ -23,9 +23,7 @@ from agent.ports import StartError
 from agent.processes import logs, proc, records, shim, spawn, supervisor
 from agent.processes.forks import ForkServers, Warmth, settings
 from agent.processes.supervisor import Supervisor
-
-DEADLINE_S = 30.0  # for a condition on a busy machine; reached only when the test fails
-POLL_S = 0.005
+from tests.agent.waiting import DEADLINE_S, until
 
 # What a forked trainer finds, said by itself. A module, since only modules are run in place.
 TOLD = """
@@ -40,12 +38,6 @@ print(json.dumps({
 sys.exit(75)
 """
 SLOW = "import os\nLOADED_IN = os.getpid()\n"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(POLL_S)
 
 
 def environment(modules: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from tests.agent.http_worlds import (
     relayed,
     transfers_in,
 )
+from tests.agent.waiting import until
 
 
 async def all_over(port: int, token: str) -> list[tuple[str, bytes | bytearray]]:
@@ -163,12 +164,6 @@ async def given(data: bytes, then: asyncio.Event | None = None) -> AsyncIterator
 
 def transfer_threads() -> set[int | None]:
     return {each.ident for each in threading.enumerate() if each.name.startswith("transfer")}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - threads set no event
-            await asyncio.sleep(0.01)
 
 
 async def test_closing_a_link_ends_its_threads(world: World) -> None:

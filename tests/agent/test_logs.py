@@ -16,17 +16,10 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.processes import logs, records, shim
 from agent.processes.supervisor import Supervisor
+from tests.agent.waiting import DEADLINE_S, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
-DEADLINE_S = 30.0  # for a condition on a busy machine; reached only when the test fails
-POLL_S = 0.005
 TINY_DISK_BYTES = 1024 * 1024
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(POLL_S)
 
 
 async def run_trainer(state: Path, script: str, *arguments: str) -> Path:

@@ -11,7 +11,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from agent.processes.supervisor import (
     SUPERVISOR_GONE,
     Supervisor,
 )
+from tests.agent.waiting import DEADLINE_S, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
-DEADLINE_S = 30.0  # for a condition on a busy machine; reached only when the test fails
-POLL_S = 0.005
 
 # Double fork and setsid, as a daemon does; the grandchild writes its pid into the given file.
 DAEMON = """
@@ -45,12 +44,6 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(POLL_S)
 
 
 def bash(script: str, *arguments: str, attempt_id: str = "1.1", cwd: str = "/") -> Launch:

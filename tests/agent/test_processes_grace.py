@@ -15,7 +15,8 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.processes import logs, records, shim
 from agent.processes.supervisor import SUPERVISOR_GONE, Supervisor
-from tests.agent.test_processes import DAEMON, PATH, alive, opened, shim_pid_of, until
+from tests.agent.test_processes import DAEMON, PATH, alive, opened, shim_pid_of
+from tests.agent.waiting import until
 
 LONG_MS = 600_000  # reached only when the test fails
 SHORT_MS = 200

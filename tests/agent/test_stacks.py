@@ -16,7 +16,8 @@ import baton_sdk
 from agent.core.values import Launch, ProcessExit
 from agent.processes import proc, records, stacks
 from agent.processes.supervisor import Supervisor
-from tests.agent.test_processes import PATH, alive, until
+from tests.agent.test_processes import PATH, alive
+from tests.agent.waiting import until
 
 # Two threads: one sleeps, the main one reads from a socket that nobody writes to; a forked child
 # waits for a lock that it holds itself.

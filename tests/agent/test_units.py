@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +23,9 @@ from agent.processes import launcher, units
 from agent.processes.launcher import Refused, Settings, command, parse
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import Units, request, why_ended
+from tests.agent.waiting import DEADLINE_S, until
 
 GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
-DEADLINE_S = 30.0
-POLL_S = 0.005
 
 # Keeps what it was given, one word a line, and is the unit: a process in a session of its own.
 # systemd makes one dollar of two.
@@ -131,12 +130,6 @@ def serving(world: World) -> Iterator[World]:
     yield world
     process.kill()
     process.wait()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
-            await asyncio.sleep(POLL_S)
 
 
 def bash(script: str, attempt_id: str = "1.1", memory_bytes: int = 0, gpus: str = GPU) -> Launch:
