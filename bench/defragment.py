@@ -124,14 +124,10 @@ def main(arguments: Sequence[str]) -> int:
         ("mean wait of jobs of one GPU", "wait_small_min"),
         ("mean completion of all", "completion_min"),
     ):
-        made = report.row_of(name, [getattr(one, field) for one in with_moves], "min")
+        waits = [getattr(one, field) for one in with_moves]
         reference = statistics.median(getattr(one, field) for one in without)
-        rows.append(
-            report.Row(
-                name=name, value=made.value, unit="min", low=made.low, high=made.high,
-                reference=reference, reference_source="without moves for room",
-            )
-        )  # fmt: skip
+        source = "without moves for room"
+        rows.append(report.row_of(name, waits, "min", reference=reference, source=source))
     rows.append(report.row_of("stopped to make room", [one.moved for one in with_moves], "jobs"))
     report.show("Room for large jobs by moving small ones", rows, asked)
     return 0

@@ -121,50 +121,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows_of(title: str, found: list[list[float]], goal_s: float, warm: bool) -> list[report.Row]:
     """The whole, with reference and goal, then each phase."""
-    whole = report.row_of(title, [sum(phases) for phases in found], "s")
-    rows = [
-        report.Row(
-            name=whole.name,
-            value=whole.value,
-            unit=whole.unit,
-            low=whole.low,
-            high=whole.high,
-            goal=goal_s,
-            reference=SLURM_S,
-            reference_source=SLURM,
-        )
+    whole = [sum(phases) for phases in found]
+    running = [sum(phases[:RUNNING_PHASES]) for phases in found]
+    after = [sum(phases[1:]) for phases in found]
+    after_goal_s = AFTER_DETECTION_GOAL_S if warm else None
+    goals_s = [DECISION_GOAL_S if name.startswith("decision") else None for name in PHASES]
+    return [
+        report.row_of(title, whole, "s", goal=goal_s, reference=SLURM_S, source=SLURM),
+        report.row_of("- of it until its process runs elsewhere", running, "s", goal=COLD_GOAL_S),
+        report.row_of("- of it after the detection", after, "s", goal=after_goal_s),
+        *(
+            report.row_of(f"- {name}", samples, "s", goal=goal_s)
+            for name, samples, goal_s in zip(PHASES, zip(*found, strict=True), goals_s, strict=True)
+        ),
     ]
-    running = report.row_of("", [sum(phases[:RUNNING_PHASES]) for phases in found], "s")
-    rows.append(
-        report.Row(
-            name="- of it until its process runs elsewhere",
-            value=running.value,
-            unit="s",
-            low=running.low,
-            high=running.high,
-            goal=COLD_GOAL_S,
-        )
-    )
-    after = report.row_of("", [sum(phases[1:]) for phases in found], "s")
-    rows.append(
-        report.Row(
-            name="- of it after the detection",
-            value=after.value,
-            unit="s",
-            low=after.low,
-            high=after.high,
-            goal=AFTER_DETECTION_GOAL_S if warm else None,
-        )
-    )
-    for name, samples in zip(PHASES, zip(*found, strict=True), strict=True):
-        row = report.row_of(f"- {name}", samples, "s")
-        goal = DECISION_GOAL_S if name.startswith("decision") else None
-        rows.append(
-            report.Row(
-                name=row.name, value=row.value, unit="s", low=row.low, high=row.high, goal=goal
-            )
-        )
-    return rows
 
 
 def dominant(title: str, found: list[list[float]]) -> str:

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import report
@@ -109,73 +109,44 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows(found: Found, plain: Plain) -> list[report.Row]:
     whole, beside = found.agents == max(SIZES), found.agents == plain.agents
-    who = f"{found.agents:,} agents"
+
+    def row(
+        name: str, value: float, unit: str, floor: float | None = None, goal: float | None = None
+    ) -> report.Row:
+        """`floor`: of plain gRPC, where as many agents were asked there; `goal`: of the largest."""
+        return report.Row(
+            name=f"{found.agents:,} agents: {name}",
+            value=value,
+            unit=unit,
+            goal=goal if whole else None,
+            reference=floor if beside else None,
+            reference_source="" if floor is None else FLOOR,
+        )
+
+    def p99(samples: Sequence[float]) -> float:
+        return report.percentile(samples, 0.99)
+
+    ours, floor = found.event_ms, plain.event_ms
+    p50, p50_floor = report.percentile(ours, 0.5), report.percentile(floor, 0.5)
+    to_renewal = f"report to renewal, p99 of {len(found.renewal_ms)}"
+    reconnect = row("kill -9 to the last one welcome", found.reconnect_s, "s")
+    least_s = RECONNECT_FLOOR_S if whole else None
+    core = "% of a core"
     return [
-        report.Row(
-            name=f"{who}: CPU of the coordinator",
-            value=found.cpu_percent,
-            unit="% of a core",
-            goal=CPU_GOAL if whole else None,
-            reference=plain.cpu_percent if beside else None,
-            reference_source=FLOOR,
-        ),
-        report.Row(
-            name=f"{who}: CPU of the agents, all in one process",
-            value=found.generator_cpu_percent,
-            unit="% of a core",
-        ),
-        report.Row(
-            name=f"{who}: how late that process comes to a timer, p99",
-            value=report.percentile(found.generator_late_ms, 0.99),
-            unit="ms",
-        ),
-        report.Row(
-            name=f"{who}: resident memory",
-            value=found.rss_gb,
-            unit="GB",
-            goal=RSS_GOAL_GB if whole else None,
-            reference=plain.rss_gb if beside else None,
-            reference_source=FLOOR,
-        ),
-        report.Row(
-            name=f"{who}: event to decision, p99 of {len(found.event_ms)}",
-            value=report.percentile(found.event_ms, 0.99),
-            unit="ms",
-            goal=P99_GOAL_MS if whole else None,
-            reference=report.percentile(plain.event_ms, 0.99) if beside else None,
-            reference_source=FLOOR,
-        ),
-        report.Row(
-            name=f"{who}: the same, p50",
-            value=report.percentile(found.event_ms, 0.5),
-            unit="ms",
-            reference=report.percentile(plain.event_ms, 0.5) if beside else None,
-            reference_source=FLOOR,
-        ),
-        report.Row(
-            name=f"{who}: report to renewal, p99 of {len(found.renewal_ms)}",
-            value=report.percentile(found.renewal_ms, 0.99),
-            unit="ms",
-            reference=report.percentile(plain.renewal_ms, 0.99) if beside else None,
-            reference_source=FLOOR,
-        ),
-        report.Row(name=f"{who}: all joined a new coordinator in", value=found.join_s, unit="s"),
-        report.Row(
-            name=f"{who}: kill -9 to the last one welcome",
-            value=found.reconnect_s,
-            unit="s",
-            reference=RECONNECT_FLOOR_S if whole else None,
-            reference_source=FLOOR_ELSEWHERE,
-        ),
-        report.Row(
-            name=f"{who}: CPU of the coordinator until then", value=found.restart_cpu_s, unit="s"
-        ),
-        report.Row(name=f"{who}: resident memory, most", value=found.rss_peak_gb, unit="GB"),
-        report.Row(name=f"{who}: told to wait in line", value=found.in_line, unit="times"),
-        report.Row(
-            name=f"{who}: sessions that broke at work", value=found.dropped, unit="sessions"
-        ),
-        report.Row(name=f"{who}: nodes declared lost", value=found.lost, unit="nodes", goal=0),
+        row("CPU of the coordinator", found.cpu_percent, core, plain.cpu_percent, CPU_GOAL),
+        row("CPU of the agents, all in one process", found.generator_cpu_percent, core),
+        row("how late that process comes to a timer, p99", p99(found.generator_late_ms), "ms"),
+        row("resident memory", found.rss_gb, "GB", plain.rss_gb, RSS_GOAL_GB),
+        row(f"event to decision, p99 of {len(ours)}", p99(ours), "ms", p99(floor), P99_GOAL_MS),
+        row("the same, p50", p50, "ms", p50_floor),
+        row(to_renewal, p99(found.renewal_ms), "ms", p99(plain.renewal_ms)),
+        row("all joined a new coordinator in", found.join_s, "s"),
+        replace(reconnect, reference=least_s, reference_source=FLOOR_ELSEWHERE),
+        row("CPU of the coordinator until then", found.restart_cpu_s, "s"),
+        row("resident memory, most", found.rss_peak_gb, "GB"),
+        row("told to wait in line", found.in_line, "times"),
+        row("sessions that broke at work", found.dropped, "sessions"),
+        replace(row("nodes declared lost", found.lost, "nodes"), goal=0),
     ]
 
 

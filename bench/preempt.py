@@ -100,17 +100,8 @@ def rows_of(under: str, preemptions: Sequence[Preemption]) -> list[report.Row]:
 
 
 def goal_row(name: str, samples: list[float], goal: float, reference: float | None) -> report.Row:
-    row = report.row_of(name, samples, "s")
-    return report.Row(
-        name=row.name,
-        value=row.value,
-        unit=row.unit,
-        low=row.low,
-        high=row.high,
-        goal=goal,
-        reference=reference,
-        reference_source="Slurm's default, measured under bash" if reference else "",
-    )
+    source = "Slurm's default, measured under bash" if reference else ""
+    return report.row_of(name, samples, "s", goal=goal, reference=reference, source=source)
 
 
 def spare_spec(witness: Path, *, shell: bool) -> types_pb2.JobSpec:

@@ -111,14 +111,25 @@ def nothing_measured(bench: str, file: str, data: Data, asked: Options) -> None:
         print("[]")
 
 
-def row_of(name: str, samples: Sequence[float], unit: str) -> Row:
-    """The median of at least one sample, with its spread."""
+def row_of(
+    name: str,
+    samples: Sequence[float],
+    unit: str,
+    *,
+    goal: float | None = None,
+    reference: float | None = None,
+    source: str = "",
+) -> Row:
+    """The median of at least one sample, with its spread. `source` is that of the reference."""
     return Row(
         name=name,
         value=statistics.median(samples),
         unit=unit,
         low=min(samples) if len(samples) > 1 else None,
         high=max(samples) if len(samples) > 1 else None,
+        goal=goal,
+        reference=reference,
+        reference_source=source,
     )
 
 

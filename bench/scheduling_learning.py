@@ -90,7 +90,4 @@ def _rows(label: str, ran: list[Figures], oracle: Figures) -> list[report.Row]:
 
 
 def _row(name: str, hours: list[float], oracle_h: float, goal: float | None) -> report.Row:
-    row = report.row_of(name, [each / oracle_h for each in hours], "of the oracle's")
-    return report.Row(
-        name=row.name, value=row.value, unit=row.unit, low=row.low, high=row.high, goal=goal
-    )
+    return report.row_of(name, [each / oracle_h for each in hours], "of the oracle's", goal=goal)

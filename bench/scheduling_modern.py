@@ -260,13 +260,11 @@ def rows(ran: Mapping[str, Sequence[Figures]]) -> list[report.Row]:
         against = dict.fromkeys(("FIFO, type-blind", "static partition", "packing", best))
         for name in against:
             words = "best of the others" if name == best else "same run"
-            row = report.row_of(f"modern, {label}", ours, unit)
-            found.append(
-                report.Row(
-                    name=row.name, value=row.value, unit=unit, low=row.low, high=row.high,
-                    reference=medians[name], reference_source=f"{name}, {words}",
-                )
-            )  # fmt: skip
+            source = f"{name}, {words}"
+            row = report.row_of(
+                f"modern, {label}", ours, unit, reference=medians[name], source=source
+            )
+            found.append(row)
     return found
 
 

@@ -42,8 +42,7 @@ def rows(quick: bool) -> list[report.Row]:
                 values.append(made.value / _decide(contenders, size, solve).bound)
             label = f"{size:,} GPUs and jobs{name}"
             goal = None if name else GOALS_S.get(size)
-            row = report.row_of(f"decision, {label}", costs, "s of a core")
-            found.append(_with_goal(row, goal))
+            found.append(report.row_of(f"decision, {label}", costs, "s of a core", goal=goal))
             found.append(
                 report.Row(
                     name=f"value, {label}",
@@ -101,9 +100,3 @@ def jobs(count: int, seed: int) -> list[Contender]:
 def _decide(contenders: list[Contender], size: int, solver: Solve | None) -> Allocation:
     capacity = dict.fromkeys(TYPES, size // len(TYPES))
     return allocate(contenders, capacity, NOW_MS, Aims(), solve=solver)
-
-
-def _with_goal(row: report.Row, goal: float | None) -> report.Row:
-    return report.Row(
-        name=row.name, value=row.value, unit=row.unit, low=row.low, high=row.high, goal=goal
-    )
