@@ -59,10 +59,6 @@ class Notifier:
         """The loop turned; call it every `watchdog_interval_ms`."""
         return self._send("WATCHDOG=1")
 
-    def status(self, text: str) -> bool:
-        """One sentence for `systemctl status`."""
-        return self._send(*_status(text or "-"))
-
     def watchdog_interval_ms(self) -> int | None:
         """How often to call `watchdog`: half of what systemd allows. `None` when it does not watch,
         or watches another process."""

@@ -87,10 +87,6 @@ class Ledger:
             found[project] = (gone + held) / PARTS
         return found
 
-    def running_gpus(self, project: str) -> float:
-        """Weighted, of what goes on."""
-        return sum(parts for _, parts, _ in self._begun(project)) / PARTS
-
     def _begun(self, project: str) -> Iterable[tuple[int, int, int]]:
         sums = sorted(self.going_on.get(project, {}).items())
         return [(hour, parts, offsets) for hour, (parts, offsets) in sums]

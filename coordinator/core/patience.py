@@ -26,12 +26,11 @@ from coordinator.core.state import Instant, State
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """Counts to `gpu_type`; `at_ms` from now is its latest start. `beyond`: not before a node that
-    is switched off now has been worth it."""
+    """Counts to `gpu_type`. `beyond`: not before a node that is switched off now has been worth
+    it."""
 
     gpu_type: str
     gpus: int
-    at_ms: int
     beyond: bool
 
 
@@ -67,7 +66,7 @@ def patients(state: State, now: Instant) -> dict[int, Patient]:
         spec, left = state.jobs[job_id].spec, able[job_id]
         if left > soon_ms:
             beyond = left > soon_ms + later_ms
-            found[job_id] = Patient(gpu_type, spec.gpus * spec.ranks, left, beyond)
+            found[job_id] = Patient(gpu_type, spec.gpus * spec.ranks, beyond)
     return found
 
 

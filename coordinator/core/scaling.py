@@ -115,7 +115,6 @@ class Decision:
     `rail` is the bound that held it back first, if one did."""
 
     id: str
-    at_ms: int
     gpu_type: str
     outlook: Outlook
     level: float
@@ -417,7 +416,6 @@ def _decide(draft: _Draft, outlook: Outlook, wanted: Wanted, done: _Done) -> Non
     draft.decisions.append(
         Decision(
             id=draft.next_id,
-            at_ms=draft.now_ms,
             gpu_type=name,
             outlook=outlook,
             level=draft.rules.level,

@@ -152,8 +152,7 @@ def test_what_is_left_of_demand_is_never_less_than_what_is_urgent(
     queued: int, soon: float, later: float, jobs: list[tuple[int, bool]]
 ) -> None:
     patients = {
-        number: patience.Patient("H100", gpus, 10**9, beyond)
-        for number, (gpus, beyond) in enumerate(jobs)
+        number: patience.Patient("H100", gpus, beyond) for number, (gpus, beyond) in enumerate(jobs)
     }
     waits = sum(gpus for gpus, _ in jobs)
     whole = Outlook(
