@@ -42,7 +42,7 @@ def stray_print(source: Source) -> Iterator[Finding]:
     """`print(` outside the command line: daemons log, libraries return."""
     if exempt(source.path, MAY_PRINT):
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id == "print":
                 yield Finding(source.path, node.lineno, "print() outside the command line")
@@ -55,7 +55,7 @@ def catch_all(source: Source) -> Iterator[Finding]:
     """
     if exempt(source.path, MAY_CATCH_ALL):
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.ExceptHandler):
             last = node.body[-1]
             reraises = isinstance(last, ast.Raise) and last.exc is None
@@ -68,6 +68,8 @@ def catch_all(source: Source) -> Iterator[Finding]:
 
 def blanket_ignore(source: Source) -> Iterator[Finding]:
     """`# type: ignore` and `# noqa` that do not name what they ignore."""
+    if not _BLANKET_IGNORE.search(source.text):
+        return  # as good as always, and found out without cutting the text into tokens
     for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
         if token.type == tokenize.COMMENT and _BLANKET_IGNORE.search(token.string):
             yield Finding(source.path, token.start[0], f"{token.string!r} does not name its code")
@@ -77,7 +79,7 @@ def sleeping_test(source: Source) -> Iterator[Finding]:
     """`time.sleep` in a test: it is too short on a busy machine and too long on every other."""
     if not source.path.startswith("tests/"):
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep":
             yield Finding(source.path, node.lineno, "sleeps on real time; wait for a condition")
         elif isinstance(node, ast.ImportFrom) and node.module == "time":

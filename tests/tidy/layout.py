@@ -80,7 +80,7 @@ def generated_elsewhere(source: Source) -> Iterator[Finding]:
     """Generated protobuf code outside the translators."""
     if not source.path.startswith(_PRODUCT) or source.path in TRANSLATORS:
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for name in imported_names(node, source):
             if _GENERATED.match(name):
                 line = getattr(node, "lineno", 1)
@@ -93,7 +93,7 @@ def foreign_sdk_import(source: Source) -> Iterator[Finding]:
     if not source.path.startswith("trainers/sdk/"):
         return
     own = {"baton_sdk"} if source.path.startswith("trainers/sdk/baton_sdk/") else _SDK_PACKAGES
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for name in imported_names(node, source):
             top = name.split(".")[0]
             if top not in own and top not in sys.stdlib_module_names:
@@ -102,7 +102,7 @@ def foreign_sdk_import(source: Source) -> Iterator[Finding]:
 
 def _mentioned(source: Source) -> Iterator[str]:
     """Names of modules that this one imports, or holds in a string."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for name in imported_names(node, source):
             yield name
             yield name.rpartition(".")[0]

@@ -32,7 +32,7 @@ _Scope = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 def impure_import(source: Source) -> Iterator[Finding]:
     """A core imports the standard library (less what acts) and itself."""
     core = ".".join(source.module.split(".")[:2])
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for name in imported_names(node, source):
             top = name.split(".")[0]
             if name == core or name.startswith(core + "."):
@@ -44,7 +44,7 @@ def impure_import(source: Source) -> Iterator[Finding]:
 
 def impure_call(source: Source) -> Iterator[Finding]:
     """A core calls nothing that acts, reads a clock or differs from process to process."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             tail = ".".join(name.split(".")[-2:])
@@ -70,7 +70,7 @@ def set_attributes(sources: Iterable[Source]) -> frozenset[str]:
     """Names of fields and attributes that any of these modules annotates as sets."""
     found: set[str] = set()
     for source in sources:
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.ClassDef):
                 found.update(
                     item.target.id

@@ -26,7 +26,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def long_function(source: Source) -> Iterator[Finding]:
     """Functions of more than 70 lines, or 60 in a core."""
     limit = CORE_FUNCTION_LINES_MAX if source.is_core else FUNCTION_LINES_MAX
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, _Function):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > limit:
@@ -44,7 +44,7 @@ def long_module(source: Source) -> Iterator[Finding]:
 
 def many_parameters(source: Source) -> Iterator[Finding]:
     """Functions with more than five positional parameters, `self` and `cls` not counted."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, _Function):
             continue
         names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
