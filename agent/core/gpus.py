@@ -25,7 +25,14 @@ from agent.core.health import (
     note_xid,
 )
 from agent.core.messages import CloseLink
-from agent.core.state import SPOOL_MAX, Instant, PutGpusMended, State, sentence
+from agent.core.state import (
+    NOTHING_MENDED,
+    SPOOL_MAX,
+    Instant,
+    PutGpusMended,
+    State,
+    sentence,
+)
 from agent.core.values import Sample, XidSeen
 
 COUNT_MS = 5_000  # how often a storm is told of whose verdict stays
@@ -33,7 +40,10 @@ STRANGERS_MAX = 64  # bus ids of GPUs that are not ours, each said once
 
 
 def opened(state: State) -> None:
-    """These are the GPUs; nothing is known of them yet."""
+    """These are the GPUs; nothing is known of them yet, but what was over before."""
+    before, state.gpus_mended = state.gpus_mended, NOTHING_MENDED
+    if before.boot_id and state.host is not None and before.boot_id == state.host.boot_id:
+        state.watched.mended = dict(before.mended)
     for facts in state.gpus:
         state.watched.histories.setdefault(facts.uuid, GpuHistory())
 
@@ -62,10 +72,12 @@ def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
 
 def _note(state: State, now: Instant, uuid: str, seen: XidSeen) -> None:
     history = state.watched.histories[uuid]
-    if seen.history and seen.unix_ms <= state.watched.mended.get(uuid, 0):
-        return  # it was over before we were restarted
+    if seen.sequence is not None:
+        history.sequence = max(seen.sequence, history.sequence or 0)
+        if seen.history and seen.sequence <= state.watched.mended.get(uuid, -1):
+            return  # it was over before we were restarted
     table: XidTable = state.options.xids
-    age_ms = max(0, now.unix_ms - seen.unix_ms) if seen.history else 0
+    age_ms = seen.age_ms if seen.history else 0
     if note_xid(history, now.now_ms - age_ms, seen, table):
         name = table.rule(seen.code).name
         state.log(
@@ -130,7 +142,7 @@ def released(state: State, now: Instant) -> None:
 def review(state: State, now: Instant) -> None:
     """Tell what has changed."""
     watched = state.watched
-    _note_mended(state, now)
+    _note_mended(state)
     if len(state.spool) >= SPOOL_MAX:
         return  # another verdict is that still when there is room to tell of it
     changed: list[GpuVerdict] = []
@@ -156,18 +168,20 @@ def review(state: State, now: Instant) -> None:
         state.spool_event(now, "", GpuHealthChanged(tuple(changed)))
 
 
-def _note_mended(state: State, now: Instant) -> None:
-    """What is over is remembered, since the kernel's log would tell of it again."""
+def _note_mended(state: State) -> None:
+    """What is over is remembered, since the kernel's log would tell of it again: by its place in
+    the log and no time, as wall clocks jump and the log's own clock drifts from all others."""
     watched = state.watched
     fresh = False
     for uuid, history in watched.histories.items():
         ill = is_open(history)
-        if watched.ill.get(uuid) and not ill:
-            watched.mended[uuid] = now.unix_ms
+        if watched.ill.get(uuid) and not ill and history.sequence is not None:
+            watched.mended[uuid] = history.sequence
             fresh = True
         watched.ill[uuid] = ill
-    if fresh:
-        state.records.append(PutGpusMended(tuple(watched.mended.items())))
+    if fresh and state.host is not None:
+        record = PutGpusMended(state.host.boot_id, tuple(watched.mended.items()))
+        state.records.append(record)
 
 
 def _judged(uuid: str, history: GpuHistory) -> GpuVerdict:

@@ -172,12 +172,13 @@ class GpuHistory:
     energy_mj: int | None = None
     error: str = "it was not read yet"
     reset_ms: int | None = None  # when a reset was seen
+    sequence: int | None = None  # the last record of the kernel's log that tells of it
 
 
 @dataclass(slots=True)
 class Watched:
     """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
-    an open case; `mended` is when the last one was closed, in wall time."""
+    an open case; `mended` is the last record of the kernel's log that is over, in this boot."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)

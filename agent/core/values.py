@@ -39,7 +39,8 @@ class GpuCondition:
 @dataclass(frozen=True, slots=True)
 class XidSeen:
     """An error that the driver has reported to `source`, "nvml" or "kernel", which knows its GPU by
-    `uuid` or by `pci_bus_id`. `history`: it was there before the agent."""
+    `uuid` or by `pci_bus_id`. `history`: it was there before the agent. `age_ms` is by the kernel's
+    own clock, and `sequence` its place in the kernel's log of this boot; `unix_ms` is for people."""
 
     code: int
     source: str
@@ -48,6 +49,8 @@ class XidSeen:
     pci_bus_id: str = ""
     text: str = ""
     history: bool = False
+    age_ms: int = 0
+    sequence: int | None = None
     count: int = 1
     first_unix_ms: int | None = None
 

@@ -85,6 +85,7 @@ def test_a_line_of_the_kernel() -> None:
     seen = parse_line(FALLEN.rstrip(), history=False)
     assert isinstance(seen, XidSeen)
     assert (seen.code, seen.pci_bus_id, seen.source) == (79, "0000:3b:00", "kernel")
+    assert seen.sequence == 1234
     assert seen.text == "pid=4242, name=python, GPU has fallen off the bus."
     mig = parse_line(b"NVRM: Xid (PCI:00000001:0A:00 GPU-I:05): 43, Ch 8", history=True)
     assert isinstance(mig, XidSeen)

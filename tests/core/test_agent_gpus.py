@@ -44,11 +44,11 @@ class Node:
         self.now_ms = 1_000_000
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, *, boot_id: str = HOST.boot_id) -> None:
         launch = LaunchOptions("n1", "/run/a.sock", "/attempts", "python", ())
         options = s.Options("n1:7000", launch, xids=load_table())
         self.core = NodeCore(options, self.journal.memory())
-        self.do(m.Opened((), HOST, self.facts))
+        self.do(m.Opened((), replace(HOST, boot_id=boot_id), self.facts))
         self.do(m.Connected(()))
         self.do(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
 
@@ -127,34 +127,57 @@ def test_a_hello_says_all_of_it_again(node: Node) -> None:
 
 def test_after_a_restart_an_old_error_waits_for_the_driver(node: Node) -> None:
     """It is in the kernel's log still; the GPU may have been reset since."""
-    node.now_ms += 3_600_000
-    old = UNIX_MS + node.now_ms - 3_600_000
+    old = {"history": True, "age_ms": 3_600_000}
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, **old)) == []
     mended = told(node.read(GpuCondition(recovery_action=0)))
     assert [gpu.verdict for gpu in mended] == [Verdict.HEALTHY] * 2
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, **old)) == []
     assert told(node.read())[0].verdict is Verdict.NEEDS_RESET, "an older driver does not say"
 
 
 def test_what_was_mended_does_not_come_back_from_the_kernels_log(node: Node) -> None:
     """On an older driver, which cannot say itself that nothing is needed."""
-    node.xid(95)
-    old = UNIX_MS + node.now_ms
+    node.xid(95, sequence=7)
     assert told(node.do(DriverLoaded()))
     node.now_ms += 1_000
-    node.xid(46)
-    ill = UNIX_MS + node.now_ms
+    node.xid(46, sequence=8)
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, history=True, sequence=7)) == []
     assert told(node.read())[0].verdict is Verdict.HEALTHY
     node.begin()
-    node.xid(95, history=True, unix_ms=old)
-    node.xid(46, history=True, unix_ms=ill)
+    node.xid(95, history=True, sequence=7)
+    node.xid(46, history=True, sequence=8)
     (verdict, _) = told(node.read())
     assert verdict.verdict is Verdict.NEEDS_RESET
     assert [record.code for record in verdict.xids] == [46]
+
+
+@pytest.mark.parametrize("step_ms", [-86_400_000, 86_400_000])
+def test_a_wall_clock_that_is_wrong_hides_no_new_error_and_raises_no_old_one(
+    node: Node, step_ms: int
+) -> None:
+    """It was set while the agent was away, and times of the log are made with it."""
+    node.xid(95, sequence=7)
+    node.do(DriverLoaded())
+    wrong = {"history": True, "unix_ms": UNIX_MS + node.now_ms + step_ms, "age_ms": 1_000}
+    node.begin()
+    node.xid(95, sequence=7, **wrong)
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(95, sequence=7, **wrong)
+    node.xid(46, sequence=9, **wrong)
+    (verdict, _) = told(node.read())
+    assert [record.code for record in verdict.xids] == [46]
+
+
+def test_another_boot_counts_its_log_anew(node: Node) -> None:
+    node.xid(95, sequence=7_000)
+    node.do(DriverLoaded())
+    node.begin(boot_id="boot2")
+    node.xid(79, history=True, sequence=900)
+    assert told(node.read())[0].verdict is Verdict.LOST
 
 
 def test_a_silent_driver_is_told_once(node: Node) -> None:
@@ -267,10 +290,9 @@ def test_what_is_not_read_by_order_is_unknown_and_says_why(node: Node) -> None:
 
 def test_an_applications_error_does_not_come_back_for_the_next_application(node: Node) -> None:
     """After a restart the kernel's log tells of it again, while another trainer is on the GPU."""
-    node.xid(31)
-    old = UNIX_MS + node.now_ms
+    node.xid(31, sequence=7)
     node.now_ms += 10_000
     assert told(node.read())[0].verdict is Verdict.HEALTHY
     node.begin()
-    node.xid(31, history=True, unix_ms=old)
+    node.xid(31, history=True, sequence=7)
     assert not node.core.state.watched.histories["GPU-a"].cases
