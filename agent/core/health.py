@@ -263,7 +263,9 @@ def note_reading(history: GpuHistory, now_ms: int, sample: GpuSample, *, in_use:
         return
     before, energy_mj = history.condition, history.energy_mj
     history.condition, history.read_ms = condition, now_ms
-    history.failures, history.error = 0, ""
+    # A driver that gives an unknown error for its memory has not said that the GPU is well.
+    history.failures = history.failures + 1 if condition.unread else 0
+    history.error = condition.unread
     if sample.energy_mj is not None:
         history.energy_mj = sample.energy_mj
     anew = sample.energy_mj is not None and sample.energy_mj < (energy_mj or 0)

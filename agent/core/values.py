@@ -28,19 +28,21 @@ class GpuFacts:
 @dataclass(frozen=True, slots=True)
 class GpuCondition:
     """How the driver says that a GPU is. `state` is empty, `lost` or `reset_required`;
-    `recovery_action` is NVML's field 230. `None`: it does not say."""
+    `recovery_action` is NVML's field 230. `None`: it does not say. `unread` is what no job can do
+    without and a call for which has failed, as a sentence."""
 
     state: str = ""
     recovery_action: int | None = None
     rows_failed: bool | None = None
     rows_pending: bool | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class XidSeen:
     """An error that the driver has reported to `source`, "nvml" or "kernel", which knows its GPU by
     `uuid` or by `pci_bus_id`. `history`: it was there before the agent. `age_ms` is by the kernel's
-    own clock, and `sequence` its place in the kernel's log of this boot; `unix_ms` is for people."""
+    own clock, `sequence` its place in the kernel's log of this boot; `unix_ms` is for people."""
 
     code: int
     source: str

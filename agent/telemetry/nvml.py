@@ -22,6 +22,7 @@ own reservation as used.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import pynvml
@@ -195,7 +196,7 @@ class NvmlGpus:
 
     def _sample(self, uuid: str, handle: Handle) -> GpuSample:
         values: dict[str, Any] = {}
-        failure = ""
+        failure = unread = ""
         for field, calls in _SAMPLED.items():
             try:
                 values[field] = self._driver.first(calls, handle)
@@ -204,9 +205,14 @@ class NvmlGpus:
                     reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
                     return GpuSample(uuid, error=reason, condition=condition_after(error))
                 failure = str(error)
+                if field == "memory_used_bytes":
+                    unread = f"its memory cannot be read: {failure}"
         if failure and all(value is None for value in values.values()):
             return GpuSample(uuid=uuid, error=f"{uuid} answers nothing: {failure}")
-        return GpuSample(uuid=uuid, condition=read_condition(self._driver, handle), **values)
+        condition = read_condition(self._driver, handle)
+        if condition is not None and unread:
+            condition = replace(condition, unread=unread)
+        return GpuSample(uuid=uuid, condition=condition, **values)
 
 
 def _no_gpus(error: pynvml.NVMLError) -> str:

@@ -214,6 +214,14 @@ def test_one_failing_field_hides_no_other(described: Path) -> None:
         assert child.gpus() == [BUSY_SAMPLE | {"power_mw": None}]
 
 
+def test_memory_that_fails_is_said_of_the_gpu(described: Path) -> None:
+    describe([replace(BUSY, failing=(("memory", 999),))], described)
+    with probe(build(), described) as child:
+        (gpu,) = child.ask("sample")["gpus"]
+        assert (gpu["memory_used_bytes"], gpu["power_mw"]) == (None, BUSY.power_mw)
+        assert gpu["condition"]["unread"] == "its memory cannot be read: Unknown Error"
+
+
 def test_a_gpu_that_only_fails_is_in_error(described: Path) -> None:
     fields = ("utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock")
     failing = tuple((field, 999) for field in fields)

@@ -102,6 +102,22 @@ def test_a_silent_driver_makes_it_unknown_and_never_healthy() -> None:
     assert gpu.verdict() is Verdict.NEEDS_RESET, "what is known to be worse stays"
 
 
+def test_a_gpu_whose_memory_cannot_be_read_is_unknown_with_the_reason() -> None:
+    """From the start, though all else is answered; and one failure in between says nothing."""
+    gpu = Gpu()
+    unread = "its memory cannot be read: Unknown Error"
+    gpu.read(unread=unread)
+    assert gpu.judged == GpuVerdict(
+        GPU, Verdict.UNKNOWN, f"is unknown: {unread}", "look at the driver: nvidia-smi"
+    )
+    gpu.read()
+    assert gpu.verdict() is Verdict.HEALTHY
+    gpu.read(unread=unread)
+    assert gpu.verdict() is Verdict.HEALTHY
+    gpu.read(unread=unread)
+    assert gpu.verdict() is Verdict.UNKNOWN
+
+
 def test_dcgm_263_a_gpu_that_needs_a_reset_is_not_called_healthy() -> None:
     """Readings that succeed mend nothing; neither does the end of the application."""
     gpu = Gpu()
