@@ -33,7 +33,7 @@ from agent.core.state import (
     State,
     sentence,
 )
-from agent.core.values import Sample, XidSeen
+from agent.core.values import GpuFacts, Sample, XidSeen
 
 COUNT_MS = 5_000  # how often a storm is told of whose verdict stays
 STRANGERS_MAX = 64  # bus ids of GPUs that are not ours, each said once
@@ -94,7 +94,7 @@ def loaded(state: State, now: Instant) -> None:
 
 
 def sampled(state: State, now: Instant, sample: Sample) -> None:
-    _take_late(state, now, sample)
+    _take_facts(state, now, sample)
     used = _used(state)
     for read in sample.gpus:
         history = state.watched.histories.get(read.uuid)
@@ -105,29 +105,49 @@ def sampled(state: State, now: Instant, sample: Sample) -> None:
     review(state, now)
 
 
-def _take_late(state: State, now: Instant, sample: Sample) -> None:
-    """GPUs that a slow driver has named after the start, or why there is none. Only a hello tells
-    of either, so the session begins anew; also once what it said of a GPU less is over."""
+def _take_facts(state: State, now: Instant, sample: Sample) -> None:
+    """What a driver has named after the start, what it has no longer, or why there is none. Only a
+    hello tells of any of it, so the session begins anew; also once what it said of a GPU less is
+    over."""
     if state.host is None:
         return  # the start itself is not over
     before, version = state.host, sample.driver_version or state.host.driver_version
-    known = {facts.uuid: True for facts in state.gpus}
-    late = tuple(facts for facts in sample.facts if facts.uuid not in known)
-    if (before.driver_version, before.gpu_absence) != (version, sample.gpu_absence):
-        state.host = replace(before, driver_version=version, gpu_absence=sample.gpu_absence)
-        over = before.gpu_absence and not sample.gpu_absence
-        if state.connected and not late and (over or not state.gpus):
-            state.commands.append(CloseLink("whether a GPU is missing is to be told of"))
-    if not late:
+    changed = sample.facts is not None and _take_gpus(state, now, sample.facts)
+    if changed and state.connected:
+        state.commands.append(CloseLink("which GPUs there are is to be told of"))
+    if (before.driver_version, before.gpu_absence) == (version, sample.gpu_absence):
         return
-    state.gpus = (*state.gpus, *late)
-    opened(state)
-    uuids = tuple(facts.uuid for facts in late)
-    clean.begin_idle(state, now, uuids)
-    reason = "the driver has named them since the start"
-    state.log("info", "gpu.found_late", gpus=uuids, reason=reason)
-    if state.connected:
-        state.commands.append(CloseLink(f"{len(late)} GPUs more are to be told of"))
+    state.host = replace(before, driver_version=version, gpu_absence=sample.gpu_absence)
+    over = before.gpu_absence and not sample.gpu_absence
+    if state.connected and not changed and (over or not state.gpus):
+        state.commands.append(CloseLink("whether a GPU is missing is to be told of"))
+
+
+def _take_gpus(state: State, now: Instant, facts: tuple[GpuFacts, ...]) -> bool:
+    """Whether they are others. One that a trainer is on stays, whatever the driver says."""
+    told = {one.uuid: one for one in facts}
+    before = {one.uuid: one for one in state.gpus}
+    used = _used(state)
+    late = tuple(one for one in facts if one.uuid not in before)
+    gone = tuple(uuid for uuid in before if uuid not in told and uuid not in used)
+    kept = tuple(told.get(uuid, one) for uuid, one in before.items() if uuid not in gone)
+    others = tuple(one.uuid for one in kept if one != before[one.uuid])
+    state.gpus = (*kept, *late)
+    if late:
+        opened(state)
+        uuids = tuple(one.uuid for one in late)
+        clean.begin_idle(state, now, uuids)
+        reason = "the driver has named them since the start"
+        state.log("info", "gpu.found_late", gpus=uuids, reason=reason)
+    if gone:
+        state.watched.forget(gone)
+        clean.forget(state, gone)
+        reason = "they were destroyed, cut into instances, or replaced"
+        state.log("info", "gpu.removed", gpus=gone, reason=reason)
+    if others:
+        reason = "the driver says only now what they are"
+        state.log("info", "gpu.found_late", gpus=others, reason=reason)
+    return bool(late or gone or others)
 
 
 def released(state: State, now: Instant) -> None:

@@ -23,7 +23,7 @@ Source: NVIDIA, Xid Errors, and GPU memory error management (docs.nvidia.com/dep
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -186,6 +186,13 @@ class Watched:
     ill: dict[str, bool] = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
     strangers: dict[str, None] = field(default_factory=dict)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        """These GPUs are no more."""
+        for uuid in uuids:
+            self.histories.pop(uuid, None)
+            self.told.pop(uuid, None)
+            self.ill.pop(uuid, None)
 
 
 _RECOVERY: Mapping[int, tuple[Action, Verdict, str, str]] = {

@@ -216,13 +216,13 @@ class Reading:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Host and GPUs, read together. `reading` is how that went. `facts` are of every GPU that the
-    driver has named by now, `driver_version` is empty where it has not said that, `gpu_absence` as
-    in `HostFacts`."""
+    driver has named by now (`None`: it was not asked), `driver_version` is empty where it has not
+    said that, `gpu_absence` as in `HostFacts`."""
 
     host: HostSample
     gpus: tuple[GpuSample, ...]
     reading: Reading = Reading()
-    facts: tuple[GpuFacts, ...] = ()
+    facts: tuple[GpuFacts, ...] | None = None
     driver_version: str = ""
     gpu_absence: str = ""
 

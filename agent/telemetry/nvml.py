@@ -6,7 +6,7 @@ utilization under MIG) hides all the others; a GPU that has fallen off the bus t
 ones with it; and an old driver lacks functions, each of which then raises on every reading for
 ever.
 
-So: enumerate once, keep each handle under its UUID, and read field by field. For every field there
+So: enumerate seldom, keep each handle under its UUID, read field by field. For every field there
 are calls, newest first (`calls.py`); an answer that means the GPU itself is gone ends its reading
 with a sentence. A GPU that was seen once is never dropped in silence: its handle stays, and its
 samples say what is wrong. `usage.py` and `inventory.py` read what is asked less often. A MIG
@@ -60,11 +60,15 @@ class NvmlGpus:
         self._handles: dict[str, Handle] = {}
         self._reasons: dict[str, str] = {}
         self._gone: dict[str, GpuCondition | None] = {}
+        self._wholes: dict[str, Handle] = {}  # by instance, the GPU that it is of
+        self._listed: list[str] = []
         self._driver = Driver()
         self._usage = UsageReader(self._driver)
         self._inventory = InventoryReader(self._driver)
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
+        self.outdated = ""
+        """Why only another process can go on: a library stays as it was loaded. Else empty."""
 
     def open(self) -> bool:
         """Initialise NVML, if that was not done yet. No library or no driver is no error; see
@@ -74,7 +78,12 @@ class NvmlGpus:
                 # else a box whose every GPU is lost could not say its driver version
                 pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
             except pynvml.NVMLError as error:
-                self.absence = _no_gpus(error)
+                self.absence, before = _no_gpus(error), self.absence
+                if (
+                    error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+                    and before == self.absence
+                ):
+                    self.outdated = self.absence  # the library may have been replaced since
                 return False
             self._initialised = True
             self.absence = ""
@@ -103,10 +112,12 @@ class NvmlGpus:
     def enumerate(self) -> Iterator[GpuFacts]:
         """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped.
         One in MIG mode is no place for a job, but each of its instances is."""
+        self._listed.clear()
         try:
             count = min(pynvml.nvmlDeviceGetCount(), _GPUS_MAX)
         except pynvml.NVMLError as error:
             self.absence = _no_gpus(error)
+            self._note_change(error)
             return
         self.absence = "" if count else "no GPUs: the driver counts none"
         for index in range(count):
@@ -119,9 +130,16 @@ class NvmlGpus:
                     yield from self._instances(uuid, handle)
                 else:
                     yield from self._learn(uuid, handle, pci_bus_id(self._driver, handle))
+                self._listed.append(uuid)
             except pynvml.NVMLError as error:
                 # nameless now; if it was seen before, its sample tells why
                 self.absence = f"the GPU at index {index} cannot be named: {error}"
+
+    def take_listed(self) -> list[str]:
+        """Whole GPUs that have said all that they are since this was last asked, by UUID: what was
+        of them and was not named then is no more."""
+        listed, self._listed = self._listed, []
+        return listed
 
     def _is_cut(self, handle: Handle) -> bool:
         mode = Asking(self._driver, handle).say(_MIG_MODE)
@@ -140,6 +158,7 @@ class NvmlGpus:
             asking = Asking(self._driver, instance)
             numbers = [asking.say(call) for call in _INSTANCE_NUMBERS]
             known = None not in numbers
+            self._wholes[uuid] = handle
             place = "/".join((parent, *map(str, numbers))) if known else ""
             yield from self._learn(uuid, instance, bus_id, place)
         if not found:
@@ -202,8 +221,7 @@ class NvmlGpus:
                 values[field] = self._driver.first(calls, handle)
             except pynvml.NVMLError as error:
                 if error.value in GPU_IS_GONE:
-                    reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
-                    return GpuSample(uuid, error=reason, condition=condition_after(error))
+                    return self._lost(uuid, error)
                 failure = str(error)
                 if field == "memory_used_bytes":
                     unread = f"its memory cannot be read: {failure}"
@@ -214,12 +232,31 @@ class NvmlGpus:
             condition = replace(condition, unread=unread)
         return GpuSample(uuid=uuid, condition=condition, **values)
 
+    def _lost(self, uuid: str, error: pynvml.NVMLError) -> GpuSample:
+        """An instance whose GPU answers was destroyed, which is no fault of anything."""
+        self._note_change(error)
+        whole = self._wholes.get(uuid)
+        if whole is not None and Asking(self._driver, whole).say(_MIG_MODE) is not None:
+            reason = f"{uuid} is no instance of its GPU any more ({error})"
+            return GpuSample(uuid, error=reason)
+        reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
+        return GpuSample(uuid, error=reason, condition=condition_after(error))
+
+    def _note_change(self, error: pynvml.NVMLError) -> None:
+        if error.value in _OTHER_DRIVER:
+            self.outdated = f"the driver that it had opened is no more ({error})"
+
 
 def _no_gpus(error: pynvml.NVMLError) -> str:
     hint = _HINTS.get(error.value, "")
     return f"no GPUs: {str(error).rstrip('.')}{hint and f' ({hint})'}"
 
 
+_OTHER_DRIVER: Final = (
+    pynvml.NVML_ERROR_UNINITIALIZED,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+)
 # What an operator would look up.
 _HINTS: Final = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no driver is installed",

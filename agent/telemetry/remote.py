@@ -39,12 +39,13 @@ from agent.core.values import (
 )
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.details import Details
-from agent.telemetry.schedule import INVENTORY, SAMPLE, USAGE, Schedule
+from agent.telemetry.schedule import INVENTORY, PERIODS_MS, SAMPLE, USAGE, Schedule
 from agent.telemetry.watch import Notice, Watch
 
 SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
 NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
+GONE_AGAIN_MS: Final = 10_000  # an instance that does not answer may have been destroyed
 CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
 
 log = structlog.get_logger()
@@ -76,6 +77,8 @@ class Answer(msgspec.Struct, frozen=True):
     failures: tuple[tuple[str, str, int], ...] = ()
     driver_version: str | None = None
     absence: str = ""
+    listed: tuple[str, ...] = ()
+    ends: str = ""
     done: bool = False
 
 
@@ -93,6 +96,7 @@ class _UnderWay:
     waiting: list[str]
     is_open: bool
     anybody: bool = False  # some GPU has answered
+    named: dict[str, None] = field(default_factory=dict)
     samples: dict[str, GpuSample] = field(default_factory=dict)
     occupancies: dict[str, GpuOccupancy] = field(default_factory=dict)
 
@@ -126,7 +130,8 @@ class RemoteGpus:
         self._under_way: _UnderWay | None = None
         self._requests_count = 0
         self._ended = "it was not started"
-        self._no_driver_ms = now_ms()  # when it was last asked whether there is a driver
+        self._looked_ms = now_ms()  # when it was last asked which GPUs there are
+        self._missing = False  # an instance
         self._facts: dict[str, GpuFacts] = {}
         self.driver_version = ""
         """Empty where there is no NVML, no driver, or no answer yet."""
@@ -163,20 +168,28 @@ class RemoteGpus:
         self._left_behind.clear()
 
     def facts(self) -> tuple[GpuFacts, ...]:
-        """Every allowed GPU seen since `open`, or known then, the lost ones among them."""
+        """Every allowed GPU seen since `open`, or known then, the lost ones among them, but no
+        instance that its GPU has no longer."""
         return tuple(self._facts.values())
 
     def refresh(self) -> None:
         """Enumerate again; not while the driver owes an answer already."""
         if self._under_way is None:
+            self._looked_ms = self._now_ms()
             self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
-    def _look_for_driver(self) -> None:
-        """One that was not there may have been loaded since."""
-        again_ms = self._no_driver_ms + NO_DRIVER_AGAIN_MS
-        if not self.driver_version and self._channel is not None and self._now_ms() >= again_ms:
-            self._no_driver_ms = self._now_ms()
+    def _look_again(self, rate: str) -> None:
+        """A driver that was not there may have been loaded since; GPUs may have come, instances
+        have gone, and one may say now how much memory it has. With the inventory, at its pace."""
+        period_ms = PERIODS_MS[rate].get(INVENTORY) if self.driver_version else NO_DRIVER_AGAIN_MS
+        if period_ms is None or self._channel is None or self._under_way is not None:
+            return
+        if any(uuid in self._facts for uuid in self._watch.suspects):
+            return  # enumerating calls them first of all
+        if self._missing:
+            period_ms = min(period_ms, GONE_AGAIN_MS)
+        if self._now_ms() >= self._looked_ms + period_ms:
             self.refresh()
 
     def set_rate(self, rate: str) -> None:
@@ -192,11 +205,11 @@ class RemoteGpus:
         that is not answered in time says so, and has no values. What is due beside it is read
         first, so that the sample is new when it is handed out."""
         rate = self._details.rate
-        self._look_for_driver()
+        owed = self._under_way
+        self._look_again(rate)
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))
-        owed = self._under_way
         # A GPU that has blocked the driver first has to answer for a sample.
         trusted = [uuid for uuid in order if uuid not in self._watch.suspects]
         for kind in (INVENTORY, USAGE):
@@ -214,6 +227,7 @@ class RemoteGpus:
         made = {uuid: read.get(uuid) or self._unread(uuid) for uuid in (*self._facts, *strangers)}
         made |= {uuid: self._details.between(uuid, rate, now_ms) for uuid in resting}
         self._details.take_samples((made[uuid] for uuid in due), now_ms)
+        self._missing = any(made[uuid].error and facts.place for uuid, facts in self._facts.items())
         self._replace()
         return tuple(self._details.beside(sample, rate, now_ms) for sample in made.values())
 
@@ -305,7 +319,7 @@ class RemoteGpus:
             asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
             self._tell(self._watch.heard(told.uuid))
         if answer.facts is not None and self._is_allowed(answer.facts.uuid):
-            self._facts[answer.facts.uuid] = answer.facts
+            self._learn(answer.facts, asked)
         if answer.sample is not None:
             asked.samples[answer.sample.uuid] = answer.sample
         if answer.usage is not None:
@@ -318,6 +332,28 @@ class RemoteGpus:
             self._details.failed(answer.failures)
             self.absence = answer.absence
             self._under_way = None
+            self._drop_gone(asked, answer.listed)
+            if answer.ends:
+                raise _SamplerEnded(answer.ends)
+
+    def _learn(self, facts: GpuFacts, asked: _UnderWay) -> None:
+        """What is known stays where the driver fails to say it again."""
+        asked.named[facts.uuid] = None
+        known = self._facts.get(facts.uuid)
+        if known is None or facts.memory_bytes not in (0, known.memory_bytes):
+            self._facts[facts.uuid] = facts
+
+    def _drop_gone(self, asked: _UnderWay, listed: Collection[str]) -> None:
+        """Of whole GPUs that could say all that they are, what they are no longer: instances that
+        were destroyed, one GPU where there are instances now; and a GPU on whose bus another one
+        is. One that is only silent, or lost, stays."""
+        named = [facts for uuid, facts in self._facts.items() if uuid in asked.named]
+        buses = {facts.pci_bus_id: True for facts in named if facts.pci_bus_id}
+        for uuid, facts in list(self._facts.items()):
+            whole = facts.place.partition("/")[0] or uuid
+            replaced = not facts.place and facts.pci_bus_id in buses
+            if uuid not in asked.named and (whole in listed or replaced):
+                del self._facts[uuid]
 
     def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
         assert self._channel is not None

@@ -9,67 +9,43 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from agent.core.values import GpuSample
-from agent.telemetry.probe import SEEN_NAME, NvmlProbe
-from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, SAMPLER, Deadlines, RemoteGpus
+from agent.telemetry.probe import SEEN_NAME
+from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
 from agent.telemetry.watch import MISSES_MAX, REPLACEMENT_MS
+from tests.agent.sampler_worlds import (
+    DEADLINES,
+    POLLS_MAX,
+    Box,
+    all_read,
+    box_of,
+    is_unknown,
+    until,
+)
 from tests.fakenvml.build import (
     DRIVER_VERSION,
     SONAME,
     FakeGpu,
     a100,
-    build,
     describe,
-    environment,
     h100,
     h200,
     rtx4090,
 )
 
-DEADLINES = Deadlines(fast_ms=200, slow_ms=200)
-POLLS_MAX = 200  # of a deadline each, for what comes when a process has started
 ROOT = Path(__file__).resolve().parents[2]
-VALUES = [
-    field.name for field in fields(GpuSample) if field.name not in ("uuid", "error", "age_ms")
-]
-
-
-class Box:
-    """One box: its GPUs as described, and a clock."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.path = directory / "gpus.txt"
-        self.now_ms = 0
-
-    def gpus(
-        self, *allowed: str, command: tuple[str, ...] = SAMPLER, deadlines: Deadlines = DEADLINES
-    ) -> RemoteGpus:
-        return RemoteGpus(
-            allowed or None, deadlines=deadlines, command=command, now_ms=lambda: self.now_ms
-        )
-
-    def probe(self, deadlines: Deadlines = DEADLINES) -> NvmlProbe:
-        return NvmlProbe(self.directory, deadlines=deadlines, now_ms=lambda: self.now_ms)
-
-    def describe(self, *gpus: FakeGpu, driver_state: str = "ok") -> None:
-        describe(gpus, self.path, driver_state=driver_state)
 
 
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    made = Box(tmp_path)
-    for name, value in environment(build(), made.path).items():
-        monkeypatch.setenv(name, value)
-    return made
+    return box_of(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -80,24 +56,6 @@ def opened(box: Box) -> Iterator[RemoteGpus]:
     gpus.open()
     yield gpus
     gpus.close()
-
-
-def until(
-    gpus: RemoteGpus, holds: Callable[[tuple[GpuSample, ...]], bool]
-) -> tuple[GpuSample, ...]:
-    for _ in range(POLLS_MAX):
-        samples = gpus.samples()
-        if holds(samples):
-            return samples
-    raise AssertionError(f"never came: {samples}")
-
-
-def all_read(samples: tuple[GpuSample, ...]) -> bool:
-    return all(not sample.error for sample in samples)
-
-
-def is_unknown(sample: GpuSample) -> bool:
-    return "is unknown" in sample.error and all(getattr(sample, name) is None for name in VALUES)
 
 
 def hanging(gpu: FakeGpu) -> FakeGpu:
@@ -157,7 +115,7 @@ def test_a_driver_that_is_updated_while_it_is_read(box: Box, opened: RemoteGpus)
     mismatch = tuple((field, 18) for field in ("utilization", "power"))
     box.describe(*(replace(gpu, failing=mismatch) for gpu in h100(3)))
     for sample in until(opened, lambda samples: not all_read(samples)):
-        assert "has a new driver; restart the agent" in sample.error
+        assert "has a new driver, which is opened anew" in sample.error
 
 
 def test_a_driver_call_that_blocks_for_45_s_hides_its_gpu_and_those_behind_it(

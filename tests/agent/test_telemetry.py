@@ -292,6 +292,7 @@ def test_gpus_are_addressed_by_uuid_when_their_order_changes(described: Path) ->
 
 def test_a_gpu_that_was_removed_is_in_error_and_a_new_one_is_found(described: Path) -> None:
     old, new = h100(2)
+    new = replace(new, pci_bus=2)
     describe([old], described)
     with probe(build(), described) as child:
         describe([new], described)

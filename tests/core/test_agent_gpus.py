@@ -216,6 +216,34 @@ def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None
     assert not [effect for effect in node.do(late(more)) if isinstance(effect, m.CloseLink)]
 
 
+def gpus_of_hello(node: Node) -> tuple[GpuFacts, ...]:
+    node.do(m.Disconnected("which GPUs there are is to be told of"))
+    (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
+    assert isinstance(hello, m.Hello)
+    assert {gpu.uuid for gpu in hello.health} <= {gpu.uuid for gpu in hello.gpus}
+    node.do(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
+    return hello.gpus
+
+
+def test_gpus_that_are_no_more_are_left_out_of_a_new_hello(node: Node) -> None:
+    """Down to none; who has not asked for the facts says nothing of them."""
+    node.xid(31)
+    assert m.CloseLink not in [type(effect) for effect in node.read()]
+    for left in (FACTS[1:], ()):
+        effects = node.do(late(left))
+        assert "gpu.removed" in logged(effects)
+        assert [type(effect) for effect in effects].count(m.CloseLink) == 1
+        assert gpus_of_hello(node) == left
+        assert not [effect for effect in node.do(late(left)) if isinstance(effect, m.CloseLink)]
+
+
+def test_memory_that_is_said_late_is_told_of_in_a_new_hello() -> None:
+    node = Node(tuple(replace(one, memory_bytes=0) for one in FACTS))
+    effects = node.do(late(FACTS))
+    assert [type(effect) for effect in effects].count(m.CloseLink) == 1
+    assert gpus_of_hello(node) == FACTS
+
+
 def test_why_there_is_no_gpu_is_told_of_in_a_new_hello() -> None:
     node = Node(())
     read = Sample(HostSample(0.1, 1, 1, 0.1), (), gpu_absence="no GPUs: Driver Not Loaded")
