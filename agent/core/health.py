@@ -16,7 +16,8 @@ How:
    after it did not, its recovery action is gone, its energy counter began anew, the driver was
    loaded), or by the driver's word, read a while (`SETTLE_MS`) after the error, that nothing is
    needed; what somebody has to look at, also by a day of quiet.
-3. The verdict is the worst that any witness says. A driver that is silent makes it *unknown*,
+3. The verdict is the worst that any witness says; but what the driver itself asks for, read a
+   while after an error, counts instead of the table. A driver that is silent makes it *unknown*,
    unless something worse than degraded is known: silence heals nothing, and says nothing of health.
 
 Source: NVIDIA, Xid Errors, and GPU memory error management (docs.nvidia.com/deploy).
@@ -318,7 +319,7 @@ def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     """The worst of what all witnesses say."""
     # Of those that say the same the first is told: the latest error, which says most.
     cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
-    found = [_of_case(case) for case in cases]
+    found = [_of_case(case) for case in cases if not _is_overruled(case, history)]
     found += [_of_condition(history.condition), _of_rows(history.condition)]
     if history.failures >= SILENT_READINGS:
         why = f"is unknown: {history.error}"
@@ -335,6 +336,16 @@ def is_open(history: GpuHistory) -> bool:
 
 _Finding = tuple[Verdict, str, str]
 _WELL: _Finding = (V.HEALTHY, "", "")
+
+
+def _is_overruled(case: Case, history: GpuHistory) -> bool:
+    """Whether the driver itself has said since, and not only just after, what is needed: that
+    counts and not the table, also where it asks for less. A GPU that says so is on its bus."""
+    said = history.condition
+    if said is None or case.action not in (Action.RESET, Action.REBOOT, Action.READ):
+        return False
+    asks = _of_condition(said)[0] in (V.NEEDS_RESET, V.NEEDS_REBOOT)
+    return bool(said.recovery_action) and asks and history.read_ms - case.last_ms >= SETTLE_MS
 
 
 def _of_condition(condition: GpuCondition | None) -> _Finding:
