@@ -17,6 +17,7 @@ after others have answered, that one is. A GPU whose turn did not come is neithe
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -46,6 +47,10 @@ SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
 NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
 GONE_AGAIN_MS: Final = 10_000  # an instance that does not answer may have been destroyed
+# It has 20 MiB; a library that leaks has its own process to lose.
+SAMPLER_BYTES_MAX: Final = 256 * 1024**2
+PIPE_BYTES: Final = 65_536
+SAID_BYTES: Final = 1_024  # the end of what it said before its end
 CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
 
 log = structlog.get_logger()
@@ -128,6 +133,8 @@ class RemoteGpus:
         self._channel: socket.socket | None = None
         self._left_behind: list[subprocess.Popen[bytes]] = []
         self._under_way: _UnderWay | None = None
+        self._errors = -1  # what it says on its standard error
+        self._said = b""
         self._requests_count = 0
         self._ended = "it was not started"
         self._looked_ms = now_ms()  # when it was last asked which GPUs there are
@@ -371,13 +378,16 @@ class RemoteGpus:
         """Start a sampler and have it open the driver; its answer comes with the next reading."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         events = () if self._event_descriptor is None else (self._event_descriptor,)
-        with theirs:
+        # A library that floods its standard error is not blocked by that, and fills no log.
+        self._errors, errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with theirs, open(errors, "wb", buffering=0) as said:
             try:
                 self._process = subprocess.Popen(
                     [*self._command, *map(str, (theirs.fileno(), os.getpid(), *events))],
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    stderr=said,
                     pass_fds=[theirs.fileno(), *events],
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent
                 )
@@ -386,12 +396,16 @@ class RemoteGpus:
                 self._lose(str(error))
                 return
         self._channel = ours
+        with contextlib.suppress(OSError):  # it has ended, or this is not allowed
+            limit = (SAMPLER_BYTES_MAX, SAMPLER_BYTES_MAX)
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, limit)
         # GPUs that are known need no call that could hang before they are read.
         request = {"ask": "open", "allowed": self._allowed_uuids, "known": tuple(self._facts)}
         self._send(request, order)
 
     def _replace(self) -> None:
         """Kill it and start another one, if it is time."""
+        self._hear_errors()
         self._left_behind = [process for process in self._left_behind if process.poll() is None]
         now_ms = self._now_ms()
         if not self._watch.replaces(now_ms, len(self._left_behind)):
@@ -410,9 +424,19 @@ class RemoteGpus:
     def _lose(self, reason: str) -> None:
         # Who is killed from outside was not stopped by a GPU; who crashes in a call was.
         killed = self._process is not None and self._process.returncode == -signal.SIGKILL
-        self._tell(self._watch.lost(reason, "" if killed else self._suspect()))
+        suspect = "" if killed else self._suspect()
+        self._hear_errors()
+        if last := self._said.decode(errors="replace").strip().splitlines()[-1:]:
+            reason = f"{reason}; it said: {last[0]}"
+        self._tell(self._watch.lost(reason, suspect))
         self._ended = reason
         self._let_go()
+
+    def _hear_errors(self) -> None:
+        """As much as a pipe holds: what has no room in it is lost."""
+        with contextlib.suppress(BlockingIOError):
+            if self._errors >= 0:
+                self._said = (self._said + os.read(self._errors, PIPE_BYTES))[-SAID_BYTES:]
 
     def _let_go(self) -> None:
         if self._channel is not None:
@@ -420,7 +444,10 @@ class RemoteGpus:
         if self._process is not None:
             self._process.kill()
             self._left_behind.append(self._process)
+        if self._errors >= 0:
+            os.close(self._errors)
         self._channel = self._process = self._under_way = None
+        self._errors, self._said = -1, b""
 
     def _suspect(self) -> str:
         """The GPU that is waited for; empty when none is."""

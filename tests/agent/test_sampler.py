@@ -236,6 +236,44 @@ def test_a_sampler_that_talks_nonsense_is_ended(box: Box, said: bytes) -> None:
     gpus.close()
 
 
+ANSWERS = """
+import ctypes, json, socket, sys
+channel = socket.socket(fileno=int(sys.argv[1]))
+while said := channel.recv(9999):
+    answer = {"id": json.loads(said)["id"], "done": True}
+    %s
+    channel.send(json.dumps(answer).encode())
+"""
+
+
+def test_a_sampler_that_floods_its_standard_error_is_not_held_up(box: Box) -> None:
+    """And the last of it is told with its end."""
+    flood = "ctypes.CDLL(None).write(2, b'noise ' * 9999, 59_994)"  # as a library does
+    command = (sys.executable, "-c", ANSWERS % flood)
+    gpus = box.gpus("GPU-x", command=command, deadlines=Deadlines())
+    with capture_logs() as logs:
+        gpus.open()
+        for _ in range(20):
+            gpus.samples()
+        assert logs == []
+        pid = gpus.pid()
+        os.kill(pid, signal.SIGKILL)
+        until(gpus, lambda _: gpus.pid() != pid)
+    assert "; it said: " in logs[0]["reason"]
+    assert len(logs[0]["reason"]) < 2_000
+    gpus.close()
+
+
+def test_a_sampler_that_eats_memory_ends_and_not_its_box(box: Box) -> None:
+    eaten = "hoard = [b'x' * (64 << 20)]; hoard = hoard * 2 + [b'y' * (256 << 20)]"
+    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eaten))
+    with capture_logs() as logs:
+        gpus.open()
+    assert logs[0]["event"] == "sampler.ended"
+    assert "it said: MemoryError" in logs[0]["reason"]
+    gpus.close()
+
+
 def test_a_sampler_that_cannot_be_started_is_no_error(box: Box) -> None:
     gpus = box.gpus("GPU-x", command=("/nonexistent",))
     gpus.open()
