@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from agent.core import clean
 from agent.core.health import (
+    CASES_MAX,
     GpuHealthChanged,
     GpuHistory,
     GpuVerdict,
@@ -62,7 +63,7 @@ def xid_seen(state: State, now: Instant, seen: XidSeen) -> None:
     found = (seen.uuid,) if seen.uuid else _by_bus(state, seen.pci_bus_id)
     known = [uuid for uuid in found if uuid in state.watched.histories]
     if not known:
-        _stranger(state, seen)
+        _stranger(state, now, seen)
         return
     for uuid in known:
         _note(state, now, uuid, seen)
@@ -90,6 +91,8 @@ def loaded(state: State, now: Instant) -> None:
     """The driver was loaded anew."""
     for history in state.watched.histories.values():
         driver_loaded(history)
+    for errors in state.watched.strangers.values():
+        errors.clear()
     review(state, now)
 
 
@@ -135,6 +138,7 @@ def _take_gpus(state: State, now: Instant, facts: tuple[GpuFacts, ...]) -> bool:
     state.gpus = (*kept, *late)
     if late:
         opened(state)
+        _hear_again(state, now, late)
         uuids = tuple(one.uuid for one in late)
         clean.begin_idle(state, now, uuids)
         reason = "the driver has named them since the start"
@@ -251,10 +255,27 @@ def _by_bus(state: State, pci_bus_id: str) -> tuple[str, ...]:
     return tuple(facts.uuid for facts in state.gpus if facts.pci_bus_id == pci_bus_id)
 
 
-def _stranger(state: State, seen: XidSeen) -> None:
-    known = seen.uuid or seen.pci_bus_id
-    if known in state.watched.strangers or len(state.watched.strangers) >= STRANGERS_MAX:
-        return
-    state.watched.strangers[known] = None
-    reason = f"{known} is no GPU that jobs may use here"
-    state.log("info", "gpu.xid_elsewhere", xid=seen.code, source=seen.source, reason=reason)
+def _stranger(state: State, now: Instant, seen: XidSeen) -> None:
+    """It may be one that the driver is yet to name; else it is said once."""
+    known, strangers = seen.uuid or seen.pci_bus_id, state.watched.strangers
+    if known not in strangers:
+        if len(strangers) >= STRANGERS_MAX:
+            return
+        strangers[known] = {}
+        reason = f"{known} is no GPU that jobs may use here"
+        state.log("info", "gpu.xid_elsewhere", xid=seen.code, source=seen.source, reason=reason)
+    if seen.code in strangers[known] or len(strangers[known]) < CASES_MAX:
+        strangers[known][seen.code] = now.now_ms, seen
+
+
+def _hear_again(state: State, now: Instant, late: tuple[GpuFacts, ...]) -> None:
+    """What was told of these before they were known."""
+    strangers = state.watched.strangers
+    for facts in late:
+        errors = strangers.get(facts.uuid, {}) | strangers.get(facts.pci_bus_id, {})
+        for told_ms, seen in errors.values():
+            age_ms = seen.age_ms + now.now_ms - told_ms
+            _note(state, now, facts.uuid, replace(seen, history=True, age_ms=age_ms))
+    for facts in late:
+        strangers.pop(facts.uuid, None)
+        strangers.pop(facts.pci_bus_id, None)

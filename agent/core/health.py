@@ -179,14 +179,16 @@ class GpuHistory:
 @dataclass(slots=True)
 class Watched:
     """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
-    an open case; `mended` is the last record of the kernel's log that is over, in this boot."""
+    an open case; `mended` is the last record of the kernel's log that is over, in this boot.
+    `strangers` are errors of what is no GPU here yet, by UUID or bus and by code, with when they
+    were told."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)
     told_ms: int = 0
     ill: dict[str, bool] = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
-    strangers: dict[str, None] = field(default_factory=dict)
+    strangers: dict[str, dict[int, tuple[int, XidSeen]]] = field(default_factory=dict)
 
     def forget(self, uuids: Iterable[str]) -> None:
         """These GPUs are no more."""

@@ -216,6 +216,21 @@ def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None
     assert not [effect for effect in node.do(late(more)) if isinstance(effect, m.CloseLink)]
 
 
+def test_an_error_from_before_a_gpu_was_named_is_one_of_it() -> None:
+    """A slow driver names it when the kernel's log has been read; and another driver forgets."""
+    node = Node(())
+    node.xid(95, history=True, age_ms=60_000)
+    node.now_ms += 30_000
+    assert [gpu.verdict for gpu in told(node.do(late(FACTS)))] == [
+        Verdict.NEEDS_RESET,
+        Verdict.HEALTHY,
+    ]
+    node = Node(())
+    node.xid(95, history=True)
+    node.do(DriverLoaded())
+    assert [gpu.verdict for gpu in told(node.do(late(FACTS)))] == [Verdict.HEALTHY] * 2
+
+
 def gpus_of_hello(node: Node) -> tuple[GpuFacts, ...]:
     node.do(m.Disconnected("which GPUs there are is to be told of"))
     (hello,) = [e.message for e in node.do(m.Connected(())) if isinstance(e, m.Send)]
