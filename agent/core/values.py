@@ -166,6 +166,11 @@ class GpuSample:
     inventory: GpuInventory | None = None
     window: GpuWindow | None = None
 
+    @property
+    def unread(self) -> str:
+        """Why nobody can count on it, though figures may be there; empty: one can."""
+        return self.error or ("" if self.condition is None else self.condition.unread)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuOccupancy:
