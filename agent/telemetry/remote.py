@@ -196,6 +196,8 @@ class RemoteGpus:
             return  # enumerating calls them first of all
         if self._missing:
             period_ms = min(period_ms, GONE_AGAIN_MS)
+        elif self.absence:
+            period_ms = min(period_ms, NO_DRIVER_AGAIN_MS)  # however slow readings are by order
         if self._now_ms() >= self._looked_ms + period_ms:
             self.refresh()
 

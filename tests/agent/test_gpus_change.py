@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.core.values import GpuCondition
-from agent.telemetry.remote import GONE_AGAIN_MS, Deadlines, RemoteGpus
+from agent.telemetry.remote import GONE_AGAIN_MS, NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
 from tests.agent.sampler_worlds import Box, all_read, box_of, until
 from tests.fakenvml.build import describe, h100, mig
@@ -60,8 +60,9 @@ def test_a_driver_that_is_not_there_for_a_while_is_opened_again(
     os.kill(opened.pid(), signal.SIGKILL)
     absent = until(opened, lambda samples: "Driver Not Loaded" in samples[0].error)
     assert all(sample.condition is None for sample in absent)
+    opened.set_rate("slow")
     box.describe(*h100(3))
-    box.now_ms += INVENTORY_MS
+    box.now_ms += NO_DRIVER_AGAIN_MS
     assert all_read(opened.samples())
 
 
