@@ -34,9 +34,10 @@ from agent.core.state import (
     State,
     sentence,
 )
-from agent.core.values import GpuFacts, Sample, XidSeen
+from agent.core.values import GpuFacts, GpuSample, Sample, XidSeen
 
 COUNT_MS = 5_000  # how often a storm is told of whose verdict stays
+NO_MORE = "the driver has it no longer"
 STRANGERS_MAX = 64  # bus ids of GPUs that are not ours, each said once
 
 
@@ -99,13 +100,22 @@ def loaded(state: State, now: Instant) -> None:
 def sampled(state: State, now: Instant, sample: Sample) -> None:
     _take_facts(state, now, sample)
     used = _used(state)
-    for read in sample.gpus:
+    for read in (*sample.gpus, *_no_more(state, sample)):
         history = state.watched.histories.get(read.uuid)
         if sample.reading.rate == "off" and not read.error:
             read = replace(read, error="it is not read, by order")
         if history is not None:
             note_reading(history, now.now_ms, read, in_use=read.uuid in used)
     review(state, now)
+
+
+def _no_more(state: State, sample: Sample) -> list[GpuSample]:
+    """Of GPUs that the driver has no longer and a trainer is on: nobody reads them."""
+    if sample.facts is None:
+        return []
+    read = {one.uuid: True for one in sample.gpus} | {one.uuid: True for one in sample.facts}
+    histories = state.watched.histories
+    return [GpuSample(uuid, error=NO_MORE) for uuid in histories if uuid not in read]
 
 
 def _take_facts(state: State, now: Instant, sample: Sample) -> None:
