@@ -70,20 +70,17 @@ class NvmlGpus:
         self.outdated = ""
         """Why only another process can go on: a library stays as it was loaded. Else empty."""
 
-    def open(self) -> bool:
+    def open(self, *, again: bool = False) -> bool:
         """Initialise NVML, if that was not done yet. No library or no driver is no error; see
-        `absence`."""
+        `absence`. `again`: some time after it has failed, when the library may be another one."""
         if not self._initialised:
             try:
                 # else a box whose every GPU is lost could not say its driver version
                 pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
             except pynvml.NVMLError as error:
-                self.absence, before = _no_gpus(error), self.absence
-                if (
-                    error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
-                    and before == self.absence
-                ):
-                    self.outdated = self.absence  # the library may have been replaced since
+                self.absence = _no_gpus(error)
+                if again and error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
+                    self.outdated = self.absence
                 return False
             self._initialised = True
             self.absence = ""

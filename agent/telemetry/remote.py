@@ -179,11 +179,12 @@ class RemoteGpus:
         instance that its GPU has no longer."""
         return tuple(self._facts.values())
 
-    def refresh(self) -> None:
-        """Enumerate again; not while the driver owes an answer already."""
+    def refresh(self, *, again: bool = False) -> None:
+        """Enumerate; not while the driver owes an answer already. `again`: some time after."""
         if self._under_way is None:
             self._looked_ms = self._now_ms()
-            self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
+            request = {"ask": "facts", "again": again}
+            self._ask(request, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
     def _look_again(self, rate: str) -> None:
@@ -199,7 +200,7 @@ class RemoteGpus:
         elif self.absence:
             period_ms = min(period_ms, NO_DRIVER_AGAIN_MS)  # however slow readings are by order
         if self._now_ms() >= self._looked_ms + period_ms:
-            self.refresh()
+            self.refresh(again=True)
 
     def set_rate(self, rate: str) -> None:
         """One of `PERIODS_MS`, from the next reading on. Safe from any thread; waits for none."""

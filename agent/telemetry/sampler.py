@@ -13,7 +13,8 @@ GPU that hangs hides only itself and those behind it; then one that says that it
 
     {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
                                                              some UUIDs are known from before
-    {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
+    {"id": 2, "ask": "facts", "again": true}                 facts of every GPU, enumerated again;
+                                                             some time after the last try
     {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each; likewise "usage" and
                                                              "inventory", which are read less often
     {"id": 4, "ask": "occupancy", "uuids": ["GPU-..."]}      who uses each
@@ -86,7 +87,7 @@ def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, A
         for uuid in request["uuids"]:
             yield {request["ask"]: read(uuid)}
         return
-    if not gpus.open():
+    if not gpus.open(again=request.get("again", False)):
         return
     yield {"driver_version": gpus.driver_version()}
     known = request.get("known", ())

@@ -66,6 +66,24 @@ def test_a_driver_that_is_not_there_for_a_while_is_opened_again(
     assert all_read(opened.samples())
 
 
+def test_a_library_that_does_not_fit_may_be_another_one_later(box: Box) -> None:
+    """After an upgrade that is not over yet. Asking twice at the start is no time."""
+    box.describe(*h100(2), driver_state="mismatch")
+    gpus = box.gpus(deadlines=Deadlines())
+    with capture_logs() as logs:
+        gpus.open()
+        gpus.refresh()
+        assert logs == []
+        box.now_ms += NO_DRIVER_AGAIN_MS
+        gpus.samples()
+    assert [line["event"] for line in logs] == ["sampler.ended", "sampler.replaced"]
+    assert "the driver was upgraded: reboot" in gpus.absence
+    box.describe(*h100(2))
+    box.now_ms += NO_DRIVER_AGAIN_MS
+    assert len(gpus.samples()) == 2
+    gpus.close()
+
+
 def test_a_gpu_that_comes_later_is_found_and_one_that_went_is_not_forgotten(
     box: Box, opened: RemoteGpus
 ) -> None:
