@@ -60,6 +60,7 @@ _BODIES: dict[str, type[SpooledBody]] = {
     "proposed": CheckpointProposed,
     "health": GpuHealthChanged,
 }
+_NOTHING_OVER = '{"boot_id": "", "mended": []}'
 _KINDS = {body: kind for kind, body in _BODIES.items()}
 
 Result = TypeVar("Result")
@@ -151,7 +152,7 @@ class SqliteJournal:
             int(meta.get("next_sequence", "1")),
             fences,
             int(meta.get("leader_epoch", "0")),
-            msgspec.json.decode(meta.get("gpus_mended", "[]"), type=tuple[tuple[str, int], ...]),
+            msgspec.json.decode(meta.get("xids_over", _NOTHING_OVER), type=PutGpusMended),
             msgspec.json.decode(meta.get("gpus_left", "[]"), type=tuple[GpuLeft, ...]),
         )
 
@@ -223,7 +224,7 @@ class SqliteJournal:
             case PutLeaderEpoch():
                 self._put_meta("leader_epoch", str(record.epoch))
             case PutGpusMended():
-                self._put_meta("gpus_mended", msgspec.json.encode(record.mended).decode())
+                self._put_meta("xids_over", msgspec.json.encode(record).decode())
             case PutGpusLeft():
                 self._put_meta("gpus_left", msgspec.json.encode(record.left).decode())
 

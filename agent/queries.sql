@@ -1,7 +1,7 @@
 -- The journal of a node: what it runs and what it still has to tell. SQLite.
 
 -- name: create_meta
--- One row a key: journal_id, next_sequence, leader_epoch, gpus_mended.
+-- One row a key: journal_id, next_sequence, leader_epoch, xids_over, gpus_left.
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 -- name: create_attempts

@@ -138,7 +138,7 @@ def _gpu_sample(gpu: GpuSample, sample_age_ms: int) -> types.GpuTelemetry:
         energy_mj=gpu.energy_mj,
         sm_clock_mhz=gpu.sm_clock_mhz,
         memory_clock_mhz=gpu.memory_clock_mhz,
-        error=gpu.error,
+        error=gpu.unread,
         details=encode_details(gpu),
         age=_duration(gpu.age_ms + sample_age_ms),
         window=encode_window(gpu.window),

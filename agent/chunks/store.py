@@ -68,7 +68,7 @@ from agent.chunks.manifest import (
     digest_of,
     short,
 )
-from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S, Listed
+from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S, UNLISTED_S, Listed, Unlisted
 from agent.ports import ChunkError
 
 # As agent.proto says for the hello.
@@ -91,7 +91,7 @@ class ChunkStore:
     """Chunks and manifests under `root`. `shared` says that other machines write there too, and
     that the agent's own records are elsewhere. A sweep spares chunks for `grace_s` after they were
     written or asked about, longer while a write is in progress; and manifests that may be a job's
-    newest for `orphan_s` after they were written or published again."""
+    newest for `orphan_s` and `unlisted_s`, as `sweep` has it."""
 
     def __init__(
         self,
@@ -100,11 +100,13 @@ class ChunkStore:
         shared: bool = False,
         grace_s: float = CHUNK_GRACE_S,
         orphan_s: float = ORPHAN_S,
+        unlisted_s: float = UNLISTED_S,
     ) -> None:
         self._root = root
         self._shared = shared
         self._grace_s = grace_s
         self._orphan_s = orphan_s
+        self._unlisted = Unlisted(unlisted_s)
         self._objects = root / "objects"
         self._manifests = root / "manifests"
         self._temporary = root / "temporary"
@@ -195,8 +197,7 @@ class ChunkStore:
 
     def give_back(self) -> int:
         """Remove every chunk that no manifest names and no write in progress relies on, however
-        young, as after a disk ran full, and also from the future, after a clock was set back;
-        returns the bytes freed. A peer that counted on one asks again."""
+        young, or from the future. Returns the bytes freed; a peer that needs one asks again."""
         return self._collect(None, math.inf)
 
     def _collect(self, keep: frozenset[str] | None, young_after_s: float) -> int:
@@ -216,14 +217,13 @@ class ChunkStore:
                     else:
                         unread[digest] = manifest
             freed_bytes = 0
-            orphan_after_s = time.time() - self._orphan_s
+            waited = self._unlisted.waited(dict(others)) if keep is not None else ()
             for digest, written_ns in others:
                 manifest = self._look_into(digest)
-                whole = manifest if isinstance(manifest, Manifest) else None
-                superseded = whole is not None and listed.supersede(whole, written_ns)
-                gone_bytes = self._unlink_if_old(
-                    self._manifest_path(digest), digest, math.inf if superseded else orphan_after_s
-                )
+                after_s = time.time() - self._orphan_s if digest in waited else -math.inf
+                if isinstance(manifest, Manifest) and listed.supersede(manifest, written_ns):
+                    after_s = math.inf
+                gone_bytes = self._unlink_if_old(self._manifest_path(digest), digest, after_s)
                 if gone_bytes is not None:
                     freed_bytes += gone_bytes
                 elif isinstance(manifest, Manifest):

@@ -14,7 +14,9 @@ listed is
    coordinator lists what jobs may fall back to;
 2. otherwise it may be the newest of its job: newer than every listed one here, or of a job of which
    none is listed here, or one that cannot be read. It stays until it was written, or last
-   published, more than `ORPHAN_S` ago.
+   published, more than `ORPHAN_S` ago, and has not been listed for `UNLISTED_S` of this process:
+   times of files jump with the wall clock, and one that is wrong for a while after a boot would
+   have all of them be a week old at once.
 
 Two checkpoints of one epoch and step (a last one, right after a regular one) are told apart by when
 they were written here. The later one may be waiting for its commit while the earlier one is listed,
@@ -27,12 +29,18 @@ rank, or by anything of a later epoch, under which none of the earlier one can s
 The sweep itself is the store's; here is only what it decides by.
 """
 
+import time
+from collections.abc import Callable, Iterable
+
 from agent.chunks.manifest import Manifest
 
 # How long a coordinator may be gone, or a writer cut off, and still find its unlisted replica: a
 # week covers a long weekend with nobody on call. What waits so long is little: one or a few
 # checkpoints of each job that ended, moved away or lost its writer while it was not listed.
 ORPHAN_S = 7 * 86_400.0
+# A clock that is wrong is set right within minutes where NTP runs; nodes that are switched off at
+# night still come to it.
+UNLISTED_S = 3_600.0
 # Chunks are on a node without a manifest between a peer's question which are missing and the upload
 # that follows within seconds, and between two tries of an upload that broke. What is gone then is
 # sent again, so this need not be long; the upload itself does not count against it.
@@ -60,3 +68,19 @@ class Listed:
             return True
         newest = self._newest.get((manifest.job_id, manifest.rank))
         return newest is not None and (manifest.epoch, manifest.step, written_ns) < newest
+
+
+class Unlisted:
+    """Since when, by the monotonic clock, each checkpoint has not been listed."""
+
+    def __init__(self, wait_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._wait_s = wait_s
+        self._now_s = now_s
+        self._since_s: dict[str, float] = {}
+
+    def waited(self, digests: Iterable[str]) -> frozenset[str]:
+        """Those of these, which are all that are not listed now, that have waited long enough."""
+        now_s, before = self._now_s(), self._since_s
+        since = {digest: before.get(digest, now_s) for digest in digests}
+        self._since_s = since
+        return frozenset(digest for digest in since if now_s - since[digest] >= self._wait_s)

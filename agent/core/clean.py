@@ -205,6 +205,14 @@ def _decide(state: "State", now: "Instant", check: Check, found: GpuOccupancy) -
         )
 
 
+def forget(state: "State", uuids: tuple[str, ...]) -> None:
+    """These GPUs are no more: there is nothing to look at, and nobody waits for them."""
+    if any(state.checks.pop(uuid, None) is not None for uuid in uuids):
+        _remember(state)
+    for uuid in uuids:
+        state.idle_occupancies.pop(uuid, None)
+
+
 def _forget(state: "State", uuid: str) -> None:
     del state.checks[uuid]
     _remember(state)

@@ -16,14 +16,15 @@ How:
    after it did not, its recovery action is gone, its energy counter began anew, the driver was
    loaded), or by the driver's word, read a while (`SETTLE_MS`) after the error, that nothing is
    needed; what somebody has to look at, also by a day of quiet.
-3. The verdict is the worst that any witness says. A driver that is silent makes it *unknown*,
+3. The verdict is the worst that any witness says; but what the driver itself asks for, read a
+   while after an error, counts instead of the table. A driver that is silent makes it *unknown*,
    unless something worse than degraded is known: silence heals nothing, and says nothing of health.
 
 Source: NVIDIA, Xid Errors, and GPU memory error management (docs.nvidia.com/deploy).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -172,19 +173,29 @@ class GpuHistory:
     energy_mj: int | None = None
     error: str = "it was not read yet"
     reset_ms: int | None = None  # when a reset was seen
+    sequence: int | None = None  # the last record of the kernel's log that tells of it
 
 
 @dataclass(slots=True)
 class Watched:
     """By UUID: all that is known, and what was told last. `told_ms` is of the last event. `ill` has
-    an open case; `mended` is when the last one was closed, in wall time."""
+    an open case; `mended` is the last record of the kernel's log that is over, in this boot.
+    `strangers` are errors of what is no GPU here yet, by UUID or bus and by code, with when they
+    were told."""
 
     histories: dict[str, GpuHistory] = field(default_factory=dict)
     told: dict[str, GpuVerdict] = field(default_factory=dict)
     told_ms: int = 0
     ill: dict[str, bool] = field(default_factory=dict)
     mended: dict[str, int] = field(default_factory=dict)
-    strangers: dict[str, None] = field(default_factory=dict)
+    strangers: dict[str, dict[int, tuple[int, XidSeen]]] = field(default_factory=dict)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        """These GPUs are no more."""
+        for uuid in uuids:
+            self.histories.pop(uuid, None)
+            self.told.pop(uuid, None)
+            self.ill.pop(uuid, None)
 
 
 _RECOVERY: Mapping[int, tuple[Action, Verdict, str, str]] = {
@@ -262,7 +273,9 @@ def note_reading(history: GpuHistory, now_ms: int, sample: GpuSample, *, in_use:
         return
     before, energy_mj = history.condition, history.energy_mj
     history.condition, history.read_ms = condition, now_ms
-    history.failures, history.error = 0, ""
+    # A driver that gives an unknown error for its memory has not said that the GPU is well.
+    history.failures = history.failures + 1 if condition.unread else 0
+    history.error = condition.unread
     if sample.energy_mj is not None:
         history.energy_mj = sample.energy_mj
     anew = sample.energy_mj is not None and sample.energy_mj < (energy_mj or 0)
@@ -308,7 +321,7 @@ def judge(uuid: str, history: GpuHistory) -> GpuVerdict:
     """The worst of what all witnesses say."""
     # Of those that say the same the first is told: the latest error, which says most.
     cases = sorted(history.cases.values(), key=lambda case: -case.last_ms)
-    found = [_of_case(case) for case in cases]
+    found = [_of_case(case) for case in cases if not _is_overruled(case, history)]
     found += [_of_condition(history.condition), _of_rows(history.condition)]
     if history.failures >= SILENT_READINGS:
         why = f"is unknown: {history.error}"
@@ -325,6 +338,16 @@ def is_open(history: GpuHistory) -> bool:
 
 _Finding = tuple[Verdict, str, str]
 _WELL: _Finding = (V.HEALTHY, "", "")
+
+
+def _is_overruled(case: Case, history: GpuHistory) -> bool:
+    """Whether the driver itself has said since, and not only just after, what is needed: that
+    counts and not the table, also where it asks for less. A GPU that says so is on its bus."""
+    said = history.condition
+    if said is None or case.action not in (Action.RESET, Action.REBOOT, Action.READ):
+        return False
+    asks = _of_condition(said)[0] in (V.NEEDS_RESET, V.NEEDS_REBOOT)
+    return bool(said.recovery_action) and asks and history.read_ms - case.last_ms >= SETTLE_MS
 
 
 def _of_condition(condition: GpuCondition | None) -> _Finding:

@@ -122,11 +122,15 @@ class PutLeaderEpoch:
 
 @dataclass(frozen=True, slots=True)
 class PutGpusMended:
-    """By UUID, when all that was wrong with a GPU was last over, in wall time: the kernel's log
-    tells of older errors again after our restart. Replaces what was put before."""
+    """By UUID, up to which record of the kernel's log all that was wrong with a GPU is over: the
+    log tells of it again after our restart. It counts records anew in each boot. Replaces what was
+    put before."""
 
+    boot_id: str
     mended: tuple[tuple[str, int], ...]
 
+
+NOTHING_MENDED = PutGpusMended("", ())
 
 Record = (
     PutAttempt
@@ -152,7 +156,7 @@ class Memory:
     next_sequence: int = 1
     fences: tuple[PutFence, ...] = ()
     leader_epoch: int = 0
-    gpus_mended: tuple[tuple[str, int], ...] = ()
+    gpus_mended: PutGpusMended = NOTHING_MENDED
     gpus_left: tuple[GpuLeft, ...] = ()
 
 
@@ -168,7 +172,8 @@ class State:
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
-        self.watched = Watched(mended=dict(memory.gpus_mended))
+        self.gpus_mended = memory.gpus_mended  # until it is known which boot this is
+        self.watched = Watched()
         self.sample: Sample | None = None
         self.sample_ms = 0
         self.window = Window()  # since the last report

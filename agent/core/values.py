@@ -28,18 +28,21 @@ class GpuFacts:
 @dataclass(frozen=True, slots=True)
 class GpuCondition:
     """How the driver says that a GPU is. `state` is empty, `lost` or `reset_required`;
-    `recovery_action` is NVML's field 230. `None`: it does not say."""
+    `recovery_action` is NVML's field 230. `None`: it does not say. `unread` is what no job can do
+    without and a call for which has failed, as a sentence."""
 
     state: str = ""
     recovery_action: int | None = None
     rows_failed: bool | None = None
     rows_pending: bool | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class XidSeen:
     """An error that the driver has reported to `source`, "nvml" or "kernel", which knows its GPU by
-    `uuid` or by `pci_bus_id`. `history`: it was there before the agent."""
+    `uuid` or by `pci_bus_id`. `history`: it was there before the agent. `age_ms` is by the kernel's
+    own clock, `sequence` its place in the kernel's log of this boot; `unix_ms` is for people."""
 
     code: int
     source: str
@@ -48,6 +51,8 @@ class XidSeen:
     pci_bus_id: str = ""
     text: str = ""
     history: bool = False
+    age_ms: int = 0
+    sequence: int | None = None
     count: int = 1
     first_unix_ms: int | None = None
 
@@ -161,6 +166,11 @@ class GpuSample:
     inventory: GpuInventory | None = None
     window: GpuWindow | None = None
 
+    @property
+    def unread(self) -> str:
+        """Why nobody can count on it, though figures may be there; empty: one can."""
+        return self.error or ("" if self.condition is None else self.condition.unread)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuOccupancy:
@@ -211,13 +221,13 @@ class Reading:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Host and GPUs, read together. `reading` is how that went. `facts` are of every GPU that the
-    driver has named by now, `driver_version` is empty where it has not said that, `gpu_absence` as
-    in `HostFacts`."""
+    driver has named by now (`None`: it was not asked), `driver_version` is empty where it has not
+    said that, `gpu_absence` as in `HostFacts`."""
 
     host: HostSample
     gpus: tuple[GpuSample, ...]
     reading: Reading = Reading()
-    facts: tuple[GpuFacts, ...] = ()
+    facts: tuple[GpuFacts, ...] | None = None
     driver_version: str = ""
     gpu_absence: str = ""
 

@@ -70,7 +70,7 @@ class Window:
         if sample.reading.rate == "off":
             return
         for read in sample.gpus:
-            if not read.error and read.age_ms == 0:
+            if not read.unread and read.age_ms == 0:
                 self._tallies.setdefault(read.uuid, _Tally()).add(read)
 
     def take(self) -> tuple[HostSample, tuple[GpuSample, ...]] | None:

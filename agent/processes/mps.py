@@ -74,7 +74,8 @@ class MpsProcesses:
                     self._gpus[attempt_id] = uuid
                 else:
                     self._client_path(uuid, attempt_id).unlink(missing_ok=True)
-            await self._end_unless_used(uuid)
+            # A control program that hangs holds nobody up who begins.
+            self._spawn(self._end_unless_used(uuid))
         return adopted
 
     async def start(self, launch: Launch) -> int:

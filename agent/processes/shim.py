@@ -19,10 +19,9 @@ forked by a process that has all this loaded (see `forkserver.py`).
    checkpoint. After such an end (see `stop_was_heeded`) what is left has the job's grace to end by
    itself. Nothing is polled: no children, no descendants; and each child's end is a SIGCHLD.
 
-`launch` is NUL-separated, because that is the only byte that execve(2) cannot carry: working
-directory, number of arguments, arguments, then `NAME=value` entries. It also keeps `json` (7 ms of
-start-up, for `re` and `enum`) out of the way of the first instruction; for the same reason the
-signal calls come from the C module below `signal`. All is imported before the trainer starts: the
+`launch` is separated by NUL, the only byte that execve(2) cannot carry: working directory, number
+of arguments, arguments, then `NAME=value` entries. That saves the 7 ms that `json` takes to start,
+as the C module below `signal` saves its enums. All is imported before the trainer starts: the
 standard library on disk may be another one when it ends, days later.
 """
 
@@ -102,10 +101,8 @@ class OutputLog:
 
     def __init__(self, directory: bytes) -> None:
         self.directory = directory
-        self.offset = 0
-        self.lost_bytes_total = 0
-        self._segment_fd = -1
-        self._segment_bytes = 0
+        self.offset = self.lost_bytes_total = 0
+        self._segment_fd, self._segment_bytes = -1, 0
         self._segments: list[bytes] = []
         self._lost_bytes = 0  # since the last marker
         self._owed = b""  # the rest of a marker that found no room for all of itself
@@ -133,11 +130,12 @@ class OutputLog:
         taken = 0
         while taken < len(data):
             try:
-                if self._segment_fd < 0 or self._segment_bytes >= SEGMENT_BYTES:
+                full = self._segment_fd < 0 or self._segment_bytes >= SEGMENT_BYTES
+                if full or os.fstat(self._segment_fd).st_nlink == 0:  # somebody has removed it
                     self._rotate()
                 room = SEGMENT_BYTES - self._segment_bytes
                 count = os.write(self._segment_fd, view[taken : taken + room])
-            except OSError:  # no space, quota, no directory: the caller counts what is lost
+            except OSError:  # no space, no quota: the caller counts what is lost
                 break
             taken += count
             self._segment_bytes += count
@@ -145,15 +143,17 @@ class OutputLog:
         return taken
 
     def _rotate(self) -> None:
+        if not os.path.isdir(self.directory):  # nobody could ever read the rest
+            os.mkdir(self.directory, 0o700)
+            self._segments.clear()
+        while len(self._segments) >= SEGMENTS_KEPT:  # before: a full disk needs the room
+            os.unlink(self._segments.pop(0))
         path = self.directory + b"/%020d.log" % self.offset
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self._segment_fd >= 0:
             os.close(self._segment_fd)
-        self._segment_fd = fd
-        self._segment_bytes = 0
+        self._segment_fd, self._segment_bytes = fd, 0
         self._segments.append(path)
-        while len(self._segments) > SEGMENTS_KEPT:
-            os.unlink(self._segments.pop(0))
 
 
 class Watch:

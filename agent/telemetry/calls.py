@@ -22,9 +22,9 @@ GPU_IS_GONE: Final = {
     pynvml.NVML_ERROR_GPU_IS_LOST: "has fallen off the bus; reboot the node",
     pynvml.NVML_ERROR_RESET_REQUIRED: "needs a reset: nvidia-smi --gpu-reset",
     pynvml.NVML_ERROR_GPU_NOT_FOUND: "is no longer known to the driver; reboot the node",
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "has no driver; load it and restart the agent",
-    pynvml.NVML_ERROR_UNINITIALIZED: "has no driver; load it and restart the agent",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "has a new driver; restart the agent",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "has no driver; load it",
+    pynvml.NVML_ERROR_UNINITIALIZED: "has no driver; load it",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "has a new driver, which is opened anew",
 }
 _NOT_IN_DRIVER: Final = (
     pynvml.NVMLError_FunctionNotFound,

@@ -27,7 +27,7 @@ LINE_BYTES_MAX: Final = 16_384  # of a pipe; the rest of a longer line is no rec
 # A ring of 16 MiB has fewer; who has more sees the newest alone.
 HISTORY_READS_MAX: Final = 200_000
 
-_HEADER: Final = re.compile(rb"^\d+,\d+,(\d+),[^;]*;")
+_HEADER: Final = re.compile(rb"^\d+,(\d+),(\d+),[^;]*;")
 _XID: Final = re.compile(
     r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([0-9a-fA-F]{2})[^)]*\): "
     r"(\d{1,5})(?:, (.*))?$"
@@ -48,18 +48,20 @@ def parse_line(line: bytes, *, history: bool) -> Word | None:
     found = _XID.search(text)
     if found is None:
         return None
-    now_ms = time.time_ns() // 1_000_000
+    age_ms, sequence = 0, None
     if header is not None:
-        age_ms = time.monotonic_ns() // 1_000_000 - int(header[1]) // 1000
-        now_ms -= max(0, age_ms)
+        sequence = int(header[1])
+        age_ms = max(0, time.monotonic_ns() // 1_000_000 - int(header[2]) // 1000)
     domain, bus, device = (int(part, 16) for part in found.groups()[:3])
     return XidSeen(
         int(found[4]),
         "kernel",
-        now_ms,
+        time.time_ns() // 1_000_000 - age_ms,
         pci_bus_id=f"{domain:04x}:{bus:02x}:{device:02x}",
         text=found[5] or "",
         history=history,
+        age_ms=age_ms,
+        sequence=sequence,
     )
 
 

@@ -6,7 +6,7 @@ utilization under MIG) hides all the others; a GPU that has fallen off the bus t
 ones with it; and an old driver lacks functions, each of which then raises on every reading for
 ever.
 
-So: enumerate once, keep each handle under its UUID, and read field by field. For every field there
+So: enumerate seldom, keep each handle under its UUID, read field by field. For every field there
 are calls, newest first (`calls.py`); an answer that means the GPU itself is gone ends its reading
 with a sentence. A GPU that was seen once is never dropped in silence: its handle stays, and its
 samples say what is wrong. `usage.py` and `inventory.py` read what is asked less often. A MIG
@@ -22,6 +22,7 @@ own reservation as used.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import pynvml
@@ -59,21 +60,27 @@ class NvmlGpus:
         self._handles: dict[str, Handle] = {}
         self._reasons: dict[str, str] = {}
         self._gone: dict[str, GpuCondition | None] = {}
+        self._wholes: dict[str, Handle] = {}  # by instance, the GPU that it is of
+        self._listed: list[str] = []
         self._driver = Driver()
         self._usage = UsageReader(self._driver)
         self._inventory = InventoryReader(self._driver)
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
+        self.outdated = ""
+        """Why only another process can go on: a library stays as it was loaded. Else empty."""
 
-    def open(self) -> bool:
+    def open(self, *, again: bool = False) -> bool:
         """Initialise NVML, if that was not done yet. No library or no driver is no error; see
-        `absence`."""
+        `absence`. `again`: some time after it has failed, when the library may be another one."""
         if not self._initialised:
             try:
                 # else a box whose every GPU is lost could not say its driver version
                 pynvml.nvmlInitWithFlags(pynvml.NVML_INIT_FLAG_NO_GPUS)
             except pynvml.NVMLError as error:
                 self.absence = _no_gpus(error)
+                if again and error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
+                    self.outdated = self.absence
                 return False
             self._initialised = True
             self.absence = ""
@@ -102,10 +109,12 @@ class NvmlGpus:
     def enumerate(self) -> Iterator[GpuFacts]:
         """Learn handles by index, keep them by UUID. A GPU that cannot say its UUID is skipped.
         One in MIG mode is no place for a job, but each of its instances is."""
+        self._listed.clear()
         try:
             count = min(pynvml.nvmlDeviceGetCount(), _GPUS_MAX)
         except pynvml.NVMLError as error:
             self.absence = _no_gpus(error)
+            self._note_change(error)
             return
         self.absence = "" if count else "no GPUs: the driver counts none"
         for index in range(count):
@@ -118,9 +127,16 @@ class NvmlGpus:
                     yield from self._instances(uuid, handle)
                 else:
                     yield from self._learn(uuid, handle, pci_bus_id(self._driver, handle))
+                self._listed.append(uuid)
             except pynvml.NVMLError as error:
                 # nameless now; if it was seen before, its sample tells why
                 self.absence = f"the GPU at index {index} cannot be named: {error}"
+
+    def take_listed(self) -> list[str]:
+        """Whole GPUs that have said all that they are since this was last asked, by UUID: what was
+        of them and was not named then is no more."""
+        listed, self._listed = self._listed, []
+        return listed
 
     def _is_cut(self, handle: Handle) -> bool:
         mode = Asking(self._driver, handle).say(_MIG_MODE)
@@ -139,6 +155,7 @@ class NvmlGpus:
             asking = Asking(self._driver, instance)
             numbers = [asking.say(call) for call in _INSTANCE_NUMBERS]
             known = None not in numbers
+            self._wholes[uuid] = handle
             place = "/".join((parent, *map(str, numbers))) if known else ""
             yield from self._learn(uuid, instance, bus_id, place)
         if not found:
@@ -195,18 +212,36 @@ class NvmlGpus:
 
     def _sample(self, uuid: str, handle: Handle) -> GpuSample:
         values: dict[str, Any] = {}
-        failure = ""
+        failure = unread = ""
         for field, calls in _SAMPLED.items():
             try:
                 values[field] = self._driver.first(calls, handle)
             except pynvml.NVMLError as error:
                 if error.value in GPU_IS_GONE:
-                    reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
-                    return GpuSample(uuid, error=reason, condition=condition_after(error))
+                    return self._lost(uuid, error)
                 failure = str(error)
+                if field == "memory_used_bytes":
+                    unread = f"its memory cannot be read: {failure}"
         if failure and all(value is None for value in values.values()):
             return GpuSample(uuid=uuid, error=f"{uuid} answers nothing: {failure}")
-        return GpuSample(uuid=uuid, condition=read_condition(self._driver, handle), **values)
+        condition = read_condition(self._driver, handle)
+        if condition is not None and unread:
+            condition = replace(condition, unread=unread)
+        return GpuSample(uuid=uuid, condition=condition, **values)
+
+    def _lost(self, uuid: str, error: pynvml.NVMLError) -> GpuSample:
+        """An instance whose GPU answers was destroyed, which is no fault of anything."""
+        self._note_change(error)
+        whole = self._wholes.get(uuid)
+        if whole is not None and Asking(self._driver, whole).say(_MIG_MODE) is not None:
+            reason = f"{uuid} is no instance of its GPU any more ({error})"
+            return GpuSample(uuid, error=reason)
+        reason = f"{uuid} {GPU_IS_GONE[error.value]} ({error})"
+        return GpuSample(uuid, error=reason, condition=condition_after(error))
+
+    def _note_change(self, error: pynvml.NVMLError) -> None:
+        if error.value in _OTHER_DRIVER:
+            self.outdated = f"the driver that it had opened is no more ({error})"
 
 
 def _no_gpus(error: pynvml.NVMLError) -> str:
@@ -214,6 +249,11 @@ def _no_gpus(error: pynvml.NVMLError) -> str:
     return f"no GPUs: {str(error).rstrip('.')}{hint and f' ({hint})'}"
 
 
+_OTHER_DRIVER: Final = (
+    pynvml.NVML_ERROR_UNINITIALIZED,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+)
 # What an operator would look up.
 _HINTS: Final = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no driver is installed",

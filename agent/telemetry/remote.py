@@ -17,6 +17,7 @@ after others have answered, that one is. A GPU whose turn did not come is neithe
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -39,12 +40,18 @@ from agent.core.values import (
 )
 from agent.telemetry import MESSAGE_BYTES_MAX
 from agent.telemetry.details import Details
-from agent.telemetry.schedule import INVENTORY, SAMPLE, USAGE, Schedule
+from agent.telemetry.schedule import INVENTORY, PERIODS_MS, SAMPLE, USAGE, Schedule
 from agent.telemetry.watch import Notice, Watch
 
 SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
 NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
+GONE_AGAIN_MS: Final = 10_000  # an instance that does not answer may have been destroyed
+# It has 20 MiB beside the stand-in, and real drivers map more: far above what any should need, and
+# far below a box's memory, so that a library that leaks has its own process to lose.
+SAMPLER_BYTES_MAX: Final = 1024**3
+PIPE_BYTES: Final = 65_536
+SAID_BYTES: Final = 1_024  # the end of what it said before its end
 CLOSE_S_MAX: Final = 1.0  # what is killed ends within milliseconds, or not at all
 
 log = structlog.get_logger()
@@ -76,6 +83,8 @@ class Answer(msgspec.Struct, frozen=True):
     failures: tuple[tuple[str, str, int], ...] = ()
     driver_version: str | None = None
     absence: str = ""
+    listed: tuple[str, ...] = ()
+    ends: str = ""
     done: bool = False
 
 
@@ -93,6 +102,7 @@ class _UnderWay:
     waiting: list[str]
     is_open: bool
     anybody: bool = False  # some GPU has answered
+    named: dict[str, None] = field(default_factory=dict)
     samples: dict[str, GpuSample] = field(default_factory=dict)
     occupancies: dict[str, GpuOccupancy] = field(default_factory=dict)
 
@@ -124,9 +134,12 @@ class RemoteGpus:
         self._channel: socket.socket | None = None
         self._left_behind: list[subprocess.Popen[bytes]] = []
         self._under_way: _UnderWay | None = None
+        self._errors = -1  # what it says on its standard error
+        self._said = b""
         self._requests_count = 0
         self._ended = "it was not started"
-        self._no_driver_ms = now_ms()  # when it was last asked whether there is a driver
+        self._looked_ms = now_ms()  # when it was last asked which GPUs there are
+        self._missing = False  # an instance
         self._facts: dict[str, GpuFacts] = {}
         self.driver_version = ""
         """Empty where there is no NVML, no driver, or no answer yet."""
@@ -163,21 +176,32 @@ class RemoteGpus:
         self._left_behind.clear()
 
     def facts(self) -> tuple[GpuFacts, ...]:
-        """Every allowed GPU seen since `open`, or known then, the lost ones among them."""
+        """Every allowed GPU seen since `open`, or known then, the lost ones among them, but no
+        instance that its GPU has no longer."""
         return tuple(self._facts.values())
 
-    def refresh(self) -> None:
-        """Enumerate again; not while the driver owes an answer already."""
+    def refresh(self, *, again: bool = False) -> None:
+        """Enumerate; not while the driver owes an answer already. `again`: some time after."""
         if self._under_way is None:
-            self._ask({"ask": "facts"}, tuple(self._facts), self._deadlines.slow_ms)
+            self._looked_ms = self._now_ms()
+            request = {"ask": "facts", "again": again}
+            self._ask(request, tuple(self._facts), self._deadlines.slow_ms)
         self._replace()
 
-    def _look_for_driver(self) -> None:
-        """One that was not there may have been loaded since."""
-        again_ms = self._no_driver_ms + NO_DRIVER_AGAIN_MS
-        if not self.driver_version and self._channel is not None and self._now_ms() >= again_ms:
-            self._no_driver_ms = self._now_ms()
-            self.refresh()
+    def _look_again(self, rate: str) -> None:
+        """A driver that was not there may have been loaded since; GPUs may have come, instances
+        have gone, and one may say now how much memory it has. With the inventory, at its pace."""
+        period_ms = PERIODS_MS[rate].get(INVENTORY) if self.driver_version else NO_DRIVER_AGAIN_MS
+        if period_ms is None or self._channel is None or self._under_way is not None:
+            return
+        if any(uuid in self._facts for uuid in self._watch.suspects):
+            return  # enumerating calls them first of all
+        if self._missing:
+            period_ms = min(period_ms, GONE_AGAIN_MS)
+        elif self.absence:
+            period_ms = min(period_ms, NO_DRIVER_AGAIN_MS)  # however slow readings are by order
+        if self._now_ms() >= self._looked_ms + period_ms:
+            self.refresh(again=True)
 
     def set_rate(self, rate: str) -> None:
         """One of `PERIODS_MS`, from the next reading on. Safe from any thread; waits for none."""
@@ -192,11 +216,11 @@ class RemoteGpus:
         that is not answered in time says so, and has no values. What is due beside it is read
         first, so that the sample is new when it is handed out."""
         rate = self._details.rate
-        self._look_for_driver()
+        owed = self._under_way
+        self._look_again(rate)
         strangers = [uuid for uuid in self._allowed_uuids or () if uuid not in self._facts]
         known = tuple(self._facts)
         order = self._watch.order(self._now_ms(), (*known, *strangers))
-        owed = self._under_way
         # A GPU that has blocked the driver first has to answer for a sample.
         trusted = [uuid for uuid in order if uuid not in self._watch.suspects]
         for kind in (INVENTORY, USAGE):
@@ -214,6 +238,7 @@ class RemoteGpus:
         made = {uuid: read.get(uuid) or self._unread(uuid) for uuid in (*self._facts, *strangers)}
         made |= {uuid: self._details.between(uuid, rate, now_ms) for uuid in resting}
         self._details.take_samples((made[uuid] for uuid in due), now_ms)
+        self._missing = any(made[uuid].error and facts.place for uuid, facts in self._facts.items())
         self._replace()
         return tuple(self._details.beside(sample, rate, now_ms) for sample in made.values())
 
@@ -305,7 +330,7 @@ class RemoteGpus:
             asked.waiting = [uuid for uuid in asked.waiting if uuid != told.uuid]
             self._tell(self._watch.heard(told.uuid))
         if answer.facts is not None and self._is_allowed(answer.facts.uuid):
-            self._facts[answer.facts.uuid] = answer.facts
+            self._learn(answer.facts, asked)
         if answer.sample is not None:
             asked.samples[answer.sample.uuid] = answer.sample
         if answer.usage is not None:
@@ -318,6 +343,28 @@ class RemoteGpus:
             self._details.failed(answer.failures)
             self.absence = answer.absence
             self._under_way = None
+            self._drop_gone(asked, answer.listed)
+            if answer.ends:
+                raise _SamplerEnded(answer.ends)
+
+    def _learn(self, facts: GpuFacts, asked: _UnderWay) -> None:
+        """What is known stays where the driver fails to say it again."""
+        asked.named[facts.uuid] = None
+        known = self._facts.get(facts.uuid)
+        if known is None or facts.memory_bytes not in (0, known.memory_bytes):
+            self._facts[facts.uuid] = facts
+
+    def _drop_gone(self, asked: _UnderWay, listed: Collection[str]) -> None:
+        """Of whole GPUs that could say all that they are, what they are no longer: instances that
+        were destroyed, one GPU where there are instances now; and a GPU on whose bus another one
+        is. One that is only silent, or lost, stays."""
+        named = [facts for uuid, facts in self._facts.items() if uuid in asked.named]
+        buses = {facts.pci_bus_id: True for facts in named if facts.pci_bus_id}
+        for uuid, facts in list(self._facts.items()):
+            whole = facts.place.partition("/")[0] or uuid
+            replaced = not facts.place and facts.pci_bus_id in buses
+            if uuid not in asked.named and (whole in listed or replaced):
+                del self._facts[uuid]
 
     def _send(self, request: Mapping[str, object], order: Sequence[str]) -> _UnderWay:
         assert self._channel is not None
@@ -335,13 +382,16 @@ class RemoteGpus:
         """Start a sampler and have it open the driver; its answer comes with the next reading."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         events = () if self._event_descriptor is None else (self._event_descriptor,)
-        with theirs:
+        # A library that floods its standard error is not blocked by that, and fills no log.
+        self._errors, errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with theirs, open(errors, "wb", buffering=0) as said:
             try:
                 self._process = subprocess.Popen(
                     [*self._command, *map(str, (theirs.fileno(), os.getpid(), *events))],
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    stderr=said,
                     pass_fds=[theirs.fileno(), *events],
                     start_new_session=True,  # Ctrl-C in a terminal is for the agent
                 )
@@ -350,12 +400,16 @@ class RemoteGpus:
                 self._lose(str(error))
                 return
         self._channel = ours
+        with contextlib.suppress(OSError):  # it has ended, or this is not allowed
+            limit = (SAMPLER_BYTES_MAX, SAMPLER_BYTES_MAX)
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, limit)
         # GPUs that are known need no call that could hang before they are read.
         request = {"ask": "open", "allowed": self._allowed_uuids, "known": tuple(self._facts)}
         self._send(request, order)
 
     def _replace(self) -> None:
         """Kill it and start another one, if it is time."""
+        self._hear_errors()
         self._left_behind = [process for process in self._left_behind if process.poll() is None]
         now_ms = self._now_ms()
         if not self._watch.replaces(now_ms, len(self._left_behind)):
@@ -374,9 +428,19 @@ class RemoteGpus:
     def _lose(self, reason: str) -> None:
         # Who is killed from outside was not stopped by a GPU; who crashes in a call was.
         killed = self._process is not None and self._process.returncode == -signal.SIGKILL
-        self._tell(self._watch.lost(reason, "" if killed else self._suspect()))
+        suspect = "" if killed else self._suspect()
+        self._hear_errors()
+        if last := self._said.decode(errors="replace").strip().splitlines()[-1:]:
+            reason = f"{reason}; it said: {last[0]}"
+        self._tell(self._watch.lost(reason, suspect))
         self._ended = reason
         self._let_go()
+
+    def _hear_errors(self) -> None:
+        """As much as a pipe holds: what has no room in it is lost."""
+        with contextlib.suppress(BlockingIOError):
+            if self._errors >= 0:
+                self._said = (self._said + os.read(self._errors, PIPE_BYTES))[-SAID_BYTES:]
 
     def _let_go(self) -> None:
         if self._channel is not None:
@@ -384,7 +448,10 @@ class RemoteGpus:
         if self._process is not None:
             self._process.kill()
             self._left_behind.append(self._process)
+        if self._errors >= 0:
+            os.close(self._errors)
         self._channel = self._process = self._under_way = None
+        self._errors, self._said = -1, b""
 
     def _suspect(self) -> str:
         """The GPU that is waited for; empty when none is."""

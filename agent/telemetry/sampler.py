@@ -13,12 +13,15 @@ GPU that hangs hides only itself and those behind it; then one that says that it
 
     {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
                                                              some UUIDs are known from before
-    {"id": 2, "ask": "facts"}                                facts of every GPU, enumerated again
+    {"id": 2, "ask": "facts", "again": true}                 facts of every GPU, enumerated again;
+                                                             some time after the last try
     {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each; likewise "usage" and
                                                              "inventory", which are read less often
     {"id": 4, "ask": "occupancy", "uuids": ["GPU-..."]}      who uses each
 
-The last message also has how often calls have failed since the one before it.
+The last message also has how often calls have failed since the one before it; which whole GPUs were
+enumerated, whatever came of it (`listed`); and why the process ends, when it has to (`ends`): a
+library stays as it was loaded, so another driver is for another process.
 
 It ends when the socket closes; and, where a call can still be interrupted, with the thread of the
 agent that started it (PR_SET_PDEATHSIG).
@@ -72,7 +75,10 @@ def main(descriptor: int, event_descriptor: int | None = None) -> None:
                     watching = True
                     _watch(gpus, event_descriptor)
             done = {"done": True, "absence": gpus.absence, "failures": gpus.take_failures()}
+            done |= {"listed": gpus.take_listed(), "ends": gpus.outdated}
             _send(channel, {"id": request["id"], **done})
+            if gpus.outdated:
+                return
 
 
 def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -81,7 +87,7 @@ def _answers(gpus: NvmlGpus, request: Mapping[str, Any]) -> Iterator[dict[str, A
         for uuid in request["uuids"]:
             yield {request["ask"]: read(uuid)}
         return
-    if not gpus.open():
+    if not gpus.open(again=request.get("again", False)):
         return
     yield {"driver_version": gpus.driver_version()}
     known = request.get("known", ())

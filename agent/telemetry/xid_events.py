@@ -34,11 +34,11 @@ def watch_events(handles: Callable[[], Mapping[str, Any]], channel: socket.socke
     except pynvml.NVMLError:
         return
     names: dict[int | None, list[str]] = {}
-    tried: dict[str, Any] = {}
+    tried: dict[str, int | None] = {}
     while True:
         for uuid, handle in list(handles().items()):
-            if tried.get(uuid) is not handle:
-                tried[uuid] = handle
+            if tried.get(uuid) != _address(handle):
+                tried[uuid] = _address(handle)
                 _wait_for(uuid, handle, names, events)
         try:
             event = pynvml.nvmlEventSetWait_v2(events, WAIT_MS)

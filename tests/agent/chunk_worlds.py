@@ -27,8 +27,14 @@ from agent.peer import PeerServer
 LONG_AGO_S = 1_000_000_000
 
 
-def opened(root: Path, *, grace_s: float = CHUNK_GRACE_S, orphan_s: float = ORPHAN_S) -> ChunkStore:
-    store = ChunkStore(root, grace_s=grace_s, orphan_s=orphan_s)
+def opened(
+    root: Path,
+    *,
+    grace_s: float = CHUNK_GRACE_S,
+    orphan_s: float = ORPHAN_S,
+    unlisted_s: float = 0.0,
+) -> ChunkStore:
+    store = ChunkStore(root, grace_s=grace_s, orphan_s=orphan_s, unlisted_s=unlisted_s)
     store.open()
     return store
 

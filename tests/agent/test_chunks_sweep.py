@@ -24,7 +24,7 @@ from agent.chunks.manifest import (
     digest_of,
     encode,
 )
-from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S
+from agent.chunks.sweep import CHUNK_GRACE_S, ORPHAN_S, UNLISTED_S, Unlisted
 from agent.core.values import StoredCheckpoint
 from agent.ports import ChunkError
 from tests.agent.chunk_worlds import (
@@ -101,6 +101,30 @@ def test_a_checkpoint_that_nobody_lists_goes_after_its_time(tmp_path: Path) -> N
     assert store.collect(frozenset([listed.digest])) > len(b"refused" + b"ended")
     assert store.checkpoints() == (listed.digest,)
     assert len(objects(store)) == 1
+
+
+def test_a_clock_that_jumps_ahead_makes_no_checkpoint_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only other copy of a job whose coordinator is away; and it goes in the end."""
+    store = opened(tmp_path / "store", unlisted_s=UNLISTED_S)
+    kept(store, written(tmp_path / "in", {"a": b"newest"}))
+    move_clock(monkeypatch, 10 * ORPHAN_S)
+    assert [store.collect(frozenset()) for _ in range(3)] == [0, 0, 0]
+    assert len(store.checkpoints()) == 1
+    assert opened(tmp_path / "store").collect(frozenset()) > 0
+
+
+def test_who_is_not_listed_waits_from_the_first_look_on_and_anew_after_a_last_one() -> None:
+    now_s = 0.0
+    unlisted = Unlisted(10.0, lambda: now_s)
+    assert unlisted.waited(["a", "b"]) == frozenset()
+    now_s = 9.0
+    assert unlisted.waited(["a"]) == frozenset()
+    now_s = 10.0
+    assert unlisted.waited(["a", "b"]) == {"a"}, "the other one was listed meanwhile"
+    now_s = 20.0
+    assert unlisted.waited(["a", "b"]) == {"a", "b"}
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ CHANGES = st.one_of(
     ),
     st.builds(s.DropFence, st.integers(1, 4)),
     st.builds(s.PutLeaderEpoch, INT),
-    st.builds(s.PutGpusMended, st.lists(st.tuples(TEXT, INT), max_size=3).map(tuple)),
+    st.builds(s.PutGpusMended, TEXT, st.lists(st.tuples(TEXT, INT), max_size=3).map(tuple)),
     st.builds(
         PutGpusLeft,
         st.lists(st.builds(GpuLeft, TEXT, TEXT, TEXT, OCCUPANCY), max_size=3).map(tuple),

@@ -255,6 +255,39 @@ async def test_exit_record_waits_for_room_on_a_full_disk(tmp_path: Path, tiny_di
     await supervisor.close()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_log_that_is_removed_while_it_is_written_goes_on(tmp_path: Path, whole: bool) -> None:
+    """The directory, or what is in it; only what nobody can read any more is gone."""
+    (tmp_path / shim.LOG_DIRECTORY_NAME).mkdir()
+    log = shim.OutputLog(bytes(tmp_path / shim.LOG_DIRECTORY_NAME))
+    log.write(b"before")
+    for path in (tmp_path / shim.LOG_DIRECTORY_NAME).iterdir():
+        path.unlink()
+    if whole:
+        (tmp_path / shim.LOG_DIRECTORY_NAME).rmdir()
+    log.write(b"after")
+    piece = logs.read(tmp_path, 0)
+    assert (piece.data, piece.gone_bytes, log.lost_bytes_total) == (b"after", 6, 0)
+
+
+def test_a_full_disk_has_room_for_the_next_segment_when_the_oldest_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim, "SEGMENT_BYTES", 4)
+    open_file = os.open
+
+    def limited(path: bytes, flags: int, mode: int = 0o777) -> int:
+        if len(list(tmp_path.iterdir())) >= shim.SEGMENTS_KEPT:
+            raise OSError(28, "No space left on device")
+        return open_file(path, flags, mode)
+
+    log = shim.OutputLog(bytes(tmp_path))
+    monkeypatch.setattr(os, "open", limited)
+    log.write(b"0123" * (2 * shim.SEGMENTS_KEPT))
+    assert log.lost_bytes_total == 0
+    assert len(list(tmp_path.iterdir())) == shim.SEGMENTS_KEPT
+
+
 def test_marker_that_found_half_its_room_is_finished_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

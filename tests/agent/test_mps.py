@@ -4,6 +4,8 @@ The stand-in keeps its daemon as a file in the directory of its pipes, so that a
 and let it die.
 """
 
+import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +182,7 @@ async def test_an_agent_that_comes_back_knows_whose_daemon_it_is(box: Box) -> No
     await box.start("2.1")
     await box.start("3.1", gpu="GPU-b")
     await box.agent(running=("1.1",))
+    await box.processes.close()  # waits for what follows
     assert box.calls("quit") == ["GPU-b"], "its client has ended meanwhile"
     await box.start("4.1")
     assert box.calls("-d") == ["GPU-a", "GPU-b"]
@@ -187,6 +190,18 @@ async def test_an_agent_that_comes_back_knows_whose_daemon_it_is(box: Box) -> No
     assert box.daemon().exists()
     await box.end("4.1")
     assert box.calls("quit") == ["GPU-b", "GPU-a"]
+
+
+async def test_a_control_program_that_hangs_holds_up_no_agent_that_begins(box: Box) -> None:
+    await box.start("1.1")
+    gate = box.home.parent / "gate"
+    os.mkfifo(gate)
+    box.control.write_text(f"#!/bin/sh\nread -r word < {gate}\n")
+    await box.agent()
+    assert box.daemon().exists(), "it is still asked to end"
+    await asyncio.to_thread(gate.write_text, "go")
+    await box.processes.close()
+    assert not box.daemon().exists()
 
 
 @pytest.mark.parametrize(

@@ -9,67 +9,43 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from agent.core.values import GpuSample
-from agent.telemetry.probe import SEEN_NAME, NvmlProbe
-from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, SAMPLER, Deadlines, RemoteGpus
+from agent.telemetry.probe import SEEN_NAME
+from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
 from agent.telemetry.watch import MISSES_MAX, REPLACEMENT_MS
+from tests.agent.sampler_worlds import (
+    DEADLINES,
+    POLLS_MAX,
+    Box,
+    all_read,
+    box_of,
+    is_unknown,
+    until,
+)
 from tests.fakenvml.build import (
     DRIVER_VERSION,
     SONAME,
     FakeGpu,
     a100,
-    build,
     describe,
-    environment,
     h100,
     h200,
     rtx4090,
 )
 
-DEADLINES = Deadlines(fast_ms=200, slow_ms=200)
-POLLS_MAX = 200  # of a deadline each, for what comes when a process has started
 ROOT = Path(__file__).resolve().parents[2]
-VALUES = [
-    field.name for field in fields(GpuSample) if field.name not in ("uuid", "error", "age_ms")
-]
-
-
-class Box:
-    """One box: its GPUs as described, and a clock."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.path = directory / "gpus.txt"
-        self.now_ms = 0
-
-    def gpus(
-        self, *allowed: str, command: tuple[str, ...] = SAMPLER, deadlines: Deadlines = DEADLINES
-    ) -> RemoteGpus:
-        return RemoteGpus(
-            allowed or None, deadlines=deadlines, command=command, now_ms=lambda: self.now_ms
-        )
-
-    def probe(self, deadlines: Deadlines = DEADLINES) -> NvmlProbe:
-        return NvmlProbe(self.directory, deadlines=deadlines, now_ms=lambda: self.now_ms)
-
-    def describe(self, *gpus: FakeGpu, driver_state: str = "ok") -> None:
-        describe(gpus, self.path, driver_state=driver_state)
 
 
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    made = Box(tmp_path)
-    for name, value in environment(build(), made.path).items():
-        monkeypatch.setenv(name, value)
-    return made
+    return box_of(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -80,24 +56,6 @@ def opened(box: Box) -> Iterator[RemoteGpus]:
     gpus.open()
     yield gpus
     gpus.close()
-
-
-def until(
-    gpus: RemoteGpus, holds: Callable[[tuple[GpuSample, ...]], bool]
-) -> tuple[GpuSample, ...]:
-    for _ in range(POLLS_MAX):
-        samples = gpus.samples()
-        if holds(samples):
-            return samples
-    raise AssertionError(f"never came: {samples}")
-
-
-def all_read(samples: tuple[GpuSample, ...]) -> bool:
-    return all(not sample.error for sample in samples)
-
-
-def is_unknown(sample: GpuSample) -> bool:
-    return "is unknown" in sample.error and all(getattr(sample, name) is None for name in VALUES)
 
 
 def hanging(gpu: FakeGpu) -> FakeGpu:
@@ -157,7 +115,7 @@ def test_a_driver_that_is_updated_while_it_is_read(box: Box, opened: RemoteGpus)
     mismatch = tuple((field, 18) for field in ("utilization", "power"))
     box.describe(*(replace(gpu, failing=mismatch) for gpu in h100(3)))
     for sample in until(opened, lambda samples: not all_read(samples)):
-        assert "has a new driver; restart the agent" in sample.error
+        assert "has a new driver, which is opened anew" in sample.error
 
 
 def test_a_driver_call_that_blocks_for_45_s_hides_its_gpu_and_those_behind_it(
@@ -275,6 +233,44 @@ def test_a_sampler_that_talks_nonsense_is_ended(box: Box, said: bytes) -> None:
     assert [line["event"] for line in logs] == ["sampler.ended"]
     assert gpus.pid() == 0
     assert is_unknown(gpus.samples()[0])
+    gpus.close()
+
+
+ANSWERS = """
+import ctypes, json, socket, sys
+channel = socket.socket(fileno=int(sys.argv[1]))
+while said := channel.recv(9999):
+    answer = {"id": json.loads(said)["id"], "done": True}
+    %s
+    channel.send(json.dumps(answer).encode())
+"""
+
+
+def test_a_sampler_that_floods_its_standard_error_is_not_held_up(box: Box) -> None:
+    """And the last of it is told with its end."""
+    flood = "ctypes.CDLL(None).write(2, b'noise ' * 9999, 59_994)"  # as a library does
+    command = (sys.executable, "-c", ANSWERS % flood)
+    gpus = box.gpus("GPU-x", command=command, deadlines=Deadlines())
+    with capture_logs() as logs:
+        gpus.open()
+        for _ in range(20):
+            gpus.samples()
+        assert logs == []
+        pid = gpus.pid()
+        os.kill(pid, signal.SIGKILL)
+        until(gpus, lambda _: gpus.pid() != pid)
+    assert "; it said: " in logs[0]["reason"]
+    assert len(logs[0]["reason"]) < 2_000
+    gpus.close()
+
+
+def test_a_sampler_that_eats_memory_ends_and_not_its_box(box: Box) -> None:
+    eaten = "hoard = [b'x' * (64 << 20)]; hoard = hoard * 2 + [b'y' * (256 << 20)]"
+    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eaten))
+    with capture_logs() as logs:
+        gpus.open()
+    assert logs[0]["event"] == "sampler.ended"
+    assert "it said: MemoryError" in logs[0]["reason"]
     gpus.close()
 
 

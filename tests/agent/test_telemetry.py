@@ -214,6 +214,14 @@ def test_one_failing_field_hides_no_other(described: Path) -> None:
         assert child.gpus() == [BUSY_SAMPLE | {"power_mw": None}]
 
 
+def test_memory_that_fails_is_said_of_the_gpu(described: Path) -> None:
+    describe([replace(BUSY, failing=(("memory", 999),))], described)
+    with probe(build(), described) as child:
+        (gpu,) = child.ask("sample")["gpus"]
+        assert (gpu["memory_used_bytes"], gpu["power_mw"]) == (None, BUSY.power_mw)
+        assert gpu["condition"]["unread"] == "its memory cannot be read: Unknown Error"
+
+
 def test_a_gpu_that_only_fails_is_in_error(described: Path) -> None:
     fields = ("utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock")
     failing = tuple((field, 999) for field in fields)
@@ -284,6 +292,7 @@ def test_gpus_are_addressed_by_uuid_when_their_order_changes(described: Path) ->
 
 def test_a_gpu_that_was_removed_is_in_error_and_a_new_one_is_found(described: Path) -> None:
     old, new = h100(2)
+    new = replace(new, pci_bus=2)
     describe([old], described)
     with probe(build(), described) as child:
         describe([new], described)

@@ -3,17 +3,21 @@ kernel's form: each is told, at once, and none twice.
 """
 
 import asyncio
+import ctypes
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pynvml
 import pytest
 from structlog.testing import capture_logs
 
 from agent.core.values import DriverLoaded, GpuCondition, XidSeen
 from agent.telemetry.kernel_log import KernelLog, Lost, parse_line
 from agent.telemetry.probe import NvmlProbe
+from agent.telemetry.xid_events import watch_events
 from agent.telemetry.xids import Xids
 from tests.fakenvml.build import (
     FakeGpu,
@@ -85,6 +89,7 @@ def test_a_line_of_the_kernel() -> None:
     seen = parse_line(FALLEN.rstrip(), history=False)
     assert isinstance(seen, XidSeen)
     assert (seen.code, seen.pci_bus_id, seen.source) == (79, "0000:3b:00", "kernel")
+    assert seen.sequence == 1234
     assert seen.text == "pid=4242, name=python, GPU has fallen off the bus."
     mig = parse_line(b"NVRM: Xid (PCI:00000001:0A:00 GPU-I:05): 43, Ch 8", history=True)
     assert isinstance(mig, XidSeen)
@@ -171,6 +176,27 @@ async def test_nvml_tells_of_an_error_at_once(path: Path, tmp_path: Path) -> Non
     assert {(seen.uuid, seen.code) for seen in ears.xids} == {(fleet[0].uuid, 95)}
     probe.close()
     xids.close()
+
+
+def test_a_gpu_that_is_enumerated_again_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The binding makes a new object of each handle; the driver would tell of an error twice."""
+    registered: list[int | None] = []
+    waits = [pynvml.NVMLError_Timeout, pynvml.NVMLError_Timeout, pynvml.NVMLError_FunctionNotFound]
+
+    def wait(events: object, timeout_ms: int) -> None:
+        raise waits.pop(0)
+
+    def register(handle: ctypes.c_void_p, kinds: int, events: object) -> None:
+        registered.append(handle.value)
+
+    monkeypatch.setattr(pynvml, "nvmlEventSetCreate", object)
+    monkeypatch.setattr(pynvml, "nvmlEventSetWait_v2", wait)
+    monkeypatch.setattr(pynvml, "nvmlDeviceRegisterEvents", register)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        watch_events(lambda: {"GPU-a": ctypes.c_void_p(7), "GPU-b": ctypes.c_void_p(8)}, theirs)
+    assert registered == [7, 8]
+    assert not waits
 
 
 async def test_an_error_of_a_gpu_in_mig_mode_is_told_of_its_instances(

@@ -12,6 +12,7 @@ from agent.core.attempt import AttemptRecord
 from agent.core.gpu_messages import GpuLeft, GpusInspected, InspectGpus, PutGpusLeft
 from agent.core.messages import AgentEvent
 from agent.core.state import (
+    NOTHING_MENDED,
     DropAttempt,
     DropFence,
     DropSpooled,
@@ -41,7 +42,7 @@ class MemoryJournal:
         self.next_sequence = 1
         self.fences: dict[int, PutFence] = {}
         self.leader_epoch = 0
-        self.gpus_mended: tuple[tuple[str, int], ...] = ()
+        self.gpus_mended = NOTHING_MENDED
         self.gpus_left: tuple[GpuLeft, ...] = ()
 
     def commit(self, records: Iterable[Record]) -> None:
@@ -80,6 +81,6 @@ class MemoryJournal:
             case PutLeaderEpoch():
                 self.leader_epoch = record.epoch
             case PutGpusMended():
-                self.gpus_mended = record.mended
+                self.gpus_mended = record
             case PutGpusLeft():
                 self.gpus_left = record.left

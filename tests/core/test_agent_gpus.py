@@ -40,6 +40,10 @@ class Node(agent_box.Node):
     def __init__(self, facts: tuple[GpuFacts, ...] = FACTS) -> None:
         super().__init__(*facts, now_ms=1_000_000)
 
+    def begin(self, adopted: tuple[str, ...] = (), *, boot_id: str = "boot") -> list[s.Effect]:
+        self.host = replace(agent_box.HOST, boot_id=boot_id)
+        return super().begin(adopted)
+
     def xid(self, code: int, **fields: object) -> list[s.Effect]:
         seen = XidSeen(code, "kernel", UNIX_MS + self.now_ms, pci_bus_id="0000:3b:00")
         return self.hear(replace(seen, **fields))  # type: ignore[arg-type]
@@ -109,34 +113,57 @@ def test_a_hello_says_all_of_it_again(node: Node) -> None:
 
 def test_after_a_restart_an_old_error_waits_for_the_driver(node: Node) -> None:
     """It is in the kernel's log still; the GPU may have been reset since."""
-    node.now_ms += 3_600_000
-    old = UNIX_MS + node.now_ms - 3_600_000
+    old = {"history": True, "age_ms": 3_600_000}
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, **old)) == []
     mended = told(node.read(GpuCondition(recovery_action=0)))
     assert [gpu.verdict for gpu in mended] == [Verdict.HEALTHY] * 2
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, **old)) == []
     assert told(node.read())[0].verdict is Verdict.NEEDS_RESET, "an older driver does not say"
 
 
 def test_what_was_mended_does_not_come_back_from_the_kernels_log(node: Node) -> None:
     """On an older driver, which cannot say itself that nothing is needed."""
-    node.xid(95)
-    old = UNIX_MS + node.now_ms
+    node.xid(95, sequence=7)
     assert told(node.hear(DriverLoaded()))
     node.now_ms += 1_000
-    node.xid(46)
-    ill = UNIX_MS + node.now_ms
+    node.xid(46, sequence=8)
     node.begin()
-    assert told(node.xid(95, history=True, unix_ms=old)) == []
+    assert told(node.xid(95, history=True, sequence=7)) == []
     assert told(node.read())[0].verdict is Verdict.HEALTHY
     node.begin()
-    node.xid(95, history=True, unix_ms=old)
-    node.xid(46, history=True, unix_ms=ill)
+    node.xid(95, history=True, sequence=7)
+    node.xid(46, history=True, sequence=8)
     (verdict, _) = told(node.read())
     assert verdict.verdict is Verdict.NEEDS_RESET
     assert [record.code for record in verdict.xids] == [46]
+
+
+@pytest.mark.parametrize("step_ms", [-86_400_000, 86_400_000])
+def test_a_wall_clock_that_is_wrong_hides_no_new_error_and_raises_no_old_one(
+    node: Node, step_ms: int
+) -> None:
+    """It was set while the agent was away, and times of the log are made with it."""
+    node.xid(95, sequence=7)
+    node.hear(DriverLoaded())
+    wrong = {"history": True, "unix_ms": UNIX_MS + node.now_ms + step_ms, "age_ms": 1_000}
+    node.begin()
+    node.xid(95, sequence=7, **wrong)
+    assert told(node.read())[0].verdict is Verdict.HEALTHY
+    node.begin()
+    node.xid(95, sequence=7, **wrong)
+    node.xid(46, sequence=9, **wrong)
+    (verdict, _) = told(node.read())
+    assert [record.code for record in verdict.xids] == [46]
+
+
+def test_another_boot_counts_its_log_anew(node: Node) -> None:
+    node.xid(95, sequence=7_000)
+    node.hear(DriverLoaded())
+    node.begin(boot_id="boot2")
+    node.xid(79, history=True, sequence=900)
+    assert told(node.read())[0].verdict is Verdict.LOST
 
 
 def test_a_silent_driver_is_told_once(node: Node) -> None:
@@ -173,6 +200,49 @@ def test_gpus_that_are_named_late_are_told_of_in_a_new_hello(node: Node) -> None
     assert hello.gpus == more
     assert hello.host.driver_version == "575.1"
     assert not [effect for effect in node.hear(late(more)) if isinstance(effect, m.CloseLink)]
+
+
+def test_an_error_from_before_a_gpu_was_named_is_one_of_it() -> None:
+    """A slow driver names it when the kernel's log has been read; and another driver forgets."""
+    node = Node(())
+    node.xid(95, history=True, age_ms=60_000)
+    node.now_ms += 30_000
+    assert [gpu.verdict for gpu in told(node.hear(late(FACTS)))] == [
+        Verdict.NEEDS_RESET,
+        Verdict.HEALTHY,
+    ]
+    node = Node(())
+    node.xid(95, history=True)
+    node.hear(DriverLoaded())
+    assert [gpu.verdict for gpu in told(node.hear(late(FACTS)))] == [Verdict.HEALTHY] * 2
+
+
+def gpus_of_hello(node: Node) -> tuple[GpuFacts, ...]:
+    node.hear(m.Disconnected("which GPUs there are is to be told of"))
+    (hello,) = [e.message for e in node.hear(m.Connected(())) if isinstance(e, m.Send)]
+    assert isinstance(hello, m.Hello)
+    assert {gpu.uuid for gpu in hello.health} <= {gpu.uuid for gpu in hello.gpus}
+    node.hear(m.FromCoordinator(m.Welcome(1, 1_000, 8_000, 0), "c0ffee"))
+    return hello.gpus
+
+
+def test_gpus_that_are_no_more_are_left_out_of_a_new_hello(node: Node) -> None:
+    """Down to none; who has not asked for the facts says nothing of them."""
+    node.xid(31)
+    assert m.CloseLink not in [type(effect) for effect in node.read()]
+    for left in (FACTS[1:], ()):
+        effects = node.hear(late(left))
+        assert "gpu.removed" in logged(effects)
+        assert [type(effect) for effect in effects].count(m.CloseLink) == 1
+        assert gpus_of_hello(node) == left
+        assert not [effect for effect in node.hear(late(left)) if isinstance(effect, m.CloseLink)]
+
+
+def test_memory_that_is_said_late_is_told_of_in_a_new_hello() -> None:
+    node = Node(tuple(replace(one, memory_bytes=0) for one in FACTS))
+    effects = node.hear(late(FACTS))
+    assert [type(effect) for effect in effects].count(m.CloseLink) == 1
+    assert gpus_of_hello(node) == FACTS
 
 
 def test_why_there_is_no_gpu_is_told_of_in_a_new_hello() -> None:
@@ -249,10 +319,9 @@ def test_what_is_not_read_by_order_is_unknown_and_says_why(node: Node) -> None:
 
 def test_an_applications_error_does_not_come_back_for_the_next_application(node: Node) -> None:
     """After a restart the kernel's log tells of it again, while another trainer is on the GPU."""
-    node.xid(31)
-    old = UNIX_MS + node.now_ms
+    node.xid(31, sequence=7)
     node.now_ms += 10_000
     assert told(node.read())[0].verdict is Verdict.HEALTHY
     node.begin()
-    node.xid(31, history=True, unix_ms=old)
+    node.xid(31, history=True, sequence=7)
     assert not node.core.state.watched.histories["GPU-a"].cases

@@ -16,6 +16,8 @@ from agent.core.clean import (
     next_check_ms,
 )
 from agent.core.gpu_messages import GpusInspected, InspectGpus, Sampled
+from agent.core.health import Verdict
+from agent.core.health import judge as judge_gpu
 from tests.core import agent_box
 
 UUID = "GPU-a"
@@ -216,6 +218,23 @@ def test_a_gpu_that_is_found_late_is_still_not_clean(node: Node) -> None:
     assert [left.uuid for left in node.journal.gpus_left] == [UUID]
     node.hear(Sampled(v.Sample(v.HostSample(0.0, 0, 0, 0.0), (), facts=(FACTS,))))
     assert UUID in node.core.state.checks
+
+
+def test_a_gpu_that_is_no_more_is_not_looked_at(node: Node) -> None:
+    """While its job is there, it stays, and nobody says that it is well."""
+
+    def verdicts() -> list[Verdict]:
+        node.hear(Sampled(v.Sample(v.HostSample(0.1, 1, 1, 0.1), (), facts=())))
+        return [judge_gpu(uuid, one).verdict for uuid, one in histories.items()]
+
+    histories = node.core.state.watched.histories
+    well = v.GpuSample(UUID, condition=v.GpuCondition())
+    node.hear(Sampled(v.Sample(v.HostSample(0.1, 1, 1, 0.1), (well,), facts=(FACTS,))))
+    assert [verdicts() for _ in range(2)] == [[Verdict.HEALTHY], [Verdict.UNKNOWN]]
+    node.end("1.1")
+    assert verdicts() == []
+    assert node.core.state.gpus == ()
+    assert next_check_ms(node.core.state) is None
 
 
 def test_a_driver_that_never_answers_holds_nobody_up(node: Node) -> None:

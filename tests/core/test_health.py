@@ -102,6 +102,22 @@ def test_a_silent_driver_makes_it_unknown_and_never_healthy() -> None:
     assert gpu.verdict() is Verdict.NEEDS_RESET, "what is known to be worse stays"
 
 
+def test_a_gpu_whose_memory_cannot_be_read_is_unknown_with_the_reason() -> None:
+    """From the start, though all else is answered; and one failure in between says nothing."""
+    gpu = Gpu()
+    unread = "its memory cannot be read: Unknown Error"
+    gpu.read(unread=unread)
+    assert gpu.judged == GpuVerdict(
+        GPU, Verdict.UNKNOWN, f"is unknown: {unread}", "look at the driver: nvidia-smi"
+    )
+    gpu.read()
+    assert gpu.verdict() is Verdict.HEALTHY
+    gpu.read(unread=unread)
+    assert gpu.verdict() is Verdict.HEALTHY
+    gpu.read(unread=unread)
+    assert gpu.verdict() is Verdict.UNKNOWN
+
+
 def test_dcgm_263_a_gpu_that_needs_a_reset_is_not_called_healthy() -> None:
     """Readings that succeed mend nothing; neither does the end of the application."""
     gpu = Gpu()
@@ -173,6 +189,23 @@ def test_fallen_off_the_bus_is_lost_by_either_witness() -> None:
     assert other.judged.action == "reboot the node"
     other.read(SETTLE_MS)
     assert other.verdict() is Verdict.HEALTHY, "it answers again"
+
+
+def test_what_the_driver_asks_for_counts_and_not_the_table() -> None:
+    """Where it says so after the error; a reset of one GPU spares its node a reboot."""
+    gpu = Gpu()
+    gpu.read(recovery_action=1)
+    gpu.xid(79)
+    gpu.read(SETTLE_MS - 1, recovery_action=1)
+    assert gpu.verdict() is Verdict.LOST, "its word may be from before"
+    gpu.read(recovery_action=1)
+    assert gpu.verdict() is Verdict.NEEDS_RESET
+    assert "recovery action 1" in gpu.judged.reason
+    assert [record.code for record in gpu.judged.xids] == [79]
+    gpu.read(recovery_action=9)
+    assert gpu.verdict() is Verdict.LOST, "what it asks for is not understood"
+    gpu.read(recovery_action=0)
+    assert gpu.verdict() is Verdict.HEALTHY
 
 
 def test_xid_154_says_itself_what_is_needed_and_when_no_more() -> None:
@@ -259,7 +292,7 @@ def test_no_history_is_called_healthy_while_a_witness_objects(
     gpu = Gpu()
     open_since: dict[int, int] = {}
     asked: int | None = None
-    answered, failures = False, 0
+    answered, failures, read_ms = False, 0, 0
     for kind, value in steps:
         if kind == "xid" and value is not None:
             gpu.xid(value)
@@ -268,7 +301,7 @@ def test_no_history_is_called_healthy_while_a_witness_objects(
         elif kind == "read":
             mended = value == 0 or (value is None and bool(asked))
             gpu.read(recovery_action=value)
-            asked, answered, failures = value, True, 0
+            asked, answered, failures, read_ms = value, True, 0, gpu.now_ms
             if mended:
                 settled = gpu.now_ms - SETTLE_MS
                 open_since = {c: at for c, at in open_since.items() if at > settled}
@@ -284,7 +317,7 @@ def test_no_history_is_called_healthy_while_a_witness_objects(
             assert verdict is not Verdict.HEALTHY
         if 95 in open_since:
             assert SEVERITY.index(verdict) >= SEVERITY.index(Verdict.NEEDS_RESET)
-        if 79 in open_since:
+        if 79 in open_since and (asked not in (1, 2) or read_ms < open_since[79] + SETTLE_MS):
             assert verdict is Verdict.LOST
         if not answered or failures >= SILENT_READINGS:
             assert SEVERITY.index(verdict) >= SEVERITY.index(Verdict.UNKNOWN)

@@ -16,6 +16,7 @@ from agent.core.gpu_messages import InspectGpus, Report, Sampled
 from agent.core.link import phase_ms
 from agent.core.trainer_messages import TrainerProgress
 from agent.core.values import (
+    GpuCondition,
     GpuFacts,
     GpuSample,
     GpuWindow,
@@ -27,6 +28,9 @@ from agent.core.values import (
 )
 from agent.core.window import FIGURES, Window
 from agent.telemetry.xid_table import load_table
+from agent.wire import encode
+from coordinator.core.messages import Heartbeat
+from coordinator.wire import decode
 from tests.core import agent_box
 from tests.core.agent_memory import inspected
 
@@ -224,6 +228,20 @@ def test_what_is_not_read_by_order_has_no_window() -> None:
     taken = window.take()
     assert taken is not None
     assert taken[1][0].window is None
+
+
+def test_a_gpu_whose_memory_is_not_read_was_not_read() -> None:
+    """So that the coordinator, which closes who is unread for long, puts no work there."""
+    condition = GpuCondition(unread="its memory cannot be read: Unknown Error")
+    read = replace(sample().gpus[0], condition=condition)
+    window = Window()
+    window.add(replace(sample(), gpus=(read,)))
+    taken = window.take()
+    assert taken is not None
+    assert taken[1][0].window is None
+    heard = decode(encode(m.Heartbeat(1, None, (read,), (), ())))
+    assert isinstance(heard, Heartbeat)
+    assert heard.gpus[0].error == condition.unread
 
 
 def test_every_figure_of_a_window_is_one_of_a_reading() -> None:

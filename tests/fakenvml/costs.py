@@ -47,6 +47,15 @@ COSTS_MS: Final[Mapping[str, float]] = {
     "nvmlGpmQueryDeviceSupport": _SHORT_MS,
     "nvmlGpmSampleGet": _LONG_MS,
     "nvmlGpmMetricsGet": _SHORT_MS,
+    # which GPUs there are: without persistence mode a handle may cost an initialisation, but not
+    # while a sampler has them open
+    "nvmlSystemGetDriverVersion": _SHORT_MS,
+    "nvmlDeviceGetCount_v2": _SHORT_MS,
+    "nvmlDeviceGetHandleByIndex_v2": _LONG_MS,
+    "nvmlDeviceGetUUID": _SHORT_MS,
+    "nvmlDeviceGetName": _SHORT_MS,
+    "nvmlDeviceGetPciInfo_v3": _SHORT_MS,
+    "nvmlDeviceGetMigMode": _SHORT_MS,
     "nvmlDeviceGetPcieThroughput": 20.0,
 }
 

@@ -23,6 +23,7 @@ from agent.core.attempt import AttemptRecord
 from agent.core.gpu_messages import GpuLeft, PutGpusLeft
 from agent.core.messages import AgentEvent
 from agent.core.state import (
+    NOTHING_MENDED,
     DropAttempt,
     DropFence,
     DropSpooled,
@@ -85,7 +86,7 @@ class Disk:
     fences: dict[int, PutFence] = field(default_factory=dict)
     next_sequence: int = 1
     leader_epoch: int = 0
-    gpus_mended: tuple[tuple[str, int], ...] = ()
+    gpus_mended: PutGpusMended = NOTHING_MENDED
     gpus_left: tuple[GpuLeft, ...] = ()
     copies: dict[str, Copy] = field(default_factory=dict)
     staging: dict[str, Content] = field(default_factory=dict)
@@ -320,7 +321,7 @@ class SimJournal:
             case PutLeaderEpoch():
                 disk.leader_epoch = record.epoch
             case PutGpusMended():
-                disk.gpus_mended = record.mended
+                disk.gpus_mended = record
             case PutGpusLeft():
                 disk.gpus_left = record.left
 
