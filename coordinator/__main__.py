@@ -16,9 +16,19 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # structlog takes rich, where it is installed, for tracebacks that a daemon never prints: 5 MiB.
 sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 
-from coordinator.main import main  # noqa: E402 - the line above comes first
+from coordinator.leaving import leave  # noqa: E402 - the line above comes first
+from coordinator.main import main as serve  # noqa: E402
 
-__all__ = ["main"]
+
+def main() -> int:
+    """Exit status, as `coordinator.main` says; 1 after a bug of ours."""
+    status = 1
+    try:
+        status = serve()
+    finally:
+        leave(status)
+    return status
+
 
 if __name__ == "__main__":
     sys.exit(main())

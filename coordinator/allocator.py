@@ -1,4 +1,4 @@
-"""The decision over all jobs, beside the coordinator's loop: in a thread, one after another.
+"""The decision over all jobs, beside the coordinator's loop: each in a thread of its own.
 
 Problem: it takes seconds of a core where there are ten thousand jobs, and the loop renews leases
 meanwhile. So the loop only notes what it wants, and the answer comes through its inbox. The solver
@@ -6,44 +6,53 @@ lets other threads run; our own arithmetic around it shares the interpreter with
 waits a few milliseconds for its turn instead of seconds. Another process would have to be handed
 all of it.
 
-What goes wrong in there is told as an answer that has nothing: the loop asks again in a minute.
+What goes wrong in there is told as an answer that has nothing: the loop asks again in a minute. A
+thread that hangs answers nothing, and nobody can end it. The core gives it up after a while and
+asks for another decision, without the solver (`decisions.py`); that one has a thread of its own
+and waits for nobody. Threads that were given up are few: each may take a core, and keeps its jobs.
 """
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from coordinator.core.messages import AllocationMade, MakeAllocation
 from coordinator.core.weighing import answer
 
+# Three that the core lets the solver hang in, and one that decides without it.
+THREADS_MAX: Final = 4
+FULL: Final = f"{THREADS_MAX} of them have not ended; restart the coordinator, which costs nothing"
+
 
 class Allocator:
-    """`coordinator.ports.Allocating`. `post` is called in the loop's thread."""
+    """`coordinator.ports.Allocating`; `post` is called in the loop's thread, as `make` is."""
 
     def __init__(self, post: Callable[[AllocationMade], None]) -> None:
         self._post = post
-        self._asked: MakeAllocation | None = None
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="allocation")
+        self._at_work: list[asyncio.Future[AllocationMade]] = []
 
     def make(self, asked: MakeAllocation) -> None:
-        """Whoever asks again does not wait for the answer to what he asked before."""
-        self._asked = asked
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        loop = asyncio.get_running_loop()
+        self._at_work = [answering for answering in self._at_work if not answering.done()]
+        if len(self._at_work) >= THREADS_MAX:
+            self._fail(asked, FULL)
+            return
+        thread = ThreadPoolExecutor(1, thread_name_prefix="allocation")
         try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                asked, self._asked = self._asked, None
-                if asked is not None:
-                    answering = loop.run_in_executor(self._thread, answer, asked)
-                    await asyncio.wait((answering,))
-                    error = answering.exception()
-                    failed = AllocationMade(asked.asking, None, reason=repr(error))
-                    self._post(failed if error is not None else answering.result())
-        finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            answering = asyncio.get_running_loop().run_in_executor(thread, answer, asked)
+        except RuntimeError as error:  # the system has no thread left
+            self._fail(asked, repr(error))
+        else:
+            answering.add_done_callback(lambda _: self._tell(asked, answering))
+            self._at_work.append(answering)
+        thread.shutdown(wait=False)
+
+    def _tell(self, asked: MakeAllocation, answering: asyncio.Future[AllocationMade]) -> None:
+        error = answering.exception()
+        if error is None:
+            self._post(answering.result())
+        else:
+            self._fail(asked, repr(error))
+
+    def _fail(self, asked: MakeAllocation, reason: str) -> None:
+        self._post(AllocationMade(asked.asking, None, reason=reason))

@@ -56,6 +56,10 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "jobs are not weighed against each other now: {reason}",
           "Nobody is stopped for a better place, and who comes goes by the last prices. It is "
           "tried again a minute later."),
+    Event("allocation.hangs", "error", "reason",
+          "a decision over all jobs hangs: {reason}",
+          "It keeps a thread, and perhaps a core, until the coordinator is restarted, which costs "
+          "no training. Decisions go on; without the solver they are worth a few percent less."),
     Event("attempt.assigned", "info", "job attempt node reason",
           "attempt {attempt} goes to {node}: {reason}",
           "A place was found; the order to start follows."),
@@ -160,6 +164,10 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("coordinator.stopped", "info", "",
           "the coordinator has stopped",
           "After SIGTERM or SIGINT. Trainers run on."),
+    Event("coordinator.threads_left", "warning", "reason",
+          "the coordinator leaves threads behind: {reason}",
+          "They end with the process, and nothing durable waits for them: a decision over all jobs "
+          "that hangs or is slow, a forecast, or a `lease_file` in a folder that is away."),
     Event("demand.clock_doubted", "warning", "reason",
           "demand is not sampled: {reason}",
           "The minutes until it is again are unknown to forecasts. Look at the time server."),

@@ -152,7 +152,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             _open_tracing(stack, config, shell, store)
         if snapshot.numbering.remembered_job_id is not None:
             _look_for_checkpoints(stack, core, shell, tls)
-        _allocate(stack, shell)
+        shell.allocate_by(Allocator(shell.allocation_made))
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
         if config.capacity:
@@ -242,17 +242,6 @@ def _look_for_checkpoints(
         lambda address: open_channel(address, tls, CHANNEL_OPTIONS),
     )
     _beside(stack, reader.run(), ended)
-
-
-def _allocate(stack: AsyncExitStack, shell: CoordinatorShell) -> None:
-    allocator = Allocator(shell.allocation_made)
-    shell.allocate_by(allocator)
-
-    def ended(reason: str) -> None:
-        """Each order is told as failed when nobody has answered."""
-        logging_setup.emit("warning", "allocation.failed", (("reason", reason),))
-
-    _beside(stack, allocator.run(), ended)
 
 
 def _forecast(stack: AsyncExitStack, core: Coordinator, shell: CoordinatorShell) -> None:

@@ -37,6 +37,15 @@ WHOLE_COLUMNS_MAX: Final = 20_000
 FEW_COLUMNS_MAX: Final = 1_000
 PARTS_RATIO_MIN: Final = 3e-3
 
+# Where the linear program leaves nearly everything whole, these two ways of HiGHS to find something
+# at once, and what it does to make the program smaller, take half of a search and find no more.
+SEARCH_OPTIONS: Final = (
+    ("threads", 1),
+    ("presolve", "off"),
+    ("mip_heuristic_run_feasibility_jump", False),
+    ("mip_heuristic_run_root_reduced_cost", False),
+)
+
 Floats = NDArray[np.float64]
 
 
@@ -70,7 +79,8 @@ def solve(columns: Columns, search: Search = PRODUCTION) -> Solved:
     if count <= WHOLE_COLUMNS_MAX and values @ parts > least:
         paid = prices[np.asarray(columns.jobs)]
         paid = paid + np.asarray(columns.gpus) * of_gpus[np.asarray(columns.types)]
-        shares = _whole(lp, values >= paid - search.near_ratio * np.abs(values), shares, search)
+        near = np.flatnonzero(values >= paid - search.near_ratio * np.abs(values))
+        shares = _whole(columns, near, shares, search)
     return Solved(shares.tolist(), np.maximum(0.0, of_gpus).tolist(), bound)
 
 
@@ -96,20 +106,25 @@ def program(columns: Columns) -> highspy.HighsLp:
     return lp
 
 
-def _whole(lp: highspy.HighsLp, near: NDArray[np.bool_], shares: Floats, search: Search) -> Floats:
+def _whole(columns: Columns, near: NDArray[np.intp], shares: Floats, search: Search) -> Floats:
     """The best in whole jobs among the columns that are `near`; `shares` where none is found."""
-    count = len(shares)
-    lp.col_upper_ = near.astype(np.float64)
-    lp.integrality_ = [highspy.HighsVarType.kInteger] * count
+    jobs, rows = np.unique(np.asarray(columns.jobs)[near], return_inverse=True)
+    types, gpus, values = (
+        np.asarray(each)[near].tolist() for each in (columns.types, columns.gpus, columns.values)
+    )
+    lp = program(Columns(rows.tolist(), types, gpus, values, len(jobs), columns.capacity))
+    lp.integrality_ = [highspy.HighsVarType.kInteger] * len(near)
     highs = Silent()
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("mip_max_nodes", search.nodes_max)
+    for option, setting in (*SEARCH_OPTIONS, ("mip_max_nodes", search.nodes_max)):
+        highs.setOptionValue(option, setting)
     highs.setOptionValue("mip_rel_gap", search.gap_ratio)
     highs.passModel(lp)
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return shares
-    return np.array(highs.getSolution().col_value)
+    found = np.zeros(len(shares))
+    found[near] = highs.getSolution().col_value
+    return found
 
 
 def level(

@@ -10,8 +10,9 @@ is made beside the rounds, seldom, and they go by what it has left (`standing.py
    (`weighing.py`), and until the answer is there all goes by the one before. Of the answer only
    what is still true is taken: whoever has been started, stopped, ended, cancelled, held or lost
    since is left out (`contenders.stays`), and what is promised is looked for in the rooms of now.
-   One is asked for at a time; what fails is asked for again in `TICK_MS`, and what is not answered
-   within `ANSWER_MS_MAX` then.
+   One is asked for at a time, and what fails is asked for again in `TICK_MS`. What is not answered
+   within `ANSWER_MS_MAX` is given up: somebody else is asked at once, without the solver, which is
+   left out for a while then, each time for longer, and after `HANGS_MAX` for good.
 2. A job takes the first of its types that has room for it: the one that it was granted, then the
    others by what they are worth above their price. That is a preference, so no GPU idles beside a
    job that it could run. A job that has come since is priced by the same prices.
@@ -27,6 +28,7 @@ Where nothing is known of speeds or of what is left, nothing of all this differs
 the order of submission, class by class.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.core import (
@@ -54,6 +56,10 @@ NODE_MS = 1
 # A hundred times what 20,000 jobs take: a busy machine's answer is worth waiting for, and a thread
 # that hangs is not freed by another question.
 ANSWER_MS_MAX = 300_000
+# Each time that nobody answers a thread is lost until the coordinator is restarted, and perhaps a
+# core; the greedy is worth a few percent less.
+SOLVER_RESTS_H = 1  # twice as long the next time
+HANGS_MAX = 3
 
 
 # --- when -----------------------------------------------------------------------------------------
@@ -68,12 +74,12 @@ def note(state: State, now: Instant) -> None:
 
 def tick(state: State, now: Instant) -> None:
     standing, asked = state.standing, state.standing.asked
-    if asked is not None:
-        if now.now_ms - asked.at_ms < ANSWER_MS_MAX:
-            if now.now_ms - standing.timed_ms >= TICK_MS:  # no deadline waits for an answer
-                _note_times(state, now, asked.field, asked.aside)
-            return
-        _miss(state, f"no answer has come for {ANSWER_MS_MAX // 1_000} s")
+    if asked is not None and now.now_ms - asked.at_ms >= ANSWER_MS_MAX:
+        _give_up(state, now, asked)
+    elif asked is not None:
+        if now.now_ms - standing.timed_ms >= TICK_MS:  # no deadline waits for an answer
+            _gather(state, now)
+        return
     if standing.decided_ms is None:
         standing.decided_ms = now.now_ms - QUIET_MS
     since_ms = now.now_ms - standing.decided_ms
@@ -91,31 +97,37 @@ def decide(state: State, now: Instant) -> None:
     """Gather all jobs and have them weighed against each other; what comes of it says `made`."""
     standing = state.standing
     standing.decided_ms, standing.stale_ms = now.now_ms, None
-    standing.latest_ms, standing.late_ms, standing.alone_ms = {}, {}, {}
     forget(state, now)
-    jobs = contenders.contending(state)
-    if not jobs:
+    standing.asked = asked = _gather(state, now)
+    if asked is None:
         standing.fleet, standing.order, standing.turn, standing.notes = None, {}, {}, {}
         standing.entrants, standing.since_ms = {}, {}
         return
+    state.commands.append(
+        MakeAllocation(
+            asked.asking,
+            asked.field.entrants,
+            asked.field.capacity,
+            now.now_ms,
+            state.options.aims,
+            projects.tenants_of(state, now),
+            state.options.solve if now.now_ms >= standing.unsolved_until_ms else None,
+        )
+    )
+
+
+def _gather(state: State, now: Instant) -> Asked | None:
+    """All jobs as they are, also who must start when; `None` where there are none."""
+    jobs = contenders.contending(state)
+    if not jobs:
+        _note_times(state, now, Field((), {}), ())
+        return None
     fleet = contenders.fleet_of(state)
     lent = projects.standing_of(state, now).lent
     field = contenders.field_of(state, now, fleet, jobs, lent)
     aside = tuple(deadlines.entrants(state, now, field.aside, fleet, lent))
     _note_times(state, now, field, aside)
-    asking = state.leader_epoch, now.now_ms
-    standing.asked = Asked(asking, now.now_ms, field, aside, fleet)
-    state.commands.append(
-        MakeAllocation(
-            asking,
-            field.entrants,
-            field.capacity,
-            now.now_ms,
-            state.options.aims,
-            projects.tenants_of(state, now),
-            state.options.solve,
-        )
-    )
+    return Asked((state.leader_epoch, now.now_ms), now.now_ms, field, aside, fleet)
 
 
 def _note_times(state: State, now: Instant, field: Field, aside: Sequence[Entrant]) -> None:
@@ -162,6 +174,20 @@ def made(state: State, now: Instant, event: AllocationMade) -> bool:
     apart.make(state, now, aside, lent)
     state.dirty = bool(state.queued) or state.dirty
     return True
+
+
+def _give_up(state: State, now: Instant, asked: Asked) -> None:
+    """Who hangs may answer yet; it is not waited for, nor taken."""
+    standing = state.standing
+    standing.asked, standing.hangs = None, standing.hangs + 1
+    reason = f"no answer has come for {(now.now_ms - asked.at_ms) // 1_000} s"
+    if state.options.solve is not None:
+        is_over = standing.hangs >= HANGS_MAX
+        rests_h = math.inf if is_over else SOLVER_RESTS_H * 2 ** (standing.hangs - 1)
+        standing.unsolved_until_ms = now.now_ms + rests_h * 3_600_000
+        until = "until a restart" if is_over else f"for {rests_h} h"
+        reason += f"; decisions are made without the solver {until}"
+    state.log("error", "allocation.hangs", reason=reason)
 
 
 def _miss(state: State, reason: str) -> None:

@@ -67,9 +67,21 @@ class Keep:
         """For who would fit otherwise."""
         if self.apart:
             return self.why
+        return f"there is room on {self._on} that is reserved {self._for}"
+
+    @property
+    def note_of_way(self) -> str:
+        """For who would be given way to otherwise."""
+        return f"others would give way on {self._on}, where room is reserved {self._for}"
+
+    @property
+    def _on(self) -> str:
         nodes = list(dict.fromkeys(node for node, _ in self.places))
-        on = nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
-        return f"there is room on {on} that is reserved for job {self.job_id} until {self.until}"
+        return nodes[0] if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more"
+
+    @property
+    def _for(self) -> str:
+        return f"for job {self.job_id} until {self.until}"
 
 
 @contextmanager

@@ -222,9 +222,15 @@ def _refusal(
 ) -> str:
     with hidden(kept, known):
         sentence = why_not(need.spec, rooms)
-    if kept and find(need, rooms) is not None:
-        sentence += "".join(f"; {keep.note}" for keep in kept if keep.note)
-    return sentence
+    if not kept:
+        return sentence
+    if find(need, rooms) is not None:
+        return sentence + "".join(f"; {keep.note}" for keep in kept if keep.note)
+    reserved = [keep for keep in kept if keep.places]
+    nodes = [node for keep in reserved for node, _ in keep.places]
+    within = rooms if need.spec.ranks > 1 else _at(nodes, rooms)
+    way = find_way(need.spec, "", within, _givers(need), lambda some: _spread(need, some))
+    return sentence + "".join(f"; {keep.note_of_way}" for keep in reserved if way is not None)
 
 
 def request_key(need: Need) -> tuple[object, ...]:
@@ -410,19 +416,23 @@ def _displace(
 ) -> tuple[list[Displace], str]:
     """The attempts that must give way for this job where that costs least, and whom it waits for;
     none when nowhere would do. The room is then kept for this job for the rest of the pass."""
-    own = CLASS_RANK[need.spec.job_class], need.lent
-    givers = Givers(
-        lambda tenant: (tenant.rank, tenant.lent) > own,
-        stake_of,
-        request=request_key(need),
-        known=ways,
-    )
-    way = make_way(need, rooms, givers)
+    way = make_way(need, rooms, _givers(need, stake_of, ways))
     if way is None:
         return [], ""
     why = f"gives way to {need.spec.job_class.value} job {need.job_id}"
     sentence = _who_leaves(need.spec, way.spread)
     return [Displace(tenant.attempt, need.job_id, why) for tenant in way.victims], sentence
+
+
+def _givers(need: Need, stake_of: StakeOf = nothing_known, ways: Known | None = None) -> Givers:
+    """Whoever is of a lower class, or within it beyond a quota."""
+    own = CLASS_RANK[need.spec.job_class], need.lent
+    return Givers(
+        lambda tenant: (tenant.rank, tenant.lent) > own,
+        stake_of,
+        request=request_key(need),
+        known=ways,
+    )
 
 
 def make_way(need: Need, rooms: Sequence[Room], givers: Givers) -> Way | None:

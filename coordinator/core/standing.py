@@ -143,7 +143,8 @@ class Standing:
     deadline must run to keep it (`deadlines.py`); infinite where nobody knows. `late_ms` is that of
     those whose time has come, and is not over; `alone_ms` by when who may have company must have
     none, where he is; `timed_ms`: when all three were looked at. `entrants` are those of the last
-    decision."""
+    look. `hangs`: how many decisions nobody has answered, and `unsolved_until_ms`: before that none
+    is asked of the solver."""
 
     decided_ms: int | None = None
     asked: Asked | None = None
@@ -166,3 +167,5 @@ class Standing:
     timed_ms: int = 0
     speeds: Speeds = field(default_factory=Speeds)
     entrants: Mapping[int, Entrant] = field(default_factory=dict)
+    hangs: int = 0
+    unsolved_until_ms: float = 0

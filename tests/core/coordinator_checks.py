@@ -244,7 +244,8 @@ def places_for(state: State, live: LiveNode, job: Job, disturbing: bool) -> int:
 
 def check_guaranteed(state: State, now_ms: int) -> None:
     """The first guaranteed job in line either has who must leave for it leaving already, or
-    nobody's leaving would help."""
+    nobody's leaving would help. One for whom nobody leaves since another one of its class has the
+    room reserved says so, and the next one is the first."""
     lent = projects.standing_of(state, Instant(now_ms, UNIX_MS_AT_START + now_ms)).lent
     for job in decisions.in_turn(state, map(state.jobs.__getitem__, state.queued), lent):
         good = state.good_checkpoints(job)
@@ -259,6 +260,9 @@ def check_guaranteed(state: State, now_ms: int) -> None:
             for disturbing in (True, False)
         ]
         could, will = (count >= job.spec.ranks for count in places)
+        kept = state.reservations.get(CLASS_RANK[job.spec.job_class])
+        if kept is not None and f"reserved for job {kept.job_id} " in state.wait_reason(job):
+            continue
         assert will or not could, f"job {job.id} waits: {state.wait_reason(job)}"
         return
 

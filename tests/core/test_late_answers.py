@@ -5,16 +5,18 @@ wrong by the time it is heard. So each of these stands between an order and its 
 something happen, and looks at who is stopped for what and what is promised to whom.
 """
 
+import math
 from collections.abc import Callable
 
 import pytest
 
-from coordinator.core import contenders
+from coordinator.core import contenders, decisions
 from coordinator.core import messages as m
+from coordinator.core.allocation import unsolved
 from coordinator.core.decisions import ANSWER_MS_MAX, TICK_MS
 from coordinator.core.model import JobClass
 from coordinator.core.phases import JobPhase
-from coordinator.core.state import Instant
+from coordinator.core.state import Instant, Options
 from coordinator.core.weighing import answer
 from tests.core.coordinator_checks import check_promises
 from tests.core.coordinator_harness import UNIX_MS_AT_START
@@ -26,7 +28,7 @@ MOVED = ["moves to H100, where it is 2.5 times as fast as on A100 80GB"]
 def asked_whether_to_move() -> Fleet:
     """Job 2 trains on the A100, the H100 is free by now, and a decision is ordered that has it
     there."""
-    fleet = Fleet("1xA100:80", "1xH100")
+    fleet = Fleet("1xA100:80", "1xH100", options=Options(solve=unsolved))
     fleet.submit(name="first")
     fleet.submit(name="second", total=100_000)
     fleet.run(900)
@@ -177,16 +179,52 @@ def test_what_fails_is_told_and_tried_again_in_a_minute() -> None:
     assert fleet.stops() == MOVED
 
 
-def test_what_is_never_answered_is_asked_for_again() -> None:
+def until_given_up(fleet: Fleet) -> tuple[m.MakeAllocation, str]:
+    """Who hangs, and what is said of it."""
+    (asked,) = fleet.rig.unanswered
+    handled = len(fleet.rig.handled)
+    left_ms = asked.now_ms + ANSWER_MS_MAX - fleet.rig.now_ms
+    fleet.run(left_ms // 1_000 - 5)
+    assert fleet.rig.unanswered == [asked]
+    fleet.run(10)
+    logged = [effect for _, _, some in fleet.rig.handled[handled:] for effect in some]
+    (said,) = [one for one in logged if isinstance(one, m.Log) and one.event == "allocation.hangs"]
+    fleet.rig.unanswered.remove(asked)
+    return asked, str(dict(said.fields)["reason"])
+
+
+def test_what_is_never_answered_is_asked_of_somebody_else_without_the_solver() -> None:
     fleet = asked_whether_to_move()
-    fleet.run(ANSWER_MS_MAX // 1_000 - 5)
-    assert len(fleet.rig.unanswered) == 1
-    fleet.run(5)
-    late, _ = fleet.rig.unanswered
+    late, said = until_given_up(fleet)
+    assert late.solve is unsolved
+    assert said == "no answer has come for 300 s; decisions are made without the solver for 1 h"
+    (asked,) = fleet.rig.unanswered
+    assert asked.solve is None
     assert fleet.rig.handle(answer(late)) == []
-    fleet.rig.unanswered.remove(late)
     told(fleet)
     assert fleet.stops() == MOVED
+
+
+def test_a_solver_that_hangs_is_left_out_ever_longer_and_then_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decisions, "SOLVER_RESTS_H", 0.1)
+    fleet = asked_whether_to_move()
+    fleet.tick_ms = 5_000
+    for hours in (0.1, 0.2):
+        _, said = until_given_up(fleet)
+        assert said.endswith(f"without the solver for {hours} h")
+        (asked,) = fleet.rig.unanswered
+        until_ms = asked.now_ms + hours * 3_600_000
+        while asked.now_ms < until_ms:
+            assert asked.solve is None
+            told(fleet)
+            fleet.run(TICK_MS // 1_000)
+            (asked,) = fleet.rig.unanswered
+        assert asked.solve is unsolved
+    _, said = until_given_up(fleet)
+    assert said.endswith("without the solver until a restart")
+    assert fleet.state.standing.unsolved_until_ms == math.inf
 
 
 def test_a_deadline_comes_due_while_nobody_answers() -> None:
@@ -199,6 +237,24 @@ def test_a_deadline_comes_due_while_nobody_answers() -> None:
     fleet.run(75)
     fleet.rig.answers_at_once = False
     fleet.run(120)
+    assert len(fleet.rig.unanswered) == 1
+    fleet.end(1)
+    assert fleet.type_of(3) == H100
+
+
+def test_who_comes_while_nobody_answers_has_a_latest_start_and_goes_first_then() -> None:
+    """Job 3 comes after the order, and has to start three minutes later; so has job 2 for ever."""
+    fleet = Fleet("1xH100")
+    fleet.submit(training(400))
+    fleet.run(75)
+    fleet.rig.answers_at_once = False
+    fleet.submit(training(300))
+    fleet.run(5)
+    assert len(fleet.rig.unanswered) == 1
+    fleet.submit(training(900, deadline_unix_ms=fleet.rig.now.unix_ms + 1_140_000))
+    fleet.run(TICK_MS // 1_000)
+    assert fleet.state.standing.latest_ms[3] > fleet.rig.now_ms
+    fleet.run(170)
     assert len(fleet.rig.unanswered) == 1
     fleet.end(1)
     assert fleet.type_of(3) == H100

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coordinator.core import costs
+from coordinator.core import costs, decisions
 from coordinator.core import messages as m
-from coordinator.core.allocation import Aims
+from coordinator.core.allocation import Aims, unsolved
 from coordinator.core.messages import Effect, Event
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import JOB_ENDED, JobPhase
@@ -33,7 +33,7 @@ from tests.core.coordinator_checks import (
 from tests.core.training_fleet import Fleet, training
 
 MOVES_PER_HOUR = 6
-OPTIONS = Options(aims=Aims(run_s_min=30), moves_per_hour=MOVES_PER_HOUR)
+OPTIONS = Options(aims=Aims(run_s_min=30), moves_per_hour=MOVES_PER_HOUR, solve=unsolved)
 # With how many small jobs on it at first: where some of them end, what is free lies scattered.
 FLEETS = (
     (("2xA100:80", "2xH100", "1xH100,1xA100:80", "1xL40S:48"), 0),
@@ -153,6 +153,7 @@ def test_whatever_comes_nothing_is_promised_twice_and_all_end(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(costs, "RESTART_S_DEFAULT", 2.0)
+        patch.setattr(decisions, "ANSWER_MS_MAX", 20_000)
         fleet = Watched(nodes[0])
         for _ in range(nodes[1]):
             fleet.submit(training(900))

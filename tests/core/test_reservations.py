@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from coordinator.core import decisions
 from coordinator.core.keeps import Keep
 from coordinator.core.messages import (
     AgentEvent,
@@ -25,13 +26,15 @@ from coordinator.core.messages import (
     Submitted,
     Tick,
 )
-from coordinator.core.model import HostFacts, JobClass, JobSpec, Progress
+from coordinator.core.model import CLASS_RANK, HostFacts, JobClass, JobSpec, Progress
 from coordinator.core.options import Options
 from coordinator.core.phases import AttemptPhase, GpuPhase, JobPhase
-from coordinator.core.placement import Need, place
-from coordinator.core.rooms import Offer
+from coordinator.core.placement import Need, Plan, place
+from coordinator.core.rooms import Offer, Tenant
 from coordinator.core.state import State
+from tests.core.coordinator_checks import check_guaranteed
 from tests.core.coordinator_harness import GIGABYTE, UNIX_MS_AT_START, Rig, gpus_of
+from tests.core.training_fleet import Fleet, training
 
 NODES = ("n1", "n2")
 GPUS_EACH = 4
@@ -220,6 +223,55 @@ def test_who_is_gone_in_time_may_use_what_is_reserved() -> None:
     need = Need(11, JobSpec(command=("x",), gpus=2), lasts_ms=1)
     waits = place([need], [offer], None, [unknown]).waits[0][1]
     assert waits.endswith("; there is room on n1 that is reserved for job 9 until noon")
+
+
+def test_who_would_be_given_way_to_is_told_for_whom_the_room_is_reserved() -> None:
+    """A lower class works there until the rest is free: for its own job it gives way, and for
+    nobody else of that class, who might stay for longer."""
+    gpus = gpus_of("n1", "2xA100:40")
+    spare = Tenant("5.1", CLASS_RANK[JobClass.SPARE], 0, ("n1-g0",), 0, stopping=False)
+    equal = Tenant("6.1", CLASS_RANK[JobClass.STANDARD], 0, ("n1-g1",), 0, stopping=False)
+    offer = Offer("n1", gpus, (), 64 * GIGABYTE, 4, (spare, equal))
+    keep = Keep(9, 1, (("n1", ("n1-g0", "n1-g1")),), 0, None, "noon")
+
+    def plan(ranks: int = 1, **asks: object) -> Plan:
+        spec = JobSpec(command=("x",), gpus=1, ranks=ranks)
+        asking = replace(spec, **asks)  # type: ignore[arg-type]
+        return place([Need(11, asking)], [offer], None, [keep])
+
+    for ranks in (1, 2):
+        made = plan(ranks)
+        assert not made.displacements
+        said = "; others would give way on n1, where room is reserved for job 9 until noon"
+        assert made.waits[0][1].endswith(said) is (ranks == 1), "of two places it would have one"
+    assert "reserved" not in plan(job_class=JobClass.SPARE).waits[0][1], "it sees all of it"
+    anybody = place([Need(11, JobSpec(command=("x",), gpus=1))], [offer])
+    assert [each.attempt for each in anybody.displacements] == ["5.1"]
+
+
+def test_a_guaranteed_job_waits_beside_a_standard_one_for_a_larger_one_and_says_so() -> None:
+    """It is short, and so the first of its class; it has its place when nothing is reserved."""
+    waits = Options(reservation_wait_ms=20_000, reservation_ms=60_000)
+    fleet = Fleet("2xA100:40", options=waits)
+    fleet.tick_ms = 5_000
+    first = fleet.submit(training(5_000, job_class=JobClass.GUARANTEED))
+    standard = fleet.submit(job_class=JobClass.STANDARD)
+    fleet.run(120)
+    large = fleet.submit(training(5_000, gpus=2, job_class=JobClass.GUARANTEED))
+    fleet.run(30)
+    assert [kept.job_id for kept in fleet.state.reservations.values()] == [large]
+    small = fleet.submit(training(50, job_class=JobClass.GUARANTEED))
+    fleet.run(15)
+    queue = [fleet.job(large), fleet.job(small)]
+    assert [job.id for job in decisions.in_turn(fleet.state, queue, {})] == [small, large]
+    assert fleet.job(standard).phase is JobPhase.ACTIVE
+    said = f"others would give way on n1, where room is reserved for job {large} until"
+    assert said in fleet.state.wait_reason(fleet.job(small))
+    check_guaranteed(fleet.state, fleet.rig.now_ms)
+    fleet.run(60)
+    assert [fleet.job(each).phase is JobPhase.ACTIVE for each in (first, standard, small)] == [
+        True, False, True
+    ]  # fmt: skip
 
 
 def test_who_was_there_before_and_who_is_within_a_quota_see_what_is_reserved() -> None:

@@ -1,9 +1,12 @@
-"""The decision over all jobs in its thread, and its way through the real loop."""
+"""The decision over all jobs in a thread of its own, and its way through the real loop."""
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 
-from coordinator.allocator import Allocator
+import pytest
+
+from coordinator.allocator import FULL, THREADS_MAX, Allocator
 from coordinator.core.allocation import Aims, Columns, Contender, Option, Solve, Solved, unsolved
 from coordinator.core.allocation_messages import AllocationMade, MakeAllocation
 from coordinator.core.coordinator import Coordinator
@@ -26,54 +29,86 @@ PATIENCE_S = 20
 
 
 class Weighing:
-    """An allocator at work, and what it has answered."""
+    """An allocator at work, what it has answered, and a solver that hangs until it is let go."""
 
     def __init__(self) -> None:
         self.answers: asyncio.Queue[AllocationMade] = asyncio.Queue()
         self.allocator = Allocator(self.answers.put_nowait)
         self.asked = 0
+        self.hanging: asyncio.Queue[None] = asyncio.Queue()
+        self.may_end = threading.Event()
+        self._loop = asyncio.get_running_loop()
 
     def ask(self, solve: Solve) -> None:
         self.asked += 1
         asking, capacity = (1, self.asked), {"H100": 1}
         self.allocator.make(MakeAllocation(asking, (WAITS,), capacity, 0, Aims(), {}, solve))
 
-
-async def test_the_loop_goes_on_while_it_is_solved() -> None:
-    loop, began, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-
-    def slow(columns: Columns) -> Solved:
-        loop.call_soon_threadsafe(began.set)
-        assert may_end.wait(PATIENCE_S), "the loop stands still"
+    def hang(self, columns: Columns) -> Solved:
+        self._loop.call_soon_threadsafe(self.hanging.put_nowait, None)
+        assert self.may_end.wait(PATIENCE_S), "the loop stands still"
         return unsolved(columns)
 
-    weighing = Weighing()
-    running = asyncio.create_task(weighing.allocator.run())
-    weighing.ask(slow)
-    await began.wait()
-    weighing.ask(unsolved)
-    weighing.ask(unsolved)
-    may_end.set()
-    made = [await weighing.answers.get(), await weighing.answers.get()]
-    assert [each.asking for each in made] == [(1, 1), (1, 3)], "the newest, not one after another"
-    assert all(each.allocation is not None and 1 in each.allocation.grants for each in made)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    async def answered(self) -> AllocationMade:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self.answers.get()
 
 
-async def test_what_goes_wrong_is_an_answer_and_the_next_one_is_right() -> None:
+@pytest.fixture
+async def weighing() -> AsyncIterator[Weighing]:
+    here = Weighing()
+    yield here
+    here.may_end.set()
+
+
+async def test_nobody_waits_for_a_thread_that_hangs(weighing: Weighing) -> None:
+    weighing.ask(weighing.hang)
+    await weighing.hanging.get()
+    weighing.ask(unsolved)
+    made = await weighing.answered()
+    assert made.asking == (1, 2)
+    assert made.allocation is not None
+    assert 1 in made.allocation.grants
+    assert weighing.answers.empty()
+    weighing.may_end.set()
+    assert (await weighing.answered()).asking == (1, 1), "its number says that it is late"
+
+
+async def test_threads_that_hang_are_few(weighing: Weighing) -> None:
+    for _ in range(THREADS_MAX):
+        weighing.ask(weighing.hang)
+        await weighing.hanging.get()
+    weighing.ask(unsolved)
+    refused = weighing.answers.get_nowait()
+    assert (refused.asking, refused.allocation) == ((1, THREADS_MAX + 1), None)
+    assert refused.reason == FULL
+    weighing.may_end.set()
+    for _ in range(THREADS_MAX):
+        await weighing.answered()
+    weighing.ask(unsolved)
+    assert (await weighing.answered()).allocation is not None, "those that have ended are forgotten"
+
+
+async def test_what_goes_wrong_is_an_answer_and_the_next_one_is_right(weighing: Weighing) -> None:
     def broken(_: Columns) -> Solved:
         raise MemoryError("no room")
 
-    weighing = Weighing()
-    running = asyncio.create_task(weighing.allocator.run())
     weighing.ask(broken)
-    failed = await weighing.answers.get()
+    failed = await weighing.answered()
     assert (failed.allocation, failed.reason) == (None, "MemoryError('no room')")
     weighing.ask(unsolved)
-    assert (await weighing.answers.get()).allocation is not None
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    assert (await weighing.answered()).allocation is not None
+
+
+async def test_where_there_is_no_thread_it_is_an_answer(
+    weighing: Weighing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    weighing.ask(unsolved)
+    assert "can't start" in weighing.answers.get_nowait().reason
 
 
 async def test_an_order_of_the_core_is_answered_through_the_inbox() -> None:
@@ -89,13 +124,12 @@ async def test_an_order_of_the_core_is_answered_through_the_inbox() -> None:
 
     allocator = Allocator(post)
     shell.allocate_by(allocator)
-    beside = [asyncio.create_task(shell.run()), asyncio.create_task(allocator.run())]
+    running = asyncio.create_task(shell.run())
     clock.ends_ms = 60_000
     await answered.wait()
     await shell.request(GetJob(1))  # it comes after the answer
     assert core.state.standing.made_ms is not None
     assert core.state.standing.asked is None
     assert "allocation.failed" not in logged
-    for task in beside:
-        task.cancel()
-    await asyncio.gather(*beside, return_exceptions=True)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

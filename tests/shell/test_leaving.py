@@ -1,0 +1,43 @@
+"""A coordinator that leaves while a thread beside its loop hangs, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+PATIENCE_S = 60
+SCRIPT = """
+import asyncio
+import threading
+import coordinator.__main__ as program
+from coordinator.allocator import Allocator
+from tests.shell.test_allocator import Weighing
+
+async def decide():
+    weighing = Weighing()
+    weighing.hang = lambda columns: [began.set(), threading.Event().wait()]
+    weighing.ask(weighing.hang)
+    await asyncio.to_thread(began.wait)
+    {ends}
+
+began = threading.Event()
+program.serve = lambda: asyncio.run(decide())
+program.leave.__defaults__ = (0.2,)
+raise SystemExit(program.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "says"),
+    [("return 0", 0, ""), ("raise KeyError('a bug')", 1, "KeyError: 'a bug'")],
+)
+def test_it_does_not_wait_for_a_thread_that_hangs(ends: str, status: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(ends=ends)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == status, done.stderr
+    assert says in done.stderr
+    assert "at work still: allocation" in done.stdout
