@@ -90,6 +90,17 @@ def test_an_empty_workdir_asks_for_the_attempts_own(baton: Baton, fake: FakeCoor
     assert sent(fake).working_directory == ""
 
 
+def test_a_directory_that_is_not_here_is_told_since_it_may_be_on_the_node(
+    baton: Baton, fake: FakeCoordinator, here: Path
+) -> None:
+    result = baton("submit", "--workdir", "/nowhere/at-all", "--", "true")
+    assert (result.exit_code, result.stdout) == (0, "job 12 submitted\n")
+    assert result.stderr == (
+        "baton: /nowhere/at-all is no directory on this machine; it must be one on the node\n"
+    )
+    assert sent(fake).working_directory == "/nowhere/at-all"
+
+
 def test_a_job_file_and_flags_over_it(baton: Baton, fake: FakeCoordinator, here: Path) -> None:
     (here / "job.toml").write_text(
         'name = "a"\nclass = "guaranteed"\ncommand = ["python", "t.py"]\ngpus = 2\n'
