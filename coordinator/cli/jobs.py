@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import arrays, goodput, units
+from coordinator.cli.completion import projects
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
@@ -74,7 +75,7 @@ _EVENT_COLUMNS = (
 
 @click.command()
 @click.option("--all", "everything", is_flag=True, help="Also every job that has ended.")
-@click.option("--project", default="", help="Only this project.")
+@click.option("--project", default="", shell_complete=projects, help="Only this project.")
 @click.option(
     "--phase",
     "phases",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -57,6 +58,14 @@ class JobId(click.IntRange):
         if "_" in str(value):
             self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
         return super().convert(value, param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The newest jobs, whatever became of them."""
+        from coordinator.cli.completion import job_ids
+
+        return job_ids()(ctx, param, incomplete)
 
 
 JOB_ID = JobId(1, JOB_ID_MAX)
