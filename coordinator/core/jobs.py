@@ -88,7 +88,7 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
     spec, first_id = body.spec, state.last_job_id + 1
     array_id = first_id if spec.array else 0
     phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
-    reason = "submitted on hold; `baton release` lets it start" if spec.hold else ""
+    reason = "on hold until `baton release`" if spec.hold else ""
     intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
     for job_id, index in enumerate(indices, first_id):
         # A request is known by its first job.

@@ -14,7 +14,6 @@ neither committed nor resumed anything and leaves with an ordinary failure statu
 again: a missing module stays missing.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -34,7 +33,7 @@ RETRY_MS_MAX = 60_000
 # "Run me again" without ever committing a further step is a loop; this many rounds of it are
 # patience enough.
 YIELDS_MAX = 20
-# Of a command that no node may have.
+# Of what may be on no node, where the one that is to be asked next has no room.
 REFUSALS_MAX = 3
 # A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
 SIGNAL_STATUS_BASE = 128
@@ -163,16 +162,17 @@ def _refusers(state: State, job: Job) -> list[str]:
 
 
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
-    """Its node could not start it. A command that is not there, as its owner wrote it, or its
-    directory, may be on another node, so some are asked before the job has failed: one node
-    without a file system that all others have mounted would else end all that waits."""
-    refusers = _refusers(state, job)
+    """Its node could not start it. A command or a directory that is not there may be on another
+    node, which is asked before the job has failed: one that lacks a file system which all others
+    have mounted would else end all that waits."""
+    tries = _refusers(state, job)
+    nodes = list(dict.fromkeys(tries))
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent and (
-        len(refusers) >= REFUSALS_MAX or not _may_run_elsewhere(state, job, refusers)
+        len(nodes) > 1 or len(tries) >= REFUSALS_MAX or not _may_run_elsewhere(state, job, attempt)
     ):
-        nor = listed([node for node in dict.fromkeys(refusers) if node != attempt.node])
-        end_job(state, now, job, JobPhase.FAILED, f"{told}; nor could {nor}" if nor else told)
+        nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
+        end_job(state, now, job, JobPhase.FAILED, told + nor)
         return
     state.avoid[job.id] = attempt.node
     without = f" (`baton requeue --abandon {job.id}` goes on without its last checkpoint)"
@@ -180,10 +180,10 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     retry(state, now, job, f"{told}{hint}")
 
 
-def _may_run_elsewhere(state: State, job: Job, refusers: Sequence[str]) -> bool:
+def _may_run_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
     return any(
         is_open(live)
-        and live.node.id not in refusers
+        and live.node.id != attempt.node
         and could_hold(job.spec, live.node.gpus, live.node.host.memory_bytes)
         for live in state.nodes.values()
     )
