@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from coordinator.cli.render import write_sentence
 from coordinator.cli.units import format_seconds
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def write_goodput(account: "Accounting") -> None:
         for part, line in lines:
             click.echo(f"  {part.letter}  {line}")
     for sentence in remarks(account):
-        click.echo(f"  ({sentence})")
+        write_sentence(f"  ({sentence})")
 
 
 def _write_rich(head: str, parts: list[tuple[Part, int]], lines: list[tuple[Part, str]]) -> None:

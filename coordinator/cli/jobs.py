@@ -253,7 +253,8 @@ def write_job(job: "Job", now: datetime) -> None:
             ("stop", _stop(job)),
             ("submitted", _moment(job.submit_time, now)),
             ("ended", _moment(job.end_time, now)),
-        ]
+        ],
+        copied=("command", "config", "directory"),
     )
     if job.accounting is not None and job.accounting.wall_seconds > 0:
         click.echo()
