@@ -78,6 +78,7 @@ _EVENT_COLUMNS = (
 @click.option("--project", default="", shell_complete=projects, help="Only this project.")
 @click.option(
     "--phase",
+    "--state",
     "phases",
     multiple=True,
     type=click.Choice([*OPEN_PHASES, *ENDED_PHASES]),

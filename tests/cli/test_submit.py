@@ -185,7 +185,7 @@ def test_a_table_in_the_job_file_is_a_configuration(
         ('memory = "40G"', "memory: '40G' is ambiguous; write 40GiB"),
         ("memory = -1", "memory: '-1' is not a size"),
         ("hold = 1", "job.toml: hold: expected true or false, got a whole number"),
-        ("[env]\nA = 1", "job.toml: env[...]: expected a string, got a whole number; write each"),
+        ("[env]\nA = 1", "job.toml: env.A: expected a string, got a whole number; write each"),
         ("name = ", "job.toml: not valid TOML, as a job file is: invalid value (at "),
         ("config = 'none.json'", "cannot read "),
         ("[config]\nwhen = 2026-01-01", "config: when: a date or time has no JSON form; write it"),
@@ -293,7 +293,8 @@ def test_follow_a_success(baton: Baton, fake: FakeCoordinator) -> None:
     assert result.exit_code == 0
     assert result.stdout_bytes == b"step 1\n\xffstep 2\n"
     assert result.stderr == (
-        "baton: job 12 submitted\nbaton: n1 took its log with it\nbaton: job 12 succeeded\n"
+        "baton: job 12 submitted\nbaton: n1 took its log with it\n"
+        "baton: from here on attempt 12.2, on n2\nbaton: job 12 succeeded\n"
     )
     assert fake.requests[1] == jobs_pb2.StreamLogsRequest(job_id=12, follow=True)
 
