@@ -62,6 +62,8 @@ def job_ids(*phases: str) -> Completer:
     return _known(
         lambda client: [
             CompletionItem(str(job.id), help=f"{job.phase} {job.spec.name}")
+            if job.trial is None
+            else CompletionItem(str(job.trial.array_job_id), help=f"array {job.spec.name}")
             for job in client.jobs(list(phases), "", JOBS_LOOKED_AT, fold=True)[0]
         ]
     )
