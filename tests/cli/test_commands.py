@@ -290,13 +290,6 @@ def test_verbs_of_a_node(
     assert baton(verb, "n1").stderr == "baton: there is no node n1\n"
 
 
-@pytest.mark.parametrize("given", ["x", "0", "1e3", "12_", "9223372036854775808", "²"])
-def test_what_is_no_job_number_is_called_so(baton: Baton, given: str) -> None:
-    result = baton("job", given)
-    assert result.exit_code == 2
-    assert f"Invalid value for 'JOB': {given!r} is not a valid job number." in result.stderr
-
-
 def test_a_node_is_forgotten(baton: Baton, fake: FakeCoordinator) -> None:
     node = types_pb2.Node(id="n1", phase=types_pb2.NODE_PHASE_LOST)
     fake.answers["ForgetNode"] = [nodes_pb2.ForgetNodeResponse(node=node)]

@@ -183,6 +183,10 @@ def test_no_answer_in_time_is_3(baton: Baton, fake: FakeCoordinator) -> None:
         ("--timeout-s nan jobs", "--timeout-s must be more than 0"),
         (f"--tls-cert {__file__} jobs", "belong together: give all three or none"),
         ("--tls-cert /no/such/file jobs", "does not exist"),
+        *(
+            (f"job {word}", f"'{word}' is not a valid job number")
+            for word in ("x", "1e3", "12_", "²")
+        ),
         ("job 0", "'0' is not a valid job number"),
         ("job 9223372036854775808", "is not a valid job number"),
         ("job twelve", "'twelve' is not a valid job number"),
