@@ -191,10 +191,9 @@ class Attempt:
     """One execution of a job, or of one of its `ranks`. `stop_reason` is empty until it is told to
     stop, `ended_by_itself`: it ended before its node had heard of that; `precopy_ms` is how long it
     may save before. `replica_node` is its standby: the node that gets its checkpoints and would
-    take it next. `permanent`: any node would refuse it, it seems. Of what it was restored from,
-    `held_ranks` are those whose parts were verified on its node; empty: all. `quota_parts` is what
-    its GPUs count for quotas, in thousandths (`ledger.py`); `None`: an older coordinator has not
-    said.
+    take it next. `permanent`: any node would refuse it. Of what it was restored from, `held_ranks`
+    are those whose parts were verified on its node; empty: all. `quota_parts` is what its GPUs
+    count for quotas, in thousandths (`ledger.py`); `None`: an older coordinator has not said.
     """
 
     job_id: int
