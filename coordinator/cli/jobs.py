@@ -352,9 +352,13 @@ def _request(job: "Job") -> str:
 
 
 def _command(job: "Job") -> str:
+    """As it is run, a trial's with its own index."""
     import shlex
 
-    return shlex.join(job.spec.command)
+    from coordinator.core.arrays import INDEX
+
+    index = INDEX if job.trial is None else str(job.trial.index)
+    return shlex.join(word.replace(INDEX, index) for word in job.spec.command)
 
 
 def _progress(job: "Job") -> str:
