@@ -306,6 +306,10 @@ def refuse_fleet(
                 " GPU's memory; no node has one that is large enough: ask for less, or for other"
                 " GPUs"
             )
+        if not max(fitting):
+            known = [gpu for _, gpus in nodes for gpu in gpus if is_of_type(spec, gpu.name)]
+            largest = gigabytes(max(gpu.memory_bytes for gpu in known))
+            return f"needs {describe_need(spec)}; the largest has {largest}: ask for less memory"
         return (
             f"needs {describe_need(spec)} on one node; the most that any node has is"
             f" {max(fitting)}: ask for fewer, or for other GPUs"
