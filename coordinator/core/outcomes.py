@@ -33,8 +33,6 @@ RETRY_MS_MAX = 60_000
 # "Run me again" without ever committing a further step is a loop; this many rounds of it are
 # patience enough.
 YIELDS_MAX = 20
-# Of what may be on no node, where the one that is to be asked next has no room.
-REFUSALS_MAX = 3
 # A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
 SIGNAL_STATUS_BASE = 128
 AGAIN = "asked to be run again"
@@ -164,16 +162,17 @@ def _refusers(state: State, job: Job) -> list[str]:
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     """Its node could not start it. A command or a directory that is not there may be on another
     node, which is asked before the job has failed: one that lacks a file system which all others
-    have mounted would else end all that waits."""
-    tries = _refusers(state, job)
-    nodes = list(dict.fromkeys(tries))
+    have mounted would else end all that waits. That counts as a failure."""
     told = f"{attempt.node} could not start it: {attempt.reason}"
-    if attempt.permanent and (
-        len(nodes) > 1 or len(tries) >= REFUSALS_MAX or not _may_run_elsewhere(state, job, attempt)
-    ):
-        nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
-        end_job(state, now, job, JobPhase.FAILED, told + nor)
-        return
+    if attempt.permanent:
+        job = state.put_job(replace(job, failures=job.failures + 1))
+        # Of those since its owner has asked for it.
+        nodes = list(dict.fromkeys(_refusers(state, job)[: job.failures]))
+        hopeless = len(nodes) > 1 or not _may_run_elsewhere(state, job, attempt)
+        if hopeless or job.failures > job.spec.max_restarts:
+            nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
+            end_job(state, now, job, JobPhase.FAILED, told + nor)
+            return
     state.avoid[job.id] = attempt.node
     without = f" (`baton requeue --abandon {job.id}` goes on without its last checkpoint)"
     hint = without if checkpoints.may_abandon(state, job) else ""
