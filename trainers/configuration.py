@@ -33,6 +33,19 @@ _KINDS: dict[Any, str] = {
     tuple[str, ...]: "a list of words",
 }
 
+
+class _AsWritten(reprlib.Repr):
+    """A value as JSON and TOML have it, and no more of it than a sentence bears."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return json.dumps(value)
+
+
+_AS_WRITTEN = _AsWritten()
+
 AUTOMATIC_S = -1.0
 """Of an interval: nobody has chosen it."""
 
@@ -217,7 +230,7 @@ def wrong(key: str, value: Any, kind: Any, allowed: Allowed) -> str:
     if _has_type(value, kind) and value in allowed:
         return ""
     expected = " ".join(filter(None, ("" if allowed.words else _KINDS[kind], str(allowed))))
-    return f"'{key}' must be {expected}, not {reprlib.repr(value)}"
+    return f"'{key}' must be {expected}, not {_AS_WRITTEN.repr(value)}"
 
 
 def _has_type(value: object, kind: Any) -> bool:

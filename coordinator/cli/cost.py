@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from coordinator.cli.completion import projects
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 from coordinator.cli.units import parse_duration
@@ -55,7 +56,12 @@ class _Day(click.ParamType[datetime]):
     show_default=True,
     help="A line for each.",
 )
-@click.option("--project", default="", help="Of one project alone, without leases that idled.")
+@click.option(
+    "--project",
+    default="",
+    shell_complete=projects,
+    help="Of one project alone, without leases that idled.",
+)
 @click.option(
     "--last",
     default="30d",

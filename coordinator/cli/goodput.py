@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from coordinator.cli.render import write_sentence
+from coordinator.cli.units import format_seconds
+
 if TYPE_CHECKING:
     from coordinator.cli.values import Accounting
 
@@ -64,13 +67,7 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
-    whole = round(seconds)
-    for unit_s, unit, part_s, part in (
-        (86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s"),
-    ):  # fmt: skip
-        if whole >= unit_s:
-            return f"{whole // unit_s}{unit}{whole % unit_s // part_s:02d}{part}"
-    return f"{whole}s"
+    return format_seconds(round(seconds))
 
 
 def cells(account: "Accounting", count: int) -> list[tuple[Part, int]]:
@@ -125,7 +122,7 @@ def write_goodput(account: "Accounting") -> None:
         for part, line in lines:
             click.echo(f"  {part.letter}  {line}")
     for sentence in remarks(account):
-        click.echo(f"  ({sentence})")
+        write_sentence(f"  ({sentence})")
 
 
 def _write_rich(head: str, parts: list[tuple[Part, int]], lines: list[tuple[Part, str]]) -> None:

@@ -6,11 +6,11 @@ job that has just ended keeps nobody from cancelling the others.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from coordinator.cli import arrays
+from coordinator.cli import arrays, completion
 from coordinator.cli.render import UNKNOWN, count_words, write_json, write_notice, write_sentence
 from coordinator.cli.settings import (
     EXIT_FAILED,
@@ -25,17 +25,28 @@ from coordinator.cli.settings import (
 if TYPE_CHECKING:
     from coordinator.cli.client import Changed, Client
 
-_JOBS = click.argument("job_ids", metavar="JOB...", type=JOB_ID, nargs=-1, required=True)
 _ARRAY = click.option("--array", is_flag=True, help="All trials of the array of which JOB is one.")
 
 
+def _jobs(*phases: str) -> Callable[[Any], Any]:
+    """The argument; Tab offers those in these phases."""
+    offered = completion.job_ids(*phases)
+    return click.argument(
+        "job_ids", metavar="JOB...", type=JOB_ID, nargs=-1, required=True, shell_complete=offered
+    )
+
+
 def _verb(
-    name: str, call: "Callable[[Client, int, bool], Changed]", help_text: str
+    name: str,
+    phases: Sequence[str],
+    call: "Callable[[Client, int, bool], Changed]",
+    help_text: str,
 ) -> click.Command:
-    """One command that takes a job and shows what became of it."""
+    """One command that takes jobs, of which most are in these phases, and shows what became of
+    them."""
 
     @click.command(name, help=help_text)
-    @_JOBS
+    @_jobs(*phases)
     @_ARRAY
     @common_options
     @click.pass_context
@@ -81,6 +92,7 @@ def _show(context: click.Context, changed: "Changed") -> None:
 
 cancel = _verb(
     "cancel",
+    ("queued", "held", "active"),
     lambda client, job_id, array: client.cancel(job_id, array),
     """End JOB for good.
 
@@ -96,6 +108,7 @@ cancel = _verb(
 )
 hold = _verb(
     "hold",
+    ("queued", "active"),
     lambda client, job_id, array: client.hold(job_id, array),
     """Keep JOB from running until `baton release`.
 
@@ -108,6 +121,7 @@ hold = _verb(
 )
 release = _verb(
     "release",
+    ("held",),
     lambda client, job_id, array: client.release(job_id, array),
     """Put a held JOB back to its old place in the queue.
 
@@ -119,7 +133,7 @@ release = _verb(
 
 
 @click.command("requeue")
-@_JOBS
+@_jobs()
 @click.option(
     "--abandon",
     is_flag=True,

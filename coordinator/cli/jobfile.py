@@ -88,7 +88,11 @@ def read(path: Path) -> JobFile:
     try:
         return msgspec.convert(document, JobFile)
     except msgspec.ValidationError as error:
-        raise BadInput(f"{path}: {_sentence(str(error))}") from error
+        said = _sentence(str(error))
+        if isinstance(env := document.get("env"), dict):
+            name = next((name for name, word in env.items() if not isinstance(word, str)), "")
+            said = said.replace("env[...]", f"env.{name}")
+        raise BadInput(f"{path}: {said}") from error
 
 
 def from_flags(flags: dict[str, Any]) -> JobFile:

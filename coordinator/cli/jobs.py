@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from coordinator.cli import arrays, goodput, units
+from coordinator.cli.completion import projects
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
@@ -74,9 +75,10 @@ _EVENT_COLUMNS = (
 
 @click.command()
 @click.option("--all", "everything", is_flag=True, help="Also every job that has ended.")
-@click.option("--project", default="", help="Only this project.")
+@click.option("--project", default="", shell_complete=projects, help="Only this project.")
 @click.option(
     "--phase",
+    "--state",
     "phases",
     multiple=True,
     type=click.Choice([*OPEN_PHASES, *ENDED_PHASES]),
@@ -252,7 +254,8 @@ def write_job(job: "Job", now: datetime) -> None:
             ("stop", _stop(job)),
             ("submitted", _moment(job.submit_time, now)),
             ("ended", _moment(job.end_time, now)),
-        ]
+        ],
+        copied=("command", "config", "directory"),
     )
     if job.accounting is not None and job.accounting.wall_seconds > 0:
         click.echo()
@@ -349,9 +352,13 @@ def _request(job: "Job") -> str:
 
 
 def _command(job: "Job") -> str:
+    """As it is run, a trial's with its own index."""
     import shlex
 
-    return shlex.join(job.spec.command)
+    from coordinator.core.arrays import INDEX
+
+    index = INDEX if job.trial is None else str(job.trial.index)
+    return shlex.join(word.replace(INDEX, index) for word in job.spec.command)
 
 
 def _progress(job: "Job") -> str:

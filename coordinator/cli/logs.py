@@ -82,7 +82,8 @@ def logs(context: click.Context, job_id: int, follow: bool, tail_bytes: int, ran
 
         if job.phase in ENDED_PHASES:
             became = "is" if job.phase == "cancelled" else "has"
-            said = f"{became} {job.phase}, and there is no output of it: {job.reason}"
+            why = "" if job.phase == "succeeded" else f": {job.reason}"
+            said = f"{became} {job.phase}, and there is no output of it{why}"
         else:
             said = f"is {job.phase}: it has no output so far"
         write_notice(f"job {job_id} {said}")
@@ -99,9 +100,13 @@ def write_parts(parts: "Iterable[LogPart]", *, as_json: bool) -> bool:
     Returns whether there were any."""
     if as_json:
         return _write_json_lines(parts)
-    stdout, any_parts = sys.stdout.buffer, False
+    stdout, any_parts, attempt = sys.stdout.buffer, False, ""
     for part in parts:
         any_parts = any_parts or bool(part.data or part.notice)
+        if part.data and part.attempt != attempt:
+            if attempt:
+                write_notice(f"from here on attempt {part.attempt}, on {part.node}")
+            attempt = part.attempt
         if part.notice:
             stdout.flush()
             write_notice(part.notice)

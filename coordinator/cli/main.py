@@ -145,6 +145,9 @@ def main() -> None:
         sys.stdout = io.TextIOWrapper(whole, encoding, errors, line_buffering=True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # names are of any alphabet, terminals are not
     try:
         cli.main(prog_name="baton")
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from coordinator.cli import units
+from coordinator.cli import completion, units
 from coordinator.cli.render import (
     UNKNOWN,
     Column,
@@ -31,6 +31,8 @@ RATES = ("own", "off", "slow", "normal", "watch")
 ATTEMPTS_SHOWN = 2
 # Older figures are history, and "-". Those that are read slowly by order are some 15 s old at most.
 STALE_S = 90.0
+
+_NODE = click.argument("node", shell_complete=completion.nodes)
 
 _COLUMNS = (
     Column("NODE"),
@@ -76,7 +78,7 @@ def _verb(name: str, call: "Callable[[Client, str], Node]", help_text: str) -> c
     """One command that takes a node and shows what became of it."""
 
     @click.command(name, help=help_text)
-    @click.argument("node")
+    @_NODE
     @common_options
     @click.pass_context
     def command(context: click.Context, node: str) -> None:
@@ -128,7 +130,7 @@ uncordon = _verb(
 
 
 @click.command()
-@click.argument("node")
+@_NODE
 @click.option(
     "--lose-checkpoints", is_flag=True, help="Also with checkpoints that lie nowhere else."
 )
@@ -153,7 +155,7 @@ def forget(context: click.Context, node: str, *, lose_checkpoints: bool) -> None
 
 
 @click.command()
-@click.argument("node")
+@_NODE
 @click.option(
     "--rate",
     required=True,

@@ -103,7 +103,7 @@ def progress(steps: int, what: str) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
-def _wrapped(sentence: str, stream: TextIO) -> str:
+def _wrapped(sentence: str, stream: TextIO, indent: str = GAP) -> str:
     """On a terminal lines break between words, and in no `command`, which somebody may copy."""
     if not stream.isatty():
         return sentence
@@ -114,7 +114,7 @@ def _wrapped(sentence: str, stream: TextIO) -> str:
     lines = textwrap.wrap(
         glued,
         max(WIDTH_MIN, shutil.get_terminal_size().columns),
-        subsequent_indent=GAP,
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -132,8 +132,9 @@ def write_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
         _write_plain(columns, cells)
 
 
-def write_fields(fields: Iterable[tuple[str, object]]) -> None:
-    """Names and values, one pair a line; pairs whose value is `None` or empty are left out."""
+def write_fields(fields: Iterable[tuple[str, object]], copied: Sequence[str] = ()) -> None:
+    """Names and values; pairs whose value is `None` or empty are left out. The values of `copied`
+    are one line each, since somebody may copy them; others go on below themselves."""
     known = [(name, text(value)) for name, value in fields if value not in (None, "")]
     width = max((len(name) for name, _ in known), default=0)
     if not sys.stdout.isatty():
@@ -145,7 +146,9 @@ def write_fields(fields: Iterable[tuple[str, object]]) -> None:
 
     console = Console(highlight=False)
     for name, value in known:
-        line = Text.assemble("  ", (f"{name:<{width}}", "dim"), "  ", value)
+        said = f"  {name:<{width}}  {value}"
+        line = Text(said if name in copied else _wrapped(said, sys.stdout, " " * (width + 4)))
+        line.stylize("dim", 2, 2 + len(name))
         if name == "phase":
             word = value.partition(",")[0]
             line.highlight_words([word], _STYLES.get(word, ""))

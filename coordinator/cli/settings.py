@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Client
@@ -46,20 +47,30 @@ class TrialName(NamedTuple):
     array_index: int
 
 
-class JobId(click.IntRange):
-    """click says of what is none: "not a valid job number". Python would take `12_3` for 123."""
+class JobId(click.ParamType[int | TrialName]):
+    """A job's number, or a trial's name, which Python would take for a number as well."""
 
     name = "job number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | TrialName:
         if named := re.fullmatch("([0-9]{1,18})_([0-9]{1,9})", str(value)):
             return TrialName(int(named[1]), int(named[2]))
-        if "_" in str(value):
-            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
-        return super().convert(value, param, ctx)
+        if not re.fullmatch("[0-9]{1,19}", str(value)) or not 0 < int(value) <= JOB_ID_MAX:
+            self.fail(f"{str(value)!r} is not a valid {self.name}.", param, ctx)
+        return int(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The newest jobs, whatever became of them."""
+        from coordinator.cli.completion import job_ids
+
+        return job_ids()(ctx, param, incomplete)
 
 
-JOB_ID = JobId(1, JOB_ID_MAX)
+JOB_ID = JobId()
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 

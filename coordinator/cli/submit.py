@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli import share, units
-from coordinator.cli.completion import paths
+from coordinator.cli.completion import paths, projects
 from coordinator.cli.render import UNKNOWN, write_json, write_notice
 from coordinator.cli.settings import (
     EXIT_FAILED,
@@ -151,7 +151,7 @@ lines as of `baton logs --json`, and one line for the job as it ended.
 @click.command(cls=_SubmitCommand, help=_HELP)
 @click.argument("words", nargs=-1, shell_complete=paths("file"))
 @click.option("--name", help="For people.  [default: that of script, program or trainer]")
-@click.option("--project", help="Accounting label.  [default: default]")
+@click.option("--project", shell_complete=projects, help="Accounting label.  [default: default]")
 @click.option(
     "--class",
     "job_class",
@@ -321,7 +321,7 @@ def submit(
                 sentence += f", jobs {first_id} to {first_id + submission.jobs - 1}"
         if submission.reason:
             sentence += f"; {submission.reason}"
-        for note in _unfilled(spec):
+        for note in _notes(spec):
             write_notice(note)
         if as_json:
             write_json(submission)
@@ -333,10 +333,14 @@ def submit(
             _follow(client, submission.job_id, as_json=as_json)
 
 
-def _unfilled(spec: "JobSpec") -> Iterator[str]:
-    """Where an index may be meant that nobody fills in. It may not: f-strings have such words."""
+def _notes(spec: "JobSpec") -> Iterator[str]:
+    """What may be a mistake. This machine need not have the node's directories, and where an index
+    seems to be meant that nobody fills in, it may not: f-strings have such words."""
     from coordinator.core.arrays import INDEX
 
+    directory = spec.working_directory
+    if directory and not Path(directory).is_dir():
+        yield f"{directory} is no directory on this machine; it must be one on the node"
     if not spec.array and any(INDEX in word for word in spec.command):
         yield f"{INDEX} in the command is left as it is: only with --array it stands for an index"
     for name, value in spec.environment.items():

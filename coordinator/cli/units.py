@@ -131,11 +131,14 @@ def format_span(start: datetime | None, end: datetime | None) -> str:
     """
     if start is None or end is None:
         return "-"
-    seconds = max(0, int((end - start).total_seconds()))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86_400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86_400}d{seconds % 86_400 // 3600:02d}h"
+    return format_seconds(max(0, int((end - start).total_seconds())))
+
+
+def format_seconds(seconds: int) -> str:
+    """The two leading units of 0 or more: "42s", "3m12s", "2d05h"."""
+    for unit_s, unit, part_s, part in (
+        (86_400, "d", 3_600, "h"), (3_600, "h", 60, "m"), (60, "m", 1, "s"),
+    ):  # fmt: skip
+        if seconds >= unit_s:
+            return f"{seconds // unit_s}{unit}{seconds % unit_s // part_s:02d}{part}"
+    return f"{seconds}s"

@@ -33,7 +33,7 @@ def assign(state: State, now: Instant, start: Start) -> None:
     old = state.current(job)
     for rank in state.gang(job):
         if rank.phase is AttemptPhase.UNREACHABLE:
-            reason = f"{job.id}.{epoch} takes its place"
+            reason = f"attempt {job.id}.{epoch} takes its place"
             ranks.change(state, now, rank, AttemptPhase.LOST, reason=reason)
             state.tell(now.unix_ms, job.id, "attempt.lost", reason, attempt=rank.id, node=rank.node)
     parts.forget(state, job, "its gang was started anew before all parts were there")

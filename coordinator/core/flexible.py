@@ -13,8 +13,6 @@ urgent a little sooner or later.
 from coordinator.core import foresight
 from coordinator.core.model import Job, JobClass, JobSpec
 
-MS_PER_H = 3_600_000
-
 
 def left_ms(job: Job, unix_ms: int) -> int:
     """How much longer it may wait; 0 for one that is urgent."""
@@ -33,7 +31,8 @@ def describe(job: Job, unix_ms: int) -> str:
     left = left_ms(job, unix_ms)
     if not left:
         return ""
-    until = foresight.clock(unix_ms + left)
     does = "kept, rented or switched on" if is_counted_late(job.spec) else "kept or rented"
-    hours = f"{left / MS_PER_H:.1f} h more, until {until}"
-    return f"; by its own wish it may wait for {hours}, before GPUs are {does} for it"
+    more = f"{foresight.seconds(left / 1000)} more"
+    if left < foresight.DAY_MS:
+        more += f", until {foresight.clock(unix_ms + left)}"
+    return f"; by its own wish it may wait for {more}, before GPUs are {does} for it"

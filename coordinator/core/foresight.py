@@ -123,12 +123,15 @@ def moment(now: Instant, at_ms: int) -> str:
 
 
 def seconds(duration_s: float) -> str:
-    """A duration for people: "42 s", "3 min", "5.2 h"."""
+    """A duration for people: "42 s", "3 min", "5.2 h", "2.5 days", "2525 days"."""
     if duration_s < 120:
         return f"{max(0, duration_s):.0f} s"
     if duration_s < 7_200:
         return f"{duration_s / 60:.0f} min"
-    return f"{duration_s / 3600:.1f} h"
+    days = duration_s / 86_400
+    if days < 2:
+        return f"{duration_s / 3600:.1f} h"
+    return f"{days:.1f} days" if days < 100 else f"{days:.0f} days"
 
 
 # --- of the state ---------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from coordinator.core.sentences import quantity
 from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
 from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
 
+ID_IN_USE = "another request had this id, and this one was not looked at"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
 
@@ -53,7 +54,11 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     known = state.requests.get(body.request_id) if body.request_id else None
     if known is not None:
         job = state.jobs[known]
-        return Submitted(known, state.wait_reason(job), len(_indices(job.spec)))
+        reason = state.wait_reason(job)
+        # "In six hours" is another time in each try.
+        if replace(job.spec, deadline_unix_ms=0) != replace(body.spec, deadline_unix_ms=0):
+            reason = f"{ID_IN_USE}; {reason}"
+        return Submitted(known, reason, len(_indices(job.spec)))
     spec = body.spec
     # One node of each kind stands for all.
     kinds = state.indices.kinds.values()
@@ -88,7 +93,7 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
     spec, first_id = body.spec, state.last_job_id + 1
     array_id = first_id if spec.array else 0
     phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
-    reason = "submitted on hold; `baton release` lets it start" if spec.hold else ""
+    reason = "on hold until `baton release`" if spec.hold else ""
     intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
     for job_id, index in enumerate(indices, first_id):
         # A request is known by its first job.

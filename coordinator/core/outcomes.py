@@ -15,13 +15,16 @@ again: a missing module stays missing.
 """
 
 from dataclasses import replace
+from itertools import takewhile
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
+from coordinator.core.offers import is_open
 from coordinator.core.phases import AttemptPhase, JobPhase
-from coordinator.core.sentences import quantity
+from coordinator.core.sentences import listed, quantity
 from coordinator.core.state import Instant, State
+from coordinator.core.validate import could_hold
 
 # Between two tries of a failing job: doubling from one second, so that a broken job costs little
 # and a passing fault (a full disk, a restarting file server) has minutes to pass.
@@ -135,7 +138,7 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
     wait; after that the wait doubles with every failure or refusal in a row.
     """
-    troubles = job.failures + job.yields + _refusals(state, job)
+    troubles = job.failures + job.yields + len(_refusers(state, job))
     if job.failures == troubles == 1:
         state.eligible_ms.pop(job.id, None)
         claims.keep(state, now, job, 0)
@@ -147,29 +150,42 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s{kept}")
 
 
-def _refusals(state: State, job: Job) -> int:
-    """How many tries in a row a node has refused, up to now."""
-    tries: dict[int, bool] = {}
+def _refusers(state: State, job: Job) -> list[str]:
+    """Of the tries in a row, up to now, that a node has refused, who did; the last one first."""
+    tries: dict[int, str] = {}
     for attempt in state.attempts_of(job.id):
-        refused = attempt.phase is AttemptPhase.REFUSED
-        tries[attempt.epoch] = refused or tries.get(attempt.epoch, False)
-    count = 0
-    for refused in reversed(tries.values()):
-        if not refused:
-            break
-        count += 1
-    return count
+        refuser = attempt.node if attempt.phase is AttemptPhase.REFUSED else ""
+        tries[attempt.epoch] = refuser or tries.get(attempt.epoch, "")
+    return list(takewhile(bool, reversed(tries.values())))
 
 
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
-    """Its node could not start it. What another node would refuse too ends the job."""
+    """Its node could not start it. A command or a directory that is not there may be on another
+    node, which is asked before the job has failed: one that lacks a file system which all others
+    have mounted would else end all that waits. That counts as a failure."""
+    told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
-        end_job(state, now, job, JobPhase.FAILED, attempt.reason)
-        return
+        job = state.put_job(replace(job, failures=job.failures + 1))
+        # Of those since its owner has asked for it.
+        nodes = list(dict.fromkeys(_refusers(state, job)[: job.failures]))
+        hopeless = len(nodes) > 1 or not _may_run_elsewhere(state, job, attempt)
+        if hopeless or job.failures > job.spec.max_restarts:
+            nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
+            end_job(state, now, job, JobPhase.FAILED, told + nor)
+            return
     state.avoid[job.id] = attempt.node
     without = f" (`baton requeue --abandon {job.id}` goes on without its last checkpoint)"
     hint = without if checkpoints.may_abandon(state, job) else ""
-    retry(state, now, job, f"{attempt.node} could not start it: {attempt.reason}{hint}")
+    retry(state, now, job, f"{told}{hint}")
+
+
+def _may_run_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
+    return any(
+        is_open(live)
+        and live.node.id != attempt.node
+        and could_hold(job.spec, live.node.gpus, live.node.host.memory_bytes)
+        for live in state.nodes.values()
+    )
 
 
 def requeue(state: State, now: Instant, job: Job, reason: str) -> None:

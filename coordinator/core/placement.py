@@ -46,6 +46,7 @@ from coordinator.core.fragmentation import Mix
 from coordinator.core.keeps import Keep, hidden
 from coordinator.core.model import CLASS_RANK, JobSpec
 from coordinator.core.rooms import Answer, Offer, Place, Room, Tenant, able, of_type, open_room
+from coordinator.core.sentences import listed
 from coordinator.core.shares import alone
 from coordinator.core.shortfalls import kept_for, why_not
 from coordinator.core.why_here import faster, where
@@ -468,7 +469,7 @@ def keep_free(need: Need, rooms: Sequence[Room]) -> Spread | None:
 
 def _who_leaves(spec: JobSpec, spread: Spread) -> str:
     """Takes the room, too, that they leave."""
-    who: dict[str, None] = {}
+    jobs: dict[str, None] = {}
     nodes: dict[str, None] = {}
     places = take(spec, spread)
     for room, _ in spread:
@@ -476,10 +477,10 @@ def _who_leaves(spec: JobSpec, spread: Spread) -> str:
         leaving = [tenant for tenant in room.tenants.values() if tenant.stopping]
         # Those whose GPUs it gets; when it is memory or a place that lacks, all of them.
         named = [t for t in leaving if any(uuid in taken for uuid in t.gpu_uuids)] or leaving
-        who.update(dict.fromkeys(tenant.whole for tenant in named))
+        jobs.update(dict.fromkeys(tenant.whole.partition(".")[0] for tenant in named))
         nodes.update(dict.fromkeys([room.offer.node] if named else []))
-    verb = "has" if len(who) == 1 else "have"
-    return f"{' and '.join(who)} {verb} to save and leave {' and '.join(nodes)} first"
+    who = f"job {next(iter(jobs))} has" if len(jobs) == 1 else f"jobs {listed([*jobs])} have"
+    return f"{who} to save and leave {listed([*nodes])} first"
 
 
 def make_room(

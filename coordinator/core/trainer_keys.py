@@ -26,6 +26,19 @@ _KINDS: Final[dict[type, str]] = {
 }
 
 
+class _AsWritten(reprlib.Repr):
+    """A value as JSON and TOML have it, and no more of it than a sentence bears."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return json.dumps(value)
+
+
+_AS_WRITTEN: Final = _AsWritten()
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """Values of `kind` (`tuple`: a list of words): numbers from `least` or above `above`, to `most`
@@ -44,7 +57,7 @@ class Key:
         """What is expected in place of this value; empty where it is right."""
         if self._is_of_kind(value) and self._is_in_range(value):
             return ""
-        return f"'{name}' must be {self._expected()}, not {reprlib.repr(value)}"
+        return f"'{name}' must be {self._expected()}, not {_AS_WRITTEN.repr(value)}"
 
     def _is_of_kind(self, value: Any) -> bool:
         if self.kind is tuple:

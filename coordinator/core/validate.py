@@ -31,8 +31,9 @@ GPU_TYPES_MAX = 16
 GPU_TYPE_CHARACTERS_MAX = 96  # NVML's own limit for a device name (NVML_DEVICE_NAME_V2_BUFFER_SIZE)
 TYPES_NAMED_MAX = 20  # in a sentence
 PATH_BYTES_MAX = 4_096  # PATH_MAX, limits.h
-GRACE_MS_MAX = 7 * 24 * 3_600_000
-FLEXIBLE_MS_MAX = 30 * 24 * 3_600_000  # the term of a lease
+DAY_MS = 86_400_000
+GRACE_MS_MAX = 7 * DAY_MS
+FLEXIBLE_MS_MAX = 30 * DAY_MS  # the term of a lease
 MAX_RESTARTS_MAX = 1_000
 # Jobs without GPUs share the cores: four a core keeps a burst of small ones moving without swamping
 # the node's trainers.
@@ -157,13 +158,14 @@ def _deadline(spec: JobSpec) -> str:
 
 
 def _ending(spec: JobSpec) -> str:
-    if not 0 <= spec.grace_ms <= GRACE_MS_MAX:
-        return f"grace is {spec.grace_ms} ms; it must be between 0 and {GRACE_MS_MAX} ms (7 days)"
-    if not 0 <= spec.flexible_ms <= FLEXIBLE_MS_MAX:
-        return (
-            f"flexible is {spec.flexible_ms} ms; it must be between 0 and {FLEXIBLE_MS_MAX} ms (30"
-            " days)"
-        )
+    for name, value_ms, most_ms in (
+        ("grace", spec.grace_ms, GRACE_MS_MAX),
+        ("flexible", spec.flexible_ms, FLEXIBLE_MS_MAX),
+    ):
+        if value_ms < 0:
+            return f"{name} is {value_ms} ms; it must not be negative"
+        if value_ms > most_ms:
+            return f"{name} is {value_ms / DAY_MS:.3g} days; the most is {most_ms // DAY_MS} days"
     if spec.flexible_ms and not spec.gpus:
         return "nothing is kept or rented for a job without GPUs; leave flexible out"
     if not 0 <= spec.max_restarts <= MAX_RESTARTS_MAX:
@@ -304,6 +306,10 @@ def refuse_fleet(
                 " GPU's memory; no node has one that is large enough: ask for less, or for other"
                 " GPUs"
             )
+        if not max(fitting):
+            known = [gpu for _, gpus in nodes for gpu in gpus if is_of_type(spec, gpu.name)]
+            largest = gigabytes(max(gpu.memory_bytes for gpu in known))
+            return f"needs {describe_need(spec)}; the largest has {largest}: ask for less memory"
         return (
             f"needs {describe_need(spec)} on one node; the most that any node has is"
             f" {max(fitting)}: ask for fewer, or for other GPUs"

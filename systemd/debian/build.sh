@@ -5,10 +5,12 @@
 # people's libraries in every place that pip would install to. So the package brings a virtual
 # environment that is complete and private, in the place where the units look for it.
 #
-# How: the environment is made for Debian 12's own interpreter at its final path below a staging
-# directory, filled from constraints.txt, and what names the staging directory is corrected.
-# Bytecode is compiled here, checked against nothing: at run time /opt is read-only. With
-# SOURCE_DATE_EPOCH (by default the last commit's date) two builds are the same byte for byte.
+# How: the environment is made for this system's own interpreter at its final path below a staging
+# directory, filled from constraints.txt, and what names the staging directory is corrected. What is
+# compiled fits one minor version of Python, so the package depends on that: 3.11 from Debian 12,
+# 3.12 from Ubuntu 24.04, 3.13 from Debian 13. Bytecode is compiled here, checked against nothing: at
+# run time /opt is read-only. With SOURCE_DATE_EPOCH (by default the last commit's date) two builds
+# are the same byte for byte.
 #
 # Prints the path of the package. Needs no root.
 set -euo pipefail
@@ -24,11 +26,12 @@ SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$tree" log -1 --format=%ct 2>/
 export SOURCE_DATE_EPOCH PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1
 
 if ! command -v dpkg-deb >/dev/null; then
-  echo "dpkg-deb is missing: build on Debian 12, or run: sudo apt-get install dpkg" >&2
+  echo "dpkg-deb is missing: build on Debian or Ubuntu, or run: sudo apt-get install dpkg" >&2
   exit 1
 fi
-if ! "$SYSTEM_PYTHON" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
-  echo "$SYSTEM_PYTHON is not Python 3.11, which the package is for: build on Debian 12 with python3" >&2
+minor="$("$SYSTEM_PYTHON" -c 'import sys, venv; print(sys.version_info[1])' 2>/dev/null || echo 0)"
+if [ "$minor" -lt 11 ]; then
+  echo "$SYSTEM_PYTHON is no Python of 3.11 or later: build on Debian 12, Ubuntu 24.04 or later" >&2
   exit 1
 fi
 
@@ -44,10 +47,11 @@ environment() {
   "$SYSTEM_PYTHON" -m venv --without-pip "$venv"
   $pip --python "$venv/bin/python" install -qq --no-compile --disable-pip-version-check \
     --no-warn-script-location -c "$tree/constraints.txt" "$tree"
-  packages="$venv/lib/python3.11/site-packages"
+  packages="$venv/lib/python3.$minor/site-packages"
   # where it was built is nobody's business; the list of files would name scripts by old digests
   rm -f "$packages"/*.dist-info/{direct_url.json,RECORD,REQUESTED} "$venv"/bin/{activate*,Activate*}
-  printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n' >"$venv/pyvenv.cfg"
+  printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.%d\n' "$minor" \
+    >"$venv/pyvenv.cfg"
   mapfile -t scripts < <(grep -rlI "$root" "$venv/bin")
   sed -i "s#$root##g" "${scripts[@]}"
   # -P: see the units
@@ -79,6 +83,7 @@ package() {
   size="$(find "$root" -type f -printf '%s\n' | awk '{ bytes += $1 } END { print int(bytes / 1024) }')"
   install -d "$root/DEBIAN"
   sed -e "s/@VERSION@/$version/" -e "s/@SIZE@/$size/" \
+    -e "s/@PYTHON@/3.$minor/" -e "s/@PYTHON_NEXT@/3.$((minor + 1))/" \
     -e "s/@ARCHITECTURE@/$(dpkg --print-architecture)/" "$here/control" >"$root/DEBIAN/control"
   install -m 0644 -t "$root/DEBIAN" "$here/conffiles"
   install -m 0755 -t "$root/DEBIAN" "$here/postinst" "$here/prerm" "$here/postrm"

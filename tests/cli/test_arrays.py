@@ -22,7 +22,7 @@ def trial(
     """Of the array whose first job is 12."""
     return t.Job(
         id=job_id,
-        spec=t.JobSpec(name="train", command=["train"], gpus=1, array=array),
+        spec=t.JobSpec(name="train", command=["train", "--seed={index}"], gpus=1, array=array),
         phase=phase,
         reason="8 of its array's 100 trials run",
         submit_time=samples.ago(3_630),
@@ -93,9 +93,9 @@ def test_trials_are_listed_for_who_asks_and_for_programs(
 
 def test_a_job_shows_its_array(baton: Baton, fake: FakeCoordinator) -> None:
     fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=trial(15))]
-    assert "trial 3 of array 12_[0-99%8], of which 8 run, 41 wait, 51 are over" in (
-        baton("job", "15").stdout
-    )
+    shown = baton("job", "15").stdout
+    assert "trial 3 of array 12_[0-99%8], of which 8 run, 41 wait, 51 are over" in shown
+    assert "  command    train --seed=3\n" in shown
 
 
 VERBS = {

@@ -111,7 +111,7 @@ def test_a_followed_log_goes_on_where_its_coordinator_broke_off(
     assert (result.exit_code, result.stdout) == (0, "1\n2\n3\n")
     # Once for each time that it is away.
     said = f"baton: {fake.address} does not answer; the output goes on when it does\n"
-    assert result.stderr == said * 2
+    assert result.stderr == f"{said}baton: from here on attempt 12.2, on n1\n{said}"
     asked = partial(jobs_pb2.StreamLogsRequest, job_id=12, follow=True, tail_bytes=9, rank=1)
     again = asked(after_attempt="12.1", after_offset=2)
     assert fake.requests[1:] == [asked(), again, again, asked(after_attempt="12.2", after_offset=2)]
@@ -178,8 +178,12 @@ def test_no_answer_in_time_is_3(baton: Baton, fake: FakeCoordinator) -> None:
         ("--timeout-s nan jobs", "--timeout-s must be more than 0"),
         (f"--tls-cert {__file__} jobs", "belong together: give all three or none"),
         ("--tls-cert /no/such/file jobs", "does not exist"),
-        ("job 0", "0 is not in the range"),
-        ("job 9223372036854775808", "is not in the range"),
+        *(
+            (f"job {word}", f"'{word}' is not a valid job number")
+            for word in ("x", "1e3", "12_", "²")
+        ),
+        ("job 0", "'0' is not a valid job number"),
+        ("job 9223372036854775808", "is not a valid job number"),
         ("job twelve", "'twelve' is not a valid job number"),
         ("job", "Missing argument 'JOB'"),
         ("jobs --phase lost", "'lost' is not one of"),
@@ -366,6 +370,13 @@ def test_a_terminal_without_colour_gets_none(fake: FakeCoordinator) -> None:
     assert "\x1b[32mactive\x1b[0m, on n2" in on_terminal(fake, 110, "job", "12")
     assert "\x1b" not in on_terminal(fake, 110, "job", "12", TERM="dumb")
     assert "\x1b[32m" not in on_terminal(fake, 110, "job", "12", NO_COLOR="1")
+
+
+@pytest.mark.parametrize("alphabet", ["ascii", "latin-1"])
+def test_a_terminal_of_another_alphabet_is_no_failure(fake: FakeCoordinator, alphabet: str) -> None:
+    job = types_pb2.Job(id=12, spec=types_pb2.JobSpec(name="日本"))
+    fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job]), jobs_pb2.ListJobsResponse()]
+    assert "??" in on_terminal(fake, 80, "jobs", PYTHONIOENCODING=alphabet)
 
 
 def test_no_terminal_is_too_narrow_for_an_id(fake: FakeCoordinator) -> None:

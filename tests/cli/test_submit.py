@@ -90,6 +90,17 @@ def test_an_empty_workdir_asks_for_the_attempts_own(baton: Baton, fake: FakeCoor
     assert sent(fake).working_directory == ""
 
 
+def test_a_directory_that_is_not_here_is_told_since_it_may_be_on_the_node(
+    baton: Baton, fake: FakeCoordinator, here: Path
+) -> None:
+    result = baton("submit", "--workdir", "/nowhere/at-all", "--", "true")
+    assert (result.exit_code, result.stdout) == (0, "job 12 submitted\n")
+    assert result.stderr == (
+        "baton: /nowhere/at-all is no directory on this machine; it must be one on the node\n"
+    )
+    assert sent(fake).working_directory == "/nowhere/at-all"
+
+
 def test_a_job_file_and_flags_over_it(baton: Baton, fake: FakeCoordinator, here: Path) -> None:
     (here / "job.toml").write_text(
         'name = "a"\nclass = "guaranteed"\ncommand = ["python", "t.py"]\ngpus = 2\n'
@@ -174,7 +185,7 @@ def test_a_table_in_the_job_file_is_a_configuration(
         ('memory = "40G"', "memory: '40G' is ambiguous; write 40GiB"),
         ("memory = -1", "memory: '-1' is not a size"),
         ("hold = 1", "job.toml: hold: expected true or false, got a whole number"),
-        ("[env]\nA = 1", "job.toml: env[...]: expected a string, got a whole number; write each"),
+        ("[env]\nA = 1", "job.toml: env.A: expected a string, got a whole number; write each"),
         ("name = ", "job.toml: not valid TOML, as a job file is: invalid value (at "),
         ("config = 'none.json'", "cannot read "),
         ("[config]\nwhen = 2026-01-01", "config: when: a date or time has no JSON form; write it"),
@@ -282,7 +293,8 @@ def test_follow_a_success(baton: Baton, fake: FakeCoordinator) -> None:
     assert result.exit_code == 0
     assert result.stdout_bytes == b"step 1\n\xffstep 2\n"
     assert result.stderr == (
-        "baton: job 12 submitted\nbaton: n1 took its log with it\nbaton: job 12 succeeded\n"
+        "baton: job 12 submitted\nbaton: n1 took its log with it\n"
+        "baton: from here on attempt 12.2, on n2\nbaton: job 12 succeeded\n"
     )
     assert fake.requests[1] == jobs_pb2.StreamLogsRequest(job_id=12, follow=True)
 

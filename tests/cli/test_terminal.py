@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from coordinator.cli.main import cli
-from coordinator.cli.render import Column, write_notice, write_sentence, write_table
+from coordinator.cli.render import Column, write_fields, write_notice, write_sentence, write_table
 from tests.cli.test_simulate import FLEET, TRACE
 
 SENTENCE = "needs 8 GPUs on one node; the largest free block is 6 on n14, which is kept for job 7"
@@ -119,6 +119,18 @@ def test_a_sentence_breaks_between_words_and_in_no_command(
     write_notice(f"again: {said}", whole=True)
     assert max(map(len, notices.getvalue().splitlines()[1:-1])) <= 80
     assert notices.getvalue().splitlines()[-1] == f"baton: again: {said}"
+
+
+def test_what_is_said_of_a_job_breaks_between_words_and_a_command_nowhere(
+    shown: Shown,
+) -> None:
+    command = "python train.py --data /data/a"
+    lines = shown(lambda: write_fields([("reason", SENTENCE), ("command", command)], ["command"]))
+    assert lines[0].startswith("  reason   needs 8 GPUs on one node; ")
+    assert lines[1].startswith(" " * 11 + "is kept")
+    assert words(lines[:2]) == ["reason", *SENTENCE.split()]
+    lines = shown(lambda: write_fields([("reason", "x"), ("command", command * 2)], ["command"]))
+    assert lines[1] == f"  command  {command * 2}"
 
 
 def test_what_is_asked_of_jobs_fits(tmp_path: Path, shown: Shown) -> None:

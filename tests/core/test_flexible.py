@@ -67,7 +67,7 @@ def test_it_starts_at_once_where_there_is_room() -> None:
 def test_whoever_asks_is_told_how_long_it_may_wait() -> None:
     stream = busy(3)
     job_id = submit(stream, replace(LARGE, flexible_ms=HOUR_MS))
-    assert "; by its own wish it may wait for 1.0 h more, until " in explained(stream, job_id)
+    assert "; by its own wish it may wait for 60 min more, until " in explained(stream, job_id)
     assert "may wait" not in explained(stream, submit(stream, LARGE))
 
 

@@ -134,7 +134,7 @@ def test_it_is_told_that_it_waits_by_its_own_wish_and_until_when(fleet: ScaledRi
     job_id = fleet.submit(flexible_ms=HALF_AN_HOUR_MS)
     told = fleet.ask(ExplainJob(job_id))
     assert isinstance(told, Explanation)
-    assert "; by its own wish it may wait for 0.5 h more, until " in told.sentence
+    assert "; by its own wish it may wait for 30 min more, until " in told.sentence
     assert told.sentence.count("before GPUs are kept, rented or switched on for it") == 1
     fleet.submit()
     fleet.live(121)

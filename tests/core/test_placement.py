@@ -399,7 +399,7 @@ def test_a_rank_that_is_displaced_counts_with_all_of_its_gang() -> None:
     assert sorted(displace.attempt for displace in plan.displacements) == ["5.1", "6.1"]
     plan = place([Need(9, _job(3, JobClass.GUARANTEED))], fleet)
     assert [displace.attempt for displace in plan.displacements] == ["1.1.0"]
-    assert plan.waits == ((9, "1.1 has to save and leave n1 first"),)
+    assert plan.waits == ((9, "job 1 has to save and leave n1 first"),)
 
 
 def test_a_gang_displaces_over_several_nodes_and_keeps_what_it_waits_for() -> None:
@@ -410,7 +410,7 @@ def test_a_gang_displaces_over_several_nodes_and_keeps_what_it_waits_for() -> No
     assert [(d.attempt, d.job_id) for d in plan.displacements] == [
         ("3.1", 8), ("2.1", 8), ("1.1", 9),
     ]  # fmt: skip
-    assert plan.waits[0][1] == "2.1 and 3.1 have to save and leave n2 and n3 first"
+    assert plan.waits[0][1] == "jobs 2 and 3 have to save and leave n2 and n3 first"
 
 
 def test_the_sentence_says_where_places_are_free() -> None:
@@ -468,6 +468,6 @@ def test_who_was_promised_a_type_waits_for_a_gpu_of_his_own_there(promised: bool
     only = key_of(gpus[0].name, gpus[0].memory_bytes) if promised else ""
     plan = place([Need(3, spec, only=only)], [Offer("n1", gpus, (), 0, 1, tenants)])
     if promised:
-        assert plan.waits == ((3, "2.1 has to save and leave n1 first"),)
+        assert plan.waits == ((3, "job 2 has to save and leave n1 first"),)
     else:
         assert [start.places for start in plan.starts] == [(Place("n1", (gpus[0].uuid,)),)]

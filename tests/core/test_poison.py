@@ -292,7 +292,7 @@ def test_a_job_that_never_ran_has_written_nothing() -> None:
     line = Line(restarts=0)
     line.begin()
     line.say(AttemptRefused("no such file: /x", permanent=True))
-    assert line.explained() == "job 1 has failed: no such file: /x"
+    assert line.explained() == "job 1 has failed: n1 could not start it: no such file: /x"
 
 
 def test_what_is_set_aside_stays_while_it_may_be_wanted() -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import coordinator
+from coordinator.core import foresight
 from coordinator.core.sentences import listed, quantity
 
 ROOT = Path(coordinator.__file__).parent
@@ -21,6 +22,13 @@ def test_one_and_several() -> None:
 
 def test_lists() -> None:
     assert [listed(words) for words in ((), "a", "ab", "abc")] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_spans_have_the_unit_that_people_count_them_in() -> None:
+    hours = (-1, 1 / 60, 1, 27.6, 47.9, 48, 277.8, 60_611.8)
+    assert [foresight.seconds(h * 3600) for h in hours] == [
+        "0 s", "60 s", "60 min", "27.6 h", "47.9 h", "2.0 days", "11.6 days", "2525 days",
+    ]  # fmt: skip
 
 
 def test_no_sentence_counts_with_a_plural_of_its_own() -> None:

@@ -91,7 +91,7 @@ def test_nobody_joins_a_gpu_that_is_kept_for_a_job_that_wants_all_of_it() -> Non
     plan = decide(node, replace(WHOLE, job_class=JobClass.GUARANTEED), share(8))
     assert [displace.attempt for displace in plan.displacements] == ["7.1"]
     assert not plan.starts
-    assert dict(plan.waits)[1] == "7.1 and 8.1 have to save and leave n1 first"
+    assert dict(plan.waits)[1] == "jobs 7 and 8 have to save and leave n1 first"
 
 
 def test_only_as_many_sharers_leave_as_must() -> None:

@@ -5,6 +5,7 @@ has 4.0, slurmd 9.6).
 """
 
 import configparser
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -94,3 +95,14 @@ def test_both_programs_are_watched_and_restarted() -> None:
         assert service["Restart"] == "always"
         assert int(service["WatchdogSec"].removesuffix("s")) > 0
         assert service["DevicePolicy"] == "closed"
+
+
+def test_a_package_depends_on_the_python_that_it_was_built_for() -> None:
+    """And on nothing that was true on one release alone; what the template leaves open is filled
+    in."""
+    folder = ROOT / "systemd" / "debian"
+    control, build = (folder / "control").read_text(), (folder / "build.sh").read_text()
+    assert "python3 (>= @PYTHON@), python3 (<< @PYTHON_NEXT@)" in control
+    assert all(f"s/{word}/" in build for word in re.findall("@[A-Z_]+@", control))
+    assert not re.search(r"python3\.\d", build)
+    assert "libstdc++6" in control, "gRPC's wheel brings none, and a small Ubuntu has none"

@@ -34,7 +34,7 @@ def test_an_unknown_key_names_the_nearest_right_one() -> None:
     [
         ({"steps": 0}, "'steps' must be a whole number of at least 1, not 0"),
         ({"steps": "many"}, "'steps' must be a whole number of at least 1, not 'many'"),
-        ({"steps": True}, "'steps' must be a whole number of at least 1, not True"),
+        ({"steps": True}, "'steps' must be a whole number of at least 1, not true"),
         ({"schedule": "cosin"}, "'schedule' must be one of cosine, linear, constant, not 'cosin'"),
         ({"held_out_ratio": 1.0}, "'held_out_ratio' must be a number above 0 and below 1, not 1.0"),
         ({"clip_norm": float("nan")}, "'clip_norm' must be a number of at least 0, not nan"),

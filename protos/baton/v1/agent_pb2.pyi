@@ -610,7 +610,7 @@ class AttemptRefused(_message.Message):
     reason: _builtins.str
     """Why this node cannot run it, in one sentence."""
     permanent: _builtins.bool
-    """True where another node would refuse it too: no such program, say."""
+    """True where another node would refuse it too, it seems: no such program, say. One is asked."""
     def __init__(
         self,
         *,
