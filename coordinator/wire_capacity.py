@@ -58,6 +58,7 @@ def _type_plan(plan: TypePlan) -> pb.TypePlan:
         stale=plan.stale,
         sentence=plan.sentence,
         rented_gpus=plan.rented_gpus,
+        need_reason=plan.need_reason,
     )
     message.boot.FromMilliseconds(plan.boot_ms)
     return message

@@ -80,6 +80,7 @@ class TypePlan(msgspec.Struct, frozen=True, kw_only=True):
     stale: bool
     sentence: str
     rented_gpus: int
+    need_reason: str
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

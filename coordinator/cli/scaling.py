@@ -97,6 +97,8 @@ def plan(context: click.Context, plot: Path | None) -> None:
         f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
     )
     for one in found.types:
+        if one.need_reason:
+            write_notice(f"{one.gpu_type}: {one.need_reason}")
         if one.sentence:
             write_notice(one.sentence)
     for decision in found.proposed:

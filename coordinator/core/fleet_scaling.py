@@ -23,6 +23,7 @@ The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unl
 configured; without a driver it is never `act`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -39,7 +40,7 @@ from coordinator.core import (
     scaling,
     wakes,
 )
-from coordinator.core.capacity_model import Box, Power
+from coordinator.core.capacity_model import Box, Outlook, Power
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.model import JobClass
@@ -111,6 +112,7 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     seen = consolidation.settled(state, seen)
     seen = rentals.outlooks(state, now, patience.outlooks(state, now, seen))
     seen = deadline_rentals.outlooks(state, now, boxes, seen)
+    scaler.outlooks = {each.gpu_type: each for each in seen}
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)
     plan = scaling.plan(
@@ -121,6 +123,23 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
         rentals.remembered(state, now, scaler.memory),
     )
     return rentals.named(state, now, plan)
+
+
+def present(state: State, now: Instant, seen: Sequence[Outlook]) -> list[Outlook]:
+    """As a plan would take them now, for those who only look: who may wait does not count, and of
+    what comes free as much as the last plan has believed. Nothing is changed by it."""
+    last = state.scaler.outlooks
+    found = [
+        replace(
+            each,
+            ending_gpus=last[each.gpu_type].ending_gpus,
+            ended_later_gpus=last[each.gpu_type].ended_later_gpus,
+        )
+        if each.gpu_type in last
+        else each
+        for each in seen
+    ]
+    return patience.outlooks(state, now, consolidation.settled(state, found))
 
 
 def count(state: State, now: Instant, off: int, on: int) -> None:
@@ -150,13 +169,13 @@ def mode_of(state: State, now: Instant) -> tuple[Mode, str]:
         return Mode.ADVISE, "`act` is configured, and no driver that could switch a node"
     if options.mode is not None:
         return options.mode, "as it is configured"
-    days = _history_ms(state, now) / 86_400_000
+    days = history_ms(state, now) / 86_400_000
     if days < HISTORY_MS / 86_400_000:
         return Mode.OBSERVE, f"there are {days:.1f} days of demand, and 14 are wanted first"
     return Mode.ADVISE, "there are 14 days of demand; `scaling_mode` may say `act`"
 
 
-def _history_ms(state: State, now: Instant) -> int:
+def history_ms(state: State, now: Instant) -> int:
     """Since the oldest minute that is known of the last fourteen days, if that long."""
     count = HISTORY_MS // MINUTE_MS
     oldest = state.demand_history.oldest_minute

@@ -31,6 +31,7 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     assert "14 are rented by the hour; 6 did not start; 7 are closed or lost" in row
     assert "mode advise: as it is configured; the plan is for 95% of cases" in result.stderr
     assert "`baton scale approve scale-7` carries out: suspend n3" in result.stderr
+    assert "H100: 11 GPUs are needed, and 10 wanted now: so" in result.stderr
     document = json.loads(baton("plan", "--json").stdout)
     assert document["types"][0]["coverage_ratio"] is None
     assert document["types"][0]["boot_s"] == 540

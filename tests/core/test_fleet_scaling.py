@@ -493,3 +493,25 @@ def test_what_people_are_shown_is_what_the_plan_acts_by() -> None:
     record = next(iter(fleet.rig.disk.scaled.values()))
     (shown,) = fleet.page().types
     assert (shown.need_gpus, shown.keep_gpus) == (record.need_gpus, record.keep_gpus) == (1, 2)
+
+
+def test_more_needed_than_run_and_wait_says_why() -> None:
+    """Four run, nobody waits, and nine are needed: whoever reads that wants to know of whom."""
+    fleet = ScaledRig.of(Mode.OBSERVE)
+    for _ in range(4):
+        fleet.submit()
+    fleet.live(61)
+    (shown,) = fleet.page().types
+    assert (shown.need_gpus, shown.need_reason) == (4, ""), "as many as run"
+    fleet.soon = 9.0
+    fleet.forecast()
+    (shown,) = fleet.page().types
+    assert (shown.running_gpus, shown.queued_gpus, shown.need_gpus) == (4, 0, 9)
+    assert shown.need_reason == (
+        "9 GPUs are needed, and 4 wanted now: in 95% of cases no more are wanted at once within"
+        " 2 min; demand is known for less than a day, so it is taken to rise by chance alone"
+    )
+    fleet.submit()
+    (shown,) = fleet.page().types
+    assert "and 5 wanted now" in shown.need_reason
+    assert "by the 4 that were wanted when that was forecast" in shown.need_reason

@@ -19,6 +19,7 @@ RECORD = ScaleRecord(
 PLAN = TypePlan(
     "H100", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
     boot_ms=540_000, soon_gpus=(9.0,), sentence="scale-7: so", rented_gpus=14,
+    need_reason="11 GPUs are needed, and 10 wanted now: so",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def test_a_plan_arrives_field_by_field() -> None:
         if field.name.endswith("_gpus") and isinstance(getattr(PLAN, field.name), int):
             assert getattr(one, field.name) == getattr(PLAN, field.name), field.name
     assert one.boot.seconds == 540
-    assert list(one.soon_gpus) == [9.0]
+    assert (list(one.soon_gpus), one.need_reason) == ([9.0], PLAN.need_reason)
     assert not one.HasField("coverage_ratio"), "not known is not zero"
     assert [decision.id for decision in sent.proposed] == ["scale-7"]
     empty = wire_capacity.encode_plan(PlanPage("observe", "", False, 0.95))

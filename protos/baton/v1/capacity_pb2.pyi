@@ -143,6 +143,7 @@ class TypePlan(_message.Message):
     STALE_FIELD_NUMBER: _builtins.int
     SENTENCE_FIELD_NUMBER: _builtins.int
     RENTED_GPUS_FIELD_NUMBER: _builtins.int
+    NEED_REASON_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     on_gpus: _builtins.int
     """On nodes that take work."""
@@ -173,6 +174,8 @@ class TypePlan(_message.Message):
     """What the newest decision says; empty: there is none."""
     rented_gpus: _builtins.int
     """On rented nodes, those that were ordered and are not there yet included; all are paid for."""
+    need_reason: _builtins.str
+    """Why more or fewer are needed than run and wait, one sentence; empty: it is as many."""
     @_builtins.property
     def boot(self) -> _duration_pb2.Duration:
         """From the order until a node is there, in 95 of 100 cases."""
@@ -209,10 +212,11 @@ class TypePlan(_message.Message):
         stale: _builtins.bool = ...,
         sentence: _builtins.str = ...,
         rented_gpus: _builtins.int = ...,
+        need_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "coverage_ratio", b"coverage_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "need_reason", b"need_reason", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coverage_ratio: _TypeAlias = _typing.Literal["coverage_ratio"]  # noqa: Y015
     _WhichOneofArgType__coverage_ratio: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio"]  # noqa: Y015
