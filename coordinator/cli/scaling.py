@@ -13,6 +13,7 @@ import click
 
 from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.cli.units import format_seconds
 from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
@@ -194,9 +195,9 @@ def list_(context: click.Context, count: int, gpu_type: str) -> None:
 def explain(context: click.Context, decision: str) -> None:
     """Show all that DECISION went by, and what came of it.
 
-    EXPECTED is what each alternative was expected to cost in work that waits, GPUs that idle and
-    cycles; REALISED what it would have cost in waiting and idling by the demand that came, and the
-    regret by how much the chosen one costs more than the cheapest.
+    EXPECTED is what each alternative was expected to cost in work that waits, GPUs that idle,
+    cycles and rent; REALISED what it would have cost by the demand that came, and the regret by how
+    much the chosen one costs more than the cheapest.
 
     \b
     Example:
@@ -268,14 +269,18 @@ def _show(one: "Decision") -> None:
     )
     there = f"{one.there_gpus} on or starting, {run}, {wait}"
     click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
+    inputs = "; ".join(_inputs(one))
+    if inputs:
+        write_sentence(inputs)
     cases = f"{_percent(one.level)} of cases"
     click.echo(f"planned for {cases}: {one.need_gpus} needed, {one.keep_gpus} kept on")
-    for name, gpus in (("until a start is there", one.soon_gpus), ("later", one.later_gpus)):
+    for span_s, gpus in ((one.soon_s, one.soon_gpus), (one.holds_s, one.later_gpus)):
         if gpus:
             said = ", ".join(
                 f"{level} {_gpus(value)}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
-            write_sentence(f"maximum demand {name}, GPUs: {said}")
+            within = format_seconds(round(span_s))
+            write_sentence(f"maximum demand within {within}, GPUs: {said}")
     if one.coverage_ratio is not None:
         click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
     click.echo(f"held back by: {one.rail_reason or 'nothing'}")
@@ -297,6 +302,21 @@ def _show(one: "Decision") -> None:
         write_notice(f"what came of it is known {one.holds_s / 3600:.1f} h after the decision")
     else:
         write_notice(f"{one.mean_gpus:.1f} GPUs were wanted; regret ${one.regret_usd:.2f}")
+
+
+def _inputs(one: "Decision") -> Iterator[str]:
+    """What else it went by, where there was any of it."""
+    if one.frees_s is not None:
+        yield f"a node is expected to free within {format_seconds(round(one.frees_s))}"
+    if one.rent_usd is not None:
+        yield f"a rented GPU costs ${one.rent_usd:.2f} an hour"
+    if one.patient_gpus:
+        yield f"{one.patient_gpus} more may wait"
+    if one.ending_gpus:
+        yield f"{quantity(one.ending_gpus, 'comes', 'come')} free before a start would be there"
+    if one.late_jobs:
+        jobs = ", ".join(map(str, one.late_jobs))
+        yield f"{quantity(one.late_gpus, 'GPU')} more would keep the deadlines of: {jobs}"
 
 
 def _percent(ratio: float) -> str:

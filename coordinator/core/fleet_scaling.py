@@ -184,7 +184,10 @@ def history_ms(state: State, now: Instant) -> int:
 
 
 def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mode) -> None:
-    scaler, outlook = state.scaler, decision.outlook
+    scaler, outlook, options = state.scaler, decision.outlook, state.options
+    soon_min, _ = demand_forecast.minutes_ahead(state, decision.gpu_type)
+    rents = options.scaling.rules.bursts.get(decision.gpu_type)
+    frees_ms = outlook.frees_ms  # in the plan's time
     scaler.last_number += 1
     record = ScaleRecord(
         scaler.last_number,
@@ -202,11 +205,20 @@ def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mo
         outlook.soon_gpus,
         outlook.later_gpus,
         outlook.coverage,
-        tuple(Choice(each.name, each.gpus, each.usd) for each in decision.alternatives),
+        tuple(
+            Choice(each.name, each.gpus, each.usd, each.fixed_usd) for each in decision.alternatives
+        ),
         decision.rail.name.lower() if decision.rail else "",
         decision.rail.value if decision.rail else "",
         _deeds(plan, decision),
-        state.options.scaling.rules.later_ms // MINUTE_MS,
+        options.scaling.rules.later_ms // MINUTE_MS,
+        soon_ms=soon_min * options.demand_minute_ms,
+        frees_ms=None if frees_ms is None else plan_time.wall_ms(options, frees_ms),
+        rent_usd=None if rents is None else rents.usd_per_gpu_h,
+        patient_gpus=outlook.patient_gpus,
+        ending_gpus=outlook.ending_gpus,
+        late_gpus=outlook.late_gpus,
+        late_jobs=outlook.late_jobs,
     )
     put(state, record)
     scaler.proposed.pop(record.gpu_type, None)

@@ -80,7 +80,10 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
         "scale-7: 1 node of H100 goes off (n3)",
         "4 on or starting, 1 runs, 2 wait, 3 of them guaranteed",
         "planned for 95% of cases: 5 needed, 6 kept on",
-        "maximum demand later, GPUs: 2.5% 1, 5% 2",
+        "a node is expected to free within 2h00m; a rented GPU costs $3.90 an hour; 7 more",
+        "8 come free before a start would be there; 9 GPUs more would keep the deadlines",
+        "maximum demand within 10m00s, GPUs: 2.5% 1, 5% 2",
+        "maximum demand within 2h00m, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",
         "proposed: suspend n3",
     ):

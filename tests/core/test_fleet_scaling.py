@@ -449,6 +449,16 @@ def test_hindsight_knows_the_cheapest_and_says_nothing_of_what_is_unknown() -> N
     assert hindsight(replace(record, alternatives=()), [2.0] * 60, 1.0, 0.1) is None
 
 
+def test_what_is_rented_or_cycled_costs_as_much_in_hindsight() -> None:
+    """Two that were rented are no better than one that waited, only because they were there."""
+    choices = (Choice("do nothing", 0, 2.0), Choice("chosen", 2, 8.0, fixed_usd=8.0))
+    words = (1, 0, "h100", "act", "", 0.95, 0, 0, 0, 0, 0, 0)
+    found = hindsight(ScaleRecord(*words, alternatives=choices, minutes=60), [2.0] * 60, 1.0, 0.1)
+    assert found is not None
+    assert found.usd == pytest.approx((2.0, 8.0))
+    assert found.regret_usd == pytest.approx(6.0)
+
+
 def test_a_decision_is_judged_when_its_time_is_over() -> None:
     fleet = ScaledRig.of(Mode.ADVISE)
     fleet.rig.options = replace(

@@ -100,6 +100,8 @@ def test_a_burst_is_rented_when_waiting_costs_more() -> None:
     created = decided([busy(1)], longer, rules).actions
     assert [each.verb for each in created] == [Verb.CREATE]
     assert len(created[0].nodes) == 1
+    *_, chosen = decided([busy(1)], longer, rules).decisions[0].alternatives
+    assert (chosen.name, chosen.fixed_usd) == ("chosen", 32.0), "eight for two hours"
     late = replace(waits, late_gpus=1)
     assert decided([busy(1)], late, rules).actions == created
     asks = decided([busy(1)], longer, replace(rules, spends_alone=False))
