@@ -34,6 +34,7 @@ from coordinator.config import (
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.found import unread
+from coordinator.core.linear import Linear, Optimum
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
@@ -260,7 +261,14 @@ def _advise(
     stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
 ) -> None:
     outlets = Outlets(config.lease_file, config.lease_webhook)
-    advisor = LeaseAdvisor(shell.leases_made, outlets, clock, logging_setup.emit)
+    solves = importlib.util.find_spec(SOLVER_MODULE) is not None
+    advisor = LeaseAdvisor(
+        shell.leases_made,
+        outlets,
+        clock,
+        logging_setup.emit,
+        solve=_solve_linear if solves else None,
+    )
     shell.lease_by(advisor)
 
     def ended(reason: str) -> None:
@@ -387,6 +395,15 @@ def _options(config: Config) -> Options:
 def _solve(columns: Columns) -> Solved:
     solve = _solver()
     return unsolved(columns) if solve is None else solve(columns)
+
+
+def _solve_linear(program: Linear) -> Optimum | None:
+    """Of leases, where work may wait."""
+    if _solver() is None:
+        return None
+    from coordinator.lease_solver import solve
+
+    return solve(program)
 
 
 @cache

@@ -60,6 +60,8 @@ class Use(msgspec.Struct, frozen=True, kw_only=True):
     lease_usd: float | None
     burst_usd: float | None
     wanted_gpus: list[float]
+    flexible_ratio: float
+    flexible_hours: int
 
 
 class Lot(msgspec.Struct, frozen=True, kw_only=True):
