@@ -72,6 +72,14 @@ def test_the_emptiest_takes_no_new_work_and_goes_off_when_it_is_ripe() -> None:
     assert "1 node of H100 goes off (n03)" in found.decisions[0].sentence
 
 
+def test_a_margin_stays_on_beyond_what_is_likely() -> None:
+    boxes = [busy(1), box(2), box(3)]
+    wanted = outlook(8, soon=8, later=15)
+    assert decided(boxes, wanted).leaving == ("n02",)
+    kept = decided(boxes, wanted, replace(RULES, margin_ratio=0.1))
+    assert kept.leaving == (), "17 of 24"
+
+
 def test_who_leaves_is_back_when_needed() -> None:
     boxes = [busy(1), box(2, Power.LEAVING)]
     assert decided(boxes, outlook(8, soon=8, later=8)).leaving == ("n02",)
