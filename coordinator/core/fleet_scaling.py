@@ -7,7 +7,8 @@ what is needed.
 How, each `interval_ms`, and sooner where a new job waits while nodes are closed for this:
 1. Every node with GPUs becomes a box. One that a person or its health has closed, or that is not in
    touch without having been switched off, is closed: no capacity, and never touched. One that holds
-   what lies nowhere else is `uploading`. A node is idle since the last time that something ran.
+   what lies nowhere else is `uploading`. A node is idle since the last time that something ran,
+   ours or, by what its GPUs say (`readings.py`), somebody else's.
 2. The plan is made, its decisions become records (`scale_records.py`), and are logged.
 3. Only where the mode is `act` anything follows: nodes that are to take no new work are closed to
    it and emptied by handoff where that pays (`consolidation.py`), those that may go are drained and

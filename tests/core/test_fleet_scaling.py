@@ -4,7 +4,7 @@ Problem: `test_scaling.py` knows that a plan is right about boxes. Here it is no
 people, and drivers: whatever is translated wrongly switches off what is needed.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,7 +33,7 @@ from coordinator.core.messages import (
     RequestBody,
     Submit,
 )
-from coordinator.core.model import JobClass, JobSpec
+from coordinator.core.model import GpuReading, JobClass, JobSpec
 from coordinator.core.phases import NodeIntent
 from coordinator.core.scale_requests import (
     ApproveScaling,
@@ -53,6 +53,7 @@ NAMES = ("n1", "n2", "n3", "n4")
 RULES = Rules(idle_ms_min=60_000, cycle_usd_per_gpu=0.0, bounds=Bounds(spares_min=0, up_ms_min=0))
 
 
+@dataclass
 class ScaledRig(SwitchedRig):
     """Everybody who is not dark is heard each second, a forecast comes each minute, and the driver
     switches off whom it is told to."""
@@ -61,6 +62,7 @@ class ScaledRig(SwitchedRig):
     soon: float = 0.0
     later: float = 0.0
     deaf: str = ""  # the node of whom the driver knows nothing
+    used: dict[str, float] = field(default_factory=dict)  # by nobody of ours; the part of the time
 
     @classmethod
     def of(cls, mode: Mode | None, **power: object) -> "ScaledRig":
@@ -78,7 +80,12 @@ class ScaledRig(SwitchedRig):
             self.beats += 1
             for live in list(self.rig.core.state.nodes.values()):
                 if live.session is not None:
-                    self.handle(FromAgent(live.session, Heartbeat(self.beats)))
+                    read = tuple(
+                        GpuReading(uuid, used_ratio=self.used[live.node.id])
+                        for uuid in live.gpus
+                        if live.node.id in self.used
+                    )
+                    self.handle(FromAgent(live.session, Heartbeat(self.beats, gpus=read)))
             effects += self.wait(1_000)
             for name in NAMES:
                 if self.power(name) is Power.STOPPING:
@@ -166,6 +173,20 @@ def test_idle_nodes_go_off_one_by_one_and_come_back_ahead_of_need() -> None:
     records = list(fleet.rig.disk.scaled.values())
     assert records[0].deeds[0].verb == "suspend" or records[0].rail
     assert any(deed.nodes == (gone,) for record in records for deed in record.deeds)
+
+
+def test_a_node_that_somebody_uses_past_us_is_not_idle() -> None:
+    """By hand, or by another scheduler: his work is lost with the power as ours would be."""
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.used = {"n1": 0.9, "n2": 0.02}  # a screen takes a percent or two
+    fleet.live(900)
+    powers = fleet.powers()
+    assert powers["n1"] in ("on", "leaving")
+    assert powers["n2"] == "off"
+    assert "off" in (powers["n3"], powers["n4"])
+    fleet.used = {}
+    fleet.live(1_500)
+    assert powers["n1"] != fleet.powers()["n1"] == "off"
 
 
 def test_who_comes_while_nodes_are_closed_for_going_waits_a_moment() -> None:
