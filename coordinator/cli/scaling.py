@@ -14,7 +14,7 @@ import click
 
 from coordinator.cli import scaling_plot
 from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
-from coordinator.cli.settings import common_options, settings_of
+from coordinator.cli.settings import EXIT_FAILED, CommandFailed, common_options, settings_of
 from coordinator.cli.units import format_seconds
 from coordinator.core.sentences import quantity
 
@@ -61,11 +61,18 @@ def _connect(context: click.Context) -> "CapacityClient":
     return CapacityClient(settings_of(context))
 
 
-def _demand(context: click.Context, gpu_type: str, period_min: int) -> "Told":
+def _demand(context: click.Context, gpu_type: str, period_min: int) -> "Told | None":
+    """`None` where the coordinator says that there is none: nobody has ever wanted that type."""
     from coordinator.cli.demand_client import DemandClient
 
-    with DemandClient(settings_of(context)) as client:
-        return client.demand(gpu_type, "", "", period_min)
+    try:
+        with DemandClient(settings_of(context)) as client:
+            return client.demand(gpu_type, "", "", period_min)
+    except CommandFailed as error:
+        if error.exit_code != EXIT_FAILED:
+            raise
+        write_notice(f"no demand of {gpu_type} is drawn: {error}")
+        return None
 
 
 @click.command(short_help="Show what the fleet should be now.")

@@ -35,7 +35,7 @@ Point = tuple[float, float]
 def draw_plan(
     path: Path,
     types: "Sequence[TypePlan]",
-    told: "Sequence[Told]",
+    told: "Sequence[Told | None]",
     decisions: "Sequence[Decision]",
     now: datetime | None,
 ) -> None:
@@ -45,7 +45,8 @@ def draw_plan(
 
     curves: list[Curve] = []
     for one, demand in zip(types, told, strict=True):
-        parts = _known(demand.gpus[-HOURS_SHOWN * 60 // PERIOD_MIN :], PERIOD_MIN)
+        gpus = () if demand is None else demand.gpus[-HOURS_SHOWN * 60 // PERIOD_MIN :]
+        parts = _known(gpus, PERIOD_MIN)
         if not parts:
             continue
         begin_h = parts[0][0][0]
@@ -63,7 +64,7 @@ def draw_plan(
     _write(path, Chart("Demand and the fleet", "time from now, h", "GPUs", curves, mark_x=0.0))
 
 
-def draw_decision(path: Path, one: "Decision", told: "Told") -> None:
+def draw_decision(path: Path, one: "Decision", told: "Told | None") -> None:
     """What was wanted before it and came after, what was expected, and what each alternative has
     there. Raises `CommandFailed`."""
     from coordinator.sim.svg import Chart, Curve
@@ -71,7 +72,7 @@ def draw_decision(path: Path, one: "Decision", told: "Told") -> None:
     assert one.time is not None
     holds_h = one.holds_s / S_PER_H
     parts = []
-    if told.begin is not None:
+    if told is not None and told.begin is not None:
         begin_h = (told.begin - one.time).total_seconds() / S_PER_H
         newest_h = begin_h + (len(told.gpus) - 1) * told.period_min / 60
         shown = [

@@ -88,6 +88,23 @@ def test_the_plot_shows_demand_and_what_is_on(
     assert "there is no demand to be drawn yet" in empty.stderr
 
 
+def test_a_type_that_nobody_ever_wanted_spoils_no_plot(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    idle = replace(PLAN, gpu_type="L4")
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(replace(PAGE, types=(idle, PLAN)))]
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse()]
+    fake.answers["GetDemand"] = [
+        Refusal(grpc.StatusCode.NOT_FOUND, "nothing of GPU type 'L4' was ever wanted"),
+        demand_pb2.GetDemandResponse(period_minutes=10, gpus=[1, 2, 3]),
+    ]
+    path = tmp_path / "fleet.svg"
+    shown = baton("plan", "--plot", str(path))
+    assert shown.exit_code == 0, shown.stderr
+    assert "no demand of L4 is drawn: nothing of GPU type 'L4'" in shown.stderr
+    assert "H100: wanted" in path.read_text("utf-8")
+
+
 def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoordinator) -> None:
     decided = [wire_capacity.encode_decision(one) for one in (WHOLE, JUDGED)]
     fake.answers["GetDecision"] = [pb.GetDecisionResponse(decision=one) for one in decided]
