@@ -11,7 +11,7 @@ copy is noted (`unlisted`), somebody reads beside the loop what it says of itsel
 here on. Whether it was committed it does not say, and that is not needed: nobody who has forgotten
 the commits can have another one's in its place, and only an attempt that held the job has a higher
 epoch. So it is done for a job that is held because of the copy; for one that runs, of its attempt's
-own alone. Ranks' parts are not put together.
+own alone, and of what it says that it continues. Ranks' parts are not put together.
 """
 
 from collections.abc import Mapping
@@ -57,9 +57,12 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
 
 def _is_last(state: State, job: Job, manifest: Manifest) -> bool:
     """Whether it can only be of the time after the copy, and is later than what is known."""
-    unsure = restored.is_unsure(job)
-    if not unsure and (job.phase is not JobPhase.ACTIVE or manifest.epoch != job.epoch):
-        return False
+    if not restored.is_unsure(job):
+        attempt = state.current(job)
+        if job.phase is not JobPhase.ACTIVE or attempt is None:
+            return False
+        if manifest.epoch != job.epoch and manifest.digest != attempt.restored_digest:
+            return False
     kept = state.checkpoints.get(job.id, ())
     head = next(((one.epoch, one.step) for one in kept if one.digest == job.head), (0, 0))
     forgotten = state.numbering.may_be_forgotten(job.id, manifest.epoch)

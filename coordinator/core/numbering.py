@@ -23,7 +23,8 @@ EPOCHS_PER_S = 1
 class Numbering:
     """Of a job above `remembered_job_id` that is not known, nodes may know; without it (`None`: the
     store was never put back) all that are not known have been forgotten. Of jobs up to
-    `copied_job_id`, epochs below `epoch_floor` may have been given and not be known."""
+    `copied_job_id`, which no job has that is submitted from here on, epochs below `epoch_floor` may
+    have been given and not be known."""
 
     remembered_job_id: int | None = None
     copied_job_id: int = 0
@@ -57,9 +58,10 @@ def put_back(before: Numbering, last_job_id: int, epoch_max: int, age_ms: int) -
     age_s = max(0, age_ms) // 1_000
     epochs = EPOCHS_MIN + EPOCHS_PER_S * age_s
     remembered = before.remembered_job_id
+    copied_job_id = last_job_id + JOB_IDS_MIN + JOB_IDS_PER_S * age_s
     numbering = Numbering(
         last_job_id if remembered is None else min(remembered, last_job_id),
-        last_job_id,
+        copied_job_id,
         max(before.epoch_floor, epoch_max) + epochs,
     )
-    return PutBack(numbering, last_job_id + JOB_IDS_MIN + JOB_IDS_PER_S * age_s, epochs)
+    return PutBack(numbering, copied_job_id, epochs)

@@ -6,8 +6,8 @@ an epoch that has later ones swept. After a copy was put back, both are wrong.
 
 How: numbers go on above all that may have been given (`numbering.py`). Of what is open in the copy,
 a job goes on if its node says that it runs; any other is held until somebody says what is to be
-(`held`). An attempt that can only be of the time after the copy is taken back, if its job is known
-and has one rank; else it is left alone, and shown. So it is, too, where nobody has said that the
+(`held`). An attempt that can only be of the time after the copy is taken back (`taken_back.py`);
+where that cannot be, it is left alone, and shown. So it is, too, where nobody has said that the
 store is a copy: no attempt has a job id or an epoch that was not given. What is further above than
 any copy's age explains, a node says in error, and it counts for nothing: else one that lies would
 have all ids used up.
@@ -16,9 +16,7 @@ have all ids used up.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from coordinator.core import ranks, standby
 from coordinator.core.capacity_model import Power
-from coordinator.core.ledger import attempt_parts
 from coordinator.core.messages import (
     AppendEvent,
     HeldAttempt,
@@ -89,7 +87,7 @@ def confirm(state: State, job: Job) -> None:
 
 def is_newer(state: State, item: HeldAttempt) -> bool:
     """Whether it can only have been ordered after what the store knows."""
-    job_id, epoch = _named(item.attempt)
+    job_id, epoch = named(item.attempt)
     job = state.jobs.get(job_id)
     if job is not None:
         most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
@@ -104,40 +102,6 @@ def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
     known = state.attempts.get(item.attempt)
     lost = known is not None and known.phase is AttemptPhase.LOST
     return lost and job.phase is JobPhase.HELD and is_unsure(job)
-
-
-def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> bool:
-    """An attempt of a known job that was ordered after the copy is its job's from here on. False
-    where that cannot be; then it is left alone."""
-    job_id, epoch = _named(item.attempt)
-    # Its id is not given again, whoever it belongs to.
-    state.last_job_id = max(state.last_job_id, job_id)
-    job = state.jobs.get(job_id)
-    if job is None or job.spec.ranks > 1 or job.phase is JobPhase.CANCELLING:
-        return False
-    for rank in state.gang(job):
-        if rank.phase not in ATTEMPT_ENDED:
-            ranks.lose(state, now, rank, f"{item.attempt} took its place after the copy was made")
-    job = state.jobs[job_id]
-    if job.phase not in (JobPhase.QUEUED, JobPhase.ACTIVE):
-        job = state.put_job(replace(job, phase=JobPhase.QUEUED, ended_unix_ms=None))
-    reason = f"taken back: it runs on {live.node.id} since before the copy was put back"
-    state.put_job(
-        replace(job, phase=JobPhase.ACTIVE, intent=JobIntent.RUN, epoch=epoch, reason=reason)
-    )
-    state.put_attempt(
-        Attempt(
-            job_id, epoch, live.node.id, item.gpu_uuids, AttemptPhase.RUNNING, now.unix_ms,
-            started_unix_ms=now.unix_ms,
-            replica_node=standby.choose(state, job, live.node.id),
-            quota_parts=attempt_parts(job.spec, item.gpu_uuids, live.node.gpus),
-        )
-    )  # fmt: skip
-    state.tell(
-        now.unix_ms, job_id, "attempt.taken_back", reason,
-        attempt=item.attempt, node=live.node.id,
-    )  # fmt: skip
-    return True
 
 
 def tell_behind(state: State, live: LiveNode) -> None:
@@ -171,8 +135,10 @@ def describe(state: State, live: LiveNode) -> str:
 
 def _advice(attempt: str) -> str:
     return (
-        "the coordinator's database does not know it, and leaves it alone; it ends by itself, or"
-        f" by `systemctl stop baton-job-{attempt}.service` on its node"
+        "the coordinator's database does not know it, and leaves it alone: its agent is too old to"
+        " say what it is, or other ranks of its job are not there. It ends by itself, or with its"
+        f" process on its node (`systemctl stop baton-job-{attempt}.service`, where jobs are"
+        " services)"
     )
 
 
@@ -183,6 +149,7 @@ def follows_forgotten(state: State, job: Job, attempt: Attempt, parent: str) -> 
     return bool(parent) and not known and forgotten
 
 
-def _named(attempt: str) -> tuple[int, int]:
+def named(attempt: str) -> tuple[int, int]:
+    """Job and epoch of an attempt, by its id."""
     job_id, epoch = attempt.split(".")[:2]
     return int(job_id), int(epoch)

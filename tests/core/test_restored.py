@@ -3,9 +3,11 @@ number is given twice. The copy is of T0; what happens until T1 the rig's disk t
 With real processes: `tests/e2e/test_restarts.py`."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
+from coordinator.core import restored
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
 from coordinator.core.found import unread
 from coordinator.core.messages import (
@@ -16,6 +18,7 @@ from coordinator.core.messages import (
     ExplainJob,
     Explanation,
     FromAgent,
+    Heartbeat,
     HeldAttempt,
     Hello,
     ListNodes,
@@ -30,11 +33,13 @@ from coordinator.core.messages import (
     StopAttempt,
     Submit,
     Tick,
+    Welcome,
 )
 from coordinator.core.model import JobSpec, Snapshot
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.restored import UNSURE, held
+from coordinator.core.state import LiveNode
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Disk
 from tests.core.test_gangs import HOST, Box
 
@@ -69,7 +74,8 @@ class World:
             rig.core.state.numbering = back.numbering
 
     def hello(self, *attempts: str, node: int = 0, checkpoints: tuple[str, ...] = ()) -> None:
-        """Of a node that is in already it says what it has now."""
+        """Of a node that is in already it says what it has now. `asked`: of which it is asked what
+        they are."""
         held_attempts = tuple(HeldAttempt(one, ()) for one in attempts)
         name = f"n{node}"
         hello = Hello(
@@ -82,16 +88,25 @@ class World:
             for effect in self.box.rig.handled[-2][2]
             if isinstance(effect, Log) and effect.event.startswith("store.")
         ]
+        welcomes = [order for order in self.box.sent if isinstance(order, Welcome)]
+        self.asked = welcomes[0].unknown
 
-    def read(self, *manifests: Manifest, node: int = 0) -> tuple[str, ...]:
+    def answer(self, *held_attempts: HeldAttempt, node: int = 0) -> None:
+        self.box.rig.now_ms += 1_000
+        self.box.take(FromAgent(node, Heartbeat(self.box.rig.now_ms, attempts=held_attempts)))
+
+    def read(self, *manifests: Manifest, node: int = 0, job_id: int = 1) -> tuple[str, ...]:
         """Somebody has read these there. What of its job the coordinator knows then, the last
         checkpoint first."""
         digests = tuple(one.digest for one in manifests)
         self.box.take(Request(2, NoteManifests(f"n{node}", digests, manifests)))
         state = self.box.rig.core.state
-        known = tuple(one.digest for one in state.good_checkpoints(state.jobs[1]))
-        assert known[:1] == (state.jobs[1].head,)
+        known = tuple(one.digest for one in state.good_checkpoints(state.jobs[job_id]))
+        assert known[:1] == (state.jobs[job_id].head,)
         return known
+
+    def node(self, number: int) -> LiveNode:
+        return self.box.rig.core.state.nodes[f"n{number}"]
 
     def phase(self, job_id: int) -> JobPhase:
         return self.box.rig.core.state.jobs[job_id].phase
@@ -267,15 +282,82 @@ def test_what_was_out_of_reach_goes_on_when_it_is_back() -> None:
     assert world.killed() == ["1.1"]
 
 
-def test_a_gang_of_a_later_epoch_is_left_alone_and_not_started_beside_it() -> None:
-    world = World()
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_gang_of_a_later_epoch_is_taken_back_once_all_its_ranks_are_there(last: int) -> None:
+    """Each on a node of its own. Until then they are left alone, and none is started beside it."""
+    world = World("n1:1")
     world.submit(ranks=2)
     world.go_back(world.copy())
-    world.hello("1.2.0", "1.2.1")
+    world.hello(f"1.2.{1 - last}", node=1 - last)
     assert world.started() == []
-    assert world.killed() == ["1.1.1"]  # with the rank that the copy has beside it
-    assert world.phase(1) is JobPhase.HELD
-    assert "runs 1.2.0 and 1.2.1" in world.why()
+    assert world.killed() == ["1.1.1"] * last  # with the rank that the copy has beside it
+    assert restored.describe(world.box.rig.core.state, world.node(1 - last))
+    world.hello(f"1.2.{last}", node=last)
+    state = world.box.rig.core.state
+    assert (world.started(), world.killed(), world.phase(1)) == ([], [], JobPhase.ACTIVE)
+    assert [rank.node for rank in state.gang(state.jobs[1])] == ["n0", "n1"]
+    assert not any(live.strays or live.unknown for live in state.nodes.values())
+    assert state.attempts["1.1.0"].phase is AttemptPhase.LOST
+    world.box.say("1.2.0", CheckpointProposed("aa", "xx", 7, 1, ("n0",), 2))
+    world.box.say("1.2.1", CheckpointProposed("bb", "yy", 7, 1, ("n1",), 2))
+    assert (state.jobs[1].head, state.jobs[1].head_step) == ("aa", 7)
+    for rank in range(2):
+        world.box.say(f"1.2.{rank}", AttemptExited(0))
+    assert world.phase(1) is JobPhase.SUCCEEDED
+
+
+SPEC = JobSpec(command=("x", "5"), project="p", max_restarts=7, array="0-9", hold=True)
+
+
+def test_a_job_that_nobody_knows_is_what_its_node_was_told_to_run() -> None:
+    world = World()
+    world.submit()
+    copy = world.copy()
+    world.submit()
+    world.go_back(copy)
+    world.hello("1.1", "2.3", checkpoints=("cc", "ee"))
+    assert world.asked == ("2.3",)
+    assert "runs 2.3: the coordinator's database does not know it" in world.why()
+    world.answer(HeldAttempt("1.1", ()), HeldAttempt("2.3", (), spec=SPEC, checkpoint="cc"))
+    state = world.box.rig.core.state
+    assert world.why() == ""
+    job = world.box.rig.disk.jobs[2]
+    assert (job.phase, job.epoch) == (JobPhase.ACTIVE, 3)
+    assert job.spec == replace(SPEC, array="", hold=False)
+    # What it continues is its last checkpoint, whoever has made it; of others nobody knows that.
+    manifests = Manifest("cc", 2, 2, 7, "bb", 1), Manifest("ee", 2, 1, 9, "aa", 1)
+    assert world.read(*manifests, job_id=2) == ("cc",)
+    world.box.say("2.3", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
+    assert (state.jobs[2].head, state.jobs[2].head_step) == ("dd", 9)
+    world.box.say("2.3", AttemptExited(1))
+    assert world.started() == [f"2.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
+
+
+def test_a_gang_that_nobody_knows_is_taken_back_when_all_its_nodes_have_told_it() -> None:
+    world = World("n1:1")
+    spec = replace(SPEC, ranks=2)
+    world.go_back(world.copy())
+    for node in (1, 0):
+        world.hello(f"7.2.{node}", node=node)
+        assert 7 not in world.box.rig.core.state.jobs
+        told = HeldAttempt(f"7.2.{node}", (), spec=spec, checkpoint=f"c{node}")
+        world.answer(told, node=node)
+        world.answer(HeldAttempt(f"7.2.{node}", ()), node=node)
+    state = world.box.rig.core.state
+    assert [rank.restored_digest for rank in state.gang(state.jobs[7])] == ["c0", "c0"]
+    assert world.phase(7) is JobPhase.ACTIVE
+    world.box.say("7.2.0", AttemptExited(signal=9))
+    assert world.killed() == ["7.2.1"]
+
+
+def test_what_a_node_says_of_a_job_is_not_taken_for_one_if_it_can_be_none() -> None:
+    world = World()
+    world.go_back(world.copy())
+    world.hello("2.1")
+    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1)):
+        world.answer(HeldAttempt("2.1", (), spec=spec))
+        assert world.box.rig.core.state.jobs == {}
+    assert "runs 2.1" in world.why()
 
 
 def test_what_has_been_forgotten_is_still_killed() -> None:
@@ -310,7 +392,7 @@ def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
     assert again.leader_epochs > first.leader_epochs + 50
     second = put_back(first.numbering, first.last_job_id + 5, 3, -1)
     assert second.numbering.remembered_job_id == 7
-    assert second.numbering.copied_job_id == first.last_job_id + 5
+    assert second.numbering.copied_job_id == second.last_job_id
     assert second.last_job_id == first.last_job_id + 5 + JOB_IDS_MIN
     assert second.numbering.epoch_floor == first.numbering.epoch_floor + EPOCHS_MIN
     assert list(held(Snapshot(), 0, 1)) == []
