@@ -115,7 +115,9 @@ def _copy(store: Path, scratch: Path, unix_ms: int) -> None:
         source.backup(copy)
         # The copy has the mode of its source; one file is enough for it.
         copy.execute("PRAGMA journal_mode = DELETE")
-        copy.execute(load_queries().mark_copy, {"unix_ms": unix_ms})
+        queries = load_queries()
+        copy.execute(queries.mark_copy, {"unix_ms": unix_ms})
+        copy.execute(queries.mark_copy_leader)
         findings = [row[0] for row in copy.execute("PRAGMA quick_check")]
         if findings != ["ok"]:
             raise BackupError(f"the database is damaged: {findings[0]}")

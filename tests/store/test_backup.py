@@ -81,6 +81,22 @@ async def test_a_copy_of_a_copy_is_as_old_as_the_first(world: SqliteWorld, tmp_p
     assert (await read_all(SqliteWorld(tmp_path / "three"))).copied_unix_ms == NOW_MS
 
 
+async def test_what_an_older_coordinator_has_worked_with_is_no_copy_any_more(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """It takes the lead as any does, and leaves the mark; an upgrade later may not hold its jobs.
+    What is copied from there is a copy of that day."""
+    copy = SqliteWorld(tmp_path / "copy.sqlite3")
+    await write_all(world, whole(1))
+    backup(world.path, copy.path, NOW_MS - 900_000)
+    with closing(sqlite3.connect(copy.path, isolation_level=None)) as older:
+        older.execute("UPDATE leader SET epoch = epoch + 1")
+    backup(copy.path, tmp_path / "later", NOW_MS)
+    found = await read_all(copy)
+    assert (found.copied_unix_ms, found.last_job_id, found.jobs[0].reason) == (0, 1, "")
+    assert (await read_all(SqliteWorld(tmp_path / "later"))).copied_unix_ms == NOW_MS
+
+
 async def test_what_goes_wrong_leaves_the_copy_of_before(
     world: SqliteWorld, tmp_path: Path
 ) -> None:
