@@ -16,11 +16,11 @@ from coordinator.core.phases import GpuPhase, NodePhase
 @dataclass(frozen=True, slots=True)
 class StandbyWatch:
     """Of one attempt (`standby.py`): when its standby moved last, since when a node fits better,
-    and at which nodes no copies of it arrived, and when that was seen."""
+    and at which nodes no copies of it arrived, when that was seen, and how often."""
 
     moved_ms: int | None = None
     better_since_ms: int | None = None
-    failed: tuple[tuple[str, int], ...] = ()
+    failed: tuple[tuple[str, int, int], ...] = ()
 
 
 # How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).
