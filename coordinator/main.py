@@ -76,6 +76,10 @@ CLOSE_GRACE_S = 1.0
 SOLVER_MODULE = "highspy"
 
 
+class Failed(Exception):
+    """It had started; what is an operator's to mend at the start is none of his now."""
+
+
 class SystemClock:
     def now_ms(self) -> int:
         return time.monotonic_ns() // 1_000_000
@@ -302,8 +306,14 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     notifier = Notifier(os.environ)
     loop = asyncio.get_running_loop()
 
-    def leave() -> None:
+    def leave(number: signal.Signals) -> None:
         notifier.stopping()
+        told = (
+            ("signal", number.name),
+            ("running", shell.running_jobs()),
+            ("grace_ms", round(CLOSE_GRACE_S * 1_000)),
+        )
+        logging_setup.emit("info", "coordinator.stopping", told)
         shell.leave()
 
     def reload() -> None:
@@ -311,7 +321,7 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
         config = _reload(config, arguments, notifier)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, leave)
+        loop.add_signal_handler(number, leave, number)
     loop.add_signal_handler(signal.SIGHUP, reload)
     beside = [
         asyncio.create_task(_watch(shell, notifier)),
@@ -320,6 +330,9 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     notifier.ready()
     try:
         await shell.run()
+    except OSError as error:
+        logging_setup.emit("critical", "coordinator.failed", (("reason", _in_words(error)),))
+        raise Failed from error
     finally:
         for task in beside:
             task.cancel()
