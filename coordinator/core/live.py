@@ -8,6 +8,7 @@ it anew; so it lies apart from what is durable (`model.py`).
 from dataclasses import dataclass, field
 
 from coordinator.core.boot_times import BootTimes
+from coordinator.core.checkpoint_requests import Manifest
 from coordinator.core.link_messages import HeldAttempt
 from coordinator.core.model import GpuFacts, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
@@ -74,7 +75,7 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
     time without a session.
-    `clock_wrong`: `clocks.py`; `unlisted`: `found.py`; `unknown`: `taken_back.py`.
+    `clock_wrong`: `clocks.py`; `unlisted`, `parts_found`: `found.py`; `unknown`: `taken_back.py`.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -105,6 +106,7 @@ class LiveNode:
     rival: Rival | None = None
     clock_wrong: bool = False
     unlisted: tuple[str, ...] = ()
+    parts_found: dict[str, Manifest] = field(default_factory=dict)
     unknown: dict[str, HeldAttempt] = field(default_factory=dict)
 
 

@@ -70,7 +70,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     # Of a node that is new here nothing says which copies it was believed to hold.
     pieces = state.indices.pieces if known is None else {**live.digests, **present}
     job_ids = state.indices.jobs_of(pieces)
-    live.unlisted = found.unlisted(state, present)
+    live.unlisted, live.parts_found = found.unlisted(state, present), {}
     checkpoints.reconcile_copies(state, live.node.id, present, job_ids)
     parts.reconcile(state, live.node.id, present, job_ids)
     _reconcile(state, now, live, body.attempts, whole=True)

@@ -35,7 +35,7 @@ from coordinator.core.messages import (
     Tick,
     Welcome,
 )
-from coordinator.core.model import JobSpec, Snapshot
+from coordinator.core.model import JobSpec, Part, Snapshot
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.restored import UNSURE, held
@@ -102,7 +102,7 @@ class World:
         self.box.take(Request(2, NoteManifests(f"n{node}", digests, manifests)))
         state = self.box.rig.core.state
         known = tuple(one.digest for one in state.good_checkpoints(state.jobs[job_id]))
-        assert known[:1] == (state.jobs[job_id].head,)
+        assert (*known[:1], "")[0] == state.jobs[job_id].head
         return known
 
     def node(self, number: int) -> LiveNode:
@@ -218,19 +218,47 @@ def test_what_was_committed_after_the_copy_is_found_on_nodes() -> None:
 
 
 def test_of_what_runs_its_own_checkpoints_alone_are_found() -> None:
-    """Of another attempt's nobody knows that it held the job; and a gang's are not put together."""
+    """Of another attempt's nobody knows that it held the job."""
     world = committed_before_the_copy()
     world.hello("1.2", checkpoints=("aa", "bb", "cc"))
     assert world.read(Manifest("bb", 1, 1, 9, "aa", 1)) == ("aa",)
     assert world.read(Manifest("cc", 1, 2, 7, "aa", 1)) == ("cc", "aa")
     world.box.say("1.2", CheckpointProposed("dd", "cc", 8, 1, ("n0",)))
     assert world.read(Manifest("cc", 1, 2, 7, "aa", 1))[0] == "dd"
-    gang = World()
-    gang.submit(ranks=2)
-    gang.go_back(gang.copy())
-    gang.hello()
-    gang.box.take(Request(2, NoteManifests("n0", ("bb",), (Manifest("bb", 1, 1, 9, "", 1),))))
-    assert gang.box.rig.core.state.jobs[1].head == ""
+
+
+def part(digest: str, rank: int, step: int) -> Manifest:
+    return Manifest(digest, 1, 1, step, "", 10, rank)
+
+
+def test_parts_of_one_step_are_a_checkpoint_when_those_of_all_ranks_are_found() -> None:
+    """On whichever nodes; of what a rank has saved twice at a step nobody can say what belongs
+    together."""
+    world = World("n1:1")
+    world.submit(ranks=2)
+    world.go_back(world.copy())
+    here, there = ("a4", "a6", "a8", "a9"), ("b4", "b6", "x8", "b8")
+    world.hello(checkpoints=here)
+    world.hello(checkpoints=there, node=1)
+    state = world.box.rig.core.state
+    assert world.read(*(part(digest, 0, int(digest[1])) for digest in here)) == ()
+    parts = [part(digest, 1, int(digest[1])) for digest in there]
+    assert world.read(*parts[:3], node=1) == (), "it has a b8 as well"
+    assert world.read(*parts[3:], node=1) == ("a6", "a4")
+    found = state.checkpoints[1][-1]
+    assert found.pieces == (Part("a6", 10, ("n0",)), Part("b6", 10, ("n1",)))
+    # A copy of a part that was sent to its standby.
+    world.read(part("b6", 1, 6))
+    assert state.checkpoints[1][-1].parts == (Part("b6", 10, ("n1", "n0")),)
+    world.box.take(Request(1, ReleaseJob(1)))
+    starts = [order for order in world.box.sent if isinstance(order, StartAttempt)]
+    assert [[one.digest for one in order.candidates] for order in starts] == [["a6", "a4"]] * 2
+    # Rank 0 alone may write for all.
+    whole = World()
+    whole.submit(ranks=2)
+    whole.go_back(whole.copy())
+    whole.hello()
+    assert whole.read(Manifest("bb", 1, 1, 9, "", 1)) == ("bb",)
 
 
 def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
