@@ -16,16 +16,23 @@ own alone, and of what it says that it continues.
 Ranks' parts of one step are one checkpoint when all of them are there, on whichever nodes. A rank
 that saved twice at one step has two there, and nobody can say which belong together: then an older
 step counts.
+
+A job that was submitted after the copy, and that nobody runs, is known by its checkpoints alone. So
+that they can be had it is there again, held, and without a request until somebody says it
+(`submitted_again`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from coordinator.core import checkpoints, poison, restored
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
-from coordinator.core.model import Checkpoint, Job, Part
+from coordinator.core.model import Checkpoint, Job, JobIntent, JobSpec, Part
 from coordinator.core.phases import JobPhase
-from coordinator.core.state import Instant, LiveNode, State
+from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
+
+Pieces = list[tuple[Manifest, tuple[str, ...]]]  # by rank, with the nodes that have them
+Place = tuple[int, int, int]  # epoch, step, job
 
 OVERTAKEN = "a later attempt has gone on from before it"
 
@@ -50,7 +57,7 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
     done = dict.fromkeys(body.digests)
     live.unlisted = tuple(digest for digest in live.unlisted if digest not in done)
     for manifest in sorted(body.manifests, key=lambda one: (one.epoch, one.step)):
-        job = state.jobs.get(manifest.job_id)
+        job = state.jobs.get(manifest.job_id) or _forgotten(state, now, manifest)
         if job is None:
             continue
         if manifest.digest in state.indices.pieces:
@@ -59,12 +66,42 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
             _consider(state, now, job, [(manifest, (live.node.id,))])
         else:
             live.parts_found[manifest.digest] = manifest
-    if live.parts_found and not live.unlisted:  # its second one of a step might be unread
-        for pieces in _together(state, live):
-            _consider(state, now, state.jobs[pieces[0][0].job_id], pieces)
+    if not live.unlisted:  # its second part of a step might be unread
+        _put_together(state, now, [_place(one) for one in live.parts_found.values()])
 
 
-Pieces = list[tuple[Manifest, tuple[str, ...]]]
+def _forgotten(state: State, now: Instant, manifest: Manifest) -> Job | None:
+    """A job for it, if it can only be of one that was submitted after the copy. Its epoch stays 0:
+    an attempt of it that is still to be heard of is newer."""
+    if not state.numbering.is_forgotten(manifest.job_id):
+        return None
+    if len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
+        return None
+    job_id, spec = manifest.job_id, JobSpec(name="unknown")
+    reason = restored.FORGOTTEN.format(job=job_id)
+    job = state.put_job(
+        Job(
+            job_id, spec, JobPhase.HELD, now.unix_ms, intent=JobIntent.HOLD, reason=reason,
+            event_count=1,
+        )
+    )  # fmt: skip
+    state.write_line(job, now.unix_ms, "job.held", reason)
+    return job
+
+
+def submitted_again(state: State, now: Instant, job: Job, spec: JobSpec, request_id: str) -> None:
+    """Somebody says what a job is that is known by its checkpoints alone: it waits, as any."""
+    state.put_job(replace(job, spec=spec, request_id=request_id, reason=restored.UNSURE))
+    nodes = state.nodes.values()
+    parts = [one for live in nodes for one in live.parts_found.values() if one.job_id == job.id]
+    _put_together(state, now, [_place(one) for one in parts])
+    job = state.jobs[job.id]
+    if spec.hold:
+        state.put_job(replace(job, reason="submitted on hold; `baton release` lets it start"))
+    else:
+        state.put_job(replace(job, phase=JobPhase.QUEUED, intent=JobIntent.RUN, reason=""))
+    what = "its owner has said what it is, after the database was put back from a copy"
+    state.tell(now.unix_ms, job.id, "job.submitted", what)
 
 
 def _note_copy(state: State, job: Job, live: LiveNode, manifest: Manifest) -> None:
@@ -75,23 +112,23 @@ def _note_copy(state: State, job: Job, live: LiveNode, manifest: Manifest) -> No
             return
 
 
-def _together(state: State, live: LiveNode) -> list[Pieces]:
-    """Of each step of which it has a part, the parts of all ranks in order, with the nodes that
-    have them; in the order of steps. Where one is not there: none."""
-    mine = {(one.epoch, one.step, one.job_id): None for one in live.parts_found.values()}
-    found: dict[tuple[int, int, int, int], dict[Manifest, tuple[str, ...]]] = {}
-    for other in state.nodes.values():
-        for one in other.parts_found.values():
-            if (one.epoch, one.step, one.job_id) in mine:
-                holders = found.setdefault((one.epoch, one.step, one.job_id, one.rank or 0), {})
-                holders[one] = (*holders.get(one, ()), other.node.id)
-    steps = []
-    for place in sorted(mine):
-        job = state.jobs.get(place[2])
-        ranks = [found.get((*place, rank), {}) for rank in range(job.spec.ranks if job else 0)]
-        if ranks and all(len(parts) == 1 for parts in ranks):
-            steps.append([next(iter(parts.items())) for parts in ranks])
-    return steps
+def _place(part: Manifest) -> Place:
+    return part.epoch, part.step, part.job_id
+
+
+def _put_together(state: State, now: Instant, places: Iterable[Place]) -> None:
+    """Of these steps, in their order, those of which the parts of all ranks are there."""
+    found: dict[Place, dict[int, dict[Manifest, tuple[str, ...]]]] = {one: {} for one in places}
+    for live in state.nodes.values() if found else ():
+        for one in live.parts_found.values():
+            if _place(one) in found:
+                holders = found[_place(one)].setdefault(one.rank or 0, {})
+                holders[one] = (*holders.get(one, ()), live.node.id)
+    for place in sorted(found):
+        job, by_rank = state.jobs[place[2]], found[place]
+        ranks = [by_rank.get(rank, {}) for rank in range(job.spec.ranks)]
+        if job.spec.ranks > 1 and all(len(parts) == 1 for parts in ranks):
+            _consider(state, now, job, [next(iter(parts.items())) for parts in ranks])
 
 
 def _consider(state: State, now: Instant, job: Job, pieces: Pieces) -> None:

@@ -39,6 +39,11 @@ class Numbering:
         above = job_id <= self.copied_job_id and epoch >= self.epoch_floor > 0
         return epoch - self.epoch_floor + 1 if above else epoch - 1
 
+    def is_forgotten(self, job_id: int) -> bool:
+        """Whether only a job of the time after the copy can have that id, if it is not known."""
+        remembered = self.remembered_job_id
+        return remembered is not None and remembered < job_id <= self.copied_job_id
+
     def may_be_forgotten(self, job_id: int, epoch: int) -> bool:
         """Whether such an attempt may have done what is not known."""
         return job_id <= self.copied_job_id and epoch < self.epoch_floor

@@ -36,6 +36,11 @@ UNSURE = (
     " is not known; `baton release` starts it from the last checkpoint that is known, `baton"
     " cancel` ends it"
 )
+FORGOTTEN = (
+    "it was submitted after the copy that the coordinator's database was put back from, and its"
+    " request is not known; `baton submit --for-job {job}` says what it is, and it goes on from its"
+    " last checkpoint, `baton checkpoint export {job}` takes that out, `baton cancel` ends it"
+)
 SHOWN_MAX = 5
 
 
@@ -71,8 +76,13 @@ def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
 
 
 def is_unsure(job: Job) -> bool:
-    """Whether it was open in the copy and nobody has said what became of it."""
-    return job.intent is JobIntent.HOLD and job.reason == UNSURE
+    """Whether nobody has said what became of it: it was open in the copy, or is newer."""
+    return job.intent is JobIntent.HOLD and (job.reason == UNSURE or is_forgotten(job))
+
+
+def is_forgotten(job: Job) -> bool:
+    """Whether its request is not known (`found.py`)."""
+    return not job.spec.command and not job.spec.trainer
 
 
 def confirm(state: State, job: Job) -> None:

@@ -48,14 +48,16 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
         return False  # it has said nothing new
     live.unknown[item.attempt] = item
     job = state.jobs.get(job_id)
-    spec = item.spec if job is None else job.spec
-    if spec is None or (job is None and _refuse(spec)):
+    known = job is not None and not restored.is_forgotten(job)
+    spec = job.spec if job is not None and known else item.spec
+    if spec is None or (not known and _refuse(spec)):
         return False
     gang = _gathered(state, job_id, epoch, spec.ranks)
     if gang is None or (job is not None and job.phase is JobPhase.CANCELLING):
         return False
+    spec = spec if known else replace(spec, array="", hold=False)
     job = _known_again(state, now, job_id, spec) if job is None else _free(state, now, job, item)
-    _run_on(state, now, replace(job, epoch=epoch), gang)
+    _run_on(state, now, replace(job, spec=spec, epoch=epoch), gang)
     return True
 
 
@@ -77,7 +79,6 @@ def _gathered(state: State, job_id: int, epoch: int, count: int) -> Gang | None:
 
 def _known_again(state: State, now: Instant, job_id: int, spec: JobSpec) -> Job:
     reason = "its submission was forgotten with the coordinator's database; its node has told it"
-    spec = replace(spec, array="", hold=False)
     job = state.put_job(
         Job(job_id, spec, JobPhase.QUEUED, now.unix_ms, reason=reason, event_count=1)
     )

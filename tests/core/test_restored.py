@@ -28,10 +28,12 @@ from coordinator.core.messages import (
     ReleaseJob,
     Reply,
     Request,
+    RequestBody,
     SessionClosed,
     StartAttempt,
     StopAttempt,
     Submit,
+    Submitted,
     Tick,
     Welcome,
 )
@@ -261,6 +263,58 @@ def test_parts_of_one_step_are_a_checkpoint_when_those_of_all_ranks_are_found() 
     assert whole.read(Manifest("bb", 1, 1, 9, "", 1)) == ("bb",)
 
 
+def test_a_job_that_is_known_by_its_checkpoints_alone_goes_on_when_it_is_said_again() -> None:
+    """It was submitted after the copy, and nobody runs it."""
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    world.hello("1.1", checkpoints=("cc", "dd"))
+    far = world.box.rig.core.state.last_job_id + 1
+    given = Manifest("dd", far, 1, 5, "", 1), Manifest("ee", 1, 9, 5, "", 1)
+    assert world.read(*given, Manifest("cc", 2, 3, 7, "bb", 1), job_id=2) == ("cc",)
+    assert sorted(world.box.rig.core.state.jobs) == [1, 2], "an id that was never given"
+    explained = answer(world, ExplainJob(2))
+    assert isinstance(explained, Explanation)
+    assert "`baton submit --for-job 2`" in explained.sentence
+    for no in (ReleaseJob(2), Submit(SPEC, "", 2), Submit(JobSpec(command=("x",)), "", 1)):
+        assert isinstance(answer(world, no), Refusal)
+    again = Submit(JobSpec(command=("x",), max_restarts=9), "once", 2)
+    world.box.take(Request(1, again))
+    (start,) = [order for order in world.box.sent if isinstance(order, StartAttempt)]
+    assert [one.digest for one in start.candidates] == ["cc"]
+    assert start.attempt == f"2.{EPOCHS_MIN + 1 + AGE_MS // 1000}"
+    assert start.spec.max_restarts == 9
+    said = answer(world, again)
+    assert isinstance(said, Submitted)
+    assert said.job_id == 2
+
+
+def test_what_runs_of_such_a_job_after_all_is_taken_back() -> None:
+    """Its node comes late, with the attempt that wrote the checkpoint."""
+    world = World("n1:1")
+    world.go_back(world.copy())
+    world.hello(checkpoints=("cc",))
+    assert world.read(Manifest("cc", 2, 1, 7, "bb", 1), job_id=2) == ("cc",)
+    world.hello("2.1", node=1)
+    assert (world.asked, world.killed()) == (("2.1",), [])
+    world.answer(HeldAttempt("2.1", (), spec=SPEC, checkpoint="cc"), node=1)
+    job = world.box.rig.core.state.jobs[2]
+    assert (job.phase, job.epoch, job.spec.project) == (JobPhase.ACTIVE, 1, "p")
+    world.box.say("2.1", CheckpointProposed("dd", "cc", 9, 1, ("n1",)))
+    assert world.box.rig.core.state.jobs[2].head == "dd"
+
+
+def test_parts_of_such_a_job_are_put_together_when_its_ranks_are_known() -> None:
+    world = World()
+    world.go_back(world.copy())
+    world.hello(checkpoints=("aa", "bb"))
+    parts = [replace(part(name, rank, 6), job_id=3) for rank, name in enumerate(("aa", "bb"))]
+    assert world.read(*parts, job_id=3) == ()
+    world.box.take(Request(1, Submit(JobSpec(command=("x",), ranks=2), "", 3)))
+    starts = [order for order in world.box.sent if isinstance(order, StartAttempt)]
+    assert [order.candidates[0].step for order in starts] == [6, 6]
+
+
 def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
     world = World()
     world.submit()
@@ -269,7 +323,7 @@ def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
     assert isinstance(answer(world, NoteManifests("n9", (), ())), Refusal)
 
 
-def answer(world: World, body: NoteManifests | ExplainJob) -> object:
+def answer(world: World, body: RequestBody) -> object:
     replies = [e for e in world.box.rig.handle(Request(9, body)) if isinstance(e, Reply)]
     return replies[0].answer
 
