@@ -69,8 +69,9 @@ class LiveGpu:
 @dataclass(slots=True)
 class LiveNode:
     """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
-    those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
-    back from being lost, or first to a coordinator that had restarted; `None` if it never did.
+    those that it runs but should not, with the time of the last stop order, or as in `restored.py`.
+    `back_ms`: when it came back from being lost, or first to a coordinator that had restarted;
+    `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a

@@ -37,11 +37,14 @@ UNSURE = (
     " cancel` ends it"
 )
 FORGOTTEN = (
-    "it was submitted after the copy that the coordinator's database was put back from, and its"
-    " request is not known; `baton submit --for-job {job}` says what it is, and it goes on from its"
-    " last checkpoint, `baton checkpoint export {job}` takes that out, `baton cancel` ends it"
+    "its request was forgotten with the coordinator's database; with `baton submit --for-job {job}`"
+    " it goes on from its last checkpoint, `baton checkpoint export {job}` takes that out, `baton"
+    " cancel {job}` ends it"
 )
 SHOWN_MAX = 5
+# For what its node says that it is, and for the other ranks' nodes; then people hear of it.
+PATIENCE_MS = 10_000
+TOLD = -1
 
 
 def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
@@ -92,7 +95,7 @@ def confirm(state: State, job: Job) -> None:
     gang = state.gang(job)
     there = [state.nodes[rank.node].session is not None for rank in gang]
     if all(there) and not any(rank.phase in ATTEMPT_ENDED for rank in gang):
-        state.put_job(replace(job, intent=JobIntent.RUN, reason="it has run on since the copy"))
+        state.put_job(replace(job, intent=JobIntent.RUN, reason="has run on since the copy"))
 
 
 def is_newer(state: State, item: HeldAttempt) -> bool:
@@ -126,17 +129,19 @@ def tell_behind(state: State, live: LiveNode) -> None:
 
 
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:
-    """Returns since when its node is known to run it."""
-    if attempt not in live.strays:
-        state.log(
-            "error", "attempt.unknown", attempt=attempt, node=live.node.id, reason=_advice(attempt)
-        )
-    return live.strays.get(attempt, now.now_ms)
+    """Returns since when its node is known to run it, or `TOLD` once people were."""
+    since_ms = live.strays.get(attempt, now.now_ms)
+    if since_ms == TOLD or now.now_ms - since_ms < PATIENCE_MS:
+        return since_ms
+    state.log(
+        "error", "attempt.unknown", attempt=attempt, node=live.node.id, reason=_advice(attempt)
+    )
+    return TOLD
 
 
 def describe(state: State, live: LiveNode) -> str:
     """What runs there that nobody knows, for `baton nodes`; empty: nothing."""
-    unknown = [one for one in live.strays if is_newer(state, HeldAttempt(one, ()))]
+    unknown = [one for one, since_ms in live.strays.items() if since_ms == TOLD]
     if not unknown:
         return ""
     more = f" and {len(unknown) - SHOWN_MAX} more" if len(unknown) > SHOWN_MAX else ""

@@ -101,7 +101,7 @@ def _run_on(state: State, now: Instant, job: Job, gang: Gang) -> None:
     names = list(dict.fromkeys(live.node.id for live, _ in gang))
     more = f" and {len(names) - NODES_SHOWN_MAX} more" if len(names) > NODES_SHOWN_MAX else ""
     where = f"{listed(names[:NODES_SHOWN_MAX])}{more}"
-    reason = f"taken back: it runs on {where} since before the copy was put back"
+    reason = f"runs on {where} since before the copy was put back, and is taken back"
     state.put_job(replace(job, phase=JobPhase.ACTIVE, intent=JobIntent.RUN, reason=reason))
     for rank, (live, item) in enumerate(gang):
         attempt = state.put_attempt(

@@ -260,8 +260,8 @@ class HeldAttempt(_message.Message):
     agent: the last one did, or none was made; so it is of a shared directory, too.
     """
     checkpoint: _builtins.str
-    """With `spec`: the last checkpoint that a coordinator has accepted from it, or the one that it was
-    restored from. Empty: there is none.
+    """With `spec`: the last checkpoint that a coordinator has accepted from it, or the one that it
+    was restored from. Empty: there is none.
     """
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
