@@ -76,7 +76,8 @@ class LiveNode:
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
     time without a session.
-    `clock_wrong`: `clocks.py`; `unlisted`, `parts_found`: `found.py`; `unknown`: `taken_back.py`.
+    `clock_wrong`: `clocks.py`; `unlisted`, `parts_found`: `found.py`; `unknown`: `taken_back.py`;
+    `behind`: `restored.py`.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -108,6 +109,7 @@ class LiveNode:
     clock_wrong: bool = False
     unlisted: tuple[str, ...] = ()
     parts_found: dict[str, Manifest] = field(default_factory=dict)
+    behind: bool = False
     unknown: dict[str, HeldAttempt] = field(default_factory=dict)
 
 

@@ -119,13 +119,24 @@ def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
 
 def tell_behind(state: State, live: LiveNode) -> None:
     """Its node was answered for what is not in the store, and nobody is answered before it is. Of a
-    copy that says what it is, that is nothing new."""
-    if state.numbering.remembered_job_id is None:
-        reason = (
-            f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
-            " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` made"
-        )
-        state.log("error", "store.behind", node=live.node.id, reason=reason)
+    copy that says what it is, that is nothing new. Of any other, what this node should run is held
+    unless it says that it does: all else would be on the word of one node, and what waits may have
+    been started by then."""
+    if state.numbering.remembered_job_id is not None:
+        return
+    if not any(other.behind for other in state.nodes.values()):
+        state.last_job_id += JOB_IDS_MIN  # those that were given are not given again
+    live.behind = True
+    for attempt_id in live.attempts:
+        job = state.jobs[state.attempts[attempt_id].job_id]
+        if job.phase is JobPhase.ACTIVE and job.intent is JobIntent.RUN:
+            state.put_job(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
+    reason = (
+        f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
+        " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` makes, of"
+        " the database while it works or of such a copy"
+    )
+    state.log("error", "store.behind", node=live.node.id, reason=reason)
 
 
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:

@@ -173,6 +173,26 @@ def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     assert world.phase(1) is JobPhase.SUCCEEDED
 
 
+def test_of_a_plain_copy_what_a_node_that_knows_more_does_not_run_is_held() -> None:
+    """It would begin again beside whoever has it now. No id of after the copy is given again, and
+    what others should run is theirs."""
+    world = World("n1:1")
+    world.box.rig.now_ms += 1_000
+    for _ in range(2):
+        world.submit()
+    nodes = [world.box.rig.core.state.attempts[f"{job}.1"].node for job in (1, 2)]
+    assert nodes == ["n0", "n1"]
+    world.go_back(world.copy(), declared=False)
+    world.hello()
+    assert world.told == ["store.behind"]
+    assert (world.phase(1), world.started()) == (JobPhase.HELD, [])
+    assert world.box.rig.core.state.jobs[1].reason == UNSURE
+    world.hello("2.1", node=1)
+    assert world.box.rig.core.state.jobs[2].reason == "has run on since the copy"
+    world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
+    assert world.started() == [f"{3 + JOB_IDS_MIN}.1"]
+
+
 def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> None:
     world = World()
     world.submit()
@@ -465,7 +485,8 @@ def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
     job = world.box.rig.core.state.jobs[1]
     assert (job.epoch, job.phase) == (1, JobPhase.ACTIVE)
     world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
-    assert world.box.rig.core.state.last_job_id == 2
+    # One step above, since it was answered for more than is known.
+    assert world.box.rig.core.state.last_job_id == 2 + JOB_IDS_MIN
 
 
 def test_the_same_copy_put_back_again_gives_other_numbers() -> None:

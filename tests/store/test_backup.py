@@ -72,6 +72,21 @@ async def test_who_opens_a_copy_goes_on_above_all_that_was_given(
     assert (again.numbering, again.leader_epoch) == (first.numbering, first.leader_epoch + 1)
 
 
+async def test_a_plain_copy_becomes_one_that_knows_what_it_is(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """It is as old as its file says."""
+    await write_all(world, whole(1))
+    plain = tmp_path / "plain.sqlite3"
+    plain.write_bytes(world.path.read_bytes())
+    os.utime(plain, (NOW_MS / 1_000 - 900,) * 2)
+    words = ["backup", str(tmp_path / "marked"), "--store-path", str(plain)]
+    assert main(words) == 0
+    made = (await read_all(SqliteWorld(tmp_path / "marked"))).copied_unix_ms
+    assert abs(made - (NOW_MS - 900_000)) < 1_000
+    assert main(["backup", str(tmp_path / "none"), "--store-path", str(tmp_path / "no")]) == 1
+
+
 async def test_a_copy_of_a_copy_is_as_old_as_the_first(world: SqliteWorld, tmp_path: Path) -> None:
     await write_all(world, whole(1))
     backup(world.path, tmp_path / "one", NOW_MS - 900_000)
