@@ -43,6 +43,8 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         prog=f"baton-coordinator {COMMAND}",
         description="Copy the coordinator's database, also while it works. A coordinator that is "
         "started on the copy knows that it is one.",
+        epilog="Which database: that of /etc/baton/coordinator.toml, unless the coordinator's own "
+        "--config or --store-path names another, which may be a plain copy or a snapshot.",
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="Where the copy goes.")

@@ -338,7 +338,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "What waited is committed."),
     Event("store.behind", "error", "node reason",
           "the database is older than what nodes know: {reason}",
-          "It gives ids again, and finished jobs run again; `docs/operations.md`, backup."),
+          "A plain copy was started; `docs/operations.md`, backup, says what follows."),
     Event("store.restored", "warning", "reason",
           "the database was put back: {reason}",
           "`baton jobs` shows who is held, `baton nodes` what runs that is not known."),

@@ -154,8 +154,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             await _open_metrics(stack, config, shell, store)
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
-        if snapshot.numbering.remembered_job_id is not None:
-            _look_for_checkpoints(stack, core, shell, tls)
+        _look_for_checkpoints(stack, core, shell, tls)
         _allocate(stack, shell)
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)

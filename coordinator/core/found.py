@@ -46,6 +46,8 @@ def unlisted(state: State, present: Mapping[str, None]) -> tuple[str, ...]:
 
 def unread(state: State) -> list[tuple[str, str, tuple[str, ...]]]:
     """Nodes within reach, where their peers reach them, and what on them nobody has read yet."""
+    if state.numbering.remembered_job_id is None:
+        return []
     return [
         (live.node.id, live.node.peer_address, live.unlisted)
         for live in state.nodes.values()

@@ -26,7 +26,7 @@ from coordinator.core.messages import (
     Record,
 )
 from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
-from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, put_back
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
 from coordinator.core.state import Instant, LiveNode, State
@@ -122,10 +122,13 @@ def tell_behind(state: State, live: LiveNode) -> None:
     copy that says what it is, that is nothing new. Of any other, what this node should run is held
     unless it says that it does: all else would be on the word of one node, and what waits may have
     been started by then."""
-    if state.numbering.remembered_job_id is not None:
+    first = not any(other.behind for other in state.nodes.values())
+    if first and state.numbering.remembered_job_id is not None:
         return
-    if not any(other.behind for other in state.nodes.values()):
-        state.last_job_id += JOB_IDS_MIN  # those that were given are not given again
+    if first:  # from here on, and until the next start
+        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
+        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
+        state.numbering, state.last_job_id = back.numbering, back.last_job_id
     live.behind = True
     for attempt_id in live.attempts:
         job = state.jobs[state.attempts[attempt_id].job_id]
@@ -133,8 +136,9 @@ def tell_behind(state: State, live: LiveNode) -> None:
             state.put_job(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
     reason = (
         f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
-        " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` makes, of"
-        " the database while it works or of such a copy"
+        " a snapshot. What runs goes on, and what does not run there any more is held; but a job"
+        " that waited in the copy may have been started beside itself. Next time put back what"
+        " `baton-coordinator backup` makes of it"
     )
     state.log("error", "store.behind", node=live.node.id, reason=reason)
 
