@@ -105,9 +105,8 @@ def is_newer(state: State, item: HeldAttempt) -> bool:
     if job is not None:
         most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
         return job.epoch < epoch <= most or _given_up_unseen(state, job, item)
-    remembered = state.numbering.remembered_job_id
-    known = state.last_job_id if remembered is None else remembered
-    return known < job_id <= state.last_job_id + JOB_IDS_MIN
+    beyond = state.last_job_id < job_id <= state.last_job_id + JOB_IDS_MIN
+    return beyond or state.numbering.is_forgotten(job_id)
 
 
 def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
@@ -125,10 +124,7 @@ def tell_behind(state: State, live: LiveNode) -> None:
     first = not any(other.behind for other in state.nodes.values())
     if first and state.numbering.remembered_job_id is not None:
         return
-    if first:  # from here on, and until the next start
-        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
-        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
-        state.numbering, state.last_job_id = back.numbering, back.last_job_id
+    notice(state)
     live.behind = True
     for attempt_id in live.attempts:
         job = state.jobs[state.attempts[attempt_id].job_id]
@@ -141,6 +137,15 @@ def tell_behind(state: State, live: LiveNode) -> None:
         " `baton-coordinator backup` makes of it"
     )
     state.log("error", "store.behind", node=live.node.id, reason=reason)
+
+
+def notice(state: State) -> None:
+    """Somebody knows more than the store: where it has not said that it is a copy, its numbers are
+    those of one from here on, until the next start."""
+    if state.numbering.remembered_job_id is None:
+        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
+        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
+        state.numbering, state.last_job_id = back.numbering, back.last_job_id
 
 
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:

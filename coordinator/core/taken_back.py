@@ -42,8 +42,10 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
     job_id, epoch = restored.named(item.attempt)
-    # Its id is not given again, whoever it belongs to.
-    state.last_job_id = max(state.last_job_id, job_id)
+    restored.notice(state)
+    if job_id > state.numbering.copied_job_id:  # nor is that id given again
+        state.numbering = replace(state.numbering, copied_job_id=job_id)
+        state.last_job_id = max(state.last_job_id, job_id)
     if item.attempt in live.unknown and item.spec is None:
         return False  # it has said nothing new
     live.unknown[item.attempt] = item

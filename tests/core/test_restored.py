@@ -344,6 +344,34 @@ def test_what_has_been_forgotten_is_still_killed() -> None:
     assert world.killed() == ["1.1"]
 
 
+def test_what_was_given_and_forgotten_after_the_copy_is_killed_too() -> None:
+    """Its id is above all that the nodes may know and the store does not."""
+    world = World()
+    world.go_back(world.copy())
+    world.hello()
+    (start,) = world.box.submit(1)
+    world.box.say(start.attempt, AttemptExited(0))
+    state = world.box.rig.core.state
+    state.drop_job(state.last_job_id)
+    world.hello(start.attempt)
+    assert (world.killed(), world.asked) == ([start.attempt], ())
+
+
+def test_a_node_that_came_after_a_plain_copy_tells_that_it_is_one() -> None:
+    """Nobody had heard anything of it; what it runs is no stray when it says so again."""
+    world = World()
+    world.submit()
+    world.go_back(world.copy(), declared=False)
+    world.hello("1.1", acknowledged=1)
+    world.box.sequences.append(0)
+    world.hello("2.1", node=1)
+    for _ in range(2):
+        world.answer(HeldAttempt("2.1", ()), node=1)
+        assert (world.killed(), list(world.node(1).strays)) == ([], ["2.1"])
+    world.answer(HeldAttempt("2.1", (), spec=SPEC), node=1)
+    assert world.phase(2) is JobPhase.ACTIVE
+
+
 def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
     """The peer lies, or its disk does: one such attempt may neither have the job of another, nor
     use up the ids of all that come."""
