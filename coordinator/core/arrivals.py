@@ -132,7 +132,11 @@ def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
 
 def _is_stranger(live: LiveNode, body: Hello) -> bool:
     """Whether it looks like another machine than the one that is written down. After our own
-    restart nobody is connected, and who comes first may be a copy of the one that runs the jobs."""
+    restart nobody is connected, and who comes first may be a copy of the one that runs the jobs.
+    One that was not started anew since is it, whatever it is called now; else nothing runs there.
+    """
+    if live.node.host.boot_id and live.node.host.boot_id == body.host.boot_id:
+        return False
     there, here = live.node.host.hostname, body.host.hostname
     known = {gpu.uuid for gpu in live.node.gpus}
     others = bool(known and body.gpus) and not any(gpu.uuid in known for gpu in body.gpus)

@@ -89,6 +89,8 @@ def test_after_a_restart_a_copy_that_comes_first_waits_for_the_node_itself(
     rebooted = replace(HERE, boot_id="boot-3")
     assert welcomed(fleet.come(rebooted)) == [fleet.sessions["n1"]]
     fleet.rig.restart()
+    assert welcomed(fleet.come(replace(rebooted, hostname="renamed"), "n9"))
+    fleet.rig.restart()
     fleet.rig.now_ms += fleet.rig.core.state.options.restart_grace_ms
     fleet.rig.handle(Tick())
     assert welcomed(fleet.come(other, box)) == [fleet.sessions["n1"]]
