@@ -37,6 +37,7 @@ from coordinator.core.found import unread
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
 from coordinator.forecast.live import LiveForecaster, pasts
@@ -177,10 +178,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
 
 def _tell_restored(snapshot: Snapshot) -> None:
     made = datetime.fromtimestamp(snapshot.copied_unix_ms / 1000, UTC).isoformat(timespec="seconds")
-    held = sum(is_unsure(job) for job in snapshot.jobs)
+    held = quantity(sum(is_unsure(job) for job in snapshot.jobs), "job is", "jobs are")
     reason = (
         f"it is a copy of {made}: what was submitted and decided since is not known;"
-        f" {held} jobs are held unless their nodes say that they run"
+        f" {held} held unless their nodes say that they run"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
 

@@ -43,8 +43,8 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     or not yet; then it is left alone."""
     job_id, epoch = restored.named(item.attempt)
     restored.notice(state)
-    if job_id > state.numbering.copied_job_id:  # nor is that id given again
-        state.numbering = replace(state.numbering, copied_job_id=job_id)
+    if job_id > state.numbering.given_job_id:  # nor is that id given again
+        state.numbering = replace(state.numbering, given_job_id=job_id)
         state.last_job_id = max(state.last_job_id, job_id)
     if item.attempt in live.unknown and item.spec is None:
         return False  # it has said nothing new

@@ -395,7 +395,7 @@ def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
     assert again.leader_epochs > first.leader_epochs + 50
     second = put_back(first.numbering, first.last_job_id + 5, 3, -1)
     assert second.numbering.remembered_job_id == 7
-    assert second.numbering.copied_job_id == second.last_job_id
+    assert second.numbering.given_job_id == second.last_job_id
     assert second.last_job_id == first.last_job_id + 5 + JOB_IDS_MIN
     assert second.numbering.epoch_floor == first.numbering.epoch_floor + EPOCHS_MIN
     assert list(held(Snapshot(), 0, 1)) == []

@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.backup import BackupError, backup
 from coordinator.core.messages import AppendEvent, PutJob, Record
-from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering
 from coordinator.core.phases import JobPhase
 from coordinator.core.restored import UNSURE
 from coordinator.main import main
@@ -63,13 +63,17 @@ async def test_who_opens_a_copy_goes_on_above_all_that_was_given(
     assert first.copied_unix_ms == NOW_MS - 5_000
     assert first.last_job_id >= 1 + JOB_IDS_MIN + 50
     assert first.numbering.remembered_job_id == 1
-    assert first.numbering.copied_job_id == first.last_job_id
+    assert first.numbering.given_job_id == first.last_job_id
     assert first.leader_epoch > EPOCHS_MIN
     assert (first.jobs[0].phase, first.jobs[0].reason) == (JobPhase.HELD, UNSURE)
     async with leading(copy) as (store, again):
         assert [line.name for line in await store.events(1, 0, 9)] == ["test", "job.held"]
     assert (again.copied_unix_ms, again.last_job_id) == (0, first.last_job_id)
     assert (again.numbering, again.leader_epoch) == (first.numbering, first.leader_epoch + 1)
+    with closing(sqlite3.connect(copy.path, isolation_level=None)) as earlier:
+        earlier.execute("DELETE FROM counters WHERE name = 'given_job_id'")
+    assert (await read_all(copy)).numbering == first.numbering
+    assert (await read_all(world)).numbering == Numbering()
 
 
 async def test_a_plain_copy_becomes_one_that_knows_what_it_is(
