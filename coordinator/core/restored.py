@@ -8,9 +8,9 @@ How: numbers go on above all that may have been given (`numbering.py`). Of what 
 a job goes on if its node says that it runs; any other is held until somebody says what is to be
 (`held`). An attempt that can only be of the time after the copy is taken back (`taken_back.py`);
 where that cannot be, it is left alone, and shown. So it is, too, where nobody has said that the
-store is a copy: no attempt has a job id or an epoch that was not given. What is further above than
-any copy's age explains, a node says in error, and it counts for nothing: else one that lies would
-have all ids used up.
+store is a copy (`tell_behind`): no attempt has a job id or an epoch that was not given. What is
+further above than any copy's age explains, a node says in error, and it counts for nothing: else
+one that lies would have all ids used up.
 """
 
 from collections.abc import Iterator
@@ -117,35 +117,30 @@ def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
 
 
 def tell_behind(state: State, live: LiveNode) -> None:
-    """Its node was answered for what is not in the store, and nobody is answered before it is. Of a
-    copy that says what it is, that is nothing new. Of any other, what this node should run is held
-    unless it says that it does: all else would be on the word of one node, and what waits may have
-    been started by then."""
+    """Its node was answered for, or runs, what is not in the store, and nothing is said before it
+    is. Of a copy that says what it is, that is nothing new. Of any other the numbers are those of a
+    copy from here on, until the next start, and what this node should run is held unless it says
+    that it does: all else would be on the word of one node, and what waits may have been started by
+    then."""
     first = not any(other.behind for other in state.nodes.values())
     if first and state.numbering.remembered_job_id is not None:
         return
-    notice(state)
+    if first:
+        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
+        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
+        state.numbering, state.last_job_id = back.numbering, back.last_job_id
     live.behind = True
     for attempt_id in live.attempts:
         job = state.jobs[state.attempts[attempt_id].job_id]
         if job.phase is JobPhase.ACTIVE and job.intent is JobIntent.RUN:
             state.put_job(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
     reason = (
-        f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
-        " a snapshot. What runs goes on, and what does not run there any more is held; but a job"
+        f"{live.node.id} knows of events or jobs that it does not have: it is a plain copy or a"
+        " snapshot. What runs goes on, and what does not run there any more is held; but a job"
         " that waited in the copy may have been started beside itself. Next time put back what"
         " `baton-coordinator backup` makes of it"
     )
     state.log("error", "store.behind", node=live.node.id, reason=reason)
-
-
-def notice(state: State) -> None:
-    """Somebody knows more than the store: where it has not said that it is a copy, its numbers are
-    those of one from here on, until the next start."""
-    if state.numbering.remembered_job_id is None:
-        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
-        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
-        state.numbering, state.last_job_id = back.numbering, back.last_job_id
 
 
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:

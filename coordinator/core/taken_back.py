@@ -42,7 +42,8 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
     job_id, epoch = restored.named(item.attempt)
-    restored.notice(state)
+    if not live.behind:
+        restored.tell_behind(state, live)
     if job_id > state.numbering.given_job_id:  # nor is that id given again
         state.numbering = replace(state.numbering, given_job_id=job_id)
         state.last_job_id = max(state.last_job_id, job_id)

@@ -365,6 +365,7 @@ def test_a_node_that_came_after_a_plain_copy_tells_that_it_is_one() -> None:
     world.hello("1.1", acknowledged=1)
     world.box.sequences.append(0)
     world.hello("2.1", node=1)
+    assert world.told == ["store.behind"]
     for _ in range(2):
         world.answer(HeldAttempt("2.1", ()), node=1)
         assert (world.killed(), list(world.node(1).strays)) == ([], ["2.1"])
