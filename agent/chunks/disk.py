@@ -17,7 +17,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -149,7 +149,8 @@ def name_all(files: Sequence[Unnamed], after: Sequence[Path] = ()) -> None:
 
     Several are synced at a time: on a disk that others write to as well, those that wait together
     wait for one commit of the journal. What goes wrong first is raised when all have ended."""
-    syncs = [*(file.sync for file in files), *(partial(sync_directory, path) for path in after)]
+    syncs: list[Callable[[], None]] = [file.sync for file in files]
+    syncs += [partial(sync_directory, path) for path in after]
     try:
         with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
             for done in [threads.submit(sync) for sync in syncs]:
