@@ -5,6 +5,7 @@ trains, is stopped, and goes on exactly; the configurations are built with the t
 classes; and the promise of how few lines it takes is counted.
 """
 
+import itertools
 import os
 import re
 import runpy
@@ -107,6 +108,16 @@ def test_the_plain_program_goes_on_exactly_after_a_stop(
 def test_the_plain_program_runs_outside_baton(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(BLOCKS["plain.py"], "utf-8")
     assert runpy.run_path(str(tmp_path / "plain.py"))["step"] == STEPS
+
+
+def test_the_addressed_order_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "addressed.py").write_text(BLOCKS["addressed.py"], "utf-8")
+    loader = runpy.run_path(str(tmp_path / "addressed.py"))["loader"]
+    alone = [batch.tolist() for batch in itertools.islice(loader(0, 0, 1), 3)]
+    assert len(alone[0]) == 32
+    assert alone[0] != alone[1]
+    later = [next(iter(loader(2, rank, 2))).tolist() for rank in range(2)]
+    assert [value for part in later for value in part] == alone[2]
 
 
 def run_several(agents: list[FakeAgent], directory: Path, restored: str = "") -> list[int]:
