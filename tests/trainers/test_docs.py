@@ -190,6 +190,6 @@ def test_the_configurations_are_right(name: str, kind: type[configuration.LoopOp
 
 
 def test_every_block_is_looked_at() -> None:
-    used = {"plain.py", "with_lightning.py", "several.py"}
+    used = {"plain.py", "addressed.py", "with_lightning.py", "several.py"}
     used |= {"transfer.toml", "finetune.toml", "lora.toml"}
     assert set(BLOCKS) == used
