@@ -422,6 +422,7 @@ def simulate(
     policy: Policy,
     chance: Chance | None = None,
     pairs: PairRates | None = None,
+    *,
     passed: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
     """Run all jobs to their end; `passed` is told of each that has ended. Raises `BrokenPolicy` for
