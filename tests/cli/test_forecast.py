@@ -206,3 +206,16 @@ def test_who_waits_at_a_terminal_sees_how_far_it_is(
         backtest(Forecaster(1, 6, 0), values, 24, passed)
     shown = stderr.getvalue()
     assert ("judging forecasts" in shown, "100%" in shown) == (terminal, terminal)
+
+
+def test_who_reads_a_log_is_told_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(seconds)))
+    with render.progress(20, "judging forecasts") as passed:
+        for _ in range(10):
+            passed(2)
+    assert capsys.readouterr().err.splitlines() == [
+        f"baton: judging forecasts: {percent}% done" for percent in (50, 100)
+    ]
