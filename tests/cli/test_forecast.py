@@ -180,6 +180,7 @@ def test_the_extra_is_one_model_more_and_nothing_needs_it(
 ) -> None:
     """There, not installed, and installed without the libraries that it needs."""
     monkeypatch.setattr("coordinator.forecast.forecaster.KINDS", KINDS[:1])
+    monkeypatch.setattr(render, "TOLD_EVERY_S", math.inf)
     if missing is not None:
         monkeypatch.setitem(sys.modules, missing, None)
     path = tmp_path / "demand.csv"
