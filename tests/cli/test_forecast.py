@@ -180,6 +180,7 @@ def test_the_extra_is_one_model_more_and_nothing_needs_it(
 ) -> None:
     """There, not installed, and installed without the libraries that it needs."""
     monkeypatch.setattr("coordinator.forecast.forecaster.KINDS", KINDS[:1])
+    monkeypatch.setattr(render, "TOLD_EVERY_S", math.inf)
     if missing is not None:
         monkeypatch.setitem(sys.modules, missing, None)
     path = tmp_path / "demand.csv"
@@ -206,3 +207,16 @@ def test_who_waits_at_a_terminal_sees_how_far_it_is(
         backtest(Forecaster(1, 6, 0), values, 24, passed)
     shown = stderr.getvalue()
     assert ("judging forecasts" in shown, "100%" in shown) == (terminal, terminal)
+
+
+def test_who_reads_a_log_is_told_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(seconds)))
+    with render.progress(20, "judging forecasts") as passed:
+        for _ in range(10):
+            passed(2)
+    assert capsys.readouterr().err.splitlines() == [
+        f"baton: judging forecasts: {percent}% done" for percent in (50, 100)
+    ]
