@@ -95,12 +95,14 @@ def test_ages_of_jobs_are_heard_as_in_the_benchmark(baton: Baton, fake: FakeCoor
 
 
 def test_ages_of_jobs_that_are_not_kept_for_long_are_not_heard(
-    baton: Baton, fake: FakeCoordinator
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
 ) -> None:
     answer = with_holds(24 * 10)
     answer.holds.since_minutes = 60 * (24 * 10 - 100)
     fake.answers["GetDemand"] = [answer]
-    result = baton("forecast", "--ahead", "1", "--warm-up", "230", "--json")
+    plot = str(tmp_path / "plot.svg")
+    result = baton("forecast", "--ahead", "1", "--warm-up", "230", "--plot", plot, "--json")
+    assert result.exit_code == 0
     assert "the coordinator no longer keeps all that ended more than 100 h ago" in result.stderr
     assert "ages" not in json.loads(result.stdout)[0]["weights"]
 

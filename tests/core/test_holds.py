@@ -8,7 +8,8 @@ import pytest
 
 from coordinator.core import holds, jobs
 from coordinator.core.demand_history import DAY_MS, MINUTE_MS, OTHER, Series
-from coordinator.core.demand_messages import Hold, Holds
+from coordinator.core.demand_messages import DemandSeries, GetDemand, Hold, Holds
+from coordinator.core.messages import CancelJob, Reply, Request
 from coordinator.core.model import (
     Attempt,
     AttemptTimes,
@@ -22,6 +23,7 @@ from coordinator.core.model import (
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.state import Instant, Options, State
+from tests.core.training_fleet import Fleet
 
 BEGIN = 20_000 * DAY_MS
 NOW_MIN = 1_000.0
@@ -149,6 +151,33 @@ def test_no_more_than_so_many_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert read(ended) == Holds((Hold(1, 1, 40), Hold(1, 1, 30)), since_min=20)
     run = [attempt(number, 1, "a", number, None) for number in range(1, 5)]
     assert read(state_of(map(job, range(1, 5)), run)).since_min == NOW_MIN
+
+
+def test_an_answer_has_them_where_they_are_asked_for() -> None:
+    """Of three GPUs two begin, then the third; the first two are left for a job that waits."""
+    fleet = Fleet("3xH100")
+    fleet.submit(gpus=2)
+    fleet.run(60)
+    fleet.submit(gpus=1)
+    fleet.submit(gpus=2)
+    fleet.run(60)
+    fleet.rig.handle(Request(1, CancelJob(1)))
+    fleet.run(60)
+    answers = {}
+    for asked in (True, False):
+        question = Request(2, GetDemand("h100", period_min=1, holds=asked))
+        (reply,) = (one for one in fleet.rig.handle(question) if isinstance(one, Reply))
+        assert isinstance(reply.answer, DemandSeries)
+        answers[asked] = reply.answer
+    assert answers[False].holds is None
+    told = answers[True].holds
+    assert told is not None
+    assert told.since_min is None
+    spans = [(hold.gpus, hold.end_min and hold.end_min - hold.begin_min) for hold in told.each]
+    assert spans == [(1, None), (2, None), (2, pytest.approx(2, abs=0.1))]
+    assert told.each[2].begin_min < told.each[0].begin_min < told.each[1].begin_min
+    still_there = sum(hold.gpus for hold in told.each if hold.end_min is None)
+    assert still_there == answers[True].held_gpus
 
 
 def test_minutes_are_those_of_the_series() -> None:
