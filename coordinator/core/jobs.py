@@ -128,14 +128,18 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 
 
 def _forget_oldest(state: State) -> None:
-    """History is bounded: of the ended jobs without a pin the one that ended first makes room, and
-    one that stands for an open array only where there is no other."""
-    stands = state.indices.arrays.stands_for_others
+    """History is bounded."""
     while len(state.ended) >= JOBS_ENDED_MAX:
-        others = (known for known in _unpinned(state) if not stands(state.jobs[known]))
-        oldest = next(others, None)
+        oldest = first_to_forget(state)
         # There is one: PINS_MAX is below JOBS_ENDED_MAX.
         state.drop_job(next(_unpinned(state)) if oldest is None else oldest)
+
+
+def first_to_forget(state: State) -> int | None:
+    """Of the ended jobs without a pin the one that ended first makes room, and one that stands for
+    an open array only where there is no other."""
+    stands = state.indices.arrays.stands_for_others
+    return next((known for known in _unpinned(state) if not stands(state.jobs[known])), None)
 
 
 def _unpinned(state: State) -> Iterator[int]:
