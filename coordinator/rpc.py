@@ -93,7 +93,9 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         except wire.WireError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         spec = _in_trace(spec, context)
-        answer = await _ask(self._shell, context, m.Submit(spec, request.request_id))
+        answer = await _ask(
+            self._shell, context, m.Submit(spec, request.request_id, request.forgotten_job_id)
+        )
         if not isinstance(answer, m.Submitted):
             raise TypeError(f"expected a submission, got {type(answer).__name__}")
         return jobs_pb2.SubmitResponse(job_id=answer.job_id, reason=answer.reason, jobs=answer.jobs)

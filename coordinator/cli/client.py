@@ -128,9 +128,13 @@ class Client:
         if self._channel is not None:
             self._channel.close()
 
-    def submit(self, spec: values.JobSpec, request_id: str) -> values.Submission:
+    def submit(
+        self, spec: values.JobSpec, request_id: str, for_job: int | None = None
+    ) -> values.Submission:
         """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable."""
-        request = jobs_pb2.SubmitRequest(request_id=request_id, spec=_spec_to_wire(spec))
+        request = jobs_pb2.SubmitRequest(
+            request_id=request_id, spec=_spec_to_wire(spec), forgotten_job_id=for_job or 0
+        )
         pauses_s = list(RETRY_PAUSES_S)
         unsettled = False
         while True:

@@ -17,7 +17,7 @@ import click
 
 from coordinator.cli.again import again
 from coordinator.cli.demand import ask
-from coordinator.cli.render import Column, write_json, write_notice, write_table
+from coordinator.cli.render import Column, progress, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
 from coordinator.core.sentences import quantity
 
@@ -148,7 +148,9 @@ def _simulate(
             f"the series has {hours:.3g} h, and nothing is known after the first {warm_up_h} h,"
             " which are only learned from; --warm-up takes fewer"
         )
-    found = {name: _run(name, series, inputs, begin) for name in dict.fromkeys(policies)}
+    names = list(dict.fromkeys(policies))
+    with progress(len(names) * len(series.values), "replaying") as passed:
+        found = {name: _run(name, series, inputs, begin, passed) for name in names}
     if given["plot"] is not None:
         _write_plot(given["plot"], {name: each[1] for name, each in found.items()}, inputs)
     if as_json:
@@ -165,14 +167,18 @@ def _simulate(
 
 
 def _run(
-    name: str, series: "Series", inputs: "PowerInputs", begin: int
+    name: str,
+    series: "Series",
+    inputs: "PowerInputs",
+    begin: int,
+    passed: Callable[[int], None],
 ) -> "tuple[PowerFigures, PowerOutcome]":
     from coordinator.sim.capacity_checks import check_capacity, check_rails
     from coordinator.sim.capacity_replay import replay
     from coordinator.sim.capacity_report import figures
 
     policy = _policy(name, series, inputs)
-    outcome = replay(series.values, series.per_hour, inputs.fleet, policy, begin)
+    outcome = replay(series.values, series.per_hour, inputs.fleet, policy, begin, passed=passed)
     wrong = check_capacity(outcome, inputs.fleet)
     if name == OURS:
         wrong += check_rails(outcome, inputs.fleet, inputs.rules.bounds)

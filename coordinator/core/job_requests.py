@@ -8,8 +8,11 @@ from coordinator.core.phases import JobPhase
 
 @dataclass(frozen=True, slots=True)
 class Submit:
+    """`forgotten_job_id`: the job that it is (`found.py`); 0: a new one."""
+
     spec: JobSpec
     request_id: str = ""
+    forgotten_job_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)

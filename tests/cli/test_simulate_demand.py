@@ -3,6 +3,8 @@
 import json
 import math
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -73,9 +75,22 @@ def _colours(panel: ElementTree.Element) -> dict[str, str]:
     return found
 
 
-def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(folder: Path) -> None:
+def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And who waits at a terminal is told of each step of each policy."""
+    told: list[int] = []
+    bars: list[int] = []
+
+    @contextmanager
+    def bar(steps: int, what: str) -> Iterator[Callable[[int], None]]:
+        bars.append(steps)
+        yield told.append
+
+    monkeypatch.setattr("coordinator.cli.simulate_demand.progress", bar)
     common = ("--demand", "demand.csv", "--fleet", "fleet.toml", "--warm-up", "72", "--json")
     rows = {row["policy"]: row for row in json.loads(asked(folder, *common).stdout)}
+    assert bars == [sum(told)] == [4 * 7 * 144]
     assert rows["always-on"]["saved_ratio"] == 0
     assert 0 < rows["baton"]["saved_ratio"] <= rows["clairvoyant"]["saved_ratio"]
     assert rows["clairvoyant"]["waiting_ratio"] == 0

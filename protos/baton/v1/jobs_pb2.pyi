@@ -58,9 +58,14 @@ class SubmitRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_JOB_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, 1 to 64 characters; makes a retry safe. Empty: none, a retry may submit
     twice.
+    """
+    forgotten_job_id: _builtins.int
+    """The held job that this is, of which the coordinator knows checkpoints alone since its database
+    was put back from a copy: it goes on from the last. 0: a new job.
     """
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
@@ -69,10 +74,11 @@ class SubmitRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         spec: _types_pb2.JobSpec | None = ...,
+        forgotten_job_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten_job_id", b"forgotten_job_id", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
