@@ -20,8 +20,8 @@ from agent.processes.shim import (
     LAUNCH_NAME,
     LOG_DIRECTORY_NAME,
     STARTED_NAME,
-    private_opener,
 )
+from agent.processes.shim_output import private_opener
 
 SETTLED_NAME = "settled"
 SEGMENT_NAME = re.compile(r"([0-9]{20})\.log")

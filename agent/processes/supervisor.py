@@ -31,7 +31,7 @@ import structlog
 from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim, stacks, unkillable
+from agent.processes import proc, records, remains, shim, shim_output, stacks, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.retention import LOG_BYTES_MAX, Retention
 from agent.processes.spawn import spawn_shim, write_program
@@ -447,7 +447,7 @@ class Supervisor:
         kept = records.segments(attempt.directory)
         end_offset = kept[-1][0] + kept[-1][1].stat().st_size if kept else 0
         text = shim.exit_record(None, 0, reason, log_bytes=end_offset)
-        if not shim.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
+        if not shim_output.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
             log.warning("process.exit_not_recorded", attempt=attempt.directory.name, reason=reason)
 
     def _tell(self, attempt: _Attempt) -> None:
