@@ -49,6 +49,7 @@ LAUNCH_NAME = "launch"
 STARTED_NAME = "started.json"
 EXIT_NAME = "exit.json"
 LOG_DIRECTORY_NAME = "log"
+GROUP_NAME = "cgroup"  # where there is one: the directory of the trainer's control group
 
 STATUS_FD = 3  # the agent's end of the handshake, right after the standard three
 READ_BYTES = 64 * 1024  # one full pipe, Linux's default capacity
@@ -76,6 +77,7 @@ class Launch:
         directory, count, *rest = data.split(b"\0")
         self.working_directory = directory
         self.arguments = rest[: int(count)]
+        self.group = b""  # see `groups.py`; empty: it has none
         self.environment: dict[bytes, bytes] = {}
         for entry in rest[int(count) :]:
             name, _, value = entry.partition(b"=")
@@ -94,13 +96,14 @@ class Watch:
     """The shim between start and exit record: copy output, pass SIGTERM on, reap, clear up."""
 
     def __init__(
-        self, trainer_pid: int, output_fd: int, wake_fd: int, writer: Writer, *, grace_ms: int
+        self, trainer_pid: int, output_fd: int, wake_fd: int, writer: Writer, launch: Launch
     ) -> None:
         self.trainer_pid = trainer_pid
         self.output_fd = output_fd
         self.wake_fd = wake_fd
         self.writer = writer
-        self.grace_ms = grace_ms
+        self.grace_ms = launch.grace_ms()
+        self.group = launch.group
         self.status: int | None = None
         self.childless = False
         # both by the monotonic clock, both of use only once there is a status
@@ -168,7 +171,9 @@ class Watch:
             self._next_look_s = time.monotonic() + LEFTOVER_RESCAN_MS / 1000
 
     def _kill_children(self) -> None:
-        """One level at a time: the children of what dies become ours, and its death wakes us."""
+        """One level at a time: the children of what dies become ours, and its death wakes us. A
+        group is killed at once, with what became another user."""
+        tell_group(self.group, b"cgroup.kill", b"1")
         for name in os.listdir("/proc"):
             if name.isdigit() and stat_fields(int(name))[1:2] == [b"%d" % os.getpid()]:
                 try:
@@ -199,6 +204,33 @@ def stat_fields(pid: int) -> list[bytes]:
             return file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def read_group(directory: bytes) -> bytes:
+    """The control group that was made for this attempt's trainer; empty when there is none."""
+    try:
+        with open(directory + b"/" + GROUP_NAME.encode(), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def tell_group(group: bytes, name: bytes, word: bytes) -> bool:
+    """Write a word to a file of a control group; False where that cannot be done, or there is
+    none: then all is as without one.
+    """
+    if not group:
+        return False
+    try:
+        fd = os.open(group + b"/" + name, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.write(fd, word) == len(word)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def read_boot_id() -> str:
@@ -272,6 +304,7 @@ def become_trainer(launch: Launch, output_fd: int, libc: "ctypes.CDLL", shim_pid
         # the last two are ignored by Python, and exec keeps what is ignored
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
+    tell_group(launch.group, b"cgroup.procs", b"0")  # all that it will ever start is in there
     libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != shim_pid:
         os._exit(START_FAILED_STATUS)  # the shim went between fork and prctl
@@ -361,6 +394,7 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
         signal.signal(number, lambda _number, _frame: None)  # the wake-up pipe carries the number
     with open(directory + b"/" + LAUNCH_NAME.encode(), "rb") as file:
         launch = Launch(file.read())
+    launch.group = read_group(directory)
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
     try:
         trainer_pid = start_trainer(launch, output_write, libc, enter)
@@ -381,7 +415,7 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
     )
     log = OutputLog(directory + b"/" + LOG_DIRECTORY_NAME.encode())
     writer = Writer(log, lambda: try_record(directory, STARTED_NAME, started_record))
-    watch = Watch(trainer_pid, output_read, wake_read, writer, grace_ms=launch.grace_ms())
+    watch = Watch(trainer_pid, output_read, wake_read, writer, launch)
     status = watch.run()
     text = exit_record(status, trainer_pid, log_bytes=log.offset, lost_bytes=log.lost_bytes_total)
     record_until_done(directory, EXIT_NAME, text)
