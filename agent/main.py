@@ -221,6 +221,7 @@ async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: i
         allowed_uuids=config.allowed_gpus(),
         event_descriptor=event_descriptor,
         rate=config.telemetry_rate,
+        pcie_throughput=config.telemetry_pcie_throughput,
     )
     stack.callback(probe.close)
     await asyncio.to_thread(probe.open)
