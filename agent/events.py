@@ -79,7 +79,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "A bug, or the machine; its traceback follows. systemd starts it anew. Trainers run on."),
     Event("agent.job_groups", "info", "group",
           "each trainer gets a control group of its own below {group}",
-          "Nothing that a job starts can leave it, and all of it is killed at the job's end."),
+          "All that a job starts begins in its group, and is killed with it at the job's end."),
     Event("agent.job_units", "info", "launcher",
           "trainers run as services of systemd, started through {launcher}",
           "`job_units = false` keeps them in the agent's own unit."),
