@@ -312,7 +312,8 @@ def submit(
         raise click.UsageError("--follow shows one job; follow a trial: baton logs -f JOB_INDEX")
     as_json = settings_of(context).as_json
     with connect(context) as client:
-        submission = client.submit(share.with_size(client, spec), request_id)
+        sized = share.with_size(client, spec)
+        submission = client.submit(sized, request_id, jobfile.deadline_in_ms(wanted))
         sentence = f"job {submission.job_id} submitted"
         if spec.array:
             first_id = submission.job_id

@@ -8,8 +8,11 @@ from coordinator.core.phases import JobPhase
 
 @dataclass(frozen=True, slots=True)
 class Submit:
+    """`deadline_in_ms`, above 0: from now on, in place of the one that the request has."""
+
     spec: JobSpec
     request_id: str = ""
+    deadline_in_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
