@@ -2,9 +2,8 @@
 
 import json
 import re
-import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -73,18 +72,6 @@ def test_jobs_is_a_plain_table_in_a_pipe(baton: Baton, fake: FakeCoordinator) ->
     open_request, ended_request = fake.requests[:2]
     assert list(open_request.phases) == [1, 2, 3, 4]
     assert (list(ended_request.phases), ended_request.page_size) == ([5, 6, 7], 20)
-
-
-@pytest.mark.parametrize("hours", [-25, 25])
-def test_ages_are_by_the_coordinators_clock(
-    baton: Baton, fake: FakeCoordinator, hours: int
-) -> None:
-    """What it has written down, by a clock that is far from this machine's."""
-    job = samples.active_job()
-    job.submit_time.FromDatetime(job.submit_time.ToDatetime() + timedelta(hours=hours))
-    fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job])]
-    fake.unix_ms = round((time.time() + hours * 3600) * 1000)
-    assert baton("jobs", "--all").stdout.splitlines()[1].split()[7] == "1h02m"
 
 
 def test_jobs_in_json(baton: Baton) -> None:
