@@ -72,8 +72,8 @@ class SubmitRequest(_message.Message):
     @_builtins.property
     def deadline_in(self) -> _duration_pb2.Duration:
         """In place of `spec.deadline`: so long after the coordinator has heard of it, by its own clock.
-        An older coordinator knows `spec.deadline` alone, so clients give both. 1 ms to 30 years. Absent:
-        `spec.deadline`.
+        An older coordinator knows `spec.deadline` alone, so clients give both. 1 ms to 30 years.
+        Absent: `spec.deadline`.
         """
 
     def __init__(
