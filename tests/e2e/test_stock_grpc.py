@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -150,6 +151,20 @@ def test_agent_is_checked_and_listed_too(fleet: Cluster) -> None:
     with grpc.insecure_channel(work.node(fleet, "n1").peer_address) as channel:
         assert is_serving(channel, "baton.v1.PeerService")
         assert "baton.v1.PeerService" in StockClient(channel).services()
+
+
+def test_whoever_is_on_another_machine_reaches_nothing(fleet: Cluster) -> None:
+    """Each port that a process of either program has opened, whatever for."""
+    heard = {}
+    for name in ("coordinator", "n1"):
+        program = psutil.Process(fleet.pid(name))
+        for process in (program, *program.children(recursive=True)):
+            ports = [port for port in process.net_connections("inet") if port.status == "LISTEN"]
+            heard.update(
+                {(name, port.laddr.port): port.laddr.ip.removeprefix("::ffff:") for port in ports}
+            )
+    assert {name for name, _ in heard} == {"coordinator", "n1"}
+    assert set(heard.values()) == {"127.0.0.1"}
 
 
 def test_refusal_has_the_status_and_the_sentence(fleet: Cluster) -> None:
