@@ -18,8 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import coordinator.__main__  # noqa: F401 - it says how gRPC polls, before that comes
+from coordinator import main as program
 from coordinator import shell
-from coordinator.__main__ import main as run_program  # it says how gRPC polls, before that comes
 from coordinator.core.messages import Record
 from coordinator.store.sqlite import SqliteStore
 
@@ -48,8 +49,7 @@ def main() -> None:
     if asked.one_each:
         shell.BATCH_MAX = 1
     CountedStore.slower_ms = asked.slower_ms
-    # There by its own name.
-    setattr(sys.modules[run_program.__module__], "SqliteStore", CountedStore)  # noqa: B010
-    status = run_program(asked.arguments)
+    setattr(program, "SqliteStore", CountedStore)  # noqa: B010 - there by its own name
+    status = program.main(asked.arguments)
     asked.count_file.write_text(str(CountedStore.commits), encoding="utf-8")
     sys.exit(status)
