@@ -73,6 +73,9 @@ FIELDS: Final[Mapping[str, str]] = {
 }
 
 EVENTS: Final[Mapping[str, Event]] = registry(
+    Event("agent.failed", "critical", "reason",
+          "the agent ends in the middle of its work: {reason}",
+          "A bug, or the machine; its traceback follows. systemd starts it anew. Trainers run on."),
     Event("agent.job_units", "info", "launcher",
           "trainers run as services of systemd, started through {launcher}",
           "`job_units = false` keeps them in the agent's own unit."),

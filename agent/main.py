@@ -71,6 +71,10 @@ _NOT_STARTED = (
 )
 
 
+class Failed(Exception):
+    """It had started; what is an operator's to mend at the start is none of his now."""
+
+
 class SystemClock:
     def now_ms(self) -> int:
         return time.monotonic_ns() // 1_000_000
@@ -273,6 +277,9 @@ async def _run(
         write_port_file(config.port_file, peer_address)
     try:
         await shell.run()
+    except OSError as error:
+        logging_setup.emit("critical", "agent.failed", (("reason", _in_words(error)),))
+        raise Failed from error
     finally:
         watching.cancel()
     logging_setup.emit("info", "agent.stopped", ())

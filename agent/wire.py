@@ -103,6 +103,8 @@ def _held(held: m.HeldAttempt) -> pb.HeldAttempt:
         stuck=stuck,
         precopy_gain=None if gain_ms is None else _duration(gain_ms),
         copies_failed=held.copies_failed,
+        spec=types.JobSpec.FromString(held.request) if held.request else None,
+        checkpoint=held.checkpoint,
     )
 
 
@@ -244,6 +246,7 @@ def decode(message: pb.SessionResponse) -> m.Order:
                 welcome.acknowledged_sequence,
                 _RATES.get(welcome.telemetry_rate, OWN_RATE),
                 _milliseconds(welcome.report_interval),
+                tuple(welcome.unknown_attempts),
             )
         case "come_later":
             return m.ComeLater(_milliseconds(message.come_later.wait))
@@ -338,6 +341,7 @@ def _spec(spec: types.JobSpec) -> m.JobSpec:
         spec.slurm_environment,
         spec.memory_bytes,
         spec.shared_gpu_memory_bytes,
+        spec.SerializeToString(deterministic=True),
     )
 
 

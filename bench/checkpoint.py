@@ -7,8 +7,10 @@ the rest trained by AdamW) on the same disk, in turns. Four things are measured:
 1. *stall*: what a step of the training loses, which is more than the time that a call takes. Steps
    are real ones, forward, backward and update of that state, with a save after the one before and
    without, in turns; what is said is the difference, and beside it, for ours, how long the training
-   waited. A long step and a short one: a copy beside a step that is shorter than the copy holds the
-   next update up for the rest of it, and no figure for long steps says so.
+   waited, and by how much the processor time of its thread has grown. A copy that takes cache and
+   memory from the training makes that grow; what is only lost on the clock, the copy and other
+   programs took by being on its core. A long step and a short one: a copy beside a step that is
+   shorter than the copy holds the next update up, and no figure for long steps says so.
 2. *durable*: from the beginning until it is synced to disk, while the training stands still; those
    that do not sync are synced after, as a user would have to.
 3. *call*: how long the call itself takes then.
@@ -237,34 +239,36 @@ def stalls(pool: Pool, rounds: int, batch: int, ways: dict[str, Save]) -> dict[s
     it is without. Each save is over before the next step is timed."""
     found: dict[str, list[float]] = {}
 
-    def step(before: Callable[[], object], between: Callable[[], object]) -> float:
-        """In milliseconds."""
+    def step(before: Callable[[], object], between: Callable[[], object]) -> tuple[float, float]:
+        """In milliseconds, on the clock and of this thread on a processor."""
         pool.synchronize()
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         before()
         pool.compute(batch)
         between()
         pool.advance()
         pool.synchronize()
-        return (time.perf_counter() - began_s) * 1000
+        cpu_ms = (time.thread_time() - began_cpu_s) * 1000
+        return (time.perf_counter() - began_s) * 1000, cpu_ms
 
     with contextlib.closing(Ours(pool)) as ours:
         for number in range(-2, rounds):  # two that do not count: both slots
-            quiet_ms = step(_nothing, _nothing)
+            quiet_ms, quiet_cpu_ms = step(_nothing, _nothing)
             waits_s: list[float] = []
-            with_ms = step(_timed(ours.begin, waits_s), _timed(ours.settle, waits_s))
+            with_ms, with_cpu_ms = step(_timed(ours.begin, waits_s), _timed(ours.settle, waits_s))
             ours.drain()
             ours.wait()
             if number >= 0:
                 found.setdefault("a step alone", []).append(quiet_ms)
                 found.setdefault("ours, lost", []).append(with_ms - quiet_ms)
+                found.setdefault("ours, lost by the thread", []).append(with_cpu_ms - quiet_cpu_ms)
                 found.setdefault("ours, waited", []).append(sum(waits_s) * 1000)
     for name, save in ways.items():
         saving = Saving(save, pool.directory / "other")
         for number in range(-1, rounds):
-            quiet_ms = step(_nothing, _nothing)
+            quiet_ms, _ = step(_nothing, _nothing)
             try:
-                with_ms = step(saving.begin, _nothing)
+                with_ms, _ = step(saving.begin, _nothing)
                 saving.end()
             except FAILURES:
                 pool.recover()

@@ -3,7 +3,8 @@
 Problem: the file of a store that is written is no copy of it (its log lies beside it), and a copy
 that is put back is a danger: it gives ids again that nodes know for other jobs. So SQLite's own
 backup makes the copy, which is one moment of the store in one file, and marks it as a copy, with
-the time: whoever opens it knows what it is, and what follows is decided in `core/restored.py`.
+the time: whoever opens it knows what it is, and what follows is decided in `core/restored.py`. Of a
+plain copy, or a snapshot, it makes such a one as well.
 
 The copy is checked, on disk and whole before it has its name; what had the name before is kept
 until then. What a copy leaves that is killed goes with the next one of that name.
@@ -42,6 +43,8 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         prog=f"baton-coordinator {COMMAND}",
         description="Copy the coordinator's database, also while it works. A coordinator that is "
         "started on the copy knows that it is one.",
+        epilog="Which database: that of /etc/baton/coordinator.toml, unless the coordinator's own "
+        "--config or --store-path names another, which may be a plain copy or a snapshot.",
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="Where the copy goes.")
@@ -50,8 +53,8 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     # Keys are root's, and the service's alone; nothing of TLS is read here.
     environment = {"CREDENTIALS_DIRECTORY": "/", **environment}
     store = Path(from_command_line(others, environment).config.store_path)
-    unix_ms = time.time_ns() // 1_000_000
     try:
+        unix_ms = _written_unix_ms(store)
         size_bytes = backup(store, said.file, unix_ms, replace=said.replace)
     except (BackupError, sqlite3.DatabaseError, OSError) as error:
         sys.stderr.write(f"Error: {store} was not copied to {said.file}: {error}\n")
@@ -59,6 +62,16 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     moment = datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="seconds")
     sys.stdout.write(f"{said.file}: {size_bytes} bytes, {store} as it was at {moment}\n")
     return 0
+
+
+def _written_unix_ms(store: Path) -> int:
+    """When it was written last: now, of one that is in use, and of a plain copy when that was made.
+    Raises `BackupError`."""
+    found = [Path(f"{store}{end}") for end in STORE_ENDS[:2]]
+    times_ns = [path.stat().st_mtime_ns for path in found if path.is_file()]
+    if not times_ns:
+        raise BackupError("there is no such database")
+    return min(max(times_ns), time.time_ns()) // 1_000_000
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -115,7 +128,9 @@ def _copy(store: Path, scratch: Path, unix_ms: int) -> None:
         source.backup(copy)
         # The copy has the mode of its source; one file is enough for it.
         copy.execute("PRAGMA journal_mode = DELETE")
-        copy.execute(load_queries().mark_copy, {"unix_ms": unix_ms})
+        queries = load_queries()
+        copy.execute(queries.mark_copy, {"unix_ms": unix_ms})
+        copy.execute(queries.mark_copy_leader)
         findings = [row[0] for row in copy.execute("PRAGMA quick_check")]
         if findings != ["ok"]:
             raise BackupError(f"the database is damaged: {findings[0]}")

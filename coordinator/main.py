@@ -34,9 +34,11 @@ from coordinator.config import (
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.found import unread
+from coordinator.core.linear import Linear, Optimum
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
 from coordinator.forecast.live import LiveForecaster, pasts
@@ -74,6 +76,10 @@ SERVER_OPTIONS = (
 CLOSE_GRACE_S = 1.0
 # What the solver needs, of the extra `scheduling`; without it the core's greedy decides.
 SOLVER_MODULE = "highspy"
+
+
+class Failed(Exception):
+    """It had started; what is an operator's to mend at the start is none of his now."""
 
 
 class SystemClock:
@@ -150,8 +156,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             await _open_metrics(stack, config, shell, store)
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
-        if snapshot.numbering.remembered_job_id is not None:
-            _look_for_checkpoints(stack, core, shell, tls)
+        _look_for_checkpoints(stack, core, shell, tls)
         shell.allocate_by(Allocator(shell.allocation_made))
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
@@ -174,10 +179,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
 
 def _tell_restored(snapshot: Snapshot) -> None:
     made = datetime.fromtimestamp(snapshot.copied_unix_ms / 1000, UTC).isoformat(timespec="seconds")
-    held = sum(is_unsure(job) for job in snapshot.jobs)
+    held = quantity(sum(is_unsure(job) for job in snapshot.jobs), "job is", "jobs are")
     reason = (
         f"it is a copy of {made}: what was submitted and decided since is not known;"
-        f" {held} jobs are held unless their nodes say that they run"
+        f" {held} held unless their nodes say that they run"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
 
@@ -260,7 +265,14 @@ def _advise(
     stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
 ) -> None:
     outlets = Outlets(config.lease_file, config.lease_webhook)
-    advisor = LeaseAdvisor(shell.leases_made, outlets, clock, logging_setup.emit)
+    solves = importlib.util.find_spec(SOLVER_MODULE) is not None
+    advisor = LeaseAdvisor(
+        shell.leases_made,
+        outlets,
+        clock,
+        logging_setup.emit,
+        solve=_solve_linear if solves else None,
+    )
     shell.lease_by(advisor)
 
     def ended(reason: str) -> None:
@@ -291,8 +303,14 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     notifier = Notifier(os.environ)
     loop = asyncio.get_running_loop()
 
-    def leave() -> None:
+    def leave(number: signal.Signals) -> None:
         notifier.stopping()
+        told = (
+            ("signal", number.name),
+            ("running", shell.running_jobs()),
+            ("grace_ms", round(CLOSE_GRACE_S * 1_000)),
+        )
+        logging_setup.emit("info", "coordinator.stopping", told)
         shell.leave()
 
     def reload() -> None:
@@ -300,7 +318,7 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
         config = _reload(config, arguments, notifier)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, leave)
+        loop.add_signal_handler(number, leave, number)
     loop.add_signal_handler(signal.SIGHUP, reload)
     beside = [
         asyncio.create_task(_watch(shell, notifier)),
@@ -309,6 +327,9 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     notifier.ready()
     try:
         await shell.run()
+    except OSError as error:
+        logging_setup.emit("critical", "coordinator.failed", (("reason", _in_words(error)),))
+        raise Failed from error
     finally:
         for task in beside:
             task.cancel()
@@ -387,6 +408,15 @@ def _options(config: Config) -> Options:
 def _solve(columns: Columns) -> Solved:
     solve = _solver()
     return unsolved(columns) if solve is None else solve(columns)
+
+
+def _solve_linear(program: Linear) -> Optimum | None:
+    """Of leases, where work may wait."""
+    if _solver() is None:
+        return None
+    from coordinator.lease_solver import solve
+
+    return solve(program)
 
 
 @cache

@@ -42,7 +42,7 @@ class _Manifest(msgspec.Struct):
     step: _Number
     parent: str
     files: list[_File]
-    rank: int | None = None
+    rank: _Number | None = None
 
 
 _decoder = msgspec.json.Decoder(_Manifest)
@@ -81,7 +81,7 @@ class ManifestReader:
 
 
 async def _read(channel: grpc.aio.Channel, digests: Sequence[str]) -> tuple[Manifest, ...]:
-    """Those that are of jobs of one rank. Raises `AioRpcError` when the node does not answer."""
+    """Those that can be told. Raises `AioRpcError` when the node does not answer."""
     found = []
     for digest in digests:
         try:
@@ -94,6 +94,6 @@ async def _read(channel: grpc.aio.Channel, digests: Sequence[str]) -> tuple[Mani
         else:
             size_bytes = sum(file.size_bytes for file in said.files)
             place = said.job, said.epoch, said.step
-            if said.rank is None and size_bytes <= NUMBER_MAX:
-                found.append(Manifest(digest, *place, said.parent, size_bytes))
+            if size_bytes <= NUMBER_MAX:
+                found.append(Manifest(digest, *place, said.parent, size_bytes, said.rank))
     return tuple(found)

@@ -97,7 +97,7 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
         except wire.WireError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         spec = _in_trace(spec, context)
-        body = m.Submit(spec, request.request_id, deadline_in_ms)
+        body = m.Submit(spec, request.request_id, request.forgotten_job_id, deadline_in_ms)
         answer = await _ask(self._shell, context, body)
         if not isinstance(answer, m.Submitted):
             raise TypeError(f"expected a submission, got {type(answer).__name__}")

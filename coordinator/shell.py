@@ -20,6 +20,7 @@ from coordinator.core import messages as m
 from coordinator.core.capacity_orders import CapacityOutcome
 from coordinator.core.census import census
 from coordinator.core.coordinator import Coordinator
+from coordinator.core.gangs import RUNNING_JOB
 from coordinator.core.phases import ATTEMPT_ENDED, NodePhase
 from coordinator.core.state import Instant
 from coordinator.counts import Counts, View
@@ -133,6 +134,10 @@ class CoordinatorShell:
         """The stream has ended, however it did."""
         if self._peers.pop(session, None) is not None:
             self._post(m.FromAgent(session, m.SessionClosed()))
+
+    def running_jobs(self) -> int:
+        """Call it in the loop's thread."""
+        return sum(job.phase in RUNNING_JOB for job in self._core.state.jobs.values())
 
     def leave(self) -> None:
         """End after the present batch."""

@@ -291,9 +291,10 @@ def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
     stuck = tuple(held.stuck.pids[:STUCK_PIDS_MAX]) if held.HasField("stuck") else None
     gain_ms = _milliseconds(held.precopy_gain) if held.HasField("precopy_gain") else None
+    spec = decode_spec(held.spec) if held.HasField("spec") else None
     return m.HeldAttempt(
         _attempt_id(held.attempt), tuple(held.gpu_uuids), held.live, stuck, gain_ms,
-        held.copies_failed,
+        held.copies_failed, spec, held.checkpoint and _digest(held.checkpoint),
     )  # fmt: skip
 
 
@@ -367,13 +368,9 @@ def _event(event: pb.AgentEvent) -> m.AgentEvent:
 
 def _proposed(proposed: pb.CheckpointProposed) -> m.CheckpointProposed:
     return m.CheckpointProposed(
-        _digest(proposed.digest),
-        proposed.parent and _digest(proposed.parent),
-        proposed.step,
-        proposed.size_bytes,
-        tuple(proposed.replicas),
-        proposed.parts,
-    )
+        _digest(proposed.digest), proposed.parent and _digest(proposed.parent), proposed.step,
+        proposed.size_bytes, tuple(proposed.replicas), proposed.parts,
+    )  # fmt: skip
 
 
 def _digest(text: str) -> str:
@@ -411,6 +408,7 @@ def encode(order: m.AgentOrder) -> pb.SessionResponse:
                 acknowledged_sequence=order.acknowledged_sequence,
                 telemetry_rate=wire_nodes.encode_rate(order.telemetry_rate),
                 report_interval=encode_span(order.report_interval_ms),
+                unknown_attempts=order.unknown,
             )
             return pb.SessionResponse(welcome=welcome)
         case m.ComeLater():

@@ -120,7 +120,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to make them in")
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
-    make_once(out / f"digits-{RECIPE_VERSION}", digits)
+    try:
+        make_once(out / f"digits-{RECIPE_VERSION}", digits)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "sklearn":
+            raise
+        sys.stderr.write("the digits come with scikit-learn: pip install scikit-learn\n")
+        return 1
     make_once(out / f"text-{RECIPE_VERSION}", text)
     for name, values in configurations().items():
         partial = out / f".{name}.{os.getpid()}"

@@ -167,12 +167,6 @@ class Reader:
         return self._opened[file]
 
 
-def read_range(directory: Path, name: str, start: int, stop: int) -> torch.Tensor:
-    """One range of a checkpoint, in parts or whole. Raises ManifestError."""
-    with Reader(directory, load_any(directory)) as reader:
-        return reader.range(name, start, stop)
-
-
 def merge(held: Iterable[Mapping[str, LogicalTensor]]) -> Layout:
     """What all ranks hold, put together. Raises ManifestError when rows are missing or twice."""
     found: dict[str, tuple[LogicalTensor, list[Shard]]] = {}

@@ -20,6 +20,7 @@ by the timeout of its collectives.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,7 +30,7 @@ import torch
 
 from trainers import launcher
 
-PROTOCOL = 1
+PROTOCOL = 2
 """What ranks tell each other, in which order and form; one higher with each change of that. Each
 node's agent brings its own trainers, so in the middle of an upgrade ranks may have two of them.
 That this is compared first, as a text like any, is the same in all."""
@@ -130,7 +131,8 @@ class World:
 
     def open(self, device: torch.device, timeout_s: float) -> None:
         """Meet the others. Raises RuntimeError when they do not come within ``timeout_s``, which is
-        also what each collective waits for a rank that is gone, and ProtocolError."""
+        also what each collective waits for a rank that is gone, ProtocolError, and RankError where
+        two of them would compute on one GPU."""
         if self.alone:
             return
         from torch import distributed
@@ -146,6 +148,7 @@ class World:
             self.check_same(what, str(PROTOCOL))
         except RankError as error:
             raise ProtocolError(str(error)) from None
+        check_apart(self.texts(gpu_of(device)))
 
     def decide(self, vote: Vote) -> Decision:
         """The same on every rank. A collective."""
@@ -212,6 +215,27 @@ class World:
 
 
 ALONE = World()
+
+
+def gpu_of(device: torch.device) -> str:
+    """The UUID of a GPU that no other rank may compute on. Empty on a CPU, and where NCCL was told
+    that ranks share one (NCCL_MULTI_RANK_GPU_ENABLE, off by default)."""
+    if device.type != "cuda" or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") != "0":
+        return ""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def check_apart(uuids: Sequence[str]) -> None:
+    """Raises RankError where two ranks, in the order of whose ranks these are, compute on one GPU:
+    NCCL calls that an "invalid usage", in the first step and with a stack of its callers."""
+    users: dict[str, int] = {}
+    for rank, uuid in enumerate(uuids):
+        if uuid and users.setdefault(uuid, rank) != rank:
+            raise RankError(
+                f"ranks {users[uuid]} and {rank} both compute on {uuid}, and NCCL takes one rank of"
+                " a training for each GPU: start as many ranks as there are GPUs (--ranks N"
+                " --gpus 1, or below torchrun --gpus N and --nproc-per-node=N)"
+            )
 
 
 def unseen(environment: Mapping[str, str]) -> str:

@@ -110,4 +110,5 @@ def _train(
         return EXIT_PROTOCOL
     except ranks.RankError as error:
         sys.stderr.write(f"{error}\n")
+        session.leaving(EXIT_FAILURE, str(error))
         return EXIT_FAILURE

@@ -20,8 +20,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from agent.chunks.manifest import DiskFull
 from agent.ports import ChunkError
@@ -35,8 +35,6 @@ RESERVED_FREE_RATIO = 0.02
 SYNCS = 8
 # Whatever a disk asks of sizes and places is a divisor of this.
 DIRECT_BYTES = 4096
-
-_Item = TypeVar("_Item")
 
 
 @contextmanager
@@ -92,12 +90,13 @@ def check_room(directory: Path, size_bytes: int, doing: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in it durable. Raises `OSError`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in it durable. Raises `ChunkError`."""
+    with disk_errors(f"syncing {path}"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Unnamed:
@@ -143,26 +142,25 @@ class Unnamed:
         os.close(descriptor)
 
 
-def name_all(files: Sequence[Unnamed]) -> None:
-    """Make all of them durable, and only then give them their names, which are durable when their
-    directories are synced. Raises `ChunkError`, and leaves nothing then that has no name."""
+def name_all(files: Sequence[Unnamed], after: Sequence[Path] = ()) -> None:
+    """Make all of them durable, and the names in the directories that they come `after`; only then
+    give them their names, which are durable when their directories are synced. Raises `ChunkError`,
+    and leaves nothing then that has no name.
+
+    Several are synced at a time: on a disk that others write to as well, those that wait together
+    wait for one commit of the journal. What goes wrong first is raised when all have ended."""
+    syncs: list[Callable[[], None]] = [file.sync for file in files]
+    syncs += [partial(sync_directory, path) for path in after]
     try:
-        together(Unnamed.sync, files)
+        with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
+            for done in [threads.submit(sync) for sync in syncs]:
+                done.result()
         for file in files:
             file.name()
     except BaseException:
         for file in files:
             file.drop()
         raise
-
-
-def together(sync: Callable[[_Item], None], items: Sequence[_Item]) -> None:
-    """Sync all of them, several at a time: on a disk that others write to as well, those that wait
-    together wait for one commit of the journal. Raises what the first of them that fails raises,
-    when all have ended."""
-    with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
-        for _ in threads.map(sync, items):
-            pass
 
 
 def _write_directly(descriptor: int, view: memoryview) -> int:

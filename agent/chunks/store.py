@@ -8,9 +8,9 @@ bytes, and the manifest before its chunks.
 The order that holds:
 1. a chunk goes to `temporary/`, is synced, and is renamed to `objects/ab/<digest>`, together with
    others where several are written at a time; one that is there is not written again;
-2. every `objects/ab` that a manifest's chunks are in is synced;
-3. only then is the manifest written the same way to `manifests/<digest>.json`, and its directory
-   synced.
+2. every `objects/ab` that a manifest's chunks are in is synced, and beside that the manifest, under
+   a name in `temporary/`: they share a commit of the file system's journal;
+3. only then is it renamed to `manifests/<digest>.json`, and its directory synced.
 
 Whoever dies on the way leaves temporary files (removed by `open`) and unnamed chunks (removed by a
 later sweep). Sweeping runs in the opposite order: manifests go first and are synced away, then the
@@ -54,7 +54,7 @@ from types import TracebackType
 
 import structlog
 
-from agent.chunks.disk import Room, Unnamed, disk_errors, name_all, sync_directory, together
+from agent.chunks.disk import Room, Unnamed, disk_errors, name_all, sync_directory
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
     MANIFEST_BYTES_MAX,
@@ -473,15 +473,13 @@ class Writing:
         self._name([], 1)
         for chunk_digest, size_bytes in sizes_bytes.items():
             self._check_present(chunk_digest, size_bytes)
-        with disk_errors(f"syncing the chunks of {short(digest)}"):
-            prefixes = sorted({chunk_digest[:2] for chunk_digest in sizes_bytes})
-            together(sync_directory, [self._store._objects / prefix for prefix in prefixes])
-        if not self._store._renew_manifest(digest):
-            doing = f"writing manifest {short(digest)} of {len(data)} bytes to {path.parent}"
-            self._store._write(path, data, doing)
+        doing = f"writing manifest {short(digest)} of {len(data)} bytes to {path.parent}"
+        here = self._store._renew_manifest(digest)
+        files = [] if here else [self._store._written(path, data, doing)]
+        prefixes = sorted({chunk_digest[:2] for chunk_digest in sizes_bytes})
+        name_all(files, after=[self._store._objects / prefix for prefix in prefixes])
         # Also when it was here: whoever wrote it may have died before its name was durable.
-        with disk_errors(f"syncing {path.parent}"):
-            sync_directory(path.parent)
+        sync_directory(path.parent)
         return manifest
 
     def _check_present(self, digest: str, size_bytes: int) -> None:

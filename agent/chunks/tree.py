@@ -73,13 +73,16 @@ def ingest(store: ChunkStore, directory: Path, origin: Origin) -> StoredCheckpoi
 
 
 def ingest_capture(store: ChunkStore, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
-    """Keep the files of a capture, durably. Raises `Invalid` for a name that could land outside a
-    directory, `DiskFull` after giving back what was written, and `ChunkError`, also when the
-    capture was overwritten while it was read: then no checkpoint names what was kept of it."""
+    """Keep the files of a capture, durably; the last ones first. A trainer's first are those that
+    change least, and while the disk writes the others there is time to see that it has these.
+
+    Raises `Invalid` for a name that could land outside a directory, `DiskFull` after giving back
+    what was written, and `ChunkError`, also when the capture was overwritten while it was read:
+    then no checkpoint names what was kept of it."""
     buffers = _Buffers()
     files = (
         (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry, buffers))
-        for entry in source.files
+        for entry in reversed(source.files)
     )
     return _ingest(store, files, buffers, origin, check=source.check)
 
@@ -201,8 +204,9 @@ def _kept(
     writers: ThreadPoolExecutor,
     files: Iterable[_File],
 ) -> tuple[list[FileEntry], int]:
-    """The files in chunks, and the bytes written for them; `WRITERS` pieces at a time, also where
-    one file ends and the next begins: waiting there for the disk would leave it idle after."""
+    """The files in chunks, and the bytes written for them; as many pieces at a time as there is
+    memory for, also where one file ends and the next begins: waiting there for the disk would leave
+    it idle after. Nor does a piece that is here already wait for one before it to be written."""
     waiting: deque[tuple[list[ChunkRef], int, Future[tuple[str, int]]]] = deque()
     found: list[tuple[str, int, list[ChunkRef]]] = []
     new_bytes = 0
@@ -217,7 +221,7 @@ def _kept(
         found.append((path, mode, []))
         for buffer, size_bytes in pieces:
             waiting.append((found[-1][2], size_bytes, writers.submit(keep, buffer, size_bytes)))
-            if len(waiting) >= WRITERS:
+            while waiting and waiting[0][2].done():
                 new_bytes += take_oldest()
     while waiting:
         new_bytes += take_oldest()

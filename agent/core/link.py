@@ -105,6 +105,8 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
     state.log("info", "link.up", leader_epoch=order.leader_epoch, spooled=len(state.spool))
     state.acknowledge(now, order.acknowledged_sequence)
     state.welcomed = True
+    if order.unknown:  # before it has to refuse what they have to say
+        heartbeat(state, now, order.unknown)
     resend(state, now)
     forget_answers(state)
 
@@ -149,7 +151,7 @@ def _following(due_ms: int, interval_ms: int, now: Instant) -> int:
     return due_ms + max(0, (now.now_ms - due_ms) // interval_ms + 1) * interval_ms
 
 
-def heartbeat(state: State, now: Instant) -> None:
+def heartbeat(state: State, now: Instant, asked: tuple[str, ...] = ()) -> None:
     if not state.welcomed or state.heartbeat_due_ms is None:
         return
     state.heartbeat_sequence += 1
@@ -159,7 +161,8 @@ def heartbeat(state: State, now: Instant) -> None:
     if due:
         _report(state, now)
     progress = _progress(state, whole=due)
-    state.send(Heartbeat(state.heartbeat_sequence, None, (), precopy.held(state), progress))
+    held = precopy.held(state, asked)
+    state.send(Heartbeat(state.heartbeat_sequence, None, (), held, progress))
 
 
 def _report(state: State, now: Instant) -> None:

@@ -8,7 +8,8 @@ from agent.core.gpu_messages import OWN_RATE
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """`report_interval_ms` of 0, from an older coordinator: telemetry goes with every heartbeat."""
+    """`report_interval_ms` of 0, from an older coordinator: telemetry goes with every heartbeat.
+    `unknown` are attempts that the coordinator wants to hear more of."""
 
     leader_epoch: int
     heartbeat_interval_ms: int
@@ -16,6 +17,7 @@ class Welcome:
     acknowledged_sequence: int
     telemetry_rate: str = OWN_RATE
     report_interval_ms: int = 0
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

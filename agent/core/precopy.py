@@ -99,8 +99,8 @@ def _gain_ms(known: Known) -> int:
     return max(0, gain_ms)
 
 
-def held(state: State) -> tuple[HeldAttempt, ...]:
-    """What this node answers for, for hello and heartbeat."""
+def held(state: State, asked: tuple[str, ...] = ()) -> tuple[HeldAttempt, ...]:
+    """What this node answers for, for hello and heartbeat; of those `asked` for all of it."""
     return tuple(
         HeldAttempt(
             live.record.id,
@@ -110,6 +110,7 @@ def held(state: State) -> tuple[HeldAttempt, ...]:
             _gain_of_rank_ms(state, live),
             # Of a shared directory no other node would help.
             0 if state.options.shared_directory else live.copies_failed,
+            *((live.record.spec.whole, live.record.committed) if live.record.id in asked else ()),
         )
         for live in state.attempts.values()
     )

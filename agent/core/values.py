@@ -6,7 +6,7 @@ dataclasses, with the unit in the field's name. Absent is `None`, never zero: "t
 say" and "zero watts" are different facts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -236,7 +236,8 @@ class Sample:
 class JobSpec:
     """The part of a job's request that a node needs. `stop_signal` is TERM, USR1 or USR2;
     `replication` is automatic, required or none. With `shared_gpu_memory_bytes` it has its GPU
-    together with others, and takes at most that much of its memory."""
+    together with others, and takes at most that much of its memory. `whole` is all of the request,
+    as its coordinator had written it, for one that has forgotten it; empty: an older agent's."""
 
     name: str = ""
     command: tuple[str, ...] = ()
@@ -250,6 +251,7 @@ class JobSpec:
     slurm_environment: bool = False
     memory_bytes: int = 0
     shared_gpu_memory_bytes: int = 0
+    whole: bytes = field(default=b"", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,8 @@ class Launch:
 class HeldAttempt:
     """What hello and heartbeat list. `stuck` are its processes that a kill did not end; `None`:
     nobody has looked yet. `precopy_gain_ms` is of a rank of several (`precopy.py`).
-    `copies_failed` are the tries in a row in which nothing arrived at its standby."""
+    `copies_failed` are the tries in a row in which nothing arrived at its standby. `request` is
+    `JobSpec.whole`, and `checkpoint` what it continues, where the coordinator asks for that."""
 
     attempt: str
     gpu_uuids: tuple[str, ...]
@@ -283,6 +286,8 @@ class HeldAttempt:
     stuck: tuple[int, ...] | None = None
     precopy_gain_ms: int | None = None
     copies_failed: int = 0
+    request: bytes | None = None
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

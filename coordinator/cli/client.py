@@ -138,11 +138,17 @@ class Client:
         return datetime.now(UTC) + self._ahead
 
     def submit(
-        self, spec: values.JobSpec, request_id: str, deadline_in_ms: int = 0
+        self,
+        spec: values.JobSpec,
+        request_id: str,
+        for_job: int | None = None,
+        deadline_in_ms: int = 0,
     ) -> values.Submission:
         """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable.
         `deadline_in_ms`, above 0: the deadline is so long after the coordinator hears of it."""
-        request = jobs_pb2.SubmitRequest(request_id=request_id, spec=_spec_to_wire(spec))
+        request = jobs_pb2.SubmitRequest(
+            request_id=request_id, spec=_spec_to_wire(spec), forgotten_job_id=for_job or 0
+        )
         if deadline_in_ms:
             request.deadline_in.CopyFrom(_duration(deadline_in_ms))
         pauses_s = list(RETRY_PAUSES_S)

@@ -14,6 +14,7 @@ drive a terminal.
 import contextlib
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
@@ -24,6 +25,8 @@ UNKNOWN = "-"
 
 GAP = "  "
 
+# How often somebody who reads a log is told how far it is.
+TOLD_EVERY_S = 10.0
 # Less than this, and no line has two words.
 WIDTH_MIN = 20
 _COMMAND = re.compile(r"`[^`]*`")
@@ -93,14 +96,29 @@ def write_sentence(sentence: str) -> None:
 
 @contextlib.contextmanager
 def progress(steps: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, for who waits at a terminal; it is told how many steps more are done."""
+    """It is told how many steps more are done, and shows it on stderr to whoever waits: a bar at a
+    terminal, and else a sentence now and then."""
     if not sys.stderr.isatty():
-        yield lambda _: None
+        yield _now_and_then(steps, what)
         return
     with click.progressbar(
         length=steps, label=what, file=sys.stderr, update_min_steps=max(1, steps // 100)
     ) as bar:
         yield bar.update
+
+
+def _now_and_then(steps: int, what: str) -> Callable[[int], None]:
+    done, told_s = 0, time.monotonic()
+
+    def passed(more: int) -> None:
+        nonlocal done, told_s
+        done += more
+        now_s = time.monotonic()
+        if now_s - told_s >= TOLD_EVERY_S:
+            told_s = now_s
+            write_notice(f"{what}: {100 * done // steps}% done")
+
+    return passed
 
 
 def _wrapped(sentence: str, stream: TextIO, indent: str = GAP) -> str:

@@ -17,7 +17,7 @@ import click
 from coordinator.cli.again import again
 from coordinator.cli.finite import Finite
 from coordinator.cli.fit import Price
-from coordinator.cli.render import write_notice
+from coordinator.cli.render import progress, write_notice
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 from coordinator.cli.simulate_cases import CHANCE, read_cases
 from coordinator.cli.simulate_demand import (
@@ -164,9 +164,10 @@ def simulate(**given: Any) -> None:
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
       baton simulate --journal baton.sqlite3 --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
+      baton simulate --own-demand H100 --policy baton --policy idle-timeout
     """
     context = click.get_current_context()
-    if given["demand"] is not None:
+    if given["demand"] is not None or given["own_demand"] is not None:
         replay_demand(context, given)
     else:
         refuse_demand_options(context)
@@ -176,9 +177,12 @@ def simulate(**given: Any) -> None:
 def _simulate(context: click.Context, given: Mapping[str, Any]) -> None:
     cases = read_cases(given)
     found: Results = {}
-    for name in dict.fromkeys(given["policies"]):
-        policies = {when: _policy(name, given["balance"], each) for when, each in cases.items()}
-        found[name] = {when: _run(each, policies[when]) for when, each in cases.items()}
+    names = list(dict.fromkeys(given["policies"]))
+    jobs = len(names) * sum(len(each.jobs) for each in cases.values())
+    with progress(jobs, "jobs done") as passed:
+        for name in names:
+            policies = {when: _policy(name, given["balance"], each) for when, each in cases.items()}
+            found[name] = {when: _run(each, policies[when], passed) for when, each in cases.items()}
     if given["plots"] is not None:
         write_plots(given["plots"], found, cases)
     if settings_of(context).as_json:
@@ -234,7 +238,9 @@ def _ours(aims: "Aims", case: "Case", solve: "Solve | None") -> "Ours":
     return Ours(aims, solve, tenants=case.weights, quotas=case.quotas)
 
 
-def _run(case: "Case", policy: "Policy") -> "tuple[Figures, Outcome]":
+def _run(
+    case: "Case", policy: "Policy", passed: Callable[[int], None]
+) -> "tuple[Figures, Outcome]":
     """Judged."""
     from coordinator.core.quotas import PARTS, weight_parts
     from coordinator.sim import checks, engine, report
@@ -244,7 +250,9 @@ def _run(case: "Case", policy: "Policy") -> "tuple[Figures, Outcome]":
 
     known = {job.job_id: job for job in case.jobs}
     try:
-        outcome = engine.simulate(case.jobs, case.fleet, policy, case.chance, case.pairs)
+        outcome = engine.simulate(
+            case.jobs, case.fleet, policy, case.chance, case.pairs, passed=passed
+        )
     except engine.BrokenPolicy as error:
         raise CommandFailed(str(error)) from error
     wrong = [

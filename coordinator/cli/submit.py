@@ -268,6 +268,13 @@ lines as of `baton logs --json`, and one line for the job as it ended.
     "--slurm-env/--no-slurm-env", default=None, help="Also set SLURM_JOB_ID and its like."
 )
 @click.option("--hold/--no-hold", default=None, help="Wait for `baton release`.")
+@click.option(
+    "--for-job",
+    type=click.IntRange(min=1),
+    metavar="JOB",
+    help="Say what JOB was, which is held since the coordinator's database was put back from a "
+    "copy without it: it goes on from its last checkpoint.",
+)
 @click.option("--follow", is_flag=True, help="Print the job's output until it ends.")
 @click.option(
     "--request-id",
@@ -283,6 +290,7 @@ def submit(
     words: tuple[str, ...],
     follow: bool,
     request_id: str | None,
+    for_job: int | None,
     **flags: Any,
 ) -> None:
     """Read the request, submit it, and follow it where asked to."""
@@ -312,8 +320,8 @@ def submit(
         raise click.UsageError("--follow shows one job; follow a trial: baton logs -f JOB_INDEX")
     as_json = settings_of(context).as_json
     with connect(context) as client:
-        sized = share.with_size(client, spec)
-        submission = client.submit(sized, request_id, jobfile.deadline_in_ms(wanted))
+        sized, lead_ms = share.with_size(client, spec), jobfile.deadline_in_ms(wanted)
+        submission = client.submit(sized, request_id, for_job, lead_ms)
         sentence = f"job {submission.job_id} submitted"
         if spec.array:
             first_id = submission.job_id

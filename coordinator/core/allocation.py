@@ -22,7 +22,7 @@ Where it is not known how much is left, the more a job has had, the more it is t
   within each, those within their projects' quotas and those beyond (`quotas.py`).
 - A job that runs is worth more where it is (`stay_ratio`), and elsewhere less, by the part of its
   next stay that a restart would take. Within its class it cannot be displaced at all before it has
-  run for `run_s_min`, or ten times what its restart takes.
+  run for `run_s_min`, ten times what its restart takes; near balance 1 nor if it ends within that.
 - A job whose latest start has come goes first in its class while its deadline can still be kept,
   whose came last first. A deadline that is lost counts as none.
 - What the solver returns is rounded, filled up, and a gang that was left out changes places with
@@ -215,12 +215,12 @@ def allocate(
         for place, tier in enumerate(tiers):
             _keep_late(tier, now_ms)
             # Who is beyond a quota has to run for its minimum, too, before others may have it.
-            for other in tiers if place == 0 else []:
-                _keep_young(other, now_ms, aims)
+            for other in tiers[place:]:
+                _keep_running(other, now_ms, aims, ending=other is tier)
             kept = dict(tier.grants)
-            solved = _solve(tier, solve)
-            prices.update(solved.prices)
-            bound += sum(grant.value for grant in kept.values()) + solved.bound
+            solved_prices, solved_bound = _solve(tier, solve)
+            prices.update(solved_prices)
+            bound += sum(grant.value for grant in kept.values()) + solved_bound
             _fill(tier)
             if solve is not None:
                 _exchange(tier, kept)
@@ -256,7 +256,7 @@ def worths(
         weight = age * tenants.get(contender.project, 1.0) * best.gpus
         part = min(1.0, hours / best.gpus / max(ahead.hours, LEFT_GPU_H_MIN))
         urgency = URGENCY * ahead.cost(_relative(contender, best)) ** end * part**power
-        urgency /= 1.0 - (1.0 - end) * ahead.quiet * part
+        urgency /= 1.0 - (1.0 - end) * ahead.quiet * part - end**2 * ahead.last(part)
         value = (1.0 - aims.balance) * ahead.scaled(hours) ** -SHORT_POWER + aims.balance * urgency
         found.append(_worth(contender, best, hours, weight * value, aims))
     return found
@@ -363,28 +363,28 @@ def _keep_late(state: _Class, now_ms: int) -> None:
         any(worth[choice] > 0 and state.take(index, choice) for choice in order)
 
 
-def _keep_young(state: _Class, now_ms: int, aims: Aims) -> None:
-    """And who has just started."""
-    young = [
-        (-max(state.worth[index], default=0.0), index)
+def _keep_running(state: _Class, now_ms: int, aims: Aims, *, ending: bool) -> None:
+    """And who has just started; `ending`: or will have ended before that long."""
+    stay = [
+        (-max(state.worth[index], default=0.0), index, contender.options.index(contender.at))
         for index, contender in enumerate(state.contenders)
-        if contender.at in contender.options
-        and now_ms - contender.since_ms < run_s_min(contender.restart_s, aims) * MS_PER_S
+        if contender.at in contender.options and _stays(contender, now_ms, aims, ending)
     ]
-    for _, index in sorted(young):
-        contender = state.contenders[index]
-        if contender.at is not None:
-            state.take(index, contender.options.index(contender.at))
+    for _, index, choice in sorted(stay):
+        state.take(index, choice)
 
 
-@dataclass(frozen=True, slots=True)
-class _Priced:
-    prices: Mapping[str, float]
-    bound: float
+def _stays(contender: Contender, now_ms: int, aims: Aims, ending: bool) -> bool:
+    least_s = run_s_min(contender.restart_s, aims)
+    young = now_ms - contender.since_ms < least_s * MS_PER_S
+    if young or not ending or contender.at is None or contender.steps_left is None:
+        return young
+    return contender.steps_left < aims.balance ** (2 * END_POWER) * least_s * contender.at.rate
 
 
-def _solve(state: _Class, solve: Solve | None) -> _Priced:
-    """What the solver takes whole, and then what it takes in part, most of it first."""
+def _solve(state: _Class, solve: Solve | None) -> tuple[dict[str, float], float]:
+    """What the solver takes whole, and then what it takes in part, most of it first. Its prices and
+    its bound."""
     names = list(state.free)
     number = {name: index for index, name in enumerate(names)}
     jobs, types, gpus, values = [], [], [], []
@@ -404,7 +404,7 @@ def _solve(state: _Class, solve: Solve | None) -> _Priced:
                 values.append(value)
         job_count += len(choices) > before
     if solve is None or not choices:
-        return _Priced({}, math.inf if choices else 0.0)
+        return {}, math.inf if choices else 0.0
     capacity = [state.free[name] for name in names]
     solved = solve(Columns(jobs, types, gpus, values, job_count, capacity))
     taken = [
@@ -414,7 +414,7 @@ def _solve(state: _Class, solve: Solve | None) -> _Priced:
     ]
     for _, _, place in sorted(taken):
         state.take(*choices[place])
-    return _Priced(dict(zip(names, solved.prices, strict=True)), solved.bound)
+    return dict(zip(names, solved.prices, strict=True)), solved.bound
 
 
 def _fill(state: _Class) -> None:

@@ -15,6 +15,7 @@ from coordinator.core import admission, health, leases, nodes, power
 from coordinator.core.admission import Waiting
 from coordinator.core.live import Rival
 from coordinator.core.messages import CloseSession, ComeLater, Goodbye, Hello, Send
+from coordinator.core.phases import NodePhase
 from coordinator.core.state import Instant, LiveNode, State
 
 # Twice what one coordinator is meant for; beyond that somebody is joining by mistake.
@@ -98,6 +99,12 @@ def _refuse(state: State, now: Instant, session: int, body: Hello) -> str:
         return f"{len(state.nodes)} nodes have joined and {NODES_MAX} is the limit" if full else ""
     if session <= live.newest_session and session != live.session:
         return NEWER  # what it says has been overtaken
+    if live.newest_session < 0 and live.phase is not NodePhase.LOST and _is_stranger(live, body):
+        return (
+            f"{body.node} was on host {live.node.host.hostname} when it was seen last, before the"
+            f" coordinator's restart; one on host {body.host.hostname} is let in when that one has"
+            " not come"
+        )
     other = live.session is not None and live.session != session
     fresh = live.heard_ms + state.options.closed_grace_ms > now.now_ms
     return _rival(now, live, body) if other and fresh else ""
@@ -121,6 +128,19 @@ def _rival(now: Instant, live: LiveNode, body: Hello) -> str:
         f"another agent is connected as {body.node} (host {there.hostname}); give this one"
         f" (host {here.hostname}) a node name of its own{copied if same_journal else ''}"
     )
+
+
+def _is_stranger(live: LiveNode, body: Hello) -> bool:
+    """Whether it looks like another machine than the one that is written down. After our own
+    restart nobody is connected, and who comes first may be a copy of the one that runs the jobs.
+    One that was not started anew since is it, whatever it is called now; else nothing runs there.
+    """
+    if live.node.host.boot_id and live.node.host.boot_id == body.host.boot_id:
+        return False
+    there, here = live.node.host.hostname, body.host.hostname
+    known = {gpu.uuid for gpu in live.node.gpus}
+    others = bool(known and body.gpus) and not any(gpu.uuid in known for gpu in body.gpus)
+    return (bool(there and here) and there != here) or others
 
 
 def describe_rival(now: Instant, live: LiveNode) -> str:

@@ -34,7 +34,7 @@ class UnpinCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint on a node says of itself; of a job of one rank."""
+    """What a checkpoint on a node says of itself. `rank`: it is that one's part; `None`: whole."""
 
     digest: str
     job_id: int
@@ -42,6 +42,7 @@ class Manifest:
     step: int
     parent: str
     size_bytes: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,6 +346,7 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
         return
     if isinstance(body, AttemptExited) and event.attempt in live.strays:
         live.strays.pop(event.attempt)
+        live.unknown.pop(event.attempt, None)
         state.release_gpus(live, event.attempt)
     known = attempt is not None and attempt.node == live.node.id
     if attempt is None or not known:

@@ -11,17 +11,28 @@ copy is noted (`unlisted`), somebody reads beside the loop what it says of itsel
 here on. Whether it was committed it does not say, and that is not needed: nobody who has forgotten
 the commits can have another one's in its place, and only an attempt that held the job has a higher
 epoch. So it is done for a job that is held because of the copy; for one that runs, of its attempt's
-own alone. Ranks' parts are not put together.
+own alone, and of what it says that it continues.
+
+Ranks' parts of one step are one checkpoint when all of them are there, on whichever nodes. A rank
+that saved twice at one step has two there, and nobody can say which belong together: then an older
+step counts.
+
+A job that was submitted after the copy, and that nobody runs, is known by its checkpoints alone. So
+that they can be had it is there again, held, and without a request until somebody says it
+(`submitted_again`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from coordinator.core import checkpoints, poison, restored
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
-from coordinator.core.model import Checkpoint, Job
+from coordinator.core.model import Checkpoint, Job, JobIntent, JobSpec, Part
 from coordinator.core.phases import JobPhase
-from coordinator.core.state import Instant, LiveNode, State
+from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
+
+Pieces = list[tuple[Manifest, tuple[str, ...]]]  # by rank, with the nodes that have them
+Place = tuple[int, int, int]  # epoch, step, job
 
 OVERTAKEN = "a later attempt has gone on from before it"
 
@@ -35,6 +46,8 @@ def unlisted(state: State, present: Mapping[str, None]) -> tuple[str, ...]:
 
 def unread(state: State) -> list[tuple[str, str, tuple[str, ...]]]:
     """Nodes within reach, where their peers reach them, and what on them nobody has read yet."""
+    if state.numbering.remembered_job_id is None:
+        return []
     return [
         (live.node.id, live.node.peer_address, live.unlisted)
         for live in state.nodes.values()
@@ -46,40 +59,113 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
     done = dict.fromkeys(body.digests)
     live.unlisted = tuple(digest for digest in live.unlisted if digest not in done)
     for manifest in sorted(body.manifests, key=lambda one: (one.epoch, one.step)):
-        job = state.jobs.get(manifest.job_id)
-        if job is None or job.spec.ranks > 1:
+        job = state.jobs.get(manifest.job_id) or _forgotten(state, now, manifest)
+        if job is None:
             continue
-        if any(one.digest == manifest.digest for one in state.checkpoints.get(job.id, ())):
-            checkpoints.note_copy(state, job.id, manifest.digest, body.node)
-        elif _is_last(state, job, manifest):
-            _take(state, now, job, body.node, manifest)
+        if manifest.digest in state.indices.pieces:
+            _note_copy(state, job, live, manifest)
+        elif manifest.rank is None:
+            _consider(state, now, job, [(manifest, (live.node.id,))])
+        else:
+            live.parts_found[manifest.digest] = manifest
+    if not live.unlisted:  # its second part of a step might be unread
+        _put_together(state, now, [_place(one) for one in live.parts_found.values()])
+
+
+def _forgotten(state: State, now: Instant, manifest: Manifest) -> Job | None:
+    """A job for it, if it can only be of one that was submitted after the copy. Its epoch stays 0:
+    an attempt of it that is still to be heard of is newer."""
+    if not state.numbering.is_forgotten(manifest.job_id):
+        return None
+    if len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
+        return None
+    job_id, spec = manifest.job_id, JobSpec(name="unknown")
+    reason = restored.FORGOTTEN.format(job=job_id)
+    job = state.put_job(
+        Job(
+            job_id, spec, JobPhase.HELD, now.unix_ms, intent=JobIntent.HOLD, reason=reason,
+            event_count=1,
+        )
+    )  # fmt: skip
+    state.write_line(job, now.unix_ms, "job.held", reason)
+    return job
+
+
+def submitted_again(state: State, now: Instant, job: Job, spec: JobSpec, request_id: str) -> None:
+    """Somebody says what a job is that is known by its checkpoints alone: it waits, as any."""
+    state.put_job(replace(job, spec=spec, request_id=request_id, reason=restored.UNSURE))
+    nodes = state.nodes.values()
+    parts = [one for live in nodes for one in live.parts_found.values() if one.job_id == job.id]
+    _put_together(state, now, [_place(one) for one in parts])
+    job = state.jobs[job.id]
+    if spec.hold:
+        state.put_job(replace(job, reason="submitted on hold; `baton release` lets it start"))
+    else:
+        state.put_job(replace(job, phase=JobPhase.QUEUED, intent=JobIntent.RUN, reason=""))
+    what = "its owner has said what it is, after the database was put back from a copy"
+    state.tell(now.unix_ms, job.id, "job.submitted", what)
+
+
+def _note_copy(state: State, job: Job, live: LiveNode, manifest: Manifest) -> None:
+    for known in state.checkpoints.get(job.id, ()):
+        if any(piece.digest == manifest.digest for piece in known.pieces):
+            ranks = () if manifest.rank is None else (manifest.rank,)
+            checkpoints.note_copy(state, job.id, known.digest, live.node.id, ranks)
+            return
+
+
+def _place(part: Manifest) -> Place:
+    return part.epoch, part.step, part.job_id
+
+
+def _put_together(state: State, now: Instant, places: Iterable[Place]) -> None:
+    """Of these steps, in their order, those of which the parts of all ranks are there."""
+    found: dict[Place, dict[int, dict[Manifest, tuple[str, ...]]]] = {one: {} for one in places}
+    for live in state.nodes.values() if found else ():
+        for one in live.parts_found.values():
+            if _place(one) in found:
+                holders = found[_place(one)].setdefault(one.rank or 0, {})
+                holders[one] = (*holders.get(one, ()), live.node.id)
+    for place in sorted(found):
+        job, by_rank = state.jobs[place[2]], found[place]
+        ranks = [by_rank.get(rank, {}) for rank in range(job.spec.ranks)]
+        if job.spec.ranks > 1 and all(len(parts) == 1 for parts in ranks):
+            _consider(state, now, job, [next(iter(parts.items())) for parts in ranks])
+
+
+def _consider(state: State, now: Instant, job: Job, pieces: Pieces) -> None:
+    if _is_last(state, job, pieces[0][0]):
+        _take(state, now, job, pieces)
 
 
 def _is_last(state: State, job: Job, manifest: Manifest) -> bool:
     """Whether it can only be of the time after the copy, and is later than what is known."""
-    unsure = restored.is_unsure(job)
-    if not unsure and (job.phase is not JobPhase.ACTIVE or manifest.epoch != job.epoch):
-        return False
+    if not restored.is_unsure(job):
+        attempt = state.current(job)
+        if job.phase is not JobPhase.ACTIVE or attempt is None:
+            return False
+        if manifest.epoch != job.epoch and manifest.digest != attempt.restored_digest:
+            return False
     kept = state.checkpoints.get(job.id, ())
     head = next(((one.epoch, one.step) for one in kept if one.digest == job.head), (0, 0))
     forgotten = state.numbering.may_be_forgotten(job.id, manifest.epoch)
     return forgotten and (manifest.epoch, manifest.step) > head
 
 
-def _take(state: State, now: Instant, job: Job, node: str, manifest: Manifest) -> None:
+def _take(state: State, now: Instant, job: Job, pieces: Pieces) -> None:
+    (first, nodes), *others = pieces
     for known in state.good_checkpoints(job):
-        if known.step > manifest.step:
+        if known.step > first.step:
             state.put_checkpoint(replace(known, bad=OVERTAKEN))
+    parts = tuple(Part(one.digest, one.size_bytes, holders) for one, holders in others)
     state.put_checkpoint(
         Checkpoint(
-            job.id, manifest.digest, manifest.parent, manifest.epoch, manifest.step,
-            manifest.size_bytes, (node,), now.unix_ms,
+            job.id, first.digest, first.parent, first.epoch, first.step,
+            sum(one.size_bytes for one, _ in pieces), nodes, now.unix_ms, parts=parts,
         )
     )  # fmt: skip
-    trouble = poison.progressed(job.trouble, manifest.step)
-    job = state.put_job(
-        replace(job, head=manifest.digest, head_step=manifest.step, trouble=trouble)
-    )
-    what = f"step {manifest.step} of attempt {job.id}.{manifest.epoch} is the last checkpoint"
-    state.tell(now.unix_ms, job.id, "checkpoint.found", what, node=node)
+    trouble = poison.progressed(job.trouble, first.step)
+    job = state.put_job(replace(job, head=first.digest, head_step=first.step, trouble=trouble))
+    what = f"step {first.step} of attempt {job.id}.{first.epoch} is the last checkpoint"
+    state.tell(now.unix_ms, job.id, "checkpoint.found", what, node=nodes[0])
     checkpoints.retain(state, job)

@@ -27,6 +27,9 @@ STEP: Final = 1.0
 PRICED_MAX: Final = 256
 # However long nobody has come: the longest job counts for up to twenty times as much by it.
 QUIET_MAX: Final = 0.95
+# Who takes as long as all others together counts twice, at half of that for hardly more.
+LAST_MAX: Final = 0.5
+LAST_POWER: Final = 4
 # What jobs have left on average on Gavel's continuous trace, by the mean that it makes shortest.
 TYPICAL_GPU_H: Final = 3.0
 
@@ -56,6 +59,11 @@ class Horizon:
         """A job's GPU-hours as they would be were the jobs here as long as those on which balances
         were chosen: what is short is a question about the others, not about the hour."""
         return gpu_hours * TYPICAL_GPU_H / self.mean_gpu_h
+
+    def last(self, part: float) -> float:
+        """How certainly a job that takes this part of the hours is the last to end, if it waits:
+        hardly, while the others have as much to do; by half where it takes as long as all."""
+        return LAST_MAX * part**LAST_POWER
 
     def cost(self, relative: Mapping[str, float]) -> float:
         """What a GPU-hour of such a job's work on its best type costs where that is cheapest, in

@@ -8,10 +8,12 @@ from coordinator.core.phases import JobPhase
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`deadline_in_ms`, above 0: from now on, in place of the one that the request has."""
+    """`forgotten_job_id`: the job that it is (`found.py`); 0: a new one. `deadline_in_ms`, above 0:
+    from now on, in place of the one that the request has."""
 
     spec: JobSpec
     request_id: str = ""
+    forgotten_job_id: int = 0
     deadline_in_ms: int = 0
 
 

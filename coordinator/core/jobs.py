@@ -15,7 +15,9 @@ from coordinator.core import (
     attempts,
     checkpoints,
     deadlines,
+    found,
     outcomes,
+    restored,
     retention,
     trainer_keys,
     trials,
@@ -71,6 +73,8 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     sentence = sentence or refuse_fleet(spec, fleet, counts) or deadlines.refuse(now, spec)
     if sentence:
         return _invalid(sentence)
+    if body.forgotten_job_id:
+        return _submit_again(state, now, body)
     open_count = len(state.jobs) - len(state.ended)
     indices = _indices(spec)
     if open_count + len(indices) > JOBS_OPEN_MAX:
@@ -85,6 +89,18 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
     reason = job.reason or ("" if fleet else "no node has joined the fleet yet")
     warning = deadlines.warning(state, now, job) if fleet else ""
     return Submitted(job.id, "; ".join(filter(None, (reason, warning))), len(indices))
+
+
+def _submit_again(state: State, now: Instant, body: Submit) -> Answer:
+    job = state.jobs.get(body.forgotten_job_id)
+    if job is None:
+        return _not_found(body.forgotten_job_id)
+    if not restored.is_forgotten(job) or job.phase is not JobPhase.HELD:
+        return _wrong(job, "its request is known")
+    if body.spec.array:
+        return _invalid("it was one trial of an array; say what that one is, without an array")
+    found.submitted_again(state, now, job, body.spec, body.request_id)
+    return Submitted(job.id, state.jobs[job.id].reason)
 
 
 def _indices(spec: JobSpec) -> tuple[int, ...]:
@@ -115,14 +131,18 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 
 
 def _forget_oldest(state: State) -> None:
-    """History is bounded: of the ended jobs without a pin the one that ended first makes room, and
-    one that stands for an open array only where there is no other."""
-    stands = state.indices.arrays.stands_for_others
+    """History is bounded."""
     while len(state.ended) >= JOBS_ENDED_MAX:
-        others = (known for known in _unpinned(state) if not stands(state.jobs[known]))
-        oldest = next(others, None)
+        oldest = first_to_forget(state)
         # There is one: PINS_MAX is below JOBS_ENDED_MAX.
         state.drop_job(next(_unpinned(state)) if oldest is None else oldest)
+
+
+def first_to_forget(state: State) -> int | None:
+    """Of the ended jobs without a pin the one that ended first makes room, and one that stands for
+    an open array only where there is no other."""
+    stands = state.indices.arrays.stands_for_others
+    return next((known for known in _unpinned(state) if not stands(state.jobs[known])), None)
 
 
 def _unpinned(state: State) -> Iterator[int]:
@@ -175,6 +195,8 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
         return _not_found(body.job_id)
     if job.intent is not JobIntent.HOLD:
         return _wrong(job, "it is not held")
+    if restored.is_forgotten(job):
+        return _wrong(job, job.reason)
     if job.trouble is not None and job.trouble.quarantined:
         job = replace(job, trouble=None, failures=0)
     job = replace(job, intent=JobIntent.RUN)
@@ -200,6 +222,8 @@ def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:
     if body.abandon_unreachable_checkpoints:
         return _abandon(state, now, job)
     attempt = state.current(job)
+    if restored.is_forgotten(job):
+        return _wrong(job, "its request is not known")
     if job.phase is JobPhase.ACTIVE and attempt is not None:
         attempts.stop(state, now, attempt, "requeued by its owner")
     elif job.phase in JOB_ENDED:

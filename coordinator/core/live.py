@@ -8,6 +8,8 @@ it anew; so it lies apart from what is durable (`model.py`).
 from dataclasses import dataclass, field
 
 from coordinator.core.boot_times import BootTimes
+from coordinator.core.checkpoint_requests import Manifest
+from coordinator.core.link_messages import HeldAttempt
 from coordinator.core.model import GpuFacts, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
@@ -15,11 +17,11 @@ from coordinator.core.phases import GpuPhase, NodePhase
 @dataclass(frozen=True, slots=True)
 class StandbyWatch:
     """Of one attempt (`standby.py`): when its standby moved last, since when a node fits better,
-    and at which nodes no copies of it arrived, and when that was seen."""
+    and at which nodes no copies of it arrived, when that was seen, and how often."""
 
     moved_ms: int | None = None
     better_since_ms: int | None = None
-    failed: tuple[tuple[str, int], ...] = ()
+    failed: tuple[tuple[str, int, int], ...] = ()
 
 
 # How well a node fits as a standby, the least first; its name is the last of it (`standby.py`).
@@ -67,13 +69,15 @@ class LiveGpu:
 @dataclass(slots=True)
 class LiveNode:
     """A node and what its sessions said. `attempts` are the ids of attempts not ended; `strays`
-    those that it runs but should not, with the time of the last stop order. `back_ms`: when it came
-    back from being lost, or first to a coordinator that had restarted; `None` if it never did.
+    those that it runs but should not, with the time of the last stop order, or as in `restored.py`.
+    `back_ms`: when it came back from being lost, or first to a coordinator that had restarted;
+    `None` if it never did.
     `gangs`: its agent knows ranks of a job of several; `shares`: it knows jobs that share a GPU. No
     record has it, since who takes work has said hello, and may be another version than before.
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
     time without a session.
-    `clock_wrong`: `clocks.py`; `unlisted`: `found.py`.
+    `clock_wrong`: `clocks.py`; `unlisted`, `parts_found`: `found.py`; `unknown`: `taken_back.py`;
+    `behind`: `restored.py`.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -104,6 +108,9 @@ class LiveNode:
     rival: Rival | None = None
     clock_wrong: bool = False
     unlisted: tuple[str, ...] = ()
+    parts_found: dict[str, Manifest] = field(default_factory=dict)
+    behind: bool = False
+    unknown: dict[str, HeldAttempt] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

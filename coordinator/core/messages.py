@@ -45,6 +45,7 @@ from coordinator.core.lease_messages import PublishLeases as PublishLeases
 from coordinator.core.lease_messages import PutLeaseDay as PutLeaseDay
 from coordinator.core.link_messages import ComeLater as ComeLater
 from coordinator.core.link_messages import EventAck as EventAck
+from coordinator.core.link_messages import HeldAttempt as HeldAttempt
 from coordinator.core.link_messages import LeaseRenewal as LeaseRenewal
 from coordinator.core.link_messages import Welcome as Welcome
 from coordinator.core.model import (
@@ -119,20 +120,6 @@ class Request:
 
 
 # --- from agents ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAttempt:
-    """An attempt that a node answers for; `live` until its process has ended. `stuck.py`; `None`:
-    the node does not know. `precopy.py`; `None`: the node does not say. `copies_failed`: tries in a
-    row in which nothing arrived at its standby."""
-
-    attempt: str
-    gpu_uuids: tuple[str, ...]
-    live: bool = True
-    stuck: tuple[int, ...] | None = None
-    precopy_gain_ms: int | None = None
-    copies_failed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from coordinator.core import (
     readings,
     restored,
     stuck,
+    taken_back,
 )
 from coordinator.core.messages import (
     CloseSession,
@@ -64,12 +65,12 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     # Not after our own restart, when all come.
     back = known is not None and known.session is None and known.newest_session >= 0
     live = _join(state, now, session, body)
-    _welcome(state, live)
+    _welcome(state, live, taken_back.asked(state, body))
     present = dict.fromkeys(body.checkpoints)
     # Of a node that is new here nothing says which copies it was believed to hold.
     pieces = state.indices.pieces if known is None else {**live.digests, **present}
     job_ids = state.indices.jobs_of(pieces)
-    live.unlisted = found.unlisted(state, present)
+    live.unlisted, live.parts_found = found.unlisted(state, present), {}
     checkpoints.reconcile_copies(state, live.node.id, present, job_ids)
     parts.reconcile(state, live.node.id, present, job_ids)
     _reconcile(state, now, live, body.attempts, whole=True)
@@ -87,7 +88,7 @@ def hello(state: State, now: Instant, session: int, body: Hello) -> None:
     state.log("info", "node.up", node=live.node.id, gpus=len(live.gpus))
 
 
-def _welcome(state: State, live: LiveNode) -> None:
+def _welcome(state: State, live: LiveNode, unknown: tuple[str, ...] = ()) -> None:
     state.send(
         live.node.id,
         Welcome(
@@ -97,6 +98,7 @@ def _welcome(state: State, live: LiveNode) -> None:
             live.node.acknowledged,
             live.node.telemetry_rate,
             state.options.report_interval_ms,
+            unknown,
         ),
     )
 
@@ -212,20 +214,24 @@ def _reconcile(
     and final."""
     listed = {item.attempt: item for item in held}
     strays: dict[str, int] = {}
+    if whole:
+        live.unknown = {}
     for attempt_id, item in listed.items():
         attempt = state.attempts.get(attempt_id)
         if attempt is not None and attempt_id in live.attempts:
             attempts.returned(state, now, attempt)
             restored.confirm(state, state.jobs[attempt.job_id])
+            taken_back.heard(state, attempt, item)
         elif item.live and restored.is_newer(state, item):
-            if not whole or not restored.take_back(state, now, live, item):
+            if not taken_back.take_back(state, now, live, item):
                 strays[attempt_id] = restored.leave_alone(state, now, live, attempt_id)
         elif item.live:
             strays[attempt_id] = _stop_stray(state, now, live, attempt_id)
     for attempt_id in live.strays:
-        if attempt_id not in strays:
+        if attempt_id not in strays and attempt_id not in live.attempts:
             state.release_gpus(live, attempt_id)
-    live.strays = strays
+    live.strays = {known: at_ms for known, at_ms in strays.items() if known not in live.attempts}
+    live.unknown = {known: item for known, item in live.unknown.items() if known in live.strays}
     for attempt_id in list(live.attempts):
         attempt = state.attempts[attempt_id]
         if attempt.phase in ATTEMPT_ENDED:

@@ -23,24 +23,30 @@ EPOCHS_PER_S = 1
 class Numbering:
     """Of a job above `remembered_job_id` that is not known, nodes may know; without it (`None`: the
     store was never put back) all that are not known have been forgotten. Of jobs up to
-    `copied_job_id`, epochs below `epoch_floor` may have been given and not be known."""
+    `given_job_id`, which no job has that is submitted from here on, epochs below `epoch_floor` may
+    have been given and not be known."""
 
     remembered_job_id: int | None = None
-    copied_job_id: int = 0
+    given_job_id: int = 0
     epoch_floor: int = 0
 
     def next_epoch(self, job_id: int, epoch: int) -> int:
         """After `epoch`, the job's highest that is known."""
-        return max(epoch + 1, self.epoch_floor if job_id <= self.copied_job_id else 0)
+        return max(epoch + 1, self.epoch_floor if job_id <= self.given_job_id else 0)
 
     def restarts(self, job_id: int, epoch: int) -> int:
         """How often the job was started before, as far as is known: the gap is no restart."""
-        above = job_id <= self.copied_job_id and epoch >= self.epoch_floor > 0
+        above = job_id <= self.given_job_id and epoch >= self.epoch_floor > 0
         return epoch - self.epoch_floor + 1 if above else epoch - 1
+
+    def is_forgotten(self, job_id: int) -> bool:
+        """Whether only a job of the time after the copy can have that id, if it is not known."""
+        remembered = self.remembered_job_id
+        return remembered is not None and remembered < job_id <= self.given_job_id
 
     def may_be_forgotten(self, job_id: int, epoch: int) -> bool:
         """Whether such an attempt may have done what is not known."""
-        return job_id <= self.copied_job_id and epoch < self.epoch_floor
+        return job_id <= self.given_job_id and epoch < self.epoch_floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +63,10 @@ def put_back(before: Numbering, last_job_id: int, epoch_max: int, age_ms: int) -
     age_s = max(0, age_ms) // 1_000
     epochs = EPOCHS_MIN + EPOCHS_PER_S * age_s
     remembered = before.remembered_job_id
+    given_job_id = last_job_id + JOB_IDS_MIN + JOB_IDS_PER_S * age_s
     numbering = Numbering(
         last_job_id if remembered is None else min(remembered, last_job_id),
-        last_job_id,
+        given_job_id,
         max(before.epoch_floor, epoch_max) + epochs,
     )
-    return PutBack(numbering, last_job_id + JOB_IDS_MIN + JOB_IDS_PER_S * age_s, epochs)
+    return PutBack(numbering, given_job_id, epochs)

@@ -6,19 +6,17 @@ an epoch that has later ones swept. After a copy was put back, both are wrong.
 
 How: numbers go on above all that may have been given (`numbering.py`). Of what is open in the copy,
 a job goes on if its node says that it runs; any other is held until somebody says what is to be
-(`held`). An attempt that can only be of the time after the copy is taken back, if its job is known
-and has one rank; else it is left alone, and shown. So it is, too, where nobody has said that the
-store is a copy: no attempt has a job id or an epoch that was not given. What is further above than
-any copy's age explains, a node says in error, and it counts for nothing: else one that lies would
-have all ids used up.
+(`held`). An attempt that can only be of the time after the copy is taken back (`taken_back.py`);
+where that cannot be, it is left alone, and shown. So it is, too, where nobody has said that the
+store is a copy (`tell_behind`): no attempt has a job id or an epoch that was not given. What is
+further above than any copy's age explains, a node says in error, and it counts for nothing: else
+one that lies would have all ids used up.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from coordinator.core import ranks, standby
 from coordinator.core.capacity_model import Power
-from coordinator.core.ledger import attempt_parts
 from coordinator.core.messages import (
     AppendEvent,
     HeldAttempt,
@@ -28,7 +26,7 @@ from coordinator.core.messages import (
     Record,
 )
 from coordinator.core.model import Attempt, Job, JobEvent, JobIntent, Snapshot
-from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, put_back
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
 from coordinator.core.state import Instant, LiveNode, State
@@ -38,7 +36,15 @@ UNSURE = (
     " is not known; `baton release` starts it from the last checkpoint that is known, `baton"
     " cancel` ends it"
 )
+FORGOTTEN = (
+    "its request was forgotten with the coordinator's database; with `baton submit --for-job {job}`"
+    " it goes on from its last checkpoint, `baton checkpoint export {job}` takes that out, `baton"
+    " cancel {job}` ends it"
+)
 SHOWN_MAX = 5
+# For what its node says that it is, and for the other ranks' nodes; then people hear of it.
+PATIENCE_MS = 10_000
+TOLD = -1
 
 
 def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
@@ -73,8 +79,13 @@ def held(snapshot: Snapshot, unix_ms: int, epochs: int) -> Iterator[Record]:
 
 
 def is_unsure(job: Job) -> bool:
-    """Whether it was open in the copy and nobody has said what became of it."""
-    return job.intent is JobIntent.HOLD and job.reason == UNSURE
+    """Whether nobody has said what became of it: it was open in the copy, or is newer."""
+    return job.intent is JobIntent.HOLD and (job.reason == UNSURE or is_forgotten(job))
+
+
+def is_forgotten(job: Job) -> bool:
+    """Whether its request is not known (`found.py`)."""
+    return not job.spec.command and not job.spec.trainer
 
 
 def confirm(state: State, job: Job) -> None:
@@ -84,19 +95,18 @@ def confirm(state: State, job: Job) -> None:
     gang = state.gang(job)
     there = [state.nodes[rank.node].session is not None for rank in gang]
     if all(there) and not any(rank.phase in ATTEMPT_ENDED for rank in gang):
-        state.put_job(replace(job, intent=JobIntent.RUN, reason="it has run on since the copy"))
+        state.put_job(replace(job, intent=JobIntent.RUN, reason="has run on since the copy"))
 
 
 def is_newer(state: State, item: HeldAttempt) -> bool:
     """Whether it can only have been ordered after what the store knows."""
-    job_id, epoch = _named(item.attempt)
+    job_id, epoch = named(item.attempt)
     job = state.jobs.get(job_id)
     if job is not None:
         most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
         return job.epoch < epoch <= most or _given_up_unseen(state, job, item)
-    remembered = state.numbering.remembered_job_id
-    known = state.last_job_id if remembered is None else remembered
-    return known < job_id <= state.last_job_id + JOB_IDS_MIN
+    beyond = state.last_job_id < job_id <= state.last_job_id + JOB_IDS_MIN
+    return beyond or state.numbering.is_forgotten(job_id)
 
 
 def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
@@ -106,63 +116,47 @@ def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
     return lost and job.phase is JobPhase.HELD and is_unsure(job)
 
 
-def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> bool:
-    """An attempt of a known job that was ordered after the copy is its job's from here on. False
-    where that cannot be; then it is left alone."""
-    job_id, epoch = _named(item.attempt)
-    # Its id is not given again, whoever it belongs to.
-    state.last_job_id = max(state.last_job_id, job_id)
-    job = state.jobs.get(job_id)
-    if job is None or job.spec.ranks > 1 or job.phase is JobPhase.CANCELLING:
-        return False
-    for rank in state.gang(job):
-        if rank.phase not in ATTEMPT_ENDED:
-            ranks.lose(state, now, rank, f"{item.attempt} took its place after the copy was made")
-    job = state.jobs[job_id]
-    if job.phase not in (JobPhase.QUEUED, JobPhase.ACTIVE):
-        job = state.put_job(replace(job, phase=JobPhase.QUEUED, ended_unix_ms=None))
-    reason = f"taken back: it runs on {live.node.id} since before the copy was put back"
-    state.put_job(
-        replace(job, phase=JobPhase.ACTIVE, intent=JobIntent.RUN, epoch=epoch, reason=reason)
-    )
-    state.put_attempt(
-        Attempt(
-            job_id, epoch, live.node.id, item.gpu_uuids, AttemptPhase.RUNNING, now.unix_ms,
-            started_unix_ms=now.unix_ms,
-            replica_node=standby.choose(state, job, live.node.id),
-            quota_parts=attempt_parts(job.spec, item.gpu_uuids, live.node.gpus),
-        )
-    )  # fmt: skip
-    state.tell(
-        now.unix_ms, job_id, "attempt.taken_back", reason,
-        attempt=item.attempt, node=live.node.id,
-    )  # fmt: skip
-    return True
-
-
 def tell_behind(state: State, live: LiveNode) -> None:
-    """Its node was answered for what is not in the store, and nobody is answered before it is. Of a
-    copy that says what it is, that is nothing new."""
-    if state.numbering.remembered_job_id is None:
-        reason = (
-            f"{live.node.id} was answered for events that it does not have: it is a plain copy or"
-            " a snapshot; stop the coordinator, and put back what `baton-coordinator backup` made"
-        )
-        state.log("error", "store.behind", node=live.node.id, reason=reason)
+    """Its node was answered for, or runs, what is not in the store, and nothing is said before it
+    is. Of a copy that says what it is, that is nothing new. Of any other the numbers are those of a
+    copy from here on, until the next start, and what this node should run is held unless it says
+    that it does: all else would be on the word of one node, and what waits may have been started by
+    then."""
+    first = not any(other.behind for other in state.nodes.values())
+    if first and state.numbering.remembered_job_id is not None:
+        return
+    if first:
+        epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
+        back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
+        state.numbering, state.last_job_id = back.numbering, back.last_job_id
+    live.behind = True
+    for attempt_id in live.attempts:
+        job = state.jobs[state.attempts[attempt_id].job_id]
+        if job.phase is JobPhase.ACTIVE and job.intent is JobIntent.RUN:
+            state.put_job(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
+    reason = (
+        f"{live.node.id} knows of events or jobs that it does not have: it is a plain copy or a"
+        " snapshot. What runs goes on, and what does not run there any more is held; but a job"
+        " that waited in the copy may have been started beside itself. Next time put back what"
+        " `baton-coordinator backup` makes of it"
+    )
+    state.log("error", "store.behind", node=live.node.id, reason=reason)
 
 
 def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int:
-    """Returns since when its node is known to run it."""
-    if attempt not in live.strays:
-        state.log(
-            "error", "attempt.unknown", attempt=attempt, node=live.node.id, reason=_advice(attempt)
-        )
-    return live.strays.get(attempt, now.now_ms)
+    """Returns since when its node is known to run it, or `TOLD` once people were."""
+    since_ms = live.strays.get(attempt, now.now_ms)
+    if since_ms == TOLD or now.now_ms - since_ms < PATIENCE_MS:
+        return since_ms
+    state.log(
+        "error", "attempt.unknown", attempt=attempt, node=live.node.id, reason=_advice(attempt)
+    )
+    return TOLD
 
 
 def describe(state: State, live: LiveNode) -> str:
     """What runs there that nobody knows, for `baton nodes`; empty: nothing."""
-    unknown = [one for one in live.strays if is_newer(state, HeldAttempt(one, ()))]
+    unknown = [one for one, since_ms in live.strays.items() if since_ms == TOLD]
     if not unknown:
         return ""
     more = f" and {len(unknown) - SHOWN_MAX} more" if len(unknown) > SHOWN_MAX else ""
@@ -171,8 +165,10 @@ def describe(state: State, live: LiveNode) -> str:
 
 def _advice(attempt: str) -> str:
     return (
-        "the coordinator's database does not know it, and leaves it alone; it ends by itself, or"
-        f" by `systemctl stop baton-job-{attempt}.service` on its node"
+        "the coordinator's database does not know it, and leaves it alone: its agent is too old to"
+        " say what it is, or other ranks of its job are not there. It ends by itself, or with its"
+        f" process on its node (`systemctl stop baton-job-{attempt}.service`, where jobs are"
+        " services)"
     )
 
 
@@ -183,6 +179,7 @@ def follows_forgotten(state: State, job: Job, attempt: Attempt, parent: str) -> 
     return bool(parent) and not known and forgotten
 
 
-def _named(attempt: str) -> tuple[int, int]:
+def named(attempt: str) -> tuple[int, int]:
+    """Job and epoch of an attempt, by its id."""
     job_id, epoch = attempt.split(".")[:2]
     return int(job_id), int(epoch)

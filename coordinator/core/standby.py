@@ -14,7 +14,8 @@ none lie where nobody can use them. So the standby moves, in six lines:
 4. A standby stays for `INTERVAL_MS`.
 5. Before a drain or a preemption the copy is needed at once: then only 1 and 2 hold.
 6. Where `COPIES_FAILED_MAX` copies in a row have not arrived, another takes over, if there is one.
-   That is forgotten when the node has been away and is back, and after `FORGOTTEN_MS`.
+   That is forgotten when the node has been away and is back, once, and after `FORGOTTEN_MS`: one
+   that comes and goes, since its disk is full, is not tried each time.
 
 The next checkpoint goes to the new one first. Only chunks travel that it lacks, so what is frozen
 travels once.
@@ -272,7 +273,10 @@ def instead(state: State, now: Instant, attempt: Attempt) -> str:
     present = attempt.replica_node
     times.pop(present, None)
     chosen, failed = _another(state, job, attempt, list(times)[1 - FAILED_MAX :], (present,))
-    noted = (*((name, times[name]) for name in failed), (present, now.now_ms))
+    known = _remembered(watch, now)
+    often = 1 + sum(count for name, _, count in known if name == present)
+    kept = [one for one in known if one[0] != present and (one[0] in failed or one[0] not in times)]
+    noted = (*kept[1 - FAILED_MAX :], (present, now.now_ms, often))
     state.standby_watches[attempt.id] = StandbyWatch(now.now_ms, failed=noted)
     return chosen
 
@@ -368,8 +372,8 @@ def _moved(
         few[_alike(job)] = walk.found[-2]
     there = live is not None and _takes_copies(live)
     others = [candidate(state, job, live, attempt.rank)] if live is not None and there else []
-    failed = tuple(_failed(state, attempt, now).items())
-    watch = replace(_watch(state, attempt), failed=failed)
+    watch = _watch(state, attempt)
+    watch = replace(watch, failed=_remembered(watch, now))
     state.standby_watches[attempt.id], found = move(now.now_ms, watch, present, others)
     return [] if found is None else [(attempt.id, found.node)]
 
@@ -380,13 +384,18 @@ def _watch(state: State, attempt: Attempt) -> StandbyWatch:
 
 def _failed(state: State, attempt: Attempt, now: Instant | None = None) -> dict[str, int]:
     """Where no copies of it arrived, and when that was seen, the oldest first: of nodes that have
-    not been away since. `now`: neither after so long a time, which each review looks at."""
+    not been away since, or have failed again after that. `now`: neither after so long a time, which
+    each review looks at."""
+    watch = _watch(state, attempt)
     return {
         name: at_ms
-        for name, at_ms in _watch(state, attempt).failed
-        if (name not in state.nodes or state.nodes[name].joined_ms <= at_ms)
-        and (now is None or now.now_ms - at_ms < FORGOTTEN_MS)
+        for name, at_ms, often in (watch.failed if now is None else _remembered(watch, now))
+        if often > 1 or name not in state.nodes or state.nodes[name].joined_ms <= at_ms
     }
+
+
+def _remembered(watch: StandbyWatch, now: Instant) -> tuple[tuple[str, int, int], ...]:
+    return tuple(one for one in watch.failed if now.now_ms - one[1] < FORGOTTEN_MS)
 
 
 def _present(state: State, job: Job, node_id: str, rank: int) -> Candidate | None:

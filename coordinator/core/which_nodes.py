@@ -41,8 +41,9 @@ def is_there(box: Box, now_ms: int, boots: BootTimes) -> bool:
         return False
     if box.power in UP:
         return True
-    late = now_ms - box.since_ms > OVERDUE * boots.of(box.model)
-    return box.power is Power.STARTING and not (box.boot_failures or late)
+    if box.power is not Power.STARTING or box.boot_failures:
+        return False
+    return now_ms - box.since_ms <= OVERDUE * boots.of(box.model)
 
 
 def to_start(

@@ -27,6 +27,10 @@ def from_means(grid: Grid) -> Floats:
 
 def all_of_it(grid: Grid, ahead: int) -> Floats:
     """The distance from several means, what followed a day and a week ago, and the time."""
+    return grid.once(("all of it", ahead), lambda: _all_of_it(grid, ahead))
+
+
+def _all_of_it(grid: Grid, ahead: int) -> Floats:
     columns = [grid.known - grid.mean(hours) for hours in (3, 12, 24, 72, 168)]
     columns += [change_before(grid, ahead, hours) for hours in (24, 168) if ahead]
     waves = grid.nervousness[:, -6:] * grid.mean(HOURS_PER_WEEK)[:, None]
@@ -35,6 +39,10 @@ def all_of_it(grid: Grid, ahead: int) -> Floats:
 
 def and_lately(grid: Grid, ahead: int) -> Floats:
     """All of it, what is young, what has just left, and what is usual at the time it is about."""
+    return grid.once(("and lately", ahead), lambda: _and_lately(grid, ahead))
+
+
+def _and_lately(grid: Grid, ahead: int) -> Floats:
     columns = [grid.known - grid.least(hours) for hours in YOUNG_HOURS]
     columns += [grid.most(hours) - grid.known for hours in YOUNG_HOURS]
     columns += [_usual_change(grid, ahead, days) for days in USUAL_DAYS]

@@ -10,7 +10,7 @@ one below:
                          itself (`skewed.py`), and from ten days on with all that is known; who of
                          those that hold GPUs stays, where that is told (`survival.py`)
     beyond that          a ridge regression on all of it, and trees where their library is installed
-                         and somebody asks for them (`boosted.py`)
+                         and somebody asks for them (`boosted.py`); the two that know least make way
 
 Persistence stays among them all the way up, and `mixture.py` weighs them. Experts are fitted anew
 once a day, on a bounded window; an observation costs microseconds, a forecast a millisecond or two.
@@ -54,23 +54,32 @@ def _spread(drift: Drift, *, scaled: bool) -> Fit:
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, from how many hours of clean history on, and by how much it is doubted at first.
-    One that `needs_told` counts the hours in which it was told who stays, and sleeps in others."""
+    """A model, from how many hours of clean history on and until when, and by how much it is
+    doubted at first. One that `needs_told` counts the hours in which it was told who stays, and
+    sleeps in others."""
 
     name: str
     fit: Fit
     clean_h_min: int
     handicap: float
     needs_told: bool = False
+    clean_h_max: float = math.inf
 
 
 KINDS: Final = (
     Kind("persistence", _spread(experts.still, scaled=False), DAY_H, 0.03),
-    Kind("scaled persistence", _spread(experts.still, scaled=True), WEEK_H, 0.0),
+    Kind(
+        "scaled persistence",
+        _spread(experts.still, scaled=True),
+        WEEK_H,
+        0.0,
+        clean_h_max=THREE_WEEKS_H,
+    ),
     Kind("profile", _spread(experts.profile, scaled=True), WEEK_H, 0.0),
-    Kind("skewed return", skewed.returning, WEEK_H, 0.0),
+    Kind("skewed return", skewed.returning, WEEK_H, 0.0, clean_h_max=THREE_WEEKS_H),
     Kind("skewed regression", skewed.regressed, TEN_DAYS_H, 0.0),
     Kind("free regression", skewed.freely, TEN_DAYS_H, 0.0),
+    Kind("long regression", skewed.over_weeks, TEN_DAYS_H, 0.0),
     Kind("ages", skewed.aged, WEEK_H, 0.0, needs_told=True),
     Kind("ridge", _spread(experts.ridge, scaled=True), THREE_WEEKS_H, 0.0),
 )
@@ -192,7 +201,7 @@ class Forecaster:
             self._fitted = {
                 kind.name: kind.fit(taught, self.ahead)
                 for kind in self._kinds
-                if (told_h if kind.needs_told else clean_h) >= kind.clean_h_min
+                if kind.clean_h_min <= (told_h if kind.needs_told else clean_h) < kind.clean_h_max
             }
             self._fitted_at = self.steps
             self._levels = Levels.of(taught, self.ahead)

@@ -8,6 +8,7 @@ How nervous demand is, `nervousness`, is what bands are scaled by: the mean chan
 the last hours and days, and the time of day and of week.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
@@ -34,7 +35,7 @@ class Grid:
     per_hour: int
     first: int = 0
     told: Floats = field(default_factory=lambda: np.empty(0))
-    _means: dict[int, Floats] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[Hashable, Floats] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def steps(self) -> Floats:
@@ -49,9 +50,14 @@ class Grid:
 
     def mean(self, hours: int) -> Floats:
         """Of the last `hours` at each step, itself included; of fewer at the beginning."""
-        if hours not in self._means:
-            self._means[hours] = _trailing(self.known, hours * self.per_hour)
-        return self._means[hours]
+        return self.once(hours, lambda: _trailing(self.known, hours * self.per_hour))
+
+    def once(self, key: Hashable, make: Callable[[], Floats]) -> Floats:
+        """What `make` makes of this grid under that key, made only the first time: several models
+        look at the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def least(self, hours: int) -> Floats:
         """From `hours` ago until each step, both included; of fewer at the beginning."""

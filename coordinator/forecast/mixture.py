@@ -8,9 +8,9 @@ changed, and persistence speaks until it is not so any more.
 
 A record speaks of where demand has been. Models say that it comes back, and where it has fallen
 below all that they have learned from, as when a project ends, nobody has seen that it does. So
-there persistence counts more: two thirds, where no outcome is known of demand as low as that, and
-the less the more are. Not all, for some dips are outages, and over soon. Above all that was seen
-nothing is done: what piles up is worked off.
+there persistence counts more: four fifths, where no outcome is known of demand as low as
+that, and the less the more are. Not all, for some dips are outages, and over soon. Above all
+that was seen nothing is done: what piles up is worked off.
 
 What remains wrong is taken out online: each quantile is moved a little up whenever demand was above
 it, and down when not, so that in the long run it is exceeded as often as it says (Gibbs and Candes,
@@ -47,7 +47,7 @@ USED_UP: Final = 0.5
 OUTCOMES_MIN: Final = 4.0
 # Of demand as low as now, with which persistence has half as much as where there are none.
 LOW_OUTCOMES: Final = 0.5
-ALONE_MAX: Final = 2 / 3  # persistence has so much where there are none at all
+ALONE_MAX: Final = 4 / 5  # persistence has so much where there are none at all
 # Demand is counted in whole GPUs: nearer than half of one is no miss.
 EXACT_GPUS: Final = 0.5
 TINY: Final = 1e-9

@@ -14,7 +14,7 @@ hours ahead: six weeks have a thousand hours, and only forty days.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -37,6 +37,7 @@ REACH_RIDGE_HOURS: Final = 60.0
 PENALTY: Final = 0.03
 PENALTY_POWER: Final = 0.8  # of the hours ahead
 FREE_RATIO: Final = 0.25
+LONG_POWER: Final = 0.25  # of a weight: its half-life is four times as long
 # A miss within so much of the usual reach is a square, not an angle: it has a least.
 ROUND_RATIO: Final = 0.05
 QUIET_RATIO: Final = 0.2  # a reach of less counts as this much there
@@ -99,6 +100,11 @@ def regressed(taught: Lesson, ahead: int) -> Skewed:
 def freely(taught: Lesson, ahead: int) -> Skewed:
     """The same, held less: where demand breathes by the day there is more to learn."""
     return fit(taught, lambda grid: and_lately(grid, ahead), ahead, held_ratio=FREE_RATIO)
+
+
+def over_weeks(taught: Lesson, ahead: int) -> Skewed:
+    """The same again, where weeks ago count nearly as much as yesterday."""
+    return freely(replace(taught, weights=taught.weights**LONG_POWER), ahead)
 
 
 def aged(taught: Lesson, ahead: int) -> Skewed:

@@ -15,7 +15,7 @@ boots. Orders are carried out at once; whoever is ordered to boot is there after
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -134,12 +134,20 @@ class _Fleet:
 
 
 def replay(
-    values: Sequence[float], per_hour: int, fleet: Boxes, policy: PowerPolicy, begin: int = 0
+    values: Sequence[float],
+    per_hour: int,
+    fleet: Boxes,
+    policy: PowerPolicy,
+    begin: int = 0,
+    *,
+    passed: Callable[[int], None] = lambda _: None,
 ) -> PowerOutcome:
-    """From step `begin` of the series on, all nodes on; the policy has seen what was before."""
+    """From step `begin` of the series on, all nodes on; the policy has seen what was before.
+    `passed` is told of each step."""
     step_ms = HOUR_MS // per_hour
     for gpus in values[:begin]:
         policy.warm_up(gpus)
+        passed(1)
     state = _begun(fleet, begin * step_ms)
     known_gpus = next((gpus for gpus in reversed(values[:begin]) if not math.isnan(gpus)), 0.0)
     steps = []
@@ -159,6 +167,7 @@ def replay(
         steps.append(
             Step(now_ms, known_gpus, wanted, len(state.busy), on, len(state.starting), not stale)
         )
+        passed(1)
     return PowerOutcome(policy.name, step_ms, tuple(steps), tuple(state.switches))
 
 

@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -75,6 +75,7 @@ class _Engine:
     pairs: PairRates
     capacity: dict[str, int]
     failures: random.Random
+    passed: Callable[[int], None]
     heap: list[tuple[int, int, int, int]] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -131,6 +132,7 @@ class _Engine:
             del self.runs[number]
             self.ended.append(number)
             self.finished_ms[number] = now_ms
+            self.passed(1)
         elif kind == _ARRIVE:
             self.runs[number] = arrivals[number]
             self.came.append(arrivals[number].believed)
@@ -420,9 +422,12 @@ def simulate(
     policy: Policy,
     chance: Chance | None = None,
     pairs: PairRates | None = None,
+    *,
+    passed: Callable[[int], None] = lambda _: None,
 ) -> Outcome:
-    """Run all jobs to their end. Raises `BrokenPolicy` for an answer that cannot be carried out,
-    and `ValueError` for a job that no GPU of the fleet could ever run."""
+    """Run all jobs to their end; `passed` is told of each that has ended. Raises `BrokenPolicy` for
+    an answer that cannot be carried out, and `ValueError` for a job that no GPU of the fleet could
+    ever run."""
     known = {job.job_id: job for job in jobs}
     for job in known.values():
         able = [t for t, rate in job.rates.items() if rate > 0 and fleet.gpus.get(t, 0) >= job.gpus]
@@ -430,7 +435,7 @@ def simulate(
             raise ValueError(f"job {job.job_id}: no GPU type of the fleet can run it on {job.gpus}")
     chance = chance or Chance()
     failures = random.Random(f"failures {chance.seed}")
-    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), failures)
+    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), failures, passed)
     engine.run(known)
     digest = hashlib.sha256()
     for line in engine.lines:

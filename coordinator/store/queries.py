@@ -32,6 +32,7 @@ class Queries:
     list_counters: str
     put_counter: str
     mark_copy: str
+    mark_copy_leader: str
     raise_last_job_id: str
     list_jobs: str
     put_job: str

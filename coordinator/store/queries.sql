@@ -38,7 +38,9 @@ UPDATE leader SET epoch = epoch + :epochs;
 -- name: list_counters
 -- Single numbers by name. `last_job_id`: the highest id that was ever given out, also when its job
 -- has left the store. Of a store that was a copy: `copied_unix_ms`, when that was made, until it is
--- opened, then 0; the others as in `core/restored.py`.
+-- opened, then 0, and `copied_leader_epoch`, who led then: where there has been another one since,
+-- an older version that does not know copies has worked with it, and it is none any more. The
+-- others as in `core/restored.py`.
 SELECT name, value FROM counters;
 
 -- name: put_counter
@@ -49,7 +51,16 @@ ON CONFLICT (name) DO UPDATE SET value = excluded.value;
 -- name: mark_copy
 -- Say in a copy when it was made; of a copy of a copy that nobody opened, the first one counts.
 INSERT INTO counters (name, value) VALUES ('copied_unix_ms', :unix_ms)
-ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE counters.value = 0;
+ON CONFLICT (name) DO UPDATE SET value = excluded.value
+WHERE counters.value = 0 OR EXISTS (
+    SELECT 1 FROM counters AS other
+    WHERE other.name = 'copied_leader_epoch' AND other.value < (SELECT epoch FROM leader)
+);
+
+-- name: mark_copy_leader
+-- Say in a copy who led when it was made; after `mark_copy`, which looks at what was said before.
+INSERT INTO counters (name, value) SELECT 'copied_leader_epoch', epoch FROM leader WHERE true
+ON CONFLICT (name) DO UPDATE SET value = excluded.value;
 
 -- name: raise_last_job_id
 -- Remember a job id as given out; the counter never goes back.

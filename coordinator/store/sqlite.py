@@ -375,15 +375,20 @@ def read_snapshot(connection: sqlite3.Connection, queries: Queries) -> Snapshot:
         return (row[0] for row in connection.execute(query))
 
     counters = dict(connection.execute(queries.list_counters))
+    leader_epoch = connection.execute(queries.read_leader).fetchone()[0]
+    # One that an earlier coordinator has put back does not say which ids may have been given.
+    all_given = counters["last_job_id"] if "remembered_job_id" in counters else 0
+    # Another than the first after the copy is one too many, and had no eyes for the mark.
+    void = leader_epoch > counters.get("copied_leader_epoch", leader_epoch) + 1
     return Snapshot(
-        leader_epoch=connection.execute(queries.read_leader).fetchone()[0],
+        leader_epoch=leader_epoch,
         last_job_id=counters["last_job_id"],
         numbering=Numbering(
             counters.get("remembered_job_id"),
-            counters.get("copied_job_id", 0),
+            counters.get("given_job_id", all_given),
             counters.get("epoch_floor", 0),
         ),
-        copied_unix_ms=counters.get("copied_unix_ms", 0),
+        copied_unix_ms=0 if void else counters.get("copied_unix_ms", 0),
         jobs=tuple(map(rows.job_decoder.decode, documents(queries.list_jobs))),
         attempts=_attempts(
             [*documents(queries.list_attempts), *documents(queries.list_ranks)],

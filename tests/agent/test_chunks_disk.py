@@ -72,39 +72,55 @@ async def test_a_service_that_may_not_lower_priorities_drains_all_the_same(
     await threads.close()
 
 
-def test_the_next_file_is_read_while_the_one_before_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [2, 12])
+def test_the_other_files_are_read_while_one_is_written(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that stands still between two files has nothing to do that it could have done."""
-    begun = threading.Event()
+    """A disk that stands still between two files has nothing to do that it could have done; and
+    however many are here already, they are seen while the one that changes is written."""
+    names = [f"{number:02}" for number in range(count)]
+    all_read = threading.Event()
+    read: list[int] = []
 
     class Capture:
-        files = (CapturedFile("a", 0, DIRECT_BYTES), CapturedFile("b", DIRECT_BYTES, DIRECT_BYTES))
+        files = tuple(
+            CapturedFile(name, number * DIRECT_BYTES, DIRECT_BYTES)
+            for number, name in enumerate(names)
+        )
+
+        def __init__(self, step: int) -> None:
+            self.step = step
 
         def read(self, offset_bytes: int, size_bytes: int) -> bytes:
             return bytes(size_bytes)
 
         def read_into(self, offset_bytes: int, target: memoryview) -> None:
-            target[:1] = b"b" if offset_bytes else b"a"
-            if offset_bytes:
-                begun.set()
+            last = offset_bytes == (count - 1) * DIRECT_BYTES
+            target[:2] = bytes([offset_bytes // DIRECT_BYTES, self.step if last else 0])
+            read.append(offset_bytes // DIRECT_BYTES)
+            if len(read) == count:
+                all_read.set()
 
         def check(self) -> None:
             pass
 
+    store = opened(tmp_path / "store")
+    ingest_capture(store, Capture(1), Origin(1, 1, 1, ""))
+    all_read.clear()
+    read.clear()
     waited: list[bool] = []
     write = disk.Unnamed.write
 
     def held(file: disk.Unnamed, data: bytes | bytearray | memoryview) -> None:
-        waited.append(begun.wait(DEADLINE_S))
+        waited.append(all_read.wait(DEADLINE_S))
         write(file, data)
 
     monkeypatch.setattr(disk.Unnamed, "write", held)
-    store = opened(tmp_path / "store")
-    stored = ingest_capture(store, Capture(), Origin(1, 1, 1, ""))
-    assert waited[:2] == [True, True]
-    assert len(objects(store)) == 2
-    assert [entry.path for entry in decode(store.read_manifest(stored.digest)).files] == ["a", "b"]
+    stored = ingest_capture(store, Capture(2), Origin(1, 1, 2, ""))
+    assert read[0] == count - 1, "what changes least comes last"
+    assert waited == [True, True], "of the one that has changed, and of the manifest"
+    assert len(objects(store)) == count + 1
+    assert [entry.path for entry in decode(store.read_manifest(stored.digest)).files] == names
 
 
 def test_memory_in_small_pages_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

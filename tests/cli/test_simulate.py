@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,23 @@ def test_a_table_and_the_command_that_makes_it_again(files: tuple[Path, Path]) -
     assert again.endswith("fleet.toml --policy baton --policy max-min --seed 7")
     words = shlex.split(again.partition("again: ")[2])
     assert CliRunner().invoke(cli, words[1:]).stdout == result.stdout
+
+
+def test_who_waits_is_told_how_far_it_is(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job of each policy, as the fleet is and as it would be."""
+    told: list[int] = []
+    bars: list[int] = []
+
+    @contextmanager
+    def bar(steps: int, what: str) -> Iterator[Callable[[int], None]]:
+        bars.append(steps)
+        yield told.append
+
+    monkeypatch.setattr("coordinator.cli.simulate.progress", bar)
+    assert baton(files, "--add-nodes", "1xA100").exit_code == 0
+    assert bars == [sum(told)] == [2 * 2 * 3]
 
 
 def test_who_is_late_is_counted_where_there_are_deadlines(files: tuple[Path, Path]) -> None:

@@ -85,6 +85,13 @@ def test_a_reason_and_json(baton: Baton, fake: FakeCoordinator) -> None:
         }
 
 
+def test_a_job_that_was_forgotten_is_said_again(baton: Baton, fake: FakeCoordinator) -> None:
+    assert baton("submit", "--for-job", "12", "--", "true").exit_code == 0
+    assert baton("submit", "--", "true").exit_code == 0
+    assert [request.forgotten_job_id for request in fake.requests] == [12, 0]
+    assert baton("submit", "--for-job", "0", "--", "true").exit_code == 2
+
+
 def test_an_empty_workdir_asks_for_the_attempts_own(baton: Baton, fake: FakeCoordinator) -> None:
     assert baton("submit", "--workdir", "", "--", "true").exit_code == 0
     assert sent(fake).working_directory == ""

@@ -28,9 +28,11 @@ from coordinator.core.allocation import (
     allocate,
 )
 from coordinator.core.backlog import at_prices
+from coordinator.core.horizon import Horizon
 from coordinator.solver import solve
 
 NOW_MS = 100 * 3_600_000
+H_MS = 3_600_000
 AIMS = Aims()
 TYPES = ("H100", "A100", "K80")
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,6 +179,21 @@ def test_where_nobody_comes_any_more_the_longest_is_not_left_to_the_end(
     assert both[0] == pytest.approx(both[1]), "the end is all that counts anyhow"
 
 
+def test_where_the_end_of_all_counts_who_takes_as_long_as_all_work_may_not_wait() -> None:
+    """It counts twice; who takes half as long may."""
+    jobs = [job(n, "H100:1", hours=hours) for n, hours in ((1, 10), (2, 5), (3, 2.5))]
+    ahead = Horizon(10.0, prices={"H100": 1.0})
+
+    def steps_up() -> list[float]:
+        (long,), (half,), (short,) = allocation.worths(jobs, NOW_MS, Aims(balance=1), {}, ahead)
+        return [long / half, half / short]
+
+    by_length = 2**allocation.POWER_END
+    assert steps_up() == pytest.approx([by_length * 2, by_length], rel=0.04)
+    ahead = replace(ahead, hours=1e9)  # nobody takes a part of that
+    assert steps_up() == pytest.approx([by_length, by_length], rel=0.001)
+
+
 def test_what_is_short_is_short_beside_the_others() -> None:
     """Jobs of minutes and of weeks are weighed as jobs of hours are, whatever the balance."""
     assert times_the_worth(0, AIMS) < 1, "the shorter of two goes first"
@@ -235,6 +252,24 @@ def test_a_job_that_has_just_started_stays_and_later_gives_way(solver: Solve | N
     assert where(decide([young, short], {"H100": 1}, solver)) == {1: "H100"}
     assert where(decide([old, short], {"H100": 1}, solver)) == {2: "H100"}
     assert where(decide([slow, short], {"H100": 1}, solver)) == {1: "H100"}, "ten restarts long"
+
+
+@both_ways
+def test_where_the_end_of_all_counts_nobody_is_stopped_in_his_last_minutes(
+    solver: Solve | None,
+) -> None:
+    """A restart is worth a tenth of what follows it at most, and he would come back for less."""
+    runs = job(1, "H100:1", hours=0.16)
+    ends = replace(runs, at=runs.options[0], since_ms=NOW_MS - 3_600_000, restart_s=60)
+    long, late = job(2, "H100:1", hours=5), job(3, "H100:1", hours=5, deadline_ms=NOW_MS + 5 * H_MS)
+    longer, blind = replace(ends, steps_left=601), replace(ends, steps_left=None, attained_gpu_s=1)
+    to_the_end = Aims(balance=1)
+    assert where(decide([ends, long], {"H100": 1}, solver, to_the_end)) == {1: "H100"}
+    for other, rival in ((longer, long), (blind, long), (ends, late)):
+        found = decide([other, rival], {"H100": 1}, solver, to_the_end)
+        assert where(found) == {rival.job_id: "H100"}
+    old = replace(long, submitted_ms=NOW_MS - 10**10)
+    assert where(decide([ends, old], {"H100": 1}, solver)) == {2: "H100"}, "not at 0.3"
 
 
 @both_ways

@@ -3,11 +3,12 @@ number is given twice. The copy is of T0; what happens until T1 the rig's disk t
 With real processes: `tests/e2e/test_restarts.py`."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
+from coordinator.core import restored
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
-from coordinator.core.found import unread
 from coordinator.core.messages import (
     AttemptExited,
     AttemptStarted,
@@ -16,25 +17,28 @@ from coordinator.core.messages import (
     ExplainJob,
     Explanation,
     FromAgent,
+    Heartbeat,
     HeldAttempt,
     Hello,
     ListNodes,
     Log,
     NodePage,
-    Refusal,
     ReleaseJob,
     Reply,
     Request,
+    RequestBody,
     SessionClosed,
     StartAttempt,
     StopAttempt,
     Submit,
     Tick,
+    Welcome,
 )
 from coordinator.core.model import JobSpec, Snapshot
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering, put_back
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.restored import UNSURE, held
+from coordinator.core.state import LiveNode
 from tests.core.coordinator_harness import UNIX_MS_AT_START, Disk
 from tests.core.test_gangs import HOST, Box
 
@@ -68,30 +72,44 @@ class World:
         if declared:
             rig.core.state.numbering = back.numbering
 
-    def hello(self, *attempts: str, node: int = 0, checkpoints: tuple[str, ...] = ()) -> None:
-        """Of a node that is in already it says what it has now."""
+    def hello(
+        self,
+        *attempts: str,
+        node: int = 0,
+        checkpoints: tuple[str, ...] = (),
+        acknowledged: int = 100,
+    ) -> None:
+        """Of a node that is in already it says what it has now. `asked`: of which it is asked what
+        they are."""
         held_attempts = tuple(HeldAttempt(one, ()) for one in attempts)
         name = f"n{node}"
-        hello = Hello(
-            name, "j", f"{name}:1", HOST, (), held_attempts, checkpoints, acknowledged=100
-        )
-        self.box.sequences[node] = 100
+        hello = Hello(name, "j", f"{name}:1", HOST, (), held_attempts, checkpoints, acknowledged)
+        self.box.sequences[node] = acknowledged
         self.box.take(FromAgent(node, hello))
         self.told = [
             effect.event
             for effect in self.box.rig.handled[-2][2]
             if isinstance(effect, Log) and effect.event.startswith("store.")
         ]
+        welcomes = [order for order in self.box.sent if isinstance(order, Welcome)]
+        self.asked = welcomes[0].unknown
 
-    def read(self, *manifests: Manifest, node: int = 0) -> tuple[str, ...]:
+    def answer(self, *held_attempts: HeldAttempt, node: int = 0) -> None:
+        self.box.rig.now_ms += 1_000
+        self.box.take(FromAgent(node, Heartbeat(self.box.rig.now_ms, attempts=held_attempts)))
+
+    def read(self, *manifests: Manifest, node: int = 0, job_id: int = 1) -> tuple[str, ...]:
         """Somebody has read these there. What of its job the coordinator knows then, the last
         checkpoint first."""
         digests = tuple(one.digest for one in manifests)
         self.box.take(Request(2, NoteManifests(f"n{node}", digests, manifests)))
         state = self.box.rig.core.state
-        known = tuple(one.digest for one in state.good_checkpoints(state.jobs[1]))
-        assert known[:1] == (state.jobs[1].head,)
+        known = tuple(one.digest for one in state.good_checkpoints(state.jobs[job_id]))
+        assert (*known[:1], "")[0] == state.jobs[job_id].head
         return known
+
+    def node(self, number: int) -> LiveNode:
+        return self.box.rig.core.state.nodes[f"n{number}"]
 
     def phase(self, job_id: int) -> JobPhase:
         return self.box.rig.core.state.jobs[job_id].phase
@@ -121,7 +139,10 @@ def test_what_runs_on_is_kept_and_what_is_unknown_left_alone() -> None:
     world.hello("1.1", "2.1")
     assert world.killed() == []
     assert world.phase(1) is JobPhase.ACTIVE
-    assert world.box.rig.core.state.jobs[1].reason == "it has run on since the copy"
+    assert world.box.rig.core.state.jobs[1].reason == "has run on since the copy"
+    for _ in range(restored.PATIENCE_MS // 1_000):
+        assert world.why() == "", "its node is asked what it is"
+        world.answer(HeldAttempt("1.1", ()), HeldAttempt("2.1", ()))
     assert "runs 2.1: the coordinator's database does not know it" in world.why()
     world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
     assert world.started() == [f"{2 + JOB_IDS_MIN + 10 * AGE_MS // 1000}.1"]
@@ -133,7 +154,7 @@ def test_what_runs_on_is_kept_and_what_is_unknown_left_alone() -> None:
 def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     declared: bool,
 ) -> None:
-    """Also where nobody has said that the store is a copy; then the first commit may be refused."""
+    """Also where nobody has said that the store is a copy."""
     world = World()
     world.submit()
     copy = world.copy()
@@ -146,11 +167,33 @@ def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     assert state.attempts["1.1"].phase is AttemptPhase.LOST
     world.box.say("1.3", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
     results = [order for order in world.box.sent if isinstance(order, CommitResult)]
-    assert [result.accepted for result in results] == [declared]
-    if declared:
-        assert state.checkpoints[1][0].parent == ""  # the last that is known
+    assert [result.accepted for result in results] == [True]
+    assert state.checkpoints[1][0].parent == ""  # the last that is known
     world.box.say("1.3", AttemptExited(0))
     assert world.phase(1) is JobPhase.SUCCEEDED
+
+
+def test_of_a_plain_copy_what_a_node_that_knows_more_does_not_run_is_held() -> None:
+    """It would begin again beside whoever has it now. No id of after the copy is given again, and
+    what others should run is theirs."""
+    world = World("n1:1")
+    world.box.rig.now_ms += 1_000
+    for _ in range(2):
+        world.submit()
+    nodes = [world.box.rig.core.state.attempts[f"{job}.1"].node for job in (1, 2)]
+    assert nodes == ["n0", "n1"]
+    world.go_back(world.copy(), declared=False)
+    world.hello()
+    assert world.told == ["store.behind"]
+    assert (world.phase(1), world.started()) == (JobPhase.HELD, [])
+    assert world.box.rig.core.state.jobs[1].reason == UNSURE
+    world.hello("2.1", "3.1", node=1)
+    assert (world.told, world.killed(), world.asked) == (["store.behind"], [], ("3.1",))
+    world.answer(HeldAttempt("2.1", ()), HeldAttempt("3.1", (), spec=SPEC), node=1)
+    assert world.phase(3) is JobPhase.ACTIVE
+    assert world.box.rig.core.state.jobs[2].reason == "has run on since the copy"
+    world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
+    assert world.started() == [f"{3 + JOB_IDS_MIN}.1"]
 
 
 def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> None:
@@ -173,60 +216,7 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     assert "1.2" in world.killed()
 
 
-def committed_before_the_copy() -> World:
-    world = World("n1:1")
-    world.submit()
-    world.box.say("1.1", CheckpointProposed("aa", "", 5, 1, ("n0", "n1")))
-    world.go_back(world.copy())
-    return world
-
-
-def test_what_was_committed_after_the_copy_is_found_on_nodes() -> None:
-    """By epoch, then by step; what is known has one copy more."""
-    world = committed_before_the_copy()
-    world.hello(checkpoints=("bb", "cc", "dd"))
-    world.hello(checkpoints=("aa", "bb"), node=1)
-    state = world.box.rig.core.state
-    assert unread(state) == [("n0", "n0:1", ("bb", "cc", "dd")), ("n1", "n1:1", ("bb",))]
-    old, bb = Manifest("dd", 1, 1, 4, "", 1), Manifest("bb", 1, 1, 9, "aa", 1)
-    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1), bb, old) == ("cc", "aa")
-    assert unread(state) == [("n1", "n1:1", ("bb",))]
-    assert world.read(bb, node=1) == ("cc", "aa")
-    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1), node=1) == ("cc", "aa")
-    assert state.checkpoints[1][-1].replicas == ("n0", "n1")
-    assert (world.phase(1), state.jobs[1].head_step) == (JobPhase.HELD, 7)
-    world.box.take(Request(1, ReleaseJob(1)))
-    starts = [order for order in world.box.sent if isinstance(order, StartAttempt)]
-    assert [one.digest for one in starts[0].candidates] == ["cc", "aa"]
-    # From here on commits are known, and what else may lie there is of who does not hold the job.
-    assert world.read(Manifest("ee", 1, 3, 99, "cc", 1)) == ("cc", "aa")
-
-
-def test_of_what_runs_its_own_checkpoints_alone_are_found() -> None:
-    """Of another attempt's nobody knows that it held the job; and a gang's are not put together."""
-    world = committed_before_the_copy()
-    world.hello("1.2", checkpoints=("aa", "bb", "cc"))
-    assert world.read(Manifest("bb", 1, 1, 9, "aa", 1)) == ("aa",)
-    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1)) == ("cc", "aa")
-    world.box.say("1.2", CheckpointProposed("dd", "cc", 8, 1, ("n0",)))
-    assert world.read(Manifest("cc", 1, 2, 7, "aa", 1))[0] == "dd"
-    gang = World()
-    gang.submit(ranks=2)
-    gang.go_back(gang.copy())
-    gang.hello()
-    gang.box.take(Request(2, NoteManifests("n0", ("bb",), (Manifest("bb", 1, 1, 9, "", 1),))))
-    assert gang.box.rig.core.state.jobs[1].head == ""
-
-
-def test_where_no_copy_was_put_back_nothing_is_looked_for() -> None:
-    world = World()
-    world.submit()
-    world.hello("1.1", checkpoints=("aa",))
-    assert unread(world.box.rig.core.state) == []
-    assert isinstance(answer(world, NoteManifests("n9", (), ())), Refusal)
-
-
-def answer(world: World, body: NoteManifests | ExplainJob) -> object:
+def answer(world: World, body: RequestBody) -> object:
     replies = [e for e in world.box.rig.handle(Request(9, body)) if isinstance(e, Reply)]
     return replies[0].answer
 
@@ -267,15 +257,81 @@ def test_what_was_out_of_reach_goes_on_when_it_is_back() -> None:
     assert world.killed() == ["1.1"]
 
 
-def test_a_gang_of_a_later_epoch_is_left_alone_and_not_started_beside_it() -> None:
-    world = World()
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_gang_of_a_later_epoch_is_taken_back_once_all_its_ranks_are_there(last: int) -> None:
+    """Each on a node of its own. Until then they are left alone, and none is started beside it."""
+    world = World("n1:1")
     world.submit(ranks=2)
     world.go_back(world.copy())
-    world.hello("1.2.0", "1.2.1")
+    world.hello(f"1.2.{1 - last}", node=1 - last)
     assert world.started() == []
-    assert world.killed() == ["1.1.1"]  # with the rank that the copy has beside it
-    assert world.phase(1) is JobPhase.HELD
-    assert "runs 1.2.0 and 1.2.1" in world.why()
+    assert world.killed() == ["1.1.1"] * last  # with the rank that the copy has beside it
+    assert list(world.node(1 - last).strays) == [f"1.2.{1 - last}"]
+    world.hello(f"1.2.{last}", node=last)
+    state = world.box.rig.core.state
+    assert (world.started(), world.killed(), world.phase(1)) == ([], [], JobPhase.ACTIVE)
+    assert [rank.node for rank in state.gang(state.jobs[1])] == ["n0", "n1"]
+    assert not any(live.strays or live.unknown for live in state.nodes.values())
+    assert state.attempts["1.1.0"].phase is AttemptPhase.LOST
+    world.box.say("1.2.0", CheckpointProposed("aa", "xx", 7, 1, ("n0",), 2))
+    world.box.say("1.2.1", CheckpointProposed("bb", "yy", 7, 1, ("n1",), 2))
+    assert (state.jobs[1].head, state.jobs[1].head_step) == ("aa", 7)
+    for rank in range(2):
+        world.box.say(f"1.2.{rank}", AttemptExited(0))
+    assert world.phase(1) is JobPhase.SUCCEEDED
+
+
+SPEC = JobSpec(command=("x", "5"), project="p", max_restarts=7, array="0-9", hold=True)
+
+
+def test_a_job_that_nobody_knows_is_what_its_node_was_told_to_run() -> None:
+    world = World()
+    world.submit()
+    copy = world.copy()
+    world.submit()
+    world.go_back(copy)
+    world.hello("1.1", "2.3", checkpoints=("cc", "ee"))
+    assert world.asked == ("2.3",)
+    world.answer(HeldAttempt("1.1", ()), HeldAttempt("2.3", (), spec=SPEC, checkpoint="cc"))
+    state = world.box.rig.core.state
+    assert world.why() == ""
+    job = world.box.rig.disk.jobs[2]
+    assert (job.phase, job.epoch) == (JobPhase.ACTIVE, 3)
+    assert job.spec == replace(SPEC, array="", hold=False)
+    # What it continues is its last checkpoint, whoever has made it; of others nobody knows that.
+    manifests = Manifest("cc", 2, 2, 7, "bb", 1), Manifest("ee", 2, 1, 9, "aa", 1)
+    assert world.read(*manifests, job_id=2) == ("cc",)
+    world.box.say("2.3", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
+    assert (state.jobs[2].head, state.jobs[2].head_step) == ("dd", 9)
+    world.box.say("2.3", AttemptExited(1))
+    assert world.started() == [f"2.{1 + EPOCHS_MIN + AGE_MS // 1000}"]
+
+
+def test_a_gang_that_nobody_knows_is_taken_back_when_all_its_nodes_have_told_it() -> None:
+    world = World("n1:1")
+    spec = replace(SPEC, ranks=2)
+    world.go_back(world.copy())
+    for node in (1, 0):
+        world.hello(f"7.2.{node}", node=node)
+        assert 7 not in world.box.rig.core.state.jobs
+        told = HeldAttempt(f"7.2.{node}", (), spec=spec, checkpoint=f"c{node}")
+        world.answer(told, node=node)
+        world.answer(HeldAttempt(f"7.2.{node}", ()), node=node)
+    state = world.box.rig.core.state
+    assert [rank.restored_digest for rank in state.gang(state.jobs[7])] == ["c0", "c0"]
+    assert world.phase(7) is JobPhase.ACTIVE
+    world.box.say("7.2.0", AttemptExited(signal=9))
+    assert world.killed() == ["7.2.1"]
+
+
+def test_what_a_node_says_of_a_job_is_not_taken_for_one_if_it_can_be_none() -> None:
+    world = World()
+    world.go_back(world.copy())
+    world.hello("2.1")
+    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1)):
+        world.answer(HeldAttempt("2.1", (), spec=spec))
+        assert world.box.rig.core.state.jobs == {}
+    assert (list(world.node(0).strays), world.killed()) == (["2.1"], [])
 
 
 def test_what_has_been_forgotten_is_still_killed() -> None:
@@ -286,6 +342,35 @@ def test_what_has_been_forgotten_is_still_killed() -> None:
     world.box.rig.core.state.drop_job(1)
     world.hello("1.1")
     assert world.killed() == ["1.1"]
+
+
+def test_what_was_given_and_forgotten_after_the_copy_is_killed_too() -> None:
+    """Its id is above all that the nodes may know and the store does not."""
+    world = World()
+    world.go_back(world.copy())
+    world.hello()
+    (start,) = world.box.submit(1)
+    world.box.say(start.attempt, AttemptExited(0))
+    state = world.box.rig.core.state
+    state.drop_job(state.last_job_id)
+    world.hello(start.attempt)
+    assert (world.killed(), world.asked) == ([start.attempt], ())
+
+
+def test_a_node_that_came_after_a_plain_copy_tells_that_it_is_one() -> None:
+    """Nobody had heard anything of it; what it runs is no stray when it says so again."""
+    world = World()
+    world.submit()
+    world.go_back(world.copy(), declared=False)
+    world.hello("1.1", acknowledged=1)
+    world.box.sequences.append(0)
+    world.hello("2.1", node=1)
+    assert world.told == ["store.behind"]
+    for _ in range(2):
+        world.answer(HeldAttempt("2.1", ()), node=1)
+        assert (world.killed(), list(world.node(1).strays)) == ([], ["2.1"])
+    world.answer(HeldAttempt("2.1", (), spec=SPEC), node=1)
+    assert world.phase(2) is JobPhase.ACTIVE
 
 
 def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
@@ -299,7 +384,8 @@ def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
     job = world.box.rig.core.state.jobs[1]
     assert (job.epoch, job.phase) == (1, JobPhase.ACTIVE)
     world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
-    assert world.box.rig.core.state.last_job_id == 2
+    # One step above, since it was answered for more than is known.
+    assert world.box.rig.core.state.last_job_id == 2 + JOB_IDS_MIN
 
 
 def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
@@ -310,7 +396,7 @@ def test_the_same_copy_put_back_again_gives_other_numbers() -> None:
     assert again.leader_epochs > first.leader_epochs + 50
     second = put_back(first.numbering, first.last_job_id + 5, 3, -1)
     assert second.numbering.remembered_job_id == 7
-    assert second.numbering.copied_job_id == first.last_job_id + 5
+    assert second.numbering.given_job_id == second.last_job_id
     assert second.last_job_id == first.last_job_id + 5 + JOB_IDS_MIN
     assert second.numbering.epoch_floor == first.numbering.epoch_floor + EPOCHS_MIN
     assert list(held(Snapshot(), 0, 1)) == []

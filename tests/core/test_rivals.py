@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core.messages import CloseSession, Effect, FromAgent, Hello, SessionClosed
+from coordinator.core.messages import (
+    CloseSession,
+    Effect,
+    FromAgent,
+    Hello,
+    SessionClosed,
+    Tick,
+)
 from coordinator.core.model import HostFacts
 from tests.core.coordinator_harness import gpus_of
 from tests.core.test_admission import welcomed
@@ -24,11 +31,11 @@ class Claimed(Fleet):
         self.come(HERE)
         self.submit()
 
-    def come(self, host: HostFacts) -> list[Effect]:
+    def come(self, host: HostFacts, box: str = "n1") -> list[Effect]:
         """An agent with the same journal; one elsewhere knows nothing of what runs here."""
         self.sessions["n1"] = session = self.sessions["n1"] + 1
         held = self.held("n1") if host is HERE else ()
-        gpus = gpus_of("n1", "1xH100")
+        gpus = gpus_of(box, "1xH100")
         body = Hello("n1", "j1", "n1:1", host, gpus, held, (), self.sequences["n1"])
         return self.rig.handle(FromAgent(session, body))
 
@@ -66,3 +73,24 @@ def test_the_node_itself_may_come_again_on_another_connection_or_after_a_reboot(
     fleet.rig.now_ms += fleet.rig.core.state.options.closed_grace_ms
     assert welcomed(fleet.come(OTHER)) == [fleet.sessions["n1"]], "nobody is heard any more"
     assert not fleet.node("n1").reason
+
+
+@pytest.mark.parametrize(
+    ("other", "box"), [(OTHER, "n1"), (replace(HERE, boot_id="boot-2"), "n9")], ids=["name", "gpus"]
+)
+def test_after_a_restart_a_copy_that_comes_first_waits_for_the_node_itself(
+    other: HostFacts, box: str
+) -> None:
+    """By what is written down of it. If it does not come the other one is it from here on."""
+    fleet = Claimed()
+    fleet.rig.restart()
+    (closed,) = [one for one in fleet.come(other, box) if isinstance(one, CloseSession)]
+    assert "n1 was on host box when it was seen last" in closed.reason
+    rebooted = replace(HERE, boot_id="boot-3")
+    assert welcomed(fleet.come(rebooted)) == [fleet.sessions["n1"]]
+    fleet.rig.restart()
+    assert welcomed(fleet.come(replace(rebooted, hostname="renamed"), "n9"))
+    fleet.rig.restart()
+    fleet.rig.now_ms += fleet.rig.core.state.options.restart_grace_ms
+    fleet.rig.handle(Tick())
+    assert welcomed(fleet.come(other, box)) == [fleet.sessions["n1"]]

@@ -208,6 +208,29 @@ def test_a_standby_that_was_mended_is_looked_at_again(how: str) -> None:
     assert (turn < 60) is (how == "away")
 
 
+def test_a_standby_that_comes_and_goes_is_tried_again_once() -> None:
+    """Each try costs three copies, and two minutes in which nobody has the newest. n2 could go on
+    with the job and the other could not, and it is away and back all the time."""
+    fleet = Fleet(dict.fromkeys(NODES[:3], 1), Options(suspect_ms=60_000, lease_ms=60_000))
+    fleet.submit()
+    state = fleet.rig.core.state
+    fleet.ask(CordonNode("n3"))
+    tried: list[str] = []
+    for _ in range(20):
+        for _ in range(12):
+            fleet.pass_ms(10_000)
+        present = state.attempts["1.1"].replica_node
+        tried += [present] if present not in tried[-1:] else []
+        (held,) = fleet.held("n1")
+        failed = standby.COPIES_FAILED_MAX if present == "n2" else 0
+        beat = Heartbeat(fleet.rig.now_ms + 5, attempts=(replace(held, copies_failed=failed),))
+        fleet.rig.handle(FromAgent(fleet.sessions["n1"], beat))
+        tried += [state.attempts["1.1"].replica_node] if present == "n2" else []
+        fleet.rig.handle(FromAgent(fleet.sessions["n2"], SessionClosed()))
+        fleet.hello("n2")
+    assert tried == ["n2", "n3"] * 2
+
+
 def test_a_standby_that_comes_back_gets_its_copy_at_once() -> None:
     """The agent tries again ever more seldom, up to five minutes."""
     fleet = Fleet(dict.fromkeys(NODES[:2], 1), Options(suspect_ms=60_000, lease_ms=60_000))

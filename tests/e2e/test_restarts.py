@@ -266,7 +266,7 @@ def test_a_copy_of_the_database_put_back_ends_no_training(
     fleet: Cluster, gate: Gate, tmp_path: Path
 ) -> None:
     """The copy knows neither the second attempt of one job, nor that another has finished, nor that
-    there is a third."""
+    there are two more: one is known again by what its node was told to run, one by what it left."""
     job_id, first_pid = began(fleet, gate)
     over_gate = Gate(tmp_path / "over")
     over_id, _ = began(fleet, over_gate)
@@ -283,6 +283,10 @@ def test_a_copy_of_the_database_put_back_ends_no_training(
         fleet, job_id, lambda it: len(work.events_named(it, "started")) > 1, "its second start"
     )
     pid = work.events_named(found, "started")[-1]["pid"]
+    late_gate = Gate(tmp_path / "late")
+    late_id, _ = began(fleet, late_gate)
+    late_gate.open_to(6)
+    work.wait_succeeded(fleet, late_id)
     other_gate = Gate(tmp_path / "other")
     other_id, other_pid = began(fleet, other_gate)
     put_back(fleet, copy)
@@ -291,7 +295,7 @@ def test_a_copy_of_the_database_put_back_ends_no_training(
     assert (job.epoch, job.checkpoint.step, work.lives(other_pid)) == (2, 6, True)
     assert len(work.events_named(work.lines(fleet, job_id), "started")) == 2
     assert not work.lives(pid)
-    assert f"runs {other_id}.1: " in work.node(fleet, "n1").reason
+    work.wait_log(fleet, "coordinator", "attempt.taken_back", attempt=f"{other_id}.1")
     assert work.submit(fleet, ["true"]) > other_id + 100_000
     # Of what had finished only the last checkpoint is left, which the copy does not know.
     work.wait_committed(fleet, over_id, 6)
@@ -299,6 +303,13 @@ def test_a_copy_of_the_database_put_back_ends_no_training(
     job = work.wait_succeeded(fleet, over_id)
     assert job.checkpoint.step == 6
     assert work.events_named(work.lines(fleet, over_id), "started")[-1]["step"] == 6
+    # A job of after the copy that nobody runs is its last checkpoint, until it is said again.
+    work.wait_committed(fleet, late_id, 6)
+    words = ["submit", "--for-job", str(late_id), "--", *late_gate.job(steps=8, every=2)]
+    assert fleet.baton(*words).stdout.startswith(f"job {late_id} submitted")
+    late_gate.open_to(8)
+    assert work.wait_succeeded(fleet, late_id).checkpoint.step == 8
+    assert work.events_named(work.lines(fleet, late_id), "started")[-1]["step"] == 6
     other_gate.open_to(6)
-    exited = work.wait_log(fleet, "n1", "attempt.exited", attempt=f"{other_id}.1")
-    assert exited["exit_code"] == 0
+    other = work.wait_succeeded(fleet, other_id)
+    assert (other.epoch, other.checkpoint.step, other.spec.name) == (1, 6, job.spec.name)

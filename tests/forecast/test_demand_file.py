@@ -103,7 +103,7 @@ def test_the_command_says_bands_and_record(tmp_path: Path) -> None:
     )
     ran = CliRunner().invoke(cli, ["forecast", "--demand", str(path), "--ahead", "1", "--json"])
     assert ran.exit_code == 0, ran.output
-    (told,) = json.loads(ran.output)
+    (told,) = json.loads(ran.stdout)
     assert told["ahead_h"] == 1
     gpus = list(told["gpus"].values())
     assert gpus == sorted(gpus)

@@ -72,7 +72,7 @@ def test_quantiles_rise_and_no_less_than_nothing_is_wanted() -> None:
     values = bursts(24 * 20, seed=3)
     grid = Grid(np.array(values), 1)
     for ahead in (1, 6, 24):
-        for fit in (skewed.returning, skewed.regressed, skewed.freely):
+        for fit in (skewed.returning, skewed.regressed, skewed.freely, skewed.over_weeks):
             said = fit(experts.lesson(grid, ahead), ahead).forecast(grid)
             assert np.all(np.diff(said) >= 0)
             assert said[0] >= 0
@@ -95,3 +95,17 @@ def test_what_breathes_by_the_day_is_learned_faster_where_less_is_held() -> None
             losses[-1] += float(pinball(values[step + ahead], model.forecast(grid)).mean())
     held, free = losses
     assert free < 0.95 * held
+
+
+def test_what_stays_as_it_was_for_weeks_is_learned_better_by_who_forgets_less() -> None:
+    ahead, learned = 6, 24 * 42
+    values = bursts(learned + 24 * 14, seed=5)
+    lesson = experts.lesson(Grid(np.array(values[:learned]), 1), ahead)
+    losses = []
+    for model in (skewed.freely(lesson, ahead), skewed.over_weeks(lesson, ahead)):
+        losses.append(0.0)
+        for step in range(learned, len(values) - ahead):
+            grid = Grid(np.array(values[step - 24 * 9 : step + 1]), 1, step - 24 * 9)
+            losses[-1] += float(pinball(values[step + ahead], model.forecast(grid)).mean())
+    forgets, remembers = losses
+    assert remembers < 0.99 * forgets

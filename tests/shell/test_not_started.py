@@ -1,12 +1,17 @@
-"""What a program that cannot start says of the system's errors."""
+"""What a program that cannot start says of the system's errors, and one that ends by them later."""
 
+import asyncio
 import errno
+from collections.abc import Coroutine
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from agent import main as agent_main
+from agent.config import Config as AgentConfig
 from coordinator import main as coordinator_main
+from coordinator.config import Config as CoordinatorConfig
 
 
 @pytest.mark.parametrize("program", [agent_main, coordinator_main])
@@ -21,3 +26,39 @@ from coordinator import main as coordinator_main
 )
 def test_the_reason_is_words_alone(program: ModuleType, error: Exception, said: str) -> None:
     assert program._in_words(error) == said
+
+
+class Shell:
+    """Whose loop ends by an error of the system's."""
+
+    opened = asyncio.Event()
+
+    async def run(self) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/state")
+
+
+def agent() -> Coroutine[Any, Any, None]:
+    shell: Any = Shell()
+    return agent_main._run(shell, AgentConfig(), (), shell, "n1:1")
+
+
+def coordinator() -> Coroutine[Any, Any, None]:
+    shell: Any = Shell()
+    return coordinator_main._run(shell, CoordinatorConfig(), ())
+
+
+@pytest.mark.parametrize(
+    ("program", "run"), [(agent_main, agent), (coordinator_main, coordinator)], ids=["a", "c"]
+)
+async def test_one_that_had_started_says_that_it_has_failed(
+    program: ModuleType, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a traceback: it is nothing that an operator has set wrongly."""
+    told: list[tuple[str, object]] = []
+    monkeypatch.setattr(
+        program.logging_setup, "emit", lambda _, event, fields: told.append((event, fields))
+    )
+    with pytest.raises(program.Failed):
+        await run()
+    name = program.__name__.split(".")[0]
+    assert told[-1] == (f"{name}.failed", (("reason", "Input/output error: /state"),))

@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.backup import BackupError, backup
 from coordinator.core.messages import AppendEvent, PutJob, Record
-from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN
+from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering
 from coordinator.core.phases import JobPhase
 from coordinator.core.restored import UNSURE
 from coordinator.main import main
@@ -62,13 +62,33 @@ async def test_who_opens_a_copy_goes_on_above_all_that_was_given(
     first = await read_all(copy)
     assert first.copied_unix_ms == NOW_MS - 5_000
     assert first.last_job_id >= 1 + JOB_IDS_MIN + 50
-    assert first.numbering.remembered_job_id == first.numbering.copied_job_id == 1
+    assert first.numbering.remembered_job_id == 1
+    assert first.numbering.given_job_id == first.last_job_id
     assert first.leader_epoch > EPOCHS_MIN
     assert (first.jobs[0].phase, first.jobs[0].reason) == (JobPhase.HELD, UNSURE)
     async with leading(copy) as (store, again):
         assert [line.name for line in await store.events(1, 0, 9)] == ["test", "job.held"]
     assert (again.copied_unix_ms, again.last_job_id) == (0, first.last_job_id)
     assert (again.numbering, again.leader_epoch) == (first.numbering, first.leader_epoch + 1)
+    with closing(sqlite3.connect(copy.path, isolation_level=None)) as earlier:
+        earlier.execute("DELETE FROM counters WHERE name = 'given_job_id'")
+    assert (await read_all(copy)).numbering == first.numbering
+    assert (await read_all(world)).numbering == Numbering()
+
+
+async def test_a_plain_copy_becomes_one_that_knows_what_it_is(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """It is as old as its file says."""
+    await write_all(world, whole(1))
+    plain = tmp_path / "plain.sqlite3"
+    plain.write_bytes(world.path.read_bytes())
+    os.utime(plain, (NOW_MS / 1_000 - 900,) * 2)
+    words = ["backup", str(tmp_path / "marked"), "--store-path", str(plain)]
+    assert main(words) == 0
+    made = (await read_all(SqliteWorld(tmp_path / "marked"))).copied_unix_ms
+    assert abs(made - (NOW_MS - 900_000)) < 1_000
+    assert main(["backup", str(tmp_path / "none"), "--store-path", str(tmp_path / "no")]) == 1
 
 
 async def test_a_copy_of_a_copy_is_as_old_as_the_first(world: SqliteWorld, tmp_path: Path) -> None:
@@ -78,6 +98,22 @@ async def test_a_copy_of_a_copy_is_as_old_as_the_first(world: SqliteWorld, tmp_p
     assert (await read_all(SqliteWorld(tmp_path / "two"))).copied_unix_ms == NOW_MS - 900_000
     backup(tmp_path / "two", tmp_path / "three", NOW_MS)  # it has been opened: a store as any other
     assert (await read_all(SqliteWorld(tmp_path / "three"))).copied_unix_ms == NOW_MS
+
+
+async def test_what_an_older_coordinator_has_worked_with_is_no_copy_any_more(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    """It takes the lead as any does, and leaves the mark; an upgrade later may not hold its jobs.
+    What is copied from there is a copy of that day."""
+    copy = SqliteWorld(tmp_path / "copy.sqlite3")
+    await write_all(world, whole(1))
+    backup(world.path, copy.path, NOW_MS - 900_000)
+    with closing(sqlite3.connect(copy.path, isolation_level=None)) as older:
+        older.execute("UPDATE leader SET epoch = epoch + 1")
+    backup(copy.path, tmp_path / "later", NOW_MS)
+    found = await read_all(copy)
+    assert (found.copied_unix_ms, found.last_job_id, found.jobs[0].reason) == (0, 1, "")
+    assert (await read_all(SqliteWorld(tmp_path / "later"))).copied_unix_ms == NOW_MS
 
 
 async def test_what_goes_wrong_leaves_the_copy_of_before(

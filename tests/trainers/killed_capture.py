@@ -6,6 +6,7 @@ Its arguments are the slab's descriptor, the bytes of a slot, and how many slots
 import os
 import signal
 import sys
+import threading
 
 import torch
 
@@ -38,11 +39,13 @@ def main(words: list[str]) -> None:
             weight.fill_(2.0)
     left = iter((True, False))
     move = overlap.move
+    one_at_a_time = threading.Lock()
 
-    def dying(source: torch.Tensor, target: torch.Tensor) -> None:
-        if not next(left):
-            os.kill(os.getpid(), signal.SIGKILL)
-        move(source, target)
+    def dying(target: int, source: int, size_bytes: int) -> None:
+        with one_at_a_time:
+            if not next(left):
+                os.kill(os.getpid(), signal.SIGKILL)
+            move(target, source, size_bytes)
 
     overlap.move = dying
     capturer.begin(state, 2)

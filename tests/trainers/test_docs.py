@@ -5,6 +5,7 @@ trains, is stopped, and goes on exactly; the configurations are built with the t
 classes; and the promise of how few lines it takes is counted.
 """
 
+import itertools
 import os
 import re
 import runpy
@@ -109,6 +110,16 @@ def test_the_plain_program_runs_outside_baton(tmp_path: Path) -> None:
     assert runpy.run_path(str(tmp_path / "plain.py"))["step"] == STEPS
 
 
+def test_the_addressed_order_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "addressed.py").write_text(BLOCKS["addressed.py"], "utf-8")
+    loader = runpy.run_path(str(tmp_path / "addressed.py"))["loader"]
+    alone = [batch.tolist() for batch in itertools.islice(loader(0, 0, 1), 3)]
+    assert len(alone[0]) == 32
+    assert alone[0] != alone[1]
+    later = [next(iter(loader(2, rank, 2))).tolist() for rank in range(2)]
+    assert [value for part in later for value in part] == alone[2]
+
+
 def run_several(agents: list[FakeAgent], directory: Path, restored: str = "") -> list[int]:
     """The program of several ranks, as processes of their own; the second is asked to stop as soon
     as it comes up, unless there is something to resume from."""
@@ -179,6 +190,6 @@ def test_the_configurations_are_right(name: str, kind: type[configuration.LoopOp
 
 
 def test_every_block_is_looked_at() -> None:
-    used = {"plain.py", "with_lightning.py", "several.py"}
+    used = {"plain.py", "addressed.py", "with_lightning.py", "several.py"}
     used |= {"transfer.toml", "finetune.toml", "lora.toml"}
     assert set(BLOCKS) == used

@@ -1,12 +1,16 @@
-"""All ranks together see one stream, whatever their number and whenever it changes.
+"""All ranks and workers together see one stream, whatever their number and whenever it changes.
 
-The oracle has no ranks: positions 0, 1, 2, ... one after another. Against it stand the shards of 1
-to 4 ranks, put together rank by rank.
+The oracle has neither ranks nor workers: positions 0, 1, 2, ... one after another. Against it stand
+real loaders with 0 and 2 worker processes for 1 to 4 ranks, whose samples and augmentation draws
+are put together rank by rank.
 """
 
+import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from trainers import order
 
@@ -15,33 +19,75 @@ COUNT = 23
 GLOBAL_BATCH = 10
 STEPS = 7
 
+Drawn = list[tuple[int, float]]
 
-def oracle(steps: int) -> list[int]:
+
+class Numbers:
+    """Sample ``i`` is ``i``."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, sample: int) -> int:
+        return sample
+
+
+def drawing(sample: int, generator: order.Generator) -> tuple[int, float]:
+    """An augmentation that shows what it drew."""
+    return sample, float(generator.random())
+
+
+def as_list(items: Drawn) -> Drawn:
+    return items
+
+
+def oracle(steps: range) -> list[Drawn]:
     """One sample after another."""
-    return [order.sample_at(position, COUNT, SEED) for position in range(steps * GLOBAL_BATCH)]
+    expected = []
+    for step in steps:
+        positions = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        samples = [order.sample_at(position, COUNT, SEED) for position in positions]
+        draws = [order.generator_for(SEED, position).random() for position in positions]
+        expected.append(list(zip(samples, draws, strict=True)))
+    return expected
 
 
-def gathered(world_size: int, steps: range) -> list[int]:
-    """All ranks' samples, step by step and rank by rank."""
-    return [
-        order.sample_at(position, COUNT, SEED)
-        for step in steps
-        for rank in range(world_size)
-        for position in order.shard(step, rank, world_size, GLOBAL_BATCH)
-    ]
+def seen_by(rank: int, world_size: int, workers: int, steps: range) -> list[Drawn]:
+    """What one rank's loader yields, step by step."""
+    batches = order.RankBatches(steps, rank=rank, world_size=world_size, global_batch=GLOBAL_BATCH)
+    samples = order.AddressedSamples(Numbers(), seed=SEED, augment=drawing)
+    loader: DataLoader[Drawn] = DataLoader(
+        samples,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=as_list,
+    )
+    assert len(batches) == len(steps)
+    return list(loader)
 
 
+def gathered(world_size: int, workers: int, steps: range) -> list[Drawn]:
+    """All ranks' batches, rank by rank."""
+    by_rank = [seen_by(rank, world_size, workers, steps) for rank in range(world_size)]
+    return [[item for part in parts for item in part] for parts in zip(*by_rank, strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_any_world_sees_the_same_samples(world_size: int) -> None:
-    assert gathered(world_size, range(STEPS)) == oracle(STEPS)
+def test_any_world_and_any_workers_see_the_same_samples_and_draws(
+    world_size: int, workers: int
+) -> None:
+    torch.manual_seed(world_size)  # the loaders' own generators must not matter
+    assert gathered(world_size, workers, range(STEPS)) == oracle(range(STEPS))
 
 
-def test_a_world_that_changes_in_the_middle_goes_on_in_the_same_stream() -> None:
-    seen = gathered(4, range(2))
-    seen += gathered(1, range(2, 3))
-    seen += gathered(3, range(3, 5))
-    seen += gathered(2, range(5, STEPS))
-    assert seen == oracle(STEPS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_world_that_changes_in_the_middle_goes_on_in_the_same_stream(workers: int) -> None:
+    seen = gathered(4, workers, range(2))
+    seen += gathered(1, 2 - workers, range(2, 3))
+    seen += gathered(3, workers, range(3, 5))
+    seen += gathered(2, workers, range(5, STEPS))
+    assert seen == oracle(range(STEPS))
 
 
 @given(step=st.integers(0, 10**9), world_size=st.integers(1, 64), global_batch=st.integers(1, 500))
@@ -76,6 +122,18 @@ def test_epochs_and_seeds_differ() -> None:
     assert list(range(100)) not in orders
 
 
-def test_the_order_is_fixed_for_ever() -> None:
+def test_the_order_and_the_draws_are_fixed_for_ever() -> None:
     """Numbers from the day this was written: a checkpoint must go on in the next version too."""
     assert [order.sample_at(position, 100, 1) for position in range(6)] == [10, 38, 13, 21, 96, 76]
+    words = order.generator_for(3, 5).bit_generator.random_raw(2)
+    assert words.tolist() == [13607503460711072255, 17732127068628475552]
+
+
+def test_neighbours_and_seeds_share_no_draws() -> None:
+    """A counter that advanced by one block a position would repeat most of its neighbour's."""
+    raws = [
+        order.generator_for(seed, position).bit_generator.random_raw(1000)
+        for seed in (1, 2)
+        for position in (0, 1, 2, 10**12)
+    ]
+    assert len(numpy.unique(numpy.concatenate(raws))) == 8 * 1000

@@ -38,8 +38,8 @@ __all__ = ["desk", "session"]
 
 OPTIONS = replace(tasks.OPTIONS, checkpoint_every_steps=1)
 DEADLINE_S = 60.0
-PIECES = 3
-"""Of each tensor."""
+PIECE_BYTES = 100
+"""Most tensors here are larger."""
 
 MakeTask = Callable[[], loop.Task]
 
@@ -56,15 +56,11 @@ class Copier:
         self._free = False
         self.waits = 0
 
-    def finish(self, near: Sequence[overlap.Pair], queued: Any) -> None:
-        for source, target in near:
-            flat_source = source.detach().reshape(-1).view(torch.uint8)
-            flat_target = target.reshape(-1).view(torch.uint8)
-            size = -(-flat_source.numel() // PIECES) or 1
-            for begin in range(0, max(1, flat_source.numel()), size):
-                self._step()
-                flat_target[begin : begin + size] = flat_source[begin : begin + size]
-                self._told()
+    def finish(self, pieces: overlap.Pieces, queued: Any) -> None:
+        while (piece := pieces.take()) is not None:
+            self._step()
+            piece()
+            self._told()
         queued.wait()
         with self._changed:
             self._running = False
@@ -109,6 +105,7 @@ class Copier:
 @pytest.fixture
 def copier(monkeypatch: pytest.MonkeyPatch) -> Copier:
     made = Copier()
+    monkeypatch.setattr(overlap, "PIECE_BYTES", PIECE_BYTES)
     begin, wait = overlap.Helper.begin, overlap.Copying.wait
 
     def beginning(helper: overlap.Helper, pairs: Sequence[overlap.Pair]) -> overlap.Copying:
@@ -204,6 +201,40 @@ def test_every_order_of_copying_and_computing_gives_the_state_of_the_step(
         assert session.tickets[-1].step == live.step - 1
         session.answer(session.tickets[-1])
     assert copier.waits == OPTIONS.steps - 1
+
+
+def test_what_the_helper_has_not_begun_the_training_copies(
+    desk: agent_slabs.Slabs, session: DeskSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where the helper does not get its turn; and it waits for what it has begun."""
+    helped, held = threading.Event(), threading.Event()
+
+    def slow(pieces: overlap.Pieces, queued: Any) -> None:
+        piece = pieces.take()
+        assert piece is not None
+        helped.set()
+        assert held.wait(DEADLINE_S)
+        assert pieces.take() is None, "the training has taken them all"
+        piece()
+        queued.wait()
+
+    monkeypatch.setattr(overlap, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(overlap, "_finish", slow)
+    copy = overlap.Pieces.copy
+
+    def copying(pieces: overlap.Pieces) -> None:
+        copy(pieces)
+        held.set()
+
+    monkeypatch.setattr(overlap.Pieces, "copy", copying)
+    live = trainer(tasks.finetune_task(), session)
+    live.advance()
+    expected = state_of(live)
+    live.save()
+    assert helped.wait(DEADLINE_S)
+    live.advance()
+    assert len(session.tickets) == 1
+    assert files_of(desk) == expected
 
 
 def test_until_it_is_published_the_capture_before_it_counts(

@@ -42,6 +42,16 @@ def test_another_process_that_was_first_is_no_error(tmp_path: Path) -> None:
     assert (tmp_path / "thing" / "file").read_text() == "theirs"
 
 
+def test_without_scikit_learn_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user's trainers do without."""
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert prepare.main(["--out", str(tmp_path)]) == 1
+    assert "pip install scikit-learn" in capsys.readouterr().err
+
+
 def test_the_configurations_are_right() -> None:
     jobs = prepare.configurations()
     kinds = {"finetune": FinetuneOptions, "lora": LoraOptions, "transfer": TransferOptions}

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,18 @@ from tests.trainers import tasks
 from tests.trainers.fake_agent import FakeAgent
 from tests.trainers.forking import Ended
 from tests.trainers.gang import Host
-from trainers import checkpoint, export, microbatch, ranges, weights
-from trainers.ranks import ALONE, NO_STOP_S, PROTOCOL, Decision, Vote, World, decide, world_of
+from trainers import checkpoint, export, microbatch, ranges, ranks, weights
+from trainers.ranks import (
+    ALONE,
+    NO_STOP_S,
+    PROTOCOL,
+    Decision,
+    RankError,
+    Vote,
+    World,
+    decide,
+    world_of,
+)
 
 pytestmark = pytest.mark.xdist_group("ranks")
 """One set of uninterrupted runs."""
@@ -135,6 +146,38 @@ def test_a_world_of_one_decides_by_itself_and_meets_nobody() -> None:
     assert ALONE.texts("a") == ["a"]
     ALONE.check_same("nothing", "a")
     assert ALONE.decide(Vote(3.0, due=True)) == Decision(3.0, NO_STOP_S, save=True)
+
+
+def test_two_ranks_on_one_gpu_are_told_so_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only some of them know: each gets the same answer."""
+    gpus = {"cuda:0": "GPU-aa", "cuda:1": "GPU-bb", "cpu": ""}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ranks, "gpu_of", lambda device: gpus[str(device)])
+
+    def meet(own: int, *devices: str) -> None:
+        told = iter([[str(PROTOCOL)] * len(devices), [gpus[device] for device in devices]])
+        world = World(own, len(devices))
+        monkeypatch.setattr(world, "texts", lambda text: check_told(next(told), own, text))
+        world.open(torch.device(devices[own]), 1.0)
+
+    def check_told(told: list[str], own: int, text: str) -> list[str]:
+        assert told[own] == text
+        return told
+
+    meet(1, "cuda:0", "cuda:1")
+    meet(1, "cpu", "cpu")
+    for rank in range(3):
+        with pytest.raises(RankError, match="ranks 0 and 2 both compute on GPU-aa, and NCCL"):
+            meet(rank, "cuda:0", "cuda:1", "cuda:0")
+
+
+def test_ranks_may_share_a_gpu_where_nccl_was_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(uuid="0a1b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert ranks.gpu_of(torch.device("cpu")) == ""
+    assert ranks.gpu_of(torch.device("cuda", 0)) == "GPU-0a1b"
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert ranks.gpu_of(torch.device("cuda", 0)) == ""
 
 
 def test_ranks_draw_from_seeds_of_their_own() -> None:

@@ -272,8 +272,12 @@ def without_spec(order: cm.StartAttempt | am.StartAttempt) -> tuple[object, ...]
 
 
 def check_spec(said: model.JobSpec, heard: am.JobSpec) -> None:
-    """A node needs a part of it, and that part is the same."""
+    """A node needs a part of it, and that part is the same; it keeps all of it."""
+    whole = types.JobSpec.FromString(heard.whole)
+    assert coordinator_wire.decode_spec(whole) == said
     for field in dataclasses.fields(am.JobSpec):
+        if field.name == "whole":
+            continue
         expected = getattr(said, field.name)
         value = expected.value if isinstance(expected, model.Replication) else expected
         value = value.value if isinstance(value, model.StopSignal) else value

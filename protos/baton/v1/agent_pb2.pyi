@@ -250,12 +250,18 @@ class HeldAttempt(_message.Message):
     STUCK_FIELD_NUMBER: _builtins.int
     PRECOPY_GAIN_FIELD_NUMBER: _builtins.int
     COPIES_FAILED_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     live: _builtins.bool
     """False once its process has ended and only its last events wait to be acknowledged."""
     copies_failed: _builtins.int
     """Tries in a row in which no copy of its checkpoint arrived at its standby. 0, also from an older
     agent: the last one did, or none was made; so it is of a shared directory, too.
+    """
+    checkpoint: _builtins.str
+    """With `spec`: the last checkpoint that a coordinator has accepted from it, or the one that it
+    was restored from. Empty: there is none.
     """
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -270,6 +276,12 @@ class HeldAttempt(_message.Message):
         its agent decides alone, or an agent that does not wait for other ranks: none is sent ahead.
         """
 
+    @_builtins.property
+    def spec(self) -> _types_pb2.JobSpec:
+        """What it was started with, as the coordinator had said it. Absent: nobody has asked in this
+        session (`Welcome.unknown_attempts`), or the agent that started it was an older one.
+        """
+
     def __init__(
         self,
         *,
@@ -279,10 +291,12 @@ class HeldAttempt(_message.Message):
         stuck: Global___StuckProcesses | None = ...,
         precopy_gain: _duration_pb2.Duration | None = ...,
         copies_failed: _builtins.int = ...,
+        spec: _types_pb2.JobSpec | None = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["precopy_gain", b"precopy_gain", "spec", b"spec", "stuck", b"stuck"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "copies_failed", b"copies_failed", "gpu_uuids", b"gpu_uuids", "live", b"live", "precopy_gain", b"precopy_gain", "stuck", b"stuck"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "copies_failed", b"copies_failed", "gpu_uuids", b"gpu_uuids", "live", b"live", "precopy_gain", b"precopy_gain", "spec", b"spec", "stuck", b"stuck"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -728,6 +742,7 @@ class Welcome(_message.Message):
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: _builtins.int
     TELEMETRY_RATE_FIELD_NUMBER: _builtins.int
     REPORT_INTERVAL_FIELD_NUMBER: _builtins.int
+    UNKNOWN_ATTEMPTS_FIELD_NUMBER: _builtins.int
     leader_epoch: _builtins.int
     """The coordinator's fencing token. An agent obeys no coordinator with a lower one than it has
     seen.
@@ -746,6 +761,12 @@ class Welcome(_message.Message):
     def report_interval(self) -> _duration_pb2.Duration:
         """How often telemetry goes with a heartbeat. Absent, from an older coordinator: with every one."""
 
+    @_builtins.property
+    def unknown_attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the attempts in the hello those that the coordinator has forgotten, since its database was
+        put back from a copy: the next heartbeat says of them what they are. An older agent does not.
+        """
+
     def __init__(
         self,
         *,
@@ -755,10 +776,11 @@ class Welcome(_message.Message):
         acknowledged_sequence: _builtins.int = ...,
         telemetry_rate: _types_pb2.TelemetryRate.ValueType = ...,
         report_interval: _duration_pb2.Duration | None = ...,
+        unknown_attempts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lease", b"lease", "report_interval", b"report_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease", "report_interval", b"report_interval", "telemetry_rate", b"telemetry_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "heartbeat_interval", b"heartbeat_interval", "leader_epoch", b"leader_epoch", "lease", b"lease", "report_interval", b"report_interval", "telemetry_rate", b"telemetry_rate", "unknown_attempts", b"unknown_attempts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,10 +62,15 @@ class SubmitRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_JOB_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_IN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, 1 to 64 characters; makes a retry safe. Empty: none, a retry may submit
     twice.
+    """
+    forgotten_job_id: _builtins.int
+    """The held job that this is, of which the coordinator knows checkpoints alone since its database
+    was put back from a copy: it goes on from the last. 0: a new job.
     """
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
@@ -81,11 +86,12 @@ class SubmitRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         spec: _types_pb2.JobSpec | None = ...,
+        forgotten_job_id: _builtins.int = ...,
         deadline_in: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_in", b"deadline_in", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_in", b"deadline_in", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_in", b"deadline_in", "forgotten_job_id", b"forgotten_job_id", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
