@@ -19,7 +19,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import backup, config_tariffs, garbage, https
+from coordinator import backup, config_tariffs, garbage, https, leaving
 from coordinator import logs as logging_setup
 from coordinator.allocator import Allocator
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = from_command_line(given, os.environ).config
     _log_to_stderr(config)
     try:
-        asyncio.run(_serve(config, given))
+        leaving.run(_serve(config, given))
     except LeaderLost as error:
         logging_setup.emit("critical", "leader.lost", (("reason", str(error)),))
         return 1

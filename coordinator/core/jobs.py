@@ -51,6 +51,9 @@ PAGE_MAX = 1_000
 
 
 def submit(state: State, now: Instant, body: Submit) -> Answer:
+    if body.deadline_in_ms:
+        deadline_unix_ms = now.unix_ms + body.deadline_in_ms
+        body = replace(body, spec=replace(body.spec, deadline_unix_ms=deadline_unix_ms))
     if len(body.request_id) > REQUEST_ID_CHARACTERS_MAX:
         return _invalid(f"request_id is longer than {REQUEST_ID_CHARACTERS_MAX} characters")
     known = state.requests.get(body.request_id) if body.request_id else None

@@ -15,7 +15,6 @@ again: a missing module stays missing.
 """
 
 from dataclasses import replace
-from itertools import takewhile
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.messages import AttemptExited
@@ -138,7 +137,8 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
     wait; after that the wait doubles with every failure or refusal in a row.
     """
-    troubles = job.failures + job.yields + len(_refusers(state, job))
+    passing = sum(not each.permanent for each in _refusals(state, job))  # the others are failures
+    troubles = job.failures + job.yields + passing
     if job.failures == troubles == 1:
         state.eligible_ms.pop(job.id, None)
         claims.keep(state, now, job, 0)
@@ -150,13 +150,24 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s{kept}")
 
 
-def _refusers(state: State, job: Job) -> list[str]:
-    """Of the tries in a row, up to now, that a node has refused, who did; the last one first."""
-    tries: dict[int, str] = {}
+def _refusals(state: State, job: Job) -> list[Attempt]:
+    """Of the tries in a row, up to now, that a node has refused, the attempt; the last one
+    first. Not those before its owner asked again: permanent ones are failures, which that forgets.
+    """
+    tries: dict[int, Attempt | None] = {}
     for attempt in state.attempts_of(job.id):
-        refuser = attempt.node if attempt.phase is AttemptPhase.REFUSED else ""
-        tries[attempt.epoch] = refuser or tries.get(attempt.epoch, "")
-    return list(takewhile(bool, reversed(tries.values())))
+        refusal = tries.get(attempt.epoch)
+        if attempt.phase is AttemptPhase.REFUSED and not (refusal and refusal.permanent):
+            refusal = attempt
+        tries[attempt.epoch] = refusal
+    found: list[Attempt] = []
+    permanent = 0
+    for refusal in reversed(tries.values()):
+        permanent += refusal is not None and refusal.permanent
+        if refusal is None or permanent > job.failures:
+            break
+        found.append(refusal)
+    return found
 
 
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
@@ -166,8 +177,7 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
         job = state.put_job(replace(job, failures=job.failures + 1))
-        # Of those since its owner has asked for it.
-        nodes = list(dict.fromkeys(_refusers(state, job)[: job.failures]))
+        nodes = list(dict.fromkeys(each.node for each in _refusals(state, job) if each.permanent))
         hopeless = len(nodes) > 1 or not _may_run_elsewhere(state, job, attempt)
         if hopeless or job.failures > job.spec.max_restarts:
             nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
