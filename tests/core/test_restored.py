@@ -12,6 +12,7 @@ from coordinator.core.checkpoint_requests import Manifest, NoteManifests
 from coordinator.core.messages import (
     AttemptExited,
     AttemptStarted,
+    CancelJob,
     CheckpointProposed,
     CommitResult,
     ExplainJob,
@@ -214,6 +215,23 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     # Who has run it since, and comes only now, is too late: two would be in one place.
     world.hello("1.2")
     assert "1.2" in world.killed()
+
+
+@pytest.mark.parametrize("told_first", [True, False])
+def test_what_its_owner_has_cancelled_since_does_not_come_back(told_first: bool) -> None:
+    """Held by then, or not told yet whether it runs. Also after another restart."""
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    if told_first:
+        world.hello()
+    world.box.take(Request(1, CancelJob(1)))
+    world.hello("1.2")
+    numbering = world.box.rig.core.state.numbering
+    world.box.rig.restart()
+    world.box.rig.core.state.numbering = numbering
+    world.hello("1.2")
+    assert (world.killed(), world.phase(1)) == (["1.2"], JobPhase.CANCELLED)
 
 
 def answer(world: World, body: RequestBody) -> object:
