@@ -22,7 +22,7 @@ from coordinator.core.messages import HeldAttempt, Hello
 from coordinator.core.model import Attempt, Job, JobIntent, JobSpec, attempt_id
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
-from coordinator.core.state import Instant, LiveNode, State
+from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
 from coordinator.core.validate import refuse_spec
 
 # Each says up to some hundred kilobytes, in one message of at most 16 MiB.
@@ -55,7 +55,9 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     spec = job.spec if job is not None and known else item.spec
     if spec is None or (not known and _refuse(spec)):
         return False
-    gang = _gathered(state, job_id, epoch, spec.ranks)
+    if job is None and len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
+        return False
+    gang = _gathered(state, job_id, epoch, spec)
     if gang is None or (job is not None and job.phase is JobPhase.CANCELLING):
         return False
     spec = spec if known else replace(spec, array="", hold=False)
@@ -69,13 +71,15 @@ def _refuse(spec: JobSpec) -> str:
     return refuse_spec(replace(spec, environment=(), array=""))
 
 
-def _gathered(state: State, job_id: int, epoch: int, count: int) -> Gang | None:
-    """All ranks, in order, with the nodes that run them; `None`: some are not there."""
+def _gathered(state: State, job_id: int, epoch: int, spec: JobSpec) -> Gang | None:
+    """All ranks, in order, with the nodes that run them; `None`: some are not there, or have other
+    GPUs than such a job gets."""
+    count = spec.ranks
     wanted = {attempt_id(job_id, epoch, rank, count): rank for rank in range(count)}
     found: dict[int, tuple[LiveNode, HeldAttempt]] = {}
     for live in state.nodes.values():
         for name, item in live.unknown.items() if live.session is not None else ():
-            if name in wanted:
+            if name in wanted and len(set(item.gpu_uuids)) == len(item.gpu_uuids) == spec.gpus:
                 found[wanted[name]] = live, item
     return [found[rank] for rank in range(count)] if len(found) == count else None
 

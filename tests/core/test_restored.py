@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import restored
+from coordinator.core import restored, taken_back
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
 from coordinator.core.messages import (
     AttemptExited,
@@ -346,10 +346,22 @@ def test_what_a_node_says_of_a_job_is_not_taken_for_one_if_it_can_be_none() -> N
     world = World()
     world.go_back(world.copy())
     world.hello("2.1")
-    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1)):
+    shared = replace(SPEC, gpus=1, shared_gpu_memory_bytes=1)
+    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1), shared):
         world.answer(HeldAttempt("2.1", (), spec=spec))
         assert world.box.rig.core.state.jobs == {}
+    world.answer(HeldAttempt("2.1", ("g", "g"), spec=replace(SPEC, gpus=2)))
+    assert world.box.rig.core.state.jobs == {}
     assert (list(world.node(0).strays), world.killed()) == (["2.1"], [])
+
+
+def test_no_node_has_more_jobs_made_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taken_back, "JOBS_OPEN_MAX", 2)
+    world = World()
+    world.go_back(world.copy())
+    world.hello()
+    world.answer(*(HeldAttempt(f"{job}.1", (), spec=SPEC) for job in range(1, 5)))
+    assert (list(world.box.rig.core.state.jobs), world.killed()) == ([1, 2], [])
 
 
 def test_what_has_been_forgotten_is_still_killed() -> None:
