@@ -5,7 +5,7 @@ it, and every rank of a gang is heard of alone. Whoever only leaves them alone r
 checkpoints, and loses their work with the next node that dies.
 
 How: the node keeps what it was told to run, whole. So in the welcome it is asked what those are
-that can only be of the time after the copy (`restored.is_newer`), and its first heartbeat says so.
+that can only be of the time after the copy (`restored.is_newer`), and its first heartbeats say so.
 An attempt is taken back when all ranks of its epoch are there, each on a node within reach; until
 then they are left alone, and shown. Of a job that nobody knows its request is all that comes back:
 not when it was submitted, under which request id, or of which array it was a trial.
@@ -25,8 +25,8 @@ from coordinator.core.sentences import listed
 from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
 from coordinator.core.validate import refuse_spec
 
-# Each says up to some hundred kilobytes, in one message of at most 16 MiB.
-ASKED_MAX = 64
+# More than run on a node: four a core without GPUs. One message bears a part of them (`link.py`).
+ASKED_MAX = 1_024
 NODES_SHOWN_MAX = 5
 
 Gang = list[tuple[LiveNode, HeldAttempt]]

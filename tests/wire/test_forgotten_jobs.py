@@ -4,8 +4,11 @@ Problem: an agent reads of a request what a node needs. The rest of it (whose qu
 how often it may fail) would be lost with the coordinator's database.
 """
 
+from dataclasses import replace
+
 from agent import wire as agent_wire
 from agent.core import messages as agent_messages
+from agent.core.link import REQUESTS_TOLD_MAX
 from coordinator import wire
 from coordinator.core import messages as m
 from coordinator.core.model import JobClass, JobSpec, TelemetryRate
@@ -50,3 +53,16 @@ def test_what_was_ordered_is_told_whole_before_anything_of_it_is_refused() -> No
     sent = [one.message for one in effects if isinstance(one, agent_messages.Send)]
     beats = [back(one) for one in sent if isinstance(one, agent_messages.Heartbeat)]
     assert [one.attempts[0].spec for one in beats if isinstance(one, m.Heartbeat)] == [None]
+
+
+def test_more_than_one_message_bears_is_told_in_several() -> None:
+    node = Node()
+    node.at(1_000, over_the_wire(m.StartAttempt("1.1", SPEC, (), (), None, 0)))
+    node.at(2_000, agent_messages.Disconnected("gone"))
+    node.at(2_100, agent_messages.Connected(()))
+    others = tuple(f"9.{epoch}" for epoch in range(1, REQUESTS_TOLD_MAX + 1))
+    effects = node.at(2_200, over_the_wire(replace(WELCOME, unknown=(*others, "1.1"))))
+    sent = [one.message for one in effects if isinstance(one, agent_messages.Send)]
+    beats = [back(one) for one in sent if isinstance(one, agent_messages.Heartbeat)]
+    told = [(one.sequence, one.attempts[0].spec) for one in beats if isinstance(one, m.Heartbeat)]
+    assert told == [(1, None), (2, SPEC)]
