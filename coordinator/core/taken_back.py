@@ -41,14 +41,14 @@ def asked(state: State, body: Hello) -> tuple[str, ...]:
 def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> bool:
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
+    if item.attempt in live.unknown and item.spec is None:
+        return False  # it has said nothing new
     job_id, epoch = restored.named(item.attempt)
     if not live.behind:
         restored.tell_behind(state, live)
     if job_id > state.numbering.given_job_id:  # nor is that id given again
         state.numbering = replace(state.numbering, given_job_id=job_id)
         state.last_job_id = max(state.last_job_id, job_id)
-    if item.attempt in live.unknown and item.spec is None:
-        return False  # it has said nothing new
     live.unknown[item.attempt] = item
     job = state.jobs.get(job_id)
     known = job is not None and not restored.is_forgotten(job)
