@@ -21,6 +21,7 @@ from coordinator.core.messages import (
     Heartbeat,
     HeldAttempt,
     Hello,
+    HoldJob,
     ListNodes,
     Log,
     NodePage,
@@ -232,6 +233,17 @@ def test_what_its_owner_has_cancelled_since_does_not_come_back(told_first: bool)
     world.box.rig.core.state.numbering = numbering
     world.hello("1.2")
     assert (world.killed(), world.phase(1)) == (["1.2"], JobPhase.CANCELLED)
+
+
+def test_what_its_owner_holds_before_its_node_has_told_that_it_runs_stays_held() -> None:
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    world.box.take(Request(1, HoldJob(1)))
+    world.hello("1.1")
+    assert world.killed() == ["1.1"]
+    world.box.say("1.1", AttemptExited(signal=15))
+    assert (world.started(), world.phase(1)) == ([], JobPhase.HELD)
 
 
 def answer(world: World, body: RequestBody) -> object:
