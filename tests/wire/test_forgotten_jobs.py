@@ -5,6 +5,7 @@ how often it may fail) would be lost with the coordinator's database.
 """
 
 from dataclasses import replace
+from typing import cast
 
 from agent import wire as agent_wire
 from agent.core import messages as agent_messages
@@ -13,6 +14,7 @@ from coordinator import wire
 from coordinator.core import messages as m
 from coordinator.core.model import JobClass, JobSpec, TelemetryRate
 from protos.baton.v1 import agent_pb2 as pb
+from protos.baton.v1 import types_pb2 as types
 from tests.core.test_agent_times import RESTORED, Node
 
 SPEC = JobSpec(
@@ -66,3 +68,13 @@ def test_more_than_one_message_bears_is_told_in_several() -> None:
     beats = [back(one) for one in sent if isinstance(one, agent_messages.Heartbeat)]
     told = [(one.sequence, one.attempts[0].spec) for one in beats if isinstance(one, m.Heartbeat)]
     assert told == [(1, None), (2, SPEC)]
+
+
+def test_a_request_of_a_version_that_is_not_known_ends_no_session() -> None:
+    """Its node would come again, be asked again, and never stay."""
+    later = cast("types.StopSignal.ValueType", 9)
+    spec = types.JobSpec(command=["x"], stop_signal=later)
+    held = pb.HeldAttempt(attempt="1.1", live=True, spec=spec)
+    beat = wire.decode(pb.SessionRequest(heartbeat=pb.Heartbeat(sequence=1, attempts=[held])))
+    assert isinstance(beat, m.Heartbeat)
+    assert beat.attempts == (m.HeldAttempt("1.1", ()),)
