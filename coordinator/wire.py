@@ -291,7 +291,10 @@ def _health(gpus: Iterable[types.GpuHealth]) -> tuple[model.GpuHealth, ...]:
 def _held(held: pb.HeldAttempt) -> m.HeldAttempt:
     stuck = tuple(held.stuck.pids[:STUCK_PIDS_MAX]) if held.HasField("stuck") else None
     gain_ms = _milliseconds(held.precopy_gain) if held.HasField("precopy_gain") else None
-    spec = decode_spec(held.spec) if held.HasField("spec") else None
+    try:
+        spec = decode_spec(held.spec) if held.HasField("spec") else None
+    except WireError:  # a later version's: its node need not come again for that
+        spec = None
     return m.HeldAttempt(
         _attempt_id(held.attempt), tuple(held.gpu_uuids), held.live, stuck, gain_ms,
         held.copies_failed, spec, held.checkpoint and _digest(held.checkpoint),

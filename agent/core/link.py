@@ -40,6 +40,8 @@ from agent.core.values import HostFacts
 
 # Told to wait longer, we look whether the coordinator that said so is still there.
 WAIT_MS_MAX = 600_000
+# Requests of up to 200 kB each, in one message of at most 16 MiB.
+REQUESTS_TOLD_MAX = 64
 
 
 def connected(state: State, now: Instant, event: Connected) -> None:
@@ -105,8 +107,9 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
     state.log("info", "link.up", leader_epoch=order.leader_epoch, spooled=len(state.spool))
     state.acknowledge(now, order.acknowledged_sequence)
     state.welcomed = True
-    if order.unknown:  # before it has to refuse what they have to say
-        heartbeat(state, now, order.unknown)
+    for first in range(0, len(order.unknown), REQUESTS_TOLD_MAX):
+        # before it has to refuse what they have to say
+        heartbeat(state, now, order.unknown[first : first + REQUESTS_TOLD_MAX])
     resend(state, now)
     forget_answers(state)
 

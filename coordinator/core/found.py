@@ -69,7 +69,8 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
         else:
             live.parts_found[manifest.digest] = manifest
     if not live.unlisted:  # its second part of a step might be unread
-        _put_together(state, now, [_place(one) for one in live.parts_found.values()])
+        parts = [one for one in live.parts_found.values() if one.job_id in state.jobs]
+        _put_together(state, now, [_place(one) for one in parts])
 
 
 def _forgotten(state: State, now: Instant, manifest: Manifest) -> Job | None:

@@ -178,7 +178,9 @@ def hold(state: State, now: Instant, body: HoldJob) -> Answer:
         return _wrong(job, "only a queued or an active job can be held")
     attempt = state.current(job)
     if job.phase is JobPhase.ACTIVE and attempt is not None:
-        job = state.put_job(replace(job, intent=JobIntent.HOLD))
+        # That nobody knew whether it runs is no reason any more to let it run.
+        reason = "held by its owner" if restored.is_unsure(job) else job.reason
+        job = state.put_job(replace(job, intent=JobIntent.HOLD, reason=reason))
         attempts.stop(state, now, attempt, "held by its owner")
     elif job.phase is JobPhase.QUEUED:
         attempts.let_go(state, now, job, "held while its node was out of reach")

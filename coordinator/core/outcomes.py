@@ -215,6 +215,8 @@ def requeue(state: State, now: Instant, job: Job, reason: str) -> None:
 def end_job(state: State, now: Instant, job: Job, phase: JobPhase, reason: str) -> None:
     if phase is not JobPhase.SUCCEEDED:
         job = poison.put_back(state, job)
+    if phase is JobPhase.CANCELLED and state.numbering.may_be_forgotten(job.id, job.epoch):
+        reason += restored.CANCELLED_ALL
     state.put_job(
         replace(
             job, phase=phase, intent=JobIntent.RUN, reason=reason, ended_unix_ms=now.unix_ms,

@@ -41,6 +41,8 @@ FORGOTTEN = (
     " it goes on from its last checkpoint, `baton checkpoint export {job}` takes that out, `baton"
     " cancel {job}` ends it"
 )
+# Ends the reason of a job that was cancelled here; what has been started of it since goes with it.
+CANCELLED_ALL = ", with all that was started of it since the copy"
 SHOWN_MAX = 5
 # For what its node says that it is, and for the other ranks' nodes; then people hear of it.
 PATIENCE_MS = 10_000
@@ -102,6 +104,8 @@ def is_newer(state: State, item: HeldAttempt) -> bool:
     """Whether it can only have been ordered after what the store knows."""
     job_id, epoch = named(item.attempt)
     job = state.jobs.get(job_id)
+    if job is not None and job.phase is JobPhase.CANCELLED and job.reason.endswith(CANCELLED_ALL):
+        return False
     if job is not None:
         most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
         return job.epoch < epoch <= most or _given_up_unseen(state, job, item)

@@ -5,7 +5,7 @@ it, and every rank of a gang is heard of alone. Whoever only leaves them alone r
 checkpoints, and loses their work with the next node that dies.
 
 How: the node keeps what it was told to run, whole. So in the welcome it is asked what those are
-that can only be of the time after the copy (`restored.is_newer`), and its first heartbeat says so.
+that can only be of the time after the copy (`restored.is_newer`), and its first heartbeats say so.
 An attempt is taken back when all ranks of its epoch are there, each on a node within reach; until
 then they are left alone, and shown. Of a job that nobody knows its request is all that comes back:
 not when it was submitted, under which request id, or of which array it was a trial.
@@ -22,11 +22,11 @@ from coordinator.core.messages import HeldAttempt, Hello
 from coordinator.core.model import Attempt, Job, JobIntent, JobSpec, attempt_id
 from coordinator.core.phases import ATTEMPT_ENDED, AttemptPhase, JobPhase
 from coordinator.core.sentences import listed
-from coordinator.core.state import Instant, LiveNode, State
+from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
 from coordinator.core.validate import refuse_spec
 
-# Each says up to some hundred kilobytes, in one message of at most 16 MiB.
-ASKED_MAX = 64
+# More than run on a node: four a core without GPUs. One message bears a part of them (`link.py`).
+ASKED_MAX = 1_024
 NODES_SHOWN_MAX = 5
 
 Gang = list[tuple[LiveNode, HeldAttempt]]
@@ -41,21 +41,23 @@ def asked(state: State, body: Hello) -> tuple[str, ...]:
 def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> bool:
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
+    if item.attempt in live.unknown and item.spec is None:
+        return False  # it has said nothing new
     job_id, epoch = restored.named(item.attempt)
     if not live.behind:
         restored.tell_behind(state, live)
     if job_id > state.numbering.given_job_id:  # nor is that id given again
         state.numbering = replace(state.numbering, given_job_id=job_id)
         state.last_job_id = max(state.last_job_id, job_id)
-    if item.attempt in live.unknown and item.spec is None:
-        return False  # it has said nothing new
     live.unknown[item.attempt] = item
     job = state.jobs.get(job_id)
     known = job is not None and not restored.is_forgotten(job)
     spec = job.spec if job is not None and known else item.spec
     if spec is None or (not known and _refuse(spec)):
         return False
-    gang = _gathered(state, job_id, epoch, spec.ranks)
+    if job is None and len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
+        return False
+    gang = _gathered(state, job_id, epoch, spec)
     if gang is None or (job is not None and job.phase is JobPhase.CANCELLING):
         return False
     spec = spec if known else replace(spec, array="", hold=False)
@@ -69,13 +71,15 @@ def _refuse(spec: JobSpec) -> str:
     return refuse_spec(replace(spec, environment=(), array=""))
 
 
-def _gathered(state: State, job_id: int, epoch: int, count: int) -> Gang | None:
-    """All ranks, in order, with the nodes that run them; `None`: some are not there."""
+def _gathered(state: State, job_id: int, epoch: int, spec: JobSpec) -> Gang | None:
+    """All ranks, in order, with the nodes that run them; `None`: some are not there, or have other
+    GPUs than such a job gets."""
+    count = spec.ranks
     wanted = {attempt_id(job_id, epoch, rank, count): rank for rank in range(count)}
     found: dict[int, tuple[LiveNode, HeldAttempt]] = {}
     for live in state.nodes.values():
         for name, item in live.unknown.items() if live.session is not None else ():
-            if name in wanted:
+            if name in wanted and len(set(item.gpu_uuids)) == len(item.gpu_uuids) == spec.gpus:
                 found[wanted[name]] = live, item
     return [found[rank] for rank in range(count)] if len(found) == count else None
 

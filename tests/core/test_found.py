@@ -6,6 +6,7 @@ from dataclasses import replace
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
 from coordinator.core.found import unread
 from coordinator.core.messages import (
+    AttemptExited,
     CheckpointProposed,
     ExplainJob,
     Explanation,
@@ -94,6 +95,21 @@ def test_parts_of_one_step_are_a_checkpoint_when_those_of_all_ranks_are_found() 
     whole.go_back(whole.copy())
     whole.hello()
     assert whole.read(Manifest("bb", 1, 1, 9, "", 1)) == ("bb",)
+
+
+def test_of_a_job_that_has_left_meanwhile_no_parts_are_put_together() -> None:
+    """What lies on a node is read a part at a time, and the oldest job leaves for a new one."""
+    world = World()
+    world.submit(ranks=2)
+    for rank in range(2):
+        world.box.say(f"1.1.{rank}", AttemptExited(0))
+    world.go_back(world.copy())
+    world.hello(checkpoints=("a4", "b4"))
+    world.read(part("a4", 0, 4))
+    state = world.box.rig.core.state
+    state.drop_job(1)
+    world.box.take(Request(2, NoteManifests("n0", ("b4",), (part("b4", 1, 4),))))
+    assert (state.jobs, state.checkpoints) == ({}, {})
 
 
 def test_a_job_that_is_known_by_its_checkpoints_alone_goes_on_when_it_is_said_again() -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.core import restored
+from coordinator.core import restored, taken_back
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
 from coordinator.core.messages import (
     AttemptExited,
     AttemptStarted,
+    CancelJob,
     CheckpointProposed,
     CommitResult,
     ExplainJob,
@@ -20,6 +21,7 @@ from coordinator.core.messages import (
     Heartbeat,
     HeldAttempt,
     Hello,
+    HoldJob,
     ListNodes,
     Log,
     NodePage,
@@ -216,6 +218,34 @@ def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> No
     assert "1.2" in world.killed()
 
 
+@pytest.mark.parametrize("told_first", [True, False])
+def test_what_its_owner_has_cancelled_since_does_not_come_back(told_first: bool) -> None:
+    """Held by then, or not told yet whether it runs. Also after another restart."""
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    if told_first:
+        world.hello()
+    world.box.take(Request(1, CancelJob(1)))
+    world.hello("1.2")
+    numbering = world.box.rig.core.state.numbering
+    world.box.rig.restart()
+    world.box.rig.core.state.numbering = numbering
+    world.hello("1.2")
+    assert (world.killed(), world.phase(1)) == (["1.2"], JobPhase.CANCELLED)
+
+
+def test_what_its_owner_holds_before_its_node_has_told_that_it_runs_stays_held() -> None:
+    world = World()
+    world.submit()
+    world.go_back(world.copy())
+    world.box.take(Request(1, HoldJob(1)))
+    world.hello("1.1")
+    assert world.killed() == ["1.1"]
+    world.box.say("1.1", AttemptExited(signal=15))
+    assert (world.started(), world.phase(1)) == ([], JobPhase.HELD)
+
+
 def answer(world: World, body: RequestBody) -> object:
     replies = [e for e in world.box.rig.handle(Request(9, body)) if isinstance(e, Reply)]
     return replies[0].answer
@@ -328,10 +358,22 @@ def test_what_a_node_says_of_a_job_is_not_taken_for_one_if_it_can_be_none() -> N
     world = World()
     world.go_back(world.copy())
     world.hello("2.1")
-    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1)):
+    shared = replace(SPEC, gpus=1, shared_gpu_memory_bytes=1)
+    for spec in (JobSpec(), replace(SPEC, ranks=10**9), replace(SPEC, gpus=-1), shared):
         world.answer(HeldAttempt("2.1", (), spec=spec))
         assert world.box.rig.core.state.jobs == {}
+    world.answer(HeldAttempt("2.1", ("g", "g"), spec=replace(SPEC, gpus=2)))
+    assert world.box.rig.core.state.jobs == {}
     assert (list(world.node(0).strays), world.killed()) == (["2.1"], [])
+
+
+def test_no_node_has_more_jobs_made_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taken_back, "JOBS_OPEN_MAX", 2)
+    world = World()
+    world.go_back(world.copy())
+    world.hello()
+    world.answer(*(HeldAttempt(f"{job}.1", (), spec=SPEC) for job in range(1, 5)))
+    assert (list(world.box.rig.core.state.jobs), world.killed()) == ([1, 2], [])
 
 
 def test_what_has_been_forgotten_is_still_killed() -> None:

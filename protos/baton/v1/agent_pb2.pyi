@@ -764,7 +764,7 @@ class Welcome(_message.Message):
     @_builtins.property
     def unknown_attempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Of the attempts in the hello those that the coordinator has forgotten, since its database was
-        put back from a copy: the next heartbeat says of them what they are. An older agent does not.
+        put back from a copy: the next heartbeats say of them what they are. An older agent does not.
         """
 
     def __init__(
