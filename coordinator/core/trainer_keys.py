@@ -107,7 +107,7 @@ _LOOP: Final = {
     "log_every": Key(int, 1),
     "checkpoint_every_steps": _NOT_NEGATIVE,
     "checkpoint_every_s": Key(float, 0, also=-1),
-    "mean_time_between_failures_s": _NUMBER_NOT_NEGATIVE,
+    "mean_time_between_failures_s": Key(float, 0, also=-1),
     "checkpoint_directory": _TEXT,
     "seed": _NOT_NEGATIVE,
     "precision": Key(str, words=("float32", "bfloat16", "float16")),
