@@ -151,6 +151,10 @@ class LoopOptions:
     """float32; bfloat16 or float16 for matrix products in 16 bits (parameters stay float32).
     bfloat16 where the GPU has it; float16, with a scaled loss, for those before Ampere."""
 
+    deterministic: bool = False
+    """Algorithms alone that give the same bits each time, for resumes at E0 on a GPU. Some are
+    slower; where an operation has none, the job fails and names it."""
+
     compile: bool = False
     """Compile the steps with torch.compile: the first takes a minute or more, those after it less
     than before. Evaluations are not compiled. Needs a compiler on the node, and trains without

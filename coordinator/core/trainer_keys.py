@@ -111,6 +111,7 @@ _LOOP: Final = {
     "checkpoint_directory": _TEXT,
     "seed": _NOT_NEGATIVE,
     "precision": Key(str, words=("float32", "bfloat16", "float16")),
+    "deterministic": _FLAG,
     "compile": _FLAG,
     "early_stop_patience": _NOT_NEGATIVE,
     "prefetch_depth": Key(int, 1, most=8),
