@@ -51,8 +51,8 @@ class DeskSession(baton_sdk.Session):
             self.granted.open()
         return self.granted
 
-    def capture(self, *arguments: object) -> baton_sdk.Ticket:
-        ticket = super().capture(*arguments)  # type: ignore[arg-type]
+    def capture(self, *arguments: Any, **named: Any) -> baton_sdk.Ticket:
+        ticket = super().capture(*arguments, **named)
         self.tickets.append(ticket)
         if self.answers:
             self.answer(ticket)

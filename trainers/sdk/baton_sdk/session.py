@@ -269,14 +269,17 @@ class Session:
         slot: int,
         files: Sequence[tuple[str, int, int]],
         step: SupportsIndex,
+        *,
         parts: int = 1,
+        written: Mapping[str, int] | None = None,
     ) -> Ticket:
         """Hand over what was written into a slot since ``slab.begin(slot)``: ``files`` are (name,
         offset in the slot, bytes), and become the files of a checkpoint, or of one of so many
-        ``parts`` of it. Returns at once; the slot is the agent's until the ticket is answered.
-        Raises ValueError for what fits no header."""
+        ``parts`` of it. A file in ``written`` has a number, 1 or more, that it had in this slot of
+        this slab only while its bytes were these. Returns at once; the slot is the agent's until
+        the ticket is answered. Raises ValueError for what fits no header."""
         whole_step, sequence = operator.index(step), self._slabs.next_sequence()
-        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts)
+        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts, written=written)
         ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence, parts=parts)
         slab.take(slot, ticket)
         if self._link is not None:
