@@ -20,7 +20,11 @@ Layout, version 1, as written by `baton_sdk/slab.py` (its essay says why this or
     32 KiB   header 1: what slot 1 holds                  document bytes u32 | BLAKE2b-128 |
     64 KiB   slot 0, then slot 1                          document (JSON)
 
-    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts"}
+    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts",
+               "written": {name: number}}
+
+By `written` a file is known again that lies in its slot unchanged since an earlier capture, and is
+not read once more. Who lies there spoils his own checkpoints and nobody else's.
 
 Memory is bounded by a share of what the host has available when a slab is asked for. Where two
 slots do not fit one is given: then the checkpoint before it, on disk, is the one to fall back to
@@ -37,7 +41,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -77,6 +81,8 @@ class _Header:
     parts: int
     files: tuple[CapturedFile, ...]
     edges: tuple[int, ...]
+    written: tuple[int, ...]
+    """Of each file; 0: nothing is said."""
 
 
 class Slabs:
@@ -192,7 +198,12 @@ class _Source:
 
     @property
     def files(self) -> tuple[CapturedFile, ...]:
-        return self._header.files
+        """Numbers are of one slab's slot, and slabs are told apart as in `capture_name`."""
+        place = f"{os.fstat(self._slab.descriptor).st_ino}.{self._header.slot}"
+        return tuple(
+            replace(entry, identity=f"{place}.{number}") if number else entry
+            for entry, number in zip(self._header.files, self._header.written, strict=True)
+        )
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Raises `ChunkError`."""
@@ -275,7 +286,11 @@ def _decoded(document: bytes, slot: int, slot_bytes: int) -> _Header | None:
         fields = json.loads(document)
         parts = fields.get("parts", 1)  # an older SDK does not say, and knows of no parts
         numbers = (fields["sequence"], fields["slot"], fields["step"], parts)
-        listed = [(str(name), offset, size, edges) for name, offset, size, edges in fields["files"]]
+        written = dict(fields.get("written", {}))
+        listed = [
+            (str(name), offset, size, edges, written.get(name, 0))
+            for name, offset, size, edges in fields["files"]
+        ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     counts = [*numbers, *(number for entry in listed for number in entry[1:])]
@@ -283,11 +298,12 @@ def _decoded(document: bytes, slot: int, slot_bytes: int) -> _Header | None:
         return None
     if fields["slot"] != slot or not 0 < len(listed) <= FILES_MAX or not 0 < parts <= PARTS_MAX:
         return None
-    if any(offset + size > slot_bytes for _, offset, size, _ in listed):
+    if any(offset + size > slot_bytes for _, offset, size, *_ in listed):
         return None
-    files = tuple(CapturedFile(name, offset, size) for name, offset, size, _ in listed)
+    files = tuple(CapturedFile(*entry[:3]) for entry in listed)
     edges = tuple(entry[3] for entry in listed)
-    return _Header(fields["sequence"], slot, fields["step"], parts, files, edges)
+    numbers_written = tuple(entry[4] for entry in listed)
+    return _Header(fields["sequence"], slot, fields["step"], parts, files, edges, numbers_written)
 
 
 def _read_into(descriptor: int, offset_bytes: int, target: memoryview) -> None:

@@ -16,7 +16,8 @@ low priority; restoring and exporting know no difference, and unchanged chunks a
    each, into views of the slab that are made once. A helper copies them while the next forward and
    backward passes run (``overlap``), and the training waits for it right before its update.
 3. Frozen parameters: once for each slot. They are copied again when one of them was written to or
-   exchanged, which autograd's version counter tells (``Tensor._version``; what goes past it, by
+   exchanged (else the header says that they lie there as before, and the agent does not read them
+   again), which autograd's version counter tells (``Tensor._version``; what goes past it, by
    ``.data``, is not seen until the last capture of the process, which copies everything).
 4. The slot's header, last of all, and the word to the agent. Not before the training's thread has
    seen that nothing was written to while it was copied. Where something was, this capture is
@@ -38,6 +39,7 @@ knows nothing of the person who looks at the result.
 
 import json
 import math
+import secrets
 import time
 from dataclasses import dataclass
 
@@ -58,6 +60,9 @@ INTERVAL_MAX_S = 3600.0
 """However rarely things fail, and however slow a disk is: an hour of work is a lot to lose."""
 
 SMALL_STATE_BYTES = 1_000_000_000
+
+WRITTEN_BITS = 62
+"""Of the number of a write: a header takes 63, and two are alike once in 10^9 numbers or so."""
 
 # safetensors' names of the types, in the order in which the format's own writer puts tensors into
 # a file, backwards (https://github.com/huggingface/safetensors, `Dtype` in tensor.rs: alignment).
@@ -220,7 +225,12 @@ class Capturer:
             return None
         begun.memory.remember(begun.slot, begun.frozen)
         ticket = self._session.capture(
-            begun.memory.slab, begun.slot, begun.files, begun.step, self._parts
+            begun.memory.slab,
+            begun.slot,
+            begun.files,
+            begun.step,
+            parts=self._parts,
+            written=begun.written,
         )
         self.stall_s = (self.stall_s or 0.0) + time.perf_counter() - began_s
         return ticket
@@ -259,6 +269,11 @@ class Capturer:
             step=step,
             files=files,
             frozen=[overlap.seen(tensor) for tensor in live.frozen.values()],
+            written={
+                file.name: self._memory.written(slot)
+                for file in live.files()
+                if file.part == "frozen"
+            },
             copying=self._helper.begin(can_wait) if later else None,
         )
         self.stall_s = planned_s + time.perf_counter() - began_s
@@ -303,13 +318,13 @@ class Capturer:
         for file in live.files():
             tensors, layout = file.tensors, self._layouts[file.name]
             if file.part != "frozen" or not held:
+                if file.part == "frozen":
+                    memory.forget(slot)
                 views = memory.views((slot, offset), layout, tensors)
                 for name, view in zip(layout.names, views, strict=True):
                     of_optimizer = file.part == "optimizer"
                     waits = of_optimizer or isinstance(tensors[name], torch.nn.Parameter)
                     (can_wait if waits else at_once).append((tensors[name], view))
-                if file.part == "frozen":
-                    memory.forget(slot)
             offset += _aligned(layout.size_bytes)
         return at_once, can_wait
 
@@ -324,6 +339,7 @@ class _Begun:
     step: int
     files: list[tuple[str, int, int]]
     frozen: list[overlap.Seen]
+    written: dict[str, int]
     copying: overlap.Copying | None
     """None: everything is copied."""
 
@@ -337,6 +353,7 @@ class _Memory:
         self._lock: pagelock.PageLock | None = None
         self._views: dict[tuple[int, int], tuple[Layout, list[torch.Tensor]]] = {}
         self._frozen: dict[int, list[overlap.Seen]] = {}
+        self._written: dict[int, int] = {}
 
     def open(self) -> None:
         """Page-lock it, where there is a GPU that copies into it."""
@@ -376,6 +393,13 @@ class _Memory:
     def forget(self, slot: int) -> None:
         """Before it is overwritten: a copy that fails half way is no copy."""
         self._frozen.pop(slot, None)
+        # By chance, so that nobody gives one twice, whoever else has used this slab before.
+        self._written[slot] = secrets.randbits(WRITTEN_BITS) + 1
+
+    def written(self, slot: int) -> int:
+        """Which of all writes of frozen parameters was the last one there: while that is the same,
+        so are the bytes, whatever the parameters are by now."""
+        return self._written[slot]
 
     def _viewed(
         self, place: tuple[int, int], layout: Layout, tensors: checkpoint.Tensors

@@ -134,10 +134,12 @@ class LoopOptions:
     out: by Young's rule, from what a checkpoint costs and how often things fail; once a minute at
     least for states under 1 GB."""
 
-    mean_time_between_failures_s: Annotated[float, Allowed(least=0)] = 86_400.0
-    """For that rule: seconds between failures of what this job runs on. A day is cautious for a box
-    of one's own and hopeful for one that others may reclaim; a fleet of 16,384 GPUs had one every
-    three hours, which is 9 months for each of its boxes (Llama 3, arXiv 2407.21783, 3.3.4)."""
+    mean_time_between_failures_s: Annotated[float, Allowed(least=0, also=AUTOMATIC_S)] = AUTOMATIC_S
+    """For that rule: seconds between failures of what this job runs on. Left out: what the
+    coordinator has seen in its fleet, and a day where it has seen next to nothing, or outside
+    Baton. A day is cautious for a box of one's own and hopeful for one that others may reclaim; a
+    fleet of 16,384 GPUs had one every three hours, which is 9 months for each of its boxes (Llama
+    3, arXiv 2407.21783, 3.3.4)."""
 
     checkpoint_directory: str = ""
     """Outside Baton only: where checkpoints are kept, and resumed from. Empty for none."""
@@ -148,6 +150,10 @@ class LoopOptions:
     precision: Annotated[str, Allowed(words=PRECISIONS)] = "float32"
     """float32; bfloat16 or float16 for matrix products in 16 bits (parameters stay float32).
     bfloat16 where the GPU has it; float16, with a scaled loss, for those before Ampere."""
+
+    deterministic: bool = False
+    """Algorithms alone that give the same bits each time, for resumes at E0 on a GPU. Some are
+    slower; where an operation has none, the job fails and names it."""
 
     compile: bool = False
     """Compile the steps with torch.compile: the first takes a minute or more, those after it less

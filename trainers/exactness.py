@@ -21,6 +21,7 @@ how a sum is split.
 
 import enum
 import functools
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,10 @@ import numpy
 import torch
 
 CPU_DESCRIPTION = Path("/proc/cpuinfo")
+
+CUBLAS_WORKSPACE = ":4096:8"
+"""What its matrix products need to give the same bits each time (cuBLAS, "Results
+reproducibility"); torch refuses them without. 8 pieces of 4 MiB of a GPU's memory."""
 
 
 class Level(enum.Enum):
@@ -91,6 +96,14 @@ class Verdict:
 
     level: Level
     why: str
+
+
+def insist_on_bits() -> None:
+    """Deterministic algorithms alone, from here on in this process: what E0 asks for on a GPU.
+    Before anything is computed there. An operation that has none raises RuntimeError, by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def current(

@@ -142,6 +142,8 @@ class Trainer:
     def prepare(self) -> None:
         """Move to the device and resume, if there is something to resume from; else evaluate
         what there is, for a figure to compare the result with."""
+        if self.options.deterministic:
+            exactness.insist_on_bits()
         sharing.keep_to(self.session.gpu_memory_ratio)
         self.device = self.world.device()
         if unseen := ranks.unseen(os.environ):

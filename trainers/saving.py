@@ -81,6 +81,11 @@ class Saver:
         return Path(chosen) if chosen else None
 
     @property
+    def _mean_time_between_failures_s(self) -> float:
+        chosen_s = self._options.mean_time_between_failures_s
+        return chosen_s if chosen_s != AUTOMATIC_S else self._session.mean_time_between_failures_s
+
+    @property
     def prepared(self) -> bool:
         """Whether the memory was asked for, or there is no use in asking."""
         return self._prepared or not self._session.under_baton
@@ -112,7 +117,7 @@ class Saver:
         every_s = options.checkpoint_every_s
         if every_s == AUTOMATIC_S:
             every_s = capture.interval_s(
-                self._stall_s, self._capturer.state_bytes, options.mean_time_between_failures_s
+                self._stall_s, self._capturer.state_bytes, self._mean_time_between_failures_s
             )
         by_steps = options.checkpoint_every_steps
         self._postponed = (

@@ -27,7 +27,7 @@ from agent.chunks.restoring import Restorer, pin_all
 from agent.chunks.shared_storage import SHARED_NODE, SharedStorage
 from agent.chunks.store import ChunkStore
 from agent.chunks.threads import Threads
-from agent.chunks.tree import ingest, ingest_capture
+from agent.chunks.tree import Known, ingest, ingest_capture
 from agent.core.values import (
     Gang,
     Origin,
@@ -69,6 +69,7 @@ class ChunkService:
         self._staging_root = staging_root
         self._retry_pause_s = retry_pause_s
         self._threads = Threads()
+        self._known = Known()
         self._shared = SharedStorage()
         self._restorer = Restorer(
             store, peers, self._threads, self._shared, retry_pause_s=retry_pause_s
@@ -101,7 +102,7 @@ class ChunkService:
 
     async def store_capture(self, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
         """See `Chunks.store_capture`."""
-        return await self._threads.drain(ingest_capture, self._store, source, origin)
+        return await self._threads.drain(ingest_capture, self._store, source, origin, self._known)
 
     async def discard(self, directory: str) -> None:
         """See `Chunks.discard`."""

@@ -19,8 +19,9 @@ written where the disk can do that (`reflink`).
 import mmap
 import os
 import stat
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -36,6 +37,7 @@ from agent.chunks.manifest import (
     ChunkRef,
     DiskFull,
     FileEntry,
+    Incomplete,
     Invalid,
     Manifest,
     check_path,
@@ -55,6 +57,9 @@ CAPTURED_MODE = 0o600
 # hardly more than the time of one. More threads only hold more memory.
 WRITERS = 4
 
+# Two slots of each training on a large box; a file has some hundred bytes for 4 MiB.
+KNOWN_MAX = 64
+
 # A file's path, its permission bits, and its bytes in pieces of `CHUNK_BYTES_MAX`: the memory that
 # holds one, and its size.
 _File = tuple[str, int, Iterator[tuple[mmap.mmap, int]]]
@@ -69,22 +74,68 @@ def ingest(store: ChunkStore, directory: Path, origin: Origin) -> StoredCheckpoi
     """
     buffers = _Buffers()
     files = _files_of(directory, scan(directory), buffers)
-    return _ingest(store, files, buffers, origin, check=_nothing)
+    return _ingest(store, files, buffers, origin, check=_nothing)[0]
 
 
-def ingest_capture(store: ChunkStore, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
+class Known:
+    """The chunks of files that may still lie in a slab as they were when they were hashed, of the
+    last ones that were asked for. Used by several threads."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[CapturedFile, tuple[ChunkRef, ...]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, files: Iterable[CapturedFile]) -> list[FileEntry]:
+        """Those that are known."""
+        with self._lock:
+            found = {entry: self._chunks[entry] for entry in files if entry in self._chunks}
+        return [FileEntry(entry.path, CAPTURED_MODE, found[entry]) for entry in found]
+
+    def keep(self, files: Iterable[CapturedFile], manifest: Manifest) -> None:
+        """What a capture was stored as."""
+        chunks = {entry.path: entry.chunks for entry in manifest.files}
+        with self._lock:
+            for entry in files:
+                if entry.identity:
+                    self._chunks.pop(entry, None)
+                    self._chunks[entry] = chunks[entry.path]
+            while len(self._chunks) > KNOWN_MAX:
+                del self._chunks[next(iter(self._chunks))]
+
+
+def ingest_capture(
+    store: ChunkStore, source: CaptureSource, origin: Origin, known: Known | None = None
+) -> StoredCheckpoint:
     """Keep the files of a capture, durably; the last ones first. A trainer's first are those that
     change least, and while the disk writes the others there is time to see that it has these.
+
+    A file that is `known` is not read again, unless a chunk of it has gone.
 
     Raises `Invalid` for a name that could land outside a directory, `DiskFull` after giving back
     what was written, and `ChunkError`, also when the capture was overwritten while it was read:
     then no checkpoint names what was kept of it."""
-    buffers = _Buffers()
+    known = Known() if known is None else known
+    held = known.of(source.files)
+    try:
+        stored, manifest = _ingest_but(store, source, origin, held)
+    except Incomplete:
+        if not held:
+            raise
+        stored, manifest = _ingest_but(store, source, origin, [])
+    known.keep(source.files, manifest)
+    return stored
+
+
+def _ingest_but(
+    store: ChunkStore, source: CaptureSource, origin: Origin, held: Sequence[FileEntry]
+) -> tuple[StoredCheckpoint, Manifest]:
+    buffers, paths = _Buffers(), {entry.path for entry in held}
     files = (
         (check_path(entry.path), CAPTURED_MODE, _pieces(source, entry, buffers))
         for entry in reversed(source.files)
+        if entry.path not in paths
     )
-    return _ingest(store, files, buffers, origin, check=source.check)
+    return _ingest(store, files, buffers, origin, check=source.check, held=held)
 
 
 def scan(directory: Path) -> list[str]:
@@ -179,14 +230,17 @@ def _ingest(
     origin: Origin,
     *,
     check: Callable[[], None],
-) -> StoredCheckpoint:
-    """Keep the files and publish them as a checkpoint; `check` is asked in between."""
+    held: Sequence[FileEntry] = (),
+) -> tuple[StoredCheckpoint, Manifest]:
+    """Keep the files and publish them as a checkpoint, together with those that are `held`; `check`
+    is asked in between."""
     try:
         # The inner threads take this one's priority over; all of them have ended before a failure
         # gives back what they wrote.
         with store.writing() as writing, ThreadPoolExecutor(WRITERS, "chunks-writer") as writers:
             entries, new_bytes = _kept(partial(buffers.keep, writing), writers, files)
             check()
+            entries += held
             # Sorted, whoever lists them: the same files are the same manifest.
             entries.sort(key=lambda entry: entry.path)
             manifest = Manifest(files=tuple(entries), **origin._asdict())
@@ -196,7 +250,7 @@ def _ingest(
     except DiskFull:
         store.give_back()
         raise
-    return StoredCheckpoint(digest, manifest.step, manifest.size_bytes, new_bytes)
+    return StoredCheckpoint(digest, manifest.step, manifest.size_bytes, new_bytes), manifest
 
 
 def _kept(

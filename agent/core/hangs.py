@@ -3,7 +3,7 @@
 Problem: a hung trainer holds its GPUs and makes no progress, and killing it destroys the only
 witness of why. So first every process of the attempt that can is asked to write the stacks of all
 its threads (the SDK has set that up; programs without it are sent nothing), and torch's flight
-recorder, where the job has given it a pipe, to write what collectives it waits for. After a pause
+recorder, in ranks that speak over NCCL, to write what collectives it waits for. After a pause
 for that the attempt is killed, and its end says what it hung in; to the coordinator that is a
 failure as any other, tried again from the last checkpoint.
 
@@ -14,6 +14,7 @@ the pause is not killed; the limit that it broke has been learned by then.
 """
 
 from agent.core.attempt import LiveAttempt, Phase
+from agent.core.launch import nccl_pipes
 from agent.core.messages import DumpStacks
 from agent.core.sections import Overdue
 from agent.core.state import Instant, State
@@ -27,8 +28,6 @@ DUMP_MS = 5_000
 
 # A job's own variable: 0 means that no section of it has a limit.
 SWITCH = "BATON_HANG_LIMIT"
-# torch makes `<this><rank>.pipe`, and dumps when something is written into it (ProcessGroupNCCL).
-PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
 # Where the dump goes: `<this><rank>`; the second is the older name.
 DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
@@ -87,7 +86,7 @@ def _hung(state: State, now: Instant, live: LiveAttempt, found: Overdue) -> None
     # Journalled now: the agent may be gone when the end comes.
     state.put(live, exit_reason=f"{reason}; stacks are in its log")
     live.kill_ms = now.now_ms + DUMP_MS
-    pipes = _variable(live, PIPES)
+    pipes = nccl_pipes(live.record, state.options.launch)
     dumps = next((value for name in DUMPS if (value := _variable(live, name))), "")
     fields: dict[str, object] = {"nccl_dump": dumps or "torch's default"} if pipes else {}
     state.log(

@@ -24,6 +24,9 @@ from agent.core import shares
 from agent.core.attempt import AttemptRecord
 from agent.core.values import Gang, Launch
 
+# torch makes `<this><rank>.pipe`, and dumps when something is written into it (ProcessGroupNCCL).
+NCCL_PIPES = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE"
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
@@ -42,11 +45,25 @@ def attempt_directory(options: LaunchOptions, attempt_id: str) -> str:
     return f"{options.attempts_directory}/{attempt_id}"
 
 
+def nccl_pipes(record: AttemptRecord, options: LaunchOptions) -> str:
+    """How the names of the pipes begin on which torch's flight recorder listens: as the job's or
+    the node's owner says, or where its trainer may write in any case, as torch gives up where it
+    cannot make them. Empty: nothing speaks over NCCL, or the owner wants none."""
+    said = dict((*options.base_environment, *record.spec.environment)).get(NCCL_PIPES)
+    if said is not None:
+        return said
+    several = record.gang is not None or len(record.gpu_uuids) > 1
+    staging = f"{attempt_directory(options, record.id)}/staging"
+    return f"{staging}/nccl-" if several and record.gpu_uuids else ""
+
+
 def compose(record: AttemptRecord, options: LaunchOptions) -> Launch:
     """The launch of an attempt whose checkpoint, if any, has been laid out."""
     directory = attempt_directory(options, record.id)
     environment = dict(options.base_environment)
     environment.update(record.spec.environment)
+    if pipes := nccl_pipes(record, options):
+        environment[NCCL_PIPES] = pipes
     environment.update(_rendezvous(record))
     environment.update(_baton(record, options, directory))
     environment.update(shares.environment(record))

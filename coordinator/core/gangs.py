@@ -101,7 +101,7 @@ def start_order(state: State, attempt: Attempt) -> StartAttempt:
     job = state.jobs[attempt.job_id]
     return StartAttempt(
         attempt.id,
-        arrays.launched(job),
+        state.indices.failures.told(arrays.launched(job)),
         attempt.gpu_uuids,
         checkpoints.candidates(state, job, attempt.node),
         checkpoints.replica_target(state, attempt),

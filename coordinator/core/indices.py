@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from coordinator.core.arrays import Arrays
 from coordinator.core.capacity_model import Power
+from coordinator.core.failure_rate import FailureRate
 from coordinator.core.keeps import Keep
 from coordinator.core.model import Attempt, GpuFacts, HostFacts, Node
 from coordinator.core.pairs import Lessons, Sharers
@@ -40,7 +41,7 @@ class Indices:
     `refusals` who is no company for whom (`company.py`), as long as nothing of that has changed.
     `arrays`: their trials, and who of them is behind. `standbys`: how many open attempts send their
     copies to a node; `few_copies`, by what jobs ask for, that number of the standby found last;
-    `standby_order`: in which jobs ask nodes for that."""
+    `standby_order`: in which jobs ask nodes for that. `failures`: of what has ended."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Indices:
     standbys: Counter[str] = field(default_factory=Counter)
     few_copies: dict[object, int] = field(default_factory=dict)
     standby_order: StandbyOrder = field(default_factory=StandbyOrder)
+    failures: FailureRate = field(default_factory=FailureRate)
     _standby_of: dict[str, str] = field(default_factory=dict)
     _facts: dict[str, tuple[HostFacts, tuple[GpuFacts, ...]]] = field(default_factory=dict)
 

@@ -270,6 +270,7 @@ class State:
                 self._forget_attempt(gone)
             del ids[:-kept]
         known = self.attempts.get(attempt.id)
+        self.indices.failures.note(known, attempt)
         if attempt.stretches and (known is None or known.stretches != attempt.stretches):
             self.indices.put_stretches(attempt.id)
         self.attempts[attempt.id] = attempt

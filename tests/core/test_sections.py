@@ -13,6 +13,8 @@ import pytest
 
 from agent.core import hangs
 from agent.core import messages as m
+from agent.core.attempt import AttemptRecord
+from agent.core.launch import NCCL_PIPES, compose, nccl_pipes
 from agent.core.sections import (
     FACTOR,
     LONGEST_FACTOR,
@@ -27,7 +29,7 @@ from agent.core.sections import (
 )
 from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerProgress, TrainerSection
-from agent.core.values import ProcessExit
+from agent.core.values import Gang, ProcessExit
 from tests.core import agent_box
 
 FLOOR_MS = 2_000
@@ -241,6 +243,45 @@ def test_the_pipes_of_the_flight_recorder_are_named() -> None:
     assert dumps(effects) == [m.DumpStacks("1.1", "/p/nccl")]
     (hung,) = [one for one in effects if isinstance(one, m.Log) and one.event == "attempt.hung"]
     assert dict(hung.fields)["nccl_dump"] == "/d/t"
+
+
+def test_a_hang_of_several_gpus_asks_the_flight_recorder_unasked() -> None:
+    node = Node()
+    live = node.core.state.attempts["1.1"]
+    live.record = replace(live.record, gpu_uuids=("GPU-a", "GPU-b"))
+    node.steps([100] * 20)
+    node.enter("step")
+    effects = node.wait(20_000)
+    assert dumps(effects) == [m.DumpStacks("1.1", "/attempts/1.1/staging/nccl-")]
+    (hung,) = [one for one in effects if isinstance(one, m.Log) and one.event == "attempt.hung"]
+    assert dict(hung.fields)["nccl_dump"] == "torch's default"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "said", "pipes"),
+    [
+        (2, 1, (), "/attempts/1.1/staging/nccl-"),
+        (1, 2, (), "/attempts/1.1.0/staging/nccl-"),
+        (2, 1, ((NCCL_PIPES, "/own/p"),), "/own/p"),
+        (2, 1, ((NCCL_PIPES, ""),), ""),
+        (1, 1, (), ""),
+        (0, 2, (), ""),
+    ],
+)
+def test_ranks_that_speak_over_nccl_have_pipes_without_being_told(
+    gpus: int, ranks: int, said: tuple[tuple[str, str], ...], pipes: str
+) -> None:
+    spec = m.JobSpec(command=("train",), environment=said)
+    gang = Gang(0, 2, 0, 1, 0, ("n1", "n2"), "n1", 20_000, ()) if ranks > 1 else None
+    name = "1.1.0" if gang else "1.1"
+    record = AttemptRecord(name, 1, 1, spec, ("a", "b")[:gpus], (), None, False, 0, "t", gang=gang)
+    assert nccl_pipes(record, agent_box.LAUNCH) == pipes
+    of_node = replace(agent_box.LAUNCH, base_environment=((NCCL_PIPES, "/node/p"),))
+    owner = said[0][1] if said else "/node/p"
+    assert nccl_pipes(record, of_node) == owner
+    assert dict(compose(record, of_node).environment)[NCCL_PIPES] == owner
+    environment = dict(compose(record, agent_box.LAUNCH).environment)
+    assert environment.get(NCCL_PIPES, "") == pipes
 
 
 def test_before_enough_is_known_the_limit_is_the_section_s_own() -> None:

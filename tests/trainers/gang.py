@@ -204,8 +204,8 @@ def run_rank(place: Path) -> int:
 class Answering(DeskSession):
     """An agent in the same process, which stores what is captured at once."""
 
-    def capture(self, *arguments: object) -> baton_sdk.Ticket:
-        ticket = super().capture(*arguments)
+    def capture(self, *arguments: Any, **named: Any) -> baton_sdk.Ticket:
+        ticket = super().capture(*arguments, **named)
         self.answer(ticket)
         assert ticket.parts == int(os.environ["WORLD_SIZE"])
         return ticket

@@ -51,8 +51,8 @@ class DeskSession(baton_sdk.Session):
             self.granted.open()
         return self.granted
 
-    def capture(self, *arguments: object) -> baton_sdk.Ticket:
-        ticket = super().capture(*arguments)  # type: ignore[arg-type]
+    def capture(self, *arguments: Any, **named: Any) -> baton_sdk.Ticket:
+        ticket = super().capture(*arguments, **named)
         self.tickets.append(ticket)
         if self.answers:
             self.answer(ticket)
@@ -395,6 +395,26 @@ def test_the_operators_interval_counts(session: DeskSession) -> None:
     assert wrong.problems() == [
         "'checkpoint_every_s' must be a number of at least 0, or -1, not -3.0"
     ]
+
+
+def test_how_often_things_fail_is_the_fleets_unless_it_is_said(
+    session: DeskSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def interval_s(stall_s: float | None, state_bytes: int, mean_s: float) -> float:
+        asked.append(mean_s)
+        return 60.0
+
+    monkeypatch.setattr(capture, "interval_s", interval_s)
+    variable = "BATON_MEAN_TIME_BETWEEN_FAILURES_S"
+    unseen, seen = baton_sdk.Session({}), baton_sdk.Session({variable: "7200"})
+    for chosen_s in (configuration.AUTOMATIC_S, 50.0):
+        options = configuration.LoopOptions(steps=9, mean_time_between_failures_s=chosen_s)
+        assert options.problems() == []
+        for one in (unseen, seen):
+            saving.Saver(one, options).due(1, 30.0)
+    assert asked == [86_400.0, 7_200.0, 50.0, 50.0]
 
 
 CUDA = pytest.param(

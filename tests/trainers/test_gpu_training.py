@@ -5,6 +5,7 @@ wants it: the step counters of AdamW on the host, the scale of the loss on the d
 state in neither place twice. One case runs on the CPU as well, so that the test itself is tried.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,37 @@ def test_a_training_goes_on_from_its_capture(
     assert second.resumed.level is expected
     rounding = 0.0 if device == "cpu" else ROUNDING[precision]
     assert tasks.advance(second, 4) == pytest.approx(losses, rel=rounding)
+    second.close()
+
+
+@pytest.fixture
+def bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `deterministic` switches on in this process is off again afterwards."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("bits")
+def test_deterministic_steps_resume_bitwise_also_on_a_gpu(tmp_path: Path) -> None:
+    options = replace(tasks.OPTIONS, deterministic=True)
+    first = tasks.started(tasks.finetune_task(), options)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == exactness.CUBLAS_WORKSPACE
+    assert not torch.backends.cudnn.benchmark
+    tasks.advance(first, 3)
+    kept = tasks.as_read(tmp_path / "one", first.snapshot())
+    assert kept.state["manifest"]["fingerprint"]["deterministic"]
+    losses, ended = tasks.advance(first, 4), first.snapshot()
+    first.close()
+    second = tasks.started(tasks.finetune_task(), options)
+    second.resume(kept)
+    assert second.resumed is not None
+    assert second.resumed.level is exactness.Level.E0
+    assert tasks.advance(second, 4) == losses
+    assert tasks.differences(ended, second.snapshot()) == []
     second.close()
 
 

@@ -33,7 +33,7 @@ def test_a_part_says_of_how_many_on_the_line_and_in_its_header(
         assert agent.slabs is not None
         for slot, parts in enumerate((1, 4)):
             slab.begin(slot)
-            session.capture(slab, slot, [("data", 0, 4)], parts * 10, parts)
+            session.capture(slab, slot, [("data", 0, 4)], parts * 10, parts=parts)
             line = agent.expect("checkpoint")
             assert (line["step"], line.get("parts")) == (parts * 10, None if parts == 1 else parts)
             found = agent.slabs.newest("1.1")

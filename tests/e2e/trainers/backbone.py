@@ -123,7 +123,7 @@ class Training:
         head = json.dumps({"step": self.step, "epoch": self.epoch}).encode()
         slab.mapping[begin + size : begin + size + len(head)] = head
         files = [(FROZEN_NAME, 0, size), (HEAD_NAME, size, len(head))]
-        ticket = self.session.capture(slab, slot, files, self.step, self.session.world_size)
+        ticket = self.session.capture(slab, slot, files, self.step, parts=self.session.world_size)
         say("saved", self.step)
         return ticket
 

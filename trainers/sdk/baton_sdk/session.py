@@ -44,6 +44,9 @@ with as many ranks as wrote it, each finds its own of these, and all find everyt
 GRACE_MS = 120_000
 """What a stop allows when neither the message nor BATON_GRACE_MS says: the contract's default."""
 
+MEAN_TIME_BETWEEN_FAILURES_S = 86_400.0
+"""Where nobody has seen how often things fail. The coordinator believes the same beforehand."""
+
 FLUSH_TIMEOUT_S = 5.0
 """How long the end of a job may wait for an absent agent to hear the last progress."""
 
@@ -88,6 +91,8 @@ class Session:
         self._rank = int(environment.get("BATON_RANK") or 0)
         self._world_size = int(environment.get("BATON_WORLD_SIZE") or 1)
         self._gpu_memory_ratio = float(environment.get("BATON_GPU_MEMORY_RATIO") or 1.0)
+        told_s = environment.get("BATON_MEAN_TIME_BETWEEN_FAILURES_S")
+        self._mean_time_between_failures_s = float(told_s or MEAN_TIME_BETWEEN_FAILURES_S)
         self._owner_pid = os.getpid()
         self._mailbox = Mailbox()
         self._slabs = SlabDesk(self._mailbox)
@@ -140,6 +145,12 @@ class Session:
         ``torch.cuda.set_per_process_memory_fraction`` before anything is on the GPU; 1 where the
         job has it alone."""
         return self._gpu_memory_ratio
+
+    @property
+    def mean_time_between_failures_s(self) -> float:
+        """Seconds between failures of what this job runs on, as the coordinator had seen them when
+        it was started; a day where it had seen next to nothing."""
+        return self._mean_time_between_failures_s
 
     @property
     def stop_requested(self) -> StopRequest | None:
@@ -258,14 +269,17 @@ class Session:
         slot: int,
         files: Sequence[tuple[str, int, int]],
         step: SupportsIndex,
+        *,
         parts: int = 1,
+        written: Mapping[str, int] | None = None,
     ) -> Ticket:
         """Hand over what was written into a slot since ``slab.begin(slot)``: ``files`` are (name,
         offset in the slot, bytes), and become the files of a checkpoint, or of one of so many
-        ``parts`` of it. Returns at once; the slot is the agent's until the ticket is answered.
-        Raises ValueError for what fits no header."""
+        ``parts`` of it. A file in ``written`` has a number, 1 or more, that it had in this slot of
+        this slab only while its bytes were these. Returns at once; the slot is the agent's until
+        the ticket is answered. Raises ValueError for what fits no header."""
         whole_step, sequence = operator.index(step), self._slabs.next_sequence()
-        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts)
+        slab.publish(slot, files, sequence=sequence, step=whole_step, parts=parts, written=written)
         ticket = self._mailbox.put_checkpoint(None, whole_step, sequence=sequence, parts=parts)
         slab.take(slot, ticket)
         if self._link is not None:

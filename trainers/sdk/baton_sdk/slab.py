@@ -14,10 +14,13 @@ Layout, version 1, the same in ``agent/slabs.py``:
     64 KiB   slot 0, then slot 1 (or one slot alone, where two do not fit the host's memory)
 
     header: magic 8 bytes | version u32 | document bytes u32 | BLAKE2b-128 | document (JSON)
-    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts"}
+    document: {"sequence", "slot", "step", "files": [[name, offset, bytes, edges], ...], "parts",
+               "written": {name: number}}
 
 ``parts`` is there where the capture is one of several, so that one that is found in the memory of
-a dead rank counts as what it was meant to be.
+a dead rank counts as what it was meant to be. ``written`` names files that may lie in this slot
+unchanged since an earlier capture; before their bytes are written to they get a new number, by
+chance. So the agent need not read what it has read under the same number.
 
 A capture is written in this order: the header of its slot is made invalid, the payload is copied,
 the header is written. So a valid header says that the payload below it is whole: stores that come
@@ -138,6 +141,7 @@ class Slab:
         sequence: int,
         step: int,
         parts: int = 1,
+        written: Mapping[str, int] | None = None,
     ) -> None:
         """Write the slot's header, last of all. ``files`` are (name, offset in the slot, bytes).
         Raises ValueError for more than a header holds."""
@@ -147,9 +151,12 @@ class Slab:
             if not 0 <= offset <= offset + size <= self.slot_bytes:
                 raise ValueError(f"file {name} of a capture does not lie within its slot")
             described.append([name, offset, size, self._edges(begin + offset, size)])
-        fields = {"sequence": sequence, "slot": slot, "step": step, "files": described}
+        fields: dict[str, object] = {"sequence": sequence, "slot": slot, "step": step}
+        fields["files"] = described
         if parts > 1:
             fields["parts"] = parts
+        if written:
+            fields["written"] = dict(written)
         document = json.dumps(fields, separators=(",", ":")).encode()
         if len(document) > DOCUMENT_BYTES_MAX or len(files) > FILES_MAX:
             raise ValueError(f"a capture of {len(files)} files does not fit its header")
