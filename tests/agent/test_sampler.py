@@ -18,7 +18,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.telemetry.probe import SEEN_NAME
-from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
+from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, SAMPLER_BYTES_MAX, Deadlines, RemoteGpus
 from agent.telemetry.watch import MISSES_MAX, REPLACEMENT_MS
 from tests.agent.sampler_worlds import (
     DEADLINES,
@@ -265,8 +265,8 @@ def test_a_sampler_that_floods_its_standard_error_is_not_held_up(box: Box) -> No
 
 
 def test_a_sampler_that_eats_memory_ends_and_not_its_box(box: Box) -> None:
-    eaten = "hoard = [b'x' * (64 << 20)]; hoard = hoard * 2 + [b'y' * (256 << 20)]"
-    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eaten))
+    eats = f"hoard = b'x' * {SAMPLER_BYTES_MAX}"
+    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eats))
     with capture_logs() as logs:
         gpus.open()
     assert logs[0]["event"] == "sampler.ended"
