@@ -139,7 +139,9 @@ class NvmlGpus:
         return listed
 
     def _is_cut(self, handle: Handle) -> bool:
-        mode = Asking(self._driver, handle).say(_MIG_MODE)
+        """Raises `NVMLError`: one that fails to say it is neither, else its instances would be no
+        more, and all of it another GPU."""
+        mode = self._driver.first((_MIG_MODE,), handle)
         return mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE
 
     def _instances(self, parent: str, handle: Handle) -> Iterator[GpuFacts]:

@@ -142,6 +142,10 @@ def test_instances_come_and_go_while_the_agent_runs(box: Box) -> None:
     box.now_ms += INVENTORY_MS
     assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
 
+    box.describe(replace(whole, failing=(("mig_mode", 999),)), *instances)
+    box.now_ms += INVENTORY_MS
+    assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
+    assert "the GPU at index 0 cannot be named" in gpus.absence
     box.describe(*(replace(gpu, state="lost") for gpu in (whole, *instances)))
     assert [sample.condition for sample in gpus.samples()] == [GpuCondition("lost")] * 3
     box.now_ms += INVENTORY_MS
