@@ -12,7 +12,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.core.values import GpuCondition
-from agent.telemetry.remote import GONE_AGAIN_MS, NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
+from agent.telemetry.remote import (
+    GONE_AGAIN_MS,
+    NO_DRIVER_AGAIN_MS,
+    UNANSWERED_AGAIN_MS,
+    Deadlines,
+    RemoteGpus,
+)
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
 from tests.agent.sampler_worlds import Box, all_read, box_of, until
 from tests.fakenvml.build import describe, h100, mig
@@ -98,6 +104,31 @@ def test_a_gpu_that_comes_later_is_found_and_one_that_went_is_not_forgotten(
     samples = {sample.uuid: sample.error for sample in opened.samples()}
     assert list(samples) == [*(gpu.uuid for gpu in more[1:]), other.uuid], "the first was replaced"
     assert [bool(error) for error in samples.values()] == [False, False, True, False]
+
+
+def test_who_hangs_without_a_name_costs_the_others_no_more_than_a_start(box: Box) -> None:
+    """To ask again which GPUs there are would end each sampler in its first minute."""
+    first, second, third = h100(3)
+    box.describe(first, replace(second, state="hangs"), third)
+    gpus = box.gpus(deadlines=Deadlines(fast_ms=200, slow_ms=200, first_ms=200))
+    with capture_logs() as logs:
+        gpus.open()
+        until(gpus, all_read)
+        assert [facts.uuid for facts in gpus.facts()] == [first.uuid]
+        pid = gpus.pid()
+        logs.clear()
+        for _ in range(5):
+            box.now_ms += INVENTORY_MS
+            assert all_read(gpus.samples())
+    assert logs == []
+    assert gpus.pid() == pid
+    box.describe(first, second, third)
+    box.now_ms += UNANSWERED_AGAIN_MS
+    assert len(gpus.samples()) == 3
+    box.describe(*h100(4))
+    box.now_ms += INVENTORY_MS
+    assert len(gpus.samples()) == 4, "it has answered"
+    gpus.close()
 
 
 def test_how_much_memory_a_gpu_has_may_be_said_late(box: Box) -> None:
