@@ -14,8 +14,9 @@ neither committed nor resumed anything and leaves with an ordinary failure statu
 again: a missing module stays missing.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.messages import AttemptExited
@@ -138,7 +139,7 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
     wait; after that the wait doubles with every failure or refusal in a row.
     """
-    troubles = job.failures + job.yields + len(_refusers(state, job))
+    troubles = job.failures + job.yields + len(_refusals(state, job))
     if job.failures == troubles == 1:
         state.eligible_ms.pop(job.id, None)
         claims.keep(state, now, job, 0)
@@ -150,13 +151,21 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s{kept}")
 
 
-def _refusers(state: State, job: Job) -> list[str]:
-    """Of the tries in a row, up to now, that a node has refused, who did; the last one first."""
-    tries: dict[int, str] = {}
+def _refusals(state: State, job: Job) -> list[list[Attempt]]:
+    """Of the tries in a row, up to now, that nodes have refused, their ranks; the last first."""
+    tries: dict[int, list[Attempt]] = {}
     for attempt in state.attempts_of(job.id):
-        refuser = attempt.node if attempt.phase is AttemptPhase.REFUSED else ""
-        tries[attempt.epoch] = refuser or tries.get(attempt.epoch, "")
+        ranks = tries.setdefault(attempt.epoch, [])
+        if attempt.phase is AttemptPhase.REFUSED:
+            ranks.append(attempt)
     return list(takewhile(bool, reversed(tries.values())))
+
+
+def refusal(gang: Sequence[Attempt]) -> Attempt | None:
+    """Of the ranks that were not started the one that says most: what its node lacks comes before
+    what may pass, and what was said first before what was said of one that was to stop."""
+    refused = [rank for rank in gang if rank.phase is AttemptPhase.REFUSED]
+    return max(refused, key=lambda rank: (rank.permanent, not rank.stop_reason), default=None)
 
 
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
@@ -166,11 +175,14 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
         job = state.put_job(replace(job, failures=job.failures + 1))
-        # Of those since its owner has asked for it.
-        nodes = list(dict.fromkeys(_refusers(state, job)[: job.failures]))
-        hopeless = len(nodes) > 1 or not _may_run_elsewhere(state, job, attempt)
-        if hopeless or job.failures > job.spec.max_restarts:
-            nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
+        # Of those since its owner has asked for it; a disk that was full says nothing of the job.
+        tries = [[rank.node for rank in ranks if rank.permanent] for ranks in _refusals(state, job)]
+        lacking = dict.fromkeys(chain(*[nodes for nodes in tries if nodes][: job.failures]))
+        others = [node for node in lacking if node != attempt.node]
+        hopeless = others or not _may_run_elsewhere(state, job, attempt)
+        # Nothing has run, so who may not be run again may still be tried on another node.
+        if hopeless or job.failures > max(1, job.spec.max_restarts):
+            nor = f"; nor could {listed(others)}" if others else ""
             end_job(state, now, job, JobPhase.FAILED, told + nor)
             return
     state.avoid[job.id] = attempt.node
