@@ -22,6 +22,7 @@ own reservation as used.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -229,6 +230,10 @@ class NvmlGpus:
         condition = read_condition(self._driver, handle)
         if condition is not None and unread:
             condition = replace(condition, unread=unread)
+        if uuid.startswith("MIG-") and uuid not in self._wholes:
+            # It was adopted; now that it has answered, this call will not hang either.
+            with suppress(pynvml.NVMLError):
+                self._wholes[uuid] = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         return GpuSample(uuid=uuid, condition=condition, **values)
 
     def _lost(self, uuid: str, error: pynvml.NVMLError) -> GpuSample:

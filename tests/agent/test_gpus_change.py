@@ -157,7 +157,10 @@ def test_instances_come_and_go_while_the_agent_runs(box: Box) -> None:
     box.now_ms += INVENTORY_MS
     assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
 
-    box.describe(whole, *instances[1:])
+    pid = gpus.pid()
+    os.kill(pid, signal.SIGKILL)
+    until(gpus, lambda samples: gpus.pid() != pid and all_read(samples))
+    box.describe(whole, *instances[1:])  # as one sees it that has not looked for them itself
     gone, *others = gpus.samples()
     assert "is no instance of its GPU any more" in gone.error
     assert gone.condition is None
