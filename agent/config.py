@@ -180,6 +180,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "Normal reads figures each sample_interval_ms, processes and errors every ten seconds, "
         "inventory once a minute; slow a tenth of it, watch five times more. SIGHUP takes it over."
     )] = "normal"
+    telemetry_pcie_throughput: Annotated[bool, says(
+        "Read with the inventory what each GPU sends and receives over PCIe. The driver sleeps 20 "
+        "ms for each direction while it measures, and trainers wait for its lock."
+    )] = False
     hang_floor_ms: Annotated[int, says(
         "Milliseconds that a section of a training (a step, an evaluation) may take in any case, "
         "1000 to 86400000, before it is called hung; what it usually takes is learned. Two minutes "

@@ -86,6 +86,18 @@ _TABLE: Final[tuple[tuple[Described, dict[tuple[str, ...], _Figure]], ...]] = (
         {(): lambda _, inventory: inventory.pcie_width_max},
     ),
     (
+        of_gpu(
+            "baton_gpu_pcie_throughput_bytes",
+            "Over PCIe in a second, by direction: sent or received by the GPU. Off by default.",
+            "gauge",
+            "direction",
+        ),
+        {
+            ("sent",): lambda _, inventory: inventory.pcie_sent_bytes_per_second,
+            ("received",): lambda _, inventory: inventory.pcie_received_bytes_per_second,
+        },
+    ),
+    (
         of_gpu("baton_gpu_sm_activity_ratio", "Share of busy multiprocessors (GPM), 0 to 1."),
         {(): lambda _, inventory: inventory.sm_activity_ratio},
     ),

@@ -44,6 +44,7 @@ from agent.peer import PeerServer
 from agent.ports import ChunkError, JournalUnavailable, Processes
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
+from agent.processes.groups import Groups, NoGroups, make_home
 from agent.processes.mps import CONTROL, MpsProcesses
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import SOCKET, Units
@@ -220,6 +221,7 @@ async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: i
         allowed_uuids=config.allowed_gpus(),
         event_descriptor=event_descriptor,
         rate=config.telemetry_rate,
+        pcie_throughput=config.telemetry_pcie_throughput,
     )
     stack.callback(probe.close)
     await asyncio.to_thread(probe.open)
@@ -370,10 +372,22 @@ def _processes(config: Config, forks: ForkServers) -> Processes:
         Path(config.state_directory),
         forks=forks,
         units=units,
+        groups=None if units else _groups(Path(config.state_directory)),
         log_bytes_max=config.job_log_bytes_max,
     )
     control = shutil.which(CONTROL) if config.mps == "auto" and units is None else None
     return MpsProcesses(supervisor, Path(config.runtime_directory) / "mps", control or "")
+
+
+def _groups(state_directory: Path) -> Groups:
+    """A control group for each trainer, where this agent may make any."""
+    try:
+        home = make_home(state_directory)
+    except NoGroups as error:
+        logging_setup.emit("info", "agent.no_job_groups", (("reason", str(error)),))
+        return Groups(None)
+    logging_setup.emit("info", "agent.job_groups", (("group", str(home)),))
+    return Groups(home)
 
 
 class _LogSource:

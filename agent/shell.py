@@ -101,6 +101,7 @@ class AgentShell:
         self._unheard_xids: dict[tuple[str, str, int, str], XidSeen] = {}
         self._wake = asyncio.Event()
         self._session: Session | None = None
+        self._closing = ""  # why we end it ourselves: who reads learns no more than that it is over
         self._outbox = Outbox()
         # In the order of their making, so that a simulation ends them in the same order again.
         self._tasks: dict[asyncio.Task[None], None] = {}
@@ -270,7 +271,7 @@ class AgentShell:
             case m.Send():
                 self._queue(command.message)
             case m.CloseLink():
-                self._spawn(self._close_link())
+                self._spawn(self._close_link(command.reason))
             case m.RegisterTrainer():
                 directory = ports.workspace.staging_directory(command.attempt)
                 ports.trainers.register(command.attempt, command.token, directory)
@@ -401,10 +402,11 @@ class AgentShell:
 
     def _queue(self, message: m.Upward) -> None:
         if self._session is not None and not self._outbox.push(message):
-            self._spawn(self._close_link())
+            self._spawn(self._close_link("the coordinator takes too little of what it is sent"))
 
-    async def _close_link(self) -> None:
+    async def _close_link(self, reason: str) -> None:
         if self._session is not None:
+            self._closing = self._closing or reason
             await self._session.close()
 
     async def _keep_link(self) -> None:
@@ -433,7 +435,7 @@ class AgentShell:
         """One session, from hello to its end; returns how it ended, and whether it was answered by
         somebody who is obeyed: from a ghost we come back ever more seldom."""
         self._outbox.clear()
-        self._session = session
+        self._session, self._closing = session, ""
         self._counts.sessions += 1
         talked, ghost, reason = False, False, "the session ended"
         sender = asyncio.create_task(self._send_all(session))
@@ -450,7 +452,7 @@ class AgentShell:
                     self._pulse.link_ms += min(order.wait_ms, WAIT_MS_MAX)
                 self.post(m.FromCoordinator(order, self._ports.chance.token()))
         except (LinkClosed, ChunkError) as error:
-            reason = str(error)
+            reason = self._closing or str(error)
             return reason, talked
         finally:
             self._session = None
@@ -480,7 +482,7 @@ class AgentShell:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._gone.wait()
-        await self._close_link()
+        await self._close_link("the agent is leaving")
 
     async def _keep_sampling(self) -> None:
         """Readings at their own pace. One that blocks delays the next one, and nothing else."""

@@ -12,20 +12,21 @@ artifacts of Sia (siasosp23/artifacts on GitHub, aaf7a0d, sia-simulator/traces/p
 """
 
 import csv
-import heapq
 import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, time
+from itertools import takewhile
 from pathlib import Path
+
+import numpy as np
 
 from bench import report
 from coordinator.forecast.forecaster import Forecaster
 from coordinator.forecast.quantiles import LEVELS, pinball
-from coordinator.forecast.survival import LifeTable, Running
+from coordinator.forecast.survival import HOUR_S, Holds, stays
 
-HOUR_S = 3600.0
 HOURS = 24 * 42
 WARM_UP_H = 24 * 21
 JOBS_PER_HOUR = 18.0
@@ -77,25 +78,22 @@ def listed(path: Path) -> list[Job]:
     return [job for job in jobs if job.begin_s + job.lasts_s > 0]
 
 
-def hours(jobs: Iterable[Job], count: int, ahead_h: tuple[int, ...]) -> Iterator[Hour]:
+def holds_of(jobs: Iterable[Job], hours: float) -> Holds:
+    """Of those that begin within these hours."""
+    known = list(takewhile(lambda job: job.begin_s < hours * HOUR_S, jobs))
+    begin_s, lasts_s, gpus = np.array([(job.begin_s, job.lasts_s, job.gpus) for job in known]).T
+    return Holds(gpus, begin_s / HOUR_S, (begin_s + lasts_s) / HOUR_S)
+
+
+def hours(jobs: Iterable[Job], count: int, ahead_h: tuple[int, ...]) -> list[Hour]:
     """Of a fleet that has room for all: at the end of each of `count` hours."""
-    table = LifeTable()
-    there: list[tuple[float, float, int]] = []  # end, begin, GPUs
-    coming = iter(jobs)
-    job = next(coming, None)
-    for hour in range(1, count):
-        now_s = hour * HOUR_S
-        while job is not None and job.begin_s < now_s:
-            heapq.heappush(there, (job.begin_s + job.lasts_s, job.begin_s, job.gpus))
-            job = next(coming, None)
-        while there and there[0][0] <= now_s:
-            end_s, begin_s, gpus = heapq.heappop(there)
-            table.ended(gpus, end_s - begin_s)
-        if hour % 24 == 0:
-            table.forget(days=1)
-        running = [Running(gpus, now_s - begin_s) for _, begin_s, gpus in there]
-        stays = tuple(table.known_gpus(running, each * HOUR_S) for each in ahead_h)
-        yield Hour(float(sum(each.gpus for each in running)), stays)
+    holds = holds_of(jobs, count)
+    stay = stays(holds, count - 1, 1, ahead_h).T
+    held = [
+        float(holds.gpus @ ((holds.begin_h < hour) & (holds.end_h > hour)))
+        for hour in range(1, count)
+    ]
+    return [Hour(gpus, tuple(each)) for gpus, each in zip(held, stay, strict=True)]
 
 
 def _losses(past: list[Hour], ahead_h: int, which: int) -> tuple[list[float], list[float]]:
@@ -118,10 +116,10 @@ def _losses(past: list[Hour], ahead_h: int, which: int) -> tuple[list[float], li
 def rows(ahead_h: tuple[int, ...], file: Path | None = None) -> list[report.Row]:
     """Means over the seeds, or of the jobs of the file."""
     if file is None:
-        pasts = [list(hours(drawn(seed), HOURS, ahead_h)) for seed in SEEDS]
+        pasts = [hours(drawn(seed), HOURS, ahead_h) for seed in SEEDS]
     else:
         jobs = listed(file)
-        pasts = [list(hours(jobs, int(jobs[-1].begin_s // HOUR_S) + 1, ahead_h))]
+        pasts = [hours(jobs, int(jobs[-1].begin_s // HOUR_S) + 1, ahead_h)]
     whose = "made-up jobs" if file is None else f"jobs of {file.name}"
     made = []
     for which, ahead in enumerate(ahead_h):

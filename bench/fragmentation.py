@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -257,7 +256,7 @@ class _Dice(_Chooser):
 
 
 def _least_increase(mix: Mix) -> Policy:
-    return partial(mix.place, rank=_spare)
+    return lambda box, pod: _best(box, pod, lambda after: (mix.increase(box, after), _spare(after)))
 
 
 def _plain_gradient(mix: Mix) -> Policy:

@@ -19,7 +19,7 @@ from coordinator import config_tariffs
 from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
 from coordinator.config_tariffs import Lease, Tariff
 from coordinator.endpoints import otel_problem, webhook_problem
-from coordinator.scaling_settings import scaling_problems
+from coordinator.scaling_settings import TypeScaling, scaling_problems
 from coordinator.sources import (
     LOG_FORMATS,
     LOG_LEVELS,
@@ -242,6 +242,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scaling_spares: Annotated[int, says(
         "Empty nodes of each GPU type that stay on, 0 to 10000."
     )] = 1
+    scaling_of: Annotated[dict[str, TypeScaling], says(
+        "What differs for a GPU type, a table for each, named as in baton fit: spares. As a flag: "
+        "H100={spares=2}. Default (empty): nothing."
+    )] = msgspec.field(default_factory=dict)
+    scaling_margin_percent: Annotated[int, says(
+        "What stays on beyond what is likely to be needed, of that, 0 to 100. 0: spares are margin."
+    )] = 0
     scaling_cycles_per_day: Annotated[int, says(
         "How often a node may be started within a day, 1 to 16: power supplies and disks age by it."
     )] = 4

@@ -107,6 +107,8 @@ def _use(use: HourlyUse) -> pb.HourlyUse:
         lease_usd=use.lease_usd,
         burst_usd=use.burst_usd,
         wanted_gpus=use.wanted_gpus,
+        flexible_ratio=use.flexible_ratio,
+        flexible_hours=use.flexible_hours,
     )
 
 

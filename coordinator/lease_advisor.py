@@ -23,12 +23,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 
 import msgspec
 
 from coordinator.core.lease_advice import advise
+from coordinator.core.linear import SolveLinear
 from coordinator.core.messages import LeasesMade, MakeLeases, PublishLeases
 from coordinator.ports import Clock
 
@@ -59,12 +61,19 @@ class _Failed:
 
 
 class LeaseAdvisor:
-    """`coordinator.ports.Leasing`. `post` is called in the loop's thread."""
+    """`coordinator.ports.Leasing`. `post` is called in the loop's thread, `solve` in another."""
 
     def __init__(
-        self, post: Callable[[LeasesMade], None], outlets: Outlets, clock: Clock, log: Log
+        self,
+        post: Callable[[LeasesMade], None],
+        outlets: Outlets,
+        clock: Clock,
+        log: Log,
+        *,
+        solve: SolveLinear | None = None,
     ) -> None:
         self._post = post
+        self._advise = partial(advise, solve=solve)
         self._outlets = outlets
         self._clock = clock
         self._log = log
@@ -98,7 +107,7 @@ class LeaseAdvisor:
             self._ask.clear()
             asked, self._asked = self._asked, None
             if asked is not None:
-                self._post(await loop.run_in_executor(self._thread, advise, asked))
+                self._post(await loop.run_in_executor(self._thread, self._advise, asked))
 
     async def _publish(self) -> None:
         loop = asyncio.get_running_loop()

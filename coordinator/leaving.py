@@ -2,19 +2,38 @@
 
 Problem: Python waits for its threads before it leaves. One that a solver hangs in, or a disk that
 is away, then keeps a coordinator that has closed its store for ever, until systemd kills it; after
-a bug in the loop nobody kills it at all, and nobody is there to decide.
+a bug in the loop nobody kills it at all, and nobody is there to decide. The loop itself waits for
+its own threads before that, of Python 3.11 without a limit: for a name that does not resolve, an
+fsync, an export.
 """
 
+import asyncio
 import os
 import sys
 import threading
 import time
-from typing import Final
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 from coordinator.logs import emit
 
 # Longer than a decision over 10,000 jobs takes; well within systemd's patience.
 GRACE_S: Final = 3.0
+
+
+class _Threads(ThreadPoolExecutor):
+    """A loop's own, which `leave` waits for, within its bound, and the loop does not."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`; returns also while a thread of the loop's hangs."""
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_default_executor(_Threads(thread_name_prefix="asyncio"))
+        runner.run(work)
 
 
 def leave(status: int, grace_s: float = GRACE_S) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import backup, config_tariffs, garbage, https
+from coordinator import backup, config_tariffs, garbage, https, leaving
 from coordinator import logs as logging_setup
 from coordinator.allocator import Allocator
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
@@ -34,6 +34,7 @@ from coordinator.config import (
 from coordinator.core.allocation import Columns, Solve, Solved, unsolved
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.found import unread
+from coordinator.core.linear import Linear, Optimum
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = from_command_line(given, os.environ).config
     _log_to_stderr(config)
     try:
-        asyncio.run(_serve(config, given))
+        leaving.run(_serve(config, given))
     except LeaderLost as error:
         logging_setup.emit("critical", "leader.lost", (("reason", str(error)),))
         return 1
@@ -264,7 +265,14 @@ def _advise(
     stack: AsyncExitStack, config: Config, shell: CoordinatorShell, clock: SystemClock
 ) -> None:
     outlets = Outlets(config.lease_file, config.lease_webhook)
-    advisor = LeaseAdvisor(shell.leases_made, outlets, clock, logging_setup.emit)
+    solves = importlib.util.find_spec(SOLVER_MODULE) is not None
+    advisor = LeaseAdvisor(
+        shell.leases_made,
+        outlets,
+        clock,
+        logging_setup.emit,
+        solve=_solve_linear if solves else None,
+    )
     shell.lease_by(advisor)
 
     def ended(reason: str) -> None:
@@ -400,6 +408,15 @@ def _options(config: Config) -> Options:
 def _solve(columns: Columns) -> Solved:
     solve = _solver()
     return unsolved(columns) if solve is None else solve(columns)
+
+
+def _solve_linear(program: Linear) -> Optimum | None:
+    """Of leases, where work may wait."""
+    if _solver() is None:
+        return None
+    from coordinator.lease_solver import solve
+
+    return solve(program)
 
 
 @cache

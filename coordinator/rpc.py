@@ -38,6 +38,7 @@ from protos.baton.v1 import (
 )
 
 EVENTS_MAX = 1_000  # lines of history per answer, as jobs.proto says
+TIME_KEY = "baton-unix-ms"  # likewise
 
 _STATUS = {
     m.RefusalKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -54,6 +55,7 @@ async def _abort(context: Context, code: grpc.StatusCode, sentence: str) -> NoRe
 
 async def _ask(shell: CoordinatorShell, context: Context, body: m.RequestBody) -> m.Answer:
     """The shell's answer; a refusal or an outage ends the call."""
+    context.set_trailing_metadata(((TIME_KEY, str(shell.unix_ms())),))
     try:
         answer = await shell.request(body)
     except Unavailable as error:
@@ -90,12 +92,13 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     ) -> jobs_pb2.SubmitResponse:
         try:
             spec = wire.decode_spec(request.spec)
+            relative = request.HasField("deadline_in")
+            deadline_in_ms = wire.decode_deadline_in(request.deadline_in) if relative else 0
         except wire.WireError as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         spec = _in_trace(spec, context)
-        answer = await _ask(
-            self._shell, context, m.Submit(spec, request.request_id, request.forgotten_job_id)
-        )
+        body = m.Submit(spec, request.request_id, request.forgotten_job_id, deadline_in_ms)
+        answer = await _ask(self._shell, context, body)
         if not isinstance(answer, m.Submitted):
             raise TypeError(f"expected a submission, got {type(answer).__name__}")
         return jobs_pb2.SubmitResponse(job_id=answer.job_id, reason=answer.reason, jobs=answer.jobs)

@@ -8,6 +8,8 @@ has these, and what may be spent on rented nodes, and leaves the rest as the pla
 
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from coordinator import config_tariffs
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.bursts import Burst
@@ -32,6 +34,12 @@ BUDGET_USD_MAX: Final = 10_000_000  # of a day; a hundred thousand of the deares
 CYCLES_MAX: Final = 16  # starts of a day that are kept
 
 
+class TypeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one type of GPU."""
+
+    spares: int
+
+
 def scaling_problems(config: "Config") -> list[str]:
     """What is wrong, as sentences."""
     times = {
@@ -44,6 +52,11 @@ def scaling_problems(config: "Config") -> list[str]:
         "demand_minute_ms": (config.demand_minute_ms, MINUTE_MS_MIN, MINUTE_MS),
         "scaling_wait_ratio": (config.scaling_wait_ratio, 1, RATIO_MAX),
         "scaling_spares": (config.scaling_spares, 0, SPARES_MAX),
+        "scaling_margin_percent": (config.scaling_margin_percent, 0, 100),
+        **{
+            f"spares of {name} in scaling_of": (its.spares, 0, SPARES_MAX)
+            for name, its in config.scaling_of.items()
+        },
         "scaling_cycles_per_day": (config.scaling_cycles_per_day, 1, CYCLES_MAX),
         "scaling_budget_usd_per_day": (config.scaling_budget_usd_per_day, 0, BUDGET_USD_MAX),
     }
@@ -112,8 +125,10 @@ def scaling_options(config: "Config") -> ScalingOptions:
     rules = Rules(
         wait_usd_per_gpu_h=config.scaling_wait_ratio * defaults.idle_usd_per_gpu_h,
         idle_ms_min=config.scaling_idle_ms,
+        margin_ratio=config.scaling_margin_percent / 100,
         boots=BootTimes(prior_ms=config.scaling_boot_ms),
         bounds=Bounds(
+            spares={name: its.spares for name, its in config.scaling_of.items()},
             spares_min=config.scaling_spares,
             up_ms_min=config.scaling_up_ms,
             cycles_per_day_max=config.scaling_cycles_per_day,

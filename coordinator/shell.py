@@ -91,6 +91,10 @@ class CoordinatorShell:
 
     # --- what others call -------------------------------------------------------------------------
 
+    def unix_ms(self) -> int:
+        """The wall time that is written down."""
+        return self._clock.unix_ms()
+
     async def request(self, body: m.RequestBody) -> m.Answer:
         """A person's request; answered after what it changed is durable. Raises `Unavailable`."""
         self._counts.requests += 1

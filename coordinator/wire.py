@@ -102,6 +102,14 @@ def _deadline(spec: types.JobSpec) -> int:
         raise WireError(f"deadline: {error}") from error
 
 
+def decode_deadline_in(span: Duration) -> int:
+    """Milliseconds from when it is heard of. Raises `WireError`."""
+    span_ms = _milliseconds(span)
+    if not 1 <= span_ms <= wire_time.SECONDS_MAX * 1000:
+        raise WireError(f"deadline_in is {span_ms} ms; it must be between 1 ms and 30 years")
+    return span_ms
+
+
 def encode_spec(spec: model.JobSpec) -> types.JobSpec:
     return types.JobSpec(
         name=spec.name,

@@ -58,6 +58,7 @@ def _type_plan(plan: TypePlan) -> pb.TypePlan:
         stale=plan.stale,
         sentence=plan.sentence,
         rented_gpus=plan.rented_gpus,
+        need_reason=plan.need_reason,
     )
     message.boot.FromMilliseconds(plan.boot_ms)
     return message
@@ -86,6 +87,7 @@ def encode_decision(record: ScaleRecord) -> pb.ScaleDecision:
                 gpus=choice.gpus,
                 expected_usd=choice.usd,
                 realised_usd=None if seen is None else seen.usd[place],
+                fixed_usd=choice.fixed_usd,
             )
             for place, choice in enumerate(record.alternatives)
         ],
@@ -95,9 +97,17 @@ def encode_decision(record: ScaleRecord) -> pb.ScaleDecision:
             pb.ScaleDeed(verb=deed.verb, nodes=deed.nodes, state=deed.state)
             for deed in record.deeds
         ],
+        rent_usd=record.rent_usd,
+        patient_gpus=record.patient_gpus,
+        ending_gpus=record.ending_gpus,
+        late_gpus=record.late_gpus,
+        late_jobs=record.late_jobs,
     )
     message.time.FromMilliseconds(record.unix_ms)
     message.holds.FromMilliseconds(record.minutes * MINUTE_MS)
+    message.soon.FromMilliseconds(record.soon_ms)
+    if record.frees_ms is not None:
+        message.frees.FromMilliseconds(record.frees_ms)
     if seen is not None:
         message.hindsight.CopyFrom(
             pb.ScaleHindsight(mean_gpus=seen.mean_gpus, regret_usd=seen.regret_usd)

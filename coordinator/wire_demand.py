@@ -6,7 +6,7 @@ number cannot be absent. So it is NaN there, and nothing else is.
 
 import math
 
-from coordinator.core.demand_messages import DemandSeries, GetDemand
+from coordinator.core.demand_messages import DemandSeries, GetDemand, Holds
 from coordinator.core.model import JobClass
 from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
@@ -31,6 +31,7 @@ def decode(request: pb.GetDemandRequest) -> GetDemand:
         request.period_minutes,
         request.steps,
         tuple(request.ahead_minutes),
+        request.with_holds,
     )
 
 
@@ -49,7 +50,17 @@ def encode(series: DemandSeries) -> pb.GetDemandResponse:
             )
             for held in series.held_ahead
         ],
+        holds=None if series.holds is None else _holds(series.holds),
     )
     if gpus:
         message.begin_time.FromMilliseconds(series.begin_unix_ms)
     return message
+
+
+def _holds(holds: Holds) -> pb.Holds:
+    return pb.Holds(
+        gpus=[hold.gpus for hold in holds.each],
+        begin_minutes=[hold.begin_min for hold in holds.each],
+        end_minutes=[math.nan if hold.end_min is None else hold.end_min for hold in holds.each],
+        since_minutes=holds.since_min,
+    )

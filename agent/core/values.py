@@ -104,7 +104,8 @@ class GpuUsage:
 class GpuInventory:
     """What is read of a GPU once a minute; `None` as in `GpuSample`. The activities are shares, 0
     to 1, of the time since the last reading. `fabric_state` is not_started, in_progress or
-    completed; `None`: there is no fabric."""
+    completed; `None`: there is no fabric. PCIe's throughput is that of 20 ms, as the GPU sees it,
+    and read only where the operator wants it."""
 
     uuid: str
     remapped_rows_corrected: int | None = None
@@ -122,6 +123,8 @@ class GpuInventory:
     serial: str | None = None
     sm_activity_ratio: float | None = None
     tensor_activity_ratio: float | None = None
+    pcie_sent_bytes_per_second: int | None = None
+    pcie_received_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,10 @@ started, that GPU gets a control daemon of its own, which sees that GPU alone an
 a directory of ours, and the job's environment says where. One after the other's clients are kept as
 files, so an agent that comes back knows whose daemon still has clients. The last one's exit ends
 it, which also takes the server's context off the GPU. Whether a daemon lives is asked of itself:
-its control program answers for it, where a pid could be somebody else's by now.
+its control program answers for it, where a pid could be somebody else's by now. It is asked before
+each start, and twice a minute while there are clients: of a daemon that has died the log tells
+then. Its clients are left alone, since the server that they compute through may have outlived it;
+who starts next gets a new daemon.
 
 Where there is no control program, or it fails, jobs start without it and take turns, and the log
 says so: a job is worth more than its neighbour's comfort. The daemon runs as the agent does, and
@@ -25,7 +28,7 @@ import os
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +39,7 @@ from agent.ports import Processes, StartError
 
 CONTROL = "nvidia-cuda-mps-control"
 ANSWER_S_MAX = 10.0  # it answers in milliseconds; ending its server takes a second or two
+LOOK_S = 30.0  # a small program for each shared GPU; whoever starts asks anyway
 MIB = 1024**2
 
 log = structlog.get_logger()
@@ -48,10 +52,20 @@ def limit_of(share_bytes: int) -> str:
 
 class MpsProcesses:
     """The `Processes` port over `inner`. `control` is the control program; empty: none is started,
-    and what an agent before this one started is still ended."""
+    and what an agent before this one started is still ended. `sleep` takes seconds."""
 
-    def __init__(self, inner: Processes, directory: Path, control: str) -> None:
+    def __init__(
+        self,
+        inner: Processes,
+        directory: Path,
+        control: str,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._inner = inner
+        self._sleep = sleep
+        self._watching: asyncio.Task[None] | None = None
+        self._dead: dict[str, None] = {}  # daemons of which that was told
         self._directory = directory
         self._control = control
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -76,6 +90,8 @@ class MpsProcesses:
                     self._client_path(uuid, attempt_id).unlink(missing_ok=True)
             # A control program that hangs holds nobody up who begins.
             self._spawn(self._end_unless_used(uuid))
+        if self._control:
+            self._watching = asyncio.ensure_future(self._watch())
         return adopted
 
     async def start(self, launch: Launch) -> int:
@@ -108,6 +124,8 @@ class MpsProcesses:
 
     async def close(self) -> None:
         """Daemons go on, as their clients do."""
+        if self._watching is not None:
+            self._watching.cancel()
         for task in list(self._tasks):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -164,8 +182,27 @@ class MpsProcesses:
         if failed:
             self._client_path(uuid, attempt_id).unlink(missing_ok=True)
             return failed
+        self._dead.pop(uuid, None)
         log.info("mps.started", gpu=uuid)
         return ""
+
+    async def _watch(self) -> None:
+        while True:
+            await self._sleep(LOOK_S)
+            for uuid in sorted(set(self._gpus.values())):
+                await self._look(uuid)
+
+    async def _look(self, uuid: str) -> None:
+        async with self._locks[uuid]:
+            clients = [client for client, gpu in self._gpus.items() if gpu == uuid]
+            if not clients:  # the last one has left meanwhile
+                return
+            reason = await self._run(uuid, asked="get_server_list")
+        if not reason:
+            self._dead.pop(uuid, None)
+        elif uuid not in self._dead:
+            self._dead[uuid] = None
+            log.warning("mps.died", gpu=uuid, attempts=len(clients), reason=reason)
 
     async def _end_unless_used(self, uuid: str) -> None:
         async with self._locks[uuid]:

@@ -20,9 +20,10 @@ from agent.processes.shim import (
     LAUNCH_NAME,
     LOG_DIRECTORY_NAME,
     STARTED_NAME,
-    private_opener,
 )
+from agent.processes.shim_output import private_opener
 
+SETTLED_NAME = "settled"
 SEGMENT_NAME = re.compile(r"([0-9]{20})\.log")
 
 
@@ -131,9 +132,23 @@ def shim_failure(directory: Path) -> str:
     return f"the trainer's supervisor ended before it could start it{detail}"
 
 
-def exit_unix_s(directory: Path) -> float:
-    """When the end of a settled attempt was written down. Raises OSError where it was not."""
-    return (directory / EXIT_NAME).stat().st_mtime
+def settled_as(directory: Path) -> int:
+    """Which one it was, counted from 1, of those that were settled on this node; 0 when that is not
+    recorded.
+    """
+    try:
+        return int((directory / SETTLED_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def write_settled(directory: Path, number: int) -> None:
+    """Not at the price of a flush: it orders logs, and nothing else."""
+    with (
+        contextlib.suppress(OSError),  # a full disk: it counts as older than it is
+        open(directory / SETTLED_NAME, "wb", opener=private_opener) as file,
+    ):
+        file.write(b"%d" % number)
 
 
 def log_bytes(directory: Path) -> int:

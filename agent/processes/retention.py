@@ -5,8 +5,9 @@ has had tens of thousands of them, and a full disk ends training. People look at
 
 How: all logs of the node share one cap. What the running ones take counts first and is never
 touched beyond their own rotation; in what is left the logs of finished attempts stay, and the
-oldest go first. Looked at when an attempt is settled, and once a minute, since those that run go on
-writing.
+oldest go first. Each gets a number when it is settled, which is kept beside its log: the times of
+files would be those of a clock that may have been wrong. Looked at when an attempt is settled, and
+once a minute, since those that run go on writing.
 """
 
 import asyncio
@@ -39,12 +40,15 @@ class Retention:
         self._running = running
         self._log_bytes_max = log_bytes_max
         self._finished: dict[str, int] = {}  # the bytes of their logs, which do not change any more
+        self._newest = 0  # the number of the attempt that was settled last
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self, settled: Iterable[Path]) -> None:
-        """Begin with what lies there, by the time of its end."""
-        ended = sorted((records.exit_unix_s(path), path.name, path) for path in settled)
-        self._finished = {name: records.log_bytes(path) for _, name, path in ended}
+        """Begin with what lies there, in the order in which it was settled. What has no number is
+        of an older agent, or found a full disk: it goes before the others, by job and epoch."""
+        ended = sorted(settled, key=lambda path: (records.settled_as(path), _ids(path)))
+        self._finished = {path.name: records.log_bytes(path) for path in ended}
+        self._newest = max(map(records.settled_as, ended), default=0)
         self._look_regularly()
 
     def close(self) -> None:
@@ -55,6 +59,8 @@ class Retention:
 
     def add(self, directory: Path) -> None:
         """This attempt is settled; what is left of it may be dropped from now on."""
+        self._newest += 1
+        records.write_settled(directory, self._newest)
         self._finished[directory.name] = records.log_bytes(directory)
         self.prune()
 
@@ -76,3 +82,8 @@ class Retention:
     def _look_regularly(self) -> None:
         self.prune()
         self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look_regularly)
+
+
+def _ids(directory: Path) -> tuple[int, ...]:
+    """Job, epoch and rank as numbers: the later of two attempts of a job comes after the other."""
+    return tuple(int(number) for number in directory.name.split(".") if number.isdigit())

@@ -1,18 +1,18 @@
-"""The supervisor of one trainer: a single file, standard library only, that outlives the agent.
+"""The supervisor of one trainer: a small program, standard library only, that outlives the agent.
 
 Problem: who holds the output pipe, and who learns the exit status, while the agent is being
 restarted or upgraded? As a child of the agent the trainer would lose both. Output straight into a
 file cannot rotate under a process that knows nothing of it, and a bare process group misses the
 daemons that a script leaves behind (double fork, `setsid`).
 
-How: the agent starts `python -I -S shim.py <attempt directory>` in a session of its own, or has it
-forked by a process that has all this loaded (see `forkserver.py`).
+How: the agent starts it (`shim_program.py`) in a session of its own, or has it forked by a process
+that has all this loaded (see `forkserver.py`).
 1. The shim makes itself a child subreaper (prctl(2)): every orphan below it becomes its child,
    whatever its session.
 2. It starts the trainer from `launch` in a session of its own, with PR_SET_PDEATHSIG so that it
    cannot outlive the shim, tells the agent over the status pipe, then writes `started.json`.
 3. It copies the one output pipe into segments `log/<offset of the first byte>.log`, dropping bytes
-   rather than ever stopping to read: a trainer must not hang on a full disk.
+   rather than ever stopping to read: a trainer must not hang on a disk (see `shim_output.py`).
 4. When the trainer ends it kills what is left until wait(2) says that there are no children, then
    writes `exit.json`. One ending is different: a stop signal goes to the whole process group, and
    of `bash -c 'python train.py; exit $?'` the shell dies at once while Python is still saving its
@@ -27,7 +27,6 @@ standard library on disk may be another one when it ends, days later.
 
 import os
 import select
-import sys
 import time
 
 TYPE_CHECKING = False  # `typing` itself would cost 5 ms
@@ -41,31 +40,30 @@ try:
 except ImportError:  # an interpreter that keeps it elsewhere
     import signal
 
+if TYPE_CHECKING or __name__.startswith("agent."):
+    from agent.processes.shim_output import OutputLog, Writer, record_until_done, try_record
+else:  # of a shim's program, or a fork server's, which know no package of ours
+    from shim_output import OutputLog, Writer, record_until_done, try_record
+
 LAUNCH_NAME = "launch"
 STARTED_NAME = "started.json"
 EXIT_NAME = "exit.json"
 LOG_DIRECTORY_NAME = "log"
+GROUP_NAME = "cgroup"  # where there is one: the directory of the trainer's control group
 
 STATUS_FD = 3  # the agent's end of the handshake, right after the standard three
-SEGMENT_BYTES = 8 * 1024 * 1024  # dropping the oldest loses little of what people look at
-# 64 MiB an attempt: a day of a chatty progress bar; 8 such jobs on a node stay below 1 GiB
-SEGMENTS_KEPT = 8
 READ_BYTES = 64 * 1024  # one full pipe, Linux's default capacity
 # after the last child is gone only a stranger with our pipe can still write: 16 pipes full
 DRAIN_BYTES_MAX = 1024 * 1024
 LEFTOVER_RESCAN_MS = 50  # one in the middle of its last system call is looked for again
 GRACE_DEFAULT_MS = 120_000  # what a job gets that asks for none
 GRACE_MAX_MS = 2**31 - 1  # 24 days, the longest that poll(2) can wait
-RECORD_RETRY_FIRST_MS = 100
-RECORD_RETRY_MAX_MS = 5_000  # the node's GPUs wait for a record that finds no room
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # how jobs may be stopped
 START_FAILED_STATUS = 127  # what shells use; the sentence in the error pipe is what counts
-
-LOST_MARKER = b"\n[baton] %d bytes of output were lost here: the log could not be written\n"
 
 
 class StartFailure(Exception):
@@ -79,6 +77,7 @@ class Launch:
         directory, count, *rest = data.split(b"\0")
         self.working_directory = directory
         self.arguments = rest[: int(count)]
+        self.group = b""  # see `groups.py`; empty: it has none
         self.environment: dict[bytes, bytes] = {}
         for entry in rest[int(count) :]:
             name, _, value = entry.partition(b"=")
@@ -93,98 +92,31 @@ class Launch:
         return min(int(text), GRACE_MAX_MS)
 
 
-class OutputLog:
-    """Output in segments named by the offset of their first byte; a full disk neither blocks nor
-    fails it. Offsets count the bytes that were kept, so they are contiguous; what was lost is in
-    `lost_bytes_total`, and a marker line stands in its place as soon as there is room again.
-    """
-
-    def __init__(self, directory: bytes) -> None:
-        self.directory = directory
-        self.offset = self.lost_bytes_total = 0
-        self._segment_fd, self._segment_bytes = -1, 0
-        self._segments: list[bytes] = []
-        self._lost_bytes = 0  # since the last marker
-        self._owed = b""  # the rest of a marker that found no room for all of itself
-
-    def write(self, data: bytes) -> None:
-        """Append `data`, or as much of it as the disk takes."""
-        self._settle()
-        taken = 0 if self._owed or self._lost_bytes else self._append(data)
-        self._lost_bytes += len(data) - taken
-        self.lost_bytes_total += len(data) - taken
-
-    def _settle(self) -> None:
-        if not self._owed and not self._lost_bytes:
-            return
-        marker = LOST_MARKER % self._lost_bytes if self._lost_bytes else b""
-        taken = self._append(self._owed + marker)
-        if taken > len(self._owed):
-            self._lost_bytes = 0
-            self._owed = (self._owed + marker)[taken:]
-        else:
-            self._owed = self._owed[taken:]
-
-    def _append(self, data: bytes) -> int:
-        view = memoryview(data)
-        taken = 0
-        while taken < len(data):
-            try:
-                full = self._segment_fd < 0 or self._segment_bytes >= SEGMENT_BYTES
-                if full or os.fstat(self._segment_fd).st_nlink == 0:  # somebody has removed it
-                    self._rotate()
-                room = SEGMENT_BYTES - self._segment_bytes
-                count = os.write(self._segment_fd, view[taken : taken + room])
-            except OSError:  # no space, no quota: the caller counts what is lost
-                break
-            taken += count
-            self._segment_bytes += count
-            self.offset += count
-        return taken
-
-    def _rotate(self) -> None:
-        if not os.path.isdir(self.directory):  # nobody could ever read the rest
-            os.mkdir(self.directory, 0o700)
-        while len(self._segments) >= SEGMENTS_KEPT:  # before: a full disk needs the room
-            if os.path.exists(oldest := self._segments.pop(0)):  # nobody has removed it
-                os.unlink(oldest)
-        path = self.directory + b"/%020d.log" % self.offset
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        if self._segment_fd >= 0:
-            os.close(self._segment_fd)
-        self._segment_fd, self._segment_bytes = fd, 0
-        self._segments.append(path)
-
-
 class Watch:
     """The shim between start and exit record: copy output, pass SIGTERM on, reap, clear up."""
 
     def __init__(
-        self, trainer_pid: int, output_fd: int, wake_fd: int, log: OutputLog, *, grace_ms: int
+        self, trainer_pid: int, output_fd: int, wake_fd: int, writer: Writer, launch: Launch
     ) -> None:
         self.trainer_pid = trainer_pid
         self.output_fd = output_fd
         self.wake_fd = wake_fd
-        self.log = log
-        self.grace_ms = grace_ms
+        self.writer = writer
+        self.grace_ms = launch.grace_ms()
+        self.group = launch.group
         self.status: int | None = None
         self.childless = False
         # both by the monotonic clock, both of use only once there is a status
         self._grace_ends_s = 0.0
         self._next_look_s = 0.0
 
-    def run(self, directory: bytes, started_record: str) -> int:
+    def run(self) -> int:
         """Until the trainer and all it left are gone and the pipe is empty; returns its status."""
         poller = select.poll()
         poller.register(self.output_fd, select.POLLIN)
         poller.register(self.wake_fd, select.POLLIN)
-        recorded = False
-        retry_at_s = 0.0
         while not self.childless or self.status is None:
-            if not recorded and time.monotonic() >= retry_at_s:
-                recorded = try_record(directory, STARTED_NAME, started_record)
-                retry_at_s = time.monotonic() + RECORD_RETRY_MAX_MS / 1000
-            for fd, _ in poller.poll(self._wait_ms(None if recorded else RECORD_RETRY_MAX_MS)):
+            for fd, _ in poller.poll(self._wait_ms()):
                 if fd == self.wake_fd:
                     self._wake()
                 elif self._copy() == 0:
@@ -195,15 +127,14 @@ class Watch:
         drained_bytes = 0
         while drained_bytes < DRAIN_BYTES_MAX and (count := self._copy()) > 0:
             drained_bytes += count
-        self.log.write(b"")  # a last chance for the marker
+        self.writer.close()
         return self.status
 
-    def _wait_ms(self, bound_ms: int | None) -> float | None:
+    def _wait_ms(self) -> float | None:
         """How long nothing needs doing unless the kernel says so; None for ever."""
         if self.status is None:
-            return bound_ms
-        wait_ms = max(0.0, (self._next_look_s - time.monotonic()) * 1000)
-        return wait_ms if bound_ms is None else min(wait_ms, bound_ms)
+            return None
+        return max(0.0, (self._next_look_s - time.monotonic()) * 1000)
 
     def _copy(self) -> int:
         """Move one read from the pipe to the log: its size, 0 at the end, -1 for nothing yet."""
@@ -212,7 +143,7 @@ class Watch:
         except BlockingIOError:
             return -1
         if data:
-            self.log.write(data)
+            self.writer.offer(data)
         return len(data)
 
     def _wake(self) -> None:
@@ -240,7 +171,9 @@ class Watch:
             self._next_look_s = time.monotonic() + LEFTOVER_RESCAN_MS / 1000
 
     def _kill_children(self) -> None:
-        """One level at a time: the children of what dies become ours, and its death wakes us."""
+        """One level at a time: the children of what dies become ours, and its death wakes us. A
+        group is killed at once, with what became another user."""
+        tell_group(self.group, b"cgroup.kill", b"1")
         for name in os.listdir("/proc"):
             if name.isdigit() and stat_fields(int(name))[1:2] == [b"%d" % os.getpid()]:
                 try:
@@ -273,39 +206,37 @@ def stat_fields(pid: int) -> list[bytes]:
         return []
 
 
+def read_group(directory: bytes) -> bytes:
+    """The control group that was made for this attempt's trainer; empty when there is none."""
+    try:
+        with open(directory + b"/" + GROUP_NAME.encode(), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def tell_group(group: bytes, name: bytes, word: bytes) -> bool:
+    """Write a word to a file of a control group; False where that cannot be done, or there is
+    none: then all is as without one.
+    """
+    if not group:
+        return False
+    try:
+        fd = os.open(group + b"/" + name, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.write(fd, word) == len(word)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def read_boot_id() -> str:
     """The kernel's id of this boot: a pid and a start time mean nothing after another one."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
-
-
-def write_record(directory: bytes, name: str, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut. Raises OSError."""
-    path = directory + b"/" + name.encode()
-    with open(path + b".tmp", "wb", opener=private_opener) as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(path + b".tmp", path)
-    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory_fd)
-    finally:
-        os.close(directory_fd)
-
-
-def try_record(directory: bytes, name: str, text: str) -> bool:
-    """Like `write_record`; False when the disk did not take it."""
-    try:
-        write_record(directory, name, text)
-    except OSError:
-        return False
-    return True
-
-
-def private_opener(path: str | bytes, flags: int) -> int:
-    """For `open`: only the agent's user may read what lies in an attempt's directory."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def unix_ms() -> int:
@@ -373,6 +304,7 @@ def become_trainer(launch: Launch, output_fd: int, libc: "ctypes.CDLL", shim_pid
         # the last two are ignored by Python, and exec keeps what is ignored
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
+    tell_group(launch.group, b"cgroup.procs", b"0")  # all that it will ever start is in there
     libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != shim_pid:
         os._exit(START_FAILED_STATUS)  # the shim went between fork and prctl
@@ -435,14 +367,6 @@ def tell_agent(line: str) -> None:
         return
 
 
-def record_exit(directory: bytes, text: str) -> None:
-    """Write `exit.json`, waiting for room on the disk; gives up when the directory has gone."""
-    retry_ms = RECORD_RETRY_FIRST_MS
-    while os.path.isdir(directory) and not try_record(directory, EXIT_NAME, text):
-        time.sleep(retry_ms / 1000)
-        retry_ms = min(2 * retry_ms, RECORD_RETRY_MAX_MS)
-
-
 def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
     """Hold one trainer from start to exit record. `enter` makes a forked child the trainer."""
     import ctypes  # only where something is held: the agent shares this file, and has no use for it
@@ -470,6 +394,7 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
         signal.signal(number, lambda _number, _frame: None)  # the wake-up pipe carries the number
     with open(directory + b"/" + LAUNCH_NAME.encode(), "rb") as file:
         launch = Launch(file.read())
+    launch.group = read_group(directory)
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
     try:
         trainer_pid = start_trainer(launch, output_write, libc, enter)
@@ -477,7 +402,7 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
         reason = str(failure)
         tell_agent(f"failed {reason}\n")
         os.close(STATUS_FD)
-        record_exit(directory, exit_record(None, 0, reason))
+        record_until_done(directory, EXIT_NAME, exit_record(None, 0, reason))
         return
     trainer_ticks = stat_fields(trainer_pid)[19].decode()
     tell_agent(f"started {trainer_pid} {trainer_ticks}\n")
@@ -489,12 +414,8 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
         f'"shim_start_ticks":{shim_ticks},"boot_id":"{read_boot_id()}","unix_ms":{unix_ms()}}}\n'
     )
     log = OutputLog(directory + b"/" + LOG_DIRECTORY_NAME.encode())
-    watch = Watch(trainer_pid, output_read, wake_read, log, grace_ms=launch.grace_ms())
-    status = watch.run(directory, started_record)
+    writer = Writer(log, lambda: try_record(directory, STARTED_NAME, started_record))
+    watch = Watch(trainer_pid, output_read, wake_read, writer, launch)
+    status = watch.run()
     text = exit_record(status, trainer_pid, log_bytes=log.offset, lost_bytes=log.lost_bytes_total)
-    record_exit(directory, text)
-
-
-if __name__ == "__main__":
-    hold(os.fsencode(sys.argv[1]))
-    os._exit(0)  # all is on disk: taking the interpreter apart would be a sixth of a start's work
+    record_until_done(directory, EXIT_NAME, text)

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
-from agent.processes import shim
+from agent.processes import shim, shim_output, shim_program
+from agent.processes.shim_program import HEADER_BYTES
 
 if TYPE_CHECKING:
     from importlib.abc import InspectLoader
@@ -26,12 +28,16 @@ def write_program(program: Path) -> None:
     """The shim, compiled, where every start finds it: each would compile it again, for half as long
     as the rest takes. Nor is it compiled here: it has been for the import, and the compiler's
     memory, 1.5 MiB, would stay ours. Raises OSError."""
-    loader = cast("InspectLoader", shim.__spec__.loader)  # there may be no source
-    code = loader.get_code(shim.__name__)
     new = program.with_suffix(".new")
     # A .pyc that is executed by path is taken as it is; its source is not looked for.
-    new.write_bytes(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    header = importlib.util.MAGIC_NUMBER + bytes(HEADER_BYTES - len(importlib.util.MAGIC_NUMBER))
+    new.write_bytes(header + b"".join(map(_compiled, (shim_program, shim_output, shim))))
     new.replace(program)
+
+
+def _compiled(module: ModuleType) -> bytes:
+    loader = cast("InspectLoader", module.__spec__.loader)  # type: ignore[union-attr]
+    return marshal.dumps(loader.get_code(module.__name__))  # there may be no source
 
 
 def spawn_shim(program: Path, directory: Path, status_fd: int) -> int:

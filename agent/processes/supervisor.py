@@ -31,8 +31,9 @@ import structlog
 from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim, stacks, unkillable
+from agent.processes import proc, records, remains, shim, shim_output, stacks, unkillable
 from agent.processes.forks import ForkServers
+from agent.processes.groups import Groups
 from agent.processes.retention import LOG_BYTES_MAX, Retention
 from agent.processes.spawn import spawn_shim, write_program
 from agent.processes.units import Units, is_unit
@@ -85,10 +86,11 @@ class Supervisor:
         log_bytes_max: int = LOG_BYTES_MAX,
         forks: ForkServers | None = None,
         units: Units | None = None,
+        groups: Groups | None = None,
     ) -> None:
         self._state = state_directory
-        self._forks = forks
-        self._units = units
+        self._groups = groups or Groups(None)
+        self._forks, self._units = forks, units
         self._attempts: dict[str, _Attempt] = {}
         self._retention = Retention(
             self._root,
@@ -107,6 +109,7 @@ class Supervisor:
         """Adopt every unsettled attempt; returns their ids. Exits that happened meanwhile are told
         after this returns. Raises OSError when the state directory cannot be used."""
         self._on_exit, self._on_stuck = on_exit, on_stuck
+        self._groups.on_stuck = on_stuck
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in (self._state, self._root):
             directory.chmod(0o700)
@@ -121,6 +124,7 @@ class Supervisor:
             else:
                 shutil.rmtree(directory)  # the agent died before it had written the order to start
         self._retention.open(settled)
+        self._groups.sweep(self._attempts)
         if self._units:
             await self._units.kill_others(self._attempts)
         return tuple(self._attempts)
@@ -177,6 +181,7 @@ class Supervisor:
         if (pid := self._running_pid(attempt)) != 0:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+        self._groups.kill(attempt.directory)
         remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
         unkillable.watch(
             attempt_id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
@@ -201,6 +206,7 @@ class Supervisor:
     async def close(self) -> None:
         """Let go of every trainer without touching it; a supervisor opened later adopts them."""
         self._retention.close()
+        self._groups.close()
         if self._units:
             self._units.close()
         for attempt in (*self._attempts.values(), *self._leaving):
@@ -235,8 +241,10 @@ class Supervisor:
         attempt = _Attempt(directory, loop.create_future())
         try:
             records.write_launch(directory, launch)
+            self._groups.make(directory)
             self._start_shim(attempt, launch)
         except OSError as error:
+            self._groups.clear(directory, lambda: None)
             shutil.rmtree(directory, ignore_errors=True)
             raise StartError(f"cannot start {directory.name}: {error}", permanent=False) from error
         self._attempts[launch.attempt_id] = attempt
@@ -403,15 +411,19 @@ class Supervisor:
                 os.waitpid(attempt.shim_pid, os.WNOHANG)
         if _start_failed(attempt):
             self._let_go(attempt)
+            self._groups.clear(attempt.directory, lambda: None)
             if records.read_exit(attempt.directory) is None:  # killed before it could write its own
                 self._record_unseen(attempt, str(attempt.starting.exception()))
             return
         self._end(attempt, SUPERVISOR_GONE)
 
     def _end(self, attempt: _Attempt, unseen_reason: str) -> None:
-        """The attempt is over: read how, or record that nobody saw it, and tell it. Of a unit,
-        systemd is asked first."""
+        """The attempt is over once nothing is left in its group: read how, or record that nobody
+        saw it, and tell it. Of a unit, systemd is asked first."""
         self._let_go(attempt)
+        self._groups.clear(attempt.directory, partial(self._emptied, attempt, unseen_reason))
+
+    def _emptied(self, attempt: _Attempt, unseen_reason: str) -> None:
         if attempt.is_unit and self._units and unseen_reason != REBOOTED:
             self._units.ended(
                 attempt.directory.name,
@@ -447,7 +459,7 @@ class Supervisor:
         kept = records.segments(attempt.directory)
         end_offset = kept[-1][0] + kept[-1][1].stat().st_size if kept else 0
         text = shim.exit_record(None, 0, reason, log_bytes=end_offset)
-        if not shim.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
+        if not shim_output.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
             log.warning("process.exit_not_recorded", attempt=attempt.directory.name, reason=reason)
 
     def _tell(self, attempt: _Attempt) -> None:

@@ -26,7 +26,12 @@ def stuck(
 ) -> tuple[int, ...]:
     """Those below the shim that wait in the kernel and cannot be interrupted."""
     pids = sorted(process.pid for process in proc.descendants(shim_pid))
-    return tuple(pid for pid in pids if read_stat(pid)[:1] == [UNINTERRUPTIBLE])
+    return tuple(pid for pid in pids if is_stuck(read_stat(pid)))
+
+
+def is_stuck(stat: list[bytes]) -> bool:
+    """By the fields of its `stat`, as `shim.stat_fields` gives them."""
+    return stat[:1] == [UNINTERRUPTIBLE]
 
 
 def watch(

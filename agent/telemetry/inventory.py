@@ -6,6 +6,9 @@ GeForce answers a row remapper's zeros without having one (leptonai/gpud #351): 
 for memory errors, so zeros are believed only of a GPU whose ECC is on. A fabric that the driver
 calls "not supported" is none.
 
+The throughput of PCIe is measured by the driver while it is asked for it, 20 ms for each direction,
+and trainers wait for its lock. So it is read only where an operator has said so.
+
 GPM (from Hopper on) compares two samples of the GPU's counters: the activity here is that between
 one reading and the one before it. The first reading has none.
 """
@@ -29,6 +32,12 @@ _PLAIN: Final = {
     "vbios_version": "nvmlDeviceGetVbiosVersion",
     "serial": "nvmlDeviceGetSerial",
 }
+# NVML says KB; where it means 1024 bytes it writes KiB (as for NVLink, in nvml.h).
+_KILOBYTE: Final = 1_000
+_THROUGHPUT: Final = {
+    "pcie_sent_bytes_per_second": pynvml.NVML_PCIE_UTIL_TX_BYTES,
+    "pcie_received_bytes_per_second": pynvml.NVML_PCIE_UTIL_RX_BYTES,
+}
 _REMAPPED: Final = Call.of("nvmlDeviceGetRemappedRows")
 _GPM_SUPPORT: Final = Call(
     "nvmlGpmQueryDeviceSupport",
@@ -45,8 +54,9 @@ _ACTIVITIES: Final = (pynvml.NVML_GPM_METRIC_SM_UTIL, pynvml.NVML_GPM_METRIC_ANY
 class InventoryReader:
     """Keeps, by GPU, the last sample for GPM, and one to take the next in."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, *, pcie_throughput: bool = False) -> None:
         self._driver = driver
+        self._pcie_throughput = pcie_throughput
         self._last: dict[str, Any] = {}
         self._spare: dict[str, Any] = {}
 
@@ -62,6 +72,8 @@ class InventoryReader:
             asking.say(Call("nvmlDeviceGetGpuFabricInfoV", _fabric_state))
         )
         values |= self._activity(asking, uuid)
+        if self._pcie_throughput:
+            values |= _throughput(asking)
         return GpuInventory(uuid=uuid, **values)
 
     def _activity(self, asking: Asking, uuid: str) -> dict[str, float]:
@@ -80,6 +92,14 @@ class InventoryReader:
         ratios = asking.say(Call("nvmlGpmMetricsGet", partial(_activities, earlier, sample)))
         names = ("sm_activity_ratio", "tensor_activity_ratio")
         return dict(zip(names, ratios or (), strict=False))
+
+
+def _throughput(asking: Asking) -> dict[str, int]:
+    said = {
+        name: asking.say(Call.of("nvmlDeviceGetPcieThroughput", counter))
+        for name, counter in _THROUGHPUT.items()
+    }
+    return {name: value * _KILOBYTE for name, value in said.items() if value is not None}
 
 
 def _remapped(asking: Asking, *, has_ecc: bool) -> dict[str, int | bool]:

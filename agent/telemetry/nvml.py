@@ -55,7 +55,9 @@ class NvmlGpus:
     with an error. `None` means all.
     """
 
-    def __init__(self, allowed_uuids: Collection[str] | None = None) -> None:
+    def __init__(
+        self, allowed_uuids: Collection[str] | None = None, *, pcie_throughput: bool = False
+    ) -> None:
         self._allowed_uuids = None if allowed_uuids is None else tuple(allowed_uuids)
         self._initialised = False
         self._handles: dict[str, Handle] = {}
@@ -65,7 +67,7 @@ class NvmlGpus:
         self._listed: list[str] = []
         self._driver = Driver()
         self._usage = UsageReader(self._driver)
-        self._inventory = InventoryReader(self._driver)
+        self._inventory = InventoryReader(self._driver, pcie_throughput=pcie_throughput)
         self.absence = "NVML was not opened"
         """Why there is no NVML, or a GPU less than the driver counts, as a sentence; else empty."""
         self.outdated = ""

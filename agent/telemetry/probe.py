@@ -60,6 +60,7 @@ class NvmlProbe:
         now_ms: Callable[[], int] = monotonic_ms,
         event_descriptor: int | None = None,
         rate: str = "normal",
+        pcie_throughput: bool = False,
     ) -> None:
         self._host = Host(state_directory)
         self._gpus = RemoteGpus(
@@ -69,6 +70,7 @@ class NvmlProbe:
             now_ms=now_ms,
             event_descriptor=event_descriptor,
             rate=rate,
+            pcie_throughput=pcie_throughput,
         )
         self._seen_path = state_directory / SEEN_NAME
         self._seen = Seen("")

@@ -124,7 +124,9 @@ class RemoteGpus:
         now_ms: Callable[[], int] = monotonic_ms,
         event_descriptor: int | None = None,
         rate: str = "normal",
+        pcie_throughput: bool = False,
     ) -> None:
+        self._pcie_throughput = pcie_throughput
         self._event_descriptor = event_descriptor
         self._schedule = Schedule()
         self._details = Details(rate)
@@ -413,7 +415,7 @@ class RemoteGpus:
             resource.prlimit(self._process.pid, resource.RLIMIT_DATA, limit)
         # GPUs that are known need no call that could hang before they are read.
         request = {"ask": "open", "allowed": self._allowed_uuids, "known": tuple(self._facts)}
-        self._send(request, order)
+        self._send(request | {"pcie_throughput": self._pcie_throughput}, order)
 
     def _replace(self) -> None:
         """Kill it and start another one, if it is time."""

@@ -12,7 +12,8 @@ request is a message for each GPU as soon as it is read, in the order that was a
 GPU that hangs hides only itself and those behind it; then one that says that it is done.
 
     {"id": 1, "ask": "open", "allowed": null, "known": []}   facts of every GPU; of none, where
-                                                             some UUIDs are known from before
+                                                             some UUIDs are known from before;
+                                                             "pcie_throughput": true, it is read
     {"id": 2, "ask": "facts", "again": true}                 facts of every GPU, enumerated again;
                                                              some time after the last try
     {"id": 3, "ask": "sample", "uuids": ["GPU-..."]}         a reading of each; likewise "usage" and
@@ -68,7 +69,8 @@ def main(descriptor: int, event_descriptor: int | None = None) -> None:
         while message := _receive(channel):
             request = json.loads(message)
             if request["ask"] == "open":
-                gpus = NvmlGpus(request["allowed"])
+                throughput = request.get("pcie_throughput", False)
+                gpus = NvmlGpus(request["allowed"], pcie_throughput=throughput)
             for answer in _answers(gpus, request):
                 _send(channel, {"id": request["id"], **answer})
                 if not watching and event_descriptor is not None and gpus.handles():

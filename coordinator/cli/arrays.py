@@ -67,11 +67,19 @@ def once(jobs: "list[Job]") -> "list[Job]":
     return found
 
 
+_DOING = {
+    "cancel": "cancelling",
+    "hold": "holding",
+    "release": "releasing",
+    "requeue": "requeueing",
+}
+
+
 def changed(verb: str, change: "ArrayChange") -> str:
-    """For who asked it of all."""
-    trials = quantity(change.trials, "trial")
-    left = _left(change)
-    return f"array {change.array_job_id}: {verb} for {change.jobs} of its {trials}{left}"
+    """For who asked it of all. Those that run save first, so nobody says yet that it is done."""
+    count = "all" if change.jobs == change.trials else change.jobs
+    whom = f"{count} of its {quantity(change.trials, 'trial')}"
+    return f"array {change.array_job_id}: {_DOING.get(verb, verb)} {whom}{_left(change)}"
 
 
 def _left(change: "ArrayChange") -> str:

@@ -19,6 +19,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     gpus: int
     expected_usd: float
     realised_usd: float | None
+    fixed_usd: float
 
 
 class Deed(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +55,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     holds_s: float
     mean_gpus: float | None
     regret_usd: float | None
+    soon_s: float
+    frees_s: float | None
+    rent_usd: float | None
+    patient_gpus: int
+    ending_gpus: int
+    late_gpus: int
+    late_jobs: list[int]
 
 
 class TypePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +88,7 @@ class TypePlan(msgspec.Struct, frozen=True, kw_only=True):
     stale: bool
     sentence: str
     rented_gpus: int
+    need_reason: str
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +103,7 @@ def list_command(context: click.Context, job_id: int) -> None:
     """
     with _connect(context) as client:
         found = client.checkpoints(job_id)
-    _show(context, found, job_id)
+    _show(context, found, job_id, client.now())
 
 
 @checkpoint.command()
@@ -124,7 +124,8 @@ def pin(context: click.Context, job_id: int, which: tuple[str, int | None] | Non
     """
     digest, step = which or ("", None)
     with _connect(context) as client:
-        _show(context, client.pin(job_id, digest, step), job_id)
+        found = client.pin(job_id, digest, step)
+        _show(context, found, job_id, client.now())
 
 
 @checkpoint.command()
@@ -143,7 +144,8 @@ def unpin(context: click.Context, job_id: int, which: tuple[str, int | None] | N
     """
     digest, step = which or ("", None)
     with _connect(context) as client:
-        _show(context, client.unpin(job_id, digest, step), job_id)
+        found = client.unpin(job_id, digest, step)
+        _show(context, found, job_id, client.now())
 
 
 _PYTHON = click.option(
@@ -333,14 +335,15 @@ def _convert(python: str | None, arguments: list[str], made: Path) -> None:
         raise CommandFailed(f"the conversion failed: {said[-1]}")
 
 
-def _show(context: click.Context, found: "list[KeptCheckpoint]", job_id: int) -> None:
+def _show(
+    context: click.Context, found: "list[KeptCheckpoint]", job_id: int, now: datetime
+) -> None:
     if settings_of(context).as_json:
         write_json(found)
         return
     if not found:
         write_notice(f"job {job_id} has no checkpoint")
         return
-    now = datetime.now(UTC)
     write_table(_COLUMNS, [_row(kept, now) for kept in found])
 
 

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -68,6 +68,10 @@ EVENT_PAGES_MAX = 1000
 # A fleet of 20,000 nodes with 8 GPUs each is about 50 MiB.
 MESSAGE_BYTES_MAX = 256 * 1024 * 1024
 
+# Where the coordinator says its wall time (jobs.proto), and the last one of the year 9999.
+TIME_KEY = "baton-unix-ms"
+_UNIX_MS_MAX = 253_402_300_799_999
+
 # Until the channel says in which state it is; it answers at once, from a thread of its own.
 STATE_WAIT_S = 2.0
 
@@ -109,6 +113,7 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._channel: grpc.Channel | None = None
+        self._ahead = timedelta(0)  # the coordinator's clock, of ours
 
     def __enter__(self) -> Self:
         """Opens the channel; nothing is sent yet. Raises `click.UsageError` for settings that
@@ -128,13 +133,24 @@ class Client:
         if self._channel is not None:
             self._channel.close()
 
+    def now(self) -> datetime:
+        """The wall time of the coordinator that has answered; of an older one, ours."""
+        return datetime.now(UTC) + self._ahead
+
     def submit(
-        self, spec: values.JobSpec, request_id: str, for_job: int | None = None
+        self,
+        spec: values.JobSpec,
+        request_id: str,
+        for_job: int | None = None,
+        deadline_in_ms: int = 0,
     ) -> values.Submission:
-        """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable."""
+        """Submit, up to `1 + len(RETRY_PAUSES_S)` times while the coordinator is unavailable.
+        `deadline_in_ms`, above 0: the deadline is so long after the coordinator hears of it."""
         request = jobs_pb2.SubmitRequest(
             request_id=request_id, spec=_spec_to_wire(spec), forgotten_job_id=for_job or 0
         )
+        if deadline_in_ms:
+            request.deadline_in.CopyFrom(_duration(deadline_in_ms))
         pauses_s = list(RETRY_PAUSES_S)
         unsettled = False
         while True:
@@ -314,9 +330,14 @@ class Client:
         self, method: "grpc.UnaryUnaryMultiCallable[Any, _Answer]", request: Message
     ) -> _Answer:
         try:
-            return method(request, timeout=self._settings.timeout_s)
+            answer, call = method.with_call(request, timeout=self._settings.timeout_s)
         except grpc.RpcError as error:
             raise self._failed(error) from error
+        for key, value in call.trailing_metadata() or ():
+            if key == TIME_KEY and (digits := str(value)).isdecimal():
+                theirs = datetime.fromtimestamp(min(int(digits), _UNIX_MS_MAX) / 1000, UTC)
+                self._ahead = theirs - datetime.now(UTC)
+        return answer
 
     def _failed(self, error: grpc.RpcError) -> CommandFailed:
         """The sentence and the exit code for what gRPC reports."""

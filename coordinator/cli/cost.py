@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from coordinator.cli.completion import projects
 from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.savings import CLAIRVOYANT, compared
 from coordinator.cli.settings import CommandFailed, common_options, settings_of
 from coordinator.cli.units import parse_duration
 
@@ -153,12 +154,10 @@ def _span(
 def _compared(costs: "Costs", begin: datetime, project: str) -> "Costs":
     from msgspec.structs import replace
 
-    from coordinator.cli.savings import compared
-
     if project:
         return replace(costs, baselines_why="leases are not one project's")
-    baselines, why = compared(costs, begin)
-    return replace(costs, baselines=baselines or None, baselines_why=why)
+    baselines, why, limit_ratio = compared(costs, begin)
+    return replace(costs, baselines=baselines or None, baselines_why=why, limit_ratio=limit_ratio)
 
 
 def _show(costs: "Costs", by: str) -> None:
@@ -190,6 +189,13 @@ def _show(costs: "Costs", by: str) -> None:
             f"baselines are for the GPUs that were held, without energy; {_dollars(paid_usd)} were"
             " paid for these"
         )
+        if costs.limit_ratio is not None:
+            write_notice(
+                f"of always-on peak no more than {costs.limit_ratio:.1%} can be saved at the same"
+                " price: 1 - mean / peak of what was held"
+            )
+        if CLAIRVOYANT not in [each.name for each in costs.baselines]:
+            write_notice("how far below one could go takes a solver: gpu-baton[scheduling]")
     for sentence in _remarks(costs):
         write_notice(sentence)
 

@@ -60,6 +60,8 @@ class Use(msgspec.Struct, frozen=True, kw_only=True):
     lease_usd: float | None
     burst_usd: float | None
     wanted_gpus: list[float]
+    flexible_ratio: float
+    flexible_hours: int
 
 
 class Lot(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +87,8 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True):
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
     """Of the span that was asked for. `usd` counts leases that idled. `baselines` is null where
-    they were not asked for, and `baselines_why` says why there are none."""
+    they were not asked for, and `baselines_why` says why there are none; of always-on peak no more
+    than `limit_ratio` could be saved."""
 
     begin_time: datetime
     end_time: datetime
@@ -101,6 +104,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     fleets: list[Fleet]
     baselines: list[Baseline] | None = None
     baselines_why: str = ""
+    limit_ratio: float | None = None
 
 
 class CostClient(Client):
@@ -133,6 +137,7 @@ def _costs(answer: pb.GetCostsResponse, begin: datetime, end: datetime) -> Costs
         days=[decode(day, Day, money=_money(day.money)) for day in answer.days],
         baselines=None,
         baselines_why="",
+        limit_ratio=None,
     )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from coordinator.cli.demand_client import Told
     from coordinator.forecast.demand_file import Series
     from coordinator.forecast.forecaster import Forecaster
+    from coordinator.forecast.quantiles import Floats
 
 # Ten minutes a step, unless there is less of them than this: half a day.
 STEPS_MIN = 72
@@ -32,13 +33,14 @@ def ask(
     context: click.Context, asked: tuple[str, str, str], ahead_h: Sequence[int]
 ) -> "tuple[Series, Told]":
     """What the coordinator has seen of GPU type, project and class; in finer steps where it has not
-    seen for long. And what it knows of the future."""
+    seen for long. And what it knows of the future, and of who held GPUs."""
     from coordinator.cli.demand_client import DemandClient
     from coordinator.forecast.demand_file import Series
 
     with DemandClient(settings_of(context)) as client:
         for period_min in PERIODS_MIN:
-            told = client.demand(*asked, period_min, ahead_h=ahead_h)
+            coarse = period_min == PERIODS_MIN[0]
+            told = client.demand(*asked, period_min, ahead_h=ahead_h, with_holds=coarse)
             if len(told.gpus) >= STEPS_MIN:
                 break
     if told.begin is None or len(told.gpus) < 3:
@@ -69,13 +71,19 @@ def saved(path: Path, series: "Series", *, asked: bool) -> str:
     return said
 
 
-def plot(path: Path, series: "Series", forecaster: "Forecaster", what: str) -> None:
-    """Demand, and the bands that a new forecaster says of it so many hours before. Raises
-    `CommandFailed`."""
+def plot(
+    path: Path,
+    series: "Series",
+    forecaster: "Forecaster",
+    what: str,
+    staying: "Floats | None" = None,
+) -> None:
+    """Demand, and the bands that a new forecaster says of it so many hours before; `staying` as
+    `backtest` has it. Raises `CommandFailed`."""
     from coordinator.forecast.course import course
     from coordinator.sim.svg import Band, Chart, Curve, draw
 
-    points = course(forecaster, series.values, SHOWN_H_MAX)
+    points = course(forecaster, series.values, SHOWN_H_MAX, staying)
     ahead_h = forecaster.ahead // forecaster.per_hour
     said = [point for point in points if point.quantiles]
     bands = [

@@ -1,14 +1,18 @@
 """Demand over gRPC: what the coordinator has seen, as a forecast reads it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from coordinator.cli.client import Client
 from coordinator.cli.decoding import time_of
 from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import demand_pb2_grpc, types_pb2
+
+if TYPE_CHECKING:
+    from coordinator.forecast.survival import Holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """`gpus` are NaN where nobody looked; `begin` is `None` where nothing was ever sampled."""
+    """`gpus` are NaN where nobody looked; `begin` is `None` where nothing was ever sampled, `holds`
+    where it was not asked or is not known, as by an older coordinator."""
 
     begin: datetime | None
     period_min: int
@@ -30,6 +35,7 @@ class Told:
     gpu_type: str
     held_gpus: float
     held: tuple[Held, ...]
+    holds: "Holds | None"
 
 
 class DemandClient(Client):
@@ -49,6 +55,7 @@ class DemandClient(Client):
         period_min: int,
         *,
         ahead_h: Sequence[int] = (),
+        with_holds: bool = False,
     ) -> Told:
         """All that is kept of it in this resolution; what is empty is summed over."""
         word = f"JOB_CLASS_{(job_class or 'unspecified').upper()}"
@@ -58,6 +65,7 @@ class DemandClient(Client):
             job_class=types_pb2.JobClass.Value(word),
             period_minutes=period_min,
             ahead_minutes=[60 * hours for hours in ahead_h],
+            with_holds=with_holds,
         )
         answer = self._call(self._demand.GetDemand, request)
         begin = time_of(answer, "begin_time")
@@ -65,5 +73,26 @@ class DemandClient(Client):
             Held(one.ahead_minutes // 60, one.certain_gpus, one.expected_gpus)
             for one in answer.held_ahead
         )
-        gpus = tuple(answer.gpus)
-        return Told(begin, answer.period_minutes, gpus, answer.gpu_type, answer.held_gpus, held)
+        return Told(
+            begin,
+            answer.period_minutes,
+            tuple(answer.gpus),
+            answer.gpu_type,
+            answer.held_gpus,
+            held,
+            _holds(answer.holds) if answer.HasField("holds") else None,
+        )
+
+
+def _holds(told: pb.Holds) -> "Holds":
+    import numpy as np
+
+    from coordinator.forecast.survival import Holds
+
+    end_h = np.array(told.end_minutes) / 60
+    return Holds(
+        np.array(told.gpus),
+        np.array(told.begin_minutes) / 60,
+        np.where(np.isnan(end_h), math.inf, end_h),
+        told.since_minutes / 60 if told.HasField("since_minutes") else -math.inf,
+    )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from coordinator.forecast.backtest import Score
     from coordinator.forecast.demand_file import Series
     from coordinator.forecast.forecaster import Forecaster, Kind
+    from coordinator.forecast.quantiles import Floats
 
 _COLUMNS = (
     Column("AHEAD", right=True),
@@ -115,16 +116,19 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
     if given["save"] is not None:
         demand.save(given["save"], series)
         write_notice(demand.saved(given["save"], series, asked=known is not None))
-    new = _maker(series)
+    new, staying = _maker(series), _staying(series, known, ahead_h)
     with progress(len(ahead_h) * len(series.values), "judging forecasts") as passed:
-        told = [_tell(new(hours), series, hours, given["warm_up_h"], passed) for hours in ahead_h]
+        told = [
+            _tell(new(hours), series, staying.get(hours), given["warm_up_h"], passed)
+            for hours in ahead_h
+        ]
     for sentence in _unjudged(told):
         write_notice(sentence)
     if known is not None:
         held = {one.ahead_h: one for one in known.held}
         told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
     if given["plot"] is not None:
-        demand.plot(given["plot"], series, new(ahead_h[0]), what)
+        demand.plot(given["plot"], series, new(ahead_h[0]), what, staying.get(ahead_h[0]))
         write_notice(f"plot: {given['plot']}")
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
@@ -190,10 +194,28 @@ def _maker(series: "Series") -> "Callable[[int], Forecaster]":
     return lambda hours: Forecaster(hours, series.per_hour, series.first_step, kinds)
 
 
+def _staying(series: "Series", known: "Told | None", ahead_h: Sequence[int]) -> "dict[int, Floats]":
+    """By hours ahead, what a forecaster hears beside each step; empty where nobody knows."""
+    if known is None or known.holds is None:
+        return {}
+    from coordinator.forecast.forecaster import WEEK_H
+    from coordinator.forecast.survival import still_wanted
+
+    found = still_wanted(known.holds, series.values, series.per_hour, ahead_h)
+    all_h = len(series.values) / series.per_hour
+    known_h = all_h - known.holds.since_h
+    if known_h < WEEK_H <= all_h:
+        write_notice(
+            "ages of jobs are not heard: the coordinator no longer keeps all that ended more than"
+            f" {max(0.0, known_h):.0f} h ago, and {WEEK_H} h are needed"
+        )
+    return dict(zip(ahead_h, found, strict=True))
+
+
 def _tell(
     forecaster: "Forecaster",
     series: "Series",
-    hours: int,
+    staying: "Floats | None",
     warm_up_h: int,
     passed: Callable[[int], None],
 ) -> _Told:
@@ -202,11 +224,12 @@ def _tell(
 
     score, unjudged = None, ""
     try:
-        score = backtest(forecaster, series.values, warm_up_h, passed)
+        score = backtest(forecaster, series.values, warm_up_h, passed, staying)
     except ValueError as error:
         unjudged = str(error)
     said = forecaster.forecast()
     by_level = {f"{level:g}": float(gpus) for level, gpus in zip(LEVELS, said, strict=True)}
+    hours = forecaster.ahead // forecaster.per_hour
     return _Told(hours, by_level, forecaster.weights(), score, unjudged=unjudged)
 
 

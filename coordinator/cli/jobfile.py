@@ -27,7 +27,7 @@ from msgspec import UNSET, Meta, UnsetType
 from coordinator.cli import values
 from coordinator.cli.settings import BadInput
 from coordinator.cli.share import parse_share
-from coordinator.cli.units import parse_duration, parse_size, parse_time
+from coordinator.cli.units import parse_duration, parse_lead, parse_size, parse_time
 
 # A job file is written by hand; the coordinator takes a trainer configuration of at most 64 KiB in
 # it.
@@ -182,6 +182,12 @@ def to_spec(job: JobFile, here: Path) -> values.JobSpec:
         share_automatic=automatic,
         array=_or(job.array, ""),
     )
+
+
+def deadline_in_ms(job: JobFile) -> int:
+    """How long after its submission the deadline is, where it is said so; otherwise 0. The clock
+    that counts is the coordinator's."""
+    return _parsed("deadline", job.deadline, 0, parse_lead)
 
 
 def _or(value: Any, default: Any) -> Any:

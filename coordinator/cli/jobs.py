@@ -5,7 +5,7 @@ a minute ago. So `baton jobs` shows every open job and the newest few that have 
 in one list. Every bound says so on stderr when it cuts something off.
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -136,7 +136,7 @@ def jobs(
         asked = phases or project
         write_notice("there is no such job" if asked else "no job yet; see `baton submit --help`")
     else:
-        now = datetime.now(UTC)
+        now = client.now()
         write_table(_LIST_COLUMNS, [_row(job, now, fold=fold) for job in found])
     if more:
         write_notice(f"there are more than {limit} such jobs; see --limit")
@@ -163,7 +163,7 @@ def job(context: click.Context, job_id: int) -> None:
     if settings_of(context).as_json:
         write_json(found)
     else:
-        write_job(found, datetime.now(UTC))
+        write_job(found, client.now())
 
 
 @click.command()
@@ -185,11 +185,10 @@ def events(context: click.Context, job_id: int) -> None:
             for event in history:
                 write_json(event)
             return
-        now = datetime.now(UTC)
         rows = [
             (
                 local_time(event.time),
-                units.format_span(event.time, now),
+                units.format_span(event.time, client.now()),
                 event.name,
                 event.attempt,
                 event.node,

@@ -6,6 +6,8 @@ So a recommendation is a record with all of that, from the hours that the coordi
 add up to, or from a series in a file. Nothing is leased by it.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from coordinator.cli.settings import BadInput, common_options, settings_of
 
 if TYPE_CHECKING:
     from coordinator.core.lease_advice import Case
-    from coordinator.core.leasing import Fleet, Recommendation, Terms
+    from coordinator.core.leasing import Recommendation, Terms
     from coordinator.core.linear import SolveLinear
 
 _COLUMNS = (
@@ -51,9 +53,8 @@ TYPE_OF_FILE = "H100"
     "--flexible",
     "flexible_ratio",
     type=Finite(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Part of the work that may wait for a day. Needs gpu-baton[scheduling].",
+    help="Part of the work that may wait for a day. Needs gpu-baton[scheduling].  [default: as jobs"
+    " have said; of a CSV: 0]",
 )
 @click.option("--node-gpus", type=click.IntRange(1), default=1, help="Lease so many at a time.")
 @common_options
@@ -67,7 +68,7 @@ def leases(
     owned: int | None,
     lease_usd: float | None,
     burst_usd: float | None,
-    flexible_ratio: float,
+    flexible_ratio: float | None,
     node_gpus: int,
 ) -> None:
     """Say what is worth leasing today, for each type of GPU.
@@ -84,6 +85,7 @@ def leases(
       baton leases
       baton leases --demand demand.csv --gpu-type H100 --owned 64 --flexible 0.3
     """
+    from coordinator.core.deferral import Flexible
     from coordinator.core.lease_advice import Case, no_price
     from coordinator.core.leasing import Fleet
 
@@ -99,7 +101,9 @@ def leases(
             if given is not None:
                 raise click.UsageError(f"{flag} is about a file: it says nothing without --demand")
         cases = [each for each in _asked(context) if gpu_type in (None, each.fleet.gpu_type)]
-    solve = _solver() if flexible_ratio else None
+    if flexible_ratio is not None:
+        cases = [replace(case, flexible=Flexible(flexible_ratio)) for case in cases]
+    solve = _solver(cases, asked=bool(flexible_ratio))
     found = []
     for case in cases:
         terms = _terms(prices, case, node_gpus)
@@ -109,7 +113,7 @@ def leases(
                 raise BadInput(why)
             write_notice(why)
             continue
-        found.append(_recommended(case.hours, case.fleet, terms, flexible_ratio, solve))
+        found.append(_recommended(case, terms, solve))
     if not cases:
         what = f" of {gpu_type}" if gpu_type else ""
         write_notice(f"nothing is known of demand{what} yet: no GPU was held in a whole hour")
@@ -154,6 +158,8 @@ def _asked(context: click.Context) -> "list[Case]":
             use.lease_usd,
             use.burst_usd,
             tuple(use.wanted_gpus),
+            use.flexible_ratio,
+            use.flexible_hours,
         )
         for use in costs.uses
     ]
@@ -203,26 +209,25 @@ def _terms(said: _Known, case: "Case", node_gpus: int) -> "Terms | None":
     )
 
 
-def _recommended(
-    hours: tuple[float, ...],
-    fleet: "Fleet",
-    terms: "Terms",
-    flexible_ratio: float,
-    solve: "SolveLinear | None",
-) -> "Recommendation":
-    from coordinator.core.deferral import Flexible
+def _recommended(case: "Case", terms: "Terms", solve: "SolveLinear | None") -> "Recommendation":
     from coordinator.core.leasing import recommend
 
     unix_ms = round(datetime.now(UTC).timestamp() * 1000)
-    flexible = Flexible(flexible_ratio)
-    return recommend(unix_ms, hours, fleet, terms, flexible=flexible, solve=solve)
+    return recommend(unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve)
 
 
-def _solver() -> "SolveLinear":
+def _solver(cases: "Sequence[Case]", *, asked: bool) -> "SolveLinear | None":
+    """Where some work may wait; `asked`: a person has said so, who is told what that needs."""
+    if not any(case.flexible.ratio for case in cases):
+        return None
+    need = "a solver: pip install 'gpu-baton[scheduling]'"
     try:
         from coordinator.lease_solver import solve
     except ImportError as error:
-        raise BadInput("--flexible needs a solver: pip install 'gpu-baton[scheduling]'") from error
+        if asked:
+            raise BadInput(f"--flexible needs {need}") from error
+        write_notice(f"LEVEL is found as if no work could wait; for more it takes {need}")
+        return None
     return solve
 
 
@@ -255,6 +260,10 @@ def _show(found: "list[Recommendation]") -> None:
             )
     if any(each.alternatives for each in found):
         days = found[0].terms.days
-        waits = found[0].flexible_ratio
-        part = f" and {waits:.0%} of it waits for a day where that is cheaper" if waits else ""
-        write_notice(f"expected over {days} days, if demand is as it was{part}; nothing was leased")
+        write_notice(f"expected over {days} days, if demand is as it was; nothing was leased")
+    for each in found:
+        if each.flexible_ratio:
+            write_notice(
+                f"{each.gpu_type}: {each.flexible_ratio:.0%} of the work may wait for"
+                f" {each.flexible_hours} h, and does where that is cheaper"
+            )

@@ -6,24 +6,25 @@ it beside what was expected. All counts are GPUs.
 """
 
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from coordinator.cli import scaling_plot
 from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
-from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.cli.settings import EXIT_FAILED, CommandFailed, common_options, settings_of
+from coordinator.cli.units import format_seconds
 from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.capacity_client import CapacityClient, Decision, Deed, TypePlan
+    from coordinator.cli.demand_client import Told
     from coordinator.cli.values import Node
 
 LEVELS_SHOWN = ("2.5%", "5%", "10%", "25%", "50%", "75%", "90%", "95%", "97.5%")
-PERIOD_MIN = 10
-HOURS_SHOWN = 48
-# What is on now is no history: it stands right of now, on such a part of what is shown.
-NOW_PART = 1 / 12
+DECISIONS_DRAWN = 1_000  # all that are kept
 _COLUMNS = (
     Column("GPU TYPE"),
     Column("ON", right=True),
@@ -60,11 +61,25 @@ def _connect(context: click.Context) -> "CapacityClient":
     return CapacityClient(settings_of(context))
 
 
+def _demand(context: click.Context, gpu_type: str, period_min: int) -> "Told | None":
+    """`None` where the coordinator says that there is none: nobody has ever wanted that type."""
+    from coordinator.cli.demand_client import DemandClient
+
+    try:
+        with DemandClient(settings_of(context)) as client:
+            return client.demand(gpu_type, "", "", period_min)
+    except CommandFailed as error:
+        if error.exit_code != EXIT_FAILED:
+            raise
+        write_notice(f"no demand of {gpu_type} is drawn: {error}")
+        return None
+
+
 @click.command(short_help="Show what the fleet should be now.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write demand of the last two days and what is on now as an SVG file.",
+    help="Write demand of the last two days, what was on and what is, as an SVG file.",
 )
 @common_options
 @click.pass_context
@@ -82,10 +97,12 @@ def plan(context: click.Context, plot: Path | None) -> None:
     """
     with _connect(context) as client:
         found = client.plan()
+        decided = client.decisions(DECISIONS_DRAWN, "") if plot is not None else []
     # Demand from before any node had joined is of no type; --json has it all the same.
     types = [one for one in found.types if any(_row(one)[1:-1])] or found.types
     if plot is not None:
-        _draw(context, plot, types)
+        told = [_demand(context, one.gpu_type, scaling_plot.PERIOD_MIN) for one in types]
+        scaling_plot.draw_plan(plot, types, told, decided, found.made)
     if settings_of(context).as_json:
         write_json(found)
         return
@@ -97,6 +114,8 @@ def plan(context: click.Context, plot: Path | None) -> None:
         f"mode {found.mode}: {found.why}; the plan is for {_percent(found.level)} of cases"
     )
     for one in found.types:
+        if one.need_reason:
+            write_notice(f"{one.gpu_type}: {one.need_reason}")
         if one.sentence:
             write_notice(one.sentence)
     for decision in found.proposed:
@@ -187,24 +206,33 @@ def list_(context: click.Context, count: int, gpu_type: str) -> None:
 
 @scale.command()
 @click.argument("decision")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write what was expected, what came and the alternatives as an SVG file.",
+)
 @common_options
 @click.pass_context
-def explain(context: click.Context, decision: str) -> None:
+def explain(context: click.Context, decision: str, plot: Path | None) -> None:
     """Show all that DECISION went by, and what came of it.
 
-    EXPECTED is what each alternative was expected to cost in work that waits, GPUs that idle and
-    cycles; REALISED what it would have cost in waiting and idling by the demand that came, and the
-    regret by how much the chosen one costs more than the cheapest.
+    EXPECTED is what each alternative was expected to cost in work that waits, GPUs that idle,
+    cycles and rent; REALISED what it would have cost by the demand that came, and the regret by how
+    much the chosen one costs more than the cheapest.
 
     \b
     Example:
       baton scale explain scale-7
+      baton scale explain scale-7 --plot scale-7.svg
     """
     as_json = settings_of(context).as_json
     with _connect(context) as client:
         found = client.decision(decision)
         ordered_on = not as_json and any(_is_order_on(deed) for deed in found.deeds)
         nodes = {node.id: node for node in client.nodes()} if ordered_on else {}
+    if plot is not None:
+        period_min = scaling_plot.period_min(found, datetime.now(UTC))
+        scaling_plot.draw_decision(plot, found, _demand(context, found.gpu_type, period_min))
     if as_json:
         write_json(found)
         return
@@ -266,14 +294,18 @@ def _show(one: "Decision") -> None:
     )
     there = f"{one.there_gpus} on or starting, {run}, {wait}"
     click.echo(f"seen: {there}, {one.guaranteed_gpus} of them guaranteed")
+    inputs = "; ".join(_inputs(one))
+    if inputs:
+        write_sentence(inputs)
     cases = f"{_percent(one.level)} of cases"
     click.echo(f"planned for {cases}: {one.need_gpus} needed, {one.keep_gpus} kept on")
-    for name, gpus in (("until a start is there", one.soon_gpus), ("later", one.later_gpus)):
+    for span_s, gpus in ((one.soon_s, one.soon_gpus), (one.holds_s, one.later_gpus)):
         if gpus:
             said = ", ".join(
                 f"{level} {_gpus(value)}" for level, value in zip(LEVELS_SHOWN, gpus, strict=True)
             )
-            write_sentence(f"maximum demand {name}, GPUs: {said}")
+            within = format_seconds(round(span_s))
+            write_sentence(f"maximum demand within {within}, GPUs: {said}")
     if one.coverage_ratio is not None:
         click.echo(f"bands of 95% held {one.coverage_ratio:.0%} of what came in three days")
     click.echo(f"held back by: {one.rail_reason or 'nothing'}")
@@ -297,6 +329,21 @@ def _show(one: "Decision") -> None:
         write_notice(f"{one.mean_gpus:.1f} GPUs were wanted; regret ${one.regret_usd:.2f}")
 
 
+def _inputs(one: "Decision") -> Iterator[str]:
+    """What else it went by, where there was any of it."""
+    if one.frees_s is not None:
+        yield f"a node is expected to free within {format_seconds(round(one.frees_s))}"
+    if one.rent_usd is not None:
+        yield f"a rented GPU costs ${one.rent_usd:.2f} an hour"
+    if one.patient_gpus:
+        yield f"{one.patient_gpus} more may wait"
+    if one.ending_gpus:
+        yield f"{quantity(one.ending_gpus, 'comes', 'come')} free before a start would be there"
+    if one.late_jobs:
+        jobs = ", ".join(map(str, one.late_jobs))
+        yield f"{quantity(one.late_gpus, 'GPU')} more would keep the deadlines of: {jobs}"
+
+
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:.3g}%"
 
@@ -304,39 +351,3 @@ def _percent(ratio: float) -> str:
 def _gpus(forecast: float) -> str:
     """More digits of a forecast say nothing."""
     return f"{forecast:.0f}" if forecast >= 10 else f"{forecast:.2g}"
-
-
-def _draw(context: click.Context, path: Path, types: "list[TypePlan]") -> None:
-    """Demand of the last days by type, and from now on what is on. Raises `CommandFailed`."""
-    from coordinator.cli.demand_client import DemandClient
-    from coordinator.sim.svg import Chart, Curve, draw
-
-    curves = []
-    with DemandClient(settings_of(context)) as client:
-        for one in types:
-            told = client.demand(one.gpu_type, "", "", PERIOD_MIN)
-            gpus = told.gpus[-HOURS_SHOWN * 60 // PERIOD_MIN :]
-            parts: list[list[tuple[float, float]]] = [[]]
-            for place, value in enumerate(gpus):
-                if value != value:  # nobody looked
-                    parts.append([])
-                else:
-                    parts[-1].append(((place - len(gpus) + 1) * PERIOD_MIN / 60, value))
-            known = [part for part in parts if part]
-            if not known:
-                continue
-            curves.append(Curve(f"{one.gpu_type}: wanted", [], parts=known))
-            until_h = max(PERIOD_MIN / 60, -known[0][0][0] * NOW_PART)
-            for what, here in (
-                ("on now", one.on_gpus + one.leaving_gpus),
-                ("should be on", one.wanted_gpus),
-            ):
-                curves.append(Curve(f"{one.gpu_type}: {what}", [(0.0, here), (until_h, here)]))
-    if not curves:
-        raise CommandFailed("there is no demand to be drawn yet: the first step takes ten minutes")
-    chart = Chart("Demand and the fleet", "time from now, h", "GPUs", curves, mark_x=0.0)
-    try:
-        path.write_text(draw(chart), encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
-    write_notice(f"plot: {path}")

@@ -164,9 +164,10 @@ def simulate(**given: Any) -> None:
       baton simulate jobs.csv --fleet fleet.toml --add-nodes 4xH200
       baton simulate --journal baton.sqlite3 --quota demo=x2
       baton simulate --demand demand.csv --plot nodes.svg
+      baton simulate --own-demand H100 --policy baton --policy idle-timeout
     """
     context = click.get_current_context()
-    if given["demand"] is not None:
+    if given["demand"] is not None or given["own_demand"] is not None:
         replay_demand(context, given)
     else:
         refuse_demand_options(context)

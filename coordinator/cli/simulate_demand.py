@@ -8,6 +8,7 @@ capacity wrong, or breaks a guard rail of Baton's, is an error and no row.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator.cli.again import again
+from coordinator.cli.demand import ask
 from coordinator.cli.render import Column, progress, write_json, write_notice, write_table
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
 from coordinator.core.sentences import quantity
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 OURS = "baton"
 # The options that say something with --demand; those of the second line say nothing without.
-OF_BOTH = ("demand", "fleet", "policies")
+OF_BOTH = ("demand", "own_demand", "fleet", "policies")
 OF_DEMAND = ("column", "warm_up_h", "plot")
 POWER_POLICIES = ("always-on", "idle-timeout", "clairvoyant")
 _COLUMNS = (
@@ -46,6 +48,11 @@ _OPTIONS = (
         "--demand",
         type=click.Path(path_type=Path),
         help="CSV: time, GPUs wanted. Instead of jobs: which nodes would be on (docs/simulate.md).",
+    ),
+    click.option(
+        "--own-demand",
+        metavar="GPU_TYPE",
+        help="Instead of --demand: what the coordinator has seen of this type, up to 90 days.",
     ),
     click.option("--column", default="demand", help="Of --demand, the one that has the GPUs."),
     click.option(
@@ -77,10 +84,18 @@ def replay_demand(context: click.Context, given: Mapping[str, Any]) -> None:
     policies = given["policies"]
     if context.get_parameter_source("policies") is click.core.ParameterSource.DEFAULT:
         policies = (OURS, *POWER_POLICIES)
-    as_json = settings_of(context).as_json
-    _simulate(given, policies, as_json=as_json)
-    if not as_json:
+    as_json, own = settings_of(context).as_json, given["own_demand"]
+    if own is not None and (given["demand"] is not None or _said(context, ("column",))):
+        raise BadInput("--own-demand is asked of the coordinator: leave out --demand and --column")
+    series = _read(given) if own is None else ask(context, (own, "", ""), ())[0]
+    _simulate(given, series, policies, as_json=as_json)
+    if as_json:
+        return
+    if own is None:
         write_notice(f"again: {again(context)}", whole=True)
+    else:
+        save = f"baton forecast --gpu-type {shlex.quote(own)} --save demand.csv"
+        write_notice(f"the same series again: `{save}`, then --demand demand.csv", whole=True)
 
 
 def refuse_demand_options(context: click.Context) -> None:
@@ -99,9 +114,19 @@ def _said(context: click.Context, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: bool) -> None:
-    """Replay the series under these policies, and print a row for each."""
+def _read(given: Mapping[str, Any]) -> "Series":
     from coordinator.forecast.demand_file import BadDemand, read_series
+
+    try:
+        return read_series(given["demand"], given["column"])
+    except BadDemand as error:
+        raise BadInput(str(error)) from error
+
+
+def _simulate(
+    given: Mapping[str, Any], series: "Series", policies: Sequence[str], *, as_json: bool
+) -> None:
+    """Replay the series under these policies, and print a row for each."""
     from coordinator.sim.capacity_inputs import read_boxes
     from coordinator.sim.toml_file import BadFile
 
@@ -110,10 +135,9 @@ def _simulate(given: Mapping[str, Any], policies: Sequence[str], *, as_json: boo
             words = ", ".join((OURS, *POWER_POLICIES))
             raise BadInput(f"{name} decides over jobs, not over nodes; with --demand: {words}")
     try:
-        series = read_series(given["demand"], given["column"])
         most = max((gpus for gpus in series.values if not math.isnan(gpus)), default=0.0)
         inputs = read_boxes(given["fleet"], most)
-    except (BadDemand, BadFile) as error:
+    except BadFile as error:
         raise BadInput(str(error)) from error
     begin = given["warm_up_h"] * series.per_hour
     judged = sum(not math.isnan(gpus) for gpus in series.values[begin:])

@@ -320,7 +320,8 @@ def submit(
         raise click.UsageError("--follow shows one job; follow a trial: baton logs -f JOB_INDEX")
     as_json = settings_of(context).as_json
     with connect(context) as client:
-        submission = client.submit(share.with_size(client, spec), request_id, for_job)
+        sized, lead_ms = share.with_size(client, spec), jobfile.deadline_in_ms(wanted)
+        submission = client.submit(sized, request_id, for_job, lead_ms)
         sentence = f"job {submission.job_id} submitted"
         if spec.array:
             first_id = submission.job_id

@@ -76,6 +76,12 @@ def parse_duration(text: str) -> int:
     return duration_ms
 
 
+def parse_lead(text: str) -> int:
+    """Milliseconds of a time to come that is said as so long from now ("6h"); 0 of any other.
+    Raises as `parse_time`."""
+    return parse_duration(text) if _DURATION.fullmatch(text.strip().lower()) else 0
+
+
 def parse_time(text: str, now: datetime) -> datetime:
     """A time to come: so long after `now` ("6h"), or a date with a time ("2026-11-30T09:00"), which
     is the local one where it names no offset. Raises `ValueError` with a sentence."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final, Protocol
 
-from coordinator.core import gpu_types, workload
+from coordinator.core import flexible, gpu_types, workload
 from coordinator.core.accounting import end_unix_ms
 from coordinator.core.capacity_model import Source
 from coordinator.core.cost_requests import (
@@ -337,13 +337,22 @@ def hourly_uses(
     count = max(0, end_ms // MS_PER_H - first)
     held: dict[str, list[float]] = {}
     wanted: dict[str, list[float]] = {}
+    patient: dict[str, Patience] = {}
     for stay in stays:
         gpus = held.setdefault(stay.gpu_type, [0.0] * count)
         _count(gpus, first, stay, stay.begin_ms)
-        _count(wanted.setdefault(stay.gpu_type, [0.0] * count), first, stay, stay.wanted_ms)
+        gpus = wanted.setdefault(stay.gpu_type, [0.0] * count)
+        may_wait_ms = _may_wait_ms(stay)
+        waited_ms = min(may_wait_ms, stay.begin_ms - stay.wanted_ms)
+        at_once = replace(stay, end_ms=stay.end_ms - waited_ms) if waited_ms else stay
+        gpu_hours = _count(gpus, first, at_once, stay.wanted_ms)
+        if may_wait_ms:
+            its = patient.setdefault(stay.gpu_type, Patience())
+            its.gpu_hours += gpu_hours
+            its.waited_hours += gpu_hours * may_wait_ms / MS_PER_H
     for gpu_type, gpus in sorted(held.items()):
         if any(wanted[gpu_type]):
-            tariff = prices.of(gpu_type)
+            tariff, its = prices.of(gpu_type), patient.get(gpu_type, Patience())
             yield HourlyUse(
                 gpu_type,
                 first * MS_PER_H,
@@ -351,14 +360,35 @@ def hourly_uses(
                 tariff.lease_usd,
                 tariff.burst_usd,
                 tuple(wanted[gpu_type]),
+                its.gpu_hours / sum(wanted[gpu_type]),
+                int(its.waited_hours / its.gpu_hours) if its.gpu_hours else 0,
             )
 
 
-def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> None:
+@dataclass(slots=True)
+class Patience:
+    """GPU-hours of work that may wait, and the same times the hours that it may."""
+
+    gpu_hours: float = 0.0
+    waited_hours: float = 0.0
+
+
+def _may_wait_ms(stay: Stay) -> int:
+    """By its own wish; what is less than an hour is nothing to whoever counts in hours."""
+    spec = stay.job.spec
+    patient = flexible.is_counted_late(spec) and spec.flexible_ms >= MS_PER_H
+    return spec.flexible_ms if patient else 0
+
+
+def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> float:
+    """Returns the GPU-hours that were counted."""
+    counted = 0.0
     last = min(first + len(gpus) - 1, (stay.end_ms - 1) // MS_PER_H)
     for hour in range(max(first, begin_ms // MS_PER_H), last + 1):
         spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(begin_ms, hour * MS_PER_H)
         gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
+        counted += stay.gpus * spent_ms / MS_PER_H
+    return counted
 
 
 def fleets_of(state: Books, unix_ms: int) -> Iterator[TypeFleet]:

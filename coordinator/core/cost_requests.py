@@ -72,7 +72,8 @@ class CostDay:
 class HourlyUse:
     """How many GPUs of a type were held, on average of each hour from `begin_unix_ms` on, and what
     they cost by the month and by the hour; None where nobody knows. `wanted_gpus` counts the time
-    that those who held them had waited for them."""
+    that those who held them had waited for them; `flexible_ratio` of it is of jobs that may wait by
+    their own wish, for `flexible_hours` on average, and is counted as if they had not."""
 
     gpu_type: str
     begin_unix_ms: int
@@ -80,6 +81,8 @@ class HourlyUse:
     lease_usd: float | None
     burst_usd: float | None
     wanted_gpus: tuple[float, ...] = ()
+    flexible_ratio: float = 0.0
+    flexible_hours: int = 0
 
 
 @dataclass(frozen=True, slots=True)

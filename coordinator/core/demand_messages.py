@@ -46,7 +46,7 @@ class ForecastMade:
 @dataclass(frozen=True, slots=True)
 class GetDemand:
     """A person's question. What is empty is summed over; 0 stands for the default. `ahead_min`: in
-    how many minutes it is asked what is still held."""
+    how many minutes it is asked what is still held. `holds`: whether it is asked who held GPUs."""
 
     gpu_type: str = ""
     project: str = ""
@@ -54,6 +54,7 @@ class GetDemand:
     period_min: int = 0
     steps: int = 0
     ahead_min: tuple[int, ...] = ()
+    holds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,27 @@ class HeldAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """GPUs that a job has held, from its first attempt until it has ended: `None`, it has not. In
+    minutes after the series' begin."""
+
+    gpus: float
+    begin_min: float
+    end_min: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Of those that ended before `since_min` not all are there; `None`: they are."""
+
+    each: tuple[Hold, ...]
+    since_min: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DemandSeries:
     """The answer. `gpus` are without a hole from `begin_unix_ms` on, `None` where nobody looked;
-    the first is known. `held_gpus`: now."""
+    the first is known. `held_gpus`: now. `holds`: by whom, where that was asked and is known."""
 
     begin_unix_ms: int
     period_min: int
@@ -77,3 +96,4 @@ class DemandSeries:
     gpu_type: str = ""
     held_gpus: float = 0.0
     held_ahead: tuple[HeldAhead, ...] = ()
+    holds: Holds | None = None

@@ -5,6 +5,7 @@ that nobody ever wanted gets a line of zeros that looks like an answer. So an an
 resolution, bounded by its ring, and a name that is not known is refused with those that are.
 """
 
+from coordinator.core import holds
 from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
 from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.held_ahead import held_ahead
@@ -46,7 +47,15 @@ def read(state: State, now: Instant, asked: GetDemand) -> DemandSeries:
     begin_min = (newest - count + 1 + first) * period_min
     held, ahead = held_ahead(state, now, which, asked.ahead_min)
     begin_unix_ms = begin_min * state.options.demand_minute_ms
-    return DemandSeries(begin_unix_ms, period_min, tuple(gpus[first:]), gpu_type, held, ahead)
+    return DemandSeries(
+        begin_unix_ms,
+        period_min,
+        tuple(gpus[first:]),
+        gpu_type,
+        held,
+        ahead,
+        holds.read(state, now, which, begin_unix_ms) if asked.holds else None,
+    )
 
 
 def _gpu_type(history: DemandHistory, name: str) -> str:

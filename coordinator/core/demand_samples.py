@@ -125,7 +125,7 @@ def _count_held(state: State) -> None:
             sums[series] -= gpus
     for attempt_id in [known for known in still_open if known not in held]:
         attempt = state.attempts[attempt_id]
-        counts = _held(state, attempt)
+        counts = counts_as(state, attempt)
         held[attempt_id] = attempt.job_id, counts
         for series, gpus in counts:
             sums[series] = sums.get(series, 0.0) + gpus
@@ -168,14 +168,15 @@ def _group(state: State, job_id: int) -> int:
     return groups.setdefault((*asks, *whose), len(groups))
 
 
-def _held(state: State, attempt: Attempt) -> tuple[tuple[Series, float], ...]:
+def counts_as(state: State, attempt: Attempt) -> tuple[tuple[Series, float], ...]:
     """By the facts of its node; where they are not known, by what its job asked for."""
     spec = state.jobs[attempt.job_id].spec
-    live = state.nodes.get(attempt.node)
+    live, gone = state.nodes.get(attempt.node), state.forgotten.get(attempt.node)
+    facts = {gpu.uuid: gpu for gpu in gone.node.gpus} if gone is not None else {}
     parts: dict[str, float] = {}
     for uuid in attempt.gpu_uuids:
         known = None if live is None else live.gpus.get(uuid)
-        gpu = None if known is None else known.facts
+        gpu = facts.get(uuid) if known is None else known.facts
         gpu_type = _named(spec) if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
         parts[gpu_type] = parts.get(gpu_type, 0.0) + _part(spec, gpu)
     return tuple((_series(spec, gpu_type), part) for gpu_type, part in parts.items())

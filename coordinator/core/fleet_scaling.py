@@ -7,7 +7,8 @@ what is needed.
 How, each `interval_ms`, and sooner where a new job waits while nodes are closed for this:
 1. Every node with GPUs becomes a box. One that a person or its health has closed, or that is not in
    touch without having been switched off, is closed: no capacity, and never touched. One that holds
-   what lies nowhere else is `uploading`. A node is idle since the last time that something ran.
+   what lies nowhere else is `uploading`. A node is idle since the last time that something ran,
+   ours or, by what its GPUs say (`readings.py`), somebody else's.
 2. The plan is made, its decisions become records (`scale_records.py`), and are logged.
 3. Only where the mode is `act` anything follows: nodes that are to take no new work are closed to
    it and emptied by handoff where that pays (`consolidation.py`), those that may go are drained and
@@ -23,6 +24,7 @@ The mode is `observe` until there are `HISTORY_MS` of demand, then `advise`, unl
 configured; without a driver it is never `act`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -39,7 +41,7 @@ from coordinator.core import (
     scaling,
     wakes,
 )
-from coordinator.core.capacity_model import Box, Power
+from coordinator.core.capacity_model import Box, Outlook, Power
 from coordinator.core.capacity_orders import Verb
 from coordinator.core.demand_history import MINUTE_MS, Series
 from coordinator.core.model import JobClass
@@ -111,6 +113,7 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
     seen = consolidation.settled(state, seen)
     seen = rentals.outlooks(state, now, patience.outlooks(state, now, seen))
     seen = deadline_rentals.outlooks(state, now, boxes, seen)
+    scaler.outlooks = {each.gpu_type: each for each in seen}
     boots = plan_time.boots(options, power.boot_times(state))
     rules = replace(options.scaling.rules, mode=mode, boots=boots)
     plan = scaling.plan(
@@ -121,6 +124,23 @@ def _plan(state: State, now: Instant, mode: Mode) -> Plan:
         rentals.remembered(state, now, scaler.memory),
     )
     return rentals.named(state, now, plan)
+
+
+def present(state: State, now: Instant, seen: Sequence[Outlook]) -> list[Outlook]:
+    """As a plan would take them now, for those who only look: who may wait does not count, and of
+    what comes free as much as the last plan has believed. Nothing is changed by it."""
+    last = state.scaler.outlooks
+    found = [
+        replace(
+            each,
+            ending_gpus=last[each.gpu_type].ending_gpus,
+            ended_later_gpus=last[each.gpu_type].ended_later_gpus,
+        )
+        if each.gpu_type in last
+        else each
+        for each in seen
+    ]
+    return patience.outlooks(state, now, consolidation.settled(state, found))
 
 
 def count(state: State, now: Instant, off: int, on: int) -> None:
@@ -150,13 +170,13 @@ def mode_of(state: State, now: Instant) -> tuple[Mode, str]:
         return Mode.ADVISE, "`act` is configured, and no driver that could switch a node"
     if options.mode is not None:
         return options.mode, "as it is configured"
-    days = _history_ms(state, now) / 86_400_000
+    days = history_ms(state, now) / 86_400_000
     if days < HISTORY_MS / 86_400_000:
         return Mode.OBSERVE, f"there are {days:.1f} days of demand, and 14 are wanted first"
     return Mode.ADVISE, "there are 14 days of demand; `scaling_mode` may say `act`"
 
 
-def _history_ms(state: State, now: Instant) -> int:
+def history_ms(state: State, now: Instant) -> int:
     """Since the oldest minute that is known of the last fourteen days, if that long."""
     count = HISTORY_MS // MINUTE_MS
     oldest = state.demand_history.oldest_minute
@@ -165,7 +185,10 @@ def _history_ms(state: State, now: Instant) -> int:
 
 
 def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mode) -> None:
-    scaler, outlook = state.scaler, decision.outlook
+    scaler, outlook, options = state.scaler, decision.outlook, state.options
+    soon_min, _ = demand_forecast.minutes_ahead(state, decision.gpu_type)
+    rents = options.scaling.rules.bursts.get(decision.gpu_type)
+    frees_ms = outlook.frees_ms  # in the plan's time
     scaler.last_number += 1
     record = ScaleRecord(
         scaler.last_number,
@@ -183,11 +206,20 @@ def _record(state: State, now: Instant, plan: Plan, decision: Decision, mode: Mo
         outlook.soon_gpus,
         outlook.later_gpus,
         outlook.coverage,
-        tuple(Choice(each.name, each.gpus, each.usd) for each in decision.alternatives),
+        tuple(
+            Choice(each.name, each.gpus, each.usd, each.fixed_usd) for each in decision.alternatives
+        ),
         decision.rail.name.lower() if decision.rail else "",
         decision.rail.value if decision.rail else "",
         _deeds(plan, decision),
-        state.options.scaling.rules.later_ms // MINUTE_MS,
+        options.scaling.rules.later_ms // MINUTE_MS,
+        soon_ms=soon_min * options.demand_minute_ms,
+        frees_ms=None if frees_ms is None else plan_time.wall_ms(options, frees_ms),
+        rent_usd=None if rents is None else rents.usd_per_gpu_h,
+        patient_gpus=outlook.patient_gpus,
+        ending_gpus=outlook.ending_gpus,
+        late_gpus=outlook.late_gpus,
+        late_jobs=outlook.late_jobs,
     )
     put(state, record)
     scaler.proposed.pop(record.gpu_type, None)

@@ -77,16 +77,6 @@ class Mix:
         """What a change of a node costs those who come next; the least is the best."""
         return self.cost(after) - self.cost(before)
 
-    def place(
-        self, box: Box, ask: Ask, rank: Callable[[Box], int] = lambda after: 0
-    ) -> tuple[int, int, Box] | None:
-        """The best of the ways to put a request on a node: the increase, the `rank` of what is then
-        left, which decides between equal ones, and that itself. `None` where it does not fit."""
-        afters = afters_of(box, ask, self._parts)
-        return min(
-            ((self.increase(box, after), rank(after), after) for after in afters), default=None
-        )
-
     def cost(self, box: Box) -> int:
         """Expected fragmentation and what the host cannot feed, in tenths of `lost`."""
         found = self._costs.get(box)

@@ -47,12 +47,10 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Horizon:
     """`hours` are those that the work takes at least; `prices` of a GPU-hour are 1 on average over
-    the GPUs. `longest_h`: no job takes longer on its best type. `quiet` is near 0 while jobs come,
-    up to `QUIET_MAX` where none has come for much longer than all work takes. `mean_gpu_h`: of what
-    a job has left."""
+    the GPUs. `quiet` is near 0 while jobs come, up to `QUIET_MAX` where none has come for much
+    longer than all work takes. `mean_gpu_h`: of what a job has left."""
 
     hours: float
-    longest_h: float = 0.0
     prices: Mapping[str, float] = field(default_factory=dict)
     quiet: float = 0.0
     mean_gpu_h: float = TYPICAL_GPU_H
@@ -77,13 +75,14 @@ class Horizon:
 def horizon(
     works: Sequence[Work], longest_h: float, capacity: Mapping[str, int], silence_h: float = 0.0
 ) -> Horizon:
-    """Of all this work on so many GPUs, where the last job came `silence_h` ago."""
+    """Of all this work on so many GPUs, where the last job came `silence_h` ago. No job takes
+    longer than `longest_h` on its best type."""
     gpus = {name: count for name, count in capacity.items() if count > 0}
     total = sum(gpus.values())
     mean_gpu_h = sum(work.gpu_hours for work in works) / len(works) if works else TYPICAL_GPU_H
     able = [places for work in works if (places := _hours(work, gpus))]
     if not able:
-        return Horizon(longest_h, longest_h, {}, _quiet(silence_h, longest_h), mean_gpu_h)
+        return Horizon(longest_h, {}, _quiet(silence_h, longest_h), mean_gpu_h)
     drawn = able[:: math.ceil(len(able) / PRICED_MAX)]
     prices = [1.0] * len(gpus)
     best, best_prices = -1.0, prices
@@ -102,7 +101,7 @@ def horizon(
     _, cost = _loads(able, best_prices)
     named = dict(zip(gpus, best_prices, strict=True))
     hours = max(longest_h, cost / total)
-    return Horizon(hours, longest_h, named, _quiet(silence_h, hours), mean_gpu_h)
+    return Horizon(hours, named, _quiet(silence_h, hours), mean_gpu_h)
 
 
 def _quiet(silence_h: float, hours: float) -> float:

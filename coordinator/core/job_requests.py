@@ -8,11 +8,13 @@ from coordinator.core.phases import JobPhase
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """`forgotten_job_id`: the job that it is (`found.py`); 0: a new one."""
+    """`forgotten_job_id`: the job that it is (`found.py`); 0: a new one. `deadline_in_ms`, above 0:
+    from now on, in place of the one that the request has."""
 
     spec: JobSpec
     request_id: str = ""
     forgotten_job_id: int = 0
+    deadline_in_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

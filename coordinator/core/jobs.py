@@ -51,6 +51,9 @@ PAGE_MAX = 1_000
 
 
 def submit(state: State, now: Instant, body: Submit) -> Answer:
+    if body.deadline_in_ms:
+        deadline_unix_ms = now.unix_ms + body.deadline_in_ms
+        body = replace(body, spec=replace(body.spec, deadline_unix_ms=deadline_unix_ms))
     if len(body.request_id) > REQUEST_ID_CHARACTERS_MAX:
         return _invalid(f"request_id is longer than {REQUEST_ID_CHARACTERS_MAX} characters")
     known = state.requests.get(body.request_id) if body.request_id else None
@@ -128,14 +131,18 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 
 
 def _forget_oldest(state: State) -> None:
-    """History is bounded: of the ended jobs without a pin the one that ended first makes room, and
-    one that stands for an open array only where there is no other."""
-    stands = state.indices.arrays.stands_for_others
+    """History is bounded."""
     while len(state.ended) >= JOBS_ENDED_MAX:
-        others = (known for known in _unpinned(state) if not stands(state.jobs[known]))
-        oldest = next(others, None)
+        oldest = first_to_forget(state)
         # There is one: PINS_MAX is below JOBS_ENDED_MAX.
         state.drop_job(next(_unpinned(state)) if oldest is None else oldest)
+
+
+def first_to_forget(state: State) -> int | None:
+    """Of the ended jobs without a pin the one that ended first makes room, and one that stands for
+    an open array only where there is no other."""
+    stands = state.indices.arrays.stands_for_others
+    return next((known for known in _unpinned(state) if not stands(state.jobs[known])), None)
 
 
 def _unpinned(state: State) -> Iterator[int]:

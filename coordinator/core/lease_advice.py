@@ -7,11 +7,12 @@ over the wire as the same values (`HourlyUse`, `TypeFleet`).
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.core import bills
 from coordinator.core.cost_requests import CostPage, GetCosts, Grouping, HourlyUse, TypeFleet
+from coordinator.core.deferral import Flexible
 from coordinator.core.lease_messages import LeasesMade, MakeLeases, Unadvised
 from coordinator.core.leasing import (
     MS_PER_H,
@@ -22,6 +23,7 @@ from coordinator.core.leasing import (
     Terms,
     recommend,
 )
+from coordinator.core.linear import SolveLinear
 from coordinator.core.state import Instant
 
 # What the rule looks back to, and a day for a first hour that is not whole.
@@ -31,17 +33,19 @@ NOTHING: Final = "nothing is known of demand yet: no GPU was held in a whole hou
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A type of GPU: demand by the hour, the newest last, what there is, and what it costs an
-    hour."""
+    """A type of GPU: demand by the hour, the newest last, what there is, what it costs an hour, and
+    which part of demand may wait."""
 
     hours: tuple[float, ...]
     fleet: Fleet
     lease_usd: float | None
     burst_usd: float | None
+    flexible: Flexible = field(default_factory=Flexible)
 
 
-def advise(asked: MakeLeases) -> LeasesMade:
-    """What `baton leases` would say at that moment; it may run in any thread."""
+def advise(asked: MakeLeases, solve: SolveLinear | None = None) -> LeasesMade:
+    """What `baton leases` would say at that moment; it may run in any thread. Without a solver the
+    level is found as if no work could wait."""
     begin_ms = max(0, asked.unix_ms - PAST_DAYS * bills.MS_PER_DAY)
     body = GetCosts(begin_ms, asked.unix_ms, Grouping.GPU_TYPE)
     page = bills.answer(asked.books, Instant(0, asked.unix_ms), body)
@@ -53,7 +57,9 @@ def advise(asked: MakeLeases) -> LeasesMade:
         if terms is None:
             unadvised.append(Unadvised(gpu_type, "price", no_price(gpu_type)))
             continue
-        said = recommend(asked.unix_ms, case.hours, case.fleet, terms)
+        said = recommend(
+            asked.unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve
+        )
         if said.bound == NO_HISTORY:
             unadvised.append(Unadvised(gpu_type, "history", f"{gpu_type}: {said.sentence}"))
         else:
@@ -77,6 +83,7 @@ def cases(
             Fleet(use.gpu_type, known.owned_gpus, lots),
             use.lease_usd,
             use.burst_usd,
+            Flexible(min(1.0, use.flexible_ratio), max(1, use.flexible_hours)),
         )
 
 

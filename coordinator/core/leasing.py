@@ -106,7 +106,8 @@ class Recommendation:
     """`quantiles` are those of demand at `LEVELS`; `level_gpus` counts what is owned. `lease_gpus`
     more should be leased today. `bound` is the rule that has the last word: "level", "break-even
     rise", "break-even fall", "a part a day", "whole lots", "price" or "no history" (docs/cost.md
-    explains them). `worth_usd` is of one GPU more, an hour."""
+    explains them). `worth_usd` is of one GPU more, an hour. Of all work `flexible_ratio` may wait
+    for `flexible_hours`."""
 
     gpu_type: str
     unix_ms: int
@@ -121,6 +122,7 @@ class Recommendation:
     quantiles: tuple[float, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     flexible_ratio: float = 0.0
+    flexible_hours: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ def recommend(
         tuple(day.demand.quantile(ratio) for ratio in LEVELS),
         _alternatives(day, round(level), lease),
         day.flexible.ratio,
+        day.flexible.wait_h if day.flexible.ratio else 0,
     )
 
 
@@ -261,13 +264,14 @@ def _level_over(day: _Day, days: Sequence[int]) -> float:
 
 def _worth_usd(day: _Day) -> float:
     """What one GPU more would save in an hour."""
+    at_once = day.terms.burst_usd * day.demand.above(day.there)[0]
     if not day.flexible.ratio or day.solve is None:
-        return day.terms.burst_usd * day.demand.above(day.there)[0]
+        return at_once
     draft = Draft()
     there = draft.column(0.0, float(day.there), float(day.there))
     rows = _add_spans(draft, day, DAYS, [(there, 1.0)])
     found = day.solve(draft.done())
-    return 0.0 if found is None else sum(found.prices[row] for row in rows)
+    return at_once if found is None else sum(found.prices[row] for row in rows)
 
 
 def _add_spans(

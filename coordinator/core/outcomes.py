@@ -16,7 +16,6 @@ again: a missing module stays missing.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, takewhile
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.messages import AttemptExited
@@ -139,7 +138,8 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     """Back to the queue. A first failure is bad luck (a process killed for memory) and costs no
     wait; after that the wait doubles with every failure or refusal in a row.
     """
-    troubles = job.failures + job.yields + len(_refusals(state, job))
+    passing = sum(not each.permanent for each in _refusals(state, job))  # the others are failures
+    troubles = job.failures + job.yields + passing
     if job.failures == troubles == 1:
         state.eligible_ms.pop(job.id, None)
         claims.keep(state, now, job, 0)
@@ -151,14 +151,31 @@ def retry(state: State, now: Instant, job: Job, reason: str) -> None:
     requeue(state, now, job, f"{reason}; tried again after {wait_ms / 1000:g} s{kept}")
 
 
-def _refusals(state: State, job: Job) -> list[list[Attempt]]:
-    """Of the tries in a row, up to now, that nodes have refused, their ranks; the last first."""
-    tries: dict[int, list[Attempt]] = {}
+def _refusals(state: State, job: Job) -> list[Attempt]:
+    """Of the tries in a row, up to now, that a node has refused, the attempt; the last one
+    first. Not those before its owner asked again: permanent ones are failures, which that forgets.
+    """
+    tries: dict[int, Attempt | None] = {}
     for attempt in state.attempts_of(job.id):
-        ranks = tries.setdefault(attempt.epoch, [])
-        if attempt.phase is AttemptPhase.REFUSED:
-            ranks.append(attempt)
-    return list(takewhile(bool, reversed(tries.values())))
+        refusal = tries.get(attempt.epoch)
+        if attempt.phase is AttemptPhase.REFUSED and not (refusal and refusal.permanent):
+            refusal = attempt
+        tries[attempt.epoch] = refusal
+    found: list[Attempt] = []
+    permanent = 0
+    for refusal in reversed(tries.values()):
+        permanent += refusal is not None and refusal.permanent
+        if refusal is None or permanent > job.failures:
+            break
+        found.append(refusal)
+    return found
+
+
+def _lacking(state: State, job: Job) -> dict[str, None]:
+    """The nodes that lack what it needs, as all ranks of these tries have it."""
+    tries = {each.epoch: None for each in _refusals(state, job) if each.permanent}
+    ranks = [each for each in state.attempts_of(job.id) if each.epoch in tries]
+    return {rank.node: None for rank in ranks if rank.permanent}
 
 
 def refusal(gang: Sequence[Attempt]) -> Attempt | None:
@@ -175,10 +192,7 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
         job = state.put_job(replace(job, failures=job.failures + 1))
-        # Of those since its owner has asked for it; a disk that was full says nothing of the job.
-        tries = [[rank.node for rank in ranks if rank.permanent] for ranks in _refusals(state, job)]
-        lacking = dict.fromkeys(chain(*[nodes for nodes in tries if nodes][: job.failures]))
-        others = [node for node in lacking if node != attempt.node]
+        others = [node for node in _lacking(state, job) if node != attempt.node]
         hopeless = others or not _may_run_elsewhere(state, job, attempt)
         # Nothing has run, so who may not be run again may still be tried on another node.
         if hopeless or job.failures > max(1, job.spec.max_restarts):

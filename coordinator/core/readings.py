@@ -18,6 +18,9 @@ from coordinator.core.state import Instant, LiveNode, State, cut
 # Ten missed deadlines: a driver that was busy with one GPU, or loaded anew, has answered by then.
 UNREAD_MS = 30_000
 REPORTS_UNREAD = 3  # where they come so seldom that one or two would be enough for that
+# Kernels run for more of the time where nothing of ours does: somebody uses it past Baton, by hand
+# or by another scheduler. What draws a screen takes a percent or two.
+USED_RATIO = 0.05
 
 
 def heard(state: State, now: Instant, live: LiveNode, reading: GpuReading) -> None:
@@ -26,6 +29,10 @@ def heard(state: State, now: Instant, live: LiveNode, reading: GpuReading) -> No
     gpu = live.gpus[reading.uuid]
     gpu.figures, gpu.used_ratio = reading.figures, reading.used_ratio
     gpu.read_ms = now.now_ms - reading.age_ms
+    used = reading.used_ratio is not None and reading.used_ratio > USED_RATIO
+    if used and not (live.attempts or live.strays):
+        live.used_ms = max(1, now.now_ms)  # such a node is not idle (`fleet_scaling.py`)
+        state.rooms.boxes.pop(live.node.id, None)
     if not reading.error or reading.read_between:
         gpu.unread_since_ms = None
         if gpu.unread:

@@ -19,7 +19,10 @@ from coordinator.core import (
 from coordinator.core.boot_times import BootTimes
 from coordinator.core.capacity_model import Box, Outlook, Power, Source
 from coordinator.core.capacity_orders import Verb
+from coordinator.core.demand_history import Series
+from coordinator.core.guard_rails import DAY_MS
 from coordinator.core.messages import Refusal, RefusalKind
+from coordinator.core.node_power import minutes
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.core.scale_requests import (
     ApproveScaling,
@@ -33,6 +36,7 @@ from coordinator.core.scale_requests import (
     TypePlan,
 )
 from coordinator.core.scaling import Wanted
+from coordinator.core.sentences import quantity
 from coordinator.core.state import Instant, State
 
 RECORDS_SHOWN = 20
@@ -56,14 +60,19 @@ def plan_page(state: State, now: Instant) -> PlanPage:
     boxes: dict[str, list[Box]] = {}
     for box in fleet_scaling.boxes_of(state, now):
         boxes.setdefault(box.gpu_type, []).append(box)
-    outlooks = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
+    seen = {each.gpu_type: each for each in demand_forecast.outlooks(state, now)}
+    by_plan = fleet_scaling.present(state, now, list(seen.values()))
+    outlooks = {each.gpu_type: each for each in by_plan}
     newest = {record.gpu_type: record for record in scaler.records.values()}
     boots = power.boot_times(state)
     types = []
     for name in sorted(dict.fromkeys([*boxes, *outlooks])):
         outlook, mine = outlooks.get(name, Outlook(name, 0, 0, 0)), boxes.get(name, [])
         wanted = _wanted(state, now, outlook, mine)
-        types.append(_type_plan(outlook, mine, wanted, newest.get(name), boots=boots))
+        shown = _type_plan(outlook, mine, wanted, newest.get(name), boots=boots)
+        queued_gpus = seen[name].queued_gpus if name in seen else 0
+        why_need = _need_reason(state, now, outlook, wanted)
+        types.append(replace(shown, queued_gpus=queued_gpus, need_reason=why_need))
     return PlanPage(
         mode.value,
         why,
@@ -119,6 +128,28 @@ def _type_plan(
         "" if record is None else f"{record.id}: {record.sentence}",
         sum(box.gpus for box in boxes if box.source is Source.BURST),
     )
+
+
+def _need_reason(state: State, now: Instant, outlook: Outlook, wanted: Wanted) -> str:
+    """Empty where as many are needed as run and wait. A forecast is of the newest minute, and of
+    the most that is wanted until a node that is started now would be there."""
+    need, wants = wanted.need_gpus, wanted.now_gpus
+    begins = f"{quantity(need, 'GPU is', 'GPUs are')} needed, and {wants} wanted now"
+    if need < wants:
+        return f"{begins}: {outlook.ending_gpus} come free before a node could be started"
+    if need == wants:
+        return ""
+    soon_min, _ = demand_forecast.minutes_ahead(state, outlook.gpu_type)
+    level = f"{100 * state.options.scaling.rules.level:.3g}%"
+    within = minutes(soon_min * state.options.demand_minute_ms)
+    why = f"in {level} of cases no more are wanted at once within {within}"
+    newest = state.demand_history.newest_minute or 0
+    (then,) = state.demand_history.read(1, newest, 1, Series(outlook.gpu_type))
+    if then is not None and round(then) != outlook.running_gpus + outlook.queued_gpus:
+        why += f", by the {round(then)} that were wanted when that was forecast"
+    if fleet_scaling.history_ms(state, now) < DAY_MS:
+        why += "; demand is known for less than a day, so it is taken to rise by chance alone"
+    return f"{begins}: {why}"
 
 
 def list_records(state: State, body: ListScaleRecords) -> ScalePage:

@@ -24,11 +24,13 @@ KNOWN_RATIO_MIN = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What could be done, how many GPUs are there then, and what that was expected to cost."""
+    """What could be done, how many GPUs are there then, and what that was expected to cost;
+    `fixed_usd` of it, cycles and rent, whatever comes."""
 
     name: str
     gpus: int
     usd: float
+    fixed_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,9 @@ class Deed:
 
 @dataclass(frozen=True, slots=True)
 class Hindsight:
-    """Of what came: the mean demand, and what each alternative would have cost in waiting and
-    idling, in the order of the alternatives. `regret_usd`: the chosen one less the cheapest."""
+    """Of what came: the mean demand, and what each alternative would have cost in waiting, idling,
+    cycles and rent, in the order of the alternatives. `regret_usd`: the chosen one less the
+    cheapest."""
 
     mean_gpus: float
     usd: tuple[float, ...]
@@ -54,7 +57,12 @@ class Hindsight:
 class ScaleRecord:
     """One decision of one GPU type; the last alternative is what was chosen. `minutes`: how long it
     was meant to hold. `hindsight` is `None` until that is over, or where too little is known of
-    it."""
+    it.
+
+    `soon_ms`: how far ahead `soon_gpus` are about, a start and one decision more. `frees_ms`: after
+    which a node was expected to free; `None`: nobody knew, or nobody waited. `rent_usd`: of a GPU
+    for an hour; `None`: none can be rented. `patient_gpus` waited, and were not counted yet;
+    `ending_gpus` come free in time; `late_gpus` keep the deadlines of `late_jobs`."""
 
     number: int
     unix_ms: int
@@ -77,6 +85,13 @@ class ScaleRecord:
     deeds: tuple[Deed, ...] = ()
     minutes: int = 0
     hindsight: Hindsight | None = None
+    soon_ms: int = 0
+    frees_ms: int | None = None
+    rent_usd: float | None = None
+    patient_gpus: int = 0
+    ending_gpus: int = 0
+    late_gpus: int = 0
+    late_jobs: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -103,7 +118,8 @@ def hindsight(
         return None
     hours = len(came_gpus) / MINUTES_PER_H
     usd = tuple(
-        hours
+        choice.fixed_usd
+        + hours
         / len(known)
         * sum(
             max(0.0, gpus - choice.gpus) * wait_usd_per_gpu_h

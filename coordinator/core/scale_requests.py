@@ -36,7 +36,8 @@ class TypePlan:
     """A GPU type as the last plan saw it, in GPUs: those of nodes by their power, those that are
     free on nodes that are on, what runs, waits and is needed, and what the plan wants on.
     `boot_ms`: how long a start takes. `sentence`: what the newest decision about it says.
-    `rented_gpus`: of all these, those that are paid for by the hour."""
+    `rented_gpus`: of all these, those that are paid for by the hour. `need_reason`: why more or
+    fewer are needed than run and wait; empty where it is as many."""
 
     gpu_type: str
     on_gpus: int
@@ -59,6 +60,7 @@ class TypePlan:
     stale: bool = False
     sentence: str = ""
     rented_gpus: int = 0
+    need_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from coordinator.core.capacity_model import Outlook
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.core.scaling import Memory, Mode, Rules
 
@@ -74,7 +75,8 @@ class Scaler:
     person. `made`: when the last plan was, by both clocks; `seen_job_id`: the
     newest job then. `awaited` by GPU type: whose deadlines ask for nodes of it, as the last plan
     has it; `rented_for`: by job, what was ordered for its deadline (`deadline_rentals.py`).
-    `ends`: by GPU type, of what is needed soon and later."""
+    `ends`: by GPU type, of what is needed soon and later. `outlooks`: what the last plan saw of
+    each type."""
 
     memory: Memory = field(default_factory=Memory)
     due_ms: int | None = None
@@ -86,6 +88,7 @@ class Scaler:
     awaited: dict[str, list[Awaited]] = field(default_factory=dict)
     rented_for: dict[int, RentedFor] = field(default_factory=dict)
     ends: dict[tuple[str, str], EndsRecord] = field(default_factory=dict)
+    outlooks: dict[str, Outlook] = field(default_factory=dict)
 
     def load(self, records: tuple[ScaleRecord, ...]) -> None:
         """Take over what is durable. What was proposed has to be proposed anew."""

@@ -101,11 +101,13 @@ class Action:
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """What could be done instead, the GPUs that are there then, and what the time until `later_ms`
-    is expected to cost by it: work that waits, GPUs that idle, cycles, rent."""
+    is expected to cost by it: work that waits, GPUs that idle, and, whatever comes, cycles and rent
+    (`fixed_usd`)."""
 
     name: str
     gpus: int
     usd: float
+    fixed_usd: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,8 +449,8 @@ def _alternatives(
     def alternative(name: str, gpus: int, cycled_gpus: int, usd: float = 0.0) -> Alternative:
         short = odds.mean_short(outlook.later_gpus, gpus) * rules.wait_usd_per_gpu_h
         idle = odds.mean_idle(outlook.later_gpus, gpus) * rules.idle_usd_per_gpu_h
-        cycles_usd = cycled_gpus * rules.cycle_usd_per_gpu
-        return Alternative(name, gpus, (short + idle) * hours + cycles_usd + usd)
+        fixed_usd = cycled_gpus * rules.cycle_usd_per_gpu + usd
+        return Alternative(name, gpus, (short + idle) * hours + fixed_usd, fixed_usd)
 
     chosen = there + starts + done.rented_gpus - stops - back
     return (

@@ -1,8 +1,7 @@
 """How many of the GPUs that are held now will be held still, so many hours from now.
 
 Problem: a series says how much is held, not by whom. A job that has run for a day mostly runs for
-another, one that began five minutes ago is mostly gone in an hour, and a job that says what is left
-of it is known best. None of that is in the sum.
+another, and one that began five minutes ago is mostly gone in an hour. Neither is in the sum.
 
 How: a life table. Ages are cut into bands that grow with age (`EDGES_S`); each band counts the
 attempts that ended in it and the time that all of them, ended or still running, have spent in it.
@@ -11,53 +10,114 @@ span crosses: what Kaplan and Meier estimate (Nonparametric Estimation from Inco
 JASA 53, 1958), in bounded memory and with what still runs counted as such. Leaving that out would
 make old age look rare. Sizes have tables of their own that begin as that of all sizes together, and
 both forget.
+
+What a forecast is told (`still_wanted`) is what waits, of which nobody leaves, and what stays of
+what is held. How long a job itself says it has left is not in it. Of the past that is not known
+any more, and a forecast that was told it now alone could not have learned what it is worth.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.forecast.quantiles import Floats
 
+HOUR_S: Final = 3_600.0
 DAY_S: Final = 86_400.0
 # Ages: from the first minute to two months, four bands a doubling or so; the last has no end.
 EDGES_S: Final[Floats] = np.concatenate([[0.0], np.geomspace(60.0, 60 * DAY_S, 48)])
+WIDTHS_S: Final[Floats] = np.append(np.diff(EDGES_S), 0.0)  # of the last one nobody is older
 # Jobs of one GPU, of a part of a box, of a box, and of several.
 GPUS_MAX: Final = (1, 4, 8)
+SHAPE: Final = (len(GPUS_MAX) + 1, len(EDGES_S))
 HALF_LIFE_DAYS: Final = 30.0
 # A size begins with as many ends of all sizes in each band, and all sizes with as many that say
 # jobs end once in their age: hazards of real clusters fall like that.
 OWN_ENDS: Final = 4.0
 BEGIN_ENDS: Final = 0.5
 
+Places = NDArray[np.intp]
+
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """An attempt. `remaining_s`: what it, or what is seen of its pace, says is left, if anything.
-    Ages of one that was handed over count from its first attempt."""
+class Holds:
+    """Who has held GPUs: a number for each job, in hours from the begin of a series. `end_h` is
+    infinite where it goes on. Who had ended before `since_h` may not be among them."""
 
-    gpus: float
-    age_s: float
-    remaining_s: float | None = None
+    gpus: Floats
+    begin_h: Floats
+    end_h: Floats
+    since_h: float = -math.inf
+
+
+def still_wanted(
+    holds: Holds, wanted: Sequence[float], per_hour: int, ahead_h: Sequence[int]
+) -> list[Floats]:
+    """For each of these: at each step of a series of means, what is expected to be wanted still so
+    many hours later, as it could be known at its end; NaN where it could not. Who came or went
+    within the step is in its mean in part, and then stays or has left."""
+    waits = np.array(wanted) - held_on_average(holds, len(wanted), per_hour)
+    return [np.maximum(0.0, waits + each) for each in stays(holds, len(wanted), per_hour, ahead_h)]
+
+
+def held_on_average(holds: Holds, steps: int, per_hour: int) -> Floats:
+    """Within each step."""
+    spent = [
+        holds.gpus @ np.maximum(0.0, np.minimum(holds.end_h, step / per_hour) - holds.begin_h)
+        for step in range(steps + 1)
+    ]
+    return np.diff(spent) * per_hour
+
+
+def stays(holds: Holds, steps: int, per_hour: int, ahead_h: Sequence[int]) -> Floats:
+    """Of what is held at the end of each step, what is expected to be held still so many hours
+    later, as a mean; shape (hours ahead, steps), NaN where it could not be known. Who ends earlier
+    than he begins has no age."""
+    table = LifeTable()
+    found = np.full((len(ahead_h), steps), np.nan)
+    looked_h = holds.since_h
+    there = (holds.begin_h < looked_h) & (holds.end_h > looked_h)
+    table.came(holds.gpus[there], HOUR_S * (looked_h - holds.begin_h[there]))
+    for step in range(steps):
+        now_h = (step + 1) / per_hour
+        if now_h < holds.since_h:
+            continue
+        gone = (holds.end_h > looked_h) & (holds.end_h <= now_h)
+        lasted_h = holds.end_h[gone] - holds.begin_h[gone]
+        table.ended(holds.gpus[gone], HOUR_S * np.maximum(0.0, lasted_h))
+        if (step + 1) % (24 * per_hour) == 0:
+            table.forget(days=1)
+        there = (holds.begin_h < now_h) & (holds.end_h > now_h)
+        ages_s = HOUR_S * (now_h - holds.begin_h[there])
+        held = holds.gpus[there]
+        found[:, step] = table.chances(held, ages_s, [HOUR_S * each for each in ahead_h]) @ held
+        looked_h = now_h
+    return found
 
 
 class LifeTable:
-    """What is known of how long attempts last; one for a GPU type, a project or a class."""
+    """What is known of how long jobs hold GPUs; one for a GPU type, a project or a class. All that
+    goes in is as long as there are jobs: their GPUs, and their ages in seconds."""
 
     def __init__(self) -> None:
-        shape = (len(GPUS_MAX) + 1, len(EDGES_S))
-        self._ends = np.zeros(shape)
-        self._spent_s = np.zeros(shape)
+        self._ends = np.zeros(SHAPE)
+        self._spent_s = np.zeros(SHAPE)
 
-    def ended(self, gpus: float, age_s: float) -> None:
-        """An attempt has ended by itself; one that was preempted or handed over has not."""
-        if age_s < 0 or gpus < 0:
-            raise ValueError(f"an attempt of {gpus} GPUs cannot have lasted {age_s} s")
-        size = _size(gpus)
-        self._spent_s[size] += _spent(np.array([age_s]))[0]
-        self._ends[size, _band(age_s)] += 1.0
+    def came(self, gpus: Floats, ages_s: Floats) -> None:
+        """Of these, who were as old before anybody looked, it is not known how many of their age
+        had ended by then: what they had spent does not count."""
+        self._spent_s -= _spent(gpus, ages_s)
+
+    def ended(self, gpus: Floats, ages_s: Floats) -> None:
+        """They have ended by themselves; who is preempted or handed over has not."""
+        if np.any(ages_s < 0) or np.any(gpus < 0):
+            raise ValueError("nobody holds less than no GPU, or has lasted for less than no time")
+        self._spent_s += _spent(gpus, ages_s)
+        np.add.at(self._ends, (_sizes(gpus), _bands(ages_s)), 1.0)
 
     def forget(self, days: float) -> None:
         """So much time has passed."""
@@ -65,30 +125,25 @@ class LifeTable:
         self._ends *= keep
         self._spent_s *= keep
 
-    def known_gpus(self, running: Sequence[Running], ahead_s: float) -> float:
-        """Of the GPUs that these hold, how many they will hold in `ahead_s`, as a mean."""
-        if not running:
-            return 0.0
-        gpus = np.array([each.gpus for each in running])
-        return float(gpus @ self.chances(running, ahead_s))
+    def chances(self, gpus: Floats, ages_s: Floats, ahead_s: Sequence[float]) -> Floats:
+        """Of each that runs, to run still so much later; shape (times, jobs). What all of them have
+        spent counts as lived."""
+        sizes = _sizes(gpus)
+        hazards = self._hazards(_spent(gpus, ages_s))
+        until = np.zeros(SHAPE)
+        np.cumsum(hazards[:, :-1] * WIDTHS_S[:-1], axis=1, out=until[:, 1:])
 
-    def chances(self, running: Sequence[Running], ahead_s: float) -> Floats:
-        """Of each, to run still in `ahead_s`. What all of them have spent counts as lived."""
-        ages = np.array([each.age_s for each in running])
-        sizes = np.array([_size(each.gpus) for each in running], dtype=np.intp)
-        lived = _spent(ages)
-        hazards = self._hazards(lived, sizes)
-        crossed = _spent(ages + ahead_s) - lived
-        alive: Floats = np.exp(-np.sum(hazards[sizes] * crossed, axis=1))
-        for place, each in enumerate(running):
-            if each.remaining_s is not None:
-                alive[place] = float(each.remaining_s > ahead_s)
-        return alive
+        def passed(ages_s: Floats) -> Floats:
+            bands = _bands(ages_s)
+            within: Floats = until[sizes, bands] + hazards[sizes, bands] * (ages_s - EDGES_S[bands])
+            return within
 
-    def _hazards(self, lived: Floats, sizes: np.ndarray[tuple[int], np.dtype[np.intp]]) -> Floats:
+        before = passed(ages_s)
+        return np.exp([before - passed(ages_s + each) for each in ahead_s])
+
+    def _hazards(self, lived_s: Floats) -> Floats:
         """Ends a second, by size and band."""
-        spent_s = self._spent_s.copy()
-        np.add.at(spent_s, sizes, lived)
+        spent_s = self._spent_s + lived_s
         middles = 0.5 * (EDGES_S + np.append(EDGES_S[1:], 2 * EDGES_S[-1]))
         everybody = self._ends.sum(axis=0) + BEGIN_ENDS
         pooled = everybody / (spent_s.sum(axis=0) + BEGIN_ENDS * middles)
@@ -96,16 +151,20 @@ class LifeTable:
         return hazards
 
 
-def _size(gpus: float) -> int:
-    return int(np.searchsorted(GPUS_MAX, gpus))
+def _sizes(gpus: Floats) -> Places:
+    return np.searchsorted(GPUS_MAX, gpus)
 
 
-def _band(age_s: float) -> int:
-    return int(np.searchsorted(EDGES_S, age_s, side="right")) - 1
+def _bands(ages_s: Floats) -> Places:
+    return np.searchsorted(EDGES_S, ages_s, side="right") - 1
 
 
-def _spent(ages_s: Floats) -> Floats:
-    """Seconds in each band until this age; shape (ages, bands)."""
-    ends = np.append(EDGES_S[1:], np.inf)
-    lived: Floats = np.clip(ages_s[:, None], EDGES_S, ends) - EDGES_S
-    return lived
+def _spent(gpus: Floats, ages_s: Floats) -> Floats:
+    """Seconds of all of them, by size and band: whoever is older than a band was in all of it."""
+    bands = _bands(ages_s)
+    places = _sizes(gpus) * SHAPE[1] + bands
+    within_s = np.bincount(places, ages_s - EDGES_S[bands], SHAPE[0] * SHAPE[1]).reshape(SHAPE)
+    there = np.bincount(places, minlength=SHAPE[0] * SHAPE[1]).reshape(SHAPE)
+    older = there[:, ::-1].cumsum(axis=1)[:, ::-1] - there
+    spent_s: Floats = within_s + older * WIDTHS_S
+    return spent_s

@@ -8,7 +8,8 @@
 # How: the environment is made for this system's own interpreter at its final path below a staging
 # directory, filled from constraints.txt, and what names the staging directory is corrected. What is
 # compiled fits one minor version of Python, so the package depends on that: 3.11 from Debian 12,
-# 3.12 from Ubuntu 24.04, 3.13 from Debian 13. Bytecode is compiled here, checked against nothing: at
+# 3.12 from Ubuntu 24.04, 3.13 from Debian 13; its version names the release, so that one repository
+# holds the packages of all. Bytecode is compiled here, checked against nothing: at
 # run time /opt is read-only. With SOURCE_DATE_EPOCH (by default the last commit's date) two builds
 # are the same byte for byte.
 #
@@ -21,7 +22,16 @@ HOME_OF_PACKAGE=/opt/baton
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 tree="$(cd "$here/../.." && pwd)"
 target="$(mkdir -p "$1" && cd "$1" && pwd)"
-version="${2:-$(sed -n 's/^version = "\(.*\)"$/\1/p' "$tree/pyproject.toml")}"
+
+# Of which system this is, as versions of packages have it: deb12, ubuntu24.04.
+release() {
+  local ID="" VERSION_ID=""
+  # shellcheck source=/dev/null
+  . "$1"
+  printf '%s%s' "${ID/#debian/deb}" "$VERSION_ID" | tr -cd 'a-z0-9.'
+}
+
+version="${2:-$(sed -n 's/^version = "\(.*\)"$/\1/p' "$tree/pyproject.toml")}~$(release /etc/os-release)"
 SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(git -C "$tree" log -1 --format=%ct 2>/dev/null || echo 0)}"
 export SOURCE_DATE_EPOCH PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1
 

@@ -45,8 +45,16 @@ class Box:
         self.now_ms = 0
 
     @contextmanager
-    def opened(self, rate: str = "normal") -> Iterator[RemoteGpus]:
-        gpus = RemoteGpus(None, deadlines=PATIENT, now_ms=lambda: self.now_ms, rate=rate)
+    def opened(
+        self, rate: str = "normal", *, pcie_throughput: bool = False
+    ) -> Iterator[RemoteGpus]:
+        gpus = RemoteGpus(
+            None,
+            deadlines=PATIENT,
+            now_ms=lambda: self.now_ms,
+            rate=rate,
+            pcie_throughput=pcie_throughput,
+        )
         gpus.open()
         yield gpus
         gpus.close()
@@ -86,11 +94,11 @@ def inventory_of(sample: GpuSample) -> GpuInventory:
     return sample.inventory
 
 
-def lock_ms_a_second(box: Box, rate: str) -> float:
+def lock_ms_a_second(box: Box, rate: str, *, pcie_throughput: bool = False) -> float:
     """Of each GPU, over two minutes in which processes run on all of them."""
     described = [replace(gpu, processes=((4242, 1 << 30),)) for gpu in h100(GPUS)]
     describe([with_details(gpu, clock_event_reasons=0) for gpu in described], box.path)
-    with box.opened(rate) as gpus:
+    with box.opened(rate, pcie_throughput=pcie_throughput) as gpus:
         box.take_calls()
         for _ in range(SECONDS):
             assert all(not sample.error for sample in gpus.samples())
@@ -100,6 +108,31 @@ def lock_ms_a_second(box: Box, rate: str) -> float:
 
 def test_the_normal_rate_keeps_the_lock_budget(box: Box) -> None:
     assert 0.0 < lock_ms_a_second(box, "normal") < LOCK_BUDGET_MS
+
+
+def test_the_throughput_of_pcie_keeps_it_too_where_it_is_wanted(box: Box) -> None:
+    assert lock_ms_a_second(box, "normal", pcie_throughput=True) < LOCK_BUDGET_MS
+
+
+def test_the_throughput_of_pcie_is_read_only_where_it_is_wanted(box: Box) -> None:
+    gpu = with_details(h100(1)[0], pcie_sent_kb=25_000_000, pcie_received_kb=7)
+    describe([gpu, *a100(1, node="n2")], box.path)
+    call = "nvmlDeviceGetPcieThroughput"
+    with box.opened() as gpus:
+        found = inventory_of(gpus.samples()[0])
+    assert (found.pcie_sent_bytes_per_second, box.take_calls()[call]) == (None, 0)
+    with box.opened(pcie_throughput=True) as gpus:
+        found, other = map(inventory_of, gpus.samples())
+        assert box.take_calls()[call] == 4
+        box.now_ms += 30_000
+        gpus.samples()
+        box.now_ms += 29_999
+        gpus.samples()
+        assert box.take_calls()[call] <= 4, "once a minute"
+        errors = gpus.reading().nvml_errors
+    assert found.pcie_sent_bytes_per_second == 25_000_000_000
+    assert found.pcie_received_bytes_per_second == 7_000
+    assert (other.pcie_sent_bytes_per_second, errors) == (None, ()), "not supported is no zero"
 
 
 def test_processes_once_a_second_would_break_the_lock_budget(

@@ -32,6 +32,14 @@ from tests.fakenvml.build import (
 ROOT = Path(__file__).resolve().parents[2]
 CHILD_S_MAX = 60  # it ends in milliseconds; a child that hangs must not hang the run
 
+
+def test_the_agent_does_not_know_of_it() -> None:
+    """It has no branch for a simulation: what runs in tests is what runs beside GPUs."""
+    modules = sorted((ROOT / "agent").rglob("*.py"))
+    assert len(modules) > 50
+    assert not [path for path in modules if "fakenvml" in path.read_text().lower()]
+
+
 PRELUDE = """
 import json, sys
 from pathlib import Path

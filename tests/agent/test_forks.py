@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import marshal
 import os
 import py_compile
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import logs, proc, records, shim, spawn, supervisor
+from agent.processes import logs, proc, records, shim, shim_output, shim_program, spawn, supervisor
 from agent.processes.forks import ForkServers, Warmth, settings
 from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import DEADLINE_S, until
@@ -308,12 +309,19 @@ def test_the_program_of_a_start_needs_no_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image may be built with bytecode alone (`compileall -b`)."""
-    bare, program = tmp_path / "shim.pyc", tmp_path / "program.pyc"
-    py_compile.compile(shim.__file__, str(bare), doraise=True)
-    spec = importlib.util.spec_from_file_location(shim.__name__, bare)
-    assert spec is not None
-    monkeypatch.setattr(spawn, "shim", importlib.util.module_from_spec(spec))
+    program, kept = tmp_path / "program.pyc", []
+    for module in (shim_program, shim_output, shim):
+        bare = tmp_path / "bare.pyc"
+        py_compile.compile(str(module.__file__), str(bare), doraise=True)
+        kept.append(SourcelessFileLoader(module.__name__, str(bare)).get_code(module.__name__))
+        last = tmp_path / f"{module.__name__}.pyc"
+        bare.rename(last)
+        spec = importlib.util.spec_from_file_location(module.__name__, last)
+        assert spec is not None
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(spawn, name, importlib.util.module_from_spec(spec))
     spawn.write_program(program)
-    name = shim.__name__
-    kept, made = (SourcelessFileLoader(name, str(path)).get_code(name) for path in (bare, program))
+    with program.open("rb") as file:
+        file.seek(16)
+        made = [marshal.load(file) for _ in kept]  # noqa: S302 - our own, as it runs
     assert kept == made

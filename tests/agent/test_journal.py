@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import msgspec
 import pytest
@@ -27,6 +28,7 @@ from agent.journal import SqliteJournal, decode_event, encode_event
 from agent.ports import JournalUnavailable
 from tests.agent.journal_writer import batch
 from tests.core.agent_memory import MemoryJournal
+from tests.sim.box import Box, SimJournal
 
 KILLS = 6
 CHILD_DEADLINE_S = 60
@@ -110,18 +112,29 @@ def numbered(changes: list[object], first: int) -> Iterator[s.Record]:
             yield change
 
 
+def simulated() -> SimJournal:
+    """The one of `tests/sim`, where nothing goes wrong."""
+    calm = AsyncMock(checkers=Mock())
+    box = Box("n1", 1, calm)
+    box.disk.journal_id = "fresh"
+    box.gate.set()
+    return SimJournal(box)
+
+
 @settings(max_examples=40)
 @given(st.lists(st.lists(CHANGES, max_size=6), max_size=4))
-async def test_file_and_fold_agree(batches: list[list[object]]) -> None:
-    fold = MemoryJournal("fresh")
+async def test_file_fold_and_simulation_agree(batches: list[list[object]]) -> None:
+    fold, in_simulation = MemoryJournal("fresh"), simulated()
     with tempfile.TemporaryDirectory() as directory:
         for changes in batches:
             journal = SqliteJournal(Path(directory) / "journal.db")
-            assert await journal.open("fresh") == fold.memory()
+            assert await journal.open("fresh") == fold.memory() == in_simulation.open()
             records = list(numbered(changes, fold.next_sequence))
             await journal.commit(records)
+            await in_simulation.commit(records)
             fold.commit(records)
             await journal.close()
+        assert in_simulation.open() == fold.memory()
         journal = SqliteJournal(Path(directory) / "journal.db")
         assert await journal.open("another") == fold.memory() or not batches
         await journal.close()

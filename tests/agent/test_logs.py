@@ -4,17 +4,21 @@ Problem: writer and reader are two processes without a lock. Real shims write he
 gets is compared, byte for byte, with what the trainer wrote.
 """
 
+import _thread
 import asyncio
 import itertools
 import os
+import re
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.core.values import Launch, ProcessExit
-from agent.processes import logs, records, shim
+from agent.processes import logs, records, shim, shim_output
 from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import DEADLINE_S, until
 
@@ -66,11 +70,15 @@ async def test_rotation_keeps_the_newest_and_counts_what_is_gone(tmp_path: Path)
     directory = await run_trainer(tmp_path, script)
     total_bytes = 16 * lines
     kept = records.segments(directory)
-    assert len(kept) == shim.SEGMENTS_KEPT
+    assert len(kept) == shim_output.SEGMENTS_KEPT
     for (first, path), (following, _) in itertools.pairwise(kept):
-        assert path.stat().st_size == shim.SEGMENT_BYTES == following - first
+        assert path.stat().st_size == shim_output.SEGMENT_BYTES == following - first
     oldest = kept[0][0]
-    assert oldest == total_bytes // shim.SEGMENT_BYTES * shim.SEGMENT_BYTES - 7 * shim.SEGMENT_BYTES
+    assert (
+        oldest
+        == total_bytes // shim_output.SEGMENT_BYTES * shim_output.SEGMENT_BYTES
+        - 7 * shim_output.SEGMENT_BYTES
+    )
 
     piece = logs.read(directory, 160, 32)
     assert piece.gone_bytes == oldest - 160
@@ -228,6 +236,113 @@ async def test_full_disk_loses_output_but_never_stops_the_trainer(
     await supervisor.close()
 
 
+async def test_a_disk_that_stalls_costs_output_and_never_stops_the_trainer(tmp_path: Path) -> None:
+    """It stands still: the first segment is a pipe that nobody reads, so that to open it waits."""
+    script = (
+        "import os, sys\n"
+        "for i in range(6 * 1024 * 1024 // 4096):\n"
+        "    os.write(1, b'%04095d\\n' % i)\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "open(sys.argv[2]).read()\n"
+    )
+    through, gate, hook = tmp_path / "through", tmp_path / "gate", tmp_path / "hook"
+    os.mkfifo(gate)
+    # before the trainer writes anything, and in the place of the log's first segment
+    hook.write_text(script)
+    stalled = tmp_path / "state/attempts/1.1/log" / f"{0:020d}.log"
+    launch = 'mkfifo "$4" && exec python3 "$1" "$2" "$3"'
+    exits: list[ProcessExit] = []
+    supervisor = Supervisor(tmp_path / "state")
+    await supervisor.open(exits.append)
+    words = ("bash", "-c", launch, "bash", *map(str, (hook, through, gate, stalled)))
+    await supervisor.start(Launch("1.1", words, (PATH,), "/"))
+    await until(through.exists)
+    supervisor.signal("1.1", "TERM")  # and it is still heard; nothing is lost by it
+    reader = asyncio.create_task(asyncio.to_thread(stalled.read_bytes))  # the disk is back
+    await until(lambda: exits)
+    assert exits == [ProcessExit("1.1", None, signal.SIGTERM)]
+    written = b"".join(b"%04095d\n" % i for i in range(6 * 1024 * 1024 // 4096))
+    kept = re.split(rb"\n\[baton\] ([0-9]+) bytes of output were lost here.*\n", await reader)
+    place, lost_bytes = 0, 0
+    for piece, lost in zip(kept[::2], [*map(int, kept[1::2]), 0], strict=True):
+        assert written[place : place + len(piece)] == piece
+        place += len(piece) + lost
+        lost_bytes += lost
+    assert place == len(written), "each marker stands where output is missing, and says how much"
+    assert 0 < lost_bytes < len(written) - shim_output.WAITING_BYTES_MAX // 2
+    await supervisor.close()
+
+
+class Disk(shim_output.OutputLog):
+    """Keeps what is written in memory, a piece whenever it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(b"")
+        self.kept = b""
+        self.pieces = threading.Semaphore(0)
+
+    def write(self, data: bytes) -> None:
+        if data:
+            assert self.pieces.acquire(timeout=DEADLINE_S)
+        self.kept += data
+
+
+def test_a_slow_disk_loses_nothing_and_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim_output, "WAITING_BYTES_MAX", 1_000)
+    monkeypatch.setattr(shim_output, "STALL_S", DEADLINE_S)
+    disk = Disk()
+    writer = shim_output.Writer(disk, lambda: True)
+    pieces = [b"%0300d" % number for number in range(20)]
+    offered: list[bytes] = []
+
+    def offer() -> None:
+        for piece in pieces:
+            writer.offer(piece)
+            offered.append(piece)
+
+    trainer = threading.Thread(target=offer)
+    trainer.start()
+    for number in range(1, len(pieces) + 1):
+        disk.pieces.release()
+        assert len(offered) <= number + 3, "it is ahead of the disk by what may wait"
+    trainer.join(DEADLINE_S)
+    writer.close()
+    assert disk.kept == b"".join(pieces)
+    assert disk.lost_bytes_total == 0
+
+
+def test_of_a_disk_that_stands_still_one_wait_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shim_output, "WAITING_BYTES_MAX", 1_000)
+    monkeypatch.setattr(shim_output, "STALL_S", 0.001)
+    disk = Disk()
+    writer = shim_output.Writer(disk, lambda: True)
+    for number in range(10):
+        # the fourth finds no room and waits; who comes after it must not
+        monkeypatch.setattr(shim_output, "STALL_S", 0.001 if number <= 3 else DEADLINE_S)
+        writer.offer(b"%0300d" % number)
+    for _ in range(10):
+        disk.pieces.release()
+    writer.close()
+    assert disk.kept == b"".join(b"%0300d" % number for number in range(3))
+    assert disk.lost_bytes_total == 7 * 300
+
+
+def test_a_writer_without_a_thread_of_its_own_yet_writes_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
+    log = shim_output.OutputLog(bytes(tmp_path))
+    directory = bytes(tmp_path)
+    writer = shim_output.Writer(log, lambda: shim_output.try_record(directory, "record", "{}"))
+    writer.offer(b"said")
+    writer.close()
+    assert log.offset == 4
+    assert (tmp_path / "record").read_text() == "{}"
+
+
 async def test_exit_record_waits_for_room_on_a_full_disk(tmp_path: Path, tiny_disk: Path) -> None:
     exits: list[ProcessExit] = []
     supervisor = Supervisor(tiny_disk / "state")
@@ -259,7 +374,7 @@ async def test_exit_record_waits_for_room_on_a_full_disk(tmp_path: Path, tiny_di
 def test_a_log_that_is_removed_while_it_is_written_goes_on(tmp_path: Path, whole: bool) -> None:
     """The directory, or what is in it; only what nobody can read any more is gone."""
     (tmp_path / shim.LOG_DIRECTORY_NAME).mkdir()
-    log = shim.OutputLog(bytes(tmp_path / shim.LOG_DIRECTORY_NAME))
+    log = shim_output.OutputLog(bytes(tmp_path / shim.LOG_DIRECTORY_NAME))
     log.write(b"before")
     for path in (tmp_path / shim.LOG_DIRECTORY_NAME).iterdir():
         path.unlink()
@@ -273,11 +388,11 @@ def test_a_log_that_is_removed_while_it_is_written_goes_on(tmp_path: Path, whole
 def test_what_somebody_else_has_removed_is_no_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shim, "SEGMENT_BYTES", 4)
+    monkeypatch.setattr(shim_output, "SEGMENT_BYTES", 4)
     directory = tmp_path / shim.LOG_DIRECTORY_NAME
     directory.mkdir()
-    log = shim.OutputLog(bytes(directory))
-    log.write(b"0123" * shim.SEGMENTS_KEPT)
+    log = shim_output.OutputLog(bytes(directory))
+    log.write(b"0123" * shim_output.SEGMENTS_KEPT)
     for path in directory.iterdir():
         path.unlink()
     log.write(b"4567")
@@ -287,26 +402,26 @@ def test_what_somebody_else_has_removed_is_no_full_disk(
 def test_a_full_disk_has_room_for_the_next_segment_when_the_oldest_has_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shim, "SEGMENT_BYTES", 4)
+    monkeypatch.setattr(shim_output, "SEGMENT_BYTES", 4)
     open_file = os.open
 
     def limited(path: bytes, flags: int, mode: int = 0o777) -> int:
-        if len(list(tmp_path.iterdir())) >= shim.SEGMENTS_KEPT:
+        if len(list(tmp_path.iterdir())) >= shim_output.SEGMENTS_KEPT:
             raise OSError(28, "No space left on device")
         return open_file(path, flags, mode)
 
-    log = shim.OutputLog(bytes(tmp_path))
+    log = shim_output.OutputLog(bytes(tmp_path))
     monkeypatch.setattr(os, "open", limited)
-    log.write(b"0123" * (2 * shim.SEGMENTS_KEPT))
+    log.write(b"0123" * (2 * shim_output.SEGMENTS_KEPT))
     assert log.lost_bytes_total == 0
-    assert len(list(tmp_path.iterdir())) == shim.SEGMENTS_KEPT
+    assert len(list(tmp_path.iterdir())) == shim_output.SEGMENTS_KEPT
 
 
 def test_marker_that_found_half_its_room_is_finished_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room_bytes = 4
-    log = shim.OutputLog(bytes(tmp_path))
+    log = shim_output.OutputLog(bytes(tmp_path))
     write = os.write
 
     def limited(fd: int, data: memoryview) -> int:
@@ -323,7 +438,7 @@ def test_marker_that_found_half_its_room_is_finished_later(
     log.write(b"ghi")  # 10 bytes of the marker, 3 more lost
     room_bytes = 10_000
     log.write(b"jkl")
-    expected = b"abcd" + shim.LOST_MARKER % 2 + shim.LOST_MARKER % 3 + b"jkl"
+    expected = b"abcd" + shim_output.LOST_MARKER % 2 + shim_output.LOST_MARKER % 3 + b"jkl"
     (segment,) = tmp_path.iterdir()
     assert segment.read_bytes() == expected
     assert (log.lost_bytes_total, log.offset) == (5, len(expected))

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
 
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
 from agent.processes.mps import CONTROL, MpsProcesses, limit_of
+from tests.agent.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -76,11 +78,23 @@ class Box:
         self.control.write_text(STAND_IN.format(calls=self.log, broken=self.broken))
         self.control.chmod(0o755)
         self.ended: list[str] = []
+        self.looks: asyncio.Queue[None] = asyncio.Queue()
+        self.waits = 0
+
+    async def sleep(self, _: float) -> None:
+        """Of who watches: until the test lets it look."""
+        self.waits += 1
+        await self.looks.get()
+
+    async def look(self) -> None:
+        waits = self.waits + bool(not self.waits)
+        self.looks.put_nowait(None)
+        await until(lambda: self.waits > waits)
 
     async def agent(self, running: tuple[str, ...] = (), control: str | None = None) -> None:
         self.below = Supervised(running)
         program = str(self.control) if control is None else control
-        self.processes = MpsProcesses(self.below, self.home, program)
+        self.processes = MpsProcesses(self.below, self.home, program, sleep=self.sleep)
         adopted = await self.processes.open(
             lambda ended: self.ended.append(ended.attempt_id), lambda stuck: None
         )
@@ -151,6 +165,28 @@ async def test_a_daemon_that_has_died_is_replaced(box: Box) -> None:
     await box.start("2.1")
     assert box.calls("-d") == ["GPU-a", "GPU-a"]
     assert box.daemon().exists()
+
+
+async def test_a_daemon_that_dies_while_it_has_clients_is_told_of_once(box: Box) -> None:
+    with structlog.testing.capture_logs() as said:
+        await box.look()
+        assert not box.log.exists(), "nobody has clients, so nobody is asked"
+        await box.start("1.1")
+        await box.start("2.1")
+        await box.look()
+        box.daemon().unlink()
+        for _ in range(2):
+            await box.look()
+        died = [line for line in said if line["event"] == "mps.died"]
+        assert [(line["gpu"], line["attempts"]) for line in died] == [("GPU-a", 2)]
+        assert box.ended == [], "the server that they compute through may live"
+        await box.start("3.1")
+        assert box.calls("-d") == ["GPU-a", "GPU-a"]
+        await box.look()
+        box.daemon().unlink()
+        await box.look()
+    assert [line["event"] for line in said].count("mps.died") == 2, "this is another daemon"
+    await box.processes.close()
 
 
 async def test_where_it_cannot_be_started_jobs_go_without_it(box: Box) -> None:

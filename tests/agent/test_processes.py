@@ -11,6 +11,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -460,15 +461,18 @@ async def test_oldest_settled_logs_make_room(tmp_path: Path) -> None:
     exits: list[ProcessExit] = []
     supervisor = Supervisor(tmp_path, log_bytes_max=2_500)
     await supervisor.open(exits.append)
-    for number in range(1, 5):
-        await supervisor.start(bash("head -c 1000 /dev/zero", attempt_id=f"1.{number}"))
-        await until(partial(has_length, exits, number))
-        supervisor.forget(f"1.{number}")
-    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["1.3", "1.4"]
+    for count, attempt in enumerate(("1.1", "4.1", "3.1", "2.1"), 1):
+        await supervisor.start(bash("head -c 1000 /dev/zero", attempt_id=attempt))
+        await until(partial(has_length, exits, count))
+        supervisor.forget(attempt)
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["2.1", "3.1"]
     await supervisor.close()
+    # the clock was a day ahead, and has been set right since
+    ahead_s = time.time() + 86_400
+    os.utime(tmp_path / "attempts/3.1" / shim.EXIT_NAME, (ahead_s, ahead_s))
     smaller = Supervisor(tmp_path, log_bytes_max=1_500)
     await smaller.open(exits.append)
-    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["1.4"]
+    assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["2.1"]
     await smaller.close()
 
 

@@ -36,6 +36,7 @@ class Clock:
         self.at_ms = 1_000
         self.sleeps: asyncio.Queue[int] = asyncio.Queue()
         self.go = asyncio.Event()
+        self.said: list[tuple[str, dict[str, object]]] = []
 
     def now_ms(self) -> int:
         return self.at_ms
@@ -62,10 +63,11 @@ class Answers:
         if not self.orders:
             self.heard.set()
             await self.ends.wait()
-            raise LinkClosed("the coordinator ended the session")
+            raise LinkClosed("the session is over")
         return self.orders.pop(0)
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        self.ends.set()
 
 
 def agent(clock: Clock, sessions: list[Answers], leader_epoch: int = 0) -> AgentShell:
@@ -82,7 +84,7 @@ def agent(clock: Clock, sessions: list[Answers], leader_epoch: int = 0) -> Agent
         chance=SimpleNamespace(draw=lambda: DRAW, token=lambda: ""),
         uplink=SimpleNamespace(dial=dial),
         chunks=SimpleNamespace(checkpoints=checkpoints),
-        log=lambda *_: None,
+        log=lambda _level, event, fields: clock.said.append((event, dict(fields))),
         sample_interval_ms=1_000,
     )
     return AgentShell(
@@ -137,6 +139,24 @@ async def test_a_link_that_waits_because_it_was_told_to_does_not_hang() -> None:
         assert (found is not None and found.loop == "link") is hangs
     keeping.cancel()
     await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_the_log_has_why_the_agent_itself_has_closed_its_link() -> None:
+    """And not "this agent closed the session", which is all that the one who reads it learns."""
+    clock = Clock()
+    silent = Answers(m.Welcome(1, 1_000, 8_000, 0))
+    silent.ends.clear()
+    shell = agent(clock, [silent])
+    keeping = asyncio.create_task(shell._keep_link())
+    async with asyncio.timeout(30):
+        await silent.heard.wait()
+        reason = "nothing was heard from the coordinator for 8000 ms"
+        shell._act(m.CloseLink(reason))
+        await clock.sleeps.get()
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    assert clock.said == [("link.closed", {"reason": reason})]
+    assert shell._inbox[-1] == m.Disconnected(reason), "and `link.lost` says the same"
 
 
 def test_silence_in_line_means_nothing_before_it_was_told_to_end() -> None:

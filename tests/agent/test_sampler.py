@@ -265,8 +265,8 @@ def test_a_sampler_that_floods_its_standard_error_is_not_held_up(box: Box) -> No
 
 
 def test_a_sampler_that_eats_memory_ends_and_not_its_box(box: Box) -> None:
-    eats = f"hoard = b'x' * {SAMPLER_BYTES_MAX}"
-    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eats))
+    eaten = f"hoard = [b'x' * (64 << 20), b'y' * {SAMPLER_BYTES_MAX}]"
+    gpus = box.gpus("GPU-x", command=(sys.executable, "-c", ANSWERS % eaten))
     with capture_logs() as logs:
         gpus.open()
     assert logs[0]["event"] == "sampler.ended"

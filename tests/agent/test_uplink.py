@@ -18,6 +18,7 @@ from agent.ports import LinkClosed
 from agent.transport import Tls
 from agent.uplink import GrpcSession, GrpcUplink
 from protos.baton.v1 import agent_pb2, agent_pb2_grpc
+from tests.e2e.certificates import Authority
 
 
 class Coordinator(agent_pb2_grpc.AgentServiceServicer):
@@ -97,6 +98,28 @@ async def test_nobody_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("agent.uplink.DIAL_TIMEOUT_S", 0.05)
     with pytest.raises(LinkClosed, match="no coordinator answers at"):
         await GrpcUplink("127.0.0.1:1", None).dial()
+
+
+async def test_nobody_but_the_coordinator_gives_orders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate of another node, of the fleet's own authority, does not make one of it."""
+    monkeypatch.setattr("agent.uplink.DIAL_TIMEOUT_S", 1.0)
+    fleet = Authority(tmp_path / "fleet")
+    ours = fleet.issue("n1")
+    for host, is_taken in (("127.0.0.1", True), ("n2", False)):
+        server = grpc.aio.server()
+        agent_pb2_grpc.add_AgentServiceServicer_to_server(Coordinator(), server)
+        theirs = fleet.issue("n2", host=host).server_credentials()
+        port = server.add_secure_port("127.0.0.1:0", theirs)
+        await server.start()
+        uplink = GrpcUplink(f"127.0.0.1:{port}", Tls(str(ours.cert), str(ours.key), str(ours.ca)))
+        if is_taken:
+            await (await uplink.dial()).close()
+        else:
+            with pytest.raises(LinkClosed, match="or TLS with it fails"):
+                await uplink.dial()
+        await server.stop(None)
 
 
 async def test_a_certificate_that_is_being_replaced_is_no_end(tmp_path: Path) -> None:

@@ -135,6 +135,17 @@ def test_what_may_be_rented_is_as_configured_and_nothing_by_default() -> None:
     assert rented_names(config) == ("r1", "r2")
 
 
+def test_spares_may_differ_by_type_and_a_margin_stays_on() -> None:
+    plain = scaling_options(load(["--config", ""], {}).config).rules
+    assert (plain.bounds.spares, plain.bounds.spares_min, plain.margin_ratio) == ({}, 1, 0.0)
+    said = ["--config", "", "--scaling-of=H100={spares=2}", "--scaling-margin-percent=15"]
+    found = scaling_options(load(said, {}).config).rules
+    assert (found.bounds.spares, found.bounds.spares_min) == ({"H100": 2}, 1)
+    assert found.margin_ratio == 0.15
+    with pytest.raises(ConfigError, match="spares of H100 in scaling_of"):
+        load(["--config", "", "--scaling-of=H100={spares=-1}"], {})
+
+
 def test_nobody_is_given_work_while_an_order_may_still_switch_him_off() -> None:
     slow = f"rack1={{nodes='n1', {PROGRAMS}, deadline_ms=900000}}"
     (sentence,) = refusals(slow)

@@ -59,6 +59,7 @@ class FakeCoordinator:
     answers: dict[str, list[Any]] = field(default_factory=dict)
     requests: list[Any] = field(default_factory=list)
     credentials: grpc.ServerCredentials | None = None
+    unix_ms: int | None = None  # what it takes the time to be; none: it is older and does not say
     address: str = ""
     _server: grpc.Server | None = None
 
@@ -119,6 +120,8 @@ class FakeCoordinator:
 
     def _unary(self, method: str) -> Callable[[Message, grpc.ServicerContext], Message]:
         def answer(request: Message, context: grpc.ServicerContext) -> Message:
+            if self.unix_ms is not None:
+                context.set_trailing_metadata((("baton-unix-ms", str(self.unix_ms)),))
             step = self._next(method, request)
             if isinstance(step, Refusal):
                 _refuse(context, step)

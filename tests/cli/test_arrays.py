@@ -99,10 +99,10 @@ def test_a_job_shows_its_array(baton: Baton, fake: FakeCoordinator) -> None:
 
 
 VERBS = {
-    "cancel": jobs_pb2.CancelJobResponse,
-    "hold": jobs_pb2.HoldJobResponse,
-    "release": jobs_pb2.ReleaseJobResponse,
-    "requeue": jobs_pb2.RequeueJobResponse,
+    "cancel": ("cancelling", jobs_pb2.CancelJobResponse),
+    "hold": ("holding", jobs_pb2.HoldJobResponse),
+    "release": ("releasing", jobs_pb2.ReleaseJobResponse),
+    "requeue": ("requeueing", jobs_pb2.RequeueJobResponse),
 }
 
 
@@ -131,13 +131,18 @@ def test_an_index_that_nobody_fills_in_is_noted_and_no_mistake(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_for_the_whole_array(baton: Baton, fake: FakeCoordinator, verb: str) -> None:
-    fake.answers[f"{verb.title()}Job"] = [VERBS[verb](job=trial(12), jobs=49)]
+    fake.answers[f"{verb.title()}Job"] = [VERBS[verb][1](job=trial(12), jobs=49)]
     said = baton(verb, "--array", "12")
-    assert (said.exit_code, said.stdout) == (0, f"array 12: {verb} for 49 of its 100 trials\n")
+    assert (said.exit_code, said.stdout) == (
+        0,
+        f"array 12: {VERBS[verb][0]} 49 of its 100 trials\n",
+    )
     document = json.loads(baton(verb, "12", "--array", "--json").stdout)
     left = {"left_running": 0, "left_succeeded": 0} if verb == "requeue" else {}
     assert document == {"array_job_id": 12, "trials": 100, "jobs": 49, **left}
     assert [(request.job_id, request.array) for request in fake.requests] == [(12, True)] * 2
+    fake.answers[f"{verb.title()}Job"] = [VERBS[verb][1](job=trial(12), jobs=100)]
+    assert baton(verb, "--array", "12").stdout.endswith("ing all of its 100 trials\n")
 
 
 def test_a_requeue_says_whom_it_leaves(baton: Baton, fake: FakeCoordinator) -> None:
@@ -145,7 +150,7 @@ def test_a_requeue_says_whom_it_leaves(baton: Baton, fake: FakeCoordinator) -> N
         jobs_pb2.RequeueJobResponse(job=trial(12), jobs=3, left_running=1, left_succeeded=4)
     ]
     assert baton("requeue", "--array", "12").stdout == (
-        "array 12: requeue for 3 of its 100 trials; 1 runs and 4 have succeeded: see --all\n"
+        "array 12: requeueing 3 of its 100 trials; 1 runs and 4 have succeeded: see --all\n"
     )
     baton("requeue", "--array", "--all", "12")
     assert [request.all_trials for request in fake.requests] == [False, True]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.cli import savings
 from protos.baton.v1 import costs_pb2 as pb
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator
@@ -96,6 +97,18 @@ def test_savings_stand_beside_the_rules_they_are_against(
     assert found["last month's peak + burst"][0] == "480.00"
     assert found["clairvoyant (nobody could)"][0] == f"{4 * 48 + 2 * 4:.2f}"
     assert "72.50 were paid" in result.stderr
+    assert f"no more than {1 - (4 * 47 + 8) / (8 * 48):.1%} can be saved" in result.stderr
+    assert "takes a solver" not in result.stderr
+
+
+def test_without_a_solver_the_limit_that_is_missing_is_said(
+    baton: Baton, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(savings, "SOLVER_MODULE", "no_such_solver")
+    fake.answers["GetCosts"] = [with_uses(answer())]
+    result = baton("cost", "--compare", *SPAN)
+    assert "clairvoyant" not in result.stdout
+    assert "how far below one could go takes a solver" in result.stderr
 
 
 def test_a_month_that_nobody_kept_is_no_baseline(baton: Baton, fake: FakeCoordinator) -> None:

@@ -9,12 +9,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
+from bench import forecast_ages
 from coordinator.cli import render
 from coordinator.forecast.backtest import backtest
 from coordinator.forecast.demand_file import read_series
 from coordinator.forecast.forecaster import KINDS, Forecaster
+from coordinator.forecast.survival import held_on_average
 from protos.baton.v1 import demand_pb2, types_pb2
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
@@ -59,6 +62,49 @@ def test_what_is_known_of_the_future_stands_below(baton: Baton, fake: FakeCoordi
     )
     (told_of,) = json.loads(baton("forecast", "--ahead", "6", "--json").stdout)
     assert told_of["held"] == {"ahead_h": 6, "certain_gpus": 11.0, "expected_gpus": 23.4}
+
+
+def with_holds(hours: int) -> demand_pb2.GetDemandResponse:
+    """Of the benchmark's made-up jobs, by the hour."""
+    holds = forecast_ages.holds_of(forecast_ages.drawn(3), hours)
+    answer = told(*held_on_average(holds, hours, 1), period_min=60)
+    answer.holds.gpus.extend(holds.gpus)
+    answer.holds.begin_minutes.extend(60 * holds.begin_h)
+    answer.holds.end_minutes.extend(
+        60 * end_h if end_h < hours else math.nan for end_h in holds.end_h
+    )
+    return answer
+
+
+def test_ages_of_jobs_are_heard_as_in_the_benchmark(baton: Baton, fake: FakeCoordinator) -> None:
+    count = 24 * 12
+    answer = with_holds(count)
+    fake.answers["GetDemand"] = [answer]
+    result = baton("forecast", "--ahead", "1", "--warm-up", "264", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    (request,) = fake.requests
+    assert request.with_holds
+    forecaster = Forecaster(1, 1, BEGIN.hour)
+    hours = forecast_ages.hours(forecast_ages.drawn(3), count + 1, (1,))
+    stays = np.array([hour.stays[0] for hour in hours])
+    score = backtest(forecaster, answer.gpus, 264, staying=stays)
+    (hour,) = json.loads(result.stdout)
+    assert hour["backtest"]["loss"] == pytest.approx(score.loss, rel=1e-3)  # float32 on the wire
+    assert hour["weights"]["ages"] == pytest.approx(forecaster.weights()["ages"], abs=0.01)
+    assert hour["weights"]["ages"] > 0.05
+
+
+def test_ages_of_jobs_that_are_not_kept_for_long_are_not_heard(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    answer = with_holds(24 * 10)
+    answer.holds.since_minutes = 60 * (24 * 10 - 100)
+    fake.answers["GetDemand"] = [answer]
+    plot = str(tmp_path / "plot.svg")
+    result = baton("forecast", "--ahead", "1", "--warm-up", "230", "--plot", plot, "--json")
+    assert result.exit_code == 0
+    assert "the coordinator no longer keeps all that ended more than 100 h ago" in result.stderr
+    assert "ages" not in json.loads(result.stdout)[0]["weights"]
 
 
 def test_one_that_has_not_seen_much_is_asked_for_minutes(

@@ -12,6 +12,7 @@ from coordinator.core.cost_requests import CostPage, GetCosts, Grouping
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.lease_advice import PAST_DAYS, advise
 from coordinator.core.messages import Tick
+from coordinator.lease_solver import solve
 from protos.baton.v1 import costs_pb2 as pb
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator
@@ -134,9 +135,12 @@ def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
     )
 
 
-def test_by_hand_and_each_day_the_numbers_are_the_same(baton: Baton, fake: FakeCoordinator) -> None:
+@pytest.mark.parametrize("flexible_ms", [0, 3 * bills.MS_PER_H])
+def test_by_hand_and_each_day_the_numbers_are_the_same(
+    baton: Baton, fake: FakeCoordinator, flexible_ms: int
+) -> None:
     """Of one history: asked for over the wire, and found by the coordinator itself."""
-    rig = rig_of(days=20)
+    rig = rig_of(days=20, flexible_ms=flexible_ms)
     rig.now_ms += MINUTE_MS
     (question,) = asked(rig.handle(Tick()))
     begin_ms = question.unix_ms - PAST_DAYS * bills.MS_PER_DAY
@@ -145,6 +149,30 @@ def test_by_hand_and_each_day_the_numbers_are_the_same(baton: Baton, fake: FakeC
     assert isinstance(page, CostPage)
     fake.answers["GetCosts"] = [cost_rpc.encode(page)]
     (by_hand,) = json.loads(baton("leases", "--json").stdout)
-    (by_itself,) = json.loads(msgspec.json.encode(advise(question).found))
+    (by_itself,) = json.loads(msgspec.json.encode(advise(question, solve).found))
     assert by_hand.pop("unix_ms") != by_itself.pop("unix_ms")
     assert by_hand == by_itself
+    said = (by_hand["flexible_ratio"], by_hand["flexible_hours"])
+    assert said == ((1.0, 3) if flexible_ms else (0.0, 0)), "as its jobs have said"
+
+
+def test_what_jobs_say_of_waiting_makes_the_level_lower(
+    baton: Baton, fake: FakeCoordinator
+) -> None:
+    """A hundred GPUs for half of each day; if all of it may wait, half as many do."""
+    answer = pb.GetCostsResponse()
+    use = answer.uses.add(gpu_type="H100", lease_usd=1.0, burst_usd=3.0)
+    use.begin_time.seconds = 1_000 * DAY_S
+    use.wanted_gpus.extend(([100.0] * 12 + [0.0] * 12) * 30)
+    use.gpus.extend(use.wanted_gpus)
+    answer.kept_since_time.seconds = 1_000 * DAY_S
+    patient = pb.GetCostsResponse()
+    patient.CopyFrom(answer)
+    patient.uses[0].flexible_ratio, patient.uses[0].flexible_hours = 1.0, 24
+    fake.answers["GetCosts"] = [answer, patient, patient]
+    (urgent,) = json.loads(baton("leases", "--json").stdout)
+    shown = baton("leases")
+    (waits,) = json.loads(baton("leases", "--json", "--flexible", "0").stdout)
+    assert (urgent["level_gpus"], waits["level_gpus"]) == (100, 100)
+    assert shown.stdout.splitlines()[1].split()[3] == "50"
+    assert "H100: 100% of the work may wait for 24 h" in shown.stderr

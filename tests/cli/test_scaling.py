@@ -31,6 +31,7 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     assert "14 are rented by the hour; 6 did not start; 7 are closed or lost" in row
     assert "mode advise: as it is configured; the plan is for 95% of cases" in result.stderr
     assert "`baton scale approve scale-7` carries out: suspend n3" in result.stderr
+    assert "H100: 11 GPUs are needed, and 10 wanted now: so" in result.stderr
     document = json.loads(baton("plan", "--json").stdout)
     assert document["types"][0]["coverage_ratio"] is None
     assert document["types"][0]["boot_s"] == 540
@@ -55,6 +56,19 @@ def test_the_plot_shows_demand_and_what_is_on(
         demand_pb2.GetDemandResponse(period_minutes=10, gpus=[1, 2, nan, 4, 3]),
         demand_pb2.GetDemandResponse(period_minutes=10),
     ]
+    made_ms = 1_790_000_000_000
+    came = [(1, 8, "done"), (2, 4, "proposed")]  # minutes before, GPUs then, what became of it
+    decided = [
+        replace(
+            WHOLE, unix_ms=made_ms - minutes * 60_000, there_gpus=gpus,
+            deeds=(Deed("suspend", ("n3",), state),),
+        )
+        for minutes, gpus, state in came
+    ]  # fmt: skip
+    said = [wire_capacity.encode_decision(each) for each in decided]
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse(decisions=said)]
+    answer = wire_capacity.encode_plan(replace(PAGE, made_unix_ms=made_ms))
+    fake.answers["GetPlan"] = [answer]
     path = tmp_path / "fleet.svg"
     assert baton("plan", "--plot", str(path)).exit_code == 0
     text = path.read_text("utf-8")
@@ -65,9 +79,30 @@ def test_the_plot_shows_demand_and_what_is_on(
     past = [float(pair.split(",")[0]) for part in points[:2] for pair in part.split()]
     on_now = [float(pair.split(",")[0]) for pair in points[3].split()]
     assert min(on_now) == max(past), "what is on now is no history"
+    assert "H100: was needed" in text
+    was_on = [float(pair.split(",")[1]) for pair in points[-4].split()]
+    four, eight, three = dict.fromkeys(was_on)
+    assert eight < four < three, "a proposal left all that was there, and what was done did not"
     empty = baton("plan", "--plot", str(path))
     assert empty.exit_code == 1
     assert "there is no demand to be drawn yet" in empty.stderr
+
+
+def test_a_type_that_nobody_ever_wanted_spoils_no_plot(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    idle = replace(PLAN, gpu_type="L4")
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(replace(PAGE, types=(idle, PLAN)))]
+    fake.answers["ListDecisions"] = [pb.ListDecisionsResponse()]
+    fake.answers["GetDemand"] = [
+        Refusal(grpc.StatusCode.NOT_FOUND, "nothing of GPU type 'L4' was ever wanted"),
+        demand_pb2.GetDemandResponse(period_minutes=10, gpus=[1, 2, 3]),
+    ]
+    path = tmp_path / "fleet.svg"
+    shown = baton("plan", "--plot", str(path))
+    assert shown.exit_code == 0, shown.stderr
+    assert "no demand of L4 is drawn: nothing of GPU type 'L4'" in shown.stderr
+    assert "H100: wanted" in path.read_text("utf-8")
 
 
 def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoordinator) -> None:
@@ -79,7 +114,10 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
         "scale-7: 1 node of H100 goes off (n3)",
         "4 on or starting, 1 runs, 2 wait, 3 of them guaranteed",
         "planned for 95% of cases: 5 needed, 6 kept on",
-        "maximum demand later, GPUs: 2.5% 1, 5% 2",
+        "a node is expected to free within 2h00m; a rented GPU costs $3.90 an hour; 7 more",
+        "8 come free before a start would be there; 9 GPUs more would keep the deadlines",
+        "maximum demand within 10m00s, GPUs: 2.5% 1, 5% 2",
+        "maximum demand within 2h00m, GPUs: 2.5% 1, 5% 2",
         "held back by: enough nodes went off",
         "proposed: suspend n3",
     ):
@@ -91,6 +129,29 @@ def test_explain_shows_all_that_a_decision_went_by(baton: Baton, fake: FakeCoord
     assert [line.split()[-1] for line in judged.stdout.splitlines()[-2:]] == ["0.00", "0.75"]
     document = json.loads(baton("scale", "explain", "scale-7", "--json").stdout)
     assert document["alternatives"][0]["realised_usd"] == 0.0
+
+
+def test_a_decision_is_drawn_with_what_was_expected_and_what_came(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path
+) -> None:
+    decided = pb.GetDecisionResponse(decision=wire_capacity.encode_decision(JUDGED))
+    fake.answers["GetDecision"] = [decided]
+    nan = float("nan")
+    came = demand_pb2.GetDemandResponse(period_minutes=10, gpus=[9, 2, 2, nan, 4, 3, *[1] * 14])
+    came.begin_time.FromMilliseconds(JUDGED.unix_ms - 130 * 60_000)
+    fake.answers["GetDemand"] = [came]
+    path = tmp_path / "decision.svg"
+    shown = baton("scale", "explain", "scale-7", "--plot", str(path))
+    assert shown.exit_code == 0
+    text = path.read_text("utf-8")
+    for name in ("wanted", "do nothing", "chosen", "needed", "the most, in 90%", "in 50%"):
+        assert name in text, name
+    drawn = re.findall(r'polyline points="([^"]*)"', text)
+    assert len(drawn[0].split()) == 2, "not what was two hours before, nor through a hole"
+    assert fake.requests[-1].gpu_type == "H100"
+    missing = baton("scale", "explain", "scale-7", "--plot", str(tmp_path / "no" / "such.svg"))
+    assert missing.exit_code == 1
+    assert "cannot be written" in missing.stderr
 
 
 def test_a_node_that_was_ordered_on_and_is_not_up_is_named(

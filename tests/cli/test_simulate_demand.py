@@ -13,6 +13,10 @@ from click.testing import CliRunner, Result
 
 from coordinator.cli.main import cli
 from coordinator.cli.simulate_demand import OURS, POWER_POLICIES
+from coordinator.forecast.demand_file import read_series
+from protos.baton.v1 import demand_pb2
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator
 
 FLEET = "nodes = 12\ngpus_per_node = 8\nbusy_w = 1000\nidle_w = 400\n"
 
@@ -111,6 +115,8 @@ def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(
         (("jobs.csv", "--fleet", "fleet.toml", "--plot", "out.svg"), "nothing without --demand"),
         (("--demand", "none.csv"), "cannot be read (No such file or directory)"),
         (("--policy", "clairvoyant"), "needs --demand"),
+        (("--demand", "demand.csv", "--own-demand", "H100"), "leave out --demand"),
+        (("--own-demand", "H100", "--column", "gpus"), "leave out --demand and --column"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -119,6 +125,22 @@ def test_what_makes_no_sense_is_refused(
     found = asked(folder, *arguments)
     assert found.exit_code == 2
     assert sentence in found.output
+
+
+def test_the_fleets_own_history_is_replayed_as_its_file_is(
+    folder: Path, baton: Baton, fake: FakeCoordinator
+) -> None:
+    series = read_series(folder / "demand.csv")
+    answer = demand_pb2.GetDemandResponse(period_minutes=10, gpu_type="H100", gpus=series.values)
+    answer.begin_time.FromDatetime(series.begin)
+    fake.answers["GetDemand"] = [answer]
+    common = ("--fleet", str(folder / "fleet.toml"), "--warm-up", "144", "--policy", "idle-timeout")
+    own = baton("simulate", "--own-demand", "h100", *common)
+    assert own.exit_code == 0, own.stderr
+    assert fake.requests[-1].gpu_type == "h100"
+    assert "`baton forecast --gpu-type h100 --save demand.csv`" in own.stderr
+    filed = baton("simulate", "--demand", str(folder / "demand.csv"), *common)
+    assert own.stdout == filed.stdout
 
 
 @pytest.mark.parametrize(

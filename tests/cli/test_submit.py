@@ -428,6 +428,7 @@ def test_a_deadline_is_a_time(
     (here / "job.toml").write_text('gpus = 1\ndeadline = "2026-11-30T07:00Z"\n')
     assert baton("submit", *flags, "--", "true").exit_code == 0
     assert sent(fake).deadline.ToJsonString() == "2026-11-30T07:00:00Z"
+    assert not fake.requests[-1].HasField("deadline_in")
 
 
 @pytest.mark.parametrize(
@@ -474,6 +475,8 @@ def test_a_deadline_may_be_so_long_from_now(baton: Baton, fake: FakeCoordinator)
     assert baton("submit", "--gpus", "1", "--deadline", "6h", "--", "true").exit_code == 0
     after = datetime.now(UTC) + timedelta(hours=6)
     assert before <= sent(fake).deadline.ToDatetime(tzinfo=UTC) <= after
+    # What counts: by the coordinator's clock. The other is for one that does not know this.
+    assert fake.requests[-1].deadline_in.ToTimedelta() == timedelta(hours=6)
 
 
 @pytest.mark.parametrize("text", ["9 o'clock", "6", "", "2026-13-01T00:00", "99999999999999d"])

@@ -2,8 +2,9 @@
 
 Problem: whether an agent that comes back does the right thing depends on what its journal holds at
 that very moment. This is the smallest thing that a journal can be, a function from records to what
-they leave behind. `SqliteJournal` has to agree with it (`tests/agent/test_journal.py`), so whatever
-holds for a core made from this fold holds for one made from the file.
+they leave behind. `SqliteJournal` and the simulation's have to agree with it
+(`tests/agent/test_journal.py`), so whatever holds for a core made from this fold holds for one made
+from the file.
 """
 
 from collections.abc import Iterable

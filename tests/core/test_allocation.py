@@ -402,4 +402,4 @@ def test_remaining_work_is_counted_on_the_best_type() -> None:
     ahead = allocation.work_ahead(
         [job(1, "H100:4 K80:1", gpus=2, hours=3)], {"H100": 2, "K80": 2}, 0
     )
-    assert ahead.longest_h == pytest.approx(3)
+    assert ahead.hours == pytest.approx(3)

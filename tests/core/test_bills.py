@@ -231,6 +231,22 @@ def test_what_was_waited_for_was_wanted() -> None:
     assert page.total.gpu_hours == 8.0
 
 
+@pytest.mark.parametrize(("may_wait_h", "until_h"), [(24, 4), (4, 6)])
+def test_who_waits_by_his_own_wish_wants_no_more_by_it(may_wait_h: int, until_h: int) -> None:
+    """Six hours in the queue, then four on two GPUs: what he had wanted at once, and the two hours
+    beyond his wish."""
+    ran = attempt(1, 1, "own-1", 6, 10, gpus=2)
+    ran = replace(ran, times=AttemptTimes(queued_unix_ms=BEGIN))
+    urgent = attempt(2, 1, "own-1", 30, 30 + until_h, gpus=2)
+    jobs = [job(1, flexible_ms=may_wait_h * H_MS), job(2)]
+    (use,) = bill(state_of(jobs, [ran, urgent]), 0, 48).uses
+    first = (BEGIN - use.begin_unix_ms) // H_MS
+    assert use.wanted_gpus[first : first + 12] == (2.0,) * until_h + (0.0,) * (12 - until_h)
+    assert use.flexible_ratio == pytest.approx(0.5)
+    assert use.flexible_hours == may_wait_h
+    assert sum(use.gpus) == 2.0 * (4 + until_h), "what was held is as it was"
+
+
 def test_one_wait_counts_once_where_a_lease_ends() -> None:
     ran = attempt(1, 1, "lease-1", 40, 60)
     ran = replace(ran, times=AttemptTimes(queued_unix_ms=BEGIN + 30 * H_MS))

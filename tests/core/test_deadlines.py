@@ -478,3 +478,18 @@ def test_nobody_leaves_for_one_who_shares_whatever_comes_of_it() -> None:
     fleet.run(1_800)
     assert fleet.stops() == []
     assert "beside others: nobody leaves for it" in told(fleet, guest)
+
+
+def test_so_long_from_now_is_counted_by_the_coordinators_clock() -> None:
+    """Who asks has a clock that is a day ahead, and asks again when the answer was lost."""
+    fleet = Fleet("1xH100")
+    day_ahead = training(2_000, deadline_unix_ms=by(fleet, 86_400 + 3_600))
+    body = m.Submit(day_ahead, "once", deadline_in_ms=3_600_000)
+    wanted_unix_ms = by(fleet, 3_600)
+    first = answer(fleet, body)
+    assert isinstance(first, Submitted)
+    fleet.rig.now_ms += 5_000
+    again = answer(fleet, body)
+    assert isinstance(again, Submitted)
+    assert (again.job_id, again.reason) == (first.job_id, fleet.job(first.job_id).reason)
+    assert fleet.job(first.job_id).spec.deadline_unix_ms == wanted_unix_ms

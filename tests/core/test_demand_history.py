@@ -377,7 +377,7 @@ def test_a_sample_looks_at_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(40):
         fleet.submit(gpus=1)
     looks: list[str] = []
-    held, group = demand_samples._held, demand_samples._group
+    held, group = demand_samples.counts_as, demand_samples._group
 
     def counted_held(state: State, attempt: Attempt) -> Any:
         looks.append(attempt.id)
@@ -387,7 +387,7 @@ def test_a_sample_looks_at_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append(str(job_id))
         return group(state, job_id)
 
-    monkeypatch.setattr(demand_samples, "_held", counted_held)
+    monkeypatch.setattr(demand_samples, "counts_as", counted_held)
     monkeypatch.setattr(demand_samples, "_group", counted_group)
     before = wanted(fleet.state)
     assert len(looks) == 39  # the first was there at the first tick

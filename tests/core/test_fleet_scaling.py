@@ -4,7 +4,7 @@ Problem: `test_scaling.py` knows that a plan is right about boxes. Here it is no
 people, and drivers: whatever is translated wrongly switches off what is needed.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,9 +33,8 @@ from coordinator.core.messages import (
     RequestBody,
     Submit,
 )
-from coordinator.core.model import JobClass, JobSpec
+from coordinator.core.model import GpuReading, JobClass, JobSpec
 from coordinator.core.phases import NodeIntent
-from coordinator.core.scale_records import Choice, ScaleRecord, hindsight
 from coordinator.core.scale_requests import (
     ApproveScaling,
     GetPlan,
@@ -54,6 +53,7 @@ NAMES = ("n1", "n2", "n3", "n4")
 RULES = Rules(idle_ms_min=60_000, cycle_usd_per_gpu=0.0, bounds=Bounds(spares_min=0, up_ms_min=0))
 
 
+@dataclass
 class ScaledRig(SwitchedRig):
     """Everybody who is not dark is heard each second, a forecast comes each minute, and the driver
     switches off whom it is told to."""
@@ -62,6 +62,7 @@ class ScaledRig(SwitchedRig):
     soon: float = 0.0
     later: float = 0.0
     deaf: str = ""  # the node of whom the driver knows nothing
+    used: dict[str, float] = field(default_factory=dict)  # by nobody of ours; the part of the time
 
     @classmethod
     def of(cls, mode: Mode | None, **power: object) -> "ScaledRig":
@@ -79,7 +80,12 @@ class ScaledRig(SwitchedRig):
             self.beats += 1
             for live in list(self.rig.core.state.nodes.values()):
                 if live.session is not None:
-                    self.handle(FromAgent(live.session, Heartbeat(self.beats)))
+                    read = tuple(
+                        GpuReading(uuid, used_ratio=self.used[live.node.id])
+                        for uuid in live.gpus
+                        if live.node.id in self.used
+                    )
+                    self.handle(FromAgent(live.session, Heartbeat(self.beats, gpus=read)))
             effects += self.wait(1_000)
             for name in NAMES:
                 if self.power(name) is Power.STOPPING:
@@ -167,6 +173,20 @@ def test_idle_nodes_go_off_one_by_one_and_come_back_ahead_of_need() -> None:
     records = list(fleet.rig.disk.scaled.values())
     assert records[0].deeds[0].verb == "suspend" or records[0].rail
     assert any(deed.nodes == (gone,) for record in records for deed in record.deeds)
+
+
+def test_a_node_that_somebody_uses_past_us_is_not_idle() -> None:
+    """By hand, or by another scheduler: his work is lost with the power as ours would be."""
+    fleet = ScaledRig.of(Mode.ACT)
+    fleet.used = {"n1": 0.9, "n2": 0.02}  # a screen takes a percent or two
+    fleet.live(900)
+    powers = fleet.powers()
+    assert powers["n1"] in ("on", "leaving")
+    assert powers["n2"] == "off"
+    assert "off" in (powers["n3"], powers["n4"])
+    fleet.used = {}
+    fleet.live(1_500)
+    assert powers["n1"] != fleet.powers()["n1"] == "off"
 
 
 def test_who_comes_while_nodes_are_closed_for_going_waits_a_moment() -> None:
@@ -434,21 +454,6 @@ def test_records_outlive_the_coordinator() -> None:
     assert max(fleet.rig.disk.scaled) >= len(before.records)
 
 
-def test_hindsight_knows_the_cheapest_and_says_nothing_of_what_is_unknown() -> None:
-    choices = tuple(
-        Choice(name, gpus, 0.0)
-        for name, gpus in (("do nothing", 4), ("idle timeout", 2), ("chosen", 1))
-    )
-    words = (1, 0, "h100", "act", "", 0.95, 0, 0, 0, 0, 0, 0)
-    record = ScaleRecord(*words, alternatives=choices, minutes=60)
-    found = hindsight(record, [2.0] * 60, 1.0, 0.1)
-    assert found is not None
-    assert found.usd == pytest.approx((0.2, 0.0, 1.0))
-    assert found.regret_usd == pytest.approx(1.0)
-    assert hindsight(record, [None] * 30 + [2.0] * 30, 1.0, 0.1) is None
-    assert hindsight(replace(record, alternatives=()), [2.0] * 60, 1.0, 0.1) is None
-
-
 def test_a_decision_is_judged_when_its_time_is_over() -> None:
     fleet = ScaledRig.of(Mode.ADVISE)
     fleet.rig.options = replace(
@@ -464,32 +469,3 @@ def test_a_decision_is_judged_when_its_time_is_over() -> None:
     assert judged
     assert judged[0].hindsight is not None
     assert judged[0].hindsight.mean_gpus == 1.0
-
-
-class RisingRig(ScaledRig):
-    """What comes is known badly: each quantile is another number of GPUs."""
-
-    def forecast(self) -> None:
-        rising = tuple(1.0 + place / 2 for place in range(len(LEVELS)))
-        minute = self.rig.now.unix_ms // 60_000
-        told = TypeForecast("H100", (2.0,) * len(LEVELS), rising)
-        self.handle(ForecastMade(minute, (told,)))
-
-
-def test_what_people_are_shown_is_what_the_plan_acts_by() -> None:
-    """A node is kept at another quantile than it is started at, and what runs on a node that a
-    person has closed is not counted twice."""
-    fleet = RisingRig.of(Mode.ACT)
-    rules = replace(RULES, cycle_usd_per_gpu=RULES.idle_usd_per_gpu_h / 60, later_ms=60_000)
-    assert rules.keep_level == pytest.approx(0.5)
-    fleet.rig.options = replace(fleet.rig.options, scaling=ScalingOptions(rules, Mode.ACT))
-    fleet.rig.restart()
-    for name in NAMES:
-        fleet.hello(name)
-    job = fleet.submit()
-    fleet.ask(CordonNode(fleet.rig.core.state.attempts[f"{job}.1"].node))
-    fleet.forecast()
-    fleet.live(200)
-    record = next(iter(fleet.rig.disk.scaled.values()))
-    (shown,) = fleet.page().types
-    assert (shown.need_gpus, shown.keep_gpus) == (record.need_gpus, record.keep_gpus) == (1, 2)

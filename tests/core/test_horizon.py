@@ -40,12 +40,12 @@ def test_a_job_that_takes_longer_than_all_work_sets_the_end() -> None:
 def test_a_gang_does_not_fit_on_a_type_with_fewer_gpus() -> None:
     gang = Work(40.0, 4, {"H100": 1.0, "K80": 0.5})
     assert horizon([gang], 0.0, FLEET).hours > 40.0 / 8
-    assert horizon([gang], 3.0, {"H100": 2}) == Horizon(3.0, 3.0, mean_gpu_h=40.0)
+    assert horizon([gang], 3.0, {"H100": 2}) == Horizon(3.0, mean_gpu_h=40.0)
 
 
 def test_nothing_to_do_has_no_prices() -> None:
     assert horizon([], 0.0, FLEET).cost({"H100": 1.0}) == 1.0
-    assert horizon(works((1.0, 1.0)), 0.5, {"H100": 0}) == Horizon(0.5, 0.5, mean_gpu_h=1.0)
+    assert horizon(works((1.0, 1.0)), 0.5, {"H100": 0}) == Horizon(0.5, mean_gpu_h=1.0)
 
 
 def test_many_jobs_are_priced_by_some_and_counted_all() -> None:

@@ -25,13 +25,16 @@ PRICED = Options(prices=Prices({"H100": Tariff(lease_usd=1.0, burst_usd=2.0)}))
 HELD_GPUS = 4
 
 
-def rig_of(days: float, options: Options = PRICED, gpu_type: str = "H100") -> Rig:
+def rig_of(
+    days: float, options: Options = PRICED, gpu_type: str = "H100", flexible_ms: int = 0
+) -> Rig:
     """Four GPUs were held for so many days, on a node that is known."""
     fleet = Fleet(f"8x{gpu_type}")
     disk = fleet.rig.disk
     (node,) = disk.nodes.values()
     begun_ms = UNIX_MS_AT_START - round(days * DAY_MS)
-    job = Job(1, JobSpec(command=("x",), gpus=HELD_GPUS), JobPhase.ACTIVE, begun_ms, epoch=1)
+    spec = JobSpec(command=("x",), gpus=HELD_GPUS, flexible_ms=flexible_ms)
+    job = Job(1, spec, JobPhase.ACTIVE, begun_ms, epoch=1)
     uuids = tuple(gpu.uuid for gpu in node.gpus[:HELD_GPUS])
     attempt = Attempt(1, 1, node.id, uuids, AttemptPhase.RUNNING, begun_ms, begun_ms)
     rig = Rig(options)

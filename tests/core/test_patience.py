@@ -58,6 +58,18 @@ def resumed(fleet: ScaledRig) -> list[str]:
     return [order.nodes[0] for order in fleet.orders if order.verb is Verb.RESUME]
 
 
+def test_people_are_shown_that_who_may_wait_is_not_needed_yet(fleet: ScaledRig) -> None:
+    """What `baton plan` says is needed is what the plan acts by."""
+    fleet.submit(flexible_ms=HALF_AN_HOUR_MS)
+    fleet.soon = fleet.later = 3.0  # a forecast is of all that waits
+    fleet.forecast()
+    fleet.live(61)
+    (shown,) = fleet.page().types
+    assert (shown.running_gpus, shown.queued_gpus, shown.need_gpus) == (2, 1, 2)
+    assert not resumed(fleet)
+    assert fleet.page() == fleet.page(), "who looks changes nothing"
+
+
 def test_a_node_is_started_for_it_when_it_has_to_be_and_not_sooner(fleet: ScaledRig) -> None:
     job_id = fleet.submit(flexible_ms=HALF_AN_HOUR_MS)
     fleet.soon = fleet.later = 3.0  # the forecast is of all that waits

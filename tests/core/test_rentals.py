@@ -121,6 +121,10 @@ def test_a_queue_in_front_of_a_full_fleet_rents_and_an_idle_one_is_given_back() 
     assert fleet.page().types[0].rented_gpus == 2
     (record, *_) = [r for r in fleet.rig.disk.scaled.values() if r.deeds]
     assert ("create", ("r1",)) in [(deed.verb, deed.nodes) for deed in record.deeds]
+    price = fleet.rig.options.scaling.rules.bursts["H100"]
+    assert record.rent_usd == price.usd_per_gpu_h, "all that it went by can be read in it"
+    assert record.frees_ms is not None
+    assert record.soon_ms > 0
 
 
 def test_who_is_not_rented_is_nowhere_in_the_fleet() -> None:

@@ -72,6 +72,14 @@ def test_the_emptiest_takes_no_new_work_and_goes_off_when_it_is_ripe() -> None:
     assert "1 node of H100 goes off (n03)" in found.decisions[0].sentence
 
 
+def test_a_margin_stays_on_beyond_what_is_likely() -> None:
+    boxes = [busy(1), box(2), box(3)]
+    wanted = outlook(8, soon=8, later=15)
+    assert decided(boxes, wanted).leaving == ("n02",)
+    kept = decided(boxes, wanted, replace(RULES, margin_ratio=0.1))
+    assert kept.leaving == (), "17 of 24"
+
+
 def test_who_leaves_is_back_when_needed() -> None:
     boxes = [busy(1), box(2, Power.LEAVING)]
     assert decided(boxes, outlook(8, soon=8, later=8)).leaving == ("n02",)
@@ -100,6 +108,8 @@ def test_a_burst_is_rented_when_waiting_costs_more() -> None:
     created = decided([busy(1)], longer, rules).actions
     assert [each.verb for each in created] == [Verb.CREATE]
     assert len(created[0].nodes) == 1
+    *_, chosen = decided([busy(1)], longer, rules).decisions[0].alternatives
+    assert (chosen.name, chosen.fixed_usd) == ("chosen", 32.0), "eight for two hours"
     late = replace(waits, late_gpus=1)
     assert decided([busy(1)], late, rules).actions == created
     asks = decided([busy(1)], longer, replace(rules, spends_alone=False))

@@ -76,10 +76,12 @@ class Authority:
         )
         other.path.write_bytes(certificate.public_bytes(PEM))
 
-    def issue(self, name: str, key: Key | None = None) -> Files:
-        """A certificate with this common name, good for 127.0.0.1 on either side of a call."""
+    def issue(self, name: str, key: Key | None = None, host: str = "127.0.0.1") -> Files:
+        """A certificate with this common name, good for 127.0.0.1 on either side of a call; with
+        another `host`, for a server there alone."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        addresses = addresses if host == "127.0.0.1" else [x509.DNSName(host)]
         certificate = (
             self._builder(_named(name), key)
             .add_extension(x509.SubjectAlternativeName(addresses), critical=False)

@@ -72,7 +72,7 @@ def test_two_of_five_trials_run_at_a_time(fleet: Cluster, tmp_path: Path) -> Non
         work.wait_succeeded(fleet, job_id)
     work.wait_running(fleet, 5)
     ended = fleet.baton("cancel", "--array", "1")
-    assert ended.stdout == "array 1: cancel for 2 of its 5 trials\n", ended.stderr
+    assert ended.stdout == "array 1: cancelling 2 of its 5 trials\n", ended.stderr
     for job_id in (4, 5):
         work.wait_phase(fleet, job_id, types_pb2.JOB_PHASE_CANCELLED)
     spans = [

@@ -2,10 +2,12 @@
 health checking, server reflection, and dynamic calls from nothing but reflection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from protos.baton.v1 import jobs_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
@@ -44,16 +47,28 @@ class StockClient:
     def services(self) -> set[str]:
         return set(self._database.get_services())
 
+    def methods(self, service: str) -> list[str]:
+        return [each.name for each in self._pool.FindServiceByName(service).methods]
+
     def call(self, service: str, method: str, **fields: Any) -> Any:
-        """One unary call with these fields."""
+        """One call with these fields; where the answer is a stream, it is a list."""
         described = self._pool.FindServiceByName(service).FindMethodByName(method)
         request = message_factory.GetMessageClass(described.input_type)(**fields)
-        invoke: Any = self._channel.unary_unary(
+        ways: dict[tuple[bool, bool], Any] = {
+            (False, False): self._channel.unary_unary,
+            (False, True): self._channel.unary_stream,
+            (True, False): self._channel.stream_unary,
+            (True, True): self._channel.stream_stream,
+        }
+        invoke = ways[described.client_streaming, described.server_streaming](
             f"/{service}/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
         )
-        return invoke(request)
+        answer = invoke(
+            iter([request]) if described.client_streaming else request, timeout=work.DEADLINE_S
+        )
+        return list(answer) if described.server_streaming else answer
 
 
 def is_serving(channel: grpc.Channel, service: str) -> bool:
@@ -86,6 +101,45 @@ def test_reflection_alone_is_enough_to_list_and_submit(fleet: Cluster) -> None:
     assert work.output(fleet, job_id) == "from afar\n"
 
 
+def refusals(client: StockClient, services: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Every method that there is, called with a message that says nothing: the status and the
+    sentence of those that refuse."""
+    found = {}
+    for service in sorted(services):
+        for method in client.methods(service):
+            try:
+                client.call(service, method)
+            except grpc.RpcError as error:
+                found[f"{service}/{method}"] = (error.code().name, str(error.details()))
+    return found
+
+
+def test_everything_can_be_called(fleet: Cluster) -> None:
+    """Each method answers, or refuses in words of ours: none is missing, hangs or breaks."""
+    asked = refusals(StockClient(fleet.channel), SERVICES)
+    with grpc.insecure_channel(work.node(fleet, "n1").peer_address) as channel:
+        asked |= refusals(StockClient(channel), ["baton.v1.PeerService"])
+    assert len(asked) > len(NOUNS)
+    ours = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
+    assert {name: said for name, said in asked.items() if said[0] not in ours or not said[1]} == {}
+
+
+def test_a_deadline_is_counted_by_the_coordinators_clock(fleet: Cluster) -> None:
+    client = StockClient(fleet.channel)
+    spec = {"command": ["true"], "gpus": 1, "hold": True}
+    hour = {"seconds": 3600}
+    job_id = client.call("baton.v1.JobService", "Submit", spec=spec, deadline_in=hour).job_id
+    job = client.call("baton.v1.JobService", "GetJob", job_id=job_id).job
+    _, call = fleet.jobs.GetJob.with_call(jobs_pb2.GetJobRequest(job_id=job_id))
+    unix_ms = int(dict(call.trailing_metadata())["baton-unix-ms"])
+    assert unix_ms >= job.submit_time.ToMilliseconds()
+    waits = job.spec.deadline.ToDatetime() - job.submit_time.ToDatetime()
+    assert waits == timedelta(hours=1)
+    for wrong in ({"seconds": -1}, {"seconds": 10**10}, {"nanos": 5}):
+        with pytest.raises(grpc.RpcError, match=r"between 1 ms and 30 years|not be negative"):
+            client.call("baton.v1.JobService", "Submit", spec=spec, deadline_in=wrong)
+
+
 def test_demand_is_sampled_from_the_start(fleet: Cluster) -> None:
     told = StockClient(fleet.channel).call("baton.v1.DemandService", "GetDemand", period_minutes=1)
     assert told.period_minutes == 1
@@ -97,6 +151,20 @@ def test_agent_is_checked_and_listed_too(fleet: Cluster) -> None:
     with grpc.insecure_channel(work.node(fleet, "n1").peer_address) as channel:
         assert is_serving(channel, "baton.v1.PeerService")
         assert "baton.v1.PeerService" in StockClient(channel).services()
+
+
+def test_whoever_is_on_another_machine_reaches_nothing(fleet: Cluster) -> None:
+    """Each port that a process of either program has opened, whatever for."""
+    heard = {}
+    for name in ("coordinator", "n1"):
+        program = psutil.Process(fleet.pid(name))
+        for process in (program, *program.children(recursive=True)):
+            ports = [port for port in process.net_connections("inet") if port.status == "LISTEN"]
+            heard.update(
+                {(name, port.laddr.port): port.laddr.ip.removeprefix("::ffff:") for port in ports}
+            )
+    assert {name for name, _ in heard} == {"coordinator", "n1"}
+    assert set(heard.values()) == {"127.0.0.1"}
 
 
 def test_refusal_has_the_status_and_the_sentence(fleet: Cluster) -> None:

@@ -6,9 +6,9 @@ the budget is five milliseconds for a GPU and second (`tests/agent/test_classes.
 `normal` to it, with what the stand-in was really called).
 
 Only the process list (4.5 ms) and the throughput of PCIe (it sleeps 20 ms for each direction) are
-measured figures. PCIe's throughput is never asked for. The others are upper bounds that we assume,
-from what such calls take of wall time: a short one answers from the driver's memory, a long one
-asks the board's controller. A measurement on a card may replace them.
+measured figures; the latter is asked for only where an operator wants it. The others are upper
+bounds that we assume, from what such calls take of wall time: a short one answers from the driver's
+memory, a long one asks the board's controller. A measurement on a card may replace them.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,8 @@
  * Keys of `gpu`, all of which may be absent (NOT_SUPPORTED, by each entry's own return code where
  * calls are batched): ecc_enabled, ecc_{volatile,aggregate}_{corrected,uncorrected},
  * memory_temperature_celsius, pcie_replays, remapped_rows_{corrected,uncorrected,pending,failed},
- * pcie_generation, pcie_width and the _max of both, nvlinks_up, nvlinks_down, fabric_state,
+ * pcie_{sent,received}_kb, pcie_generation, pcie_width and the _max of both, nvlinks_up,
+ * nvlinks_down, fabric_state,
  * {sm,tensor}_activity_percent (GPM), clock_event_reasons, recovery_action, vbios_version, serial,
  * and {utilization_percent,memory_utilization_percent,power_mw}_samples=1,2,3: those are new
  * whenever the file is.
@@ -68,6 +69,12 @@ EXPORT int nvmlDeviceGetCurrPcieLinkWidth(void *device, unsigned *width) {
 
 EXPORT int nvmlDeviceGetMaxPcieLinkWidth(void *device, unsigned *width) {
     return read_unsigned(device, PCIE_WIDTH_MAX, width);
+}
+
+/* counter: 0 is what it sends, 1 what it receives; in KB/s. The driver takes 20 ms for it. */
+EXPORT int nvmlDeviceGetPcieThroughput(void *device, int counter, unsigned *value) {
+    if (counter < 0 || counter > 1) return INVALID_ARGUMENT;
+    return read_unsigned(device, counter == 0 ? PCIE_SENT : PCIE_RECEIVED, value);
 }
 
 EXPORT int nvmlDeviceGetRemappedRows(void *device, unsigned *corrected, unsigned *uncorrected,

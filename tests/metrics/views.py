@@ -48,6 +48,8 @@ INVENTORY = GpuInventory(
     nvlinks_down=2,
     sm_activity_ratio=0.75,
     tensor_activity_ratio=0.25,
+    pcie_sent_bytes_per_second=39_000,
+    pcie_received_bytes_per_second=40_000,
 )
 FULL = GpuSample(
     "GPU-1", 0.87, 3 * GIB, 71, 512_345, 9_876_543, 1_980, 2_619, usage=USAGE, inventory=INVENTORY

@@ -23,6 +23,7 @@ from coordinator.core.coordinator import Coordinator
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.lease_messages import LeasesMade, PublishLeases
 from coordinator.core.leasing import Fleet, Recommendation, Terms, recommend
+from coordinator.core.linear import Linear
 from coordinator.core.messages import PutAttempt, PutJob, PutNode, Tick
 from coordinator.core.model import Attempt, HostFacts, Job, JobSpec, Node
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -30,7 +31,7 @@ from coordinator.core.state import Options
 from coordinator.lease_advisor import RETRY_MS, TRIES_MAX, LeaseAdvisor, Outlets
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
-from tests.core.test_lease_days import asked, rig_of
+from tests.core.test_lease_days import HELD_GPUS, asked, rig_of
 from tests.e2e.certificates import Authority
 from tests.shell.test_demand_shell import GPUS, VirtualClock
 
@@ -83,14 +84,19 @@ async def receiving(
 
 
 class Bench:
-    """An advisor, what it has logged and how long it waited between tries, in virtual time."""
+    """An advisor, what it has logged and how long it waited between tries, in virtual time, and
+    the programs that it had solved (none was)."""
 
     def __init__(self, outlets: Outlets) -> None:
         self.lines: list[tuple[str, dict[str, object]]] = []
         self.made: list[LeasesMade] = []
         self.waits_ms: list[int] = []
         self._changed = asyncio.Event()
-        self.advisor = LeaseAdvisor(self._post, outlets, self, self._log)
+        self.programs: list[Linear] = []
+        self.advisor = LeaseAdvisor(self._post, outlets, self, self._log, solve=self._solve)
+
+    def _solve(self, program: Linear) -> None:
+        self.programs.append(program)
 
     def now_ms(self) -> int:
         return sum(self.waits_ms)
@@ -136,8 +142,10 @@ def document(found: tuple[Recommendation, ...] = FOUND) -> list[str]:
     return [each.sentence for each in found]
 
 
-async def test_a_question_is_answered_in_a_thread_and_comes_back() -> None:
-    rig = rig_of(days=20)
+@pytest.mark.parametrize("flexible_ms", [0, bills.MS_PER_DAY])
+async def test_a_question_is_answered_in_a_thread_and_comes_back(flexible_ms: int) -> None:
+    """The solver is asked where work may wait, and one that finds nothing harms nothing."""
+    rig = rig_of(days=20, flexible_ms=flexible_ms)
     rig.now_ms += MINUTE_MS
     (question,) = asked(rig.handle(Tick()))
     async with advising(Outlets()) as bench:
@@ -145,6 +153,8 @@ async def test_a_question_is_answered_in_a_thread_and_comes_back() -> None:
         await bench.until(lambda: bench.made)
     (made,) = bench.made
     assert (made.day, [each.gpu_type for each in made.found]) == (question.day, ["H100"])
+    assert bool(bench.programs) == bool(flexible_ms)
+    assert [each.level_gpus for each in made.found] == [HELD_GPUS]
 
 
 async def test_the_file_is_whole_and_its_owners_alone(tmp_path: Path) -> None:

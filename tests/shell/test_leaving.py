@@ -1,4 +1,5 @@
-"""A coordinator that leaves while a thread beside its loop hangs, in a process of its own."""
+"""A coordinator that leaves while threads hang, one beside its loop and one of the loop's own, in a
+process of its own."""
 
 import subprocess
 import sys
@@ -10,6 +11,7 @@ SCRIPT = """
 import asyncio
 import threading
 import coordinator.__main__ as program
+from coordinator import leaving
 from coordinator.allocator import Allocator
 from tests.shell.test_allocator import Weighing
 
@@ -18,10 +20,13 @@ async def decide():
     weighing.hang = lambda columns: [began.set(), threading.Event().wait()]
     weighing.ask(weighing.hang)
     await asyncio.to_thread(began.wait)
+    export = lambda: [exporting.set(), threading.Event().wait()]
+    task = asyncio.create_task(asyncio.to_thread(export))
+    await asyncio.to_thread(exporting.wait)
     {ends}
 
-began = threading.Event()
-program.serve = lambda: asyncio.run(decide())
+began, exporting = threading.Event(), threading.Event()
+program.serve = lambda: leaving.run(decide()) or 0
 program.leave.__defaults__ = (0.2,)
 raise SystemExit(program.main())
 """
@@ -40,4 +45,4 @@ def test_it_does_not_wait_for_a_thread_that_hangs(ends: str, status: int, says: 
     )
     assert done.returncode == status, done.stderr
     assert says in done.stderr
-    assert "at work still: allocation" in done.stdout
+    assert "at work still: allocation_0, asyncio_" in done.stdout

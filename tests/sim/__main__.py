@@ -1,24 +1,26 @@
 """`python -m tests.sim --seeds 5000`: look for a seed that breaks a rule.
 
-A failure prints the seed, the checker's sentence and the command that replays it, and exits 1.
+A failure prints the seed, the sentence and the command that replays it, and exits 1. A fault that
+had no effect is one, too: the plan has tried nothing.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 
 from tests.sim.faults import plan
-from tests.sim.injector import run_plan
+from tests.sim.injector import broken, run_plan
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim")
     parser.add_argument("--seeds", type=int, default=200, help="how many seeds to run")
     parser.add_argument("--start", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run this one only")
     parser.add_argument("--trace", action="store_true", help="print what happens, line by line")
     parser.add_argument("--all", action="store_true", help="go on after a failure")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     first, count = (options.start, options.seeds) if options.seed is None else (options.seed, 1)
     begun_s = time.perf_counter()
     failures = 0
@@ -28,9 +30,9 @@ def main() -> int:
             sys.stdout.write("\n".join(outcome.lines) + "\n")
         if options.seed is not None:
             sys.stdout.write(f"fingerprint {outcome.fingerprint}\n")
-        if outcome.failure:
+        if failure := broken(plan(seed), outcome):
             failures += 1
-            sys.stdout.write(f"seed {seed}: {outcome.failure}\n")
+            sys.stdout.write(f"seed {seed}: {failure}\n")
             sys.stdout.write(f"replay: python -m tests.sim --seed {seed} --trace\n")
             sys.stdout.flush()
             if not options.all:

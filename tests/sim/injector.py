@@ -29,6 +29,13 @@ def run_plan(plan: Plan) -> Outcome:
     return simulate(plan, lambda world: Injector(world).strike())
 
 
+def broken(plan: Plan, outcome: Outcome) -> str:
+    """What the plan fails for: the rule that was broken, or its faults that had no effect."""
+    kinds = dict.fromkeys(fault.kind for fault in plan.faults)
+    missed = ", ".join(kind for kind in kinds if not outcome.fired[kind])
+    return outcome.failure or (f"{missed} never fired" if missed else "")
+
+
 class Injector:
     def __init__(self, world: World) -> None:
         self._world = world

@@ -97,7 +97,7 @@ def test_both_programs_are_watched_and_restarted() -> None:
         assert service["DevicePolicy"] == "closed"
 
 
-def test_a_package_depends_on_the_python_that_it_was_built_for() -> None:
+def test_a_package_is_of_the_release_and_the_python_that_it_was_built_for(tmp_path: Path) -> None:
     """And on nothing that was true on one release alone; what the template leaves open is filled
     in."""
     folder = ROOT / "systemd" / "debian"
@@ -105,4 +105,12 @@ def test_a_package_depends_on_the_python_that_it_was_built_for() -> None:
     assert "python3 (>= @PYTHON@), python3 (<< @PYTHON_NEXT@)" in control
     assert all(f"s/{word}/" in build for word in re.findall("@[A-Z_]+@", control))
     assert not re.search(r"python3\.\d", build)
+    function = build[build.index("release() {") : build.index("version=")]
+    for system, said in (
+        ("debian\nVERSION_ID=12", "deb12"),
+        ('ubuntu\nVERSION_ID="24.04"', "ubuntu24.04"),
+    ):
+        (tmp_path / "os-release").write_text(f"ID={system}\n")
+        asked = f"{function}release {tmp_path}/os-release"
+        assert subprocess.check_output(["bash", "-euc", asked], text=True) == said
     assert "libstdc++6" in control, "gRPC's wheel brings none, and a small Ubuntu has none"

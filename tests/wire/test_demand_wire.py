@@ -5,7 +5,7 @@ import math
 import pytest
 
 from coordinator import wire_demand
-from coordinator.core.demand_messages import DemandSeries, GetDemand, HeldAhead
+from coordinator.core.demand_messages import DemandSeries, GetDemand, HeldAhead, Hold, Holds
 from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
 
@@ -18,8 +18,9 @@ def test_a_question_arrives() -> None:
         period_minutes=60,
         steps=5,
         ahead_minutes=[60, 360],
+        with_holds=True,
     )
-    assert wire_demand.decode(request) == GetDemand("h100", "nlp", "spare", 60, 5, (60, 360))
+    assert wire_demand.decode(request) == GetDemand("h100", "nlp", "spare", 60, 5, (60, 360), True)
     assert wire_demand.decode(pb.GetDemandRequest()) == GetDemand()
     request.job_class = 9  # type: ignore[assignment]
     with pytest.raises(ValueError, match="job_class 9"):
@@ -37,3 +38,15 @@ def test_an_answer_arrives() -> None:
     assert (sent.held_gpus, held.ahead_minutes, held.certain_gpus) == (9.0, 60, 4.0)
     assert held.expected_gpus == 5.5
     assert not wire_demand.encode(DemandSeries(0, 10, ())).HasField("begin_time")
+
+
+def test_who_held_arrives_and_who_has_not_ended_is_nan() -> None:
+    each = (Hold(2.0, -5.5), Hold(0.25, 3.0, 4.5))
+    sent = wire_demand.encode(DemandSeries(0, 10, (), holds=Holds(each, 7.0))).holds
+    assert (list(sent.gpus), list(sent.begin_minutes)) == ([2.0, 0.25], [-5.5, 3.0])
+    assert math.isnan(sent.end_minutes[0])
+    assert (sent.end_minutes[1], sent.since_minutes) == (4.5, 7.0)
+    without = wire_demand.encode(DemandSeries(0, 10, (), holds=Holds(())))
+    assert without.HasField("holds")
+    assert not without.holds.HasField("since_minutes")
+    assert not wire_demand.encode(DemandSeries(0, 10, ())).HasField("holds")

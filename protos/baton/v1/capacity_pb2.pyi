@@ -143,6 +143,7 @@ class TypePlan(_message.Message):
     STALE_FIELD_NUMBER: _builtins.int
     SENTENCE_FIELD_NUMBER: _builtins.int
     RENTED_GPUS_FIELD_NUMBER: _builtins.int
+    NEED_REASON_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     on_gpus: _builtins.int
     """On nodes that take work."""
@@ -173,6 +174,8 @@ class TypePlan(_message.Message):
     """What the newest decision says; empty: there is none."""
     rented_gpus: _builtins.int
     """On rented nodes, those that were ordered and are not there yet included; all are paid for."""
+    need_reason: _builtins.str
+    """Why more or fewer are needed than run and wait, one sentence; empty: it is as many."""
     @_builtins.property
     def boot(self) -> _duration_pb2.Duration:
         """From the order until a node is there, in 95 of 100 cases."""
@@ -209,10 +212,11 @@ class TypePlan(_message.Message):
         stale: _builtins.bool = ...,
         sentence: _builtins.str = ...,
         rented_gpus: _builtins.int = ...,
+        need_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "coverage_ratio", b"coverage_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "need_reason", b"need_reason", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coverage_ratio: _TypeAlias = _typing.Literal["coverage_ratio"]  # noqa: Y015
     _WhichOneofArgType__coverage_ratio: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio"]  # noqa: Y015
@@ -369,6 +373,13 @@ class ScaleDecision(_message.Message):
     DEEDS_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
     HINDSIGHT_FIELD_NUMBER: _builtins.int
+    SOON_FIELD_NUMBER: _builtins.int
+    FREES_FIELD_NUMBER: _builtins.int
+    RENT_USD_FIELD_NUMBER: _builtins.int
+    PATIENT_GPUS_FIELD_NUMBER: _builtins.int
+    ENDING_GPUS_FIELD_NUMBER: _builtins.int
+    LATE_GPUS_FIELD_NUMBER: _builtins.int
+    LATE_JOBS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     gpu_type: _builtins.str
     mode: Global___ScalingMode.ValueType
@@ -388,6 +399,14 @@ class ScaleDecision(_message.Message):
     """The bound that held it back first, a word; empty: none did."""
     rail_reason: _builtins.str
     """The same as a sentence."""
+    rent_usd: _builtins.float
+    """Of a rented GPU, US dollars an hour; absent: none of the type can be rented."""
+    patient_gpus: _builtins.int
+    """Waited, and were not counted yet: they may wait for longer."""
+    ending_gpus: _builtins.int
+    """Of those that ran, so many were counted on to come free before a start would be there."""
+    late_gpus: _builtins.int
+    """So many more keep the deadlines of `late_jobs`, which waiting would miss."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -410,6 +429,16 @@ class ScaleDecision(_message.Message):
     def hindsight(self) -> Global___ScaleHindsight:
         """What came; absent until that is over, or where too little is known of it."""
 
+    @_builtins.property
+    def soon(self) -> _duration_pb2.Duration:
+        """How far ahead `soon_gpus` are about: a start, and one decision more."""
+
+    @_builtins.property
+    def frees(self) -> _duration_pb2.Duration:
+        """After which a node was expected to free for what waited; absent: nobody knew, or nobody waited."""
+
+    @_builtins.property
+    def late_jobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -434,19 +463,30 @@ class ScaleDecision(_message.Message):
         deeds: _abc.Iterable[Global___ScaleDeed] | None = ...,
         holds: _duration_pb2.Duration | None = ...,
         hindsight: Global___ScaleHindsight | None = ...,
+        soon: _duration_pb2.Duration | None = ...,
+        frees: _duration_pb2.Duration | None = ...,
+        rent_usd: _builtins.float | None = ...,
+        patient_gpus: _builtins.int = ...,
+        ending_gpus: _builtins.int = ...,
+        late_gpus: _builtins.int = ...,
+        late_jobs: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "_hindsight", b"_hindsight", "coverage_ratio", b"coverage_ratio", "hindsight", b"hindsight", "holds", b"holds", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "_hindsight", b"_hindsight", "_rent_usd", b"_rent_usd", "coverage_ratio", b"coverage_ratio", "frees", b"frees", "hindsight", b"hindsight", "holds", b"holds", "rent_usd", b"rent_usd", "soon", b"soon", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "_hindsight", b"_hindsight", "alternatives", b"alternatives", "coverage_ratio", b"coverage_ratio", "deeds", b"deeds", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "hindsight", b"hindsight", "holds", b"holds", "id", b"id", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "level", b"level", "mode", b"mode", "need_gpus", b"need_gpus", "queued_gpus", b"queued_gpus", "rail", b"rail", "rail_reason", b"rail_reason", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "there_gpus", b"there_gpus", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "_hindsight", b"_hindsight", "_rent_usd", b"_rent_usd", "alternatives", b"alternatives", "coverage_ratio", b"coverage_ratio", "deeds", b"deeds", "ending_gpus", b"ending_gpus", "frees", b"frees", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "hindsight", b"hindsight", "holds", b"holds", "id", b"id", "keep_gpus", b"keep_gpus", "late_gpus", b"late_gpus", "late_jobs", b"late_jobs", "later_gpus", b"later_gpus", "level", b"level", "mode", b"mode", "need_gpus", b"need_gpus", "patient_gpus", b"patient_gpus", "queued_gpus", b"queued_gpus", "rail", b"rail", "rail_reason", b"rail_reason", "rent_usd", b"rent_usd", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon", b"soon", "soon_gpus", b"soon_gpus", "there_gpus", b"there_gpus", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coverage_ratio: _TypeAlias = _typing.Literal["coverage_ratio"]  # noqa: Y015
     _WhichOneofArgType__coverage_ratio: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio"]  # noqa: Y015
     _WhichOneofReturnType__hindsight: _TypeAlias = _typing.Literal["hindsight"]  # noqa: Y015
     _WhichOneofArgType__hindsight: _TypeAlias = _typing.Literal["_hindsight", b"_hindsight"]  # noqa: Y015
+    _WhichOneofReturnType__rent_usd: _TypeAlias = _typing.Literal["rent_usd"]  # noqa: Y015
+    _WhichOneofArgType__rent_usd: _TypeAlias = _typing.Literal["_rent_usd", b"_rent_usd"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage_ratio) -> _WhichOneofReturnType__coverage_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hindsight) -> _WhichOneofReturnType__hindsight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rent_usd) -> _WhichOneofReturnType__rent_usd | None: ...
 
 Global___ScaleDecision: _TypeAlias = ScaleDecision  # noqa: Y015
 
@@ -458,12 +498,15 @@ class ScaleAlternative(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     EXPECTED_USD_FIELD_NUMBER: _builtins.int
     REALISED_USD_FIELD_NUMBER: _builtins.int
+    FIXED_USD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     gpus: _builtins.int
     expected_usd: _builtins.float
     """What it was expected to cost until the decision's time is over."""
     realised_usd: _builtins.float
-    """What it would have cost in waiting and idling; absent as `hindsight`."""
+    """What it would have cost by what came, cycles and rent included; absent as `hindsight`."""
+    fixed_usd: _builtins.float
+    """Of both, what it costs whatever comes: cycles and rent."""
     def __init__(
         self,
         *,
@@ -471,10 +514,11 @@ class ScaleAlternative(_message.Message):
         gpus: _builtins.int = ...,
         expected_usd: _builtins.float = ...,
         realised_usd: _builtins.float | None = ...,
+        fixed_usd: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_realised_usd", b"_realised_usd", "realised_usd", b"realised_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_realised_usd", b"_realised_usd", "expected_usd", b"expected_usd", "gpus", b"gpus", "name", b"name", "realised_usd", b"realised_usd"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_realised_usd", b"_realised_usd", "expected_usd", b"expected_usd", "fixed_usd", b"fixed_usd", "gpus", b"gpus", "name", b"name", "realised_usd", b"realised_usd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__realised_usd: _TypeAlias = _typing.Literal["realised_usd"]  # noqa: Y015
     _WhichOneofArgType__realised_usd: _TypeAlias = _typing.Literal["_realised_usd", b"_realised_usd"]  # noqa: Y015

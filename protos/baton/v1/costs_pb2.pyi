@@ -198,10 +198,17 @@ class HourlyUse(_message.Message):
     LEASE_USD_FIELD_NUMBER: _builtins.int
     BURST_USD_FIELD_NUMBER: _builtins.int
     WANTED_GPUS_FIELD_NUMBER: _builtins.int
+    FLEXIBLE_RATIO_FIELD_NUMBER: _builtins.int
+    FLEXIBLE_HOURS_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     lease_usd: _builtins.float
     """Of one GPU, an hour. Absent: nobody knows."""
     burst_usd: _builtins.float
+    flexible_ratio: _builtins.float
+    """The part of `wanted_gpus` that was of jobs that may wait (`--flexible`), 0 to 1, and for how
+    long they may, on average.
+    """
+    flexible_hours: _builtins.int
     @_builtins.property
     def begin_time(self) -> _timestamp_pb2.Timestamp:
         """Of the first hour; up to a month before the span."""
@@ -221,10 +228,12 @@ class HourlyUse(_message.Message):
         lease_usd: _builtins.float | None = ...,
         burst_usd: _builtins.float | None = ...,
         wanted_gpus: _abc.Iterable[_builtins.float] | None = ...,
+        flexible_ratio: _builtins.float = ...,
+        flexible_hours: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "lease_usd", b"lease_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "flexible_hours", b"flexible_hours", "flexible_ratio", b"flexible_ratio", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__burst_usd: _TypeAlias = _typing.Literal["burst_usd"]  # noqa: Y015
     _WhichOneofArgType__burst_usd: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd"]  # noqa: Y015

@@ -33,6 +33,7 @@ class GetDemandRequest(_message.Message):
     PERIOD_MINUTES_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     AHEAD_MINUTES_FIELD_NUMBER: _builtins.int
+    WITH_HOLDS_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     """As `baton nodes` says it, in any case; a part of it will do where only one type has it. Empty:
     all types.
@@ -45,6 +46,8 @@ class GetDemandRequest(_message.Message):
     """1 (kept for 14 days), 10 (90 days) or 60 (two years). 0: 10."""
     steps: _builtins.int
     """The newest so many. 1 to 20,160; 0, or more than are kept: all."""
+    with_holds: _builtins.bool
+    """Whether `holds` is asked for: some hundred kilobytes in a large fleet."""
     @_builtins.property
     def ahead_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """In how many minutes it is asked what is still held: 1 to 10,080, at most 16 of them."""
@@ -58,10 +61,11 @@ class GetDemandRequest(_message.Message):
         period_minutes: _builtins.int = ...,
         steps: _builtins.int = ...,
         ahead_minutes: _abc.Iterable[_builtins.int] | None = ...,
+        with_holds: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps", "with_holds", b"with_holds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -77,6 +81,7 @@ class GetDemandResponse(_message.Message):
     GPU_TYPE_FIELD_NUMBER: _builtins.int
     HELD_GPUS_FIELD_NUMBER: _builtins.int
     HELD_AHEAD_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     period_minutes: _builtins.int
     gpu_type: _builtins.str
     """The type that was meant, as the coordinator calls it; empty: all."""
@@ -96,6 +101,10 @@ class GetDemandResponse(_message.Message):
     def held_ahead(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAhead]:
         """For each of `ahead_minutes`, in their order."""
 
+    @_builtins.property
+    def holds(self) -> Global___Holds:
+        """Where it was asked for. Absent as well where it is not known: of what is counted as "other"."""
+
     def __init__(
         self,
         *,
@@ -105,14 +114,58 @@ class GetDemandResponse(_message.Message):
         gpu_type: _builtins.str = ...,
         held_gpus: _builtins.float = ...,
         held_ahead: _abc.Iterable[Global___HeldAhead] | None = ...,
+        holds: Global___Holds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "holds", b"holds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "held_ahead", b"held_ahead", "held_gpus", b"held_gpus", "period_minutes", b"period_minutes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "held_ahead", b"held_ahead", "held_gpus", b"held_gpus", "holds", b"holds", "period_minutes", b"period_minutes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDemandResponse: _TypeAlias = GetDemandResponse  # noqa: Y015
+
+@_typing.final
+class Holds(_message.Message):
+    """Jobs that hold GPUs of the series or have held them; each from its first attempt until it ended,
+    whatever moved it. At most 100,000, the newest. Times are minutes after the response's
+    `begin_time`, below zero before it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPUS_FIELD_NUMBER: _builtins.int
+    BEGIN_MINUTES_FIELD_NUMBER: _builtins.int
+    END_MINUTES_FIELD_NUMBER: _builtins.int
+    SINCE_MINUTES_FIELD_NUMBER: _builtins.int
+    since_minutes: _builtins.float
+    """Of jobs that ended before, not all are there: they are not kept for ever. Absent: all are."""
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One of each for a job. Of a share of a GPU the part counts."""
+
+    @_builtins.property
+    def begin_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def end_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """NaN: it has not ended."""
+
+    def __init__(
+        self,
+        *,
+        gpus: _abc.Iterable[_builtins.float] | None = ...,
+        begin_minutes: _abc.Iterable[_builtins.float] | None = ...,
+        end_minutes: _abc.Iterable[_builtins.float] | None = ...,
+        since_minutes: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since_minutes", b"_since_minutes", "since_minutes", b"since_minutes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since_minutes", b"_since_minutes", "begin_minutes", b"begin_minutes", "end_minutes", b"end_minutes", "gpus", b"gpus", "since_minutes", b"since_minutes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__since_minutes: _TypeAlias = _typing.Literal["since_minutes"]  # noqa: Y015
+    _WhichOneofArgType__since_minutes: _TypeAlias = _typing.Literal["_since_minutes", b"_since_minutes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since_minutes) -> _WhichOneofReturnType__since_minutes | None: ...
+
+Global___Holds: _TypeAlias = Holds  # noqa: Y015
 
 @_typing.final
 class HeldAhead(_message.Message):

@@ -6,11 +6,15 @@ What ML engineers call: submit jobs, look at them, and end them.
 Errors. INVALID_ARGUMENT: the request can never be met, and the message says what to change.
 NOT_FOUND: no such job. FAILED_PRECONDITION: not in this phase. RESOURCE_EXHAUSTED: a bound is
 reached. UNAVAILABLE: not durable now; ask again.
+
+Every answer of the coordinator has its own wall time in its trailing metadata, as
+`baton-unix-ms`: what the times in the answer are old against, whatever the caller's clock says.
 """
 
 from protos.baton.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -59,6 +63,7 @@ class SubmitRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     FORGOTTEN_JOB_ID_FIELD_NUMBER: _builtins.int
+    DEADLINE_IN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, 1 to 64 characters; makes a retry safe. Empty: none, a retry may submit
     twice.
@@ -69,16 +74,24 @@ class SubmitRequest(_message.Message):
     """
     @_builtins.property
     def spec(self) -> _types_pb2.JobSpec: ...
+    @_builtins.property
+    def deadline_in(self) -> _duration_pb2.Duration:
+        """In place of `spec.deadline`: so long after the coordinator has heard of it, by its own clock.
+        An older coordinator knows `spec.deadline` alone, so clients give both. 1 ms to 30 years.
+        Absent: `spec.deadline`.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         spec: _types_pb2.JobSpec | None = ...,
         forgotten_job_id: _builtins.int = ...,
+        deadline_in: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_in", b"deadline_in", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten_job_id", b"forgotten_job_id", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_in", b"deadline_in", "forgotten_job_id", b"forgotten_job_id", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

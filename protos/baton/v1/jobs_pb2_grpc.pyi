@@ -6,6 +6,9 @@ What ML engineers call: submit jobs, look at them, and end them.
 Errors. INVALID_ARGUMENT: the request can never be met, and the message says what to change.
 NOT_FOUND: no such job. FAILED_PRECONDITION: not in this phase. RESOURCE_EXHAUSTED: a bound is
 reached. UNAVAILABLE: not durable now; ask again.
+
+Every answer of the coordinator has its own wall time in its trailing metadata, as
+`baton-unix-ms`: what the times in the answer are old against, whatever the caller's clock says.
 """
 
 from protos.baton.v1 import jobs_pb2 as _jobs_pb2
