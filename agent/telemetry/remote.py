@@ -47,8 +47,7 @@ SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
 NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
 GONE_AGAIN_MS: Final = 10_000  # an instance that does not answer may have been destroyed
-# A GPU that hangs before it has named itself takes the sampler with it each time.
-UNANSWERED_AGAIN_MS: Final = 86_400_000
+UNANSWERED_AGAIN_MS: Final = 86_400_000  # who hangs without a name ends a sampler each time
 # It has 20 MiB beside the stand-in, and real drivers map more: far above what any should need, and
 # far below a box's memory, so that a library that leaks has its own process to lose.
 SAMPLER_BYTES_MAX: Final = 1024**3
@@ -453,8 +452,7 @@ class RemoteGpus:
                 self._said = (self._said + os.read(self._errors, PIPE_BYTES))[-SAID_BYTES:]
 
     def _let_go(self) -> None:
-        if self._under_way is not None and self._under_way.enumerates:
-            self._unanswered = True
+        self._unanswered |= self._under_way is not None and self._under_way.enumerates
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:
