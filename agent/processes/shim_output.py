@@ -87,9 +87,9 @@ class OutputLog:
     def _rotate(self) -> None:
         if not os.path.isdir(self.directory):  # nobody could ever read the rest
             os.mkdir(self.directory, 0o700)
-            self._segments.clear()
         while len(self._segments) >= SEGMENTS_KEPT:  # before: a full disk needs the room
-            os.unlink(self._segments.pop(0))
+            if os.path.exists(oldest := self._segments.pop(0)):  # nobody has removed it
+                os.unlink(oldest)
         path = self.directory + b"/%020d.log" % self.offset
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self._segment_fd >= 0:

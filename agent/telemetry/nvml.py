@@ -22,6 +22,7 @@ own reservation as used.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -141,7 +142,9 @@ class NvmlGpus:
         return listed
 
     def _is_cut(self, handle: Handle) -> bool:
-        mode = Asking(self._driver, handle).say(_MIG_MODE)
+        """Raises `NVMLError`: one that fails to say it is neither, else its instances would be no
+        more, and all of it another GPU."""
+        mode = self._driver.first((_MIG_MODE,), handle)
         return mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE
 
     def _instances(self, parent: str, handle: Handle) -> Iterator[GpuFacts]:
@@ -229,6 +232,10 @@ class NvmlGpus:
         condition = read_condition(self._driver, handle)
         if condition is not None and unread:
             condition = replace(condition, unread=unread)
+        if uuid.startswith("MIG-") and uuid not in self._wholes:
+            # It was adopted; now that it has answered, this call will not hang either.
+            with suppress(pynvml.NVMLError):
+                self._wholes[uuid] = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         return GpuSample(uuid=uuid, condition=condition, **values)
 
     def _lost(self, uuid: str, error: pynvml.NVMLError) -> GpuSample:

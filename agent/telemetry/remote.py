@@ -47,6 +47,7 @@ SAMPLER: Final = (sys.executable, "-P", "-m", "agent.telemetry.sampler")
 OCCUPANCY: Final = "occupancy"
 NO_DRIVER_AGAIN_MS: Final = 60_000  # the library is looked for on disk each time
 GONE_AGAIN_MS: Final = 10_000  # an instance that does not answer may have been destroyed
+UNANSWERED_AGAIN_MS: Final = 86_400_000  # who hangs without a name ends a sampler each time
 # It has 20 MiB beside the stand-in, and real drivers map more: far above what any should need, and
 # far below a box's memory, so that a library that leaks has its own process to lose.
 SAMPLER_BYTES_MAX: Final = 1024**3
@@ -101,6 +102,7 @@ class _UnderWay:
     asked_ms: int
     waiting: list[str]
     is_open: bool
+    enumerates: bool = False
     anybody: bool = False  # some GPU has answered
     named: dict[str, None] = field(default_factory=dict)
     samples: dict[str, GpuSample] = field(default_factory=dict)
@@ -142,6 +144,7 @@ class RemoteGpus:
         self._ended = "it was not started"
         self._looked_ms = now_ms()  # when it was last asked which GPUs there are
         self._missing = False  # an instance
+        self._unanswered = False  # which GPUs there are, the last time
         self._facts: dict[str, GpuFacts] = {}
         self.driver_version = ""
         """Empty where there is no NVML, no driver, or no answer yet."""
@@ -198,7 +201,9 @@ class RemoteGpus:
             return
         if any(uuid in self._facts for uuid in self._watch.suspects):
             return  # enumerating calls them first of all
-        if self._missing:
+        if self._unanswered and self._facts:
+            period_ms = UNANSWERED_AGAIN_MS
+        elif self._missing:
             period_ms = min(period_ms, GONE_AGAIN_MS)
         elif self.absence:
             period_ms = min(period_ms, NO_DRIVER_AGAIN_MS)  # however slow readings are by order
@@ -345,6 +350,7 @@ class RemoteGpus:
             self._details.failed(answer.failures)
             self.absence = answer.absence
             self._under_way = None
+            self._unanswered = self._unanswered and not asked.enumerates
             self._drop_gone(asked, answer.listed)
             if answer.ends:
                 raise _SamplerEnded(answer.ends)
@@ -372,7 +378,8 @@ class RemoteGpus:
         assert self._channel is not None
         self._requests_count += 1
         is_open = request["ask"] in (SAMPLE, USAGE, INVENTORY, OCCUPANCY)
-        asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open)
+        enumerates = not is_open and not request.get("known")
+        asked = _UnderWay(self._requests_count, self._now_ms(), list(order), is_open, enumerates)
         try:
             self._channel.send(msgspec.json.encode({"id": asked.id, **request}))
         except ConnectionError:
@@ -445,6 +452,7 @@ class RemoteGpus:
                 self._said = (self._said + os.read(self._errors, PIPE_BYTES))[-SAID_BYTES:]
 
     def _let_go(self) -> None:
+        self._unanswered |= self._under_way is not None and self._under_way.enumerates
         if self._channel is not None:
             self._channel.close()
         if self._process is not None:

@@ -357,7 +357,7 @@ def _settle(state: State, now: Instant, job: Job, gang: Sequence[Attempt]) -> No
     def first(phase: AttemptPhase) -> Attempt | None:
         return next((rank for rank in gang if rank.phase is phase), None)
 
-    failed, refused = first(AttemptPhase.FAILED), first(AttemptPhase.REFUSED)
+    failed, refused = first(AttemptPhase.FAILED), outcomes.refusal(gang)
     lost, mismatched = first(AttemptPhase.LOST), mismatches.found(job, gang)
     stopped = next((rank for rank in gang if rank.stop_reason), None)
     done = [rank for rank in gang if rank.phase is AttemptPhase.SUCCEEDED]

@@ -14,6 +14,7 @@ neither committed nor resumed anything and leaves with an ordinary failure statu
 again: a missing module stays missing.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
@@ -170,6 +171,20 @@ def _refusals(state: State, job: Job) -> list[Attempt]:
     return found
 
 
+def _lacking(state: State, job: Job) -> dict[str, None]:
+    """The nodes that lack what it needs, as all ranks of these tries have it."""
+    tries = {each.epoch: None for each in _refusals(state, job) if each.permanent}
+    ranks = [each for each in state.attempts_of(job.id) if each.epoch in tries]
+    return {rank.node: None for rank in ranks if rank.permanent}
+
+
+def refusal(gang: Sequence[Attempt]) -> Attempt | None:
+    """Of the ranks that were not started the one that says most: what its node lacks comes before
+    what may pass, and what was said first before what was said of one that was to stop."""
+    refused = [rank for rank in gang if rank.phase is AttemptPhase.REFUSED]
+    return max(refused, key=lambda rank: (rank.permanent, not rank.stop_reason), default=None)
+
+
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     """Its node could not start it. A command or a directory that is not there may be on another
     node, which is asked before the job has failed: one that lacks a file system which all others
@@ -177,10 +192,11 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
         job = state.put_job(replace(job, failures=job.failures + 1))
-        nodes = list(dict.fromkeys(each.node for each in _refusals(state, job) if each.permanent))
-        hopeless = len(nodes) > 1 or not _may_run_elsewhere(state, job, attempt)
-        if hopeless or job.failures > job.spec.max_restarts:
-            nor = f"; nor could {listed(nodes[1:])}" if nodes[1:] else ""
+        others = [node for node in _lacking(state, job) if node != attempt.node]
+        hopeless = others or not _may_run_elsewhere(state, job, attempt)
+        # Nothing has run, so who may not be run again may still be tried on another node.
+        if hopeless or job.failures > max(1, job.spec.max_restarts):
+            nor = f"; nor could {listed(others)}" if others else ""
             end_job(state, now, job, JobPhase.FAILED, told + nor)
             return
     state.avoid[job.id] = attempt.node

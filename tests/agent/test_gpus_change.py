@@ -12,7 +12,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.core.values import GpuCondition
-from agent.telemetry.remote import GONE_AGAIN_MS, NO_DRIVER_AGAIN_MS, Deadlines, RemoteGpus
+from agent.telemetry.remote import (
+    GONE_AGAIN_MS,
+    NO_DRIVER_AGAIN_MS,
+    UNANSWERED_AGAIN_MS,
+    Deadlines,
+    RemoteGpus,
+)
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
 from tests.agent.sampler_worlds import Box, all_read, box_of, until
 from tests.fakenvml.build import describe, h100, mig
@@ -100,6 +106,31 @@ def test_a_gpu_that_comes_later_is_found_and_one_that_went_is_not_forgotten(
     assert [bool(error) for error in samples.values()] == [False, False, True, False]
 
 
+def test_who_hangs_without_a_name_costs_the_others_no_more_than_a_start(box: Box) -> None:
+    """To ask again which GPUs there are would end each sampler in its first minute."""
+    first, second, third = h100(3)
+    box.describe(first, replace(second, state="hangs"), third)
+    gpus = box.gpus(deadlines=Deadlines(fast_ms=200, slow_ms=200, first_ms=200))
+    with capture_logs() as logs:
+        gpus.open()
+        until(gpus, all_read)
+        assert [facts.uuid for facts in gpus.facts()] == [first.uuid]
+        pid = gpus.pid()
+        logs.clear()
+        for _ in range(5):
+            box.now_ms += INVENTORY_MS
+            assert all_read(gpus.samples())
+    assert logs == []
+    assert gpus.pid() == pid
+    box.describe(first, second, third)
+    box.now_ms += UNANSWERED_AGAIN_MS
+    assert len(gpus.samples()) == 3
+    box.describe(*h100(4))
+    box.now_ms += INVENTORY_MS
+    assert len(gpus.samples()) == 4, "it has answered"
+    gpus.close()
+
+
 def test_how_much_memory_a_gpu_has_may_be_said_late(box: Box) -> None:
     (gpu,) = h100(1)
     box.describe(replace(gpu, failing=(("memory", 999),)))
@@ -126,7 +157,10 @@ def test_instances_come_and_go_while_the_agent_runs(box: Box) -> None:
     box.now_ms += INVENTORY_MS
     assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
 
-    box.describe(whole, *instances[1:])
+    pid = gpus.pid()
+    os.kill(pid, signal.SIGKILL)
+    until(gpus, lambda samples: gpus.pid() != pid and all_read(samples))
+    box.describe(whole, *instances[1:])  # as one sees it that has not looked for them itself
     gone, *others = gpus.samples()
     assert "is no instance of its GPU any more" in gone.error
     assert gone.condition is None
@@ -142,6 +176,10 @@ def test_instances_come_and_go_while_the_agent_runs(box: Box) -> None:
     box.now_ms += INVENTORY_MS
     assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
 
+    box.describe(replace(whole, failing=(("mig_mode", 999),)), *instances)
+    box.now_ms += INVENTORY_MS
+    assert [sample.uuid for sample in gpus.samples()] == [one.uuid for one in instances]
+    assert "the GPU at index 0 cannot be named" in gpus.absence
     box.describe(*(replace(gpu, state="lost") for gpu in (whole, *instances)))
     assert [sample.condition for sample in gpus.samples()] == [GpuCondition("lost")] * 3
     box.now_ms += INVENTORY_MS

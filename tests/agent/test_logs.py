@@ -385,6 +385,20 @@ def test_a_log_that_is_removed_while_it_is_written_goes_on(tmp_path: Path, whole
     assert (piece.data, piece.gone_bytes, log.lost_bytes_total) == (b"after", 6, 0)
 
 
+def test_what_somebody_else_has_removed_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim_output, "SEGMENT_BYTES", 4)
+    directory = tmp_path / shim.LOG_DIRECTORY_NAME
+    directory.mkdir()
+    log = shim_output.OutputLog(bytes(directory))
+    log.write(b"0123" * shim_output.SEGMENTS_KEPT)
+    for path in directory.iterdir():
+        path.unlink()
+    log.write(b"4567")
+    assert (logs.read(tmp_path, 0).data, log.lost_bytes_total) == (b"4567", 0)
+
+
 def test_a_full_disk_has_room_for_the_next_segment_when_the_oldest_has_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,6 +271,7 @@ EXPORT int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *pending) 
     if (now == NULL || pending == NULL) return INVALID_ARGUMENT;
     int result = read_gpu(device, &gpu);
     if (result == SUCCESS && gpu.parent[0] != '\0') result = NOT_SUPPORTED;
+    if (result == SUCCESS && gpu.result[MIG_MODE] == UNKNOWN) result = UNKNOWN;
     if (result == SUCCESS) *now = *pending = (unsigned)gpu.mig;
     return result;
 }

@@ -91,7 +91,8 @@ enum field {
     ECC_AGGREGATE_UNCORRECTED, MEMORY_TEMPERATURE, PCIE_REPLAYS, REMAPPED_CORRECTED,
     REMAPPED_UNCORRECTED, REMAPPED_PENDING, REMAPPED_FAILED, PCIE_GENERATION, PCIE_GENERATION_MAX,
     PCIE_WIDTH, PCIE_WIDTH_MAX, NVLINKS_UP, NVLINKS_DOWN, FABRIC_STATE, SM_ACTIVITY,
-    TENSOR_ACTIVITY, CLOCK_EVENT_REASONS, RECOVERY_ACTION, PCIE_SENT, PCIE_RECEIVED, FIELD_COUNT
+    TENSOR_ACTIVITY, CLOCK_EVENT_REASONS, RECOVERY_ACTION, PCIE_SENT, PCIE_RECEIVED, MIG_MODE,
+    FIELD_COUNT
 };
 static const char *const field_names[FIELD_COUNT] = {
     "utilization", "memory", "temperature", "power", "energy", "sm_clock", "memory_clock",
@@ -101,7 +102,7 @@ static const char *const field_names[FIELD_COUNT] = {
     "remapped_rows_failed", "pcie_generation", "pcie_generation_max", "pcie_width",
     "pcie_width_max", "nvlinks_up", "nvlinks_down", "fabric_state", "sm_activity_percent",
     "tensor_activity_percent", "clock_event_reasons", "recovery_action",
-    "pcie_sent_kb", "pcie_received_kb"};
+    "pcie_sent_kb", "pcie_received_kb", "mig_mode"};
 static const char *const field_keys[FIELD_COUNT] = {
     "utilization_percent", "memory_used_bytes", "temperature_celsius", "power_mw",
     "energy_mj",           "sm_clock_mhz",      "memory_clock_mhz"};

@@ -1,0 +1,71 @@
+"""What one node lacks (a command, a directory) another one may have: who is believed, and when.
+
+Safety: a job ends only by what nodes say of it, and not of themselves. Liveness: it does end.
+"""
+
+from dataclasses import replace
+
+from coordinator.core import messages as m
+from coordinator.core.model import JobSpec
+from coordinator.core.phases import AttemptPhase, JobPhase
+from tests.core.training_fleet import Fleet
+
+LACKS = m.AttemptRefused("no such directory: /data", permanent=True)
+FULL = m.AttemptRefused("the disk is full")
+TRIES_MAX = 20
+
+
+def tried(fleet: Fleet, job_id: int, **says: m.AttemptRefused | None) -> list[list[str]]:
+    """The nodes of each try, until the job runs or is over. What each node says is by its name, the
+    last rank's first; with `None` it starts."""
+    tries: list[list[str]] = []
+    fleet.tick_ms = 1_000
+    while len(tries) < TRIES_MAX and fleet.job(job_id).phase is not JobPhase.FAILED:
+        gang = fleet.state.gang(fleet.job(job_id)) if fleet.job(job_id).epoch else []
+        if gang and all(rank.phase is AttemptPhase.ASSIGNED for rank in gang):
+            tries.append([rank.node for rank in gang])
+            told = [(rank.id, says[rank.node]) for rank in reversed(gang)]
+            for attempt_id, word in told:
+                if word is None:
+                    return tries
+                fleet.say(attempt_id, word)
+        fleet.rig.now_ms += 1_000
+        fleet.train(1.0, save=False)
+        fleet.rig.handle(m.Tick())
+    return tries
+
+
+def comes(fleet: Fleet, **asks: int) -> int:
+    """A job that nobody starts yet."""
+    spec = replace(JobSpec(command=("train",), gpus=1), **asks)  # type: ignore[arg-type]
+    fleet.rig.handle(m.Request(1, m.Submit(spec)))
+    return fleet.state.last_job_id
+
+
+def test_who_had_no_room_has_not_said_that_it_lacks_anything() -> None:
+    fleet = Fleet("1xH100", "1xH100")
+    job_id = fleet.submit()
+    fleet.say("1.1", m.AttemptExited(None, 9))  # a failure, and not a node's
+    assert len(tried(fleet, job_id, n2=FULL, n1=LACKS)) > 3
+    assert fleet.job(job_id).reason == f"n1 could not start it: {LACKS.reason}"
+
+
+def test_a_job_that_may_not_be_run_again_has_not_run_yet() -> None:
+    fleet = Fleet("1xH100", "1xH100")
+    assert tried(fleet, comes(fleet, max_restarts=0), n1=LACKS, n2=None) == [["n1"], ["n2"]]
+
+
+def test_two_ranks_of_one_try_are_two_nodes_that_say_so() -> None:
+    fleet = Fleet("1xH100", "1xH100")
+    job_id = comes(fleet, ranks=2)
+    assert tried(fleet, job_id, n1=LACKS, n2=LACKS) == [["n1", "n2"]]
+    reason = f"n2 could not start it: {LACKS.reason}; nor could n1"
+    assert fleet.job(job_id).reason == reason
+
+
+def test_a_rank_that_had_no_room_does_not_speak_for_one_that_lacks_something() -> None:
+    """Else a gang is tried for ever while the one disk is full, and only that is said."""
+    fleet = Fleet("1xH100", "1xH100")
+    job_id = comes(fleet, ranks=2)
+    assert len(tried(fleet, job_id, n1=FULL, n2=LACKS)) == 4
+    assert fleet.job(job_id).reason == f"n2 could not start it: {LACKS.reason}"
