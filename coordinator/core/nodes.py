@@ -378,6 +378,7 @@ def tick(state: State, now: Instant) -> None:
     if gap_ms > TICK_GAP_MS:
         state.log("warning", "coordinator.away", gap_ms=gap_ms)
         leases.put_off(state, gap_ms)
+        state.standing.put_off(gap_ms)
     # Where many are lost at once, those who send copies there are asked once, not for each.
     lost = [live for live in leases.due(state, now) if _look(state, now, live)]
     if lost:

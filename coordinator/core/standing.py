@@ -8,7 +8,7 @@ volatile: a coordinator that restarts knows nothing of it, and decides anew.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.core.allocation import Contender
 from coordinator.core.estimates import NOTHING, Knowledge, Observation
@@ -169,3 +169,8 @@ class Standing:
     entrants: Mapping[int, Entrant] = field(default_factory=dict)
     hangs: int = 0
     unsolved_until_ms: float = 0
+
+    def put_off(self, gap_ms: int) -> None:
+        """For so long nobody was there to hear an answer."""
+        if self.asked is not None:
+            self.asked = replace(self.asked, at_ms=self.asked.at_ms + gap_ms)

@@ -210,7 +210,7 @@ def test_a_solver_that_hangs_is_left_out_ever_longer_and_then_for_good(
 ) -> None:
     monkeypatch.setattr(decisions, "SOLVER_RESTS_H", 0.1)
     fleet = asked_whether_to_move()
-    fleet.tick_ms = 5_000
+    fleet.tick_ms = 2_000
     for hours in (0.1, 0.2):
         _, said = until_given_up(fleet)
         assert said.endswith(f"without the solver for {hours} h")
@@ -225,6 +225,16 @@ def test_a_solver_that_hangs_is_left_out_ever_longer_and_then_for_good(
     _, said = until_given_up(fleet)
     assert said.endswith("without the solver until a restart")
     assert fleet.state.standing.unsolved_until_ms == math.inf
+
+
+def test_who_was_away_himself_does_not_take_it_for_a_decision_that_hangs() -> None:
+    """As on a machine that was suspended."""
+    fleet = asked_whether_to_move()
+    fleet.rig.now_ms += 2 * ANSWER_MS_MAX
+    fleet.run(10)
+    told(fleet)
+    assert fleet.stops() == MOVED
+    assert fleet.state.standing.hangs == 0
 
 
 def test_a_deadline_comes_due_while_nobody_answers() -> None:
