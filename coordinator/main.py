@@ -38,7 +38,6 @@ from coordinator.core.linear import Linear, Optimum
 from coordinator.core.model import Snapshot
 from coordinator.core.quotas import Quota
 from coordinator.core.restored import is_unsure
-from coordinator.core.sentences import quantity
 from coordinator.core.state import Options
 from coordinator.events import EVENTS
 from coordinator.forecast.live import LiveForecaster, pasts
@@ -179,10 +178,10 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
 
 def _tell_restored(snapshot: Snapshot) -> None:
     made = datetime.fromtimestamp(snapshot.copied_unix_ms / 1000, UTC).isoformat(timespec="seconds")
-    held = quantity(sum(is_unsure(job) for job in snapshot.jobs), "job is", "jobs are")
+    held = sum(is_unsure(job) for job in snapshot.jobs)
     reason = (
         f"it is a copy of {made}: what was submitted and decided since is not known;"
-        f" {held} held unless their nodes say that they run"
+        f" jobs that stay held unless a node runs them: {held}"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
 

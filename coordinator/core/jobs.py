@@ -45,7 +45,7 @@ from coordinator.core.sentences import quantity
 from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
 from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
 
-ID_IN_USE = "another request had this id, and this one was not looked at"
+ID_IN_USE = "an earlier request had this id and was another one: nothing new is submitted"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
 

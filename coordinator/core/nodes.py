@@ -346,7 +346,7 @@ def goodbye(state: State, now: Instant, live: LiveNode, body: Goodbye) -> None:
     absence_ms = min(max(body.absence_ms, 0), ABSENCE_MS_MAX)
     live.deadline_ms = now.now_ms + absence_ms
     leases.watch(state, live)
-    _close(state, live, f"its agent restarts and asked for {absence_ms / 1000:g} s")
+    _close(state, live, f"its agent has stopped and asked for {absence_ms / 1000:g} s to come back")
 
 
 def closed(state: State, now: Instant, session: int) -> None:

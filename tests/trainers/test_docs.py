@@ -193,3 +193,47 @@ def test_every_block_is_looked_at() -> None:
     used = {"plain.py", "addressed.py", "with_lightning.py", "several.py"}
     used |= {"transfer.toml", "finetune.toml", "lora.toml"}
     assert set(BLOCKS) == used
+
+
+def run_readme(directory: Path, total_steps: int) -> list[int]:
+    """The program of the README, in this process: the steps that it has made and saved."""
+    text = (DOCUMENT.parents[1] / "README.md").read_text("utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    saved: list[int] = []
+
+    def save(folder: Path) -> None:
+        saved.append(int(folder.name.rpartition("-")[2]))
+        (folder / "state").write_text("any", "utf-8")
+
+    trained: list[int] = []
+
+    def train() -> float:
+        trained.append(1)
+        return 0.5
+
+    path = directory / "readme.py"
+    path.write_text(program, "utf-8")
+    names = {
+        "load": lambda folder: None,
+        "save": save,
+        "train": train,
+        "total_steps": total_steps,
+    }
+    left = runpy.run_path(str(path), init_globals=names)
+    left["session"].close()
+    return [len(trained), *saved]
+
+
+def test_the_program_of_the_readme_runs_outside_baton(tmp_path: Path) -> None:
+    assert run_readme(tmp_path, 600) == [600]
+
+
+@pytest.mark.usefixtures("agent")
+def test_the_program_of_the_readme_saves_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_STAGING_DIR", str(tmp_path))
+    assert run_readme(tmp_path, 600) == [600, 500]
+    monkeypatch.setenv("BATON_RESTORE_DIR", str(tmp_path))
+    monkeypatch.setenv("BATON_RESTORE_STEP", "500")
+    assert run_readme(tmp_path, 600) == [100]

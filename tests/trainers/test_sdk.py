@@ -217,6 +217,18 @@ def test_outside_baton_every_call_works_and_does_nothing(tmp_path: Path) -> None
         assert not session.under_baton
 
 
+def test_outside_baton_a_signal_ends_a_plain_loop() -> None:
+    program = (
+        "import baton_sdk, os, signal\n"
+        "session = baton_sdk.connect({})\n"
+        "session.after_step(1, print, every_steps=1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "session.after_step(2, print, every_steps=1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=DEADLINE_S, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_the_environment_says_what_to_restore(tmp_path: Path) -> None:
     session = baton_sdk.Session(
         {

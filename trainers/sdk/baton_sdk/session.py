@@ -299,7 +299,8 @@ class Session:
         due, asked for or a stop is wanted, and the end of the process after a stop (SystemExit 75).
 
         ``save`` writes the state of the training into the directory that it gets, before it
-        returns. Outside Baton this does nothing. For one process: of ranks that train together only
+        returns. Outside Baton this does nothing, but that a signal ends the process as it would
+        without this session, which has taken it. For one process: of ranks that train together only
         rank 0 may call this, and what it saves is the whole checkpoint; the others call
         ``progress``. They must agree on a stop, which ``stop_requested`` leaves to them. Raises
         RuntimeError on any other rank.
@@ -311,6 +312,8 @@ class Session:
             )
         self.progress(step, total_steps, metrics)
         stop, staging = self._stop, self.staging_directory
+        if stop is not None and not self.under_baton:
+            _end_by(signal.Signals[stop.reason])
         asked = self.take_save_request()
         if staging is None or (stop is None and not asked and step % every_steps != 0):
             return
@@ -366,10 +369,15 @@ class Session:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner_pid:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_by(number)
             return
         self._on_stop(signal.Signals(number).name, None)
+
+
+def _end_by(number: int) -> None:
+    """As if nobody had asked to hear of this signal."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def connect(environment: Mapping[str, str] | None = None, *, silent: bool = False) -> Session:
