@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import signal
 from collections.abc import Coroutine
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,11 @@ async def test_one_that_had_started_says_that_it_has_failed(
     monkeypatch.setattr(
         program.logging_setup, "emit", lambda _, event, fields: told.append((event, fields))
     )
-    with pytest.raises(program.Failed):
-        await run()
+    try:
+        with pytest.raises(program.Failed):
+            await run()
+    finally:  # other tests use this loop, and some of them send signals
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().remove_signal_handler(number)
     name = program.__name__.split(".")[0]
     assert told[-1] == (f"{name}.failed", (("reason", "Input/output error: /state"),))
