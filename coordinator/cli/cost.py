@@ -13,9 +13,16 @@ import click
 from click.core import ParameterSource
 
 from coordinator.cli.completion import projects
-from coordinator.cli.render import UNKNOWN, Column, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    UNKNOWN,
+    Column,
+    write_json,
+    write_notice,
+    write_plot,
+    write_table,
+)
 from coordinator.cli.savings import CLAIRVOYANT, compared
-from coordinator.cli.settings import CommandFailed, common_options, settings_of
+from coordinator.cli.settings import common_options, settings_of
 from coordinator.cli.units import parse_duration
 
 if TYPE_CHECKING:
@@ -257,11 +264,7 @@ def _write_plot(path: Path, costs: "Costs", begin: datetime, end: datetime) -> N
     chart = Chart(
         "Money a day", f"days since {begin:%Y-%m-%d %H:%M} UTC", "US dollars a day", curves
     )
-    try:
-        path.write_text(draw(chart), encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
-    write_notice(f"plot: {path}")
+    write_plot(path, draw(chart))
 
 
 def _end_days(begin: datetime, end: datetime) -> float:

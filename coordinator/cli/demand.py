@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from coordinator.cli.render import write_file, write_plot
 from coordinator.cli.settings import CommandFailed, settings_of
 from coordinator.core.sentences import quantity
 
@@ -58,7 +59,7 @@ def save(path: Path, series: "Series") -> None:
     for place, gpus in enumerate(series.values):
         at = (series.begin + place * step).isoformat(timespec="minutes")
         lines.append(f"{at}," + ("" if math.isnan(gpus) else f"{gpus:.6g}"))
-    _write(path, "\n".join([*lines, ""]))
+    write_file(path, "\n".join([*lines, ""]))
 
 
 def saved(path: Path, series: "Series", *, asked: bool) -> str:
@@ -109,11 +110,4 @@ def plot(
         bands=bands,
         mark_x=0.0,
     )
-    _write(path, draw(chart))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
+    write_plot(path, draw(chart))

@@ -129,7 +129,6 @@ def forecast(context: click.Context, /, ahead_h: tuple[int, ...], **given: Any) 
         told = [dataclasses.replace(each, held=held.get(each.ahead_h)) for each in told]
     if given["plot"] is not None:
         demand.plot(given["plot"], series, new(ahead_h[0]), what, staying.get(ahead_h[0]))
-        write_notice(f"plot: {given['plot']}")
     if settings_of(context).as_json:
         write_json([dataclasses.asdict(each) for each in told])
         return

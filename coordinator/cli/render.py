@@ -17,9 +17,12 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import click
+
+from coordinator.cli.settings import CommandFailed
 
 UNKNOWN = "-"
 
@@ -137,6 +140,20 @@ def _wrapped(sentence: str, stream: TextIO, indent: str = GAP) -> str:
         break_on_hyphens=False,
     )
     return "\n".join(lines).replace(_GLUE, " ")
+
+
+def write_file(path: Path, content: str) -> None:
+    """Raises `CommandFailed`."""
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def write_plot(path: Path, svg: str) -> None:
+    """And say where. Raises `CommandFailed`."""
+    write_file(path, svg)
+    write_notice(f"plot: {path}")
 
 
 def write_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:

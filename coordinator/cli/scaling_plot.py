@@ -10,13 +10,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from coordinator.cli.render import write_notice
+from coordinator.cli.render import write_plot
 from coordinator.cli.settings import CommandFailed
 
 if TYPE_CHECKING:
     from coordinator.cli.capacity_client import Decision, TypePlan
     from coordinator.cli.demand_client import Told
-    from coordinator.sim.svg import Band, Chart, Curve
+    from coordinator.sim.svg import Band, Curve
 
 PERIOD_MIN: Final = 10
 HOURS_SHOWN: Final = 48
@@ -41,7 +41,7 @@ def draw_plan(
 ) -> None:
     """Demand of the last days by type, what was on, and from now on what is. `now`: when the plan
     was made; without, nothing of the past is known to be at its place. Raises `CommandFailed`."""
-    from coordinator.sim.svg import Chart, Curve
+    from coordinator.sim.svg import Chart, Curve, draw
 
     curves: list[Curve] = []
     for one, demand in zip(types, told, strict=True):
@@ -61,13 +61,14 @@ def draw_plan(
         curves += _history(one.gpu_type, mine, now, begin_h) if now is not None else ()
     if not curves:
         raise CommandFailed("there is no demand to be drawn yet: the first step takes ten minutes")
-    _write(path, Chart("Demand and the fleet", "time from now, h", "GPUs", curves, mark_x=0.0))
+    chart = Chart("Demand and the fleet", "time from now, h", "GPUs", curves, mark_x=0.0)
+    write_plot(path, draw(chart))
 
 
 def draw_decision(path: Path, one: "Decision", told: "Told | None") -> None:
     """What was wanted before it and came after, what was expected, and what each alternative has
     there. Raises `CommandFailed`."""
-    from coordinator.sim.svg import Chart, Curve
+    from coordinator.sim.svg import Chart, Curve, draw
 
     assert one.time is not None
     holds_h = one.holds_s / S_PER_H
@@ -91,7 +92,7 @@ def draw_decision(path: Path, one: "Decision", told: "Told | None") -> None:
         f"{one.id}: {one.gpu_type}", "time from the decision, h", "GPUs", curves,
         mark_x=0.0, bands=_bands(one),
     )  # fmt: skip
-    _write(path, chart)
+    write_plot(path, draw(chart))
 
 
 def period_min(one: "Decision", now: datetime) -> int:
@@ -148,13 +149,3 @@ def _known(gpus: Sequence[float], step_min: int, newest_h: float = 0.0) -> list[
         else:
             parts[-1].append((newest_h + (place - len(gpus) + 1) * step_min / 60, value))
     return [part for part in parts if part]
-
-
-def _write(path: Path, chart: "Chart") -> None:
-    from coordinator.sim.svg import draw
-
-    try:
-        path.write_text(draw(chart), encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
-    write_notice(f"plot: {path}")

@@ -17,7 +17,14 @@ import click
 
 from coordinator.cli.again import again
 from coordinator.cli.demand import ask
-from coordinator.cli.render import Column, progress, write_json, write_notice, write_table
+from coordinator.cli.render import (
+    Column,
+    progress,
+    write_json,
+    write_notice,
+    write_plot,
+    write_table,
+)
 from coordinator.cli.settings import BadInput, CommandFailed, settings_of
 from coordinator.core.sentences import quantity
 
@@ -200,11 +207,7 @@ def _policy(name: str, series: "Series", inputs: "PowerInputs") -> "PowerPolicy"
 def _write_plot(path: Path, runs: "Mapping[str, PowerOutcome]", inputs: "PowerInputs") -> None:
     from coordinator.sim.capacity_plots import drawing
 
-    try:
-        path.write_text(drawing(runs, inputs.fleet), encoding="utf-8")
-    except OSError as error:
-        raise CommandFailed(f"{path} cannot be written ({error.strerror or error})") from error
-    write_notice(f"plot: {path}")
+    write_plot(path, drawing(runs, inputs.fleet))
 
 
 def _cells(name: str, row: "PowerFigures") -> tuple[object, ...]:
