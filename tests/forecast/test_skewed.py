@@ -1,6 +1,7 @@
 """Each quantile by itself: bands lean to the side to which demand goes, and are found exactly."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -78,34 +79,44 @@ def test_quantiles_rise_and_no_less_than_nothing_is_wanted() -> None:
             assert said[0] >= 0
 
 
-def test_what_breathes_by_the_day_is_learned_faster_where_less_is_held() -> None:
-    """Three weeks of demand that is each day what it was the day before, and some noise."""
-    chance, ahead = random.Random(4), 6
-    values = [
+def breathing() -> list[float]:
+    """Four weeks of demand that is each day what it was the day before, and some noise."""
+    chance = random.Random(4)
+    return [
         200 + 80 * float(np.sin(2 * np.pi * hour / 24)) + chance.gauss(0, 5)
         for hour in range(24 * 28)
     ]
-    learned = 24 * 21
-    lesson = experts.lesson(Grid(np.array(values[:learned]), 1), ahead)
-    losses = []
-    for model in (skewed.regressed(lesson, ahead), skewed.freely(lesson, ahead)):
-        losses.append(0.0)
-        for step in range(learned, len(values) - ahead):
-            grid = Grid(np.array(values[step - 24 * 9 : step + 1]), 1, step - 24 * 9)
-            losses[-1] += float(pinball(values[step + ahead], model.forecast(grid)).mean())
-    held, free = losses
-    assert free < 0.95 * held
 
 
-def test_what_stays_as_it_was_for_weeks_is_learned_better_by_who_forgets_less() -> None:
-    ahead, learned = 6, 24 * 42
-    values = bursts(learned + 24 * 14, seed=5)
+@pytest.mark.parametrize(
+    ("values", "learned_days", "better", "other", "ratio"),
+    [
+        pytest.param(
+            breathing(), 21, skewed.freely, skewed.regressed, 0.95,
+            id="what breathes by the day is learned faster where less is held",
+        ),
+        pytest.param(
+            bursts(24 * 56, seed=5), 42, skewed.over_weeks, skewed.freely, 0.99,
+            id="what stays as it was for weeks is learned better by who forgets less",
+        ),
+    ],
+)  # fmt: skip
+def test_who_learns_better_from_what(
+    values: list[float],
+    learned_days: int,
+    better: Callable[[experts.Lesson, int], Expert],
+    other: Callable[[experts.Lesson, int], Expert],
+    ratio: float,
+) -> None:
+    """By the pinball loss six hours ahead, on the days that were not learned from."""
+    ahead, learned = 6, 24 * learned_days
     lesson = experts.lesson(Grid(np.array(values[:learned]), 1), ahead)
-    losses = []
-    for model in (skewed.freely(lesson, ahead), skewed.over_weeks(lesson, ahead)):
-        losses.append(0.0)
+
+    def loss(model: Expert) -> float:
+        lost = 0.0
         for step in range(learned, len(values) - ahead):
             grid = Grid(np.array(values[step - 24 * 9 : step + 1]), 1, step - 24 * 9)
-            losses[-1] += float(pinball(values[step + ahead], model.forecast(grid)).mean())
-    forgets, remembers = losses
-    assert remembers < 0.99 * forgets
+            lost += float(pinball(values[step + ahead], model.forecast(grid)).mean())
+        return lost
+
+    assert loss(better(lesson, ahead)) < ratio * loss(other(lesson, ahead))
