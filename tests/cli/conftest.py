@@ -1,6 +1,8 @@
 """Fixtures: an open fake coordinator, and `baton` run against it inside this process."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import pytest
 from click.testing import CliRunner, Result
@@ -9,6 +11,19 @@ from coordinator.cli.main import cli
 from tests.cli.fake_coordinator import FakeCoordinator
 
 Baton = Callable[..., Result]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is in the place of `render.progress`: how long each bar is, and all that it was told."""
+
+    bars: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def bar(self, steps: int, what: str) -> Iterator[Callable[[int], None]]:
+        self.bars.append(steps)
+        yield self.told.append
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from coordinator.core.model import (
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.store.sqlite import SqliteStore
+from tests.cli.conftest import Progress
 
 TRACE = """\
 job,arrival_s,gpus,steps,class,project,A100,K80
@@ -95,17 +94,10 @@ def test_who_waits_is_told_how_far_it_is(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each job of each policy, as the fleet is and as it would be."""
-    told: list[int] = []
-    bars: list[int] = []
-
-    @contextmanager
-    def bar(steps: int, what: str) -> Iterator[Callable[[int], None]]:
-        bars.append(steps)
-        yield told.append
-
-    monkeypatch.setattr("coordinator.cli.simulate.progress", bar)
+    shown = Progress()
+    monkeypatch.setattr("coordinator.cli.simulate.progress", shown.bar)
     assert baton(files, "--add-nodes", "1xA100").exit_code == 0
-    assert bars == [sum(told)] == [2 * 2 * 3]
+    assert shown.bars == [sum(shown.told)] == [2 * 2 * 3]
 
 
 def test_who_is_late_is_counted_where_there_are_deadlines(files: tuple[Path, Path]) -> None:

@@ -3,8 +3,6 @@
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +13,7 @@ from coordinator.cli.main import cli
 from coordinator.cli.simulate_demand import OURS, POWER_POLICIES
 from coordinator.forecast.demand_file import read_series
 from protos.baton.v1 import demand_pb2
-from tests.cli.conftest import Baton
+from tests.cli.conftest import Baton, Progress
 from tests.cli.fake_coordinator import FakeCoordinator
 
 FLEET = "nodes = 12\ngpus_per_node = 8\nbusy_w = 1000\nidle_w = 400\n"
@@ -79,18 +77,11 @@ def test_json_has_the_figures_and_nobody_saves_more_than_who_knows(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And who waits at a terminal is told of each step of each policy."""
-    told: list[int] = []
-    bars: list[int] = []
-
-    @contextmanager
-    def bar(steps: int, what: str) -> Iterator[Callable[[int], None]]:
-        bars.append(steps)
-        yield told.append
-
-    monkeypatch.setattr("coordinator.cli.simulate_demand.progress", bar)
+    shown = Progress()
+    monkeypatch.setattr("coordinator.cli.simulate_demand.progress", shown.bar)
     common = ("--demand", "demand.csv", "--fleet", "fleet.toml", "--warm-up", "72", "--json")
     rows = {row["policy"]: row for row in json.loads(asked(folder, *common).stdout)}
-    assert bars == [sum(told)] == [4 * 7 * 144]
+    assert shown.bars == [sum(shown.told)] == [4 * 7 * 144]
     assert rows["always-on"]["saved_ratio"] == 0
     assert 0 < rows["baton"]["saved_ratio"] <= rows["clairvoyant"]["saved_ratio"]
     assert rows["clairvoyant"]["waiting_ratio"] == 0
