@@ -6,7 +6,6 @@ it beside what was expected. All counts are GPUs.
 """
 
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -231,7 +230,7 @@ def explain(context: click.Context, decision: str, plot: Path | None) -> None:
         ordered_on = not as_json and any(_is_order_on(deed) for deed in found.deeds)
         nodes = {node.id: node for node in client.nodes()} if ordered_on else {}
     if plot is not None:
-        period_min = scaling_plot.period_min(found, datetime.now(UTC))
+        period_min = scaling_plot.period_min(found, client.now())
         scaling_plot.draw_decision(plot, found, _demand(context, found.gpu_type, period_min))
     if as_json:
         write_json(found)

@@ -140,6 +140,7 @@ def test_a_decision_is_drawn_with_what_was_expected_and_what_came(
     came = demand_pb2.GetDemandResponse(period_minutes=10, gpus=[9, 2, 2, nan, 4, 3, *[1] * 14])
     came.begin_time.FromMilliseconds(JUDGED.unix_ms - 130 * 60_000)
     fake.answers["GetDemand"] = [came]
+    fake.unix_ms = JUDGED.unix_ms + 3 * 3_600_000
     path = tmp_path / "decision.svg"
     shown = baton("scale", "explain", "scale-7", "--plot", str(path))
     assert shown.exit_code == 0
@@ -149,6 +150,7 @@ def test_a_decision_is_drawn_with_what_was_expected_and_what_came(
     drawn = re.findall(r'polyline points="([^"]*)"', text)
     assert len(drawn[0].split()) == 2, "not what was two hours before, nor through a hole"
     assert fake.requests[-1].gpu_type == "H100"
+    assert fake.requests[-1].period_minutes == 1, "three hours ago, by the coordinator's clock"
     missing = baton("scale", "explain", "scale-7", "--plot", str(tmp_path / "no" / "such.svg"))
     assert missing.exit_code == 1
     assert "cannot be written" in missing.stderr
