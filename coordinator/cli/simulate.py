@@ -179,7 +179,7 @@ def _simulate(context: click.Context, given: Mapping[str, Any]) -> None:
     found: Results = {}
     names = list(dict.fromkeys(given["policies"]))
     jobs = len(names) * sum(len(each.jobs) for each in cases.values())
-    with progress(jobs, "jobs done") as passed:
+    with progress(jobs, "simulating") as passed:
         for name in names:
             policies = {when: _policy(name, given["balance"], each) for when, each in cases.items()}
             found[name] = {when: _run(each, policies[when], passed) for when, each in cases.items()}
