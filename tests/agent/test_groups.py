@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,24 +18,8 @@ from agent.processes import records, shim, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.groups import Groups, NoGroups, is_populated, make_home
 from agent.processes.supervisor import NEVER_STARTED, SUPERVISOR_GONE, Supervisor
-from tests.agent.waiting import DEADLINE_S, until
-
-PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
-
-# Nothing is left to know it by: a parent and a session of its own, and an empty environment.
-HIDDEN = """
-import os, sys
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        with open(sys.argv[1] + ".tmp", "w") as file:
-            file.write(str(os.getpid()))
-        os.rename(sys.argv[1] + ".tmp", sys.argv[1])
-        os.execve("/bin/sleep", ["sleep", "600"], {})
-    os._exit(0)
-os.wait()
-os.execvp("sleep", ["sleep", sys.argv[2]])
-"""
+from tests.agent.test_processes import DAEMON, PATH, alive, bash
+from tests.agent.waiting import open_forks, until
 
 
 @pytest.fixture
@@ -57,21 +42,17 @@ async def forks(request: pytest.FixtureRequest) -> AsyncIterator[ForkServers | N
         yield None
         return
     servers = ForkServers()
-    servers.open()
-    async with asyncio.timeout(DEADLINE_S):
-        await servers.plain.ready.wait()
+    await open_forks(servers)
     yield servers
     await servers.close()
 
 
 def hidden(pid_file: Path, last_s: int) -> Launch:
-    arguments = ("python3", "-c", HIDDEN, str(pid_file), str(last_s))
+    """Nothing is left to know it by: a parent and a session of its own, an empty environment."""
+    script = 'env -i "$(command -v python3)" -c "$1" "$2"; exec sleep "$3"'
+    base = bash(script, DAEMON, str(pid_file), str(last_s), attempt_id="7.2")
     # a token of its own: by it others' would be killed
-    return Launch("7.2", arguments, (PATH, ("BATON_TOKEN", str(pid_file))), "/")
-
-
-def lives(pid: int) -> bool:
-    return shim.stat_fields(pid)[:1] not in ([], [b"Z"], [b"X"])
+    return replace(base, environment=(PATH, ("BATON_TOKEN", str(pid_file))))
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -100,7 +81,7 @@ async def test_what_hides_from_its_job_dies_with_it_though_the_shim_was_killed(
         supervisor = Supervisor(tmp_path, forks=forks, groups=Groups(None))
         assert await supervisor.open(exits.append) == ("7.2",)
     await until(lambda: exits)
-    assert not lives(daemon)
+    assert not alive(daemon)
     assert exits == [ProcessExit("7.2", None, None, SUPERVISOR_GONE)]
     assert not group.exists()
     await supervisor.close()
@@ -122,7 +103,7 @@ async def test_a_group_goes_with_its_job_and_their_home_with_the_last(
     supervisor.kill("7.2")
     await until(lambda: exits)
     assert exits == [ProcessExit("7.2", None, signal.SIGKILL)]
-    assert not lives(daemon)
+    assert not alive(daemon)
     assert not group.exists()
     assert home.name not in os.listdir(home.parent)
     await supervisor.close()
