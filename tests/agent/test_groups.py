@@ -14,7 +14,7 @@ import pytest
 
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.processes import groups as module
-from agent.processes import records, shim, unkillable
+from agent.processes import proc, records, shim, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.groups import Groups, NoGroups, is_populated, make_home
 from agent.processes.supervisor import NEVER_STARTED, SUPERVISOR_GONE, Supervisor
@@ -174,6 +174,33 @@ async def test_nobody_has_ended_before_his_group_is_empty(
     assert not groups.of(directory).exists()
     stuck.kill()
     await stuck.wait()
+    await supervisor.close()
+
+
+async def test_a_kill_after_the_end_of_a_shim_reaches_nobody_but_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left may wait in the kernel for hours, and the shim's number be another's by then."""
+    monkeypatch.setattr(module, "LOOK_S", 0.001)
+    exits: list[ProcessExit] = []
+    groups = StandIn(tmp_path / "groups")
+    supervisor = Supervisor(tmp_path, groups=groups)
+    await supervisor.open(exits.append)
+    await supervisor.start(Launch("7.2", ("true",), (PATH,), "/"))
+    attempt = supervisor._attempts["7.2"]
+    await until(lambda: attempt.shim_fd < 0)
+    stranger = await asyncio.create_subprocess_exec("sh", "-c", "sleep 600; true")
+    await until(lambda: proc.descendants(stranger.pid))
+    attempt.shim_pid = stranger.pid
+    supervisor.kill("7.2")
+    (child,) = proc.descendants(stranger.pid)
+    assert alive(child.pid)
+    assert exits == []
+    groups.populate(attempt.directory, 0)
+    await until(lambda: exits)
+    stranger.kill()
+    os.kill(child.pid, signal.SIGKILL)
+    await stranger.wait()
     await supervisor.close()
 
 
