@@ -280,6 +280,8 @@ async def _run(
     try:
         await shell.run()
     except OSError as error:
+        if not shell.opened.is_set():
+            raise  # the state directory cannot be used: that is the start itself
         logging_setup.emit("critical", "agent.failed", (("reason", _in_words(error)),))
         raise Failed from error
     finally:

@@ -187,9 +187,9 @@ def is_populated(group: Path) -> bool:
 def stuck(group: Path) -> tuple[int, ...]:
     """Those in it or below it that wait in the kernel and cannot be interrupted."""
     pids: list[int] = []
-    for path in (group, *group.rglob("*/")):
+    for path, _, _ in os.walk(group):
         with contextlib.suppress(OSError):
-            pids += map(int, (path / "cgroup.procs").read_text().split())
+            pids += map(int, Path(path, "cgroup.procs").read_text().split())
     return tuple(pid for pid in sorted(pids) if unkillable.is_stuck(shim.stat_fields(pid)))
 
 

@@ -182,10 +182,11 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
         self._groups.kill(attempt.directory)
-        remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
-        unkillable.watch(
-            attempt_id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
-        )
+        if attempt.shim_fd >= 0:  # else nobody is below it, and its number may be another's by now
+            remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
+            unkillable.watch(
+                attempt_id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
+            )
 
     def forget(self, attempt_id: str) -> None:
         """The exit is settled: what is left is `exit.json` and the log, until newer ones push it
@@ -470,8 +471,7 @@ class Supervisor:
 
     def _running_pid(self, attempt: _Attempt) -> int:
         """The trainer's pid, or 0 when it could not be started, has ended, or its number is
-        another's by now.
-        """
+        another's by now."""
         if attempt.starting.cancelled() or attempt.starting.exception() is not None:
             return 0
         process = proc.read_process(attempt.starting.result())

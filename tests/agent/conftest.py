@@ -1,4 +1,5 @@
-"""Nodes with a chunk store and a peer service, for the tests of what goes between them."""
+"""Nodes with a chunk store and a peer service, for the tests of what goes between them; boxes of
+described GPUs, for those of what a driver does."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:  # most tests here do without gRPC
+    from agent.telemetry.remote import RemoteGpus
     from tests.agent.chunk_worlds import Node
     from tests.agent.http_worlds import World
+    from tests.agent.sampler_worlds import Box
 
 
 @pytest.fixture
@@ -45,3 +48,22 @@ def world(tmp_path: Path) -> "Iterator[World]":
     yield made
     made.server.close()
     made.transfers.close()
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Box":
+    from tests.agent.sampler_worlds import Box
+
+    return Box(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def opened(box: "Box") -> "Iterator[RemoteGpus]":
+    """Three healthy GPUs, and a sampler that has found them."""
+    from tests.fakenvml.build import h100
+
+    box.describe(*h100(3))
+    gpus = box.gpus()
+    gpus.open()
+    yield gpus
+    gpus.close()

@@ -21,10 +21,12 @@ VALUES = [
 class Box:
     """One box: its GPUs as described, and a clock."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory
         self.path = directory / "gpus.txt"
         self.now_ms = 0
+        for name, value in environment(build(), self.path).items():
+            monkeypatch.setenv(name, value)
 
     def gpus(
         self, *allowed: str, command: tuple[str, ...] = SAMPLER, deadlines: Deadlines = DEADLINES
@@ -38,13 +40,6 @@ class Box:
 
     def describe(self, *gpus: FakeGpu, driver_state: str = "ok") -> None:
         describe(gpus, self.path, driver_state=driver_state)
-
-
-def box_of(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    made = Box(directory)
-    for name, value in environment(build(), made.path).items():
-        monkeypatch.setenv(name, value)
-    return made
 
 
 def until(

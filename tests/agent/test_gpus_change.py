@@ -4,11 +4,8 @@ another driver takes its place, while the sampler runs.
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 from structlog.testing import capture_logs
 
 from agent.core.values import GpuCondition
@@ -20,25 +17,10 @@ from agent.telemetry.remote import (
     RemoteGpus,
 )
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
-from tests.agent.sampler_worlds import Box, all_read, box_of, until
+from tests.agent.sampler_worlds import Box, all_read, until
 from tests.fakenvml.build import describe, h100, mig
 
 INVENTORY_MS = PERIODS_MS["normal"][INVENTORY]
-
-
-@pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    return box_of(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def opened(box: Box) -> Iterator[RemoteGpus]:
-    """Three healthy GPUs, and a sampler that has found them."""
-    box.describe(*h100(3))
-    gpus = box.gpus()
-    gpus.open()
-    yield gpus
-    gpus.close()
 
 
 def test_another_driver_is_opened_by_another_sampler(box: Box, opened: RemoteGpus) -> None:

@@ -7,34 +7,19 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.processes import groups as module
-from agent.processes import records, shim, unkillable
+from agent.processes import proc, records, shim, unkillable
 from agent.processes.forks import ForkServers
 from agent.processes.groups import Groups, NoGroups, is_populated, make_home
 from agent.processes.supervisor import NEVER_STARTED, SUPERVISOR_GONE, Supervisor
-from tests.agent.waiting import DEADLINE_S, until
-
-PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
-
-# Nothing is left to know it by: a parent and a session of its own, and an empty environment.
-HIDDEN = """
-import os, sys
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        with open(sys.argv[1] + ".tmp", "w") as file:
-            file.write(str(os.getpid()))
-        os.rename(sys.argv[1] + ".tmp", sys.argv[1])
-        os.execve("/bin/sleep", ["sleep", "600"], {})
-    os._exit(0)
-os.wait()
-os.execvp("sleep", ["sleep", sys.argv[2]])
-"""
+from tests.agent.test_processes import DAEMON, PATH, alive, bash
+from tests.agent.waiting import open_forks, until
 
 
 @pytest.fixture
@@ -57,21 +42,17 @@ async def forks(request: pytest.FixtureRequest) -> AsyncIterator[ForkServers | N
         yield None
         return
     servers = ForkServers()
-    servers.open()
-    async with asyncio.timeout(DEADLINE_S):
-        await servers.plain.ready.wait()
+    await open_forks(servers)
     yield servers
     await servers.close()
 
 
 def hidden(pid_file: Path, last_s: int) -> Launch:
-    arguments = ("python3", "-c", HIDDEN, str(pid_file), str(last_s))
+    """Nothing is left to know it by: a parent and a session of its own, an empty environment."""
+    script = 'env -i "$(command -v python3)" -c "$1" "$2"; exec sleep "$3"'
+    base = bash(script, DAEMON, str(pid_file), str(last_s), attempt_id="7.2")
     # a token of its own: by it others' would be killed
-    return Launch("7.2", arguments, (PATH, ("BATON_TOKEN", str(pid_file))), "/")
-
-
-def lives(pid: int) -> bool:
-    return shim.stat_fields(pid)[:1] not in ([], [b"Z"], [b"X"])
+    return replace(base, environment=(PATH, ("BATON_TOKEN", str(pid_file))))
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -100,7 +81,7 @@ async def test_what_hides_from_its_job_dies_with_it_though_the_shim_was_killed(
         supervisor = Supervisor(tmp_path, forks=forks, groups=Groups(None))
         assert await supervisor.open(exits.append) == ("7.2",)
     await until(lambda: exits)
-    assert not lives(daemon)
+    assert not alive(daemon)
     assert exits == [ProcessExit("7.2", None, None, SUPERVISOR_GONE)]
     assert not group.exists()
     await supervisor.close()
@@ -122,7 +103,7 @@ async def test_a_group_goes_with_its_job_and_their_home_with_the_last(
     supervisor.kill("7.2")
     await until(lambda: exits)
     assert exits == [ProcessExit("7.2", None, signal.SIGKILL)]
-    assert not lives(daemon)
+    assert not alive(daemon)
     assert not group.exists()
     assert home.name not in os.listdir(home.parent)
     await supervisor.close()
@@ -193,6 +174,33 @@ async def test_nobody_has_ended_before_his_group_is_empty(
     assert not groups.of(directory).exists()
     stuck.kill()
     await stuck.wait()
+    await supervisor.close()
+
+
+async def test_a_kill_after_the_end_of_a_shim_reaches_nobody_but_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left may wait in the kernel for hours, and the shim's number be another's by then."""
+    monkeypatch.setattr(module, "LOOK_S", 0.001)
+    exits: list[ProcessExit] = []
+    groups = StandIn(tmp_path / "groups")
+    supervisor = Supervisor(tmp_path, groups=groups)
+    await supervisor.open(exits.append)
+    await supervisor.start(Launch("7.2", ("true",), (PATH,), "/"))
+    attempt = supervisor._attempts["7.2"]
+    await until(lambda: attempt.shim_fd < 0)
+    stranger = await asyncio.create_subprocess_exec("sh", "-c", "sleep 600; true")
+    await until(lambda: proc.descendants(stranger.pid))
+    attempt.shim_pid = stranger.pid
+    supervisor.kill("7.2")
+    (child,) = proc.descendants(stranger.pid)
+    assert alive(child.pid)
+    assert exits == []
+    groups.populate(attempt.directory, 0)
+    await until(lambda: exits)
+    stranger.kill()
+    os.kill(child.pid, signal.SIGKILL)
+    await stranger.wait()
     await supervisor.close()
 
 

@@ -28,7 +28,7 @@ from agent.processes.supervisor import (
     SUPERVISOR_GONE,
     Supervisor,
 )
-from tests.agent.waiting import DEADLINE_S, until
+from tests.agent.waiting import open_forks, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
 
@@ -83,9 +83,7 @@ async def shims(request: pytest.FixtureRequest) -> AsyncIterator[None]:
         yield
         return
     servers = ForkServers()
-    servers.open()
-    async with asyncio.timeout(DEADLINE_S):
-        await servers.plain.ready.wait()
+    await open_forks(servers)
     forks.append(servers)
     yield
     forks.clear()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from tests.agent.sampler_worlds import (
     POLLS_MAX,
     Box,
     all_read,
-    box_of,
     is_unknown,
     until,
 )
@@ -41,21 +39,6 @@ from tests.fakenvml.build import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
-    return box_of(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def opened(box: Box) -> Iterator[RemoteGpus]:
-    """Three healthy GPUs, and a sampler that has found them."""
-    box.describe(*h100(3))
-    gpus = box.gpus()
-    gpus.open()
-    yield gpus
-    gpus.close()
 
 
 def hanging(gpu: FakeGpu) -> FakeGpu:

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import signal
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from types import ModuleType
 from typing import Any
 
@@ -30,16 +30,20 @@ def test_the_reason_is_words_alone(program: ModuleType, error: Exception, said: 
 
 
 class Shell:
-    """Whose loop ends by an error of the system's."""
+    """Whose loop ends by an error of the system's, or does not even begin."""
 
-    opened = asyncio.Event()
+    def __init__(self, *, begins: bool = True) -> None:
+        self.opened = asyncio.Event()
+        self.begins = begins
 
     async def run(self) -> None:
+        if self.begins:
+            self.opened.set()
         raise OSError(errno.EIO, "Input/output error", "/state")
 
 
-def agent() -> Coroutine[Any, Any, None]:
-    shell: Any = Shell()
+def agent(*, begins: bool = True) -> Coroutine[Any, Any, None]:
+    shell: Any = Shell(begins=begins)
     return agent_main._run(shell, AgentConfig(), (), shell, "n1:1")
 
 
@@ -48,6 +52,15 @@ def coordinator() -> Coroutine[Any, Any, None]:
     return coordinator_main._run(shell, CoordinatorConfig(), ())
 
 
+@pytest.fixture
+async def signals() -> AsyncIterator[None]:
+    """Other tests use this loop, and some of them send signals."""
+    yield
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().remove_signal_handler(number)
+
+
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("program", "run"), [(agent_main, agent), (coordinator_main, coordinator)], ids=["a", "c"]
 )
@@ -59,11 +72,14 @@ async def test_one_that_had_started_says_that_it_has_failed(
     monkeypatch.setattr(
         program.logging_setup, "emit", lambda _, event, fields: told.append((event, fields))
     )
-    try:
-        with pytest.raises(program.Failed):
-            await run()
-    finally:  # other tests use this loop, and some of them send signals
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            asyncio.get_running_loop().remove_signal_handler(number)
+    with pytest.raises(program.Failed):
+        await run()
     name = program.__name__.split(".")[0]
     assert told[-1] == (f"{name}.failed", (("reason", "Input/output error: /state"),))
+
+
+@pytest.mark.usefixtures("signals")
+async def test_an_agent_that_cannot_use_its_state_directory_has_not_started() -> None:
+    """A full disk, which its operator can mend."""
+    with pytest.raises(OSError, match="Input/output error: '/state'"):
+        await agent(begins=False)
