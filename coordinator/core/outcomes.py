@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import islice
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
+from coordinator.core.failure_rate import SIGNAL_STATUS_BASE
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
 from coordinator.core.offers import is_open
@@ -34,8 +35,6 @@ RETRY_MS_MAX = 60_000
 # "Run me again" without ever committing a further step is a loop; this many rounds of it are
 # patience enough.
 YIELDS_MAX = 20
-# A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
-SIGNAL_STATUS_BASE = 128
 AGAIN = "asked to be run again"
 
 
