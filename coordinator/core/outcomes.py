@@ -22,8 +22,7 @@ from coordinator.core import checkpoints, claims, mismatches, poison, restored
 from coordinator.core.failure_rate import SIGNAL_STATUS_BASE
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
-from coordinator.core.offers import is_open
-from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import could_hold
@@ -224,7 +223,8 @@ def _may_run_elsewhere(state: State, job: Job, attempt: Attempt, nodes_min: int 
     able = (
         live
         for live in state.nodes.values()
-        if is_open(live)
+        if live.phase is not NodePhase.LOST
+        and live.node.intent is NodeIntent.OPEN
         and live.node.id != attempt.node
         and (live.gangs or job.spec.ranks == 1)
         and (live.shares or not job.spec.shared_gpu_memory_bytes)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from coordinator.core import messages as m
 from coordinator.core.model import JobSpec
-from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase, NodePhase
 from tests.core.training_fleet import Fleet
 
 LACKS = m.AttemptRefused("no such directory: /data", permanent=True)
@@ -99,3 +99,17 @@ def test_a_job_does_not_wait_for_nodes_that_take_no_work_any_more() -> None:
     fleet.rig.handle(m.Request(2, m.CordonNode("n1")))
     assert tried(fleet, job_id, n2=LACKS) == [["n2"]]
     assert fleet.job(job_id).reason == f"n2 could not start it: {LACKS.reason}"
+
+
+def test_a_node_that_is_silent_for_a_moment_is_waited_for_as_well() -> None:
+    """As all are after a restart of the coordinator, but for the first to come."""
+    fleet = Fleet("1xH100", "1xH100")
+    running = fleet.submit()
+    job_id = comes(fleet)
+    fleet.rig.handle(m.FromAgent(fleet.state.nodes["n1"].session or 0, m.SessionClosed()))
+    assert fleet.state.nodes["n1"].phase is NodePhase.SUSPECT
+    fleet.say(f"{job_id}.1", LACKS)
+    fleet.rig.handle(m.Tick())
+    assert fleet.job(job_id).phase is JobPhase.QUEUED
+    assert fleet.state.wait_reason(fleet.job(job_id)).endswith(LACKS.reason)
+    assert fleet.job(running).phase is JobPhase.ACTIVE
