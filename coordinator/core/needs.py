@@ -33,14 +33,14 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
     replicas, near = _where_it_was(state, job) if job.epoch else ((), ())  # most have never run
     promise = state.standing.promises.get(job.id)
     keeps = claims.waits_out(state, now, job)
-    lacking = outcomes.lacking(state, job)
+    avoid, elsewhere = outcomes.avoided(state, job)
     anywhere = promise is None or (job.id in state.avoid and not keeps)
     return Need(
         job.id,
         job.spec,
         replicas,
-        state.avoid.get(job.id, "") if lacking is None else lacking.node,
-        lacking is not None,
+        avoid,
+        elsewhere,
         near,
         lent=job.id in lent,
         shunned=coruns.shunned(state, job),

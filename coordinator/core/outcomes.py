@@ -179,6 +179,12 @@ def lacking(state: State, job: Job) -> Attempt | None:
     return last if _may_run_elsewhere(state, job, last, job.spec.ranks) else None
 
 
+def avoided(state: State, job: Job) -> tuple[str, bool]:
+    """The node that its next try does not go to if another will do; `True`: not in any case."""
+    last = lacking(state, job)
+    return (state.avoid.get(job.id, ""), False) if last is None else (last.node, True)
+
+
 def describe_lack(state: State, job: Job) -> str:
     """Of a job that waits for room."""
     last = lacking(state, job)

@@ -82,6 +82,7 @@ def test_a_job_waits_for_another_node_while_the_one_that_lacks_something_is_free
     job_id = comes(fleet)
     assert fleet.state.gang(fleet.job(running))[0].node == "n1"
     fleet.say(f"{job_id}.1", LACKS)
+    fleet.state.avoid.clear()  # as a restart does
     assert tried(fleet, job_id, n2=LACKS, rounds_max=20) == []
     reason = "needs 1 GPU on one node; the only one that fits is taken"
     waits = fleet.state.wait_reason(fleet.job(job_id))
