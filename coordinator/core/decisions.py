@@ -160,7 +160,8 @@ def made(state: State, now: Instant, event: AllocationMade) -> bool:
     if asked is None or asked.asking != event.asking:
         return False
     if event.allocation is None:
-        _miss(state, event.reason)
+        standing.asked = None
+        state.log("warning", "allocation.failed", reason=event.reason)
         standing.stale_ms = now.now_ms + TICK_MS - QUIET_MS  # whatever happens, not before
         return False
     standing.asked, standing.made_ms = None, now.now_ms
@@ -188,11 +189,6 @@ def _give_up(state: State, now: Instant, asked: Asked) -> None:
         until = "until a restart" if is_over else f"for {rests_h} h"
         reason += f"; decisions are made without the solver {until}"
     state.log("error", "allocation.hangs", reason=reason)
-
-
-def _miss(state: State, reason: str) -> None:
-    state.standing.asked = None
-    state.log("warning", "allocation.failed", reason=reason)
 
 
 def forget(state: State, now: Instant) -> None:

@@ -9,6 +9,7 @@ from coordinator.core import holds
 from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
 from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.held_ahead import held_ahead
+from coordinator.core.sentences import some
 from coordinator.core.state import Instant, State
 
 PERIOD_MIN_DEFAULT = 10
@@ -75,5 +76,4 @@ def _nobody(what: str, name: str, known: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
-    return (", ".join(names[:NAMES_SHOWN_MAX]) or "none") + more
+    return some(names, NAMES_SHOWN_MAX) or "none"

@@ -21,8 +21,8 @@ DAY_MS = 86_400_000
 FAILURES_MAX = 100
 # Whose last failed attempt is remembered, so that its other ranks do not count again.
 JOBS_MAX = 1_000
-# Above it a shell speaks of a signal (POSIX.1-2017, shell, 2.8.2).
-OWN_STATUS_MAX = 128
+# A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
+SIGNAL_STATUS_BASE = 128
 
 
 class FailureRate:
@@ -69,5 +69,5 @@ class FailureRate:
 def _is_failure(attempt: Attempt) -> bool:
     if attempt.stop_reason or attempt.phase not in (AttemptPhase.FAILED, AttemptPhase.LOST):
         return False
-    own = attempt.exit_code is not None and attempt.exit_code <= OWN_STATUS_MAX
+    own = attempt.exit_code is not None and attempt.exit_code <= SIGNAL_STATUS_BASE
     return not own or attempt.commits > 0

@@ -27,6 +27,7 @@ from dataclasses import replace
 
 from coordinator.core import checkpoints, poison, restored
 from coordinator.core.checkpoint_requests import Manifest, NoteManifests
+from coordinator.core.job_requests import ON_HOLD
 from coordinator.core.model import Checkpoint, Job, JobIntent, JobSpec, Part
 from coordinator.core.phases import JobPhase
 from coordinator.core.state import JOBS_OPEN_MAX, Instant, LiveNode, State
@@ -100,7 +101,7 @@ def submitted_again(state: State, now: Instant, job: Job, spec: JobSpec, request
     _put_together(state, now, [_place(one) for one in parts])
     job = state.jobs[job.id]
     if spec.hold:
-        state.put_job(replace(job, reason="submitted on hold; `baton release` lets it start"))
+        state.put_job(replace(job, reason=ON_HOLD))
     else:
         state.put_job(replace(job, phase=JobPhase.QUEUED, intent=JobIntent.RUN, reason=""))
     what = "its owner has said what it is, after the database was put back from a copy"

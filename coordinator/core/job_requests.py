@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from coordinator.core.model import JobSpec
 from coordinator.core.phases import JobPhase
 
+ON_HOLD = "on hold until `baton release`"  # the reason of a job that was submitted so
+
 
 @dataclass(frozen=True, slots=True)
 class Submit:

@@ -24,6 +24,7 @@ from coordinator.core import (
 )
 from coordinator.core.demand import ask_of
 from coordinator.core.explain import explain
+from coordinator.core.job_requests import ON_HOLD
 from coordinator.core.messages import (
     Answer,
     CancelJob,
@@ -112,7 +113,7 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
     spec, first_id = body.spec, state.last_job_id + 1
     array_id = first_id if spec.array else 0
     phase = JobPhase.HELD if spec.hold else JobPhase.QUEUED
-    reason = "on hold until `baton release`" if spec.hold else ""
+    reason = ON_HOLD if spec.hold else ""
     intent = JobIntent.HOLD if spec.hold else JobIntent.RUN
     for job_id, index in enumerate(indices, first_id):
         # A request is known by its first job.

@@ -35,6 +35,7 @@ from coordinator.core import (
     costs,
     deadlines,
     gangs,
+    outcomes,
     reserved,
     stop_bounds,
 )
@@ -234,7 +235,8 @@ class _Plan:
 
         if own > self.left or (runs and job.id in self.promised):
             return
-        need = Need(job.id, job.spec, avoid=self.state.avoid.get(job.id, ""), only=option.gpu_type)
+        avoid, elsewhere = outcomes.avoided(self.state, job)
+        need = Need(job.id, job.spec, (), avoid, elsewhere, only=option.gpu_type)
         spread = self._keep(need)
         if spread is None and wish.entrant.known and self.searches > 0:
             self.searches -= 1

@@ -6,7 +6,7 @@ must see the same queue, or what is explained is not what is decided.
 
 from collections.abc import Iterable, Mapping
 
-from coordinator.core import checkpoints, claims, company, coruns, decisions, mismatches
+from coordinator.core import checkpoints, claims, company, coruns, decisions, mismatches, outcomes
 from coordinator.core.model import Job
 from coordinator.core.phases import JobPhase
 from coordinator.core.placement import Need
@@ -33,12 +33,14 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
     replicas, near = _where_it_was(state, job) if job.epoch else ((), ())  # most have never run
     promise = state.standing.promises.get(job.id)
     keeps = claims.waits_out(state, now, job)
+    avoid, elsewhere = outcomes.avoided(state, job)
     anywhere = promise is None or (job.id in state.avoid and not keeps)
     return Need(
         job.id,
         job.spec,
         replicas,
-        state.avoid.get(job.id, ""),
+        avoid,
+        elsewhere,
         near,
         lent=job.id in lent,
         shunned=coruns.shunned(state, job),

@@ -16,12 +16,13 @@ again: a missing module stays missing.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from coordinator.core import checkpoints, claims, mismatches, poison, restored
+from coordinator.core.failure_rate import SIGNAL_STATUS_BASE
 from coordinator.core.messages import AttemptExited
 from coordinator.core.model import Attempt, Job, JobIntent
-from coordinator.core.offers import is_open
-from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase, NodeIntent, NodePhase
 from coordinator.core.sentences import listed, quantity
 from coordinator.core.state import Instant, State
 from coordinator.core.validate import could_hold
@@ -33,8 +34,6 @@ RETRY_MS_MAX = 60_000
 # "Run me again" without ever committing a further step is a loop; this many rounds of it are
 # patience enough.
 YIELDS_MAX = 20
-# A shell reports a child that a signal ended as 128 + its number (POSIX.1-2017, shell, 2.8.2).
-SIGNAL_STATUS_BASE = 128
 AGAIN = "asked to be run again"
 
 
@@ -171,7 +170,28 @@ def _refusals(state: State, job: Job) -> list[Attempt]:
     return found
 
 
-def _lacking(state: State, job: Job) -> dict[str, None]:
+def lacking(state: State, job: Job) -> Attempt | None:
+    """Whose node lacks what it needs, by its last try, where there are others. The next one goes to
+    those, and waits for that: while they are full, the one that lacks something has room."""
+    last = next(iter(_refusals(state, job)), None) if job.epoch and job.failures else None
+    if last is None or not last.permanent:
+        return None
+    return last if _may_run_elsewhere(state, job, last, job.spec.ranks) else None
+
+
+def avoided(state: State, job: Job) -> tuple[str, bool]:
+    """The node that its next try does not go to if another will do; `True`: not in any case."""
+    last = lacking(state, job)
+    return (state.avoid.get(job.id, ""), False) if last is None else (last.node, True)
+
+
+def describe_lack(state: State, job: Job) -> str:
+    """Of a job that waits for room."""
+    last = lacking(state, job)
+    return "" if last is None else f"; {last.node} could not start it: {last.reason}"
+
+
+def _all_lacking(state: State, job: Job) -> dict[str, None]:
     """The nodes that lack what it needs, as all ranks of these tries have it."""
     tries = {each.epoch: None for each in _refusals(state, job) if each.permanent}
     ranks = [each for each in state.attempts_of(job.id) if each.epoch in tries]
@@ -192,7 +212,7 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
         job = state.put_job(replace(job, failures=job.failures + 1))
-        others = [node for node in _lacking(state, job) if node != attempt.node]
+        others = [node for node in _all_lacking(state, job) if node != attempt.node]
         hopeless = others or not _may_run_elsewhere(state, job, attempt)
         # Nothing has run, so who may not be run again may still be tried on another node.
         if hopeless or job.failures > max(1, job.spec.max_restarts):
@@ -205,13 +225,18 @@ def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     retry(state, now, job, f"{told}{hint}")
 
 
-def _may_run_elsewhere(state: State, job: Job, attempt: Attempt) -> bool:
-    return any(
-        is_open(live)
-        and live.node.id != attempt.node
-        and could_hold(job.spec, live.node.gpus, live.node.host.memory_bytes)
+def _may_run_elsewhere(state: State, job: Job, attempt: Attempt, nodes_min: int = 1) -> bool:
+    able = (
+        live
         for live in state.nodes.values()
+        if live.phase is not NodePhase.LOST
+        and live.node.intent is NodeIntent.OPEN
+        and live.node.id != attempt.node
+        and (live.gangs or job.spec.ranks == 1)
+        and (live.shares or not job.spec.shared_gpu_memory_bytes)
+        and could_hold(job.spec, live.node.gpus, live.node.host.memory_bytes)
     )
+    return next(islice(able, nodes_min - 1, None), None) is not None
 
 
 def requeue(state: State, now: Instant, job: Job, reason: str) -> None:

@@ -71,20 +71,21 @@ Tightness = tuple[bool, bool, bool, int, int, int]
 @dataclass(slots=True)  # not frozen: that would be a fourth of a round over a long queue
 class Need:
     """A queued job. `replicas` are the nodes that hold its last checkpoint; `avoid` the node that
-    refused it just now, or where it got no further; `near` are where its last attempt ran and
-    the standby that got its checkpoints. `lent`: it is beyond its project's quota (`quotas.py`).
-    `shunned` are attempts that it shares a GPU with last. `types` of GPU are those that are worth
-    most for it first, each with how fast it is there; empty where all are alike. With `only` it has
-    been promised that type, and with `on` some of these nodes; and while it is `leaving` another
-    place for that, room is kept for it.
-    `lasts_ms` is how long it is expected to run, if anybody knows. `refused` are those with whom it
-    does not share a GPU. `alike` are nodes whose ranks understand one another, where that was not
-    so: nobody leaves for it on others (`mismatches.py`)."""
+    refused it just now, or where it got no further, and `elsewhere`: not there, whatever is free;
+    `near` are where its last attempt ran and the standby that got its checkpoints. `lent`: it is
+    beyond its project's quota (`quotas.py`). `shunned` are attempts that it shares a GPU with last.
+    `types` of GPU are those that are worth most for it first, each with how fast it is there; empty
+    where all are alike. With `only` it has been promised that type, and with `on` some of these
+    nodes; and while it is `leaving` another place for that, room is kept for it. `lasts_ms` is how
+    long it is expected to run, if anybody knows. `refused` are those with whom it does not share a
+    GPU. `alike` are nodes whose ranks understand one another, where that was not so: nobody leaves
+    for it on others (`mismatches.py`)."""
 
     job_id: int
     spec: JobSpec
     replicas: tuple[str, ...] = ()
     avoid: str = ""
+    elsewhere: bool = False
     near: tuple[str, ...] = ()
     lent: bool = False
     shunned: frozenset[str] = frozenset()
@@ -222,7 +223,7 @@ def _refusal(
     need: Need, rooms: Sequence[Room], known: Mapping[str, Room], kept: Sequence[Keep]
 ) -> str:
     with hidden(kept, known):
-        sentence = why_not(need.spec, rooms)
+        sentence = why_not(need.spec, _others(need, rooms) if need.elsewhere else rooms)
     if not kept:
         return sentence
     if find(need, rooms) is not None:
@@ -245,7 +246,7 @@ def request_key(need: Need) -> tuple[object, ...]:
         spec.gpu_memory_bytes_min,
         (spec.shared_gpu_memory_bytes, spec.share_automatic),
         spec.memory_bytes,
-        need.avoid,
+        (need.avoid, need.elsewhere),
         bool(need.alike),
     )
 
@@ -286,7 +287,7 @@ def _spread(need: Need, rooms: Sequence[Room]) -> Spread | None:
         if spread is not None or need.only:
             return spread
     if need.types and not need.only:
-        others = [r for r in rooms if r.offer.node != need.avoid] if need.avoid else rooms
+        others = _others(need, rooms)
         holds, near = _at(need.replicas, others), _at(need.near, others)
         fastest = max(speed for _, speed in need.types)
         quick = [name for name, speed in need.types if speed >= NEAR_SPEED_RATIO * fastest]
@@ -302,6 +303,10 @@ def _at(nodes: Sequence[str], rooms: Sequence[Room]) -> list[Room]:
     return [room for room in rooms if room.offer.node in nodes] if nodes else []
 
 
+def _others(need: Need, rooms: Sequence[Room]) -> Sequence[Room]:
+    return [r for r in rooms if r.offer.node != need.avoid] if need.avoid else rooms
+
+
 def _own(need: Need) -> Need:
     automatic = need.spec.share_automatic and need.spec.shared_gpu_memory_bytes
     return replace(need, spec=alone(need.spec)) if automatic else need
@@ -315,6 +320,7 @@ def _search(need: Need, rooms: Sequence[Room]) -> Spread | None:
 
 
 def _promised(need: Need, rooms: Sequence[Room]) -> Sequence[Room]:
+    rooms = _others(need, rooms) if need.elsewhere else rooms
     rooms = _at(need.on, rooms) if need.on else rooms
     return of_type(rooms, need.only) if need.only else rooms
 

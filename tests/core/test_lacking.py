@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from coordinator.core import messages as m
 from coordinator.core.model import JobSpec
-from coordinator.core.phases import AttemptPhase, JobPhase
+from coordinator.core.phases import AttemptPhase, JobPhase, NodePhase
 from tests.core.training_fleet import Fleet
 
 LACKS = m.AttemptRefused("no such directory: /data", permanent=True)
@@ -15,12 +15,16 @@ FULL = m.AttemptRefused("the disk is full")
 TRIES_MAX = 20
 
 
-def tried(fleet: Fleet, job_id: int, **says: m.AttemptRefused | None) -> list[list[str]]:
-    """The nodes of each try, until the job runs or is over. What each node says is by its name, the
-    last rank's first; with `None` it starts."""
+def tried(
+    fleet: Fleet, job_id: int, rounds_max: int = 1_000, **says: m.AttemptRefused | None
+) -> list[list[str]]:
+    """The nodes of each try, until the job runs or is over, or so long. What each node says
+    is by its name, the last rank's first; with `None` it starts."""
     tries: list[list[str]] = []
     fleet.tick_ms = 1_000
-    while len(tries) < TRIES_MAX and fleet.job(job_id).phase is not JobPhase.FAILED:
+    for _ in range(rounds_max):
+        if len(tries) >= TRIES_MAX or fleet.job(job_id).phase is JobPhase.FAILED:
+            break
         gang = fleet.state.gang(fleet.job(job_id)) if fleet.job(job_id).epoch else []
         if gang and all(rank.phase is AttemptPhase.ASSIGNED for rank in gang):
             tries.append([rank.node for rank in gang])
@@ -69,3 +73,44 @@ def test_a_rank_that_had_no_room_does_not_speak_for_one_that_lacks_something() -
     job_id = comes(fleet, ranks=2)
     assert len(tried(fleet, job_id, n1=FULL, n2=LACKS)) == 4
     assert fleet.job(job_id).reason == f"n2 could not start it: {LACKS.reason}"
+
+
+def test_a_job_waits_for_another_node_while_the_one_that_lacks_something_is_free() -> None:
+    """Else that one ends all that waits as soon as the others are full."""
+    fleet = Fleet("1xH100", "1xH100")
+    running = fleet.submit()
+    job_id = comes(fleet)
+    assert fleet.state.gang(fleet.job(running))[0].node == "n1"
+    fleet.say(f"{job_id}.1", LACKS)
+    fleet.state.avoid.clear()  # as a restart does
+    assert tried(fleet, job_id, n2=LACKS, rounds_max=20) == []
+    reason = "needs 1 GPU on one node; the only one that fits is taken"
+    waits = fleet.state.wait_reason(fleet.job(job_id))
+    assert waits == f"{reason}; n2 could not start it: {LACKS.reason}"
+    fleet.say(f"{running}.1", m.AttemptExited(0))
+    assert tried(fleet, job_id, n1=None) == [["n1"]]
+
+
+def test_a_job_does_not_wait_for_nodes_that_take_no_work_any_more() -> None:
+    fleet = Fleet("1xH100", "1xH100")
+    fleet.submit()
+    job_id = comes(fleet)
+    fleet.say(f"{job_id}.1", LACKS)
+    assert tried(fleet, job_id, rounds_max=20) == []
+    fleet.rig.handle(m.Request(2, m.CordonNode("n1")))
+    assert tried(fleet, job_id, n2=LACKS) == [["n2"]]
+    assert fleet.job(job_id).reason == f"n2 could not start it: {LACKS.reason}"
+
+
+def test_a_node_that_is_silent_for_a_moment_is_waited_for_as_well() -> None:
+    """As all are after a restart of the coordinator, but for the first to come."""
+    fleet = Fleet("1xH100", "1xH100")
+    running = fleet.submit()
+    job_id = comes(fleet)
+    fleet.rig.handle(m.FromAgent(fleet.state.nodes["n1"].session or 0, m.SessionClosed()))
+    assert fleet.state.nodes["n1"].phase is NodePhase.SUSPECT
+    fleet.say(f"{job_id}.1", LACKS)
+    fleet.rig.handle(m.Tick())
+    assert fleet.job(job_id).phase is JobPhase.QUEUED
+    assert fleet.state.wait_reason(fleet.job(job_id)).endswith(LACKS.reason)
+    assert fleet.job(running).phase is JobPhase.ACTIVE
