@@ -6,7 +6,7 @@ Safety: a job ends only by what nodes say of it, and not of themselves. Liveness
 from dataclasses import replace
 
 from coordinator.core import messages as m
-from coordinator.core.model import JobSpec
+from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase, NodePhase
 from tests.core.training_fleet import Fleet
 
@@ -114,3 +114,18 @@ def test_a_node_that_is_silent_for_a_moment_is_waited_for_as_well() -> None:
     assert fleet.job(job_id).phase is JobPhase.QUEUED
     assert fleet.state.wait_reason(fleet.job(job_id)).endswith(LACKS.reason)
     assert fleet.job(running).phase is JobPhase.ACTIVE
+
+
+def test_what_others_have_left_is_not_kept_for_who_cannot_start_there() -> None:
+    fleet = Fleet("1xH100", "1xH100")
+    for name in ("first", "second"):
+        fleet.submit(name=name)
+    fleet.run(700)
+    job_id = comes(fleet, job_class=JobClass.GUARANTEED)
+    (leaves,) = [one for one in fleet.state.attempts.values() if one.phase is AttemptPhase.STOPPING]
+    fleet.say(leaves.id, m.AttemptExited(75))
+    (attempt,) = fleet.state.gang(fleet.job(job_id))
+    assert attempt.node == leaves.node
+    fleet.say(attempt.id, LACKS)
+    assert fleet.job(job_id).phase is JobPhase.QUEUED
+    assert fleet.job(leaves.job_id).phase is JobPhase.ACTIVE
