@@ -39,7 +39,7 @@ def tried(
     return tries
 
 
-def comes(fleet: Fleet, **asks: int) -> int:
+def comes(fleet: Fleet, **asks: int | JobClass) -> int:
     """A job that nobody starts yet."""
     spec = replace(JobSpec(command=("train",), gpus=1), **asks)  # type: ignore[arg-type]
     fleet.rig.handle(m.Request(1, m.Submit(spec)))
