@@ -116,7 +116,9 @@ class Coordinator:
         self.state = State(options)
 
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
-        """Take over what is durable; call once, before the first event."""
+        """Take over what is durable; call once, before the first event. It may take longer than a
+        lease: then we were away until the first tick, and nobody is blamed for that either."""
+        self.state.last_tick_ms = now_ms
         self.state.load(snapshot, now_ms)
         self.state.demand.note_jobs(snapshot.jobs)
         demand_samples.resume(self.state)
