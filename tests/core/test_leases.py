@@ -108,7 +108,7 @@ def test_nobody_is_blamed_for_the_time_that_reading_the_store_took() -> None:
     fleet = Watched()
     fleet.rig.restart()
     fleet.rig.now_ms += OPTIONS.restart_grace_ms + TICK_GAP_MS
-    fleet.rig.handle(Tick())
+    fleet.rig.core.begin(fleet.rig.now_ms)
     fleet.wait(OPTIONS.restart_grace_ms // TICK_MS - 1)
     assert {fleet.phase(name) for name in NODES} == {NodePhase.SUSPECT}
     fleet.wait(1)
