@@ -50,8 +50,8 @@ from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, r
 ID_IN_USE = "an earlier request had this id and was another one: nothing new is submitted"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
-# Of the oldest, in a tick: with the 500 lines of history that each may have, half a second's commit.
-# Four hundred a second are forgotten as fast as they can be made.
+# Of the oldest, in a tick: with the 500 lines of history that each may have that is a commit of
+# half a second, and with the dozen that most have one of milliseconds.
 FORGOTTEN_PER_TICK_MAX = 100
 
 
