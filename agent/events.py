@@ -358,6 +358,13 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("trainer.slab_refused", "warning", "attempt reason",
           "attempt {attempt} gets no memory for its captures: {reason}",
           "It writes its checkpoints itself, and waits for them."),
+    Event("trainer.socket_gone", "error", "reason",
+          "trainers that start now do not reach this agent: {reason}",
+          "Its socket was removed, and cannot be made again. It is tried every few seconds; if it "
+          "stays, restart the agent, which costs no training."),
+    Event("trainer.socket_made", "warning", "directory",
+          "the trainers' socket in {directory} had been removed and is there again",
+          "Trainers that started meanwhile try again by themselves."),
     Event("unit.refused", "warning", "attempt ask reason",
           "the launcher does not {ask} attempt {attempt}: {reason}",
           "Look at journalctl -u baton-launcher."),
