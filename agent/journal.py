@@ -9,6 +9,9 @@ A second agent on the same file, started by hand beside the service, would adopt
 and take the session from the first one, which takes it back. `<file>.lock` is locked while the
 journal is open. It is a POSIX lock, which no child inherits: trainers outlive their agent.
 
+SQLite goes on writing to a file that was moved or removed under it, which no later agent finds. So
+a commit counts only when file and log are still, after it, the ones that were opened.
+
 Documents are JSON made by msgspec from the core's dataclasses. Its SQL lives in `queries.sql`.
 """
 
@@ -88,6 +91,7 @@ class SqliteJournal:
         self._queries = load_queries()
         self._connection: sqlite3.Connection | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._opened_at: tuple[tuple[int, int], ...] = ()
 
     async def open(self, fresh_id: str) -> Memory:
         """Everything that is kept; `fresh_id` becomes the journal's id if there is none yet.
@@ -139,7 +143,8 @@ class SqliteJournal:
         meta = dict(connection.execute(self._queries["read_meta"]))
         if "journal_id" not in meta:
             meta["journal_id"] = fresh_id
-            self._put_meta("journal_id", fresh_id)
+        self._put_meta("journal_id", meta["journal_id"])  # whatever was written, the log is there
+        self._opened_at = self._where()
         rows = connection.execute(self._queries["read_attempts"])
         attempts = tuple(msgspec.json.decode(text, type=AttemptRecord) for (text,) in rows)
         rows = connection.execute(self._queries["read_spool"])
@@ -197,6 +202,22 @@ class SqliteJournal:
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection.execute("ROLLBACK")
             raise
+        if self._where() != self._opened_at:
+            raise OSError(
+                f"it, or {self._path.name}-wal, is not the file that was opened (it was moved, "
+                "removed or replaced): put it back, or restart the agent, which begins with what is"
+                " there"
+            )
+
+    def _where(self) -> tuple[tuple[int, int], ...]:
+        """Which files the journal and its write-ahead log are by their names, now; zeros for one
+        that is not there. Raises OSError."""
+        found = [(0, 0), (0, 0)]
+        for number, name in enumerate((self._path.name, self._path.name + "-wal")):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(self._path.with_name(name))
+                found[number] = (status.st_dev, status.st_ino)
+        return tuple(found)
 
     def _write(self, record: Record) -> None:
         match record:

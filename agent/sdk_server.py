@@ -48,8 +48,6 @@ trainer says none of this to an agent that is older.
 """
 
 import asyncio
-import contextlib
-import errno
 import hmac
 import json
 import os
@@ -68,15 +66,13 @@ from agent.core.trainer_messages import (
 )
 from agent.sdk_connection import CHECKPOINT_BITS, Connection, LineTooLong, Registration
 from agent.sdk_lines import LineRefused, checkpoint, integer, label, parse, parse_object
+from agent.sdk_listener import Listener
 
 PROTOCOL_VERSION = 1
 LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit many times
 CONNECTIONS_PER_ATTEMPT_MAX = 16  # the ranks of one box's trainer, each with a reconnect on its way
 CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
 HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
-SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 108 (unix(7)); leaves room for temporary names
-ACCEPT_PAUSE_S = 1.0  # when the process is out of descriptors, as asyncio's own servers do
-LISTEN_BACKLOG = 128  # all trainers of a node reconnect at once after the agent's restart
 WRITE_BUFFER_BYTES_MAX = 1024 * 1024  # a trainer that does not read its answers is cut off here
 
 log = structlog.get_logger()
@@ -110,52 +106,29 @@ class SdkServer:
         on_message: Callable[[str, TrainerMessage], None],
         slabs: SlabDesk | None = None,
     ) -> None:
-        self._runtime_directory = runtime_directory
+        self._listener = Listener(runtime_directory, self._connect)
         self._on_message = on_message
         self._slabs = slabs
         self._registrations: dict[str, Registration] = {}
-        self._listener: socket.socket | None = None
         self._unknown: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._connected = 0  # connections so far
+        self._connections = 0  # so far
 
     @property
     def socket_path(self) -> str:
         """For `BATON_SOCKET`."""
-        return str(self._runtime_directory / "trainers.sock")
+        return self._listener.path
 
     async def open(self) -> None:
         """Listen. Raises OSError: path too long, directory not usable, another agent listening."""
-        path = self.socket_path
-        if len(os.fsencode(path)) >= SOCKET_PATH_BYTES_MAX:
-            raise OSError(errno.ENAMETOOLONG, "runtime directory too long for a socket", path)
-        self._runtime_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_stale(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.setblocking(False)
-            os.fchmod(listener.fileno(), 0o600)  # bind(2) takes the file's mode from the socket's
-            listener.bind(path)
-            os.chmod(path, 0o600)
-            listener.listen(LISTEN_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-        self._listener = listener
-        self._listen(listener)
+        self._listener.open()
 
     async def close(self) -> None:
         """Stop listening and drop every connection; trainers reconnect to the next agent."""
-        listener, self._listener = self._listener, None
-        if listener is None:
-            return
-        asyncio.get_running_loop().remove_reader(listener)
-        listener.close()
+        self._listener.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.socket_path)
 
     def register(self, attempt_id: str, token: str, staging_directory: str) -> None:
         """From now on `token` speaks for the attempt. Once more with the same values changes
@@ -163,6 +136,7 @@ class SdkServer:
 
         Raises ValueError for an empty token or one that another attempt has.
         """
+        self._listener.look()  # its trainer is about to come
         if not token:
             raise ValueError(f"attempt {attempt_id} has an empty token")
         real = os.path.realpath(staging_directory)
@@ -198,25 +172,10 @@ class SdkServer:
         if not any(told):
             registration.queued.append((program, line))
 
-    def _listen(self, listener: socket.socket) -> None:
-        if listener is self._listener:
-            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            connected, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            log.error("trainer.not_accepted", reason=error.strerror)
-            loop.remove_reader(listener)
-            loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
-            return
-        connected.setblocking(False)
-        self._connected += 1
-        connection = Connection(connected, LINE_BYTES_MAX, self._connected)
-        task = loop.create_task(self._serve(connection))
+    def _connect(self, connected: socket.socket) -> None:
+        self._connections += 1
+        connection = Connection(connected, LINE_BYTES_MAX, self._connections)
+        task = asyncio.get_running_loop().create_task(self._serve(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -249,7 +208,7 @@ class SdkServer:
         except LineRefused as refusal:
             log.warning("trainer.line_refused", attempt=attempt_id, reason=str(refusal))
             connection.send(_encode({"type": "error", "reason": str(refusal)}))
-        except ConnectionError as error:
+        except OSError as error:  # the other end has gone, or there is no descriptor for a slab
             log.info("trainer.connection_lost", attempt=attempt_id, reason=str(error))
         except asyncio.CancelledError:
             log.debug("trainer.connection_closed", attempt=attempt_id)  # by `close`
@@ -367,14 +326,3 @@ async def _read_line(connection: Connection) -> bytes | None:
 
 def _encode(message: Mapping[str, object]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
-
-
-def _remove_stale(path: str) -> None:
-    """A socket file that nobody listens on any more stands in the way of bind(2)."""
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "another agent listens on this socket", path)

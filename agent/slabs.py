@@ -164,7 +164,7 @@ class Slabs:
             inode = os.fstat(slab.descriptor).st_ino
             for header in _headers(slab):
                 if capture_name(inode, header.sequence) == name:
-                    own = Granted(os.dup(slab.descriptor), slab.slot_bytes, slab.slots)
+                    own = Granted(_another(slab.descriptor), slab.slot_bytes, slab.slots)
                     try:
                         yield _Source(own, header)
                     finally:
@@ -257,6 +257,14 @@ def _why_not_ours(descriptor: int, slot_bytes: int, slots: int) -> str:
     if status.st_size != PAYLOAD_OFFSET + slots * slot_bytes:
         return f"the slab has {status.st_size} bytes, not {slots} slots of {slot_bytes}"
     return ""
+
+
+def _another(descriptor: int) -> int:
+    """A descriptor of our own for the same slab. Raises `ChunkError` when we may have no more."""
+    try:
+        return os.dup(descriptor)
+    except OSError as error:
+        raise ChunkError(f"a slab cannot be read: {error.strerror}") from error
 
 
 def _headers(slab: Granted) -> list[_Header]:

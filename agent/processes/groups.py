@@ -21,6 +21,7 @@ Below systemd only a group that was delegated may be divided (systemd.resource-c
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Collection
@@ -180,8 +181,8 @@ def is_populated(group: Path) -> bool:
     """Whether anything lives in it or below it. A group that is gone is empty."""
     try:
         return "populated 1" in (group / "cgroup.events").read_text().splitlines()
-    except OSError:  # also ENODEV, while it is being removed
-        return False
+    except OSError as error:  # ENODEV: while it is being removed; else nobody can say
+        return error.errno not in (errno.ENOENT, errno.ENODEV)
 
 
 def stuck(group: Path) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ def shim_failure(directory: Path) -> str:
     """Why a shim ended without a word: the last line that it left on its standard error, if any."""
     try:
         lines = (directory / "shim.err").read_text(errors="replace").strip().splitlines()
-    except FileNotFoundError:
+    except OSError:
         lines = []
     detail = f": {lines[-1]}" if lines else ""
     return f"the trainer's supervisor ended before it could start it{detail}"
@@ -152,9 +152,11 @@ def write_settled(directory: Path, number: int) -> None:
 
 
 def log_bytes(directory: Path) -> int:
-    """What the kept output of an attempt takes on disk, also while it is being rotated."""
+    """What the kept output of an attempt takes on disk, also while it is being rotated. What cannot
+    be looked at counts for nothing: the next look may see it."""
     total_bytes = 0
-    for _, path in segments(directory):
-        with contextlib.suppress(FileNotFoundError):
-            total_bytes += path.stat().st_size
+    with contextlib.suppress(OSError):
+        for _, path in segments(directory):
+            with contextlib.suppress(FileNotFoundError):
+                total_bytes += path.stat().st_size
     return total_bytes

@@ -61,8 +61,12 @@ def find_shim(directory: Path) -> tuple[int, int]:
 
 
 def _token_entry(directory: Path) -> bytes:
-    """The environment entry that no other attempt has; empty when the order to start had none."""
-    launch = shim.Launch((directory / shim.LAUNCH_NAME).read_bytes())
+    """The environment entry that no other attempt has; empty when the order to start had none, or
+    was removed."""
+    try:
+        launch = shim.Launch((directory / shim.LAUNCH_NAME).read_bytes())
+    except FileNotFoundError:
+        return b""
     token = launch.environment.get(b"BATON_TOKEN", b"")
     return b"BATON_TOKEN=" + token if token else b""
 

@@ -22,7 +22,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,10 @@ import structlog
 from agent.core.ids import find_attempt_id
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
-from agent.processes import proc, records, remains, shim, shim_output, stacks, unkillable
+from agent.processes import proc, records, remains, shim, stacks, unkillable
+from agent.processes.again import Again
+from agent.processes.attempt import Attempt
+from agent.processes.endings import NEVER_STARTED, REBOOTED, SUPERVISOR_GONE, Endings
 from agent.processes.forks import ForkServers
 from agent.processes.groups import Groups
 from agent.processes.retention import LOG_BYTES_MAX, Retention
@@ -48,32 +50,7 @@ STATUS_BYTES_MAX = 64 * 1024  # a sentence with a path and a PATH in it: far bel
 
 SIGNALS = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
 
-REBOOTED = "ended unseen: the box rebooted"
-SUPERVISOR_GONE = "ended unseen: its supervisor was killed"
-NEVER_STARTED = "ended unseen: the agent stopped before the trainer was started"
-
 log = structlog.get_logger()
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """An attempt whose exit is not settled. `starting` resolves to the trainer's pid, or to a
-    `StartError`.
-    """
-
-    directory: Path
-    starting: asyncio.Future[int]
-    shim_pid: int = 0
-    shim_fd: int = -1  # pidfd
-    status_fd: int = -1
-    said: bytes = b""  # what the shim has written to the status pipe
-    server: int = 0  # pid of the fork server that was asked for the shim
-    start_ticks: int = 0
-    timer: asyncio.TimerHandle | None = None
-    is_unit: bool = False  # of systemd
-    starters: int = 0  # calls of `start` that have not returned; an exit is told after them
-    ended: ProcessExit | None = None
-    told: bool = False
 
 
 class Supervisor:
@@ -91,13 +68,15 @@ class Supervisor:
         self._state = state_directory
         self._groups = groups or Groups(None)
         self._forks, self._units = forks, units
-        self._attempts: dict[str, _Attempt] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._again = Again()
+        self._endings = Endings(self._groups, units, self._again)
         self._retention = Retention(
             self._root,
             lambda: (attempt.directory for attempt in self._attempts.values()),
             log_bytes_max=log_bytes_max,
         )
-        self._leaving: set[_Attempt] = set()  # forgotten, but the shim is yet to be reaped
+        self._leaving: set[Attempt] = set()  # forgotten, but the shim is yet to be reaped
         self._on_exit: Callable[[ProcessExit], None] = lambda _: None
         self._on_stuck: Callable[[ProcessesStuck], None] = lambda _: None
 
@@ -158,17 +137,23 @@ class Supervisor:
             return
         if not attempt.starting.done():
             attempt.starting.add_done_callback(lambda _: self.signal(attempt_id, signal_name))
-        elif (pid := self._running_pid(attempt)) != 0:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, number)
+        else:
+            doing = f"sending SIG{signal_name} to"
+            self._again.until_done(attempt_id, doing, partial(_signal, attempt, number))
 
     def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None:
         """Ask for stacks, and the flight recorder's dump; a process that has gone is no error."""
         attempt = self._attempts.get(attempt_id)
-        if attempt is not None and attempt.ended is None and attempt.shim_pid:
-            asked = stacks.ask(proc.descendants(attempt.shim_pid))
-            pipes = stacks.trigger(nccl_pipes) if nccl_pipes else 0
-            log.info("process.stacks_asked", attempt=attempt_id, processes=asked, nccl_pipes=pipes)
+
+        def ask() -> None:
+            if attempt is not None and attempt.ended is None and attempt.shim_pid:
+                asked = stacks.ask(proc.descendants(attempt.shim_pid))
+                pipes = stacks.trigger(nccl_pipes) if nccl_pipes else 0
+                log.info(
+                    "process.stacks_asked", attempt=attempt_id, processes=asked, nccl_pipes=pipes
+                )
+
+        self._again.until_done(attempt_id, "asking for the stacks of", ask)
 
     def kill(self, attempt_id: str) -> None:
         """SIGKILL all that the attempt ever started, daemons too; its exit is told as any other."""
@@ -177,15 +162,16 @@ class Supervisor:
             return
         if not attempt.starting.done():
             attempt.starting.add_done_callback(lambda _: self.kill(attempt_id))
-            return
-        if (pid := self._running_pid(attempt)) != 0:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        else:
+            self._again.until_done(attempt_id, "killing", partial(self._kill, attempt))
+
+    def _kill(self, attempt: Attempt) -> None:
+        _signal(attempt, signal.SIGKILL)
         self._groups.kill(attempt.directory)
         if attempt.shim_fd >= 0:  # else nobody is below it, and its number may be another's by now
             remains.kill_all(lambda: proc.descendants(attempt.shim_pid))
             unkillable.watch(
-                attempt_id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
+                attempt.id, attempt.shim_pid, lambda: attempt.ended is not None, self._on_stuck
             )
 
     def forget(self, attempt_id: str) -> None:
@@ -194,11 +180,14 @@ class Supervisor:
         attempt = self._attempts.get(attempt_id)
         if attempt is None:
             return
-        if attempt.ended is None and not _start_failed(attempt):
+        if attempt.ended is None and not attempt.start_failed:
             raise ValueError(f"attempt {attempt_id} still runs")
         del self._attempts[attempt_id]
         if attempt.shim_fd >= 0:  # it failed to start, and its shim is still writing that down
             self._leaving.add(attempt)
+        self._again.until_done(attempt_id, "clearing up after", partial(self._settled, attempt))
+
+    def _settled(self, attempt: Attempt) -> None:
         # `launch` last: without it the attempt is settled
         for name in (shim.STARTED_NAME, shim.LAUNCH_NAME):
             (attempt.directory / name).unlink(missing_ok=True)
@@ -206,6 +195,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """Let go of every trainer without touching it; a supervisor opened later adopts them."""
+        self._again.close()
         self._retention.close()
         self._groups.close()
         if self._units:
@@ -231,7 +221,7 @@ class Supervisor:
     def _program(self) -> Path:
         return self._state / f"shim.{sys.implementation.cache_tag}.pyc"
 
-    def _spawn(self, launch: Launch) -> _Attempt:
+    def _spawn(self, launch: Launch) -> Attempt:
         """Start a shim for a new attempt. Raises `StartError`."""
         if refusal := records.refuse_launch(launch):
             raise StartError(refusal)
@@ -239,25 +229,29 @@ class Supervisor:
         if directory.exists():
             raise StartError(f"attempt {launch.attempt_id} has already run on this node")
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(directory, loop.create_future())
+        attempt = Attempt(directory, loop.create_future())
         try:
             records.write_launch(directory, launch)
             self._groups.make(directory)
             self._start_shim(attempt, launch)
         except OSError as error:
-            self._groups.clear(directory, lambda: None)
+            with contextlib.suppress(OSError):  # nothing is in it, and the next agent looks, too
+                self._groups.clear(directory, lambda: None)
             shutil.rmtree(directory, ignore_errors=True)
             raise StartError(f"cannot start {directory.name}: {error}", permanent=False) from error
         self._attempts[launch.attempt_id] = attempt
-        attempt.timer = loop.call_later(START_TIMEOUT_S, self._give_up, attempt)
+        give_up = partial(self._give_up, attempt)
+        attempt.timer = loop.call_later(
+            START_TIMEOUT_S, self._again.until_done, attempt.id, "giving up the start of", give_up
+        )
         return attempt
 
-    def _start_shim(self, attempt: _Attempt, launch: Launch | None = None) -> None:
+    def _start_shim(self, attempt: Attempt, launch: Launch | None = None) -> None:
         """By a fork server, given a launch to show it, or as a program. Raises OSError."""
         if launch and self._units:
             attempt.is_unit = True
             attempt.status_fd = self._units.open_status(attempt.directory)
-            asyncio.get_running_loop().add_reader(attempt.status_fd, self._read_status, attempt)
+            asyncio.get_running_loop().add_reader(attempt.status_fd, self._on_status, attempt)
             self._units.start(launch, attempt.directory, partial(self._unit_refused, attempt))
             return
         status_read, status_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -269,7 +263,7 @@ class Supervisor:
                 asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._hurry, attempt)
             else:
                 attempt.shim_pid = spawn_shim(self._program, attempt.directory, status_write)
-                attempt.shim_fd = os.pidfd_open(attempt.shim_pid)
+                attempt.shim_fd = _pidfd_of_child(attempt.shim_pid)
                 self._watch(attempt)
         except OSError:
             os.close(status_read)
@@ -277,9 +271,22 @@ class Supervisor:
         finally:
             os.close(status_write)
         attempt.status_fd = status_read
-        asyncio.get_running_loop().add_reader(status_read, self._read_status, attempt)
+        asyncio.get_running_loop().add_reader(status_read, self._on_status, attempt)
 
-    def _read_status(self, attempt: _Attempt) -> None:
+    def _on_status(self, attempt: Attempt) -> None:
+        try:
+            self._read_status(attempt)
+        except OSError as error:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(attempt.status_fd)
+
+            def read_on() -> None:
+                if attempt.status_fd >= 0:
+                    loop.add_reader(attempt.status_fd, self._on_status, attempt)
+
+            self._again.later(attempt.id, "meeting the supervisor of", error, read_on)
+
+    def _read_status(self, attempt: Attempt) -> None:
         """What the shim says: who it is, then how the start went; then the pipe ends. It ends early
         when the shim was killed, and without a word when a fork server did not come to it."""
         try:
@@ -303,14 +310,14 @@ class Supervisor:
             pid, ticks = rest.split()
             attempt.start_ticks = int(ticks)
             attempt.starting.set_result(int(pid))
-            log.debug("process.started", attempt=attempt.directory.name, pid=int(pid))
+            log.debug("process.started", attempt=attempt.id, pid=int(pid))
             if attempt.shim_fd < 0:
                 self._shim_ended(attempt)  # the whole job was over before we read of its start
         else:
             reason = rest if verb in ("failed", "late") else records.shim_failure(attempt.directory)
             self._fail_start(attempt, reason, permanent=verb == "failed")
 
-    def _meet(self, attempt: _Attempt, line: str) -> None:
+    def _meet(self, attempt: Attempt, line: str) -> None:
         """A forked shim is no child of ours: it is known by what it says of itself."""
         _, pid, ticks = line.split()
         attempt.shim_pid = int(pid)
@@ -319,12 +326,12 @@ class Supervisor:
             attempt.shim_fd = shim_fd
             self._watch(attempt)
 
-    def _hurry(self, attempt: _Attempt) -> None:
+    def _hurry(self, attempt: Attempt) -> None:
         """Nobody has answered yet: the end of the server that was asked is an answer too."""
         if self._forks and attempt.server and attempt.status_fd >= 0 and not attempt.said:
             self._forks.end(attempt.server)
 
-    def _start_again(self, attempt: _Attempt) -> None:
+    def _start_again(self, attempt: Attempt) -> None:
         """The fork server ended with our request unheard; nothing was started."""
         asyncio.get_running_loop().remove_reader(attempt.status_fd)
         os.close(attempt.status_fd)
@@ -335,12 +342,12 @@ class Supervisor:
             self._stop_reading_status(attempt)
             self._fail_start(attempt, f"cannot start its supervisor: {error}")
 
-    def _unit_refused(self, attempt: _Attempt, reason: str) -> None:
+    def _unit_refused(self, attempt: Attempt, reason: str) -> None:
         if attempt.shim_fd < 0 and not attempt.starting.done():
             self._stop_reading_status(attempt)
             self._fail_start(attempt, f"cannot start its unit: {reason}")
 
-    def _fail_start(self, attempt: _Attempt, reason: str, *, permanent: bool = False) -> None:
+    def _fail_start(self, attempt: Attempt, reason: str, *, permanent: bool = False) -> None:
         """`permanent`: the program itself cannot be started, on whatever node."""
         attempt.starting.set_exception(StartError(reason, permanent=permanent))
         # a caller that was cancelled leaves it unread, which is no fault
@@ -348,7 +355,7 @@ class Supervisor:
         if attempt.shim_fd < 0:
             self._shim_ended(attempt)  # nobody is left whose end would settle it
 
-    def _give_up(self, attempt: _Attempt) -> None:
+    def _give_up(self, attempt: Attempt) -> None:
         """Too late: whatever is still on its way must start nothing."""
         if attempt.shim_fd < 0:
             # A shim names itself before it reads `launch`: so it finds none, or we hear of it here.
@@ -366,7 +373,7 @@ class Supervisor:
 
     def _adopt(self, directory: Path) -> None:
         loop = asyncio.get_running_loop()
-        attempt = _Attempt(directory, loop.create_future(), is_unit=is_unit(directory))
+        attempt = Attempt(directory, loop.create_future(), is_unit=is_unit(directory))
         self._attempts[directory.name] = attempt
         started = records.read_started(directory)
         if started is not None and started.boot_id != shim.read_boot_id():
@@ -386,11 +393,13 @@ class Supervisor:
         self._watch(attempt)
         log.debug("process.adopted", attempt=directory.name, shim_pid=attempt.shim_pid)
 
-    def _await_record(self, attempt: _Attempt) -> None:
+    def _await_record(self, attempt: Attempt) -> None:
         """Adopted in the moment between start and `started.json`: look again until it is there or
         the shim has gone.
         """
-        started = records.read_started(attempt.directory)
+        started = None
+        with contextlib.suppress(OSError):  # it cannot be read now
+            started = records.read_started(attempt.directory)
         if attempt.ended is not None:
             return
         if started is None:
@@ -400,85 +409,47 @@ class Supervisor:
         attempt.start_ticks = started.start_ticks
         attempt.starting.set_result(started.pid)
 
-    def _watch(self, attempt: _Attempt) -> None:
+    def _watch(self, attempt: Attempt) -> None:
         asyncio.get_running_loop().add_reader(attempt.shim_fd, self._shim_ended, attempt)
 
-    def _shim_ended(self, attempt: _Attempt) -> None:
+    def _shim_ended(self, attempt: Attempt) -> None:
         if attempt.status_fd >= 0:
             self._read_status(attempt)  # the pipe has been closed, so this settles the start
         self._leaving.discard(attempt)
         if attempt.shim_pid:
             with contextlib.suppress(ChildProcessError):  # forked or adopted: not a child of ours
                 os.waitpid(attempt.shim_pid, os.WNOHANG)
-        if _start_failed(attempt):
+        if attempt.start_failed:
             self._let_go(attempt)
-            self._groups.clear(attempt.directory, lambda: None)
-            if records.read_exit(attempt.directory) is None:  # killed before it could write its own
-                self._record_unseen(attempt, str(attempt.starting.exception()))
+            self._endings.of_failed_start(attempt)
             return
         self._end(attempt, SUPERVISOR_GONE)
 
-    def _end(self, attempt: _Attempt, unseen_reason: str) -> None:
-        """The attempt is over once nothing is left in its group: read how, or record that nobody
-        saw it, and tell it. Of a unit, systemd is asked first."""
+    def _end(self, attempt: Attempt, unseen_reason: str) -> None:
         self._let_go(attempt)
-        self._groups.clear(attempt.directory, partial(self._emptied, attempt, unseen_reason))
+        self._endings.find(attempt, unseen_reason, partial(self._ended, attempt))
 
-    def _emptied(self, attempt: _Attempt, unseen_reason: str) -> None:
-        if attempt.is_unit and self._units and unseen_reason != REBOOTED:
-            self._units.ended(
-                attempt.directory.name,
-                lambda reason: self._settle(attempt, unseen_reason, reason),
-            )
-        else:
-            self._settle(attempt, unseen_reason, "")
-
-    def _settle(self, attempt: _Attempt, unseen_reason: str, reason: str) -> None:
-        """`reason`: what the end of its unit adds."""
-        recorded = records.read_exit(attempt.directory)
-        if recorded is None:
-            if unseen_reason != REBOOTED:
-                remains.kill(attempt.directory)
-            self._record_unseen(attempt, reason or unseen_reason)
-            recorded = (ProcessExit(attempt.directory.name, None, None, unseen_reason), 0)
-        ended, pid = recorded
-        attempt.ended = replace(ended, reason=reason) if reason else ended
+    def _ended(self, attempt: Attempt, ended: ProcessExit, pid: int) -> None:
+        attempt.ended = ended
         if not attempt.starting.done():
             attempt.starting.set_result(pid)
         log.debug(
             "process.ended",
-            attempt=attempt.directory.name,
-            exit_code=attempt.ended.exit_code,
-            signal=attempt.ended.signal,
-            reason=attempt.ended.reason,
+            attempt=attempt.id,
+            exit_code=ended.exit_code,
+            signal=ended.signal,
+            reason=ended.reason,
         )
         if attempt.starters == 0:
             asyncio.get_running_loop().call_soon(self._tell, attempt)
 
-    def _record_unseen(self, attempt: _Attempt, reason: str) -> None:
-        """Write the record that the shim could not, so that readers of the log see its end."""
-        kept = records.segments(attempt.directory)
-        end_offset = kept[-1][0] + kept[-1][1].stat().st_size if kept else 0
-        text = shim.exit_record(None, 0, reason, log_bytes=end_offset)
-        if not shim_output.try_record(os.fsencode(attempt.directory), shim.EXIT_NAME, text):
-            log.warning("process.exit_not_recorded", attempt=attempt.directory.name, reason=reason)
-
-    def _tell(self, attempt: _Attempt) -> None:
-        current = self._attempts.get(attempt.directory.name)
+    def _tell(self, attempt: Attempt) -> None:
+        current = self._attempts.get(attempt.id)
         if current is attempt and attempt.ended is not None and not attempt.told:
             attempt.told = True
             self._on_exit(attempt.ended)
 
-    def _running_pid(self, attempt: _Attempt) -> int:
-        """The trainer's pid, or 0 when it could not be started, has ended, or its number is
-        another's by now."""
-        if attempt.starting.cancelled() or attempt.starting.exception() is not None:
-            return 0
-        process = proc.read_process(attempt.starting.result())
-        same = process is not None and process.start_ticks == attempt.start_ticks
-        return attempt.starting.result() if same else 0
-
-    def _stop_reading_status(self, attempt: _Attempt) -> None:
+    def _stop_reading_status(self, attempt: Attempt) -> None:
         if attempt.timer is not None:
             attempt.timer.cancel()
             attempt.timer = None
@@ -487,7 +458,7 @@ class Supervisor:
             os.close(attempt.status_fd)
             attempt.status_fd = -1
 
-    def _let_go(self, attempt: _Attempt) -> None:
+    def _let_go(self, attempt: Attempt) -> None:
         self._stop_reading_status(attempt)
         if attempt.shim_fd >= 0:
             asyncio.get_running_loop().remove_reader(attempt.shim_fd)
@@ -495,6 +466,18 @@ class Supervisor:
             attempt.shim_fd = -1
 
 
-def _start_failed(attempt: _Attempt) -> bool:
-    starting = attempt.starting
-    return starting.done() and not starting.cancelled() and starting.exception() is not None
+def _signal(attempt: Attempt, number: signal.Signals) -> None:
+    """Raises OSError while it cannot be seen whom that would reach."""
+    if (pid := attempt.running_pid()) != 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, number)
+
+
+def _pidfd_of_child(pid: int) -> int:
+    """Raises OSError, and has ended the child then: nobody else would know of it."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise

@@ -10,6 +10,7 @@ over. Each new set of processes that are in state D is told, the empty one inclu
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from agent.core.values import ProcessesStuck
@@ -47,8 +48,10 @@ def watch(
     def look(told: tuple[int, ...] | None) -> None:
         if is_over():
             return
-        pids = find(shim_pid)
-        if pids != told:
+        pids = told
+        with contextlib.suppress(OSError):  # /proc cannot be read now; it is looked at again
+            pids = find(shim_pid)
+        if pids is not None and pids != told:
             tell(ProcessesStuck(attempt_id, pids))
         loop.call_later(LOOK_S, look, pids)
 

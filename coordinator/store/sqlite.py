@@ -23,6 +23,9 @@ serves history from its own WAL snapshot and never waits for the writer.
   of history is a GB). What a killed process has written the kernel still has: the lock file says in
   which boot that was. Neither a planned restart nor a crash pays anything. A file that was found
   damaged is looked at until it is whole, although SQLite removes its log when we close it.
+- SQLite goes on writing to files that have been moved or removed under it, and no restart finds
+  what it wrote there. So a commit counts only when file and log are still, after it, the ones that
+  were opened (`_where`).
 
 Careful with the file itself: closing any descriptor of it, ours included, would drop every POSIX
 lock that SQLite holds in this process (https://www.sqlite.org/howtocorrupt.html, 2.2). Hence it is
@@ -164,6 +167,7 @@ class _Opened:
         self._writer_undo = ExitStack()
         self._reader_undo = ExitStack()
         self._leader_epoch = 0
+        self._opened_at: tuple[tuple[int, int], ...] = ()
 
     async def on_writer(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writer_thread, function)
@@ -200,6 +204,7 @@ class _Opened:
                 if snapshot.copied_unix_ms:
                     snapshot = _put_back(self._writer, self._queries, snapshot)
             self._leader_epoch = snapshot.leader_epoch
+            self._opened_at = _where(self._path)
             return snapshot
 
     def open_reader(self) -> None:
@@ -221,6 +226,13 @@ class _Opened:
                 )
             for statement, parameters in rows.statements(self._queries, records):
                 connection.executemany(statement, parameters)
+        with _machine_errors(self._path, "found", _MACHINE_CODES):
+            if _where(self._path) != self._opened_at:
+                raise StoreUnavailable(
+                    f"the database {self._path} or its log {self._path.name}-wal is not the file"
+                    " that was opened (it was moved, removed or replaced): put it back, or restart"
+                    " the coordinator, which begins with what is there"
+                )
 
     def read_events(self, job_id: int, after_sequence: int, limit: int) -> list[JobEvent]:
         page = {
@@ -350,6 +362,17 @@ def _boot_id() -> str:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def _where(path: Path) -> tuple[tuple[int, int], ...]:
+    """Which files the database and its write-ahead log are by their names, now; zeros for one that
+    is not there. Raises OSError."""
+    found = [(0, 0), (0, 0)]
+    for number, name in enumerate((path.name, path.name + "-wal")):
+        with suppress(FileNotFoundError):
+            status = os.stat(path.with_name(name))
+            found[number] = (status.st_dev, status.st_ino)
+    return tuple(found)
 
 
 def _log_is_left(path: Path) -> bool:

@@ -22,6 +22,7 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import logs, proc, records, shim, shim_output, shim_program, spawn, supervisor
+from agent.processes.endings import NEVER_STARTED
 from agent.processes.forks import ForkServers, Warmth, settings
 from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import DEADLINE_S, until
@@ -224,7 +225,7 @@ async def test_a_late_shim_is_not_left_to_what_counts_as_ended(
         assert await after.open(exits.append) == ("1.1",)
         os.kill(servers.plain.pid(), signal.SIGCONT)
         await until(lambda: exits)
-        assert exits == [ProcessExit("1.1", None, None, supervisor.NEVER_STARTED)]
+        assert exits == [ProcessExit("1.1", None, None, NEVER_STARTED)]
         # It takes requests in their order: once this one has run, the one before is through.
         second = Supervisor(tmp_path / "second", forks=servers)
         ended: list[ProcessExit] = []

@@ -15,9 +15,10 @@ import pytest
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.processes import groups as module
 from agent.processes import proc, records, shim, unkillable
+from agent.processes.endings import NEVER_STARTED, SUPERVISOR_GONE
 from agent.processes.forks import ForkServers
 from agent.processes.groups import Groups, NoGroups, is_populated, make_home
-from agent.processes.supervisor import NEVER_STARTED, SUPERVISOR_GONE, Supervisor
+from agent.processes.supervisor import Supervisor
 from tests.agent.test_processes import DAEMON, PATH, alive, bash
 from tests.agent.waiting import open_forks, until
 

@@ -217,6 +217,24 @@ async def test_nobody_else_can_read_it(path: Path) -> None:
     assert len(modes) == 4, "the file, its lock, its log and its index"
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+async def test_a_file_that_was_moved_away_is_waited_for(path: Path, suffix: str) -> None:
+    """SQLite itself goes on writing to it, and no later agent would find what it wrote."""
+    journal = SqliteJournal(path)
+    await journal.open("j1")
+    await journal.commit(batch(1))
+    own, away = path.with_name(path.name + suffix), path.with_name("away")
+    own.rename(away)
+    for _ in range(2):
+        with pytest.raises(JournalUnavailable, match=r"journal\.db.* put it back, or restart"):
+            await journal.commit(batch(2))
+    away.rename(own)
+    await journal.commit(batch(2))
+    await journal.close()
+    memory = await SqliteJournal(path).open("j1")
+    assert [record.job_id for record in memory.attempts] == [1, 2]
+
+
 @pytest.fixture
 def damaged(path: Path) -> Path:
     path.write_bytes(b"not a database, and long enough to be sure of that" * 20)

@@ -21,13 +21,9 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import proc, records, shim
+from agent.processes.endings import NEVER_STARTED, REBOOTED, SUPERVISOR_GONE
 from agent.processes.forks import ForkServers
-from agent.processes.supervisor import (
-    NEVER_STARTED,
-    REBOOTED,
-    SUPERVISOR_GONE,
-    Supervisor,
-)
+from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import open_forks, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")

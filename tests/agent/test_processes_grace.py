@@ -14,7 +14,8 @@ import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.processes import logs, records, shim
-from agent.processes.supervisor import SUPERVISOR_GONE, Supervisor
+from agent.processes.endings import SUPERVISOR_GONE
+from agent.processes.supervisor import Supervisor
 from tests.agent.test_processes import DAEMON, PATH, alive, opened, shim_pid_of
 from tests.agent.waiting import until
 

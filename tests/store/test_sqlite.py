@@ -147,6 +147,36 @@ async def test_a_full_disk_is_unavailable_until_there_is_space(small_disk: Path)
     await store.close()
 
 
+@pytest.mark.parametrize("moved", ["state", "state/baton.sqlite3", "state/baton.sqlite3-wal"])
+async def test_nothing_is_acknowledged_that_no_restart_would_find(
+    path: Path, tmp_path: Path, moved: str
+) -> None:
+    """SQLite itself goes on writing to a file that has no name any more."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit(whole_job(1))
+    (tmp_path / moved).rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"baton\.sqlite3.* put it back, or restart"):
+            await store.commit(whole_job(2))
+    (tmp_path / "away").rename(tmp_path / moved)
+    await store.commit(whole_job(2))
+    await store.close()
+    found = await store.open()
+    assert [value.id for value in found.jobs] == [1, 2]
+    await store.close()
+
+
+async def test_another_database_in_its_place_gets_nothing(path: Path, tmp_path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    shutil.copy(path, tmp_path / "copy")
+    (tmp_path / "copy").rename(path)
+    with pytest.raises(StoreUnavailable, match="replaced"):
+        await store.commit(whole_job(1))
+    await store.close()
+
+
 async def test_a_second_coordinator_is_refused_until_the_first_is_gone(path: Path) -> None:
     with crash_writer(path, 1) as process:
         for _ in range(2):
