@@ -99,7 +99,10 @@ class Stay:
 
 def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
     """Ten thousand jobs of three attempts each take less than a second of a core."""
-    begin, end = body.begin_unix_ms, min(body.end_unix_ms, now.unix_ms)
+    end = min(body.end_unix_ms, now.unix_ms)
+    if body.last_ms:
+        body = replace(body, begin_unix_ms=max(0, end - body.last_ms))
+    begin = body.begin_unix_ms
     if wrong := _wrong(state, body, end):
         return Refusal(RefusalKind.INVALID, wrong)
     end = max(begin, end)
@@ -132,6 +135,8 @@ def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
         _source(stays, prices),
         ENERGY_SOURCE,
         () if body.project else tuple(fleets_of(state, now.unix_ms)),
+        begin,
+        end,
     )
 
 

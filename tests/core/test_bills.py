@@ -192,6 +192,21 @@ def test_one_that_goes_on_stays_until_now() -> None:
     assert isinstance(page, CostPage)
     assert page.total.gpu_hours == 6.0
     assert len(page.days) == 1
+    assert (page.begin_unix_ms, page.end_unix_ms) == (BEGIN, BEGIN + 6 * H_MS)
+
+
+def test_the_last_hours_end_now_by_the_coordinators_clock() -> None:
+    """Whatever the asker takes the time to be; with an end that has passed, they end there."""
+    state = state_of(JOBS, [attempt(1, 1, "own-1", 0, None)])
+    now = Instant(0, BEGIN + 6 * H_MS)
+    asked = GetCosts(BEGIN + 30 * DAY_MS, BEGIN + 31 * DAY_MS, last_ms=2 * H_MS)
+    for end_ms, until_ms in ((BEGIN + 31 * DAY_MS, now.unix_ms), (BEGIN + H_MS, BEGIN + H_MS)):
+        page = bills.answer(state, now, replace(asked, end_unix_ms=end_ms))
+        assert isinstance(page, CostPage)
+        assert (page.begin_unix_ms, page.end_unix_ms) == (until_ms - 2 * H_MS, until_ms)
+        assert page.total.gpu_hours == (2.0 if until_ms == now.unix_ms else 1.0)
+    beginning = bills.answer(state, Instant(0, H_MS), replace(asked, last_ms=2 * H_MS))
+    assert isinstance(beginning, CostPage), "a clock that stands at 1970 still has an answer"
 
 
 @pytest.mark.parametrize(
