@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import baton_sdk
 from tests.trainers import tasks
@@ -271,7 +271,8 @@ def test_a_restart_with_another_transformers_is_not_bitwise(
     first = started(tasks.finetune_task)
     checkpoint.write(first.snapshot(), tmp_path / "one")
     first.close()
-    monkeypatch.setattr(transformers, "__version__", "9.9")
+    # What is imported by that name need not be the lazy module that takes its place.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "9.9")
     session = baton_sdk.Session({"BATON_RESTORE_DIR": str(tmp_path / "one")})
     second = loop.Trainer(tasks.finetune_task(), tasks.OPTIONS, session)
     capsys.readouterr()
