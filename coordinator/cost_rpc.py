@@ -11,7 +11,9 @@ from typing import Final
 import grpc
 
 from coordinator.core import messages as m
+from coordinator.core.bills import MS_PER_DAY
 from coordinator.core.cost_requests import (
+    SPAN_DAYS_MAX,
     CostDay,
     CostPage,
     GetCosts,
@@ -44,9 +46,8 @@ class CostService(costs_pb2_grpc.CostServiceServicer):
 
     async def GetCosts(self, request: pb.GetCostsRequest, context: Context) -> pb.GetCostsResponse:
         body = decode(request)
-        if body is None:
-            sentence = f"{request.grouping} is no grouping that this coordinator knows"
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, sentence)
+        if isinstance(body, str):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, body)
             raise AssertionError("abort returned")
         answer = await self._ask(context, body)
         if not isinstance(answer, CostPage):
@@ -60,13 +61,16 @@ def add_cost_service(server: grpc.aio.Server, ask: Ask) -> str:
     return pb.DESCRIPTOR.services_by_name["CostService"].full_name
 
 
-def decode(request: pb.GetCostsRequest) -> GetCosts | None:
-    """`None` where the grouping is not known."""
+def decode(request: pb.GetCostsRequest) -> GetCosts | str:
+    """Or the sentence that says why it cannot be asked."""
     by = _GROUPINGS.get(request.grouping)
     if by is None:
-        return None
+        return f"{request.grouping} is no grouping that this coordinator knows"
+    last_ms = request.last.ToMilliseconds()
+    if request.HasField("last") and not 1 <= last_ms <= SPAN_DAYS_MAX * MS_PER_DAY:
+        return f"last is {last_ms} ms; it must be between 1 ms and {SPAN_DAYS_MAX} days"
     end = request.end_time.ToMilliseconds() if request.HasField("end_time") else UNIX_MS_MAX
-    return GetCosts(request.begin_time.ToMilliseconds(), end, by, request.project)
+    return GetCosts(request.begin_time.ToMilliseconds(), end, by, request.project, last_ms)
 
 
 def encode(page: CostPage) -> pb.GetCostsResponse:
@@ -84,6 +88,8 @@ def encode(page: CostPage) -> pb.GetCostsResponse:
         prices_source=page.prices_source,
         energy_source=page.energy_source,
         fleets=[_fleet(fleet) for fleet in page.fleets],
+        begin_time=encode_time(page.begin_unix_ms),
+        end_time=encode_time(page.end_unix_ms),
     )
 
 

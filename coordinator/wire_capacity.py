@@ -61,6 +61,8 @@ def _type_plan(plan: TypePlan) -> pb.TypePlan:
         need_reason=plan.need_reason,
     )
     message.boot.FromMilliseconds(plan.boot_ms)
+    if plan.decided_unix_ms is not None:
+        message.decided_time.FromMilliseconds(plan.decided_unix_ms)
     return message
 
 

@@ -89,6 +89,7 @@ class TypePlan(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str
     rented_gpus: int
     need_reason: str
+    decided_time: datetime | None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

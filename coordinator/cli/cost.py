@@ -26,7 +26,7 @@ from coordinator.cli.settings import common_options, settings_of
 from coordinator.cli.units import parse_duration
 
 if TYPE_CHECKING:
-    from coordinator.cli.cost_client import Costs, Money
+    from coordinator.cli.cost_client import Costs, Money, Span
 
 _MONEY_COLUMNS = tuple(
     Column(title, right=True)
@@ -124,11 +124,11 @@ def cost(
 
     span = _span(context, last, begin, end)
     with CostClient(settings_of(context)) as client:
-        costs = client.costs(*span, by, project)
+        costs = client.costs(span, by, project)
     if compare:
-        costs = _compared(costs, span[0], project)
+        costs = _compared(costs, project)
     if plot is not None:
-        _write_plot(plot, costs, *span)
+        _write_plot(plot, costs)
     if settings_of(context).as_json:
         write_json(costs)
         return
@@ -137,33 +137,38 @@ def cost(
 
 def _span(
     context: click.Context, last: str, begin: datetime | None, end: datetime | None
-) -> tuple[datetime, datetime]:
+) -> "Span":
+    from coordinator.cli.cost_client import Span
     from coordinator.core.cost_requests import SPAN_DAYS_MAX
 
     if begin is not None and context.get_parameter_source("last") is not ParameterSource.DEFAULT:
         raise click.UsageError("--from and --last both say where the span begins: leave one out")
-    until = datetime.now(UTC) if end is None else end.replace(tzinfo=UTC)
-    if begin is not None:
-        since = begin.replace(tzinfo=UTC)
-    else:
+    until = None if end is None else end.replace(tzinfo=UTC)
+    since, length, hint = None, timedelta(0), "--from"
+    if begin is None:
+        hint = "--last"
         try:
-            since = until - timedelta(milliseconds=parse_duration(last))
+            length = timedelta(milliseconds=parse_duration(last))
         except (ValueError, OverflowError) as error:
-            raise click.BadParameter(str(error), param_hint="--last") from error
-    hint = "--last" if begin is None else "--from"
-    if since >= until:
+            raise click.BadParameter(str(error), param_hint=hint) from error
+    else:
+        since = begin.replace(tzinfo=UTC)
+        if until is None:
+            return Span(since, None)  # what time it is the coordinator knows
+        length = until - since
+    if length <= timedelta(0):
         raise click.BadParameter("the span ends where it begins, or earlier", param_hint=hint)
-    if min(until, datetime.now(UTC)) - since > timedelta(days=SPAN_DAYS_MAX):
+    if length > timedelta(days=SPAN_DAYS_MAX):
         raise click.BadParameter(f"a span is {SPAN_DAYS_MAX} days at most", param_hint=hint)
-    return since, until
+    return Span(since, until, length)
 
 
-def _compared(costs: "Costs", begin: datetime, project: str) -> "Costs":
+def _compared(costs: "Costs", project: str) -> "Costs":
     from msgspec.structs import replace
 
     if project:
         return replace(costs, baselines_why="leases are not one project's")
-    baselines, why, limit_ratio = compared(costs, begin)
+    baselines, why, limit_ratio = compared(costs, costs.begin_time)
     return replace(costs, baselines=baselines or None, baselines_why=why, limit_ratio=limit_ratio)
 
 
@@ -244,9 +249,10 @@ def _dollars(usd: float) -> str:
     return f"{usd:.2f}"
 
 
-def _write_plot(path: Path, costs: "Costs", begin: datetime, end: datetime) -> None:
+def _write_plot(path: Path, costs: "Costs") -> None:
     from coordinator.sim.svg import Chart, Curve, draw
 
+    begin, end = costs.begin_time, costs.end_time
     known = [(day.begin_time, day) for day in costs.days if day.begin_time is not None]
     days = [((at - begin).total_seconds() / 86_400, day) for at, day in known]
     parts = {

@@ -4,13 +4,13 @@ Problem: a price that nobody has said is not one of 0, and a bill may be read by
 later. So the document has a field for everything, null where it is not known.
 """
 
-from datetime import datetime
-from typing import Self
+from datetime import datetime, timedelta
+from typing import NamedTuple, Self
 
 import msgspec
 
 from coordinator.cli.client import Client
-from coordinator.cli.decoding import decode
+from coordinator.cli.decoding import decode, time_of
 from protos.baton.v1 import costs_pb2 as pb
 from protos.baton.v1 import costs_pb2_grpc
 
@@ -107,6 +107,14 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     limit_ratio: float | None = None
 
 
+class Span(NamedTuple):
+    """From `begin`, or for `last`, until `end`, or until now: which is the coordinator's."""
+
+    begin: datetime | None
+    end: datetime | None
+    last: timedelta = timedelta(0)
+
+
 class CostClient(Client):
     """Speaks to one coordinator about money, and about jobs. A context manager."""
 
@@ -116,12 +124,22 @@ class CostClient(Client):
         self._costs = costs_pb2_grpc.CostServiceStub(self._channel)
         return self
 
-    def costs(self, begin: datetime, end: datetime, by: str, project: str) -> Costs:
+    def costs(self, span: Span, by: str, project: str) -> Costs:
         """The bill of a span; `by` is one of `GROUPINGS`."""
         request = pb.GetCostsRequest(grouping=GROUPINGS[by], project=project)
+        until = self.now() if span.end is None else span.end
+        begin = until - span.last if span.begin is None else span.begin
         request.begin_time.FromDatetime(begin)
-        request.end_time.FromDatetime(end)
-        return _costs(self._call(self._costs.GetCosts, request), begin, end)
+        if span.end is not None:
+            request.end_time.FromDatetime(span.end)
+        if span.begin is None:
+            request.last.FromTimedelta(span.last)
+        answer = self._call(self._costs.GetCosts, request)
+        return _costs(
+            answer,
+            time_of(answer, "begin_time") or begin,
+            time_of(answer, "end_time") or (self.now() if span.end is None else span.end),
+        )
 
 
 def _costs(answer: pb.GetCostsResponse, begin: datetime, end: datetime) -> Costs:

@@ -5,6 +5,7 @@ a minute ago. So `baton jobs` shows every open job and the newest few that have 
 in one list. Every bound says so on stderr when it cuts something off.
 """
 
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,10 @@ ENDED_SHOWN = 20
 # time.
 LIMIT_DEFAULT = 1000
 LIMIT_MAX = 100_000
+
+# What an agent says of a command that its node does not have (`agent/processes/shim.py`). The
+# directories alone are wider than a screen; what lies beside is worth its place.
+_LOOKED_IN = re.compile(r"looked in PATH=[^();]*(?:; )?")
 
 _LIST_COLUMNS = (
     Column("JOB", right=True),
@@ -294,7 +299,7 @@ def _row(job: "Job", now: datetime, *, fold: bool) -> tuple[object, ...]:
         here,
         step,
         units.format_span(job.submit_time, now),
-        job.reason,
+        _LOOKED_IN.sub("", job.reason).replace(" ()", ""),
     )
 
 

@@ -87,7 +87,7 @@ def leases(
     """
     from coordinator.core.deferral import Flexible
     from coordinator.core.lease_advice import Case, no_price
-    from coordinator.core.leasing import Fleet
+    from coordinator.core.leasing import Fleet, recommend
 
     prices = (lease_usd, burst_usd)
     if gpu_type is not None:
@@ -95,12 +95,13 @@ def leases(
     if demand is not None:
         name = gpu_type or TYPE_OF_FILE
         hours = _hours(demand, column or "demand")
-        cases = [Case(hours, Fleet(name, owned or 0), *_table(name))]
+        cases, now = [Case(hours, Fleet(name, owned or 0), *_table(name))], datetime.now(UTC)
     else:
         for flag, given in (("--column", column), ("--owned", owned)):
             if given is not None:
                 raise click.UsageError(f"{flag} is about a file: it says nothing without --demand")
-        cases = [each for each in _asked(context) if gpu_type in (None, each.fleet.gpu_type)]
+        asked, now = _asked(context)
+        cases = [each for each in asked if gpu_type in (None, each.fleet.gpu_type)]
     if flexible_ratio is not None:
         cases = [replace(case, flexible=Flexible(flexible_ratio)) for case in cases]
     solve = _solver(cases, asked=bool(flexible_ratio))
@@ -113,7 +114,10 @@ def leases(
                 raise BadInput(why)
             write_notice(why)
             continue
-        found.append(_recommended(case, terms, solve))
+        unix_ms = round(now.timestamp() * 1000)
+        found.append(
+            recommend(unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve)
+        )
     if not cases:
         what = f" of {gpu_type}" if gpu_type else ""
         write_notice(f"nothing is known of demand{what} yet: no GPU was held in a whole hour")
@@ -141,15 +145,15 @@ def _known_type(said: str, prices: _Known) -> str:
     return known or (said if found is None else found.key)
 
 
-def _asked(context: click.Context) -> "list[Case]":
-    """Of each type that was held in the last weeks."""
-    from coordinator.cli.cost_client import CostClient  # grpc takes its time
+def _asked(context: click.Context) -> "tuple[list[Case], datetime]":
+    """Of each type that was held in the last weeks, and until when: now by the coordinator's
+    clock."""
+    from coordinator.cli.cost_client import CostClient, Span  # grpc takes its time
     from coordinator.core.cost_requests import HourlyUse, TypeFleet
     from coordinator.core.lease_advice import PAST_DAYS, cases
 
-    now = datetime.now(UTC)
     with CostClient(settings_of(context)) as client:
-        costs = client.costs(now - timedelta(days=PAST_DAYS), now, "gpu-type", "")
+        costs = client.costs(Span(None, None, timedelta(days=PAST_DAYS)), "gpu-type", "")
     uses = [
         HourlyUse(
             use.gpu_type,
@@ -171,7 +175,8 @@ def _asked(context: click.Context) -> "list[Case]":
         )
         for fleet in costs.fleets
     ]
-    return list(cases(uses, fleets, _unix_ms(costs.kept_since_time)))
+    found = cases(uses, fleets, _unix_ms(costs.kept_since_time))
+    return list(found), costs.end_time
 
 
 def _unix_ms(time: datetime | None) -> int | None:
@@ -207,13 +212,6 @@ def _terms(said: _Known, case: "Case", node_gpus: int) -> "Terms | None":
         case.burst_usd if burst_usd is None else burst_usd,
         node_gpus,
     )
-
-
-def _recommended(case: "Case", terms: "Terms", solve: "SolveLinear | None") -> "Recommendation":
-    from coordinator.core.leasing import recommend
-
-    unix_ms = round(datetime.now(UTC).timestamp() * 1000)
-    return recommend(unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve)
 
 
 def _solver(cases: "Sequence[Case]", *, asked: bool) -> "SolveLinear | None":

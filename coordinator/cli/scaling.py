@@ -14,7 +14,7 @@ import click
 from coordinator.cli import scaling_plot
 from coordinator.cli.render import Column, write_json, write_notice, write_sentence, write_table
 from coordinator.cli.settings import EXIT_FAILED, CommandFailed, common_options, settings_of
-from coordinator.cli.units import format_seconds
+from coordinator.cli.units import format_seconds, format_span
 from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def plan(context: click.Context, plot: Path | None) -> None:
     """
     with _connect(context) as client:
         found = client.plan()
+        now = client.now()
         decided = client.decisions(DECISIONS_DRAWN, "") if plot is not None else []
     # Demand from before any node had joined is of no type; --json has it all the same.
     types = [one for one in found.types if any(_row(one)[1:-1])] or found.types
@@ -116,7 +117,8 @@ def plan(context: click.Context, plot: Path | None) -> None:
         if one.need_reason:
             write_notice(f"{one.gpu_type}: {one.need_reason}")
         if one.sentence:
-            write_notice(one.sentence)
+            age = format_span(one.decided_time, now) if one.decided_time else ""
+            write_notice(f"{one.sentence} ({age} ago)" if age else one.sentence)
     for decision in found.proposed:
         write_notice(f"`baton scale approve {decision.id}` carries out: {_deeds(decision)}")
 

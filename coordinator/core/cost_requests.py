@@ -21,12 +21,14 @@ class Grouping(Enum):
 
 @dataclass(frozen=True, slots=True)
 class GetCosts:
-    """Of the time from `begin_unix_ms` until before `end_unix_ms`; of one project, or of all."""
+    """Of the time from `begin_unix_ms` until before `end_unix_ms`; of one project, or of all. With
+    `last_ms` above 0 the time begins so long before its end, which is now at the latest."""
 
     begin_unix_ms: int
     end_unix_ms: int
     by: Grouping = Grouping.PROJECT
     project: str = ""
+    last_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,9 @@ class TypeFleet:
 
 @dataclass(frozen=True, slots=True)
 class CostPage:
-    """The dearest lines first. `kept_since_unix_ms` is when the oldest attempt began that is kept:
-    what was before has been forgotten; None: there is none. `uses` begin up to a month before the
-    span, as baselines need it."""
+    """The dearest lines first, of the span as it was taken. `kept_since_unix_ms` is when the oldest
+    attempt began that is kept: what was before has been forgotten; None: there is none. `uses`
+    begin up to a month before the span, as baselines need it."""
 
     lines: tuple[CostLine, ...]
     total: Money
@@ -110,3 +112,5 @@ class CostPage:
     prices_source: str
     energy_source: str
     fleets: tuple[TypeFleet, ...] = ()
+    begin_unix_ms: int = 0
+    end_unix_ms: int = 0

@@ -127,6 +127,7 @@ def _type_plan(
         outlook.stale,
         "" if record is None else f"{record.id}: {record.sentence}",
         sum(box.gpus for box in boxes if box.source is Source.BURST),
+        decided_unix_ms=None if record is None else record.unix_ms,
     )
 
 

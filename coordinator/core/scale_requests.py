@@ -35,7 +35,8 @@ class ApproveScaling:
 class TypePlan:
     """A GPU type as the last plan saw it, in GPUs: those of nodes by their power, those that are
     free on nodes that are on, what runs, waits and is needed, and what the plan wants on.
-    `boot_ms`: how long a start takes. `sentence`: what the newest decision about it says.
+    `boot_ms`: how long a start takes. `sentence`: what the newest decision about it says, which
+    was made at `decided_unix_ms`.
     `rented_gpus`: of all these, those that are paid for by the hour. `need_reason`: why more or
     fewer are needed than run and wait; empty where it is as many."""
 
@@ -61,6 +62,7 @@ class TypePlan:
     sentence: str = ""
     rented_gpus: int = 0
     need_reason: str = ""
+    decided_unix_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

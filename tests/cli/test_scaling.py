@@ -38,6 +38,17 @@ def test_the_plan_is_a_table_with_what_it_proposes(baton: Baton, fake: FakeCoord
     assert document["types"][0]["rented_gpus"] == 14
 
 
+def test_the_newest_decision_says_how_old_it_is(baton: Baton, fake: FakeCoordinator) -> None:
+    """By the coordinator's clock; an older one does not say when it was, and that is not now."""
+    fake.unix_ms = 1_790_000_000_000
+    decided = replace(PLAN, decided_unix_ms=fake.unix_ms - 7_380_000)
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(replace(PAGE, types=(decided,)))]
+    assert "baton: scale-7: so (2h03m ago)\n" in baton("plan").stderr
+    older = replace(PLAN, decided_unix_ms=None)
+    fake.answers["GetPlan"] = [wire_capacity.encode_plan(replace(PAGE, types=(older,)))]
+    assert "baton: scale-7: so\n" in baton("plan").stderr
+
+
 def test_a_type_of_which_there_is_nothing_has_no_row(baton: Baton, fake: FakeCoordinator) -> None:
     """Demand from before any node had joined."""
     answer = wire_capacity.encode_plan(PAGE)

@@ -1,15 +1,22 @@
 """Tables on a narrow terminal: what is too wide gives way, and nothing is lost."""
 
+import contextlib
 import io
+import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
+from agent.processes import shim
 from coordinator.cli.main import cli
 from coordinator.cli.render import Column, write_fields, write_notice, write_sentence, write_table
+from protos.baton.v1 import jobs_pb2, types_pb2
+from tests.cli.conftest import Baton
+from tests.cli.fake_coordinator import FakeCoordinator
 from tests.cli.test_simulate import FLEET, TRACE
 
 SENTENCE = "needs 8 GPUs on one node; the largest free block is 6 on n14, which is kept for job 7"
@@ -153,3 +160,24 @@ def test_a_forecast_fits(tmp_path: Path, shown: Shown) -> None:
     asked = ["forecast", "--demand", str(tmp_path / "demand.csv"), "--ahead", "24"]
     lines = shown(lambda: cli.main(asked, standalone_mode=False))
     assert sum(line.lstrip().startswith("24 h") for line in lines) == 2
+
+
+@pytest.mark.parametrize(("there", "hint"), [("", ""), ("train.py", " (there is ./train.py)")])
+def test_a_list_leaves_out_where_a_command_was_looked_for(
+    baton: Baton, fake: FakeCoordinator, tmp_path: Path, there: str, hint: str
+) -> None:
+    """The directories of PATH are wider than a screen; `baton job` has them all."""
+    (tmp_path / there).touch()
+    path = b"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    wanted = shim.Launch(b"\0".join((os.fsencode(tmp_path), b"1", b"train.py", path)))
+    missing = FileNotFoundError(2, "not on the path", b"train.py")
+    with contextlib.chdir(tmp_path):
+        said = shim.explain(missing, wanted)
+    reason = f"n1 could not start it: {said}; tried again after 5 s"
+    job = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_QUEUED, reason=reason)
+    fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job])]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+    short = f"n1 could not start it: no such file: train.py{hint}; tried again after 5 s"
+    assert baton("jobs").stdout.splitlines()[1].endswith(f"  {short}")
+    assert json.loads(baton("jobs", "--json").stdout)[0]["reason"] == reason
+    assert reason in baton("job", "12").stdout

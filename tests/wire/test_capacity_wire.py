@@ -1,6 +1,6 @@
 """The plan of the fleet's size on the wire: what is not known is absent, and names are people's."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -21,7 +21,7 @@ RECORD = ScaleRecord(
 PLAN = TypePlan(
     "H100", 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
     boot_ms=540_000, soon_gpus=(9.0,), sentence="scale-7: so", rented_gpus=14,
-    need_reason="11 GPUs are needed, and 10 wanted now: so",
+    need_reason="11 GPUs are needed, and 10 wanted now: so", decided_unix_ms=500,
 )  # fmt: skip
 
 
@@ -35,9 +35,12 @@ def test_a_plan_arrives_field_by_field() -> None:
         if field.name.endswith("_gpus") and isinstance(getattr(PLAN, field.name), int):
             assert getattr(one, field.name) == getattr(PLAN, field.name), field.name
     assert one.boot.seconds == 540
+    assert one.decided_time.ToMilliseconds() == 500
     assert (list(one.soon_gpus), one.need_reason) == ([9.0], PLAN.need_reason)
     assert not one.HasField("coverage_ratio"), "not known is not zero"
     assert [decision.id for decision in sent.proposed] == ["scale-7"]
+    undecided = replace(page, types=(replace(PLAN, sentence="", decided_unix_ms=None),))
+    assert not wire_capacity.encode_plan(undecided).types[0].HasField("decided_time")
     empty = wire_capacity.encode_plan(PlanPage("observe", "", False, 0.95))
     assert not empty.HasField("made_time")
 

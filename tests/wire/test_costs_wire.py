@@ -21,7 +21,7 @@ def test_a_bill_arrives() -> None:
     )
     page = CostPage(
         (CostLine("3", "train", money),), money, 2.5, (CostDay(86_400_000, money, 2.5),), uses,
-        1_500, "prices", "energy",
+        1_500, "prices", "energy", begin_unix_ms=2_000, end_unix_ms=9_000,
     )  # fmt: skip
     sent = cost_rpc.encode(page)
     (line,) = sent.lines
@@ -33,6 +33,7 @@ def test_a_bill_arrives() -> None:
     assert not unknown.HasField("lease_usd")
     assert not unknown.HasField("burst_usd")
     assert sent.kept_since_time.ToMilliseconds() == 1_500
+    assert (sent.begin_time.ToMilliseconds(), sent.end_time.ToMilliseconds()) == (2_000, 9_000)
 
 
 def test_a_question_arrives() -> None:
@@ -42,5 +43,10 @@ def test_a_question_arrives() -> None:
     assert open_ended == GetCosts(5_000, cost_rpc.UNIX_MS_MAX, Grouping.JOB, "demo")
     asked.end_time.FromMilliseconds(9_000)
     assert cost_rpc.decode(asked) == GetCosts(5_000, 9_000, Grouping.JOB, "demo")
+    asked.last.FromMilliseconds(4_000)
+    assert cost_rpc.decode(asked) == GetCosts(5_000, 9_000, Grouping.JOB, "demo", 4_000)
+    asked.last.FromMilliseconds(-1)
+    assert cost_rpc.decode(asked) == "last is -1 ms; it must be between 1 ms and 366 days"
+    asked.ClearField("last")
     asked.grouping = 99  # type: ignore[assignment]
-    assert cost_rpc.decode(asked) is None
+    assert cost_rpc.decode(asked) == "99 is no grouping that this coordinator knows"

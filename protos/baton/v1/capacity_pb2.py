@@ -26,41 +26,41 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/capacity.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetPlanRequest\"\xf0\x01\n\x0fGetPlanResponse\x12#\n\x04mode\x18\x01 \x01(\x0e\x32\x15.baton.v1.ScalingMode\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0c\n\x04\x61\x63ts\x18\x03 \x01(\x08\x12\r\n\x05level\x18\x04 \x01(\x01\x12!\n\x05types\x18\x05 \x03(\x0b\x32\x12.baton.v1.TypePlan\x12)\n\x08proposed\x18\x06 \x03(\x0b\x32\x17.baton.v1.ScaleDecision\x12\x32\n\tmade_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x42\x0c\n\n_made_time\"\xf3\x03\n\x08TypePlan\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0f\n\x07on_gpus\x18\x02 \x01(\x03\x12\x11\n\tidle_gpus\x18\x03 \x01(\x03\x12\x14\n\x0cleaving_gpus\x18\x04 \x01(\x03\x12\x15\n\rstarting_gpus\x18\x05 \x01(\x03\x12\x10\n\x08off_gpus\x18\x06 \x01(\x03\x12\x13\n\x0b\x66\x61iled_gpus\x18\x07 \x01(\x03\x12\x13\n\x0b\x63losed_gpus\x18\x08 \x01(\x03\x12\x14\n\x0crunning_gpus\x18\t \x01(\x03\x12\x13\n\x0bqueued_gpus\x18\n \x01(\x03\x12\x17\n\x0fguaranteed_gpus\x18\x0b \x01(\x03\x12\x11\n\tneed_gpus\x18\x0c \x01(\x03\x12\x11\n\tkeep_gpus\x18\r \x01(\x03\x12\x13\n\x0bwanted_gpus\x18\x0e \x01(\x03\x12\'\n\x04\x62oot\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tsoon_gpus\x18\x10 \x03(\x01\x12\x12\n\nlater_gpus\x18\x11 \x03(\x01\x12\x1b\n\x0e\x63overage_ratio\x18\x12 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05stale\x18\x13 \x01(\x08\x12\x10\n\x08sentence\x18\x14 \x01(\t\x12\x13\n\x0brented_gpus\x18\x15 \x01(\x03\x12\x13\n\x0bneed_reason\x18\x16 \x01(\tB\x11\n\x0f_coverage_ratio\"7\n\x14ListDecisionsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x10\n\x08gpu_type\x18\x02 \x01(\t\"C\n\x15ListDecisionsResponse\x12*\n\tdecisions\x18\x01 \x03(\x0b\x32\x17.baton.v1.ScaleDecision\" \n\x12GetDecisionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x13GetDecisionResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.baton.v1.ScaleDecision\"$\n\x16\x41pproveDecisionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"D\n\x17\x41pproveDecisionResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.baton.v1.ScaleDecision\"\x9d\x06\n\rScaleDecision\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08gpu_type\x18\x03 \x01(\t\x12#\n\x04mode\x18\x04 \x01(\x0e\x32\x15.baton.v1.ScalingMode\x12\x10\n\x08sentence\x18\x05 \x01(\t\x12\r\n\x05level\x18\x06 \x01(\x01\x12\x14\n\x0crunning_gpus\x18\x07 \x01(\x03\x12\x13\n\x0bqueued_gpus\x18\x08 \x01(\x03\x12\x17\n\x0fguaranteed_gpus\x18\t \x01(\x03\x12\x12\n\nthere_gpus\x18\n \x01(\x03\x12\x11\n\tneed_gpus\x18\x0b \x01(\x03\x12\x11\n\tkeep_gpus\x18\x0c \x01(\x03\x12\x11\n\tsoon_gpus\x18\r \x03(\x01\x12\x12\n\nlater_gpus\x18\x0e \x03(\x01\x12\x1b\n\x0e\x63overage_ratio\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0c\x61lternatives\x18\x10 \x03(\x0b\x32\x1a.baton.v1.ScaleAlternative\x12\x0c\n\x04rail\x18\x11 \x01(\t\x12\x13\n\x0brail_reason\x18\x12 \x01(\t\x12\"\n\x05\x64\x65\x65\x64s\x18\x13 \x03(\x0b\x32\x13.baton.v1.ScaleDeed\x12(\n\x05holds\x18\x14 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\thindsight\x18\x15 \x01(\x0b\x32\x18.baton.v1.ScaleHindsightH\x01\x88\x01\x01\x12\'\n\x04soon\x18\x16 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66rees\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08rent_usd\x18\x18 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cpatient_gpus\x18\x19 \x01(\x03\x12\x13\n\x0b\x65nding_gpus\x18\x1a \x01(\x03\x12\x11\n\tlate_gpus\x18\x1b \x01(\x03\x12\x11\n\tlate_jobs\x18\x1c \x03(\x03\x42\x11\n\x0f_coverage_ratioB\x0c\n\n_hindsightB\x0b\n\t_rent_usd\"\x83\x01\n\x10ScaleAlternative\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04gpus\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xpected_usd\x18\x03 \x01(\x01\x12\x19\n\x0crealised_usd\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tfixed_usd\x18\x05 \x01(\x01\x42\x0f\n\r_realised_usd\"7\n\tScaleDeed\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\r\n\x05state\x18\x03 \x01(\t\"7\n\x0eScaleHindsight\x12\x11\n\tmean_gpus\x18\x01 \x01(\x01\x12\x12\n\nregret_usd\x18\x02 \x01(\x01*t\n\x0bScalingMode\x12\x1c\n\x18SCALING_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14SCALING_MODE_OBSERVE\x10\x01\x12\x17\n\x13SCALING_MODE_ADVISE\x10\x02\x12\x14\n\x10SCALING_MODE_ACT\x10\x03\x32\xc7\x02\n\x0f\x43\x61pacityService\x12>\n\x07GetPlan\x12\x18.baton.v1.GetPlanRequest\x1a\x19.baton.v1.GetPlanResponse\x12P\n\rListDecisions\x12\x1e.baton.v1.ListDecisionsRequest\x1a\x1f.baton.v1.ListDecisionsResponse\x12J\n\x0bGetDecision\x12\x1c.baton.v1.GetDecisionRequest\x1a\x1d.baton.v1.GetDecisionResponse\x12V\n\x0f\x41pproveDecision\x12 .baton.v1.ApproveDecisionRequest\x1a!.baton.v1.ApproveDecisionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/capacity.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetPlanRequest\"\xf0\x01\n\x0fGetPlanResponse\x12#\n\x04mode\x18\x01 \x01(\x0e\x32\x15.baton.v1.ScalingMode\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x0c\n\x04\x61\x63ts\x18\x03 \x01(\x08\x12\r\n\x05level\x18\x04 \x01(\x01\x12!\n\x05types\x18\x05 \x03(\x0b\x32\x12.baton.v1.TypePlan\x12)\n\x08proposed\x18\x06 \x03(\x0b\x32\x17.baton.v1.ScaleDecision\x12\x32\n\tmade_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x42\x0c\n\n_made_time\"\xa5\x04\n\x08TypePlan\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0f\n\x07on_gpus\x18\x02 \x01(\x03\x12\x11\n\tidle_gpus\x18\x03 \x01(\x03\x12\x14\n\x0cleaving_gpus\x18\x04 \x01(\x03\x12\x15\n\rstarting_gpus\x18\x05 \x01(\x03\x12\x10\n\x08off_gpus\x18\x06 \x01(\x03\x12\x13\n\x0b\x66\x61iled_gpus\x18\x07 \x01(\x03\x12\x13\n\x0b\x63losed_gpus\x18\x08 \x01(\x03\x12\x14\n\x0crunning_gpus\x18\t \x01(\x03\x12\x13\n\x0bqueued_gpus\x18\n \x01(\x03\x12\x17\n\x0fguaranteed_gpus\x18\x0b \x01(\x03\x12\x11\n\tneed_gpus\x18\x0c \x01(\x03\x12\x11\n\tkeep_gpus\x18\r \x01(\x03\x12\x13\n\x0bwanted_gpus\x18\x0e \x01(\x03\x12\'\n\x04\x62oot\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tsoon_gpus\x18\x10 \x03(\x01\x12\x12\n\nlater_gpus\x18\x11 \x03(\x01\x12\x1b\n\x0e\x63overage_ratio\x18\x12 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05stale\x18\x13 \x01(\x08\x12\x10\n\x08sentence\x18\x14 \x01(\t\x12\x13\n\x0brented_gpus\x18\x15 \x01(\x03\x12\x13\n\x0bneed_reason\x18\x16 \x01(\t\x12\x30\n\x0c\x64\x65\x63ided_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x11\n\x0f_coverage_ratio\"7\n\x14ListDecisionsRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x10\n\x08gpu_type\x18\x02 \x01(\t\"C\n\x15ListDecisionsResponse\x12*\n\tdecisions\x18\x01 \x03(\x0b\x32\x17.baton.v1.ScaleDecision\" \n\x12GetDecisionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x13GetDecisionResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.baton.v1.ScaleDecision\"$\n\x16\x41pproveDecisionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"D\n\x17\x41pproveDecisionResponse\x12)\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x17.baton.v1.ScaleDecision\"\x9d\x06\n\rScaleDecision\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08gpu_type\x18\x03 \x01(\t\x12#\n\x04mode\x18\x04 \x01(\x0e\x32\x15.baton.v1.ScalingMode\x12\x10\n\x08sentence\x18\x05 \x01(\t\x12\r\n\x05level\x18\x06 \x01(\x01\x12\x14\n\x0crunning_gpus\x18\x07 \x01(\x03\x12\x13\n\x0bqueued_gpus\x18\x08 \x01(\x03\x12\x17\n\x0fguaranteed_gpus\x18\t \x01(\x03\x12\x12\n\nthere_gpus\x18\n \x01(\x03\x12\x11\n\tneed_gpus\x18\x0b \x01(\x03\x12\x11\n\tkeep_gpus\x18\x0c \x01(\x03\x12\x11\n\tsoon_gpus\x18\r \x03(\x01\x12\x12\n\nlater_gpus\x18\x0e \x03(\x01\x12\x1b\n\x0e\x63overage_ratio\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0c\x61lternatives\x18\x10 \x03(\x0b\x32\x1a.baton.v1.ScaleAlternative\x12\x0c\n\x04rail\x18\x11 \x01(\t\x12\x13\n\x0brail_reason\x18\x12 \x01(\t\x12\"\n\x05\x64\x65\x65\x64s\x18\x13 \x03(\x0b\x32\x13.baton.v1.ScaleDeed\x12(\n\x05holds\x18\x14 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\thindsight\x18\x15 \x01(\x0b\x32\x18.baton.v1.ScaleHindsightH\x01\x88\x01\x01\x12\'\n\x04soon\x18\x16 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x66rees\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\x08rent_usd\x18\x18 \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x0cpatient_gpus\x18\x19 \x01(\x03\x12\x13\n\x0b\x65nding_gpus\x18\x1a \x01(\x03\x12\x11\n\tlate_gpus\x18\x1b \x01(\x03\x12\x11\n\tlate_jobs\x18\x1c \x03(\x03\x42\x11\n\x0f_coverage_ratioB\x0c\n\n_hindsightB\x0b\n\t_rent_usd\"\x83\x01\n\x10ScaleAlternative\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04gpus\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xpected_usd\x18\x03 \x01(\x01\x12\x19\n\x0crealised_usd\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\tfixed_usd\x18\x05 \x01(\x01\x42\x0f\n\r_realised_usd\"7\n\tScaleDeed\x12\x0c\n\x04verb\x18\x01 \x01(\t\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\r\n\x05state\x18\x03 \x01(\t\"7\n\x0eScaleHindsight\x12\x11\n\tmean_gpus\x18\x01 \x01(\x01\x12\x12\n\nregret_usd\x18\x02 \x01(\x01*t\n\x0bScalingMode\x12\x1c\n\x18SCALING_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14SCALING_MODE_OBSERVE\x10\x01\x12\x17\n\x13SCALING_MODE_ADVISE\x10\x02\x12\x14\n\x10SCALING_MODE_ACT\x10\x03\x32\xc7\x02\n\x0f\x43\x61pacityService\x12>\n\x07GetPlan\x12\x18.baton.v1.GetPlanRequest\x1a\x19.baton.v1.GetPlanResponse\x12P\n\rListDecisions\x12\x1e.baton.v1.ListDecisionsRequest\x1a\x1f.baton.v1.ListDecisionsResponse\x12J\n\x0bGetDecision\x12\x1c.baton.v1.GetDecisionRequest\x1a\x1d.baton.v1.GetDecisionResponse\x12V\n\x0f\x41pproveDecision\x12 .baton.v1.ApproveDecisionRequest\x1a!.baton.v1.ApproveDecisionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.capacity_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCALINGMODE']._serialized_start=2247
-  _globals['_SCALINGMODE']._serialized_end=2363
+  _globals['_SCALINGMODE']._serialized_start=2297
+  _globals['_SCALINGMODE']._serialized_end=2413
   _globals['_GETPLANREQUEST']._serialized_start=102
   _globals['_GETPLANREQUEST']._serialized_end=118
   _globals['_GETPLANRESPONSE']._serialized_start=121
   _globals['_GETPLANRESPONSE']._serialized_end=361
   _globals['_TYPEPLAN']._serialized_start=364
-  _globals['_TYPEPLAN']._serialized_end=863
-  _globals['_LISTDECISIONSREQUEST']._serialized_start=865
-  _globals['_LISTDECISIONSREQUEST']._serialized_end=920
-  _globals['_LISTDECISIONSRESPONSE']._serialized_start=922
-  _globals['_LISTDECISIONSRESPONSE']._serialized_end=989
-  _globals['_GETDECISIONREQUEST']._serialized_start=991
-  _globals['_GETDECISIONREQUEST']._serialized_end=1023
-  _globals['_GETDECISIONRESPONSE']._serialized_start=1025
-  _globals['_GETDECISIONRESPONSE']._serialized_end=1089
-  _globals['_APPROVEDECISIONREQUEST']._serialized_start=1091
-  _globals['_APPROVEDECISIONREQUEST']._serialized_end=1127
-  _globals['_APPROVEDECISIONRESPONSE']._serialized_start=1129
-  _globals['_APPROVEDECISIONRESPONSE']._serialized_end=1197
-  _globals['_SCALEDECISION']._serialized_start=1200
-  _globals['_SCALEDECISION']._serialized_end=1997
-  _globals['_SCALEALTERNATIVE']._serialized_start=2000
-  _globals['_SCALEALTERNATIVE']._serialized_end=2131
-  _globals['_SCALEDEED']._serialized_start=2133
-  _globals['_SCALEDEED']._serialized_end=2188
-  _globals['_SCALEHINDSIGHT']._serialized_start=2190
-  _globals['_SCALEHINDSIGHT']._serialized_end=2245
-  _globals['_CAPACITYSERVICE']._serialized_start=2366
-  _globals['_CAPACITYSERVICE']._serialized_end=2693
+  _globals['_TYPEPLAN']._serialized_end=913
+  _globals['_LISTDECISIONSREQUEST']._serialized_start=915
+  _globals['_LISTDECISIONSREQUEST']._serialized_end=970
+  _globals['_LISTDECISIONSRESPONSE']._serialized_start=972
+  _globals['_LISTDECISIONSRESPONSE']._serialized_end=1039
+  _globals['_GETDECISIONREQUEST']._serialized_start=1041
+  _globals['_GETDECISIONREQUEST']._serialized_end=1073
+  _globals['_GETDECISIONRESPONSE']._serialized_start=1075
+  _globals['_GETDECISIONRESPONSE']._serialized_end=1139
+  _globals['_APPROVEDECISIONREQUEST']._serialized_start=1141
+  _globals['_APPROVEDECISIONREQUEST']._serialized_end=1177
+  _globals['_APPROVEDECISIONRESPONSE']._serialized_start=1179
+  _globals['_APPROVEDECISIONRESPONSE']._serialized_end=1247
+  _globals['_SCALEDECISION']._serialized_start=1250
+  _globals['_SCALEDECISION']._serialized_end=2047
+  _globals['_SCALEALTERNATIVE']._serialized_start=2050
+  _globals['_SCALEALTERNATIVE']._serialized_end=2181
+  _globals['_SCALEDEED']._serialized_start=2183
+  _globals['_SCALEDEED']._serialized_end=2238
+  _globals['_SCALEHINDSIGHT']._serialized_start=2240
+  _globals['_SCALEHINDSIGHT']._serialized_end=2295
+  _globals['_CAPACITYSERVICE']._serialized_start=2416
+  _globals['_CAPACITYSERVICE']._serialized_end=2743
 # @@protoc_insertion_point(module_scope)

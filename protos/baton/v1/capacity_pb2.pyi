@@ -144,6 +144,7 @@ class TypePlan(_message.Message):
     SENTENCE_FIELD_NUMBER: _builtins.int
     RENTED_GPUS_FIELD_NUMBER: _builtins.int
     NEED_REASON_FIELD_NUMBER: _builtins.int
+    DECIDED_TIME_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     on_gpus: _builtins.int
     """On nodes that take work."""
@@ -188,6 +189,10 @@ class TypePlan(_message.Message):
 
     @_builtins.property
     def later_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def decided_time(self) -> _timestamp_pb2.Timestamp:
+        """When that decision was made. Absent: there is none, or an older coordinator does not say."""
+
     def __init__(
         self,
         *,
@@ -213,10 +218,11 @@ class TypePlan(_message.Message):
         sentence: _builtins.str = ...,
         rented_gpus: _builtins.int = ...,
         need_reason: _builtins.str = ...,
+        decided_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "coverage_ratio", b"coverage_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "coverage_ratio", b"coverage_ratio", "decided_time", b"decided_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "need_reason", b"need_reason", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio", "boot", b"boot", "closed_gpus", b"closed_gpus", "coverage_ratio", b"coverage_ratio", "decided_time", b"decided_time", "failed_gpus", b"failed_gpus", "gpu_type", b"gpu_type", "guaranteed_gpus", b"guaranteed_gpus", "idle_gpus", b"idle_gpus", "keep_gpus", b"keep_gpus", "later_gpus", b"later_gpus", "leaving_gpus", b"leaving_gpus", "need_gpus", b"need_gpus", "need_reason", b"need_reason", "off_gpus", b"off_gpus", "on_gpus", b"on_gpus", "queued_gpus", b"queued_gpus", "rented_gpus", b"rented_gpus", "running_gpus", b"running_gpus", "sentence", b"sentence", "soon_gpus", b"soon_gpus", "stale", b"stale", "starting_gpus", b"starting_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coverage_ratio: _TypeAlias = _typing.Literal["coverage_ratio"]  # noqa: Y015
     _WhichOneofArgType__coverage_ratio: _TypeAlias = _typing.Literal["_coverage_ratio", b"_coverage_ratio"]  # noqa: Y015

@@ -9,6 +9,7 @@ UNAVAILABLE: ask again.
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -53,6 +54,7 @@ class GetCostsRequest(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     GROUPING_FIELD_NUMBER: _builtins.int
     PROJECT_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     grouping: Global___CostGrouping.ValueType
     project: _builtins.str
     """Only this project; empty: all. Leases that idle are nobody's and are then left out."""
@@ -64,6 +66,13 @@ class GetCostsRequest(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """The span ends before it. Absent: now."""
 
+    @_builtins.property
+    def last(self) -> _duration_pb2.Duration:
+        """In place of `begin_time`: the span begins so long before its end, and one without an end ends
+        now by the coordinator's clock. An older coordinator knows `begin_time` alone, so clients give
+        both. 1 ms to 366 days. Absent: `begin_time`.
+        """
+
     def __init__(
         self,
         *,
@@ -71,10 +80,11 @@ class GetCostsRequest(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         grouping: Global___CostGrouping.ValueType = ...,
         project: _builtins.str = ...,
+        last: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "last", b"last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "grouping", b"grouping", "project", b"project"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "grouping", b"grouping", "last", b"last", "project", b"project"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,6 +323,8 @@ class GetCostsResponse(_message.Message):
     PRICES_SOURCE_FIELD_NUMBER: _builtins.int
     ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
     FLEETS_FIELD_NUMBER: _builtins.int
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
     idle_lease_usd: _builtins.float
     """Leased and not used."""
     prices_source: _builtins.str
@@ -339,6 +351,14 @@ class GetCostsResponse(_message.Message):
     def fleets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TypeFleet]:
         """By type; none where one project was asked for."""
 
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """The span as it was taken, by the coordinator's clock; it ends now at the latest. Absent: of an
+        older coordinator.
+        """
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
         self,
         *,
@@ -351,10 +371,12 @@ class GetCostsResponse(_message.Message):
         prices_source: _builtins.str = ...,
         energy_source: _builtins.str = ...,
         fleets: _abc.Iterable[Global___TypeFleet] | None = ...,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kept_since_time", b"kept_since_time", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "end_time", b"end_time", "kept_since_time", b"kept_since_time", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days", "energy_source", b"energy_source", "fleets", b"fleets", "idle_lease_usd", b"idle_lease_usd", "kept_since_time", b"kept_since_time", "lines", b"lines", "prices_source", b"prices_source", "total", b"total", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "days", b"days", "end_time", b"end_time", "energy_source", b"energy_source", "fleets", b"fleets", "idle_lease_usd", b"idle_lease_usd", "kept_since_time", b"kept_since_time", "lines", b"lines", "prices_source", b"prices_source", "total", b"total", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
