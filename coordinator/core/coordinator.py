@@ -348,8 +348,9 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
         live.strays.pop(event.attempt)
         live.unknown.pop(event.attempt, None)
         state.release_gpus(live, event.attempt)
-    known = attempt is not None and attempt.node == live.node.id
-    if attempt is None or not known:
+    if attempt is not None and attempt.node != live.node.id:
+        nodes.foreign(state, live, attempt)
+    if attempt is None or attempt.node != live.node.id:
         if isinstance(body, CheckpointProposed):
             reason = f"attempt {event.attempt} is not known"
             state.send(live.node.id, CommitResult(event.attempt, body.digest, False, reason))

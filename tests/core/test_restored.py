@@ -72,7 +72,7 @@ class World:
             rig.disk.last_job_id = back.last_job_id
         rig.restart()
         if declared:
-            rig.core.state.numbering = back.numbering
+            rig.core.state.numbering = rig.core.state.proven = back.numbering
 
     def hello(
         self,
@@ -156,7 +156,7 @@ def test_what_runs_on_is_kept_and_what_is_unknown_left_alone() -> None:
 def test_a_later_attempt_of_a_known_job_is_taken_back_and_goes_on_committing(
     declared: bool,
 ) -> None:
-    """Also where nobody has said that the store is a copy."""
+    """Also where nobody has said that the store is a copy, since the job was that node's."""
     world = World()
     world.submit()
     copy = world.copy()
@@ -192,10 +192,12 @@ def test_of_a_plain_copy_what_a_node_that_knows_more_does_not_run_is_held() -> N
     world.hello("2.1", "3.1", node=1)
     assert (world.told, world.killed(), world.asked) == (["store.behind"], [], ("3.1",))
     world.answer(HeldAttempt("2.1", ()), HeldAttempt("3.1", (), spec=SPEC), node=1)
-    assert world.phase(3) is JobPhase.ACTIVE
+    # It may be, or the node errs: left alone, and shown.
+    state = world.box.rig.core.state
+    assert (3 in state.jobs, list(world.node(1).strays), world.killed()) == (False, ["3.1"], [])
     assert world.box.rig.core.state.jobs[2].reason == "has run on since the copy"
     world.box.take(Request(1, Submit(JobSpec(command=("x",)))))
-    assert world.started() == [f"{3 + JOB_IDS_MIN}.1"]
+    assert world.started() == [f"{2 + JOB_IDS_MIN + 1}.1"]
 
 
 def test_what_nobody_runs_any_more_is_held_and_starts_above_all_that_was() -> None:
@@ -230,7 +232,8 @@ def test_what_its_owner_has_cancelled_since_does_not_come_back(told_first: bool)
     world.hello("1.2")
     numbering = world.box.rig.core.state.numbering
     world.box.rig.restart()
-    world.box.rig.core.state.numbering = numbering
+    state = world.box.rig.core.state
+    state.numbering = state.proven = numbering
     world.hello("1.2")
     assert (world.killed(), world.phase(1)) == (["1.2"], JobPhase.CANCELLED)
 
@@ -412,7 +415,7 @@ def test_a_node_that_came_after_a_plain_copy_tells_that_it_is_one() -> None:
         world.answer(HeldAttempt("2.1", ()), node=1)
         assert (world.killed(), list(world.node(1).strays)) == ([], ["2.1"])
     world.answer(HeldAttempt("2.1", (), spec=SPEC), node=1)
-    assert world.phase(2) is JobPhase.ACTIVE
+    assert (2 in world.box.rig.core.state.jobs, world.killed()) == (False, [])
 
 
 def test_a_number_that_no_copy_explains_counts_for_nothing() -> None:
