@@ -173,6 +173,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             address=config.listen,
             tls=tls,
             chunk_port=config.chunk_port,
+            callers=config.peers,
         )
         stack.push_async_callback(peer_server.close)
         port = await peer_server.open()
