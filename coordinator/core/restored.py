@@ -40,9 +40,9 @@ UNSURE = (
     " cancel` ends it"
 )
 FORGOTTEN = (
-    "its request was forgotten with the coordinator's database; with `baton submit --for-job {job}`"
-    " it goes on from its last checkpoint, `baton checkpoint export {job}` takes that out, `baton"
-    " cancel {job}` ends it"
+    "its request was forgotten with the coordinator's database, and whether it had finished; with"
+    " `baton submit --for-job {job}` it goes on from its last checkpoint, `baton checkpoint export"
+    " {job}` takes that out, `baton cancel {job}` ends it"
 )
 # Ends the reason of a job that was cancelled here; what has been started of it since goes with it.
 CANCELLED_ALL = ", with all that was started of it since the copy"

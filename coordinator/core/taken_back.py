@@ -46,7 +46,7 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
     if item.attempt in live.unknown and item.spec is None:
-        return False  # it has said nothing new
+        return False  # it has said nothing new; who tells what the job is takes all ranks back
     job_id, epoch = restored.named(item.attempt)
     explained = restored.is_explained(state, live.node.id, item)
     if not (explained or live.behind):
@@ -54,7 +54,7 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     live.unknown[item.attempt] = item
     job = state.jobs.get(job_id)
     known = job is not None and not restored.is_forgotten(job)
-    spec = job.spec if job is not None and known else item.spec
+    spec = job.spec if job is not None and known else _told(state, job_id, epoch)
     if spec is None or (not known and _refuse(spec)):
         return False
     if job is None and len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
@@ -73,6 +73,15 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
 def _refuse(spec: JobSpec) -> str:
     """A node may say anything; of a trial its environment has what nobody else may set."""
     return refuse_spec(replace(spec, environment=(), array=""))
+
+
+def _told(state: State, job_id: int, epoch: int) -> JobSpec | None:
+    """What its job is, by one rank's word: an older agent that has started another cannot say."""
+    for live in state.nodes.values():
+        for name, item in live.unknown.items():
+            if item.spec is not None and restored.named(name) == (job_id, epoch):
+                return item.spec
+    return None
 
 
 def _gathered(state: State, job_id: int, epoch: int, spec: JobSpec) -> Gang | None:

@@ -346,7 +346,8 @@ def test_a_gang_that_nobody_knows_is_taken_back_when_all_its_nodes_have_told_it(
     world.go_back(world.copy())
     for node in (1, 0):
         world.hello(f"7.2.{node}", node=node)
-        assert 7 not in world.box.rig.core.state.jobs
+        # What its job is the first one says; what it continues each says for itself.
+        assert (7 in world.box.rig.core.state.jobs, world.asked) == (node == 0, (f"7.2.{node}",))
         told = HeldAttempt(f"7.2.{node}", (), spec=spec, checkpoint=f"c{node}")
         world.answer(told, node=node)
         world.answer(HeldAttempt(f"7.2.{node}", ()), node=node)
@@ -355,6 +356,26 @@ def test_a_gang_that_nobody_knows_is_taken_back_when_all_its_nodes_have_told_it(
     assert world.phase(7) is JobPhase.ACTIVE
     world.box.say("7.2.0", AttemptExited(signal=9))
     assert world.killed() == ["7.2.1"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_rank_is_enough_to_tell_what_the_job_of_all_is(first: int) -> None:
+    """The other's agent was an older one when it started that, and nobody can say it any more."""
+    world = World("n1:1")
+    spec = replace(SPEC, ranks=2)
+    world.go_back(world.copy())
+    for node in (first, 1 - first):
+        world.hello(f"7.2.{node}", node=node)
+        told = HeldAttempt(f"7.2.{node}", (), spec=spec if node else None)
+        world.answer(told, node=node)
+    state = world.box.rig.core.state
+    assert (world.phase(7), [rank.node for rank in state.gang(state.jobs[7])]) == (
+        JobPhase.ACTIVE,
+        ["n0", "n1"],
+    )
+    world.box.say("7.2.0", CheckpointProposed("aa", "xx", 7, 1, ("n0",), 2))
+    world.box.say("7.2.1", CheckpointProposed("bb", "yy", 7, 1, ("n1",), 2))
+    assert state.jobs[7].head == "aa"
 
 
 def test_what_a_node_says_of_a_job_is_not_taken_for_one_if_it_can_be_none() -> None:
