@@ -32,6 +32,7 @@ from coordinator.core import (
     node_power,
     nodes,
     offers,
+    outcomes,
     parts,
     power,
     projects,
@@ -141,6 +142,7 @@ class Coordinator:
             projects.tick(state, now)
             arrivals.tick(state, now)
             offers.tick(state)
+            outcomes.tick(state, now)
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
