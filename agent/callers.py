@@ -61,9 +61,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]",
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler":
+    ) -> "Handler | None":
         handler = await continuation(handler_call_details)
         service = handler_call_details.method.rpartition("/")[0].lstrip("/")
         guarded = service.startswith(OURS) and service not in self._but_for
