@@ -207,6 +207,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tls_ca: Annotated[str, says(
         "PEM file with the authority whose certificates the fleet trusts."
     )] = ""
+    peers: Annotated[list[str], says(
+        "Names in certificates, * for any part, that may read and send checkpoints and read logs "
+        "here: the coordinator's and those of all nodes. Default (empty): all of the authority."
+    )] = msgspec.field(default_factory=list)
     log_level: Annotated[str, says(
         "debug, info, warning or error: the least that is logged. SIGHUP takes it over."
     )] = "info"

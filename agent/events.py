@@ -250,6 +250,10 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("gpu.xid_storm", "warning", "gpu xids count",
           "{gpu}: {count} errors of the driver so far, of codes {xids}",
           "One line for many, at most once a while."),
+    Event("journal.older", "error", "reason",
+          "this node's journal is an older one that was put back: {reason}",
+          "It goes on under another id, so that what it says is heard. Do not restore an agent's "
+          "state directory."),
     Event("journal.unavailable", "error", "reason",
           "the journal cannot be written: {reason}",
           "Nothing is started or sent until it can; trainers run on."),

@@ -49,6 +49,7 @@ from agent.core.state import (
     PutAttempt,
     PutFence,
     PutGpusMended,
+    PutJournalId,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -244,6 +245,8 @@ class SqliteJournal:
                 self._execute("drop_fenced_ranks", {"job_id": record.job_id})
             case PutLeaderEpoch():
                 self._put_meta("leader_epoch", str(record.epoch))
+            case PutJournalId():
+                self._put_meta("journal_id", record.journal_id)
             case PutGpusMended():
                 self._put_meta("xids_over", msgspec.json.encode(record).decode())
             case PutGpusLeft():

@@ -167,13 +167,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         chunks = ChunkService(store, PeerClient(tls), staging_root=workspaces)
         stack.push_async_callback(chunks.close)
         await chunks.open()
-        peer_server = PeerServer(
-            store,
-            _LogSource(attempts_directory),
-            address=config.listen,
-            tls=tls,
-            chunk_port=config.chunk_port,
-        )
+        peer_server = _peer_server(config, store, attempts_directory, tls)
         stack.push_async_callback(peer_server.close)
         port = await peer_server.open()
         ears = _Ears()
@@ -213,6 +207,19 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.metrics_listen:
             await _open_metrics(stack, config, shell)
         await _run(shell, config, arguments, probe, options.peer_address)
+
+
+def _peer_server(
+    config: Config, store: ChunkStore, attempts_directory: Path, tls: Tls | None
+) -> PeerServer:
+    return PeerServer(
+        store,
+        _LogSource(attempts_directory),
+        address=config.listen,
+        tls=tls,
+        chunk_port=config.chunk_port,
+        callers=config.peers,
+    )
 
 
 async def _open_probe(stack: AsyncExitStack, config: Config, event_descriptor: int) -> NvmlProbe:

@@ -14,7 +14,7 @@ threads of its own, so that a checkpoint being hashed here does not make a peer'
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from agent.callers import Caller, Guard
 from agent.chunks.http_server import FETCH, PUSH, Busy, ChunkHttpServer, Transfers
 from agent.chunks.manifest import (
     CHUNK_BYTES_MAX,
@@ -316,7 +317,8 @@ class Reflection(grpc.GenericRpcHandler):
 
 class PeerServer:
     """`PeerService`, health and reflection on one address; chunks over HTTP on `chunk_port` of its
-    host, 0 for a free one. `open` before use, `close` after."""
+    host, 0 for a free one, for who has leave from here. `callers`: patterns of the names that may
+    call; empty: all. `open` before use, `close` after."""
 
     def __init__(
         self,
@@ -326,8 +328,10 @@ class PeerServer:
         address: str,
         tls: Tls | None,
         chunk_port: int = 0,
+        callers: Sequence[str] = (),
     ) -> None:
         self._store = store
+        self._callers = callers
         self._read_log = read_log
         self._address = address
         self._tls = tls
@@ -349,7 +353,10 @@ class PeerServer:
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 10_000),
         ]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CALLS_MAX)
+        guards = [Guard(self._refuse)] if self._callers else []
+        server = grpc.aio.server(
+            options=options, maximum_concurrent_rpcs=CALLS_MAX, interceptors=guards
+        )
         port = listen(server, self._address, self._tls)
         self._http.bind()
         self._executor = ThreadPoolExecutor(THREADS_MAX, "peer")
@@ -369,6 +376,11 @@ class PeerServer:
         await server.start()
         self._server = server
         return port
+
+    def _refuse(self, caller: Caller) -> str:
+        if caller.is_any_of(self._callers):
+            return ""
+        return f"the certificate names {caller}; this agent's setting 'peers' lists who may call"
 
     async def close(self) -> None:
         """Stop serving; calls in progress get `CLOSE_GRACE_S`."""

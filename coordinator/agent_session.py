@@ -14,6 +14,8 @@ from typing import Any
 import grpc
 
 from coordinator import wire
+from coordinator.access import Access
+from coordinator.callers import caller_of
 from coordinator.core import messages as m
 from coordinator.shell import CoordinatorShell
 
@@ -29,8 +31,9 @@ Ending = tuple[grpc.StatusCode, str]
 class Session:
     """`serve` it once."""
 
-    def __init__(self, shell: CoordinatorShell, context: Context) -> None:
+    def __init__(self, shell: CoordinatorShell, context: Context, access: Access) -> None:
         self._shell = shell
+        self._access = access
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[Ending] = self._loop.create_future()
@@ -79,12 +82,20 @@ class Session:
         if request is grpc.aio.EOF:
             return False
         message = wire.decode(request)
-        stranger = _stranger(self._context, message)
+        stranger = self._stranger(message)
         if stranger:
             self._end(grpc.StatusCode.PERMISSION_DENIED, stranger)
         else:
             self._shell.from_agent(self._number, message)
         return not stranger
+
+    def _stranger(self, message: m.AgentMessage) -> str:
+        """Under TLS a node's certificate must name it, or any user's could pose as a node and be
+        sent other people's jobs. Empty when it does, or when there is no TLS."""
+        caller = caller_of(self._context) if isinstance(message, m.Hello) else None
+        if caller is None or not isinstance(message, m.Hello):
+            return ""
+        return self._access.refuse_node(caller, message.node)
 
     # --- to the agent -----------------------------------------------------------------------------
 
@@ -115,21 +126,3 @@ class Session:
             return
         self._end(grpc.StatusCode.ABORTED, reason)
         self._shell.close_session(self._number)
-
-
-def _stranger(context: Context, message: m.AgentMessage) -> str:
-    """Under TLS a node's certificate must name it, or any user's could pose as a node and be sent
-    other people's jobs. Empty when it does, or when there is no TLS."""
-    if not isinstance(message, m.Hello):
-        return ""
-    facts = context.auth_context()
-    if b"ssl" not in facts.get("transport_security_type", []):
-        return ""
-    names = [*facts.get("x509_common_name", []), *facts.get("x509_subject_alternative_name", [])]
-    known = list(dict.fromkeys(name.decode("utf-8", "replace") for name in names))
-    if message.node in known:
-        return ""
-    return (
-        f"the certificate names {', '.join(known) or 'nobody'}, not node {message.node}: give the"
-        " agent one with the node's name as common name or DNS name"
-    )

@@ -296,6 +296,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tls_ca: Annotated[str, says(
         "PEM file with the authority whose certificates the fleet trusts."
     )] = ""
+    users: Annotated[list[str], says(
+        "Names in certificates, * for any part, that may submit jobs and manage the fleet; none of "
+        "them is a node. Default (empty): all but those of its nodes."
+    )] = msgspec.field(default_factory=list)
     log_level: Annotated[str, says(
         "debug, info, warning or error: the least that is logged. SIGHUP takes it over."
     )] = "info"
@@ -316,6 +320,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             or tls_problem(self.tls_cert, self.tls_key, self.tls_ca)
             or _listen_problem(self.listen, self.tls()),
             self._metrics_problem(),
+            "users names everybody" if any(not one.strip("*? ") for one in self.users) else None,
             self.otel_endpoint and otel_problem(self.otel_endpoint),
             path_problem("state_directory", self.state_directory),
             path_problem("store_path", self.store_path),

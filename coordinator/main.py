@@ -21,7 +21,9 @@ import grpc
 
 from coordinator import backup, config_tariffs, garbage, https, leaving
 from coordinator import logs as logging_setup
+from coordinator.access import Access, der_of
 from coordinator.allocator import Allocator
+from coordinator.callers import Guard
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
 from coordinator.config import (
     RELOADABLE,
@@ -48,7 +50,7 @@ from coordinator.manifests import ManifestReader
 from coordinator.notify import Notifier, write_port_file
 from coordinator.peers import LogReader
 from coordinator.ports import LeaderLost, StoreUnavailable
-from coordinator.rpc import add_services
+from coordinator.rpc import AGENTS, add_services
 from coordinator.scaling_settings import power_options, rented_names, scaling_options
 from coordinator.shell import TICK_MS, CoordinatorShell
 from coordinator.store.sqlite import SqliteStore
@@ -139,7 +141,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if snapshot.copied_unix_ms:
             _tell_restored(snapshot)
         shell = CoordinatorShell(core, store, clock, logging_setup.emit)
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        access = _access(config, core)
+        guards = [] if tls is None else [Guard(access.refuse_user, but_for=(AGENTS,))]
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=guards)
         logs = LogReader(lambda address: open_channel(address, tls))
         await add_services(
             server,
@@ -147,6 +151,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
             store,
             logs=logs,
             open_channel=lambda address: open_channel(address, tls, CHANNEL_OPTIONS),
+            access=access,
         )
         port = listen(server, config.listen, tls)
         await server.start()
@@ -174,6 +179,14 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.port_file:
             write_port_file(config.port_file, address)
         await _run(shell, config, arguments)
+
+
+def _access(config: Config, core: Coordinator) -> Access:
+    own = der_of(Path(config.tls_cert).read_bytes()) if config.tls_cert else b""
+    state = core.state
+    return Access(
+        tuple(config.users), own, lambda name: name in state.nodes or name in state.forgotten
+    )
 
 
 def _tell_restored(snapshot: Snapshot) -> None:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import wire, wire_explain, wire_fit, wire_nodes, wire_projects
+from coordinator.access import Access
 from coordinator.agent_session import Context, Session
 from coordinator.capacity_rpc import add_capacity_service
 from coordinator.checkpoint_rpc import OpenChannel, add_checkpoint_service
@@ -39,6 +40,7 @@ from protos.baton.v1 import (
 
 EVENTS_MAX = 1_000  # lines of history per answer, as jobs.proto says
 TIME_KEY = "baton-unix-ms"  # likewise
+AGENTS = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
 
 _STATUS = {
     m.RefusalKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -289,15 +291,16 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
 class AgentService(agent_pb2_grpc.AgentServiceServicer):
     """One call is one session."""
 
-    def __init__(self, shell: CoordinatorShell) -> None:
+    def __init__(self, shell: CoordinatorShell, access: Access | None = None) -> None:
         self._shell = shell
+        self._access = access or Access()
 
     # A coroutine that reads and writes by itself is the other form that grpc.aio takes; the types
     # that are generated know generators alone.
     async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[agent_pb2.SessionRequest], context: Context
     ) -> None:
-        await Session(self._shell, context).serve()
+        await Session(self._shell, context, self._access).serve()
 
 
 async def add_services(
@@ -307,12 +310,13 @@ async def add_services(
     *,
     logs: LogReader,
     open_channel: OpenChannel,
+    access: Access,
 ) -> None:
     """Everything that the coordinator serves, with health and reflection, so that stock gRPC tools
     can list and call it."""
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobService(shell, store, logs), server)
     nodes_pb2_grpc.add_NodeServiceServicer_to_server(NodeService(shell), server)
-    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(shell), server)
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentService(shell, access), server)
     names = [
         module.DESCRIPTOR.services_by_name[name].full_name
         for module, name in (

@@ -14,6 +14,10 @@ Ten thousand agents that were welcomed in one second must not speak in one milli
 each has a phase within either interval, from its name, and keeps it however late it is once.
 
 A coordinator with a lower leader epoch than one already obeyed is a ghost: it is not obeyed.
+
+Where it has heard of more events than we can have sent, our journal is an older one that was put
+back, and what we say next it would take for what it knows. Then it is another journal from here on,
+under whose id it has heard nothing.
 """
 
 from zlib import crc32
@@ -35,7 +39,7 @@ from agent.core.messages import (
     Welcome,
 )
 from agent.core.pipeline import advance_pipeline
-from agent.core.state import Instant, PutLeaderEpoch, State
+from agent.core.state import Instant, PutJournalId, PutLeaderEpoch, State
 from agent.core.values import HostFacts
 
 # Told to wait longer, we look whether the coordinator that said so is still there.
@@ -82,13 +86,26 @@ def _follow_rate(state: State, rate: str) -> None:
     state.log("info", "telemetry.rate", rate=rate)
 
 
-def welcome(state: State, now: Instant, order: Welcome) -> None:
+def _turn_away(state: State, reason: str) -> None:
+    state.commands.append(CloseLink(reason))
+    state.welcomed = False  # whatever else it says until the link is closed is not obeyed
+    state.heartbeat_due_ms = state.resend_due_ms = None
+
+
+def welcome(state: State, now: Instant, order: Welcome, chance: str) -> None:
     if order.leader_epoch < state.leader_epoch:
         reason = f"leader epoch {order.leader_epoch} is stale; {state.leader_epoch} was seen"
         state.log("error", "link.stale_leader", reason=reason)
-        state.commands.append(CloseLink(reason))
-        state.welcomed = False  # whatever else it says until the link is closed is not obeyed
-        state.heartbeat_due_ms = state.resend_due_ms = None
+        _turn_away(state, reason)
+        return
+    heard, sent = order.acknowledged_sequence, state.sent_before
+    sent = state.next_sequence - 1 if sent is None else sent
+    if heard > sent:
+        state.journal_id = chance
+        state.records.append(PutJournalId(chance))
+        reason = f"the coordinator has heard event {heard} of this node, and {sent} is the last"
+        state.log("error", "journal.older", reason=reason)
+        _turn_away(state, reason)
         return
     if order.leader_epoch > state.leader_epoch:
         state.leader_epoch = order.leader_epoch
@@ -106,7 +123,7 @@ def welcome(state: State, now: Instant, order: Welcome) -> None:
         live.told = None
     state.log("info", "link.up", leader_epoch=order.leader_epoch, spooled=len(state.spool))
     state.acknowledge(now, order.acknowledged_sequence)
-    state.welcomed = True
+    state.welcomed, state.sent_before = True, None
     for first in range(0, len(order.unknown), REQUESTS_TOLD_MAX):
         # before it has to refuse what they have to say
         heartbeat(state, now, order.unknown[first : first + REQUESTS_TOLD_MAX])

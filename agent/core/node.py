@@ -179,7 +179,7 @@ def _order(state: State, now: Instant, order: Order, chance: str) -> None:
         return  # from nobody whose leader epoch is known to be good
     match order:
         case Welcome():
-            link.welcome(state, now, order)
+            link.welcome(state, now, order, chance)
             _forget_settled(state)
         case EventAck():
             state.acknowledge(now, order.sequence)

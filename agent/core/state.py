@@ -121,6 +121,13 @@ class PutLeaderEpoch:
 
 
 @dataclass(frozen=True, slots=True)
+class PutJournalId:
+    """It is another journal from here on (`link.py`)."""
+
+    journal_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PutGpusMended:
     """By UUID, up to which record of the kernel's log all that was wrong with a GPU is over: the
     log tells of it again after our restart. It counts records anew in each boot. Replaces what was
@@ -140,6 +147,7 @@ Record = (
     | PutFence
     | DropFence
     | PutLeaderEpoch
+    | PutJournalId
     | PutGpusMended
     | PutGpusLeft
 )
@@ -168,6 +176,8 @@ class State:
         self.spool: dict[int, AgentEvent] = {event.sequence: event for event in memory.spool}
         self.spooled_ms: dict[int, int] = {}  # when, for what this process has spooled
         self.next_sequence = memory.next_sequence
+        # Until the first welcome: the newest event that anybody may have heard.
+        self.sent_before: int | None = memory.next_sequence - 1
         self.fences = {fence.job_id: fence for fence in memory.fences}
         self.leader_epoch = memory.leader_epoch
         self.host: HostFacts | None = None

@@ -23,6 +23,8 @@ from coordinator.core.state import Instant, State, cut
 # asked for by somebody who does not want this attempt to go on.
 PRECOPY_DRAIN_MS = 60_000
 PRECOPY_PREEMPTION_MS = 10_000
+# Of one start; nobody keeps so many checkpoints, and each is a line of history.
+SKIPPED_TOLD_MAX = 64
 
 
 def assign(state: State, now: Instant, start: Start) -> None:
@@ -106,7 +108,7 @@ def started(
     resumes = checkpoints.fall_back(state, now, attempt, body)
     held_ranks = body.held_ranks[: attempt.ranks]
     checkpoints.note_copy(state, job.id, body.restored_digest, attempt.node, held_ranks)
-    for digest, reason in body.skipped:
+    for digest, reason in body.skipped[:SKIPPED_TOLD_MAX]:
         state.tell(
             now.unix_ms, job.id, "checkpoint.skipped", f"{digest[:12]}: {cut(reason)}",
             attempt=attempt.id, node=attempt.node,

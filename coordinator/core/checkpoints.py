@@ -54,7 +54,7 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     job = state.jobs[attempt.job_id]
     if restored.follows_forgotten(state, job, attempt, body.parent):
         body = replace(body, parent=job.head)  # of those between nobody knows any more
-    refusal = _refuse_commit(job, attempt, body)
+    refusal = _refuse_commit(state, job, attempt, body)
     if not refusal and body.digest == job.head:
         for node_id in body.replicas:  # it may have been copied since
             note_copy(state, job.id, job.head, node_id)
@@ -70,7 +70,7 @@ def propose(state: State, now: Instant, attempt: Attempt, body: CheckpointPropos
     state.send(attempt.node, result)
 
 
-def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+def _refuse_commit(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
     stale = refuse_attempt(job, attempt)
     if stale or body.digest == job.head:
         return stale
@@ -78,7 +78,7 @@ def _refuse_commit(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
         return f"it is one of {body.parts} parts, and the job has one rank"
     if body.parent != job.head:
         return refuse_parent(job, body)
-    return refuse_content(job, body)
+    return refuse_content(state, job, attempt, body)
 
 
 def refuse_attempt(job: Job, attempt: Attempt) -> str:
@@ -95,11 +95,13 @@ def refuse_parent(job: Job, body: CheckpointProposed) -> str:
     return f"it follows {body.parent[:12] or 'nothing'}, but the last commit is {head}"
 
 
-def refuse_content(job: Job, body: CheckpointProposed) -> str:
+def refuse_content(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
     """Empty for what may follow the last commit."""
     if body.step < job.head_step:
         return f"its step {body.step} lies before step {job.head_step} of the last commit"
-    if job.spec.replication is Replication.REQUIRED and len(body.replicas) < 2:
+    others = (name for name in body.replicas if name in state.nodes or name == SHARED)
+    off_the_node = any(name != attempt.node for name in others)
+    if job.spec.replication is Replication.REQUIRED and not off_the_node:
         return "the job asks for a copy off the node and there is none"
     return ""
 

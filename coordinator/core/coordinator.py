@@ -32,6 +32,7 @@ from coordinator.core import (
     node_power,
     nodes,
     offers,
+    outcomes,
     parts,
     power,
     projects,
@@ -148,6 +149,7 @@ class Coordinator:
             projects.tick(state, now)
             arrivals.tick(state, now)
             offers.tick(state)
+            outcomes.tick(state, now)
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
@@ -356,8 +358,9 @@ def _apply(state: State, now: Instant, live: LiveNode, event: AgentEvent) -> Non
         live.strays.pop(event.attempt)
         live.unknown.pop(event.attempt, None)
         state.release_gpus(live, event.attempt)
-    known = attempt is not None and attempt.node == live.node.id
-    if attempt is None or not known:
+    if attempt is not None and attempt.node != live.node.id:
+        nodes.foreign(state, live, attempt)
+    if attempt is None or attempt.node != live.node.id:
         if isinstance(body, CheckpointProposed):
             reason = f"attempt {event.attempt} is not known"
             state.send(live.node.id, CommitResult(event.attempt, body.digest, False, reason))

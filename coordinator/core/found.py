@@ -40,14 +40,14 @@ OVERTAKEN = "a later attempt has gone on from before it"
 
 def unlisted(state: State, present: Mapping[str, None]) -> tuple[str, ...]:
     """Of what lies on a node, what a store that was put back does not know."""
-    if state.numbering.remembered_job_id is None:
+    if state.proven.remembered_job_id is None:
         return ()
     return tuple(digest for digest in present if digest not in state.indices.pieces)
 
 
 def unread(state: State) -> list[tuple[str, str, tuple[str, ...]]]:
     """Nodes within reach, where their peers reach them, and what on them nobody has read yet."""
-    if state.numbering.remembered_job_id is None:
+    if state.proven.remembered_job_id is None:
         return []
     return [
         (live.node.id, live.node.peer_address, live.unlisted)
@@ -77,7 +77,7 @@ def note(state: State, now: Instant, live: LiveNode, body: NoteManifests) -> Non
 def _forgotten(state: State, now: Instant, manifest: Manifest) -> Job | None:
     """A job for it, if it can only be of one that was submitted after the copy. Its epoch stays 0:
     an attempt of it that is still to be heard of is newer."""
-    if not state.numbering.is_forgotten(manifest.job_id):
+    if not state.proven.is_forgotten(manifest.job_id):
         return None
     if len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
         return None
@@ -136,22 +136,30 @@ def _put_together(state: State, now: Instant, places: Iterable[Place]) -> None:
 
 
 def _consider(state: State, now: Instant, job: Job, pieces: Pieces) -> None:
-    if _is_last(state, job, pieces[0][0]):
+    if _is_last(state, job, pieces):
         _take(state, now, job, pieces)
 
 
-def _is_last(state: State, job: Job, manifest: Manifest) -> bool:
+def _is_last(state: State, job: Job, pieces: Pieces) -> bool:
     """Whether it can only be of the time after the copy, and is later than what is known."""
+    manifest, attempt = pieces[0][0], state.current(job)
     if not restored.is_unsure(job):
-        attempt = state.current(job)
         if job.phase is not JobPhase.ACTIVE or attempt is None:
             return False
-        if manifest.epoch != job.epoch and manifest.digest != attempt.restored_digest:
+        own = manifest.epoch == job.epoch and _lies_with_its_ranks(state, job, pieces)
+        if not own and manifest.digest != attempt.restored_digest:
             return False
     kept = state.checkpoints.get(job.id, ())
     head = next(((one.epoch, one.step) for one in kept if one.digest == job.head), (0, 0))
-    forgotten = state.numbering.may_be_forgotten(job.id, manifest.epoch)
+    forgotten = state.proven.may_be_forgotten(job.id, manifest.epoch)
     return forgotten and (manifest.epoch, manifest.step) > head
+
+
+def _lies_with_its_ranks(state: State, job: Job, pieces: Pieces) -> bool:
+    """What an attempt has made is on its node, too; others may tell of anything."""
+    return all(
+        rank.node in holders for rank, (_, holders) in zip(state.gang(job), pieces, strict=False)
+    )
 
 
 def _take(state: State, now: Instant, job: Job, pieces: Pieces) -> None:

@@ -45,17 +45,17 @@ def resume(state: State, now_ms: int) -> None:
 def reported(state: State, now: Instant, live: LiveNode, gpus: tuple[GpuHealth, ...]) -> None:
     """A node's agent has judged some of its GPUs."""
     known = {said.uuid: said for said in live.node.health}
-    for said in gpus:
+    own = {gpu.uuid: True for gpu in live.node.gpus}
+    for said in (said for said in gpus if said.uuid in own):
         before = known.get(said.uuid)
         known[said.uuid] = said
         if before is None or before.verdict is not said.verdict:
             _log(state, live, said)
     listed = [known[gpu.uuid] for gpu in live.node.gpus if gpu.uuid in known]
     # A GPU that is there no longer, replaced say, can never be well again, nor be opened.
-    here = {gpu.uuid: True for gpu in live.node.gpus}
-    cordons = tuple(cordon for cordon in live.node.gpu_cordons if cordon.uuid in here)
+    cordons = tuple(cordon for cordon in live.node.gpu_cordons if cordon.uuid in own)
     for uuid in known:
-        if uuid not in here:
+        if uuid not in own:
             state.held_back.pop(uuid, None)
     node = replace(live.node, health=tuple(listed), gpu_cordons=cordons)
     if node != live.node:

@@ -41,7 +41,8 @@ class Indices:
     `refusals` who is no company for whom (`company.py`), as long as nothing of that has changed.
     `arrays`: their trials, and who of them is behind. `standbys`: how many open attempts send their
     copies to a node; `few_copies`, by what jobs ask for, that number of the standby found last;
-    `standby_order`: in which jobs ask nodes for that. `failures`: of what has ended."""
+    `standby_order`: in which jobs ask nodes for that. `failures`: of what has ended.
+    `asked_again_ms`: when somebody is first asked again who lacked something (`outcomes.py`)."""
 
     draining: dict[str, None] = field(default_factory=dict)
     switched: dict[str, None] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Indices:
     refusals: dict[object, tuple[Keep, ...]] = field(default_factory=dict)
     known_alone: dict[str, bool] = field(default_factory=dict)
     refused_ms: int = 0
+    asked_again_ms: int | None = None
     pieces: dict[str, dict[int, int]] = field(default_factory=dict)
     kinds: dict[Kind, dict[str, None]] = field(default_factory=dict)
     arrays: Arrays = field(default_factory=Arrays)

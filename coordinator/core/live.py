@@ -13,6 +13,10 @@ from coordinator.core.link_messages import HeldAttempt
 from coordinator.core.model import GpuFacts, HostTelemetry, Node
 from coordinator.core.phases import GpuPhase, NodePhase
 
+# So often in a session the log says that a node speaks of what is another one's: it is told enough,
+# and one that errs with each heartbeat would fill a disk.
+FOREIGN_SAID_MAX = 16
+
 
 @dataclass(frozen=True, slots=True)
 class StandbyWatch:
@@ -77,7 +81,7 @@ class LiveNode:
     `expected_ms`: it stands in line, and is not lost before then. `joined_ms`: when it came after a
     time without a session.
     `clock_wrong`: `clocks.py`; `unlisted`, `parts_found`: `found.py`; `unknown`: `taken_back.py`;
-    `behind`: `restored.py`.
+    `behind`: `restored.py`; `foreign`: how often it has spoken of another's attempts.
     `suspect_ms` and `deadline_ms`: when silence makes it suspect, and when lost; `watched_ms`: when
     it is looked at for that (`leases.py`). `used_ms`: when something was last there; 0: unknown.
     `stuck` are pids by attempt (`stuck.py`), and `precopy_gains` of ranks (`precopy.py`)."""
@@ -110,6 +114,7 @@ class LiveNode:
     unlisted: tuple[str, ...] = ()
     parts_found: dict[str, Manifest] = field(default_factory=dict)
     behind: bool = False
+    foreign: int = 0
     unknown: dict[str, HeldAttempt] = field(default_factory=dict)
 
 

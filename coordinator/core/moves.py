@@ -235,7 +235,7 @@ class _Plan:
 
         if own > self.left or (runs and job.id in self.promised):
             return
-        avoid, elsewhere = outcomes.avoided(self.state, job)
+        avoid, elsewhere = outcomes.avoided(self.state, self.now, job)
         need = Need(job.id, job.spec, (), avoid, elsewhere, only=option.gpu_type)
         spread = self._keep(need)
         if spread is None and wish.entrant.known and self.searches > 0:

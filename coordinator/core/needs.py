@@ -33,7 +33,7 @@ def need_of(state: State, now: Instant, job: Job, lent: Mapping[int, None]) -> N
     replicas, near = _where_it_was(state, job) if job.epoch else ((), ())  # most have never run
     promise = state.standing.promises.get(job.id)
     keeps = claims.waits_out(state, now, job)
-    avoid, elsewhere = outcomes.avoided(state, job)
+    avoid, elsewhere = outcomes.avoided(state, now, job)
     anywhere = promise is None or (job.id in state.avoid and not keeps)
     return Need(
         job.id,

@@ -27,6 +27,7 @@ from coordinator.core import (
     stuck,
     taken_back,
 )
+from coordinator.core.live import FOREIGN_SAID_MAX
 from coordinator.core.messages import (
     CloseSession,
     Goodbye,
@@ -145,7 +146,8 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
         # agent has dropped.
         known = live.node.acknowledged if same_journal else 0
         acknowledged = max(known, body.acknowledged)
-        if same_journal and body.acknowledged > known:
+        restored_once = state.proven.remembered_job_id is not None
+        if same_journal and body.acknowledged > known and not restored_once:
             restored.tell_behind(state, live)
         node = replace(
             live.node,
@@ -165,7 +167,7 @@ def _join(state: State, now: Instant, session: int, body: Hello) -> LiveNode:
     live.session = live.newest_session = session
     live.gangs, live.shares = body.gangs, body.shares
     state.rooms.touch(live.node.id)
-    live.heartbeat_sequence = 0
+    live.heartbeat_sequence = live.foreign = 0
     leases.heard(state, now, live)
     if live.phase is not NodePhase.UP:
         state.set_node_phase(live, NodePhase.UP, "")
@@ -222,7 +224,7 @@ def _reconcile(
             attempts.returned(state, now, attempt)
             restored.confirm(state, state.jobs[attempt.job_id])
             taken_back.heard(state, attempt, item)
-        elif item.live and restored.is_newer(state, item):
+        elif item.live and restored.is_newer(state, live.node.id, item):
             if not taken_back.take_back(state, now, live, item):
                 strays[attempt_id] = restored.leave_alone(state, now, live, attempt_id)
         elif item.live:
@@ -314,6 +316,8 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
         if attempt_id in live.attempts:
             attempts.progressed(state, now, state.attempts[attempt_id], progress)
             coruns.heard(state, now, attempt_id, progress)
+        elif (there := state.attempts.get(attempt_id)) and there.node != live.node.id:
+            foreign(state, live, there)
     _reconcile(state, now, live, body.attempts, whole=False)
     _hold_stray_gpus(state, live, body.attempts)
     stuck.heard(state, live, body.attempts)
@@ -321,6 +325,18 @@ def heartbeat(state: State, now: Instant, live: LiveNode, body: Heartbeat) -> No
     checkpoints.heard(state, now, live.node.id, body.attempts)
     if live.session is not None:
         state.send(live.node.id, LeaseRenewal(body.sequence))
+
+
+def foreign(state: State, live: LiveNode, attempt: Attempt) -> None:
+    """It speaks of what was given to another node, which no honest agent does, however late."""
+    live.foreign += 1
+    if live.foreign <= FOREIGN_SAID_MAX:
+        reason = (
+            f"it was given to {attempt.node}; what {live.node.id} says of it counts for nothing"
+        )
+        state.log(
+            "warning", "attempt.foreign", node=live.node.id, attempt=attempt.id, reason=reason
+        )
 
 
 def _hold_stray_gpus(state: State, live: LiveNode, held: tuple[HeldAttempt, ...]) -> None:

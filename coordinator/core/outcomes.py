@@ -34,6 +34,9 @@ RETRY_MS_MAX = 60_000
 # "Run me again" without ever committing a further step is a loop; this many rounds of it are
 # patience enough.
 YIELDS_MAX = 20
+# A node that lacks what a job needs may be mended: so long after it has said so it is asked again,
+# if the job still waits for others. Who mounts a file system needs minutes; a try costs a second.
+LACKS_MS = 600_000
 AGAIN = "asked to be run again"
 
 
@@ -170,25 +173,53 @@ def _refusals(state: State, job: Job) -> list[Attempt]:
     return found
 
 
-def lacking(state: State, job: Job) -> Attempt | None:
+def lacking(state: State, now: Instant, job: Job) -> Attempt | None:
     """Whose node lacks what it needs, by its last try, where there are others. The next one goes to
-    those, and waits for that: while they are full, the one that lacks something has room."""
+    those, and waits for that: while they are full, the one that lacks something has room. Not for
+    ever, and then at once: a round is due when that is over."""
     last = next(iter(_refusals(state, job)), None) if job.epoch and job.failures else None
     if last is None or not last.permanent:
         return None
-    return last if _may_run_elsewhere(state, job, last, job.spec.ranks) else None
+    # Wall time: it is still so after our own restart. Who set it back does not make anybody wait.
+    since_ms = now.unix_ms - (last.ended_unix_ms or 0)
+    if not 0 <= since_ms < LACKS_MS or not _may_run_elsewhere(state, job, last, job.spec.ranks):
+        return None
+    over_ms = now.now_ms + LACKS_MS - since_ms
+    due_ms = state.indices.asked_again_ms
+    state.indices.asked_again_ms = over_ms if due_ms is None else min(due_ms, over_ms)
+    return last
 
 
-def avoided(state: State, job: Job) -> tuple[str, bool]:
+def tick(state: State, now: Instant) -> None:
+    """Somebody may be asked again who lacked something."""
+    due_ms = state.indices.asked_again_ms
+    if due_ms is not None and due_ms <= now.now_ms:
+        state.indices.asked_again_ms, state.dirty = None, True
+
+
+def avoided(state: State, now: Instant, job: Job) -> tuple[str, bool]:
     """The node that its next try does not go to if another will do; `True`: not in any case."""
-    last = lacking(state, job)
-    return (state.avoid.get(job.id, ""), False) if last is None else (last.node, True)
+    last = lacking(state, now, job)
+    if last is not None:
+        return last.node, True
+    return state.avoid.get(job.id, ""), False
 
 
-def describe_lack(state: State, job: Job) -> str:
+def describe_lack(state: State, now: Instant, job: Job) -> str:
     """Of a job that waits for room."""
-    last = lacking(state, job)
-    return "" if last is None else f"; {last.node} could not start it: {last.reason}"
+    last = lacking(state, now, job)
+    if last is None:
+        return ""
+    after = f"it is asked again {LACKS_MS // 60_000} min after that"
+    return f"; {last.node} could not start it: {last.reason}; {after}"
+
+
+def _was_asked_again(state: State, now: Instant, job: Job) -> bool:
+    """Whether the last try was made since the node of the one before may have been mended."""
+    last, *before = _refusals(state, job)
+    if not before or not before[0].permanent or before[0].node != last.node:
+        return False
+    return now.unix_ms - (before[0].ended_unix_ms or 0) >= LACKS_MS
 
 
 def _all_lacking(state: State, job: Job) -> dict[str, None]:
@@ -208,11 +239,14 @@ def refusal(gang: Sequence[Attempt]) -> Attempt | None:
 def refused(state: State, now: Instant, job: Job, attempt: Attempt) -> None:
     """Its node could not start it. A command or a directory that is not there may be on another
     node, which is asked before the job has failed: one that lacks a file system which all others
-    have mounted would else end all that waits. That counts as a failure."""
+    have mounted would else end all that waits. That counts as a failure, unless it has only said so
+    again."""
     told = f"{attempt.node} could not start it: {attempt.reason}"
     if attempt.permanent:
-        job = state.put_job(replace(job, failures=job.failures + 1))
-        others = [node for node in _all_lacking(state, job) if node != attempt.node]
+        counted = replace(job, failures=job.failures + 1)
+        others = [node for node in _all_lacking(state, counted) if node != attempt.node]
+        if others or not _was_asked_again(state, now, counted):
+            job = state.put_job(counted)
         hopeless = others or not _may_run_elsewhere(state, job, attempt)
         # Nothing has run, so who may not be run again may still be tried on another node.
         if hopeless or job.failures > max(1, job.spec.max_restarts):

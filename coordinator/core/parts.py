@@ -68,7 +68,7 @@ def _refuse(state: State, job: Job, attempt: Attempt, body: CheckpointProposed) 
     # commit that others completed, still goes on with the same training.
     if body.parts <= 1 and body.parent not in (job.head, *_waiting_of_first(state, job)):
         return checkpoints.refuse_parent(job, body)
-    return checkpoints.refuse_content(job, body)
+    return checkpoints.refuse_content(state, job, attempt, body)
 
 
 def _committed(state: State, job: Job, rank: int, digest: str) -> bool:

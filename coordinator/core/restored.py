@@ -7,10 +7,13 @@ an epoch that has later ones swept. After a copy was put back, both are wrong.
 How: numbers go on above all that may have been given (`numbering.py`). Of what is open in the copy,
 a job goes on if its node says that it runs; any other is held until somebody says what is to be
 (`held`). An attempt that can only be of the time after the copy is taken back (`taken_back.py`);
-where that cannot be, it is left alone, and shown. So it is, too, where nobody has said that the
-store is a copy (`tell_behind`): no attempt has a job id or an epoch that was not given. What is
-further above than any copy's age explains, a node says in error, and it counts for nothing: else
-one that lies would have all ids used up.
+where that cannot be, it is left alone, and shown.
+
+Where nobody has said that the store is a copy, a node that tells of a later attempt has either run
+it, since the store is a snapshot that does not know what it is, or it lies. Nobody can tell which,
+so it is left alone, and said (`tell_behind`); its job stays whose it is, unless it is that node's
+own. What is further above than any copy's age explains, a node says in error, and it counts for
+nothing: else one that lies would have all ids used up.
 """
 
 from collections.abc import Iterator
@@ -37,9 +40,9 @@ UNSURE = (
     " cancel` ends it"
 )
 FORGOTTEN = (
-    "its request was forgotten with the coordinator's database; with `baton submit --for-job {job}`"
-    " it goes on from its last checkpoint, `baton checkpoint export {job}` takes that out, `baton"
-    " cancel {job}` ends it"
+    "its request was forgotten with the coordinator's database, and whether it had finished; with"
+    " `baton submit --for-job {job}` it goes on from its last checkpoint, `baton checkpoint export"
+    " {job}` takes that out, `baton cancel {job}` ends it"
 )
 # Ends the reason of a job that was cancelled here; what has been started of it since goes with it.
 CANCELLED_ALL = ", with all that was started of it since the copy"
@@ -100,36 +103,45 @@ def confirm(state: State, job: Job) -> None:
         state.put_job(replace(job, intent=JobIntent.RUN, reason="has run on since the copy"))
 
 
-def is_newer(state: State, item: HeldAttempt) -> bool:
-    """Whether it can only have been ordered after what the store knows."""
+def is_newer(state: State, node_id: str, item: HeldAttempt) -> bool:
+    """Whether it can only have been ordered after what the store knows, if its node is right."""
     job_id, epoch = named(item.attempt)
     job = state.jobs.get(job_id)
     if job is not None and job.phase is JobPhase.CANCELLED and job.reason.endswith(CANCELLED_ALL):
         return False
     if job is not None:
         most = max(job.epoch + EPOCHS_MIN, state.numbering.epoch_floor)
-        return job.epoch < epoch <= most or _given_up_unseen(state, job, item)
-    beyond = state.last_job_id < job_id <= state.last_job_id + JOB_IDS_MIN
+        return job.epoch < epoch <= most or _given_up_unseen(state, node_id, job, item)
+    # Once a node's word has moved the numbers on, no other word does.
+    moved = state.numbering != state.proven
+    beyond = not moved and state.last_job_id < job_id <= state.last_job_id + JOB_IDS_MIN
     return beyond or state.numbering.is_forgotten(job_id)
 
 
-def _given_up_unseen(state: State, job: Job, item: HeldAttempt) -> bool:
-    """Its node came too late, and its job is held until somebody says what is to be."""
+def is_explained(state: State, node_id: str, item: HeldAttempt) -> bool:
+    """Whether a copy that says what it is may have forgotten such an attempt, or it was this node's
+    before: then its job is not taken from anybody on one node's word alone."""
+    job_id, epoch = named(item.attempt)
+    job = state.jobs.get(job_id)
+    if job is None:
+        return state.proven.is_forgotten(job_id)
+    may_be = state.proven.may_be_forgotten(job_id, epoch)
+    return may_be or _given_up_unseen(state, node_id, job, item)
+
+
+def _given_up_unseen(state: State, node_id: str, job: Job, item: HeldAttempt) -> bool:
+    """It came too late, and its job is held until somebody says what is to be."""
     known = state.attempts.get(item.attempt)
-    lost = known is not None and known.phase is AttemptPhase.LOST
+    lost = known is not None and known.phase is AttemptPhase.LOST and known.node == node_id
     return lost and job.phase is JobPhase.HELD and is_unsure(job)
 
 
 def tell_behind(state: State, live: LiveNode) -> None:
-    """Its node was answered for, or runs, what is not in the store, and nothing is said before it
-    is. Of a copy that says what it is, that is nothing new. Of any other the numbers are those of a
-    copy from here on, until the next start, and what this node should run is held unless it says
-    that it does: all else would be on the word of one node, and what waits may have been started by
-    then."""
-    first = not any(other.behind for other in state.nodes.values())
-    if first and state.numbering.remembered_job_id is not None:
-        return
-    if first:
+    """Its node was answered for, or runs, what is not in the store and what no copy explains, and
+    nothing is said before it is in there. So the store is a snapshot, or the node errs. The numbers
+    are those of a copy from here on, until the next start, and what this node should run is held
+    unless it says that it does: all else would be on the word of one node."""
+    if state.numbering == state.proven:
         epoch_max = max((one.epoch for one in state.attempts.values()), default=0)
         back = put_back(state.numbering, state.last_job_id, epoch_max, 0)
         state.numbering, state.last_job_id = back.numbering, back.last_job_id
@@ -139,10 +151,11 @@ def tell_behind(state: State, live: LiveNode) -> None:
         if job.phase is JobPhase.ACTIVE and job.intent is JobIntent.RUN:
             state.put_job(replace(job, intent=JobIntent.HOLD, reason=UNSURE))
     reason = (
-        f"{live.node.id} knows of events or jobs that it does not have: it is a plain copy or a"
-        " snapshot. What runs goes on, and what does not run there any more is held; but a job"
-        " that waited in the copy may have been started beside itself. Next time put back what"
-        " `baton-coordinator backup` makes of it"
+        f"{live.node.id} knows of events or jobs that it does not have: it is a snapshot, or that"
+        " node errs. What runs there goes on, and what should run there and does not is held; but a"
+        " job that waited may be started beside itself, and what is not known commits nothing. If"
+        " it is a snapshot, stop the coordinator and put back what `baton-coordinator backup` makes"
+        " of it"
     )
     state.log("error", "store.behind", node=live.node.id, reason=reason)
 
@@ -170,9 +183,9 @@ def describe(state: State, live: LiveNode) -> str:
 def _advice(attempt: str) -> str:
     return (
         "the coordinator's database does not know it, and leaves it alone: its agent is too old to"
-        " say what it is, or other ranks of its job are not there. It ends by itself, or with its"
-        f" process on its node (`systemctl stop baton-job-{attempt}.service`, where jobs are"
-        " services)"
+        " say what it is, other ranks of its job are not there, or no restored copy explains it. It"
+        f" ends by itself, or with its process on its node (`systemctl stop baton-job-{attempt}"
+        ".service`, where jobs are services)"
     )
 
 

@@ -82,7 +82,7 @@ def decide(state: State, now: Instant) -> None:
                 promise = state.standing.promises.get(job_id)
                 sentence += promise.note if promise is not None else ""
                 sentence += reserved.describe(state, now, job)
-            sentence += mismatches.describe(state, job) + outcomes.describe_lack(state, job)
+            sentence += mismatches.describe(state, job) + outcomes.describe_lack(state, now, job)
             waits[job_id] = sentence + projects.why_waits(state, tenancy, job)
         # More may fit than one pass starts, and what others wait for has changed with every start:
         # look again in the next batch.

@@ -97,7 +97,7 @@ class State:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.leader_epoch = self.last_job_id = 0
-        self.numbering = Numbering()
+        self.numbering = self.proven = Numbering()  # with what nodes have said since, and without
         self.demand = Demand()
         self.demand_history = DemandHistory()
         self.forecast: tuple[int, ForecastMade] | None = None  # the newest, and when it came
@@ -158,7 +158,7 @@ class State:
         """Take over what the store holds. Nodes are suspect until they say hello, and lost if they
         do not in time."""
         self.leader_epoch, self.last_job_id = snapshot.leader_epoch, snapshot.last_job_id
-        self.numbering = snapshot.numbering
+        self.numbering = self.proven = snapshot.numbering
         self.demand_history.load(snapshot.demand)
         self.scaler.load(snapshot.scale_records)
         self.lease_days.made = snapshot.lease_days

@@ -34,7 +34,11 @@ Gang = list[tuple[LiveNode, HeldAttempt]]
 
 def asked(state: State, body: Hello) -> tuple[str, ...]:
     """Which of its attempts a node has to say more of."""
-    newer = [one.attempt for one in body.attempts if one.live and restored.is_newer(state, one)]
+    newer = [
+        one.attempt
+        for one in body.attempts
+        if one.live and restored.is_newer(state, body.node, one)
+    ]
     return tuple(newer[:ASKED_MAX])
 
 
@@ -42,23 +46,23 @@ def take_back(state: State, now: Instant, live: LiveNode, item: HeldAttempt) -> 
     """It is its job's from here on, with the other ranks of its epoch. False where that cannot be,
     or not yet; then it is left alone."""
     if item.attempt in live.unknown and item.spec is None:
-        return False  # it has said nothing new
+        return False  # it has said nothing new; who tells what the job is takes all ranks back
     job_id, epoch = restored.named(item.attempt)
-    if not live.behind:
+    explained = restored.is_explained(state, live.node.id, item)
+    if not (explained or live.behind):
         restored.tell_behind(state, live)
-    if job_id > state.numbering.given_job_id:  # nor is that id given again
-        state.numbering = replace(state.numbering, given_job_id=job_id)
-        state.last_job_id = max(state.last_job_id, job_id)
     live.unknown[item.attempt] = item
     job = state.jobs.get(job_id)
     known = job is not None and not restored.is_forgotten(job)
-    spec = job.spec if job is not None and known else item.spec
+    spec = job.spec if job is not None and known else _told(state, job_id, epoch)
     if spec is None or (not known and _refuse(spec)):
         return False
     if job is None and len(state.jobs) - len(state.ended) >= JOBS_OPEN_MAX:
         return False
     gang = _gathered(state, job_id, epoch, spec)
     if gang is None or (job is not None and job.phase is JobPhase.CANCELLING):
+        return False
+    if not explained and not _has_it(state, job, gang):
         return False
     spec = spec if known else replace(spec, array="", hold=False)
     job = _known_again(state, now, job_id, spec) if job is None else _free(state, now, job, item)
@@ -71,17 +75,35 @@ def _refuse(spec: JobSpec) -> str:
     return refuse_spec(replace(spec, environment=(), array=""))
 
 
+def _told(state: State, job_id: int, epoch: int) -> JobSpec | None:
+    """What its job is, by one rank's word: an older agent that has started another cannot say."""
+    for live in state.nodes.values():
+        for name, item in live.unknown.items():
+            if item.spec is not None and restored.named(name) == (job_id, epoch):
+                return item.spec
+    return None
+
+
 def _gathered(state: State, job_id: int, epoch: int, spec: JobSpec) -> Gang | None:
     """All ranks, in order, with the nodes that run them; `None`: some are not there, or have other
-    GPUs than such a job gets."""
+    GPUs than such a job gets, or two nodes tell of one."""
     count = spec.ranks
     wanted = {attempt_id(job_id, epoch, rank, count): rank for rank in range(count)}
     found: dict[int, tuple[LiveNode, HeldAttempt]] = {}
     for live in state.nodes.values():
         for name, item in live.unknown.items() if live.session is not None else ():
             if name in wanted and len(set(item.gpu_uuids)) == len(item.gpu_uuids) == spec.gpus:
+                if wanted[name] in found:
+                    return None
                 found[wanted[name]] = live, item
     return [found[rank] for rank in range(count)] if len(found) == count else None
+
+
+def _has_it(state: State, job: Job | None, gang: Gang) -> bool:
+    """Whether these nodes have the job already, each the same rank."""
+    if job is None or job.phase is not JobPhase.ACTIVE:
+        return False
+    return [live.node.id for live, _ in gang] == [rank.node for rank in state.gang(job)]
 
 
 def _known_again(state: State, now: Instant, job_id: int, spec: JobSpec) -> Job:

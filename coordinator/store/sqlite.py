@@ -50,7 +50,7 @@ from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, JobEvent, Snapshot
 from coordinator.core.numbering import Numbering, put_back
 from coordinator.ports import LeaderLost, StoreUnavailable
-from coordinator.store import rows
+from coordinator.store import place, rows
 from coordinator.store.queries import Queries, load_queries
 from coordinator.store.schema import (
     AppliedMigration,
@@ -201,8 +201,14 @@ class _Opened:
                 _migrate(self._writer, self._queries, migrations)
                 self._writer.execute(self._queries.advance_leader)
                 snapshot = read_snapshot(self._writer, self._queries)
-                if snapshot.copied_unix_ms:
+                copied_unix_ms = snapshot.copied_unix_ms or place.copied_unix_ms(
+                    self._writer, self._queries, self._path, snapshot
+                )
+                if copied_unix_ms:
+                    snapshot = replace(snapshot, copied_unix_ms=copied_unix_ms)
                     snapshot = _put_back(self._writer, self._queries, snapshot)
+                number = place.note(self._writer, self._queries, self._path, snapshot.leader_epoch)
+            place.settle(self._path, number)
             self._leader_epoch = snapshot.leader_epoch
             self._opened_at = _where(self._path)
             return snapshot

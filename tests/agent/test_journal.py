@@ -88,6 +88,7 @@ CHANGES = st.one_of(
     ),
     st.builds(s.DropFence, st.integers(1, 4)),
     st.builds(s.PutLeaderEpoch, INT),
+    st.builds(s.PutJournalId, TEXT),
     st.builds(s.PutGpusMended, TEXT, st.lists(st.tuples(TEXT, INT), max_size=3).map(tuple)),
     st.builds(
         PutGpusLeft,

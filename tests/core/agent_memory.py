@@ -21,6 +21,7 @@ from agent.core.state import (
     PutAttempt,
     PutFence,
     PutGpusMended,
+    PutJournalId,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -81,6 +82,8 @@ class MemoryJournal:
                 self.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 self.leader_epoch = record.epoch
+            case PutJournalId():
+                self.journal_id = record.journal_id
             case PutGpusMended():
                 self.gpus_mended = record
             case PutGpusLeft():

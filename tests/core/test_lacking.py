@@ -6,6 +6,7 @@ Safety: a job ends only by what nodes say of it, and not of themselves. Liveness
 from dataclasses import replace
 
 from coordinator.core import messages as m
+from coordinator.core import outcomes
 from coordinator.core.model import JobClass, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase, NodePhase
 from tests.core.training_fleet import Fleet
@@ -86,7 +87,10 @@ def test_a_job_waits_for_another_node_while_the_one_that_lacks_something_is_free
     assert tried(fleet, job_id, n2=LACKS, rounds_max=20) == []
     reason = "needs 1 GPU on one node; the only one that fits is taken"
     waits = fleet.state.wait_reason(fleet.job(job_id))
-    assert waits == f"{reason}; n2 could not start it: {LACKS.reason}"
+    assert (
+        waits
+        == f"{reason}; n2 could not start it: {LACKS.reason}; it is asked again 10 min after that"
+    )
     fleet.say(f"{running}.1", m.AttemptExited(0))
     assert tried(fleet, job_id, n1=None) == [["n1"]]
 
@@ -112,7 +116,7 @@ def test_a_node_that_is_silent_for_a_moment_is_waited_for_as_well() -> None:
     fleet.say(f"{job_id}.1", LACKS)
     fleet.rig.handle(m.Tick())
     assert fleet.job(job_id).phase is JobPhase.QUEUED
-    assert fleet.state.wait_reason(fleet.job(job_id)).endswith(LACKS.reason)
+    assert LACKS.reason in fleet.state.wait_reason(fleet.job(job_id))
     assert fleet.job(running).phase is JobPhase.ACTIVE
 
 
@@ -129,3 +133,50 @@ def test_what_others_have_left_is_not_kept_for_who_cannot_start_there() -> None:
     fleet.say(attempt.id, LACKS)
     assert fleet.job(job_id).phase is JobPhase.QUEUED
     assert fleet.job(leaves.job_id).phase is JobPhase.ACTIVE
+
+
+def waits_while_n1_is_full(**asks: int) -> tuple[Fleet, int]:
+    """A job that `n2` could not start, and that waits for `n1`."""
+    fleet = Fleet("1xH100", "1xH100")
+    fleet.submit()
+    job_id = comes(fleet, **asks)
+    fleet.say(f"{job_id}.1", LACKS)
+    return fleet, job_id
+
+
+def test_who_lacked_something_is_asked_again_where_all_others_are_full() -> None:
+    """It may have been mended. Also where nothing else happens: nobody decides over all jobs."""
+    fleet, job_id = waits_while_n1_is_full()
+    fleet.rig.answers_at_once = False
+    before_ms = fleet.rig.now_ms
+    assert tried(fleet, job_id, rounds_max=595) == []
+    assert tried(fleet, job_id, rounds_max=20, n2=None) == [["n2"]]
+    assert fleet.rig.now_ms - before_ms <= outcomes.LACKS_MS + 2_000
+    assert fleet.job(job_id).failures == 1
+
+
+def test_who_still_lacks_it_costs_the_job_nothing() -> None:
+    """However often, and though it may not be run again at all."""
+    fleet, job_id = waits_while_n1_is_full(max_restarts=0)
+    tries = tried(fleet, job_id, n2=LACKS, rounds_max=4_000)
+    assert tries == [["n2"]] * 6
+    assert (fleet.job(job_id).failures, fleet.job(job_id).phase) == (1, JobPhase.QUEUED)
+    fleet.say("1.1", m.AttemptExited(0))
+    assert tried(fleet, job_id, n1=None) == [["n1"]]
+
+
+def test_who_still_lacks_it_and_one_more_are_enough_to_end_it() -> None:
+    fleet, job_id = waits_while_n1_is_full()
+    assert len(tried(fleet, job_id, n2=LACKS, rounds_max=1_300)) == 2
+    fleet.say("1.1", m.AttemptExited(0))
+    assert tried(fleet, job_id, n1=LACKS) == [["n1"]]
+    reason = f"n1 could not start it: {LACKS.reason}; nor could n2"
+    assert (fleet.job(job_id).phase, fleet.job(job_id).reason) == (JobPhase.FAILED, reason)
+
+
+def test_a_clock_that_goes_back_makes_nobody_wait_for_a_day() -> None:
+    fleet, job_id = waits_while_n1_is_full()
+    (attempt,) = fleet.state.gang(fleet.job(job_id))
+    ended = (attempt.ended_unix_ms or 0) + 86_400_000
+    fleet.state.put_attempt(replace(attempt, ended_unix_ms=ended))
+    assert outcomes.avoided(fleet.state, fleet.rig.now, fleet.job(job_id)) == ("n2", False)

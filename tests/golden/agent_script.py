@@ -177,6 +177,7 @@ class World:
                 s.PutFence()
                 | s.DropFence()
                 | s.PutLeaderEpoch()
+                | s.PutJournalId()
                 | s.PutGpusMended()
                 | PutGpusLeft()
             ):

@@ -31,6 +31,7 @@ from agent.core.state import (
     PutAttempt,
     PutFence,
     PutGpusMended,
+    PutJournalId,
     PutLeaderEpoch,
     Record,
     SpoolEvent,
@@ -320,6 +321,8 @@ class SimJournal:
                 disk.fences.pop(record.job_id, None)
             case PutLeaderEpoch():
                 disk.leader_epoch = record.epoch
+            case PutJournalId():
+                disk.journal_id = record.journal_id
             case PutGpusMended():
                 disk.gpus_mended = record
             case PutGpusLeft():

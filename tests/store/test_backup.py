@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from coordinator.backup import BackupError, backup
+from coordinator.core.demand_history import DemandRow, PutDemand
 from coordinator.core.messages import AppendEvent, PutJob, Record
 from coordinator.core.numbering import EPOCHS_MIN, JOB_IDS_MIN, Numbering
 from coordinator.core.phases import JobPhase
 from coordinator.core.restored import UNSURE
 from coordinator.main import main
+from coordinator.store import place
 from tests.store.worlds import SqliteWorld, event, job, leading, read_all, write_all
 
 NOW_MS = time.time_ns() // 1_000_000
@@ -197,3 +199,62 @@ async def test_the_command_says_what_it_has_done(
     with pytest.raises(SystemExit) as wrong:
         main(["backup", *flags])
     assert wrong.value.code == 2
+
+
+def plainly_copied(store: Path, target: Path) -> Path:
+    """As `cp` does it, of one that nobody has open."""
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(store.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("there", ["state/baton.sqlite3", "other/baton.sqlite3"])
+async def test_a_plain_copy_that_is_put_back_is_known_at_its_first_start(
+    world: SqliteWorld, tmp_path: Path, there: str
+) -> None:
+    """In the place of what has gone on since, or elsewhere; and what waited in it is held."""
+    minute = DemandRow(1, NOW_MS // 60_000 - 90)
+    await write_all(world, whole(1), [PutDemand(minute)])
+    copy = plainly_copied(world.path, tmp_path / "copies" / "plain")
+    await write_all(world, whole(2))
+    target = SqliteWorld(plainly_copied(copy, tmp_path / there))
+    first = await read_all(target)
+    assert first.copied_unix_ms == (minute.step + 1) * 60_000
+    assert (first.jobs[0].phase, first.jobs[0].reason) == (JobPhase.HELD, UNSURE)
+    assert first.last_job_id >= 1 + JOB_IDS_MIN + 10 * 89 * 60
+    assert first.numbering.remembered_job_id == 1
+    again = await read_all(target)
+    assert (again.copied_unix_ms, again.numbering) == (0, first.numbering)
+
+
+async def test_a_store_that_is_moved_with_its_directory_is_none(
+    world: SqliteWorld, tmp_path: Path
+) -> None:
+    await write_all(world, whole(1))
+    world.path.parent.rename(tmp_path / "moved")
+    found = await read_all(SqliteWorld(tmp_path / "moved" / world.path.name))
+    assert (found.copied_unix_ms, found.jobs[0].phase) == (0, JobPhase.QUEUED)
+
+
+async def test_a_start_that_is_killed_in_its_midst_makes_no_copy(
+    world: SqliteWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number is beside the file, and the commit that should bring it is not."""
+    await write_all(world, whole(1))
+    write = place._write
+
+    def killed(path: Path, text: str) -> None:
+        write(path, text)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(place, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            await read_all(world)
+        monkeypatch.setattr(place, "_write", write)
+    assert (await read_all(world)).copied_unix_ms == 0
+    # One that an older version has led since says nothing of where it lies.
+    with closing(sqlite3.connect(world.path, isolation_level=None)) as older:
+        older.execute("UPDATE leader SET epoch = epoch + 1")
+    place._file(world.path).unlink()
+    assert (await read_all(world)).copied_unix_ms == 0

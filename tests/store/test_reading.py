@@ -54,7 +54,8 @@ async def test_a_running_coordinator_s_is_read_and_it_goes_on(path: Path) -> Non
     await store.commit(whole_job(3))
     assert jobs_of(await asyncio.to_thread(read_journal, path)) == [1, 2, 3]
     await store.close()
-    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.lock"]
+    left = [f".{path.name}.place", path.name, f"{path.name}.lock"]
+    assert sorted(each.name for each in path.parent.iterdir()) == left
 
 
 def test_a_stopped_coordinator_s_is_read_where_nobody_may_write(path: Path) -> None:

@@ -248,8 +248,8 @@ async def test_files_are_their_owner_s_alone(tmp_path: Path) -> None:
     for _ in range(2):
         await store.open()
         await store.commit([PutJob(job(1))])
-        suffixes = ("", "-wal", "-shm", ".lock")
-        files = {f"state/{path.name}{suffix}": 0o600 for suffix in suffixes}
+        names = [f"{path.name}{suffix}" for suffix in ("", "-wal", "-shm", ".lock")]
+        files = {f"state/{name}": 0o600 for name in (*names, f".{path.name}.place")}
         assert modes(tmp_path) == {"state": 0o700, **files}
         await store.close()
         os.chmod(path, 0o644)
