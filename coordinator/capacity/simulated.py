@@ -3,14 +3,13 @@
 Problem: what a hanging or lying device does to a fleet must be tried before a device does it; and
 who tries out a policy wants to see its orders without a machine that obeys. So this driver keeps
 states in memory, passes the suite of the real ones, and does wrong exactly what its fault plan
-says; the plan counts what fired. A plan may be drawn from a seed, so that it can be drawn again.
+says; the plan counts what fired.
 
 As `driver = "simulated"` it has no faults: a coordinator that acts can be watched without danger.
 """
 
 import asyncio
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -84,15 +83,3 @@ class Simulated:
                 fault.fired += 1
                 return fault.wrong
         return None
-
-
-def drawn(seed: int, nodes: Iterable[str], ratio: float) -> list[Fault]:
-    """Faults for about `ratio` of resumes and suspends of `nodes`, each once; the same for the same
-    seed."""
-    chance = random.Random(seed)
-    return [
-        Fault(node, verb, chance.choice(list(Wrong)))
-        for node in nodes
-        for verb in (Verb.RESUME, Verb.SUSPEND)
-        if chance.random() < ratio
-    ]

@@ -291,7 +291,7 @@ def _node_view(state: State, now: Instant, live: LiveNode) -> NodeView:
         _why_closed(state, now, live) or health.describe(state, live),
         stuck.describe(live),
         arrivals.describe_rival(now, live),
-        restored.describe(state, live),
+        restored.describe(live),
     )
     reason = "; ".join(filter(None, reasons))
     return NodeView(live.node, live.phase, gpus, held, reason, live.telemetry)

@@ -171,7 +171,7 @@ def leave_alone(state: State, now: Instant, live: LiveNode, attempt: str) -> int
     return TOLD
 
 
-def describe(state: State, live: LiveNode) -> str:
+def describe(live: LiveNode) -> str:
     """What runs there that nobody knows, for `baton nodes`; empty: nothing."""
     unknown = [one for one, since_ms in live.strays.items() if since_ms == TOLD]
     if not unknown:

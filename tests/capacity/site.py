@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-ON: Final = ("resume", "create")
 TEXT: Final = """#!{python} -S
 import json, os, pathlib, sys
 sys.path.insert(0, {root!r})

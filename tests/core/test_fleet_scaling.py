@@ -25,7 +25,6 @@ from coordinator.core.messages import (
     FromAgent,
     Heartbeat,
     HoldJob,
-    Log,
     Refusal,
     ReleaseJob,
     Reply,
@@ -123,10 +122,6 @@ class ScaledRig(SwitchedRig):
 
     def powers(self) -> dict[str, str]:
         return {name: self.power(name).value for name in NAMES}
-
-
-def decisions(effects: list[Effect]) -> list[str]:
-    return [e.event for e in effects if isinstance(e, Log) and e.event == "scale.decided"]
 
 
 def test_a_plan_with_shorter_minutes_is_the_same_plan_sooner() -> None:

@@ -254,10 +254,10 @@ def answer(world: World, body: RequestBody) -> object:
     return replies[0].answer
 
 
-def lost_before_the_copy(ranks: int = 1) -> World:
+def lost_before_the_copy() -> World:
     """Both nodes are lost, with job 1, when the copy is made; it waits for one of them."""
     world = World("n1:1")
-    world.submit(ranks)
+    world.submit()
     for node in range(2):
         world.box.rig.handle(FromAgent(node, SessionClosed()))
     world.box.rig.now_ms += 600_000
