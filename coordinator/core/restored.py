@@ -192,7 +192,9 @@ def _advice(attempt: str) -> str:
 def follows_forgotten(state: State, job: Job, attempt: Attempt, parent: str) -> bool:
     """Whether an attempt that holds its job may continue a commit that the store has forgotten."""
     known = any(one.digest == parent for one in state.checkpoints.get(job.id, ()))
-    forgotten = state.numbering.may_be_forgotten(job.id, attempt.epoch)
+    live = state.nodes.get(attempt.node)
+    numbering = state.numbering if live is not None and live.behind else state.proven
+    forgotten = numbering.may_be_forgotten(job.id, attempt.epoch)
     return bool(parent) and not known and forgotten
 
 

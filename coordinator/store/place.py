@@ -4,14 +4,16 @@ Problem: a plain copy (`cp`) of the database that is put back does not know that
 that waited in it is started, though it may have run since, beside itself, before the first node
 says that it knows more.
 
-How: with each start the store gets a random number, which is written down beside its file as well.
-Who finds a store that has a number, and not the same one beside it, has a copy: of another place,
-or of an earlier start. Before the commit that brings the number both stand beside the file, it and
-the one before, so that a kill in between does not look like that. A number that another
-than the last leader has given, since an older version has worked here meanwhile, says nothing.
+How: at each start and end, and once an hour, the store gets a random number, which is written down
+beside its file as well. Who finds a store that has a number, and not the same one beside it, has a
+copy: of another place, or of an earlier hour. Before the commit that brings the number both stand
+beside the file, it and the one before, so that a kill in between does not look like that. A number
+that another than the last leader has given, since an older version has worked here meanwhile, says
+nothing.
 
-What is not seen: a snapshot of the whole directory, which brings both; and a copy that takes the
-place of the same file, of the same start. There the nodes' word is left (`core/restored.py`).
+What is not seen: a snapshot of the whole directory, which brings both; and, after a kill, a copy of
+the last hour that takes the place of the same file. There the nodes' word is left
+(`core/restored.py`).
 """
 
 import os

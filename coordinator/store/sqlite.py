@@ -66,6 +66,9 @@ BUSY_TIMEOUT_MS = 2_000
 # checkpoint threshold of 4 MB.
 LOG_BYTES_MAX = 64 * 1024 * 1024
 
+# So old may a plain copy be and pass for the store itself, after a kill (`place.py`).
+PLACE_S = 3_600.0
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LOCK_BYTES_MAX = 64  # a pid and a boot's id, or this, a line each
 _UNCHECKED = "unchecked"
@@ -168,6 +171,7 @@ class _Opened:
         self._reader_undo = ExitStack()
         self._leader_epoch = 0
         self._opened_at: tuple[tuple[int, int], ...] = ()
+        self._place_due_s = 0.0
 
     async def on_writer(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writer_thread, function)
@@ -178,6 +182,7 @@ class _Opened:
     async def close(self) -> None:
         # The writer last: the last connection to leave copies the log into the file and removes it.
         await self.on_reader(self._reader_undo.close)
+        await self.on_writer(self._leave)
         await self.on_writer(self._writer_undo.close)
         self._reader_thread.shutdown(wait=False)
         self._writer_thread.shutdown(wait=False)
@@ -209,6 +214,7 @@ class _Opened:
                     snapshot = _put_back(self._writer, self._queries, snapshot)
                 number = place.note(self._writer, self._queries, self._path, snapshot.leader_epoch)
             place.settle(self._path, number)
+            self._place_due_s = time.monotonic() + PLACE_S
             self._leader_epoch = snapshot.leader_epoch
             self._opened_at = _where(self._path)
             return snapshot
@@ -219,8 +225,16 @@ class _Opened:
             self._reader_undo.enter_context(closing(self._reader))
             self._reader.execute("PRAGMA query_only = ON")
 
+    def _leave(self) -> None:
+        """Copies from until now are none of the store as it will be found; if that cannot be
+        written, as another one leads or the disk is full, the next start does it."""
+        self._place_due_s = 0.0
+        with suppress(LeaderLost, StoreUnavailable):
+            if self._leader_epoch:
+                self.write(())
+
     def write(self, records: Sequence[Record]) -> None:
-        epoch = self._leader_epoch
+        epoch, number = self._leader_epoch, 0
         with (
             _machine_errors(self._path, "written", _MACHINE_CODES),
             _transaction(self._writer) as connection,
@@ -232,6 +246,8 @@ class _Opened:
                 )
             for statement, parameters in rows.statements(self._queries, records):
                 connection.executemany(statement, parameters)
+            if time.monotonic() >= self._place_due_s:
+                number = place.note(connection, self._queries, self._path, epoch)
         with _machine_errors(self._path, "found", _MACHINE_CODES):
             if _where(self._path) != self._opened_at:
                 raise StoreUnavailable(
@@ -239,6 +255,10 @@ class _Opened:
                     " that was opened (it was moved, removed or replaced): put it back, or restart"
                     " the coordinator, which begins with what is there"
                 )
+        if number:
+            with _machine_errors(self._path, "written", _MACHINE_CODES):
+                place.settle(self._path, number)
+            self._place_due_s = time.monotonic() + PLACE_S
 
     def read_events(self, job_id: int, after_sequence: int, limit: int) -> list[JobEvent]:
         page = {

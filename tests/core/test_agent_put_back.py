@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from agent.core import messages as m
 from agent.core.state import Effect, PutJournalId
+from agent.core.values import ProcessExit
 from tests.core.agent_box import Node
 
 
@@ -14,7 +15,7 @@ def put_back() -> Node:
     node = Node()
     node.run(m.StartAttempt("1.1", m.JobSpec("x", ("true",)), ()))
     before = deepcopy(node.journal)
-    node.hear(m.ProcessEnded(m.ProcessExit("1.1", 0, None, "")))
+    node.hear(m.ProcessEnded(ProcessExit("1.1", 0, None, "")))
     node.order(m.EventAck(2))
     assert node.journal.memory().next_sequence == 3
     node.journal = before
@@ -67,7 +68,7 @@ def test_what_was_heard_before_a_restart_is_no_other_time() -> None:
     node.greeting = replace(node.greeting, acknowledged_sequence=1)
     for _ in range(2):
         node.begin(("1.1",))
-    node.hear(m.ProcessEnded(m.ProcessExit("1.1", 0, None, "")))
+    node.hear(m.ProcessEnded(ProcessExit("1.1", 0, None, "")))
     for _ in range(2):
         node.hear(m.Disconnected("cut"))
         node.hear(m.Connected(()))

@@ -100,6 +100,14 @@ def test_no_node_makes_a_job_or_has_ids_used_up_again_and_again() -> None:
     assert (list(state.jobs), state.jobs[1].head) == ([1], "bb")
 
 
+def test_its_word_makes_nobody_else_commit_what_does_not_follow() -> None:
+    world = two_nodes()
+    world.answer(HeldAttempt("1.2", ()), node=1)
+    world.box.say("1.1", CheckpointProposed("dd", "cc", 9, 1, ("n0",)))
+    (result,) = [order for order in world.box.sent if isinstance(order, CommitResult)]
+    assert (result.accepted, world.box.rig.core.state.jobs[1].head) == (False, "aa")
+
+
 def test_what_it_says_that_it_runs_is_shown_until_it_has_ended() -> None:
     world = two_nodes()
     for _ in range(PATIENCE_MS // 1_000 + 2):

@@ -227,6 +227,26 @@ async def test_a_plain_copy_that_is_put_back_is_known_at_its_first_start(
     assert (again.copied_unix_ms, again.numbering) == (0, first.numbering)
 
 
+@pytest.mark.parametrize("killed", [True, False])
+async def test_a_plain_copy_of_the_same_start_is_known_too(
+    world: SqliteWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Of a coordinator that was stopped since, or that has worked for an hour since."""
+    copy = tmp_path / "copy.sqlite3"
+    async with leading(world) as (store, _):
+        await store.commit(whole(1))
+        with closing(sqlite3.connect(world.path)) as here, closing(sqlite3.connect(copy)) as there:
+            here.backup(there)
+        if killed:
+            monkeypatch.setattr(store._opened, "_place_due_s", 0.0)  # type: ignore[attr-defined]
+            await store.commit(whole(2))
+            monkeypatch.setattr(store._opened, "_leave", lambda: None)  # type: ignore[attr-defined]
+    world.path.write_bytes(copy.read_bytes())
+    found = await read_all(world)
+    assert (found.copied_unix_ms > 0, [one.id for one in found.jobs]) == (True, [1])
+    assert found.jobs[0].phase is JobPhase.HELD
+
+
 async def test_a_store_that_is_moved_with_its_directory_is_none(
     world: SqliteWorld, tmp_path: Path
 ) -> None:
