@@ -131,7 +131,7 @@ gates: $(STAMP) $(BUF)
 
 fast-tests: $(STAMP)
 	@echo "check: fast tests"
-	exec $(BIN)/python -m pytest tests/core tests/tidy tests/wire tests/store -x -q
+	exec $(BIN)/python -m pytest tests/core tests/tidy tests/wire tests/store -m "not long" -x -q -n 2 --dist loadgroup
 
 check: gates
 	@$(MAKE) fast-tests

@@ -76,6 +76,7 @@ def check(one: Accounting) -> None:
     assert one.overstated_ratio >= 1
 
 
+@pytest.mark.long
 @settings(max_examples=3_000, deadline=None)
 @given(ATTEMPT, PROGRESS, UNIX_MS)
 def test_the_parts_of_any_record_add_up(
@@ -84,6 +85,7 @@ def test_the_parts_of_any_record_add_up(
     check(account(attempt, progress, unix_ms))
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(ATTEMPT, PROGRESS), max_size=5), UNIX_MS)
 def test_sums_add_up_too(records: list[tuple[Attempt, Progress | None]], unix_ms: int) -> None:

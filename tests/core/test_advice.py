@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,7 @@ def _followed(fleet: Fleet, job_id: int, suggestion: Suggestion) -> None:
     assert fleet.phase(job_id) is JobPhase.ACTIVE, suggestion
 
 
+@pytest.mark.long
 @settings(max_examples=50)
 @given(SPECS, st.sampled_from([(), ("n1",), ("n2", "n4"), ("n3",)]), st.booleans())
 def test_who_follows_advice_sees_the_job_start(
@@ -169,6 +171,7 @@ def test_who_follows_advice_sees_the_job_start(
             _followed(fleet.copy(), job_id, suggestion)
 
 
+@pytest.mark.long
 @settings(max_examples=50)
 @given(
     st.lists(st.one_of(WHOLE, SHARING), min_size=4, max_size=14),

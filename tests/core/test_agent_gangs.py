@@ -129,6 +129,7 @@ class GangMachine(AgentMachine):
         assert self.must_end <= set(self.ended), "a stop without an answer"
 
 
+@pytest.mark.long
 def test_every_invariant_holds_for_gangs() -> None:
     run_state_machine_as_test(
         GangMachine, settings=settings(max_examples=200, stateful_step_count=60)

@@ -15,6 +15,7 @@ newest capture of a process that dies under an agent that knows of its slab, or 
 stored or told to have failed before its end is.
 """
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -387,8 +388,7 @@ class AgentMachine(RuleBasedStateMachine):
         if attempt not in self.slabs or not self.processes.get(attempt):
             return  # the agent was killed meanwhile
         self.offers += 1
-        slab = list(self.gpus).index(attempt) + 1
-        name = t.capture_name(slab, self.offers)
+        name = t.capture_name(list(self.gpus).index(attempt) + 1, self.offers)
         self.captures[attempt] = (name, self.offers)
         if said:
             message = t.TrainerCheckpoint(self.offers, name, self.offers)
@@ -494,7 +494,7 @@ class AgentMachine(RuleBasedStateMachine):
         assert self.stored <= proposed | self.abandoned
 
 
+@pytest.mark.long
 def test_every_invariant_holds_in_every_history() -> None:
-    run_state_machine_as_test(
-        AgentMachine, settings=settings(max_examples=400, stateful_step_count=60)
-    )
+    options = settings(max_examples=400, stateful_step_count=60)
+    run_state_machine_as_test(AgentMachine, settings=options)

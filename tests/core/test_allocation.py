@@ -109,6 +109,7 @@ def left_over(
     return left
 
 
+@pytest.mark.long
 @both_ways
 @settings(max_examples=150, deadline=None)
 @given(fleet=fleets(), balance=st.floats(0, 1))
@@ -131,6 +132,7 @@ def test_what_must_hold_holds(
     assert found.value <= found.bound * (1 + 1e-6) + 1e-6
 
 
+@pytest.mark.long
 @both_ways
 @given(fleet=fleets())
 @settings(max_examples=50, deadline=None)
@@ -386,6 +388,7 @@ for solver in (None, solve):
 """
 
 
+@pytest.mark.long
 def test_two_hash_seeds_decide_the_same() -> None:
     said = [
         subprocess.run(

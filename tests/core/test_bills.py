@@ -113,6 +113,7 @@ def test_lines_and_days_add_up_to_the_total(attempts: list[Attempt], by: Groupin
     assert page.idle_lease_usd == pytest.approx(sum(day.idle_lease_usd for day in page.days))
 
 
+@pytest.mark.long
 @given(attempts_drawn, st.integers(1, 8))
 def test_a_bill_of_two_spans_is_the_sum_of_both(attempts: list[Attempt], cut_days: int) -> None:
     state = state_of(JOBS, attempts)

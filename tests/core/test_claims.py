@@ -7,6 +7,8 @@ what nobody thought of: a job that has two of them, or two jobs with one each on
 from dataclasses import replace
 from random import Random
 
+import pytest
+
 from coordinator.core import messages as m
 from coordinator.core.model import GpuFacts, JobClass, JobSpec
 from coordinator.core.options import Options
@@ -18,6 +20,7 @@ from tests.core.training_fleet import A100, H100, HOST, Fleet, training
 WAIT_MS = Options().reservation_wait_ms
 
 
+@pytest.mark.long
 def test_a_job_that_was_promised_a_type_may_be_the_next_for_a_reservation() -> None:
     """Safety: who is counted anywhere is placed anywhere."""
     fleet = Fleet("2xH100", "2xA100:80")
@@ -29,6 +32,7 @@ def test_a_job_that_was_promised_a_type_may_be_the_next_for_a_reservation() -> N
     assert fleet.type_of(short) == H100
 
 
+@pytest.mark.long
 def test_nobody_is_moved_to_what_is_reserved_for_somebody_else() -> None:
     """Liveness: else it is stopped, cannot go there, and comes back, again and again."""
     fleet = Fleet("2xH100", "1xA100:80")
@@ -75,6 +79,7 @@ def test_who_is_within_a_quota_does_not_wait_for_what_is_reserved_for_who_is_bey
     assert fleet.job(entitled).phase is JobPhase.ACTIVE
 
 
+@pytest.mark.long
 def test_who_could_not_have_room_at_all_takes_no_turn_from_who_could() -> None:
     """Three gangs need a node that is closed; another large job needs none of it."""
     chance = Random(1)
@@ -167,6 +172,7 @@ def pass_second(fleet: Fleet, refused: int) -> None:
     fleet.rig.handle(m.Tick())
 
 
+@pytest.mark.long
 def test_who_cannot_start_at_all_has_one_claim_and_no_more() -> None:
     """Else each job that is stopped for it again gives it another ten minutes of idle GPUs."""
     fleet = Fleet("2xA100:80")

@@ -289,6 +289,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.long
 @given(kept=MATRICES, steps=STEPS)
 @settings(max_examples=30, deadline=None)
 def test_pairs_are_of_one_class_and_two_and_not_made_twice(
@@ -432,6 +433,7 @@ class Hurried(World):
         return deadlines.is_close(self.rig.core.state, self.rig.now, self.job(attempt))
 
 
+@pytest.mark.long
 @given(kept=MATRICES, steps=HURRIED)
 @settings(max_examples=4, deadline=None)
 def test_who_has_to_be_alone_for_a_deadline_is_and_costs_nobody_more_than_he_may(

@@ -106,6 +106,7 @@ def test_who_does_not_say_when_he_ends_is_as_likely_there_as_by_his_age() -> Non
     assert "would else be on for 29 min more" in fleet.stops()[0], "12 min * ln(1 + 120 / 12)"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "keep",
     [{"n1": 1, "n2": 4}, {"n1": 1, "n2": 0}, {"n1": 2, "n2": 3}],
@@ -206,6 +207,7 @@ def test_who_is_on_his_way_asks_for_no_node() -> None:
     assert consolidation.settled(state, [waits]) == [waits], "it runs"
 
 
+@pytest.mark.long
 def test_a_plan_empties_and_switches_off_what_one_job_keeps_on() -> None:
     bounds = Bounds(spares_min=0, up_ms_min=0)
     rules = Rules(idle_ms_min=60_000, cycle_usd_per_gpu=0.0, bounds=bounds)
@@ -237,6 +239,7 @@ def test_a_plan_empties_and_switches_off_what_one_job_keeps_on() -> None:
     assert len(fleet.stops()) == 1, "and that is all"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_leaves_and_comes_nobody_loses_more_than_a_restart(seed: int) -> None:
     """Jobs come and end, nodes are to go and are needed again: whoever moves goes on where it was

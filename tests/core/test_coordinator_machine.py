@@ -77,6 +77,8 @@ from tests.core.coordinator_fleet import HOST, FakeNode, Run, numbers
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 from tests.core.slow_weighing import SlowWeighing
 
+pytestmark = pytest.mark.long
+
 FLEET = {"n1": "2xH100:80", "n2": "2xA100:40", "n3": "1xH100:80", "n4": ""}
 TICK_MS = 500
 # Back-off reaches a minute, a grace of the model none; an hour of virtual time is patience enough.

@@ -221,6 +221,7 @@ STEPS = st.lists(
 FIRST = st.tuples(st.integers(0, TRAININGS - 1), st.integers(0, TRAININGS - 1))
 
 
+@pytest.mark.long
 @given(kept=MATRICES, first=FIRST, steps=STEPS)
 @settings(max_examples=40, deadline=None)
 def test_who_is_parted_was_too_slow_and_who_is_too_slow_is_parted(

@@ -15,6 +15,8 @@ import pytest
 from bench import crowds
 from coordinator.core.messages import Event, Tick
 
+pytestmark = pytest.mark.long
+
 SIZE = 160
 # Twice as much, and what else grows: a sort, and up to 64 nodes that are weighed for each of them,
 # of which a small fleet has not as many. Where each asked each it would be four.

@@ -131,6 +131,7 @@ def full(told: Told | None = None) -> RentingFleet:
     return fleet
 
 
+@pytest.mark.long
 def test_a_node_is_rented_for_a_deadline_and_it_is_kept() -> None:
     fleet = full()
     job = fleet.due(5_000)
@@ -219,6 +220,7 @@ def test_it_is_rented_for_once_though_a_higher_class_takes_its_node() -> None:
     assert "r1" in (fleet.node_of(first), fleet.node_of(second))
 
 
+@pytest.mark.long
 def test_one_that_did_not_come_is_tried_again_while_there_is_time() -> None:
     fleet = full()
     fleet.sold_out = True

@@ -84,6 +84,7 @@ def test_who_runs_is_stopped_for_it_and_told_why() -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("gpus", "of_two"), [(2, (9_300, 9_000, 9_100, 9_200)), (4, (8_000, 9_000) * 4)]
 )
@@ -247,6 +248,7 @@ def test_who_has_lost_his_deadline_gives_way_to_who_can_keep_one() -> None:
     assert fleet.job(lost).phase is JobPhase.QUEUED
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slack_s", [300, 400, 600])
 def test_who_could_not_be_back_in_time_is_not_stopped_for_an_ordinary_job(slack_s: int) -> None:
     fleet = measured("1xH100")
@@ -366,6 +368,7 @@ def test_company_leaves_when_it_would_cost_a_deadline_that_is_kept_alone() -> No
     assert len(fleet.stops()) == 1
 
 
+@pytest.mark.long
 def test_company_that_has_left_does_not_come_back_where_another_type_is_faster() -> None:
     """Alone it needs 2,800 s on the A100, where it is, and 1,120 s on the H100, which is not to be
     had."""
@@ -386,6 +389,7 @@ def test_company_that_has_left_does_not_come_back_where_another_type_is_faster()
     assert fleet.steps[f"{guest}.1"] >= 1_120
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("within_s", "kept", "why"),
     [
@@ -457,6 +461,7 @@ def test_nobody_takes_the_gpu_meanwhile_for_which_company_is_left() -> None:
     assert fleet.state.attempts[f"{guest}.2"].node == "n1"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("left_steps", "parted"), [(30, False), (1_000, True)])
 def test_who_ends_soon_does_not_leave_company_for_a_gpu_that_is_free(
     left_steps: int, parted: bool

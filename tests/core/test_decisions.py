@@ -94,6 +94,7 @@ def on_the_slower(
     return fleet
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spec", [None, AUTOMATIC])
 def test_a_job_moves_to_the_faster_type_and_goes_on_from_its_checkpoint(
     spec: JobSpec | None,
@@ -126,6 +127,7 @@ def pair_on_the_faster(*others: str) -> Fleet:
     return fleet
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("others", "type_after"), [(("1xA100:80",), ""), (("1xH100",), H100)])
 def test_two_on_a_gpu_come_apart_only_where_that_is_faster(
     others: tuple[str, ...], type_after: str
@@ -145,6 +147,7 @@ def test_who_has_company_is_no_contender_and_what_it_has_is_not_there_to_have() 
     assert field.capacity == {A100: 1, H100: 0}
 
 
+@pytest.mark.long
 def test_who_does_not_say_how_much_is_left_is_not_moved() -> None:
     fleet = on_the_slower(total=0)
     fleet.run(300)
@@ -157,12 +160,14 @@ def test_who_is_nearly_done_is_not_moved() -> None:
     assert fleet.stops() == []
 
 
+@pytest.mark.long
 def test_nobody_is_moved_where_no_moves_are_allowed() -> None:
     fleet = on_the_slower(Options(moves_per_hour=0))
     fleet.run(300)
     assert fleet.stops() == []
 
 
+@pytest.mark.long
 def test_what_a_mover_was_promised_is_kept_for_it() -> None:
     """From one of its class that comes meanwhile, not from a higher class."""
     for job_class, theirs in ((JobClass.STANDARD, A100), (JobClass.GUARANTEED, H100)):
@@ -193,6 +198,7 @@ def test_a_promise_ends_when_whoever_leaves_must_have_left() -> None:
     assert fleet.state.standing.promises == {}
 
 
+@pytest.mark.long
 def test_moves_are_bounded_over_an_hour() -> None:
     fleet = Fleet("4xA100:80", "4xH100", options=Options(moves_per_hour=2))
     for _ in range(4):
@@ -213,6 +219,7 @@ def test_moves_are_bounded_over_an_hour() -> None:
 # --- within a class -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_short_job_displaces_one_with_hours_to_go_which_moves_to_what_is_free() -> None:
     fleet = Fleet("1xH100", "1xA100:80")
     fleet.submit(training(50_000))
@@ -272,6 +279,7 @@ def test_a_wait_names_the_price_where_that_decides() -> None:
     assert "a GPU of type H100 is worth" in fleet.state.waits[3]
 
 
+@pytest.mark.long
 def test_without_facts_the_queue_is_one_of_submission() -> None:
     fleet = Fleet("1xFoo:80")
     jobs = [fleet.submit(name=str(number)) for number in range(4)]
@@ -431,6 +439,7 @@ def test_nobody_is_remembered_once_the_last_job_has_ended() -> None:
     assert not standing.since_ms
 
 
+@pytest.mark.long
 def test_two_hash_seeds_decide_the_same() -> None:
     said = [
         subprocess.run(

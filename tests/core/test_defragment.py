@@ -55,6 +55,7 @@ def until_stopped(fleet: Fleet) -> None:
     raise AssertionError("nobody was asked to move")
 
 
+@pytest.mark.long
 def test_small_jobs_move_together_and_the_large_one_starts() -> None:
     fleet = scattered()
     before = {job_id: fleet.steps[f"{job_id}.1"] for job_id in runs(fleet)}
@@ -98,6 +99,7 @@ def test_what_was_promised_is_kept_by_node() -> None:
     assert sorted(runs(fleet)) == [2, 4, 6, 8, large]
 
 
+@pytest.mark.long
 def test_a_higher_class_waits_for_no_promise_and_everybody_ends_up_somewhere() -> None:
     fleet = scattered()
     large = fleet.submit(gpus=4)
@@ -128,6 +130,7 @@ def test_who_has_waited_for_long_is_worth_it_where_nobody_says_when_he_ends() ->
     assert "which has waited 6" in fleet.stops()[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "spec",
     [
@@ -169,6 +172,7 @@ def test_who_has_just_begun_is_not_moved() -> None:
     assert fleet.job(large).phase is JobPhase.ACTIVE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moves_per_hour", [0, 1])
 def test_no_more_are_moved_than_may_be_and_none_where_some_would_not_do(
     moves_per_hour: int,
@@ -198,6 +202,7 @@ def test_a_small_job_that_waits_moves_nobody() -> None:
     assert fleet.stops() == []
 
 
+@pytest.mark.long
 def test_room_is_made_for_all_ranks_of_a_gang_or_for_none() -> None:
     pair = "2xA100:80"
     fleet = scattered(pair, pair, pair, pair)
@@ -259,6 +264,7 @@ def test_rooms_are_as_before_where_nothing_comes_of_it(monkeypatch: pytest.Monke
     assert fleet.submit(JobSpec(command=("x",), gpus=2)) in runs(fleet)
 
 
+@pytest.mark.long
 def test_nobody_moves_for_a_job_that_may_wait() -> None:
     fleet = scattered()
     large = fleet.submit(gpus=4, flexible_ms=24 * 3_600_000)

@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from coordinator.core.demand import RENEWALS, REQUESTS_MAX, Demand, ask_of, parts_of
 from coordinator.core.fragmentation import PARTS, Ask
 from coordinator.core.model import GpuFacts, Job, JobSpec
@@ -117,6 +119,7 @@ def test_jobs_without_gpus_are_no_part_of_the_mix() -> None:
     assert demand.mix().total == 0
 
 
+@pytest.mark.long
 def test_a_replay_decides_the_same_under_two_hash_seeds() -> None:
     told = []
     for seed in ("1", "2"):

@@ -47,6 +47,7 @@ def said(knowledge: Knowledge, kin: list[Observation], place: Place) -> Estimate
     return estimate(knowledge, kin, "own", place, place_prior(place))
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(HISTORIES, KIN, MEASUREMENTS, PLACES)
 def test_what_is_measured_narrows(
@@ -64,6 +65,7 @@ def test_what_is_measured_narrows(
         assert 0 <= low <= after.steps_per_s <= high
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(HISTORIES, KIN, PLACES, st.randoms(use_true_random=False))
 def test_the_order_does_not_count(
@@ -80,6 +82,7 @@ def test_the_order_does_not_count(
         assert one.variance == pytest.approx(other.variance, rel=1e-6)
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(HISTORIES, KIN, PLACES, st.floats(1e-3, 1e3))
 def test_another_unit_of_work_is_another_rate_and_nothing_else(

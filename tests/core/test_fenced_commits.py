@@ -37,6 +37,8 @@ from coordinator.core.model import JobSpec
 from tests.core.coordinator_fleet import FakeNode, Run
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
+pytestmark = pytest.mark.long
+
 SEEDS = 10
 FENCED_EACH = 1_000
 NODES = ("n1", "n2", "n3")

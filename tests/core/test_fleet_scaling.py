@@ -262,6 +262,7 @@ def test_consent_to_what_has_become_wrong_meanwhile_does_nothing() -> None:
     assert set(fleet.powers().values()) == {"on"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hours", [-3, 3])
 def test_a_clock_that_jumps_revokes_no_consent(hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = ScaledRig.of(Mode.ADVISE)

@@ -37,6 +37,7 @@ def busy(seed: int) -> Stream:
     return stream
 
 
+@pytest.mark.long
 def test_liveness_no_room_is_kept_for_one_that_may_wait_until_it_has_waited() -> None:
     stream = busy(3)
     job_id = submit(stream, replace(LARGE, flexible_ms=HOUR_MS))

@@ -7,6 +7,7 @@ figure is compared with its definition, request by request and GPU by GPU.
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +75,7 @@ def test_fragmentation_is_what_the_paper_says(counts: dict[Ask, int], box: Box) 
     assert Mix(counts, _parts).lost(box) == _lost_slowly(counts, box)
 
 
+@pytest.mark.long
 @given(COUNTS, st.lists(boxes(), max_size=8))
 def test_what_is_remembered_is_what_a_new_mix_says(
     counts: dict[Ask, int], drawn: list[Box]
@@ -96,6 +98,7 @@ def test_a_request_takes_what_it_asks_for_and_nothing_more(box: Box, ask: Ask) -
         assert all(left >= _parts(ask, kind) > 0 for kind, left in taken)
 
 
+@pytest.mark.long
 @given(COUNTS, boxes(), st.lists(ASKS, max_size=12))
 def test_no_gpu_is_given_twice_in_any_history(
     counts: dict[Ask, int], box: Box, asks: list[Ask]

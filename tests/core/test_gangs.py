@@ -134,6 +134,7 @@ def test_where_no_upgrade_is_why_they_are_not_tried_for_ever(versions: tuple[str
     assert job.reason.endswith("21 times in a row on nodes with one version of the agent") is alike
 
 
+@pytest.mark.long
 def test_ranks_are_numbered_through_the_nodes() -> None:
     box = Box("10.0.0.1:70", "[::1]:70")
     slots = HOST.cpu_count * 4

@@ -372,6 +372,7 @@ class Histories(RuleBasedStateMachine):
             assert then == again
 
 
+@pytest.mark.long
 def test_whatever_happens_what_is_well_is_open() -> None:
     options = settings(max_examples=40, stateful_step_count=20, deadline=None)
     run_state_machine_as_test(Histories, settings=options)

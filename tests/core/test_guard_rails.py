@@ -235,6 +235,7 @@ def some_rules(chance: Random) -> Rules:
 BURSTS = {"H100": Burst(2.0), "A100": Burst(1.0)}
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=1_000)
 @given(st.integers(0, 2**40))
 def test_no_history_breaks_a_bound(seed: int) -> None:

@@ -174,6 +174,7 @@ def fits(one: Claim, gpu_type: str, rooms: Sequence[Room]) -> bool:
     return sum(usable) >= one.ranks
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=1_000)
 @given(st.integers(0, 2**40))
 def test_nothing_is_rented_that_keeps_no_deadline_or_that_nobody_needs(seed: int) -> None:
@@ -218,6 +219,7 @@ def _keeps_it(one: Claim, chosen: Late, rentable: Mapping[str, Rentable]) -> Non
     assert 0 < chosen.nodes + one.ordered <= math.ceil(one.ranks / _per_node(one, offer))
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=500)
 @given(st.integers(0, 2**40))
 def test_of_one_type_as_many_are_rented_as_cannot_be_in_time(seed: int) -> None:

@@ -36,6 +36,7 @@ prices = st.builds(
 )
 
 
+@pytest.mark.long
 @given(demands, prices, st.integers(0, 50))
 @settings(max_examples=60)
 def test_safety_lots_are_a_seventh_a_day_and_nothing_is_leased_above_the_level(
@@ -221,6 +222,7 @@ def test_more_than_a_seventh_a_day_cannot_be_set() -> None:
         Terms(1.0, 2.0, lot_ratio=0.2)
 
 
+@pytest.mark.long
 @given(
     st.lists(st.floats(0, 50), min_size=1, max_size=80),
     st.lists(st.floats(0, 50), min_size=80, max_size=80),

@@ -2,7 +2,11 @@
 
 from collections import Counter
 
+import pytest
+
 from tests.core.mixed_histories import play
+
+pytestmark = pytest.mark.long
 
 SEEDS = (0, 3, 6, 8)
 HAPPENS = (

@@ -32,6 +32,8 @@ from tests.core.coordinator_checks import (
 )
 from tests.core.training_fleet import Fleet, training
 
+pytestmark = pytest.mark.long
+
 MOVES_PER_HOUR = 6
 OPTIONS = Options(aims=Aims(run_s_min=30), moves_per_hour=MOVES_PER_HOUR, solve=unsolved)
 # With how many small jobs on it at first: where some of them end, what is free lies scattered.

@@ -115,6 +115,7 @@ def test_what_is_seen_narrows_and_its_order_says_nothing(
     assert said.one.variance <= fewer.one.variance * (1 + 1e-9)
 
 
+@pytest.mark.long
 @given(
     seen=st.lists(SIGHTS, max_size=6),
     used=st.dictionaries(st.sampled_from(["bert", "lstm", "new"]), st.floats(0.1, 1.0)),

@@ -100,6 +100,7 @@ def _mix_of(specs: Sequence[JobSpec]) -> Mix:
     return Mix(Counter(ask_of(spec) for spec in specs), parts_of)
 
 
+@pytest.mark.long
 @given(
     queues(),
     offers(),
@@ -117,6 +118,7 @@ def test_who_asks_few_rooms_chooses_as_who_asks_all(
         assert place(needs, fleet, _mix_of(recent)) == few
 
 
+@pytest.mark.long
 @given(queues(), offers(), st.lists(SPECS, max_size=6))
 def test_nothing_is_placed_over_capacity(
     needs: list[Need], fleet: list[Offer], recent: list[JobSpec]
@@ -160,6 +162,7 @@ def test_nothing_is_placed_over_capacity(
                 assert sum(beside) * 100 <= facts[uuid].memory_bytes * SHARES_PERCENT_MAX
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_every_job_starts_or_waits_with_numbers(needs: list[Need], fleet: list[Offer]) -> None:
     plan = place(needs, fleet)
@@ -172,6 +175,7 @@ def test_every_job_starts_or_waits_with_numbers(needs: list[Need], fleet: list[O
         assert numbered or _spec_of(needs, job_id).gpus == 0, sentence
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_an_agent_from_before_gangs_gets_no_rank(needs: list[Need], fleet: list[Offer]) -> None:
     """And is as good as any other for a job of one."""
@@ -185,6 +189,7 @@ def test_an_agent_from_before_gangs_gets_no_rank(needs: list[Need], fleet: list[
     assert place(single, fleet).starts == place(single, upgraded).starts
 
 
+@pytest.mark.long
 @given(queues(), offers(), st.lists(SPECS, max_size=6))
 def test_the_order_of_offers_does_not_matter(
     needs: list[Need], fleet: list[Offer], recent: list[JobSpec]
@@ -196,6 +201,7 @@ def test_the_order_of_offers_does_not_matter(
     assert place(needs, fleet, mix) == place(needs, fleet, _mix_of(recent[::-1]))
 
 
+@pytest.mark.long
 @given(SPECS, offers(), st.lists(SPECS, max_size=6))
 def test_of_the_nodes_that_fit_others_lose_least_by_the_one_that_is_chosen(
     spec: JobSpec, fleet: list[Offer], recent: list[JobSpec]
@@ -218,6 +224,7 @@ def test_of_the_nodes_that_fit_others_lose_least_by_the_one_that_is_chosen(
         assert ranks[start.places[0].node] == min(ranks.values())
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_victims_are_of_lower_classes_and_none_is_needless(
     needs: list[Need], fleet: list[Offer]
@@ -268,6 +275,7 @@ def _without(offer: Offer, wholes: list[str]) -> Offer:
     return replace(offer, free=free, tenants=left)
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_a_gang_takes_the_fewest_nodes(needs: list[Need], fleet: list[Offer]) -> None:
     """Of the first job in an untouched fleet: no smaller set of nodes has room for all ranks."""
@@ -279,6 +287,7 @@ def test_a_gang_takes_the_fewest_nodes(needs: list[Need], fleet: list[Offer]) ->
                 assert not place([replace(need, avoid="")], fewer).starts, f"{nodes} are many"
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_a_gang_that_waits_fits_nowhere(needs: list[Need], fleet: list[Offer]) -> None:
     """Counted rank by rank, as single jobs on the same nodes."""
@@ -290,6 +299,7 @@ def test_a_gang_that_waits_fits_nowhere(needs: list[Need], fleet: list[Offer]) -
             assert len(place(singles, able).starts) < need.spec.ranks
 
 
+@pytest.mark.long
 @given(queues(), offers())
 def test_a_higher_class_never_waits_for_a_lower_one(needs: list[Need], fleet: list[Offer]) -> None:
     """Whatever the lower classes ask for, the guaranteed jobs get the same."""

@@ -39,6 +39,8 @@ from tests.core.coordinator_fleet import FakeNode
 from tests.core.coordinator_harness import Rig
 from tests.core.test_coordinator_machine import NODES, OPTIONS, Fleet
 
+pytestmark = pytest.mark.long
+
 SWITCHED = PowerOptions(
     acts=True, boot_deadline_ms=12_000, boot_retry_ms=2_000, stop_deadline_ms=12_000
 )

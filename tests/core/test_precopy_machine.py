@@ -11,6 +11,7 @@ Liveness. Whoever was told to save first is told to stop, or has ended.
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
@@ -18,6 +19,8 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from agent.core import messages as m
 from agent.core import trainer_messages as t
 from tests.core.test_agent_machine import AgentMachine
+
+pytestmark = pytest.mark.long
 
 LIMIT_MS = 500
 STATE_BYTES = 10**9

@@ -146,6 +146,7 @@ def _settled(stream: Stream) -> Stream:
     return stream
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_gang_does_not_starve_under_an_endless_stream(seed: int, told: bool) -> None:
@@ -156,6 +157,7 @@ def test_a_gang_does_not_starve_under_an_endless_stream(seed: int, told: bool) -
     assert stream.idle_ms <= RESERVED_MS + 2 * STEP_MS
 
 
+@pytest.mark.long
 def test_without_reservations_it_starves() -> None:
     stream = _settled(Stream(0, wait_ms=0))
     gang = stream.submit(GPUS_EACH, ranks=2)

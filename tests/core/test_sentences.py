@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import coordinator
 from coordinator.core import foresight
 from coordinator.core.sentences import listed, quantity
@@ -31,6 +33,7 @@ def test_spans_have_the_unit_that_people_count_them_in() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_no_sentence_counts_with_a_plural_of_its_own() -> None:
     """An f-string whose figure is followed by such a plural has not asked for the singular."""
     found = []

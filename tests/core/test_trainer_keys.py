@@ -48,6 +48,7 @@ def test_the_keys_are_those_of_the_trainers(trainer: str) -> None:
     assert theirs == trainer_keys.KEYS[trainer]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trainer", KINDS)
 def test_what_is_refused_is_what_the_trainer_refuses_in_the_same_words(trainer: str) -> None:
     to = {} if trainer == "transfer" else {"output_directory": "o"}

@@ -70,6 +70,7 @@ def test_beyond_a_bound_is_refused_with_a_short_sentence(number: int) -> None:
     assert 0 < len(validate.refuse_spec(BEYOND[number])) < 200
 
 
+@pytest.mark.long
 @given(st.builds(JobSpec, name=st.text(), project=st.text(), command=st.tuples(st.text())))
 def test_any_text_is_judged(spec: JobSpec) -> None:
     assert isinstance(validate.refuse_spec(spec), str)

@@ -45,6 +45,7 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
+    Origin,
     ProcessesStuck,
     ProcessExit,
     Sample,
@@ -72,7 +73,7 @@ class Copy:
     """A checkpoint on a disk; `intact` until somebody scratches it."""
 
     content: Content
-    size_bytes: int
+    origin: Origin
     stored_ms: int
     intact: bool = True
 

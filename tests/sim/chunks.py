@@ -8,6 +8,8 @@ and reading a scratched copy fails as a real one's verification does.
 import hashlib
 from collections.abc import Sequence
 
+from agent.chunks.manifest import Manifest
+from agent.chunks.sweep import ORPHAN_S, Listed
 from agent.core.values import (
     Gang,
     Origin,
@@ -20,7 +22,7 @@ from agent.ports import CaptureSource, ChunkError
 from tests.sim.box import Box, Copy, SimSource
 from tests.sim.checkers import Content
 
-COLLECT_GRACE_MS = 60_000  # as in the real store, younger checkpoints are never collected
+NEW_BYTES = 1_000_000  # of each checkpoint
 
 
 class SimChunks:
@@ -35,24 +37,25 @@ class SimChunks:
         content = self._box.disk.staging.get(directory)
         if content is None:
             raise ChunkError(f"{directory} is not there")
-        return await self._keep(content, f"{origin} {content}")
+        return await self._keep(content, origin)
 
     async def store_capture(self, source: CaptureSource, origin: Origin) -> StoredCheckpoint:
         assert isinstance(source, SimSource)
         await self._box.around.pause_ms(10, 400)
         source.check()
-        return await self._keep(source.content, f"{origin} {source.content}")
+        return await self._keep(source.content, origin)
 
-    async def _keep(self, content: Content, text: str) -> StoredCheckpoint:
+    async def _keep(self, content: Content, origin: Origin) -> StoredCheckpoint:
         around, disk = self._box.around, self._box.disk
         if disk.full:
             raise ChunkError("no space left on device")
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(f"{origin} {content}".encode()).hexdigest()
         around.checkers.contents[digest] = content
-        disk.copies.setdefault(digest, Copy(content, 1_000_000, around.now_ms()))
+        new_bytes = 0 if digest in disk.copies else NEW_BYTES
+        disk.copies.setdefault(digest, Copy(content, origin, around.now_ms()))
         await around.pause_ms(0, 20)
         # Large, and nearly all of it frozen: worth sending ahead.
-        return StoredCheckpoint(digest, content.step, 100_000_000, 1_000_000)
+        return StoredCheckpoint(digest, content.step, 100_000_000, new_bytes)
 
     async def discard(self, directory: str) -> None:
         self._box.disk.staging.pop(directory, None)
@@ -70,7 +73,7 @@ class SimChunks:
             raise ChunkError(f"{target.node}: no space left on device")
         known = peer.disk.copies.get(digest)
         if known is None or not known.intact:
-            peer.disk.copies[digest] = Copy(copy.content, copy.size_bytes, around.now_ms())
+            peer.disk.copies[digest] = Copy(copy.content, copy.origin, around.now_ms())
 
     async def restore(
         self, candidates: Sequence[RestoreCandidate], directory: str, gang: Gang | None = None
@@ -90,31 +93,31 @@ class SimChunks:
             if gang is not None and apart and candidate.parts and int(candidate.digest[0], 16) % 2:
                 held = (gang.rank,)
                 pieces = [pieces[gang.rank]]
-            contents = [self._find(digest, sources) for digest, sources in pieces]
-            found = [content for content in contents if content is not None]
-            if len(found) == len(contents):
+            copies = [self._find(digest, sources) for digest, sources in pieces]
+            found = [copy for copy in copies if copy is not None]
+            if len(found) == len(copies):
                 self._take([digest for digest, _ in pieces], found)
-                for content in found:
-                    disk.staging[f"{directory}/{content.rank}"] = content
+                for copy in found:
+                    disk.staging[f"{directory}/{copy.content.rank}"] = copy.content
                 return Restored(candidate.digest, candidate.step, directory, tuple(skipped), held)
             skipped.append((candidate.digest, "nobody has a good copy"))
         return Restored("", 0, "", tuple(skipped))
 
-    def _take(self, digests: Sequence[str], contents: Sequence[Content]) -> None:
+    def _take(self, digests: Sequence[str], copies: Sequence[Copy]) -> None:
         """What was fetched lies here too from now on."""
         disk, now_ms = self._box.disk, self._box.around.now_ms()
-        for digest, content in zip(digests, contents, strict=True):
+        for digest, copy in zip(digests, copies, strict=True):
             known = disk.copies.get(digest)
             if known is None or not known.intact:
-                disk.copies[digest] = Copy(content, 1_000_000, now_ms)
+                disk.copies[digest] = Copy(copy.content, copy.origin, now_ms)
 
-    def _find(self, digest: str, sources: Sequence[ReplicaSource]) -> Content | None:
+    def _find(self, digest: str, sources: Sequence[ReplicaSource]) -> Copy | None:
         """Raises `ChunkError` when somebody who may have it did not answer."""
         around = self._box.around
         silent = []
         here = self._box.disk.copies.get(digest)
         if here is not None and here.intact:
-            return here.content
+            return here
         for source in sources:
             if source.node == self._box.name:
                 continue
@@ -124,7 +127,7 @@ class SimChunks:
                 continue
             copy = peer.disk.copies.get(digest)
             if copy is not None and copy.intact:
-                return copy.content
+                return copy
         if silent:
             raise ChunkError(f"{digest[:12]}: no answer from {', '.join(silent)}")
         return None
@@ -136,9 +139,24 @@ class SimChunks:
     async def collect(self, keep: frozenset[str]) -> int:
         copies, now_ms = self._box.disk.copies, self._box.around.now_ms()
         await self._box.around.pause_ms(1, 20)
-        freed_bytes = 0
-        for digest, copy in list(copies.items()):
-            if digest not in keep and now_ms - copy.stored_ms > COLLECT_GRACE_MS:
-                freed_bytes += copy.size_bytes
-                del copies[digest]
-        return freed_bytes
+        listed = Listed()
+        for digest in keep.intersection(copies):
+            listed.add(_manifest(copies[digest]), copies[digest].stored_ms)
+        gone = [
+            digest
+            for digest, copy in copies.items()
+            if digest not in keep
+            and (
+                listed.supersede(_manifest(copy), copy.stored_ms)
+                or now_ms - copy.stored_ms > ORPHAN_S * 1000
+            )
+        ]
+        for digest in gone:
+            del copies[digest]
+        return NEW_BYTES * len(gone)
+
+
+def _manifest(copy: Copy) -> Manifest:
+    """What the real store's rule of what may go looks at."""
+    job_id, epoch, step, parent, rank = copy.origin
+    return Manifest(job_id, epoch, step, parent, (), rank)
