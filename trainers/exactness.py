@@ -23,6 +23,7 @@ import enum
 import functools
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -82,9 +83,14 @@ class Fingerprint:
     compiler: str = ""
     """Of compiled steps: its name and version; empty where steps are not compiled."""
 
+    libraries: dict[str, str] | None = None
+    """Versions of those whose code is in the model, without torch; None: it is not known. Not part
+    of ``document``: programs from before this was looked at refuse what they do not know there."""
+
     def document(self) -> dict[str, Any]:
         """As JSON. Without a compiler as it was before there was one to name."""
         document = asdict(self)
+        del document["libraries"]
         if not self.compiler:
             del document["compiler"]
         return document
@@ -115,6 +121,7 @@ def current(
     micro_batch: int,
     data_seed: int,
     compiler: str = "",
+    libraries: dict[str, str] | None = None,
 ) -> Fingerprint:
     """The fingerprint of this process, training on ``device``."""
     on_gpu = device.type == "cuda"
@@ -133,7 +140,20 @@ def current(
         micro_batch=micro_batch,
         data_seed=data_seed,
         compiler=compiler,
+        libraries=libraries,
     )
+
+
+def libraries_of(model: torch.nn.Module) -> dict[str, str]:
+    """The versions of the packages that the classes of its parts, and what these inherit from, are
+    made of: of transformers, of peft around it. torch has a field of its own."""
+    classes = dict.fromkeys(kind for part in model.modules() for kind in type(part).__mro__)
+    found = {}
+    for root in sorted({kind.__module__.partition(".")[0] for kind in classes} - {"torch"}):
+        version = getattr(sys.modules.get(root), "__version__", None)
+        if version is not None:
+            found[root] = str(version)
+    return found
 
 
 @functools.cache
@@ -150,9 +170,9 @@ def cpu_model(description: Path) -> str:
     return platform.machine()
 
 
-def parse(document: Mapping[str, Any]) -> Fingerprint:
+def parse(document: Mapping[str, Any], libraries: object = None) -> Fingerprint:
     """From JSON. Raises ValueError naming what is missing, unknown or of another type."""
-    known = {field.name: field.type for field in fields(Fingerprint)}
+    known = {field.name: field.type for field in fields(Fingerprint) if field.name != "libraries"}
     document = {"compiler": "", **document}
     strange = sorted(known.keys() ^ document.keys())
     if strange:
@@ -160,7 +180,13 @@ def parse(document: Mapping[str, Any]) -> Fingerprint:
     for name, kind in known.items():
         if type(document[name]) is not kind:
             raise ValueError(f"'{name}' of the fingerprint is {document[name]!r}")
-    return Fingerprint(**document)
+    if libraries is None:
+        return Fingerprint(**document)
+    if not isinstance(libraries, dict) or not all(
+        isinstance(word, str) for pair in libraries.items() for word in pair
+    ):
+        raise ValueError(f"the versions of the model's libraries are {libraries!r}")
+    return Fingerprint(**document, libraries=libraries)
 
 
 def level(stored: Fingerprint | None, now: Fingerprint) -> Verdict:
@@ -176,6 +202,7 @@ def level(stored: Fingerprint | None, now: Fingerprint) -> Verdict:
         for name, words in _CHANGES_ROUNDING
         if getattr(stored, name) != getattr(now, name)
     ]
+    changes += _changed_libraries(stored.libraries, now.libraries)
     if not now.cuda and stored.threads != now.threads:
         changes.append(_changed("the number of threads", stored, now, "threads"))
     if changes:
@@ -213,6 +240,18 @@ _CHANGES_ROUNDING = (
 
 def _changed(words: str, stored: Fingerprint, now: Fingerprint, name: str) -> str:
     return f"{words} was {_shown(getattr(stored, name))} and is {_shown(getattr(now, name))}"
+
+
+def _changed_libraries(stored: dict[str, str] | None, now: dict[str, str] | None) -> list[str]:
+    now = now or {}
+    if stored is None:
+        named = " and ".join(f"{name} {version}" for name, version in now.items())
+        return [f"the checkpoint does not say whether it was written with {named}"] if now else []
+    return [
+        f"{name} was {stored.get(name, 'none')} and is {now.get(name, 'none')}"
+        for name in sorted(stored.keys() | now.keys())
+        if stored.get(name) != now.get(name)
+    ]
 
 
 def _shown(value: object) -> str:

@@ -98,6 +98,7 @@ class Trainer:
         self._saver = saving.Saver(session, options, world)
         self._accord = accord.Accord(world, session, self._saver)
         self._compiling = compiling.Compiling(task.model, wanted=options.compile)
+        self._libraries = exactness.libraries_of(task.model)
         self._parent = ""
         self._ticket: baton_sdk.Ticket | None = None
         self._saved_step = 0
@@ -267,6 +268,7 @@ class Trainer:
             micro_batch=self.micro_batch,
             data_seed=self.options.seed,
             compiler=self._compiling.compiler,
+            libraries=self._libraries,
         )
 
     def advance(self) -> float:

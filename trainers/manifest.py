@@ -224,6 +224,8 @@ def seal(manifest: Manifest, state: Mapping[str, Any]) -> Document:
     if manifest.rank is not None:
         body["rank"] = manifest.rank
     body["fingerprint"] = manifest.fingerprint.document()
+    if manifest.fingerprint.libraries is not None:
+        body["libraries"] = manifest.fingerprint.libraries
     body["level"] = manifest.level.name if manifest.level else ""
     body["tensors"] = manifest.tensors.entries
     small = {key: value for key, value in state.items() if key not in (KEY, HASH_KEY)}
@@ -325,7 +327,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
         **numbers,
         rank=rank,
         parent=body["parent"],
-        fingerprint=exactness.parse(body["fingerprint"]),
+        fingerprint=exactness.parse(body["fingerprint"], body.get("libraries")),
         level=Level[body["level"]] if body["level"] else None,
         tensors=Layout(tensors),
         files=dict(body["files"]),

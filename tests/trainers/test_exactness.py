@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
+from tests.trainers import tasks
 from trainers import exactness
 from trainers.exactness import Fingerprint, Level
 
@@ -144,6 +147,54 @@ def test_compiled_steps_are_bitwise_on_a_cpu_alone() -> None:
     on_gpu = replace(GPU, compiler="triton 3.6")
     verdict = exactness.level(on_gpu, on_gpu)
     assert verdict == exactness.Verdict(Level.E1, "triton 3.6 picks its kernels by their time")
+
+
+MADE_OF = replace(CPU, libraries={"transformers": "5.23.0"})
+
+
+@pytest.mark.parametrize(
+    ("libraries", "why"),
+    [
+        ({"transformers": "5.24.0"}, "transformers was 5.23.0 and is 5.24.0"),
+        ({"peft": "0.19.1", "transformers": "5.23.0"}, "peft was none and is 0.19.1"),
+        ({}, "transformers was 5.23.0 and is none"),
+    ],
+)
+def test_the_libraries_of_a_model_decide_its_bits(libraries: dict[str, str], why: str) -> None:
+    assert exactness.level(MADE_OF, MADE_OF).level is Level.E0
+    verdict = exactness.level(MADE_OF, replace(CPU, libraries=libraries))
+    assert verdict == exactness.Verdict(Level.E1, why)
+
+
+def test_a_checkpoint_that_names_no_libraries_is_not_called_bitwise() -> None:
+    """One from before they were written down; a model of torch alone has none."""
+    verdict = exactness.level(CPU, replace(CPU, libraries={"peft": "1", "transformers": "5"}))
+    assert verdict.level is Level.E1
+    assert verdict.why == (
+        "the checkpoint does not say whether it was written with peft 1 and transformers 5"
+    )
+    assert exactness.level(CPU, replace(CPU, libraries={})).level is Level.E0
+
+
+def test_the_libraries_of_a_model_are_those_of_its_code() -> None:
+    """Whatever else the process has imported."""
+    own = {"transformers": transformers.__version__}
+    assert exactness.libraries_of(torch.nn.Sequential(torch.nn.Linear(2, 2))) == {}
+    assert exactness.libraries_of(tasks.finetune_task().model) == own
+    with_adapters = exactness.libraries_of(tasks.lora_task().model)
+    assert with_adapters == {**own, "peft": peft.__version__}
+
+
+@pytest.mark.parametrize("libraries", [[], {"transformers": 5}, "transformers"])
+def test_strange_libraries_are_refused(libraries: object) -> None:
+    with pytest.raises(ValueError, match="libraries"):
+        exactness.parse(CPU.document(), libraries)
+
+
+def test_older_programs_read_the_document_as_ever() -> None:
+    """They refuse a word that they do not know."""
+    assert MADE_OF.document() == CPU.document()
+    assert exactness.parse(MADE_OF.document(), {"transformers": "5.23.0"}) == MADE_OF
 
 
 def test_a_document_from_before_there_were_compilers_reads_as_ever() -> None:

@@ -9,7 +9,9 @@ comparison notices each: otherwise it would prove little.
 import copy
 import json
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +263,23 @@ def test_a_restart_reports_how_exact_it_is(
     assert why in line["why"]
     described = manifest.parse(second.snapshot().state)
     assert described.level is exactness.Level[level]
+
+
+def test_a_restart_with_another_transformers_is_not_bitwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = started(tasks.finetune_task)
+    checkpoint.write(first.snapshot(), tmp_path / "one")
+    first.close()
+    # What is imported by that name need not be the lazy module that takes its place.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "9.9")
+    session = baton_sdk.Session({"BATON_RESTORE_DIR": str(tmp_path / "one")})
+    second = loop.Trainer(tasks.finetune_task(), tasks.OPTIONS, session)
+    capsys.readouterr()
+    second.prepare()
+    (line,) = [line for line in events(capsys.readouterr().out) if line["event"] == "resumed"]
+    assert line["level"] == "E1"
+    assert re.fullmatch(r"transformers was \S+ and is 9\.9", line["why"])
 
 
 def test_what_a_user_adds_is_kept(tmp_path: Path) -> None:
