@@ -98,13 +98,14 @@ def make_once(directory: Path, make: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True)
     say(f"making {directory}")
     began_s = time.monotonic()
-    make(partial)
     try:
+        make(partial)
         partial.rename(directory)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
         if not directory.is_dir():  # else another process was first, with the same content
             raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what has its name is no more there
     say(f"  done in {time.monotonic() - began_s:.1f} s")
 
 
