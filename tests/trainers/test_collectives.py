@@ -48,7 +48,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
             return call
 
         named = {f"_dump_{name}_trace_json": recorder(dump) for name, dump in dumps.items()}
-        monkeypatch.setitem(sys.modules, collectives.MODULE, SimpleNamespace(**named))  # type: ignore[arg-type]
+        module: Any = SimpleNamespace(**named)
+        monkeypatch.setitem(sys.modules, collectives.MODULE, module)
         with (tmp_path / "log").open("w+") as log:
             collectives.write(log.fileno(), 3)
             return (tmp_path / "log").read_text()
