@@ -195,6 +195,7 @@ class CoordinatorShell:
 
     async def run(self) -> None:
         """Until `leave`. The core must have been loaded. Raises `LeaderLost`."""
+        self._core.begin(self._clock.now_ms())
         ticking = asyncio.create_task(self._tick())
         try:
             while not self._leaving:

@@ -114,15 +114,22 @@ class Coordinator:
 
     def __init__(self, options: Options) -> None:
         self.state = State(options)
+        self._loaded_ms = 0
 
     def load(self, snapshot: Snapshot, now_ms: int) -> None:
         """Take over what is durable; call once, before the first event."""
+        self._loaded_ms = now_ms
         self.state.load(snapshot, now_ms)
         self.state.demand.note_jobs(snapshot.jobs)
         demand_samples.resume(self.state)
         leases.resume(self.state)
         gangs.resume(self.state, now_ms)
         health.resume(self.state, now_ms)
+
+    def begin(self, now_ms: int) -> None:
+        """Events may come. To take over a hundred thousand jobs takes longer than a lease, and
+        nobody was heard meanwhile: nobody is blamed for that time."""
+        leases.put_off(self.state, now_ms - self._loaded_ms)
 
     def handle(self, now: Instant, event: Event) -> list[Effect]:
         """What follows from one event. Raises only for bugs of our own."""

@@ -102,6 +102,19 @@ def test_after_a_restart_silence_counts_from_then() -> None:
     assert {fleet.phase(name) for name in NODES} == {NodePhase.LOST}
 
 
+def test_nobody_is_blamed_for_the_time_that_reading_the_store_took() -> None:
+    """A store of a hundred thousand jobs takes longer than the grace, and nobody is answered
+    meanwhile."""
+    fleet = Watched()
+    fleet.rig.restart()
+    fleet.rig.now_ms += OPTIONS.restart_grace_ms + TICK_GAP_MS
+    fleet.rig.core.begin(fleet.rig.now_ms)
+    fleet.wait(OPTIONS.restart_grace_ms // TICK_MS - 1)
+    assert {fleet.phase(name) for name in NODES} == {NodePhase.SUSPECT}
+    fleet.wait(1)
+    assert {fleet.phase(name) for name in NODES} == {NodePhase.LOST}
+
+
 def test_a_heartbeat_costs_no_entry() -> None:
     fleet = Watched()
     fleet.wait(1)

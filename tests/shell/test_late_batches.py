@@ -1,4 +1,5 @@
-"""What an agent says while the disk is full is handled a minute later, and was said then."""
+"""What an agent says while the disk is full is handled a minute later, and was said then. Nor is
+anybody blamed for the minute that it takes to read a large store."""
 
 import asyncio
 
@@ -12,6 +13,7 @@ from coordinator.core.messages import (
     Hello,
 )
 from coordinator.core.model import HostFacts
+from coordinator.core.phases import NodePhase
 from coordinator.core.state import Options
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryStore
@@ -41,6 +43,20 @@ async def test_an_event_that_waits_for_a_batch_is_as_old_as_when_it_came() -> No
     assert clock.now_ms() - before > 50_000
     assert core.state.attempts["1.1"].times.silent_unix_ms == said_unix_ms
     assert "node.clock" not in logged
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await store.close()
+
+
+async def test_a_node_is_not_lost_for_the_time_that_the_store_was_read() -> None:
+    clock, options = VirtualClock(), Options()
+    core, store = Coordinator(options), MemoryStore(disk_with_a_running_job())
+    core.load(await store.open(), clock.now_ms())
+    clock.passed_ms += 10 * options.restart_grace_ms
+    shell = CoordinatorShell(core, store, clock, lambda level, event, fields: None)
+    running = asyncio.create_task(shell.run())
+    await shell.request(GetJob(1))
+    assert core.state.nodes["n1"].phase is NodePhase.SUSPECT
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await store.close()
