@@ -295,9 +295,9 @@ async def test_a_place_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def damaged_copy_of_a_killed_coordinator_s(path: Path, directory: Path) -> Path:
     """A log is left, and a page that opening would not read, the root of the history, is gone."""
-    with crash_writer(path, 300) as process:
+    with crash_writer(path, 30) as process:
         assert process.stdout is not None
-        for _ in range(300):
+        for _ in range(30):
             process.stdout.readline()
     with writing_by_hand(path) as shell:
         query = "SELECT rootpage FROM sqlite_master WHERE name = 'events'"
@@ -313,10 +313,26 @@ def damaged_copy_of_a_killed_coordinator_s(path: Path, directory: Path) -> Path:
     return copy
 
 
-async def test_damage_is_found_after_a_kill(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [None, "", "7\n", "7\nanother-boot\n"])
+async def test_damage_is_found_after_a_power_cut(
+    path: Path, tmp_path: Path, before: str | None
+) -> None:
+    """And found again, by whoever starts next: SQLite has removed the log meanwhile."""
     copy = damaged_copy_of_a_killed_coordinator_s(path, tmp_path)
-    with pytest.raises(StoreUnavailable, match=r"damaged|malformed"):
-        await SqliteStore(copy).open()
+    if before is not None:
+        copy.with_name(f"{copy.name}.lock").write_text(before)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"damaged|malformed"):
+            await SqliteStore(copy).open()
+
+
+async def test_a_file_is_not_read_through_after_a_mere_kill(path: Path, tmp_path: Path) -> None:
+    """That what would have been found is not found shows that nobody has looked."""
+    copy = damaged_copy_of_a_killed_coordinator_s(path, tmp_path)
+    shutil.copy(f"{path}.lock", f"{copy}.lock")
+    store = SqliteStore(copy)
+    assert len((await store.open()).jobs) == 30
+    await store.close()
 
 
 async def test_history_is_read_while_somebody_writes(path: Path) -> None:
