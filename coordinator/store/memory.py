@@ -37,6 +37,7 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import Checkpoint, JobEvent, Snapshot, WaitingPart
 from coordinator.core.scale_records import RECORDS_MAX
+from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from coordinator.ports import LeaderLost, StoreUnavailable
 from coordinator.store import rows
 
@@ -169,7 +170,10 @@ class MemoryDisk:
                 self._folder(job.id).document = text
                 self.last_job_id = max(self.last_job_id, job.id)
             case PutAttempt(attempt):
-                self._folder(attempt.job_id).attempts[attempt.epoch, attempt.rank] = text
+                tries = self._folder(attempt.job_id).attempts
+                tries[attempt.epoch, attempt.rank] = text
+                if attempt.epoch > ATTEMPTS_SHOWN_MAX:
+                    _keep_newest(tries)
             case PutCheckpoint(checkpoint):
                 self._folder(checkpoint.job_id).checkpoints[checkpoint.digest] = text
             case PutPart(part):
@@ -222,6 +226,14 @@ class MemoryDisk:
 
     def _folder(self, job_id: int) -> _JobFolder:
         return self.jobs.setdefault(job_id, _JobFolder())
+
+
+def _keep_newest(tries: dict[tuple[int, int], str]) -> None:
+    """Of as many tries as are kept; rank 0 counts them."""
+    firsts = sorted((epoch for epoch, rank in tries if rank == 0), reverse=True)
+    for gone in firsts[ATTEMPTS_SHOWN_MAX : ATTEMPTS_SHOWN_MAX + 1]:
+        for key in [known for known in tries if known[0] <= gone]:
+            del tries[key]
 
 
 def _document(record: Record) -> str:

@@ -39,6 +39,8 @@ class Queries:
     drop_job: str
     list_attempts: str
     put_attempt: str
+    trim_ranks: str
+    trim_attempts: str
     drop_attempts: str
     list_ranks: str
     put_rank: str

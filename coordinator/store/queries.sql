@@ -98,6 +98,24 @@ ON CONFLICT (job_id, epoch) DO UPDATE SET
     phase = excluded.phase,
     document = excluded.document;
 
+-- name: trim_ranks
+-- Of a job's tries keep the ranks of the newest, before `trim_attempts`, by whose rows they count.
+DELETE FROM ranks WHERE job_id = :job_id AND epoch <= (
+    SELECT kept.epoch FROM attempts AS kept
+    WHERE kept.job_id = :job_id
+    ORDER BY kept.epoch DESC
+    LIMIT 1 OFFSET :attempts_max
+);
+
+-- name: trim_attempts
+-- Keep a job's newest tries; with fewer than that the inner SELECT is NULL and nothing goes.
+DELETE FROM attempts WHERE job_id = :job_id AND epoch <= (
+    SELECT kept.epoch FROM attempts AS kept
+    WHERE kept.job_id = :job_id
+    ORDER BY kept.epoch DESC
+    LIMIT 1 OFFSET :attempts_max
+);
+
 -- name: drop_attempts
 -- Forget all attempts of a job.
 DELETE FROM attempts WHERE job_id = :job_id;

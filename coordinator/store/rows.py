@@ -41,6 +41,7 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import Attempt, Checkpoint, Job, JobEvent, Node, WaitingPart
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
+from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from coordinator.store.queries import Queries
 
 # A job that is moved about for weeks writes some ten lines a move; 500 lines are fifty moves, and
@@ -131,6 +132,12 @@ def _put_statements(queries: Queries, records: Iterable[Record]) -> Iterator[Sta
         yield queries.put_attempt, firsts
     if others:
         yield queries.put_rank, others
+    # Tries are counted from 1: a job that has not come so far has no more than that.
+    long = dict.fromkeys(job_id for job_id, epoch, _ in attempts if epoch > ATTEMPTS_SHOWN_MAX)
+    if long:
+        trims: list[Row] = [{"job_id": each, "attempts_max": ATTEMPTS_SHOWN_MAX} for each in long]
+        yield queries.trim_ranks, trims
+        yield queries.trim_attempts, trims
     if checkpoints:
         yield queries.put_checkpoint, [_checkpoint_row(value) for value in checkpoints.values()]
     if parts:

@@ -47,6 +47,7 @@ from coordinator.core.model import (
 )
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
+from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from coordinator.ports import LeaderLost, Store, StoreUnavailable
 from coordinator.store.rows import EVENTS_PER_JOB_MAX
 from tests.store.strategies import histories, records
@@ -329,6 +330,28 @@ async def test_a_history_keeps_its_newest_lines_in_order(world: World, batch_siz
             await store.commit(batch)
         assert await store.events(1, 0, 10_000) == lines[40:]
         assert await store.events(2, 0, 10_000) == others
+
+
+async def test_of_a_job_that_is_tried_for_ever_the_newest_tries_are_kept(world: World) -> None:
+    """As many as a coordinator shows; of a gang with all their ranks."""
+    newest = ATTEMPTS_SHOWN_MAX + 3
+
+    def tried(job_id: int, epoch: int, rank: int, ranks: int) -> PutAttempt:
+        place = Attempt(job_id, epoch, "n1", (), AttemptPhase.LOST, 5, rank=rank, ranks=ranks)
+        return PutAttempt(place)
+
+    alone = [tried(1, epoch, 0, 1) for epoch in range(1, newest + 1)]
+    gang = [tried(2, epoch, rank, 2) for epoch in range(1, newest + 1) for rank in range(2)]
+    few = [tried(3, epoch, 0, 1) for epoch in (1, 2, 5_000_000)]  # numbered anew: `numbering.py`
+    batches: list[list[Record]] = [[PutJob(job(each)) for each in (1, 2, 3)]]
+    batches += [[record] for record in alone]
+    await write_all(world, *batches, [*gang, *few], [alone[-1]])
+    kept = (await read_all(world)).attempts
+    assert [found.epoch for found in kept if found.job_id == 1] == list(range(4, newest + 1))
+    assert [(found.epoch, found.rank) for found in kept if found.job_id == 2] == [
+        (epoch, rank) for epoch in range(4, newest + 1) for rank in range(2)
+    ]
+    assert [found.epoch for found in kept if found.job_id == 3] == [1, 2, 5_000_000]
 
 
 async def test_the_oldest_decisions_leave_the_store(world: World) -> None:
