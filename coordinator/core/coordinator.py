@@ -151,6 +151,7 @@ class Coordinator:
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
+            jobs.tick(state)
             fleet_scaling.tick(state, now)
         elif isinstance(event, AllocationMade):
             if decisions.made(state, now, event):

@@ -8,6 +8,7 @@ durable together; its first one stands for it.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 from coordinator.core import (
     accounting,
@@ -49,6 +50,9 @@ from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, r
 ID_IN_USE = "an earlier request had this id and was another one: nothing new is submitted"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
+# Of the oldest, in a tick: with the 500 lines of history that each may have that is a commit of
+# half a second, and with the dozen that most have one of milliseconds.
+FORGOTTEN_PER_TICK_MAX = 100
 
 
 def submit(state: State, now: Instant, body: Submit) -> Answer:
@@ -85,7 +89,7 @@ def submit(state: State, now: Instant, body: Submit) -> Answer:
         return Refusal(
             RefusalKind.EXHAUSTED, f"{limit}; cancel some, or wait until some have ended"
         )
-    _forget_oldest(state)
+    _forget_oldest(state, len(indices) + 1)
     job = _make(state, now, body, indices)
     reason = job.reason or ("" if fleet else "no node has joined the fleet yet")
     warning = deadlines.warning(state, now, job) if fleet else ""
@@ -131,19 +135,38 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
     return state.jobs[first_id]
 
 
-def _forget_oldest(state: State) -> None:
-    """History is bounded."""
-    while len(state.ended) >= JOBS_ENDED_MAX:
-        oldest = first_to_forget(state)
-        # There is one: PINS_MAX is below JOBS_ENDED_MAX.
-        state.drop_job(next(_unpinned(state)) if oldest is None else oldest)
+def tick(state: State) -> None:
+    """A hundred thousand jobs may end together, and are not to be forgotten together."""
+    if len(state.ended) > JOBS_ENDED_MAX:
+        _forget_oldest(state, FORGOTTEN_PER_TICK_MAX, room=0)
+
+
+def _forget_oldest(state: State, jobs_max: int = 1, room: int = 1) -> None:
+    """History is bounded, and so is what leaves it at once. Whoever submits makes `room`, and
+    forgets one more than he adds: so it never grows for ever, however fast jobs come."""
+    count = min(len(state.ended) + room - JOBS_ENDED_MAX, jobs_max)
+    if count <= 0:
+        return
+    gone = list(islice(_to_forget(state), count))
+    if len(gone) < count:
+        # There are as many: PINS_MAX is below JOBS_ENDED_MAX.
+        known = dict.fromkeys(gone)
+        others = (other for other in _unpinned(state) if other not in known)
+        gone += islice(others, count - len(gone))
+    for job_id in gone:
+        state.drop_job(job_id)
 
 
 def first_to_forget(state: State) -> int | None:
-    """Of the ended jobs without a pin the one that ended first makes room, and one that stands for
-    an open array only where there is no other."""
+    """The ended job that is next to make room."""
+    return next(_to_forget(state), None)
+
+
+def _to_forget(state: State) -> Iterator[int]:
+    """The ended jobs without a pin, that which ended first first; those that stand for an open
+    array make room only where there is no other."""
     stands = state.indices.arrays.stands_for_others
-    return next((known for known in _unpinned(state) if not stands(state.jobs[known])), None)
+    return (known for known in _unpinned(state) if not stands(state.jobs[known]))
 
 
 def _unpinned(state: State) -> Iterator[int]:

@@ -139,7 +139,7 @@ def test_of_who_ended_before_the_oldest_that_is_kept_not_all_are_there(
     state = state_of(known, attempts)
     assert read(state).since_min is None
     monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 4)
-    jobs._forget_oldest(state)
+    jobs._forget_oldest(state, 2)
     assert [hold.end_min for hold in read(state).each] == [50, 40, 30]
     assert read(state).since_min == 30
 
