@@ -45,11 +45,19 @@ from coordinator.core.model import Job, JobIntent, JobSpec, JobView
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
 from coordinator.core.sentences import quantity
 from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
-from coordinator.core.validate import REQUEST_ID_CHARACTERS_MAX, refuse_fleet, refuse_spec
+from coordinator.core.validate import (
+    REQUEST_ID_CHARACTERS_MAX,
+    refuse_fleet,
+    refuse_spec,
+    spec_bytes,
+)
 
 ID_IN_USE = "an earlier request had this id and was another one: nothing new is submitted"
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
+# A client of gRPC takes messages of 4 MiB unless told otherwise. Of a thousand usual jobs a page is
+# half a megabyte; a single one, of a gang of a thousand ranks say, may be more than this.
+PAGE_BYTES_MAX = 3 << 20
 # Of the oldest, in a tick: with the 500 lines of history that each may have that is a commit of
 # half a second, and with the dozen that most have one of milliseconds.
 FORGOTTEN_PER_TICK_MAX = 100
@@ -305,7 +313,7 @@ def list_jobs(state: State, body: ListJobs) -> Answer:
         return _invalid(f"page_size is {size}; it must be between 1 and {PAGE_MAX}, or 0")
     before = body.before_job_id or state.last_job_id + 1
     page: list[JobView] = []
-    place = 0
+    place, left_bytes = 0, PAGE_BYTES_MAX
     for job_id in sorted((known for known in state.jobs if known < before), reverse=True):
         job = state.jobs[job_id]
         if body.phases and job.phase not in body.phases:
@@ -319,9 +327,21 @@ def list_jobs(state: State, body: ListJobs) -> Answer:
             continue
         if len(page) == size:
             return JobPage(tuple(page), place)
+        shown = view(state, job, newest_only=True)
+        left_bytes -= _bytes(shown)
+        if page and left_bytes < 0:
+            return JobPage(tuple(page), place)
         place = array_id or job_id
-        page.append(view(state, job, newest_only=True))
+        page.append(shown)
     return JobPage(tuple(page), 0)
+
+
+def _bytes(shown: JobView) -> int:
+    """About as many as it has on the wire."""
+    attempts = sum(
+        300 + 50 * len(attempt.gpu_uuids) + len(attempt.reason) for attempt in shown.attempts
+    )
+    return 500 + spec_bytes(shown.job.spec) + len(shown.job.reason) + attempts
 
 
 def view(state: State, job: Job, newest_only: bool = False) -> JobView:

@@ -190,7 +190,7 @@ def _array(spec: JobSpec) -> str:
         trials = len(arrays.parse(spec.array).indices)
     except ValueError as error:
         return str(error)
-    size_bytes = trials * sum(map(len, _texts(spec)))
+    size_bytes = trials * spec_bytes(spec)
     if size_bytes > ARRAY_BYTES_MAX:
         return (
             f"command, environment and configuration of {quantity(trials, 'trial')} have"
@@ -198,6 +198,11 @@ def _array(spec: JobSpec) -> str:
             " file, or submit fewer at once"
         )
     return ""
+
+
+def spec_bytes(spec: JobSpec) -> int:
+    """Of what may be long of a request: command, environment and configuration."""
+    return sum(map(len, _texts(spec)))
 
 
 def _texts(spec: JobSpec) -> Iterable[bytes]:

@@ -217,7 +217,8 @@ class ListJobsResponse(_message.Message):
     @_builtins.property
     def jobs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Job]:
         """Newest first, without their older attempts: the newest attempt only,
-        of a gang all ranks of it.
+        of a gang all ranks of it. Fewer than page_size where more would not fit into a message of
+        4 MiB.
         """
 
     def __init__(
