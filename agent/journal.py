@@ -272,6 +272,11 @@ def encode_event(event: AgentEvent) -> str:
 
 
 def decode_event(text: str) -> AgentEvent:
-    """The reverse of `encode_event`."""
+    """The reverse of `encode_event`. Raises `JournalUnavailable` for what a later version wrote."""
     sequence, unix_ms, attempt, kind, body = msgspec.json.decode(text)
+    if kind not in _BODIES:
+        raise JournalUnavailable(
+            f"the journal holds an event '{kind}' of {attempt or 'this node'} that this version"
+            " does not know: start the later one again until its agent has met its coordinator"
+        )
     return AgentEvent(sequence, unix_ms, attempt, msgspec.convert(body, _BODIES[kind]))

@@ -249,6 +249,24 @@ async def test_a_file_that_is_no_journal_is_named(damaged: Path, tmp_path: Path)
         await SqliteJournal(tmp_path / "missing" / "journal.db").open("j1")
 
 
+async def test_what_a_later_version_has_to_tell_is_not_lost_by_an_older_one(path: Path) -> None:
+    """It says what to do, and leaves the journal as it is."""
+    before = SqliteJournal(path)
+    await before.open("j1")
+    await before.close()
+    later = json.dumps([7, 5, "3.1", "levitated", {"height_mm": 3}])
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("INSERT INTO spool (sequence, document) VALUES (7, ?)", (later,))
+        connection.commit()
+    for _ in range(2):
+        journal = SqliteJournal(path)
+        with pytest.raises(JournalUnavailable, match=r"'levitated' of 3\.1 .* the later one"):
+            await journal.open("j1")
+        await journal.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT sequence FROM spool").fetchall() == [(7,)]
+
+
 def write_and_die(path: Path, answers: int) -> int:
     """Killed right after so many answers, which is amid a later commit; returns the last answer."""
     command = [sys.executable, "-m", "tests.agent.journal_writer", str(path), "100000"]
