@@ -23,6 +23,7 @@ from agent import logs as logging_setup
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
+from agent.chunks.threads import crew
 from agent.config import (
     RELOADABLE,
     Config,
@@ -41,7 +42,7 @@ from agent.journal import SqliteJournal
 from agent.journald import journal_of, stderr_is_journal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
-from agent.ports import ChunkError, JournalUnavailable, Processes
+from agent.ports import ChunkError, JournalUnavailable, Ports, Processes
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
 from agent.processes.groups import Groups, NoGroups, make_home
@@ -50,7 +51,7 @@ from agent.processes.supervisor import Supervisor
 from agent.processes.units import SOCKET, Units
 from agent.pulse import standing
 from agent.sdk_server import SdkServer
-from agent.shell import AgentShell, Ports
+from agent.shell import AgentShell
 from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.xid_table import TableError, load_table
@@ -60,6 +61,9 @@ from agent.uplink import GrpcUplink
 from agent.waiver import waive
 from agent.workspace import AttemptDirectories
 
+# For readings, directories and logs: a driver that blocks keeps a few, and twenty KiB is what one
+# more costs.
+THREADS = 16
 # What an operator can mend.
 _NOT_STARTED = (
     ConfigError,
@@ -149,6 +153,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
     host_identity.check(state_directory)
     tls = _checked(config.tls())
     xids = load_table(config.xid_table)
+    asyncio.get_running_loop().set_default_executor(crew(THREADS, "agent"))
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)
