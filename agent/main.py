@@ -61,9 +61,8 @@ from agent.uplink import GrpcUplink
 from agent.waiver import waive
 from agent.workspace import AttemptDirectories
 
-# For readings, directories and logs: a driver that blocks keeps a few, and twenty KiB is what one
-# more costs.
-THREADS = 16
+# For readings, directories and logs: a driver that blocks keeps a few, and reading logs is quick.
+THREADS = 8
 # What an operator can mend.
 _NOT_STARTED = (
     ConfigError,
