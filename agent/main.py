@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = from_command_line(given, os.environ).config
     _log_to_stderr(config)
     try:
-        asyncio.run(_serve(config, given))
+        asyncio.run(_begin(config, given))
     except _NOT_STARTED as error:
         logging_setup.emit("critical", "agent.not_started", (("reason", _in_words(error)),))
         return 1
@@ -146,13 +146,18 @@ def _checked(tls: Tls | None) -> Tls | None:
     return tls
 
 
+async def _begin(config: Config, arguments: Sequence[str]) -> None:
+    """With all the threads that it will need: later there may be none."""
+    asyncio.get_running_loop().set_default_executor(crew(THREADS, "agent"))
+    await _serve(config, arguments)
+
+
 async def _serve(config: Config, arguments: Sequence[str]) -> None:
     prepare_directories(config)
     state_directory = Path(config.state_directory)
     host_identity.check(state_directory)
     tls = _checked(config.tls())
     xids = load_table(config.xid_table)
-    asyncio.get_running_loop().set_default_executor(crew(THREADS, "agent"))
     async with AsyncExitStack() as stack:
         journal = SqliteJournal(state_directory / "journal.sqlite3")
         stack.push_async_callback(journal.close)

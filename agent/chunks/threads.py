@@ -54,7 +54,7 @@ def crew(
 
 class Helpers:
     """At most `count` threads for one who waits for them, as long as the block. What has been
-    submitted is over when it ends."""
+    submitted is over when it ends; without threads it is over at once, and raises there."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count = count
@@ -82,10 +82,7 @@ class Helpers:
         if self._executor is not None:
             return self._executor.submit(work, *args, **kw)
         done: Future[_Result] = Future()
-        try:
-            done.set_result(work(*args, **kw))
-        except Exception as error:
-            done.set_exception(error)
+        done.set_result(work(*args, **kw))
         return done
 
 
