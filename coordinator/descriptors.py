@@ -11,18 +11,18 @@ from collections.abc import Callable
 
 LOOK_S = 5.0  # shorter than anybody takes to ask why; two system calls
 
-Log = Callable[[str, str, tuple[tuple[str, object], ...]], None]
+Emit = Callable[[str, str, tuple[tuple[str, object], ...]], None]
 
 
-async def watch(log: Log) -> None:
+async def watch(emit: Emit) -> None:
     """Until it is cancelled; each time that it changes is told."""
     refused = ""
     while True:
         before, refused = refused, _refusal()
         if refused and not before:
-            log("error", "descriptors.none", (("reason", refused),))
+            emit("error", "descriptors.none", (("reason", refused),))
         elif before and not refused:
-            log("info", "descriptors.again", ())
+            emit("info", "descriptors.again", ())
         await asyncio.sleep(LOOK_S)
 
 
