@@ -23,6 +23,7 @@ from agent import logs as logging_setup
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
 from agent.chunks.store import ChunkStore
+from agent.chunks.threads import crew
 from agent.config import (
     RELOADABLE,
     Config,
@@ -41,7 +42,7 @@ from agent.journal import SqliteJournal
 from agent.journald import journal_of, stderr_is_journal
 from agent.notify import Notifier, write_port_file
 from agent.peer import PeerServer
-from agent.ports import ChunkError, JournalUnavailable, Processes
+from agent.ports import ChunkError, JournalUnavailable, Ports, Processes
 from agent.processes import logs
 from agent.processes.forks import ForkServers, Warmth
 from agent.processes.groups import Groups, NoGroups, make_home
@@ -50,7 +51,7 @@ from agent.processes.supervisor import Supervisor
 from agent.processes.units import SOCKET, Units
 from agent.pulse import standing
 from agent.sdk_server import SdkServer
-from agent.shell import AgentShell, Ports
+from agent.shell import AgentShell
 from agent.slabs import Slabs
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.xid_table import TableError, load_table
@@ -60,6 +61,8 @@ from agent.uplink import GrpcUplink
 from agent.waiver import waive
 from agent.workspace import AttemptDirectories
 
+# For readings, directories and logs: a driver that blocks keeps a few, and reading logs is quick.
+THREADS = 8
 # What an operator can mend.
 _NOT_STARTED = (
     ConfigError,
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = from_command_line(given, os.environ).config
     _log_to_stderr(config)
     try:
-        asyncio.run(_serve(config, given))
+        asyncio.run(_begin(config, given))
     except _NOT_STARTED as error:
         logging_setup.emit("critical", "agent.not_started", (("reason", _in_words(error)),))
         return 1
@@ -141,6 +144,12 @@ def _checked(tls: Tls | None) -> Tls | None:
     if tls is not None and (doubt := https.doubt(tls)):
         logging_setup.emit("warning", "tls.doubted", (("reason", doubt),))
     return tls
+
+
+async def _begin(config: Config, arguments: Sequence[str]) -> None:
+    """With all the threads that it will need: later there may be none."""
+    asyncio.get_running_loop().set_default_executor(crew(THREADS, "agent"))
+    await _serve(config, arguments)
 
 
 async def _serve(config: Config, arguments: Sequence[str]) -> None:

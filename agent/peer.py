@@ -42,6 +42,7 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.peers import deadline_s, pieces
 from agent.chunks.store import ChunkStore, Writing
+from agent.chunks.threads import crew
 from agent.core.ids import find_attempt_id
 from agent.ports import ChunkError
 from agent.transport import Tls, listen
@@ -359,7 +360,7 @@ class PeerServer:
         )
         port = listen(server, self._address, self._tls)
         self._http.bind()
-        self._executor = ThreadPoolExecutor(THREADS_MAX, "peer")
+        self._executor = crew(THREADS_MAX, "peer")
         service = PeerService(
             self._store,
             self._read_log,

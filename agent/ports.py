@@ -5,7 +5,7 @@ one of these, `main.py` alone picks which, and `tests/sim` picks others. A port 
 `agent.core.values`; no library type crosses it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -289,3 +289,23 @@ class Uplink(Protocol):
     async def dial(self) -> Session:
         """Raises `LinkClosed` when the coordinator cannot be reached."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The world, as the shell is given it."""
+
+    clock: Clock
+    chance: Chance
+    probe: GpuProbe
+    processes: Processes
+    workspace: Workspace
+    trainers: Trainers
+    slabs: Slabs
+    chunks: Chunks
+    journal: Journal
+    uplink: Uplink
+    log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
+    in_thread: Callable[..., Awaitable[object]]
+    xids: Xids
+    sample_interval_ms: int = 1_000

@@ -3,7 +3,9 @@
 Everything that happens (an order, a trainer's word, an exit, a finished copy, a reading, time) is
 an event in one inbox. The loop drains the inbox, asks the core about each event, makes the records
 of the whole batch durable with one commit, and only then carries out the commands, in their order.
-What takes long (a restore, a copy, a start) becomes a task whose outcome is again an event.
+What takes long (a restore, a copy, a start) becomes a task whose outcome is again an event. So is
+what the machine refuses to it, for want of descriptors or of threads: it costs what was asked for,
+and not the jobs of the node.
 
 The loop knows ports only. Production and simulation differ in what `main.py` and `tests/sim` plug
 in, and in nothing else.
@@ -12,8 +14,8 @@ in, and in nothing else.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine
+from dataclasses import replace
 from typing import cast
 
 from agent.core import messages as m
@@ -44,23 +46,13 @@ from agent.core.values import (
 from agent.counts import Counts, View
 from agent.outbox import Outbox
 from agent.ports import (
-    Chance,
     ChunkError,
-    Chunks,
-    Clock,
     FoundCapture,
-    GpuProbe,
-    Journal,
     JournalUnavailable,
     LinkClosed,
-    Processes,
+    Ports,
     Session,
-    Slabs,
     StartError,
-    Trainers,
-    Uplink,
-    Workspace,
-    Xids,
 )
 from agent.pulse import Beat, Pulse
 
@@ -69,26 +61,6 @@ JOURNAL_RETRY_MS = 500
 # Events that wait while the journal takes none, half an hour of readings. Beyond it readings and
 # progress are not taken in: the next ones say more.
 INBOX_MAX = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """The world, as the shell is given it."""
-
-    clock: Clock
-    chance: Chance
-    probe: GpuProbe
-    processes: Processes
-    workspace: Workspace
-    trainers: Trainers
-    slabs: Slabs
-    chunks: Chunks
-    journal: Journal
-    uplink: Uplink
-    log: Callable[[str, str, tuple[tuple[str, object], ...]], None]
-    in_thread: Callable[..., Awaitable[object]]
-    xids: Xids
-    sample_interval_ms: int = 1_000
 
 
 class AgentShell:
@@ -332,7 +304,7 @@ class AgentShell:
             await ports.in_thread(ports.workspace.prepare, command.attempt)
             directory = ports.workspace.restore_directory(command.attempt)
             restored = await ports.chunks.restore(command.candidates, directory, command.gang)
-        except (ChunkError, StartError) as error:
+        except (ChunkError, StartError, OSError) as error:
             self.post(m.RestoreFailed(command.attempt, str(error)))
         else:
             self.post(m.RestoreDone(command.attempt, restored))
@@ -347,6 +319,8 @@ class AgentShell:
             pid = await ports.processes.start(command.launch)
         except StartError as error:
             self.post(m.StartFailed(attempt_id, str(error), error.permanent))
+        except OSError as error:
+            self.post(m.StartFailed(attempt_id, str(error), permanent=False))
         else:
             self.post(m.ProcessStarted(attempt_id, pid))
 
@@ -360,7 +334,7 @@ class AgentShell:
     async def _store(self, command: m.StoreCheckpoint) -> None:
         try:
             stored = await self._stored(command)
-        except ChunkError as error:
+        except (ChunkError, OSError) as error:
             self._counts.store_failures += 1
             self.post(m.StoreFailed(command.attempt, str(error)))
         else:
@@ -382,7 +356,7 @@ class AgentShell:
         target: ReplicaSource = command.target
         try:
             await self._ports.chunks.replicate(command.digest, target)
-        except ChunkError as error:
+        except (ChunkError, OSError) as error:
             self._counts.replication_failures += 1
             self.post(m.ReplicationFailed(command.attempt, command.digest, str(error)))
         else:
@@ -392,7 +366,7 @@ class AgentShell:
     async def _collect(self, command: m.CollectCheckpoints) -> None:
         try:
             freed_bytes = await self._ports.chunks.collect(frozenset(command.keep))
-        except ChunkError as error:
+        except (ChunkError, OSError) as error:
             self._ports.log("error", "chunks.not_collected", (("reason", str(error)),))
         else:
             if freed_bytes:
@@ -487,11 +461,20 @@ class AgentShell:
     async def _keep_sampling(self) -> None:
         """Readings at their own pace. One that blocks delays the next one, and nothing else."""
         interval_ms = self._ports.sample_interval_ms
+        said = False
         while True:
             begun_ms = self._ports.clock.now_ms()
-            sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
-            self._pulse.sampling_ms = sampled_ms = self._ports.clock.now_ms()
-            self._counts.sampled(sample, sampled_ms - begun_ms, interval_ms)
-            if len(self._inbox) < INBOX_MAX:
-                self.post(Sampled(sample))
+            try:
+                sample = cast("Sample", await self._ports.in_thread(self._ports.probe.sample))
+            except OSError as error:
+                if not said:
+                    self._ports.log("error", "sample.failed", (("reason", str(error)),))
+                said = True
+            else:
+                said = False
+                sampled_ms = self._ports.clock.now_ms()
+                self._counts.sampled(sample, sampled_ms - begun_ms, interval_ms)
+                if len(self._inbox) < INBOX_MAX:
+                    self.post(Sampled(sample))
+            self._pulse.sampling_ms = self._ports.clock.now_ms()
             await self._ports.clock.sleep_ms(interval_ms)

@@ -184,6 +184,13 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("demand.clock_doubted", "warning", "reason",
           "demand is not sampled: {reason}",
           "The minutes until it is again are unknown to forecasts. Look at the time server."),
+    Event("descriptors.again", "info", "",
+          "agents and people can connect again",
+          "After `descriptors.none`. Who waited is let in by himself."),
+    Event("descriptors.none", "error", "reason",
+          "nobody new can connect: {reason}",
+          "Who is connected goes on. Raise LimitNOFILE= of the unit, or look in /proc/PID/fd for "
+          "what is open."),
     Event("forecast.stopped", "error", "reason",
           "no more forecasts are made: {reason}",
           "A bug; the fleet stays as it is, and the rest of the coordinator works on."),

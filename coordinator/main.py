@@ -19,7 +19,7 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import backup, config_tariffs, garbage, https, leaving
+from coordinator import backup, config_tariffs, descriptors, garbage, https, leaving
 from coordinator import logs as logging_setup
 from coordinator.access import Access, der_of
 from coordinator.allocator import Allocator
@@ -335,6 +335,7 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
     beside = [
         asyncio.create_task(_watch(shell, notifier)),
         asyncio.create_task(garbage.collect_seldom()),
+        asyncio.create_task(descriptors.watch(logging_setup.emit)),
     ]
     notifier.ready()
     try:

@@ -18,12 +18,12 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from agent.chunks.manifest import DiskFull
+from agent.chunks.threads import Helpers
 from agent.ports import ChunkError
 
 # The agent's records are rewritten within a few MiB; 64 MiB leave room for them, for logs in
@@ -152,7 +152,7 @@ def name_all(files: Sequence[Unnamed], after: Sequence[Path] = ()) -> None:
     syncs: list[Callable[[], None]] = [file.sync for file in files]
     syncs += [partial(sync_directory, path) for path in after]
     try:
-        with ThreadPoolExecutor(SYNCS, "chunks-sync") as threads:
+        with Helpers(min(SYNCS, len(syncs)), "chunks-sync") as threads:
             for done in [threads.submit(sync) for sync in syncs]:
                 done.result()
         for file in files:

@@ -24,13 +24,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from agent.chunks.http_server import REFUSAL_HEADER
 from agent.chunks.manifest import Absent, Altered, DiskFull, Invalid, short
+from agent.chunks.threads import crew
 from agent.core.values import ReplicaSource
 from agent.ports import ChunkError
 
@@ -90,7 +90,7 @@ class Link:
         self._name = f"{peer.node} ({peer.address})"
         self._access = access
         self._pause_base_s = pause_base_s
-        self._threads = ThreadPoolExecutor(CONNECTIONS, "transfer")
+        self._threads = crew(CONNECTIONS, "transfer")
         self._closed = threading.Event()
         self._idle: deque[http.client.HTTPConnection] = deque()
         # With the sockets, as a connection lets go of its own with the head of its last answer.

@@ -45,6 +45,7 @@ from agent.chunks.manifest import (
     short,
 )
 from agent.chunks.store import ChunkStore, Writing
+from agent.chunks.threads import crew
 from agent.ports import ChunkError
 from agent.transport import Tls, TransportError, check_listen, system_says
 
@@ -306,15 +307,19 @@ class ChunkHttpServer:
             raise ChunkError("this agent does not listen for chunks")
         if self._thread is None:
             started: Future[None] = Future()
-            self._thread = threading.Thread(
-                target=self._run, args=(started,), name="chunks-http", daemon=True
-            )
-            self._thread.start()
             try:
+                workers = crew(THREADS_MAX, "chunks-http")
+                self._thread = threading.Thread(
+                    target=self._run, args=(started, workers), name="chunks-http", daemon=True
+                )
+                self._thread.start()
                 started.result()
             except ChunkError:
                 self._thread = None
                 raise
+            except (OSError, RuntimeError) as error:
+                self._thread = None
+                raise ChunkError(f"chunks are not served over HTTP: {error}") from error
         return int(self._listener.getsockname()[1])
 
     def close(self) -> None:
@@ -327,15 +332,15 @@ class ChunkHttpServer:
         if listener is not None:
             listener.close()
 
-    def _run(self, started: "Future[None]") -> None:
+    def _run(self, started: "Future[None]", workers: ThreadPoolExecutor) -> None:
         factory = None if self._context is None else _ReadingLoop
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(self._serve(started))
+            runner.run(self._serve(started, workers))
 
-    async def _serve(self, started: "Future[None]") -> None:
+    async def _serve(self, started: "Future[None]", workers: ThreadPoolExecutor) -> None:
         assert self._listener is not None, "not bound"
         self._loop = asyncio.get_running_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(THREADS_MAX, "chunks-http"))
+        self._loop.set_default_executor(workers)
         self._stopping = asyncio.Event()
         try:
             from aiohttp import web

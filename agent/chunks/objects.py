@@ -28,7 +28,7 @@ Everything here blocks, and may be called from several threads; a `Writing` by o
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -46,6 +46,7 @@ from agent.chunks.manifest import (
     digest_of,
     short,
 )
+from agent.chunks.threads import crew
 from agent.ports import ChunkError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ObjectStore:
     def missing(self, digests: Iterable[str]) -> list[str]:
         """Which of these chunks are not here, by name. Raises `Invalid`."""
         asked = [(digest, self._object(digest)) for digest in digests]
-        with self._errors("looking for chunks"), ThreadPoolExecutor(REQUESTS_MAX) as threads:
+        with self._errors("looking for chunks"), crew(REQUESTS_MAX, "objects") as threads:
             here = threads.map(self._exists, [path for _, path in asked])
             return [digest for (digest, _), found in zip(asked, here, strict=True) if not found]
 
@@ -197,7 +198,7 @@ class ObjectWriting:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._threads = ThreadPoolExecutor(REQUESTS_MAX, "objects")
+        self._threads = crew(REQUESTS_MAX, "objects")
         self._flying: deque[Future[None]] = deque()
 
     def __enter__(self) -> "ObjectWriting":

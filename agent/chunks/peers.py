@@ -335,7 +335,10 @@ class PeerClient:
             self._context,
             time.monotonic() + valid_s,
         )
-        return Route(Link(peer, access))
+        try:
+            return Route(Link(peer, access))
+        except OSError as error:  # no thread is left for it
+            return Route(reason=str(error))
 
     def _give_up(self, peer: ReplicaSource, route: Route, error: Broken) -> None:
         """Go on without HTTP, now and for a while."""

@@ -16,6 +16,7 @@ from agent.chunks.manifest import Denied
 from agent.chunks.objects import SCHEME, ObjectStore
 from agent.chunks.peers import deadline_s
 from agent.chunks.store import ChunkStore
+from agent.chunks.threads import crew
 from agent.core.values import ReplicaSource
 from agent.ports import ChunkError
 
@@ -35,7 +36,7 @@ class SharedStorage:
         self._objects: dict[str, ObjectStore] = {}
 
     def open(self) -> None:
-        self._threads = ThreadPoolExecutor(THREADS_MAX, "chunks-shared")
+        self._threads = crew(THREADS_MAX, "chunks-shared")
 
     def close(self) -> None:
         """What hangs is left."""

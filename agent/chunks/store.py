@@ -471,8 +471,9 @@ class Writing:
         sizes_bytes = manifest.sizes_bytes()
         self.pin(digest)
         self._name([], 1)
-        for chunk_digest, size_bytes in sizes_bytes.items():
-            self._check_present(chunk_digest, size_bytes)
+        with disk_errors(f"looking for the chunks of manifest {short(digest)}"):
+            for chunk_digest, size_bytes in sizes_bytes.items():
+                self._check_present(chunk_digest, size_bytes)
         doing = f"writing manifest {short(digest)} of {len(data)} bytes to {path.parent}"
         here = self._store._renew_manifest(digest)
         files = [] if here else [self._store._written(path, data, doing)]

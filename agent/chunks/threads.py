@@ -7,16 +7,23 @@ not take a core from the training that goes on meanwhile, and a restore must not
 list for the hello has one to itself: a node's lease would end while checkpoints are being hashed.
 
 A thread cannot be interrupted, so long copies go through them chunk by chunk.
+
+A user, or a unit with its jobs in it, may be out of threads at any moment (pthread_create(3),
+EAGAIN), and an executor that makes them when they are needed then fails in the middle of its work.
+So a `crew` is there from its beginning or not at all, and who has `Helpers` for a while does
+without where there are none.
 """
 
 import asyncio
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
 
 # One that hashes and one that waits for the disk.
 THREADS_MAX = 2
@@ -28,6 +35,57 @@ _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
 
+def crew(
+    count: int, name: str, initializer: Callable[[], None] | None = None
+) -> ThreadPoolExecutor:
+    """So many threads, all of them started. Raises OSError where the system has not so many."""
+    executor = ThreadPoolExecutor(count, name, initializer)
+    together = threading.Barrier(count + 1)  # none is idle before all are there
+    try:
+        for _ in range(count):
+            executor.submit(together.wait)
+        together.wait()
+    except RuntimeError as error:
+        together.abort()
+        executor.shutdown(wait=False)
+        raise OSError(errno.EAGAIN, f"the system has no thread left for {name}") from error
+    return executor
+
+
+class Helpers:
+    """At most `count` threads for one who waits for them, as long as the block. What has been
+    submitted is over when it ends; without threads it is over at once, and raises there."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._name = name
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._count > 1:  # one would only do what who waits for it can do
+            with contextlib.suppress(OSError):  # then whoever submits does it
+                self._executor = crew(self._count, self._name)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def submit(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kw: _Arguments.kwargs
+    ) -> Future[_Result]:
+        if self._executor is not None:
+            return self._executor.submit(work, *args, **kw)
+        done: Future[_Result] = Future()
+        done.set_result(work(*args, **kw))
+        return done
+
+
 class Threads:
     """`open` before use, `close` after."""
 
@@ -37,9 +95,10 @@ class Threads:
         self._listing: ThreadPoolExecutor | None = None
 
     def open(self) -> None:
-        self._local = ThreadPoolExecutor(THREADS_MAX, "chunks")
-        self._drains = ThreadPoolExecutor(THREADS_MAX, "chunks-drain", _lower_priority)
-        self._listing = ThreadPoolExecutor(1, "chunks-listing")
+        """Raises OSError where the system has no thread left."""
+        self._local = crew(THREADS_MAX, "chunks")
+        self._drains = crew(THREADS_MAX, "chunks-drain", _lower_priority)
+        self._listing = crew(1, "chunks-listing")
 
     async def close(self) -> None:
         """Wait for what is in progress."""

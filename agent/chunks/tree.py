@@ -22,7 +22,7 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.reflink import clone
 from agent.chunks.store import ChunkStore, Writing
+from agent.chunks.threads import Helpers
 from agent.core.values import Origin, StoredCheckpoint
 from agent.ports import CapturedFile, CaptureSource
 
@@ -237,7 +238,7 @@ def _ingest(
     try:
         # The inner threads take this one's priority over; all of them have ended before a failure
         # gives back what they wrote.
-        with store.writing() as writing, ThreadPoolExecutor(WRITERS, "chunks-writer") as writers:
+        with store.writing() as writing, Helpers(WRITERS, "chunks-writer") as writers:
             entries, new_bytes = _kept(partial(buffers.keep, writing), writers, files)
             check()
             entries += held
@@ -255,7 +256,7 @@ def _ingest(
 
 def _kept(
     keep: Callable[[mmap.mmap, int], tuple[str, int]],
-    writers: ThreadPoolExecutor,
+    writers: Helpers,
     files: Iterable[_File],
 ) -> tuple[list[FileEntry], int]:
     """The files in chunks, and the bytes written for them; as many pieces at a time as there is

@@ -204,6 +204,17 @@ def test_a_manifest_without_its_chunks_is_not_published(tmp_path: Path) -> None:
     assert store.checkpoints() == ()
 
 
+def test_a_disk_that_does_not_show_its_chunks_is_no_crash(tmp_path: Path) -> None:
+    """A peer would be told of a bug of this node's."""
+    store = opened(tmp_path / "store")
+    entry = FileEntry("x", 0o600, (ChunkRef("ab" * 32, 5),))
+    data = encode(Manifest(job_id=1, epoch=2, step=3, parent="", files=(entry,)))
+    (tmp_path / "store" / "objects" / "ab").rmdir()
+    (tmp_path / "store" / "objects" / "ab").touch()
+    with store.writing() as writing, pytest.raises(ChunkError, match="Not a directory"):
+        writing.publish(digest_of(data), data)
+
+
 def test_checkpoints_are_listed_newest_first_and_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,11 +28,12 @@ from agent.core.state import Options
 from agent.core.trainer_messages import TrainerMessage
 from agent.journal import SqliteJournal
 from agent.main import SystemChance, SystemClock
+from agent.ports import Ports
 from agent.processes import records
 from agent.processes.forks import ForkServers
 from agent.processes.supervisor import Supervisor
 from agent.sdk_server import SdkServer
-from agent.shell import AgentShell, Ports
+from agent.shell import AgentShell
 from agent.slabs import Slabs
 from agent.telemetry.xids import Xids
 from agent.workspace import AttemptDirectories

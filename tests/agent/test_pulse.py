@@ -12,9 +12,9 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Memory, Options
 from agent.core.values import HostFacts, HostSample, Sample
-from agent.ports import LinkClosed
+from agent.ports import LinkClosed, Ports
 from agent.pulse import JOURNAL_PATIENCE_MS, Beat, Pulse, standing
-from agent.shell import AgentShell, Ports
+from agent.shell import AgentShell
 
 MAIN = Beat("main", 10_000, 10_000)
 LINK = Beat("link", 5_000, 76_000)

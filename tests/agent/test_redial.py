@@ -13,9 +13,9 @@ from agent.core.backoff import CAP_MS, FIRST_MS, backoff_ms
 from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Instant, Memory, Options
-from agent.ports import LinkClosed
+from agent.ports import LinkClosed, Ports
 from agent.pulse import standing
-from agent.shell import AgentShell, Ports
+from agent.shell import AgentShell
 
 OPTIONS = Options("", LaunchOptions("n1", "/run/agent.sock", "/state", "/bin/python", ()))
 DRAW = 0.5

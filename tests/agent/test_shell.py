@@ -1,5 +1,10 @@
-"""What the shell takes in of trainers while its journal takes nothing."""
+"""What the shell takes in of trainers while its journal takes nothing, and what is refused to it by
+the machine."""
 
+import asyncio
+import errno
+import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -8,7 +13,9 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Instant, Memory, Options
 from agent.core.trainer_messages import TrainerProgress, TrainerSection
-from agent.shell import BATCH_MAX, INBOX_MAX, AgentShell, Ports
+from agent.core.values import Launch, Origin, ReplicaSource, Sample, StoredCheckpoint
+from agent.ports import Ports
+from agent.shell import BATCH_MAX, INBOX_MAX, AgentShell
 
 OPTIONS = Options("", LaunchOptions("n1", "/run/agent.sock", "/state", "/bin/python", ()))
 
@@ -42,3 +49,89 @@ def test_a_heartbeat_comes_however_much_there_is_to_do() -> None:
     assert isinstance(event, m.FromCoordinator)
     effects = shell._core.handle(Instant(20_000, 0), tick)
     assert any(isinstance(one, m.Send) and isinstance(one.message, m.Heartbeat) for one in effects)
+
+
+REFUSED = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class _Full:
+    """A process that has no descriptor left, as each of the shell's ports."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, str]] = []
+        self.samples = 0
+        self.slept = asyncio.Event()
+
+    def now_ms(self) -> int:
+        return 0
+
+    async def sleep_ms(self, duration_ms: int) -> None:
+        if self.samples == 3:
+            self.slept.set()
+            await asyncio.Event().wait()
+
+    def log(self, level: str, event: str, fields: tuple[tuple[str, object], ...]) -> None:
+        self.logged.append((level, event))
+
+    async def in_thread(self, work: Callable[..., object], *arguments: object) -> object:
+        return work(*arguments)
+
+    def sample(self) -> Sample:
+        self.samples += 1
+        raise REFUSED
+
+    def prepare(self, attempt_id: str) -> None:
+        raise REFUSED
+
+    async def start(self, launch: Launch) -> int:
+        raise REFUSED
+
+    async def store(self, directory: str, origin: Origin) -> StoredCheckpoint:
+        raise REFUSED
+
+    async def replicate(self, digest: str, target: ReplicaSource) -> None:
+        raise REFUSED
+
+    async def collect(self, keep: frozenset[str]) -> int:
+        raise REFUSED
+
+
+async def test_what_the_machine_refuses_costs_what_was_asked_for_and_not_the_agent() -> None:
+    full = _Full()
+    names = ("clock", "probe", "processes", "workspace", "chunks")
+    ports = SimpleNamespace(
+        **dict.fromkeys(names, full), log=full.log, in_thread=full.in_thread, sample_interval_ms=1
+    )
+    shell = AgentShell(NodeCore(OPTIONS, Memory("j")), cast("Ports", ports))
+    target = ReplicaSource("n2", "127.0.0.1:1")
+    for command in (
+        m.RestoreCheckpoint("1.1", ()),
+        m.StartProcess(Launch("1.1", ("true",), (), "/"), ""),
+        m.StoreCheckpoint("1.1", "/staging/1", 1, "", False),
+        m.ReplicateCheckpoint("1.1", "ab", target),
+        m.CollectCheckpoints(()),
+    ):
+        shell._act(command)
+    await asyncio.gather(*shell._tasks)
+    assert shell._bug is None
+    reason = str(REFUSED)
+    assert list(shell._inbox) == [
+        m.RestoreFailed("1.1", reason),
+        m.StartFailed("1.1", reason, permanent=False),
+        m.StoreFailed("1.1", reason),
+        m.ReplicationFailed("1.1", "ab", reason),
+    ]
+    assert full.logged == [("error", "chunks.not_collected")]
+
+
+async def test_a_box_that_cannot_be_read_is_said_once_and_read_again() -> None:
+    full = _Full()
+    ports = SimpleNamespace(
+        clock=full, probe=full, log=full.log, in_thread=full.in_thread, sample_interval_ms=1
+    )
+    shell = AgentShell(NodeCore(OPTIONS, Memory("j")), cast("Ports", ports))
+    sampling = asyncio.create_task(shell._keep_sampling())
+    await full.slept.wait()
+    sampling.cancel()
+    assert (full.samples, full.logged) == (3, [("error", "sample.failed")])
+    assert not shell._inbox

@@ -14,8 +14,8 @@ from agent.core.launch import LaunchOptions
 from agent.core.node import NodeCore
 from agent.core.state import Options as AgentOptions
 from agent.core.trainer_messages import TrainerMessage
-from agent.ports import LinkClosed
-from agent.shell import AgentShell, Ports
+from agent.ports import LinkClosed, Ports
+from agent.shell import AgentShell
 from agent.telemetry.xid_table import load_table
 from coordinator.core import messages as cm
 from coordinator.core.coordinator import Coordinator
