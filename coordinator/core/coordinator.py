@@ -29,6 +29,7 @@ from coordinator.core import (
     jobs,
     lease_days,
     leases,
+    lifetimes,
     node_power,
     nodes,
     offers,
@@ -144,6 +145,7 @@ class Coordinator:
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
+            lifetimes.tick(state, now)
             fleet_scaling.tick(state, now)
         elif isinstance(event, AllocationMade):
             if decisions.made(state, now, event):

@@ -76,6 +76,14 @@ def _newest_first(state: State) -> Iterator[Job]:
         yield state.jobs[job_id]
 
 
+def newest_life(state: State, now: Instant, job_id: int) -> list[Attempt]:
+    """Of a job its attempts since it last began; none where it never did."""
+    life: list[Attempt] = []
+    for each in _lives(state.attempts_of(job_id), now):
+        life = each
+    return life
+
+
 def _lives(attempts: list[Attempt], now: Instant) -> Iterator[list[Attempt]]:
     life: list[Attempt] = []
     for attempt in attempts:
