@@ -26,6 +26,7 @@ from coordinator.core import (
     found,
     gangs,
     health,
+    holds,
     jobs,
     lease_days,
     leases,
@@ -182,7 +183,7 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FitJob():
             return fit.answer(state, now, body)
         case GetCosts():
-            return bills.answer(state, now, body)
+            return bills.answer(state, now, body, holds.forgot_until_unix_ms(state))
         case GetDemand():
             return _demand(state, now, body)
         case ListProjects():
