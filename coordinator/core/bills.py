@@ -97,8 +97,11 @@ class Stay:
     lease: str = ""
 
 
-def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
-    """Ten thousand jobs of three attempts each take less than a second of a core."""
+def answer(
+    state: Books, now: Instant, body: GetCosts, forgot_until_unix_ms: int | None = None
+) -> CostPage | Refusal:
+    """Ten thousand jobs of three attempts each take less than a second of a core. Of jobs that
+    ended before some may be forgotten: then it is less than what was."""
     end = min(body.end_unix_ms, now.unix_ms)
     if body.last_ms:
         body = replace(body, begin_unix_ms=max(0, end - body.last_ms))
@@ -131,13 +134,19 @@ def answer(state: Books, now: Instant, body: GetCosts) -> CostPage | Refusal:
         sum(day.idle_lease_usd for day in days),
         days,
         tuple(hourly_uses(stays, max(0, begin - BEFORE_MS), end, prices)),
-        min((one.assigned_unix_ms for one in state.attempts.values()), default=None),
+        _kept_since(state, forgot_until_unix_ms),
         _source(stays, prices),
         ENERGY_SOURCE,
         () if body.project else tuple(fleets_of(state, now.unix_ms)),
         begin,
         end,
     )
+
+
+def _kept_since(state: Books, forgot_until_unix_ms: int | None) -> int | None:
+    """One that runs for weeks began before others that are forgotten: not all is known since."""
+    first = min((one.assigned_unix_ms for one in state.attempts.values()), default=None)
+    return first if first is None else max(first, forgot_until_unix_ms or 0)
 
 
 def _wrong(state: Books, body: GetCosts, end_ms: int) -> str:

@@ -28,7 +28,6 @@ from coordinator.core import (
     costs,
     foresight,
     gpu_types,
-    held_ahead,
     moves,
     plan_time,
     projects,
@@ -40,6 +39,7 @@ from coordinator.core.allocation import RUN_PER_RESTART_MIN
 from coordinator.core.bursts import MS_PER_H
 from coordinator.core.capacity_model import Outlook, Power, Source
 from coordinator.core.keeps import Keep, hidden
+from coordinator.core.life_table import AGE_MS_MIN
 from coordinator.core.model import Attempt, Job
 from coordinator.core.offers import open_rooms
 from coordinator.core.phases import NodeIntent
@@ -205,7 +205,7 @@ class _Look:
         return Follower(
             job.spec.gpus,
             None if at_ms is None else in_plan(at_ms - now.now_ms),
-            max(held_ahead.AGE_MS_MIN, in_plan(ran_ms)),
+            max(AGE_MS_MIN, in_plan(ran_ms)),
             in_plan(restart_s * 1_000),
         )
 

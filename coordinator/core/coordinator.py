@@ -26,9 +26,11 @@ from coordinator.core import (
     found,
     gangs,
     health,
+    holds,
     jobs,
     lease_days,
     leases,
+    lifetimes,
     node_power,
     nodes,
     offers,
@@ -153,6 +155,7 @@ class Coordinator:
             decisions.tick(state, now)
             reservations.tick(state, now)
             demand_forecast.tick(state, now)
+            lifetimes.tick(state, now)
             jobs.tick(state)
             fleet_scaling.tick(state, now)
         elif isinstance(event, AllocationMade):
@@ -190,7 +193,7 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FitJob():
             return fit.answer(state, now, body)
         case GetCosts():
-            return bills.answer(state, now, body)
+            return bills.answer(state, now, body, holds.forgot_until_unix_ms(state))
         case GetDemand():
             return _demand(state, now, body)
         case ListProjects():

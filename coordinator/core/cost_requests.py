@@ -99,8 +99,8 @@ class TypeFleet:
 
 @dataclass(frozen=True, slots=True)
 class CostPage:
-    """The dearest lines first, of the span as it was taken. `kept_since_unix_ms` is when the oldest
-    attempt began that is kept: what was before has been forgotten; None: there is none. `uses`
+    """The dearest lines first, of the span as it was taken. `kept_since_unix_ms` is since when all
+    attempts are kept: of what was before some have been forgotten; None: there is none. `uses`
     begin up to a month before the span, as baselines need it."""
 
     lines: tuple[CostLine, ...]

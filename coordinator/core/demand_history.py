@@ -209,12 +209,14 @@ class ClockWatch:
 class Counted:
     """What was counted at the last sample (`demand_samples.py`), so that the next one looks at what
     is new. `held`: by open attempt its job, and what it counts as; `sums` are those of it.
-    `group_of`: by waiting job a number of `groups`, which has one for all that ask for the same."""
+    `group_of`: by waiting job a number of `groups`, which has one for all that ask for the same.
+    `left`: jobs of whose attempts one has ended since, for `lifetimes.py`."""
 
     held: dict[str, tuple[int, tuple[tuple[Series, float], ...]]] = field(default_factory=dict)
     sums: dict[Series, float] = field(default_factory=dict)
     group_of: dict[int, int] = field(default_factory=dict)
     groups: dict[tuple[object, ...], int] = field(default_factory=dict)
+    left: dict[int, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

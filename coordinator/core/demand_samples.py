@@ -100,6 +100,7 @@ def homes(state: State, job_ids: Iterable[int]) -> dict[int, str]:
 def resume(state: State) -> None:
     """Before the first tick: what runs is looked at while nobody waits yet."""
     _count_held(state)
+    state.demand_history.counted.left.update(state.ended)
 
 
 def wanted(state: State) -> dict[Series, float]:
@@ -121,7 +122,9 @@ def _count_held(state: State) -> None:
     counted, still_open = state.demand_history.counted, state.indices.open_attempts
     held, sums = counted.held, counted.sums
     for attempt_id in [known for known in held if known not in still_open]:
-        for series, gpus in held.pop(attempt_id)[1]:
+        job_id, counts = held.pop(attempt_id)
+        counted.left[job_id] = None
+        for series, gpus in counts:
             sums[series] -= gpus
     for attempt_id in [known for known in still_open if known not in held]:
         attempt = state.attempts[attempt_id]

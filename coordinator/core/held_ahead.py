@@ -4,28 +4,25 @@ Problem: a forecast that looks at sums alone does not know that the largest job 
 ten minutes, or that another has a day to go. What is known of those who run is known demand.
 
 How: of an attempt whose trainer says how many steps it has, and is seen to make them, the end is
-known (`foresight.py`): it is held for certain until then, and not after. Of one that says nothing
-the age is known, and that is all: jobs whose lives differ by orders of magnitude are as likely to
-last as long again as not, so after `k` more it is there with the chance `age / (age + k)` (as
-`reservations.py` takes it; for a Pareto tail of index one it is exact). What is reserved for a job
-that waits is taken by it when it comes free, and what a trial leaves by those of its array that are
-behind it: until they are over, as long as its last trials took, what they are on is nobody else's
-(`trials.py`).
+known (`foresight.py`): it is held for certain until then, and not after. One that says nothing is
+expected to be there after `k` more with a chance that its age and those who ended before say
+(`life_table.py`). What is reserved for a job that waits is taken by it when it comes free, and what
+a trial leaves by those of its array that are behind it: until they are over, as long as its last
+trials took, what they are on is nobody else's (`trials.py`).
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coordinator.core import foresight, trials
-from coordinator.core.demand_history import MINUTE_MS, Series, matches
+from coordinator.core import foresight, lifetimes, trials
+from coordinator.core.demand_history import Series, matches
 from coordinator.core.demand_messages import HeldAhead
+from coordinator.core.life_table import Course, kind_of
 from coordinator.core.model import Attempt
 from coordinator.core.phases import AttemptPhase
 from coordinator.core.state import Instant, State
 
-# Whoever has just begun has not lived for no time at all: most that fail do so within it.
-AGE_MS_MIN: Final = MINUTE_MS
 # Where it is asked each minute, in the loop: of more than these every second is looked at, or every
 # third, and so on, some microseconds each.
 HOLDERS_MAX: Final = 1_000
@@ -36,8 +33,8 @@ LOOKS_MIN: Final = (1, 2, 5, 10, 20, 30, 60, 120, 240, 480, 960, 1_440, 2_880, 5
 @dataclass(frozen=True, slots=True)
 class _Holder:
     """`end_ms`: when it leaves, in milliseconds from now; `None`: nobody knows, but it is `age_ms`
-    old. `kept_ratio` of its GPUs are reserved for somebody else until `kept_ms` from now; others of
-    its array are expected to follow it for `refill_ms`."""
+    old, and lives on by its `course`. `kept_ratio` of its GPUs are reserved for somebody else until
+    `kept_ms` from now; others of its array are expected to follow it for `refill_ms`."""
 
     gpus: float
     end_ms: int | None
@@ -45,6 +42,7 @@ class _Holder:
     kept_ratio: float
     kept_ms: int
     refill_ms: int
+    course: Course
 
 
 def held_ahead(
@@ -57,9 +55,8 @@ def held_ahead(
     for minutes in ahead_min:
         certain = expected = 0.0
         for holder in holders:
-            stays, likely = _chances(holder, minutes * minute_ms)
-            certain += holder.gpus * stays
-            expected += holder.gpus * likely
+            certain += holder.gpus * _certain(holder, minutes * minute_ms)
+            expected += holder.gpus * _likely(holder, (minutes * minute_ms,))[0]
         found.append(HeldAhead(minutes, round(certain, 3), round(expected, 3)))
     return round(sum(holder.gpus for holder in holders), 3), tuple(found)
 
@@ -82,19 +79,15 @@ def freed_ahead(
     for gpu_type, holder in _holders(state, now, Series(), every) if by_type else ():
         if gpu_type in by_type:
             by_type[gpu_type].append(holder)
-    return {
-        gpu_type: [
-            (
-                minutes * minute_ms,
-                sum(
-                    holder.gpus * (1.0 - _chances(holder, minutes * minute_ms)[1])
-                    for holder in holders
-                ),
-            )
-            for minutes in LOOKS_MIN
-        ]
-        for gpu_type, holders in by_type.items()
-    }
+    looks_ms = [minutes * minute_ms for minutes in LOOKS_MIN]
+    found = {}
+    for gpu_type, holders in by_type.items():
+        freed = [0.0] * len(looks_ms)
+        for holder in holders:
+            for place, likely in enumerate(_likely(holder, looks_ms)):
+                freed[place] += holder.gpus * (1.0 - likely)
+        found[gpu_type] = list(zip(looks_ms, freed, strict=True))
+    return found
 
 
 def ending_gpus(
@@ -134,17 +127,23 @@ def after_ms(freed: Sequence[tuple[int, float]], gpus: float) -> int | None:
     return None
 
 
-def _chances(holder: _Holder, ahead_ms: int) -> tuple[float, float]:
-    """For certain, and with which chance, of each of its GPUs."""
-    left_ms = max(0, ahead_ms - holder.refill_ms)
-    if holder.end_ms is None:
-        stays, likely = 0.0, holder.age_ms / (holder.age_ms + left_ms)
-    else:
-        stays, likely = float(holder.end_ms > ahead_ms), float(holder.end_ms > left_ms)
+def _certain(holder: _Holder, ahead_ms: int) -> float:
+    """The part of its GPUs that is held for certain."""
+    stays = float(holder.end_ms is not None and holder.end_ms > ahead_ms)
     if holder.kept_ms > ahead_ms:
         stays += (1.0 - stays) * holder.kept_ratio
-    likely += (1.0 - likely) * holder.kept_ratio
-    return stays, likely
+    return stays
+
+
+def _likely(holder: _Holder, aheads_ms: Sequence[int]) -> list[float]:
+    """The part of its GPUs that is expected to be held after each of these times."""
+    lefts_ms = [max(0, ahead_ms - holder.refill_ms) for ahead_ms in aheads_ms]
+    if holder.end_ms is None:
+        found = holder.course.to_live(holder.age_ms, lefts_ms)
+    else:
+        found = [float(holder.end_ms > left_ms) for left_ms in lefts_ms]
+    ratio = holder.kept_ratio
+    return [likely + (1.0 - likely) * ratio for likely in found] if ratio else found
 
 
 def _holders(
@@ -158,6 +157,7 @@ def _holders(
         for uuid in place.gpu_uuids
     }
     found, refills = [], trials.refills(state, now)
+    chances = lifetimes.chances(state, now)
     for attempt_id in list(state.demand_history.counted.held)[::every]:
         job_id, counts = state.demand_history.counted.held[attempt_id]
         attempt = state.attempts.get(attempt_id)
@@ -166,17 +166,16 @@ def _holders(
             continue
         kept = [kept_ms[uuid] for uuid in attempt.gpu_uuids if uuid in kept_ms] if kept_ms else []
         end_ms = _end_ms(state, now, attempt)
-        age_ms = _age_ms(now, attempt)
+        job = state.jobs[job_id]
+        age_ms = lifetimes.age_ms(state, now, job_id)
         ratio = len(kept) / len(attempt.gpu_uuids)
         refill_ms = _refill_ms(state, now, refills, attempt, end_ms or 0)
         for series, gpus in mine:
-            holder = _Holder(gpus * every, end_ms, age_ms, ratio, min(kept, default=0), refill_ms)
+            course = chances.course(kind_of(series.gpu_type, job.spec.gpus * job.spec.ranks))
+            until_ms = min(kept, default=0)
+            holder = _Holder(gpus * every, end_ms, age_ms, ratio, until_ms, refill_ms, course)
             found.append((series.gpu_type, holder))
     return found
-
-
-def _age_ms(now: Instant, attempt: Attempt) -> int:
-    return max(AGE_MS_MIN, now.unix_ms - attempt.assigned_unix_ms)
 
 
 def _refill_ms(
@@ -187,8 +186,10 @@ def _refill_ms(
     end_ms: int,
 ) -> int:
     """For how long others of its array follow who ends then."""
-    refill = refills.get(state.jobs[attempt.job_id].array_id, trials.NO_REFILL)
-    return refill.lasts_ms(_age_ms(now, attempt) + end_ms)
+    refill = refills.get(state.jobs[attempt.job_id].array_id)
+    if refill is None:
+        return 0
+    return refill.lasts_ms(lifetimes.age_ms(state, now, attempt.job_id) + end_ms)
 
 
 def _end_ms(state: State, now: Instant, attempt: Attempt) -> int | None:

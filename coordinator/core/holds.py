@@ -41,9 +41,7 @@ def read(state: State, now: Instant, which: Series, begin_unix_ms: int) -> Holds
     def minutes(unix_ms: int) -> float:
         return (unix_ms - begin_unix_ms) / minute_ms
 
-    left = jobs.first_to_forget(state)
-    forgot = left is not None and len(state.jobs) < state.last_job_id
-    since_ms = state.jobs[left].ended_unix_ms if left is not None and forgot else None
+    since_ms = forgot_until_unix_ms(state)
     found: list[Hold] = []
     looked = 0
     for job in _newest_first(state):
@@ -67,6 +65,14 @@ def read(state: State, now: Instant, which: Series, begin_unix_ms: int) -> Holds
     return Holds(tuple(found), None if since_ms is None else minutes(since_ms))
 
 
+def forgot_until_unix_ms(state: State) -> int | None:
+    """Of jobs that ended before some are not kept any more; `None`: all are."""
+    left = jobs.first_to_forget(state)
+    if left is None or len(state.jobs) >= state.last_job_id:
+        return None
+    return state.jobs[left].ended_unix_ms
+
+
 def _newest_first(state: State) -> Iterator[Job]:
     """Those that may go on, then the others, the last to end first."""
     for job_id in state.job_attempts:
@@ -74,6 +80,14 @@ def _newest_first(state: State) -> Iterator[Job]:
             yield state.jobs[job_id]
     for job_id in reversed(state.ended):
         yield state.jobs[job_id]
+
+
+def newest_life(state: State, now: Instant, job_id: int) -> list[Attempt]:
+    """Of a job its attempts since it last began; none where it never did."""
+    life: list[Attempt] = []
+    for each in _lives(state.attempts_of(job_id), now):
+        life = each
+    return life
 
 
 def _lives(attempts: list[Attempt], now: Instant) -> Iterator[list[Attempt]]:

@@ -48,7 +48,8 @@ def advise(asked: MakeLeases, solve: SolveLinear | None = None) -> LeasesMade:
     level is found as if no work could wait."""
     begin_ms = max(0, asked.unix_ms - PAST_DAYS * bills.MS_PER_DAY)
     body = GetCosts(begin_ms, asked.unix_ms, Grouping.GPU_TYPE)
-    page = bills.answer(asked.books, Instant(0, asked.unix_ms), body)
+    books, at = asked.books, Instant(0, asked.unix_ms)
+    page = bills.answer(books, at, body, books.forgot_until_unix_ms)
     assert isinstance(page, CostPage), page
     found: list[Recommendation] = []
     unadvised: list[Unadvised] = []
@@ -88,7 +89,7 @@ def cases(
 
 
 def _begun(use: HourlyUse, kept_since_unix_ms: int | None) -> int:
-    """Hours before the first attempt that is kept say nothing."""
+    """Hours of which attempts are not kept any more, or nobody knows, say nothing."""
     if kept_since_unix_ms is None:
         return 0
     return max(0, -((use.begin_unix_ms - kept_since_unix_ms) // MS_PER_H))

@@ -15,6 +15,7 @@ Where nothing can be recommended the log says why, once for each type and reason
 coordinator runs, and nothing is published.
 """
 
+from coordinator.core import holds
 from coordinator.core.bills import MS_PER_DAY
 from coordinator.core.lease_messages import (
     KeptBooks,
@@ -69,4 +70,5 @@ def _kept(state: State) -> KeptBooks:
         {job_id: tuple(attempts) for job_id, attempts in state.job_attempts.items()},
         {name: KeptNode(live.node) for name, live in state.nodes.items()},
         dict(state.forgotten),
+        holds.forgot_until_unix_ms(state),
     )

@@ -25,7 +25,7 @@ class KeptNode:
 @dataclass(frozen=True, slots=True)
 class KeptBooks:
     """All that bills are made of (`bills.Books`), as it was at one moment; nothing in it changes
-    any more, so another thread may read it."""
+    any more, so another thread may read it. `forgot_until_unix_ms`: `holds.py`."""
 
     options: Options
     jobs: Mapping[int, Job]
@@ -33,6 +33,7 @@ class KeptBooks:
     job_attempts: Mapping[int, Sequence[str]]
     nodes: Mapping[str, KeptNode]
     forgotten: Mapping[str, KeptNode]
+    forgot_until_unix_ms: int | None
 
     def attempts_of(self, job_id: int) -> list[Attempt]:
         return [self.attempts[attempt_id] for attempt_id in self.job_attempts[job_id]]

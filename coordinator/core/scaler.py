@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from coordinator.core.capacity_model import Outlook
+from coordinator.core.life_table import Chances, LifeTable
 from coordinator.core.scale_records import RECORDS_MAX, ScaleRecord
 from coordinator.core.scaling import Memory, Mode, Rules
 
@@ -70,6 +71,16 @@ class EndsRecord:
 
 
 @dataclass(slots=True)
+class Lives:
+    """Who has ended at which age, since when nothing of it was forgotten, and what followed from it
+    last (`lifetimes.py`)."""
+
+    table: LifeTable = field(default_factory=LifeTable)
+    forgot_ms: int | None = None
+    chances: tuple[int, Chances] | None = None
+
+
+@dataclass(slots=True)
 class Scaler:
     """`records` by number, oldest first; `proposed`: by GPU type the decision that waits for a
     person. `made`: when the last plan was, by both clocks; `seen_job_id`: the
@@ -89,6 +100,7 @@ class Scaler:
     rented_for: dict[int, RentedFor] = field(default_factory=dict)
     ends: dict[tuple[str, str], EndsRecord] = field(default_factory=dict)
     outlooks: dict[str, Outlook] = field(default_factory=dict)
+    lives: Lives = field(default_factory=Lives)
 
     def load(self, records: tuple[ScaleRecord, ...]) -> None:
         """Take over what is durable. What was proposed has to be proposed anew."""

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from coordinator.core import bills
+from coordinator.core.cost_requests import CostPage, GetCosts
 from coordinator.core.demand_history import MINUTE_MS, SETTLE_MS
 from coordinator.core.lease_advice import NOTHING, advise
 from coordinator.core.lease_messages import LeasesMade, MakeLeases, PublishLeases, PutLeaseDay
-from coordinator.core.messages import Effect, Log, Tick
+from coordinator.core.messages import Effect, Log, Reply, Request, Tick
 from coordinator.core.model import Attempt, Job, JobSpec
 from coordinator.core.options import Options
 from coordinator.core.phases import AttemptPhase, JobPhase
@@ -189,3 +190,23 @@ def test_what_is_handed_to_the_thread_does_not_change_any_more() -> None:
     state.job_attempts[1].clear()
     state.nodes.clear()
     assert advise(question) == first
+
+
+def test_one_that_runs_for_weeks_is_not_all_that_was_wanted_in_them() -> None:
+    """Others of that time are forgotten: less than a week is known, and nothing is recommended."""
+    rig = rig_of(days=40)
+    known = rig.disk.jobs[1]
+    ended_ms = UNIX_MS_AT_START - 5 * DAY_MS
+    rig.disk.jobs[3] = replace(known, id=3, phase=JobPhase.SUCCEEDED, ended_unix_ms=ended_ms)
+    rig.disk.last_job_id = 3  # and 2 is not kept any more
+    rig.restart()
+    (make,) = asked(rig.handle(Tick()))
+    assert make.books.forgot_until_unix_ms == ended_ms
+    made = advise(make)
+    assert made.found == ()
+    (none,) = made.unadvised
+    assert none.why == "history"
+    body = GetCosts(make.unix_ms - 30 * DAY_MS, make.unix_ms)
+    (page,) = (one.answer for one in rig.handle(Request(1, body)) if isinstance(one, Reply))
+    assert isinstance(page, CostPage)
+    assert page.kept_since_unix_ms == ended_ms

@@ -345,7 +345,7 @@ class GetCostsResponse(_message.Message):
     def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___HourlyUse]: ...
     @_builtins.property
     def kept_since_time(self) -> _timestamp_pb2.Timestamp:
-        """When the oldest attempt began that is kept. Absent: there is none."""
+        """Since when all attempts are kept; of what was before some are forgotten. Absent: there is none."""
 
     @_builtins.property
     def fleets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TypeFleet]:
