@@ -129,7 +129,8 @@ def lora_task() -> loop.Task:
     )
 
 
-def transfer_task() -> loop.Task:
+def transfer_task(*, keep_features: bool = False) -> loop.Task:
+    """Dropout and batch normalisation, of which the one draws and the other has buffers."""
     loop.seed_everything(5)
     pixels, labels = torch.rand(30, 1, 4, 4), torch.arange(30) % 2
     head = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.BatchNorm1d(8), make_head(8, 4, 2))
@@ -139,6 +140,7 @@ def transfer_task() -> loop.Task:
             ({"pixel_values": pixels[:23]}, labels[:23]),
             ({"pixel_values": pixels[23:]}, labels[23:]),
             identity="tiny images",
+            keep_features=(keep_features, keep_features),
         )
     )
 

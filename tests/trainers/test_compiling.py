@@ -18,7 +18,6 @@ import baton_sdk
 from tests.trainers import tasks
 from tests.trainers.gang import Host
 from trainers import checkpoint, compiling, exactness, loop
-from trainers.classify import Classifier, ClassifyTask, make_head
 
 COMPILED = replace(tasks.OPTIONS, compile=True, steps=7)
 CPU = torch.device("cpu")
@@ -44,24 +43,10 @@ class Told(baton_sdk.Session):
         self.sections.append(name)
 
 
-def head_task() -> loop.Task:
-    """Dropout and batch normalisation, of which the one draws and the other has buffers."""
-    loop.seed_everything(5)
-    pixels, labels = torch.rand(30, 1, 4, 4), torch.arange(30) % 2
-    head = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.BatchNorm1d(8), make_head(8, 4, 2))
-    return tasks.Noisy(
-        ClassifyTask(
-            Classifier(tasks.tiny_vit(), head, frozen=True),
-            ({"pixel_values": pixels[:23]}, labels[:23]),
-            ({"pixel_values": pixels[23:]}, labels[23:]),
-            identity="tiny images",
-            keep_features=(True, True),
-        )
-    )
-
-
 def started(session: baton_sdk.Session, *, compile: bool = True) -> loop.Trainer:
-    made = loop.Trainer(head_task(), replace(COMPILED, compile=compile), session)
+    made = loop.Trainer(
+        tasks.transfer_task(keep_features=True), replace(COMPILED, compile=compile), session
+    )
     loop.seed_everything(COMPILED.seed)
     made.prepare()
     return made
