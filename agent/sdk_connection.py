@@ -195,8 +195,9 @@ class Registration:
         self.connections.append(connection)
 
     def whom(self, program: int | None, message: Mapping[str, object]) -> list[Connection]:
-        """Those whom a word concerns: a stop all, an answer who asked, anything else the newest."""
-        if message.get("type") == "stop":
+        """Those whom a word concerns: a stop and a hang all, an answer who asked, anything else the
+        newest."""
+        if message.get("type") in ("stop", "hung"):
             return self.live
         return [one for one in self.live if program is None or one.program == program][-1:]
 

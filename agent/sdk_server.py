@@ -38,6 +38,11 @@ stop (`core/precopy.py`); its answer is a checkpoint:
     -> {"type":"heeds_saves"}
     <- {"type":"save","reason":"n1 is being drained"}
 
+One that hangs is told so before it is killed, and writes what collectives it waits for into its
+log (`core/hangs.py`):
+
+    <- {"type":"hung","reason":"hung in step for 130 s (limit 120 s)"}
+
 Its last word may be with what status it leaves, since a launcher has one of its own
 (`core/endings.py`):
 
@@ -195,7 +200,7 @@ class SdkServer:
             message = {**message, "id": number & ((1 << CHECKPOINT_BITS) - 1)}
         line = _encode(message)
         told = [self._send(one, line) for one in registration.whom(program, message)]
-        if not any(told):
+        if not any(told) and message.get("type") != "hung":  # who comes later does not hang
             registration.queued.append((program, line))
 
     def _listen(self, listener: socket.socket) -> None:

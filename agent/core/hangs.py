@@ -3,7 +3,8 @@
 Problem: a hung trainer holds its GPUs and makes no progress, and killing it destroys the only
 witness of why. So first every process of the attempt that can is asked to write the stacks of all
 its threads (the SDK has set that up; programs without it are sent nothing), and torch's flight
-recorder, in ranks that speak over NCCL, to write what collectives it waits for. After a pause
+recorder, in ranks that speak over NCCL, to write its dump to a file. What it would say there about
+collectives that are not over, the SDK writes into the log, if its threads still run. After a pause
 for that the attempt is killed, and its end says what it hung in; to the coordinator that is a
 failure as any other, tried again from the last checkpoint.
 
@@ -99,6 +100,7 @@ def _hung(state: State, now: Instant, live: LiveAttempt, found: Overdue) -> None
         **fields,
     )
     state.commands.append(DumpStacks(attempt_id, pipes))
+    state.tell(attempt_id, type="hung", reason=reason)
 
 
 def _alive(state: State, now: Instant, live: LiveAttempt) -> None:

@@ -104,6 +104,19 @@ async def test_each_rank_hears_of_its_own_checkpoint_and_all_of_a_stop(house: Ho
         assert (await trainer.receive() or {})["type"] == "stop"
 
 
+async def test_all_hear_that_they_hang_and_nobody_who_comes_later(house: House) -> None:
+    trainers = [await house.greeted(pid=pid) for pid in (41, 42)]
+    house.server.tell("1.1", {"type": "hung", "reason": "hung in step"})
+    for trainer in trainers:
+        assert await trainer.receive() == {"type": "hung", "reason": "hung in step"}
+        trainer.writer.write_eof()
+        assert await trainer.receive() is None
+    house.server.tell("1.1", {"type": "hung", "reason": "hung in step"})
+    again = await house.greeted(pid=43)
+    house.server.tell("1.1", {"type": "save", "reason": "drain"})
+    assert await again.receive() == {"type": "save", "reason": "drain"}
+
+
 async def test_the_answer_to_a_rank_that_has_gone_waits_for_it(house: House) -> None:
     (house.staging / "a").mkdir()
     path = str(house.staging / "a")

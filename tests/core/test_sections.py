@@ -243,6 +243,9 @@ def test_the_pipes_of_the_flight_recorder_are_named() -> None:
     assert dumps(effects) == [m.DumpStacks("1.1", "/p/nccl")]
     (hung,) = [one for one in effects if isinstance(one, m.Log) and one.event == "attempt.hung"]
     assert dict(hung.fields)["nccl_dump"] == "/d/t"
+    (told,) = [one for one in effects if isinstance(one, m.TellTrainer)]
+    reason = "hung in step for 3 s (limit 2 s)"
+    assert told == m.TellTrainer("1.1", (("type", "hung"), ("reason", reason)))
 
 
 def test_a_hang_of_several_gpus_asks_the_flight_recorder_unasked() -> None:

@@ -54,6 +54,7 @@ class Link:
         *,
         on_stop: Callable[[str, int | None], None],
         on_save: Callable[[], None],
+        on_hang: Callable[[], None],
     ) -> None:
         self._path = path
         self._token = token
@@ -61,6 +62,7 @@ class Link:
         self._slabs = slabs
         self._on_stop = on_stop
         self._on_save = on_save
+        self._on_hang = on_hang
         self._closing = threading.Event()
         self._close_by_s = 0.0
         self._wake_reader: socket.socket
@@ -170,6 +172,8 @@ class Link:
             )
         elif kind == "save":
             self._on_save()
+        elif kind == "hung":
+            self._on_hang()
         elif kind == "slab":
             descriptor = lines.take_descriptor()
             if descriptor is not None:

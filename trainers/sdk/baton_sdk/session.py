@@ -9,7 +9,8 @@ Where the training is (`enter`, `section`) is told as well, and the agent learns
 takes. When it takes far too long, the agent sends one more signal, ``DUMP_SIGNAL``, for which
 faulthandler writes the stacks of all threads to standard error: in the signal handler itself, and
 so also when the interpreter hangs in C code and runs no Python handler any more. Forked children
-have it too.
+have it too. What torch's collectives wait for (``collectives.py``) takes Python, and is asked for
+over the socket.
 
 Child processes (data loader workers) inherit the stop handler. In them a SIGTERM must kill as
 usual, or their parent could not end them; so the handler first looks whose process it is in.
@@ -30,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import SupportsFloat, SupportsIndex
 
+from baton_sdk import collectives
 from baton_sdk.link import Link
 from baton_sdk.mailbox import Mailbox, Ticket, TicketState
 from baton_sdk.slab import Slab, SlabDesk
@@ -60,6 +62,10 @@ DUMP_SIGNAL = signal.SIGRTMIN + 5
 
 STDERR = 2
 """By number: what the agent keeps as the job's log, whatever ``sys.stderr`` is by then."""
+
+STACKS_S = 0.5
+"""Until the stacks of all threads are written, as far as they are into the same log: their lines
+and others would mix. The agent waits five seconds for both."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Session:
                 self._slabs,
                 on_stop=self._on_stop,
                 on_save=self._on_save,
+                on_hang=self._on_hang,
             )
             self._link.open()
             atexit.register(self._close_at_exit)
@@ -366,6 +373,11 @@ class Session:
 
     def _on_save(self) -> None:
         self._save_requested = True
+
+    def _on_hang(self) -> None:
+        """In the link's thread, which has nothing better to do: the training hangs."""
+        time.sleep(STACKS_S)
+        collectives.write(STDERR, self._rank)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner_pid:
