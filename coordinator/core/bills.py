@@ -7,7 +7,7 @@ of a span is the sum of what these stays have in it. A bill of two days is the s
 
 - A node is leased while a lease of the configuration names it, rented by the hour where
   `burst_nodes` names it, and owned otherwise. An hour on it costs what that costs by
-  `tariffs.Prices`; a GPU that is shared counts by the share of its memory.
+  `tariffs.Prices`; a GPU that is shared counts by `shares.ratio`.
 - A lease is paid for whether it is used or not: what its GPUs cost in the span less what was used
   of them is idle, and nobody's.
 - Energy is counted for own GPUs, by the table of watts under load: what was measured is not kept.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final, Protocol
 
-from coordinator.core import flexible, gpu_types, workload
+from coordinator.core import flexible, gpu_types, shares, workload
 from coordinator.core.accounting import end_unix_ms
 from coordinator.core.capacity_model import Source
 from coordinator.core.cost_requests import (
@@ -37,7 +37,7 @@ from coordinator.core.cost_requests import (
     TypeFleet,
 )
 from coordinator.core.messages import Refusal, RefusalKind
-from coordinator.core.model import Attempt, GpuFacts, Job, Node
+from coordinator.core.model import Attempt, Job, Node
 from coordinator.core.options import Options
 from coordinator.core.sentences import some
 from coordinator.core.state import Instant
@@ -186,7 +186,7 @@ def _stays(
     for uuid in attempt.gpu_uuids:
         gpu = facts.get(uuid)
         name = unknown if gpu is None else gpu_types.key_of(gpu.name, gpu.memory_bytes)
-        by_type[name] = by_type.get(name, 0.0) + _part(job, gpu or typical)
+        by_type[name] = by_type.get(name, 0.0) + shares.ratio(job.spec, gpu or typical)
     # Rank 0 speaks for its gang; what one step was on several types is told once.
     queued = attempt.times.queued_unix_ms
     wanted = begin if queued is None else min(begin, queued)
@@ -231,13 +231,6 @@ def _sourced(state: Books, node: str, whole: Stay) -> Iterator[Stay]:
 def lease_usd(lease: Lease, prices: Prices) -> float | None:
     """Of one GPU, an hour."""
     return prices.of(lease.gpu_type).lease_usd if lease.usd is None else lease.usd
-
-
-def _part(job: Job, gpu: GpuFacts) -> float:
-    share_bytes = job.spec.shared_gpu_memory_bytes
-    if not share_bytes or not gpu.memory_bytes:
-        return 1.0
-    return min(1.0, share_bytes / gpu.memory_bytes)
 
 
 def _new_steps(attempt: Attempt) -> int:

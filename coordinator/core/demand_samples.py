@@ -192,9 +192,7 @@ def _named(spec: JobSpec) -> str:
 
 
 def _part(spec: JobSpec, gpu: GpuFacts | None) -> float:
-    if not spec.shared_gpu_memory_bytes or gpu is None:
-        return 1.0
-    return min(1.0, spec.shared_gpu_memory_bytes / max(1, shares.shareable_bytes(gpu)))
+    return 1.0 if gpu is None else shares.ratio(spec, gpu)
 
 
 class _Fleet:

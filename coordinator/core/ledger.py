@@ -19,6 +19,7 @@ from typing import Final
 
 from coordinator.core.model import Attempt, GpuFacts, JobSpec
 from coordinator.core.quotas import MEAN_LIFE_H, PARTS, weight_parts
+from coordinator.core.shares import ratio
 
 MS_PER_H: Final = 3_600_000
 # After a week a thousandth is left; older hours are not looked at.
@@ -126,15 +127,12 @@ def attempt_parts(spec: JobSpec, gpu_uuids: Iterable[str], gpus: Iterable[GpuFac
 
 
 def gpu_parts(spec: JobSpec, gpu: GpuFacts | None) -> int:
-    """What a job's hour on this GPU counts; of a shared one its share of the memory does, of one
-    that has a GPU to itself where it can all of it. One that is not known any more counts as an
-    unknown type."""
+    """What a job's hour on this GPU counts; of a shared one its part does, of one that has a GPU to
+    itself where it can all of it. One that is not known any more counts as an unknown type."""
     if gpu is None:
         return PARTS
     parts = weight_parts(gpu.name, gpu.memory_bytes)
-    if spec.shared_gpu_memory_bytes and not spec.share_automatic:
-        return max(1, parts * spec.shared_gpu_memory_bytes // max(1, gpu.memory_bytes))
-    return parts
+    return parts if spec.share_automatic else max(1, round(parts * ratio(spec, gpu)))
 
 
 def _faded(now_ms: int, hour: int) -> float:

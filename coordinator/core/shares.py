@@ -44,6 +44,15 @@ def shareable_bytes(gpu: GpuFacts) -> int:
     return gpu.memory_bytes * SHARES_PERCENT_MAX // 100
 
 
+def ratio(spec: JobSpec, gpu: GpuFacts) -> float:
+    """Which part of a GPU its job takes: its share of what all shares may add up to, since a GPU
+    that is full of sharers is one that nobody else can have. Bills, demand and quotas count it
+    so."""
+    if not spec.shared_gpu_memory_bytes:
+        return 1.0
+    return min(1.0, spec.shared_gpu_memory_bytes / max(1, shareable_bytes(gpu)))
+
+
 def alone(spec: JobSpec) -> JobSpec:
     """As who shares only where that pays asks for a GPU of his own, of which his share is to be a
     share that others may be beside later."""

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core import bills, tariffs
+from coordinator.core import bills, shares, tariffs
 from coordinator.core.cost_requests import CostPage, GetCosts, Grouping, Money
+from coordinator.core.ledger import gpu_parts
 from coordinator.core.messages import Refusal
 from coordinator.core.model import (
     Attempt,
@@ -165,10 +166,25 @@ def test_a_gpu_that_is_not_known_any_more_counts_without_a_price() -> None:
     assert [(line.key, line.money.unpriced_gpu_hours) for line in page.lines] == [("unknown", 3.0)]
 
 
-def test_a_share_of_a_gpu_costs_its_share() -> None:
-    shared = job(1, shared_gpu_memory_bytes=20 * GIB)
-    total = bill(state_of([shared], [attempt(1, 1, "own-1", 0, 4)]), 0, 24).total
-    assert total.gpu_hours == 1.0
+def test_a_gpu_that_is_full_of_sharers_costs_what_a_gpu_costs() -> None:
+    """80 GiB, of which 72 may be shared: nobody else could have had the rest."""
+    shared = [job(number, shared_gpu_memory_bytes=18 * GIB) for number in (1, 2, 3, 4)]
+    stays = [attempt(number, 1, "own-1", 0, 4) for number in (1, 2, 3, 4)]
+    page = bill(state_of(shared, stays), 0, 24, by=Grouping.JOB)
+    assert [line.money.gpu_hours for line in page.lines] == [1.0] * 4
+    assert page.total.gpu_hours == 4.0
+
+
+@pytest.mark.parametrize("gib", [1, 18, 36, 72])
+def test_a_share_is_the_same_part_in_bills_demand_and_quotas(gib: int) -> None:
+    shared = job(1, shared_gpu_memory_bytes=gib * GIB)
+    state = state_of([shared], [attempt(1, 1, "own-1", 0, 4)])
+    gpu = state.nodes["own-1"].node.gpus[0]
+    part = bill(state, 0, 24).total.gpu_hours / 4
+    assert part == pytest.approx(gib / 72)
+    whole = gpu_parts(job(1).spec, gpu)
+    assert gpu_parts(shared.spec, gpu) == round(whole * part)
+    assert shares.ratio(shared.spec, gpu) == part
 
 
 def test_tokens_are_those_of_steps_that_nobody_had_made_before() -> None:
