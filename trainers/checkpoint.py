@@ -172,19 +172,24 @@ def restore(
     return progress
 
 
-def write(snapshot: Snapshot, directory: Path) -> None:
-    """Make ``directory`` the snapshot's files. It appears whole or not at all, and durable.
+def write(snapshot: Snapshot, directory: Path, *, hashed: bool = False) -> dict[str, Any]:
+    """Make ``directory`` the snapshot's files. It appears whole or not at all, and durable. Returns
+    the state in it: the snapshot's, and with the hashes of all files where it is to be ``hashed``,
+    which is for those whom no agent hashes.
 
     An older directory of that name is replaced. Raises OSError (a full disk, say) and leaves
     nothing behind then.
     """
+    state = snapshot.state
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for made in snapshot.files():
             save_file(made.tensors, partial / made.name)
-        (partial / STATE_FILE).write_bytes(encode_state(snapshot.state))
+        if hashed:
+            state = manifest.with_files(state, partial)
+        (partial / STATE_FILE).write_bytes(encode_state(state))
         for file in (*partial.iterdir(), partial):
             _sync(file)
         # Set aside whole: half removed under its name it would be taken for the newest.
@@ -201,6 +206,7 @@ def write(snapshot: Snapshot, directory: Path) -> None:
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return state
 
 
 def read(directory: Path) -> Snapshot:
@@ -224,6 +230,10 @@ def read(directory: Path) -> Snapshot:
             manifest.check_hash(state)
         except manifest.ManifestError as error:
             raise CheckpointError(f"{STATE_FILE} in {directory} is damaged: {error}") from error
+        try:
+            manifest.check_files(directory, manifest.parse(state).files)
+        except manifest.ManifestError as error:
+            raise CheckpointError(str(error)) from error
     return Snapshot(state=state, rows=frozenset(rows), **tensors)
 
 

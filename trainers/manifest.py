@@ -151,7 +151,8 @@ class Manifest:
 
     tensors: Layout
     files: dict[str, str]
-    """BLAKE3 of whole files, for those that their writer hashed."""
+    """BLAKE3 of whole files, where no agent hashes them: in a directory outside Baton. Of a
+    checkpoint in parts below the directory of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,28 @@ def load(directory: Path) -> tuple[Manifest, Document]:
         raise ManifestError(f"{file} does not hold an object")
     check_hash(document)
     return parse(document), document
+
+
+def with_files(document: Document, directory: Path) -> Document:
+    """The document with the hashes of the files of tensors in this directory, sealed again. Raises
+    OSError."""
+    files = sorted(directory.glob("*.safetensors"))
+    try:
+        hashes = {file.name: file_hash(file) for file in files}
+    except ManifestError as error:
+        raise OSError(str(error)) from error
+    found: Document = {**document, KEY: {**document[KEY], "files": hashes}}
+    found[HASH_KEY] = hash_of(found)
+    return found
+
+
+def check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Raises ManifestError, naming the first file that has another hash."""
+    for name, expected in files.items():
+        if file_hash(directory / name) != expected:
+            raise ManifestError(
+                f"{name} in {directory} is altered: its bytes are not those of the manifest"
+            )
 
 
 def file_hash(file: Path) -> str:

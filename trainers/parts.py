@@ -71,6 +71,9 @@ def _read(directory: Path, world: World, model: torch.nn.Module) -> checkpoint.S
         found, state = manifest.load(directory)
         random = checkpoint.read_tensors(directory, "random")
     checkpoint.check_format(state)
+    # Each rank looks at its share of the files: what one finds, all hear of.
+    share = sorted(found.files)[world.rank :: world.size]
+    manifest.check_files(directory, {name: found.files[name] for name in share})
     shapes = {name: p.shape for name, p in model.named_parameters() if sharding.is_spread(p)}
     tensors: dict[str, Any] = {part: {} for part in checkpoint.TENSOR_FILES}
     with ranges.Reader(directory, found) as reader:

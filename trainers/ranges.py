@@ -29,8 +29,8 @@ from trainers.manifest import (
     ManifestError,
     Shard,
     check_cover,
+    check_files,
     dtype_name,
-    file_hash,
     load,
 )
 
@@ -58,7 +58,8 @@ def load_parts(directory: Path) -> tuple[Manifest, list[Document]]:
         found, document = load(directory / name_of_part(rank))
         manifests.append(found)
         documents.append(document)
-    held = []
+    held: list[dict[str, LogicalTensor]] = []
+    files: dict[str, str] = {}
     for rank, found in enumerate(manifests):
         part = name_of_part(rank)
         if found.rank != rank:
@@ -71,7 +72,8 @@ def load_parts(directory: Path) -> tuple[Manifest, list[Document]]:
                     f" and that of {name_of_part(0)} is {theirs}"
                 )
         held.append(_below(part, found.tensors))
-    return replace(first, rank=None, tensors=merge(held)), documents
+        files |= {f"{part}/{name}": digest for name, digest in found.files.items()}
+    return replace(first, rank=None, tensors=merge(held), files=files), documents
 
 
 def load_any(directory: Path) -> Manifest:
@@ -94,9 +96,7 @@ def verify(directory: Path) -> Manifest:
     """Load a checkpoint, in parts or whole, and hold the files against it: every shard is there
     with its type and shape, every hashed file has its hash. Raises ManifestError."""
     manifest = load_any(directory)
-    for name, expected in manifest.files.items():
-        if file_hash(directory / name) != expected:
-            raise ManifestError(f"{name} is altered: its bytes are not those of the manifest")
+    check_files(directory, manifest.files)
     with Reader(directory, manifest) as reader:
         for name, tensor in manifest.tensors.items():
             for shard in tensor.shards:

@@ -158,7 +158,7 @@ class Saver:
         if self._world.first and not self._session.under_baton:
             for old in standalone_checkpoints(parent)[:-STANDALONE_CHECKPOINTS_MAX]:
                 shutil.rmtree(old)
-        return Kept(ticket, live.state, captured, self._stall_s)
+        return Kept(ticket, self._state, captured, self._stall_s)
 
     def wait_stored(self, timeout_s: float) -> bool:
         """Whether the last checkpoint is on the agent's disk, within so many seconds. Of ranks that
@@ -179,13 +179,17 @@ class Saver:
             return self._session.checkpoint(directory, step)
         if world.alone or self._session.under_baton:
             own = directory
-        checkpoint.write(checkpoint.copied(live), own)
+        self._write_own(live, own)
         return self._session.checkpoint(own, step, parts=world.size)
+
+    def _write_own(self, live: checkpoint.Snapshot, own: Path) -> None:
+        hashed = not self._session.under_baton
+        self._state = checkpoint.write(checkpoint.copied(live), own, hashed=hashed)
 
     def _write_together(self, live: checkpoint.Snapshot, own: Path) -> None:
         failure = ""
         try:
-            checkpoint.write(checkpoint.copied(live), own)
+            self._write_own(live, own)
         except OSError as error:
             failure = str(error)
         try:

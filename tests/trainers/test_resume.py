@@ -308,7 +308,7 @@ def test_a_full_disk_costs_a_warning_and_no_training(
     options = replace(tasks.OPTIONS, checkpoint_directory=str(tmp_path))
     trainer = loop.Trainer(tasks.transfer_task(), options, baton_sdk.Session({}))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
