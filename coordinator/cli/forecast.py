@@ -200,7 +200,8 @@ def _staying(series: "Series", known: "Told | None", ahead_h: Sequence[int]) -> 
     from coordinator.forecast.forecaster import WEEK_H
     from coordinator.forecast.survival import still_wanted
 
-    found = still_wanted(known.holds, series.values, series.per_hour, ahead_h)
+    with progress(len(series.values), "replaying ages of jobs") as passed:
+        found = still_wanted(known.holds, series.values, series.per_hour, ahead_h, passed=passed)
     all_h = len(series.values) / series.per_hour
     known_h = all_h - known.holds.since_h
     if known_h < WEEK_H <= all_h:

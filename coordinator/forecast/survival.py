@@ -17,8 +17,9 @@ any more, and a forecast that was told it now alone could not have learned what 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -41,6 +42,7 @@ OWN_ENDS: Final = 4.0
 BEGIN_ENDS: Final = 0.5
 
 Places = NDArray[np.intp]
+Passed = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,44 +56,81 @@ class Holds:
     since_h: float = -math.inf
 
 
+def _unheard(_steps: int) -> None:
+    """Nobody waits for it."""
+
+
 def still_wanted(
-    holds: Holds, wanted: Sequence[float], per_hour: int, ahead_h: Sequence[int]
+    holds: Holds,
+    wanted: Sequence[float],
+    per_hour: int,
+    ahead_h: Sequence[int],
+    *,
+    passed: Passed = _unheard,
 ) -> list[Floats]:
     """For each of these: at each step of a series of means, what is expected to be wanted still so
     many hours later, as it could be known at its end; NaN where it could not. Who came or went
-    within the step is in its mean in part, and then stays or has left."""
+    within the step is in its mean in part, and then stays or has left. `passed` hears of each
+    step."""
     waits = np.array(wanted) - held_on_average(holds, len(wanted), per_hour)
-    return [np.maximum(0.0, waits + each) for each in stays(holds, len(wanted), per_hour, ahead_h)]
+    stay = stays(holds, len(wanted), per_hour, ahead_h, passed=passed)
+    return [np.maximum(0.0, waits + each) for each in stay]
 
 
 def held_on_average(holds: Holds, steps: int, per_hour: int) -> Floats:
     """Within each step."""
-    spent = [
-        holds.gpus @ np.maximum(0.0, np.minimum(holds.end_h, step / per_hour) - holds.begin_h)
-        for step in range(steps + 1)
-    ]
-    return np.diff(spent) * per_hour
+    found = np.zeros(steps)
+    for step, there in enumerate(_there(holds, steps, per_hour)):
+        begins_h, ends_h = step / per_hour, (step + 1) / per_hour
+        until_h = np.minimum(holds.end_h[there], ends_h)
+        spent_h = until_h - np.maximum(holds.begin_h[there], begins_h)
+        found[step] = holds.gpus[there] @ spent_h * per_hour
+    return found
 
 
-def stays(holds: Holds, steps: int, per_hour: int, ahead_h: Sequence[int]) -> Floats:
+def _there(holds: Holds, steps: int, per_hour: int) -> Iterator[Places]:
+    """Of each step, those who hold anything within it. Of a long history they are few, and whoever
+    looks at all of it in each step takes many times as long."""
+    lasted = np.flatnonzero(holds.end_h > holds.begin_h)
+    come = lasted[np.argsort(holds.begin_h[lasted], kind="stable")]
+    reached = np.searchsorted(holds.begin_h[come], np.arange(1, steps + 1) / per_hour)
+    there = come[:0]
+    for step, (first, last) in enumerate(pairwise((0, *reached.tolist()))):
+        there = np.concatenate([there, come[first:last]])
+        there = there[holds.end_h[there] > step / per_hour]
+        yield np.sort(there)
+
+
+def stays(
+    holds: Holds,
+    steps: int,
+    per_hour: int,
+    ahead_h: Sequence[int],
+    *,
+    passed: Passed = _unheard,
+) -> Floats:
     """Of what is held at the end of each step, what is expected to be held still so many hours
     later, as a mean; shape (hours ahead, steps), NaN where it could not be known. Who ends earlier
     than he begins has no age."""
     table = LifeTable()
     found = np.full((len(ahead_h), steps), np.nan)
     looked_h = holds.since_h
-    there = (holds.begin_h < looked_h) & (holds.end_h > looked_h)
-    table.came(holds.gpus[there], HOUR_S * (looked_h - holds.begin_h[there]))
-    for step in range(steps):
+    before = (holds.begin_h < looked_h) & (holds.end_h > looked_h)
+    table.came(holds.gpus[before], HOUR_S * (looked_h - holds.begin_h[before]))
+    leave = np.argsort(holds.end_h, kind="stable")
+    ends_h = holds.end_h[leave]
+    for step, within in enumerate(_there(holds, steps, per_hour)):
         now_h = (step + 1) / per_hour
+        passed(1)
         if now_h < holds.since_h:
             continue
-        gone = (holds.end_h > looked_h) & (holds.end_h <= now_h)
+        first, last = np.searchsorted(ends_h, (looked_h, now_h), side="right")
+        gone = leave[first:last]
         lasted_h = holds.end_h[gone] - holds.begin_h[gone]
         table.ended(holds.gpus[gone], HOUR_S * np.maximum(0.0, lasted_h))
         if (step + 1) % (24 * per_hour) == 0:
             table.forget(days=1)
-        there = (holds.begin_h < now_h) & (holds.end_h > now_h)
+        there = within[holds.end_h[within] > now_h]
         ages_s = HOUR_S * (now_h - holds.begin_h[there])
         held = holds.gpus[there]
         found[:, step] = table.chances(held, ages_s, [HOUR_S * each for each in ahead_h]) @ held

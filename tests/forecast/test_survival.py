@@ -173,3 +173,28 @@ def test_who_is_not_told_for_a_while_goes_on_without() -> None:
     forecaster.observe(105.0)
     assert "ages" not in forecaster.by_model()
     assert forecaster.forecast()[4] == pytest.approx(110, abs=15)
+
+
+@pytest.mark.parametrize("per_hour", [1, 6])
+def test_who_looks_at_those_there_sees_what_a_look_at_all_shows(per_hour: int) -> None:
+    """Jobs from before the series and beyond it, ends before begins, and some that go on."""
+    random, jobs, hours = np.random.default_rng(8), 300, 60
+    begin_h = random.uniform(-20.0, hours + 5.0, jobs)
+    end_h = begin_h + random.lognormal(0.0, 2.0, jobs)
+    end_h[::9] = math.inf
+    end_h[::31] = begin_h[::31] - 1.0
+    holds = Holds(random.choice([0.5, 1.0, 8.0], jobs), begin_h, end_h)
+    steps = hours * per_hour
+    bounds_h = np.arange(steps + 1) / per_hour
+    spent = np.clip(np.minimum(end_h, bounds_h[:, None]) - begin_h, 0.0, None) @ holds.gpus
+    assert held_on_average(holds, steps, per_hour) == pytest.approx(np.diff(spent) * per_hour)
+    certain = stays(holds, steps, per_hour, (0,))[0]
+    now_h = bounds_h[1:, None]
+    assert certain == pytest.approx(((begin_h < now_h) & (end_h > now_h)) @ holds.gpus)
+
+
+def test_who_waits_is_told_of_each_step() -> None:
+    heard: list[int] = []
+    holds = Holds(np.array([2.0]), np.array([1.0]), np.array([math.inf]), since_h=2.0)
+    still_wanted(holds, [1.0] * 5, 1, (1,), passed=heard.append)
+    assert sum(heard) == 5
