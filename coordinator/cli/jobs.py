@@ -241,7 +241,7 @@ def write_job(job: "Job", now: datetime) -> None:
     write_fields(
         [
             ("phase", _phase(job, now)),
-            ("reason", job.reason),
+            ("reason", _reason(job)),
             ("class", spec.job_class),
             ("project", spec.project),
             ("request", _request(job)),
@@ -299,8 +299,16 @@ def _row(job: "Job", now: datetime, *, fold: bool) -> tuple[object, ...]:
         here,
         step,
         units.format_span(job.submit_time, now),
-        _LOOKED_IN.sub("", job.reason).replace(" ()", ""),
+        _LOOKED_IN.sub("", _reason(job)).replace(" ()", ""),
     )
+
+
+def _reason(job: "Job") -> str:
+    """Why it is where it is; of one that leaves, why it does."""
+    leaving = [one for one in newest_try(job) if one.phase == "stopping" and one.reason]
+    if not leaving:
+        return job.reason
+    return f"leaves {count_words([one.node for one in leaving])}: {leaving[0].reason}"
 
 
 def _attempt_row(attempt: "Attempt", now: datetime) -> tuple[object, ...]:

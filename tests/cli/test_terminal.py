@@ -181,3 +181,21 @@ def test_a_list_leaves_out_where_a_command_was_looked_for(
     assert baton("jobs").stdout.splitlines()[1].endswith(f"  {short}")
     assert json.loads(baton("jobs", "--json").stdout)[0]["reason"] == reason
     assert reason in baton("job", "12").stdout
+
+
+def test_of_a_job_that_leaves_it_is_said_why(baton: Baton, fake: FakeCoordinator) -> None:
+    """And not any more why it was started where it still is."""
+    job = types_pb2.Job(id=12, phase=types_pb2.JOB_PHASE_CANCELLING, reason="runs on n1 and n2")
+    stopping = types_pb2.ATTEMPT_PHASE_STOPPING
+    for rank, node in enumerate(("n1", "n2")):
+        job.attempts.add(
+            id=f"12.1.{rank}", epoch=1, rank=rank, node=node, phase=stopping, reason="cancelled"
+        )
+    fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job])]
+    fake.answers["GetJob"] = [jobs_pb2.GetJobResponse(job=job)]
+    assert baton("jobs").stdout.splitlines()[1].endswith("  leaves n1, n2: cancelled")
+    assert "leaves n1, n2: cancelled" in baton("job", "12").stdout
+    for attempt in job.attempts:
+        attempt.phase = types_pb2.ATTEMPT_PHASE_RUNNING
+    fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job])]
+    assert baton("jobs").stdout.splitlines()[1].endswith("  runs on n1 and n2")
