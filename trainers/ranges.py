@@ -58,7 +58,8 @@ def load_parts(directory: Path) -> tuple[Manifest, list[Document]]:
         found, document = load(directory / name_of_part(rank))
         manifests.append(found)
         documents.append(document)
-    held, files = [], {}
+    held: list[dict[str, LogicalTensor]] = []
+    files: dict[str, str] = {}
     for rank, found in enumerate(manifests):
         part = name_of_part(rank)
         if found.rank != rank:

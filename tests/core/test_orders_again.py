@@ -91,7 +91,7 @@ def test_a_restart_counts_what_was_used_on_a_rented_node_that_is_gone_as_before(
     fleet.wait(5_000)
     end_all(fleet)
     booked, before = state.ledger.ended, bill(fleet)
-    assert state.ledger.parts(f"{shared.id}.1") == 250, "a part of a GPU"
+    assert state.ledger.parts(f"{shared.id}.1") == 278, "20 of 72 GB"
     power.give_back(state, fleet.rig.now, state.nodes["r1"], "a test")
     fleet.wait(1_000)
     fleet.obey("r1")

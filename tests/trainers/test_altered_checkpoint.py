@@ -10,7 +10,8 @@ import pytest
 
 import baton_sdk
 from tests.trainers import tasks
-from tests.trainers.gang import Ended, Host
+from tests.trainers.forking import Ended
+from tests.trainers.gang import Host
 from trainers import checkpoint, loop, manifest
 
 STEPS = 4
