@@ -364,17 +364,18 @@ def _keep_late(state: _Class, now_ms: int) -> None:
 
 
 def _keep_running(state: _Class, now_ms: int, aims: Aims, *, ending: bool) -> None:
-    """And who has just started; `ending`: or will have ended before that long."""
+    """And who stays where it is."""
     stay = [
         (-max(state.worth[index], default=0.0), index, contender.options.index(contender.at))
         for index, contender in enumerate(state.contenders)
-        if contender.at in contender.options and _stays(contender, now_ms, aims, ending)
+        if contender.at in contender.options and stays(contender, now_ms, aims, ending=ending)
     ]
     for _, index, choice in sorted(stay):
         state.take(index, choice)
 
 
-def _stays(contender: Contender, now_ms: int, aims: Aims, ending: bool) -> bool:
+def stays(contender: Contender, now_ms: int, aims: Aims, *, ending: bool = True) -> bool:
+    """Whether one that runs has just started; `ending`: or will have ended before that long."""
     least_s = run_s_min(contender.restart_s, aims)
     young = now_ms - contender.since_ms < least_s * MS_PER_S
     if young or not ending or contender.at is None or contender.steps_left is None:
@@ -492,9 +493,8 @@ def _reason(
     _, place = max(found)
     option, value = contender.options[-place], worth[-place]
     name, gpus = option.gpu_type, option.gpus
-    left = free.get(name, 0)
     price = prices.get(name, 0.0)
     return (
-        f"needs {gpus} x {name}, {left} free; worth {value / gpus:.3g} a GPU there, where the last"
-        f" GPU is worth {price:.3g}"
+        f"needs {gpus} x {name}, {free.get(name, 0)} free; worth {value / gpus:.3g} a GPU there,"
+        f" where the last GPU is worth {price:.3g}"
     )

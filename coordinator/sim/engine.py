@@ -28,6 +28,7 @@ from coordinator.sim.model import (
     PairRates,
     Placement,
     Policy,
+    Resting,
     Seen,
     SimJob,
     View,
@@ -47,9 +48,10 @@ class BrokenPolicy(ValueError):
 
 @dataclass(slots=True)
 class _Run:
-    """A job on its way. `advanced_ms` is up to when `steps` counts; before `ready_ms` it makes
-    none. `marks` are seconds that it had trained since then, and its steps, whenever it began or
-    its rate changed. At its `rate` it works since `paced_ms`. Partners have one `seat`."""
+    """A job on its way. `advanced_ms` is up to when `steps` counts; it had then trained `trained_s`
+    since it was ready, which is at `ready_ms`: before, it makes no step. `marks` are seconds that
+    it had trained since then, and its steps, whenever it began or its rate changed. At its `rate`
+    it works since `paced_ms`. Partners have one `seat`."""
 
     job: SimJob
     believed: SimJob
@@ -59,6 +61,7 @@ class _Run:
     since_ms: int = 0
     ready_ms: int = 0
     advanced_ms: int = 0
+    trained_s: float = 0.0
     rate: float = 0.0
     paced_ms: int = 0
     seat: int = 0
@@ -76,6 +79,8 @@ class _Engine:
     capacity: dict[str, int]
     failures: random.Random
     passed: Callable[[int], None]
+    resting: Resting | None
+    incremental: Incremental | None
     heap: list[tuple[int, int, int, int]] = field(default_factory=list)
     runs: dict[int, _Run] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
@@ -88,6 +93,7 @@ class _Engine:
     ended: list[int] = field(default_factory=list)
     # Something that news of jobs does not tell, or nothing has been decided yet.
     decide_all: bool = True
+    ticked: bool = False
 
     def run(self, jobs: Mapping[int, SimJob]) -> None:
         arrivals = _believed(list(jobs.values()), self.fleet, self.chance)
@@ -141,7 +147,7 @@ class _Engine:
             self.decide_all = True
             self._fail(now_ms)
         elif kind == _TICK:
-            self.decide_all = True
+            self.ticked = True
         elif kind == _MEND:
             self.decide_all = True
             name, gpus = self.broken[number]
@@ -152,8 +158,9 @@ class _Engine:
 
     def _advance(self, run: _Run, now_ms: int) -> None:
         if run.placement is not None:
-            before_s = self._trained_s(run, run.advanced_ms)
-            run.steps += run.rate * (self._trained_s(run, now_ms) - before_s)
+            trained_s = self._trained_s(run, now_ms)
+            run.steps += run.rate * (trained_s - run.trained_s)
+            run.trained_s = trained_s
             held_s = (now_ms - run.advanced_ms) / MS_PER_S
             run.attained_gpu_s += held_s * _gpus_of(run.placement)
         run.advanced_ms = now_ms
@@ -162,11 +169,18 @@ class _Engine:
         return saving.trained_s(max(0, at_ms - run.ready_ms) / MS_PER_S, self.chance)
 
     def _ask(self, now_ms: int) -> None:
-        """By the news alone where the policy can do with that."""
+        """Not at all where time alone changes nothing, and by the news alone where the policy can
+        do with that."""
+        quiet = not (self.came or self.ended or self.decide_all)
+        if quiet and self.resting is not None and self.resting.at_rest:
+            self.ticked = False
+            for each in self.runs.values():
+                self._advance(each, now_ms)
+            return
         started = None
-        if isinstance(self.policy, Incremental) and not self.decide_all:
-            started = self.policy.hear(News(now_ms, self.ended, self.came, self.chance.blind))
-        self.came, self.ended, self.decide_all = [], [], False
+        if self.incremental is not None and not (self.decide_all or self.ticked):
+            started = self.incremental.hear(News(now_ms, self.ended, self.came, self.chance.blind))
+        self.came, self.ended, self.decide_all, self.ticked = [], [], False, False
         if started is None:
             self._decide(now_ms)
             return
@@ -276,7 +290,7 @@ class _Engine:
             run.ready_ms = now_ms + (round(run.job.restart_s * MS_PER_S) if run.started else 0)
             run.started = True
             run.marks = []
-        trained_s = self._trained_s(run, now_ms)
+        run.trained_s = trained_s = self._trained_s(run, now_ms)
         run.marks.append((trained_s, run.steps))
         run.rate = self._rate(run, place)
         run.paced_ms = max(now_ms, run.ready_ms)
@@ -435,7 +449,13 @@ def simulate(
             raise ValueError(f"job {job.job_id}: no GPU type of the fleet can run it on {job.gpus}")
     chance = chance or Chance()
     failures = random.Random(f"failures {chance.seed}")
-    engine = _Engine(fleet, policy, chance, pairs or {}, dict(fleet.gpus), failures, passed)
+    # Asked once: of a protocol that is a question of some microseconds.
+    resting = policy if isinstance(policy, Resting) else None
+    incremental = policy if isinstance(policy, Incremental) else None
+    capacity = dict(fleet.gpus)
+    engine = _Engine(
+        fleet, policy, chance, pairs or {}, capacity, failures, passed, resting, incremental
+    )
     engine.run(known)
     digest = hashlib.sha256()
     for line in engine.lines:

@@ -23,10 +23,8 @@ an empty cell: it cannot run there.
 `[projects.NAME]` are quotas, as in the coordinator's configuration.
 """
 
-import csv
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -35,6 +33,7 @@ import msgspec
 
 from coordinator.core.model import CLASS_RANK
 from coordinator.core.quotas import Quota
+from coordinator.sim.csv_file import read_csv, shown
 from coordinator.sim.model import Chance, Fleet, PairRates, SimJob
 from coordinator.sim.toml_file import BadFile, check_number, read_table, read_toml
 
@@ -53,7 +52,17 @@ HINTS: Final = {
     "job": "; number the jobs",
     "arrival_s": "; seconds since any time that is the same for all",
 }
-SEPARATORS: Final = {";": "semicolons", "\t": "tabs"}
+# Of Unix time that would be the year 5138: who writes more writes milliseconds, and then a minute
+# between two jobs would be taken for most of a day.
+SECONDS_MAX: Final = 1e11
+# Columns of traces that others have published, and what they are here.
+MEANT: Final = {
+    "job_id": "job", "id": "job", "jobid": "job", "submit_time": "arrival_s",
+    "submitted_time": "arrival_s", "creation_time": "arrival_s", "arrival_time": "arrival_s",
+    "num_gpu": "gpus", "num_gpus": "gpus", "gpu_num": "gpus", "total_steps": "steps",
+    "iteration": "steps", "iterations": "steps", "duration": "steps", "model_name": "model",
+    "ddl": "deadline_s", "deadline": "deadline_s",
+}  # fmt: skip
 PAIR_COLUMNS: Final = ("gpu_type", "model", "beside", "steps_per_s")
 OPTIONAL: Final = ("class", "project", "model", "restart_s", "deadline_s")
 
@@ -151,12 +160,9 @@ def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[Sim
     """The jobs of a trace, in the order of the file. Types that may be `added` may have a
     column."""
     jobs: dict[int, SimJob] = {}
-    with _csv(path) as reader:
-        _check_columns(path, reader.fieldnames or (), (*inputs.fleet.gpus, *added))
-        for row in reader:
-            if not any(row.values()):
-                continue
-            place = f"{path}, line {reader.line_num}"
+    with read_csv(path) as table:
+        _check_columns(path, table.columns, (*inputs.fleet.gpus, *added))
+        for place, row in table.rows():
             job = _job(place, row, inputs, added)
             if job.job_id in jobs:
                 raise BadFile(
@@ -173,44 +179,18 @@ def read_jobs(path: Path, inputs: Inputs, added: Sequence[str] = ()) -> list[Sim
 def read_pairs(path: Path) -> PairRates:
     """What jobs of one GPU make beside each other: columns gpu_type, model, beside, steps_per_s."""
     found: dict[tuple[str, str, str], float] = {}
-    with _csv(path) as reader:
-        if sorted(reader.fieldnames or ()) != sorted(PAIR_COLUMNS):
+    with read_csv(path) as table:
+        if sorted(filter(None, table.columns)) != sorted(PAIR_COLUMNS):
             raise BadFile(f"{path}: the columns are not {', '.join(PAIR_COLUMNS)}")
-        for row in reader:
-            place = f"{path}, line {reader.line_num}"
+        for place, row in table.rows():
             rate = _number(row["steps_per_s"])
-            if rate is None or None in row:
+            if rate is None:
                 raise BadFile(f"{place}: steps_per_s is no number of 0 or more")
             pair = row["gpu_type"], row["model"], row["beside"]
             if pair in found:
                 raise BadFile(f"{place}: {' beside '.join(pair[1:])} on {pair[0]} is there twice")
             found[pair] = rate
     return found
-
-
-@contextmanager
-def _csv(path: Path) -> Iterator["csv.DictReader[str]"]:
-    """The lines of a file, as spreadsheets and people write them: with a mark of its encoding, any
-    ends of lines, spaces after commas."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, restval="", skipinitialspace=True)
-            _check_header(path, reader.fieldnames or ())
-            yield reader
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path} is not text in UTF-8; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise BadFile(f"{path} is no CSV file: {error}") from error
-
-
-def _check_header(path: Path, columns: Sequence[str]) -> None:
-    if not columns:
-        raise BadFile(f"{path} is empty; its first line names the columns")
-    for mark, name in SEPARATORS.items():
-        if len(columns) == 1 and mark in columns[0]:
-            raise BadFile(f"{path}: {name} separate its columns; write commas")
 
 
 def _number(text: str) -> float | None:
@@ -222,18 +202,31 @@ def _number(text: str) -> float | None:
 
 
 def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> None:
-    if not any(name in columns for name in REQUIRED):
-        raise BadFile(f"{path}: its first line names none of the columns {', '.join(REQUIRED)}")
     known = {name.casefold(): name for name in (*REQUIRED, *OPTIONAL, *types)}
-    for column in columns:
-        if known.get(column.casefold()) != column:
-            near = difflib.get_close_matches(column.casefold(), known, 1)
-            hint = f"did you mean {known[near[0]]}? Else leave it out" if near else "leave it out"
-            raise BadFile(f"{path}: {column!r} is no column and no GPU type of the fleet; {hint}")
+    other = [column for column in columns if column and known.get(column.casefold()) != column]
+    meant: dict[str, str] = {}  # what it may be meant to be -> a column
+    for column in other:
+        name = _meant(column, known)
+        if name is not None and (name not in columns or len(other) == 1):
+            meant.setdefault(name, column)
+    renames = ", ".join(f"{column} to {name}" for name, column in meant.items())
+    if not any(name in columns for name in REQUIRED):
+        hint = f"; rename {renames}" if meant else ""
+        raise BadFile(
+            f"{path}: its first line names none of the columns {', '.join(REQUIRED)}{hint}"
+        )
+    if len(other) == 1:
+        hint = f"did you mean {min(meant)}? Else leave it out" if meant else "leave it out"
+        raise BadFile(f"{path}: {other[0]!r} is no column and no GPU type of the fleet; {hint}")
+    if other:
+        hint = f"rename {renames}" if meant else "leave them out"
+        hint += ", and leave the others out" if 0 < len(meant) < len(other) else ""
+        named = ", ".join(map(repr, other))
+        raise BadFile(f"{path}: {named} are no columns and no GPU types of the fleet; {hint}")
     missing = [column for column in REQUIRED if column not in columns]
     if missing:
         raise BadFile(f"{path}: the column {missing[0]} is missing: {REQUIRED[missing[0]]}")
-    twice = [column for column in columns if columns.count(column) > 1]
+    twice = [column for column in columns if column and columns.count(column) > 1]
     if twice:
         raise BadFile(f"{path}: the column {twice[0]} is there twice")
     if not any(name in columns for name in types):
@@ -243,17 +236,30 @@ def _check_columns(path: Path, columns: Sequence[str], types: Sequence[str]) -> 
         )
 
 
-def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str]) -> SimJob:
-    if None in row:
-        raise BadFile(f"{place}: there are more cells than columns")
+def _meant(column: str, known: Mapping[str, str]) -> str | None:
+    """The column that this is most likely meant to be."""
+    if (name := MEANT.get(column.casefold())) is not None:
+        return name
+    near = difflib.get_close_matches(column.casefold(), known, 1)
+    return known[near[0]] if near else None
 
+
+def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str]) -> SimJob:
     def number(column: str, default: float | None = None) -> float:
         text = row.get(column) or ""
         value = _number(text) if text or default is None else default
         if value is None:
             hint = HINTS.get(column, "")
-            raise BadFile(f"{place}: {column} is {text!r}, not a number of 0 or more{hint}")
+            raise BadFile(f"{place}: {column} is {shown(text)}, not a number of 0 or more{hint}")
         return value
+
+    def at_ms(column: str) -> int:
+        if number(column) > SECONDS_MAX:
+            raise BadFile(
+                f"{place}: {column} is {shown(row[column])}; in seconds that is after the year"
+                " 5000, so divide milliseconds by 1000"
+            )
+        return round(number(column) * 1000)
 
     def whole(column: str) -> int:
         if number(column) % 1:
@@ -262,7 +268,7 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
 
     rank = CLASSES.get(row.get("class") or "standard")
     if rank is None:
-        raise BadFile(f"{place}: class is {row['class']!r}, not one of {', '.join(CLASSES)}")
+        raise BadFile(f"{place}: class is {shown(row['class'])}, not one of {', '.join(CLASSES)}")
     there = inputs.fleet.gpus
     # Of a type that is added, an empty cell means that nobody knows: it is estimated.
     rates = {name: number(name, 0.0) for name in there}
@@ -277,7 +283,10 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
         raise BadFile(f"{place}: no GPU type of the fleet can run it on {gpus}; {where}")
     hours = steps / max(able) / 3600
     if hours > HOURS_MAX:
-        raise BadFile(f"{place}: it takes {hours:.3g} hours where it is fastest")
+        raise BadFile(
+            f"{place}: it takes {hours:.3g} hours where it is fastest, of {HOURS_MAX:,} at most;"
+            " steps or a rate is wrong"
+        )
     return SimJob(
         job_id=whole("job"),
         gpus=gpus,
@@ -286,7 +295,7 @@ def _job(place: str, row: Mapping[str, str], inputs: Inputs, added: Sequence[str
         model=row.get("model") or "",
         project=row.get("project") or "",
         rank=rank,
-        arrival_ms=round(number("arrival_s") * 1000),
+        arrival_ms=at_ms("arrival_s"),
         restart_s=number("restart_s", inputs.restart_s),
-        deadline_ms=round(number("deadline_s") * 1000) if row.get("deadline_s") else None,
+        deadline_ms=at_ms("deadline_s") if row.get("deadline_s") else None,
     )

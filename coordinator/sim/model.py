@@ -108,6 +108,15 @@ class Incremental(Protocol):
     def hear(self, news: News) -> Mapping[int, Placement] | None: ...
 
 
+@runtime_checkable
+class Resting(Protocol):
+    """A policy that knows when time alone changes nothing. While it is `at_rest` its last answer
+    stays until something happens, and on its ticks it is not asked."""
+
+    @property
+    def at_rest(self) -> bool: ...
+
+
 class Line(NamedTuple):
     """One thing that happened. `what` is arrive, start, share (the partner has changed), stop, kill
     (its GPU failed), finish, fail (GPUs are not there from now on) or mend; `steps` are those that

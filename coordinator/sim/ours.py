@@ -14,7 +14,9 @@ from coordinator.core.allocation import Aims, Allocation, Contender, Option, Sol
 from coordinator.core.backlog import Backlog, backlog_of
 from coordinator.core.quotas import Quota
 from coordinator.sim.model import News, Placement, Seen, SimJob, View
+from coordinator.sim.policies import running
 from coordinator.sim.tenants import Tenants
+from coordinator.sim.undisputed import at_rest, undisputed
 
 # Jobs times types: up to so many a decision takes some 20 ms.
 FEW_MAX: Final = 1_000
@@ -34,14 +36,26 @@ class Ours:
     backlog: Backlog | None = None
     books: Tenants | None = None
     options: dict[int, tuple[SimJob, tuple[Option, ...]]] = field(default_factory=dict)
+    at_rest: bool = False
 
     @property
     def name(self) -> str:
         return "Baton" if self.solve else "Baton, greedy"
 
     def decide(self, view: View) -> Mapping[int, Placement]:
+        plain = not self.quotas and len(view.jobs) * len(view.capacity) <= self.few_max
+        self.at_rest = plain and at_rest(view.jobs, self.aims)
+        if self.at_rest:
+            self.backlog = None
+            return running(view)
         contenders = [self.contender(seen) for seen in view.jobs]
         tenants = self.tenants or {}
+        found = None
+        if plain:
+            found = undisputed(contenders, view.capacity, view.now_ms, self.aims, tenants)
+        if found is not None:
+            self.backlog = None
+            return {n: Placement(option.gpu_type, option.gpus) for n, option in found.items()}
         if self.quotas:
             if self.books is None:
                 self.books = Tenants(self.quotas)

@@ -12,7 +12,7 @@ issue of idle GPUs arises while somebody waits, so both are also given for that 
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from coordinator.sim.checks import instants
 from coordinator.sim.model import Fleet, Outcome, SimJob
@@ -99,40 +99,67 @@ class _Use:
     restarts: int = 0
 
 
+class _Held(NamedTuple):
+    """What a job has, and from when on it trains there."""
+
+    gpu_type: str
+    gpus: float
+    ready_ms: int
+
+
 def _use(outcome: Outcome, jobs: Mapping[int, SimJob], fleet: Fleet) -> _Use:
+    """Sums of GPUs by type, and beside them who is not ready yet: a line costs the same whether ten
+    jobs run or thousands. GPUs are whole or halves and times whole milliseconds, so nothing is
+    rounded."""
     use = _Use()
-    held: dict[int, tuple[str, float, int]] = {}  # type, GPUs, ready at
+    held: dict[int, _Held] = {}
+    unready: dict[int, _Held] = {}
+    gpus_held: dict[str, float] = {}
+    held_ms: dict[str, float] = {}
     begun: dict[int, bool] = {}
     waiting: dict[int, bool] = {}
     there = dict(fleet.gpus)
     now_ms = 0
     for group in instants(outcome.lines):
-        passed_ms = group[0].at_ms - now_ms
-        for name, gpus, ready_ms in held.values():
-            use.held_ms += gpus * passed_ms
-            use.cost += gpus * passed_ms / MS_PER_H * fleet.prices_per_h.get(name, 0.0)
-            if waiting:
-                use.held_waiting_ms += gpus * passed_ms
-                trained_ms = group[0].at_ms - min(group[0].at_ms, max(now_ms, ready_ms))
-                use.training_waiting_ms += gpus * trained_ms
-        use.waiting_ms += sum(there.values()) * passed_ms if waiting else 0
-        now_ms = group[0].at_ms
+        at_ms, passed_ms = group[0].at_ms, group[0].at_ms - now_ms
+        for name, gpus in gpus_held.items():
+            held_ms[name] = held_ms.get(name, 0.0) + gpus * passed_ms
+        if waiting:
+            all_ms = sum(gpus_held.values()) * passed_ms
+            idle_ms = sum(
+                one.gpus * (min(at_ms, one.ready_ms) - now_ms) for one in unready.values()
+            )
+            use.held_waiting_ms += all_ms
+            use.training_waiting_ms += all_ms - idle_ms
+            use.waiting_ms += sum(there.values()) * passed_ms
+        now_ms = at_ms
+        for job_id in [n for n, one in unready.items() if one.ready_ms <= now_ms]:
+            del unready[job_id]
         for line in group:
             if line.what in ("fail", "mend"):
                 there[line.gpu_type] += line.gpus if line.what == "mend" else -line.gpus
-            elif line.what in ("start", "share"):
-                ready_ms = held[line.job_id][2] if line.what == "share" else now_ms
-                if line.what == "start" and begun.get(line.job_id):
-                    use.restarts += 1
-                    ready_ms += round(jobs[line.job_id].restart_s * MS_PER_S)
-                begun[line.job_id] = True
-                gpus = line.gpus / 2 if line.partner is not None else line.gpus
-                held[line.job_id] = (line.gpu_type, gpus, ready_ms)
-                waiting.pop(line.job_id, None)
-            else:
-                held.pop(line.job_id, None)
+                continue
+            before = held.pop(line.job_id, None)
+            unready.pop(line.job_id, None)
+            if before is not None:
+                gpus_held[before.gpu_type] -= before.gpus
+            if line.what not in ("start", "share"):
                 if line.what != "finish":
                     waiting[line.job_id] = True
+                continue
+            ready_ms = before.ready_ms if before is not None and line.what == "share" else now_ms
+            if line.what == "start" and begun.get(line.job_id):
+                use.restarts += 1
+                ready_ms += round(jobs[line.job_id].restart_s * MS_PER_S)
+            begun[line.job_id] = True
+            gpus = line.gpus / 2 if line.partner is not None else line.gpus
+            held[line.job_id] = one = _Held(line.gpu_type, gpus, ready_ms)
+            gpus_held[line.gpu_type] = gpus_held.get(line.gpu_type, 0.0) + gpus
+            if ready_ms > now_ms:
+                unready[line.job_id] = one
+            waiting.pop(line.job_id, None)
+    use.held_ms = sum(held_ms.values())
+    use.cost = sum(n / MS_PER_H * fleet.prices_per_h.get(name, 0.0) for name, n in held_ms.items())
     return use
 
 

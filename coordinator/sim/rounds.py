@@ -23,6 +23,8 @@ ROUND_MS: Final = 360_000  # Gavel's six minutes
 BISECTIONS: Final = 14
 FAIRNESS_RATIO_MAX: Final = 64.0
 
+Who = tuple[tuple[int, ...], tuple[tuple[str, int], ...]]  # jobs, and how many GPUs of each type
+
 
 class Goal(Enum):
     """What the parts are chosen for."""
@@ -35,13 +37,15 @@ class Goal(Enum):
 
 @dataclass(slots=True)
 class Rounds:
-    """One run's worth: it remembers what each job had of each type."""
+    """One run's worth: it remembers what each job had of each type. What max-min gives follows from
+    who is there on what, so it is `kept` while that stays."""
 
     goal: Goal
     tick_ms: int = ROUND_MS
     seen_ms: int = -1
     round: int = -1
     had_ms: dict[tuple[int, str], int] = field(default_factory=dict)
+    kept: tuple[Who, Floats] | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +69,7 @@ class Rounds:
         names = [name for name, count in view.capacity.items() if count]
         if not names:
             return {}
-        parts = self._parts(view, names)
+        parts = self._parts_of(view, names)
         free = dict(view.capacity)
         placed: dict[int, Placement] = {}
         order = []
@@ -98,6 +102,14 @@ class Rounds:
                 _, name = max(able)
                 free[name] -= job.gpus
                 placed[job.job_id] = Placement(name, job.gpus)
+
+    def _parts_of(self, view: View, names: Sequence[str]) -> Floats:
+        if self.goal not in (Goal.MAX_MIN, Goal.MAX_MIN_BLIND):
+            return self._parts(view, names)
+        who = tuple(seen.job.job_id for seen in view.jobs), tuple(view.capacity.items())
+        if self.kept is None or self.kept[0] != who:
+            self.kept = who, self._parts(view, names)
+        return self.kept[1]
 
     def _parts(self, view: View, names: Sequence[str]) -> Floats:
         capacity = np.array([view.capacity[name] for name in names], dtype=np.float64)
