@@ -115,6 +115,7 @@ def _use(use: HourlyUse) -> pb.HourlyUse:
         wanted_gpus=use.wanted_gpus,
         flexible_ratio=use.flexible_ratio,
         flexible_hours=use.flexible_hours,
+        past_gpus=use.past_gpus,
     )
 
 

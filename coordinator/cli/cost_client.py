@@ -52,7 +52,8 @@ class Day(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):
-    """GPUs that were held, by the hour; `wanted_gpus` with the time that was waited for them."""
+    """GPUs that were held, by the hour; `wanted_gpus` with the time that was waited for them.
+    `past_gpus` was wanted, by samples, before all attempts are kept; null where nobody knows."""
 
     gpu_type: str
     begin_time: datetime | None
@@ -62,6 +63,7 @@ class Use(msgspec.Struct, frozen=True, kw_only=True):
     wanted_gpus: list[float]
     flexible_ratio: float
     flexible_hours: int
+    past_gpus: list[float]
 
 
 class Lot(msgspec.Struct, frozen=True, kw_only=True):

@@ -78,7 +78,8 @@ def leases(
     495 and 400 owned, 49 of the 95 that are missing. ONE MORE is what one GPU more would save in
     an hour, with what there is; BOUND BY the rule that had the last word. Prices and leases that
     run are those of the coordinator's configuration; without a file demand is what its attempts
-    have held and waited for. docs/cost.md has it all.
+    have held and waited for, and before these are kept what it saw of both. docs/cost.md has it
+    all.
 
     \b
     Examples:
@@ -86,8 +87,8 @@ def leases(
       baton leases --demand demand.csv --gpu-type H100 --owned 64 --flexible 0.3
     """
     from coordinator.core.deferral import Flexible
-    from coordinator.core.lease_advice import Case, no_price
-    from coordinator.core.leasing import Fleet, recommend
+    from coordinator.core.lease_advice import Case, no_price, recommended
+    from coordinator.core.leasing import Fleet
 
     prices = (lease_usd, burst_usd)
     if gpu_type is not None:
@@ -115,9 +116,7 @@ def leases(
             write_notice(why)
             continue
         unix_ms = round(now.timestamp() * 1000)
-        found.append(
-            recommend(unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve)
-        )
+        found.append(recommended(unix_ms, case, terms, solve))
     if not cases:
         what = f" of {gpu_type}" if gpu_type else ""
         write_notice(f"nothing is known of demand{what} yet: no GPU was held in a whole hour")
@@ -164,6 +163,7 @@ def _asked(context: click.Context) -> "tuple[list[Case], datetime]":
             tuple(use.wanted_gpus),
             use.flexible_ratio,
             use.flexible_hours,
+            tuple(use.past_gpus),
         )
         for use in costs.uses
     ]

@@ -36,6 +36,7 @@ from coordinator.core.cost_requests import (
     Money,
     TypeFleet,
 )
+from coordinator.core.lease_messages import PastDemand
 from coordinator.core.messages import Refusal, RefusalKind
 from coordinator.core.model import Attempt, Job, Node
 from coordinator.core.options import Options
@@ -98,10 +99,10 @@ class Stay:
 
 
 def answer(
-    state: Books, now: Instant, body: GetCosts, forgot_until_unix_ms: int | None = None
+    state: Books, now: Instant, body: GetCosts, past: PastDemand | None = None
 ) -> CostPage | Refusal:
-    """Ten thousand jobs of three attempts each take less than a second of a core. Of jobs that
-    ended before some may be forgotten: then it is less than what was."""
+    """Ten thousand jobs of three attempts each take less than a second of a core. With a `past`
+    some jobs that ended then are forgotten: what was held and paid is less than it was."""
     end = min(body.end_unix_ms, now.unix_ms)
     if body.last_ms:
         body = replace(body, begin_unix_ms=max(0, end - body.last_ms))
@@ -115,6 +116,8 @@ def answer(
         if not body.project or stay.job.spec.project == body.project
     ]
     prices, leases = state.options.prices, () if body.project else state.options.leases
+    if past is not None and body.project:
+        past = replace(past, gpus={})  # leases are not one project's
     lines: dict[str, tuple[str, Money]] = {}
     for stay in stays:
         money = money_of(stay, begin, end, prices)
@@ -133,8 +136,8 @@ def answer(
         total,
         sum(day.idle_lease_usd for day in days),
         days,
-        tuple(hourly_uses(stays, max(0, begin - BEFORE_MS), end, prices)),
-        _kept_since(state, forgot_until_unix_ms),
+        tuple(hourly_uses(stays, (max(0, begin - BEFORE_MS), end), prices, past)),
+        _kept_since(state, past),
         _source(stays, prices),
         ENERGY_SOURCE,
         () if body.project else tuple(fleets_of(state, now.unix_ms)),
@@ -143,10 +146,11 @@ def answer(
     )
 
 
-def _kept_since(state: Books, forgot_until_unix_ms: int | None) -> int | None:
+def _kept_since(state: Books, past: PastDemand | None) -> int | None:
     """One that runs for weeks began before others that are forgotten: not all is known since."""
-    first = min((one.assigned_unix_ms for one in state.attempts.values()), default=None)
-    return first if first is None else max(first, forgot_until_unix_ms or 0)
+    if past is not None:
+        return past.since_unix_ms
+    return min((one.assigned_unix_ms for one in state.attempts.values()), default=None)
 
 
 def _wrong(state: Books, body: GetCosts, end_ms: int) -> str:
@@ -337,11 +341,13 @@ def _idle_usd(lease: Lease, prices: Prices, span: tuple[int, int], used_usd: flo
 
 
 def hourly_uses(
-    stays: Sequence[Stay], begin_ms: int, end_ms: int, prices: Prices
+    stays: Sequence[Stay], span: tuple[int, int], prices: Prices, past: PastDemand | None = None
 ) -> Iterator[HourlyUse]:
     """By type, of whole hours."""
-    first = -(-begin_ms // MS_PER_H)
-    count = max(0, end_ms // MS_PER_H - first)
+    first = -(-span[0] // MS_PER_H)
+    count = max(0, span[1] // MS_PER_H - first)
+    kept = 0 if past is None else min(count, max(0, -(-past.since_unix_ms // MS_PER_H) - first))
+    kept_span = (first + kept) * MS_PER_H, (first + count) * MS_PER_H
     held: dict[str, list[float]] = {}
     wanted: dict[str, list[float]] = {}
     patient: dict[str, Patience] = {}
@@ -352,14 +358,19 @@ def hourly_uses(
         may_wait_ms = _may_wait_ms(stay)
         waited_ms = min(may_wait_ms, stay.begin_ms - stay.wanted_ms)
         at_once = replace(stay, end_ms=stay.end_ms - waited_ms) if waited_ms else stay
-        gpu_hours = _count(gpus, first, at_once, stay.wanted_ms)
+        _count(gpus, first, at_once, stay.wanted_ms)
         if may_wait_ms:
             its = patient.setdefault(stay.gpu_type, Patience())
+            gpu_hours = _gpu_hours(stay, stay.wanted_ms, at_once.end_ms, kept_span)
             its.gpu_hours += gpu_hours
             its.waited_hours += gpu_hours * may_wait_ms / MS_PER_H
+            its.queued_gpu_hours += _gpu_hours(stay, at_once.end_ms, stay.end_ms, kept_span)
     for gpu_type, gpus in sorted(held.items()):
         if any(wanted[gpu_type]):
             tariff, its = prices.of(gpu_type), patient.get(gpu_type, Patience())
+            all_gpu_hours = sum(wanted[gpu_type][kept:])
+            sampled = all_gpu_hours + its.queued_gpu_hours
+            part = all_gpu_hours / sampled if sampled else 1.0
             yield HourlyUse(
                 gpu_type,
                 first * MS_PER_H,
@@ -367,17 +378,25 @@ def hourly_uses(
                 tariff.lease_usd,
                 tariff.burst_usd,
                 tuple(wanted[gpu_type]),
-                its.gpu_hours / sum(wanted[gpu_type]),
+                its.gpu_hours / all_gpu_hours if all_gpu_hours else 0.0,
                 int(its.waited_hours / its.gpu_hours) if its.gpu_hours else 0,
+                () if past is None else tuple(g * part for g in past.gpus.get(gpu_type, ())),
             )
 
 
 @dataclass(slots=True)
 class Patience:
-    """GPU-hours of work that may wait, and the same times the hours that it may."""
+    """GPU-hours of work that may wait, and the same times the hours that it may. Samples of demand
+    would have counted `queued_gpu_hours` more, in which it waited by its own wish."""
 
     gpu_hours: float = 0.0
     waited_hours: float = 0.0
+    queued_gpu_hours: float = 0.0
+
+
+def _gpu_hours(stay: Stay, begin_ms: int, end_ms: int, span: tuple[int, int]) -> float:
+    """Of its GPUs in that time, as far as it is in the span."""
+    return stay.gpus * max(0, min(end_ms, span[1]) - max(begin_ms, span[0])) / MS_PER_H
 
 
 def _may_wait_ms(stay: Stay) -> int:
@@ -387,15 +406,11 @@ def _may_wait_ms(stay: Stay) -> int:
     return spec.flexible_ms if patient else 0
 
 
-def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> float:
-    """Returns the GPU-hours that were counted."""
-    counted = 0.0
+def _count(gpus: list[float], first: int, stay: Stay, begin_ms: int) -> None:
     last = min(first + len(gpus) - 1, (stay.end_ms - 1) // MS_PER_H)
     for hour in range(max(first, begin_ms // MS_PER_H), last + 1):
         spent_ms = min(stay.end_ms, (hour + 1) * MS_PER_H) - max(begin_ms, hour * MS_PER_H)
         gpus[hour - first] += stay.gpus * spent_ms / MS_PER_H
-        counted += stay.gpus * spent_ms / MS_PER_H
-    return counted
 
 
 def fleets_of(state: Books, unix_ms: int) -> Iterator[TypeFleet]:

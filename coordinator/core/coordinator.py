@@ -26,7 +26,6 @@ from coordinator.core import (
     found,
     gangs,
     health,
-    holds,
     jobs,
     lease_days,
     leases,
@@ -36,6 +35,7 @@ from coordinator.core import (
     offers,
     outcomes,
     parts,
+    past_demand,
     power,
     projects,
     readings,
@@ -193,7 +193,8 @@ def _answer(state: State, now: Instant, body: RequestBody) -> Answer:
         case FitJob():
             return fit.answer(state, now, body)
         case GetCosts():
-            return bills.answer(state, now, body, holds.forgot_until_unix_ms(state))
+            past = past_demand.read(state, min(body.end_unix_ms, now.unix_ms))
+            return bills.answer(state, now, body, past)
         case GetDemand():
             return _demand(state, now, body)
         case ListProjects():

@@ -75,7 +75,9 @@ class HourlyUse:
     """How many GPUs of a type were held, on average of each hour from `begin_unix_ms` on, and what
     they cost by the month and by the hour; None where nobody knows. `wanted_gpus` counts the time
     that those who held them had waited for them; `flexible_ratio` of it is of jobs that may wait by
-    their own wish, for `flexible_hours` on average, and is counted as if they had not."""
+    their own wish, for `flexible_hours` on average, and is counted as if they had not. Both are of
+    the hours of which all attempts are kept; `past_gpus` is what samples say was wanted in those
+    before, the newest last and NaN where nobody knows."""
 
     gpu_type: str
     begin_unix_ms: int
@@ -85,6 +87,7 @@ class HourlyUse:
     wanted_gpus: tuple[float, ...] = ()
     flexible_ratio: float = 0.0
     flexible_hours: int = 0
+    past_gpus: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ over the wire as the same values (`HourlyUse`, `TypeFleet`).
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from coordinator.core import bills
@@ -21,6 +21,7 @@ from coordinator.core.leasing import (
     Lot,
     Recommendation,
     Terms,
+    known_hours,
     recommend,
 )
 from coordinator.core.linear import SolveLinear
@@ -34,13 +35,14 @@ NOTHING: Final = "nothing is known of demand yet: no GPU was held in a whole hou
 @dataclass(frozen=True, slots=True)
 class Case:
     """A type of GPU: demand by the hour, the newest last, what there is, what it costs an hour, and
-    which part of demand may wait."""
+    which part of demand may wait. The first `sampled` hours are of the history of demand."""
 
     hours: tuple[float, ...]
     fleet: Fleet
     lease_usd: float | None
     burst_usd: float | None
     flexible: Flexible = field(default_factory=Flexible)
+    sampled: int = 0
 
 
 def advise(asked: MakeLeases, solve: SolveLinear | None = None) -> LeasesMade:
@@ -49,7 +51,7 @@ def advise(asked: MakeLeases, solve: SolveLinear | None = None) -> LeasesMade:
     begin_ms = max(0, asked.unix_ms - PAST_DAYS * bills.MS_PER_DAY)
     body = GetCosts(begin_ms, asked.unix_ms, Grouping.GPU_TYPE)
     books, at = asked.books, Instant(0, asked.unix_ms)
-    page = bills.answer(books, at, body, books.forgot_until_unix_ms)
+    page = bills.answer(books, at, body, books.past)
     assert isinstance(page, CostPage), page
     found: list[Recommendation] = []
     unadvised: list[Unadvised] = []
@@ -58,9 +60,7 @@ def advise(asked: MakeLeases, solve: SolveLinear | None = None) -> LeasesMade:
         if terms is None:
             unadvised.append(Unadvised(gpu_type, "price", no_price(gpu_type)))
             continue
-        said = recommend(
-            asked.unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve
-        )
+        said = recommended(asked.unix_ms, case, terms, solve)
         if said.bound == NO_HISTORY:
             unadvised.append(Unadvised(gpu_type, "history", f"{gpu_type}: {said.sentence}"))
         else:
@@ -80,16 +80,32 @@ def cases(
         lots = tuple(Lot(gpus, ends_unix_ms) for gpus, ends_unix_ms in known.lots)
         begun = _begun(use, kept_since_unix_ms)
         yield Case(
-            tuple(use.wanted_gpus[begun:]),
+            (*use.past_gpus, *use.wanted_gpus[begun:]),
             Fleet(use.gpu_type, known.owned_gpus, lots),
             use.lease_usd,
             use.burst_usd,
             Flexible(min(1.0, use.flexible_ratio), max(1, use.flexible_hours)),
+            len(use.past_gpus),
         )
 
 
+def recommended(
+    unix_ms: int, case: Case, terms: Terms, solve: SolveLinear | None
+) -> Recommendation:
+    """What to lease today, and how it is known what was wanted."""
+    said = recommend(unix_ms, case.hours, case.fleet, terms, flexible=case.flexible, solve=solve)
+    known, sampled = known_hours(case.hours), known_hours(case.hours[: case.sampled])
+    if not sampled:
+        return replace(said, known_hours=known)
+    told = (
+        f"{sampled} of the {known} hours of demand are known from samples, the others from attempts"
+    )
+    sentence = f"{said.sentence}; {told}"
+    return replace(said, sentence=sentence, known_hours=known, sampled_hours=sampled)
+
+
 def _begun(use: HourlyUse, kept_since_unix_ms: int | None) -> int:
-    """Hours of which attempts are not kept any more, or nobody knows, say nothing."""
+    """Of hours of which attempts are not kept any more attempts say nothing."""
     if kept_since_unix_ms is None:
         return 0
     return max(0, -((use.begin_unix_ms - kept_since_unix_ms) // MS_PER_H))

@@ -15,7 +15,7 @@ Where nothing can be recommended the log says why, once for each type and reason
 coordinator runs, and nothing is published.
 """
 
-from coordinator.core import holds
+from coordinator.core import past_demand
 from coordinator.core.bills import MS_PER_DAY
 from coordinator.core.lease_messages import (
     KeptBooks,
@@ -36,7 +36,7 @@ def tick(state: State, now: Instant) -> None:
     if day in days.made or day == days.asked or not state.attempts:
         return
     days.asked = day
-    state.commands.append(MakeLeases(day, now.unix_ms, _kept(state)))
+    state.commands.append(MakeLeases(day, now.unix_ms, _kept(state, now.unix_ms)))
 
 
 def made(state: State, event: LeasesMade) -> None:
@@ -62,7 +62,7 @@ def made(state: State, event: LeasesMade) -> None:
         state.commands.append(PublishLeases(event.found))
 
 
-def _kept(state: State) -> KeptBooks:
+def _kept(state: State, unix_ms: int) -> KeptBooks:
     return KeptBooks(
         state.options,
         dict(state.jobs),
@@ -70,5 +70,5 @@ def _kept(state: State) -> KeptBooks:
         {job_id: tuple(attempts) for job_id, attempts in state.job_attempts.items()},
         {name: KeptNode(live.node) for name, live in state.nodes.items()},
         dict(state.forgotten),
-        holds.forgot_until_unix_ms(state),
+        past_demand.read(state, unix_ms),
     )

@@ -23,9 +23,19 @@ class KeptNode:
 
 
 @dataclass(frozen=True, slots=True)
+class PastDemand:
+    """What samples say of the time of which some attempts are forgotten: all are kept since
+    `since_unix_ms`. By type GPUs that ran and waited, in whole hours up to the first that begins
+    after it; NaN: nobody knows."""
+
+    since_unix_ms: int
+    gpus: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class KeptBooks:
     """All that bills are made of (`bills.Books`), as it was at one moment; nothing in it changes
-    any more, so another thread may read it. `forgot_until_unix_ms`: `holds.py`."""
+    any more, so another thread may read it."""
 
     options: Options
     jobs: Mapping[int, Job]
@@ -33,7 +43,7 @@ class KeptBooks:
     job_attempts: Mapping[int, Sequence[str]]
     nodes: Mapping[str, KeptNode]
     forgotten: Mapping[str, KeptNode]
-    forgot_until_unix_ms: int | None
+    past: PastDemand | None
 
     def attempts_of(self, job_id: int) -> list[Attempt]:
         return [self.attempts[attempt_id] for attempt_id in self.job_attempts[job_id]]

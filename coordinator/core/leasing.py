@@ -107,7 +107,8 @@ class Recommendation:
     more should be leased today. `bound` is the rule that has the last word: "level", "break-even
     rise", "break-even fall", "a part a day", "whole lots", "price" or "no history" (docs/cost.md
     explains them). `worth_usd` is of one GPU more, an hour. Of all work `flexible_ratio` may wait
-    for `flexible_hours`."""
+    for `flexible_hours`. Of demand `known_hours` were looked at, of them `sampled_hours` in the
+    history of demand, as not all attempts of them are kept."""
 
     gpu_type: str
     unix_ms: int
@@ -123,6 +124,8 @@ class Recommendation:
     alternatives: tuple[Alternative, ...] = ()
     flexible_ratio: float = 0.0
     flexible_hours: int = 0
+    known_hours: int = 0
+    sampled_hours: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ def recommend(
 ) -> Recommendation:
     """What to lease today. `hours` is the demand of the past, an hour each and the newest last."""
     leased = sum(lot.gpus for lot in fleet.lots if lot.ends_unix_ms > unix_ms)
-    known_days = sum(not math.isnan(gpus) for gpus in hours) / H_PER_DAY
+    known_days = known_hours(hours) / H_PER_DAY
     if known_days < HISTORY_DAYS_MIN:
         said = f"{known_days:.1f} days of demand are known, and {HISTORY_DAYS_MIN} are needed"
         there = fleet.owned_gpus + leased
@@ -347,6 +350,10 @@ def _sentence(day: _Day, level: _Level, lease: int) -> str:
         )
     by = " by break-even" if level.before_gpus > max(day.there, level.gpus) else ""
     return f"lease nothing{by}: {needed}; {have}"
+
+
+def known_hours(hours: Sequence[float]) -> int:
+    return sum(not math.isnan(gpus) for gpus in hours)
 
 
 def _last(hours: Sequence[float], days: int) -> list[float]:

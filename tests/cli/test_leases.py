@@ -11,12 +11,13 @@ from coordinator.core import bills
 from coordinator.core.cost_requests import CostPage, GetCosts, Grouping
 from coordinator.core.demand_history import MINUTE_MS
 from coordinator.core.lease_advice import PAST_DAYS, advise
-from coordinator.core.messages import Tick
+from coordinator.core.messages import Reply, Request, Tick
 from coordinator.lease_solver import solve
 from protos.baton.v1 import costs_pb2 as pb
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator
 from tests.core.test_lease_days import asked, rig_of
+from tests.core.test_past_demand import PAST_HOURS, busy, hours
 
 DAY_S = 86_400
 
@@ -135,22 +136,26 @@ def test_a_file_that_cannot_be_used(baton: Baton, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("flexible_ms", [0, 3 * bills.MS_PER_H])
+@pytest.mark.parametrize(("flexible_ms", "many_jobs"), [(0, 0), (3 * bills.MS_PER_H, 0), (0, 1)])
 def test_by_hand_and_each_day_the_numbers_are_the_same(
-    baton: Baton, fake: FakeCoordinator, flexible_ms: int
+    baton: Baton, fake: FakeCoordinator, flexible_ms: int, many_jobs: int
 ) -> None:
-    """Of one history: asked for over the wire, and found by the coordinator itself."""
+    """Of one history: asked for over the wire, and found by the coordinator itself; also where
+    most of it is known from samples alone."""
     rig = rig_of(days=20, flexible_ms=flexible_ms)
+    if many_jobs:
+        busy(rig, hours(40, 1.5))
     rig.now_ms += MINUTE_MS
     (question,) = asked(rig.handle(Tick()))
     begin_ms = question.unix_ms - PAST_DAYS * bills.MS_PER_DAY
     body = GetCosts(begin_ms, question.unix_ms, Grouping.GPU_TYPE)
-    page = bills.answer(rig.core.state, rig.now, body)
+    (page,) = (one.answer for one in rig.handle(Request(1, body)) if isinstance(one, Reply))
     assert isinstance(page, CostPage)
     fake.answers["GetCosts"] = [cost_rpc.encode(page)]
     (by_hand,) = json.loads(baton("leases", "--json").stdout)
     (by_itself,) = json.loads(msgspec.json.encode(advise(question, solve).found))
     assert by_hand == by_itself, "and the moment is the coordinator's"
+    assert by_hand["sampled_hours"] == (PAST_HOURS if many_jobs else 0)
     said = (by_hand["flexible_ratio"], by_hand["flexible_hours"])
     assert said == ((1.0, 3) if flexible_ms else (0.0, 0)), "as its jobs have said"
 

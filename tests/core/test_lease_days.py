@@ -201,7 +201,8 @@ def test_one_that_runs_for_weeks_is_not_all_that_was_wanted_in_them() -> None:
     rig.disk.last_job_id = 3  # and 2 is not kept any more
     rig.restart()
     (make,) = asked(rig.handle(Tick()))
-    assert make.books.forgot_until_unix_ms == ended_ms
+    assert make.books.past is not None
+    assert make.books.past.since_unix_ms == ended_ms
     made = advise(make)
     assert made.found == ()
     (none,) = made.unadvised

@@ -1,5 +1,7 @@
 """Bills on the wire: what nobody knows is absent."""
 
+import math
+
 from coordinator import cost_rpc
 from coordinator.core.cost_requests import (
     CostDay,
@@ -16,7 +18,7 @@ from protos.baton.v1 import costs_pb2 as pb
 def test_a_bill_arrives() -> None:
     money = Money(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
     uses = (
-        HourlyUse("H100", 7_200_000, (0.5, 1.0), 2.0, 4.0),
+        HourlyUse("H100", 7_200_000, (0.5, 1.0), 2.0, 4.0, past_gpus=(3.0, math.nan, 2.0)),
         HourlyUse("x", 0, (1.0,), None, None),
     )
     page = CostPage(
@@ -30,6 +32,9 @@ def test_a_bill_arrives() -> None:
     assert (sent.idle_lease_usd, sent.total.tokens) == (2.5, 8)
     priced, unknown = sent.uses
     assert (list(priced.gpus), priced.lease_usd, priced.burst_usd) == ([0.5, 1.0], 2, 4)
+    assert [priced.past_gpus[0], priced.past_gpus[2]] == [3, 2]
+    assert math.isnan(priced.past_gpus[1]), "an hour in which nobody looked"
+    assert not unknown.past_gpus
     assert not unknown.HasField("lease_usd")
     assert not unknown.HasField("burst_usd")
     assert sent.kept_since_time.ToMilliseconds() == 1_500

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/costs.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x01\n\x0fGetCostsRequest\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x08grouping\x18\x03 \x01(\x0e\x32\x16.baton.v1.CostGrouping\x12\x0f\n\x07project\x18\x04 \x01(\t\x12\'\n\x04last\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xba\x01\n\x05Money\x12\x11\n\tgpu_hours\x18\x01 \x01(\x01\x12\x11\n\towned_usd\x18\x02 \x01(\x01\x12\x11\n\tlease_usd\x18\x03 \x01(\x01\x12\x11\n\tburst_usd\x18\x04 \x01(\x01\x12\x12\n\nenergy_kwh\x18\x05 \x01(\x01\x12\x12\n\nenergy_usd\x18\x06 \x01(\x01\x12\x1a\n\x12unpriced_gpu_hours\x18\x07 \x01(\x01\x12\x0e\n\x06tokens\x18\x08 \x01(\x01\x12\x11\n\ttoken_usd\x18\t \x01(\x01\"E\n\x08\x43ostLine\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1e\n\x05money\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Money\"q\n\x07\x43ostDay\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x05money\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Money\x12\x16\n\x0eidle_lease_usd\x18\x03 \x01(\x01\"\xec\x01\n\tHourlyUse\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12.\n\nbegin_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04gpus\x18\x03 \x03(\x01\x12\x16\n\tlease_usd\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tburst_usd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bwanted_gpus\x18\x06 \x03(\x01\x12\x16\n\x0e\x66lexible_ratio\x18\x07 \x01(\x01\x12\x16\n\x0e\x66lexible_hours\x18\x08 \x01(\rB\x0c\n\n_lease_usdB\x0c\n\n_burst_usd\"G\n\tLeasedLot\x12\x0c\n\x04gpus\x18\x01 \x01(\x05\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\tTypeFleet\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x12\n\nowned_gpus\x18\x02 \x01(\x05\x12!\n\x04lots\x18\x03 \x03(\x0b\x32\x13.baton.v1.LeasedLot\"\x97\x03\n\x10GetCostsResponse\x12!\n\x05lines\x18\x01 \x03(\x0b\x32\x12.baton.v1.CostLine\x12\x1e\n\x05total\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Money\x12\x16\n\x0eidle_lease_usd\x18\x03 \x01(\x01\x12\x1f\n\x04\x64\x61ys\x18\x04 \x03(\x0b\x32\x11.baton.v1.CostDay\x12!\n\x04uses\x18\x05 \x03(\x0b\x32\x13.baton.v1.HourlyUse\x12\x33\n\x0fkept_since_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprices_source\x18\x07 \x01(\t\x12\x15\n\renergy_source\x18\x08 \x01(\t\x12#\n\x06\x66leets\x18\t \x03(\x0b\x32\x13.baton.v1.TypeFleet\x12.\n\nbegin_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp*{\n\x0c\x43ostGrouping\x12\x1d\n\x19\x43OST_GROUPING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OST_GROUPING_PROJECT\x10\x01\x12\x15\n\x11\x43OST_GROUPING_JOB\x10\x02\x12\x1a\n\x16\x43OST_GROUPING_GPU_TYPE\x10\x03\x32P\n\x0b\x43ostService\x12\x41\n\x08GetCosts\x12\x19.baton.v1.GetCostsRequest\x1a\x1a.baton.v1.GetCostsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/costs.proto\x12\x08\x62\x61ton.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x01\n\x0fGetCostsRequest\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x08grouping\x18\x03 \x01(\x0e\x32\x16.baton.v1.CostGrouping\x12\x0f\n\x07project\x18\x04 \x01(\t\x12\'\n\x04last\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xba\x01\n\x05Money\x12\x11\n\tgpu_hours\x18\x01 \x01(\x01\x12\x11\n\towned_usd\x18\x02 \x01(\x01\x12\x11\n\tlease_usd\x18\x03 \x01(\x01\x12\x11\n\tburst_usd\x18\x04 \x01(\x01\x12\x12\n\nenergy_kwh\x18\x05 \x01(\x01\x12\x12\n\nenergy_usd\x18\x06 \x01(\x01\x12\x1a\n\x12unpriced_gpu_hours\x18\x07 \x01(\x01\x12\x0e\n\x06tokens\x18\x08 \x01(\x01\x12\x11\n\ttoken_usd\x18\t \x01(\x01\"E\n\x08\x43ostLine\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1e\n\x05money\x18\x03 \x01(\x0b\x32\x0f.baton.v1.Money\"q\n\x07\x43ostDay\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x05money\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Money\x12\x16\n\x0eidle_lease_usd\x18\x03 \x01(\x01\"\xff\x01\n\tHourlyUse\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12.\n\nbegin_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04gpus\x18\x03 \x03(\x01\x12\x16\n\tlease_usd\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tburst_usd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bwanted_gpus\x18\x06 \x03(\x01\x12\x16\n\x0e\x66lexible_ratio\x18\x07 \x01(\x01\x12\x16\n\x0e\x66lexible_hours\x18\x08 \x01(\r\x12\x11\n\tpast_gpus\x18\t \x03(\x01\x42\x0c\n\n_lease_usdB\x0c\n\n_burst_usd\"G\n\tLeasedLot\x12\x0c\n\x04gpus\x18\x01 \x01(\x05\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\tTypeFleet\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x12\n\nowned_gpus\x18\x02 \x01(\x05\x12!\n\x04lots\x18\x03 \x03(\x0b\x32\x13.baton.v1.LeasedLot\"\x97\x03\n\x10GetCostsResponse\x12!\n\x05lines\x18\x01 \x03(\x0b\x32\x12.baton.v1.CostLine\x12\x1e\n\x05total\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Money\x12\x16\n\x0eidle_lease_usd\x18\x03 \x01(\x01\x12\x1f\n\x04\x64\x61ys\x18\x04 \x03(\x0b\x32\x11.baton.v1.CostDay\x12!\n\x04uses\x18\x05 \x03(\x0b\x32\x13.baton.v1.HourlyUse\x12\x33\n\x0fkept_since_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rprices_source\x18\x07 \x01(\t\x12\x15\n\renergy_source\x18\x08 \x01(\t\x12#\n\x06\x66leets\x18\t \x03(\x0b\x32\x13.baton.v1.TypeFleet\x12.\n\nbegin_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp*{\n\x0c\x43ostGrouping\x12\x1d\n\x19\x43OST_GROUPING_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OST_GROUPING_PROJECT\x10\x01\x12\x15\n\x11\x43OST_GROUPING_JOB\x10\x02\x12\x1a\n\x16\x43OST_GROUPING_GPU_TYPE\x10\x03\x32P\n\x0b\x43ostService\x12\x41\n\x08GetCosts\x12\x19.baton.v1.GetCostsRequest\x1a\x1a.baton.v1.GetCostsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.costs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COSTGROUPING']._serialized_start=1496
-  _globals['_COSTGROUPING']._serialized_end=1619
+  _globals['_COSTGROUPING']._serialized_start=1515
+  _globals['_COSTGROUPING']._serialized_end=1638
   _globals['_GETCOSTSREQUEST']._serialized_start=100
   _globals['_GETCOSTSREQUEST']._serialized_end=311
   _globals['_MONEY']._serialized_start=314
@@ -44,13 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COSTDAY']._serialized_start=573
   _globals['_COSTDAY']._serialized_end=686
   _globals['_HOURLYUSE']._serialized_start=689
-  _globals['_HOURLYUSE']._serialized_end=925
-  _globals['_LEASEDLOT']._serialized_start=927
-  _globals['_LEASEDLOT']._serialized_end=998
-  _globals['_TYPEFLEET']._serialized_start=1000
-  _globals['_TYPEFLEET']._serialized_end=1084
-  _globals['_GETCOSTSRESPONSE']._serialized_start=1087
-  _globals['_GETCOSTSRESPONSE']._serialized_end=1494
-  _globals['_COSTSERVICE']._serialized_start=1621
-  _globals['_COSTSERVICE']._serialized_end=1701
+  _globals['_HOURLYUSE']._serialized_end=944
+  _globals['_LEASEDLOT']._serialized_start=946
+  _globals['_LEASEDLOT']._serialized_end=1017
+  _globals['_TYPEFLEET']._serialized_start=1019
+  _globals['_TYPEFLEET']._serialized_end=1103
+  _globals['_GETCOSTSRESPONSE']._serialized_start=1106
+  _globals['_GETCOSTSRESPONSE']._serialized_end=1513
+  _globals['_COSTSERVICE']._serialized_start=1640
+  _globals['_COSTSERVICE']._serialized_end=1720
 # @@protoc_insertion_point(module_scope)

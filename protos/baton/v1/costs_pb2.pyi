@@ -210,13 +210,14 @@ class HourlyUse(_message.Message):
     WANTED_GPUS_FIELD_NUMBER: _builtins.int
     FLEXIBLE_RATIO_FIELD_NUMBER: _builtins.int
     FLEXIBLE_HOURS_FIELD_NUMBER: _builtins.int
+    PAST_GPUS_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     lease_usd: _builtins.float
     """Of one GPU, an hour. Absent: nobody knows."""
     burst_usd: _builtins.float
     flexible_ratio: _builtins.float
     """The part of `wanted_gpus` that was of jobs that may wait (`--flexible`), 0 to 1, and for how
-    long they may, on average.
+    long they may, on average. Of the hours since `kept_since_time`.
     """
     flexible_hours: _builtins.int
     @_builtins.property
@@ -229,6 +230,14 @@ class HourlyUse(_message.Message):
     def wanted_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The same with the time that those who held them had waited for them."""
 
+    @_builtins.property
+    def past_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What was wanted in the hours up to the first one that begins at `kept_since_time` or later, the
+        newest last, as it was sampled; without the waits of jobs that may wait, by how much these are
+        since then. NaN: nobody knows. Of at most 31 days before the span's end; none where no attempt
+        is forgotten, where one project was asked for, or of an older coordinator.
+        """
+
     def __init__(
         self,
         *,
@@ -240,10 +249,11 @@ class HourlyUse(_message.Message):
         wanted_gpus: _abc.Iterable[_builtins.float] | None = ...,
         flexible_ratio: _builtins.float = ...,
         flexible_hours: _builtins.int = ...,
+        past_gpus: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "lease_usd", b"lease_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "flexible_hours", b"flexible_hours", "flexible_ratio", b"flexible_ratio", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd", "_lease_usd", b"_lease_usd", "begin_time", b"begin_time", "burst_usd", b"burst_usd", "flexible_hours", b"flexible_hours", "flexible_ratio", b"flexible_ratio", "gpu_type", b"gpu_type", "gpus", b"gpus", "lease_usd", b"lease_usd", "past_gpus", b"past_gpus", "wanted_gpus", b"wanted_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__burst_usd: _TypeAlias = _typing.Literal["burst_usd"]  # noqa: Y015
     _WhichOneofArgType__burst_usd: _TypeAlias = _typing.Literal["_burst_usd", b"_burst_usd"]  # noqa: Y015
