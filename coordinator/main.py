@@ -161,7 +161,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
         _look_for_checkpoints(stack, core, shell, tls)
-        shell.allocate_by(Allocator(shell.allocation_made))
+        allocator = Allocator(shell.allocation_made)
+        stack.callback(allocator.close)
+        shell.allocate_by(allocator)
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
         if config.capacity:
