@@ -137,9 +137,11 @@ class Listener:
 def _remove_stale(path: str) -> None:
     """A socket file that nobody listens on any more stands in the way of bind(2)."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
-            probe.connect(path)
+            with contextlib.suppress(BlockingIOError):  # so many wait there that no more may
+                probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "another agent listens on this socket", path)
+            return
+        raise OSError(errno.EADDRINUSE, "another agent listens on this socket", path)

@@ -42,8 +42,9 @@ class Access:
         if not node:
             return ""
         return (
-            f"the certificate is that of node {node}: nodes run jobs and give none; use a"
-            " certificate with a user's name"
+            f"the certificate names node {node}, and nodes run jobs and give none: use one that"
+            " names a user alone, or list the user that it names as well in the coordinator's"
+            " 'users'"
         )
 
     def refuse_node(self, caller: Caller, node: str) -> str:

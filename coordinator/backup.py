@@ -67,7 +67,7 @@ def command(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 def _written_unix_ms(store: Path) -> int:
     """When it was written last: now, of one that is in use, and of a plain copy when that was made.
     Raises `BackupError`."""
-    found = [Path(f"{store}{end}") for end in STORE_ENDS[:2]]
+    found = [Path(f"{os.path.realpath(store)}{end}") for end in STORE_ENDS[:2]]
     times_ns = [path.stat().st_mtime_ns for path in found if path.is_file()]
     if not times_ns:
         raise BackupError("there is no such database")

@@ -32,6 +32,7 @@ import msgspec
 from coordinator.core.lease_advice import advise
 from coordinator.core.linear import SolveLinear
 from coordinator.core.messages import LeasesMade, MakeLeases, PublishLeases
+from coordinator.crew import crew
 from coordinator.ports import Clock
 
 TIMEOUT_S: Final = 10.0  # of one call, from the name's look-up to the answer
@@ -81,7 +82,6 @@ class LeaseAdvisor:
         self._told: PublishLeases | None = None
         self._ask = asyncio.Event()
         self._tell = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
 
     def make(self, asked: MakeLeases) -> None:
         self._asked = asked
@@ -93,23 +93,24 @@ class LeaseAdvisor:
 
     async def run(self) -> None:
         """Until it is cancelled. What goes wrong in the rule is a bug of ours and is raised."""
+        thread = crew(1, "leases")
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._make())
-                both.create_task(self._publish())
+                both.create_task(self._make(thread))
+                both.create_task(self._publish(thread))
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _make(self) -> None:
+    async def _make(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._ask.wait()
             self._ask.clear()
             asked, self._asked = self._asked, None
             if asked is not None:
-                self._post(await loop.run_in_executor(self._thread, self._advise, asked))
+                self._post(await loop.run_in_executor(thread, self._advise, asked))
 
-    async def _publish(self) -> None:
+    async def _publish(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._tell.wait()
@@ -120,7 +121,7 @@ class LeaseAdvisor:
             file = self._outlets.file
             if file:
                 try:
-                    await loop.run_in_executor(self._thread, _write, file, document)
+                    await loop.run_in_executor(thread, _write, file, document)
                 except OSError as error:
                     reason = error.strerror or type(error).__name__
                     fields = (("file", file), ("reason", reason))

@@ -14,12 +14,16 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, Final
 
+from coordinator.crew import start_all
 from coordinator.logs import emit
 
 # Longer than a decision over 10,000 jobs takes; well within systemd's patience.
 GRACE_S: Final = 3.0
+# The loop's own: for names, exports, and a journal. A name that does not resolve keeps one.
+THREADS: Final = 16
 
 
 class _Threads(ThreadPoolExecutor):
@@ -30,9 +34,12 @@ class _Threads(ThreadPoolExecutor):
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    """As `asyncio.run`; returns also while a thread of the loop's hangs."""
-    with asyncio.Runner() as runner:
-        runner.get_loop().set_default_executor(_Threads(thread_name_prefix="asyncio"))
+    """As `asyncio.run`; returns also while a thread of the loop's hangs. Raises OSError where the
+    system has no threads."""
+    with closing(work), asyncio.Runner() as runner:
+        threads = _Threads(THREADS, "asyncio")
+        runner.get_loop().set_default_executor(threads)
+        start_all(threads, THREADS, "the loop")
         runner.run(work)
 
 

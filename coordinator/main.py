@@ -161,7 +161,9 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         if config.otel_endpoint:
             _open_tracing(stack, config, shell, store)
         _look_for_checkpoints(stack, core, shell, tls)
-        shell.allocate_by(Allocator(shell.allocation_made))
+        allocator = Allocator(shell.allocation_made)
+        stack.callback(allocator.close)
+        shell.allocate_by(allocator)
         _forecast(stack, core, shell)
         _advise(stack, config, shell, clock)
         if config.capacity:
@@ -194,7 +196,8 @@ def _tell_restored(snapshot: Snapshot) -> None:
     held = sum(is_unsure(job) for job in snapshot.jobs)
     reason = (
         f"it is a copy of {made}: what was submitted and decided since is not known;"
-        f" jobs that stay held unless a node runs them: {held}"
+        f" jobs that stay held unless a node runs them: {held}. If it was only moved, without the"
+        " hidden file beside it, `baton release` lets them go on"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
 

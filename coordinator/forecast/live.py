@@ -18,12 +18,12 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast, TypeForecast
+from coordinator.crew import crew
 
 if TYPE_CHECKING:
     from coordinator.forecast.quantiles import Floats
@@ -154,7 +154,6 @@ class LiveForecaster:
         self._types: dict[str, _Type] = {}
         self._queue: deque[MakeForecast] = deque(maxlen=QUEUE_MAX)
         self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="forecast")
 
     def make(self, asked: MakeForecast) -> None:
         self._queue.append(asked)
@@ -162,17 +161,17 @@ class LiveForecaster:
 
     async def run(self) -> None:
         """Until it is cancelled. What goes wrong in the thread is a bug of ours and is raised."""
-        loop = asyncio.get_running_loop()
+        loop, thread = asyncio.get_running_loop(), crew(1, "forecasts")
         try:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 asked, self._queue = list(self._queue), deque(maxlen=QUEUE_MAX)
                 if asked:
-                    self._post(await loop.run_in_executor(self._thread, self._work, asked))
+                    self._post(await loop.run_in_executor(thread, self._work, asked))
         finally:
             self._ending.set()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, samples: Sequence[MakeForecast]) -> ForecastMade:
         """In the thread: take all, and speak of the newest."""

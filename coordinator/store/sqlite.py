@@ -22,10 +22,13 @@ serves history from its own WAL snapshot and never waits for the writer.
   word, so then, and only then, `PRAGMA quick_check` reads the file (up to 10 ms per MB, and a year
   of history is a GB). What a killed process has written the kernel still has: the lock file says in
   which boot that was. Neither a planned restart nor a crash pays anything. A file that was found
-  damaged is looked at until it is whole, although SQLite removes its log when we close it.
+  damaged is looked at until it is whole, although SQLite removes its log when we close it. So is a
+  plain copy (`place.py`): the lock file comes along with it, and it may have been made in a commit.
 - SQLite goes on writing to files that have been moved or removed under it, and no restart finds
   what it wrote there. So a commit counts only when file and log are still, after it, the ones that
   were opened (`_where`).
+- A link is followed, as SQLite does: log, lock and all else lie beside the file itself, whichever
+  name it is opened by.
 
 Careful with the file itself: closing any descriptor of it, ours included, would drop every POSIX
 lock that SQLite holds in this process (https://www.sqlite.org/howtocorrupt.html, 2.2). Hence it is
@@ -33,7 +36,6 @@ opened here only to create it.
 """
 
 import asyncio
-import fcntl
 import os
 import sqlite3
 import time
@@ -42,7 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from coordinator.core import restored
 from coordinator.core.demand_history import DemandLog
@@ -50,6 +52,7 @@ from coordinator.core.messages import Record
 from coordinator.core.model import Attempt, JobEvent, Snapshot
 from coordinator.core.numbering import Numbering, put_back
 from coordinator.ports import LeaderLost, StoreUnavailable
+from coordinator.store import lock as locking
 from coordinator.store import place, rows
 from coordinator.store.queries import Queries, load_queries
 from coordinator.store.schema import (
@@ -68,10 +71,6 @@ LOG_BYTES_MAX = 64 * 1024 * 1024
 
 # So old may a plain copy be and pass for the store itself, after a kill (`place.py`).
 PLACE_S = 3_600.0
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_LOCK_BYTES_MAX = 64  # a pid and a boot's id, or this, a line each
-_UNCHECKED = "unchecked"
 
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
@@ -138,12 +137,13 @@ class SqliteStore:
 
     def size_bytes(self) -> int | None:
         """The file and its write-ahead log; `None` when the disk does not say."""
+        path = os.path.realpath(self._path)
         try:
-            size_bytes = self._path.stat().st_size
+            size_bytes = os.stat(path).st_size
         except OSError:
             return None
         with suppress(FileNotFoundError):  # SQLite makes it with the first commit
-            size_bytes += Path(f"{self._path}-wal").stat().st_size
+            size_bytes += os.stat(f"{path}-wal").st_size
         return size_bytes
 
     async def close(self) -> None:
@@ -162,7 +162,7 @@ class _Opened:
     the end."""
 
     def __init__(self, path: Path, busy_timeout_ms: int) -> None:
-        self._path = path
+        self._named, self._path = path, Path(os.path.realpath(path))
         self._busy_timeout_ms = busy_timeout_ms
         self._queries = load_queries()
         self._writer_thread = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
@@ -182,41 +182,46 @@ class _Opened:
     async def close(self) -> None:
         # The writer last: the last connection to leave copies the log into the file and removes it.
         await self.on_reader(self._reader_undo.close)
-        await self.on_writer(self._leave)
-        await self.on_writer(self._writer_undo.close)
-        self._reader_thread.shutdown(wait=False)
-        self._writer_thread.shutdown(wait=False)
+        try:
+            await self.on_writer(self._leave)
+        finally:  # a file that is damaged is let go as well
+            await self.on_writer(self._writer_undo.close)
+            self._reader_thread.shutdown(wait=False)
+            self._writer_thread.shutdown(wait=False)
 
     def open_writer(self, migrations: Sequence[Migration], *, exclusive: bool) -> Snapshot:
         with _machine_errors(self._path, "opened", _OPENING_CODES):
             _make_file(self._path)
-            lock = _take_lock(self._path) if exclusive else None
+            lock = locking.take(self._path) if exclusive else None
             if lock is not None:
                 self._writer_undo.callback(os.close, lock.descriptor)
-            checked = lock is not None and lock.before == _boot_id() != ""
-            damaged = lock is not None and lock.before == _UNCHECKED
+            checked = lock is not None and lock.before == locking.boot_id() != ""
+            damaged = lock is not None and lock.before == locking.UNCHECKED
             due = damaged or (_log_is_left(self._path) and not checked)
             self._writer = self._connect()
             self._writer_undo.enter_context(closing(self._writer))
             if due:
-                _note_in(lock, _UNCHECKED)
+                locking.note(lock, locking.UNCHECKED)
                 _check_integrity(self._path, self._writer)
-            _note_in(lock, _boot_id())
+            locking.note(lock, locking.boot_id())
             with _transaction(self._writer):
                 _migrate(self._writer, self._queries, migrations)
                 self._writer.execute(self._queries.advance_leader)
                 snapshot = read_snapshot(self._writer, self._queries)
-                copied_unix_ms = snapshot.copied_unix_ms or place.copied_unix_ms(
-                    self._writer, self._queries, self._path, snapshot
-                )
-                if copied_unix_ms:
+                if not snapshot.copied_unix_ms:
+                    copied_unix_ms = place.copied_unix_ms(
+                        self._writer, self._queries, self._path, snapshot
+                    )
+                    if copied_unix_ms and not due:
+                        _check_integrity(self._path, self._writer)
                     snapshot = replace(snapshot, copied_unix_ms=copied_unix_ms)
+                if snapshot.copied_unix_ms:
                     snapshot = _put_back(self._writer, self._queries, snapshot)
                 number = place.note(self._writer, self._queries, self._path, snapshot.leader_epoch)
             place.settle(self._path, number)
             self._place_due_s = time.monotonic() + PLACE_S
             self._leader_epoch = snapshot.leader_epoch
-            self._opened_at = _where(self._path)
+            self._opened_at = _where(self._named)
             return snapshot
 
     def open_reader(self) -> None:
@@ -249,7 +254,7 @@ class _Opened:
             if time.monotonic() >= self._place_due_s:
                 number = place.note(connection, self._queries, self._path, epoch)
         with _machine_errors(self._path, "found", _MACHINE_CODES):
-            if _where(self._path) != self._opened_at:
+            if _where(self._named) != self._opened_at:
                 raise StoreUnavailable(
                     f"the database {self._path} or its log {self._path.name}-wal is not the file"
                     " that was opened (it was moved, removed or replaced): put it back, or restart"
@@ -312,6 +317,8 @@ def _machine_errors(path: Path, verb: str, codes: Sequence[int]) -> Iterator[Non
         # none.
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF not in codes:
             raise
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_CORRUPT:
+            raise StoreUnavailable(_damaged(path, str(error))) from error
         reason = f"{error} ({error.sqlite_errorname})"
         raise StoreUnavailable(_sentence(path, verb, reason)) from error
     except OSError as error:
@@ -345,58 +352,13 @@ def _make_file(path: Path) -> None:
         os.close(directory)
 
 
-class _Lock(NamedTuple):
-    """`before`: in which boot the file was used last, or `_UNCHECKED`; empty: nobody knows."""
-
-    descriptor: int
-    before: str
-
-
-def _take_lock(path: Path) -> _Lock:
-    """The lock file stays: removing it would let two processes lock two files. It keeps what it
-    says of the file until `_note_in` says otherwise."""
-    lock_path = path.with_name(path.name + ".lock")
-    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
-    with ExitStack() as undo:
-        undo.callback(os.close, descriptor)
-        words = os.pread(descriptor, _LOCK_BYTES_MAX, 0).decode(errors="replace").split()
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = words[0] if words else "unknown"
-            raise StoreUnavailable(
-                f"the database {path} is in use by another coordinator, pid {holder}:"
-                " stop that one, or give this one a database of its own"
-            ) from error
-        lock = _Lock(descriptor, words[1] if len(words) > 1 else "")
-        _note_in(lock, lock.before)
-        undo.pop_all()
-    return lock
-
-
-def _note_in(lock: _Lock | None, said: str) -> None:
-    """Durable, since a power cut is what it is for."""
-    if lock is not None:
-        os.ftruncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, f"{os.getpid()}\n{said}\n".encode(), 0)
-        os.fsync(lock.descriptor)
-
-
-def _boot_id() -> str:
-    """Another one after each start of this machine; empty where the kernel does not say."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
 def _where(path: Path) -> tuple[tuple[int, int], ...]:
     """Which files the database and its write-ahead log are by their names, now; zeros for one that
     is not there. Raises OSError."""
-    found = [(0, 0), (0, 0)]
-    for number, name in enumerate((path.name, path.name + "-wal")):
+    found, leads_to = [(0, 0), (0, 0)], os.path.realpath(path)
+    for number, end in enumerate(("", "-wal")):
         with suppress(FileNotFoundError):
-            status = os.stat(path.with_name(name))
+            status = os.stat(f"{leads_to}{end}")
             found[number] = (status.st_dev, status.st_ino)
     return tuple(found)
 
@@ -409,10 +371,14 @@ def _log_is_left(path: Path) -> bool:
 def _check_integrity(path: Path, connection: sqlite3.Connection) -> None:
     findings = [row[0] for row in connection.execute("PRAGMA quick_check")]
     if findings != ["ok"]:
-        raise StoreUnavailable(
-            f"the database {path} is damaged ({len(findings)} findings, first: {findings[0]}):"
-            " restore a backup, or move the file away to start with an empty one"
-        )
+        raise StoreUnavailable(_damaged(path, f"{len(findings)} findings, first: {findings[0]}"))
+
+
+def _damaged(path: Path, how: str) -> str:
+    return (
+        f"the database {path} is damaged ({how}): restore a backup, or move the file away to start"
+        " with an empty one"
+    )
 
 
 def _migrate(

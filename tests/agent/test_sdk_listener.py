@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,27 @@ async def test_a_socket_that_cannot_be_made_again_is_tried_for(
     assert [line["event"] for line in logged] == ["trainer.socket_gone", "trainer.socket_made"]
     assert logged[0]["reason"].endswith("File exists")
     await house.greeted("other1")
+
+
+async def test_another_agent_s_socket_is_left_to_it_also_when_it_accepts_nobody(
+    tmp_path: Path,
+) -> None:
+    """Who connects to one whose queue is full would wait, and the loop with him."""
+    path = str(tmp_path / sdk_listener.SOCKET_NAME)
+    with ExitStack() as stack:
+        other = stack.enter_context(socket.socket(socket.AF_UNIX))
+        other.bind(path)
+        other.listen(0)
+        refused = 0
+        while refused == 0:
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            refused = waiting.connect_ex(path)
+        assert refused == errno.EAGAIN
+        listener = sdk_listener.Listener(tmp_path, lambda connected: connected.close())
+        with pytest.raises(OSError, match="another agent listens on this socket"):
+            listener.open()
+        assert sdk_listener.SOCKET_NAME in os.listdir(tmp_path)
 
 
 async def test_a_slab_without_a_descriptor_for_it_costs_a_connection(

@@ -7,6 +7,7 @@ So each of it happens here, and the numbers are compared with what came.
 
 import asyncio
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -238,9 +239,11 @@ async def test_who_leaves_does_not_wait_for_a_model_that_learns() -> None:
     class Slow(MaximumForecaster):
         def observe(self, gpus: float) -> None:
             observed.append(gpus)
+            threads.append(threading.current_thread())
             loop.call_soon_threadsafe(running.cancel)
             forecaster._ending.wait()
 
+    threads: list[threading.Thread] = []
     loop = asyncio.get_running_loop()
     past = Past(BEGIN - 1, [5.0] * MINUTES_PER_DAY)
     made: list[ForecastMade] = []
@@ -248,5 +251,6 @@ async def test_who_leaves_does_not_wait_for_a_model_that_learns() -> None:
     forecaster.make(asked(BEGIN, 5.0))
     running = asyncio.create_task(forecaster.run())
     await asyncio.gather(running, return_exceptions=True)
-    forecaster._thread.shutdown()
+    for thread in threads:
+        thread.join()
     assert (observed, made) == ([5.0], [])

@@ -59,6 +59,7 @@ async def weighing() -> AsyncIterator[Weighing]:
     here = Weighing()
     yield here
     here.may_end.set()
+    here.allocator.close()
 
 
 async def test_nobody_waits_for_a_thread_that_hangs(weighing: Weighing) -> None:
@@ -100,15 +101,24 @@ async def test_what_goes_wrong_is_an_answer_and_the_next_one_is_right(weighing: 
     assert (await weighing.answered()).allocation is not None
 
 
-async def test_where_there_is_no_thread_it_is_an_answer(
+async def test_no_thread_is_started_after_the_beginning(
     weighing: Weighing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without memory `Thread.start` waits for one that has died. Who hangs is passed by."""
+
     def none_left(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
+    for _ in range(THREADS_MAX - 1):
+        weighing.ask(weighing.hang)
+        await weighing.hanging.get()
     weighing.ask(unsolved)
-    assert "can't start" in weighing.answers.get_nowait().reason
+    made = await weighing.answered()
+    assert (made.asking, made.reason) == ((1, THREADS_MAX), "")
+    assert made.allocation is not None
+    with pytest.raises(OSError, match="the system has no thread left for allocation"):
+        Allocator(weighing.answers.put_nowait)
 
 
 async def test_an_order_of_the_core_is_answered_through_the_inbox() -> None:
@@ -133,3 +143,4 @@ async def test_an_order_of_the_core_is_answered_through_the_inbox() -> None:
     assert "allocation.failed" not in logged
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+    allocator.close()

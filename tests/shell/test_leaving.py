@@ -45,4 +45,31 @@ def test_it_does_not_wait_for_a_thread_that_hangs(ends: str, status: int, says: 
     )
     assert done.returncode == status, done.stderr
     assert says in done.stderr
-    assert "at work still: allocation_0, asyncio_" in done.stdout
+    names = done.stdout.strip().strip("'").partition("at work still: ")[2].split(", ")
+    assert sorted(name.partition("_")[0] for name in names) == ["allocation", "asyncio"]
+
+
+LATER = """
+import asyncio
+import threading
+from coordinator import leaving
+
+async def work():
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    start, threading.Thread.start = threading.Thread.start, none_left
+    waits = threading.Barrier(leaving.THREADS)
+    await asyncio.gather(*(asyncio.to_thread(waits.wait) for _ in range(leaving.THREADS)))
+    threading.Thread.start = start
+
+leaving.run(work())
+leaving.leave(1, 10)
+"""
+
+
+def test_the_loop_has_all_its_threads_from_the_beginning() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATER], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

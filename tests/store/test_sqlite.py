@@ -365,6 +365,92 @@ async def test_a_file_is_not_read_through_after_a_mere_kill(path: Path, tmp_path
     await store.close()
 
 
+async def test_a_plain_copy_is_read_through(path: Path, tmp_path: Path) -> None:
+    """`cp baton.sqlite3*` takes the lock file along, which says that there was no power cut."""
+    copy = damaged_copy_of_a_killed_coordinator_s(path, tmp_path)
+    with writing_by_hand(copy) as shell:
+        shell.execute("UPDATE leader SET epoch = epoch - 1")
+    shutil.copy(f"{path}.lock", f"{copy}.lock")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"damaged"):
+            await SqliteStore(copy).open()
+    shutil.copy(path.with_name(f".{path.name}.place"), copy.with_name(f".{copy.name}.place"))
+    assert (await read_all(SqliteWorld(copy))).copied_unix_ms == 0  # nobody has looked
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+async def test_a_kill_while_the_lock_file_is_written_leaves_what_it_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Before or after either call; the log is gone by then, and the word is all there is."""
+    copy = damaged_copy_of_a_killed_coordinator_s(path, tmp_path)
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        await SqliteStore(copy).open()
+    real = getattr(os, call)
+
+    def killed_before(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def killed_after(*arguments: object) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    for killed in (killed_before, killed_after):
+        with monkeypatch.context() as here:
+            here.setattr(os, call, killed)
+            with pytest.raises(KeyboardInterrupt):
+                await SqliteStore(copy).open()
+        assert not copy.with_name(f"{copy.name}-wal").exists()
+        with pytest.raises(StoreUnavailable, match="damaged"):
+            await SqliteStore(copy).open()
+
+
+async def test_a_link_is_the_file_that_it_leads_to(path: Path, tmp_path: Path) -> None:
+    """By either name the same lock, the same log, and no copy."""
+    link = tmp_path / "link.sqlite3"
+    link.symlink_to(path)
+    for name in (link, path, link):
+        store, other = SqliteStore(name), SqliteStore(link if name == path else path)
+        assert (await store.open()).copied_unix_ms == 0
+        with pytest.raises(StoreUnavailable, match="in use by another coordinator"):
+            await other.open()
+        await store.commit(whole_job(1))
+        log = path.with_name(f"{path.name}-wal")
+        assert store.size_bytes() == sum(os.stat(each).st_size for each in (path, log))
+        log.rename(tmp_path / "away")
+        with pytest.raises(StoreUnavailable, match="put it back, or restart"):
+            await store.commit(whole_job(1))
+        (tmp_path / "away").rename(log)
+        await store.close()
+    assert sorted(os.listdir(tmp_path)) == ["link.sqlite3", "state"]
+
+
+async def test_a_link_that_leads_elsewhere_now_is_another_file(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.sqlite3"
+    link.symlink_to(path)
+    store = SqliteStore(link)
+    await store.open()
+    link.unlink()
+    link.symlink_to(tmp_path / "other.sqlite3")
+    with pytest.raises(StoreUnavailable, match="replaced"):
+        await store.commit(whole_job(1))
+    await store.close()
+
+
+async def test_a_damaged_file_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SqliteStore(path)
+    await store.open()
+
+    def damaged(*_: object) -> None:
+        raise sqlite3.DatabaseError("malformed")
+
+    monkeypatch.setattr(store._opened, "write", damaged)
+    with pytest.raises(sqlite3.DatabaseError):
+        await store.close()
+    monkeypatch.undo()
+    await read_all(SqliteWorld(path))
+
+
 async def test_history_is_read_while_somebody_writes(path: Path) -> None:
     world = SqliteWorld(path)
     async with leading(world) as (store, _):

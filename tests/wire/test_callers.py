@@ -119,11 +119,21 @@ def joining(node: str) -> Call:
 async def test_a_node_gives_no_work_and_whoever_is_none_does(fleet: Authority, call: Call) -> None:
     async with serving(fleet) as (address, own):
         told = await refused(call, address, fleet.issue("n1"))
-        assert "the certificate is that of node n1" in told
+        assert "the certificate names node n1" in told
         for name in ("ann", "n2"):
             assert await refused(call, address, fleet.issue(name)) == ""
         # One certificate for everything: what the coordinator may, who has its key may.
         assert await refused(call, address, own) == ""
+
+
+def test_who_is_user_and_node_by_one_certificate_is_told_the_way_out() -> None:
+    """One that was issued for a box and whoever works there: with `users` it is both."""
+    both = Caller(("ann", "n1", "localhost"))
+    told = Access(is_node=lambda name: name == "n1").refuse_user(both)
+    assert told.startswith("the certificate names node n1, and nodes run jobs and give none")
+    assert told.endswith("or list the user that it names as well in the coordinator's 'users'")
+    listed = Access(users=("ann",), is_node=lambda name: name == "n1")
+    assert (listed.refuse_user(both), listed.refuse_node(both, "n1")) == ("", "")
 
 
 async def test_users_that_are_listed_are_all_there_are_and_no_nodes(fleet: Authority) -> None:
