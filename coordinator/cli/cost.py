@@ -125,6 +125,9 @@ def cost(
     span = _span(context, last, begin, end)
     with CostClient(settings_of(context)) as client:
         costs = client.costs(span, by, project)
+    if span.begin is not None and costs.end_time <= costs.begin_time:
+        why = "the span begins later than it is by the coordinator's clock"
+        raise click.BadParameter(why, param_hint="--from")
     if compare:
         costs = _compared(costs, project)
     if plot is not None:
@@ -158,7 +161,9 @@ def _span(
         length = until - since
     if length <= timedelta(0):
         raise click.BadParameter("the span ends where it begins, or earlier", param_hint=hint)
-    if length > timedelta(days=SPAN_DAYS_MAX):
+    # A span that ends later than now ends now, which is for the coordinator to say.
+    ends = until is None or begin is None or until <= datetime.now(UTC)
+    if ends and length > timedelta(days=SPAN_DAYS_MAX):
         raise click.BadParameter(f"a span is {SPAN_DAYS_MAX} days at most", param_hint=hint)
     return Span(since, until, length)
 

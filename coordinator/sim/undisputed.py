@@ -6,6 +6,10 @@ changes nothing: each gets the option that is worth most to it, which no other a
 So that is looked at first, and only where room is short, or two options of a job are worth about
 the same, is the whole decision made. `tests/simulate/test_undisputed.py` holds the two equal.
 
+It is not in `core/allocation.py`, as a live coordinator wants more of a decision than who runs
+where: values, prices and the horizon are what arrivals are judged by until the next one, and what
+`baton explain` tells, so hardly more than the solver's part of the time could be saved there.
+
 Where all run and time alone would move nobody, the answer stays until something happens.
 """
 

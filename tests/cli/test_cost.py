@@ -2,9 +2,11 @@
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator.cli import savings
 from protos.baton.v1 import costs_pb2 as pb
@@ -168,3 +170,21 @@ def test_a_span_that_is_refused_says_why(
     assert (result.exit_code, fake.requests) == (2, [])
     assert said in " ".join(result.stderr.split())
     assert "before" not in result.stderr
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["coordinator", "an older one"])
+def test_where_a_span_ends_is_for_the_coordinator_to_say(
+    baton: Baton, fake: FakeCoordinator, *, told: bool
+) -> None:
+    """A month's end that is years away is now; and what begins then has no bill yet."""
+    now = Timestamp(seconds=NOVEMBER + 2 * DAY_S)
+    fake.unix_ms = now.ToMilliseconds()
+    for begin, end, code in (("2026-11-01", "2090-01-01", 0), ("2090-01-01", "2091-01-01", 2)):
+        answered = answer()
+        if told:
+            answered.begin_time.FromDatetime(datetime.fromisoformat(begin))
+            answered.end_time.CopyFrom(now if code == 0 else answered.begin_time)
+        fake.answers["GetCosts"] = [answered]
+        result = baton("cost", "--from", begin, *(("--to", end) if code == 0 else ()))
+        assert result.exit_code == code, result.stderr
+        assert ("later than it is by the coordinator's clock" in result.stderr) is bool(code)

@@ -8,7 +8,7 @@ from coordinator.sim import rounds
 from coordinator.sim.engine import simulate
 from coordinator.sim.model import Chance, Fleet, Outcome, SimJob, View
 from coordinator.sim.rounds import Goal, Rounds
-from coordinator.solver import Floats
+from coordinator.solver import Floats, level
 
 FLEET = Fleet({"A100": 1, "K80": 2})
 
@@ -39,7 +39,6 @@ def test_max_min_solves_when_somebody_comes_or_goes(
     """Or GPUs do; and decides as if it solved each time."""
     chance = Chance(node_mtbf_h=3.0, node_gpus=1, mend_h=1.0) if failing else Chance()
     solved: list[int] = []
-    level = rounds.level
 
     def counted(
         rates: Floats, needs: Floats, gpus: Floats, capacity: Floats

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ class Whole:
 
     def decide(self, view: View) -> Mapping[int, Placement]:
         contenders = [self.ours.contender(seen) for seen in view.jobs]
-        grants = self.ours.allocation(view, contenders, {}).grants
+        grants = self.ours.allocation(view, contenders, self.ours.tenants or {}).grants
         return {n: Placement(one.option.gpu_type, one.option.gpus) for n, one in grants.items()}
 
 
@@ -62,6 +63,7 @@ def jobs_of(gaps_s: list[int], draws: list[int]) -> list[SimJob]:
             SimJob(
                 job_id=number, gpus=1 + draw % 3, steps=600.0 * (1 + draw % 17), rank=draw % 2,
                 rates={"A100": ratio, "K80": 1.0}, arrival_ms=1000 * at_s, restart_s=60.0,
+                project="light" if draw % 7 == 0 else "",
                 deadline_ms=1000 * at_s + 3 * HOUR_MS if draw % 5 == 0 else None,
             )
         )  # fmt: skip
@@ -96,17 +98,27 @@ def test_a_queue_is_decided_over_all() -> None:
     balance=st.sampled_from([0.0, 0.3, 1.0]),
     solved=st.booleans(),
     failing=st.booleans(),
+    known=st.sampled_from([{}, {"blind": True}, {"rate_error": 0.3}]),
+    light=st.sampled_from([1e-6, 0.5, 100.0]),
 )
 @settings(max_examples=12, deadline=None)
 def test_every_trace_is_decided_as_without_it(
-    gaps_s: list[int], draws: list[int], balance: float, solved: bool, failing: bool
+    gaps_s: list[int],
+    draws: list[int],
+    balance: float,
+    *,
+    solved: bool,
+    failing: bool,
+    known: dict[str, Any],
+    light: float,
 ) -> None:
     jobs = jobs_of(gaps_s, draws)
     chance = Chance(node_mtbf_h=20.0, node_gpus=2, mend_h=1.0) if failing else Chance(save_s=7.0)
+    chance = replace(chance, **known)
     aims, solver = Aims(balance=balance), solve if solved else None
 
     def run(whole: bool) -> Outcome:
-        ours = Ours(aims, solver, 600_000)
+        ours = Ours(aims, solver, 600_000, {"light": light})
         return simulate(jobs, FLEET, Whole(ours) if whole else ours, chance)
 
     assert run(whole=False) == run(whole=True)
