@@ -92,7 +92,7 @@ def test_who_hangs_without_a_name_costs_the_others_no_more_than_a_start(box: Box
     """To ask again which GPUs there are would end each sampler in its first minute."""
     first, second, third = h100(3)
     box.describe(first, replace(second, state="hangs"), third)
-    gpus = box.gpus(deadlines=Deadlines(fast_ms=200, slow_ms=200, first_ms=200))
+    gpus = box.gpus(deadlines=Deadlines(fast_ms=200, slow_ms=200, first_ms=1_000))
     with capture_logs() as logs:
         gpus.open()
         until(gpus, all_read)

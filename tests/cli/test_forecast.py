@@ -76,7 +76,10 @@ def with_holds(hours: int) -> demand_pb2.GetDemandResponse:
     return answer
 
 
-def test_ages_of_jobs_are_heard_as_in_the_benchmark(baton: Baton, fake: FakeCoordinator) -> None:
+def test_ages_of_jobs_are_heard_as_in_the_benchmark(
+    baton: Baton, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "TOLD_EVERY_S", math.inf)
     count = 24 * 12
     answer = with_holds(count)
     fake.answers["GetDemand"] = [answer]
