@@ -357,7 +357,9 @@ def test_unbroken_rules_pass_the_plans_of_the_broken_ones() -> None:
 
 
 def test_a_stale_commit_that_is_accepted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept(job: Job, attempt: Attempt, body: CheckpointProposed) -> str:
+    def accept(
+        state: CoordinatorState, job: Job, attempt: Attempt, body: CheckpointProposed
+    ) -> str:
         return ""
 
     monkeypatch.setattr(checkpoints, "_refuse_commit", accept)
