@@ -22,7 +22,7 @@ from coordinator.core.cost_requests import (
     Money,
     TypeFleet,
 )
-from coordinator.wire_time import encode_time
+from coordinator.wire_time import decode_time, encode_time
 from protos.baton.v1 import costs_pb2 as pb
 from protos.baton.v1 import costs_pb2_grpc
 
@@ -66,11 +66,15 @@ def decode(request: pb.GetCostsRequest) -> GetCosts | str:
     by = _GROUPINGS.get(request.grouping)
     if by is None:
         return f"{request.grouping} is no grouping that this coordinator knows"
-    last_ms = request.last.ToMilliseconds()
+    try:
+        begin = decode_time(request.begin_time)
+        end = decode_time(request.end_time) if request.HasField("end_time") else UNIX_MS_MAX
+    except ValueError as error:
+        return str(error)
+    last_ms = request.last.seconds * 1_000 + request.last.nanos // 1_000_000
     if request.HasField("last") and not 1 <= last_ms <= SPAN_DAYS_MAX * MS_PER_DAY:
         return f"last is {last_ms} ms; it must be between 1 ms and {SPAN_DAYS_MAX} days"
-    end = request.end_time.ToMilliseconds() if request.HasField("end_time") else UNIX_MS_MAX
-    return GetCosts(request.begin_time.ToMilliseconds(), end, by, request.project, last_ms)
+    return GetCosts(begin, end, by, request.project, last_ms)
 
 
 def encode(page: CostPage) -> pb.GetCostsResponse:

@@ -55,3 +55,14 @@ def test_a_question_arrives() -> None:
     asked.ClearField("last")
     asked.grouping = 99  # type: ignore[assignment]
     assert cost_rpc.decode(asked) == "99 is no grouping that this coordinator knows"
+
+
+def test_a_time_that_no_calendar_has_is_said_to_be_none() -> None:
+    for field in ("begin_time", "end_time"):
+        asked = pb.GetCostsRequest()
+        getattr(asked, field).seconds = 9 * 10**15
+        said = cost_rpc.decode(asked)
+        assert said == "9000000000000000 s after 1970 is no time that is written down"
+    asked = pb.GetCostsRequest()
+    asked.last.seconds = 9 * 10**15
+    assert "must be between 1 ms and 366 days" in str(cost_rpc.decode(asked))
