@@ -6,10 +6,10 @@ from pathlib import Path
 
 from agent.core.trainer_messages import TrainerHello, TrainerMessage
 from agent.sdk_server import SdkServer
+from tests.patience import HANG_S
 
 SECRET = "secret"
 WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True, "leaving": True}
-DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
 
 
 class Trainer:
@@ -25,7 +25,7 @@ class Trainer:
 
     async def receive(self) -> dict[str, object] | None:
         """The next line; None at the end."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(HANG_S):
             line = await self.reader.readline()
         return json.loads(line) if line else None
 
@@ -54,7 +54,7 @@ class House:
 
     async def message(self) -> tuple[str, TrainerMessage]:
         """The next one that reached the core."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(HANG_S):
             while not self.messages:
                 self.received.clear()
                 await self.received.wait()

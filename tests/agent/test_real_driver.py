@@ -17,6 +17,7 @@ from agent.core import clean
 from agent.telemetry.probe import NvmlProbe
 from agent.telemetry.remote import monotonic_ms
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
+from tests.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -65,7 +66,7 @@ def run(code: str, **variables: str) -> str:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/trainers/sdk", **variables},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

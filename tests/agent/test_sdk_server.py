@@ -26,7 +26,8 @@ from agent.core.trainer_messages import (
 from agent.sdk_connection import DESCRIPTORS_MAX
 from agent.sdk_server import SdkServer
 from agent.slabs import Slabs
-from tests.agent.sdk_house import DEADLINE_S, SECRET, WELCOME, House
+from tests.agent.sdk_house import SECRET, WELCOME, House
+from tests.patience import HANG_S
 
 
 @pytest.fixture
@@ -345,7 +346,7 @@ async def test_a_trainer_that_does_not_read_is_cut_off(house: House) -> None:
     for _ in range(100):
         house.server.tell("1.1", large)
     deaf.reader._transport.resume_reading()  # type: ignore[attr-defined]
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(HANG_S):
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await deaf.reader.readexactly(100 * 60_000)
     again = await house.greeted()
@@ -374,7 +375,7 @@ class SlabTrainer:
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE_S)
+        self.socket.settimeout(HANG_S)
         self.socket.connect(path)
         self.buffer = b""
         self.descriptors: list[int] = []

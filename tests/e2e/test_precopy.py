@@ -11,6 +11,7 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
+from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-precopy")]
 
@@ -49,7 +50,7 @@ def steps_of(witness: Path) -> list[tuple[int, int]]:
 def wait_steps(cluster: Cluster, witness: Path, step: int) -> None:
     cluster.wait_until(
         lambda: witness.exists() and any(taken >= step for taken, _ in steps_of(witness)),
-        work.DEADLINE_S,
+        HANG_S,
         f"step {step}",
     )
 

@@ -11,6 +11,8 @@ from coordinator.sim.toml_file import BadFile
 
 HEAD = "job,arrival_s,gpus,steps,A100,K80\n"
 LINE = "1,60,1,9,2,\n"
+ZIPPED = gzip.compress((HEAD + LINE).encode(), mtime=0)  # the same bytes in each worker
+TARRED = gzip.compress(b"\0" * 257 + b"ustar", mtime=0)
 MEANT = SimJob(
     job_id=1, gpus=1, steps=9.0, rates={"A100": 2.0}, rank=1, arrival_ms=60_000, restart_s=60.0
 )
@@ -34,7 +36,7 @@ def read(folder: Path, data: bytes | str) -> list[SimJob]:
         HEAD + LINE.replace("\n", ",,,\n"),
         "K80,steps,A100,job,gpus,arrival_s\n,9,2,1,1,60\n",
         "".join(f'"{cell}",' for cell in HEAD.strip().split(",")) + "\n" + LINE,
-        gzip.compress((HEAD + LINE).encode()),
+        ZIPPED,
     ],
 )
 def test_a_table_is_read_however_it_was_written(tmp_path: Path, data: bytes | str) -> None:
@@ -56,8 +58,11 @@ def test_thousands_that_come_at_once_are_read_in_the_order_of_the_file(tmp_path:
         (HEAD + "1,1700000000000,1,9,2,\n", "divide milliseconds by 1000"),
         (HEAD + "1,60,1,9,1e-300,\n", "of 87,600 at most; steps or a rate is wrong"),
         ("\n\n", "is empty; its first line names the columns"),
-        (gzip.compress((HEAD + LINE).encode())[:-12], "cannot be unpacked (Compressed file ended"),
-        (gzip.compress(b"\0" * 257 + b"ustar"), "is an archive of files; unpack it and name one"),
+        (ZIPPED[:-12], "cannot be unpacked (Compressed file ended"),
+        (
+            TARRED,
+            "is an archive of files; unpack it and name one",
+        ),
         (b"PK\x03\x04 and more", "is a zip archive or a spreadsheet; save what it holds as CSV"),
         (
             "job_id,submit_time,num_gpu,duration,iteration,A100\n1,0,1,9,9,1\n",

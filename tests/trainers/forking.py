@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-RANKS_S_MAX = 100
+from tests.patience import HANG_S
+
 """Of ranks that hang, on a busy machine, where nothing else is said."""
 
 
@@ -51,9 +52,8 @@ class Ended:
 class Host:
     """Starts ranks, one set after another."""
 
-    def __init__(self, folder: Path, module: str, ranks_s_max: int = RANKS_S_MAX) -> None:
+    def __init__(self, folder: Path, module: str) -> None:
         self.folder = folder
-        self._ranks_s_max = ranks_s_max
         self._module = module
         self._process: subprocess.Popen[str]
         self._sets = 0
@@ -71,7 +71,7 @@ class Host:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(self._ranks_s_max) == 0
+        assert self._process.wait(HANG_S) == 0
 
     def place(self) -> Path:
         """A folder for the next set of ranks."""
@@ -89,7 +89,6 @@ class Host:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         told = {
             "place": str(place),
-            "ranks_s_max": self._ranks_s_max,
             "environments": [
                 {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **own}
                 for rank, own in enumerate(environments)
@@ -123,7 +122,7 @@ def serve(run_rank: Callable[[Path], int], leave: Callable[[int], object]) -> No
             child = os.fork()
             if child == 0:
                 become(Path(told["place"]), environment)
-                signal.alarm(told["ranks_s_max"])
+                signal.alarm(HANG_S)
                 leave(run_rank(Path(told["place"])))
             children.append(child)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
