@@ -24,8 +24,6 @@ from tests.e2e.certificates import Authority
 from tests.patience import HANG_S
 from tests.wire.slow_link import slow_link
 
-# For a real process on a busy machine; a test that needs it has failed.
-
 BATON = [sys.executable, "-m", "coordinator.cli"]
 
 

@@ -24,7 +24,6 @@ from agent.processes import proc
 from tests.patience import HANG_S
 
 MARK = "BATON_E2E_CLUSTER"
-# A killed process is gone in milliseconds; one in uninterruptible sleep waits for its disk.
 POLL_S = 0.02
 
 
@@ -59,6 +58,7 @@ def end(runtime_directory: Path, state_directory: Path) -> int:
     Raises `TimeoutError` for what cannot be killed.
     """
     killed: set[proc.Process] = set()
+    # A killed process is gone in milliseconds; one in uninterruptible sleep waits for its disk.
     deadline_s = time.monotonic() + HANG_S
     pause = threading.Event()
     while left := owned(runtime_directory, state_directory):

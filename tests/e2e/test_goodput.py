@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-goodput")]
 
 NODES = ("n1", "n2")
 # A checkpoint lasts longer than what is said of the progress, or none would ever be seen behind it.
-STEPS, EVERY = 2_000, 400
+STEPS, EVERY = 1_200, 400
 PARTS = tuple(
     field.name
     for field in types_pb2.Accounting.DESCRIPTOR.fields
@@ -34,7 +34,7 @@ CONFIG = {
     "window_tokens": 32,
     "batch_size": 4,
     "steps": STEPS,
-    "evaluate_every": 500,
+    "evaluate_every": 600,
     "checkpoint_every_steps": EVERY,
     "checkpoint_every_s": 0,
     "warmup_steps": 20,

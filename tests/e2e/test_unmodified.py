@@ -30,7 +30,6 @@ STEPS, EVERY = 12, 3
 FILE = str(Path(scripts.__file__).parent / "hf_script.py")
 SCRIPT = [sys.executable, FILE, "--steps", str(STEPS), "--save-steps", str(EVERY)]
 HASTY = {"heartbeat_interval_ms": 500, "lease_ms": 6_000, "closed_grace_ms": 500}
-# A busy two-core machine needs its time to import torch and transformers.
 
 
 @dataclass(frozen=True)

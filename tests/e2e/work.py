@@ -26,8 +26,6 @@ from tests.e2e.trainers import counting
 from tests.patience import HANG_S
 
 TRAINERS = Path(counting.__file__).parent
-# Between a cause and what must follow it on a busy two-core machine: a lease, a restart of Python,
-# a start of a trainer. Far above what it takes, so that only a hang meets it.
 Follower = subprocess.Popen[str]
 ENDED = (
     types_pb2.JOB_PHASE_SUCCEEDED,

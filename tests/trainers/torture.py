@@ -47,8 +47,6 @@ KEPT = 2
 RANDOM_INSTANT_S_MAX = 0.03
 """Some ten checkpoints of this size."""
 
-"""A child that was to kill itself and lives on after so long never will."""
-
 STEP_BYTES = 8
 
 
