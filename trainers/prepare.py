@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """In the folder names: a new recipe makes new folders instead of trusting old ones."""
 
 PIXEL_MAX = 16.0

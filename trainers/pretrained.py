@@ -59,7 +59,7 @@ def digits(directory: Path) -> None:
         ({"pixel_values": pixels[end:]}, targets[end:]),
         identity="pre-training on digits",
     )
-    pretrain(task, LoopOptions(steps=1000, batch_size=32, learning_rate=2e-3, warmup_steps=20))
+    pretrain(task, LoopOptions(steps=500, batch_size=32, learning_rate=2e-3, warmup_steps=20))
     backbone.save_pretrained(directory / "backbone")
 
 
@@ -81,7 +81,7 @@ def text(directory: Path) -> None:
     task = CausalTextTask(
         model, windows[:-64], windows[-64:], bytes_per_token=1.0, identity="pre-training on text"
     )
-    pretrain(task, LoopOptions(steps=350, batch_size=8, learning_rate=3e-3, warmup_steps=20))
+    pretrain(task, LoopOptions(steps=150, batch_size=8, learning_rate=3e-3, warmup_steps=20))
     model.save_pretrained(directory / "model")
 
 
