@@ -358,7 +358,7 @@ EVENTS: Final[Mapping[str, Event]] = registry(
           "The trainer reconnects if it lives."),
     Event("trainer.line_refused", "warning", "attempt reason",
           "a line of attempt {attempt} is refused: {reason}",
-          "The trainer is told why; mostly a version that does not fit."),
+          "The trainer is told why; mostly a version does not fit. 16 of an attempt are logged."),
     Event("trainer.not_accepted", "error", "reason",
           "a trainer's connection is not accepted: {reason}",
           "Mostly too many open files; tried again after a pause."),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from agent import sdk_connection, sdk_server
 from agent.core.trainer_messages import (
@@ -180,6 +181,21 @@ async def test_a_bad_hello_is_refused(house: House, line: object, reason: str) -
     trainer.send(line)
     assert await trainer.refusal() == reason
     assert house.messages == []
+
+
+async def test_a_program_that_repeats_a_mistake_fills_no_journal(house: House) -> None:
+    """It is told each time, and those of other attempts are logged as before."""
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(20):
+            trainer = await house.connect()
+            trainer.send({**HELLO, "token": "wrong"})
+            assert await trainer.refusal() == "unknown token"
+        house.server.register("2.1", "theirs", str(house.staging))
+        trainer = await house.greeted("theirs")
+        trainer.send({"type": "progress", "step": -1})
+        assert await trainer.refusal()
+    refused = [line["attempt"] for line in logged if line["event"] == "trainer.line_refused"]
+    assert refused == [""] * 16 + ["2.1"]
 
 
 INTEGER = "must be an integer from 0 to 9223372036854775807"
