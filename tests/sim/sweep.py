@@ -57,11 +57,16 @@ class Sweep:
         host = self._world.coordinator
         return host.core is not None and host.gate.is_set() and not host.full
 
+    def _in_line(self, node: str) -> bool:
+        """It has said hello, and is neither heard nor told anything until its turn comes."""
+        core = self._world.coordinator.core
+        return core is not None and node in core.state.admission.line
+
     def _stale(self, agent: "AgentHost") -> None:
         world = self._world
         healthy = self._calm() and agent.up and agent.weather.clear and not agent.box.disk.full
         healthy = healthy and agent.box.gate.is_set() and not world.deposed
-        if not healthy or not agent.connected:
+        if not healthy or not agent.connected or self._in_line(agent.box.name):
             return
         for attempt_id, trainer in agent.box.trainers.items():
             if trainer.stuck:
