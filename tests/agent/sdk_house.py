@@ -1,7 +1,9 @@
 """A server for trainers and the other ends of its socket, for tests of what is said on it."""
 
 import asyncio
+import contextlib
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from agent.core.trainer_messages import TrainerHello, TrainerMessage
@@ -9,6 +11,7 @@ from agent.sdk_server import SdkServer
 from tests.patience import HANG_S
 
 SECRET = "secret"
+HELLO = {"type": "hello", "version": 1, "token": SECRET, "pid": 1}
 WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True, "leaving": True}
 
 
@@ -71,3 +74,17 @@ class House:
         assert await trainer.receive() == WELCOME
         assert (await self.message())[1] == TrainerHello(pid)
         return trainer
+
+
+@contextlib.asynccontextmanager
+async def open_house(directory: Path) -> AsyncIterator[House]:
+    """One that knows attempt 1.1."""
+    staging = directory / "staging"
+    staging.mkdir()
+    house = House(directory / "run", staging)
+    await house.server.open()
+    house.server.register("1.1", SECRET, str(staging))
+    yield house
+    await house.server.close()
+    for trainer in house.trainers:
+        trainer.writer.close()

@@ -1,7 +1,6 @@
 """The trainer socket, spoken to by well-behaved, broken and hostile trainers over a real socket."""
 
 import asyncio
-import json
 import os
 import socket
 import stat
@@ -15,33 +14,21 @@ from agent import sdk_connection, sdk_server
 from agent.core.trainer_messages import (
     TrainerCheckpoint,
     TrainerHeedsSaves,
-    TrainerHello,
     TrainerLeaving,
     TrainerMilestone,
     TrainerProgress,
     TrainerSection,
-    TrainerSlab,
     TrainerTime,
-    capture_name,
 )
-from agent.sdk_connection import DESCRIPTORS_MAX
 from agent.sdk_server import SdkServer
-from agent.slabs import Slabs
-from tests.agent.sdk_house import SECRET, WELCOME, House
+from tests.agent.sdk_house import HELLO, House, open_house
 from tests.patience import HANG_S
 
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    house = House(tmp_path / "run", staging)
-    await house.server.open()
-    house.server.register("1.1", "secret", str(staging))
-    yield house
-    await house.server.close()
-    for trainer in house.trainers:
-        trainer.writer.close()
+    async with open_house(tmp_path) as opened:
+        yield opened
 
 
 async def test_the_conversation(house: House) -> None:
@@ -157,9 +144,6 @@ async def test_an_attempt_speaks_only_for_itself(house: House, tmp_path: Path) -
     house.server.register("2.1", "another", str(other))  # once more: nothing changes
     trainer.send({"type": "progress", "step": 2})
     assert await house.message() == ("2.1", TrainerProgress(2, None, ()))
-
-
-HELLO = {"type": "hello", "version": 1, "token": "secret", "pid": 1}
 
 
 @pytest.mark.parametrize(
@@ -384,94 +368,6 @@ async def test_socket_file(tmp_path: Path, house: House) -> None:
     await house.greeted()
     with pytest.raises(OSError, match="too long for a socket"):
         await SdkServer(tmp_path / ("x" * 100), house.note).open()
-
-
-class SlabTrainer:
-    """A trainer on a plain socket, which can pass descriptors."""
-
-    def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(HANG_S)
-        self.socket.connect(path)
-        self.buffer = b""
-        self.descriptors: list[int] = []
-
-    def send(self, line: dict[str, object], *descriptors: int) -> None:
-        socket.send_fds(self.socket, [json.dumps(line).encode() + b"\n"], descriptors)
-
-    def receive(self) -> dict[str, object]:
-        while b"\n" not in self.buffer:
-            data, found, _, _ = socket.recv_fds(self.socket, 4096, 4)
-            assert data, "closed"
-            self.buffer += data
-            self.descriptors += found
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    def greet(self) -> dict[str, object]:
-        self.send(HELLO)
-        return self.receive()
-
-
-async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    house = House(tmp_path / "run", staging)
-    desk = Slabs(0.5, lambda: 1_000_000)
-    house.server = SdkServer(tmp_path / "run", house.note, desk)
-    await house.server.open()
-    house.server.register("1.1", SECRET, str(staging))
-    trainer = SlabTrainer(house.server.socket_path)
-    assert await asyncio.to_thread(trainer.greet) == {**WELCOME, "slabs": True}
-    assert (await house.message())[1] == TrainerHello(1)
-    trainer.send({"type": "slab", "bytes": 10_000})
-    answer = await asyncio.to_thread(trainer.receive)
-    assert answer == {"type": "slab", "bytes": 12_288, "slots": 2}
-    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
-    (held,) = trainer.descriptors
-    inode = os.fstat(held).st_ino
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
-    named = TrainerCheckpoint(3, capture_name(inode, 8), 120, 2)
-    assert await house.message() == ("1.1", named)
-    trainer.send({"type": "slab", "bytes": 10**9})
-    refusal = await asyncio.to_thread(trainer.receive)
-    assert refusal["type"] == "slab_refused"
-    assert "may be given away" in str(refusal["reason"])
-    # The next agent has none of it, until the trainer offers what it holds.
-    desk.close()
-    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
-    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
-    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
-    assert await house.message() == ("1.1", named)
-    reader, writer = os.pipe()
-    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)
-    refusal = await asyncio.to_thread(trainer.receive)
-    assert (refusal["type"], refusal["offered"]) == ("slab_refused", True)
-    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True})
-    assert await asyncio.to_thread(trainer.receive) == {
-        "type": "error",
-        "reason": "a slab is offered without its descriptor",
-    }
-    for descriptor in (reader, writer, held):
-        os.close(descriptor)
-    trainer.socket.close()
-    await house.server.close()
-    desk.close()
-
-
-async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:
-    trainer = SlabTrainer(house.server.socket_path)
-    assert await asyncio.to_thread(trainer.greet) == WELCOME
-    await house.message()
-    before = len(os.listdir("/proc/self/fd"))
-    nothing = trainer.socket.fileno()
-    for step in range(20):
-        trainer.send({"type": "progress", "step": step}, *[nothing] * 4)
-        await house.message()
-    assert len(os.listdir("/proc/self/fd")) <= before + DESCRIPTORS_MAX
-    trainer.socket.close()
 
 
 async def test_who_looks_for_requests_to_save_says_so_and_is_sent_one(house: House) -> None:

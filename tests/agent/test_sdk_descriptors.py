@@ -1,0 +1,112 @@
+"""What travels beside the lines of the trainers' socket: the memory of captures, and what nobody
+asked for."""
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from agent.core.trainer_messages import TrainerCheckpoint, TrainerHello, TrainerSlab, capture_name
+from agent.sdk_connection import DESCRIPTORS_MAX
+from agent.sdk_server import SdkServer
+from agent.slabs import Slabs
+from tests.agent.sdk_house import HELLO, SECRET, WELCOME, House, open_house
+from tests.patience import HANG_S
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    async with open_house(tmp_path) as opened:
+        yield opened
+
+
+class SlabTrainer:
+    """A trainer on a plain socket, which can pass descriptors."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(HANG_S)
+        self.socket.connect(path)
+        self.buffer = b""
+        self.descriptors: list[int] = []
+
+    def send(self, line: dict[str, object], *descriptors: int) -> None:
+        socket.send_fds(self.socket, [json.dumps(line).encode() + b"\n"], descriptors)
+
+    def receive(self) -> dict[str, object]:
+        while b"\n" not in self.buffer:
+            data, found, _, _ = socket.recv_fds(self.socket, 4096, 4)
+            assert data, "closed"
+            self.buffer += data
+            self.descriptors += found
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def greet(self) -> dict[str, object]:
+        self.send(HELLO)
+        return self.receive()
+
+
+async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    house = House(tmp_path / "run", staging)
+    desk = Slabs(0.5, lambda: 1_000_000)
+    house.server = SdkServer(tmp_path / "run", house.note, desk)
+    await house.server.open()
+    house.server.register("1.1", SECRET, str(staging))
+    trainer = SlabTrainer(house.server.socket_path)
+    assert await asyncio.to_thread(trainer.greet) == {**WELCOME, "slabs": True}
+    assert (await house.message())[1] == TrainerHello(1)
+    trainer.send({"type": "slab", "bytes": 10_000})
+    answer = await asyncio.to_thread(trainer.receive)
+    assert answer == {"type": "slab", "bytes": 12_288, "slots": 2}
+    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    (held,) = trainer.descriptors
+    inode = os.fstat(held).st_ino
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
+    named = TrainerCheckpoint(3, capture_name(inode, 8), 120, 2)
+    assert await house.message() == ("1.1", named)
+    trainer.send({"type": "slab", "bytes": 10**9})
+    refusal = await asyncio.to_thread(trainer.receive)
+    assert refusal["type"] == "slab_refused"
+    assert "may be given away" in str(refusal["reason"])
+    # The next agent has none of it, until the trainer offers what it holds.
+    desk.close()
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
+    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
+    assert await house.message() == ("1.1", named)
+    reader, writer = os.pipe()
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)
+    refusal = await asyncio.to_thread(trainer.receive)
+    assert (refusal["type"], refusal["offered"]) == ("slab_refused", True)
+    trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True})
+    assert await asyncio.to_thread(trainer.receive) == {
+        "type": "error",
+        "reason": "a slab is offered without its descriptor",
+    }
+    for descriptor in (reader, writer, held):
+        os.close(descriptor)
+    trainer.socket.close()
+    await house.server.close()
+    desk.close()
+
+
+async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:
+    trainer = SlabTrainer(house.server.socket_path)
+    assert await asyncio.to_thread(trainer.greet) == WELCOME
+    await house.message()
+    before = len(os.listdir("/proc/self/fd"))
+    nothing = trainer.socket.fileno()
+    for step in range(20):
+        trainer.send({"type": "progress", "step": step}, *[nothing] * 4)
+        await house.message()
+    assert len(os.listdir("/proc/self/fd")) <= before + DESCRIPTORS_MAX
+    trainer.socket.close()
