@@ -29,6 +29,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import Attempt, Checkpoint, Job, Snapshot, attempt_id
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
 from coordinator.core.shares import SHARES_PERCENT_MAX
+from coordinator.core.state import ATTEMPTS_SHOWN_MAX
 from tests.sim.faults import GPU_MEMORY_BYTES
 
 if TYPE_CHECKING:
@@ -261,12 +262,25 @@ class Checkers:
             if self.jobs.get(job.id) != job:
                 self._fail(f"job {job.id} came back as {job}, and was {self.jobs.get(job.id)}")
         read = {attempt.id: attempt for attempt in snapshot.attempts}
-        if read != self.attempts:
+        if read != self._kept():
             self._fail("the attempts that came back are not those that were written")
         for request_id, job_id in self.submitted_ids.items():
             found = [job for job in snapshot.jobs if job.id == job_id]
             if not found or found[0].request_id != request_id:
                 self._fail(f"job {job_id} was acknowledged and is not on the disk")
+
+    def _kept(self) -> dict[str, Attempt]:
+        """Of each job the newest tries, which are all that a store keeps."""
+        tries: dict[int, list[int]] = {}
+        for attempt in self.attempts.values():
+            if attempt.rank == 0:
+                tries.setdefault(attempt.job_id, []).append(attempt.epoch)
+        oldest = {job_id: min(sorted(all_)[-ATTEMPTS_SHOWN_MAX:]) for job_id, all_ in tries.items()}
+        return {
+            attempt.id: attempt
+            for attempt in self.attempts.values()
+            if attempt.epoch >= oldest[attempt.job_id]
+        }
 
     # --- what happens on boxes --------------------------------------------------------------------
 
