@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -178,6 +178,7 @@ class Registration:
     )
     programs: dict[int, int] = field(default_factory=dict)
     programs_seen: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)  # that were due, by event
 
     @property
     def live(self) -> list[Connection]:

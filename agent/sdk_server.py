@@ -79,7 +79,7 @@ LINE_BYTES_MAX = 64 * 1024  # the contract's; 64 metrics with long names fit man
 CONNECTIONS_PER_ATTEMPT_MAX = 16  # the ranks of one box's trainer, each with a reconnect on its way
 CONNECTIONS_UNKNOWN_MAX = 64  # before their hello; more are turned away
 HELLO_TIMEOUT_S = 10.0  # a connection that does not say who it is must not hold a place
-WARNINGS_MAX = 16  # of one attempt; a program that repeats a mistake for ever fills no journal
+WARNINGS_MAX = 16  # of an event and attempt; who repeats a mistake for ever fills no journal
 WRITE_BUFFER_BYTES_MAX = 1024 * 1024  # a trainer that does not read its answers is cut off here
 
 log = structlog.get_logger()
@@ -120,7 +120,7 @@ class SdkServer:
         self._unknown: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections = 0  # so far
-        self._warnings: Counter[str] = Counter()  # by attempt; "" has not said who it is
+        self._stranger_warnings: Counter[str] = Counter()  # since the last attempt came
 
     @property
     def socket_path(self) -> str:
@@ -155,11 +155,11 @@ class SdkServer:
             raise ValueError(f"the token of attempt {attempt_id} belongs to another attempt")
         self.unregister(attempt_id)
         self._registrations[attempt_id] = Registration(token, real)
+        self._stranger_warnings.clear()  # whoever comes now may be another
 
     def unregister(self, attempt_id: str) -> None:
         """The attempt is over: its connections are closed and its token is unknown from here on."""
         registration = self._registrations.pop(attempt_id, None)
-        del self._warnings[attempt_id]
         if registration is not None:
             for connection in registration.connections:
                 connection.close()
@@ -215,7 +215,7 @@ class SdkServer:
                     return  # unregistered meanwhile
                 self._take(attempt_id, registration, connection, parse_object(line))
         except LineRefused as refusal:
-            if self._may_warn(attempt_id):
+            if self._may_warn(attempt_id, "trainer.line_refused"):
                 log.warning("trainer.line_refused", attempt=attempt_id, reason=str(refusal))
             connection.send(_encode({"type": "error", "reason": str(refusal)}))
         except OSError as error:  # the other end has gone, or there is no descriptor for a slab
@@ -280,14 +280,16 @@ class SdkServer:
                 return
             refusal = granted
             answer = {"type": "slab_refused", "reason": refusal}
-        if self._may_warn(attempt_id):
+        if self._may_warn(attempt_id, "trainer.slab_refused"):
             log.warning("trainer.slab_refused", attempt=attempt_id, reason=refusal)
         connection.send(_encode(answer))
 
-    def _may_warn(self, attempt_id: str) -> bool:
+    def _may_warn(self, attempt_id: str, event: str) -> bool:
         """The program is told each time, the log the first times."""
-        self._warnings[attempt_id] += 1
-        return self._warnings[attempt_id] <= WARNINGS_MAX
+        registration = self._registrations.get(attempt_id)
+        due = self._stranger_warnings if registration is None else registration.warnings
+        due[event] += 1
+        return due[event] <= WARNINGS_MAX
 
     async def _greet(self, connection: Connection) -> str:
         """The hello: who is it? Raises `LineRefused`."""

@@ -1,5 +1,5 @@
 """Nodes with a chunk store and a peer service, for the tests of what goes between them; boxes of
-described GPUs, for those of what a driver does."""
+described GPUs, for those of what a driver does; a server for trainers."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # most tests here do without gRPC
     from tests.agent.chunk_worlds import Node
     from tests.agent.http_worlds import World
     from tests.agent.sampler_worlds import Box
+    from tests.agent.sdk_house import House
 
 
 @pytest.fixture
@@ -34,6 +35,14 @@ async def two(tmp_path: Path, way: str) -> "AsyncIterator[Node]":
 
     async with running(tmp_path, "n2", way=way) as node:
         yield node
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> "AsyncIterator[House]":
+    from tests.agent.sdk_house import open_house
+
+    async with open_house(tmp_path) as opened:
+        yield opened
 
 
 @pytest.fixture

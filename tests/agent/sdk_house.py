@@ -8,8 +8,9 @@ from pathlib import Path
 
 from agent.core.trainer_messages import TrainerHello, TrainerMessage
 from agent.sdk_server import SdkServer
-from tests.patience import HANG_S
+from agent.slabs import Slabs
 
+DEADLINE_S = 30.0  # for an answer on a busy machine; reached only when the test fails
 SECRET = "secret"
 HELLO = {"type": "hello", "version": 1, "token": SECRET, "pid": 1}
 WELCOME = {"type": "welcome", "version": 1, "sections": True, "saves": True, "leaving": True}
@@ -28,7 +29,7 @@ class Trainer:
 
     async def receive(self) -> dict[str, object] | None:
         """The next line; None at the end."""
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             line = await self.reader.readline()
         return json.loads(line) if line else None
 
@@ -44,10 +45,10 @@ class Trainer:
 class House:
     """A server, what it handed inward, and its trainers."""
 
-    def __init__(self, runtime_directory: Path, staging: Path) -> None:
+    def __init__(self, runtime_directory: Path, staging: Path, slabs: Slabs | None = None) -> None:
         self.messages: list[tuple[str, TrainerMessage]] = []
         self.received = asyncio.Event()
-        self.server = SdkServer(runtime_directory, self.note)
+        self.server = SdkServer(runtime_directory, self.note, slabs)
         self.staging = staging
         self.trainers: list[Trainer] = []
 
@@ -57,7 +58,7 @@ class House:
 
     async def message(self) -> tuple[str, TrainerMessage]:
         """The next one that reached the core."""
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             while not self.messages:
                 self.received.clear()
                 await self.received.wait()
@@ -77,11 +78,11 @@ class House:
 
 
 @contextlib.asynccontextmanager
-async def open_house(directory: Path) -> AsyncIterator[House]:
+async def open_house(directory: Path, slabs: Slabs | None = None) -> AsyncIterator[House]:
     """One that knows attempt 1.1."""
     staging = directory / "staging"
     staging.mkdir()
-    house = House(directory / "run", staging)
+    house = House(directory / "run", staging, slabs)
     await house.server.open()
     house.server.register("1.1", SECRET, str(staging))
     yield house

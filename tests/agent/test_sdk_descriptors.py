@@ -5,23 +5,15 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.core.trainer_messages import TrainerCheckpoint, TrainerHello, TrainerSlab, capture_name
 from agent.sdk_connection import DESCRIPTORS_MAX
-from agent.sdk_server import SdkServer
 from agent.slabs import Slabs
-from tests.agent.sdk_house import HELLO, SECRET, WELCOME, House, open_house
-from tests.patience import HANG_S
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with open_house(tmp_path) as opened:
-        yield opened
+from tests.agent.sdk_house import DEADLINE_S, HELLO, WELCOME, House, open_house
 
 
 class SlabTrainer:
@@ -29,7 +21,7 @@ class SlabTrainer:
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(HANG_S)
+        self.socket.settimeout(DEADLINE_S)
         self.socket.connect(path)
         self.buffer = b""
         self.descriptors: list[int] = []
@@ -53,26 +45,32 @@ class SlabTrainer:
         return self.receive()
 
 
-async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    house = House(tmp_path / "run", staging)
+@pytest.fixture
+def desk() -> Iterator[Slabs]:
     desk = Slabs(0.5, lambda: 1_000_000)
-    house.server = SdkServer(tmp_path / "run", house.note, desk)
-    await house.server.open()
-    house.server.register("1.1", SECRET, str(staging))
-    trainer = SlabTrainer(house.server.socket_path)
+    yield desk
+    desk.close()
+
+
+@pytest.fixture
+async def generous(tmp_path: Path, desk: Slabs) -> AsyncIterator[House]:
+    async with open_house(tmp_path, desk) as opened:
+        yield opened
+
+
+async def test_a_slab_is_given_kept_and_offered_again(generous: House, desk: Slabs) -> None:
+    trainer = SlabTrainer(generous.server.socket_path)
     assert await asyncio.to_thread(trainer.greet) == {**WELCOME, "slabs": True}
-    assert (await house.message())[1] == TrainerHello(1)
+    assert (await generous.message())[1] == TrainerHello(1)
     trainer.send({"type": "slab", "bytes": 10_000})
     answer = await asyncio.to_thread(trainer.receive)
     assert answer == {"type": "slab", "bytes": 12_288, "slots": 2}
-    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    assert await generous.message() == ("1.1", TrainerSlab(12_288, 2))
     (held,) = trainer.descriptors
     inode = os.fstat(held).st_ino
     trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
     named = TrainerCheckpoint(3, capture_name(inode, 8), 120, 2)
-    assert await house.message() == ("1.1", named)
+    assert await generous.message() == ("1.1", named)
     trainer.send({"type": "slab", "bytes": 10**9})
     refusal = await asyncio.to_thread(trainer.receive)
     assert refusal["type"] == "slab_refused"
@@ -80,9 +78,9 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     # The next agent has none of it, until the trainer offers what it holds.
     desk.close()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, held)
-    assert await house.message() == ("1.1", TrainerSlab(12_288, 2))
+    assert await generous.message() == ("1.1", TrainerSlab(12_288, 2))
     trainer.send({"type": "checkpoint", "id": 3, "slab": 8, "step": 120, "parts": 2})
-    assert await house.message() == ("1.1", named)
+    assert await generous.message() == ("1.1", named)
     reader, writer = os.pipe()
     trainer.send({"type": "slab", "bytes": 12_288, "slots": 2, "offered": True}, reader)
     refusal = await asyncio.to_thread(trainer.receive)
@@ -95,8 +93,6 @@ async def test_a_slab_is_given_kept_and_offered_again(tmp_path: Path) -> None:
     for descriptor in (reader, writer, held):
         os.close(descriptor)
     trainer.socket.close()
-    await house.server.close()
-    desk.close()
 
 
 async def test_descriptors_that_nobody_asked_for_are_closed(house: House) -> None:

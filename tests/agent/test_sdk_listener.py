@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,19 +15,6 @@ from agent.sdk_server import SdkServer
 from agent.slabs import Slabs
 from tests.agent.sdk_house import SECRET, House
 from tests.agent.waiting import until
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    house = House(tmp_path / "run", staging)
-    await house.server.open()
-    house.server.register("1.1", SECRET, str(staging))
-    yield house
-    await house.server.close()
-    for trainer in house.trainers:
-        trainer.writer.close()
 
 
 async def test_a_socket_that_was_removed_is_made_again(
