@@ -275,7 +275,7 @@ class Checkers:
         for attempt in self.attempts.values():
             if attempt.rank == 0:
                 tries.setdefault(attempt.job_id, []).append(attempt.epoch)
-        oldest = {job_id: min(sorted(all_)[-ATTEMPTS_SHOWN_MAX:]) for job_id, all_ in tries.items()}
+        oldest = {job: sorted(epochs)[-ATTEMPTS_SHOWN_MAX:][0] for job, epochs in tries.items()}
         return {
             attempt.id: attempt
             for attempt in self.attempts.values()

@@ -59,10 +59,7 @@ def test_thousands_that_come_at_once_are_read_in_the_order_of_the_file(tmp_path:
         (HEAD + "1,60,1,9,1e-300,\n", "of 87,600 at most; steps or a rate is wrong"),
         ("\n\n", "is empty; its first line names the columns"),
         (ZIPPED[:-12], "cannot be unpacked (Compressed file ended"),
-        (
-            TARRED,
-            "is an archive of files; unpack it and name one",
-        ),
+        (TARRED, "is an archive of files; unpack it and name one"),
         (b"PK\x03\x04 and more", "is a zip archive or a spreadsheet; save what it holds as CSV"),
         (
             "job_id,submit_time,num_gpu,duration,iteration,A100\n1,0,1,9,9,1\n",
