@@ -29,7 +29,6 @@ from agent.chunks.manifest import (
 )
 from agent.chunks.store import ChunkStore
 from agent.core.values import ReplicaSource
-from tests.patience import HANG_S
 
 DATA = os.urandom(3 * CHUNK_BYTES_MAX + 5)
 FIRST = DATA[:CHUNK_BYTES_MAX]
@@ -68,7 +67,7 @@ class World:
     def ask(
         self, verb: str, path: str, token: str = "", body: bytes | None = None, **headers: str
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             given = {"Authorization": f"Bearer {token}"} if token else {}
             connection.request(verb, path, body, headers | given)

@@ -20,7 +20,8 @@ from agent.chunks.tree import ingest_capture, lay_out
 from agent.core.values import Origin
 from agent.ports import CapturedFile, ChunkError
 from tests.agent.chunk_worlds import check_whole, kept, objects, opened, written
-from tests.patience import HANG_S
+
+DEADLINE_S = 60.0
 
 
 def test_bytes_past_the_page_cache_and_beside_it_are_the_same(
@@ -111,7 +112,7 @@ def test_the_other_files_are_read_while_one_is_written(
     write = disk.Unnamed.write
 
     def held(file: disk.Unnamed, data: bytes | bytearray | memoryview) -> None:
-        waited.append(all_read.wait(HANG_S))
+        waited.append(all_read.wait(DEADLINE_S))
         write(file, data)
 
     monkeypatch.setattr(disk.Unnamed, "write", held)

@@ -38,7 +38,6 @@ from tests.agent.chunk_worlds import (
     running,
     written,
 )
-from tests.patience import HANG_S
 
 
 @pytest.fixture(params=WAYS)
@@ -255,7 +254,7 @@ async def test_the_hello_does_not_wait_behind_checkpoints_that_are_hashed(
 
     def slow(*_: object, **__: object) -> None:
         busy.release()
-        assert go_on.wait(HANG_S)
+        assert go_on.wait(60)
         raise ChunkError("nothing was meant to be stored")
 
     monkeypatch.setattr(service_module, "ingest", slow)
@@ -265,9 +264,9 @@ async def test_the_hello_does_not_wait_behind_checkpoints_that_are_hashed(
         for _ in range(THREADS_MAX)
     ]
     for _ in storing:
-        assert await asyncio.to_thread(busy.acquire, timeout=HANG_S)
+        assert await asyncio.to_thread(busy.acquire, timeout=60)
     try:
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(60):
             assert await one.chunks.checkpoints() == (stored.digest,)
     finally:
         go_on.set()

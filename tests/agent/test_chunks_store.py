@@ -51,7 +51,6 @@ from tests.agent.chunk_worlds import (
     opened,
     written,
 )
-from tests.patience import HANG_S
 
 _names = st.text(
     st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12
@@ -348,7 +347,7 @@ def test_dying_at_any_call_leaves_a_whole_store(tmp_path: Path) -> None:
     trash = 0
     for last in range(1, 100):
         command = [sys.executable, "-c", _DIE, str(store.root), str(source), str(last)]
-        status = subprocess.run(command, check=False, timeout=HANG_S).returncode
+        status = subprocess.run(command, check=False, timeout=60).returncode
         if status == 0:
             break
         assert status == 9
@@ -372,11 +371,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(target)]
     if shutil.which("mount") is None:
         pytest.skip("no mount command")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     if done.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted: {done.stderr.strip()}")
     yield target
-    subprocess.run(["umount", str(target)], check=True, timeout=HANG_S)
+    subprocess.run(["umount", str(target)], check=True, timeout=30)
 
 
 def test_a_full_disk_says_so_and_is_left_clean(tmp_path: Path, small_disk: Path) -> None:

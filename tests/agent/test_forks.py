@@ -25,8 +25,7 @@ from agent.processes import logs, proc, records, shim, shim_output, shim_program
 from agent.processes.endings import NEVER_STARTED
 from agent.processes.forks import ForkServers, Warmth, settings
 from agent.processes.supervisor import Supervisor
-from tests.agent.waiting import until
-from tests.patience import HANG_S
+from tests.agent.waiting import DEADLINE_S, until
 
 # What a forked trainer finds, said by itself. A module, since only modules are run in place.
 TOLD = """
@@ -75,7 +74,7 @@ async def running(
     exits: list[ProcessExit] = []
     keeper = Supervisor(tmp_path / "state", forks=servers)
     await keeper.open(exits.append)
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         await servers.plain.ready.wait()
         if imports == ("slow",):
             await servers.warm.ready.wait()
@@ -175,7 +174,7 @@ async def test_a_server_that_died_is_replaced_and_nothing_waits_for_it(
         await keeper.start(module_launch(modules, "told"))
         await until(lambda: exits)
         assert exits == [ProcessExit("1.1", 75, None)]
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             await servers.plain.ready.wait()
             await servers.warm.ready.wait()
 
@@ -271,7 +270,7 @@ async def test_what_is_given_up_is_not_started_later(
             await keeper.start(Launch("1.1", ("touch", str(tmp_path / "ran")), (), "/"))
         assert not refused.value.permanent  # another node may do better
         keeper.forget("1.1")
-        monkeypatch.setattr(supervisor, "START_TIMEOUT_S", HANG_S)
+        monkeypatch.setattr(supervisor, "START_TIMEOUT_S", DEADLINE_S)
         os.kill(pid, signal.SIGCONT)
         # The server takes requests in their order: once the second has run, the first is through.
         await keeper.start(Launch("2.1", ("true",), (), "/"))

@@ -60,7 +60,6 @@ from tests.agent.http_worlds import (
 )
 from tests.agent.test_transport import issue
 from tests.e2e.certificates import Authority
-from tests.patience import HANG_S
 
 # --- tokens ---------------------------------------------------------------------------------------
 
@@ -275,7 +274,7 @@ def test_the_server_drops_what_has_ended(tmp_path: Path, monkeypatch: pytest.Mon
     world.server.bind()
     world.server.start()
     try:
-        assert dropped.wait(HANG_S)
+        assert dropped.wait(30)
     finally:
         world.server.close()
 
@@ -307,14 +306,14 @@ async def check_leave(one: Node) -> None:
         stub = PeerServiceStub(channel)
         for status, request in wrong.items():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.OpenTransfer(request, timeout=HANG_S)
+                await stub.OpenTransfer(request, timeout=30)
             assert caught.value.code() is status, request
         stale = ask(job=1, epoch=2, digest=stored.digest, direction=push, manifest=manifest)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.OpenTransfer(stale, timeout=HANG_S)
+            await stub.OpenTransfer(stale, timeout=30)
         assert "epoch 1, not of job 1, epoch 2" in (caught.value.details() or "")
         right = ask(job=1, epoch=1, digest=stored.digest, direction=fetch)
-        answer = await stub.OpenTransfer(right, timeout=HANG_S)
+        answer = await stub.OpenTransfer(right, timeout=30)
     assert answer.valid.ToMilliseconds() > 0
     with linked(answer.port, answer.token) as link:
         assert await anext(link.get_chunks([(digest_of(b"x"), 1)])) == (digest_of(b"x"), b"x")
@@ -437,6 +436,6 @@ def test_an_agent_that_moves_nothing_pays_for_nothing() -> None:
     """10 MiB for aiohttp and 19 MiB for object stores come with the first that is moved."""
     script = "import sys, agent.main; print({'aiohttp', 'fsspec', 'botocore'} & set(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_S
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "set()\n"

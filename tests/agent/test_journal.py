@@ -28,10 +28,10 @@ from agent.journal import SqliteJournal, decode_event, encode_event
 from agent.ports import JournalUnavailable
 from tests.agent.journal_writer import batch
 from tests.core.agent_memory import MemoryJournal
-from tests.patience import HANG_S
 from tests.sim.box import Box, SimJournal
 
 KILLS = 6
+CHILD_DEADLINE_S = 60
 
 TEXT = st.text(max_size=8)  # no lone surrogates: the core lets none in
 INT = st.integers(0, 2**62)
@@ -278,7 +278,7 @@ def write_and_die(path: Path, answers: int) -> int:
         said = [child.stdout.readline() for _ in range(answers)]
         child.send_signal(signal.SIGKILL)
         said += child.stdout.read().splitlines(keepends=True)
-        child.wait(HANG_S)
+        child.wait(CHILD_DEADLINE_S)
     return max(int(line) for line in said if line.endswith("\n"))
 
 

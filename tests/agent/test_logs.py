@@ -20,8 +20,7 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.processes import logs, records, shim, shim_output
 from agent.processes.supervisor import Supervisor
-from tests.agent.waiting import until
-from tests.patience import HANG_S
+from tests.agent.waiting import DEADLINE_S, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
 TINY_DISK_BYTES = 1024 * 1024
@@ -160,7 +159,7 @@ async def test_follow_a_running_trainer_across_agents(tmp_path: Path) -> None:
     second = Supervisor(tmp_path / "state")
     await second.open(exits.append)
     (tmp_path / "gate").write_text("done")
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         async for piece in pieces:
             data += piece.data
     assert data == b"first\nthen done\n"
@@ -284,13 +283,13 @@ class Disk(shim_output.OutputLog):
 
     def write(self, data: bytes) -> None:
         if data:
-            assert self.pieces.acquire(timeout=HANG_S)
+            assert self.pieces.acquire(timeout=DEADLINE_S)
         self.kept += data
 
 
 def test_a_slow_disk_loses_nothing_and_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shim_output, "WAITING_BYTES_MAX", 1_000)
-    monkeypatch.setattr(shim_output, "STALL_S", HANG_S)
+    monkeypatch.setattr(shim_output, "STALL_S", DEADLINE_S)
     disk = Disk()
     writer = shim_output.Writer(disk, lambda: True)
     pieces = [b"%0300d" % number for number in range(20)]
@@ -306,7 +305,7 @@ def test_a_slow_disk_loses_nothing_and_sets_the_pace(monkeypatch: pytest.MonkeyP
     for number in range(1, len(pieces) + 1):
         disk.pieces.release()
         assert len(offered) <= number + 3, "it is ahead of the disk by what may wait"
-    trainer.join(HANG_S)
+    trainer.join(DEADLINE_S)
     writer.close()
     assert disk.kept == b"".join(pieces)
     assert disk.lost_bytes_total == 0
@@ -319,7 +318,7 @@ def test_of_a_disk_that_stands_still_one_wait_is_all(monkeypatch: pytest.MonkeyP
     writer = shim_output.Writer(disk, lambda: True)
     for number in range(10):
         # the fourth finds no room and waits; who comes after it must not
-        monkeypatch.setattr(shim_output, "STALL_S", 0.001 if number <= 3 else HANG_S)
+        monkeypatch.setattr(shim_output, "STALL_S", 0.001 if number <= 3 else DEADLINE_S)
         writer.offer(b"%0300d" % number)
     for _ in range(10):
         disk.pieces.release()

@@ -31,7 +31,6 @@ from agent.core.values import ReplicaSource, StoredCheckpoint
 from agent.ports import ChunkError
 from tests.agent.chunk_worlds import Node, candidate, files_under, objects
 from tests.agent.http_worlds import made_of
-from tests.patience import HANG_S
 
 BUCKET = "fleet"
 URL = f"s3://{BUCKET}/baton/chunks"
@@ -73,9 +72,7 @@ class Bucket:
         self._post("reset-auth", b"0" if wanted else b"inf")
 
     def _post(self, name: str, data: bytes) -> None:
-        connection = http.client.HTTPConnection(
-            self.endpoint.removeprefix("http://"), timeout=HANG_S
-        )
+        connection = http.client.HTTPConnection(self.endpoint.removeprefix("http://"), timeout=30)
         connection.request("POST", f"/moto-api/{name}", data, {"Content-Type": "text/plain"})
         assert connection.getresponse().status == 200
         connection.close()

@@ -34,7 +34,6 @@ from agent.ports import ChunkError
 from agent.transport import open_channel
 from protos.baton.v1 import peer_pb2
 from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
-from tests.patience import HANG_S
 
 LOG = bytes(range(256)) * 1024
 
@@ -82,7 +81,7 @@ def manifest_of(*chunks: bytes) -> peer_pb2.PutCheckpointRequest:
 
 
 async def put(channel: grpc.aio.Channel, parts: Iterable[peer_pb2.PutCheckpointRequest]) -> int:
-    response = await PeerServiceStub(channel).PutCheckpoint(iter(list(parts)), timeout=HANG_S)
+    response = await PeerServiceStub(channel).PutCheckpoint(iter(list(parts)), timeout=30)
     return response.received_bytes
 
 
@@ -179,9 +178,9 @@ async def test_a_right_upload_is_kept_and_can_be_read(
 
     stub = PeerServiceStub(channel)
     request = peer_pb2.GetManifestRequest(digest=last.manifest.digest)
-    assert (await stub.GetManifest(request, timeout=HANG_S)).data == last.manifest.data
+    assert (await stub.GetManifest(request, timeout=30)).data == last.manifest.data
     wanted = peer_pb2.GetChunksRequest(digests=[DIGEST_A, digest])
-    pieces = [response.chunk async for response in stub.GetChunks(wanted, timeout=HANG_S)]
+    pieces = [response.chunk async for response in stub.GetChunks(wanted, timeout=30)]
     assert [piece.digest for piece in pieces] == [DIGEST_A, digest, digest]
     assert all(len(piece.data) <= PIECE_BYTES_MAX for piece in pieces)
     assert b"".join(piece.data for piece in pieces) == A + large
@@ -195,13 +194,13 @@ async def test_find_missing_answers_and_is_bounded(
     stub = PeerServiceStub(channel)
     absent = [digest_of(str(number).encode()) for number in range(3)]
     request = peer_pb2.FindMissingRequest(digests=[absent[0], DIGEST_A, *absent[1:]])
-    assert list((await stub.FindMissing(request, timeout=HANG_S)).digests) == absent
+    assert list((await stub.FindMissing(request, timeout=30)).digests) == absent
     for digests in (["x" * 64] * (DIGESTS_MAX + 1), ["../x"]):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.FindMissing(peer_pb2.FindMissingRequest(digests=digests), timeout=HANG_S)
+            await stub.FindMissing(peer_pb2.FindMissingRequest(digests=digests), timeout=30)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     most = peer_pb2.FindMissingRequest(digests=absent[:1] * DIGESTS_MAX)
-    assert len((await stub.FindMissing(most, timeout=HANG_S)).digests) == DIGESTS_MAX
+    assert len((await stub.FindMissing(most, timeout=30)).digests) == DIGESTS_MAX
 
 
 @pytest.mark.parametrize(
@@ -219,9 +218,9 @@ async def test_what_is_absent_altered_or_no_digest_is_not_given(
     (store.root / "manifests" / f"{DIGEST_A}.json").write_bytes(b"altered")
     stub = PeerServiceStub(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.GetManifest(peer_pb2.GetManifestRequest(digest=digest), timeout=HANG_S)
+        await stub.GetManifest(peer_pb2.GetManifestRequest(digest=digest), timeout=30)
     assert caught.value.code() is status
-    stream = stub.GetChunks(peer_pb2.GetChunksRequest(digests=[digest]), timeout=HANG_S)
+    stream = stub.GetChunks(peer_pb2.GetChunksRequest(digests=[digest]), timeout=30)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(stream))
     assert caught.value.code() is status
@@ -232,7 +231,7 @@ async def test_a_full_disk_is_resource_exhausted_and_leaves_nothing(tmp_path: Pa
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
     done = await asyncio.to_thread(
-        subprocess.run, mount, capture_output=True, text=True, check=False, timeout=HANG_S
+        subprocess.run, mount, capture_output=True, text=True, check=False, timeout=30
     )
     if done.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted: {done.stderr.strip()}")
@@ -254,13 +253,13 @@ async def test_a_full_disk_is_resource_exhausted_and_leaves_nothing(tmp_path: Pa
         assert list((store.root / "temporary").iterdir()) == []
     finally:
         await server.close()
-        await asyncio.to_thread(subprocess.run, ["umount", str(disk)], check=True, timeout=HANG_S)
+        await asyncio.to_thread(subprocess.run, ["umount", str(disk)], check=True, timeout=30)
 
 
 async def _log(
     channel: grpc.aio.Channel, request: peer_pb2.ReadLogRequest
 ) -> list[tuple[int, bytes]]:
-    stream = PeerServiceStub(channel).ReadLog(request, timeout=HANG_S)
+    stream = PeerServiceStub(channel).ReadLog(request, timeout=30)
     return [(response.offset, response.data) async for response in stream]
 
 
@@ -314,7 +313,7 @@ async def test_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
     for name in ("", "baton.v1.PeerService"):
-        answer = await check(health_pb2.HealthCheckRequest(service=name), timeout=HANG_S)
+        answer = await check(health_pb2.HealthCheckRequest(service=name), timeout=30)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     ask = channel.stream_stream(
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -322,7 +321,7 @@ async def test_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     question = reflection_pb2.ServerReflectionRequest(list_services="")
-    answers = [response async for response in ask(iter([question]), timeout=HANG_S)]
+    answers = [response async for response in ask(iter([question]), timeout=30)]
     names = [service.name for service in answers[0].list_services_response.service]
     assert "baton.v1.PeerService" in names
 
@@ -343,7 +342,7 @@ async def test_a_restarted_peer_is_reached_over_the_channel_that_failed(
         second = PeerServer(store, read_log, address=peer.address, tls=None)
         await second.open()
         try:
-            async with asyncio.timeout(HANG_S):
+            async with asyncio.timeout(30):
                 while True:
                     try:
                         assert await client.find_missing(peer, [digest]) == [digest]

@@ -37,10 +37,10 @@ from tests.fakenvml.build import (
     rtx4090,
     with_details,
 )
-from tests.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_LIBRARY = "no GPUs: NVML Shared Library Not Found (no driver is installed)"
+CHILD_S_MAX = 60  # it answers in milliseconds; a child that hangs must not hang the run
 
 BUSY = FakeGpu(
     uuid="GPU-11111111-2222-3333-4444-555555555555",
@@ -110,7 +110,7 @@ def probe(
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        watchdog = threading.Timer(HANG_S, process.kill)
+        watchdog = threading.Timer(CHILD_S_MAX, process.kill)
         watchdog.start()
         try:
             child = ProbeChild(process)

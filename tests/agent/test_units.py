@@ -23,8 +23,7 @@ from agent.processes import launcher, units
 from agent.processes.launcher import Refused, Settings, command, parse
 from agent.processes.supervisor import Supervisor
 from agent.processes.units import Units, request, why_ended
-from tests.agent.waiting import until
-from tests.patience import HANG_S
+from tests.agent.waiting import DEADLINE_S, until
 
 GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
 
@@ -211,7 +210,7 @@ async def test_a_launcher_that_hangs_does_not_hold_an_agent_up_that_begins(
         listener.bind(str(world.root / "launcher.sock"))
         listener.listen()
         listener.setblocking(False)
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             supervisor, _, adopted = await opened(world)
             assert adopted == ()
             for ask in ("kill", "forget"):  # it answers after all

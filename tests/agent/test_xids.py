@@ -29,8 +29,8 @@ from tests.fakenvml.build import (
     rtx4090,
     with_details,
 )
-from tests.patience import HANG_S
 
+DEADLINE_S = 20.0
 FALLEN = (
     b"4,1234,5678000,-;NVRM: Xid (PCI:0000:3b:00): 79, pid=4242, name=python, "
     b"GPU has fallen off the bus.\n"
@@ -53,7 +53,7 @@ class Ears:
         return [word for word in self.words if isinstance(word, XidSeen)]
 
     async def until(self, predicate: Callable[[], bool]) -> None:
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             while not predicate():
                 self._heard.clear()
                 await self._heard.wait()

@@ -28,7 +28,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers import ticking
 from tests.e2e.work import ENDED
 from tests.fakenvml.build import FakeGpu, h100
-from tests.patience import HANG_S
 
 NODES = ("n1", "n2", "n3")
 AGENT, NODE, SILENCE = "agent killed", "node dead, disk gone", "silent for longer than the lease"
@@ -38,6 +37,7 @@ LEASE_S = 1.0
 JOBS_AT_ONCE = 3  # on three nodes of two GPUs: one node may be dead and all still run
 GPUS_PER_NODE = 2
 STEPS, STEP_MS, CHECKPOINT_MS = 200, 20, 200
+SETTLE_S_MAX = 90.0
 # Never set: to let a random time pass until the next fault, which is no wait for anything.
 PAUSE = threading.Event()
 # From the moment its agent is back in touch to its end: a kill, on a busy machine.
@@ -79,7 +79,7 @@ def torture_agents(faults: int, seed: int, say: Callable[[str], None]) -> list[s
                 suffer(cluster, plan)
                 if (number + 1) % 25 == 0:
                     say(f"agents: {number + 1} faults, {len(plan.jobs)} jobs")
-            cluster.wait_until(lambda: not unfinished(cluster, plan), HANG_S, "all ended")
+            cluster.wait_until(lambda: not unfinished(cluster, plan), SETTLE_S_MAX, "all ended")
             problems = [*left_over(cluster)]
             found = Audit(cluster.log_lines("coordinator"))
             for job_id in plan.jobs:
@@ -131,7 +131,7 @@ def suffer(cluster: Cluster, plan: Plan) -> None:
         PAUSE.wait(2 * pause_s)  # within its grace, or beyond it
         cluster.start_agent(node, gpus_of(node))
     elif kind == NODE:
-        cluster.wait_until(lambda: dispensable(cluster, plan, node), HANG_S, "copies")
+        cluster.wait_until(lambda: dispensable(cluster, plan, node), SETTLE_S_MAX, "copies")
         cluster.kill_node(node)
         PAUSE.wait(pause_s)
         cluster.start_agent(node, gpus_of(node))

@@ -39,10 +39,13 @@ from protos.baton.v1 import (
 )
 from tests.e2e import guardian
 from tests.fakenvml.build import FakeGpu, build, describe, environment
-from tests.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1:0"
+# A busy two-core machine needs some seconds to import what a daemon imports.
+START_DEADLINE_S = 60.0
+# A coordinator ends calls within a second, an agent says goodbye within another.
+STOP_DEADLINE_S = 15.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
 
@@ -213,7 +216,7 @@ class Cluster:
             shutil.rmtree(disk, ignore_errors=True)
             return not disk.exists()
 
-        self.wait_until(gone, HANG_S, f"the disk of {node} is gone")
+        self.wait_until(gone, STOP_DEADLINE_S, f"the disk of {node} is gone")
         return 1 + killed
 
     def signal(self, name: str, number: signal.Signals) -> None:
@@ -276,7 +279,7 @@ class Cluster:
         def address() -> str:
             return port_file.read_text("ascii").strip() if port_file.exists() else ""
 
-        return self.wait_until(address, HANG_S, f"{name} serves")
+        return self.wait_until(address, START_DEADLINE_S, f"{name} serves")
 
     def _kill(self, name: str) -> None:
         program = self._programs.pop(name)
@@ -287,7 +290,7 @@ class Cluster:
         program = self._programs.pop(name)
         program.send_signal(signal.SIGTERM)
         try:
-            program.wait(HANG_S)
+            program.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             program.kill()
             program.wait()
@@ -372,7 +375,7 @@ class Cluster:
         listed = self.nodes.ListNodes(nodes_pb2.ListNodesRequest()).nodes
         return {node.id: node.phase for node in listed}
 
-    def wait_for_nodes(self, *nodes: str, deadline_s: float = HANG_S) -> None:
+    def wait_for_nodes(self, *nodes: str, deadline_s: float = START_DEADLINE_S) -> None:
         """Until all of them are up."""
 
         def all_up() -> bool:
@@ -382,7 +385,7 @@ class Cluster:
         self.wait_until(all_up, deadline_s, f"{', '.join(nodes)} up")
 
     def baton(
-        self, *arguments: str, directory: Path | None = None, timeout_s: float = HANG_S
+        self, *arguments: str, directory: Path | None = None, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run the real command line, in `directory`; it ends with its status, never with an
         exception."""

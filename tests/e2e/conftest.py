@@ -18,7 +18,7 @@ from tests.e2e.work import Gate
 
 # A cluster's start and the waits of the longest test here, where one of them meets its deadline and
 # the others take half of theirs.
-TEST_TIMEOUT_S = 1_500
+TEST_TIMEOUT_S = 900
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

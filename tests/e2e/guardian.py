@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 
 from agent.processes import proc
-from tests.patience import HANG_S
 
 MARK = "BATON_E2E_CLUSTER"
+# A killed process is gone in milliseconds; one in uninterruptible sleep waits for its disk.
+END_DEADLINE_S = 20.0
 POLL_S = 0.02
 
 
@@ -58,8 +59,7 @@ def end(runtime_directory: Path, state_directory: Path) -> int:
     Raises `TimeoutError` for what cannot be killed.
     """
     killed: set[proc.Process] = set()
-    # A killed process is gone in milliseconds; one in uninterruptible sleep waits for its disk.
-    deadline_s = time.monotonic() + HANG_S
+    deadline_s = time.monotonic() + END_DEADLINE_S
     pause = threading.Event()
     while left := owned(runtime_directory, state_directory):
         for process in left:
@@ -67,7 +67,7 @@ def end(runtime_directory: Path, state_directory: Path) -> int:
                 killed.add(process)
         if time.monotonic() > deadline_s:
             numbers = ", ".join(str(process.pid) for process in left)
-            raise TimeoutError(f"still there {HANG_S:.0f} s after SIGKILL: {numbers}")
+            raise TimeoutError(f"still there {END_DEADLINE_S:.0f} s after SIGKILL: {numbers}")
         pause.wait(POLL_S)
     return len(killed)
 

@@ -10,7 +10,6 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-arrays")]
 
@@ -64,7 +63,7 @@ def test_two_of_five_trials_run_at_a_time(fleet: Cluster, tmp_path: Path) -> Non
     work.wait_running(fleet, 3)
     assert running(fleet, 1, 5) == [2, 3]
     # It runs a moment before it has said anything.
-    said_by_it = fleet.wait_until(lambda: work.output(fleet, 3).strip(), HANG_S, "a line")
+    said_by_it = fleet.wait_until(lambda: work.output(fleet, 3).strip(), work.DEADLINE_S, "a line")
     assert said_by_it == "6 of 5 in 1: 6 1 10 6"
 
     for index in (4, 6):

@@ -13,7 +13,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-capture")]
 
@@ -59,7 +58,7 @@ def test_a_trainer_killed_from_outside_while_its_agent_is_busy_loses_nothing(
     log = next(cluster.node_directory("n1").glob(f"attempts/{job_id}.1/**/*.log*"), None)
     assert log is not None, list(cluster.node_directory("n1").glob(f"attempts/{job_id}.1/**/*"))
     cluster.wait_until(
-        lambda: b'"step": 4' in log.read_bytes(), HANG_S, "step 4, with the agent stopped"
+        lambda: b'"step": 4' in log.read_bytes(), work.DEADLINE_S, "step 4, with the agent stopped"
     )
     # Both slots are taken by then, or being written: what is whole is kept, whichever it is.
     os.kill(pid, signal.SIGKILL)

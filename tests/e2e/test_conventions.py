@@ -16,7 +16,6 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-conventions")]
 
@@ -42,7 +41,7 @@ def wait_said(fleet: Cluster, job_id: int, words: str) -> str:
         said = work.output(fleet, job_id)
         return said if words in said else ""
 
-    return fleet.wait_until(look, HANG_S, f"job {job_id} says {words!r}")
+    return fleet.wait_until(look, work.DEADLINE_S, f"job {job_id} says {words!r}")
 
 
 def variables(fleet: Cluster, **fields: object) -> dict[str, str]:

@@ -22,7 +22,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
 from tests.metrics.dashboards import DASHBOARDS
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-dashboards")]
 
@@ -62,8 +61,8 @@ class Prometheus:
                 stdout=log,
                 stderr=log,
             )
-        self.url = fleet.wait_until(self._address, HANG_S, "Prometheus listens")
-        fleet.wait_until(self._is_ready, HANG_S, "Prometheus has read its files")
+        self.url = fleet.wait_until(self._address, work.DEADLINE_S, "Prometheus listens")
+        fleet.wait_until(self._is_ready, work.DEADLINE_S, "Prometheus has read its files")
 
     def _address(self) -> str:
         found = re.search(r"Listening on\" address=(\S+)", self._log.read_text("utf-8"))
@@ -82,7 +81,7 @@ class Prometheus:
         """The `data` of an answer; a query that Prometheus does not understand fails the test."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(  # noqa: S310 - our own, on loopback
-            f"{self.url}{path}?{query}", timeout=HANG_S
+            f"{self.url}{path}?{query}", timeout=work.DEADLINE_S
         ) as answer:
             return json.load(answer)["data"]
 
@@ -99,7 +98,7 @@ class Prometheus:
     def wait_figures(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """As soon as there are any."""
         return self._fleet.wait_until(
-            lambda: self.figures(expression), HANG_S, f"figures for {expression}"
+            lambda: self.figures(expression), work.DEADLINE_S, f"figures for {expression}"
         )
 
 
@@ -177,7 +176,7 @@ def test_the_fleet_of_the_dashboard_is_the_fleet(watched: tuple[Prometheus, Clus
 def test_alerts_are_loaded_and_quiet(watched: tuple[Prometheus, Cluster]) -> None:
     prometheus, fleet = watched
     # Before the first scrape there is no coordinator, and an alert may have begun to wait.
-    fleet.wait_until(lambda: states(prometheus) == {"inactive"}, HANG_S, "quiet alerts")
+    fleet.wait_until(lambda: states(prometheus) == {"inactive"}, work.DEADLINE_S, "quiet alerts")
     (group,) = prometheus.ask("rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
 

@@ -24,9 +24,11 @@ MOMENTS = [
     "load", "first new step", "finished",
 ]  # fmt: skip
 PHASES = ["detection", "decision", "start", "imports", "load", "first step"]
+# Preparing, comparing and two trainings, on a machine that is busy with other tests.
+TIMEOUT_S = 1_500
 DAEMON_MARK = "DEMO_UNDER_TEST"
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TIMEOUT_S), pytest.mark.xdist_group("demo")]
 
 
 def start_demo(*arguments: str) -> subprocess.Popen[str]:

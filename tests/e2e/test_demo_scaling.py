@@ -18,8 +18,8 @@ from tests.e2e.cluster import ROOT
 from tests.e2e.scaling_day import ACTIVE, JOB_STEPS, STEPS_PER_DAY, scaled, wishes
 from tests.e2e.scaling_report import Day, Sample, drawing, lines
 from tests.e2e.test_demo import left_by
-from tests.patience import HANG_S
 
+TIMEOUT_S = 300
 # From the hour in which a third less is wanted until half of that is back, two and a half times as
 # fast.
 ARGUMENTS = ("--first-step", "40", "--steps", "98", "--step-minutes", "4")
@@ -91,6 +91,7 @@ def test_the_table_counts_what_was_seen() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.xdist_group("demo")
 def test_nodes_follow_the_morning_and_no_job_is_lost(tmp_path: Path) -> None:
     plot = tmp_path / "day.svg"
@@ -104,7 +105,7 @@ def test_nodes_follow_the_morning_and_no_job_is_lost(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        told, _ = demo.communicate(timeout=HANG_S)
+        told, _ = demo.communicate(timeout=TIMEOUT_S)
     finally:
         demo.kill()
         demo.communicate()

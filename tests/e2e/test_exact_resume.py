@@ -17,7 +17,6 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-exact-resume")]
 
@@ -114,7 +113,7 @@ def test_lost_node_changes_nothing_in_the_result(
         whole = work.wait_succeeded(cluster, whole_id)
         cluster.wait_until(
             lambda: '"event": "finished"' in said.read_text("utf-8"),
-            HANG_S,
+            work.DEADLINE_S,
             "the follower has read all of it",
         )
     assert (whole.epoch, moved.epoch) == (1, 2)

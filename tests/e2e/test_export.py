@@ -16,7 +16,6 @@ import pytest
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-export")]
 
@@ -171,7 +170,7 @@ def test_a_pinned_checkpoint_outlives_its_job_and_can_be_read(
         manifests = fleet.node_directory(name) / "chunks" / "manifests"
         fleet.wait_until(
             lambda folder=manifests: _steps(folder, job_id) == {2, 9},  # type: ignore[misc]
-            HANG_S,
+            work.DEADLINE_S,
             f"{name} keeps what is kept, and no more",
         )
     export(fleet, job_id, "raw", tmp_path / "two", "--digest", pinned["digest"])

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from protos.baton.v1 import jobs_pb2
+from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import a100, h100, rtx4090
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-fit")]
 
@@ -77,7 +77,7 @@ def test_a_job_is_judged_before_it_is_submitted_and_by_what_it_did(
             now = ask()
             return now if now["H100"]["speed_why"].startswith("measured: 1 run") else None
 
-        after = fleet.wait_until(measured, HANG_S, "the speed of the run is believed")
+        after = fleet.wait_until(measured, work.DEADLINE_S, "the speed of the run is believed")
         assert width(after["H100"]) < width(after["A100-SXM4-80GB"]) < width(before["H100"])
         assert after["A100-SXM4-80GB"]["speed_why"] == (
             "estimated from 1 run of this job elsewhere and facts"

@@ -20,7 +20,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-full-disk")]
 
@@ -61,7 +60,7 @@ def wait_said(cluster: Cluster, job_id: int, rank: int, event: str, step: int) -
         found = work.events_named(work.lines(cluster, job_id, rank), event)
         return any(line["step"] == step for line in found)
 
-    cluster.wait_until(look, HANG_S, f"rank {rank} of job {job_id}: {event} {step}")
+    cluster.wait_until(look, work.DEADLINE_S, f"rank {rank} of job {job_id}: {event} {step}")
 
 
 def request_of(request_id: str) -> jobs_pb2.SubmitRequest:
@@ -86,9 +85,9 @@ def test_full_store_refuses_and_recovers(cluster: Cluster, tmp_path: Path) -> No
         for _ in range(3):
             assert submit_until_refused() is None
         for call in calls.values():
-            call.result(HANG_S)
+            call.result(work.DEADLINE_S)
         filler = fill(disk)
-        refusal = cluster.wait_until(submit_until_refused, HANG_S, "a refusal")
+        refusal = cluster.wait_until(submit_until_refused, work.DEADLINE_S, "a refusal")
         assert refusal.code() is grpc.StatusCode.UNAVAILABLE
         assert "full" in str(refusal.details())
         work.wait_log(cluster, "coordinator", "store.unavailable")
@@ -97,7 +96,7 @@ def test_full_store_refuses_and_recovers(cluster: Cluster, tmp_path: Path) -> No
         acknowledged = {
             request_id: call.result().job_id
             for request_id, call in calls.items()
-            if call.exception(HANG_S) is None
+            if call.exception(work.DEADLINE_S) is None
         }
         assert 0 < len(set(acknowledged.values())) == len(acknowledged) < len(calls)
         cluster.kill_coordinator()

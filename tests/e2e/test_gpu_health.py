@@ -11,7 +11,6 @@ from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.e2e.work import Gate
 from tests.fakenvml.build import FakeGpu, describe, h100, with_details
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-gpu-health")]
 
@@ -68,7 +67,7 @@ def test_a_job_leaves_a_gpu_with_an_error(
         say(logs[here], message)
         fleet.wait_until(
             lambda: (gpu_of(fleet, here)["health"] or {}).get("verdict") == verdict,
-            HANG_S,
+            work.DEADLINE_S,
             f"{here} says {verdict}",
         )
         gpu = gpu_of(fleet, here)
@@ -87,7 +86,7 @@ def test_a_job_leaves_a_gpu_with_an_error(
         # Somebody resets it: the energy counter begins anew.
         put(fleet, here, with_details(h100(1, node=here)[0], recovery_action=0))
         fleet.wait_until(
-            lambda: gpu_of(fleet, here)["cordon"] == "", HANG_S, f"{here} is open again"
+            lambda: gpu_of(fleet, here)["cordon"] == "", work.DEADLINE_S, f"{here} is open again"
         )
 
 

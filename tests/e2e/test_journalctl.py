@@ -15,11 +15,11 @@ import pytest
 
 from coordinator.events import EVENTS
 from coordinator.journald import message_id
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-journalctl")]
 
 JOURNALD = "/lib/systemd/systemd-journald"
+DEADLINE_S = 60
 # $1: a directory; then the program. What journald has written is copied there in the end.
 SCRIPT = """
 set -eu
@@ -72,7 +72,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "JOURNALD": JOURNALD},
         capture_output=True,
         text=True,
-        timeout=HANG_S,
+        timeout=DEADLINE_S,
         check=False,
     )
     if "permission denied" in done.stderr.lower() or "not permitted" in done.stderr.lower():
@@ -86,7 +86,7 @@ def journalctl(directory: Path, *words: str) -> list[str]:
         ["journalctl", "--quiet", "--no-pager", "--directory", directory / "journal", *words],
         capture_output=True,
         text=True,
-        timeout=HANG_S,
+        timeout=DEADLINE_S,
         check=True,
     )
     return done.stdout.splitlines()

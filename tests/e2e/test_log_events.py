@@ -16,12 +16,12 @@ from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.events.test_code import PROGRAMS
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-log-events")]
 
 ROOT = Path(__file__).resolve().parents[2]
 LNAV_FORMAT = ROOT / "systemd/baton.lnav.json"
+LNAV_DEADLINE_S = 60
 GIVEN = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 JOB_ID = 1  # of the first job of a store
 HEADS = {
@@ -110,7 +110,7 @@ def lnav(home: Path, *words: object) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=HANG_S,
+        timeout=LNAV_DEADLINE_S,
     )
     assert done.stderr == ""
     return done.stdout

@@ -15,7 +15,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
 from tests.metrics.reading import Series, named, series
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-metrics")]
 
@@ -36,7 +35,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def read(url: str, context: ssl.SSLContext | None = None) -> str:
     assert url.startswith(("http://", "https://"))
     with urllib.request.urlopen(  # noqa: S310 - checked above
-        url, timeout=HANG_S, context=context
+        url, timeout=work.DEADLINE_S, context=context
     ) as answer:
         return str(answer.read().decode())
 
@@ -52,7 +51,7 @@ def wait_said(fleet: Cluster, name: str, wanted: Callable[[Series], bool], what:
         found = series(read(url(fleet, name)))
         return found if wanted(found) else None
 
-    return fleet.wait_until(look, HANG_S, what)
+    return fleet.wait_until(look, work.DEADLINE_S, what)
 
 
 def test_an_agents_gpus_and_health(fleet: Cluster) -> None:

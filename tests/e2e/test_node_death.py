@@ -16,7 +16,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-node-death")]
 
@@ -55,7 +54,7 @@ def test_job_of_a_dead_node_goes_on_where_its_replica_lies(cluster: Cluster, gat
         assert (again.node, again.restored_step) == (replica, 4)
         gate.open_to(8)
         job = work.wait_succeeded(cluster, job_id)
-        rest, remarks = reader.communicate(timeout=HANG_S)
+        rest, remarks = reader.communicate(timeout=work.DEADLINE_S)
         assert reader.returncode == 0
     assert steps_in("".join(seen)) == [1, 2, 3, 4, 5]
     assert steps_in(rest) == [5, 6, 7, 8]
@@ -91,7 +90,7 @@ def test_follower_of_a_restarting_agent_misses_nothing(cluster: Cluster, gate: G
         cluster.start_agent("n1", h100(1))
         gate.open_to(4)
         assert work.wait_succeeded(cluster, job_id).epoch == 1
-        rest, remarks = reader.communicate(timeout=HANG_S)
+        rest, remarks = reader.communicate(timeout=work.DEADLINE_S)
     assert steps_in(rest) == [3, 4], (rest, remarks)
     assert "lost" not in remarks
 
@@ -120,7 +119,7 @@ def test_returning_zombie_finds_its_time_over(cluster: Cluster, gate: Gate) -> N
     gate.open_to(4)
     cluster.wait_until(
         lambda: '"checkpoint", "step": 4' in written_on(cluster, first, f"{job_id}.1"),
-        HANG_S,
+        work.DEADLINE_S,
         "the cut-off trainer saves step 4",
     )
     signal_node(cluster, first, signal.SIGSTOP)
@@ -136,7 +135,7 @@ def test_returning_zombie_finds_its_time_over(cluster: Cluster, gate: Gate) -> N
     work.wait_gone(cluster, pid)
     cluster.wait_for_nodes(first)
     cluster.wait_until(
-        lambda: work.gpus_free(cluster, first), HANG_S, f"the GPU of {first} is free"
+        lambda: work.gpus_free(cluster, first), work.DEADLINE_S, f"the GPU of {first} is free"
     )
     assert cluster.job(job_id).checkpoint.digest == mine.digest
     gate.open_to(8)

@@ -14,7 +14,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-operations")]
 
@@ -63,7 +62,7 @@ def test_drain_moves_a_job_by_handoff(fleet: Cluster, gate: Gate) -> None:
     assert (again.node != first, again.restored_step) == (True, 3)
     drained = types_pb2.NODE_INTENT_DRAINED
     fleet.wait_until(
-        lambda: work.node(fleet, first).intent == drained, HANG_S, f"{first} is drained"
+        lambda: work.node(fleet, first).intent == drained, work.DEADLINE_S, f"{first} is drained"
     )
     # With one node closed and the other taken, the next one waits, and says for what.
     waiting_id = work.submit(fleet, ["true"], gpus=1)

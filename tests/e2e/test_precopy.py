@@ -11,7 +11,6 @@ from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-precopy")]
 
@@ -50,7 +49,7 @@ def steps_of(witness: Path) -> list[tuple[int, int]]:
 def wait_steps(cluster: Cluster, witness: Path, step: int) -> None:
     cluster.wait_until(
         lambda: witness.exists() and any(taken >= step for taken, _ in steps_of(witness)),
-        HANG_S,
+        work.DEADLINE_S,
         f"step {step}",
     )
 

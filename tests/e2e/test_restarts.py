@@ -24,7 +24,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-restarts")]
 
@@ -82,9 +81,9 @@ def followed(fleet: Cluster, job_id: int) -> Iterator[None]:
         ) as follower,
     ):
         try:
-            fleet.wait_until(lambda: heard.read_bytes(), HANG_S, "something is heard")
+            fleet.wait_until(lambda: heard.read_bytes(), work.DEADLINE_S, "something is heard")
             yield
-            _, remarks = follower.communicate(timeout=HANG_S)
+            _, remarks = follower.communicate(timeout=work.DEADLINE_S)
         finally:
             follower.kill()
     assert (follower.returncode, heard.read_text()) == (0, work.output(fleet, job_id))
@@ -213,10 +212,10 @@ def killed_under_submitters(fleet: Cluster, gate: Gate, job_id: int) -> None:
     def enough() -> bool:
         return sum(len(submitter.acknowledged) for submitter in submitters) >= moment
 
-    fleet.wait_until(enough, HANG_S, f"{moment} submissions")
+    fleet.wait_until(enough, work.DEADLINE_S, f"{moment} submissions")
     fleet.kill_coordinator()
     for submitter in submitters:
-        submitter.thread.join(HANG_S)
+        submitter.thread.join(work.DEADLINE_S)
     gate.open_to(4)
     work.wait_log(fleet, "n1", "checkpoint.stored", attempt=f"{job_id}.1", step=4)
     fleet.start_coordinator(**PATIENT)

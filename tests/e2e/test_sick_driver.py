@@ -10,7 +10,6 @@ from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.e2e.work import Gate
 from tests.fakenvml.build import describe, h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-sick-driver")]
 
@@ -37,7 +36,7 @@ def test_a_blocked_driver_costs_readings_and_nothing_else(tmp_path: Path, gate: 
         work.wait_committed(fleet, job_id, 2)
 
         describe(BLOCKED, fleet.node_directory("n1").with_suffix(".gpus"))
-        fleet.wait_until(lambda: unknown_gpus(fleet), HANG_S, "GPUs are unknown")
+        fleet.wait_until(lambda: unknown_gpus(fleet), work.DEADLINE_S, "GPUs are unknown")
         gate.open_to(4)
         work.wait_committed(fleet, job_id, 4)
 

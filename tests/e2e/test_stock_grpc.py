@@ -19,7 +19,6 @@ from protos.baton.v1 import jobs_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-stock-grpc")]
 
@@ -66,7 +65,9 @@ class StockClient:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=message_factory.GetMessageClass(described.output_type).FromString,
         )
-        answer = invoke(iter([request]) if described.client_streaming else request, timeout=HANG_S)
+        answer = invoke(
+            iter([request]) if described.client_streaming else request, timeout=work.DEADLINE_S
+        )
         return list(answer) if described.server_streaming else answer
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.e2e import work
 from tests.e2e.cluster import Cluster
 from tests.fakenvml.build import FakeGpu, describe, h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-telemetry")]
 
@@ -45,7 +45,7 @@ def wait_shown(
         said = [gpu["telemetry"] for gpu in gpus]
         return said if all(said) and wanted(said) else []
 
-    return fleet.wait_until(look, HANG_S, what)
+    return fleet.wait_until(look, work.DEADLINE_S, what)
 
 
 def test_readings_follow_the_driver(fleet: Cluster) -> None:

@@ -19,7 +19,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.trainers.counting import chain
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-tls")]
 
@@ -61,7 +60,7 @@ def list_nodes(fleet: Fleet, credentials: grpc.ChannelCredentials | None) -> Non
     )
     with channel:
         stub = nodes_pb2_grpc.NodeServiceStub(channel)
-        stub.ListNodes(nodes_pb2.ListNodesRequest(), timeout=HANG_S)
+        stub.ListNodes(nodes_pb2.ListNodesRequest(), timeout=work.DEADLINE_S)
 
 
 def test_right_certificate_is_let_in(fleet: Fleet) -> None:
@@ -131,7 +130,7 @@ def test_peer_service_wants_a_certificate_too(fleet: Fleet) -> None:
     with grpc.secure_channel(address, bare) as channel:
         stub = peer_pb2_grpc.PeerServiceStub(channel)
         with pytest.raises(grpc.RpcError) as raised:
-            stub.FindMissing(peer_pb2.FindMissingRequest(), timeout=HANG_S)
+            stub.FindMissing(peer_pb2.FindMissingRequest(), timeout=work.DEADLINE_S)
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -147,7 +146,7 @@ def test_beyond_loopback_nothing_starts_without_tls(
         [sys.executable, "-P", "-m", package, *words],
         capture_output=True,
         text=True,
-        timeout=HANG_S,
+        timeout=work.DEADLINE_S,
         check=False,
     )
     assert done.returncode == 2

@@ -15,7 +15,6 @@ from tests.e2e import work
 from tests.e2e.cluster import ROOT, Cluster
 from tests.e2e.collector import Collector, collector
 from tests.e2e.work import Gate
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-tracing")]
 
@@ -48,7 +47,7 @@ def wait_whole(cluster: Cluster, seen: Collector, count: int = 1) -> list[Span]:
         found = [span for span in seen.spans if span.name == "attempt"]
         return found if len(found) >= count else []
 
-    return cluster.wait_until(look, HANG_S, f"{count} attempts in the collector")
+    return cluster.wait_until(look, work.DEADLINE_S, f"{count} attempts in the collector")
 
 
 def test_a_callers_trace_goes_on_through_an_attempt_and_a_restart(
@@ -119,7 +118,7 @@ def test_without_an_endpoint_nothing_is_loaded(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=HANG_S,
+            timeout=work.DEADLINE_S,
         )
         loaded.append(done.stdout.strip() != "[]")
     assert loaded == [False, True]

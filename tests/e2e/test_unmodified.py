@@ -22,7 +22,6 @@ from tests.e2e import scripts, work
 from tests.e2e.cluster import TRAINER_VARIABLES, Cluster
 from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
-from tests.patience import HANG_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-unmodified")]
 
@@ -48,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     directory = tmp_path_factory.mktemp("undisturbed")
     done = subprocess.run(
         SCRIPT, cwd=directory, env={**os.environ, **TRAINER_VARIABLES}, check=True,
-        capture_output=True, text=True, timeout=HANG_S,
+        capture_output=True, text=True, timeout=work.JOB_DEADLINE_S,
     )  # fmt: skip
     found = work.parsed(done.stdout)
     return Undisturbed(losses_in(found), digest_in(found), directory, distributed_in(found))
@@ -93,12 +92,12 @@ def test_a_trainer_script_survives_its_node(
     def safe(job: types_pb2.Job) -> bool:
         return job.checkpoint.step == 2 * EVERY and len(job.checkpoint.replicas) == 2
 
-    job = work.wait_job(cluster, job_id, safe, "two copies", deadline_s=HANG_S)
+    job = work.wait_job(cluster, job_id, safe, "two copies")
     before = work.wait_step(cluster, job_id, reached)
     first = job.attempts[0].node
     cluster.kill_node(first)
     gate.open_to(STEPS)
-    work.wait_job(cluster, job_id, ended_well, "done", deadline_s=HANG_S)
+    work.wait_job(cluster, job_id, ended_well, "done")
     after = work.lines(cluster, job_id)
     assert work.events_named(before, "begin")[0]["step"] == 0
     assert distributed_in(before) == undisturbed.distributed == "NO"
@@ -131,13 +130,13 @@ def test_shards_of_two_nodes_survive_one_of_them(cluster: Cluster, gate: Gate) -
         copied = [len(replicas) for replicas in (own, *parts)] == [2, 2]
         return job.checkpoint.step == 2 * EVERY and copied
 
-    job = work.wait_job(cluster, job_id, safe, "two copies", deadline_s=HANG_S)
+    job = work.wait_job(cluster, job_id, safe, "two copies")
     before = work.wait_step(cluster, job_id, reached)
     first, second = (attempt.node for attempt in job.attempts)
     assert first != second
     cluster.kill_node(second)
     gate.open_to(STEPS)
-    job = work.wait_job(cluster, job_id, ended_well, "done", deadline_s=HANG_S)
+    job = work.wait_job(cluster, job_id, ended_well, "done")
     assert second not in {attempt.node for attempt in job.attempts if attempt.epoch == 2}
     assert job.checkpoint.step == STEPS
     after = work.lines(cluster, job_id)
@@ -167,7 +166,7 @@ def test_a_torn_newest_checkpoint_is_set_aside(
     weights = tmp_path / "output" / f"checkpoint-{STEPS}" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1000)
     job_id = work.submit(calm, [*SCRIPT, "--resume"], working_directory=str(tmp_path))
-    work.wait_job(calm, job_id, ended_well, "done", deadline_s=HANG_S)
+    work.wait_job(calm, job_id, ended_well, "done")
     found = work.lines(calm, job_id)
     assert work.events_named(found, "begin")[0]["step"] == STEPS - EVERY
     assert digest_in(found) == undisturbed.digest

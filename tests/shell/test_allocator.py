@@ -17,7 +17,6 @@ from coordinator.core.standing import Entrant, Rates
 from coordinator.core.state import Options
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryStore
-from tests.patience import HANG_S
 from tests.shell.test_demand_shell import VirtualClock, disk_with_a_running_job
 
 WAITS = Entrant(
@@ -26,6 +25,7 @@ WAITS = Entrant(
     Rates(("H100",), (1.0,), (1.0,)),
     known=False,
 )
+PATIENCE_S = 20
 
 
 class Weighing:
@@ -46,11 +46,11 @@ class Weighing:
 
     def hang(self, columns: Columns) -> Solved:
         self._loop.call_soon_threadsafe(self.hanging.put_nowait, None)
-        assert self.may_end.wait(HANG_S), "the loop stands still"
+        assert self.may_end.wait(PATIENCE_S), "the loop stands still"
         return unsolved(columns)
 
     async def answered(self) -> AllocationMade:
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(PATIENCE_S):
             return await self.answers.get()
 
 

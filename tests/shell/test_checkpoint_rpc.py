@@ -31,10 +31,10 @@ from coordinator.core.model import (
 from coordinator.core.phases import NodePhase
 from protos.baton.v1 import checkpoints_pb2 as pb
 from protos.baton.v1 import checkpoints_pb2_grpc, peer_pb2, peer_pb2_grpc
-from tests.patience import HANG_S
 
 Context = grpc.aio.ServicerContext[object, object]
 
+DEADLINE_S = 30.0
 CHUNKS = {f"{number:064x}": bytes([number]) * (number + 1) for number in range(150)}
 MANIFEST = json.dumps(
     {"files": [{"chunks": [[digest, len(data)] for digest, data in CHUNKS.items()]}] * 2}
@@ -117,7 +117,7 @@ class World:
         found: dict[str, bytes] = {}
         last = ""
         call = self.stub.ReadCheckpoint(pb.ReadCheckpointRequest(job_id=1))
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(DEADLINE_S):
             async for response in call:
                 part = response.chunk if response.HasField("chunk") else response.manifest
                 assert part.digest == last or part.digest not in found, "begun again, or twice"
@@ -270,7 +270,7 @@ async def test_the_parts_of_all_ranks_come_one_after_the_other(world: World) -> 
     await world.join("n2", Agent(manifest=other))
     world.holders, world.parts = ("n1",), (Part(digest, 1, ("n2",)),)
     call = world.stub.ReadCheckpoint(pb.ReadCheckpointRequest(job_id=1))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         said = [r.manifest.digest or r.chunk.digest async for r in call]
     assert [name for name in said if name in (DIGEST, digest)] == [DIGEST, digest]
     each = list(dict.fromkeys(CHUNKS))
@@ -287,7 +287,7 @@ async def test_no_more_readers_than_the_bound(world: World) -> None:
     readers = [asyncio.create_task(world.read()) for _ in range(checkpoint_rpc.READERS_MAX + 1)]
     try:
         done, waiting = await asyncio.wait(
-            readers, timeout=HANG_S, return_when=asyncio.FIRST_COMPLETED
+            readers, timeout=DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
         )
         (refused,) = done
         with pytest.raises(grpc.aio.AioRpcError, match="are being read already") as caught:

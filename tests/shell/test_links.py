@@ -26,9 +26,9 @@ from coordinator.main import SystemClock
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryStore
 from protos.baton.v1 import agent_pb2_grpc
-from tests.patience import HANG_S
 from tests.sim.link import Connection, Weather
 
+DEADLINE_S = 30.0
 MANY = 200  # more than one flight of packets
 HOST = HostFacts("box", "", 8, 1 << 30, "", "1")
 
@@ -120,7 +120,7 @@ async def over_grpc(shell: Ear) -> AsyncIterator[Link]:
 
 @pytest.fixture(params=[simulated, over_grpc])
 async def link(request: pytest.FixtureRequest) -> AsyncIterator[Link]:
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         async for made in request.param(Ear()):
             yield made
 

@@ -20,7 +20,8 @@ from coordinator.main import SystemClock
 from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryStore
 from protos.baton.v1 import agent_pb2, agent_pb2_grpc
-from tests.patience import HANG_S
+
+DEADLINE_S = 30.0
 
 
 class Watched(CoordinatorShell):
@@ -62,7 +63,7 @@ async def world() -> AsyncIterator[World]:
 async def test_an_agent_that_does_not_read_is_cut_off(world: World) -> None:
     call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
     await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         session = await world.shell.begun.get()
         peer = world.shell._peers[session]
         order = m.KeepCheckpoints(tuple("0" * 64 for _ in range(256)))
@@ -77,7 +78,7 @@ async def test_an_agent_that_does_not_read_is_cut_off(world: World) -> None:
 async def test_an_agent_too_many_waits_on_its_stream(world: World) -> None:
     call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
     await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         peer = world.shell._peers[await world.shell.begun.get()]
         peer.send(m.ComeLater(2_500))
         peer.send(m.EventAck(7))
@@ -93,7 +94,7 @@ async def test_an_agent_too_many_waits_on_its_stream(world: World) -> None:
 async def test_whoever_reads_hears_why(world: World) -> None:
     call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
     await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         session = await world.shell.begun.get()
         world.shell._peers[session].close("a newer session took its place")
         with pytest.raises(grpc.aio.AioRpcError, match="a newer session") as caught:
@@ -104,7 +105,7 @@ async def test_whoever_reads_hears_why(world: World) -> None:
 async def test_an_agent_that_has_ended_and_does_not_read_is_cut_off(world: World) -> None:
     call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
     await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         session = await world.shell.begun.get()
         order = m.KeepCheckpoints(tuple("0" * 64 for _ in range(256)))
         for _ in range(500):
@@ -117,7 +118,7 @@ async def test_an_order_that_cannot_be_written_ends_the_session(world: World) ->
     """The agent comes back, and is told again."""
     call = agent_pb2_grpc.AgentServiceStub(world.channel).Session()
     await call.write(agent_pb2.SessionRequest(goodbye=agent_pb2.Goodbye()))
-    async with asyncio.timeout(HANG_S):
+    async with asyncio.timeout(DEADLINE_S):
         session = await world.shell.begun.get()
         world.shell._peers[session].send(m.EventAck(1 << 70))
         assert await world.shell.ended.get() == session

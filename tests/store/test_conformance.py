@@ -64,6 +64,10 @@ EXAMPLES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+# hypothesis stops looking for a smaller counterexample after 300 s; a test that is stopped before
+# says nothing.
+SHRINKING_TIMEOUT_SECONDS = 400
+
 JOB_1: list[Record] = [
     PutJob(job(1)),
     PutAttempt(Attempt(1, 1, "n1", ("GPU-a",), AttemptPhase.RUNNING, assigned_unix_ms=5)),
@@ -171,6 +175,7 @@ async def test_an_empty_store_is_empty(world: World) -> None:
     assert await read_all(world) == Snapshot(leader_epoch=1)
 
 
+@pytest.mark.timeout(SHRINKING_TIMEOUT_SECONDS)
 @EXAMPLES
 @given(batches=histories())
 async def test_any_history_of_batches_is_read_back(
@@ -185,6 +190,7 @@ async def test_any_history_of_batches_is_read_back(
             assert await store.events(job_id, 0, 100) == expected.history(job_id)
 
 
+@pytest.mark.timeout(SHRINKING_TIMEOUT_SECONDS)
 @EXAMPLES
 @given(batches=histories(), last=st.lists(records(), min_size=1, max_size=8))
 async def test_a_batch_done_twice_is_done_once(

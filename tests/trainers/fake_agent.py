@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from agent import slabs as agent_slabs
-from tests.patience import HANG_S
 
+DEADLINE_S = 20.0
 POLL_S = 0.005
 
 
@@ -24,7 +24,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
     """Look again and again, up to the bound: a thread of the SDK is on its way to the condition,
     and the SDK has no hook for those who wait."""
     nothing = threading.Event()
-    deadline_s = time.monotonic() + HANG_S
+    deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline_s, what
         nothing.wait(POLL_S)
@@ -76,7 +76,7 @@ class FakeAgent:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.drop()
-        self._thread.join(HANG_S)
+        self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive()
         self.path.unlink()
 
@@ -100,7 +100,7 @@ class FakeAgent:
     def expect(self, kind: str) -> dict[str, Any]:
         """The next message of this type; the others before it are passed over."""
         while True:
-            message = self.received.get(timeout=HANG_S)
+            message = self.received.get(timeout=DEADLINE_S)
             if message["type"] == kind:
                 return message
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.patience import HANG_S
-
+RANKS_S_MAX = 100
 """Of ranks that hang, on a busy machine, where nothing else is said."""
 
 
@@ -52,8 +51,9 @@ class Ended:
 class Host:
     """Starts ranks, one set after another."""
 
-    def __init__(self, folder: Path, module: str) -> None:
+    def __init__(self, folder: Path, module: str, ranks_s_max: int = RANKS_S_MAX) -> None:
         self.folder = folder
+        self._ranks_s_max = ranks_s_max
         self._module = module
         self._process: subprocess.Popen[str]
         self._sets = 0
@@ -71,7 +71,7 @@ class Host:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        assert self._process.wait(HANG_S) == 0
+        assert self._process.wait(self._ranks_s_max) == 0
 
     def place(self) -> Path:
         """A folder for the next set of ranks."""
@@ -89,6 +89,7 @@ class Host:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         told = {
             "place": str(place),
+            "ranks_s_max": self._ranks_s_max,
             "environments": [
                 {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **own}
                 for rank, own in enumerate(environments)
@@ -122,7 +123,7 @@ def serve(run_rank: Callable[[Path], int], leave: Callable[[int], object]) -> No
             child = os.fork()
             if child == 0:
                 become(Path(told["place"]), environment)
-                signal.alarm(HANG_S)
+                signal.alarm(told["ranks_s_max"])
                 leave(run_rank(Path(told["place"])))
             children.append(child)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -181,8 +181,8 @@ def build(options: GangOptions, folder: Path) -> loop.Task:
 class Host(forking.Host):
     """Starts gangs, one after another."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "tests.trainers.gang")
+    def __init__(self, folder: Path, ranks_s_max: int = forking.RANKS_S_MAX) -> None:
+        super().__init__(folder, "tests.trainers.gang", ranks_s_max)
 
     def run(
         self, size: int, environments: Sequence[Mapping[str, str]] = (), **options: Any

@@ -23,8 +23,11 @@ COMPILED = replace(tasks.OPTIONS, compile=True, steps=7)
 CPU = torch.device("cpu")
 STOP_AT = 3
 
+# Compilers get what other tests leave of the machine; nothing here waits for anything.
+RANKS_S_MAX = 250
+COMPILING_TIMEOUT_S = 2 * RANKS_S_MAX + 20
 # One worker compiles for all.
-pytestmark = pytest.mark.xdist_group("compiling")
+pytestmark = [pytest.mark.xdist_group("compiling"), pytest.mark.timeout(COMPILING_TIMEOUT_S)]
 needs_compiler = pytest.mark.skipif(
     not compiling.found(CPU), reason="there is no C++ compiler, which torch.compile needs on a CPU"
 )
@@ -160,7 +163,7 @@ def test_ranks_compile_what_is_spread_over_them(
         "noisy": True,
     }
     kept, again = tmp_path / "kept", tmp_path / "again"
-    with Host(tmp_path) as host:
+    with Host(tmp_path, RANKS_S_MAX) as host:
         straight = host.run(2, **chosen, checkpoint_directory=str(kept))
         assert [rank.status for rank in straight] == [0, 0], straight[0].err
         again.mkdir()

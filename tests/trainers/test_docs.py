@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 import baton_sdk
-from tests.patience import HANG_S
 from tests.trainers.fake_agent import FakeAgent
 from trainers import configuration
 from trainers.finetune import FinetuneOptions
@@ -34,6 +33,7 @@ BLOCKS = {name: text for _, name, text in BLOCK.findall(DOCUMENT.read_text("utf-
 LINES_MAX = 5
 STEPS = 300
 SEVERAL_STEPS = 1000
+RANKS_S_MAX = 100
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def run_several(agents: list[FakeAgent], directory: Path, restored: str = "") ->
         if not restored:
             agents[1].expect("hello")
             agents[1].send(type="stop", reason="preempted", grace_ms=60_000)
-        return [process.wait(HANG_S) for process in processes]
+        return [process.wait(RANKS_S_MAX) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -24,7 +24,6 @@ from agent.core.messages import JobSpec
 from baton_hook import guard, resume, torn
 from baton_hook import trainer as bridge
 from baton_sdk.session import STOP_SIGNALS
-from tests.patience import HANG_S
 from tests.trainers.fake_agent import FakeAgent, until
 
 PATH_ENTRY = Path(baton_hook.__file__).parent / "path"
@@ -57,7 +56,7 @@ def run_program(text: str, tmp_path: Path, **variables: str) -> subprocess.Compl
         **variables,
     }
     return subprocess.run(
-        [sys.executable, "-c", text], env=environment, cwd=tmp_path, timeout=HANG_S,
+        [sys.executable, "-c", text], env=environment, cwd=tmp_path, timeout=60,
         check=True, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -112,7 +111,7 @@ def test_the_sdk_is_there_even_where_it_is_not_installed(tmp_path: Path) -> None
     text = "import sitecustomize, baton_sdk; print(baton_sdk.__file__)"
     environment = {"PYTHONPATH": str(PATH_ENTRY), "BATON_HOOK": "0"}
     done = subprocess.run(
-        [sys.executable, "-S", "-c", text], env=environment, cwd=tmp_path, timeout=HANG_S,
+        [sys.executable, "-S", "-c", text], env=environment, cwd=tmp_path, timeout=60,
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.strip() == baton_sdk.__file__

@@ -14,18 +14,19 @@ from tests.trainers import forking
 from tests.trainers.test_hook import EVERY, STEPS
 
 RANKS = 2
+RANKS_S_MAX = 200
 STOPPED_AT = 5
 FOLDERS = ("pytorch_model_fsdp_0", "optimizer_0")
 """Where FSDP's shards are in a checkpoint."""
 
-pytestmark = pytest.mark.xdist_group("hook-ranks")
+pytestmark = [pytest.mark.timeout(2 * RANKS_S_MAX + 20), pytest.mark.xdist_group("hook-ranks")]
 """One host."""
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forking.Host]:
     plays = tmp_path_factory.mktemp("plays")
-    with forking.Host(plays, "tests.trainers.hook_rank") as made:
+    with forking.Host(plays, "tests.trainers.hook_rank", RANKS_S_MAX) as made:
         yield made
 
 

@@ -23,7 +23,6 @@ import torch
 
 import baton_sdk
 from agent import slabs as agent_slabs
-from tests.patience import HANG_S
 from tests.trainers import tasks
 from tests.trainers.test_capture import (
     ATTEMPT,
@@ -38,6 +37,7 @@ from trainers import capture, checkpoint, loop, overlap, timing
 __all__ = ["desk", "session"]
 
 OPTIONS = replace(tasks.OPTIONS, checkpoint_every_steps=1)
+DEADLINE_S = 60.0
 PIECE_BYTES = 100
 """Most tensors here are larger."""
 
@@ -77,7 +77,7 @@ class Copier:
             self._allowed += steps
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: not self._running or self._taken >= self._allowed, HANG_S
+                lambda: not self._running or self._taken >= self._allowed, DEADLINE_S
             )
 
     def free(self) -> None:
@@ -92,7 +92,9 @@ class Copier:
 
     def _step(self) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: self._free or self._taken < self._allowed, HANG_S)
+            assert self._changed.wait_for(
+                lambda: self._free or self._taken < self._allowed, DEADLINE_S
+            )
 
     def _told(self) -> None:
         with self._changed:
@@ -211,7 +213,7 @@ def test_what_the_helper_has_not_begun_the_training_copies(
         piece = pieces.take()
         assert piece is not None
         helped.set()
-        assert held.wait(HANG_S)
+        assert held.wait(DEADLINE_S)
         assert pieces.take() is None, "the training has taken them all"
         piece()
         queued.wait()
@@ -229,7 +231,7 @@ def test_what_the_helper_has_not_begun_the_training_copies(
     live.advance()
     expected = state_of(live)
     live.save()
-    assert helped.wait(HANG_S)
+    assert helped.wait(DEADLINE_S)
     live.advance()
     assert len(session.tickets) == 1
     assert files_of(desk) == expected
@@ -269,7 +271,7 @@ def test_a_process_killed_in_the_midst_of_a_copy_leaves_the_one_before(
     ended = subprocess.run(
         [sys.executable, "-m", "tests.trainers.killed_capture", *map(str, words)],
         pass_fds=[granted.descriptor],
-        timeout=HANG_S,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert ended.returncode == -signal.SIGKILL

@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.patience import HANG_S
 from tests.trainers.test_prefetch_machine import without
 from trainers import prefetch, prefetch_slots
 from trainers.prefetch import Prefetcher
 from trainers.prefetch_slots import Order
 
 CPU = torch.device("cpu")
+DEADLINE_S = 30.0
 """For what another thread does at once; reached only where something is broken."""
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -145,7 +145,7 @@ def test_a_batch_is_whole_until_the_next_and_then_its_memory_is_used_again(depth
     with Prefetcher(make, device=CPU, depth=depth) as prefetcher:
         first = prefetcher.next().batch
         for _ in range(depth + 1):
-            assert made.acquire(timeout=HANG_S)
+            assert made.acquire(timeout=DEADLINE_S)
         # Everything that can be made ahead is made, and what is in use is as it was.
         assert first.tolist() == [0.0] * 4
         places = {first.data_ptr()}
@@ -268,7 +268,7 @@ def test_a_batch_that_is_there_is_not_waited_for() -> None:
         return numbered(index)
 
     with Prefetcher(make, device=CPU, depth=2) as prefetcher:
-        assert third.wait(HANG_S)
+        assert third.wait(DEADLINE_S)
         assert prefetcher.next().input_wait_s == 0.0
         assert prefetcher.next().input_wait_s == 0.0
         assert prefetcher.input_wait_s_total == 0.0
@@ -278,7 +278,7 @@ def test_waiting_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
     def make(index: int) -> torch.Tensor:
-        assert gate.wait(HANG_S)
+        assert gate.wait(DEADLINE_S)
         return numbered(index)
 
     with Prefetcher(make, device=CPU, stop=1) as prefetcher:
@@ -341,7 +341,7 @@ def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
         prefetcher.close()
     gate.set()
     assert prefetcher._feeder is not None
-    prefetcher._feeder.join(HANG_S)
+    prefetcher._feeder.join(DEADLINE_S)
     assert not prefetcher._feeder.is_alive(), "what came too late is dropped, and the thread ends"
 
 
@@ -365,9 +365,9 @@ def test_a_waiting_next_is_woken_by_close() -> None:
     consumer.start()
     closer = threading.Thread(target=prefetcher.close)
     closer.start()
-    consumer.join(HANG_S)
+    consumer.join(DEADLINE_S)
     gate.set()
-    closer.join(HANG_S)
+    closer.join(DEADLINE_S)
     assert [str(error) for error in raised] == ["the prefetcher is closed"]
 
 

@@ -22,7 +22,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.patience import HANG_S
 from trainers import prefetch_slots
 from trainers.prefetch import CudaLanes, Memory, Prefetcher
 from trainers.prefetch_slots import (
@@ -306,7 +305,7 @@ def fetched_wrong(monkeypatch: pytest.MonkeyPatch, depth: int) -> list[tuple[int
             batch = batches.next().batch
             lanes.launch(partial(look, index, batch))
             # The feeder gets as far as it can, so the streams alone decide what is overwritten.
-            assert handed_over[index + depth].wait(HANG_S)
+            assert handed_over[index + depth].wait(30)
     assert lanes.retired
     return wrong
 

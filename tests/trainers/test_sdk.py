@@ -20,8 +20,7 @@ import pytest
 
 import baton_sdk
 from baton_sdk.mailbox import UNANSWERED_MAX, Mailbox
-from tests.patience import HANG_S
-from tests.trainers.fake_agent import FakeAgent, until
+from tests.trainers.fake_agent import DEADLINE_S, FakeAgent, until
 
 
 @pytest.fixture
@@ -43,9 +42,9 @@ def test_hello_comes_first_and_names_the_process(
     agent: FakeAgent, session: baton_sdk.Session
 ) -> None:
     session.milestone("imports")
-    hello = agent.received.get(timeout=HANG_S)
+    hello = agent.received.get(timeout=DEADLINE_S)
     assert hello == {"type": "hello", "version": 1, "token": "secret", "pid": os.getpid()}
-    milestone = agent.received.get(timeout=HANG_S)
+    milestone = agent.received.get(timeout=DEADLINE_S)
     assert milestone["type"] == "milestone"
     assert milestone["name"] == "imports"
     assert abs(milestone["unix_ms"] - time.time() * 1000) < 3_600_000
@@ -76,7 +75,7 @@ def test_a_program_that_ends_without_closing_has_said_all(
     program = f"{lines}; s.checkpoint({str(tmp_path / 'saved')!r}, 7){last}"
     told = {**os.environ, **agent.environment()}
     ended = subprocess.run(
-        [sys.executable, "-c", program], env=told, capture_output=True, timeout=HANG_S
+        [sys.executable, "-c", program], env=told, capture_output=True, timeout=DEADLINE_S
     )
     assert ended.returncode == {"": 0, "; sys.exit(3)": 3, "; 1 / 0": 1}[last]
     kinds = [message["type"] for message in _all(agent)]
@@ -115,7 +114,7 @@ def test_a_checkpoint_is_stored_then_committed(
         "step": 7,
     }
     agent.send(type="stored", id=ticket.id, digest="ab")
-    assert ticket.wait_stored(HANG_S)
+    assert ticket.wait_stored(DEADLINE_S)
     assert (ticket.state, ticket.digest) == (baton_sdk.TicketState.STORED, "ab")
     agent.send(type="committed", id=ticket.id, digest="ab")
     until(lambda: ticket.state is baton_sdk.TicketState.COMMITTED, "not committed")
@@ -128,7 +127,7 @@ def test_a_refused_checkpoint_ends_the_wait_with_the_reason(
     agent.expect("checkpoint")
     agent.send(type="something of a later version")
     agent.send(type="refused", id=ticket.id, reason="epoch 3 is over; the job is at 4")
-    assert not ticket.wait_stored(HANG_S)
+    assert not ticket.wait_stored(DEADLINE_S)
     assert ticket.state is baton_sdk.TicketState.REFUSED
     assert ticket.reason == "epoch 3 is over; the job is at 4"
 
@@ -141,7 +140,7 @@ def test_after_an_agent_restart_unanswered_checkpoints_are_sent_again(
     agent.expect("checkpoint")
     agent.expect("checkpoint")
     agent.send(type="stored", id=first.id, digest="aa")
-    assert first.wait_stored(HANG_S)
+    assert first.wait_stored(DEADLINE_S)
     agent.stop()
     third = session.checkpoint(tmp_path / "checkpoint-3", 3)
     agent.start()
@@ -149,7 +148,7 @@ def test_after_an_agent_restart_unanswered_checkpoints_are_sent_again(
     assert [agent.expect("checkpoint")["id"] for _ in range(2)] == [second.id, third.id]
     agent.send(type="stored", id=third.id, digest="cc")
     agent.send(type="committed", id=first.id, digest="aa")
-    assert third.wait_stored(HANG_S)
+    assert third.wait_stored(DEADLINE_S)
     assert not second.wait_stored(0.0)
     until(lambda: first.state is baton_sdk.TicketState.COMMITTED, "not committed")
 
@@ -163,7 +162,7 @@ def test_a_line_that_is_no_json_costs_only_the_connection(
     ticket = session.checkpoint(tmp_path / "checkpoint-1", 1)
     agent.expect("checkpoint")
     agent.send(type="stored", id=ticket.id, digest="aa")
-    assert ticket.wait_stored(HANG_S)
+    assert ticket.wait_stored(DEADLINE_S)
 
 
 def test_the_agent_can_ask_for_a_stop(agent: FakeAgent, session: baton_sdk.Session) -> None:
@@ -201,7 +200,7 @@ def test_a_child_process_still_dies_of_sigterm() -> None:
         "print(os.WTERMSIG(status), session.stop_requested)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert done.stdout.strip() == f"{signal.SIGTERM.value} None", done.stderr
 
@@ -226,7 +225,7 @@ def test_outside_baton_a_signal_ends_a_plain_loop() -> None:
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "session.after_step(2, print, every_steps=1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=HANG_S, check=False)
+    done = subprocess.run([sys.executable, "-c", program], timeout=DEADLINE_S, check=False)
     assert done.returncode == -signal.SIGTERM
 
 
@@ -328,7 +327,7 @@ def test_an_older_agent_is_told_nothing_of_slabs(
     agent: FakeAgent, session: baton_sdk.Session
 ) -> None:
     agent.expect("hello")
-    assert session.slab(1000, HANG_S) is None
+    assert session.slab(1000, DEADLINE_S) is None
     session.close()
     assert "slab" not in [message["type"] for message in _all(agent)]
 

@@ -11,8 +11,7 @@ import pytest
 
 import baton_sdk
 from agent.slabs import Slabs
-from tests.patience import HANG_S
-from tests.trainers.fake_agent import FakeAgent
+from tests.trainers.fake_agent import DEADLINE_S, FakeAgent
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def test_a_part_says_of_how_many_on_the_line_and_in_its_header(
     agent: FakeAgent, tmp_path: Path
 ) -> None:
     with baton_sdk.connect(agent.environment()) as session:
-        slab = session.slab(1000, HANG_S)
+        slab = session.slab(1000, DEADLINE_S)
         assert slab is not None
         assert agent.slabs is not None
         for slot, parts in enumerate((1, 4)):

@@ -12,8 +12,7 @@ import baton_sdk
 from agent.slabs import Slabs
 from baton_sdk.mailbox import Mailbox
 from baton_sdk.slab import SlabDesk
-from tests.patience import HANG_S
-from tests.trainers.fake_agent import FakeAgent, until
+from tests.trainers.fake_agent import DEADLINE_S, FakeAgent, until
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def put(session: baton_sdk.Session, slab: baton_sdk.Slab, step: int) -> baton_sd
 
 def test_a_slab_is_asked_for_mapped_and_used(generous: FakeAgent) -> None:
     with baton_sdk.connect(variables(generous)) as session:
-        slab = session.slab(100_000, HANG_S)
+        slab = session.slab(100_000, DEADLINE_S)
         assert slab is not None
         assert (slab.slots, slab.slot_bytes >= 100_000) == (2, True)
         assert session.slab(100_000) is slab, "asked for once"
@@ -56,11 +55,11 @@ def test_a_slab_is_asked_for_mapped_and_used(generous: FakeAgent) -> None:
             (ticket.id, ticket.sequence, ticket.step) for ticket in tickets
         ]
         generous.send(type="stored", id=tickets[0].id, digest="aa")
-        assert slab.wait_free_slot(HANG_S) == 0
+        assert slab.wait_free_slot(DEADLINE_S) == 0
         generous.send(type="refused", id=tickets[1].id, reason="superseded")
         until(lambda: tickets[1].state is baton_sdk.TicketState.REFUSED, "not refused")
         assert slab.free_slot() == 0
-        larger = session.slab(10_000_000, HANG_S)
+        larger = session.slab(10_000_000, DEADLINE_S)
         assert larger is not None
         assert larger is not slab
 
@@ -71,7 +70,7 @@ def test_a_refused_slab_is_neither_waited_for_nor_asked_for_again(generous: Fake
         assert session.slab(10**9, 10**6) is None
         assert session.slab(10**9, 10**6) is None
         assert session.slab(2 * 10**9, 10**6) is None
-        assert session.slab(1000, HANG_S) is not None, "less may be had"
+        assert session.slab(1000, DEADLINE_S) is not None, "less may be had"
     until(lambda: not generous.connected, "still open")
     asked = [message for message in generous.rest() if message["type"] == "slab"]
     assert [message["bytes"] >= 10**9 for message in asked] == [True, False]
@@ -94,10 +93,10 @@ def test_a_larger_slab_that_is_wanted_while_one_is_on_its_way_is_not_forgotten()
     assert desk.slab(1000, 0.0) is None
     grant()
     assert desk.slab(50_000_000, 0.0) is None
-    small = desk.slab(1000, HANG_S)
+    small = desk.slab(1000, DEADLINE_S)
     assert small is not None
     grant()
-    large = desk.slab(50_000_000, HANG_S)
+    large = desk.slab(50_000_000, DEADLINE_S)
     assert large is not None
     assert desk.take() == []
     large.close()
@@ -108,14 +107,14 @@ def test_after_an_agent_restart_the_slab_is_offered_before_what_lies_in_it(
     generous: FakeAgent,
 ) -> None:
     with baton_sdk.connect(variables(generous)) as session:
-        slab = session.slab(1000, HANG_S)
+        slab = session.slab(1000, DEADLINE_S)
         assert slab is not None
         ticket = put(session, slab, 5)
         generous.expect("checkpoint")
         generous.stop()
         generous.start()
         generous.expect("hello")
-        offer = generous.received.get(timeout=HANG_S)
+        offer = generous.received.get(timeout=DEADLINE_S)
         assert (offer["type"], offer["offered"], offer["slots"]) == ("slab", True, 2)
         assert generous.expect("checkpoint")["slab"] == ticket.sequence
 
@@ -124,7 +123,7 @@ def test_captures_for_an_agent_that_was_replaced_by_an_older_one_are_refused(
     generous: FakeAgent,
 ) -> None:
     with baton_sdk.connect(variables(generous)) as session:
-        slab = session.slab(1000, HANG_S)
+        slab = session.slab(1000, DEADLINE_S)
         assert slab is not None
         ticket = put(session, slab, 5)
         generous.expect("checkpoint")

@@ -35,7 +35,8 @@ from protos.baton.v1 import (
 )
 from tests.agent.chunk_worlds import no_log
 from tests.e2e.certificates import Authority, Files
-from tests.patience import HANG_S
+
+DEADLINE_S = 30.0
 
 
 @pytest.fixture
@@ -89,24 +90,24 @@ async def refused(call: Call, address: str, as_: Files) -> str:
 
 async def list_nodes(channel: grpc.aio.Channel) -> None:
     stub = nodes_pb2_grpc.NodeServiceStub(channel)
-    await stub.ListNodes(nodes_pb2.ListNodesRequest(), timeout=HANG_S)
+    await stub.ListNodes(nodes_pb2.ListNodesRequest(), timeout=DEADLINE_S)
 
 
 async def follow_logs(channel: grpc.aio.Channel) -> None:
     """Answers stream; there is no such job."""
     stub = jobs_pb2_grpc.JobServiceStub(channel)
-    async for _ in stub.StreamLogs(jobs_pb2.StreamLogsRequest(job_id=1), timeout=HANG_S):
+    async for _ in stub.StreamLogs(jobs_pb2.StreamLogsRequest(job_id=1), timeout=DEADLINE_S):
         pass
 
 
 async def find_missing(channel: grpc.aio.Channel) -> None:
     stub = peer_pb2_grpc.PeerServiceStub(channel)
-    await stub.FindMissing(peer_pb2.FindMissingRequest(), timeout=HANG_S)
+    await stub.FindMissing(peer_pb2.FindMissingRequest(), timeout=DEADLINE_S)
 
 
 def joining(node: str) -> Call:
     async def join(channel: grpc.aio.Channel) -> None:
-        call = agent_pb2_grpc.AgentServiceStub(channel).Session(timeout=HANG_S)
+        call = agent_pb2_grpc.AgentServiceStub(channel).Session(timeout=DEADLINE_S)
         hello = agent_pb2.Hello(node=node, journal_id="j")
         await call.write(agent_pb2.SessionRequest(hello=hello))
         await call.read()
