@@ -85,6 +85,8 @@ async def test_an_end_that_cannot_be_read_is_told_when_it_can(
 async def test_an_end_is_told_though_the_state_directory_was_removed(tmp_path: Path) -> None:
     made, exits = await opened(tmp_path / "state")
     await made.start(bash(f"while [ -e {tmp_path}/state ]; do sleep 0.01; done"))
+    # the last that is written while it runs: whatever is added below it, `rmtree` ends over
+    await until(lambda: records.read_started(tmp_path / "state" / "attempts" / "1.1"))
     shutil.rmtree(tmp_path / "state")
     await until(lambda: exits)
     assert exits == [ProcessExit("1.1", None, None, DIRECTORY_GONE)]
