@@ -341,7 +341,7 @@ class Cluster:
         if self._channel is None:
             options = (
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 5_000),  # what an attempt to connect may take
                 ("grpc.max_reconnect_backoff_ms", 500),
                 ("grpc.enable_http_proxy", 0),
             )

@@ -148,7 +148,7 @@ def submit_on(address: str, index: int, books: Books, stop: threading.Event) -> 
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", 0),
         ("grpc.initial_reconnect_backoff_ms", 20),
-        ("grpc.min_reconnect_backoff_ms", 20),
+        ("grpc.min_reconnect_backoff_ms", 5_000),  # what an attempt to connect may take
         ("grpc.max_reconnect_backoff_ms", 50),
     )
     spec = types_pb2.JobSpec(command=["true"], hold=True)
