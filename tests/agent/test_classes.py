@@ -31,7 +31,7 @@ from tests.fakenvml.costs import LOCK_BUDGET_MS, lock_ms
 
 GPUS = 8
 SECONDS = 120
-PATIENT = Deadlines(fast_ms=20_000, slow_ms=20_000)  # a shared machine may be slow
+PATIENT = Deadlines(fast_ms=60_000, slow_ms=60_000)  # a shared machine may be slow
 USAGE_VALUES = [field.name for field in fields(GpuUsage) if field.name != "uuid"]
 
 

@@ -13,7 +13,6 @@ from agent.telemetry.remote import (
     GONE_AGAIN_MS,
     NO_DRIVER_AGAIN_MS,
     UNANSWERED_AGAIN_MS,
-    Deadlines,
     RemoteGpus,
 )
 from agent.telemetry.schedule import INVENTORY, PERIODS_MS
@@ -57,7 +56,7 @@ def test_a_driver_that_is_not_there_for_a_while_is_opened_again(
 def test_a_library_that_does_not_fit_may_be_another_one_later(box: Box) -> None:
     """After an upgrade that is not over yet. Asking twice at the start is no time."""
     box.describe(*h100(2), driver_state="mismatch")
-    gpus = box.gpus(deadlines=Deadlines())
+    gpus = box.gpus()
     with capture_logs() as logs:
         gpus.open()
         gpus.refresh()
@@ -92,7 +91,7 @@ def test_who_hangs_without_a_name_costs_the_others_no_more_than_a_start(box: Box
     """To ask again which GPUs there are would end each sampler in its first minute."""
     first, second, third = h100(3)
     box.describe(first, replace(second, state="hangs"), third)
-    gpus = box.gpus(deadlines=Deadlines(fast_ms=200, slow_ms=200, first_ms=1_000))
+    gpus = box.gpus()
     with capture_logs() as logs:
         gpus.open()
         until(gpus, all_read)
@@ -116,7 +115,7 @@ def test_who_hangs_without_a_name_costs_the_others_no_more_than_a_start(box: Box
 def test_how_much_memory_a_gpu_has_may_be_said_late(box: Box) -> None:
     (gpu,) = h100(1)
     box.describe(replace(gpu, failing=(("memory", 999),)))
-    gpus = box.gpus(deadlines=Deadlines())
+    gpus = box.gpus()
     gpus.open()
     assert [facts.memory_bytes for facts in gpus.facts()] == [0]
     box.describe(gpu)
@@ -132,7 +131,7 @@ def test_instances_come_and_go_while_the_agent_runs(box: Box) -> None:
     """One that was destroyed is nobody's fault, and has not fallen off the bus."""
     whole, *instances = mig(h100(1)[0], 3)
     box.describe(whole, *instances[:2])
-    gpus = box.gpus(deadlines=Deadlines())
+    gpus = box.gpus()
     gpus.open()
     assert all_read(gpus.samples())
     box.describe(whole, *instances)

@@ -1,8 +1,8 @@
 """A driver that does not answer, and a sampler that does not: the real process, the real binding.
 
 Problem: what a sick driver does to its caller can be seen only in a process that is really blocked.
-The described GPUs block their callers until the description says otherwise; deadlines are tens of
-milliseconds, and the five minutes between two replacements pass on a clock of the test's own.
+The described GPUs block their callers until the description says otherwise; deadlines pass once
+they do, and the five minutes between two replacements on a clock of the test's own.
 """
 
 import os
@@ -20,7 +20,6 @@ from agent.telemetry.probe import SEEN_NAME
 from agent.telemetry.remote import NO_DRIVER_AGAIN_MS, SAMPLER_BYTES_MAX, Deadlines, RemoteGpus
 from agent.telemetry.watch import MISSES_MAX, REPLACEMENT_MS
 from tests.agent.sampler_worlds import (
-    DEADLINES,
     POLLS_MAX,
     Box,
     all_read,
@@ -58,7 +57,7 @@ def test_sixteen_gpus(box: Box) -> None:
 
 def test_zero_gpus_miss_nothing(box: Box) -> None:
     box.describe()
-    gpus = box.gpus(deadlines=Deadlines())
+    gpus = box.gpus()
     with capture_logs() as logs:
         gpus.open()
         assert [gpus.samples() for _ in range(MISSES_MAX)] == [()] * MISSES_MAX
@@ -71,7 +70,7 @@ def test_zero_gpus_miss_nothing(box: Box) -> None:
 def test_no_library_is_an_answer(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     (box.directory / SONAME).write_bytes(b"")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(box.directory))
-    gpus = box.gpus("GPU-x", deadlines=Deadlines())
+    gpus = box.gpus("GPU-x")
     with capture_logs() as logs:
         gpus.open()
         (sample,) = gpus.samples()
@@ -83,7 +82,7 @@ def test_no_library_is_an_answer(box: Box, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_library_of_another_version_than_the_driver(box: Box) -> None:
     box.describe(*h100(2), driver_state="mismatch")
-    gpus = box.gpus("GPU-x", deadlines=Deadlines())
+    gpus = box.gpus("GPU-x")
     gpus.open()
     assert (gpus.facts(), gpus.driver_version) == ((), "")
     assert gpus.absence == (
@@ -209,7 +208,7 @@ def test_a_sampler_that_was_killed_is_replaced_once_in_five_minutes(
 def test_a_sampler_that_talks_nonsense_is_ended(box: Box, said: bytes) -> None:
     script = f"import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.send({said!r})"
     command = (sys.executable, "-c", f"{script}; s.recv(99); s.recv(99)")
-    gpus = box.gpus("GPU-x", command=command, deadlines=Deadlines())
+    gpus = box.gpus("GPU-x", command=command)
     with capture_logs() as logs:
         gpus.open()
     assert gpus.absence.startswith("the sampler ended: it ")
@@ -233,7 +232,7 @@ def test_a_sampler_that_floods_its_standard_error_is_not_held_up(box: Box) -> No
     """And the last of it is told with its end."""
     flood = "ctypes.CDLL(None).write(2, b'noise ' * 9999, 59_994)"  # as a library does
     command = (sys.executable, "-c", ANSWERS % flood)
-    gpus = box.gpus("GPU-x", command=command, deadlines=Deadlines())
+    gpus = box.gpus("GPU-x", command=command)
     with capture_logs() as logs:
         gpus.open()
         for _ in range(20):
@@ -287,9 +286,25 @@ def test_an_agent_that_starts_while_the_driver_hangs_keeps_its_gpus(box: Box) ->
             raise AssertionError("the driver was released, and its GPUs were not read")
 
 
+def test_nobody_waits_longer_than_a_deadline(box: Box) -> None:
+    """By the clock, for once: of one that never answers."""
+    script = (
+        "import socket, sys, signal; s = socket.socket(fileno=int(sys.argv[1])); signal.pause()"
+    )
+    command = (sys.executable, "-c", script)
+    deadlines = Deadlines(fast_ms=2, slow_ms=2, first_ms=1)
+    gpus = RemoteGpus(["GPU-x"], deadlines=deadlines, command=command, now_ms=lambda: box.now_ms)
+    with capture_logs() as logs:
+        gpus.open()
+        assert gpus.absence == "the driver did not answer within 1 ms"
+        assert [is_unknown(sample) for sample in gpus.samples()] == [True]
+    assert [line["event"] for line in logs] == ["sampler.late"]
+    gpus.close()
+
+
 def test_gpus_that_the_driver_names_late_are_found(box: Box) -> None:
     box.describe(*h100(2), driver_state="hangs")
-    gpus = box.gpus(deadlines=replace(DEADLINES, first_ms=100))
+    gpus = box.gpus()
     gpus.open()
     assert gpus.facts() == ()
     box.describe(*h100(2))
@@ -300,7 +315,7 @@ def test_gpus_that_the_driver_names_late_are_found(box: Box) -> None:
 
 def test_a_driver_that_is_loaded_after_the_start_is_found_within_a_minute(box: Box) -> None:
     describe(h100(2), box.path, driver_version="")
-    gpus = box.gpus(deadlines=Deadlines())
+    gpus = box.gpus()
     gpus.open()
     assert (gpus.samples(), gpus.driver_version) == ((), "")
     box.describe(*h100(2))
@@ -327,7 +342,7 @@ def test_gpus_of_another_boot_are_forgotten(box: Box, kept: str) -> None:
     else:
         seen.write_bytes(seen.read_bytes().replace(b'"boot_id":"', b'"boot_id":"0'))
     box.describe(*h100(2), driver_state="hangs")
-    with box.probe(replace(DEADLINES, first_ms=100)) as probe:
+    with box.probe(Deadlines(first_ms=100)) as probe:
         assert probe.absence == "the driver did not answer within 100 ms"
         assert probe.gpu_facts() == ()
 

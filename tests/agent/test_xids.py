@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from agent.core.values import DriverLoaded, GpuCondition, XidSeen
 from agent.telemetry.kernel_log import KernelLog, Lost, parse_line
 from agent.telemetry.probe import NvmlProbe
+from agent.telemetry.remote import Deadlines
 from agent.telemetry.xid_events import watch_events
 from agent.telemetry.xids import Xids
 from tests.fakenvml.build import (
@@ -30,7 +31,8 @@ from tests.fakenvml.build import (
     with_details,
 )
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
+PATIENT = Deadlines(fast_ms=60_000, slow_ms=60_000)  # a shared machine may be slow
 FALLEN = (
     b"4,1234,5678000,-;NVRM: Xid (PCI:0000:3b:00): 79, pid=4242, name=python, "
     b"GPU has fallen off the bus.\n"
@@ -164,7 +166,7 @@ async def test_nvml_tells_of_an_error_at_once(path: Path, tmp_path: Path) -> Non
     fleet = h100(2)
     describe(broken(*fleet, number=1, code=13), path)
     xids, ears = Xids(""), Ears()
-    probe = NvmlProbe(tmp_path, event_descriptor=xids.make())
+    probe = NvmlProbe(tmp_path, event_descriptor=xids.make(), deadlines=PATIENT)
     probe.open()
     await xids.open(ears)
     probe.sample()
@@ -205,7 +207,7 @@ async def test_an_error_of_a_gpu_in_mig_mode_is_told_of_its_instances(
     whole, *instances = mig(replace(h100(1)[0], pci_bus=0x3B), 2)
     describe([whole, *instances], path)
     xids, ears = Xids(""), Ears()
-    probe = NvmlProbe(tmp_path, event_descriptor=xids.make())
+    probe = NvmlProbe(tmp_path, event_descriptor=xids.make(), deadlines=PATIENT)
     probe.open()
     await xids.open(ears)
     assert [facts.pci_bus_id for facts in probe.gpu_facts()] == ["0000:3b:00"] * 2
@@ -228,7 +230,7 @@ def test_the_drivers_word_on_a_gpu(path: Path, tmp_path: Path) -> None:
     ]
     healthy = [replace(gpu, state="ok") for gpu in gpus]
     describe(healthy, path)
-    with NvmlProbe(tmp_path) as probe:
+    with NvmlProbe(tmp_path, deadlines=PATIENT) as probe:
         facts = {facts.uuid: facts for facts in probe.gpu_facts()}
         describe(gpus, path)
         read = {sample.uuid: sample.condition for sample in probe.sample().gpus}
@@ -247,7 +249,7 @@ def test_an_older_driver_says_less_and_nothing_wrong(
 ) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(build(without=[symbol])))
     describe([with_details(h100(1)[0], recovery_action=0)], path)
-    with NvmlProbe(tmp_path) as probe:
+    with NvmlProbe(tmp_path, deadlines=PATIENT) as probe:
         (sample,) = probe.sample().gpus
     assert sample.condition is not None
     assert sample.condition.state == ""

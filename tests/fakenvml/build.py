@@ -29,6 +29,7 @@ from pathlib import Path
 
 SONAME = "libnvidia-ml.so.1"
 DRIVER_VERSION = "550.54.15"
+HANGS_VARIABLE = "BATON_FAKENVML_HANGS"  # names a file in which a call that is blocked says so
 SOURCE = Path(__file__).with_name("nvml.c")
 INCLUDED = [Path(__file__).with_name(name) for name in ("detail.h", "events.h")]
 CACHE = Path(__file__).resolve().parents[2] / "build" / "fakenvml"

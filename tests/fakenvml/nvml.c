@@ -28,7 +28,8 @@
  * binding counts is its own calls, and some of its functions call the driver twice.
  *
  * What hangs blocks its callers, and nobody else, until the file says otherwise: a GPU in every
- * call about it, the driver in every call.
+ * call about it, the driver in every call. Who is blocked says so in the file that
+ * BATON_FAKENVML_HANGS names, if any: its process, and by which file it is (inode, mtime).
  *
  * The file is read again when it is another one (device, inode, mtime, size), so a running process
  * sees a GPU fall off the bus. The file last read is kept open: its inode cannot be given to the
@@ -163,6 +164,7 @@ static unsigned handle_count;
 static int file_descriptor = -1;
 static int calls_descriptor = -1;
 static struct stat file_status;
+static struct stat hang_status; /* of the file by which a call was blocked last */
 static char file_text[MAX_FILE_BYTES + 1];
 
 /* ---- the file ---- */
@@ -432,8 +434,25 @@ static void note(const char *call) {
         fprintf(stderr, "fakenvml: %s cannot be written to\n", path);
 }
 
+/* Says once that a call is blocked, by the file as it was last read. */
+static void note_hang(void) {
+    char line[128];
+    const char *path = getenv("BATON_FAKENVML_HANGS");
+    if (path == NULL || same_file(&hang_status, &file_status)) return;
+    int length_bytes = snprintf(line, sizeof line, "%d %llu %lld", (int)getpid(),
+                                (unsigned long long)file_status.st_ino,
+                                (long long)file_status.st_mtim.tv_sec * 1000000000LL +
+                                    file_status.st_mtim.tv_nsec);
+    int descriptor = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (descriptor < 0 || write(descriptor, line, (size_t)length_bytes) < 0)
+        fprintf(stderr, "fakenvml: %s cannot be written to\n", path);
+    if (descriptor >= 0) close(descriptor);
+    hang_status = file_status;
+}
+
 /* Lets others in for a moment. Called with the mutex held. */
 static void look_again(void) {
+    note_hang();
     pthread_mutex_unlock(&mutex);
     usleep(LOOK_AGAIN_US);
     pthread_mutex_lock(&mutex);

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.telemetry.probe import NvmlProbe
+from agent.telemetry.remote import Deadlines
 from tests.fakenvml import counting_sampler
 
+PATIENT = Deadlines(fast_ms=60_000, slow_ms=60_000)  # nothing hangs here, and a machine may be slow
 COUNTING_SAMPLER = os.path.abspath(counting_sampler.__file__)
 
 
@@ -30,7 +32,9 @@ def main(state_directory: str, allowed_uuids: list[str]) -> None:
     with tempfile.NamedTemporaryFile() as calls:
         command = (sys.executable, "-P", COUNTING_SAMPLER, calls.name)
         allowed = allowed_uuids or None
-        with NvmlProbe(Path(state_directory), allowed_uuids=allowed, command=command) as probe:
+        with NvmlProbe(
+            Path(state_directory), allowed_uuids=allowed, command=command, deadlines=PATIENT
+        ) as probe:
             _say("open")  # before this, a change of the described GPUs would not be a change
             for request in sys.stdin:
                 _say(_answer(probe, request.strip(), Path(calls.name)))
