@@ -160,10 +160,14 @@ async def test_nobody_has_ended_before_his_group_is_empty(
     groups = StandIn(tmp_path / "groups")
     supervisor = Supervisor(tmp_path, groups=groups)
     await supervisor.open(exits.append, told.append)
-    await supervisor.start(Launch("7.2", ("true",), (PATH,), "/"))
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    await supervisor.start(Launch("7.2", ("cat", str(gate)), (PATH,), "/"))
     directory = supervisor.attempt_directory("7.2")
     stuck = await asyncio.create_subprocess_exec("sleep", "600")
+    await until(lambda: unkillable.is_stuck(shim.stat_fields(stuck.pid)))
     (groups.of(directory) / "cgroup.procs").write_text(f"{stuck.pid}\n")
+    gate.write_text("")  # who looks after its end finds this process, and not an empty group before
     await until(lambda: told and told[-1].pids)
     assert records.read_exit(directory) is not None, "the trainer itself is over"
     assert exits == []

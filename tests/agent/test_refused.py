@@ -98,7 +98,9 @@ async def test_a_kill_that_cannot_be_aimed_comes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, exits = await opened(tmp_path)
-    await made.start(bash("trap '' TERM; sleep 600 & wait"))
+    trapped = tmp_path / "trapped"
+    await made.start(bash(f"trap '' TERM; touch {trapped}; sleep 600 & wait"))
+    await until(trapped.exists)  # or it ends of the first signal, and not of the kill
     refusing = Refusing(proc.read_process)
     monkeypatch.setattr(proc, "read_process", refusing)
     made.signal("1.1", "TERM")
