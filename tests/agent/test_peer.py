@@ -34,6 +34,7 @@ from agent.ports import ChunkError
 from agent.transport import open_channel
 from protos.baton.v1 import peer_pb2
 from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
+from tests.wire.ports import kept_port
 
 LOG = bytes(range(256)) * 1024
 
@@ -326,12 +327,15 @@ async def test_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
     assert "baton.v1.PeerService" in names
 
 
-async def test_a_restarted_peer_is_reached_over_the_channel_that_failed(
-    tmp_path: Path, store: ChunkStore
-) -> None:
+async def test_a_restarted_peer_is_reached_over_the_channel_that_failed(store: ChunkStore) -> None:
     """After failures that gRPC, left to itself, answers from memory for ever longer."""
-    first = PeerServer(store, read_log, address="127.0.0.1:0", tls=None)
-    peer = ReplicaSource("n2", f"127.0.0.1:{await first.open()}")
+    with kept_port() as port:
+        await check_restart(store, ReplicaSource("n2", f"127.0.0.1:{port}"))
+
+
+async def check_restart(store: ChunkStore, peer: ReplicaSource) -> None:
+    first = PeerServer(store, read_log, address=peer.address, tls=None)
+    await first.open()
     client = PeerClient(None)
     digest = "ab" * 32
     try:

@@ -5,10 +5,10 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
 from tests.e2e.certificates import Authority
+from tests.wire.ports import kept_port
 from tests.wire.slow_link import slow_link
 
 # For a real process on a busy machine; a test that needs it has failed.
@@ -29,22 +30,21 @@ DEADLINE_S = 60
 BATON = [sys.executable, "-m", "coordinator.cli"]
 
 
-def closed_port() -> str:
+@pytest.fixture
+def nowhere() -> Iterator[str]:
     """An address at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    with kept_port() as port:
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize(
     "arguments", [["jobs"], ["job", "1"], ["logs", "1"], ["nodes"], ["submit", "--", "true"]]
 )
-def test_nobody_there_is_3(baton: Baton, arguments: list[str]) -> None:
-    address = closed_port()
-    result = baton(*arguments, address=address)
+def test_nobody_there_is_3(baton: Baton, nowhere: str, arguments: list[str]) -> None:
+    result = baton(*arguments, address=nowhere)
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr == (
-        f"baton: cannot reach the coordinator at {address}: connection refused; "
+        f"baton: cannot reach the coordinator at {nowhere}: connection refused; "
         "is it running? see --coordinator\n"
     ), "nothing of a request that may have arrived"
 
@@ -202,14 +202,13 @@ def test_wrong_usage_is_2(baton: Baton, fake: FakeCoordinator, arguments: str, s
 
 
 @pytest.mark.parametrize("host", ["localhost", "[::1]", "127.8.9.1"])
-def test_loopback_needs_no_tls(baton: Baton, host: str) -> None:
-    port = closed_port().rpartition(":")[2]
+def test_loopback_needs_no_tls(baton: Baton, nowhere: str, host: str) -> None:
+    port = nowhere.rpartition(":")[2]
     assert baton("jobs", "--coordinator", f"{host}:{port}").exit_code == 3
 
 
-def test_the_later_option_wins(baton: Baton, fake: FakeCoordinator) -> None:
+def test_the_later_option_wins(baton: Baton, fake: FakeCoordinator, nowhere: str) -> None:
     fake.answers["ListNodes"] = [nodes_pb2.ListNodesResponse()]
-    nowhere = closed_port()
     assert baton("--coordinator", nowhere, "nodes", "--coordinator", fake.address).exit_code == 0
     assert baton("--coordinator", fake.address, "nodes", address=nowhere).exit_code == 0
     assert baton("--coordinator", nowhere, "nodes").exit_code == 3

@@ -1,7 +1,7 @@
 """The exporter beside a real collector that is away, comes back, or never takes anything."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +10,7 @@ from coordinator.core.model import Attempt, Job, JobEvent, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.spans import attempt_spans
 from tests.e2e.collector import Collector, collector
+from tests.wire.ports import kept_port
 
 JOB = Job(7, JobSpec(command=("train",)), JobPhase.SUCCEEDED, 1_000, request_id="r")
 ATTEMPT = Attempt(7, 1, "n1", (), AttemptPhase.SUCCEEDED, 2_000, 3_000, 9_000)
@@ -84,24 +85,12 @@ async def test_a_queue_that_is_full_drops_and_counts(
     assert bench.exporter.counts.spans_exported == 2 * SPANS
 
 
-async def test_one_that_never_takes_anything_is_said_once_and_counted(
-    unused_port: Callable[[], int],
-) -> None:
-    bench = Bench(f"http://127.0.0.1:{unused_port()}")
-    bench.exporter.open()
-    for _ in range(3):
-        bench.exporter.ended(JOB, ATTEMPT)
-    await bench.exporter.close()
+async def test_one_that_never_takes_anything_is_said_once_and_counted() -> None:
+    with kept_port() as port:
+        bench = Bench(f"http://127.0.0.1:{port}")
+        bench.exporter.open()
+        for _ in range(3):
+            bench.exporter.ended(JOB, ATTEMPT)
+        await bench.exporter.close()
     assert bench.exporter.counts.spans_dropped == 3 * SPANS
     assert bench.events == ["tracing.away"]
-
-
-@pytest.fixture
-def unused_port() -> Callable[[], int]:
-    """Nobody listens where a collector listened before."""
-
-    def find() -> int:
-        with collector() as gone:
-            return int(gone.endpoint.rpartition(":")[2])
-
-    return find
