@@ -52,6 +52,12 @@ def module_launch(modules: Path, name: str, attempt_id: str = "1.1", **variables
     return Launch(attempt_id, arguments, tuple(sorted(values.items())), str(modules))
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is slow does not hang: else another one would start what a test has ordered of it."""
+    monkeypatch.setattr(supervisor, "FORK_TIMEOUT_S", DEADLINE_S)
+
+
 @pytest.fixture
 def modules(tmp_path: Path) -> Path:
     """A folder with a module that is slow to load and one that needs it."""

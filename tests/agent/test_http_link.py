@@ -44,7 +44,7 @@ from tests.agent.http_worlds import (
     relayed,
     transfers_in,
 )
-from tests.agent.waiting import until
+from tests.agent.waiting import DEADLINE_S, until
 
 
 async def all_over(port: int, token: str) -> list[tuple[str, bytes | bytearray]]:
@@ -150,7 +150,7 @@ async def test_a_body_that_nobody_asked_for_is_not_read() -> None:
     server = await asyncio.start_server(talkative, "127.0.0.1", 0)
     with linked(server.sockets[0].getsockname()[1], "token") as link:
         with pytest.raises(Broken, match="a body, where none belongs"):
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(DEADLINE_S):
                 await link.put_chunks(given(b"x"))
         assert link.unsent == [("ab" * 32, b"x")]
     server.close()
@@ -190,7 +190,7 @@ async def test_an_answer_without_end_ends_at_the_deadline() -> None:
     with linked(server.sockets[0].getsockname()[1], "token") as link:
         link._access = replace(link._access, deadline_s=0.0)
         with pytest.raises(Broken, match="too slow over http"):
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(DEADLINE_S):
                 await link.put_chunks(given(b"x", begun))
         assert link.unsent == [("ab" * 32, b"x")]
     await until(lambda: not transfer_threads() - before)
@@ -211,7 +211,7 @@ async def test_a_last_answer_without_end_ends_with_the_link() -> None:
         waiting = asyncio.ensure_future(anext(link.get_chunks(WANTED[:1])))
         await until(lambda: any(connection.sock is None for connection in link._open))
     with pytest.raises(Broken, match="given up"):
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(DEADLINE_S):
             await waiting
     await until(lambda: not transfer_threads() - before)
     server.close()
@@ -345,7 +345,7 @@ async def test_a_full_disk_at_the_receiver_is_said_and_leaves_nothing(
     monkeypatch.setattr(os, "statvfs", statvfs)
     with pytest.raises(DiskFull, match=r"n2 \(.*disk full: writing chunk"):
         await one.chunks.replicate(stored.digest, two.source)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_S):
         # A chunk that was arriving meanwhile may have been kept after the others went.
         while objects(two.store):
             await asyncio.to_thread(two.store.give_back)

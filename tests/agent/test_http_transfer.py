@@ -19,7 +19,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent import https
-from agent.chunks import http_server
+from agent.chunks import http_client, http_server
 from agent.chunks import peers as peers_module
 from agent.chunks.http_client import Access, Broken, Link
 from agent.chunks.http_server import (
@@ -396,7 +396,10 @@ async def secured(root: Path, tls: Tls) -> AsyncIterator[tuple[ReplicaSource, Wo
         await server.close()
 
 
-async def test_https_has_grpcs_certificates(tmp_path: Path) -> None:
+async def test_https_has_grpcs_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "CONNECT_DEADLINE_S", 60.0)  # a handshake may be slow here
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     async with secured(tmp_path / "n2", issue(ours, "server")) as (peer, world):
         digest, manifest = world.keep(DATA)

@@ -14,6 +14,7 @@ import structlog
 
 from agent.core.values import Launch, ProcessesStuck, ProcessExit
 from agent.ports import StartError
+from agent.processes import mps
 from agent.processes.mps import CONTROL, MpsProcesses, limit_of
 from tests.agent.waiting import until
 
@@ -119,7 +120,8 @@ class Box:
 
 
 @pytest.fixture
-async def box(tmp_path: Path) -> Box:
+async def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Box:
+    monkeypatch.setattr(mps, "ANSWER_S_MAX", 60.0)  # a program that is slow does not hang
     box = Box(tmp_path)
     await box.agent()
     return box

@@ -16,13 +16,13 @@ import pytest
 
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
-from agent.processes import again, proc, records
+from agent.processes import again, proc, records, supervisor
 from agent.processes.endings import DIRECTORY_GONE
 from agent.processes.forks import ForkServers
 from agent.processes.groups import is_populated
 from agent.processes.spawn import spawn_shim
 from agent.processes.supervisor import Supervisor
-from tests.agent.waiting import open_forks, until
+from tests.agent.waiting import DEADLINE_S, open_forks, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
 
@@ -155,6 +155,9 @@ async def test_a_forked_shim_is_met_when_there_is_a_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its trainer runs already, and must not be taken for one whose shim has ended."""
+    monkeypatch.setattr(
+        supervisor, "FORK_TIMEOUT_S", DEADLINE_S
+    )  # a server that is slow is waited for
     forks = ForkServers()
     await open_forks(forks)
     made, exits = await opened(tmp_path, forks)

@@ -327,6 +327,7 @@ async def test_connections_of_one_attempt_are_limited(house: House) -> None:
 async def test_silent_connections_are_limited(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sdk_server, "HELLO_TIMEOUT_S", DEADLINE_S)  # none before the last has come
     silent = [await house.connect() for _ in range(sdk_server.CONNECTIONS_UNKNOWN_MAX)]
     over = await house.connect()
     assert await over.refusal() == "too many connections that have not said hello"

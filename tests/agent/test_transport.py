@@ -230,7 +230,8 @@ async def channel_opens(tls: Tls) -> bool:
     except TransportError:
         return False
     await server.start()
-    async with open_channel(f"127.0.0.1:{port}", tls) as channel:
+    patient = (("grpc.min_reconnect_backoff_ms", 60_000),)  # that is the limit of a handshake, too
+    async with open_channel(f"127.0.0.1:{port}", tls, patient) as channel:
         state = channel.get_state(try_to_connect=True)
         while state not in (READY, TRANSIENT_FAILURE):
             await channel.wait_for_state_change(state)

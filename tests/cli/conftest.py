@@ -37,6 +37,7 @@ def fake() -> Iterator[FakeCoordinator]:
 def baton(fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> Baton:
     """Runs one command line; an exception that is not an exit fails the test with its traceback."""
     monkeypatch.setattr("coordinator.cli.client.RETRY_PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("coordinator.cli.client.STATE_WAIT_S", 60.0)  # gRPC's thread may be slow
 
     def run(*arguments: str, address: str | None = None) -> Result:
         return CliRunner().invoke(
