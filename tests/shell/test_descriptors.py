@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,12 +14,26 @@ async def test_a_process_without_descriptors_says_so_once(monkeypatch: pytest.Mo
     told: list[tuple[str, str, tuple[tuple[str, object], ...]]] = []
     answers = [False, True, True, True, False, False]
     over = asyncio.Event()
-    opened = os.open
+    really_open, really_close = os.open, os.close
+    opened, given_back = list[int](), list[int]()
 
     def opening(path: str, flags: int) -> int:
         if answers.pop(0):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-        return opened(path, flags)
+        opened.append(really_open(path, flags))
+        return opened[-1]
+
+    def closing(descriptor: int) -> None:
+        given_back.append(descriptor)
+        really_close(descriptor)
+
+    here = SimpleNamespace(
+        open=opening,
+        close=closing,
+        strerror=os.strerror,
+        O_RDONLY=os.O_RDONLY,
+        O_CLOEXEC=os.O_CLOEXEC,
+    )
 
     async def turn(seconds: float) -> None:
         assert seconds == descriptors.LOOK_S
@@ -26,9 +41,8 @@ async def test_a_process_without_descriptors_says_so_once(monkeypatch: pytest.Mo
             over.set()
             await asyncio.Event().wait()
 
-    before = os.listdir("/proc/self/fd")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "open", opening)
+        patched.setattr("coordinator.descriptors.os", here)
         patched.setattr(asyncio, "sleep", turn)
         watching = asyncio.create_task(
             descriptors.watch(lambda level, event, fields: told.append((level, event, fields)))
@@ -39,4 +53,5 @@ async def test_a_process_without_descriptors_says_so_once(monkeypatch: pytest.Mo
         ("error", "descriptors.none", (("reason", "Too many open files"),)),
         ("info", "descriptors.again", ()),
     ]
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert given_back == opened
+    assert len(opened) == 3
