@@ -6,7 +6,9 @@ gets is compared, byte for byte, with what the trainer wrote.
 
 import _thread
 import asyncio
+import inspect
 import itertools
+import marshal
 import os
 import re
 import signal
@@ -14,16 +16,19 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from agent.core.values import Launch, ProcessExit
-from agent.processes import logs, records, shim, shim_output
+from agent.processes import logs, records, shim, shim_output, spawn
 from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import DEADLINE_S, until
 
 PATH = ("PATH", "/usr/local/bin:/usr/bin:/bin")
-TINY_DISK_BYTES = 1024 * 1024
+# What a shim may hold back when there is room again finds it, and the record of the end as well.
+TINY_DISK_BYTES = 2 * shim_output.WAITING_BYTES_MAX
+ROOM_BYTES = 512 * 1024
 
 
 async def run_trainer(state: Path, script: str, *arguments: str) -> Path:
@@ -36,6 +41,21 @@ async def run_trainer(state: Path, script: str, *arguments: str) -> Path:
     assert exits == [ProcessExit("1.1", 0, None)]
     await supervisor.close()
     return supervisor.attempt_directory("1.1")
+
+
+@pytest.fixture
+def steady_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk stands still for the shims of this test: one that is slow costs no output."""
+    compiled, source = spawn._compiled, inspect.getsource(shim_output)
+    patient = source.replace("STALL_S = 1.0", "STALL_S = 600.0")
+    assert patient != source
+
+    def compile_patient(module: ModuleType) -> bytes:
+        if module is not shim_output:
+            return compiled(module)
+        return marshal.dumps(compile(patient, str(module.__file__), "exec"))
+
+    monkeypatch.setattr(spawn, "_compiled", compile_patient)
 
 
 def make_log(directory: Path, pieces: dict[int, bytes], *, finished: bool) -> Path:
@@ -58,6 +78,7 @@ async def test_both_streams_in_order(tmp_path: Path) -> None:
     assert logs.read(directory, 0) == (expected, len(expected), True, 0)
 
 
+@pytest.mark.usefixtures("steady_disk")
 async def test_rotation_keeps_the_newest_and_counts_what_is_gone(tmp_path: Path) -> None:
     """Each line is its own offset, so any byte that is read back proves its place."""
     lines = 5_000_000  # 80 MB of 16 bytes each: more than what is kept
@@ -179,7 +200,7 @@ async def test_follow_ends_when_the_log_makes_room_for_others(tmp_path: Path) ->
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB; skipped where mounting is not allowed."""
+    """A small file system; skipped where mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     options = f"size={TINY_DISK_BYTES}"
@@ -194,13 +215,16 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.usefixtures("steady_disk")
 async def test_full_disk_loses_output_but_never_stops_the_trainer(
     tmp_path: Path, tiny_disk: Path
 ) -> None:
-    """It writes four times what fits and gets through; then there is room, and a marker."""
+    """It writes far more than fits and than may wait, and gets through, so that some is lost; then
+    there is room, and a marker."""
+    lines = (shim_output.WAITING_BYTES_MAX + 4 * ROOM_BYTES) // 16
     script = (
         "import os, sys\n"
-        "for i in range(4 * 1024 * 1024 // 16):\n"
+        "for i in range(int(sys.argv[3])):\n"
         "    os.write(1, b'%015d\\n' % i)\n"
         "open(sys.argv[1], 'w').close()\n"
         "open(sys.argv[2]).read()\n"
@@ -213,8 +237,8 @@ async def test_full_disk_loses_output_but_never_stops_the_trainer(
     supervisor = Supervisor(tiny_disk / "state")
     await supervisor.open(exits.append)
     ballast = tiny_disk / "ballast"
-    ballast.write_bytes(bytes(TINY_DISK_BYTES // 2))
-    arguments = ("python3", "-c", script, str(full), str(gate))
+    ballast.write_bytes(bytes(TINY_DISK_BYTES - ROOM_BYTES))
+    arguments = ("python3", "-c", script, str(full), str(gate), str(lines))
     await supervisor.start(Launch("1.1", arguments, (PATH,), "/"))
     await until(full.exists)  # the trainer got through although the disk is full
     ballast.unlink()
@@ -227,8 +251,8 @@ async def test_full_disk_loses_output_but_never_stops_the_trainer(
     marker, _, rest = tail.partition(b"\n")
     assert marker.endswith(b"could not be written")
     lost_bytes = int(marker.split()[0])
-    written = b"".join(b"%015d\n" % i for i in range(4 * 1024 * 1024 // 16)) + b"after\n"
-    assert len(head) > TINY_DISK_BYTES // 4
+    written = b"".join(b"%015d\n" % i for i in range(lines)) + b"after\n"
+    assert len(head) > ROOM_BYTES // 2
     assert lost_bytes > 0
     # what was still in the pipe when there was room again comes after the marker
     assert written == head + written[len(head) : len(head) + lost_bytes] + rest
@@ -350,8 +374,8 @@ async def test_exit_record_waits_for_room_on_a_full_disk(tmp_path: Path, tiny_di
     script = (
         "import os, sys\n"
         "try:\n"
-        "    open(sys.argv[1], 'wb', buffering=0).write(bytes(1 << 20))\n"
-        "    os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND), bytes(1 << 20))\n"
+        "    file = open(sys.argv[1], 'wb', buffering=0)\n"
+        "    while True: file.write(bytes(1 << 20))\n"
         "except OSError:\n"
         "    open(sys.argv[2], 'w').close()\n"
     )
