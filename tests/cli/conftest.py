@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 
 from coordinator.cli.main import cli
+from tests.cli import samples
 from tests.cli.fake_coordinator import FakeCoordinator
 
 Baton = Callable[..., Result]
@@ -24,6 +27,14 @@ class Progress:
     def bar(self, steps: int, what: str) -> Iterator[Callable[[int], None]]:
         self.bars.append(steps)
         yield self.told.append
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An age is what a test has made it, however long the command takes to show it."""
+    monkeypatch.setattr(samples, "NOW", datetime.now(UTC))
+    clock = SimpleNamespace(now=lambda _: samples.NOW, fromtimestamp=datetime.fromtimestamp)
+    monkeypatch.setattr("coordinator.cli.client.datetime", clock)
 
 
 @pytest.fixture

@@ -11,10 +11,13 @@ from protos.baton.v1 import types_pb2 as t
 DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
 
+NOW = datetime.now(UTC)  # the clock of the command stands still there while a test runs
+
+
 def ago(seconds: float) -> Timestamp:
     """A wall time this long before now."""
     stamp = Timestamp()
-    stamp.FromDatetime(datetime.now(UTC) - timedelta(seconds=seconds))
+    stamp.FromDatetime(NOW - timedelta(seconds=seconds))
     return stamp
 
 

@@ -2,7 +2,6 @@
 same."""
 
 import json
-import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -21,7 +20,7 @@ def test_ages_are_by_the_coordinators_clock(
     job = samples.active_job()
     job.submit_time.FromDatetime(job.submit_time.ToDatetime() + timedelta(hours=hours))
     fake.answers["ListJobs"] = [jobs_pb2.ListJobsResponse(jobs=[job])]
-    fake.unix_ms = round((time.time() + hours * 3600) * 1000)
+    fake.unix_ms = round((samples.NOW.timestamp() + hours * 3600) * 1000)
     assert baton("jobs", "--all").stdout.splitlines()[1].split()[7] == "1h02m"
 
 
