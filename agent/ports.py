@@ -92,6 +92,10 @@ class Processes(Protocol):
         `StartError`."""
         ...
 
+    def age_ms(self, attempt_id: str) -> int:
+        """How long ago the program of an attempt that was started began, at least."""
+        ...
+
     def signal(self, attempt_id: str, signal_name: str) -> None:
         """Send TERM, USR1 or USR2 to the trainer's whole process group; a process that has gone is
         no error."""

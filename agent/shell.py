@@ -322,7 +322,7 @@ class AgentShell:
         except OSError as error:
             self.post(m.StartFailed(attempt_id, str(error), permanent=False))
         else:
-            self.post(m.ProcessStarted(attempt_id, pid))
+            self.post(m.ProcessStarted(attempt_id, pid, ports.processes.age_ms(attempt_id)))
 
     async def _inspect(self, command: InspectGpus) -> None:
         found = await self._ports.in_thread(self._ports.probe.occupancy, command.gpu_uuids)

@@ -137,6 +137,7 @@ class FromTrainer:
 class ProcessStarted:
     attempt: str
     pid: int
+    age_ms: int = 0  # since the program began, which a busy agent hears of late
 
 
 @dataclass(frozen=True, slots=True)

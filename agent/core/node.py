@@ -151,7 +151,7 @@ def _of_attempt(state: State, now: Instant, live: LiveAttempt, event: Event) -> 
         case RestoreFailed():
             _refuse(state, now, live, event.reason, permanent=False)
         case ProcessStarted():
-            _started(state, now, live, event.pid)
+            _started(state, now, live, event)
         case StartFailed():
             # After an agent restart the failure may be the restart's, and not the program's.
             permanent = event.permanent and not live.again
@@ -378,17 +378,19 @@ def _order_process(state: State, live: LiveAttempt) -> None:
     state.commands.append(StartProcess(launch, config))
 
 
-def _started(state: State, now: Instant, live: LiveAttempt, pid: int) -> None:
-    record = live.record
+def _started(state: State, now: Instant, live: LiveAttempt, event: ProcessStarted) -> None:
+    record, pid = live.record, event.pid
     if record.phase is not Phase.STARTING:
         return
     state.put(live, Phase.RUNNING)
-    restore_ms, start_ms = live.restore_ms, None
+    age_ms, restore_ms, start_ms = event.age_ms, live.restore_ms, None
     if live.accepted_ms is not None:
-        start_ms = now.now_ms - live.accepted_ms - (restore_ms or 0)
+        heard_ms = now.now_ms - live.accepted_ms - (restore_ms or 0)
+        age_ms = min(age_ms, heard_ms)
+        start_ms = heard_ms - age_ms
     restored = record.restored_digest, record.restored_step, record.skipped
     body = AttemptStarted(pid, *restored, restore_ms, start_ms, record.held_ranks)
-    state.spool_event(now, record.id, body)
+    state.spool_event(Instant(now.now_ms, max(0, now.unix_ms - age_ms)), record.id, body)
     state.log("info", "attempt.started", attempt=record.id, pid=pid, step=record.restored_step)
     pipeline.copy_restored(state, now, live)
     _carry_out_stop(state, now, live)

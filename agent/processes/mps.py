@@ -110,6 +110,9 @@ class MpsProcesses:
             self._left(launch.attempt_id)
             raise
 
+    def age_ms(self, attempt_id: str) -> int:
+        return self._inner.age_ms(attempt_id)
+
     def signal(self, attempt_id: str, signal_name: str) -> None:
         self._inner.signal(attempt_id, signal_name)
 

@@ -8,6 +8,7 @@ start time after it was opened (pidfd_open(2)).
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,12 @@ def read_process(pid: int) -> Process | None:
     """
     fields = stat_fields(pid)
     return Process(pid, int(fields[1]), int(fields[3]), int(fields[19])) if fields else None
+
+
+def age_ms(start_ticks: int) -> int:
+    """How long ago a process began that has this start time, less what the tick may hide."""
+    boot_ms = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+    return max(0, boot_ms - (start_ticks + 1) * 1_000 // os.sysconf("SC_CLK_TCK"))
 
 
 def all_processes() -> Iterator[Process]:

@@ -128,6 +128,11 @@ class Supervisor:
             if attempt.ended is not None:
                 asyncio.get_running_loop().call_soon(self._tell, attempt)
 
+    def age_ms(self, attempt_id: str) -> int:
+        """How long ago the program of an attempt that was started began, at least."""
+        attempt = self._attempts.get(attempt_id)
+        return proc.age_ms(attempt.start_ticks) if attempt and attempt.start_ticks else 0
+
     def signal(self, attempt_id: str, signal_name: str) -> None:
         """Send TERM, USR1 or USR2 to the trainer's whole process group; one that has gone is no
         error."""

@@ -57,6 +57,9 @@ class Supervised:
         self.started[launch.attempt_id] = dict(launch.environment)
         return 100
 
+    def age_ms(self, attempt_id: str) -> int:
+        return 0
+
     def signal(self, attempt_id: str, signal_name: str) -> None: ...
 
     def dump_stacks(self, attempt_id: str, nccl_pipes: str) -> None: ...

@@ -1,6 +1,8 @@
 """What a node alone knows of an attempt's beginning: how long restoring took, and the rest of it;
 and that a trainer's own times pass through it unchanged."""
 
+import pytest
+
 from agent.core import messages as m
 from agent.core.state import Effect, SpoolEvent
 from agent.core.trainer_messages import TrainerProgress, TrainerTime
@@ -32,6 +34,24 @@ def test_restoring_and_starting_are_told_apart() -> None:
     node.at(3_500, RESTORED)
     told = node.started(4_000)
     assert (told.restore_ms, told.start_ms) == (2_500, 500)
+
+
+@pytest.mark.parametrize(("age_ms", "start_ms"), [(300, 200), (9_000, 0)])
+def test_a_program_has_begun_when_it_began_and_not_when_a_busy_agent_hears_of_it(
+    age_ms: int, start_ms: int
+) -> None:
+    """Else what it says of its own beginning would come before that. No earlier than ordered."""
+    node = Node()
+    node.at(1_000, m.FromCoordinator(ORDER, "1" * 32))
+    node.at(3_500, RESTORED)
+    (told,) = (
+        effect.event
+        for effect in node.at(4_000, m.ProcessStarted("1.1", 7, age_ms))
+        if isinstance(effect, SpoolEvent)
+    )
+    assert isinstance(told.body, m.AttemptStarted)
+    assert (told.body.restore_ms, told.body.start_ms) == (2_500, start_ms)
+    assert told.unix_ms == node.unix_ms + 3_500 + start_ms
 
 
 def test_from_nothing_is_no_restoring() -> None:

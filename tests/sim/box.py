@@ -375,6 +375,11 @@ class SimProcesses:
         await box.around.pause_ms(5, 200)
         return 1_000 + len(disk.unsettled) + len(disk.settled)
 
+    def age_ms(self, attempt_id: str) -> int:
+        trainer = self._box.trainers.get(attempt_id)
+        now_s = asyncio.get_running_loop().time()
+        return int((now_s - trainer.began_s) * 1_000) if trainer is not None else 0
+
     def signal(self, attempt_id: str, signal_name: str) -> None:
         trainer = self._box.trainers.get(attempt_id)
         if trainer is not None:

@@ -84,9 +84,12 @@ class Trainer:
         self._task: asyncio.Task[None] | None = None
         self._gang = box.around.gang(self.job_id, self.epoch, self.world_size)
         self._due = False
+        self.began_s = 0.0
 
     def begin(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self.began_s = loop.time()
+        self._task = loop.create_task(self._run())
 
     def sink(self) -> None:
         """From here on it waits in the kernel for a device that does not answer: it does nothing,
