@@ -7,11 +7,13 @@ must hold.
 
 Every program gets a directory of its own below the cluster's: `n1/` is the disk of node n1, and
 `kill_node` takes it away. Sockets lie in a short directory below /tmp, because the path of a socket
-is limited. Ports are chosen by the programs (port 0) and read from their port files. GPUs are those
-of the stand-in for NVML, which the agent loads as it would load the driver's; trainers get an
-environment without it. Waiting is polling for a condition with a deadline; nothing sleeps.
+is limited. Ports are chosen by the programs (port 0) and read from their port files; but for the
+coordinator's, which is its own also between its end and its next start. GPUs are those of the
+stand-in for NVML, which the agent loads as it would load the driver's; trainers get an environment
+without it. Waiting is polling for a condition with a deadline; nothing sleeps.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -37,11 +39,12 @@ from protos.baton.v1 import (
     nodes_pb2_grpc,
     types_pb2,
 )
+from tests import held_port
 from tests.e2e import guardian
 from tests.fakenvml.build import FakeGpu, build, describe, environment
 
 ROOT = Path(__file__).resolve().parents[2]
-LOOPBACK = "127.0.0.1:0"
+LOOPBACK = f"{held_port.HOST}:0"
 # A busy two-core machine needs some seconds to import what a daemon imports.
 START_DEADLINE_S = 60.0
 # A coordinator ends calls within a second, an agent says goodbye within another.
@@ -95,6 +98,8 @@ class Cluster:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
         self._channel: grpc.Channel | None = None
+        self._holding = contextlib.ExitStack()
+        self._port = 0
         self._pause = threading.Event()
 
     # --- life -------------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ class Cluster:
         """Make the directories, and start the guardian that outlives us."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.runtime_directory = Path(tempfile.mkdtemp(prefix="baton-"))
+        self._port = self._holding.enter_context(held_port.held_port())
         self._guardian = subprocess.Popen(
             [sys.executable, "-m", "tests.e2e.guardian", self.runtime_directory, self.directory],
             cwd=ROOT,
@@ -125,6 +131,7 @@ class Cluster:
         self._guardian.stdin.close()
         self._guardian.wait()
         self._guardian = None
+        self._holding.close()
 
     def __enter__(self) -> Self:
         self.open()
@@ -148,7 +155,7 @@ class Cluster:
         `config` are fields of `coordinator.config.Config`.
         """
         values = {
-            "listen": self.address or LOOPBACK,
+            "listen": f"{held_port.HOST}:{self._port}",
             "state_directory": str(self.directory / "coordinator"),
             **config,
         }

@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-RANKS_S_MAX = 100
+from tests.held_port import HOST, held_port
+
+RANKS_S_MAX = 200
 """Of ranks that hang, on a busy machine, where nothing else is said."""
 
 
@@ -82,11 +83,14 @@ class Host:
 
     def run_in(self, place: Path, environments: Sequence[Mapping[str, str]]) -> list[Ended]:
         """Run as many ranks as there are environments to their end; what became of each."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        with held_port() as port:
+            return self._run_at(port, place, environments)
+
+    def _run_at(
+        self, port: int, place: Path, environments: Sequence[Mapping[str, str]]
+    ) -> list[Ended]:
         size = len(environments)
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        common = {"MASTER_ADDR": HOST, "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
         told = {
             "place": str(place),
             "ranks_s_max": self._ranks_s_max,

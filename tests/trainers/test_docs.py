@@ -5,12 +5,12 @@ trains, is stopped, and goes on exactly; the configurations are built with the t
 classes; and the promise of how few lines it takes is counted.
 """
 
+import contextlib
 import itertools
 import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import baton_sdk
+from tests.held_port import HOST, held_port
 from tests.trainers.fake_agent import FakeAgent
 from trainers import configuration
 from trainers.finetune import FinetuneOptions
@@ -33,7 +34,7 @@ BLOCKS = {name: text for _, name, text in BLOCK.findall(DOCUMENT.read_text("utf-
 LINES_MAX = 5
 STEPS = 300
 SEVERAL_STEPS = 1000
-RANKS_S_MAX = 100
+RANKS_S_MAX = 200
 
 
 @pytest.fixture
@@ -121,40 +122,45 @@ def test_the_addressed_order_goes_on_with_another_number_of_ranks(tmp_path: Path
 
 
 def run_several(agents: list[FakeAgent], directory: Path, restored: str = "") -> list[int]:
-    """The program of several ranks, as processes of their own; the second is asked to stop as soon
-    as it comes up, unless there is something to resume from."""
+    """The program of several ranks, as processes of their own; unless there is something to resume
+    from, the second is asked to stop before there is a first, without which it takes no step."""
     directory.mkdir()
     (directory / "several.py").write_text(BLOCKS["several.py"], "utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank, agent in enumerate(agents):
-        staging = directory / f"staging-{rank}"
-        staging.mkdir()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(DOCUMENT.parents[1] / "trainers" / "sdk"),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(len(agents)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "BATON_SOCKET": str(agent.path),
-            "BATON_TOKEN": agent.token,
-            "BATON_STAGING_DIR": str(staging),
-            "BATON_RESTORE_DIR": restored,
-        }
-        command = [sys.executable, str(directory / "several.py")]
-        processes.append(subprocess.Popen(command, env=environment))
-    try:
+    with held_port() as port, contextlib.ExitStack() as running:
+        second = running.enter_context(rank_process(1, agents, directory, port, restored))
         if not restored:
             agents[1].expect("hello")
-            agents[1].send(type="stop", reason="preempted", grace_ms=60_000)
-        return [process.wait(RANKS_S_MAX) for process in processes]
-    finally:
-        for process in processes:
+            agents[1].send(type="stop", reason="preempted", grace_ms=600_000)
+        first = running.enter_context(rank_process(0, agents, directory, port, restored))
+        return [process.wait(RANKS_S_MAX) for process in (first, second)]
+
+
+@contextlib.contextmanager
+def rank_process(
+    rank: int, agents: list[FakeAgent], directory: Path, port: int, restored: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Killed in the end, if need be."""
+    staging = directory / f"staging-{rank}"
+    staging.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(DOCUMENT.parents[1] / "trainers" / "sdk"),
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(len(agents)),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "BATON_SOCKET": str(agents[rank].path),
+        "BATON_TOKEN": agents[rank].token,
+        "BATON_STAGING_DIR": str(staging),
+        "BATON_RESTORE_DIR": restored,
+    }
+    command = [sys.executable, str(directory / "several.py")]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            yield process
+        finally:
             process.kill()
 
 
