@@ -41,8 +41,8 @@ def began(cluster: Cluster, gate: Gate, step: int) -> tuple[int, str, list[str]]
 def chunk_of(cluster: Cluster, node: str, step: int) -> Path:
     """Where a node keeps the ballast of this step's checkpoint."""
     data = ballast(step, BALLAST_BYTES)
-    for path in (cluster.node_directory(node) / "chunks").rglob("*"):
-        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+    for path, found in work.contents_below(cluster.node_directory(node) / "chunks"):
+        if found == data:
             return path
     raise AssertionError(f"{node} has no chunk of step {step}")
 

@@ -245,6 +245,18 @@ def lives(pid: int) -> bool:
     return bool(fields) and fields[0] != b"Z"
 
 
+def found_below(place: Path) -> list[Path]:
+    """What lies there, of what its owner may be tidying away meanwhile: `rglob` would stumble."""
+    return [Path(at, name) for at, inner, files in os.walk(place) for name in (*inner, *files)]
+
+
+def contents_below(place: Path) -> Iterator[tuple[Path, bytes]]:
+    """The files there, with what is in them; not those that are gone before they are read."""
+    for path in found_below(place):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            yield path, path.read_bytes()
+
+
 def end_process(pid: int) -> None:
     """SIGKILL."""
     os.kill(pid, signal.SIGKILL)
