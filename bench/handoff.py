@@ -170,7 +170,7 @@ def measure(setting: Setting, repetitions: int) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {KILLED: [], SILENT: [], TRAINER: []}
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
-        Cluster(Path(scratch)) as cluster,
+        Cluster(Path(scratch), patient=False) as cluster,
     ):
         lease = {} if setting.lease_ms is None else {"lease_ms": setting.lease_ms}
         cluster.start_coordinator(**lease)

@@ -45,12 +45,16 @@ from tests.fakenvml.build import FakeGpu, build, describe, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = f"{held_port.HOST}:0"
-# A busy two-core machine needs some seconds to import what a daemon imports.
-START_DEADLINE_S = 60.0
-# A coordinator ends calls within a second, an agent says goodbye within another.
-STOP_DEADLINE_S = 15.0
+# A busy two-core machine needs some seconds to import what a daemon or the command line imports, a
+# coordinator ends calls within a second, an agent says goodbye within another. Far above all that,
+# so that only a hang meets it.
+START_DEADLINE_S = STOP_DEADLINE_S = COMMAND_DEADLINE_S = 120.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 15
+
+# No process is starved for so long: without it a busy machine loses nodes on which nothing happens.
+# The end of a connection is noticed as soon as ever. Not for who measures how soon a node is lost.
+PATIENT = {"lease_ms": 60_000, "suspect_ms": 60_000, "restart_grace_ms": 60_000}
 
 # One thread per trainer: on a small machine, more of them only fight. No hub is asked for anything.
 TRAINER_VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -87,10 +91,12 @@ class Launch:
 
 class Cluster:
     """Use as a context manager, or call `open` and `stop`. `directory` is made; what is in it from
-    an earlier cluster is kept, so a second one on it finds the same state."""
+    an earlier cluster is kept, so a second one on it finds the same state. `patient`: its nodes are
+    not lost for being slow; without it, how soon they are is the product's own choice."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, patient: bool = True) -> None:
         self.directory = directory.resolve()
+        self._patient = patient
         self.runtime_directory = Path()
         self.address = ""
         # For `channel`, where the coordinator wants a certificate.
@@ -157,6 +163,7 @@ class Cluster:
         values = {
             "listen": f"{held_port.HOST}:{self._port}",
             "state_directory": str(self.directory / "coordinator"),
+            **(PATIENT if self._patient and "lease_ms" not in config else {}),
             **config,
         }
         launch = self._prepare("coordinator", "coordinator", values, {})
@@ -392,7 +399,7 @@ class Cluster:
         self.wait_until(all_up, deadline_s, f"{', '.join(nodes)} up")
 
     def baton(
-        self, *arguments: str, directory: Path | None = None, timeout_s: float = 60.0
+        self, *arguments: str, directory: Path | None = None, timeout_s: float = COMMAND_DEADLINE_S
     ) -> subprocess.CompletedProcess[str]:
         """Run the real command line, in `directory`; it ends with its status, never with an
         exception."""

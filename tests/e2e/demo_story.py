@@ -72,7 +72,7 @@ def run(
     with View(as_json=as_json) as view:
         sweep()
         directory = DATA / f"run-{os.getpid()}"
-        cluster = Cluster(directory)
+        cluster = Cluster(directory, patient=False)
         held = False
         try:
             with cluster:

@@ -110,7 +110,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Promethe
     directory = tmp_path_factory.mktemp("dashboards")
     gate = Gate(directory / "gate", 2)
     with Cluster(directory / "cluster") as fleet:
-        fleet.start_coordinator(heartbeat_interval_ms=100, lease_ms=20_000, **ON)
+        fleet.start_coordinator(heartbeat_interval_ms=100, **ON)
         for node in ("n1", "n2"):
             fleet.start_agent(node, h100(2, node=node), sample_interval_ms=100, **ON)
         fleet.wait_for_nodes("n1", "n2")

@@ -19,7 +19,7 @@ from tests.e2e.scaling_day import ACTIVE, JOB_STEPS, STEPS_PER_DAY, scaled, wish
 from tests.e2e.scaling_report import Day, Sample, drawing, lines
 from tests.e2e.test_demo import left_by
 
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 # From the hour in which a third less is wanted until half of that is back, two and a half times as
 # fast.
 ARGUMENTS = ("--first-step", "40", "--steps", "98", "--step-minutes", "4")
@@ -105,7 +105,7 @@ def test_nodes_follow_the_morning_and_no_job_is_lost(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        told, _ = demo.communicate(timeout=TIMEOUT_S)
+        told, _ = demo.communicate()
     finally:
         demo.kill()
         demo.communicate()

@@ -26,7 +26,7 @@ ON = {"metrics_listen": "127.0.0.1:0"}
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Both programs with their metrics on, the agent with NVIDIA's names too."""
     with Cluster(tmp_path_factory.mktemp("metrics") / "cluster") as made:
-        made.start_coordinator(heartbeat_interval_ms=100, lease_ms=20_000, **ON)
+        made.start_coordinator(heartbeat_interval_ms=100, **ON)
         made.start_agent("n1", (GPU,), sample_interval_ms=100, metrics_dcgm_names=True, **ON)
         made.wait_for_nodes("n1")
         yield made

@@ -18,7 +18,7 @@ CONFIG = {
     "scaling_mode": "act",
     "scaling_interval_ms": 1_000,
     "scaling_boot_ms": 2_000,
-    "scaling_boot_deadline_ms": 60_000,
+    "scaling_boot_deadline_ms": 300_000,
     "scaling_spares": 0,
     "scaling_budget_usd_per_day": 100_000,
     "scaling_spends_alone": True,
@@ -48,7 +48,9 @@ def test_a_rented_node_enrols_itself_works_and_is_given_back(tmp_path: Path) -> 
         (attempt,) = work.wait_succeeded(cluster, second).attempts
         assert attempt.node == RENTED
         cluster.wait_until(
-            lambda: set(cluster.node_phases()) == {"n1"}, 60.0, "the rented node is given back"
+            lambda: set(cluster.node_phases()) == {"n1"},
+            work.DEADLINE_S,
+            "the rented node is given back",
         )
         assert not (cluster.directory / f"{RENTED}.pid").exists(), "its machine is gone"
         done.touch()

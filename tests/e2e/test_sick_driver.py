@@ -13,7 +13,7 @@ from tests.fakenvml.build import describe, h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-sick-driver")]
 
-PATIENT = {"lease_ms": 60_000, "closed_grace_ms": 60_000, "restart_grace_ms": 60_000}
+PATIENT = {"closed_grace_ms": 60_000}
 BLOCKED = [replace(gpu, state="hangs") for gpu in h100(2)]
 
 
