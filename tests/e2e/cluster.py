@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -170,18 +170,24 @@ class Cluster:
         self.address = self._start("coordinator", launch)
 
     def start_agent(
-        self, node: str, fake_gpus: Sequence[FakeGpu] | None = (), **config: object
+        self, node: str, fake_gpus: Sequence[FakeGpu] | None = (), **config: Any
     ) -> None:
         """Start the agent of a node, or start it again on what its disk holds; returns when it
         serves.
 
         `fake_gpus` are what the stand-in for NVML shows; `None` means the machine's real ones.
-        `config` are fields of `agent.config.Config`, such as `gpus`, which limits what jobs see.
+        `config` are fields of `agent.config.Config`, such as `gpus`, which limits what jobs see;
+        `trainer_environment` adds to what every trainer here gets.
         """
         self._start(node, self.prepare_agent(node, fake_gpus, **config))
 
     def prepare_agent(
-        self, node: str, fake_gpus: Sequence[FakeGpu] | None = (), **config: object
+        self,
+        node: str,
+        fake_gpus: Sequence[FakeGpu] | None = (),
+        *,
+        trainer_environment: Mapping[str, str] | None = None,
+        **config: object,
     ) -> "Launch":
         """The same, for somebody else who starts it and ends it; `stop` ends it in any case."""
         variables = {}
@@ -190,14 +196,15 @@ class Cluster:
             description = self.node_directory(node).with_suffix(".gpus")
             describe(fake_gpus, description)
             variables = environment(library, description)
-        kept = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
+        trainers = {"LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""), **TRAINER_VARIABLES}
+        trainers |= trainer_environment or {}
         values: dict[str, object] = {
             "node": node,
             "coordinator": self.address,
             "listen": LOOPBACK,
             "state_directory": str(self.node_directory(node)),
             "runtime_directory": str(self.runtime_directory / node),
-            "trainer_environment": {**kept, **TRAINER_VARIABLES},
+            "trainer_environment": trainers,
             "warm_start": False,  # seconds of a core for each agent; who wants it says so
         }
         return self._prepare(node, "agent", {**values, **config}, variables)

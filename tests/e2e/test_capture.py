@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-capture")]
 
 
 def started(cluster: Cluster) -> None:
-    cluster.start_coordinator(closed_grace_ms=20_000, lease_ms=60_000)
-    cluster.start_agent("n1", h100(1))
+    cluster.start_coordinator(closed_grace_ms=60_000)
+    cluster.start_agent("n1", h100(1), trainer_environment=work.GATES)
     cluster.wait_for_nodes("n1")
 
 
@@ -86,7 +86,9 @@ def test_the_slab_outlives_its_agent(cluster: Cluster, gate: Gate) -> None:
     assert work.lines(cluster, job_id)[-1]["value"] == chain(6)
 
 
-def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, models: Path) -> None:
+def test_a_built_in_trainer_captures_and_resumes_from_it(
+    cluster: Cluster, models: Path, gate: Gate
+) -> None:
     """Its process is killed; the next attempt reads what the agent made of the slab."""
     started(cluster)
     options = {
@@ -94,10 +96,11 @@ def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, model
         "train_data": "images.npz",
         "evaluation_data": "images.npz",
         "head_hidden": 16,
-        "steps": 2_000,
-        "evaluate_every": 2_000,
+        "steps": 200,
+        "evaluate_every": 200,
         "checkpoint_every_steps": 20,
     }
+    gate.open_to(70)
     job_id = work.submit(
         cluster,
         (),
@@ -105,9 +108,11 @@ def test_a_built_in_trainer_captures_and_resumes_from_it(cluster: Cluster, model
         trainer_config_json=json.dumps(options),
         working_directory=str(models),
         gpus=1,
+        environment=gate.environment(),
     )
     work.wait_committed(cluster, job_id, 60)
     os.kill(work.wait_log(cluster, "n1", "attempt.started")["pid"], signal.SIGKILL)
+    gate.open_to(200)
     job = work.wait_succeeded(cluster, job_id)
     found = work.lines(cluster, job_id)
     kept = work.events_named(found, "checkpoint")

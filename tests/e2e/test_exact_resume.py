@@ -16,12 +16,14 @@ from agent.processes import proc
 from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
+from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-exact-resume")]
 
 NODES = ("n1", "n2", "n3")
 STEPS, EVERY = 400, 40
+MIDDLE = 210  # both wait there, until one of them has lost its node
 LOOP = {
     "steps": STEPS,
     "log_every": 1,
@@ -37,7 +39,6 @@ JOBS: dict[str, dict[str, Any]] = {
         "tokenizer": "bytes",
         "window_tokens": 32,
         "batch_size": 4,
-        "steps": 2 * STEPS,  # on a quiet machine it is done before anybody has looked
     },
     "transfer": {
         "model": "vision",
@@ -46,12 +47,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "head_hidden": 16,
         "freeze": False,
         "batch_size": 4,
-        "steps": 3 * STEPS,  # such small ones all the more
     },
 }
 
 
-def submit(cluster: Cluster, trainer: str, models: Path) -> int:
+def submit(cluster: Cluster, trainer: str, models: Path, gate: Gate) -> int:
     """With one GPU each, no two of them are on one node."""
     return work.submit(
         cluster,
@@ -60,6 +60,7 @@ def submit(cluster: Cluster, trainer: str, models: Path) -> int:
         trainer_config_json=json.dumps({**LOOP, **JOBS[trainer]}),
         working_directory=str(models),
         gpus=1,
+        environment=gate.environment(),
     )
 
 
@@ -86,29 +87,36 @@ def is_forked(cluster: Cluster, attempt: types_pb2.Attempt) -> bool:
 
 @pytest.mark.parametrize("trainer", list(JOBS))
 def test_lost_node_changes_nothing_in_the_result(
-    cluster: Cluster, models: Path, tmp_path: Path, trainer: str
+    cluster: Cluster, models: Path, gate: Gate, tmp_path: Path, trainer: str
 ) -> None:
-    cluster.start_coordinator(closed_grace_ms=500, lease_ms=20_000)
+    cluster.start_coordinator(closed_grace_ms=500)
     for name in NODES:
-        cluster.start_agent(name, h100(1, node=name), warm_start=name != NODES[0])
+        gpus, warm_start = h100(1, node=name), name != NODES[0]
+        cluster.start_agent(name, gpus, warm_start=warm_start, trainer_environment=work.GATES)
     cluster.wait_for_nodes(*NODES)
     for name in NODES[1:]:
         work.wait_log(cluster, name, "fork_server.ready", server="warm")
-    whole_id, moved_id = (submit(cluster, trainer, models) for _ in range(2))
+    gate.open_to(MIDDLE)
+    whole_id, moved_id = (submit(cluster, trainer, models, gate) for _ in range(2))
     said = tmp_path / "followed"
     with work.following(cluster, moved_id, said):
-        steps = {**LOOP, **JOBS[trainer]}["steps"]
-        half_way = STEPS // 2
 
-        def under_way(job: types_pb2.Job) -> bool:
+        def half_way(job: types_pb2.Job) -> bool:
             kept = job.checkpoint.step if job.HasField("checkpoint") else 0
-            return EVERY <= kept < job.progress.step and job.progress.step > half_way
+            return kept >= EVERY and job.progress.step == MIDDLE
 
-        job = work.wait_job(cluster, moved_id, under_way, "half way")
-        assert job.progress.step < steps
-        for attempt in (cluster.job(whole_id).attempts[0], job.attempts[0]):
+        undisturbed_job, job = (
+            work.wait_job(cluster, job_id, half_way, "half way") for job_id in (whole_id, moved_id)
+        )
+        for attempt in (undisturbed_job.attempts[0], job.attempts[0]):
             assert is_forked(cluster, attempt) == (attempt.node != NODES[0])
+        cluster.wait_until(
+            lambda: f'"step": {MIDDLE - 1},' in said.read_text("utf-8"),
+            work.DEADLINE_S,
+            "the follower has read what will be lost",
+        )
         cluster.kill_node(job.attempts[0].node)
+        gate.open_to(STEPS)
         moved = work.wait_succeeded(cluster, moved_id)
         whole = work.wait_succeeded(cluster, whole_id)
         cluster.wait_until(
@@ -118,15 +126,15 @@ def test_lost_node_changes_nothing_in_the_result(
         )
     assert (whole.epoch, moved.epoch) == (1, 2)
     restored_step = moved.attempts[1].restored_step
-    assert EVERY <= restored_step < steps
+    assert EVERY <= restored_step < MIDDLE
     undisturbed = work.lines(cluster, whole_id)
     handed_over = work.parsed(said.read_text("utf-8"))
     begins = work.events_named(handed_over, "started")
     assert [line["step"] for line in begins] == [0, restored_step]
     losses = curve(undisturbed, "step")
-    assert list(losses) == [*range(1, steps + 1)]
+    assert list(losses) == [*range(1, STEPS + 1)]
     assert curve(handed_over, "step") == losses
     assert curve(handed_over, "evaluated") == curve(undisturbed, "evaluated")
     assert handed_over[-1] == undisturbed[-1]
     assert handed_over[-1]["event"] == "finished"
-    assert losses[steps]["loss"] != losses[1]["loss"]
+    assert losses[STEPS]["loss"] != losses[1]["loss"]

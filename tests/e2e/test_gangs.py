@@ -16,6 +16,7 @@ import pytest
 from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
+from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-gangs")]
@@ -36,16 +37,24 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def start(cluster: Cluster, *nodes: str, warm_start: bool = False) -> None:
+def start(
+    cluster: Cluster, *nodes: str, closed_grace_ms: int = 500, warm_start: bool = False
+) -> None:
     """One GPU each, so ranks of one gang are on different nodes. `warm_start`: where a node gets
     more than one of them, it imports once for all."""
-    cluster.start_coordinator(closed_grace_ms=500)
+    cluster.start_coordinator(closed_grace_ms=closed_grace_ms)
     for name in nodes:
-        cluster.start_agent(name, h100(1, node=name), warm_start=warm_start)
+        cluster.start_agent(
+            name,
+            h100(1, node=name),
+            warm_start=warm_start,
+            trainer_environment=work.GATES,
+        )
     cluster.wait_for_nodes(*nodes)
 
 
-def submit(cluster: Cluster, models: Path, ranks: int, **fields: Any) -> int:
+def submit(cluster: Cluster, models: Path, ranks: int, gate: Gate | None = None) -> int:
+    """One that goes as far as the gate is open, if there is one."""
     return work.submit(
         cluster,
         (),
@@ -54,7 +63,7 @@ def submit(cluster: Cluster, models: Path, ranks: int, **fields: Any) -> int:
         working_directory=str(models),
         gpus=1,
         ranks=ranks,
-        **fields,
+        environment=gate.environment() if gate else {},
     )
 
 
@@ -83,7 +92,7 @@ def losses(cluster: Cluster, job_id: int) -> dict[int, float]:
 
 
 def test_a_gang_that_loses_a_node_ends_where_the_undisturbed_one_ends(
-    cluster: Cluster, models: Path
+    cluster: Cluster, models: Path, gate: Gate
 ) -> None:
     """Of three ranks: several survive, and several parts are brought together again."""
     start(cluster, "n1", "n2", "n3", "n4", warm_start=True)
@@ -91,12 +100,14 @@ def test_a_gang_that_loses_a_node_ends_where_the_undisturbed_one_ends(
     whole = work.wait_succeeded(cluster, whole_id)
     assert len({attempt.node for attempt in newest(whole)}) == 3
 
-    moved_id = submit(cluster, models, 3)
+    gate.open_to(3 * EVERY + 5)
+    moved_id = submit(cluster, models, 3, gate)
     first = running(cluster, moved_id, 1, 3)
     committed = work.wait_committed(cluster, moved_id, 3 * EVERY).checkpoint
     assert len(committed.parts) == 2
     victim = first[-1].node
     cluster.kill_node(victim)
+    gate.open_to(STEPS)
     again = running(cluster, moved_id, 2, 3)
     assert victim not in {attempt.node for attempt in again}
     starts = {attempt.restored_step for attempt in again}
@@ -115,7 +126,7 @@ def test_a_gang_that_loses_a_node_ends_where_the_undisturbed_one_ends(
     assert expected[STEPS] < expected[1]
 
 
-def test_ranks_wait_until_all_of_them_fit(cluster: Cluster, gate: work.Gate) -> None:
+def test_ranks_wait_until_all_of_them_fit(cluster: Cluster, gate: Gate) -> None:
     start(cluster, "n1", "n2")
     blocker_id = work.submit(cluster, gate.job(steps=1), gpus=1)
     work.wait_running(cluster, blocker_id)
@@ -144,14 +155,18 @@ def test_the_end_of_one_rank_ends_all(cluster: Cluster, tmp_path: Path) -> None:
     assert ended[0].phase != types_pb2.ATTEMPT_PHASE_SUCCEEDED
 
 
-def test_a_drain_moves_a_gang_without_losing_a_step(cluster: Cluster, models: Path) -> None:
+def test_a_drain_moves_a_gang_without_losing_a_step(
+    cluster: Cluster, models: Path, gate: Gate
+) -> None:
     start(cluster, "n1", "n2", "n3")
-    job_id = submit(cluster, models, 2)
+    gate.open_to(EVERY + 5)
+    job_id = submit(cluster, models, 2, gate)
     first = running(cluster, job_id, 1, 2)
     work.wait_committed(cluster, job_id, EVERY)
     done = cluster.baton("drain", first[0].node)
     assert done.returncode == 0, done.stderr
     again = running(cluster, job_id, 2, 2)
+    gate.open_to(STEPS)
     assert first[0].node not in {attempt.node for attempt in again}
     job = work.wait_succeeded(cluster, job_id)
     steps = [line["step"] for line in work.events_named(work.lines(cluster, job_id), "step")]
@@ -169,24 +184,27 @@ def test_a_drain_moves_a_gang_without_losing_a_step(cluster: Cluster, models: Pa
 
 
 def test_a_restarted_agent_and_coordinator_cost_a_gang_nothing(
-    cluster: Cluster, models: Path
+    cluster: Cluster, models: Path, gate: Gate
 ) -> None:
-    start(cluster, "n1", "n2")
-    job_id = submit(cluster, models, 2)
+    # What restarts is waited for: the coordinator may see the agent die before it dies itself.
+    start(cluster, "n1", "n2", closed_grace_ms=60_000)
+    gate.open_to(EVERY + 5)
+    job_id = submit(cluster, models, 2, gate)
     running(cluster, job_id, 1, 2)
     work.wait_committed(cluster, job_id, EVERY)
     cluster.kill_agent("n2")
     cluster.kill_coordinator()
-    cluster.start_coordinator(closed_grace_ms=500)
+    cluster.start_coordinator(closed_grace_ms=60_000)
     cluster.start_agent("n2", h100(1, node="n2"))
     work.wait_for_coordinator(cluster)
+    gate.open_to(STEPS)
     job = work.wait_succeeded(cluster, job_id)
     assert job.epoch == 1
     assert list(losses(cluster, job_id)) == [*range(1, STEPS + 1)]
 
 
 def test_a_launcher_within_one_rank_keeps_checkpoints_and_goes_on_from_them(
-    cluster: Cluster, models: Path
+    cluster: Cluster, models: Path, gate: Gate
 ) -> None:
     """To Baton it is one trainer. Its workers leave to be run again, since somebody has stopped one
     of them, and torchrun's status is 1, as of any failure; none is allowed."""
@@ -194,12 +212,14 @@ def test_a_launcher_within_one_rank_keeps_checkpoints_and_goes_on_from_them(
     (models / "launched.json").write_text(json.dumps({**CONFIG, "checkpoint_every_steps": EVERY}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     trainer = ["-m", "trainers.finetune", "--config", "launched.json"]
+    gate.open_to(2 * EVERY + 5)
     job_id = work.submit(
         cluster,
         [sys.executable, *launcher, *trainer],
         working_directory=str(models),
         gpus=1,
         max_restarts=0,
+        environment=gate.environment(),
     )
     committed = work.wait_committed(cluster, job_id, 2 * EVERY).checkpoint
     assert not committed.parts
@@ -211,6 +231,7 @@ def test_a_launcher_within_one_rank_keeps_checkpoints_and_goes_on_from_them(
         and "torch.distributed.run" not in process.info["cmdline"]
     )
     worker.terminate()
+    gate.open_to(STEPS)  # for the other one, which nobody has asked to stop
     job = work.wait_succeeded(cluster, job_id)
     assert job.checkpoint.step == STEPS
     first, again = job.attempts

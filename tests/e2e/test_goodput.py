@@ -15,13 +15,14 @@ import pytest
 from protos.baton.v1 import types_pb2
 from tests.e2e import work
 from tests.e2e.cluster import Cluster
+from tests.e2e.work import Gate
 from tests.fakenvml.build import h100
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e-goodput")]
 
 NODES = ("n1", "n2")
-# A checkpoint lasts longer than what is said of the progress, or none would ever be seen behind it.
-STEPS, EVERY = 1_200, 400
+STEPS, EVERY = 300, 100
+MIDDLE = 150  # it waits there for what befalls it
 PARTS = tuple(
     field.name
     for field in types_pb2.Accounting.DESCRIPTOR.fields
@@ -34,7 +35,7 @@ CONFIG = {
     "window_tokens": 32,
     "batch_size": 4,
     "steps": STEPS,
-    "evaluate_every": 600,
+    "evaluate_every": 150,
     "checkpoint_every_steps": EVERY,
     "checkpoint_every_s": 0,
     "warmup_steps": 20,
@@ -56,24 +57,26 @@ def kill_node(cluster: Cluster, job: types_pb2.Job) -> None:
 
 @pytest.mark.parametrize("kill", [kill_trainer, kill_node])
 def test_every_second_of_a_job_has_a_name(
-    cluster: Cluster, models: Path, kill: Callable[[Cluster, types_pb2.Job], None]
+    cluster: Cluster, models: Path, gate: Gate, kill: Callable[[Cluster, types_pb2.Job], None]
 ) -> None:
-    cluster.start_coordinator(closed_grace_ms=500, lease_ms=20_000)
+    cluster.start_coordinator(closed_grace_ms=500)
     for name in NODES:
-        cluster.start_agent(name, h100(1, node=name))
+        cluster.start_agent(name, h100(1, node=name), trainer_environment=work.GATES)
     cluster.wait_for_nodes(*NODES)
+    gate.open_to(MIDDLE)
     job_id = work.submit(
         cluster, (), trainer="finetune", trainer_config_json=json.dumps(CONFIG),
-        working_directory=str(models), gpus=1,
+        working_directory=str(models), gpus=1, environment=gate.environment(),
     )  # fmt: skip
 
     def past_a_checkpoint(job: types_pb2.Job) -> bool:
-        kept = job.checkpoint.step if job.HasField("checkpoint") else 0
-        return kept >= EVERY and kept + 5 < job.progress.step
+        kept = job.HasField("checkpoint") and job.checkpoint.step == EVERY
+        return kept and job.progress.step == MIDDLE
 
     job = work.wait_job(cluster, job_id, past_a_checkpoint, "past a checkpoint")
     adds_up(job)
     kill(cluster, job)
+    gate.open_to(STEPS)
     job = work.wait_succeeded(cluster, job_id)
     adds_up(job)
     first, second = (attempt.accounting for attempt in job.attempts)

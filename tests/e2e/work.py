@@ -25,6 +25,8 @@ from tests.e2e.cluster import Cluster, ClusterError
 from tests.e2e.trainers import counting
 
 TRAINERS = Path(counting.__file__).parent
+# A node's `trainer_environment`, where built-in trainers are to heed gates as `counting.py` does.
+GATES = {"PYTHONPATH": str(TRAINERS / "gated")}
 # Between a cause and what must follow it on a busy two-core machine: a lease, a restart of Python,
 # a start of a trainer. Far above what it takes, so that only a hang meets it.
 DEADLINE_S = 120.0
@@ -40,7 +42,7 @@ ENDED = (
 
 
 class Gate:
-    """A file that says how far a counting job may go."""
+    """A file that says how far a job may go."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
@@ -57,6 +59,10 @@ class Gate:
         words = [sys.executable, TRAINERS / "counting.py", "--gate", self.path]
         words += ["--steps", steps, "--every", every, "--ballast-bytes", ballast_bytes]
         return [str(word) for word in words]
+
+    def environment(self) -> dict[str, str]:
+        """For a built-in trainer behind this gate, on a node with `GATES`."""
+        return {"GATE": str(self.path)}
 
 
 def submit(cluster: Cluster, command: Sequence[str], **fields: Any) -> int:
