@@ -37,10 +37,14 @@ def test_what_ran_is_billed_by_where_it_ran_and_again_after_a_kill(tmp_path: Pat
         for name in NODES:
             fleet.start_agent(name, h100(1, node=name))
         fleet.wait_for_nodes(*NODES)
+        script = f"until [ -e {tmp_path}/done ]; do sleep 0.05; done"
         jobs = [
-            work.submit(fleet, ("sleep", "1"), gpus=1, project=f"p{number}")
+            work.submit(fleet, ("sh", "-c", script), gpus=1, project=f"p{number}")
             for number in range(len(NODES))
         ]
+        for job_id in jobs:
+            work.wait_running(fleet, job_id)
+        (tmp_path / "done").touch()
         where = {
             work.wait_succeeded(fleet, job_id).attempts[-1].node: f"p{number}"
             for number, job_id in enumerate(jobs)

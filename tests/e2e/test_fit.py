@@ -77,7 +77,7 @@ def test_a_job_is_judged_before_it_is_submitted_and_by_what_it_did(
             now = ask()
             return now if now["H100"]["speed_why"].startswith("measured: 1 run") else None
 
-        after = fleet.wait_until(measured, work.DEADLINE_S, "the speed of the run is believed")
+        after = fleet.wait_until(measured, work.JOB_DEADLINE_S, "the speed of the run is believed")
         assert width(after["H100"]) < width(after["A100-SXM4-80GB"]) < width(before["H100"])
         assert after["A100-SXM4-80GB"]["speed_why"] == (
             "estimated from 1 run of this job elsewhere and facts"

@@ -61,6 +61,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
             work.wait_succeeded(made, job_id)
             jobs.append(made.baton_json("job", str(job_id)))
         environment = work.output(made, JOB_ID)
+        # What is true already may not have been logged yet.
+        made.stop_agent("n1")
+        made.stop_coordinator()
     return Ended(made, environment, jobs)
 
 

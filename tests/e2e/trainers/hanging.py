@@ -1,8 +1,10 @@
 """A training that takes some steps, keeps a checkpoint, goes on, and hangs; resumed it finishes.
 
 Problem: a hang must come after the agent has learned how long a step takes, and after there is a
-checkpoint to go on from; so the steps that are learned from come after the checkpoint's commit,
-which also shows that the agent listens. It hangs as trainings do, in a read that nobody answers.
+checkpoint to go on from; so steps that are learned from come after the checkpoint's commit, which
+also shows that the agent listens. It hangs as trainings do, in a read that nobody answers. And only
+there: few steps come between what the agent has to see and the hang, or after the checkpoint, so
+that a machine on which one of them takes seconds is not taken for a hang.
 
 Every line on standard output is a JSON object with an `event`.
 """
@@ -20,10 +22,11 @@ STEP_S = 0.02
 COMMIT_POLL_S = 0.02
 
 
-def waits_for_a_peer_that_never_speaks() -> None:
-    """What it is to be found in."""
+def waits_for_a_peer_that_never_speaks(session: baton_sdk.Session) -> None:
+    """What it is to be found in, whenever it is looked for."""
     ours, theirs = socket.socketpair()
     say("hanging", peer=theirs.fileno())
+    session.enter("step")
     ours.recv(1)
 
 
@@ -36,9 +39,9 @@ def train(session: baton_sdk.Session, steps: int, saved_step: int) -> None:
     say("started", step=step)
     first = step == 0
     while step < steps:
-        session.enter("step")
         if first and step == steps - 1:
-            waits_for_a_peer_that_never_speaks()
+            waits_for_a_peer_that_never_speaks(session)
+        session.enter("step")
         pause.wait(STEP_S)
         step += 1
         session.progress(step, steps)
