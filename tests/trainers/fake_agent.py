@@ -16,7 +16,7 @@ from typing import Any
 
 from agent import slabs as agent_slabs
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 POLL_S = 0.005
 
 

@@ -37,7 +37,7 @@ from trainers import capture, checkpoint, loop, overlap, timing
 __all__ = ["desk", "session"]
 
 OPTIONS = replace(tasks.OPTIONS, checkpoint_every_steps=1)
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 PIECE_BYTES = 100
 """Most tensors here are larger."""
 

@@ -21,7 +21,7 @@ from trainers.prefetch import Prefetcher
 from trainers.prefetch_slots import Order
 
 CPU = torch.device("cpu")
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 """For what another thread does at once; reached only where something is broken."""
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
