@@ -55,6 +55,7 @@ class FakeAgent:
         self._listener: socket.socket
         self._thread: threading.Thread
         self._connection: socket.socket | None = None
+        self._served = 0
         self._stopping = False
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -89,6 +90,12 @@ class FakeAgent:
     @property
     def connected(self) -> bool:
         return self._connection is not None
+
+    @property
+    def heard_all(self) -> bool:
+        """Whether a program has come and gone, and all that it said is read. A program may be gone
+        before anybody has accepted its connection."""
+        return self._served > 0 and not self.connected
 
     def send(self, **message: Any) -> None:
         self.send_bytes(line_of(message))
@@ -133,6 +140,7 @@ class FakeAgent:
                 except OSError:
                     continue  # cut by the test
                 finally:
+                    self._served += 1
                     self._connection = None
 
     def _read(self, connection: socket.socket, lines: Any) -> None:

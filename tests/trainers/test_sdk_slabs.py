@@ -71,7 +71,7 @@ def test_a_refused_slab_is_neither_waited_for_nor_asked_for_again(generous: Fake
         assert session.slab(10**9, 10**6) is None
         assert session.slab(2 * 10**9, 10**6) is None
         assert session.slab(1000, DEADLINE_S) is not None, "less may be had"
-    until(lambda: not generous.connected, "still open")
+    until(lambda: generous.heard_all, "still open")
     asked = [message for message in generous.rest() if message["type"] == "slab"]
     assert [message["bytes"] >= 10**9 for message in asked] == [True, False]
 
