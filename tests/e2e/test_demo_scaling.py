@@ -105,7 +105,7 @@ def test_nodes_follow_the_morning_and_no_job_is_lost(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        told, _ = demo.communicate()
+        told, _ = demo.communicate(timeout=TIMEOUT_S)
     finally:
         demo.kill()
         demo.communicate()
