@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
         contextlib.ExitStack() as running,
     ):
-        cluster = running.enter_context(Cluster(Path(scratch) / "cluster"))
+        cluster = running.enter_context(Cluster(Path(scratch) / "cluster", patient=False))
         cluster.start_coordinator()
         cluster.start_agent("n1", h100(GPUS))
         cluster.start_agent(

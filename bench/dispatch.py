@@ -116,7 +116,7 @@ def other(name: str, where: str, amounts: Amounts, skipped: list[str]) -> dict[s
 def secured(directory: Path, nodes: Sequence[str]) -> Iterator[Cluster]:
     """A cluster in which everybody shows a certificate; each node has one GPU of the stand-in."""
     authority = Authority(directory.with_suffix(".certificates"))
-    with Cluster(directory) as cluster:
+    with Cluster(directory, patient=False) as cluster:
         cluster.credentials = authority.issue("user").credentials()
         cluster.start_coordinator(**authority.issue("coordinator").config())
         for name in nodes:

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     for size in sizes:
         with (
             tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
-            Cluster(Path(scratch) / "fleet") as cluster,
+            Cluster(Path(scratch) / "fleet", patient=False) as cluster,
         ):
             window_s = WINDOW_QUICK_S if asked.quick else WINDOW_S
             found.append(asyncio.run(measure(cluster, size, window_s)))

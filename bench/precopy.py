@@ -103,7 +103,7 @@ def one_move(directory: Path, why: str, way: str, frozen: tuple[int, int]) -> Mo
     """A fresh fleet, so that no node has anything of the frozen part."""
     directory.mkdir()
     witness = directory / "steps"
-    with Cluster(directory / "cluster") as cluster:
+    with Cluster(directory / "cluster", patient=False) as cluster:
         cluster.start_coordinator()
         cluster.start_agent("n1", h100(1, node="n1"))
         cluster.start_agent("n2", a100(1, node="n2"))

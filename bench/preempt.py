@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[report.Row] = []
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
-        Cluster(Path(scratch)) as cluster,
+        Cluster(Path(scratch), patient=False) as cluster,
     ):
         cluster.start_coordinator()
         cluster.start_agent("n1", h100(1))

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     minutes = MINUTES_QUICK if asked.quick else parsed.minutes
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
-        Cluster(Path(scratch) / "cluster") as cluster,
+        Cluster(Path(scratch) / "cluster", patient=False) as cluster,
     ):
         cluster.start_coordinator()
         cluster.start_agent("n1", h100(GPUS))

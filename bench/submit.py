@@ -43,7 +43,7 @@ RAY = "Ray jobs, such a machine"
 def main(arguments: Sequence[str]) -> int:
     asked = report.options(report.parser(__doc__).parse_args(arguments))
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        with Cluster(Path(scratch) / "one") as cluster:
+        with Cluster(Path(scratch) / "one", patient=False) as cluster:
             cluster.start_coordinator()
             cluster.start_agent("n1")
             cluster.wait_for_nodes("n1")
@@ -153,7 +153,7 @@ def command_line(cluster: Cluster, count: int) -> list[float]:
 def throughput(scratch: Path, nodes: int, number: int) -> float:
     """Jobs per second of a burst, on a fresh cluster, from the first call to the last end."""
     report.say(f"submit: {BURST_JOBS} jobs on {nodes} node(s), round {number + 1}")
-    with Cluster(scratch / f"burst-{nodes}-{number}") as cluster:
+    with Cluster(scratch / f"burst-{nodes}-{number}", patient=False) as cluster:
         cluster.start_coordinator()
         names = [f"n{index + 1}" for index in range(nodes)]
         for name in names:

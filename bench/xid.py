@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     rows: list[report.Row] = []
     with (
         tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch,
-        Cluster(Path(scratch) / "cluster") as cluster,
+        Cluster(Path(scratch) / "cluster", patient=False) as cluster,
     ):
         cluster.start_coordinator()
         report.say(f"xid: {len(codes) * GPUS} errors, by NVML and by the kernel's log")

@@ -34,7 +34,7 @@ from agent.ports import ChunkError
 from agent.transport import open_channel
 from protos.baton.v1 import peer_pb2
 from protos.baton.v1.peer_pb2_grpc import PeerServiceStub
-from tests.wire.ports import kept_port
+from tests.held_port import held_port
 
 LOG = bytes(range(256)) * 1024
 
@@ -329,7 +329,7 @@ async def test_health_and_reflection_answer(channel: grpc.aio.Channel) -> None:
 
 async def test_a_restarted_peer_is_reached_over_the_channel_that_failed(store: ChunkStore) -> None:
     """After failures that gRPC, left to itself, answers from memory for ever longer."""
-    with kept_port() as port:
+    with held_port() as port:
         await check_restart(store, ReplicaSource("n2", f"127.0.0.1:{port}"))
 
 

@@ -21,7 +21,7 @@ from tests.cli import samples
 from tests.cli.conftest import Baton
 from tests.cli.fake_coordinator import FakeCoordinator, Refusal
 from tests.e2e.certificates import Authority
-from tests.wire.ports import kept_port
+from tests.held_port import held_port
 from tests.wire.slow_link import slow_link
 
 # For a real process on a busy machine; a test that needs it has failed.
@@ -33,7 +33,7 @@ BATON = [sys.executable, "-m", "coordinator.cli"]
 @pytest.fixture
 def nowhere() -> Iterator[str]:
     """An address at which nobody listens."""
-    with kept_port() as port:
+    with held_port() as port:
         yield f"127.0.0.1:{port}"
 
 

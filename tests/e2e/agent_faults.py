@@ -69,7 +69,7 @@ def torture_agents(faults: int, seed: int, say: Callable[[str], None]) -> list[s
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="baton-torture-") as scratch:
         plan = Plan(random.Random(seed), Path(scratch))
-        with Cluster(Path(scratch) / "cluster") as cluster:
+        with Cluster(Path(scratch) / "cluster", patient=False) as cluster:
             cluster.start_coordinator(**COORDINATOR)
             for node in NODES:
                 cluster.start_agent(node, gpus_of(node))

@@ -102,7 +102,7 @@ def torture_coordinator(kills: int, seed: int) -> list[str]:
     while done < kills:
         with tempfile.TemporaryDirectory(prefix="baton-torture-") as scratch:
             books = Books()
-            with Cluster(Path(scratch)) as cluster:
+            with Cluster(Path(scratch), patient=False) as cluster:
                 done += one_store(cluster, books, chance, kills - done)
                 problems += [*books.failures, *audit(cluster, books)]
         totals["acknowledged"] += books.count

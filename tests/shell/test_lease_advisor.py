@@ -33,8 +33,8 @@ from coordinator.shell import CoordinatorShell
 from coordinator.store.memory import MemoryDisk, MemoryStore
 from tests.core.test_lease_days import HELD_GPUS, asked, rig_of
 from tests.e2e.certificates import Authority
+from tests.held_port import held_port
 from tests.shell.test_demand_shell import GPUS, VirtualClock
-from tests.wire.ports import kept_port
 
 FOUND = (
     recommend(20_000 * 86_400_000, [float(50 + n % 24) for n in range(720)], Fleet("H100"),
@@ -251,7 +251,7 @@ async def test_one_that_hangs_is_given_up_within_bounds_and_no_secret_is_logged(
 
 
 async def test_one_that_is_not_there_is_named_without_its_path() -> None:
-    with kept_port() as port:
+    with held_port() as port:
         address = f"http://127.0.0.1:{port}"
         async with advising(Outlets(webhook=f"{address}/hooks/{SECRET}")) as bench:
             bench.advisor.publish(PublishLeases(FOUND))

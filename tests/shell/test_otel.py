@@ -10,7 +10,7 @@ from coordinator.core.model import Attempt, Job, JobEvent, JobSpec
 from coordinator.core.phases import AttemptPhase, JobPhase
 from coordinator.core.spans import attempt_spans
 from tests.e2e.collector import Collector, collector
-from tests.wire.ports import kept_port
+from tests.held_port import held_port
 
 JOB = Job(7, JobSpec(command=("train",)), JobPhase.SUCCEEDED, 1_000, request_id="r")
 ATTEMPT = Attempt(7, 1, "n1", (), AttemptPhase.SUCCEEDED, 2_000, 3_000, 9_000)
@@ -86,7 +86,7 @@ async def test_a_queue_that_is_full_drops_and_counts(
 
 
 async def test_one_that_never_takes_anything_is_said_once_and_counted() -> None:
-    with kept_port() as port:
+    with held_port() as port:
         bench = Bench(f"http://127.0.0.1:{port}")
         bench.exporter.open()
         for _ in range(3):
