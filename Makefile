@@ -9,6 +9,7 @@
 #   make sim SEEDS=5000  both shells under faults in virtual time, with more seeds than `make test`
 #   make week            the same for a week, with a fault every five minutes (half an hour of CPU)
 #   make torture         a thousand kill -9 of the coordinator, of a checkpoint's writer, a thousand faults of agents
+#   make stalls          tests on a machine that is slow here and there; STALLS_ARGS="--seed 2 tests/agent" is passed on
 #   make soak            an hour of ordinary work, and whether the programs' memory grows
 #   make deb             the Debian package of both programs (DEB_VERSION=... for another version), in build/deb
 #   make systemd-test    boot a minimal Debian, install the package, start and upgrade it there (needs root)
@@ -36,6 +37,7 @@ SEEDS ?= 5000
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick
 GPU_ARGS ?=
+STALLS_ARGS ?= tests/agent tests/fakenvml tests/shell tests/wire
 DEB_VERSION ?=
 BUF_VERSION := 1.75.0
 
@@ -51,10 +53,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start our programs hundreds of times; each would compile its sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo demo-scaling test check gates fast-tests bench gpu sim week torture soak deb systemd-test vm-test protos clean
+.PHONY: help setup demo demo-scaling test check gates fast-tests bench gpu sim week torture stalls soak deb systemd-test vm-test protos clean
 
 help:
-	@sed -n '3,18s/^# \{0,1\}//p' Makefile
+	@sed -n '3,19s/^# \{0,1\}//p' Makefile
 
 setup: $(STAMP)
 
@@ -163,6 +165,9 @@ week: $(STAMP)
 torture: $(STAMP)
 	@$(BIN)/python -m tests.trainers.torture
 	exec $(BIN)/python -m tests.e2e.torture
+
+stalls: $(STAMP)
+	@exec $(BIN)/python -m tests.stalls $(STALLS_ARGS)
 
 soak: $(STAMP)
 	@exec $(BIN)/python -m bench.soak
