@@ -34,7 +34,8 @@ def read_process(pid: int) -> Process | None:
 
 
 def age_ms(start_ticks: int) -> int:
-    """How long ago a process began that has this start time, less what the tick may hide."""
+    """How long ago a process began that has this start time, less what the tick may hide. psutil's
+    `create_time` goes by the second of the boot, and by a clock that may be set meanwhile."""
     boot_ms = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
     return max(0, boot_ms - (start_ticks + 1) * 1_000 // os.sysconf("SC_CLK_TCK"))
 

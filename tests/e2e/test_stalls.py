@@ -10,6 +10,8 @@ import pytest
 
 from tests import stalls
 
+pytestmark = pytest.mark.e2e
+
 POLL_S = 0.005
 SCRIPT = "bash -c 'sleep 600 & echo $!; wait' & wait"
 
