@@ -74,6 +74,8 @@ def run(words: Sequence[str], seed: int, longest_s: float) -> int:
         ]
         for hand in hands:
             hand.start()
+        with contextlib.suppress(KeyboardInterrupt):  # pytest gets it as well, and says so
+            tests.wait()
         for hand in hands:
             hand.join()
         return tests.wait()
