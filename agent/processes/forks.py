@@ -23,6 +23,7 @@ from pathlib import Path
 
 import structlog
 
+from agent.core.launch import NCCL_PIPES
 from agent.core.values import Launch
 from agent.processes import forkserver
 from agent.processes.spawn import INTERPRETER
@@ -42,8 +43,13 @@ READ_WHILE_LOADING = (
 )  # fmt: skip
 """Beginnings of names that are read once, when an interpreter or a library starts."""
 
-READ_LATER = ("CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RESTART_COUNT")
-"""Beginning like that, but looked at when CUDA, or torchrun's rendezvous, is first used."""
+READ_LATER = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "TORCHELASTIC_RESTART_COUNT", NCCL_PIPES,
+)  # fmt: skip
+"""Beginning like that, but looked at when CUDA, torchrun's rendezvous or NCCL is first used (CUDA
+programming guide, "CUDA Environment Variables"; NVIDIA's MPS documentation, "Environment
+Variables"; torch's ProcessGroupNCCL.cpp, `DumpPipe`). All that a launch adds of itself is here, or
+gangs and those that share a GPU would never start warm."""
 
 log = structlog.get_logger()
 
@@ -63,7 +69,7 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_WHILE_LOADING) and name not in READ_LATER
+        if name.startswith(READ_WHILE_LOADING) and not name.startswith(READ_LATER)
     }
 
 

@@ -19,11 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.values import Launch, ProcessExit
+from agent.core.attempt import AttemptRecord
+from agent.core.launch import LaunchOptions, compose
+from agent.core.values import Gang, JobSpec, Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import logs, proc, records, shim, shim_output, shim_program, spawn, supervisor
 from agent.processes.endings import NEVER_STARTED
 from agent.processes.forks import ForkServers, Warmth, settings
+from agent.processes.mps import MpsProcesses
 from agent.processes.supervisor import Supervisor
 from tests.agent.waiting import DEADLINE_S, until
 
@@ -310,6 +313,31 @@ def test_settings_are_what_is_read_while_loading() -> None:
     late = {"BATON_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "GPU-1", "RANK": "0", "USER": "me"}
     early = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "/p", "HF_HUB_OFFLINE": "1", "LD_PRELOAD": "x"}
     assert settings({**late, **early}) == early
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+@pytest.mark.parametrize(
+    ("gpus", "ranks_here", "share_bytes"),
+    [((), 1, 0), (("A",), 1, 0), (("A", "B"), 1, 0), (("A",), 2, 0), (("A",), 1, 1 << 30)],
+)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_nothing_that_the_agent_adds_keeps_a_launch_from_the_warm_server(
+    gpus: tuple[str, ...], ranks_here: int, world_size: int, share_bytes: int, slurm: bool
+) -> None:
+    base = {"PATH": "/bin", "OMP_NUM_THREADS": "1", "HF_HOME": "/models"}
+    spec = JobSpec(trainer="lora", slurm_environment=slurm, shared_gpu_memory_bytes=share_bytes)
+    gang = Gang(0, world_size, 0, ranks_here, 0, ("n1", "n2"), "n1", 20_000, gpus)
+    record = AttemptRecord(
+        "7.1", 7, 1, spec, gpus, (), None, False, 0, "t", gang=gang if world_size > 1 else None
+    )
+    node = LaunchOptions("n1", "/socket", "/attempts", sys.executable, tuple(base.items()))
+    launch = compose(record, node)
+    if share_bytes:
+        mps = MpsProcesses(Supervisor(Path("/state")), Path("/mps"), "control")
+        launch = mps._as_client(launch, "A")
+    added = set(dict(launch.environment)) - set(base)
+    assert {"CUDA_VISIBLE_DEVICES", "BATON_TOKEN"} < added
+    assert ForkServers(Warmth(sys.executable, (), base))._fits(launch)
 
 
 def test_the_program_of_a_start_needs_no_source(
