@@ -12,10 +12,12 @@ second) runs on one of three agents. Then something dies, in one of three ways:
   it at once, and the job starts again on the same node.
 
 *Warm* is the agents' default, trainers forked from a process that has imported their libraries;
-*cold* is without. Beside them, in the same run and on the same model and data: a plain PyTorch
-script that saves every second, under `torchrun --max-restarts`, and a Hugging Face Trainer script
-in a shell loop that resumes from its newest checkpoint; their worker gets the same SIGKILL. Neither
-can survive its node.
+*cold* is without. Of *two ranks*, each on a node of its own, one dies; the phases are those of rank
+0's next attempt, and the decision waits until the other rank has ended.
+
+Beside them, in the same run and on the same model and data: a plain PyTorch script that saves every
+second, under `torchrun --max-restarts`, and a Hugging Face Trainer script in a shell loop that
+resumes from its newest checkpoint; their worker gets the same SIGKILL. Neither survives its node.
 
 After each handoff the dead node comes back empty, and the node that runs the job by then is next.
 Phases: the coordinator's history and log, the agent's log and the trainer's milestones, all on one
@@ -60,9 +62,10 @@ SLURM_S = 557.0
 SLURM = "Slurm's default takes 557 to 601 s"
 # For as long as anybody repeats this; evaluations would sit in the middle of a measurement.
 JOB_CHANGES = {"steps": 1_000_000, "evaluate_every": 1_000_000, "checkpoint_every_s": 1.0}
+DECISION = "decision (the coordinator's own share)"
 PHASES = (
     "detection",
-    "decision (the coordinator's own share)",
+    DECISION,
     "order reaches the agent's journal",
     "restore and process start",
     "imports",
@@ -79,6 +82,7 @@ class Setting:
     name: str
     lease_ms: int | None
     warm: bool = True
+    ranks: int = 1
 
     def goal_s(self, death: str) -> float:
         """For the whole way, from the death to the first new step."""
@@ -92,16 +96,20 @@ class Setting:
 def main(arguments: Sequence[str]) -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--lease-ms", type=int, help="measure with this lease only")
+    parser.add_argument("--ranks", type=int, help="measure with so many ranks only (1 or 2)")
     parsed = parser.parse_args(arguments)
     asked = report.options(parsed)
     prepare()
     settings = [
         Setting("default lease, warm", None),
         Setting("3 s lease, warm", SHORT_LEASE_MS),
+        Setting("default lease, warm, two ranks", None, ranks=2),
         Setting("default lease, cold", None, warm=False),
     ]
     if parsed.lease_ms is not None:
         settings = [Setting(f"{parsed.lease_ms / 1000:g} s lease, warm", parsed.lease_ms)]
+    elif parsed.ranks is not None:
+        settings = [one for one in settings if one.warm and one.ranks == parsed.ranks]
     elif asked.quick:
         settings = settings[:1]
     repetitions = REPETITIONS_QUICK if asked.quick else REPETITIONS
@@ -110,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     for setting in settings:
         for death, found in measure(setting, repetitions).items():
             title = f"{setting.name}, {death}"
-            rows += rows_of(title, found, setting.goal_s(death), setting.warm)
+            rows += rows_of(title, found, setting, setting.goal_s(death))
             notes.append(dominant(title, found))
     report.say("handoff: torchrun and a Hugging Face Trainer, their worker killed")
     others = handoff_others.measure(PREPARED, repetitions)
@@ -119,13 +127,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def rows_of(title: str, found: list[list[float]], goal_s: float, warm: bool) -> list[report.Row]:
+def rows_of(
+    title: str, found: list[list[float]], setting: Setting, goal_s: float
+) -> list[report.Row]:
     """The whole, with reference and goal, then each phase."""
     whole = [sum(phases) for phases in found]
     running = [sum(phases[:RUNNING_PHASES]) for phases in found]
     after = [sum(phases[1:]) for phases in found]
-    after_goal_s = AFTER_DETECTION_GOAL_S if warm else None
-    goals_s = [DECISION_GOAL_S if name.startswith("decision") else None for name in PHASES]
+    after_goal_s = AFTER_DETECTION_GOAL_S if setting.warm else None
+    alone = setting.ranks == 1
+    goals_s = [DECISION_GOAL_S if alone and name == DECISION else None for name in PHASES]
     return [
         report.row_of(title, whole, "s", goal=goal_s, reference=SLURM_S, source=SLURM),
         report.row_of("- of it until its process runs elsewhere", running, "s", goal=COLD_GOAL_S),
@@ -156,12 +167,13 @@ def prepare() -> None:
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr, env=variables)
 
 
-def job_spec() -> types_pb2.JobSpec:
+def job_spec(ranks: int) -> types_pb2.JobSpec:
     config = json.loads((PREPARED / "finetune.json").read_text(encoding="utf-8"))
     for key in ("model", "train_data"):
         config[key] = str(PREPARED / config[key])
+    config_json = json.dumps({**config, **JOB_CHANGES})
     return types_pb2.JobSpec(
-        trainer="finetune", gpus=1, trainer_config_json=json.dumps({**config, **JOB_CHANGES})
+        trainer="finetune", gpus=1, ranks=ranks, trainer_config_json=config_json
     )
 
 
@@ -177,7 +189,7 @@ def measure(setting: Setting, repetitions: int) -> dict[str, list[list[float]]]:
         for node in NODES:
             cluster.start_agent(node, h100(1, node=node), warm_start=setting.warm)
         wait_until_warm(cluster, setting, *NODES)
-        job_id = cluster.jobs.Submit(jobs_pb2.SubmitRequest(spec=job_spec())).job_id
+        job_id = cluster.jobs.Submit(jobs_pb2.SubmitRequest(spec=job_spec(setting.ranks))).job_id
         for number in range(repetitions):
             for death, samples in found.items():
                 report.say(f"handoff: {setting.name}, {death}, {number + 1} of {repetitions}")
@@ -206,12 +218,12 @@ def one_handoff(cluster: Cluster, job_id: int, death: str, setting: Setting) -> 
         """The running attempt, once it has committed a checkpoint with a copy elsewhere."""
         job = cluster.job(job_id)
         checkpoint = job.checkpoint if job.HasField("checkpoint") else None
-        if checkpoint is None or checkpoint.epoch != job.epoch or len(checkpoint.replicas) < 2:
+        if checkpoint is None or checkpoint.epoch != job.epoch or not is_copied(checkpoint):
             return None
         return job.attempts[-1]
 
     old = cluster.wait_until(safe_attempt, WAIT_S_MAX, "a replicated checkpoint")
-    new_attempt = f"{job_id}.{old.epoch + 1}"
+    new_attempt = f"{job_id}.{old.epoch + 1}" + (".0" if setting.ranks > 1 else "")
     died_s = time.time()
     if death == KILLED:
         cluster.kill_node(old.node)
@@ -237,6 +249,12 @@ def one_handoff(cluster: Cluster, job_id: int, death: str, setting: Setting) -> 
         cluster.start_agent(old.node, h100(1, node=old.node), warm_start=setting.warm)
     wait_until_warm(cluster, setting, *NODES)
     return [after - before for before, after in pairwise(stamps)]
+
+
+def is_copied(checkpoint: types_pb2.Checkpoint) -> bool:
+    """Whether each of its parts is on two nodes."""
+    parts = [checkpoint.replicas, *(part.replicas for part in checkpoint.parts)]
+    return all(len(nodes) > 1 for nodes in parts)
 
 
 def trainer_pid(cluster: Cluster, attempt: types_pb2.Attempt) -> int:

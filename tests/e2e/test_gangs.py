@@ -41,7 +41,7 @@ def start(
     cluster: Cluster, *nodes: str, closed_grace_ms: int = 500, warm_start: bool = False
 ) -> None:
     """One GPU each, so ranks of one gang are on different nodes. `warm_start`: where a node gets
-    more than one of them, it imports once for all."""
+    more than one of them, it imports once for all, and before the first."""
     cluster.start_coordinator(closed_grace_ms=closed_grace_ms)
     for name in nodes:
         cluster.start_agent(
@@ -51,6 +51,9 @@ def start(
             trainer_environment=work.GATES,
         )
     cluster.wait_for_nodes(*nodes)
+    if warm_start:
+        for name in nodes:
+            work.wait_log(cluster, name, "fork_server.ready", server="warm")
 
 
 def submit(cluster: Cluster, models: Path, ranks: int, gate: Gate | None = None) -> int:
