@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 ALL_GPUS: Final = "all"
-# What SIGHUP takes over; TLS files are read when a listener opens, so they need a restart.
+# What SIGHUP takes over. TLS files need no signal: they are read when a connection begins.
 RELOADABLE: Final = frozenset({"log_level", "restart_absence_ms", "telemetry_rate"})
 TELEMETRY_RATES: Final = ("off", "slow", "normal", "watch")
 

@@ -11,14 +11,13 @@ import random
 import secrets
 import shutil
 import signal
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from agent import host_identity, https
+from agent import certificates, host_identity, https
 from agent import logs as logging_setup
 from agent.chunks.peers import PeerClient
 from agent.chunks.service import ChunkService
@@ -257,7 +256,7 @@ async def _open_metrics(stack: AsyncExitStack, config: Config, shell: AgentShell
         config.metrics_listen,
         lambda: figures(shell.view(), lag, dcgm_names=config.metrics_dcgm_names),
         lag,
-        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
+        None if tls is None else https.renewing(tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
@@ -285,7 +284,9 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    watching = asyncio.create_task(_watch(shell, notifier))
+    beside = [asyncio.create_task(_watch(shell, notifier))]
+    if tls := config.tls():
+        beside.append(asyncio.create_task(certificates.watch(tls, logging_setup.emit)))
     logging_setup.emit(
         "info",
         "agent.started",
@@ -301,7 +302,8 @@ async def _run(
         logging_setup.emit("critical", "agent.failed", (("reason", _in_words(error)),))
         raise Failed from error
     finally:
-        watching.cancel()
+        for task in beside:
+            task.cancel()
     logging_setup.emit("info", "agent.stopped", ())
 
 

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -40,6 +41,10 @@ class Tls:
     key_path: str
     ca_path: str
 
+    def stamp(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Another one when the files are others; renewed certificates are known by it."""
+        return tuple(_stamp(path) for path in (self.cert_path, self.key_path, self.ca_path))
+
 
 def check_listen(address: str, tls: Tls | None) -> None:
     """Raises `TransportError` when `address`, host:port or unix:path, is open without TLS."""
@@ -51,16 +56,36 @@ def check_listen(address: str, tls: Tls | None) -> None:
 
 
 def listen(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
-    """Bind `server` to `address`; returns the port. Raises `TransportError`."""
+    """Bind `server` to `address`; returns the port. Raises `TransportError`. Who connects is shown
+    the certificate that is in the file by then."""
     check_listen(address, tls)
     try:
         if tls is None:
             return server.add_insecure_port(address)
-        pair = (_read(tls.key_path), _read(tls.cert_path))
-        credentials = grpc.ssl_server_credentials([pair], _read(tls.ca_path), True)
-        return server.add_secure_port(address, credentials)
+        return server.add_secure_port(address, _server_credentials(tls))
     except RuntimeError as error:
         raise TransportError(f"cannot listen on {address}: {_why(address, tls, error)}") from error
+
+
+def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
+    """They are asked at each connection, in a thread of gRPC's. What does not serve, as files that
+    are half replaced, it does not take, and goes on with what it had; so does who is told `None`.
+    """
+    known = tls.stamp()
+
+    def renewed() -> Any:  # the stubs know of no `None`
+        nonlocal known
+        before, known = known, tls.stamp()
+        if known == before or None in known:
+            return None
+        return _configuration(tls)
+
+    return grpc.dynamic_ssl_server_credentials(_configuration(tls), renewed, True)
+
+
+def _configuration(tls: Tls) -> grpc.ServerCertificateConfiguration:
+    pair = (_read(tls.key_path), _read(tls.cert_path))
+    return grpc.ssl_server_certificate_configuration([pair], _read(tls.ca_path))
 
 
 def open_channel(
@@ -107,6 +132,14 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None  # it is being replaced; whoever reads it says what is wrong
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read(path: str) -> bytes:

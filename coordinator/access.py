@@ -13,18 +13,21 @@ certificates too; groups (their organisation) gRPC does not tell.
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from coordinator.callers import HERE, Caller
+from coordinator.transport import Tls
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """`users`: patterns of names; `own`: the coordinator's certificate, as DER; `is_node`: whether
-    a node has that name, as far as anybody knows."""
+    """`users`: patterns of names; `own`: the coordinator's certificate by now, as DER; `is_node`:
+    whether a node has that name, as far as anybody knows."""
 
     users: tuple[str, ...] = ()
-    own: bytes = b""
+    own: Callable[[], bytes] = bytes
     is_node: Callable[[str], bool] = lambda _: False
 
     def refuse_user(self, caller: Caller) -> str:
@@ -62,7 +65,24 @@ class Access:
         )
 
     def _is_own(self, caller: Caller) -> bool:
-        return bool(self.own) and der_of(caller.pem) == self.own
+        own = self.own()
+        return bool(own) and der_of(caller.pem) == own
+
+
+def own_of(tls: Tls) -> Callable[[], bytes]:
+    """The certificate that is in the file, read again when it is another one: who renews it renews
+    what a user on this machine shows, too. While it cannot be read, the one of before."""
+    known, der = tls.stamp(), der_of(Path(tls.cert_path).read_bytes())
+
+    def own() -> bytes:
+        nonlocal known, der
+        before, known = known, tls.stamp()
+        if known != before:
+            with suppress(OSError):  # it is being replaced, and will have another stamp
+                der = der_of(Path(tls.cert_path).read_bytes()) or der
+        return der
+
+    return own
 
 
 def der_of(pem: bytes) -> bytes:

@@ -16,6 +16,7 @@ from coordinator.logs import Event, registry
 FIELDS: Final[Mapping[str, str]] = {
     "address": "host:port that agents and the command line dial",
     "attempt": "the attempt's id, `<job>.<epoch>` or `<job>.<epoch>.<rank>`",
+    "days": "how many whole days are left",
     "decision": "a decision of the fleet's size, `scale-<number>`",
     "digest": "a checkpoint, by the digest of its manifest",
     "fields": "names of settings",
@@ -49,6 +50,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "spans": "how many spans were dropped meanwhile",
     "step": "the training's step",
     "text": "what the library said",
+    "until": "a wall time, UTC",
     "url": "where Prometheus finds the metrics, where spans go, or whose webhook is called",
     "verb": "resume, suspend, create or delete",
     "verdict": "`healthy`, `degraded`, `needs_reset`, `needs_reboot`, `lost` or `unknown`",
@@ -366,6 +368,14 @@ EVENTS: Final[Mapping[str, Event]] = registry(
     Event("tls.doubted", "warning", "reason",
           "peers will refuse our certificate: {reason}",
           "It has expired, is not valid yet, is not of the authority in tls_ca, or is too weak."),
+    Event("tls.expiring", "warning", "file days until",
+          "the certificate in {file} expires in {days} days, {until}",
+          "Once a day from two weeks before. Renew it in time: it is taken up at the next "
+          "connection, under systemd after a restart. What is connected then goes on."),
+    Event("tls.renewed", "info", "file until",
+          "{file} was renewed; the certificates serve until {until}",
+          "Who connects from now on is shown this one, and judged by the authority that is in "
+          "tls_ca now."),
     Event("tracing.away", "warning", "url reason",
           "spans do not get to {url}: {reason}",
           "They are dropped and counted until `tracing.back`. Training and scheduling go on."),

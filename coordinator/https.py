@@ -6,8 +6,12 @@ authority, let callers come without a certificate, and from Python 3.13 on deman
 extensions that gRPC does not. One set of files has to serve both ports, so both ask for the same.
 """
 
+import math
 import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from coordinator.transport import Tls, TransportError
 
@@ -60,9 +64,50 @@ def context(protocol: int, tls: Tls) -> ssl.SSLContext:
     return made
 
 
+def renewing(tls: Tls) -> ssl.SSLContext:
+    """For a server: whoever connects is shown, and judged by, what is in the files by then; while
+    they do not serve, because they are half replaced, by what was there before."""
+    used = context(ssl.PROTOCOL_TLS_SERVER, tls)
+    known = tls.stamp()
+
+    def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+        nonlocal used, known
+        before, known = known, tls.stamp()
+        if known != before:
+            used = _other(tls) or used
+        connection.context = used
+
+    first = context(ssl.PROTOCOL_TLS_SERVER, tls)
+    first.sni_callback = choose
+    return first
+
+
+def _other(tls: Tls) -> ssl.SSLContext | None:
+    try:
+        return context(ssl.PROTOCOL_TLS_SERVER, tls)
+    except TransportError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`doubt`: why peers that trust the same authority would refuse this certificate: it has
+    expired, say. Empty when they would not; then `expiring` is the first file that will not do any
+    more, and `expires_unix_s` when."""
+
+    doubt: str = ""
+    expiring: str = ""
+    expires_unix_s: float = 0.0
+
+
 def doubt(tls: Tls, *, serves: bool = True) -> str:
-    """Why peers that trust the same authority would refuse this certificate: it has expired, say.
-    Empty when they would not. `serves`: it is shown to callers too, not only when calling.
+    """As in `judge`."""
+    return judge(tls, serves=serves).doubt
+
+
+def judge(tls: Tls, *, serves: bool = True) -> Judged:
+    """`serves`: the certificate is shown to callers too, not only when calling; else it is not
+    asked when it expires.
 
     gRPC binds to a port with any certificate, and who calls hears of a broken connection. Raises
     `TransportError` for files that do not serve at all.
@@ -71,7 +116,7 @@ def doubt(tls: Tls, *, serves: bool = True) -> str:
         server = context(ssl.PROTOCOL_TLS_SERVER, tls)
         client = context(ssl.PROTOCOL_TLS_CLIENT, tls)
     except TooWeakError as error:
-        return str(error)
+        return Judged(str(error))
     client.check_hostname = False
     if not serves:
         client.verify_mode = ssl.CERT_NONE
@@ -84,8 +129,20 @@ def doubt(tls: Tls, *, serves: bool = True) -> str:
             continue
         except ssl.SSLError as error:
             why = getattr(error, "verify_message", "") or error.reason or str(error)
-            return f"{tls.cert_path}, by {tls.ca_path}: {why}"
+            return Judged(f"{tls.cert_path}, by {tls.ca_path}: {why}")
     shown = ends[0].getpeercert(binary_form=True) or b""
     if not any(key in shown for key in TAKEN_KEYS):
-        return f"{tls.cert_path}, by gRPC: its key is neither RSA nor ECDSA on P-256 or P-384"
-    return ""
+        return Judged(
+            f"{tls.cert_path}, by gRPC: its key is neither RSA nor ECDSA on P-256 or P-384"
+        )
+    own_s = _end_s(ends[0].getpeercert())
+    # Of several authorities the old ones may have expired.
+    authority_s = max(map(_end_s, client.get_ca_certs()), default=own_s)
+    first_s, file = min((own_s, tls.cert_path), (authority_s, tls.ca_path))
+    return Judged("", file, first_s)
+
+
+def _end_s(certificate: Mapping[str, Any] | None) -> float:
+    """Never, of one that was not verified."""
+    end = (certificate or {}).get("notAfter")
+    return ssl.cert_time_to_seconds(end) if isinstance(end, str) else math.inf

@@ -8,7 +8,6 @@ import asyncio
 import importlib.util
 import os
 import signal
-import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,9 +18,9 @@ from pathlib import Path
 
 import grpc
 
-from coordinator import backup, config_tariffs, descriptors, garbage, https, leaving
+from coordinator import backup, certificates, config_tariffs, descriptors, garbage, https, leaving
 from coordinator import logs as logging_setup
-from coordinator.access import Access, der_of
+from coordinator.access import Access, own_of
 from coordinator.allocator import Allocator
 from coordinator.callers import Guard
 from coordinator.checkpoint_rpc import CHANNEL_OPTIONS
@@ -184,10 +183,11 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
 
 
 def _access(config: Config, core: Coordinator) -> Access:
-    own = der_of(Path(config.tls_cert).read_bytes()) if config.tls_cert else b""
-    state = core.state
+    tls, state = config.tls(), core.state
     return Access(
-        tuple(config.users), own, lambda name: name in state.nodes or name in state.forgotten
+        tuple(config.users),
+        own_of(tls) if tls else bytes,
+        lambda name: name in state.nodes or name in state.forgotten,
     )
 
 
@@ -215,7 +215,7 @@ async def _open_metrics(
         config.metrics_listen,
         lambda: figures(shell.view(), lag, store.size_bytes()),
         lag,
-        None if tls is None else https.context(ssl.PROTOCOL_TLS_SERVER, tls),
+        None if tls is None else https.renewing(tls),
     )
     stack.push_async_callback(exporter.close)
     logging_setup.emit("info", "metrics.serving", (("url", await exporter.open()),))
@@ -340,6 +340,8 @@ async def _run(shell: CoordinatorShell, config: Config, arguments: Sequence[str]
         asyncio.create_task(garbage.collect_seldom()),
         asyncio.create_task(descriptors.watch(logging_setup.emit)),
     ]
+    if tls := config.tls():
+        beside.append(asyncio.create_task(certificates.watch(tls, logging_setup.emit)))
     notifier.ready()
     try:
         await shell.run()

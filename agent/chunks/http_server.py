@@ -27,7 +27,6 @@ import hashlib
 import hmac
 import secrets
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,7 +286,7 @@ class ChunkHttpServer:
         """Returns the port. Raises `TransportError`, also for a port off loopback without TLS."""
         check_listen(self._address, self._tls)
         if self._tls is not None:
-            self._context = https.context(ssl.PROTOCOL_TLS_SERVER, self._tls)
+            self._context = https.renewing(self._tls)
         host = self._address.rpartition(":")[0].strip("[]")
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

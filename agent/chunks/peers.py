@@ -141,6 +141,7 @@ class _Entry:
     channel: grpc.aio.Channel
     stub: "PeerServiceAsyncStub"
     users_count: int = 0
+    retired: bool = False  # who uses it goes on, and nobody new does
 
 
 class PeerClient:
@@ -149,6 +150,7 @@ class PeerClient:
 
     def __init__(self, tls: Tls | None, *, http_from_bytes: int | None = HTTP_FROM_BYTES) -> None:
         self._tls = tls
+        self._stamp = tls.stamp() if tls else ()
         self._http_from_bytes = http_from_bytes
         self._context: ssl.SSLContext | None = None
         # Until when (monotonic) a peer's HTTP is left alone, and why.
@@ -161,6 +163,19 @@ class PeerClient:
         for entry in entries.values():
             await entry.channel.close()
         await asyncio.gather(*self._closing)
+
+    def _renew(self) -> None:
+        """What was opened with certificates of before is not used again: it would connect anew with
+        one that has expired by then."""
+        before, self._stamp = self._stamp, self._tls.stamp() if self._tls else ()
+        if self._stamp == before:
+            return
+        self._context = None
+        entries, self._entries = self._entries, OrderedDict()
+        for entry in entries.values():
+            entry.retired = True
+            if not entry.users_count:
+                self._shut(entry)
 
     @asynccontextmanager
     async def routed(
@@ -318,6 +333,7 @@ class PeerClient:
             else peer_pb2.TRANSFER_DIRECTION_FETCH,
             manifest=errand.manifest,
         )
+        self._renew()
         try:
             if self._tls is not None and self._context is None:
                 self._context = https.context(ssl.PROTOCOL_TLS_CLIENT, self._tls)
@@ -371,8 +387,11 @@ class PeerClient:
             raise kind(f"{_name(peer)}: {details}") from error
         finally:
             entry.users_count -= 1
+            if entry.retired and not entry.users_count:
+                self._shut(entry)
 
     def _entry(self, address: str) -> _Entry:
+        self._renew()
         entry = self._entries.get(address)
         if entry is None:
             self._make_room()
@@ -387,11 +406,14 @@ class PeerClient:
         for address, entry in self._entries.items():
             if not entry.users_count:
                 del self._entries[address]
-                task = asyncio.get_running_loop().create_task(entry.channel.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                self._shut(entry)
                 return
         raise ChunkError(f"{CHANNELS_MAX} peers are being talked to already")
+
+    def _shut(self, entry: _Entry) -> None:
+        task = asyncio.get_running_loop().create_task(entry.channel.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
 
 def _name(peer: ReplicaSource) -> str:

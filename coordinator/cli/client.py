@@ -37,7 +37,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from coordinator.cli import values
+from coordinator.cli import trouble, values
 from coordinator.cli.decoding import (
     decode,
     decode_change,
@@ -87,23 +87,6 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # `logs -f` of a silent job notices a dead machine. gRPC servers count pings under 5 minutes as
     # abuse.
     ("grpc.keepalive_time_ms", 330_000),
-)
-
-_KNOWN_TROUBLE = (
-    (re.compile(r"connection refused", re.IGNORECASE), "connection refused; is it running? see"),
-    (
-        re.compile(r"errors resolving|name not found", re.IGNORECASE),
-        "the name does not resolve; see",
-    ),
-    (
-        re.compile(r"handshake|certificate|ssl|tls", re.IGNORECASE),
-        "the TLS handshake failed; see --tls-cert, --tls-key, --tls-ca and",
-    ),
-    (re.compile(r"no route|unreachable", re.IGNORECASE), "no route to it; see"),
-    (
-        re.compile(r"closed|reset|goaway", re.IGNORECASE),
-        "the connection broke; does it restart, or want TLS? see --tls-cert and",
-    ),
 )
 
 
@@ -345,11 +328,9 @@ class Client:
         details = " ".join((error.details() or "").split())
         code = error.code()
         if code is grpc.StatusCode.UNAVAILABLE and not self._is_connected():
-            trouble = next((said for known, said in _KNOWN_TROUBLE if known.search(details)), None)
-            doubt = self._settings.tls_doubt()
             return CommandFailed(
-                f"cannot reach the coordinator at {address}: {trouble or details + '; see'} "
-                f"--coordinator{f' ({doubt})' if doubt else ''}",
+                f"cannot reach the coordinator at {address}: "
+                f"{trouble.in_words(details, self._settings.tls_doubt())}",
                 EXIT_UNREACHABLE,
             )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -402,6 +403,23 @@ def test_mutual_tls(baton: Baton, tmp_path: Path) -> None:
             assert result.exit_code == 3
             assert result.stderr.startswith("baton: cannot reach the coordinator at ")
         assert len(secured.requests) == 2
+
+
+def test_whose_certificate_has_expired_is_said(baton: Baton, tmp_path: Path) -> None:
+    fleet, over = Authority(tmp_path / "fleet"), -timedelta(minutes=1)
+    good, old = fleet.issue("member"), fleet.issue("earlier", left=over)
+    server = fleet.issue("coordinator").server_credentials()
+    with FakeCoordinator(credentials=server) as secured:
+        mine = baton(*old.flags(), "nodes", address=secured.address)
+    assert "renew your certificate; see --tls-cert" in mine.stderr
+    assert f"({old.cert}, by {old.ca}: certificate has expired)" in mine.stderr
+    server = fleet.issue("coordinator", left=over).server_credentials()
+    with FakeCoordinator(credentials=server) as secured:
+        theirs = baton(*good.flags(), "nodes", address=secured.address)
+    assert "the coordinator's certificate, or an authority of it, has expired" in theirs.stderr
+    for said in (mine, theirs):
+        assert said.exit_code == 3
+        assert "SSL_ERROR" not in said.stderr
 
 
 def test_a_broken_certificate_is_3_and_names_the_options(baton: Baton, tmp_path: Path) -> None:

@@ -59,8 +59,9 @@ class Files:
 class Authority:
     """Signs certificates for programs on this machine, and for their users."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, left: timedelta = LIFE) -> None:
         directory.mkdir(mode=0o700)
+        self._left = left
         self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _named(f"authority {directory.name}")
@@ -70,20 +71,27 @@ class Authority:
     def vouch_for(self, other: "Authority") -> None:
         """That the other is one: below this one, or by its own word."""
         certificate = (
-            self._builder(other._name, other._key)
+            self._builder(other._name, other._key, self._left)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(self._key, hashes.SHA256())
         )
         other.path.write_bytes(certificate.public_bytes(PEM))
 
-    def issue(self, name: str, key: Key | None = None, host: str = "127.0.0.1") -> Files:
+    def issue(
+        self,
+        name: str,
+        key: Key | None = None,
+        host: str = "127.0.0.1",
+        left: timedelta = LIFE,
+    ) -> Files:
         """A certificate with this common name, good for 127.0.0.1 on either side of a call; with
-        another `host`, for a server there alone."""
+        another `host`, for a server there alone. Less than nothing `left`: it has expired. The
+        files of the same name are written over."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
         addresses = addresses if host == "127.0.0.1" else [x509.DNSName(host)]
         certificate = (
-            self._builder(_named(name), key)
+            self._builder(_named(name), key, left)
             .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
             .sign(self._key, hashes.SHA256())
         )
@@ -95,7 +103,7 @@ class Authority:
         )
         return Files(cert, secret, self.path)
 
-    def _builder(self, subject: x509.Name, key: Key) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: Key, left: timedelta) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
@@ -103,8 +111,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - LIFE)
-            .not_valid_after(now + LIFE)
+            .not_valid_before(now - 2 * LIFE)
+            .not_valid_after(now + left)
         )
 
 

@@ -11,11 +11,12 @@ import pytest
 
 import agent.callers
 import coordinator.callers
+import coordinator.transport
 from agent.chunks.store import ChunkStore
 from agent.peer import PeerServer
 from agent.transport import Tls
 from coordinator import rpc
-from coordinator.access import Access, der_of
+from coordinator.access import Access, der_of, own_of
 from coordinator.callers import Caller, Guard
 from coordinator.core.coordinator import Coordinator
 from coordinator.core.state import Options
@@ -45,10 +46,13 @@ def fleet(tmp_path: Path) -> Authority:
 
 
 @asynccontextmanager
-async def serving(authority: Authority, *users: str) -> AsyncIterator[tuple[str, Files]]:
+async def serving(
+    authority: Authority, *users: str, named: str = "head"
+) -> AsyncIterator[tuple[str, Files]]:
     """A coordinator whose fleet has the node n1: its address, and its own certificate."""
-    own = authority.issue("head")
-    access = Access(users, der_of(own.cert.read_bytes()), lambda name: name == "n1")
+    own = authority.issue(named)
+    tls = coordinator.transport.Tls(str(own.cert), str(own.key), str(own.ca))
+    access = Access(users, own_of(tls), lambda name: name == "n1")
     server = grpc.aio.server(interceptors=[Guard(access.refuse_user, but_for=(rpc.AGENTS,))])
     store, core, clock = MemoryStore(), Coordinator(Options()), SystemClock()
     core.load(await store.open(), clock.now_ms())
@@ -62,7 +66,7 @@ async def serving(authority: Authority, *users: str) -> AsyncIterator[tuple[str,
         open_channel=lambda _: pytest.fail("nobody is called"),
         access=access,
     )
-    port = server.add_secure_port("127.0.0.1:0", own.server_credentials())
+    port = coordinator.transport.listen(server, "127.0.0.1:0", tls)
     await server.start()
     running = asyncio.create_task(shell.run())
     yield f"127.0.0.1:{port}", own
@@ -126,6 +130,21 @@ async def test_a_node_gives_no_work_and_whoever_is_none_does(fleet: Authority, c
         assert await refused(call, address, own) == ""
 
 
+async def test_the_certificate_for_everything_may_do_everything_after_its_renewal(
+    fleet: Authority,
+) -> None:
+    """It names a node, too: the coordinator's own machine has an agent."""
+    async with serving(fleet, named="n1") as (address, own):
+        for _ in range(2):
+            assert await refused(list_nodes, address, own) == ""
+            assert await refused(joining("n1"), address, own) == ""
+            before = own.credentials()
+            fleet.issue("n1")
+        async with grpc.aio.secure_channel(address, before) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="the certificate names node n1"):
+                await list_nodes(channel)
+
+
 def test_who_is_user_and_node_by_one_certificate_is_told_the_way_out() -> None:
     """One that was issued for a box and whoever works there: with `users` it is both."""
     both = Caller(("ann", "n1", "localhost"))
@@ -175,7 +194,7 @@ def test_a_certificate_is_the_same_however_it_is_written(fleet: Authority) -> No
     pem = fleet.issue("head").cert.read_bytes()
     assert der_of(b"chain of head\n" + pem + fleet.path.read_bytes()) == der_of(pem) != b""
     assert der_of(b"") == der_of(b"-----BEGIN CERTIFICATE-----\n!") == b""
-    assert Access(own=b"").refuse_node(Caller(("n1",)), "n1") == ""
+    assert Access().refuse_node(Caller(("n1",)), "n1") == ""
 
 
 def test_both_programs_have_the_same_text() -> None:
