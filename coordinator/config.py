@@ -8,15 +8,15 @@ that must fit one another. `sources.py` reads them from file, environment and fl
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
-from coordinator import config_tariffs
+from coordinator import config_projects, config_tariffs
 from coordinator.capacity_settings import CREDENTIAL_FIELDS, CapacityGroup, capacity_problems
+from coordinator.config_projects import Project
 from coordinator.config_tariffs import Lease, Tariff
 from coordinator.endpoints import otel_problem, webhook_problem
 from coordinator.scaling_settings import TypeScaling, scaling_problems
@@ -75,19 +75,9 @@ RESERVATION_WAIT_MS_MAX: Final = 604_800_000  # a week; who waits longer has bee
 RESERVATION_MS_MAX: Final = 86_400_000  # a day of an idle GPU is more than a large job gains
 HELLOS_PER_S_MIN: Final = 40  # as many nodes as may join then come in within ten minutes
 HELLOS_PER_S_MAX: Final = 10_000  # a whole fleet at once: none is told to wait
-PROJECT_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # as a submission names it
-GPU_HOURS_MAX: Final = 10_000_000.0  # a day of four hundred thousand GPUs: a slip of the finger
-PROJECT_WEIGHT_MIN: Final = 0.01  # less would be never, and nobody should starve
-PROJECT_WEIGHT_MAX: Final = 100.0  # likewise of the others
-PROJECTS_MAX: Final = 1_000  # each costs a decision some microseconds
-
-
-class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a project is due: GPU-hours a day, weighted by type, and its weight where GPUs are
-    lent."""
-
-    gpu_hours_per_day: float = 0.0
-    weight: float = 1.0
+# Twice what pins may keep (`PINS_MAX`): jobs without one are kept, too.
+JOBS_KEPT_MIN: Final = 2_000
+JOBS_KEPT_MAX: Final = 100_000  # as many as may be open; a start then takes a minute
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -278,6 +268,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scaling_spends_alone: Annotated[bool, says(
         "Rent within that budget without asking. false: a person agrees, `baton scale approve`."
     )] = False
+    jobs_kept: Annotated[int, says(
+        "How many jobs that have ended are kept, with their attempts and history, 2000 to 100000; "
+        "those that ended first leave first. `baton cost` and `baton projects` know no others. "
+        "A start reads them all but for their histories, ten thousand in some five seconds, and "
+        "with full histories these are 0.6 GB of the database. Fewer than before: the others are "
+        "forgotten for good, a few hundred a second."
+    )] = 10_000
     metrics_listen: Annotated[str, says(
         "HOST:PORT where Prometheus reads /metrics. Port 0 takes a free one, which the log names; "
         "anything but loopback needs TLS, and then its scraper needs a certificate. Default "
@@ -346,7 +343,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             range_problem(
                 "health_cordon_window_ms", self.health_cordon_window_ms, 1_000, CORDON_WINDOW_MS_MAX
             ),
-            *self._project_problems(),
+            *config_projects.problems(self.projects),
             *capacity_problems(self.capacity),
             *config_tariffs.problems(self.tariffs),
             *config_tariffs.lease_problems(self.leases),
@@ -370,6 +367,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "reservation_wait_ms", self.reservation_wait_ms, 0, RESERVATION_WAIT_MS_MAX
             ),
             range_problem("reservation_ms", self.reservation_ms, 1_000, RESERVATION_MS_MAX),
+            range_problem("jobs_kept", self.jobs_kept, JOBS_KEPT_MIN, JOBS_KEPT_MAX),
             choice_problem("log_level", self.log_level, LOG_LEVELS),
             choice_problem("log_format", self.log_format, LOG_FORMATS),
             self.port_file and path_problem("port_file", self.port_file),
@@ -388,26 +386,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return address_problem("metrics_listen", self.metrics_listen, port_min=0) or (
             _listen_problem(self.metrics_listen, self.tls())
         )
-
-    def _project_problems(self) -> list[str]:
-        found = []
-        if len(self.projects) > PROJECTS_MAX:
-            found.append(
-                f"'projects' has {len(self.projects)} tables; at most {PROJECTS_MAX} may be"
-            )
-        for name, project in self.projects.items():
-            if not PROJECT_NAME.fullmatch(name):
-                found.append(f"'{name}' in 'projects' must be 1 to 64 of a-z, 0-9 and '-'")
-            ranges = (
-                ("gpu_hours_per_day", project.gpu_hours_per_day, 0.0, GPU_HOURS_MAX),
-                ("weight", project.weight, PROJECT_WEIGHT_MIN, PROJECT_WEIGHT_MAX),
-            )
-            found += [
-                f"'{key}' of '{name}' in 'projects' must be {low:.8g} to {high:.8g}, not {value:g}"
-                for key, value, low, high in ranges
-                if not low <= value <= high
-            ]
-        return found
 
     def _lease_problem(self) -> str | None:
         shortest_ms = HEARTBEATS_PER_LEASE_MIN * self.heartbeat_interval_ms

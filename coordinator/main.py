@@ -420,6 +420,7 @@ def _options(config: Config) -> Options:
         power=power_options(config),
         scaling=scaling_options(config),
         demand_minute_ms=config.demand_minute_ms,
+        jobs_kept=config.jobs_kept,
     )
 
 

@@ -44,7 +44,7 @@ from coordinator.core.messages import (
 from coordinator.core.model import Job, JobIntent, JobSpec, JobView
 from coordinator.core.phases import ATTEMPT_ENDED, JOB_ENDED, JobPhase
 from coordinator.core.sentences import quantity
-from coordinator.core.state import JOBS_ENDED_MAX, JOBS_OPEN_MAX, Instant, State
+from coordinator.core.state import JOBS_OPEN_MAX, Instant, State
 from coordinator.core.validate import (
     REQUEST_ID_CHARACTERS_MAX,
     refuse_fleet,
@@ -145,19 +145,19 @@ def _make(state: State, now: Instant, body: Submit, indices: tuple[int, ...]) ->
 
 def tick(state: State) -> None:
     """A hundred thousand jobs may end together, and are not to be forgotten together."""
-    if len(state.ended) > JOBS_ENDED_MAX:
+    if len(state.ended) > state.options.jobs_kept:
         _forget_oldest(state, FORGOTTEN_PER_TICK_MAX, room=0)
 
 
 def _forget_oldest(state: State, jobs_max: int = 1, room: int = 1) -> None:
     """History is bounded, and so is what leaves it at once. Whoever submits makes `room`, and
     forgets one more than he adds: so it never grows for ever, however fast jobs come."""
-    count = min(len(state.ended) + room - JOBS_ENDED_MAX, jobs_max)
+    count = min(len(state.ended) + room - state.options.jobs_kept, jobs_max)
     if count <= 0:
         return
     gone = list(islice(_to_forget(state), count))
     if len(gone) < count:
-        # There are as many: PINS_MAX is below JOBS_ENDED_MAX.
+        # There are as many: PINS_MAX is below what may be set.
         known = dict.fromkeys(gone)
         others = (other for other in _unpinned(state) if other not in known)
         gone += islice(others, count - len(gone))

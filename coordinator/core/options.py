@@ -50,5 +50,6 @@ class Options:
     burst_nodes: tuple[str, ...] = ()
     power: PowerOptions = field(default_factory=PowerOptions)
     scaling: ScalingOptions = field(default_factory=ScalingOptions)
+    jobs_kept: int = 10_000  # of those that have ended (`jobs.py`)
     # How long a minute of demand's history and of the plan lasts: less, and a day is over sooner.
     demand_minute_ms: int = MINUTE_MS

@@ -31,7 +31,7 @@ from coordinator.core.state import Instant, State
 # Somebody who wants more wants an archive: export them.
 PINS_PER_JOB_MAX = 64
 # In the fleet. With what jobs keep by themselves, a node's list must stay within one message
-# (`DIGESTS_MAX`), and the jobs that cannot be forgotten within `JOBS_ENDED_MAX`.
+# (`DIGESTS_MAX`), and the jobs that cannot be forgotten within `jobs_kept`.
 PINS_MAX = 1_000
 # As git does: fewer digits are a typing error.
 DIGEST_CHARACTERS_MIN = 6

@@ -87,7 +87,6 @@ class Instant:
 
 
 JOBS_OPEN_MAX = 100_000  # a queue longer than this is a runaway script; about 150 MB of state
-JOBS_ENDED_MAX = 10_000  # kept for `baton jobs`; the oldest leave first
 # Per job, or the newest gang if that is larger; the store keeps as many tries.
 ATTEMPTS_SHOWN_MAX = 100
 REASON_CHARACTERS_MAX = 1_000  # a peer's sentence is cut here

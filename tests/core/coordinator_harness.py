@@ -10,7 +10,7 @@ again by the log line of the same event.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.core.capacity_model import Power
 from coordinator.core.coordinator import Coordinator
@@ -192,6 +192,11 @@ class Rig:
         self.handled: list[tuple[Instant, Event, list[Effect]]] = []
         self.core = Coordinator(self.options)
         self.core.load(*self.began)
+
+    def keep(self, jobs: int) -> None:
+        """So few of those that have ended, as no operator may say."""
+        self.options = replace(self.options, jobs_kept=jobs)
+        self.core.state.options = self.options
 
     @property
     def now(self) -> Instant:

@@ -414,9 +414,9 @@ def test_who_waits_behind_an_array_is_not_told_an_hour_that_is_not_his() -> None
 # --- what people ask of all -----------------------------------------------------------------------
 
 
-def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 2)
+def test_trials_that_are_forgotten_are_over() -> None:
     fleet = Fleet("2xH100")
+    fleet.rig.keep(2)
     fleet.submit(array="0-3%1")
     for job_id in (1, 2, 3):
         fleet.end(job_id)
@@ -429,13 +429,11 @@ def test_trials_that_are_forgotten_are_over(monkeypatch: pytest.MonkeyPatch) -> 
     assert fleet.state.attempts["4.1"].phase is not AttemptPhase.SUCCEEDED
 
 
-def test_the_first_trial_is_remembered_while_others_are_open(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_first_trial_is_remembered_while_others_are_open() -> None:
     """A request that is repeated makes no second array, and `1_1` is found by job 1; but where
     there is nobody else to forget, history is bounded all the same."""
-    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 2)
     fleet = Fleet("2xH100")
+    fleet.rig.keep(2)
     body = Submit(replace(SPEC, array="0-1%1"), "r1")
     ask(fleet.rig, body)
     fleet.totals[1] = fleet.totals[2] = 0
@@ -448,6 +446,6 @@ def test_the_first_trial_is_remembered_while_others_are_open(
     again = ask(fleet.rig, body)
     assert isinstance(again, Submitted)
     assert (again.job_id, again.jobs) == (1, 2)
-    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 1)
+    fleet.rig.keep(1)
     ask(fleet.rig, Submit(SPEC))
     assert not fleet.state.ended

@@ -14,13 +14,12 @@ SPEC = JobSpec(command=("true",))
 
 
 def loaded(monkeypatch: pytest.MonkeyPatch, ended: int) -> Coordinator:
-    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", KEPT)
     monkeypatch.setattr(jobs, "FORGOTTEN_PER_TICK_MAX", AT_ONCE)
     over = (
         Job(number, SPEC, JobPhase.SUCCEEDED, 1, ended_unix_ms=number)
         for number in range(1, ended + 1)
     )
-    core = Coordinator(Options())
+    core = Coordinator(Options(jobs_kept=KEPT))
     core.load(Snapshot(jobs=tuple(over), last_job_id=ended), 0)
     return core
 

@@ -136,9 +136,8 @@ def test_of_who_ended_before_the_oldest_that_is_kept_not_all_are_there(
 ) -> None:
     known = [job(number, 10 * number) for number in range(1, 6)]
     attempts = [attempt(number, 1, "a", 1, 10 * number) for number in range(1, 6)]
-    state = state_of(known, attempts)
+    state = state_of(known, attempts, jobs_kept=4)
     assert read(state).since_min is None
-    monkeypatch.setattr(jobs, "JOBS_ENDED_MAX", 4)
     jobs._forget_oldest(state, 2)
     assert [hold.end_min for hold in read(state).each] == [50, 40, 30]
     assert read(state).since_min == 30

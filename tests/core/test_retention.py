@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.config import JOBS_KEPT_MIN
 from coordinator.core import retention, validate
 from coordinator.core.checkpoint_requests import (
     CheckpointChoice,
@@ -36,7 +37,6 @@ from coordinator.core.messages import (
 )
 from coordinator.core.model import HostFacts, JobSpec
 from coordinator.core.phases import JobPhase
-from coordinator.core.state import JOBS_ENDED_MAX
 from tests.core.coordinator_harness import GIGABYTE, Rig, gpus_of
 
 LAST = CheckpointChoice()
@@ -199,7 +199,7 @@ def test_pins_are_bounded_and_say_so() -> None:
         assert isinstance(answer, Refusal) == (number == retention.PINS_PER_JOB_MAX)
     assert isinstance(answer, Refusal)
     assert (answer.kind, "64 is the limit" in answer.sentence) == (RefusalKind.EXHAUSTED, True)
-    assert min(DIGESTS_MAX, JOBS_ENDED_MAX) > retention.PINS_MAX
+    assert min(DIGESTS_MAX, JOBS_KEPT_MIN) > retention.PINS_MAX
     assert validate.KEEP_CHECKPOINTS_MAX < DIGESTS_MAX
 
 
@@ -229,9 +229,9 @@ def test_of_equal_steps_the_pinned_one_is_unpinned() -> None:
     assert fleet.listed(job) == [second]
 
 
-def test_a_job_with_a_pin_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.core.jobs.JOBS_ENDED_MAX", 2)
+def test_a_job_with_a_pin_is_not_forgotten() -> None:
     fleet = Fleet()
+    fleet.rig.keep(2)
     first = fleet.submit()
     digest = fleet.commit(first)
     fleet.ask(PinCheckpoint(first, LAST))

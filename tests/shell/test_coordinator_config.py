@@ -9,6 +9,7 @@ import pytest
 import coordinator.endpoints
 from coordinator.config import Config, ConfigError, load, prepare_directories
 from coordinator.core.state import Options
+from coordinator.main import _options
 from coordinator.transport import Tls, TransportError, check_listen, listen, open_channel
 
 
@@ -68,11 +69,18 @@ def test_a_closed_connection_waits_at_most_a_lease() -> None:
         ("lease_ms", 600_001, "1 to 600000"),
         ("restart_grace_ms", -1, "0 to 600000"),
         ("restart_grace_ms", 600_001, "0 to 600000"),
+        ("jobs_kept", 1_999, "2000 to 100000"),
+        ("jobs_kept", 100_001, "2000 to 100000"),
     ],
 )
-def test_times_have_ranges(field: str, value: int, span: str) -> None:
+def test_numbers_have_ranges(field: str, value: int, span: str) -> None:
     flag = "--" + field.replace("_", "-")
     assert refusals(f"{flag}={value}") == (f"'{field}' must be {span}, not {value}",)
+
+
+def test_how_many_ended_jobs_are_kept_reaches_the_core() -> None:
+    assert _options(read("--jobs-kept=20000")).jobs_kept == 20_000
+    assert _options(read()).jobs_kept == Options().jobs_kept
 
 
 def test_quotas_have_ranges() -> None:
