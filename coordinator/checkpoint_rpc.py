@@ -211,7 +211,8 @@ class CheckpointService(checkpoints_pb2_grpc.CheckpointServiceServicer):
     ) -> list[tuple[Part, list[NodeView]]]:
         """Of each part the nodes that hold it and are not lost, those that are up first; none ends
         the call."""
-        page = await self._ask(context, m.ListNodes())
+        names = {name: None for part in checkpoint.pieces for name in part.replicas}
+        page = await self._ask(context, m.ListNodes(nodes=tuple(names)))
         nodes = page.nodes if isinstance(page, m.NodePage) else ()
         found = []
         for rank, part in enumerate(checkpoint.pieces):

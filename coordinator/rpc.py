@@ -220,9 +220,9 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
             return await self._job(context, m.GetJob(request.job_id))
 
         async def node(node_id: str) -> NodeView | None:
-            answer = await _ask(self._shell, context, m.ListNodes())
+            answer = await _ask(self._shell, context, m.ListNodes(nodes=(node_id,)))
             nodes = answer.nodes if isinstance(answer, m.NodePage) else ()
-            return next((view for view in nodes if view.node.id == node_id), None)
+            return next(iter(nodes), None)
 
         pieces = self._logs.stream(
             Fleet(look, node),
@@ -242,10 +242,14 @@ class NodeService(nodes_pb2_grpc.NodeServiceServicer):
     async def ListNodes(
         self, request: nodes_pb2.ListNodesRequest, context: Context
     ) -> nodes_pb2.ListNodesResponse:
-        answer = await _ask(self._shell, context, m.ListNodes())
+        body = m.ListNodes(request.page_size, request.after_node)
+        answer = await _ask(self._shell, context, body)
         if not isinstance(answer, m.NodePage):
             raise TypeError(f"expected nodes, got {type(answer).__name__}")
-        return nodes_pb2.ListNodesResponse(nodes=[wire_nodes.encode_node(v) for v in answer.nodes])
+        return nodes_pb2.ListNodesResponse(
+            nodes=[wire_nodes.encode_node(v) for v in answer.nodes],
+            next_after_node=answer.next_after_node,
+        )
 
     async def _node(self, context: Context, body: m.RequestBody) -> NodeView:
         answer = await _ask(self._shell, context, body)

@@ -58,14 +58,14 @@ RETRY_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
 FOLLOW_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 FOLLOW_AWAY_S_MAX = 600.0
 
-# The contract's largest page.
-JOBS_PAGE_SIZE_MAX = 1000
+# The contract's largest page, of jobs and of nodes.
+PAGE_SIZE_MAX = 1000
 
 # A history is bounded by the coordinator; this bounds one that would page for ever (1000 pages of
 # 1000 events).
 EVENT_PAGES_MAX = 1000
 
-# A fleet of 20,000 nodes with 8 GPUs each is about 50 MiB.
+# A coordinator before pages of nodes told all in one: 20,000 with 8 GPUs each are about 50 MiB.
 MESSAGE_BYTES_MAX = 256 * 1024 * 1024
 
 # Where the coordinator says its wall time (jobs.proto), and the last one of the year 9999.
@@ -176,7 +176,7 @@ class Client:
                         types_pb2.JobPhase.Value(f"JOB_PHASE_{word.upper()}") for word in phases
                     ],
                     project=project,
-                    page_size=min(limit - len(found), JOBS_PAGE_SIZE_MAX),
+                    page_size=min(limit - len(found), PAGE_SIZE_MAX),
                     before_job_id=before_job_id,
                     fold_arrays=fold,
                 ),
@@ -279,8 +279,14 @@ class Client:
 
     def nodes(self) -> list[values.Node]:
         """All nodes, by id."""
-        found = self._call(self._nodes.ListNodes, nodes_pb2.ListNodesRequest()).nodes
-        return [decode_node(node) for node in found]
+        found: list[values.Node] = []
+        request = nodes_pb2.ListNodesRequest(page_size=PAGE_SIZE_MAX)
+        while True:
+            answer = self._call(self._nodes.ListNodes, request)  # an older coordinator tells all
+            found += [decode_node(node) for node in answer.nodes]
+            if answer.next_after_node <= request.after_node:
+                return found
+            request.after_node = answer.next_after_node
 
     def cordon(self, node: str) -> values.Node:
         """Take no new work; what runs goes on."""

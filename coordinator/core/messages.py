@@ -70,17 +70,13 @@ from coordinator.core.node_requests import CordonNode as CordonNode
 from coordinator.core.node_requests import DrainNode as DrainNode
 from coordinator.core.node_requests import DropNode as DropNode
 from coordinator.core.node_requests import ForgetNode, SetTelemetryRate
+from coordinator.core.node_requests import ListNodes as ListNodes
 from coordinator.core.node_requests import UncordonNode as UncordonNode
 from coordinator.core.project_requests import ListProjects, ProjectPage
 from coordinator.core.scale_records import PutScaleRecord as PutScaleRecord
 from coordinator.core.scale_requests import ScaleAnswer, ScaleRequest
 
 # --- requests -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ListNodes:
-    pass
 
 
 RequestBody = (
@@ -445,7 +441,10 @@ class CheckpointPage:
 
 @dataclass(frozen=True, slots=True)
 class NodePage:
+    """By id. `next_after_node`: where the next page begins; empty: there is none."""
+
     nodes: tuple[NodeView, ...]
+    next_after_node: str = ""
 
 
 _Page = JobPage | CheckpointPage | NodePage | FitPage | ProjectPage | CostPage | DemandSeries

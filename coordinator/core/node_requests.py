@@ -36,6 +36,15 @@ class ForgetNode:
 
 
 @dataclass(frozen=True, slots=True)
+class ListNodes:
+    """By id: so many at most, after that one, or all (0); of `nodes` alone where any are named."""
+
+    page_size: int = 0
+    after_node: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DropNode:
     """The record that nothing is kept of a node."""
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import types_pb2 as baton_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/nodes.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\"\x12\n\x10ListNodesRequest\"2\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.baton.v1.Node\"!\n\x11\x43ordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"2\n\x12\x43ordonNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\" \n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"1\n\x11\x44rainNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\"#\n\x13UncordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"4\n\x14UncordonNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\"N\n\x17SetTelemetryRateRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12%\n\x04rate\x18\x02 \x01(\x0e\x32\x17.baton.v1.TelemetryRate\"8\n\x18SetTelemetryRateResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\";\n\x11\x46orgetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x18\n\x10lose_checkpoints\x18\x02 \x01(\x08\"2\n\x12\x46orgetNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node2\xd5\x03\n\x0bNodeService\x12\x44\n\tListNodes\x12\x1a.baton.v1.ListNodesRequest\x1a\x1b.baton.v1.ListNodesResponse\x12G\n\nCordonNode\x12\x1b.baton.v1.CordonNodeRequest\x1a\x1c.baton.v1.CordonNodeResponse\x12\x44\n\tDrainNode\x12\x1a.baton.v1.DrainNodeRequest\x1a\x1b.baton.v1.DrainNodeResponse\x12M\n\x0cUncordonNode\x12\x1d.baton.v1.UncordonNodeRequest\x1a\x1e.baton.v1.UncordonNodeResponse\x12Y\n\x10SetTelemetryRate\x12!.baton.v1.SetTelemetryRateRequest\x1a\".baton.v1.SetTelemetryRateResponse\x12G\n\nForgetNode\x12\x1b.baton.v1.ForgetNodeRequest\x1a\x1c.baton.v1.ForgetNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/nodes.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\nafter_node\x18\x02 \x01(\t\"K\n\x11ListNodesResponse\x12\x1d\n\x05nodes\x18\x01 \x03(\x0b\x32\x0e.baton.v1.Node\x12\x17\n\x0fnext_after_node\x18\x02 \x01(\t\"!\n\x11\x43ordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"2\n\x12\x43ordonNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\" \n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"1\n\x11\x44rainNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\"#\n\x13UncordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"4\n\x14UncordonNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\"N\n\x17SetTelemetryRateRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12%\n\x04rate\x18\x02 \x01(\x0e\x32\x17.baton.v1.TelemetryRate\"8\n\x18SetTelemetryRateResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node\";\n\x11\x46orgetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x18\n\x10lose_checkpoints\x18\x02 \x01(\x08\"2\n\x12\x46orgetNodeResponse\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Node2\xd5\x03\n\x0bNodeService\x12\x44\n\tListNodes\x12\x1a.baton.v1.ListNodesRequest\x1a\x1b.baton.v1.ListNodesResponse\x12G\n\nCordonNode\x12\x1b.baton.v1.CordonNodeRequest\x1a\x1c.baton.v1.CordonNodeResponse\x12\x44\n\tDrainNode\x12\x1a.baton.v1.DrainNodeRequest\x1a\x1b.baton.v1.DrainNodeResponse\x12M\n\x0cUncordonNode\x12\x1d.baton.v1.UncordonNodeRequest\x1a\x1e.baton.v1.UncordonNodeResponse\x12Y\n\x10SetTelemetryRate\x12!.baton.v1.SetTelemetryRateRequest\x1a\".baton.v1.SetTelemetryRateResponse\x12G\n\nForgetNode\x12\x1b.baton.v1.ForgetNodeRequest\x1a\x1c.baton.v1.ForgetNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.nodes_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LISTNODESREQUEST']._serialized_start=56
-  _globals['_LISTNODESREQUEST']._serialized_end=74
-  _globals['_LISTNODESRESPONSE']._serialized_start=76
-  _globals['_LISTNODESRESPONSE']._serialized_end=126
-  _globals['_CORDONNODEREQUEST']._serialized_start=128
-  _globals['_CORDONNODEREQUEST']._serialized_end=161
-  _globals['_CORDONNODERESPONSE']._serialized_start=163
-  _globals['_CORDONNODERESPONSE']._serialized_end=213
-  _globals['_DRAINNODEREQUEST']._serialized_start=215
-  _globals['_DRAINNODEREQUEST']._serialized_end=247
-  _globals['_DRAINNODERESPONSE']._serialized_start=249
-  _globals['_DRAINNODERESPONSE']._serialized_end=298
-  _globals['_UNCORDONNODEREQUEST']._serialized_start=300
-  _globals['_UNCORDONNODEREQUEST']._serialized_end=335
-  _globals['_UNCORDONNODERESPONSE']._serialized_start=337
-  _globals['_UNCORDONNODERESPONSE']._serialized_end=389
-  _globals['_SETTELEMETRYRATEREQUEST']._serialized_start=391
-  _globals['_SETTELEMETRYRATEREQUEST']._serialized_end=469
-  _globals['_SETTELEMETRYRATERESPONSE']._serialized_start=471
-  _globals['_SETTELEMETRYRATERESPONSE']._serialized_end=527
-  _globals['_FORGETNODEREQUEST']._serialized_start=529
-  _globals['_FORGETNODEREQUEST']._serialized_end=588
-  _globals['_FORGETNODERESPONSE']._serialized_start=590
-  _globals['_FORGETNODERESPONSE']._serialized_end=640
-  _globals['_NODESERVICE']._serialized_start=643
-  _globals['_NODESERVICE']._serialized_end=1112
+  _globals['_LISTNODESREQUEST']._serialized_end=113
+  _globals['_LISTNODESRESPONSE']._serialized_start=115
+  _globals['_LISTNODESRESPONSE']._serialized_end=190
+  _globals['_CORDONNODEREQUEST']._serialized_start=192
+  _globals['_CORDONNODEREQUEST']._serialized_end=225
+  _globals['_CORDONNODERESPONSE']._serialized_start=227
+  _globals['_CORDONNODERESPONSE']._serialized_end=277
+  _globals['_DRAINNODEREQUEST']._serialized_start=279
+  _globals['_DRAINNODEREQUEST']._serialized_end=311
+  _globals['_DRAINNODERESPONSE']._serialized_start=313
+  _globals['_DRAINNODERESPONSE']._serialized_end=362
+  _globals['_UNCORDONNODEREQUEST']._serialized_start=364
+  _globals['_UNCORDONNODEREQUEST']._serialized_end=399
+  _globals['_UNCORDONNODERESPONSE']._serialized_start=401
+  _globals['_UNCORDONNODERESPONSE']._serialized_end=453
+  _globals['_SETTELEMETRYRATEREQUEST']._serialized_start=455
+  _globals['_SETTELEMETRYRATEREQUEST']._serialized_end=533
+  _globals['_SETTELEMETRYRATERESPONSE']._serialized_start=535
+  _globals['_SETTELEMETRYRATERESPONSE']._serialized_end=591
+  _globals['_FORGETNODEREQUEST']._serialized_start=593
+  _globals['_FORGETNODEREQUEST']._serialized_end=652
+  _globals['_FORGETNODERESPONSE']._serialized_start=654
+  _globals['_FORGETNODERESPONSE']._serialized_end=704
+  _globals['_NODESERVICE']._serialized_start=707
+  _globals['_NODESERVICE']._serialized_end=1176
 # @@protoc_insertion_point(module_scope)
