@@ -6,6 +6,7 @@ no end counts before everything that the attempt had started is gone. See `super
 """
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,9 @@ REBOOTED = "ended unseen: the box rebooted"
 SUPERVISOR_GONE = "ended unseen: its supervisor was killed"
 NEVER_STARTED = "ended unseen: the agent stopped before the trainer was started"
 DIRECTORY_GONE = "ended unseen: its directory on the node was removed"
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
+SHELL_SIGNAL_BASE = 128  # a shell's status for a program that a signal has ended is above this
 
 Tell = Callable[[ProcessExit, int], None]
 """How it ended, and the trainer's pid, 0 when it never ran."""
@@ -75,7 +79,25 @@ def _read(attempt: Attempt, unseen_reason: str, reason: str, tell: Tell) -> None
         _record_unseen(attempt, reason or unseen_reason)
         recorded = (ProcessExit(attempt.id, None, None, unseen_reason), 0)
     ended, pid = recorded
-    tell(replace(ended, reason=reason) if reason else ended, pid)
+    reason = reason or ended.reason or _of_bus_error(ended)
+    tell(replace(ended, reason=reason), pid)
+
+
+def _of_bus_error(ended: ProcessExit) -> str:
+    """What is written to a full /dev/shm, as the workers of a data loader do, fails at the write
+    and not at the call that made the room: with a signal that says nothing of it. By now that
+    memory is free again, but one that is small is so still."""
+    if signal.SIGBUS not in (ended.signal, (ended.exit_code or 0) - SHELL_SIGNAL_BASE):
+        return ""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return f"a bus error, and there is no {SHARED_MEMORY}"
+    total, free = found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+    return (
+        f"a bus error: memory of a file that could not be had, as in a full {SHARED_MEMORY}; that"
+        f" has {total} bytes, {free} of them free after the end"
+    )
 
 
 def _record_unseen(attempt: Attempt, reason: str) -> None:
