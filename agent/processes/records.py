@@ -6,9 +6,11 @@ this", never as a crash of the agent.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,18 @@ def segments(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+def in_words(error: OSError) -> str:
+    """Why no process was started. What the kernel says of one too many is for a call that waits."""
+    if error.errno != errno.EAGAIN:
+        return str(error)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    own = "no limit" if limit == resource.RLIM_INFINITY else str(limit)
+    return (
+        "there are as many processes as may be: of the agent's user (RLIMIT_NPROC, "
+        f"{own}), of its control group (pids.max) or of the system (kernel.threads-max)"
+    )
+
+
 def shim_failure(directory: Path) -> str:
     """Why a shim ended without a word: the last line that it left on its standard error, if any."""
     try:
@@ -129,6 +143,8 @@ def shim_failure(directory: Path) -> str:
     except OSError:
         lines = []
     detail = f": {lines[-1]}" if lines else ""
+    if BlockingIOError.__name__ in detail:
+        detail = f": {in_words(BlockingIOError(errno.EAGAIN, detail))}"
     return f"the trainer's supervisor ended before it could start it{detail}"
 
 

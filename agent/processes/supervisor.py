@@ -243,7 +243,8 @@ class Supervisor:
             with contextlib.suppress(OSError):  # nothing is in it, and the next agent looks, too
                 self._groups.clear(directory, lambda: None)
             shutil.rmtree(directory, ignore_errors=True)
-            raise StartError(f"cannot start {directory.name}: {error}", permanent=False) from error
+            why = records.in_words(error)
+            raise StartError(f"cannot start {directory.name}: {why}", permanent=False) from error
         self._attempts[launch.attempt_id] = attempt
         give_up = partial(self._give_up, attempt)
         attempt.timer = loop.call_later(
@@ -345,7 +346,7 @@ class Supervisor:
             self._start_shim(attempt)
         except OSError as error:
             self._stop_reading_status(attempt)
-            self._fail_start(attempt, f"cannot start its supervisor: {error}")
+            self._fail_start(attempt, f"cannot start its supervisor: {records.in_words(error)}")
 
     def _unit_refused(self, attempt: Attempt, reason: str) -> None:
         if attempt.shim_fd < 0 and not attempt.starting.done():
