@@ -197,7 +197,7 @@ def _tell_restored(snapshot: Snapshot) -> None:
     reason = (
         f"it is a copy of {made}: what was submitted and decided since is not known;"
         f" jobs that stay held unless a node runs them: {held}. If it was only moved, without the"
-        " hidden file beside it, `baton release` lets them go on"
+        " hidden file beside it, `baton release --restored` lets them all go on"
     )
     logging_setup.emit("warning", "store.restored", (("reason", reason),))
 

@@ -147,7 +147,9 @@ class JobService(jobs_pb2_grpc.JobServiceServicer):
     async def ReleaseJob(
         self, request: jobs_pb2.ReleaseJobRequest, context: Context
     ) -> jobs_pb2.ReleaseJobResponse:
-        view = await self._job(context, m.ReleaseJob(request.job_id, request.array))
+        view = await self._job(
+            context, m.ReleaseJob(request.job_id, request.array, request.restored)
+        )
         return jobs_pb2.ReleaseJobResponse(job=wire.encode_job(view), jobs=view.changed)
 
     async def RequeueJob(

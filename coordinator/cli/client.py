@@ -202,6 +202,24 @@ class Client:
         request = jobs_pb2.ReleaseJobRequest(job_id=job_id, array=array)
         return _changed(self._call(self._jobs.ReleaseJob, request), array)
 
+    def release_restored(self) -> int:
+        """Put back all jobs that are held since the database was; returns how many."""
+        request, count = jobs_pb2.ReleaseJobRequest(restored=True), 0
+        while True:
+            try:
+                released = self._call(self._jobs.ReleaseJob, request).jobs
+            except CommandFailed as failed:
+                if "there is no job 0" in str(failed):
+                    raise CommandFailed(
+                        "the coordinator knows no --restored; is it older?"
+                    ) from failed
+                if count and failed.exit_code != EXIT_UNREACHABLE:
+                    return count  # none is left
+                raise
+            count += released
+            if not released:
+                return count
+
     def requeue(self, job_id: int, array: bool, abandon: bool, every: bool) -> "Changed":
         """Stop a job with its work saved and queue it again."""
         request = jobs_pb2.RequeueJobRequest(

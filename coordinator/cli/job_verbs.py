@@ -21,6 +21,7 @@ from coordinator.cli.settings import (
     connect,
     settings_of,
 )
+from coordinator.core.sentences import quantity
 
 if TYPE_CHECKING:
     from coordinator.cli.client import Changed, Client
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 _ARRAY = click.option("--array", is_flag=True, help="All trials of the array of which JOB is one.")
 
 
-def _jobs(*phases: str) -> Callable[[Any], Any]:
+def _jobs(*phases: str, required: bool = True) -> Callable[[Any], Any]:
     """The argument; Tab offers those in these phases."""
-    offered = completion.job_ids(*phases)
     return click.argument(
-        "job_ids", metavar="JOB...", type=JOB_ID, nargs=-1, required=True, shell_complete=offered
+        "job_ids",
+        metavar="JOB..." if required else "[JOB...]",
+        type=JOB_ID,
+        nargs=-1,
+        required=required,
+        shell_complete=completion.job_ids(*phases),
     )
 
 
@@ -119,17 +124,44 @@ hold = _verb(
       baton hold 12
     """,
 )
-release = _verb(
-    "release",
-    ("held",),
-    lambda client, job_id, array: client.release(job_id, array),
+
+
+@click.command("release")
+@_jobs("held", required=False)
+@_ARRAY
+@click.option(
+    "--restored",
+    is_flag=True,
+    help="All jobs that are held since the database was put back or moved.",
+)
+@common_options
+@click.pass_context
+def release(context: click.Context, job_ids: list[int], *, array: bool, restored: bool) -> None:
     """Put a held JOB back to its old place in the queue.
+
+    With --restored all jobs are meant that are held since the coordinator's database was put back
+    from a copy, or was moved and passed for one. Give it only when all nodes are back: a job that
+    has finished since the copy was made runs again from its last checkpoint. Who held a job
+    himself releases it himself.
 
     \b
     Example:
       baton release 12
-    """,
-)
+      baton release --restored
+    """
+    if restored == bool(job_ids) or (restored and array):
+        raise click.UsageError("give either jobs, or --restored alone")
+    if not restored:
+        _change_each(context, job_ids, lambda client, job_id: client.release(job_id, array))
+        return
+    from coordinator.cli.values import Released
+
+    with connect(context) as client:
+        released = Released(jobs=client.release_restored())
+    if settings_of(context).as_json:
+        write_json(released)
+    else:
+        write_sentence(f"released {quantity(released.jobs, 'job')}")
 
 
 @click.command("requeue")

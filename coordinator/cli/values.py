@@ -172,6 +172,12 @@ class ArrayChange(msgspec.Struct, frozen=True, kw_only=True):
     jobs: int
 
 
+class Released(msgspec.Struct, frozen=True, kw_only=True):
+    """Of those that were held since the database was put back, how many go on."""
+
+    jobs: int
+
+
 class ArrayRequeue(ArrayChange, frozen=True, kw_only=True):
     """And how many were left alone since they run, and since they have succeeded."""
 

@@ -49,8 +49,12 @@ class HoldJob:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseJob:
+    """`restored`: instead of a job all that are held since the store was put back, so many at a
+    time as one commit should have."""
+
     job_id: int
     array: bool = False
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

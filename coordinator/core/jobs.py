@@ -58,6 +58,8 @@ PAGE_MAX = 1_000
 # A client of gRPC takes messages of 4 MiB unless told otherwise. Of a thousand usual jobs a page is
 # half a megabyte; a single one, of a gang of a thousand ranks say, may be more than this.
 PAGE_BYTES_MAX = 3 << 20
+# Of those of a restored store, at once: as many lines of history are one commit's worth.
+RELEASED_MAX = 1_000
 # Of the oldest, in a tick: with the 500 lines of history that each may have that is a commit of
 # half a second, and with the dozen that most have one of milliseconds.
 FORGOTTEN_PER_TICK_MAX = 100
@@ -222,6 +224,8 @@ def hold(state: State, now: Instant, body: HoldJob) -> Answer:
 
 
 def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
+    if body.restored:
+        return _release_restored(state, now)
     if body.array:
         return trials.each(state, now, body, release)
     job = state.jobs.get(body.job_id)
@@ -244,6 +248,21 @@ def release(state: State, now: Instant, body: ReleaseJob) -> Answer:
         # Still saving for the hold: it goes back to the queue when it has left.
         state.put_job(job)
     return view(state, state.jobs[job.id])
+
+
+def _release_restored(state: State, now: Instant) -> Answer:
+    """Somebody says that the store is the one that it was, only moved, or answers for all."""
+    unsure = (
+        job_id
+        for job_id, job in sorted(state.jobs.items())
+        if restored.is_unsure(job) and not restored.is_forgotten(job)
+    )
+    answers = [release(state, now, ReleaseJob(each)) for each in islice(unsure, RELEASED_MAX)]
+    views = [answer for answer in answers if isinstance(answer, JobView)]
+    if views:
+        return replace(views[0], changed=len(views))
+    sentence = "no job is held since the database was put back"
+    return Refusal(RefusalKind.WRONG_PHASE, sentence)
 
 
 def requeue(state: State, now: Instant, body: RequeueJob) -> Answer:

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/jobs.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8e\x01\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x18\n\x10\x66orgotten_job_id\x18\x03 \x01(\x03\x12.\n\x0b\x64\x65\x61\x64line_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04jobs\x18\x03 \x01(\x05\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\",\n\x0eGetJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\"\x85\x01\n\x0fListJobsRequest\x12\"\n\x06phases\x18\x01 \x03(\x0e\x32\x12.baton.v1.JobPhase\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x15\n\rbefore_job_id\x18\x04 \x01(\x03\x12\x13\n\x0b\x66old_arrays\x18\x05 \x01(\x08\"K\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.baton.v1.Job\x12\x1a\n\x12next_before_job_id\x18\x02 \x01(\x03\"1\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\"=\n\x11\x43\x61ncelJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"/\n\x0eHoldJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\";\n\x0fHoldJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"2\n\x11ReleaseJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\">\n\x12ReleaseJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"o\n\x11RequeueJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\'\n\x1f\x61\x62\x61ndon_unreachable_checkpoints\x18\x02 \x01(\x08\x12\r\n\x05\x61rray\x18\x03 \x01(\x08\x12\x12\n\nall_trials\x18\x04 \x01(\x08\"l\n\x12RequeueJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\x12\x14\n\x0cleft_running\x18\x03 \x01(\x05\x12\x16\n\x0eleft_succeeded\x18\x04 \x01(\x05\"#\n\x11\x45xplainJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\"\xec\x01\n\x12\x45xplainJobResponse\x12\x10\n\x08sentence\x18\x01 \x01(\t\x12\x34\n\x0e\x65xpected_start\x18\x02 \x01(\x0b\x32\x17.baton.v1.ExpectedStartH\x00\x88\x01\x01\x12:\n\x11\x65xpected_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12)\n\x0bsuggestions\x18\x04 \x03(\x0b\x32\x14.baton.v1.SuggestionB\x11\n\x0f_expected_startB\x14\n\x12_expected_end_time\"m\n\rExpectedStart\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x14\n\x0c\x61\x66ter_job_id\x18\x04 \x01(\x03\"-\n\nSuggestion\x12\x0e\n\x06\x63hange\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\"\x87\x01\n\nModelFacts\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x0e\n\x06layers\x18\x02 \x01(\x03\x12\x0e\n\x06hidden\x18\x03 \x01(\x03\x12\x14\n\x0cintermediate\x18\x04 \x01(\x03\x12\x12\n\nvocabulary\x18\x05 \x01(\x03\x12\r\n\x05gated\x18\x06 \x01(\x08\x12\x0c\n\x04tied\x18\x07 \x01(\x08\"\xf3\x01\n\rFitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x14.baton.v1.ModelFactsH\x00\x88\x01\x01\x12\x11\n\tmodel_why\x18\x03 \x01(\t\x12\x44\n\x10usd_per_gpu_hour\x18\x04 \x03(\x0b\x32*.baton.v1.FitJobRequest.UsdPerGpuHourEntry\x1a\x34\n\x12UsdPerGpuHourEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_model\"a\n\x08\x46itSpeed\x12\x18\n\x10steps_per_second\x18\x01 \x01(\x01\x12\x1c\n\x14steps_per_second_low\x18\x02 \x01(\x01\x12\x1d\n\x15steps_per_second_high\x18\x03 \x01(\x01\"\x9d\x04\n\x03\x46it\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x13\n\x0bgpus_of_job\x18\x04 \x01(\x05\x12&\n\x05speed\x18\x05 \x01(\x0b\x32\x12.baton.v1.FitSpeedH\x00\x88\x01\x01\x12\x11\n\tspeed_why\x18\x06 \x01(\t\x12\"\n\x07\x66itting\x18\x07 \x01(\x0e\x32\x11.baton.v1.Fitting\x12\x12\n\nmemory_why\x18\x08 \x01(\t\x12 \n\x13memory_needed_bytes\x18\t \x01(\x03H\x01\x88\x01\x01\x12\x1c\n\x0fsamples_at_once\x18\n \x01(\x03H\x02\x88\x01\x01\x12\x1c\n\x0ftokens_per_step\x18\x0b \x01(\x03H\x03\x88\x01\x01\x12\x19\n\x0cusd_per_hour\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12#\n\x16usd_per_million_tokens\x18\r \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10\x64uration_seconds\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x10\n\x08unsuited\x18\x0f \x01(\tB\x08\n\x06_speedB\x16\n\x14_memory_needed_bytesB\x12\n\x10_samples_at_onceB\x12\n\x10_tokens_per_stepB\x0f\n\r_usd_per_hourB\x19\n\x17_usd_per_million_tokensB\x13\n\x11_duration_seconds\"D\n\x0e\x46itJobResponse\x12\x1b\n\x04\x66its\x18\x01 \x03(\x0b\x32\r.baton.v1.Fit\x12\x15\n\rprices_source\x18\x02 \x01(\t\"\x15\n\x13ListProjectsRequest\"\x9a\x02\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x17quota_gpu_hours_per_day\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x16\n\x0eused_gpu_hours\x18\x04 \x01(\x01\x12\x15\n\rentitled_gpus\x18\x05 \x01(\x01\x12\x14\n\x0crunning_gpus\x18\x06 \x01(\x01\x12\x15\n\rborrowed_gpus\x18\x07 \x01(\x01\x12\x11\n\tlent_gpus\x18\x08 \x01(\x01\x12\x14\n\x0crunning_jobs\x18\t \x01(\x05\x12\x14\n\x0cwaiting_jobs\x18\n \x01(\x05\x12\x14\n\x0cwaiting_gpus\x18\x0b \x01(\x01\x42\x1a\n\x18_quota_gpu_hours_per_day\"T\n\x14ListProjectsResponse\x12#\n\x08projects\x18\x01 \x03(\x0b\x32\x11.baton.v1.Project\x12\x17\n\x0fhalf_life_hours\x18\x02 \x01(\x01\">\n\x14ListJobEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\";\n\x15ListJobEventsResponse\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.baton.v1.JobEvent\"\x82\x01\n\x11StreamLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x12\n\ntail_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x15\n\rafter_attempt\x18\x05 \x01(\t\x12\x14\n\x0c\x61\x66ter_offset\x18\x06 \x01(\x03\"f\n\x12StreamLogsResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06notice\x18\x04 \x01(\t\x12\x13\n\x0bnext_offset\x18\x05 \x01(\x03*g\n\x07\x46itting\x12\x17\n\x13\x46ITTING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46ITTING_FITS\x10\x01\x12\x17\n\x13\x46ITTING_ACCUMULATES\x10\x02\x12\x18\n\x14\x46ITTING_DOES_NOT_FIT\x10\x03\x32\xd3\x06\n\nJobService\x12;\n\x06Submit\x12\x17.baton.v1.SubmitRequest\x1a\x18.baton.v1.SubmitResponse\x12;\n\x06GetJob\x12\x17.baton.v1.GetJobRequest\x1a\x18.baton.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.baton.v1.ListJobsRequest\x1a\x1a.baton.v1.ListJobsResponse\x12\x44\n\tCancelJob\x12\x1a.baton.v1.CancelJobRequest\x1a\x1b.baton.v1.CancelJobResponse\x12>\n\x07HoldJob\x12\x18.baton.v1.HoldJobRequest\x1a\x19.baton.v1.HoldJobResponse\x12G\n\nReleaseJob\x12\x1b.baton.v1.ReleaseJobRequest\x1a\x1c.baton.v1.ReleaseJobResponse\x12G\n\nRequeueJob\x12\x1b.baton.v1.RequeueJobRequest\x1a\x1c.baton.v1.RequeueJobResponse\x12G\n\nExplainJob\x12\x1b.baton.v1.ExplainJobRequest\x1a\x1c.baton.v1.ExplainJobResponse\x12;\n\x06\x46itJob\x12\x17.baton.v1.FitJobRequest\x1a\x18.baton.v1.FitJobResponse\x12M\n\x0cListProjects\x12\x1d.baton.v1.ListProjectsRequest\x1a\x1e.baton.v1.ListProjectsResponse\x12P\n\rListJobEvents\x12\x1e.baton.v1.ListJobEventsRequest\x1a\x1f.baton.v1.ListJobEventsResponse\x12I\n\nStreamLogs\x12\x1b.baton.v1.StreamLogsRequest\x1a\x1c.baton.v1.StreamLogsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/jobs.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8e\x01\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x04spec\x18\x02 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12\x18\n\x10\x66orgotten_job_id\x18\x03 \x01(\x03\x12.\n\x0b\x64\x65\x61\x64line_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0eSubmitResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04jobs\x18\x03 \x01(\x05\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\",\n\x0eGetJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\"\x85\x01\n\x0fListJobsRequest\x12\"\n\x06phases\x18\x01 \x03(\x0e\x32\x12.baton.v1.JobPhase\x12\x0f\n\x07project\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x15\n\rbefore_job_id\x18\x04 \x01(\x03\x12\x13\n\x0b\x66old_arrays\x18\x05 \x01(\x08\"K\n\x10ListJobsResponse\x12\x1b\n\x04jobs\x18\x01 \x03(\x0b\x32\r.baton.v1.Job\x12\x1a\n\x12next_before_job_id\x18\x02 \x01(\x03\"1\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\"=\n\x11\x43\x61ncelJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"/\n\x0eHoldJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\";\n\x0fHoldJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"D\n\x11ReleaseJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\r\n\x05\x61rray\x18\x02 \x01(\x08\x12\x10\n\x08restored\x18\x03 \x01(\x08\">\n\x12ReleaseJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\"o\n\x11RequeueJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\'\n\x1f\x61\x62\x61ndon_unreachable_checkpoints\x18\x02 \x01(\x08\x12\r\n\x05\x61rray\x18\x03 \x01(\x08\x12\x12\n\nall_trials\x18\x04 \x01(\x08\"l\n\x12RequeueJobResponse\x12\x1a\n\x03job\x18\x01 \x01(\x0b\x32\r.baton.v1.Job\x12\x0c\n\x04jobs\x18\x02 \x01(\x05\x12\x14\n\x0cleft_running\x18\x03 \x01(\x05\x12\x16\n\x0eleft_succeeded\x18\x04 \x01(\x05\"#\n\x11\x45xplainJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\"\xec\x01\n\x12\x45xplainJobResponse\x12\x10\n\x08sentence\x18\x01 \x01(\t\x12\x34\n\x0e\x65xpected_start\x18\x02 \x01(\x0b\x32\x17.baton.v1.ExpectedStartH\x00\x88\x01\x01\x12:\n\x11\x65xpected_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12)\n\x0bsuggestions\x18\x04 \x03(\x0b\x32\x14.baton.v1.SuggestionB\x11\n\x0f_expected_startB\x14\n\x12_expected_end_time\"m\n\rExpectedStart\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05nodes\x18\x02 \x03(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x14\n\x0c\x61\x66ter_job_id\x18\x04 \x01(\x03\"-\n\nSuggestion\x12\x0e\n\x06\x63hange\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\"\x87\x01\n\nModelFacts\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x0e\n\x06layers\x18\x02 \x01(\x03\x12\x0e\n\x06hidden\x18\x03 \x01(\x03\x12\x14\n\x0cintermediate\x18\x04 \x01(\x03\x12\x12\n\nvocabulary\x18\x05 \x01(\x03\x12\r\n\x05gated\x18\x06 \x01(\x08\x12\x0c\n\x04tied\x18\x07 \x01(\x08\"\xf3\x01\n\rFitJobRequest\x12\x1f\n\x04spec\x18\x01 \x01(\x0b\x32\x11.baton.v1.JobSpec\x12(\n\x05model\x18\x02 \x01(\x0b\x32\x14.baton.v1.ModelFactsH\x00\x88\x01\x01\x12\x11\n\tmodel_why\x18\x03 \x01(\t\x12\x44\n\x10usd_per_gpu_hour\x18\x04 \x03(\x0b\x32*.baton.v1.FitJobRequest.UsdPerGpuHourEntry\x1a\x34\n\x12UsdPerGpuHourEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_model\"a\n\x08\x46itSpeed\x12\x18\n\x10steps_per_second\x18\x01 \x01(\x01\x12\x1c\n\x14steps_per_second_low\x18\x02 \x01(\x01\x12\x1d\n\x15steps_per_second_high\x18\x03 \x01(\x01\"\x9d\x04\n\x03\x46it\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x13\n\x0bgpus_of_job\x18\x04 \x01(\x05\x12&\n\x05speed\x18\x05 \x01(\x0b\x32\x12.baton.v1.FitSpeedH\x00\x88\x01\x01\x12\x11\n\tspeed_why\x18\x06 \x01(\t\x12\"\n\x07\x66itting\x18\x07 \x01(\x0e\x32\x11.baton.v1.Fitting\x12\x12\n\nmemory_why\x18\x08 \x01(\t\x12 \n\x13memory_needed_bytes\x18\t \x01(\x03H\x01\x88\x01\x01\x12\x1c\n\x0fsamples_at_once\x18\n \x01(\x03H\x02\x88\x01\x01\x12\x1c\n\x0ftokens_per_step\x18\x0b \x01(\x03H\x03\x88\x01\x01\x12\x19\n\x0cusd_per_hour\x18\x0c \x01(\x01H\x04\x88\x01\x01\x12#\n\x16usd_per_million_tokens\x18\r \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10\x64uration_seconds\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x10\n\x08unsuited\x18\x0f \x01(\tB\x08\n\x06_speedB\x16\n\x14_memory_needed_bytesB\x12\n\x10_samples_at_onceB\x12\n\x10_tokens_per_stepB\x0f\n\r_usd_per_hourB\x19\n\x17_usd_per_million_tokensB\x13\n\x11_duration_seconds\"D\n\x0e\x46itJobResponse\x12\x1b\n\x04\x66its\x18\x01 \x03(\x0b\x32\r.baton.v1.Fit\x12\x15\n\rprices_source\x18\x02 \x01(\t\"\x15\n\x13ListProjectsRequest\"\x9a\x02\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x17quota_gpu_hours_per_day\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x16\n\x0eused_gpu_hours\x18\x04 \x01(\x01\x12\x15\n\rentitled_gpus\x18\x05 \x01(\x01\x12\x14\n\x0crunning_gpus\x18\x06 \x01(\x01\x12\x15\n\rborrowed_gpus\x18\x07 \x01(\x01\x12\x11\n\tlent_gpus\x18\x08 \x01(\x01\x12\x14\n\x0crunning_jobs\x18\t \x01(\x05\x12\x14\n\x0cwaiting_jobs\x18\n \x01(\x05\x12\x14\n\x0cwaiting_gpus\x18\x0b \x01(\x01\x42\x1a\n\x18_quota_gpu_hours_per_day\"T\n\x14ListProjectsResponse\x12#\n\x08projects\x18\x01 \x03(\x0b\x32\x11.baton.v1.Project\x12\x17\n\x0fhalf_life_hours\x18\x02 \x01(\x01\">\n\x14ListJobEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\";\n\x15ListJobEventsResponse\x12\"\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x12.baton.v1.JobEvent\"\x82\x01\n\x11StreamLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x12\n\ntail_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x15\n\rafter_attempt\x18\x05 \x01(\t\x12\x14\n\x0c\x61\x66ter_offset\x18\x06 \x01(\x03\"f\n\x12StreamLogsResponse\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06notice\x18\x04 \x01(\t\x12\x13\n\x0bnext_offset\x18\x05 \x01(\x03*g\n\x07\x46itting\x12\x17\n\x13\x46ITTING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46ITTING_FITS\x10\x01\x12\x17\n\x13\x46ITTING_ACCUMULATES\x10\x02\x12\x18\n\x14\x46ITTING_DOES_NOT_FIT\x10\x03\x32\xd3\x06\n\nJobService\x12;\n\x06Submit\x12\x17.baton.v1.SubmitRequest\x1a\x18.baton.v1.SubmitResponse\x12;\n\x06GetJob\x12\x17.baton.v1.GetJobRequest\x1a\x18.baton.v1.GetJobResponse\x12\x41\n\x08ListJobs\x12\x19.baton.v1.ListJobsRequest\x1a\x1a.baton.v1.ListJobsResponse\x12\x44\n\tCancelJob\x12\x1a.baton.v1.CancelJobRequest\x1a\x1b.baton.v1.CancelJobResponse\x12>\n\x07HoldJob\x12\x18.baton.v1.HoldJobRequest\x1a\x19.baton.v1.HoldJobResponse\x12G\n\nReleaseJob\x12\x1b.baton.v1.ReleaseJobRequest\x1a\x1c.baton.v1.ReleaseJobResponse\x12G\n\nRequeueJob\x12\x1b.baton.v1.RequeueJobRequest\x1a\x1c.baton.v1.RequeueJobResponse\x12G\n\nExplainJob\x12\x1b.baton.v1.ExplainJobRequest\x1a\x1c.baton.v1.ExplainJobResponse\x12;\n\x06\x46itJob\x12\x17.baton.v1.FitJobRequest\x1a\x18.baton.v1.FitJobResponse\x12M\n\x0cListProjects\x12\x1d.baton.v1.ListProjectsRequest\x1a\x1e.baton.v1.ListProjectsResponse\x12P\n\rListJobEvents\x12\x1e.baton.v1.ListJobEventsRequest\x1a\x1f.baton.v1.ListJobEventsResponse\x12I\n\nStreamLogs\x12\x1b.baton.v1.StreamLogsRequest\x1a\x1c.baton.v1.StreamLogsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._loaded_options = None
   _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._serialized_options = b'8\001'
-  _globals['_FITTING']._serialized_start=3471
-  _globals['_FITTING']._serialized_end=3574
+  _globals['_FITTING']._serialized_start=3489
+  _globals['_FITTING']._serialized_end=3592
   _globals['_SUBMITREQUEST']._serialized_start=121
   _globals['_SUBMITREQUEST']._serialized_end=263
   _globals['_SUBMITRESPONSE']._serialized_start=265
@@ -59,47 +59,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOLDJOBRESPONSE']._serialized_start=784
   _globals['_HOLDJOBRESPONSE']._serialized_end=843
   _globals['_RELEASEJOBREQUEST']._serialized_start=845
-  _globals['_RELEASEJOBREQUEST']._serialized_end=895
-  _globals['_RELEASEJOBRESPONSE']._serialized_start=897
-  _globals['_RELEASEJOBRESPONSE']._serialized_end=959
-  _globals['_REQUEUEJOBREQUEST']._serialized_start=961
-  _globals['_REQUEUEJOBREQUEST']._serialized_end=1072
-  _globals['_REQUEUEJOBRESPONSE']._serialized_start=1074
-  _globals['_REQUEUEJOBRESPONSE']._serialized_end=1182
-  _globals['_EXPLAINJOBREQUEST']._serialized_start=1184
-  _globals['_EXPLAINJOBREQUEST']._serialized_end=1219
-  _globals['_EXPLAINJOBRESPONSE']._serialized_start=1222
-  _globals['_EXPLAINJOBRESPONSE']._serialized_end=1458
-  _globals['_EXPECTEDSTART']._serialized_start=1460
-  _globals['_EXPECTEDSTART']._serialized_end=1569
-  _globals['_SUGGESTION']._serialized_start=1571
-  _globals['_SUGGESTION']._serialized_end=1616
-  _globals['_MODELFACTS']._serialized_start=1619
-  _globals['_MODELFACTS']._serialized_end=1754
-  _globals['_FITJOBREQUEST']._serialized_start=1757
-  _globals['_FITJOBREQUEST']._serialized_end=2000
-  _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._serialized_start=1938
-  _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._serialized_end=1990
-  _globals['_FITSPEED']._serialized_start=2002
-  _globals['_FITSPEED']._serialized_end=2099
-  _globals['_FIT']._serialized_start=2102
-  _globals['_FIT']._serialized_end=2643
-  _globals['_FITJOBRESPONSE']._serialized_start=2645
-  _globals['_FITJOBRESPONSE']._serialized_end=2713
-  _globals['_LISTPROJECTSREQUEST']._serialized_start=2715
-  _globals['_LISTPROJECTSREQUEST']._serialized_end=2736
-  _globals['_PROJECT']._serialized_start=2739
-  _globals['_PROJECT']._serialized_end=3021
-  _globals['_LISTPROJECTSRESPONSE']._serialized_start=3023
-  _globals['_LISTPROJECTSRESPONSE']._serialized_end=3107
-  _globals['_LISTJOBEVENTSREQUEST']._serialized_start=3109
-  _globals['_LISTJOBEVENTSREQUEST']._serialized_end=3171
-  _globals['_LISTJOBEVENTSRESPONSE']._serialized_start=3173
-  _globals['_LISTJOBEVENTSRESPONSE']._serialized_end=3232
-  _globals['_STREAMLOGSREQUEST']._serialized_start=3235
-  _globals['_STREAMLOGSREQUEST']._serialized_end=3365
-  _globals['_STREAMLOGSRESPONSE']._serialized_start=3367
-  _globals['_STREAMLOGSRESPONSE']._serialized_end=3469
-  _globals['_JOBSERVICE']._serialized_start=3577
-  _globals['_JOBSERVICE']._serialized_end=4428
+  _globals['_RELEASEJOBREQUEST']._serialized_end=913
+  _globals['_RELEASEJOBRESPONSE']._serialized_start=915
+  _globals['_RELEASEJOBRESPONSE']._serialized_end=977
+  _globals['_REQUEUEJOBREQUEST']._serialized_start=979
+  _globals['_REQUEUEJOBREQUEST']._serialized_end=1090
+  _globals['_REQUEUEJOBRESPONSE']._serialized_start=1092
+  _globals['_REQUEUEJOBRESPONSE']._serialized_end=1200
+  _globals['_EXPLAINJOBREQUEST']._serialized_start=1202
+  _globals['_EXPLAINJOBREQUEST']._serialized_end=1237
+  _globals['_EXPLAINJOBRESPONSE']._serialized_start=1240
+  _globals['_EXPLAINJOBRESPONSE']._serialized_end=1476
+  _globals['_EXPECTEDSTART']._serialized_start=1478
+  _globals['_EXPECTEDSTART']._serialized_end=1587
+  _globals['_SUGGESTION']._serialized_start=1589
+  _globals['_SUGGESTION']._serialized_end=1634
+  _globals['_MODELFACTS']._serialized_start=1637
+  _globals['_MODELFACTS']._serialized_end=1772
+  _globals['_FITJOBREQUEST']._serialized_start=1775
+  _globals['_FITJOBREQUEST']._serialized_end=2018
+  _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._serialized_start=1956
+  _globals['_FITJOBREQUEST_USDPERGPUHOURENTRY']._serialized_end=2008
+  _globals['_FITSPEED']._serialized_start=2020
+  _globals['_FITSPEED']._serialized_end=2117
+  _globals['_FIT']._serialized_start=2120
+  _globals['_FIT']._serialized_end=2661
+  _globals['_FITJOBRESPONSE']._serialized_start=2663
+  _globals['_FITJOBRESPONSE']._serialized_end=2731
+  _globals['_LISTPROJECTSREQUEST']._serialized_start=2733
+  _globals['_LISTPROJECTSREQUEST']._serialized_end=2754
+  _globals['_PROJECT']._serialized_start=2757
+  _globals['_PROJECT']._serialized_end=3039
+  _globals['_LISTPROJECTSRESPONSE']._serialized_start=3041
+  _globals['_LISTPROJECTSRESPONSE']._serialized_end=3125
+  _globals['_LISTJOBEVENTSREQUEST']._serialized_start=3127
+  _globals['_LISTJOBEVENTSREQUEST']._serialized_end=3189
+  _globals['_LISTJOBEVENTSRESPONSE']._serialized_start=3191
+  _globals['_LISTJOBEVENTSRESPONSE']._serialized_end=3250
+  _globals['_STREAMLOGSREQUEST']._serialized_start=3253
+  _globals['_STREAMLOGSREQUEST']._serialized_end=3383
+  _globals['_STREAMLOGSRESPONSE']._serialized_start=3385
+  _globals['_STREAMLOGSRESPONSE']._serialized_end=3487
+  _globals['_JOBSERVICE']._serialized_start=3595
+  _globals['_JOBSERVICE']._serialized_end=4446
 # @@protoc_insertion_point(module_scope)

@@ -337,17 +337,24 @@ class ReleaseJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
+    RESTORED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.int
     array: _builtins.bool
+    restored: _builtins.bool
+    """Instead of a job, with job_id 0: those that are held since the database was put back from a
+    copy, or passed for one, and nobody has said what became of them. At most 1000, those that were
+    submitted first; FAILED_PRECONDITION where there is none (any more).
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.int = ...,
         array: _builtins.bool = ...,
+        restored: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "job_id", b"job_id", "restored", b"restored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
