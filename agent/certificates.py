@@ -6,7 +6,8 @@ restarted and nobody can talk to it. And whoever has renewed the files wants to 
 program, which takes them up at the next connection, has got them.
 
 How: the files are looked at each minute by what the system says of them, and read where that has
-changed, and once a day. The agent has the same file; a test compares them.
+changed, once a day, and when the first of them has expired. The agent has the same file; a test
+compares them.
 """
 
 import asyncio
@@ -31,7 +32,8 @@ async def watch(
 ) -> None:
     """Until it is cancelled. The first look is at once, after a start that has told its doubts."""
     judged = seen = tls.stamp()
-    _tell_expiry(_judge(tls), emit, now_s())
+    found = _judge(tls)
+    _tell_expiry(found, emit, now_s())
     looks = 0
     while True:
         await sleep(LOOK_S)
@@ -39,7 +41,8 @@ async def watch(
         before, seen = seen, tls.stamp()
         # Files that change are left alone until all three are there.
         renewed = judged != seen == before
-        if not renewed and looks % LOOKS_PER_DAY:
+        over = not found.doubt and now_s() >= found.expires_unix_s
+        if not (renewed or over) and looks % LOOKS_PER_DAY:
             continue
         judged = seen
         found = _judge(tls)

@@ -233,6 +233,32 @@ async def test_the_days_that_are_left_are_counted(
     assert (line[2]["file"], line[2]["days"]) == (str(tmp_path / "lasting/n1.pem"), 13)
 
 
+async def test_what_expires_under_way_is_said_then_and_not_a_day_later(
+    program: tuple[ModuleType, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenSSL says it, which has no clock but the system's."""
+    lasting = Authority(tmp_path / "lasting", left=timedelta(days=400))
+    files = lasting.issue("n1", left=timedelta(days=30))
+    log = Log(4)
+    transport, _, certificates = program
+    asked: list[object] = []
+
+    def judge(tls: object) -> object:
+        asked.append(tls)
+        doubt = "n1.pem: certificate has expired" if len(asked) > 1 else ""
+        return program[1].Judged(doubt, "n1.pem", 0.0 if doubt else 100.0)
+
+    def now_s() -> float:
+        return 10.0 + 40.0 * log.look
+
+    monkeypatch.setattr(program[1], "judge", judge)
+    tls = tls_of(files, transport.Tls)
+    with pytest.raises(asyncio.CancelledError):
+        await certificates.watch(tls, log.emit, now_s=now_s, sleep=log.sleep)
+    assert [event for _, event, _ in log.lines] == ["tls.expiring", "tls.doubted"]
+    assert log.look == 5
+
+
 async def test_a_renewal_is_told_when_all_its_files_are_there(
     program: tuple[ModuleType, ...], tmp_path: Path
 ) -> None:
