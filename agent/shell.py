@@ -77,6 +77,7 @@ class AgentShell:
         self._outbox = Outbox()
         # In the order of their making, so that a simulation ends them in the same order again.
         self._tasks: dict[asyncio.Task[None], None] = {}
+        self._copying: dict[str, asyncio.Task[None]] = {}  # by attempt
         self._bug: BaseException | None = None
         self._stuck = False  # the journal takes nothing: we can promise nothing
         self._leaving = asyncio.Event()
@@ -261,6 +262,7 @@ class AgentShell:
                 ports.trainers.unregister(command.attempt)
                 ports.slabs.release(command.attempt)
                 ports.processes.forget(command.attempt)
+                self._copying.pop(command.attempt, None)
                 self._spawn(self._clear(command.attempt))
             case m.TellTrainer():
                 ports.trainers.tell(command.attempt, dict(command.message))
@@ -274,7 +276,9 @@ class AgentShell:
             case m.DiscardSource():
                 self._spawn(ports.chunks.discard(command.path))
             case m.ReplicateCheckpoint():
-                self._spawn(self._replicate(command))
+                if before := self._copying.pop(command.attempt, None):
+                    before.cancel()  # it is to go elsewhere now
+                self._copying[command.attempt] = self._spawn(self._replicate(command))
             case m.CollectCheckpoints():
                 self._spawn(self._collect(command))
             case Report():
@@ -286,10 +290,11 @@ class AgentShell:
             case m.Log():
                 ports.log(command.level, command.event, command.fields)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks[task] = None
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         """A bug in an adapter must end the agent, not vanish with its task."""

@@ -8,7 +8,7 @@ the commands. `next_wake_ms` says when time alone will matter next.
 
 from dataclasses import replace
 
-from agent.core import clean, endings, gpus, hangs, link, pipeline, precopy, shares, stuck
+from agent.core import clean, copies, endings, gpus, hangs, link, pipeline, precopy, shares, stuck
 from agent.core.admission import is_past, why_not
 from agent.core.attempt import AttemptRecord, LiveAttempt, Phase
 from agent.core.gpu_messages import GpusInspected, Sampled
@@ -215,7 +215,7 @@ def _start(state: State, now: Instant, order: StartAttempt, chance: str) -> None
         named.epoch,
         order.spec,
         order.gpu_uuids,
-        pipeline.reachable(state, order.candidates),
+        copies.reachable(state, order.candidates),
         order.replica_target,
         order.spec.replication == "required",
         order.restart_count,

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 from agent.core import endings
 from agent.core.attempt import LiveAttempt, Offered, Pending, Phase, Proposal
+from agent.core.copies import target_of
 from agent.core.messages import (
     AttemptExited,
     CaptureFound,
@@ -42,7 +43,6 @@ from agent.core.messages import (
 )
 from agent.core.state import Instant, State, sentence
 from agent.core.trainer_messages import TrainerCheckpoint, capture_place, is_capture
-from agent.core.values import ReplicaSource, RestoreCandidate
 
 # Proposals that the coordinator has not answered. While it is away newer checkpoints wait at the
 # first station, so that an outage of days holds this many on disk and not thousands.
@@ -59,31 +59,6 @@ COPY_RETRY_MS_MAX = 300_000
 SETTLE_MS_MAX = 120_000
 # A smaller copy says more of round trips than of the link.
 TIMED_BYTES_MIN = 16_000_000
-
-SHARED = "shared"
-
-
-def reachable(
-    state: State, candidates: tuple[RestoreCandidate, ...]
-) -> tuple[RestoreCandidate, ...]:
-    """The coordinator knows that a copy is shared; where that directory is, each node knows."""
-    here = state.options.shared_directory
-
-    def known(sources: tuple[ReplicaSource, ...]) -> tuple[ReplicaSource, ...]:
-        return tuple(
-            replace(source, address=here) if source.node == SHARED else source
-            for source in sources
-            if source.node != SHARED or here
-        )
-
-    return tuple(
-        replace(
-            candidate,
-            sources=known(candidate.sources),
-            parts=tuple(replace(part, sources=known(part.sources)) for part in candidate.parts),
-        )
-        for candidate in candidates
-    )
 
 
 def offer(state: State, live: LiveAttempt, message: TrainerCheckpoint) -> None:
@@ -303,16 +278,9 @@ def retarget(state: State, now: Instant, live: LiveAttempt, order: SetReplicaTar
         state.put(live, pending=pending)
     elif moved and record.pending is None and not record.stored_digest:
         copy_restored(state, now, live)
+    if _leaves(live):
+        hurry(state, now, live)
     replicate(state, now, live)
-
-
-def target_of(state: State, live: LiveAttempt) -> ReplicaSource | None:
-    """Where its copies go; `None`: nowhere."""
-    if live.record.spec.replication == "none":
-        return None
-    if state.options.shared_directory:
-        return ReplicaSource(SHARED, state.options.shared_directory)
-    return live.record.replica_target
 
 
 def replicated(state: State, now: Instant, live: LiveAttempt, done: ReplicationDone) -> None:
@@ -375,9 +343,16 @@ def _copy_wait_ms(live: LiveAttempt, first_ms: int) -> int:
 
 
 def hurry(state: State, now: Instant, live: LiveAttempt) -> None:
-    """It leaves: a copy that it waits for is tried now, for its last checkpoint is behind that."""
+    """It leaves, and its last checkpoint is behind a copy. One that waits is tried now, and one
+    that goes to who is its standby no more begins again elsewhere: that node may be silent, and
+    then it is a minute before that is known."""
     pending = live.record.pending
-    if live.replica_retry_ms is not None and pending is not None and not pending.restored:
+    if pending is None or pending.restored:
+        return
+    if live.replicating not in (None, target_of(state, live)):
+        live.replicating = None
+        replicate(state, now, live)
+    elif live.replica_retry_ms is not None:
         replicate(state, now, live)
 
 

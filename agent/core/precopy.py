@@ -24,7 +24,7 @@ that fails.
 
 from dataclasses import dataclass
 
-from agent.core import pipeline
+from agent.core import copies
 from agent.core.attempt import LiveAttempt, Phase
 from agent.core.messages import (
     Event,
@@ -151,7 +151,7 @@ def is_over(state: State, live: LiveAttempt, event: Event) -> bool:
     will."""
     if live.precopy_until_ms is None or live.record.gang is not None:
         return False
-    target = pipeline.target_of(state, live)
+    target = copies.target_of(state, live)
     match event:
         case ReplicationDone():
             return target is None or target.node == event.node
@@ -165,7 +165,7 @@ def is_over(state: State, live: LiveAttempt, event: Event) -> bool:
 
 
 def _known(state: State, live: LiveAttempt) -> Known:
-    target = pipeline.target_of(state, live)
+    target = copies.target_of(state, live)
     hung = bool(live.record.exit_reason)
     where = "" if target is None else target.node
     has_it = live.copied_to == where or (not live.stored_bytes and where in _sources(live))

@@ -124,6 +124,26 @@ async def test_what_the_machine_refuses_costs_what_was_asked_for_and_not_the_age
     assert full.logged == [("error", "chunks.not_collected")]
 
 
+async def test_a_copy_that_is_to_go_elsewhere_is_not_sent_on() -> None:
+    """Else a node that is silent would answer for minutes, and be heard instead of the other."""
+    begun: list[str] = []
+
+    async def replicate(digest: str, target: ReplicaSource) -> None:
+        begun.append(target.node)
+        if target.node == "n2":
+            await asyncio.Event().wait()
+
+    ports = SimpleNamespace(chunks=SimpleNamespace(replicate=replicate), sample_interval_ms=1)
+    shell = AgentShell(NodeCore(OPTIONS, Memory("j")), cast("Ports", ports))
+    for node in ("n2", "n3"):
+        shell._act(m.ReplicateCheckpoint("1.1", "ab", ReplicaSource(node, "127.0.0.1:1")))
+        await asyncio.sleep(0)
+    await asyncio.gather(*shell._tasks, return_exceptions=True)
+    assert begun == ["n2", "n3"]
+    assert list(shell._inbox) == [m.ReplicationDone("1.1", "ab", "n3")]
+    assert shell._bug is None
+
+
 async def test_a_box_that_cannot_be_read_is_said_once_and_read_again() -> None:
     full = _Full()
     ports = SimpleNamespace(

@@ -179,6 +179,41 @@ def test_a_standby_that_is_named_while_a_copy_is_on_its_way_gets_one_too() -> No
     assert not copies(job.hear(m.ReplicationDone("7.2", "aa", "n3")))
 
 
+@pytest.mark.parametrize("moved_first", [True, False])
+@pytest.mark.parametrize("killed", [True, False])
+def test_who_leaves_does_not_wait_for_a_node_that_is_its_standby_no_more(
+    *, moved_first: bool, killed: bool
+) -> None:
+    """It may be the silent node for which all of its gang begins anew."""
+    job = Alone(PEER)
+    assert copies(job.save()) == [("bb", "n2")]
+    if moved_first:
+        assert not copies(job.aim(OTHER)), "in its own time, as long as it trains"
+    leaves = job.order(m.StopAttempt(job.name, None if killed else 120_000, "n2 is lost"))
+    if not moved_first:
+        assert not copies(leaves)
+        leaves = job.aim(OTHER)
+    assert copies(leaves) == [("bb", "n3")], "at once"
+    assert not copies(job.aim(OTHER)), "once"
+    job.hear(m.ProcessEnded(v.ProcessExit(job.name, None, 9)))
+    kept, ended = told(job.hear(m.ReplicationDone(job.name, "bb", "n3")))
+    assert isinstance(kept, m.CheckpointProposed)
+    assert kept.replicas == ("n1", "n3")
+    assert isinstance(ended, m.AttemptExited)
+
+
+def test_who_leaves_and_has_no_standby_any_more_says_at_once_how_it_ended() -> None:
+    job = Alone(PEER)
+    job.save()
+    job.hear(m.ProcessEnded(v.ProcessExit(job.name, None, 9)))
+    nobody = m.SetReplicaTarget(job.name, None, required=False, lone=None)
+    kept, ended = told(job.order(nobody))
+    assert isinstance(kept, m.CheckpointProposed)
+    assert kept.replicas == ("n1",)
+    assert isinstance(ended, m.AttemptExited)
+    assert not told(job.hear(m.ReplicationFailed(job.name, "bb", "too late")))
+
+
 def test_a_standby_that_is_named_anew_gets_it_as_long_as_nothing_is_stored() -> None:
     job = Alone(DEAD, PEER)
     assert not copies(job.aim(PEER))
