@@ -27,7 +27,7 @@ is for a coordinator from before that, which takes whoever resumed for a holder 
 
 import asyncio
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -229,7 +229,7 @@ class Restorer:
         self,
         candidate: RestoreCandidate,
         manifest: Manifest,
-        wrong: dict[str, str],
+        wrong: Mapping[str, Absent | Altered],
         writing: Writing,
     ) -> None:
         """Fetch the chunks in `wrong` into the store. Raises `Absent` when nobody has one of them,
@@ -237,9 +237,8 @@ class Restorer:
         source."""
         sizes_bytes = manifest.sizes_bytes()
         wanted = {chunk: sizes_bytes[chunk] for chunk in wrong}
-        failures: dict[str, list[ChunkError]] = {
-            chunk: [Altered(reason)] for chunk, reason in wrong.items()
-        }
+        failures: dict[str, list[ChunkError]] = {chunk: [why] for chunk, why in wrong.items()}
+        altered = sum(isinstance(why, Altered) for why in wrong.values())
         errand = Errand(manifest.job_id, manifest.epoch, candidate.digest)
         for source in candidate.sources:
             if source.node == SHARED_NODE:
@@ -251,7 +250,8 @@ class Restorer:
                 failures[chunk].append(error)
             wanted = {chunk: wanted[chunk] for chunk in refused}
             if not wanted:
-                _log.info("chunks.repaired", digest=candidate.digest, chunks_count=len(wrong))
+                if altered:  # what was missing has only travelled
+                    _log.info("chunks.repaired", digest=candidate.digest, chunks_count=altered)
                 return
         raise _not_had(candidate, [failures[chunk] for chunk in wanted])
 

@@ -171,15 +171,15 @@ def scan(directory: Path) -> list[str]:
 
 def lay_out(
     store: ChunkStore, manifest: Manifest, into: Path, only: Collection[str] | None = None
-) -> dict[str, str]:
+) -> dict[str, Absent | Altered]:
     """Write the files under `into`; with `only`, just the chunks with these digests, into files of
     an earlier call.
 
-    Returns the chunks that are missing or altered, each with a sentence. Raises `DiskFull`, before
-    the first byte where the whole has no room; `ChunkError`. Nothing is synced: a machine that
-    loses power loses the attempt that would have read these files too.
+    Returns the chunks that are missing or altered, each with which of the two. Raises `DiskFull`,
+    before the first byte where the whole has no room; `ChunkError`. Nothing is synced: a machine
+    that loses power loses the attempt that would have read these files too.
     """
-    wrong: dict[str, str] = {}
+    wrong: dict[str, Absent | Altered] = {}
     doing = f"laying out a checkpoint of {manifest.size_bytes} bytes under {into}"
     if only is None:
         check_room(into.parent, manifest.size_bytes, doing)
@@ -343,7 +343,7 @@ def _lay_out_file(
     entry: FileEntry,
     into: Path,
     only: Collection[str] | None,
-    wrong: dict[str, str],
+    wrong: dict[str, Absent | Altered],
 ) -> None:
     complete = True
     with open(into / entry.path, "xb" if only is None else "r+b") as handle:
@@ -353,7 +353,7 @@ def _lay_out_file(
                 try:
                     data = store.read_chunk(chunk.digest, chunk.size_bytes, of=entry.path)
                 except (Absent, Altered) as error:
-                    wrong.setdefault(chunk.digest, str(error))
+                    wrong.setdefault(chunk.digest, error)
                     complete = False
                 else:
                     path = store.chunk_path(chunk.digest)

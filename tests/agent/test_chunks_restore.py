@@ -7,11 +7,13 @@ copy, the checkpoint before it is used, with a sentence that says why.
 """
 
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.chunks.manifest import (
     DEFINITE,
@@ -59,13 +61,20 @@ def leave_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
     monkeypatch.setattr(os, "statvfs", statvfs)
 
 
+def repaired(logged: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many chunks each line says had changed."""
+    return [line["chunks_count"] for line in logged if line["event"] == "chunks.repaired"]
+
+
 async def test_a_node_that_has_nothing_fetches_everything_and_keeps_it(
     one: Node, two: Node
 ) -> None:
     stored = await one.checkpoint(FILES, 1)
-    restored = await two.chunks.restore(
-        [candidate(stored, NOBODY, one.source)], str(two.root / "out")
-    )
+    with capture_logs() as logged:
+        restored = await two.chunks.restore(
+            [candidate(stored, NOBODY, one.source)], str(two.root / "out")
+        )
+    assert not repaired(logged), "nothing has changed on this disk"
     assert (restored.digest, restored.step, restored.skipped) == (stored.digest, 1, ())
     assert files_under(restored.directory) == FILES
     assert (two.root / "out").stat().st_mode & 0o777 == 0o700
@@ -90,7 +99,9 @@ async def test_a_damaged_chunk_is_repaired_from_the_peer(
     stored = await one.checkpoint(FILES, 1)
     await one.chunks.replicate(stored.digest, two.source)
     damage(one.chunk_path(FILES["backbone"]))
-    restored = await one.chunks.restore([candidate(stored, two.source)], str(one.root / "out"))
+    with capture_logs() as logged:
+        restored = await one.chunks.restore([candidate(stored, two.source)], str(one.root / "out"))
+    assert repaired(logged) == [1] * (complaint != "missing")
     assert (restored.digest, restored.skipped) == (stored.digest, ())
     assert files_under(restored.directory) == FILES
     assert one.client.fetched == [digest_of(FILES["backbone"])], "and nothing else travels"
