@@ -395,15 +395,16 @@ class Writing:
     ) -> None:
         for file in self._unnamed:
             file.drop()
-        pinned, self._pinned = self._pinned, set()
         with self._store._lock:
             del self._store._began_s[self]
+        with self._lock:
+            pinned, self._pinned = self._pinned, set()
         self._store._unpin(pinned)
 
     def pin(self, digest: str) -> None:
-        """From here to the end of the block no sweep removes this chunk or manifest."""
+        """No sweep removes this chunk or manifest until the block ends. A late thread pins none."""
         with self._lock:
-            if digest not in self._pinned:
+            if digest not in self._pinned and self in self._store._began_s:
                 self._store._pin(digest)
                 self._pinned.add(digest)
 

@@ -240,6 +240,16 @@ def test_what_stays_is_what_is_listed_or_young_and_newest(tmp_path: Path) -> Non
     check()
 
 
+def test_a_write_that_was_given_up_pins_nothing_any_more(tmp_path: Path) -> None:
+    """The thread of who was cancelled goes on with it for a while."""
+    store = opened(tmp_path / "store", grace_s=0)
+    digest = digest_of(b"data")
+    with store.writing() as writing:
+        writing.put_chunk(digest, b"data")
+    writing.pin(digest)
+    assert store.collect(frozenset()) == 4
+
+
 def test_collect_leaves_a_write_in_progress_alone(tmp_path: Path) -> None:
     store = opened(tmp_path / "store", grace_s=0)
     digest = digest_of(b"data")
