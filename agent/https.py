@@ -66,19 +66,30 @@ def context(protocol: int, tls: Tls) -> ssl.SSLContext:
 
 def renewing(tls: Tls) -> ssl.SSLContext:
     """For a server: whoever connects is shown, and judged by, what is in the files by then; while
-    they do not serve, because they are half replaced, by what was there before."""
-    used = context(ssl.PROTOCOL_TLS_SERVER, tls)
+    they do not serve, because they are half replaced, by what was there before.
+
+    A session that is taken up again is not judged: its caller would outlive his authority in the
+    file. So there are none in TLS 1.3; in 1.2, where Python cannot forbid them, those end that may
+    be of before a renewal, and a library that sees one end begins a new one (RFC 5246, 7.2.2).
+    """
+    at_first = used = context(ssl.PROTOCOL_TLS_SERVER, tls)
     known = tls.stamp()
 
-    def choose(connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+    def choose(
+        connection: ssl.SSLObject, _name: str | None, _first: ssl.SSLContext
+    ) -> ssl.AlertDescription | None:
         nonlocal used, known
         before, known = known, tls.stamp()
         if known != before:
             used = _other(tls) or used
         connection.context = used
+        resumed = connection.session_reused and used is not at_first
+        return ssl.AlertDescription.ALERT_DESCRIPTION_ACCESS_DENIED if resumed else None
 
     first = context(ssl.PROTOCOL_TLS_SERVER, tls)
     first.sni_callback = choose
+    first.num_tickets = 0
+    first.options |= ssl.OP_NO_TICKET
     return first
 
 

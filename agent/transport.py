@@ -139,7 +139,8 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
         found = os.stat(path)
     except OSError:
         return None  # it is being replaced; whoever reads it says what is wrong
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    # Not when its bytes changed: one that may be read at last (`chown`) is another one, too.
+    return found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def _read(path: str) -> bytes:

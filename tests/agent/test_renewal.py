@@ -6,7 +6,9 @@ that was taken out of the file lets nobody in any more.
 """
 
 import asyncio
+import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +143,53 @@ async def test_who_connects_after_a_renewal_is_shown_the_new_certificate(
     assert not await opens(port, known)
     assert not await opens(port, mixed)
     await stop()
+
+
+def call_again(
+    port: int, context: ssl.SSLContext, session: ssl.SSLSession | None
+) -> tuple[bytes, ssl.SSLSession | None]:
+    """What the server says, and the session to be taken up the next time."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as bare,
+        context.wrap_socket(bare, server_hostname="127.0.0.1", session=session) as connection,
+    ):
+        return connection.recv(5), connection.session
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_of_before_lets_nobody_in_whose_authority_is_gone(
+    program: tuple[ModuleType, ...], first: Authority, second: Authority, version: ssl.TLSVersion
+) -> None:
+    files, known = first.issue("server"), first.issue("a-user")
+    context = agent.https.context(ssl.PROTOCOL_TLS_CLIENT, tls_of(known))
+    context.load_verify_locations(second.path)
+    context.maximum_version = version
+    port, stop = await by_https(program[0], program[1], files)
+    said, session = await asyncio.to_thread(call_again, port, context, None)
+    assert said == b"hello"
+    again, _ = await asyncio.to_thread(call_again, port, context, session)
+    assert again == b"hello"
+    replace(files, second.issue("server"))
+    try:
+        late, _ = await asyncio.to_thread(call_again, port, context, session)
+    except OSError:
+        late = b""
+    assert late == b""
+    await stop()
+
+
+def test_a_file_that_may_be_read_at_last_is_another_one(
+    program: tuple[ModuleType, ...], first: Authority
+) -> None:
+    """Who copies as root and gives it away afterwards changes none of its bytes."""
+    files = first.issue("server")
+    tls = tls_of(files, program[0].Tls)
+    before = tls.stamp()
+    assert tls.stamp() == before
+    end_s = time.monotonic() + DEADLINE_S
+    while tls.stamp() == before and time.monotonic() < end_s:  # a file system's clock may be coarse
+        files.cert.chmod(0o640)
+    assert tls.stamp() != before
 
 
 async def test_what_is_connected_outlives_its_certificate_and_who_connects_does_not(
