@@ -76,8 +76,9 @@ def checkpoint() -> None:
     """List checkpoints, keep some, and take them out or in.
 
     Of an open job the newest few are kept (see --keep-checkpoints of submit), of one that has ended
-    the last, for as long as the job is remembered: until 10,000 others have ended after it. A
-    pinned checkpoint is kept until it is unpinned, whatever becomes of its job.
+    the last, for as long as the job is remembered: until 10,000 others have ended after it, or as
+    many as the coordinator's jobs_kept says. A pinned checkpoint is kept until it is unpinned,
+    whatever becomes of its job.
 
     \b
     Examples:
