@@ -220,8 +220,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )] = "auto"
     job_units: Annotated[bool, says(
         "Run each job as a service of systemd, held to its memory and its GPUs, where "
-        "baton-launcher.socket is there. false: in the agent's own unit, without limits, and "
-        "built-in trainers start warm, which they cannot in a unit of their own."
+        "baton-launcher.socket is there. false: in the agent's own unit, without limits."
     )] = True
     mps: Annotated[str, says(
         "auto or off: whether jobs that share a GPU run under NVIDIA's MPS where "

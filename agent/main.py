@@ -162,10 +162,7 @@ async def _serve(config: Config, arguments: Sequence[str]) -> None:
         stack.push_async_callback(journal.close)
         memory = await journal.open(secrets.token_hex(16))
         memory = await waive(state_directory, journal, memory, logging_setup.emit)
-        forks = ForkServers(_warmth(config))
-        stack.push_async_callback(forks.close)
-        forks.open()
-        processes = _processes(config, forks)
+        processes = _processes(config, stack)
         store = ChunkStore(state_directory / "chunks")
         # The supervisor's records and logs, and apart from them what trainers write into.
         attempts_directory = state_directory / "attempts"
@@ -382,12 +379,17 @@ def _warmth(config: Config) -> Warmth | None:
     return Warmth(config.trainer_python, ("trainers.warm",), config.trainer_environment)
 
 
-def _processes(config: Config, forks: ForkServers) -> Processes:
+def _processes(config: Config, stack: AsyncExitStack) -> Processes:
     """With trainers as services of systemd where that can be asked for, else as processes of this
     agent's own unit. Those have the agent's user, and so has MPS."""
-    units = Units(SOCKET) if config.job_units and SOCKET.exists() else None
-    if units is not None:
+    units = forks = None
+    if config.job_units and SOCKET.exists():
+        units = Units(SOCKET, warmth=_warmth(config))
         logging_setup.emit("info", "agent.job_units", (("launcher", str(SOCKET)),))
+    else:
+        forks = ForkServers(_warmth(config))
+        stack.push_async_callback(forks.close)
+        forks.open()
     supervisor = Supervisor(
         Path(config.state_directory),
         forks=forks,

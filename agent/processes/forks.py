@@ -63,6 +63,16 @@ class Warmth:
     modules: tuple[str, ...]
     environment: Mapping[str, str]
 
+    def fits(self, launch: Launch) -> bool:
+        """Whether this interpreter, and what it has loaded, are what that launch would have got."""
+        if launch.arguments[:3] != (self.interpreter, "-P", "-m"):
+            return False
+        return settings(dict(launch.environment)) == settings(self.environment)
+
+    def server_environment(self) -> dict[str, str]:
+        """What the server itself is started with."""
+        return {**self.environment, **SERVER_ENVIRONMENT}
+
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The part of an environment that libraries read while they are loaded."""
@@ -149,15 +159,16 @@ class ForkServer:
         """It is ready, or it has ended."""
         assert self._channel is not None
         try:
-            data = self._channel.recv(len(forkserver.READY))
+            data = self._channel.recv(forkserver.SAID_BYTES_MAX)
         except BlockingIOError:
             return
         except ConnectionError:
             data = b""
-        if data:
+        if data == forkserver.READY:
             self.ready.set()
             self._pause_s = RESTART_FIRST_S
             log.info("fork_server.ready", server=self.name, pid=self.pid())
+        if data:  # else what it has to say is in its last words, and in its status
             return
         self._ended()
 
@@ -204,8 +215,8 @@ class ForkServers:
         self._warmth = warmth
         self.warm: ForkServer | None = None
         if warmth is not None:
-            environment = {**warmth.environment, **SERVER_ENVIRONMENT}
-            self.warm = ForkServer("warm", (warmth.interpreter, "-P"), warmth.modules, environment)
+            command, environment = (warmth.interpreter, "-P"), warmth.server_environment()
+            self.warm = ForkServer("warm", command, warmth.modules, environment)
 
     def open(self) -> None:
         """Start them; neither is waited for."""
@@ -220,8 +231,8 @@ class ForkServers:
     def ask(self, launch: Launch, directory: Path, status_fd: int) -> int:
         """Have the shim of a launch forked by who fits best; returns that server's pid, 0 when
         nobody can now."""
-        warm = self.warm
-        if warm is not None and self._fits(launch) and warm.ask(directory, status_fd):
+        warm, warmth = self.warm, self._warmth
+        if warm and warmth and warmth.fits(launch) and warm.ask(directory, status_fd):
             return warm.pid()
         return self.plain.pid() if self.plain.ask(directory, status_fd) else 0
 
@@ -231,14 +242,6 @@ class ForkServers:
             if server.pid() == pid:
                 log.warning("fork_server.hung", server=server.name, pid=pid)
                 server.end()
-
-    def _fits(self, launch: Launch) -> bool:
-        """Whether the warm server's interpreter, and what it has loaded, are what this launch would
-        have got."""
-        warmth = self._warmth
-        if warmth is None or launch.arguments[:3] != (warmth.interpreter, "-P", "-m"):
-            return False
-        return settings(dict(launch.environment)) == settings(warmth.environment)
 
     def _servers(self) -> list[ForkServer]:
         return [self.plain, *([self.warm] if self.warm else [])]

@@ -19,12 +19,16 @@ GPU opens the driver, which then refuses every fork of that process (CUDA C++ Pr
 "Initialization"), and a training there would go on without its GPU. So no device of the driver may
 be open either.
 
-    python [-I -S] forkserver.py SOCKET_DESCRIPTOR MODULES PADDING
+    python [-I -S] forkserver.py CHANNEL MODULES PADDING
 
-`MODULES` is a comma-separated list, empty for supervisors alone. `PADDING`, and a variable of that
-name, make room where the kernel reads arguments and environment from, so that a forked child can
-say what it is: what `ps` shows, and what is looked for in `/proc/<pid>/cmdline` and `environ`, must
-be true of it (proc(5), fields 48 to 51 of `stat`).
+`CHANNEL` is the descriptor of a socket, or the path of one that listens, where this process is no
+child of the agent's. There a request brings a gate in place of the pipe, an end of a socket pair:
+the fork says its number and waits until it has been put where it belongs (see `warm_unit.py`), and
+its status pipe lies in the attempt's directory. `MODULES` is a comma-separated list, empty for
+supervisors alone. `PADDING`, and a variable of that name, make room where the kernel reads
+arguments and environment from, so that a forked child can say what it is: what `ps` shows, and what
+is looked for in `/proc/<pid>/cmdline` and `environ`, must be true of it (proc(5), fields 48 to 51
+of `stat`).
 """
 
 import gc
@@ -43,6 +47,9 @@ else:
     from agent.processes import shim
 
 READY = b"ready"
+UNAVAILABLE = b"unavailable"  # a module cannot be imported
+GO = b"g"
+SAID_BYTES_MAX = 64
 REQUEST_BYTES_MAX = 8192  # a path, PATH_MAX is 4096
 EXIT_NO_MODULE = 3
 EXIT_THREADS = 4
@@ -52,7 +59,7 @@ TITLE, ENVIRONMENT = 45, 47  # where an area begins, among the fields after the 
 MODULES: list[str] = []  # what this server has imported; none for supervisors alone
 
 
-def serve(channel: socket.socket) -> int:
+def serve(channel: socket.socket, *, gated: bool) -> int:
     """Fork a shim for each request until the agent's end is closed. Returns the exit status."""
     channel.send(READY)
     while True:
@@ -63,7 +70,8 @@ def serve(channel: socket.socket) -> int:
             return EXIT_THREADS
         pid = os.fork()
         if pid == 0:
-            become_shim(data, descriptors[0])
+            channel.close()
+            become_shim(data, descriptors[0], gated=gated)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -92,11 +100,17 @@ def open_files() -> list[str]:
     return found
 
 
-def become_shim(directory: bytes, status_fd: int) -> None:
+def become_shim(directory: bytes, descriptor: int, *, gated: bool) -> None:
     """In the child: from here on the same as a shim that was executed. Returns never."""
     try:
         os.setsid()
-        os.dup2(status_fd, shim.STATUS_FD)
+        if gated:
+            if not wait_at(descriptor):
+                os._exit(0)
+            # without waiting: nobody reads it when the attempt has been given up
+            descriptor = os.open(directory + b"/status", os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+        os.dup2(descriptor, shim.STATUS_FD)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         errors = os.open(directory + b"/shim.err", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         for source, target in ((null, 0), (null, 1), (errors, 2)):
@@ -110,6 +124,13 @@ def become_shim(directory: bytes, status_fd: int) -> None:
         traceback.print_exc()  # the agent reads the last line
     finally:
         os._exit(0)
+
+
+def wait_at(gate_fd: int) -> bool:
+    """Whether this process is let through; not when whoever was to do that has gone."""
+    with socket.socket(fileno=gate_fd) as gate:
+        gate.send(b"%d" % os.getpid())
+        return gate.recv(len(GO)) == GO
 
 
 def enter(launch: shim.Launch) -> None:
@@ -166,13 +187,23 @@ def show(area: int, words: list[bytes]) -> None:
     ctypes.memmove(begin, text.ljust(end - begin, b"\0"), end - begin)
 
 
+def connect(channel: str) -> socket.socket:
+    """To the agent. Raises OSError."""
+    if channel.isdecimal():
+        inherited = socket.socket(fileno=int(channel))
+        inherited.set_inheritable(False)
+        return inherited
+    dialled = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    dialled.connect(channel)
+    return dialled
+
+
 def main() -> int:
     """Exit status: 0 when the agent has gone, 3 when a module cannot be imported, 4 when importing
     or forking would leave threads, or the driver, behind."""
     import ctypes  # noqa: F401 - before the first fork, so that no child waits for it
 
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    channel.set_inheritable(False)
+    channel = connect(sys.argv[1])
     signal.signal(
         signal.SIGCHLD, signal.SIG_IGN
     )  # the kernel reaps; shims are watched by the agent
@@ -182,6 +213,7 @@ def main() -> int:
             __import__(module)
     except ImportError as error:
         sys.stderr.write(f"{error}\n")
+        channel.send(UNAVAILABLE)
         return EXIT_NO_MODULE
     if reason := why_not():
         sys.stderr.write(f"importing {', '.join(MODULES)} leaves {reason}\n")
@@ -189,7 +221,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # what is never looked at is never copied
     gc.enable()
-    return serve(channel)
+    return serve(channel, gated=not sys.argv[1].isdecimal())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ privileged than it would be without.
 
     {"ask": "start", "attempt": "7.2", "gpus": ["GPU-..."], "memory_bytes": 0, "grace_ms": 120000}
         a MIG instance is its GPU and the numbers of its instances there: "GPU-.../1/0"
-    {"ask": "kill", "attempt": "7.2"}      everything in its unit, at once
+    {"ask": "kill", "attempt": "7.2"}      everything in its units, at once
     {"ask": "forget", "attempt": "7.2"}    how its unit ended need not be kept any longer
+    {"ask": "warm"}                        the process that trainers are forked from, anew
+    {"ask": "move", "attempt": "7.2", "gpus": [], "memory_bytes": 0, "grace_ms": 120000, "pid": 12}
+        what that one has forked gets a unit of its own, before it starts anything
 
 The answer is {"refused": "a sentence"}, empty where it was done. One message each
 (`SOCK_SEQPACKET`).
@@ -33,10 +36,18 @@ Threats, and what is done about them.
   the driver says in /proc.
 - A request that is large, endless or slow: one message of bounded size, within a second; unknown
   fields, and numbers out of bounds, are refused.
+- A process that is no trainer's gets a unit: only what is in the warm process's own unit, by its
+  control group, is moved out of it, and it is held by a descriptor, lest its number be another's.
 
 Trainers run here as `--job-user`, who must be able to read and write what the agent lays out for
-them; that is the agent's own user unless its directories are shared otherwise. A warm start is not
-possible in a unit: what is forked stays in the group of who forks it.
+them; that is the agent's own user unless its directories are shared otherwise.
+
+What is forked stays in the group, the mounts and under the filters of who forks it. So the process
+that warm trainers are forked from is a service with the properties of theirs, and what it forks is
+moved into a scope, which is a unit of processes that are there already (systemd.scope(5)): limits,
+devices and grace are its own, all else it has inherited. A scope has no first process: at a
+shutdown all of it gets SIGTERM at once. Nor has it what an operator has set for services: where
+that is more than nothing, and nothing is set for scopes, none is made.
 """
 
 import argparse
@@ -44,20 +55,25 @@ import json
 import os
 import pwd
 import re
+import select
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 REQUEST_BYTES_MAX = 8192  # 64 UUIDs of 40 bytes, and the rest
 RECEIVE_S = 1.0  # it is there when the connection is, or never
+MOVE_S = 5.0  # systemd answers before it has done it, milliseconds later
+MOVE_LOOK_S = 0.002
 RUN_S = 30.0  # what systemd takes to start a unit is milliseconds; a manager that hangs is told of
 GPUS_MAX = 64
 MEMORY_BYTES_MIN = 64 * 1024**2  # less does not hold an interpreter
 MEMORY_BYTES_MAX = 2**50  # a pebibyte: more than any node
+PID_MAX = 2**22  # of Linux, on 64 bits (proc(5))
 GRACE_MS_MAX = 2**31 - 1  # as the supervisor itself
 TASKS_MAX = 65_536  # a trainer with hundreds of workers and their threads; far below a fork bomb
 FIRST_DESCRIPTOR = 3  # of those that systemd hands over (sd_listen_fds(3))
@@ -99,8 +115,23 @@ FIXED_PROPERTIES = (
     "LockPersonality=yes",
     "SystemCallArchitectures=native",
 )
+SYSTEMD, SYSTEMD_OBJECT = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
+WARM_UNIT = "baton-warm.service"
+WARM_DIRECTORY = "warm"
+WARM_START = 'exec "$$@" 2>"$$0/shim.err"'
+WARM_PROPERTIES = (
+    # One that opens a device is not forked from, and has to show it: with none to open, a library
+    # that looks for GPUs would keep it in mind that there are none.
+    *(f"DeviceAllow=char-nvidia{kind} rw" for kind in ("", "-frontend", "-uvm", "-caps")),
+    "KillSignal=SIGKILL",  # it has nothing to save
+    "CollectMode=inactive-or-failed",
+)
+SERVICE_DROP_INS, SCOPE_DROP_INS = "baton-job-.service.d", "baton-job-.scope.d"
+UNIT_DIRECTORIES = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system")
 FIELDS = {
     "start": {"ask", "attempt", "gpus", "memory_bytes", "grace_ms"},
+    "warm": {"ask"},
+    "move": {"ask", "attempt", "gpus", "memory_bytes", "grace_ms", "pid"},
     "kill": {"ask", "attempt"},
     "forget": {"ask", "attempt"},
 }
@@ -112,7 +143,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What no request can change. An empty `agent_unit`: the peer's user is all that is checked."""
+    """What no request can change. An empty `agent_unit`: no control group is looked at."""
 
     agent_uid: int
     agent_unit: str
@@ -121,12 +152,15 @@ class Settings:
     interpreter: str = os.path.realpath(sys.executable)
     systemd_run: str = "systemd-run"
     systemctl: str = "systemctl"
+    busctl: str = "busctl"
     driver_directory: Path = DRIVER_DIRECTORY
     control_groups: Path = Path("/proc")
+    unit_directories: tuple[str, ...] = UNIT_DIRECTORIES
 
 
-def unit_name(attempt: str) -> str:
-    return f"baton-job-{attempt}.service"
+def unit_names(attempt: str) -> tuple[str, str]:
+    """What it is in when it has been started, and when it has been moved."""
+    return f"baton-job-{attempt}.service", f"baton-job-{attempt}.scope"
 
 
 def parse(message: bytes) -> dict[str, object]:
@@ -140,10 +174,12 @@ def parse(message: bytes) -> dict[str, object]:
         raise Refused("the request asks for nothing that is known here")
     if set(request) != FIELDS[ask]:
         raise Refused(f"a request to {ask} has the fields {', '.join(sorted(FIELDS[ask]))}")
-    attempt = request["attempt"]
+    attempt = request.get("attempt", "1.1")
     if not isinstance(attempt, str) or not ATTEMPT.fullmatch(attempt):
         raise Refused("'attempt' is no attempt id")
-    if ask == "start":
+    if "pid" in request:
+        check_number(request, "pid", 2, PID_MAX)
+    if "gpus" in request:
         gpus = request["gpus"]
         if not isinstance(gpus, list) or len(gpus) > GPUS_MAX:
             raise Refused(f"'gpus' must be a list of at most {GPUS_MAX}")
@@ -163,25 +199,25 @@ def check_number(request: dict[str, object], name: str, least: int, most: int) -
         raise Refused(f"'{name}' must be an integer from {least} to {most}")
 
 
-def check_directory(settings: Settings, attempt: str) -> Path:
-    """The attempt's directory, which is the agent's and is reached without a link. Raises
+def check_directory(settings: Settings, *steps: str) -> Path:
+    """A directory of the agent's below its state directory, reached without a link. Raises
     `Refused`."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     path = settings.state_directory
     descriptors: list[int] = []
     try:
-        for step in (os.fspath(path), "attempts", attempt):
+        for step in (os.fspath(path), *steps):
             parent = descriptors[-1] if descriptors else None
             descriptors.append(os.open(step, flags, dir_fd=parent))
             status = os.fstat(descriptors[-1])
             if status.st_uid != settings.agent_uid or status.st_mode & 0o022:
                 raise Refused(f"{step} is not a directory that the agent alone can write to")
     except OSError as error:
-        raise Refused(f"the attempt has no directory: {error.strerror}") from None
+        raise Refused(f"{steps[-1]} has no directory: {error.strerror}") from None
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return path / "attempts" / attempt
+    return path.joinpath(*steps)
 
 
 def gpu_devices(settings: Settings, gpus: Sequence[str]) -> list[str]:
@@ -224,39 +260,147 @@ def capability_devices(settings: Settings, minor: int, instance: str, compute: s
 
 def command(settings: Settings, request: dict[str, object]) -> list[str]:
     """What is executed for a request that was parsed. Raises `Refused`."""
-    attempt = str(request["attempt"])
-    unit = unit_name(attempt)
-    if request["ask"] == "kill":
-        return [settings.systemctl, "kill", "--kill-whom=all", "--signal=KILL", "--", unit]
-    if request["ask"] == "forget":
-        return [settings.systemctl, "reset-failed", "--", unit]
-    directory = check_directory(settings, attempt)
-    gpus, grace_ms = request["gpus"], request["grace_ms"]
-    assert isinstance(gpus, list)
-    assert isinstance(grace_ms, int)
-    memory = request["memory_bytes"] or "infinity"
+    attempt = str(request.get("attempt", ""))
+    match request["ask"]:
+        case "kill":
+            words = [settings.systemctl, "kill", "--kill-whom=all", "--signal=KILL", "--"]
+            return [*words, *unit_names(attempt)]
+        case "forget":
+            return [settings.systemctl, "reset-failed", "--", *unit_names(attempt)]
+        case "move":
+            return scope(settings, request)
+        case "warm":
+            directory = check_directory(settings, WARM_DIRECTORY)
+            words = [*service(settings, WARM_UNIT, "Baton warm process", WARM_PROPERTIES)]
+            return [*words, *program(settings, WARM_START, directory), "--execute"]
+    directory = check_directory(settings, "attempts", attempt)
     properties = [
-        *FIXED_PROPERTIES,
-        f"User={settings.job_user}",
-        f"TimeoutStopSec={max(1, grace_ms)}ms",  # zero is no limit at all (systemd.service(5))
-        f"MemoryMax={memory}",
+        f"TimeoutStopSec={grace_ms(request)}ms",
+        f"MemoryMax={request['memory_bytes'] or 'infinity'}",
         # else the limit would only move the job's memory to the disk
         *(["MemorySwapMax=0"] if request["memory_bytes"] else []),
+        *(f"DeviceAllow={device} rw" for device in devices(settings, request)),
     ]
-    if gpus:
-        devices = [*CONTROL_DEVICES, *gpu_devices(settings, gpus)]
-        properties += [f"DeviceAllow={device} rw" for device in devices]
-    program = settings.state_directory / f"shim.{sys.implementation.cache_tag}.pyc"
+    unit, _ = unit_names(attempt)
+    words = service(settings, unit, f"Baton attempt {attempt}", properties)
+    return [*words, *program(settings, START, directory)]
+
+
+def grace_ms(request: dict[str, object]) -> int:
+    """Zero is no limit at all to systemd (systemd.service(5))."""
+    asked = request["grace_ms"]
+    assert isinstance(asked, int)
+    return max(1, asked)
+
+
+def devices(settings: Settings, request: dict[str, object]) -> list[str]:
+    """What the attempt may open, beside what everybody may. Raises `Refused`."""
+    gpus = request["gpus"]
+    assert isinstance(gpus, list)
+    return [*CONTROL_DEVICES, *gpu_devices(settings, gpus)] if gpus else []
+
+
+def service(
+    settings: Settings, unit: str, description: str, properties: Sequence[str]
+) -> list[str]:
+    """The beginning of a command that starts a service of the job's user."""
+    values = (*FIXED_PROPERTIES, f"User={settings.job_user}", *properties)
     return [
         settings.systemd_run,
         "--quiet",
         f"--unit={unit}",
-        f"--description=Baton attempt {attempt}",
-        *(f"--property={value}" for value in properties),
+        f"--description={description}",
+        *(f"--property={value}" for value in values),
         "--",
-        *("/bin/sh", "-c", START, os.fspath(directory)),
-        *(settings.interpreter, "-I", "-S", os.fspath(program), os.fspath(directory)),
     ]
+
+
+def program(settings: Settings, script: str, directory: Path) -> list[str]:
+    """Its end: the supervisor's program in that directory."""
+    path = settings.state_directory / f"shim.{sys.implementation.cache_tag}.pyc"
+    return [
+        *("/bin/sh", "-c", script, os.fspath(directory)),
+        *(settings.interpreter, "-I", "-S", os.fspath(path), os.fspath(directory)),
+    ]
+
+
+def scope(settings: Settings, request: dict[str, object]) -> list[str]:
+    """What makes a unit of a process that is there (org.freedesktop.systemd1(5),
+    StartTransientUnit). Raises `Refused`."""
+    if set_up(settings, SERVICE_DROP_INS) and not set_up(settings, SCOPE_DROP_INS):
+        raise Refused(f"what {SERVICE_DROP_INS} sets is to be in {SCOPE_DROP_INS} as well")
+    attempt = str(request["attempt"])
+    allowed = devices(settings, request)
+    properties = {
+        "PIDs": ("au", "1", str(request["pid"])),
+        "Description": ("s", f"Baton attempt {attempt}"),
+        "KillMode": ("s", "control-group"),
+        "TimeoutStopUSec": ("t", str(1000 * grace_ms(request))),
+        "TasksMax": ("t", str(TASKS_MAX)),
+        "DevicePolicy": ("s", "closed"),
+        "DeviceAllow": (
+            *("a(ss)", str(len(allowed))),
+            *(word for device in allowed for word in (device, "rw")),
+        ),
+    }
+    if request["memory_bytes"]:
+        properties["MemoryMax"] = ("t", str(request["memory_bytes"]))
+        properties["MemorySwapMax"] = ("t", "0")
+    _, unit = unit_names(attempt)
+    return [
+        settings.busctl,
+        *("--quiet", "call", SYSTEMD, SYSTEMD_OBJECT, f"{SYSTEMD}.Manager"),
+        *("StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", str(len(properties))),
+        *(word for name, value in properties.items() for word in (name, *value)),
+        "0",
+    ]
+
+
+def set_up(settings: Settings, name: str) -> bool:
+    """Whether somebody has put a drop-in of that kind."""
+    return any(any(Path(folder, name).glob("*.conf")) for folder in settings.unit_directories)
+
+
+def in_unit(settings: Settings, pid: int, unit: str) -> bool:
+    """Whether the process is in the control group of that unit."""
+    if not settings.agent_unit:
+        return True
+    try:
+        groups = (settings.control_groups / str(pid) / "cgroup").read_text()
+    except OSError:
+        return False
+    return any(line.endswith(f"/{unit}") for line in groups.splitlines())
+
+
+def move(settings: Settings, request: dict[str, object]) -> None:
+    """Give a process of the warm one's a unit of its own. Raises `Refused` unless it is in there,
+    and OSError, `subprocess.TimeoutExpired`."""
+    pid = request["pid"]
+    assert isinstance(pid, int)
+    held = os.pidfd_open(pid)
+    try:
+        if not in_unit(settings, pid, WARM_UNIT):
+            raise Refused(f"process {pid} is not of {WARM_UNIT}")
+        run(command(settings, request))
+        _, unit = unit_names(str(request["attempt"]))
+        deadline_s = time.monotonic() + MOVE_S
+        while not in_unit(settings, pid, unit):
+            if time.monotonic() > deadline_s:
+                raise Refused(f"process {pid} was not moved to {unit} within {MOVE_S:.0f} s")
+            time.sleep(MOVE_LOOK_S)
+        if select.select([held], [], [], 0)[0]:
+            raise Refused(f"process {pid} has ended")
+    finally:
+        os.close(held)
+
+
+def run(words: Sequence[str]) -> None:
+    """Raises `Refused` with the last line that a command that fails has said, OSError, and
+    `subprocess.TimeoutExpired`."""
+    done = subprocess.run(words, capture_output=True, timeout=RUN_S, check=False)
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise Refused(said[-1] if said else f"{words[0]} ended with status {done.returncode}")
 
 
 def check_peer(settings: Settings, channel: socket.socket) -> None:
@@ -266,13 +410,8 @@ def check_peer(settings: Settings, channel: socket.socket) -> None:
     pid, uid, _ = struct.unpack("3i", credentials)
     if uid != settings.agent_uid:
         raise Refused(f"user {uid} is not the agent's")
-    if settings.agent_unit:
-        try:
-            groups = (settings.control_groups / str(pid) / "cgroup").read_text()
-        except OSError:
-            groups = ""
-        if not any(line.endswith(f"/{settings.agent_unit}") for line in groups.splitlines()):
-            raise Refused(f"process {pid} is not of {settings.agent_unit}")
+    if not in_unit(settings, pid, settings.agent_unit):
+        raise Refused(f"process {pid} is not of {settings.agent_unit}")
 
 
 def answer(settings: Settings, channel: socket.socket) -> str:
@@ -283,15 +422,27 @@ def answer(settings: Settings, channel: socket.socket) -> str:
         message = channel.recv(REQUEST_BYTES_MAX + 1)
         if not 0 < len(message) <= REQUEST_BYTES_MAX:
             raise Refused(f"a request has 1 to {REQUEST_BYTES_MAX} bytes")
-        request = parse(message)
-        words = command(settings, request)
-        done = subprocess.run(words, capture_output=True, timeout=RUN_S, check=False)
+        perform(settings, parse(message))
     except (Refused, OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    if done.returncode == 0 or request["ask"] != "start":
-        return ""  # a unit that has gone needs no end
-    return said[-1] if said else f"{words[0]} ended with status {done.returncode}"
+    return ""
+
+
+def perform(settings: Settings, request: dict[str, object]) -> None:
+    """Raises `Refused`, OSError and `subprocess.TimeoutExpired`."""
+    ask = request["ask"]
+    if ask == "move":
+        move(settings, request)
+        return
+    words = command(settings, request)
+    if ask == "warm":  # the one of before, which may hang
+        before = [settings.systemctl, "stop", "--", WARM_UNIT]
+        subprocess.run(before, capture_output=True, timeout=RUN_S, check=False)
+    try:
+        run(words)
+    except Refused:
+        if ask not in ("kill", "forget"):  # a unit that has gone needs no end
+            raise
 
 
 def serve(settings: Settings, listener: socket.socket) -> None:
@@ -317,6 +468,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--state-directory", type=Path, required=True)
     parser.add_argument("--systemd-run", default="systemd-run")
     parser.add_argument("--systemctl", default="systemctl")
+    parser.add_argument("--busctl", default="busctl")
     parser.add_argument("--driver-directory", type=Path, default=DRIVER_DIRECTORY)
     given = parser.parse_args(arguments)
     if pwd.getpwnam(given.job_user).pw_uid == 0:
@@ -328,6 +480,7 @@ def main(arguments: Sequence[str]) -> None:
         state_directory=given.state_directory,
         systemd_run=given.systemd_run,
         systemctl=given.systemctl,
+        busctl=given.busctl,
         driver_directory=given.driver_directory,
     )
     with socket.socket(fileno=FIRST_DESCRIPTOR) as listener:

@@ -206,6 +206,12 @@ def stat_fields(pid: int) -> list[bytes]:
         return []
 
 
+def read_launch(directory: bytes) -> Launch:
+    """What is to be started there. Raises OSError."""
+    with open(directory + b"/" + LAUNCH_NAME.encode(), "rb") as file:
+        return Launch(file.read())
+
+
 def read_group(directory: bytes) -> bytes:
     """The control group that was made for this attempt's trainer; empty when there is none."""
     try:
@@ -392,8 +398,7 @@ def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: None)  # the wake-up pipe carries the number
-    with open(directory + b"/" + LAUNCH_NAME.encode(), "rb") as file:
-        launch = Launch(file.read())
+    launch = read_launch(directory)
     launch.group = read_group(directory)
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
     try:

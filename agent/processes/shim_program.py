@@ -7,7 +7,9 @@ cost milliseconds of each start, and one module for all of it would be a long on
 How: `spawn.write_program` puts the compiled code of this module and of `MODULES` into one file,
 which the interpreter takes for this module's bytecode; it does not look at what follows.
 
-    python -I -S shim.cpython-311.pyc ATTEMPT_DIRECTORY
+    python -I -S shim.cpython-311.pyc ATTEMPT_DIRECTORY [--execute]
+
+With `--execute` it is no shim, but becomes the program of that directory's `launch` at once.
 """
 
 import marshal
@@ -19,7 +21,7 @@ MODULES = ("shim_output", "shim")  # none before what it imports
 
 
 def main() -> None:
-    """Hold the trainer of this attempt. Ends the process."""
+    """Hold the trainer of this attempt, or be it. Ends the process."""
     with open(sys.argv[0], "rb") as file:
         file.seek(HEADER_BYTES)
         marshal.load(file)  # noqa: S302 - this module, from our own file, as the interpreter did
@@ -27,7 +29,10 @@ def main() -> None:
             module = type(sys)(name)
             sys.modules[name] = module
             exec(marshal.load(file), module.__dict__)  # noqa: S102, S302 - likewise
-    sys.modules["shim"].hold(os.fsencode(sys.argv[1]))
+    shim, directory = sys.modules["shim"], os.fsencode(sys.argv[1])
+    if sys.argv[2:] == ["--execute"]:
+        shim.execute(shim.read_launch(directory))
+    shim.hold(directory)
     os._exit(0)  # all is on disk: taking the interpreter apart would be a sixth of a start's work
 
 

@@ -105,7 +105,7 @@ class Supervisor:
         self._retention.open(settled)
         self._groups.sweep(self._attempts)
         if self._units:
-            await self._units.kill_others(self._attempts)
+            await self._units.open(self._state, self._attempts)
         return tuple(self._attempts)
 
     async def start(self, launch: Launch) -> int:

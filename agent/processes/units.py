@@ -20,10 +20,11 @@ import structlog
 
 from agent.core.values import Launch
 from agent.processes import shim
-from agent.processes.launcher import MEMORY_BYTES_MIN
+from agent.processes.forks import Warmth
+from agent.processes.launcher import MEMORY_BYTES_MIN, unit_names
+from agent.processes.warm_unit import WarmUnit
 
 SOCKET = Path("/run/baton-launcher/launcher.sock")
-STATUS_NAME = "status"
 # What an agent that begins waits for a launcher that hangs: systemd gives it 180 s for all.
 OTHERS_S_MAX = 40.0
 LAUNCHER_S_MAX = 35.0  # a little longer than the launcher waits for systemd
@@ -31,6 +32,8 @@ ANSWER_BYTES_MAX = 8192
 # Its processes have ended; systemd has yet to read so: milliseconds, on a box with time to spare.
 ENDED_LOOKS_MAX = 100
 ENDED_LOOK_S = 0.05
+STATUS_NAME = "status"
+SHOWN = ("ActiveState", "Result", "MemoryMax")
 OVER = ("inactive", "failed")
 OOM_KILL = "oom-kill"
 
@@ -69,11 +72,19 @@ def why_ended(properties: dict[str, str]) -> str:
 
 
 class Units:
-    """Starts, kills and settles units by the launcher at `socket_path`."""
+    """Starts, kills and settles units by the launcher at `socket_path`; with a `warmth`, those that
+    it fits are forked from a process that has loaded it."""
 
-    def __init__(self, socket_path: Path = SOCKET, *, systemctl: str = "systemctl") -> None:
+    def __init__(
+        self,
+        socket_path: Path = SOCKET,
+        *,
+        systemctl: str = "systemctl",
+        warmth: Warmth | None = None,
+    ) -> None:
         self._socket_path = socket_path
         self._systemctl = systemctl
+        self.warm = WarmUnit(warmth, self._ask) if warmth else None
         self._tasks: set[asyncio.Future[None]] = set()
 
     def open_status(self, directory: Path) -> int:
@@ -85,7 +96,13 @@ class Units:
     def start(self, launch: Launch, directory: Path, on_refused: Callable[[str], None]) -> None:
         """Have the shim of this attempt started; it says itself how that went, unless
         `on_refused` does."""
-        self._spawn(self._start(request(launch), directory, on_refused))
+        self._spawn(self._start(launch, directory, on_refused))
+
+    async def open(self, state_directory: Path, attempts: Collection[str]) -> None:
+        """Beside those `attempts`, which have records here, nothing is left in a unit."""
+        await self.kill_others(attempts)
+        if self.warm:
+            self.warm.open(state_directory)
 
     async def kill_others(self, attempts: Collection[str]) -> None:
         """SIGKILL what is in the units of attempts that have no records here: nobody answers for
@@ -107,14 +124,16 @@ class Units:
 
     async def attempts(self) -> tuple[str, ...]:
         """Those that systemd has a unit of, running or failed."""
-        text = await self._ask_systemd(
-            "list-units", "--all", "--plain", "--no-legend", "--no-pager", "baton-job-*.service"
-        )
+        options = ("--all", "--plain", "--no-legend", "--no-pager")
+        text = await self._ask_systemd("list-units", *options, *unit_names("*"))
         names = (line.split()[0] for line in text.splitlines() if line.strip())
-        return tuple(name.removeprefix("baton-job-").removesuffix(".service") for name in names)
+        found = (name.removeprefix("baton-job-").rpartition(".")[0] for name in names)
+        return tuple(dict.fromkeys(found))
 
     def close(self) -> None:
-        """Wait for nothing any more; the units go on."""
+        """Wait for nothing any more; the units of attempts go on."""
+        if self.warm:
+            self.warm.close()
         for task in self._tasks:
             task.cancel()
 
@@ -125,8 +144,11 @@ class Units:
         return task
 
     async def _start(
-        self, asked: dict[str, object], directory: Path, on_refused: Callable[[str], None]
+        self, launch: Launch, directory: Path, on_refused: Callable[[str], None]
     ) -> None:
+        asked = request(launch)
+        if self.warm and await self.warm.start(launch, directory, asked):
+            return
         refused = await self._ask(asked)
         if refused:
             # A launcher that was slow may have started it all the same. A shim names itself before
@@ -144,11 +166,15 @@ class Units:
     async def _ended(self, attempt_id: str, tell: Callable[[str], None]) -> None:
         properties: dict[str, str] = {}
         for _ in range(ENDED_LOOKS_MAX):
-            text = await self._ask_systemd(
-                "show", "--property=ActiveState,Result,MemoryMax", f"baton-job-{attempt_id}.service"
-            )
-            properties = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-            if properties.get("ActiveState", OVER[0]) in OVER:
+            names = unit_names(attempt_id)
+            text = await self._ask_systemd("show", f"--property={','.join(SHOWN)}", *names)
+            # one paragraph for each unit; one that is not there is inactive, and a success
+            told = [
+                dict(line.split("=", 1) for line in paragraph.splitlines() if "=" in line)
+                for paragraph in text.split("\n\n")
+            ]
+            if all(each.get("ActiveState", OVER[0]) in OVER for each in told):
+                properties = next((each for each in told if each.get("Result") == OOM_KILL), {})
                 break
             await asyncio.sleep(ENDED_LOOK_S)
         await self._tell({"ask": "forget", "attempt": attempt_id})

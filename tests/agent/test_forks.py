@@ -337,7 +337,7 @@ def test_nothing_that_the_agent_adds_keeps_a_launch_from_the_warm_server(
         launch = mps._as_client(launch, "A")
     added = set(dict(launch.environment)) - set(base)
     assert {"CUDA_VISIBLE_DEVICES", "BATON_TOKEN"} < added
-    assert ForkServers(Warmth(sys.executable, (), base))._fits(launch)
+    assert Warmth(sys.executable, (), base).fits(launch)
 
 
 def test_the_program_of_a_start_needs_no_source(

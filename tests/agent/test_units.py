@@ -1,16 +1,13 @@
 """Trainers as services of systemd, without systemd: the launcher with a stand-in for `systemd-run`.
 
-The stand-in writes its arguments down and executes the program, so that what is tested here is the
-whole way of an attempt: request, checks, handshake over the FIFO, exit, and what its unit's end
-adds. What systemd makes of the properties, only systemd can show.
+What is tested here is the whole way of an attempt: request, checks, handshake over the FIFO, exit,
+and what its unit's end adds.
 """
 
 import asyncio
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,83 +17,11 @@ import pytest
 from agent.core.values import Launch, ProcessExit
 from agent.ports import StartError
 from agent.processes import launcher, units
-from agent.processes.launcher import Refused, Settings, command, parse
+from agent.processes.launcher import Refused, command, parse
 from agent.processes.supervisor import Supervisor
-from agent.processes.units import Units, request, why_ended
+from agent.processes.units import request, why_ended
+from tests.agent.unit_worlds import GPU, World, launching
 from tests.agent.waiting import DEADLINE_S, until
-
-GPU = "GPU-6f1c0000-0000-0000-0000-000000000000"
-
-# Keeps what it was given, one word a line, and is the unit: a process in a session of its own.
-# systemd makes one dollar of two.
-SYSTEMD_RUN = """#!{python}
-import os, sys
-directory = os.path.dirname(os.path.abspath(__file__))
-with open(directory + "/run.txt", "a") as file:
-    file.write("\\n".join(sys.argv[1:]) + "\\n")
-words = [word.replace("$$", "$") for word in sys.argv[sys.argv.index("--") + 1:]]
-if os.fork() == 0:
-    os.setsid()
-    null = os.open("/dev/null", os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(null, number)
-    os.execv(words[0], words)
-"""
-# Says what the file beside it holds of a unit, and notes what it was asked.
-SYSTEMCTL = """#!/bin/sh
-here=$(dirname "$0")
-echo "$@" >> "$here/asked.txt"
-case "$1" in
-  show) cat "$here/show.txt" ;;
-  list-units) cat "$here/units.txt" ;;
-esac
-"""
-
-
-class World:
-    """A launcher at a socket, an agent's state directory, and what systemd was told."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.state = root / "state"
-        for name, text in (
-            ("systemd-run", SYSTEMD_RUN.format(python=sys.executable)),
-            ("systemctl", SYSTEMCTL),
-        ):
-            (root / name).write_text(text)
-            (root / name).chmod(0o755)
-        (root / "units.txt").touch()
-        self.says("success")
-        driver = root / "driver/0000:07:00.0"
-        driver.mkdir(parents=True)
-        (driver / "information").write_text(
-            f"Model: \t\t NVIDIA H100\nGPU UUID: \t {GPU}\nDevice Minor: \t 3\n"
-        )
-        for path, minor in (("gi1/access", 30), ("gi1/ci0/access", 31)):
-            access = root / "capabilities/gpu3/mig" / path
-            access.parent.mkdir(parents=True, exist_ok=True)
-            access.write_text(f"DeviceFileMinor: {minor}\nDeviceFileMode: 292\n")
-        self.settings = Settings(
-            agent_uid=os.getuid(),
-            agent_unit="",
-            job_user="baton-job",
-            state_directory=self.state,
-            systemd_run=str(root / "systemd-run"),
-            systemctl=str(root / "systemctl"),
-            driver_directory=root / "driver",
-        )
-        self.units = Units(root / "launcher.sock", systemctl=str(root / "systemctl"))
-
-    def says(self, result: str, memory: str = "infinity") -> None:
-        text = f"Result={result}\nMemoryMax={memory}\nActiveState=inactive\n"
-        (self.root / "show.txt").write_text(text)
-
-    def run_words(self) -> list[str]:
-        return (self.root / "run.txt").read_text().splitlines()
-
-    def asked(self) -> list[str]:
-        path = self.root / "asked.txt"
-        return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture
@@ -106,30 +31,8 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def serving(world: World) -> Iterator[World]:
-    """With the launcher as a process of its own, its socket on descriptor 3, as systemd does it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(world.root / "launcher.sock"))
-        listener.listen()
-        program = (
-            "import os, runpy, sys; os.dup2(int(sys.argv[1]), 3); sys.argv = sys.argv[2:];"
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
-        )
-        user = "nobody" if os.getuid() == 0 else os.environ["USER"]
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", "-c", program, str(listener.fileno())),
-                launcher.__file__,
-                *("--agent-user", "root" if os.getuid() == 0 else user, "--job-user", user),
-                *("--state-directory", str(world.state)),
-                *("--systemd-run", world.settings.systemd_run),
-                *("--systemctl", world.settings.systemctl),
-                *("--driver-directory", str(world.settings.driver_directory)),
-            ],
-            pass_fds=[listener.fileno()],
-        )
-    yield world
-    process.kill()
-    process.wait()
+    with launching(world):
+        yield world
 
 
 def bash(script: str, attempt_id: str = "1.1", memory_bytes: int = 0, gpus: str = GPU) -> Launch:
@@ -166,7 +69,7 @@ async def test_a_trainer_is_a_unit_with_its_gpus_and_limits(serving: World) -> N
     assert expected <= {word.removeprefix("--property=") for word in words}
     users = [word for word in words if word.startswith("--property=User=")]
     assert users == ["--property=User=nobody"] or os.getuid() != 0
-    assert serving.asked()[-1] == "reset-failed -- baton-job-1.1.service"
+    assert serving.asked()[-1] == "reset-failed -- baton-job-1.1.service baton-job-1.1.scope"
     await supervisor.close()
 
 
@@ -249,11 +152,16 @@ async def test_a_unit_outlives_the_agent_and_is_adopted(serving: World) -> None:
 
 
 async def test_a_unit_without_records_is_killed(serving: World) -> None:
-    line = "baton-job-9.2.service loaded active running Baton attempt 9.2\n"
-    (serving.root / "units.txt").write_text(line)
+    lines = [
+        f"baton-job-9.2.{kind} loaded active running Baton attempt 9.2\n"
+        for kind in ("service", "scope")
+    ]
+    (serving.root / "units.txt").write_text("".join(lines))
     supervisor, _, adopted = await opened(serving)
     assert adopted == ()
-    assert "kill --kill-whom=all --signal=KILL -- baton-job-9.2.service" in serving.asked()
+    killed = [words for words in serving.asked() if words.startswith("kill")]
+    units_ = "baton-job-9.2.service baton-job-9.2.scope"
+    assert killed == [f"kill --kill-whom=all --signal=KILL -- {units_}"]
     await supervisor.close()
 
 
@@ -329,17 +237,18 @@ def test_a_directory_is_the_agents_and_no_link(world: World) -> None:
     attempts.mkdir(parents=True, mode=0o700)
     world.state.chmod(0o700)
     with pytest.raises(Refused):
-        launcher.check_directory(world.settings, "1.1")
+        launcher.check_directory(world.settings, "attempts", "1.1")
     (attempts / "1.1").mkdir(mode=0o700)
-    assert launcher.check_directory(world.settings, "1.1") == attempts / "1.1"
+    assert launcher.check_directory(world.settings, "attempts", "1.1") == attempts / "1.1"
     (attempts / "1.2").symlink_to(attempts / "1.1")
     with pytest.raises(Refused):
-        launcher.check_directory(world.settings, "1.2")
+        launcher.check_directory(world.settings, "attempts", "1.2")
+    stranger = replace(world.settings, agent_uid=os.getuid() + 1)
     with pytest.raises(Refused):
-        launcher.check_directory(replace(world.settings, agent_uid=os.getuid() + 1), "1.1")
+        launcher.check_directory(stranger, "attempts", "1.1")
     (attempts / "1.1").chmod(0o770)
     with pytest.raises(Refused):
-        launcher.check_directory(world.settings, "1.1")
+        launcher.check_directory(world.settings, "attempts", "1.1")
 
 
 @pytest.fixture

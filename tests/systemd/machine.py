@@ -131,14 +131,16 @@ class Container(Machine):
 
 
 @contextlib.contextmanager
-def booted(name: str) -> Iterator[Machine]:
-    """A machine from its boot to its end, by its own process id."""
+def booted(name: str, shown: Sequence[Path] = ()) -> Iterator[Machine]:
+    """A machine from its boot to its end, by its own process id. It sees the directories `shown`
+    where they are here, and cannot write to them."""
     environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
     command = [
         "systemd-nspawn",
         f"--directory={built_root()}",
         f"--machine={name}",
         f"--bind-ro={BUILD}:{PACKAGES_AT}",
+        *(f"--bind-ro={path}" for path in shown),
         *("--volatile=overlay", "--register=no", "--keep-unit", "--private-network", "--boot"),
         *("--console=pipe", "--quiet"),
     ]

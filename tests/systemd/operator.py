@@ -15,6 +15,7 @@ COORDINATOR = "baton-coordinator.service"
 DRIVER = "baton-agent-driver.service"
 LAUNCHER = "baton-launcher.service"
 SOCKET = "baton-launcher.socket"
+WARM = "baton-warm.service"
 NODE = "n1"
 MEMORY_BYTES = 256 * 1024**2
 PROGRAMS_TLS = "".join(

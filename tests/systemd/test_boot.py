@@ -20,6 +20,7 @@ from tests.systemd.operator import (
     MEMORY_BYTES,
     NODE,
     SOCKET,
+    WARM,
     baton,
     configure,
     install,
@@ -103,6 +104,76 @@ def test_trainers_inside_outlive_their_agent_too(packages: tuple[Path, Path]) ->
         inside.run("systemctl", "restart", AGENT)
         wait_until(lambda: adoptions(inside, "baton-job-1.1.service") == 1, "it is adopted")
         assert inside.run("pgrep", "--exact", "sleep") == pid
+
+
+def test_a_built_in_trainer_starts_warm_in_a_unit_of_its_own(packages: tuple[Path, Path]) -> None:
+    with booted("baton-test-warm") as here:
+        install(here, packages[0])
+        # In place of torch: modules that say where they were loaded.
+        here.write("/srv/warm/trainers/__init__.py", "")
+        here.write("/srv/warm/trainers/warm.py", "import os\nPID = os.getpid()\n")
+        program = (
+            "import time, trainers.warm as w\nprint('from', w.PID, flush=True)\ntime.sleep(999)"
+        )
+        here.write("/srv/warm/trainers/transfer.py", program)
+        names = ("model", "train_data", "evaluation_data")
+        settings = "".join(f'{name} = "/srv/{name}"\n' for name in names)
+        here.write("/srv/warm/transfer.toml", f"steps = 1\n{settings}")
+        path = 'trainer_environment = { PYTHONPATH = "/srv/warm" }\n'
+        here.write("/etc/baton/agent.toml", path)
+        here.run("systemctl", "start", COORDINATOR, AGENT)
+        ready = ("BATON_EVENT=fork_server.ready", "--output=cat")
+        wait_until(lambda: here.journal(*ready) != "", "the warm process is ready")
+        server = here.main_pid(WARM)
+        assert server > 0
+
+        words = ("--trainer", "transfer", "--config", "/srv/warm/transfer.toml", "--workdir", "")
+        here.run("baton", "submit", *words, f"--memory={MEMORY_BYTES}")
+        said = f"from {server}"
+        wait_until(lambda: said in here.ask("baton", "logs", "1").stdout, "the trainer runs")
+        scope = "baton-job-1.1.scope"
+        (pid,) = here.run("pgrep", "--full", "trainers.transfer").split()
+        assert here.run("cat", f"/proc/{pid}/cgroup").splitlines()[-1].endswith(f"/{scope}")
+        assert here.property(scope, "MemoryMax") == str(MEMORY_BYTES)
+        assert here.property(scope, "MemorySwapMax") == "0"
+        assert here.property(scope, "TasksMax") == "65536"
+        assert here.property(scope, "DevicePolicy") == "closed"
+        assert here.property(scope, "DeviceAllow") == ""
+        assert here.property(scope, "TimeoutStopUSec") == "2min"
+        status = here.run("cat", f"/proc/{pid}/status")
+        assert "NoNewPrivs:\t1" in status
+        assert "CapBnd:\t0000000000000000" in status
+        assert here.run("ps", "-o", "user=", "-p", pid).strip() == "baton"
+        entered = ("nsenter", f"--target={pid}", "--mount")
+        assert here.ask(*entered, "test", "-S", "/run/baton-launcher/launcher.sock").returncode == 1
+
+        # It outlives the agent and the process that it came from.
+        here.run("systemctl", "restart", AGENT)
+        wait_until(lambda: adoptions(here, scope) == 1, "the restarted agent adopts the job")
+        wait_until(lambda: len(here.journal(*ready).splitlines()) == 2, "another one is ready")
+        assert here.main_pid(WARM) not in (0, server)
+        assert here.run("pgrep", "--full", "trainers.transfer").split() == [pid]
+        here.run("baton", "cancel", "1")
+        wait_until(lambda: here.property(scope, "ActiveState") == "inactive", f"{scope} ends")
+
+        # What an operator sets for services alone is not lost on the way.
+        quota = "50-quota.conf"
+        here.write(f"/etc/systemd/system/baton-job-.service.d/{quota}", "[Service]\nCPUQuota=50%\n")
+        here.run("systemctl", "daemon-reload")
+        here.run("baton", "submit", *words)
+        unit = "baton-job-2.1.service"
+        wait_until(lambda: here.property(unit, "ActiveState") == "active", "it starts cold")
+        here.write(f"/etc/systemd/system/baton-job-.scope.d/{quota}", "[Scope]\nCPUQuota=50%\n")
+        here.run("systemctl", "daemon-reload")
+        here.run("baton", "submit", *words)
+        scope = "baton-job-3.1.scope"
+        wait_until(lambda: here.property(scope, "ActiveState") == "active", "it starts warm")
+        assert here.property(scope, "CPUQuotaPerSecUSec") == "500ms"
+
+        here.run("dpkg", "--remove", "gpu-baton")
+        for name in (AGENT, WARM, unit, scope):
+            assert here.property(name, "ActiveState") == "inactive"
+        assert here.ask("pgrep", "--uid", "baton").stdout == ""
 
 
 def test_both_tell_systemd_that_they_are_ready(machine: Machine) -> None:

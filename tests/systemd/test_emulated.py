@@ -7,7 +7,7 @@ nobody unasked. So the launcher, systemd and the kernel decide as on a real node
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,20 @@ QUOTA_PERCENT = 50
 PERIOD_US = 100_000  # of the kernel, and systemd leaves it so
 PERIODS_MIN = 50
 TASKS_MAX = 40  # the supervisor's own, and some more
+# A built-in trainer in place of ours, and what it is forked from: it becomes the job's script.
+TRAINERS = {
+    "__init__.py": "",
+    "warm.py": "",
+    "transfer.py": "import os\nos.execv('/bin/sh', ['sh', '-c', os.environ['SCRIPT']])\n",
+}
+CONFIGURATION = """steps = 1
+model = "/srv/model"
+train_data = "/srv/train"
+evaluation_data = "/srv/evaluation"
+"""
+TRAINER_FILE = "transfer.toml"
+
+Submit = Callable[..., str]
 
 pytestmark = [
     pytest.mark.vm,
@@ -77,15 +91,35 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     for file in (package, build() / SONAME, Path(inside.__file__)):
         shutil.copy(file, files)
     describe(GPUS, files / GPUS_FILE)
+    (files / TRAINER_FILE).write_text(CONFIGURATION)
+    (files / "trainers").mkdir()
+    for name, text in TRAINERS.items():
+        (files / "trainers" / name).write_text(text)
     (files / GPUS_FILE).chmod(0o644)  # the agent and jobs read them, and are not root there
     files.chmod(0o755)
     with emulated("baton-test-vm", files) as here:
         install(here, package)
         configure(here, Authority(tmp_path_factory.mktemp("tls") / "fleet"))
         give_gpus(here)
+        settings = here.run("cat", "/etc/baton/agent.toml")
+        path = f'trainer_environment = {{ PYTHONPATH = "{PACKAGES_AT}" }}\n'
+        here.write("/etc/baton/agent.toml", settings + path)
         here.run("systemctl", "enable", "--now", COORDINATOR, AGENT)
         wait_until(lambda: " up " in baton(here, "nodes"), "the node comes up")
+        ready = ("BATON_EVENT=fork_server.ready", "--output=cat")
+        wait_until(lambda: here.journal(*ready) != "", "the warm process is ready")
         yield here
+
+
+def submit_warm(machine: Machine, script: str, *options: str) -> str:
+    """As `submit`, of what is forked from a process that has been there before."""
+    memory = f"--memory={MEMORY_BYTES}"
+    trainer = ("--trainer=transfer", f"--config={PACKAGES_AT}/{TRAINER_FILE}", "--workdir", "")
+    words = ("--json", memory, *trainer, f"--env=SCRIPT={script}", *options)
+    return f"baton-job-{json.loads(baton(machine, 'submit', *words))['job_id']}.1.scope"
+
+
+either = pytest.mark.parametrize("submitted", [submit, submit_warm], ids=["service", "scope"])
 
 
 def ended(machine: Machine, unit: str) -> str:
@@ -101,8 +135,8 @@ def ended(machine: Machine, unit: str) -> str:
     return said
 
 
-def found_inside(machine: Machine, *options: str) -> dict[str, object]:
-    unit = submit(machine, f"exec {INSIDE}", *options)
+def found_inside(machine: Machine, submitted: Submit, *options: str) -> dict[str, object]:
+    unit = submitted(machine, f"exec {INSIDE}", *options)
     ended(machine, unit)
     output = baton(machine, "logs", job_of(unit))
     return dict(json.loads(output))
@@ -119,29 +153,34 @@ def counters(machine: Machine, unit: str, file: str) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
 
 
+@either
 @pytest.mark.parametrize(
     "script",
     ["exec tail /dev/zero", "tail /dev/zero; exec sleep 1000"],
     ids=["itself", "a child of it"],
 )
-def test_a_job_over_its_memory_ends_as_out_of_memory(machine: Machine, script: str) -> None:
-    unit = submit(machine, script, "--max-restarts=0")
+def test_a_job_over_its_memory_ends_as_out_of_memory(
+    machine: Machine, script: str, submitted: Submit
+) -> None:
+    unit = submitted(machine, script, "--max-restarts=0")
     assert f"out of memory: the job's limit of {MEMORY_BYTES} bytes" in ended(machine, unit)
     entries = machine.journal(f"UNIT={unit}", "--output=json").splitlines()
     assert "oom-kill" in [json.loads(entry).get("UNIT_RESULT") for entry in entries]
     assert machine.property(AGENT, "NRestarts") == "0"
 
 
-def test_a_job_opens_its_own_gpu_and_no_other(machine: Machine) -> None:
-    found = found_inside(machine, "--gpus=1")
+@either
+def test_a_job_opens_its_own_gpu_and_no_other(machine: Machine, submitted: Submit) -> None:
+    found = found_inside(machine, submitted, "--gpus=1")
     own = GPU_DEVICES[str(found["gpus"])]
     allowed = (own, CONTROL_DEVICE)
     wanted = {path: OPENED if path in allowed else REFUSED for path in DEVICES}
     assert found["devices"] == wanted
 
 
-def test_a_job_without_gpus_opens_none(machine: Machine) -> None:
-    found = found_inside(machine)
+@either
+def test_a_job_without_gpus_opens_none(machine: Machine, submitted: Submit) -> None:
+    found = found_inside(machine, submitted)
     assert found["devices"] == dict.fromkeys(DEVICES, REFUSED)
     assert found["user"] == "baton"
     assert found["limits"] == {
