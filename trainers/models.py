@@ -47,7 +47,9 @@ def save(model: Any, directory: Path) -> None:
     partial.mkdir(parents=True)
     try:
         model.save_pretrained(partial)
+        mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors lets nobody read
         for file in sorted(partial.iterdir()):
+            file.chmod(mode)
             file.replace(directory / file.name)
     finally:
         shutil.rmtree(partial)
@@ -65,6 +67,15 @@ def _open(automatic: Any, name: str, *, random: bool, dtype: torch.dtype = torch
 
 
 def _refuse_missing(what: str, name: str) -> None:
-    """What is plainly a path is no hub id, as whose transformers would judge it."""
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
-        raise ConfigurationError(f"cannot open {what} '{name}': there is no such folder here")
+    """What is plainly a path is no hub id, as whose transformers would judge it; and a file that
+    may not be read is, in safetensors' words, not there."""
+    try:
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+            raise ConfigurationError(f"cannot open {what} '{name}': there is no such folder here")
+        for path in Path(name).iterdir() if Path(name).is_dir() else ():
+            if path.is_file():
+                path.open("rb").close()
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"cannot open {what} '{name}': user {os.geteuid()} may not read {error.filename}"
+        ) from error

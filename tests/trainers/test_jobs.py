@@ -4,7 +4,11 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import re
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import transformers
 
 import baton_sdk
 from tests.trainers import tasks
-from trainers import causal, classify, configuration, data, events, loop, start
+from trainers import causal, classify, configuration, data, events, loop, models, start
 from trainers.finetune import FinetuneOptions, import_builder
 from trainers.transfer import TransferOptions
 
@@ -110,6 +114,43 @@ def test_finetune_refuses_what_does_not_fit(text_folder: Path) -> None:
     transformers.GPT2LMHeadModel(config).save_pretrained(text_folder / "small")
     with pytest.raises(refused, match="vocabulary of the model ends at 99"):
         finetune(text_folder, model="small", tokenizer="bytes")
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[Path]:
+    """A new folder of somebody who, unlike root, may not read what he has no right to."""
+    with tempfile.TemporaryDirectory() as folder:
+        user = os.geteuid()
+        if user == 0:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+        yield Path(folder)
+        os.seteuid(user)
+
+
+def test_a_file_that_may_not_be_read_is_named(ordinary_user: Path) -> None:
+    model = ordinary_user / "model"
+    model.mkdir()
+    (model / "config.json").touch()
+    weights = model / "model.safetensors"
+    weights.touch(0)
+    sentence = f"cannot open model '{model}': user {os.geteuid()} may not read {weights}"
+    with pytest.raises(configuration.ConfigurationError, match=re.escape(sentence)):
+        models.open_causal(str(model), random=False)
+    model.chmod(0)
+    with pytest.raises(configuration.ConfigurationError, match="may not read"):
+        models.open_causal(str(model), random=False)
+    model.chmod(0o700)
+
+
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=10, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+    before = os.umask(0o027)
+    try:
+        models.save(transformers.GPT2LMHeadModel(config), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_finetune_learns(text_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
