@@ -356,7 +356,7 @@ def _replica_target(order: pb.SetReplicaTarget) -> m.SetReplicaTarget:
     lone = None
     if order.HasField("lone"):
         lone = LoneCheckpoint(order.lone.digest, order.lone.step, order.lone.parts)
-    return m.SetReplicaTarget(_attempt_id(order.attempt), target, order.required, lone)
+    return m.SetReplicaTarget(_attempt_id(order.attempt), target, order.required, lone, order.lost)
 
 
 def _sources(addresses: Iterable[pb.PeerAddress]) -> tuple[ReplicaSource, ...]:

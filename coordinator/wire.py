@@ -485,7 +485,7 @@ def _gang(gang: launch.Gang) -> pb.Gang:
 
 
 def _replica_target(order: m.SetReplicaTarget) -> pb.SetReplicaTarget:
-    message = pb.SetReplicaTarget(attempt=order.attempt, required=order.required)
+    message = pb.SetReplicaTarget(attempt=order.attempt, required=order.required, lost=order.lost)
     if order.target is not None:
         message.target.CopyFrom(_address(order.target))
     if (lone := order.lone) is not None:

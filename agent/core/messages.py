@@ -7,6 +7,10 @@ after the records of their batch are durable. A command may be carried out twice
 
 from dataclasses import dataclass
 
+from agent.core.copy_messages import ReplicateCheckpoint as ReplicateCheckpoint
+from agent.core.copy_messages import ReplicationDone as ReplicationDone
+from agent.core.copy_messages import ReplicationFailed as ReplicationFailed
+from agent.core.copy_messages import SetReplicaTarget as SetReplicaTarget
 from agent.core.gpu_messages import FollowRate, GpusInspected, InspectGpus, Report, Sampled
 from agent.core.health import GpuHealthChanged, GpuVerdict
 from agent.core.link_messages import ComeLater as ComeLater
@@ -22,7 +26,6 @@ from agent.core.values import (
     HostFacts,
     HostSample,
     Launch,
-    LoneCheckpoint,
     ProcessesStuck,
     ProcessExit,
     ReplicaSource,
@@ -57,14 +60,6 @@ class StopAttempt:
     grace_ms: int | None
     reason: str
     precopy_ms: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SetReplicaTarget:
-    attempt: str
-    target: ReplicaSource | None
-    required: bool
-    lone: LoneCheckpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,20 +182,6 @@ class CaptureFound:
     name: str = ""
     step: int = 0
     parts: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicationDone:
-    attempt: str
-    digest: str
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicationFailed:
-    attempt: str
-    digest: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,13 +436,6 @@ class DiscardSource:
     """The trainer's directory is stored, or superseded."""
 
     path: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicateCheckpoint:
-    attempt: str
-    digest: str
-    target: ReplicaSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,8 +278,8 @@ def retarget(state: State, now: Instant, live: LiveAttempt, order: SetReplicaTar
         state.put(live, pending=pending)
     elif moved and record.pending is None and not record.stored_digest:
         copy_restored(state, now, live)
-    if _leaves(live):
-        hurry(state, now, live)
+    if _leaves(live) or order.lost:
+        hurry(state, now, live, lost=order.lost)
     replicate(state, now, live)
 
 
@@ -342,12 +342,12 @@ def _copy_wait_ms(live: LiveAttempt, first_ms: int) -> int:
     return min(COPY_RETRY_MS_MAX, first_ms << doublings)
 
 
-def hurry(state: State, now: Instant, live: LiveAttempt) -> None:
+def hurry(state: State, now: Instant, live: LiveAttempt, *, lost: bool = False) -> None:
     """It leaves, and its last checkpoint is behind a copy. One that waits is tried now, and one
     that goes to who is its standby no more begins again elsewhere: that node may be silent, and
-    then it is a minute before that is known."""
+    then it is a minute before that is known. Where it is known (`lost`), nothing waits for it."""
     pending = live.record.pending
-    if pending is None or pending.restored:
+    if pending is None or (pending.restored and not lost):
         return
     if live.replicating not in (None, target_of(state, live)):
         live.replicating = None

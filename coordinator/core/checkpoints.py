@@ -338,7 +338,8 @@ def retarget(state: State, job_ids: Iterable[int] = ()) -> None:
             continue
         chosen = standby.in_place(state, job, attempt)
         if chosen != attempt.replica_node:
-            send_copies_to(state, attempt, chosen)
+            lost = target is None or target.phase is NodePhase.LOST
+            send_copies_to(state, attempt, chosen, lost=lost)
 
 
 def lone(state: State, job: Job, attempt: Attempt) -> LoneCheckpoint | None:
@@ -355,10 +356,14 @@ def lone(state: State, job: Job, attempt: Attempt) -> LoneCheckpoint | None:
     return LoneCheckpoint(piece.digest, head[0].step, len(pieces))
 
 
-def send_copies_to(state: State, attempt: Attempt, standby_node: str) -> Attempt:
-    """From the next checkpoint on, and the last one at once where there is no other copy."""
+def send_copies_to(
+    state: State, attempt: Attempt, standby_node: str, *, lost: bool = False
+) -> Attempt:
+    """From the next checkpoint on, and the last one at once where there is no other copy. Of a
+    standby that is `lost`, what is on its way there as well."""
     attempt = state.put_attempt(replace(attempt, replica_node=standby_node))
-    state.send(attempt.node, target_order(state, state.jobs[attempt.job_id], attempt))
+    order = target_order(state, state.jobs[attempt.job_id], attempt)
+    state.send(attempt.node, replace(order, lost=lost))
     return attempt
 
 

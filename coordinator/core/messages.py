@@ -292,12 +292,13 @@ class LoneCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class SetReplicaTarget:
-    """`lone` is to be copied there at once."""
+    """`lone` is to be copied there at once. `lost`: who had the copies before takes none."""
 
     attempt: str
     target: PeerAddress | None
     required: bool
     lone: LoneCheckpoint | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,13 +267,13 @@ class AgentMachine(RuleBasedStateMachine):
         self.order(m.StopAttempt(order.attempt, grace_ms, "why not"))
 
     @precondition(lambda self: self.starts)
-    @rule(data=st.data(), near=st.booleans())
-    def retarget(self, data: st.DataObject, near: bool) -> None:
+    @rule(data=st.data(), near=st.booleans(), lost=st.booleans())
+    def retarget(self, data: st.DataObject, near: bool, lost: bool) -> None:
         order = data.draw(st.sampled_from(self.starts))
         required = order.spec.replication == "required"
         record, target = self.journal.attempts.get(order.attempt), PEER if near else None
         lone = v.LoneCheckpoint(record.committed, 1, 1) if record and record.committed else None
-        self.order(m.SetReplicaTarget(order.attempt, target, required, lone))
+        self.order(m.SetReplicaTarget(order.attempt, target, required, lone, lost))
 
     def order(self, order: m.Order) -> None:
         if self.connected:

@@ -67,9 +67,9 @@ class Alone:
     def order(self, *orders: m.Order) -> list[s.Effect]:
         return self.hear(*(m.FromCoordinator(order, "token") for order in orders))
 
-    def aim(self, target: v.ReplicaSource, lone: str = "") -> list[s.Effect]:
+    def aim(self, target: v.ReplicaSource, lone: str = "", *, lost: bool = False) -> list[s.Effect]:
         alone = v.LoneCheckpoint(lone, 6, 1) if lone else None
-        return self.order(m.SetReplicaTarget(self.name, target, required=False, lone=alone))
+        return self.order(m.SetReplicaTarget(self.name, target, False, alone, lost))
 
     def save(self) -> list[s.Effect]:
         self.hear(m.FromTrainer(self.name, t.TrainerCheckpoint(1, "/staging/6", 6)))
@@ -202,6 +202,30 @@ def test_who_leaves_does_not_wait_for_a_node_that_is_its_standby_no_more(
     assert isinstance(ended, m.AttemptExited)
 
 
+@pytest.mark.parametrize("counts_already", [True, False])
+def test_what_is_on_its_way_to_a_lost_node_begins_anew_elsewhere(*, counts_already: bool) -> None:
+    """It would be tried for most of a minute, and all that is saved meanwhile lie here alone."""
+    job = Alone(DEAD if counts_already else PEER)
+    digest = "aa" if counts_already else "bb"
+    sent = job.began if counts_already else job.save()
+    assert copies(sent) == [(digest, "n2")]
+    assert copies(job.aim(OTHER, lost=True)) == [(digest, "n3")], "while it trains"
+    assert not copies(job.aim(OTHER, lost=True)), "once"
+    (kept,) = told(job.hear(m.ReplicationDone(job.name, digest, "n3")))
+    assert isinstance(kept, m.CheckpointProposed)
+    assert kept.replicas == ("n1", "n3")
+
+
+def test_without_another_node_what_was_on_its_way_to_a_lost_one_counts_here() -> None:
+    job = Alone(PEER)
+    job.save()
+    nobody = m.SetReplicaTarget(job.name, None, required=False, lost=True)
+    (kept,) = told(job.order(nobody))
+    assert isinstance(kept, m.CheckpointProposed)
+    assert kept.replicas == ("n1",)
+    assert not told(job.hear(m.ReplicationFailed(job.name, "bb", "too late")))
+
+
 def test_who_leaves_and_has_no_standby_any_more_says_at_once_how_it_ended() -> None:
     job = Alone(PEER)
     job.save()
@@ -289,7 +313,8 @@ def test_what_a_lost_node_leaves_alone_is_ordered_to_the_standby(moved: bool) ->
     box.take(FromAgent(int(gone[1:]), Goodbye(None)))
     orders = [order for order in box.sent if isinstance(order, SetReplicaTarget)]
     where = PeerAddress(left, f"{left}:1")
-    assert orders[moved:] == [SetReplicaTarget("1.1", where, False, LoneCheckpoint("aa", 5, 1))]
+    alone = LoneCheckpoint("aa", 5, 1)
+    assert orders[moved:] == [SetReplicaTarget("1.1", where, False, alone, lost=not moved)]
     box.say("1.1", CheckpointProposed("aa", "aa", 5, 0, (attempt.node, left)))
     hello = Hello(gone, "j", f"{gone}:1", HostFacts(cpu_count=4), (), (), ("aa",))
     box.take(FromAgent(int(gone[1:]), hello))

@@ -153,7 +153,7 @@ ORDER = st.one_of(
     st.builds(cm.StopAttempt, ATTEMPT, maybe(DURATION_MS), TEXT, maybe(DURATION_MS)),
     st.builds(
         cm.SetReplicaTarget, ATTEMPT, maybe(ADDRESS), st.booleans(),
-        maybe(st.builds(cm.LoneCheckpoint, DIGEST, COUNT, SMALL)),
+        maybe(st.builds(cm.LoneCheckpoint, DIGEST, COUNT, SMALL)), st.booleans(),
     ),
     st.builds(cm.CommitResult, ATTEMPT, DIGEST, st.booleans(), TEXT),
     st.builds(cm.KeepCheckpoints, many(DIGEST)),

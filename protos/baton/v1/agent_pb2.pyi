@@ -1120,9 +1120,14 @@ class SetReplicaTarget(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     REQUIRED_FIELD_NUMBER: _builtins.int
     LONE_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     required: _builtins.bool
     """False: commit without a replica."""
+    lost: _builtins.bool
+    """The node before takes nothing any more: a copy on its way there begins anew at the target. An
+    older agent waits until it fails.
+    """
     @_builtins.property
     def target(self) -> Global___PeerAddress:
         """Absent: nowhere to go at present."""
@@ -1140,10 +1145,11 @@ class SetReplicaTarget(_message.Message):
         target: Global___PeerAddress | None = ...,
         required: _builtins.bool = ...,
         lone: Global___LoneCheckpoint | None = ...,
+        lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_lone", b"_lone", "_target", b"_target", "lone", b"lone", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lone", b"_lone", "_target", b"_target", "attempt", b"attempt", "lone", b"lone", "required", b"required", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lone", b"_lone", "_target", b"_target", "attempt", b"attempt", "lone", b"lone", "lost", b"lost", "required", b"required", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lone: _TypeAlias = _typing.Literal["lone"]  # noqa: Y015
     _WhichOneofArgType__lone: _TypeAlias = _typing.Literal["_lone", b"_lone"]  # noqa: Y015
