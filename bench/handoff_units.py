@@ -3,7 +3,7 @@
 The package runs on the minimal Debian of `make systemd-test`, with coordinator and one agent, and
 a built-in fine-tuning with this tree's own torch, shown to the machine where it lies. The trainer
 gets SIGKILL, as from a kernel without memory, and its next attempt starts on the same node: *warm*
-is forked from `baton-warm.service` and moved to a scope, *cold* is a service that imports torch and
+is forked from `baton-warm.service` and moved to a service of its own, *cold* imports torch and
 transformers itself. Times are the coordinator's history's. Needs root and systemd-nspawn.
 """
 
@@ -22,7 +22,7 @@ from tests.systemd.operator import AGENT, COORDINATOR, install
 VERSION = "0.1.0~bench"
 CONFIGURATION = "/srv/finetune.json"
 PROCESS = "trainers.finetune"
-WARM, COLD = "warm, a scope", "cold, a service"
+WARM, COLD = "warm", "cold"
 
 
 def main(arguments: Sequence[str]) -> int:

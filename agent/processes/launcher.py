@@ -14,11 +14,11 @@ privileged than it would be without.
 
     {"ask": "start", "attempt": "7.2", "gpus": ["GPU-..."], "memory_bytes": 0, "grace_ms": 120000}
         a MIG instance is its GPU and the numbers of its instances there: "GPU-.../1/0"
-    {"ask": "kill", "attempt": "7.2"}      everything in its units, at once
+    {"ask": "kill", "attempt": "7.2"}      everything in its unit, at once
     {"ask": "forget", "attempt": "7.2"}    how its unit ended need not be kept any longer
     {"ask": "warm"}                        the process that trainers are forked from, anew
     {"ask": "move", "attempt": "7.2", "gpus": [], "memory_bytes": 0, "grace_ms": 120000, "pid": 12}
-        what that one has forked gets a unit of its own, before it starts anything
+        what that one has forked gets a service of its own, before it starts anything
 
 The answer is {"refused": "a sentence"}, empty where it was done. One message each
 (`SOCK_SEQPACKET`).
@@ -44,10 +44,9 @@ them; that is the agent's own user unless its directories are shared otherwise.
 
 What is forked stays in the group, the mounts and under the filters of who forks it. So the process
 that warm trainers are forked from is a service with the properties of theirs, and what it forks is
-moved into a scope, which is a unit of processes that are there already (systemd.scope(5)): limits,
-devices and grace are its own, all else it has inherited. A scope has no first process: at a
-shutdown all of it gets SIGTERM at once. Nor has it what an operator has set for services: where
-that is more than nothing, and nothing is set for scopes, none is made.
+moved into the service of its attempt, whose first process only ends with it and passes SIGTERM on.
+systemd moves processes only to units whose groups are delegated (org.freedesktop.systemd1(5),
+AttachProcessesToUnit): a job may divide its group, and changes no limit of it.
 """
 
 import argparse
@@ -60,15 +59,12 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 REQUEST_BYTES_MAX = 8192  # 64 UUIDs of 40 bytes, and the rest
 RECEIVE_S = 1.0  # it is there when the connection is, or never
-MOVE_S = 5.0  # systemd answers before it has done it, milliseconds later
-MOVE_LOOK_S = 0.002
 RUN_S = 30.0  # what systemd takes to start a unit is milliseconds; a manager that hangs is told of
 GPUS_MAX = 64
 MEMORY_BYTES_MIN = 64 * 1024**2  # less does not hold an interpreter
@@ -115,10 +111,16 @@ FIXED_PROPERTIES = (
     "LockPersonality=yes",
     "SystemCallArchitectures=native",
 )
-SYSTEMD, SYSTEMD_OBJECT = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
+SYSTEMD = "org.freedesktop.systemd1"
+ATTACH = (
+    *("--quiet", "call", SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager"),
+    *("AttachProcessesToUnit", "ssau"),
+)
+FORGET = ("reset-failed",)
 WARM_UNIT = "baton-warm.service"
 WARM_DIRECTORY = "warm"
-WARM_START = 'exec "$$@" 2>"$$0/shim.err"'
+# Who has no handshake of its own.
+PLAIN_START = 'exec "$$@" 2>"$$0/shim.err"'
 WARM_PROPERTIES = (
     # One that opens a device is not forked from, and has to show it: with none to open, a library
     # that looks for GPUs would keep it in mind that there are none.
@@ -126,8 +128,6 @@ WARM_PROPERTIES = (
     "KillSignal=SIGKILL",  # it has nothing to save
     "CollectMode=inactive-or-failed",
 )
-SERVICE_DROP_INS, SCOPE_DROP_INS = "baton-job-.service.d", "baton-job-.scope.d"
-UNIT_DIRECTORIES = ("/etc/systemd/system", "/run/systemd/system", "/usr/lib/systemd/system")
 FIELDS = {
     "start": {"ask", "attempt", "gpus", "memory_bytes", "grace_ms"},
     "warm": {"ask"},
@@ -155,12 +155,10 @@ class Settings:
     busctl: str = "busctl"
     driver_directory: Path = DRIVER_DIRECTORY
     control_groups: Path = Path("/proc")
-    unit_directories: tuple[str, ...] = UNIT_DIRECTORIES
 
 
-def unit_names(attempt: str) -> tuple[str, str]:
-    """What it is in when it has been started, and when it has been moved."""
-    return f"baton-job-{attempt}.service", f"baton-job-{attempt}.scope"
+def unit_name(attempt: str) -> str:
+    return f"baton-job-{attempt}.service"
 
 
 def parse(message: bytes) -> dict[str, object]:
@@ -260,30 +258,30 @@ def capability_devices(settings: Settings, minor: int, instance: str, compute: s
 
 def command(settings: Settings, request: dict[str, object]) -> list[str]:
     """What is executed for a request that was parsed. Raises `Refused`."""
-    attempt = str(request.get("attempt", ""))
-    match request["ask"]:
-        case "kill":
-            words = [settings.systemctl, "kill", "--kill-whom=all", "--signal=KILL", "--"]
-            return [*words, *unit_names(attempt)]
-        case "forget":
-            return [settings.systemctl, "reset-failed", "--", *unit_names(attempt)]
-        case "move":
-            return scope(settings, request)
-        case "warm":
-            directory = check_directory(settings, WARM_DIRECTORY)
-            words = [*service(settings, WARM_UNIT, "Baton warm process", WARM_PROPERTIES)]
-            return [*words, *program(settings, WARM_START, directory), "--execute"]
+    if request["ask"] == "warm":
+        directory = check_directory(settings, WARM_DIRECTORY)
+        words = service(settings, WARM_UNIT, "Baton warm process", WARM_PROPERTIES)
+        return [*words, *program(settings, PLAIN_START, directory, "--execute", str(directory))]
+    attempt = str(request["attempt"])
+    unit = unit_name(attempt)
+    if request["ask"] == "kill":
+        return [settings.systemctl, "kill", "--kill-whom=all", "--signal=KILL", "--", unit]
+    if request["ask"] == "forget":
+        return [settings.systemctl, *FORGET, "--", unit]
     directory = check_directory(settings, "attempts", attempt)
+    moved = request["ask"] == "move"
     properties = [
         f"TimeoutStopSec={grace_ms(request)}ms",
         f"MemoryMax={request['memory_bytes'] or 'infinity'}",
         # else the limit would only move the job's memory to the disk
         *(["MemorySwapMax=0"] if request["memory_bytes"] else []),
         *(f"DeviceAllow={device} rw" for device in devices(settings, request)),
+        *(["Delegate="] if moved else []),  # without any controller
     ]
-    unit, _ = unit_names(attempt)
     words = service(settings, unit, f"Baton attempt {attempt}", properties)
-    return [*words, *program(settings, START, directory)]
+    if moved:
+        return [*words, *program(settings, PLAIN_START, directory, "--hold", str(request["pid"]))]
+    return [*words, *program(settings, START, directory, str(directory))]
 
 
 def grace_ms(request: dict[str, object]) -> int:
@@ -315,50 +313,13 @@ def service(
     ]
 
 
-def program(settings: Settings, script: str, directory: Path) -> list[str]:
-    """Its end: the supervisor's program in that directory."""
+def program(settings: Settings, script: str, directory: Path, *arguments: str) -> list[str]:
+    """Its end: the supervisor's program, with its complaints in that directory."""
     path = settings.state_directory / f"shim.{sys.implementation.cache_tag}.pyc"
     return [
         *("/bin/sh", "-c", script, os.fspath(directory)),
-        *(settings.interpreter, "-I", "-S", os.fspath(path), os.fspath(directory)),
+        *(settings.interpreter, "-I", "-S", os.fspath(path), *arguments),
     ]
-
-
-def scope(settings: Settings, request: dict[str, object]) -> list[str]:
-    """What makes a unit of a process that is there (org.freedesktop.systemd1(5),
-    StartTransientUnit). Raises `Refused`."""
-    if set_up(settings, SERVICE_DROP_INS) and not set_up(settings, SCOPE_DROP_INS):
-        raise Refused(f"what {SERVICE_DROP_INS} sets is to be in {SCOPE_DROP_INS} as well")
-    attempt = str(request["attempt"])
-    allowed = devices(settings, request)
-    properties = {
-        "PIDs": ("au", "1", str(request["pid"])),
-        "Description": ("s", f"Baton attempt {attempt}"),
-        "KillMode": ("s", "control-group"),
-        "TimeoutStopUSec": ("t", str(1000 * grace_ms(request))),
-        "TasksMax": ("t", str(TASKS_MAX)),
-        "DevicePolicy": ("s", "closed"),
-        "DeviceAllow": (
-            *("a(ss)", str(len(allowed))),
-            *(word for device in allowed for word in (device, "rw")),
-        ),
-    }
-    if request["memory_bytes"]:
-        properties["MemoryMax"] = ("t", str(request["memory_bytes"]))
-        properties["MemorySwapMax"] = ("t", "0")
-    _, unit = unit_names(attempt)
-    return [
-        settings.busctl,
-        *("--quiet", "call", SYSTEMD, SYSTEMD_OBJECT, f"{SYSTEMD}.Manager"),
-        *("StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", str(len(properties))),
-        *(word for name, value in properties.items() for word in (name, *value)),
-        "0",
-    ]
-
-
-def set_up(settings: Settings, name: str) -> bool:
-    """Whether somebody has put a drop-in of that kind."""
-    return any(any(Path(folder, name).glob("*.conf")) for folder in settings.unit_directories)
 
 
 def in_unit(settings: Settings, pid: int, unit: str) -> bool:
@@ -373,23 +334,24 @@ def in_unit(settings: Settings, pid: int, unit: str) -> bool:
 
 
 def move(settings: Settings, request: dict[str, object]) -> None:
-    """Give a process of the warm one's a unit of its own. Raises `Refused` unless it is in there,
-    and OSError, `subprocess.TimeoutExpired`."""
-    pid = request["pid"]
+    """Give a process of the warm one's a unit of its own, of which nothing is left where that
+    fails. Raises `Refused`, OSError, `subprocess.TimeoutExpired`."""
+    pid, unit = request["pid"], unit_name(str(request["attempt"]))
     assert isinstance(pid, int)
     held = os.pidfd_open(pid)
     try:
         if not in_unit(settings, pid, WARM_UNIT):
             raise Refused(f"process {pid} is not of {WARM_UNIT}")
         run(command(settings, request))
-        _, unit = unit_names(str(request["attempt"]))
-        deadline_s = time.monotonic() + MOVE_S
-        while not in_unit(settings, pid, unit):
-            if time.monotonic() > deadline_s:
-                raise Refused(f"process {pid} was not moved to {unit} within {MOVE_S:.0f} s")
-            time.sleep(MOVE_LOOK_S)
-        if select.select([held], [], [], 0)[0]:
-            raise Refused(f"process {pid} has ended")
+        try:
+            run([settings.busctl, *ATTACH, unit, "/", "1", str(pid)])
+            if not in_unit(settings, pid, unit) or select.select([held], [], [], 0)[0]:
+                raise Refused(f"process {pid} was not moved to {unit}")
+        except (Refused, OSError, subprocess.TimeoutExpired):
+            for words in (("kill", "--kill-whom=all", "--signal=KILL"), ("stop",), FORGET):
+                undone = [settings.systemctl, *words, "--", unit]
+                subprocess.run(undone, capture_output=True, timeout=RUN_S, check=False)
+            raise
     finally:
         os.close(held)
 

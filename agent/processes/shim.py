@@ -373,6 +373,26 @@ def tell_agent(line: str) -> None:
         return
 
 
+def accompany(shim_pid: int) -> None:
+    """Pass SIGTERM on to a shim that somebody else has forked, until it has ended."""
+    try:
+        shim_fd = os.pidfd_open(shim_pid)
+    except ProcessLookupError:
+        return
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    poller = select.poll()
+    poller.register(shim_fd, select.POLLIN)
+    poller.register(wake_read, select.POLLIN)
+    while shim_fd not in (ready := [fd for fd, _ in poller.poll()]):
+        if wake_read in ready and signal.SIGTERM in os.read(wake_read, 512):
+            try:
+                signal.pidfd_send_signal(shim_fd, signal.SIGTERM)
+            except ProcessLookupError:
+                return
+
+
 def hold(directory: bytes, enter: "Callable[[Launch], None]" = execute) -> None:
     """Hold one trainer from start to exit record. `enter` makes a forked child the trainer."""
     import ctypes  # only where something is held: the agent shares this file, and has no use for it

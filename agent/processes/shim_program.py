@@ -7,9 +7,10 @@ cost milliseconds of each start, and one module for all of it would be a long on
 How: `spawn.write_program` puts the compiled code of this module and of `MODULES` into one file,
 which the interpreter takes for this module's bytecode; it does not look at what follows.
 
-    python -I -S shim.cpython-311.pyc ATTEMPT_DIRECTORY [--execute]
+    python -I -S shim.cpython-311.pyc ATTEMPT_DIRECTORY
 
-With `--execute` it is no shim, but becomes the program of that directory's `launch` at once.
+With `--execute DIRECTORY` it is no shim, but becomes the program of that directory's `launch` at
+once; with `--hold PID` it is the first process of a unit into which that shim has been moved.
 """
 
 import marshal
@@ -21,7 +22,7 @@ MODULES = ("shim_output", "shim")  # none before what it imports
 
 
 def main() -> None:
-    """Hold the trainer of this attempt, or be it. Ends the process."""
+    """Hold the trainer of this attempt, or what else is asked. Ends the process."""
     with open(sys.argv[0], "rb") as file:
         file.seek(HEADER_BYTES)
         marshal.load(file)  # noqa: S302 - this module, from our own file, as the interpreter did
@@ -29,10 +30,13 @@ def main() -> None:
             module = type(sys)(name)
             sys.modules[name] = module
             exec(marshal.load(file), module.__dict__)  # noqa: S102, S302 - likewise
-    shim, directory = sys.modules["shim"], os.fsencode(sys.argv[1])
-    if sys.argv[2:] == ["--execute"]:
-        shim.execute(shim.read_launch(directory))
-    shim.hold(directory)
+    shim = sys.modules["shim"]
+    if sys.argv[1] == "--execute":
+        shim.execute(shim.read_launch(os.fsencode(sys.argv[2])))
+    elif sys.argv[1] == "--hold":
+        shim.accompany(int(sys.argv[2]))
+    else:
+        shim.hold(os.fsencode(sys.argv[1]))
     os._exit(0)  # all is on disk: taking the interpreter apart would be a sixth of a start's work
 
 

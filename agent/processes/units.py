@@ -21,10 +21,11 @@ import structlog
 from agent.core.values import Launch
 from agent.processes import shim
 from agent.processes.forks import Warmth
-from agent.processes.launcher import MEMORY_BYTES_MIN, unit_names
+from agent.processes.launcher import MEMORY_BYTES_MIN
 from agent.processes.warm_unit import WarmUnit
 
 SOCKET = Path("/run/baton-launcher/launcher.sock")
+STATUS_NAME = "status"
 # What an agent that begins waits for a launcher that hangs: systemd gives it 180 s for all.
 OTHERS_S_MAX = 40.0
 LAUNCHER_S_MAX = 35.0  # a little longer than the launcher waits for systemd
@@ -32,8 +33,6 @@ ANSWER_BYTES_MAX = 8192
 # Its processes have ended; systemd has yet to read so: milliseconds, on a box with time to spare.
 ENDED_LOOKS_MAX = 100
 ENDED_LOOK_S = 0.05
-STATUS_NAME = "status"
-SHOWN = ("ActiveState", "Result", "MemoryMax")
 OVER = ("inactive", "failed")
 OOM_KILL = "oom-kill"
 
@@ -124,11 +123,11 @@ class Units:
 
     async def attempts(self) -> tuple[str, ...]:
         """Those that systemd has a unit of, running or failed."""
-        options = ("--all", "--plain", "--no-legend", "--no-pager")
-        text = await self._ask_systemd("list-units", *options, *unit_names("*"))
+        text = await self._ask_systemd(
+            "list-units", "--all", "--plain", "--no-legend", "--no-pager", "baton-job-*.service"
+        )
         names = (line.split()[0] for line in text.splitlines() if line.strip())
-        found = (name.removeprefix("baton-job-").rpartition(".")[0] for name in names)
-        return tuple(dict.fromkeys(found))
+        return tuple(name.removeprefix("baton-job-").removesuffix(".service") for name in names)
 
     def close(self) -> None:
         """Wait for nothing any more; the units of attempts go on."""
@@ -166,15 +165,11 @@ class Units:
     async def _ended(self, attempt_id: str, tell: Callable[[str], None]) -> None:
         properties: dict[str, str] = {}
         for _ in range(ENDED_LOOKS_MAX):
-            names = unit_names(attempt_id)
-            text = await self._ask_systemd("show", f"--property={','.join(SHOWN)}", *names)
-            # one paragraph for each unit; one that is not there is inactive, and a success
-            told = [
-                dict(line.split("=", 1) for line in paragraph.splitlines() if "=" in line)
-                for paragraph in text.split("\n\n")
-            ]
-            if all(each.get("ActiveState", OVER[0]) in OVER for each in told):
-                properties = next((each for each in told if each.get("Result") == OOM_KILL), {})
+            text = await self._ask_systemd(
+                "show", "--property=ActiveState,Result,MemoryMax", f"baton-job-{attempt_id}.service"
+            )
+            properties = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+            if properties.get("ActiveState", OVER[0]) in OVER:
                 break
             await asyncio.sleep(ENDED_LOOK_S)
         await self._tell({"ask": "forget", "attempt": attempt_id})

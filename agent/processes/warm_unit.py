@@ -6,7 +6,7 @@ it. A child of the agent would hand on all that the agent is denied, and none of
 How: the launcher runs the fork server (`forkserver.py`) as a service of its own, with the
 properties that trainers' services have. It dials a socket in its directory. A request is the
 attempt's directory and a gate, an end of a socket pair. Over it the fork says its number, the
-launcher moves that into a unit of its own, with the limits and the GPUs of its attempt, and only
+launcher moves that into a service of its own, with the limits and the GPUs of its attempt, and only
 then the gate is opened, and it becomes the shim. A gate that closes ends it, whoever failed; so
 nothing is ever started without limits, nor twice, and the start goes the slow way.
 """

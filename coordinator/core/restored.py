@@ -184,8 +184,8 @@ def _advice(attempt: str) -> str:
     return (
         "the coordinator's database does not know it, and leaves it alone: its agent is too old to"
         " say what it is, other ranks of its job are not there, or no restored copy explains it. It"
-        " ends by itself, or with its process on its node (`systemctl stop"
-        f" 'baton-job-{attempt}.*'`, where jobs are services)"
+        f" ends by itself, or with its process on its node (`systemctl stop baton-job-{attempt}"
+        ".service`, where jobs are services)"
     )
 
 

@@ -10,8 +10,7 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -103,15 +102,18 @@ async def test_a_trainer_is_forked_and_moved_to_a_unit_of_its_own(world: World) 
         await until(lambda: exits)
         assert exits == [ProcessExit("1.1", 75, None)]
         assert output(keeper) == {"pid": pid, "loaded_in": server, "token": "x"}
-    assert services(world) == ["--unit=baton-warm.service"]
+    assert services(world) == ["--unit=baton-warm.service", "--unit=baton-job-1.1.service"]
     (asked,) = world.bus()
-    words = asked.split()
-    assert words[words.index("PIDs") + 3] not in (str(pid), str(server))  # its supervisor's
-    assert "baton-job-1.1.scope fail 9 PIDs au 1" in asked
-    assert f"MemoryMax t {MEMORY_BYTES} MemorySwapMax t 0" in asked
-    assert "TimeoutStopUSec t 120000000 TasksMax t 65536 DevicePolicy s closed" in asked
-    assert asked.count("/dev/") == len(launcher.CONTROL_DEVICES) + 1
-    assert "/dev/nvidia3 rw" in asked
+    *_, unit, group, count, moved = asked.split()
+    assert (unit, group, count) == ("baton-job-1.1.service", "/", "1")
+    assert moved not in (str(pid), str(server))  # its supervisor
+    words = world.run_words()
+    assert words[-2:] == ["--hold", moved]
+    mine = words[words.index("--unit=baton-job-1.1.service") :]
+    properties = {word.removeprefix("--property=") for word in mine}
+    limits = {f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "TimeoutStopSec=120000ms"}
+    assert properties > {*launcher.FIXED_PROPERTIES, *limits, "Delegate="}
+    assert "DeviceAllow=/dev/nvidia3 rw" in properties
 
 
 async def test_many_are_forked_from_one(world: World) -> None:
@@ -124,7 +126,7 @@ async def test_many_are_forked_from_one(world: World) -> None:
 
 
 async def test_what_cannot_be_moved_starts_cold_and_once(world: World) -> None:
-    (world.root / "bus-fails").write_text("Unit baton-job-1.1.scope was already loaded.\n")
+    (world.root / "bus-fails").write_text("Process migration not available.\n")
     async with running(world) as (keeper, warm, exits):
         with capture_logs() as captured:
             pid = await keeper.start(told(world))
@@ -133,8 +135,11 @@ async def test_what_cannot_be_moved_starts_cold_and_once(world: World) -> None:
         assert exits == [ProcessExit("1.1", 75, None)]
         assert warm.ready.is_set()
     (line,) = [entry for entry in captured if entry["event"] == "unit.refused"]
-    assert line["reason"] == "Unit baton-job-1.1.scope was already loaded."
-    assert services(world) == ["--unit=baton-warm.service", "--unit=baton-job-1.1.service"]
+    assert line["reason"] == "Process migration not available."
+    unit = "baton-job-1.1.service"
+    assert services(world) == ["--unit=baton-warm.service", *[f"--unit={unit}"] * 2]
+    undone = ["kill --kill-whom=all --signal=KILL", "stop", "reset-failed"]
+    assert world.asked()[2:5] == [f"{words} -- {unit}" for words in undone]
 
 
 async def test_other_programs_and_other_settings_start_cold(world: World) -> None:
@@ -235,15 +240,24 @@ async def test_without_a_launcher_it_is_tried_again_later(tmp_path: Path) -> Non
     assert "the launcher cannot be asked" in line["reason"]
 
 
-async def test_the_end_of_a_scope_is_told_like_that_of_a_service(world: World) -> None:
-    nothing = "Result=success\nMemoryMax=infinity\nActiveState=inactive\n"
-    (world.root / "show.txt").write_text(
-        f"{nothing}\nResult=oom-kill\nMemoryMax={MEMORY_BYTES}\nActiveState=failed\n"
-    )
+async def test_a_unit_that_is_stopped_stops_its_trainer(world: World) -> None:
+    """systemd tells the first process of a service alone, at a shutdown say."""
+    waits = "import signal, time, slow\nprint('waits', flush=True)\ntime.sleep(600)\n"
+    (world.root / "modules" / "waits.py").write_text(waits)
+    launch = told(world)
     async with running(world) as (keeper, _, exits):
-        await keeper.start(told(world))
+        await keeper.start(replace(launch, arguments=(*launch.arguments[:3], "waits")))
+        await until(lambda: logs.read(keeper.attempt_directory("1.1"), 0).data != b"")
+        (first,) = [p.pid for p in proc.all_processes() if is_first(p.pid, world)]
+        os.kill(first, signal.SIGTERM)
         await until(lambda: exits)
-    assert exits[0].reason == f"out of memory: the job's limit of {MEMORY_BYTES} bytes"
+        await until(lambda: not is_first(first, world))
+    assert exits == [ProcessExit("1.1", None, signal.SIGTERM)]
+
+
+def is_first(pid: int, world: World) -> bool:
+    words = proc.read_bytes(pid, "cmdline").split(b"\0")
+    return b"--hold" in words and os.fsencode(world.state) in words[3]
 
 
 # --- the launcher --------------------------------------------------------------------------------
@@ -273,7 +287,7 @@ def enter(settings: Settings, unit: str) -> None:
     path.write_text(f"0::/system.slice/{unit}\n")
 
 
-@pytest.mark.parametrize("unit", ["baton-agent.service", "baton-job-1.2.scope", "ssh.service"])
+@pytest.mark.parametrize("unit", ["baton-agent.service", "baton-job-1.2.service", "ssh.service"])
 def test_nothing_is_moved_but_what_the_warm_process_forked(
     world: World, grouped: Settings, unit: str
 ) -> None:
@@ -283,23 +297,29 @@ def test_nothing_is_moved_but_what_the_warm_process_forked(
     assert world.bus() == []
 
 
-def test_what_has_not_been_moved_in_good_time_is_refused(
-    world: World, grouped: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moved", [True, False])
+def test_it_has_been_moved_once_the_kernel_says_so(
+    world: World, grouped: Settings, monkeypatch: pytest.MonkeyPatch, *, moved: bool
 ) -> None:
-    monkeypatch.setattr(launcher, "MOVE_S", 0.0)
+    for directory in (world.state, world.state / "attempts", world.state / "attempts/1.1"):
+        directory.mkdir(mode=0o700)
     enter(grouped, "baton-warm.service")
-    with pytest.raises(Refused, match=r"was not moved to baton-job-1\.1\.scope"):
+    asked: list[str] = []
+
+    def run(words: Sequence[str]) -> None:
+        asked.append(words[0])
+        if words[0] == grouped.busctl and moved:
+            enter(grouped, "baton-job-1.1.service")
+
+    monkeypatch.setattr(launcher, "run", run)
+    with (
+        contextlib.nullcontext()
+        if moved
+        else pytest.raises(Refused, match=r"was not moved to baton-job-1\.1\.service")
+    ):
         launcher.perform(grouped, {**MOVE, "pid": os.getpid()})
-    assert len(world.bus()) == 1
-
-
-def test_it_is_moved_once_the_kernel_says_so(
-    grouped: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    enter(grouped, "baton-warm.service")
-    # as systemd does, some time after it has answered
-    monkeypatch.setattr(time, "sleep", lambda _: enter(grouped, "baton-job-1.1.scope"))
-    launcher.perform(grouped, {**MOVE, "pid": os.getpid()})
+    assert asked == [grouped.systemd_run, grouped.busctl]
+    assert len(world.asked()) == (0 if moved else 3), "nothing is left of it"
 
 
 def test_a_process_that_has_gone_is_refused(grouped: Settings) -> None:
@@ -307,24 +327,6 @@ def test_a_process_that_has_gone_is_refused(grouped: Settings) -> None:
     os.waitpid(pid, 0)
     with pytest.raises(OSError, match="No such process"):
         launcher.perform(grouped, {**MOVE, "pid": pid})
-
-
-def test_what_an_operator_has_set_for_services_is_set_for_scopes_too(
-    world: World, tmp_path: Path
-) -> None:
-    settings = replace(world.settings, unit_directories=(str(tmp_path / "units"),))
-    services_, scopes = (
-        tmp_path / "units" / f"baton-job-.{kind}.d" for kind in ("service", "scope")
-    )
-    launcher.command(settings, MOVE)
-    services_.mkdir(parents=True)
-    launcher.command(settings, MOVE)  # it sets nothing
-    (services_ / "50-quota.conf").write_text("[Service]\nCPUQuota=100%\n")
-    with pytest.raises(Refused, match=r"baton-job-\.scope\.d as well"):
-        launcher.command(settings, MOVE)
-    scopes.mkdir()
-    (scopes / "50-quota.conf").write_text("[Scope]\nCPUQuota=100%\n")
-    launcher.command(settings, MOVE)
 
 
 def test_the_warm_process_has_the_properties_of_trainers(world: World) -> None:

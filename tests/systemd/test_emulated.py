@@ -116,10 +116,10 @@ def submit_warm(machine: Machine, script: str, *options: str) -> str:
     memory = f"--memory={MEMORY_BYTES}"
     trainer = ("--trainer=transfer", f"--config={PACKAGES_AT}/{TRAINER_FILE}", "--workdir", "")
     words = ("--json", memory, *trainer, f"--env=SCRIPT={script}", *options)
-    return f"baton-job-{json.loads(baton(machine, 'submit', *words))['job_id']}.1.scope"
+    return f"baton-job-{json.loads(baton(machine, 'submit', *words))['job_id']}.1.service"
 
 
-either = pytest.mark.parametrize("submitted", [submit, submit_warm], ids=["service", "scope"])
+either = pytest.mark.parametrize("submitted", [submit, submit_warm], ids=["cold", "warm"])
 
 
 def ended(machine: Machine, unit: str) -> str:
