@@ -9,8 +9,8 @@ start units of its choice would be root by another name.
 How: this small program is root and started by its socket (`baton-launcher.socket`). A request names
 an attempt, its GPUs and its limits, and nothing else: which user, which program, which directory
 and which properties stand here, or on the command line of its unit. So the worst that a request can
-do is to run the supervisor (`shim.py`) of an attempt of the agent's, as the job's user, less
-privileged than it would be without.
+do is to run a program that the agent has laid out, the supervisor (`shim.py`) of an attempt or the
+warm process, as the job's user, less privileged than it would be without.
 
     {"ask": "start", "attempt": "7.2", "gpus": ["GPU-..."], "memory_bytes": 0, "grace_ms": 120000}
         a MIG instance is its GPU and the numbers of its instances there: "GPU-.../1/0"
