@@ -6,6 +6,7 @@ number cannot be absent. So it is NaN there, and nothing else is.
 
 import math
 
+from coordinator.core.demand_history import STILL_MIN, Still
 from coordinator.core.demand_messages import DemandSeries, GetDemand, Holds
 from coordinator.core.model import JobClass
 from protos.baton.v1 import demand_pb2 as pb
@@ -32,6 +33,7 @@ def decode(request: pb.GetDemandRequest) -> GetDemand:
         request.steps,
         tuple(request.ahead_minutes),
         request.with_holds,
+        request.with_still_wanted,
     )
 
 
@@ -51,10 +53,20 @@ def encode(series: DemandSeries) -> pb.GetDemandResponse:
             for held in series.held_ahead
         ],
         holds=None if series.holds is None else _holds(series.holds),
+        still_wanted=_still(series.still) if series.still else None,
     )
     if gpus:
         message.begin_time.FromMilliseconds(series.begin_unix_ms)
     return message
+
+
+def _still(known: tuple[tuple[float, Still], ...]) -> pb.StillWanted:
+    return pb.StillWanted(
+        minutes=[minute for minute, _ in known],
+        said_gpus=[still.said_gpus for _, still in known],
+        ahead_minutes=STILL_MIN,
+        gpus=[gpus for _, still in known for gpus in still.gpus],
+    )
 
 
 def _holds(holds: Holds) -> pb.Holds:

@@ -13,7 +13,7 @@ from typing import Final
 
 from coordinator.core import demand_samples, gpu_types, held_ahead, lease_days, power
 from coordinator.core.capacity_model import Outlook
-from coordinator.core.demand_history import MINUTE_MS, Series
+from coordinator.core.demand_history import HOUR_MIN, MINUTE_MS, Series
 from coordinator.core.demand_messages import AskedType, ForecastMade, MakeForecast
 from coordinator.core.state import Instant, State
 
@@ -23,11 +23,14 @@ FRESH_MS: Final = 300_000
 
 def tick(state: State, now: Instant) -> None:
     """A sample, where one is due, and what is asked with it: a forecast, and leases once a day."""
-    minute = demand_samples.tick(state, now)
+    minute = demand_samples.due(state, now)
     if minute is None:
         return
+    history, wanted = state.demand_history, demand_samples.wanted(state)
+    ends_hour = (minute + 1) % HOUR_MIN == 0
+    still = held_ahead.still_wanted(state, now, wanted) if ends_hour else {}
+    state.records += history.put(minute, wanted, still)
     lease_days.tick(state, now)
-    history = state.demand_history
     asked = tuple(
         AskedType(gpu_type, gpus, *minutes_ahead(state, gpu_type))
         for gpu_type in history.gpu_types()

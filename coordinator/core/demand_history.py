@@ -20,14 +20,20 @@ How it is kept, in bounded memory:
 A minute is a number: wall time over `Options.demand_minute_ms`. It has sixty seconds wherever
 demand is real; a demonstration lets a day pass in minutes, and all here is told in its own.
 
+What was known of the future is kept as well (`Still`, made by `held_ahead.py`): at the end of each
+hour, as it was known then, with the step of ten minutes that ends there, and as long as that one.
+Forecasts are asked and judged at full hours and read steps of ten minutes, so more of it would be
+of no use: 60 kB a series as it is. Where nobody says when he ends there is none.
+
 The clock. Steps are wall time, and wall time jumps: `ClockWatch` compares it with the monotonic
 clock. While it is not known which of both is right nothing is sampled.
 """
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
@@ -37,6 +43,10 @@ KEPT_STEPS: Final = {1: 14 * 1_440, 10: 90 * 144, 60: 730 * 24}
 SERIES_MAX: Final = 128
 GPU_TYPES_MAX: Final = 16  # a fleet has a handful; the table of types has 23
 OTHER: Final = "other"
+# In how many minutes it is said what is wanted still; in between it is a straight line.
+STILL_MIN: Final = (60, 180, 360, 720, 1_440, 4_320)
+HOUR_MIN: Final = 60
+STILL_STEP_MIN: Final = 10
 
 # A clock that is set right in a step is off by more; one that is slewed by less within a tick.
 JUMP_MS: Final = 30_000
@@ -56,14 +66,25 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Still:
+    """Of the GPUs that are wanted at some moment: how many are held by jobs that say when they end,
+    and how many, of all of them, are expected to be wanted still after each of `STILL_MIN`."""
+
+    said_gpus: float
+    gpus: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DemandRow:
     """A known step, counted in periods since 1970. `numbers` are those of the series of which
-    something was wanted, `gpus` how much; of all others nothing was."""
+    something was wanted, `gpus` how much; of all others nothing was. `still`, of each of them at
+    the end of an hour: what `Still` has, one after the other; empty where that is not known."""
 
     period_min: int
     step: int
     numbers: tuple[int, ...] = ()
     gpus: tuple[float, ...] = ()
+    still: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +107,20 @@ class DropDemand:
     """What was sampled later than this minute was sampled under a wrong clock."""
 
     after_minute: int
+
+
+# What `Still` says where nothing is wanted, and a mapping that says nothing.
+NOBODY: Final = (0.0,) * (1 + len(STILL_MIN))
+NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
+
+
+def _sum(some: Sequence[float], more: Sequence[float]) -> tuple[float, ...]:
+    return tuple(had + one for had, one in zip(some, more, strict=True))
+
+
+def _spread(number: int, place: int) -> int:
+    """The key of one of the numbers that are kept of a series; of no other series, nor of a sum."""
+    return number * len(NOBODY) + place
 
 
 DemandRecord = PutDemandSeries | PutDemand | DropDemand
@@ -233,6 +268,10 @@ class DemandHistory:
     _rings: dict[int, _Ring] = field(
         default_factory=lambda: {period: _Ring(length) for period, length in KEPT_STEPS.items()}
     )
+    # By hour, under the keys that `_spread` makes.
+    _still: _Ring = field(
+        default_factory=lambda: _Ring(KEPT_STEPS[STILL_STEP_MIN] * STILL_STEP_MIN // HOUR_MIN)
+    )
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -244,6 +283,7 @@ class DemandHistory:
             ring = self._rings.get(row.period_min)
             if ring is not None and (ring.newest is None or row.step > ring.newest):
                 ring.put(row.step, self._with_sums(dict(zip(row.numbers, row.gpus, strict=True))))
+                self._put_still(row)
 
     @property
     def oldest_minute(self) -> int | None:
@@ -257,23 +297,32 @@ class DemandHistory:
     def newest_step(self, period_min: int) -> int | None:
         return self._rings[period_min].newest
 
-    def put(self, minute: int, wanted: Mapping[Series, float]) -> list[DemandRecord]:
-        """A sample, later than all before; returns what has to be durable."""
+    def put(
+        self, minute: int, wanted: Mapping[Series, float], still: Mapping[Series, Still] = NOTHING
+    ) -> list[DemandRecord]:
+        """A sample, later than all before, and at the end of an hour what is known of those who
+        want it; returns what has to be durable."""
         records: list[DemandRecord] = []
         gpus: dict[int, float] = {}
+        known: dict[int, tuple[float, ...]] = {}
         for series, count in wanted.items():
             if count:
                 number = self._number(series, records)
                 gpus[number] = gpus.get(number, 0.0) + count
+                if series in still:
+                    each = (still[series].said_gpus, *still[series].gpus)
+                    known[number] = _sum(known.get(number, NOBODY), each)
         newest = self.newest_minute
         if newest is not None:
             # Of a step that nobody was there to end.
             records += self._end_steps(newest, before_minute=minute)
         records.append(self._put(1, minute, gpus))
-        records += self._end_steps(minute, before_minute=minute + 1)
+        records += self._end_steps(minute, before_minute=minute + 1, still=known)
         return records
 
-    def _end_steps(self, minute: int, before_minute: int) -> list[DemandRecord]:
+    def _end_steps(
+        self, minute: int, before_minute: int, still: Mapping[int, tuple[float, ...]] = NOTHING
+    ) -> list[DemandRecord]:
         """The coarser steps that this minute belongs to, where they are over by then."""
         records: list[DemandRecord] = []
         for period_min, ring in self._rings.items():
@@ -282,12 +331,40 @@ class DemandHistory:
             if period_min > 1 and over and (ring.newest is None or ring.newest < step):
                 means = self._means(step * period_min, period_min)
                 if means is not None:
-                    records.append(self._put(period_min, step, means))
+                    here = still if period_min == STILL_STEP_MIN else NOTHING
+                    records.append(self._put(period_min, step, means, here))
         return records
 
-    def _put(self, period_min: int, step: int, gpus: Mapping[int, float]) -> PutDemand:
+    def _put(
+        self,
+        period_min: int,
+        step: int,
+        gpus: Mapping[int, float],
+        still: Mapping[int, tuple[float, ...]] = NOTHING,
+    ) -> PutDemand:
         self._rings[period_min].put(step, self._with_sums(gpus))
-        return PutDemand(DemandRow(period_min, step, tuple(gpus), tuple(gpus.values())))
+        known = [still.get(number, NOBODY) for number in gpus] if still else []
+        rounded = tuple(tuple(round(each, 3) for each in one) for one in known)
+        row = DemandRow(period_min, step, tuple(gpus), tuple(gpus.values()), rounded)
+        self._put_still(row)
+        return PutDemand(row)
+
+    def _put_still(self, row: DemandRow) -> None:
+        """Where it is the end of an hour, and says as much as is said now."""
+        end_min = (row.step + 1) * row.period_min
+        whole = [len(each) == len(NOBODY) for each in row.still]
+        if len(whole) != len(row.numbers) or not (whole and all(whole)) or end_min % HOUR_MIN:
+            return
+        sums: dict[int, tuple[float, ...]] = {}
+        for number, each in zip(row.numbers, row.still, strict=True):
+            sums[number] = each
+            sums[self._sum_of[number]] = _sum(sums.get(self._sum_of[number], NOBODY), each)
+        spread = [
+            (_spread(number, place), gpus)
+            for number, each in sums.items()
+            for place, gpus in enumerate(each)
+        ]
+        self._still.put(end_min // HOUR_MIN - 1, dict(spread))
 
     def _means(self, first: int, count: int) -> dict[int, float] | None:
         ring = self._rings[1]
@@ -301,6 +378,7 @@ class DemandHistory:
         """Samples of later minutes never were."""
         for period_min, ring in self._rings.items():
             ring.rewind((minute + 1) // period_min - 1)
+        self._still.rewind((minute + 1) // HOUR_MIN - 1)
         return DropDemand(minute)
 
     # --- names ------------------------------------------------------------------------------------
@@ -347,14 +425,37 @@ class DemandHistory:
         ring = self._rings[period_min]
         steps = [step for step in range(first_step, first_step + count) if ring.is_known(step)]
         total = [0.0] * len(steps)
-        for series, number in (self._numbers if which.project else self._sums).items():
-            if matches(which, series):
-                values = ring.values(number, steps)
-                total = [had + more for had, more in zip(total, values, strict=True)]
+        for number in self._asked(which):
+            values = ring.values(number, steps)
+            total = [had + more for had, more in zip(total, values, strict=True)]
         found: list[float | None] = [None] * count
         for step, gpus in zip(steps, total, strict=True):
             found[step - first_step] = gpus
         return found
+
+    def read_still(self, first_minute: int, which: Series = Series()) -> list[tuple[int, Still]]:
+        """From that minute on, what was known at the end of each hour of what `which` leaves open;
+        hours are left out in which nobody of it said when he ends."""
+        ring = self._still
+        if ring.newest is None:
+            return []
+        first = max(-(-first_minute // HOUR_MIN) - 1, ring.newest - ring.length + 1)
+        hours = [hour for hour in range(first, ring.newest + 1) if ring.is_known(hour)]
+        totals = [[0.0] * len(hours) for _ in NOBODY]
+        for number in self._asked(which):
+            for place, total in enumerate(totals):
+                values = ring.values(_spread(number, place), hours)
+                totals[place] = [had + more for had, more in zip(total, values, strict=True)]
+        each = zip(hours, zip(*totals, strict=True), strict=True)
+        return [
+            ((hour + 1) * HOUR_MIN, Still(said, tuple(gpus)))
+            for hour, (said, *gpus) in each
+            if said
+        ]
+
+    def _asked(self, which: Series) -> list[int]:
+        known = self._numbers if which.project else self._sums
+        return [number for series, number in known.items() if matches(which, series)]
 
 
 def matches(which: Series, series: Series) -> bool:

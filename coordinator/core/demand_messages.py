@@ -3,6 +3,8 @@ the core and comes out of it."""
 
 from dataclasses import dataclass
 
+from coordinator.core.demand_history import Still
+
 
 @dataclass(frozen=True, slots=True)
 class AskedType:
@@ -46,7 +48,8 @@ class ForecastMade:
 @dataclass(frozen=True, slots=True)
 class GetDemand:
     """A person's question. What is empty is summed over; 0 stands for the default. `ahead_min`: in
-    how many minutes it is asked what is still held. `holds`: whether it is asked who held GPUs."""
+    how many minutes it is asked what is still held. `holds`: whether it is asked who held GPUs,
+    `still`: what was known at each hour."""
 
     gpu_type: str = ""
     project: str = ""
@@ -55,6 +58,7 @@ class GetDemand:
     steps: int = 0
     ahead_min: tuple[int, ...] = ()
     holds: bool = False
+    still: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,9 @@ class Holds:
 @dataclass(frozen=True, slots=True)
 class DemandSeries:
     """The answer. `gpus` are without a hole from `begin_unix_ms` on, `None` where nobody looked;
-    the first is known. `held_gpus`: now. `holds`: by whom, where that was asked and is known."""
+    the first is known. `held_gpus`: now. `holds`: by whom, where that was asked and is known.
+    `still`, where it was asked: what was known at full hours, and is now, with the minutes after
+    the begin at which it was."""
 
     begin_unix_ms: int
     period_min: int
@@ -97,3 +103,4 @@ class DemandSeries:
     held_gpus: float = 0.0
     held_ahead: tuple[HeldAhead, ...] = ()
     holds: Holds | None = None
+    still: tuple[tuple[float, Still], ...] = ()

@@ -5,10 +5,10 @@ that nobody ever wanted gets a line of zeros that looks like an answer. So an an
 resolution, bounded by its ring, and a name that is not known is refused with those that are.
 """
 
-from coordinator.core import holds
-from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series
+from coordinator.core import demand_samples, holds
+from coordinator.core.demand_history import KEPT_STEPS, DemandHistory, Series, Still, matches
 from coordinator.core.demand_messages import DemandSeries, GetDemand
-from coordinator.core.held_ahead import held_ahead
+from coordinator.core.held_ahead import held_ahead, still_wanted
 from coordinator.core.sentences import some
 from coordinator.core.state import Instant, State
 
@@ -56,7 +56,26 @@ def read(state: State, now: Instant, asked: GetDemand) -> DemandSeries:
         held,
         ahead,
         holds.read(state, now, which, begin_unix_ms) if asked.holds else None,
+        _still(state, now, which, begin_min) if asked.still else (),
     )
+
+
+def _still(
+    state: State, now: Instant, which: Series, begin_min: int
+) -> tuple[tuple[float, Still], ...]:
+    """As it was known then, and as it is now."""
+    found = [
+        (float(minute - begin_min), still)
+        for minute, still in state.demand_history.read_still(begin_min, which)
+    ]
+    wanted = demand_samples.wanted(state)
+    mine = {series: gpus for series, gpus in wanted.items() if matches(which, series)}
+    here = list(still_wanted(state, now, mine, which).values())
+    if here:
+        now_min = now.unix_ms / state.options.demand_minute_ms
+        gpus = tuple(map(sum, zip(*(each.gpus for each in here), strict=True)))
+        found.append((now_min - begin_min, Still(sum(each.said_gpus for each in here), gpus)))
+    return tuple(found)
 
 
 def _gpu_type(history: DemandHistory, name: str) -> str:

@@ -32,8 +32,8 @@ GROUPS_MAX: Final = 4_096  # of equal requests; then they are found anew
 DIGITS: Final = 6  # of a GPU: what sums of shares lose is beyond
 
 
-def tick(state: State, now: Instant) -> int | None:
-    """A sample, where a new minute has begun and the clock is believed: then its minute."""
+def due(state: State, now: Instant) -> int | None:
+    """The minute of which a sample is to be taken: one has begun, and the clock is believed."""
     history = state.demand_history
     minute_ms, newest = state.options.demand_minute_ms, history.newest_minute
     newest_unix_ms = None if newest is None else newest * minute_ms
@@ -51,7 +51,6 @@ def tick(state: State, now: Instant) -> int | None:
         state.records.append(history.rewind(minute - 1))
     elif newest is not None and minute <= newest:
         return None
-    state.records += history.put(minute, wanted(state))
     return minute
 
 

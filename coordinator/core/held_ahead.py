@@ -9,14 +9,18 @@ expected to be there after `k` more with a chance that its age and those who end
 (`life_table.py`). What is reserved for a job that waits is taken by it when it comes free, and what
 a trial leaves by those of its array that are behind it: until they are over, as long as its last
 trials took, what they are on is nobody else's (`trials.py`).
+
+What is said of now is soon forgotten, and whoever is to learn how far it comes true needs what was
+said then. So once an hour it is kept with demand, as what is wanted still (`still_wanted`): of that
+nobody leaves who waits, and nobody comes who waited. Who is being stopped may go on elsewhere.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from coordinator.core import foresight, lifetimes, trials
-from coordinator.core.demand_history import Series, matches
+from coordinator.core.demand_history import STILL_MIN, Series, Still, matches
 from coordinator.core.demand_messages import HeldAhead
 from coordinator.core.life_table import Course, kind_of
 from coordinator.core.model import Attempt
@@ -26,15 +30,17 @@ from coordinator.core.state import Instant, State
 # Where it is asked each minute, in the loop: of more than these every second is looked at, or every
 # third, and so on, some microseconds each.
 HOLDERS_MAX: Final = 1_000
+EVERYTHING: Final = Series()
 # When it is looked how many have come free; in between they come free evenly.
 LOOKS_MIN: Final = (1, 2, 5, 10, 20, 30, 60, 120, 240, 480, 960, 1_440, 2_880, 5_760, 10_080)
 
 
 @dataclass(frozen=True, slots=True)
-class _Holder:
+class Holder:
     """`end_ms`: when it leaves, in milliseconds from now; `None`: nobody knows, but it is `age_ms`
     old, and lives on by its `course`. `kept_ratio` of its GPUs are reserved for somebody else until
-    `kept_ms` from now; others of its array are expected to follow it for `refill_ms`."""
+    `kept_ms` from now; others of its array are expected to follow it for `refill_ms`. It `says`
+    itself when it leaves; who is told to stop does not."""
 
     gpus: float
     end_ms: int | None
@@ -43,6 +49,7 @@ class _Holder:
     kept_ms: int
     refill_ms: int
     course: Course
+    says: bool
 
 
 def held_ahead(
@@ -61,6 +68,31 @@ def held_ahead(
     return round(sum(holder.gpus for holder in holders), 3), tuple(found)
 
 
+def still_wanted(
+    state: State, now: Instant, wanted: Mapping[Series, float], which: Series = EVERYTHING
+) -> dict[Series, Still]:
+    """Of what is `wanted` now of `which`, by series; empty where nobody of it says when he ends."""
+    minute_ms = state.options.demand_minute_ms
+    said = dict.fromkeys(wanted, 0.0)
+    still = {series: [gpus] * len(STILL_MIN) for series, gpus in wanted.items()}
+    for series, holder in _holders(state, now, which, _every(state)):
+        said[series] = said.get(series, 0.0) + holder.gpus * holder.says
+        gone = leaving(holder, [minutes * minute_ms for minutes in STILL_MIN])
+        had = still.get(series, [0.0] * len(STILL_MIN))
+        still[series] = [max(0.0, gpus - left) for gpus, left in zip(had, gone, strict=True)]
+    if not any(said.values()):
+        return {}
+    return {series: Still(said[series], tuple(gpus)) for series, gpus in still.items()}
+
+
+def leaving(holder: Holder, aheads_ms: Sequence[int]) -> list[float]:
+    """How many of its GPUs nobody is expected to want any more after each of these times, of those
+    who hold GPUs now. Who they are reserved for waits, and is wanted himself."""
+    end_ms = holder.end_ms if holder.says else None
+    alone = replace(holder, end_ms=end_ms, kept_ratio=0.0)
+    return [holder.gpus * (1.0 - likely) for likely in _likely(alone, aheads_ms)]
+
+
 def frees_ms(state: State, now: Instant, needed: Mapping[str, float]) -> dict[str, int]:
     """By GPU type: after how long so many GPUs of those that are held are expected to have come
     free for somebody else. What is not expected within a week is left out."""
@@ -74,11 +106,11 @@ def freed_ahead(
 ) -> dict[str, list[tuple[int, float]]]:
     """By GPU type: after how long how many are expected to have come free, at each look."""
     minute_ms = state.options.demand_minute_ms
-    every = 1 + len(state.demand_history.counted.held) // HOLDERS_MAX
-    by_type: dict[str, list[_Holder]] = {gpu_type: [] for gpu_type in gpu_types}
-    for gpu_type, holder in _holders(state, now, Series(), every) if by_type else ():
-        if gpu_type in by_type:
-            by_type[gpu_type].append(holder)
+    every = _every(state)
+    by_type: dict[str, list[Holder]] = {gpu_type: [] for gpu_type in gpu_types}
+    for series, holder in _holders(state, now, Series(), every) if by_type else ():
+        if series.gpu_type in by_type:
+            by_type[series.gpu_type].append(holder)
     looks_ms = [minutes * minute_ms for minutes in LOOKS_MIN]
     found = {}
     for gpu_type, holders in by_type.items():
@@ -127,7 +159,11 @@ def after_ms(freed: Sequence[tuple[int, float]], gpus: float) -> int | None:
     return None
 
 
-def _certain(holder: _Holder, ahead_ms: int) -> float:
+def _every(state: State) -> int:
+    return 1 + len(state.demand_history.counted.held) // HOLDERS_MAX
+
+
+def _certain(holder: Holder, ahead_ms: int) -> float:
     """The part of its GPUs that is held for certain."""
     stays = float(holder.end_ms is not None and holder.end_ms > ahead_ms)
     if holder.kept_ms > ahead_ms:
@@ -135,7 +171,7 @@ def _certain(holder: _Holder, ahead_ms: int) -> float:
     return stays
 
 
-def _likely(holder: _Holder, aheads_ms: Sequence[int]) -> list[float]:
+def _likely(holder: Holder, aheads_ms: Sequence[int]) -> list[float]:
     """The part of its GPUs that is expected to be held after each of these times."""
     lefts_ms = [max(0, ahead_ms - holder.refill_ms) for ahead_ms in aheads_ms]
     if holder.end_ms is None:
@@ -148,8 +184,8 @@ def _likely(holder: _Holder, aheads_ms: Sequence[int]) -> list[float]:
 
 def _holders(
     state: State, now: Instant, which: Series, every: int = 1
-) -> list[tuple[str, _Holder]]:
-    """With the GPU type of each; `every` so many of them is looked at, and stands for as many."""
+) -> list[tuple[Series, Holder]]:
+    """With the series of each; `every` so many of them is looked at, and stands for as many."""
     kept_ms = {
         uuid: reservation.until_ms - now.now_ms
         for reservation in state.reservations.values()
@@ -166,6 +202,7 @@ def _holders(
             continue
         kept = [kept_ms[uuid] for uuid in attempt.gpu_uuids if uuid in kept_ms] if kept_ms else []
         end_ms = _end_ms(state, now, attempt)
+        says = end_ms is not None and not _stops(state, attempt)
         job = state.jobs[job_id]
         age_ms = lifetimes.age_ms(state, now, job_id)
         ratio = len(kept) / len(attempt.gpu_uuids)
@@ -173,8 +210,8 @@ def _holders(
         for series, gpus in mine:
             course = chances.course(kind_of(series.gpu_type, job.spec.gpus * job.spec.ranks))
             until_ms = min(kept, default=0)
-            holder = _Holder(gpus * every, end_ms, age_ms, ratio, until_ms, refill_ms, course)
-            found.append((series.gpu_type, holder))
+            holder = Holder(gpus * every, end_ms, age_ms, ratio, until_ms, refill_ms, course, says)
+            found.append((series, holder))
     return found
 
 
@@ -192,8 +229,17 @@ def _refill_ms(
     return refill.lasts_ms(lifetimes.age_ms(state, now, attempt.job_id) + end_ms)
 
 
-def _end_ms(state: State, now: Instant, attempt: Attempt) -> int | None:
+def _first(state: State, attempt: Attempt) -> Attempt | None:
     """Rank 0 speaks for all."""
-    first = state.current(state.jobs[attempt.job_id]) if attempt.rank else attempt
+    return state.current(state.jobs[attempt.job_id]) if attempt.rank else attempt
+
+
+def _stops(state: State, attempt: Attempt) -> bool:
+    first = _first(state, attempt)
+    return first is not None and first.phase is AttemptPhase.STOPPING
+
+
+def _end_ms(state: State, now: Instant, attempt: Attempt) -> int | None:
+    first = _first(state, attempt)
     at_ms = None if first is None else foresight.end_ms(state, now, first)
     return None if at_ms is None else at_ms - now.now_ms

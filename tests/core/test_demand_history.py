@@ -20,6 +20,7 @@ from coordinator.core.demand_history import (
     OTHER,
     SERIES_MAX,
     SETTLE_MS,
+    STILL_MIN,
     ClockWatch,
     DemandHistory,
     DemandLog,
@@ -27,6 +28,7 @@ from coordinator.core.demand_history import (
     PutDemand,
     PutDemandSeries,
     Series,
+    Still,
 )
 from coordinator.core.demand_messages import DemandSeries, GetDemand
 from coordinator.core.demand_samples import wanted
@@ -165,6 +167,53 @@ def test_a_restart_reads_what_was_written() -> None:
     assert again.put(BEGIN + 11, {VISION: 3, NLP: 2}) == [
         PutDemand(DemandRow(1, BEGIN + 11, (0, 1), (3, 2)))
     ]
+
+
+def still(said_gpus: float, gpus: float) -> Still:
+    return Still(said_gpus, (gpus,) * len(STILL_MIN))
+
+
+def an_hour(history: DemandHistory, begin: int, last: dict[Series, Still]) -> list[Any]:
+    """NLP wants four and VISION two; `last` is known of them at its end."""
+    records = []
+    for minute in range(begin, begin + 60):
+        known = last if minute == begin + 59 else {}
+        records += history.put(minute, {NLP: 4, VISION: 2}, known)
+    return records
+
+
+def test_what_was_known_at_the_end_of_an_hour_is_kept_and_summed() -> None:
+    history = DemandHistory()
+    an_hour(history, BEGIN, {NLP: still(3, 1), VISION: still(0, 2)})
+    an_hour(history, BEGIN + 60, {})
+    an_hour(history, BEGIN + 120, {VISION: still(2, 0)})
+    ends = [BEGIN + 60, BEGIN + 180]
+    assert history.read_still(BEGIN) == [(ends[0], still(3, 3)), (ends[1], still(2, 0))]
+    assert history.read_still(BEGIN, NLP) == [(ends[0], still(3, 1))]
+    assert history.read_still(BEGIN, Series("A100")) == [(ends[1], still(2, 0))]
+    assert history.read_still(BEGIN + 61) == [(ends[1], still(2, 0))]
+
+
+def test_what_was_known_outlives_a_restart_and_a_wrong_clock_takes_it() -> None:
+    history = DemandHistory()
+    records = an_hour(history, BEGIN, {NLP: still(3, 1)})
+    records += an_hour(history, BEGIN + 60, {NLP: still(1, 0.5)})
+    again = reloaded(records)
+    assert len(again.read_still(BEGIN)) == 2
+    for which in (Series(), NLP, VISION):
+        assert again.read_still(BEGIN, which) == history.read_still(BEGIN, which)
+    again.rewind(BEGIN + 100)
+    assert [minute for minute, _ in again.read_still(BEGIN)] == [BEGIN + 60]
+
+
+@pytest.mark.parametrize("odd", [((1.0,), (1.0,)), ((1.0,) * 20,) * 2, ((0.0,) * 7,)])
+def test_what_a_later_version_has_kept_otherwise_is_not_read(odd: Any) -> None:
+    log = durable(an_hour(DemandHistory(), BEGIN, {NLP: still(3, 1)}))
+    rows = [replace(row, still=odd) if row.still else row for row in log.rows]
+    again = DemandHistory()
+    again.load(replace(log, rows=tuple(rows)))
+    assert again.read_still(BEGIN) == []
+    assert again.read(10, BEGIN // 10 + 5, 1, NLP) == [4.0]
 
 
 def test_what_a_wrong_clock_has_sampled_goes() -> None:

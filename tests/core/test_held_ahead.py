@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from coordinator.core import demand_samples
 from coordinator.core import held_ahead as module
-from coordinator.core.demand_history import MINUTE_MS, Series
-from coordinator.core.demand_messages import GetDemand
-from coordinator.core.held_ahead import frees_ms, held_ahead
+from coordinator.core.demand_history import MINUTE_MS, STILL_MIN, Series, Still
+from coordinator.core.demand_messages import DemandSeries, GetDemand
+from coordinator.core.held_ahead import frees_ms, held_ahead, still_wanted
 from coordinator.core.keeps import Reservation
 from coordinator.core.messages import CancelJob, Refusal, Reply, Request
 from coordinator.core.model import JobClass
@@ -115,3 +116,87 @@ def test_of_very_many_a_part_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> 
     assert frees_ms(here.state, here.rig.now, {A100: 16.0})[A100] == pytest.approx(
         whole[A100], rel=0.2
     )
+
+
+def still_of(here: Fleet) -> dict[Series, Still]:
+    return still_wanted(here.state, here.rig.now, demand_samples.wanted(here.state))
+
+
+SAYS, SILENT = Series(H100, "default", "standard"), Series(A100, "default", "spare")
+
+
+def test_of_what_is_wanted_who_says_his_end_leaves_then_and_who_waits_stays() -> None:
+    here = fleet()
+    here.submit(gpus=3, gpu_types=("H100",))  # waits
+    found = still_of(here)
+    assert sum(found[SAYS].gpus) == 3.0 * len(STILL_MIN)
+    assert found[SAYS].said_gpus == 2.0
+    (one,) = [found[series] for series in found if series.project == "nlp"]
+    assert one.said_gpus == 0.0
+    assert one.gpus[0] == pytest.approx(1 / 61, abs=0.01)  # of a minute's age, by that
+    assert found[SILENT].said_gpus == 0.0
+    assert list(found[SILENT].gpus) == sorted(found[SILENT].gpus, reverse=True)
+
+
+def test_who_has_long_to_go_is_wanted_until_then() -> None:
+    here = Fleet("2xH100")
+    here.submit(gpus=2, total=4 * 3_600)
+    here.run(60)
+    (found,) = still_of(here).values()
+    assert found.said_gpus == 2.0
+    assert found.gpus == (2.0, 2.0, 0.0, 0.0, 0.0, 0.0)  # after 1, 3 and 6 h...
+
+
+def test_who_is_told_to_stop_says_no_end_since_he_may_go_on_elsewhere() -> None:
+    here = Fleet("2xH100")
+    here.submit(gpus=2, total=4 * 3_600)
+    here.run(60)
+    here.rig.handle(Request(1, CancelJob(1)))
+    assert here.state.attempts["1.1"].phase is AttemptPhase.STOPPING
+    assert still_of(here) == {}
+
+
+def test_where_nobody_says_his_end_nothing_is_kept() -> None:
+    here = Fleet("4xA100")
+    here.submit(gpus=4)
+    here.run(60)
+    assert still_of(here) == {}
+
+
+def test_of_very_many_a_part_stands_for_all_who_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Fleet("16xA100", "16xA100")
+    for _ in range(32):
+        here.submit(gpus=1, total=4 * 3_600)
+    here.run(60)
+    (whole,) = still_of(here).values()
+    monkeypatch.setattr(module, "HOLDERS_MAX", 11)  # every third
+    (part,) = still_of(here).values()
+    assert part.said_gpus == pytest.approx(whole.said_gpus, abs=2)
+    assert part.gpus == pytest.approx(whole.gpus, abs=2)
+
+
+def test_it_is_kept_at_the_end_of_each_hour_and_answered_with_what_is_known_now() -> None:
+    here = Fleet("2xH100", "2xA100")
+    here.tick_ms = 10_000
+    here.submit(gpus=2, gpu_types=("H100",), total=5 * 3_600)
+    here.submit(gpus=2, gpu_types=("A100",))
+    here.run(2 * 3_600 + 600)
+
+    def answer(**asked: Any) -> list[tuple[float, Still]]:
+        question = GetDemand(period_min=10, still=True, **asked)
+        (reply,) = (e for e in here.rig.handle(Request(1, question)) if isinstance(e, Reply))
+        assert isinstance(reply.answer, DemandSeries)
+        begin_min = reply.answer.begin_unix_ms / MINUTE_MS
+        return [(begin_min + minute, still) for minute, still in reply.answer.still]
+
+    first, second, now = answer(gpu_type="H100")
+    assert (first[0] % 60, second[0] - first[0]) == (0.0, 60.0)
+    assert now[0] > second[0]
+    assert first[1] == Still(2.0, (2.0, 2.0, 0.0, 0.0, 0.0, 0.0))
+    assert now[1] == Still(2.0, (2.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    assert answer(gpu_type="A100") == [], "nobody says there"
+    both = answer()
+    assert [still.said_gpus for _, still in both] == [2.0] * 3
+    assert 2.0 < both[0][1].gpus[0] < 4.0, "the others by their age"
+    here.rig.restart()
+    assert [moment for moment, _ in answer(gpu_type="H100")][:2] == [first[0], second[0]]

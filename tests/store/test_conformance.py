@@ -379,7 +379,8 @@ async def test_days_far_from_the_newest_leave_the_store(world: World) -> None:
 async def test_demand_leaves_the_store_with_its_ring(world: World, period_min: int) -> None:
     kept = KEPT_STEPS[period_min]
     steps = [7, 8, 9, kept + 7, kept + 8]
-    rows = [DemandRow(period_min, step, (0,), (float(step),)) for step in steps]
+    still = ((0.5,) * 7,)
+    rows = [DemandRow(period_min, step, (0,), (float(step),), still) for step in steps]
     other = DemandRow(10 if period_min == 1 else 1, 3)
     await write_all(world, [PutDemandSeries(0, Series("H100", "nlp", "spare"))], [PutDemand(other)])
     for row in rows[:3]:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from coordinator import wire_demand
+from coordinator.core.demand_history import STILL_MIN, Still
 from coordinator.core.demand_messages import DemandSeries, GetDemand, HeldAhead, Hold, Holds
 from protos.baton.v1 import demand_pb2 as pb
 from protos.baton.v1 import types_pb2 as types
@@ -19,8 +20,11 @@ def test_a_question_arrives() -> None:
         steps=5,
         ahead_minutes=[60, 360],
         with_holds=True,
+        with_still_wanted=True,
     )
-    assert wire_demand.decode(request) == GetDemand("h100", "nlp", "spare", 60, 5, (60, 360), True)
+    assert wire_demand.decode(request) == GetDemand(
+        "h100", "nlp", "spare", 60, 5, (60, 360), holds=True, still=True
+    )
     assert wire_demand.decode(pb.GetDemandRequest()) == GetDemand()
     request.job_class = 9  # type: ignore[assignment]
     with pytest.raises(ValueError, match="job_class 9"):
@@ -50,3 +54,13 @@ def test_who_held_arrives_and_who_has_not_ended_is_nan() -> None:
     assert without.HasField("holds")
     assert not without.holds.HasField("since_minutes")
     assert not wire_demand.encode(DemandSeries(0, 10, ())).HasField("holds")
+
+
+def test_what_was_known_of_the_future_arrives() -> None:
+    then, now = Still(2.0, (5, 4, 3, 2, 1, 0)), Still(0.5, (1.5,) * 6)
+    sent = wire_demand.encode(DemandSeries(0, 10, (), still=((60.0, then), (90.25, now))))
+    told = sent.still_wanted
+    assert (list(told.minutes), list(told.said_gpus)) == ([60.0, 90.25], [2.0, 0.5])
+    assert tuple(told.ahead_minutes) == STILL_MIN
+    assert list(told.gpus) == [5, 4, 3, 2, 1, 0, *(1.5,) * 6]
+    assert not wire_demand.encode(DemandSeries(0, 10, ())).HasField("still_wanted")

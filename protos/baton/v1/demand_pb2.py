@@ -26,7 +26,7 @@ from protos.baton.v1 import types_pb2 as baton_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/demand.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xae\x01\n\x10GetDemandRequest\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12%\n\tjob_class\x18\x03 \x01(\x0e\x32\x12.baton.v1.JobClass\x12\x16\n\x0eperiod_minutes\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x15\n\rahead_minutes\x18\x06 \x03(\r\x12\x12\n\nwith_holds\x18\x07 \x01(\x08\"\xd7\x01\n\x11GetDemandResponse\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eperiod_minutes\x18\x02 \x01(\r\x12\x0c\n\x04gpus\x18\x03 \x03(\x01\x12\x10\n\x08gpu_type\x18\x04 \x01(\t\x12\x11\n\theld_gpus\x18\x05 \x01(\x01\x12\'\n\nheld_ahead\x18\x06 \x03(\x0b\x32\x13.baton.v1.HeldAhead\x12\x1e\n\x05holds\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Holds\"o\n\x05Holds\x12\x0c\n\x04gpus\x18\x01 \x03(\x02\x12\x15\n\rbegin_minutes\x18\x02 \x03(\x02\x12\x13\n\x0b\x65nd_minutes\x18\x03 \x03(\x02\x12\x1a\n\rsince_minutes\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x10\n\x0e_since_minutes\"O\n\tHeldAhead\x12\x15\n\rahead_minutes\x18\x01 \x01(\r\x12\x14\n\x0c\x63\x65rtain_gpus\x18\x02 \x01(\x01\x12\x15\n\rexpected_gpus\x18\x03 \x01(\x01\x32U\n\rDemandService\x12\x44\n\tGetDemand\x12\x1a.baton.v1.GetDemandRequest\x1a\x1b.baton.v1.GetDemandResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/demand.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61ton/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x01\n\x10GetDemandRequest\x12\x10\n\x08gpu_type\x18\x01 \x01(\t\x12\x0f\n\x07project\x18\x02 \x01(\t\x12%\n\tjob_class\x18\x03 \x01(\x0e\x32\x12.baton.v1.JobClass\x12\x16\n\x0eperiod_minutes\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x15\n\rahead_minutes\x18\x06 \x03(\r\x12\x12\n\nwith_holds\x18\x07 \x01(\x08\x12\x19\n\x11with_still_wanted\x18\x08 \x01(\x08\"\x84\x02\n\x11GetDemandResponse\x12.\n\nbegin_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eperiod_minutes\x18\x02 \x01(\r\x12\x0c\n\x04gpus\x18\x03 \x03(\x01\x12\x10\n\x08gpu_type\x18\x04 \x01(\t\x12\x11\n\theld_gpus\x18\x05 \x01(\x01\x12\'\n\nheld_ahead\x18\x06 \x03(\x0b\x32\x13.baton.v1.HeldAhead\x12\x1e\n\x05holds\x18\x07 \x01(\x0b\x32\x0f.baton.v1.Holds\x12+\n\x0cstill_wanted\x18\x08 \x01(\x0b\x32\x15.baton.v1.StillWanted\"o\n\x05Holds\x12\x0c\n\x04gpus\x18\x01 \x03(\x02\x12\x15\n\rbegin_minutes\x18\x02 \x03(\x02\x12\x13\n\x0b\x65nd_minutes\x18\x03 \x03(\x02\x12\x1a\n\rsince_minutes\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x10\n\x0e_since_minutes\"V\n\x0bStillWanted\x12\x0f\n\x07minutes\x18\x01 \x03(\x02\x12\x11\n\tsaid_gpus\x18\x02 \x03(\x02\x12\x15\n\rahead_minutes\x18\x03 \x03(\r\x12\x0c\n\x04gpus\x18\x04 \x03(\x02\"O\n\tHeldAhead\x12\x15\n\rahead_minutes\x18\x01 \x01(\r\x12\x14\n\x0c\x63\x65rtain_gpus\x18\x02 \x01(\x01\x12\x15\n\rexpected_gpus\x18\x03 \x01(\x01\x32U\n\rDemandService\x12\x44\n\tGetDemand\x12\x1a.baton.v1.GetDemandRequest\x1a\x1b.baton.v1.GetDemandResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.baton.v1.demand_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETDEMANDREQUEST']._serialized_start=91
-  _globals['_GETDEMANDREQUEST']._serialized_end=265
-  _globals['_GETDEMANDRESPONSE']._serialized_start=268
-  _globals['_GETDEMANDRESPONSE']._serialized_end=483
-  _globals['_HOLDS']._serialized_start=485
-  _globals['_HOLDS']._serialized_end=596
-  _globals['_HELDAHEAD']._serialized_start=598
-  _globals['_HELDAHEAD']._serialized_end=677
-  _globals['_DEMANDSERVICE']._serialized_start=679
-  _globals['_DEMANDSERVICE']._serialized_end=764
+  _globals['_GETDEMANDREQUEST']._serialized_end=292
+  _globals['_GETDEMANDRESPONSE']._serialized_start=295
+  _globals['_GETDEMANDRESPONSE']._serialized_end=555
+  _globals['_HOLDS']._serialized_start=557
+  _globals['_HOLDS']._serialized_end=668
+  _globals['_STILLWANTED']._serialized_start=670
+  _globals['_STILLWANTED']._serialized_end=756
+  _globals['_HELDAHEAD']._serialized_start=758
+  _globals['_HELDAHEAD']._serialized_end=837
+  _globals['_DEMANDSERVICE']._serialized_start=839
+  _globals['_DEMANDSERVICE']._serialized_end=924
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,7 @@ class GetDemandRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     AHEAD_MINUTES_FIELD_NUMBER: _builtins.int
     WITH_HOLDS_FIELD_NUMBER: _builtins.int
+    WITH_STILL_WANTED_FIELD_NUMBER: _builtins.int
     gpu_type: _builtins.str
     """As `baton nodes` says it, in any case; a part of it will do where only one type has it. Empty:
     all types.
@@ -48,6 +49,8 @@ class GetDemandRequest(_message.Message):
     """The newest so many. 1 to 20,160; 0, or more than are kept: all."""
     with_holds: _builtins.bool
     """Whether `holds` is asked for: some hundred kilobytes in a large fleet."""
+    with_still_wanted: _builtins.bool
+    """Whether `still_wanted` is asked for: 28 bytes an hour."""
     @_builtins.property
     def ahead_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """In how many minutes it is asked what is still held: 1 to 10,080, at most 16 of them."""
@@ -62,10 +65,11 @@ class GetDemandRequest(_message.Message):
         steps: _builtins.int = ...,
         ahead_minutes: _abc.Iterable[_builtins.int] | None = ...,
         with_holds: _builtins.bool = ...,
+        with_still_wanted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps", "with_holds", b"with_holds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpu_type", b"gpu_type", "job_class", b"job_class", "period_minutes", b"period_minutes", "project", b"project", "steps", b"steps", "with_holds", b"with_holds", "with_still_wanted", b"with_still_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -82,6 +86,7 @@ class GetDemandResponse(_message.Message):
     HELD_GPUS_FIELD_NUMBER: _builtins.int
     HELD_AHEAD_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
+    STILL_WANTED_FIELD_NUMBER: _builtins.int
     period_minutes: _builtins.int
     gpu_type: _builtins.str
     """The type that was meant, as the coordinator calls it; empty: all."""
@@ -105,6 +110,10 @@ class GetDemandResponse(_message.Message):
     def holds(self) -> Global___Holds:
         """Where it was asked for. Absent as well where it is not known: of what is counted as "other"."""
 
+    @_builtins.property
+    def still_wanted(self) -> Global___StillWanted:
+        """Where it was asked for and anything is known. Absent from a coordinator that does not keep it."""
+
     def __init__(
         self,
         *,
@@ -115,10 +124,11 @@ class GetDemandResponse(_message.Message):
         held_gpus: _builtins.float = ...,
         held_ahead: _abc.Iterable[Global___HeldAhead] | None = ...,
         holds: Global___Holds | None = ...,
+        still_wanted: Global___StillWanted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "holds", b"holds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "holds", b"holds", "still_wanted", b"still_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "held_ahead", b"held_ahead", "held_gpus", b"held_gpus", "holds", b"holds", "period_minutes", b"period_minutes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_type", b"gpu_type", "gpus", b"gpus", "held_ahead", b"held_ahead", "held_gpus", b"held_gpus", "holds", b"holds", "period_minutes", b"period_minutes", "still_wanted", b"still_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +176,55 @@ class Holds(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__since_minutes) -> _WhichOneofReturnType__since_minutes | None: ...
 
 Global___Holds: _TypeAlias = Holds  # noqa: Y015
+
+@_typing.final
+class StillWanted(_message.Message):
+    """What was known of the future at the end of each hour, as it was known then, and is known now: by
+    what jobs say of their end (their steps, and how many there will be), and of the others by how
+    long they have run. Hours in which no job of the series said anything are left out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MINUTES_FIELD_NUMBER: _builtins.int
+    SAID_GPUS_FIELD_NUMBER: _builtins.int
+    AHEAD_MINUTES_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One for each moment, rising: minutes after the response's `begin_time`. At most 2,161, of the
+        last 90 days.
+        """
+
+    @_builtins.property
+    def said_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the GPUs that were wanted at that moment, those that were held by jobs that said it. Above 0."""
+
+    @_builtins.property
+    def ahead_minutes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In how many minutes, rising."""
+
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For each moment as many as there are `ahead_minutes`: how many of the GPUs that were wanted
+        then were expected to be wanted still. 0 or more.
+        """
+
+    def __init__(
+        self,
+        *,
+        minutes: _abc.Iterable[_builtins.float] | None = ...,
+        said_gpus: _abc.Iterable[_builtins.float] | None = ...,
+        ahead_minutes: _abc.Iterable[_builtins.int] | None = ...,
+        gpus: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead_minutes", b"ahead_minutes", "gpus", b"gpus", "minutes", b"minutes", "said_gpus", b"said_gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StillWanted: _TypeAlias = StillWanted  # noqa: Y015
 
 @_typing.final
 class HeldAhead(_message.Message):
